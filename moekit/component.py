@@ -1,0 +1,100 @@
+"""`Component`: the thin base of everything a user composes.
+
+A component is an ordinary `nn.Module` until a Trainer runs the LightningModule it sits in. From then on it can read
+`self.trainer` and `self.global_step`, and `self.log("entropy", value)` reaches the loggers of the outermost
+LightningModule under the component's own dotted path, for example ``decoder.layers.1.feed_forward.router/entropy``.
+
+Lightning hands its Trainer only to *direct* LightningModule children, so a component inside an `nn.ModuleList` would
+get nothing. `bind` walks the whole tree instead; `moekit.training.callbacks.binding` calls it for every Trainer.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from torch import nn
+
+# Hooks in which Lightning re-enters user code without expecting a log: activation checkpointing runs forward a second
+# time inside backward, and a value must not be counted twice.
+_SILENT_HOOKS = frozenset({"backward", "on_before_backward", "on_after_backward", None})
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """Where a component hangs: the outermost LightningModule and the dotted path from it."""
+
+    root: weakref.ReferenceType[L.LightningModule]
+    path: str
+
+
+class Component(L.LightningModule):
+    """Base class of routers, experts, MoE layers, transformers and heads.
+
+    Adds nothing to `LightningModule` but the way home: `log` from any depth. Without a Trainer `log` does nothing.
+    """
+
+    _binding: _Binding | None = None
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken so far; 0 where there is no Trainer."""
+        return 0 if self._trainer is None and self._fabric is None else int(super().global_step)
+
+    @property
+    def path(self) -> str:
+        """Dotted path from the outermost LightningModule, empty for the outermost itself or before binding."""
+        return "" if self._binding is None else self._binding.path
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Log `value` through the outermost LightningModule as ``<path>/<name>``; arguments as in Lightning."""
+        root = self._binding.root() if self._binding is not None else None
+        if root is None or root is self:
+            if self._trainer is not None and self._current_fx_name not in _SILENT_HOOKS:
+                super().log(name, value, *args, **kwargs)
+            return
+        if root._trainer is not None and root._current_fx_name not in _SILENT_HOOKS:
+            root.log(f"{self.path}/{name}", value, *args, **kwargs)
+
+    def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        """Log each item of `dictionary` as `log` does."""
+        for name, value in dictionary.items():
+            self.log(name, value, *args, **kwargs)
+
+    def on_step_end(self, step: int) -> None:
+        """Called once after every optimizer step with the number of steps taken: the place where schedules move.
+
+        Never called twice for a step, whatever gradient accumulation or activation checkpointing do.
+        """
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references can be neither pickled nor moved to a copy, and a copy has another root anyway.
+        state = dict(super().__getstate__())
+        state.pop("_binding", None)
+        return state
+
+
+def components(root: nn.Module) -> dict[str, Component]:
+    """Every `Component` in `root` by dotted path, `root` itself excluded, shared ones once."""
+    return {name: module for name, module in root.named_modules() if name and isinstance(module, Component)}
+
+
+def bind(root: L.LightningModule) -> None:
+    """Tell every component under `root`, at any depth, its Trainer, its root and its path."""
+    reference = weakref.ref(root)
+    if isinstance(root, Component):
+        root._binding = _Binding(reference, "")
+    for path, component in components(root).items():
+        component._binding = _Binding(reference, path)
+        component._trainer = root._trainer
+
+
+def unbind(root: L.LightningModule) -> None:
+    """Undo `bind`: the components are plain modules again."""
+    if isinstance(root, Component):
+        root._binding = None
+    for component in components(root).values():
+        component._binding = None
+        component._trainer = None

@@ -1,0 +1,223 @@
+"""The vocabulary: what a router is told, what it answers, and how full an expert may get.
+
+Legend used all over the package: T tokens, K choices of a token, E experts, C capacity of an expert, N assignments,
+D model dimension, F hidden dimension of an expert, B sequences, S source positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from moekit.component import Component
+
+Priority = Literal["position", "probability", "random"]
+_T = TypeVar("_T")
+
+
+def _register(cls: type[_T], static: tuple[str, ...] = ()) -> type[_T]:
+    """Make a dataclass a pytree; `static` fields travel as context, the others are leaves or subtrees."""
+    names = [f.name for f in dataclasses.fields(cls) if f.name not in static]  # type: ignore[arg-type]
+
+    def flatten(value: Any) -> tuple[list[Any], Any]:
+        return [getattr(value, n) for n in names], tuple(getattr(value, n) for n in static)
+
+    def unflatten(leaves: Any, context: Any) -> Any:
+        return cls(**dict(zip(names, leaves, strict=True)), **dict(zip(static, context, strict=True)))
+
+    _pytree.register_pytree_node(cls, flatten, unflatten, serialized_type_name=f"moekit.{cls.__name__}")
+    return cls
+
+
+@dataclass(frozen=True)
+class RoutingContext:
+    """What a router may know besides the hidden states; every field is optional.
+
+    All fields share the leading shape of the hidden states (``[T]``, or ``[B, S]`` before `flatten`).
+
+    Attributes:
+        mask: Bool. True = a real token. Padding is never routed, never counted and in no denominator.
+        token_ids: Int. The token at each position (hash routers; target-side inputs in a decoder).
+        previous_ids: Int. The token before it (bigram and previous-token hashes).
+        position: Int. Place in the sequence (position hash).
+        task: Int. Task or language id.
+        sequence: Int in 0..B-1. Which sequence a token belongs to (balance losses of scope "sequence").
+    """
+
+    mask: Tensor | None = None
+    token_ids: Tensor | None = None
+    previous_ids: Tensor | None = None
+    position: Tensor | None = None
+    task: Tensor | None = None
+    sequence: Tensor | None = None
+
+    def flatten(self, num_tokens: int) -> RoutingContext:
+        """The same context with every field of shape ``[T]``.
+
+        Raises:
+            ValueError: if a field does not hold `num_tokens` entries.
+        """
+        flat = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value is not None and value.numel() != num_tokens:
+                raise ValueError(
+                    f"RoutingContext.{f.name} must have one entry per token: got shape {tuple(value.shape)} for "
+                    f"{num_tokens} tokens. Give it the leading shape of the hidden states."
+                )
+            flat[f.name] = None if value is None else value.reshape(-1)
+        return RoutingContext(**flat)
+
+
+_register(RoutingContext)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A list of N assignments: which token goes to which expert, with what weight, and whether there was room.
+
+    One type for every paper: token-choice routers emit K assignments a token, expert-choice emits E*C, and so on.
+
+    Attributes:
+        token: Int64[N], in 0..num_tokens-1.
+        expert: Int64[N], in 0..num_experts-1.
+        weight: Float32[N], combine weight; carries the gradient to the router.
+        position: Int64[N], place in the expert's queue; -1 = never queued (padding, or a choice the policy did not
+            send).
+        kept: Bool[N], True = computed. An assignment with ``position >= 0`` and not kept was dropped for capacity.
+        losses: unweighted float32 scalars by name, with gradient.
+        statistics: detached float32 scalars by name (for example ``entropy``), for logs only.
+        num_tokens: T, padding included.
+        num_experts: E.
+        capacity: slots per expert, or None = dropless.
+    """
+
+    token: Tensor
+    expert: Tensor
+    weight: Tensor
+    position: Tensor
+    kept: Tensor
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    num_tokens: int = 0
+    num_experts: int = 0
+    capacity: int | None = None
+
+    @property
+    def queued(self) -> Tensor:
+        """Bool[N]: assignments that asked for a place, kept or dropped."""
+        return self.position >= 0
+
+
+_register(Routing, static=("num_tokens", "num_experts", "capacity"))
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How many tokens an expert takes and who is served first when more ask.
+
+    slots = round(factor * k * T / E), at least `minimum`, at most T, where T counts all positions of the batch that
+    this process routes (padding included, so that shapes are known without reading data).
+
+    Attributes:
+        train: capacity factor in training; None = dropless.
+        eval: capacity factor in evaluation; None (default) = dropless and therefore deterministic.
+        minimum: least number of slots.
+        priority: who is served first. "position" = first choices before second, then token order (GShard,
+            arXiv:2006.16668 Algorithm 1). "probability" = highest router probability first (batch-prioritised
+            routing, BPR, arXiv:2106.05974; ST-MoE, arXiv:2202.08906). "random" = a uniformly random order (random
+            token selection, RTS, Z-code M3, arXiv:2109.10465); first choices before second.
+        rounding: how the product becomes an integer.
+
+    Differs: Random and probability priority look at later tokens, so they are not causal; routers refuse them for a
+    causal decoder unless told ``allow_future=True``. Random priority acts in training only; in evaluation with a
+    capacity the order is by position (DeepSpeed keeps it random).
+    """
+
+    train: float | None = None
+    eval: float | None = None
+    minimum: int = 4
+    priority: Priority = "position"
+    rounding: Literal["ceil", "floor", "nearest"] = "ceil"
+
+    def __post_init__(self) -> None:
+        for name in ("train", "eval"):
+            factor = getattr(self, name)
+            if factor is not None and not factor > 0:
+                raise ValueError(f"Capacity.{name} must be a positive factor or None (dropless): got {factor}.")
+        if self.minimum < 1:
+            raise ValueError(f"Capacity.minimum must be at least 1: got {self.minimum}.")
+        if self.priority not in ("position", "probability", "random"):
+            raise ValueError(
+                f'Capacity.priority must be "position", "probability" or "random": got {self.priority!r}.'
+            )
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a token's place in training depends on later tokens."""
+        return self.train is not None and self.priority != "position"
+
+    def slots(self, num_tokens: int, num_experts: int, k: int, *, training: bool) -> int | None:
+        """Slots per expert for a batch of `num_tokens`, or None where this phase is dropless."""
+        factor = self.train if training else self.eval
+        if factor is None:
+            return None
+        exact = factor * k * num_tokens / num_experts
+        # 1e-9: 1.1 * 10 is 11.000000000000002 in floating point, and one slot too many would be a silent surprise.
+        rounded = {"ceil": math.ceil(exact - 1e-9), "floor": math.floor(exact + 1e-9), "nearest": round(exact)}
+        return max(self.minimum, min(rounded[self.rounding], num_tokens))
+
+
+class Router(Component, ABC):
+    """Chooses experts for tokens. Subclass it, set `num_experts`, return a `Routing`.
+
+    A router owns its idea and its regulariser (returned unweighted in `Routing.losses`); it never sees experts. Its
+    arithmetic is float32 whatever the precision around it.
+    """
+
+    num_experts: int
+
+    @abstractmethod
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Route ``x`` Float[T, D]; `context` fields are ``[T]``."""
+
+
+@dataclass(frozen=True)
+class RoutingStats:
+    """What happened to a batch of tokens, per expert.
+
+    Attributes:
+        load: Int64[E], assignments that asked for each expert (before drops).
+        kept: Int64[E], assignments computed.
+        load_by_group: Int64[G, E] where groups (languages, tasks) were given, else None.
+    """
+
+    load: Tensor
+    kept: Tensor
+    load_by_group: Tensor | None = None
+
+
+_register(RoutingStats)
+
+
+@torch.no_grad()
+def routing_stats(routing: Routing, group: Tensor | None = None, num_groups: int = 0) -> RoutingStats:
+    """Count assignments by expert, and by group where `group` Int[T] (a language or task id per token) is given."""
+    queued = routing.queued
+    ones = queued.to(torch.int64)
+    load = torch.zeros(routing.num_experts, dtype=torch.int64, device=queued.device)
+    kept = torch.zeros_like(load).index_add_(0, routing.expert, (routing.kept & queued).to(torch.int64))
+    by_group = None
+    if group is not None:
+        cell = group.reshape(-1)[routing.token] * routing.num_experts + routing.expert
+        flat = torch.zeros(num_groups * routing.num_experts, dtype=torch.int64, device=queued.device)
+        by_group = flat.index_add_(0, cell, ones).view(num_groups, routing.num_experts)
+    return RoutingStats(load.index_add_(0, routing.expert, ones), kept, by_group)
