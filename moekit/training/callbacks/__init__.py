@@ -1,1 +1,1 @@
-"""."""
+"""Callbacks: component binding, progress, throughput, limits, interruption and random state."""
