@@ -1,0 +1,81 @@
+# The two commands of the README, `make run` and `make test`, and those a contributor needs. Each one sets up what it
+# needs by itself: a virtual environment in .venv with the versions of constraints.txt. Set-up happens once, and again
+# when pyproject.toml or constraints.txt change. To choose the Python: make run PYTHON=python3.12
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run test test-slow check format docs bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+PINS := pyproject.toml constraints.txt
+
+# The first Python on the path that is new enough and can make virtual environments.
+PYTHON ?=
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11 python)
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(VENV)/.ready-run ## Train the tiny Z-code M3 model, translate, write runs/.../report.html
+	$(BIN)/python -m moekit.recipes.zcode_m3 run $(ARGS)
+
+test: $(VENV)/.ready-test ## Run every fast test
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.ready-test ## Run the tests marked slow
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(VENV)/.ready-test ## Lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready-test ## Let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.ready-docs ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.ready-bench ## Time a training step beside Hugging Face transformers
+	$(BIN)/python benchmarks/train_step.py $(ARGS)
+
+clean: ## Remove the virtual environment, caches and build outputs; runs/ stays
+	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Set-up. A stamp is removed first and written last, so an interrupted set-up is simply done again.
+$(VENV)/.ready-run: EXTRAS :=
+$(VENV)/.ready-test: EXTRAS := [test]
+$(VENV)/.ready-docs: EXTRAS := [docs]
+$(VENV)/.ready-bench: EXTRAS := [test,hub]
+
+$(VENV)/.ready-%: $(PINS) | $(VENV)/.usable
+	@echo "Installing moekit$(EXTRAS) into $(VENV), with the versions of constraints.txt ..."
+	@rm -f $@
+	@# The build back end first, so that it is a pinned one too.
+	@$(INSTALL) hatchling editables
+	@$(INSTALL) --no-build-isolation --editable ".$(EXTRAS)"
+	@touch $@
+
+# A folder left by an interrupted `venv`, or one whose Python has gone, is made anew.
+$(VENV)/.usable:
+	@python=; for candidate in $(CANDIDATES); do \
+	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	  then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "moekit needs Python 3.11 or newer with the venv module. Looked for: $(CANDIDATES)." >&2; \
+	  for candidate in $(CANDIDATES); do \
+	    echo "  $$candidate: $$("$$candidate" --version 2>&1 | tail -1 || true)" >&2; done; \
+	  echo "Install one (on Debian or Ubuntu: apt install python3-venv) or name one: make PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; \
+	fi; \
+	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  echo "Making $(VENV) with $$("$$python" --version) ..."; "$$python" -m venv --clear $(VENV); \
+	fi
+	@touch $@
