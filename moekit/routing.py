@@ -152,7 +152,9 @@ class Capacity:
         for name in ("train", "eval"):
             factor = getattr(self, name)
             if factor is not None and not factor > 0:
-                raise ValueError(f"Capacity.{name} must be a positive factor or None (dropless): got {factor}.")
+                raise ValueError(
+                    f"Capacity.{name} must be a positive factor or None (dropless): got {factor}."
+                )
         if self.minimum < 1:
             raise ValueError(f"Capacity.minimum must be at least 1: got {self.minimum}.")
         if self.priority not in ("position", "probability", "random"):
@@ -172,7 +174,11 @@ class Capacity:
             return None
         exact = factor * k * num_tokens / num_experts
         # 1e-9: 1.1 * 10 is 11.000000000000002 in floating point, and one slot too many would be a silent surprise.
-        rounded = {"ceil": math.ceil(exact - 1e-9), "floor": math.floor(exact + 1e-9), "nearest": round(exact)}
+        rounded = {
+            "ceil": math.ceil(exact - 1e-9),
+            "floor": math.floor(exact + 1e-9),
+            "nearest": round(exact),
+        }
         return max(self.minimum, min(rounded[self.rounding], num_tokens))
 
 

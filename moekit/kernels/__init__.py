@@ -1,1 +1,5 @@
-"""."""
+"""Fused paths; each is a custom op with its reference and its backward in one file."""
+
+from moekit.kernels.grouped_mm import grouped_mm, grouped_mm_reference
+
+__all__ = ["grouped_mm", "grouped_mm_reference"]

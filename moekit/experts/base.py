@@ -1,0 +1,67 @@
+"""What an expert bank is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moekit.component import Component
+from moekit.kernels.grouped_mm import grouped_mm
+
+
+class Experts(Component, ABC):
+    """A bank of E experts of one shape.
+
+    Subclass it, set `num_experts` and `dim`, compute rows that a dispatcher has already grouped by expert, and name
+    the logical axes of every parameter so that it can be sharded without a change to `forward`.
+
+    Attributes:
+        axes: logical axes of each parameter, outermost first (``expert``, ``embed``, ``mlp``).
+    """
+
+    is_expert_bank: ClassVar[bool] = True
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    num_experts: int
+    dim: int
+
+    @abstractmethod
+    def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Compute every row by its expert.
+
+        Args:
+            rows: Float[R, D] sorted by expert with `counts` given (packed), or Float[E, C, D] (padded).
+            counts: Int64[E], rows of each expert; None for padded rows.
+
+        Returns:
+            Float of the same shape as `rows`.
+        """
+
+    @abstractmethod
+    def reference(self, expert: int, x: Tensor) -> Tensor:
+        """Expert number `expert` on Float[R, D] in the plainest form: the twin that `forward` is tested against."""
+
+
+def truncated_normal_(weight: Tensor, fan_in: int, scale: float) -> None:
+    """Fill with a normal of std sqrt(scale / fan_in), cut at two standard deviations.
+
+    Source: arXiv:2101.03961 section 2.4 (scale 0.1 instead of the usual 1.0).
+    """
+    if weight.device.type != "meta":
+        std = (scale / fan_in) ** 0.5
+        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def rows_of(bias: Tensor, rows: Tensor, counts: Tensor | None) -> Tensor:
+    """Each row's bias: Float[E, F] spread to the shape of packed or padded rows."""
+    if counts is None:
+        return bias[:, None, :]
+    return bias.repeat_interleave(counts, dim=0, output_size=rows.shape[0])
+
+
+def product(rows: Tensor, weight: Tensor, counts: Tensor | None) -> Tensor:
+    """Rows times their expert's matrix, packed or padded."""
+    return torch.bmm(rows, weight) if counts is None else grouped_mm(rows, weight, counts)

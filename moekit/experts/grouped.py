@@ -1,0 +1,152 @@
+"""Feed-forward experts: the two-layer MLP and the gated linear unit, all experts of a layer in one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moekit.experts.base import Experts, product, rows_of, truncated_normal_
+
+Activation = Literal["relu", "gelu", "silu"]
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}: got {name!r}.")
+    return _ACTIVATIONS[name]
+
+
+class GroupedMLP(Experts):
+    """E two-layer experts: y = activation(x W_in + b_in) W_out + b_out.
+
+    Args:
+        num_experts: E.
+        dim: D.
+        hidden_dim: F.
+        activation: "relu" (Switch, GShard), "gelu" or "silu".
+        dropout: probability on the hidden activations ("expert dropout": 0.4 in fine-tuning in arXiv:2101.03961
+            section 2.4, where the rest of the model keeps 0.1).
+        bias: whether both layers have biases (fairseq and NLLB do; T5, Switch and ST-MoE do not).
+        init_scale: variance scale of the truncated normal, 0.1 in arXiv:2101.03961 table 3.
+
+    Source: arXiv:2101.03961 section 2. Experts are initialised independently.
+    """
+
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "w_in": ("expert", "embed", "mlp"),
+        "b_in": ("expert", "mlp"),
+        "w_out": ("expert", "mlp", "embed"),
+        "b_out": ("expert", "embed"),
+    }
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        *,
+        activation: Activation = "relu",
+        dropout: float = 0.0,
+        bias: bool = False,
+        init_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
+        self.activation, self.dropout, self.init_scale = activation, dropout, init_scale
+        self._act = _activation(activation)
+        self.w_in = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.w_out = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.b_in = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias else None
+        self.b_out = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights anew; biases become zero."""
+        truncated_normal_(self.w_in, self.dim, self.init_scale)
+        truncated_normal_(self.w_out, self.hidden_dim, self.init_scale)
+        for bias in (self.b_in, self.b_out):
+            if bias is not None:
+                bias.zero_()
+
+    def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
+        hidden = product(rows, self.w_in, counts)
+        if self.b_in is not None:
+            hidden = hidden + rows_of(self.b_in, rows, counts)
+        hidden = F.dropout(self._act(hidden), self.dropout, self.training)
+        out = product(hidden, self.w_out, counts)
+        return out if self.b_out is None else out + rows_of(self.b_out, rows, counts)
+
+    def reference(self, expert: int, x: Tensor) -> Tensor:  # noqa: D102
+        hidden = x @ self.w_in[expert]
+        if self.b_in is not None:
+            hidden = hidden + self.b_in[expert]
+        out = self._act(hidden) @ self.w_out[expert]
+        return out if self.b_out is None else out + self.b_out[expert]
+
+
+class GroupedGLU(Experts):
+    """E gated experts: y = (activation(x W_gate) * (x W_up)) W_out.
+
+    With "gelu" this is GEGLU (ST-MoE), with "silu" SwiGLU. It has three matrices: for the active parameters of a
+    two-layer expert of hidden size F choose ``hidden_dim = 2 F / 3``.
+
+    Args:
+        num_experts: E.
+        dim: D.
+        hidden_dim: F.
+        activation: of the gate.
+        dropout: probability on the hidden activations.
+        init_scale: as in `GroupedMLP`.
+
+    Source: arXiv:2002.05202 eq. 6; arXiv:2202.08906 appendix B.
+    """
+
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "w_gate": ("expert", "embed", "mlp"),
+        "w_up": ("expert", "embed", "mlp"),
+        "w_out": ("expert", "mlp", "embed"),
+    }
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        *,
+        activation: Activation = "gelu",
+        dropout: float = 0.0,
+        init_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
+        self.activation, self.dropout, self.init_scale = activation, dropout, init_scale
+        self._act = _activation(activation)
+        self.w_gate = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.w_up = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.w_out = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
+        truncated_normal_(self.w_gate, self.dim, self.init_scale)
+        truncated_normal_(self.w_up, self.dim, self.init_scale)
+        truncated_normal_(self.w_out, self.hidden_dim, self.init_scale)
+
+    def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
+        hidden = self._act(product(rows, self.w_gate, counts)) * product(rows, self.w_up, counts)
+        return product(F.dropout(hidden, self.dropout, self.training), self.w_out, counts)
+
+    def reference(self, expert: int, x: Tensor) -> Tensor:  # noqa: D102
+        hidden = self._act(x @ self.w_gate[expert]) * (x @ self.w_up[expert])
+        return hidden @ self.w_out[expert]

@@ -1,0 +1,69 @@
+"""Places in the experts' queues: who is served before whom."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def service_order(
+    probs: Tensor,
+    priority: Literal["position", "probability", "random"],
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor | None:
+    """Order in which the assignments of K choices are served; None where it is simply the order of the list.
+
+    All first choices come before all second choices, and so on; the priority orders the tokens inside a choice.
+
+    Args:
+        probs: Float[K, T], probability of each choice of each token, row 0 the first choice. Padding may hold any
+            value: a token that is not queued takes no place.
+        priority: "position" (token order), "probability" (tokens by their highest probability, descending; ties in
+            token order) or "random" (uniform, drawn for each choice afresh).
+        generator: source of randomness for "random".
+
+    Returns:
+        Int64[K * T], a permutation of the choice-major list, or None for "position".
+
+    Source: arXiv:2006.16668 Algorithm 1 (position); arXiv:2106.05974 section 4.1 (probability, BPR);
+        arXiv:2109.10465 (random token selection).
+    """
+    k, t = probs.shape
+    if priority == "position":
+        return None
+    if priority == "probability":
+        tokens = torch.argsort(probs.detach().amax(0), descending=True, stable=True)
+        order = tokens.expand(k, t)
+    else:
+        order = torch.rand(k, t, device=probs.device, generator=generator).argsort(dim=1)
+    return (order + torch.arange(k, device=probs.device)[:, None] * t).reshape(-1)
+
+
+def queue_positions(expert: Tensor, queued: Tensor, num_experts: int, order: Tensor | None = None) -> Tensor:
+    """Place of every assignment in its expert's queue: 0 for the first served, without gaps.
+
+    Args:
+        expert: Int64[N].
+        queued: Bool[N], False = asks for no place.
+        num_experts: E.
+        order: Int64[N], a permutation: assignment ``order[0]`` is served first. None = list order.
+
+    Returns:
+        Int64[N]; -1 where not queued.
+    """
+    n = expert.numel()
+    # Assignments that ask for nothing queue at a scratch expert behind the real ones, so no shape depends on data.
+    slot = torch.where(queued, expert, num_experts)
+    served = slot if order is None else slot[order]
+    by_expert = torch.argsort(served, stable=True)
+    grouped = served[by_expert]
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert.device)
+    counts = counts.index_add(0, slot, torch.ones_like(slot))
+    start = counts.cumsum(0) - counts
+    rank = torch.arange(n, device=expert.device) - start[grouped]
+    destination = by_expert if order is None else order[by_expert]
+    position = torch.empty_like(slot).scatter(0, destination, rank)
+    return torch.where(queued, position, -1)

@@ -1,0 +1,114 @@
+"""Grouped matrix product: rows sorted by expert, each block times its expert's own matrix.
+
+Why not ``for e: x_e @ w[e]``: the backward of ``w[e]`` allocates and adds a full zero ``[E, D, F]`` for every expert,
+which at 32 experts made a training step eleven times slower than a dense one. Here every expert's gradient is
+written once, into its place. Why not `torch.nn.functional.grouped_mm` on a CPU: it refuses float64 and expanded
+gradients.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_mm_reference(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """The obvious form of `grouped_mm`, by autograd."""
+    blocks = x.split(counts.tolist())
+    return torch.cat([block @ w for block, w in zip(blocks, weight.unbind(0), strict=True)])
+
+
+def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Multiply the e-th block of rows by the e-th matrix.
+
+    Args:
+        x: Float[R, D], rows sorted by expert.
+        weight: Float[E, D, F].
+        counts: Int64[E], rows of each expert; they sum to R. Experts may have none.
+
+    Returns:
+        Float[R, F], in the autocast type where autocast is on, else in the type of `x`.
+    """
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if x.device.type == "cuda" and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+        return F.grouped_mm(x, weight, offs=counts.cumsum(0).to(torch.int32))
+    return _grouped_mm(x, weight, counts)
+
+
+@cache
+def _multiplies_in_float32(dtype: torch.dtype) -> bool:
+    """Whether half-precision products on this CPU are better done in float32.
+
+    Without AVX512-BF16 or AMX a bf16 product ran 8 to 210 times slower than the float32 one.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    cpu = torch.cpu
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return not any(bool(getattr(cpu, name)()) for name in checks if hasattr(cpu, name))
+
+
+def _edges(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the type in which this machine multiplies them."""
+    if tensors[0].device.type == "cpu" and _multiplies_in_float32(tensors[0].dtype):
+        return tuple(t.float() for t in tensors)
+    return tensors
+
+
+@torch.library.custom_op("moekit::grouped_mm", mutates_args=())
+def _grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    a, w = _edges(x, weight)
+    out = a.new_empty(a.shape[0], w.shape[2])
+    start = 0
+    for e, n in enumerate(counts.tolist()):
+        if n:
+            torch.mm(a[start : start + n], w[e], out=out[start : start + n])
+            start += n
+    return out.to(x.dtype)
+
+
+@_grouped_mm.register_fake
+def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("moekit::grouped_outer", mutates_args=())
+def _grouped_outer(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    """The e-th block of x, transposed, times the e-th block of y: Float[E, D, F]."""
+    a, b = _edges(x, y)
+    out = a.new_empty(counts.numel(), a.shape[1], b.shape[1])
+    start = 0
+    for e, n in enumerate(counts.tolist()):
+        if n:
+            torch.mm(a[start : start + n].t(), b[start : start + n], out=out[e])
+            start += n
+        else:
+            out[e].zero_()
+    return out.to(x.dtype)
+
+
+@_grouped_outer.register_fake
+def _(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(counts.shape[0], x.shape[1], y.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight, counts = ctx.saved_tensors
+    grad = grad.contiguous()
+    dx = _grouped_mm(grad, weight.transpose(1, 2), counts) if ctx.needs_input_grad[0] else None
+    dw = _grouped_outer(x, grad, counts) if ctx.needs_input_grad[1] else None
+    return dx, dw, None
+
+
+_grouped_mm.register_autograd(_backward, setup_context=_save)
