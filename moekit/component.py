@@ -15,11 +15,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.trainer.connectors.logger_connector.fx_validator import _FxValidator
 from torch import nn
 
-# Hooks in which Lightning re-enters user code without expecting a log: activation checkpointing runs forward a second
-# time inside backward, and a value must not be counted twice.
-_SILENT_HOOKS = frozenset({"backward", "on_before_backward", "on_after_backward", None})
+# What wrappers insert into a module's dotted path; a log must bear the same name with and without them.
+_WRAPPER_NAMES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def _can_log(root: L.LightningModule) -> bool:
+    """Whether Lightning takes a log now, and it would not be a repetition.
+
+    Activation checkpointing runs forward a second time inside autograd's backward, and a value must not be counted
+    twice. Outside the hooks that may log (``predict_step``, ``configure_optimizers``, ...) Lightning would raise.
+    """
+    return (
+        root._trainer is not None
+        and root._trainer._results is not None
+        and _FxValidator.functions.get(root._current_fx_name) is not None  # type: ignore[arg-type]
+        and torch._C._current_graph_task_id() == -1
+    )
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,8 @@ class _Binding:
 class Component(L.LightningModule):
     """Base class of routers, experts, MoE layers, transformers and heads.
 
-    Adds nothing to `LightningModule` but the way home: `log` from any depth. Without a Trainer `log` does nothing.
+    Adds nothing to `LightningModule` but the way home: `log` from any depth. Without a Trainer, in a hook
+    that may not log, and in the second forward of activation checkpointing, `log` does nothing.
     """
 
     _binding: _Binding | None = None
@@ -50,13 +66,12 @@ class Component(L.LightningModule):
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Log `value` through the outermost LightningModule as ``<path>/<name>``; arguments as in Lightning."""
-        root = self._binding.root() if self._binding is not None else None
-        if root is None or root is self:
-            if self._trainer is not None and self._current_fx_name not in _SILENT_HOOKS:
+        root = self._binding.root() if self._binding is not None else self
+        if root is not None and _can_log(root):
+            if root is self:
                 super().log(name, value, *args, **kwargs)
-            return
-        if root._trainer is not None and root._current_fx_name not in _SILENT_HOOKS:
-            root.log(f"{self.path}/{name}", value, *args, **kwargs)
+            else:
+                root.log(f"{self.path}/{name}", value, *args, **kwargs)
 
     def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
         """Log each item of `dictionary` as `log` does."""
@@ -87,7 +102,8 @@ def bind(root: L.LightningModule) -> None:
     if isinstance(root, Component):
         root._binding = _Binding(reference, "")
     for path, component in components(root).items():
-        component._binding = _Binding(reference, path)
+        parts = [part for part in path.split(".") if part not in _WRAPPER_NAMES]
+        component._binding = _Binding(reference, ".".join(parts))
         component._trainer = root._trainer
 
 

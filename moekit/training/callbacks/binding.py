@@ -1,4 +1,4 @@
-"""The callback that every Trainer loads by itself: it gives nested components their Trainer and their step hook."""
+"""The callback that every Trainer loads by itself: it gives nested components Trainer and step hook."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from moekit.component import Component, bind, components, unbind
 
 
 class ComponentBinding(Callback):
-    """Binds every `Component` below the LightningModule, and tells each of them when an optimizer step is done.
+    """Binds every `Component` below the LightningModule, and tells each when an optimizer step is done.
 
-    Nothing happens for a model without components. The callback keeps no state of its own in checkpoints, and logs
-    nothing. It is installed through the entry point ``lightning.pytorch.callbacks_factory``, so it runs for every
-    Trainer of the environment; adding one by hand besides is harmless.
+    Nothing happens for a model without components. The callback keeps no state of its own in checkpoints, and
+    logs nothing. The entry point ``lightning.pytorch.callbacks_factory`` installs it in every Trainer of the
+    environment; of several in one Trainer only the first acts.
 
-    A step is a training batch in which at least one optimizer stepped: gradient accumulation makes several batches
-    one step, and two optimizers that step in one batch make one step too. `Component.on_step_end` runs in
-    ``on_train_batch_end``, before any checkpoint callback, so that a checkpoint always holds what the hook changed.
+    A step is a training batch in which at least one optimizer stepped: gradient accumulation makes several
+    batches one step, and two optimizers that step in one batch make one step too (Lightning's `global_step`,
+    which is passed on, counts both). `Component.on_step_end` runs in ``on_train_batch_end``, before any
+    checkpoint callback, so that a checkpoint always holds what the hook changed.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,8 @@ class ComponentBinding(Callback):
 
     def _bind(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         bind(pl_module)
+        if next(c for c in trainer.callbacks if isinstance(c, ComponentBinding)) is not self:  # type: ignore[attr-defined]
+            return
         below = tuple(components(pl_module).values())
         self._components = (pl_module, *below) if isinstance(pl_module, Component) else below
 
@@ -44,7 +47,7 @@ class ComponentBinding(Callback):
         self._bind(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Bind what ``setup`` and ``configure_model`` have added (inside `fit` this is a cheap repetition)."""
+        """Bind what ``setup`` and ``configure_model`` have added; inside `fit` a cheap repetition."""
         self._bind(trainer, pl_module)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
