@@ -1,3 +1,36 @@
-"""moekit: Mixture-of-Experts training as composable PyTorch Lightning modules."""
+"""moekit: Mixture-of-Experts training as composable PyTorch Lightning modules.
+
+>>> import torch
+>>> import moekit as mk
+>>> moe = mk.MoELayer(mk.routers.switch(16, num_experts=4), mk.experts.GroupedMLP(4, 16, 64))
+>>> hidden, routing = moe(torch.randn(2, 5, 16))
+>>> hidden.shape
+torch.Size([2, 5, 16])
+"""
+
+from moekit import experts, routers
+from moekit.component import Component
+from moekit.dispatch import Dispatched, Dispatcher, PackedDispatcher, PaddedDispatcher
+from moekit.layer import AuxLosses, MoELayer, MoEOutput
+from moekit.routing import Capacity, Router, Routing, RoutingContext, RoutingStats, routing_stats
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AuxLosses",
+    "Capacity",
+    "Component",
+    "Dispatched",
+    "Dispatcher",
+    "MoELayer",
+    "MoEOutput",
+    "PackedDispatcher",
+    "PaddedDispatcher",
+    "Router",
+    "Routing",
+    "RoutingContext",
+    "RoutingStats",
+    "experts",
+    "routers",
+    "routing_stats",
+]

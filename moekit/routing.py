@@ -152,15 +152,11 @@ class Capacity:
         for name in ("train", "eval"):
             factor = getattr(self, name)
             if factor is not None and not factor > 0:
-                raise ValueError(
-                    f"Capacity.{name} must be a positive factor or None (dropless): got {factor}."
-                )
+                raise ValueError(f"Capacity.{name} must be a positive factor or None (dropless): got {factor}.")
         if self.minimum < 1:
             raise ValueError(f"Capacity.minimum must be at least 1: got {self.minimum}.")
         if self.priority not in ("position", "probability", "random"):
-            raise ValueError(
-                f'Capacity.priority must be "position", "probability" or "random": got {self.priority!r}.'
-            )
+            raise ValueError(f'Capacity.priority must be "position", "probability" or "random": got {self.priority!r}.')
 
     @property
     def looks_ahead(self) -> bool:
@@ -187,9 +183,26 @@ class Router(Component, ABC):
 
     A router owns its idea and its regulariser (returned unweighted in `Routing.losses`); it never sees experts. Its
     arithmetic is float32 whatever the precision around it.
+
+    Attributes:
+        num_experts: E.
+        looks_ahead: whether a token's route may depend on later tokens of its sequence (random or probability
+            priority, expert choice). Such a router is refused in a causal decoder ...
+        allow_future: ... unless this says that the leak is wanted.
     """
 
     num_experts: int
+    looks_ahead: bool = False
+    allow_future: bool = False
+
+    def check_causal(self) -> None:
+        """Raise ValueError if this router would let a causal decoder see later tokens unasked."""
+        if self.looks_ahead and not self.allow_future:
+            raise ValueError(
+                f"{type(self).__name__} lets a token's route depend on later tokens, which leaks the future in a "
+                'causal decoder. Use Capacity(priority="position") or a dropless router there, or accept the leak '
+                "with allow_future=True."
+            )
 
     @abstractmethod
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:

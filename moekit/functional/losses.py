@@ -80,9 +80,7 @@ def _by_sequence(probs: Tensor, expert: Tensor, hit: Tensor, real: Tensor, seque
     counts = torch.zeros(t * num_experts, dtype=probs.dtype, device=probs.device)
     counts = counts.index_add(0, cell, hit.reshape(-1).to(probs.dtype)).view(t, num_experts)
     share = counts / counts.sum(1, keepdim=True).clamp_min(1)
-    length = torch.zeros(t, dtype=probs.dtype, device=probs.device).index_add(
-        0, sequence, real.to(probs.dtype)
-    )
+    length = torch.zeros(t, dtype=probs.dtype, device=probs.device).index_add(0, sequence, real.to(probs.dtype))
     total = torch.zeros_like(probs).index_add(0, sequence, probs * real[:, None])
     mean_probs = total / length.clamp_min(1)[:, None]
     per_sequence = num_experts * (share * mean_probs).sum(1)

@@ -1,0 +1,147 @@
+"""Presets named after papers: `TopKRouter` with the values of the paper, each cited or called ours."""
+
+from __future__ import annotations
+
+from moekit.routers.topk import Balance, RandomChoice, TopKRouter
+from moekit.routing import Capacity
+
+
+def switch(
+    dim: int,
+    num_experts: int,
+    *,
+    capacity_factor: float | None = 1.25,
+    eval_capacity_factor: float | None = None,
+    jitter: float = 1e-2,
+    allow_future: bool = False,
+) -> TopKRouter:
+    """Switch Transformer: one expert per token, served in token order, input jitter 1e-2.
+
+    Weigh its losses with ``AuxLosses(load_balance=1e-2)``.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        capacity_factor: 1.0, 1.25 and 2.0 are compared in arXiv:2101.03961 table 1; None = dropless.
+        eval_capacity_factor: None = dropless evaluation (ours).
+        jitter: arXiv:2101.03961 appendix; value as in Mesh-TensorFlow.
+        allow_future: accepted for interchange; this router does not look ahead.
+
+    Source: arXiv:2101.03961.
+    """
+    return TopKRouter(
+        dim,
+        num_experts,
+        capacity=Capacity(train=capacity_factor, eval=eval_capacity_factor),
+        jitter=jitter,
+        allow_future=allow_future,
+    )
+
+
+def gshard(
+    dim: int,
+    num_experts: int,
+    *,
+    capacity_factor: float | None = 1.0,
+    eval_capacity_factor: float | None = None,
+    allow_future: bool = False,
+) -> TopKRouter:
+    """GShard: two experts, weights renormalised before any drop, the second sent at random by its weight.
+
+    Weigh its losses with ``AuxLosses(load_balance=1e-2)``.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        capacity_factor: 1.0 gives the paper's C = 2 T / E (k = 2 is already in the formula); None = dropless.
+        eval_capacity_factor: None = dropless evaluation (ours).
+        allow_future: accepted for interchange; this router does not look ahead.
+
+    Source: arXiv:2006.16668 Algorithm 1. Differs: its balance loss is ours divided by E**2.
+    """
+    return TopKRouter(
+        dim,
+        num_experts,
+        k=2,
+        capacity=Capacity(train=capacity_factor, eval=eval_capacity_factor),
+        renormalise="before_drop",
+        later_choices=RandomChoice(0.5),
+        init_scale=1.0,
+        allow_future=allow_future,
+    )
+
+
+def st_moe(
+    dim: int,
+    num_experts: int,
+    *,
+    capacity_factor: float | None = 1.25,
+    eval_capacity_factor: float | None = 2.0,
+    threshold: float = 0.2,
+    batch_prioritised: bool = False,
+    allow_future: bool = False,
+) -> TopKRouter:
+    """ST-MoE: two experts, the second sent with probability min(1, weight / threshold).
+
+    Weigh its losses with ``AuxLosses(load_balance=1e-2, router_z=1e-3)``.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        capacity_factor: 1.25 (arXiv:2202.08906 section 4.2); None = dropless.
+        eval_capacity_factor: 2.0, as in the paper; None = dropless.
+        threshold: 0.2 (appendix C).
+        batch_prioritised: serve tokens by probability instead of position (appendix D; encoders only).
+        allow_future: accept batch priority in a causal decoder.
+
+    Source: arXiv:2202.08906. Differs: in evaluation the second expert is always sent; the authors' Mesh-TensorFlow
+        code keeps it random. The capacity holds factor * 2 T / E tokens (the factor counts both choices).
+    """
+    return TopKRouter(
+        dim,
+        num_experts,
+        k=2,
+        capacity=Capacity(
+            train=capacity_factor,
+            eval=eval_capacity_factor,
+            priority="probability" if batch_prioritised else "position",
+        ),
+        renormalise="before_drop",
+        later_choices=RandomChoice(threshold),
+        balance=Balance(count="first"),
+        allow_future=allow_future,
+    )
+
+
+def zcode_m3(
+    dim: int,
+    num_experts: int,
+    *,
+    capacity_factor: float | None = 1.0,
+    eval_capacity_factor: float | None = None,
+    jitter: float = 1e-2,
+    allow_future: bool = False,
+) -> TopKRouter:
+    """Z-code M3: one expert per token, input jitter, random token selection when an expert overflows.
+
+    Weigh its losses with ``AuxLosses(load_balance=1e-2)``. In a causal decoder random selection lets a token's
+    survival depend (weakly) on later tokens, as in the original system: say ``allow_future=True`` there.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        capacity_factor: 1.0, DeepSpeed's default; None = dropless, and then nothing is selected at random.
+        eval_capacity_factor: None = dropless evaluation (ours).
+        jitter: 1e-2 (DeepSpeed's "Jitter" policy).
+        allow_future: accept random selection in a causal decoder.
+
+    Source: arXiv:2109.10465; minimum capacity 4 and random selection as in DeepSpeed's top-1 gate.
+        Differs: in evaluation nothing is selected at random (DeepSpeed keeps it on).
+    """
+    return TopKRouter(
+        dim,
+        num_experts,
+        capacity=Capacity(train=capacity_factor, eval=eval_capacity_factor, priority="random"),
+        jitter=jitter,
+        allow_future=allow_future,
+    )
