@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Compilers may keep what they built from one run of the suite to the next, inside the repository's own test
-    # cache; anything else that writes to the user's cache folder gets a fresh one per test (see `isolation`).
+    # Compilers may keep what they built from one run of the suite to the next, inside the repository's own
+    # test cache; anything else that writes to the user's cache folder gets a fresh one (see `isolation`).
     cache = getattr(config, "cache", None)
     if cache is not None:
         for variable, folder in (
@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
             ("MPLCONFIGDIR", "matplotlib"),
         ):
             os.environ.setdefault(variable, str(cache.mkdir(folder)))
-    # Also for the processes that tests start. Two cores that each run one thread beat two that fight over four.
+    # Also for the processes that tests start.
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -44,7 +44,8 @@ def isolation(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     connect = socket.socket.connect
 
     def local_only(self: socket.socket, address: Any) -> None:
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        here = address[0] in ("127.0.0.1", "::1", "localhost")
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not here:
             raise RuntimeError(f"Tests must not use the network: a connection to {address} was asked for.")
         connect(self, address)
 

@@ -1,0 +1,190 @@
+"""Conventions that no linter knows: file names and sizes, docstrings, environment, pickles, paths, pins."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "moekit"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 400
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def recipe_names(folder: Path) -> set[str]:
+    """Recipes as code; a module whose name begins with an underscore is shared by recipes and is none."""
+    found = (path for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file())
+    return {path.stem for path in found if not path.stem.startswith("_")}
+
+
+def undocumented(tree: ast.Module) -> Iterator[str]:
+    """Names of public classes and functions without a docstring, and of the module itself."""
+    if ast.get_docstring(tree) is None:
+        yield "the module"
+    for node in tree.body:
+        if (
+            isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and not node.name.startswith("_")
+            and ast.get_docstring(node) is None
+        ):
+            yield node.name
+
+
+def environment_uses(tree: ast.Module) -> Iterator[int]:
+    """Lines that touch environment variables."""
+    names = {"environ", "environb", "getenv", "putenv"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in names and ast.unparse(node.value) == "os":
+            yield node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.module == "os":
+            yield from [node.lineno] * bool(names & {alias.name for alias in node.names})
+
+
+def unsafe_loads(tree: ast.Module) -> Iterator[int]:
+    """Lines that could execute a file while reading it."""
+    picklers = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            if picklers & {name.split(".")[0] for name in names}:
+                yield node.lineno
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            given = {word.arg: word.value for word in node.keywords}
+            if called == "torch.load" and not is_true(given.get("weights_only")):
+                yield node.lineno
+            if called in ("np.load", "numpy.load") and is_true(given.get("allow_pickle")):
+                yield node.lineno
+
+
+def is_true(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value is True
+
+
+def machine_paths(text: str) -> Iterator[int]:
+    """Lines that name a folder of somebody's machine."""
+    roots = "|".join(("work", "root", "tmp", "opt", r"home/\w+", r"Users/\w+"))
+    pattern = re.compile(rf"(?<![\w.\-}}\]/])/(?:{roots})(?:/|\b(?![\w\-]))")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if pattern.search(line):
+            yield number
+
+
+def tracked_text() -> Iterator[tuple[Path, str]]:
+    """Files of the repository, those about to be added included, that are text."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        path = ROOT / name
+        try:
+            yield path, path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
+            continue
+
+
+def test_no_drawer_for_everything() -> None:
+    names = {"utils", "util", "common", "helpers", "helper", "misc"}
+    found = [p for p in ROOT.glob("*/**/*") if p.stem in names and p.suffix in ("", ".py") and in_project(p)]
+    assert not found, f"name these after what they hold: {[relative(p) for p in found]}"
+
+
+def in_project(path: Path) -> bool:
+    return path.relative_to(ROOT).parts[0] in ("moekit", "tests", "benchmarks", "recipes", "docs")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_no_long_file(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{relative(path)} has {lines} lines: it has two tenants, split it (limit {MAX_LINES})"
+
+
+def test_recipes_have_code_and_evidence() -> None:
+    code = recipe_names(PACKAGE / "recipes")
+    evidence = {path.relative_to(ROOT / "recipes").parts[0] for path in ROOT.glob("recipes/*/**/*") if path.is_file()}
+    assert code == evidence, "moekit/recipes/<name>.py and recipes/<name>/ come in pairs"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_public_names_have_docstrings(path: Path) -> None:
+    missing = list(undocumented(ast.parse(path.read_text(encoding="utf-8"))))
+    assert not missing, f"{relative(path)}: no docstring on {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_no_environment_variables(path: Path) -> None:
+    lines = list(environment_uses(ast.parse(path.read_text(encoding="utf-8"))))
+    assert not lines, f"{relative(path)}, lines {lines}: settings are arguments, not environment variables"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_files_are_read_as_data(path: Path) -> None:
+    lines = list(unsafe_loads(ast.parse(path.read_text(encoding="utf-8"))))
+    assert not lines, f"{relative(path)}, lines {lines}: no pickle; torch.load with weights_only=True"
+
+
+def test_no_machine_paths() -> None:
+    found = [f"{relative(path)}:{line}" for path, text in tracked_text() for line in machine_paths(text)]
+    assert not found, f"paths of one machine: {', '.join(found)}"
+
+
+def test_pins_cover_and_satisfy_the_requirements() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {}
+    for line in filter(None, (line.partition("#")[0].strip() for line in lines)):
+        match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.]*)", line)
+        assert match, f"constraints.txt pins name==version and nothing else, without local versions: got {line!r}"
+        pins[canonical(match[1])] = match[2]
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    needed = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    needed += [item for extra in project["project"]["optional-dependencies"].values() for item in extra]
+    for requirement in map(Requirement, needed):
+        version = pins.get(canonical(requirement.name))
+        assert version is not None, f"{requirement.name} is not pinned in constraints.txt"
+        assert requirement.specifier.contains(version), f"{requirement} excludes the pinned {version}"
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_checks_bite() -> None:
+    """Each check above finds what it looks for, and only that."""
+    assert list(undocumented(ast.parse("class A: ...\ndef _b(): ...\ndef c(): 'C.'"))) == ["the module", "A"]
+    assert sorted(environment_uses(ast.parse("import os\nos.environ['A']\nos.getenv('B')\nos.path"))) == [2, 3]
+    assert sorted(environment_uses(ast.parse("from os import environ\nfrom os import path"))) == [1]
+    loads = (
+        "import pickle",
+        "torch.load(f)",
+        "torch.load(f, weights_only=True)",
+        "torch.load(f, weights_only=False)",
+        "np.load(f)",
+        "np.load(f, allow_pickle=True)",
+        "from dill import x",
+    )
+    assert sorted(unsafe_loads(ast.parse("\n".join(loads)))) == [1, 2, 4, 6, 7]
+    bad = ("@work@main", "see `@root`", "(@tmp@x)", "@home@me@x", "'@opt@y'")
+    assert list(machine_paths("\n".join(bad).replace("@", "/"))) == [1, 2, 3, 4, 5]
+    good = (
+        "frame@work@x",
+        "https:@@x.org@work@y",
+        "train@root",
+        "a {dir}@tmp@b",
+        "@workers",
+        "..@work@x",
+        "@root-mean",
+    )
+    assert list(machine_paths("\n".join(good).replace("@", "/"))) == []

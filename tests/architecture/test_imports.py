@@ -1,0 +1,229 @@
+"""Imports run strictly downward: the floors of docs/architecture.md, checked on the source alone."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "moekit"
+
+# Room -> floor. A room imports rooms of lower floors only. A new room must be given a floor here and in
+# docs/architecture.md.
+FLOORS = {
+    "component": 0,
+    "errors": 0,
+    "routing": 0,
+    "functional": 0,
+    "kernels": 1,
+    "routers": 2,
+    "experts": 2,
+    "dispatch": 2,
+    "layer": 3,
+    "transformer": 3,
+    "heads": 3,
+    "surgery": 3,
+    "data": 3,
+    "parallel": 4,
+    "training": 5,
+    "inference": 5,
+    "report": 5,
+    "recipes": 6,
+}
+
+# The only imports between two rooms of one floor: (importer, imported module and what lies below it) -> why.
+SAME_FLOOR = {
+    ("routing", "moekit.component"): "Router is a Component",
+    ("functional", "moekit.routing"): "the reference layer and the losses read a Routing",
+    ("functional", "moekit.errors"): "errors.py is everybody's",
+    ("transformer", "moekit.layer"): "blocks hand a RoutingContext to a MoELayer and return its Routing",
+    ("heads", "moekit.layer"): "heads weigh the losses of routings with AuxLosses",
+    ("heads", "moekit.transformer"): "heads sit on a backbone",
+    ("heads", "moekit.data.batch"): "a Batch is what a head reads; nothing else of data",
+}
+
+# Rooms that must run with nothing but torch and the standard library (and lower rooms of moekit).
+TORCH_ONLY = {"functional": {"torch"}, "kernels": {"torch", "triton"}, "dispatch": {"torch"}}
+
+# The root package and the test harness stand outside the floors.
+ROOT, TESTING = "", "testing"
+
+
+@dataclass(frozen=True)
+class Import:
+    importer: str  # room
+    imported: str  # dotted name
+    where: str  # file:line
+
+
+def room_of(module: str) -> str:
+    """`moekit.routers.topk` -> `routers`; the package itself -> ``""``."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ROOT
+
+
+def module_name(path: Path, package: Path) -> str:
+    parts = list(path.relative_to(package.parent).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_module(dotted: str, package: Path) -> bool:
+    path = package.parent.joinpath(*dotted.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imports(package: Path) -> Iterator[Import]:
+    """Every import statement under `package`, also those inside functions and behind TYPE_CHECKING."""
+    for path in sorted(package.rglob("*.py")):
+        name = module_name(path, package)
+        base = name if path.stem == "__init__" else name.rpartition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{path.relative_to(package.parent)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                above = base.split(".")[: len(base.split(".")) - node.level + 1] if node.level else []
+                source = ".".join([*above, *([node.module] if node.module else [])])
+                # `from moekit import routers` imports a room, `from moekit.routing import Routing` a name.
+                targets = [
+                    f"{source}.{alias.name}" if is_module(f"{source}.{alias.name}", package) else source
+                    for alias in node.names
+                    if (source, alias.name) != (package.name, "__version__")  # set before anything is imported
+                ]
+            else:
+                continue
+            for target in dict.fromkeys(targets):
+                yield Import(room_of(name), target, where)
+
+
+def fault(found: Import, package: Path) -> str | None:
+    """What is wrong with one import, or None."""
+    top = found.imported.split(".")[0]
+    if top != package.name:
+        allowed = TORCH_ONLY.get(found.importer)
+        if allowed is None or top in allowed or top in sys.stdlib_module_names:
+            return None
+        return f"{found.importer} may import {', '.join(sorted(allowed))} and the standard library, not {top}"
+    target = room_of(found.imported)
+    if target == found.importer:
+        return None
+    if target == TESTING:
+        return "testing.py is for tests; the package does not import it"
+    if found.importer in (ROOT, TESTING):
+        return f"moekit.{found.importer or '__init__'} must not import recipes" if target == "recipes" else None
+    for room in (found.importer, target):
+        if room not in FLOORS and room != ROOT:
+            return f"room {room!r} has no floor: add it to FLOORS and to docs/architecture.md"
+    if target == ROOT:
+        return None if found.importer == "recipes" else "import the room: `moekit` itself imports everything"
+    if FLOORS[target] < FLOORS[found.importer]:
+        return None
+    if FLOORS[target] > FLOORS[found.importer]:
+        return f"upward import: floor {FLOORS[found.importer]} from floor {FLOORS[target]}"
+    for importer, module in SAME_FLOOR:
+        if importer == found.importer and (found.imported == module or found.imported.startswith(f"{module}.")):
+            return None
+    return "sideways import; if it is right, give the reason in SAME_FLOOR"
+
+
+def faults(package: Path) -> list[str]:
+    pairs = ((found, fault(found, package)) for found in imports(package))
+    return [f"{found.where}: {found.importer} -> {found.imported}: {why}" for found, why in pairs if why]
+
+
+def test_imports_run_downward() -> None:
+    assert not faults(PACKAGE), "\n".join(faults(PACKAGE))
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {
+        path.stem
+        for path in PACKAGE.iterdir()
+        if (path.suffix == ".py" and path.stem != "__init__") or (path / "__init__.py").is_file()
+    }
+    assert rooms - {TESTING} <= set(FLOORS)
+
+
+def test_same_floor_table_has_no_cycle_and_no_idle_row() -> None:
+    edges = {(importer, room_of(module)) for importer, module in SAME_FLOOR}
+    assert all(FLOORS[a] == FLOORS[b] for a, b in edges), "SAME_FLOOR is for rooms of one floor"
+    below: dict[str, set[str]] = {}
+    for a, b in edges:
+        below.setdefault(a, set()).add(b)
+
+    def reach(room: str, seen: tuple[str, ...] = ()) -> None:
+        assert room not in seen, f"cycle: {' -> '.join([*seen, room])}"
+        for lower in below.get(room, ()):
+            reach(lower, (*seen, room))
+
+    for room in below:
+        reach(room)
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "message"),
+    [
+        ("routing.py", "from moekit.layer import MoELayer", "upward import"),
+        ("functional/losses.py", "from moekit.component import Component", "sideways"),
+        ("functional/losses.py", "import numpy as np", "not numpy"),
+        ("dispatch.py", "import lightning", "not lightning"),
+        ("kernels/topk.py", "import scipy.special", "not scipy"),
+        ("routers/topk.py", "from moekit.experts import GroupedMLP", "sideways"),
+        ("routers/topk.py", "from ..experts import GroupedMLP", "sideways"),
+        ("routers/topk.py", "from .. import layer", "upward import"),
+        ("routers/topk.py", "import moekit as mk", "import the room"),
+        ("routers/topk.py", "def f():\n    from moekit.training import fit", "upward import"),
+        ("heads/translation.py", "from moekit.data.sources import base", "sideways"),
+        ("data/batch.py", "from moekit.heads import translation", "sideways"),
+        ("training/modules.py", "from moekit.recipes import zcode_m3", "upward import"),
+        ("training/modules.py", "from moekit import testing", "does not import it"),
+        ("__init__.py", "from moekit import recipes", "must not import recipes"),
+        ("testing.py", "from moekit.recipes import zcode_m3", "must not import recipes"),
+        ("attic/things.py", "from moekit.routing import Routing", "has no floor"),
+    ],
+)
+def test_a_wrong_import_is_found(tmp_path: Path, path: str, line: str, message: str) -> None:
+    package = fake_package(tmp_path, path, line)
+    found = faults(package)
+    assert len(found) == 1
+    assert message in found[0]
+    assert found[0].startswith(f"moekit/{path}:")
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        (
+            "functional/losses.py",
+            "import math\nimport torch.nn\nfrom moekit.routing import Routing",
+        ),
+        ("kernels/topk.py", "import triton.language as tl\nfrom moekit.functional import losses"),
+        ("heads/translation.py", "from moekit.data.batch import Batch\nfrom moekit.transformer import x"),
+        ("training/modules.py", "from moekit import __version__\nfrom moekit import heads\nimport lightning"),
+        ("recipes/zcode_m3.py", "import moekit as mk\nfrom moekit.training import modules"),
+        ("__init__.py", "from moekit import routers, training\nfrom moekit.layer import MoELayer"),
+        ("testing.py", "import moekit.training"),
+    ],
+)
+def test_a_right_import_is_not_found(tmp_path: Path, path: str, line: str) -> None:
+    assert faults(fake_package(tmp_path, path, line)) == []
+
+
+def fake_package(folder: Path, path: str, line: str) -> Path:
+    """An empty moekit with every room, and one file holding `line`."""
+    package = folder / "moekit"
+    for room in (*FLOORS, "testing"):
+        (package / room).mkdir(parents=True)
+    for name in ("layer", "dispatch", "testing", "routing", "component", "errors"):
+        (package / name).rmdir()
+        (package / f"{name}.py").touch()
+    (package / "data" / "batch.py").touch()
+    (package / "data" / "sources").mkdir()
+    file = package / path
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(line + "\n")
+    return package
