@@ -1,1 +1,52 @@
-"""."""
+"""Transformers whose blocks take any feed-forward: encoder-decoder, decoder-only, encoder-only."""
+
+from moekit.transformer.attention import AttentionPlan, CrossAttention, SelfAttention
+from moekit.transformer.block import Block, RoutedFeedForward
+from moekit.transformer.cache import DecoderCache
+from moekit.transformer.decoder_only import DecoderOnly
+from moekit.transformer.embedding import TokenEmbedding
+from moekit.transformer.encoder_decoder import EncoderDecoder
+from moekit.transformer.encoder_only import EncoderOnly
+from moekit.transformer.feed_forward import GLU, MLP, FeedForwardFactory, Side, at_layers, every_other
+from moekit.transformer.init import init_weights, materialize
+from moekit.transformer.norms import LayerNorm, RMSNorm
+from moekit.transformer.output import BlockOutput, DecoderOutput, StackOutput
+from moekit.transformer.positions import (
+    Positions,
+    RelativePositions,
+    RotaryPositions,
+    SinusoidalPositions,
+)
+from moekit.transformer.stack import Stack, build_stack
+
+__all__ = [
+    "GLU",
+    "MLP",
+    "AttentionPlan",
+    "Block",
+    "BlockOutput",
+    "CrossAttention",
+    "DecoderCache",
+    "DecoderOnly",
+    "DecoderOutput",
+    "EncoderDecoder",
+    "EncoderOnly",
+    "FeedForwardFactory",
+    "LayerNorm",
+    "Positions",
+    "RMSNorm",
+    "RelativePositions",
+    "RotaryPositions",
+    "RoutedFeedForward",
+    "SelfAttention",
+    "Side",
+    "SinusoidalPositions",
+    "Stack",
+    "StackOutput",
+    "TokenEmbedding",
+    "at_layers",
+    "build_stack",
+    "every_other",
+    "init_weights",
+    "materialize",
+]

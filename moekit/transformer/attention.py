@@ -1,0 +1,197 @@
+"""Multi-head attention over oneself and over a memory, and the plan that all layers of a stack share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moekit.transformer.cache import LayerCache
+from moekit.transformer.positions import Positions, Rotation
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Who sees whom, worked out once per forward.
+
+    Attributes:
+        mask: Bool (True = visible) or Float (added to the logits), broadcastable to ``[B, H, Q, K]``; None = all.
+        is_causal: nobody sees later places; only where `mask` is None.
+        rotation: how queries and new keys are rotated, or None.
+    """
+
+    mask: Tensor | None = None
+    is_causal: bool = False
+    rotation: Rotation | None = None
+
+
+def plan_attention(
+    x: Tensor, positions: Positions, head_dim: int, *, offset: int, causal: bool, key_mask: Tensor | None = None
+) -> AttentionPlan:
+    """Plan self-attention of `x` Float[B, Q, D], whose first token is at place `offset` behind cached keys.
+
+    Args:
+        x: only its shape, device and type matter.
+        positions: the idea of order.
+        head_dim: channels per head.
+        offset: number of cached keys.
+        causal: whether later keys are hidden.
+        key_mask: Bool[B, K], True = a real token; None = all are.
+    """
+    key = torch.arange(offset + x.shape[1], device=x.device)
+    query = key[offset:]
+    rotation = positions.rotation(query, head_dim)
+    bias = positions.bias(query, key, causal=causal)
+    visible = None
+    # A single new token sees every key, so one decoding step needs no causal mask.
+    if causal and x.shape[1] > 1 and (offset > 0 or bias is not None):
+        visible = key <= query[:, None]
+    if key_mask is not None:
+        keys = key_mask[:, None, None, :]
+        visible = keys if visible is None else visible & keys
+    if bias is None:
+        return AttentionPlan(visible, causal and visible is None and x.shape[1] > 1, rotation)
+    # Under autocast queries are in the lower precision, and so must be what is added to their products.
+    kind = x.device.type
+    bias = bias.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+    return AttentionPlan(bias if visible is None else bias.masked_fill(~visible, -torch.inf), False, rotation)
+
+
+def _split(dim: int, heads: int, head_dim: int | None) -> int:
+    """Channels per head."""
+    if head_dim is None and dim % heads:
+        raise ValueError(f"dim must be divisible by heads: got {dim} and {heads}. Change one or give head_dim.")
+    return head_dim or dim // heads
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of a sequence over itself; queries, keys and values come from one product.
+
+    Args:
+        dim: D.
+        heads: H.
+        head_dim: channels per head; None = D / H.
+        dropout: probability on attention weights.
+        bias: whether projections have biases (T5 and Switch: no).
+
+    Source: arXiv:1706.03762 section 3.2. Differs: logits are divided by sqrt(head_dim), which T5 leaves to its
+    initialisation.
+    """
+
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "qkv.weight": ("heads", "embed"),
+        "qkv.bias": ("heads",),
+        "out.weight": ("embed", "heads"),
+        "out.bias": ("embed",),
+    }
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        head_dim: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.dropout = heads, _split(dim, heads, head_dim), dropout
+        inner = heads * self.head_dim
+        self.qkv = nn.Linear(dim, 3 * inner, bias=bias)
+        self.out = nn.Linear(inner, dim, bias=bias)
+
+    def forward(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: Float[B, Q, D].
+            plan: who sees whom.
+            cache: earlier keys and values; the new ones are added to it.
+        """
+        batch, length = x.shape[:2]
+        query, key, value = self.qkv(x).view(batch, length, 3, self.heads, self.head_dim).unbind(2)
+        if plan.rotation is not None:
+            query, key = plan.rotation.apply(query), plan.rotation.apply(key)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        else:
+            key, value = key.transpose(1, 2), value.transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key,
+            value,
+            attn_mask=plan.mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=plan.is_causal,
+        )
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of a sequence over a memory; keys and values come from one product.
+
+    The sequence may have k times the memory's rows (k beams of one sentence, side by side): they share the keys and
+    values of their sentence, which are neither repeated nor computed twice.
+
+    Args:
+        dim: D, of sequence and memory.
+        heads: H.
+        head_dim: channels per head; None = D / H.
+        dropout: probability on attention weights.
+        bias: whether projections have biases.
+
+    Source: arXiv:1706.03762 section 3.2.3.
+    """
+
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "q.weight": ("heads", "embed"),
+        "q.bias": ("heads",),
+        "kv.weight": ("heads", "embed"),
+        "kv.bias": ("heads",),
+        "out.weight": ("embed", "heads"),
+        "out.bias": ("embed",),
+    }
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        head_dim: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.dropout = heads, _split(dim, heads, head_dim), dropout
+        inner = heads * self.head_dim
+        self.q = nn.Linear(dim, inner, bias=bias)
+        self.kv = nn.Linear(dim, 2 * inner, bias=bias)
+        self.out = nn.Linear(inner, dim, bias=bias)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: Float[k*B, Q, D].
+            memory: Float[B, S, D].
+            mask: Bool[B, 1, 1, S], True = visible; None = all.
+            cache: holds the memory's keys and values from the second call on.
+        """
+        rows, length = x.shape[:2]
+        sentences = memory.shape[0]
+        if cache is not None and cache.memory is not None:
+            key, value = cache.memory
+        else:
+            pair = self.kv(memory).view(sentences, memory.shape[1], 2, self.heads, self.head_dim)
+            key, value = pair.permute(2, 0, 3, 1, 4).unbind(0)
+            if cache is not None:
+                cache.memory = key, value
+        # Nothing here depends on order, so the queries of all beams of a sentence are simply more queries.
+        query = self.q(x).view(sentences, -1, self.heads, self.head_dim).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.out(mixed.transpose(1, 2).reshape(rows, length, -1))

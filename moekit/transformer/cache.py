@@ -1,0 +1,82 @@
+"""Keys and values that a decoder has already computed, so that a step costs one token and not the whole prefix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GROWTH = 32  # a full buffer grows by its own length, at least by this much
+
+
+class LayerCache:
+    """One layer's keys and values: of its own earlier tokens, and of the memory it attends to.
+
+    The buffer is ``[place, 2, row, head, channel]``, so that appending a token writes one contiguous piece and
+    reordering rows copies only the places in use.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+        self._length = 0
+        self.memory: tuple[Tensor, Tensor] | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values Float[R, Q, H, D_head]; returns all so far as Float[R, H, K, D_head] views."""
+        rows, new, heads, channels = key.shape
+        end = self._length + new
+        if self._buffer is None or end > self._buffer.shape[0]:
+            room = end + max(self._length, _GROWTH)
+            grown = key.new_empty(room, 2, rows, heads, channels)
+            if self._buffer is not None:
+                grown[: self._length] = self._buffer[: self._length]
+            self._buffer = grown
+        self._buffer[self._length : end, 0] = key.transpose(0, 1)
+        self._buffer[self._length : end, 1] = value.transpose(0, 1)
+        self._length = end
+        keys, values = self._buffer[:end].permute(1, 2, 3, 0, 4).unbind(0)
+        return keys, values
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep rows `rows` Int64[R'], in that order."""
+        if self._buffer is not None:
+            old = self._buffer
+            self._buffer = old.new_empty(old.shape[0], 2, rows.numel(), *old.shape[3:])
+            torch.index_select(old[: self._length], 2, rows, out=self._buffer[: self._length])
+
+    def select_memory(self, sentences: Tensor) -> None:
+        """Keep the memory of `sentences` Int64[B']."""
+        if self.memory is not None:
+            keys, values = self.memory
+            self.memory = keys.index_select(0, sentences), values.index_select(0, sentences)
+
+
+class DecoderCache:
+    """All layers' caches, and what routing needs to know of the past. For inference: it is changed in place.
+
+    Attributes:
+        layers: one `LayerCache` per block.
+        length: tokens seen so far by every row.
+        last_ids: Int64[R], the last token of every row; None before the first.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [LayerCache() for _ in range(num_layers)]
+        self.length = 0
+        self.last_ids: Tensor | None = None
+
+    def advance(self, ids: Tensor) -> None:
+        """Note that tokens Int64[R, Q] have been seen; the decoder calls this after its blocks."""
+        self.length += ids.shape[1]
+        self.last_ids = ids[:, -1]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep rows `rows` Int64[R'] (beams that survive, each possibly several times), in that order."""
+        for layer in self.layers:
+            layer.reorder(rows)
+        if self.last_ids is not None:
+            self.last_ids = self.last_ids.index_select(0, rows)
+
+    def select_memory(self, sentences: Tensor) -> None:
+        """Keep the encoder memory of `sentences` Int64[B'] only; rows are reordered apart."""
+        for layer in self.layers:
+            layer.select_memory(sentences)

@@ -1,0 +1,53 @@
+"""Token embeddings, which are also the output projection where they are tied."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EmbeddingScale = Literal["input", "output"]
+
+
+class TokenEmbedding(nn.Module):
+    """A table of token vectors that maps ids to vectors and hidden states to logits.
+
+    Either way vectors enter the network, and logits leave it, with unit variance at the start; what differs is how
+    fast the table moves. Adam's steps have one size whatever the weights', so small weights learn faster.
+
+    Args:
+        vocab_size: V.
+        dim: D.
+        scale: "input" = weights of std 1 / sqrt(D), multiplied by sqrt(D) on the way in (the Transformer; right for
+            Adam). "output" = weights of std 1, hidden states divided by sqrt(D) on the way out (T5; its Adafactor
+            scales steps by the size of the weights).
+
+    Source: arXiv:1706.03762 section 3.4; arXiv:1910.10683 (released code).
+    """
+
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {"weight": ("vocab", "embed")}
+
+    def __init__(self, vocab_size: int, dim: int, *, scale: EmbeddingScale = "input") -> None:
+        super().__init__()
+        if scale not in ("input", "output"):
+            raise ValueError(f'embedding scale must be "input" or "output": got {scale!r}.')
+        self.scale: EmbeddingScale = scale
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the weights at the start."""
+        return float(self.weight.shape[1] ** -0.5) if self.scale == "input" else 1.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Vectors Float[..., D] of ids Int64[...]."""
+        vectors = F.embedding(ids, self.weight)
+        return vectors * self.weight.shape[1] ** 0.5 if self.scale == "input" else vectors
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits Float[..., V] of hidden states Float[..., D]."""
+        if self.scale == "output":
+            hidden = hidden * self.weight.shape[1] ** -0.5
+        return F.linear(hidden, self.weight)

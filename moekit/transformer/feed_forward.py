@@ -1,0 +1,152 @@
+"""Dense feed-forwards, and the choice of which layers get which feed-forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import ClassVar, Literal, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Side = Literal["encoder", "decoder"]
+Activation = Literal["relu", "gelu", "silu"]
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+class FeedForwardFactory(Protocol):
+    """Makes the feed-forward of one layer; None = the stack's default dense one."""
+
+    def __call__(self, layer: int, side: Side, /) -> nn.Module | None:
+        """Make the feed-forward of layer number `layer` (0 = first) of the encoder or the decoder."""
+
+
+def _check(activation: str) -> str:
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}: got {activation!r}.")
+    return activation
+
+
+class MLP(nn.Module):
+    """Two-layer feed-forward, y = activation(x W_in) W_out.
+
+    Args:
+        dim: D.
+        hidden_dim: F.
+        activation: "relu" (Transformer, T5), "gelu" or "silu".
+        dropout: probability on the hidden activations.
+        bias: whether both layers have biases.
+
+    Source: arXiv:1706.03762 eq. 2.
+    """
+
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "w_in.weight": ("mlp", "embed"),
+        "w_in.bias": ("mlp",),
+        "w_out.weight": ("embed", "mlp"),
+        "w_out.bias": ("embed",),
+    }
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        activation: Activation = "relu",
+        dropout: float = 0.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.activation, self.dropout = _check(activation), dropout
+        self.w_in = nn.Linear(dim, hidden_dim, bias=bias)
+        self.w_out = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute Float[..., D]."""
+        hidden = _ACTIVATIONS[self.activation](self.w_in(x))
+        return self.w_out(F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden)
+
+
+class GLU(nn.Module):
+    """Gated feed-forward, y = (activation(x W_gate) * x W_up) W_out; gate and up come from one product.
+
+    Args:
+        dim: D.
+        hidden_dim: F; two thirds of an `MLP`'s for the same cost.
+        activation: "gelu" (GEGLU), "silu" (SwiGLU) or "relu" (ReGLU).
+        dropout: probability on the hidden activations.
+        bias: whether both layers have biases.
+
+    Source: arXiv:2002.05202 eq. 6.
+    """
+
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "w_in.weight": ("mlp", "embed"),
+        "w_in.bias": ("mlp",),
+        "w_out.weight": ("embed", "mlp"),
+        "w_out.bias": ("embed",),
+    }
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        activation: Activation = "gelu",
+        dropout: float = 0.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.activation, self.dropout = _check(activation), dropout
+        self.w_in = nn.Linear(dim, 2 * hidden_dim, bias=bias)
+        self.w_out = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute Float[..., D]."""
+        gate, up = self.w_in(x).chunk(2, dim=-1)
+        hidden = _ACTIVATIONS[self.activation](gate) * up
+        return self.w_out(F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden)
+
+
+def at_layers(
+    layers: Collection[int] | Mapping[Side, Collection[int]],
+    sparse: FeedForwardFactory,
+    dense: FeedForwardFactory | None = None,
+) -> FeedForwardFactory:
+    """`sparse` at the chosen layers, `dense` (default: the stack's own) at the others.
+
+    Args:
+        layers: numbers from 0, for both sides, or by side: ``{"encoder": {1, 3}}`` (a side left out is dense).
+        sparse: makes the chosen layers, for example ``lambda layer, side: MoELayer(...)``.
+        dense: makes the others.
+    """
+
+    def make(layer: int, side: Side, /) -> nn.Module | None:
+        chosen = layers.get(side, ()) if isinstance(layers, Mapping) else layers
+        if layer in chosen:
+            return sparse(layer, side)
+        return None if dense is None else dense(layer, side)
+
+    return make
+
+
+def every_other(
+    sparse: FeedForwardFactory, dense: FeedForwardFactory | None = None, *, start: int = 1, every: int = 2
+) -> FeedForwardFactory:
+    """`sparse` at layers start, start + every, ...; `dense` (default: the stack's own) at the others.
+
+    Source: GShard and Switch put experts in every other layer, the second first (arXiv:2006.16668 section 2.2,
+    arXiv:2101.03961 section 2.5); ``start=3, every=4`` is ST-MoE's (arXiv:2202.08906 table 11).
+    """
+    if every < 1 or start < 0:
+        raise ValueError(f"every_other needs every >= 1 and start >= 0: got {every} and {start}.")
+
+    def make(layer: int, side: Side, /) -> nn.Module | None:
+        if layer >= start and (layer - start) % every == 0:
+            return sparse(layer, side)
+        return None if dense is None else dense(layer, side)
+
+    return make

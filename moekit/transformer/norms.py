@@ -1,0 +1,63 @@
+"""Layer norm and RMS norm whose statistics are float32 whatever the precision around them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _wide(x: Tensor) -> Tensor:
+    """`x` in float32, or in its own type where that is wider; no copy where nothing changes."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class LayerNorm(nn.Module):
+    """Layer norm, (x - mean) / sqrt(variance + eps) * weight + bias, over the last dimension.
+
+    Args:
+        dim: D.
+        eps: added to the variance.
+
+    Source: arXiv:1607.06450 eq. 3. Differs: mean and variance are float32 under bf16 too; the result has the type
+    of the input.
+    """
+
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {"weight": ("embed",), "bias": ("embed",)}
+
+    def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise Float[..., D]."""
+        wide = _wide(x)
+        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+        return F.layer_norm(wide, weight.shape, weight, bias, self.eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, x / sqrt(mean(x^2) + eps) * weight, over the last dimension: no mean, no bias.
+
+    Args:
+        dim: D.
+        eps: added to the mean square.
+
+    Source: arXiv:1910.07467 eq. 4; the norm of T5 (arXiv:1910.10683 section 2.1). Differs: as `LayerNorm`.
+    """
+
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {"weight": ("embed",)}
+
+    def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise Float[..., D]."""
+        wide = _wide(x)
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)

@@ -1,0 +1,218 @@
+"""A stack of blocks with shared positions and a final norm: the encoder, or the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypedDict, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moekit.component import Component
+from moekit.routing import Routing
+from moekit.transformer.attention import CrossAttention, SelfAttention, plan_attention
+from moekit.transformer.block import Block
+from moekit.transformer.cache import DecoderCache
+from moekit.transformer.context import routing_context
+from moekit.transformer.feed_forward import MLP, Activation, FeedForwardFactory, Side
+from moekit.transformer.norms import LayerNorm
+from moekit.transformer.output import StackOutput
+from moekit.transformer.positions import Positions, RelativePositions
+
+
+class Stack(Component):
+    """Blocks one after another, then a norm. Masks, positions and routing context are made once for all of them.
+
+    Args:
+        blocks: the layers, first to last.
+        positions: the idea of order.
+        norm: applied after the last block.
+        causal: whether tokens are kept from seeing later ones. Such a stack takes padding on the right only, where
+            causality hides it anyway, and needs no padding mask in attention.
+        dropout: probability on the embeddings.
+        checkpoint: forget activations inside blocks and compute them again in backward: less memory, same numbers.
+        pad_id: stands for "the token before the first" in routing contexts.
+
+    Raises:
+        ValueError: if a feed-forward of a causal stack may look at later tokens.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        *,
+        positions: Positions,
+        norm: nn.Module,
+        causal: bool,
+        dropout: float = 0.0,
+        checkpoint: bool = False,
+        pad_id: int = 0,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(blocks)
+        self.positions, self.norm = positions, norm
+        self.causal, self.dropout, self.checkpoint, self.pad_id = causal, dropout, checkpoint, pad_id
+        if causal:
+            for block in blocks:
+                if block.is_routed:
+                    block.feed_forward.check_causal()  # type: ignore[operator]
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The layers, first to last, by their type."""
+        return tuple(cast(Block, layer) for layer in self.layers)
+
+    @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """Numbers of the sparse layers, in the order of `StackOutput.routings`."""
+        return tuple(i for i, block in enumerate(self.blocks) if block.is_routed)
+
+    def forward(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        language: Tensor | None = None,
+        *,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        cache: DecoderCache | None = None,
+    ) -> StackOutput:
+        """Run the blocks.
+
+        Args:
+            x: Float[B, S, D], embedded tokens.
+            ids: Int64[B, S], the tokens, for routers.
+            mask: Bool[B, S], True = a real token. None = all are.
+            language: Int64[B], for routers.
+            memory: Float[B', S', D] for cross-attention; B is a multiple of B'.
+            memory_mask: Bool[B', S'].
+            cache: keys and values of earlier tokens; changed in place.
+        """
+        offset = 0 if cache is None else cache.length
+        place = torch.arange(offset, offset + x.shape[1], device=x.device)
+        x = self._drop(self.positions.embed(x, place))
+        if self.causal:
+            _check_right_padded(mask)
+        blocks = self.blocks
+        plan = plan_attention(
+            x,
+            self.positions,
+            blocks[0].self_attention.head_dim if blocks else 2,
+            offset=offset,
+            causal=self.causal,
+            key_mask=None if self.causal else mask,
+        )
+        context = None
+        if any(block.is_routed for block in blocks):
+            context = routing_context(ids, mask, language, pad_id=self.pad_id, cache=cache)
+        keys = None if memory_mask is None else memory_mask[:, None, None, :]
+        routings: list[Routing] = []
+        for number, block in enumerate(blocks):
+            past = None if cache is None else cache.layers[number]
+            inputs = (x, plan, context, memory, keys, past)
+            if self.checkpoint and past is None and torch.is_grad_enabled():
+                output = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                output = block(*inputs)
+            x = output.hidden
+            if output.routing is not None:
+                routings.append(output.routing)
+        if cache is not None:
+            cache.advance(ids)
+        return StackOutput(self.norm(x), tuple(routings))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def _check_right_padded(mask: Tensor | None) -> None:
+    """Refuse padding before a real token, where looking costs nothing (not on an accelerator, not in a compiler)."""
+    if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise ValueError(
+            "A decoder takes padding on the right only: got a mask with a real token after padding. Move the padding "
+            "behind the tokens."
+        )
+
+
+class StackOptions(TypedDict, total=False):
+    """Options of `build_stack` that every model passes on; see there."""
+
+    feed_forward: FeedForwardFactory | None
+    positions: Positions | None
+    norm: Callable[[int], nn.Module]
+    activation: Activation
+    dropout: float
+    attention_dropout: float
+    head_dim: int | None
+    bias: bool
+    checkpoint: bool
+
+
+def build_stack(
+    side: Side,
+    layers: int,
+    dim: int,
+    heads: int,
+    hidden_dim: int,
+    *,
+    cross_attention: bool = False,
+    pad_id: int = 0,
+    feed_forward: FeedForwardFactory | None = None,
+    positions: Positions | None = None,
+    norm: Callable[[int], nn.Module] = LayerNorm,
+    activation: Activation = "relu",
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    head_dim: int | None = None,
+    bias: bool = False,
+    checkpoint: bool = False,
+) -> Stack:
+    """Build a uniform stack.
+
+    Args:
+        side: "encoder" (sees everything) or "decoder" (causal).
+        layers: number of blocks.
+        dim: D.
+        heads: H.
+        hidden_dim: F of the default feed-forward.
+        cross_attention: whether blocks attend to a memory.
+        pad_id: see `Stack`.
+        feed_forward: makes the feed-forward of each layer; None, or a factory that returns None = `MLP`.
+        positions: the idea of order; None = T5's `RelativePositions`. An object with weights belongs to this stack.
+        norm: makes a norm for D.
+        activation: of the default feed-forward.
+        dropout: on embeddings, on branch outputs, and on the hidden activations of the default feed-forward.
+        attention_dropout: on attention weights.
+        head_dim: channels per head; None = D / H.
+        bias: whether attention and the default feed-forward have biases (T5 and Switch: no).
+        checkpoint: see `Stack`.
+    """
+    attention = {"head_dim": head_dim, "dropout": attention_dropout, "bias": bias}
+    blocks = []
+    for number in range(layers):
+        made = None if feed_forward is None else feed_forward(number, side)
+        if made is None:
+            made = MLP(dim, hidden_dim, activation=activation, dropout=dropout, bias=bias)
+        blocks.append(
+            Block(
+                SelfAttention(dim, heads, **attention),  # type: ignore[arg-type]
+                made,
+                norms=tuple(norm(dim) for _ in range(3 if cross_attention else 2)),
+                cross_attention=CrossAttention(dim, heads, **attention) if cross_attention else None,  # type: ignore[arg-type]
+                dropout=dropout,
+            )
+        )
+    return Stack(
+        blocks,
+        positions=RelativePositions(heads) if positions is None else positions,
+        norm=norm(dim),
+        causal=side == "decoder",
+        dropout=dropout,
+        checkpoint=checkpoint,
+        pad_id=pad_id,
+    )
