@@ -1,0 +1,64 @@
+"""Perplexity of tokens, by task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class TokenPerplexity(Metric):
+    """exp(sum of negative log-likelihoods / number of tokens) for each task.
+
+    Unlike a mean of batch means, it does not depend on how tokens were batched or spread over processes.
+
+    Args:
+        tasks: names such as ``"translation"``; `update` refuses others.
+
+    Example:
+        >>> perplexity = TokenPerplexity(["translation"])
+        >>> perplexity.update("translation", torch.tensor(6.0), torch.tensor(3))
+        >>> round(perplexity.compute()["translation"], 3)
+        7.389
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = False
+
+    nll: Tensor
+    tokens: Tensor
+
+    def __init__(self, tasks: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not tasks or len(set(tasks)) != len(tasks):
+            raise ValueError(f"TokenPerplexity needs one or more different tasks: got {list(tasks)}.")
+        self.tasks = tuple(tasks)
+        # float64: a float32 sum stops growing after some ten million tokens.
+        self.add_state("nll", torch.zeros(len(tasks), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros(len(tasks), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, task: str, nll: Tensor | float, tokens: Tensor | int) -> None:
+        """Add `nll`, the sum (not mean) of negative log-likelihoods in nats, over `tokens` predicted tokens.
+
+        Raises:
+            ValueError: an unknown task.
+        """
+        if task not in self.tasks:
+            raise ValueError(f"task must be one of {list(self.tasks)}: got {task!r}. Name it when making the metric.")
+        row = self.tasks.index(task)
+        self.nll[row] += torch.as_tensor(nll, device=self.nll.device).detach().to(torch.float64)
+        self.tokens[row] += torch.as_tensor(tokens, device=self.tokens.device).detach().to(torch.int64)
+
+    def compute(self) -> dict[str, float]:
+        """Perplexity by task; tasks without a token are absent, and an overflow is infinity."""
+        values = {}
+        for task, nll, tokens in zip(self.tasks, self.nll.tolist(), self.tokens.tolist(), strict=True):
+            if tokens:
+                mean = nll / tokens
+                values[task] = math.exp(mean) if mean < 700 else (mean if math.isnan(mean) else math.inf)
+        return values

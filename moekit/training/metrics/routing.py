@@ -1,0 +1,169 @@
+"""What the routers did: load by expert and by language, drops, dead experts, evenness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from moekit.routing import Routing, routing_stats
+
+DEAD_SHARE = 0.01
+"""An expert is dead if it gets less than this part of an even share (1 / num_experts) of all assignments."""
+
+
+class RoutingStatistics(Metric):
+    """Statistics of every MoE layer over all batches and processes, from `Routing` objects.
+
+    Load counts assignments that asked for an expert, dropped ones included; padding is never counted.
+
+    Args:
+        layers: number of experts by layer name, for example ``{"encoder.1": 8}``, in the order of the report.
+        languages: names by language id; the load is also counted by language.
+
+    Raises:
+        ValueError: no layer.
+
+    Definitions, for a layer with loads ``n_e`` (sum N) over E experts:
+        load: ``n_e / N``.
+        drop_rate: assignments dropped for capacity / N.
+        load_entropy: entropy of the load / log E; 1 = even, 0 = collapse.
+        load_cv: standard deviation of ``n_e`` (over E, not E - 1) / mean.
+        load_max_ratio: ``max n_e * E / N``; the excess over 1 is MaxVio of arXiv:2408.15664.
+        dead_experts: experts with less than `DEAD_SHARE` of an even share.
+        entropy: mean of the router's own ``statistics["entropy"]`` (of its probabilities, in nats), weighted by
+            assignments; None where a router reports none.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = None
+
+    def __init__(self, layers: Mapping[str, int], languages: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not layers:
+            raise ValueError("RoutingStatistics needs at least one layer: got none. Leave it out of dense models.")
+        self.layers = dict(layers)
+        self.languages = tuple(languages)
+        rows = max(1, len(self.languages))
+        for index, num_experts in enumerate(self.layers.values()):
+            zeros = torch.zeros(rows, num_experts, dtype=torch.int64)
+            self.add_state(f"load_{index}", zeros, dist_reduce_fx="sum")
+            self.add_state(f"kept_{index}", zeros[0].clone(), dist_reduce_fx="sum")
+            # Sum of entropy * assignments, and the assignments it was reported for.
+            self.add_state(f"entropy_{index}", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, routings: Mapping[str, Routing], language: Tensor | None = None) -> None:
+        """Count one batch.
+
+        Args:
+            routings: by layer name; layers may be updated in separate calls (an encoder's with the source
+                language, a decoder's with the target language).
+            language: Int[T] or Int[B] language ids, per token or per sequence of equal padded length.
+
+        Raises:
+            ValueError: an unknown layer, a wrong number of experts, or language ids that are missing or do not
+                fit the tokens.
+        """
+        if self.languages and language is None:
+            raise ValueError("RoutingStatistics was made with languages and needs `language` ids: got None.")
+        for name, routing in routings.items():
+            if self.layers.get(name) != routing.num_experts:
+                raise ValueError(
+                    f"routings must fit the layers {self.layers}: got {name!r} with {routing.num_experts} experts. "
+                    "Make RoutingStatistics with the names and sizes of the model's MoE layers."
+                )
+            index = list(self.layers).index(name)
+            group = None if language is None or not self.languages else _per_token(language, routing)
+            stats = routing_stats(routing, group, len(self.languages))
+            load = stats.load[None] if stats.load_by_group is None else stats.load_by_group
+            getattr(self, f"load_{index}").add_(load)
+            getattr(self, f"kept_{index}").add_(stats.kept)
+            if "entropy" in routing.statistics:
+                count = stats.load.sum().to(torch.float64)
+                entropy = routing.statistics["entropy"].detach().to(torch.float64)
+                # A batch without a real token has no entropy; 0 * nan would spoil the sum.
+                weighted = torch.where(count > 0, entropy * count, torch.zeros_like(count))
+                getattr(self, f"entropy_{index}").add_(torch.stack([weighted, count]))
+
+    def compute(self) -> dict[str, Any]:
+        """The form of routing.json: plain data.
+
+        Returns:
+            ``{"languages": [...], "layers": [{"name", "num_experts", "load": [E], "load_by_language": {language:
+            [E]}, "entropy", "load_entropy", "drop_rate", "dead_experts", "load_cv", "load_max_ratio",
+            "assignments"}]}``. Loads sum to 1, or are all 0 where nothing was routed.
+        """
+        return {
+            "languages": list(self.languages),
+            "layers": [self._layer(index, name) for index, name in enumerate(self.layers)],
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The form of summary.json: means over the layers (dead experts: their sum), and each layer by name."""
+        layers = {
+            layer["name"]: {key: value for key, value in layer.items() if key != "name"}
+            for layer in self.compute()["layers"]
+        }
+        entropies = [layer["entropy"] for layer in layers.values() if layer["entropy"] is not None]
+        return {
+            "drop_rate": _mean([layer["drop_rate"] for layer in layers.values()]),
+            "entropy": _mean(entropies) if entropies else None,
+            "load_entropy": _mean([layer["load_entropy"] for layer in layers.values()]),
+            "dead_experts": sum(layer["dead_experts"] for layer in layers.values()),
+            "load_cv": _mean([layer["load_cv"] for layer in layers.values()]),
+            "load_max_ratio": _mean([layer["load_max_ratio"] for layer in layers.values()]),
+            "layers": layers,
+        }
+
+    def log_values(self) -> dict[str, float]:
+        """Means over the layers as a flat dictionary for `log_dict`: ``routing/drop_rate``, ..."""
+        return {
+            f"routing/{name}": float(value)
+            for name, value in self.summary().items()
+            if name != "layers" and value is not None
+        }
+
+    def _layer(self, index: int, name: str) -> dict[str, Any]:
+        counts = getattr(self, f"load_{index}").cpu().to(torch.float64)
+        kept = int(getattr(self, f"kept_{index}").sum())
+        weighted, reported = getattr(self, f"entropy_{index}").tolist()
+        load, num_experts = counts.sum(0), counts.size(1)
+        total = load.sum().item()
+        share = load / max(total, 1)
+        return {
+            "name": name,
+            "num_experts": num_experts,
+            "assignments": int(total),
+            "load": share.tolist(),
+            "load_by_language": {
+                language: (row / max(row.sum().item(), 1)).tolist()
+                for language, row in zip(self.languages, counts, strict=False)
+            },
+            "entropy": weighted / reported if reported else None,
+            "load_entropy": (
+                torch.special.entr(share).sum().item() / math.log(num_experts) if num_experts > 1 else 1.0
+            ),
+            "drop_rate": 1 - kept / total if total else 0.0,
+            "dead_experts": int((share < DEAD_SHARE / num_experts).sum()) if total else 0,
+            "load_cv": share.std(correction=0).item() * num_experts,
+            "load_max_ratio": share.max().item() * num_experts,
+        }
+
+
+def _per_token(language: Tensor, routing: Routing) -> Tensor:
+    """Language ids as Int[T], from ids per token or per sequence."""
+    count = language.numel()
+    if not count or routing.num_tokens % count:
+        raise ValueError(
+            f"language must have one id per token or per sequence: got {count} ids for {routing.num_tokens} tokens."
+        )
+    return language.reshape(-1).repeat_interleave(routing.num_tokens // count)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,235 @@
+"""Metrics against sacrebleu and against counting by hand, in one process and in two."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+
+from moekit.routing import Routing
+from moekit.training.metrics import RoutingStatistics, TokenPerplexity, TranslationScore
+
+TEXT = "the a small old house dog sees eats runs under over river , . ! Straße über été 2,5 (no)"
+WORDS = TEXT.split()
+
+
+def corpus(seed: int, sentences: int) -> tuple[list[str], list[str]]:
+    """References, and hypotheses that change some words; one of each is empty."""
+    rng = random.Random(seed)
+    references = [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(sentences)]
+    hypotheses = [
+        " ".join(rng.choice(WORDS) if rng.random() < 0.2 else word for word in line.split()) for line in references
+    ]
+    return ["", *hypotheses], [*references[:1], *references]
+
+
+def routing(experts: list[list[int]], num_experts: int, **kwargs: Any) -> Routing:
+    """A routing of tokens with the given choices; `dropped` and `padding` are assignment numbers."""
+    token = torch.tensor([t for t, row in enumerate(experts) for _ in row])
+    expert = torch.tensor([e for row in experts for e in row])
+    position = torch.zeros_like(token)
+    position[kwargs.pop("padding", [])] = -1
+    kept = position >= 0
+    kept[kwargs.pop("dropped", [])] = False
+    return Routing(
+        token,
+        expert,
+        torch.ones(len(token)),
+        position,
+        kept,
+        num_tokens=len(experts),
+        num_experts=num_experts,
+        **kwargs,
+    )
+
+
+def test_translation_score_equals_sacrebleu_on_the_whole_corpus() -> None:
+    score = TranslationScore(["en-de", "de-en", "en-fr"])
+    expected: dict[str, dict[str, float]] = {"bleu": {}, "chrf": {}}
+    signatures = {}
+    for seed, direction in enumerate(["en-de", "de-en"]):
+        hypotheses, references = corpus(seed, 41)
+        for start in range(0, 42, 5):  # in uneven batches
+            score.update(direction, hypotheses[start : start + 5], references[start : start + 5])
+        for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+            expected[name][direction] = metric.corpus_score(hypotheses, [references]).score
+            signatures[name] = str(metric.get_signature())
+    result = score.compute()
+    for name in ("bleu", "chrf"):
+        assert result[name]["directions"] == expected[name]  # exactly
+        assert result[name]["average"] == sum(expected[name].values()) / 2
+        assert result[name]["signature"] == signatures[name]
+        assert 20 < result[name]["average"] < 99
+    assert "nrefs:1" in signatures["bleu"]
+    json.dumps(result)
+    values = score.log_values()
+    assert values["bleu/en-de"] == expected["bleu"]["en-de"]
+    assert set(values) == {f"{m}/{d}" for m in ("bleu", "chrf") for d in ("en-de", "de-en", "average")}
+    score.reset()
+    with pytest.warns(UserWarning, match="before the ``update``"):
+        assert score.compute()["bleu"]["average"] is None
+
+
+def test_translation_score_follows_the_tokenizer() -> None:
+    hypothesis, reference = ["abcdefgh x"], ["abcdefgh y"]
+    score = TranslationScore(["en-de"], tokenize="char")
+    score.update("en-de", hypothesis, reference)
+    metric = BLEU(tokenize="char", force=True)
+    assert score.compute()["bleu"]["average"] == metric.corpus_score(hypothesis, [reference]).score
+    assert "tok:char" in score.compute()["bleu"]["signature"]
+
+
+def test_translation_score_refuses_bad_input() -> None:
+    score = TranslationScore(["en-de"])
+    with pytest.raises(ValueError, match=r"must be one of .* got 'de-en'"):
+        score.update("de-en", ["a"], ["a"])
+    with pytest.raises(ValueError, match="got 2 hypotheses and 1 references for en-de"):
+        score.update("en-de", ["a", "b"], ["a"])
+    with pytest.raises(ValueError, match="different directions"):
+        TranslationScore(["en-de", "en-de"])
+    score.update("en-de", [], [])
+    assert score.compute()["chrf"]["directions"] == {}
+
+
+def test_perplexity_does_not_depend_on_batches() -> None:
+    metric = TokenPerplexity(["translation", "masked_lm", "unseen"])
+    metric.update("translation", torch.tensor(10.0, requires_grad=True), torch.tensor(3))
+    metric.update("translation", 1.0, 7)
+    metric.update("masked_lm", torch.tensor(5000.0), 2)
+    assert metric.compute() == {"translation": pytest.approx(math.exp(1.1)), "masked_lm": math.inf}
+    with pytest.raises(ValueError, match="got 'causal_lm'"):
+        metric.update("causal_lm", 1.0, 1)
+
+
+def test_routing_statistics_against_counting_by_hand() -> None:
+    metric = RoutingStatistics({"encoder.1": 4, "decoder.1": 2}, ["en", "de"])
+    # Three tokens, two choices each. Token 2 is padding; assignment 1 was dropped.
+    first = routing(
+        [[0, 1], [0, 2], [3, 3]],
+        4,
+        padding=[4, 5],
+        dropped=[1],
+        statistics={"entropy": torch.tensor(0.5)},
+    )
+    second = routing([[0, 1], [0, 1]], 4, statistics={"entropy": torch.tensor(1.5)})
+    metric.update({"encoder.1": first}, torch.tensor([0, 1, 1]))
+    metric.update({"encoder.1": second}, torch.tensor([1]))  # one id for a sequence of two tokens
+    metric.update({"decoder.1": routing([[0], [0]], 2)}, torch.tensor([[0], [1]]))
+    encoder, decoder = metric.compute()["layers"]
+    assert encoder["name"] == "encoder.1"
+    assert encoder["num_experts"] == 4
+    assert encoder["assignments"] == 8
+    assert encoder["load"] == pytest.approx([4 / 8, 3 / 8, 1 / 8, 0])
+    assert encoder["load_by_language"] == {
+        "en": pytest.approx([1 / 2, 1 / 2, 0, 0]),
+        "de": pytest.approx([3 / 6, 2 / 6, 1 / 6, 0]),
+    }
+    assert encoder["entropy"] == pytest.approx((0.5 * 4 + 1.5 * 4) / 8)
+    assert encoder["drop_rate"] == pytest.approx(1 / 8)
+    assert encoder["dead_experts"] == 1
+    assert encoder["load_max_ratio"] == pytest.approx(2.0)
+    assert encoder["load_cv"] == pytest.approx(math.sqrt(sum((n - 2) ** 2 for n in (4, 3, 1, 0)) / 4) / 2)
+    assert encoder["load_entropy"] == pytest.approx(-sum(p * math.log(p) for p in (0.5, 0.375, 0.125)) / math.log(4))
+    assert decoder["load"] == [1.0, 0.0]
+    assert decoder["entropy"] is None
+    assert decoder["load_entropy"] == 0
+    assert decoder["load_max_ratio"] == 2
+    summary = metric.summary()
+    assert summary["dead_experts"] == 2
+    assert summary["drop_rate"] == pytest.approx(1 / 16)
+    assert summary["entropy"] == pytest.approx(1.0)
+    assert set(summary["layers"]) == {"encoder.1", "decoder.1"}
+    json.dumps([metric.compute(), summary])
+    assert metric.log_values()["routing/dead_experts"] == 2
+
+
+def test_even_load_and_nothing_routed() -> None:
+    metric = RoutingStatistics({"a": 4, "b": 4})
+    metric.update({"a": routing([[0, 1, 2, 3]] * 5, 4), "b": routing([[0]], 4, padding=[0])})
+    even, empty = metric.compute()["layers"]
+    assert (even["load_entropy"], even["load_cv"], even["load_max_ratio"], even["dead_experts"]) == (1, 0, 1, 0)
+    assert empty["load"] == [0.0] * 4
+    assert (empty["drop_rate"], empty["dead_experts"], empty["load_cv"], empty["entropy"]) == (0, 0, 0, None)
+    assert metric.compute()["languages"] == []
+
+
+def test_entropy_of_a_batch_without_tokens_does_not_spoil_the_sum() -> None:
+    metric = RoutingStatistics({"a": 2})
+    metric.update({"a": routing([[0]], 2, padding=[0], statistics={"entropy": torch.tensor(math.nan)})})
+    metric.update({"a": routing([[1]], 2, statistics={"entropy": torch.tensor(0.25)})})
+    assert metric.compute()["layers"][0]["entropy"] == 0.25
+
+
+def test_routing_statistics_refuses_bad_input() -> None:
+    metric = RoutingStatistics({"a": 2}, ["en"])
+    with pytest.raises(ValueError, match="got 'b' with 2 experts"):
+        metric.update({"b": routing([[0]], 2)}, torch.tensor([0]))
+    with pytest.raises(ValueError, match="got 'a' with 3 experts"):
+        metric.update({"a": routing([[0]], 3)}, torch.tensor([0]))
+    with pytest.raises(ValueError, match="needs `language` ids"):
+        metric.update({"a": routing([[0]], 2)})
+    with pytest.raises(ValueError, match="got 2 ids for 3 tokens"):
+        metric.update({"a": routing([[0], [0], [1]], 2)}, torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match="at least one layer"):
+        RoutingStatistics({})
+
+
+def _update(metrics: tuple[Any, ...], part: int) -> None:
+    """What process `part` sees; the first sees nothing of de-en and less routing."""
+    translation, perplexity, statistics = metrics
+    hypotheses, references = corpus(7, 30)
+    half = slice(0, 9) if part == 0 else slice(9, None)
+    translation.update("en-de", hypotheses[half], references[half])
+    perplexity.update("translation", 3.0 + part, 4)
+    if part:
+        translation.update("de-en", *corpus(8, 5))
+        perplexity.update("masked_lm", 2.0, 1)
+    entropy = {"entropy": torch.tensor(0.1 + part)}
+    experts = [[0, 1]] if part == 0 else [[1, 2], [0, 2]]
+    statistics.update({"a": routing(experts, 3, dropped=[0], statistics=entropy)}, torch.tensor([part]))
+
+
+def _metrics() -> tuple[Any, ...]:
+    return (
+        TranslationScore(["en-de", "de-en"]),
+        TokenPerplexity(["translation", "masked_lm"]),
+        RoutingStatistics({"a": 3}, ["en", "de"]),
+    )
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    metrics = _metrics()
+    _update(metrics, rank)
+    result = [metric.compute() for metric in metrics]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+    mp.spawn(_process, args=(str(tmp_path),), nprocs=2)
+    alone = _metrics()
+    for part in (0, 1):
+        _update(alone, part)
+    expected = json.loads(json.dumps([metric.compute() for metric in alone]))
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
+
+
+def test_metrics_survive_pickle_and_state_dict() -> None:
+    metrics = _metrics()
+    _update(metrics, 1)
+    for metric in metrics:
+        copy = pickle.loads(pickle.dumps(metric))
+        assert copy.compute() == metric.compute()
