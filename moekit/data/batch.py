@@ -1,0 +1,268 @@
+"""`Batch`: what a training or evaluation step of one task gets, and how sentences become one.
+
+Sentences arrive as `Ragged` arrays (see `moekit.data.ragged`) without any special token; the functions here add the
+language tag, bos and eos, pad, and build the masks. One function per task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils import _pytree
+
+from moekit.data.ragged import Ragged
+from moekit.data.tokenizer import Tokenizer
+
+IGNORE = -100  # the label of a place that is not predicted, as in torch.nn.functional.cross_entropy
+
+# How each task uses the two sides, which is also what its batches cost: S source positions, T target positions.
+TASKS: Mapping[str, str] = MappingProxyType(
+    {
+        "translation": "source sentence with the target's tag -> target sentence",
+        "denoising": "noised sentence with its own tag -> the clean sentence",
+        "masked_lm": "masked sentence on the encoder; labels at the masked places",
+        "replaced_token": "masked sentence for the generator; labels at the masked places",
+        "causal_lm": "the sentence, predicted left to right",
+    }
+)
+
+
+@dataclass(eq=False)
+class Batch:
+    """Padded sentences of one task. B sequences, S source positions, T target positions.
+
+    A pytree whose leaves are the tensors. It is not a frozen dataclass only because Lightning's precision plugins
+    copy batches field by field and refuse frozen ones; treat it as frozen all the same.
+
+    Attributes:
+        task: one of `TASKS`.
+        source: Int64[B, S], padded with pad_id. Begins with a language tag (the target's for translation) and ends
+            with eos; for causal_lm it equals `target`.
+        source_mask: Bool[B, S], True = a real token.
+        target: Int64[B, T] = bos ... eos, padded; decoder input ``target[:, :-1]``, labels ``target[:, 1:]``.
+        target_mask: Bool[B, T].
+        labels: Int64[B, S], -100 where nothing is predicted, the original id at masked places.
+        source_language: Int64[B] language ids.
+        target_language: Int64[B] language ids.
+        direction: ``"en-de"`` (or ``"en"`` for monolingual tasks) where all rows share it, else None.
+    """
+
+    task: str
+    source: Tensor
+    source_mask: Tensor
+    target: Tensor | None
+    target_mask: Tensor | None
+    labels: Tensor | None
+    source_language: Tensor
+    target_language: Tensor
+    direction: str | None = None
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return self.source.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, tags and eos included, of both sides (causal_lm: of the one side it has)."""
+        count = int(self.source_mask.sum())
+        if self.target_mask is not None and self.task != "causal_lm":
+            count += int(self.target_mask.sum())
+        return count
+
+    @property
+    def num_positions(self) -> int:
+        """Padded positions of both sides: what the batch costs."""
+        count = self.source.numel()
+        if self.target is not None and self.task != "causal_lm":
+            count += self.target.numel()
+        return count
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The same batch with every tensor on `device`."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (asked for by `DataLoader(pin_memory=True)`)."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            changed[f.name] = function(value) if isinstance(value, Tensor) else value
+        return Batch(**changed)
+
+
+_LEAVES = tuple(f.name for f in dataclasses.fields(Batch) if f.name not in ("task", "direction"))
+
+
+def _flatten(batch: Batch) -> tuple[list[Any], Any]:
+    return [getattr(batch, name) for name in _LEAVES], (batch.task, batch.direction)
+
+
+def _unflatten(leaves: Any, context: Any) -> Batch:
+    return Batch(task=context[0], direction=context[1], **dict(zip(_LEAVES, leaves, strict=True)))
+
+
+_pytree.register_pytree_node(Batch, _flatten, _unflatten, serialized_type_name="moekit.Batch")
+
+
+@dataclass(frozen=True)
+class Width:
+    """Least padded lengths of a batch, so that every rank's share of one global batch has the same shape."""
+
+    source: int = 0
+    target: int = 0
+
+
+def _framed(text: Ragged, first: NDArray[np.int64] | int, eos: int, pad: int, width: int) -> tuple[Tensor, Tensor]:
+    """``first text eos pad...`` and its mask; `first` is one id or one per row."""
+    rows, longest = len(text), int(text.lengths.max(initial=0)) + 2
+    out = np.full((rows, max(longest, width)), pad, dtype=np.int64)
+    columns = np.arange(out.shape[1])
+    end = text.lengths[:, None] + 1
+    if rows:
+        out[(columns >= 1) & (columns < end)] = text.tokens
+        out[:, 0] = first
+        out[np.arange(rows), text.lengths + 1] = eos
+    return torch.from_numpy(out), torch.from_numpy(columns <= end)
+
+
+def _tags(tokenizer: Tokenizer, languages: NDArray[np.int64]) -> NDArray[np.int64]:
+    return tokenizer.first_tag_id + languages
+
+
+def translation(
+    source: Ragged,
+    target: Ragged,
+    *,
+    source_language: NDArray[np.int64],
+    target_language: NDArray[np.int64],
+    tokenizer: Tokenizer,
+    width: Width | None = None,
+    direction: str | None = None,
+    task: str = "translation",
+) -> Batch:
+    """``<2xx> source eos`` and ``bos target eos``.
+
+    Source: arXiv:1611.04558 (target-language tag at the source's head).
+    """
+    width = width or Width()
+    ids, mask = _framed(source, _tags(tokenizer, target_language), tokenizer.eos_id, tokenizer.pad_id, width.source)
+    to, to_mask = _framed(target, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, width.target)
+    return Batch(
+        task=task,
+        source=ids,
+        source_mask=mask,
+        target=to,
+        target_mask=to_mask,
+        labels=None,
+        source_language=torch.from_numpy(source_language),
+        target_language=torch.from_numpy(target_language),
+        direction=direction,
+    )
+
+
+def denoising(
+    noised: Ragged,
+    clean: Ragged,
+    *,
+    language: NDArray[np.int64],
+    tokenizer: Tokenizer,
+    width: Width | None = None,
+    direction: str | None = None,
+) -> Batch:
+    """``<2xx> noised eos`` and ``bos clean eos``: translation from a damaged sentence to itself."""
+    return translation(
+        noised,
+        clean,
+        source_language=language,
+        target_language=language.copy(),
+        tokenizer=tokenizer,
+        width=width,
+        direction=direction,
+        task="denoising",
+    )
+
+
+def masked_lm(
+    masked: Ragged,
+    labels: Ragged,
+    *,
+    language: NDArray[np.int64],
+    tokenizer: Tokenizer,
+    width: Width | None = None,
+    direction: str | None = None,
+    task: str = "masked_lm",
+) -> Batch:
+    """``<2xx> masked eos`` with the original ids as labels at masked places (`labels` holds -100 elsewhere)."""
+    width = width or Width()
+    ids, mask = _framed(masked, _tags(tokenizer, language), tokenizer.eos_id, tokenizer.pad_id, width.source)
+    wanted, _ = _framed(labels, IGNORE, IGNORE, IGNORE, width.source)
+    return Batch(
+        task=task,
+        source=ids,
+        source_mask=mask,
+        target=None,
+        target_mask=None,
+        labels=wanted,
+        source_language=torch.from_numpy(language),
+        target_language=torch.from_numpy(language.copy()),
+        direction=direction,
+    )
+
+
+def replaced_token(
+    masked: Ragged,
+    labels: Ragged,
+    *,
+    language: NDArray[np.int64],
+    tokenizer: Tokenizer,
+    width: Width | None = None,
+    direction: str | None = None,
+) -> Batch:
+    """As `masked_lm`; the generator fills the masked places and the discriminator says which it filled.
+
+    Source: arXiv:2003.10555 section 2.
+    """
+    return masked_lm(
+        masked,
+        labels,
+        language=language,
+        tokenizer=tokenizer,
+        width=width,
+        direction=direction,
+        task="replaced_token",
+    )
+
+
+def causal_lm(
+    text: Ragged,
+    *,
+    language: NDArray[np.int64],
+    tokenizer: Tokenizer,
+    width: Width | None = None,
+    direction: str | None = None,
+) -> Batch:
+    """``bos text eos`` on both sides."""
+    width = width or Width()
+    ids, mask = _framed(text, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, width.source)
+    return Batch(
+        task="causal_lm",
+        source=ids,
+        source_mask=mask,
+        target=ids,
+        target_mask=mask,
+        labels=None,
+        source_language=torch.from_numpy(language),
+        target_language=torch.from_numpy(language.copy()),
+        direction=direction,
+    )

@@ -1,0 +1,294 @@
+"""`TokenStore`: all sentences of a corpus as token ids in one memory-mapped file.
+
+A store is cut into named sections, for example ``train/en-de/source`` or ``valid/de``. Sections that hold the same
+sentences (the English side of en-de and of de-en) are stored once. All sections share one array of tokens, so a batch
+that mixes any of them is gathered by one indexing operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moekit.data.cache import CorruptCacheError, cached_folder, content_key, write_file
+from moekit.data.ragged import Ragged
+from moekit.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from moekit.data.sources.base import Direction, Source, Split
+
+_FORMAT = 1
+_CHUNK = 4096
+_SIDES: tuple[Literal["source", "target"], ...] = ("source", "target")
+
+
+@dataclass(frozen=True)
+class Section:
+    """Sentences ``first .. first + count - 1`` of a store."""
+
+    first: int
+    count: int
+
+
+class TokenStore:
+    """Reads a store written by `build_store`; cheap to open and to send to another process.
+
+    Args:
+        folder: holds ``tokens.bin``, ``offsets.bin`` and ``header.json``.
+        verify: also compare the checksum of all tokens (reads the whole file); sizes are always compared.
+
+    Raises:
+        CorruptCacheError: if a file is missing, cut short or changed.
+    """
+
+    def __init__(self, folder: Path | str, *, verify: bool = False) -> None:
+        self.folder = Path(folder)
+        header = _read_header(self.folder)
+        self.sections: dict[str, Section] = {name: Section(*where) for name, where in header["sections"].items()}
+        self.dtype = np.dtype(header["dtype"])
+        for name, kind in (("offsets.bin", np.dtype(np.int64)), ("tokens.bin", self.dtype)):
+            _check_file(self.folder / name, header["files"][name], kind, verify or name == "offsets.bin")
+        self.offsets = _mapped(self.folder / "offsets.bin", np.dtype(np.int64))
+        self.tokens = _mapped(self.folder / "tokens.bin", self.dtype)
+
+    @property
+    def num_sentences(self) -> int:
+        """Stored sentences (those of shared sections counted once)."""
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Stored tokens."""
+        return len(self.tokens)
+
+    def section(self, name: str) -> Section:
+        """Where the section `name` is."""
+        if name not in self.sections:
+            raise KeyError(f"The store has no section {name!r}: it has {', '.join(self.sections)}.")
+        return self.sections[name]
+
+    def lengths(self, name: str) -> NDArray[np.int64]:
+        """Int64[count]: tokens of each sentence of a section."""
+        where = self.section(name)
+        return np.diff(self.offsets[where.first : where.first + where.count + 1])
+
+    def gather(self, sentences: NDArray[np.int64]) -> Ragged:
+        """The sentences with these numbers (counted through the whole store), in this order."""
+        starts = self.offsets[sentences]
+        lengths = self.offsets[sentences + 1] - starts
+        ends = np.cumsum(lengths)
+        total = int(ends[-1]) if len(ends) else 0
+        places = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+        return Ragged(self.tokens[places].astype(np.int64), lengths)
+
+    def sentences(self, name: str) -> Iterator[list[int]]:
+        """Each sentence of a section, in order."""
+        where = self.section(name)
+        for i in range(where.first, where.first + where.count):
+            yield self.tokens[self.offsets[i] : self.offsets[i + 1]].tolist()
+
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
+        return (TokenStore, (self.folder,))
+
+
+def parallel_section(direction: Direction, split: Split, side: Literal["source", "target"]) -> str:
+    """Name of the section with one side of a direction."""
+    return f"{split}/{direction}/{side}"
+
+
+def monolingual_section(language: str, split: Split) -> str:
+    """Name of the section with the text of a language."""
+    return f"{split}/{language}"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a store shall hold: parallel directions and monolingual languages, by split."""
+
+    parallel: tuple[tuple[Direction, Split], ...] = ()
+    monolingual: tuple[tuple[str, Split], ...] = ()
+
+    def texts(self, source: Source) -> Iterator[tuple[dict[str, Callable[[], Sequence[str]]], str]]:
+        """Pieces of work: for each, the texts of its sections by name, and what to call it."""
+        for direction, split in self.parallel:
+            pairs = source.parallel(direction, split)
+            names = [parallel_section(direction, split, side) for side in _SIDES]
+            yield {name: _side(pairs, i) for i, name in enumerate(names)}, f"{direction} {split}"
+        for language, split in self.monolingual:
+            text = source.monolingual(language, split)
+            yield {monolingual_section(language, split): lambda text=text: text}, f"{language} {split}"  # type: ignore[misc]
+
+    def names(self) -> list[str]:
+        """Names of all sections."""
+        pairs = [parallel_section(d, split, side) for d, split in self.parallel for side in _SIDES]
+        return pairs + [monolingual_section(language, split) for language, split in self.monolingual]
+
+
+def _side(pairs: Sequence[tuple[str, str]], index: int) -> Callable[[], Sequence[str]]:
+    return lambda: [pair[index] for pair in pairs]
+
+
+def cached_store(
+    source: Source, tokenizer: Tokenizer, wanted: Wanted, *, cache_dir: Path | str, progress: bool = True
+) -> TokenStore:
+    """Open the store of `wanted`, building it first if the cache does not have it; several processes may ask at once.
+
+    Raises:
+        UserError: if the cache folder is full or cannot be written.
+    """
+    key = content_key(
+        kind="store",
+        format=_FORMAT,
+        source=source.fingerprint(),
+        tokenizer=tokenizer.fingerprint,
+        sections=wanted.names(),
+    )
+    return cached_folder(
+        Path(cache_dir) / "stores" / key,
+        lambda folder: build_store(folder, source, tokenizer, wanted, progress=progress),
+        lambda folder: TokenStore(folder, verify=True),
+    )
+
+
+def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Wanted, *, progress: bool = True) -> None:
+    """Encode `wanted` into the existing, empty `folder`. Use `cached_store` unless you rename it yourself."""
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    sections: dict[str, Section] = {}
+    seen: dict[bytes, Section] = {}
+    lengths: list[NDArray[np.int64]] = []
+    stored = 0
+    with (folder / "tokens.bin").open("wb") as out, _bar(progress) as bar:
+        writer = _Writer(out)
+        task = bar.add_task("Encoding", total=len(wanted.names()))
+        for texts, title in wanted.texts(source):
+            bar.update(task, description=f"Encoding {title}")
+            for name, read in texts.items():
+                text = read()
+                digest = _digest(text)
+                if digest not in seen:
+                    seen[digest] = Section(stored, len(text))
+                    for chunk in _chunks(text):
+                        encoded = tokenizer.encode_batch(chunk)
+                        sizes = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+                        flat = itertools.chain.from_iterable(encoded)
+                        writer.write(np.fromiter(flat, dtype=dtype, count=int(sizes.sum())))
+                        lengths.append(sizes)
+                    stored += len(text)
+                sections[name] = seen[digest]
+                bar.advance(task)
+        writer.finish()
+    offsets = np.zeros(stored + 1, dtype=np.int64)
+    if lengths:
+        np.cumsum(np.concatenate(lengths), out=offsets[1:])
+    write_file(folder / "offsets.bin", offsets.tobytes())
+    header = {
+        "format": _FORMAT,
+        "dtype": dtype.name,
+        "sections": {name: [where.first, where.count] for name, where in sections.items()},
+        "files": {
+            "tokens.bin": asdict(_Content(writer.size, writer.checksum)),
+            "offsets.bin": asdict(_Content(offsets.nbytes, zlib.crc32(offsets.tobytes()))),
+        },
+    }
+    write_file(folder / "header.json", json.dumps(header, indent=1).encode())
+
+
+@dataclass(frozen=True)
+class _Content:
+    size: int
+    crc32: int
+
+
+class _Writer:
+    """Appends arrays to a file and keeps count of its size and checksum."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+        self.size = 0
+        self.checksum = 0
+
+    def write(self, array: NDArray[Any]) -> None:
+        data = array.tobytes()
+        self._out.write(data)
+        self.size += len(data)
+        self.checksum = zlib.crc32(data, self.checksum)
+
+    def finish(self) -> None:
+        self._out.flush()
+        os.fsync(self._out.fileno())
+
+
+def _chunks(text: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK))
+
+
+def _digest(text: Iterable[str]) -> bytes:
+    state = blake2b(digest_size=16)
+    for line in text:
+        data = line.encode("utf-8", "surrogatepass")
+        state.update(len(data).to_bytes(8, "little"))
+        state.update(data)
+    return state.digest()
+
+
+@contextlib.contextmanager
+def _bar(shown: bool) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, transient=True)
+    bar.disable = not (shown and bar.console.is_terminal)
+    with bar:
+        yield bar
+
+
+def _read_header(folder: Path) -> Mapping[str, Any]:
+    path = folder / "header.json"
+    try:
+        header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = header["format"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CorruptCacheError(
+            f"{folder} must be a token store: {path.name} is missing. Remove the folder to build it again."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptCacheError(
+            f"{path} must be the header of a token store: it cannot be read ({error}). Remove the folder {folder} to "
+            "build it again."
+        ) from error
+    if version != _FORMAT:
+        raise CorruptCacheError(
+            f"{path} must have format {_FORMAT}: got {version}. Remove the folder {folder} to build it again."
+        )
+    return header
+
+
+def _check_file(path: Path, promised: Mapping[str, int], dtype: np.dtype[Any], checksum: bool) -> None:
+    remedy = f"Remove the folder {path.parent} to build it again."
+    size = path.stat().st_size if path.is_file() else -1
+    if size != promised["size"] or size % dtype.itemsize:
+        got = "it is missing" if size < 0 else f"it has {size:,}"
+        raise CorruptCacheError(f"{path} must have {promised['size']:,} bytes: {got}. {remedy}")
+    if checksum:
+        found = 0
+        with path.open("rb") as handle:
+            while block := handle.read(1 << 22):
+                found = zlib.crc32(block, found)
+        if found != promised["crc32"]:
+            raise CorruptCacheError(f"{path} must be as it was written: its checksum differs. {remedy}")
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype=dtype)  # an empty file cannot be mapped
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
