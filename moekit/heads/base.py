@@ -1,0 +1,172 @@
+"""What a head is: one task, from a batch to a loss, over a backbone that it may share with others."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moekit.component import Component
+from moekit.data.batch import Batch
+from moekit.layer import AuxLosses
+from moekit.routing import Routing, _register
+from moekit.transformer.output import DecoderOutput
+
+
+class Backbone(Protocol):
+    """What heads ask of a model; `moekit.transformer.EncoderDecoder` and `DecoderOnly` answer."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float[..., V] scores of ``hidden`` Float[..., D] over the vocabulary."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """What a head returns for a batch.
+
+    Attributes:
+        loss: float32 scalar to minimise, a mean over predicted tokens.
+        nll: float32 scalar, detached: summed negative log-likelihood in nats (no smoothing), for perplexity.
+        correct: Int64 scalar, predictions that were right.
+        num_predictions: Int64 scalar, predictions made: the denominator of loss, accuracy and perplexity.
+        routings: routings of the sparse layers that ran, by layer name (``encoder.1``).
+        extra: further detached scalars to log, by name.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    correct: Tensor
+    num_predictions: Tensor
+    routings: Mapping[str, Routing]
+    extra: Mapping[str, Tensor]
+
+
+_register(HeadOutput)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Cross-entropy of some predictions; see `HeadOutput` for the fields."""
+
+    loss: Tensor
+    nll: Tensor
+    correct: Tensor
+    num_predictions: Tensor
+
+
+def predict(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Prediction:
+    """Cross-entropy with label smoothing, and what a log wants to know beside it.
+
+    Args:
+        logits: Float[N, V].
+        labels: Int64[N].
+        label_smoothing: epsilon; the target is (1 - epsilon) on the label and epsilon / V everywhere.
+
+    Returns:
+        Means and sums over the N predictions; the loss of no prediction is 0 (with a gradient path, so that every
+        process of a distributed run takes part in the same collectives).
+
+    Source: arXiv:1512.00567 section 7.
+    """
+    n = labels.numel()
+    if n == 0:
+        zero = logits.new_zeros((), dtype=torch.float32)
+        count = torch.zeros((), dtype=torch.int64, device=logits.device)
+        return Prediction(logits.float().sum() * 0.0, zero, count, count)
+    log_probs = F.log_softmax(logits.float(), dim=-1)
+    nll = -log_probs.gather(1, labels[:, None]).sum()
+    loss = nll / n
+    if label_smoothing > 0:
+        loss = (1 - label_smoothing) * loss - label_smoothing * log_probs.mean()
+    correct = (logits.detach().argmax(-1) == labels).sum()
+    return Prediction(loss, nll.detach(), correct, torch.full_like(correct, n))
+
+
+class Head(Component, ABC):
+    """One training task over a backbone.
+
+    Beside others, a `moekit.training.MultitaskModule` calls ``head(batch, backbone)``. Alone, build it with its
+    backbone and give it to a Trainer: it is a LightningModule with a training and a validation step and AdamW.
+
+    Args:
+        backbone: the model to train alone with; None where the head is one of several.
+        aux: weighs the routers' losses when the head trains alone.
+        learning_rate: of AdamW when the head trains alone.
+    """
+
+    task: ClassVar[str]
+
+    def __init__(
+        self, backbone: nn.Module | None = None, *, aux: AuxLosses | None = None, learning_rate: float = 1e-3
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.aux = aux
+        self.learning_rate = learning_rate
+
+    @abstractmethod
+    def compute(self, batch: Batch, backbone: Any) -> HeadOutput:
+        """Loss and counts of `batch` over `backbone`."""
+
+    def forward(self, batch: Batch, backbone: Any = None) -> HeadOutput:
+        """Loss and counts of `batch`, over the given backbone or the head's own.
+
+        Raises:
+            ValueError: if there is neither.
+        """
+        model = backbone if backbone is not None else self.backbone
+        if model is None:
+            raise ValueError(
+                f"{type(self).__name__} needs a backbone: it was built without one and none was given. Build it as "
+                f"{type(self).__name__}(backbone) or call it as head(batch, backbone)."
+            )
+        return self.compute(batch, model)
+
+    def _step(self, batch: Batch | Mapping[str, Batch], stage: str) -> Tensor:
+        """One step alone: this head's batch out of a mixed one, its loss and the routers'."""
+        own = batch if isinstance(batch, Batch) else batch[self.task]
+        out = self(own)
+        total = out.loss
+        if self.aux is not None and out.routings:
+            extra, terms = self.aux(*out.routings.values())
+            total = total + extra
+            self.log_dict({f"{stage}/aux/{name}": value for name, value in terms.items()})
+        n = out.num_predictions.clamp_min(1)
+        size = own.source.shape[0]
+        self.log(f"{stage}/{self.task}/loss", out.loss.detach(), batch_size=size)
+        self.log(f"{stage}/{self.task}/accuracy", out.correct / n, batch_size=size)
+        self.log_dict({f"{stage}/{self.task}/{name}": value for name, value in out.extra.items()}, batch_size=size)
+        return total
+
+    def training_step(self, batch: Batch | Mapping[str, Batch], batch_idx: int) -> Tensor:
+        """Train alone."""
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Batch | Mapping[str, Batch], batch_idx: int) -> None:
+        """Validate alone."""
+        self._step(batch, "valid")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over everything, for training alone."""
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+
+
+def name_routings(backbone: Any, *outputs: Any) -> dict[str, Routing]:
+    """Routings by layer name (``encoder.1`` is the sparse layer in the encoder's block 1).
+
+    Args:
+        backbone: names its sparse layers in `routed_layers`, an encoder's before a decoder's.
+        *outputs: what its `encode` and `decode` returned; a part that did not run is left out.
+    """
+    named: dict[str, Routing] = {}
+    for output in outputs:
+        side = "decoder" if isinstance(output, DecoderOutput) else "encoder"
+        names = [name for name in backbone.routed_layers if name.startswith(side)]
+        named.update(zip(names, output.routings, strict=True))
+    return named

@@ -1,0 +1,68 @@
+"""Masked language modelling on the encoder."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moekit.data.batch import Batch
+from moekit.heads.base import Head, HeadOutput, name_routings, predict
+from moekit.layer import AuxLosses
+
+
+class MaskedLMTransform(nn.Module):
+    """The small network between encoder and output projection: linear, GELU, norm.
+
+    Args:
+        dim: D.
+
+    Source: arXiv:1810.04805, authors' code.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Float[..., D] to Float[..., D]."""
+        out: Tensor = self.norm(F.gelu(self.dense(hidden), approximate="tanh"))
+        return out
+
+
+class MaskedLMHead(Head):
+    """Predict the original of masked tokens from the encoder alone; the decoder idles.
+
+    Args:
+        dim: D of the backbone.
+        backbone: see `Head`.
+        aux: see `Head`.
+        learning_rate: see `Head`.
+
+    Source: arXiv:1810.04805 section 3.1; as one of the tasks of arXiv:2109.10465.
+    """
+
+    task: ClassVar[str] = "masked_lm"
+
+    def __init__(
+        self,
+        dim: int,
+        backbone: nn.Module | None = None,
+        *,
+        aux: AuxLosses | None = None,
+        learning_rate: float = 1e-3,
+    ) -> None:
+        super().__init__(backbone, aux=aux, learning_rate=learning_rate)
+        self.transform = MaskedLMTransform(dim)
+
+    def compute(self, batch: Batch, backbone: Any) -> HeadOutput:  # noqa: D102
+        if batch.labels is None:
+            raise ValueError(f"a batch of task {batch.task!r} must have labels: got none.")
+        encoded = backbone.encode(batch.source, batch.source_mask, language=batch.source_language)
+        masked = batch.labels >= 0
+        logits = backbone.logits(self.transform(encoded.hidden[masked]))
+        out = predict(logits, batch.labels[masked])
+        routings = name_routings(backbone, encoded)
+        return HeadOutput(out.loss, out.nll, out.correct, out.num_predictions, routings, {})

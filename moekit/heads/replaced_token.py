@@ -1,0 +1,95 @@
+"""Replaced-token detection (ELECTRA): the encoder tells which tokens a small generator has replaced."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moekit.data.batch import Batch
+from moekit.heads.base import Head, HeadOutput, name_routings, predict
+from moekit.layer import AuxLosses
+
+
+class ReplacedTokenHead(Head):
+    """ELECTRA on the encoder.
+
+    A small generator fills the masked places by sampling from its own masked language model; the encoder sees the
+    filled text and tells for every real token whether it is the original. Loss = generator's masked LM loss +
+    `discriminator_weight` * binary cross-entropy. A sample that happens to equal the original counts as original.
+
+    Args:
+        generator: a small masked language model with `encode` and `logits`, such as `EncoderOnly`.
+        dim: D of the backbone.
+        backbone: see `Head`.
+        discriminator_weight: 50 in arXiv:2003.10555 section 3.1.
+        aux: see `Head`.
+        learning_rate: see `Head`.
+
+    `HeadOutput.nll` and `correct` are the discriminator's, over real tokens; the generator's loss, the share of
+    replaced tokens and the detection rate among them are in `extra`.
+
+    Source: arXiv:2003.10555 section 2. Differs: the generator has an embedding of its own instead of a projection
+        of the discriminator's, so that the head can be added to any backbone.
+    """
+
+    task: ClassVar[str] = "replaced_token"
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        dim: int,
+        backbone: nn.Module | None = None,
+        *,
+        discriminator_weight: float = 50.0,
+        aux: AuxLosses | None = None,
+        learning_rate: float = 1e-3,
+    ) -> None:
+        super().__init__(backbone, aux=aux, learning_rate=learning_rate)
+        self.generator = generator
+        self.transform = nn.Linear(dim, dim)
+        self.detect = nn.Linear(dim, 1)
+        self.discriminator_weight = discriminator_weight
+
+    def fill(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The text with sampled tokens in the masked places Int64[B, S], and the generator's loss."""
+        assert batch.labels is not None
+        masked = batch.labels >= 0
+        generator: Any = self.generator
+        hidden = generator.encode(batch.source, batch.source_mask, language=batch.source_language).hidden
+        logits = generator.logits(hidden[masked])
+        loss = predict(logits, batch.labels[masked]).loss
+        with torch.no_grad():
+            probs = logits.float().softmax(-1)
+            sampled = torch.multinomial(probs, 1).squeeze(1) if probs.shape[0] else batch.labels[masked]
+        return batch.source.masked_scatter(masked, sampled), loss
+
+    def compute(self, batch: Batch, backbone: Any) -> HeadOutput:  # noqa: D102
+        if batch.labels is None:
+            raise ValueError(f"a batch of task {batch.task!r} must have labels: got none.")
+        filled, generator_loss = self.fill(batch)
+        original = torch.where(batch.labels >= 0, batch.labels, batch.source)
+        real = batch.source_mask
+        replaced = (filled != original)[real]
+        encoded = backbone.encode(filled, real, language=batch.source_language)
+        hidden = F.gelu(self.transform(encoded.hidden[real]), approximate="tanh")
+        logits = self.detect(hidden).squeeze(-1).float()
+        n = torch.as_tensor(replaced.numel(), device=logits.device)
+        summed = F.binary_cross_entropy_with_logits(logits, replaced.float(), reduction="sum")
+        guess = logits > 0
+        extra = {
+            "generator_loss": generator_loss.detach(),
+            "discriminator_loss": (summed / n.clamp_min(1)).detach(),
+            "replaced": replaced.sum() / n.clamp_min(1),
+            "detected": (guess & replaced).sum() / replaced.sum().clamp_min(1),
+        }
+        return HeadOutput(
+            loss=generator_loss + self.discriminator_weight * summed / n.clamp_min(1),
+            nll=summed.detach(),
+            correct=(guess == replaced).sum(),
+            num_predictions=n,
+            routings=name_routings(backbone, encoded),
+            extra=extra,
+        )

@@ -1,0 +1,72 @@
+"""Sequence-to-sequence heads: translation and denoising. They differ in data, not in arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from moekit.data.batch import Batch
+from moekit.heads.base import Head, HeadOutput, name_routings, predict
+from moekit.layer import AuxLosses
+
+
+class SequenceHead(Head):
+    """Encode the source, decode the target with teacher forcing, predict every real target token.
+
+    Args:
+        backbone: see `Head`.
+        label_smoothing: epsilon of the cross-entropy (0.1 in arXiv:1706.03762 section 5.4).
+        aux: see `Head`.
+        learning_rate: see `Head`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module | None = None,
+        *,
+        label_smoothing: float = 0.1,
+        aux: AuxLosses | None = None,
+        learning_rate: float = 1e-3,
+    ) -> None:
+        super().__init__(backbone, aux=aux, learning_rate=learning_rate)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1): got {label_smoothing}.")
+        self.label_smoothing = label_smoothing
+
+    def compute(self, batch: Batch, backbone: Any) -> HeadOutput:  # noqa: D102
+        if batch.target is None or batch.target_mask is None:
+            raise ValueError(f"a batch of task {batch.task!r} must have a target: got none.")
+        encoded = backbone.encode(batch.source, batch.source_mask, language=batch.source_language)
+        decoded = backbone.decode(
+            batch.target[:, :-1],
+            encoded.hidden,
+            batch.source_mask,
+            target_mask=batch.target_mask[:, 1:],
+            language=batch.target_language,
+        )
+        real = batch.target_mask[:, 1:]
+        # Only real tokens go through the output projection, the largest product of a small model.
+        out = predict(backbone.logits(decoded.hidden[real]), batch.target[:, 1:][real], self.label_smoothing)
+        routings = name_routings(backbone, encoded, decoded)
+        return HeadOutput(out.loss, out.nll, out.correct, out.num_predictions, routings, {})
+
+
+class TranslationHead(SequenceHead):
+    """Machine translation: source with a target-language tag to target, on parallel text.
+
+    Source: arXiv:2109.10465; tags as in arXiv:1611.04558.
+    """
+
+    task: ClassVar[str] = "translation"
+
+
+class DenoisingHead(SequenceHead):
+    """Denoising auto-encoding: text with infilled spans and dropped words to the clean text.
+
+    The noise is made where batches are made (`moekit.data.noising`).
+
+    Source: arXiv:2109.10465; span infilling as in arXiv:1910.13461 section 2.2.
+    """
+
+    task: ClassVar[str] = "denoising"

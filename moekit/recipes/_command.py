@@ -1,0 +1,219 @@
+"""The command line that every recipe shares: commands, variants, YAML, and errors that help."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from rich.console import Console
+
+from moekit.errors import UserError
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One thing a recipe can do: its line in the help, its own options, and the function that does it."""
+
+    help: str
+    run: Callable[[Any, Namespace], int | None]
+    options: Callable[[ArgumentParser], None] = lambda parser: None
+
+
+@dataclass(frozen=True)
+class Recipe(Generic[C]):
+    """A recipe as the command line sees it.
+
+    Attributes:
+        name: as in ``python -m moekit.recipes.<name>``.
+        about: one paragraph for the help.
+        variants: settings by name; the first is the default.
+        notes: one line about each variant for the help.
+        commands: by name; the first is the default.
+    """
+
+    name: str
+    about: str
+    variants: Mapping[str, C]
+    notes: Mapping[str, str]
+    commands: Mapping[str, Command]
+
+
+def _take(argv: list[str], option: str) -> tuple[str | None, list[str]]:
+    """The value of ``--option V`` or ``--option=V``, and the other arguments."""
+    rest: list[str] = []
+    value: str | None = None
+    items = iter(argv)
+    for item in items:
+        if item == option:
+            value = next(items, None)
+            if value is None:
+                raise UserError(f"{option} needs a value.")
+        elif item.startswith(option + "="):
+            value = item.split("=", 1)[1]
+        else:
+            rest.append(item)
+    return value, rest
+
+
+def _nearest(word: str, known: Sequence[str], what: str) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near else f" Known {what}: {', '.join(known)}."
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass as nested plain data, tuples as lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+plain = _plain
+
+
+def build_parser(recipe: Recipe[C], command: str, variant: str) -> ArgumentParser:
+    """The parser of one command with the variant's values as defaults."""
+    config = recipe.variants[variant]
+    commands = "\n".join(f"  {name:<10} {c.help}" for name, c in recipe.commands.items())
+    variants = "\n".join(f"  {name:<10} {recipe.notes[name]}" for name in recipe.variants)
+    parser = ArgumentParser(
+        prog=f"python -m moekit.recipes.{recipe.name} {command}",
+        usage=f"python -m moekit.recipes.{recipe.name} [command] [--variant NAME] [--config FILE] [--key value ...]",
+        description=f"{recipe.about}\n\ncommands:\n{commands}\n\nvariants:\n{variants}\n\n"
+        "Any value below can be set on the command line, or in a YAML file given with --config.",
+        exit_on_error=False,
+        default_env=False,
+    )
+    parser.formatter_class = _Help  # type: ignore[assignment]
+    parser.add_argument("--variant", default=variant, choices=list(recipe.variants), help="settings to start from")
+    parser.add_argument("--config", action="config", help="YAML file with settings; later options win over it")
+    recipe.commands[command].options(parser)
+    parser.add_class_arguments(type(config), as_group=False)
+    parser.set_defaults(_plain(config))
+    return parser
+
+
+def _help_class() -> type:
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import DefaultHelpFormatter
+
+    class Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+        """jsonargparse's help with the description's own line breaks."""
+
+    return Help
+
+
+_Help = _help_class()
+
+
+def _keys(parser: ArgumentParser) -> list[str]:
+    return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+
+
+def _explain(error: str, parser: ArgumentParser) -> str:
+    """A parser's complaint in words that say what to do."""
+    known = _keys(parser)
+    if match := re.search(r"unrecognized arguments: (\S+)", error, re.IGNORECASE):
+        word = match.group(1)
+        if not word.startswith("-"):
+            return f"unexpected argument {word!r}. Options begin with --; see --help."
+        return f"unknown option {word.split('=')[0]}.{_nearest(word.split('=')[0], known, 'options')}"
+    if match := re.search(r"Group '([^']*)' does not accept option '([^']*)'", error):
+        group, word = match.groups()
+        key = f"--{group}.{word}"
+        return f"unknown key {group}.{word} in the configuration.{_nearest(key, known, 'keys').replace('--', '')}"
+    if match := re.search(r"[Oo]ption '([^']*)' is not accepted|Key '([^']*)' is not expected", error):
+        word = next(g for g in match.groups() if g)
+        return f"unknown key {word} in the configuration.{_nearest('--' + word, known, 'keys').replace('--', '')}"
+    if match := re.search(r'Parser key "([^"]*)":\s*(.*)', error, re.DOTALL):
+        key, problem = match.groups()
+        problem = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", " ".join(problem.split()))
+        problem = re.sub(r"<class '(\w+)'>", r"\1", problem)
+        return f"{key}: {problem}"
+    return error
+
+
+def main(recipe: Recipe[Any], argv: Sequence[str] | None = None) -> int:
+    """Parse, run, and turn the user's mistakes into one message and exit code 2."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        return _main(recipe, list(sys.argv[1:] if argv is None else argv)) or 0
+    except (UserError, ArgumentError) as error:
+        console.print(f"[bold red]error:[/] {_escape(str(error))}")
+        return 2
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return 130
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _main(recipe: Recipe[Any], argv: list[str]) -> int | None:
+    command = next(iter(recipe.commands))
+    if argv and not argv[0].startswith("-"):
+        command, *argv = argv
+        if command not in recipe.commands:
+            raise UserError(f"unknown command {command!r}.{_nearest(command, list(recipe.commands), 'commands')}")
+    wanted, argv = _take(argv, "--variant")
+    variant = wanted or next(iter(recipe.variants))
+    if variant not in recipe.variants:
+        raise UserError(f"unknown variant {variant!r}.{_nearest(variant, list(recipe.variants), 'variants')}")
+    parser = build_parser(recipe, command, variant)
+    try:
+        parsed = parser.parse_args(argv)
+    except ArgumentError as error:
+        raise UserError(_explain(str(error), parser)) from None
+    config = _build(type(recipe.variants[variant]), parsed)
+    return recipe.commands[command].run(config, parsed)
+
+
+def _build(cls: type[C], values: Any) -> C:
+    """The dataclass `cls` from parsed values, nested dataclasses and mappings of them included."""
+    hints = _hints(cls)
+    known = {}
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        known[f.name] = _coerce(hints[f.name], values[f.name])
+    return cls(**known)
+
+
+def _coerce(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return value if isinstance(value, hint) else _build(hint, value)
+    if getattr(hint, "__origin__", None) in (dict, Mapping) and isinstance(value, Mapping):
+        inner = hint.__args__[1]
+        return {k: _coerce(inner, v) for k, v in value.items()}
+    if getattr(hint, "__origin__", None) is tuple and isinstance(value, (list, tuple)):
+        return tuple(value)
+    return value
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    import typing
+
+    return typing.get_type_hints(cls)
+
+
+def load_config(cls: type[C], path: Path) -> C:
+    """The configuration that a run folder holds."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _build(cls, values["config"] if "config" in values else values)
+    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not the configuration of a run of this recipe ({error}).") from None

@@ -1,0 +1,138 @@
+"""Settings that recipes share: where data comes from, how training goes, how it is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from and how it becomes batches.
+
+    Attributes:
+        source: kind of data: babel (generated languages, nothing to download), moses (train.en + train.de, plain or
+            gz), jsonl ({"translation": {"en": ..., "de": ...}}), tsv, gettext (the translation catalogs of this
+            machine) or text (one language per file). Several kinds joined by commas are read as one corpus.
+        path: folder or file of the data; for several kinds as many, joined by commas. Not needed for babel and
+            gettext.
+        languages: keep only these, joined by commas. Default: all.
+        pivot: where text is parallel in more than two languages, keep the directions from and to this language;
+            "none" keeps all pairs.
+        vocab_size: pieces of the SentencePiece vocabulary that is trained on the data.
+        temperature: T of the sampling over directions and languages, p ~ n ** (1 / T); 1 = by size.
+        heating_steps: raise the temperature from 1 to `temperature` over so many steps; 0 = constant.
+        max_length: longer sentences are left out of training, in pieces.
+        cache: folder for tokenizers and tokenized text, shared by runs.
+        num_workers: processes that prepare batches; 0 = the training process itself.
+        max_examples: read at most so many training pairs of a direction; 0 = all.
+        seed: of the babel corpus and of the order of examples.
+    """
+
+    source: str = "babel"
+    path: str | None = None
+    languages: str | None = None
+    pivot: str = "en"
+    vocab_size: int = 1024
+    temperature: float = 1.0
+    heating_steps: int = 0
+    max_length: int = 128
+    cache: str = ".cache/moekit"
+    num_workers: int = 0
+    max_examples: int = 0
+    seed: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """One training task of a multitask run.
+
+    Attributes:
+        weight: of its loss in the sum.
+        tokens: tokens of this task in a step, on each device; 0 = leave the task out.
+    """
+
+    weight: float = 1.0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How training goes.
+
+    Attributes:
+        max_steps: optimizer steps; 0 = no limit.
+        max_minutes: minutes of training; 0 = no limit. The first limit that is reached ends training.
+        learning_rate: peak of AdamW.
+        warmup_steps: linear warm-up.
+        schedule: what follows the warm-up: cosine, inverse_square_root or constant.
+        weight_decay: of AdamW, on matrices only.
+        betas: of AdamW.
+        clip: largest gradient norm; 0 = no clipping.
+        label_smoothing: of the sequence-to-sequence tasks.
+        accumulate: batches per optimizer step.
+        precision: "32-true", "bf16-mixed" or "bf16-true".
+        expert_lr_multiplier: learning rate of the experts as a multiple of the others'.
+        validate_every: steps between validations; 0 = only at the end.
+        checkpoint_minutes: minutes between checkpoints; they are also written on SIGTERM and at the end.
+        checkpoint_steps: steps between checkpoints; 0 = by minutes only.
+        log_every: steps between rows of metrics.csv.
+        seed: of weights, dropout, noise and routing.
+        devices: processes; on a CPU more than one is distributed data parallel.
+        accelerator: auto, cpu or gpu.
+        compile: compile the model with torch.compile.
+    """
+
+    max_steps: int = 1000
+    max_minutes: float = 0.0
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
+    schedule: Literal["cosine", "inverse_square_root", "constant"] = "cosine"
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    label_smoothing: float = 0.1
+    accumulate: int = 1
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    expert_lr_multiplier: float = 1.0
+    validate_every: int = 0
+    checkpoint_minutes: float = 5.0
+    checkpoint_steps: int = 0
+    log_every: int = 10
+    seed: int = 1
+    devices: int = 1
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    compile: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How the trained model is evaluated.
+
+    Attributes:
+        beam_size: of the search; 1 = greedy.
+        length_penalty: alpha of ((5 + length) / 6) ** alpha.
+        max_sentences: translate at most so many test sentences of each direction; 0 = all.
+        batch_tokens: source tokens in a batch.
+        samples: translations kept for the report, of each direction.
+    """
+
+    beam_size: int = 4
+    length_penalty: float = 0.6
+    max_sentences: int = 0
+    batch_tokens: int = 4096
+    samples: int = 5
+
+
+def active_tasks(tasks: Mapping[str, TaskConfig]) -> dict[str, TaskConfig]:
+    """The tasks that take part."""
+    return {name: task for name, task in tasks.items() if task.tokens > 0}
+
+
+def default_tasks(translation: int, **others: int) -> dict[str, TaskConfig]:
+    """Tasks with unit weights and the given tokens a step."""
+    return {name: TaskConfig(tokens=tokens) for name, tokens in {"translation": translation, **others}.items()}
+
+
+__all__ = ["DataConfig", "EvaluateConfig", "TaskConfig", "TrainConfig", "active_tasks", "default_tasks", "field"]

@@ -1,0 +1,222 @@
+"""The LightningModule that joins a backbone and several heads: losses summed with weights, metrics by task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
+
+from moekit.data.batch import Batch
+from moekit.heads.base import Head, HeadOutput
+from moekit.layer import AuxLosses
+from moekit.training.metrics import RoutingStatistics, TokenPerplexity, TranslationScore
+from moekit.training.schedules import per_step
+
+
+class Translate(Protocol):
+    """Turns a batch of the translation task into sentences; `moekit.inference.Translator` does."""
+
+    def batch(self, batch: Batch) -> list[str]:
+        """One hypothesis for every row of ``batch.source``."""
+        ...
+
+    def text(self, ids: Tensor) -> list[str]:
+        """The sentences of Int64[B, T] token ids."""
+        ...
+
+
+class MultitaskModule(L.LightningModule):
+    """Train several heads over one backbone.
+
+    A training batch is a mapping from task to `Batch`; the objective is
+
+        sum over tasks of weight_t * (loss_t + aux(routings_t)).
+
+    Args:
+        backbone: the shared model.
+        heads: the tasks; each at most once.
+        weights: of the tasks by name; 1.0 where not named.
+        aux: weighs the routers' losses; None where the model is dense.
+        languages: names by language id, for load by language.
+        directions: translation directions to score in the test, for example ``["en-de"]``.
+        optimizer: makes the optimizer from this module; default AdamW with a learning rate of 1e-3.
+        schedule: makes the learning rate schedule; it moves per optimizer step.
+        log_routing_every: steps between updates of the routing statistics in training.
+        samples: translations of each direction kept for a report, in `samples`.
+
+    Logs ``train/loss``, ``train/<task>/loss``, ``train/<task>/accuracy``, ``train/aux/<name>``,
+    ``train/routing/<name>``, ``lr`` and, in validation, ``valid/<task>/loss`` (nats per prediction, no smoothing),
+    ``valid/<task>/accuracy``, ``valid/<task>/perplexity`` and ``valid/routing/<name>``; in the test
+    ``test/bleu/<direction>``, ``test/chrf/<direction>`` and their averages.
+
+    Raises:
+        ValueError: two heads of one task, or a weight for a task that has no head.
+
+    Source: arXiv:2109.10465 (sum of the losses of translation, denoising, masked LM and ELECTRA).
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: Sequence[Head],
+        *,
+        weights: Mapping[str, float] | None = None,
+        aux: AuxLosses | None = None,
+        languages: Sequence[str] = (),
+        directions: Sequence[str] = (),
+        optimizer: Callable[[nn.Module], Optimizer] | None = None,
+        schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        log_routing_every: int = 10,
+        samples: int = 5,
+    ) -> None:
+        super().__init__()
+        tasks = [head.task for head in heads]
+        if len(set(tasks)) != len(tasks) or not tasks:
+            raise ValueError(f"heads must be one or more different tasks: got {tasks}.")
+        unknown = sorted(set(weights or {}) - set(tasks))
+        if unknown:
+            raise ValueError(f"weights name tasks without a head: {unknown}. The heads are {tasks}.")
+        self.backbone = backbone
+        self.heads = nn.ModuleDict(dict(zip(tasks, heads, strict=True)))
+        self.weights = {task: float((weights or {}).get(task, 1.0)) for task in tasks}
+        self.aux = aux
+        self.languages, self.log_routing_every = tuple(languages), log_routing_every
+        self._optimizer, self._schedule = optimizer, schedule
+        self.samples_per_direction = samples
+        self.samples: list[dict[str, str]] = []
+        self.routing: dict[str, Any] | None = None
+        self.scores: dict[str, Any] | None = None
+        self.translate: Translate | None = None
+
+        self.valid_perplexity = TokenPerplexity(tasks)
+        self.valid_accuracy = nn.ModuleDict({task: MeanMetric() for task in tasks})
+        layers = sparse_layers(backbone)
+        self.train_routing = RoutingStatistics(layers, self.languages) if layers else None
+        self.valid_routing = RoutingStatistics(layers, self.languages) if layers else None
+        self.test_score = TranslationScore(directions) if directions else None
+
+    def forward(self, batch: Batch) -> HeadOutput:
+        """Loss and counts of one task's batch."""
+        output: HeadOutput = self.heads[batch.task](batch, self.backbone)
+        return output
+
+    def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> Tensor:
+        """Sum the weighted losses of all tasks in the batch."""
+        logs: dict[str, Any] = {}
+        total: Tensor | None = None
+        watch = self.train_routing is not None and self.global_step % self.log_routing_every == 0
+        for task, part in batch.items():
+            out = self(part)
+            loss = out.loss
+            if self.aux is not None and out.routings:
+                extra, terms = self.aux(*out.routings.values())
+                loss = loss + extra
+                for name, value in terms.items():
+                    logs.setdefault(f"train/aux/{name}", []).append(value)
+            total = self.weights[task] * loss if total is None else total + self.weights[task] * loss
+            logs[f"train/{task}/loss"] = out.loss.detach()
+            logs[f"train/{task}/accuracy"] = out.correct / out.num_predictions.clamp_min(1)
+            logs.update({f"train/{task}/{name}": value for name, value in out.extra.items()})
+            if watch:
+                self._count(self.train_routing, out, part)
+        if total is None:
+            raise ValueError(f"a training batch must hold at least one of the tasks {list(self.heads)}: got none.")
+        logs = {name: torch.stack(v).mean() if isinstance(v, list) else v for name, v in logs.items()}
+        # log_dict takes some 50 microseconds a value; values nobody will write are not handed over.
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=1)
+        if (self.trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % self.trainer.log_every_n_steps == 0:
+            self.log_dict(logs, batch_size=1)
+            if self.train_routing is not None and self.train_routing.update_called:
+                self.log_dict({f"train/{k}": v for k, v in self.train_routing.log_values().items()}, batch_size=1)
+                self.train_routing.reset()
+        return total
+
+    def _count(self, metric: RoutingStatistics | None, out: HeadOutput, batch: Batch) -> None:
+        """Count load by layer, an encoder's by source language and a decoder's by target language."""
+        if metric is None:
+            return
+        sides = {"encoder": batch.source_language, "decoder": batch.target_language}
+        for side, language in sides.items():
+            routings = {name: r for name, r in out.routings.items() if name.startswith(side)}
+            if routings:
+                metric.update(routings, language if self.languages else None)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one batch of one task to the sums."""
+        out = self(batch)
+        self.valid_perplexity.update(batch.task, out.nll, out.num_predictions)
+        self.valid_accuracy[batch.task].update(out.correct / out.num_predictions.clamp_min(1), out.num_predictions)
+        self._count(self.valid_routing, out, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss, perplexity and accuracy by task, and the routing statistics."""
+        logs: dict[str, float] = {}
+        for task, value in self.valid_perplexity.compute().items():
+            logs[f"valid/{task}/perplexity"] = value
+            logs[f"valid/{task}/loss"] = math.log(value)
+            logs[f"valid/{task}/accuracy"] = float(self.valid_accuracy[task].compute())
+        if self.valid_routing is not None and self.valid_routing.update_called:
+            logs.update({f"valid/{name}": value for name, value in self.valid_routing.log_values().items()})
+            self.routing = self.valid_routing.compute()
+            self.valid_routing.reset()
+        self.log_dict(logs)
+        self.valid_perplexity.reset()
+        for metric in self.valid_accuracy.values():
+            metric.reset()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Translate one batch of one direction and score it.
+
+        Raises:
+            ValueError: if `translate` or the directions were not set.
+        """
+        if self.translate is None or self.test_score is None:
+            raise ValueError(
+                "the test translates, so MultitaskModule needs `directions` and `translate`: set "
+                "module.translate = moekit.inference.Translator(backbone, tokenizer)."
+            )
+        assert batch.target is not None and batch.direction is not None
+        hypotheses = self.translate.batch(batch)
+        references = self.translate.text(batch.target)
+        self.test_score.update(batch.direction, hypotheses, references)
+        taken = sum(sample["direction"] == batch.direction for sample in self.samples)
+        sources = self.translate.text(batch.source)
+        rows = list(zip(sources, references, hypotheses, strict=True))[: max(0, self.samples_per_direction - taken)]
+        for source, reference, hypothesis in rows:
+            self.samples.append(
+                {
+                    "direction": batch.direction,
+                    "source": source,
+                    "reference": reference,
+                    "hypothesis": hypothesis,
+                }
+            )
+
+    def on_test_epoch_end(self) -> None:
+        """Log BLEU and chrF by direction and on average."""
+        if self.test_score is not None:
+            self.scores = self.test_score.compute()
+            self.log_dict({f"test/{name}": value for name, value in self.test_score.log_values().items()})
+            self.test_score.reset()
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and the schedule that were given."""
+        make = self._optimizer or (lambda module: torch.optim.AdamW(module.parameters(), lr=1e-3))
+        optimizer = make(self)
+        return optimizer if self._schedule is None else per_step(optimizer, self._schedule(optimizer))
+
+
+def sparse_layers(backbone: Any) -> dict[str, int]:
+    """Number of experts of every sparse layer of a transformer, by its name in `routed_layers`."""
+    sizes = {}
+    for name in backbone.routed_layers:
+        side, number = name.split(".")
+        sizes[name] = int(getattr(backbone, side).blocks[int(number)].feed_forward.router.num_experts)
+    return sizes
