@@ -1,1 +1,12 @@
-"""."""
+"""Pictures and tables of a run, from the files of its folder alone.
+
+`write_report` makes report.html, `terminal_summary` prints one screen, `write_comparison` sets runs side by side,
+`results_markdown` is for committing. ``python -m moekit.report RUN`` does the same from a shell.
+"""
+
+from moekit.report.comparison import write_comparison
+from moekit.report.html import write_report
+from moekit.report.markdown import results_markdown
+from moekit.report.terminal import terminal_summary
+
+__all__ = ["results_markdown", "terminal_summary", "write_comparison", "write_report"]

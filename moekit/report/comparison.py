@@ -1,0 +1,222 @@
+"""`write_comparison`: several runs side by side, the first one being what the others are measured against."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moekit.errors import UserError
+from moekit.report import markdown, page, plots, wording
+from moekit.report.page import text
+from moekit.report.plots import Line
+from moekit.report.results import TASKS
+from moekit.report.run_folder import RunFolder, dig, number, read_run
+from moekit.report.style import CYCLE
+
+MAX_RUNS = 8
+
+
+def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write a page that compares runs, and the same tables as markdown beside it.
+
+    Args:
+        run_dirs: two to eight run folders; differences are against the first.
+        out: the HTML file to write; the markdown file has the same name and the suffix ``.md``. A folder (or a name
+            without a suffix) gets ``comparison.html`` and ``comparison.md``.
+
+    Returns:
+        Path of the HTML file.
+
+    Raises:
+        UserError: if a folder is not a run folder, or there are fewer than two or more than eight.
+    """
+    if not 2 <= len(run_dirs) <= MAX_RUNS:
+        raise UserError(f"A comparison takes 2 to {MAX_RUNS} runs: got {len(run_dirs)}.")
+    runs = [read_run(Path(d)) for d in run_dirs]
+    names = _names(runs)
+    out = Path(out)
+    html_path = out if out.suffix in (".html", ".htm") else out / "comparison.html"
+    page.write_text(html_path.with_suffix(".md"), _markdown(runs, names))
+    return page.write_text(html_path, page.page(f"{' vs '.join(names)} · moekit", _html(runs, names)))
+
+
+def _names(runs: Sequence[RunFolder]) -> list[str]:
+    """A name for each run: its variant where that tells them apart, else recipe and variant, else the folder."""
+    candidates = (
+        [str(r.summary.get("variant") or "") for r in runs],
+        [r.name for r in runs],
+        [r.path.resolve().name for r in runs],
+        [str(r.path) for r in runs],
+    )
+    for names in candidates:
+        if all(names) and len(set(names)) == len(runs):
+            return names
+    return [f"{r.path} ({i})" for i, r in enumerate(runs, start=1)]
+
+
+def _warnings(runs: Sequence[RunFolder]) -> list[str]:
+    """Why the numbers may not be comparable."""
+    found = []
+    data = {json.dumps(dig(r.summary, "data"), sort_keys=True, default=str) for r in runs if r.summary.get("data")}
+    if len(data) > 1:
+        found.append("These runs used different data, so their scores are not strictly comparable.")
+    for metric in ("bleu", "chrf"):
+        signatures = {r.scores(metric).signature for r in runs} - {""}
+        if len(signatures) > 1:
+            found.append(f"The {metric} signatures differ: {', '.join(sorted(signatures))}.")
+        if len({r.scores(metric).origin for r in runs if r.scores(metric).average is not None}) > 1:
+            found.append(f"Some {metric} scores are of the test set, others of the last validation.")
+    return found
+
+
+def _directions(runs: Sequence[RunFolder], metric: str) -> list[str]:
+    found: dict[str, float] = {}
+    for run in runs:
+        for direction, value in run.scores(metric).directions.items():
+            found.setdefault(direction, value)
+    return sorted(found, key=lambda d: -found[d])
+
+
+def _score_rows(runs: Sequence[RunFolder], metric: str) -> list[tuple[str, list[float | None]]]:
+    rows: list[tuple[str, list[float | None]]] = [("average", [r.scores(metric).average for r in runs])]
+    return rows + [(d, [r.scores(metric).directions.get(d) for r in runs]) for d in _directions(runs, metric)]
+
+
+def _cost_rows(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
+    columns = [dict(markdown.headline_rows(run)) for run in runs]
+    keep = ("parameters", "active parameters", "steps", "tokens", "tokens per second", "time")
+    return [(key, [column.get(key, wording.MISSING) for column in columns]) for key in keep]
+
+
+def _task_rows(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
+    rows = []
+    for quantity, say in (("loss", wording.significant), ("perplexity", wording.perplexity)):
+        values = [run.by_task(quantity) for run in runs]
+        for task in dict.fromkeys(t for v in values for t in v):
+            rows.append((f"{task} {quantity}", [say(v.get(task)) for v in values]))
+    return rows
+
+
+def _routing_rows(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
+    dense = [
+        not run.layers and "routing.json" not in run.notes and not number(run.summary, "routing", "load_cv")
+        for run in runs
+    ]
+    quantities = {
+        "drop rate": ("drop_rate", wording.percent),
+        "dead experts": ("dead_experts", lambda v: wording.fixed(v, 0)),
+        "load CV": ("load_cv", lambda v: wording.fixed(v, 2)),
+        "router entropy": ("entropy", lambda v: wording.fixed(v, 2)),
+    }
+    return [
+        (
+            title,
+            ["dense" if d else say(number(run.summary, "routing", key)) for run, d in zip(runs, dense, strict=True)],
+        )
+        for title, (key, say) in quantities.items()
+    ]
+
+
+def _with_difference(values: Sequence[float | None]) -> list[str]:
+    first = values[0]
+    told = [wording.fixed(first)]
+    for value in values[1:]:
+        difference = f" ({value - first:+.1f})" if value is not None and first is not None else ""
+        told.append(wording.fixed(value) + difference)
+    return told
+
+
+def _markdown(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
+    parts = [f"# {markdown.literal(' vs '.join(names))}"]
+    parts += [f"> {markdown.literal(w)}" for w in _warnings(runs)]
+    for metric, title in (("bleu", "BLEU"), ("chrf", "chrF")):
+        rows = [(name, *_with_difference(values)) for name, values in _score_rows(runs, metric)]
+        if any(v is not None for _, values in _score_rows(runs, metric) for v in values):
+            parts += [f"## {title}", markdown.table(["direction", *names], rows)]
+    parts += ["## Cost", markdown.table(["", *names], [(n, *v) for n, v in _cost_rows(runs)])]
+    if tasks := _task_rows(runs):
+        parts += ["## Tasks (validation)", markdown.table(["", *names], [(n, *v) for n, v in tasks])]
+    parts += ["## Routing", markdown.table(["", *names], [(n, *v) for n, v in _routing_rows(runs)])]
+    if len(runs) > 1 and any(r.scores("bleu").directions for r in runs):
+        parts.append(f"In brackets: the difference from {markdown.literal(names[0])}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _html(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
+    bleu = [run.scores("bleu").average for run in runs]
+    tiles = page.tiles(
+        (f"BLEU, {name}", wording.fixed(value), _cost(run)) for name, value, run in zip(names, bleu, runs, strict=True)
+    )
+    notes = "".join(map(page.note, _warnings(runs)))
+    return (
+        f'<header class="top"><p class="eyebrow">moekit comparison</p><h1>{text(" vs ".join(names))}</h1>'
+        f'<p class="lead">Differences are against the first run, {text(names[0])}.</p>{tiles}{notes}</header>\n<main>\n'
+        + "\n".join((_quality(runs, names), _progress(runs, names), _costs(runs, names)))
+        + "\n</main>\n<footer>Made by moekit.</footer>"
+    )
+
+
+def _cost(run: RunFolder) -> str:
+    active = number(run.summary, "parameters", "active")
+    return f"{wording.short(active)} active parameters, {wording.short(run.tokens_per_second)} tokens/s"
+
+
+def _quality(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
+    directions = _directions(runs, "bleu")
+    lead = "The same directions in the same order for every run."
+    if not directions:
+        return page.section("scores", "Translation quality", lead, page.note("None of these runs has measured BLEU."))
+    columns = [
+        (n, [r.scores("bleu").directions.get(d, math.nan) for d in directions])
+        for n, r in zip(names, runs, strict=True)
+    ]
+    rows = [(name, *_with_difference(values)) for name, values in _score_rows(runs, "bleu")]
+    chrf = [(name, *_with_difference(values)) for name, values in _score_rows(runs, "chrf")]
+    html = page.figure(
+        "BLEU by direction",
+        "One row for each direction, one mark for each run; further right is better.",
+        "the marks change order from row to row: the runs may differ by luck only.",
+        plots.score_dots(directions, columns, description="BLEU by direction and run; the numbers are in the table"),
+    )
+    tables = f"<div><h3>BLEU</h3>{page.table(['direction', *names], rows)}"
+    tables += f"<details><summary>chrF</summary>{page.table(['direction', *names], chrf)}</details></div>"
+    return page.section("scores", "Translation quality", lead, f'<div class="grid">{html}{tables}</div>')
+
+
+def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
+    lead = "Losses on held-out sentences at the same number of steps."
+    columns: Mapping[str, None] = dict.fromkeys(
+        c for run in runs for c in run.metrics if c.startswith("valid/") and c.endswith("/loss")
+    )
+    figures = []
+    for column in columns:
+        task = column.split("/")[1]
+        lines = [
+            Line(name, run.metrics[column], CYCLE[i % len(CYCLE)], "points")
+            for i, (name, run) in enumerate(zip(names, runs, strict=True))
+            if column in run.metrics
+        ]
+        title = TASKS.get(task, task)
+        figures.append(
+            page.figure(
+                title,
+                "Validation loss over steps, one line for each run; lower is better.",
+                "the lines were still far apart in steps when training stopped: then time, not the model, decided.",
+                plots.curves(lines, description=f"{title}: validation loss of every run over steps", height=2.3),
+            )
+        )
+    body = f'<div class="grid">{"".join(figures)}</div>' if figures else page.note("No validation loss was logged.")
+    return page.section("losses", "Losses", lead, body)
+
+
+def _costs(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
+    lead = "What each run cost, what its tasks came to, and how its experts fared."
+    groups = (("Cost", _cost_rows(runs)), ("Tasks (validation)", _task_rows(runs)), ("Routing", _routing_rows(runs)))
+    html = "".join(
+        f"<div><h3>{title}</h3>{page.table(['', *names], [(n, *v) for n, v in rows])}</div>"
+        for title, rows in groups
+        if rows
+    )
+    return page.section("cost", "Cost and health", lead, f'<div class="grid">{html}</div>')

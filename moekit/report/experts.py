@@ -1,0 +1,250 @@
+"""Sections on the experts: who gets which tokens, and how routing fared over time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moekit.report import page, plots, wording
+from moekit.report.health import layer_health
+from moekit.report.plots import Line, Unit
+from moekit.report.run_folder import RunFolder, Series, loads
+from moekit.report.series import milestones, smooth
+from moekit.report.style import DIVERGING_LEVELS, diverging_class
+
+_CAPTIONS: dict[str, tuple[str, str, str, Unit]] = {
+    "entropy": (
+        "Router entropy",
+        "How undecided the routers are, in nats: 0 is certainty, log E is a coin with E sides.",
+        "it is at log E to the end (nothing was learned) or drops to 0 at once (collapse).",
+        "plain",
+    ),
+    "drop_rate": (
+        "Drop rate",
+        "Share of assignments that found their expert full and were skipped.",
+        "it stays above a tenth: raise the capacity factor or the load-balancing weight.",
+        "percent",
+    ),
+    "dead_experts": (
+        "Dead experts",
+        "Experts that got no token at all.",
+        "it is not zero after the first steps: those parameters are wasted.",
+        "plain",
+    ),
+    "load_cv": (
+        "Imbalance of load",
+        "Standard deviation of the load over experts, divided by its mean; 0 is perfect balance.",
+        "it grows: tokens crowd into few experts.",
+        "plain",
+    ),
+    "load_balance": (
+        "Load-balancing loss",
+        "1 means tokens are spread evenly, the number of experts means that one takes all.",
+        "it climbs away from 1.",
+        "plain",
+    ),
+    "router_z": (
+        "Router z-loss",
+        "How large the routers' logits are; the penalty keeps them small and training stable.",
+        "it grows without bound.",
+        "plain",
+    ),
+}
+_PHASES = ("train", "valid", "test")
+_CLASSES = [f"d{i}" for i in range(DIVERGING_LEVELS)]
+_VISIBLE_TEXT = 8  # experts: with more, numbers do not fit into the cells
+_NAMED_COLUMNS = 24
+
+
+@dataclass(frozen=True)
+class RoutingCurve:
+    """A routing quantity over steps: overall, and of every layer that logs it."""
+
+    quantity: str
+    overall: Series | None
+    layers: Mapping[str, Series]
+
+
+def routing_curves(metrics: Mapping[str, Series]) -> list[RoutingCurve]:
+    """The routing columns of metrics.csv, whatever path they were logged under.
+
+    ``train/routing/drop_rate`` is overall; ``train/routing/encoder.1/drop_rate`` and
+    ``encoder.layers.1.feed_forward.router/entropy`` belong to a layer. Training columns win over validation's.
+    """
+    overall: dict[str, tuple[int, Series]] = {}
+    layers: dict[str, dict[str, tuple[int, Series]]] = {}
+    for column, series in metrics.items():
+        *scope, quantity = column.split("/")
+        if quantity not in _CAPTIONS:
+            continue
+        rank = _PHASES.index(scope[0]) if scope and scope[0] in _PHASES else 0
+        name = "/".join(s for s in scope if s not in (*_PHASES, "routing", "router", "moe", "aux"))
+        into = layers.setdefault(quantity, {}) if name else overall
+        key = name or quantity
+        if key not in into or rank < into[key][0]:
+            into[key] = (rank, series)
+    return [
+        RoutingCurve(q, overall[q][1] if q in overall else None, {n: s for n, (_, s) in layers.get(q, {}).items()})
+        for q in _CAPTIONS
+        if q in overall or q in layers
+    ]
+
+
+def experts(run: RunFolder) -> str:
+    """Load of every expert by layer and by language, and the health of each layer."""
+    lead = (
+        "In a Mixture-of-Experts layer a small router sends each token to one or two of E experts. A fair share is 1/E "
+        "of the tokens. Colours are relative to it: pale is fair, orange more, blue less."
+    )
+    if not run.layers:
+        why = run.notes.get(
+            "routing.json", "This model is dense: it has no Mixture-of-Experts layer, so nothing is routed."
+        )
+        return page.section("experts", "Experts", lead, page.note(why))
+    figures = [_load_map(run), _health_table(run), _language_maps(run)]
+    return page.section("experts", "Experts", lead, f'<div class="grid">{"".join(figures)}</div>')
+
+
+def routing(run: RunFolder) -> str:
+    """Entropy, drops, dead experts and router losses over time."""
+    lead = (
+        "How routing fared during training. Thin lines are single layers (blue encoder, orange decoder), the strong "
+        "one is all of them."
+    )
+    figures = []
+    for curve in routing_curves(run.metrics):
+        title, see, worry, unit = _CAPTIONS[curve.quantity]
+        lines = []
+        sides: set[str] = set()
+        for name, series in sorted(curve.layers.items()):
+            side = "decoder" if "decoder" in name else "encoder" if "encoder" in name else "layers"
+            label = "" if side in sides else side
+            sides.add(side)
+            colour = {"decoder": "red", "encoder": "blue"}.get(side, "muted")
+            lines.append(Line(label, smooth(series), colour, "faint"))
+        if curve.overall is not None:
+            lines.append(Line("overall" if curve.layers else "", smooth(curve.overall), "ink"))
+        if not any(len(line.series.value) for line in lines):
+            continue
+        table = {**({"overall": curve.overall} if curve.overall else {}), **dict(sorted(curve.layers.items()))}
+        zero = curve.quantity in ("drop_rate", "dead_experts", "load_cv", "entropy")
+        figures.append(
+            page.figure(
+                title,
+                see,
+                worry,
+                plots.curves(lines, unit=unit, description=f"{title} over steps", start_at_zero=zero, height=2.2),
+                table=_table(table),
+            )
+        )
+    if not figures:
+        if not run.layers and "routing.json" not in run.notes:
+            return ""
+        why = run.notes.get("metrics.csv", "No routing statistics were logged during this run.")
+        return page.section("routing", "Routing over time", lead, page.note(why))
+    return page.section("routing", "Routing over time", lead, f'<div class="grid">{"".join(figures)}</div>')
+
+
+def _load_map(run: RunFolder) -> str:
+    health = layer_health(run)
+    most = max(x.num_experts for x in health)
+    rows = []
+    for layer, about in zip(run.layers, health, strict=True):
+        rows.append((about.name, [_cell(share * about.num_experts) for share in loads(layer)]))
+    html = page.heat(
+        "layer",
+        [str(i) for i in range(most)],
+        rows,
+        kind="dense" if most > 2 * _VISIBLE_TEXT else "",
+        label_width="6rem",
+    )
+    return page.figure(
+        "Load of every expert",
+        "One row for each Mixture-of-Experts layer, one column for each expert; the number is its load in fair shares.",
+        "a cell is deep blue (an expert that hardly works) or deep orange (one that does the work of several).",
+        html + _scale(),
+    )
+
+
+def _health_table(run: RunFolder) -> str:
+    rows = [
+        (
+            x.name,
+            x.num_experts,
+            wording.fixed(x.evenness, 3),
+            wording.fixed(x.load_cv, 2),
+            wording.percent(x.drop_rate),
+            x.dead,
+            wording.fixed(x.router_entropy, 2),
+            wording.fixed(x.specialisation, 2),
+        )
+        for x in layer_health(run)
+    ]
+    headers = ["layer", "experts", "evenness", "imbalance", "dropped", "dead", "entropy", "special."]
+    return page.figure(
+        "Health of each layer",
+        "Evenness: 1 = all experts equally busy. Imbalance: spread of the load over its mean. Entropy: relative to "
+        "log E. Special(isation): 0 = languages share all experts, 1 = the language decides.",
+        "evenness falls below 0.8, or an expert is dead.",
+        page.table(headers, rows),
+    )
+
+
+def _language_maps(run: RunFolder) -> str:
+    given = run.routing.get("languages")
+    languages = [str(x) for x in given] if isinstance(given, list) else []
+    maps = []
+    most = 0
+    for layer, about in zip(run.layers, layer_health(run), strict=True):
+        rows = {x: row for x in languages if len(row := loads(layer, x)) == about.num_experts}
+        if not rows:
+            continue
+        order = _by_favourite(np.array(list(rows.values())))
+        most = max(most, about.num_experts)
+        cells = [(x, [_cell(row[e] * about.num_experts) for e in order]) for x, row in rows.items()]
+        heat = page.heat(
+            "expert",
+            [str(e) for e in order] if about.num_experts <= _NAMED_COLUMNS else [""] * about.num_experts,
+            cells,
+            kind="dense" if about.num_experts > _VISIBLE_TEXT else "",
+            label_width="3rem",
+        )
+        score = wording.fixed(about.specialisation, 2)
+        maps.append(f"<div><h4>{page.text(about.name)}<span>specialisation {score}</span></h4>{heat}</div>")
+    if not maps:
+        return page.note("routing.json has no load by language.")
+    width = 290 if most <= _VISIBLE_TEXT else 340 if most <= 32 else 500
+    return page.figure(
+        "Which language goes to which expert",
+        "One map for each layer: rows are languages, columns experts, ordered by the language that favours them most. "
+        "Orange patches are experts that specialise in the languages of their rows; 1 is a fair share.",
+        "whole rows are of one deep colour in one column (a language with a single expert has no choice), or every "
+        "map is pale in every layer (experts learned nothing about languages).",
+        f'{_scale()}<div class="maps" style="--map:{width}px">{"".join(maps)}</div>',
+        wide=True,
+    )
+
+
+def _by_favourite(shares: np.ndarray) -> list[int]:
+    """Experts ordered by the language that favours them most, the keenest first."""
+    relative = shares / np.maximum(shares.mean(0), 1e-12)
+    return sorted(range(shares.shape[1]), key=lambda e: (int(relative[:, e].argmax()), -float(relative[:, e].max()), e))
+
+
+def _cell(ratio: float) -> tuple[str, str]:
+    return diverging_class(ratio), wording.fixed(ratio, 1) if ratio < 9.95 else wording.fixed(ratio, 0)
+
+
+def _scale() -> str:
+    return page.scale(_CLASSES, "¼ or less", "4 times or more", "the middle is a fair share, 1")
+
+
+def _table(columns: Mapping[str, Series]) -> str:
+    steps = milestones(list(columns.values())[:1])
+    rows = []
+    for step in steps:
+        values = (float(s.value[np.abs(s.step - step).argmin()]) if len(s.step) else None for s in columns.values())
+        rows.append((f"{step:,.0f}", *map(wording.significant, values)))
+    return page.table(["step", *columns], rows)

@@ -1,0 +1,123 @@
+"""What is well with a run and what is not, in sentences: the same ones on the page, the terminal and in markdown."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from moekit.report.run_folder import RunFolder, loads, number
+from moekit.report.series import specialisation
+from moekit.report.wording import count, percent
+
+# Where we begin to worry. Ours: a dropped token loses its expert in that layer, and papers train at a few percent;
+# an expert with under a tenth of its fair share hardly learns.
+MAX_DROP_RATE = 0.10
+STARVED = 0.10
+
+
+@dataclass(frozen=True)
+class LayerHealth:
+    """Numbers of one MoE layer, each None where the folder does not say.
+
+    Attributes:
+        name: the layer.
+        num_experts: E.
+        evenness: entropy of the load over experts divided by log E: 1 = all equally busy, 0 = one does everything.
+        load_cv: standard deviation of the load divided by its mean.
+        largest: load of the busiest expert, in fair shares.
+        router_entropy: entropy as the run measured it, divided by log E.
+        drop_rate: share of assignments that found their expert full.
+        dead: experts that got no token.
+        starved: experts that got under a tenth of a fair share, the dead included.
+        specialisation: 0 = every language uses the experts alike, 1 = language decides.
+    """
+
+    name: str
+    num_experts: int
+    evenness: float | None
+    load_cv: float
+    largest: float
+    router_entropy: float | None
+    drop_rate: float | None
+    dead: int
+    starved: int
+    specialisation: float | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence; `good` is False where somebody should look."""
+
+    good: bool
+    text: str
+
+
+def layer_health(run: RunFolder) -> list[LayerHealth]:
+    """Health of every MoE layer in routing.json."""
+    found = []
+    languages = run.routing.get("languages")
+    for i, layer in enumerate(run.layers):
+        load = np.array(loads(layer))
+        size = len(load)
+        entropy = number(layer, "entropy")
+        dead = number(layer, "dead_experts")
+        shares = [loads(layer, str(language)) for language in languages] if isinstance(languages, list) else []
+        same = [row for row in shares if len(row) == size]
+        found.append(
+            LayerHealth(
+                name=str(layer.get("name") or f"layer {i}"),
+                num_experts=size,
+                evenness=float(-(load[load > 0] * np.log(load[load > 0])).sum() / math.log(size)) if size > 1 else None,
+                load_cv=float(load.std() * size),
+                largest=float(load.max() * size),
+                router_entropy=entropy / math.log(size) if entropy is not None and size > 1 else None,
+                drop_rate=number(layer, "drop_rate"),
+                dead=int(dead) if dead is not None else int((load == 0).sum()),
+                starved=int((load * size < STARVED).sum()),
+                specialisation=specialisation(same),
+            )
+        )
+    return found
+
+
+def findings(run: RunFolder) -> list[Finding]:
+    """Everything worth a sentence, troubles first."""
+    found = [*_losses(run), *_routing(run)]
+    return sorted(found, key=lambda f: f.good)
+
+
+def _losses(run: RunFolder) -> list[Finding]:
+    broken = {
+        name: int((~np.isfinite(s.value)).sum())
+        for name, s in run.metrics.items()
+        if "loss" in name and not np.isfinite(s.value).all()
+    }
+    if broken:
+        worst = max(broken, key=lambda name: broken[name])
+        return [Finding(False, f"{worst} was not a number at {count(broken[worst], 'logged step')}.")]
+    return [Finding(True, "Every logged loss was a number.")] if any("loss" in n for n in run.metrics) else []
+
+
+def _routing(run: RunFolder) -> list[Finding]:
+    layers = layer_health(run)
+    if not layers:
+        return []
+    total, dead = sum(x.num_experts for x in layers), sum(x.dead for x in layers)
+    starved = sum(max(0, x.starved - x.dead) for x in layers)
+    rate = number(run.summary, "routing", "drop_rate")
+    rates = [x.drop_rate for x in layers if x.drop_rate is not None]
+    rate = rate if rate is not None else (sum(rates) / len(rates) if rates else None)
+    busiest = max(layers, key=lambda x: x.largest)
+    found = [
+        Finding(dead == 0, f"{count(dead, 'dead expert').capitalize()} of {total} in {count(len(layers), 'layer')}."),
+    ]
+    if starved:
+        found.append(Finding(False, f"{count(starved, 'expert').capitalize()} got under a tenth of a fair share."))
+    if rate is not None:
+        text = f"{percent(rate)} of the assignments dropped for lack of room."
+        found.append(Finding(rate <= MAX_DROP_RATE, "No token was dropped." if rate == 0 else text))
+    text = f"The busiest expert got {busiest.largest:.1f} fair shares ({busiest.name})."
+    found.append(Finding(busiest.largest < max(2.0, 0.5 * busiest.num_experts), text))
+    return found

@@ -1,0 +1,170 @@
+"""The two kinds of plots that Matplotlib draws: curves over steps, and scores by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from moekit.report.run_folder import Series
+from moekit.report.series import limits, thin
+from moekit.report.style import COLOURS, Canvas
+from moekit.report.wording import percent, short
+
+Unit = Literal["plain", "percent", "short"]
+MAX_BROKEN_MARKS = 40
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot.
+
+    Attributes:
+        label: its name in the legend; "" keeps it out of the legend.
+        series: the points, NaN and infinities included (they are marked, not hidden).
+        colour: a name of `style.COLOURS`.
+        look: "line", "raw" (pale: the unsmoothed values), "points" (a line with a mark at each measurement) or
+            "faint" (one of many).
+    """
+
+    label: str
+    series: Series
+    colour: str = "blue"
+    look: Literal["line", "raw", "points", "faint"] = "line"
+
+
+_LOOKS: dict[str, dict[str, Any]] = {
+    "line": {"linewidth": 1.8, "zorder": 3},
+    "raw": {"linewidth": 0.7, "alpha": 0.3, "zorder": 2},
+    "points": {"linewidth": 1.5, "marker": "o", "markersize": 3.2, "zorder": 4},
+    "faint": {"linewidth": 0.8, "alpha": 0.55, "zorder": 2},
+}
+
+
+def curves(
+    lines: Sequence[Line],
+    *,
+    unit: Unit = "plain",
+    description: str,
+    x_label: str = "optimizer step",
+    start_at_zero: bool = False,
+    skip_start: bool = False,
+    height: float = 2.7,
+) -> str:
+    """Lines over steps as inline SVG.
+
+    Args:
+        lines: what to draw; empty ones are left out.
+        unit: how the vertical axis is labelled.
+        description: for those who cannot see the picture.
+        x_label: name of the horizontal axis.
+        start_at_zero: whether the vertical axis must contain 0.
+        skip_start: leave the first twentieth of the pale lines out of the vertical limits, where a loss falls from
+            far above everything that follows.
+        height: in inches.
+    """
+    with Canvas(height) as canvas:
+        axes = canvas.axes
+        shown = []
+        broken: set[float] = set()
+        for line in lines:
+            good = line.series.finite
+            broken |= set(line.series.step[~np.isfinite(line.series.value)].tolist())
+            if not len(good.value):
+                continue
+            points = thin(good)
+            # A lone point has no line: give it a mark whatever its look.
+            look = _LOOKS["points" if len(points.value) == 1 else line.look]
+            axes.plot(points.step, points.value, color=COLOURS[line.colour], label=line.label or None, **look)
+            start = len(good.value) // 20 if skip_start and line.look != "points" and len(good.value) >= 40 else 0
+            shown.append(good.value[start:])
+        for i, step in enumerate(sorted(broken)[:MAX_BROKEN_MARKS]):
+            label = "not a number" if i == 0 else None
+            axes.axvline(step, color=COLOURS["red"], linewidth=0.8, linestyle=(0, (2, 2)), label=label)
+        axes.set_ylim(*limits(np.concatenate(shown or [np.zeros(0)]), start_at_zero=start_at_zero))
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        formatter = _FORMATS[unit]
+        if formatter is not None:
+            axes.yaxis.set_major_formatter(FuncFormatter(formatter))
+        canvas.legend()
+        return canvas.svg(description)
+
+
+def score_bars(
+    names: Sequence[str], bars: Sequence[float], dots: Sequence[float], *, labels: tuple[str, str], description: str
+) -> str:
+    """Horizontal bars with a dot beside each, both on a scale from 0 to 100; NaN draws nothing."""
+    with Canvas(0.75 + 0.185 * max(3, len(names))) as canvas:
+        axes = canvas.axes
+        at = np.arange(len(names))
+        axes.barh(at, bars, height=0.62, color=COLOURS["blue"], label=labels[0])
+        if any(math.isfinite(d) for d in dots):
+            axes.plot(dots, at, "o", color=COLOURS["red"], markersize=4, label=labels[1])
+        for i, value in enumerate(bars):
+            if math.isfinite(value):
+                inside = value > 12
+                axes.text(
+                    value - 0.8 if inside else value + 0.8,
+                    i,
+                    f"{value:.1f}",
+                    ha="right" if inside else "left",
+                    va="center",
+                    fontsize=7.5,
+                    color=COLOURS["paper"] if inside else COLOURS["ink"],
+                )
+        axes.set_yticks(at, names)
+        axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        top = max([v for v in (*bars, *dots) if math.isfinite(v)], default=100.0)
+        axes.set_xlim(0, min(100.0, max(10.0, math.ceil(top / 10) * 10)))
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(axis="x", length=0)
+        canvas.legend()
+        return canvas.svg(description)
+
+
+def score_dots(names: Sequence[str], columns: Sequence[tuple[str, Sequence[float]]], *, description: str) -> str:
+    """For each name one dot per run, joined by a rule: who is ahead, and by how much."""
+    colours = ("blue", "red", "green", "purple")
+    marks = ("o", "D", "s", "^")
+    with Canvas(0.75 + 0.185 * max(3, len(names))) as canvas:
+        axes = canvas.axes
+        for i in range(len(names)):
+            values = [column[i] for _, column in columns if math.isfinite(column[i])]
+            if values:
+                axes.plot([min(values), max(values)], [i, i], color=COLOURS["rule"], linewidth=2, zorder=1)
+        for j, (label, marked) in enumerate(columns):
+            axes.plot(
+                marked,
+                np.arange(len(names)),
+                marks[j % len(marks)],
+                color=COLOURS[colours[j % len(colours)]],
+                markersize=4.5,
+                label=label,
+                zorder=3,
+            )
+        axes.set_yticks(np.arange(len(names)), names)
+        axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(axis="x", length=0)
+        canvas.legend(columns=2)
+        return canvas.svg(description)
+
+
+_FORMATS: dict[Unit, Callable[[float, object], str] | None] = {
+    "plain": None,
+    "percent": lambda value, _: percent(value, 1 if abs(value) < 0.1 else 0),
+    "short": lambda value, _: short(value) if value else "0",
+}

@@ -1,0 +1,343 @@
+"""Sections on what the model learned: headline, losses, scores, samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from moekit.report import page, plots, wording
+from moekit.report.agreement import agreement
+from moekit.report.health import findings
+from moekit.report.page import text
+from moekit.report.plots import Line
+from moekit.report.run_folder import RunFolder, Scores, Series, dig, number, sides
+from moekit.report.series import milestones, smooth, smoothing_window
+from moekit.report.style import SEQUENTIAL_LEVELS, attribute, sequential_class
+
+TASKS = {
+    "translation": "Translation",
+    "denoising": "Denoising",
+    "masked_lm": "Masked words",
+    "replaced_token": "Replaced-token detection",
+    "causal_lm": "Next word",
+}
+_SHOWN_SAMPLES = 3
+_LONGEST = 900
+
+
+def headline(run: RunFolder) -> str:
+    """Title, headline numbers and findings."""
+    bleu, chrf, ppl = run.scores("bleu"), run.scores("chrf"), run.by_task("perplexity")
+    origin = {"test": "test set", "valid": "last validation"}
+    total, active = number(run.summary, "parameters", "total"), number(run.summary, "parameters", "active")
+    share = f"{wording.percent(active / total, 0)} of all for a token" if active and total else "for a token"
+    seconds, tokens = number(run.summary, "wall_seconds"), number(run.summary, "tokens")
+    directions = wording.count(len(bleu.directions), "direction")
+    worked = [
+        w
+        for w in (f"{run.steps:,} steps" if run.steps else "", f"{wording.short(tokens)} tokens" if tokens else "")
+        if w
+    ]
+    first = next((t for t in ("translation", *ppl) if t in ppl), None)
+    tiles = [
+        (
+            "BLEU, average",
+            wording.fixed(bleu.average),
+            f"{origin[bleu.origin]}, {directions}" if bleu.average is not None else "not measured",
+        ),
+        (
+            "chrF, average",
+            wording.fixed(chrf.average),
+            origin[chrf.origin] if chrf.average is not None else "not measured",
+        ),
+        (
+            "Perplexity",
+            wording.perplexity(ppl.get(first or "")),
+            TASKS.get(first, first).lower() if first else "not measured",
+        ),
+        ("Speed", wording.short(run.tokens_per_second), "tokens per second"),
+        ("Parameters", wording.short(total), "in total"),
+        ("Active", wording.short(active), share),
+        ("Time", wording.duration(seconds), ", ".join(worked) or "not recorded"),
+    ]
+    data = dig(run.summary, "data")
+    about = [str(data[k]) for k in ("source", "name") if isinstance(data, Mapping) and data.get(k)]
+    languages = run.routing.get("languages") or dig(run.summary, "data", "languages")
+    if isinstance(languages, list) and languages:
+        about.append(wording.count(len(languages), "language") + f" ({', '.join(map(str, languages))})")
+    items = "".join(f"<li{'' if f.good else ' class=bad'}>{text(f.text)}</li>" for f in findings(run))
+    missing = (
+        page.note("summary.json is missing: numbers come from the metrics where they can.") if not run.summary else ""
+    )
+    return (
+        f'<header class="top"><p class="eyebrow">moekit run report</p><h1>{text(run.name)}</h1>'
+        f'<p class="lead">{text(" · ".join(about) or run.path.resolve().name)}</p>{page.tiles(tiles)}'
+        f'<ul class="findings">{items}</ul>{missing}</header>'
+    )
+
+
+def losses(run: RunFolder) -> str:
+    """Losses by task, learning rate and speed."""
+    lead = (
+        "A loss says how surprised the model is by the right answer; it should fall quickly at first, then slowly. "
+        "Each task has its own panel because their losses have different scales."
+    )
+    figures = [_loss_figure(task, run.metrics) for task in tasks(run)]
+    lr = next((run.metrics[n] for n in ("lr", "train/lr", "lr-AdamW", "lr-Adam") if n in run.metrics), None)
+    if lr is not None and len(lr.finite.value):
+        figures.append(
+            page.figure(
+                "Learning rate",
+                "How large a step the optimizer takes: it warms up from zero, then decays.",
+                "it is flat at zero, or does not match the schedule in the configuration.",
+                plots.curves([Line("", lr)], description="Learning rate over steps", start_at_zero=True, height=2.1),
+                table=_curve_table({"learning rate": lr}),
+            )
+        )
+    speed = run.metrics.get("train/tokens_per_second")
+    if speed is not None and len(speed.finite.value):
+        figures.append(
+            page.figure(
+                "Speed",
+                "Tokens processed per second; the dark line is the moving average.",
+                "it sinks over time: something leaks, or data loading cannot keep up.",
+                plots.curves(
+                    [Line("logged", speed, look="raw"), Line("smoothed", smooth(speed))],
+                    unit="short",
+                    description="Tokens per second over steps",
+                    start_at_zero=True,
+                    height=2.1,
+                ),
+                table=_curve_table({"tokens per second": smooth(speed)}),
+            )
+        )
+    body = (
+        f'<div class="grid">{"".join(figures)}</div>'
+        if figures
+        else page.note(_why(run, "metrics.csv", "No loss was logged."))
+    )
+    if figures and "metrics.csv" in run.notes:
+        body = page.note(run.notes["metrics.csv"]) + body
+    return page.section("losses", "Losses", lead, body)
+
+
+def tasks(run: RunFolder) -> list[str]:
+    """Names of the tasks with a logged loss, translation first; "" stands for the total where no task has one."""
+    found: dict[str, None] = {}
+    for column in run.metrics:
+        parts = column.split("/")
+        if len(parts) == 3 and parts[0] in ("train", "valid") and parts[2] == "loss":
+            found[parts[1]] = None
+    if not found:
+        return [""] if {"train/loss", "valid/loss"} & set(run.metrics) else []
+    order = list(TASKS)
+    return sorted(found, key=lambda t: (order.index(t) if t in order else len(order), t))
+
+
+def scores(run: RunFolder) -> str:
+    """BLEU and chrF by direction, as bars and matrices, and how they grew."""
+    lead = (
+        "BLEU counts words and phrases a translation shares with the reference, chrF letters; both run from 0 to 100, "
+        "and chrF is the kinder one to rich morphology."
+    )
+    bleu, chrf = run.scores("bleu"), run.scores("chrf")
+    names = sorted(
+        {*bleu.directions, *chrf.directions}, key=lambda d: -bleu.directions.get(d, chrf.directions.get(d, 0.0))
+    )
+    if not names:
+        why = _why(run, "summary.json", "This run measured no BLEU: `test` does, or `run` at its end.")
+        return page.section("scores", "Translation quality", lead, page.note(why))
+    figures = [
+        page.figure(
+            "BLEU and chrF by direction",
+            "One row for each direction, best first: bars are BLEU, dots chrF.",
+            "a few directions lag far behind: they may have too little data or weight in the mixture.",
+            plots.score_bars(
+                names,
+                [bleu.directions.get(n, math.nan) for n in names],
+                [chrf.directions.get(n, math.nan) for n in names],
+                labels=("BLEU", "chrF"),
+                description=f"BLEU and chrF of {len(names)} directions; the numbers are in the table below",
+            ),
+            table=page.table(
+                ["direction", "BLEU", "chrF"],
+                [(n, wording.fixed(bleu.directions.get(n)), wording.fixed(chrf.directions.get(n))) for n in names],
+            ),
+        ),
+        "<div>" + "".join(_matrix(*x) for x in (("BLEU", bleu), ("chrF", chrf)) if x[1].directions) + "</div>",
+    ]
+    growth = _growth(run)
+    signed = [f"{n}: <code>{text(s.signature)}</code>" for n, s in (("BLEU", bleu), ("chrF", chrf)) if s.signature]
+    remarks = ["These are scores of the last validation, not of the test set."] if bleu.origin == "valid" else []
+    remarks += [f"Signatures: {', '.join(signed)}."] if signed else []
+    end = f'<p class="signatures">{" ".join(remarks)}</p>' if remarks else ""
+    return page.section(
+        "scores", "Translation quality", lead, f'<div class="grid">{"".join(figures)}{growth}</div>{end}'
+    )
+
+
+def samples(run: RunFolder) -> str:
+    """Sample translations by direction, agreeing words marked."""
+    lead = (
+        "Held-out sentences the model never saw. Marked words stand in the reference too, in the same order; an "
+        "unmarked word may still be a good synonym."
+    )
+    if not run.samples:
+        return page.section(
+            "samples", "Sample translations", lead, page.note(_why(run, "samples.json", "It holds no samples."))
+        )
+    by_direction: dict[str, list[Mapping[str, str]]] = {}
+    for sample in run.samples:
+        by_direction.setdefault(sample["direction"] or "direction not recorded", []).append(sample)
+    blocks = []
+    for i, (direction, found) in enumerate(by_direction.items()):
+        shown = "".join(map(_sample, found[:_SHOWN_SAMPLES]))
+        rest = found[_SHOWN_SAMPLES:]
+        if rest:
+            shown += f"<details><summary>{len(rest)} more</summary>{''.join(map(_sample, rest))}</details>"
+        if len(by_direction) <= 6:
+            blocks.append(f"<h3>{text(_arrow(direction))}</h3>{shown}")
+        else:
+            title = f"{_arrow(direction)} · {wording.count(len(found), 'sentence')}"
+            blocks.append(f"<details{' open' if i < 3 else ''}><summary>{text(title)}</summary>{shown}</details>")
+    return page.section("samples", "Sample translations", lead, f'<div class="samples">{"".join(blocks)}</div>')
+
+
+def _loss_figure(task: str, metrics: Mapping[str, Series]) -> str:
+    middle = f"{task}/" if task else ""
+    train, valid = metrics.get(f"train/{middle}loss"), metrics.get(f"valid/{middle}loss")
+    lines = []
+    window = 1
+    if train is not None:
+        window = smoothing_window(len(train.finite.value))
+        lines += (
+            [Line("train", train, look="raw"), Line("train, smoothed", smooth(train))]
+            if window > 1
+            else [Line("train", train)]
+        )
+    if valid is not None:
+        lines.append(Line("validation", valid, "red", "points"))
+    smoothed = f" The dark line averages {window} logged values." if window > 1 else ""
+    title = TASKS.get(task, task.replace("_", " ").capitalize()) or "Total"
+    columns = {k: v for k, v in (("train (smoothed)", smooth(train) if train else None), ("validation", valid)) if v}
+    return page.figure(
+        title,
+        f"Loss in nats per predicted token; blue is training, orange held-out sentences.{smoothed}",
+        "orange rises while blue falls (overfitting), or either jumps or stays flat.",
+        plots.curves(lines, description=f"{title}: training and validation loss over steps", skip_start=True),
+        table=_curve_table(columns),
+    )
+
+
+def _curve_table(columns: Mapping[str, Series]) -> str:
+    at = {name: dict(zip(s.step.tolist(), s.value.tolist(), strict=True)) for name, s in columns.items()}
+    sparse = [s for s in columns.values() if len(s.step)]
+    steps = milestones(sorted(sparse, key=lambda s: len(s.step))[:1])
+    return page.table(
+        ["step", *columns],
+        [(f"{step:,.0f}", *(wording.significant(_near(at[name], step)) for name in columns)) for step in steps],
+    )
+
+
+def _near(values: Mapping[float, float], step: float) -> float | None:
+    """The value at `step`, else the one logged closest to it."""
+    return values[min(values, key=lambda s: abs(s - step))] if values else None
+
+
+def _matrix(title: str, found: Scores) -> str:
+    pairs = {tuple(d.split("-", 1)): v for d, v in found.directions.items() if "-" in d}
+    sources, targets = sorted({p[0] for p in pairs}), sorted({p[-1] for p in pairs})
+    languages = sorted({*sources, *targets})
+    low, high = min(found.directions.values()), max(found.directions.values())
+    pivots = [x for x in languages if all(x in p for p in pairs)]
+    if pairs and len(languages) > 6 and pivots:
+        pivot = pivots[0]
+        others = [x for x in languages if x != pivot]
+        columns = [f"into {pivot}", f"from {pivot}"]
+        values = [[pairs.get((x, pivot)), pairs.get((pivot, x))] for x in others]
+        rows, corner, least = others, "language", "0"
+        see = f"Every direction has {pivot} on one side, so the map has two columns: into {pivot} and out of it."
+    elif pairs:
+        columns, rows, corner = targets, sources, "from \\ to"
+        values = [[pairs.get((s, t)) for t in targets] for s in sources]
+        least = f"{3 + 2.4 * len(targets):.1f}rem"
+        see = "Source languages are rows, target languages are columns; deeper blue is better."
+    else:
+        return ""
+    cells = [
+        (name, [(sequential_class(v, low, high), wording.fixed(v) if v is not None else "") for v in line])
+        for name, line in zip(rows, values, strict=True)
+    ]
+    legend = page.scale([f"s{i}" for i in range(SEQUENTIAL_LEVELS)], wording.fixed(low), wording.fixed(high))
+    html = f'<div class="scroll" style="--least:{least}">{page.heat(corner, columns, cells, kind="matrix")}</div>'
+    return page.figure(
+        f"{title} from every language into every other",
+        see,
+        "a whole row (a source that is not understood) or column (a target that is not mastered) is pale.",
+        html + legend,
+    ).replace("<figure>", '<figure style="margin-bottom:1.6rem">', 1)
+
+
+def _growth(run: RunFolder) -> str:
+    found = {n.removeprefix("valid/bleu/"): s for n, s in run.metrics.items() if n.startswith("valid/bleu/")}
+    average = found.pop("average", None)
+    if average is None or len(average.finite.value) < 2:
+        return ""
+    lines = [Line("one direction" if i == 0 else "", s, "muted", "faint") for i, s in enumerate(found.values())]
+    return page.figure(
+        "Validation BLEU during training",
+        "The blue line is the average, each grey line one direction.",
+        "the lines are still steep at the end (train longer) or fall (overfitting).",
+        plots.curves(
+            [*lines, Line("average", average, "blue", "points")],
+            description="Validation BLEU over steps",
+            start_at_zero=True,
+        ),
+        table=_curve_table({"average BLEU": average}),
+    )
+
+
+def _sample(sample: Mapping[str, str]) -> str:
+    source, target = sides(sample["direction"])
+    found = agreement(sample["reference"][:_LONGEST], sample["hypothesis"][:_LONGEST])
+    return (
+        f'<dl class="sample"><dt>Source</dt><dd dir="auto"{_lang(source)}>{text(_cut(sample["source"]))}</dd>'
+        f'<dt>Reference</dt><dd dir="auto"{_lang(target)}>{_marked(found.reference)}{_rest(sample["reference"])}</dd>'
+        f'<dt>moekit <span class="of">{found.matched} of {wording.count(found.num_words, "word")}</span></dt>'
+        f'<dd class="hyp" dir="auto"{_lang(target)}>{_marked(found.hypothesis)}{_rest(sample["hypothesis"])}'
+        f"{'' if sample['hypothesis'].strip() else '<em>(empty)</em>'}</dd></dl>"
+    )
+
+
+def _marked(pieces: Sequence[tuple[str, bool | None]]) -> str:
+    """Agreeing words in <mark>, runs of them in one, so that cursive scripts keep their joins."""
+    html, run, gap = "", "", ""
+    for piece, agrees in pieces:
+        if agrees:
+            run, gap = run + gap + piece, ""
+        elif agrees is None and run:
+            gap += piece
+        else:
+            html += (f"<mark>{text(run)}</mark>" if run else "") + text(gap + piece)
+            run, gap = "", ""
+    return html + (f"<mark>{text(run)}</mark>" if run else "") + text(gap)
+
+
+def _cut(value: str) -> str:
+    return value[:_LONGEST] + _rest(value) if len(value) > _LONGEST else value
+
+
+def _rest(value: str) -> str:
+    return f" … ({len(value) - _LONGEST:,} more characters)" if len(value) > _LONGEST else ""
+
+
+def _lang(language: str) -> str:
+    return f' lang="{attribute(language)}"' if language else ""
+
+
+def _arrow(direction: str) -> str:
+    return direction.replace("-", " → ", 1)
+
+
+def _why(run: RunFolder, file: str, otherwise: str) -> str:
+    return run.notes.get(file, otherwise)

@@ -1,0 +1,281 @@
+"""Reading a run folder: whatever of it exists, without trusting any of it.
+
+A folder after `fit` has no summary, an interrupted run has half the metrics, and a loss may be NaN. The report is most
+needed exactly then, so a missing or broken file never stops it: it is noted in `RunFolder.notes` and its section says
+so.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moekit.errors import UserError
+
+FILES = ("config.yaml", "environment.json", "metrics.csv", "summary.json", "routing.json", "samples.json")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One column of metrics.csv: Float64[N] values at Float64[N] steps, rising and unique; values may be NaN or inf."""
+
+    step: NDArray[np.float64]
+    value: NDArray[np.float64]
+
+    @property
+    def finite(self) -> Series:
+        """The same series without NaN and infinities."""
+        good = np.isfinite(self.value)
+        return Series(self.step[good], self.value[good])
+
+    @property
+    def last(self) -> float | None:
+        """The last value, or None where there is none or it is not finite."""
+        return float(self.value[-1]) if len(self.value) and math.isfinite(self.value[-1]) else None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A translation score on average and by direction.
+
+    Attributes:
+        average: mean over directions, or None.
+        directions: score by direction, for example ``{"en-de": 31.2}``.
+        signature: how it was computed (sacrebleu's signature), or "".
+        origin: "test" where summary.json has it, "valid" where it is the last validation's.
+    """
+
+    average: float | None = None
+    directions: Mapping[str, float] = field(default_factory=dict)
+    signature: str = ""
+    origin: str = "test"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What a run folder says; empty where a file is missing.
+
+    Attributes:
+        path: the folder.
+        config: text of config.yaml.
+        environment: environment.json.
+        metrics: columns of metrics.csv by name, ``step`` and ``epoch`` excluded.
+        summary: summary.json.
+        routing: routing.json.
+        samples: entries of samples.json with their four texts.
+        notes: for every file that is missing, broken or partly unreadable, one sentence by file name.
+    """
+
+    path: Path
+    config: str = ""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Series] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    routing: Mapping[str, Any] = field(default_factory=dict)
+    samples: tuple[Mapping[str, str], ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Recipe and variant, or the folder's name where the summary has neither."""
+        parts = [str(self.summary[k]) for k in ("recipe", "variant") if self.summary.get(k)]
+        return " · ".join(parts) or self.path.resolve().name
+
+    @property
+    def layers(self) -> tuple[Mapping[str, Any], ...]:
+        """The MoE layers of routing.json that have a usable load; empty for a dense model."""
+        found = self.routing.get("layers")
+        return tuple(x for x in found if isinstance(x, Mapping) and loads(x)) if isinstance(found, list) else ()
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps taken: the summary's, else the last one in the metrics."""
+        given = number(self.summary, "steps")
+        if given is not None:
+            return int(given)
+        ends = [s.step[-1] for s in self.metrics.values() if len(s.step)]
+        return int(max(ends)) if ends else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The summary's speed, else the median of what was logged in training."""
+        given = number(self.summary, "tokens_per_second")
+        logged = self.metrics.get("train/tokens_per_second")
+        if given is None and logged is not None and len(logged.finite.value):
+            return float(np.median(logged.finite.value))
+        return given
+
+    def by_task(self, quantity: str) -> dict[str, float]:
+        """Final validation `quantity` ("loss" or "perplexity") by task: the summary's, else the last one logged."""
+        given = numbers(self.summary, quantity)
+        if given:
+            return given
+        if quantity == "perplexity":
+            return {t: math.exp(v) for t, v in self.by_task("loss").items() if v < 700 and t in PERPLEXITY_TASKS}
+        found = {}
+        for column, series in self.metrics.items():
+            parts = column.split("/")
+            if len(parts) == 3 and parts[0] == "valid" and parts[2] == quantity and series.last is not None:
+                found[parts[1]] = series.last
+        return found
+
+    def scores(self, metric: str) -> Scores:
+        """Scores by `metric` ("bleu" or "chrf") of the test, or else of the last validation."""
+        directions = numbers(self.summary, metric, "directions")
+        average = number(self.summary, metric, "average")
+        if directions or average is not None:
+            signature = dig(self.summary, metric, "signature")
+            return Scores(average if average is not None else _mean(directions), directions, str(signature or ""))
+        prefix = f"valid/{metric}/"
+        last = {c.removeprefix(prefix): s.last for c, s in self.metrics.items() if c.startswith(prefix)}
+        average = last.pop("average", None)
+        directions = {d: v for d, v in last.items() if v is not None}
+        return Scores(average if average is not None else _mean(directions), directions, origin="valid")
+
+
+PERPLEXITY_TASKS = ("translation", "denoising", "masked_lm", "causal_lm")
+
+
+def read_run(run_dir: Path) -> RunFolder:
+    """Read a run folder.
+
+    Raises:
+        UserError: if `run_dir` is no folder, or holds none of a run's files.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"A run folder is required: {run_dir} is not a folder. Give the --out folder of a run.")
+    if not any((run_dir / name).is_file() for name in FILES):
+        raise UserError(
+            f"A run folder holds at least one of {', '.join(FILES)}: {run_dir} has none of them. "
+            "Give the --out folder of a run (not its checkpoints)."
+        )
+    notes: dict[str, str] = {}
+    try:
+        config = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        config = ""
+        notes["config.yaml"] = _unreadable(run_dir / "config.yaml", error)
+    samples = _json(run_dir / "samples.json", list, notes)
+    return RunFolder(
+        path=run_dir,
+        config=config,
+        environment=_json(run_dir / "environment.json", dict, notes),
+        metrics=_metrics(run_dir / "metrics.csv", notes),
+        summary=_json(run_dir / "summary.json", dict, notes),
+        routing=_json(run_dir / "routing.json", dict, notes),
+        samples=tuple(s for s in map(_sample, samples) if s is not None),
+        notes=notes,
+    )
+
+
+def dig(tree: Any, *keys: str) -> Any:
+    """``tree[key][key]...``, or None where a level is missing or no mapping."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def number(tree: Any, *keys: str) -> float | None:
+    """The finite number at ``tree[key][key]...``, or None."""
+    value = dig(tree, *keys)
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None
+
+
+def numbers(tree: Any, *keys: str) -> dict[str, float]:
+    """The finite numbers of the mapping at ``tree[key]...``, by name."""
+    mapping = dig(tree, *keys)
+    found = {str(k): number(mapping, k) for k in mapping} if isinstance(mapping, Mapping) else {}
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def sides(direction: str) -> tuple[str, str]:
+    """Source and target of a direction such as "en-de"; the target is "" where it has only one part."""
+    source, _, target = direction.partition("-")
+    return source, target
+
+
+def loads(layer: Any, language: str | None = None) -> list[float]:
+    """Share of tokens that each expert of a routing.json layer got, overall or from one language; [] if unusable."""
+    values = dig(layer, "load") if language is None else dig(layer, "load_by_language", language)
+    if not isinstance(values, list) or not values:
+        return []
+    clean = [number({"x": v}, "x") for v in values]
+    total = sum(v for v in clean if v is not None)
+    if any(v is None or v < 0 for v in clean) or total <= 0:
+        return []
+    return [v / total for v in clean if v is not None]
+
+
+def _mean(values: Mapping[str, float]) -> float | None:
+    return sum(values.values()) / len(values) if values else None
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"This run folder has no {path.name}."
+    return f"{path.name} could not be read: {error}."
+
+
+def _json(path: Path, kind: type, notes: dict[str, str]) -> Any:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        notes[path.name] = _unreadable(path, error)
+        return kind()
+    if not isinstance(value, kind):
+        required = "an object" if kind is dict else "a list"
+        notes[path.name] = f"{path.name} must hold {required}: got {type(value).__name__}."
+        return kind()
+    return value
+
+
+def _sample(entry: Any) -> Mapping[str, str] | None:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("hypothesis"), str):
+        return None
+    return {k: str(entry.get(k) or "") for k in ("direction", "source", "reference", "hypothesis")}
+
+
+def _metrics(path: Path, notes: dict[str, str]) -> dict[str, Series]:
+    """Columns of metrics.csv; a resumed run repeats steps (and perhaps the header), and the last value wins."""
+    points: dict[str, dict[float, float]] = {}
+    bad: list[int] = []
+    try:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            rows = csv.reader(line.replace("\0", "") for line in file)
+            header = [name.strip() for name in next(rows, [])]
+            if "step" not in header:
+                notes[path.name] = f"{path.name} must begin with a header that has the column step."
+                return {}
+            at = header.index("step")
+            for row in rows:
+                if [cell.strip() for cell in row] == header or not any(cell.strip() for cell in row):
+                    continue
+                try:
+                    step = float(row[at])
+                    cells = [(n, float(c)) for n, c in zip(header, row, strict=False) if c.strip()]
+                except (ValueError, IndexError):
+                    bad.append(rows.line_num)
+                    continue
+                for name, value in cells:
+                    points.setdefault(name, {})[step] = value
+    except (OSError, csv.Error) as error:
+        notes[path.name] = _unreadable(path, error)
+    if bad:
+        some = ", ".join(map(str, bad[:5])) + (" and more" if len(bad) > 5 else "")
+        notes[path.name] = f"{len(bad)} lines of {path.name} are no numbers and were left out (line {some})."
+    columns = {}
+    for name, values in points.items():
+        if name not in ("step", "epoch", ""):
+            steps = sorted(s for s in values if math.isfinite(s))
+            columns[name] = Series(np.array(steps), np.array([values[s] for s in steps]))
+    return columns

@@ -1,0 +1,204 @@
+"""One look for every picture: colours that the page resolves, so that a plot follows light, dark and print."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from typing import Any, cast
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.figure import Figure
+
+# Matplotlib draws with the light colours; `svg` turns each into a CSS variable that page.css defines twice. The four
+# hues are Okabe and Ito's colour-blind-safe blue, vermillion, green and purple; never two of them mean good and bad.
+COLOURS = {
+    "paper": "#fefefe",
+    "ink": "#1c2430",
+    "muted": "#667085",
+    "rule": "#d9dee6",
+    "blue": "#0067a5",
+    "red": "#c8500a",
+    "green": "#00805c",
+    "purple": "#a8508c",
+}
+CYCLE = ("blue", "red", "green", "purple")
+
+SEQUENTIAL_LEVELS = 12
+DIVERGING_LEVELS = 17  # odd: the middle class is a fair share
+_SEQUENTIAL = {
+    "light": ("#f1f6fb", "#a9cbe4", "#3f8fc4", "#0a4f86", "#062c52"),
+    "dark": ("#16212e", "#1c4569", "#2f7fb5", "#7fbbe0", "#d9eefb"),
+}
+_DIVERGING = {
+    "light": ("#123f73", "#3f86bd", "#b5d3e7", "#f4f3f0", "#f6c99f", "#d9772b", "#8a3a06"),
+    "dark": ("#9fd0f2", "#3f8cc2", "#20466a", "#232a33", "#6b3d1a", "#cf7024", "#ffc99a"),
+}
+
+_RC: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "moekit",
+    "text.parse_math": False,
+    "axes.formatter.use_mathtext": False,
+    "axes.unicode_minus": True,
+    "font.size": 8.5,
+    "axes.labelsize": 8.5,
+    "axes.titlesize": 9.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8.5,
+    "axes.edgecolor": COLOURS["rule"],
+    "axes.labelcolor": COLOURS["muted"],
+    "xtick.color": COLOURS["rule"],
+    "ytick.color": COLOURS["rule"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "text.color": COLOURS["ink"],
+    "axes.titlecolor": COLOURS["ink"],
+    "legend.labelcolor": COLOURS["ink"],
+    "grid.color": COLOURS["rule"],
+    "grid.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.linewidth": 0.8,
+    "ytick.major.size": 0,
+    "xtick.major.size": 3,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "path.simplify": True,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+class Canvas:
+    """A figure in the house style: ``with Canvas() as canvas: canvas.axes.plot(...)``, then `svg`.
+
+    Args:
+        height: of the figure in inches; the width is fixed, so that texts are of one size on the page.
+    """
+
+    WIDTH = 5.3
+
+    def __init__(self, height: float = 2.7) -> None:
+        self._context = matplotlib.rc_context(cast(Any, _RC))
+        self._height = height
+
+    def __enter__(self) -> Canvas:
+        self._context.__enter__()
+        self.figure = Figure(figsize=(self.WIDTH, self._height), layout="constrained")
+        self.axes = self.figure.add_subplot()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+    def legend(self, columns: int = 4) -> None:
+        """Put the legend in one line above the axes, where it hides nothing."""
+        handles, labels = self.axes.get_legend_handles_labels()
+        if handles:
+            self.figure.legend(
+                handles,
+                labels,
+                loc="outside upper left",
+                ncols=columns,
+                handlelength=1.6,
+                columnspacing=1.4,
+                borderpad=0,
+            )
+
+    def svg(self, description: str) -> str:
+        """The picture as an inline ``<svg>`` with `description` for those who cannot see it.
+
+        Call it inside the ``with`` block. Fonts come from the page, colours from its variables; nothing in it refers to
+        the network, and the same data give the same bytes.
+        """
+        file = io.StringIO()
+        with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": description}):
+            # Texts are drawn by the browser; Matplotlib only measures them, and may lack a script's glyphs.
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
+            FigureCanvasSVG(self.figure).print_svg(file, metadata={"Date": None})
+        drawing = file.getvalue()
+        drawing = drawing[drawing.index("<svg") :]
+        drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
+        drawing = re.sub(r"<style type=.*?</style>", "", drawing, flags=re.DOTALL)
+        drawing = re.sub(r'<g id="[^"]*"( ?/?)>', r"<g\1>", drawing)
+        drawing = re.sub(r'style="[^"]*"', lambda m: _themed(m.group(0)), drawing)
+        drawing = re.sub(r'\b(d|x|y|width|height|transform)="[^"]*"', lambda m: _rounded(m.group(0)), drawing)
+        box = re.search(r'viewBox="([^"]*)"', drawing)
+        assert box is not None
+        head = f'<svg role="img" aria-label="{attribute(description)}" viewBox="{box.group(1)}">'
+        return re.sub(r"\s*\n\s*", " ", head + drawing[drawing.index(">") + 1 :]).strip()
+
+
+def _themed(style: str) -> str:
+    """A style attribute with the page's variables for colours and the page's font at Matplotlib's size."""
+    style = re.sub(r"font: [^;\"]*?([\d.]+px)[^;\"]*", r"font-size: \1", style)
+    style = re.sub(r"font-family: [^;\"]*;? ?", "", style)
+    for name, colour in COLOURS.items():
+        style = style.replace(colour, f"var(--{name})")
+    return style
+
+
+def _rounded(coordinates: str) -> str:
+    """An attribute's numbers to a hundredth of a point: a fifth of the size, the same picture."""
+    return re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m.group(0)):.2f}".rstrip("0").rstrip("."), coordinates)
+
+
+def attribute(text: str) -> str:
+    """`text` for an HTML attribute in double quotes."""
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def sequential_class(value: float | None, low: float, high: float) -> str:
+    """CSS class of a cell on the scale from `low` (pale) to `high` (deep)."""
+    if value is None or not math.isfinite(value):
+        return "na"
+    place = (value - low) / (high - low) if high > low else 0.5
+    return f"s{min(SEQUENTIAL_LEVELS - 1, max(0, int(place * SEQUENTIAL_LEVELS)))}"
+
+
+def diverging_class(ratio: float | None) -> str:
+    """CSS class of a cell whose fair value is 1: a quarter and less is deep blue, four times and more deep orange."""
+    if ratio is None or not math.isfinite(ratio):
+        return "na"
+    half = DIVERGING_LEVELS // 2
+    place = math.log2(max(ratio, 1e-9)) / 2 * half
+    return f"d{half + max(-half, min(half, round(place)))}"
+
+
+def palette_css() -> str:
+    """Rules of the heat-map classes for both themes, each with the ink that is readable on it."""
+    dark = f"@media screen and (prefers-color-scheme: dark) {{\n{_rules('dark')}\n}}"
+    return f"{_rules('light')}\n{dark}"
+
+
+def _rules(theme: str) -> str:
+    rules = []
+    for letter, anchors, count in (
+        ("s", _SEQUENTIAL[theme], SEQUENTIAL_LEVELS),
+        ("d", _DIVERGING[theme], DIVERGING_LEVELS),
+    ):
+        colours = LinearSegmentedColormap.from_list("", anchors)
+        for level in range(count):
+            shade = to_hex(colours(level / (count - 1)))
+            rules.append(f".{letter}{level}{{background:{shade};color:{_ink_on(shade)}}}")
+    return "\n".join(rules)
+
+
+def _ink_on(shade: str) -> str:
+    """Black or white ink, whichever has the greater contrast (WCAG relative luminance)."""
+    channels = [int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#fff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#0b1220"

@@ -1,0 +1,184 @@
+"""`terminal_summary`: what a run came to, on one screen of 24 lines and 80 columns."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from moekit.report import wording
+from moekit.report.health import findings, layer_health
+from moekit.report.run_folder import RunFolder, Scores, dig, number, read_run, sides
+
+WIDTH = 80
+HEIGHT = 24
+_ALL = 12  # directions shown one by one: two columns of six
+_EXTREMES = 4  # of more directions, the best and the worst
+
+
+def terminal_summary(run: Path | Mapping[str, Any], console: Console | None = None) -> None:
+    """Print a run's results on one screen: at most 24 lines of 80 columns.
+
+    Args:
+        run: the run folder, or the content of its summary.json.
+        console: where to print; a new one on standard output by default.
+
+    Raises:
+        UserError: if `run` is a path but not a run folder.
+    """
+    console = console or Console()
+    folder = RunFolder(Path(), summary=run) if isinstance(run, Mapping) else read_run(Path(run))
+    where = None if isinstance(run, Mapping) else folder.path
+    title = folder.name if where is not None or folder.summary.get("recipe") else "run"
+    lines = [_rule(title), *_headline(folder), Text(), *_directions(folder), *_tasks(folder), *_routing(folder)]
+    if where is not None:
+        lines += [Text(), *_next(folder)]
+    for line in lines[:HEIGHT]:
+        line.truncate(min(WIDTH, console.width), overflow="ellipsis")
+        console.print(line, no_wrap=True, overflow="ellipsis", crop=True, highlight=False, soft_wrap=False)
+
+
+def _rule(title: str) -> Text:
+    left = f"── {title} "
+    return Text.assemble((left, "bold"), ("─" * max(0, WIDTH - len(left)), "dim"))
+
+
+def _headline(run: RunFolder) -> list[Text]:
+    bleu, chrf, ppl = run.scores("bleu"), run.scores("chrf"), run.by_task("perplexity")
+    tokens = number(run.summary, "tokens")
+    total, active = number(run.summary, "parameters", "total"), number(run.summary, "parameters", "active")
+    perplexity = ppl.get("translation", next(iter(ppl.values()), None))
+    first = Text()
+    for label, value in (
+        ("BLEU", wording.fixed(bleu.average)),
+        ("chrF", wording.fixed(chrf.average)),
+        ("perplexity", wording.perplexity(perplexity)),
+    ):
+        first.append(f"{label} ", "dim")
+        first.append(f"{value}   ", "bold cyan" if label == "BLEU" else "bold")
+    if bleu.average is not None:
+        origin = "test set" if bleu.origin == "test" else "last validation"
+        first.append(f"{origin}, {wording.count(len(bleu.directions), 'direction')}", "dim")
+    steps = f"{run.steps:,} steps" if run.steps else None
+    parts = [
+        f"{wording.short(total)} parameters" + (f", {wording.short(active)} active" if active else "")
+        if total
+        else None,
+        steps,
+        f"{wording.short(tokens)} tokens" if tokens else None,
+        wording.duration(number(run.summary, "wall_seconds")) if run.summary else None,
+        f"{wording.short(run.tokens_per_second)} tokens/s" if run.tokens_per_second else None,
+    ]
+    return [first, Text(" · ".join(p for p in parts if p))]
+
+
+def _directions(run: RunFolder) -> list[Text]:
+    bleu, chrf = run.scores("bleu"), run.scores("chrf")
+    names = sorted(bleu.directions, key=lambda d: -bleu.directions[d])
+    if not names:
+        return [Text("No BLEU in this folder: the `test` command measures it.", "yellow"), Text()]
+    if len(names) <= _ALL:
+        half = -(-len(names) // 2) if len(names) > 4 else len(names)
+        left, right = names[:half], names[half:]
+        heads = ("direction", "direction")
+    else:
+        left, right = names[:_EXTREMES], names[-_EXTREMES:][::-1]
+        heads = ("best", "worst")
+    lines = [_scores_head(heads[0]) + (_scores_head(heads[1]) if right else Text())]
+    for i, name in enumerate(left):
+        line = _scores_row(name, bleu, chrf)
+        lines.append(line + _scores_row(right[i], bleu, chrf) if i < len(right) else line)
+    if len(names) > _ALL:
+        lines += [_averages("average from ", bleu, 0), _averages("average into ", bleu, 1)]
+    return [*lines, Text()]
+
+
+def _scores_head(name: str) -> Text:
+    return Text(f"{name:<20}{'BLEU':>6}{'chrF':>7}       ", "dim")
+
+
+def _scores_row(name: str, bleu: Scores, chrf: Scores) -> Text:
+    label = name if len(name) <= 19 else f"{name[:18]}…"
+    value = f"{wording.fixed(bleu.directions.get(name)):>6}"
+    return Text.assemble(f"{label:<20}", (value, "cyan"), f"{wording.fixed(chrf.directions.get(name)):>7}       ")
+
+
+def _averages(title: str, found: Scores, side: int) -> Text:
+    """Average over the directions that share a source (side 0) or a target (side 1), the best first."""
+    groups: dict[str, list[float]] = {}
+    for direction, value in found.directions.items():
+        groups.setdefault(sides(direction)[side], []).append(value)
+    means = {language: sum(v) / len(v) for language, v in groups.items()}
+    line = Text(title, "dim")
+    for i, language in enumerate(sorted(means, key=lambda x: -means[x])):
+        piece = f"{'  ' if i else ''}{language} {means[language]:.0f}"
+        if len(line) + len(piece) > WIDTH - 3:
+            line.append(" …", "dim")
+            break
+        line.append(piece)
+    return line
+
+
+def _tasks(run: RunFolder) -> list[Text]:
+    perplexities, losses = run.by_task("perplexity"), run.by_task("loss")
+    parts = [f"{task} {wording.perplexity(value)}" for task, value in perplexities.items()]
+    lines = [_labelled("perplexity", " · ".join(parts))] if parts else []
+    others = [f"{task} {wording.significant(value)}" for task, value in losses.items() if task not in perplexities]
+    return lines + ([_labelled("loss", " · ".join(others))] if others else [])
+
+
+def _routing(run: RunFolder) -> list[Text]:
+    layers, routing = layer_health(run), dig(run.summary, "routing")
+    if not layers and not (isinstance(routing, Mapping) and routing):
+        line = [] if run.notes.get("routing.json") else [_labelled("experts", "none: this model is dense")]
+        return [*line, *_troubles(run)]
+    evenness = [x.evenness for x in layers if x.evenness is not None]
+    entropies = [x.router_entropy for x in layers if x.router_entropy is not None]
+    special = [x.specialisation for x in layers if x.specialisation is not None]
+    dead = number(routing, "dead_experts")
+    dead = dead if dead is not None else float(sum(x.dead for x in layers))
+    total = sum(x.num_experts for x in layers)
+    even = _mean(evenness) if evenness else number(routing, "load_entropy")
+    parts = [
+        f"{percent} dropped" if (percent := wording.percent(number(routing, "drop_rate"))) != wording.MISSING else None,
+        f"{dead:.0f}" + (f" of {total}" if total else "") + " dead",
+        f"load CV {wording.fixed(number(routing, 'load_cv'), 2)}",
+        f"evenness {wording.fixed(even, 2)}" if even is not None else None,
+        f"entropy {wording.fixed(_mean(entropies), 2)} log E" if entropies else None,
+    ]
+    lines = [_labelled("experts", " · ".join(p for p in parts if p))]
+    if special:
+        best = max((x for x in layers if x.specialisation is not None), key=lambda x: x.specialisation or 0.0)
+        text = f"{_mean(special):.2f} of 1 by language; most in {best.name} ({best.specialisation:.2f})"
+        lines.append(_labelled("specialised", text))
+    return [*lines, *_troubles(run)]
+
+
+def _troubles(run: RunFolder) -> list[Text]:
+    bad = [f.text for f in findings(run) if not f.good]
+    return [Text.assemble(("! ", "bold yellow"), (text, "yellow")) for text in bad[:2]]
+
+
+def _next(run: RunFolder) -> list[Text]:
+    folder = shlex.quote(str(run.path))
+    report = run.path / "report.html"
+    recipe = run.summary.get("recipe")
+    lines = [
+        _labelled("report", str(report) if report.is_file() else f"python -m moekit.report {folder}", style="bold")
+    ]
+    if recipe and (run.path / "checkpoints").is_dir():
+        lines.append(_labelled("translate", f"python -m moekit.recipes.{recipe} generate --out {folder}"))
+    lines.append(_labelled("compare", f"python -m moekit.report {folder} OTHER_RUN"))
+    return lines
+
+
+def _labelled(label: str, content: str, *, style: str = "") -> Text:
+    return Text.assemble((f"{label:<12}", "dim"), (content, style))
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
