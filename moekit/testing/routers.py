@@ -1,0 +1,371 @@
+"""The contract of routers: `ROUTER_CHECKS`, and `check_router` which runs them all."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moekit.experts.grouped import GroupedMLP
+from moekit.functional.reference import moe_reference
+from moekit.layer import MoELayer, MoEOutput
+from moekit.routing import Router, Routing, RoutingContext
+from moekit.testing import modules
+from moekit.testing.cases import seeded, skewed_tokens, some_context, some_mask, tensors_of, trace
+from moekit.testing.closeness import assert_close, assert_same, rule
+from moekit.testing.modules import build
+
+Factory = Callable[[], Router]
+
+T = 48
+
+
+def _dim(router: Router) -> int:
+    dim = getattr(router, "dim", None)
+    rule(isinstance(dim, int), f"{type(router).__name__} must say how wide its input is: set `self.dim`.")
+    return int(dim)  # type: ignore[arg-type]
+
+
+def _layer(factory: Factory, *, dtype: torch.dtype = torch.float32, training: bool = True) -> MoELayer:
+    """The router in a layer with small experts."""
+    router = build(factory, dtype=dtype, training=training)
+    with seeded(7):
+        experts = GroupedMLP(router.num_experts, _dim(router), 5, activation="silu", bias=True, init_scale=1.0)
+    return MoELayer(router, experts).to(dtype).train(training)
+
+
+def _inputs(
+    router: Router, num_tokens: int = T, dtype: torch.dtype = torch.float32, *, masked: bool = True
+) -> tuple[Tensor, RoutingContext]:
+    """Skewed tokens and a full context."""
+    mask = some_mask(num_tokens) if masked else None
+    return skewed_tokens(num_tokens, _dim(router), dtype=dtype), some_context(router, num_tokens, mask=mask)
+
+
+def _route(router: Router, x: Tensor, context: RoutingContext | None, seed: int = 1) -> Routing:
+    with seeded(seed):
+        return router(x, context)
+
+
+def _phases() -> Iterator[tuple[bool, str]]:
+    yield True, "in training"
+    yield False, "in evaluation"
+
+
+def _summary(router: Router) -> dict[str, Tensor]:
+    """All that a router computes in training and evaluation, as tensors by name."""
+    found: dict[str, Tensor] = {}
+    was = router.training
+    for training, phase in _phases():
+        router.train(training)
+        x, context = _inputs(router, dtype=next((p.dtype for p in router.parameters()), torch.float32))
+        found |= {f"{name} {phase}": value.detach() for name, value in tensors_of(_route(router, x, context)).items()}
+    router.train(was)
+    return found
+
+
+def _compare_with_reference(layer: MoELayer, x: Tensor, context: RoutingContext | None, what: str) -> None:
+    """Output, losses and every gradient of the layer against the loop over assignments."""
+
+    def slow(x: Tensor) -> MoEOutput:
+        routing = layer.router(x, context)
+        return MoEOutput(moe_reference(x, routing, layer.experts.reference), routing)
+
+    assert_same(trace(partial(layer, context=context), layer, x), trace(slow, layer, x), what)
+
+
+def check_invariants(factory: Factory) -> None:
+    """The list of assignments is well formed: ranges, types, queues without gaps, capacity, no padding."""
+    for training, phase in _phases():
+        router = build(factory, training=training)
+        for masked in (False, True):
+            x, context = _inputs(router, masked=masked)
+            check_routing(_route(router, x, context), context, what=f"{type(router).__name__} {phase}")
+    bare = build(factory, training=False)
+    if not any(True for _ in bare.parameters()):
+        return  # a router without a parameter reads its context: there is no route without one
+    check_routing(_route(bare, skewed_tokens(T, _dim(bare)), None), None, what=f"{type(bare).__name__} without context")
+
+
+def check_routing(routing: Routing, context: RoutingContext | None = None, *, what: str = "the routing") -> None:
+    """Assert the rules that every `Routing` obeys, whoever made it.
+
+    Raises:
+        AssertionError: naming the rule that is broken.
+    """
+    n = routing.token.numel()
+    for name in ("token", "expert", "weight", "position", "kept"):
+        shape = getattr(routing, name).shape
+        rule(shape == (n,), f"{what}: {name} has shape {tuple(shape)} and token has {n} entries.")
+    for name in ("token", "expert", "position"):
+        dtype = getattr(routing, name).dtype
+        rule(dtype == torch.int64, f"{what}: {name} must be int64, not {dtype}.")
+    rule(routing.kept.dtype == torch.bool, f"{what}: kept must be bool, not {routing.kept.dtype}.")
+    rule(
+        routing.weight.dtype in (torch.float32, torch.float64),
+        f"{what}: weights must be at least float32, not {routing.weight.dtype}.",
+    )
+    for name, end in (("token", routing.num_tokens), ("expert", routing.num_experts)):
+        ids = getattr(routing, name)
+        rule(((ids >= 0) & (ids < end)).all(), f"{what}: {name} must be in 0..{end - 1}.")
+    weight = routing.weight.detach()[routing.kept]
+    rule((weight.isfinite() & (weight >= 0)).all(), f"{what}: kept weights must be finite and not negative.")
+    rule((routing.position >= -1).all(), f"{what}: positions start at 0; -1 means never queued.")
+    rule(not (routing.kept & ~routing.queued).any(), f"{what}: an assignment is kept without a place in the queue.")
+    _check_queues(routing, what)
+    if context is not None and context.mask is not None:
+        padded = routing.queued & ~context.mask[routing.token]
+        rule(not padded.any(), f"{what}: {int(padded.sum())} assignments of padding are queued: mask them.")
+    for kind in ("losses", "statistics"):
+        for name, value in getattr(routing, kind).items():
+            rule(value.shape == (), f"{what}: {kind} {name!r} must be a scalar, not of shape {tuple(value.shape)}.")
+            rule(value.dtype in (torch.float32, torch.float64), f"{what}: {kind} {name!r} is {value.dtype}.")
+            rule(value.isfinite(), f"{what}: {kind} {name!r} is {value.item()}.")
+    for name, value in routing.statistics.items():
+        rule(not value.requires_grad, f"{what}: statistic {name!r} carries a gradient: detach it.")
+
+
+def _check_queues(routing: Routing, what: str) -> None:
+    for kind, chosen in (("queued", routing.queued), ("kept", routing.kept)):
+        for e in range(routing.num_experts):
+            places = routing.position[chosen & (routing.expert == e)].sort().values
+            rule(
+                torch.equal(places, torch.arange(places.numel())),
+                f"{what}: the places of {kind} assignments of expert {e} must be 0..n-1, each once; got "
+                f"{places.tolist()}.",
+            )
+    if routing.capacity is None:
+        rule(torch.equal(routing.kept, routing.queued), f"{what}: a routing without capacity must keep all it queues.")
+        return
+    kept = torch.bincount(routing.expert[routing.kept], minlength=routing.num_experts)
+    most = int(kept.max()) if kept.numel() else 0
+    rule(most <= routing.capacity, f"{what}: an expert keeps {most} assignments, capacity is {routing.capacity}.")
+
+
+def check_equals_reference(factory: Factory) -> None:
+    """In a layer: outputs, losses and all gradients equal the loop over assignments, in float64 and float32."""
+    for dtype in (torch.float64, torch.float32):
+        for training, phase in _phases():
+            layer = _layer(factory, dtype=dtype, training=training)
+            x, context = _inputs(layer.router, dtype=dtype)
+            _compare_with_reference(layer, x, context, f"the layer differs from the reference {phase}, {dtype}")
+
+
+def check_edge_batches(factory: Factory) -> None:
+    """All tokens to one expert, one token, no token, nothing but padding: right results, finite losses."""
+    for training, phase in _phases():
+        layer = _layer(factory, dtype=torch.float64, training=training)
+        dim = _dim(layer.router)
+        for num_tokens in (0, 1):
+            x, context = _inputs(layer.router, num_tokens, torch.float64, masked=False)
+            _compare_with_reference(layer, x, context, f"{num_tokens} tokens {phase}")
+        context = some_context(layer.router, T)
+        same = skewed_tokens(1, dim, dtype=torch.float64).expand(T, dim)
+        ids = {n: torch.zeros(T, dtype=torch.int64) for n in ("token_ids", "previous_ids", "position", "task")}
+        _compare_with_reference(layer, same, dataclasses.replace(context, **ids), f"{T} equal tokens {phase}")
+        padding = dataclasses.replace(context, mask=torch.zeros(T, dtype=torch.bool))
+        found = trace(partial(layer, context=padding), layer, same)
+        for name, value in found.items():
+            rule(value.isfinite().all(), f"a batch of nothing but padding gives a {name} that is not finite {phase}.")
+        for name in ("output", "gradient of x"):
+            rule(not found[name].any(), f"a batch of nothing but padding gives a non-zero {name} {phase}.")
+
+
+def check_padding_content(factory: Factory) -> None:
+    """What padding holds, NaN included, changes no output, loss, statistic or gradient."""
+    for training, phase in _phases():
+        layer = _layer(factory, training=training)
+        x, context = _inputs(layer.router)
+        real = some_mask(T)
+        other = some_context(layer.router, T, mask=real, seed=5)
+        fields = {}
+        for name in ("token_ids", "previous_ids", "task"):
+            fields[name] = torch.where(real, getattr(context, name), getattr(other, name))
+        changed = dataclasses.replace(context, **fields)
+        before = trace(partial(layer, context=context), layer, x)
+        for name in ("output", "gradient of x"):
+            rule(not before[name][~real].any(), f"padding has a non-zero {name} {phase}.")
+        for kind, fill in (("large numbers", 1e4), ("NaN", float("nan"))):
+            filled = torch.where(real[:, None], x, fill)
+            after = trace(partial(layer, context=changed), layer, filled)
+            assert_same(
+                after,
+                before,
+                f"with {kind} in the padding results change {phase} (clear padding with masked_fill before any "
+                "arithmetic: multiplying by zero keeps NaN)",
+            )
+
+
+def check_more_padding(factory: Factory) -> None:
+    """Where evaluation is dropless, rows of padding added at the end change nothing: no denominator counts them."""
+    layer = _layer(factory, training=False)
+    x, context = _inputs(layer.router, masked=False)
+    if _route(layer.router, x, context).capacity is not None:
+        return
+    extra = 13
+    longer = some_context(layer.router, T + extra, mask=torch.arange(T + extra) < T)
+    # The first T tokens as before; the padding belongs to the sequences that are there.
+    joined = {
+        f.name: torch.cat([getattr(context, f.name), getattr(longer, f.name)[:extra]])
+        for f in dataclasses.fields(context)
+        if f.name != "mask"
+    }
+    short = trace(partial(layer, context=context), layer, x)
+    padded = trace(
+        lambda x: layer(x, RoutingContext(mask=longer.mask, **joined)),
+        layer,
+        torch.cat([x, torch.ones(extra, x.shape[1])]),
+    )
+    padded = {n: v[:T] if n in ("output", "gradient of x") else v for n, v in padded.items()}
+    assert_same(padded, short, "adding padding changes results")
+
+
+def check_order_of_tokens(factory: Factory) -> None:
+    """Where evaluation is dropless, tokens in another order give the same results in that order."""
+    layer = _layer(factory, training=False)
+    x, context = _inputs(layer.router)
+    if _route(layer.router, x, context).capacity is not None:
+        return
+    order = torch.randperm(T, generator=torch.Generator().manual_seed(2))
+    mixed = RoutingContext(**{f.name: getattr(context, f.name)[order] for f in dataclasses.fields(context)})
+    with torch.no_grad():
+        assert_close(layer(x[order], mixed).hidden, layer(x, context).hidden[order], "tokens in another order")
+
+
+def check_randomness(factory: Factory) -> None:
+    """Evaluation is deterministic and draws nothing; training follows `torch.manual_seed`."""
+    router = build(factory, training=False)
+    x, context = _inputs(router)
+    with seeded(3):
+        state = torch.get_rng_state()
+        first = tensors_of(router(x, context))
+        rule(
+            torch.equal(state, torch.get_rng_state()),
+            "evaluation draws random numbers: it must be deterministic; switch noise off when not self.training.",
+        )
+    for name, value in tensors_of(router(x, context)).items():
+        rule(torch.equal(value, first[name]), f"evaluation is not deterministic: {name} differs the second time.")
+    router.train()
+    first = tensors_of(_route(router, x, context, seed=11))
+    for name, value in tensors_of(_route(router, x, context, seed=11)).items():
+        rule(
+            value.shape == first[name].shape and torch.equal(value, first[name]),
+            f"training does not follow torch.manual_seed: {name} differs; draw from torch's default generator.",
+        )
+
+
+def check_future(factory: Factory) -> None:
+    """Unless `looks_ahead` says so, the experts that a token asks for do not depend on later tokens."""
+    for training, phase in _phases():
+        router = build(factory, training=training)
+        if router.looks_ahead:
+            continue
+        x, context = _inputs(router)
+        half = T // 2
+        changed = torch.where(torch.arange(T)[:, None] < half, x, -x)
+        asked = []
+        for tokens in (x, changed):
+            routing = _route(router, tokens, context)
+            early = routing.queued & (routing.token < half)
+            asked.append(sorted(zip(routing.token[early].tolist(), routing.expert[early].tolist(), strict=True)))
+        rule(
+            asked[0] == asked[1],
+            f"{type(router).__name__}.looks_ahead is False, yet {phase} later tokens change what earlier ones ask for: "
+            "set looks_ahead = True.",
+        )
+
+
+def check_low_precision(factory: Factory) -> None:
+    """Router arithmetic is float32: in a bf16 module, and under autocast, as in float32 on the same values."""
+    for training, phase in _phases():
+        router = build(factory, training=training)
+        with torch.no_grad():
+            for tensor in router.parameters():
+                tensor.copy_(tensor.bfloat16())
+        x, context = _inputs(router)
+        x = x.bfloat16().float()
+        expected = tensors_of(_route(router, x, context))
+        half = copy.deepcopy(router).bfloat16()
+        found = tensors_of(_route(half, x.bfloat16(), context))
+        hint = "the router computes in low precision: widen x and weights to float32, with autocast off"
+        assert_same(found, expected, f"bf16 module {phase}: {hint}")
+        rule(found["weight"].dtype == torch.float32, f"weights of a bf16 router are {found['weight'].dtype}.")
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = tensors_of(_route(router, x, context))
+        assert_same(cast, expected, f"autocast {phase}: {hint}")
+
+
+def check_checkpointing(factory: Factory) -> None:
+    """Activation checkpointing (recomputing forward in the backward) changes nothing, randomness included."""
+    layer = _layer(factory, training=True)
+    x, context = _inputs(layer.router)
+    plain = trace(partial(layer, context=context), layer, x)
+    again = trace(lambda x: checkpoint(layer, x, context, use_reentrant=False), layer, x)
+    assert_same(again, plain, "activation checkpointing changes the result")
+
+
+def check_compiles(factory: Factory) -> None:
+    """With a capacity the layer compiles to one graph, with the results of eager, once for all values."""
+    layer = _layer(factory, training=True)
+    x, context = _inputs(layer.router)
+    if _route(layer.router, x, context).capacity is None:
+        layer.eval()
+        if _route(layer.router, x, context).capacity is None:
+            return
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
+    for seed, stance in ((0, "default"), (1, "fail_on_recompile")):
+        x = skewed_tokens(T, _dim(layer.router), seed=seed)
+        with torch.compiler.set_stance(stance):
+            fast = trace(partial(compiled, context=context), layer, x)
+        assert_same(fast, trace(partial(layer, context=context), layer, x), "the compiled layer differs from eager")
+
+
+def check_has_a_source(factory: Factory) -> None:
+    """The docstring says where the idea comes from."""
+    modules.check_has_a_source(factory)
+
+
+def check_copies(factory: Factory) -> None:
+    """`copy.deepcopy` and pickle give an equal, independent router."""
+    modules.check_copies(factory, _summary)
+
+
+def check_state_dict(factory: Factory) -> None:
+    """The state dict holds everything."""
+    modules.check_state_dict(factory, _summary)
+
+
+def check_meta_device(factory: Factory) -> None:
+    """A router built on the meta device can be brought to life."""
+    modules.check_meta_device(factory)
+
+
+def check_forward_stores_nothing(factory: Factory) -> None:
+    """Forward leaves the router as it was."""
+    modules.check_forward_stores_nothing(factory, _summary)
+
+
+ROUTER_CHECKS: tuple[Callable[[Factory], None], ...] = (
+    check_invariants,
+    check_equals_reference,
+    check_edge_batches,
+    check_padding_content,
+    check_more_padding,
+    check_order_of_tokens,
+    check_randomness,
+    check_future,
+    check_low_precision,
+    check_checkpointing,
+    check_compiles,
+    check_has_a_source,
+    check_copies,
+    check_state_dict,
+    check_meta_device,
+    check_forward_stores_nothing,
+)
