@@ -1,0 +1,295 @@
+"""Damage to sentences for denoising, masked language modelling and replaced-token detection.
+
+Pure functions of (sentences, one random key per sentence): a sentence is damaged in the same way whatever stands
+beside it in the batch and whichever process does it. Ids marked `protected` (specials, tags) are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moekit.data.keyed import Keys, uniform
+from moekit.data.ragged import Ragged
+from moekit.data.tokenizer import Tokenizer
+
+SpanLength = Literal["poisson", "geometric"]
+
+_IGNORE = -100
+# Numbers of the independent streams of draws that a key gives.
+_COUNT, _LENGTH, _PLACE, _WORD, _KIND, _REPLACEMENT = range(6)
+
+
+def infill_spans(
+    text: Ragged,
+    keys: Keys,
+    *,
+    ratio: float,
+    mean_length: float,
+    markers: Sequence[int],
+    span_length: SpanLength = "poisson",
+    protected: NDArray[np.bool_] | None = None,
+) -> Ragged:
+    """Replace random spans by one marker each.
+
+    Each sentence loses ``ratio * length`` tokens in expectation (rounded up or down at random), at least one token
+    stays, and two spans never touch.
+
+    Args:
+        text: the sentences.
+        keys: UInt64[B].
+        ratio: share of tokens that vanish.
+        mean_length: of a span.
+        markers: one id (every span gets it), or several: span k of a sentence gets marker k, and no sentence has
+            more spans than markers.
+        span_length: how lengths are distributed around the mean.
+        protected: Bool[N] of tokens that stay; a span that meets one goes on behind it.
+
+    Source: arXiv:1910.13461 section 2.2 (one mask per span, Poisson lengths); arXiv:1910.10683 section 3.1.4
+        (sentinels, an exact number of noise tokens).
+    Differs: spans of length 0 are not drawn (BART inserts a mask for them); spans do not start at word boundaries.
+    """
+    _check_ratio("ratio", ratio)
+    if not mean_length >= 1:
+        raise ValueError(f"mean_length must be at least 1 token: got {mean_length}.")
+    if not markers:
+        raise ValueError("markers must hold at least one token id: got none.")
+    free = text if protected is None else text.keep(~protected)
+    most = len(markers) if len(markers) > 1 else None
+    in_span = _spans(free.lengths, keys, ratio, mean_length, span_length, most)
+    if protected is not None:
+        everywhere = np.zeros(len(text.tokens), dtype=bool)
+        everywhere[~protected] = in_span
+        in_span = everywhere
+    row = text.row
+    begins = in_span.copy()
+    begins[1:] &= ~(in_span[:-1] & (row[1:] == row[:-1]))
+    ordinal = np.cumsum(begins) - 1
+    first = _first(np.concatenate([[0], np.cumsum(begins)])[text.starts], text.lengths)
+    number = np.minimum(ordinal[begins] - first[row[begins]], len(markers) - 1)
+    tokens = text.tokens.copy()
+    tokens[begins] = np.asarray(markers, dtype=np.int64)[number if len(markers) > 1 else np.zeros_like(number)]
+    return Ragged(tokens, text.lengths).keep(~in_span | begins)
+
+
+def drop_words(
+    text: Ragged,
+    keys: Keys,
+    *,
+    ratio: float,
+    starts_word: NDArray[np.bool_],
+    protected: NDArray[np.bool_] | None = None,
+) -> Ragged:
+    """Leave out each word with probability `ratio`, but never all of a sentence.
+
+    Args:
+        text: the sentences.
+        keys: UInt64[B].
+        ratio: chance of a word to vanish.
+        starts_word: Bool[vocab], True for ids that begin a word.
+        protected: Bool[N] of tokens that stay.
+
+    Source: arXiv:1711.00043 section 2.3.
+    """
+    _check_ratio("ratio", ratio)
+    if not len(text.tokens):
+        return text
+    row, column = text.row, text.column
+    begins = starts_word[text.tokens] | (column == 0)
+    begin = np.flatnonzero(begins)
+    luck = uniform(keys[row[begin]], column[begin], _WORD)
+    best = np.zeros(len(text))
+    np.maximum.at(best, row[begin], luck)
+    stays = (luck >= ratio) | (luck == best[row[begin]])  # the luckiest word always stays
+    kept = stays[np.cumsum(begins) - 1]
+    return text.keep(kept if protected is None else kept | protected)
+
+
+def mask_tokens(
+    text: Ragged,
+    keys: Keys,
+    *,
+    ratio: float,
+    mask_id: int,
+    random_ids: tuple[int, int],
+    replace: tuple[float, float, float] = (1.0, 0.0, 0.0),
+    protected: NDArray[np.bool_] | None = None,
+) -> tuple[Ragged, Ragged]:
+    """Choose ``ratio * length`` tokens of each sentence, at least one, to be predicted.
+
+    Args:
+        text: the sentences.
+        keys: UInt64[B].
+        ratio: share of tokens to predict.
+        mask_id: id of the mask.
+        random_ids: (first, last + 1) of the ids that may stand in for a chosen token.
+        replace: shares of chosen tokens that become the mask, become a random id, stay as they are.
+        protected: Bool[N] of tokens that are never chosen.
+
+    Returns:
+        The damaged sentences, and the labels: the original id at chosen places, -100 elsewhere.
+
+    Source: arXiv:1810.04805 section 3.1; with ``replace=(0.8, 0.1, 0.1)`` as there.
+    """
+    _check_ratio("ratio", ratio)
+    if len(replace) != 3 or min(replace) < 0 or abs(sum(replace) - 1) > 1e-6:
+        raise ValueError(f"replace must be three shares that sum to 1 (mask, random id, unchanged): got {replace}.")
+    free = text if protected is None else text.keep(~protected)
+    count = np.floor(ratio * free.lengths + uniform(keys, np.zeros(1, dtype=np.int64), _COUNT)).astype(np.int64)
+    count = np.minimum(np.maximum(count, 1), free.lengths)
+    chosen = _choose(free.lengths, count, keys, _PLACE)
+    if protected is not None:
+        everywhere = np.zeros(len(text.tokens), dtype=bool)
+        everywhere[~protected] = chosen
+        chosen = everywhere
+    labels = np.where(chosen, text.tokens, _IGNORE)
+    tokens = text.tokens.copy()
+    if replace[0] == 1.0:
+        tokens[chosen] = mask_id
+    else:
+        row, column = text.row[chosen], text.column[chosen]
+        kind = uniform(keys[row], column, _KIND)
+        low, high = random_ids
+        other = low + (uniform(keys[row], column, _REPLACEMENT) * (high - low)).astype(np.int64)
+        fate = np.where(kind < replace[0] + replace[1], other, tokens[chosen])
+        tokens[chosen] = np.where(kind < replace[0], mask_id, fate)
+    return Ragged(tokens, text.lengths), Ragged(labels, text.lengths)
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How a sentence is damaged for the denoising task: words are dropped, then spans filled in.
+
+    Attributes:
+        span_ratio: share of tokens in spans.
+        mean_span: mean length of a span.
+        span_length: distribution of lengths.
+        marker: every span becomes the mask, or sentinel k becomes span k's.
+        word_drop: chance of a word to vanish without trace.
+
+    Source: arXiv:1910.13461 (30 % in spans, mean 3); the drop rate is arXiv:1711.00043's.
+    """
+
+    span_ratio: float = 0.3
+    mean_span: float = 3.0
+    span_length: SpanLength = "poisson"
+    marker: Literal["mask", "sentinels"] = "mask"
+    word_drop: float = 0.1
+
+    def apply(self, text: Ragged, keys: Keys, tokenizer: Tokenizer) -> Ragged:
+        """Damaged copies of `text`."""
+        if self.word_drop:
+            protected = text.tokens < tokenizer.first_text_id
+            text = drop_words(text, keys, ratio=self.word_drop, starts_word=tokenizer.starts_word, protected=protected)
+        if not self.span_ratio:
+            return text
+        return infill_spans(
+            text,
+            keys,
+            ratio=self.span_ratio,
+            mean_length=self.mean_span,
+            markers=(tokenizer.mask_id,) if self.marker == "mask" else tokenizer.sentinel_ids,
+            span_length=self.span_length,
+            protected=text.tokens < tokenizer.first_text_id,
+        )
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How a sentence is masked for masked LM and replaced-token detection.
+
+    Attributes:
+        ratio: share of tokens to predict.
+        replace: shares of them that become the mask, a random id, stay. BERT: 0.8, 0.1, 0.1; ELECTRA's generator: only
+            the mask.
+
+    Source: arXiv:1810.04805 section 3.1; arXiv:2003.10555 section 2.
+    """
+
+    ratio: float = 0.15
+    replace: tuple[float, float, float] = (1.0, 0.0, 0.0)
+
+    def apply(self, text: Ragged, keys: Keys, tokenizer: Tokenizer) -> tuple[Ragged, Ragged]:
+        """Masked copies of `text`, and labels."""
+        return mask_tokens(
+            text,
+            keys,
+            ratio=self.ratio,
+            mask_id=tokenizer.mask_id,
+            random_ids=(tokenizer.first_text_id, tokenizer.vocab_size),
+            replace=self.replace,
+            protected=text.tokens < tokenizer.first_text_id,
+        )
+
+
+def _check_ratio(name: str, ratio: float) -> None:
+    if not 0 <= ratio < 1:
+        raise ValueError(f"{name} must be a share of at least 0 and below 1: got {ratio}.")
+
+
+def _first(values: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.where(lengths > 0, values, 0)
+
+
+def _choose(lengths: NDArray[np.int64], count: NDArray[np.int64], keys: Keys, stream: int) -> NDArray[np.bool_]:
+    """Bool[sum(lengths)]: `count` random places of each row."""
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    starts = np.cumsum(lengths) - lengths
+    column = np.arange(len(row)) - starts[row]
+    order = np.argsort(row + uniform(keys[row], column, stream))
+    chosen = np.zeros(len(row), dtype=bool)
+    chosen[order] = column < count[row]  # sorted by row, so the rank within a row is the column
+    return chosen
+
+
+def _spans(
+    lengths: NDArray[np.int64],
+    keys: Keys,
+    ratio: float,
+    mean_length: float,
+    distribution: SpanLength,
+    most: int | None,
+) -> NDArray[np.bool_]:
+    """Bool[sum(lengths)]: tokens inside spans."""
+    zero = np.zeros(1, dtype=np.int64)
+    noise = np.floor(ratio * lengths + uniform(keys, zero, _COUNT)).astype(np.int64)
+    noise = np.clip(noise, 0, np.maximum(lengths - 1, 0))
+    columns = max(1, int(noise.max(initial=0)))
+    drawn = _lengths(uniform(keys[:, None], np.arange(columns), _LENGTH), mean_length, distribution)
+    ends = np.minimum(np.cumsum(drawn, axis=1), noise[:, None])
+    spans = (np.diff(ends, axis=1, prepend=0) > 0).sum(axis=1)
+    # As many spans as there are gaps between the tokens that stay (and markers); the last one takes what is over.
+    allowed = np.minimum(spans, lengths - noise + 1 if most is None else np.minimum(lengths - noise + 1, most))
+    ends = np.where(np.arange(columns) >= (allowed - 1)[:, None], noise[:, None], ends)
+    # Span k stands before clean token number `slot`: choose distinct slots.
+    slots = np.where(lengths > 0, lengths - noise + 1, 0)
+    chosen = np.flatnonzero(_choose(slots, np.minimum(allowed, slots), keys, _PLACE))
+    slot_starts = np.cumsum(slots) - slots
+    row = np.repeat(np.arange(len(lengths)), slots)[chosen]
+    first = np.cumsum(np.bincount(row, minlength=len(lengths))) - np.bincount(row, minlength=len(lengths))
+    number = np.arange(len(row)) - first[row]
+    before = np.where(number > 0, ends[row, np.maximum(number - 1, 0)], 0)
+    starts = np.cumsum(lengths) - lengths
+    begin = starts[row] + (chosen - slot_starts[row]) + before
+    edges = np.zeros(int(lengths.sum()) + 1, dtype=np.int64)
+    np.add.at(edges, begin, 1)
+    np.add.at(edges, begin + ends[row, number] - before, -1)
+    return np.cumsum(edges[:-1]) > 0
+
+
+def _lengths(u: NDArray[np.float64], mean: float, distribution: SpanLength) -> NDArray[np.int64]:
+    """Span lengths of at least 1 from uniform numbers by the inverse of the distribution function."""
+    if distribution == "geometric":
+        if mean == 1:
+            return np.ones(u.shape, dtype=np.int64)
+        return np.maximum(1, np.ceil(np.log1p(-u) / np.log1p(-1 / mean))).astype(np.int64)
+    if distribution == "poisson":
+        steps = np.arange(1, int(mean + 12 * np.sqrt(mean) + 12))
+        mass = np.exp(-mean) * np.cumprod(np.concatenate([[1.0], mean / steps]))
+        table = np.cumsum(mass[1:])  # conditioned on at least one
+        return 1 + np.minimum(np.searchsorted(table / table[-1], u, side="right"), len(table) - 1)
+    raise ValueError(f'span_length must be "poisson" or "geometric": got {distribution!r}.')

@@ -1,0 +1,264 @@
+"""`Plan`: which sentences of which streams make up each training step of a task.
+
+A plan is a pure function of the streams' lengths, the budget and a seed: asked for any step it answers without having
+walked there. Steps are grouped into windows of `WINDOW` steps. For each window the mixture says how many sentences
+every stream gives, so where a stream stands at the start of any window is a running sum. Each stream walks through
+its sentences in one random permutation after the other. Inside a window sentences are sorted by length, cut into as
+many batches of equal padded size as there are steps, and the batches shuffled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moekit.data.keyed import Keys, fold, key, permute, uniform
+from moekit.data.mixture import TemperatureSchedule, sampling_probabilities
+from moekit.errors import UserError
+
+WINDOW = 64  # steps; more = less padding, fewer = a mixture that follows its schedule more closely
+_STRIP = 3  # sentences whose first side differs by less than this are sorted by the other side
+_ORDER, _BATCH, _ROW, _PHASE, _NOISE = range(5)
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes:
+    """Padded positions that each sentence of a stream takes on its two sides (`target` is None for one-sided tasks)."""
+
+    name: str
+    source: NDArray[np.int64]
+    target: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def cost(self) -> NDArray[np.int64]:
+        """Positions of both sides."""
+        return self.source if self.target is None else self.source + self.target
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The sentences of one step, over all ranks.
+
+    Attributes:
+        stream: Int64[B], index of the stream.
+        index: Int64[B], sentence within the stream.
+        keys: UInt64[B], a random key of this sentence at this pass over the stream, for noise.
+    """
+
+    stream: NDArray[np.int64]
+    index: NDArray[np.int64]
+    keys: Keys
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getitem__(self, where: Any) -> Rows:
+        return Rows(self.stream[where], self.index[where], self.keys[where])
+
+
+class Plan:
+    """The sentences of every training step of one task.
+
+    Args:
+        name: of the task; tasks with different names draw independently.
+        streams: at least one with a sentence.
+        budget: padded positions of one step over all ranks, both sides together; steps come within a few percent.
+        temperature: of the mixture over streams.
+        shares: probabilities of streams (by name) that do not follow the temperature.
+        seed: of all choices.
+        least_rows: sentences that every step must have (one per rank).
+
+    Raises:
+        UserError: if there is no sentence, or the longest do not fit the budget.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        streams: Sequence[Sizes],
+        *,
+        budget: int,
+        temperature: TemperatureSchedule,
+        shares: Mapping[str, float] | None = None,
+        seed: int = 0,
+        least_rows: int = 1,
+    ) -> None:
+        self.name = name
+        self.streams = tuple(streams)
+        self.budget = budget
+        self._temperature = temperature
+        self._least = least_rows
+        self._sizes = np.array([len(s) for s in self.streams], dtype=np.int64)
+        if not self._sizes.sum():
+            raise UserError(f"The task {name} needs training sentences: none of its streams has any.")
+        names = [s.name for s in self.streams]
+        for wanted in shares or {}:
+            if wanted not in names:
+                raise UserError(
+                    f"shares of the task {name} must name its streams: got {wanted!r}; they are {', '.join(names)}."
+                )
+        self._shares = {names.index(wanted): share for wanted, share in (shares or {}).items()}
+        longest = max(int(s.cost.max()) for s in self.streams if len(s))
+        if longest * least_rows > budget:
+            raise UserError(
+                f"The token budget of the task {name} must hold its longest sentence on each of {least_rows} ranks: "
+                f"got {budget:,} for sentences of up to {longest:,} positions. Raise data.tokens_per_step (or the "
+                "task's share), or lower data.max_length."
+            )
+        self._two_sided = any(s.target is not None for s in self.streams)
+        self._source = np.concatenate([s.source for s in self.streams])
+        self._target = np.concatenate([s.source if s.target is None else s.target for s in self.streams])
+        self._offset = np.cumsum(self._sizes) - self._sizes
+        self._mean = np.array([s.cost.mean() if len(s) else 0.0 for s in self.streams])
+        self._key = key(seed, name)
+        self._stream_keys = np.concatenate([key(seed, name, s.name) for s in self.streams])
+        self._phase = uniform(self._stream_keys, np.zeros(1, dtype=np.int64), _PHASE)
+        self._drawn = np.zeros((1, len(self.streams)))  # sentences drawn before each window, fractional
+        self._window: tuple[int, list[Rows]] = (-1, [])
+        self._overhead = 1.0
+        self._overhead = self._measured_overhead()
+        self._drawn = self._drawn[:1]
+
+    def rows(self, step: int) -> Rows:
+        """The sentences of `step`, over all ranks."""
+        if step < 0:
+            raise ValueError(f"step must not be negative: got {step}.")
+        window, place = divmod(step, WINDOW)
+        if self._window[0] != window:
+            self._window = (window, self._batches(window))
+        return self._window[1][place]
+
+    @property
+    def rows_per_step(self) -> float:
+        """Mean number of sentences of a step at the first step's mixture."""
+        return float((self._drawn_before(1) - self._drawn_before(0)).sum()) / WINDOW
+
+    def probabilities(self, step: int) -> dict[str, float]:
+        """Chance of each stream at `step`."""
+        (row,) = self._mixture(np.array([step // WINDOW]))
+        return {s.name: float(p) for s, p in zip(self.streams, row, strict=True)}
+
+    def _mixture(self, windows: NDArray[np.int64]) -> NDArray[np.float64]:
+        return sampling_probabilities(self._sizes.tolist(), self._temperature.at(windows * WINDOW), self._shares)
+
+    def _drawn_before(self, window: int) -> NDArray[np.float64]:
+        while len(self._drawn) <= window:
+            new = np.arange(len(self._drawn) - 1, len(self._drawn) + 1023)
+            mixture = self._mixture(new)
+            rows = WINDOW * self.budget / (mixture @ self._mean * self._overhead)
+            rows = np.maximum(rows, WINDOW * self._least + len(self.streams))
+            step = np.concatenate([self._drawn[-1:], mixture * rows[:, None]])
+            self._drawn = np.concatenate([self._drawn, np.cumsum(step, axis=0)[1:]])
+        return self._drawn[window]
+
+    def _measured_overhead(self) -> float:
+        """Padded positions per real one, measured on the first windows, so that batches meet the budget."""
+        measured = []
+        for window in range(2):
+            batches = self._batches(window)
+            drawn = self._drawn_before(window + 1) - self._drawn_before(window)
+            measured.append(max(map(self._positions, batches)) * WINDOW / float(drawn @ self._mean))
+        return max(1.0, *measured)
+
+    def _positions(self, rows: Rows) -> int:
+        where = self._offset[rows.stream] + rows.index
+        width = self._source[where].max() + (self._target[where].max() if self._two_sided else 0)
+        return len(rows) * int(width)
+
+    def _draws(self, window: int) -> Rows:
+        start, stop = (np.floor(self._drawn_before(w) + self._phase).astype(np.int64) for w in (window, window + 1))
+        count = np.where(self._sizes > 0, stop - start, 0)
+        stream = np.repeat(np.arange(len(self.streams)), count)
+        number = np.arange(len(stream)) - np.repeat(np.cumsum(count) - count - start, count)
+        size = self._sizes[stream]
+        epoch, place = np.divmod(number, size)
+        order = fold(fold(self._stream_keys, np.array([_ORDER]))[stream], epoch)
+        noise = fold(fold(self._stream_keys, np.array([_NOISE]))[stream], number)
+        return Rows(stream, permute(place, size, order), noise)
+
+    def _batches(self, window: int) -> list[Rows]:
+        rows = self._draws(window)
+        where = self._offset[rows.stream] + rows.index
+        source, target = self._source[where], self._target[where]
+        strip = -(-source // _STRIP)
+        # Strip by strip from long to short; the other side up in one strip and down in the next, so that it never jumps.
+        order = np.lexsort((np.where(strip % 2, target, -target), -strip)) if self._two_sided else np.argsort(-source)
+        cuts = cut(source[order], target[order] if self._two_sided else None, WINDOW, self._least)
+        batch = np.repeat(np.arange(WINDOW), np.diff(cuts))
+        own = fold(self._key, np.array([window]))
+        shuffled = np.argsort(uniform(own, np.arange(WINDOW), _BATCH))
+        within = uniform(rows.keys[order], np.zeros(1, dtype=np.int64), _ROW)
+        order = order[np.argsort(batch + within)]  # a batch must not be sorted: capacity may favour the first
+        return [rows[order[cuts[b] : cuts[b + 1]]] for b in shuffled]
+
+
+def cut(
+    source: NDArray[np.int64], target: NDArray[np.int64] | None, batches: int, least_rows: int = 1
+) -> NDArray[np.int64]:
+    """Cut sorted sentences into `batches` runs whose largest padded size is as small as it can be (within 1/2 %).
+
+    Returns:
+        Int64[batches + 1], where runs begin; the last entry is the number of sentences.
+    """
+    count = len(source)
+    assert count >= batches * least_rows
+    real = int(source.sum() + (0 if target is None else target.sum()))
+    low = high = max(1, -(-real // batches))
+    while len(runs := _fill(source, target, high, least_rows, batches)) > batches + 1:
+        low, high = high, high + max(1, high // 8)
+    best = runs
+    while high - low > max(1, low // 200):
+        middle = (low + high) // 2
+        runs = _fill(source, target, middle, least_rows, batches)
+        if len(runs) > batches + 1:
+            low = middle
+        else:
+            high, best = middle, runs
+    return _exactly(best, batches, least_rows)
+
+
+def _fill(
+    source: NDArray[np.int64],
+    target: NDArray[np.int64] | None,
+    size: int,
+    least_rows: int,
+    batches: int,
+) -> list[int]:
+    """Fill runs one after the other up to `size`; gives up once there are more than `batches`."""
+    count, at, begins = len(source), 0, [0]
+    ahead = 2 * count // batches + least_rows + 1
+    while at < count and len(begins) <= batches + 1:
+        fits = 0
+        while True:  # a run longer than expected: look twice as far
+            width = np.maximum.accumulate(source[at : at + ahead])
+            if target is not None:
+                width = width + np.maximum.accumulate(target[at : at + ahead])
+            fits = int(np.searchsorted(width * np.arange(1, len(width) + 1), size, side="right"))
+            if fits < len(width) or at + ahead >= count:
+                break
+            ahead *= 2
+        at = min(count, at + max(fits, least_rows))
+        begins.append(at)
+    return begins
+
+
+def _exactly(begins: list[int], batches: int, least_rows: int) -> NDArray[np.int64]:
+    sizes = np.diff(begins).tolist()
+    while len(sizes) < batches:
+        largest = int(np.argmax(sizes))
+        half = sizes[largest] // 2
+        sizes[largest : largest + 1] = [sizes[largest] - half, half]
+    # The last run got what was left: let its neighbours give it its least number of sentences.
+    for i in range(batches - 1, 0, -1):
+        lack = least_rows - sizes[i]
+        if lack > 0:
+            sizes[i] += lack
+            sizes[i - 1] -= lack
+    return np.concatenate([[0], np.cumsum(sizes)])
