@@ -40,7 +40,7 @@ format: $(VENV)/.ready-test ## Let ruff mend what it can
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.ready-docs ## Build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.ready-bench ## Time a training step beside Hugging Face transformers
 	$(BIN)/python benchmarks/train_step.py $(ARGS)
@@ -48,34 +48,40 @@ bench: $(VENV)/.ready-bench ## Time a training step beside Hugging Face transfor
 clean: ## Remove the virtual environment, caches and build outputs; runs/ stays
 	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# Set-up. A stamp is removed first and written last, so an interrupted set-up is simply done again.
+# Set-up. A stamp is removed first and written last, so an interrupted set-up is simply done again. The build back end
+# comes before the package, so that it is a pinned one too.
 $(VENV)/.ready-run: EXTRAS :=
 $(VENV)/.ready-test: EXTRAS := [test]
 $(VENV)/.ready-docs: EXTRAS := [docs]
 $(VENV)/.ready-bench: EXTRAS := [test,hub]
 
 $(VENV)/.ready-%: $(PINS) | $(VENV)/.usable
-	@echo "Installing moekit$(EXTRAS) into $(VENV), with the versions of constraints.txt ..."
+	@echo "Installing moekit$(EXTRAS) into $(VENV), with the versions of constraints.txt (some minutes at first) ..."
 	@rm -f $@
-	@# The build back end first, so that it is a pinned one too.
 	@$(INSTALL) hatchling editables
 	@$(INSTALL) --no-build-isolation --editable ".$(EXTRAS)"
 	@touch $@
 
-# A folder left by an interrupted `venv`, or one whose Python has gone, is made anew.
+# A folder left by an interrupted `venv`, or one whose Python has gone, is made anew; one that works is kept.
 $(VENV)/.usable:
 	@python=; for candidate in $(CANDIDATES); do \
 	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
 	  then python=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  echo "moekit needs Python 3.11 or newer with the venv module. Looked for: $(CANDIDATES)." >&2; \
+	  echo "moekit needs Python 3.11 or newer, with the venv module. Looked for:" >&2; \
 	  for candidate in $(CANDIDATES); do \
-	    echo "  $$candidate: $$("$$candidate" --version 2>&1 | tail -1 || true)" >&2; done; \
-	  echo "Install one (on Debian or Ubuntu: apt install python3-venv) or name one: make PYTHON=/path/to/python3.12" >&2; \
+	    version=$$("$$candidate" --version 2>/dev/null) || version="not found"; \
+	    echo "  $$candidate: $$version" >&2; \
+	  done; \
+	  echo "Install one (Debian, Ubuntu: apt install python3-venv) or name one: make PYTHON=path/to/python3.12" >&2; \
 	  exit 1; \
 	fi; \
-	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
-	  echo "Making $(VENV) with $$("$$python" --version) ..."; "$$python" -m venv --clear $(VENV); \
+	if [ ! -f $(VENV)/pyvenv.cfg ] || [ -e $(VENV)/.unfinished ] || ! $(PIP) --version >/dev/null 2>&1; then \
+	  echo "Making $(VENV) with $$("$$python" --version) ..."; \
+	  "$$python" -m venv --clear --without-pip $(VENV); \
+	  touch $(VENV)/.unfinished; \
+	  $(BIN)/python -m ensurepip --default-pip >/dev/null; \
+	  rm $(VENV)/.unfinished; \
 	fi
 	@touch $@
