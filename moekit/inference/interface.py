@@ -1,0 +1,146 @@
+"""What a model must offer to be decoded, what a search is told, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moekit.routing import _register
+
+
+class Cache(Protocol):
+    """Keys and values of earlier tokens, changed in place by `decode`."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep rows `rows` Int64[R'], each possibly several times, in that order."""
+
+    def select_memory(self, sentences: Tensor) -> None:
+        """Keep what belongs to the encoder memory of `sentences` Int64[B'] (nothing to do without an encoder)."""
+
+
+class CausalModel(Protocol):
+    """A language model; `moekit.transformer.DecoderOnly` is one. What `decode` returns has a `hidden`."""
+
+    def decode(self, ids: Tensor, mask: Tensor | None, language: Tensor | None, cache: Any | None) -> Any:
+        """Hidden states Float[R, T, D] of tokens Int64[R, T]; with a cache, of the tokens it has not seen."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits Float[..., V]."""
+
+    def new_cache(self) -> Cache:
+        """An empty cache."""
+
+
+class SequenceModel(Protocol):
+    """A sequence-to-sequence model; `moekit.transformer.EncoderDecoder` is one."""
+
+    def encode(self, source_ids: Tensor, source_mask: Tensor | None, language: Tensor | None) -> Any:
+        """The memory of a source; what it returns has a `hidden` Float[B, S, D]."""
+
+    def decode(
+        self,
+        target_ids: Tensor,
+        memory: Tensor,
+        memory_mask: Tensor | None,
+        target_mask: Tensor | None,
+        language: Tensor | None,
+        cache: Any | None,
+    ) -> Any:
+        """As in `CausalModel`. There may be k rows per memory, side by side."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits Float[..., V]."""
+
+    def new_cache(self) -> Cache:
+        """An empty cache."""
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids with a meaning of their own; the defaults are those of moekit's tokenizer."""
+
+    pad: int = 0
+    bos: int = 1
+    eos: int = 2
+
+
+@dataclass(frozen=True)
+class LengthLimit:
+    """The most tokens written for a source of S tokens, the end token included: constant + ratio * S, at least 1."""
+
+    constant: int = 20
+    ratio: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.constant < 0 or self.ratio < 0 or self.constant + self.ratio == 0:
+            raise ValueError(
+                f"LengthLimit needs constant and ratio at least 0 and not both 0: got {self.constant} and {self.ratio}."
+            )
+
+    def __call__(self, source_length: Tensor) -> Tensor:
+        """Limits Int64[B] for lengths Int64[B]."""
+        return (self.constant + (self.ratio * source_length.double()).floor()).to(torch.int64).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a search begins.
+
+    Attributes:
+        prefix: Int64[B, P], begin token and given tokens, padded on the right.
+        length: Int64[B], how much of `prefix` is given, at least 1.
+        limit: Int64[B], the most tokens to write after it.
+        tokens: special ids.
+        suppress: ids never chosen; their probability is not given to others in scores.
+    """
+
+    prefix: Tensor
+    length: Tensor
+    limit: Tensor
+    tokens: SpecialTokens = field(default_factory=SpecialTokens)
+    suppress: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """N texts for each of B sentences.
+
+    Attributes:
+        ids: Int64[B, N, T], the end token included where the text ended, then padding; no begin token, no prompt.
+        lengths: Int64[B, N], tokens of each text; 0 where there are fewer than N texts.
+        scores: Float[B, N], what texts are ranked by; -inf where there are fewer than N.
+        token_scores: Float[B, N, T], the model's log-probability of each token, 0 for given ones and padding.
+        ended: Bool[B, N], whether the text ended by itself; else it was cut at the limit.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    scores: Tensor
+    token_scores: Tensor
+    ended: Tensor
+
+    def lists(self) -> list[list[list[int]]]:
+        """The texts as lists: ``[sentence][rank]``, only those that exist."""
+        rows, lengths = self.ids.tolist(), self.lengths.tolist()
+        return [
+            [ids[:n] for ids, n in zip(texts, counts, strict=True) if n]
+            for texts, counts in zip(rows, lengths, strict=True)
+        ]
+
+    def best(self) -> list[list[int]]:
+        """The first text of each sentence."""
+        return [texts[0] if texts else [] for texts in self.lists()]
+
+
+_register(Generation)
+
+
+class Search(Protocol):
+    """A way to choose tokens: `Greedy`, `BeamSearch`, `Sampling`, or yours."""
+
+    def run(self, session: Any, start: Start) -> Generation:
+        """Write texts, asking the `Session` for the logits of the next tokens."""

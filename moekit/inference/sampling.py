@@ -1,0 +1,159 @@
+"""Greedy decoding and sampling: one token per row and step, rows independent of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moekit.inference.interface import Generation, Start
+from moekit.inference.session import Session
+
+# Chooses Int64[R] from logits Float[R, V] (suppressed ids at -inf) for rows Int64[R] of [B * N] at a step.
+_Choose = Callable[[Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """The most probable token at every step. The score is the sum of log-probabilities."""
+
+    def run(self, session: Session, start: Start) -> Generation:
+        """Write one text per sentence."""
+        return _write(session, start, 1, lambda logits, rows, step: logits.argmax(-1))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Tokens drawn from the model's distribution, sharpened and cut.
+
+    A draw is a function of (seed, sentence number, sample number, step) alone: neither the cache nor sentences that
+    finish change it. The score is the sum of the model's own log-probabilities, without temperature and cuts.
+
+    Args:
+        temperature: logits are divided by it.
+        top_k: only the k most probable tokens.
+        top_p: then only the smallest set of most probable tokens that holds this much probability (nucleus,
+            arXiv:1904.09751 section 3.1).
+        samples: texts per sentence.
+        seed: None = drawn from torch's global generator.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    samples: int = 1
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"Sampling.temperature must be positive: got {self.temperature}. Use Greedy() for 0.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"Sampling.top_k must be at least 1 or None: got {self.top_k}.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"Sampling.top_p must be in (0, 1] or None: got {self.top_p}.")
+        if self.samples < 1:
+            raise ValueError(f"Sampling.samples must be at least 1: got {self.samples}.")
+
+    def run(self, session: Session, start: Start) -> Generation:
+        """Write `samples` texts per sentence, in the order drawn."""
+        seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
+
+        def choose(logits: Tensor, rows: Tensor, step: int) -> Tensor:
+            return self.pick(logits, _uniform(seed, rows, step))
+
+        return _write(session, start, self.samples, choose)
+
+    def pick(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """The tokens at which the cumulated probability passes `uniform` Float64[R] in [0, 1).
+
+        Args:
+            logits: Float[R, V].
+            uniform: one number per row.
+        """
+        values = logits.double() / self.temperature
+        if self.top_k is not None:
+            values, order = values.topk(min(self.top_k, logits.shape[-1]), dim=-1)
+        elif self.top_p is not None:
+            values, order = values.sort(dim=-1, descending=True, stable=True)
+        else:
+            order = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+        total = values.softmax(-1).cumsum(-1)
+        if self.top_p is not None:
+            # A token stays while the more probable ones have not reached top_p; those after it add nothing.
+            stays = torch.cat((torch.ones_like(total[:, :1], dtype=torch.bool), total[:, :-1] < self.top_p), -1)
+            total = torch.where(stays, total, total.masked_fill(~stays, 0).amax(-1, keepdim=True))
+        target = uniform[:, None].to(total.dtype) * total[:, -1:]
+        place = torch.searchsorted(total, target, right=True).clamp_max(total.shape[-1] - 1)
+        return order.gather(-1, place)[:, 0]
+
+
+def _uniform(seed: int, rows: Tensor, step: int) -> Tensor:
+    """Float64[R] in [0, 1): a hash of seed, row and step (splitmix64, applied once for each)."""
+    x = torch.full_like(rows, seed % 2**63)
+    for part in (rows, torch.full_like(rows, step)):
+        x = x + (part + 1) * -7046029254386353131
+        x = (x ^ _shift(x, 30)) * -4658895280553007687
+        x = (x ^ _shift(x, 27)) * -7723592293110705685
+        x = x ^ _shift(x, 31)
+    return _shift(x, 11).double() * 2.0**-53
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Shift Int64 to the right, zeros coming in."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _write(session: Session, start: Start, samples: int, choose: _Choose) -> Generation:
+    """Write `samples` texts for every sentence, a token at a time; finished rows leave the batch."""
+    tokens, device = start.tokens, start.prefix.device
+    sentences = start.prefix.shape[0]
+    suppress = torch.tensor(sorted({tokens.pad, *start.suppress}), device=device)
+
+    # What every sentence has been given is read once, before its samples part.
+    place = int(start.length.min())
+    text = start.prefix[:, :place]
+    logits = session.logits(text)
+    live = torch.arange(sentences * samples, device=device)
+    owner = live // samples
+    if samples > 1:
+        session.keep(owner)
+        logits, text = logits.index_select(0, owner), text.index_select(0, owner)
+    prefix, given, limit = start.prefix[owner], start.length[owner], start.limit[owner]
+
+    ids = torch.full((live.numel(), int(limit.max())), tokens.pad, dtype=torch.int64, device=device)
+    scores = torch.zeros(ids.shape, dtype=logits.dtype, device=device)
+    lengths = torch.zeros_like(live)
+    ended = torch.zeros_like(live, dtype=torch.bool)
+    while True:
+        written = place - given[live]
+        free = written >= 0
+        token = choose(logits.index_fill(-1, suppress, -torch.inf), live, place)
+        if not bool(free.all()):
+            token = torch.where(free, token, prefix[live, min(place, prefix.shape[1] - 1)])
+        score = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+        rows, columns = live[free], written[free]
+        ids[rows, columns], scores[rows, columns] = token[free], score[free]
+        lengths[rows] = columns + 1
+        stop = free & (token == tokens.eos)
+        ended[live[stop]] = True
+        going = ~stop & (written + 1 < limit[live])
+        if not bool(going.any()):
+            break
+        text = torch.cat((text, token[:, None]), dim=1)
+        if not bool(going.all()):
+            keep = going.nonzero()[:, 0]
+            live, text = live[keep], text[keep]
+            session.keep_each(keep)
+        place += 1
+        logits = session.logits(text)
+    longest = int(lengths.max())
+    shape = (sentences, samples)
+    return Generation(
+        ids=ids[:, :longest].reshape(*shape, -1),
+        lengths=lengths.reshape(shape),
+        scores=scores.sum(-1).reshape(shape),
+        token_scores=scores[:, :longest].reshape(*shape, -1),
+        ended=ended.reshape(shape),
+    )

@@ -1,0 +1,77 @@
+"""A batch of half-written texts: asks the model for next tokens, and lets rows multiply, move and leave."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moekit.inference.interface import Cache, CausalModel, SequenceModel
+
+
+class Session:
+    """What a search sees of a model. Rows start as one per sentence.
+
+    Args:
+        model: what is decoded.
+        memory: Float[B, S, D], the encoder's hidden states; None for a language model.
+        memory_mask: Bool[B, S].
+        language: Int64[B], told to routers as the task of every token.
+        rows: B.
+        use_cache: False computes every prefix anew at every step: slow, and the twin that the cache is tested against.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel | CausalModel,
+        *,
+        rows: int,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        language: Tensor | None = None,
+        use_cache: bool = True,
+    ) -> None:
+        self.rows = rows
+        self._model, self._memory, self._memory_mask, self._language = model, memory, memory_mask, language
+        self._cache: Cache | None = model.new_cache() if use_cache else None
+        self._seen = 0
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits Float[R, V] of the token after each row of `ids` Int64[R, T], in float32 or wider.
+
+        With every call the rows grow; what they held before must not change but by `keep`.
+        """
+        new = ids if self._cache is None else ids[:, self._seen :]
+        if self._memory is None:
+            output = self._model.decode(new, None, self._language, self._cache)  # type: ignore[call-arg,arg-type]
+        else:
+            output = self._model.decode(  # type: ignore[call-arg]
+                new, self._memory, self._memory_mask, None, self._language, self._cache
+            )
+        self._seen = ids.shape[1]
+        logits = self._model.logits(output.hidden[:, -1])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def keep(self, rows: Tensor, sentences: Tensor | None = None) -> None:
+        """Continue with `rows` Int64[R'], and with the memories of `sentences` Int64[B'] (None = all as they are).
+
+        Afterwards there must be a whole number of rows per memory, side by side.
+        """
+        if sentences is not None and self._memory is not None:
+            self._memory = self._memory.index_select(0, sentences)
+            if self._memory_mask is not None:
+                self._memory_mask = self._memory_mask.index_select(0, sentences)
+            if self._cache is not None:
+                self._cache.select_memory(sentences)
+        same = rows.numel() == self.rows and torch.equal(rows, torch.arange(self.rows, device=rows.device))
+        self.rows = rows.numel()
+        if same:
+            return
+        if self._language is not None:
+            self._language = self._language.index_select(0, rows)
+        if self._cache is not None:
+            self._cache.reorder(rows)
+
+    def keep_each(self, rows: Tensor) -> None:
+        """Continue with `rows` Int64[R'], any of them, each with a memory of its own."""
+        memories = self.rows if self._memory is None else self._memory.shape[0]
+        self.keep(rows, rows // (self.rows // memories))

@@ -1,0 +1,125 @@
+"""From sentences to sentences: tokenizer, encoder-decoder and search behind one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moekit.data.batch import Batch
+from moekit.data.tokenizer import Tokenizer
+from moekit.inference.beam import BeamSearch
+from moekit.inference.generate import generate
+from moekit.inference.interface import LengthLimit, Search
+from moekit.inference.sampling import Greedy
+
+
+class Translator:
+    """Translates text with an encoder-decoder that was trained with target-language tags.
+
+    Deterministic for a deterministic search, whatever the batching.
+
+    Args:
+        model: such as `moekit.transformer.EncoderDecoder`.
+        tokenizer: the one it was trained with.
+        search: how tokens are chosen; default a beam of 4.
+        limit: the longest translation, by source length.
+        batch_tokens: padded source tokens in a batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        search: Search | None = None,
+        limit: LengthLimit | None = None,
+        batch_tokens: int = 4096,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.search = search or BeamSearch(4)
+        self.limit = limit or LengthLimit()
+        self.batch_tokens = batch_tokens
+        # Tags, masks and sentinels are input only; the end is the one special token that may be written.
+        self._suppress = [i for i in range(tokenizer.first_text_id) if i != tokenizer.eos_id]
+
+    def batch(self, batch: Batch) -> list[str]:
+        """One translation for every row of ``batch.source``."""
+        return self._write(batch.source, batch.source_mask, batch.source_language, batch.target_language)
+
+    def text(self, ids: Tensor) -> list[str]:
+        """The sentences of Int64[B, T] token ids; special tokens are dropped."""
+        return [self.tokenizer.decode(row) for row in ids.tolist()]
+
+    def translate(
+        self,
+        sentences: Sequence[str],
+        source: str,
+        target: str,
+        *,
+        advance: Callable[[int], None] = lambda done: None,
+    ) -> list[str]:
+        """Translate sentences, in their order; an empty one stays empty.
+
+        Args:
+            sentences: plain text.
+            source: language of the sentences.
+            target: language wanted.
+            advance: told, after every batch, how many sentences it held.
+
+        Raises:
+            UserError: if the tokenizer does not know a language.
+        """
+        tag, end, pad = self.tokenizer.tag_id(target), self.tokenizer.eos_id, self.tokenizer.pad_id
+        languages = (self.tokenizer.language_id(source), self.tokenizer.language_id(target))
+        device = next(self.model.parameters()).device
+        ids = [[tag, *encoded, end] for encoded in self.tokenizer.encode_batch(sentences)]
+        results = [""] * len(ids)
+        for rows in _by_length(
+            [len(row) if sentence.strip() else 0 for row, sentence in zip(ids, sentences, strict=True)],
+            self.batch_tokens,
+        ):
+            width = max(len(ids[i]) for i in rows)
+            padded = torch.tensor([ids[i] + [pad] * (width - len(ids[i])) for i in rows], device=device)
+            length = torch.tensor([len(ids[i]) for i in rows], device=device)
+            mask = torch.arange(width, device=device) < length[:, None]
+            row_languages = [torch.full((len(rows),), language, device=device) for language in languages]
+            for i, written in zip(rows, self._write(padded, mask, *row_languages), strict=True):
+                results[i] = written
+            advance(len(rows))
+        advance(sum(not sentence.strip() for sentence in sentences))
+        return results
+
+    def _write(self, source: Tensor, mask: Tensor, source_language: Tensor, target_language: Tensor) -> list[str]:
+        output = generate(
+            self.model,  # type: ignore[arg-type]
+            source,
+            mask,
+            search=self.search,
+            limit=self.limit,
+            source_language=source_language,
+            target_language=target_language,
+            suppress=self._suppress,
+        )
+        return [self.tokenizer.decode(ids) for ids in output.best()]
+
+
+def search_for(beam_size: int, length_penalty: float) -> Search:
+    """Greedy search for a beam of 1, else a beam search with the penalty ((5 + length) / 6) ** alpha."""
+    from moekit.inference.length_penalty import GNMTPenalty
+
+    return Greedy() if beam_size == 1 else BeamSearch(beam_size, penalty=GNMTPenalty(length_penalty))
+
+
+def _by_length(lengths: Sequence[int], batch_tokens: int) -> Iterable[list[int]]:
+    """Numbers of the sentences (length > 0) in batches of like length, of at most `batch_tokens` padded tokens."""
+    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (lengths[i], i))
+    batch: list[int] = []
+    for i in order:
+        if batch and lengths[i] * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
