@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,15 +77,26 @@ def is_module(dotted: str, package: Path) -> bool:
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
+def only_identity(tree: ast.Module, name: str) -> bool:
+    """Whether a module uses nothing of `name` but its own data, as in ``moekit.__version__``."""
+    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == name]
+    return bool(uses) and all(re.fullmatch("__[a-z]+__", use.attr) for use in uses)
+
+
 def imports(package: Path) -> Iterator[Import]:
     """Every import statement under `package`, also those inside functions and behind TYPE_CHECKING."""
     for path in sorted(package.rglob("*.py")):
         name = module_name(path, package)
         base = name if path.stem == "__init__" else name.rpartition(".")[0]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
             where = f"{path.relative_to(package.parent)}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Import):
-                targets = [alias.name for alias in node.names]
+                targets = [
+                    alias.name
+                    for alias in node.names
+                    if alias.name != package.name or not only_identity(tree, alias.asname or alias.name)
+                ]
             elif isinstance(node, ast.ImportFrom):
                 above = base.split(".")[: len(base.split(".")) - node.level + 1] if node.level else []
                 source = ".".join([*above, *([node.module] if node.module else [])])
@@ -177,6 +189,7 @@ def test_same_floor_table_has_no_cycle_and_no_idle_row() -> None:
         ("routers/topk.py", "from ..experts import GroupedMLP", "sideways"),
         ("routers/topk.py", "from .. import layer", "upward import"),
         ("routers/topk.py", "import moekit as mk", "import the room"),
+        ("routers/topk.py", "import moekit as mk\nmk.__version__, mk.layer", "import the room"),
         ("routers/topk.py", "def f():\n    from moekit.training import fit", "upward import"),
         ("heads/translation.py", "from moekit.data.sources import base", "sideways"),
         ("data/batch.py", "from moekit.heads import translation", "sideways"),
@@ -204,6 +217,7 @@ def test_a_wrong_import_is_found(tmp_path: Path, path: str, line: str, message: 
         ),
         ("kernels/topk.py", "import triton.language as tl\nfrom moekit.functional import losses"),
         ("heads/translation.py", "from moekit.data.batch import Batch\nfrom moekit.transformer import x"),
+        ("training/folder.py", "import moekit\nprint(moekit.__version__, moekit.__file__)"),
         ("training/modules.py", "from moekit import __version__\nfrom moekit import heads\nimport lightning"),
         ("recipes/zcode_m3.py", "import moekit as mk\nfrom moekit.training import modules"),
         ("__init__.py", "from moekit import routers, training\nfrom moekit.layer import MoELayer"),
