@@ -1,0 +1,129 @@
+"""A language that speaks: `Language.say(row)` puts a meaning into words by its own grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moekit.data.sources.babel import meaning as m
+from moekit.data.sources.babel.concepts import NAME, Concepts
+from moekit.data.sources.babel.grammar import Grammar
+from moekit.data.sources.babel.lexicon import ACCUSATIVE, DATIVE, GENITIVE, NOMINATIVE, build_forms
+
+
+class Language:
+    """A grammar and its words.
+
+    Attributes:
+        grammar: the rules.
+        forms: every word, inflected.
+        code, name: what it is called.
+    """
+
+    def __init__(self, grammar: Grammar, concepts: Concepts, *, seed: int = 0, cognates: float = 0.15) -> None:
+        self.grammar = grammar
+        self.code, self.name = grammar.code, grammar.name
+        self.forms = build_forms(grammar, concepts, seed=seed, cognates=cognates)
+        self._is_name = [noun.kind == NAME for noun in concepts.nouns]
+        self._verb_first = grammar.clause.index("V") < grammar.clause.index("O")
+        self._relative_first = grammar.phrase.index("C") < grammar.phrase.index("N")
+        self._possessor_first = grammar.phrase.index("G") < grammar.phrase.index("N")
+
+    def say(self, row: Sequence[int]) -> str:
+        """The sentence for a row of `MeaningSampler` (a list of plain integers is fastest)."""
+        out: list[str] = []
+        for letter in self.grammar.clause:
+            if letter == "V":
+                subject = row[m.SUBJECT]
+                out.append(
+                    self.forms.verb[row[m.VERB] - 1][self.forms.noun_class[subject - 1]][
+                        self._plural(row[m.SUBJECT + m.COUNT])
+                    ][row[m.TENSE]][row[m.NEGATIVE]]
+                )
+            elif letter == "S":
+                self._phrase(row, m.SUBJECT, NOMINATIVE, out)
+            elif letter == "O":
+                if row[m.OBJECT]:
+                    self._phrase(row, m.OBJECT, ACCUSATIVE, out)
+            elif letter == "A":
+                if row[m.ADVERB]:
+                    out.append(self.forms.adverb[row[m.ADVERB] - 1])
+            elif letter == "R":
+                if row[m.RECIPIENT]:
+                    self._phrase(row, m.RECIPIENT, DATIVE, out)
+            elif row[m.LOCATION]:
+                if self.grammar.prepositions:
+                    out.append(self.forms.adposition[row[m.ADPOSITION] - 1])
+                self._phrase(row, m.LOCATION, DATIVE, out, governed=True)
+                if not self.grammar.prepositions:
+                    out.append(self.forms.adposition[row[m.ADPOSITION] - 1])
+        return " ".join(out)
+
+    def _plural(self, count: int) -> int:
+        return int(count == 1 or (count > 1 and self.grammar.plural_after_numeral))
+
+    def _phrase(self, row: Sequence[int], start: int, case: int, out: list[str], *, governed: bool = False) -> None:
+        """Say one participant; a `governed` one has an adposition and needs no case particle."""
+        forms = self.forms
+        noun, count, demonstrative, adjective, second, possessor = row[start : start + 6]
+        plural = self._plural(count)
+        particle = "" if governed else forms.case_particle[case]
+        if particle and self.grammar.case == "none" and self.grammar.prepositions:
+            out.append(particle)
+            particle = ""
+        for letter in self.grammar.phrase:
+            if letter == "N":
+                definite = not demonstrative and count < 2
+                out.append(forms.noun[noun - 1][plural][definite][case])
+            elif letter == "J":
+                if adjective:
+                    agreement = forms.noun_class[noun - 1]
+                    out.append(forms.adjective[adjective - 1][agreement][plural][case])
+                    if second:
+                        out.append(forms.adjective[second - 1][agreement][plural][case])
+            elif letter == "D":
+                if demonstrative:
+                    out.append(forms.demonstrative[demonstrative - 1])
+                elif forms.article and count < 2 and not self._is_name[noun - 1]:
+                    out.append(forms.article[forms.noun_class[noun - 1]][plural])
+            elif letter == "Q":
+                if count > 1:
+                    out.append(forms.numeral[count - 2])
+            elif letter == "G":
+                if possessor:
+                    self._possessor(possessor, row[start + m.POSSESSOR_PLURAL], out)
+            elif row[start + m.RELATIVE]:
+                self._relative(row, start, out)
+        if particle:
+            out.append(particle)
+
+    def _bare(self, noun: int, plural: int, case: int, out: list[str]) -> None:
+        """A noun with its article and nothing else."""
+        forms = self.forms
+        if forms.article and not self._is_name[noun - 1]:
+            out.append(forms.article[forms.noun_class[noun - 1]][plural])
+        out.append(forms.noun[noun - 1][plural][True][case])
+
+    def _possessor(self, noun: int, plural: int, out: list[str]) -> None:
+        particle = self.forms.case_particle[GENITIVE]
+        before = self.grammar.case == "none" and not self._possessor_first
+        if particle and before:
+            out.append(particle)
+        self._bare(noun, plural, GENITIVE, out)
+        if particle and not before:
+            out.append(particle)
+
+    def _relative(self, row: Sequence[int], start: int, out: list[str]) -> None:
+        verb, other, plural = row[start + m.RELATIVE : start + m.PHRASE]
+        if not self._relative_first:
+            out.append(self.forms.relativizer)
+        if self._verb_first:
+            out.append(self.forms.relative_verb[verb - 1])
+        if other:
+            self._bare(other, plural, ACCUSATIVE, out)
+            particle = self.forms.case_particle[ACCUSATIVE]
+            if particle:
+                out.append(particle)
+        if not self._verb_first:
+            out.append(self.forms.relative_verb[verb - 1])
+        if self._relative_first:
+            out.append(self.forms.relativizer)

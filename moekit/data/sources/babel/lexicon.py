@@ -1,0 +1,428 @@
+"""The words of a language: stems made from its sounds, and every inflected form of every stem.
+
+No two different things are ever written alike: a new stem is drawn until none of its forms collides with a form that
+exists. So every sentence can be read back, and translation has one right answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from moekit.data.sources.babel.concepts import ADPOSITIONS, ADVERBS, DEMONSTRATIVES, NAME, NUMERALS, PERSON, Concepts
+from moekit.data.sources.babel.grammar import Grammar, pick, sample
+
+# Cases: bare (subject), object, recipient and place, possessor.
+NOMINATIVE, ACCUSATIVE, DATIVE, GENITIVE = range(4)
+_CASES = 4
+_PATIENCE = 300
+# Abstract sounds of international words, and what each may become, nearest first.
+_SOUNDS = {
+    "p": "p b f w m",
+    "b": "b p mb br w m",
+    "m": "m n mb",
+    "t": "t d s t' ts",
+    "d": "d t nd zd",
+    "n": "n m nd",
+    "s": "s z sh š x ts h",
+    "l": "l r w",
+    "r": "r l vr y",
+    "k": "k g q c k' h",
+    "g": "g k ng gr q h",
+    "v": "v w f b vr h",
+    "f": "f v p h b",
+    "a": "a ai å",
+    "e": "e ei é i a",
+    "i": "i ei y e u",
+    "o": "o ao å ō u",
+    "u": "u ou o",
+}
+
+
+class Words:
+    """Makes words of one language from its sounds."""
+
+    def __init__(self, grammar: Grammar, seed: int) -> None:
+        self.sounds = grammar.sounds
+        self.code, self.seed = grammar.code, seed
+        self.consonants = tuple(dict.fromkeys(o for o in self.sounds.onsets if o))
+        self._front = dict(self.sounds.harmony)
+        self._back = {front: back for back, front in self.sounds.harmony}
+
+    def rng(self, key: str) -> random.Random:
+        """A generator of its own for every word, so that a larger lexicon keeps the words of a smaller one."""
+        return random.Random(f"babel/{self.seed}/{self.code}/{key}")
+
+    def vowels(self, *, front: bool = False) -> tuple[str, ...]:
+        """The vowels that may stand in one word."""
+        if not self._front:
+            return self.sounds.vowels
+        return tuple(self._front.values()) if front else tuple(self._front)
+
+    def syllable(self, rng: random.Random, vowels: tuple[str, ...]) -> str:
+        """Onset, vowel, coda; frequent onsets are likelier."""
+        onsets = self.sounds.onsets
+        return onsets[int(rng.random() ** 1.4 * len(onsets))] + pick(rng, vowels) + pick(rng, self.sounds.codas)
+
+    def stem(self, rng: random.Random, syllables: int, *, closed: bool = False) -> str:
+        """A stem of so many syllables; a `closed` one ends in a consonant."""
+        vowels = self.vowels(front=rng.random() < 0.5)
+        word = "".join(self.syllable(rng, vowels) for _ in range(syllables))
+        if closed and word[-1] in "".join(self.sounds.vowels):
+            word += pick(rng, self.consonants)
+        return word
+
+    def adapt(self, international: str, *, closed: bool = False) -> str:
+        """How the language pronounces a word that many languages share."""
+        vowels, consonants = self.vowels(), self.consonants
+        word = "".join(
+            next(
+                (near for near in _SOUNDS[sound].split() if near in (vowels if sound in "aeiou" else consonants)), sound
+            )
+            for sound in international
+        )
+        if closed:
+            word = word.rstrip("".join(self.sounds.vowels)) or word
+        return word
+
+    def is_front(self, word: str) -> bool:
+        """Whether the last vowel that takes part in harmony is a front one."""
+        for letter in reversed(word):
+            if letter in self._back:
+                return True
+            if letter in self._front:
+                return False
+        return False
+
+    def attach(self, word: str, ending: str, buffer: str) -> str:
+        """`word` with `ending` in its vowel harmony; `buffer` parts two vowels."""
+        if not ending:
+            return word
+        if self._front and self.is_front(word):
+            ending = "".join(self._front.get(letter, letter) for letter in ending)
+        vowels = "".join(self.sounds.vowels)
+        return word + (buffer if word[-1] in vowels and ending[0] in vowels else "") + ending
+
+
+@dataclass
+class Forms:
+    """Every word of a language, inflected; lists are indexed by concept (from 0).
+
+    Attributes:
+        noun: [noun][plural][definite][case].
+        noun_class: [noun].
+        adjective: [adjective][class][plural][case].
+        verb: [verb][class][plural][tense][negative], particles included.
+        relative_verb: [verb], the form inside a relative clause.
+        article: [class][plural], empty where there is none.
+        case_particle: [case], empty where there is none.
+        relativizer: the word that joins a relative clause to its noun.
+    """
+
+    noun: list[list[list[list[str]]]] = field(default_factory=list)
+    noun_class: list[int] = field(default_factory=list)
+    adjective: list[list[list[list[str]]]] = field(default_factory=list)
+    verb: list[list[list[list[list[str]]]]] = field(default_factory=list)
+    relative_verb: list[str] = field(default_factory=list)
+    numeral: list[str] = field(default_factory=list)
+    demonstrative: list[str] = field(default_factory=list)
+    adposition: list[str] = field(default_factory=list)
+    adverb: list[str] = field(default_factory=list)
+    article: list[list[str]] = field(default_factory=list)
+    case_particle: list[str] = field(default_factory=list)
+    relativizer: str = ""
+
+
+class _ClashingAffixes(Exception):  # noqa: N818
+    """The affixes drawn for a language make two forms of every stem alike."""
+
+
+class _Builder:
+    def __init__(self, grammar: Grammar, concepts: Concepts, seed: int, cognates: float, attempt: int) -> None:
+        self.grammar, self.concepts, self.cognates, self.seed = grammar, concepts, cognates, seed
+        self.words = Words(grammar, seed)
+        self.owner: dict[str, str] = {}
+        self.affixes: set[str] = set()
+        rng = self.words.rng(f"affixes/{attempt}")
+        self.buffer = pick(rng, [c for c in self.words.consonants if len(c) == 1 and c in "ynrlhwms"] or ["n"])
+        self.class_affix = self._class_affixes(rng)
+        self.plural_affix = self._affixes(rng, 1, prefix=grammar.number == "prefix")[0]
+        self.case_ending = ["", *self._affixes(rng, 3)] if grammar.case == "suffix" else [""] * _CASES
+        self.article_ending = self._affixes(rng, 1)[0]
+        prefixed = grammar.tense == "prefix"
+        self.tense_affix = self._affixes(rng, 3, prefix=prefixed)
+        self.negative_affix = self._affixes(rng, 1, prefix=grammar.negation == "prefix")[0]
+        self.verb_plural = self._affixes(rng, 1, prefix=prefixed)[0]
+
+    def _affixes(self, rng: random.Random, number: int, *, prefix: bool = False) -> list[str]:
+        vowels, codas = self.words.vowels(), [c for c in self.grammar.sounds.codas if c]
+        onsets = self.words.consonants
+        found: list[str] = []
+        while len(found) < number:
+            affix = pick(rng, onsets) + pick(rng, vowels)
+            if not prefix and codas and rng.random() < 0.6:
+                affix = pick(rng, vowels) + pick(rng, codas)
+            if affix not in self.affixes:
+                self.affixes.add(affix)
+                found.append(affix)
+        return found
+
+    def _class_affixes(self, rng: random.Random) -> list[tuple[str, str]]:
+        """(singular, plural) by class."""
+        classes = self.grammar.noun_classes
+        if classes == 1:
+            return [("", "")]
+        if self.grammar.class_marker == "prefix":
+            affixes = self._affixes(rng, 2 * classes, prefix=True)
+            return list(zip(affixes[::2], affixes[1::2], strict=True))
+        endings = sample(rng, self.words.vowels(), classes)
+        plural = pick(rng, [c for c in self.grammar.sounds.codas if c] or self.words.consonants)
+        if "s" in self.words.consonants:
+            plural = "s"
+        return [(vowel, vowel + plural) for vowel in endings]
+
+    # -- inflection ------------------------------------------------------------------------------------------------
+
+    def _end(self, word: str, *endings: str) -> str:
+        for ending in endings:
+            word = self.words.attach(word, ending, self.buffer)
+        return word
+
+    def _concord(self, stem: str, noun_class: int, plural: bool) -> str:
+        affix = self.class_affix[noun_class][plural]
+        return affix + stem if self.grammar.class_marker == "prefix" else self._end(stem, affix)
+
+    def noun_forms(self, stem: str, noun_class: int, name: bool) -> list[list[list[str]]]:
+        grammar = self.grammar
+
+        def form(plural: bool, definite: bool, case: int) -> str:
+            word, after = stem, ""
+            if not name:
+                if grammar.noun_classes > 1:
+                    word = self._concord(stem, noun_class, plural)
+                elif plural and grammar.number == "suffix":
+                    word = self._end(stem, self.plural_affix)
+                elif plural and grammar.number == "prefix":
+                    word = self.plural_affix + stem
+                elif plural and grammar.number == "reduplication":
+                    word = f"{stem}-{stem}"
+                elif plural:
+                    after = f" {self.plural_word}"
+                if definite and grammar.article == "suffix":
+                    word = self._end(word, self.article_ending)
+            return self._end(word, self.case_ending[case]) + after
+
+        return [[[form(p, d, c) for c in range(_CASES)] for d in (False, True)] for p in (False, True)]
+
+    def adjective_forms(self, stem: str) -> list[list[list[str]]]:
+        grammar = self.grammar
+
+        def form(noun_class: int, plural: bool, case: int) -> str:
+            word = stem
+            if grammar.adjective_agrees and grammar.noun_classes > 1:
+                word = self._concord(stem, noun_class, plural)
+            elif grammar.adjective_agrees and plural and grammar.number == "prefix":
+                word = self.plural_affix + stem
+            elif grammar.adjective_agrees and plural:
+                word = self._end(stem, self.plural_affix)
+            return self._end(word, self.case_ending[case]) if grammar.adjective_case else word
+
+        return [[[form(k, p, c) for c in range(_CASES)] for p in (False, True)] for k in range(grammar.noun_classes)]
+
+    def verb_forms(self, stem: str) -> list[list[list[list[str]]]]:
+        grammar = self.grammar
+
+        def form(noun_class: int, plural: bool, tense: int, negative: bool) -> str:
+            agreement = ""
+            if grammar.verb_agrees == "class":
+                agreement = self.class_affix[noun_class][plural]
+            elif grammar.verb_agrees == "number" and plural:
+                agreement = self.verb_plural
+            tense_affix = self.tense_affix[tense] if grammar.tense in ("prefix", "suffix") else ""
+            negative_affix = self.negative_affix if negative and grammar.negation in ("prefix", "suffix") else ""
+            agrees_before = (
+                grammar.tense == "prefix" if grammar.verb_agrees == "number" else (grammar.class_marker == "prefix")
+            )
+            word = stem
+            if grammar.tense == "prefix":
+                word = tense_affix + word
+            if agrees_before:
+                word = agreement + word
+            if grammar.negation == "prefix":
+                word = negative_affix + word
+            if grammar.tense == "suffix":
+                word = self._end(word, tense_affix)
+            if grammar.negation == "suffix":
+                word = self._end(word, negative_affix)
+            if not agrees_before:
+                word = self._end(word, agreement)
+            if grammar.tense == "before" and self.tense_word[tense]:
+                word = f"{self.tense_word[tense]} {word}"
+            if grammar.tense == "after" and self.tense_word[tense]:
+                word = f"{word} {self.tense_word[tense]}"
+            if negative and grammar.negation == "before":
+                word = f"{self.negative_word} {word}"
+            if negative and grammar.negation == "after":
+                word = f"{word} {self.negative_word}"
+            return word
+
+        return [
+            [[[form(k, p, t, n) for n in (False, True)] for t in range(3)] for p in (False, True)]
+            for k in range(grammar.noun_classes)
+        ]
+
+    # -- drawing words ---------------------------------------------------------------------------------------------
+
+    def _claim(self, key: str, forms: Callable[[str], Iterable[tuple[str, str]]], stems: Iterable[str]) -> str:
+        """The first of `stems` of which no form is taken; the forms are then `key`'s.
+
+        `forms(stem)` gives (written form, what it tells beyond `key`); within one stem, two forms that tell different
+        things must differ too.
+
+        Raises:
+            _ClashingAffixes: if no stem will do, because the affixes themselves are ambiguous.
+        """
+        for stem in itertools.islice(stems, _PATIENCE):
+            mine: dict[str, str] = {}
+            for form, tells in forms(stem):
+                owner = f"{key}/{tells}"
+                if self.owner.get(form, owner) != owner or mine.get(form, owner) != owner:
+                    break
+                mine[form] = owner
+            else:
+                self.owner.update(mine)
+                return stem
+        raise _ClashingAffixes(key)
+
+    def _stems(self, key: str, syllables: int, *, closed: bool = False, shared: str = "") -> Iterable[str]:
+        shared_rng = random.Random(f"babel/{self.seed}/international/{key}")
+        if shared:
+            yield self.words.adapt(shared, closed=closed)
+        elif shared_rng.random() < self.cognates:
+            sounds = "ptkbdgmnlrsvf"
+            root = "".join(pick(shared_rng, sounds) + pick(shared_rng, "aeiou") for _ in range(2))
+            yield self.words.adapt(root + pick(shared_rng, "nlrs"), closed=closed)
+        rng = self.words.rng(key)
+        tries = 0
+        while True:
+            # A crowded lexicon gets longer words.
+            yield self.words.stem(rng, syllables + tries // 30, closed=closed)
+            tries += 1
+
+    def particle(self, key: str, syllables: int = 1) -> str:
+        return self._claim(key, lambda stem: [(stem, "")], self._stems(key, syllables))
+
+    def build(self) -> Forms:
+        grammar, concepts, forms = self.grammar, self.concepts, Forms()
+        two = grammar.noun_classes == 1
+        self.plural_word = self.particle("plural") if two and grammar.number == "particle" else ""
+        self.negative_word = self.particle("not") if grammar.negation in ("before", "after") else ""
+        self.tense_word = ["", "", ""]
+        if grammar.tense in ("before", "after"):
+            self.tense_word = [self.particle("past"), "", self.particle("future")]
+        forms.relativizer = self.particle("that")
+        forms.case_particle = [""] * _CASES
+        if grammar.case == "particle":
+            forms.case_particle = ["", self.particle("acc"), self.particle("dat"), self.particle("gen")]
+        elif grammar.case == "none":
+            forms.case_particle = ["", "", self.particle("dat"), self.particle("gen")]
+        if grammar.article == "word":
+            forms.article = [[self.particle(f"article{k}{p}") for p in range(2)] for k in range(grammar.noun_classes)]
+        forms.demonstrative = [self.particle(f"dem/{gloss}") for gloss in DEMONSTRATIVES]
+        forms.adposition = [self.particle(f"adp/{gloss}", 1 + i // 5) for i, gloss in enumerate(ADPOSITIONS)]
+        forms.numeral = [self.particle(f"num/{gloss}") for gloss in NUMERALS]
+        forms.adverb = [self.particle(f"adv/{gloss}", 2) for gloss, _ in ADVERBS]
+        self._build_nouns(forms)
+        self._build_verbs(forms)
+        closed = grammar.noun_classes > 1 and grammar.class_marker == "suffix" and grammar.adjective_agrees
+        for rank, adjective in enumerate(concepts.adjectives):
+            key = f"adj/{adjective.gloss}"
+            stem = self._claim(
+                key,
+                lambda s: ((form, "") for by_number in self.adjective_forms(s) for row in by_number for form in row),
+                self._stems(key, 1 + (rank > 5), closed=closed),
+            )
+            forms.adjective.append(self.adjective_forms(stem))
+        return forms
+
+    def _build_nouns(self, forms: Forms) -> None:
+        grammar = self.grammar
+        suffixed = grammar.noun_classes > 1 and grammar.class_marker == "suffix"
+        ranks: dict[str, int] = {}
+        for noun in self.concepts.nouns:
+            rank = ranks[noun.kind] = ranks.get(noun.kind, -1) + 1
+            key = f"noun/{noun.gloss}"
+            if grammar.class_marker == "prefix":
+                noun_class = 0 if noun.kind in (PERSON, NAME) else 1 + "aftl".index(noun.kind) // 2
+                noun_class = min(noun_class, grammar.noun_classes - 1)
+            else:
+                noun_class = int(self.words.rng(f"class/{key}").random() * grammar.noun_classes)
+
+            def tell(
+                stem: str, noun_class: int = noun_class, name: bool = noun.kind == NAME
+            ) -> Iterable[tuple[str, str]]:
+                table = self.noun_forms(stem, noun_class, name)
+                for plural in range(2):
+                    for definite in range(2):
+                        for case in range(_CASES):
+                            number = "" if name else plural
+                            ending = self.case_ending[case]
+                            yield (
+                                table[plural][definite][case].split(" ")[0],
+                                (f"{number if not self.plural_word else ''}/{ending}"),
+                            )
+
+            shared = noun.gloss if noun.kind == NAME and noun.gloss.isalpha() else ""
+            stem = self._claim(
+                key, tell, self._stems(key, 1 + (rank > 3), closed=suffixed and noun.kind != NAME, shared=shared)
+            )
+            forms.noun.append(self.noun_forms(stem, noun_class, noun.kind == NAME))
+            forms.noun_class.append(noun_class)
+
+    def _build_verbs(self, forms: Forms) -> None:
+        grammar = self.grammar
+        particles = set(self.tense_word) | {self.negative_word}
+        for rank, verb in enumerate(self.concepts.verbs):
+            key = f"verb/{verb.gloss}"
+
+            def tell(stem: str) -> Iterable[tuple[str, str]]:
+                table = self.verb_forms(stem)
+                for by_number in table:
+                    for by_tense in by_number:
+                        for tense, (positive, negative) in enumerate(by_tense):
+                            for polarity, form in ((0, positive), (1, negative)):
+                                word = next((w for w in form.split(" ") if w not in particles), form)
+                                said = tense if grammar.tense in ("prefix", "suffix") else ""
+                                denied = polarity if grammar.negation in ("prefix", "suffix") else ""
+                                yield word, f"{said}/{denied}"
+
+            # A stem in a relative clause stands bare, and counts as said without tense.
+            def tell_all(
+                stem: str, tell: Callable[[str], Iterable[tuple[str, str]]] = tell
+            ) -> Iterable[tuple[str, str]]:
+                yield from tell(stem)
+                if grammar.tense in ("prefix", "suffix"):
+                    yield stem, "relative"
+
+            stem = self._claim(key, tell_all, self._stems(key, 1 + (rank % 14 > 3)))
+            forms.verb.append(self.verb_forms(stem))
+            forms.relative_verb.append(stem)
+
+
+def build_forms(grammar: Grammar, concepts: Concepts, *, seed: int = 0, cognates: float = 0.15) -> Forms:
+    """All words of a language.
+
+    Args:
+        grammar: its rules and sounds.
+        concepts: what needs a word.
+        seed: other seeds give other words.
+        cognates: share of the concepts whose word is an international one, pronounced in each language's way. Names
+            always are.
+    """
+    for attempt in range(_PATIENCE):
+        with contextlib.suppress(_ClashingAffixes):
+            return _Builder(grammar, concepts, seed, cognates, attempt).build()
+    raise ValueError(f"babel: the sounds of {grammar.name} must allow unambiguous affixes: found none. Add sounds.")

@@ -1,0 +1,238 @@
+"""The corpus: any number of sentences, in any number of generated languages, all of them parallel."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+from moekit.data.sources.babel.concepts import DEFAULT_CONCEPTS, MINIMUM_CONCEPTS, concepts
+from moekit.data.sources.babel.grammar import grammars
+from moekit.data.sources.babel.language import Language
+from moekit.data.sources.babel.meaning import RATES, Complexity, Meaning, MeaningSampler
+from moekit.data.sources.base import (
+    Direction,
+    Source,
+    Split,
+    all_directions,
+    choose_directions,
+    digest,
+    nearest,
+)
+from moekit.errors import UserError
+
+_BLOCK = 1024
+_CACHED_BLOCKS = 512
+_PARALLEL, _MONOLINGUAL = 0, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BabelSettings:
+    """What a babel corpus is like.
+
+    Attributes:
+        languages: how many. The first eight are hand-made, the rest drawn.
+        concepts: how many things can be talked about; each is a word in every language.
+        complexity: "plain" sentences, or "rich" ones with possessors, relative clauses and second adjectives.
+        train_sentences: parallel training sentences of every language not named in `sizes`.
+        valid_sentences, test_sentences: held-out sentences; their meanings never occur in training.
+        sizes: training sentences by language code. A direction has as many pairs as the smaller of its two languages.
+        monolingual_sentences: training sentences of each language alone, on top of the parallel ones and different
+            from them; 0 = `monolingual` gives the parallel ones.
+        cognates: share of the words that sound alike everywhere.
+        pivot: only directions from and into this language.
+        directions: only these, as "avl-tnd".
+        seed: other seeds give other words and other sentences; the hand-made grammars stay.
+    """
+
+    languages: int = 4
+    concepts: int = DEFAULT_CONCEPTS
+    complexity: Complexity = "plain"
+    train_sentences: int = 30_000
+    valid_sentences: int = 250
+    test_sentences: int = 250
+    sizes: dict[str, int] = field(default_factory=dict)
+    monolingual_sentences: int = 0
+    cognates: float = 0.15
+    pivot: str | None = None
+    directions: tuple[str, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.languages < 2:
+            raise UserError(f"babel: languages must be at least 2: got {self.languages}.")
+        if self.concepts < MINIMUM_CONCEPTS:
+            raise UserError(f"babel: concepts must be at least {MINIMUM_CONCEPTS}: got {self.concepts}.")
+        if self.complexity not in RATES:
+            raise UserError(f"babel: complexity must be plain or rich: got {self.complexity!r}.")
+        for name in ("train_sentences", "valid_sentences", "test_sentences", "monolingual_sentences"):
+            if getattr(self, name) < 0:
+                raise UserError(f"babel: {name} must not be negative: got {getattr(self, name)}.")
+        if not 0 <= self.cognates <= 1:
+            raise UserError(f"babel: cognates must be a share between 0 and 1: got {self.cognates}.")
+        for code, size in self.sizes.items():
+            if size < 0:
+                raise UserError(f"babel: sizes.{code} must not be negative: got {size}.")
+
+
+def hard_settings(**changes: Any) -> BabelSettings:
+    """A harder corpus: eight languages in tiers of size, a thousand concepts, rich sentences."""
+    tiers = {"kmb": 50_000, "shl": 50_000, "vrs": 10_000, "nhl": 10_000, "ori": 2_000, "tsq": 2_000}
+    base = BabelSettings(
+        languages=8,
+        concepts=1_000,
+        complexity="rich",
+        train_sentences=100_000,
+        sizes=tiers,
+        monolingual_sentences=20_000,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+class Babel(Source):
+    """Generated languages with real differences of grammar, and known truth.
+
+    One meaning is put into words by each language's own rules, so every pair of languages is parallel. Sentence
+    `index` of a split is a function of the settings and the index alone; nothing is stored but a cache of blocks.
+    Validation and test meanings are kept apart from training ones by their hash.
+
+    Source: ours.
+    """
+
+    name = "babel"
+
+    def __init__(self, settings: BabelSettings | None = None) -> None:
+        self.settings = settings = settings or BabelSettings()
+        self.concepts = concepts(settings.concepts)
+        rules = grammars(settings.languages, settings.seed)
+        self.languages = tuple(grammar.code for grammar in rules)
+        for code in settings.sizes:
+            if code not in self.languages:
+                raise UserError(
+                    f"babel: sizes must name languages of the corpus: got {code!r}. {nearest(code, self.languages)}"
+                )
+        self.directions = choose_directions(
+            all_directions(self.languages), pivot=settings.pivot, wanted=settings.directions
+        )
+        self._speakers = {
+            rule.code: Language(rule, self.concepts, seed=settings.seed, cognates=settings.cognates) for rule in rules
+        }
+        self._sampler = MeaningSampler(self.concepts, complexity=settings.complexity, seed=settings.seed)
+        self._rows: OrderedDict[tuple[Split, int, int], list[list[int]]] = OrderedDict()
+        self._sentences: OrderedDict[tuple[str, Split, int, int], list[str]] = OrderedDict()
+
+    # -- the Source interface --------------------------------------------------------------------------------------
+
+    def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
+        """Pairs of one direction; both sides say meaning `index` of the split."""
+        self.check_direction(direction)
+        return _Pairs(self, direction, self.check_split(split))
+
+    def monolingual(self, language: str, split: Split) -> Sequence[str]:
+        """Sentences of one language: its own stream in training where the settings ask for one."""
+        self.check_language(language)
+        self.check_split(split)
+        if split == "train" and self.settings.monolingual_sentences:
+            return _Text(self, language, split, self.settings.monolingual_sentences, _MONOLINGUAL)
+        return _Text(self, language, split, self.size(language, split), _PARALLEL)
+
+    def fingerprint(self) -> str:
+        """Digest of the settings and of what the languages sound like, so that a changed generator shows."""
+        heard = [
+            "\n".join(self.sentence(code, split, index) for index in range(min(64, self.size(code, split))))
+            for code in self.languages
+            for split in ("train", "valid", "test")
+        ]
+        return digest("babel", dataclasses.asdict(self.settings), *heard)
+
+    # -- truth -----------------------------------------------------------------------------------------------------
+
+    def language(self, code: str) -> Language:
+        """The language itself: grammar and words."""
+        self.check_language(code)
+        return self._speakers[code]
+
+    def size(self, language: str, split: Split) -> int:
+        """Parallel sentences of a language in a split."""
+        if split == "train":
+            return self.settings.sizes.get(language, self.settings.train_sentences)
+        return self.settings.valid_sentences if split == "valid" else self.settings.test_sentences
+
+    def meaning(self, split: Split, index: int) -> Meaning:
+        """What sentence `index` of a split says, in every language."""
+        return Meaning.read(self._row_block(split, _PARALLEL, index // _BLOCK)[index % _BLOCK], self.concepts)
+
+    def gloss(self, split: Split, index: int) -> str:
+        """`meaning` as one line of English glosses, as ``see.past(farmer[old], dog[three])``."""
+        return str(self.meaning(split, index))
+
+    def sentence(self, language: str, split: Split, index: int, stream: int = _PARALLEL) -> str:
+        """Sentence `index` of a split in one language."""
+        return self._sentence_block(language, split, stream, index // _BLOCK)[index % _BLOCK]
+
+    # -- blocks ----------------------------------------------------------------------------------------------------
+
+    def _row_block(self, split: Split, stream: int, block: int) -> list[list[int]]:
+        key = (split, stream, block)
+        if key not in self._rows and split != "train":
+            # Held-out text is drawn in one go, so that no sentence of it occurs twice.
+            rows = self._sampler.block(split, 0, self.size(self.languages[0], split), stream).tolist()
+            for number, start in enumerate(range(0, len(rows), _BLOCK)):
+                self._rows[split, stream, number] = rows[start : start + _BLOCK]
+        elif key not in self._rows:
+            self._rows[key] = self._sampler.block(split, block, _BLOCK, stream).tolist()
+            if len(self._rows) > _CACHED_BLOCKS:
+                self._rows.popitem(last=False)
+        return self._rows[key]
+
+    def _sentence_block(self, language: str, split: Split, stream: int, block: int) -> list[str]:
+        key = (language, split, stream, block)
+        if key not in self._sentences:
+            say = self._speakers[language].say
+            self._sentences[key] = [say(row) for row in self._row_block(split, stream, block)]
+            if len(self._sentences) > _CACHED_BLOCKS:
+                self._sentences.popitem(last=False)
+        return self._sentences[key]
+
+
+class _Text(Sequence[str]):
+    """Sentences of one language, made when asked for."""
+
+    def __init__(self, corpus: Babel, language: str, split: Split, size: int, stream: int) -> None:
+        self._corpus, self._language, self._split, self._size, self._stream = corpus, language, split, size, stream
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        chosen = range(self._size)[index]
+        if isinstance(chosen, range):
+            return [self._corpus.sentence(self._language, self._split, i, self._stream) for i in chosen]
+        return self._corpus.sentence(self._language, self._split, chosen, self._stream)
+
+
+class _Pairs(Sequence[tuple[str, str]]):
+    """Two languages side by side."""
+
+    def __init__(self, corpus: Babel, direction: Direction, split: Split) -> None:
+        size = min(corpus.size(direction.source, split), corpus.size(direction.target, split))
+        self._source = _Text(corpus, direction.source, split, size, _PARALLEL)
+        self._target = _Text(corpus, direction.target, split, size, _PARALLEL)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, str]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[str, str]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, str] | list[tuple[str, str]]:
+        if isinstance(index, slice):
+            return list(zip(self._source[index], self._target[index], strict=True))
+        return self._source[index], self._target[index]
