@@ -82,7 +82,9 @@ class MoELayer(Component):
         if context is not None:
             context = context.flatten(flat.shape[0])
         routing = self.router(flat, context)
-        dispatcher = self.dispatcher or (self._packed if routing.capacity is None else self._padded)
+        dispatcher = self.dispatcher
+        if dispatcher is None:
+            dispatcher = self._packed if routing.capacity is None else self._padded
         sent = dispatcher.dispatch(flat, routing)
         computed = self.experts(sent.rows, sent.counts)
         hidden = dispatcher.combine(computed, routing, sent.handle).to(x.dtype)

@@ -63,8 +63,12 @@ class RoutingContext:
         """The same context with every field of shape ``[T]``.
 
         Raises:
-            ValueError: if a field does not hold `num_tokens` entries.
+            ValueError: if a field does not hold `num_tokens` entries, or the mask is not Bool.
         """
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            raise ValueError(
+                f"RoutingContext.mask must be Bool, True for a real token: got {self.mask.dtype}. Write mask.bool()."
+            )
         flat = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
@@ -124,8 +128,8 @@ _register(Routing, static=("num_tokens", "num_experts", "capacity"))
 class Capacity:
     """How many tokens an expert takes and who is served first when more ask.
 
-    slots = round(factor * k * T / E), at least `minimum`, at most T, where T counts all positions of the batch that
-    this process routes (padding included, so that shapes are known without reading data).
+    slots = round(factor * k * T / E), at least `minimum`, but never more than T, where T counts all positions of the
+    batch that this process routes (padding included, so that shapes are known without reading data).
 
     Attributes:
         train: capacity factor in training; None = dropless.
@@ -135,11 +139,14 @@ class Capacity:
             arXiv:2006.16668 Algorithm 1). "probability" = highest router probability first (batch-prioritised
             routing, BPR, arXiv:2106.05974; ST-MoE, arXiv:2202.08906). "random" = a uniformly random order (random
             token selection, RTS, Z-code M3, arXiv:2109.10465); first choices before second.
-        rounding: how the product becomes an integer.
+        rounding: how the product becomes an integer; "nearest" takes the even one of two that are equally near.
 
     Differs: Random and probability priority look at later tokens, so they are not causal; routers refuse them for a
     causal decoder unless told ``allow_future=True``. Random priority acts in training only; in evaluation with a
-    capacity the order is by position (DeepSpeed keeps it random).
+    capacity the order is by position (DeepSpeed keeps it random). With several choices a token and a capacity,
+    whatever the priority, an earlier token's second choice waits behind later tokens' first choices, as in the
+    papers: a full expert may then drop it because of what comes later. Decoders accept this, as in GShard and ST-MoE;
+    only k = 1 by position, or a dropless router, is strictly causal.
     """
 
     train: float | None = None
@@ -151,17 +158,21 @@ class Capacity:
     def __post_init__(self) -> None:
         for name in ("train", "eval"):
             factor = getattr(self, name)
-            if factor is not None and not factor > 0:
+            if factor is not None and not 0 < factor < math.inf:
                 raise ValueError(f"Capacity.{name} must be a positive factor or None (dropless): got {factor}.")
         if self.minimum < 1:
             raise ValueError(f"Capacity.minimum must be at least 1: got {self.minimum}.")
         if self.priority not in ("position", "probability", "random"):
             raise ValueError(f'Capacity.priority must be "position", "probability" or "random": got {self.priority!r}.')
+        if self.rounding not in ("ceil", "floor", "nearest"):
+            raise ValueError(f'Capacity.rounding must be "ceil", "floor" or "nearest": got {self.rounding!r}.')
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether a token's place in training depends on later tokens."""
-        return self.train is not None and self.priority != "position"
+        """Whether the priority lets a token's place depend on later tokens, in training or in evaluation."""
+        if self.priority == "probability":
+            return self.train is not None or self.eval is not None
+        return self.priority == "random" and self.train is not None
 
     def slots(self, num_tokens: int, num_experts: int, k: int, *, training: bool) -> int | None:
         """Slots per expert for a batch of `num_tokens`, or None where this phase is dropless."""
@@ -175,7 +186,7 @@ class Capacity:
             "floor": math.floor(exact + 1e-9),
             "nearest": round(exact),
         }
-        return max(self.minimum, min(rounded[self.rounding], num_tokens))
+        return min(max(self.minimum, rounded[self.rounding]), num_tokens)
 
 
 class Router(Component, ABC):
@@ -229,14 +240,30 @@ _register(RoutingStats)
 
 @torch.no_grad()
 def routing_stats(routing: Routing, group: Tensor | None = None, num_groups: int = 0) -> RoutingStats:
-    """Count assignments by expert, and by group where `group` Int[T] (a language or task id per token) is given."""
+    """Count assignments by expert, and by group where one is given.
+
+    Args:
+        routing: what a router returned.
+        group: Int[T] or of the shape that flattens to it, in 0..num_groups-1: a language or task id per token. The ids
+            of padding do not matter.
+        num_groups: G, needed with `group`.
+
+    Raises:
+        ValueError: if `group` comes without `num_groups`, or has not one entry per token.
+    """
     queued = routing.queued
     ones = queued.to(torch.int64)
     load = torch.zeros(routing.num_experts, dtype=torch.int64, device=queued.device)
     kept = torch.zeros_like(load).index_add_(0, routing.expert, (routing.kept & queued).to(torch.int64))
     by_group = None
     if group is not None:
+        if num_groups < 1 or group.numel() != routing.num_tokens:
+            raise ValueError(
+                f"routing_stats by group needs one id for each of {routing.num_tokens} tokens and num_groups of at "
+                f"least 1: got {group.numel()} ids and num_groups={num_groups}."
+            )
         cell = group.reshape(-1)[routing.token] * routing.num_experts + routing.expert
+        cell = torch.where(queued, cell, 0)
         flat = torch.zeros(num_groups * routing.num_experts, dtype=torch.int64, device=queued.device)
         by_group = flat.index_add_(0, cell, ones).view(num_groups, routing.num_experts)
     return RoutingStats(load.index_add_(0, routing.expert, ones), kept, by_group)

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from moekit.experts.base import Experts, product, rows_of, truncated_normal_
 
 Activation = Literal["relu", "gelu", "silu"]
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
+
+
+def _gelu(x: Tensor) -> Tensor:
+    # At the top of the module and not a lambda: a module that holds one cannot be pickled.
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": _gelu, "silu": F.silu}
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:

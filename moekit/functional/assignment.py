@@ -7,6 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+# Up to so many experts, counting along a one-hot [E, N] beats a stable sort (two to four times at 8 experts, for 2,000
+# to 16,000 assignments on a CPU); beyond 64 its memory traffic makes it many times slower.
+_COUNT_UP_TO = 32
+
 
 def service_order(
     probs: Tensor,
@@ -58,6 +62,12 @@ def queue_positions(expert: Tensor, queued: Tensor, num_experts: int, order: Ten
     # Assignments that ask for nothing queue at a scratch expert behind the real ones, so no shape depends on data.
     slot = torch.where(queued, expert, num_experts)
     served = slot if order is None else slot[order]
+    if num_experts <= _COUNT_UP_TO:
+        here = torch.zeros(num_experts + 1, n, dtype=torch.int32, device=expert.device).scatter(0, served[None], 1)
+        rank = here.cumsum(1, dtype=torch.int32).gather(0, served[None]).squeeze(0).to(torch.int64) - 1
+        if order is not None:
+            rank = torch.empty_like(rank).scatter(0, order, rank)
+        return torch.where(queued, rank, -1)
     by_expert = torch.argsort(served, stable=True)
     grouped = served[by_expert]
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert.device)

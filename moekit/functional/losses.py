@@ -40,7 +40,7 @@ def load_balance(
         Float scalar. 0 where there is no real token.
 
     Raises:
-        ValueError: if scope is "sequence" and `sequence` is missing.
+        ValueError: if `scope` is unknown, or is "sequence" and `sequence` is missing.
 
     Source: arXiv:2101.03961 eq. 4-6; arXiv:2006.16668 Algorithm 1; scope "global": arXiv:2501.11873.
     Differs: f is divided by the number of counted assignments, so k > 1 keeps the minimum at 1. GShard's own loss is
@@ -51,8 +51,12 @@ def load_balance(
         >>> load_balance(torch.full((8, 4), 0.25), torch.arange(8)[:, None] % 4)
         tensor(1.)
     """
+    if scope not in ("batch", "sequence", "global"):
+        raise ValueError(f'load_balance scope must be "batch", "sequence" or "global": got {scope!r}.')
     t, num_experts = probs.shape
     real = torch.ones(t, dtype=torch.bool, device=probs.device) if mask is None else mask
+    # Filled, not multiplied: zero times the NaN that padding may hold is NaN.
+    probs = probs if mask is None else probs.masked_fill(~mask[:, None], 0.0)
     hit = real[:, None].expand_as(expert)
     if counted is not None:
         hit = hit & counted
@@ -68,7 +72,7 @@ def load_balance(
     if scope == "global" and dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts, group=group)
     share = counts / counts.sum().clamp_min(1)
-    mean_probs = (probs * real[:, None]).sum(0) / real.sum().clamp_min(1)
+    mean_probs = probs.sum(0) / real.sum().clamp_min(1)
     return num_experts * (share * mean_probs).sum()
 
 
@@ -81,7 +85,7 @@ def _by_sequence(probs: Tensor, expert: Tensor, hit: Tensor, real: Tensor, seque
     counts = counts.index_add(0, cell, hit.reshape(-1).to(probs.dtype)).view(t, num_experts)
     share = counts / counts.sum(1, keepdim=True).clamp_min(1)
     length = torch.zeros(t, dtype=probs.dtype, device=probs.device).index_add(0, sequence, real.to(probs.dtype))
-    total = torch.zeros_like(probs).index_add(0, sequence, probs * real[:, None])
+    total = torch.zeros_like(probs).index_add(0, sequence, probs)
     mean_probs = total / length.clamp_min(1)[:, None]
     per_sequence = num_experts * (share * mean_probs).sum(1)
     return per_sequence.sum() / (length > 0).sum().clamp_min(1)
@@ -101,7 +105,8 @@ def router_z(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Source: arXiv:2202.08906 eq. 5.
     """
-    squared = torch.logsumexp(logits, dim=-1).square()
     if mask is None:
-        return squared.sum() / max(squared.numel(), 1)
-    return (squared * mask).sum() / mask.sum().clamp_min(1)
+        return torch.logsumexp(logits, dim=-1).square().sum() / max(logits.shape[0], 1)
+    # Twice filled: once so that no NaN of padding enters, once because logsumexp of zeros is not zero.
+    squared = torch.logsumexp(logits.masked_fill(~mask[:, None], 0.0), dim=-1).square()
+    return squared.masked_fill(~mask, 0.0).sum() / mask.sum().clamp_min(1)

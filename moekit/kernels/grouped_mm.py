@@ -32,6 +32,9 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
     Returns:
         Float[R, F], in the autocast type where autocast is on, else in the type of `x`.
+
+    Raises:
+        ValueError: on a CPU, if `counts` does not sum to R or has not one entry per matrix.
     """
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -62,12 +65,23 @@ def _edges(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
+def _checked(counts: Tensor, num_rows: int, num_experts: int) -> list[int]:
+    """The counts as numbers, if they fit: rows that no expert computes would hold whatever memory held."""
+    numbers = [int(n) for n in counts.tolist()]
+    if len(numbers) != num_experts or sum(numbers) != num_rows or min(numbers, default=0) < 0:
+        raise ValueError(
+            f"grouped_mm needs one count per matrix, none negative, that sum to the number of rows: got {numbers} for "
+            f"{num_experts} matrices and {num_rows} rows. Pass the counts of the dispatcher that made the rows."
+        )
+    return numbers
+
+
 @torch.library.custom_op("moekit::grouped_mm", mutates_args=())
 def _grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     a, w = _edges(x, weight)
     out = a.new_empty(a.shape[0], w.shape[2])
     start = 0
-    for e, n in enumerate(counts.tolist()):
+    for e, n in enumerate(_checked(counts, a.shape[0], w.shape[0])):
         if n:
             torch.mm(a[start : start + n], w[e], out=out[start : start + n])
             start += n
@@ -85,7 +99,7 @@ def _grouped_outer(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     a, b = _edges(x, y)
     out = a.new_empty(counts.numel(), a.shape[1], b.shape[1])
     start = 0
-    for e, n in enumerate(counts.tolist()):
+    for e, n in enumerate(counts.tolist()):  # checked in the forward
         if n:
             torch.mm(a[start : start + n].t(), b[start : start + n], out=out[e])
             start += n

@@ -24,13 +24,23 @@ class Balance:
 
     Attributes:
         count: "first" counts first choices only (GShard, Mesh-TensorFlow, fairseq), "all" counts all k.
-        when: "before_drop" counts what was asked for, "after_drop" what was computed.
+        when: "before_drop" counts what asked for a place in a queue, "after_drop" what was computed.
         scope: see `moekit.functional.load_balance`.
     """
 
     count: Literal["first", "all"] = "first"
     when: Literal["before_drop", "after_drop"] = "before_drop"
     scope: BalanceScope = "batch"
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "count": ("first", "all"),
+            "when": ("before_drop", "after_drop"),
+            "scope": ("batch", "sequence", "global"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"Balance.{name} must be one of {', '.join(values)}: got {getattr(self, name)!r}.")
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,9 @@ class RandomChoice:
 
     Threshold 0.5 is GShard's rule "2 g2 > U(0, 1)" (arXiv:2006.16668 Algorithm 1); 0.2 is ST-MoE's
     (arXiv:2202.08906 appendix C). In training only: in evaluation every choice is sent.
+
+    Differs: a choice that is not sent takes no place in its expert's queue. Algorithm 1 raises the expert's counter
+    for every second choice, sent or not, and so leaves slots empty.
     """
 
     threshold: float
@@ -105,9 +118,9 @@ class TopKRouter(Router):
             raise ValueError(f"jitter must be in [0, 1): got {jitter}. The papers use 0.01.")
         if renormalise not in ("none", "before_drop", "after_drop"):
             raise ValueError(f'renormalise must be "none", "before_drop" or "after_drop": got {renormalise!r}.')
-        if k == 1 and renormalise == "before_drop":
+        if k == 1 and renormalise != "none":
             raise ValueError(
-                'renormalise="before_drop" with k=1 makes every weight exactly 1 and leaves the router without a '
+                f"renormalise={renormalise!r} with k=1 makes every weight exactly 1 and leaves the router without a "
                 'gradient from the task. Use "none".'
             )
         self.dim, self.num_experts, self.k = dim, num_experts, k
@@ -145,6 +158,9 @@ class TopKRouter(Router):
         """Route; see `Router.forward`."""
         context = context or RoutingContext()
         t = x.shape[0]
+        if context.mask is not None:
+            # Padding may hold anything, even NaN (attention over nothing), and zero times NaN is NaN: clear it first.
+            x = x.masked_fill(~context.mask[:, None], 0.0)
         logits = self.logits(x)
         probs = logits.softmax(-1)
         top_probs, expert = probs.topk(self.k, dim=-1)
@@ -179,7 +195,9 @@ class TopKRouter(Router):
             weight=weight.t().reshape(-1),
             position=position,
             kept=kept,
-            losses=self._losses(logits, probs, expert, kept_tk, context),
+            losses=self._losses(
+                logits, probs, expert, kept_tk if self.balance.when == "after_drop" else wanted, context
+            ),
             statistics=_statistics(logits, probs, context.mask),
             num_tokens=t,
             num_experts=self.num_experts,
@@ -187,13 +205,13 @@ class TopKRouter(Router):
         )
 
     def _losses(
-        self, logits: Tensor, probs: Tensor, expert: Tensor, kept: Tensor, context: RoutingContext
+        self, logits: Tensor, probs: Tensor, expert: Tensor, counted: Tensor, context: RoutingContext
     ) -> dict[str, Tensor]:
         choices = 1 if self.balance.count == "first" else self.k
         balance = load_balance(
             probs,
             expert[:, :choices],
-            kept[:, :choices] if self.balance.when == "after_drop" else None,
+            counted[:, :choices],
             mask=context.mask,
             sequence=context.sequence,
             scope=self.balance.scope,
