@@ -11,7 +11,7 @@ from moekit.errors import UserError
 from moekit.report import markdown, page, plots, wording
 from moekit.report.page import text
 from moekit.report.plots import Line
-from moekit.report.results import TASKS
+from moekit.report.results import EXPLAINED, TASKS
 from moekit.report.run_folder import RunFolder, dig, number, read_run
 from moekit.report.style import CYCLE
 
@@ -123,7 +123,9 @@ def _with_difference(values: Sequence[float | None]) -> list[str]:
     first = values[0]
     told = [wording.fixed(first)]
     for value in values[1:]:
-        difference = f" ({value - first:+.1f})" if value is not None and first is not None else ""
+        difference = (
+            f" ({value - first:+.1f})".replace("-", "\u2212") if value is not None and first is not None else ""
+        )
         told.append(wording.fixed(value) + difference)
     return told
 
@@ -186,29 +188,42 @@ def _quality(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
 
 
 def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    lead = "Losses on held-out sentences at the same number of steps."
+    lead = (
+        "One line for each run over its steps, on held-out sentences: higher BLEU and lower loss are better. Worry if one "
+        "run stopped much earlier than another: then time, not the model, decided."
+    )
     columns: Mapping[str, None] = dict.fromkeys(
         c for run in runs for c in run.metrics if c.startswith("valid/") and c.endswith("/loss")
     )
     figures = []
+    if any("valid/bleu/average" in run.metrics for run in runs):
+        lines = _lines(runs, names, "valid/bleu/average")
+        drawing = plots.curves(
+            lines, description="Validation BLEU of every run over steps", height=2.3, start_at_zero=True
+        )
+        figures.append(page.figure("BLEU", "Average over all directions.", "", drawing))
     for column in columns:
         task = column.split("/")[1]
-        lines = [
-            Line(name, run.metrics[column], CYCLE[i % len(CYCLE)], "points")
-            for i, (name, run) in enumerate(zip(names, runs, strict=True))
-            if column in run.metrics
-        ]
+        lines = _lines(runs, names, column)
         title = TASKS.get(task, task)
         figures.append(
             page.figure(
                 title,
-                "Validation loss over steps, one line for each run; lower is better.",
-                "the lines were still far apart in steps when training stopped: then time, not the model, decided.",
+                f"{EXPLAINED.get(task, '')} Validation loss.",
+                "",
                 plots.curves(lines, description=f"{title}: validation loss of every run over steps", height=2.3),
             )
         )
     body = f'<div class="grid">{"".join(figures)}</div>' if figures else page.note("No validation loss was logged.")
     return page.section("losses", "Losses", lead, body)
+
+
+def _lines(runs: Sequence[RunFolder], names: Sequence[str], column: str) -> list[Line]:
+    return [
+        Line(name, run.metrics[column], CYCLE[i % len(CYCLE)], "points")
+        for i, (name, run) in enumerate(zip(names, runs, strict=True))
+        if column in run.metrics
+    ]
 
 
 def _costs(runs: Sequence[RunFolder], names: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ _CAPTIONS: dict[str, tuple[str, str, str, Unit]] = {
     ),
     "dead_experts": (
         "Dead experts",
-        "Experts that got no token at all.",
+        "Experts that got next to no token, all layers together.",
         "it is not zero after the first steps: those parameters are wasted.",
         "plain",
     ),
@@ -96,7 +96,7 @@ def experts(run: RunFolder) -> str:
     """Load of every expert by layer and by language, and the health of each layer."""
     lead = (
         "In a Mixture-of-Experts layer a small router sends each token to one or two of E experts. A fair share is 1/E "
-        "of the tokens. Colours are relative to it: pale is fair, orange more, blue less."
+        "of the tokens. Colours are relative to it: grey is fair, orange more, blue less."
     )
     if not run.layers:
         why = run.notes.get(
@@ -163,7 +163,7 @@ def _load_map(run: RunFolder) -> str:
     return page.figure(
         "Load of every expert",
         "One row for each Mixture-of-Experts layer, one column for each expert; the number is its load in fair shares.",
-        "a cell is deep blue (an expert that hardly works) or deep orange (one that does the work of several).",
+        "a cell is strongly blue (an expert that hardly works) or orange (one that does the work of several).",
         html + _scale(),
     )
 
@@ -215,16 +215,23 @@ def _language_maps(run: RunFolder) -> str:
         maps.append(f"<div><h4>{page.text(about.name)}<span>specialisation {score}</span></h4>{heat}</div>")
     if not maps:
         return page.note("routing.json has no load by language.")
-    width = 290 if most <= _VISIBLE_TEXT else 340 if most <= 32 else 500
+    width = _map_width(len(maps), most)
     return page.figure(
         "Which language goes to which expert",
         "One map for each layer: rows are languages, columns experts, ordered by the language that favours them most. "
         "Orange patches are experts that specialise in the languages of their rows; 1 is a fair share.",
-        "whole rows are of one deep colour in one column (a language with a single expert has no choice), or every "
-        "map is pale in every layer (experts learned nothing about languages).",
+        "every map is grey in every layer (experts learned nothing about languages), or one column is orange in all "
+        "rows (every language crowds into the same expert).",
         f'{_scale()}<div class="maps" style="--map:{width}px">{"".join(maps)}</div>',
         wide=True,
     )
+
+
+def _map_width(maps: int, experts: int) -> int:
+    """Least width of a map in pixels, so that rows of maps are full where the cells leave a choice."""
+    widest = 4 if experts <= _VISIBLE_TEXT else 3 if experts <= 32 else 2
+    columns = next((n for n in range(min(widest, maps), 1, -1) if maps % n == 0), min(widest, maps))
+    return {1: 700, 2: 500, 3: 330, 4: 245}[columns]
 
 
 def _by_favourite(shares: np.ndarray) -> list[int]:
@@ -238,7 +245,7 @@ def _cell(ratio: float) -> tuple[str, str]:
 
 
 def _scale() -> str:
-    return page.scale(_CLASSES, "¼ or less", "4 times or more", "the middle is a fair share, 1")
+    return page.scale(_CLASSES, "\u00bc or less", "4 or more", "(middle: fair share)")
 
 
 def _table(columns: Mapping[str, Series]) -> str:

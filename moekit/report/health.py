@@ -12,9 +12,12 @@ from moekit.report.series import specialisation
 from moekit.report.wording import count, percent
 
 # Where we begin to worry. Ours: a dropped token loses its expert in that layer, and papers train at a few percent;
-# an expert with under a tenth of its fair share hardly learns.
+# an expert with under a tenth of its fair share hardly learns, one with four times as much is a bottleneck, and one with
+# under a hundredth is dead (where the run did not count the dead itself).
 MAX_DROP_RATE = 0.10
 STARVED = 0.10
+CROWDED = 4.0
+DEAD = 0.01
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class LayerHealth:
         largest: load of the busiest expert, in fair shares.
         router_entropy: entropy as the run measured it, divided by log E.
         drop_rate: share of assignments that found their expert full.
-        dead: experts that got no token.
+        dead: experts that got next to no token.
         starved: experts that got under a tenth of a fair share, the dead included.
         specialisation: 0 = every language uses the experts alike, 1 = language decides.
     """
@@ -74,7 +77,7 @@ def layer_health(run: RunFolder) -> list[LayerHealth]:
                 largest=float(load.max() * size),
                 router_entropy=entropy / math.log(size) if entropy is not None and size > 1 else None,
                 drop_rate=number(layer, "drop_rate"),
-                dead=int(dead) if dead is not None else int((load == 0).sum()),
+                dead=int(dead) if dead is not None else int((load * size < DEAD).sum()),
                 starved=int((load * size < STARVED).sum()),
                 specialisation=specialisation(same),
             )
@@ -119,5 +122,5 @@ def _routing(run: RunFolder) -> list[Finding]:
         text = f"{percent(rate)} of the assignments dropped for lack of room."
         found.append(Finding(rate <= MAX_DROP_RATE, "No token was dropped." if rate == 0 else text))
     text = f"The busiest expert got {busiest.largest:.1f} fair shares ({busiest.name})."
-    found.append(Finding(busiest.largest < max(2.0, 0.5 * busiest.num_experts), text))
+    found.append(Finding(busiest.largest < max(1.6, min(CROWDED, 0.6 * busiest.num_experts)), text))
     return found

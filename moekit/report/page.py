@@ -48,11 +48,12 @@ def note(message: str) -> str:
 
 
 def figure(title: str, see: str, worry: str, html: str, *, table: str = "", wide: bool = False) -> str:
-    """A picture with one sentence on what it shows, one on what would be bad, and its numbers."""
+    """A picture with one sentence on what it shows, one on what would be bad ("" for none), and its numbers."""
+    alarm = f"<em>Worry if</em> {text(worry)}" if worry else ""
     numbers = f"<details><summary>Numbers</summary>{table}</details>" if table else ""
     return (
         f"<figure{' class=wide' if wide else ''}><figcaption><h3>{text(title)}</h3>{text(see)} "
-        f"<em>Worry if</em> {text(worry)}</figcaption>{html}{numbers}</figure>"
+        f"{alarm}</figcaption>{html}{numbers}</figure>"
     )
 
 

@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
 
 from moekit.report.run_folder import Series
 from moekit.report.series import limits, thin
 from moekit.report.style import COLOURS, Canvas
-from moekit.report.wording import percent, short
+from moekit.report.wording import short
 
 Unit = Literal["plain", "percent", "short"]
 MAX_BROKEN_MARKS = 40
@@ -63,8 +64,7 @@ def curves(
         description: for those who cannot see the picture.
         x_label: name of the horizontal axis.
         start_at_zero: whether the vertical axis must contain 0.
-        skip_start: leave the first twentieth of the pale lines out of the vertical limits, where a loss falls from
-            far above everything that follows.
+        skip_start: cut the first twentieth off at the top where it lies so high that it would squeeze the rest.
         height: in inches.
     """
     with Canvas(height) as canvas:
@@ -80,13 +80,13 @@ def curves(
             # A lone point has no line: give it a mark whatever its look.
             look = _LOOKS["points" if len(points.value) == 1 else line.look]
             axes.plot(points.step, points.value, color=COLOURS[line.colour], label=line.label or None, **look)
-            start = len(good.value) // 20 if skip_start and line.look != "points" and len(good.value) >= 40 else 0
-            shown.append(good.value[start:])
+            shown.append(_informative(good.value) if skip_start else good.value)
         for i, step in enumerate(sorted(broken)[:MAX_BROKEN_MARKS]):
             label = "not a number" if i == 0 else None
             axes.axvline(step, color=COLOURS["red"], linewidth=0.8, linestyle=(0, (2, 2)), label=label)
         axes.set_ylim(*limits(np.concatenate(shown or [np.zeros(0)]), start_at_zero=start_at_zero))
         axes.set_xlabel(x_label)
+        axes.margins(x=0.012)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -128,7 +128,7 @@ def score_bars(
         axes.grid(visible=False, axis="y")
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(axis="x", length=0)
-        canvas.legend()
+        canvas.legend(last=labels[1:])
         return canvas.svg(description)
 
 
@@ -163,8 +163,14 @@ def score_dots(names: Sequence[str], columns: Sequence[tuple[str, Sequence[float
         return canvas.svg(description)
 
 
+def _informative(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`values` without their first twentieth, if that alone would take more than a third of the axis."""
+    rest = values[len(values) // 20 :]
+    return rest if len(values) >= 40 and np.ptp(values) > 1.5 * np.ptp(rest) else values
+
+
 _FORMATS: dict[Unit, Callable[[float, object], str] | None] = {
     "plain": None,
-    "percent": lambda value, _: percent(value, 1 if abs(value) < 0.1 else 0),
-    "short": lambda value, _: short(value) if value else "0",
+    "percent": lambda value, _: f"{100 * value:.4g} %",
+    "short": lambda value, _: short(value).replace(".0 ", " ").replace(".00 ", " ") if value else "0",
 }

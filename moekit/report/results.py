@@ -10,7 +10,7 @@ from moekit.report.agreement import agreement
 from moekit.report.health import findings
 from moekit.report.page import text
 from moekit.report.plots import Line
-from moekit.report.run_folder import RunFolder, Scores, Series, dig, number, sides
+from moekit.report.run_folder import RunFolder, Scores, Series, dig, loads, number, sides
 from moekit.report.series import milestones, smooth, smoothing_window
 from moekit.report.style import SEQUENTIAL_LEVELS, attribute, sequential_class
 
@@ -20,6 +20,14 @@ TASKS = {
     "masked_lm": "Masked words",
     "replaced_token": "Replaced-token detection",
     "causal_lm": "Next word",
+}
+EXPLAINED = {
+    "translation": "Write a sentence in another language, word by word.",
+    "denoising": "Restore a sentence from which words were cut or dropped.",
+    "masked_lm": "Guess the words hidden in a sentence, in the encoder alone.",
+    "replaced_token": "Tell which words of a sentence a small generator has replaced.",
+    "causal_lm": "Guess the next word of a text.",
+    "": "The sum of all tasks and the routers' penalties.",
 }
 _SHOWN_SAMPLES = 3
 _LONGEST = 900
@@ -35,7 +43,10 @@ def headline(run: RunFolder) -> str:
     directions = wording.count(len(bleu.directions), "direction")
     worked = [
         w
-        for w in (f"{run.steps:,} steps" if run.steps else "", f"{wording.short(tokens)} tokens" if tokens else "")
+        for w in (
+            wording.count(run.steps, "step") if run.steps else "",
+            f"{wording.short(tokens)} tokens" if tokens else "",
+        )
         if w
     ]
     first = next((t for t in ("translation", *ppl) if t in ppl), None)
@@ -60,18 +71,13 @@ def headline(run: RunFolder) -> str:
         ("Active", wording.short(active), share),
         ("Time", wording.duration(seconds), ", ".join(worked) or "not recorded"),
     ]
-    data = dig(run.summary, "data")
-    about = [str(data[k]) for k in ("source", "name") if isinstance(data, Mapping) and data.get(k)]
-    languages = run.routing.get("languages") or dig(run.summary, "data", "languages")
-    if isinstance(languages, list) and languages:
-        about.append(wording.count(len(languages), "language") + f" ({', '.join(map(str, languages))})")
     items = "".join(f"<li{'' if f.good else ' class=bad'}>{text(f.text)}</li>" for f in findings(run))
     missing = (
         page.note("summary.json is missing: numbers come from the metrics where they can.") if not run.summary else ""
     )
     return (
         f'<header class="top"><p class="eyebrow">moekit run report</p><h1>{text(run.name)}</h1>'
-        f'<p class="lead">{text(" · ".join(about) or run.path.resolve().name)}</p>{page.tiles(tiles)}'
+        f'<p class="lead">{text(_about(run))}</p>{page.tiles(tiles)}'
         f'<ul class="findings">{items}</ul>{missing}</header>'
     )
 
@@ -79,8 +85,9 @@ def headline(run: RunFolder) -> str:
 def losses(run: RunFolder) -> str:
     """Losses by task, learning rate and speed."""
     lead = (
-        "A loss says how surprised the model is by the right answer; it should fall quickly at first, then slowly. "
-        "Each task has its own panel because their losses have different scales."
+        "A loss says how surprised the model is by the right answer, in nats per predicted token; lower is better, and "
+        "it should fall quickly, then slowly. Blue is training, orange held-out sentences. Worry if orange rises while "
+        "blue falls (overfitting), or if either jumps or stays flat from the start."
     )
     figures = [_loss_figure(task, run.metrics) for task in tasks(run)]
     lr = next((run.metrics[n] for n in ("lr", "train/lr", "lr-AdamW", "lr-Adam") if n in run.metrics), None)
@@ -147,33 +154,30 @@ def scores(run: RunFolder) -> str:
     if not names:
         why = _why(run, "summary.json", "This run measured no BLEU: `test` does, or `run` at its end.")
         return page.section("scores", "Translation quality", lead, page.note(why))
-    figures = [
-        page.figure(
-            "BLEU and chrF by direction",
-            "One row for each direction, best first: bars are BLEU, dots chrF.",
-            "a few directions lag far behind: they may have too little data or weight in the mixture.",
-            plots.score_bars(
-                names,
-                [bleu.directions.get(n, math.nan) for n in names],
-                [chrf.directions.get(n, math.nan) for n in names],
-                labels=("BLEU", "chrF"),
-                description=f"BLEU and chrF of {len(names)} directions; the numbers are in the table below",
-            ),
-            table=page.table(
-                ["direction", "BLEU", "chrF"],
-                [(n, wording.fixed(bleu.directions.get(n)), wording.fixed(chrf.directions.get(n))) for n in names],
-            ),
+    bars = page.figure(
+        "BLEU and chrF by direction",
+        "One row for each direction, best first: bars are BLEU, dots chrF.",
+        "a few directions lag far behind: they may have too little data or weight in the mixture.",
+        plots.score_bars(
+            names,
+            [bleu.directions.get(n, math.nan) for n in names],
+            [chrf.directions.get(n, math.nan) for n in names],
+            labels=("BLEU", "chrF"),
+            description=f"BLEU and chrF of {len(names)} directions; the numbers are in the table below",
         ),
-        "<div>" + "".join(_matrix(*x) for x in (("BLEU", bleu), ("chrF", chrf)) if x[1].directions) + "</div>",
-    ]
-    growth = _growth(run)
+        table=page.table(
+            ["direction", "BLEU", "chrF"],
+            [(n, wording.fixed(bleu.directions.get(n)), wording.fixed(chrf.directions.get(n))) for n in names],
+        ),
+    )
+    left = bars + _growth(run)
+    right = "".join(_matrix(*x) for x in (("BLEU", bleu), ("chrF", chrf)) if x[1].directions)
+    figures = [f'<div class="stack">{part}</div>' for part in (left, right)]
     signed = [f"{n}: <code>{text(s.signature)}</code>" for n, s in (("BLEU", bleu), ("chrF", chrf)) if s.signature]
     remarks = ["These are scores of the last validation, not of the test set."] if bleu.origin == "valid" else []
     remarks += [f"Signatures: {', '.join(signed)}."] if signed else []
     end = f'<p class="signatures">{" ".join(remarks)}</p>' if remarks else ""
-    return page.section(
-        "scores", "Translation quality", lead, f'<div class="grid">{"".join(figures)}{growth}</div>{end}'
-    )
+    return page.section("scores", "Translation quality", lead, f'<div class="grid">{"".join(figures)}</div>{end}')
 
 
 def samples(run: RunFolder) -> str:
@@ -194,13 +198,26 @@ def samples(run: RunFolder) -> str:
         shown = "".join(map(_sample, found[:_SHOWN_SAMPLES]))
         rest = found[_SHOWN_SAMPLES:]
         if rest:
-            shown += f"<details><summary>{len(rest)} more</summary>{''.join(map(_sample, rest))}</details>"
+            shown += f"<details class=rest><summary>{len(rest)} more</summary>{''.join(map(_sample, rest))}</details>"
         if len(by_direction) <= 6:
             blocks.append(f"<h3>{text(_arrow(direction))}</h3>{shown}")
         else:
             title = f"{_arrow(direction)} · {wording.count(len(found), 'sentence')}"
             blocks.append(f"<details{' open' if i < 3 else ''}><summary>{text(title)}</summary>{shown}</details>")
     return page.section("samples", "Sample translations", lead, f'<div class="samples">{"".join(blocks)}</div>')
+
+
+def _about(run: RunFolder) -> str:
+    """Data, languages and experts in one line."""
+    parts = [str(dig(run.summary, "data", "source") or "")]
+    languages = run.routing.get("languages") or dig(run.summary, "data", "languages")
+    if isinstance(languages, list) and languages:
+        parts.append(f"{wording.count(len(languages), 'language')} ({', '.join(map(str, languages))})")
+    sizes = sorted({len(loads(layer)) for layer in run.layers})
+    if sizes:
+        layers = wording.count(len(run.layers), "Mixture-of-Experts layer")
+        parts.append(f"{layers} of {' or '.join(map(str, sizes))} experts")
+    return " · ".join(filter(None, parts)) or run.path.resolve().name
 
 
 def _loss_figure(task: str, metrics: Mapping[str, Series]) -> str:
@@ -211,19 +228,18 @@ def _loss_figure(task: str, metrics: Mapping[str, Series]) -> str:
     if train is not None:
         window = smoothing_window(len(train.finite.value))
         lines += (
-            [Line("train", train, look="raw"), Line("train, smoothed", smooth(train))]
+            [Line("training", train, look="raw"), Line(f"average of {window}", smooth(train))]
             if window > 1
-            else [Line("train", train)]
+            else [Line("training", train)]
         )
     if valid is not None:
         lines.append(Line("validation", valid, "red", "points"))
-    smoothed = f" The dark line averages {window} logged values." if window > 1 else ""
     title = TASKS.get(task, task.replace("_", " ").capitalize()) or "Total"
     columns = {k: v for k, v in (("train (smoothed)", smooth(train) if train else None), ("validation", valid)) if v}
     return page.figure(
         title,
-        f"Loss in nats per predicted token; blue is training, orange held-out sentences.{smoothed}",
-        "orange rises while blue falls (overfitting), or either jumps or stays flat.",
+        EXPLAINED.get(task, "Loss of this task."),
+        "",
         plots.curves(lines, description=f"{title}: training and validation loss over steps", skip_start=True),
         table=_curve_table(columns),
     )
@@ -261,7 +277,7 @@ def _matrix(title: str, found: Scores) -> str:
         columns, rows, corner = targets, sources, "from \\ to"
         values = [[pairs.get((s, t)) for t in targets] for s in sources]
         least = f"{3 + 2.4 * len(targets):.1f}rem"
-        see = "Source languages are rows, target languages are columns; deeper blue is better."
+        see = "Source languages are rows, target languages are columns; the scale runs from the worst to the best."
     else:
         return ""
     cells = [
@@ -273,9 +289,9 @@ def _matrix(title: str, found: Scores) -> str:
     return page.figure(
         f"{title} from every language into every other",
         see,
-        "a whole row (a source that is not understood) or column (a target that is not mastered) is pale.",
+        "a whole row (a source that is not understood) or column (a target that is not mastered) is low.",
         html + legend,
-    ).replace("<figure>", '<figure style="margin-bottom:1.6rem">', 1)
+    )
 
 
 def _growth(run: RunFolder) -> str:
@@ -303,7 +319,7 @@ def _sample(sample: Mapping[str, str]) -> str:
     return (
         f'<dl class="sample"><dt>Source</dt><dd dir="auto"{_lang(source)}>{text(_cut(sample["source"]))}</dd>'
         f'<dt>Reference</dt><dd dir="auto"{_lang(target)}>{_marked(found.reference)}{_rest(sample["reference"])}</dd>'
-        f'<dt>moekit <span class="of">{found.matched} of {wording.count(found.num_words, "word")}</span></dt>'
+        f'<dt>moekit<span class="of">{found.matched} of {wording.count(found.num_words, "word")}</span></dt>'
         f'<dd class="hyp" dir="auto"{_lang(target)}>{_marked(found.hypothesis)}{_rest(sample["hypothesis"])}'
         f"{'' if sample['hypothesis'].strip() else '<em>(empty)</em>'}</dd></dl>"
     )

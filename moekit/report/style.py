@@ -6,12 +6,14 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from typing import Any, cast
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 # Matplotlib draws with the light colours; `svg` turns each into a CSS variable that page.css defines twice. The four
 # hues are Okabe and Ito's colour-blind-safe blue, vermillion, green and purple; never two of them mean good and bad.
@@ -30,12 +32,12 @@ CYCLE = ("blue", "red", "green", "purple")
 SEQUENTIAL_LEVELS = 12
 DIVERGING_LEVELS = 17  # odd: the middle class is a fair share
 _SEQUENTIAL = {
-    "light": ("#f1f6fb", "#a9cbe4", "#3f8fc4", "#0a4f86", "#062c52"),
-    "dark": ("#16212e", "#1c4569", "#2f7fb5", "#7fbbe0", "#d9eefb"),
+    "light": ("#f1f6fb", "#a9cbe4", "#3f8fc4", "#0a4f86", "#083a68"),
+    "dark": ("#16212e", "#1c4569", "#2f7fb5", "#6fb3de", "#a9d6f2"),
 }
 _DIVERGING = {
-    "light": ("#123f73", "#3f86bd", "#b5d3e7", "#f4f3f0", "#f6c99f", "#d9772b", "#8a3a06"),
-    "dark": ("#9fd0f2", "#3f8cc2", "#20466a", "#232a33", "#6b3d1a", "#cf7024", "#ffc99a"),
+    "light": ("#3a78ad", "#7fb0d3", "#c4dbea", "#f4f3f0", "#f8cfa6", "#df7c2c", "#8a3a06"),
+    "dark": ("#3579a8", "#2a5d82", "#23425a", "#262d36", "#74431d", "#d27528", "#ffc99a"),
 }
 
 _RC: dict[str, Any] = {
@@ -87,7 +89,7 @@ class Canvas:
         height: of the figure in inches; the width is fixed, so that texts are of one size on the page.
     """
 
-    WIDTH = 5.3
+    WIDTH = 4.75
 
     def __init__(self, height: float = 2.7) -> None:
         self._context = matplotlib.rc_context(cast(Any, _RC))
@@ -102,11 +104,13 @@ class Canvas:
     def __exit__(self, *error: Any) -> None:
         self._context.__exit__(*error)
 
-    def legend(self, columns: int = 4) -> None:
-        """Put the legend in one line above the axes, where it hides nothing."""
-        handles, labels = self.axes.get_legend_handles_labels()
+    def legend(self, columns: int = 4, *, last: Sequence[str] = ()) -> None:
+        """Put the legend in one line above the axes, where it hides nothing; the labels in `last` come last."""
+        entries = {label: handle for handle, label in zip(*self.axes.get_legend_handles_labels(), strict=True)}
+        labels = sorted(entries, key=lambda label: label in last)
+        handles = [entries[label] for label in labels]
         if handles:
-            self.figure.legend(
+            legend = self.figure.legend(
                 handles,
                 labels,
                 loc="outside upper left",
@@ -115,6 +119,9 @@ class Canvas:
                 columnspacing=1.4,
                 borderpad=0,
             )
+            for handle in legend.legend_handles:
+                if isinstance(handle, Line2D):  # a sample of a pale line must still be seen
+                    handle.set(alpha=max(handle.get_alpha() or 1.0, 0.6), linewidth=max(handle.get_linewidth(), 1.3))
 
     def svg(self, description: str) -> str:
         """The picture as an inline ``<svg>`` with `description` for those who cannot see it.

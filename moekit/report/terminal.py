@@ -35,11 +35,14 @@ def terminal_summary(run: Path | Mapping[str, Any], console: Console | None = No
     where = None if isinstance(run, Mapping) else folder.path
     title = folder.name if where is not None or folder.summary.get("recipe") else "run"
     lines = [_rule(title), *_headline(folder), Text(), *_directions(folder), *_tasks(folder), *_routing(folder)]
-    if where is not None:
-        lines += [Text(), *_next(folder)]
-    for line in lines[:HEIGHT]:
+    commands = _next(folder) if where is not None else []
+    for line in lines[: HEIGHT - len(commands)]:
+        line.rstrip()
         line.truncate(min(WIDTH, console.width), overflow="ellipsis")
-        console.print(line, no_wrap=True, overflow="ellipsis", crop=True, highlight=False, soft_wrap=False)
+        console.print(line, no_wrap=True, crop=True, highlight=False)
+    for line in commands:
+        # A path or command is of use only whole: the terminal may fold it, a copy of it has no line break.
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _rule(title: str) -> Text:
@@ -63,17 +66,20 @@ def _headline(run: RunFolder) -> list[Text]:
     if bleu.average is not None:
         origin = "test set" if bleu.origin == "test" else "last validation"
         first.append(f"{origin}, {wording.count(len(bleu.directions), 'direction')}", "dim")
-    steps = f"{run.steps:,} steps" if run.steps else None
-    parts = [
-        f"{wording.short(total)} parameters" + (f", {wording.short(active)} active" if active else "")
-        if total
-        else None,
-        steps,
-        f"{wording.short(tokens)} tokens" if tokens else None,
-        wording.duration(number(run.summary, "wall_seconds")) if run.summary else None,
-        f"{wording.short(run.tokens_per_second)} tokens/s" if run.tokens_per_second else None,
+    size = (
+        f"{wording.short(total)} parameters" + (f" ({wording.short(active)} active)" if active else "") if total else ""
+    )
+    work = [
+        size,
+        wording.count(run.steps, "step") if run.steps else "",
+        f"{wording.short(tokens)} tokens" if tokens else "",
     ]
-    return [first, Text(" · ".join(p for p in parts if p))]
+    seconds, speed = number(run.summary, "wall_seconds"), run.tokens_per_second
+    pace = [
+        wording.duration(seconds) if seconds is not None else "",
+        f"{wording.short(speed)} tokens per second" if speed else "",
+    ]
+    return [first, *(Text(" · ".join(filter(None, parts))) for parts in (work, pace) if any(parts))]
 
 
 def _directions(run: RunFolder) -> list[Text]:
@@ -147,10 +153,12 @@ def _routing(run: RunFolder) -> list[Text]:
         f"{percent} dropped" if (percent := wording.percent(number(routing, "drop_rate"))) != wording.MISSING else None,
         f"{dead:.0f}" + (f" of {total}" if total else "") + " dead",
         f"load CV {wording.fixed(number(routing, 'load_cv'), 2)}",
-        f"evenness {wording.fixed(even, 2)}" if even is not None else None,
-        f"entropy {wording.fixed(_mean(entropies), 2)} log E" if entropies else None,
+        f"evenness of load {wording.fixed(even, 2)} of 1" if even is not None else None,
+        f"router entropy {wording.fixed(_mean(entropies), 2)} of log E" if entropies else None,
     ]
-    lines = [_labelled("experts", " · ".join(p for p in parts if p))]
+    lines = [_labelled("experts", " · ".join(p for p in parts[:3] if p))]
+    if any(parts[3:]):
+        lines.append(_labelled("", " · ".join(p for p in parts[3:] if p)))
     if special:
         best = max((x for x in layers if x.specialisation is not None), key=lambda x: x.specialisation or 0.0)
         text = f"{_mean(special):.2f} of 1 by language; most in {best.name} ({best.specialisation:.2f})"
@@ -164,16 +172,24 @@ def _troubles(run: RunFolder) -> list[Text]:
 
 
 def _next(run: RunFolder) -> list[Text]:
-    folder = shlex.quote(str(run.path))
+    folder = shlex.quote(_nearest(run.path))
     report = run.path / "report.html"
     recipe = run.summary.get("recipe")
     lines = [
-        _labelled("report", str(report) if report.is_file() else f"python -m moekit.report {folder}", style="bold")
+        _labelled("report", _nearest(report) if report.is_file() else f"python -m moekit.report {folder}", style="bold")
     ]
     if recipe and (run.path / "checkpoints").is_dir():
         lines.append(_labelled("translate", f"python -m moekit.recipes.{recipe} generate --out {folder}"))
     lines.append(_labelled("compare", f"python -m moekit.report {folder} OTHER_RUN"))
     return lines
+
+
+def _nearest(path: Path) -> str:
+    """`path` from the working directory where it lies below it."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
 
 
 def _labelled(label: str, content: str, *, style: str = "") -> Text:

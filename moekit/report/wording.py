@@ -57,4 +57,4 @@ def duration(seconds: float | None) -> str:
 
 def count(number: int, noun: str) -> str:
     """``1 expert``, ``3 experts``, ``no experts``."""
-    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+    return f"{format(number, ',') if number else 'no'} {noun}{'' if number == 1 else 's'}"

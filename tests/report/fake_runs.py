@@ -177,14 +177,16 @@ def write_metrics(
         if layers and step % 10 == 0:
             for i, layer in enumerate(layers):
                 row[f"train/routing/{layer}/drop_rate"] = abs(0.25 * math.exp(-step / 200) + rng.gauss(0.012, 0.004))
-                row[f"train/routing/{layer}/entropy"] = 2.08 - (0.2 + 0.3 * i) * progress + rng.gauss(0, 0.02)
+                row[f"train/routing/{layer}/entropy"] = (
+                    2.08 - (0.2 + 1.2 * i / len(layers)) * progress + rng.gauss(0, 0.02)
+                )
             row["train/routing/drop_rate"] = abs(0.25 * math.exp(-step / 200) + 0.013)
             row["train/routing/dead_experts"] = max(0, round(6 * math.exp(-step / 90)))
         rows.append(row)
         if step % validate == 0 or step == steps:
             scores: dict[str, float] = {"step": step, "epoch": 0}
             for task, (high, _) in TASKS.items():
-                scores[f"valid/{task}/loss"] = high + (final[task] - high) * progress
+                scores[f"valid/{task}/loss"] = high + (final[task] - high) * progress * 0.97 + rng.gauss(0, 0.01)
             for pair, value in bleu.items():
                 scores[f"valid/bleu/{pair}"] = value * max(0.0, 1 - math.exp(-3 * (step / steps - 0.05)))
             scores["valid/bleu/average"] = sum(v for k, v in scores.items() if k.startswith("valid/bleu/")) / len(bleu)
