@@ -52,7 +52,9 @@ class Batch:
         labels: Int64[B, S], -100 where nothing is predicted, the original id at masked places.
         source_language: Int64[B] language ids.
         target_language: Int64[B] language ids.
-        direction: ``"en-de"`` (or ``"en"`` for monolingual tasks) where all rows share it, else None.
+        direction: ``"en-de"`` (or ``"en"`` for monolingual tasks) where all rows share it (evaluation), else None.
+        index: Int64[B], in evaluation the place of each row in what the source gave for this direction and split,
+            for looking up the original sentences; else None.
     """
 
     task: str
@@ -64,6 +66,7 @@ class Batch:
     source_language: Tensor
     target_language: Tensor
     direction: str | None = None
+    index: Tensor | None = None
 
     def __len__(self) -> int:
         """Number of sequences."""

@@ -75,6 +75,9 @@ class Plan:
         seed: of all choices.
         least_rows: sentences that every step must have (one per rank).
 
+    Attributes:
+        padding: share of a step's positions that hold no token, as measured on the first steps.
+
     Raises:
         UserError: if there is no sentence, or the longest do not fit the budget.
     """
@@ -123,7 +126,7 @@ class Plan:
         self._drawn = np.zeros((1, len(self.streams)))  # sentences drawn before each window, fractional
         self._window: tuple[int, list[Rows]] = (-1, [])
         self._overhead = 1.0
-        self._overhead = self._measured_overhead()
+        self._overhead, self.padding = self._measured()
         self._drawn = self._drawn[:1]
 
     def rows(self, step: int) -> Rows:
@@ -158,14 +161,16 @@ class Plan:
             self._drawn = np.concatenate([self._drawn, np.cumsum(step, axis=0)[1:]])
         return self._drawn[window]
 
-    def _measured_overhead(self) -> float:
-        """Padded positions per real one, measured on the first windows, so that batches meet the budget."""
-        measured = []
+    def _measured(self) -> tuple[float, float]:
+        """Measured on the first windows: budget needed per real position, and the padded share of all positions."""
+        needed, positions, real = 1.0, 0.0, 0.0
         for window in range(2):
-            batches = self._batches(window)
+            sizes = [self._positions(rows) for rows in self._batches(window)]
             drawn = self._drawn_before(window + 1) - self._drawn_before(window)
-            measured.append(max(map(self._positions, batches)) * WINDOW / float(drawn @ self._mean))
-        return max(1.0, *measured)
+            needed = max(needed, max(sizes) * WINDOW / float(drawn @ self._mean))
+            positions += sum(sizes)
+            real += float(drawn @ self._mean)
+        return needed, max(0.0, 1.0 - real / positions)
 
     def _positions(self, rows: Rows) -> int:
         where = self._offset[rows.stream] + rows.index
@@ -188,8 +193,9 @@ class Plan:
         where = self._offset[rows.stream] + rows.index
         source, target = self._source[where], self._target[where]
         strip = -(-source // _STRIP)
-        # Strip by strip from long to short; the other side up in one strip and down in the next, so that it never jumps.
-        order = np.lexsort((np.where(strip % 2, target, -target), -strip)) if self._two_sided else np.argsort(-source)
+        # Strip by strip from long to short; the other side rises in one strip and falls in the next: it never jumps.
+        second = np.where(strip % 2, target, -target) if self._two_sided else -source
+        order = np.lexsort((second, -strip))
         cuts = cut(source[order], target[order] if self._two_sided else None, WINDOW, self._least)
         batch = np.repeat(np.arange(WINDOW), np.diff(cuts))
         own = fold(self._key, np.array([window]))
@@ -211,12 +217,12 @@ def cut(
     assert count >= batches * least_rows
     real = int(source.sum() + (0 if target is None else target.sum()))
     low = high = max(1, -(-real // batches))
-    while len(runs := _fill(source, target, high, least_rows, batches)) > batches + 1:
+    while len(runs := fill(source, target, high, least_rows, batches)) > batches + 1:
         low, high = high, high + max(1, high // 8)
     best = runs
     while high - low > max(1, low // 200):
         middle = (low + high) // 2
-        runs = _fill(source, target, middle, least_rows, batches)
+        runs = fill(source, target, middle, least_rows, batches)
         if len(runs) > batches + 1:
             low = middle
         else:
@@ -224,17 +230,21 @@ def cut(
     return _exactly(best, batches, least_rows)
 
 
-def _fill(
+def fill(
     source: NDArray[np.int64],
     target: NDArray[np.int64] | None,
     size: int,
-    least_rows: int,
-    batches: int,
+    least_rows: int = 1,
+    most_batches: int | None = None,
 ) -> list[int]:
-    """Fill runs one after the other up to `size`; gives up once there are more than `batches`."""
+    """Cut sorted sentences into runs, each filled up to the padded `size` before the next begins.
+
+    Returns:
+        Where runs begin, and the number of sentences. Gives up, one run over, when there are more than `most_batches`.
+    """
     count, at, begins = len(source), 0, [0]
-    ahead = 2 * count // batches + least_rows + 1
-    while at < count and len(begins) <= batches + 1:
+    ahead = 2 * count // (most_batches or count or 1) + least_rows + 1
+    while at < count and (most_batches is None or len(begins) <= most_batches + 1):
         fits = 0
         while True:  # a run longer than expected: look twice as far
             width = np.maximum.accumulate(source[at : at + ahead])

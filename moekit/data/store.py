@@ -84,10 +84,16 @@ class TokenStore:
         where = self.section(name)
         return np.diff(self.offsets[where.first : where.first + where.count + 1])
 
-    def gather(self, sentences: NDArray[np.int64]) -> Ragged:
-        """The sentences with these numbers (counted through the whole store), in this order."""
+    def gather(self, sentences: NDArray[np.int64], lengths: NDArray[np.int64] | None = None) -> Ragged:
+        """The sentences with these numbers (counted through the whole store), in this order.
+
+        Args:
+            sentences: Int64[B].
+            lengths: Int64[B], how many tokens to read of each; all of them where it is not given.
+        """
         starts = self.offsets[sentences]
-        lengths = self.offsets[sentences + 1] - starts
+        if lengths is None:
+            lengths = self.offsets[sentences + 1] - starts
         ends = np.cumsum(lengths)
         total = int(ends[-1]) if len(ends) else 0
         places = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)

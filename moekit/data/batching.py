@@ -1,0 +1,246 @@
+"""Training steps and evaluation batches, built from a token store.
+
+Both are map-style datasets: item k is a pure function of k (and seed, rank, number of ranks), so any number of
+DataLoader workers gives the same sequence and a run can begin at any step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from moekit.data import batch as collate
+from moekit.data.batch import Batch, Width
+from moekit.data.keyed import fold, key
+from moekit.data.noising import Denoising, Masking
+from moekit.data.plan import Plan, Rows, fill
+from moekit.data.ragged import Ragged
+from moekit.data.store import TokenStore
+from moekit.data.streams import SPECIALS, Task, padded_length
+from moekit.data.tokenizer import Tokenizer
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which share of every batch this process takes: rows ``index``, ``index + count``, ..."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def share(self) -> slice:
+        """The rows of a batch that are this rank's."""
+        return slice(self.index, None, self.count)
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Makes batches: gathers tokens, damages them, pads them.
+
+    Attributes:
+        store: where the tokens are.
+        tokenizer: whose specials are used.
+        pad_multiple: padded lengths are rounded up to a multiple of this.
+    """
+
+    store: TokenStore
+    tokenizer: Tokenizer
+    pad_multiple: int = 1
+
+    def build(self, task: Task, rows: Rows, share: slice, direction: str | None = None) -> Batch:
+        """The batch of ``rows[share]``, padded as wide as all of `rows` need."""
+        widths = [self._width(task.lengths(rows, side)) for side in range(2 if task.name == "translation" else 1)]
+        rows = rows[share]
+        text = self._gather(task, rows, 0)
+        languages = task.languages(rows, 0)
+        if task.name == "translation":
+            return collate.translation(
+                text,
+                self._gather(task, rows, 1),
+                source_language=languages,
+                target_language=task.languages(rows, 1),
+                tokenizer=self.tokenizer,
+                width=Width(*widths),
+                direction=direction,
+            )
+        if task.name == "causal_lm":
+            return collate.causal_lm(
+                text, language=languages, tokenizer=self.tokenizer, width=Width(*widths), direction=direction
+            )
+        if task.name == "denoising":
+            assert isinstance(task.noise, Denoising)
+            noised = task.noise.apply(text, rows.keys, self.tokenizer)
+            # How long the other ranks' noised sentences are is not known here: this side is as wide as it must be.
+            return collate.denoising(
+                noised,
+                text,
+                language=languages,
+                tokenizer=self.tokenizer,
+                width=Width(self._width(noised.lengths), *widths),
+                direction=direction,
+            )
+        assert isinstance(task.noise, Masking)
+        masked, labels = task.noise.apply(text, rows.keys, self.tokenizer)
+        make = collate.replaced_token if task.name == "replaced_token" else collate.masked_lm
+        return make(
+            masked, labels, language=languages, tokenizer=self.tokenizer, width=Width(*widths), direction=direction
+        )
+
+    def _gather(self, task: Task, rows: Rows, side: int) -> Ragged:
+        return self.store.gather(task.sentences(rows, side), task.lengths(rows, side))
+
+    def _width(self, lengths: NDArray[np.int64]) -> int:
+        return int(padded_length(lengths, self.pad_multiple).max(initial=SPECIALS))
+
+
+class TrainingSteps(Dataset[dict[str, Batch]]):
+    """Item k is step k: one batch for each task.
+
+    The sentences of a step, over all ranks together, do not depend on how many ranks share them.
+
+    Args:
+        tasks: each with its plan, by name.
+        builder: of batches.
+        rank: whose share to give.
+    """
+
+    def __init__(self, tasks: Mapping[str, tuple[Task, Plan]], builder: Builder, rank: Rank | None = None) -> None:
+        self._tasks = dict(tasks)
+        self._builder = builder
+        self._rank = rank or Rank()
+
+    def __getitem__(self, step: int) -> dict[str, Batch]:
+        return {
+            name: self._builder.build(task, plan.rows(step), self._rank.share)
+            for name, (task, plan) in self._tasks.items()
+        }
+
+
+class EvaluationBatches(Dataset[Batch]):
+    """Every sentence once: task by task, direction by direction, short ones first; noise is always the same.
+
+    All ranks have the same number of batches. Only where a direction has fewer sentences than there are ranks do some
+    ranks get a batch without rows.
+
+    Args:
+        tasks: what to evaluate.
+        builder: of batches.
+        budget: padded positions of a batch over all ranks.
+        rank: whose share to give.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self, tasks: list[Task], builder: Builder, *, budget: int, rank: Rank | None = None, seed: int = 0
+    ) -> None:
+        self._builder = builder
+        self._rank = rank or Rank()
+        self._batches: list[tuple[Task, str, Rows]] = []
+        for task in tasks:
+            for number, sizes in enumerate(task.sizes(builder.pad_multiple)):
+                order = np.lexsort((sizes.source,) if sizes.target is None else (sizes.target, sizes.source))
+                target = None if sizes.target is None else sizes.target[order]
+                cuts = fill(sizes.source[order], target, budget, self._rank.count)
+                if len(cuts) > 2 and cuts[-1] - cuts[-2] < self._rank.count:
+                    del cuts[-2]
+                keys = fold(key(seed, "evaluation", task.name, sizes.name), np.arange(len(order)))
+                rows = Rows(np.full(len(order), number), order, keys[order])
+                parts = (rows[a:b] for a, b in itertools.pairwise(cuts))
+                self._batches.extend((task, sizes.name, part) for part in parts)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, number: int) -> Batch:
+        task, name, rows = self._batches[number]
+        batch = self._builder.build(task, rows, self._rank.share, direction=name)
+        batch.index = torch.from_numpy(task.index(rows[self._rank.share]))
+        return batch
+
+
+class StepLoader:
+    """Iterates over an epoch of training steps, beginning wherever the trainer stands.
+
+    Not a `DataLoader` itself, because Lightning would give that a distributed sampler, and ranks are already dealt
+    with. It has ``state_dict`` so that Lightning knows that it can resume in the middle of an epoch; the state itself
+    is the trainer's own count of batches.
+
+    Args:
+        steps: what to load.
+        steps_per_epoch: length of an epoch.
+        first_step: asked at the start of every iteration: the number of batches trained on so far.
+        num_workers: processes that build batches ahead; 0 = built when asked for.
+        pin_memory: put batches into page-locked memory.
+    """
+
+    def __init__(
+        self,
+        steps: TrainingSteps,
+        steps_per_epoch: int,
+        first_step: Callable[[], int],
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self._steps = steps
+        self._steps_per_epoch = steps_per_epoch
+        self._first_step = first_step
+        self._num_workers = num_workers
+        self._pin_memory = pin_memory
+
+    def __len__(self) -> int:
+        return self._steps_per_epoch
+
+    def __iter__(self) -> Iterator[dict[str, Batch]]:
+        # Lightning counts the batches of the epoch itself, the ones before a resumption included, and stops in time.
+        first = self._first_step()
+        return _loader(self._steps, range(first, first + len(self)), self._num_workers, self._pin_memory)
+
+    def state_dict(self) -> dict[str, int]:
+        """The step that comes next; kept for people who read checkpoints."""
+        return {"next_step": self._first_step()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing to do: the trainer's own counters say where to begin."""
+
+
+class EvaluationLoader:
+    """Iterates over evaluation batches in order.
+
+    Args:
+        batches: what to load.
+        num_workers: processes that build batches ahead; 0 = built when asked for.
+    """
+
+    def __init__(self, batches: EvaluationBatches, *, num_workers: int = 0) -> None:
+        self.batches = batches
+        self._num_workers = num_workers
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _loader(self.batches, range(len(self.batches)), self._num_workers, False)
+
+
+def _loader(dataset: Dataset[_T], order: range, num_workers: int, pin_memory: bool) -> Iterator[_T]:
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=order,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            # Its own generator: otherwise every epoch would draw from the generator that dropout uses.
+            generator=torch.Generator(),
+        )
+    )

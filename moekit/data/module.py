@@ -1,0 +1,367 @@
+"""`MultitaskData`: a source, its tokenizer, its tokens on disk, and the batches of several tasks, for a Trainer."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from moekit.data.batch import TASKS
+from moekit.data.batching import Builder, EvaluationBatches, EvaluationLoader, Rank, StepLoader, TrainingSteps
+from moekit.data.mixture import Constant, TemperatureSchedule
+from moekit.data.noising import Denoising, Masking
+from moekit.data.plan import Plan
+from moekit.data.sources.base import Direction, Source, Split, nearest
+from moekit.data.store import TokenStore, Wanted, cached_store, monolingual_section, parallel_section
+from moekit.data.streams import SPECIALS, Stream, Task, TooLong, open_stream
+from moekit.data.tokenizer import Model, Tokenizer, train_tokenizer
+from moekit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """The data of one task.
+
+    Attributes:
+        share: of a step's tokens, relative to the other tasks.
+        streams: directions (``en-de``) for translation, languages for the other tasks; None = all of the source.
+        temperature: of the mixture over streams; None = that of the data module.
+        stream_shares: streams that are drawn with a fixed probability, whatever the temperature.
+        denoising: how sentences are damaged, for the task denoising.
+        masking: how sentences are masked, for masked_lm and replaced_token.
+    """
+
+    share: float = 1.0
+    streams: tuple[str, ...] | None = None
+    temperature: TemperatureSchedule | None = None
+    stream_shares: Mapping[str, float] = field(default_factory=dict)
+    denoising: Denoising = field(default_factory=Denoising)
+    masking: Masking = field(default_factory=Masking)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptions:
+    """How the tokenizer is trained; see `moekit.data.tokenizer.train_tokenizer`."""
+
+    model: Model = "unigram"
+    temperature: float = 5.0
+    max_sentences: int = 100_000
+    byte_fallback: bool = True
+    character_coverage: float = 0.9995
+    normalization: str = "nmt_nfkc"
+
+
+def default_cache() -> Path:
+    """The user's cache folder for moekit, by the desktop standard."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moekit"
+
+
+class MultitaskData(L.LightningDataModule):
+    """Batches of several tasks from one source of text.
+
+    Training yields ``dict[str, Batch]`` (task name -> batch) for every step. Validation yields single `Batch` objects
+    of all tasks, direction by direction, with noise that never changes; testing yields translation only. The order of
+    training is a function of the seed and the step: the Trainer's count of batches says where it begins, so a resumed
+    run goes on with exactly the next step, for any number of workers, and the sentences of a step, over all ranks
+    together, are the same for any number of ranks.
+
+    Args:
+        source: where text comes from.
+        tasks: by name (see `moekit.data.batch.TASKS`); only translation where not given.
+        cache: folder of tokenizers and token stores; None = the user's cache folder.
+        vocab_size: of the tokenizer, specials included.
+        tokenizer_options: how the tokenizer is trained.
+        tokens_per_step: padded positions of one training step over all tasks, both sides and all ranks.
+        evaluation_tokens: padded positions of an evaluation batch over all ranks; None = tokens_per_step.
+        temperature: of the mixture over directions or languages within a task.
+        max_length: most positions of a sentence, its two special tokens included.
+        too_long: whether longer training sentences are dropped or cut. Evaluation cuts.
+        pad_multiple: padded lengths are rounded up to a multiple of this.
+        steps_per_epoch: None = as many as show each sentence of the first task once, at the first step's mixture.
+        valid_sentences: at most so many of each direction (or language) are used in validation; None = all.
+        test_sentences: likewise for testing.
+        seed: of all choices and all noise.
+        num_workers: processes that build training batches ahead.
+        progress: show a bar while text is encoded, if on a terminal.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        tasks: Mapping[str, TaskData] | None = None,
+        cache: Path | str | None = None,
+        vocab_size: int = 8000,
+        tokenizer_options: TokenizerOptions | None = None,
+        tokens_per_step: int = 4096,
+        evaluation_tokens: int | None = None,
+        temperature: TemperatureSchedule | None = None,
+        max_length: int = 128,
+        too_long: TooLong = "drop",
+        pad_multiple: int = 1,
+        steps_per_epoch: int | None = None,
+        valid_sentences: int | None = None,
+        test_sentences: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        self.source = source
+        self.tasks = dict(tasks) if tasks is not None else {"translation": TaskData()}
+        self.cache = Path(cache) if cache is not None else default_cache()
+        self.vocab_size = vocab_size
+        self.tokenizer_options = tokenizer_options or TokenizerOptions()
+        self.tokens_per_step = tokens_per_step
+        self.evaluation_tokens = evaluation_tokens or tokens_per_step
+        self.temperature = temperature or Constant()
+        self.max_length = max_length
+        self.too_long: TooLong = too_long
+        self.pad_multiple = pad_multiple
+        self.steps_per_epoch = steps_per_epoch
+        self.valid_sentences = valid_sentences
+        self.test_sentences = test_sentences
+        self.seed = seed
+        self.num_workers = num_workers
+        self.progress = progress
+        self._check()
+        self._tokenizer: Tokenizer | None = None
+        self._store: TokenStore | None = None
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Codes, in the order of their ids."""
+        return self.source.languages
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """Directions of the translation task; all of the source where there is no such task."""
+        task = self.tasks.get("translation")
+        if task is None or task.streams is None:
+            return self.source.directions
+        return tuple(Direction.parse(name) for name in task.streams)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; trained, or read from the cache, when first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = train_tokenizer(
+                self.source,
+                vocab_size=self.vocab_size,
+                cache_dir=self.cache,
+                seed=self.seed,
+                **asdict(self.tokenizer_options),
+            )
+        return self._tokenizer
+
+    @property
+    def store(self) -> TokenStore:
+        """The tokens of all splits; encoded, or opened from the cache, when first asked for."""
+        if self._store is None:
+            self._store = cached_store(
+                self.source, self.tokenizer, self._wanted(), cache_dir=self.cache, progress=self.progress
+            )
+        return self._store
+
+    def prepare_data(self) -> None:
+        """Train the tokenizer and encode all text, unless the cache has both."""
+        log.info("%s", self.store.folder)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open what `prepare_data` built (every process does)."""
+        log.debug("%s", self.store.folder)
+
+    def train_dataloader(self) -> StepLoader:
+        """One item per training step, from the Trainer's current step on."""
+        rank = self._rank()
+        steps = {name: self._planned(name, rank) for name in self.tasks}
+        return StepLoader(
+            TrainingSteps(steps, self._builder(), rank),
+            self.steps_per_epoch or self._whole_epoch(steps),
+            self._batches_so_far,
+            num_workers=self.num_workers,
+            pin_memory=self._on_accelerator(),
+        )
+
+    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+        """Validation batches of all tasks, in order."""
+        tasks = [self._task(name, "valid", self.valid_sentences) for name in self.tasks]
+        return self._evaluation(tasks)
+
+    def test_dataloader(self) -> EvaluationLoader | list[Any]:
+        """Test batches of the translation directions, in order."""
+        return self._evaluation([self._task("translation", "test", self.test_sentences)])
+
+    def pairs(self, direction: Direction | str, split: Split) -> Sequence[tuple[str, str]]:
+        """The original sentences: `Batch.index` of an evaluation batch says which of them its rows are."""
+        return self.source.parallel(Direction.parse(direction), split)
+
+    def summary(self) -> dict[str, dict[str, float | int]]:
+        """What each task trains on: sentences used, dropped and truncated, sentences per step, share of padding."""
+        rank = self._rank()
+        rows: dict[str, dict[str, float | int]] = {}
+        for name in self.tasks:
+            task, plan = self._planned(name, rank)
+            rows[name] = {
+                "streams": len(task.streams),
+                "sentences": len(task),
+                "dropped": sum(s.dropped for s in task.streams),
+                "truncated": sum(s.truncated for s in task.streams),
+                "tokens_per_step": plan.budget,
+                "sentences_per_step": plan.rows_per_step,
+                "padding": plan.padding,
+            }
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of training depends on, to be compared when a checkpoint is resumed."""
+        return {"settings": self._settings()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on training with other data than the checkpoint's.
+
+        Raises:
+            UserError: if a setting that decides the order of training differs.
+        """
+        if self.trainer is None or not self.trainer.training:
+            return
+        mine, theirs = self._settings(), state_dict.get("settings", {})
+        differing = [name for name in mine if name in theirs and mine[name] != theirs[name]]
+        if differing:
+            listed = "; ".join(f"data.{n}: {theirs[n]} in the checkpoint, {mine[n]} now" for n in differing)
+            raise UserError(
+                f"A resumed run must have the data settings of its checkpoint: got {listed}. Restore them, or start a "
+                "new run."
+            )
+
+    def _settings(self) -> dict[str, str]:
+        return {
+            "source": self.source.fingerprint()[:16],
+            "tokenizer": self.tokenizer.fingerprint[:16],
+            "tasks": repr(self.tasks),
+            "tokens_per_step": str(self.tokens_per_step),
+            "temperature": repr(self.temperature),
+            "max_length": str(self.max_length),
+            "too_long": self.too_long,
+            "pad_multiple": str(self.pad_multiple),
+            "seed": str(self.seed),
+        }
+
+    def _check(self) -> None:
+        if not self.tasks:
+            raise UserError(f"data.tasks must name at least one task of {', '.join(TASKS)}: got none.")
+        for name, task in self.tasks.items():
+            if name not in TASKS:
+                raise UserError(f"data.tasks must name tasks that exist: got {name!r}. {nearest(name, TASKS)}")
+            if not task.share > 0:
+                raise UserError(f"data.tasks.{name}.share must be positive: got {task.share}. Leave the task out.")
+            known = self._stream_names(name)
+            for stream in task.streams or ():
+                if stream not in known:
+                    raise UserError(
+                        f"data.tasks.{name}.streams must be among the source's: got {stream!r}. "
+                        f"{nearest(stream, known)}"
+                    )
+        for key, value in (("tokens_per_step", self.tokens_per_step), ("pad_multiple", self.pad_multiple)):
+            if value < 1:
+                raise UserError(f"data.{key} must be at least 1: got {value}.")
+        if self.max_length <= SPECIALS:
+            raise UserError(
+                f"data.max_length must leave room for text beside {SPECIALS} special tokens: got {self.max_length}."
+            )
+        if self.too_long not in ("drop", "truncate"):
+            raise UserError(f'data.too_long must be "drop" or "truncate": got {self.too_long!r}.')
+
+    def _stream_names(self, task: str) -> list[str]:
+        return [str(d) for d in self.source.directions] if task == "translation" else list(self.languages)
+
+    def _wanted(self) -> Wanted:
+        parallel = [(d, split) for d in self.directions for split in ("train", "valid", "test")]
+        names = [n for task in self.tasks if task != "translation" for n in self._chosen(task)]
+        mono = [(language, split) for language in dict.fromkeys(names) for split in ("train", "valid")]
+        return Wanted(tuple(parallel), tuple(mono))  # type: ignore[arg-type]
+
+    def _chosen(self, task: str) -> list[str]:
+        return list(self.tasks[task].streams or self._stream_names(task))
+
+    def _builder(self) -> Builder:
+        return Builder(self.store, self.tokenizer, self.pad_multiple)
+
+    def _task(self, name: str, split: Split, limit: int | None = None) -> Task:
+        if name == "translation":
+            streams = [self._pairs(direction, split, limit) for direction in self.directions]
+            return Task(name, streams)
+        streams = [self._text(language, split, limit) for language in self._chosen(name)]
+        data = self.tasks[name]
+        if name == "denoising":
+            return Task(name, streams, data.denoising)
+        return Task(name, streams, data.masking if name in ("masked_lm", "replaced_token") else None)
+
+    def _pairs(self, direction: Direction, split: Split, limit: int | None) -> Stream:
+        ids = (self.tokenizer.language_id(direction.source), self.tokenizer.language_id(direction.target))
+        sections = [parallel_section(direction, split, "source"), parallel_section(direction, split, "target")]
+        return self._stream(str(direction), sections, ids, split, limit)
+
+    def _text(self, language: str, split: Split, limit: int | None) -> Stream:
+        own = self.tokenizer.language_id(language)
+        return self._stream(language, [monolingual_section(language, split)], (own, own), split, limit)
+
+    def _stream(
+        self, name: str, sections: list[str], languages: tuple[int, int], split: Split, limit: int | None
+    ) -> Stream:
+        return open_stream(
+            self.store,
+            name,
+            sections,
+            languages,
+            max_length=self.max_length,
+            too_long=self.too_long if split == "train" else "truncate",
+            limit=limit,
+        )
+
+    def _planned(self, name: str, rank: Rank) -> tuple[Task, Plan]:
+        task, data = self._task(name, "train"), self.tasks[name]
+        total = sum(t.share for t in self.tasks.values())
+        plan = Plan(
+            name,
+            task.sizes(self.pad_multiple),
+            budget=int(self.tokens_per_step * data.share / total),
+            temperature=data.temperature or self.temperature,
+            shares=data.stream_shares,
+            seed=self.seed,
+            least_rows=rank.count,
+        )
+        return task, plan
+
+    def _whole_epoch(self, steps: Mapping[str, tuple[Task, Plan]]) -> int:
+        task, plan = next(iter(steps.values()))
+        return max(1, math.ceil(len(task) / plan.rows_per_step))
+
+    def _evaluation(self, tasks: list[Task]) -> EvaluationLoader | list[Any]:
+        batches = EvaluationBatches(
+            tasks, self._builder(), budget=self.evaluation_tokens, rank=self._rank(), seed=self.seed
+        )
+        return EvaluationLoader(batches) if len(batches) else []
+
+    def _rank(self) -> Rank:
+        # The strategy knows which processes share a batch's sentences: with tensor parallelism not all of them do.
+        sharing = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return Rank(sharing["rank"], sharing["num_replicas"]) if sharing else Rank()
+
+    def _batches_so_far(self) -> int:
+        # `processed`, because a batch whose training was cut off must be done again, and because `completed` has not
+        # been counted yet when a checkpoint is written in on_train_batch_end.
+        if self.trainer is None:
+            return 0
+        return int(getattr(self.trainer.fit_loop.epoch_loop.batch_progress.total, "processed"))  # noqa: B009
+
+    def _on_accelerator(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

@@ -1,0 +1,140 @@
+"""`Stream` and `Task`: which sentences of a store a direction or a language has, and what a task makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moekit.data.noising import Denoising, Masking
+from moekit.data.plan import Rows, Sizes
+from moekit.data.store import TokenStore
+
+TooLong = Literal["drop", "truncate"]
+
+SPECIALS = 2  # a tag and eos, or bos and eos, stand around every sentence
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """The usable sentences (or pairs) of one direction or language.
+
+    Attributes:
+        name: ``"en-de"``, or ``"de"`` for text of one language.
+        first: number in the store of the first sentence of each side's section; one or two sides.
+        index: Int64[n], the usable sentences, counted within the section.
+        lengths: Int64[sides, n], tokens without specials, after truncation.
+        languages: ids of source and target language, the same for text of one language.
+        dropped: sentences left out for being too long or empty.
+        truncated: sentences that are cut.
+    """
+
+    name: str
+    first: tuple[int, ...]
+    index: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    languages: tuple[int, int]
+    dropped: int = 0
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def open_stream(
+    store: TokenStore,
+    name: str,
+    sections: Sequence[str],
+    languages: tuple[int, int],
+    *,
+    max_length: int,
+    too_long: TooLong = "drop",
+    limit: int | None = None,
+) -> Stream:
+    """Find the usable sentences of one section of `store`, or pairs of two aligned ones.
+
+    Args:
+        store: holds the sections.
+        name: of the stream.
+        sections: one (text) or two (pairs).
+        languages: ids of source and target language.
+        max_length: most positions of a sentence, its two special tokens included.
+        too_long: what happens to longer ones (of a pair: if either side is longer). Empty ones are always dropped.
+        limit: only the first so many sentences.
+    """
+    lengths = np.stack([store.lengths(section)[:limit] for section in sections])
+    longer = np.asarray((lengths > max_length - SPECIALS).any(axis=0))
+    usable = np.asarray((lengths > 0).all(axis=0))
+    if too_long == "drop":
+        usable &= ~longer
+    index = np.flatnonzero(usable)
+    return Stream(
+        name=name,
+        first=tuple(store.section(section).first for section in sections),
+        index=index,
+        lengths=np.minimum(lengths[:, index], max_length - SPECIALS),
+        languages=languages,
+        dropped=len(usable) - len(index),
+        truncated=int(longer[index].sum()),
+    )
+
+
+class Task:
+    """One task: its streams, laid end to end so that a mixed batch is looked up at once, and its noise.
+
+    Args:
+        name: one of `moekit.data.batch.TASKS`.
+        streams: of pairs for translation, of text for the others.
+        noise: `Denoising` for denoising, `Masking` for masked_lm and replaced_token, else None.
+    """
+
+    def __init__(self, name: str, streams: Sequence[Stream], noise: Denoising | Masking | None = None) -> None:
+        self.name = name
+        self.streams = tuple(streams)
+        self.noise = noise
+        counts = np.array([len(s) for s in self.streams], dtype=np.int64)
+        sides = 2 if name == "translation" else 1
+        self._offset = np.cumsum(counts) - counts
+        self._lengths = np.concatenate([s.lengths for s in self.streams], axis=1)
+        self._index = np.concatenate([s.index for s in self.streams])
+        self._first = np.array([s.first for s in self.streams], dtype=np.int64).reshape(-1, sides)
+        self._languages = np.array([s.languages for s in self.streams], dtype=np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        """Sentences (or pairs) of all streams."""
+        return len(self._index)
+
+    def sizes(self, pad_multiple: int = 1) -> list[Sizes]:
+        """What every sentence costs, each side rounded up to `pad_multiple` positions."""
+        sizes = []
+        for stream in self.streams:
+            source, *target = (padded_length(lengths, pad_multiple) for lengths in stream.lengths)
+            if self.name == "denoising":
+                # The noised side is shorter than the clean one by a random amount; it is counted as if it were not.
+                target = [source]
+            sizes.append(Sizes(stream.name, source, target[0] if target else None))
+        return sizes
+
+    def lengths(self, rows: Rows, side: int) -> NDArray[np.int64]:
+        """Tokens of each row on side 0 (source) or 1 (target), specials not counted."""
+        return self._lengths[side, self._offset[rows.stream] + rows.index]
+
+    def sentences(self, rows: Rows, side: int) -> NDArray[np.int64]:
+        """Number in the store of each row's sentence."""
+        return self._first[rows.stream, side] + self.index(rows)
+
+    def index(self, rows: Rows) -> NDArray[np.int64]:
+        """Place of each row's sentence in its section, that is, in what the source gave."""
+        return self._index[self._offset[rows.stream] + rows.index]
+
+    def languages(self, rows: Rows, side: int) -> NDArray[np.int64]:
+        """Language id of each row's source (0) or target (1)."""
+        return self._languages[rows.stream, side]
+
+
+def padded_length(length: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
+    """Positions of a sentence of `length` tokens with its specials, rounded up to `multiple`."""
+    return -(-(length + SPECIALS) // multiple) * multiple
