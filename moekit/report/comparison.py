@@ -189,8 +189,8 @@ def _quality(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
 
 def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
     lead = (
-        "One line for each run over its steps, on held-out sentences: higher BLEU and lower loss are better. Worry if one "
-        "run stopped much earlier than another: then time, not the model, decided."
+        "One line for each run over its steps, on held-out sentences: higher BLEU and lower loss are better. Worry "
+        "if one run stopped much earlier than another: then time, not the model, decided."
     )
     columns: Mapping[str, None] = dict.fromkeys(
         c for run in runs for c in run.metrics if c.startswith("valid/") and c.endswith("/loss")

@@ -12,8 +12,8 @@ from moekit.report.series import specialisation
 from moekit.report.wording import count, percent
 
 # Where we begin to worry. Ours: a dropped token loses its expert in that layer, and papers train at a few percent;
-# an expert with under a tenth of its fair share hardly learns, one with four times as much is a bottleneck, and one with
-# under a hundredth is dead (where the run did not count the dead itself).
+# an expert with under a tenth of its fair share hardly learns, one with four times as much is a bottleneck, and one
+# with under a hundredth is dead (where the run did not count the dead itself).
 MAX_DROP_RATE = 0.10
 STARVED = 0.10
 CROWDED = 4.0

@@ -17,6 +17,7 @@ from moekit.report.run_folder import RunFolder, Scores, dig, number, read_run, s
 WIDTH = 80
 HEIGHT = 24
 _ALL = 12  # directions shown one by one: two columns of six
+_PLAIN = str.maketrans({"\u2500": "-", "\u2013": "-", "\u2026": "~", "\u00b7": "|"})
 _EXTREMES = 4  # of more directions, the best and the worst
 
 
@@ -36,13 +37,23 @@ def terminal_summary(run: Path | Mapping[str, Any], console: Console | None = No
     title = folder.name if where is not None or folder.summary.get("recipe") else "run"
     lines = [_rule(title), *_headline(folder), Text(), *_directions(folder), *_tasks(folder), *_routing(folder)]
     commands = _next(folder) if where is not None else []
-    for line in lines[: HEIGHT - len(commands)]:
-        line.rstrip()
-        line.truncate(min(WIDTH, console.width), overflow="ellipsis")
-        console.print(line, no_wrap=True, crop=True, highlight=False)
+    lines = lines[: HEIGHT - len(commands) - 1]
+    for line in [*lines, Text()] if commands else lines:
+        shown = _printable(line, console)
+        shown.rstrip()
+        shown.truncate(min(WIDTH, console.width), overflow="ellipsis")
+        console.print(shown, no_wrap=True, crop=True, highlight=False)
     for line in commands:
         # A path or command is of use only whole: the terminal may fold it, a copy of it has no line break.
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(_printable(line, console), soft_wrap=True, highlight=False)
+
+
+def _printable(line: Text, console: Console) -> Text:
+    """`line` in characters that the terminal's encoding has."""
+    if console.encoding.lower().startswith("utf"):
+        return line
+    plain = line.plain.translate(_PLAIN)
+    return Text(plain.encode(console.encoding, "replace").decode(console.encoding))
 
 
 def _rule(title: str) -> Text:
