@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -51,13 +53,15 @@ def code_of(path: Path) -> list[Block]:
 @pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=name)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "__main__"}
+    # A module of its own, so that what a page defines can be pickled and inspected like anybody's code.
+    module = ModuleType(re.sub(r"\W", "_", name(page)))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     ran = 0
     for block in code_of(page):
         assert block.language == "python", f"{name(page)}:{block.line}: say ```python, nothing more"
         if not block.excused:
             # Empty lines first, so that a traceback names the line of the page.
-            exec(compile("\n" * block.line + block.code, str(page), "exec", dont_inherit=True), namespace)
+            exec(compile("\n" * block.line + block.code, str(page), "exec", dont_inherit=True), module.__dict__)
             ran += 1
     assert ran, f"{name(page)}: every block is excused from running"
 
