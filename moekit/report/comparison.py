@@ -215,7 +215,7 @@ def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
             )
         )
     body = f'<div class="grid">{"".join(figures)}</div>' if figures else page.note("No validation loss was logged.")
-    return page.section("losses", "Losses", lead, body)
+    return page.section("progress", "Progress", lead, body)
 
 
 def _lines(runs: Sequence[RunFolder], names: Sequence[str], column: str) -> list[Line]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moekit.report import experts, page, provenance, results
+from moekit.report import experts, page, provenance, results, samples
 from moekit.report.run_folder import read_run
 
 
@@ -23,7 +23,7 @@ def write_report(run_dir: Path) -> Path:
         "losses": ("Losses", results.losses(run)),
         "experts": ("Experts", experts.experts(run)),
         "routing": ("Routing", experts.routing(run)),
-        "samples": ("Samples", results.samples(run)),
+        "samples": ("Samples", samples.samples(run)),
         "reproduce": ("Reproduce", provenance.reproduce(run)),
     }
     parts = {anchor: part for anchor, part in parts.items() if part[1]}

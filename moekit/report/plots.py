@@ -87,6 +87,9 @@ def curves(
         axes.set_ylim(*limits(np.concatenate(shown or [np.zeros(0)]), start_at_zero=start_at_zero))
         axes.set_xlabel(x_label)
         axes.margins(x=0.012)
+        steps = {float(step) for line in lines for step in line.series.step}
+        if len(steps) == 1:
+            axes.set_xlim(min(steps) - 1, min(steps) + 1)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))

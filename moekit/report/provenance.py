@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from moekit.report import page
 from moekit.report.page import text
 from moekit.report.run_folder import RunFolder
-from moekit.report.wording import MISSING
+from moekit.report.wording import MISSING, nearby
+
+_COMMANDS = ("command", "argv")
 
 
 def reproduce(run: RunFolder) -> str:
     """How to make the run again, and what it ran on."""
     lead = "The command, the resolved configuration and the machine behind every number on this page."
     command = reproduce_command(run)
-    report = f"python -m moekit.report {shlex.quote(str(run.path))}"
+    report = f"python -m moekit.report {shlex.quote(nearby(run.path))}"
     html = (
         f"<h3>Run it again</h3><pre class=command>{text(command)}</pre>"
         if command
@@ -31,8 +32,9 @@ def reproduce(run: RunFolder) -> str:
         )
     else:
         html += page.note(run.notes.get("config.yaml", "config.yaml is empty."))
-    if run.environment:
-        html += f"<h3>Environment</h3>{page.definitions(flat(run.environment))}"
+    shown = {k: v for k, v in flat(run.environment).items() if k not in _COMMANDS}
+    if shown:
+        html += f"<h3>Environment</h3>{page.definitions(shown)}"
     else:
         html += page.note(run.notes.get("environment.json", "environment.json is empty."))
     return page.section("reproduce", "How to reproduce", lead, html)
@@ -40,7 +42,7 @@ def reproduce(run: RunFolder) -> str:
 
 def reproduce_command(run: RunFolder) -> str:
     """The command that was typed, where it is recorded, else one that repeats the configuration; "" if neither."""
-    command = run.environment.get("command") or run.environment.get("argv")
+    command = next((run.environment[k] for k in _COMMANDS if run.environment.get(k)), None)
     if isinstance(command, list) and command:
         return shlex.join(map(str, command))
     if isinstance(command, str) and command.strip():
@@ -50,10 +52,10 @@ def reproduce_command(run: RunFolder) -> str:
         return ""
     parts = ["python", "-m", f"moekit.recipes.{recipe}", "run"]
     if run.config.strip():
-        parts += ["--config", str(run.path / "config.yaml")]
+        parts += ["--config", nearby(run.path / "config.yaml")]
     elif run.summary.get("variant"):
         parts += ["--variant", str(run.summary["variant"])]
-    return shlex.join([*parts, "--out", str(Path(f"{run.path}-again"))])
+    return shlex.join([*parts, "--out", f"{nearby(run.path)}-again"])
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Sections on what the model learned: headline, losses, scores, samples."""
+"""Sections on what the model learned: headline, losses, scores."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 from moekit.report import page, plots, wording
-from moekit.report.agreement import agreement
 from moekit.report.health import findings
 from moekit.report.page import text
 from moekit.report.plots import Line
 from moekit.report.run_folder import RunFolder, Scores, Series, dig, loads, number, sides
 from moekit.report.series import milestones, smooth, smoothing_window
-from moekit.report.style import SEQUENTIAL_LEVELS, attribute, sequential_class
+from moekit.report.style import SEQUENTIAL_LEVELS, sequential_class
 
 TASKS = {
     "translation": "Translation",
@@ -29,8 +28,6 @@ EXPLAINED = {
     "causal_lm": "Guess the next word of a text.",
     "": "The sum of all tasks and the routers' penalties.",
 }
-_SHOWN_SAMPLES = 3
-_LONGEST = 900
 
 
 def headline(run: RunFolder) -> str:
@@ -141,6 +138,12 @@ def tasks(run: RunFolder) -> list[str]:
     return sorted(found, key=lambda t: (order.index(t) if t in order else len(order), t))
 
 
+def languages(run: RunFolder) -> list[str]:
+    """The run's languages in its own order; [] where it does not say."""
+    given = run.routing.get("languages") or dig(run.summary, "data", "languages")
+    return [str(x) for x in given] if isinstance(given, list) else []
+
+
 def scores(run: RunFolder) -> str:
     """BLEU and chrF by direction, as bars and matrices, and how they grew."""
     lead = (
@@ -171,7 +174,7 @@ def scores(run: RunFolder) -> str:
         ),
     )
     left = bars + _growth(run)
-    right = "".join(_matrix(*x) for x in (("BLEU", bleu), ("chrF", chrf)) if x[1].directions)
+    right = "".join(_matrix(*x, languages(run)) for x in (("BLEU", bleu), ("chrF", chrf)) if x[1].directions)
     figures = [f'<div class="stack">{part}</div>' for part in (left, right)]
     signed = [f"{n}: <code>{text(s.signature)}</code>" for n, s in (("BLEU", bleu), ("chrF", chrf)) if s.signature]
     remarks = ["These are scores of the last validation, not of the test set."] if bleu.origin == "valid" else []
@@ -180,39 +183,12 @@ def scores(run: RunFolder) -> str:
     return page.section("scores", "Translation quality", lead, f'<div class="grid">{"".join(figures)}</div>{end}')
 
 
-def samples(run: RunFolder) -> str:
-    """Sample translations by direction, agreeing words marked."""
-    lead = (
-        "Held-out sentences the model never saw. Marked words stand in the reference too, in the same order; an "
-        "unmarked word may still be a good synonym."
-    )
-    if not run.samples:
-        return page.section(
-            "samples", "Sample translations", lead, page.note(_why(run, "samples.json", "It holds no samples."))
-        )
-    by_direction: dict[str, list[Mapping[str, str]]] = {}
-    for sample in run.samples:
-        by_direction.setdefault(sample["direction"] or "direction not recorded", []).append(sample)
-    blocks = []
-    for i, (direction, found) in enumerate(by_direction.items()):
-        shown = "".join(map(_sample, found[:_SHOWN_SAMPLES]))
-        rest = found[_SHOWN_SAMPLES:]
-        if rest:
-            shown += f"<details class=rest><summary>{len(rest)} more</summary>{''.join(map(_sample, rest))}</details>"
-        if len(by_direction) <= 6:
-            blocks.append(f"<h3>{text(_arrow(direction))}</h3>{shown}")
-        else:
-            title = f"{_arrow(direction)} · {wording.count(len(found), 'sentence')}"
-            blocks.append(f"<details{' open' if i < 3 else ''}><summary>{text(title)}</summary>{shown}</details>")
-    return page.section("samples", "Sample translations", lead, f'<div class="samples">{"".join(blocks)}</div>')
-
-
 def _about(run: RunFolder) -> str:
     """Data, languages and experts in one line."""
     parts = [str(dig(run.summary, "data", "source") or "")]
-    languages = run.routing.get("languages") or dig(run.summary, "data", "languages")
-    if isinstance(languages, list) and languages:
-        parts.append(f"{wording.count(len(languages), 'language')} ({', '.join(map(str, languages))})")
+    spoken = languages(run)
+    if spoken:
+        parts.append(f"{wording.count(len(spoken), 'language')} ({', '.join(spoken)})")
     sizes = sorted({len(loads(layer)) for layer in run.layers})
     if sizes:
         layers = wording.count(len(run.layers), "Mixture-of-Experts layer")
@@ -260,15 +236,17 @@ def _near(values: Mapping[float, float], step: float) -> float | None:
     return values[min(values, key=lambda s: abs(s - step))] if values else None
 
 
-def _matrix(title: str, found: Scores) -> str:
-    pairs = {tuple(d.split("-", 1)): v for d, v in found.directions.items() if "-" in d}
-    sources, targets = sorted({p[0] for p in pairs}), sorted({p[-1] for p in pairs})
-    languages = sorted({*sources, *targets})
+def _matrix(title: str, found: Scores, order: Sequence[str]) -> str:
+    pairs = {sides(d): v for d, v in found.directions.items() if "-" in d}
+    spoken = sorted(
+        {x for pair in pairs for x in pair}, key=lambda x: (order.index(x) if x in order else len(order), x)
+    )
+    sources, targets = ([x for x in spoken if any(pair[side] == x for pair in pairs)] for side in (0, 1))
     low, high = min(found.directions.values()), max(found.directions.values())
-    pivots = [x for x in languages if all(x in p for p in pairs)]
-    if pairs and len(languages) > 6 and pivots:
+    pivots = [x for x in spoken if all(x in p for p in pairs)]
+    if pairs and len(spoken) > 6 and pivots:
         pivot = pivots[0]
-        others = [x for x in languages if x != pivot]
+        others = [x for x in spoken if x != pivot]
         columns = [f"into {pivot}", f"from {pivot}"]
         values = [[pairs.get((x, pivot)), pairs.get((pivot, x))] for x in others]
         rows, corner, least = others, "language", "0"
@@ -311,48 +289,6 @@ def _growth(run: RunFolder) -> str:
         ),
         table=_curve_table({"average BLEU": average}),
     )
-
-
-def _sample(sample: Mapping[str, str]) -> str:
-    source, target = sides(sample["direction"])
-    found = agreement(sample["reference"][:_LONGEST], sample["hypothesis"][:_LONGEST])
-    return (
-        f'<dl class="sample"><dt>Source</dt><dd dir="auto"{_lang(source)}>{text(_cut(sample["source"]))}</dd>'
-        f'<dt>Reference</dt><dd dir="auto"{_lang(target)}>{_marked(found.reference)}{_rest(sample["reference"])}</dd>'
-        f'<dt>moekit<span class="of">{found.matched} of {wording.count(found.num_words, "word")}</span></dt>'
-        f'<dd class="hyp" dir="auto"{_lang(target)}>{_marked(found.hypothesis)}{_rest(sample["hypothesis"])}'
-        f"{'' if sample['hypothesis'].strip() else '<em>(empty)</em>'}</dd></dl>"
-    )
-
-
-def _marked(pieces: Sequence[tuple[str, bool | None]]) -> str:
-    """Agreeing words in <mark>, runs of them in one, so that cursive scripts keep their joins."""
-    html, run, gap = "", "", ""
-    for piece, agrees in pieces:
-        if agrees:
-            run, gap = run + gap + piece, ""
-        elif agrees is None and run:
-            gap += piece
-        else:
-            html += (f"<mark>{text(run)}</mark>" if run else "") + text(gap + piece)
-            run, gap = "", ""
-    return html + (f"<mark>{text(run)}</mark>" if run else "") + text(gap)
-
-
-def _cut(value: str) -> str:
-    return value[:_LONGEST] + _rest(value) if len(value) > _LONGEST else value
-
-
-def _rest(value: str) -> str:
-    return f" … ({len(value) - _LONGEST:,} more characters)" if len(value) > _LONGEST else ""
-
-
-def _lang(language: str) -> str:
-    return f' lang="{attribute(language)}"' if language else ""
-
-
-def _arrow(direction: str) -> str:
-    return direction.replace("-", " → ", 1)
 
 
 def _why(run: RunFolder, file: str, otherwise: str) -> str:

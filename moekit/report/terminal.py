@@ -183,24 +183,18 @@ def _troubles(run: RunFolder) -> list[Text]:
 
 
 def _next(run: RunFolder) -> list[Text]:
-    folder = shlex.quote(_nearest(run.path))
+    folder = shlex.quote(wording.nearby(run.path))
     report = run.path / "report.html"
     recipe = run.summary.get("recipe")
     lines = [
-        _labelled("report", _nearest(report) if report.is_file() else f"python -m moekit.report {folder}", style="bold")
+        _labelled(
+            "report", wording.nearby(report) if report.is_file() else f"python -m moekit.report {folder}", style="bold"
+        )
     ]
     if recipe and (run.path / "checkpoints").is_dir():
         lines.append(_labelled("translate", f"python -m moekit.recipes.{recipe} generate --out {folder}"))
     lines.append(_labelled("compare", f"python -m moekit.report {folder} OTHER_RUN"))
     return lines
-
-
-def _nearest(path: Path) -> str:
-    """`path` from the working directory where it lies below it."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 def _labelled(label: str, content: str, *, style: str = "") -> Text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 MISSING = "\u2013"
 
@@ -58,3 +59,11 @@ def duration(seconds: float | None) -> str:
 def count(number: int, noun: str) -> str:
     """``1 expert``, ``3 experts``, ``no experts``."""
     return f"{format(number, ',') if number else 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+def nearby(path: Path) -> str:
+    """`path` as one would type it: from the working directory where it lies below it."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
