@@ -73,9 +73,7 @@ class ComponentBinding(Callback):
         for component in self._components:
             component.on_step_end(self._last_step)
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Release the components: Lightning does not call ``teardown`` after an exception."""
         self._unbind(pl_module)
 

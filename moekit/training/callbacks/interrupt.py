@@ -1,0 +1,172 @@
+"""Runs that can be stopped at any moment and resumed: `last.ckpt`, periodically, at a signal and at the end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from moekit.training.callbacks.best import BestCheckpoint
+from moekit.training.loggers import CsvLogger
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Resumable(Checkpoint):
+    """Keeps ``last.ckpt`` so that the run can be resumed, and ends it in order on SIGTERM and SIGINT.
+
+    A signal lets the optimizer step under way come to its end (a validation that is due as well), writes
+    ``last.ckpt``, says how to resume, and exits with 128 + the signal's number (143 for SIGTERM, 130 for Ctrl-C). A
+    second Ctrl-C stops at once. A checkpoint is only ever taken between optimizer steps, so that no accumulated
+    gradient is lost, and after a validation that is due, so that a resumed run does not miss it. It needs
+    `AtomicCheckpointIO` for a kill in the middle of a save to leave the former checkpoint whole.
+
+    Args:
+        folder: where ``last.ckpt`` goes.
+        every_n_steps: optimizer steps between checkpoints; None = not by steps.
+        every_n_minutes: minutes between checkpoints; None = not by time.
+        how_to_resume: a command for the user; part of the message after a signal.
+        clock: seconds that never go back; for tests.
+
+    Raises:
+        ValueError: an interval that is not positive.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        every_n_steps: int | None = None,
+        every_n_minutes: float | None = 10.0,
+        how_to_resume: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes)):
+            if value is not None and not value > 0:
+                raise ValueError(f"Resumable.{name} must be positive or None: got {value}.")
+        self.path = Path(folder) / "last.ckpt"
+        self.every_n_steps = every_n_steps
+        self.every_n_minutes = every_n_minutes
+        self.how_to_resume = how_to_resume
+        self._clock = clock
+        self._signal: int | None = None
+        self._former: dict[int, Any] = {}
+        self._saved_step = self._seen_step = 0
+        self._saved_time = 0.0
+        self._put_off = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the order of the callbacks: last.ckpt must hold what `BestCheckpoint` knows."""
+        later = trainer.callbacks[trainer.callbacks.index(self) :]  # type: ignore[attr-defined]
+        if any(isinstance(callback, BestCheckpoint) for callback in later):
+            raise ValueError("callbacks must have BestCheckpoint before Resumable: got the reverse. Exchange them.")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start counting, drop logged rows that this run will write again, take the signals over from Lightning."""
+        # A signal that came before the first batch is Lightning's flag; it would stop between two optimizer steps.
+        self._signal, self._put_off = (signal.SIGTERM if trainer.received_sigterm else None), False
+        trainer._signal_connector.received_sigterm = False
+        self._saved_step = self._seen_step = trainer.global_step
+        self._saved_time = self._clock()
+        for logger in trainer.loggers:
+            if isinstance(logger, CsvLogger):
+                logger.continue_from(trainer.global_step)
+        for number in _SIGNALS:
+            try:
+                self._former[number] = signal.signal(number, self._handle)
+            except ValueError:  # not in the main thread: signals are somebody else's business
+                return
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time; after a signal let Lightning end the loop when this step's logs are written."""
+        if trainer.global_step == self._seen_step:
+            return
+        self._seen_step = trainer.global_step
+        stop, due = self._signal is not None, self._is_due(trainer)
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+            due = trainer.strategy.broadcast(due)
+        if stop:
+            self._signal = self._signal or signal.SIGTERM
+        if not (stop or due):
+            return
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
+            self._put_off = True
+        elif stop:
+            self._stop(trainer)
+        else:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save, or stop, as was put off until after this validation."""
+        if not self._put_off or trainer.sanity_checking:
+            return
+        # Here, where Lightning expects it: saved after the batch is closed, a resume would count the step twice.
+        self._put_off = False
+        self._save(trainer)
+        if self._signal is not None:
+            self._stop(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the end of the run."""
+        self._restore_signals()
+        if trainer.global_step > self._saved_step or not self.path.exists():
+            self._save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """After a signal, save and set the exit code; other exceptions leave the last checkpoint as it is."""
+        self._restore_signals()
+        if isinstance(exception, SIGTERMException) and self._signal is not None:
+            if trainer.global_step > self._saved_step:
+                self._save(trainer)
+            exception.code = 128 + self._signal
+            if trainer.is_global_zero:
+                print(self._message(trainer), file=sys.stderr, flush=True)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._restore_signals()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            self._restore_signals()
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def _restore_signals(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        by_steps = self.every_n_steps is not None and (trainer.global_step - self._saved_step >= self.every_n_steps)
+        by_time = self.every_n_minutes is not None and (self._clock() - self._saved_time >= 60 * self.every_n_minutes)
+        return by_steps or by_time
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        # Lightning raises SIGTERMException when the batch is wholly accounted for and logged; on_exception saves then.
+        # Set any earlier, the flag would break off a validation.
+        trainer._signal_connector.received_sigterm = True
+
+    def _save(self, trainer: L.Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # what the checkpoint's step has logged must not be behind it
+        trainer.save_checkpoint(self.path)
+        self._saved_step, self._saved_time = trainer.global_step, self._clock()
+
+    def _message(self, trainer: L.Trainer) -> str:
+        name = signal.Signals(self._signal or signal.SIGTERM).name
+        resume = f" Resume with: {self.how_to_resume}" if self.how_to_resume else ""
+        return f"Stopped by {name} after step {trainer.global_step}; everything is in {self.path}.{resume}"

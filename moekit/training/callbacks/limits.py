@@ -1,0 +1,55 @@
+"""A limit of wall-clock time that a stop and a resume do not reset."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from moekit.training.budget import Budget
+
+
+class MaxMinutes(Callback):
+    """Ends training when the minutes of `budget` are used up, and keeps `budget.seconds` for schedules.
+
+    Time runs from the first batch to the last, validation and checkpoints in between included. The time used is kept
+    in checkpoints, and a resumed run has what is left. At the end Lightning validates once more and stops in order.
+    Without `max_minutes` the callback only measures. With several processes the first one's clock counts.
+
+    Args:
+        budget: shared with the learning rate schedule where that depends on time.
+        clock: seconds that never go back; for tests.
+    """
+
+    def __init__(self, budget: Budget, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.budget = budget
+        self._clock = clock
+        self._start = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock where it was left."""
+        self._start = self._clock() - self.budget.seconds
+        if self.budget.out_of_time:
+            trainer.should_stop = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the clock, and stop if it is time."""
+        seconds = self._clock() - self._start
+        if trainer.world_size > 1:
+            seconds = trainer.strategy.broadcast(seconds)
+        self.budget.seconds = seconds
+        if self.budget.out_of_time:
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seconds used."""
+        return {"seconds": self.budget.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the seconds used."""
+        self.budget.seconds = state_dict["seconds"]

@@ -1,0 +1,205 @@
+"""How far the run is: a live bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from moekit.training.budget import Budget
+
+
+class TrainingProgress(ProgressBar):
+    """Shows step, loss, tokens per second, time used and time left of training, and batches of evaluation.
+
+    On a terminal it is a bar; elsewhere (a file, a CI log) a plain line every `line_seconds`, at the start of each
+    evaluation, and at the end.
+
+    Args:
+        budget: what the run may use; without it the Trainer's ``max_steps`` or ``max_epochs`` tell the end.
+        line_seconds: time between lines where there is no terminal.
+        console: where to write; default standard error.
+        clock: seconds that never go back; for tests.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | None = None,
+        *,
+        line_seconds: float = 30.0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__()
+        self.budget = budget
+        self.line_seconds = line_seconds
+        self._console = console or Console(stderr=True, highlight=False)
+        self._clock = clock
+        self._enabled = True
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._shown = -math.inf
+        self._start = self._start_fraction = 0.0
+
+    def disable(self) -> None:
+        """Show nothing (Lightning calls it in all processes but the first)."""
+        self._enabled = False
+        self._close()
+
+    def enable(self) -> None:
+        """Show again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin."""
+        self._start = self._clock()
+        self._start_fraction = self._fraction(trainer)
+        self._shown = -math.inf
+        self._open("train")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show where training is."""
+        self._show(lambda: self.training_text(trainer), lambda: self._fraction(trainer))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the end."""
+        self._show(lambda: self.training_text(trainer), lambda: 1.0, force=True)
+        self._close()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin, where it is not inside training."""
+        if trainer.state.fn != "fit":
+            self._begin_evaluation("valid", trainer.num_val_batches)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Show where it is."""
+        if not trainer.sanity_checking:
+            self._show_evaluation("validating", trainer.num_val_batches, batch_idx, dataloader_idx)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close what is not training's."""
+        if trainer.state.fn != "fit":
+            self._close()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin."""
+        self._begin_evaluation("test", trainer.num_test_batches)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Show where it is."""
+        self._show_evaluation("testing", trainer.num_test_batches, batch_idx, dataloader_idx)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close."""
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the terminal as it was."""
+        self._close()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the terminal as it was."""
+        self._close()
+
+    def training_text(self, trainer: L.Trainer) -> str:
+        """For example ``step 120/2000  loss 5.123  8,400 tokens/s  1:02 used  16:02 left``."""
+        metrics = trainer.callback_metrics
+        limit = self._max_steps(trainer)
+        parts = [f"step {trainer.global_step:,}" + (f"/{limit:,}" if limit else "")]
+        for name in ("train/loss", "loss"):
+            if name in metrics:
+                parts.append(f"loss {float(metrics[name]):.3f}")
+                break
+        if "train/tokens_per_second" in metrics:
+            parts.append(f"{float(metrics['train/tokens_per_second']):,.0f} tokens/s")
+        minutes = self.budget.max_minutes if self.budget is not None else None
+        used = self.budget.seconds if self.budget is not None and minutes else self._clock() - self._start
+        parts.append(f"{_duration(used)}{'/' + _duration(60 * minutes) if minutes else ''} used")
+        left = self._seconds_left(trainer)
+        if left is not None:
+            parts.append(f"{_duration(left)} left")
+        return "  ".join(parts)
+
+    def _max_steps(self, trainer: L.Trainer) -> int | None:
+        if self.budget is not None and self.budget.max_steps is not None:
+            return self.budget.max_steps
+        return trainer.max_steps if trainer.max_steps > 0 else None
+
+    def _fraction(self, trainer: L.Trainer) -> float:
+        """Part of the run that is done; 0 where nobody knows."""
+        if self.budget is not None:
+            return self.budget.fraction(trainer.global_step)
+        limit = self._max_steps(trainer)
+        if limit is None and trainer.max_epochs and trainer.max_epochs > 0:
+            batches = trainer.num_training_batches / trainer.accumulate_grad_batches
+            limit = math.ceil(batches) * trainer.max_epochs if math.isfinite(batches) else None
+        return min(1.0, trainer.global_step / limit) if limit else 0.0
+
+    def _seconds_left(self, trainer: L.Trainer) -> float | None:
+        done = self._fraction(trainer)
+        made = done - self._start_fraction
+        return (self._clock() - self._start) * (1 - done) / made if made > 0 else None
+
+    def _begin_evaluation(self, name: str, batches: Any) -> None:
+        self._shown = -math.inf
+        self._open(name)
+
+    def _show_evaluation(self, name: str, batches: list[int | float], index: int, loader: int) -> None:
+        done, total = sum(batches[:loader]) + index + 1, sum(batches)
+        text = f"{name} {done:,.0f}" + (f"/{total:,.0f}" if math.isfinite(total) else "")
+        self._show(lambda: text, lambda: done / total if math.isfinite(total) and total else 0.0)
+
+    def _open(self, name: str) -> None:
+        if self._enabled and self._console.is_terminal and self._bar is None:
+            columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=self._console, transient=False, auto_refresh=False)
+            self._bar.start()
+            self._task = self._bar.add_task(name, total=1.0)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar, self._task = None, None
+
+    def _show(self, text: Callable[[], str], fraction: Callable[[], float], *, force: bool = False) -> None:
+        """Write if it is time; texts are made only then, since reading metrics has a price."""
+        now = self._clock()
+        if not self._enabled or (now - self._shown < (0.25 if self._bar else self.line_seconds) and not force):
+            return
+        self._shown = now
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=text(), completed=fraction())
+            self._bar.refresh()
+        else:
+            self._console.print(text(), soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    """``1:02`` or ``1:00:02``."""
+    text = str(timedelta(seconds=round(seconds)))
+    return text.removeprefix("0:").removeprefix("0") if seconds < 3600 else text

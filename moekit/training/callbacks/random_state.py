@@ -1,0 +1,107 @@
+"""Random numbers that a stop and a resume do not change."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+
+class RandomState(Callback):
+    """Gives training batches one stream of random numbers, and keeps its place in checkpoints.
+
+    The generators of Python, NumPy and torch (the CPU's and the training device's) are remembered at the end of each
+    training batch and set back at the start of the next. So whatever draws in between (a validation, the making of
+    data loaders, a stop and a resume) does not change dropout, jitter or random routing: a resumed run equals one
+    that was never stopped, step for step. The state is tensors and plain data, readable with ``weights_only=True``.
+
+    Each process keeps its own state. Resumed with another number of processes, the new ones get seeds derived from
+    the first one's state, and equality holds no longer.
+
+    Batches must not depend on these generators: moekit's data order is a function of (seed, step, rank).
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Any] | None = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Go on where the last batch ended."""
+        if self._held is not None:
+            _restore(self._held)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the place."""
+        self._held = _capture(pl_module.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain state of every process, in the order of ranks."""
+        held = None if self._held is None else _to_plain(self._held)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            states: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(states, held)
+        else:
+            states = [held]
+        return {"processes": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take this process's state."""
+        states = state_dict["processes"]
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        if rank < len(states):
+            self._held = None if states[rank] is None else _from_plain(states[rank])
+        elif states[0] is not None:
+            seed = int(states[0]["torch"].to(torch.int64).sum()) + rank
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            self._held = _capture(torch.device("cpu"))
+
+
+def _capture(device: torch.device) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _restore(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _to_plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    version, words, gauss = state["python"]
+    name, keys, position, has_gauss, cached = state["numpy"]
+    tensors: dict[str, Tensor] = {key: state[key] for key in ("torch", "cuda") if key in state}
+    return tensors | {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+    }
+
+
+def _from_plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    version, words, gauss = state["python"]
+    name, keys, position, has_gauss, cached = state["numpy"]
+    tensors = {key: state[key].cpu() for key in ("torch", "cuda") if key in state}
+    return tensors | {
+        "python": (version, tuple(words), gauss),
+        "numpy": (name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached),
+    }

@@ -1,0 +1,129 @@
+"""Tokens per second of training, measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from moekit.data.batch import Batch
+
+
+def count_tokens(batch: Any) -> Tensor | int:
+    """Real tokens of a batch: source and target without padding; the one text of a causal batch counts once.
+
+    Args:
+        batch: a `Batch`, or mappings and sequences that hold some.
+
+    Raises:
+        TypeError: if there is no `Batch` in it.
+    """
+    counts = [
+        part.source_mask.sum() + (0 if part.target_mask is None or part.task == "causal_lm" else part.target_mask.sum())
+        for part in _batches(batch)
+    ]
+    if not counts:
+        raise TypeError(
+            f"count_tokens needs moekit batches: got {type(batch).__name__}. Give Throughput your own `count`."
+        )
+    return torch.stack(counts).sum()
+
+
+def _batches(batch: Any) -> Iterator[Batch]:
+    if isinstance(batch, Batch):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for part in batch.values():
+            yield from _batches(part)
+    elif isinstance(batch, list | tuple):
+        for part in batch:
+            yield from _batches(part)
+
+
+class Throughput(Callback):
+    """Logs ``train/tokens_per_second`` and ``train/tokens``: real tokens, all processes together.
+
+    The rate is over the time since it was logged last, with data loading and checkpoints, without validation. Tokens
+    and seconds of the whole run are kept in checkpoints; `tokens`, `seconds` and `tokens_per_second` tell them.
+
+    Args:
+        count: number of tokens of a batch.
+        clock: seconds that never go back; for tests.
+    """
+
+    def __init__(
+        self,
+        count: Callable[[Any], Tensor | int] = count_tokens,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._count = count
+        self._clock = clock
+        self.tokens = 0
+        self.seconds = 0.0
+        self._since = 0.0
+        self._pending: list[Tensor | int] = []
+        self._paused: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Rate over the whole run so far."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._since, self._pending, self._paused = self._clock(), [], None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count; and log where Lightning is about to write."""
+        self._pending.append(self._count(batch))
+        if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+            rate = self._collect(trainer)
+            values = {"train/tokens_per_second": rate, "train/tokens": float(self.tokens)}
+            pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        self._paused = self._clock()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on."""
+        if self._paused is not None:
+            self._since += self._clock() - self._paused
+            self._paused = None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count what was not logged."""
+        if self._pending:
+            self._collect(trainer)
+
+    def _collect(self, trainer: L.Trainer) -> float:
+        """Add the pending batches to the totals; the rate of their window."""
+        # One read of the device for the whole window.
+        tokens = torch.stack([torch.as_tensor(count, dtype=torch.int64) for count in self._pending]).sum()
+        if trainer.world_size > 1:
+            tokens = trainer.strategy.reduce(tokens.to(trainer.strategy.root_device), reduce_op="sum")
+        now = self._clock()
+        window = now - self._since
+        self.tokens += int(tokens)
+        self.seconds += window
+        self._since, self._pending = now, []
+        return int(tokens) / window if window > 0 else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Totals so far; batches since the last log are counted by the run that goes on."""
+        now = self._clock() if self._paused is None else self._paused
+        pending = sum(int(count) for count in self._pending)
+        seconds = self.seconds + (now - self._since if self._pending else 0.0)
+        return {"tokens": self.tokens + pending, "seconds": seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the totals."""
+        self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]

@@ -1,0 +1,157 @@
+"""Where a run's numbers go: metrics.csv, which a resume continues, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from moekit.training.atomic import replacing, write_error
+
+_FIRST = ("step", "epoch")
+
+
+class CsvLogger(Logger):
+    """Appends to ``metrics.csv``: one row a step, columns ``step``, ``epoch`` and the metrics, blank where not logged.
+
+    Values of one step that are logged at different moments share a row. When a new metric appears the file is
+    written anew with one more column, all or nothing. A run that goes on from step n (`continue_from`, which
+    `Resumable` calls) drops the rows from n on, since it will write them again, and a row that a kill has torn.
+
+    Args:
+        folder: holds metrics.csv; made when the first row is written.
+
+    Differs: Lightning's CSVLogger deletes the file of the run it resumes, and writes values of one step that are
+    logged at different moments into several rows.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self._columns: list[str] | None = None
+        self._row: dict[str, str] = {}
+        self._offset: int | None = None  # where the current row begins in the file, once it is there
+        self._unsaved = False
+
+    @property
+    def name(self) -> str:
+        """Unused: the folder says it all."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Unused: the folder says it all."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder."""
+        return str(self.path.parent)
+
+    @property
+    def log_dir(self) -> str:
+        """The run folder."""
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the resolved configuration is a file of its own in the run folder."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add `metrics` to the row of `step`.
+
+        Raises:
+            UserError: full disk, read-only folder and the like.
+        """
+        number = str(int(step or 0))
+        if self._columns is None:
+            self.continue_from(math.inf)  # a test, not training: every row stays
+        if self._row.get("step") != number:
+            self.save()
+            self._row, self._offset = {"step": number}, None
+        self._row |= {name: _text(value) for name, value in metrics.items() if name != "step"}
+        self._unsaved = True
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the current row to the file."""
+        if not self._unsaved or self._columns is None:
+            return
+        new = sorted(set(self._row) - set(self._columns))
+        if new or not self.path.exists():
+            rows = self._read()
+            if self._offset is not None:
+                rows.pop()
+            self._columns += new
+            self._rewrite([*rows, self._row])
+        else:
+            line = self._line([self._row.get(name, "") for name in self._columns])
+            try:
+                with self.path.open("r+b") as file:
+                    self._offset = file.seek(0, io.SEEK_END) if self._offset is None else file.seek(self._offset)
+                    file.write(line)
+            except OSError as error:
+                raise write_error(self.path, error) from error
+        self._unsaved = False
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left."""
+        self.save()
+
+    @rank_zero_only
+    def continue_from(self, step: float) -> None:
+        """Keep the rows of the file before `step`, drop the others."""
+        self._columns = list(_FIRST)
+        self._row, self._offset, self._unsaved = {}, None, False
+        if not self.path.exists():
+            return
+        rows = self._read()
+        kept = [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < step]
+        if rows:
+            self._columns += [name for name in rows[0] if name not in _FIRST]
+        self._rewrite(kept)
+        self._offset = None
+
+    def _read(self) -> list[dict[str, str]]:
+        """The whole rows of the file; one that is torn at the end is left out."""
+        if not self.path.exists():
+            return []
+        text = self.path.read_bytes().decode("utf-8", errors="replace")
+        whole = text[: text.rfind("\n") + 1]
+        return [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values()]
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        assert self._columns is not None
+        with replacing(self.path) as file:
+            file.write(self._line(self._columns))
+            for row in rows:
+                self._offset = file.tell()
+                file.write(self._line([row.get(name, "") for name in self._columns]))
+
+    @staticmethod
+    def _line(values: list[str]) -> bytes:
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerow(values)
+        return buffer.getvalue().encode("utf-8")
+
+
+def _text(value: Any) -> str:
+    """A number so that reading it gives the same number."""
+    return repr(value.item() if hasattr(value, "item") else value)
+
+
+def run_loggers(folder: str | Path) -> list[Logger]:
+    """The loggers of a run folder: `CsvLogger`, and TensorBoard events in ``tensorboard/`` where it is installed."""
+    loggers: list[Logger] = [CsvLogger(folder)]
+    if importlib.util.find_spec("tensorboard") is not None:
+        loggers.append(TensorBoardLogger(save_dir=str(folder), name="tensorboard", version=""))
+    return loggers
