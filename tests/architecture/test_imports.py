@@ -124,7 +124,7 @@ def fault(found: Import, package: Path) -> str | None:
     if target == found.importer:
         return None
     if target == TESTING:
-        return "testing.py is for tests; the package does not import it"
+        return "moekit.testing is for tests; the package does not import it"
     if found.importer in (ROOT, TESTING):
         return f"moekit.{found.importer or '__init__'} must not import recipes" if target == "recipes" else None
     for room in (found.importer, target):
