@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -96,7 +95,7 @@ def build_parser(recipe: Recipe[C], command: str, variant: str) -> ArgumentParse
         exit_on_error=False,
         default_env=False,
     )
-    parser.formatter_class = _Help  # type: ignore[assignment]
+    parser.formatter_class = _Help
     parser.add_argument("--variant", default=variant, choices=list(recipe.variants), help="settings to start from")
     parser.add_argument("--config", action="config", help="YAML file with settings; later options win over it")
     recipe.commands[command].options(parser)
@@ -208,12 +207,13 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def load_config(cls: type[C], path: Path) -> C:
-    """The configuration that a run folder holds."""
-    import yaml
+def from_plain(cls: type[C], values: Mapping[str, Any], where: str) -> C:
+    """The configuration `cls` from the plain data of a run folder or a checkpoint.
 
+    Raises:
+        UserError: a key is missing or does not fit; `where` begins the message.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return _build(cls, values["config"] if "config" in values else values)
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not the configuration of a run of this recipe ({error}).") from None
+        return _build(cls, values)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: not a configuration of this recipe ({error}).") from None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +25,7 @@ class DataConfig:
         max_length: longer sentences are left out of training, in pieces.
         cache: folder for tokenizers and tokenized text, shared by runs.
         num_workers: processes that prepare batches; 0 = the training process itself.
-        max_examples: read at most so many training pairs of a direction; 0 = all.
+        babel_languages: how many languages babel makes.
         seed: of the babel corpus and of the order of examples.
     """
 
@@ -40,7 +39,7 @@ class DataConfig:
     max_length: int = 128
     cache: str = ".cache/moekit"
     num_workers: int = 0
-    max_examples: int = 0
+    babel_languages: int = 4
     seed: int = 1
 
 
@@ -114,6 +113,7 @@ class EvaluateConfig:
         beam_size: of the search; 1 = greedy.
         length_penalty: alpha of ((5 + length) / 6) ** alpha.
         max_sentences: translate at most so many test sentences of each direction; 0 = all.
+        valid_sentences: use at most so many sentences of each direction or language in validation; 0 = all.
         batch_tokens: source tokens in a batch.
         samples: translations kept for the report, of each direction.
     """
@@ -121,18 +121,12 @@ class EvaluateConfig:
     beam_size: int = 4
     length_penalty: float = 0.6
     max_sentences: int = 0
+    valid_sentences: int = 100
     batch_tokens: int = 4096
     samples: int = 5
 
 
-def active_tasks(tasks: Mapping[str, TaskConfig]) -> dict[str, TaskConfig]:
-    """The tasks that take part."""
-    return {name: task for name, task in tasks.items() if task.tokens > 0}
-
-
-def default_tasks(translation: int, **others: int) -> dict[str, TaskConfig]:
-    """Tasks with unit weights and the given tokens a step."""
-    return {name: TaskConfig(tokens=tokens) for name, tokens in {"translation": translation, **others}.items()}
-
-
-__all__ = ["DataConfig", "EvaluateConfig", "TaskConfig", "TrainConfig", "active_tasks", "default_tasks", "field"]
+def active_tasks(tasks: Any) -> dict[str, TaskConfig]:
+    """The tasks that take part, from a dataclass whose fields are the tasks."""
+    named = {f.name: getattr(tasks, f.name) for f in fields(tasks)}
+    return {name: task for name, task in named.items() if task.tokens > 0}

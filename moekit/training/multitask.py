@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, MetricCollection
 
 from moekit.data.batch import Batch
 from moekit.heads.base import Head, HeadOutput
@@ -92,11 +92,12 @@ class MultitaskModule(L.LightningModule):
         self.samples_per_direction = samples
         self.samples: list[dict[str, str]] = []
         self.routing: dict[str, Any] | None = None
+        self.routing_summary: dict[str, Any] | None = None
         self.scores: dict[str, Any] | None = None
         self.translate: Translate | None = None
 
         self.valid_perplexity = TokenPerplexity(tasks)
-        self.valid_accuracy = nn.ModuleDict({task: MeanMetric() for task in tasks})
+        self.valid_accuracy = MetricCollection({task: MeanMetric() for task in tasks}, compute_groups=False)
         layers = sparse_layers(backbone)
         self.train_routing = RoutingStatistics(layers, self.languages) if layers else None
         self.valid_routing = RoutingStatistics(layers, self.languages) if layers else None
@@ -129,9 +130,10 @@ class MultitaskModule(L.LightningModule):
         if total is None:
             raise ValueError(f"a training batch must hold at least one of the tasks {list(self.heads)}: got none.")
         logs = {name: torch.stack(v).mean() if isinstance(v, list) else v for name, v in logs.items()}
-        # log_dict takes some 50 microseconds a value; values nobody will write are not handed over.
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=1)
-        if (self.trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % self.trainer.log_every_n_steps == 0:
+        # log_dict takes some 50 microseconds a value; values nobody will write are not handed over.
+        trainer: Any = self.trainer
+        if (self.global_step + 1) % trainer.log_every_n_steps == 0:
             self.log_dict(logs, batch_size=1)
             if self.train_routing is not None and self.train_routing.update_called:
                 self.log_dict({f"train/{k}": v for k, v in self.train_routing.log_values().items()}, batch_size=1)
@@ -165,11 +167,11 @@ class MultitaskModule(L.LightningModule):
         if self.valid_routing is not None and self.valid_routing.update_called:
             logs.update({f"valid/{name}": value for name, value in self.valid_routing.log_values().items()})
             self.routing = self.valid_routing.compute()
+            self.routing_summary = self.valid_routing.summary()
             self.valid_routing.reset()
         self.log_dict(logs)
         self.valid_perplexity.reset()
-        for metric in self.valid_accuracy.values():
-            metric.reset()
+        self.valid_accuracy.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Translate one batch of one direction and score it.
@@ -182,7 +184,8 @@ class MultitaskModule(L.LightningModule):
                 "the test translates, so MultitaskModule needs `directions` and `translate`: set "
                 "module.translate = moekit.inference.Translator(backbone, tokenizer)."
             )
-        assert batch.target is not None and batch.direction is not None
+        assert batch.target is not None, "translation batches have a target"
+        assert batch.direction is not None, "test batches hold one direction each"
         hypotheses = self.translate.batch(batch)
         references = self.translate.text(batch.target)
         self.test_score.update(batch.direction, hypotheses, references)

@@ -1,0 +1,96 @@
+"""From a recipe's data settings to sources, and from those and its tasks to batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moekit.data.mixture import Constant, LinearHeating, TemperatureSchedule
+from moekit.data.module import MultitaskData, TaskData
+from moekit.data.sources import Babel, BabelSettings, Source
+from moekit.errors import UserError
+from moekit.recipes._config import DataConfig, EvaluateConfig, active_tasks
+
+
+def _listed(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def open_sources(config: DataConfig) -> Source:
+    """The corpus that the settings describe.
+
+    Raises:
+        UserError: wrong number of paths, an unknown kind, or whatever is wrong with the data.
+    """
+    kinds, paths = _listed(config.source), _listed(config.path)
+    if not kinds:
+        raise UserError("data.source must name at least one kind of data, such as babel or moses: got nothing.")
+    free = [kind for kind in kinds if kind in ("babel", "gettext")]
+    needed = len(kinds) - len(free)
+    if len(paths) not in (needed, len(kinds)):
+        raise UserError(
+            f"data.path must give {needed} folder(s) for data.source {config.source}, joined by commas: got "
+            f"{len(paths)}. For example --data.source moses --data.path my/corpus."
+        )
+    remaining = iter(paths)
+    everything = len(paths) == len(kinds)
+    opened = []
+    for kind in kinds:
+        path = next(remaining) if everything or kind not in free else None
+        opened.append(_open(kind, path, config))
+    return opened[0] if len(opened) == 1 else Union(opened)
+
+
+def _open(kind: str, path: str | None, config: DataConfig) -> Source:
+    languages = _listed(config.languages) or None
+    if kind == "babel":
+        if languages is not None:
+            raise UserError("data.languages chooses among languages of real text: babel makes its own. Leave it out.")
+        settings = BabelSettings(seed=config.seed - 1, languages=config.babel_languages)
+        return Babel(settings)
+    return open_source(kind, path, languages=languages, pivot=config.pivot)
+
+
+def temperature(config: DataConfig) -> TemperatureSchedule:
+    """The schedule of the mixture over directions and languages."""
+    if config.heating_steps:
+        return LinearHeating(1.0, config.temperature, config.heating_steps)
+    return Constant(config.temperature)
+
+
+def make_data(
+    config: DataConfig,
+    tasks: Any,
+    evaluate: EvaluateConfig,
+    *,
+    devices: int,
+    steps: int,
+    source: Source | None = None,
+) -> MultitaskData:
+    """The data module of a run.
+
+    Args:
+        config: the data's settings.
+        tasks: with their tokens per step and device.
+        evaluate: how many sentences are used in evaluation.
+        devices: processes that share a step.
+        steps: batches of the longest possible run; one epoch of that length, so that every stop is in its middle.
+        source: an opened corpus; None = open it.
+    """
+    active = active_tasks(tasks)
+    if not active:
+        raise UserError("tasks must give at least one task its tokens: all have 0. Set tasks.translation.tokens.")
+    return MultitaskData(
+        open_sources(config) if source is None else source,
+        tasks={name: TaskData(share=float(task.tokens)) for name, task in active.items()},
+        cache=config.cache,
+        vocab_size=config.vocab_size,
+        tokens_per_step=devices * sum(task.tokens for task in active.values()),
+        evaluation_tokens=devices * evaluate.batch_tokens,
+        temperature=temperature(config),
+        max_length=config.max_length,
+        steps_per_epoch=steps,
+        valid_sentences=evaluate.valid_sentences or None,
+        test_sentences=evaluate.max_sentences or None,
+        seed=config.seed,
+        num_workers=config.num_workers,
+    )
