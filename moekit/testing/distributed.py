@@ -21,9 +21,9 @@ _GRACE = 5.0  # seconds that the other ranks get to finish or fail by themselves
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """Call ``fn(*args)`` in `world_size` fresh processes joined by gloo; return what each rank returned.
 
-    Starting a process costs seconds (it imports torch): put many cases into one `fn`. Inside, ask
-    `torch.distributed` for the rank. The processes meet through a file, so no port is taken, and have one thread
-    each.
+    The first call takes seconds (a server process imports torch once, later ones are forked from it), each a good
+    part of one: put many cases into one `fn`. Inside, ask `torch.distributed` for the rank. The processes meet
+    through a file, so no port is taken, and have one thread each.
 
     Args:
         fn: a function at the top of a module (the processes import it).
@@ -48,7 +48,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     if world_size < 1:
         raise ValueError(f"run_distributed needs at least one process: got world_size={world_size}.")
-    context = torch.multiprocessing.get_context("spawn")
+    context = _context()
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="moekit-distributed-") as name:
         folder = Path(name)
@@ -71,6 +71,15 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
                     process.kill()
                 if process.pid is not None:
                     process.join()
+
+
+def _context() -> Any:
+    """How processes start: forked from a server that has done the imports and nothing else; Windows has no fork."""
+    if "forkserver" not in torch.multiprocessing.get_all_start_methods():
+        return torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__.rpartition(".")[0]])
+    return context
 
 
 def _wait(processes: list[Any], folder: Path, deadline: float) -> str | None:
