@@ -107,17 +107,19 @@ class Babel(Source):
         self.settings = settings = settings or BabelSettings()
         self.concepts = concepts(settings.concepts)
         rules = grammars(settings.languages, settings.seed)
-        self.languages = tuple(grammar.code for grammar in rules)
+        everyone = tuple(grammar.code for grammar in rules)
         for code in settings.sizes:
-            if code not in self.languages:
+            if code not in everyone:
                 raise UserError(
-                    f"babel: sizes must name languages of the corpus: got {code!r}. {nearest(code, self.languages)}"
+                    f"babel: sizes must name languages of the corpus: got {code!r}. {nearest(code, everyone)}"
                 )
-        self.directions = choose_directions(
-            all_directions(self.languages), pivot=settings.pivot, wanted=settings.directions
-        )
+        self.directions = choose_directions(all_directions(everyone), pivot=settings.pivot, wanted=settings.directions)
+        spoken = {code for direction in self.directions for code in (direction.source, direction.target)}
+        self.languages = tuple(code for code in everyone if code in spoken)
         self._speakers = {
-            rule.code: Language(rule, self.concepts, seed=settings.seed, cognates=settings.cognates) for rule in rules
+            rule.code: Language(rule, self.concepts, seed=settings.seed, cognates=settings.cognates)
+            for rule in rules
+            if rule.code in spoken
         }
         self._sampler = MeaningSampler(self.concepts, complexity=settings.complexity, seed=settings.seed)
         self._rows: OrderedDict[tuple[Split, int, int], list[list[int]]] = OrderedDict()

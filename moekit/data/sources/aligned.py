@@ -1,0 +1,178 @@
+"""Text aligned line by line, whatever it was stored in: what moses, jsonl, tsv and gettext have in common.
+
+The parts of a corpus are `Block`s: one split, two or more languages, line `i` of one translating line `i` of the
+others. A direction is served from every block that holds both its languages.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import overload
+
+from moekit.data.sources.base import Direction, Source, Split, choose_directions, digest
+from moekit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Block:
+    """Lines that translate each other.
+
+    Attributes:
+        split: train, valid or test.
+        columns: lines by language, equally many; a blank line means that the language lacks this sentence.
+        files: what holds each language, for messages.
+        digest: of the content.
+        first_line: number of the line at which entry 0 stands.
+    """
+
+    split: Split
+    columns: Mapping[str, list[str]]
+    files: Mapping[str, str]
+    digest: str
+    first_line: int = 1
+
+    def where(self, language: str, index: int) -> str:
+        """File and line of an entry."""
+        return f"{self.files[language]}, line {index + self.first_line}"
+
+
+class Pairs(Sequence[tuple[str, str]]):
+    """Two lists side by side."""
+
+    def __init__(self, sources: list[str], targets: list[str]) -> None:
+        self.sources, self.targets = sources, targets
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, str]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[str, str]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, str] | list[tuple[str, str]]:
+        if isinstance(index, slice):
+            return list(zip(self.sources[index], self.targets[index], strict=True))
+        return self.sources[index], self.targets[index]
+
+
+class AlignedSource(Source):
+    """A source made of blocks.
+
+    Args:
+        name: the kind of source.
+        blocks: the content.
+        pivot: "auto" = where a block holds more than two languages and English, only directions from and into English;
+            a language = only directions from and into it; None = all.
+        directions: only these, as "en-de"; they may be any that the blocks hold.
+        strict: an empty line is an error; else the pairs it belongs to are dropped, with one warning.
+
+    Raises:
+        UserError: on empty lines if `strict`, on unknown names, if no two languages meet in training.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        blocks: Sequence[Block],
+        *,
+        pivot: str | None = "auto",
+        directions: Sequence[str | Direction] | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.name = name
+        self._blocks = tuple(blocks)
+        self._settings = (pivot, None if directions is None else tuple(map(str, directions)), strict)
+        self._check_blanks(strict)
+        if directions is not None:
+            everything = _pairs(self._blocks, english_only=False)
+            self.directions = choose_directions(everything, pivot=None if pivot == "auto" else pivot, wanted=directions)
+        else:
+            training = [block for block in self._blocks if block.split == "train"] or self._blocks
+            self.directions = choose_directions(
+                _pairs(training, english_only=pivot == "auto"), pivot=None if pivot == "auto" else pivot
+            )
+        spoken = {code for direction in self.directions for code in (direction.source, direction.target)}
+        order = dict.fromkeys(code for block in self._blocks for code in block.columns)
+        self.languages = tuple(code for code in order if code in spoken)
+
+    def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
+        """Pairs of one direction, in the order of the files; pairs with an empty side are left out."""
+        self.check_direction(direction)
+        self.check_split(split)
+        sources: list[str] = []
+        targets: list[str] = []
+        for block in self._blocks:
+            if block.split != split or direction.source not in block.columns or direction.target not in block.columns:
+                continue
+            left, right = block.columns[direction.source], block.columns[direction.target]
+            keep = [bool(a and b) for a, b in zip(left, right, strict=True)]
+            sources.extend(line for line, kept in zip(left, keep, strict=True) if kept)
+            targets.extend(line for line, kept in zip(right, keep, strict=True) if kept)
+        return Pairs(sources, targets)
+
+    def monolingual(self, language: str, split: Split) -> Sequence[str]:
+        """Every sentence of a language in a split, once, in order of appearance."""
+        self.check_language(language)
+        self.check_split(split)
+        lines: dict[str, None] = {}
+        for block in self._blocks:
+            if block.split == split and language in block.columns:
+                lines.update(dict.fromkeys(block.columns[language]))
+        lines.pop("", None)
+        return list(lines)
+
+    def fingerprint(self) -> str:
+        """Digest of all content and the settings."""
+        parts = [f"{block.split}:{','.join(block.columns)}:{block.digest}" for block in self._blocks]
+        return digest(self.name, *self._settings, *parts)
+
+    def _check_blanks(self, strict: bool) -> None:
+        blank: list[str] = []
+        for block in self._blocks:
+            for language, lines in block.columns.items():
+                if "" in lines:
+                    number = lines.count("")
+                    if number == len(lines):
+                        raise UserError(
+                            f"{block.where(language, 0)}: a file must hold text in every language: got only empty "
+                            f"lines for {language!r}. Fill it or remove it."
+                        )
+                    blank.append(f"{block.where(language, lines.index(''))} ({number} for {language})")
+        if not blank:
+            return
+        shown = "; ".join(blank[:3]) + (f"; and {len(blank) - 3} more places" if len(blank) > 3 else "")
+        if strict:
+            raise UserError(
+                f"{self.name}: no line may be empty: first at {shown}. Fill them, or drop their pairs with "
+                "strict=False."
+            )
+        warnings.warn(
+            f"{self.name}: empty lines, whose pairs are dropped; first at {shown}. strict=True makes this an error.",
+            stacklevel=4,
+        )
+
+
+def _pairs(blocks: Sequence[Block], *, english_only: bool) -> tuple[Direction, ...]:
+    """The directions that the blocks hold, in order of appearance."""
+    found: dict[Direction, None] = {}
+    for block in blocks:
+        pivoted = english_only and len(block.columns) > 2 and "en" in block.columns
+        for a, b in combinations(block.columns, 2):
+            if not pivoted or "en" in (a, b):
+                found.setdefault(Direction(a, b))
+                found.setdefault(Direction(b, a))
+    return tuple(found)
+
+
+def check_lengths(columns: Mapping[str, tuple[str, int]]) -> None:
+    """Raise UserError unless all columns, given as (what, lines) by language, are equally long."""
+    first, *others = columns.values()
+    for other in others:
+        if other[1] != first[1]:
+            raise UserError(
+                f"files that translate each other must have equally many lines: got {first[1]:,} in {first[0]} and "
+                f"{other[1]:,} in {other[0]}. Line i of one must translate line i of the other."
+            )

@@ -1,0 +1,123 @@
+"""Reading lines of text from files, plain or gzipped, with errors that name file, line and byte.
+
+A line ends at a line feed (a carriage return before it goes away) and nowhere else: U+2028, U+0085 and their kin occur
+inside sentences of published corpora, where `str.splitlines` would tear the two sides apart.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from moekit.data.sources.base import Split, digest
+from moekit.errors import UserError
+
+# What people call the splits; the first name of each is ours.
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "valid": ("valid", "dev", "val", "validation", "devel"),
+    "test": ("test", "tst"),
+}
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file that has been read.
+
+    Attributes:
+        path: where it lies.
+        lines: without line ends, all white space else as it is.
+        digest: of its bytes after unpacking.
+    """
+
+    path: Path
+    lines: list[str]
+    digest: str
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file, unpacked if its name ends in ``.gz``.
+
+    Raises:
+        UserError: if the file is missing, unreadable, empty, or a broken archive.
+    """
+    try:
+        packed = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: the file must be readable: {error.strerror or error}.") from error
+    if path.suffix == ".gz":
+        try:
+            packed = gzip.decompress(packed) if packed else b""
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(
+                f"{path}: a file named .gz must be a whole gzip archive: {error}. Fetch it again, or rename it."
+            ) from error
+    if not packed:
+        raise UserError(f"{path}: a file must hold at least one line: got an empty file. Fill it or remove it.")
+    return packed
+
+
+def decode(data: bytes, path: Path) -> str:
+    """`data` as text, without a byte order mark.
+
+    Raises:
+        UserError: if it is not UTF-8; the message names line and byte.
+    """
+    text = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        byte = error.start - text.rfind(b"\n", 0, error.start)
+        raise UserError(
+            f"{path}, line {line}, byte {byte} of the line: text must be UTF-8: got the byte 0x{text[error.start]:02x} "
+            f"({error.reason}). Convert the file, for example with iconv -f latin1 -t utf-8."
+        ) from error
+
+
+def read_lines(path: Path) -> TextFile:
+    """The lines of a file; see the module for what a line is.
+
+    Raises:
+        UserError: if the file cannot be read, is empty or is not UTF-8.
+    """
+    data = read_bytes(path)
+    lines = decode(data, path).split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return TextFile(path, [line.removesuffix("\r") for line in lines], digest(data))
+
+
+def check_folder(path: str | Path, kind: str) -> Path:
+    """`path` if it is a folder, else UserError."""
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "nothing there"
+        raise UserError(f"{kind}: the path must be a folder: got {what}: {folder}.")
+    return folder
+
+
+def split_called(name: str) -> Split | None:
+    """The split that people call `name`, if any."""
+    for split, names in SPLIT_NAMES.items():
+        if name.lower() in names:
+            return split
+    return None
+
+
+def unpacked_name(path: Path) -> str:
+    """The file's name without ``.gz``."""
+    return path.name.removesuffix(".gz")
+
+
+def check_twins(paths: list[Path]) -> None:
+    """Raise UserError where a file lies there both plain and gzipped: nobody can tell which one is meant."""
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        plain = path.with_name(unpacked_name(path))
+        if plain in seen:
+            raise UserError(f"{path.parent}: {seen[plain].name} and {path.name} are the same file twice. Remove one.")
+        seen[plain] = path

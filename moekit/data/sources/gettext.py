@@ -1,0 +1,204 @@
+"""The translation catalogs that a Linux machine already carries: many languages, no download."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from moekit.data.sources.aligned import AlignedSource, Block
+from moekit.data.sources.base import SPLITS, Direction, Split, digest, language_code, nearest
+from moekit.data.sources.catalog import (
+    BrokenCatalog,
+    clean,
+    count_entries,
+    has_placeholder,
+    is_identifier,
+    read_catalog,
+)
+from moekit.data.sources.files import check_folder
+from moekit.errors import UserError
+
+DEFAULT_FOLDER = "/usr/share/locale"
+_NOT_LETTERS = re.compile(r"[\W\d_]+")
+# Messages over several lines are texts, not sentences.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class Gettext(AlignedSource):
+    """Pairs of English and other languages out of ``LANGUAGE/LC_MESSAGES/*.mo``.
+
+    Every English message has one translation in a language: the most frequent one (ties: the first in the order of
+    catalog names). Which split a message belongs to follows from its English letters alone (capitals, punctuation and
+    accelerators aside), so that nothing in the validation or test text of any language occurs in training.
+
+    Args:
+        path: the folder that holds the language folders, at any depth.
+        languages: only these; by default the `max_languages` with the most pairs.
+        max_languages: how many besides English. Candidates are ranked by the sizes that their catalogs declare, and
+            the best of them by the pairs left after cleaning.
+        min_pairs: a language with fewer training pairs is left out.
+        min_chars, max_chars: shortest and longest message, both sides.
+        keep_placeholders: keep messages with %s, {name}, <b> and the like.
+        valid_share, test_share: of the messages.
+        pivot, directions, strict: see `AlignedSource`.
+
+    Raises:
+        UserError: if no language has enough pairs; broken catalogs only give a warning that counts them.
+    """
+
+    def __init__(
+        self,
+        path: str | Path = DEFAULT_FOLDER,
+        *,
+        languages: Sequence[str] | None = None,
+        max_languages: int = 10,
+        min_pairs: int = 1_000,
+        min_chars: int = 2,
+        max_chars: int = 200,
+        keep_placeholders: bool = True,
+        valid_share: float = 0.02,
+        test_share: float = 0.02,
+        pivot: str | None = "auto",
+        directions: Sequence[str | Direction] | None = None,
+        strict: bool = False,
+    ) -> None:
+        if max_languages < 1 or min_pairs < 1:
+            raise UserError(
+                f"gettext: max_languages and min_pairs must be at least 1: got {max_languages}, {min_pairs}."
+            )
+        if not 0 < min_chars <= max_chars:
+            raise UserError(f"gettext: 0 < min_chars <= max_chars is required: got {min_chars} and {max_chars}.")
+        if min(valid_share, test_share) < 0 or valid_share + test_share >= 1:
+            raise UserError(
+                f"gettext: valid_share and test_share must leave something to train: got {valid_share} and "
+                f"{test_share}."
+            )
+        folder = check_folder(path, "gettext")
+        catalogs = _find(folder)
+        candidates = _candidates(catalogs, languages, max_languages + 3)
+        broken: list[BrokenCatalog] = []
+        pairs = {code: _pairs(catalogs[code], broken, min_chars, max_chars, keep_placeholders) for code in candidates}
+        if broken:
+            warnings.warn(
+                f"gettext: {len(broken)} broken catalog{'s' * (len(broken) > 1)} skipped; the first: {broken[0]}",
+                stacklevel=2,
+            )
+        shares = (valid_share, test_share)
+        blocks = {code: _blocks(code, found, shares, folder) for code, found in pairs.items()}
+        training = {code: sum(len(b.columns["en"]) for b in bs if b.split == "train") for code, bs in blocks.items()}
+        ranked = sorted(blocks, key=lambda code: (-training[code], code))
+        chosen = [code for code in ranked if training[code] >= min_pairs]
+        if languages is not None and len(chosen) < len(candidates):
+            poor = next(code for code in ranked if code not in chosen)
+            raise UserError(
+                f"gettext: every language must have min_pairs={min_pairs:,} training pairs: got {training[poor]:,} for "
+                f"{poor!r} in {folder}. Lower min_pairs or leave the language out."
+            )
+        if not chosen:
+            best = f"{training[ranked[0]]:,} for {ranked[0]!r}" if ranked else "none"
+            raise UserError(
+                f"{folder}: a language must have min_pairs={min_pairs:,} training pairs: the most is {best}. Lower "
+                "min_pairs, or install packages that carry catalogs."
+            )
+        limit = len(chosen) if languages is not None else max_languages
+        super().__init__(
+            "gettext",
+            [block for code in chosen[:limit] for block in blocks[code]],
+            pivot=pivot,
+            directions=directions,
+            strict=strict,
+        )
+
+
+def _find(folder: Path) -> dict[str, list[Path]]:
+    """Catalogs by language, in the order of their names."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("LC_MESSAGES/*.mo"), key=lambda path: (path.name, str(path))):
+        # "pl.UTF-8" is Polish; "en_GB", "en@quot" are English again.
+        name = path.parent.parent.name.partition(".")[0]
+        if not re.match(r"en(?![a-zA-Z])|C$|POSIX$", name):
+            # A system's folders may bear any name: what is no language code is passed over.
+            with contextlib.suppress(UserError):
+                found.setdefault(language_code(name), []).append(path)
+    if not found:
+        raise UserError(
+            f"{folder}: catalogs must lie in LANGUAGE/LC_MESSAGES/*.mo, at any depth: found none. Name another folder, "
+            "or install packages that carry catalogs."
+        )
+    return found
+
+
+def _candidates(catalogs: dict[str, list[Path]], wanted: Sequence[str] | None, limit: int) -> list[str]:
+    if wanted is not None:
+        codes = [language_code(code, "gettext: languages") for code in wanted if code != "en"]
+        for code in codes:
+            if code not in catalogs:
+                raise UserError(
+                    f"gettext: languages must be among those that have catalogs: got {code!r}. "
+                    f"{nearest(code, catalogs)}"
+                )
+        return codes
+    declared = {code: sum(map(count_entries, paths)) for code, paths in catalogs.items()}
+    return sorted(declared, key=lambda code: (-declared[code], code))[:limit]
+
+
+def _pairs(
+    paths: Sequence[Path], broken: list[BrokenCatalog], min_chars: int, max_chars: int, keep_placeholders: bool
+) -> dict[str, str]:
+    """English -> translation, cleaned; catalogs that cannot be read go to `broken`."""
+    votes: dict[str, Counter[str]] = {}
+    for path in paths:
+        try:
+            entries = read_catalog(path)
+        except BrokenCatalog as error:
+            broken.append(error)
+            continue
+        for english, translation in (clean(*pair) for entry in entries for pair in entry.pairs()):
+            if _is_good(english, translation, min_chars, max_chars, keep_placeholders):
+                votes.setdefault(english, Counter())[translation] += 1
+    # most_common keeps the order of insertion among equals: the first catalog by name.
+    return {english: heard.most_common(1)[0][0] for english, heard in votes.items()}
+
+
+def _is_good(english: str, translation: str, min_chars: int, max_chars: int, keep_placeholders: bool) -> bool:
+    # Chinese and its neighbours say much in one letter.
+    least = 1 if translation > "\u2e80" else min_chars
+    if not (min_chars <= len(english) <= max_chars and least <= len(translation) <= max_chars):
+        return False
+    if english == translation or _CONTROL.search(english) or _CONTROL.search(translation):
+        return False
+    if not any(map(str.isalpha, english)) or not any(map(str.isalpha, translation)) or is_identifier(english):
+        return False
+    return keep_placeholders or not (has_placeholder(english) or has_placeholder(translation))
+
+
+def _blocks(code: str, pairs: dict[str, str], shares: tuple[float, float], folder: Path) -> list[Block]:
+    sides: dict[Split, tuple[list[str], list[str]]] = {split: ([], []) for split in SPLITS}
+    for english in sorted(pairs):
+        left, right = sides[split_of(english, *shares)]
+        left.append(english)
+        right.append(pairs[english])
+    return [
+        Block(
+            split,
+            {"en": left, code: right},
+            {"en": str(folder), code: str(folder)},
+            digest(*left, *right),
+        )
+        for split, (left, right) in sides.items()
+        if left
+    ]
+
+
+def split_of(english: str, valid_share: float, test_share: float) -> Split:
+    """The split of an English message, by the hash of its letters."""
+    letters = _NOT_LETTERS.sub("", english.casefold()) or english
+    chance = int.from_bytes(hashlib.sha256(letters.encode()).digest()[:6], "big") / 2**48
+    if chance < valid_share:
+        return "valid"
+    return "test" if chance < valid_share + test_share else "train"

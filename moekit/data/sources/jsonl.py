@@ -1,0 +1,141 @@
+"""Parallel text as JSON lines, in the form that Hugging Face datasets use for translation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moekit.data.sources.aligned import AlignedSource, Block
+from moekit.data.sources.base import Direction, Split, language_code
+from moekit.data.sources.files import SPLIT_NAMES, check_twins, read_lines, split_called, unpacked_name
+from moekit.errors import UserError
+
+_ENDINGS = (".jsonl", ".json", ".ndjson")
+
+
+class JsonLines(AlignedSource):
+    """Lines such as ``{"translation": {"en": "Good morning.", "de": "Guten Morgen."}}``.
+
+    Args:
+        path: a folder with train, valid (or dev, val, validation) and test files ending in .json or .jsonl, plain or
+            .gz; or a folder of such folders, as en-hau, en-ibo, fr-bam; or one file, which is training text.
+        pivot, directions, strict: see `AlignedSource`.
+
+    Raises:
+        UserError: on bad input, naming file, line and column.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        pivot: str | None = "auto",
+        directions: Sequence[str | Direction] | None = None,
+        strict: bool = False,
+    ) -> None:
+        blocks = [_read(split, file) for split, file in find_split_files(Path(path), "jsonl", _ENDINGS)]
+        super().__init__("jsonl", blocks, pivot=pivot, directions=directions, strict=strict)
+
+
+def find_split_files(path: Path, kind: str, endings: Sequence[str]) -> list[tuple[Split, Path]]:
+    """Files named after a split with one of `endings`, in `path` and its folders; `path` itself if it is a file.
+
+    Raises:
+        UserError: if there are none; the message says what was looked for.
+    """
+    if path.is_file():
+        return [("train", path)]
+    if not path.is_dir():
+        raise UserError(f"{kind}: the path must be a file or a folder: there is nothing at {path}.")
+    found: list[tuple[Split, Path]] = []
+    for folder in (path, *sorted(entry for entry in path.iterdir() if entry.is_dir())):
+        here: dict[Split, Path] = {}
+        for file in sorted(folder.iterdir()):
+            name = unpacked_name(file)
+            ending = next((ending for ending in endings if name.endswith(ending)), None)
+            split = split_called(name.removesuffix(ending)) if ending and file.is_file() else None
+            if split is None:
+                continue
+            if split in here:
+                check_twins([here[split], file])
+                raise UserError(f"{folder}: {here[split].name} and {file.name} both hold {split} text. Remove one.")
+            here[split] = file
+        found += [(split, here[split]) for split in SPLIT_NAMES if split in here]
+    if not found:
+        names = ", ".join(f"{name}{endings[0]}" for name in ("train", *SPLIT_NAMES["valid"][:3], "test"))
+        raise UserError(
+            f"{path}: files must be named {names} (or {', '.join(endings[1:] or endings)}; or .gz), here or in folders "
+            "one below: found none."
+        )
+    return found
+
+
+def _read(split: Split, path: Path) -> Block:
+    file = read_lines(path)
+    if file.lines[0].startswith("["):
+        raise UserError(
+            f"{path}, line 1: the file must hold one JSON object a line: got the beginning of a JSON array. Write one "
+            'object a line, as {"translation": {"en": "...", "de": "..."}}.'
+        )
+    columns: dict[str, list[str]] = {}
+    keys: tuple[str, ...] = ()
+    for number, line in enumerate(file.lines, start=1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            # An empty line is an empty sentence in every language, and counted as such.
+            for column in columns.values():
+                column.append("")
+            continue
+        texts = _texts(line, where)
+        if not columns:
+            keys = tuple(texts)
+            columns = {language_code(key, where): [""] * (number - 1) for key in keys}
+            if len(columns) < 2:
+                raise UserError(
+                    f"{where}: a translation must have at least two languages: got {', '.join(keys) or 'none'}."
+                )
+        if texts.keys() != set(keys):
+            missing = [key for key in keys if key not in texts]
+            extra = [key for key in texts if key not in keys]
+            raise UserError(
+                f"{where}: every line of a file must have the same languages ({', '.join(keys)}): "
+                + "; ".join(
+                    part
+                    for part in (
+                        f"missing {', '.join(missing)}" if missing else "",
+                        f"unknown {', '.join(extra)}" if extra else "",
+                    )
+                    if part
+                )
+                + '. Give "" where a sentence has no translation.'
+            )
+        for column, key in zip(columns.values(), keys, strict=True):
+            # A line feed inside a sentence would become two sentences in any file of lines.
+            column.append(texts[key].replace("\r", " ").replace("\n", " ").strip())
+    if not columns:
+        raise UserError(
+            f"{path}: the file must hold translations: got {len(file.lines)} empty lines. Fill it or remove it."
+        )
+    return Block(split, columns, dict.fromkeys(columns, str(path)), file.digest)
+
+
+def _texts(line: str, where: str) -> dict[str, str]:
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}, column {error.colno}: the line must be JSON: {error.msg}. Mend the line.") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: the line must be JSON of few levels: it is nested too deeply.") from error
+    texts = row.get("translation") if isinstance(row, dict) else None
+    if not isinstance(texts, dict):
+        got = f"the keys {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else type(row).__name__
+        raise UserError(
+            f'{where}: the line must be an object with the key "translation" that holds texts by language, as '
+            f'{{"translation": {{"en": "...", "de": "..."}}}}: got {got}.'
+        )
+    for key, text in texts.items():
+        if not isinstance(text, str):
+            raise UserError(f"{where}: the text of language {key!r} must be a string: got {type(text).__name__}.")
+    return texts

@@ -1,0 +1,117 @@
+"""Text of one language at a time: for denoising and language modelling, with nothing to translate."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from moekit.data.sources.base import SPLITS, Direction, Source, Split, digest, language_code
+from moekit.data.sources.files import check_folder, check_twins, read_lines, split_called, unpacked_name
+from moekit.errors import UserError
+
+
+class Text(Source):
+    """A folder with ``train.en`` (and ``valid.en``, ``test.en``), or ``en.txt``; plain or ``.gz``.
+
+    Args:
+        path: the folder.
+        unit: "line" = every line is a sentence; "paragraph" = lines are joined until an empty one.
+        valid_share: of a language without a validation file, this share is held out for validation, chosen by the
+            hash of the sentence, so that it does not change when the file grows and no sentence is on both sides.
+
+    Raises:
+        UserError: on bad input, naming file and line.
+    """
+
+    name = "text"
+
+    def __init__(
+        self, path: str | Path, *, unit: Literal["line", "paragraph"] = "line", valid_share: float = 0.01
+    ) -> None:
+        if unit not in ("line", "paragraph"):
+            raise UserError(f"text: unit must be line or paragraph: got {unit!r}.")
+        if not 0 <= valid_share < 1:
+            raise UserError(f"text: valid_share must be at least 0 and below 1: got {valid_share}.")
+        folder = check_folder(path, "text")
+        files = _find(folder)
+        self.languages = tuple(dict.fromkeys(language for language, _ in files))
+        self.directions: tuple[Direction, ...] = ()
+        self._sentences: dict[tuple[str, Split], list[str]] = {}
+        digests = []
+        for (language, split), file_path in files.items():
+            file = read_lines(file_path)
+            digests.append(f"{language}:{split}:{file.digest}")
+            sentences = _sentences(file.lines, unit)
+            if not sentences:
+                raise UserError(f"{file_path}: a file must hold text: got {len(file.lines)} empty lines.")
+            self._sentences[language, split] = sentences
+        self._fingerprint = digest("text", unit, valid_share, *digests)
+        for language in self.languages:
+            if (language, "valid") not in self._sentences and (language, "train") in self._sentences:
+                everything = self._sentences[language, "train"]
+                held = [_chance(sentence) < valid_share for sentence in everything]
+                self._sentences[language, "train"] = [s for s, out in zip(everything, held, strict=True) if not out]
+                self._sentences[language, "valid"] = [s for s, out in zip(everything, held, strict=True) if out]
+
+    def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
+        """Always an error: nothing is parallel here."""
+        raise UserError(
+            f"text: monolingual text has no parallel pairs: got the direction {direction}. Use moses, jsonl or tsv, or "
+            "train on denoising and language modelling alone."
+        )
+
+    def monolingual(self, language: str, split: Split) -> Sequence[str]:
+        """Sentences of one language, each once, in the order of the file."""
+        self.check_language(language)
+        return list(dict.fromkeys(self._sentences.get((language, self.check_split(split)), [])))
+
+    def fingerprint(self) -> str:
+        """Digest of all content and the settings."""
+        return self._fingerprint
+
+
+def _find(folder: Path) -> dict[tuple[str, Split], Path]:
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    found: dict[tuple[str, Split], Path] = {}
+    for path in paths:
+        stem, dot, ending = unpacked_name(path).rpartition(".")
+        split = split_called(stem)
+        if dot and ending == "txt":
+            language, split = language_code(stem, str(path)), "train"
+        elif split is not None:
+            language = language_code(ending, str(path))
+        else:
+            continue
+        if (language, split) in found:
+            check_twins([found[language, split], path])
+            raise UserError(
+                f"{folder}: {found[language, split].name} and {path.name} both hold {split} text of {language!r}. "
+                "Remove one."
+            )
+        found[language, split] = path
+    if not found:
+        raise UserError(
+            f"{folder}: text files must be named {SPLITS[0]}.LANGUAGE, as train.en, or LANGUAGE.txt, as en.txt, plain "
+            f"or .gz: found none among {len(paths)} files."
+        )
+    return found
+
+
+def _sentences(lines: list[str], unit: str) -> list[str]:
+    stripped = [line.strip() for line in lines]
+    if unit == "line":
+        return [line for line in stripped if line]
+    paragraphs: list[list[str]] = [[]]
+    for line in stripped:
+        if line:
+            paragraphs[-1].append(line)
+        elif paragraphs[-1]:
+            paragraphs.append([])
+    return [" ".join(paragraph) for paragraph in paragraphs if paragraph]
+
+
+def _chance(sentence: str) -> float:
+    """A number in [0, 1) that belongs to the sentence."""
+    return int.from_bytes(hashlib.sha256(sentence.encode()).digest()[:6], "big") / 2**48

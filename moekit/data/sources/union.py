@@ -1,0 +1,72 @@
+"""Several sources as one: what is called the same language is the same language."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TypeVar, overload
+
+from moekit.data.sources.base import Direction, Source, Split, digest
+from moekit.errors import UserError
+
+_T = TypeVar("_T")
+
+
+class Union(Source):
+    """All text of several sources: Multi30k and MAFAND together, or parallel text and monolingual text.
+
+    Languages and directions come in the order of the members, each once; a direction that several members serve is
+    one after the other. Members are not compared: a sentence may be training text in one and test text in another.
+
+    Raises:
+        UserError: if there is no member.
+    """
+
+    name = "union"
+
+    def __init__(self, members: Sequence[Source]) -> None:
+        if not members:
+            raise UserError("union: at least one source is required: got none.")
+        self.members = tuple(members)
+        self.languages = tuple(dict.fromkeys(code for member in members for code in member.languages))
+        self.directions = tuple(dict.fromkeys(direction for member in members for direction in member.directions))
+
+    def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
+        """Pairs of every member that serves the direction, one member after the other."""
+        self.check_direction(direction)
+        return Chain([m.parallel(direction, split) for m in self.members if direction in m.directions])
+
+    def monolingual(self, language: str, split: Split) -> Sequence[str]:
+        """Sentences of every member that holds the language, each once."""
+        self.check_language(language)
+        holders = [member for member in self.members if language in member.languages]
+        if len(holders) == 1:
+            return holders[0].monolingual(language, split)
+        return list(dict.fromkeys(s for member in holders for s in member.monolingual(language, split)))
+
+    def fingerprint(self) -> str:
+        """Digest of the members' fingerprints, in order."""
+        return digest("union", *(member.fingerprint() for member in self.members))
+
+
+class Chain(Sequence[_T]):
+    """Sequences one after the other, without copying them."""
+
+    def __init__(self, parts: Sequence[Sequence[_T]]) -> None:
+        self._parts = [part for part in parts if len(part)]
+        self._ends = list(accumulate(map(len, self._parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> _T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[_T]: ...
+    def __getitem__(self, index: int | slice) -> _T | list[_T]:
+        chosen = range(len(self))[index]
+        if isinstance(chosen, range):
+            return [self[i] for i in chosen]
+        part = bisect.bisect_right(self._ends, chosen)
+        return self._parts[part][chosen - (self._ends[part - 1] if part else 0)]
