@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moekit.errors import UserError
 from moekit.report import markdown, page, plots, wording
+from moekit.report.health import drop_rate
 from moekit.report.page import text
 from moekit.report.plots import Line
 from moekit.report.results import EXPLAINED, TASKS
@@ -100,23 +101,17 @@ def _task_rows(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
 
 
 def _routing_rows(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
-    dense = [
-        not run.layers and "routing.json" not in run.notes and not number(run.summary, "routing", "load_cv")
-        for run in runs
-    ]
     quantities = {
-        "drop rate": ("drop_rate", wording.percent),
         "dead experts": ("dead_experts", lambda v: wording.fixed(v, 0)),
         "load CV": ("load_cv", lambda v: wording.fixed(v, 2)),
         "router entropy": ("entropy", lambda v: wording.fixed(v, 2)),
     }
-    return [
-        (
-            title,
-            ["dense" if d else say(number(run.summary, "routing", key)) for run, d in zip(runs, dense, strict=True)],
-        )
+    rows = [
+        (title, ["dense" if run.dense else say(number(run.summary, "routing", key)) for run in runs])
         for title, (key, say) in quantities.items()
     ]
+    dropped = ["dense" if run.dense else wording.percent(drop_rate(run)) for run in runs]
+    return [("dropped late in training", dropped), *rows]
 
 
 def _with_difference(values: Sequence[float | None]) -> list[str]:

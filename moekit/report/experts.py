@@ -29,7 +29,7 @@ _CAPTIONS: dict[str, tuple[str, str, str, Unit]] = {
     ),
     "dead_experts": (
         "Dead experts",
-        "Experts that got next to no token, all layers together.",
+        "Experts that got next to no token in the logged batches, all layers together.",
         "it is not zero after the first steps: those parameters are wasted.",
         "plain",
     ),
@@ -37,6 +37,12 @@ _CAPTIONS: dict[str, tuple[str, str, str, Unit]] = {
         "Imbalance of load",
         "Standard deviation of the load over experts, divided by its mean; 0 is perfect balance.",
         "it grows: tokens crowd into few experts.",
+        "plain",
+    ),
+    "load_max_ratio": (
+        "Busiest expert",
+        "Load of the busiest expert in fair shares, averaged over the layers; 1 is perfect balance.",
+        "it stays above about 4: that expert is a bottleneck.",
         "plain",
     ),
     "load_balance": (
@@ -99,9 +105,8 @@ def experts(run: RunFolder) -> str:
         "of the tokens. Colours are relative to it: grey is fair, orange more, blue less."
     )
     if not run.layers:
-        why = run.notes.get(
-            "routing.json", "This model is dense: it has no Mixture-of-Experts layer, so nothing is routed."
-        )
+        dense = "This model is dense: it has no Mixture-of-Experts layer, so nothing is routed."
+        why = dense if run.dense else run.notes.get("routing.json", "routing.json has no layer with a load.")
         return page.section("experts", "Experts", lead, page.note(why))
     figures = [_load_map(run), _health_table(run), _language_maps(run)]
     return page.section("experts", "Experts", lead, f'<div class="grid">{"".join(figures)}</div>')
@@ -140,7 +145,7 @@ def routing(run: RunFolder) -> str:
             )
         )
     if not figures:
-        if not run.layers and "routing.json" not in run.notes:
+        if run.dense:
             return ""
         why = run.notes.get("metrics.csv", "No routing statistics were logged during this run.")
         return page.section("routing", "Routing over time", lead, page.note(why))
@@ -185,7 +190,7 @@ def _health_table(run: RunFolder) -> str:
     headers = ["layer", "experts", "evenness", "imbalance", "dropped", "dead", "entropy", "special."]
     return page.figure(
         "Health of each layer",
-        "Evenness: 1 = all experts equally busy. Imbalance: spread of the load over its mean. Entropy: relative to "
+        "Measured on held-out text. Evenness: 1 = all experts equally busy. Imbalance: spread of the load over its mean. Entropy: relative to "
         "log E. Special(isation): 0 = languages share all experts, 1 = the language decides.",
         "evenness falls below 0.8, or an expert is dead.",
         page.table(headers, rows),

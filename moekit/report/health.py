@@ -85,6 +85,19 @@ def layer_health(run: RunFolder) -> list[LayerHealth]:
     return found
 
 
+def drop_rate(run: RunFolder) -> float | None:
+    """Share of assignments dropped late in training: the mean of the last tenth that was logged.
+
+    routing.json and summary.json are measured in evaluation, which is dropless unless a run asks for a capacity there,
+    so they are asked only where training logged nothing.
+    """
+    logged = run.metrics.get("train/routing/drop_rate")
+    if logged is not None and len(logged.finite.value):
+        values = logged.finite.value
+        return float(values[-max(1, len(values) // 10) :].mean())
+    return number(run.summary, "routing", "drop_rate")
+
+
 def findings(run: RunFolder) -> list[Finding]:
     """Everything worth a sentence, troubles first."""
     found = [*_losses(run), *_routing(run)]
@@ -109,9 +122,7 @@ def _routing(run: RunFolder) -> list[Finding]:
         return []
     total, dead = sum(x.num_experts for x in layers), sum(x.dead for x in layers)
     starved = sum(max(0, x.starved - x.dead) for x in layers)
-    rate = number(run.summary, "routing", "drop_rate")
-    rates = [x.drop_rate for x in layers if x.drop_rate is not None]
-    rate = rate if rate is not None else (sum(rates) / len(rates) if rates else None)
+    rate = drop_rate(run)
     busiest = max(layers, key=lambda x: x.largest)
     found = [
         Finding(dead == 0, f"{count(dead, 'dead expert').capitalize()} of {total} in {count(len(layers), 'layer')}."),
@@ -119,8 +130,8 @@ def _routing(run: RunFolder) -> list[Finding]:
     if starved:
         found.append(Finding(False, f"{count(starved, 'expert').capitalize()} got under a tenth of a fair share."))
     if rate is not None:
-        text = f"{percent(rate)} of the assignments dropped for lack of room."
-        found.append(Finding(rate <= MAX_DROP_RATE, "No token was dropped." if rate == 0 else text))
+        text = f"{percent(rate)} of the assignments dropped late in training."
+        found.append(Finding(rate <= MAX_DROP_RATE, "No token was dropped late in training." if rate == 0 else text))
     text = f"The busiest expert got {busiest.largest:.1f} fair shares ({busiest.name})."
     found.append(Finding(busiest.largest < max(1.6, min(CROWDED, 0.6 * busiest.num_experts)), text))
     return found

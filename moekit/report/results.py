@@ -11,7 +11,7 @@ from moekit.report.page import text
 from moekit.report.plots import Line
 from moekit.report.run_folder import RunFolder, Scores, Series, dig, loads, number, sides
 from moekit.report.series import milestones, smooth, smoothing_window
-from moekit.report.style import SEQUENTIAL_LEVELS, sequential_class
+from moekit.report.style import CYCLE, SEQUENTIAL_LEVELS, sequential_class
 
 TASKS = {
     "translation": "Translation",
@@ -84,10 +84,15 @@ def losses(run: RunFolder) -> str:
     lead = (
         "A loss says how surprised the model is by the right answer, in nats per predicted token; lower is better, and "
         "it should fall quickly, then slowly. Blue is training, orange held-out sentences. Worry if orange rises while "
-        "blue falls (overfitting), or if either jumps or stays flat from the start."
+        "blue falls (overfitting), or if either jumps or stays flat from the start. Label smoothing, where it is used, "
+        "counts in training only and lifts the blue line."
     )
     figures = [_loss_figure(task, run.metrics) for task in tasks(run)]
-    lr = next((run.metrics[n] for n in ("lr", "train/lr", "lr-AdamW", "lr-Adam") if n in run.metrics), None)
+    figures += _accuracy(run)
+    named = (
+        n for n in run.metrics if n in ("lr", "train/lr", "learning_rate", "train/learning_rate") or n[:3] == "lr-"
+    )
+    lr = run.metrics.get(next(named, ""))
     if lr is not None and len(lr.finite.value):
         figures.append(
             page.figure(
@@ -181,6 +186,38 @@ def scores(run: RunFolder) -> str:
     remarks += [f"Signatures: {', '.join(signed)}."] if signed else []
     end = f'<p class="signatures">{" ".join(remarks)}</p>' if remarks else ""
     return page.section("scores", "Translation quality", lead, f'<div class="grid">{"".join(figures)}</div>{end}')
+
+
+def _accuracy(run: RunFolder) -> list[str]:
+    """One panel with the accuracy of every task: the validation's, or training's where there is none."""
+    found: dict[str, Series] = {}
+    for task in tasks(run):
+        valid, train = (run.metrics.get(f"{phase}/{task}/accuracy") for phase in ("valid", "train"))
+        if valid is not None and len(valid.finite.value):
+            found[task] = valid
+        elif train is not None and len(train.finite.value):
+            found[task] = smooth(train)
+    if not found:
+        return []
+    lines = [
+        Line(
+            TASKS.get(task, task),
+            series,
+            (*CYCLE, "ink", "muted")[i % 6],
+            "points" if len(series.value) < 60 else "line",
+        )
+        for i, (task, series) in enumerate(found.items())
+    ]
+    drawing = plots.curves(lines, unit="percent", description="Accuracy of every task over steps", start_at_zero=True)
+    return [
+        page.figure(
+            "Accuracy",
+            "Share of predictions that hit the right token, on held-out text where it was measured.",
+            "a task stays at chance: its weight may be too small, or its data too hard.",
+            drawing,
+            table=_curve_table({TASKS.get(task, task): series for task, series in found.items()}),
+        )
+    ]
 
 
 def _about(run: RunFolder) -> str:

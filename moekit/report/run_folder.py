@@ -50,7 +50,7 @@ class Scores:
         average: mean over directions, or None.
         directions: score by direction, for example ``{"en-de": 31.2}``.
         signature: how it was computed (sacrebleu's signature), or "".
-        origin: "test" where summary.json has it, "valid" where it is the last validation's.
+        origin: "test", or "valid" where it is the last validation's.
     """
 
     average: float | None = None
@@ -96,6 +96,12 @@ class RunFolder:
         return tuple(x for x in found if isinstance(x, Mapping) and loads(x)) if isinstance(found, list) else ()
 
     @property
+    def dense(self) -> bool:
+        """Whether the model has no Mixture-of-Experts layer, as far as a finished run tells."""
+        broken = "routing.json" in self.notes and (self.path / "routing.json").exists()
+        return bool(self.summary) and not self.layers and not self.summary.get("routing") and not broken
+
+    @property
     def steps(self) -> int | None:
         """Optimizer steps taken: the summary's, else the last one in the metrics."""
         given = number(self.summary, "steps")
@@ -128,17 +134,20 @@ class RunFolder:
         return found
 
     def scores(self, metric: str) -> Scores:
-        """Scores by `metric` ("bleu" or "chrf") of the test, or else of the last validation."""
+        """Scores by `metric` ("bleu" or "chrf") of the test, or else of the last validation, or nothing."""
         directions = numbers(self.summary, metric, "directions")
         average = number(self.summary, metric, "average")
         if directions or average is not None:
             signature = dig(self.summary, metric, "signature")
             return Scores(average if average is not None else _mean(directions), directions, str(signature or ""))
-        prefix = f"valid/{metric}/"
-        last = {c.removeprefix(prefix): s.last for c, s in self.metrics.items() if c.startswith(prefix)}
-        average = last.pop("average", None)
-        directions = {d: v for d, v in last.items() if v is not None}
-        return Scores(average if average is not None else _mean(directions), directions, origin="valid")
+        for origin in ("test", "valid"):
+            prefix = f"{origin}/{metric}/"
+            last = {c.removeprefix(prefix): s.last for c, s in self.metrics.items() if c.startswith(prefix)}
+            average = last.pop("average", None)
+            directions = {d: v for d, v in last.items() if v is not None}
+            if directions or average is not None:
+                return Scores(average if average is not None else _mean(directions), directions, origin=origin)
+        return Scores()
 
 
 PERPLEXITY_TASKS = ("translation", "denoising", "masked_lm", "causal_lm")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moekit.report import wording
-from moekit.report.health import findings, layer_health
+from moekit.report.health import drop_rate, findings, layer_health
 from moekit.report.run_folder import RunFolder, Scores, dig, number, read_run, sides
 
 WIDTH = 80
@@ -35,9 +35,11 @@ def terminal_summary(run: Path | Mapping[str, Any], console: Console | None = No
     folder = RunFolder(Path(), summary=run) if isinstance(run, Mapping) else read_run(Path(run))
     where = None if isinstance(run, Mapping) else folder.path
     title = folder.name if where is not None or folder.summary.get("recipe") else "run"
-    lines = [_rule(title), *_headline(folder), Text(), *_directions(folder), *_tasks(folder), *_routing(folder)]
+    top = [_rule(title), *_headline(folder), Text(), *_directions(folder), *_tasks(folder)]
     commands = _next(folder) if where is not None else []
-    lines = lines[: HEIGHT - len(commands) - 1]
+    troubles = _troubles(folder)
+    room = HEIGHT - len(top) - len(troubles) - len(commands) - bool(commands)
+    lines = [*top, *_routing(folder)[: max(0, room)], *troubles]
     for line in [*lines, Text()] if commands else lines:
         shown = _printable(line, console)
         shown.rstrip()
@@ -151,8 +153,7 @@ def _tasks(run: RunFolder) -> list[Text]:
 def _routing(run: RunFolder) -> list[Text]:
     layers, routing = layer_health(run), dig(run.summary, "routing")
     if not layers and not (isinstance(routing, Mapping) and routing):
-        line = [] if run.notes.get("routing.json") else [_labelled("experts", "none: this model is dense")]
-        return [*line, *_troubles(run)]
+        return [_labelled("experts", "none: this model is dense")] if run.dense else []
     evenness = [x.evenness for x in layers if x.evenness is not None]
     entropies = [x.router_entropy for x in layers if x.router_entropy is not None]
     special = [x.specialisation for x in layers if x.specialisation is not None]
@@ -161,7 +162,7 @@ def _routing(run: RunFolder) -> list[Text]:
     total = sum(x.num_experts for x in layers)
     even = _mean(evenness) if evenness else number(routing, "load_entropy")
     parts = [
-        f"{percent} dropped" if (percent := wording.percent(number(routing, "drop_rate"))) != wording.MISSING else None,
+        f"{percent} dropped" if (percent := wording.percent(drop_rate(run))) != wording.MISSING else None,
         f"{dead:.0f}" + (f" of {total}" if total else "") + " dead",
         f"load CV {wording.fixed(number(routing, 'load_cv'), 2)}",
         f"evenness of load {wording.fixed(even, 2)} of 1" if even is not None else None,
@@ -174,7 +175,7 @@ def _routing(run: RunFolder) -> list[Text]:
         best = max((x for x in layers if x.specialisation is not None), key=lambda x: x.specialisation or 0.0)
         text = f"{_mean(special):.2f} of 1 by language; most in {best.name} ({best.specialisation:.2f})"
         lines.append(_labelled("specialised", text))
-    return [*lines, *_troubles(run)]
+    return lines
 
 
 def _troubles(run: RunFolder) -> list[Text]:
@@ -192,7 +193,10 @@ def _next(run: RunFolder) -> list[Text]:
         )
     ]
     if recipe and (run.path / "checkpoints").is_dir():
-        lines.append(_labelled("translate", f"python -m moekit.recipes.{recipe} generate --out {folder}"))
+        best = run.scores("bleu").directions
+        source, target = sides(max(best, key=lambda d: best[d])) if best else ("LANGUAGE", "LANGUAGE")
+        lines.append(_labelled("translate", f"python -m moekit.recipes.{recipe} generate \\"))
+        lines.append(_labelled("", f"  --out {folder} --from {source} --to {target}"))
     lines.append(_labelled("compare", f"python -m moekit.report {folder} OTHER_RUN"))
     return lines
 

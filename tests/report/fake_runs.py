@@ -170,6 +170,7 @@ def write_metrics(
         progress = 1 - math.exp(-4 * step / steps)
         row: dict[str, float] = {"step": step, "epoch": 0, "lr": 0.002 * min(step / 200, (200 / step) ** 0.5)}
         for task, (high, _) in TASKS.items():
+            row[f"train/{task}/accuracy"] = min(1.0, max(0.0, 0.75 * progress + rng.gauss(0, 0.02)))
             row[f"train/{task}/loss"] = high + (final[task] - high) * progress + rng.gauss(0, 0.06 * high / 6)
         row["train/loss"] = sum(row[f"train/{t}/loss"] for t in TASKS)
         row["train/tokens_per_second"] = rng.gauss(39_800, 1500)
@@ -186,6 +187,7 @@ def write_metrics(
         if step % validate == 0 or step == steps:
             scores: dict[str, float] = {"step": step, "epoch": 0}
             for task, (high, _) in TASKS.items():
+                scores[f"valid/{task}/accuracy"] = 0.9 * progress / (1 + final[task] / 9)
                 scores[f"valid/{task}/loss"] = high + (final[task] - high) * progress * 0.97 + rng.gauss(0, 0.01)
             for pair, value in bleu.items():
                 scores[f"valid/bleu/{pair}"] = value * max(0.0, 1 - math.exp(-3 * (step / steps - 0.05)))
