@@ -6,7 +6,6 @@ and subwords. All but the last two are control symbols: no text ever encodes to 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import io
@@ -14,17 +13,15 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
 from moekit.data.cache import CorruptCacheError, cached_folder, content_key, write_file
+from moekit.data.sources.base import Source, nearest
 from moekit.errors import UserError
-
-if TYPE_CHECKING:
-    from moekit.data.sources.base import Source
 
 Model = Literal["unigram", "bpe"]
 
@@ -78,11 +75,9 @@ class Tokenizer:
             UserError: if the tokenizer was trained without it.
         """
         if language not in self.languages:
-            close = difflib.get_close_matches(language, self.languages, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise UserError(
-                f"The tokenizer must know the language {language!r}: it knows {', '.join(self.languages)}.{hint} Train "
-                "it on data with that language."
+                f"The tokenizer must know the language {language!r}. {nearest(language, self.languages)} Train it on "
+                "data with that language."
             )
         return self.languages.index(language)
 

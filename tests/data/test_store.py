@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_corpus import TinySource
+
+from moekit.data.cache import CorruptCacheError
+from moekit.data.sources.base import Direction
+from moekit.data.store import TokenStore, Wanted, build_store, cached_store
+from moekit.data.tokenizer import Tokenizer, train_tokenizer
+
+AB, BA, AC = (Direction.parse(name) for name in ("aa-bb", "bb-aa", "aa-cc"))
+WANTED = Wanted(
+    parallel=((AB, "train"), (BA, "train"), (AC, "train"), (AB, "valid")),
+    monolingual=(("aa", "train"), ("bb", "valid")),
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(cache: Path) -> Tokenizer:
+    return train_tokenizer(TinySource(), vocab_size=420, cache_dir=cache)
+
+
+@pytest.fixture(scope="module")
+def store(cache: Path, tokenizer: Tokenizer) -> TokenStore:
+    return cached_store(TinySource(), tokenizer, WANTED, cache_dir=cache)
+
+
+def test_every_section_holds_its_sentences(store: TokenStore, tokenizer: Tokenizer) -> None:
+    source = TinySource()
+    for direction, split in WANTED.parallel:
+        pairs = source.parallel(direction, split)
+        for side, name in enumerate(("source", "target")):
+            section = f"{split}/{direction}/{name}"
+            assert list(store.sentences(section)) == [tokenizer.encode(pair[side]) for pair in pairs]
+            assert store.lengths(section).tolist() == [len(tokenizer.encode(pair[side])) for pair in pairs]
+    for language, split in WANTED.monolingual:
+        decoded = [tokenizer.decode(ids) for ids in store.sentences(f"{split}/{language}")]
+        assert decoded == source.monolingual(language, split)
+
+
+def test_equal_sides_are_stored_once(store: TokenStore) -> None:
+    sections = store.sections
+    english = {
+        sections[name] for name in ("train/aa-bb/source", "train/bb-aa/target", "train/aa-cc/source", "train/aa")
+    }
+    assert len(english) == 1
+    assert store.num_sentences == 3 * 400 + 2 * 40
+
+
+def test_gather_returns_any_sentences_in_the_order_asked_for(store: TokenStore) -> None:
+    everything = [store.tokens[a:b].tolist() for a, b in zip(store.offsets[:-1], store.offsets[1:], strict=True)]
+    wanted = np.array([5, 900, 5, 0, store.num_sentences - 1])
+    rows = store.gather(wanted)
+    assert [row.tolist() for row in rows] == [everything[i] for i in wanted]
+    short = store.gather(wanted, np.array([2, 1, 0, 3, 2]))
+    assert [row.tolist() for row in short] == [everything[i][:n] for i, n in zip(wanted, [2, 1, 0, 3, 2], strict=True)]
+    assert len(store.gather(wanted[:0]).tokens) == 0
+
+
+def test_a_large_vocabulary_takes_wider_numbers(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    class Large:
+        vocab_size = 70_000
+        fingerprint = "large"
+
+        def encode_batch(self, texts: list[str]) -> list[list[int]]:
+            return [[69_999, len(text)] for text in texts]
+
+    large: Any = Large()
+    wide = cached_store(TinySource(), large, Wanted(monolingual=(("aa", "test"),)), cache_dir=tmp_path)
+    assert wide.dtype == np.uint32
+    assert next(wide.sentences("test/aa"))[0] == 69_999
+    assert cached_store(TinySource(), tokenizer, WANTED, cache_dir=tmp_path).dtype == np.uint16
+
+
+def test_the_cache_is_used_and_its_key_is_the_content(
+    cache: Path, tokenizer: Tokenizer, store: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = cached_store(TinySource(seed=1), tokenizer, WANTED, cache_dir=cache)
+    fewer = cached_store(TinySource(), tokenizer, Wanted(monolingual=(("aa", "test"),)), cache_dir=cache)
+    assert len({store.folder, other.folder, fewer.folder}) == 3
+    monkeypatch.setattr("moekit.data.store.build_store", lambda *_, **__: pytest.fail("built again"))
+    assert cached_store(TinySource(), tokenizer, WANTED, cache_dir=cache).folder == store.folder
+
+
+def test_a_store_travels_to_another_process_by_its_path(store: TokenStore) -> None:
+    data = pickle.dumps(store)
+    assert len(data) < 1000
+    assert pickle.loads(data).num_tokens == store.num_tokens
+
+
+def test_sources_without_a_split_make_empty_sections(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    empty = cached_store(TinySource(scale=0.0), tokenizer, Wanted(monolingual=(("aa", "train"),)), cache_dir=tmp_path)
+    assert (empty.num_sentences, empty.num_tokens, len(empty.lengths("train/aa"))) == (0, 0, 0)
+
+
+def test_an_unknown_section_lists_those_there_are(store: TokenStore) -> None:
+    with pytest.raises(KeyError, match=r"no section 'train/zz'.*valid/bb"):
+        store.section("train/zz")
+
+
+def _cut_tokens(folder: Path) -> None:
+    path = folder / "tokens.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def _cut_offsets(folder: Path) -> None:
+    path = folder / "offsets.bin"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def _flip_offset(folder: Path) -> None:
+    data = bytearray((folder / "offsets.bin").read_bytes())
+    data[80] ^= 4
+    (folder / "offsets.bin").write_bytes(bytes(data))
+
+
+def _flip_token(folder: Path) -> None:
+    data = bytearray((folder / "tokens.bin").read_bytes())
+    data[101] ^= 1
+    (folder / "tokens.bin").write_bytes(bytes(data))
+
+
+def _no_tokens(folder: Path) -> None:
+    (folder / "tokens.bin").unlink()
+
+
+def _no_header(folder: Path) -> None:
+    (folder / "header.json").unlink()
+
+
+def _broken_header(folder: Path) -> None:
+    (folder / "header.json").write_text("{")
+
+
+def _other_format(folder: Path) -> None:
+    header = json.loads((folder / "header.json").read_text())
+    (folder / "header.json").write_text(json.dumps({**header, "format": 0}))
+
+
+DAMAGE = {
+    _cut_tokens: r"tokens\.bin must have [\d,]+ bytes: it has [\d,]+",
+    _cut_offsets: r"offsets\.bin must have [\d,]+ bytes: it has [\d,]+",
+    _flip_offset: r"offsets\.bin must be as it was written: its checksum differs",
+    _flip_token: r"tokens\.bin must be as it was written: its checksum differs",
+    _no_tokens: r"tokens\.bin must have [\d,]+ bytes: it is missing",
+    _no_header: r"must be a token store: header\.json is missing",
+    _broken_header: r"header\.json must be the header of a token store: it cannot be read",
+    _other_format: r"header\.json must have format 1: got 0",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_damaged_store_is_refused_by_name_and_rebuilt_in_the_cache(
+    damage: Any, tmp_path: Path, tokenizer: Tokenizer, store: TokenStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = cached_store(TinySource(), tokenizer, WANTED, cache_dir=tmp_path)
+    damage(own.folder)
+    with pytest.raises(CorruptCacheError, match=re.escape(str(own.folder)) + ".*" + DAMAGE[damage].lstrip("^")):
+        TokenStore(own.folder, verify=True)
+    again = cached_store(TinySource(), tokenizer, WANTED, cache_dir=tmp_path)
+    assert "built again" in caplog.text
+    np.testing.assert_array_equal(again.tokens, store.tokens)
+
+
+def test_building_reports_progress_only_on_a_terminal(
+    tmp_path: Path, tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "store").mkdir()
+    build_store(tmp_path / "store", TinySource(), tokenizer, WANTED)
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
