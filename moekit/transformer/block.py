@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.component import Component
@@ -12,6 +11,7 @@ from moekit.layer import MoEOutput
 from moekit.routing import Routing, RoutingContext
 from moekit.transformer.attention import AttentionPlan, CrossAttention, SelfAttention
 from moekit.transformer.cache import LayerCache
+from moekit.transformer.dropout import dropout
 from moekit.transformer.output import BlockOutput
 
 
@@ -105,4 +105,4 @@ class Block(Component):
         return output, None
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return dropout(x, self.dropout, training=self.training)

@@ -8,6 +8,8 @@ from typing import ClassVar, Literal, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moekit.transformer.dropout import dropout
+
 Side = Literal["encoder", "decoder"]
 Activation = Literal["relu", "gelu", "silu"]
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -67,7 +69,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute Float[..., D]."""
         hidden = _ACTIVATIONS[self.activation](self.w_in(x))
-        return self.w_out(F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden)
+        return self.w_out(dropout(hidden, self.dropout, training=self.training))
 
 
 class GLU(nn.Module):
@@ -108,7 +110,7 @@ class GLU(nn.Module):
         """Compute Float[..., D]."""
         gate, up = self.w_in(x).chunk(2, dim=-1)
         hidden = _ACTIVATIONS[self.activation](gate) * up
-        return self.w_out(F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden)
+        return self.w_out(dropout(hidden, self.dropout, training=self.training))
 
 
 def at_layers(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import TypedDict, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +15,7 @@ from moekit.transformer.attention import CrossAttention, SelfAttention, plan_att
 from moekit.transformer.block import Block
 from moekit.transformer.cache import DecoderCache
 from moekit.transformer.context import routing_context
+from moekit.transformer.dropout import dropout
 from moekit.transformer.feed_forward import MLP, Activation, FeedForwardFactory, Side
 from moekit.transformer.norms import LayerNorm
 from moekit.transformer.output import StackOutput
@@ -125,7 +125,7 @@ class Stack(Component):
         return StackOutput(self.norm(x), tuple(routings))
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return dropout(x, self.dropout, training=self.training)
 
 
 def _check_right_padded(mask: Tensor | None) -> None:
