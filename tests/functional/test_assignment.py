@@ -51,9 +51,7 @@ def literal_order(probs: Tensor, priority: str, draws: Tensor | None = None) -> 
     permuted=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_positions_equal_the_loop(
-    num_experts: int, n: int, share_queued: float, permuted: bool, seed: int
-) -> None:
+def test_positions_equal_the_loop(num_experts: int, n: int, share_queued: float, permuted: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     expert = torch.randint(0, num_experts, (n,), generator=generator)
     queued = torch.rand(n, generator=generator) < share_queued

@@ -153,9 +153,7 @@ def test_router_z_equals_the_loop(padded: bool) -> None:
     logits = torch.randn(T, E, dtype=torch.float64)
     mask = torch.rand(T) < 0.6 if padded else None
     squares = [
-        math.log(sum(math.exp(v) for v in row)) ** 2
-        for s, row in enumerate(logits.tolist())
-        if mask is None or mask[s]
+        math.log(sum(math.exp(v) for v in row)) ** 2 for s, row in enumerate(logits.tolist()) if mask is None or mask[s]
     ]
     assert float(router_z(logits, mask)) == pytest.approx(sum(squares) / len(squares), rel=1e-12)
 

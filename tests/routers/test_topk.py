@@ -1,0 +1,242 @@
+"""Options of TopKRouter: renormalisation, how balance counts, jitter, evaluation, errors."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from moekit.experts import GroupedMLP
+from moekit.functional import load_balance
+from moekit.layer import MoELayer
+from moekit.routers import Balance, RandomChoice, TopKRouter, presets
+from moekit.routing import Capacity, RoutingContext
+from moekit.testing import assert_close, seeded, skewed_tokens, some_mask
+
+T, D, E = 36, 6, 4
+
+
+def spread(router: TopKRouter) -> TopKRouter:
+    """Scores that differ clearly, in float64."""
+    router.double()
+    with torch.no_grad():
+        router.weight.copy_(torch.randn(E, D, generator=torch.Generator().manual_seed(1)))
+    return router
+
+
+def tokens() -> Tensor:
+    return skewed_tokens(T, D, dtype=torch.float64, seed=1) / 2
+
+
+@pytest.mark.parametrize(
+    ("renormalise", "padded", "k"), itertools.product(["none", "before_drop", "after_drop"], [False, True], [2, 3])
+)
+def test_renormalise(renormalise: str, padded: bool, k: int) -> None:
+    """Weights of each token against its probabilities, with drops, random second choices and padding."""
+    router = spread(
+        TopKRouter(
+            D,
+            E,
+            k,
+            capacity=Capacity(train=0.5),
+            renormalise=renormalise,  # type: ignore[arg-type]
+            later_choices=RandomChoice(0.4),
+        )
+    ).train()
+    x = tokens().requires_grad_()
+    mask = some_mask(T) if padded else None
+    routing = router(x, RoutingContext(mask=mask))
+    weight, kept, expert = (getattr(routing, name).view(k, T).t() for name in ("weight", "kept", "expert"))
+    assert len({int(n) for n in kept.sum(1)}) >= 3  # tokens that lost all, some, nothing
+    probs = (x @ router.weight.t()).softmax(-1)
+    for s in range(T):
+        if mask is not None and not mask[s]:
+            assert not kept[s].any()
+            continue
+        chosen = probs[s][expert[s]]
+        if renormalise == "none":
+            assert_close(weight[s], chosen)
+        elif renormalise == "before_drop":
+            assert_close(weight[s], chosen / chosen.sum())
+        elif kept[s].any():
+            assert_close(weight[s], chosen * kept[s] / chosen[kept[s]].sum())
+            assert float(weight[s].sum()) == pytest.approx(1.0)
+        else:
+            assert not weight[s].any()
+    (grad,) = torch.autograd.grad((weight * kept * torch.cos(torch.arange(T * k).view(T, k))).sum(), x)
+    assert bool(grad.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("count", "when", "scope"),
+    itertools.product(["first", "all"], ["before_drop", "after_drop"], ["batch", "sequence"]),
+)
+def test_balance_options(count: str, when: str, scope: str) -> None:
+    """What the loss counts: first choices or all, what queued or what was kept, in the batch or in each sequence."""
+    options = {"count": count, "when": when, "scope": scope}
+    router = spread(
+        TopKRouter(
+            D,
+            E,
+            2,
+            capacity=Capacity(train=0.5),
+            later_choices=RandomChoice(0.4),
+            balance=Balance(**options),  # type: ignore[arg-type]
+        )
+    ).train()
+    mask, sequence = some_mask(T), torch.arange(T) // 9
+    routing = router(tokens(), RoutingContext(mask=mask, sequence=sequence))
+    assert int(routing.kept.sum()) < int(routing.queued.sum()) < 2 * int(mask.sum())
+    choices = 1 if count == "first" else 2
+    counted = routing.kept if when == "after_drop" else routing.queued
+    probs = (tokens() @ router.weight.t()).softmax(-1)
+    expected = load_balance(
+        probs,
+        routing.expert.view(2, T).t()[:, :choices],
+        counted.view(2, T).t()[:, :choices],
+        mask=mask,
+        sequence=sequence,
+        scope=scope,  # type: ignore[arg-type]
+    )
+    assert_close(routing.losses["load_balance"], expected)
+
+
+def test_balance_options_differ() -> None:
+    """The options above are not the same number on this batch, so the test above can fail."""
+    losses = set()
+    for count, when, scope in itertools.product(["first", "all"], ["before_drop", "after_drop"], ["batch", "sequence"]):
+        balance = Balance(count=count, when=when, scope=scope)  # type: ignore[arg-type]
+        router = spread(TopKRouter(D, E, 2, capacity=Capacity(train=0.5), balance=balance)).train()
+        routing = router(tokens(), RoutingContext(sequence=torch.arange(T) // 9))
+        losses.add(round(float(routing.losses["load_balance"].detach()), 9))
+    assert len(losses) == 8
+
+
+def test_jitter_is_on_the_routers_input_in_training_only() -> None:
+    router = TopKRouter(D, E, jitter=0.3, init_scale=1.0)
+    x = torch.randn(T, D)
+    with seeded(4):
+        noisy = router.train().logits(x)
+    with seeded(4):
+        noise = torch.empty(T, D).uniform_(0.7, 1.3)
+    assert_close(noisy, (x * noise) @ router.weight.t())
+    assert_close(router.eval().logits(x), x @ router.weight.t())
+
+
+def test_experts_see_the_clean_input() -> None:
+    """With one expert the weight is 1 and the layer must be the expert of x, jitter or not."""
+    layer = MoELayer(TopKRouter(D, 1, jitter=0.5), GroupedMLP(1, D, 8, init_scale=1.0)).train()
+    x = torch.randn(T, D)
+    assert_close(layer(x).hidden, layer.experts.reference(0, x))
+
+
+def test_the_inputs_are_left_alone() -> None:
+    """Jitter and the clearing of padding are not in place."""
+    router = TopKRouter(D, E, jitter=0.3)
+    x = torch.randn(T, D)
+    before = x.clone()
+    router(x, RoutingContext(mask=some_mask(T)))
+    assert torch.equal(x, before)
+
+
+def test_evaluation_is_dropless_by_default_and_serves_by_position_with_a_capacity() -> None:
+    x = tokens()
+    assert spread(presets.zcode_m3(D, E)).eval()(x).capacity is None
+    router = spread(presets.zcode_m3(D, E, eval_capacity_factor=0.5)).eval()
+    routing = router(x)
+    assert routing.capacity == 5  # ceil(0.5 * 36 / 4)
+    for e in range(E):
+        places = routing.position[routing.expert == e]
+        assert places.tolist() == list(range(places.numel()))
+
+
+def test_statistics() -> None:
+    router = spread(TopKRouter(D, E))
+    x, mask = tokens(), some_mask(T)
+    for chosen in (None, mask):
+        found = router(x, RoutingContext(mask=chosen)).statistics
+        logits = x @ router.weight.t()
+        logits = logits if chosen is None else logits[chosen]
+        probs = logits.softmax(-1)
+        assert_close(found["entropy"], -(probs * probs.log()).sum(-1).mean())
+        assert_close(found["logsumexp"], logits.logsumexp(-1).mean())
+        assert not any(value.requires_grad for value in found.values())
+
+
+def test_initialisation() -> None:
+    """Truncated normal of variance init_scale / dim, nothing beyond two (untruncated) standard deviations."""
+    weight = TopKRouter(256, 64, init_scale=0.1).weight.detach()
+    std = (0.1 / 256) ** 0.5
+    assert float(weight.abs().max()) <= 2 * std
+    assert float(weight.std()) == pytest.approx(0.88 * std, rel=0.03)  # truncation at two takes 12 %
+
+
+@pytest.mark.parametrize("preset", [presets.switch, presets.gshard, presets.st_moe, presets.zcode_m3])
+def test_presets_without_capacity_drop_nothing(preset: object) -> None:
+    router = preset(D, E, capacity_factor=None).train()  # type: ignore[operator]
+    routing = router(torch.randn(T, D))
+    assert routing.capacity is None
+    assert torch.equal(routing.kept, routing.queued)
+    router.check_causal()
+
+
+def test_causal_decoders_are_protected() -> None:
+    for router in (
+        presets.zcode_m3(D, E),
+        presets.st_moe(D, E, batch_prioritised=True),
+        TopKRouter(D, E, capacity=Capacity(eval=1.0, priority="probability")),
+    ):
+        layer = MoELayer(router, GroupedMLP(E, D, 4))
+        with pytest.raises(ValueError, match="TopKRouter lets a token's route depend on later tokens"):
+            layer.check_causal()
+        router.allow_future = True
+        layer.check_causal()
+    for router in (
+        presets.switch(D, E),
+        presets.gshard(D, E),
+        presets.st_moe(D, E),
+        TopKRouter(D, E, capacity=Capacity(eval=1.0, priority="random")),  # random acts in training only
+    ):
+        router.check_causal()
+    presets.zcode_m3(D, E, allow_future=True).check_causal()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "k must be between 1 and num_experts: got k=0 and num_experts=4"),
+        ({"k": 5}, "k must be between 1 and num_experts: got k=5"),
+        ({"jitter": 1.0}, r"jitter must be in \[0, 1\): got 1.0"),
+        ({"jitter": -0.1}, r"jitter must be in \[0, 1\)"),
+        ({"renormalise": "later"}, 'renormalise must be "none", "before_drop" or "after_drop": got \'later\''),
+        ({"renormalise": "before_drop"}, "renormalise='before_drop' with k=1 makes every weight exactly 1"),
+        ({"renormalise": "after_drop"}, "renormalise='after_drop' with k=1 makes every weight exactly 1"),
+    ],
+)
+def test_router_refuses(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TopKRouter(D, E, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, 1.5, float("nan")])
+def test_random_choice_refuses(threshold: float) -> None:
+    with pytest.raises(ValueError, match=r"RandomChoice\.threshold must be in \(0, 1\]"):
+        RandomChoice(threshold)
+
+
+@pytest.mark.parametrize("field", ["count", "when", "scope"])
+def test_balance_refuses(field: str) -> None:
+    with pytest.raises(ValueError, match=f"Balance.{field} must be one of .*: got 'frist'"):
+        Balance(**{field: "frist"})
+
+
+def test_sequence_scope_needs_sequences() -> None:
+    router = TopKRouter(D, E, balance=Balance(scope="sequence"))
+    with pytest.raises(ValueError, match="needs to know which sequence"):
+        router(torch.randn(T, D))
+
+
+def test_prints_what_it_is() -> None:
+    assert "dim=6, num_experts=4, k=2, capacity=Capacity(train=None" in repr(TopKRouter(D, E, 2))
