@@ -132,16 +132,14 @@ class Head(Component, ABC):
         """One step alone: this head's batch out of a mixed one, its loss and the routers'."""
         own = batch if isinstance(batch, Batch) else batch[self.task]
         out = self(own)
-        total = out.loss
+        total, logs = out.loss, {f"{stage}/{self.task}/{name}": value for name, value in out.extra.items()}
         if self.aux is not None and out.routings:
             extra, terms = self.aux(*out.routings.values())
             total = total + extra
-            self.log_dict({f"{stage}/aux/{name}": value for name, value in terms.items()})
-        n = out.num_predictions.clamp_min(1)
-        size = own.source.shape[0]
-        self.log(f"{stage}/{self.task}/loss", out.loss.detach(), batch_size=size)
-        self.log(f"{stage}/{self.task}/accuracy", out.correct / n, batch_size=size)
-        self.log_dict({f"{stage}/{self.task}/{name}": value for name, value in out.extra.items()}, batch_size=size)
+            logs.update({f"{stage}/aux/{name}": value for name, value in terms.items()})
+        logs[f"{stage}/{self.task}/loss"] = out.loss.detach()
+        logs[f"{stage}/{self.task}/accuracy"] = out.correct / out.num_predictions.clamp_min(1)
+        self.log_dict(logs, batch_size=own.source.shape[0])
         return total
 
     def training_step(self, batch: Batch | Mapping[str, Batch], batch_idx: int) -> Tensor:

@@ -94,6 +94,7 @@ def build_parser(recipe: Recipe[C], command: str, variant: str) -> ArgumentParse
         "Any value below can be set on the command line, or in a YAML file given with --config.",
         exit_on_error=False,
         default_env=False,
+        allow_abbrev=False,  # an abbreviation that works today is a typo tomorrow
     )
     parser.formatter_class = _Help
     parser.add_argument("--variant", default=variant, choices=list(recipe.variants), help="settings to start from")

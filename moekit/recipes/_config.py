@@ -16,9 +16,10 @@ class DataConfig:
             machine) or text (one language per file). Several kinds joined by commas are read as one corpus.
         path: folder or file of the data; for several kinds as many, joined by commas. Not needed for babel and
             gettext.
-        languages: keep only these, joined by commas. Default: all.
-        pivot: where text is parallel in more than two languages, keep the directions from and to this language;
-            "none" keeps all pairs.
+        pivot: where text is parallel in more than two languages, keep the directions from and to this language.
+            "auto" takes English where it is there; "none" keeps all pairs.
+        directions: keep only these, as en-de,de-en.
+        max_languages: of gettext: so many languages with the most text.
         vocab_size: pieces of the SentencePiece vocabulary that is trained on the data.
         temperature: T of the sampling over directions and languages, p ~ n ** (1 / T); 1 = by size.
         heating_steps: raise the temperature from 1 to `temperature` over so many steps; 0 = constant.
@@ -26,13 +27,15 @@ class DataConfig:
         cache: folder for tokenizers and tokenized text, shared by runs.
         num_workers: processes that prepare batches; 0 = the training process itself.
         babel_languages: how many languages babel makes.
+        babel_sentences: its training sentences, each in every language.
         seed: of the babel corpus and of the order of examples.
     """
 
     source: str = "babel"
     path: str | None = None
-    languages: str | None = None
-    pivot: str = "en"
+    pivot: str = "auto"
+    directions: str | None = None
+    max_languages: int = 10
     vocab_size: int = 1024
     temperature: float = 1.0
     heating_steps: int = 0
@@ -40,6 +43,7 @@ class DataConfig:
     cache: str = ".cache/moekit"
     num_workers: int = 0
     babel_languages: int = 4
+    babel_sentences: int = 30_000
     seed: int = 1
 
 

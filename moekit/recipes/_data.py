@@ -6,7 +6,7 @@ from typing import Any
 
 from moekit.data.mixture import Constant, LinearHeating, TemperatureSchedule
 from moekit.data.module import MultitaskData, TaskData
-from moekit.data.sources import Babel, BabelSettings, Source
+from moekit.data.sources import Source, Union, open_source
 from moekit.errors import UserError
 from moekit.recipes._config import DataConfig, EvaluateConfig, active_tasks
 
@@ -41,13 +41,24 @@ def open_sources(config: DataConfig) -> Source:
 
 
 def _open(kind: str, path: str | None, config: DataConfig) -> Source:
-    languages = _listed(config.languages) or None
-    if kind == "babel":
-        if languages is not None:
-            raise UserError("data.languages chooses among languages of real text: babel makes its own. Leave it out.")
-        settings = BabelSettings(seed=config.seed - 1, languages=config.babel_languages)
-        return Babel(settings)
-    return open_source(kind, path, languages=languages, pivot=config.pivot)
+    pivot = {"none": None, "auto": "auto"}.get(config.pivot, config.pivot)
+    directions = _listed(config.directions) or None
+    match kind:
+        case "babel":
+            return open_source(
+                "babel",
+                None,
+                seed=config.seed - 1,
+                languages=config.babel_languages,
+                train_sentences=config.babel_sentences,
+                directions=None if directions is None else tuple(directions),
+            )
+        case "text":
+            return open_source("text", path)
+        case "gettext":
+            return open_source("gettext", path, max_languages=config.max_languages, pivot=pivot, directions=directions)
+        case _:
+            return open_source(kind, path, pivot=pivot, directions=directions)
 
 
 def temperature(config: DataConfig) -> TemperatureSchedule:

@@ -249,19 +249,20 @@ class Pipeline:
         return module, budget
 
     def _trainer(self, train: TrainConfig, **options: Any) -> L.Trainer:
-        return L.Trainer(
-            accelerator=train.accelerator,
-            devices=train.devices,
-            precision=train.precision,
-            accumulate_grad_batches=train.accumulate,
-            gradient_clip_val=train.clip or None,
-            log_every_n_steps=train.log_every,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            plugins=[AtomicCheckpointIO()],
-            use_distributed_sampler=False,
-            **options,
-        )
+        with _quiet():
+            return L.Trainer(
+                accelerator=train.accelerator,
+                devices=train.devices,
+                precision=train.precision,
+                accumulate_grad_batches=train.accumulate,
+                gradient_clip_val=train.clip or None,
+                log_every_n_steps=train.log_every,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                plugins=[AtomicCheckpointIO()],
+                use_distributed_sampler=False,
+                **options,
+            )
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -382,6 +383,7 @@ class Pipeline:
             f"training  at most {' or '.join(ends)} on {train.devices} process(es) with {torch.get_num_threads()} "
             "threads each",
             highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -419,13 +421,15 @@ def _reading(name: str) -> Iterator[TextIO]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's chatter, which says nothing that the run's own lines do not."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning.*")
             warnings.filterwarnings("ignore", module="torch.*")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -178,8 +178,7 @@ def heads(config: Config, vocab_size: int) -> list[Head]:
 def build(config: Config, vocab_size: int) -> Built:
     """The parts of a run: backbone, heads, and the weights of the routers' losses."""
     model = config.model
-    weights = {"load_balance": model.load_balance, "router_z": model.router_z}
-    aux = AuxLosses(**{name: w for name, w in weights.items() if w}) if model.num_experts else None
+    aux = AuxLosses(load_balance=model.load_balance, router_z=model.router_z) if model.num_experts else None
     network: nn.Module = backbone(model, vocab_size)
     return Built(network, heads(config, vocab_size), aux)
 
