@@ -39,7 +39,7 @@ def best(probs: Tensor, k: int) -> list[int]:
 
 
 def switch_loop(x: Tensor, router: Tensor, factor: float, order: Sequence[int], real: set[int]) -> Decisions:
-    """arXiv:2101.03961 section 2: the expert of the highest probability, capacity, and the loss of eq. 4-6 without alpha.
+    """arXiv:2101.03961 section 2: the most probable expert, capacity, and the loss of eq. 4-6 without alpha.
 
     Args:
         x: tokens.

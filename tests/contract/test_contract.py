@@ -1,0 +1,146 @@
+"""Every router, expert bank and dispatcher of the package through the public contract suite.
+
+Classes are found by walking the package; one without an example below fails the test of its kind.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import moekit
+from moekit import dispatch, experts, routers
+from moekit.experts import Experts, GroupedGLU, GroupedMLP
+from moekit.routers import Balance, RandomChoice, TopKRouter, presets
+from moekit.routing import Capacity, Router
+from moekit.testing import DISPATCHER_CHECKS, EXPERTS_CHECKS, ROUTER_CHECKS
+
+D, E = 8, 4
+
+# Several examples of a class, one for each way through its code; presets by their name.
+ROUTERS: dict[str, Callable[[], Router]] = {
+    "TopKRouter": lambda: TopKRouter(D, E, init_scale=1.0),
+    "TopKRouter, three choices, sharing what survives": lambda: TopKRouter(
+        D,
+        E,
+        3,
+        capacity=Capacity(train=0.6, eval=0.8, minimum=1),
+        renormalise="after_drop",
+        later_choices=RandomChoice(0.5),
+        balance=Balance(count="all", when="after_drop", scope="sequence"),
+        init_scale=1.0,
+    ),
+    "TopKRouter, all choices": lambda: TopKRouter(
+        D, E, E, renormalise="before_drop", jitter=0.1, balance=Balance(count="all", scope="global")
+    ),
+    "TopKRouter, one expert": lambda: TopKRouter(D, 1, capacity=Capacity(train=0.5, priority="random")),
+    "TopKRouter, more experts than are counted one-hot": lambda: TopKRouter(D, 40, 2, init_scale=1.0),
+    "switch": lambda: presets.switch(D, E),
+    "gshard": lambda: presets.gshard(D, E),
+    "st_moe": lambda: presets.st_moe(D, E),
+    "st_moe, batch prioritised": lambda: presets.st_moe(D, E, capacity_factor=0.7, batch_prioritised=True),
+    "zcode_m3": lambda: presets.zcode_m3(D, E),
+    "zcode_m3, tight in both phases": lambda: presets.zcode_m3(D, E, capacity_factor=0.5, eval_capacity_factor=0.5),
+}
+EXPERTS: dict[str, Callable[[], Experts]] = {
+    "GroupedMLP": lambda: GroupedMLP(E, D, 6),
+    "GroupedMLP, gelu, biases, dropout": lambda: GroupedMLP(E, D, 6, activation="gelu", bias=True, dropout=0.2),
+    "GroupedMLP, one expert": lambda: GroupedMLP(1, D, 5, activation="silu"),
+    "GroupedGLU": lambda: GroupedGLU(E, D, 6),
+    "GroupedGLU, silu, dropout": lambda: GroupedGLU(3, D, 5, activation="silu", dropout=0.2),
+}
+DISPATCHERS: dict[str, Callable[[], dispatch.Dispatcher]] = {
+    "PackedDispatcher": dispatch.PackedDispatcher,
+    "PaddedDispatcher": dispatch.PaddedDispatcher,
+}
+
+
+def walk() -> Iterator[Any]:
+    """Every module of the package below the recipes, imported."""
+    for found in pkgutil.walk_packages(moekit.__path__, "moekit."):
+        if "__main__" not in found.name and not found.name.startswith("moekit.recipes"):
+            yield importlib.import_module(found.name)
+
+
+def subclasses(base: type) -> Iterator[type]:
+    for cls in base.__subclasses__():
+        yield cls
+        yield from subclasses(cls)
+
+
+def concrete(base: type) -> set[str]:
+    """Names of the concrete subclasses of `base` that the package defines."""
+    list(walk())
+    return {
+        cls.__name__ for cls in subclasses(base) if cls.__module__.startswith("moekit.") and not inspect.isabstract(cls)
+    }
+
+
+def exemplified(examples: dict[str, Any]) -> set[str]:
+    return {name.partition(",")[0] for name in examples}
+
+
+@pytest.mark.parametrize("check", ROUTER_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", ROUTERS)
+def test_router(name: str, check: Callable[[Callable[[], Router]], None]) -> None:
+    check(ROUTERS[name])
+
+
+@pytest.mark.parametrize("check", EXPERTS_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts(name: str, check: Callable[[Callable[[], Experts]], None]) -> None:
+    check(EXPERTS[name])
+
+
+@pytest.mark.parametrize("check", DISPATCHER_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_dispatcher(name: str, check: Callable[[Callable[[], dispatch.Dispatcher]], None]) -> None:
+    check(DISPATCHERS[name])
+
+
+def test_every_router_has_an_example() -> None:
+    found = concrete(Router)
+    assert "TopKRouter" in found
+    assert found <= exemplified(ROUTERS), "add an example of each to ROUTERS, so that the contract runs on it"
+
+
+def test_every_preset_has_an_example() -> None:
+    """Functions of a router module that build a router."""
+    found = {
+        name
+        for module in walk()
+        if module.__name__.startswith("moekit.routers")
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__.startswith("moekit.routers") and not name.startswith("_")
+    }
+    assert {"switch", "gshard", "st_moe", "zcode_m3"} <= found
+    assert found <= exemplified(ROUTERS), "add an example of each to ROUTERS, so that the contract runs on it"
+    for name in found:
+        assert "Source:" in (inspect.getdoc(getattr(routers, name)) or ""), f"{name} does not cite its source"
+
+
+def test_every_bank_has_an_example() -> None:
+    found = concrete(Experts)
+    assert {"GroupedMLP", "GroupedGLU"} <= found
+    assert found <= exemplified(EXPERTS), "add an example of each to EXPERTS, so that the contract runs on it"
+    assert set(experts.__all__) - {"Experts"} <= exemplified(EXPERTS)
+
+
+def test_every_dispatcher_has_an_example() -> None:
+    found = {
+        cls.__name__
+        for module in walk()
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if cls.__module__.startswith("moekit.")
+        and hasattr(cls, "dispatch")
+        and hasattr(cls, "combine")
+        and not inspect.isabstract(cls)
+        and not getattr(cls, "_is_protocol", False)
+    }
+    assert {"PackedDispatcher", "PaddedDispatcher"} <= found
+    assert found <= exemplified(DISPATCHERS), "add an example of each to DISPATCHERS, so that the contract runs on it"
