@@ -143,7 +143,7 @@ def _explain(error: str, parser: ArgumentParser) -> str:
         problem = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", " ".join(problem.split()))
         problem = re.sub(r"<class '(\w+)'>", r"\1", problem)
         return f"{key}: {problem}"
-    return error
+    return " ".join(error.split())
 
 
 def main(recipe: Recipe[Any], argv: Sequence[str] | None = None) -> int:
@@ -177,7 +177,9 @@ def _main(recipe: Recipe[Any], argv: list[str]) -> int | None:
     try:
         parsed = parser.parse_args(argv)
     except ArgumentError as error:
-        raise UserError(_explain(str(error), parser)) from None
+        named, _ = _take(argv, "--config")
+        where = f"{named}: " if named and "config" in str(error) else ""
+        raise UserError(where + _explain(str(error), parser)) from None
     config = _build(type(recipe.variants[variant]), parsed)
     return recipe.commands[command].run(config, parsed)
 

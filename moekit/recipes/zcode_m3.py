@@ -199,15 +199,17 @@ def tasks(translation: int, denoising: int, masked_lm: int, replaced_token: int)
 
 TINY = Config(
     tasks=tasks(translation=3072, denoising=512, masked_lm=256, replaced_token=256),
-    train=TrainConfig(max_steps=2000, max_minutes=7.0),
+    train=TrainConfig(max_steps=1800, max_minutes=6.0, validate_every=300),
+    evaluate=EvaluateConfig(max_sentences=150, valid_sentences=25),
 )
 SMALL = Config(
-    data=DataConfig(vocab_size=8000, temperature=5.0),
+    data=DataConfig(vocab_size=4000, temperature=5.0),
+    # Encoder twice as deep as the decoder, as in the paper.
     model=ModelConfig(
-        dim=256, heads=4, encoder_layers=4, decoder_layers=4, hidden_dim=1024, num_experts=8, dropout=0.1
+        dim=192, heads=4, encoder_layers=4, decoder_layers=2, hidden_dim=768, num_experts=8, dropout=0.05
     ),
-    tasks=tasks(translation=3072, denoising=512, masked_lm=256, replaced_token=256),
-    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, learning_rate=1e-3, validate_every=1000),
+    tasks=tasks(translation=3072, denoising=384, masked_lm=192, replaced_token=192),
+    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=300, validate_every=250),
 )
 PAPER = Config(
     data=DataConfig(source="moses", vocab_size=250_000, temperature=5.0, max_length=512),
