@@ -46,7 +46,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
 def _names(runs: Sequence[RunFolder]) -> list[str]:
     """A name for each run: its variant where that tells them apart, else recipe and variant, else the folder."""
     candidates = (
-        [str(r.summary.get("variant") or "") for r in runs],
+        [r.variant for r in runs],
         [r.name for r in runs],
         [r.path.resolve().name for r in runs],
         [str(r.path) for r in runs],

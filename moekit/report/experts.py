@@ -190,8 +190,8 @@ def _health_table(run: RunFolder) -> str:
     headers = ["layer", "experts", "evenness", "imbalance", "dropped", "dead", "entropy", "special."]
     return page.figure(
         "Health of each layer",
-        "Measured on held-out text. Evenness: 1 = all experts equally busy. Imbalance: spread of the load over its mean. Entropy: relative to "
-        "log E. Special(isation): 0 = languages share all experts, 1 = the language decides.",
+        "Measured on held-out text. Evenness: 1 = all experts equally busy. Imbalance: spread of the load over its "
+        "mean. Entropy: relative to log E. Special(isation): 0 = languages share all experts, 1 = they have their own.",
         "evenness falls below 0.8, or an expert is dead.",
         page.table(headers, rows),
     )

@@ -117,21 +117,25 @@ def _losses(run: RunFolder) -> list[Finding]:
 
 
 def _routing(run: RunFolder) -> list[Finding]:
-    layers = layer_health(run)
-    if not layers:
-        return []
-    total, dead = sum(x.num_experts for x in layers), sum(x.dead for x in layers)
-    starved = sum(max(0, x.starved - x.dead) for x in layers)
-    rate = drop_rate(run)
-    busiest = max(layers, key=lambda x: x.largest)
-    found = [
-        Finding(dead == 0, f"{count(dead, 'dead expert').capitalize()} of {total} in {count(len(layers), 'layer')}."),
-    ]
-    if starved:
-        found.append(Finding(False, f"{count(starved, 'expert').capitalize()} got under a tenth of a fair share."))
+    layers, rate = layer_health(run), drop_rate(run)
+    found = []
     if rate is not None:
         text = f"{percent(rate)} of the assignments dropped late in training."
         found.append(Finding(rate <= MAX_DROP_RATE, "No token was dropped late in training." if rate == 0 else text))
+    if not layers:
+        dead = run.metrics.get("train/routing/dead_experts")
+        if dead is not None and dead.last is not None:
+            found.append(
+                Finding(dead.last == 0, f"{count(int(dead.last), 'dead expert').capitalize()} when last counted.")
+            )
+        return found
+    total, dead_now = sum(x.num_experts for x in layers), sum(x.dead for x in layers)
+    starved = sum(max(0, x.starved - x.dead) for x in layers)
+    busiest = max(layers, key=lambda x: x.largest)
+    text = f"{count(dead_now, 'dead expert').capitalize()} of {total} in {count(len(layers), 'layer')}."
+    found.append(Finding(dead_now == 0, text))
+    if starved:
+        found.append(Finding(False, f"{count(starved, 'expert').capitalize()} got under a tenth of a fair share."))
     text = f"The busiest expert got {busiest.largest:.1f} fair shares ({busiest.name})."
     found.append(Finding(busiest.largest < max(1.6, min(CROWDED, 0.6 * busiest.num_experts)), text))
     return found

@@ -10,7 +10,6 @@ from importlib import resources
 from pathlib import Path
 
 from moekit.report import style
-from moekit.report.wording import MISSING
 
 # Nothing but the page itself: a browser that obeys this cannot be made to fetch or run anything by a sample's text.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -142,11 +141,6 @@ def scale(classes: Sequence[str], left: str, right: str, remark: str = "") -> st
         f'<div class="scale"><span>{text(left)}</span><span class="bar" aria-hidden="true">{bar}</span>'
         f"<span>{text(right)}</span>{more}</div>"
     )
-
-
-def cell(value: str) -> str:
-    """`value`, or a dash where it is empty."""
-    return value or MISSING
 
 
 def write_text(path: Path, content: str) -> Path:

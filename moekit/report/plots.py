@@ -162,7 +162,7 @@ def score_dots(names: Sequence[str], columns: Sequence[tuple[str, Sequence[float
         axes.grid(visible=False, axis="y")
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(axis="x", length=0)
-        canvas.legend(columns=2)
+        canvas.legend()
         return canvas.svg(description)
 
 

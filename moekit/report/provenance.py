@@ -22,7 +22,7 @@ def reproduce(run: RunFolder) -> str:
     html = (
         f"<h3>Run it again</h3><pre class=command>{text(command)}</pre>"
         if command
-        else page.note("The recipe is not recorded (summary.json is missing), so there is no command to show.")
+        else page.note("The recipe is not recorded, so there is no command to show.")
     )
     html += f"<h3>Draw this page again</h3><pre class=command>{text(report)}</pre>"
     if run.config.strip():
@@ -47,14 +47,13 @@ def reproduce_command(run: RunFolder) -> str:
         return shlex.join(map(str, command))
     if isinstance(command, str) and command.strip():
         return command.strip()
-    recipe = run.summary.get("recipe")
-    if not recipe:
+    if not run.recipe:
         return ""
-    parts = ["python", "-m", f"moekit.recipes.{recipe}", "run"]
+    parts = ["python", "-m", f"moekit.recipes.{run.recipe}", "run"]
     if run.config.strip():
         parts += ["--config", nearby(run.path / "config.yaml")]
-    elif run.summary.get("variant"):
-        parts += ["--variant", str(run.summary["variant"])]
+    elif run.variant:
+        parts += ["--variant", run.variant]
     return shlex.join([*parts, "--out", f"{nearby(run.path)}-again"])
 
 

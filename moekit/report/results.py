@@ -56,21 +56,26 @@ def headline(run: RunFolder) -> str:
         (
             "chrF, average",
             wording.fixed(chrf.average),
-            origin[chrf.origin] if chrf.average is not None else "not measured",
+            origin[chrf.origin],
         ),
         (
             "Perplexity",
             wording.perplexity(ppl.get(first or "")),
-            TASKS.get(first, first).lower() if first else "not measured",
+            TASKS.get(first, first).lower() if first else "",
         ),
         ("Speed", wording.short(run.tokens_per_second), "tokens per second"),
         ("Parameters", wording.short(total), "in total"),
         ("Active", wording.short(active), share),
-        ("Time", wording.duration(seconds), ", ".join(worked) or "not recorded"),
+        ("Time", wording.duration(seconds), ", ".join(worked))
+        if seconds is not None
+        else ("Steps", f"{run.steps:,}" if run.steps else wording.MISSING, "taken so far"),
     ]
+    tiles = [tile for i, tile in enumerate(tiles) if i == 0 or tile[1] != wording.MISSING]
     items = "".join(f"<li{'' if f.good else ' class=bad'}>{text(f.text)}</li>" for f in findings(run))
     missing = (
-        page.note("summary.json is missing: numbers come from the metrics where they can.") if not run.summary else ""
+        page.note("This run is not finished (it has no summary.json): numbers come from its metrics.")
+        if not run.summary
+        else ""
     )
     return (
         f'<header class="top"><p class="eyebrow">moekit run report</p><h1>{text(run.name)}</h1>'
@@ -160,7 +165,7 @@ def scores(run: RunFolder) -> str:
         {*bleu.directions, *chrf.directions}, key=lambda d: -bleu.directions.get(d, chrf.directions.get(d, 0.0))
     )
     if not names:
-        why = _why(run, "summary.json", "This run measured no BLEU: `test` does, or `run` at its end.")
+        why = f"No translation was scored yet: the command test does it. {run.notes.get('summary.json', '')}"
         return page.section("scores", "Translation quality", lead, page.note(why))
     bars = page.figure(
         "BLEU and chrF by direction",

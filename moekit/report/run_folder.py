@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,10 +85,19 @@ class RunFolder:
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def recipe(self) -> str:
+        """Name of the recipe, from the summary or the configuration; "" where neither says."""
+        return self._said("recipe")
+
+    @property
+    def variant(self) -> str:
+        """Name of the variant, from the summary or the configuration; "" where neither says."""
+        return self._said("variant")
+
+    @property
     def name(self) -> str:
-        """Recipe and variant, or the folder's name where the summary has neither."""
-        parts = [str(self.summary[k]) for k in ("recipe", "variant") if self.summary.get(k)]
-        return " · ".join(parts) or self.path.resolve().name
+        """Recipe and variant, or the folder's name where neither is known."""
+        return " · ".join(filter(None, (self.recipe, self.variant))) or self.path.resolve().name
 
     @property
     def layers(self) -> tuple[Mapping[str, Any], ...]:
@@ -148,6 +158,10 @@ class RunFolder:
             if directions or average is not None:
                 return Scores(average if average is not None else _mean(directions), directions, origin=origin)
         return Scores()
+
+    def _said(self, key: str) -> str:
+        line = re.search(rf"^{key}:[ \t]*([\w.-]+)", self.config, flags=re.MULTILINE)
+        return str(self.summary.get(key) or (line.group(1) if line else ""))
 
 
 PERPLEXITY_TASKS = ("translation", "denoising", "masked_lm", "causal_lm")

@@ -49,14 +49,14 @@ def _sample(sample: Mapping[str, str]) -> str:
     found = agreement(sample["reference"][:_LONGEST], sample["hypothesis"][:_LONGEST])
     return (
         f'<dl class="sample"><dt>Source</dt><dd dir="auto"{_lang(source)}>{text(_cut(sample["source"]))}</dd>'
-        f'<dt>Reference</dt><dd dir="auto"{_lang(target)}>{_marked(found.reference)}{_rest(sample["reference"])}</dd>'
+        f'<dt>Reference</dt><dd dir="auto"{_lang(target)}>{marked(found.reference)}{_rest(sample["reference"])}</dd>'
         f'<dt>moekit<span class="of">{found.matched} of {wording.count(found.num_words, "word")}</span></dt>'
-        f'<dd class="hyp" dir="auto"{_lang(target)}>{_marked(found.hypothesis)}{_rest(sample["hypothesis"])}'
+        f'<dd class="hyp" dir="auto"{_lang(target)}>{marked(found.hypothesis)}{_rest(sample["hypothesis"])}'
         f"{'' if sample['hypothesis'].strip() else '<em>(empty)</em>'}</dd></dl>"
     )
 
 
-def _marked(pieces: Sequence[tuple[str, bool | None]]) -> str:
+def marked(pieces: Sequence[tuple[str, bool | None]]) -> str:
     """Agreeing words in <mark>, runs of them in one, so that cursive scripts keep their joins."""
     html, run, gap = "", "", ""
     for piece, agrees in pieces:

@@ -29,6 +29,7 @@ COLOURS = {
 }
 CYCLE = ("blue", "red", "green", "purple")
 
+LEGEND_LETTERS = 62  # that fit into one line above a plot, with 5 for each key
 SEQUENTIAL_LEVELS = 12
 DIVERGING_LEVELS = 17  # odd: the middle class is a fair share
 _SEQUENTIAL = {
@@ -104,12 +105,14 @@ class Canvas:
     def __exit__(self, *error: Any) -> None:
         self._context.__exit__(*error)
 
-    def legend(self, columns: int = 4, *, last: Sequence[str] = ()) -> None:
-        """Put the legend in one line above the axes, where it hides nothing; the labels in `last` come last."""
+    def legend(self, *, last: Sequence[str] = ()) -> None:
+        """Put the legend above the axes, where it hides nothing; the labels in `last` come last."""
         entries = {label: handle for handle, label in zip(*self.axes.get_legend_handles_labels(), strict=True)}
         labels = sorted(entries, key=lambda label: label in last)
         handles = [entries[label] for label in labels]
         if handles:
+            fits = sum(map(len, labels)) + 5 * len(labels) <= LEGEND_LETTERS
+            columns = len(labels) if fits else 2
             legend = self.figure.legend(
                 handles,
                 labels,

@@ -34,7 +34,7 @@ def terminal_summary(run: Path | Mapping[str, Any], console: Console | None = No
     console = console or Console()
     folder = RunFolder(Path(), summary=run) if isinstance(run, Mapping) else read_run(Path(run))
     where = None if isinstance(run, Mapping) else folder.path
-    title = folder.name if where is not None or folder.summary.get("recipe") else "run"
+    title = folder.name if where is not None or folder.recipe else "run"
     top = [_rule(title), *_headline(folder), Text(), *_directions(folder), *_tasks(folder)]
     commands = _next(folder) if where is not None else []
     troubles = _troubles(folder)
@@ -99,7 +99,7 @@ def _directions(run: RunFolder) -> list[Text]:
     bleu, chrf = run.scores("bleu"), run.scores("chrf")
     names = sorted(bleu.directions, key=lambda d: -bleu.directions[d])
     if not names:
-        return [Text("No BLEU in this folder: the `test` command measures it.", "yellow"), Text()]
+        return [Text("No BLEU in this folder: the `test` command measures it.", "yellow")]
     if len(names) <= _ALL:
         half = -(-len(names) // 2) if len(names) > 4 else len(names)
         left, right = names[:half], names[half:]
@@ -186,16 +186,15 @@ def _troubles(run: RunFolder) -> list[Text]:
 def _next(run: RunFolder) -> list[Text]:
     folder = shlex.quote(wording.nearby(run.path))
     report = run.path / "report.html"
-    recipe = run.summary.get("recipe")
     lines = [
         _labelled(
             "report", wording.nearby(report) if report.is_file() else f"python -m moekit.report {folder}", style="bold"
         )
     ]
-    if recipe and (run.path / "checkpoints").is_dir():
-        best = run.scores("bleu").directions
-        source, target = sides(max(best, key=lambda d: best[d])) if best else ("LANGUAGE", "LANGUAGE")
-        lines.append(_labelled("translate", f"python -m moekit.recipes.{recipe} generate \\"))
+    best = run.scores("bleu").directions
+    if best and run.recipe and (run.path / "checkpoints").is_dir():
+        source, target = sides(max(best, key=lambda d: best[d]))
+        lines.append(_labelled("translate", f"python -m moekit.recipes.{run.recipe} generate \\"))
         lines.append(_labelled("", f"  --out {folder} --from {source} --to {target}"))
     lines.append(_labelled("compare", f"python -m moekit.report {folder} OTHER_RUN"))
     return lines

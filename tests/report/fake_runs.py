@@ -174,7 +174,8 @@ def write_metrics(
             row[f"train/{task}/loss"] = high + (final[task] - high) * progress + rng.gauss(0, 0.06 * high / 6)
         row["train/loss"] = sum(row[f"train/{t}/loss"] for t in TASKS)
         row["train/tokens_per_second"] = rng.gauss(39_800, 1500)
-        row["train/aux/load_balance"] = 1.02 + 0.5 * math.exp(-step / 60) + rng.gauss(0, 0.01)
+        if layers:
+            row["train/aux/load_balance"] = 1.02 + 0.5 * math.exp(-step / 60) + rng.gauss(0, 0.01)
         if layers and step % 10 == 0:
             for i, layer in enumerate(layers):
                 row[f"train/routing/{layer}/drop_rate"] = abs(0.25 * math.exp(-step / 200) + rng.gauss(0.012, 0.004))
