@@ -1,4 +1,4 @@
-"""A small training run in a process of its own, to be killed and resumed by test_resume.py.
+"""A small training run, to be killed in a process of its own and resumed by test_resume.py.
 
 Everything that could break equality is in it: dropout, Python's and NumPy's random numbers in the step, validation
 that draws too, gradient accumulation, several epochs, a schedule, and a component whose state moves per step.
@@ -7,11 +7,12 @@ that draws too, gradient accumulation, several epochs, a schedule, and a compone
 from __future__ import annotations
 
 import logging
+import os
 import random
-import sys
-import time
+import signal
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,11 @@ class Moving(Component):
 
 
 class Model(L.LightningModule):
-    def __init__(self, pause: float) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), Moving(), nn.Linear(16, 8))
-        self.pause = pause
 
     def training_step(self, batch: Tensor, _: int) -> Tensor:
-        time.sleep(self.pause)
         noise = random.random() + np.random.rand()
         loss = self.net(batch).square().mean() + noise * self.net(batch).mean()
         self.log("train/loss", loss)
@@ -114,34 +113,55 @@ class Model(L.LightningModule):
         return per_step(optimizer, Cosine(optimizer, STEPS, warmup=3))
 
 
-class Tear(Callback):
-    """Kills the process in the middle of a save: half of the bytes are written."""
+@dataclass
+class Strike(Callback):
+    """Sends this process a signal at a chosen moment of a step (counted from 1).
 
-    def __init__(self, at: int) -> None:
-        self.at = at
+    Attributes:
+        name: for example "TERM".
+        step: the optimizer step in which, or after which, it comes.
+        where: "first batch" or "second batch" of the step's two, "validation" after it, or "save": in the middle of
+            writing the checkpoint of the step.
+    """
+
+    name: str
+    step: int
+    where: str
+
+    def send(self, trainer: L.Trainer, where: str, step: int) -> None:
+        if (where, step) == (self.where, self.step) and not trainer.sanity_checking:
+            os.kill(os.getpid(), getattr(signal, f"SIG{self.name}"))
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
+        self.send(trainer, ["first batch", "second batch"][index % 2], trainer.global_step + 1)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int, loader: int = 0
+    ) -> None:
+        if index == 1:
+            self.send(trainer, "validation", trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.at:
-            import os
-            import signal
+        if (self.where, self.step) == ("save", trainer.global_step):
 
             def torn(checkpoint: Any, file: Any) -> None:
                 file.write(b"PK" + bytes(1000))
                 file.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
+                self.send(trainer, "save", self.step)
 
             torch.save = torn
 
 
-def main(folder: Path, pause: float, loader: str, resume: bool, tear: int) -> None:
+def main(folder: Path, loader: str, resume: bool, strike: Strike | None) -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     L.seed_everything(3, verbose=False)
-    model = Model(pause)
+    model = Model()
+    path = folder / "checkpoints" / "last.ckpt"
+    resume = resume and path.exists()
     if resume:
         random.random(), torch.rand(5)  # a resumed process is elsewhere in its random streams
-    checkpoints = folder / "checkpoints"
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=STEPS,
@@ -157,23 +177,25 @@ def main(folder: Path, pause: float, loader: str, resume: bool, tear: int) -> No
         callbacks=[
             RandomState(),
             MaxMinutes(Budget(max_steps=STEPS)),
-            Tear(tear),
-            BestCheckpoint(checkpoints, monitor="valid/loss"),
-            Resumable(checkpoints, every_n_steps=2, every_n_minutes=None, how_to_resume="program --resume"),
+            *([strike] if strike else []),
+            BestCheckpoint(path.parent, monitor="valid/loss"),
+            Resumable(path.parent, every_n_steps=2, every_n_minutes=None, how_to_resume="program --resume"),
         ],
     )
     valid = DataLoader(TensorDataset(torch.ones(6, 8)), batch_size=2)
-    path = checkpoints / "last.ckpt"
     trainer.fit(
         model,
         Endless() if loader == "endless" else Batches(),
         valid,
-        ckpt_path=path if resume and path.exists() else None,
+        ckpt_path=path if resume else None,
     )
     weights = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
     (folder / "end.txt").write_text(f"{weights.sum().item()!r} {model.net[2].scale.item()!r}")
 
 
-if __name__ == "__main__":
-    place, pause, loader, resume, tear = sys.argv[1:]
-    main(Path(place), float(pause), loader, resume == "resume", int(tear))
+def in_process(folder: Path, loader: str, resume: bool, strike: Strike | None) -> None:
+    """`main` as the target of a process, with its standard error in a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    errors = os.open(folder / "errors.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(errors, 2)
+    main(folder, loader, resume, strike)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import csv
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
-import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import resume_program
+from resume_program import Strike
 
-PROGRAM = Path(__file__).with_name("resume_program.py")
-STEPS = 24
+STEPS = resume_program.STEPS
+Whole = dict[str, tuple[str, list[dict[str, str]]]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server() -> None:
+    """Processes are forked from one that has imported everything once."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["lightning", "torch._dynamo", "moekit.training.callbacks.interrupt", "moekit.training.run_folder"]
+    )
 
 
 class Run:
@@ -21,39 +29,31 @@ class Run:
 
     def __init__(self, folder: Path, loader: str) -> None:
         self.folder, self.loader = folder, loader
-        folder.mkdir(parents=True, exist_ok=True)
 
-    def start(self, *, pause: float = 0.0, resume: bool = False, tear: int = -1) -> subprocess.Popen[str]:
-        how = "resume" if resume else "new"
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(self.folder), str(pause), self.loader, how, str(tear)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
+    def start(self, *, resume: bool = False, strike: Strike | None = None) -> BaseProcess:
+        process = multiprocessing.get_context("forkserver").Process(
+            target=resume_program.in_process, args=(self.folder, self.loader, resume, strike)
         )
+        process.start()
+        return process
 
-    def finish(self, process: subprocess.Popen[str]) -> str:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    def end(self, process: BaseProcess) -> tuple[int | None, str]:
+        """Exit code and standard error."""
+        process.join(timeout=120)
+        errors = self.folder / "errors.txt"
+        return process.exitcode, errors.read_text() if errors.exists() else ""
+
+    def finish(self, process: BaseProcess) -> str:
+        code, errors = self.end(process)
+        assert code == 0, errors
         return (self.folder / "end.txt").read_text()
 
     def rows(self) -> list[dict[str, str]]:
         return list(csv.DictReader((self.folder / "metrics.csv").read_text().splitlines()))
 
-    def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
-        """Return as soon as the row of `step` is written."""
-        path = self.folder / "metrics.csv"
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if path.exists() and f"\n{step}," in path.read_text():
-                return
-            time.sleep(0.002)
-        raise AssertionError(f"step {step} was not reached: {process.communicate()[1]}")
-
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, list[dict[str, str]]]]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """End and rows of runs that were never stopped."""
     ends = {}
     for loader in ("epochs", "endless"):
@@ -63,64 +63,71 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, list
     return ends
 
 
-def same(run: Run, end: str, whole: dict[str, tuple[str, list[dict[str, str]]]]) -> None:
+def same(run: Run, end: str, whole: Whole) -> None:
     expected_end, expected_rows = whole[run.loader]
     assert run.rows() == expected_rows  # every loss, learning rate and validation, in full precision
     assert end == expected_end
 
 
-# Steps 6 to 8 are in the middle of an epoch, 9 is followed by its end, 11 by a validation.
+# An epoch is five steps long; validation comes after steps 3, 6, 9, ...; checkpoints after 2, 4, 6, ...
 @pytest.mark.parametrize(
-    ("loader", "number", "step"),
-    [("epochs", "TERM", 6), ("epochs", "TERM", 9), ("epochs", "INT", 11), ("endless", "TERM", 7)],
+    ("loader", "strike", "saved"),
+    [
+        ("epochs", Strike("TERM", 7, "first batch"), 7),  # gradients are half accumulated
+        ("epochs", Strike("TERM", 10, "second batch"), 10),  # the end of an epoch
+        ("epochs", Strike("INT", 12, "second batch"), 12),  # a validation and a checkpoint are due
+        ("epochs", Strike("TERM", 15, "second batch"), 15),  # the end of an epoch, and a validation is due
+        ("epochs", Strike("INT", 9, "validation"), 10),  # in a validation after which no checkpoint was due
+        ("epochs", Strike("TERM", 18, "validation"), 18),  # in one after which a checkpoint was due
+        ("epochs", Strike("TERM", STEPS, "first batch"), STEPS),  # all steps are done, what follows them is not
+        ("endless", Strike("TERM", 7, "first batch"), 7),
+        ("endless", Strike("TERM", 9, "second batch"), 9),
+        ("endless", Strike("TERM", STEPS, "first batch"), STEPS),
+    ],
+    ids=str,
 )
 def test_a_signal_ends_the_step_saves_and_says_how_to_resume(
-    tmp_path: Path, loader: str, number: str, step: int, whole: dict[str, tuple[str, list[dict[str, str]]]]
+    tmp_path: Path, loader: str, strike: Strike, saved: int, whole: Whole
 ) -> None:
     run = Run(tmp_path / "run", loader)
-    process = run.start(pause=0.02)
-    run.wait_for_step(step, process)
-    process.send_signal(getattr(signal, f"SIG{number}"))
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == {"TERM": 143, "INT": 130}[number], errors
-    assert f"Stopped by SIG{number} after step" in errors
+    code, errors = run.end(run.start(strike=strike))
+    assert code == {"TERM": 143, "INT": 130}[strike.name], errors
+    assert f"Stopped by SIG{strike.name} after step {saved}; everything is in" in errors
     assert "Resume with: program --resume" in errors
     assert not (run.folder / "end.txt").exists()
-    assert len(run.rows()) < STEPS
+    assert [row["step"] for row in run.rows()] == [str(n) for n in range(saved)]
     same(run, run.finish(run.start(resume=True)), whole)
 
 
-@pytest.mark.parametrize(("loader", "step"), [("epochs", 8), ("endless", 12)])
-def test_a_kill_is_resumed_from_the_last_checkpoint(
-    tmp_path: Path, loader: str, step: int, whole: dict[str, tuple[str, list[dict[str, str]]]]
-) -> None:
+@pytest.mark.parametrize(
+    ("loader", "strike"),
+    [
+        ("epochs", Strike("KILL", 8, "second batch")),
+        ("epochs", Strike("KILL", 11, "second batch")),  # the last checkpoint is of an epoch's end
+        ("epochs", Strike("KILL", 15, "validation")),
+        ("epochs", Strike("KILL", 1, "first batch")),  # before any checkpoint
+        ("endless", Strike("KILL", 13, "first batch")),
+    ],
+    ids=str,
+)
+def test_a_kill_is_resumed_from_the_last_checkpoint(tmp_path: Path, loader: str, strike: Strike, whole: Whole) -> None:
     run = Run(tmp_path / "run", loader)
-    process = run.start(pause=0.02)
-    run.wait_for_step(step, process)
-    process.kill()
-    process.communicate()
+    assert run.end(run.start(strike=strike))[0] == -signal.SIGKILL
     same(run, run.finish(run.start(resume=True)), whole)
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_former_checkpoint_whole(
-    tmp_path: Path, whole: dict[str, tuple[str, list[dict[str, str]]]]
-) -> None:
+def test_a_kill_in_the_middle_of_a_save_leaves_the_former_checkpoint_whole(tmp_path: Path, whole: Whole) -> None:
     run = Run(tmp_path / "run", "epochs")
-    process = run.start(tear=8)
-    process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL
+    assert run.end(run.start(strike=Strike("KILL", 8, "save")))[0] == -signal.SIGKILL
     torn = list((run.folder / "checkpoints").glob(".last.ckpt.*.tmp"))
     assert len(torn) == 1
     same(run, run.finish(run.start(resume=True)), whole)
     assert not torn[0].exists()
 
 
-def test_a_run_survives_two_stops(tmp_path: Path, whole: dict[str, tuple[str, list[dict[str, str]]]]) -> None:
+def test_a_run_survives_two_stops(tmp_path: Path, whole: Whole) -> None:
     run = Run(tmp_path / "run", "epochs")
-    for step, resume in ((4, False), (15, True)):
-        process = run.start(pause=0.02, resume=resume)
-        run.wait_for_step(step, process)
-        process.terminate()
-        process.communicate(timeout=120)
-        assert process.returncode == 143
+    for step, resume in ((4, False), (17, True)):
+        code, errors = run.end(run.start(resume=resume, strike=Strike("TERM", step, "first batch")))
+        assert code == 143, errors
     same(run, run.finish(run.start(resume=True)), whole)

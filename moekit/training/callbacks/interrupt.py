@@ -88,49 +88,36 @@ class Resumable(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time; after a signal let Lightning end the loop when this step's logs are written."""
+        """Save if it is time; after a signal save and stop."""
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = trainer.global_step
-        stop, due = self._signal is not None, self._is_due(trainer)
-        if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-            due = trainer.strategy.broadcast(due)
-        if stop:
-            self._signal = self._signal or signal.SIGTERM
-        if not (stop or due):
-            return
+        stop, due = self._must_stop(trainer), self._is_due(trainer)
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
-        if trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
-            self._put_off = True
-        elif stop:
-            self._stop(trainer)
-        else:
-            self._save(trainer)
+        if (stop or due) and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
+            self._put_off = True  # saved now, a resumed run would leave this validation out
+        elif stop or due:
+            self._save_and_perhaps_stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save, or stop, as was put off until after this validation."""
-        if not self._put_off or trainer.sanity_checking:
-            return
-        # Here, where Lightning expects it: saved after the batch is closed, a resume would count the step twice.
-        self._put_off = False
-        self._save(trainer)
-        if self._signal is not None:
-            self._stop(trainer)
+        if self._put_off and not trainer.sanity_checking:
+            self._put_off = False
+            self._save_and_perhaps_stop(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the end of the run."""
-        self._restore_signals()
+        """Save the end of the run; a signal that came in its last step still stops what would follow."""
         if trainer.global_step > self._saved_step or not self.path.exists():
             self._save(trainer)
+        if self._must_stop(trainer):
+            raise SIGTERMException
+        self._restore_signals()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """After a signal, save and set the exit code; other exceptions leave the last checkpoint as it is."""
+        """After a signal, set the exit code and tell the user; the last checkpoint stays as it is."""
         self._restore_signals()
         if isinstance(exception, SIGTERMException) and self._signal is not None:
-            if trainer.global_step > self._saved_step:
-                self._save(trainer)
             exception.code = 128 + self._signal
             if trainer.is_global_zero:
                 print(self._message(trainer), file=sys.stderr, flush=True)
@@ -150,15 +137,27 @@ class Resumable(Checkpoint):
             signal.signal(number, handler)
         self._former = {}
 
+    def _must_stop(self, trainer: L.Trainer) -> bool:
+        """Whether any process got a signal; all of them agree."""
+        stop = self._signal is not None
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
+            self._signal = self._signal or signal.SIGTERM
+        return stop
+
     def _is_due(self, trainer: L.Trainer) -> bool:
         by_steps = self.every_n_steps is not None and (trainer.global_step - self._saved_step >= self.every_n_steps)
         by_time = self.every_n_minutes is not None and (self._clock() - self._saved_time >= 60 * self.every_n_minutes)
-        return by_steps or by_time
+        due = by_steps or by_time
+        return trainer.strategy.broadcast(due) if trainer.world_size > 1 else due
 
-    def _stop(self, trainer: L.Trainer) -> None:
-        # Lightning raises SIGTERMException when the batch is wholly accounted for and logged; on_exception saves then.
-        # Set any earlier, the flag would break off a validation.
-        trainer._signal_connector.received_sigterm = True
+    def _save_and_perhaps_stop(self, trainer: L.Trainer) -> None:
+        self._save(trainer)
+        if self._must_stop(trainer):
+            # Lightning raises SIGTERMException when this batch is wholly accounted for and its values are logged. Set
+            # before a validation the flag would break that off.
+            trainer._signal_connector.received_sigterm = True
 
     def _save(self, trainer: L.Trainer) -> None:
         for logger in trainer.loggers:
