@@ -25,7 +25,8 @@ _CODE = re.compile(r"[A-Za-z][A-Za-z0-9_@.]*")
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A sentence that helps after a wrong name: the nearest one, if any is near, and all that exist."""
     known = sorted(choices)
-    close = difflib.get_close_matches(name, known, n=1)
+    # One wrong letter of two is half of a language code.
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5 if len(name) < 4 else 0.6)
     hint = f"Did you mean {close[0]!r}? " if close else ""
     return f"{hint}There {'is' if len(known) == 1 else 'are'}: {', '.join(known) or 'none'}."
 

@@ -57,7 +57,15 @@ class Rates:
 
 RATES: dict[Complexity, Rates] = {
     "plain": Rates(),
-    "rich": Rates(place=0.5, adverb=0.5, adjective=0.5, adjective_2=0.3, possessor=0.2, relative=0.25),
+    "rich": Rates(
+        frames=(0.2, 0.5, 0.3),
+        place=0.5,
+        adverb=0.5,
+        adjective=0.5,
+        adjective_2=0.3,
+        possessor=0.2,
+        relative=0.3,
+    ),
 }
 
 
