@@ -56,9 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"error: the page could not be written: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

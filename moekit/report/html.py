@@ -15,7 +15,7 @@ def write_report(run_dir: Path) -> Path:
     follows the reader's light or dark theme, and prints.
 
     Raises:
-        UserError: if `run_dir` is not a run folder.
+        UserError: if `run_dir` is not a run folder, or cannot be written to.
     """
     run = read_run(Path(run_dir))
     parts = {

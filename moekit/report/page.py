@@ -9,6 +9,7 @@ from html import escape as _escape
 from importlib import resources
 from pathlib import Path
 
+from moekit.errors import UserError
 from moekit.report import style
 
 # Nothing but the page itself: a browser that obeys this cannot be made to fetch or run anything by a sample's text.
@@ -144,17 +145,25 @@ def scale(classes: Sequence[str], left: str, right: str, remark: str = "") -> st
 
 
 def write_text(path: Path, content: str) -> Path:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", text=False)
+    """Write `content` to `path` so that a reader sees the old file or the new one, never a half.
+
+    Raises:
+        UserError: if the folder cannot be written to or the disk is full; nothing is left behind.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode("utf-8", errors="replace"))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content.encode("utf-8", errors="replace"))
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be written: {reason}. Make room or choose another folder.") from error
     return path
