@@ -263,7 +263,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full_disk)
-    with pytest.raises(UserError, match="report.html cannot be written: No space left on device"):
+    with pytest.raises(UserError, match="html cannot be written: No space left on device"):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == before
