@@ -1,4 +1,8 @@
-"""Layer norm and RMS norm whose statistics are float32 whatever the precision around them."""
+"""Layer norm and RMS norm whose statistics are float32 whatever the precision around them.
+
+Torch's kernels see to that themselves where input and weights have one type (bf16 through and through); where they
+differ (bf16 activations, float32 weights) both are widened.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +44,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise Float[..., D]."""
+        if x.dtype == self.weight.dtype:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         wide = _wide(x)
         weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
         return F.layer_norm(wide, weight.shape, weight, bias, self.eps).to(x.dtype)
@@ -68,5 +74,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise Float[..., D]."""
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = _wide(x)
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)

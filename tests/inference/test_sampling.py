@@ -107,6 +107,9 @@ def test_draws_are_uniform_and_uncorrelated() -> None:
     assert abs(float(draws.mean()) - 0.5) < 6 * math.sqrt(1 / 12 / draws.numel())
     deciles = (draws * 10).long().flatten().bincount(minlength=10) / draws.numel()
     assert (deciles - 0.1).abs().max() < 6 * math.sqrt(0.09 / draws.numel())
+    # Seed, row and step are not exchangeable: as many different numbers as triples.
+    triples = [(seed, row, step) for seed in range(8) for row in range(8) for step in range(8)]
+    assert len({float(_uniform(seed, torch.tensor([row]), step)) for seed, row, step in triples}) == len(triples)
     centred = draws - 0.5
     for a, b in ((centred[:, 1:], centred[:, :-1]), (centred[1:], centred[:-1])):
         assert abs(float((a * b).mean() * 12)) < 6 / math.sqrt(a.numel())

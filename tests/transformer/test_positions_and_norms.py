@@ -135,7 +135,10 @@ def test_norms_against_their_formulas(dtype: torch.dtype) -> None:
 
 
 def test_norm_statistics_are_float32_under_bf16() -> None:
-    """512 values whose squares sum to more than bf16 can count: its statistics would be visibly off."""
+    """512 values whose squares sum to more than bf16 can count: its statistics would be visibly off.
+
+    Weights in bf16 too, as in bf16-true, and in float32, as under autocast.
+    """
     torch.manual_seed(4)
     x = (torch.randn(4, 512) + 100).bfloat16()
     exact = x.float()
@@ -144,5 +147,6 @@ def test_norm_statistics_are_float32_under_bf16() -> None:
         (RMSNorm(512).bfloat16(), torch.nn.functional.rms_norm(exact, (512,), eps=1e-6)),
     ):
         torch.testing.assert_close(norm(x), expected.bfloat16(), rtol=8e-3, atol=1e-3)
+        torch.testing.assert_close(norm.float()(x), expected.bfloat16(), rtol=8e-3, atol=1e-3)
     with torch.autocast("cpu", torch.bfloat16):
         assert LayerNorm(512)(exact).dtype == torch.float32
