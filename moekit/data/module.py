@@ -70,8 +70,9 @@ class MultitaskData(L.LightningDataModule):
     Training yields ``dict[str, Batch]`` (task name -> batch) for every step. Validation yields single `Batch` objects
     of all tasks, direction by direction, with noise that never changes; testing yields translation only. The order of
     training is a function of the seed and the step: the Trainer's count of batches says where it begins, so a resumed
-    run goes on with exactly the next step, for any number of workers, and the sentences of a step, over all ranks
-    together, are the same for any number of ranks.
+    run goes on with exactly the next step, for any number of workers. The sentences of a step, over all ranks together,
+    and their noise are the same for any number of ranks, as long as a task's budget holds its longest sentence once for
+    each rank (beyond that, batches of long sentences grow, so that no rank is left without one).
 
     Args:
         source: where text comes from.

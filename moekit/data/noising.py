@@ -43,7 +43,7 @@ def infill_spans(
         text: the sentences.
         keys: UInt64[B].
         ratio: share of tokens that vanish.
-        mean_length: of a span.
+        mean_length: of a span; the parameter of the Poisson distribution, whose zeros are not drawn.
         markers: one id (every span gets it), or several: span k of a sentence gets marker k, and no sentence has
             more spans than markers.
         span_length: how lengths are distributed around the mean.

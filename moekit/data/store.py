@@ -8,6 +8,7 @@ that mixes any of them is gathered by one indexing operation.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -126,7 +127,7 @@ class Wanted:
     parallel: tuple[tuple[Direction, Split], ...] = ()
     monolingual: tuple[tuple[str, Split], ...] = ()
 
-    def texts(self, source: Source) -> Iterator[tuple[dict[str, Callable[[], Sequence[str]]], str]]:
+    def texts(self, source: Source) -> Iterator[tuple[dict[str, Callable[[], list[str]]], str]]:
         """Pieces of work: for each, the texts of its sections by name, and what to call it."""
         for direction, split in self.parallel:
             pairs = source.parallel(direction, split)
@@ -134,7 +135,7 @@ class Wanted:
             yield {name: _side(pairs, i) for i, name in enumerate(names)}, f"{direction} {split}"
         for language, split in self.monolingual:
             text = source.monolingual(language, split)
-            yield {monolingual_section(language, split): lambda text=text: text}, f"{language} {split}"  # type: ignore[misc]
+            yield {monolingual_section(language, split): functools.partial(list, text)}, f"{language} {split}"
 
     def names(self) -> list[str]:
         """Names of all sections."""
@@ -142,7 +143,7 @@ class Wanted:
         return pairs + [monolingual_section(language, split) for language, split in self.monolingual]
 
 
-def _side(pairs: Sequence[tuple[str, str]], index: int) -> Callable[[], Sequence[str]]:
+def _side(pairs: Sequence[tuple[str, str]], index: int) -> Callable[[], list[str]]:
     return lambda: [pair[index] for pair in pairs]
 
 
@@ -236,7 +237,7 @@ class _Writer:
         os.fsync(self._out.fileno())
 
 
-def _chunks(text: Sequence[str]) -> Iterator[Sequence[str]]:
+def _chunks(text: list[str]) -> Iterator[list[str]]:
     return (text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK))
 
 
