@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,24 @@ def load_checkpoint(
         UserError: no such file, a broken one, or one that holds more than plain data and tensors.
     """
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=mmap or None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # refused below, in our words
+            checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=mmap or None)
     except FileNotFoundError:
         raise UserError(f"There is no checkpoint at {path}.") from None
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"The checkpoint {path} must hold tensors and plain data only: {str(error).splitlines()[0]} It was "
+            f"The checkpoint {path} must hold tensors and plain data only: {_first_line(error)} It was "
             "perhaps made by another program; nothing in it has been executed."
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
         raise UserError(
-            f"The checkpoint {path} cannot be read ({str(error).splitlines()[0]}). It is broken or not a checkpoint."
+            f"The checkpoint {path} cannot be read ({_first_line(error)}). It is broken or not a checkpoint."
         ) from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"The checkpoint {path} must hold a dictionary: got {type(checkpoint).__name__}.")
     return checkpoint
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
