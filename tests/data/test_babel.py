@@ -398,6 +398,22 @@ def test_hard_setting_is_harder():
     assert len(Babel(hard_settings()).parallel(Direction("avl", "ori"), "train")) == 2_000
 
 
+def test_held_out_text_ends_and_training_does_not(babel):
+    assert babel.sentence("avl", "train", 10**6)
+    for index in (250, 5_000):
+        with pytest.raises(IndexError):
+            babel.sentence("avl", "test", index)
+
+
+def test_a_grammar_describes_itself(babel):
+    assert babel.language("tnd").grammar.describe() == (
+        "SOV, postpositions, adjective before noun, case by suffix, plural by suffix, verb agrees in number, "
+        "tense by suffix, vowel harmony"
+    )
+    assert "3 noun classes by prefix" in babel.language("kmb").grammar.describe()
+    assert "articles" in babel.language("avl").grammar.describe()
+
+
 def test_pickled_corpus_says_the_same(babel):
     copy = pickle.loads(pickle.dumps(babel))
     assert copy.sentence("shl", "test", 3) == babel.sentence("shl", "test", 3)

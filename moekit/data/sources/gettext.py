@@ -128,7 +128,8 @@ def _find(folder: Path) -> dict[str, list[Path]]:
     if not found:
         raise UserError(
             f"{folder}: catalogs must lie in LANGUAGE/LC_MESSAGES/*.mo, at any depth: found none. Name another folder, "
-            "or install packages that carry catalogs."
+            "or install packages that carry catalogs, such as iso-codes or libglib2.0-data on Debian (minimal images "
+            "leave them out)."
         )
     return found
 

@@ -24,7 +24,8 @@ from moekit.data.sources.base import (
 from moekit.errors import UserError
 
 _BLOCK = 1024
-_CACHED_BLOCKS = 512
+# Rows are ten times as large as sentences.
+_CACHED_ROWS, _CACHED_SENTENCES = 64, 512
 _PARALLEL, _MONOLINGUAL = 0, 1
 
 
@@ -171,7 +172,7 @@ class Babel(Source):
         return str(self.meaning(split, index))
 
     def sentence(self, language: str, split: Split, index: int, stream: int = _PARALLEL) -> str:
-        """Sentence `index` of a split in one language."""
+        """Sentence `index` of a split in one language; training has one for every index."""
         return self._sentence_block(language, split, stream, index // _BLOCK)[index % _BLOCK]
 
     # -- blocks ----------------------------------------------------------------------------------------------------
@@ -183,9 +184,13 @@ class Babel(Source):
             rows = self._sampler.block(split, 0, self.size(self.languages[0], split), stream).tolist()
             for number, start in enumerate(range(0, len(rows), _BLOCK)):
                 self._rows[split, stream, number] = rows[start : start + _BLOCK]
+            if key not in self._rows:
+                raise IndexError(
+                    f"babel: {split} holds {len(rows):,} sentences: got an index from {block * _BLOCK:,} on."
+                )
         elif key not in self._rows:
             self._rows[key] = self._sampler.block(split, block, _BLOCK, stream).tolist()
-            if len(self._rows) > _CACHED_BLOCKS:
+            if len(self._rows) > _CACHED_ROWS:
                 self._rows.popitem(last=False)
         return self._rows[key]
 
@@ -194,7 +199,7 @@ class Babel(Source):
         if key not in self._sentences:
             say = self._speakers[language].say
             self._sentences[key] = [say(row) for row in self._row_block(split, stream, block)]
-            if len(self._sentences) > _CACHED_BLOCKS:
+            if len(self._sentences) > _CACHED_SENTENCES:
                 self._sentences.popitem(last=False)
         return self._sentences[key]
 
