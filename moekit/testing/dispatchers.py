@@ -102,10 +102,14 @@ def check_dropless(factory: Factory) -> None:
 
 def check_rows(factory: Factory) -> None:
     """Rows are grouped by expert: packed ``[R, D]`` with counts, or padded ``[E, C, D]`` with zeros between."""
-    capacity = 3
+    for capacity in (3, 12):  # all slots taken, and some free
+        _check_rows(factory(), capacity)
+
+
+def _check_rows(dispatcher: Dispatcher, capacity: int) -> None:
     routing = random_routing(T, E, 2, capacity=capacity)
     x = skewed_tokens(T, D)
-    sent = factory().dispatch(x, routing)
+    sent = dispatcher.dispatch(x, routing)
     kept = torch.zeros(E, dtype=torch.int64).index_add_(0, routing.expert, routing.kept.long())
     if sent.counts is None:
         shape = (E, capacity, D)

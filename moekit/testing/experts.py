@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from moekit.experts.base import Experts
 from moekit.testing import modules
@@ -151,24 +150,14 @@ def check_checkpointing(factory: Factory) -> None:
     """Activation checkpointing (recomputing forward in the backward) changes nothing, dropout included."""
     experts = build(factory, training=True)
     counts = _counts(experts.num_experts)
-    rows = skewed_tokens(int(counts.sum()), experts.dim)
-    plain = trace(lambda x: experts(x, counts), experts, rows)
-    again = trace(lambda x: checkpoint(experts, x, counts, use_reentrant=False), experts, rows)
-    assert_same(again, plain, "activation checkpointing changes the result")
+    modules.check_checkpointing(experts, skewed_tokens(int(counts.sum()), experts.dim), counts=counts)
 
 
 def check_compiles(factory: Factory) -> None:
     """The padded path compiles to one graph with the results of eager, and is not compiled again for other values."""
-    torch._dynamo.reset()
     experts = build(factory, training=False)
-    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager", dynamic=False)
-    shape = (experts.num_experts, 3, experts.dim)
-    for seed, stance in ((0, "default"), (1, "fail_on_recompile")):
-        rows = skewed_tokens(shape[0] * shape[1], shape[2], seed=seed).view(shape)
-        with torch.compiler.set_stance(stance):
-            fast = trace(compiled, experts, rows)
-        slow = trace(experts, experts, rows)
-        assert_same(fast, slow, "the compiled padded path differs from eager")
+    e, dim = experts.num_experts, experts.dim
+    modules.check_compiles(experts, [skewed_tokens(3 * e, dim, seed=seed).view(e, 3, dim) for seed in (0, 1)])
 
 
 def check_has_a_source(factory: Factory) -> None:

@@ -9,13 +9,15 @@ import copy
 import inspect
 import io
 import pickle
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from moekit.testing.cases import seeded
+from moekit.testing.cases import seeded, trace
 from moekit.testing.closeness import assert_same, rule
 
 M = TypeVar("M", bound=nn.Module)
@@ -117,7 +119,9 @@ def check_forward_stores_nothing(factory: Factory[M], run: Run[M]) -> None:
     """Forward and backward change no buffer and leave nothing on the module: recomputation runs forward twice."""
     module = build(factory, training=True)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    before = {name: dict(vars(part)) for name, part in module.named_modules()}
+    before = {
+        name: {key: (value, _size(value)) for key, value in vars(m).items()} for name, m in module.named_modules()
+    }
     run(module)
     for name, buffer in module.named_buffers():
         rule(
@@ -127,9 +131,57 @@ def check_forward_stores_nothing(factory: Factory[M], run: Run[M]) -> None:
         )
     for name, part in module.named_modules():
         for key, value in vars(part).items():
-            same = key in before[name] and before[name][key] is value
+            was, size = before[name].get(key, (None, None))
+            attribute = f"{name}.{key}" if name else key
             rule(
-                same or not isinstance(value, Tensor | list | dict | int | float),
-                f"forward sets {name + '.' if name else ''}{key}. Return results, do not store them: a module must "
-                "be the same after forward.",
+                was is value or not isinstance(value, Tensor | list | dict | int | float),
+                f"forward sets {attribute}. Return results, do not store them: a module is the same after forward.",
             )
+            rule(
+                size == _size(value),
+                f"forward changes {attribute}. Return results, do not collect them: forward may run twice a step.",
+            )
+
+
+def _size(value: object) -> int | None:
+    return len(value) if isinstance(value, list | dict | set) else None
+
+
+def check_compiles(module: M, inputs: Sequence[Tensor], **arguments: object) -> None:
+    """`module` compiles to one graph, with the results of eager, and is not compiled again for other values.
+
+    Args:
+        module: what to compile.
+        inputs: two or more tensors of one shape.
+        **arguments: passed to forward.
+    """
+    name = type(module).__name__
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=False)
+    stance = "default"
+    for x in inputs:
+        try:
+            with torch.compiler.set_stance(stance):
+                fast = trace(partial(compiled, **arguments), module, x)
+        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+            raise AssertionError(
+                f"{name} does not compile to one graph, once for all values: {error}\nRead no number from a tensor "
+                "(.item(), .tolist(), if tensor:), and let no shape depend on data."
+            ) from error
+        assert_same(fast, trace(partial(module, **arguments), module, x), f"compiled {name} differs from eager")
+        stance = "fail_on_recompile"
+
+
+def check_checkpointing(module: M, x: Tensor, **arguments: object) -> None:
+    """Activation checkpointing (recomputing forward in the backward) changes nothing, randomness included."""
+
+    def recomputed(x: Tensor) -> Any:
+        return checkpoint(partial(module, **arguments), x, use_reentrant=False)
+
+    plain = trace(partial(module, **arguments), module, x)
+    what = "activation checkpointing changes the result"
+    try:
+        again = trace(recomputed, module, x)
+    except CheckpointError as error:
+        raise AssertionError(f"{what}: forward does something else the second time. {error}") from error
+    assert_same(again, plain, what)
