@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,8 +59,8 @@ class TokenizerOptions:
 
 
 def default_cache() -> Path:
-    """The user's cache folder for moekit, by the desktop standard."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moekit"
+    """The user's cache folder for moekit."""
+    return Path.home() / ".cache" / "moekit"
 
 
 class MultitaskData(L.LightningDataModule):

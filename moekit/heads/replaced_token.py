@@ -62,8 +62,10 @@ class ReplacedTokenHead(Head):
         logits = generator.logits(hidden[masked])
         loss = predict(logits, batch.labels[masked]).loss
         with torch.no_grad():
+            # In evaluation the same batch gets the same samples every time.
+            draw = None if self.training else torch.Generator(logits.device).manual_seed(0)
             probs = logits.float().softmax(-1)
-            sampled = torch.multinomial(probs, 1).squeeze(1) if probs.shape[0] else batch.labels[masked]
+            sampled = torch.multinomial(probs, 1, generator=draw).squeeze(1) if len(probs) else batch.labels[masked]
         return batch.source.masked_scatter(masked, sampled), loss
 
     def compute(self, batch: Batch, backbone: Any) -> HeadOutput:  # noqa: D102

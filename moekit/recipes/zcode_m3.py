@@ -28,7 +28,8 @@ from moekit.heads import DenoisingHead, Head, MaskedLMHead, ReplacedTokenHead, T
 from moekit.layer import AuxLosses, MoELayer
 from moekit.recipes._command import Recipe, main
 from moekit.recipes._config import DataConfig, EvaluateConfig, TaskConfig, TrainConfig, active_tasks
-from moekit.recipes._pipeline import Built, commands
+from moekit.recipes._parts import Built
+from moekit.recipes._pipeline import commands
 from moekit.routers import zcode_m3
 from moekit.transformer import EncoderDecoder, EncoderOnly, LayerNorm, Side, every_other
 

@@ -130,15 +130,22 @@ class MultitaskModule(L.LightningModule):
         if total is None:
             raise ValueError(f"a training batch must hold at least one of the tasks {list(self.heads)}: got none.")
         logs = {name: torch.stack(v).mean() if isinstance(v, list) else v for name, v in logs.items()}
+        logs["lr"] = self._learning_rate()
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=1)
         # log_dict takes some 50 microseconds a value; values nobody will write are not handed over.
         trainer: Any = self.trainer
         if (self.global_step + 1) % trainer.log_every_n_steps == 0:
             self.log_dict(logs, batch_size=1)
             if self.train_routing is not None and self.train_routing.update_called:
-                self.log_dict({f"train/{k}": v for k, v in self.train_routing.log_values().items()}, batch_size=1)
+                self.log_dict(_routing_values(self.train_routing, "train"), batch_size=1)
                 self.train_routing.reset()
         return total
+
+    def _learning_rate(self) -> float:
+        """That of the first parameter group."""
+        optimizers: Any = self.optimizers()
+        first = optimizers[0] if isinstance(optimizers, list) else optimizers
+        return float(first.param_groups[0]["lr"])
 
     def _count(self, metric: RoutingStatistics | None, out: HeadOutput, batch: Batch) -> None:
         """Count load by layer, an encoder's by source language and a decoder's by target language."""
@@ -165,7 +172,7 @@ class MultitaskModule(L.LightningModule):
             logs[f"valid/{task}/loss"] = math.log(value)
             logs[f"valid/{task}/accuracy"] = float(self.valid_accuracy[task].compute())
         if self.valid_routing is not None and self.valid_routing.update_called:
-            logs.update({f"valid/{name}": value for name, value in self.valid_routing.log_values().items()})
+            logs.update(_routing_values(self.valid_routing, "valid"))
             self.routing = self.valid_routing.compute()
             self.routing_summary = self.valid_routing.summary()
             self.valid_routing.reset()
@@ -223,3 +230,13 @@ def sparse_layers(backbone: Any) -> dict[str, int]:
         side, number = name.split(".")
         sizes[name] = int(getattr(backbone, side).blocks[int(number)].feed_forward.router.num_experts)
     return sizes
+
+
+def _routing_values(metric: RoutingStatistics, stage: str) -> dict[str, float]:
+    """Means over layers, and the drop rate and entropy of each layer."""
+    values = {f"{stage}/{name}": value for name, value in metric.log_values().items()}
+    for name, layer in metric.summary()["layers"].items():
+        for what in ("drop_rate", "entropy"):
+            if layer[what] is not None:
+                values[f"{stage}/routing/{name}/{what}"] = float(layer[what])
+    return values

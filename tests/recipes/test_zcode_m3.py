@@ -19,13 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moekit.recipes import zcode_m3
 from moekit.recipes._command import main
-from moekit.recipes._pipeline import parameters
+from moekit.recipes._parts import parameters
 
 SMALL = [
-    "--data.babel_languages", "2", "--data.babel_sentences", "600", "--data.vocab_size", "300",
+    "--data.babel_languages", "2", "--data.babel_sentences", "600", "--data.vocab_size", "700", "--data.max_length", "64",
     "--model.dim", "16", "--model.heads", "2", "--model.hidden_dim", "32", "--model.num_experts", "4",
     "--model.generator_dim", "8", "--model.dropout", "0.1",
-    "--tasks.translation.tokens", "256", "--tasks.denoising.tokens", "96",
+    "--tasks.translation.tokens", "256", "--tasks.denoising.tokens", "128",
     "--tasks.masked_lm.tokens", "64", "--tasks.replaced_token.tokens", "64",
     "--train.warmup_steps", "2", "--train.log_every", "1", "--train.accelerator", "cpu",
     "--evaluate.max_sentences", "6", "--evaluate.valid_sentences", "6", "--evaluate.beam_size", "2",
@@ -207,18 +207,18 @@ def _wait_for_row(folder: Path, step: int, process: subprocess.Popen[bytes]) -> 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_resumes_step_for_step(how: signal.Signals, cache: Path, tmp_path: Path) -> None:
     """With dropout, jitter, random token selection and sampled replacements: every loss to the last digit."""
-    end = ["--train.max_steps", "60", "--train.checkpoint_steps", "7", "--data.cache", cache]
+    end = ["--train.max_steps", "24", "--train.checkpoint_steps", "4", "--data.cache", cache]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert recipe("fit", *SMALL, *end, "--out", whole) == 0
     process = _start(["fit", *SMALL, *end, "--out", stopped])
-    _wait_for_row(stopped, 10, process)
+    _wait_for_row(stopped, 5, process)
     process.send_signal(how)
     code = process.wait(60)
     assert code == (143 if how == signal.SIGTERM else -signal.SIGKILL)
-    assert max(_losses(stopped)) < 59
+    assert max(_losses(stopped)) < 23
     assert recipe("fit", *SMALL, *end, "--out", stopped, "--resume") == 0
     assert _losses(stopped) == _losses(whole)
-    assert len(_losses(whole)) == 60
+    assert len(_losses(whole)) == 24
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ LINES = "".join(f"line {i} of the text\n" for i in range(40))
     ("files", "words"),
     [
         ({"en": LINES, "de": LINES + "one more\n"}, ["41", "40"]),
-        ({"en": LINES, "de": ""}, ["train.de", "empty"]),
+        ({"en": LINES, "de": ""}, [".de", "empty"]),
         ({"en": LINES, "de": LINES.encode() + b"\xff\xfe\n"}, ["UTF-8", "line 41"]),
         ({"en": LINES}, ["en"]),
     ],

@@ -1,0 +1,133 @@
+"""What every command of a recipe stands on: the parts of a model, the module around them, data and a Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from moekit.data.module import MultitaskData
+from moekit.heads.base import Head
+from moekit.layer import AuxLosses
+from moekit.recipes._config import TrainConfig, active_tasks
+from moekit.recipes._data import make_data
+from moekit.training.budget import Budget
+from moekit.training.checkpoint_io import AtomicCheckpointIO
+from moekit.training.multitask import MultitaskModule
+from moekit.training.optimizers import adamw
+from moekit.training.schedules import Constant, Cosine, InverseSquareRoot
+
+_ENDLESS = 100_000_000
+"""Batches of a run that only minutes limit."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """The parts of a model: the network, its heads, and the weights of its routers' losses."""
+
+    backbone: nn.Module
+    heads: list[Head]
+    aux: AuxLosses | None
+
+
+Build = Callable[[Any, int], Built]
+
+
+def run_data(config: Any) -> MultitaskData:
+    """The data module of a run; its one epoch is as long as the run may be, so that every stop is in its middle."""
+    steps = config.train.max_steps * config.train.accumulate or _ENDLESS
+    return make_data(config.data, config.tasks, config.evaluate, devices=config.train.devices, steps=steps)
+
+
+def make_module(build: Build, config: Any, data: MultitaskData) -> tuple[MultitaskModule, Budget]:
+    """The LightningModule of a run, and the budget that its schedule follows."""
+    train: TrainConfig = config.train
+    tokenizer = data.tokenizer
+    built = build(config, tokenizer.vocab_size)
+    budget = Budget(max_steps=train.max_steps or None, max_minutes=train.max_minutes or None)
+
+    def optimizer(module: nn.Module) -> torch.optim.Optimizer:
+        return adamw(
+            module,
+            lr=train.learning_rate,
+            betas=train.betas,
+            weight_decay=train.weight_decay,
+            expert_lr_multiplier=train.expert_lr_multiplier,
+        )
+
+    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        match train.schedule:
+            case "cosine":
+                return Cosine(optimizer, budget, train.warmup_steps, minimum=0.05)
+            case "inverse_square_root":
+                return InverseSquareRoot(optimizer, train.warmup_steps)
+            case "constant":
+                return Constant(optimizer, train.warmup_steps)
+
+    module = MultitaskModule(
+        built.backbone,
+        built.heads,
+        weights={name: task.weight for name, task in active_tasks(config.tasks).items()},
+        aux=built.aux,
+        languages=tokenizer.languages,
+        directions=[str(direction) for direction in data.directions],
+        optimizer=optimizer,
+        schedule=schedule,
+        log_routing_every=train.log_every,
+        samples=config.evaluate.samples,
+    )
+    return module, budget
+
+
+def make_trainer(train: TrainConfig, **options: Any) -> L.Trainer:
+    """A Trainer with the settings that training and evaluation share."""
+    with quiet():
+        return L.Trainer(
+            accelerator=train.accelerator,
+            devices=train.devices,
+            precision=train.precision,
+            accumulate_grad_batches=train.accumulate,
+            gradient_clip_val=train.clip or None,
+            log_every_n_steps=train.log_every,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,
+            **options,
+        )
+
+
+def parameters(backbone: nn.Module) -> dict[str, int]:
+    """Parameters of a network: all, and those that one token passes (k of an expert bank's E experts)."""
+    total = sum(p.numel() for p in backbone.parameters())
+    idle = 0
+    for layer in backbone.modules():
+        experts, router = getattr(layer, "experts", None), getattr(layer, "router", None)
+        if isinstance(experts, nn.Module) and router is not None:
+            share = getattr(router, "k", 1) / router.num_experts
+            idle += round(sum(p.numel() for p in experts.parameters()) * (1 - share))
+    return {"total": total, "active": total - idle}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's chatter, which says nothing that the run's own lines do not."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning.*")
+            warnings.filterwarnings("ignore", module="torch.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
