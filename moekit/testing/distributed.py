@@ -130,12 +130,26 @@ def _rank_main(rank: int, world_size: int, folder: str, end: float, fn: Callable
                 "gloo", init_method=f"file://{room / 'rendezvous'}", rank=rank, world_size=world_size
             )
             torch.manual_seed(0)
-            result = fn(*args)
-            torch.save(result, room / f"{rank}.partial")
-            (room / f"{rank}.partial").rename(room / f"{rank}.result")
+            _write(fn(*args), room / f"{rank}.result")
             dist.destroy_process_group()
         except BaseException:
             (room / f"{rank}.error").write_text(traceback.format_exc(), encoding="utf-8")
             sys.exit(1)
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+
+def _write(result: Any, path: Path) -> None:
+    """Write what a rank returned, as data.
+
+    Raises:
+        TypeError: if it is more than data.
+    """
+    torch.save(result, path)
+    try:
+        torch.load(path, weights_only=True)
+    except Exception as error:
+        raise TypeError(
+            f"a function of run_distributed returned what cannot be sent back: {result!r}. Return tensors, numbers, "
+            "strings, and lists, tuples and dicts of them."
+        ) from error
