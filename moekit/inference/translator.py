@@ -12,6 +12,7 @@ from moekit.data.tokenizer import Tokenizer
 from moekit.inference.beam import BeamSearch
 from moekit.inference.generate import generate
 from moekit.inference.interface import LengthLimit, Search
+from moekit.inference.length_penalty import GNMTPenalty
 from moekit.inference.sampling import Greedy
 
 
@@ -107,8 +108,6 @@ class Translator:
 
 def search_for(beam_size: int, length_penalty: float) -> Search:
     """Greedy search for a beam of 1, else a beam search with the penalty ((5 + length) / 6) ** alpha."""
-    from moekit.inference.length_penalty import GNMTPenalty
-
     return Greedy() if beam_size == 1 else BeamSearch(beam_size, penalty=GNMTPenalty(length_penalty))
 
 

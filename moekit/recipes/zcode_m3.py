@@ -31,7 +31,7 @@ from moekit.recipes._config import DataConfig, EvaluateConfig, TaskConfig, Train
 from moekit.recipes._parts import Built
 from moekit.recipes._pipeline import commands
 from moekit.routers import zcode_m3
-from moekit.transformer import EncoderDecoder, EncoderOnly, LayerNorm, Side, every_other
+from moekit.transformer import EncoderDecoder, EncoderOnly, LayerNorm, Side, SinusoidalPositions, every_other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +144,7 @@ def backbone(model: ModelConfig, vocab_size: int) -> EncoderDecoder:
         model.hidden_dim,
         feed_forward=every_other(sparse) if model.num_experts else None,
         norm=LayerNorm,
+        positions=SinusoidalPositions(),
         activation=model.activation,
         dropout=model.dropout,
         checkpoint=model.checkpoint,
@@ -169,6 +170,7 @@ def heads(config: Config, vocab_size: int) -> list[Head]:
                     max(1, model.heads // 2),
                     model.generator_layers,
                     4 * model.generator_dim,
+                    positions=SinusoidalPositions(),
                 )
                 made.append(ReplacedTokenHead(small, model.dim, discriminator_weight=config.discriminator_weight))
             case _:
