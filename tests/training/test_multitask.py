@@ -40,6 +40,7 @@ def make_batch(task: str, seed: int = 0, direction: str | None = None) -> Batch:
 
 
 def module(**options: object) -> MultitaskModule:
+    torch.manual_seed(0)
     heads = [TranslationHead(label_smoothing=0.0), DenoisingHead(label_smoothing=0.0), MaskedLMHead(DIM)]
     settings: dict[str, object] = {"aux": mk.AuxLosses(load_balance=1e-2), "languages": ["aa", "bb"]} | options
     return MultitaskModule(backbone(), heads, **settings)  # type: ignore[arg-type]
