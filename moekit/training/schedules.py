@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from moekit.errors import UserError
 from moekit.training.budget import Budget
 
 
@@ -92,7 +93,8 @@ class Cosine(WarmupSchedule):
         minimum: last factor.
 
     Raises:
-        ValueError: if the warm-up does not fit into the steps, or `minimum` is not in 0..1.
+        UserError: if the warm-up does not fit into the steps.
+        ValueError: if `minimum` is not in 0..1.
 
     Source: arXiv:1608.03983 eq. 5, one cycle; the warm-up is ours.
     """
@@ -100,8 +102,9 @@ class Cosine(WarmupSchedule):
     def __init__(self, optimizer: Optimizer, budget: int | Budget, warmup: int = 0, minimum: float = 0.0) -> None:
         self.budget = budget if isinstance(budget, Budget) else Budget(max_steps=budget)
         if self.budget.max_steps is not None and warmup >= self.budget.max_steps:
-            raise ValueError(
-                f"warmup must be shorter than the run: got {warmup} of {self.budget.max_steps} steps. Lower warmup."
+            raise UserError(
+                f"the warm-up must be shorter than the run: got {warmup} of {self.budget.max_steps} steps. Lower the "
+                "warm-up steps or train longer."
             )
         if not 0 <= minimum <= 1:
             raise ValueError(f"minimum must be a part of the peak in 0..1: got {minimum}.")

@@ -42,6 +42,8 @@ class Batches:
 
     def __init__(self) -> None:
         self.epoch = self.place = 0
+        world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        self.rows = slice(rank, None, world)  # each process its share of every batch
 
     def __len__(self) -> int:
         return BATCHES
@@ -51,7 +53,7 @@ class Batches:
             generator = torch.Generator().manual_seed(1000 * self.epoch + place)
             # Lightning asks a loader with a length for no more than its last batch: roll over before handing it out.
             self.epoch, self.place = (self.epoch + 1, 0) if place + 1 == BATCHES else (self.epoch, place + 1)
-            yield torch.randn(4, 8, generator=generator)
+            yield torch.randn(4, 8, generator=generator)[self.rows]
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "place": self.place}
@@ -100,13 +102,13 @@ class Model(L.LightningModule):
     def training_step(self, batch: Tensor, _: int) -> Tensor:
         noise = random.random() + np.random.rand()
         loss = self.net(batch).square().mean() + noise * self.net(batch).mean()
-        self.log("train/loss", loss)
+        self.log("train/loss", loss, sync_dist=True)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def validation_step(self, batch: list[Tensor], _: int) -> None:
         torch.rand(3)
-        self.log("valid/loss", self.net(batch[0]).square().mean())
+        self.log("valid/loss", self.net(batch[0]).square().mean(), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = adamw(self, lr=1e-2)
@@ -129,7 +131,8 @@ class Strike(Callback):
     where: str
 
     def send(self, trainer: L.Trainer, where: str, step: int) -> None:
-        if (where, step) == (self.where, self.step) and not trainer.sanity_checking:
+        here = trainer.world_size == 1 or trainer.global_rank == 1
+        if here and (where, step) == (self.where, self.step) and not trainer.sanity_checking:
             os.kill(os.getpid(), getattr(signal, f"SIG{self.name}"))
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
@@ -164,6 +167,9 @@ def main(folder: Path, loader: str, resume: bool, strike: Strike | None) -> None
         random.random(), torch.rand(5)  # a resumed process is elsewhere in its random streams
     trainer = L.Trainer(
         accelerator="cpu",
+        devices=int(os.environ.get("WORLD_SIZE", "1")),
+        strategy="ddp" if "WORLD_SIZE" in os.environ else "auto",
+        use_distributed_sampler=False,
         max_steps=STEPS,
         max_epochs=-1,
         accumulate_grad_batches=2,
@@ -189,13 +195,21 @@ def main(folder: Path, loader: str, resume: bool, strike: Strike | None) -> None
         valid,
         ckpt_path=path if resume else None,
     )
+    if not trainer.is_global_zero:
+        return
     weights = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
     (folder / "end.txt").write_text(f"{weights.sum().item()!r} {model.net[2].scale.item()!r}")
 
 
-def in_process(folder: Path, loader: str, resume: bool, strike: Strike | None) -> None:
+def in_process(
+    folder: Path, loader: str, resume: bool, strike: Strike | None, rank: int, world: int, port: int
+) -> None:
     """`main` as the target of a process, with its standard error in a file."""
     folder.mkdir(parents=True, exist_ok=True)
-    errors = os.open(folder / "errors.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    errors = os.open(folder / f"errors{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(errors, 2)
+    if world > 1:  # as torchrun would say it
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in names.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
     main(folder, loader, resume, strike)

@@ -6,13 +6,13 @@ import json
 import math
 import pickle
 import random
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
@@ -217,8 +217,13 @@ def _process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    mp.spawn(_process, args=(str(tmp_path),), nprocs=2)
+def test_two_processes_give_what_one_gives(tmp_path: Path, forkserver: ForkServerContext) -> None:
+    processes = [forkserver.Process(target=_process, args=(rank, str(tmp_path))) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0
     alone = _metrics()
     for part in (0, 1):
         _update(alone, part)

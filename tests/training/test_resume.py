@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-import multiprocessing
 import signal
+import socket
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -17,30 +18,31 @@ Whole = dict[str, tuple[str, list[dict[str, str]]]]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _server() -> None:
-    """Processes are forked from one that has imported everything once."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["lightning", "torch._dynamo", "moekit.training.callbacks.interrupt", "moekit.training.run_folder"]
-    )
+def _server(forkserver: ForkServerContext) -> None:
+    Run.context = forkserver
 
 
 class Run:
     """The program in a folder."""
 
+    context: ForkServerContext
+
     def __init__(self, folder: Path, loader: str) -> None:
         self.folder, self.loader = folder, loader
 
-    def start(self, *, resume: bool = False, strike: Strike | None = None) -> BaseProcess:
-        process = multiprocessing.get_context("forkserver").Process(
-            target=resume_program.in_process, args=(self.folder, self.loader, resume, strike)
+    def start(
+        self, *, resume: bool = False, strike: Strike | None = None, rank: int = 0, world: int = 1, port: int = 0
+    ) -> BaseProcess:
+        process = self.context.Process(
+            target=resume_program.in_process, args=(self.folder, self.loader, resume, strike, rank, world, port)
         )
         process.start()
         return process
 
-    def end(self, process: BaseProcess) -> tuple[int | None, str]:
+    def end(self, process: BaseProcess, rank: int = 0) -> tuple[int | None, str]:
         """Exit code and standard error."""
         process.join(timeout=120)
-        errors = self.folder / "errors.txt"
+        errors = self.folder / f"errors{rank}.txt"
         return process.exitcode, errors.read_text() if errors.exists() else ""
 
     def finish(self, process: BaseProcess) -> str:
@@ -131,3 +133,27 @@ def test_a_run_survives_two_stops(tmp_path: Path, whole: Whole) -> None:
         code, errors = run.end(run.start(resume=resume, strike=Strike("TERM", step, "first batch")))
         assert code == 143, errors
     same(run, run.finish(run.start(resume=True)), whole)
+
+
+def pair(run: Run, *, resume: bool = False, strike: Strike | None = None) -> list[tuple[int | None, str]]:
+    """The run in two processes; how each of them ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [run.start(resume=resume, strike=strike, rank=rank, world=2, port=port) for rank in (0, 1)]
+    return [run.end(process, rank) for rank, process in enumerate(processes)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strike", [Strike("TERM", 7, "first batch"), Strike("INT", 12, "validation")], ids=str)
+def test_two_processes_agree_on_a_signal_to_one_and_resume_exactly(tmp_path: Path, strike: Strike) -> None:
+    whole, stopped = Run(tmp_path / "whole", "epochs"), Run(tmp_path / "stopped", "epochs")
+    assert [code for code, _ in pair(whole)] == [0, 0]
+    ends = pair(stopped, strike=strike)
+    # The process that got no signal of its own reports the agreed stop as a SIGTERM.
+    assert [code for code, _ in ends] == [143, {"TERM": 143, "INT": 130}[strike.name]], ends
+    assert 0 < len(stopped.rows()) < STEPS
+    ends = pair(stopped, resume=True)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert stopped.rows() == whole.rows()
+    assert (stopped.folder / "end.txt").read_text() == (whole.folder / "end.txt").read_text()

@@ -104,26 +104,31 @@ class Throughput(Callback):
         if self._pending:
             self._collect(trainer)
 
-    def _collect(self, trainer: L.Trainer) -> float:
-        """Add the pending batches to the totals; the rate of their window."""
-        # One read of the device for the whole window.
-        tokens = torch.stack([torch.as_tensor(count, dtype=torch.int64) for count in self._pending]).sum()
-        if trainer.world_size > 1:
-            tokens = trainer.strategy.reduce(tokens.to(trainer.strategy.root_device), reduce_op="sum")
-        now = self._clock()
-        window = now - self._since
-        self.tokens += int(tokens)
-        self.seconds += window
-        self._since, self._pending = now, []
-        return int(tokens) / window if window > 0 else 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Totals so far; batches since the last log are counted by the run that goes on."""
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the totals into the checkpoint, batches that were not logged yet included."""
         now = self._clock() if self._paused is None else self._paused
-        pending = sum(int(count) for count in self._pending)
         seconds = self.seconds + (now - self._since if self._pending else 0.0)
-        return {"tokens": self.tokens + pending, "seconds": seconds}
+        state = {"tokens": self.tokens + self._count_pending(trainer), "seconds": seconds}
+        checkpoint["callbacks"][self.state_key] = state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the totals."""
         self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
+
+    def _collect(self, trainer: L.Trainer) -> float:
+        """Add the pending batches to the totals; the rate of their window."""
+        tokens, now = self._count_pending(trainer), self._clock()
+        window = now - self._since
+        self.tokens += tokens
+        self.seconds += window
+        self._since, self._pending = now, []
+        return tokens / window if window > 0 else 0.0
+
+    def _count_pending(self, trainer: L.Trainer) -> int:
+        """Tokens of the pending batches of all processes; one read of the device for all of them."""
+        if not self._pending:
+            return 0  # the same in all processes, which have made the same steps
+        tokens = torch.stack([torch.as_tensor(count, dtype=torch.int64) for count in self._pending]).sum()
+        if trainer.world_size > 1:
+            tokens = trainer.strategy.reduce(tokens.to(trainer.strategy.root_device), reduce_op="sum")
+        return int(tokens)
