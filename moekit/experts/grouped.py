@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.experts.base import Experts, product, rows_of, truncated_normal_
+from moekit.functional.dropout import dropout
 
 Activation = Literal["relu", "gelu", "silu"]
 
@@ -85,7 +86,7 @@ class GroupedMLP(Experts):
         hidden = product(rows, self.w_in, counts)
         if self.b_in is not None:
             hidden = hidden + rows_of(self.b_in, rows, counts)
-        hidden = F.dropout(self._act(hidden), self.dropout, self.training)
+        hidden = dropout(self._act(hidden), self.dropout, training=self.training)
         out = product(hidden, self.w_out, counts)
         return out if self.b_out is None else out + rows_of(self.b_out, rows, counts)
 
@@ -148,7 +149,7 @@ class GroupedGLU(Experts):
 
     def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
         hidden = self._act(product(rows, self.w_gate, counts)) * product(rows, self.w_up, counts)
-        return product(F.dropout(hidden, self.dropout, self.training), self.w_out, counts)
+        return product(dropout(hidden, self.dropout, training=self.training), self.w_out, counts)
 
     def reference(self, expert: int, x: Tensor) -> Tensor:  # noqa: D102
         hidden = self._act(x @ self.w_gate[expert]) * (x @ self.w_up[expert])

@@ -7,11 +7,11 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from moekit.component import Component
+from moekit.functional.dropout import dropout
 from moekit.layer import MoEOutput
 from moekit.routing import Routing, RoutingContext
 from moekit.transformer.attention import AttentionPlan, CrossAttention, SelfAttention
 from moekit.transformer.cache import LayerCache
-from moekit.transformer.dropout import dropout
 from moekit.transformer.output import BlockOutput
 
 

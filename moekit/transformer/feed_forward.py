@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moekit.transformer.dropout import dropout
+from moekit.functional.dropout import dropout
 
 Side = Literal["encoder", "decoder"]
 Activation = Literal["relu", "gelu", "silu"]

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moekit.component import Component
+from moekit.functional.dropout import dropout
 from moekit.routing import Routing
 from moekit.transformer.attention import CrossAttention, SelfAttention, plan_attention
 from moekit.transformer.block import Block
 from moekit.transformer.cache import DecoderCache
 from moekit.transformer.context import routing_context
-from moekit.transformer.dropout import dropout
 from moekit.transformer.feed_forward import MLP, Activation, FeedForwardFactory, Side
 from moekit.transformer.norms import LayerNorm
 from moekit.transformer.output import StackOutput

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moekit.transformer.dropout import dropout
+from moekit.functional.dropout import dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
