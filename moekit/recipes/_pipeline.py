@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +134,7 @@ class Pipeline:
                 folder.checkpoints,
                 every_n_steps=train.checkpoint_steps or None,
                 every_n_minutes=train.checkpoint_minutes or None,
-                how_to_resume=f"the same command with --resume --out {folder.path}",
+                how_to_resume=self._resume_command(),
             ),
         ]
         trainer = make_trainer(
@@ -162,6 +164,11 @@ class Pipeline:
         if values.get("recipe") != self.recipe:
             raise UserError(f"{folder.path} must hold a run of {self.recipe}: it is of {values.get('recipe')}.")
         return from_plain(type(config), values, f"{folder.path}/config.yaml")
+
+    def _resume_command(self) -> str:
+        """The command that was given, with --resume."""
+        given = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+        return shlex.join(["python", "-m", f"moekit.recipes.{self.recipe}", *given, "--resume"])
 
     def _command(self, command: str, folder: RunFolder) -> str:
         return f"python -m moekit.recipes.{self.recipe} {command} --out {folder.path}"
