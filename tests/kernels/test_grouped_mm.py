@@ -90,6 +90,13 @@ def test_only_the_gradient_that_is_asked_for() -> None:
 def test_half_precision_is_multiplied_in_float32_where_the_machine_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 rows: one rounding at the end, as if all had been float32."""
     monkeypatch.setattr(module, "_multiplies_in_float32", lambda dtype: dtype == torch.bfloat16)
+    multiplied, mm = set(), torch.mm
+
+    def recording(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+        multiplied.update((a.dtype, b.dtype, out.dtype))
+        return mm(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", recording)
     x, weight, counts = case([40, 0, 24], torch.bfloat16)
     out = grouped_mm(x, weight, counts)
     wide_x, wide_weight = (t.detach().float().requires_grad_() for t in (x, weight))
@@ -103,6 +110,7 @@ def test_half_precision_is_multiplied_in_float32_where_the_machine_is_slow(monke
         strict=True,
     ):
         assert torch.equal(found, expected.bfloat16())
+    assert multiplied == {torch.float32}
 
 
 def test_half_precision_as_the_machine_is() -> None:
