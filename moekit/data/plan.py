@@ -267,10 +267,11 @@ def _exactly(begins: list[int], batches: int, least_rows: int) -> NDArray[np.int
         largest = int(np.argmax(sizes))
         half = sizes[largest] // 2
         sizes[largest : largest + 1] = [sizes[largest] - half, half]
-    # The last run got what was left: let its neighbours give it its least number of sentences.
-    for i in range(batches - 1, 0, -1):
-        lack = least_rows - sizes[i]
-        if lack > 0:
+    # A run that is too short (the last, which got what was left, or half of a small one) takes from the run before it;
+    # where that leaves too few at the head, runs take from the one behind.
+    for order, giver in ((range(batches - 1, 0, -1), -1), (range(batches - 1), 1)):
+        for i in order:
+            lack = max(0, least_rows - sizes[i])
             sizes[i] += lack
-            sizes[i - 1] -= lack
+            sizes[i + giver] -= lack
     return np.concatenate([[0], np.cumsum(sizes)])

@@ -32,14 +32,19 @@ def lists(text: Ragged) -> list[list[int]]:
     return [row.tolist() for row in text]
 
 
-@given(rows, seeds, st.sampled_from([0.0, 0.15, 0.3, 0.7]), st.sampled_from(["poisson", "geometric"]))
-@settings(max_examples=150, deadline=None)
+@given(
+    rows,
+    seeds,
+    st.sampled_from([0.0, 0.15, 0.3, 0.7]),
+    st.sampled_from([1, 3]),
+    st.sampled_from(["poisson", "geometric"]),
+)
+@settings(max_examples=200, deadline=None)
 def test_infilled_sentences_are_the_clean_ones_with_spans_cut_out(
-    sentences: list[list[int]], seed: int, ratio: float, kind: Any
+    sentences: list[list[int]], seed: int, ratio: float, mean: int, kind: Any
 ) -> None:
-    noised = infill_spans(
-        Ragged.of(sentences), keys(len(sentences), seed), ratio=ratio, mean_length=3, markers=(MASK,), span_length=kind
-    )
+    own = keys(len(sentences), seed)
+    noised = infill_spans(Ragged.of(sentences), own, ratio=ratio, mean_length=mean, markers=(MASK,), span_length=kind)
     assert len(noised) == len(sentences)
     for clean, row in zip(sentences, lists(noised), strict=True):
         assert _matches(row, clean)
