@@ -42,7 +42,9 @@ def service_order(
         tokens = torch.argsort(probs.detach().amax(0), descending=True, stable=True)
         order = tokens.expand(k, t)
     else:
-        order = torch.rand(k, t, device=probs.device, generator=generator).argsort(dim=1)
+        # Not in torch's default type: where that is bf16, draws have 256 values, and ties prefer the early tokens.
+        draws = torch.rand(k, t, dtype=torch.float32, device=probs.device, generator=generator)
+        order = draws.argsort(dim=1)
     return (order + torch.arange(k, device=probs.device)[:, None] * t).reshape(-1)
 
 

@@ -19,5 +19,5 @@ def dropout(x: Tensor, probability: float, *, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu" or probability >= 1.0:
         return F.dropout(x, probability)
-    factor = (torch.rand(x.shape) >= probability).to(x.dtype)
+    factor = (torch.rand(x.shape, dtype=torch.float32, device=x.device) >= probability).to(x.dtype)
     return x * factor.mul_(1.0 / (1.0 - probability))

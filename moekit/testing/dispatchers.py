@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -143,20 +144,25 @@ def check_identity(factory: Factory) -> None:
 
 
 def check_masked_content(factory: Factory) -> None:
-    """What is in a row that nobody keeps does not matter, be it NaN: not for outputs and not for gradients."""
+    """What is in a row that nobody keeps, and its weight, does not matter, be it NaN."""
     routing = random_routing(T, E, 1, capacity=2)
     lost = ~routing.kept
     experts = _experts(torch.float32)
     dispatcher = factory()
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor, routing: Routing = routing) -> Tensor:
         sent = dispatcher.dispatch(x, routing)
         return dispatcher.combine(experts(sent.rows, sent.counts), routing, sent.handle)
 
     x = skewed_tokens(T, D)
-    poisoned = x.clone()
-    poisoned[lost] = float("nan")
-    assert_same(trace(run, experts, poisoned), trace(run, experts, x), "NaN in rows that are not kept leaks")
+    clean = trace(run, experts, x)
+    assert_same(
+        trace(run, experts, x.masked_fill(lost[:, None], float("nan"))), clean, "NaN in rows that are not kept leaks"
+    )
+    weight = routing.weight.masked_fill(lost, float("nan"))
+    assert_same(
+        trace(partial(run, routing=_weighted(routing, weight)), experts, x), clean, "NaN in weights not kept leaks"
+    )
 
 
 def check_edge_sizes(factory: Factory) -> None:

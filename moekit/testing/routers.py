@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -282,7 +283,10 @@ def check_future(factory: Factory) -> None:
 
 
 def check_low_precision(factory: Factory) -> None:
-    """Router arithmetic is float32: in a bf16 module, and under autocast, as in float32 on the same values."""
+    """Router arithmetic is float32: in a bf16 module, and under autocast, as in float32 on the same values.
+
+    The bf16 module runs with bf16 as torch's default type, as under Lightning's precision "bf16-true".
+    """
     for training, phase in _phases():
         router = build(factory, training=training)
         with torch.no_grad():
@@ -292,13 +296,27 @@ def check_low_precision(factory: Factory) -> None:
         x = x.bfloat16().float()
         expected = tensors_of(_route(router, x, context))
         half = copy.deepcopy(router).bfloat16()
-        found = tensors_of(_route(half, x.bfloat16(), context))
-        hint = "the router computes in low precision: widen x and weights to float32, with autocast off"
+        with _default_dtype(torch.bfloat16):
+            found = tensors_of(_route(half, x.bfloat16(), context))
+        hint = (
+            "the router computes in low precision: widen x and weights to float32, with autocast off, and say "
+            "dtype=torch.float32 where you make tensors or draw random numbers"
+        )
         assert_same(found, expected, f"bf16 module {phase}: {hint}")
         rule(found["weight"].dtype == torch.float32, f"weights of a bf16 router are {found['weight'].dtype}.")
         with torch.autocast("cpu", torch.bfloat16):
             cast = tensors_of(_route(router, x, context))
         assert_same(cast, expected, f"autocast {phase}: {hint}")
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    was = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(was)
 
 
 def check_checkpointing(factory: Factory) -> None:

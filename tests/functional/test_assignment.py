@@ -101,6 +101,19 @@ def test_random_selection_is_uniform() -> None:
     assert chi_square > 2.0  # a fixed rotation would be too even
 
 
+def test_random_order_does_not_depend_on_the_default_type() -> None:
+    """Under bf16 as torch's default type draws would have 256 values, and every tie a preference."""
+    probs = torch.rand(1, 3000)
+    expected = service_order(probs, "random", generator=torch.Generator().manual_seed(4))
+    was = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = service_order(probs, "random", generator=torch.Generator().manual_seed(4))
+    finally:
+        torch.set_default_dtype(was)
+    assert torch.equal(found, expected)
+
+
 def test_random_choices_are_drawn_apart() -> None:
     """The order inside the second choice is not that of the first."""
     order = service_order(torch.rand(2, 40), "random")
