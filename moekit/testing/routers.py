@@ -303,7 +303,9 @@ def check_low_precision(factory: Factory) -> None:
             "dtype=torch.float32 where you make tensors or draw random numbers"
         )
         assert_same(found, expected, f"bf16 module {phase}: {hint}")
-        rule(found["weight"].dtype == torch.float32, f"weights of a bf16 router are {found['weight'].dtype}.")
+        rule(
+            found["weight"].dtype == torch.float32, f"bf16 module {phase}: weights are {found['weight'].dtype}; {hint}."
+        )
         with torch.autocast("cpu", torch.bfloat16):
             cast = tensors_of(_route(router, x, context))
         assert_same(cast, expected, f"autocast {phase}: {hint}")
