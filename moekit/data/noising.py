@@ -240,7 +240,7 @@ def _choose(lengths: NDArray[np.int64], count: NDArray[np.int64], keys: Keys, st
     row = np.repeat(np.arange(len(lengths)), lengths)
     starts = np.cumsum(lengths) - lengths
     column = np.arange(len(row)) - starts[row]
-    order = np.argsort(row + uniform(keys[row], column, stream))
+    order = np.argsort(row + uniform(keys[row], column, stream), kind="stable")
     chosen = np.zeros(len(row), dtype=bool)
     chosen[order] = column < count[row]  # sorted by row, so the rank within a row is the column
     return chosen

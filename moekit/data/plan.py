@@ -9,6 +9,7 @@ many batches of equal padded size as there are steps, and the batches shuffled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from moekit.data.mixture import TemperatureSchedule, sampling_probabilities
 from moekit.errors import UserError
 
 WINDOW = 64  # steps; more = less padding, fewer = a mixture that follows its schedule more closely
-_STRIP = 3  # sentences whose first side differs by less than this are sorted by the other side
+_STRIP = 1.2  # sentences whose first sides differ by less than this factor are sorted by the other side
 _ORDER, _BATCH, _ROW, _PHASE, _NOISE = range(5)
 
 
@@ -194,16 +195,17 @@ class Plan:
         rows = self._draws(window)
         where = self._offset[rows.stream] + rows.index
         source, target = self._source[where], self._target[where]
-        strip = -(-source // _STRIP)
+        strip = (np.log(source) / math.log(_STRIP)).astype(np.int64)
         # Strip by strip from long to short; the other side rises in one strip and falls in the next: it never jumps.
-        second = np.where(strip % 2, target, -target) if self._two_sided else -source
-        order = np.lexsort((second, -strip))
+        by_both = (np.where(strip % 2, target, -target), -strip)
+        order = np.lexsort(by_both if self._two_sided else (-source,))
         cuts = cut(source[order], target[order] if self._two_sided else None, WINDOW, self._least)
         batch = np.repeat(np.arange(WINDOW), np.diff(cuts))
         own = fold(self._key, np.array([window]))
-        shuffled = np.argsort(uniform(own, np.arange(WINDOW), _BATCH))
+        shuffled = np.argsort(uniform(own, np.arange(WINDOW), _BATCH), kind="stable")
         within = uniform(rows.keys[order], np.zeros(1, dtype=np.int64), _ROW)
-        order = order[np.argsort(batch + within)]  # a batch must not be sorted: capacity may favour the first
+        # Shuffled inside each batch as well: a capacity by position would favour whatever comes first.
+        order = order[np.argsort(batch + within, kind="stable")]
         return [rows[order[cuts[b] : cuts[b + 1]]] for b in shuffled]
 
 
