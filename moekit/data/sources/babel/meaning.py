@@ -52,7 +52,7 @@ class Rates:
     adjective_2: float = 0.0
     possessor: float = 0.0
     relative: float = 0.0
-    zipf: float = 0.7
+    zipf: float = 1.0
 
 
 RATES: dict[Complexity, Rates] = {
