@@ -201,8 +201,9 @@ def tasks(translation: int, denoising: int, masked_lm: int, replaced_token: int)
 
 
 TINY = Config(
-    tasks=tasks(translation=3072, denoising=512, masked_lm=256, replaced_token=256),
-    train=TrainConfig(max_steps=1800, max_minutes=6.0, validate_every=300),
+    data=DataConfig(vocab_size=1600),
+    tasks=tasks(translation=2048, denoising=256, masked_lm=160, replaced_token=160),
+    train=TrainConfig(max_steps=3300, max_minutes=7.5, validate_every=300),
     evaluate=EvaluateConfig(max_sentences=150, valid_sentences=25),
 )
 SMALL = Config(
