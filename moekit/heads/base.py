@@ -137,8 +137,9 @@ class Head(Component, ABC):
             extra, terms = self.aux(*out.routings.values())
             total = total + extra
             logs.update({f"{stage}/aux/{name}": value for name, value in terms.items()})
-        logs[f"{stage}/{self.task}/loss"] = out.loss.detach()
-        logs[f"{stage}/{self.task}/accuracy"] = out.correct / out.num_predictions.clamp_min(1)
+        predictions = out.num_predictions.clamp_min(1)
+        logs[f"{stage}/{self.task}/loss"] = out.nll / predictions
+        logs[f"{stage}/{self.task}/accuracy"] = out.correct / predictions
         self.log_dict(logs, batch_size=own.source.shape[0])
         return total
 

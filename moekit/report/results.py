@@ -89,8 +89,8 @@ def losses(run: RunFolder) -> str:
     lead = (
         "A loss says how surprised the model is by the right answer, in nats per predicted token; lower is better, and "
         "it should fall quickly, then slowly. Blue is training, orange held-out sentences. Worry if orange rises while "
-        "blue falls (overfitting), or if either jumps or stays flat from the start. Label smoothing, where it is used, "
-        "counts in training only and lifts the blue line."
+        "blue falls (overfitting), or if either jumps or stays flat from the start. Neither counts label "
+        "smoothing or the weights of tasks."
     )
     figures = [_loss_figure(task, run.metrics) for task in tasks(run)]
     figures += _accuracy(run)

@@ -51,10 +51,10 @@ class MultitaskModule(L.LightningModule):
         log_routing_every: steps between updates of the routing statistics in training.
         samples: translations of each direction kept for a report, in `samples`.
 
-    Logs ``train/loss``, ``train/<task>/loss``, ``train/<task>/accuracy``, ``train/aux/<name>``,
-    ``train/routing/<name>``, ``lr`` and, in validation, ``valid/<task>/loss`` (nats per prediction, no smoothing),
-    ``valid/<task>/accuracy``, ``valid/<task>/perplexity`` and ``valid/routing/<name>``; in the test
-    ``test/bleu/<direction>``, ``test/chrf/<direction>`` and their averages.
+    Logs ``train/loss`` (the objective), ``train/<task>/loss`` (nats per prediction, without smoothing, weights and
+    routers' losses), ``train/<task>/accuracy``, ``train/aux/<name>``, ``train/routing/<name>`` and ``lr``; in
+    validation ``valid/<task>/loss``, ``valid/<task>/accuracy``, ``valid/<task>/perplexity`` and
+    ``valid/routing/<name>``; in the test ``test/bleu/<direction>``, ``test/chrf/<direction>`` and their averages.
 
     Raises:
         ValueError: two heads of one task, or a weight for a task that has no head.
@@ -122,7 +122,8 @@ class MultitaskModule(L.LightningModule):
                 for name, value in terms.items():
                     logs.setdefault(f"train/aux/{name}", []).append(value)
             total = self.weights[task] * loss if total is None else total + self.weights[task] * loss
-            logs[f"train/{task}/loss"] = out.loss.detach()
+            # The same quantity as in validation: nats per prediction, without smoothing and weights.
+            logs[f"train/{task}/loss"] = out.nll / out.num_predictions.clamp_min(1)
             logs[f"train/{task}/accuracy"] = out.correct / out.num_predictions.clamp_min(1)
             logs.update({f"train/{task}/{name}": value for name, value in out.extra.items()})
             if watch:

@@ -27,13 +27,13 @@ class Forms:
     """Every word of a language, inflected; lists are indexed by concept (from 0).
 
     Attributes:
-        noun: [noun][plural][definite][case].
-        noun_class: [noun].
-        adjective: [adjective][class][plural][case].
-        verb: [verb][class][plural][tense][negative], particles included.
-        relative_verb: [verb], the form inside a relative clause.
-        article: [class][plural], empty where there is none.
-        case_particle: [case], empty where there is none.
+        noun: ``[noun][plural][definite][case]``.
+        noun_class: ``[noun]``.
+        adjective: ``[adjective][class][plural][case]``.
+        verb: ``[verb][class][plural][tense][negative]``, particles included.
+        relative_verb: ``[verb]``, the form inside a relative clause.
+        article: ``[class][plural]``, empty where there is none.
+        case_particle: ``[case]``, empty where there is none.
         relativizer: the word that joins a relative clause to its noun.
     """
 
