@@ -43,6 +43,12 @@ def evaluate(build: Build, config: Any, folder: RunFolder, console: Console) -> 
     module, data, checkpoint = load(build, config, folder)
     search = search_for(settings.beam_size, settings.length_penalty)
     module.translate = Translator(module.backbone, data.tokenizer, search=search)
+
+    def originals(direction: str, numbers: list[int]) -> tuple[list[str], list[str]]:
+        pairs = data.pairs(direction, "test")
+        return [pairs[i][0] for i in numbers], [pairs[i][1] for i in numbers]
+
+    module.originals = originals
     trainer = make_trainer(config.train, logger=False, enable_checkpointing=False, callbacks=[TrainingProgress()])
     with quiet():
         valid = trainer.validate(module, datamodule=data, verbose=False)[0]

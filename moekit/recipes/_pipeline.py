@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from moekit.data.module import MultitaskData
@@ -115,9 +116,12 @@ class Pipeline:
         data = run_data(config)
         data.summary()  # reads and plans everything before the folder is made: bad data leaves nothing behind
         settings = {"recipe": self.recipe, "variant": options.variant, **plain(config)}
-        folder = RunFolder.create(
-            path, settings, resume=options.resume, overwrite=options.overwrite, may_differ=_MAY_DIFFER
-        )
+        if rank_zero_only.rank == 0:
+            folder = RunFolder.create(
+                path, settings, resume=options.resume, overwrite=options.overwrite, may_differ=_MAY_DIFFER
+            )
+        else:
+            folder = RunFolder(path)  # the first process makes it, and starts the others
         checkpoint = folder.last_checkpoint if options.resume else None
         if checkpoint is not None:
             check_checkpoint(checkpoint, settings, may_differ=_MAY_DIFFER)
@@ -148,7 +152,8 @@ class Pipeline:
             check_val_every_n_epoch=None if train.validate_every else 1,
             limit_val_batches=1.0 if train.validate_every else 0,
         )
-        self._say(config, module, data, folder)
+        if trainer.is_global_zero:
+            self._say(config, module, data, folder)
         model = torch.compile(module) if train.compile else module
         with quiet():
             trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)  # type: ignore[arg-type]

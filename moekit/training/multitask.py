@@ -95,6 +95,8 @@ class MultitaskModule(L.LightningModule):
         self.routing_summary: dict[str, Any] | None = None
         self.scores: dict[str, Any] | None = None
         self.translate: Translate | None = None
+        # The sentences as they were before tokenization, by direction and number: what BLEU is to be computed on.
+        self.originals: Callable[[str, list[int]], tuple[list[str], list[str]]] | None = None
 
         self.valid_perplexity = TokenPerplexity(tasks)
         self.valid_accuracy = MetricCollection({task: MeanMetric() for task in tasks}, compute_groups=False)
@@ -195,10 +197,12 @@ class MultitaskModule(L.LightningModule):
         assert batch.target is not None, "translation batches have a target"
         assert batch.direction is not None, "test batches hold one direction each"
         hypotheses = self.translate.batch(batch)
-        references = self.translate.text(batch.target)
+        if self.originals is not None and batch.index is not None:
+            sources, references = self.originals(batch.direction, batch.index.tolist())
+        else:
+            sources, references = self.translate.text(batch.source), self.translate.text(batch.target)
         self.test_score.update(batch.direction, hypotheses, references)
         taken = sum(sample["direction"] == batch.direction for sample in self.samples)
-        sources = self.translate.text(batch.source)
         rows = list(zip(sources, references, hypotheses, strict=True))[: max(0, self.samples_per_direction - taken)]
         for source, reference, hypothesis in rows:
             self.samples.append(

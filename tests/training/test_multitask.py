@@ -136,6 +136,19 @@ def test_the_test_scores_translations_and_keeps_samples(tmp_path: Path) -> None:
     assert model.samples[0]["hypothesis"] == "wrong words here"
 
 
+def test_scores_are_of_the_original_text_where_it_is_known(tmp_path: Path) -> None:
+    """Not of what the tokenizer made of it."""
+    model = module(directions=["aa-bb"])
+    batch = make_batch("translation", 1, "aa-bb")
+    batch.index = torch.tensor([1, 0])
+    model.translate = Echo()
+    written = ["wrong words here", Echo().text(batch.source)[1]]
+    model.originals = lambda direction, numbers: (["source"] * 2, [written[1 - i] for i in numbers])
+    values = trainer(tmp_path).test(model, DataLoader([batch], batch_size=None), verbose=False)[0]
+    assert values["test/chrf/aa-bb"] == pytest.approx(100)
+    assert model.samples[0]["source"] == "source"
+
+
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match="different tasks"):
         MultitaskModule(backbone(), [TranslationHead(), TranslationHead()])
