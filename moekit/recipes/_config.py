@@ -66,7 +66,8 @@ class TrainConfig:
 
     Attributes:
         max_steps: optimizer steps; 0 = no limit.
-        max_minutes: minutes of training; 0 = no limit. The first limit that is reached ends training.
+        max_minutes: minutes of training; 0 = no limit. The first limit that is reached ends training; the learning
+            rate follows the steps where max_steps is given, else the minutes.
         learning_rate: peak of AdamW.
         warmup_steps: linear warm-up.
         schedule: what follows the warm-up: cosine, inverse_square_root or constant.

@@ -65,7 +65,10 @@ def make_module(build: Build, config: Any, data: MultitaskData) -> tuple[Multita
     def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         match train.schedule:
             case "cosine":
-                return Cosine(optimizer, budget, train.warmup_steps, minimum=0.05)
+                # Where steps are given the learning rate is a function of the step alone, so that a resumed run
+                # equals one that was never stopped; minutes then only end the run.
+                length = Budget(max_steps=train.max_steps) if train.max_steps else budget
+                return Cosine(optimizer, length, train.warmup_steps, minimum=0.05)
             case "inverse_square_root":
                 return InverseSquareRoot(optimizer, train.warmup_steps)
             case "constant":

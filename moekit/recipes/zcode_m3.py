@@ -203,7 +203,7 @@ def tasks(translation: int, denoising: int, masked_lm: int, replaced_token: int)
 TINY = Config(
     data=DataConfig(vocab_size=1600),
     tasks=tasks(translation=2048, denoising=256, masked_lm=160, replaced_token=160),
-    train=TrainConfig(max_steps=3300, max_minutes=7.5, validate_every=300),
+    train=TrainConfig(max_steps=3000, max_minutes=9.0, validate_every=300),
     evaluate=EvaluateConfig(max_sentences=150, valid_sentences=25),
 )
 SMALL = Config(
