@@ -6,16 +6,23 @@ import dataclasses
 import difflib
 import re
 import sys
+import typing
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
 
 from moekit.errors import UserError
+from moekit.training.run_folder import plain
 
 C = TypeVar("C")
+
+
+class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """jsonargparse's help with the description's own line breaks."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +75,10 @@ def _nearest(word: str, known: Sequence[str], what: str) -> str:
     return f" Did you mean {near[0]}?" if near else f" Known {what}: {', '.join(known)}."
 
 
-def _plain(value: Any) -> Any:
-    """A dataclass as nested plain data, tuples as lists."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
-
-
-plain = _plain
+def as_plain(config: Any) -> dict[str, Any]:
+    """A configuration as nested plain data, as YAML and checkpoints hold it."""
+    values: dict[str, Any] = plain(dataclasses.asdict(config))
+    return values
 
 
 def build_parser(recipe: Recipe[C], command: str, variant: str) -> ArgumentParser:
@@ -101,22 +100,8 @@ def build_parser(recipe: Recipe[C], command: str, variant: str) -> ArgumentParse
     parser.add_argument("--config", action="config", help="YAML file with settings; later options win over it")
     recipe.commands[command].options(parser)
     parser.add_class_arguments(type(config), as_group=False)
-    parser.set_defaults(_plain(config))
+    parser.set_defaults(as_plain(config))
     return parser
-
-
-def _help_class() -> type:
-    from argparse import RawDescriptionHelpFormatter
-
-    from jsonargparse import DefaultHelpFormatter
-
-    class Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-        """jsonargparse's help with the description's own line breaks."""
-
-    return Help
-
-
-_Help = _help_class()
 
 
 def _keys(parser: ArgumentParser) -> list[str]:
@@ -186,7 +171,7 @@ def _main(recipe: Recipe[Any], argv: list[str]) -> int | None:
 
 def _build(cls: type[C], values: Any) -> C:
     """The dataclass `cls` from parsed values, nested dataclasses and mappings of them included."""
-    hints = _hints(cls)
+    hints = typing.get_type_hints(cls)
     known = {}
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
         known[f.name] = _coerce(hints[f.name], values[f.name])
@@ -196,18 +181,9 @@ def _build(cls: type[C], values: Any) -> C:
 def _coerce(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else _build(hint, value)
-    if getattr(hint, "__origin__", None) in (dict, Mapping) and isinstance(value, Mapping):
-        inner = hint.__args__[1]
-        return {k: _coerce(inner, v) for k, v in value.items()}
     if getattr(hint, "__origin__", None) is tuple and isinstance(value, (list, tuple)):
         return tuple(value)
     return value
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    import typing
-
-    return typing.get_type_hints(cls)
 
 
 def from_plain(cls: type[C], values: Mapping[str, Any], where: str) -> C:

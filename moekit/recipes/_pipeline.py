@@ -15,7 +15,7 @@ from rich.console import Console
 
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
-from moekit.recipes._command import Command, from_plain, plain
+from moekit.recipes._command import Command, as_plain, from_plain
 from moekit.recipes._config import TrainConfig
 from moekit.recipes._evaluation import evaluate
 from moekit.recipes._generation import generate
@@ -115,8 +115,8 @@ class Pipeline:
         path = self._folder(options)
         data = run_data(config)
         data.summary()  # reads and plans everything before the folder is made: bad data leaves nothing behind
-        settings = {"recipe": self.recipe, "variant": options.variant, **plain(config)}
-        if rank_zero_only.rank == 0:
+        settings = {"recipe": self.recipe, "variant": options.variant, **as_plain(config)}
+        if getattr(rank_zero_only, "rank", 0) == 0:
             folder = RunFolder.create(
                 path, settings, resume=options.resume, overwrite=options.overwrite, may_differ=_MAY_DIFFER
             )

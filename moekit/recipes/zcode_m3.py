@@ -207,13 +207,13 @@ TINY = Config(
     evaluate=EvaluateConfig(max_sentences=150, valid_sentences=25),
 )
 SMALL = Config(
+    # Half an hour on a laptop is some ten million tokens: few parameters for a token, and many small steps, learn most.
     data=DataConfig(vocab_size=4000, temperature=5.0),
     # Encoder twice as deep as the decoder, as in the paper.
-    model=ModelConfig(
-        dim=192, heads=4, encoder_layers=4, decoder_layers=2, hidden_dim=768, num_experts=8, dropout=0.05
-    ),
-    tasks=tasks(translation=3072, denoising=384, masked_lm=192, replaced_token=192),
-    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=300, validate_every=250),
+    model=ModelConfig(dim=128, encoder_layers=4, decoder_layers=2, hidden_dim=512, dropout=0.05),
+    tasks=tasks(translation=1280, denoising=256, masked_lm=128, replaced_token=128),
+    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, validate_every=500),
+    evaluate=EvaluateConfig(valid_sentences=50),
 )
 PAPER = Config(
     data=DataConfig(source="moses", vocab_size=250_000, temperature=5.0, max_length=512),

@@ -23,7 +23,8 @@ from moekit.recipes._parts import parameters
 
 SMALL = [
     "--data.babel_languages", "2", "--data.babel_sentences", "600", "--data.vocab_size", "700",
-    "--data.max_length", "64", "--model.dim", "16", "--model.heads", "2", "--model.hidden_dim", "32", "--model.num_experts", "4",
+    "--data.max_length", "64", "--model.dim", "16",
+    "--model.heads", "2", "--model.hidden_dim", "32", "--model.num_experts", "4",
     "--model.generator_dim", "8", "--model.dropout", "0.1",
     "--tasks.translation.tokens", "256", "--tasks.denoising.tokens", "128",
     "--tasks.masked_lm.tokens", "64", "--tasks.replaced_token.tokens", "64",
