@@ -85,7 +85,6 @@ class TrainConfig:
         seed: of weights, dropout, noise and routing.
         devices: processes; on a CPU more than one is distributed data parallel.
         accelerator: auto, cpu or gpu.
-        compile: compile the model with torch.compile.
     """
 
     max_steps: int = 1000
@@ -107,7 +106,6 @@ class TrainConfig:
     seed: int = 1
     devices: int = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

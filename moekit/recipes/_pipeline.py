@@ -154,9 +154,8 @@ class Pipeline:
         )
         if trainer.is_global_zero:
             self._say(config, module, data, folder)
-        model = torch.compile(module) if train.compile else module
         with quiet():
-            trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)  # type: ignore[arg-type]
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         return folder
 
     # -- small things ----------------------------------------------------------------------------------------------
