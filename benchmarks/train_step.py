@@ -123,7 +123,7 @@ def transformers_arm(config: zcode_m3.Config, vocab_size: int, batch: Batch, dev
     peer.to(device).train()
     assert batch.target is not None
     assert batch.target_mask is not None
-    labels = torch.where(batch.target_mask, batch.target, -100)[:, 1:]
+    labels = torch.where(batch.target_mask, batch.target, -100)[:, 1:].contiguous()
 
     def loss() -> torch.Tensor:
         with autocast(device, precision):
