@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.experts.base import Experts, product, rows_of, truncated_normal_
+from moekit.functional.activation import Activation, activation_function
 from moekit.functional.dropout import dropout
-
-Activation = Literal["relu", "gelu", "silu"]
-
-
-def _gelu(x: Tensor) -> Tensor:
-    # At the top of the module and not a lambda: a module that holds one cannot be pickled.
-    return F.gelu(x, approximate="tanh")
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": _gelu, "silu": F.silu}
-
-
-def _activation(name: str) -> Callable[[Tensor], Tensor]:
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}: got {name!r}.")
-    return _ACTIVATIONS[name]
 
 
 class GroupedMLP(Experts):
@@ -66,7 +50,7 @@ class GroupedMLP(Experts):
         super().__init__()
         self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
         self.activation, self.dropout, self.init_scale = activation, dropout, init_scale
-        self._act = _activation(activation)
+        self._act = activation_function(activation)
         self.w_in = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w_out = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.b_in = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias else None
@@ -134,7 +118,7 @@ class GroupedGLU(Experts):
         super().__init__()
         self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
         self.activation, self.dropout, self.init_scale = activation, dropout, init_scale
-        self._act = _activation(activation)
+        self._act = activation_function(activation)
         self.w_gate = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w_up = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w_out = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar, Literal, Protocol
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moekit.functional.activation import Activation, activation_function
 from moekit.functional.dropout import dropout
 
 Side = Literal["encoder", "decoder"]
-Activation = Literal["relu", "gelu", "silu"]
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 class FeedForwardFactory(Protocol):
@@ -24,12 +18,6 @@ class FeedForwardFactory(Protocol):
 
     def __call__(self, layer: int, side: Side, /) -> nn.Module | None:
         """Make the feed-forward of layer number `layer` (0 = first) of the encoder or the decoder."""
-
-
-def _check(activation: str) -> str:
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}: got {activation!r}.")
-    return activation
 
 
 class MLP(nn.Module):
@@ -62,13 +50,14 @@ class MLP(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.activation, self.dropout = _check(activation), dropout
+        self.activation, self.dropout = activation, dropout
+        self._act = activation_function(activation)
         self.w_in = nn.Linear(dim, hidden_dim, bias=bias)
         self.w_out = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute Float[..., D]."""
-        hidden = _ACTIVATIONS[self.activation](self.w_in(x))
+        hidden = self._act(self.w_in(x))
         return self.w_out(dropout(hidden, self.dropout, training=self.training))
 
 
@@ -102,14 +91,15 @@ class GLU(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.activation, self.dropout = _check(activation), dropout
+        self.activation, self.dropout = activation, dropout
+        self._act = activation_function(activation)
         self.w_in = nn.Linear(dim, 2 * hidden_dim, bias=bias)
         self.w_out = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute Float[..., D]."""
         gate, up = self.w_in(x).chunk(2, dim=-1)
-        hidden = _ACTIVATIONS[self.activation](gate) * up
+        hidden = self._act(gate) * up
         return self.w_out(dropout(hidden, self.dropout, training=self.training))
 
 

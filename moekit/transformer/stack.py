@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moekit.component import Component
+from moekit.functional.activation import Activation
 from moekit.functional.dropout import dropout
 from moekit.routing import Routing
 from moekit.transformer.attention import CrossAttention, SelfAttention, plan_attention
 from moekit.transformer.block import Block
 from moekit.transformer.cache import DecoderCache
 from moekit.transformer.context import routing_context
-from moekit.transformer.feed_forward import MLP, Activation, FeedForwardFactory, Side
+from moekit.transformer.feed_forward import MLP, FeedForwardFactory, Side
 from moekit.transformer.norms import LayerNorm
 from moekit.transformer.output import StackOutput
 from moekit.transformer.positions import Positions, RelativePositions
