@@ -200,11 +200,13 @@ class Router(Component, ABC):
         looks_ahead: whether a token's route may depend on later tokens of its sequence (random or probability
             priority, expert choice). Such a router is refused in a causal decoder ...
         allow_future: ... unless this says that the leak is wanted.
+        observes: whether `observe` wants to be told what training forwards returned.
     """
 
     num_experts: int
     looks_ahead: bool = False
     allow_future: bool = False
+    observes: bool = False
 
     def check_causal(self) -> None:
         """Raise ValueError if this router would let a causal decoder see later tokens unasked."""
@@ -214,6 +216,20 @@ class Router(Component, ABC):
                 'causal decoder. Use Capacity(priority="position") or a dropless router there, or accept the leak '
                 "with allow_future=True."
             )
+
+    def observe(self, routing: Routing) -> None:
+        """Take note of what a training forward returned: the place where load is counted. Does nothing here.
+
+        Forward stores nothing, because activation checkpointing runs it twice. Under a Trainer every router with
+        ``observes = True`` is told each `Routing` of a training batch once: after the backward of that batch, so that
+        nothing moves between a forward and its recomputation, and before `on_step_end` if the optimizer has stepped.
+        Validation is not told. Without a Trainer, call it after ``backward()`` and `on_step_end` after
+        ``optimizer.step()``. What is noted is of this process alone; `on_step_end` sums over processes what must be
+        the same in all.
+
+        Args:
+            routing: what forward returned; its tensors carry no gradient here.
+        """
 
     @abstractmethod
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:

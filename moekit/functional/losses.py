@@ -20,6 +20,7 @@ def load_balance(
     sequence: Tensor | None = None,
     scope: BalanceScope = "batch",
     group: dist.ProcessGroup | None = None,
+    earlier: Tensor | None = None,
 ) -> Tensor:
     """Load-balancing loss of Switch Transformers: E * sum_e f_e * P_e.
 
@@ -33,14 +34,17 @@ def load_balance(
         mask: Bool[T], real tokens; padding is in no sum and in no denominator.
         sequence: Int64[T], needed for scope "sequence".
         scope: over which tokens f and P are taken. "batch" = the tokens given; "sequence" = each sequence apart, then
-            the mean over sequences; "global" = f summed over all ranks of `group`, P local.
-        group: process group for scope "global"; None = the world. Without torch.distributed, "global" is "batch".
+            the mean over sequences; "global" = f summed over all ranks of `group` and over `earlier`, P local.
+        group: process group for scope "global"; None = the world. Without torch.distributed nothing is summed.
+        earlier: Int64[E] or Float[E], for scope "global": assignments counted on this process in the micro-batches
+            of the same optimizer step that came before.
 
     Returns:
         Float scalar. 0 where there is no real token.
 
     Raises:
-        ValueError: if `scope` is unknown, or is "sequence" and `sequence` is missing.
+        ValueError: if `scope` is unknown, or is "sequence" and `sequence` is missing; if `earlier` comes with another
+            scope than "global".
 
     Source: arXiv:2101.03961 eq. 4-6; arXiv:2006.16668 Algorithm 1; scope "global": arXiv:2501.11873.
     Differs: f is divided by the number of counted assignments, so k > 1 keeps the minimum at 1. GShard's own loss is
@@ -53,6 +57,10 @@ def load_balance(
     """
     if scope not in ("batch", "sequence", "global"):
         raise ValueError(f'load_balance scope must be "batch", "sequence" or "global": got {scope!r}.')
+    if earlier is not None and scope != "global":
+        raise ValueError(
+            f'load_balance adds earlier counts for scope "global" only: got {scope!r}. Leave `earlier` out.'
+        )
     t, num_experts = probs.shape
     real = torch.ones(t, dtype=torch.bool, device=probs.device) if mask is None else mask
     # Filled, not multiplied: zero times the NaN that padding may hold is NaN.
@@ -69,6 +77,8 @@ def load_balance(
         return _by_sequence(probs, expert, hit, real, sequence)
     counts = torch.zeros(num_experts, dtype=probs.dtype, device=probs.device)
     counts = counts.index_add(0, expert.reshape(-1), hit.reshape(-1).to(probs.dtype))
+    if earlier is not None:
+        counts = counts + earlier.to(counts)
     if scope == "global" and dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts, group=group)
     share = counts / counts.sum().clamp_min(1)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moekit.functional.assignment import queue_positions, service_order
 from moekit.functional.losses import BalanceScope, load_balance, router_z
+from moekit.functional.precision import wide_linear
+from moekit.routers.choices import AllChoices, LaterChoices
+from moekit.routers.exploration import Exploration
+from moekit.routers.overflow import NoTokenLeftBehind
+from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
 from moekit.routing import Capacity, Router, Routing, RoutingContext
 
 Renormalise = Literal["none", "before_drop", "after_drop"]
-ChoicePolicy = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Balance:
     Attributes:
         count: "first" counts first choices only (GShard, Mesh-TensorFlow, fairseq), "all" counts all k.
         when: "before_drop" counts what asked for a place in a queue, "after_drop" what was computed.
-        scope: see `moekit.functional.load_balance`.
+        scope: see `moekit.functional.load_balance`. "global" counts over all processes and over the micro-batches of
+            the optimizer step so far (in training; the Trainer's binding feeds `Router.observe`). In evaluation, over
+            all processes.
     """
 
     count: Literal["first", "all"] = "first"
@@ -42,27 +45,12 @@ class Balance:
             if getattr(self, name) not in values:
                 raise ValueError(f"Balance.{name} must be one of {', '.join(values)}: got {getattr(self, name)!r}.")
 
-
-@dataclass(frozen=True)
-class RandomChoice:
-    """Send a later choice with probability ``min(1, weight / threshold)``.
-
-    Threshold 0.5 is GShard's rule "2 g2 > U(0, 1)" (arXiv:2006.16668 Algorithm 1); 0.2 is ST-MoE's
-    (arXiv:2202.08906 appendix C). In training only: in evaluation every choice is sent.
-
-    Differs: a choice that is not sent takes no place in its expert's queue. Algorithm 1 raises the expert's counter
-    for every second choice, sent or not, and so leaves slots empty.
-    """
-
-    threshold: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"RandomChoice.threshold must be in (0, 1]: got {self.threshold}.")
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        """Bool of the shape of `weight`: which choices are sent."""
-        return weight.detach() > torch.rand_like(weight) * self.threshold
+    def load(self, routing: Routing) -> Tensor:
+        """Int64[E]: what the loss counted of a routing whose list is choice-major."""
+        hit = routing.kept if self.when == "after_drop" else routing.queued
+        choices = routing.num_tokens if self.count == "first" else routing.expert.numel()
+        counts = torch.zeros(routing.num_experts, dtype=torch.int64, device=hit.device)
+        return counts.index_add(0, routing.expert[:choices], hit[:choices].to(torch.int64))
 
 
 class TopKRouter(Router):
@@ -79,8 +67,9 @@ class TopKRouter(Router):
         renormalise: whether the k weights of a token are scaled to sum to 1: "none", "before_drop" (a dropped choice
             takes its weight along: GShard, ST-MoE) or "after_drop" (the surviving choices share it: fairseq,
             DeepSpeed).
-        later_choices: which of the choices after the first are sent in training; None = all.
-        jitter: multiply the router's input (not the experts') by U(1 - jitter, 1 + jitter) in training.
+        later_choices: how the choices after the first are picked and which are sent; None = `AllChoices`.
+        exploration: noise in training (`InputJitter`, ...); None = argmax.
+        overflow: what becomes of choices that find no room: None = dropped, or `NoTokenLeftBehind`.
         balance: how the load-balancing loss counts.
         init_scale: variance scale of the truncated normal init (arXiv:2101.03961 table 3).
         allow_future: accept priorities that look at later tokens in a causal decoder.
@@ -89,8 +78,7 @@ class TopKRouter(Router):
     over real tokens) and ``logsumexp``. Assignments are listed choice-major: all first choices, then all second.
 
     Source: arXiv:2101.03961 section 2.1 and 2.4; arXiv:2006.16668 Algorithm 1; arXiv:2202.08906 section 3.
-    Differs: jitter multiplies the router's input, as in the authors' code; the pseudo-code of arXiv:2101.03961 adds
-        it to the logits. Later choices take their place after all first choices, kept or not (Algorithm 1 counts
+    Differs: later choices take their place after all first choices, kept or not (Algorithm 1 counts
         overflow too). In evaluation nothing is random and, by default, nothing is dropped.
     """
 
@@ -102,8 +90,9 @@ class TopKRouter(Router):
         *,
         capacity: Capacity | None = None,
         renormalise: Renormalise = "none",
-        later_choices: ChoicePolicy | None = None,
-        jitter: float = 0.0,
+        later_choices: LaterChoices | None = None,
+        exploration: Exploration | None = None,
+        overflow: NoTokenLeftBehind | None = None,
         balance: Balance | None = None,
         init_scale: float = 0.1,
         allow_future: bool = False,
@@ -114,8 +103,6 @@ class TopKRouter(Router):
                 f"k must be between 1 and num_experts: got k={k} and num_experts={num_experts}. A token cannot "
                 "choose more experts than there are."
             )
-        if not 0 <= jitter < 1:
-            raise ValueError(f"jitter must be in [0, 1): got {jitter}. The papers use 0.01.")
         if renormalise not in ("none", "before_drop", "after_drop"):
             raise ValueError(f'renormalise must be "none", "before_drop" or "after_drop": got {renormalise!r}.')
         if k == 1 and renormalise != "none":
@@ -125,11 +112,14 @@ class TopKRouter(Router):
             )
         self.dim, self.num_experts, self.k = dim, num_experts, k
         self.capacity = capacity or Capacity()
-        self.renormalise, self.later_choices, self.jitter = renormalise, later_choices, jitter
+        self.renormalise, self.later_choices = renormalise, later_choices or AllChoices()
+        self.exploration, self.overflow = exploration, overflow
         self.balance = balance or Balance()
         self.init_scale = init_scale
         self.allow_future = allow_future
         self.looks_ahead = self.capacity.looks_ahead
+        self.observes = self.balance.scope == "global"
+        self._window = LoadWindow(num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.reset_parameters()
 
@@ -144,65 +134,58 @@ class TopKRouter(Router):
         """Shown by ``print(model)``."""
         return f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, capacity={self.capacity}"
 
+    def observe(self, routing: Routing) -> None:
+        """Count load for the balance loss of the micro-batches that follow in this step; see `Router.observe`."""
+        if self.observes:
+            self._window.add(self.balance.load(routing))
+
+    def on_step_end(self, step: int) -> None:
+        """Begin a new count."""
+        self._window.clear()
+
     def logits(self, x: Tensor) -> Tensor:
-        """Float32[T, E] scores of ``x`` Float[T, D], jittered in training."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        kind = x.device.type
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else _nothing():
-            x = x.to(wide)
-            if self.training and self.jitter > 0:
-                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-            return F.linear(x, self.weight.to(wide))
+        """Float32[T, E] scores of ``x`` Float[T, D], which training may have perturbed."""
+        return wide_linear(x, self.weight)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""
         context = context or RoutingContext()
-        t = x.shape[0]
-        if context.mask is not None:
-            # Padding may hold anything, even NaN (attention over nothing), and zero times NaN is NaN: clear it first.
-            x = x.masked_fill(~context.mask[:, None], 0.0)
+        x = clear_padding(x, context.mask)
+        exploration = self.exploration if self.training else None
+        if exploration is not None:
+            x = exploration.perturb(x.to(torch.promote_types(x.dtype, torch.float32)))
         logits = self.logits(x)
         probs = logits.softmax(-1)
-        top_probs, expert = probs.topk(self.k, dim=-1)
+        likely = probs.detach()
+        ranked = likely if exploration is None else exploration.rank(likely)
+        expert = self.later_choices.pick(ranked, likely, self.k, training=self.training)
 
-        weight = top_probs
-        if self.renormalise == "before_drop":
-            weight = weight / weight.sum(-1, keepdim=True)
-        wanted = torch.ones_like(expert, dtype=torch.bool)
-        if self.later_choices is not None and self.training and self.k > 1:
-            later = self.later_choices(weight[:, 1:])
-            wanted = torch.cat([wanted[:, :1], later], dim=1)
-        if context.mask is not None:
-            wanted = wanted & context.mask[:, None]
+        sent = torch.ones_like(expert, dtype=torch.bool)
+        if self.k > 1:
+            weight = self._weights(probs, expert)
+            sent = torch.cat([sent[:, :1], self.later_choices.send(weight[:, 1:], training=self.training)], dim=1)
+        wanted = mask_choices(sent, context.mask)
+        chosen = probs.gather(1, expert)
+        served = serve(expert, wanted, chosen, self.num_experts, self.capacity, training=self.training)
+        tried = expert
+        if self.overflow is not None:
+            expert, served = self.overflow(expert, wanted, likely, served)
 
-        queued = wanted.t().reshape(-1)
-        flat_expert = expert.t().reshape(-1)
-        slots = self.capacity.slots(t, self.num_experts, self.k, training=self.training)
-        priority = self.capacity.priority if slots is not None else "position"
-        if priority == "random" and not self.training:
-            priority = "position"
-        order = service_order(top_probs.detach().t(), priority)
-        position = queue_positions(flat_expert, queued, self.num_experts, order)
-        kept = queued if slots is None else queued & (position < slots)
-
-        kept_tk = kept.view(self.k, t).t()
+        weight = self._weights(probs, expert)
         if self.renormalise == "after_drop":
-            surviving = weight * kept_tk
+            surviving = weight * served.kept
             weight = surviving / surviving.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
-        return Routing(
-            token=torch.arange(t, device=x.device).repeat(self.k),
-            expert=flat_expert,
-            weight=weight.t().reshape(-1),
-            position=position,
-            kept=kept,
-            losses=self._losses(
-                logits, probs, expert, kept_tk if self.balance.when == "after_drop" else wanted, context
-            ),
-            statistics=_statistics(logits, probs, context.mask),
-            num_tokens=t,
-            num_experts=self.num_experts,
-            capacity=slots,
-        )
+        if self.balance.when == "after_drop":
+            losses = self._losses(logits, probs, expert, served.kept, context)
+        else:
+            losses = self._losses(logits, probs, tried, wanted, context)
+        statistics = score_statistics(logits, probs, context.mask)
+        return token_choices(expert, weight, served, self.num_experts, losses, statistics)
+
+    def _weights(self, probs: Tensor, expert: Tensor) -> Tensor:
+        """Float32[T, K]: combine weights of ``expert`` Int64[T, K], before what "after_drop" does."""
+        weight = probs.gather(1, expert)
+        return weight / weight.sum(-1, keepdim=True) if self.renormalise == "before_drop" else weight
 
     def _losses(
         self, logits: Tensor, probs: Tensor, expert: Tensor, counted: Tensor, context: RoutingContext
@@ -215,27 +198,6 @@ class TopKRouter(Router):
             mask=context.mask,
             sequence=context.sequence,
             scope=self.balance.scope,
+            earlier=self._window.counts if self.training else None,
         )
         return {"load_balance": balance, "router_z": router_z(logits, context.mask)}
-
-
-class _nothing:  # noqa: N801
-    """A context manager that does nothing (`contextlib.nullcontext` breaks a full graph on older compilers)."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *args: object) -> None:
-        return None
-
-
-@torch.no_grad()
-def _statistics(logits: Tensor, probs: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-    """Mean entropy and mean logsumexp over real tokens."""
-    entropy = torch.special.entr(probs).sum(-1)
-    lse = torch.logsumexp(logits, dim=-1)
-    if mask is None:
-        n = max(logits.shape[0], 1)
-        return {"entropy": entropy.sum() / n, "logsumexp": lse.sum() / n}
-    real = mask.sum().clamp_min(1)
-    return {"entropy": (entropy * mask).sum() / real, "logsumexp": (lse * mask).sum() / real}

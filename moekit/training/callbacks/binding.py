@@ -1,13 +1,18 @@
-"""The callback that every Trainer loads by itself: it gives nested components Trainer and step hook."""
+"""The callback that every Trainer loads by itself: nested components get Trainer, step hook and news."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils import _pytree
+from torch.utils.hooks import RemovableHandle
 
 from moekit.component import Component, bind, components, unbind
+from moekit.routing import Router, Routing
 
 
 class ComponentBinding(Callback):
@@ -21,11 +26,17 @@ class ComponentBinding(Callback):
     batches one step, and two optimizers that step in one batch make one step too (Lightning's `global_step`,
     which is passed on, counts both). `Component.on_step_end` runs in ``on_train_batch_end``, before any
     checkpoint callback, so that a checkpoint always holds what the hook changed.
+
+    Routers that observe (`moekit.routing.Router.observe`) are told there, just before, what their forwards returned in
+    this batch: not in the recomputation of activation checkpointing, not in evaluation mode, not between batches.
     """
 
     def __init__(self) -> None:
         self._components: tuple[Component, ...] = ()
         self._last_step = 0
+        self._handles: list[RemovableHandle] = []
+        self._in_batch = False
+        self._seen: list[tuple[Router, Routing]] = []
 
     def _bind(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         bind(pl_module)
@@ -33,10 +44,28 @@ class ComponentBinding(Callback):
             return
         below = tuple(components(pl_module).values())
         self._components = (pl_module, *below) if isinstance(pl_module, Component) else below
+        self._listen()
 
     def _unbind(self, pl_module: L.LightningModule) -> None:
         unbind(pl_module)
-        self._components = ()
+        self._components, self._in_batch = (), False
+        self._listen()
+
+    def _listen(self) -> None:
+        """Hear what the routers that observe return; of routers that have gone nothing more."""
+        for handle in self._handles:
+            handle.remove()
+        routers = (c for c in self._components if isinstance(c, Router) and c.observes)
+        self._handles = [router.register_forward_hook(self._note) for router in routers]
+        self._seen.clear()
+
+    @torch.compiler.disable
+    def _note(self, router: nn.Module, arguments: Any, routing: Any) -> None:
+        """Keep a routing until its backward is done; the autograd graph goes free."""
+        again = torch._C._current_graph_task_id() != -1  # activation checkpointing, inside the backward
+        if self._in_batch and router.training and not again:
+            detached = _pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, routing)
+            self._seen.append((router, detached))  # type: ignore[arg-type]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Bind what exists already, so that the user's own ``setup`` finds the Trainer."""
@@ -63,10 +92,20 @@ class ComponentBinding(Callback):
         self._bind(trainer, pl_module)
         self._last_step = trainer.global_step
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """From here on forwards are training's."""
+        self._in_batch = True
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Call `Component.on_step_end` once for every component if an optimizer has stepped in this batch."""
+        """Tell routers what they returned in this batch; call `Component.on_step_end` if an optimizer has stepped."""
+        self._in_batch = False
+        for router, routing in self._seen:
+            router.observe(routing)
+        self._seen.clear()
         if not self._components or trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
