@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from moekit.routers.topk import Balance, RandomChoice, TopKRouter
+from moekit.routers.choices import RandomChoice
+from moekit.routers.exploration import InputJitter
+from moekit.routers.topk import Balance, TopKRouter
 from moekit.routing import Capacity
 
 
@@ -24,7 +26,7 @@ def switch(
         num_experts: E.
         capacity_factor: 1.0, 1.25 and 2.0 are compared in arXiv:2101.03961 table 1; None = dropless.
         eval_capacity_factor: None = dropless evaluation (ours).
-        jitter: arXiv:2101.03961 appendix; value as in Mesh-TensorFlow.
+        jitter: arXiv:2101.03961 appendix C; value as in Mesh-TensorFlow. 0 = none.
         allow_future: accepted for interchange; this router does not look ahead.
 
     Source: arXiv:2101.03961.
@@ -33,7 +35,7 @@ def switch(
         dim,
         num_experts,
         capacity=Capacity(train=capacity_factor, eval=eval_capacity_factor),
-        jitter=jitter,
+        exploration=InputJitter(jitter) if jitter else None,
         allow_future=allow_future,
     )
 
@@ -132,7 +134,7 @@ def zcode_m3(
         num_experts: E.
         capacity_factor: 1.0, DeepSpeed's default; None = dropless, and then nothing is selected at random.
         eval_capacity_factor: None = dropless evaluation (ours).
-        jitter: 1e-2 (DeepSpeed's "Jitter" policy).
+        jitter: 1e-2 (DeepSpeed's "Jitter" policy). 0 = none.
         allow_future: accept random selection in a causal decoder.
 
     Source: arXiv:2109.10465; minimum capacity 4 and random selection as in DeepSpeed's top-1 gate.
@@ -142,6 +144,6 @@ def zcode_m3(
         dim,
         num_experts,
         capacity=Capacity(train=capacity_factor, eval=eval_capacity_factor, priority="random"),
-        jitter=jitter,
+        exploration=InputJitter(jitter) if jitter else None,
         allow_future=allow_future,
     )

@@ -117,11 +117,12 @@ class TopKRouter(Router):
         self.balance = balance or Balance()
         self.init_scale = init_scale
         self.allow_future = allow_future
-        self.looks_ahead = self.capacity.looks_ahead
+        has_capacity = self.capacity.train is not None or self.capacity.eval is not None
+        self.looks_ahead = self.capacity.looks_ahead or (overflow is not None and has_capacity)
         self.observes = self.balance.scope == "global"
         self._window = LoadWindow(num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.reset_parameters()
+        TopKRouter.reset_parameters(self)  # a subclass draws its own parameters once it has them
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -16,7 +16,7 @@ import pytest
 import moekit
 from moekit import dispatch, experts, routers
 from moekit.experts import Experts, GroupedGLU, GroupedMLP
-from moekit.routers import Balance, RandomChoice, TopKRouter, presets
+from moekit.routers import Balance, InputJitter, RandomChoice, TopKRouter, presets
 from moekit.routing import Capacity, Router
 from moekit.testing import DISPATCHER_CHECKS, EXPERTS_CHECKS, ROUTER_CHECKS
 
@@ -36,7 +36,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
         init_scale=1.0,
     ),
     "TopKRouter, all choices": lambda: TopKRouter(
-        D, E, E, renormalise="before_drop", jitter=0.1, balance=Balance(count="all", scope="global")
+        D, E, E, renormalise="before_drop", exploration=InputJitter(0.1), balance=Balance(count="all", scope="global")
     ),
     "TopKRouter, one expert": lambda: TopKRouter(D, 1, capacity=Capacity(train=0.5, priority="random")),
     "TopKRouter, more experts than are counted one-hot": lambda: TopKRouter(D, 40, 2, init_scale=1.0),

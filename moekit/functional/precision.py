@@ -1,0 +1,33 @@
+"""Scores in float32, whatever the precision around."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast is off for `device`; nothing where the device knows no autocast (meta)."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` in float32 (or float64 where `x` is), also under autocast and in a bf16 model.
+
+    Args:
+        x: Float[T, D].
+        weight: Float[E, D].
+
+    Returns:
+        Float32[T, E], or Float64.
+
+    Source: arXiv:2101.03961 section 2.4 ("selective precision").
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with without_autocast(x.device):
+        return F.linear(x.to(wide), weight.to(wide))

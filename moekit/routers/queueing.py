@@ -1,0 +1,115 @@
+"""From choices by token to a `Routing`: what every token-choice router does after its idea has had its say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moekit.functional.assignment import queue_positions, service_order
+from moekit.routing import Capacity, Routing
+
+
+@dataclass(frozen=True)
+class Served:
+    """Who got a place.
+
+    Attributes:
+        position: Int64[T, K], place in the expert's queue, -1 = never queued.
+        kept: Bool[T, K], had room.
+        capacity: slots per expert, or None = dropless.
+        order: Int64[K * T], the order of service of the choice-major list; None = list order.
+    """
+
+    position: Tensor
+    kept: Tensor
+    capacity: int | None
+    order: Tensor | None
+
+
+def serve(
+    expert: Tensor, wanted: Tensor, probs: Tensor, num_experts: int, capacity: Capacity, *, training: bool
+) -> Served:
+    """Queue every wanted choice at its expert; all first choices stand before all second choices.
+
+    Args:
+        expert: Int64[T, K], experts by choice.
+        wanted: Bool[T, K], False = takes no place (padding, a choice that is not sent).
+        probs: Float[T, K], decides who is served first under priority "probability".
+        num_experts: E.
+        capacity: slots and priority.
+        training: random priority acts in training only.
+    """
+    t, k = expert.shape
+    slots = capacity.slots(t, num_experts, k, training=training)
+    priority = capacity.priority if slots is not None else "position"
+    if priority == "random" and not training:
+        priority = "position"
+    order = service_order(probs.detach().t(), priority)
+    position = queue_positions(by_choice(expert), by_choice(wanted), num_experts, order).view(k, t).t()
+    return Served(position, wanted if slots is None else wanted & (position < slots), slots, order)
+
+
+def by_choice(per_token: Tensor) -> Tensor:
+    """``[T, K]`` as a list of K * T with all first choices first."""
+    return per_token.t().reshape(-1)
+
+
+def token_choices(
+    expert: Tensor,
+    weight: Tensor,
+    served: Served,
+    num_experts: int,
+    losses: Mapping[str, Tensor] | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> Routing:
+    """The `Routing` of choices by token, listed choice-major.
+
+    Args:
+        expert: Int64[T, K].
+        weight: Float32[T, K].
+        served: from `serve`.
+        num_experts: E.
+        losses: unweighted scalars by name.
+        statistics: detached scalars by name.
+    """
+    t, k = expert.shape
+    return Routing(
+        token=torch.arange(t, device=expert.device).repeat(k),
+        expert=by_choice(expert),
+        weight=by_choice(weight),
+        position=by_choice(served.position),
+        kept=by_choice(served.kept),
+        losses=losses or {},
+        statistics=statistics or {},
+        num_tokens=t,
+        num_experts=num_experts,
+        capacity=served.capacity,
+    )
+
+
+def clear_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``x`` Float[T, D] with zeros where `mask` is False.
+
+    Padding may hold anything, even NaN (attention over nothing), and zero times NaN is NaN: a router clears it first.
+    """
+    return x if mask is None else x.masked_fill(~mask[:, None], 0.0)
+
+
+def mask_choices(wanted: Tensor, mask: Tensor | None) -> Tensor:
+    """``wanted`` Bool[T, K] without padding."""
+    return wanted if mask is None else wanted & mask[:, None]
+
+
+@torch.no_grad()
+def score_statistics(logits: Tensor, probs: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """``entropy`` (nats) and ``logsumexp``, means over real tokens of ``logits`` and ``probs`` Float[T, E]."""
+    entropy = torch.special.entr(probs).sum(-1)
+    lse = torch.logsumexp(logits, dim=-1)
+    if mask is None:
+        n = max(logits.shape[0], 1)
+        return {"entropy": entropy.sum() / n, "logsumexp": lse.sum() / n}
+    real = mask.sum().clamp_min(1)
+    return {"entropy": (entropy * mask).sum() / real, "logsumexp": (lse * mask).sum() / real}
