@@ -12,6 +12,7 @@ from moekit.functional.losses import BalanceScope, load_balance, router_z
 from moekit.functional.precision import wide_linear
 from moekit.routers.choices import AllChoices, LaterChoices
 from moekit.routers.exploration import Exploration
+from moekit.routers.load_window import LoadWindow
 from moekit.routers.overflow import NoTokenLeftBehind
 from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
 from moekit.routing import Capacity, Router, Routing, RoutingContext
@@ -110,11 +111,18 @@ class TopKRouter(Router):
                 f"renormalise={renormalise!r} with k=1 makes every weight exactly 1 and leaves the router without a "
                 'gradient from the task. Use "none".'
             )
+        balance = balance or Balance()
+        if overflow is not None and balance.scope == "global" and balance.when == "before_drop":
+            raise ValueError(
+                "A balance loss of scope \"global\" counts where the choices of earlier micro-batches ended, so with "
+                "overflow it cannot count first tries: got when='before_drop'. Use "
+                'Balance(scope="global", when="after_drop").'
+            )
         self.dim, self.num_experts, self.k = dim, num_experts, k
         self.capacity = capacity or Capacity()
         self.renormalise, self.later_choices = renormalise, later_choices or AllChoices()
         self.exploration, self.overflow = exploration, overflow
-        self.balance = balance or Balance()
+        self.balance = balance
         self.init_scale = init_scale
         self.allow_future = allow_future
         has_capacity = self.capacity.train is not None or self.capacity.eval is not None

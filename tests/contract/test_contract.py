@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,6 +82,12 @@ def concrete(base: type) -> set[str]:
     }
 
 
+def builds(function: Callable[..., object], base: type) -> bool:
+    """Whether the function says that it returns a `base`."""
+    result = typing.get_type_hints(function).get("return")
+    return isinstance(result, type) and issubclass(result, base)
+
+
 def exemplified(examples: dict[str, Any]) -> set[str]:
     return {name.partition(",")[0] for name in examples}
 
@@ -116,7 +123,7 @@ def test_every_preset_has_an_example() -> None:
         for module in walk()
         if module.__name__.startswith("moekit.routers")
         for name, function in inspect.getmembers(module, inspect.isfunction)
-        if function.__module__.startswith("moekit.routers") and not name.startswith("_")
+        if function.__module__.startswith("moekit.routers") and not name.startswith("_") and builds(function, Router)
     }
     assert {"switch", "gshard", "st_moe", "zcode_m3"} <= found
     assert found <= exemplified(ROUTERS), "add an example of each to ROUTERS, so that the contract runs on it"

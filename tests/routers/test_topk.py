@@ -11,9 +11,9 @@ from torch import Tensor
 from moekit.experts import GroupedMLP
 from moekit.functional import load_balance
 from moekit.layer import MoELayer
-from moekit.routers import Balance, RandomChoice, TopKRouter, presets
+from moekit.routers import Balance, NoTokenLeftBehind, RandomChoice, TopKRouter, presets
 from moekit.routing import Capacity, RoutingContext
-from moekit.testing import assert_close, seeded, skewed_tokens, some_mask
+from moekit.testing import assert_close, skewed_tokens, some_mask
 
 T, D, E = 36, 6, 4
 
@@ -114,33 +114,6 @@ def test_balance_options_differ() -> None:
     assert len(losses) == 8
 
 
-def test_jitter_is_on_the_routers_input_in_training_only() -> None:
-    router = TopKRouter(D, E, jitter=0.3, init_scale=1.0)
-    x = torch.randn(T, D)
-    with seeded(4):
-        noisy = router.train().logits(x)
-    with seeded(4):
-        noise = torch.empty(T, D).uniform_(0.7, 1.3)
-    assert_close(noisy, (x * noise) @ router.weight.t())
-    assert_close(router.eval().logits(x), x @ router.weight.t())
-
-
-def test_experts_see_the_clean_input() -> None:
-    """With one expert the weight is 1 and the layer must be the expert of x, jitter or not."""
-    layer = MoELayer(TopKRouter(D, 1, jitter=0.5), GroupedMLP(1, D, 8, init_scale=1.0)).train()
-    x = torch.randn(T, D)
-    assert_close(layer(x).hidden, layer.experts.reference(0, x))
-
-
-def test_the_inputs_are_left_alone() -> None:
-    """Jitter and the clearing of padding are not in place."""
-    router = TopKRouter(D, E, jitter=0.3)
-    x = torch.randn(T, D)
-    before = x.clone()
-    router(x, RoutingContext(mask=some_mask(T)))
-    assert torch.equal(x, before)
-
-
 def test_evaluation_is_dropless_by_default_and_serves_by_position_with_a_capacity() -> None:
     x = tokens()
     assert spread(presets.zcode_m3(D, E)).eval()(x).capacity is None
@@ -208,22 +181,18 @@ def test_causal_decoders_are_protected() -> None:
     [
         ({"k": 0}, "k must be between 1 and num_experts: got k=0 and num_experts=4"),
         ({"k": 5}, "k must be between 1 and num_experts: got k=5"),
-        ({"jitter": 1.0}, r"jitter must be in \[0, 1\): got 1.0"),
-        ({"jitter": -0.1}, r"jitter must be in \[0, 1\)"),
         ({"renormalise": "later"}, 'renormalise must be "none", "before_drop" or "after_drop": got \'later\''),
         ({"renormalise": "before_drop"}, "renormalise='before_drop' with k=1 makes every weight exactly 1"),
         ({"renormalise": "after_drop"}, "renormalise='after_drop' with k=1 makes every weight exactly 1"),
+        (
+            {"overflow": NoTokenLeftBehind(), "balance": Balance(scope="global")},
+            "with overflow it cannot count first tries: got when='before_drop'",
+        ),
     ],
 )
 def test_router_refuses(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TopKRouter(D, E, **options)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("threshold", [0.0, -1.0, 1.5, float("nan")])
-def test_random_choice_refuses(threshold: float) -> None:
-    with pytest.raises(ValueError, match=r"RandomChoice\.threshold must be in \(0, 1\]"):
-        RandomChoice(threshold)
 
 
 @pytest.mark.parametrize("field", ["count", "when", "scope"])
