@@ -28,6 +28,7 @@ TASKS: Mapping[str, str] = MappingProxyType(
     {
         "translation": "source sentence with the target's tag -> target sentence",
         "denoising": "noised sentence with its own tag -> the clean sentence",
+        "span_corruption": "sentence with spans cut out -> the missing spans",
         "masked_lm": "masked sentence on the encoder; labels at the masked places",
         "replaced_token": "masked sentence for the generator; labels at the masked places",
         "causal_lm": "the sentence, predicted left to right",
@@ -182,8 +183,9 @@ def denoising(
     tokenizer: Tokenizer,
     width: Width | None = None,
     direction: str | None = None,
+    task: str = "denoising",
 ) -> Batch:
-    """``<2xx> noised eos`` and ``bos clean eos``: translation from a damaged sentence to itself."""
+    """``<2xx> noised eos`` and ``bos clean eos``: translation from a damaged sentence to itself, or what it lacks."""
     return translation(
         noised,
         clean,
@@ -192,7 +194,7 @@ def denoising(
         tokenizer=tokenizer,
         width=width,
         direction=direction,
-        task="denoising",
+        task=task,
     )
 
 

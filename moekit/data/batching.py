@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from moekit.data import batch as collate
 from moekit.data.batch import Batch, Width
 from moekit.data.keyed import fold, key
-from moekit.data.noising import Denoising, Masking
+from moekit.data.noising import Denoising, Masking, SpanCorruption
 from moekit.data.plan import Plan, Rows, fill
 from moekit.data.ragged import Ragged
 from moekit.data.store import TokenStore
@@ -87,6 +87,18 @@ class Builder:
                 tokenizer=self.tokenizer,
                 width=Width(self._width(noised.lengths), *widths),
                 direction=direction,
+            )
+        if task.name == "span_corruption":
+            assert isinstance(task.noise, SpanCorruption)
+            damaged, spans = task.noise.apply(text, rows.keys, self.tokenizer)
+            return collate.denoising(
+                damaged,
+                spans,
+                language=languages,
+                tokenizer=self.tokenizer,
+                width=Width(self._width(damaged.lengths), self._width(spans.lengths)),
+                direction=direction,
+                task="span_corruption",
             )
         assert isinstance(task.noise, Masking)
         masked, labels = task.noise.apply(text, rows.keys, self.tokenizer)

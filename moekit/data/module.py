@@ -14,7 +14,7 @@ import lightning as L
 from moekit.data.batch import TASKS
 from moekit.data.batching import Builder, EvaluationBatches, EvaluationLoader, Rank, StepLoader, TrainingSteps
 from moekit.data.mixture import Constant, TemperatureSchedule
-from moekit.data.noising import Denoising, Masking
+from moekit.data.noising import Denoising, Masking, SpanCorruption
 from moekit.data.plan import Plan
 from moekit.data.sources.base import Direction, Source, Split, nearest
 from moekit.data.store import TokenStore, Wanted, cached_store, monolingual_section, parallel_section
@@ -35,6 +35,7 @@ class TaskData:
         temperature: of the mixture over streams; None = that of the data module.
         stream_shares: streams that are drawn with a fixed probability, whatever the temperature.
         denoising: how sentences are damaged, for the task denoising.
+        span_corruption: how spans are cut out, for the task span_corruption.
         masking: how sentences are masked, for masked_lm and replaced_token.
     """
 
@@ -43,6 +44,7 @@ class TaskData:
     temperature: TemperatureSchedule | None = None
     stream_shares: Mapping[str, float] = field(default_factory=dict)
     denoising: Denoising = field(default_factory=Denoising)
+    span_corruption: SpanCorruption = field(default_factory=SpanCorruption)
     masking: Masking = field(default_factory=Masking)
 
 
@@ -67,7 +69,8 @@ class MultitaskData(L.LightningDataModule):
     """Batches of several tasks from one source of text.
 
     Training yields ``dict[str, Batch]`` (task name -> batch) for every step. Validation yields single `Batch` objects
-    of all tasks, direction by direction, with noise that never changes; testing yields translation only. The order of
+    of all tasks, direction by direction, with noise that never changes; testing yields translation only or, where that
+    is not among the tasks, all tasks as in validation. The order of
     training is a function of the seed and the step: the Trainer's count of batches says where it begins, so a resumed
     run goes on with exactly the next step, for any number of workers. The sentences of a step, over all ranks together,
     and their noise are the same for any number of ranks, as long as a task's budget holds its longest sentence once for
@@ -143,9 +146,11 @@ class MultitaskData(L.LightningDataModule):
 
     @property
     def directions(self) -> tuple[Direction, ...]:
-        """Directions of the translation task; all of the source where there is no such task."""
+        """Directions of the translation task; none where there is no such task."""
         task = self.tasks.get("translation")
-        if task is None or task.streams is None:
+        if task is None:
+            return ()
+        if task.streams is None:
             return self.source.directions
         return tuple(Direction.parse(name) for name in task.streams)
 
@@ -197,8 +202,9 @@ class MultitaskData(L.LightningDataModule):
         return self._evaluation(tasks)
 
     def test_dataloader(self) -> EvaluationLoader | list[Any]:
-        """Test batches of the translation directions, in order."""
-        return self._evaluation([self._task("translation", "test", self.test_sentences)])
+        """Test batches, in order: of the translation directions, or of all tasks where translation is not one."""
+        names = ["translation"] if "translation" in self.tasks else list(self.tasks)
+        return self._evaluation([self._task(name, "test", self.test_sentences) for name in names])
 
     def pairs(self, direction: Direction | str, split: Split) -> Sequence[tuple[str, str]]:
         """The original sentences: `Batch.index` of an evaluation batch says which of them its rows are."""
@@ -286,7 +292,9 @@ class MultitaskData(L.LightningDataModule):
     def _wanted(self) -> Wanted:
         parallel = [(d, split) for d in self.directions for split in ("train", "valid", "test")]
         names = [n for task in self.tasks if task != "translation" for n in self._chosen(task)]
-        mono = [(language, split) for language in dict.fromkeys(names) for split in ("train", "valid")]
+        # Text of one language is tested on only where there is no translation to test.
+        splits = ("train", "valid") if "translation" in self.tasks else ("train", "valid", "test")
+        mono = [(language, split) for language in dict.fromkeys(names) for split in splits]
         return Wanted(tuple(parallel), tuple(mono))  # type: ignore[arg-type]
 
     def _chosen(self, task: str) -> list[str]:
@@ -303,6 +311,8 @@ class MultitaskData(L.LightningDataModule):
         data = self.tasks[name]
         if name == "denoising":
             return Task(name, streams, data.denoising)
+        if name == "span_corruption":
+            return Task(name, streams, data.span_corruption)
         return Task(name, streams, data.masking if name in ("masked_lm", "replaced_token") else None)
 
     def _pairs(self, direction: Direction, split: Split, limit: int | None) -> Stream:

@@ -53,6 +53,58 @@ def infill_spans(
         (sentinels, an exact number of noise tokens).
     Differs: spans of length 0 are not drawn (BART inserts a mask for them); spans do not start at word boundaries.
     """
+    return _mark_spans(text, keys, ratio, mean_length, markers, span_length, protected)[0]
+
+
+def corrupt_spans(
+    text: Ragged,
+    keys: Keys,
+    *,
+    ratio: float,
+    mean_length: float,
+    markers: Sequence[int],
+    span_length: SpanLength = "geometric",
+    protected: NDArray[np.bool_] | None = None,
+) -> tuple[Ragged, Ragged]:
+    """Replace random spans by a marker each, and return what was cut out.
+
+    Args:
+        text: the sentences.
+        keys: UInt64[B].
+        ratio: share of tokens that are cut out; see `infill_spans`.
+        mean_length: of a span.
+        markers: two or more ids: span k of a sentence gets marker k on both sides.
+        span_length: how lengths are distributed around the mean.
+        protected: Bool[N] of tokens that stay.
+
+    Returns:
+        The damaged sentences, and for each its spans, every one behind its marker.
+
+    Source: arXiv:1910.10683 section 3.1.4 (15 %, mean 3).
+    Differs: lengths are drawn one by one (the authors split a fixed number of tokens at random), and no marker closes
+        the target: the end of the sentence does.
+    """
+    if len(markers) < 2:
+        raise ValueError(f"corrupt_spans needs two or more markers, to tell spans apart: got {len(markers)}.")
+    damaged, in_span, begins, marked = _mark_spans(text, keys, ratio, mean_length, markers, span_length, protected)
+    # Every span's first token twice: once as its marker.
+    copies = in_span.astype(np.int64) + begins
+    tokens = np.repeat(text.tokens, copies)
+    tokens[(np.cumsum(copies) - copies)[begins]] = marked
+    lengths = np.bincount(text.row, weights=copies, minlength=len(text)).astype(np.int64)
+    return damaged, Ragged(tokens, lengths)
+
+
+def _mark_spans(
+    text: Ragged,
+    keys: Keys,
+    ratio: float,
+    mean_length: float,
+    markers: Sequence[int],
+    span_length: SpanLength,
+    protected: NDArray[np.bool_] | None,
+) -> tuple[Ragged, NDArray[np.bool_], NDArray[np.bool_], NDArray[np.int64]]:
+    """The damaged text, which tokens were in spans, which of them began one, and the marker of each span."""
     _check_ratio("ratio", ratio)
     if not mean_length >= 1:
         raise ValueError(f"mean_length must be at least 1 token: got {mean_length}.")
@@ -71,9 +123,10 @@ def infill_spans(
     ordinal = np.cumsum(begins) - 1
     first = _first(np.concatenate([[0], np.cumsum(begins)])[text.starts], text.lengths)
     number = np.minimum(ordinal[begins] - first[row[begins]], len(markers) - 1)
+    marked = np.asarray(markers, dtype=np.int64)[number if len(markers) > 1 else np.zeros_like(number)]
     tokens = text.tokens.copy()
-    tokens[begins] = np.asarray(markers, dtype=np.int64)[number if len(markers) > 1 else np.zeros_like(number)]
-    return Ragged(tokens, text.lengths).keep(~in_span | begins)
+    tokens[begins] = marked
+    return Ragged(tokens, text.lengths).keep(~in_span | begins), in_span, begins, marked
 
 
 def drop_words(
@@ -193,6 +246,35 @@ class Denoising:
             ratio=self.span_ratio,
             mean_length=self.mean_span,
             markers=(tokenizer.mask_id,) if self.marker == "mask" else tokenizer.sentinel_ids,
+            span_length=self.span_length,
+            protected=text.tokens < tokenizer.first_text_id,
+        )
+
+
+@dataclass(frozen=True)
+class SpanCorruption:
+    """How spans are cut out of a sentence for the span-corruption task of T5.
+
+    Attributes:
+        ratio: share of tokens in spans.
+        mean_span: mean length of a span.
+        span_length: distribution of lengths.
+
+    Source: arXiv:1910.10683 section 3.1.4 (15 %, mean 3).
+    """
+
+    ratio: float = 0.15
+    mean_span: float = 3.0
+    span_length: SpanLength = "geometric"
+
+    def apply(self, text: Ragged, keys: Keys, tokenizer: Tokenizer) -> tuple[Ragged, Ragged]:
+        """Damaged copies of `text`, and the spans that are missing."""
+        return corrupt_spans(
+            text,
+            keys,
+            ratio=self.ratio,
+            mean_length=self.mean_span,
+            markers=tokenizer.sentinel_ids,
             span_length=self.span_length,
             protected=text.tokens < tokenizer.first_text_id,
         )

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moekit.data.noising import Denoising, Masking
+from moekit.data.noising import Denoising, Masking, SpanCorruption
 from moekit.data.plan import Rows, Sizes
 from moekit.data.store import TokenStore
 
@@ -88,10 +88,11 @@ class Task:
     Args:
         name: one of `moekit.data.batch.TASKS`.
         streams: of pairs for translation, of text for the others.
-        noise: `Denoising` for denoising, `Masking` for masked_lm and replaced_token, else None.
+        noise: `Denoising` for denoising, `SpanCorruption` for span_corruption, `Masking` for masked_lm and
+            replaced_token, else None.
     """
 
-    def __init__(self, name: str, streams: Sequence[Stream], noise: Denoising | Masking | None = None) -> None:
+    def __init__(self, name: str, streams: Sequence[Stream], noise: Denoising | SpanCorruption | Masking | None = None) -> None:
         self.name = name
         self.streams = tuple(streams)
         self.noise = noise
@@ -112,8 +113,9 @@ class Task:
         sizes = []
         for stream in self.streams:
             source, *target = (padded_length(lengths, pad_multiple) for lengths in stream.lengths)
-            if self.name == "denoising":
-                # The noised side is shorter than the clean one by a random amount; it is counted as if it were not.
+            if self.name in ("denoising", "span_corruption"):
+                # The damaged side, and spans cut out, are shorter than the clean text by a random amount; both are
+                # counted as if they were not.
                 target = [source]
             sizes.append(Sizes(stream.name, source, target[0] if target else None))
         return sizes

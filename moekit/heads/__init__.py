@@ -4,7 +4,7 @@ from moekit.heads.base import Backbone, Head, HeadOutput, Prediction, predict
 from moekit.heads.causal_lm import CausalLMHead
 from moekit.heads.masked_lm import MaskedLMHead
 from moekit.heads.replaced_token import ReplacedTokenHead
-from moekit.heads.sequence import DenoisingHead, SequenceHead, TranslationHead
+from moekit.heads.sequence import DenoisingHead, SequenceHead, SpanCorruptionHead, TranslationHead
 
 __all__ = [
     "Backbone",
@@ -16,6 +16,7 @@ __all__ = [
     "Prediction",
     "ReplacedTokenHead",
     "SequenceHead",
+    "SpanCorruptionHead",
     "TranslationHead",
     "predict",
 ]

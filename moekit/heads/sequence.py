@@ -1,4 +1,4 @@
-"""Sequence-to-sequence heads: translation and denoising. They differ in data, not in arithmetic."""
+"""Sequence-to-sequence heads. They differ in data, not in arithmetic."""
 
 from __future__ import annotations
 
@@ -70,3 +70,14 @@ class DenoisingHead(SequenceHead):
     """
 
     task: ClassVar[str] = "denoising"
+
+
+class SpanCorruptionHead(SequenceHead):
+    """T5's objective: text with spans cut out to the missing spans, each behind its sentinel.
+
+    The spans are cut out where batches are made (`moekit.data.noising`).
+
+    Source: arXiv:1910.10683 section 3.1.4; used by arXiv:2101.03961 and arXiv:2202.08906.
+    """
+
+    task: ClassVar[str] = "span_corruption"

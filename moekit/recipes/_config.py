@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 
@@ -58,6 +58,39 @@ class TaskConfig:
 
     weight: float = 1.0
     tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelTasks:
+    """The task of a language model.
+
+    Attributes:
+        causal_lm: the next token.
+    """
+
+    causal_lm: TaskConfig = field(default_factory=lambda: TaskConfig(tokens=2048))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanCorruptionTasks:
+    """The task of a T5-like model.
+
+    Attributes:
+        span_corruption: the spans that were cut out of a text.
+    """
+
+    span_corruption: TaskConfig = field(default_factory=lambda: TaskConfig(tokens=2048))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationTasks:
+    """The task of a translation model.
+
+    Attributes:
+        translation: parallel text.
+    """
+
+    translation: TaskConfig = field(default_factory=lambda: TaskConfig(tokens=2048))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
+from moekit.inference.completer import Completer
 from moekit.inference.translator import Translator, search_for
 from moekit.recipes._config import EvaluateConfig
 from moekit.recipes._parts import Build, make_module, make_trainer, parameters, quiet, run_data
@@ -42,7 +43,10 @@ def evaluate(build: Build, config: Any, folder: RunFolder, console: Console) -> 
     settings: EvaluateConfig = config.evaluate
     module, data, checkpoint = load(build, config, folder)
     search = search_for(settings.beam_size, settings.length_penalty)
-    module.translate = Translator(module.backbone, data.tokenizer, search=search)
+    if data.directions:
+        module.translate = Translator(module.backbone, data.tokenizer, search=search)
+    else:
+        module.write = Completer(module.backbone, data.tokenizer, search=search)
 
     def originals(direction: str, numbers: list[int]) -> tuple[list[str], list[str]]:
         pairs = data.pairs(direction, "test")
@@ -94,6 +98,7 @@ def _write(
         "perplexity": _by_task(valid, "perplexity", skip=("replaced_token",)),
         "loss": _by_task(valid, "loss"),
         "accuracy": _by_task(valid, "accuracy"),
+        "test": module.tested,
         "routing": module.routing_summary,
     }
     folder.write_json("samples.json", module.samples)

@@ -1,10 +1,11 @@
-"""Translating files and standard input with a trained run."""
+"""Translating or continuing files and standard input with a trained run."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
+from moekit.inference.completer import Completer
 from moekit.inference.translator import Translator, search_for
 from moekit.recipes._evaluation import load
 from moekit.recipes._parts import Build
@@ -22,18 +24,32 @@ from moekit.training.run_folder import RunFolder
 
 
 def generate(build: Build, config: Any, folder: RunFolder, options: Namespace) -> None:
-    """Translate a file or standard input, line by line, in order."""
+    """Translate a file or standard input, line by line, in order; a language model continues each line.
+
+    Raises:
+        UserError: a language is missing or unknown, the input cannot be read, or the run writes no text.
+    """
     module, data, _ = load(build, config, folder)
     tokenizer = data.tokenizer
-    source, target = (_language(options[f"{side}_language"], side, tokenizer) for side in ("source", "target"))
+    search = search_for(config.evaluate.beam_size, config.evaluate.length_penalty)
+    source = _language(options.source_language, "--from", tokenizer)
+    write: Callable[..., list[str]]
+    if data.directions:
+        target = _language(options.target_language, "--to", tokenizer)
+        what = f"{source} to {target}"
+        translator = Translator(module.backbone, tokenizer, search=search, batch_tokens=config.evaluate.batch_tokens)
+        write = partial(translator.translate, source=source, target=target)
+    elif "causal_lm" in data.tasks:
+        what = source
+        completer = Completer(module.backbone, tokenizer, search=search, max_new_tokens=config.data.max_length)
+        write = partial(completer.complete, language=source)
+    else:
+        raise UserError(
+            f"generate needs a run that translates or continues text: {folder.path} was trained on "
+            f"{', '.join(data.tasks)} only."
+        )
     with _reading(options.input) as file:
         sentences = [line.rstrip("\r\n") for line in file]
-    translator = Translator(
-        module.backbone,
-        tokenizer,
-        search=search_for(config.evaluate.beam_size, config.evaluate.length_penalty),
-        batch_tokens=config.evaluate.batch_tokens,
-    )
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -44,8 +60,8 @@ def generate(build: Build, config: Any, folder: RunFolder, options: Namespace) -
         disable=not sys.stderr.isatty(),
     )
     with bar:
-        task = bar.add_task(f"{source} to {target}", total=len(sentences))
-        lines = translator.translate(sentences, source, target, advance=lambda n: bar.advance(task, n))
+        task = bar.add_task(what, total=len(sentences))
+        lines = write(sentences, advance=lambda n: bar.advance(task, n))
     text = "".join(line + "\n" for line in lines)
     if options.output == "-":
         sys.stdout.write(text)
@@ -53,9 +69,8 @@ def generate(build: Build, config: Any, folder: RunFolder, options: Namespace) -
         write_text(Path(options.output), text)
 
 
-def _language(language: str | None, side: str, tokenizer: Tokenizer) -> str:
+def _language(language: str | None, option: str, tokenizer: Tokenizer) -> str:
     if language is None:
-        option = "--from" if side == "source" else "--to"
         raise UserError(f"generate needs {option}: one of {', '.join(tokenizer.languages)}.")
     tokenizer.language_id(language)
     return language

@@ -53,7 +53,7 @@ def commands(recipe: str, build: Build) -> dict[str, Command]:
         "run": Command("train, test on held-out text, and write the report (default)", pipeline.run, _run_options),
         "fit": Command("train only", pipeline.fit, _run_options),
         "test": Command("test a trained run and write its report again", pipeline.test, _folder_options),
-        "generate": Command("translate text with a trained run", pipeline.generate, _generate_options),
+        "generate": Command("translate text, or continue it, with a trained run", pipeline.generate, _generate_options),
     }
 
 
@@ -70,9 +70,13 @@ def _folder_options(parser: ArgumentParser) -> None:
 def _generate_options(parser: ArgumentParser) -> None:
     _folder_options(parser)
     parser.add_argument("--from", type=str, default=None, dest="source_language", help="language of the input")
-    parser.add_argument("--to", type=str, default=None, dest="target_language", help="language wanted")
-    parser.add_argument("--input", type=str, default="-", help="file with one sentence per line; - = standard input")
-    parser.add_argument("--output", type=str, default="-", help="file for the translations; - = standard output")
+    parser.add_argument(
+        "--to", type=str, default=None, dest="target_language", help="language wanted, of runs that translate"
+    )
+    parser.add_argument(
+        "--input", type=str, default="-", help="file with one sentence or prompt per line; - = standard input"
+    )
+    parser.add_argument("--output", type=str, default="-", help="file for what is written; - = standard output")
 
 
 class Pipeline:
@@ -133,7 +137,12 @@ class Pipeline:
             RandomState(),
             RunConfig(settings),
             TrainingProgress(budget),
-            *([BestCheckpoint(folder.checkpoints, monitor="valid/translation/loss")] if train.validate_every else []),
+            # Of several tasks the first is the one that the recipe is about.
+            *(
+                [BestCheckpoint(folder.checkpoints, monitor=f"valid/{next(iter(module.heads))}/loss")]
+                if train.validate_every
+                else []
+            ),
             Resumable(
                 folder.checkpoints,
                 every_n_steps=train.checkpoint_steps or None,
@@ -187,7 +196,8 @@ class Pipeline:
         self.console.print(
             f"[bold]{self.recipe}[/] {folder.path}\n"
             f"data      {config.data.source}: {len(data.languages)} languages ({', '.join(data.languages)}), "
-            f"{len(data.directions)} directions, vocabulary {data.tokenizer.vocab_size:,}\n"
+            f"{f'{len(data.directions)} directions, ' if data.directions else ''}"
+            f"vocabulary {data.tokenizer.vocab_size:,}\n"
             f"model     {counts['total']:,} parameters{sparse}; tasks {', '.join(module.heads)}\n"
             f"training  at most {' or '.join(ends)} on {train.devices} process(es) with {torch.get_num_threads()} "
             "threads each",

@@ -32,6 +32,14 @@ class Translate(Protocol):
         ...
 
 
+class Write(Protocol):
+    """Writes samples for tasks that do not translate; `moekit.inference.completer.Completer` does."""
+
+    def samples(self, batch: Batch, rows: int) -> list[tuple[str, str, str]]:
+        """What was given, what is right and what the model writes, for the first `rows` rows."""
+        ...
+
+
 class MultitaskModule(L.LightningModule):
     """Train several heads over one backbone.
 
@@ -49,12 +57,14 @@ class MultitaskModule(L.LightningModule):
         optimizer: makes the optimizer from this module; default AdamW with a learning rate of 1e-3.
         schedule: makes the learning rate schedule; it moves per optimizer step.
         log_routing_every: steps between updates of the routing statistics in training.
-        samples: translations of each direction kept for a report, in `samples`.
+        samples: translations of each direction (or texts of each language) kept for a report, in `samples`.
 
     Logs ``train/loss`` (the objective), ``train/<task>/loss`` (nats per prediction, without smoothing, weights and
     routers' losses), ``train/<task>/accuracy``, ``train/aux/<name>``, ``train/routing/<name>`` and ``lr``; in
     validation ``valid/<task>/loss``, ``valid/<task>/accuracy``, ``valid/<task>/perplexity`` and
-    ``valid/routing/<name>``; in the test ``test/bleu/<direction>``, ``test/chrf/<direction>`` and their averages.
+    ``valid/routing/<name>``; in the test ``test/bleu/<direction>``, ``test/chrf/<direction>`` and their averages, and
+    of tasks that do not translate ``test/<task>/loss``, ``test/<task>/accuracy``, ``test/<task>/perplexity`` and
+    ``test/<task>/perplexity/<language>``.
 
     Raises:
         ValueError: two heads of one task, or a weight for a task that has no head.
@@ -94,7 +104,9 @@ class MultitaskModule(L.LightningModule):
         self.routing: dict[str, Any] | None = None
         self.routing_summary: dict[str, Any] | None = None
         self.scores: dict[str, Any] | None = None
+        self.tested: dict[str, dict[str, Any]] = {}
         self.translate: Translate | None = None
+        self.write: Write | None = None
         # The sentences as they were before tokenization, by direction and number: what BLEU is to be computed on.
         self.originals: Callable[[str, list[int]], tuple[list[str], list[str]]] | None = None
 
@@ -104,6 +116,10 @@ class MultitaskModule(L.LightningModule):
         self.train_routing = RoutingStatistics(layers, self.languages) if layers else None
         self.valid_routing = RoutingStatistics(layers, self.languages) if layers else None
         self.test_score = TranslationScore(directions) if directions else None
+        texts = [task for task in tasks if task != "translation"]
+        streams = [*texts, *(f"{task}/{language}" for task in texts for language in self.languages)]
+        self.test_perplexity = TokenPerplexity(streams) if streams else None
+        self.test_accuracy = MetricCollection({task: MeanMetric() for task in texts}, compute_groups=False)
 
     def forward(self, batch: Batch) -> HeadOutput:
         """Loss and counts of one task's batch."""
@@ -184,11 +200,17 @@ class MultitaskModule(L.LightningModule):
         self.valid_accuracy.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Translate one batch of one direction and score it.
+        """Translate one batch of one direction and score it, or measure one batch of another task.
 
         Raises:
-            ValueError: if `translate` or the directions were not set.
+            ValueError: if there is something to translate and `translate` or the directions were not set.
         """
+        if batch.task == "translation":
+            self._score(batch)
+        else:
+            self._measure(batch)
+
+    def _score(self, batch: Batch) -> None:
         if self.translate is None or self.test_score is None:
             raise ValueError(
                 "the test translates, so MultitaskModule needs `directions` and `translate`: set "
@@ -202,12 +224,30 @@ class MultitaskModule(L.LightningModule):
         else:
             sources, references = self.translate.text(batch.source), self.translate.text(batch.target)
         self.test_score.update(batch.direction, hypotheses, references)
-        taken = sum(sample["direction"] == batch.direction for sample in self.samples)
-        rows = list(zip(sources, references, hypotheses, strict=True))[: max(0, self.samples_per_direction - taken)]
+        rows = list(zip(sources, references, hypotheses, strict=True))[: self._samples_wanted(batch)]
+        self._keep(batch, rows)
+
+    def _measure(self, batch: Batch) -> None:
+        out = self(batch)
+        assert self.test_perplexity is not None, "made where a task does not translate"
+        self.test_perplexity.update(batch.task, out.nll, out.num_predictions)
+        if batch.direction in self.languages:
+            self.test_perplexity.update(f"{batch.task}/{batch.direction}", out.nll, out.num_predictions)
+        self.test_accuracy[batch.task].update(out.correct / out.num_predictions.clamp_min(1), out.num_predictions)
+        if self.write is not None:
+            self._keep(batch, self.write.samples(batch, self._samples_wanted(batch)))
+
+    def _samples_wanted(self, batch: Batch) -> int:
+        """How many more of this task and direction or language."""
+        same = [s for s in self.samples if s["direction"] == batch.direction and s["task"] == batch.task]
+        return max(0, self.samples_per_direction - len(same))
+
+    def _keep(self, batch: Batch, rows: Sequence[tuple[str, str, str]]) -> None:
         for source, reference, hypothesis in rows:
             self.samples.append(
                 {
-                    "direction": batch.direction,
+                    "task": batch.task,
+                    "direction": batch.direction or "",
                     "source": source,
                     "reference": reference,
                     "hypothesis": hypothesis,
@@ -215,11 +255,28 @@ class MultitaskModule(L.LightningModule):
             )
 
     def on_test_epoch_end(self) -> None:
-        """Log BLEU and chrF by direction and on average."""
+        """Log BLEU and chrF by direction and on average, and the perplexity of other tasks by language."""
         if self.test_score is not None:
             self.scores = self.test_score.compute()
             self.log_dict({f"test/{name}": value for name, value in self.test_score.log_values().items()})
             self.test_score.reset()
+        if self.test_perplexity is not None and self.test_perplexity.update_called:
+            found = self.test_perplexity.compute()
+            for task in self.test_accuracy:
+                if task not in found:
+                    continue
+                self.tested[task] = {
+                    "loss": math.log(found[task]),
+                    "perplexity": found[task],
+                    "accuracy": float(self.test_accuracy[task].compute()),
+                    "languages": {x: found[f"{task}/{x}"] for x in self.languages if f"{task}/{x}" in found},
+                }
+                for name in ("loss", "perplexity", "accuracy"):
+                    self.log(f"test/{task}/{name}", self.tested[task][name])
+                languages = self.tested[task]["languages"]
+                self.log_dict({f"test/{task}/perplexity/{x}": value for x, value in languages.items()})
+            self.test_perplexity.reset()
+            self.test_accuracy.reset()
 
     def configure_optimizers(self) -> Any:
         """The optimizer and the schedule that were given."""

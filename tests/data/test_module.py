@@ -140,13 +140,13 @@ def test_ranks_share_the_sentences_that_one_process_would_get(ranks: int, cache:
                 for rank, part in enumerate(parts):
                     rows[rank::ranks] = real(part, side)
                 assert rows == real(whole, side), f"{name} {side}: the same sentences, the same noise"
-            if name != "denoising":
+            if name not in ("denoising", "span_corruption"):  # their damaged side has another length on each rank
                 assert {part.source.shape[1] for part in parts} == {whole.source.shape[1]}
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_every_rank_has_sentences_even_of_a_small_budget(cache: Path) -> None:
-    made = [ranked(data(cache, tokens_per_step=1400, steps_per_epoch=64), rank, 6) for rank in range(6)]
+    made = [ranked(data(cache, tokens_per_step=1500, steps_per_epoch=64), rank, 6) for rank in range(6)]
     assert min(len(batch) for one in made for step in steps(one, 64) for batch in step.values()) >= 1
 
 

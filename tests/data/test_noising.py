@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekit.data.keyed import fold, key, permute, uniform
-from moekit.data.noising import drop_words, infill_spans, mask_tokens
+from moekit.data.noising import corrupt_spans, drop_words, infill_spans, mask_tokens
 from moekit.data.ragged import Ragged
 
 MASK, FIRST, VOCAB = 4, 40, 1000
@@ -276,3 +276,30 @@ def test_uniform_draws_are_uniform_and_unrelated() -> None:
     other = uniform(keys(500)[:, None], np.arange(40), 1)
     for a, b in ((draws, other), (draws[:, :-1], draws[:, 1:]), (draws[:-1], draws[1:])):
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / np.sqrt(a.size)
+
+
+@given(rows, seeds, st.sampled_from([0.0, 0.15, 0.7]), st.sampled_from([1, 3]), st.sampled_from([2, 32]))
+@settings(max_examples=200, deadline=None)
+def test_cut_out_spans_put_back_give_the_clean_sentence(
+    sentences: list[list[int]], seed: int, ratio: float, mean: int, markers: int
+) -> None:
+    own = keys(len(sentences), seed)
+    given_up = {"ratio": ratio, "mean_length": mean, "span_length": "geometric", "markers": SENTINELS[:markers]}
+    damaged, spans = corrupt_spans(Ragged.of(sentences), own, **given_up)  # type: ignore[arg-type]
+    assert lists(damaged) == lists(infill_spans(Ragged.of(sentences), own, **given_up))  # type: ignore[arg-type]
+    for clean, row, cut in zip(sentences, lists(damaged), lists(spans), strict=True):
+        pieces: dict[int, list[int]] = {}
+        for token in cut:
+            if token in SENTINELS:
+                assert token not in pieces, "a sentinel stands for one span"
+                pieces[token] = []
+            else:
+                pieces[next(reversed(pieces))].append(token)
+        assert all(pieces.values()), "no span is empty"
+        assert list(itertools.chain.from_iterable(pieces.pop(t, [t]) for t in row)) == clean
+        assert not pieces
+
+
+def test_span_corruption_needs_markers_to_tell_apart() -> None:
+    with pytest.raises(ValueError, match="two or more markers"):
+        corrupt_spans(corpus(np.array([9])), keys(1), ratio=0.3, mean_length=3, markers=(MASK,))

@@ -272,11 +272,12 @@ def test_text_reads_languages_and_holds_out(tmp_path):
     assert source.directions == ()
     assert source.monolingual("en", "train") == ["a", "b"]
     assert source.monolingual("en", "valid") == ["v"]
-    train, valid = source.monolingual("de", "train"), source.monolingual("de", "valid")
-    assert len(train) + len(valid) == 2000
+    train, valid, test = (source.monolingual("de", split) for split in ("train", "valid", "test"))
+    assert len({*train, *valid, *test}) == len(train) + len(valid) + len(test) == 2000
     assert 120 < len(valid) < 280
-    assert not set(train) & set(valid)
-    assert source.monolingual("de", "test") == []
+    assert 5 < len(test) < 40
+    assert Text(tmp_path, valid_share=0.1, test_share=0.05).monolingual("de", "valid") == valid
+    assert Text(tmp_path, valid_share=0.1, test_share=0).monolingual("de", "test") == []
     with pytest.raises(UserError, match="monolingual text has no parallel pairs: got the direction en-de"):
         source.parallel(EN_DE, "train")
 
@@ -300,6 +301,8 @@ def test_text_names_what_is_wrong(tmp_path):
         Text(tmp_path, unit="word")
     with pytest.raises(UserError, match="valid_share must be"):
         Text(tmp_path, valid_share=1)
+    with pytest.raises(UserError, match="test_share must be"):
+        Text(tmp_path, test_share=0.6)
 
 
 # -- real corpora ----------------------------------------------------------------------------------------------------

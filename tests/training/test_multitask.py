@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -147,6 +148,34 @@ def test_scores_are_of_the_original_text_where_it_is_known(tmp_path: Path) -> No
     values = trainer(tmp_path).test(model, DataLoader([batch], batch_size=None), verbose=False)[0]
     assert values["test/chrf/aa-bb"] == pytest.approx(100)
     assert model.samples[0]["source"] == "source"
+
+
+def test_the_test_measures_tasks_that_do_not_translate(tmp_path: Path) -> None:
+    """Perplexity over all tokens and by language, equal to a sum by hand; samples from whoever writes them."""
+    model = module(samples=1)
+    batches = [make_batch("denoising", 1, "aa"), make_batch("denoising", 2, "bb"), make_batch("masked_lm", 3, "bb")]
+    model.write = Parrot()
+    values = trainer(tmp_path).test(model, DataLoader(batches, batch_size=None), verbose=False)[0]
+    with torch.no_grad():
+        out = [model.eval()(batch) for batch in batches]
+    nll, n = [float(o.nll) for o in out], [int(o.num_predictions) for o in out]
+    assert values["test/denoising/loss"] == pytest.approx((nll[0] + nll[1]) / (n[0] + n[1]), rel=1e-5)
+    assert values["test/denoising/perplexity/bb"] == pytest.approx(math.exp(nll[1] / n[1]), rel=1e-4)
+    assert model.tested["masked_lm"]["perplexity"] == pytest.approx(math.exp(nll[2] / n[2]), rel=1e-4)
+    assert list(model.tested["masked_lm"]["languages"]) == ["bb"]
+    right = sum(int(o.correct) for o in out[:2])
+    assert model.tested["denoising"]["accuracy"] == pytest.approx(right / (n[0] + n[1]))
+    assert [(s["task"], s["direction"], s["hypothesis"]) for s in model.samples] == [
+        ("denoising", "aa", "heard"), ("denoising", "bb", "heard"), ("masked_lm", "bb", "heard"),
+    ]  # fmt: skip
+    assert model.scores is None
+
+
+class Parrot:
+    """Writes one thing."""
+
+    def samples(self, batch: Batch, rows: int) -> list[tuple[str, str, str]]:
+        return [("given", "right", "heard")] * min(rows, len(batch))
 
 
 def test_mistakes() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ class Text(Source):
         unit: "line" = every line is a sentence; "paragraph" = lines are joined until an empty one.
         valid_share: of a language without a validation file, this share is held out for validation, chosen by the
             hash of the sentence, so that it does not change when the file grows and no sentence is on both sides.
+        test_share: likewise of a language without a test file, for testing.
 
     Raises:
         UserError: on bad input, naming file and line.
@@ -28,12 +29,18 @@ class Text(Source):
     name = "text"
 
     def __init__(
-        self, path: str | Path, *, unit: Literal["line", "paragraph"] = "line", valid_share: float = 0.01
+        self,
+        path: str | Path,
+        *,
+        unit: Literal["line", "paragraph"] = "line",
+        valid_share: float = 0.01,
+        test_share: float = 0.01,
     ) -> None:
         if unit not in ("line", "paragraph"):
             raise UserError(f"text: unit must be line or paragraph: got {unit!r}.")
-        if not 0 <= valid_share < 1:
-            raise UserError(f"text: valid_share must be at least 0 and below 1: got {valid_share}.")
+        for name, share in (("valid_share", valid_share), ("test_share", test_share)):
+            if not 0 <= share < 0.5:
+                raise UserError(f"text: {name} must be at least 0 and below 0.5: got {share}.")
         folder = check_folder(path, "text")
         files = _find(folder)
         self.languages = tuple(dict.fromkeys(language for language, _ in files))
@@ -47,13 +54,20 @@ class Text(Source):
             if not sentences:
                 raise UserError(f"{file_path}: a file must hold text: got {len(file.lines)} empty lines.")
             self._sentences[language, split] = sentences
-        self._fingerprint = digest("text", unit, valid_share, *digests)
+        self._fingerprint = digest("text", unit, valid_share, test_share, *digests)
+        # From the two ends of the draw, so that what one share holds out does not depend on the other.
+        self._hold_out("valid", lambda chance: chance < valid_share)
+        self._hold_out("test", lambda chance: chance >= 1 - test_share)
+
+    def _hold_out(self, split: Split, chosen: Callable[[float], bool]) -> None:
+        """Take a split out of the training text of every language that has no file of it."""
         for language in self.languages:
-            if (language, "valid") not in self._sentences and (language, "train") in self._sentences:
-                everything = self._sentences[language, "train"]
-                held = [_chance(sentence) < valid_share for sentence in everything]
-                self._sentences[language, "train"] = [s for s, out in zip(everything, held, strict=True) if not out]
-                self._sentences[language, "valid"] = [s for s, out in zip(everything, held, strict=True) if out]
+            if (language, split) in self._sentences or (language, "train") not in self._sentences:
+                continue
+            everything = self._sentences[language, "train"]
+            out = [chosen(_chance(sentence)) for sentence in everything]
+            self._sentences[language, "train"] = [s for s, o in zip(everything, out, strict=True) if not o]
+            self._sentences[language, split] = [s for s, o in zip(everything, out, strict=True) if o]
 
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
         """Always an error: nothing is parallel here."""

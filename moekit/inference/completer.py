@@ -1,0 +1,122 @@
+"""From prompts to continuations, and from damaged text to clean text: tokenizer, model and search behind one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moekit.data.batch import Batch
+from moekit.data.tokenizer import Tokenizer
+from moekit.inference.generate import complete, generate
+from moekit.inference.interface import LengthLimit, Search
+from moekit.inference.sampling import Greedy
+
+GAP = "___"
+"""What stands in a sample for text that was cut out."""
+
+
+class Completer:
+    """Writes what a language model, or a model trained to restore damaged text, would write.
+
+    Args:
+        model: such as `moekit.transformer.DecoderOnly` (continuations) or `EncoderDecoder` (restored text).
+        tokenizer: the one it was trained with.
+        search: how tokens are chosen; default greedy.
+        max_new_tokens: the longest continuation.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Tokenizer, *, search: Search | None = None, max_new_tokens: int = 64
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.search = search or Greedy()
+        self.max_new_tokens = max_new_tokens
+        self._suppress = [i for i in range(tokenizer.first_text_id) if i != tokenizer.eos_id]
+
+    def complete(
+        self, prompts: Sequence[str], language: str, *, advance: Callable[[int], None] = lambda done: None
+    ) -> list[str]:
+        """The continuation of each prompt, in their order; an empty prompt is the beginning of a text.
+
+        Args:
+            prompts: plain text in `language`.
+            language: told to routers that ask for it.
+            advance: told, after every batch, how many prompts it held.
+
+        Raises:
+            UserError: if the tokenizer does not know the language.
+        """
+        number, device = self.tokenizer.language_id(language), next(self.model.parameters()).device
+        rows = [[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_batch(prompts)]
+        # Prompts of one length at a time: `complete` feeds those that are longer a token at a time.
+        groups: dict[int, list[int]] = {}
+        for i, row in enumerate(rows):
+            groups.setdefault(len(row), []).append(i)
+        written = [""] * len(rows)
+        for _, members in sorted(groups.items()):
+            ids = torch.tensor([rows[i] for i in members], device=device)
+            languages = torch.full((len(members),), number, device=device)
+            for i, text in zip(members, self._continue(ids, languages), strict=True):
+                written[i] = text
+            advance(len(members))
+        return written
+
+    def samples(self, batch: Batch, rows: int) -> list[tuple[str, str, str]]:
+        """What was given, what is right and what the model writes, for the first `rows` rows of a batch.
+
+        Of causal_lm the first half of a text is given; of denoising and span_corruption the damaged text. Other tasks
+        have none.
+        """
+        if batch.target is None or batch.target_mask is None or rows < 1:
+            return []
+        if batch.task == "causal_lm":
+            return [self._sample(batch, row) for row in range(min(rows, len(batch)))]
+        if batch.task not in ("denoising", "span_corruption"):
+            return []
+        # What a gap is marked with is part of the answer only where the answer is the missing spans.
+        marks = self.tokenizer.sentinel_ids if batch.task == "span_corruption" else ()
+        found = generate(
+            self.model,  # type: ignore[arg-type]
+            batch.source[:rows],
+            batch.source_mask[:rows],
+            search=self.search,
+            limit=LengthLimit(),
+            source_language=batch.source_language[:rows],
+            target_language=batch.target_language[:rows],
+            suppress=[i for i in self._suppress if i not in marks],
+        )
+        texts = (batch.source[:rows].tolist(), batch.target[:rows].tolist(), found.best())
+        given, right, wrote = ([self._with_gaps(ids) for ids in text] for text in texts)
+        return list(zip(given, right, wrote, strict=True))
+
+    def _sample(self, batch: Batch, row: int) -> tuple[str, str, str]:
+        assert batch.target is not None
+        assert batch.target_mask is not None
+        ids = batch.target[row][batch.target_mask[row]]
+        cut = max(1, len(ids) // 2)  # bos is always given
+        wrote = self._continue(ids[None, :cut], batch.target_language[row : row + 1])[0]
+        return self.tokenizer.decode(ids[:cut].tolist()), self.tokenizer.decode(ids[cut:].tolist()), wrote
+
+    def _continue(self, ids: Tensor, language: Tensor) -> list[str]:
+        found = complete(
+            self.model,  # type: ignore[arg-type]
+            ids,
+            search=self.search,
+            max_new_tokens=self.max_new_tokens,
+            language=language,
+            suppress=self._suppress,
+        )
+        return [self.tokenizer.decode(text) for text in found.best()]
+
+    def _with_gaps(self, ids: Sequence[int]) -> str:
+        """The text between sentinels and masks, with a mark where each stood."""
+        holes = {self.tokenizer.mask_id, *self.tokenizer.sentinel_ids}
+        pieces: list[list[int]] = [[]]
+        for token in ids:
+            if token in holes:
+                pieces.append([])
+            else:
+                pieces[-1].append(token)
+        return f" {GAP} ".join(self.tokenizer.decode(piece) for piece in pieces).strip()

@@ -1,0 +1,217 @@
+"""Networks that recipes share: the sizes of a transformer, a transformer of those sizes, and its dense twin."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from moekit.experts import Experts, GroupedGLU, GroupedMLP
+from moekit.layer import AuxLosses
+from moekit.transformer import (
+    GLU,
+    MLP,
+    DecoderOnly,
+    EncoderDecoder,
+    FeedForwardFactory,
+    LayerNorm,
+    Positions,
+    RelativePositions,
+    RMSNorm,
+    RotaryPositions,
+    Side,
+    SinusoidalPositions,
+    every_other,
+)
+from moekit.transformer.stack import StackOptions
+
+Sparse = Callable[[int, Side], nn.Module]
+"""Makes the sparse feed-forward of a layer."""
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Sizes that every recipe's network has.
+
+    Attributes:
+        dim: width of the residual stream.
+        heads: of attention.
+        head_dim: channels of a head; 0 = dim / heads.
+        hidden_dim: of a feed-forward, and of each expert.
+        num_experts: of a sparse layer; 0 = dense, the FLOP-matched twin.
+        every: every so many layers one is sparse, the last of them; 1 = all.
+        load_balance: weight of the load-balancing loss, summed over layers.
+        router_z: weight of the router z-loss.
+        dropout: on embeddings, branches and hidden activations.
+        activation: of feed-forwards and experts.
+        gated: whether feed-forwards and experts are gated (GEGLU with gelu, SwiGLU with silu).
+        norm: layer (LayerNorm) or rms (RMSNorm).
+        positions: sinusoidal, rotary, or relative (T5).
+        tied: whether one table embeds tokens and makes the logits.
+        expert_init_scale: variance scale of the experts' first weights (Switch: 0.1).
+        checkpoint: compute activations again in backward instead of keeping them.
+    """
+
+    dim: int = 128
+    heads: int = 4
+    head_dim: int = 0
+    hidden_dim: int = 512
+    num_experts: int = 8
+    every: int = 2
+    load_balance: float = 1e-2
+    router_z: float = 0.0
+    dropout: float = 0.0
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    gated: bool = False
+    norm: Literal["layer", "rms"] = "layer"
+    positions: Literal["sinusoidal", "rotary", "relative"] = "sinusoidal"
+    tied: bool = True
+    expert_init_scale: float = 1.0
+    checkpoint: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(NetworkConfig):
+    """A decoder-only language model.
+
+    Attributes:
+        layers: blocks.
+    """
+
+    layers: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderDecoderConfig(NetworkConfig):
+    """A sequence-to-sequence model.
+
+    Attributes:
+        encoder_layers: blocks of the encoder.
+        decoder_layers: blocks of the decoder.
+    """
+
+    encoder_layers: int = 2
+    decoder_layers: int = 2
+
+
+def feed_forward(model: NetworkConfig, hidden_dim: int | None = None) -> nn.Module:
+    """A dense feed-forward of the network's kind."""
+    kind = GLU if model.gated else MLP
+    width = model.hidden_dim if hidden_dim is None else hidden_dim
+    return kind(model.dim, width, activation=model.activation, dropout=model.dropout)
+
+
+def expert_bank(model: NetworkConfig, num_experts: int | None = None, hidden_dim: int | None = None) -> Experts:
+    """Experts of the network's kind, by default as many and as wide as it says."""
+    kind: Any = GroupedGLU if model.gated else GroupedMLP
+    bank: Experts = kind(
+        model.num_experts if num_experts is None else num_experts,
+        model.dim,
+        model.hidden_dim if hidden_dim is None else hidden_dim,
+        activation=model.activation,
+        dropout=model.dropout,
+        init_scale=model.expert_init_scale,
+    )
+    return bank
+
+
+def dense_twin_layer(model: NetworkConfig, active: float = 1.0) -> Sparse:
+    """Makes dense feed-forwards as wide as the `active` experts that a token passes in a sparse layer."""
+    return lambda layer, side: feed_forward(model, round(active * model.hidden_dim))
+
+
+def feed_forwards(model: NetworkConfig, sparse: Sparse, active: float = 1.0) -> FeedForwardFactory:
+    """`sparse` at every n-th layer, dense ones elsewhere; in the dense twin, of equal cost per token everywhere.
+
+    Args:
+        model: the sizes.
+        sparse: makes a sparse layer.
+        active: experts that a token passes in a sparse layer: how wide the twin is there, in hidden sizes.
+    """
+    chosen = sparse if model.num_experts else dense_twin_layer(model, active)
+    return every_other(chosen, lambda layer, side: feed_forward(model), start=model.every - 1, every=model.every)
+
+
+def decoder(model: DecoderConfig, vocab_size: int, layers: FeedForwardFactory) -> DecoderOnly:
+    """The language model with the given feed-forwards."""
+    return DecoderOnly(
+        vocab_size,
+        model.dim,
+        model.heads,
+        model.layers,
+        model.hidden_dim,
+        tied=model.tied,
+        **_options(model, layers),
+    )
+
+
+def encoder_decoder(model: EncoderDecoderConfig, vocab_size: int, layers: FeedForwardFactory) -> EncoderDecoder:
+    """The sequence-to-sequence model with the given feed-forwards."""
+    return EncoderDecoder(
+        vocab_size,
+        model.dim,
+        model.heads,
+        model.encoder_layers,
+        model.decoder_layers,
+        model.hidden_dim,
+        tied=model.tied,
+        **_options(model, layers),
+    )
+
+
+def _options(model: NetworkConfig, layers: FeedForwardFactory) -> StackOptions:
+    return StackOptions(
+        feed_forward=layers,
+        positions=_positions(model),
+        norm=LayerNorm if model.norm == "layer" else RMSNorm,
+        activation=model.activation,
+        dropout=model.dropout,
+        head_dim=model.head_dim or None,
+        checkpoint=model.checkpoint,
+    )
+
+
+def _positions(model: NetworkConfig) -> Positions:
+    match model.positions:
+        case "sinusoidal":
+            return SinusoidalPositions()
+        case "rotary":
+            return RotaryPositions()
+        case "relative":
+            return RelativePositions(model.heads)
+
+
+def aux_losses(model: NetworkConfig, **weights: float) -> AuxLosses | None:
+    """The network's weights of the routers' losses and further ones, those of weight 0 left out; None if none is left.
+
+    Of a dense model None.
+    """
+    wanted = {"load_balance": model.load_balance, "router_z": model.router_z, **weights}
+    wanted = {name: weight for name, weight in wanted.items() if weight}
+    return AuxLosses(layers="sum", **wanted) if wanted and model.num_experts else None
+
+
+def dense(config: C) -> C:
+    """The FLOP-matched dense twin of a recipe's configuration: what a token passes is the same, there is one of it."""
+    values: Any = config
+    twin: C = dataclasses.replace(values, model=dataclasses.replace(values.model, num_experts=0))
+    return twin
+
+
+def with_twins(**variants: C) -> dict[str, C]:
+    """Each variant, followed by its dense twin ``NAME_dense``."""
+    return {name: c for base, given in variants.items() for name, c in ((base, given), (f"{base}_dense", dense(given)))}
+
+
+TWIN_NOTES: Mapping[str, str] = {
+    "tiny": "generated languages, minutes on two cores, nothing to download (default)",
+    "tiny_dense": "its dense twin of equal cost per token",
+    "small": "for real text on a laptop: give --data.source and --data.path",
+    "small_dense": "its dense twin of equal cost per token",
+}
+"""Lines of help for the variants that most recipes have."""

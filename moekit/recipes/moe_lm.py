@@ -1,0 +1,158 @@
+"""MoE language models of Artetxe et al.: top-2 experts in every other layer of a GPT-like decoder.
+
+Artetxe et al. 2021, "Efficient Large Scale Language Modeling with Mixtures of Experts" (arXiv:2112.10684). The model is
+a pre-norm decoder; every other feed-forward is replaced by experts of the same size, two of which a token passes, as
+in GShard; the balance loss has weight 0.01, summed over layers; the router runs in float32; both experts of a token
+are always sent, and an expert takes up to twice an even share.
+
+    python -m moekit.recipes.moe_lm                       # minutes on a laptop, nothing to download
+    python -m moekit.recipes.moe_lm run --variant small --data.source text --data.path FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from moekit.heads import CausalLMHead
+from moekit.layer import MoELayer
+from moekit.recipes._command import Recipe, main
+from moekit.recipes._config import DataConfig, EvaluateConfig, LanguageModelTasks, TaskConfig, TrainConfig
+from moekit.recipes._networks import (
+    TWIN_NOTES,
+    DecoderConfig,
+    aux_losses,
+    decoder,
+    expert_bank,
+    feed_forwards,
+    with_twins,
+)
+from moekit.recipes._parts import Built
+from moekit.recipes._pipeline import commands
+from moekit.routers import TopKRouter
+from moekit.routing import Capacity
+from moekit.transformer import Side
+
+ACTIVE = 2  # experts that a token passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(DecoderConfig):
+    """The network.
+
+    Attributes:
+        capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
+    """
+
+    # fairseq's top-2 gate takes 2 * ceil(S / E) tokens an expert: a factor of 1 for k = 2.
+    capacity_factor: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is made of.
+
+    Attributes:
+        data: where text comes from.
+        model: the network.
+        tasks: tokens per step.
+        train: how training goes.
+        evaluate: how the result is evaluated.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tasks: LanguageModelTasks = field(default_factory=LanguageModelTasks)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def build(config: Config, vocab_size: int) -> Built:
+    """The parts of a run."""
+    model = config.model
+
+    def sparse(layer: int, side: Side) -> MoELayer:
+        router = TopKRouter(
+            model.dim,
+            model.num_experts,
+            k=ACTIVE,
+            capacity=Capacity(train=model.capacity_factor or None),
+            renormalise="after_drop",  # fairseq's default: what survives of a token's two experts sums to one
+        )
+        return MoELayer(router, expert_bank(model))
+
+    network = decoder(model, vocab_size, feed_forwards(model, sparse, ACTIVE))
+    return Built(network, [CausalLMHead()], aux_losses(model))
+
+
+TINY = Config(
+    data=DataConfig(vocab_size=1600),
+    model=ModelConfig(activation="gelu"),
+    # The paper trains at twice the learning rate of the dense model of its size; here both use ours.
+    train=TrainConfig(max_steps=1500, max_minutes=4.0, label_smoothing=0.0, validate_every=300),
+    evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
+)
+SMALL = Config(
+    data=DataConfig(source="text", vocab_size=4000, temperature=5.0),
+    model=ModelConfig(dim=192, heads=6, layers=6, hidden_dim=768, activation="gelu", dropout=0.05),
+    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, label_smoothing=0.0, validate_every=500),
+    evaluate=EvaluateConfig(beam_size=1),
+)
+
+
+def paper(layers: int, dim: int, heads: int, learning_rate: float) -> Config:
+    """A published model: 512 experts in every other layer, hidden size 4 D, 2,048 tokens a sequence, 300 B tokens.
+
+    Source: arXiv:2112.10684 table 1 for the shapes; learning rates are GPT-3's for the dense model of that size.
+    """
+    return Config(
+        data=DataConfig(source="text", vocab_size=50_260, max_length=2048),
+        model=ModelConfig(
+            layers=layers,
+            dim=dim,
+            heads=heads,
+            hidden_dim=4 * dim,
+            num_experts=512,
+            activation="gelu",
+            dropout=0.1,
+            expert_init_scale=1.0,
+            checkpoint=True,
+        ),
+        tasks=LanguageModelTasks(causal_lm=TaskConfig(tokens=524_288)),
+        train=TrainConfig(
+            max_steps=572_204,
+            learning_rate=learning_rate,
+            warmup_steps=715,
+            clip=0.0,
+            label_smoothing=0.0,
+            precision="bf16-mixed",
+        ),
+        evaluate=EvaluateConfig(beam_size=1),
+    )
+
+
+VARIANTS: Mapping[str, Config] = {
+    **with_twins(tiny=TINY, small=SMALL),
+    "paper_15b": paper(12, 768, 12, 6e-4),
+    "paper_52b": paper(24, 1024, 16, 3e-4),
+    "paper_207b": paper(24, 2048, 32, 2e-4),
+    "paper_1t": paper(32, 4096, 32, 1.2e-4),
+}
+
+RECIPE = Recipe(
+    name="moe_lm",
+    about="MoE language models of Artetxe et al. (arXiv:2112.10684): top-2 experts in every other layer of a decoder.",
+    variants=VARIANTS,
+    notes={
+        **TWIN_NOTES,
+        "paper_15b": "12 layers, dimension 768, 512 experts",
+        "paper_52b": "24 layers, dimension 1024, 512 experts",
+        "paper_207b": "24 layers, dimension 2048, 512 experts",
+        "paper_1t": "32 layers, dimension 4096, 512 experts",
+    },
+    commands=commands("moe_lm", build),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(RECIPE))
