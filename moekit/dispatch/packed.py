@@ -1,0 +1,69 @@
+"""Packed dispatch: exactly the rows that are kept, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekit.dispatch.base import Dispatched
+from moekit.dispatch.exchange import Exchange, Route, transpose_blocks
+from moekit.routing import Routing
+
+
+@dataclass(frozen=True)
+class _Handle:
+    """Which assignment and which token each row of this rank is, and the route to the experts."""
+
+    assignment: Tensor
+    token: Tensor
+    route: Route | None
+
+
+class PackedDispatcher:
+    """Rows without padding, for any routing, with or without capacity.
+
+    Args:
+        exchange: brings rows to the ranks that hold their experts; None = all experts are here. Every rank sends what
+            it has: loads, batches and numbers of rows may differ, and any of them may be zero.
+    """
+
+    def __init__(self, exchange: Exchange | None = None) -> None:
+        self.exchange = exchange
+
+    def across(self, exchange: Exchange | None) -> PackedDispatcher:
+        """See `Dispatcher.across`."""
+        return PackedDispatcher(exchange)
+
+    def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
+        """Gather the kept rows, sorted by expert; across ranks, by this rank's experts."""
+        kept, e = routing.kept, routing.num_experts
+        counts = torch.zeros(e, dtype=torch.int64, device=x.device)
+        counts = counts.index_add(0, routing.expert, kept.to(torch.int64))
+        start = counts.cumsum(0) - counts
+        # An expert's kept assignments hold the places 0..n-1 of its queue, so the row of each is known without a sort.
+        row = start[routing.expert] + routing.position
+        total = int(counts.sum()) if x.device.type != "meta" else routing.token.numel()
+        if total == routing.token.numel():
+            assignment = torch.empty_like(row).scatter(0, row, torch.arange(total, device=x.device))
+        else:
+            index = kept.nonzero().squeeze(1)
+            assignment = torch.empty(total, dtype=torch.int64, device=x.device).scatter(0, row[index], index)
+        token = routing.token[assignment]
+        rows = x.index_select(0, token)
+        if self.exchange is None:
+            return Dispatched(rows, counts, _Handle(assignment, token, None))
+        route = self.exchange.open(counts.view(self.exchange.size, -1))
+        rows = transpose_blocks(route.send(rows), route.received)
+        return Dispatched(rows, route.received.sum(0), _Handle(assignment, token, route))
+
+    def combine(self, y: Tensor, routing: Routing, handle: Any) -> Tensor:
+        """Add every row, times its weight, to its token."""
+        if handle.route is not None:
+            y = handle.route.back(transpose_blocks(y, handle.route.received.t()))
+        weight = routing.weight.index_select(0, handle.assignment)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        out = torch.zeros(routing.num_tokens, y.shape[1], dtype=wide, device=y.device)
+        return out.index_add(0, handle.token, y.to(wide) * weight.to(wide)[:, None])
