@@ -1,0 +1,68 @@
+"""Padded dispatch: the same number of slots for each expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekit.dispatch.base import Dispatched
+from moekit.dispatch.exchange import Exchange
+from moekit.routing import Routing
+
+
+class PaddedDispatcher:
+    """C slots for each expert; slots without a token hold zeros.
+
+    Args:
+        exchange: brings slots to the ranks that hold their experts, in equal shares; None = all experts are here.
+            Capacity is that of each rank: an expert has C slots for the tokens of every rank (GShard's groups). Where
+            ranks have different numbers of tokens the largest C of the group is sent.
+    """
+
+    def __init__(self, exchange: Exchange | None = None) -> None:
+        self.exchange = exchange
+
+    def across(self, exchange: Exchange | None) -> PaddedDispatcher:
+        """See `Dispatcher.across`."""
+        return PaddedDispatcher(exchange)
+
+    def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
+        """Scatter the kept rows into their slots: Float[E, C, D]; across W ranks Float[E / W, W * C, D].
+
+        Raises:
+            ValueError: if the routing is dropless: the number of slots would depend on data.
+        """
+        capacity = routing.capacity
+        if capacity is None:
+            raise ValueError(
+                "PaddedDispatcher needs a routing with a capacity: got a dropless one. Give the router a Capacity "
+                "for this phase, or use PackedDispatcher."
+            )
+        if self.exchange is not None:
+            capacity = self.exchange.largest(capacity, x.device)
+        slots = routing.num_experts * capacity
+        # One scratch slot behind the real ones takes everything that is not kept: no branch, no data-dependent shape.
+        slot = torch.where(routing.kept, routing.expert * capacity + routing.position, slots)
+        source = torch.full((slots + 1,), routing.num_tokens, dtype=torch.int64, device=x.device)
+        source = source.scatter(0, slot, routing.token)[:slots]
+        padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
+        rows = padded.index_select(0, source).view(routing.num_experts, capacity, x.shape[1])
+        if self.exchange is not None:
+            w, dim = self.exchange.size, x.shape[1]
+            arrived = self.exchange.send_equal(rows.view(w, routing.num_experts // w, capacity, dim))
+            rows = arrived.transpose(0, 1).reshape(routing.num_experts // w, w * capacity, dim)
+        return Dispatched(rows, None, slot)
+
+    def combine(self, y: Tensor, routing: Routing, handle: Any) -> Tensor:
+        """Gather each assignment's slot, weigh it, add it to its token."""
+        if self.exchange is not None:
+            w, (here, slots, dim) = self.exchange.size, y.shape
+            y = self.exchange.send_equal(y.reshape(here, w, slots // w, dim).transpose(0, 1)).flatten(0, 1)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        flat = torch.cat([y.flatten(0, 1), y.new_zeros(1, y.shape[-1])])
+        weight = torch.where(routing.kept, routing.weight, 0.0).to(wide)
+        rows = flat.index_select(0, handle).to(wide) * weight[:, None]
+        out = torch.zeros(routing.num_tokens, y.shape[-1], dtype=wide, device=y.device)
+        return out.index_add(0, routing.token, rows)
