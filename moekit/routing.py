@@ -201,12 +201,15 @@ class Router(Component, ABC):
             priority, expert choice). Such a router is refused in a causal decoder ...
         allow_future: ... unless this says that the leak is wanted.
         observes: whether `observe` wants to be told what training forwards returned.
+        by_position: whether a token's experts depend on its place among the tokens of the batch even where nothing is
+            dropped (dealing in turn), so that tokens in another order get other experts.
     """
 
     num_experts: int
     looks_ahead: bool = False
     allow_future: bool = False
     observes: bool = False
+    by_position: bool = False
 
     def check_causal(self) -> None:
         """Raise ValueError if this router would let a causal decoder see later tokens unasked."""

@@ -3,6 +3,21 @@
 from moekit.functional.assignment import queue_positions, service_order
 from moekit.functional.dropout import dropout
 from moekit.functional.losses import BalanceScope, load_balance, router_z
+from moekit.functional.precision import wide_linear, without_autocast
 from moekit.functional.reference import moe_reference
+from moekit.functional.sampling import race
+from moekit.functional.sinkhorn import sinkhorn
 
-__all__ = ["BalanceScope", "dropout", "load_balance", "moe_reference", "queue_positions", "router_z", "service_order"]
+__all__ = [
+    "BalanceScope",
+    "dropout",
+    "load_balance",
+    "moe_reference",
+    "queue_positions",
+    "race",
+    "router_z",
+    "service_order",
+    "sinkhorn",
+    "wide_linear",
+    "without_autocast",
+]

@@ -14,7 +14,7 @@ from moekit.routers.choices import AllChoices, LaterChoices
 from moekit.routers.exploration import Exploration
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.overflow import NoTokenLeftBehind
-from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
+from moekit.routers.queueing import clear_padding, draw_scores, mask_choices, score_statistics, serve, token_choices
 from moekit.routing import Capacity, Router, Routing, RoutingContext
 
 Renormalise = Literal["none", "before_drop", "after_drop"]
@@ -114,7 +114,7 @@ class TopKRouter(Router):
         balance = balance or Balance()
         if overflow is not None and balance.scope == "global" and balance.when == "before_drop":
             raise ValueError(
-                "A balance loss of scope \"global\" counts where the choices of earlier micro-batches ended, so with "
+                'A balance loss of scope "global" counts where the choices of earlier micro-batches ended, so with '
                 "overflow it cannot count first tries: got when='before_drop'. Use "
                 'Balance(scope="global", when="after_drop").'
             )
@@ -132,12 +132,9 @@ class TopKRouter(Router):
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         TopKRouter.reset_parameters(self)  # a subclass draws its own parameters once it has them
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the scores' weights anew: truncated normal of std sqrt(init_scale / dim)."""
-        if self.weight.device.type != "meta":
-            std = (self.init_scale / self.dim) ** 0.5
-            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        draw_scores(self.weight, self.init_scale)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

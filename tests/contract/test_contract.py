@@ -17,7 +17,24 @@ import pytest
 import moekit
 from moekit import dispatch, experts, routers
 from moekit.experts import Experts, GroupedGLU, GroupedMLP
-from moekit.routers import Balance, InputJitter, RandomChoice, TopKRouter, presets
+from moekit.routers import (
+    Balance,
+    CosineRouter,
+    ExpertChoiceRouter,
+    InputDropout,
+    InputJitter,
+    NoTokenLeftBehind,
+    RandomChoice,
+    SampledChoice,
+    SampledSoftmax,
+    SinkhornRouter,
+    TaskRouter,
+    TaskTableRouter,
+    ThresholdChoice,
+    TopKRouter,
+    UniformRouter,
+    presets,
+)
 from moekit.routing import Capacity, Router
 from moekit.testing import DISPATCHER_CHECKS, EXPERTS_CHECKS, ROUTER_CHECKS
 
@@ -41,6 +58,51 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     ),
     "TopKRouter, one expert": lambda: TopKRouter(D, 1, capacity=Capacity(train=0.5, priority="random")),
     "TopKRouter, more experts than are counted one-hot": lambda: TopKRouter(D, 40, 2, init_scale=1.0),
+    "TopKRouter, no token left behind": lambda: TopKRouter(
+        D,
+        E,
+        2,
+        capacity=Capacity(train=0.6, eval=0.8, minimum=1, priority="random"),
+        overflow=NoTokenLeftBehind(),
+        balance=Balance(when="after_drop"),
+        init_scale=1.0,
+    ),
+    "TopKRouter, no token left behind, one expert": lambda: TopKRouter(
+        D, 1, capacity=Capacity(train=0.5, minimum=1), overflow=NoTokenLeftBehind(rounds=2)
+    ),
+    "TopKRouter, sampled softmax": lambda: TopKRouter(D, E, 2, exploration=SampledSoftmax(), init_scale=1.0),
+    "TopKRouter, sampled choices, input dropout": lambda: TopKRouter(
+        D,
+        E,
+        3,
+        capacity=Capacity(train=0.8),
+        later_choices=SampledChoice(),
+        exploration=InputDropout(0.2),
+        init_scale=1.0,
+    ),
+    "TopKRouter, threshold": lambda: TopKRouter(D, E, 2, later_choices=ThresholdChoice(0.2), init_scale=1.0),
+    "CosineRouter": lambda: CosineRouter(D, E),
+    "CosineRouter, two choices, capacity": lambda: CosineRouter(
+        D, E, 2, projected_dim=3, capacity=Capacity(train=0.7), renormalise="after_drop", exploration=InputJitter()
+    ),
+    "ExpertChoiceRouter": lambda: ExpertChoiceRouter(D, E, init_scale=1.0),
+    "ExpertChoiceRouter, less than one": lambda: ExpertChoiceRouter(
+        D, E, capacity_factor=0.5, eval_capacity_factor=3.0
+    ),
+    "SinkhornRouter": lambda: SinkhornRouter(D, E, init_scale=1.0),
+    "SinkhornRouter, two choices, sigmoid, capacity": lambda: SinkhornRouter(
+        D, E, 2, activation="sigmoid", capacity=Capacity(train=0.9), iterations=8
+    ),
+    "TaskRouter": lambda: TaskRouter(D, E, num_tasks=3),
+    "TaskRouter, two choices, capacity": lambda: TaskRouter(
+        D, E, 2, num_tasks=5, capacity=Capacity(train=1.0), renormalise="before_drop", later_choices=RandomChoice(0.5)
+    ),
+    "TaskTableRouter": lambda: TaskTableRouter(D, E, [2, 0, 2]),
+    "TaskTableRouter, capacity": lambda: TaskTableRouter(D, E, [3, 1], capacity=Capacity(train=0.5)),
+    "UniformRouter": lambda: UniformRouter(D, E),
+    "UniformRouter, two, random, capacity": lambda: UniformRouter(
+        D, E, 2, order="random", capacity=Capacity(train=1.0, priority="random")
+    ),
     "switch": lambda: presets.switch(D, E),
     "gshard": lambda: presets.gshard(D, E),
     "st_moe": lambda: presets.st_moe(D, E),

@@ -1,0 +1,92 @@
+"""Expert choice: every expert takes the C tokens that score it highest; no token is told to wait."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moekit.functional.losses import router_z
+from moekit.functional.precision import wide_linear
+from moekit.routers.queueing import clear_padding, draw_scores, score_statistics
+from moekit.routing import Capacity, Router, Routing, RoutingContext
+
+
+class ExpertChoiceRouter(Router):
+    """Each expert takes its top C tokens; a token may get many experts, or none.
+
+    S = softmax(x W_r) over experts; G, I = top-C of each column of S; the weight is G. C = capacity_factor * T / E,
+    so that a token gets capacity_factor experts on average. Load is exactly equal, and there is no balance loss.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        capacity_factor: average number of experts per token in training; 2 in the paper's main results.
+        eval_capacity_factor: the same in evaluation; None = as in training. There is no dropless expert choice.
+        init_scale: variance scale of the truncated normal init.
+        allow_future: an expert compares a token with later ones, so a causal decoder refuses this router unless told
+            that the leak is wanted.
+
+    The assignments are expert-major, each expert's in descending order of weight. Like every capacity, C counts the
+    padding of the batch; where fewer than C tokens are real, slots stay empty.
+
+    Returns in `Routing.losses`: ``router_z``; in `Routing.statistics`: ``entropy`` and ``logsumexp``.
+
+    Source: arXiv:2202.09368 section 3.2. Differs: the variant that bounds the experts of a token (section 3.3, a
+        linear program) is not built.
+    """
+
+    looks_ahead = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        capacity_factor: float = 2.0,
+        eval_capacity_factor: float | None = None,
+        init_scale: float = 0.1,
+        allow_future: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_experts = dim, num_experts
+        evaluation = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
+        self.capacity = Capacity(train=capacity_factor, eval=evaluation, minimum=1)
+        self.init_scale = init_scale
+        self.allow_future = allow_future
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the scores' weights anew: truncated normal of std sqrt(init_scale / dim)."""
+        draw_scores(self.weight, self.init_scale)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"dim={self.dim}, num_experts={self.num_experts}, capacity={self.capacity}"
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Route; see `Router.forward`."""
+        mask = None if context is None else context.mask
+        t, e = x.shape[0], self.num_experts
+        logits = wide_linear(clear_padding(x, mask), self.weight)
+        probs = logits.softmax(-1)
+        slots = self.capacity.slots(t, e, 1, training=self.training)
+        assert slots is not None
+        # Padding comes last, below every probability: the real tokens of an expert then hold places 0 to n-1.
+        wish = probs.detach() if mask is None else probs.detach().masked_fill(~mask[:, None], -1.0)
+        token = wish.t().topk(slots, dim=-1).indices.reshape(-1)
+        expert = torch.arange(e, device=x.device).repeat_interleave(slots)
+        kept = torch.ones_like(token, dtype=torch.bool) if mask is None else mask[token]
+        place = torch.arange(slots, device=x.device).repeat(e)
+        return Routing(
+            token=token,
+            expert=expert,
+            weight=probs[token, expert],
+            position=torch.where(kept, place, -1),
+            kept=kept,
+            losses={"router_z": router_z(logits, mask)},
+            statistics=score_statistics(logits, probs, mask),
+            num_tokens=t,
+            num_experts=e,
+            capacity=slots,
+        )

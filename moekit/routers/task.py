@@ -1,0 +1,175 @@
+"""Task-level routing: the task or language of a token chooses its experts, not the token itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moekit.routers.choices import LaterChoices
+from moekit.routers.queueing import mask_choices, serve, token_choices
+from moekit.routers.topk import Balance, Renormalise, TopKRouter
+from moekit.routing import Capacity, Router, Routing, RoutingContext
+
+
+class TaskRouter(TopKRouter):
+    """Top-k by learned scores of the task: all tokens of a task share their experts.
+
+    logits = table[task]; p = softmax(logits); the k largest are the experts, weight = p. After training the experts of
+    a task are a small dense model that can be cut out and served alone.
+
+    Args:
+        dim: D, for interchange with other routers; the tokens are not looked at.
+        num_experts: E.
+        k: choices per task.
+        num_tasks: ids in `RoutingContext.task` are 0..num_tasks-1.
+        capacity: slots per expert; dropless by default.
+        renormalise: see `TopKRouter`; the paper's top-2 gate is GShard's, "before_drop".
+        later_choices: how the choices after the first are picked and sent.
+        balance: how the load-balancing loss counts.
+        allow_future: accept priorities that look at later tokens in a causal decoder.
+
+    Returns in `Routing.losses`: ``load_balance`` and ``router_z``; in `Routing.statistics`: ``entropy`` and
+    ``logsumexp``, over real tokens.
+
+    Raises:
+        ValueError: in forward, if `RoutingContext.task` is missing, or on a CPU if it holds an id out of range.
+
+    Source: arXiv:2110.03742 section 3.2. Differs: the paper scores a learned embedding of the task by a linear gate;
+        a table of scores is the same function of the task. It starts as N(0, 1), so that tasks begin apart (ours).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int = 1,
+        *,
+        num_tasks: int,
+        capacity: Capacity | None = None,
+        renormalise: Renormalise = "none",
+        later_choices: LaterChoices | None = None,
+        balance: Balance | None = None,
+        allow_future: bool = False,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_experts,
+            k,
+            capacity=capacity,
+            renormalise=renormalise,
+            later_choices=later_choices,
+            balance=balance,
+            allow_future=allow_future,
+        )
+        _check_tasks(num_tasks)
+        self.num_tasks = num_tasks
+        del self.weight  # tokens are not scored, tasks are
+        self.scores = nn.Parameter(torch.empty(num_tasks, num_experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the scores anew from N(0, 1)."""
+        nn.init.normal_(self.scores)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"{super().extra_repr()}, num_tasks={self.num_tasks}"
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Float32[T, E]: `x` as it is, for `forward` has put the scores of the tokens' tasks there."""
+        return x
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Route; see `Router.forward`."""
+        context = context or RoutingContext()
+        wide = torch.promote_types(self.scores.dtype, torch.float32)
+        return super().forward(self.scores.to(wide)[_tasks(self, context, self.num_tasks)], context)
+
+
+class TaskTableRouter(Router):
+    """A fixed table from task to expert; weight 1, nothing learned: an expert per language, or per family.
+
+    Args:
+        dim: D, for interchange with other routers; the tokens are not looked at.
+        num_experts: E.
+        table: the expert of each task; ids in `RoutingContext.task` are 0..len(table)-1. Held as a buffer, so a
+            checkpoint carries it.
+        capacity: slots per expert; dropless by default.
+        allow_future: accept priorities that look at later tokens in a causal decoder.
+
+    Raises:
+        ValueError: if the table is empty or names an expert that does not exist; in forward, if `RoutingContext.task`
+            is missing, or on a CPU if it holds an id out of range.
+
+    Source: arXiv:2110.03742 section 3.2 (the task as the key of routing); the fixed table is ours.
+    """
+
+    table: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        table: Sequence[int],
+        *,
+        capacity: Capacity | None = None,
+        allow_future: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_tasks(len(table))
+        wrong = [expert for expert in table if not 0 <= expert < num_experts]
+        if wrong:
+            raise ValueError(f"table must name experts in 0..{num_experts - 1}: got {wrong[0]}.")
+        self.dim, self.num_experts, self.num_tasks = dim, num_experts, len(table)
+        self.capacity = capacity or Capacity()
+        self.looks_ahead = self.capacity.looks_ahead
+        self.allow_future = allow_future
+        self._given = tuple(table)
+        self.register_buffer("table", torch.empty(len(table), dtype=torch.int64))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill the table with what the constructor was given."""
+        if self.table.device.type != "meta":
+            self.table.copy_(torch.tensor(self._given))
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"num_experts={self.num_experts}, num_tasks={self.num_tasks}, capacity={self.capacity}"
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Route; see `Router.forward`."""
+        context = context or RoutingContext()
+        expert = self.table[_tasks(self, context, self.num_tasks)][:, None]
+        weight = torch.ones(expert.shape, dtype=torch.float32, device=expert.device)
+        wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), context.mask)
+        served = serve(expert, wanted, weight, self.num_experts, self.capacity, training=self.training)
+        return token_choices(expert, weight, served, self.num_experts)
+
+
+def _check_tasks(num_tasks: int) -> None:
+    if num_tasks < 1:
+        raise ValueError(f"a task router needs at least one task: got {num_tasks}.")
+
+
+def _tasks(router: Router, context: RoutingContext, num_tasks: int) -> Tensor:
+    """Int64[T]: task ids, 0 where there is padding, which may hold anything."""
+    name = type(router).__name__
+    if context.task is None:
+        raise ValueError(
+            f"{name} chooses by task, and RoutingContext.task is None. Pass one id per token (task or language), for "
+            "example RoutingContext(task=ids)."
+        )
+    task = context.task if context.mask is None else context.task.masked_fill(~context.mask, 0)
+    # Looking at the ids makes a GPU wait and breaks a compiled graph; there torch's own index check has to do.
+    if task.device.type == "cpu" and not torch.compiler.is_compiling() and task.numel():
+        low, high = int(task.min()), int(task.max())
+        if low < 0 or high >= num_tasks:
+            raise ValueError(
+                f"{name} knows tasks 0..{num_tasks - 1}: RoutingContext.task holds {low if low < 0 else high}. Build "
+                "the router with as many tasks as the data has."
+            )
+    return task.to(torch.int64)

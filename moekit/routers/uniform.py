@@ -1,0 +1,72 @@
+"""A router that learns nothing and balances perfectly: for benchmarks, and as the control of an ablation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moekit.routers.queueing import mask_choices, serve, token_choices
+from moekit.routing import Capacity, Router, Routing, RoutingContext
+
+
+class UniformRouter(Router):
+    """Deal the real tokens to the experts one after the other, like cards; every weight is 1 / k.
+
+    No two experts differ by more than one assignment, whatever T, k and padding are, so a benchmark that uses it
+    measures the layer and not the luck of its router.
+
+    Args:
+        dim: D, for interchange with other routers; the tokens are not looked at.
+        num_experts: E.
+        k: experts per token, all different.
+        order: "round_robin" deals in token order, always. "random" shuffles the deal in training, from torch's
+            generator; evaluation deals in token order.
+        capacity: slots per expert; dropless by default. At a factor of 1 nothing is dropped.
+        allow_future: accepted for interchange; who is dealt which expert depends on no content.
+
+    Source: ours.
+    """
+
+    by_position = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int = 1,
+        *,
+        order: Literal["round_robin", "random"] = "round_robin",
+        capacity: Capacity | None = None,
+        allow_future: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 1 <= k <= num_experts:
+            raise ValueError(f"k must be between 1 and num_experts: got k={k} and num_experts={num_experts}.")
+        if order not in ("round_robin", "random"):
+            raise ValueError(f'order must be "round_robin" or "random": got {order!r}.')
+        self.dim, self.num_experts, self.k = dim, num_experts, k
+        self.order, self.capacity = order, capacity or Capacity()
+        self.looks_ahead = self.capacity.looks_ahead
+        self.allow_future = allow_future
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"num_experts={self.num_experts}, k={self.k}, order={self.order!r}, capacity={self.capacity}"
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Route; see `Router.forward`."""
+        t, device = x.shape[0], x.device
+        mask = None if context is None else context.mask
+        real = torch.ones(t, dtype=torch.bool, device=device) if mask is None else mask
+        if self.order == "random" and self.training:
+            shuffled = torch.rand(t, dtype=torch.float32, device=device).argsort()
+            turn = torch.empty_like(shuffled).scatter(0, shuffled, real[shuffled].to(torch.int64).cumsum(0) - 1)
+        else:
+            turn = real.to(torch.int64).cumsum(0) - 1
+        expert = (turn.clamp_min(0)[:, None] * self.k + torch.arange(self.k, device=device)) % self.num_experts
+        weight = torch.full((t, self.k), 1 / self.k, dtype=torch.float32, device=device)
+        wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), mask)
+        served = serve(expert, wanted, weight, self.num_experts, self.capacity, training=self.training)
+        return token_choices(expert, weight, served, self.num_experts)
