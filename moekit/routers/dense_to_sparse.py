@@ -1,0 +1,234 @@
+"""Dense-to-sparse gate: all experts run at first; a falling temperature leaves fewer and fewer, at last one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moekit.functional.assignment import queue_positions
+from moekit.functional.losses import load_balance
+from moekit.functional.precision import wide_linear
+from moekit.routers.queueing import clear_padding, score_statistics
+from moekit.routing import Router, Routing, RoutingContext
+
+
+class Schedule(Protocol):
+    """A number that is a function of the step alone."""
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """Float32 scalar for ``step`` Int64 scalar; tensors, so that no step is read back from the device."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExponentialDecay:
+    """From `start` to `end` in `steps` steps by a constant factor, then constant: start * (end / start)^(step / steps).
+
+    Source: the released code of arXiv:2112.14397 (its default form, from 1.0 to 0.5).
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """The value at `step`."""
+        return self.start * (self.end / self.start) ** _fraction(step, self.steps)
+
+
+@dataclass(frozen=True)
+class LinearDecay:
+    """From `start` to `end` in `steps` equal steps, then constant.
+
+    Source: the released code of arXiv:2112.14397.
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """The value at `step`."""
+        return self.start + (self.end - self.start) * _fraction(step, self.steps)
+
+
+class DenseToSparseRouter(Router):
+    """Every expert whose Gumbel-softmax probability passes a threshold; the temperature makes them fewer.
+
+    p = softmax((x W_r + zeta) / tau) with Gumbel noise zeta in training; an expert runs where p > threshold, the most
+    probable one always. While tau is high that is nearly every expert; as it falls, how many run depends on the token
+    and shrinks; from step `hard_from` only the most probable one is left. No capacity, nothing dropped; assignments
+    are a list of (token, expert), so memory grows with the experts that run and never with T * E * T.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        temperature: tau by step.
+        hard_from: step from which only the argmax runs; None = never.
+        threshold: least probability that runs.
+        weights: the combine weight: "gumbel" = p, noise and temperature included; "plain" = softmax(x W_r) at
+            temperature 1 without noise. Neither is renormalised over the experts that run.
+        init_scale: variance scale of the truncated normal init.
+        allow_future: accepted for interchange; this router does not look ahead.
+
+    The step is a buffer, moved by `on_step_end` and kept in checkpoints. Returns in `Routing.losses`: ``load_balance``
+    (of the most probable expert, with the plain probabilities; the paper claims not to need it). In
+    `Routing.statistics`: ``active_experts`` (mean per real token), ``temperature``, ``entropy``, ``logsumexp``.
+
+    Raises:
+        ValueError: if `threshold` is not in [0, 1) or `weights` is unknown.
+
+    Source: arXiv:2112.14397 (its sparse phase, the dense-to-sparse gate); threshold and weights as in its released
+        code.
+    Differs: evaluation draws no Gumbel noise (the released code does with "gumbel" weights) and keeps the rule of
+        training, where the released code goes to one expert at once. The released code dispatches with a tensor that
+        is quadratic in the tokens.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        temperature: Schedule,
+        *,
+        hard_from: int | None = None,
+        threshold: float = 1e-3,
+        weights: Literal["gumbel", "plain"] = "gumbel",
+        init_scale: float = 0.1,
+        allow_future: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold must be in [0, 1): got {threshold}. The released code has 0.001.")
+        if weights not in ("gumbel", "plain"):
+            raise ValueError(f'weights must be "gumbel" or "plain": got {weights!r}.')
+        self.dim, self.num_experts = dim, num_experts
+        self.temperature, self.hard_from = temperature, hard_from
+        self.threshold, self.weights, self.init_scale = threshold, weights, init_scale
+        self.allow_future = allow_future
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the scores' weights anew, and begin at step 0."""
+        self.step.zero_()
+        if self.weight.device.type != "meta":
+            std = (self.init_scale / self.dim) ** 0.5
+            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return (
+            f"dim={self.dim}, num_experts={self.num_experts}, temperature={self.temperature}, "
+            f"hard_from={self.hard_from}, threshold={self.threshold}, weights={self.weights!r}"
+        )
+
+    def on_step_end(self, step: int) -> None:
+        """Move the schedule."""
+        self.step.fill_(step)
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Route; see `Router.forward`."""
+        context = context or RoutingContext()
+        x = clear_padding(x, context.mask)
+        logits = wide_linear(x, self.weight)
+        temperature = self.temperature(self.step).to(logits)
+        gate = ((logits + _gumbel(logits) if self.training else logits) / temperature).softmax(-1)
+        plain = logits.softmax(-1)
+
+        best = gate.argmax(-1, keepdim=True)
+        active = torch.zeros_like(gate, dtype=torch.bool).scatter(1, best, True)
+        above = gate > self.threshold
+        if self.hard_from is not None:
+            above = above & (self.step < self.hard_from)
+        active = active | above
+        if context.mask is not None:
+            active = active & context.mask[:, None]
+        token, expert = active.nonzero().unbind(1)
+        queued = torch.ones_like(token, dtype=torch.bool)
+        statistics = score_statistics(logits, plain, context.mask)
+        real = x.shape[0] if context.mask is None else context.mask.sum()
+        statistics["active_experts"] = active.sum().to(logits.dtype) / torch.as_tensor(real).clamp_min(1)
+        statistics["temperature"] = temperature
+        return Routing(
+            token=token,
+            expert=expert,
+            weight=(gate if self.weights == "gumbel" else plain)[token, expert],
+            position=queue_positions(expert, queued, self.num_experts),
+            kept=queued,
+            losses={"load_balance": load_balance(plain, best, mask=context.mask)},
+            statistics=statistics,
+            num_tokens=x.shape[0],
+            num_experts=self.num_experts,
+        )
+
+
+def dense_to_sparse(
+    dim: int,
+    num_experts: int,
+    *,
+    decay_steps: int = 10_000,
+    start: float = 1.0,
+    end: float = 0.5,
+    hard_from: int | None = None,
+    threshold: float = 1e-3,
+    weights: Literal["gumbel", "plain"] = "gumbel",
+    allow_future: bool = False,
+) -> DenseToSparseRouter:
+    """Dense-to-sparse gate (EvoMoE): exponential temperature, then one expert per token.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        decay_steps: steps of the temperature's fall; ours, choose it by the length of the run.
+        start: temperature at step 0; 1.0 in the released code.
+        end: temperature at `decay_steps`; 0.5 in the released code.
+        hard_from: step from which one expert runs; None = `decay_steps` (ours).
+        threshold: 0.001, as in the released code.
+        weights: "gumbel" or "plain".
+        allow_future: accepted for interchange; this router does not look ahead.
+
+    Source: arXiv:2112.14397 and its released code.
+    """
+    return DenseToSparseRouter(
+        dim,
+        num_experts,
+        ExponentialDecay(start, end, decay_steps),
+        hard_from=decay_steps if hard_from is None else hard_from,
+        threshold=threshold,
+        weights=weights,
+        allow_future=allow_future,
+    )
+
+
+def _gumbel(like: Tensor) -> Tensor:
+    """Draws from Gumbel(0, 1): -log(Exp(1)), of the shape and type of `like`."""
+    return -torch.empty_like(like).exponential_().log()
+
+
+def _fraction(step: Tensor, steps: int) -> Tensor:
+    """How much of the schedule is done, Float32 in [0, 1]."""
+    return (step.to(torch.float32) / steps).clamp(0.0, 1.0)
+
+
+def _check(schedule: ExponentialDecay | LinearDecay) -> None:
+    name = type(schedule).__name__
+    if not (schedule.start > 0 and schedule.end > 0):
+        raise ValueError(
+            f"{name} is a temperature, it needs start and end above 0: got {schedule.start} and {schedule.end}."
+        )
+    if schedule.steps < 1:
+        raise ValueError(f"{name} needs at least 1 step: got {schedule.steps}.")

@@ -1,0 +1,279 @@
+"""Balance without a loss: a bias that only selects, moved once per step against the load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from moekit.functional.losses import load_balance
+from moekit.functional.precision import wide_linear
+from moekit.routers.load_window import LoadWindow
+from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
+from moekit.routers.topk import Balance
+from moekit.routing import Capacity, Router, Routing, RoutingContext
+
+
+@dataclass(frozen=True)
+class GroupLimit:
+    """Choose experts in a token's best groups only, so that it is sent to few nodes.
+
+    The experts are cut into `groups` groups of neighbours; a group's score is the sum of its `best` highest biased
+    scores, and experts outside the `chosen` highest groups are out.
+
+    Attributes:
+        groups: number of groups; must divide E.
+        chosen: groups that a token may use.
+        best: how many scores count for a group.
+
+    Source: arXiv:2412.19437 section 2.1.2 (node-limited routing); best=2 as in the authors' code.
+    """
+
+    groups: int
+    chosen: int
+    best: int = 2
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chosen <= self.groups:
+            raise ValueError(
+                f"GroupLimit.chosen must be between 1 and groups: got chosen={self.chosen} and groups={self.groups}."
+            )
+        if self.best < 1:
+            raise ValueError(f"GroupLimit.best must be at least 1: got {self.best}.")
+
+    def __call__(self, score: Tensor) -> Tensor:
+        """``score`` Float[T, E], minus infinity outside the chosen groups."""
+        grouped = score.unflatten(1, (self.groups, -1))
+        of_group = grouped.topk(self.best, dim=-1).values.sum(-1)
+        chosen = of_group.topk(self.chosen, dim=-1).indices
+        allowed = torch.zeros_like(of_group, dtype=torch.bool).scatter(1, chosen, True)
+        return grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(1)
+
+
+class LossFreeRouter(Router):
+    """Top-k of score + bias, weight from the score alone; the bias follows the load.
+
+    s = sigmoid(x W_r) (or its softmax); the k largest s + b are the choices; weight = s. After each optimizer step
+    b_e += u * sign(mean load - load_e), the load counted over all processes and micro-batches of the step. No gradient
+    flows through the bias, so balance does not disturb the task.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        k: choices per token.
+        update_rate: u. A plain attribute: 0 freezes the bias, as DeepSeek-V3 does for its last tokens.
+        score: "sigmoid" or "softmax" over experts.
+        renormalise: scale the k weights of a token to sum to 1.
+        scaling_factor: multiplies the weights at the end.
+        groups: limit the choice to some groups of experts.
+        balance: return ``load_balance`` with these settings beside the bias (the sequence-wise loss of DeepSeek-V3 is
+            ``Balance(count="all", scope="sequence")``, with scores scaled to sum to 1 as probabilities); None = none.
+        capacity: slots per expert and who is served first; dropless by default.
+        init_scale: variance scale of the truncated normal init.
+        allow_future: accept priorities that look at later tokens in a causal decoder.
+
+    The bias is a buffer, in checkpoints, and stays float32 in a model that is cast to less: a step of 0.001 would be
+    lost there. Returns in `Routing.statistics`: ``entropy`` and ``logsumexp`` of the scores without bias, and
+    ``bias_range``, the largest bias minus the smallest.
+
+    Raises:
+        ValueError: if `k` is not in 1..E (or in 1..experts of the chosen groups), `groups` do not divide E or are
+            smaller than what they count, `score` is unknown, or `renormalise` meets k = 1.
+
+    Source: arXiv:2408.15664 algorithm 1 (sign, u = 0.001); arXiv:2412.19437 section 2.1.2.
+    Differs: from the released code of arXiv:2412.19437 in nothing but the guard against division by zero. Load counts
+        what is asked for, before capacity drops anything (both papers are dropless).
+    """
+
+    bias: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int,
+        *,
+        update_rate: float = 1e-3,
+        score: Literal["sigmoid", "softmax"] = "sigmoid",
+        renormalise: bool = False,
+        scaling_factor: float = 1.0,
+        groups: GroupLimit | None = None,
+        balance: Balance | None = None,
+        capacity: Capacity | None = None,
+        init_scale: float = 0.1,
+        allow_future: bool = False,
+    ) -> None:
+        super().__init__()
+        available = num_experts
+        if groups is not None:
+            if num_experts % groups.groups or num_experts // groups.groups < groups.best:
+                raise ValueError(
+                    f"GroupLimit needs groups of equal size with at least best={groups.best} experts each: got "
+                    f"{num_experts} experts in {groups.groups} groups. Use fewer groups, or another number of experts."
+                )
+            available = num_experts // groups.groups * groups.chosen
+        if not 1 <= k <= available:
+            raise ValueError(
+                f"k must be between 1 and the number of experts that a token may choose: got k={k} and {available}."
+            )
+        if score not in ("sigmoid", "softmax"):
+            raise ValueError(f'score must be "sigmoid" or "softmax": got {score!r}.')
+        if k == 1 and renormalise:
+            raise ValueError(
+                "renormalise=True with k=1 makes every weight exactly 1 and leaves the router without a gradient from "
+                "the task. Use renormalise=False."
+            )
+        self.dim, self.num_experts, self.k = dim, num_experts, k
+        self.update_rate, self.score = update_rate, score
+        self.renormalise, self.scaling_factor = renormalise, scaling_factor
+        self.groups, self.balance = groups, balance
+        self.capacity = capacity or Capacity()
+        self.init_scale, self.allow_future = init_scale, allow_future
+        self.looks_ahead = self.capacity.looks_ahead
+        self.observes = True
+        self._load, self._balance_window = LoadWindow(num_experts), LoadWindow(num_experts)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the scores' weights anew, and forget the bias."""
+        self.bias.zero_()
+        if self.weight.device.type != "meta":
+            std = (self.init_scale / self.dim) ** 0.5
+            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return (
+            f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, score={self.score!r}, "
+            f"update_rate={self.update_rate}, groups={self.groups}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast as every module does, but never take precision from the bias."""
+        before = self.bias
+        super()._apply(fn, recurse)
+        if torch.finfo(self.bias.dtype).bits < 32:
+            self.bias = before.to(self.bias.device)
+        return self
+
+    def observe(self, routing: Routing) -> None:
+        """Count what was asked for; see `Router.observe`."""
+        self._load.add(Balance(count="all").load(routing))
+        if self.balance is not None and self.balance.scope == "global":
+            self._balance_window.add(self.balance.load(routing))
+
+    @torch.no_grad()
+    def on_step_end(self, step: int) -> None:
+        """Move the bias by what was observed, in all processes alike; begin a new count."""
+        load = self._load.summed(self.bias.device).to(self.bias.dtype)
+        self.bias += self.update_rate * torch.sign(load.mean() - load)
+        self._load.clear()
+        self._balance_window.clear()
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Route; see `Router.forward`."""
+        context = context or RoutingContext()
+        x = clear_padding(x, context.mask)
+        logits = wide_linear(x, self.weight)
+        score = logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
+        biased = score.detach() + self.bias
+        if self.groups is not None:
+            biased = self.groups(biased)
+        expert = biased.topk(self.k, dim=-1).indices
+        chosen = score.gather(1, expert)
+        weight = chosen
+        if self.renormalise:
+            weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+        weight = weight * self.scaling_factor
+
+        wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), context.mask)
+        served = serve(expert, wanted, chosen, self.num_experts, self.capacity, training=self.training)
+        probs = score / score.sum(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)
+        losses = {}
+        if self.balance is not None:
+            choices = 1 if self.balance.count == "first" else self.k
+            counted = served.kept if self.balance.when == "after_drop" else wanted
+            losses["load_balance"] = load_balance(
+                probs,
+                expert[:, :choices],
+                counted[:, :choices],
+                mask=context.mask,
+                sequence=context.sequence,
+                scope=self.balance.scope,
+                earlier=self._balance_window.counts if self.training else None,
+            )
+        statistics = score_statistics(logits, probs.detach(), context.mask)
+        statistics["bias_range"] = (self.bias.max() - self.bias.min()).to(logits.dtype)
+        return token_choices(expert, weight, served, self.num_experts, losses, statistics)
+
+
+_SEQUENCE_WISE = Balance(count="all", scope="sequence")
+
+
+def loss_free(
+    dim: int,
+    num_experts: int,
+    *,
+    k: int = 2,
+    update_rate: float = 1e-3,
+    allow_future: bool = False,
+) -> LossFreeRouter:
+    """Loss-free balancing: sigmoid scores, a bias that only selects, no loss, dropless.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        k: choices per token; ours (the paper takes 6 of 64 fine-grained experts beside 2 shared ones).
+        update_rate: 0.001, the paper's best.
+        allow_future: accepted for interchange. Within a batch this router does not look ahead, and the bias moves
+            after the step, so a causal decoder may use it.
+
+    Source: arXiv:2408.15664 section 3 and table 4.
+    """
+    return LossFreeRouter(dim, num_experts, k, update_rate=update_rate, allow_future=allow_future)
+
+
+def deepseek_v3(
+    dim: int,
+    num_experts: int,
+    *,
+    k: int = 8,
+    groups: GroupLimit | None = None,
+    scaling_factor: float = 2.5,
+    update_rate: float = 1e-3,
+    balance: Balance | None = _SEQUENCE_WISE,
+    allow_future: bool = False,
+) -> LossFreeRouter:
+    """DeepSeek-V3: sigmoid scores renormalised over the chosen, bias in selection, sequence-wise balance loss.
+
+    Weigh its losses with ``AuxLosses(load_balance=1e-4)``; pair it with a shared expert (``MoELayer(shared=...)``).
+
+    Args:
+        dim: D.
+        num_experts: E; 256 in the paper.
+        k: 8, as in the paper.
+        groups: ``GroupLimit(groups=8, chosen=4)`` in the paper; None = all experts.
+        scaling_factor: 2.5, as in the released model.
+        update_rate: 0.001 in the paper until its last 0.5 T tokens, then 0.
+        balance: by default the sequence-wise loss, which needs `RoutingContext.sequence`; None = no loss.
+        allow_future: accepted for interchange; this router does not look ahead.
+
+    Source: arXiv:2412.19437 sections 2.1.2 and 4.2.
+    """
+    return LossFreeRouter(
+        dim,
+        num_experts,
+        k,
+        update_rate=update_rate,
+        renormalise=True,
+        scaling_factor=scaling_factor,
+        groups=groups,
+        balance=balance,
+        allow_future=allow_future,
+    )

@@ -1,0 +1,129 @@
+"""Noisy top-k gate: scores with learned noise, and a softmax after the cut."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moekit.functional.importance import importance, load
+from moekit.functional.precision import wide_linear
+from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
+from moekit.routing import Capacity, Router, Routing, RoutingContext
+
+
+class NoisyTopKRouter(Router):
+    """Top-k of noisy scores, softmax over the k that are left.
+
+    H(x) = x W_g + N(0, 1) * softplus(x W_noise); the k largest are the choices; weights = softmax(H) over those k, so
+    they sum to 1. The noise is learned, and balances the start: both matrices begin at zero.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        k: choices per token, at least 2: the softmax over one survivor is the constant 1, which gives the task no way
+            to teach the router.
+        capacity: slots per expert and who is served first; dropless by default, as in the paper.
+        allow_future: accept priorities that look at later tokens in a causal decoder.
+
+    Returns in `Routing.losses`: ``importance`` (`moekit.functional.importance`) and ``load``
+    (`moekit.functional.load`); in evaluation, where there is no noise, ``load`` is the variation of the plain counts
+    and has no gradient. In `Routing.statistics`: ``entropy`` and ``logsumexp`` of the scores without noise, and
+    ``noise``, its mean scale over real tokens.
+
+    Raises:
+        ValueError: if `k` is not in 2..E.
+
+    Source: arXiv:1701.06538 section 2.1 and 4, eq. 3-11.
+    Differs: no noise in evaluation, as in the authors' code. Both losses count before capacity drops anything.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int = 4,
+        *,
+        capacity: Capacity | None = None,
+        allow_future: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 2 <= k <= num_experts:
+            raise ValueError(
+                f"NoisyTopKRouter needs k between 2 and num_experts: got k={k} and num_experts={num_experts}. Its "
+                "softmax runs over the chosen experts alone, so with one choice the weight is the constant 1; for "
+                "k=1 use moekit.routers.switch."
+            )
+        self.dim, self.num_experts, self.k = dim, num_experts, k
+        self.capacity = capacity or Capacity()
+        self.allow_future = allow_future
+        self.looks_ahead = self.capacity.looks_ahead
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.noise_weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set both matrices to zero: the start is pure noise (arXiv:1701.06538 appendix A)."""
+        self.weight.zero_()
+        self.noise_weight.zero_()
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, capacity={self.capacity}"
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Route; see `Router.forward`."""
+        context = context or RoutingContext()
+        x = clear_padding(x, context.mask)
+        clean = wide_linear(x, self.weight)
+        scale = F.softplus(wide_linear(x, self.noise_weight))
+        noisy = clean + torch.randn_like(clean) * scale if self.training else clean
+        top, expert = noisy.topk(self.k, dim=-1)
+        weight = top.softmax(-1)
+        wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), context.mask)
+        served = serve(expert, wanted, weight, self.num_experts, self.capacity, training=self.training)
+        if self.training:
+            balance = load(clean, noisy, scale, self.k, context.mask)
+        else:
+            balance = importance(wanted.to(weight.dtype), expert, self.num_experts)  # every assignment counts 1
+        losses = {"importance": importance(weight, expert, self.num_experts, wanted), "load": balance}
+        statistics = score_statistics(clean, clean.softmax(-1), context.mask)
+        statistics["noise"] = _mean_scale(scale, context.mask)
+        return token_choices(expert, weight, served, self.num_experts, losses, statistics)
+
+
+def noisy_topk(
+    dim: int,
+    num_experts: int,
+    *,
+    k: int = 4,
+    capacity_factor: float | None = None,
+    eval_capacity_factor: float | None = None,
+    allow_future: bool = False,
+) -> NoisyTopKRouter:
+    """Sparsely-gated Mixture of Experts: four experts per token by noisy scores, dropless.
+
+    Weigh its losses with ``AuxLosses(importance=0.1, load=0.1)``.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        k: 4, as in the paper's flat models.
+        capacity_factor: None = dropless, as in the paper.
+        eval_capacity_factor: None = dropless.
+        allow_future: accepted for interchange; this router does not look ahead.
+
+    Source: arXiv:1701.06538; k and the weights of the losses from its appendix C.
+    """
+    capacity = Capacity(train=capacity_factor, eval=eval_capacity_factor)
+    return NoisyTopKRouter(dim, num_experts, k, capacity=capacity, allow_future=allow_future)
+
+
+@torch.no_grad()
+def _mean_scale(scale: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over real tokens and experts of ``scale`` Float[T, E]; 0 where there is no real token."""
+    per_token = scale.mean(-1)
+    if mask is None:
+        return per_token.sum() / max(per_token.numel(), 1)
+    return per_token.masked_fill(~mask, 0.0).sum() / mask.sum().clamp_min(1)

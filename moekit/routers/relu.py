@@ -1,0 +1,179 @@
+"""ReLU routing: no top-k; a penalty that steers itself makes the scores sparse."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moekit.component import Component
+from moekit.functional.assignment import queue_positions
+from moekit.functional.precision import wide_linear
+from moekit.routers.load_window import LoadWindow
+from moekit.routers.queueing import clear_padding
+from moekit.routing import Router, Routing, RoutingContext
+
+
+class AdaptiveCoefficient(Component):
+    """A coefficient that grows while the routers are denser than wanted and shrinks while they are sparser.
+
+    coefficient = start * factor^n; after each optimizer step n moves by sign(target - sparsity), where sparsity is the
+    share of (token, expert) pairs without an assignment, over all processes, micro-batches and the routers that share
+    this object. One number n is all its state: whole, so that no precision loses it.
+
+    Args:
+        target: wanted sparsity, 1 - k / E.
+        start: coefficient at step 0.
+        factor: by which one step changes it.
+
+    Source: arXiv:2412.14711 section 3.3 (1e-8 and 1.2).
+    """
+
+    exponent: Tensor
+
+    def __init__(self, target: float, *, start: float = 1e-8, factor: float = 1.2) -> None:
+        super().__init__()
+        if not 0 <= target < 1:
+            raise ValueError(f"target is a sparsity in [0, 1): got {target}. For k of E experts it is 1 - k / E.")
+        if not (start > 0 and factor > 1):
+            raise ValueError(f"AdaptiveCoefficient needs start > 0 and factor > 1: got {start} and {factor}.")
+        self.target, self.start, self.factor = target, start, factor
+        self._window = LoadWindow(2)  # pairs with an assignment, all pairs
+        self.register_buffer("exponent", torch.zeros((), dtype=torch.int64))
+
+    def reset_parameters(self) -> None:
+        """Begin at `start`."""
+        self.exponent.zero_()
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"target={self.target}, start={self.start}, factor={self.factor}"
+
+    def forward(self) -> Tensor:
+        """Float32 scalar: the coefficient now."""
+        return self.start * self.factor ** self.exponent.to(torch.float32)
+
+    def observe(self, active: Tensor, pairs: Tensor) -> None:
+        """Count ``active`` assignments of ``pairs`` possible ones, Int64 scalars."""
+        self._window.add(torch.stack([active, pairs]))
+
+    def on_step_end(self, step: int) -> None:
+        """Move by what was observed, in all processes alike; begin a new count."""
+        active, pairs = self._window.summed(self.exponent.device).to(torch.float64).unbind()
+        # The wanted and the found number of empty pairs; both are 0 where nothing was observed.
+        self.exponent += torch.sign(self.target * pairs - (pairs - active)).to(torch.int64)
+        self._window.clear()
+
+
+class ReLURouter(Router):
+    """Every expert with a positive score, weighted by it: fully differentiable, the number of experts free.
+
+    weight = relu(x W_r); an expert runs where it is above 0. The returned loss steers how many: a load-weighted L1 of
+    the weights, times a coefficient that adapts until k of E experts run on average.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        k: experts wanted per token on average; need not be whole.
+        coefficient: the adaptive coefficient; None = one of its own. Give several routers the same object to steer
+            their average sparsity, as the paper does for all layers.
+        init_scale: variance scale of the truncated normal init.
+        allow_future: accepted for interchange; this router does not look ahead.
+
+    Returns in `Routing.losses`: ``sparsity``, the mean over real tokens of sum_e f_e relu(x W_r)_e, with f_e = E / k *
+    the share of tokens that run expert e (no gradient), times the coefficient. It adapts already: weigh it with
+    ``AuxLosses(sparsity=1.0, layers="mean")``. In `Routing.statistics`: ``active_experts`` (mean per real token),
+    ``coefficient``, ``real_tokens``. Dropless; a token that no expert takes gets zeros.
+
+    Raises:
+        ValueError: if `k` is not in (0, E].
+
+    Source: arXiv:2412.14711 eq. 4-9.
+    Differs: by default each router steers its own sparsity with its own coefficient.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: float,
+        *,
+        coefficient: AdaptiveCoefficient | None = None,
+        init_scale: float = 0.1,
+        allow_future: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 < k <= num_experts:
+            raise ValueError(f"k must be above 0 and at most num_experts: got k={k} and num_experts={num_experts}.")
+        self.dim, self.num_experts, self.k = dim, num_experts, k
+        self.init_scale, self.allow_future = init_scale, allow_future
+        self.observes = True
+        self.coefficient = coefficient or AdaptiveCoefficient(1 - k / num_experts)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the scores' weights anew: truncated normal of std sqrt(init_scale / dim)."""
+        if self.weight.device.type != "meta":
+            std = (self.init_scale / self.dim) ** 0.5
+            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}"
+
+    def observe(self, routing: Routing) -> None:
+        """Tell the coefficient how many assignments there were; see `Router.observe`."""
+        pairs = routing.statistics["real_tokens"].to(torch.int64) * self.num_experts
+        self.coefficient.observe(routing.queued.sum(), pairs)
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Route; see `Router.forward`."""
+        context = context or RoutingContext()
+        x = clear_padding(x, context.mask)
+        score = wide_linear(x, self.weight).relu()
+        active = score > 0
+        if context.mask is not None:
+            active = active & context.mask[:, None]
+        if context.mask is None:
+            real = torch.tensor(float(x.shape[0]), dtype=score.dtype, device=x.device)
+        else:
+            real = context.mask.sum().to(score.dtype)
+        share = active.sum(0) / real.clamp_min(1)
+        penalty = (score.masked_fill(~active, 0.0).sum(0) / real.clamp_min(1) * share).sum() * (
+            self.num_experts / self.k
+        )
+        coefficient = self.coefficient().to(score.dtype)
+        token, expert = active.nonzero().unbind(1)
+        queued = torch.ones_like(token, dtype=torch.bool)
+        return Routing(
+            token=token,
+            expert=expert,
+            weight=score[token, expert],
+            position=queue_positions(expert, queued, self.num_experts),
+            kept=queued,
+            losses={"sparsity": coefficient * penalty},
+            statistics={
+                "active_experts": active.sum() / real.clamp_min(1),
+                "coefficient": coefficient,
+                "real_tokens": real,
+            },
+            num_tokens=x.shape[0],
+            num_experts=self.num_experts,
+        )
+
+
+def remoe(dim: int, num_experts: int, *, k: float = 1.0, allow_future: bool = False) -> ReLURouter:
+    """ReMoE: ReLU routing with an adaptive load-weighted L1 penalty.
+
+    Weigh its loss with ``AuxLosses(sparsity=1.0, layers="mean")``.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        k: experts wanted per token on average; 1 in the paper's main comparison.
+        allow_future: accepted for interchange; this router does not look ahead.
+
+    Source: arXiv:2412.14711.
+    """
+    return ReLURouter(dim, num_experts, k, allow_future=allow_future)
