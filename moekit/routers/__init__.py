@@ -2,26 +2,40 @@
 
 from moekit.routers.choices import AllChoices, LaterChoices, RandomChoice, SampledChoice, ThresholdChoice
 from moekit.routers.cosine import CosineRouter
+from moekit.routers.dense_to_sparse import DenseToSparseRouter, ExponentialDecay, LinearDecay, dense_to_sparse
 from moekit.routers.expert_choice import ExpertChoiceRouter
 from moekit.routers.exploration import Exploration, InputDropout, InputJitter, SampledSoftmax
+from moekit.routers.hierarchical import HierarchicalRouter
+from moekit.routers.loss_free import GroupLimit, LossFreeRouter, deepseek_v3, loss_free
+from moekit.routers.noisy_topk import NoisyTopKRouter, noisy_topk
 from moekit.routers.overflow import NoTokenLeftBehind
 from moekit.routers.presets import gshard, st_moe, switch, zcode_m3
+from moekit.routers.relu import AdaptiveCoefficient, ReLURouter, remoe
 from moekit.routers.sinkhorn import SinkhornRouter
 from moekit.routers.task import TaskRouter, TaskTableRouter
 from moekit.routers.topk import Balance, TopKRouter
 from moekit.routers.uniform import UniformRouter
 
 __all__ = [
+    "AdaptiveCoefficient",
     "AllChoices",
     "Balance",
     "CosineRouter",
+    "DenseToSparseRouter",
     "ExpertChoiceRouter",
     "Exploration",
+    "ExponentialDecay",
+    "GroupLimit",
+    "HierarchicalRouter",
     "InputDropout",
     "InputJitter",
     "LaterChoices",
+    "LinearDecay",
+    "LossFreeRouter",
     "NoTokenLeftBehind",
+    "NoisyTopKRouter",
     "RandomChoice",
+    "ReLURouter",
     "SampledChoice",
     "SampledSoftmax",
     "SinkhornRouter",
@@ -30,7 +44,12 @@ __all__ = [
     "ThresholdChoice",
     "TopKRouter",
     "UniformRouter",
+    "deepseek_v3",
+    "dense_to_sparse",
     "gshard",
+    "loss_free",
+    "noisy_topk",
+    "remoe",
     "st_moe",
     "switch",
     "zcode_m3",

@@ -16,7 +16,7 @@ import pytest
 
 import moekit
 from moekit import dispatch, experts, routers
-from moekit.experts import Experts, GroupedGLU, GroupedMLP
+from moekit.experts import Experts, GroupedGLU, GroupedMLP, ZeroComputationExperts
 from moekit.routers import (
     Balance,
     CosineRouter,
@@ -35,6 +35,11 @@ from moekit.routers import (
     UniformRouter,
     presets,
 )
+from moekit.routers.dense_to_sparse import DenseToSparseRouter, LinearDecay, dense_to_sparse
+from moekit.routers.hierarchical import HierarchicalRouter
+from moekit.routers.loss_free import GroupLimit, LossFreeRouter, deepseek_v3, loss_free
+from moekit.routers.noisy_topk import NoisyTopKRouter, noisy_topk
+from moekit.routers.relu import AdaptiveCoefficient, ReLURouter, remoe
 from moekit.routing import Capacity, Router
 from moekit.testing import DISPATCHER_CHECKS, EXPERTS_CHECKS, ROUTER_CHECKS
 
@@ -103,6 +108,30 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "UniformRouter, two, random, capacity": lambda: UniformRouter(
         D, E, 2, order="random", capacity=Capacity(train=1.0, priority="random")
     ),
+    "NoisyTopKRouter": lambda: NoisyTopKRouter(D, E, 2),
+    "NoisyTopKRouter, capacity": lambda: NoisyTopKRouter(
+        D, E, 3, capacity=Capacity(train=0.7, eval=0.7, priority="probability")
+    ),
+    "noisy_topk": lambda: noisy_topk(D, E),
+    "HierarchicalRouter": lambda: HierarchicalRouter(D, 3, 4),
+    "DenseToSparseRouter": lambda: DenseToSparseRouter(
+        D, E, LinearDecay(1.0, 0.3, 5), threshold=0.2, weights="plain", init_scale=1.0
+    ),
+    "dense_to_sparse": lambda: dense_to_sparse(D, E),
+    "LossFreeRouter": lambda: LossFreeRouter(D, E, 2, init_scale=1.0),
+    "LossFreeRouter, softmax, global balance, capacity": lambda: LossFreeRouter(
+        D,
+        E,
+        2,
+        score="softmax",
+        balance=Balance(when="after_drop", scope="global"),
+        capacity=Capacity(train=0.6),
+        init_scale=1.0,
+    ),
+    "loss_free": lambda: loss_free(D, E),
+    "deepseek_v3": lambda: deepseek_v3(D, 2 * E, k=3, groups=GroupLimit(4, 2)),
+    "ReLURouter": lambda: ReLURouter(D, E, 1.5, coefficient=AdaptiveCoefficient(0.6, start=1.0), init_scale=1.0),
+    "remoe": lambda: remoe(D, E),
     "switch": lambda: presets.switch(D, E),
     "gshard": lambda: presets.gshard(D, E),
     "st_moe": lambda: presets.st_moe(D, E),
@@ -116,6 +145,10 @@ EXPERTS: dict[str, Callable[[], Experts]] = {
     "GroupedMLP, one expert": lambda: GroupedMLP(1, D, 5, activation="silu"),
     "GroupedGLU": lambda: GroupedGLU(E, D, 6),
     "GroupedGLU, silu, dropout": lambda: GroupedGLU(3, D, 5, activation="silu", dropout=0.2),
+    "GroupedGLU, additive bias": lambda: GroupedGLU(E, D, 6, hidden_bias="add"),
+    "GroupedGLU, multiplicative bias": lambda: GroupedGLU(E, D, 6, hidden_bias="multiply"),
+    "ZeroComputationExperts": lambda: ZeroComputationExperts(GroupedMLP(3, D, 6, init_scale=1.0)),
+    "ZeroComputationExperts, no constant": lambda: ZeroComputationExperts(GroupedGLU(2, D, 6), copy=0, constant=0),
 }
 DISPATCHERS: dict[str, Callable[[], dispatch.Dispatcher]] = {
     "PackedDispatcher": dispatch.PackedDispatcher,
@@ -197,7 +230,9 @@ def test_every_bank_has_an_example() -> None:
     found = concrete(Experts)
     assert {"GroupedMLP", "GroupedGLU"} <= found
     assert found <= exemplified(EXPERTS), "add an example of each to EXPERTS, so that the contract runs on it"
-    assert set(experts.__all__) - {"Experts"} <= exemplified(EXPERTS)
+    public = {name: getattr(experts, name) for name in experts.__all__}
+    banks = {name for name, value in public.items() if inspect.isclass(value) and issubclass(value, Experts)}
+    assert banks - {"Experts"} <= exemplified(EXPERTS)
 
 
 def test_every_dispatcher_has_an_example() -> None:
