@@ -8,11 +8,12 @@
 torch.Size([2, 5, 16])
 """
 
-from moekit import experts, routers
+from moekit import experts, mixing, routers
 from moekit.component import Component
 from moekit.dispatch import Dispatched, Dispatcher, PackedDispatcher, PaddedDispatcher
 from moekit.layer import AuxLosses, MoELayer, MoEOutput
 from moekit.routing import Capacity, Router, Routing, RoutingContext, RoutingStats, routing_stats
+from moekit.soft_moe import SoftMoELayer
 
 __version__ = "0.1.0"
 
@@ -30,7 +31,9 @@ __all__ = [
     "Routing",
     "RoutingContext",
     "RoutingStats",
+    "SoftMoELayer",
     "experts",
+    "mixing",
     "routers",
     "routing_stats",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from moekit.component import Component
 from moekit.dispatch import Dispatcher, PackedDispatcher, PaddedDispatcher
 from moekit.experts.base import Experts
+from moekit.experts.dense_pretraining import DensePretraining
+from moekit.mixing import ExpertOutputMasking, Mix
 from moekit.routing import Router, Routing, RoutingContext, _register
 
 
@@ -44,10 +47,16 @@ class MoELayer(Component):
         router: chooses experts.
         experts: computes them; must have as many as the router chooses from.
         dispatcher: None = padded where the routing has a capacity, packed where it is dropless.
-        shared: an optional branch that every token takes; its output is added (shared expert, residual MoE).
+        shared: an optional branch that every token takes: DeepSeek's shared experts (several are one wider
+            feed-forward, see `moekit.experts.fine_grained`), the fixed branch of residual MoE, NLLB's dense branch.
+        mix: how the shared branch and the experts are joined; None = added (arXiv:2401.06066, and arXiv:2201.05596 as
+            in the paper). See `moekit.mixing`.
+        output_masking: zeroes some experts' outputs in training (NLLB).
+        phase: until a step, compute all experts as one dense feed-forward.
 
     Raises:
-        ValueError: if router and experts disagree on the number of experts.
+        ValueError: if router and experts disagree on the number of experts, if there is a mix and nothing to mix with,
+            or if the experts cannot be one.
     """
 
     def __init__(
@@ -56,6 +65,10 @@ class MoELayer(Component):
         experts: Experts,
         dispatcher: Dispatcher | None = None,
         shared: nn.Module | None = None,
+        *,
+        mix: Mix | None = None,
+        output_masking: ExpertOutputMasking | None = None,
+        phase: DensePretraining | None = None,
     ) -> None:
         super().__init__()
         if router.num_experts != experts.num_experts:
@@ -63,13 +76,36 @@ class MoELayer(Component):
                 f"router and experts must agree on the number of experts: the router chooses from "
                 f"{router.num_experts}, the bank has {experts.num_experts}. Build both with the same number."
             )
+        if mix is not None and shared is None:
+            raise ValueError(
+                f"MoELayer's mix joins the experts with a shared branch: got {type(mix).__name__} and no `shared`. "
+                "Give a feed-forward as `shared`, or leave `mix` out."
+            )
+        if phase is not None:
+            phase.begin(experts)
         self.router, self.experts, self.shared = router, experts, shared
         self.dispatcher = dispatcher
+        self.mix, self.output_masking, self.phase = mix, output_masking, phase
         self._packed, self._padded = PackedDispatcher(), PaddedDispatcher()
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.router.num_experts
+
+    @property
+    def requires_whole_bank(self) -> bool:
+        """Whether the experts must not be spread over processes: of their kind, or as long as they are tied."""
+        return self.experts.requires_whole_bank or (self.phase is not None and self.phase.active)
 
     def check_causal(self) -> None:
         """Raise ValueError if the router looks at later tokens and was not allowed to: decoders call this."""
         self.router.check_causal()
+
+    def on_step_end(self, step: int) -> None:
+        """Part the experts when the dense phase is over."""
+        if self.phase is not None:
+            self.phase.advance(self.experts, step)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> MoEOutput:
         """Compute the layer.
@@ -81,16 +117,36 @@ class MoELayer(Component):
         flat = x.reshape(-1, x.shape[-1])
         if context is not None:
             context = context.flatten(flat.shape[0])
-        routing = self.router(flat, context)
+        if self.phase is not None and self.phase.active:
+            hidden, routing = self._dense(self.phase, flat, context)
+        else:
+            hidden, routing = self._sparse(flat, context)
+        hidden = hidden.to(x.dtype)
+        if self.mix is not None:
+            assert self.shared is not None
+            hidden, losses, statistics = self.mix(flat, hidden, self.shared(flat), context)
+            routing = dataclasses.replace(
+                routing, losses={**routing.losses, **losses}, statistics={**routing.statistics, **statistics}
+            )
+        elif self.shared is not None:
+            hidden = hidden + self.shared(flat)
+        return MoEOutput(hidden.view(x.shape), routing)
+
+    def _sparse(self, x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Routing]:
+        routing: Routing = self.router(x, context)
+        if self.output_masking is not None:
+            routing = self.output_masking(routing)
         dispatcher = self.dispatcher
         if dispatcher is None:
             dispatcher = self._packed if routing.capacity is None else self._padded
-        sent = dispatcher.dispatch(flat, routing)
+        sent = dispatcher.dispatch(x, routing)
         computed = self.experts(sent.rows, sent.counts)
-        hidden = dispatcher.combine(computed, routing, sent.handle).to(x.dtype)
-        if self.shared is not None:
-            hidden = hidden + self.shared(flat)
-        return MoEOutput(hidden.view(x.shape), routing)
+        return dispatcher.combine(computed, routing, sent.handle), routing
+
+    def _dense(self, phase: DensePretraining, x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Routing]:
+        routing = phase.routing(self.router, x, context)
+        padding = ~routing.kept[:, None]
+        return phase(self.experts, x.masked_fill(padding, 0.0)).masked_fill(padding, 0.0), routing
 
 
 class AuxLosses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class LinearHeating(TemperatureSchedule):
 class SquareRootHeating(TemperatureSchedule):
     """``T_k = (1 + (k / horizon) * sqrt(start))^2``: 1 at the first step, (1 + sqrt(start))^2 at the horizon.
 
+    `start` is the paper's T_0, which is not the temperature of step 0. `heating` takes the end temperature instead.
+
     Source: "Tricks for Training Sparse Translation Models", arXiv:2110.08246, square-root heating.
     Differs: constant after the horizon (the paper's behaviour there is not known to us).
     """
@@ -77,6 +80,66 @@ class SquareRootHeating(TemperatureSchedule):
 
     def at(self, step: NDArray[np.int64]) -> NDArray[np.float64]:  # noqa: D102
         return (1.0 + np.minimum(step / self.horizon, 1.0) * np.sqrt(self.start)) ** 2
+
+
+@dataclass(frozen=True)
+class StepHeating(TemperatureSchedule):
+    """A staircase: ``temperatures[i]`` until step ``steps[i]``, and the last one from then on.
+
+    Source: temperature heating of arXiv:2110.08246; the form is ours.
+    """
+
+    temperatures: tuple[float, ...] = (1.0, 5.0)
+    steps: tuple[int, ...] = (10_000,)
+
+    def __post_init__(self) -> None:
+        if len(self.temperatures) != len(self.steps) + 1:
+            raise ValueError(
+                "StepHeating needs one temperature more than it has steps: got "
+                f"{len(self.temperatures)} temperatures and {len(self.steps)} steps."
+            )
+        for temperature in self.temperatures:
+            _check_temperature("temperatures", temperature)
+        for before, step in zip((0, *self.steps), self.steps, strict=False):
+            _check_steps("steps", step)
+            if step <= before:
+                raise ValueError(f"StepHeating.steps must rise: got {self.steps}.")
+
+    def at(self, step: NDArray[np.int64]) -> NDArray[np.float64]:  # noqa: D102
+        return np.asarray(self.temperatures)[np.searchsorted(self.steps, step, side="right")]
+
+
+HEATING_FORMS = ("linear", "square_root", "step")
+
+
+def heating(form: str, end: float, steps: int) -> TemperatureSchedule:
+    """A temperature that rises from 1 to `end` within `steps` steps, by the name of its form: for configurations.
+
+    "linear", "square_root" (the paper's form, whose constant is chosen so that `end` is reached at `steps`) or "step"
+    (one jump, at `steps`). With ``steps=0`` the temperature is `end` throughout.
+
+    Raises:
+        UserError: if there is no such form, or it cannot reach `end`.
+
+    Source: arXiv:2110.08246; the constant temperature arXiv:1907.05019 section 3.2.
+    """
+    if form not in HEATING_FORMS:
+        near = difflib.get_close_matches(form, HEATING_FORMS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"The form of heating must be one of {', '.join(HEATING_FORMS)}: got {form!r}.{hint}")
+    if steps < 0 or not end > 0:
+        raise UserError(
+            f"Heating needs a positive temperature and steps that are not negative: got {end:g} in {steps} steps."
+        )
+    if steps == 0:
+        return Constant(end)
+    if form == "linear":
+        return LinearHeating(1.0, end, steps)
+    if form == "step":
+        return StepHeating((1.0, end), (steps,))
+    if not end > 1:
+        raise UserError(f'Heating of the form "square_root" rises from 1: got an end of {end:g}. Use "linear".')
+    return SquareRootHeating((end**0.5 - 1.0) ** 2, steps)
 
 
 def _check_temperature(name: str, value: float) -> None:

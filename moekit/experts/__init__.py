@@ -1,6 +1,20 @@
 """Expert banks: E networks of one shape, held and computed together."""
 
-from moekit.experts.base import Experts
+from moekit.experts.base import Experts, copy_first_expert_
+from moekit.experts.dense_pretraining import AddNoise, DensePretraining, MaskWeights
+from moekit.experts.fine_grained import FineGrained, fine_grained
 from moekit.experts.grouped import GroupedGLU, GroupedMLP
+from moekit.experts.zero_computation import ZeroComputationExperts
 
-__all__ = ["Experts", "GroupedGLU", "GroupedMLP"]
+__all__ = [
+    "AddNoise",
+    "DensePretraining",
+    "Experts",
+    "FineGrained",
+    "GroupedGLU",
+    "GroupedMLP",
+    "MaskWeights",
+    "ZeroComputationExperts",
+    "copy_first_expert_",
+    "fine_grained",
+]

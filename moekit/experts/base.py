@@ -21,10 +21,13 @@ class Experts(Component, ABC):
 
     Attributes:
         axes: logical axes of each parameter, outermost first (``expert``, ``embed``, ``mlp``).
+        requires_whole_bank: whether forward needs all experts in one process, so that the bank must not be spread over
+            several (expert parallelism refuses it).
     """
 
     is_expert_bank: ClassVar[bool] = True
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    requires_whole_bank: ClassVar[bool] = False
     num_experts: int
     dim: int
 
@@ -43,6 +46,23 @@ class Experts(Component, ABC):
     @abstractmethod
     def reference(self, expert: int, x: Tensor) -> Tensor:
         """Expert number `expert` on Float[R, D] in the plainest form: the twin that `forward` is tested against."""
+
+
+@torch.no_grad()
+def copy_first_expert_(experts: Experts) -> None:
+    """Make every expert an equal copy of the first, in place.
+
+    Banks of this package start with independent experts. DeepSpeed-MoE's code starts with copies of one module: only
+    routing breaks their symmetry then, which in small runs takes long. Call this after construction, and again after
+    `moekit.transformer.materialize`, which draws anew. Nothing happens to parameters on the meta device.
+
+    Source: the released code of arXiv:2201.05596.
+    """
+    for name, parameter in experts.named_parameters():
+        axes = experts.axes.get(name, ())
+        if "expert" in axes and not parameter.is_meta:
+            axis = axes.index("expert")
+            parameter.copy_(parameter.narrow(axis, 0, 1).clone().expand_as(parameter))
 
 
 def truncated_normal_(weight: Tensor, fan_in: int, scale: float) -> None:

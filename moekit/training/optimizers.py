@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,21 +29,19 @@ def parameter_groups(
         expert_lr_multiplier: learning rate of expert parameters / `lr`. An expert sees k/E of the tokens, and
             arXiv:2112.10684 scales its gradient by ``1 / sqrt(E)`` instead of the mean over all workers' ``1 / E``,
             that is a step ``sqrt(E)`` times larger. Under Adam such a factor on the *gradient* does nothing: the
-            update is ``m / sqrt(v)``, in which a constant cancels (up to epsilon and clipping). So moekit has no
-            gradient factor; this multiplies the *learning rate*, which does act. Ours: 1 (no effect); ``sqrt(E)``
-            is the paper's intent.
+            update is ``m / sqrt(v)``, in which a constant cancels (up to epsilon and clipping). This multiplies the
+            *learning rate*, which does act; the factor on gradients is `scale_expert_gradients`. Ours: 1 (no
+            effect); ``sqrt(E)`` is the paper's intent.
 
     Raises:
         ValueError: if the multiplier is not positive or the model has no trainable parameter.
     """
     if not expert_lr_multiplier > 0:
         raise ValueError(f"expert_lr_multiplier must be positive (1 = no effect): got {expert_lr_multiplier}.")
-    banks = [name + "." if name else "" for name, m in model.named_modules() if getattr(m, "is_expert_bank", False)]
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter, num_experts in _with_experts(model):
         if parameter.requires_grad:
-            in_bank = any(name.startswith(bank) for bank in banks)
-            expert = in_bank or "expert" in (getattr(parameter, "moekit_axes", None) or ())
+            expert = num_experts is not None
             decays = parameter.ndim - expert >= 2 and not name.endswith("bias")
             groups.setdefault((expert, decays), []).append(parameter)
     if not groups:
@@ -55,6 +55,64 @@ def parameter_groups(
         }
         for (expert, decays), parameters in sorted(groups.items())
     ]
+
+
+def scale_expert_gradients(
+    model: nn.Module,
+    factor: float | Callable[[int], float] = math.sqrt,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Multiply the gradients of experts by a factor: between the backward and the optimizer's step.
+
+    An expert sees k/E of the tokens, and gradients here are those of the loss of all tokens, so an expert's is about E
+    times smaller than a dense feed-forward's. arXiv:2112.10684 makes it ``sqrt(E)`` times larger: its code divides the
+    sum over workers by ``sqrt(E)`` and not by E.
+
+    What this does and does not do: a step of SGD becomes larger by the factor. A step of Adam or AdamW does not change
+    at all, because their update is ``m / sqrt(v)``, in which a constant factor cancels; only epsilon sees it. What
+    changes is the global gradient norm, and so, with clipping, the step of *all* parameters: experts weigh more in
+    the norm, and the others are cut more. The authors' recipe uses Adam without clipping, where the factor is next to
+    nothing. To let experts learn faster under Adam use ``expert_lr_multiplier`` of `adamw`.
+
+    Under a Trainer, the callback `moekit.training.callbacks.expert_gradients.ScaleExpertGradients` calls this.
+
+    Args:
+        model: experts are told from other parameters as in `parameter_groups`.
+        factor: a number, or a function of the bank's number of experts E; the default is ``sqrt(E)``.
+        optimizer: scale only what it steps, of several; None = all.
+
+    Raises:
+        ValueError: if the factor is not positive.
+
+    Source: arXiv:2112.10684 section 3.2; ``sqrt_world_size`` of its recipe.
+    """
+    stepped = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for _, parameter, num_experts in _with_experts(model):
+        if stepped is not None and id(parameter) not in stepped:
+            continue
+        if num_experts is not None and parameter.grad is not None:
+            by = factor(num_experts) if callable(factor) else factor
+            if not by > 0:
+                raise ValueError(f"scale_expert_gradients needs a positive factor: got {by}.")
+            parameter.grad.mul_(by)
+
+
+def _with_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | None]]:
+    """Every parameter by name, with the number of experts of the bank that it belongs to, or None."""
+    banks = {
+        (name + "." if name else ""): module
+        for name, module in model.named_modules()
+        if getattr(module, "is_expert_bank", False)
+    }
+    for name, parameter in model.named_parameters():
+        axes = tuple(getattr(parameter, "moekit_axes", None) or ())
+        # The outermost bank comes first; one may wrap another.
+        bank = next((module for prefix, module in banks.items() if name.startswith(prefix)), None)
+        if bank is not None:
+            yield name, parameter, int(getattr(bank, "num_experts", parameter.shape[0]))
+        else:
+            yield name, parameter, parameter.shape[axes.index("expert")] if "expert" in axes else None
 
 
 def adamw(

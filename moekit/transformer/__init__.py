@@ -7,7 +7,16 @@ from moekit.transformer.decoder_only import DecoderOnly
 from moekit.transformer.embedding import TokenEmbedding
 from moekit.transformer.encoder_decoder import EncoderDecoder
 from moekit.transformer.encoder_only import EncoderOnly
-from moekit.transformer.feed_forward import GLU, MLP, FeedForwardFactory, Side, at_layers, every_other
+from moekit.transformer.feed_forward import (
+    GLU,
+    MLP,
+    FeedForwardFactory,
+    Side,
+    SparseDense,
+    at_layers,
+    every_other,
+    pyramid,
+)
 from moekit.transformer.init import init_weights, materialize
 from moekit.transformer.norms import LayerNorm, RMSNorm
 from moekit.transformer.output import BlockOutput, DecoderOutput, StackOutput
@@ -41,6 +50,7 @@ __all__ = [
     "SelfAttention",
     "Side",
     "SinusoidalPositions",
+    "SparseDense",
     "Stack",
     "StackOutput",
     "TokenEmbedding",
@@ -49,4 +59,5 @@ __all__ = [
     "every_other",
     "init_weights",
     "materialize",
+    "pyramid",
 ]

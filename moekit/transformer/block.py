@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -36,8 +36,14 @@ class Block(Component):
         norms: one per branch, in the order of computation.
         cross_attention: attention over a memory, or None.
         dropout: probability on every branch's output.
+        extra: one more feed-forward, a dense one, as a branch of its own (ST-MoE's sparse-dense block).
+        extra_order: whether `extra` comes "after" or "before" the feed-forward.
 
-    Source: pre-norm arXiv:2002.04745.
+    Raises:
+        ValueError: if there is not one norm for each branch.
+        TypeError: if `extra` routes: a block returns one routing.
+
+    Source: pre-norm arXiv:2002.04745; extra feed-forward arXiv:2202.08906 appendix C.
     """
 
     def __init__(
@@ -48,9 +54,16 @@ class Block(Component):
         norms: tuple[nn.Module, ...],
         cross_attention: CrossAttention | None = None,
         dropout: float = 0.0,
+        extra: nn.Module | None = None,
+        extra_order: Literal["after", "before"] = "after",
     ) -> None:
         super().__init__()
-        branches = 2 if cross_attention is None else 3
+        if hasattr(extra, "check_causal"):
+            raise TypeError(
+                f"A block returns one routing, so its extra feed-forward must be dense: got {type(extra).__name__}. "
+                "Put it into a layer of its own."
+            )
+        branches = 2 + (cross_attention is not None) + (extra is not None)
         if len(norms) != branches:
             raise ValueError(f"Block needs one norm for each of its {branches} branches: got {len(norms)}.")
         self.dropout = dropout
@@ -58,7 +71,13 @@ class Block(Component):
         if cross_attention is not None:
             self.cross_attention_norm = norms[1]
         self.cross_attention = cross_attention
-        self.feed_forward_norm, self.feed_forward = norms[-1], feed_forward
+        feed_norms = norms[branches - 1 :] if extra is None else norms[branches - 2 :]
+        if extra is not None and extra_order == "before":
+            feed_norms = feed_norms[::-1]
+        self.feed_forward_norm, self.feed_forward = feed_norms[0], feed_forward
+        if extra is not None:
+            self.extra_norm = feed_norms[1]
+        self.extra, self.extra_order = extra, extra_order
 
     @property
     def is_routed(self) -> bool:
@@ -89,8 +108,18 @@ class Block(Component):
             if memory is None:
                 raise ValueError("A block with cross-attention needs a memory: give the encoder's hidden states.")
             x = x + self._drop(self.cross_attention(self.cross_attention_norm(x), memory, memory_mask, cache))
+        if self.extra is not None and self.extra_order == "before":
+            x = x + self._drop(self.extra(self.extra_norm(x)))
         update, routing = self._feed(self.feed_forward_norm(x), context)
-        return BlockOutput(x + self._drop(update), routing)
+        x = x + self._drop(update)
+        if self.extra is not None and self.extra_order == "after":
+            x = x + self._drop(self.extra(self.extra_norm(x)))
+        return BlockOutput(x, routing)
+
+    @property
+    def num_branches(self) -> int:
+        """Residual branches of the block."""
+        return 2 + (self.cross_attention is not None) + (self.extra is not None)
 
     def _feed(self, x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Routing | None]:
         if self.is_routed:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
@@ -13,10 +14,34 @@ from moekit.functional.dropout import dropout
 Side = Literal["encoder", "decoder"]
 
 
+@dataclass(frozen=True)
+class SparseDense:
+    """Two feed-forwards in one layer, made by a factory: x + sparse(norm(x)), and then + dense(norm'(...)).
+
+    Each is a residual branch of its own, with a norm and a dropout of its own, which the stack makes.
+
+    Attributes:
+        sparse: a `MoELayer` or the like.
+        dense: the extra feed-forward, for example `GLU`.
+        order: "after" = the dense one comes after the sparse one, "before" = before it.
+
+    Source: arXiv:2202.08906 appendix C ("sparse-dense" blocks: +0.014 in quality, before or after alike); own norm and
+        dropout, after the sparse layer, as in the authors' code.
+    """
+
+    sparse: nn.Module
+    dense: nn.Module
+    order: Literal["after", "before"] = "after"
+
+    def __post_init__(self) -> None:
+        if self.order not in ("after", "before"):
+            raise ValueError(f'SparseDense.order must be "after" or "before": got {self.order!r}.')
+
+
 class FeedForwardFactory(Protocol):
     """Makes the feed-forward of one layer; None = the stack's default dense one."""
 
-    def __call__(self, layer: int, side: Side, /) -> nn.Module | None:
+    def __call__(self, layer: int, side: Side, /) -> nn.Module | SparseDense | None:
         """Make the feed-forward of layer number `layer` (0 = first) of the encoder or the decoder."""
 
 
@@ -116,7 +141,7 @@ def at_layers(
         dense: makes the others.
     """
 
-    def make(layer: int, side: Side, /) -> nn.Module | None:
+    def make(layer: int, side: Side, /) -> nn.Module | SparseDense | None:
         chosen = layers.get(side, ()) if isinstance(layers, Mapping) else layers
         if layer in chosen:
             return sparse(layer, side)
@@ -136,9 +161,52 @@ def every_other(
     if every < 1 or start < 0:
         raise ValueError(f"every_other needs every >= 1 and start >= 0: got {every} and {start}.")
 
-    def make(layer: int, side: Side, /) -> nn.Module | None:
+    def make(layer: int, side: Side, /) -> nn.Module | SparseDense | None:
         if layer >= start and (layer - start) % every == 0:
             return sparse(layer, side)
+        return None if dense is None else dense(layer, side)
+
+    return make
+
+
+def pyramid(
+    num_experts: Sequence[int] | Mapping[Side, Sequence[int]],
+    sparse: Callable[[int, Side, int], nn.Module | SparseDense | None],
+    dense: FeedForwardFactory | None = None,
+) -> FeedForwardFactory:
+    """Experts by layer: as many as a list says, 0 = dense (default: the stack's own).
+
+    PR-MoE-32/64 of DeepSpeed-MoE has 24 layers, every other one sparse, the last two of them with twice the experts:
+
+        pyramid([0, 32] * 10 + [0, 64] * 2, lambda layer, side, n: MoELayer(
+            routers.switch(dim, n), experts.GroupedMLP(n, dim, hidden), shared=MLP(dim, hidden)))
+
+    Args:
+        num_experts: one number per layer, for both sides or by side (a side left out is dense).
+        sparse: makes a layer of so many experts: ``sparse(layer, side, num_experts)``.
+        dense: makes the others.
+
+    Raises:
+        ValueError: if a number is negative; in the call, if the list ends before the layers do.
+
+    Source: arXiv:2201.05596 section 4.1 (pyramid: more experts in the last layers).
+    """
+    lists = dict(num_experts) if isinstance(num_experts, Mapping) else {"encoder": num_experts, "decoder": num_experts}
+    for side, counts in lists.items():
+        if any(n < 0 for n in counts):
+            raise ValueError(
+                f"pyramid needs numbers of experts of at least 0 (0 = dense): got {list(counts)} ({side})."
+            )
+
+    def make(layer: int, side: Side, /) -> nn.Module | SparseDense | None:
+        counts = lists.get(side)
+        if counts is not None and layer >= len(counts):
+            raise ValueError(
+                f"pyramid needs one number of experts per layer: got {len(counts)} numbers, and the {side} has a layer "
+                f"number {layer}. Give the list a number for every layer, 0 where it is dense."
+            )
+        if counts is not None and counts[layer]:
+            return sparse(layer, side, counts[layer])
         return None if dense is None else dense(layer, side)
 
     return make

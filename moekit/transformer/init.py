@@ -42,7 +42,7 @@ def init_weights(model: nn.Module, *, scale: float = 1.0) -> None:
 
 
 def _init_stack(stack: Stack, scale: float) -> None:
-    branches = sum(2 if block.cross_attention is None else 3 for block in stack.blocks)
+    branches = sum(block.num_branches for block in stack.blocks)
     for module in stack.modules():
         if isinstance(module, SelfAttention):
             _draw(module.qkv, scale)

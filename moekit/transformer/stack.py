@@ -17,7 +17,7 @@ from moekit.transformer.attention import CrossAttention, SelfAttention, plan_att
 from moekit.transformer.block import Block
 from moekit.transformer.cache import DecoderCache
 from moekit.transformer.context import routing_context
-from moekit.transformer.feed_forward import MLP, FeedForwardFactory, Side
+from moekit.transformer.feed_forward import MLP, FeedForwardFactory, Side, SparseDense
 from moekit.transformer.norms import LayerNorm
 from moekit.transformer.output import StackOutput
 from moekit.transformer.positions import Positions, RelativePositions
@@ -199,13 +199,17 @@ def build_stack(
         made = None if feed_forward is None else feed_forward(number, side)
         if made is None:
             made = MLP(dim, hidden_dim, activation=activation, dropout=dropout, bias=bias)
+        pair = made if isinstance(made, SparseDense) else None
+        num_norms = 2 + cross_attention + (pair is not None)
         blocks.append(
             Block(
                 SelfAttention(dim, heads, **attention),  # type: ignore[arg-type]
-                made,
-                norms=tuple(norm(dim) for _ in range(3 if cross_attention else 2)),
+                made if not isinstance(made, SparseDense) else made.sparse,
+                norms=tuple(norm(dim) for _ in range(num_norms)),
                 cross_attention=CrossAttention(dim, heads, **attention) if cross_attention else None,  # type: ignore[arg-type]
                 dropout=dropout,
+                extra=None if pair is None else pair.dense,
+                extra_order="after" if pair is None else pair.order,
             )
         )
     return Stack(

@@ -24,7 +24,9 @@ FLOORS = {
     "routers": 2,
     "experts": 2,
     "dispatch": 2,
+    "mixing": 2,
     "layer": 3,
+    "soft_moe": 3,
     "transformer": 3,
     "heads": 3,
     "surgery": 3,
@@ -42,13 +44,14 @@ SAME_FLOOR = {
     ("functional", "moekit.routing"): "the reference layer and the losses read a Routing",
     ("functional", "moekit.errors"): "errors.py is everybody's",
     ("transformer", "moekit.layer"): "blocks hand a RoutingContext to a MoELayer and return its Routing",
+    ("soft_moe", "moekit.layer"): "Soft MoE returns a MoEOutput as MoELayer does",
     ("heads", "moekit.layer"): "heads weigh the losses of routings with AuxLosses",
     ("heads", "moekit.transformer"): "heads sit on a backbone",
     ("heads", "moekit.data.batch"): "a Batch is what a head reads; nothing else of data",
 }
 
 # Rooms that must run with nothing but torch and the standard library (and lower rooms of moekit).
-TORCH_ONLY = {"functional": {"torch"}, "kernels": {"torch", "triton"}, "dispatch": {"torch"}}
+TORCH_ONLY = {"functional": {"torch"}, "kernels": {"torch", "triton", "numpy", "numba"}, "dispatch": {"torch"}}
 
 # The root package and the test harness stand outside the floors.
 ROOT, TESTING = "", "testing"

@@ -1,0 +1,199 @@
+"""Begin dense, go on sparse: experts that are one until a step, and differ from then on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from moekit.component import Component
+from moekit.experts.base import Experts, copy_first_expert_
+from moekit.routing import Router, Routing, RoutingContext
+
+Perturbation = Callable[[Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class MaskWeights:
+    """Set each weight to zero with a probability, in every expert others.
+
+    Source: the diversify phase of arXiv:2112.14397. Differs: probability and the absence of rescaling are ours; the
+        released code has no diversify phase.
+    """
+
+    probability: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability < 1:
+            raise ValueError(f"MaskWeights.probability must be in [0, 1): got {self.probability}.")
+
+    def __call__(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        """Float[E, ...], masked."""
+        keep = torch.rand(weight.shape, generator=generator) >= self.probability
+        return weight * keep.to(weight.device)
+
+
+@dataclass(frozen=True)
+class AddNoise:
+    """Add normal noise of `scale` times the standard deviation of the weights, to every expert other noise.
+
+    Source: ours.
+    """
+
+    scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.scale >= 0:
+            raise ValueError(f"AddNoise.scale must not be negative: got {self.scale}.")
+
+    def __call__(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        """Float[E, ...], with noise."""
+        noise = torch.randn(weight.shape, generator=generator).to(weight)
+        return weight + self.scale * weight.float().std().to(weight) * noise
+
+
+class DensePretraining(Component):
+    """Until a step all experts of a layer are one dense feed-forward; then they part, and the router begins to act.
+
+    Given to `moekit.MoELayer` as ``phase=``. While it is active
+
+    - the layer computes expert 0 on every real token with weight 1, which is a dense feed-forward: one product, no
+      routing, no drops, no capacity, no output masking, and neither value nor gradient of the router (its parameters'
+      gradients are None);
+    - every expert receives the whole gradient of that feed-forward, so the optimizer's state of every expert becomes
+      what a dense model's would be;
+    - the routing that the layer returns names experts by turns with weight 1, and losses of 0.
+
+    When `steps` optimizer steps are done, the layer's `on_step_end` copies expert 0 to all others, perturbs the copies
+    if told to, and the phase is over: experts go on from the dense weights and moments. Whether it is over is a buffer,
+    so a resumed run goes on where it was, whatever the step.
+
+    Args:
+        steps: optimizer steps of the dense phase; 0 = there is none.
+        perturb: changes the weights of the copies (matrices only, all experts), for example `MaskWeights` (EvoMoE's
+            diversify phase) or `AddNoise`; None = equal copies, whose symmetry the router breaks.
+        seed: of the perturbation; give every layer its own.
+
+    Raises:
+        ValueError: if `steps` is negative; in the layer, if the bank's experts are not all alike.
+        RuntimeError: in forward, if the experts are spread over processes: each must hold all of them.
+
+    Source: dense pre-training of arXiv:2110.08246; expert-diversify phase of arXiv:2112.14397.
+    Differs: while tied, E equal gradients stand where a dense model has one, so a global gradient norm (clipping!)
+        counts the feed-forward E times; without clipping, updates of SGD and AdamW are a dense model's.
+    """
+
+    done: Tensor
+
+    def __init__(self, steps: int, *, perturb: Perturbation | None = None, seed: int = 0) -> None:
+        super().__init__()
+        if steps < 0:
+            raise ValueError(f"DensePretraining.steps must not be negative: got {steps}.")
+        self.steps, self.perturb, self.seed = steps, perturb, seed
+        self.register_buffer("done", torch.tensor(steps == 0))
+        # The same as the buffer: reading a number from a tensor would wait for the device in every forward.
+        self._done = steps == 0
+
+    @property
+    def active(self) -> bool:
+        """Whether the experts are still one."""
+        return not self._done
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to the beginning."""
+        self._done = self.steps == 0
+        self.done.fill_(self._done)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.done.is_meta:
+            self._done = bool(self.done)
+
+    def begin(self, experts: Experts) -> None:
+        """Make the experts equal; called by the layer when it is built.
+
+        Raises:
+            ValueError: if the bank's parameters cannot be one expert's, E times.
+        """
+        sizes = {
+            name: parameter.shape[experts.axes[name].index("expert")]
+            for name, parameter in experts.named_parameters()
+            if "expert" in experts.axes[name]
+        }
+        if experts.requires_whole_bank or set(sizes.values()) != {experts.num_experts}:
+            raise ValueError(
+                f"DensePretraining needs a bank of {experts.num_experts} experts that are all alike: "
+                f"{type(experts).__name__} has others. Use a bank such as GroupedMLP."
+            )
+        if self.active:
+            copy_first_expert_(experts)
+
+    def forward(self, experts: Experts, x: Tensor) -> Tensor:
+        """Compute ``x`` Float[T, D] by the one expert.
+
+        Raises:
+            RuntimeError: if the experts are spread over processes.
+        """
+        tied = {}
+        for name, parameter in experts.named_parameters():
+            if hasattr(parameter, "device_mesh"):
+                raise RuntimeError(
+                    "DensePretraining needs all experts in every process while they are tied: got parameters that are "
+                    "spread over processes. Use expert_parallel_size=1 and no sharding of parameters, or start from a "
+                    "dense checkpoint."
+                )
+            axes = experts.axes[name]
+            if "expert" in axes:
+                axis = axes.index("expert")
+                # The value of the first; the gradient goes to all, in full. total - total is 0 without rounding.
+                total = parameter.sum(axis, keepdim=True)
+                tied[name] = parameter.narrow(axis, 0, 1).detach() + (total - total.detach())
+        return functional_call(experts, tied, (x[None],))[0]
+
+    def routing(self, router: Router, x: Tensor, context: RoutingContext | None) -> Routing:
+        """The list that says what the layer computed: every real token, weight 1, experts by turns (all are one)."""
+        # Asked about no tokens, past its hooks: the names of its losses, and nothing that anyone could observe.
+        with torch.no_grad():
+            empty = router.forward(x[:0], _nobody(context))
+        t, e = x.shape[0], router.num_experts
+        mask = None if context is None else context.mask
+        real = torch.ones(t, dtype=torch.bool, device=x.device) if mask is None else mask
+        turn = real.cumsum(0) - 1
+        return Routing(
+            token=torch.arange(t, device=x.device),
+            expert=torch.where(real, turn % e, 0),
+            weight=torch.ones(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device),
+            position=torch.where(real, turn // e, -1),
+            kept=real,
+            losses={name: torch.zeros_like(loss) for name, loss in empty.losses.items()},
+            num_tokens=t,
+            num_experts=e,
+        )
+
+    @torch.no_grad()
+    def advance(self, experts: Experts, step: int) -> None:
+        """Part the experts if `step` optimizer steps are enough; called by the layer after every step."""
+        if not self.active or step < self.steps:
+            return
+        copy_first_expert_(experts)
+        if self.perturb is not None:
+            generator = torch.Generator().manual_seed(self.seed)
+            for name, parameter in experts.named_parameters():
+                if "expert" in experts.axes[name] and parameter.ndim > 2:
+                    parameter.copy_(self.perturb(parameter, generator))
+        self._done = True
+        self.done.fill_(True)
+
+
+def _nobody(context: RoutingContext | None) -> RoutingContext | None:
+    """The context of no tokens."""
+    if context is None:
+        return None
+    fields = {f.name: getattr(context, f.name) for f in dataclasses.fields(context)}
+    return RoutingContext(**{name: None if value is None else value[:0] for name, value in fields.items()})
