@@ -1,6 +1,7 @@
 """Pure tensor functions: losses, queues, and the slow obvious reference. Imports torch only."""
 
 from moekit.functional.assignment import queue_positions, service_order
+from moekit.functional.balanced_assignment import balanced_assignment
 from moekit.functional.dropout import dropout
 from moekit.functional.importance import importance, load, selection_probability, squared_variation
 from moekit.functional.losses import BalanceScope, load_balance, router_z
@@ -11,6 +12,7 @@ from moekit.functional.sinkhorn import sinkhorn
 
 __all__ = [
     "BalanceScope",
+    "balanced_assignment",
     "dropout",
     "importance",
     "load",
