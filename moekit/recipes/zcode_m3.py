@@ -17,62 +17,42 @@ Routers are top-1 with input jitter, capacity factor 1 and random token selectio
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from torch import nn
-
-from moekit.experts import GroupedMLP
 from moekit.heads import DenoisingHead, Head, MaskedLMHead, ReplacedTokenHead, TranslationHead
 from moekit.layer import AuxLosses, MoELayer
 from moekit.recipes._command import Recipe, main
 from moekit.recipes._config import DataConfig, EvaluateConfig, TaskConfig, TrainConfig, active_tasks
+from moekit.recipes._networks import (
+    TWIN_NOTES,
+    EncoderDecoderConfig,
+    encoder_decoder,
+    expert_bank,
+    feed_forwards,
+    with_twins,
+)
 from moekit.recipes._parts import Built
 from moekit.recipes._pipeline import commands
 from moekit.routers import zcode_m3
-from moekit.transformer import EncoderDecoder, EncoderOnly, LayerNorm, Side, SinusoidalPositions, every_other
+from moekit.transformer import EncoderDecoder, EncoderOnly, Side, SinusoidalPositions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(EncoderDecoderConfig):
     """The network.
 
     Attributes:
-        dim: width of the residual stream.
-        heads: of attention.
-        encoder_layers: blocks of the encoder.
-        decoder_layers: blocks of the decoder.
-        hidden_dim: of a feed-forward, and of each expert.
-        num_experts: in every other layer; 0 = dense, the FLOP-matched twin (a token passes one expert of that size).
         capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
         jitter: noise on the routers' input in training.
-        load_balance: weight of the load-balancing loss, summed over layers.
-        router_z: weight of the router z-loss.
-        dropout: on embeddings, branches and hidden activations.
-        activation: of feed-forwards and experts.
-        expert_init_scale: variance scale of the experts' first weights (Switch: 0.1).
         generator_dim: width of the small generator of replaced-token detection.
         generator_layers: its blocks.
-        checkpoint: compute activations again in backward instead of keeping them.
     """
 
-    dim: int = 128
-    heads: int = 4
-    encoder_layers: int = 2
-    decoder_layers: int = 2
-    hidden_dim: int = 512
-    num_experts: int = 8
     capacity_factor: float = 1.0
     jitter: float = 1e-2
-    load_balance: float = 1e-2
-    router_z: float = 0.0
-    dropout: float = 0.0
-    activation: Literal["relu", "gelu", "silu"] = "relu"
-    expert_init_scale: float = 1.0
     generator_dim: int = 64
     generator_layers: int = 1
-    checkpoint: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,65 +105,34 @@ def backbone(model: ModelConfig, vocab_size: int) -> EncoderDecoder:
             # As in the original: random selection in the decoder too, although it looks (weakly) ahead in training.
             allow_future=True,
         )
-        experts = GroupedMLP(
-            model.num_experts,
-            model.dim,
-            model.hidden_dim,
-            activation=model.activation,
-            dropout=model.dropout,
-            init_scale=model.expert_init_scale,
-        )
-        return MoELayer(router, experts)
+        return MoELayer(router, expert_bank(model))
 
-    return EncoderDecoder(
-        vocab_size,
-        model.dim,
-        model.heads,
-        model.encoder_layers,
-        model.decoder_layers,
-        model.hidden_dim,
-        feed_forward=every_other(sparse) if model.num_experts else None,
-        norm=LayerNorm,
-        positions=SinusoidalPositions(),
-        activation=model.activation,
-        dropout=model.dropout,
-        checkpoint=model.checkpoint,
-    )
+    return encoder_decoder(model, vocab_size, feed_forwards(model, sparse))
 
 
 def heads(config: Config, vocab_size: int) -> list[Head]:
     """A head for each task that takes part."""
     model, smoothing = config.model, config.train.label_smoothing
-    made: list[Head] = []
-    for task in active_tasks(config.tasks):
-        match task:
-            case "translation":
-                made.append(TranslationHead(label_smoothing=smoothing))
-            case "denoising":
-                made.append(DenoisingHead(label_smoothing=smoothing))
-            case "masked_lm":
-                made.append(MaskedLMHead(model.dim))
-            case "replaced_token":
-                small = EncoderOnly(
-                    vocab_size,
-                    model.generator_dim,
-                    max(1, model.heads // 2),
-                    model.generator_layers,
-                    4 * model.generator_dim,
-                    positions=SinusoidalPositions(),
-                )
-                made.append(ReplacedTokenHead(small, model.dim, discriminator_weight=config.discriminator_weight))
-            case _:
-                raise ValueError(f"task must be translation, denoising, masked_lm or replaced_token: got {task!r}.")
-    return made
+
+    def replaced_token() -> Head:
+        width, attention_heads, layers = model.generator_dim, max(1, model.heads // 2), model.generator_layers
+        small = EncoderOnly(vocab_size, width, attention_heads, layers, 4 * width, positions=SinusoidalPositions())
+        return ReplacedTokenHead(small, model.dim, discriminator_weight=config.discriminator_weight)
+
+    make: Mapping[str, Callable[[], Head]] = {
+        "translation": lambda: TranslationHead(label_smoothing=smoothing),
+        "denoising": lambda: DenoisingHead(label_smoothing=smoothing),
+        "masked_lm": lambda: MaskedLMHead(model.dim),
+        "replaced_token": replaced_token,
+    }
+    return [make[task]() for task in active_tasks(config.tasks)]
 
 
 def build(config: Config, vocab_size: int) -> Built:
     """The parts of a run: backbone, heads, and the weights of the routers' losses."""
     model = config.model
     aux = AuxLosses(load_balance=model.load_balance, router_z=model.router_z) if model.num_experts else None
-    network: nn.Module = backbone(model, vocab_size)
-    return Built(network, heads(config, vocab_size), aux)
+    return Built(backbone(model, vocab_size), heads(config, vocab_size), aux)
 
 
 def tasks(translation: int, denoising: int, masked_lm: int, replaced_token: int) -> TasksConfig:
@@ -210,7 +159,7 @@ SMALL = Config(
     # Half an hour on a laptop is some ten million tokens: few parameters for a token, and many small steps, learn most.
     data=DataConfig(vocab_size=4000, temperature=5.0),
     # Encoder twice as deep as the decoder, as in the paper.
-    model=ModelConfig(dim=128, encoder_layers=4, decoder_layers=2, hidden_dim=512, dropout=0.05),
+    model=ModelConfig(encoder_layers=4, decoder_layers=2, dropout=0.05),
     tasks=tasks(translation=1280, denoising=256, masked_lm=128, replaced_token=128),
     train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, validate_every=500),
     evaluate=EvaluateConfig(valid_sentences=50),
@@ -218,53 +167,22 @@ SMALL = Config(
 PAPER = Config(
     data=DataConfig(source="moses", vocab_size=250_000, temperature=5.0, max_length=512),
     model=ModelConfig(
-        dim=1024,
-        heads=16,
-        encoder_layers=24,
-        decoder_layers=12,
-        hidden_dim=4096,
-        num_experts=64,
-        dropout=0.1,
-        expert_init_scale=0.1,
-        generator_dim=256,
-        generator_layers=12,
-        checkpoint=True,
+        dim=1024, heads=16, encoder_layers=24, decoder_layers=12, hidden_dim=4096, num_experts=64, dropout=0.1,
+        expert_init_scale=0.1, generator_dim=256, generator_layers=12, checkpoint=True,
     ),
     tasks=tasks(translation=16384, denoising=8192, masked_lm=4096, replaced_token=4096),
     train=TrainConfig(
-        max_steps=300_000,
-        learning_rate=5e-4,
-        warmup_steps=5000,
-        schedule="inverse_square_root",
+        max_steps=300_000, learning_rate=5e-4, warmup_steps=5000, schedule="inverse_square_root",
         precision="bf16-mixed",
     ),
-)
-
-
-def dense(config: Config) -> Config:
-    """The FLOP-matched dense twin: what each token passes is the same, there is only one of it."""
-    return replace(config, model=replace(config.model, num_experts=0))
-
-
-VARIANTS: Mapping[str, Config] = {
-    "tiny": TINY,
-    "tiny_dense": dense(TINY),
-    "small": SMALL,
-    "small_dense": dense(SMALL),
-    "paper": PAPER,
-}
+)  # fmt: skip
+VARIANTS: Mapping[str, Config] = {**with_twins(tiny=TINY, small=SMALL), "paper": PAPER}
 
 RECIPE = Recipe(
     name="zcode_m3",
     about="Z-code M3 (arXiv:2109.10465): train a multilingual, multitask Mixture of Experts and see what it learned.",
     variants=VARIANTS,
-    notes={
-        "tiny": "four generated languages, minutes on two cores, nothing to download (default)",
-        "tiny_dense": "its dense twin of equal cost per token",
-        "small": "for real text on a laptop: give --data.source and --data.path",
-        "small_dense": "its dense twin of equal cost per token",
-        "paper": "the 10-billion-parameter model: 24 + 12 layers, 64 experts, 250k vocabulary",
-    },
+    notes={**TWIN_NOTES, "paper": "the 10-billion-parameter model: 24 + 12 layers, 64 experts, 250k vocabulary"},
     commands=commands("zcode_m3", build),
 )
 
