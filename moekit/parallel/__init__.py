@@ -1,0 +1,1 @@
+"""Training on many devices: planning what fits, sharding, checkpoints."""

@@ -1,0 +1,44 @@
+"""What a model needs on a layout, by arithmetic: memory, communication, operations; nothing is run.
+
+    plan(TransformerShape(...) or module, Layout(devices=64, expert_parallel_size=8), Training(...)) -> Plan
+
+`largest` finds the largest model for given devices, `fewest_devices` the fewest devices for a given model, and
+`measure` is what the formulas are tested against.
+"""
+
+from moekit.parallel.planner.census import Census, Unit, Weight, take_census
+from moekit.parallel.planner.costs import Cost
+from moekit.parallel.planner.layout import DEEPSPEED_FP16, PRECISIONS, Layout, Precision, Training
+from moekit.parallel.planner.measure import Measured, measure
+from moekit.parallel.planner.memory import Memory
+from moekit.parallel.planner.plan import GIB, Plan, compare, plan
+from moekit.parallel.planner.search import fewest_devices, largest
+from moekit.parallel.planner.shape import DEEPSPEED_3_5T, ST_MOE_32B, ZCODE_M3_10B, TransformerShape
+from moekit.parallel.planner.traffic import Traffic
+
+__all__ = [
+    "DEEPSPEED_3_5T",
+    "DEEPSPEED_FP16",
+    "GIB",
+    "PRECISIONS",
+    "ST_MOE_32B",
+    "ZCODE_M3_10B",
+    "Census",
+    "Cost",
+    "Layout",
+    "Measured",
+    "Memory",
+    "Plan",
+    "Precision",
+    "Traffic",
+    "Training",
+    "TransformerShape",
+    "Unit",
+    "Weight",
+    "compare",
+    "fewest_devices",
+    "largest",
+    "measure",
+    "plan",
+    "take_census",
+]

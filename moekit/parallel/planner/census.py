@@ -1,0 +1,231 @@
+"""What a model consists of: its weights, and its blocks with what they cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from moekit.layer import MoELayer
+from moekit.parallel.planner.costs import Cost, Tokens, block_cost, linear_cost
+from moekit.parallel.planner.layout import Training
+from moekit.parallel.planner.shape import TransformerShape
+from moekit.transformer.block import Block
+from moekit.transformer.decoder_only import DecoderOnly
+from moekit.transformer.embedding import TokenEmbedding
+from moekit.transformer.encoder_decoder import EncoderDecoder
+from moekit.transformer.encoder_only import EncoderOnly
+from moekit.transformer.stack import Stack
+
+Kind = Literal["block", "vocabulary", "rest"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter.
+
+    Attributes:
+        shape: its sizes.
+        axes: logical names of its dimensions; empty = unnamed, never divided by tensor parallelism.
+        active: the share of it that one token passes: k / E of an expert bank, else 1.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...] = ()
+    active: float = 1.0
+
+    @property
+    def numel(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is one of the experts' own: divided by expert parallelism."""
+        return bool(self.axes) and self.axes[0] == "expert"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Weights that are gathered, computed and forgotten together, `count` times in the model.
+
+    Attributes:
+        kind: "block", "vocabulary" (table and logits) or "rest".
+        name: for tables.
+        weights: its parameters.
+        cost: of each, for a micro-batch.
+        entry: numbers of the residual stream at its beginning: all that checkpointing keeps of a block.
+        reductions: tensor-parallel sums of the residual stream in its forward.
+        logits: numbers of the scores over the vocabulary that it makes.
+        count: how many equal ones there are.
+    """
+
+    kind: Kind
+    name: str
+    weights: tuple[Weight, ...]
+    cost: Cost
+    entry: float = 0.0
+    reductions: int = 0
+    logits: float = 0.0
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Census:
+    """A model in units.
+
+    Attributes:
+        name: of the model.
+        units: all of it.
+    """
+
+    name: str
+    units: tuple[Unit, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers to learn."""
+        return sum(unit.count * weight.numel for unit in self.units for weight in unit.weights)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that one token passes: k of a layer's E experts, and everything else."""
+        return round(sum(u.count * w.numel * w.active for u in self.units for w in u.weights))
+
+    @property
+    def expert_parameters(self) -> int:
+        """Those of experts."""
+        return sum(u.count * w.numel for u in self.units for w in u.weights if w.is_expert)
+
+    @property
+    def forward_flops(self) -> float:
+        """Floating-point operations of one forward of a micro-batch."""
+        return sum(unit.count * unit.cost.flops for unit in self.units)
+
+    @property
+    def fewest_experts(self) -> int | None:
+        """Experts in the layer that has the fewest; None = no experts."""
+        return min((w.shape[0] for u in self.units for w in u.weights if w.is_expert), default=None)
+
+
+def take_census(model: TransformerShape | nn.Module, training: Training) -> Census:
+    """Weights and costs of `model` for micro-batches of `training`.
+
+    Args:
+        model: numbers, or a module that contains a moekit transformer (a model, or a LightningModule around one); on
+            the meta device it costs no memory. Its blocks, tables and logits are counted by formula; other modules
+            (heads, say) as their linear layers applied to every token: an upper bound.
+        training: micro-batch and precision.
+
+    Raises:
+        ValueError: if there is no transformer in the module.
+    """
+    if isinstance(model, TransformerShape):
+        return _of_shape(model, training)
+    units = _merge(_units(model, training))
+    if not any(unit.kind == "block" for unit in units):
+        raise ValueError(
+            f"the planner counts costs of moekit's transformers (EncoderDecoder, EncoderOnly, DecoderOnly): got "
+            f"{type(model).__name__}, which contains none. Describe the model as a TransformerShape, or count it with "
+            "measure(module, *inputs)."
+        )
+    return Census(type(model).__name__, units)
+
+
+def _of_shape(shape: TransformerShape, training: Training) -> Census:
+    short = shape.shortened()
+    found: list[Unit] = []
+    for unit in _merge(_units(short.module(), training)):
+        side = "decoder" if unit.name.startswith("decoder") else "encoder"
+        if unit.kind == "block":
+            sparse = any(weight.is_expert for weight in unit.weights)
+            unit = replace(unit, count=(shape.sparse_layers if sparse else shape.dense_layers)(side))  # type: ignore[arg-type]
+        found.append(unit)
+    return Census(shape.name, tuple(unit for unit in found if unit.count))
+
+
+def _merge(units: Iterator[Unit]) -> tuple[Unit, ...]:
+    """Equal units once, with their number."""
+    merged: dict[Unit, int] = {}
+    for unit in units:
+        merged[unit] = merged.get(unit, 0) + unit.count
+    return tuple(replace(unit, count=count) for unit, count in merged.items())
+
+
+def weights_of(module: nn.Module, taken: set[int]) -> tuple[Weight, ...]:
+    """The parameters under `module` that are not in `taken` (by id), which they enter; axes from annotations."""
+    axes: dict[int, tuple[str, ...]] = {}
+    active: dict[int, float] = {}
+    for owner in module.modules():
+        named: Any = getattr(owner, "axes", None)
+        if isinstance(named, Mapping):
+            inside = dict(owner.named_parameters())
+            axes |= {id(inside[name]): tuple(names) for name, names in named.items() if name in inside}
+        if isinstance(owner, MoELayer):
+            share = getattr(owner.router, "k", 1) / owner.router.num_experts
+            active |= {id(p): share for p in owner.experts.parameters()}
+    found = []
+    for parameter in module.parameters():
+        if id(parameter) not in taken:
+            taken.add(id(parameter))
+            key = id(parameter)
+            found.append(Weight(tuple(parameter.shape), axes.get(key, ()), active.get(key, 1.0)))
+    return tuple(found)
+
+
+def _units(model: nn.Module, training: Training) -> Iterator[Unit]:
+    """Blocks, then tables with the logits they make, then whatever is left."""
+    taken: set[int] = set()
+    counted: set[nn.Module] = set()
+    for stack in model.modules():
+        if isinstance(stack, Stack):
+            for block in stack.blocks:
+                yield _block(block, stack.causal, training, taken)
+            counted.update(stack.modules())
+    for part in model.modules():
+        if isinstance(part, EncoderDecoder | DecoderOnly | EncoderOnly):
+            yield _vocabulary(part, training, taken)
+    tokens = training.source_tokens + training.target_tokens
+    counted.update(m for m in model.modules() if isinstance(m, TokenEmbedding))
+    cost = Cost()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module not in counted:
+            cost = cost + linear_cost(module, tokens)
+    # Final norms keep the stream once more.
+    for stack in model.modules():
+        if isinstance(stack, Stack) and stack.blocks:
+            t = training.target_tokens if stack.causal else training.source_tokens
+            cost = cost + Cost(stream=t * stack.blocks[0].self_attention.qkv.in_features, wide=2 * t)
+    # Cross-attention keeps the memory: all layers one, unless each converts it for itself (`cross_attention_cost`).
+    if training.numbers.stream == training.numbers.compute:
+        seq2seq = [part for part in model.modules() if isinstance(part, EncoderDecoder)]
+        cost = cost + Cost(compute=sum(float(training.source_tokens * part.dim) for part in seq2seq))
+    yield Unit("rest", "norms and heads", weights_of(model, taken), cost)
+
+
+def _block(block: Block, causal: bool, training: Training, taken: set[int]) -> Unit:
+    memory = training.source_length if block.cross_attention is not None else 0
+    length = training.target_length if causal else training.source_length
+    tokens = Tokens(training.sequences, length, memory)
+    kind = "sparse block" if isinstance(block.feed_forward, MoELayer) else "block"
+    return Unit(
+        "block",
+        f"{'decoder' if causal else 'encoder'} {kind}",
+        weights_of(block, taken),
+        block_cost(block, tokens, training),
+        entry=float(tokens.number * block.self_attention.qkv.in_features),
+        reductions=2 if block.cross_attention is None else 3,
+    )
+
+
+def _vocabulary(model: EncoderDecoder | DecoderOnly | EncoderOnly, training: Training, taken: set[int]) -> Unit:
+    """Tables and logits: 2 T D V, for every token of the side that predicts."""
+    t = training.source_tokens if isinstance(model, EncoderOnly) else training.target_tokens
+    tables = [m for m in (model.embedding, getattr(model, "target_embedding", None), model.output) if m is not None]
+    weights = sum((weights_of(table, taken) for table in tables), ())
+    v, d = model.vocab_size, model.dim
+    cost = Cost(flops=2.0 * t * d * v, compute=float(t * d))
+    return Unit("vocabulary", "tables and logits", weights, cost, float(t * d), reductions=1, logits=float(t * v))

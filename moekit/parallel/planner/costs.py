@@ -1,0 +1,189 @@
+"""What the parts of a transformer compute, and what they keep for backward, by formula.
+
+T = tokens, D = width, I = heads * head_dim, F = hidden channels, E = experts, A = assignments, R = rows of experts.
+A product of [T, a] with [a, b] counts 2 T a b floating-point operations. Attention keeps no probabilities: it is
+assumed to run in a fused kernel (flash attention), which computes them again in backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from moekit.experts import Experts, GroupedGLU, GroupedMLP
+from moekit.layer import MoELayer
+from moekit.parallel.planner.layout import Precision, Training
+from moekit.transformer.attention import CrossAttention, SelfAttention
+from moekit.transformer.block import Block
+from moekit.transformer.feed_forward import GLU, MLP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Operations of one forward, and numbers kept for backward, of one micro-batch on one device.
+
+    Attributes:
+        flops: floating-point operations.
+        stream: numbers in the type of the residual stream.
+        compute: numbers in the type of products.
+        sliced: the same, divided among tensor-parallel devices.
+        wide: float32 numbers.
+        masks: bytes of dropout masks.
+        sent: numbers that a device sends to experts (tokens times width), one way.
+    """
+
+    flops: float = 0.0
+    stream: float = 0.0
+    compute: float = 0.0
+    sliced: float = 0.0
+    wide: float = 0.0
+    masks: float = 0.0
+    sent: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def kept_bytes(self, precision: Precision, tensor_parallel_size: int = 1) -> float:
+        """Bytes kept for backward."""
+        return (
+            self.stream * precision.stream
+            + (self.compute + self.sliced / tensor_parallel_size) * precision.compute
+            + self.wide * 4
+            + self.masks
+        )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a stack works on: sequences of a length, and the length of the memory it attends to (0 = none)."""
+
+    sequences: int
+    length: int
+    memory_length: int = 0
+
+    @property
+    def number(self) -> int:
+        """T."""
+        return self.sequences * self.length
+
+    @property
+    def memory(self) -> int:
+        """Tokens of the memory."""
+        return self.sequences * self.memory_length
+
+
+def block_cost(block: Block, tokens: Tokens, training: Training) -> Cost:
+    """Cost of a block: attention, cross-attention, feed-forward, their norms and dropout."""
+    d, t = block.self_attention.qkv.in_features, tokens.number
+    branches = 2 if block.cross_attention is None else 3
+    # A norm keeps its input, and each token's mean and deviation.
+    total = Cost(stream=branches * t * d, wide=branches * 2 * t, masks=branches * t * d * bool(block.dropout))
+    total = total + self_attention_cost(block.self_attention, tokens)
+    if block.cross_attention is not None:
+        total = total + cross_attention_cost(block.cross_attention, tokens, training.numbers)
+    return total + feed_forward_cost(block.feed_forward, t, training.numbers)
+
+
+def self_attention_cost(attention: SelfAttention, tokens: Tokens) -> Cost:
+    """4 T D I for four projections and 4 T L I for two products of every token with L others (causal or not)."""
+    d, t = attention.qkv.in_features, tokens.number
+    inner = attention.heads * attention.head_dim
+    return Cost(
+        flops=2 * t * 4 * d * inner + 4 * t * tokens.length * inner,
+        compute=t * d,  # the input of the projections
+        sliced=4 * t * inner,  # queries, keys, values, result
+        wide=t * attention.heads,  # the logarithm of each softmax's denominator
+    )
+
+
+def cross_attention_cost(attention: CrossAttention, tokens: Tokens, precision: Precision) -> Cost:
+    """As self-attention, with keys and values of the memory."""
+    d, t, m = attention.q.in_features, tokens.number, tokens.memory
+    inner = attention.heads * attention.head_dim
+    # All layers read one memory; where it is float32 and products are not, each layer makes a copy of its own.
+    copies = m * d if precision.stream != precision.compute else 0
+    return Cost(
+        flops=2 * t * 2 * d * inner + 2 * m * 2 * d * inner + 4 * t * tokens.memory_length * inner,
+        compute=t * d + copies,
+        sliced=2 * t * inner + 2 * m * inner,
+        wide=t * attention.heads,
+    )
+
+
+def feed_forward_cost(module: nn.Module, t: int, precision: Precision) -> Cost:
+    """Cost of any feed-forward on T tokens."""
+    if isinstance(module, MoELayer):
+        return moe_cost(module, t, precision)
+    if isinstance(module, MLP | GLU):
+        d, f = module.w_in.in_features, module.w_out.in_features
+        gated = isinstance(module, GLU)
+        # Gate and up are one tensor here, so that keeping the one keeps the other.
+        channels, masks = _hidden(module, gated)
+        channels += gated and module.activation == "relu"
+        matrices = 3 if gated else 2
+        return Cost(flops=2 * t * matrices * d * f, compute=t * d, sliced=t * channels * f, masks=t * masks * f)
+    return linear_cost(module, t)
+
+
+def linear_cost(module: nn.Module, t: int) -> Cost:
+    """Cost of the `nn.Linear`s in an unknown module, each applied to T tokens: they keep their inputs."""
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    return Cost(
+        flops=sum(2.0 * t * m.in_features * m.out_features for m in linears),
+        compute=sum(float(t * m.in_features) for m in linears),
+    )
+
+
+def _hidden(module: Any, gated: bool) -> tuple[int, int]:
+    """How many times the hidden channels are kept, and bytes of dropout masks for each."""
+    dropped = int(module.dropout > 0)
+    # A ReLU needs no more than its result, which is also what follows needs; others need what they read too.
+    activated = 1 if module.activation == "relu" else 2
+    return activated + dropped + (2 if gated else 0), dropped  # a gated unit also keeps up and the product
+
+
+def moe_cost(layer: MoELayer, t: int, precision: Precision) -> Cost:
+    """Cost of a Mixture of Experts whose load is balanced: A = k T assignments, R rows computed by experts.
+
+    With a capacity, R = E C slots are computed, filled or not; without, R = A.
+    """
+    router: Any = layer.router
+    bank = layer.experts
+    e, d, k = router.num_experts, bank.dim, getattr(router, "k", 1)
+    assignments = k * t
+    capacity = getattr(router, "capacity", None)
+    slots = None if capacity is None else capacity.slots(t, e, k, training=True)
+    rows = assignments if slots is None else e * slots
+    jitter = bool(getattr(router, "jitter", 0.0))
+    # The router keeps its float32 input (which is also the experts' source), logits, and probabilities twice.
+    wide = t * d * (2 if jitter else 1) + 3 * t * e
+    # The weighted sum keeps every result in float32, before and after it is weighed.
+    total = Cost(flops=2 * t * d * e, wide=wide + 2 * assignments * d, sent=rows * d)
+    total = total + experts_cost(bank, rows)
+    if layer.shared is not None:
+        beside = feed_forward_cost(layer.shared, t, precision)
+        # In float32 the branch reads the very tensor that the router keeps.
+        if precision.compute == 4:
+            beside = beside + Cost(compute=-t * d)
+        total = total + beside
+    return total
+
+
+def experts_cost(bank: Experts, rows: float) -> Cost:
+    """Two (gated: three) matrices for each row; an unknown bank: each of its matrices, which keep their inputs."""
+    if isinstance(bank, GroupedMLP | GroupedGLU):
+        gated = isinstance(bank, GroupedGLU)
+        channels, masks = _hidden(bank, gated)
+        d, f = bank.dim, bank.hidden_dim
+        return Cost(
+            flops=2 * rows * (3 if gated else 2) * d * f,
+            compute=rows * d,
+            sliced=rows * channels * f,
+            masks=rows * masks * f,
+        )
+    matrices = [p.shape for p in bank.parameters() if p.dim() == 3]
+    return Cost(
+        flops=sum(2.0 * rows * a * b for _, a, b in matrices), compute=sum(float(rows * a) for _, a, _ in matrices)
+    )

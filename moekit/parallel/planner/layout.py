@@ -1,0 +1,169 @@
+"""What is planned for: how devices share the model, and what one device does in a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Optimizer = Literal["adamw", "sgd", "momentum", "adafactor"]
+Offload = Literal["none", "optimizer", "parameters"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How devices share a model, in the words of `ExpertParallelStrategy`.
+
+    Attributes:
+        devices: processes, one device each.
+        expert_parallel_size: devices among which the experts of a layer are divided.
+        tensor_parallel_size: devices among which attention heads, hidden channels and the vocabulary are divided.
+        replicas: copies of the model among which nothing is divided.
+        zero_stage: what data-parallel devices divide instead of repeating it: 0 nothing, 1 optimizer state, 2 that
+            and gradients (and weights between steps), 3 weights in the step too.
+        offload: what is kept in host memory: "none", the "optimizer" state, or all "parameters" with gradients and
+            optimizer state.
+
+    Raises:
+        ValueError: where the numbers do not fit together.
+    """
+
+    devices: int = 1
+    expert_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    replicas: int = 1
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    offload: Offload = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "expert_parallel_size", "tensor_parallel_size", "replicas"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Layout.{name} must be at least 1: got {getattr(self, name)}.")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"Layout.zero_stage must be 0, 1, 2 or 3: got {self.zero_stage!r}.")
+        if self.offload not in ("none", "optimizer", "parameters"):
+            raise ValueError(f'Layout.offload must be "none", "optimizer" or "parameters": got {self.offload!r}.')
+        for name in ("expert_parallel_size", "tensor_parallel_size"):
+            size = self.replicas * getattr(self, name)
+            if self.devices % size:
+                raise ValueError(
+                    f"devices must be a multiple of replicas * {name}: got {self.devices} and "
+                    f"{self.replicas} * {getattr(self, name)}. Use {size * max(1, self.devices // size)} devices."
+                )
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Devices that read different tokens: all but tensor-parallel partners."""
+        return self.devices // self.tensor_parallel_size
+
+    @property
+    def shard_size(self) -> int:
+        """Devices among which ZeRO divides what every device would otherwise repeat (attention, tables, ...)."""
+        return self.devices // (self.replicas * self.tensor_parallel_size)
+
+    @property
+    def expert_shard_size(self) -> int:
+        """Devices that hold the same experts, among which ZeRO divides them."""
+        return self.devices // (self.replicas * self.expert_parallel_size)
+
+    def __str__(self) -> str:
+        parts = [f"{self.devices} devices"]
+        if self.expert_parallel_size > 1:
+            parts.append(f"expert {self.expert_parallel_size}")
+        if self.tensor_parallel_size > 1:
+            parts.append(f"tensor {self.tensor_parallel_size}")
+        if self.replicas > 1:
+            parts.append(f"replicas {self.replicas}")
+        parts.append(f"ZeRO {self.zero_stage}")
+        if self.offload != "none":
+            parts.append(f"{self.offload} offloaded")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Bytes of a number, by its role.
+
+    Attributes:
+        name: shown in tables.
+        weight: of a weight between steps.
+        compute: of a weight and an activation in a product.
+        stream: of the residual stream, which norms read.
+        gradient: of a gradient.
+        master: of the optimizer's own copy of a weight, 0 where the weight itself is that copy.
+        state: of each of the optimizer's statistics.
+    """
+
+    name: str
+    weight: int
+    compute: int
+    stream: int
+    gradient: int
+    master: int
+    state: int
+
+
+PRECISIONS: dict[str, Precision] = {
+    "32-true": Precision(name="32-true", weight=4, compute=4, stream=4, gradient=4, master=0, state=4),
+    "bf16-mixed": Precision(name="bf16-mixed", weight=4, compute=2, stream=4, gradient=4, master=0, state=4),
+    "bf16-true": Precision(name="bf16-true", weight=2, compute=2, stream=2, gradient=2, master=0, state=2),
+}
+"""Lightning's precisions, as the Strategy runs them: the weights that an optimizer sees are what is stored."""
+
+DEEPSPEED_FP16 = Precision(name="fp16 with master", weight=2, compute=2, stream=2, gradient=2, master=4, state=4)
+"""What DeepSpeed holds: half-precision weights and gradients, and float32 weights beside the optimizer's statistics.
+
+Source: arXiv:1910.02054 section 3.1 (2 + 2 + 12 bytes a parameter with Adam).
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What one data-parallel device does in a step.
+
+    Attributes:
+        sequences: in a micro-batch.
+        source_length: tokens of an encoder's input, padding included.
+        target_length: tokens of a decoder's input.
+        accumulate: micro-batches per optimizer step.
+        precision: "32-true", "bf16-mixed", "bf16-true", or a `Precision`.
+        optimizer: "adamw" (two numbers a weight), "momentum" (one), "sgd" (none) or "adafactor" (a row and a column
+            of a matrix).
+        checkpointing: whether blocks forget their activations and compute them again in backward.
+
+    Raises:
+        ValueError: for unknown names and sizes below 1.
+    """
+
+    sequences: int = 8
+    source_length: int = 256
+    target_length: int = 256
+    accumulate: int = 1
+    precision: str | Precision = "bf16-mixed"
+    optimizer: Optimizer = "adamw"
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.precision, str) and self.precision not in PRECISIONS:
+            raise ValueError(
+                f"Training.precision must be one of {', '.join(PRECISIONS)} or a Precision: got {self.precision!r}."
+            )
+        if self.optimizer not in ("adamw", "sgd", "momentum", "adafactor"):
+            raise ValueError(f"Training.optimizer must be adamw, momentum, sgd or adafactor: got {self.optimizer!r}.")
+        for name in ("sequences", "source_length", "target_length", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Training.{name} must be at least 1: got {getattr(self, name)}.")
+
+    @property
+    def numbers(self) -> Precision:
+        """The precision as an object."""
+        return PRECISIONS[self.precision] if isinstance(self.precision, str) else self.precision
+
+    @property
+    def source_tokens(self) -> int:
+        """Encoder tokens of a micro-batch."""
+        return self.sequences * self.source_length
+
+    @property
+    def target_tokens(self) -> int:
+        """Decoder tokens of a micro-batch."""
+        return self.sequences * self.target_length

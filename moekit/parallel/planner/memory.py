@@ -1,0 +1,149 @@
+"""Bytes of each device, by formula.
+
+What a device holds of a weight follows from three divisions, one after the other: expert parallelism divides the
+experts of a layer, tensor parallelism divides heads, hidden channels and vocabulary, ZeRO divides what data-parallel
+devices would otherwise repeat. How much ZeRO divides depends on its stage.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moekit.parallel.planner.census import Census, Unit, Weight
+from moekit.parallel.planner.layout import Layout, Optimizer, Precision, Training
+
+TENSOR_AXES = frozenset({"heads", "mlp", "vocab"})
+"""Logical axes that tensor parallelism divides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of the fullest device, and of its share of host memory.
+
+    Attributes:
+        weights: as stored between steps.
+        gradients: as stored between backward and step.
+        optimizer: the optimizer's statistics and, where there is one, its copy of the weights.
+        working: whole or lower-precision weights and gradients that exist for a moment: what ZeRO gathers.
+        activations: kept for backward, with the largest block's second computation under checkpointing.
+        host: what is offloaded.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    working: float
+    activations: float
+    host: float
+
+    @property
+    def device(self) -> float:
+        """All of the device's."""
+        return self.weights + self.gradients + self.optimizer + self.working + self.activations
+
+
+def local_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
+    """What a device computes with: the weight after expert and tensor parallelism, before ZeRO; uneven parts up."""
+    shape = list(weight.shape)
+    if weight.is_expert:
+        shape[0] = math.ceil(shape[0] / layout.expert_parallel_size)
+        return tuple(shape)
+    for dim, axis in enumerate(weight.axes):
+        if axis in TENSOR_AXES:
+            shape[dim] = math.ceil(shape[dim] / layout.tensor_parallel_size)
+            break
+    return tuple(shape)
+
+
+def sharded_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
+    """What a device stores where ZeRO divides too: rows of dense weights, the second dimension of experts."""
+    shape = list(local_shape(weight, layout))
+    if weight.is_expert:
+        dim, size = min(1, len(shape) - 1), layout.expert_shard_size
+    else:
+        dim, size = 0, layout.shard_size
+    if shape:
+        shape[dim] = math.ceil(shape[dim] / size)
+    return tuple(shape)
+
+
+def optimizer_numbers(shape: tuple[int, ...], optimizer: Optimizer) -> int:
+    """Statistics that an optimizer keeps for a weight of that shape."""
+    numel = math.prod(shape)
+    match optimizer:
+        case "adamw":
+            return 2 * numel
+        case "momentum":
+            return numel
+        case "sgd":
+            return 0
+        case "adafactor":
+            # One number for each row and one for each column of each matrix.
+            return numel if len(shape) < 2 else numel // max(shape[-1], 1) + numel // max(shape[-2], 1)
+
+
+def memory_of(census: Census, layout: Layout, training: Training) -> Memory:
+    """Bytes of the fullest device."""
+    numbers, stage = training.numbers, layout.zero_stage
+    whole = sharded = statistics = owned = 0
+    for unit in census.units:
+        for weight in unit.weights:
+            full, part = local_shape(weight, layout), sharded_shape(weight, layout)
+            whole += unit.count * math.prod(full)
+            sharded += unit.count * math.prod(part)
+            own = part if stage >= 1 else full
+            owned += unit.count * math.prod(own)
+            statistics += unit.count * optimizer_numbers(own, training.optimizer)
+    weights = float(numbers.weight * (sharded if stage >= 2 else whole))
+    gradients = float(numbers.gradient * (sharded if stage >= 2 else whole))
+    optimizer = float(numbers.state * statistics + numbers.master * owned)
+    working = _working(census, layout, numbers)
+    activations = _activations(census, layout, training)
+    host = 0.0
+    if layout.offload != "none":
+        host, optimizer = optimizer, 0.0
+    if layout.offload == "parameters":
+        host, weights, gradients = host + weights + gradients, 0.0, 0.0
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        working=working,
+        activations=activations,
+        host=host,
+    )
+
+
+def _working(census: Census, layout: Layout, numbers: Precision) -> float:
+    """Bytes of weights as products need them, and of one unit's gradients before they are divided.
+
+    Stages 0 and 1 need none unless products are in another precision. Stage 2 keeps all of them from forward to
+    backward, stage 3 those of a unit and of the next one, which is fetched meanwhile.
+    """
+    sizes = [(u.count, sum(math.prod(local_shape(w, layout)) for w in u.weights)) for u in census.units]
+    everything, largest = sum(count * size for count, size in sizes), max((size for _, size in sizes), default=0)
+    divided = layout.shard_size > 1 or layout.expert_shard_size > 1 or layout.offload == "parameters"
+    if layout.zero_stage < 2 or not divided:
+        return float(numbers.compute * everything) if numbers.compute != numbers.weight else 0.0
+    held = everything if layout.zero_stage == 2 else min(2 * largest, everything)
+    return float(numbers.compute * held + numbers.compute * largest)
+
+
+def _activations(census: Census, layout: Layout, training: Training) -> float:
+    """Bytes kept when backward begins, and what it adds at its fullest."""
+    numbers, tp = training.numbers, layout.tensor_parallel_size
+
+    def kept(unit: Unit) -> float:
+        return unit.cost.kept_bytes(numbers, tp)
+
+    blocks = [unit for unit in census.units if unit.kind == "block"]
+    others = sum(u.count * kept(u) for u in census.units if u.kind != "block")
+    # Log-probabilities and their gradient in float32, and logits where products have a type of their own.
+    each = 8 + (numbers.compute if numbers.compute < 4 else 0)
+    logits = each * max((unit.logits for unit in census.units), default=0.0) / tp
+    if not training.checkpointing:
+        return others + sum(unit.count * kept(unit) for unit in blocks) + logits
+    entries = sum(unit.count * unit.entry * numbers.stream for unit in blocks)
+    # Blocks are computed again one by one, after the logits have gone.
+    return others + entries + max(logits, max((kept(unit) for unit in blocks), default=0.0))

@@ -1,0 +1,195 @@
+"""`plan`: what a model needs on a layout, without running it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from moekit.parallel.planner.census import Census, take_census
+from moekit.parallel.planner.layout import Layout, Training
+from moekit.parallel.planner.memory import Memory, local_shape, memory_of, sharded_shape
+from moekit.parallel.planner.shape import TransformerShape
+from moekit.parallel.planner.tables import Column, markdown_table, text_table
+from moekit.parallel.planner.traffic import Traffic, traffic_of
+
+GIB = 2**30
+"""Bytes of a GiB."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a model needs on a layout.
+
+    Attributes:
+        census: the model in units.
+        layout: how devices share it.
+        training: what a device does in a step.
+        memory: bytes of the fullest device.
+        traffic: bytes that each device sends per step.
+    """
+
+    census: Census
+    layout: Layout
+    training: Training
+    memory: Memory
+    traffic: Traffic
+
+    @property
+    def parameters(self) -> int:
+        """Numbers to learn."""
+        return self.census.parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token passes."""
+        return self.census.active_parameters
+
+    @property
+    def parameters_per_device(self) -> int:
+        """Parameters that a device stores."""
+        cut = sharded_shape if self.layout.zero_stage >= 2 else local_shape
+        return sum(u.count * math.prod(cut(w, self.layout)) for u in self.census.units for w in u.weights)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a data-parallel device's micro-batch, source and target."""
+        names = [unit.name for unit in self.census.units if unit.kind == "block"]
+        source = self.training.source_tokens if any(name.startswith("encoder") for name in names) else 0
+        target = self.training.target_tokens if any(name.startswith("decoder") for name in names) else 0
+        return source + target
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step, over all devices."""
+        return self.tokens * self.training.accumulate * self.layout.data_parallel_size
+
+    @property
+    def flops_per_token(self) -> float:
+        """Operations of forward and backward for a token: three times the forward's."""
+        return 3 * self.census.forward_flops / self.tokens
+
+    @property
+    def flops_per_step(self) -> float:
+        """Operations that one device carries out in a step, with those that checkpointing repeats."""
+        blocks = sum(unit.count * unit.cost.flops for unit in self.census.units if unit.kind == "block")
+        once = 3 * self.census.forward_flops + (blocks if self.training.checkpointing else 0.0)
+        return once * self.training.accumulate / self.layout.tensor_parallel_size
+
+    def fits(self, memory: float) -> bool:
+        """Whether the fullest device needs at most `memory` bytes.
+
+        Leave room (a tenth, say) for what no formula knows: the allocator's fragments, communication buffers, an
+        expert that gets more than its share of tokens.
+        """
+        return self.memory.device <= memory
+
+    def column(self, heading: str = "") -> Column:
+        """This plan as a column of a table."""
+        return Column(heading or self.census.name, tuple(_rows(self)))
+
+    def table(self) -> str:
+        """The plan as text for a terminal."""
+        return text_table([self.column()])
+
+    def markdown(self) -> str:
+        """The plan as a Markdown table."""
+        return markdown_table([self.column()])
+
+
+def plan(model: TransformerShape | nn.Module, layout: Layout, training: Training | None = None) -> Plan:
+    """Parameters, memory, communication and operations of training `model` on `layout`; nothing is run.
+
+    Args:
+        model: a `TransformerShape`, or a module that contains a moekit transformer; on the meta device it costs no
+            memory.
+        layout: how devices share the model.
+        training: micro-batch, precision, optimizer, checkpointing.
+
+    Raises:
+        ValueError: if the experts cannot be divided evenly, or the module contains no transformer.
+
+    Source: the memory model is that of arXiv:1910.02054 section 3, with experts divided as in arXiv:2006.16668
+        section 3.
+
+    Example:
+        >>> from moekit.parallel.planner import ZCODE_M3_10B
+        >>> made = plan(ZCODE_M3_10B, Layout(devices=64, expert_parallel_size=64), Training(checkpointing=True))
+        >>> f"{made.parameters / 1e9:.1f} billion, {made.active_parameters / 1e9:.1f} active"
+        '10.3 billion, 0.8 active'
+    """
+    training = training or Training()
+    census = take_census(model, training)
+    _check_experts(census, layout)
+    return Plan(
+        census,
+        layout,
+        training,
+        memory_of(census, layout, training),
+        traffic_of(census, layout, training),
+    )
+
+
+def _check_experts(census: Census, layout: Layout) -> None:
+    size = layout.expert_parallel_size
+    counts = sorted({w.shape[0] for u in census.units for w in u.weights if w.is_expert})
+    if size > 1 and not counts:
+        raise ValueError(f"expert_parallel_size is {size}, but {census.name} has no experts. Use 1.")
+    for count in counts:
+        if count % size:
+            fitting = [n for n in range(1, count + 1) if count % n == 0 and layout.devices % n == 0]
+            near = min(fitting, key=lambda n: abs(n - size))
+            raise ValueError(
+                f"the number of experts must be a multiple of expert_parallel_size: got {count} experts and {size}. "
+                f"Use expert_parallel_size {near}, or {size * math.ceil(count / size)} experts."
+            )
+
+
+def _rows(made: Plan) -> list[tuple[str, str]]:
+    memory, traffic, census = made.memory, made.traffic, made.census
+
+    def gib(count: float) -> str:
+        return f"{count / GIB:,.2f} GiB"
+
+    return [
+        ("layout", str(made.layout)),
+        ("precision, optimizer", f"{made.training.numbers.name}, {made.training.optimizer}"),
+        ("parameters", number(census.parameters)),
+        ("of experts", number(census.expert_parameters)),
+        ("active per token", number(census.active_parameters)),
+        ("stored per device", number(made.parameters_per_device)),
+        ("weights", gib(memory.weights)),
+        ("gradients", gib(memory.gradients)),
+        ("optimizer", gib(memory.optimizer)),
+        ("working copies", gib(memory.working)),
+        ("activations", gib(memory.activations)),
+        ("device memory", gib(memory.device)),
+        ("host memory", gib(memory.host)),
+        ("tokens per step", f"{made.tokens_per_step:,}"),
+        ("FLOPs per token", number(made.flops_per_token)),
+        ("FLOPs per device and step", number(made.flops_per_step)),
+        ("sent: all-to-all", gib(traffic.all_to_all)),
+        ("sent: all-gather", gib(traffic.all_gather)),
+        ("sent: reduce-scatter", gib(traffic.reduce_scatter)),
+        ("sent: all-reduce", gib(traffic.all_reduce)),
+    ]
+
+
+def number(value: float) -> str:
+    """A large number in three digits: ``10.3 B``."""
+    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:,.3g} {unit}" if value < 1e3 * limit else f"{value / limit:,.0f} {unit}"
+    return f"{value:,.0f}"
+
+
+def compare(plans: dict[str, Plan], *, markdown: bool = False) -> str:
+    """Several plans side by side, under the headings that the dictionary gives.
+
+    Args:
+        plans: by heading.
+        markdown: for a page instead of a terminal.
+    """
+    columns = [made.column(heading) for heading, made in plans.items()]
+    return (markdown_table if markdown else text_table)(columns)

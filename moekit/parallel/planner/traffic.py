@@ -1,0 +1,65 @@
+"""Bytes that each device sends in a step, by formula.
+
+Collectives are counted as rings send them: of S bytes among n devices, gathering and scattering send S (n - 1) / n
+each, a sum that all need sends twice that, and an all-to-all sends what is not for the sender.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moekit.parallel.planner.census import Census
+from moekit.parallel.planner.layout import Layout, Training
+from moekit.parallel.planner.memory import local_shape, sharded_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes that each device sends per optimizer step.
+
+    Attributes:
+        all_to_all: tokens to experts and results back.
+        all_gather: weights that ZeRO divides.
+        reduce_scatter: gradients, each device keeping its part.
+        all_reduce: gradients that all devices keep, and the sums of tensor parallelism.
+    """
+
+    all_to_all: float
+    all_gather: float
+    reduce_scatter: float
+    all_reduce: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.all_to_all + self.all_gather + self.reduce_scatter + self.all_reduce
+
+
+def traffic_of(census: Census, layout: Layout, training: Training) -> Traffic:
+    """Bytes per step: gradients once, weights and tokens for every micro-batch."""
+    numbers, stage, micro = training.numbers, layout.zero_stage, training.accumulate
+    gather = scatter = reduce = exchange = 0.0
+    # Forward and backward; checkpointing repeats the forward.
+    passes = 3 if training.checkpointing else 2
+    away = 1 - 1 / layout.expert_parallel_size
+    beyond = 1 - 1 / layout.tensor_parallel_size
+    for unit in census.units:
+        # Out and back.
+        exchange += unit.count * 2 * passes * micro * unit.cost.sent * numbers.compute * away
+        reduce += unit.count * 2 * beyond * unit.reductions * passes * micro * unit.entry * numbers.compute
+        for weight in unit.weights:
+            full = unit.count * math.prod(local_shape(weight, layout))
+            part = unit.count * math.prod(sharded_shape(weight, layout))
+            sharers = layout.expert_shard_size if weight.is_expert else layout.shard_size
+            rest = 1 - 1 / sharers
+            if stage >= 2:
+                times = micro * (2 if stage == 3 else 1)
+                gather += times * full * numbers.compute * rest
+                scatter += full * numbers.gradient * rest
+                reduce += 2 * part * numbers.gradient * (1 - 1 / layout.replicas)
+            else:
+                copies = sharers * layout.replicas
+                reduce += 2 * full * numbers.gradient * (1 - 1 / copies)
+                gather += full * numbers.weight * rest if stage == 1 else 0.0
+    return Traffic(all_to_all=exchange, all_gather=gather, reduce_scatter=scatter, all_reduce=reduce)

@@ -1,0 +1,433 @@
+"""The planner's formulas against what torch counts, against hand-made sums, and against published sizes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moekit.experts import GroupedGLU, GroupedMLP
+from moekit.layer import MoELayer
+from moekit.parallel.planner import (
+    DEEPSPEED_3_5T,
+    DEEPSPEED_FP16,
+    GIB,
+    ST_MOE_32B,
+    ZCODE_M3_10B,
+    Layout,
+    Plan,
+    Training,
+    TransformerShape,
+    Unit,
+    compare,
+    fewest_devices,
+    largest,
+    measure,
+    plan,
+    take_census,
+)
+from moekit.recipes import zcode_m3
+from moekit.routers import switch
+
+TINY = TransformerShape(
+    name="tiny",
+    vocab_size=96,
+    dim=64,
+    heads=4,
+    hidden_dim=128,
+    encoder_layers=4,
+    decoder_layers=2,
+    num_experts=8,
+)
+SHAPES: dict[str, TransformerShape] = {
+    "padded": TINY,
+    "packed, two choices": replace(TINY, capacity_factor=None, k=2),
+    "gated, dense branch beside": replace(TINY, gated=True, activation="gelu", beside=96, norm="rms", sparse_every=2),
+    "gelu, untied, smaller experts": replace(TINY, activation="gelu", tied=False, expert_hidden_dim=32, head_dim=8),
+    "every layer sparse": replace(TINY, sparse_every=1, capacity_factor=2.0),
+    "dense": replace(TINY, num_experts=0),
+    "decoder only": replace(TINY, encoder_layers=0, decoder_layers=6, sparse_every=3),
+    "encoder only": replace(TINY, encoder_layers=3, decoder_layers=0, sparse_every=3),
+}
+
+
+class Forward(nn.Module):
+    """A model's whole way from ids to logits."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, source: torch.Tensor, target: torch.Tensor) -> Any:
+        model, memory = self.model, None
+        if hasattr(model, "encode"):
+            memory = model.encode(source)
+            if not hasattr(model, "decode"):
+                return model.logits(memory.hidden), memory
+            out = model.decode(target, memory.hidden)
+        else:
+            out = model.decode(target)
+        return model.logits(out.hidden), out, memory
+
+
+def ids(training: Training) -> tuple[torch.Tensor, torch.Tensor]:
+    sizes = (training.source_length, training.target_length)
+    source, target = (torch.zeros(training.sequences, n, dtype=torch.int64) for n in sizes)
+    return source, target
+
+
+def kept(made: Any, training: Training) -> float:
+    return sum(unit.count * unit.cost.kept_bytes(training.numbers) for unit in made.units)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_formulas_equal_what_torch_counts(name: str) -> None:
+    shape = SHAPES[name]
+    training = Training(sequences=4, source_length=12, target_length=10, precision="32-true")
+    model = shape.module()
+    torch_says = measure(Forward(model), *ids(training))
+    formulas = take_census(shape, training)
+
+    assert formulas.parameters == torch_says.parameters == sum(p.numel() for p in model.parameters())
+    assert formulas.forward_flops == torch_says.flops
+    # On the meta device attention runs unfused and keeps its probabilities, in two copies of queries and keys more;
+    # beside them a few numbers for each token. Both vanish at real widths: see below.
+    assert torch_says.kept == pytest.approx(kept(formulas, training), rel=0.5)
+
+
+def test_activations_at_real_width() -> None:
+    training = Training(sequences=2, source_length=16, target_length=12, precision="32-true")
+    for shape in (ZCODE_M3_10B, ST_MOE_32B):
+        # RMS norm is one kernel on an accelerator and several here.
+        short = replace(shape.shortened(), vocab_size=1000, norm="layer")
+        measured = measure(Forward(short.module()), *ids(training)).kept
+        # Unfused attention is what is left of the difference.
+        assert measured == pytest.approx(kept(take_census(short, training), training), rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_activations_of_a_real_forward(precision: str) -> None:
+    """On a CPU, where attention is fused; in mixed precision autograd also keeps the weights in bf16."""
+    shape = replace(TINY, vocab_size=32, dim=256, hidden_dim=512, capacity_factor=None, k=2, gated=True)
+    training = Training(sequences=4, source_length=64, target_length=48, precision=precision)
+    model = shape.module().to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    if precision == "bf16-true":
+        model.bfloat16()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    stored: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            stored.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    mixed = precision == "bf16-mixed"
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed), hooks:
+        out = Forward(model)(*ids(training))
+    measured = sum(t.untyped_storage().nbytes() for t in stored.values())
+    del out
+    census = take_census(model, training)
+    expected = kept(census, training) + (2 * census.parameters if mixed else 0)
+    assert measured == pytest.approx(expected, rel=0.03)
+
+
+def test_a_shape_is_counted_as_the_module_it_describes() -> None:
+    training = Training(checkpointing=True)
+
+    def equal(a: tuple[Unit, ...], b: tuple[Unit, ...]) -> bool:
+        return set(a) == set(b) and len(a) == len(b)
+
+    for shape in (*SHAPES.values(), ZCODE_M3_10B, ST_MOE_32B, DEEPSPEED_3_5T):
+        assert equal(take_census(shape, training).units, take_census(shape.module(), training).units), shape.name
+    other = take_census(replace(TINY, num_experts=16), training).units
+    assert not equal(take_census(TINY, training).units, other)
+
+
+def test_the_recipe_is_the_shape() -> None:
+    """The paper variant of the Z-code M3 recipe on the meta device: torch's own count of its parameters."""
+    with torch.device("meta"):
+        built = zcode_m3.build(zcode_m3.PAPER, 250_000)
+        whole = nn.ModuleList([built.backbone, *built.heads])
+    layout, training = Layout(devices=64, expert_parallel_size=64), Training(checkpointing=True)
+    backbone = plan(built.backbone, layout, training)
+    assert backbone.parameters == sum(p.numel() for p in built.backbone.parameters())
+    assert backbone.parameters == plan(ZCODE_M3_10B, layout, training).parameters
+    assert backbone.parameters == pytest.approx(10e9, rel=0.05)  # the paper says 10 B
+
+    # With its heads, one of which has a small generator of its own.
+    everything = plan(whole, layout, training)
+    assert everything.parameters == sum(p.numel() for p in whole.parameters())
+    assert everything.parameters > backbone.parameters
+
+
+def test_published_sizes() -> None:
+    layout = Layout(devices=512, expert_parallel_size=64)
+    st_moe = plan(ST_MOE_32B, layout)
+    assert st_moe.parameters == pytest.approx(269e9, rel=0.015)
+    without = plan(replace(ST_MOE_32B, beside=0), layout)
+    assert without.parameters == pytest.approx(269e9, rel=0.003)
+    # "FLOPs comparable to a 32 B dense model": two of 64 experts and all the rest.
+    assert without.active_parameters == pytest.approx(32e9, rel=0.12)
+    assert plan(DEEPSPEED_3_5T, layout).parameters == pytest.approx(3.5e12, rel=0.02)
+
+
+def test_active_parameters_by_hand() -> None:
+    made = plan(replace(TINY, k=2), Layout())
+    bank = 8 * 2 * 64 * 128
+    assert made.census.expert_parameters == 3 * bank
+    assert made.active_parameters == made.parameters - 3 * bank * 6 // 8
+
+
+def by_hand(layout: Layout) -> tuple[int, int]:
+    """Numbers of a device, whole and as ZeRO divides them, of a model all of whose sizes divide evenly."""
+    whole = divided = 0
+    model = TINY.module()
+    banks = {id(p) for m in model.modules() if isinstance(m, MoELayer) for p in m.experts.parameters()}
+    sliced = ("qkv", "q.weight", "kv", "out.weight", "w_in", "w_out", "embedding")
+    for name, p in model.named_parameters():
+        if id(p) in banks:
+            n = p.numel() // layout.expert_parallel_size
+            divided += n // layout.expert_shard_size
+        else:
+            n = p.numel() // (layout.tensor_parallel_size if any(part in name for part in sliced) else 1)
+            divided += n // layout.shard_size
+        whole += n
+    return whole, divided
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("expert", "tensor", "replicas"), [(1, 1, 1), (4, 1, 1), (2, 1, 2), (4, 2, 1), (8, 1, 1)])
+def test_bytes_by_stage(stage: int, expert: int, tensor: int, replicas: int) -> None:
+    layout = Layout(
+        devices=8,
+        expert_parallel_size=expert,
+        tensor_parallel_size=tensor,
+        replicas=replicas if expert * replicas <= 8 else 1,
+        zero_stage=stage,  # type: ignore[arg-type]
+    )
+    whole, divided = by_hand(layout)
+    memory = plan(TINY, layout, Training(precision="32-true")).memory
+    assert memory.weights == 4 * (divided if stage >= 2 else whole)
+    assert memory.gradients == 4 * (divided if stage >= 2 else whole)
+    assert memory.optimizer == 8 * (divided if stage >= 1 else whole)
+    assert (memory.working > 0) == (stage >= 2 and (layout.shard_size > 1 or layout.expert_shard_size > 1))
+    assert memory.host == 0
+
+
+def test_offload_moves_bytes_to_the_host() -> None:
+    training = Training(precision="32-true")
+    base = plan(TINY, Layout(devices=4), training).memory
+    optimizer = plan(TINY, Layout(devices=4, offload="optimizer"), training).memory
+    parameters = plan(TINY, Layout(devices=4, offload="parameters"), training).memory
+    assert (optimizer.optimizer, optimizer.host) == (0, base.optimizer)
+    assert (optimizer.weights, optimizer.gradients) == (base.weights, base.gradients)
+    assert parameters.weights == parameters.gradients == parameters.optimizer == 0
+    assert parameters.host == base.weights + base.gradients + base.optimizer
+    assert parameters.working == base.working > 0
+
+
+def test_optimizers_and_precisions() -> None:
+    def bytes_of(**kwargs: Any) -> tuple[float, float, float]:
+        memory = plan(TINY, Layout(zero_stage=0), Training(**kwargs)).memory
+        return memory.weights, memory.gradients, memory.optimizer
+
+    n = plan(TINY, Layout()).parameters
+    assert bytes_of(precision="32-true") == (4 * n, 4 * n, 8 * n)
+    assert bytes_of(precision="bf16-true") == (2 * n, 2 * n, 4 * n)
+    assert bytes_of(precision=DEEPSPEED_FP16) == (2 * n, 2 * n, 12 * n)
+    assert bytes_of(precision="32-true", optimizer="sgd") == (4 * n, 4 * n, 0)
+    assert bytes_of(precision="32-true", optimizer="momentum") == (4 * n, 4 * n, 4 * n)
+    # A bank of eight 64 x 128 matrices: 64 + 128 numbers for each instead of 64 * 128.
+    adafactor = bytes_of(precision="32-true", optimizer="adafactor")[2]
+    model = TINY.module()
+    factored = sum(sum(p.numel() // n for n in p.shape[-2:]) if p.dim() > 1 else p.numel() for p in model.parameters())
+    assert adafactor == 4 * factored < 0.2 * n
+
+
+def test_checkpointing_trades_memory_for_operations() -> None:
+    shape = replace(ZCODE_M3_10B, vocab_size=8000)  # logits take the same either way
+    plain = plan(shape, Layout(), Training())
+    again = plan(shape, Layout(), Training(checkpointing=True))
+    assert again.memory.activations < plain.memory.activations / 5
+    assert plain.flops_per_step < again.flops_per_step < 4 / 3 * plain.flops_per_step
+    assert again.flops_per_token == plain.flops_per_token
+
+
+def test_traffic_by_hand() -> None:
+    training = Training(sequences=4, source_length=12, target_length=10, precision="32-true", accumulate=3)
+    layout = Layout(devices=8, expert_parallel_size=4, replicas=2, zero_stage=3)
+    whole = {True: 0, False: 0}
+    for unit in take_census(TINY, training).units:
+        for w in unit.weights:
+            whole[w.is_expert] += unit.count * w.numel
+    dense, experts = whole[False], whole[True] / 4
+    traffic = plan(TINY, layout, training).traffic
+    # Capacity factor 1: as many slots as tokens (48 and 40 are multiples of 8); two encoder layers and one decoder's.
+    rows = 2 * 48 + 40
+    assert traffic.all_to_all == pytest.approx(3 * 2 * 2 * rows * 64 * 4 * 3 / 4)  # micro, ways, passes
+    # Dense weights are shared by 4 devices of a replica; experts, 4 times 1 device, by nobody but the other replica.
+    assert traffic.all_gather == pytest.approx(3 * 2 * dense * 4 * 3 / 4)
+    assert traffic.reduce_scatter == pytest.approx(dense * 4 * 3 / 4)
+    assert traffic.all_reduce == pytest.approx(2 * (dense / 4 + experts) * 4 / 2)
+
+    stage_2 = plan(TINY, replace(layout, zero_stage=2), training).traffic
+    assert stage_2.all_gather == traffic.all_gather / 2
+    assert stage_2.reduce_scatter == traffic.reduce_scatter
+    stage_0 = plan(TINY, replace(layout, zero_stage=0), training).traffic
+    assert stage_0.all_gather == stage_0.reduce_scatter == 0
+    assert stage_0.all_reduce == pytest.approx(2 * 4 * (dense * 7 / 8 + experts / 2))
+    alone = plan(TINY, Layout(), training).traffic
+    assert alone.total == 0
+
+
+def test_tensor_parallelism_adds_sums() -> None:
+    training = Training(sequences=4, source_length=12, target_length=10, precision="32-true")
+    layout = Layout(devices=2, tensor_parallel_size=2, zero_stage=0)
+    flat = plan(TINY, Layout(devices=2, zero_stage=0), training)
+    sliced = plan(TINY, layout, training)
+    # Two sums in an encoder block, three in a decoder block, one at the tables; forward and backward; a ring sends
+    # each number 2 (n - 1) / n times. What is not sliced (norms, routers, experts) is not summed: partners agree.
+    stream = (4 * 2 * 48 + 2 * 3 * 40 + 40) * 64 * 4
+    experts = 4 * sliced.census.expert_parameters
+    assert sliced.traffic.all_reduce == pytest.approx(2 * stream + experts)
+    assert sliced.flops_per_step == flat.flops_per_step / 2
+    assert sliced.memory.weights < flat.memory.weights
+    assert sliced.tokens_per_step == flat.tokens_per_step / 2
+
+
+@pytest.mark.parametrize("grow", ["experts", "layers", "width"])
+def test_the_largest_fits_and_the_next_does_not(grow: Any) -> None:
+    layout, training = Layout(devices=8, expert_parallel_size=8), Training(checkpointing=True, sequences=1)
+    found = largest(ZCODE_M3_10B, layout, training, 16 * GIB, grow=grow)
+    assert found.fits(16 * GIB)
+    bank = next(w for u in found.census.units for w in u.weights if w.is_expert)
+    table = next(w for u in found.census.units if u.kind == "vocabulary" for w in u.weights)
+    layers = {u.name.split()[0]: 0 for u in found.census.units if u.kind == "block"}
+    for unit in found.census.units:
+        if unit.kind == "block":
+            layers[unit.name.split()[0]] += unit.count
+    dim = table.shape[1]
+    shape = replace(
+        ZCODE_M3_10B,
+        num_experts=bank.shape[0],
+        dim=dim,
+        heads=dim // 64,
+        hidden_dim=4 * dim,
+        encoder_layers=layers["encoder"],
+        decoder_layers=layers["decoder"],
+    )
+    assert plan(shape, layout, training).memory == found.memory
+    more = {
+        "experts": {"num_experts": shape.num_experts + 8},
+        "layers": {"encoder_layers": layers["encoder"] + 4, "decoder_layers": layers["decoder"] + 2},
+        "width": {"dim": dim + 64, "heads": dim // 64 + 1, "hidden_dim": 4 * (dim + 64)},
+    }[grow]
+    assert not plan(replace(shape, **more), layout, training).fits(16 * GIB)  # type: ignore[arg-type]
+    assert layers["encoder"] == 2 * layers["decoder"]
+
+
+def test_fewest_devices() -> None:
+    training = Training(checkpointing=True, sequences=2)
+    found = fewest_devices(ZCODE_M3_10B, training, 20 * GIB)
+    assert found.fits(20 * GIB)
+    n = found.layout.devices
+    for size in (1, 2, 4, 8, 16, 32, 64):
+        if (n - 1) % size == 0:
+            assert not plan(ZCODE_M3_10B, Layout(devices=n - 1, expert_parallel_size=size), training).fits(20 * GIB)
+    nodes = fewest_devices(ZCODE_M3_10B, training, 20 * GIB, node=8)
+    assert nodes.layout.devices == max(n, 8 * math.ceil(n / 8) if n > 8 else n)
+    assert fewest_devices(TINY, Training(sequences=1), 1 * GIB).layout.devices == 1
+    # Experts that divide the devices' number are the only ones tried; the module says it as well as the shape.
+    assert fewest_devices(ZCODE_M3_10B.module(), training, 20 * GIB).layout == found.layout
+
+
+def test_more_of_each_dimension_is_less_memory() -> None:
+    """Every parallel dimension buys something where the one before has run out."""
+    training = Training(checkpointing=True, sequences=1, precision=DEEPSPEED_FP16)
+
+    def need(**kwargs: Any) -> float:
+        return plan(DEEPSPEED_3_5T, Layout(devices=512, **kwargs), training).memory.device
+
+    steps = [
+        need(zero_stage=0),
+        need(zero_stage=0, expert_parallel_size=64),
+        need(zero_stage=0, expert_parallel_size=512),
+        need(zero_stage=1, expert_parallel_size=512),
+        need(zero_stage=1, expert_parallel_size=512, tensor_parallel_size=8),
+        need(zero_stage=1, expert_parallel_size=512, tensor_parallel_size=8, offload="optimizer"),
+    ]
+    assert steps == sorted(steps, reverse=True)
+    assert len(set(steps)) == len(steps)
+    assert steps[-1] < 38 * GIB < steps[-2]
+
+
+def test_unknown_models() -> None:
+    layer = MoELayer(switch(8, 4), GroupedMLP(4, 8, 16))
+    with pytest.raises(ValueError, match=r"moekit's transformers .*: got MoELayer, which contains none"):
+        plan(layer, Layout())
+    measured = measure(layer, torch.zeros(16, 8))
+    assert measured.parameters == 4 * 8 + 4 * 2 * 8 * 16
+    # Capacity factor 1.25: 5 slots for each of 4 experts.
+    assert measured.flops == 2 * 16 * 8 * 4 + 2 * 20 * 2 * 8 * 16
+    assert measure(GroupedGLU(4, 8, 16), torch.zeros(4, 5, 8)).flops == 2 * 20 * 3 * 8 * 16
+    assert layer.router.weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"devices": 6, "expert_parallel_size": 4}, r"multiple of replicas \* expert_parallel_size: got 6 and 1 \* 4"),
+        ({"devices": 4, "replicas": 2, "tensor_parallel_size": 4}, r"tensor_parallel_size: got 4 and 2 \* 4"),
+        ({"devices": 0}, "devices must be at least 1: got 0"),
+        ({"zero_stage": 4}, "must be 0, 1, 2 or 3: got 4"),
+        ({"offload": "disk"}, "got 'disk'"),
+    ],
+)
+def test_layouts_that_cannot_be(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Layout(**kwargs)
+
+
+def test_other_errors() -> None:
+    with pytest.raises(ValueError, match=r"got 8 experts and 16\. Use expert_parallel_size 8, or 16 experts"):
+        plan(TINY, Layout(devices=16, expert_parallel_size=16))
+    with pytest.raises(ValueError, match=r"tiny has no experts\. Use 1"):
+        plan(replace(TINY, num_experts=0), Layout(devices=2, expert_parallel_size=2))
+    with pytest.raises(ValueError, match=r"got 'fp8'"):
+        Training(precision="fp8")
+    with pytest.raises(ValueError, match=r"got 'lion'"):
+        Training(optimizer="lion")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"sequences must be at least 1"):
+        Training(sequences=0)
+    with pytest.raises(ValueError, match=r"needs layers"):
+        replace(TINY, encoder_layers=0, decoder_layers=0)
+    with pytest.raises(ValueError, match=r"the smallest tiny needs .* GiB a device"):
+        largest(TINY, Layout(), Training(), 1000)
+    with pytest.raises(ValueError, match=r"has no experts to grow"):
+        largest(replace(TINY, num_experts=0), Layout(), Training(), GIB)
+    with pytest.raises(ValueError, match=r"still fits"):
+        largest(TINY, Layout(), Training(sequences=1), GIB, limit=4)
+    with pytest.raises(ValueError, match=r"fits on no number of devices up to 4"):
+        fewest_devices(ZCODE_M3_10B, Training(sequences=1), GIB, limit=4)
+    with pytest.raises(ValueError, match=r'must be "experts", "layers" or "width": got \'depth\''):
+        largest(TINY, Layout(), Training(), GIB, grow="depth")  # type: ignore[arg-type]
+
+
+def test_tables() -> None:
+    made = plan(ZCODE_M3_10B, Layout(devices=64, expert_parallel_size=64), Training(checkpointing=True))
+    text, page = made.table(), made.markdown()
+    for part in ("Z-code M3 10B", "10.3 B", "761 M", "64 devices, expert 64, ZeRO 3", "all-to-all"):
+        assert part in text
+        assert part in page
+    assert page.splitlines()[1] == "| --- | ---: |"
+    both = compare({"one": made, "two": made}, markdown=True)
+    assert both.startswith("| | one | two |")
+    assert all(line.count("|") == 4 for line in both.splitlines())
+    assert isinstance(made, Plan)
