@@ -1,6 +1,6 @@
 """What a model needs on a layout, by arithmetic: memory, communication, operations; nothing is run.
 
-    plan(TransformerShape(...) or module, Layout(devices=64, expert_parallel_size=8), Training(...)) -> Plan
+    plan(TransformerShape(...) or module, Layout(devices=64, expert_parallel_size=8), Training(...)) -> Forecast
 
 `largest` finds the largest model for given devices, `fewest_devices` the fewest devices for a given model, and
 `measure` is what the formulas are tested against.
@@ -8,10 +8,10 @@
 
 from moekit.parallel.planner.census import Census, Unit, Weight, take_census
 from moekit.parallel.planner.costs import Cost
+from moekit.parallel.planner.forecast import GIB, Forecast, compare, plan
 from moekit.parallel.planner.layout import DEEPSPEED_FP16, PRECISIONS, Layout, Precision, Training
 from moekit.parallel.planner.measure import Measured, measure
 from moekit.parallel.planner.memory import Memory
-from moekit.parallel.planner.plan import GIB, Plan, compare, plan
 from moekit.parallel.planner.search import fewest_devices, largest
 from moekit.parallel.planner.shape import DEEPSPEED_3_5T, ST_MOE_32B, ZCODE_M3_10B, TransformerShape
 from moekit.parallel.planner.traffic import Traffic
@@ -25,10 +25,10 @@ __all__ = [
     "ZCODE_M3_10B",
     "Census",
     "Cost",
+    "Forecast",
     "Layout",
     "Measured",
     "Memory",
-    "Plan",
     "Precision",
     "Traffic",
     "Training",

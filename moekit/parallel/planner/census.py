@@ -58,7 +58,6 @@ class Unit:
         weights: its parameters.
         cost: of each, for a micro-batch.
         entry: numbers of the residual stream at its beginning: all that checkpointing keeps of a block.
-        reductions: tensor-parallel sums of the residual stream in its forward.
         logits: numbers of the scores over the vocabulary that it makes.
         count: how many equal ones there are.
     """
@@ -68,7 +67,6 @@ class Unit:
     weights: tuple[Weight, ...]
     cost: Cost
     entry: float = 0.0
-    reductions: int = 0
     logits: float = 0.0
     count: int = 1
 
@@ -217,7 +215,6 @@ def _block(block: Block, causal: bool, training: Training, taken: set[int]) -> U
         weights_of(block, taken),
         block_cost(block, tokens, training),
         entry=float(tokens.number * block.self_attention.qkv.in_features),
-        reductions=2 if block.cross_attention is None else 3,
     )
 
 
@@ -227,5 +224,8 @@ def _vocabulary(model: EncoderDecoder | DecoderOnly | EncoderOnly, training: Tra
     tables = [m for m in (model.embedding, getattr(model, "target_embedding", None), model.output) if m is not None]
     weights = sum((weights_of(table, taken) for table in tables), ())
     v, d = model.vocab_size, model.dim
-    cost = Cost(flops=2.0 * t * d * v, compute=float(t * d))
-    return Unit("vocabulary", "tables and logits", weights, cost, float(t * d), reductions=1, logits=float(t * v))
+    read = t if isinstance(model, DecoderOnly | EncoderOnly) else training.source_tokens + training.target_tokens
+    # Where the table is divided, vectors are sums over partners, and so are the gradients of what makes logits.
+    summed = {"summed_forward": float(read * d), "summed_backward": float(t * d)}
+    cost = Cost(flops=2.0 * t * d * v, compute=float(t * d), **summed)
+    return Unit("vocabulary", "tables and logits", weights, cost, logits=float(t * v))

@@ -32,6 +32,8 @@ class Cost:
         wide: float32 numbers.
         masks: bytes of dropout masks.
         sent: numbers that a device sends to experts (tokens times width), one way.
+        summed_forward: numbers that tensor-parallel partners sum in forward: what divided layers give.
+        summed_backward: the same in backward: gradients of what divided layers read.
     """
 
     flops: float = 0.0
@@ -41,6 +43,8 @@ class Cost:
     wide: float = 0.0
     masks: float = 0.0
     sent: float = 0.0
+    summed_forward: float = 0.0
+    summed_backward: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -95,6 +99,8 @@ def self_attention_cost(attention: SelfAttention, tokens: Tokens) -> Cost:
         compute=t * d,  # the input of the projections
         sliced=4 * t * inner,  # queries, keys, values, result
         wide=t * attention.heads,  # the logarithm of each softmax's denominator
+        summed_forward=t * d,
+        summed_backward=t * d,
     )
 
 
@@ -109,6 +115,8 @@ def cross_attention_cost(attention: CrossAttention, tokens: Tokens, precision: P
         compute=t * d + copies,
         sliced=2 * t * inner + 2 * m * inner,
         wide=t * attention.heads,
+        summed_forward=t * d,
+        summed_backward=(t + m) * d,
     )
 
 
@@ -123,7 +131,14 @@ def feed_forward_cost(module: nn.Module, t: int, precision: Precision) -> Cost:
         channels, masks = _hidden(module, gated)
         channels += gated and module.activation == "relu"
         matrices = 3 if gated else 2
-        return Cost(flops=2 * t * matrices * d * f, compute=t * d, sliced=t * channels * f, masks=t * masks * f)
+        return Cost(
+            flops=2 * t * matrices * d * f,
+            compute=t * d,
+            sliced=t * channels * f,
+            masks=t * masks * f,
+            summed_forward=t * d,
+            summed_backward=t * d,
+        )
     return linear_cost(module, t)
 
 
@@ -182,6 +197,8 @@ def experts_cost(bank: Experts, rows: float) -> Cost:
             compute=rows * d,
             sliced=rows * channels * f,
             masks=rows * masks * f,
+            summed_forward=rows * d,
+            summed_backward=rows * d,
         )
     matrices = [p.shape for p in bank.parameters() if p.dim() == 3]
     return Cost(

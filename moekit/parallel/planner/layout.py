@@ -16,7 +16,8 @@ class Layout:
     Attributes:
         devices: processes, one device each.
         expert_parallel_size: devices among which the experts of a layer are divided.
-        tensor_parallel_size: devices among which attention heads, hidden channels and the vocabulary are divided.
+        tensor_parallel_size: devices among which attention heads, hidden channels (of experts too) and the vocabulary
+            are divided.
         replicas: copies of the model among which nothing is divided.
         zero_stage: what data-parallel devices divide instead of repeating it: 0 nothing, 1 optimizer state, 2 that
             and gradients (and weights between steps), 3 weights in the step too.
@@ -42,13 +43,13 @@ class Layout:
             raise ValueError(f"Layout.zero_stage must be 0, 1, 2 or 3: got {self.zero_stage!r}.")
         if self.offload not in ("none", "optimizer", "parameters"):
             raise ValueError(f'Layout.offload must be "none", "optimizer" or "parameters": got {self.offload!r}.')
-        for name in ("expert_parallel_size", "tensor_parallel_size"):
-            size = self.replicas * getattr(self, name)
-            if self.devices % size:
-                raise ValueError(
-                    f"devices must be a multiple of replicas * {name}: got {self.devices} and "
-                    f"{self.replicas} * {getattr(self, name)}. Use {size * max(1, self.devices // size)} devices."
-                )
+        size = self.replicas * self.expert_parallel_size * self.tensor_parallel_size
+        if self.devices % size:
+            raise ValueError(
+                "devices must be a multiple of replicas * expert_parallel_size * tensor_parallel_size: got "
+                f"{self.devices} and {self.replicas} * {self.expert_parallel_size} * {self.tensor_parallel_size}. Use "
+                f"{size * max(1, self.devices // size)} devices."
+            )
 
     @property
     def data_parallel_size(self) -> int:
@@ -63,7 +64,7 @@ class Layout:
     @property
     def expert_shard_size(self) -> int:
         """Devices that hold the same experts, among which ZeRO divides them."""
-        return self.devices // (self.replicas * self.expert_parallel_size)
+        return self.shard_size // self.expert_parallel_size
 
     def __str__(self) -> str:
         parts = [f"{self.devices} devices"]

@@ -48,7 +48,6 @@ def local_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
     shape = list(weight.shape)
     if weight.is_expert:
         shape[0] = math.ceil(shape[0] / layout.expert_parallel_size)
-        return tuple(shape)
     for dim, axis in enumerate(weight.axes):
         if axis in TENSOR_AXES:
             shape[dim] = math.ceil(shape[dim] / layout.tensor_parallel_size)
@@ -141,7 +140,8 @@ def _activations(census: Census, layout: Layout, training: Training) -> float:
     others = sum(u.count * kept(u) for u in census.units if u.kind != "block")
     # Log-probabilities and their gradient in float32, and logits where products have a type of their own.
     each = 8 + (numbers.compute if numbers.compute < 4 else 0)
-    logits = each * max((unit.logits for unit in census.units), default=0.0) / tp
+    # Tensor-parallel partners each hold all of them: they gather their parts before the loss.
+    logits = each * max((unit.logits for unit in census.units), default=0.0)
     if not training.checkpointing:
         return others + sum(unit.count * kept(unit) for unit in blocks) + logits
     entries = sum(unit.count * unit.entry * numbers.stream for unit in blocks)

@@ -9,8 +9,8 @@ from typing import Literal
 
 from torch import nn
 
+from moekit.parallel.planner.forecast import GIB, Forecast, plan
 from moekit.parallel.planner.layout import Layout, Training
-from moekit.parallel.planner.plan import GIB, Plan, plan
 from moekit.parallel.planner.shape import TransformerShape
 
 Growth = Literal["experts", "layers", "width"]
@@ -24,7 +24,7 @@ def largest(
     *,
     grow: Growth = "experts",
     limit: int = 1_000_000,
-) -> Plan:
+) -> Forecast:
     """The largest model of a family that fits, found by trying sizes.
 
     Args:
@@ -113,7 +113,7 @@ def fewest_devices(
     like: Layout | None = None,
     node: int = 1,
     limit: int = 65_536,
-) -> Plan:
+) -> Forecast:
     """The smallest number of devices on which a model fits, with the expert-parallel size that sends least.
 
     Args:
@@ -135,8 +135,12 @@ def fewest_devices(
     experts = fewest.census.fewest_experts or 1
     last = fewest
     for devices in _numbers(like.tensor_parallel_size * like.replicas, node, limit):
-        fitting: list[Plan] = []
-        for size in (n for n in range(1, experts + 1) if experts % n == 0 and devices % (n * like.replicas) == 0):
+        fitting: list[Forecast] = []
+        for size in (
+            n
+            for n in range(1, experts + 1)
+            if experts % n == 0 and devices % (n * like.replicas * like.tensor_parallel_size) == 0
+        ):
             layout = replace(like, devices=devices, expert_parallel_size=size)
             try:
                 last = plan(model, layout, training)

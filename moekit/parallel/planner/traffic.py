@@ -20,7 +20,7 @@ class Traffic:
 
     Attributes:
         all_to_all: tokens to experts and results back.
-        all_gather: weights that ZeRO divides.
+        all_gather: weights that ZeRO divides, and the logits of tensor-parallel partners.
         reduce_scatter: gradients, each device keeping its part.
         all_reduce: gradients that all devices keep, and the sums of tensor parallelism.
     """
@@ -47,7 +47,9 @@ def traffic_of(census: Census, layout: Layout, training: Training) -> Traffic:
     for unit in census.units:
         # Out and back.
         exchange += unit.count * 2 * passes * micro * unit.cost.sent * numbers.compute * away
-        reduce += unit.count * 2 * beyond * unit.reductions * passes * micro * unit.entry * numbers.compute
+        summed = unit.cost.summed_forward * (passes - 1) + unit.cost.summed_backward
+        reduce += unit.count * 2 * beyond * micro * summed * numbers.compute
+        gather += unit.count * beyond * micro * unit.logits * numbers.compute
         for weight in unit.weights:
             full = unit.count * math.prod(local_shape(weight, layout))
             part = unit.count * math.prod(sharded_shape(weight, layout))

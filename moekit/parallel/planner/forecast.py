@@ -19,8 +19,8 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a model needs on a layout.
+class Forecast:
+    """What a model needs on a layout: the result of `plan`.
 
     Attributes:
         census: the model in units.
@@ -86,19 +86,19 @@ class Plan:
         return self.memory.device <= memory
 
     def column(self, heading: str = "") -> Column:
-        """This plan as a column of a table."""
+        """This forecast as a column of a table."""
         return Column(heading or self.census.name, tuple(_rows(self)))
 
     def table(self) -> str:
-        """The plan as text for a terminal."""
+        """The forecast as text for a terminal."""
         return text_table([self.column()])
 
     def markdown(self) -> str:
-        """The plan as a Markdown table."""
+        """The forecast as a Markdown table."""
         return markdown_table([self.column()])
 
 
-def plan(model: TransformerShape | nn.Module, layout: Layout, training: Training | None = None) -> Plan:
+def plan(model: TransformerShape | nn.Module, layout: Layout, training: Training | None = None) -> Forecast:
     """Parameters, memory, communication and operations of training `model` on `layout`; nothing is run.
 
     Args:
@@ -122,7 +122,7 @@ def plan(model: TransformerShape | nn.Module, layout: Layout, training: Training
     training = training or Training()
     census = take_census(model, training)
     _check_experts(census, layout)
-    return Plan(
+    return Forecast(
         census,
         layout,
         training,
@@ -146,7 +146,7 @@ def _check_experts(census: Census, layout: Layout) -> None:
             )
 
 
-def _rows(made: Plan) -> list[tuple[str, str]]:
+def _rows(made: Forecast) -> list[tuple[str, str]]:
     memory, traffic, census = made.memory, made.traffic, made.census
 
     def gib(count: float) -> str:
@@ -184,8 +184,8 @@ def number(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def compare(plans: dict[str, Plan], *, markdown: bool = False) -> str:
-    """Several plans side by side, under the headings that the dictionary gives.
+def compare(plans: dict[str, Forecast], *, markdown: bool = False) -> str:
+    """Several forecasts side by side, under the headings that the dictionary gives.
 
     Args:
         plans: by heading.
