@@ -29,6 +29,9 @@ class ExpertChoiceRouter(Router):
     The assignments are expert-major, each expert's in descending order of weight. Like every capacity, C counts the
     padding of the batch; where fewer than C tokens are real, slots stay empty.
 
+    Raises:
+        ValueError: if a capacity factor is None or not positive.
+
     Returns in `Routing.losses`: ``router_z``; in `Routing.statistics`: ``entropy`` and ``logsumexp``.
 
     Source: arXiv:2202.09368 section 3.2. Differs: the variant that bounds the experts of a token (section 3.3, a
@@ -48,6 +51,11 @@ class ExpertChoiceRouter(Router):
         allow_future: bool = False,
     ) -> None:
         super().__init__()
+        if capacity_factor is None:
+            raise ValueError(
+                "ExpertChoiceRouter needs a capacity_factor: experts take a number of tokens, and there is no dropless "
+                "form. Give the average number of experts per token, for example 2.0."
+            )
         self.dim, self.num_experts = dim, num_experts
         evaluation = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
         self.capacity = Capacity(train=capacity_factor, eval=evaluation, minimum=1)
