@@ -187,3 +187,36 @@ def test_global_scope_sums_counts_over_ranks() -> None:
         assert_close(alone, batch, f"group of one, rank {rank}")
         assert_close(alone_grad, torch.autograd.grad(batch, probs)[0], f"group of one, gradient, rank {rank}")
         assert abs(float(world) - float(alone)) > 1e-3  # the two scopes differ on these tokens
+
+
+@pytest.mark.parametrize(("scope", "padded"), itertools.product(["batch", "sequence", "global"], [False, True]))
+def test_gradcheck(scope: str, padded: bool) -> None:
+    """float64: analytic gradients equal finite differences, through probabilities and through logits."""
+    probs, expert, counted, mask, sequence = case()
+    mask_ = mask if padded else None
+    earlier = torch.arange(E) if scope == "global" else None
+
+    def balance(logits: Tensor) -> Tensor:
+        probs = logits.softmax(-1)
+        return load_balance(probs, expert, counted, mask=mask_, sequence=sequence, scope=scope, earlier=earlier)  # type: ignore[arg-type]
+
+    logits = probs.log().requires_grad_()
+    assert torch.autograd.gradcheck(balance, (logits,))
+    assert torch.autograd.gradcheck(lambda x: router_z(x, mask_), (logits,))
+
+
+def test_router_z_of_zero_logits_is_the_squared_logarithm_of_e() -> None:
+    for experts in (1, 4, 64):
+        assert float(router_z(torch.zeros(7, experts))) == pytest.approx(math.log(experts) ** 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_earlier_micro_batches_join_the_shares(padded: bool) -> None:
+    """f over what was counted before and now; P and the gradient of this micro-batch alone."""
+    probs, expert, counted, mask, _ = case()
+    mask_ = mask if padded else torch.ones(T, dtype=torch.bool)
+    earlier = torch.tensor([4, 0, 1, 7, 2])
+    hits = torch.bincount(expert[counted & mask_[:, None]], minlength=E).double() + earlier
+    expected = E * (hits / hits.sum() * probs[mask_].mean(0)).sum()
+    assert_close(load_balance(probs, expert, counted, mask=mask_, scope="global", earlier=earlier), expected)
+    assert earlier.tolist() == [4, 0, 1, 7, 2]
