@@ -22,12 +22,14 @@ class DataConfig:
         max_languages: of gettext: so many languages with the most text.
         vocab_size: pieces of the SentencePiece vocabulary that is trained on the data.
         temperature: T of the sampling over directions and languages, p ~ n ** (1 / T); 1 = by size.
+        heating: form in which the temperature rises: linear, square_root or step (one jump).
         heating_steps: raise the temperature from 1 to `temperature` over so many steps; 0 = constant.
         max_length: longer sentences are left out of training, in pieces.
         cache: folder for tokenizers and tokenized text, shared by runs.
         num_workers: processes that prepare batches; 0 = the training process itself.
         babel_languages: how many languages babel makes.
         babel_sentences: its training sentences, each in every language.
+        babel_sizes: fewer (or more) training sentences of single languages, as kmb=2000,shl=500.
         seed: of the babel corpus and of the order of examples.
     """
 
@@ -38,12 +40,14 @@ class DataConfig:
     max_languages: int = 10
     vocab_size: int = 1024
     temperature: float = 1.0
+    heating: Literal["linear", "square_root", "step"] = "linear"
     heating_steps: int = 0
     max_length: int = 128
     cache: str = ".cache/moekit"
     num_workers: int = 0
     babel_languages: int = 4
     babel_sentences: int = 30_000
+    babel_sizes: str | None = None
     seed: int = 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moekit.data.mixture import Constant, LinearHeating, TemperatureSchedule
+from moekit.data.mixture import TemperatureSchedule, heating
 from moekit.data.module import MultitaskData, TaskData
 from moekit.data.sources import Source, Union, open_source
 from moekit.errors import UserError
@@ -51,6 +51,7 @@ def _open(kind: str, path: str | None, config: DataConfig) -> Source:
                 seed=config.seed - 1,
                 languages=config.babel_languages,
                 train_sentences=config.babel_sentences,
+                sizes=_sizes(config.babel_sizes),
                 directions=None if directions is None else tuple(directions),
             )
         case "text":
@@ -63,9 +64,18 @@ def _open(kind: str, path: str | None, config: DataConfig) -> Source:
 
 def temperature(config: DataConfig) -> TemperatureSchedule:
     """The schedule of the mixture over directions and languages."""
-    if config.heating_steps:
-        return LinearHeating(1.0, config.temperature, config.heating_steps)
-    return Constant(config.temperature)
+    return heating(config.heating, config.temperature, config.heating_steps)
+
+
+def _sizes(text: str | None) -> dict[str, int]:
+    """Sizes by language from ``kmb=2000,shl=500``."""
+    sizes = {}
+    for part in _listed(text):
+        code, _, size = part.partition("=")
+        if not size.strip().isdecimal():
+            raise UserError(f"data.babel_sizes must be like kmb=2000,shl=500: got {part!r}.")
+        sizes[code.strip()] = int(size)
+    return sizes
 
 
 def make_data(

@@ -106,8 +106,10 @@ def feed_forward(model: NetworkConfig, hidden_dim: int | None = None) -> nn.Modu
     return kind(model.dim, width, activation=model.activation, dropout=model.dropout)
 
 
-def expert_bank(model: NetworkConfig, num_experts: int | None = None, hidden_dim: int | None = None) -> Experts:
-    """Experts of the network's kind, by default as many and as wide as it says."""
+def expert_bank(
+    model: NetworkConfig, num_experts: int | None = None, hidden_dim: int | None = None, **options: Any
+) -> Experts:
+    """Experts of the network's kind, by default as many and as wide as it says; `options` are the bank's own."""
     kind: Any = GroupedGLU if model.gated else GroupedMLP
     bank: Experts = kind(
         model.num_experts if num_experts is None else num_experts,
@@ -116,6 +118,7 @@ def expert_bank(model: NetworkConfig, num_experts: int | None = None, hidden_dim
         activation=model.activation,
         dropout=model.dropout,
         init_scale=model.expert_init_scale,
+        **options,
     )
     return bank
 
