@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from moekit.errors import UserError
 from moekit.report import markdown, page, plots, wording
-from moekit.report.health import drop_rate
+from moekit.report.health import drop_rate, experts_per_token, layer_health
 from moekit.report.page import text
 from moekit.report.plots import Line
-from moekit.report.results import EXPLAINED, TASKS
+from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
 from moekit.report.run_folder import RunFolder, dig, number, read_run
 from moekit.report.style import CYCLE
+from moekit.report.tasks import EXPLAINED, TASKS, task_title
 
 MAX_RUNS = 8
 
@@ -69,6 +70,18 @@ def _warnings(runs: Sequence[RunFolder]) -> list[str]:
             found.append(f"The {metric} signatures differ: {', '.join(sorted(signatures))}.")
         if len({r.scores(metric).origin for r in runs if r.scores(metric).average is not None}) > 1:
             found.append(f"Some {metric} scores are of the test set, others of the last validation.")
+    return found + _prediction_warnings(runs)
+
+
+def _prediction_warnings(runs: Sequence[RunFolder]) -> list[str]:
+    texts = [main_task(run) for run in runs if not run.translates]
+    found = []
+    if texts and len(texts) < len(runs):
+        found.append("Some of these runs translate and others do not: they have no score in common.")
+    if len({x.task for x in texts if x.task}) > 1:
+        found.append("The perplexities are of different tasks, so they are not comparable.")
+    if len({x.origin for x in texts if x.perplexity is not None}) > 1:
+        found.append("Some perplexities are of the test set, others of the last validation.")
     return found
 
 
@@ -110,49 +123,97 @@ def _routing_rows(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
         (title, ["dense" if run.dense else say(number(run.summary, "routing", key)) for run in runs])
         for title, (key, say) in quantities.items()
     ]
+    by_rule = [bool(health := layer_health(run)) and all(x.fixed for x in health) for run in runs]
+    title, cells = rows[0]
+    rows[0] = (title, ["fixed rule" if rule else cell for rule, cell in zip(by_rule, cells, strict=True)])
+    used = [experts_per_token(run) for run in runs]
+    if any(value is not None for value in used):
+        rows.append(
+            (
+                "experts per token",
+                ["dense" if r.dense else wording.fixed(u, 2) for r, u in zip(runs, used, strict=True)],
+            )
+        )
     dropped = ["dense" if run.dense else wording.percent(drop_rate(run)) for run in runs]
     return [("dropped late in training", dropped), *rows]
 
 
-def _with_difference(values: Sequence[float | None]) -> list[str]:
+def _with_difference(
+    values: Sequence[float | None],
+    say: Callable[[float | None], str] = wording.fixed,
+) -> list[str]:
     first = values[0]
-    told = [wording.fixed(first)]
+    told = [say(first)]
     for value in values[1:]:
-        difference = (
-            f" ({value - first:+.1f})".replace("-", "\u2212") if value is not None and first is not None else ""
-        )
-        told.append(wording.fixed(value) + difference)
+        difference = ""
+        if value is not None and first is not None:
+            sign = "\u2212" if value < first else "+"
+            difference = f" ({sign}{say(abs(value - first))})"
+        told.append(say(value) + difference)
     return told
+
+
+def _perplexity_tables(runs: Sequence[RunFolder]) -> dict[str, list[tuple[str, list[float | None]]]]:
+    """By task: perplexity of all text and of every language, one value for each run."""
+    by_run = [{} if run.translates else {x.task: x for x in predictions(run)} for run in runs]
+    tables = {}
+    for task in dict.fromkeys(t for found in by_run for t, x in found.items() if x.perplexity is not None):
+        scores = [found.get(task, TaskScores(task)) for found in by_run]
+        languages = list(dict.fromkeys(name for x in scores for name in languages_by_perplexity(x)))
+        rows: list[tuple[str, list[float | None]]] = [("all text", [x.perplexity for x in scores])]
+        if len(languages) > 1:  # a single language is all text
+            rows += [(name, [x.languages.get(name) for x in scores]) for name in languages]
+        tables[task] = rows
+    return tables
+
+
+def _accuracies(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
+    """By task: one value for each run."""
+    by_run = [{} if run.translates else {x.task: x.accuracy for x in predictions(run)} for run in runs]
+    tasks = dict.fromkeys(t for found in by_run for t, value in found.items() if value is not None)
+    return {t: [wording.percent(found.get(t)) for found in by_run] for t in tasks}
 
 
 def _markdown(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
     parts = [f"# {markdown.literal(' vs '.join(names))}"]
     parts += [f"> {markdown.literal(w)}" for w in _warnings(runs)]
+    tables = _perplexity_tables(runs)
     for metric, title in (("bleu", "BLEU"), ("chrf", "chrF")):
         rows = [(name, *_with_difference(values)) for name, values in _score_rows(runs, metric)]
         if any(v is not None for _, values in _score_rows(runs, metric) for v in values):
             parts += [f"## {title}", markdown.table(["direction", *names], rows)]
+    for task, found in tables.items():
+        heading = f"## Perplexity: {task_title(task)}" if len(tables) > 1 else "## Perplexity"
+        rows = [(name, *_with_difference(values, wording.perplexity)) for name, values in found]
+        parts += [heading, markdown.table(["language", *names], rows)]
+    if accuracies := _accuracies(runs):
+        parts += ["## Accuracy", markdown.table(["task", *names], [(n, *v) for n, v in accuracies.items()])]
     parts += ["## Cost", markdown.table(["", *names], [(n, *v) for n, v in _cost_rows(runs)])]
     if tasks := _task_rows(runs):
         parts += ["## Tasks (validation)", markdown.table(["", *names], [(n, *v) for n, v in tasks])]
     parts += ["## Routing", markdown.table(["", *names], [(n, *v) for n, v in _routing_rows(runs)])]
-    if len(runs) > 1 and any(r.scores("bleu").directions for r in runs):
+    if len(runs) > 1 and (tables or any(r.scores("bleu").directions for r in runs)):
         parts.append(f"In brackets: the difference from {markdown.literal(names[0])}.")
     return "\n\n".join(parts) + "\n"
 
 
 def _html(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    bleu = [run.scores("bleu").average for run in runs]
-    tiles = page.tiles(
-        (f"BLEU, {name}", wording.fixed(value), _cost(run)) for name, value, run in zip(names, bleu, runs, strict=True)
-    )
+    tiles = page.tiles(_tile(name, run) for name, run in zip(names, runs, strict=True))
+    sections = [_quality(runs, names)] if any(run.translates for run in runs) else []
+    sections += [_perplexities(runs, names)] if not all(run.translates for run in runs) else []
     notes = "".join(map(page.note, _warnings(runs)))
     return (
         f'<header class="top"><p class="eyebrow">moekit comparison</p><h1>{text(" vs ".join(names))}</h1>'
         f'<p class="lead">Differences are against the first run, {text(names[0])}.</p>{tiles}{notes}</header>\n<main>\n'
-        + "\n".join((_quality(runs, names), _progress(runs, names), _costs(runs, names)))
+        + "\n".join((*sections, _progress(runs, names), _costs(runs, names)))
         + "\n</main>\n<footer>Made by moekit.</footer>"
     )
+
+
+def _tile(name: str, run: RunFolder) -> tuple[str, str, str]:
+    if run.translates:
+        return f"BLEU, {name}", wording.fixed(run.scores("bleu").average), _cost(run)
+    return f"Perplexity, {name}", wording.perplexity(main_task(run).perplexity), _cost(run)
 
 
 def _cost(run: RunFolder) -> str:
@@ -182,9 +243,43 @@ def _quality(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
     return page.section("scores", "Translation quality", lead, f'<div class="grid">{html}{tables}</div>')
 
 
+def _perplexities(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
+    title = "Quality on held-out text"
+    lead = "Perplexity: among how many equally likely tokens a model hesitates, on average; lower is better."
+    tables = _perplexity_tables(runs)
+    if not tables:
+        return page.section("perplexity", title, lead, page.note("None of these runs has measured a perplexity."))
+    accuracies = _accuracies(runs)
+    html = ""
+    for task, found in tables.items():
+        heading = f"Perplexity: {task_title(task)}" if len(tables) > 1 else "Perplexity"
+        languages = [name for name, _ in found[1:]]
+        if languages:
+            columns = [
+                (name, [math.nan if (v := values[i]) is None else v for _, values in found[1:]])
+                for i, name in enumerate(names)
+            ]
+            html += page.figure(
+                f"{heading} by language",
+                "One row for each language, one mark for each run; further left is better.",
+                "the marks change order from row to row: the runs may differ by luck only.",
+                plots.perplexity_dots(
+                    languages, columns, description=f"{heading} by language and run; the numbers are in the table"
+                ),
+            )
+        rows = [(name, *_with_difference(values, wording.perplexity)) for name, values in found]
+        numbers = f"<h3>{text(heading)}</h3>{page.table(['language', *names], rows)}"
+        if cells := accuracies.get(task):
+            numbers += f"<h3>Accuracy</h3>{page.table(['', *names], [('all text', *cells)])}"
+        html += f"<div>{numbers}</div>"
+    return page.section("perplexity", title, lead, f'<div class="grid">{html}</div>')
+
+
 def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
+    bleu = any(run.translates for run in runs)
     lead = (
-        "One line for each run over its steps, on held-out sentences: higher BLEU and lower loss are better. Worry "
+        "One line for each run over its steps, on held-out "
+        f"{'sentences: higher BLEU and lower loss are better' if bleu else 'text: lower loss is better'}. Worry "
         "if one run stopped much earlier than another: then time, not the model, decided."
     )
     columns: Mapping[str, None] = dict.fromkeys(

@@ -45,6 +45,12 @@ _CAPTIONS: dict[str, tuple[str, str, str, Unit]] = {
         "it stays above about 4: that expert is a bottleneck.",
         "plain",
     ),
+    "experts_per_token": (
+        "Experts per token",
+        "How many experts a token used, on average; the fewer, the cheaper.",
+        "it stays far from what the configuration aims at.",
+        "plain",
+    ),
     "load_balance": (
         "Load-balancing loss",
         "1 means tokens are spread evenly, the number of experts means that one takes all.",
@@ -58,6 +64,7 @@ _CAPTIONS: dict[str, tuple[str, str, str, Unit]] = {
         "plain",
     ),
 }
+_LOADS = ("dead_experts", "load_cv", "load_max_ratio")  # no cause for worry where a fixed rule decides
 _PHASES = ("train", "valid", "test")
 _CLASSES = [f"d{i}" for i in range(DIVERGING_LEVELS)]
 _VISIBLE_TEXT = 8  # experts: with more, numbers do not fit into the cells
@@ -100,16 +107,25 @@ def routing_curves(metrics: Mapping[str, Series]) -> list[RoutingCurve]:
 
 def experts(run: RunFolder) -> str:
     """Load of every expert by layer and by language, and the health of each layer."""
+    health = layer_health(run)
+    varies = any(x.fixed or x.experts_per_token is not None for x in health)
     lead = (
-        "In a Mixture-of-Experts layer a small router sends each token to one or two of E experts. A fair share is 1/E "
-        "of the tokens. Colours are relative to it: grey is fair, orange more, blue less."
+        f"In a Mixture-of-Experts layer a {'' if varies else 'small '}router sends each token to "
+        f"{'some' if varies else 'one or two'} of E experts. A fair share is 1/E of the tokens. Colours are relative "
+        "to it: grey is fair, orange more, blue less."
     )
     if not run.layers:
         dense = "This model is dense: it has no Mixture-of-Experts layer, so nothing is routed."
         why = dense if run.dense else run.notes.get("routing.json", "routing.json has no layer with a load.")
         return page.section("experts", "Experts", lead, page.note(why))
     figures = [_load_map(run), _health_table(run), _language_maps(run)]
-    return page.section("experts", "Experts", lead, f'<div class="grid">{"".join(figures)}</div>')
+    fixed = [x.name for x in health if x.fixed]
+    rule = (
+        f"A fixed rule, which nobody trains, assigns the tokens in {', '.join(fixed)}: an uneven load there comes "
+        "from the text and is no failure of the router."
+    )
+    body = f'<div class="grid">{"".join(figures)}</div>'
+    return page.section("experts", "Experts", lead, (page.note(rule) if fixed else "") + body)
 
 
 def routing(run: RunFolder) -> str:
@@ -119,8 +135,11 @@ def routing(run: RunFolder) -> str:
         "one is all of them."
     )
     figures = []
+    health = layer_health(run)
+    by_rule = bool(health) and all(x.fixed for x in health)
     for curve in routing_curves(run.metrics):
         title, see, worry, unit = _CAPTIONS[curve.quantity]
+        worry = "" if by_rule and curve.quantity in _LOADS else worry
         lines = []
         sides: set[str] = set()
         for name, series in sorted(curve.layers.items()):
@@ -168,31 +187,38 @@ def _load_map(run: RunFolder) -> str:
     return page.figure(
         "Load of every expert",
         "One row for each Mixture-of-Experts layer, one column for each expert; the number is its load in fair shares.",
-        "a cell is strongly blue (an expert that hardly works) or orange (one that does the work of several).",
+        ""
+        if all(x.fixed for x in health)
+        else "a cell is strongly blue (an expert that hardly works) or orange (one that does the work of several).",
         html + _scale(),
     )
 
 
 def _health_table(run: RunFolder) -> str:
+    health = layer_health(run)
+    used = any(x.experts_per_token is not None for x in health)
     rows = [
         (
             x.name,
             x.num_experts,
+            *([wording.fixed(x.experts_per_token, 2)] if used else []),
             wording.fixed(x.evenness, 3),
             wording.fixed(x.load_cv, 2),
             wording.percent(x.drop_rate),
-            x.dead,
+            wording.MISSING if x.fixed else x.dead,
             wording.fixed(x.router_entropy, 2),
             wording.fixed(x.specialisation, 2),
         )
-        for x in layer_health(run)
+        for x in health
     ]
-    headers = ["layer", "experts", "evenness", "imbalance", "dropped", "dead", "entropy", "special."]
+    headers = ["layer", "experts", *(["per token"] if used else [])]
+    headers += ["evenness", "imbalance", "dropped", "dead", "entropy", "special."]
     return page.figure(
         "Health of each layer",
         "Measured on held-out text. Evenness: 1 = all experts equally busy. Imbalance: spread of the load over its "
-        "mean. Entropy: relative to log E. Special(isation): 0 = languages share all experts, 1 = they have their own.",
-        "evenness falls below 0.8, or an expert is dead.",
+        "mean. Entropy: relative to log E. Special(isation): 0 = languages share all experts, 1 = they have their own."
+        + (" Per token: how many experts a token used, on average." if used else ""),
+        "" if all(x.fixed for x in health) else "evenness falls below 0.8, or an expert is dead.",
         page.table(headers, rows),
     )
 
@@ -200,6 +226,8 @@ def _health_table(run: RunFolder) -> str:
 def _language_maps(run: RunFolder) -> str:
     given = run.routing.get("languages")
     languages = [str(x) for x in given] if isinstance(given, list) else []
+    if len(languages) == 1:
+        return ""  # it would be the load map again
     maps = []
     most = 0
     for layer, about in zip(run.layers, layer_health(run), strict=True):
@@ -225,8 +253,10 @@ def _language_maps(run: RunFolder) -> str:
         "Which language goes to which expert",
         "One map for each layer: rows are languages, columns experts, ordered by the language that favours them most. "
         "Orange patches are experts that specialise in the languages of their rows; 1 is a fair share.",
-        "every map is grey in every layer (experts learned nothing about languages), or one column is orange in all "
-        "rows (every language crowds into the same expert).",
+        ""
+        if all(x.fixed for x in layer_health(run))
+        else "every map is grey in every layer (experts learned nothing about languages), or one column is orange in "
+        "all rows (every language crowds into the same expert).",
         f'{_scale()}<div class="maps" style="--map:{width}px">{"".join(maps)}</div>',
         wide=True,
     )

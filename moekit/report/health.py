@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +37,9 @@ class LayerHealth:
         dead: experts that got next to no token.
         starved: experts that got under a tenth of a fair share, the dead included.
         specialisation: 0 = every language uses the experts alike, 1 = language decides.
+        fixed: whether a rule that nobody trains assigns the tokens (a hash, a task id, a uniform draw): its load is
+            the text's doing, so an uneven one is no failure.
+        experts_per_token: how many experts a token used on average, where the layer says so.
     """
 
     name: str
@@ -47,6 +52,8 @@ class LayerHealth:
     dead: int
     starved: int
     specialisation: float | None
+    fixed: bool = False
+    experts_per_token: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +87,17 @@ def layer_health(run: RunFolder) -> list[LayerHealth]:
                 dead=int(dead) if dead is not None else int((load * size < DEAD).sum()),
                 starved=int((load * size < STARVED).sum()),
                 specialisation=specialisation(same),
+                fixed=_fixed(layer),
+                experts_per_token=_experts_per_token(run, layer),
             )
         )
     return found
+
+
+def experts_per_token(run: RunFolder) -> float | None:
+    """Mean over the layers that say how many experts a token used, else the summary's; None where nobody says."""
+    found = [x.experts_per_token for x in layer_health(run) if x.experts_per_token is not None]
+    return sum(found) / len(found) if found else number(run.summary, "routing", "experts_per_token")
 
 
 def drop_rate(run: RunFolder) -> float | None:
@@ -116,6 +131,17 @@ def _losses(run: RunFolder) -> list[Finding]:
     return [Finding(True, "Every logged loss was a number.")] if any("loss" in n for n in run.metrics) else []
 
 
+def _fixed(layer: Mapping[str, Any]) -> bool:
+    """What the layer says in ``fixed_load``; where it does not, no router is learned that has no entropy to report."""
+    said = layer.get("fixed_load")
+    return said if isinstance(said, bool) else "entropy" in layer and layer["entropy"] is None
+
+
+def _experts_per_token(run: RunFolder, layer: Mapping[str, Any]) -> float | None:
+    own = number(layer, "experts_per_token")
+    return number(run.summary, "routing", "layers", str(layer.get("name")), "experts_per_token") if own is None else own
+
+
 def _routing(run: RunFolder) -> list[Finding]:
     layers, rate = layer_health(run), drop_rate(run)
     found = []
@@ -123,17 +149,36 @@ def _routing(run: RunFolder) -> list[Finding]:
         text = f"{percent(rate)} of the assignments dropped late in training."
         found.append(Finding(rate <= MAX_DROP_RATE, "No token was dropped late in training." if rate == 0 else text))
     if not layers:
-        dead = run.metrics.get("train/routing/dead_experts")
-        if dead is not None and dead.last is not None:
-            found.append(
-                Finding(dead.last == 0, f"{count(int(dead.last), 'dead expert').capitalize()} when last counted.")
-            )
-        return found
+        return [*found, *_dead_so_far(run)]
+    by_rule, learned = [x for x in layers if x.fixed], [x for x in layers if not x.fixed]
+    return [*found, *_by_rule(by_rule), *_learned(learned)]
+
+
+def _dead_so_far(run: RunFolder) -> list[Finding]:
+    """Dead experts as logged in training; of routers without an entropy nobody knows whether they learn."""
+    dead = run.metrics.get("train/routing/dead_experts")
+    learned = any(name.startswith("train/routing/") and name.endswith("/entropy") for name in run.metrics)
+    if dead is None or dead.last is None or (dead.last and not learned):
+        return []
+    return [Finding(dead.last == 0, f"{count(int(dead.last), 'dead expert').capitalize()} when last counted.")]
+
+
+def _by_rule(layers: list[LayerHealth]) -> list[Finding]:
+    if not layers:
+        return []
+    busiest = max(layers, key=lambda x: x.largest)
+    which = f"{count(len(layers), 'layer')} {'assigns' if len(layers) == 1 else 'assign'} tokens by a fixed rule"
+    return [Finding(True, f"{which.capitalize()}; the busiest expert got {busiest.largest:.1f} fair shares.")]
+
+
+def _learned(layers: list[LayerHealth]) -> list[Finding]:
+    if not layers:
+        return []
     total, dead_now = sum(x.num_experts for x in layers), sum(x.dead for x in layers)
     starved = sum(max(0, x.starved - x.dead) for x in layers)
     busiest = max(layers, key=lambda x: x.largest)
     text = f"{count(dead_now, 'dead expert').capitalize()} of {total} in {count(len(layers), 'layer')}."
-    found.append(Finding(dead_now == 0, text))
+    found = [Finding(dead_now == 0, text)]
     if starved:
         found.append(Finding(False, f"{count(starved, 'expert').capitalize()} got under a tenth of a fair share."))
     text = f"The busiest expert got {busiest.largest:.1f} fair shares ({busiest.name})."

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from moekit.report import wording
 from moekit.report.health import findings, layer_health
+from moekit.report.predictions import languages_by_perplexity, main_task, predictions
 from moekit.report.provenance import reproduce_command
 from moekit.report.run_folder import RunFolder, number, read_run
+from moekit.report.tasks import sample_wording, task_title
 
 _LONGEST = 400
 
@@ -19,7 +21,7 @@ def results_markdown(run_dir: Path, *, samples_per_direction: int = 2) -> str:
 
     Args:
         run_dir: the run folder.
-        samples_per_direction: translations shown for each direction.
+        samples_per_direction: samples shown for each direction, or for each language of another task.
 
     Raises:
         UserError: if `run_dir` is not a run folder.
@@ -36,15 +38,18 @@ def results_markdown(run_dir: Path, *, samples_per_direction: int = 2) -> str:
         parts += ["## Tasks", table(["task", "validation loss", "perplexity"], rows)]
     layers = layer_health(run)
     if layers:
-        headers = ["layer", "experts", "evenness", "load CV", "dropped", "dead", "specialisation"]
+        used = any(x.experts_per_token is not None for x in layers)
+        headers = ["layer", "experts", *(["experts per token"] if used else [])]
+        headers += ["evenness", "load CV", "dropped", "dead", "specialisation"]
         body = [
             (
                 x.name,
                 x.num_experts,
+                *([wording.fixed(x.experts_per_token, 2)] if used else []),
                 wording.fixed(x.evenness, 3),
                 wording.fixed(x.load_cv, 2),
                 wording.percent(x.drop_rate),
-                x.dead,
+                wording.MISSING if x.fixed else x.dead,
                 wording.fixed(x.specialisation, 2),
             )
             for x in layers
@@ -59,17 +64,33 @@ def results_markdown(run_dir: Path, *, samples_per_direction: int = 2) -> str:
 
 def headline_rows(run: RunFolder) -> list[tuple[str, str]]:
     """(name, value) of the headline numbers of a run."""
-    bleu, chrf = run.scores("bleu"), run.scores("chrf")
-    suffix = "" if bleu.origin == "test" else " (last validation)"
     return [
-        (f"BLEU, average{suffix}", wording.fixed(bleu.average)),
-        (f"chrF, average{suffix}", wording.fixed(chrf.average)),
+        *(_translation_rows(run) if run.translates else _prediction_rows(run)),
         ("parameters", wording.short(number(run.summary, "parameters", "total"))),
         ("active parameters", wording.short(number(run.summary, "parameters", "active"))),
         ("steps", f"{run.steps:,}" if run.steps else wording.MISSING),
         ("tokens", wording.short(number(run.summary, "tokens"))),
         ("tokens per second", wording.short(run.tokens_per_second)),
         ("time", wording.duration(number(run.summary, "wall_seconds"))),
+    ]
+
+
+def _translation_rows(run: RunFolder) -> list[tuple[str, str]]:
+    bleu, chrf = run.scores("bleu"), run.scores("chrf")
+    suffix = "" if bleu.origin == "test" else " (last validation)"
+    return [
+        (f"BLEU, average{suffix}", wording.fixed(bleu.average)),
+        (f"chrF, average{suffix}", wording.fixed(chrf.average)),
+    ]
+
+
+def _prediction_rows(run: RunFolder) -> list[tuple[str, str]]:
+    found = main_task(run)
+    suffix = "" if found.origin == "test" else " (last validation)"
+    return [
+        (f"perplexity{suffix}", wording.perplexity(found.perplexity)),
+        (f"loss, nats per token{suffix}", wording.significant(found.loss)),
+        (f"accuracy{suffix}", wording.percent(found.accuracy)),
     ]
 
 
@@ -97,6 +118,8 @@ def _notes(run: RunFolder) -> list[str]:
 
 
 def _scores(run: RunFolder) -> list[str]:
+    if not run.translates:
+        return _perplexities(run)
     bleu, chrf = run.scores("bleu"), run.scores("chrf")
     if not bleu.directions:
         return []
@@ -107,15 +130,41 @@ def _scores(run: RunFolder) -> list[str]:
     return [*found, f"Signatures: {signed}"] if signed else found
 
 
+def _perplexities(run: RunFolder) -> list[str]:
+    """Test scores of every task, and perplexity by language; the last validation has a table of its own."""
+    tested = [x for x in predictions(run) if x.origin == "test"]
+    found = []
+    if len(tested) > 1:  # of one task the headline says it all
+        rows = [
+            (x.task, wording.significant(x.loss), wording.perplexity(x.perplexity), wording.percent(x.accuracy))
+            for x in tested
+        ]
+        found += ["## Test", table(["task", "test loss", "perplexity", "accuracy"], rows)]
+    tables = [x for x in tested if x.languages]
+    if tables:
+        order = dict.fromkeys(language for x in tables for language in languages_by_perplexity(x))
+        headers = ["language", *(["perplexity"] if len(tables) == 1 else [x.task for x in tables])]
+        cells = [(name, *(wording.perplexity(x.languages.get(name)) for x in tables)) for name in order]
+        found += ["## Perplexity by language", table(headers, cells)]
+    return found
+
+
 def _samples(run: RunFolder, count: int) -> list[str]:
-    by_direction: dict[str, list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for sample in run.samples:
-        lines = by_direction.setdefault(sample["direction"] or "direction not recorded", [])
+        wanted = sample_wording(sample["task"])
+        lines = groups.setdefault((sample["task"], sample["direction"] or wanted.unknown), [])
         if len(lines) < count:
             lines.append(
-                f"- source: {literal(sample['source'])}<br>\n  reference: {literal(sample['reference'])}<br>\n"
+                f"- {wanted.source.lower()}: {literal(sample['source'])}<br>\n"
+                f"  {wanted.reference.lower()}: {literal(sample['reference'])}<br>\n"
                 f"  **moekit: {literal(sample['hypothesis'])}**"
             )
-    if not by_direction:
+    if not groups:
         return []
-    return ["## Samples", *(f"### {literal(d)}\n\n" + "\n".join(lines) for d, lines in by_direction.items())]
+    several = len({task for task, _ in groups}) > 1
+    parts = [
+        f"### {literal(f'{task_title(task)}: {direction}' if several else direction)}\n\n" + "\n".join(lines)
+        for (task, direction), lines in groups.items()
+    ]
+    return ["## Samples", *parts]

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from moekit.report.run_folder import Series
 from moekit.report.series import limits, thin
 from moekit.report.style import COLOURS, Canvas
-from moekit.report.wording import short
+from moekit.report.wording import perplexity, short
 
 Unit = Literal["plain", "percent", "short"]
 MAX_BROKEN_MARKS = 40
@@ -122,48 +123,101 @@ def score_bars(
                     fontsize=7.5,
                     color=COLOURS["paper"] if inside else COLOURS["ink"],
                 )
-        axes.set_yticks(at, names)
-        axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
-        axes.set_ylim(len(names) - 0.4, -0.6)
         top = max([v for v in (*bars, *dots) if math.isfinite(v)], default=100.0)
         axes.set_xlim(0, min(100.0, max(10.0, math.ceil(top / 10) * 10)))
-        axes.grid(axis="x")
-        axes.grid(visible=False, axis="y")
-        axes.spines["bottom"].set_visible(False)
-        axes.tick_params(axis="x", length=0)
+        _name_rows(axes, names)
         canvas.legend(last=labels[1:])
+        return canvas.svg(description)
+
+
+def perplexity_bars(names: Sequence[str], bars: Sequence[float], *, description: str) -> str:
+    """Horizontal bars that begin at 1, the best perplexity there is; on a logarithmic scale where they differ a lot."""
+    with Canvas(0.75 + 0.185 * max(3, len(names))) as canvas:
+        axes = canvas.axes
+        at = np.arange(len(names))
+        high = max(1.1, *bars)
+        logarithmic = _spread(bars)
+        axes.barh(at, [max(0.0, value - 1) for value in bars], left=1, height=0.62, color=COLOURS["blue"])
+        span = math.log(high) if logarithmic else high - 1
+        for i, value in enumerate(bars):
+            inside = (math.log(max(value, 1.0)) if logarithmic else value - 1) > 0.15 * span
+            axes.annotate(
+                perplexity(value),
+                (max(value, 1.0), i),
+                xytext=(-3 if inside else 3, 0),
+                textcoords="offset points",
+                ha="right" if inside else "left",
+                va="center",
+                fontsize=7.5,
+                color=COLOURS["paper"] if inside else COLOURS["ink"],
+            )
+        axes.set_xlim(1, high**1.02 if logarithmic else 1 + 1.02 * (high - 1))
+        _perplexity_axis(axes, logarithmic=logarithmic)
+        _name_rows(axes, names)
         return canvas.svg(description)
 
 
 def score_dots(names: Sequence[str], columns: Sequence[tuple[str, Sequence[float]]], *, description: str) -> str:
     """For each name one dot per run, joined by a rule: who is ahead, and by how much."""
-    colours = ("blue", "red", "green", "purple")
-    marks = ("o", "D", "s", "^")
     with Canvas(0.75 + 0.185 * max(3, len(names))) as canvas:
-        axes = canvas.axes
-        for i in range(len(names)):
-            values = [column[i] for _, column in columns if math.isfinite(column[i])]
-            if values:
-                axes.plot([min(values), max(values)], [i, i], color=COLOURS["rule"], linewidth=2, zorder=1)
-        for j, (label, marked) in enumerate(columns):
-            axes.plot(
-                marked,
-                np.arange(len(names)),
-                marks[j % len(marks)],
-                color=COLOURS[colours[j % len(colours)]],
-                markersize=4.5,
-                label=label,
-                zorder=3,
-            )
-        axes.set_yticks(np.arange(len(names)), names)
-        axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.grid(axis="x")
-        axes.grid(visible=False, axis="y")
-        axes.spines["bottom"].set_visible(False)
-        axes.tick_params(axis="x", length=0)
+        _dots(canvas.axes, names, columns)
         canvas.legend()
         return canvas.svg(description)
+
+
+def perplexity_dots(names: Sequence[str], columns: Sequence[tuple[str, Sequence[float]]], *, description: str) -> str:
+    """`score_dots` for perplexities: on a logarithmic scale where they differ a lot."""
+    with Canvas(0.75 + 0.185 * max(3, len(names))) as canvas:
+        _dots(canvas.axes, names, columns)
+        _perplexity_axis(canvas.axes, logarithmic=_spread([value for _, column in columns for value in column]))
+        canvas.legend()
+        return canvas.svg(description)
+
+
+def _dots(axes: Axes, names: Sequence[str], columns: Sequence[tuple[str, Sequence[float]]]) -> None:
+    colours = ("blue", "red", "green", "purple")
+    marks = ("o", "D", "s", "^")
+    for i in range(len(names)):
+        values = [column[i] for _, column in columns if math.isfinite(column[i])]
+        if values:
+            axes.plot([min(values), max(values)], [i, i], color=COLOURS["rule"], linewidth=2, zorder=1)
+    for j, (label, marked) in enumerate(columns):
+        axes.plot(
+            marked,
+            np.arange(len(names)),
+            marks[j % len(marks)],
+            color=COLOURS[colours[j % len(colours)]],
+            markersize=4.5,
+            label=label,
+            zorder=3,
+        )
+    _name_rows(axes, names)
+
+
+def _spread(perplexities: Sequence[float]) -> bool:
+    """Whether perplexities differ so much that a linear scale would show the greatest alone."""
+    finite = [max(value, 1.0) for value in perplexities if math.isfinite(value)]
+    return bool(finite) and max(finite) > 30 * min(finite)
+
+
+def _perplexity_axis(axes: Axes, *, logarithmic: bool) -> None:
+    if logarithmic:
+        axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x) if x >= 1e4 else f"{x:,.4g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """One row for each name from the top down, and rules at the values."""
+    axes.set_yticks(np.arange(len(names)), names)
+    axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="x")
+    axes.grid(visible=False, axis="y")
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="x", length=0)
 
 
 def _informative(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -5,39 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from moekit.report import page, plots, wording
+from moekit.report import page, perplexity, plots, wording
 from moekit.report.health import findings
 from moekit.report.page import text
 from moekit.report.plots import Line
 from moekit.report.run_folder import RunFolder, Scores, Series, dig, loads, number, sides
 from moekit.report.series import milestones, smooth, smoothing_window
 from moekit.report.style import CYCLE, SEQUENTIAL_LEVELS, sequential_class
-
-TASKS = {
-    "translation": "Translation",
-    "denoising": "Denoising",
-    "masked_lm": "Masked words",
-    "replaced_token": "Replaced-token detection",
-    "causal_lm": "Next word",
-}
-EXPLAINED = {
-    "translation": "Write a sentence in another language, word by word.",
-    "denoising": "Restore a sentence from which words were cut or dropped.",
-    "masked_lm": "Guess the words hidden in a sentence, in the encoder alone.",
-    "replaced_token": "Tell which words of a sentence a small generator has replaced.",
-    "causal_lm": "Guess the next word of a text.",
-    "": "The sum of all tasks and the routers' penalties.",
-}
+from moekit.report.tasks import EXPLAINED, TASKS
 
 
 def headline(run: RunFolder) -> str:
     """Title, headline numbers and findings."""
-    bleu, chrf, ppl = run.scores("bleu"), run.scores("chrf"), run.by_task("perplexity")
-    origin = {"test": "test set", "valid": "last validation"}
     total, active = number(run.summary, "parameters", "total"), number(run.summary, "parameters", "active")
     share = f"{wording.percent(active / total, 0)} of all for a token" if active and total else "for a token"
     seconds, tokens = number(run.summary, "wall_seconds"), number(run.summary, "tokens")
-    directions = wording.count(len(bleu.directions), "direction")
     worked = [
         w
         for w in (
@@ -46,23 +28,8 @@ def headline(run: RunFolder) -> str:
         )
         if w
     ]
-    first = next((t for t in ("translation", *ppl) if t in ppl), None)
     tiles = [
-        (
-            "BLEU, average",
-            wording.fixed(bleu.average),
-            f"{origin[bleu.origin]}, {directions}" if bleu.average is not None else "not measured",
-        ),
-        (
-            "chrF, average",
-            wording.fixed(chrf.average),
-            origin[chrf.origin],
-        ),
-        (
-            "Perplexity",
-            wording.perplexity(ppl.get(first or "")),
-            TASKS.get(first, first).lower() if first else "",
-        ),
+        *(_translation_tiles(run) if run.translates else perplexity.tiles(run)),
         ("Speed", wording.short(run.tokens_per_second), "tokens per second"),
         ("Parameters", wording.short(total), "in total"),
         ("Active", wording.short(active), share),
@@ -82,6 +49,30 @@ def headline(run: RunFolder) -> str:
         f'<p class="lead">{text(_about(run))}</p>{page.tiles(tiles)}'
         f'<ul class="findings">{items}</ul>{missing}</header>'
     )
+
+
+def _translation_tiles(run: RunFolder) -> list[tuple[str, str, str]]:
+    bleu, chrf, ppl = run.scores("bleu"), run.scores("chrf"), run.by_task("perplexity")
+    origin = {"test": "test set", "valid": "last validation"}
+    directions = wording.count(len(bleu.directions), "direction")
+    first = next((t for t in ("translation", *ppl) if t in ppl), None)
+    return [
+        (
+            "BLEU, average",
+            wording.fixed(bleu.average),
+            f"{origin[bleu.origin]}, {directions}" if bleu.average is not None else "not measured",
+        ),
+        (
+            "chrF, average",
+            wording.fixed(chrf.average),
+            origin[chrf.origin],
+        ),
+        (
+            "Perplexity",
+            wording.perplexity(ppl.get(first or "")),
+            TASKS.get(first, first).lower() if first else "",
+        ),
+    ]
 
 
 def losses(run: RunFolder) -> str:
@@ -155,7 +146,9 @@ def languages(run: RunFolder) -> list[str]:
 
 
 def scores(run: RunFolder) -> str:
-    """BLEU and chrF by direction, as bars and matrices, and how they grew."""
+    """BLEU and chrF by direction, as bars and matrices, and how they grew; the perplexity of other runs."""
+    if not run.translates:
+        return perplexity.scores(run)
     lead = (
         "BLEU counts words and phrases a translation shares with the reference, chrF letters; both run from 0 to 100, "
         "and chrF is the kinder one to rich morphology."

@@ -71,7 +71,7 @@ class RunFolder:
         metrics: columns of metrics.csv by name, ``step`` and ``epoch`` excluded.
         summary: summary.json.
         routing: routing.json.
-        samples: entries of samples.json with their four texts.
+        samples: entries of samples.json: their four texts, and the task (translation where an entry names none).
         notes: for every file that is missing, broken or partly unreadable, one sentence by file name.
     """
 
@@ -112,6 +112,16 @@ class RunFolder:
         return bool(self.summary) and not self.layers and not self.summary.get("routing") and not broken
 
     @property
+    def translates(self) -> bool:
+        """Whether the run translates; also where nothing in the folder names a task."""
+        if any(self.scores(metric).average is not None for metric in ("bleu", "chrf")):
+            return True
+        said = {t for key in ("test", "loss", "perplexity", "accuracy") for t in names_in(dig(self.summary, key))}
+        said |= {task_of(column) for column in self.metrics} - {""}
+        said = said or {sample["task"] for sample in self.samples}
+        return not said or "translation" in said
+
+    @property
     def steps(self) -> int | None:
         """Optimizer steps taken: the summary's, else the last one in the metrics."""
         given = number(self.summary, "steps")
@@ -130,7 +140,7 @@ class RunFolder:
         return given
 
     def by_task(self, quantity: str) -> dict[str, float]:
-        """Final validation `quantity` ("loss" or "perplexity") by task: the summary's, else the last one logged."""
+        """Final validation loss, perplexity or accuracy (`quantity`) by task: the summary's, else the last logged."""
         given = numbers(self.summary, quantity)
         if given:
             return given
@@ -221,6 +231,18 @@ def numbers(tree: Any, *keys: str) -> dict[str, float]:
     return {k: v for k, v in found.items() if v is not None}
 
 
+def names_in(tree: Any) -> list[str]:
+    """The names in a mapping, in its order; [] where it is none."""
+    return [str(name) for name in tree] if isinstance(tree, Mapping) else []
+
+
+def task_of(column: str) -> str:
+    """Task whose loss a column of metrics.csv holds, or ""."""
+    parts = column.split("/")
+    logged = len(parts) == 3 and parts[0] in ("train", "valid", "test") and parts[2] == "loss"
+    return parts[1] if logged and parts[1] not in ("aux", "routing") else ""
+
+
 def sides(direction: str) -> tuple[str, str]:
     """Source and target of a direction such as "en-de"; the target is "" where it has only one part."""
     source, _, target = direction.partition("-")
@@ -265,7 +287,8 @@ def _json(path: Path, kind: type, notes: dict[str, str]) -> Any:
 def _sample(entry: Any) -> Mapping[str, str] | None:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("hypothesis"), str):
         return None
-    return {k: str(entry.get(k) or "") for k in ("direction", "source", "reference", "hypothesis")}
+    texts = {k: str(entry.get(k) or "") for k in ("direction", "source", "reference", "hypothesis")}
+    return {"task": str(entry.get("task") or "translation"), **texts}
 
 
 def _metrics(path: Path, notes: dict[str, str]) -> dict[str, Series]:

@@ -12,6 +12,7 @@ from typing import Any
 BABEL = ("en", "vo", "ka", "zu")
 WORLD = ("en", "de", "fr", "cs", "bam", "ewe", "fon", "hau", "ibo", "lug", "luo", "mos", "swa", "twi", "wol")
 TASKS = {"translation": (6.9, 1.1), "denoising": (6.8, 1.9), "masked_lm": (6.7, 2.3), "replaced_token": (0.69, 0.21)}
+TEXT_TASKS = {"causal_lm": (6.9, 2.5), "denoising": (6.8, 1.9)}
 
 CONFIG = """\
 recipe: zcode_m3
@@ -117,6 +118,98 @@ def make_run(
     return folder
 
 
+def make_text_run(
+    folder: Path,
+    *,
+    task: str = "causal_lm",
+    languages: tuple[str, ...] = BABEL,
+    recipe: str = "moe_lm",
+    variant: str = "tiny",
+    steps: int = 200,
+    layers: int = 4,
+    experts: int = 8,
+    seed: int = 0,
+    gain: float = 0.0,
+    by_rule: bool = False,
+    experts_per_token: float | None = None,
+    without: tuple[str, ...] = (),
+) -> Path:
+    """Write the folder of a run that does not translate: a language model, or span corruption alone.
+
+    `gain` is taken off the loss; `by_rule` makes an uneven load with idle experts by a router that is not learned.
+    """
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    loss = TEXT_TASKS[task][1] - gain
+    spread = 0.4 if len(languages) > 1 else 0.0
+    by_language = {x: math.exp(loss + rng.uniform(-spread, spread)) for x in languages}
+    side = "decoder" if task == "causal_lm" else "encoder"
+    names = [f"{side}.{2 * i + 1}" for i in range(layers)] if experts else []
+    routing = make_routing(names, experts, languages, rng)
+    for layer in routing["layers"]:
+        if by_rule:
+            crowd = [6.0, 0.0, *[1.0] * (experts - 2)]
+            layer |= {"load": [x / sum(crowd) for x in crowd], "entropy": None, "dead_experts": 1, "drop_rate": 0.0}
+            layer["load_by_language"] = dict.fromkeys(languages, layer["load"])
+        if experts_per_token is not None:
+            layer["experts_per_token"] = experts_per_token
+    per_layer = {x["name"]: {k: v for k, v in x.items() if k != "name"} for x in routing["layers"]}
+    learned = [x["entropy"] for x in routing["layers"] if x["entropy"] is not None]
+    summary: dict[str, Any] = {
+        "recipe": recipe,
+        "variant": variant,
+        "data": {"source": "babel", "languages": list(languages), "vocab_size": 1024, "directions": []},
+        "steps": steps,
+        "tokens": steps * 8192,
+        "wall_seconds": steps * 0.2,
+        "tokens_per_second": 51_200.0,
+        "parameters": {"total": 18_734_080 if experts else 7_431_000, "active": 7_411_200},
+        "bleu": None,
+        "chrf": None,
+        "test": {task: {"loss": loss, "perplexity": math.exp(loss), "accuracy": 0.475, "languages": by_language}},
+        "perplexity": {task: math.exp(loss + 0.02)},
+        "loss": {task: loss + 0.02},
+        "accuracy": {task: 0.46},
+        "routing": {
+            "drop_rate": None if by_rule else 0.0,
+            "entropy": sum(learned) / len(learned) if learned else None,
+            "dead_experts": sum(x["dead_experts"] for x in routing["layers"]),
+            "load_cv": 0.34,
+            "layers": per_layer,
+        }
+        if experts
+        else None,
+    }
+    texts = {
+        "config.yaml": f"recipe: {recipe}\nvariant: {variant}\n",
+        "environment.json": json.dumps({"python": "3.11.9", "command": ["python", "-m", f"moekit.recipes.{recipe}"]}),
+        "summary.json": json.dumps(summary),
+        "routing.json": json.dumps(routing),
+        "samples.json": json.dumps(make_texts(task, languages)),
+    }
+    for name, content in texts.items():
+        if name not in without and (experts or name != "routing.json"):
+            (folder / name).write_text(content, encoding="utf-8")
+    if "metrics.csv" not in without:
+        write_metrics(folder / "metrics.csv", steps, {task: loss}, {}, [] if by_rule else names, rng)
+    return folder
+
+
+def make_texts(task: str, languages: tuple[str, ...]) -> list[dict[str, str]]:
+    """Four samples of each language: a prompt and its continuation, or a damaged text and its original."""
+    found = []
+    for language in languages:
+        reference, hypothesis = SENTENCES.get(language, SENTENCES["en"])
+        words = reference.split()
+        if task == "causal_lm":
+            given, right, written = " ".join(words[:3]), " ".join(words[3:]), " ".join(hypothesis.split()[3:])
+        else:
+            given, right, written = " ".join([words[0], "<extra_0>", *words[3:]]), reference, hypothesis
+        texts = {"source": given, "reference": right, "hypothesis": written}
+        found += [{"task": task, "direction": language, **texts}] * 4
+    return found
+
+
 def make_routing(names: list[str], experts: int, languages: tuple[str, ...], rng: random.Random) -> dict[str, Any]:
     layers = []
     for depth, name in enumerate(names):
@@ -165,14 +258,16 @@ def write_metrics(
 ) -> None:
     """One row for every step in training, and one in twenty validations; blanks where nothing was logged."""
     rows: list[dict[str, float]] = []
+    starts = {task: high for task, (high, _) in (TASKS | TEXT_TASKS).items()}
     validate = max(1, steps // 20)
     for step in range(1, steps + 1):
         progress = 1 - math.exp(-4 * step / steps)
         row: dict[str, float] = {"step": step, "epoch": 0, "lr": 0.002 * min(step / 200, (200 / step) ** 0.5)}
-        for task, (high, _) in TASKS.items():
+        for task in final:
+            high = starts[task]
             row[f"train/{task}/accuracy"] = min(1.0, max(0.0, 0.75 * progress + rng.gauss(0, 0.02)))
             row[f"train/{task}/loss"] = high + (final[task] - high) * progress + rng.gauss(0, 0.06 * high / 6)
-        row["train/loss"] = sum(row[f"train/{t}/loss"] for t in TASKS)
+        row["train/loss"] = sum(row[f"train/{t}/loss"] for t in final)
         row["train/tokens_per_second"] = rng.gauss(39_800, 1500)
         if layers:
             row["train/aux/load_balance"] = 1.02 + 0.5 * math.exp(-step / 60) + rng.gauss(0, 0.01)
@@ -187,12 +282,15 @@ def write_metrics(
         rows.append(row)
         if step % validate == 0 or step == steps:
             scores: dict[str, float] = {"step": step, "epoch": 0}
-            for task, (high, _) in TASKS.items():
+            for task in final:
+                high = starts[task]
                 scores[f"valid/{task}/accuracy"] = 0.9 * progress / (1 + final[task] / 9)
                 scores[f"valid/{task}/loss"] = high + (final[task] - high) * progress * 0.97 + rng.gauss(0, 0.01)
             for pair, value in bleu.items():
                 scores[f"valid/bleu/{pair}"] = value * max(0.0, 1 - math.exp(-3 * (step / steps - 0.05)))
-            scores["valid/bleu/average"] = sum(v for k, v in scores.items() if k.startswith("valid/bleu/")) / len(bleu)
+            if bleu:
+                total = sum(v for k, v in scores.items() if k.startswith("valid/bleu/"))
+                scores["valid/bleu/average"] = total / len(bleu)
             rows.append(scores)
     write_rows(path, rows)
 

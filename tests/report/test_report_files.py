@@ -43,7 +43,8 @@ def test_broken_files_are_noted(tmp_path: Path) -> None:
     assert "could not be read" in run.notes["summary.json"]
     assert "must hold an object: got list" in run.notes["routing.json"]
     assert "could not be read" in run.notes["environment.json"]
-    assert run.samples == ({"direction": "", "source": "", "reference": "", "hypothesis": "x"},)
+    texts = {"direction": "", "source": "", "reference": "", "hypothesis": "x"}
+    assert run.samples == ({"task": "translation", **texts},)
 
 
 def test_metrics_are_sorted_and_the_last_value_of_a_step_wins(tmp_path: Path) -> None:

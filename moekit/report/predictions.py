@@ -1,0 +1,77 @@
+"""Scores of the tasks that do not translate: they predict tokens, so they are judged by perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moekit.report.run_folder import RunFolder, dig, names_in, number, numbers, task_of
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """How well a task other than translation does on held-out text; None where the folder does not say.
+
+    Attributes:
+        task: its name, for example "causal_lm".
+        loss: nats per predicted token.
+        perplexity: exp(loss); None for a task that does not predict tokens of a vocabulary.
+        accuracy: share of predictions that are right.
+        languages: perplexity by language, in the run's order.
+        origin: "test", or "valid" where it is the last validation's.
+    """
+
+    task: str
+    loss: float | None = None
+    perplexity: float | None = None
+    accuracy: float | None = None
+    languages: Mapping[str, float] = field(default_factory=dict)
+    origin: str = "test"
+
+
+def predictions(run: RunFolder) -> tuple[TaskScores, ...]:
+    """Scores of the tasks other than translation, of the test or else of the last validation.
+
+    The order is the run's, tasks with a perplexity first: the first one is what the run is about.
+    """
+    tested = dig(run.summary, "test")
+    found = [_tested(task, tested[task]) for task in names_in(tested) if isinstance(dig(tested, task), Mapping)]
+    if not found:
+        columns = {name: s.last for name, s in run.metrics.items() if name.startswith("test/")}
+        tasks = dict.fromkeys(filter(None, map(task_of, columns)))
+        found = [_tested(task, _as_tree(columns, f"test/{task}/")) for task in tasks]
+    if not found:
+        losses, perplexities, accuracies = map(run.by_task, ("loss", "perplexity", "accuracy"))
+        found = [
+            TaskScores(t, losses.get(t), perplexities.get(t), accuracies.get(t), origin="valid")
+            for t in dict.fromkeys([*losses, *perplexities])
+        ]
+    return tuple(sorted((x for x in found if x.task != "translation"), key=lambda x: x.perplexity is None))
+
+
+def main_task(run: RunFolder) -> TaskScores:
+    """The scores in the headline of a run that does not translate; empty where nothing was measured."""
+    return next(iter(predictions(run)), TaskScores(""))
+
+
+def languages_by_perplexity(scores: TaskScores) -> list[str]:
+    """The languages of a task, the least perplexed first."""
+    return sorted(scores.languages, key=lambda language: scores.languages[language])
+
+
+def _as_tree(columns: Mapping[str, float | None], prefix: str) -> dict[str, Any]:
+    """The logged columns of a tested task in the form they have in summary.json."""
+    inner = f"{prefix}perplexity/"
+    tree: dict[str, Any] = {key: columns.get(prefix + key) for key in ("loss", "perplexity", "accuracy")}
+    return {**tree, "languages": {n.removeprefix(inner): v for n, v in columns.items() if n.startswith(inner)}}
+
+
+def _tested(task: str, tree: Mapping[str, Any]) -> TaskScores:
+    loss, perplexity = number(tree, "loss"), number(tree, "perplexity")
+    if task == "replaced_token":  # it answers yes or no
+        return TaskScores(task, loss, None, number(tree, "accuracy"))
+    if perplexity is None and loss is not None and loss < 700:
+        perplexity = math.exp(loss)
+    return TaskScores(task, loss, perplexity, number(tree, "accuracy"), numbers(tree, "languages"))
