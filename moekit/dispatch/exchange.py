@@ -27,7 +27,8 @@ class Route(Protocol):
         received: Int64[W, n], rows from each rank for each of this rank's n experts, on the device of the counts.
     """
 
-    received: Tensor
+    @property
+    def received(self) -> Tensor: ...
 
     def send(self, rows: Tensor) -> Tensor:
         """Rows ordered by (rank, expert) of destination become rows ordered by (rank of origin, expert)."""

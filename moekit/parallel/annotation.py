@@ -1,0 +1,149 @@
+"""Reading the axes that a model names, and refusing what cannot be divided before any rank talks to another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from moekit.layer import MoELayer
+from moekit.parallel.mesh import EXPERT, TENSOR
+from moekit.parallel.plan import Plan
+from moekit.parallel.planner.layout import Layout
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """The logical axes of one parameter.
+
+    Attributes:
+        path: dotted name from the root.
+        module: the module that names the axes.
+        owner: the module that holds the parameter ...
+        name: ... and its name there.
+        axes: logical axes, outermost first.
+        divided: mesh dimension by tensor dimension, where the plan divides one.
+    """
+
+    path: str
+    module: nn.Module
+    owner: nn.Module
+    name: str
+    axes: tuple[str, ...]
+    divided: Mapping[int, str]
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter as it is now."""
+        found = self.owner._parameters[self.name]
+        assert found is not None
+        return found
+
+    @property
+    def of_expert(self) -> bool:
+        """Whether each expert has its own entries."""
+        return "expert" in self.axes
+
+    @property
+    def is_output_bias(self) -> bool:
+        """Whether it is added to the sum that tensor-parallel partners compute."""
+        return tuple(axis for axis in self.axes if axis != "expert") == ("embed",)
+
+
+def read_annotations(model: nn.Module, plan: Plan) -> list[Annotation]:
+    """All annotated parameters, shared ones once; of two modules that name a parameter the outer one counts.
+
+    Raises:
+        ValueError: if axes and dimensions of a parameter differ in number.
+    """
+    found: dict[int, Annotation] = {}
+    for path, module in model.named_modules():
+        axes = getattr(module, "axes", None)
+        if not isinstance(axes, Mapping):
+            continue
+        for name, parameter in module.named_parameters():
+            if name not in axes or id(parameter) in found:
+                continue
+            full = f"{path}.{name}" if path else name
+            if len(axes[name]) != parameter.ndim:
+                raise ValueError(
+                    f"{type(module).__name__}.axes[{name!r}] must name every dimension: got {axes[name]} for "
+                    f"{full} of shape {tuple(parameter.shape)}."
+                )
+            owner_path, _, short = name.rpartition(".")
+            divided = {n: plan.axes[axis] for n, axis in enumerate(axes[name]) if axis in plan.axes}
+            owner = module.get_submodule(owner_path)
+            found[id(parameter)] = Annotation(full, module, owner, short, tuple(axes[name]), divided)
+    return list(found.values())
+
+
+def banks(found: list[Annotation]) -> list[nn.Module]:
+    """The modules that hold experts, in the order of the model."""
+    return list(dict.fromkeys(note.module for note in found if note.of_expert))
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
+    """Every `MoELayer` with its dotted name."""
+    for path, module in model.named_modules():
+        if isinstance(module, MoELayer):
+            yield path, module
+
+
+def check_model(model: nn.Module, layout: Layout, plan: Plan, found: list[Annotation]) -> None:
+    """Raise if the layout cannot hold the model.
+
+    Raises:
+        ValueError: naming the parameter or module, and the nearest layout that would do.
+    """
+    size = {EXPERT: layout.expert_parallel_size, TENSOR: layout.tensor_parallel_size}
+    option = {EXPERT: "expert_parallel_size", TENSOR: "tensor_parallel_size"}
+    for note in found:
+        for dimension, mesh in note.divided.items():
+            length = note.parameter.shape[dimension]
+            if length % size[mesh]:
+                fits = max(n for n in range(1, size[mesh]) if length % n == 0)
+                raise ValueError(
+                    f"the axis {note.axes[dimension]!r} of {note.path} must be divisible by {option[mesh]}: got "
+                    f"{length} and {size[mesh]}. Use {option[mesh]}={fits}, or make it "
+                    f"{-(-length // size[mesh]) * size[mesh]}."
+                )
+        if "vocab" in note.axes and "vocab" in plan.axes and size[TENSOR] > 1 and not _takes_vocabulary(note.module):
+            raise ValueError(
+                f"{note.path} has a vocab axis, and {type(note.module).__name__} cannot work on a part of it, without "
+                "an attribute `vocabulary`. Use moekit.transformer.TokenEmbedding, or a Plan without vocab."
+            )
+    _check_banks(model, layout, found)
+    if layout.tensor_parallel_size > 1 and not any(TENSOR in note.divided.values() for note in found):
+        raise ValueError(
+            f"tensor_parallel_size={layout.tensor_parallel_size} needs modules that name an axis mlp, heads or vocab: "
+            "this model has none. Annotate them, or use tensor_parallel_size=1."
+        )
+
+
+def _takes_vocabulary(module: nn.Module) -> bool:
+    return hasattr(module, "vocabulary")
+
+
+def _check_banks(model: nn.Module, layout: Layout, found: list[Annotation]) -> None:
+    named = {id(note.parameter) for note in found}
+    connected = {id(inner) for _, layer in sparse_layers(model) for inner in layer.experts.modules()}
+    names = {id(module): path for path, module in model.named_modules()}
+    for bank in banks(found):
+        path = f"{names[id(bank)]} ({type(bank).__name__})"
+        for name, parameter in bank.named_parameters():
+            if id(parameter) not in named or parameter.ndim == 0:
+                raise ValueError(
+                    f"every parameter of an expert bank must be named in its axes and have a dimension: got {name} of "
+                    f"{path}, shape {tuple(parameter.shape)}. Add it to axes."
+                )
+        if layout.expert_parallel_size > 1 and id(bank) not in connected:
+            raise ValueError(
+                f"the experts of {path} are not in a MoELayer, so nobody would bring rows to them: use MoELayer("
+                "router, experts), or expert_parallel_size=1."
+            )
+        if layout.expert_parallel_size > 1 and getattr(bank, "requires_whole_bank", False):
+            raise ValueError(f"{path} needs all its experts in one process. Use expert_parallel_size=1.")
+    for path, layer in sparse_layers(model):
+        if layout.expert_parallel_size > 1 and getattr(layer, "requires_whole_bank", False):
+            raise ValueError(f"{path} needs all its experts in one process for now. Use expert_parallel_size=1.")

@@ -1,0 +1,112 @@
+"""Meshes: one world of ranks, seen as a dense and as a sparse grid.
+
+The same ranks are read in two ways, tensor-parallel partners always next to each other:
+
+- dense  ``(replicate, shard, tensor)``: ranks of one `shard` group read different data and divide the dense weights;
+- sparse ``(replicate, expert_shard, expert, tensor)``: ranks of one `expert` group divide the experts of a layer, and
+  those of one `expert_shard` group hold the same experts and divide their weights; ``shard = expert_shard * expert``.
+
+An expert's hidden channels are divided among tensor-parallel partners as a dense feed-forward's are. For ZeRO stages 0
+and 1, which repeat the weights on all data ranks, `replicate` holds all ranks that would share, and `shard` is 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moekit.parallel.planner.layout import Layout
+
+REPLICATE, SHARD, EXPERT_SHARD, EXPERT, TENSOR = "replicate", "shard", "expert_shard", "expert", "tensor"
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The grids of a layout.
+
+    Attributes:
+        layout: what they were built from.
+        dense: ``(replicate, shard, tensor)``.
+        sparse: ``(replicate, expert_shard, expert, tensor)``.
+        data: ``(data_parallel, tensor_parallel)``, the names that Lightning gives to these two.
+    """
+
+    layout: Layout
+    dense: DeviceMesh
+    sparse: DeviceMesh
+    data: DeviceMesh
+
+    @property
+    def data_size(self) -> int:
+        """Ranks that read different data."""
+        return self.layout.data_parallel_size
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the data this rank reads; tensor-parallel partners read the same."""
+        return int(self.data.get_local_rank("data_parallel"))
+
+    def group(self, name: str) -> dist.ProcessGroup:
+        """The process group of this rank along ``"expert"``, ``"tensor"``, ``"shard"`` or another dimension."""
+        for mesh in (self.sparse, self.dense, self.data):
+            if name in (mesh.mesh_dim_names or ()):
+                return mesh.get_group(name)
+        raise ValueError(f"a mesh dimension must be one of {self.dense.mesh_dim_names + self.sparse.mesh_dim_names}.")  # type: ignore[operator]
+
+
+def check_layout(layout: Layout) -> None:
+    """Raise where ranks cannot be arranged so; needs no process group.
+
+    Raises:
+        ValueError: if expert groups do not fit into the ranks that divide weights, or if stage 0 or 1 is combined with
+            replicas: they repeat the weights on all data ranks anyway.
+    """
+    if layout.zero_stage < 2 and layout.replicas > 1:
+        raise ValueError(
+            f"replicas are for zero_stage 2 and 3: got {layout.replicas} with zero_stage {layout.zero_stage}, which "
+            f"repeats all weights on every data rank. Use replicas=1, or zero_stage=2."
+        )
+    if layout.devices % (layout.replicas * layout.tensor_parallel_size) or (
+        layout.shard_size % layout.expert_parallel_size
+    ):
+        free = max(layout.devices // (layout.replicas * layout.tensor_parallel_size), 1)
+        nearest = max(n for n in range(1, free + 1) if free % n == 0 and n <= max(layout.expert_parallel_size, 1))
+        raise ValueError(
+            "expert_parallel_size * tensor_parallel_size * replicas must divide the number of processes: got "
+            f"{layout.expert_parallel_size} * {layout.tensor_parallel_size} * {layout.replicas} for {layout.devices}. "
+            f"Use expert_parallel_size={nearest}, or fewer tensor-parallel partners or replicas."
+        )
+
+
+def build_meshes(layout: Layout, device_type: str) -> Meshes:
+    """The grids of `layout` over all ranks of the default process group.
+
+    Args:
+        layout: how many ranks share what.
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        ValueError: if the layout is for another number of processes, or impossible.
+    """
+    check_layout(layout)
+    if dist.get_world_size() != layout.devices:
+        raise ValueError(
+            f"a layout must be for the processes there are: got one for {layout.devices}, there are "
+            f"{dist.get_world_size()}. Build it with devices={dist.get_world_size()}."
+        )
+    tensor, expert = layout.tensor_parallel_size, layout.expert_parallel_size
+    if layout.zero_stage < 2:
+        replicate, shard = layout.data_parallel_size, 1
+        sparse = (layout.data_parallel_size // expert, 1, expert, tensor)
+    else:
+        replicate, shard = layout.replicas, layout.shard_size
+        sparse = (layout.replicas, layout.shard_size // expert, expert, tensor)
+    world = init_device_mesh(device_type, (layout.devices,), mesh_dim_names=("world",))
+    return Meshes(
+        layout,
+        dense=world._unflatten(0, (replicate, shard, tensor), (REPLICATE, SHARD, TENSOR)),
+        sparse=world._unflatten(0, sparse, (REPLICATE, EXPERT_SHARD, EXPERT, TENSOR)),
+        data=world._unflatten(0, (layout.data_parallel_size, tensor), ("data_parallel", "tensor_parallel")),
+    )

@@ -1,0 +1,101 @@
+"""Tensor parallelism: what partners that hold slices of a layer's weights say to each other.
+
+Partners hold the same tokens. A layer whose hidden channels (or heads) are divided computes, on every partner, one
+part of a sum: the output is summed in forward, the gradient of the input in backward. Nothing else changes, so the
+layer's own code runs on its slices as it runs on the whole.
+
+Source: arXiv:1909.08053 section 3 (the conjugate operators f and g).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad, ctx.group), None
+
+
+class _SumValue(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _GatherLast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # Every partner computed the whole loss, so each already has the whole gradient of its slice.
+        return grad.chunk(ctx.group.size(), dim=-1)[ctx.group.rank()].contiguous(), None
+
+
+def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def sum_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`x` itself, whose gradient is summed over `group`: what enters a divided layer."""
+    out: Tensor = _SumGradient.apply(x, group)
+    return out
+
+
+def sum_value(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of `x` over `group`, whose gradient passes unchanged: what leaves a divided layer."""
+    out: Tensor = _SumValue.apply(x, group)
+    return out
+
+
+def gather_last(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Float[..., n] of every partner side by side, Float[..., W * n]."""
+    out: Tensor = _GatherLast.apply(x, group)
+    return out
+
+
+class DividedVocabulary:
+    """A table of token vectors of which each partner holds a run of rows; see `TokenEmbedding.vocabulary`.
+
+    Args:
+        group: the partners, in order of their rows.
+
+    Source: arXiv:1909.08053 section 3. Differs: logits are gathered before the loss, so any loss works.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def vectors(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """Float[..., D] of ids Int64[...], by ``weight`` Float[V / W, D]."""
+        rows = weight.shape[0]
+        local = ids - self.group.rank() * rows
+        here = (local >= 0) & (local < rows)
+        found = F.embedding(torch.where(here, local, 0), weight)
+        return sum_value(torch.where(here[..., None], found, 0.0), self.group)
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Float[..., V] of ``hidden`` Float[..., D]."""
+        return gather_last(F.linear(sum_gradient(hidden, self.group), weight), self.group)
