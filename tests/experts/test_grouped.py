@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moekit.experts import GroupedGLU, GroupedMLP
+from moekit.experts import Experts, GroupedGLU, GroupedMLP, copy_first_expert_
 from moekit.testing import assert_close
 
 E, D, H = 3, 6, 10
@@ -40,6 +40,45 @@ def test_glu_gates() -> None:
     for e, block in enumerate(rows.split(COUNTS.tolist())):
         hidden = F.silu(block @ experts.w_gate[e]) * (block @ experts.w_up[e])
         assert_close(out[e], hidden @ experts.w_out[e], f"expert {e}")
+
+
+@pytest.mark.parametrize(("kind", "start"), [("add", 0.0), ("multiply", 1.0)])
+def test_expert_bias_of_st_moe(kind: str, start: float) -> None:
+    """(GELU(x W_gate) * x W_up) [+ B, * B] W_out; at the start the bias changes nothing."""
+    experts = GroupedGLU(E, D, H, hidden_bias=kind, init_scale=1.0)  # type: ignore[arg-type]
+    plain = GroupedGLU(E, D, H, init_scale=1.0)
+    plain.load_state_dict({n: w for n, w in experts.state_dict().items() if n != "b_hidden"})
+    assert experts.b_hidden.shape == (E, H)
+    assert (experts.b_hidden == start).all()
+    rows = torch.randn(7, D)
+    assert_close(experts(rows, COUNTS), plain(rows, COUNTS))
+    with torch.no_grad():
+        experts.b_hidden.normal_()
+    out = experts(rows, COUNTS).split(COUNTS.tolist())
+    for e, block in enumerate(rows.split(COUNTS.tolist())):
+        hidden = F.gelu(block @ experts.w_gate[e], approximate="tanh") * (block @ experts.w_up[e])
+        bias = experts.b_hidden[e]
+        hidden = hidden + bias if kind == "add" else hidden * bias
+        assert_close(out[e], hidden @ experts.w_out[e], f"expert {e}")
+
+
+def test_unknown_expert_bias() -> None:
+    with pytest.raises(ValueError, match='hidden_bias must be "none", "add" or "multiply": got \'mult\''):
+        GroupedGLU(E, D, H, hidden_bias="mult")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bank", [GroupedMLP(E, D, H, bias=True), GroupedGLU(E, D, H, hidden_bias="add")])
+def test_experts_can_start_as_copies_of_the_first(bank: Experts) -> None:
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.normal_()
+    first = {name: parameter[0].clone() for name, parameter in bank.named_parameters()}
+    copy_first_expert_(bank)
+    for name, parameter in bank.named_parameters():
+        for e in range(E):
+            assert torch.equal(parameter[e], first[name])
+    with torch.device("meta"):
+        copy_first_expert_(GroupedMLP(E, D, H))  # nothing to copy, no error
 
 
 @pytest.mark.parametrize("cls", [GroupedMLP, GroupedGLU])

@@ -1,0 +1,329 @@
+"""The dense phase: a dense feed-forward step for step, then experts that part."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+from moekit import AuxLosses, MoELayer, RoutingContext, routers
+from moekit.experts import (
+    AddNoise,
+    DensePretraining,
+    Experts,
+    GroupedGLU,
+    GroupedMLP,
+    MaskWeights,
+    ZeroComputationExperts,
+)
+from moekit.routing import Capacity, Router
+from moekit.testing import assert_close, seeded
+from moekit.transformer import MLP
+
+D, E, F, T = 6, 5, 9, 37
+MASK = torch.arange(T) % 4 < 3
+BANKS: dict[str, Callable[[], Experts]] = {
+    "GroupedMLP": lambda: GroupedMLP(E, D, F, bias=True, init_scale=1.0),
+    "GroupedGLU": lambda: GroupedGLU(E, D, F, hidden_bias="multiply", init_scale=1.0),
+}
+ROUTERS: dict[str, Callable[[], Router]] = {
+    "capacity": lambda: routers.TopKRouter(D, E, 2, capacity=Capacity(train=0.5, minimum=1)),
+    "loss free": lambda: routers.loss_free(D, E, k=2),
+}
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01),
+    "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, weight_decay=0.1),
+}
+
+
+def layer(bank: str = "GroupedMLP", router: str = "capacity", steps: int = 3, **phase: object) -> MoELayer:
+    with seeded(1):
+        return MoELayer(ROUTERS[router](), BANKS[bank](), phase=DensePretraining(steps, **phase))  # type: ignore[arg-type]
+
+
+def dense_twin(moe: MoELayer) -> Experts:
+    """The layer's expert 0, alone, as a bank of one."""
+    with seeded(2):
+        twin = type(moe.experts)(1, D, F, **_options(moe.experts))  # type: ignore[arg-type,call-arg]
+    twin.to(next(moe.experts.parameters()).dtype)
+    twin.load_state_dict({name: weight[:1] for name, weight in moe.experts.state_dict().items()})
+    return twin
+
+
+def _options(bank: Experts) -> dict[str, object]:
+    return {"bias": True} if isinstance(bank, GroupedMLP) else {"hidden_bias": "multiply"}
+
+
+def batches(number: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [tuple(torch.randn(2, T, D, generator=generator, dtype=torch.float64)) for _ in range(number)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("bank", BANKS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_tied_experts_are_a_dense_feed_forward_step_for_step(bank: str, router: str, optimizer: str) -> None:
+    """Outputs, gradients, weights and the optimizer's state, for every copy; then experts go on from there."""
+    moe = layer(bank, router).double()
+    twin = dense_twin(moe)
+    steps = OPTIMIZERS[optimizer](moe), OPTIMIZERS[optimizer](twin)
+    frozen = {name: p.clone() for name, p in moe.router.named_parameters()}
+    for number, (x, target) in enumerate(batches(3), start=1):
+        assert moe.phase.active
+        assert moe.requires_whole_bank
+        found, expected = moe(x).hidden, twin(x, torch.tensor([T]))
+        assert_close(found, expected, f"output at step {number}")
+        for hidden, step in zip((found, expected), steps, strict=True):
+            step.zero_grad()
+            (hidden - target).square().mean().backward()
+        for name, parameter in moe.experts.named_parameters():
+            for e in range(E):
+                assert_close(parameter.grad[e], dict(twin.named_parameters())[name].grad[0], f"gradient of {name}[{e}]")
+        assert all(p.grad is None for p in moe.router.parameters())
+        for step in steps:
+            step.step()
+        moe.on_step_end(number)
+    assert not moe.phase.active
+    assert not moe.requires_whole_bank
+    for name, parameter in moe.experts.named_parameters():
+        dense = dict(twin.named_parameters())[name]
+        for e in range(E):
+            assert_close(parameter[e], dense[0], f"{name}[{e}] after the dense phase")
+            for key, value in steps[0].state[parameter].items():
+                other = steps[1].state[dense][key]
+                if isinstance(value, Tensor) and value.ndim:
+                    assert_close(value[e], other[0], f"{key} of {name}[{e}]")
+    assert all(torch.equal(p, frozen[name]) for name, p in moe.router.named_parameters())
+    x, target = batches(4)[-1]
+    (moe(x).hidden - target).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in moe.router.parameters())
+    steps[0].step()
+    first = next(moe.experts.parameters())
+    assert not torch.equal(first[0], first[1]), "routing parts the experts"
+
+
+def test_it_is_the_dense_layer_of_a_transformer() -> None:
+    """The same function as `MLP`, with its weights transposed."""
+    moe, x = layer(), torch.randn(2, 7, D)
+    mlp = MLP(D, F, bias=True)
+    with torch.no_grad():
+        mlp.w_in.weight.copy_(moe.experts.w_in[0].t())
+        mlp.w_out.weight.copy_(moe.experts.w_out[0].t())
+        mlp.w_in.bias.copy_(moe.experts.b_in[0])
+        mlp.w_out.bias.copy_(moe.experts.b_out[0])
+    assert_close(moe(x).hidden, mlp(x))
+    assert_close(moe.eval()(x).hidden, mlp(x))
+
+
+def test_experts_that_did_not_start_equal_learn_as_one() -> None:
+    """As after drawing all weights anew: expert 0 counts, the others are overwritten when the phase ends."""
+    moe = layer().double()
+    moe.experts.reset_parameters()
+    assert not torch.equal(moe.experts.w_in[0], moe.experts.w_in[1])
+    twin = dense_twin(moe)
+    x, _ = batches(1)[0]
+    assert_close(moe(x).hidden, twin(x, torch.tensor([T])))
+    moe.on_step_end(3)
+    for name, parameter in moe.experts.named_parameters():
+        assert all(torch.equal(parameter[e], twin.get_parameter(name)[0]) for e in range(E))
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_the_routing_of_the_dense_phase(router: str) -> None:
+    """Every real token once with weight 1, load even, losses 0 under the router's names; padding gets zeros."""
+    moe = layer(router=router)
+    x = torch.randn(T, D).masked_fill(~MASK[:, None], float("nan"))
+    hidden, routing = moe(x, RoutingContext(mask=MASK))
+    assert hidden.isfinite().all()
+    assert not hidden[~MASK].any()
+    assert torch.equal(routing.kept, MASK)
+    assert (routing.weight == 1).all()
+    load = torch.bincount(routing.expert[MASK], minlength=E)
+    assert int(load.max() - load.min()) <= 1
+    for e in range(E):
+        places = routing.position[MASK & (routing.expert == e)]
+        assert places.tolist() == list(range(len(places)))
+    assert (routing.position[~MASK] == -1).all()
+    moe.on_step_end(3)
+    assert moe(x, RoutingContext(mask=MASK)).routing.losses.keys() == routing.losses.keys()
+    assert not any(loss.any() for loss in routing.losses.values())
+    names = dict.fromkeys(routing.losses, 1.0)
+    total, _ = AuxLosses(**names)(routing)
+    assert not total.requires_grad
+
+
+def test_nobody_observes_a_router_that_did_not_act() -> None:
+    moe, told = layer(), []
+    moe.router.register_forward_hook(lambda *_: told.append(1))
+    moe(torch.randn(T, D))
+    assert not told
+    moe.on_step_end(3)
+    moe(torch.randn(T, D))
+    assert told == [1]
+
+
+def test_checkpointing_and_copies_in_the_dense_phase() -> None:
+    moe, x = layer().double(), batches(1)[0][0]
+    moe(x).hidden.square().sum().backward()
+    expected = [p.grad.clone() for p in moe.experts.parameters()]
+    moe.zero_grad()
+    checkpoint(lambda x: moe(x).hidden, x, use_reentrant=False).square().sum().backward()
+    for parameter, gradient in zip(moe.experts.parameters(), expected, strict=True):
+        assert_close(parameter.grad, gradient)
+    twin = copy.deepcopy(moe)
+    twin.on_step_end(3)
+    assert moe.phase.active
+    assert not twin.phase.active
+
+
+@pytest.mark.parametrize("perturb", [MaskWeights(0.3), AddNoise(0.5)])
+def test_perturbation_at_the_end(perturb: object) -> None:
+    """Of matrices only, in every expert other, by the seed alone; moments stay."""
+    parted = []
+    for seed in (7, 7, 8):
+        moe = layer(perturb=perturb, seed=seed)
+        before = moe.experts.w_in[0].clone()
+        torch.manual_seed(seed)  # the global generator does not matter
+        torch.rand(seed)
+        moe.on_step_end(3)
+        parted.append(moe.experts)
+        changed = (moe.experts.w_in != before).float().mean((1, 2))
+        if isinstance(perturb, MaskWeights):
+            assert torch.equal(moe.experts.w_in == 0, moe.experts.w_in != before)
+            assert ((changed > 0.05) & (changed < 0.6)).all()
+        else:
+            assert (changed == 1).all()
+            assert float(((moe.experts.w_in - before).std() / before.std()).detach()) == pytest.approx(0.5, rel=0.2)
+        assert not torch.equal(moe.experts.w_in[0], moe.experts.w_in[1])
+        assert not moe.experts.b_in.any()  # untouched zeros
+    assert torch.equal(parted[0].w_in, parted[1].w_in)
+    assert not torch.equal(parted[0].w_in, parted[2].w_in)
+
+
+def test_it_ends_once() -> None:
+    moe = layer(perturb=AddNoise(0.5))
+    moe.on_step_end(2)
+    assert moe.phase.active
+    moe.on_step_end(3)
+    after = moe.experts.w_in.clone()
+    moe.on_step_end(4)
+    assert torch.equal(moe.experts.w_in, after)
+    assert not layer(steps=0).phase.active
+
+
+def test_state_dict_says_whether_it_is_over() -> None:
+    moe, fresh = layer(perturb=MaskWeights(0.3)), layer()
+    moe.on_step_end(3)
+    file = io.BytesIO()
+    torch.save(moe.state_dict(), file)
+    file.seek(0)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    assert not fresh.phase.active
+    x = torch.randn(T, D)
+    assert torch.equal(fresh.eval()(x).hidden, moe.eval()(x).hidden)
+    fresh.load_state_dict(layer().state_dict())
+    assert fresh.phase.active
+    fresh.on_step_end(3)
+    fresh.phase.reset_parameters()
+    assert fresh.phase.active
+
+
+def test_from_the_meta_device() -> None:
+    with torch.device("meta"):
+        moe = layer()
+    moe.to_empty(device="cpu")
+    for module in moe.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert moe.phase.active
+    assert not moe.phase.done
+    assert moe(torch.randn(T, D)).hidden.isfinite().all()
+
+
+class Module(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = layer(steps=2, perturb=MaskWeights(0.2)).double()
+        self.phases: list[bool] = []
+
+    def training_step(self, batch: Tensor, number: int) -> Tensor:
+        self.phases.append(self.moe.phase.active)
+        x, target = batches(8)[2 * self.current_epoch + number]
+        return (self.moe(x).hidden - target).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+class Saver(Callback):
+    """Saves after every epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}.ckpt")
+
+
+def fit(folder: Path, resume: str | None = None) -> Module:
+    """Four epochs of one optimizer step of two batches each, saved after each."""
+    module = Module()
+    torch.manual_seed(0)
+    L.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_epochs=4,
+        accumulate_grad_batches=2,
+        callbacks=[] if resume else [Saver(folder)],
+        enable_checkpointing=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, DataLoader(torch.zeros(2)), ckpt_path=resume, weights_only=True)  # type: ignore[arg-type]
+    return module
+
+
+def test_under_a_trainer_and_resumed(tmp_path: Path) -> None:
+    """Two optimizer steps of two batches each are dense; resumed before and after the parting, all goes on the same."""
+    whole = fit(tmp_path)
+    assert whole.phases == [True] * 4 + [False] * 4
+    for epoch in (0, 1, 2):
+        resumed = fit(tmp_path, str(tmp_path / f"{epoch}.ckpt"))
+        assert resumed.phases == whole.phases[2 * epoch + 2 :]
+        for name, value in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value), f"{name}, resumed after epoch {epoch}"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DensePretraining(-1), "steps must not be negative: got -1"),
+        (lambda: MaskWeights(1.0), "probability must be in"),
+        (lambda: AddNoise(-0.1), "scale must not be negative"),
+        (
+            lambda: MoELayer(
+                routers.switch(D, 6), ZeroComputationExperts(GroupedMLP(2, D, F)), phase=DensePretraining(1)
+            ),
+            "a bank of 6 experts that are all alike: ZeroComputationExperts has others",
+        ),
+    ],
+)
+def test_bad_input(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_experts_spread_over_processes_are_refused() -> None:
+    moe = layer()
+    next(moe.experts.parameters()).device_mesh = object()  # type: ignore[attr-defined]  # as a DTensor has
+    with pytest.raises(RuntimeError, match="needs all experts in every process while they are tied"):
+        moe(torch.randn(T, D))
