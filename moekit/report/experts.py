@@ -220,6 +220,7 @@ def _health_table(run: RunFolder) -> str:
         + (" Per token: how many experts a token used, on average." if used else ""),
         "" if all(x.fixed for x in health) else "evenness falls below 0.8, or an expert is dead.",
         page.table(headers, rows),
+        wide=used,
     )
 
 

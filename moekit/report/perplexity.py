@@ -52,11 +52,13 @@ def scores(run: RunFolder) -> str:
     several = len(found) > 1
     left = [_by_language(x, several) for x in found if len(x.languages) > 1]
     right = [_table(found), *(_decline(run, x.task, several) for x in found if x.perplexity is not None)]
-    stacks = "".join(f'<div class="stack">{"".join(part)}</div>' for part in (left, right) if any(part))
+    cells = [f'<div class="stack">{"".join(part)}</div>' for part in (left, right)] if left else right
     remark = ""
     if found[0].origin == "valid":
         remark = '<p class="signatures">These are scores of the last validation, not of the test set.</p>'
-    return page.section("scores", "Quality on held-out text", lead(run), f'<div class="grid">{stacks}</div>{remark}')
+    return page.section(
+        "scores", "Quality on held-out text", lead(run), f'<div class="grid">{"".join(cells)}</div>{remark}'
+    )
 
 
 def _by_language(found: TaskScores, several: bool) -> str:
