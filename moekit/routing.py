@@ -47,6 +47,7 @@ class RoutingContext:
         mask: Bool. True = a real token. Padding is never routed, never counted and in no denominator.
         token_ids: Int. The token at each position (hash routers; target-side inputs in a decoder).
         previous_ids: Int. The token before it (bigram and previous-token hashes).
+        next_ids: Int. The token after it, known in training only (the oracle hash, which looks ahead).
         position: Int. Place in the sequence (position hash).
         task: Int. Task or language id.
         sequence: Int in 0..B-1. Which sequence a token belongs to (balance losses of scope "sequence").
@@ -55,6 +56,7 @@ class RoutingContext:
     mask: Tensor | None = None
     token_ids: Tensor | None = None
     previous_ids: Tensor | None = None
+    next_ids: Tensor | None = None
     position: Tensor | None = None
     task: Tensor | None = None
     sequence: Tensor | None = None

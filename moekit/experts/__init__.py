@@ -4,6 +4,7 @@ from moekit.experts.base import Experts, copy_first_expert_
 from moekit.experts.dense_pretraining import AddNoise, DensePretraining, MaskWeights
 from moekit.experts.fine_grained import FineGrained, fine_grained
 from moekit.experts.grouped import GroupedGLU, GroupedMLP
+from moekit.experts.multi_hash import MultiHashMLP
 from moekit.experts.zero_computation import ZeroComputationExperts
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "GroupedGLU",
     "GroupedMLP",
     "MaskWeights",
+    "MultiHashMLP",
     "ZeroComputationExperts",
     "copy_first_expert_",
     "fine_grained",

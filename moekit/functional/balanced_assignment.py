@@ -43,7 +43,7 @@ def balanced_assignment(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     The optimum is exact for scores rounded to 2**-50 of the largest difference within a token's row (2**-49 from 1,024
     experts on, and so forth). It is computed on the CPU.
 
-    Source: arXiv:2103.16716 section 3.1, eq. 2-3 (the problem). Differs: exact, by successive shortest paths on the
+    Source: arXiv:2103.16716 (assignment during training). Differs: exact, by successive shortest paths on the
         E experts, where the authors run an auction that ends near the optimum; T need not be a multiple of E.
 
     Example:

@@ -41,7 +41,7 @@ def balanced_assignment(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: if the shapes do not fit.
 
-    Source: arXiv:2103.16716 section 3.1. Differs: see `moekit.functional.balanced_assignment`, of which this is the
+    Source: arXiv:2103.16716 (assignment during training). Differs: see `moekit.functional.balanced_assignment`, of which this is the
         fast form.
     """
     check_scores(scores, mask)

@@ -47,6 +47,7 @@ def some_context(router: nn.Module, num_tokens: int, *, mask: Tensor | None = No
         mask=mask,
         token_ids=token_ids,
         previous_ids=token_ids.roll(1),
+        next_ids=token_ids.roll(-1),
         position=place % length,
         task=torch.randint(0, tasks, (num_tokens,), generator=generator),
         sequence=place // length,

@@ -168,7 +168,7 @@ def check_edge_batches(factory: Factory) -> None:
             _compare_with_reference(layer, x, context, f"{num_tokens} tokens {phase}")
         context = some_context(layer.router, T)
         same = skewed_tokens(1, dim, dtype=torch.float64).expand(T, dim)
-        ids = {n: torch.zeros(T, dtype=torch.int64) for n in ("token_ids", "previous_ids", "position", "task")}
+        ids = {n: torch.zeros(T, dtype=torch.int64) for n in ("token_ids", "previous_ids", "next_ids", "position", "task")}
         _compare_with_reference(layer, same, dataclasses.replace(context, **ids), f"{T} equal tokens {phase}")
         padding = dataclasses.replace(context, mask=torch.zeros(T, dtype=torch.bool))
         found = trace(partial(layer, context=padding), layer, same)
@@ -186,7 +186,7 @@ def check_padding_content(factory: Factory) -> None:
         real = some_mask(T)
         other = some_context(layer.router, T, mask=real, seed=5)
         fields = {}
-        for name in ("token_ids", "previous_ids", "task"):
+        for name in ("token_ids", "previous_ids", "next_ids", "task"):
             fields[name] = torch.where(real, getattr(context, name), getattr(other, name))
         changed = dataclasses.replace(context, **fields)
         before = trace(partial(layer, context=context), layer, x)

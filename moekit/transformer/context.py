@@ -23,8 +23,8 @@ def routing_context(
         ids: Int64[B, S].
         mask: Bool[B, S], True = a real token.
         language: Int64[B], the task of every token of the sequence.
-        pad_id: stands for the token before the first.
-        cache: where decoding has come to: gives the place and the token before.
+        pad_id: stands for the token before the first and the token after the last.
+        cache: where decoding has come to: gives the place and the token before. The token after is unknown then.
 
     Raises:
         ValueError: if `language` does not have one entry per sequence.
@@ -42,6 +42,7 @@ def routing_context(
         mask=mask,
         token_ids=ids,
         previous_ids=torch.cat((first[:, None], ids[:, :-1]), dim=1),
+        next_ids=None if cache is not None else torch.cat((ids[:, 1:], ids.new_full((rows, 1), pad_id)), dim=1),
         position=place.expand(rows, length),
         task=None if language is None else language[:, None].expand(rows, length),
         sequence=row[:, None].expand(rows, length),

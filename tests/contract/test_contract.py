@@ -13,14 +13,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 import moekit
 from moekit import dispatch, experts, routers
-from moekit.experts import Experts, GroupedGLU, GroupedMLP, ZeroComputationExperts
+from moekit.experts import Experts, GroupedGLU, GroupedMLP, MultiHashMLP, ZeroComputationExperts
+from moekit.functional.hash_tables import random_table
 from moekit.routers import (
     Balance,
+    Bigram,
     CosineRouter,
     ExpertChoiceRouter,
+    HashRouter,
     InputDropout,
     InputJitter,
     NoTokenLeftBehind,
@@ -31,6 +35,7 @@ from moekit.routers import (
     TaskRouter,
     TaskTableRouter,
     ThresholdChoice,
+    TokenPosition,
     TopKRouter,
     UniformRouter,
     presets,
@@ -41,9 +46,11 @@ from moekit.routers.loss_free import GroupLimit, LossFreeRouter, deepseek_v3, lo
 from moekit.routers.noisy_topk import NoisyTopKRouter, noisy_topk
 from moekit.routers.relu import AdaptiveCoefficient, ReLURouter, remoe
 from moekit.routing import Capacity, Router
-from moekit.testing import DISPATCHER_CHECKS, EXPERTS_CHECKS, ROUTER_CHECKS
+from moekit.testing import DISPATCHER_CHECKS, EXPERTS_CHECKS, ROUTER_CHECKS, skewed_tokens
 
 D, E = 8, 4
+# What hash tables are made of; not in the examples, which are also built on the meta device.
+COUNTS, EMBEDDINGS = torch.arange(16) ** 2, skewed_tokens(16, 5)
 
 # Several examples of a class, one for each way through its code; presets by their name.
 ROUTERS: dict[str, Callable[[], Router]] = {
@@ -113,6 +120,23 @@ ROUTERS: dict[str, Callable[[], Router]] = {
         D, E, 3, capacity=Capacity(train=0.7, eval=0.7, priority="probability")
     ),
     "noisy_topk": lambda: noisy_topk(D, E),
+    "HashRouter, position, one expert": lambda: HashRouter(D, 1, random_table(64, 1), key=TokenPosition(64)),
+    "HashRouter, bigrams, capacity": lambda: HashRouter(
+        D,
+        E,
+        random_table(50, E),
+        key=Bigram(16, buckets=50),
+        capacity=Capacity(train=0.6, minimum=1, priority="random"),
+    ),
+    "hash_layers": lambda: routers.hash_layers(D, E, COUNTS),
+    "hash_random": lambda: routers.hash_random(D, E, 16),
+    "hash_previous": lambda: routers.hash_previous(D, E, COUNTS),
+    "hash_bigram": lambda: routers.hash_bigram(D, E, 16),
+    "hash_position": lambda: routers.hash_position(D, E, 64),
+    "hash_clustered": lambda: routers.hash_clustered(D, E, EMBEDDINGS),
+    "hash_dispersed": lambda: routers.hash_dispersed(D, E, EMBEDDINGS),
+    "hash_oracle": lambda: routers.hash_oracle(D, E, COUNTS),
+    "multi_hash": lambda: routers.multi_hash(D, 3, COUNTS, num_tables=3, capacity=Capacity(train=1.0)),
     "HierarchicalRouter": lambda: HierarchicalRouter(D, 3, 4),
     "DenseToSparseRouter": lambda: DenseToSparseRouter(
         D, E, LinearDecay(1.0, 0.3, 5), threshold=0.2, weights="plain", init_scale=1.0
@@ -143,6 +167,8 @@ EXPERTS: dict[str, Callable[[], Experts]] = {
     "GroupedMLP": lambda: GroupedMLP(E, D, 6),
     "GroupedMLP, gelu, biases, dropout": lambda: GroupedMLP(E, D, 6, activation="gelu", bias=True, dropout=0.2),
     "GroupedMLP, one expert": lambda: GroupedMLP(1, D, 5, activation="silu"),
+    "MultiHashMLP": lambda: MultiHashMLP(E, D, 6, num_segments=2),
+    "MultiHashMLP, gelu, dropout": lambda: MultiHashMLP(2, D, 6, num_segments=3, activation="gelu", dropout=0.2),
     "GroupedGLU": lambda: GroupedGLU(E, D, 6),
     "GroupedGLU, silu, dropout": lambda: GroupedGLU(3, D, 5, activation="silu", dropout=0.2),
     "GroupedGLU, additive bias": lambda: GroupedGLU(E, D, 6, hidden_bias="add"),

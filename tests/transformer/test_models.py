@@ -161,6 +161,7 @@ def test_routers_are_told_everything_about_their_tokens() -> None:
             "mask": mask,
             "token_ids": ids,
             "previous_ids": torch.cat((torch.full((rows, 1), 7), ids[:, :-1]), 1),
+            "next_ids": torch.cat((ids[:, 1:], torch.full((rows, 1), 7)), 1),
             "position": torch.arange(length).repeat(rows, 1),
             "task": language[:, None].repeat(1, length),
             "sequence": torch.arange(rows)[:, None].repeat(1, length),
@@ -191,6 +192,7 @@ def test_cached_decoding_tells_routers_the_same() -> None:
         cache.select_memory(order)
         model.decode(target[order, 2:3], memory[order], source_mask[order], language=language[order], cache=cache)
         model.decode(target[order, 3:], memory[order], source_mask[order], language=language[order], cache=cache)
+    assert all(context.next_ids is None for context in decoder.told)  # not known yet
     for name in ("token_ids", "previous_ids", "position", "task"):
         expected = getattr(whole, name).view(3, 6)
         first, *later = (getattr(context, name).view(3, -1) for context in decoder.told)

@@ -1,0 +1,88 @@
+"""Segments of a feed-forward's hidden dimension as experts of their own, for MultiHash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moekit.experts.base import Experts, product, truncated_normal_
+from moekit.functional.activation import Activation, activation_function
+from moekit.functional.dropout import dropout
+
+
+class MultiHashMLP(Experts):
+    """K * E segment experts of hidden size F / K; a token's K segments make up one feed-forward of hidden size F.
+
+    Segment m of expert e is number ``m * E + e``, as `moekit.routers.HashRouter` with K tables numbers them. With its
+    weights of 1, for a token whose m-th hash is k_m:
+
+        v_m = activation(x A_{m, k_m}),  y = sum_m v_m B_{m, k_m}
+
+    which is [B_1; ...; B_K] applied to the concatenation [v_1, ..., v_K].
+
+    Args:
+        num_experts: E of each table.
+        dim: D.
+        hidden_dim: F, divisible by K.
+        num_segments: K.
+        activation: of the hidden layer.
+        dropout: probability on the hidden activations.
+        init_scale: variance scale of the truncated normal; the output's fan-in is F, as in a whole feed-forward.
+
+    Raises:
+        ValueError: if K does not divide F.
+
+    Source: arXiv:2106.04426. Differs: every segment of the second matrix reads its own segment of the
+        hidden layer and results are added; segments that each read the whole hidden layer and make a part of the output
+        would have to meet between the two products.
+    """
+
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "w_in": ("expert", "embed", "mlp"),
+        "w_out": ("expert", "mlp", "embed"),
+    }
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        *,
+        num_segments: int = 2,
+        activation: Activation = "relu",
+        dropout: float = 0.0,
+        init_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if num_segments < 1 or hidden_dim % num_segments:
+            raise ValueError(
+                f"hidden_dim must be divisible by num_segments: got {hidden_dim} and {num_segments}. Each segment "
+                "has hidden_dim / num_segments hidden units."
+            )
+        self.num_experts, self.dim, self.hidden_dim = num_experts * num_segments, dim, hidden_dim
+        self.num_segments, self.activation, self.dropout, self.init_scale = (
+            num_segments,
+            activation,
+            dropout,
+            init_scale,
+        )
+        self._act = activation_function(activation)
+        self.w_in = nn.Parameter(torch.empty(self.num_experts, dim, hidden_dim // num_segments))
+        self.w_out = nn.Parameter(torch.empty(self.num_experts, hidden_dim // num_segments, dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
+        truncated_normal_(self.w_in, self.dim, self.init_scale)
+        truncated_normal_(self.w_out, self.hidden_dim, self.init_scale)
+
+    def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
+        hidden = self._act(product(rows, self.w_in, counts))
+        return product(dropout(hidden, self.dropout, training=self.training), self.w_out, counts)
+
+    def reference(self, expert: int, x: Tensor) -> Tensor:  # noqa: D102
+        return self._act(x @ self.w_in[expert]) @ self.w_out[expert]

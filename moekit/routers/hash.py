@@ -1,0 +1,114 @@
+"""Hash layers: a fixed table, not a learned router, sends each token to its expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moekit.routers.hash_keys import CurrentToken, HashKey
+from moekit.routers.queueing import mask_choices, serve, token_choices
+from moekit.routing import Capacity, Router, Routing, RoutingContext
+
+
+class HashRouter(Router):
+    """A table from key to expert; weight 1, no loss, nothing learned.
+
+    The key is the token's id, or whatever `key` makes of the context; hidden states are not looked at. The table is a
+    buffer: it is in the checkpoint and moves with the module.
+
+    With K tables (MultiHash) every token is sent to K experts, one by each table: table m chooses among the experts
+    ``m * E .. m * E + E - 1``. With experts of hidden size F / K (`moekit.experts.MultiHashMLP`) the layer is a
+    feed-forward whose hidden dimension is cut into K segments, each with parameters hashed apart.
+
+    Args:
+        dim: D, for interchange with other routers.
+        num_experts: E, what a table chooses from. The router has K * E experts if there are K tables.
+        table: Int64[num_keys], or Int64[K, num_keys]; made by `moekit.functional.hash_tables`, or your own.
+        key: what is looked up; None = `CurrentToken`.
+        capacity: slots per expert; dropless by default, as in the paper.
+        allow_future: accept a key that tells later tokens (`NextToken`) or random priority in a causal decoder.
+
+    Raises:
+        ValueError: if the table does not fit the key or names an expert that does not exist; in forward, if the context
+            lacks what the key reads or, on a CPU, holds an id out of range.
+
+    Source: arXiv:2106.04426 (hash layer; MultiHash). Differs: `moekit.experts.MultiHashMLP`
+        says how segments are joined.
+    """
+
+    table: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        table: Tensor,
+        *,
+        key: HashKey | None = None,
+        capacity: Capacity | None = None,
+        allow_future: bool = False,
+    ) -> None:
+        super().__init__()
+        key = key or CurrentToken(table.shape[-1])
+        _check_table(table, key, num_experts)
+        capacity = capacity or Capacity()
+        if capacity.priority == "probability":
+            raise ValueError(
+                'HashRouter cannot serve tokens by probability, for it has none. Use priority="position" or "random".'
+            )
+        # A copy beside the buffer, so that `reset_parameters` brings a module made on the meta device to life.
+        self._given = table.detach().to("cpu", torch.int64).reshape(-1, key.num_keys).clone()
+        self.num_tables = self._given.shape[0]
+        self.dim, self.num_experts, self.experts_per_table = dim, num_experts * self.num_tables, num_experts
+        self.key, self.capacity = key, capacity
+        self.looks_ahead = key.looks_ahead or capacity.looks_ahead
+        self.allow_future = allow_future
+        vocab_size = getattr(key, "vocab_size", None)
+        if vocab_size is not None:
+            self.vocab_size = vocab_size
+        self.register_buffer("table", torch.empty(self._given.shape, dtype=torch.int64))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill the table with what the constructor was given."""
+        if self.table.device.type != "meta":
+            self.table.copy_(self._given)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"num_experts={self.num_experts}, tables={self.num_tables}, key={self.key}, capacity={self.capacity}"
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Route; see `Router.forward`."""
+        context = context or RoutingContext()
+        first = torch.arange(self.num_tables, device=x.device) * self.experts_per_table
+        expert = self.table[:, self.key(context)].t() + first
+        weight = torch.ones(expert.shape, dtype=torch.float32, device=x.device)
+        wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), context.mask)
+        served = serve(expert, wanted, weight, self.num_experts, self.capacity, training=self.training)
+        return token_choices(expert, weight, served, self.num_experts)
+
+
+def _check_table(table: Tensor, key: HashKey, num_experts: int) -> None:
+    if table.is_meta:
+        raise ValueError(
+            "a hash table must hold numbers: got one on the meta device. Make the table, or the counts it comes from, "
+            "outside of torch.device('meta')."
+        )
+    if table.ndim not in (1, 2) or table.is_floating_point() or table.dtype == torch.bool or 0 in table.shape:
+        raise ValueError(
+            f"a hash table must be Int64[num_keys] or Int64[K, num_keys]: got {table.dtype} of shape "
+            f"{tuple(table.shape)}."
+        )
+    if table.shape[-1] != key.num_keys:
+        raise ValueError(
+            f"a hash table must have one entry per key: got {table.shape[-1]} entries for the {key.num_keys} keys of "
+            f"{key}. Make the table with num_keys={key.num_keys}."
+        )
+    low, high = int(table.min()), int(table.max())
+    if low < 0 or high >= num_experts:
+        raise ValueError(
+            f"a hash table must name experts in 0..{num_experts - 1}: got {low if low < 0 else high}. Make it for "
+            f"num_experts={num_experts}."
+        )

@@ -1,0 +1,175 @@
+"""The hashes that the Hash Layers paper compares, as presets of `HashRouter`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moekit.functional.hash_tables import (
+    balanced_table,
+    clustered_table,
+    dealt_table,
+    dispersed_table,
+    random_table,
+)
+from moekit.routers.hash import HashRouter
+from moekit.routers.hash_keys import Bigram, CurrentToken, NextToken, PreviousToken, TokenPosition
+from moekit.routing import Capacity
+
+
+def hash_layers(
+    dim: int, num_experts: int, counts: Tensor, *, seed: int = 0, capacity: Capacity | None = None
+) -> HashRouter:
+    """Balanced hash of the current token: the paper's best.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        counts: Int[V], how often each token occurs (`moekit.data.counts.token_counts`).
+        seed: of the order among tokens of equal count.
+        capacity: slots per expert; None = dropless.
+
+    Source: arXiv:2106.04426 (balanced assignment).
+    """
+    return HashRouter(dim, num_experts, balanced_table(counts, num_experts, seed=seed), capacity=capacity)
+
+
+def hash_random(dim: int, num_experts: int, vocab_size: int, *, seed: int = 0) -> HashRouter:
+    """Random hash of the current token.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        vocab_size: V.
+        seed: of the table.
+
+    Source: arXiv:2106.04426 (random hash).
+    """
+    return HashRouter(dim, num_experts, random_table(vocab_size, num_experts, seed=seed))
+
+
+def hash_previous(dim: int, num_experts: int, counts: Tensor, *, seed: int = 0) -> HashRouter:
+    """Balanced hash of the token before.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        counts: Int[V], how often each token comes before another.
+        seed: of the order among tokens of equal count.
+
+    Source: arXiv:2106.04426 (previous token hash).
+    """
+    table = balanced_table(counts, num_experts, seed=seed)
+    return HashRouter(dim, num_experts, table, key=PreviousToken(counts.numel()))
+
+
+def hash_bigram(
+    dim: int, num_experts: int, key: Bigram | int, *, counts: Tensor | None = None, seed: int = 0
+) -> HashRouter:
+    """Hash of the token before and the token together.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        key: how pairs fall into buckets, or V for the default of `Bigram`.
+        counts: Int[buckets], how often each bucket occurs (`moekit.data.counts.bigram_counts`), for a balanced table;
+            None = a random one.
+        seed: of the table.
+
+    Source: arXiv:2106.04426 (bigram hash). Differs: pairs go through buckets.
+    """
+    key = Bigram(key) if isinstance(key, int) else key
+    if counts is None:
+        table = random_table(key.num_keys, num_experts, seed=seed)
+    else:
+        table = balanced_table(counts, num_experts, seed=seed)
+    return HashRouter(dim, num_experts, table, key=key)
+
+
+def hash_position(dim: int, num_experts: int, max_length: int, *, seed: int = 0) -> HashRouter:
+    """Hash of the position in the sequence, positions dealt to experts in a random order.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        max_length: longest sequence.
+        seed: of the order.
+
+    Source: arXiv:2106.04426 (position hash).
+    """
+    return HashRouter(dim, num_experts, dealt_table(max_length, num_experts, seed=seed), key=TokenPosition(max_length))
+
+
+def hash_clustered(dim: int, num_experts: int, embeddings: Tensor, *, seed: int = 0) -> HashRouter:
+    """Similar tokens to the same expert: k-means of a dense model's embeddings.
+
+    Args:
+        dim: D of this layer.
+        num_experts: E.
+        embeddings: Float[V, any], of a model trained before.
+        seed: of k-means.
+
+    Source: arXiv:2106.04426 (token clusters).
+    """
+    return HashRouter(dim, num_experts, clustered_table(embeddings, num_experts, seed=seed))
+
+
+def hash_dispersed(dim: int, num_experts: int, embeddings: Tensor, *, seed: int = 0) -> HashRouter:
+    """Similar tokens to different experts: every cluster dealt to all.
+
+    Args:
+        dim: D of this layer.
+        num_experts: E.
+        embeddings: Float[V, any], of a model trained before.
+        seed: of k-means and the deal.
+
+    Source: arXiv:2106.04426 (dispersed hash).
+    """
+    return HashRouter(dim, num_experts, dispersed_table(embeddings, num_experts, seed=seed))
+
+
+def hash_oracle(dim: int, num_experts: int, counts: Tensor, *, seed: int = 0, allow_future: bool = False) -> HashRouter:
+    """Balanced hash of the NEXT token: what a language model could do if it were told the answer, in part.
+
+    Args:
+        dim: D.
+        num_experts: E; each expert tells log2 E bits of the answer.
+        counts: Int[V], how often each token comes after another.
+        seed: of the order among tokens of equal count.
+        allow_future: needed in a causal decoder, where this is cheating, and meant to be.
+
+    Source: arXiv:2106.04426 (oracle future hash).
+    """
+    table = balanced_table(counts, num_experts, seed=seed)
+    return HashRouter(dim, num_experts, table, key=NextToken(counts.numel()), allow_future=allow_future)
+
+
+def multi_hash(
+    dim: int,
+    num_experts: int,
+    counts: Tensor,
+    *,
+    num_tables: int = 2,
+    seed: int = 0,
+    capacity: Capacity | None = None,
+) -> HashRouter:
+    """MultiHash: several balanced tables of the current token, one for each segment of the hidden dimension.
+
+    Its bank is ``MultiHashMLP(num_experts, dim, hidden_dim, num_segments=num_tables)``.
+
+    Args:
+        dim: D.
+        num_experts: E, what each table chooses from.
+        counts: Int[V].
+        num_tables: K, the segments; 2, 4 and 8 are natural (ours).
+        seed: of the tables, which differ from one another.
+        capacity: slots per segment expert; None = dropless.
+
+    Source: arXiv:2106.04426 (MultiHash). Differs: balanced tables instead of random ones.
+    """
+    if num_tables < 1:
+        raise ValueError(f"multi_hash needs at least one table: got num_tables={num_tables}.")
+    tables = [
+        balanced_table(counts, num_experts, seed=seed * num_tables + m, shuffled="octave") for m in range(num_tables)
+    ]
+    return HashRouter(dim, num_experts, torch.stack(tables), key=CurrentToken(counts.numel()), capacity=capacity)
