@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,8 +79,8 @@ class SoftMoELayer(Component):
             context: its mask tells padding; fields have the leading shape of `x`, or are flat.
         """
         n, dim = x.shape[-2:]
-        rows = x.reshape(-1, n, dim)
-        b = rows.shape[0]
+        b = math.prod(x.shape[:-2])
+        rows = x.reshape(b, n, dim)
         mask = None if context is None else context.flatten(b * n).mask
         real = torch.ones(b, n, dtype=torch.bool, device=x.device) if mask is None else mask.view(b, n)
         rows = rows.masked_fill(~real[:, :, None], 0.0)

@@ -80,6 +80,7 @@ class Recording(PackedDispatcher):
     """Remembers that it was asked."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.asked = 0
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:

@@ -290,7 +290,7 @@ def sparse_layers(backbone: Any) -> dict[str, int]:
     sizes = {}
     for name in backbone.routed_layers:
         side, number = name.split(".")
-        sizes[name] = int(getattr(backbone, side).blocks[int(number)].feed_forward.router.num_experts)
+        sizes[name] = int(getattr(backbone, side).blocks[int(number)].feed_forward.num_experts)
     return sizes
 
 

@@ -19,6 +19,8 @@ from moekit.transformer.output import BlockOutput
 class RoutedFeedForward(Protocol):
     """A feed-forward that routes tokens: it is told the context, and asked whether it may stand in a decoder."""
 
+    num_experts: int
+
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> MoEOutput:
         """Compute Float[..., D]; context fields are ``[T]``."""
 

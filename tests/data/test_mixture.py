@@ -5,7 +5,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moekit.data.mixture import Constant, LinearHeating, SquareRootHeating, TemperatureSchedule, sampling_probabilities
+from moekit.data.mixture import (
+    HEATING_FORMS,
+    Constant,
+    LinearHeating,
+    SquareRootHeating,
+    StepHeating,
+    TemperatureSchedule,
+    heating,
+    sampling_probabilities,
+)
 from moekit.errors import UserError
 
 SIZES = [30_000, 3_000, 300]
@@ -75,7 +84,42 @@ def test_square_root_heating_is_the_papers_formula() -> None:
     assert heating(5000) == heating(1000) == pytest.approx(9.0)
 
 
-@pytest.mark.parametrize("schedule", [Constant(2.0), LinearHeating(), SquareRootHeating()])
+def test_step_heating_is_a_staircase() -> None:
+    stairs = StepHeating((1.0, 2.0, 5.0), (10, 30))
+    assert [stairs(step) for step in (0, 9, 10, 29, 30, 1000)] == [1.0, 1.0, 2.0, 2.0, 5.0, 5.0]
+
+
+@pytest.mark.parametrize("form", HEATING_FORMS)
+@pytest.mark.parametrize("end", [2.0, 5.0])
+def test_heating_by_name_begins_at_one_and_ends_where_told(form: str, end: float) -> None:
+    schedule = heating(form, end, 200)
+    values = schedule.at(np.arange(0, 400))
+    assert values[0] == 1.0
+    assert values[200:] == pytest.approx(end)
+    assert (np.diff(values) >= -1e-12).all()
+    assert heating(form, end, 0) == Constant(end)
+
+
+def test_forms_of_heating_differ() -> None:
+    half = [heating(form, 5.0, 200)(100) for form in HEATING_FORMS]
+    assert half == pytest.approx([3.0, (1 + 0.5 * (5**0.5 - 1)) ** 2, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("squareroot", 5.0, 10), "linear, square_root, step: got 'squareroot'. Did you mean 'square_root'?"),
+        (("linear", 0.0, 10), "positive temperature .* got 0 in 10 steps"),
+        (("linear", 5.0, -1), "not negative: got 5 in -1 steps"),
+        (("square_root", 0.5, 10), "rises from 1: got an end of 0.5"),
+    ],
+)
+def test_impossible_heating_is_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        heating(*arguments)
+
+
+@pytest.mark.parametrize("schedule", [Constant(2.0), LinearHeating(), SquareRootHeating(), StepHeating()])
 def test_schedules_answer_for_many_steps_at_once(schedule: TemperatureSchedule) -> None:
     steps = np.array([0, 1, 500, 20_000])
     assert schedule.at(steps).tolist() == [schedule(int(step)) for step in steps]
@@ -88,6 +132,10 @@ def test_schedules_answer_for_many_steps_at_once(schedule: TemperatureSchedule) 
         (lambda: Constant(0.0), "temperature must be a positive temperature: got 0.0"),
         (lambda: LinearHeating(start=-1.0), "start must be a positive temperature"),
         (lambda: LinearHeating(steps=0), "steps must be at least 1 step: got 0"),
+        (lambda: StepHeating((1.0,), (5,)), "got 1 temperatures and 1 steps"),
+        (lambda: StepHeating((1.0, -2.0), (5,)), "temperatures must be a positive temperature: got -2.0"),
+        (lambda: StepHeating((1.0, 2.0, 3.0), (5, 5)), r"must rise: got \(5, 5\)"),
+        (lambda: StepHeating((1.0, 2.0), (0,)), "steps must be at least 1 step: got 0"),
         (lambda: SquareRootHeating(horizon=0), "horizon must be at least 1 step: got 0"),
     ],
 )
