@@ -319,7 +319,6 @@ def test_the_largest_fits_and_the_next_does_not(grow: Any) -> None:
         ZCODE_M3_10B,
         num_experts=bank.shape[0],
         dim=dim,
-        heads=dim // 64,
         hidden_dim=4 * dim,
         encoder_layers=layers["encoder"],
         decoder_layers=layers["decoder"],
@@ -328,7 +327,7 @@ def test_the_largest_fits_and_the_next_does_not(grow: Any) -> None:
     more = {
         "experts": {"num_experts": shape.num_experts + 8},
         "layers": {"encoder_layers": layers["encoder"] + 4, "decoder_layers": layers["decoder"] + 2},
-        "width": {"dim": dim + 64, "heads": dim // 64 + 1, "hidden_dim": 4 * (dim + 64)},
+        "width": {"dim": dim + 16, "hidden_dim": 4 * (dim + 16)},
     }[grow]
     assert not plan(replace(shape, **more), layout, training).fits(16 * GIB)  # type: ignore[arg-type]
     assert layers["encoder"] == 2 * layers["decoder"]
@@ -401,6 +400,8 @@ def test_other_errors() -> None:
         plan(TINY, Layout(devices=16, expert_parallel_size=16))
     with pytest.raises(ValueError, match=r"tiny has no experts\. Use 1"):
         plan(replace(TINY, num_experts=0), Layout(devices=2, expert_parallel_size=2))
+    with pytest.raises(ValueError, match=r"axis 'vocab' of the tables and logits .*got 97 and 2\. Use 98"):
+        plan(replace(TINY, vocab_size=97), Layout(devices=2, tensor_parallel_size=2))
     with pytest.raises(ValueError, match=r"got 'fp8'"):
         Training(precision="fp8")
     with pytest.raises(ValueError, match=r"got 'lion'"):
@@ -417,6 +418,8 @@ def test_other_errors() -> None:
         largest(TINY, Layout(), Training(sequences=1), GIB, limit=4)
     with pytest.raises(ValueError, match=r"fits on no number of devices up to 4"):
         fewest_devices(ZCODE_M3_10B, Training(sequences=1), GIB, limit=4)
+    with pytest.raises(ValueError, match=r"axis 'vocab'"):
+        fewest_devices(replace(TINY, vocab_size=97), Training(), GIB, like=Layout(devices=2, tensor_parallel_size=2))
     with pytest.raises(ValueError, match=r'must be "experts", "layers" or "width": got \'depth\''):
         largest(TINY, Layout(), Training(), GIB, grow="depth")  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from moekit.parallel.planner.census import Census, take_census
 from moekit.parallel.planner.layout import Layout, Training
-from moekit.parallel.planner.memory import Memory, local_shape, memory_of, sharded_shape
+from moekit.parallel.planner.memory import TENSOR_AXES, Memory, local_shape, memory_of, sharded_shape
 from moekit.parallel.planner.shape import TransformerShape
 from moekit.parallel.planner.tables import Column, markdown_table, text_table
 from moekit.parallel.planner.traffic import Traffic, traffic_of
@@ -108,7 +108,8 @@ def plan(model: TransformerShape | nn.Module, layout: Layout, training: Training
         training: micro-batch, precision, optimizer, checkpointing.
 
     Raises:
-        ValueError: if the experts cannot be divided evenly, or the module contains no transformer.
+        ValueError: if experts, heads, hidden channels or vocabulary cannot be divided evenly, or the module contains no
+            transformer.
 
     Source: the memory model is that of arXiv:1910.02054 section 3, with experts divided as in arXiv:2006.16668
         section 3.
@@ -120,15 +121,15 @@ def plan(model: TransformerShape | nn.Module, layout: Layout, training: Training
         '10.3 billion, 0.8 active'
     """
     training = training or Training()
-    census = take_census(model, training)
+    return forecast_of(take_census(model, training), layout, training)
+
+
+def forecast_of(census: Census, layout: Layout, training: Training) -> Forecast:
+    """`plan` of a model that is counted already (with the same `training`), on another layout."""
     _check_experts(census, layout)
-    return Forecast(
-        census,
-        layout,
-        training,
-        memory_of(census, layout, training),
-        traffic_of(census, layout, training),
-    )
+    _check_slices(census, layout)
+    memory, traffic = memory_of(census, layout, training), traffic_of(census, layout, training)
+    return Forecast(census, layout, training, memory, traffic)
 
 
 def _check_experts(census: Census, layout: Layout) -> None:
@@ -144,6 +145,18 @@ def _check_experts(census: Census, layout: Layout) -> None:
                 f"the number of experts must be a multiple of expert_parallel_size: got {count} experts and {size}. "
                 f"Use expert_parallel_size {near}, or {size * math.ceil(count / size)} experts."
             )
+
+
+def _check_slices(census: Census, layout: Layout) -> None:
+    size = layout.tensor_parallel_size
+    for unit in census.units:
+        for weight in unit.weights:
+            for length, axis in zip(weight.shape, weight.axes, strict=False):
+                if axis in TENSOR_AXES and length % size:
+                    raise ValueError(
+                        f"the axis {axis!r} of the {unit.name} must be a multiple of tensor_parallel_size: got "
+                        f"{length} and {size}. Use {math.ceil(length / size) * size}, or another tensor_parallel_size."
+                    )
 
 
 def _rows(made: Forecast) -> list[tuple[str, str]]:

@@ -67,7 +67,7 @@ class Layout:
         return self.shard_size // self.expert_parallel_size
 
     def __str__(self) -> str:
-        parts = [f"{self.devices} devices"]
+        parts = ["1 device" if self.devices == 1 else f"{self.devices} devices"]
         if self.expert_parallel_size > 1:
             parts.append(f"expert {self.expert_parallel_size}")
         if self.tensor_parallel_size > 1:

@@ -9,7 +9,8 @@ from typing import Literal
 
 from torch import nn
 
-from moekit.parallel.planner.forecast import GIB, Forecast, plan
+from moekit.parallel.planner.census import take_census
+from moekit.parallel.planner.forecast import GIB, Forecast, forecast_of, plan
 from moekit.parallel.planner.layout import Layout, Training
 from moekit.parallel.planner.shape import TransformerShape
 
@@ -33,7 +34,7 @@ def largest(
         training: what a device does in a step.
         memory: bytes of a device that may be used.
         grow: what changes: "experts" (their number, in multiples of the expert-parallel size), "layers" (encoder and
-            decoder in the shape's proportion), or "width" (D, with F and the number of heads in proportion to it).
+            decoder in the shape's proportion), or "width" (D, with F and the size of a head in proportion to it).
         limit: largest size tried.
 
     Raises:
@@ -83,21 +84,19 @@ def _family(shape: TransformerShape, layout: Layout, grow: Growth) -> Callable[[
             )
         case "width":
             head_dim = shape.head_dim or shape.dim // shape.heads
+            per_channel = shape.dim / head_dim
             hidden, expert = shape.hidden_dim / shape.dim, (shape.expert_hidden_dim or 0) / shape.dim
-            ratio, beside = shape.heads * head_dim / shape.dim, shape.beside / shape.dim
             step = layout.tensor_parallel_size
 
             def wide(size: int) -> TransformerShape:
-                heads = step * size
-                dim = round(heads * head_dim / ratio)
+                dim = step * round(per_channel * size)
                 return replace(
                     shape,
                     dim=dim,
-                    heads=heads,
-                    head_dim=head_dim,
-                    hidden_dim=round(dim * hidden),
-                    expert_hidden_dim=round(dim * expert) or None,
-                    beside=round(dim * beside),
+                    head_dim=step * size,
+                    hidden_dim=step * round(dim * hidden / step),
+                    expert_hidden_dim=step * round(dim * expert / step) or None,
+                    beside=step * round(dim * shape.beside / shape.dim / step),
                 )
 
             return wide
@@ -129,11 +128,10 @@ def fewest_devices(
         ValueError: if it fits on no number up to the limit: what every device must hold is too large.
     """
     like = like or Layout()
-    fewest = plan(
-        model, replace(like, devices=like.tensor_parallel_size * like.replicas, expert_parallel_size=1), training
-    )
-    experts = fewest.census.fewest_experts or 1
-    last = fewest
+    census = take_census(model, training)
+    experts = census.fewest_experts or 1
+    last: Forecast | None = None
+    trouble: ValueError | None = None
     for devices in _numbers(like.tensor_parallel_size * like.replicas, node, limit):
         fitting: list[Forecast] = []
         for size in (
@@ -143,15 +141,18 @@ def fewest_devices(
         ):
             layout = replace(like, devices=devices, expert_parallel_size=size)
             try:
-                last = plan(model, layout, training)
-            except ValueError:
+                last = forecast_of(census, layout, training)
+            except ValueError as error:
+                trouble = error
                 continue  # another layer has a number of experts that this size does not divide
             if last.fits(memory):
                 fitting.append(last)
         if fitting:
             return min(fitting, key=lambda made: made.traffic.total)
+    if last is None:
+        raise trouble or ValueError(f"limit must be at least {like.tensor_parallel_size * like.replicas}: got {limit}.")
     raise ValueError(
-        f"{last.census.name} fits on no number of devices up to {limit} with {memory / GIB:.2f} GiB each: on "
+        f"{census.name} fits on no number of devices up to {limit} with {memory / GIB:.2f} GiB each: on "
         f"{last.layout.devices} a device still needs {last.memory.device / GIB:.2f} GiB, of which activations "
         f"{last.memory.activations / GIB:.2f}. Use a higher ZeRO stage, more tensor parallelism, checkpointing, "
         "shorter micro-batches or offloading."
