@@ -1,0 +1,159 @@
+"""GShard: multilingual translation by an encoder-decoder with two experts per token in every other layer.
+
+Lepikhin et al. 2020, "GShard: Scaling Giant Models with Conditional Computation and Automatic Sharding"
+(arXiv:2006.16668). One model translates 100 languages to English. A token goes to its most probable expert and, with
+probability min(1, 2 g), to the second one of weight g; the two weights sum to 1 before anything is dropped, first
+choices are served first, an expert takes 2 T / E assignments, and what finds no room is carried by the residual. The
+balance loss has weight 0.01. The paper makes models deeper (12 or 36 layers) and wider (128 to 2,048 experts).
+
+    python -m moekit.recipes.gshard                       # minutes on a laptop, nothing to download
+    python -m moekit.recipes.gshard run --variant small --data.source moses --data.path FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moekit.heads import TranslationHead
+from moekit.layer import MoELayer
+from moekit.recipes._command import Recipe, main
+from moekit.recipes._config import DataConfig, EvaluateConfig, TaskConfig, TrainConfig, TranslationTasks
+from moekit.recipes._networks import (
+    TWIN_NOTES,
+    EncoderDecoderConfig,
+    aux_losses,
+    encoder_decoder,
+    expert_bank,
+    feed_forwards,
+    with_twins,
+)
+from moekit.recipes._parts import Built
+from moekit.recipes._pipeline import commands
+from moekit.routers import AllChoices, RandomChoice, TopKRouter
+from moekit.routing import Capacity
+from moekit.transformer import Side
+
+ACTIVE = 2  # experts that a token passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(EncoderDecoderConfig):
+    """The network.
+
+    Attributes:
+        capacity_factor: slots of an expert in training as a multiple of an even share of all choices; 0 = no limit.
+        second_expert: whether a token's second choice is sent at random by its weight, or always.
+    """
+
+    capacity_factor: float = 1.0  # C = 2 T / E (section 2.2)
+    second_expert: Literal["random", "always"] = "random"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is made of.
+
+    Attributes:
+        data: where text comes from.
+        model: the network.
+        tasks: tokens per step.
+        train: how training goes.
+        evaluate: how the result is evaluated.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tasks: TranslationTasks = field(default_factory=TranslationTasks)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def build(config: Config, vocab_size: int) -> Built:
+    """The parts of a run."""
+    model = config.model
+
+    def sparse(layer: int, side: Side) -> MoELayer:
+        router = TopKRouter(  # with the second expert at random this is `moekit.routers.gshard`
+            model.dim,
+            model.num_experts,
+            k=ACTIVE,
+            capacity=Capacity(train=model.capacity_factor or None),
+            renormalise="before_drop",
+            later_choices=RandomChoice(0.5) if model.second_expert == "random" else AllChoices(),
+            init_scale=1.0,
+        )
+        return MoELayer(router, expert_bank(model))
+
+    network = encoder_decoder(model, vocab_size, feed_forwards(model, sparse, ACTIVE))
+    return Built(network, [TranslationHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
+
+
+TINY = Config(
+    # Many languages to one, of unequal sizes as in the paper; the numbers are ours.
+    data=DataConfig(vocab_size=1600, directions="tnd-avl,kmb-avl,shl-avl", babel_sizes="kmb=10000,shl=3000"),
+    train=TrainConfig(max_steps=1200, max_minutes=4.0, validate_every=300),
+    evaluate=EvaluateConfig(max_sentences=150, valid_sentences=50),
+)
+SMALL = Config(
+    data=DataConfig(source="moses", vocab_size=4000, temperature=5.0),
+    model=ModelConfig(encoder_layers=4, decoder_layers=4, dropout=0.05),
+    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, validate_every=500),
+    evaluate=EvaluateConfig(valid_sentences=50),
+)
+
+
+def paper(num_experts: int, layers: int, batch_tokens: int, *, every: int = 2) -> Config:
+    """A published model: dimension 1,024, hidden size 8,192, 16 heads, `layers` blocks in all, half of them decoder's.
+
+    That `layers` counts both sides follows from the published 2.3 billion parameters of the dense model of 96 layers.
+    The paper trains by Adafactor to a trillion tokens; AdamW, its learning rate and the vocabulary are ours.
+
+    Source: arXiv:2006.16668 section 4 (table of models and costs).
+    """
+    return Config(
+        data=DataConfig(source="moses", vocab_size=64_000, temperature=5.0),
+        model=ModelConfig(
+            dim=1024, heads=16, hidden_dim=8192, encoder_layers=layers // 2, decoder_layers=layers // 2,
+            num_experts=num_experts, every=every, dropout=0.1, checkpoint=True,
+        ),
+        tasks=TranslationTasks(translation=TaskConfig(tokens=batch_tokens)),
+        train=TrainConfig(
+            max_steps=10**12 // batch_tokens, learning_rate=5e-4, warmup_steps=10_000, schedule="inverse_square_root",
+        ),
+    )  # fmt: skip
+
+
+MILLION = 2**20
+VARIANTS: Mapping[str, Config] = {
+    **with_twins(tiny=TINY, small=SMALL),
+    "paper_12b": paper(128, 12, MILLION),
+    "paper_37b": paper(128, 36, MILLION),
+    "paper_50b": paper(512, 12, MILLION),
+    "paper_150b": paper(512, 36, MILLION),
+    "paper_200b": paper(2048, 12, 4 * MILLION),
+    "paper_600b": paper(2048, 36, 4 * MILLION),
+    "paper_dense_96": paper(0, 96, 4 * MILLION, every=97),  # no layer is sparse, or as wide as two experts
+}
+
+RECIPE = Recipe(
+    name="gshard",
+    about="GShard (arXiv:2006.16668): multilingual translation with two of many experts per token.",
+    variants=VARIANTS,
+    notes={
+        **TWIN_NOTES,
+        "paper_12b": "12 layers, 128 experts: 12.5 billion parameters",
+        "paper_37b": "36 layers, 128 experts: 37 billion",
+        "paper_50b": "12 layers, 512 experts: 50 billion",
+        "paper_150b": "36 layers, 512 experts: 150 billion",
+        "paper_200b": "12 layers, 2,048 experts: 200 billion",
+        "paper_600b": "36 layers, 2,048 experts: 600 billion",
+        "paper_dense_96": "the dense baseline of 96 layers: 2.3 billion",
+    },
+    commands=commands("gshard", build),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(RECIPE))

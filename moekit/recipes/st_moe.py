@@ -1,0 +1,176 @@
+"""ST-MoE: a T5 with two experts per token in every fourth layer, a router z-loss, and a dense layer after each.
+
+Zoph et al. 2022, "ST-MoE: Designing Stable and Transferable Sparse Expert Models" (arXiv:2202.08906). An
+encoder-decoder learns to restore cut-out spans; feed-forwards and experts are GEGLU, norms are RMS. A token goes to its
+best expert and, with probability min(1, g / 0.2), to the second one of weight g; the two weights sum to 1. An expert
+takes 1.25 times an even share in training and 2 in evaluation. The loss is cross-entropy + 0.01 balance + 0.001 z,
+where z keeps the router's logits small. One more dense feed-forward, a branch with a norm of its own, follows each
+sparse layer.
+
+    python -m moekit.recipes.st_moe                       # minutes on a laptop, nothing to download
+    python -m moekit.recipes.st_moe run --variant small --data.source text --data.path FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from moekit.errors import UserError
+from moekit.heads import SpanCorruptionHead
+from moekit.layer import MoELayer
+from moekit.recipes._command import Recipe, main
+from moekit.recipes._config import DataConfig, EvaluateConfig, SpanCorruptionTasks, TaskConfig, TrainConfig
+from moekit.recipes._networks import (
+    TWIN_NOTES,
+    EncoderDecoderConfig,
+    aux_losses,
+    encoder_decoder,
+    expert_bank,
+    feed_forward,
+    feed_forwards,
+    with_twins,
+)
+from moekit.recipes._parts import Built
+from moekit.recipes._pipeline import commands
+from moekit.routers import st_moe
+from moekit.transformer import Side, SparseDense
+
+ACTIVE = 2  # experts that a token passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(EncoderDecoderConfig):
+    """The network.
+
+    Attributes:
+        capacity_factor: slots of an expert in training as a multiple of an even share of all choices; 0 = no limit.
+        eval_capacity_factor: the same in evaluation.
+        batch_prioritised: in the encoder an expert serves the most probable tokens first, not the first.
+        extra: where the dense feed-forward of a sparse layer stands: after it, before it, or nowhere.
+        expert_bias: what experts do with a bias on their hidden units: none, add or multiply.
+    """
+
+    gated: bool = True
+    activation: Literal["relu", "gelu", "silu"] = "gelu"
+    norm: Literal["layer", "rms"] = "rms"
+    positions: Literal["sinusoidal", "rotary", "relative"] = "relative"
+    router_z: float = 1e-3  # eq. 6
+    capacity_factor: float = 1.25
+    eval_capacity_factor: float = 2.0
+    batch_prioritised: bool = False
+    extra: Literal["after", "before", "none"] = "after"
+    expert_bias: Literal["none", "add", "multiply"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is made of.
+
+    Attributes:
+        data: where text comes from.
+        model: the network.
+        tasks: tokens per step.
+        train: how training goes.
+        evaluate: how the result is evaluated.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tasks: SpanCorruptionTasks = field(default_factory=SpanCorruptionTasks)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def build(config: Config, vocab_size: int) -> Built:
+    """The parts of a run."""
+    model = config.model
+    if model.expert_bias != "none" and not model.gated:
+        raise UserError(f"model.expert_bias {model.expert_bias} needs gated experts: set model.gated true.")
+    bias: dict[str, Any] = {"hidden_bias": model.expert_bias} if model.gated else {}
+
+    def sparse(layer: int, side: Side) -> MoELayer:
+        router = st_moe(
+            model.dim,
+            model.num_experts,
+            capacity_factor=model.capacity_factor or None,
+            eval_capacity_factor=model.eval_capacity_factor or None,
+            batch_prioritised=model.batch_prioritised and side == "encoder",
+        )
+        return MoELayer(router, expert_bank(model, **bias))
+
+    one_branch = feed_forwards(model, sparse, ACTIVE)
+
+    def layers(layer: int, side: Side) -> nn.Module | SparseDense | None:
+        made = one_branch(layer, side)
+        if model.extra == "none" or (layer + 1) % model.every or not isinstance(made, nn.Module):
+            return made
+        return SparseDense(made, feed_forward(model), order=model.extra)
+
+    network = encoder_decoder(model, vocab_size, layers)
+    return Built(network, [SpanCorruptionHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
+
+
+TINY = Config(
+    data=DataConfig(vocab_size=1600),
+    # GEGLU has three matrices: 2/3 of 512, rounded. One sparse layer of two on each side, for want of more (ours).
+    model=ModelConfig(hidden_dim=336),
+    train=TrainConfig(max_steps=1200, max_minutes=4.0, label_smoothing=0.0, validate_every=300),
+    evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
+)
+SMALL = Config(
+    data=DataConfig(source="text", vocab_size=4000, temperature=5.0),
+    model=ModelConfig(hidden_dim=336, encoder_layers=4, decoder_layers=4, every=4, dropout=0.05),
+    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, label_smoothing=0.0, validate_every=500),
+    evaluate=EvaluateConfig(beam_size=1),
+)
+
+
+def paper(dim: int, heads: int, head_dim: int, hidden_dim: int, num_experts: int, steps: int) -> Config:
+    """A published model: 24 + 24 blocks, experts in every fourth, T5's vocabulary with an output table of its own.
+
+    Sources disagree: table 11 says 27 layers, the authors' configuration (flaxformer) 24 and the extra feed-forwards.
+    The latter makes the published counts, 4.1 and 269 billion; so do 27 layers without extra feed-forwards.
+    The paper trains by Adafactor; AdamW and its learning rate are ours.
+
+    Source: arXiv:2202.08906 section 3 and table 11.
+    """
+    return Config(
+        data=DataConfig(source="text", vocab_size=32_128, max_length=512),
+        model=ModelConfig(
+            dim=dim, heads=heads, head_dim=head_dim, hidden_dim=hidden_dim, encoder_layers=24, decoder_layers=24,
+            num_experts=num_experts, every=4, tied=False, expert_init_scale=0.1, checkpoint=True,
+        ),
+        tasks=SpanCorruptionTasks(span_corruption=TaskConfig(tokens=10**6)),
+        train=TrainConfig(
+            max_steps=steps, learning_rate=1e-3, warmup_steps=10_000, schedule="inverse_square_root",
+            label_smoothing=0.0, precision="bf16-mixed",
+        ),
+        evaluate=EvaluateConfig(beam_size=1),
+    )  # fmt: skip
+
+
+VARIANTS: Mapping[str, Config] = {
+    **with_twins(tiny=TINY, small=SMALL),
+    "paper_l": paper(1024, 16, 64, 2816, 32, steps=500_000),  # 500 B tokens
+    "paper_32b": paper(5120, 64, 128, 20_480, 64, steps=1_500_000),  # 1.5 T tokens
+}
+
+RECIPE = Recipe(
+    name="st_moe",
+    about="ST-MoE (arXiv:2202.08906): a T5 with two of many experts per token, trained stably by a router z-loss.",
+    variants=VARIANTS,
+    notes={
+        **TWIN_NOTES,
+        "paper_l": "ST-MoE-L, 32 experts: 4.1 billion parameters",
+        "paper_32b": "ST-MoE-32B, 64 experts: 269 billion",
+    },
+    commands=commands("st_moe", build),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(RECIPE))

@@ -1,0 +1,175 @@
+"""Switch Transformer: a T5 in which one expert of many replaces every other feed-forward.
+
+Fedus et al. 2021, "Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity"
+(arXiv:2101.03961). An encoder-decoder learns to restore cut-out spans (15 %); a token passes the one expert that a
+float32 softmax router finds most probable, times its probability. An expert takes `capacity_factor` times an even
+share of the tokens, in their order; the others are carried by the residual. Training perturbs the router's input by
+1e-2, adds 1e-2 times the balance loss of every layer, and begins with a tenth of the usual variance.
+
+    python -m moekit.recipes.switch                       # minutes on a laptop, nothing to download
+    python -m moekit.recipes.switch run --variant small --data.source text --data.path FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moekit.heads import SpanCorruptionHead
+from moekit.layer import MoELayer
+from moekit.recipes._command import Recipe, main
+from moekit.recipes._config import DataConfig, EvaluateConfig, SpanCorruptionTasks, TaskConfig, TrainConfig
+from moekit.recipes._networks import (
+    TWIN_NOTES,
+    EncoderDecoderConfig,
+    aux_losses,
+    encoder_decoder,
+    expert_bank,
+    feed_forwards,
+    with_twins,
+)
+from moekit.recipes._parts import Built
+from moekit.recipes._pipeline import commands
+from moekit.routers import Exploration, InputDropout, InputJitter, NoTokenLeftBehind, SampledSoftmax, TopKRouter
+from moekit.routing import Capacity
+from moekit.transformer import Side, init_weights
+
+EXPLORATION: Mapping[str, Exploration | None] = {  # compared in appendix C; the rate of dropout is ours
+    "jitter": InputJitter(1e-2),
+    "dropout": InputDropout(0.1),
+    "sample": SampledSoftmax(),
+    "none": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(EncoderDecoderConfig):
+    """The network.
+
+    Attributes:
+        capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
+        exploration: noise of training: jitter or dropout of the router's input, sample = draw the expert, or none.
+        overflow: tokens beyond capacity are dropped, or rerouted to their next choice ("no token left behind").
+        init_scale: variance scale of the first weights of attention and dense layers (Switch: 0.1).
+    """
+
+    norm: Literal["layer", "rms"] = "rms"  # norm, positions and activation as in T5
+    positions: Literal["sinusoidal", "rotary", "relative"] = "relative"
+    capacity_factor: float = 1.25
+    exploration: Literal["jitter", "dropout", "sample", "none"] = "jitter"
+    overflow: Literal["drop", "reroute"] = "drop"
+    init_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is made of.
+
+    Attributes:
+        data: where text comes from.
+        model: the network.
+        tasks: tokens per step.
+        train: how training goes.
+        evaluate: how the result is evaluated.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tasks: SpanCorruptionTasks = field(default_factory=SpanCorruptionTasks)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def build(config: Config, vocab_size: int) -> Built:
+    """The parts of a run."""
+    model = config.model
+
+    def sparse(layer: int, side: Side) -> MoELayer:
+        router = TopKRouter(  # with jitter and drop this is `moekit.routers.switch`
+            model.dim,
+            model.num_experts,
+            capacity=Capacity(train=model.capacity_factor or None),
+            exploration=EXPLORATION[model.exploration],
+            overflow=NoTokenLeftBehind() if model.overflow == "reroute" else None,
+            allow_future=model.overflow == "reroute",  # whose second tries wait for later tokens, as in the original
+        )
+        return MoELayer(router, expert_bank(model))
+
+    network = encoder_decoder(model, vocab_size, feed_forwards(model, sparse))
+    if model.init_scale != 1:
+        init_weights(network, scale=model.init_scale)
+    return Built(network, [SpanCorruptionHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
+
+
+TINY = Config(
+    data=DataConfig(vocab_size=1600),
+    model=ModelConfig(),  # capacity 1.25, jitter and balance weight as in the paper; sizes and init ours
+    train=TrainConfig(max_steps=1500, max_minutes=4.0, label_smoothing=0.0, validate_every=300),
+    evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
+)
+SMALL = Config(
+    data=DataConfig(source="text", vocab_size=4000, temperature=5.0),
+    model=ModelConfig(encoder_layers=4, decoder_layers=4, dropout=0.05),
+    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, label_smoothing=0.0, validate_every=500),
+    evaluate=EvaluateConfig(beam_size=1),
+)
+
+
+def paper(
+    dim: int, heads: int, hidden_dim: int, layers: int, num_experts: int, *, every: int = 2, gated: bool = False
+) -> Config:
+    """A published model: T5's vocabulary, heads of 64 channels, 2 ** 20 tokens a step, 550,000 steps of C4.
+
+    The paper trains by Adafactor; AdamW and its learning rate are ours.
+
+    Source: arXiv:2101.03961; sizes of C and XXL arXiv:2202.08906 table 11.
+    """
+    return Config(
+        data=DataConfig(source="text", vocab_size=32_128, max_length=512),
+        model=ModelConfig(
+            dim=dim, heads=heads, head_dim=64, hidden_dim=hidden_dim, encoder_layers=layers, decoder_layers=layers,
+            num_experts=num_experts, every=every, gated=gated, activation="gelu" if gated else "relu", dropout=0.1,
+            init_scale=0.1, expert_init_scale=0.1, checkpoint=True,
+        ),
+        tasks=SpanCorruptionTasks(span_corruption=TaskConfig(tokens=2**20)),
+        train=TrainConfig(
+            max_steps=550_000, learning_rate=1e-3, warmup_steps=10_000, schedule="inverse_square_root",
+            label_smoothing=0.0, precision="bf16-mixed",
+        ),
+        evaluate=EvaluateConfig(beam_size=1),
+    )  # fmt: skip
+
+
+VARIANTS: Mapping[str, Config] = {
+    **with_twins(tiny=TINY, small=SMALL),
+    "paper_base_64": paper(768, 12, 3072, 12, 64),
+    "paper_base_128": paper(768, 12, 3072, 12, 128),
+    "paper_base_256": paper(768, 12, 3072, 12, 256),
+    # 26.3 B follow from T5-Large's ReLU layers of 4,096; GEGLU layers of 2,816, which we remember, would make 27.1 B.
+    "paper_large": paper(1024, 16, 4096, 24, 128),
+    "paper_c": paper(2080, 32, 6144, 15, 2048, every=1),
+    # Sources disagree: 64 experts at every 4th layer (arXiv:2202.08906 table 11) would make 105 B; 128 at every 2nd
+    # (flaxformer's configuration) make the published 395 B.
+    "paper_xxl": paper(4096, 64, 10_240, 24, 128, gated=True),
+}
+
+RECIPE = Recipe(
+    name="switch",
+    about="Switch Transformer (arXiv:2101.03961): a T5 whose every other feed-forward is one of many experts.",
+    variants=VARIANTS,
+    notes={
+        **TWIN_NOTES,
+        "paper_base_64": "T5-Base with 64 experts: 3.8 billion parameters",
+        "paper_base_128": "T5-Base with 128 experts: 7.4 billion",
+        "paper_base_256": "T5-Base with 256 experts: 14.7 billion",
+        "paper_large": "T5-Large with 128 experts: 26.3 billion",
+        "paper_c": "Switch-C, 2,048 experts in every layer: 1,571 billion",
+        "paper_xxl": "Switch-XXL: 395 billion",
+    },
+    commands=commands("switch", build),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(RECIPE))
