@@ -113,8 +113,9 @@ class MultitaskModule(L.LightningModule):
         self.valid_perplexity = TokenPerplexity(tasks)
         self.valid_accuracy = MetricCollection({task: MeanMetric() for task in tasks}, compute_groups=False)
         layers = sparse_layers(backbone)
-        self.train_routing = RoutingStatistics(layers, self.languages) if layers else None
-        self.valid_routing = RoutingStatistics(layers, self.languages) if layers else None
+        fixed = [name for name in layers if not _learns(_feed_forward(backbone, name))]
+        self.train_routing = RoutingStatistics(layers, self.languages, fixed) if layers else None
+        self.valid_routing = RoutingStatistics(layers, self.languages, fixed) if layers else None
         self.test_score = TranslationScore(directions) if directions else None
         texts = [task for task in tasks if task != "translation"]
         streams = [*texts, *(f"{task}/{language}" for task in texts for language in self.languages)]
@@ -156,7 +157,7 @@ class MultitaskModule(L.LightningModule):
         if (self.global_step + 1) % trainer.log_every_n_steps == 0:
             self.log_dict(logs, batch_size=1)
             if self.train_routing is not None and self.train_routing.update_called:
-                self.log_dict(_routing_values(self.train_routing, "train"), batch_size=1)
+                self.log_dict({f"train/{n}": v for n, v in self.train_routing.log_values().items()}, batch_size=1)
                 self.train_routing.reset()
         return total
 
@@ -191,7 +192,7 @@ class MultitaskModule(L.LightningModule):
             logs[f"valid/{task}/loss"] = math.log(value)
             logs[f"valid/{task}/accuracy"] = float(self.valid_accuracy[task].compute())
         if self.valid_routing is not None and self.valid_routing.update_called:
-            logs.update(_routing_values(self.valid_routing, "valid"))
+            logs.update({f"valid/{name}": value for name, value in self.valid_routing.log_values().items()})
             self.routing = self.valid_routing.compute()
             self.routing_summary = self.valid_routing.summary()
             self.valid_routing.reset()
@@ -287,18 +288,16 @@ class MultitaskModule(L.LightningModule):
 
 def sparse_layers(backbone: Any) -> dict[str, int]:
     """Number of experts of every sparse layer of a transformer, by its name in `routed_layers`."""
-    sizes = {}
-    for name in backbone.routed_layers:
-        side, number = name.split(".")
-        sizes[name] = int(getattr(backbone, side).blocks[int(number)].feed_forward.num_experts)
-    return sizes
+    return {name: int(_feed_forward(backbone, name).num_experts) for name in backbone.routed_layers}
 
 
-def _routing_values(metric: RoutingStatistics, stage: str) -> dict[str, float]:
-    """Means over layers, and the drop rate and entropy of each layer."""
-    values = {f"{stage}/{name}": value for name, value in metric.log_values().items()}
-    for name, layer in metric.summary()["layers"].items():
-        for what in ("drop_rate", "entropy"):
-            if layer[what] is not None:
-                values[f"{stage}/routing/{name}/{what}"] = float(layer[what])
-    return values
+def _feed_forward(backbone: Any, name: str) -> Any:
+    """The sparse layer of that name."""
+    side, number = name.split(".")
+    return getattr(backbone, side).blocks[int(number)].feed_forward
+
+
+def _learns(layer: nn.Module) -> bool:
+    """Whether the layer's router has parameters; one that is no `MoELayer` is taken to learn."""
+    router = getattr(layer, "router", None)
+    return router is None or any(True for _ in router.parameters())

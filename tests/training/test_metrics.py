@@ -137,6 +137,7 @@ def test_routing_statistics_against_counting_by_hand() -> None:
     assert encoder["entropy"] == pytest.approx((0.5 * 4 + 1.5 * 4) / 8)
     assert encoder["drop_rate"] == pytest.approx(1 / 8)
     assert encoder["dead_experts"] == 1
+    assert "experts_per_token" not in encoder, "two for every token"
     assert encoder["load_max_ratio"] == pytest.approx(2.0)
     assert encoder["load_cv"] == pytest.approx(math.sqrt(sum((n - 2) ** 2 for n in (4, 3, 1, 0)) / 4) / 2)
     assert encoder["load_entropy"] == pytest.approx(-sum(p * math.log(p) for p in (0.5, 0.375, 0.125)) / math.log(4))
@@ -154,13 +155,23 @@ def test_routing_statistics_against_counting_by_hand() -> None:
 
 
 def test_even_load_and_nothing_routed() -> None:
-    metric = RoutingStatistics({"a": 4, "b": 4})
+    metric = RoutingStatistics({"a": 4, "b": 4}, fixed=["b"])
     metric.update({"a": routing([[0, 1, 2, 3]] * 5, 4), "b": routing([[0]], 4, padding=[0])})
     even, empty = metric.compute()["layers"]
     assert (even["load_entropy"], even["load_cv"], even["load_max_ratio"], even["dead_experts"]) == (1, 0, 1, 0)
+    assert (even["fixed_load"], empty["fixed_load"]) == (False, True)
     assert empty["load"] == [0.0] * 4
     assert (empty["drop_rate"], empty["dead_experts"], empty["load_cv"], empty["entropy"]) == (0, 0, 0, None)
     assert metric.compute()["languages"] == []
+
+
+def test_experts_per_token_where_it_varies() -> None:
+    """Tokens without an assignment do not count."""
+    metric = RoutingStatistics({"a": 4})
+    metric.update({"a": routing([[0, 1, 2], [3], [0]], 4, padding=[4])})
+    metric.update({"a": routing([[1]], 4)})
+    assert metric.compute()["layers"][0]["experts_per_token"] == pytest.approx(5 / 3)
+    assert metric.log_values()["routing/a/experts_per_token"] == pytest.approx(5 / 3)
 
 
 def test_entropy_of_a_batch_without_tokens_does_not_spoil_the_sum() -> None:
@@ -182,6 +193,8 @@ def test_routing_statistics_refuses_bad_input() -> None:
         metric.update({"a": routing([[0], [0], [1]], 2)}, torch.tensor([0, 0]))
     with pytest.raises(ValueError, match="at least one layer"):
         RoutingStatistics({})
+    with pytest.raises(ValueError, match=r"fixed must name layers of \['a'\]: got \['b'\]"):
+        RoutingStatistics({"a": 2}, fixed=["b"])
 
 
 def _update(metrics: tuple[Any, ...], part: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ class RoutingStatistics(Metric):
     Args:
         layers: number of experts by layer name, for example ``{"encoder.1": 8}``, in the order of the report.
         languages: names by language id; the load is also counted by language.
+        fixed: layers whose router has nothing to learn (hash, uniform): an uneven load is no fault of training there.
 
     Raises:
-        ValueError: no layer.
+        ValueError: no layer, or a fixed one that is not among them.
 
     Definitions, for a layer with loads ``n_e`` (sum N) over E experts:
         load: ``n_e / N``.
@@ -35,6 +36,8 @@ class RoutingStatistics(Metric):
         load_cv: standard deviation of ``n_e`` (over E, not E - 1) / mean.
         load_max_ratio: ``max n_e * E / N``; the excess over 1 is MaxVio of arXiv:2408.15664.
         dead_experts: experts with less than `DEAD_SHARE` of an even share.
+        experts_per_token: assignments for each token that has one; only where it is not a whole number, that is where
+            it varies from token to token.
         entropy: mean of the router's own ``statistics["entropy"]`` (of its probabilities, in nats), weighted by
             assignments; None where a router reports none.
     """
@@ -43,17 +46,23 @@ class RoutingStatistics(Metric):
     is_differentiable = False
     higher_is_better = None
 
-    def __init__(self, layers: Mapping[str, int], languages: Sequence[str] = (), **kwargs: Any) -> None:
+    def __init__(
+        self, layers: Mapping[str, int], languages: Sequence[str] = (), fixed: Collection[str] = (), **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
+        if unknown := sorted(set(fixed) - set(layers)):
+            raise ValueError(f"fixed must name layers of {list(layers)}: got {unknown}.")
         if not layers:
             raise ValueError("RoutingStatistics needs at least one layer: got none. Leave it out of dense models.")
         self.layers = dict(layers)
         self.languages = tuple(languages)
+        self.fixed = frozenset(fixed)
         rows = max(1, len(self.languages))
         for index, num_experts in enumerate(self.layers.values()):
             zeros = torch.zeros(rows, num_experts, dtype=torch.int64)
             self.add_state(f"load_{index}", zeros, dist_reduce_fx="sum")
             self.add_state(f"kept_{index}", zeros[0].clone(), dist_reduce_fx="sum")
+            self.add_state(f"tokens_{index}", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
             # Sum of entropy * assignments, and the assignments it was reported for.
             self.add_state(f"entropy_{index}", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -83,6 +92,7 @@ class RoutingStatistics(Metric):
             load = stats.load[None] if stats.load_by_group is None else stats.load_by_group
             getattr(self, f"load_{index}").add_(load)
             getattr(self, f"kept_{index}").add_(stats.kept)
+            getattr(self, f"tokens_{index}").add_(_routed_tokens(routing))
             if "entropy" in routing.statistics:
                 count = stats.load.sum().to(torch.float64)
                 entropy = routing.statistics["entropy"].detach().to(torch.float64)
@@ -95,7 +105,7 @@ class RoutingStatistics(Metric):
 
         Returns:
             ``{"languages": [...], "layers": [{"name", "num_experts", "load": [E], "load_by_language": {language:
-            [E]}, "entropy", "load_entropy", "drop_rate", "dead_experts", "load_cv", "load_max_ratio",
+            [E]}, "fixed_load", "experts_per_token" (where it varies), "entropy", "load_entropy", "drop_rate", "dead_experts", "load_cv", "load_max_ratio",
             "assignments"}]}``. Loads sum to 1, or are all 0 where nothing was routed.
         """
         return {
@@ -121,19 +131,21 @@ class RoutingStatistics(Metric):
         }
 
     def log_values(self) -> dict[str, float]:
-        """Means over the layers as a flat dictionary for `log_dict`: ``routing/drop_rate``, ..."""
-        return {
-            f"routing/{name}": float(value)
-            for name, value in self.summary().items()
-            if name != "layers" and value is not None
-        }
+        """For `log_dict`: means over the layers, ``routing/drop_rate``, ..., and ``routing/<layer>/drop_rate``,
+        ``entropy`` and ``experts_per_token`` of each layer that has them.
+        """
+        summary = self.summary()
+        values = {name: value for name, value in summary.items() if name != "layers"}
+        for layer, found in summary["layers"].items():
+            values |= {f"{layer}/{name}": found.get(name) for name in ("drop_rate", "entropy", "experts_per_token")}
+        return {f"routing/{name}": float(value) for name, value in values.items() if value is not None}
 
     def _layer(self, index: int, name: str) -> dict[str, Any]:
         counts = getattr(self, f"load_{index}").cpu().to(torch.float64)
         kept = int(getattr(self, f"kept_{index}").sum())
         weighted, reported = getattr(self, f"entropy_{index}").tolist()
         load, num_experts = counts.sum(0), counts.size(1)
-        total = load.sum().item()
+        total, tokens = load.sum().item(), int(getattr(self, f"tokens_{index}"))
         share = load / max(total, 1)
         return {
             "name": name,
@@ -144,6 +156,8 @@ class RoutingStatistics(Metric):
                 language: (row / max(row.sum().item(), 1)).tolist()
                 for language, row in zip(self.languages, counts, strict=False)
             },
+            "fixed_load": name in self.fixed,
+            **({"experts_per_token": total / tokens} if tokens and total % tokens else {}),
             "entropy": weighted / reported if reported else None,
             "load_entropy": (
                 torch.special.entr(share).sum().item() / math.log(num_experts) if num_experts > 1 else 1.0
@@ -153,6 +167,12 @@ class RoutingStatistics(Metric):
             "load_cv": share.std(correction=0).item() * num_experts,
             "load_max_ratio": share.max().item() * num_experts,
         }
+
+
+def _routed_tokens(routing: Routing) -> Tensor:
+    """Int64 scalar: tokens with at least one assignment."""
+    has = torch.zeros(routing.num_tokens, dtype=torch.int64, device=routing.token.device)
+    return has.index_add_(0, routing.token, routing.queued.to(torch.int64)).gt(0).sum()
 
 
 def _per_token(language: Tensor, routing: Routing) -> Tensor:
