@@ -1,5 +1,6 @@
 """Routers, one paper's idea per file, and presets named after papers."""
 
+from moekit.routers.base_layer import BaseRouter, base_layers
 from moekit.routers.choices import AllChoices, LaterChoices, RandomChoice, SampledChoice, ThresholdChoice
 from moekit.routers.cosine import CosineRouter
 from moekit.routers.dense_to_sparse import DenseToSparseRouter, ExponentialDecay, LinearDecay, dense_to_sparse
@@ -23,6 +24,7 @@ from moekit.routers.loss_free import GroupLimit, LossFreeRouter, deepseek_v3, lo
 from moekit.routers.noisy_topk import NoisyTopKRouter, noisy_topk
 from moekit.routers.overflow import NoTokenLeftBehind
 from moekit.routers.presets import gshard, st_moe, switch, zcode_m3
+from moekit.routers.rank_shuffle import RankShuffle
 from moekit.routers.relu import AdaptiveCoefficient, ReLURouter, remoe
 from moekit.routers.sinkhorn import SinkhornRouter
 from moekit.routers.task import TaskRouter, TaskTableRouter
@@ -33,6 +35,7 @@ __all__ = [
     "AdaptiveCoefficient",
     "AllChoices",
     "Balance",
+    "BaseRouter",
     "Bigram",
     "CosineRouter",
     "CurrentToken",
@@ -54,6 +57,7 @@ __all__ = [
     "NoisyTopKRouter",
     "PreviousToken",
     "RandomChoice",
+    "RankShuffle",
     "ReLURouter",
     "SampledChoice",
     "SampledSoftmax",
@@ -64,6 +68,7 @@ __all__ = [
     "TokenPosition",
     "TopKRouter",
     "UniformRouter",
+    "base_layers",
     "deepseek_v3",
     "dense_to_sparse",
     "gshard",

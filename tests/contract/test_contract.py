@@ -17,10 +17,11 @@ import torch
 
 import moekit
 from moekit import dispatch, experts, routers
-from moekit.experts import Experts, GroupedGLU, GroupedMLP, MultiHashMLP, ZeroComputationExperts
+from moekit.experts import BaseStack, Experts, GroupedGLU, GroupedMLP, MultiHashMLP, ZeroComputationExperts
 from moekit.functional.hash_tables import random_table
 from moekit.routers import (
     Balance,
+    BaseRouter,
     Bigram,
     CosineRouter,
     ExpertChoiceRouter,
@@ -29,6 +30,7 @@ from moekit.routers import (
     InputJitter,
     NoTokenLeftBehind,
     RandomChoice,
+    RankShuffle,
     SampledChoice,
     SampledSoftmax,
     SinkhornRouter,
@@ -120,6 +122,10 @@ ROUTERS: dict[str, Callable[[], Router]] = {
         D, E, 3, capacity=Capacity(train=0.7, eval=0.7, priority="probability")
     ),
     "noisy_topk": lambda: noisy_topk(D, E),
+    "BaseRouter": lambda: BaseRouter(D, E, init_gain=1.0),
+    "BaseRouter, more experts than tokens, shuffle": lambda: BaseRouter(D, 60, init_gain=1.0, shuffle=RankShuffle()),
+    "BaseRouter, one expert": lambda: BaseRouter(D, 1),
+    "base_layers": lambda: routers.base_layers(D, E),
     "HashRouter, position, one expert": lambda: HashRouter(D, 1, random_table(64, 1), key=TokenPosition(64)),
     "HashRouter, bigrams, capacity": lambda: HashRouter(
         D,
@@ -167,6 +173,11 @@ EXPERTS: dict[str, Callable[[], Experts]] = {
     "GroupedMLP": lambda: GroupedMLP(E, D, 6),
     "GroupedMLP, gelu, biases, dropout": lambda: GroupedMLP(E, D, 6, activation="gelu", bias=True, dropout=0.2),
     "GroupedMLP, one expert": lambda: GroupedMLP(1, D, 5, activation="silu"),
+    "BaseStack": lambda: BaseStack(E, D, 6),
+    "BaseStack, three blocks that do something": lambda: BaseStack(
+        E, D, 6, num_layers=3, activation="gelu", output_scale=1.0
+    ),
+    "BaseStack, no biases": lambda: BaseStack(2, D, 5, num_layers=2, bias=False, output_scale=1.0),
     "MultiHashMLP": lambda: MultiHashMLP(E, D, 6, num_segments=2),
     "MultiHashMLP, gelu, dropout": lambda: MultiHashMLP(2, D, 6, num_segments=3, activation="gelu", dropout=0.2),
     "GroupedGLU": lambda: GroupedGLU(E, D, 6),
