@@ -22,13 +22,12 @@ from torch import nn
 
 from moekit.errors import UserError
 from moekit.heads import SpanCorruptionHead
-from moekit.layer import MoELayer
+from moekit.layer import AuxLosses, MoELayer
 from moekit.recipes._command import Recipe, main
 from moekit.recipes._config import DataConfig, EvaluateConfig, SpanCorruptionTasks, TaskConfig, TrainConfig
 from moekit.recipes._networks import (
     TWIN_NOTES,
     EncoderDecoderConfig,
-    aux_losses,
     encoder_decoder,
     expert_bank,
     feed_forward,
@@ -112,7 +111,10 @@ def build(config: Config, vocab_size: int) -> Built:
         return SparseDense(made, feed_forward(model), order=model.extra)
 
     network = encoder_decoder(model, vocab_size, layers)
-    return Built(network, [SpanCorruptionHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
+    head = SpanCorruptionHead(label_smoothing=config.train.label_smoothing)
+    # A z-loss of weight 0 is left in, so that it is seen in the metrics.
+    aux = AuxLosses(load_balance=model.load_balance, router_z=model.router_z) if model.num_experts else None
+    return Built(network, [head], aux)
 
 
 TINY = Config(
