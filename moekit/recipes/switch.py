@@ -150,7 +150,7 @@ VARIANTS: Mapping[str, Config] = {
     # 26.3 B follow from T5-Large's ReLU layers of 4,096; GEGLU layers of 2,816, which we remember, would make 27.1 B.
     "paper_large": paper(1024, 16, 4096, 24, 128),
     "paper_c": paper(2080, 32, 6144, 15, 2048, every=1),
-    # Sources disagree: 64 experts at every 4th layer (arXiv:2202.08906 table 11) would make 105 B; 128 at every 2nd
+    # Sources disagree: 64 experts at every 4th layer (arXiv:2202.08906 table 11) would make 106 B; 128 at every 2nd
     # (flaxformer's configuration) make the published 395 B.
     "paper_xxl": paper(4096, 64, 10_240, 24, 128, gated=True),
 }

@@ -1,0 +1,148 @@
+"""Published models have their published sizes, and dense twins the cost of what they are compared with.
+
+A new recipe adds its published variants to PUBLISHED; a variant named ``paper...`` that is not there fails.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import moekit.recipes
+from moekit.recipes._parts import parameters
+from moekit.routing import Capacity, Router
+
+NAMES = sorted(info.name for info in pkgutil.iter_modules(moekit.recipes.__path__) if not info.name.startswith("_"))
+
+
+class Published(NamedTuple):
+    """What a paper says about a model's size."""
+
+    recipe: str
+    variant: str
+    billions: float
+    tolerance: float
+    source: str
+
+
+PUBLISHED = [
+    Published("switch", "paper_base_64", 3.8, 0.01, "arXiv:2101.03961"),
+    Published("switch", "paper_base_128", 7.4, 0.01, "arXiv:2101.03961"),
+    Published("switch", "paper_base_256", 14.7, 0.01, "arXiv:2101.03961"),
+    Published("switch", "paper_large", 26.3, 0.01, "arXiv:2101.03961"),
+    Published("switch", "paper_c", 1571, 0.001, "arXiv:2101.03961; arXiv:2202.08906 table 11"),
+    Published("switch", "paper_xxl", 395, 0.005, "arXiv:2101.03961; arXiv:2202.08906 table 11"),
+    # Round numbers, 3 to 7 % below what the sizes make.
+    Published("gshard", "paper_12b", 12.5, 0.07, "arXiv:2006.16668 section 4"),
+    Published("gshard", "paper_37b", 37, 0.07, "arXiv:2006.16668 section 4"),
+    Published("gshard", "paper_50b", 50, 0.04, "arXiv:2006.16668 section 4"),
+    Published("gshard", "paper_150b", 150, 0.04, "arXiv:2006.16668 section 4"),
+    Published("gshard", "paper_200b", 200, 0.04, "arXiv:2006.16668 section 4"),
+    Published("gshard", "paper_600b", 600, 0.04, "arXiv:2006.16668 section 4"),
+    Published("gshard", "paper_dense_96", 2.3, 0.01, "arXiv:2006.16668 section 4"),
+    Published("st_moe", "paper_l", 4.1, 0.012, "arXiv:2202.08906 table 11"),
+    Published("st_moe", "paper_32b", 269, 0.002, "arXiv:2202.08906 table 11"),
+    Published("moe_lm", "paper_15b", 15, 0.04, "arXiv:2112.10684 table 1"),
+    Published("moe_lm", "paper_52b", 52, 0.01, "arXiv:2112.10684 table 1"),
+    Published("moe_lm", "paper_207b", 207, 0.01, "arXiv:2112.10684 table 1"),
+    Published("moe_lm", "paper_1t", 1100, 0.01, "arXiv:2112.10684 table 1"),
+    Published("zcode_m3", "paper", 10, 0.03, "arXiv:2109.10465"),
+]
+
+
+def recipe(name: str) -> ModuleType:
+    return importlib.import_module(f"moekit.recipes.{name}")
+
+
+def network(name: str, config: Any, vocab_size: int | None = None) -> nn.Module:
+    """The network of a configuration."""
+    return recipe(name).build(config, vocab_size or config.data.vocab_size).backbone
+
+
+def billions(name: str, config: Any) -> float:
+    with torch.device("meta"):
+        return parameters(network(name, config))["total"] / 1e9
+
+
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: f"{row.recipe}-{row.variant}")
+def test_published_sizes(row: Published) -> None:
+    built = billions(row.recipe, recipe(row.recipe).VARIANTS[row.variant])
+    assert built == pytest.approx(row.billions, rel=row.tolerance), row.source
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_published_model_is_left_out(name: str) -> None:
+    """A variant of the paper's has a row above, and every row a variant."""
+    papers = {variant for variant in recipe(name).VARIANTS if variant.startswith("paper")}
+    assert papers == {row.variant for row in PUBLISHED if row.recipe == name}
+
+
+def test_where_sources_disagree_one_reading_makes_the_published_count() -> None:
+    """The readings that the recipes name and do not build: what they would make."""
+    switch, st_moe = recipe("switch"), recipe("st_moe")
+    xxl, large = switch.VARIANTS["paper_xxl"], switch.VARIANTS["paper_large"]
+    other = replace(xxl, model=replace(xxl.model, num_experts=64, every=4))
+    assert billions("switch", other) == pytest.approx(106.1, rel=1e-3)
+    other = replace(large, model=replace(large.model, hidden_dim=2816, gated=True, activation="gelu"))
+    assert billions("switch", other) == pytest.approx(27.1, rel=0.005)
+    for variant, without, with_extra in (("paper_l", 4.09, 4.2), ("paper_32b", 268.7, 272.5)):
+        config = st_moe.VARIANTS[variant]
+        deep = replace(config.model, encoder_layers=27, decoder_layers=27)
+        assert billions("st_moe", replace(config, model=replace(deep, extra="none"))) == pytest.approx(
+            without, rel=2e-3
+        )
+        assert billions("st_moe", replace(config, model=deep)) == pytest.approx(with_extra, rel=2e-3)
+
+
+def _grouped_mm(x: tuple[int, int], weight: tuple[int, int, int], *_: Any, **__: Any) -> int:
+    """Operations of `moekit.kernels.grouped_mm`, which the counter does not know, by the shapes of its inputs."""
+    return 2 * x[0] * weight[1] * weight[2]
+
+
+def flops(model: nn.Module, ids: torch.Tensor) -> tuple[int, int]:
+    """Operations of one forward in evaluation, dropless: of everything, and of the routers alone."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, Router) and hasattr(module, "capacity"):
+            module.capacity = Capacity()
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.moekit.grouped_mm: _grouped_mm})
+    with counter, torch.no_grad():
+        if hasattr(model, "encode"):
+            model.decode(ids, model.encode(ids).hidden)  # type: ignore[operator]
+        else:
+            model.decode(ids)  # type: ignore[operator]
+    counts = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
+    return counter.get_total_flops(), sum(n for name, n in counts.items() if name.split(".")[-1] == "router")
+
+
+@pytest.mark.parametrize("variant", ["tiny", "small"])
+@pytest.mark.parametrize("name", NAMES)
+def test_dense_twins_cost_the_same(name: str, variant: str) -> None:
+    """A token of the sparse model passes what it passes in the twin, but for the router's own scores."""
+    variants = recipe(name).VARIANTS
+    if variant not in variants:
+        assert variant != "tiny", f"{name} must have a variant tiny"
+        pytest.skip(f"{name} has no variant {variant}")
+    ids = torch.randint(100, 200, (2, 32), generator=torch.Generator().manual_seed(0))
+    sparse, routers = flops(network(name, variants[variant], 200), ids)
+    twin, none = flops(network(name, variants[f"{variant}_dense"], 200), ids)
+    assert routers > 0
+    assert none == 0
+    assert sparse - routers == twin
+
+
+def test_the_counter_sees_a_twin_that_is_too_wide() -> None:
+    """The test above can fail: experts of twice the width do not cost what the twin costs."""
+    tiny = recipe("switch").VARIANTS["tiny"]
+    wide = replace(tiny, model=replace(tiny.model, hidden_dim=2 * tiny.model.hidden_dim))
+    ids = torch.randint(100, 200, (2, 32), generator=torch.Generator().manual_seed(0))
+    sparse, routers = flops(network("switch", wide, 200), ids)
+    assert sparse - routers > flops(network("switch", recipe("switch").VARIANTS["tiny_dense"], 200), ids)[0]
