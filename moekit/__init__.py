@@ -8,14 +8,20 @@
 torch.Size([2, 5, 16])
 """
 
+from lightning.pytorch.strategies import StrategyRegistry
+
 from moekit import experts, mixing, routers
 from moekit.component import Component
 from moekit.dispatch import Dispatched, Dispatcher, PackedDispatcher, PaddedDispatcher
 from moekit.layer import AuxLosses, MoELayer, MoEOutput
 from moekit.routing import Capacity, Router, Routing, RoutingContext, RoutingStats, routing_stats
 from moekit.soft_moe import SoftMoELayer
+from moekit.training.strategy import ExpertParallelStrategy
 
 __version__ = "0.1.0"
+
+# Lightning's own table, so that Trainer(strategy="expert_parallel") and command lines know the names.
+ExpertParallelStrategy.register_strategies(StrategyRegistry)
 
 __all__ = [
     "AuxLosses",
@@ -23,6 +29,7 @@ __all__ = [
     "Component",
     "Dispatched",
     "Dispatcher",
+    "ExpertParallelStrategy",
     "MoELayer",
     "MoEOutput",
     "PackedDispatcher",

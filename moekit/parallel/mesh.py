@@ -48,12 +48,34 @@ class Meshes:
         """Which share of the data this rank reads; tensor-parallel partners read the same."""
         return int(self.data.get_local_rank("data_parallel"))
 
-    def group(self, name: str) -> dist.ProcessGroup:
-        """The process group of this rank along ``"expert"``, ``"tensor"``, ``"shard"`` or another dimension."""
-        for mesh in (self.sparse, self.dense, self.data):
-            if name in (mesh.mesh_dim_names or ()):
-                return mesh.get_group(name)
-        raise ValueError(f"a mesh dimension must be one of {self.dense.mesh_dim_names + self.sparse.mesh_dim_names}.")  # type: ignore[operator]
+    @property
+    def expert_group(self) -> dist.ProcessGroup:
+        """The ranks that divide the experts with this one."""
+        return self.sparse.get_group(EXPERT)
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        """This rank and its tensor-parallel partners."""
+        return self.dense.get_group(TENSOR)
+
+
+class World:
+    """All ranks in a row, and the grid of data ranks and tensor-parallel partners, known before there is a model.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        tensor_parallel_size: partners, next to each other, that read the same data.
+
+    Attributes:
+        all: ``(world,)``.
+        data: ``(data_parallel, tensor_parallel)``, the names that Lightning gives to these two.
+    """
+
+    def __init__(self, device_type: str, tensor_parallel_size: int) -> None:
+        size = dist.get_world_size()
+        self.all = init_device_mesh(device_type, (size,), mesh_dim_names=("world",))
+        shape = (size // tensor_parallel_size, tensor_parallel_size)
+        self.data = self.all._unflatten(0, shape, ("data_parallel", "tensor_parallel"))
 
 
 def check_layout(layout: Layout) -> None:
@@ -80,12 +102,13 @@ def check_layout(layout: Layout) -> None:
         )
 
 
-def build_meshes(layout: Layout, device_type: str) -> Meshes:
+def build_meshes(layout: Layout, device_type: str, world: World | None = None) -> Meshes:
     """The grids of `layout` over all ranks of the default process group.
 
     Args:
         layout: how many ranks share what.
         device_type: "cpu" or "cuda".
+        world: the ranks, where a part of the model was divided over them before; None = made here.
 
     Raises:
         ValueError: if the layout is for another number of processes, or impossible.
@@ -103,10 +126,10 @@ def build_meshes(layout: Layout, device_type: str) -> Meshes:
     else:
         replicate, shard = layout.replicas, layout.shard_size
         sparse = (layout.replicas, layout.shard_size // expert, expert, tensor)
-    world = init_device_mesh(device_type, (layout.devices,), mesh_dim_names=("world",))
+    world = world or World(device_type, tensor)
     return Meshes(
         layout,
-        dense=world._unflatten(0, (replicate, shard, tensor), (REPLICATE, SHARD, TENSOR)),
-        sparse=world._unflatten(0, sparse, (REPLICATE, EXPERT_SHARD, EXPERT, TENSOR)),
-        data=world._unflatten(0, (layout.data_parallel_size, tensor), ("data_parallel", "tensor_parallel")),
+        dense=world.all._unflatten(0, (replicate, shard, tensor), (REPLICATE, SHARD, TENSOR)),
+        sparse=world.all._unflatten(0, sparse, (REPLICATE, EXPERT_SHARD, EXPERT, TENSOR)),
+        data=world.data,
     )

@@ -21,6 +21,8 @@ from moekit.parallel.plan import Plan
 from moekit.parallel.tensor import DividedVocabulary, sum_gradient, sum_value
 from moekit.routing import Router
 
+_HANDLE = "_moekit_sharded"
+
 
 @dataclass(frozen=True)
 class ShardedModel:
@@ -53,6 +55,11 @@ class ShardedModel:
                 unit.set_requires_gradient_sync(enabled, recurse=False)
             else:
                 unit.set_requires_all_reduce(enabled, recurse=False)
+
+    def release_weights(self) -> None:
+        """Let go of weights that were gathered for a forward which no backward followed."""
+        for unit in self.units:
+            unit.reshard()
 
 
 def parallelize(model: nn.Module, meshes: Meshes, plan: Plan | None = None) -> ShardedModel:
@@ -89,7 +96,14 @@ def parallelize(model: nn.Module, meshes: Meshes, plan: Plan | None = None) -> S
     views = _divide(model, meshes, found)
     _attach(meshes, found, views, units)
     _shard(model, meshes, found, units, dimensions)
-    return ShardedModel(model, meshes, plan, tuple(found), tuple(units))  # type: ignore[arg-type]
+    result = ShardedModel(model, meshes, plan, tuple(found), tuple(units))  # type: ignore[arg-type]
+    model.__dict__[_HANDLE] = result
+    return result
+
+
+def sharded(model: nn.Module) -> ShardedModel | None:
+    """What `parallelize` returned for `model`; None if it was not laid over ranks."""
+    return model.__dict__.get(_HANDLE)
 
 
 # -- what gathers its weights together ------------------------------------------------------------------------------
@@ -148,7 +162,7 @@ def _connect(model: nn.Module, meshes: Meshes, plan: Plan) -> None:
 
 
 def _exchange(meshes: Meshes, plan: Plan) -> Exchange:
-    group = meshes.group(EXPERT)
+    group = meshes.expert_group
     if plan.node_size is None or plan.node_size in (1, group.size()):
         return AllToAll(group)
     if group.size() % plan.node_size:
@@ -176,12 +190,12 @@ def _divide(model: nn.Module, meshes: Meshes, found: list[Annotation]) -> list[L
         scale, gradient_scale, groups = 1.0, 1.0, []
         if EXPERT in names:
             gradient_scale = 1.0 / layout.expert_parallel_size
-            groups += [meshes.group(EXPERT)] if EXPERT not in where else []
+            groups += [meshes.expert_group] if EXPERT not in where else []
         if TENSOR in names and TENSOR not in where:
             if note.is_output_bias:
                 scale = 1.0 / layout.tensor_parallel_size
             else:
-                groups.append(meshes.group(TENSOR))
+                groups.append(meshes.tensor_group)
         spread = distribute_tensor(note.parameter.detach(), mesh, placements, src_data_rank=None)
         for owner, name in _replace(places, note.parameter, spread):
             views.append(LocalView(owner, name, scale, gradient_scale, tuple(groups)))
@@ -217,7 +231,7 @@ def _attach(
     meshes: Meshes, found: Sequence[Annotation], views: Sequence[LocalView], units: Sequence[nn.Module]
 ) -> None:
     """Hooks that show local views in forward, and those of tensor-parallel layers."""
-    tensor = meshes.group(TENSOR)
+    tensor = meshes.tensor_group
     outer = {id(inner): module for module in dict.fromkeys(n.module for n in found) for inner in module.modules()}
     mine: dict[int, list[LocalView]] = {}
     holders: dict[int, nn.Module] = {}

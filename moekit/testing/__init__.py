@@ -26,6 +26,7 @@ from moekit.testing.cases import random_routing, seeded, skewed_tokens, some_con
 from moekit.testing.closeness import TOLERANCES, assert_close, assert_same
 from moekit.testing.dispatchers import DISPATCHER_CHECKS
 from moekit.testing.distributed import run_distributed
+from moekit.testing.environment import JoinedProcesses
 from moekit.testing.experts import EXPERTS_CHECKS
 from moekit.testing.routers import ROUTER_CHECKS, check_routing
 
@@ -36,6 +37,7 @@ __all__ = [
     "EXPERTS_CHECKS",
     "ROUTER_CHECKS",
     "TOLERANCES",
+    "JoinedProcesses",
     "assert_close",
     "assert_same",
     "check_dispatcher",

@@ -1,0 +1,114 @@
+"""Gradients of parameters that lie on several meshes: norm and clipping, and a mean over all ranks' tokens.
+
+`torch.nn.utils.clip_grad_norm_` refuses parameters of two meshes. Here every rank adds up what it holds, each sum
+travels over the dimensions along which its parameters are divided, and no others: what ranks repeat counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """This rank's part of a parameter's gradient; writing to it changes the gradient."""
+    grad = parameter.grad
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The norm of all gradients together, as one process would compute it; Float32 scalar, equal on all ranks.
+
+    All ranks must call it with their parts of the same parameters. A parameter without a gradient counts as zero.
+
+    Args:
+        parameters: DTensors on any meshes, and plain tensors, which all ranks repeat.
+        norm_type: p, or infinity.
+
+    Raises:
+        ValueError: if `norm_type` is not positive.
+    """
+    if not norm_type > 0:
+        raise ValueError(f"norm_type must be positive or infinity: got {norm_type}.")
+    groups: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
+    device = torch.device("cpu")
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            device = torch.device(mesh.device_type)
+            divided = tuple(
+                n for n, place in enumerate(parameter.placements) if not place.is_replicate() and mesh.size(n) > 1
+            )
+            found = groups.setdefault((mesh, divided) if divided else (None, ()), [])
+        else:
+            device = parameter.device
+            found = groups.setdefault((None, ()), [])
+        grad = local_gradient(parameter)
+        if grad is not None and grad.numel():
+            found.append(grad)
+    infinite = norm_type == float("inf")
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    for (grid, divided), grads in groups.items():
+        value = torch.zeros((), dtype=torch.float32, device=device)
+        if grads:
+            norms = torch.stack([n.to(device) for n in torch._foreach_norm(grads, norm_type, dtype=torch.float32)])
+            value = norms.max() if infinite else norms.pow(norm_type).sum()
+        for dimension in divided:
+            assert grid is not None
+            operation = dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM
+            dist.all_reduce(value, operation, group=grid.get_group(dimension))
+        total = torch.maximum(total, value) if infinite else total + value
+    return total if infinite else total.pow(1.0 / norm_type)
+
+
+@torch.no_grad()
+def clip_by_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Scale all gradients so that their norm is at most `max_norm`; returns the norm before.
+
+    Args:
+        parameters: as in `gradient_norm`.
+        max_norm: the largest norm allowed.
+        norm_type: p, or infinity.
+
+    Source: arXiv:1211.5063. As in `torch.nn.utils.clip_grad_norm_`, 1e-6 is added to the norm that divides.
+    """
+    parameters = list(parameters)
+    norm = gradient_norm(parameters, norm_type)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in map(local_gradient, parameters):
+        if grad is not None:
+            grad.mul_(factor.to(grad.device))
+    return norm
+
+
+@torch.no_grad()
+def clip_by_value(parameters: Iterable[Tensor], max_value: float) -> None:
+    """Clip every entry of every gradient to -max_value..max_value."""
+    for grad in map(local_gradient, parameters):
+        if grad is not None:
+            grad.clamp_(-max_value, max_value)
+
+
+def global_mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = None) -> Tensor:
+    """A rank's share of a mean over the tokens of all ranks: their average over ranks is that mean, gradients included.
+
+    For losses of batches of unequal sizes, or with padding: a mean over each rank's own tokens would weigh the tokens
+    of a small batch more.
+
+    Args:
+        total: the loss summed over this rank's tokens, with gradient.
+        count: how many they are; may be 0.
+        group: the ranks; None = all. Without torch.distributed the plain mean.
+    """
+    counted = torch.as_tensor(count, dtype=torch.float32, device=total.device).detach().clone()
+    ranks = 1
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counted, group=group)
+        ranks = dist.get_world_size(group)
+    return total * (ranks / counted.clamp_min(1.0))

@@ -1,0 +1,385 @@
+"""`ExpertParallelStrategy`: expert parallelism, ZeRO, tensor slices and offload under any LightningModule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
+
+from moekit.parallel.annotation import Annotation, banks, read_annotations
+from moekit.parallel.gradients import clip_by_norm, clip_by_value, gradient_norm
+from moekit.parallel.mesh import Meshes, World, build_meshes, check_layout
+from moekit.parallel.plan import Plan
+from moekit.parallel.planner.layout import Layout, Offload
+from moekit.parallel.shadows import Shadows, original
+from moekit.parallel.sharding import ShardedModel, parallelize, sharded
+from moekit.routing import Router
+from moekit.transformer.init import materialize
+
+ZeroStage = Literal[0, 1, 2, 3]
+NonFinite = Literal["raise", "skip"]
+
+
+class ExpertParallelStrategy(ModelParallelStrategy):
+    """Spread any LightningModule that contains `MoELayer`s over many processes, without a change to it.
+
+    Processes are arranged as ``replicas x data x tensor``; expert groups lie inside the data ranks, which read
+    different batches. Whatever the layout, losses, gradients, the clipped norm and weights are those of one process on
+    all batches together, up to rounding.
+
+    Args:
+        expert_parallel_size: ranks that divide the experts of every layer. "auto" = as many as divide both the data
+            ranks and every layer's experts.
+        tensor_parallel_size: ranks, next to each other, that divide heads, hidden channels (of dense layers and of
+            each expert) and the vocabulary; they read the same batch.
+        replicas: copies of the model within which ZeRO divides (HSDP). For zero_stage 2 and 3.
+        zero_stage: what data ranks divide. 0 = nothing; 1 = optimizer state; 2 = that and gradients, with the weights
+            gathered once a step; 3 = weights too, gathered layer by layer.
+        offload: what is kept in host memory: "none", the "optimizer" (its state and copies of the weights), or all
+            "parameters" (with gradients and optimizer; needs zero_stage 2 or 3).
+        plan: which axes are divided, which modules gather together, whether the all-to-all goes in two levels.
+        nonfinite_gradients: what to do when the gradient norm is NaN or infinite, on all ranks together: "raise", or
+            "skip" the step.
+        save_sharded: whether a checkpoint is a folder written by all ranks, or one file of whole weights from rank 0.
+        process_group_backend: None = nccl on GPUs, gloo on CPUs.
+        timeout: of collectives.
+        accelerator: as in `ParallelStrategy`, as all that follow; usually the Trainer's affair.
+        parallel_devices: the devices of this node.
+        cluster_environment: where the processes run.
+        checkpoint_io: for single-file checkpoints.
+        precision_plugin: the precision.
+
+    Raises:
+        ValueError: here, for values that no number of processes makes right; in setup, before anything is sent, if the
+            layout does not fit the processes or the model, naming the nearest one that does.
+
+    Gradient accumulation sends no gradients before the last micro-batch (stage 3 keeps them divided and sends); the
+    norm of gradients is logged as ``train/grad_norm``. Under "bf16-true" routers keep float32 weights.
+
+    Source: E+D, E+Z, E+D+M, E+Z+M and E+Z-Off+M of arXiv:2109.10465 table 1. Differs: ZeRO reaches the experts too.
+
+    Example:
+        >>> L.Trainer(strategy=ExpertParallelStrategy(2, zero_stage=3), devices=4)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        expert_parallel_size: int | Literal["auto"] = "auto",
+        *,
+        tensor_parallel_size: int = 1,
+        replicas: int = 1,
+        zero_stage: ZeroStage = 3,
+        offload: Offload = "none",
+        plan: Plan | None = None,
+        nonfinite_gradients: NonFinite = "raise",
+        save_sharded: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=save_sharded, process_group_backend=process_group_backend, timeout=timeout
+        )
+        ParallelStrategy.__init__(
+            self,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        if expert_parallel_size != "auto" and (
+            not isinstance(expert_parallel_size, int) or isinstance(expert_parallel_size, bool)
+        ):
+            raise TypeError(f'expert_parallel_size must be a number or "auto": got {expert_parallel_size!r}.')
+        if nonfinite_gradients not in ("raise", "skip"):
+            raise ValueError(f'nonfinite_gradients must be "raise" or "skip": got {nonfinite_gradients!r}.')
+        self.expert_parallel_size, self.tensor_parallel_size = expert_parallel_size, tensor_parallel_size
+        self.replicas, self.zero_stage, self.offload = replicas, zero_stage, offload
+        self.plan, self.nonfinite_gradients = plan or Plan(), nonfinite_gradients
+        # The smallest world on which the numbers could be right: whatever is wrong by itself is said now.
+        expert = 1 if expert_parallel_size == "auto" else expert_parallel_size
+        check_layout(self._layout(max(expert, 1) * max(tensor_parallel_size, 1) * max(replicas, 1), expert))
+        self.sharded: ShardedModel | None = None
+        self.skipped_steps = 0
+        self._world: World | None = None
+        self._shadows: dict[int, Shadows] = {}
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Give Lightning the names ``expert_parallel`` and ``expert_parallel_zero0`` to ``3``, also ``_offload``."""
+        named: dict[str, dict[str, Any]] = {"expert_parallel": {}}
+        named |= {f"expert_parallel_zero{stage}": {"zero_stage": stage} for stage in range(4)}
+        named |= {
+            "expert_parallel_zero1_offload": {"zero_stage": 1, "offload": "optimizer"},
+            "expert_parallel_zero2_offload": {"zero_stage": 2, "offload": "optimizer"},
+            "expert_parallel_zero3_offload": {"zero_stage": 3, "offload": "parameters"},
+        }
+        for name, options in named.items():
+            if name not in strategy_registry:
+                strategy_registry.register(name, cls, description=f"{cls.__name__}({options})", **options)
+
+    # -- processes and meshes ---------------------------------------------------------------------------------------
+
+    def _layout(self, devices: int, expert: int) -> Layout:
+        return Layout(
+            devices=devices,
+            expert_parallel_size=expert,
+            tensor_parallel_size=self.tensor_parallel_size,
+            replicas=self.replicas,
+            zero_stage=self.zero_stage,
+            offload=self.offload,
+        )
+
+    def setup_environment(self) -> None:
+        """Join the processes; `device_mesh` can be used from here on, also in ``configure_model``."""
+        # Not the parent's own method, which arranges the processes in its way.
+        known = 1 if self.expert_parallel_size == "auto" else self.expert_parallel_size
+        self.set_world_ranks()
+        check_layout(self._layout(self.num_nodes * self.num_processes, known))
+        self._setup_distributed()
+        self._world = World(self.root_device.type, self.tensor_parallel_size)
+        self._device_mesh = self._world.data
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+    @property
+    def meshes(self) -> Meshes:
+        """The meshes of the model.
+
+        Raises:
+            RuntimeError: before setup.
+        """
+        if self.sharded is None:
+            raise RuntimeError("ExpertParallelStrategy has meshes after its setup: use them from on_fit_start on.")
+        return self.sharded.meshes
+
+    def _choose_expert_size(self, found: list[Annotation]) -> int:
+        """The largest size that divides the data ranks of a replica and the experts of every layer."""
+        if self.expert_parallel_size != "auto":
+            return self.expert_parallel_size
+        whole = any(getattr(m, "requires_whole_bank", False) for m in self._model_modules())
+        if whole or not banks(found):
+            return 1
+        sizes = [note.parameter.shape[note.axes.index("expert")] for note in found if note.of_expert]
+        return math.gcd(self.world_size // (self.tensor_parallel_size * self.replicas), *sizes)
+
+    def _model_modules(self) -> list[nn.Module]:
+        assert self.model is not None
+        return list(self.model.modules())
+
+    # -- setup ------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Divide the model, then make the optimizers."""
+        assert self.model is not None
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        if any(isinstance(module, FullyShardedDataParallel) for module in self._model_modules()):
+            raise TypeError(
+                "ExpertParallelStrategy divides a model with fully_shard: got modules wrapped in "
+                "FullyShardedDataParallel. Remove the wrapping."
+            )
+        self._divide_model()
+        self._divide_averages(trainer)
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        self._take_over_clipping()
+
+    def _divide_model(self) -> None:
+        assert self.model is not None
+        assert self._world is not None
+        before = sharded(self.model)
+        found = read_annotations(self.model, self.plan)
+        layout = self._layout(self.world_size, self._choose_expert_size(found) if before is None else 1)
+        if before is not None:  # a second fit, or a test after it
+            self.sharded = before
+            return
+        if any(tensor.is_meta for tensor in [*self.model.parameters(), *self.model.buffers()]):
+            materialize(self.model, "cpu" if self.offload == "parameters" else self.root_device)
+        self._convert_precision()
+        if self.offload != "parameters":
+            self.model_to_device()
+        self.sharded = parallelize(self.model, build_meshes(layout, self.root_device.type, self._world), self.plan)
+
+    def _convert_precision(self) -> None:
+        """What the precision asks for, except that routers stay in float32."""
+        assert self.model is not None
+        routers = [module for module in self._model_modules() if isinstance(module, Router)]
+        kept = [
+            (tensor, tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)))
+            for router in routers
+            for tensor in [*router.parameters(), *router.buffers()]
+            if tensor.is_floating_point()
+        ]
+        self.model = self.precision_plugin.convert_module(self.model)
+        for tensor, value in kept:
+            tensor.data = value
+
+    def _divide_averages(self, trainer: L.Trainer) -> None:
+        """Lay the copies that weight-averaging callbacks made of the model over the same ranks."""
+        assert self.sharded is not None
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            average = callback._average_model if isinstance(callback, WeightAveraging) else None
+            if average is not None and sharded(average.module) is None:
+                average.module.to(self.root_device)
+                parallelize(average.module, self.sharded.meshes, self.plan)
+
+    def model_to_device(self) -> None:
+        """Move the model to this process's device; offloaded weights stay where they are."""
+        if self.offload != "parameters":
+            super().model_to_device()
+
+    def setup_optimizers(self, trainer: L.Trainer) -> None:
+        """Make the optimizers, and give them slices or host copies to work on where the layout says so."""
+        super().setup_optimizers(trainer)
+        self._shadows = {}
+        if self.zero_stage == 1 or self.offload == "optimizer":
+            device = torch.device("cpu") if self.offload == "optimizer" else None
+            for optimizer in self.optimizers:
+                self._shadows[id(optimizer)] = Shadows(optimizer, divide=self.zero_stage == 1, device=device)
+            self.optimizers = self.optimizers  # Lightning's wrappers hold copies of the attributes
+
+    def _take_over_clipping(self) -> None:
+        """Precision plugins clip with a function that refuses parameters of several meshes."""
+        plugin: Any = self.precision_plugin
+        plugin.clip_grad_by_norm = self._clip_by_norm
+        plugin.clip_grad_by_value = self._clip_by_value
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every rank but tensor-parallel partners reads its own share of the data."""
+        mesh = self.device_mesh["data_parallel"]
+        return {"num_replicas": mesh.size(), "rank": mesh.get_local_rank()}
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's step as its forward, so that weights are gathered for it."""
+        with self.precision_plugin.train_step_context():
+            return self._as_forward("training_step", *args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's step as its forward."""
+        with self._evaluating(), self.precision_plugin.val_step_context():
+            return self._as_forward("validation_step", *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's step as its forward."""
+        with self._evaluating(), self.precision_plugin.test_step_context():
+            return self._as_forward("test_step", *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's step as its forward."""
+        with self._evaluating(), self.precision_plugin.predict_step_context():
+            return self._as_forward("predict_step", *args, **kwargs)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Weights gathered in inference mode could never be used in training again; and nothing else releases them."""
+        assert self.sharded is not None
+        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+        self.sharded.release_weights()
+
+    def _as_forward(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        module = self.lightning_module
+        assert module is not None
+        assert self.model is not None
+        before = module.__dict__.get("forward")
+
+        def restore() -> None:
+            module.__dict__.pop("forward", None)
+            if before is not None:
+                module.forward = before  # type: ignore[method-assign]
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            restore()  # the step may call the real forward
+            return getattr(module, name)(*args, **kwargs)
+
+        module.forward = step  # type: ignore[method-assign]
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            restore()
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Keep gradients to oneself: all but the last micro-batch of a step run inside."""
+        assert self.sharded is not None
+        self.sharded.communicate_gradients(False)
+        try:
+            yield
+        finally:
+            self.sharded.communicate_gradients(True)
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: L.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Compute gradients, look at their norm on all ranks together, step."""
+
+        def with_norm() -> Any:
+            result = closure()
+            self._look_at_gradients(optimizer)
+            return result
+
+        return super().optimizer_step(optimizer, with_norm, model, **kwargs)
+
+    def _look_at_gradients(self, optimizer: Optimizer) -> None:
+        parameters = self._parameters(optimizer)
+        norm = gradient_norm(parameters)
+        module = self.lightning_module
+        assert module is not None
+        module.log("train/grad_norm", norm, batch_size=1)
+        if bool(norm.isfinite()):
+            return
+        step = module.trainer.global_step
+        if self.nonfinite_gradients == "raise":
+            raise FloatingPointError(
+                f"the gradient norm must be finite: it is {float(norm)} in step {step}, on all ranks. Lower the "
+                'learning rate, or use nonfinite_gradients="skip".'
+            )
+        self.skipped_steps += 1
+        for parameter in parameters:
+            parameter.grad = original(parameter).grad = None
+
+    def _parameters(self, optimizer: Optimizer) -> list[Tensor]:
+        """What the optimizer works on, with its gradients."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        shadows = self._shadows.get(id(optimizer))
+        if shadows is not None:
+            shadows.take_gradients()
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        clip_by_norm(self._parameters(optimizer), clip_val)
+
+    def _clip_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
+        clip_by_value(self._parameters(optimizer), clip_val)
