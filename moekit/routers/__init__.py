@@ -24,6 +24,7 @@ from moekit.routers.loss_free import GroupLimit, LossFreeRouter, deepseek_v3, lo
 from moekit.routers.noisy_topk import NoisyTopKRouter, noisy_topk
 from moekit.routers.overflow import NoTokenLeftBehind
 from moekit.routers.presets import gshard, st_moe, switch, zcode_m3
+from moekit.routers.queueing import clear_padding, routing_of_choices
 from moekit.routers.rank_shuffle import RankShuffle
 from moekit.routers.relu import AdaptiveCoefficient, ReLURouter, remoe
 from moekit.routers.sinkhorn import SinkhornRouter
@@ -69,6 +70,7 @@ __all__ = [
     "TopKRouter",
     "UniformRouter",
     "base_layers",
+    "clear_padding",
     "deepseek_v3",
     "dense_to_sparse",
     "gshard",
@@ -84,6 +86,7 @@ __all__ = [
     "multi_hash",
     "noisy_topk",
     "remoe",
+    "routing_of_choices",
     "st_moe",
     "switch",
     "zcode_m3",

@@ -90,6 +90,40 @@ def token_choices(
     )
 
 
+def routing_of_choices(
+    expert: Tensor,
+    weight: Tensor,
+    num_experts: int,
+    *,
+    mask: Tensor | None = None,
+    capacity: Capacity | None = None,
+    training: bool = False,
+    losses: Mapping[str, Tensor] | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> Routing:
+    """The `Routing` of a router that has chosen experts for tokens: all choices of real tokens queue and are served.
+
+    Args:
+        expert: Int64[T, K], the K different experts of each token, or Int64[T] for one.
+        weight: Float32 of the same shape, combine weights; the best first if `capacity` serves by probability.
+        num_experts: E.
+        mask: Bool[T], real tokens; padding takes no place.
+        capacity: slots per expert and who is served first; None = dropless.
+        training: whether `capacity` is that of training (a router passes ``self.training``).
+        losses: unweighted scalars by name.
+        statistics: detached scalars by name.
+
+    Example:
+        >>> import torch
+        >>> routing_of_choices(torch.tensor([1, 0, 1]), torch.ones(3), num_experts=2).position
+        tensor([0, 0, 1])
+    """
+    expert, weight = (value if value.ndim == 2 else value[:, None] for value in (expert, weight))
+    wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), mask)
+    served = serve(expert, wanted, weight, num_experts, capacity or Capacity(), training=training)
+    return token_choices(expert, weight, served, num_experts, losses, statistics)
+
+
 def clear_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x`` Float[T, D] with zeros where `mask` is False.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.routers.choices import LaterChoices
-from moekit.routers.queueing import mask_choices, serve, token_choices
+from moekit.routers.queueing import routing_of_choices
 from moekit.routers.topk import Balance, Renormalise, TopKRouter
 from moekit.routing import Capacity, Router, Routing, RoutingContext
 
@@ -143,11 +143,11 @@ class TaskTableRouter(Router):
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""
         context = context or RoutingContext()
-        expert = self.table[_tasks(self, context, self.num_tasks)][:, None]
+        expert = self.table[_tasks(self, context, self.num_tasks)]
         weight = torch.ones(expert.shape, dtype=torch.float32, device=expert.device)
-        wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), context.mask)
-        served = serve(expert, wanted, weight, self.num_experts, self.capacity, training=self.training)
-        return token_choices(expert, weight, served, self.num_experts)
+        return routing_of_choices(
+            expert, weight, self.num_experts, mask=context.mask, capacity=self.capacity, training=self.training
+        )
 
 
 def _check_tasks(num_tasks: int) -> None:

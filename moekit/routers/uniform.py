@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moekit.routers.queueing import mask_choices, serve, token_choices
+from moekit.routers.queueing import routing_of_choices
 from moekit.routing import Capacity, Router, Routing, RoutingContext
 
 
@@ -67,6 +67,6 @@ class UniformRouter(Router):
             turn = real.to(torch.int64).cumsum(0) - 1
         expert = (turn.clamp_min(0)[:, None] * self.k + torch.arange(self.k, device=device)) % self.num_experts
         weight = torch.full((t, self.k), 1 / self.k, dtype=torch.float32, device=device)
-        wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), mask)
-        served = serve(expert, wanted, weight, self.num_experts, self.capacity, training=self.training)
-        return token_choices(expert, weight, served, self.num_experts)
+        return routing_of_choices(
+            expert, weight, self.num_experts, mask=mask, capacity=self.capacity, training=self.training
+        )
