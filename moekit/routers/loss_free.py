@@ -9,7 +9,6 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from moekit.functional.losses import load_balance
 from moekit.functional.precision import wide_linear
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
@@ -197,16 +196,9 @@ class LossFreeRouter(Router):
         probs = score / score.sum(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)
         losses = {}
         if self.balance is not None:
-            choices = 1 if self.balance.count == "first" else self.k
             counted = served.kept if self.balance.when == "after_drop" else wanted
-            losses["load_balance"] = load_balance(
-                probs,
-                expert[:, :choices],
-                counted[:, :choices],
-                mask=context.mask,
-                sequence=context.sequence,
-                scope=self.balance.scope,
-                earlier=self._balance_window.counts if self.training else None,
+            losses["load_balance"] = self.balance.loss(
+                probs, expert, counted, context, self._balance_window, training=self.training
             )
         statistics = score_statistics(logits, probs.detach(), context.mask)
         statistics["bias_range"] = (self.bias.max() - self.bias.min()).to(logits.dtype)

@@ -28,8 +28,10 @@ class Balance:
         count: "first" counts first choices only (GShard, Mesh-TensorFlow, fairseq), "all" counts all k.
         when: "before_drop" counts what asked for a place in a queue, "after_drop" what was computed.
         scope: see `moekit.functional.load_balance`. "global" counts over all processes and over the micro-batches of
-            the optimizer step so far (in training; the Trainer's binding feeds `Router.observe`). In evaluation, over
-            all processes.
+            the optimizer step so far (the Trainer's binding feeds `Router.observe`). In evaluation it is "batch", so
+            that processes may evaluate different numbers of batches.
+
+    Source: arXiv:2006.16668 Algorithm 1 (first choices, before drops); arXiv:2501.11873 (scope "global").
     """
 
     count: Literal["first", "all"] = "first"
@@ -52,6 +54,38 @@ class Balance:
         choices = routing.num_tokens if self.count == "first" else routing.expert.numel()
         counts = torch.zeros(routing.num_experts, dtype=torch.int64, device=hit.device)
         return counts.index_add(0, routing.expert[:choices], hit[:choices].to(torch.int64))
+
+    def loss(
+        self,
+        probs: Tensor,
+        expert: Tensor,
+        counted: Tensor,
+        context: RoutingContext,
+        window: LoadWindow,
+        *,
+        training: bool,
+    ) -> Tensor:
+        """The unweighted balance loss of a forward.
+
+        Args:
+            probs: Float[T, E], rows sum to 1.
+            expert: Int64[T, K].
+            counted: Bool[T, K], the choices that count.
+            context: mask, and `sequence` for scope "sequence".
+            window: what `load` gave for the earlier micro-batches of this step; used for scope "global" in training.
+            training: the phase.
+        """
+        choices = 1 if self.count == "first" else expert.shape[1]
+        scope: BalanceScope = "batch" if self.scope == "global" and not training else self.scope
+        return load_balance(
+            probs,
+            expert[:, :choices],
+            counted[:, :choices],
+            mask=context.mask,
+            sequence=context.sequence,
+            scope=scope,
+            earlier=window.counts if scope == "global" else None,
+        )
 
 
 class TopKRouter(Router):
@@ -196,14 +230,5 @@ class TopKRouter(Router):
     def _losses(
         self, logits: Tensor, probs: Tensor, expert: Tensor, counted: Tensor, context: RoutingContext
     ) -> dict[str, Tensor]:
-        choices = 1 if self.balance.count == "first" else self.k
-        balance = load_balance(
-            probs,
-            expert[:, :choices],
-            counted[:, :choices],
-            mask=context.mask,
-            sequence=context.sequence,
-            scope=self.balance.scope,
-            earlier=self._window.counts if self.training else None,
-        )
+        balance = self.balance.loss(probs, expert, counted, context, self._window, training=self.training)
         return {"load_balance": balance, "router_z": router_z(logits, context.mask)}

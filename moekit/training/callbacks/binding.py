@@ -28,7 +28,8 @@ class ComponentBinding(Callback):
     checkpoint callback, so that a checkpoint always holds what the hook changed.
 
     Routers that observe (`moekit.routing.Router.observe`) are told there, just before, what their forwards returned in
-    this batch: not in the recomputation of activation checkpointing, not in evaluation mode, not between batches.
+    this batch: not in the recomputation of activation checkpointing, not in evaluation mode, not between batches. A
+    forward hook on the router hears it, at which `torch.compile` breaks its graph.
     """
 
     def __init__(self) -> None:
