@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moekit.transformer.cache import LayerCache
 from moekit.transformer.positions import Positions, Rotation
+from moekit.transformer.projection import FusedLinear
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ class SelfAttention(nn.Module):
     """
 
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
-        "qkv.weight": ("heads", "embed"),
-        "qkv.bias": ("heads",),
+        "qkv.weight": ("part", "heads", "embed"),
+        "qkv.bias": ("part", "heads"),
         "out.weight": ("embed", "heads"),
         "out.bias": ("embed",),
     }
@@ -100,7 +101,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.head_dim, self.dropout = heads, _split(dim, heads, head_dim), dropout
         inner = heads * self.head_dim
-        self.qkv = nn.Linear(dim, 3 * inner, bias=bias)
+        self.qkv = FusedLinear(3, dim, inner, bias=bias)
         self.out = nn.Linear(inner, dim, bias=bias)
 
     def forward(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
@@ -112,7 +113,8 @@ class SelfAttention(nn.Module):
             cache: earlier keys and values; the new ones are added to it.
         """
         batch, length = x.shape[:2]
-        query, key, value = self.qkv(x).view(batch, length, 3, self.heads, self.head_dim).unbind(2)
+        # The number of heads is taken from the weights: in tensor parallelism a process holds some of them.
+        query, key, value = self.qkv(x).unflatten(-1, (-1, self.head_dim)).unbind(2)
         if plan.rotation is not None:
             query, key = plan.rotation.apply(query), plan.rotation.apply(key)
         if cache is not None:
@@ -149,8 +151,8 @@ class CrossAttention(nn.Module):
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
         "q.weight": ("heads", "embed"),
         "q.bias": ("heads",),
-        "kv.weight": ("heads", "embed"),
-        "kv.bias": ("heads",),
+        "kv.weight": ("part", "heads", "embed"),
+        "kv.bias": ("part", "heads"),
         "out.weight": ("embed", "heads"),
         "out.bias": ("embed",),
     }
@@ -168,7 +170,7 @@ class CrossAttention(nn.Module):
         self.heads, self.head_dim, self.dropout = heads, _split(dim, heads, head_dim), dropout
         inner = heads * self.head_dim
         self.q = nn.Linear(dim, inner, bias=bias)
-        self.kv = nn.Linear(dim, 2 * inner, bias=bias)
+        self.kv = FusedLinear(2, dim, inner, bias=bias)
         self.out = nn.Linear(inner, dim, bias=bias)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
@@ -185,12 +187,14 @@ class CrossAttention(nn.Module):
         if cache is not None and cache.memory is not None:
             key, value = cache.memory
         else:
-            pair = self.kv(memory).view(sentences, memory.shape[1], 2, self.heads, self.head_dim)
+            pair = self.kv(memory).unflatten(-1, (-1, self.head_dim))
             key, value = pair.permute(2, 0, 3, 1, 4).unbind(0)
             if cache is not None:
                 cache.memory = key, value
         # Nothing here depends on order, so the queries of all beams of a sentence are simply more queries.
-        query = self.q(x).view(sentences, -1, self.heads, self.head_dim).transpose(1, 2)
+        queries = rows * length // max(sentences, 1)
+        query = self.q(x).unflatten(-1, (-1, self.head_dim)).reshape(sentences, queries, -1, self.head_dim)
+        query = query.transpose(1, 2)
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
         )

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 EmbeddingScale = Literal["input", "output"]
+
+
+class Vocabulary(Protocol):
+    """Looks tokens up in a table, and scores hidden states against it."""
+
+    def vectors(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """Float[..., D] of ids Int64[...] by ``weight`` Float[V, D]."""
+        ...
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Float[..., V] of ``hidden`` Float[..., D]."""
+        ...
+
+
+class WholeVocabulary:
+    """The whole table is here."""
+
+    def vectors(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """See `Vocabulary.vectors`."""
+        return F.embedding(ids, weight)
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """See `Vocabulary.logits`."""
+        return F.linear(hidden, weight)
 
 
 class TokenEmbedding(nn.Module):
@@ -24,6 +48,9 @@ class TokenEmbedding(nn.Module):
             Adam). "output" = weights of std 1, hidden states divided by sqrt(D) on the way out (T5; its Adafactor
             scales steps by the size of the weights).
 
+    Attributes:
+        vocabulary: how ids and hidden states meet the table; exchanged where processes hold parts of it.
+
     Source: arXiv:1706.03762 section 3.4; arXiv:1910.10683 (released code).
     """
 
@@ -34,6 +61,7 @@ class TokenEmbedding(nn.Module):
         if scale not in ("input", "output"):
             raise ValueError(f'embedding scale must be "input" or "output": got {scale!r}.')
         self.scale: EmbeddingScale = scale
+        self.vocabulary: Vocabulary = WholeVocabulary()
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
 
     @property
@@ -43,11 +71,11 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors Float[..., D] of ids Int64[...]."""
-        vectors = F.embedding(ids, self.weight)
+        vectors = self.vocabulary.vectors(ids, self.weight)
         return vectors * self.weight.shape[1] ** 0.5 if self.scale == "input" else vectors
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits Float[..., V] of hidden states Float[..., D]."""
         if self.scale == "output":
             hidden = hidden * self.weight.shape[1] ** -0.5
-        return F.linear(hidden, self.weight)
+        return self.vocabulary.logits(hidden, self.weight)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moekit.functional.activation import Activation, activation_function
 from moekit.functional.dropout import dropout
+from moekit.transformer.projection import FusedLinear
 
 Side = Literal["encoder", "decoder"]
 
@@ -100,8 +101,8 @@ class GLU(nn.Module):
     """
 
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
-        "w_in.weight": ("mlp", "embed"),
-        "w_in.bias": ("mlp",),
+        "w_in.weight": ("part", "mlp", "embed"),
+        "w_in.bias": ("part", "mlp"),
         "w_out.weight": ("embed", "mlp"),
         "w_out.bias": ("embed",),
     }
@@ -118,12 +119,12 @@ class GLU(nn.Module):
         super().__init__()
         self.activation, self.dropout = activation, dropout
         self._act = activation_function(activation)
-        self.w_in = nn.Linear(dim, 2 * hidden_dim, bias=bias)
+        self.w_in = FusedLinear(2, dim, hidden_dim, bias=bias)
         self.w_out = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute Float[..., D]."""
-        gate, up = self.w_in(x).chunk(2, dim=-1)
+        gate, up = self.w_in(x).unbind(-2)
         hidden = self._act(gate) * up
         return self.w_out(dropout(hidden, self.dropout, training=self.training))
 

@@ -10,6 +10,7 @@ from moekit.transformer.attention import CrossAttention, SelfAttention
 from moekit.transformer.embedding import TokenEmbedding
 from moekit.transformer.feed_forward import GLU, MLP
 from moekit.transformer.positions import RelativePositions
+from moekit.transformer.projection import FusedLinear
 from moekit.transformer.stack import Stack
 
 
@@ -22,6 +23,7 @@ def init_weights(model: nn.Module, *, scale: float = 1.0) -> None:
     - Matrices that write to it (out): the same, divided by sqrt(number of residual branches of the stack), so that
       the stream's variance at the end does not grow with depth.
     - T5's relative bias: normal, std 1 / sqrt(D). Biases zero. Norms start as the identity.
+    - Dense feed-forwards outside of stacks: both matrices as those that read.
     - Routers, experts and modules of yours initialise themselves and are left alone.
 
     Does nothing to tensors on the meta device; call it after they have been given memory, together with the
@@ -36,9 +38,15 @@ def init_weights(model: nn.Module, *, scale: float = 1.0) -> None:
     for module in model.modules():
         if isinstance(module, TokenEmbedding) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=module.std)
+    inside: set[nn.Module] = set()
     for stack in model.modules():
         if isinstance(stack, Stack):
             _init_stack(stack, scale)
+            inside.update(stack.modules())
+    for module in model.modules():
+        if isinstance(module, MLP | GLU) and module not in inside:
+            _draw(module.w_in, scale)
+            _draw(module.w_out, scale)
 
 
 def _init_stack(stack: Stack, scale: float) -> None:
@@ -58,7 +66,7 @@ def _init_stack(stack: Stack, scale: float) -> None:
             nn.init.normal_(module.weight, std=stack.blocks[0].self_attention.qkv.in_features ** -0.5)
 
 
-def _draw(linear: nn.Linear, scale: float) -> None:
+def _draw(linear: nn.Linear | FusedLinear, scale: float) -> None:
     truncated_normal_(linear.weight, linear.in_features, scale)
     if linear.bias is not None and not linear.bias.is_meta:
         nn.init.zeros_(linear.bias)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,8 @@ class RelativePositions(Positions):
 
     Source: arXiv:1910.10683 section 2.1.
     """
+
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {"weight": ("bucket", "heads")}
 
     def __init__(self, heads: int, *, num_buckets: int = 32, max_distance: int = 128) -> None:
         super().__init__()

@@ -25,10 +25,10 @@ B, S, D, H = 3, 6, 16, 4
 def torch_twin(attention: SelfAttention) -> nn.MultiheadAttention:
     twin = nn.MultiheadAttention(D, H, bias=attention.qkv.bias is not None, batch_first=True).double()
     with torch.no_grad():
-        twin.in_proj_weight.copy_(attention.qkv.weight)
+        twin.in_proj_weight.copy_(attention.qkv.weight.flatten(0, 1))
         twin.out_proj.weight.copy_(attention.out.weight)
         if attention.qkv.bias is not None:
-            twin.in_proj_bias.copy_(attention.qkv.bias)
+            twin.in_proj_bias.copy_(attention.qkv.bias.flatten())
             twin.out_proj.bias.copy_(attention.out.bias)
     return twin
 
@@ -57,7 +57,7 @@ def test_self_attention_equals_torch(bias: bool, causal: bool) -> None:
     hidden.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
-    torch.testing.assert_close(attention.qkv.weight.grad, twin.in_proj_weight.grad)
+    torch.testing.assert_close(attention.qkv.weight.grad.flatten(0, 1), twin.in_proj_weight.grad)
 
 
 def loop(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -92,7 +92,7 @@ def test_relative_bias_rotation_and_masks_against_a_loop(causal: bool, head_dim:
     relative.weight.normal_()
     for positions in (relative, RotaryPositions()):
         plan = plan_attention(x, positions, channels, offset=0, causal=causal, key_mask=None if causal else mask)
-        query, key, value = attention.qkv(x).view(B, S, 3, H, channels).unbind(2)
+        query, key, value = attention.qkv(x).unflatten(-1, (H, channels)).unbind(2)
         place = torch.arange(S)
         rotation, bias = positions.rotation(place, channels), positions.bias(place, place, causal=causal)
         if rotation is not None:

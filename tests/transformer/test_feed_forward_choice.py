@@ -36,7 +36,7 @@ def test_dense_feed_forwards(activation: str, bias: bool) -> None:
     inner = x @ mlp.w_in.weight.T + (mlp.w_in.bias if bias else 0)
     torch.testing.assert_close(mlp(x), act(inner) @ mlp.w_out.weight.T + (mlp.w_out.bias if bias else 0))
     glu = GLU(5, 7, activation=activation, bias=bias)  # type: ignore[arg-type]
-    inner = x @ glu.w_in.weight.T + (glu.w_in.bias if bias else 0)
+    inner = x @ glu.w_in.weight.flatten(0, 1).T + (glu.w_in.bias.flatten() if bias else 0)
     hidden = act(inner[..., :7]) * inner[..., 7:]
     torch.testing.assert_close(glu(x), hidden @ glu.w_out.weight.T + (glu.w_out.bias if bias else 0))
 
