@@ -105,8 +105,9 @@ class RoutingStatistics(Metric):
 
         Returns:
             ``{"languages": [...], "layers": [{"name", "num_experts", "load": [E], "load_by_language": {language:
-            [E]}, "fixed_load", "experts_per_token" (where it varies), "entropy", "load_entropy", "drop_rate", "dead_experts", "load_cv", "load_max_ratio",
-            "assignments"}]}``. Loads sum to 1, or are all 0 where nothing was routed.
+            [E]}, "fixed_load", "experts_per_token" (where it varies), "entropy", "load_entropy", "drop_rate",
+            "dead_experts", "load_cv", "load_max_ratio", "assignments"}]}``. Loads sum to 1, or are all 0 where nothing
+            was routed.
         """
         return {
             "languages": list(self.languages),
