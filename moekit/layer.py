@@ -146,7 +146,8 @@ class MoELayer(Component):
     def _dense(self, phase: DensePretraining, x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Routing]:
         routing = phase.routing(self.router, x, context)
         padding = ~routing.kept[:, None]
-        return phase(self.experts, x.masked_fill(padding, 0.0)).masked_fill(padding, 0.0), routing
+        hidden = phase(self.experts, x.masked_fill(padding, 0.0)) * routing.weight.to(x.dtype)[:, None]
+        return hidden.masked_fill(padding, 0.0), routing
 
 
 class AuxLosses:

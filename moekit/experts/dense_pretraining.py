@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moekit.component import Component
 from moekit.experts.base import Experts, copy_first_expert_
@@ -63,8 +63,8 @@ class DensePretraining(Component):
     Given to `moekit.MoELayer` as ``phase=``. While it is active
 
     - the layer computes expert 0 on every real token with weight 1, which is a dense feed-forward: one product, no
-      routing, no drops, no capacity, no output masking, and neither value nor gradient of the router (its parameters'
-      gradients are None);
+      routing, no drops, no capacity, no output masking. The router has no say: it is asked about no tokens, so that its
+      gradients are exactly zero (and not missing, which would set plain and sharded training apart; weight decay acts);
     - every expert receives the whole gradient of that feed-forward, so the optimizer's state of every expert becomes
       what a dense model's would be;
     - the routing that the layer returns names experts by turns with weight 1, and losses of 0.
@@ -81,7 +81,8 @@ class DensePretraining(Component):
 
     Raises:
         ValueError: if `steps` is negative; in the layer, if the bank's experts are not all alike.
-        RuntimeError: in forward, if the experts are spread over processes: each must hold all of them.
+        RuntimeError: in forward, if the experts are spread over processes: expert parallelism must be 1 while the phase
+            is active (ZeRO and tensor parallelism are no obstacle).
 
     Source: dense pre-training of arXiv:2110.08246; expert-diversify phase of arXiv:2112.14397.
     Differs: while tied, E equal gradients stand where a dense model has one, so a global gradient norm (clipping!)
@@ -140,27 +141,24 @@ class DensePretraining(Component):
         Raises:
             RuntimeError: if the experts are spread over processes.
         """
-        tied = {}
-        for name, parameter in experts.named_parameters():
-            if hasattr(parameter, "device_mesh"):
-                raise RuntimeError(
-                    "DensePretraining needs all experts in every process while they are tied: got parameters that are "
-                    "spread over processes. Use expert_parallel_size=1 and no sharding of parameters, or start from a "
-                    "dense checkpoint."
-                )
-            axes = experts.axes[name]
-            if "expert" in axes:
-                axis = axes.index("expert")
-                # The value of the first; the gradient goes to all, in full. total - total is 0 without rounding.
-                total = parameter.sum(axis, keepdim=True)
-                tied[name] = parameter.narrow(axis, 0, 1).detach() + (total - total.detach())
-        return functional_call(experts, tied, (x[None],))[0]
+        tie = _Tie()
+        # Innermost: hooks of sharding, which come before and after, show the weights that forward works with.
+        handles = (
+            experts.register_forward_pre_hook(tie.show),
+            experts.register_forward_hook(tie.hide, prepend=True, always_call=True),
+        )
+        try:
+            computed: Tensor = experts(x[None])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return computed[0]
 
     def routing(self, router: Router, x: Tensor, context: RoutingContext | None) -> Routing:
         """The list that says what the layer computed: every real token, weight 1, experts by turns (all are one)."""
-        # Asked about no tokens, past its hooks: the names of its losses, and nothing that anyone could observe.
-        with torch.no_grad():
-            empty = router.forward(x[:0], _nobody(context))
+        # Asked about no tokens: the names of its losses, gradients of zero, and nothing to observe.
+        empty: Routing = router(x[:0], _nobody(context))
+        nothing = 0.0 * torch.stack([empty.weight.sum(), *empty.losses.values()]).sum()
         t, e = x.shape[0], router.num_experts
         mask = None if context is None else context.mask
         real = torch.ones(t, dtype=torch.bool, device=x.device) if mask is None else mask
@@ -168,10 +166,10 @@ class DensePretraining(Component):
         return Routing(
             token=torch.arange(t, device=x.device),
             expert=torch.where(real, turn % e, 0),
-            weight=torch.ones(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device),
+            weight=(1.0 + nothing).expand(t),
             position=torch.where(real, turn // e, -1),
             kept=real,
-            losses={name: torch.zeros_like(loss) for name, loss in empty.losses.items()},
+            losses=dict.fromkeys(empty.losses, nothing),
             num_tokens=t,
             num_experts=e,
         )
@@ -181,14 +179,57 @@ class DensePretraining(Component):
         """Part the experts if `step` optimizer steps are enough; called by the layer after every step."""
         if not self.active or step < self.steps:
             return
-        copy_first_expert_(experts)
-        if self.perturb is not None:
-            generator = torch.Generator().manual_seed(self.seed)
-            for name, parameter in experts.named_parameters():
-                if "expert" in experts.axes[name] and parameter.ndim > 2:
-                    parameter.copy_(self.perturb(parameter, generator))
+        generator = torch.Generator().manual_seed(self.seed)
+        for name, parameter in experts.named_parameters():
+            axes = experts.axes[name]
+            if "expert" not in axes:
+                continue
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            axis = axes.index("expert")
+            weight = whole.narrow(axis, 0, 1).expand_as(whole).clone()
+            if self.perturb is not None and weight.ndim > 2:
+                weight = self.perturb(weight, generator)
+            if isinstance(parameter, DTensor):
+                weight = distribute_tensor(weight, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(weight)
         self._done = True
         self.done.fill_(True)
+
+
+class _Tie:
+    """While a bank's forward runs, one expert stands under the name of each of its parameters."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[nn.Module, str, Any]] = []
+
+    def show(self, experts: nn.Module, args: Any) -> None:
+        bank = cast(Experts, experts)
+        for path, axes in bank.axes.items():
+            holder, _, name = path.rpartition(".")
+            owner = experts.get_submodule(holder)
+            weight = getattr(owner, name)
+            if weight is None or "expert" not in axes:
+                continue
+            axis = axes.index("expert")
+            if isinstance(weight, DTensor) or weight.shape[axis] != bank.num_experts:
+                raise RuntimeError(
+                    "DensePretraining needs all experts in every process while they are tied: got "
+                    f"{type(weight).__name__} of shape {tuple(weight.shape)} for {bank.num_experts} experts. Use "
+                    "expert_parallel_size=1, or start from a dense checkpoint."
+                )
+            # The value of the first; the gradient goes to all, in full. total - total is 0 without rounding.
+            total = weight.sum(axis, keepdim=True)
+            # Attributes of the instance are found before parameters.
+            self._before.append((owner, name, owner.__dict__.get(name)))
+            owner.__dict__[name] = weight.narrow(axis, 0, 1).detach() + (total - total.detach())
+
+    def hide(self, experts: nn.Module, args: Any, output: Any) -> None:
+        for owner, name, before in self._before:
+            if before is None:
+                del owner.__dict__[name]
+            else:
+                owner.__dict__[name] = before
+        self._before.clear()
 
 
 def _nobody(context: RoutingContext | None) -> RoutingContext | None:

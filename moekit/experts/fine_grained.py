@@ -30,7 +30,7 @@ def fine_grained(num_experts: int, hidden_dim: int, k: int, *, split: int, share
 
         sizes = fine_grained(16, 1024, 2, split=4, shared=1)
         MoELayer(
-            routers.deepseek_v3(dim, sizes.num_experts, sizes.k),
+            routers.deepseek_v3(dim, sizes.num_experts, k=sizes.k),
             experts.GroupedGLU(sizes.num_experts, dim, sizes.hidden_dim, activation="silu"),
             shared=transformer.GLU(dim, sizes.shared_hidden_dim, activation="silu"),
         )

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from moekit.experts.base import Experts, product, rows_of, truncated_normal_
 from moekit.functional.precision import without_autocast
 
+# Axes of the inner bank under names that nobody divides: the outer one's experts are others, and its results no sums.
+_OWN = {"expert": "computing_expert", "mlp": "computing_mlp"}
+
 
 class ZeroComputationExperts(Experts):
     """A bank of feed-forward experts, and behind them experts without a matrix product, so that easy tokens are cheap.
@@ -37,8 +40,8 @@ class ZeroComputationExperts(Experts):
 
     Source: arXiv:2410.07348 section 3.1.
     Differs: gating residuals (the previous layer's scores enter the router), the smaller balance weight of these
-        experts and their own capacity are not built: they are the router's. Not for expert parallelism: every process
-        should hold all of these experts and its share of the others.
+        experts and their own capacity are not built: they are the router's. Expert parallelism refuses this bank, and
+        tensor parallelism repeats it.
     """
 
     requires_whole_bank: ClassVar[bool] = True
@@ -59,10 +62,9 @@ class ZeroComputationExperts(Experts):
 
     @property
     def axes(self) -> Mapping[str, tuple[str, ...]]:  # type: ignore[override]
-        """The bank's expert axis counts other experts than the constants' and than `num_experts`: other names."""
+        """Of the bank's parameters and the constants'."""
         inner = {
-            f"experts.{name}": tuple("computing_expert" if axis == "expert" else axis for axis in axes)
-            for name, axes in self.experts.axes.items()
+            f"experts.{name}": tuple(_OWN.get(axis, axis) for axis in axes) for name, axes in self.experts.axes.items()
         }
         return {**inner, "value": ("constant_expert", "embed"), "mix": ("constant_expert", "embed", "branch")}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,11 +26,12 @@ from moekit.experts import (
     MaskWeights,
     ZeroComputationExperts,
 )
+from moekit.parallel import Layout, build_meshes, parallelize
 from moekit.routing import Capacity, Router
-from moekit.testing import assert_close, seeded
+from moekit.testing import assert_close, run_distributed, seeded
 from moekit.transformer import MLP
 
-D, E, F, T = 6, 5, 9, 37
+D, E, F, T = 6, 4, 10, 37
 MASK = torch.arange(T) % 4 < 3
 BANKS: dict[str, Callable[[], Experts]] = {
     "GroupedMLP": lambda: GroupedMLP(E, D, F, bias=True, init_scale=1.0),
@@ -37,6 +39,7 @@ BANKS: dict[str, Callable[[], Experts]] = {
 }
 ROUTERS: dict[str, Callable[[], Router]] = {
     "capacity": lambda: routers.TopKRouter(D, E, 2, capacity=Capacity(train=0.5, minimum=1)),
+    "dropless": lambda: routers.TopKRouter(D, E, 2),
     "loss free": lambda: routers.loss_free(D, E, k=2),
 }
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
@@ -70,7 +73,7 @@ def batches(number: int) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("bank", BANKS)
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ["capacity", "loss free"])
 def test_tied_experts_are_a_dense_feed_forward_step_for_step(bank: str, router: str, optimizer: str) -> None:
     """Outputs, gradients, weights and the optimizer's state, for every copy; then experts go on from there."""
     moe = layer(bank, router).double()
@@ -88,7 +91,7 @@ def test_tied_experts_are_a_dense_feed_forward_step_for_step(bank: str, router: 
         for name, parameter in moe.experts.named_parameters():
             for e in range(E):
                 assert_close(parameter.grad[e], dict(twin.named_parameters())[name].grad[0], f"gradient of {name}[{e}]")
-        assert all(p.grad is None for p in moe.router.parameters())
+        assert all(p.grad is not None and not p.grad.any() for p in moe.router.parameters())
         for step in steps:
             step.step()
         moe.on_step_end(number)
@@ -102,7 +105,9 @@ def test_tied_experts_are_a_dense_feed_forward_step_for_step(bank: str, router: 
                 other = steps[1].state[dense][key]
                 if isinstance(value, Tensor) and value.ndim:
                     assert_close(value[e], other[0], f"{key} of {name}[{e}]")
-    assert all(torch.equal(p, frozen[name]) for name, p in moe.router.named_parameters())
+    decay = (1 - 0.01 * 0.1) ** 3 if optimizer == "AdamW" else None
+    for name, parameter in moe.router.named_parameters():
+        assert decay is None or torch.allclose(parameter, decay * frozen[name]), "nothing but weight decay"
     x, target = batches(4)[-1]
     (moe(x).hidden - target).square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in moe.router.parameters())
@@ -158,17 +163,18 @@ def test_the_routing_of_the_dense_phase(router: str) -> None:
     assert not any(loss.any() for loss in routing.losses.values())
     names = dict.fromkeys(routing.losses, 1.0)
     total, _ = AuxLosses(**names)(routing)
-    assert not total.requires_grad
+    assert float(total.detach()) == 0.0
 
 
-def test_nobody_observes_a_router_that_did_not_act() -> None:
-    moe, told = layer(), []
-    moe.router.register_forward_hook(lambda *_: told.append(1))
-    moe(torch.randn(T, D))
-    assert not told
-    moe.on_step_end(3)
-    moe(torch.randn(T, D))
-    assert told == [1]
+def test_a_router_that_does_not_act_observes_nothing() -> None:
+    """A bias that follows load stays where it is, though the router is told what its forwards returned."""
+    moe = layer(router="loss free")
+    moe.router.register_forward_hook(lambda router, _, routing: router.observe(routing))
+    for step, moves in ((3, False), (4, True)):
+        moe(torch.randn(T, D))
+        moe.router.on_step_end(step)
+        assert moe.router.bias.any() == moves
+        moe.on_step_end(step)
 
 
 def test_checkpointing_and_copies_in_the_dense_phase() -> None:
@@ -323,7 +329,72 @@ def test_bad_input(make: Callable[[], object], message: str) -> None:
 
 
 def test_experts_spread_over_processes_are_refused() -> None:
+    """A bank that sees two of its four experts, as under expert parallelism."""
     moe = layer()
-    next(moe.experts.parameters()).device_mesh = object()  # type: ignore[attr-defined]  # as a DTensor has
-    with pytest.raises(RuntimeError, match="needs all experts in every process while they are tied"):
+    for name in ("w_in", "w_out", "b_in", "b_out"):
+        moe.experts.__dict__[name] = getattr(moe.experts, name)[:2]
+    with pytest.raises(
+        RuntimeError, match=r"got Tensor of shape \(2, 6, 10\) for 4 experts. Use expert_parallel_size=1"
+    ):
         moe(torch.randn(T, D))
+    assert moe.experts.w_in.shape == (2, D, F), "what was shown is hidden again"
+    for name in ("w_in", "w_out", "b_in", "b_out"):
+        del moe.experts.__dict__[name]
+    assert moe(torch.randn(T, D)).hidden.shape == (T, D)
+
+
+# -- on several processes -----------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """A residual around the layer, and a dense weight beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = layer("GroupedGLU", "dropless", steps=2, perturb=MaskWeights(0.3))
+        with seeded(4):
+            self.out = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x + self.moe(x).hidden)
+
+
+def train(model: nn.Module, moe: MoELayer, share: slice) -> list[Tensor]:
+    """Four steps, two of them dense, on the share of each batch that this process reads."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses = []
+    for number, (x, target) in enumerate(batches(4), start=1):
+        optimizer.zero_grad()
+        loss = (model(x[:36][share]) - target[:36][share]).square().mean()
+        loss.backward()
+        optimizer.step()
+        moe.on_step_end(number)
+        losses.append(loss.detach())
+    return losses
+
+
+def on_two_ranks(zero_stage: int, tensor: int) -> dict[str, Tensor]:
+    layout = Layout(devices=2, zero_stage=zero_stage, tensor_parallel_size=tensor)  # type: ignore[arg-type]
+    model = Model().double()
+    meshes = build_meshes(layout, "cpu")
+    parallelize(model, meshes)
+    half = slice(None) if tensor > 1 else slice(18 * dist.get_rank(), 18 * (dist.get_rank() + 1))
+    train(model, model.moe, half)
+    return {name: parameter.full_tensor().detach() for name, parameter in model.named_parameters()}
+
+
+def every_layout() -> dict[str, dict[str, Tensor]]:
+    found = {f"ZeRO {stage}": on_two_ranks(stage, 1) for stage in (0, 3)}
+    found["tensor parallel"] = on_two_ranks(3, 2)
+    with pytest.raises(ValueError, match="needs all its experts in one process"):
+        parallelize(Model(), build_meshes(Layout(devices=2, expert_parallel_size=2), "cpu"))
+    return found
+
+
+def test_on_two_processes_as_on_one() -> None:
+    """The dense phase, the parting and what follows: ZeRO and tensor parallelism change no weight."""
+    model = Model().double()
+    train(model, model.moe, slice(None))
+    for name, found in run_distributed(every_layout, 2)[0].items():
+        for key, weight in model.named_parameters():
+            assert_close(found[key], weight, f"{key}, {name}")
