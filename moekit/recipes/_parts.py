@@ -37,7 +37,15 @@ class Built:
     aux: AuxLosses | None
 
 
-Build = Callable[[Any, int], Built]
+@dataclass(frozen=True)
+class WithData:
+    """A build that looks at the run's text, as tables made of token counts do: ``build(config, vocab_size, data)``."""
+
+    build: Callable[[Any, int, MultitaskData], Built]
+
+
+Build = Callable[[Any, int], Built] | WithData
+"""Makes the parts of a run: ``build(config, vocab_size)``, or a `WithData`."""
 
 
 def run_data(config: Any) -> MultitaskData:
@@ -50,7 +58,10 @@ def make_module(build: Build, config: Any, data: MultitaskData) -> tuple[Multita
     """The LightningModule of a run, and the budget that its schedule follows."""
     train: TrainConfig = config.train
     tokenizer = data.tokenizer
-    built = build(config, tokenizer.vocab_size)
+    if isinstance(build, WithData):
+        built = build.build(config, tokenizer.vocab_size, data)
+    else:
+        built = build(config, tokenizer.vocab_size)
     budget = Budget(max_steps=train.max_steps or None, max_minutes=train.max_minutes or None)
 
     def optimizer(module: nn.Module) -> torch.optim.Optimizer:

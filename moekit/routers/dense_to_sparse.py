@@ -27,24 +27,37 @@ class Schedule(Protocol):
 class ExponentialDecay:
     """From `start` to `end` in `steps` steps by a constant factor, then constant: start * (end / start)^(step / steps).
 
+    Attributes:
+        start: the value at the beginning.
+        end: the value at the end.
+        steps: of the way between.
+        begin: step of the beginning, before which the value is `start`: where another phase comes first.
+
     Source: the released code of arXiv:2112.14397 (its default form, from 1.0 to 0.5).
     """
 
     start: float
     end: float
     steps: int
+    begin: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
 
     def __call__(self, step: Tensor) -> Tensor:
         """The value at `step`."""
-        return self.start * (self.end / self.start) ** _fraction(step, self.steps)
+        return self.start * (self.end / self.start) ** _fraction(step - self.begin, self.steps)
 
 
 @dataclass(frozen=True)
 class LinearDecay:
     """From `start` to `end` in `steps` equal steps, then constant.
+
+    Attributes:
+        start: the value at the beginning.
+        end: the value at the end.
+        steps: of the way between.
+        begin: step of the beginning, before which the value is `start`: where another phase comes first.
 
     Source: the released code of arXiv:2112.14397.
     """
@@ -52,13 +65,14 @@ class LinearDecay:
     start: float
     end: float
     steps: int
+    begin: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
 
     def __call__(self, step: Tensor) -> Tensor:
         """The value at `step`."""
-        return self.start + (self.end - self.start) * _fraction(step, self.steps)
+        return self.start + (self.end - self.start) * _fraction(step - self.begin, self.steps)
 
 
 class DenseToSparseRouter(Router):
@@ -232,3 +246,5 @@ def _check(schedule: ExponentialDecay | LinearDecay) -> None:
         )
     if schedule.steps < 1:
         raise ValueError(f"{name} needs at least 1 step: got {schedule.steps}.")
+    if schedule.begin < 0:
+        raise ValueError(f"{name} must not begin before step 0: got begin={schedule.begin}.")

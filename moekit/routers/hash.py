@@ -69,6 +69,11 @@ class HashRouter(Router):
         self.register_buffer("table", torch.empty(self._given.shape, dtype=torch.int64))
         self.reset_parameters()
 
+    @property
+    def k(self) -> int:
+        """Experts per token: one by each table."""
+        return self.num_tables
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fill the table with what the constructor was given."""

@@ -70,6 +70,11 @@ class HierarchicalRouter(Router):
         self.secondary_noise_weight = nn.Parameter(torch.empty(num_groups, group_size, dim))
         self.reset_parameters()
 
+    @property
+    def k(self) -> int:
+        """Experts per token."""
+        return self.k_groups * self.k_experts
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set all matrices to zero: the start is pure noise."""
@@ -87,7 +92,7 @@ class HierarchicalRouter(Router):
         """Route; see `Router.forward`."""
         context = context or RoutingContext()
         x = clear_padding(x, context.mask)
-        t, k = x.shape[0], self.k_groups * self.k_experts
+        t, k = x.shape[0], self.k
         clean = wide_linear(x, self.weight)
         scale = F.softplus(wide_linear(x, self.noise_weight))
         noisy = clean + torch.randn_like(clean) * scale if self.training else clean
