@@ -48,7 +48,6 @@ class Experts(Component, ABC):
         """Expert number `expert` on Float[R, D] in the plainest form: the twin that `forward` is tested against."""
 
 
-@torch.no_grad()
 def copy_first_expert_(experts: Experts) -> None:
     """Make every expert an equal copy of the first, in place.
 
@@ -61,8 +60,8 @@ def copy_first_expert_(experts: Experts) -> None:
     for name, parameter in experts.named_parameters():
         axes = experts.axes.get(name, ())
         if "expert" in axes and not parameter.is_meta:
-            axis = axes.index("expert")
-            parameter.copy_(parameter.narrow(axis, 0, 1).clone().expand_as(parameter))
+            first = parameter.detach().narrow(axes.index("expert"), 0, 1).clone()
+            parameter.detach().copy_(first.expand_as(parameter))
 
 
 def truncated_normal_(weight: Tensor, fan_in: int, scale: float) -> None:
