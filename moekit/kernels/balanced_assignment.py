@@ -2,14 +2,13 @@
 
 Numba is the optional extra ``fast``. Both solve the same problem exactly (`moekit.functional.balanced_assignment`); of
 several optimal assignments they may choose different ones. On the CPU: scores from an accelerator come to it and the
-experts go back.
+experts go back. The first call compiles, which takes seconds; the result is kept on disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -69,7 +68,11 @@ def _(scores: Tensor, mask: Tensor | None) -> Tensor:
 @cache
 def has_numba() -> bool:
     """Whether the compiled form is available."""
-    return find_spec("numba") is not None
+    try:
+        import numba  # noqa: F401
+    except ImportError:  # not installed, or not for this numpy
+        return False
+    return True
 
 
 @cache

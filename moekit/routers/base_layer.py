@@ -121,5 +121,14 @@ def base_layers(
         allow_future: accept the balanced assignment in a causal decoder, as the paper does.
 
     Source: arXiv:2103.16716.
+
+    Example:
+        >>> import torch
+        >>> import moekit as mk
+        >>> moe = mk.MoELayer(mk.routers.base_layers(16, 4), mk.experts.BaseStack(4, 16, 64, num_layers=2))
+        >>> x = torch.randn(2, 20, 16)
+        >>> y = x + moe.train()(x).hidden
+        >>> mk.routing_stats(moe(x).routing).load
+        tensor([10, 10, 10, 10])
     """
     return BaseRouter(dim, num_experts, shuffle=shuffle, allow_future=allow_future)

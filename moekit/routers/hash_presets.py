@@ -30,6 +30,16 @@ def hash_layers(
         capacity: slots per expert; None = dropless.
 
     Source: arXiv:2106.04426 (balanced assignment).
+
+    Example:
+        >>> import torch
+        >>> import moekit as mk
+        >>> ids = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 3]])
+        >>> router = mk.routers.hash_layers(16, 2, counts=torch.bincount(ids.flatten()))
+        >>> moe = mk.MoELayer(router, mk.experts.GroupedMLP(2, 16, 64))
+        >>> _, routing = moe(torch.randn(1, 8, 16), mk.RoutingContext(token_ids=ids))
+        >>> mk.routing_stats(routing).load
+        tensor([4, 4])
     """
     return HashRouter(dim, num_experts, balanced_table(counts, num_experts, seed=seed), capacity=capacity)
 
