@@ -7,6 +7,15 @@ For the Trainer there is `moekit.ExpertParallelStrategy`, which does this.
 """
 
 from moekit.parallel.annotation import Annotation
+from moekit.parallel.checkpoint import (
+    Checkpointer,
+    consolidate,
+    export_safetensors,
+    import_safetensors,
+    is_checkpoint,
+    remove_checkpoint,
+    verify_checkpoint,
+)
 from moekit.parallel.gradients import clip_by_norm, clip_by_value, global_mean, gradient_norm
 from moekit.parallel.mesh import Meshes, World, build_meshes, check_layout
 from moekit.parallel.plan import Plan, layers_of, no_layers, repeated_layers
@@ -16,6 +25,7 @@ from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 
 __all__ = [
     "Annotation",
+    "Checkpointer",
     "Layout",
     "Meshes",
     "Plan",
@@ -26,12 +36,18 @@ __all__ = [
     "check_layout",
     "clip_by_norm",
     "clip_by_value",
+    "consolidate",
+    "export_safetensors",
     "global_mean",
     "gradient_norm",
+    "import_safetensors",
+    "is_checkpoint",
     "layers_of",
     "no_layers",
     "original",
     "parallelize",
+    "remove_checkpoint",
     "repeated_layers",
     "sharded",
+    "verify_checkpoint",
 ]

@@ -1,0 +1,21 @@
+"""Sharded checkpoints: whole or not there, for any layout, and data, not code.
+
+    checkpointer = Checkpointer(asynchronous=True)
+    checkpointer.save("run/checkpoints/last", model, [optimizer], extra={"step": step})
+    extra = checkpointer.load("run/checkpoints/last", model, [optimizer])
+
+`export_safetensors`, `consolidate` and `import_safetensors` change between these and one file of weights.
+"""
+
+from moekit.parallel.checkpoint.checkpointer import Checkpointer, is_checkpoint, remove_checkpoint, verify_checkpoint
+from moekit.parallel.checkpoint.single_file import consolidate, export_safetensors, import_safetensors
+
+__all__ = [
+    "Checkpointer",
+    "consolidate",
+    "export_safetensors",
+    "import_safetensors",
+    "is_checkpoint",
+    "remove_checkpoint",
+    "verify_checkpoint",
+]

@@ -1,0 +1,297 @@
+"""Saving and loading a model with its optimizers, at any layout."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import os
+import pickle
+import shutil
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from moekit.errors import UserError
+from moekit.parallel.checkpoint import reader
+from moekit.parallel.checkpoint.disk import flush, hidden_folders, writing
+from moekit.parallel.checkpoint.index import INDEX, Index, read_index
+from moekit.parallel.checkpoint.reader import FolderReader, TensorLoadPlanner, read_plain
+from moekit.parallel.checkpoint.state import (
+    collect,
+    extra_targets,
+    give_back,
+    model_targets,
+    optimizer_targets,
+    put_back,
+    take_out,
+)
+from moekit.parallel.checkpoint.writer import FolderWriter
+
+PathLike = str | os.PathLike[str]
+
+
+class Checkpointer:
+    """Saves and loads sharded checkpoints; with `asynchronous`, training goes on while files are written.
+
+    A checkpoint is a folder to which every process writes its own part. It can be loaded in any other layout and by
+    any other number of processes, one without torch.distributed included. It appears under its name when it is whole:
+    after a crash at any moment the name holds the former checkpoint, or nothing. Nothing in it is ever executed.
+
+    All processes must call `save` and `load` together, with the same path on a file system that they share.
+
+    Args:
+        asynchronous: `save` returns when the state has been copied to host memory (which takes that much of it); the
+            rest happens in a thread, with communication of its own. The next `save`, or `wait`, tells of its failure.
+        timeout: seconds after which a process that waits for others in a save gives up.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Linear(2, 2)
+        >>> folder = tempfile.mkdtemp()
+        >>> checkpointer = Checkpointer()
+        >>> checkpointer.save(f"{folder}/last", model, extra={"step": 3})
+        >>> checkpointer.load(f"{folder}/last", nn.Linear(2, 2))
+        {'step': 3}
+    """
+
+    def __init__(self, *, asynchronous: bool = False, timeout: float = 1800.0) -> None:
+        self.asynchronous, self.timeout = asynchronous, timeout
+        self._group: dist.ProcessGroup | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(
+        self, path: PathLike, model: nn.Module, optimizers: Sequence[Optimizer] = (), *, extra: Any = None
+    ) -> None:
+        """Save to the folder `path`; a checkpoint that is there is replaced when the new one is whole.
+
+        Args:
+            path: the folder, on a file system that all processes share.
+            model: parallelized or plain.
+            optimizers: of the model; as they are, and shadows included.
+            extra: plain data (numbers, strings, tensors, and lists and dictionaries of them); that of rank 0 is saved,
+                and DTensors in it by all ranks.
+
+        Raises:
+            UserError: full disk and the like, on all ranks.
+            TypeError: if `extra` is more than plain data.
+            RuntimeError: if a process failed or vanished, also if the one before failed in its thread.
+        """
+        self.wait()
+        found = collect(model, optimizers)
+        extra = take_out(extra, found.tensors, "extra")
+        place = Path(os.path.abspath(path))
+        data = _dump({"state": found.plain, "extra": extra})
+        _check_repeated(found.tensors, model)
+        # What all ranks repeat as plain tensors is rank 0's, and need not be equal (buffers).
+        tensors = {name: t for name, t in found.tensors.items() if isinstance(t, DTensor) or _rank() == 0}
+        writer, group = FolderWriter(place, data), self._own_group()
+        if not self.asynchronous:
+            _write(tensors, writer, group)
+            return
+        tensors = {name: _copy(tensor) for name, tensor in tensors.items()}
+
+        def run() -> None:
+            try:
+                _write(tensors, writer, group)
+            except BaseException as error:
+                self._failure = error
+
+        self._thread = threading.Thread(target=run, name=f"checkpoint {place.name}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for a save in a thread.
+
+        Raises:
+            UserError | RuntimeError: if it failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def load(self, path: PathLike, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> Any:
+        """Load the checkpoint at `path` into the model and its optimizers; return what was saved as `extra`.
+
+        Args:
+            path: the folder.
+            model: of the shape that was saved; parallelized in any way, or plain.
+            optimizers: those that were saved, or none to load the model alone.
+
+        Raises:
+            UserError: naming the file, if the checkpoint is missing, incomplete, cut short or altered; naming the
+                tensor, if it is of another model. The model may be half-loaded then.
+        """
+        self.wait()
+        folder = Path(os.path.abspath(path))
+        index = read_index(folder)
+        content = _parse(read_plain(folder, index), folder)
+        targets: dict[str, Tensor] = model_targets(model, index, str(folder))
+        if optimizers:
+            targets |= optimizer_targets(model, optimizers, index, content["state"], str(folder))
+        targets |= extra_targets(model, index)
+        read_into(targets, folder, index)
+        give_back(model, optimizers, targets, content["state"])
+        return put_back(content["extra"], targets)
+
+    def _own_group(self) -> dist.ProcessGroup | None:
+        """A group on CPUs for saves alone: they may run beside training's communication."""
+        if self._group is None and _distributed():
+            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self.timeout))
+        return self._group
+
+
+def read_into(targets: dict[str, Tensor], folder: Path, index: Index) -> None:
+    """Fill tensors from a checkpoint, each rank its part.
+
+    Raises:
+        UserError: if a file is missing, cut short or altered; on all ranks.
+    """
+    with torch.no_grad():
+        _collectively(
+            lambda: state_dict_loader.load(
+                targets,
+                storage_reader=FolderReader(folder, index),
+                planner=TensorLoadPlanner(),
+                no_dist=not _distributed(),
+            )
+        )
+
+
+def is_checkpoint(path: PathLike) -> bool:
+    """Whether there is a sharded checkpoint at `path`."""
+    return (Path(path) / INDEX).is_file()
+
+
+def verify_checkpoint(path: PathLike) -> None:
+    """Read all of a checkpoint and compare every part with its digest; for one process.
+
+    Raises:
+        UserError: naming the file that is missing, cut short or altered, or the tensor that is not complete.
+    """
+    folder = Path(os.path.abspath(path))
+    index = read_index(folder)
+    reader.verify(folder, index)
+
+
+def remove_checkpoint(path: PathLike) -> None:
+    """Delete a checkpoint; it vanishes from its name at once, whole. For one process; none there is no error.
+
+    Raises:
+        UserError: if it cannot be deleted.
+    """
+    place = Path(os.path.abspath(path))
+    with writing(place):
+        if place.is_dir():
+            os.rename(place, place.with_name(f".{place.name}.{os.urandom(4).hex()}.tmp"))
+            flush(place.parent)
+        for folder in hidden_folders(place):
+            shutil.rmtree(folder)
+
+
+def _write(tensors: dict[str, Tensor], writer: FolderWriter, group: dist.ProcessGroup | None) -> None:
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    _collectively(
+        lambda: state_dict_saver.save(
+            tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=not _distributed()
+        )
+    )
+
+
+def _collectively(call: Any) -> None:
+    """Run a save or load of DCP; give its collected failures back as the first rank's error, on every rank."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is")  # one process is no accident
+            call()
+    except CheckpointException as failed:
+        rank, (error, _) = min(failed.failures.items())
+        if isinstance(error, UserError):
+            raise UserError(str(error)) from None
+        raise RuntimeError(f"rank {rank} failed in a checkpoint ({type(error).__name__}): {error}") from error
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """In host memory, and independent of what training does next."""
+    found: Tensor = tensor.detach()
+    return found.clone() if found.device.type == "cpu" else found.cpu()
+
+
+def _check_repeated(tensors: dict[str, Tensor], model: nn.Module) -> None:
+    """Parameters that are plain tensors must be repeated on all ranks: one rank's would be saved for all.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
+    if not _distributed() or dist.get_world_size() == 1:
+        return
+    buffers = {f"model/{name}" for name, _ in model.named_buffers()}
+    plain = [n for n, t in tensors.items() if not isinstance(t, DTensor) and n not in buffers and t.numel()]
+    if not plain:
+        return
+    sums = torch.stack([tensors[name].double().sum().cpu() for name in plain])
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, sums.tolist())
+    for rank, values in enumerate(everyone):
+        for name, mine, other in zip(plain, everyone[0], values, strict=True):
+            if mine != other and not (mine != mine and other != other):
+                raise ValueError(
+                    f"{name.partition('/')[2]} is a plain tensor and differs between ranks 0 and {rank}: a checkpoint "
+                    "would keep one of them and lose the other. Parallelize the model (moekit.parallel.parallelize)."
+                )
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _rank() -> int:
+    return dist.get_rank() if _distributed() else 0
+
+
+def _dump(content: Any) -> bytes:
+    """Plain data as bytes that `weights_only` reads back.
+
+    Raises:
+        TypeError: if it is more than that.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    try:
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise TypeError(
+            "what is saved beside a model must be numbers, strings, tensors, and lists and dictionaries of them: "
+            f"{next(iter(str(error).splitlines()), '')} Convert it, for example a Path to a string."
+        ) from None
+    return buffer.getvalue()
+
+
+def _parse(data: bytes | None, folder: Path) -> dict[str, Any]:
+    """Plain data back from bytes, without executing anything in them."""
+    if data is None:
+        return {"state": {}, "extra": None}
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"the checkpoint {folder} must hold tensors and plain data only: "
+            f"{next(iter(str(error).splitlines()), type(error).__name__)} Nothing in it has been executed."
+        ) from None
+    if not isinstance(content, dict) or not {"state", "extra"} <= set(content):
+        raise UserError(f"the checkpoint {folder} holds other plain data than expected. Use another one.")
+    return content

@@ -1,0 +1,72 @@
+"""Files that are on the disk before their names are, and digests."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from moekit.errors import UserError
+from moekit.parallel.checkpoint.index import INDEX
+
+
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256 of a CPU tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def commit(folder: Path, path: Path, data: str) -> None:
+    """Put the finished hidden `folder`, with its subfolder `data`, into the checkpoint's place.
+
+    A reader sees the old checkpoint or the new one, at any moment and after any crash.
+    """
+    if not path.exists():
+        os.rename(folder, path)
+        flush(path.parent)
+        return
+    os.rename(folder / data, path / data)
+    flush(path)
+    os.replace(folder / INDEX, path / INDEX)
+    flush(path)
+    for old in path.glob("data-*"):
+        if old.name != data:
+            shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def hidden_folders(path: Path) -> list[Path]:
+    """What unfinished saves to `path`, and unfinished removals, have left beside it."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    return [found for found in path.parent.iterdir() if pattern.fullmatch(found.name)] if path.parent.is_dir() else []
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tell of full disks and the like in the user's words.
+
+    Raises:
+        UserError: instead of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write the checkpoint {path}: {error.strerror or error}.") from error
+    except SafetensorError as error:
+        raise UserError(f"cannot write the checkpoint {path}: {error}.") from error

@@ -1,0 +1,241 @@
+"""The index of a checkpoint: which bytes of which file are which part of which tensor. JSON, and checked."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moekit.errors import UserError
+
+INDEX = "index.json"
+FORMAT = 1
+
+_TYPES = {
+    str(kind): kind
+    for kind in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
+}
+_FILE = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor, and where it lies.
+
+    Attributes:
+        offsets: its first entry, by dimension.
+        sizes: its extent, by dimension.
+        file: relative to the checkpoint.
+        key: its name in that safetensors file.
+        digest: SHA-256 of its bytes, or None where nobody has taken it.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    key: str
+    digest: str | None
+
+    @property
+    def numel(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.sizes)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in chunks."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """All tensors of a checkpoint, and the file of what is not a tensor.
+
+    Attributes:
+        entries: by name.
+        plain: file and SHA-256 of plain data, or None.
+        processes: how many wrote it.
+    """
+
+    entries: Mapping[str, Entry]
+    plain: tuple[str, str] | None = None
+    processes: int = 1
+
+    def dump(self) -> str:
+        """As JSON, with a digest of itself."""
+        body = {
+            "format": FORMAT,
+            "processes": self.processes,
+            "plain": list(self.plain) if self.plain else None,
+            "tensors": {
+                name: {
+                    "shape": list(entry.shape),
+                    "dtype": str(entry.dtype),
+                    "chunks": [
+                        [list(c.offsets), list(c.sizes), c.file, c.key, c.digest]
+                        for c in sorted(entry.chunks, key=lambda c: c.offsets)
+                    ],
+                }
+                for name, entry in sorted(self.entries.items())
+            },
+        }
+        return json.dumps({"digest": _digest(body), **body})
+
+    def check(self, where: str) -> None:
+        """Every number of every tensor is there once, and no two parts share bytes.
+
+        Raises:
+            UserError: naming the tensor.
+        """
+        seen: dict[tuple[str, str], str] = {}
+        for name, entry in self.entries.items():
+            for chunk in entry.chunks:
+                if not chunk.numel:
+                    continue
+                other = seen.setdefault((chunk.file, chunk.key), name)
+                if other != name or sum((c.file, c.key) == (chunk.file, chunk.key) for c in entry.chunks) > 1:
+                    raise UserError(
+                        f"the checkpoint {where} gives the same bytes, {chunk.key} of {chunk.file}, to two parts of "
+                        f"{name} or {other}: one of them is missing. Use another checkpoint."
+                    )
+            _check_tiling(name, entry, where)
+
+
+def _check_tiling(name: str, entry: Entry, where: str) -> None:
+    """The chunks of a tensor lie inside it, do not overlap, and are as many numbers as it has."""
+    chunks = [chunk for chunk in entry.chunks if chunk.numel]
+    for chunk in chunks:
+        ends = [start + size for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+        if any(end > length for end, length in zip(ends, entry.shape, strict=True)):
+            raise UserError(
+                f"the checkpoint {where} has a part of {name} that lies outside of its shape {entry.shape}."
+            )
+    found = sum(chunk.numel for chunk in chunks)
+    if found < math.prod(entry.shape):
+        rows = _missing_rows(chunks, entry.shape)
+        raise UserError(
+            f"the checkpoint {where} is not complete: of {name}, shape {entry.shape}, it holds {found:,} of "
+            f"{math.prod(entry.shape):,} numbers{rows}. Use another checkpoint."
+        )
+    if entry.shape:
+        sweep = max(range(len(entry.shape)), key=lambda d: len({c.offsets[d] for c in chunks}))
+        active: list[tuple[int, int]] = []
+        for number, chunk in sorted(enumerate(chunks), key=lambda pair: pair[1].offsets[sweep]):
+            del active[: bisect.bisect_right(active, (chunk.offsets[sweep], len(chunks)))]
+            for _, other in active:
+                if _overlap(chunk, chunks[other]):
+                    raise UserError(
+                        f"the checkpoint {where} holds parts of {name} twice, at {chunk.offsets} and at "
+                        f"{chunks[other].offsets}. Use another checkpoint."
+                    )
+            bisect.insort(active, (chunk.offsets[sweep] + chunk.sizes[sweep], number))
+
+
+def _missing_rows(chunks: list[Chunk], shape: tuple[int, ...]) -> str:
+    """Which entries of the first dimension (experts, say) no chunk touches, for a message."""
+    if not shape:
+        return ""
+    there = [False] * shape[0]
+    for chunk in chunks:
+        there[chunk.offsets[0] : chunk.offsets[0] + chunk.sizes[0]] = [True] * chunk.sizes[0]
+    gone = [str(row) for row, found in enumerate(there) if not found]
+    return (
+        f"; nothing at {', '.join(gone[:8])}{', ...' if len(gone) > 8 else ''} of its first dimension" if gone else ""
+    )
+
+
+def _overlap(a: Chunk, b: Chunk) -> bool:
+    return all(
+        start < other + size_b and other < start + size_a
+        for start, size_a, other, size_b in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    )
+
+
+def read_index(path: Path) -> Index:
+    """The index of the checkpoint folder `path`, checked.
+
+    Raises:
+        UserError: if there is none, or it is broken, altered, incomplete, or from a later format.
+    """
+    file = path / INDEX
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = "no checkpoint at" if not path.exists() else f"no {INDEX}, so no checkpoint, in"
+        hint = " It holds a .metadata file, a pickle of torch's own format, which is not read: loading one runs code."
+        raise UserError(f"There is {what} {path}.{hint if (path / '.metadata').exists() else ''}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}). The checkpoint is broken; use another one.") from None
+    index = _parse(raw, file)
+    index.check(str(path))
+    return index
+
+
+def _parse(raw: Any, file: Path) -> Index:
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        got = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+        raise UserError(f"{file} must have format {FORMAT}: got {got!r}. It was written by another version or program.")
+    digest = raw.pop("digest", None)
+    if digest != _digest(raw):
+        raise UserError(f"{file} was altered after it was written: its digest does not fit. Use another checkpoint.")
+    try:
+        entries = {
+            name: Entry(
+                _numbers(entry["shape"]),
+                _TYPES[entry["dtype"]],
+                tuple(
+                    Chunk(_numbers(offsets), _numbers(sizes), _file(where), str(key), str(digest))
+                    for offsets, sizes, where, key, digest in entry["chunks"]
+                ),
+            )
+            for name, entry in raw["tensors"].items()
+        }
+        for name, entry in entries.items():
+            if any(len(c.offsets) != len(entry.shape) or len(c.sizes) != len(entry.shape) for c in entry.chunks):
+                raise ValueError(f"{name} has parts of another number of dimensions")
+        plain = raw["plain"]
+        return Index(entries, None if plain is None else (_file(plain[0]), str(plain[1])), int(raw["processes"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is not a checkpoint's index ({error!r}).") from None
+
+
+def _numbers(values: list[Any]) -> tuple[int, ...]:
+    if not all(isinstance(value, int) and value >= 0 for value in values):
+        raise ValueError(f"sizes must be natural numbers: {values}")
+    return tuple(values)
+
+
+def _file(name: Any) -> str:
+    """A file inside the checkpoint: an index cannot point anywhere else."""
+    if not isinstance(name, str) or not _FILE.fullmatch(name) or ".." in name:
+        raise ValueError(f"not a file of the checkpoint: {name!r}")
+    return name
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
