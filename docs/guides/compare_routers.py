@@ -16,11 +16,11 @@ import argparse
 import csv
 import logging
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -137,7 +137,10 @@ class Record:
     loss: list[float] = field(default_factory=list)
     imbalance: list[float] = field(default_factory=list)
     active: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of timed steps after the training
+
+    def __str__(self) -> str:
+        return f"loss {self.final_loss:.3f}   heaviest/mean {self.imbalance[-1]:.2f}   active {self.active[-1]:.2f}"
 
     @property
     def final_loss(self) -> float:
@@ -147,9 +150,8 @@ class Record:
 
     @property
     def milliseconds(self) -> float:
-        """Median time of a step after the first few."""
-        times = sorted(self.seconds[min(3, len(self.seconds) - 1) :])
-        return 1000 * times[len(times) // 2]
+        """Median time of a step."""
+        return 1000 * statistics.median(self.seconds)
 
 
 class SmallLM(L.LightningModule):
@@ -175,35 +177,31 @@ class SmallLM(L.LightningModule):
         self.weights = {**WEIGHTS, **entry.weights}
         self.record = Record(looks_ahead=router.looks_ahead)
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
-        """Cross-entropy of the next word plus the router's weighted losses."""
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, mk.Routing]:
+        """Cross-entropy of the next word, the same plus the router's weighted losses, and what the router did."""
         words, language = batch
         decoded = self.model.decode(words[:, :-1], language=language)
         loss = F.cross_entropy(self.model.logits(decoded.hidden).flatten(0, 1), words[:, 1:].flatten())
         routing = decoded.routings[0]
         weights = {name: weight for name, weight in self.weights.items() if name in routing.losses}
-        total, _ = mk.AuxLosses(**weights)(routing)
+        aux, _ = mk.AuxLosses(**weights)(routing)
+        return loss, loss + aux, routing
 
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        """One step, written down."""
+        loss, objective, routing = self.losses(batch)
         load = mk.routing_stats(routing).kept.float()
         self.record.loss.append(float(loss.detach()))
         self.record.imbalance.append(float(load.max() / load.mean().clamp_min(1e-9)))
         self.record.active.append(float(load.sum()) / routing.num_tokens)
-        return loss + total
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Start the clock."""
-        self.clock = time.perf_counter()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Forward, backward and the optimizer's step are done."""
-        self.record.seconds.append(time.perf_counter() - self.clock)
+        return objective
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW for all parameters alike."""
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-def train(entry: Entry, batches: Sequence[Batch]) -> Record:
+def train(entry: Entry, batches: Sequence[Batch]) -> SmallLM:
     """Train a fresh model on all batches, once."""
     module = SmallLM(entry)
     trainer = L.Trainer(
@@ -215,7 +213,17 @@ def train(entry: Entry, batches: Sequence[Batch]) -> Record:
         enable_model_summary=False,
     )
     trainer.fit(module, torch.utils.data.DataLoader(list(batches), batch_size=None))
-    return module.record
+    return module
+
+
+def time_steps(modules: Sequence[SmallLM], batches: Sequence[Batch], rounds: int = 9) -> None:
+    """Time forward and backward of every trained model, in turn, so that a busy machine slows all of them alike."""
+    for number in range(rounds + 1):
+        for module in modules:
+            start = time.perf_counter()
+            module.losses(batches[number % len(batches)])[1].backward()
+            if number > 0:  # the first round warms up
+                module.record.seconds.append(time.perf_counter() - start)
 
 
 def draw(records: Mapping[str, Record], path: Path) -> None:
@@ -262,7 +270,7 @@ def draw(records: Mapping[str, Record], path: Path) -> None:
     bars.invert_yaxis()
     bars.set_ylim(len(order) - 0.4, -0.6)
     bars.margins(x=0.25)
-    bars.set_title("time per step, ms; best loss first", loc="left", fontsize=10)
+    bars.set_title("time per step, ms (forward and backward, after training); best loss first", loc="left", fontsize=10)
     bars.spines[["top", "right", "left"]].set_visible(False)
     bars.set_xlabel("† looks at later tokens: its loss in a causal model is not honest")
     beside = path.with_name(f".{path.name}.part{path.suffix}")
@@ -281,17 +289,15 @@ def write_csv(records: Mapping[str, Record], path: Path) -> None:
     beside = path.with_name(f".{path.name}.part")
     with beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("router", "step", "loss", "imbalance", "active", "seconds"))
+        writer.writerow(("router", "step", "loss", "imbalance", "active", "milliseconds at the end"))
         for name, record in records.items():
-            for step, values in enumerate(
-                zip(record.loss, record.imbalance, record.active, record.seconds, strict=True)
-            ):
-                writer.writerow((name, step, *(f"{value:.6g}" for value in values)))
+            for step, values in enumerate(zip(record.loss, record.imbalance, record.active, strict=True)):
+                writer.writerow((name, step, *(f"{value:.6g}" for value in (*values, record.milliseconds))))
     os.replace(beside, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Record]:
-    """Train them all, print a table, draw the picture; the numbers go beside it as CSV."""
+    """Train them all, time them, draw the picture; the numbers go beside it as CSV."""
     parser = argparse.ArgumentParser(description="Train one small language model with every router in turn.")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps for each router")
     parser.add_argument(
@@ -313,13 +319,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Record]:
     if not chosen:
         parser.error(f"no router is named like {' or '.join(options.only)}; there are: {'; '.join(known)}")
 
-    records = {}
+    modules = {}
     for name, entry in chosen.items():
-        record = records[name] = train(entry, batches)
-        print(
-            f"{name:40s} loss {record.final_loss:.3f}  heaviest/mean {record.imbalance[-1]:5.2f}  "
-            f"active {record.active[-1]:.2f}  {record.milliseconds:6.1f} ms"
-        )
+        modules[name] = train(entry, batches)
+        print(f"{name:24s} {modules[name].record}")
+    time_steps(list(modules.values()), batches)
+    records = {name: module.record for name, module in modules.items()}
     draw(records, options.out)
     write_csv(records, options.out.with_suffix(".csv"))
     print(f"picture: {options.out}   numbers: {options.out.with_suffix('.csv')}")
