@@ -40,8 +40,8 @@ def balanced_assignment(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: if the shapes do not fit.
 
-    Source: arXiv:2103.16716 (assignment during training). Differs: see `moekit.functional.balanced_assignment`, of which this is the
-        fast form.
+    Source: arXiv:2103.16716 (assignment during training). Differs: see `moekit.functional.balanced_assignment`, of
+        which this is the fast form.
     """
     check_scores(scores, mask)
     return _balanced_assignment(scores.detach(), mask)

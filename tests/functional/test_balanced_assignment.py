@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -173,6 +174,12 @@ def test_without_numba_the_operator_is_the_twin_in_torch(monkeypatch: pytest.Mon
     mask = torch.arange(50) < 44
     assert torch.equal(kernels.balanced_assignment(scores, mask), functional.balanced_assignment(scores, mask))
     assert len(called) == 1
+
+
+def test_a_numba_that_cannot_be_imported_counts_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert in_numba.has_numba.__wrapped__()
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert not in_numba.has_numba.__wrapped__()
 
 
 def test_operator() -> None:
