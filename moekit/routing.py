@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -205,6 +205,10 @@ class Router(Component, ABC):
         observes: whether `observe` wants to be told what training forwards returned.
         by_position: whether a token's experts depend on its place among the tokens of the batch even where nothing is
             dropped (dealing in turn), so that tokens in another order get other experts.
+        expert_dims: dimension that counts experts, by name of a parameter or buffer of this router; what is not named
+            is the same for all experts. None (default) = not known: experts can then not be taken out or added
+            (`moekit.surgery`).
+        expert_ids: integer buffers whose values are numbers of experts, such as the table of a hash router.
     """
 
     num_experts: int
@@ -212,6 +216,8 @@ class Router(Component, ABC):
     allow_future: bool = False
     observes: bool = False
     by_position: bool = False
+    expert_dims: ClassVar[Mapping[str, int] | None] = None
+    expert_ids: ClassVar[tuple[str, ...]] = ()
 
     def check_causal(self) -> None:
         """Raise ValueError if this router would let a causal decoder see later tokens unasked."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,7 @@ class SoftMoELayer(Component):
     """
 
     requires_whole_bank = True
+    expert_dims: ClassVar[Mapping[str, int]] = {"phi": 0}
 
     def __init__(self, experts: Experts, slots: int = 1, *, allow_future: bool = False) -> None:
         super().__init__()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +49,8 @@ class BaseRouter(Router):
         is exact (theirs is an auction that ends near it), and padding takes no part in it. Their code takes the
         assignment in training from whether its input requires a gradient, so a frozen trunk makes it greedy.
     """
+
+    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
 
     looks_ahead = True
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +108,8 @@ class DenseToSparseRouter(Router):
         training, where the released code goes to one expert at once. The released code dispatches with a tensor that
         is quadratic in the tokens.
     """
+
+    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
 
     step: Tensor
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +40,8 @@ class ExpertChoiceRouter(Router):
     Source: arXiv:2202.09368 section 3.2. Differs: the variant that bounds the experts of a token (section 3.3, a
         linear program) is not built.
     """
+
+    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
 
     looks_ahead = True
 

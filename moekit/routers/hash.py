@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -36,6 +39,7 @@ class HashRouter(Router):
         says how segments are joined.
     """
 
+    expert_ids: ClassVar[tuple[str, ...]] = ("table",)
     table: Tensor
 
     def __init__(
@@ -73,6 +77,11 @@ class HashRouter(Router):
     def k(self) -> int:
         """Experts per token: one by each table."""
         return self.num_tables
+
+    @property
+    def expert_dims(self) -> Mapping[str, int] | None:  # type: ignore[override]
+        """No tensor counts experts. With several tables each numbers its own, and none can be taken out of all."""
+        return {} if self.num_tables == 1 else None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

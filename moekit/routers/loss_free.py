@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,8 @@ class LossFreeRouter(Router):
     Differs: from the released code of arXiv:2412.19437 in nothing but the guard against division by zero. Load counts
         what is asked for, before capacity drops anything (both papers are dropless).
     """
+
+    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
 
     bias: Tensor
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,6 +40,8 @@ class NoisyTopKRouter(Router):
     Source: arXiv:1701.06538 section 2.1 and 4, eq. 3-11.
     Differs: no noise in evaluation, as in the authors' code. Both losses count before capacity drops anything.
     """
+
+    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "noise_weight": 0}
 
     def __init__(
         self,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -90,6 +93,8 @@ class ReLURouter(Router):
     Source: arXiv:2412.14711 eq. 4-9.
     Differs: by default each router steers its own sparsity with its own coefficient.
     """
+
+    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
 
     def __init__(
         self,

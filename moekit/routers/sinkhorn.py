@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,8 @@ class SinkhornRouter(Router):
     Source: arXiv:2202.01169 (S-BASE); Megatron-LM's sinkhorn load balancing (plan in
         float32, without gradient, in training only).
     """
+
+    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
 
     looks_ahead = True
 

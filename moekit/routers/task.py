@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,8 @@ class TaskRouter(TopKRouter):
     Source: arXiv:2110.03742 section 3.2. Differs: the paper scores a learned embedding of the task by a linear gate;
         a table of scores is the same function of the task. It starts as N(0, 1), so that tasks begin apart (ours).
     """
+
+    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "scores": 1}
 
     def __init__(
         self,
@@ -105,6 +108,9 @@ class TaskTableRouter(Router):
 
     Source: arXiv:2110.03742 section 3.2 (the task as the key of routing); the fixed table is ours.
     """
+
+    expert_dims: ClassVar[Mapping[str, int]] = {}
+    expert_ids = ("table",)
 
     table: Tensor
 

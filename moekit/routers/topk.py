@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +117,8 @@ class TopKRouter(Router):
     Differs: later choices take their place after all first choices, kept or not (Algorithm 1 counts
         overflow too). In evaluation nothing is random and, by default, nothing is dropped.
     """
+
+    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class UniformRouter(Router):
 
     Source: ours.
     """
+
+    expert_dims: ClassVar[Mapping[str, int]] = {}
 
     by_position = True
 
