@@ -94,7 +94,7 @@ def build(config: Config, vocab_size: int) -> Built:
 TINY = Config(
     # Many languages to one, of unequal sizes as in the paper; the numbers are ours.
     data=DataConfig(vocab_size=1600, directions="tnd-avl,kmb-avl,shl-avl", babel_sizes="kmb=10000,shl=3000"),
-    train=TrainConfig(max_steps=1200, max_minutes=4.0, validate_every=300),
+    train=TrainConfig(max_steps=1000, max_minutes=4.0, validate_every=250),
     evaluate=EvaluateConfig(max_sentences=150, valid_sentences=50),
 )
 SMALL = Config(

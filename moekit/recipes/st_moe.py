@@ -121,7 +121,7 @@ TINY = Config(
     data=DataConfig(vocab_size=1600),
     # GEGLU has three matrices: 2/3 of 512, rounded. One sparse layer of two on each side, for want of more (ours).
     model=ModelConfig(hidden_dim=336),
-    train=TrainConfig(max_steps=1200, max_minutes=4.0, label_smoothing=0.0, validate_every=300),
+    train=TrainConfig(max_steps=1500, max_minutes=4.0, label_smoothing=0.0, validate_every=300),
     evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
 )
 SMALL = Config(
