@@ -219,7 +219,7 @@ def _gather(bucket: list[_Shadow]) -> None:
         pieces.append(padded)
     sent = torch.cat([piece.reshape(-1) for piece in pieces])
     received = sent.new_empty(size * sent.numel())
-    dist.all_gather_into_tensor(received, sent, group=group)
+    dist.all_gather(list(received.view(size, -1)), sent, group=group)
     for rank, flat in enumerate(received.view(size, -1)):
         start = 0
         for shadow, piece in zip(bucket, pieces, strict=True):

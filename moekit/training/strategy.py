@@ -52,7 +52,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         zero_stage: what data ranks divide. 0 = nothing; 1 = optimizer state; 2 = that and gradients, with the weights
             gathered once a step; 3 = weights too, gathered layer by layer.
         offload: what is kept in host memory: "none", the "optimizer" (its state and copies of the weights), or all
-            "parameters" (with gradients and optimizer; needs zero_stage 2 or 3).
+            "parameters" (with gradients and optimizer).
         plan: which axes are divided, which modules gather together, whether the all-to-all goes in two levels.
         nonfinite_gradients: what to do when the gradient norm is NaN or infinite, on all ranks together: "raise", or
             "skip" the step.

@@ -1,0 +1,203 @@
+"""A small sparse language model for the tests of this folder, its data, and what one process makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import moekit as mk
+from moekit.experts import GroupedMLP
+from moekit.parallel import global_mean
+from moekit.routers import Balance, TopKRouter
+from moekit.testing import JoinedProcesses, seeded
+from moekit.transformer import GLU, MLP, DecoderOnly
+
+VOCABULARY, DIM, HEADS, HIDDEN, EXPERTS, LENGTH, GLOBAL_BATCH, STEPS = 16, 8, 4, 8, 4, 5, 8, 5
+CLIP = 0.5
+
+
+def feed_forward(layer: int, side: Any) -> nn.Module:
+    """A dense layer with biases, a sparse one with biases, a gated one."""
+    if layer == 0:
+        return MLP(DIM, HIDDEN, bias=True, activation="silu")
+    if layer == 2:
+        return GLU(DIM, HIDDEN)
+    router = TopKRouter(DIM, EXPERTS, 2, balance=Balance(count="all", scope="global"), init_scale=1.0)
+    return mk.MoELayer(router, GroupedMLP(EXPERTS, DIM, HIDDEN, bias=True, activation="silu", init_scale=1.0))
+
+
+class SmallLM(L.LightningModule):
+    """Three blocks, the second sparse; a tied table; a scalar; losses of the router."""
+
+    def __init__(self, optimizer: str = "adamw", *, checkpoint: bool = False, by_tokens: bool = False) -> None:
+        super().__init__()
+        with seeded(7):
+            self.model = DecoderOnly(
+                VOCABULARY, DIM, HEADS, 3, HIDDEN, feed_forward=feed_forward, checkpoint=checkpoint
+            )
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters():
+                    if name.endswith(("bias", "b_in", "b_out", "positions.weight")):
+                        parameter.normal_(std=0.3)
+        self.temperature = nn.Parameter(torch.tensor(0.9))
+        self.optimizer, self.by_tokens = optimizer, by_tokens
+        self.aux = mk.AuxLosses(load_balance=0.1, router_z=0.01)
+        self.losses: list[Tensor] = []
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """Token 0 is padding."""
+        inputs, labels = ids[:, :-1], ids[:, 1:]
+        out = self.model.decode(inputs, inputs != 0)
+        logits = self.model.logits(out.hidden * self.temperature)
+        real = (labels != 0).flatten()
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        total = (nll * real).sum()
+        mean = global_mean(total, real.sum()) if self.by_tokens else total / real.sum().clamp_min(1)
+        return mean + (0.0 if self.by_tokens else self.aux(*out.routings)[0])
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.losses.append(loss.detach())
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("valid", self.loss(batch), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def sentences(steps: int = STEPS, seed: int = 3) -> Tensor:
+    """Int64[steps * GLOBAL_BATCH, LENGTH + 1] without padding."""
+    return torch.randint(
+        1, VOCABULARY, (steps * GLOBAL_BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(seed)
+    )
+
+
+@dataclass
+class Outcome:
+    """What training gave: the mean loss and the norm of each step, and all weights at the end."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        return {"losses": self.losses, "norms": self.norms, "weights": self.weights}
+
+
+def one_process(module: SmallLM, data: Tensor, *, batch: int = GLOBAL_BATCH, clip: float = CLIP) -> dict[str, Any]:
+    """Plain PyTorch: no Trainer, no strategy, no mesh."""
+    optimizer, found = module.configure_optimizers(), Outcome()
+    for ids in data.split(batch):
+        loss = module.loss(ids)
+        optimizer.zero_grad()
+        loss.backward()
+        found.losses.append(float(loss.detach()))
+        found.norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), clip)))
+        optimizer.step()
+    found.weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    return found.plain()
+
+
+class Watch(L.Callback):
+    """Keeps the norm of every step."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step > len(self.norms):
+            self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+
+
+def trainer_for(strategy: Any, **options: Any) -> L.Trainer:
+    """A Trainer over the processes of `run_distributed` that writes nothing."""
+    options = {"gradient_clip_val": CLIP, "max_epochs": 1, **options}
+    return L.Trainer(
+        accelerator="cpu",
+        devices=dist.get_world_size(),
+        strategy=strategy,
+        plugins=[JoinedProcesses()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+class Sentences(L.LightningDataModule):
+    """Batches of which all data ranks together have `batch` sentences a step, in order."""
+
+    def __init__(self, data: Tensor, *, batch: int = GLOBAL_BATCH, micro: int = 1) -> None:
+        super().__init__()
+        self.data, self.batch, self.micro = data, batch, micro
+
+    def train_dataloader(self) -> Any:
+        share = self.trainer.strategy.distributed_sampler_kwargs
+        sampler = torch.utils.data.DistributedSampler(self.data, shuffle=False, **share)  # type: ignore[arg-type]
+        size = self.batch // share["num_replicas"] // self.micro
+        return torch.utils.data.DataLoader(self.data, batch_size=size, sampler=sampler)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> Any:
+        return self.train_dataloader()
+
+
+def fit(module: SmallLM, strategy: Any, data: Tensor, *, micro: int = 1, **options: Any) -> dict[str, Any]:
+    """Train under the strategy; losses are means over all ranks and micro-batches."""
+    watch = Watch()
+    trainer = trainer_for(
+        strategy, callbacks=[watch, *options.pop("callbacks", [])], accumulate_grad_batches=micro, **options
+    )
+    trainer.fit(module, datamodule=Sentences(data, micro=micro))
+    losses = torch.stack(module.losses)
+    dist.all_reduce(losses)
+    losses = (losses / dist.get_world_size()).view(-1, micro).mean(1)
+    return Outcome(losses.tolist(), watch.norms, whole_weights(module)).plain()
+
+
+def whole_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter, gathered."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        assert isinstance(parameter, DTensor), name
+        found[name] = parameter.full_tensor().detach().clone()
+    return found
+
+
+def differences(got: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """Largest relative difference of losses, norms and weights."""
+    assert got["weights"].keys() == expected["weights"].keys()
+    assert len(got["losses"]) == len(expected["losses"]) == len(got["norms"]) == len(expected["norms"])
+
+    def numbers(name: str) -> float:
+        return max(abs(a - b) / abs(b) for a, b in zip(got[name], expected[name], strict=True))
+
+    weights = {name: float((got["weights"][name] - p).norm() / p.norm()) for name, p in expected["weights"].items()}
+    return {"loss": numbers("losses"), "norm": numbers("norms"), "weight": max(weights.values())}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's remarks."""
+    import logging
+
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

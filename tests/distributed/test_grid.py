@@ -1,0 +1,109 @@
+"""The claim: the layout changes nothing. Every supported layout against plain PyTorch in one process.
+
+For world sizes 1, 2 and 4, every combination of expert, tensor and replica sizes, ZeRO stage and offload that the
+layout check accepts, loss and gradient norm of 5 steps and every weight after them, for SGD with momentum and AdamW with
+clipping, are compared with a loop of plain PyTorch on the same global batches. Tolerance: a relative difference of
+2e-6 of each loss, each norm, and of each weight tensor (measured: below 5e-7).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from small_lm import SmallLM, differences, fit, one_process, quiet, sentences
+
+from moekit import ExpertParallelStrategy
+from moekit.parallel import Layout, check_layout
+from moekit.testing import run_distributed
+
+TOLERANCE = 2e-6
+Case = tuple[int, int, int, int, str, str]
+
+
+def layouts(world: int) -> list[tuple[int, int, int, int, str]]:
+    """(expert, tensor, replicas, zero_stage, offload) of all layouts of `world` processes."""
+    found = []
+    sizes = [n for n in range(1, world + 1) if world % n == 0]
+    for expert, tensor, replicas, stage, offload in itertools.product(
+        sizes, sizes, sizes, range(4), ("none", "optimizer", "parameters")
+    ):
+        try:
+            layout = Layout(
+                devices=world,
+                expert_parallel_size=expert,
+                tensor_parallel_size=tensor,
+                replicas=replicas,
+                zero_stage=stage,  # type: ignore[arg-type]
+                offload=offload,  # type: ignore[arg-type]
+            )
+            check_layout(layout)
+        except ValueError:
+            continue
+        found.append((expert, tensor, replicas, stage, offload))
+    return found
+
+
+def product(world: int) -> list[Case]:
+    return [(*layout, optimizer) for layout in layouts(world) for optimizer in ("sgd", "adamw")]
+
+
+def covering(world: int) -> list[Case]:
+    """Every arrangement of ranks with every stage; offload and optimizer take turns, so that all pairs occur."""
+    turns = list(itertools.product(("none", "optimizer", "parameters"), ("sgd", "adamw")))
+    arrangements = dict.fromkeys(layout[:4] for layout in layouts(world))
+    return [(*found, *turns[(number + number // 4) % len(turns)]) for number, found in enumerate(arrangements)]
+
+
+def train(cases: list[Case], expected: dict[str, Any]) -> list[dict[str, float]]:
+    found = []
+    for expert, tensor, replicas, stage, offload, optimizer in cases:
+        strategy = ExpertParallelStrategy(
+            expert,
+            tensor_parallel_size=tensor,
+            replicas=replicas,
+            zero_stage=stage,  # type: ignore[arg-type]
+            offload=offload,  # type: ignore[arg-type]
+        )
+        with quiet():
+            result = fit(SmallLM(optimizer), strategy, sentences(), limit_val_batches=0)
+        found.append(differences(result, expected[optimizer]))
+        assert strategy.meshes.layout.devices == dist.get_world_size()
+    return found
+
+
+def check(cases: list[Case], world: int, timeout: float) -> None:
+    expected = {optimizer: one_process(SmallLM(optimizer), sentences()) for optimizer in ("sgd", "adamw")}
+    results = run_distributed(train, world, cases, expected, timeout=timeout)
+    worst = 0.0
+    for rank, found in enumerate(results):
+        for case, difference in zip(cases, found, strict=True):
+            assert max(difference.values()) < TOLERANCE, f"{case} on rank {rank}: {difference}"
+            worst = max(worst, *difference.values())
+    print(f"\n{len(cases)} cases on {world} processes, largest relative difference {worst:.1e}")
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_covering_layouts_equal_one_process(world: int) -> None:
+    check(covering(world), world, timeout=400.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_all_layouts_equal_one_process(world: int) -> None:
+    check(product(world), world, timeout=3000.0)
+
+
+def test_grid_is_what_it_claims() -> None:
+    """How many cases there are, and that the fast part shows every value of every option with every stage."""
+    assert {world: len(product(world)) for world in (1, 2, 4)} == {1: 24, 2: 84, 4: 192}
+    assert {world: len(covering(world)) for world in (1, 2, 4)} == {1: 4, 2: 14, 4: 32}
+    cases = [case for world in (1, 2, 4) for case in covering(world)]
+    for stage in (0, 1, 2, 3):
+        mine = [case for case in cases if case[3] == stage]
+        assert {case[0] for case in mine} == {case[1] for case in mine} == {1, 2, 4}
+        assert {case[2] for case in mine} == ({1, 2, 4} if stage > 1 else {1})
+        assert {case[4] for case in mine} == {"none", "optimizer", "parameters"}
+        assert {case[5] for case in mine} == {"sgd", "adamw"}
