@@ -49,7 +49,7 @@ def test_shared_experts_are_one_wider_feed_forward() -> None:
     wide, x = GLU(D, 12, activation="silu"), torch.randn(7, D)
     with torch.no_grad():
         gate, up = (w.transpose(0, 1).reshape(D, 12) for w in (bank.w_gate, bank.w_up))
-        wide.w_in.weight.copy_(torch.cat([gate, up], dim=1).t())
+        wide.w_in.weight.copy_(torch.stack([gate.t(), up.t()]))
         wide.w_out.weight.copy_(bank.w_out.reshape(12, D).t())
     assert_close(wide(x), sum(bank.reference(e, x) for e in range(3)))  # type: ignore[arg-type]
 
