@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 
-@torch.no_grad()
 def sinkhorn(scores: Tensor, mask: Tensor | None = None, *, iterations: int = 100, tol: float = 1e-4) -> Tensor:
     """Scale exp(scores) by rows and columns until every token sends 1 and every expert receives T / E.
 
@@ -40,6 +39,7 @@ def sinkhorn(scores: Tensor, mask: Tensor | None = None, *, iterations: int = 10
             f"tol={tol}."
         )
     t, num_experts = scores.shape
+    # Detached: the iteration needs no gradient, and everything below is computed from this.
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
     column = torch.zeros(num_experts, dtype=scores.dtype, device=scores.device)
     if t == 0:
