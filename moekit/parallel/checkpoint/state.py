@@ -103,11 +103,14 @@ def model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     shared = _aliases(model)
     tensors: dict[str, Tensor] = {}
     other: dict[str, Any] = {}
-    for name, value in model.state_dict().items():
+    state = model.state_dict()  # which also makes fully_shard put its divided parameters back
+    # The parameters themselves, whose version counts what is written to them.
+    own = dict(model.named_parameters())
+    for name, value in state.items():
         if clean(name) in shared:
             continue
         if isinstance(value, Tensor):
-            tensors[f"model/{clean(name)}"] = value.detach()
+            tensors[f"model/{clean(name)}"] = own.get(name, value)
         else:
             other[clean(name)] = value
     return tensors, other
@@ -119,7 +122,8 @@ def collect(model: nn.Module, optimizers: Sequence[Optimizer]) -> Collected:
     Raises:
         ValueError: if an optimizer has a parameter that is not the model's.
     """
-    tensors, other = model_tensors(model)
+    own, other = model_tensors(model)
+    tensors = {name: tensor.detach() for name, tensor in own.items()}
     plain: dict[str, Any] = {"model": other, "optimizers": []}
     names = names_of(model)
     for number, optimizer in enumerate(optimizers):
