@@ -133,6 +133,13 @@ def test_variants_have_notes_and_twins(name: str) -> None:
     assert {"tiny", "tiny_dense"} <= set(found.variants)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_in_the_lists(name: str) -> None:
+    """In the table of the README and in that of the guide."""
+    assert f"| [`{name}`](recipes/{name}/README.md) |" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"| `{name}` |" in (ROOT / "docs" / "guides" / "recipes.md").read_text(encoding="utf-8")
+
+
 # -- stop and resume -----------------------------------------------------------------------------------------------
 
 
