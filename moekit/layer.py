@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.component import Component
-from moekit.dispatch import Dispatcher, PackedDispatcher, PaddedDispatcher
+from moekit.dispatch import Dispatcher, Exchange, PackedDispatcher, PaddedDispatcher
 from moekit.experts.base import Experts
 from moekit.experts.dense_pretraining import DensePretraining
 from moekit.mixing import ExpertOutputMasking, Mix
@@ -97,6 +97,12 @@ class MoELayer(Component):
     def requires_whole_bank(self) -> bool:
         """Whether the experts must not be spread over processes: of their kind, or as long as they are tied."""
         return self.experts.requires_whole_bank or (self.phase is not None and self.phase.active)
+
+    def connect(self, exchange: Exchange | None) -> None:
+        """Send rows to the ranks that hold their experts; None = all experts are here."""
+        if self.dispatcher is not None:
+            self.dispatcher = self.dispatcher.across(exchange)
+        self._packed, self._padded = self._packed.across(exchange), self._padded.across(exchange)
 
     def check_causal(self) -> None:
         """Raise ValueError if the router looks at later tokens and was not allowed to: decoders call this."""

@@ -34,7 +34,8 @@ def load_balance(
         mask: Bool[T], real tokens; padding is in no sum and in no denominator.
         sequence: Int64[T], needed for scope "sequence".
         scope: over which tokens f and P are taken. "batch" = the tokens given; "sequence" = each sequence apart, then
-            the mean over sequences; "global" = f summed over all ranks of `group` and over `earlier`, P local.
+            the mean over sequences; "global" = f summed over all ranks of `group` and over `earlier`, P local
+            but over the mean number of real tokens of a rank: the mean of the ranks' losses is that of all tokens.
         group: process group for scope "global"; None = the world. Without torch.distributed nothing is summed.
         earlier: Int64[E] or Float[E], for scope "global": assignments counted on this process in the micro-batches
             of the same optimizer step that came before.
@@ -79,10 +80,13 @@ def load_balance(
     counts = counts.index_add(0, expert.reshape(-1), hit.reshape(-1).to(probs.dtype))
     if earlier is not None:
         counts = counts + earlier.to(counts)
+    tokens = real.sum().to(probs.dtype)
     if scope == "global" and dist.is_available() and dist.is_initialized():
-        dist.all_reduce(counts, group=group)
+        both = torch.cat([counts, tokens[None]])
+        dist.all_reduce(both, group=group)
+        counts, tokens = both[:-1], both[-1] / dist.get_world_size(group)
     share = counts / counts.sum().clamp_min(1)
-    mean_probs = probs.sum(0) / real.sum().clamp_min(1)
+    mean_probs = probs.sum(0) / tokens.clamp_min(torch.finfo(probs.dtype).tiny)
     return num_experts * (share * mean_probs).sum()
 
 

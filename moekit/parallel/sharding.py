@@ -19,6 +19,7 @@ from moekit.parallel.local import LocalView, LocalViews
 from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, REPLICATE, SHARD, TENSOR, Meshes
 from moekit.parallel.plan import Plan
 from moekit.parallel.tensor import DividedVocabulary, sum_gradient, sum_value
+from moekit.routers.rank_shuffle import RankShuffle
 from moekit.routing import Router
 
 _HANDLE = "_moekit_sharded"
@@ -150,15 +151,15 @@ def _take_from_rank_zero(model: nn.Module) -> None:
 
 
 def _connect(model: nn.Module, meshes: Meshes, plan: Plan) -> None:
-    """Tell every sparse layer how to reach the ranks that hold its experts."""
-    size = meshes.layout.expert_parallel_size
-    if size == 1:
-        return
-    exchange = _exchange(meshes, plan)
-    for _, layer in sparse_layers(model):
-        if layer.dispatcher is not None:
-            layer.dispatcher = layer.dispatcher.across(exchange)
-        layer._packed, layer._padded = layer._packed.across(exchange), layer._padded.across(exchange)
+    """Tell every sparse layer how to reach the ranks that hold its experts, and shuffles who has other tokens."""
+    for module in model.modules():
+        shuffle = getattr(module, "shuffle", None)
+        if isinstance(shuffle, RankShuffle) and shuffle.group is None:
+            shuffle.group = meshes.data["data_parallel"].get_group()
+    if meshes.layout.expert_parallel_size > 1:
+        exchange = _exchange(meshes, plan)
+        for _, layer in sparse_layers(model):
+            layer.connect(exchange)
 
 
 def _exchange(meshes: Meshes, plan: Plan) -> Exchange:

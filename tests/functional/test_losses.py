@@ -173,15 +173,21 @@ def global_balance() -> list[Tensor]:
 
 
 def test_global_scope_sums_counts_over_ranks() -> None:
-    """f over both ranks, P and the gradient local; a group of one is the batch."""
+    """f over both ranks, P over the rank's tokens and the mean number of them; a group of one is the batch."""
     cases = [case(seed) for seed in (0, 1)]
+    tokens = sum(mask.sum() for *_, mask, _ in cases) / 2
+    assert cases[0][3].sum() != cases[1][3].sum()
     hits = torch.zeros(E, dtype=torch.float64)
     for _, expert, counted, mask, _ in cases:
         hits += torch.bincount(expert[counted & mask[:, None]], minlength=E)
-    for rank, (world, world_grad, alone, alone_grad) in enumerate(run_distributed(global_balance, 2)):
+    results = run_distributed(global_balance, 2)
+    whole = torch.cat([probs[mask] for probs, _, _, mask, _ in cases]).mean(0)
+    mean = (results[0][0] + results[1][0]) / 2
+    assert_close(mean, E * (hits / hits.sum() * whole).sum(), "the mean of the ranks' losses is that of all tokens")
+    for rank, (world, world_grad, alone, alone_grad) in enumerate(results):
         probs, expert, counted, mask, _ = cases[rank]
-        assert_close(world, E * (hits / hits.sum() * probs[mask].mean(0)).sum(), f"rank {rank}")
-        assert_close(world_grad, mask[:, None] * E * (hits / hits.sum()) / mask.sum(), f"gradient, rank {rank}")
+        assert_close(world, E * (hits / hits.sum() * probs[mask].sum(0) / tokens).sum(), f"rank {rank}")
+        assert_close(world_grad, mask[:, None] * E * (hits / hits.sum()) / tokens, f"gradient, rank {rank}")
         probs.requires_grad_()
         batch = load_balance(probs, expert, counted, mask=mask)
         assert_close(alone, batch, f"group of one, rank {rank}")
