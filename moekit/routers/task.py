@@ -41,7 +41,7 @@ class TaskRouter(TopKRouter):
         a table of scores is the same function of the task. It starts as N(0, 1), so that tasks begin apart (ours).
     """
 
-    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "scores": 1}
+    expert_dims: ClassVar[Mapping[str, int]] = {"scores": 1}
 
     def __init__(
         self,
