@@ -133,7 +133,7 @@ SMALL = Config(
 
 
 def paper(dim: int, heads: int, head_dim: int, hidden_dim: int, num_experts: int, steps: int) -> Config:
-    """A published model: 24 + 24 blocks, experts in every fourth, T5's vocabulary with an output table of its own.
+    """A published model: 24 + 24 blocks, experts in every fourth, T5's vocabulary in one table.
 
     Sources disagree: table 11 says 27 layers, the authors' configuration (flaxformer) 24 and the extra feed-forwards.
     The latter makes the published counts, 4.1 and 269 billion; so do 27 layers without extra feed-forwards.
@@ -145,7 +145,7 @@ def paper(dim: int, heads: int, head_dim: int, hidden_dim: int, num_experts: int
         data=DataConfig(source="text", vocab_size=32_128, max_length=512),
         model=ModelConfig(
             dim=dim, heads=heads, head_dim=head_dim, hidden_dim=hidden_dim, encoder_layers=24, decoder_layers=24,
-            num_experts=num_experts, every=4, tied=False, expert_init_scale=0.1, checkpoint=True,
+            num_experts=num_experts, every=4, expert_init_scale=0.1, checkpoint=True,
         ),
         tasks=SpanCorruptionTasks(span_corruption=TaskConfig(tokens=10**6)),
         train=TrainConfig(
