@@ -1,0 +1,136 @@
+"""What of a model belongs to which expert: read from the axes that modules name, never from names of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from moekit.errors import UserError
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """One sparse layer of a model, as surgery sees it. Tensors are named as in the model's state dict.
+
+    Attributes:
+        path: dotted name of the layer.
+        router: class of its router ("" where the layer routes by itself).
+        experts: class of its expert bank.
+        num_experts: E.
+        k: experts per token; ReLU routers have it as an average.
+        bank: tensors of the experts; the dimension that counts experts by name.
+        bank_axes: logical axes of the same tensors.
+        scores: tensors of the router that have an entry (or a block of entries) for each expert; the dimension by name.
+        ids: integer tensors whose values are numbers of experts.
+        obstacle: why experts cannot be taken out or added here; None = they can.
+    """
+
+    path: str
+    router: str
+    experts: str
+    num_experts: int
+    k: float
+    bank: Mapping[str, int]
+    bank_axes: Mapping[str, tuple[str, ...]]
+    scores: Mapping[str, int] = field(default_factory=dict)
+    ids: tuple[str, ...] = ()
+    obstacle: str | None = None
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Everything that counts experts: bank and scores."""
+        return {**self.bank, **self.scores}
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """All sparse layers of a model by their dotted names, in its order.
+
+    A sparse layer is a module with an attribute `experts` that is an expert bank: a `MoELayer`, a `SoftMoELayer`, or
+    one of yours. Of its bank `axes` tells which dimension counts experts, of its router `expert_dims` and `expert_ids`
+    (see `moekit.routing.Router`). The model may be on the meta device.
+    """
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        bank = getattr(module, "experts", None)
+        if isinstance(bank, nn.Module) and getattr(bank, "is_expert_bank", False) and not _is_bank(module):
+            found[path] = _layer(path, module, bank)
+    return found
+
+
+def require_operable(layers: Mapping[str, SparseLayer], what: str) -> None:
+    """Raise UserError if there is no sparse layer, or one whose experts cannot be told apart.
+
+    Args:
+        layers: from `sparse_layers`.
+        what: begins the message, for example the file that the model is from.
+    """
+    if not layers:
+        raise UserError(f"{what} must have sparse layers: it is a dense model.")
+    for layer in layers.values():
+        if layer.obstacle is not None:
+            raise UserError(f"{what}: the experts of {layer.path} cannot be taken apart: {layer.obstacle}.")
+
+
+def _is_bank(module: nn.Module) -> bool:
+    """A bank that wraps another bank is no layer."""
+    return bool(getattr(module, "is_expert_bank", False))
+
+
+def _layer(path: str, module: nn.Module, bank: nn.Module) -> SparseLayer:
+    router = getattr(module, "router", None)
+    chooser = router if isinstance(router, nn.Module) else module
+    num_experts = int(getattr(bank, "num_experts"))  # noqa: B009 (a Module's attributes have no type)
+    axes: Mapping[str, tuple[str, ...]] = getattr(bank, "axes", {})
+    tensors, notes = {}, {}
+    obstacles = []
+    prefix = f"{path}." if path else ""
+    for name, tensor in bank.state_dict().items():
+        named = tuple(axes.get(name, ()))
+        full = f"{prefix}experts.{name}"
+        if "expert" not in named or tensor.shape[named.index("expert")] != num_experts:
+            obstacles.append(
+                f"{type(bank).__name__}.{name} of shape {tuple(tensor.shape)} does not count all {num_experts} experts"
+            )
+        else:
+            tensors[full], notes[full] = named.index("expert"), named
+    scores, ids, obstacle = _scores(prefix, module, chooser, num_experts)
+    obstacles += obstacle
+    return SparseLayer(
+        path=path,
+        router="" if chooser is module else type(chooser).__name__,
+        experts=type(bank).__name__,
+        num_experts=num_experts,
+        k=float(getattr(chooser, "k", num_experts if chooser is module else 1)),
+        bank=tensors,
+        bank_axes=notes,
+        scores=scores,
+        ids=ids,
+        obstacle=obstacles[0] if obstacles else None,
+    )
+
+
+def _scores(
+    prefix: str, module: nn.Module, chooser: nn.Module, num_experts: int
+) -> tuple[dict[str, int], tuple[str, ...], list[str]]:
+    """What the router has for each expert, its tensors of expert numbers, and what is in the way."""
+    dims: Mapping[str, int] | None = getattr(chooser, "expert_dims", None)
+    if dims is None:
+        return {}, (), [f"{type(chooser).__name__} does not say which of its tensors count experts (expert_dims)"]
+    inner = prefix if chooser is module else f"{prefix}router."
+    own = dict(chooser.state_dict())
+    scores, obstacles = {}, []
+    for name, dim in dims.items():
+        if name not in own or own[name].ndim <= dim or own[name].shape[dim] % num_experts:
+            obstacles.append(f"{type(chooser).__name__}.{name} does not count {num_experts} experts in dimension {dim}")
+        scores[f"{inner}{name}"] = dim
+    ids = tuple(f"{inner}{name}" for name in getattr(chooser, "expert_ids", ()))
+    return scores, ids, obstacles
+
+
+def by_tensor(layers: Mapping[str, SparseLayer]) -> Iterator[tuple[str, SparseLayer, int]]:
+    """Every tensor that counts experts, with its layer and the dimension."""
+    for layer in layers.values():
+        for name, dim in layer.dims.items():
+            yield name, layer, dim

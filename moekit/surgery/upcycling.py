@@ -1,0 +1,226 @@
+"""Upcycling: a dense model's feed-forwards become experts; and merging, the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from moekit.errors import UserError
+from moekit.experts.dense_pretraining import Perturbation
+from moekit.surgery.anatomy import require_operable, sparse_layers
+from moekit.surgery.dense_form import DenseForm, dense_form
+from moekit.surgery.taking import State
+
+
+def upcycle(
+    state: State, target: nn.Module, *, perturb: Perturbation | None = None, scale: float = 1.0, seed: int = 0
+) -> dict[str, Tensor]:
+    """The weights of a sparse model from those of a dense one: every expert starts as the dense feed-forward.
+
+    Where an expert is m times narrower than the dense feed-forward, expert e is its part e mod m (parts of the hidden
+    dimension), so that m experts together, each with weight 1, are what the dense one was.
+
+    With equal weights that sum to 1 over a token's experts the function is the dense model's (times m / k with
+    parts). A softmax over all experts gives a fresh top-1 router weights near 1 / E: ``scale=E`` makes up for it.
+
+    Args:
+        state: the dense model's tensors by name. Moments of its optimizer work alike, with `scale` 1 and no `perturb`.
+        target: the sparse model, with fresh weights: routers, and whatever else a sparse layer has beside its experts,
+            start as they are there. Its sparse layers stand where the dense one has an `MLP` or `GLU`.
+        perturb: changes the matrices of the copies, for example `moekit.experts.AddNoise`, so that experts can part;
+            None = equal copies, which only the router tells apart.
+        scale: multiplies what an expert writes (its output matrix and bias).
+        seed: of the perturbation.
+
+    Returns:
+        The target's state dict; see `require_complete` for a check. Of moments: those that were carried over, and
+        meaningless weights of the target, whose names are not those of `dense_names`.
+
+    Raises:
+        UserError: naming the key: a tensor is missing, left over, or of a shape that does not fit.
+
+    Source: arXiv:2212.05055 (sparse upcycling: copies of the dense feed-forward, a fresh router); arXiv:2410.07524
+        (parts of one feed-forward as fine-grained experts, scaled weights). Differs: parts are dealt to experts in
+        turn, and nothing groups the router's scores.
+    """
+    layers = sparse_layers(target)
+    require_operable(layers, "the target of upcycling")
+    generator = torch.Generator().manual_seed(seed)
+    out, used = {}, set()
+    fresh = target.state_dict()
+    for path, layer in layers.items():
+        bank = target.get_submodule(f"{path}.experts" if path else "experts")
+        form = dense_form(bank, path)
+        prefix = f"{path}." if path else ""
+        dense = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+        expert = form.expert(dense)
+        used |= {f"{prefix}{source}" for source, _, _ in form.tensors.values() if source in dense}
+        for name, tensor in expert.items():
+            full = f"{prefix}experts.{name}"
+            if full not in layer.bank:
+                raise UserError(f"{full} is not in the sparse model, and the dense one has {tensor.shape} for it.")
+            tensor = _copies(full, tensor, layer.bank_axes[full], fresh[full])
+            if perturb is not None and tensor.ndim > 2:
+                tensor = perturb(tensor, generator)
+            out[full] = tensor * scale if name in (form.output, form.output_bias) and scale != 1 else tensor
+    inside = tuple(f"{path}." if path else "" for path in layers)
+    for name, tensor in state.items():
+        if name in used:
+            continue
+        if name not in fresh or fresh[name].shape != tensor.shape:
+            there = f"of shape {tuple(fresh[name].shape)}" if name in fresh else "not there"
+            raise UserError(f"{name} of the dense model, of shape {tuple(tensor.shape)}, is {there} in the sparse one.")
+        out[name] = tensor
+    for name, tensor in fresh.items():
+        if name not in out and name.startswith(inside) and not _of_bank(name, layers):
+            out[name] = tensor
+    return out
+
+
+def dense_names(target: nn.Module) -> dict[str, str]:
+    """Of every tensor of the experts of an upcycled model: the tensor of the dense model that it is from."""
+    names: dict[str, str] = {}
+    for path in sparse_layers(target):
+        prefix = f"{path}." if path else ""
+        form = dense_form(target.get_submodule(f"{prefix}experts"), path)
+        names |= {f"{prefix}experts.{name}": f"{prefix}{source}" for name, (source, _, _) in form.tensors.items()}
+    return names
+
+
+def require_complete(state: State, target: nn.Module, what: str) -> None:
+    """Raise UserError unless `state` has every tensor of `target`, of its shape, and no other.
+
+    Args:
+        state: tensors by name.
+        target: the model that is to hold them; it may be on the meta device.
+        what: begins the message.
+    """
+    wanted = target.state_dict()
+    for name, tensor in wanted.items():
+        if name not in state:
+            raise UserError(f"{what}: {name} of shape {tuple(tensor.shape)} is missing.")
+        if state[name].shape != tensor.shape:
+            raise UserError(
+                f"{what}: {name} must have shape {tuple(tensor.shape)}: got {tuple(state[name].shape)}. The "
+                "configuration is another model's."
+            )
+    if extra := next((name for name in state if name not in wanted), None):
+        raise UserError(f"{what}: {extra} is in no part of the model. The configuration is another model's.")
+
+
+def merge(
+    state: State, source: nn.Module, target: nn.Module, *, load: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The weights of a dense model from those of a sparse one: the average expert takes the experts' place.
+
+    Where the dense feed-forward is m times as wide as an expert, the experts are dealt into m groups in turn, the
+    average of each group is a part of it, and each part writes with its group's share of the weights. With m = E this
+    is exact: the dense model computes the weighted sum of all experts.
+
+    Args:
+        state: the sparse model's tensors by name.
+        source: the sparse model, for its structure; it may be on the meta device.
+        target: the dense model, for its structure; it may be on the meta device. Where the sparse model has a sparse
+            layer it has an `MLP` or `GLU`.
+        load: Float[E] by layer: weights of the average (they need not sum to 1); None = all alike.
+
+    Raises:
+        UserError: naming the key: a tensor is missing, left over, or of a shape that does not fit; a load of the wrong
+            length or without a positive sum.
+
+    Source: averages of weights as in arXiv:2203.05482. Differs: those are of models that were fine-tuned from one;
+        experts that were trained apart have no common basin, so expect to train on.
+    """
+    layers = sparse_layers(source)
+    require_operable(layers, "the model to merge")
+    out = dict(state)
+    wanted = target.state_dict()
+    for path, layer in layers.items():
+        prefix = f"{path}." if path else ""
+        bank = source.get_submodule(f"{prefix}experts")
+        form = dense_form(bank, path)
+        weights = _weights(path, layer.num_experts, load)
+        experts = {name.removeprefix(f"{prefix}experts."): state[name] for name in layer.bank if name in state}
+        width = _dense_width(form, prefix, wanted)
+        narrow = experts[form.output].shape[1]
+        if width % narrow or width // narrow > layer.num_experts:
+            raise UserError(
+                f"the dense feed-forward in the place of {path} must be 1 to {layer.num_experts} experts wide, each of "
+                f"{narrow} hidden units: got {width}."
+            )
+        dense = form.dense(_merged(experts, layer.bank_axes, prefix, form, weights, width // narrow))
+        for name in [name for name in out if name.startswith(prefix)]:
+            del out[name]
+        out |= {f"{prefix}{name}": tensor.contiguous() for name, tensor in dense.items()}
+    require_complete(out, target, "the merged model")
+    return out
+
+
+def _of_bank(name: str, layers: Mapping[str, object]) -> bool:
+    return any(name.startswith(f"{path}.experts." if path else "experts.") for path in layers)
+
+
+def _copies(name: str, tensor: Tensor, axes: tuple[str, ...], wanted: Tensor) -> Tensor:
+    """E copies of a dense tensor, or of its parts in turn, in the shape that the bank wants."""
+    num_experts, of_one = wanted.shape[0], tuple(wanted.shape[1:])
+    parts = 1
+    cut = axes.index("mlp") - 1 if "mlp" in axes else None
+    if cut is not None and len(of_one) == tensor.ndim and tensor.shape[cut] % max(of_one[cut], 1) == 0:
+        parts = tensor.shape[cut] // of_one[cut]
+    pieces = [tensor] if cut is None or parts == 0 else tensor.chunk(parts, cut)
+    if tuple(pieces[0].shape) != of_one or num_experts % len(pieces):
+        raise UserError(
+            f"{name} holds {num_experts} experts of shape {of_one}: a dense tensor of shape {tuple(tensor.shape)} must "
+            "have that shape, or be a whole number of such parts that divides the number of experts."
+        )
+    return torch.stack([pieces[expert % len(pieces)] for expert in range(num_experts)])
+
+
+def _weights(path: str, num_experts: int, load: Mapping[str, Tensor] | None) -> Tensor:
+    if load is None:
+        return torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)
+    found = load.get(path)
+    if found is None or found.shape != (num_experts,) or bool((found < 0).any()) or not float(found.sum()) > 0:
+        raise UserError(
+            f"merging the experts of {path} by load needs {num_experts} numbers that are not negative and not all 0: "
+            f"got {None if found is None else found.tolist()}."
+        )
+    return found.to(torch.float64) / found.to(torch.float64).sum()
+
+
+def _dense_width(form: DenseForm, prefix: str, wanted: Mapping[str, Tensor]) -> int:
+    source = form.tensors[form.output][0]
+    if f"{prefix}{source}" not in wanted:
+        raise UserError(f"the dense model must have {form.name} in the place of {prefix[:-1]}: {source} is missing.")
+    return wanted[f"{prefix}{source}"].shape[1]
+
+
+def _merged(
+    experts: Mapping[str, Tensor],
+    axes: Mapping[str, tuple[str, ...]],
+    prefix: str,
+    form: DenseForm,
+    weights: Tensor,
+    parts: int,
+) -> dict[str, Tensor]:
+    """The tensors of one wide expert from groups of experts, dealt in turn."""
+    groups = [torch.arange(part, len(weights), parts) for part in range(parts)]
+    shares = [weights[group].sum() for group in groups]
+    merged = {}
+    for name, tensor in experts.items():
+        named = axes[f"{prefix}experts.{name}"]
+        wide = tensor.to(torch.float64)
+        averages = []
+        for group, share in zip(groups, shares, strict=True):
+            inside = weights[group] / share if share > 0 else torch.full((len(group),), 1 / len(group))
+            averages.append(torch.tensordot(inside.to(wide), wide[group], dims=1))
+        if name == form.output:
+            averages = [share * average for share, average in zip(shares, averages, strict=True)]
+        if "mlp" in named:
+            joined = torch.cat(averages, named.index("mlp") - 1)
+        else:
+            joined = torch.stack([share * average for share, average in zip(shares, averages, strict=True)]).sum(0)
+        merged[name] = joined.to(tensor.dtype)
+    return merged
