@@ -113,7 +113,7 @@ class MultitaskModule(L.LightningModule):
         self.valid_perplexity = TokenPerplexity(tasks)
         self.valid_accuracy = MetricCollection({task: MeanMetric() for task in tasks}, compute_groups=False)
         layers = sparse_layers(backbone)
-        fixed = [name for name in layers if not _learns(_feed_forward(backbone, name))]
+        fixed = [name for name in layers if not _learns(feed_forward_of(backbone, name))]
         self.train_routing = RoutingStatistics(layers, self.languages, fixed) if layers else None
         self.valid_routing = RoutingStatistics(layers, self.languages, fixed) if layers else None
         self.test_score = TranslationScore(directions) if directions else None
@@ -288,11 +288,11 @@ class MultitaskModule(L.LightningModule):
 
 def sparse_layers(backbone: Any) -> dict[str, int]:
     """Number of experts of every sparse layer of a transformer, by its name in `routed_layers`."""
-    return {name: int(_feed_forward(backbone, name).num_experts) for name in backbone.routed_layers}
+    return {name: int(feed_forward_of(backbone, name).num_experts) for name in backbone.routed_layers}
 
 
-def _feed_forward(backbone: Any, name: str) -> Any:
-    """The sparse layer of that name."""
+def feed_forward_of(backbone: Any, name: str) -> Any:
+    """The sparse layer with that name in `routed_layers`."""
     side, number = name.split(".")
     return getattr(backbone, side).blocks[int(number)].feed_forward
 
