@@ -305,7 +305,8 @@ def killed(folder: str, moment: str, victim: int, asynchronous: bool) -> None:
     (Path(folder) / f"{dist.get_rank()}.time").write_text(str(time.time()))
     if moment == "step":
         if dist.get_rank() == victim:
-            run.module.model.decoder.layers[1].register_full_backward_pre_hook(die)
+            middle = run.module.model.decoder.layers[1]
+            middle.register_forward_hook(lambda layer, inputs, output: output.hidden.register_hook(die) and None)
         run.steps(BEFORE, AFTER)
         return
     run.steps(BEFORE, 1)

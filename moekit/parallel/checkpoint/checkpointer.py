@@ -286,7 +286,9 @@ def _parse(data: bytes | None, folder: Path) -> dict[str, Any]:
     if data is None:
         return {"state": {}, "extra": None}
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # refused below, in our words
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
             f"the checkpoint {folder} must hold tensors and plain data only: "
