@@ -64,27 +64,6 @@ def make_module(build: Build, config: Any, data: MultitaskData) -> tuple[Multita
         built = build(config, tokenizer.vocab_size)
     budget = Budget(max_steps=train.max_steps or None, max_minutes=train.max_minutes or None)
 
-    def optimizer(module: nn.Module) -> torch.optim.Optimizer:
-        return adamw(
-            module,
-            lr=train.learning_rate,
-            betas=train.betas,
-            weight_decay=train.weight_decay,
-            expert_lr_multiplier=train.expert_lr_multiplier,
-        )
-
-    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        match train.schedule:
-            case "cosine":
-                # Where steps are given the learning rate is a function of the step alone, so that a resumed run
-                # equals one that was never stopped; minutes then only end the run.
-                length = Budget(max_steps=train.max_steps) if train.max_steps else budget
-                return Cosine(optimizer, length, train.warmup_steps, minimum=0.05)
-            case "inverse_square_root":
-                return InverseSquareRoot(optimizer, train.warmup_steps)
-            case "constant":
-                return Constant(optimizer, train.warmup_steps)
-
     module = MultitaskModule(
         built.backbone,
         built.heads,
@@ -92,12 +71,39 @@ def make_module(build: Build, config: Any, data: MultitaskData) -> tuple[Multita
         aux=built.aux,
         languages=tokenizer.languages,
         directions=[str(direction) for direction in data.directions],
-        optimizer=optimizer,
-        schedule=schedule,
+        optimizer=lambda module: make_optimizer(train, module),
+        schedule=lambda optimizer: make_schedule(train, optimizer, budget),
         log_routing_every=train.log_every,
         samples=config.evaluate.samples,
     )
     return module, budget
+
+
+def make_optimizer(train: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a run."""
+    return adamw(
+        module,
+        lr=train.learning_rate,
+        betas=train.betas,
+        weight_decay=train.weight_decay,
+        expert_lr_multiplier=train.expert_lr_multiplier,
+    )
+
+
+def make_schedule(
+    train: TrainConfig, optimizer: torch.optim.Optimizer, budget: Budget
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate schedule of a run, which follows its budget."""
+    match train.schedule:
+        case "cosine":
+            # Where steps are given the learning rate is a function of the step alone, so that a resumed run
+            # equals one that was never stopped; minutes then only end the run.
+            length = Budget(max_steps=train.max_steps) if train.max_steps else budget
+            return Cosine(optimizer, length, train.warmup_steps, minimum=0.05)
+        case "inverse_square_root":
+            return InverseSquareRoot(optimizer, train.warmup_steps)
+        case "constant":
+            return Constant(optimizer, train.warmup_steps)
 
 
 def make_trainer(train: TrainConfig, **options: Any) -> L.Trainer:

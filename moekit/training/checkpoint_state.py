@@ -1,0 +1,93 @@
+"""One way to read weights and optimizer state, whatever kind of checkpoint holds them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moekit.errors import UserError
+from moekit.parallel.checkpoint import is_checkpoint
+from moekit.parallel.checkpoint.index import read_index
+from moekit.parallel.checkpoint.reader import tensors_of
+from moekit.training.checkpoint_io import load_checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedState:
+    """What a checkpoint holds.
+
+    Attributes:
+        path: where it is from.
+        weights: the model's state dict.
+        optimizer: state dict of its optimizer by parameter numbers, as Lightning's checkpoints have it, or None.
+        named_optimizer: state of its optimizer by parameter names, as sharded checkpoints have it, or None.
+        rest: everything else (loops, callbacks, the configuration).
+    """
+
+    path: Path
+    weights: dict[str, Tensor]
+    optimizer: Mapping[str, Any] | None = None
+    named_optimizer: dict[str, dict[str, Any]] | None = None
+    rest: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_state(path: str | os.PathLike[str]) -> LoadedState:
+    """Read a checkpoint to the CPU: of Lightning, sharded (a folder), a safetensors file, or a plain state dict.
+
+    Tensors of files are mapped into memory and read when they are used. Nothing in a checkpoint is executed.
+
+    Raises:
+        UserError: no such file, a broken one (a missing shard too), or one that holds no weights.
+    """
+    place = Path(path)
+    if is_checkpoint(place):
+        return _sharded(place)
+    if place.is_dir():
+        raise UserError(f"{place} must be a checkpoint: it is a folder without an index of shards.")
+    if place.suffix == ".safetensors":
+        return LoadedState(place, _safetensors(place))
+    checkpoint = load_checkpoint(place, mmap=True)
+    if "state_dict" not in checkpoint:
+        return LoadedState(place, _tensors(checkpoint, place))
+    rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+    optimizers = checkpoint.get("optimizer_states") or [None]
+    return LoadedState(place, _tensors(checkpoint["state_dict"], place), optimizer=optimizers[0], rest=rest)
+
+
+def _sharded(folder: Path) -> LoadedState:
+    index = read_index(folder)
+    of_model = {name: name.partition("/")[2] for name in index.entries if name.startswith("model/")}
+    weights = dict(tensors_of(folder, index, of_model))
+    slots: dict[str, dict[str, Any]] = {}
+    of_optimizer = {name: name for name in index.entries if name.startswith("optimizer/0/")}
+    for name, tensor in tensors_of(folder, index, of_optimizer):
+        _, _, parameter, slot = name.split("/")
+        slots.setdefault(parameter, {})[slot] = tensor
+    return LoadedState(folder, weights, named_optimizer=slots or None)
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"There is no checkpoint at {path}.") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}). It is cut short, or no safetensors file.") from None
+
+
+def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(state, Mapping) or not state:
+        raise UserError(f"the checkpoint {path} must hold a state dict of tensors: it has none.")
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"the checkpoint {path} must hold a state dict of tensors: {name!r} is of type {type(value).__name__}."
+            )
+    return {str(name): value for name, value in state.items()}
