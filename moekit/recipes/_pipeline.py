@@ -15,7 +15,7 @@ from rich.console import Console
 
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
-from moekit.recipes._command import Command, as_plain, from_plain
+from moekit.recipes._command import Command, Recipe, as_plain, from_plain
 from moekit.recipes._config import TrainConfig
 from moekit.recipes._evaluation import evaluate
 from moekit.recipes._generation import generate
@@ -55,6 +55,13 @@ def commands(recipe: str, build: Build) -> dict[str, Command]:
         "test": Command("test a trained run and write its report again", pipeline.test, _folder_options),
         "generate": Command("translate text, or continue it, with a trained run", pipeline.generate, _generate_options),
     }
+
+
+def pipeline_of(recipe: Recipe[Any]) -> Pipeline:
+    """The pipeline behind the commands of a recipe."""
+    owner = getattr(recipe.commands["fit"].run, "__self__", None)
+    assert isinstance(owner, Pipeline), "the commands of multitask recipes are methods of a Pipeline"
+    return owner
 
 
 def _run_options(parser: ArgumentParser) -> None:
