@@ -26,8 +26,12 @@ from moekit.training.checkpoint_io import load_checkpoint
 CONFIG_KEY = "moekit_config"
 """Where a checkpoint keeps the resolved configuration of its run."""
 
+SURGERY_FILE = "surgery.json"
+"""What was done to other runs to make this one, where it was made so."""
+
 _FILES = (
     "config.yaml",
+    SURGERY_FILE,
     "environment.json",
     "metrics.csv",
     "summary.json",
@@ -78,7 +82,7 @@ class RunFolder:
         content = set(os.listdir(folder.path)) if folder.path.is_dir() else set()
         if "config.yaml" in content:
             if overwrite:
-                folder._clear()
+                folder.clear()
             elif resume:
                 _require_same(folder.config(), config, may_differ, f"the run in {folder.path}")
             else:
@@ -157,7 +161,7 @@ class RunFolder:
         """Write text, all or nothing."""
         write_text(self.path / name, text)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         """Remove what a run writes, and nothing else."""
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)

@@ -1,0 +1,323 @@
+"""Operations on runs: weights, optimizer state and configuration change together, and must fit one another."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekit.errors import UserError
+from moekit.experts import AddNoise
+from moekit.recipes._surgery.subject import Subject, with_setting
+from moekit.surgery import (
+    SparseLayer,
+    aggregate,
+    carry,
+    dense_names,
+    merge,
+    require_complete,
+    require_operable,
+    sparse_layers,
+    split_experts,
+    take_experts,
+    upcycle,
+)
+from moekit.training.run_folder import differences
+
+# Settings in which models that are aggregated may differ: they change neither what the weights mean nor the vocabulary.
+_FREE = (
+    "recipe", "variant", "train", "evaluate", "tasks", "model.num_experts", "model.dropout", "model.jitter",
+    "model.capacity_factor", "model.load_balance", "model.router_z", "model.expert_init_scale", "model.checkpoint",
+    "data.cache", "data.num_workers", "data.temperature", "data.heating", "data.heating_steps", "data.max_length",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an operation makes, before it is written.
+
+    Attributes:
+        subject: the run whose clock (steps, schedule, callbacks) may go on.
+        config: of the new model.
+        weights: its state dict.
+        slots: its optimizer state by parameter names; None = afresh.
+        record: what was done, as plain data.
+    """
+
+    subject: Subject
+    config: Any
+    weights: dict[str, Tensor]
+    slots: dict[str, dict[str, Any]] | None
+    record: Mapping[str, Any]
+
+
+def aggregate_runs(
+    subjects: Sequence[Subject], *, shared_from: int | None = None, fresh_gates: bool = False, seed: int = 0
+) -> Result:
+    """One model with the experts of all.
+
+    Args:
+        subjects: two or more; the clock of the first goes on.
+        shared_from: take what is no expert's from the run of this number; None = average.
+        fresh_gates: draw the routers' scores anew instead of putting their rows side by side.
+        seed: of the draw.
+
+    Raises:
+        UserError: see `moekit.surgery.aggregate`; or the runs differ in settings that weights depend on.
+    """
+    first = subjects[0]
+    for other in subjects[1:]:
+        _require_same_meaning(first, other)
+    models = [subject.model() for subject in subjects]
+    layers = [sparse_layers(model) for model in models]
+    names = [str(subject.path) for subject in subjects]
+
+    def together(states: Sequence[Mapping[str, Tensor]], power: int) -> Mapping[str, Tensor]:
+        return aggregate(states, layers, shared_from=shared_from, names=names)
+
+    weights = dict(together([subject.loaded.weights for subject in subjects], 1))
+    counts = {path: sum(found[path].num_experts for found in layers) for path in layers[0]}
+    config = _resized(first, layers[0], counts)
+    target = first.model(config)
+    slots = _carried(subjects, models, together, target)
+    if fresh_gates:
+        drawn = _drawn(first, config, seed).state_dict()
+        for name in (name for layer in layers[0].values() for name in layer.scores):
+            weights[name] = drawn[name]
+            if slots is not None:
+                slots.pop(name, None)
+    record = {"operation": "aggregate", "from": names, "shared_from": shared_from, "fresh_gates": fresh_gates}
+    return _checked(Result(first, config, weights, slots, record), target)
+
+
+def prune_run(subject: Subject, kept: Mapping[str, Tensor], **note: Any) -> Result:
+    """The experts with the given numbers, from `moekit.surgery.choose_experts`; also more of them, as copies.
+
+    Args:
+        subject: the run.
+        kept: Int64[m] by layer.
+        **note: for the record.
+
+    Raises:
+        UserError: see `moekit.surgery.take_experts`; or the recipe cannot say such a model.
+    """
+    model = subject.model()
+    layers = sparse_layers(model)
+    require_operable(layers, str(subject.path))
+    weights = take_experts(subject.loaded.weights, layers, kept)
+    counts = {path: layer.num_experts for path, layer in layers.items()} | {p: n.numel() for p, n in kept.items()}
+    config = _resized(subject, layers, counts)
+    target = subject.model(config)
+    slots = _carried([subject], [model], lambda states, power: take_experts(states[0], layers, kept), target)
+    record = {
+        "operation": "take experts",
+        "from": [str(subject.path)],
+        "experts": {path: numbers.tolist() for path, numbers in kept.items()},
+        **note,
+    }
+    return _checked(Result(subject, config, weights, slots, record), target)
+
+
+def upcycle_run(subject: Subject, num_experts: int, *, noise: float = 0.0, scale: float = 1.0, seed: int = 0) -> Result:
+    """A dense run with experts that are copies of its feed-forwards; of a sparse run, more experts as copies.
+
+    Args:
+        subject: the run.
+        num_experts: E of the new model.
+        noise: on matrices of the copies, in standard deviations of theirs; the optimizer starts afresh there.
+        scale: see `moekit.surgery.upcycle`; for a dense run.
+        seed: of noise and routers.
+
+    Raises:
+        UserError: see `moekit.surgery.upcycle`; or the recipe cannot say such a model.
+    """
+    layers = subject.layers()
+    if layers:
+        if scale != 1:
+            raise UserError(f"scale is for upcycling dense models: {subject.path} is sparse. Leave it at 1.")
+        return _grown(subject, layers, num_experts, noise, seed)
+    if num_experts < 1:
+        raise UserError(f"upcycling needs 1 expert or more: got {num_experts}.")
+    config = _set_experts(subject, num_experts)
+    target = _drawn(subject, config, seed)
+    perturb = AddNoise(noise) if noise else None
+    weights = upcycle(subject.loaded.weights, target, perturb=perturb, scale=scale, seed=seed)
+    origins = dense_names(target)
+    slots = None
+    if not noise and scale == 1:
+        slots = _carried(
+            [subject], [subject.model()], lambda states, power: upcycle(states[0], target), target, origins
+        )
+    record = {
+        "operation": "upcycle", "from": [str(subject.path)], "experts": num_experts, "noise": noise, "scale": scale,
+        "seed": seed,
+    }  # fmt: skip
+    return _checked(Result(subject, config, weights, slots, record), target)
+
+
+def merge_run(subject: Subject, load: Mapping[str, Tensor] | None = None) -> Result:
+    """The dense twin of a run, its feed-forwards averages of the experts; the optimizer starts afresh.
+
+    Args:
+        subject: the run.
+        load: weights of the average by layer; None = all alike.
+
+    Raises:
+        UserError: see `moekit.surgery.merge`; or the recipe has no dense twin of this width.
+    """
+    source = subject.model()
+    require_operable(sparse_layers(source), str(subject.path))
+    config = _set_experts(subject, 0)
+    target = subject.model(config)
+    weights = merge(subject.loaded.weights, source, target, load=load)
+    record = {"operation": "merge", "from": [str(subject.path)], "weighted": load is not None}
+    return _checked(Result(subject, config, weights, None, record), target)
+
+
+def split_run(subject: Subject, parts: int, *, divided: bool = True) -> Result:
+    """Each expert cut into parts, as many times the choices of a token.
+
+    Raises:
+        UserError: see `moekit.surgery.split_experts`; or the recipe has no setting for a token's choices or the size of
+            experts alone.
+    """
+    model = subject.model()
+    layers = sparse_layers(model)
+    weights = split_experts(subject.loaded.weights, layers, parts, divided=divided)
+    config = _resized(subject, layers, {path: layer.num_experts * parts for path, layer in layers.items()})
+    settings = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(config.model)}
+    size = "expert_hidden_dim" if "expert_hidden_dim" in settings else "hidden_dim"
+    config = with_setting(config, f"model.{size}", (settings[size] or settings["hidden_dim"]) // parts)
+    if "k" in settings:
+        config = with_setting(config, "model.k", settings["k"] * parts)
+    target = subject.model(config)
+    found = sparse_layers(target)
+    for path, layer in layers.items():
+        if path in found and found[path].k != layer.k * parts:
+            raise UserError(
+                f"split needs a recipe in which a token's choices are a setting (model.k): {subject.recipe.name} has "
+                f"{layer.k:g} in {path}. moekit.surgery.split_experts does it for models of yours."
+            )
+    slots = _carried(
+        [subject],
+        [model],
+        lambda states, power: split_experts(states[0], layers, parts, divided=divided, power=power),
+        target,
+    )
+    record = {"operation": "split", "from": [str(subject.path)], "parts": parts, "divided": divided}
+    return _checked(Result(subject, config, weights, slots, record), target)
+
+
+def change_run(subject: Subject, settings: Mapping[str, Any]) -> Result:
+    """The same weights under other settings, such as another capacity or number of choices.
+
+    Args:
+        subject: the run.
+        settings: values by dotted key of the configuration.
+
+    Raises:
+        UserError: if a key is unknown, or the settings are of a model with other weights.
+    """
+    config = subject.config
+    for key, value in settings.items():
+        try:
+            config = with_setting(config, key, value)
+        except (AttributeError, TypeError):
+            raise UserError(f"{key} is no setting of the recipe {subject.recipe.name}.") from None
+    target = subject.model(config)
+    record = {"operation": "change", "from": [str(subject.path)], "settings": dict(settings)}
+    return _checked(Result(subject, config, dict(subject.loaded.weights), subject.slots(), record), target)
+
+
+# -- what they share -----------------------------------------------------------------------------------------------
+
+
+def _grown(subject: Subject, layers: Mapping[str, SparseLayer], num_experts: int, noise: float, seed: int) -> Result:
+    """More experts: the old ones in turn, as copies."""
+    taken = {path: torch.arange(num_experts) % layer.num_experts for path, layer in layers.items()}
+    fewer = [path for path, layer in layers.items() if num_experts < layer.num_experts]
+    if fewer:
+        raise UserError(
+            f"{fewer[0]} has {layers[fewer[0]].num_experts} experts, and upcycling gives {num_experts}, no fewer. To "
+            "keep some of them use prune."
+        )
+    result = prune_run(subject, taken, noise=noise, seed=seed)
+    if not noise:
+        return result
+    perturb, generator = AddNoise(noise), torch.Generator().manual_seed(seed)
+    weights, slots = dict(result.weights), dict(result.slots or {})
+    for name in (name for layer in layers.values() for name in layer.dims):
+        if weights[name].is_floating_point() and weights[name].ndim > 1:
+            weights[name] = perturb(weights[name], generator)
+            slots.pop(name, None)
+    return dataclasses.replace(result, weights=weights, slots=slots if result.slots is not None else None)
+
+
+def _set_experts(subject: Subject, num_experts: int) -> Any:
+    if not hasattr(subject.config.model, "num_experts"):
+        raise UserError(f"the recipe {subject.recipe.name} has no setting model.num_experts.")
+    return with_setting(subject.config, "model.num_experts", num_experts)
+
+
+def _resized(subject: Subject, layers: Mapping[str, SparseLayer], counts: Mapping[str, int]) -> Any:
+    """The configuration with other numbers of experts: that of the layers that have as many as it says."""
+    said = getattr(subject.config.model, "num_experts", None)
+    found = {counts[path] for path, layer in layers.items() if layer.num_experts == said}
+    if len(found) != 1:
+        raise UserError(
+            f"the recipe {subject.recipe.name} has one number of experts, model.num_experts={said}, which must become "
+            f"one other: got {sorted(found) or 'no layer with so many'}."
+        )
+    return _set_experts(subject, found.pop())
+
+
+def _drawn(subject: Subject, config: Any, seed: int) -> nn.Module:
+    """The model with fresh weights; the caller's random numbers are as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return subject.model(config, device="cpu")
+
+
+def _carried(
+    subjects: Sequence[Subject],
+    models: Sequence[nn.Module],
+    operation: Any,
+    target: nn.Module,
+    origins: Mapping[str, str] | None = None,
+) -> dict[str, dict[str, Any]] | None:
+    """Optimizer state through an operation; None where one of the runs has none."""
+    states = [subject.slots() for subject in subjects]
+    if any(state is None for state in states):
+        return None
+    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in models]
+    wanted = {name: p.shape for name, p in target.named_parameters()}
+    names = origins or {}
+    return carry([s for s in states if s is not None], shapes, operation, wanted, lambda name: names.get(name, name))
+
+
+def _checked(result: Result, target: nn.Module) -> Result:
+    """The result, if its configuration describes its weights."""
+    what = f"the recipe {result.subject.recipe.name} has no settings for such a model"
+    require_complete(result.weights, target, what)
+    return result
+
+
+def _require_same_meaning(first: Subject, other: Subject) -> None:
+    if first.recipe.name != other.recipe.name:
+        raise UserError(
+            f"{other.path} must be of the recipe {first.recipe.name}, as {first.path} is: got {other.recipe.name}."
+        )
+    # The seed of babel makes its languages; elsewhere it is the order of examples alone.
+    free = _FREE if "babel" in first.config.data.source else (*_FREE, "data.seed")
+    found = differences(dataclasses.asdict(first.config), dataclasses.asdict(other.config))
+    wrong = [key for key in found if not any(key == name or key.startswith(f"{name}.") for name in free)]
+    if wrong:
+        key = wrong[0]
+        raise UserError(
+            f"{other.path} must have the setting {key} of {first.path}, on which the meaning of weights and vocabulary "
+            f"depends: got {found[key][1]!r} and {found[key][0]!r}."
+        )
