@@ -24,7 +24,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.optim import Optimizer
 
 from moekit.parallel.mesh import REPLICATE
-from moekit.parallel.sharding import zero_dimension
+from moekit.parallel.zero import zero_dimension
 
 _BUCKET = 2**24  # entries gathered at once
 

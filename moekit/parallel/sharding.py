@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from moekit.parallel.local import LocalView, LocalViews
 from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, REPLICATE, SHARD, TENSOR, Meshes
 from moekit.parallel.plan import Plan
 from moekit.parallel.tensor import DividedVocabulary, sum_gradient, sum_value
+from moekit.parallel.zero import zero_dimension
 from moekit.routers.rank_shuffle import RankShuffle
 from moekit.routing import Router
 
@@ -280,22 +281,6 @@ def _join_partners(module: nn.Module, group: dist.ProcessGroup) -> None:
 
 
 # -- ZeRO -----------------------------------------------------------------------------------------------------------
-
-
-def zero_dimension(shape: Sequence[int], taken: Collection[int], size: int) -> int | None:
-    """Which dimension ZeRO divides among `size` ranks: an even one, not `taken` by experts or slices if possible.
-
-    The first dimension may be uneven where it is free. None = there is no way.
-    """
-    even = [d for d, length in enumerate(shape) if length % size == 0]
-    free = [d for d in even if d not in taken]
-    if 0 in free:
-        return 0
-    if free:
-        return max(free, key=lambda d: shape[d])
-    if even:
-        return max(even, key=lambda d: shape[d])
-    return None if 0 in taken else 0
 
 
 def _zero_dimensions(model: nn.Module, meshes: Meshes, found: list[Annotation]) -> dict[str, int]:

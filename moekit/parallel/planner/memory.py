@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from moekit.parallel.planner.census import Census, Unit, Weight
 from moekit.parallel.planner.layout import Layout, Optimizer, Precision, Training
+from moekit.parallel.zero import zero_dimension
 
 TENSOR_AXES = frozenset({"heads", "mlp", "vocab"})
 """Logical axes that tensor parallelism divides."""
@@ -56,14 +57,13 @@ def local_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
 
 
 def sharded_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
-    """What a device stores where ZeRO divides too: rows of dense weights, the second dimension of experts."""
+    """What a device stores where ZeRO divides too; uneven parts up."""
     shape = list(local_shape(weight, layout))
-    if weight.is_expert:
-        dim, size = min(1, len(shape) - 1), layout.expert_shard_size
-    else:
-        dim, size = 0, layout.shard_size
-    if shape:
-        shape[dim] = math.ceil(shape[dim] / size)
+    taken = {dimension for dimension, length in enumerate(shape) if length != weight.shape[dimension]}
+    size = layout.expert_shard_size if weight.is_expert else layout.shard_size
+    cut = zero_dimension(shape, taken, size) if shape else None
+    if cut is not None:
+        shape[cut] = math.ceil(shape[cut] / size)
     return tuple(shape)
 
 
