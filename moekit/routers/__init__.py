@@ -27,6 +27,7 @@ from moekit.routers.presets import gshard, st_moe, switch, zcode_m3
 from moekit.routers.queueing import clear_padding, routing_of_choices
 from moekit.routers.rank_shuffle import RankShuffle
 from moekit.routers.relu import AdaptiveCoefficient, ReLURouter, remoe
+from moekit.routers.sequence_capacity import SequenceCapacity
 from moekit.routers.sinkhorn import SinkhornRouter
 from moekit.routers.task import TaskRouter, TaskTableRouter
 from moekit.routers.topk import Balance, TopKRouter
@@ -62,6 +63,7 @@ __all__ = [
     "ReLURouter",
     "SampledChoice",
     "SampledSoftmax",
+    "SequenceCapacity",
     "SinkhornRouter",
     "TaskRouter",
     "TaskTableRouter",

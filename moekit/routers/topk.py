@@ -16,6 +16,7 @@ from moekit.routers.exploration import Exploration
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.overflow import NoTokenLeftBehind
 from moekit.routers.queueing import clear_padding, draw_scores, mask_choices, score_statistics, serve, token_choices
+from moekit.routers.sequence_capacity import SequenceCapacity
 from moekit.routing import Capacity, Router, Routing, RoutingContext
 
 Renormalise = Literal["none", "before_drop", "after_drop"]
@@ -99,7 +100,8 @@ class TopKRouter(Router):
         dim: D.
         num_experts: E.
         k: choices per token.
-        capacity: slots per expert and who is served first; dropless by default.
+        capacity: slots per expert and who is served first; dropless by default. `SequenceCapacity` counts each sequence
+            apart.
         renormalise: whether the k weights of a token are scaled to sum to 1: "none", "before_drop" (a dropped choice
             takes its weight along: GShard, ST-MoE) or "after_drop" (the surviving choices share it: fairseq,
             DeepSpeed).
@@ -126,7 +128,7 @@ class TopKRouter(Router):
         num_experts: int,
         k: int = 1,
         *,
-        capacity: Capacity | None = None,
+        capacity: Capacity | SequenceCapacity | None = None,
         renormalise: Renormalise = "none",
         later_choices: LaterChoices | None = None,
         exploration: Exploration | None = None,
@@ -148,6 +150,11 @@ class TopKRouter(Router):
                 f"renormalise={renormalise!r} with k=1 makes every weight exactly 1 and leaves the router without a "
                 'gradient from the task. Use "none".'
             )
+        if overflow is not None and isinstance(capacity, SequenceCapacity):
+            raise ValueError(
+                "overflow finds room in the whole batch, SequenceCapacity counts each sequence apart: got both. Leave one "
+                "of them out."
+            )
         balance = balance or Balance()
         if overflow is not None and balance.scope == "global" and balance.when == "before_drop":
             raise ValueError(
@@ -156,14 +163,14 @@ class TopKRouter(Router):
                 'Balance(scope="global", when="after_drop").'
             )
         self.dim, self.num_experts, self.k = dim, num_experts, k
-        self.capacity = capacity or Capacity()
+        self.capacity: Capacity | SequenceCapacity = capacity or Capacity()
         self.renormalise, self.later_choices = renormalise, later_choices or AllChoices()
         self.exploration, self.overflow = exploration, overflow
         self.balance = balance
         self.init_scale = init_scale
         self.allow_future = allow_future
-        has_capacity = self.capacity.train is not None or self.capacity.eval is not None
-        self.looks_ahead = self.capacity.looks_ahead or (overflow is not None and has_capacity)
+        limited = isinstance(self.capacity, Capacity) and (self.capacity.train, self.capacity.eval) != (None, None)
+        self.looks_ahead = self.capacity.looks_ahead or (overflow is not None and limited)
         self.observes = self.balance.scope == "global"
         self._window = LoadWindow(num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
@@ -209,7 +216,10 @@ class TopKRouter(Router):
             sent = torch.cat([sent[:, :1], self.later_choices.send(weight[:, 1:], training=self.training)], dim=1)
         wanted = mask_choices(sent, context.mask)
         chosen = probs.gather(1, expert)
-        served = serve(expert, wanted, chosen, self.num_experts, self.capacity, training=self.training)
+        if isinstance(self.capacity, SequenceCapacity):
+            served = self.capacity.serve(expert, wanted, context.sequence, self.num_experts)
+        else:
+            served = serve(expert, wanted, chosen, self.num_experts, self.capacity, training=self.training)
         tried = expert
         if self.overflow is not None:
             expert, served = self.overflow(expert, wanted, likely, served)

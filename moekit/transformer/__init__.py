@@ -25,6 +25,7 @@ from moekit.transformer.positions import (
     RelativePositions,
     RotaryPositions,
     SinusoidalPositions,
+    SplitSinusoidalPositions,
 )
 from moekit.transformer.stack import Stack, build_stack
 
@@ -51,6 +52,7 @@ __all__ = [
     "Side",
     "SinusoidalPositions",
     "SparseDense",
+    "SplitSinusoidalPositions",
     "Stack",
     "StackOutput",
     "TokenEmbedding",

@@ -77,9 +77,10 @@ class SelfAttention(nn.Module):
         head_dim: channels per head; None = D / H.
         dropout: probability on attention weights.
         bias: whether projections have biases (T5 and Switch: no).
+        scale: what logits are multiplied by; None = 1 / sqrt(head_dim). T5 and Switch use 1 and leave the rest to the
+            initialisation, as `init_weights` then does.
 
-    Source: arXiv:1706.03762 section 3.2. Differs: logits are divided by sqrt(head_dim), which T5 leaves to its
-    initialisation.
+    Source: arXiv:1706.03762 section 3.2.
     """
 
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -97,9 +98,11 @@ class SelfAttention(nn.Module):
         head_dim: int | None = None,
         dropout: float = 0.0,
         bias: bool = False,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.dropout = heads, _split(dim, heads, head_dim), dropout
+        self.scale = scale
         inner = heads * self.head_dim
         self.qkv = FusedLinear(3, dim, inner, bias=bias)
         self.out = nn.Linear(inner, dim, bias=bias)
@@ -128,6 +131,7 @@ class SelfAttention(nn.Module):
             attn_mask=plan.mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=plan.is_causal,
+            scale=self.scale,
         )
         return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
 
@@ -144,6 +148,7 @@ class CrossAttention(nn.Module):
         head_dim: channels per head; None = D / H.
         dropout: probability on attention weights.
         bias: whether projections have biases.
+        scale: as in `SelfAttention`.
 
     Source: arXiv:1706.03762 section 3.2.3.
     """
@@ -165,9 +170,11 @@ class CrossAttention(nn.Module):
         head_dim: int | None = None,
         dropout: float = 0.0,
         bias: bool = False,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.dropout = heads, _split(dim, heads, head_dim), dropout
+        self.scale = scale
         inner = heads * self.head_dim
         self.q = nn.Linear(dim, inner, bias=bias)
         self.kv = FusedLinear(2, dim, inner, bias=bias)
@@ -196,6 +203,11 @@ class CrossAttention(nn.Module):
         query = self.q(x).unflatten(-1, (-1, self.head_dim)).reshape(sentences, queries, -1, self.head_dim)
         query = query.transpose(1, 2)
         mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
         )
         return self.out(mixed.transpose(1, 2).reshape(rows, length, -1))

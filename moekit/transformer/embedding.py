@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EmbeddingScale = Literal["input", "output"]
+EmbeddingScale = Literal["input", "output", "none"]
 
 
 class Vocabulary(Protocol):
@@ -46,7 +46,8 @@ class TokenEmbedding(nn.Module):
         dim: D.
         scale: "input" = weights of std 1 / sqrt(D), multiplied by sqrt(D) on the way in (the Transformer; right for
             Adam). "output" = weights of std 1, hidden states divided by sqrt(D) on the way out (T5; its Adafactor
-            scales steps by the size of the weights).
+            scales steps by the size of the weights). "none" = weights of std 1 / sqrt(D), used as they are (NLLB
+            without `scale_embedding`, T5 with separate tables).
 
     Attributes:
         vocabulary: how ids and hidden states meet the table; exchanged where processes hold parts of it.
@@ -58,8 +59,8 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, dim: int, *, scale: EmbeddingScale = "input") -> None:
         super().__init__()
-        if scale not in ("input", "output"):
-            raise ValueError(f'embedding scale must be "input" or "output": got {scale!r}.')
+        if scale not in ("input", "output", "none"):
+            raise ValueError(f'embedding scale must be "input", "output" or "none": got {scale!r}.')
         self.scale: EmbeddingScale = scale
         self.vocabulary: Vocabulary = WholeVocabulary()
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
@@ -67,7 +68,7 @@ class TokenEmbedding(nn.Module):
     @property
     def std(self) -> float:
         """Standard deviation of the weights at the start."""
-        return float(self.weight.shape[1] ** -0.5) if self.scale == "input" else 1.0
+        return 1.0 if self.scale == "output" else float(self.weight.shape[1] ** -0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors Float[..., D] of ids Int64[...]."""

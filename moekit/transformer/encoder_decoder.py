@@ -30,8 +30,9 @@ class EncoderDecoder(Component):
         pad_id: see `Stack`.
         **options: see `build_stack`. `positions` with weights are copied, so that each side has its own.
 
-    Source: arXiv:1706.03762; relative positions, no biases: arXiv:1910.10683. Differs from T5: logits of attention
-    are scaled, embeddings are scaled on the way in, no dropout after the final norm.
+    Source: arXiv:1706.03762; relative positions, no biases: arXiv:1910.10683. Differs: by default logits of attention
+    and embeddings on the way in are scaled and nothing is dropped after the final norm; T5's ways are
+    ``attention_scale=1.0, embedding_scale="output", final_dropout=...``.
 
     Example:
         >>> import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moekit.experts.base import truncated_normal_
 from moekit.transformer.attention import CrossAttention, SelfAttention
@@ -22,6 +22,8 @@ def init_weights(model: nn.Module, *, scale: float = 1.0) -> None:
     - Matrices that read the residual stream (q, k, v, in): truncated normal, std sqrt(scale / fan_in).
     - Matrices that write to it (out): the same, divided by sqrt(number of residual branches of the stack), so that
       the stream's variance at the end does not grow with depth.
+    - Where attention logits are multiplied by a scale of yours, queries are drawn smaller or larger, so that logits
+      start as they do with 1 / sqrt(head_dim).
     - T5's relative bias: normal, std 1 / sqrt(D). Biases zero. Norms start as the identity.
     - Dense feed-forwards outside of stacks: both matrices as those that read.
     - Routers, experts and modules of yours initialise themselves and are left alone.
@@ -54,9 +56,11 @@ def _init_stack(stack: Stack, scale: float) -> None:
     for module in stack.modules():
         if isinstance(module, SelfAttention):
             _draw(module.qkv, scale)
+            _rescale(module.qkv.weight[0], module)
             _draw(module.out, scale / branches)
         elif isinstance(module, CrossAttention):
             _draw(module.q, scale)
+            _rescale(module.q.weight, module)
             _draw(module.kv, scale)
             _draw(module.out, scale / branches)
         elif isinstance(module, MLP | GLU):
@@ -70,6 +74,11 @@ def _draw(linear: nn.Linear | FusedLinear, scale: float) -> None:
     truncated_normal_(linear.weight, linear.in_features, scale)
     if linear.bias is not None and not linear.bias.is_meta:
         nn.init.zeros_(linear.bias)
+
+
+def _rescale(queries: Tensor, attention: SelfAttention | CrossAttention) -> None:
+    if attention.scale is not None and not queries.is_meta:
+        queries.mul_(attention.head_dim**-0.5 / attention.scale)
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:

@@ -59,6 +59,39 @@ class SinusoidalPositions(Positions):
         return x + table.to(x.dtype)
 
 
+class SplitSinusoidalPositions(Positions):
+    """Fixed sines in the first half of the channels and cosines in the second, added to the embeddings.
+
+    Channel i and channel i + D/2 turn with the rate 10000^(-i / (D/2 - 1)), so the slowest rate is exactly 1 / 10000.
+
+    Args:
+        first: the number of the first token; fairseq counts from ``pad_id + 1``.
+
+    Source: the released code of tensor2tensor, which fairseq, Marian, M2M-100 and NLLB (arXiv:2207.04672) share.
+    """
+
+    def __init__(self, *, first: int = 0) -> None:
+        super().__init__()
+        if first < 0:
+            raise ValueError(f"first must be at least 0: got {first}.")
+        self.first = first
+
+    def embed(self, x: Tensor, position: Tensor) -> Tensor:
+        """Add the table's rows.
+
+        Raises:
+            ValueError: if there are fewer than four channels.
+        """
+        dim = x.shape[-1]
+        half = dim // 2
+        if half < 2:
+            raise ValueError(f"SplitSinusoidalPositions need at least 4 channels: got {dim}.")
+        rate = torch.arange(half, device=x.device, dtype=torch.float32) * -(math.log(10_000.0) / (half - 1))
+        angle = (position[:, None] + self.first).to(torch.float32) * rate.exp()
+        table = torch.cat((angle.sin(), angle.cos()), dim=-1)
+        return x + nn.functional.pad(table, (0, dim - 2 * half)).to(x.dtype)
+
+
 class RotaryPositions(Positions):
     """Queries and keys are rotated by an angle proportional to their position, so products see only distances.
 

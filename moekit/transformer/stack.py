@@ -33,6 +33,7 @@ class Stack(Component):
         causal: whether tokens are kept from seeing later ones. Such a stack takes padding on the right only, where
             causality hides it anyway, and needs no padding mask in attention.
         dropout: probability on the embeddings.
+        final_dropout: probability on what the norm gives (T5, Switch).
         checkpoint: forget activations inside blocks and compute them again in backward: less memory, same numbers.
         pad_id: stands for "the token before the first" in routing contexts.
 
@@ -48,6 +49,7 @@ class Stack(Component):
         norm: nn.Module,
         causal: bool,
         dropout: float = 0.0,
+        final_dropout: float = 0.0,
         checkpoint: bool = False,
         pad_id: int = 0,
     ) -> None:
@@ -55,6 +57,7 @@ class Stack(Component):
         self.layers = nn.ModuleList(blocks)
         self.positions, self.norm = positions, norm
         self.causal, self.dropout, self.checkpoint, self.pad_id = causal, dropout, checkpoint, pad_id
+        self.final_dropout = final_dropout
         if causal:
             for block in blocks:
                 if block.is_routed:
@@ -94,7 +97,7 @@ class Stack(Component):
         """
         offset = 0 if cache is None else cache.length
         place = torch.arange(offset, offset + x.shape[1], device=x.device)
-        x = self._drop(self.positions.embed(x, place))
+        x = dropout(self.positions.embed(x, place), self.dropout, training=self.training)
         if self.causal:
             _check_right_padded(mask)
         blocks = self.blocks
@@ -123,10 +126,8 @@ class Stack(Component):
                 routings.append(output.routing)
         if cache is not None:
             cache.advance(ids)
-        return StackOutput(self.norm(x), tuple(routings))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return dropout(x, self.dropout, training=self.training)
+        x = dropout(self.norm(x), self.final_dropout, training=self.training)
+        return StackOutput(x, tuple(routings))
 
 
 def _check_right_padded(mask: Tensor | None) -> None:
@@ -149,6 +150,8 @@ class StackOptions(TypedDict, total=False):
     activation: Activation
     dropout: float
     attention_dropout: float
+    attention_scale: float | None
+    final_dropout: float
     head_dim: int | None
     bias: bool
     checkpoint: bool
@@ -169,6 +172,8 @@ def build_stack(
     activation: Activation = "relu",
     dropout: float = 0.0,
     attention_dropout: float = 0.0,
+    attention_scale: float | None = None,
+    final_dropout: float = 0.0,
     head_dim: int | None = None,
     bias: bool = False,
     checkpoint: bool = False,
@@ -189,11 +194,13 @@ def build_stack(
         activation: of the default feed-forward.
         dropout: on embeddings, on branch outputs, and on the hidden activations of the default feed-forward.
         attention_dropout: on attention weights.
+        attention_scale: see `SelfAttention`.
+        final_dropout: see `Stack`.
         head_dim: channels per head; None = D / H.
         bias: whether attention and the default feed-forward have biases (T5 and Switch: no).
         checkpoint: see `Stack`.
     """
-    attention = {"head_dim": head_dim, "dropout": attention_dropout, "bias": bias}
+    attention = {"head_dim": head_dim, "dropout": attention_dropout, "bias": bias, "scale": attention_scale}
     blocks = []
     for number in range(layers):
         made = None if feed_forward is None else feed_forward(number, side)
@@ -218,6 +225,7 @@ def build_stack(
         norm=norm(dim),
         causal=side == "decoder",
         dropout=dropout,
+        final_dropout=final_dropout,
         checkpoint=checkpoint,
         pad_id=pad_id,
     )

@@ -1,0 +1,72 @@
+"""A capacity that counts each sequence apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moekit.functional.assignment import queue_positions
+from moekit.routers.queueing import Served, by_choice
+
+
+@dataclass(frozen=True)
+class SequenceCapacity:
+    """An expert takes the first `limit` tokens of every sequence that choose it, in training and in evaluation.
+
+    The group in which tokens compete is one sequence, so a sequence gets the same result whatever it is batched with.
+    A step of cached decoding sees one token of each sequence and drops nothing, where one pass over the whole target
+    may: the two agree up to the first drop.
+
+    Args:
+        limit: tokens of a sequence per expert; first choices come before second ones.
+
+    Raises:
+        ValueError: if `limit` is less than 1.
+
+    Source: arXiv:2006.16668 section 2.2 (groups that are served apart); a fixed number per sequence is how Hugging
+        Face's SwitchTransformers (arXiv:2101.03961) drops tokens. Differs: padding takes no place.
+    """
+
+    limit: int
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise ValueError(f"SequenceCapacity.limit must be at least 1: got {self.limit}.")
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Never: places are given in token order."""
+        return False
+
+    def slots(self, num_tokens: int, num_experts: int, k: int, *, training: bool) -> int | None:
+        """None: there is no one number of slots for the whole batch, and rows are packed."""
+        return None
+
+    def serve(self, expert: Tensor, wanted: Tensor, sequence: Tensor | None, num_experts: int) -> Served:
+        """Queue every wanted choice.
+
+        Args:
+            expert: Int64[T, K], experts by choice.
+            wanted: Bool[T, K], False = takes no place.
+            sequence: Int64[T], the sequence of each token.
+            num_experts: E.
+
+        Raises:
+            ValueError: if `sequence` is None.
+        """
+        if sequence is None:
+            raise ValueError(
+                "SequenceCapacity needs to know which sequence a token belongs to: RoutingContext.sequence is None. "
+                "Transformers of moekit set it."
+            )
+        t, k = expert.shape
+        chosen, queued = by_choice(expert), by_choice(wanted)
+        apart = by_choice(expert + num_experts * sequence[:, None])
+        queues = num_experts * (int(sequence.max()) + 1) if t else num_experts
+        kept = queued & (queue_positions(apart, queued, queues) < self.limit)
+        # The kept ones hold the first places of the whole batch's queue: dispatch relies on it.
+        order = torch.argsort(~kept, stable=True)
+        position = queue_positions(chosen, queued, num_experts, order)
+        return Served(position.view(k, t).t(), kept.view(k, t).t(), None, None)
