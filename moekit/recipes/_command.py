@@ -53,6 +53,16 @@ class Recipe(Generic[C]):
     commands: Mapping[str, Command]
 
 
+_SHORT = {"--devices": "--train.devices", "--nodes": "--train.num_nodes"}
+"""Options that have a short name, as in ``torchrun``."""
+
+
+def _spelled_out(argument: str) -> str:
+    """The argument with its option's full name."""
+    option, equals, value = argument.partition("=")
+    return _SHORT.get(option, option) + equals + value
+
+
 def _take(argv: list[str], option: str) -> tuple[str | None, list[str]]:
     """The value of ``--option V`` or ``--option=V``, and the other arguments."""
     rest: list[str] = []
@@ -159,6 +169,7 @@ def _main(recipe: Recipe[Any], argv: list[str]) -> int | None:
     if variant not in recipe.variants:
         raise UserError(f"unknown variant {variant!r}.{_nearest(variant, list(recipe.variants), 'variants')}")
     parser = build_parser(recipe, command, variant)
+    argv = [_spelled_out(argument) for argument in argv]
     try:
         parsed = parser.parse_args(argv)
     except ArgumentError as error:
@@ -174,7 +185,9 @@ def _build(cls: type[C], values: Any) -> C:
     hints = typing.get_type_hints(cls)
     known = {}
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-        known[f.name] = _coerce(hints[f.name], values[f.name])
+        has_default = (f.default, f.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+        if f.name in values or not has_default:  # a run of an older version lacks the settings that came later
+            known[f.name] = _coerce(hints[f.name], values[f.name])
     return cls(**known)
 
 

@@ -120,7 +120,8 @@ class TrainConfig:
         checkpoint_steps: steps between checkpoints; 0 = by minutes only.
         log_every: steps between rows of metrics.csv.
         seed: of weights, dropout, noise and routing.
-        devices: processes; on a CPU more than one is distributed data parallel.
+        devices: processes on each node (--devices for short).
+        num_nodes: machines (--nodes for short).
         accelerator: auto, cpu or gpu.
     """
 
@@ -142,6 +143,7 @@ class TrainConfig:
     log_every: int = 10
     seed: int = 1
     devices: int = 1
+    num_nodes: int = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
 
 
@@ -164,6 +166,49 @@ class EvaluateConfig:
     valid_sentences: int = 100
     batch_tokens: int = 4096
     samples: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    """How a model is spread over processes (see --train.devices).
+
+    Nothing given: every process holds the whole model (distributed data parallel). Anything given: the experts, and
+    more, are divided; what is left open is then as in `moekit.ExpertParallelStrategy`.
+
+    Attributes:
+        expert_parallel_size: processes that divide the experts of every layer; "auto" = as many as fit.
+        tensor_parallel_size: processes that divide heads, hidden channels and vocabulary; they read the same batch.
+        replicas: copies of the model within which ZeRO divides.
+        zero_stage: what the others divide: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights.
+        offload: kept in host memory: none, the optimizer, or all parameters.
+        nonfinite_gradients: end the run, or skip the step, when the gradient norm is not a number.
+        sharded: whether checkpoints are folders that all processes write, or one file of whole weights.
+    """
+
+    expert_parallel_size: int | Literal["auto"] | None = None
+    tensor_parallel_size: int | None = None
+    replicas: int | None = None
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    offload: Literal["none", "optimizer", "parameters"] | None = None
+    nonfinite_gradients: Literal["raise", "skip"] | None = None
+    sharded: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """What the configuration of every recipe holds beside its network and its tasks.
+
+    Attributes:
+        data: where text comes from.
+        train: how training goes.
+        evaluate: how the result is evaluated.
+        strategy: how the model is spread over processes.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
 
 
 def active_tasks(tasks: Any) -> dict[str, TaskConfig]:

@@ -3,7 +3,7 @@
 Artetxe et al. 2021, "Efficient Large Scale Language Modeling with Mixtures of Experts" (arXiv:2112.10684). The model is
 a pre-norm decoder; every other feed-forward is replaced by experts of the same size, two of which a token passes, as
 in GShard; the balance loss has weight 0.01, summed over layers; the router runs in float32; both experts of a token
-are always sent, and an expert takes up to twice an even share.
+are always sent, and an expert takes up to an even share of these assignments: twice as many as tokens by experts.
 
     python -m moekit.recipes.moe_lm                       # minutes on a laptop, nothing to download
     python -m moekit.recipes.moe_lm run --variant small --data.source text --data.path FOLDER
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from moekit.heads import CausalLMHead
 from moekit.layer import MoELayer
 from moekit.recipes._command import Recipe, main
-from moekit.recipes._config import DataConfig, EvaluateConfig, LanguageModelTasks, TaskConfig, TrainConfig
+from moekit.recipes._config import DataConfig, EvaluateConfig, LanguageModelTasks, RecipeConfig, TaskConfig, TrainConfig
 from moekit.recipes._networks import (
     TWIN_NOTES,
     DecoderConfig,
@@ -50,22 +50,16 @@ class ModelConfig(DecoderConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RecipeConfig):
     """Everything a run is made of.
 
     Attributes:
-        data: where text comes from.
         model: the network.
         tasks: tokens per step.
-        train: how training goes.
-        evaluate: how the result is evaluated.
     """
 
-    data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tasks: LanguageModelTasks = field(default_factory=LanguageModelTasks)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 def build(config: Config, vocab_size: int) -> Built:
@@ -83,7 +77,7 @@ def build(config: Config, vocab_size: int) -> Built:
         return MoELayer(router, expert_bank(model))
 
     network = decoder(model, vocab_size, feed_forwards(model, sparse, ACTIVE))
-    return Built(network, [CausalLMHead()], aux_losses(model))
+    return Built(network, [CausalLMHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
 
 
 TINY = Config(
@@ -101,10 +95,12 @@ SMALL = Config(
 )
 
 
-def paper(layers: int, dim: int, heads: int, learning_rate: float) -> Config:
+def paper(layers: int, dim: int, heads: int, *, learning_rate: float, batch: int) -> Config:
     """A published model: 512 experts in every other layer, hidden size 4 D, 2,048 tokens a sequence, 300 B tokens.
 
-    Source: arXiv:2112.10684 table 1 for the shapes; learning rates are GPT-3's for the dense model of that size.
+    Source: arXiv:2112.10684 table 1 and its released configurations for the shapes; dropout, betas, no clipping and the
+        balance loss of the released training command. Learning rate, tokens a step (`batch`) and 375 M tokens of
+        warm-up are GPT-3's for the dense model of that size, from memory.
     """
     return Config(
         data=DataConfig(source="text", vocab_size=50_260, max_length=2048),
@@ -116,14 +112,13 @@ def paper(layers: int, dim: int, heads: int, learning_rate: float) -> Config:
             num_experts=512,
             activation="gelu",
             dropout=0.1,
-            expert_init_scale=1.0,
             checkpoint=True,
         ),
-        tasks=LanguageModelTasks(causal_lm=TaskConfig(tokens=524_288)),
+        tasks=LanguageModelTasks(causal_lm=TaskConfig(tokens=batch)),
         train=TrainConfig(
-            max_steps=572_204,
+            max_steps=round(300e9 / batch),
             learning_rate=learning_rate,
-            warmup_steps=715,
+            warmup_steps=round(375e6 / batch),
             clip=0.0,
             label_smoothing=0.0,
             precision="bf16-mixed",
@@ -134,10 +129,10 @@ def paper(layers: int, dim: int, heads: int, learning_rate: float) -> Config:
 
 VARIANTS: Mapping[str, Config] = {
     **with_twins(tiny=TINY, small=SMALL),
-    "paper_15b": paper(12, 768, 12, 6e-4),
-    "paper_52b": paper(24, 1024, 16, 3e-4),
-    "paper_207b": paper(24, 2048, 32, 2e-4),
-    "paper_1t": paper(32, 4096, 32, 1.2e-4),
+    "paper_15b": paper(12, 768, 12, learning_rate=6e-4, batch=2**19),
+    "paper_52b": paper(24, 1024, 16, learning_rate=3e-4, batch=2**19),
+    "paper_207b": paper(24, 2048, 32, learning_rate=2e-4, batch=2**20),
+    "paper_1t": paper(32, 4096, 32, learning_rate=1.2e-4, batch=2**21),
 }
 
 RECIPE = Recipe(
@@ -146,10 +141,10 @@ RECIPE = Recipe(
     variants=VARIANTS,
     notes={
         **TWIN_NOTES,
-        "paper_15b": "12 layers, dimension 768, 512 experts",
-        "paper_52b": "24 layers, dimension 1024, 512 experts",
-        "paper_207b": "24 layers, dimension 2048, 512 experts",
-        "paper_1t": "32 layers, dimension 4096, 512 experts",
+        "paper_15b": "12 layers, dimension 768, 512 experts: 15 billion parameters",
+        "paper_52b": "24 layers, dimension 1024, 512 experts: 52 billion",
+        "paper_207b": "24 layers, dimension 2048, 512 experts: 207 billion",
+        "paper_1t": "32 layers, dimension 4096, 512 experts: 1.1 trillion",
     },
     commands=commands("moe_lm", build),
 )

@@ -25,7 +25,7 @@ from moekit.experts import DensePretraining
 from moekit.heads import TranslationHead
 from moekit.layer import MoELayer
 from moekit.recipes._command import Recipe, main
-from moekit.recipes._config import DataConfig, EvaluateConfig, TrainConfig, TranslationTasks
+from moekit.recipes._config import DataConfig, EvaluateConfig, RecipeConfig, TrainConfig, TranslationTasks
 from moekit.recipes._networks import (
     TWIN_NOTES,
     EncoderDecoderConfig,
@@ -54,22 +54,16 @@ class ModelConfig(EncoderDecoderConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RecipeConfig):
     """Everything a run is made of.
 
     Attributes:
-        data: where text comes from, and how the temperature of its mixture rises.
         model: the network.
         tasks: tokens per step.
-        train: how training goes.
-        evaluate: how the result is evaluated.
     """
 
-    data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tasks: TranslationTasks = field(default_factory=TranslationTasks)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 def build(config: Config, vocab_size: int) -> Built:

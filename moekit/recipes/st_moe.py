@@ -24,7 +24,14 @@ from moekit.errors import UserError
 from moekit.heads import SpanCorruptionHead
 from moekit.layer import AuxLosses, MoELayer
 from moekit.recipes._command import Recipe, main
-from moekit.recipes._config import DataConfig, EvaluateConfig, SpanCorruptionTasks, TaskConfig, TrainConfig
+from moekit.recipes._config import (
+    DataConfig,
+    EvaluateConfig,
+    RecipeConfig,
+    SpanCorruptionTasks,
+    TaskConfig,
+    TrainConfig,
+)
 from moekit.recipes._networks import (
     TWIN_NOTES,
     EncoderDecoderConfig,
@@ -67,22 +74,16 @@ class ModelConfig(EncoderDecoderConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RecipeConfig):
     """Everything a run is made of.
 
     Attributes:
-        data: where text comes from.
         model: the network.
         tasks: tokens per step.
-        train: how training goes.
-        evaluate: how the result is evaluated.
     """
 
-    data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tasks: SpanCorruptionTasks = field(default_factory=SpanCorruptionTasks)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 def build(config: Config, vocab_size: int) -> Built:

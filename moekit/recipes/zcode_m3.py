@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from moekit.heads import DenoisingHead, Head, MaskedLMHead, ReplacedTokenHead, TranslationHead
 from moekit.layer import AuxLosses, MoELayer
 from moekit.recipes._command import Recipe, main
-from moekit.recipes._config import DataConfig, EvaluateConfig, TaskConfig, TrainConfig, active_tasks
+from moekit.recipes._config import DataConfig, EvaluateConfig, RecipeConfig, TaskConfig, TrainConfig, active_tasks
 from moekit.recipes._networks import (
     TWIN_NOTES,
     EncoderDecoderConfig,
@@ -73,23 +73,17 @@ class TasksConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RecipeConfig):
     """Everything a run is made of.
 
     Attributes:
-        data: where text comes from.
         model: the network.
         tasks: weight and tokens per step of each task.
-        train: how training goes.
-        evaluate: how the result is evaluated.
         discriminator_weight: of the detection loss beside the generator's (ELECTRA: 50).
     """
 
-    data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     discriminator_weight: float = 50.0
 
 

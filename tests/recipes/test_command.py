@@ -79,3 +79,21 @@ def test_printed_configuration_is_the_variant(variant: str, capsys: pytest.Captu
     parsed = build_parser(zcode_m3.RECIPE, "run", variant).parse_args(["--config", str(file)])
     config = as_plain(zcode_m3.VARIANTS[variant])
     assert as_plain(from_plain(zcode_m3.Config, parsed, "printed")) == config
+
+
+def test_settings_that_came_later_have_their_default() -> None:
+    """A run folder of an older version can still be tested."""
+    values = as_plain(zcode_m3.VARIANTS["tiny"])
+    del values["strategy"], values["train"]["num_nodes"]
+    assert from_plain(zcode_m3.Config, values, "old run") == zcode_m3.VARIANTS["tiny"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--devices", "3", "--nodes=2"], ["--train.devices=3", "--train.num_nodes", "2"]]
+)
+def test_short_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(*arguments, "--print_config")
+    printed = capsys.readouterr().out
+    assert "devices: 3" in printed
+    assert "num_nodes: 2" in printed
