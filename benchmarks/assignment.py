@@ -1,9 +1,9 @@
 """Balanced assignment: moekit's solvers beside scipy's `linear_sum_assignment` on the expanded problem.
 
 scipy gets what it needs: experts expanded into T / E slots each, a T x T matrix. All solvers get the same scores, take
-turns in one process, and must reach the same value, or nothing is reported. The figure is the median over rounds of
-the ratio of neighbouring runs. "random" scores are normal; "zipf" ones come from clusters of very uneven size, so that
-most tokens want the same few experts.
+turns in one process, and must reach the same value, or nothing is reported. Times are of the processor, so that other
+programs count less; the figure is the median over rounds of the ratio of neighbouring runs. "random" scores are normal;
+"zipf" ones come from clusters of very uneven size, so that most tokens want the same few experts.
 
     python benchmarks/assignment.py                             # 4096 x 32: scipy, torch, numba
     python benchmarks/assignment.py --sizes 16384x128           # too large for scipy
@@ -65,7 +65,7 @@ def value(scores: Tensor, expert: Tensor) -> float:
 
 
 def measure(scores: Tensor, solvers: dict[str, Solver], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each solver in turn, after one run of each that is not counted; values are compared first."""
+    """Processor seconds of each solver in turn, after a run of each that is not counted but whose values must agree."""
     values = {name: value(scores, solve(scores)) for name, solve in solvers.items()}
     best = max(values.values())
     if any(abs(v - best) > 1e-9 * abs(best) for v in values.values()):
@@ -73,16 +73,17 @@ def measure(scores: Tensor, solvers: dict[str, Solver], rounds: int) -> dict[str
     seconds: dict[str, list[float]] = {name: [] for name in solvers}
     for _ in range(rounds):
         for name, solve in solvers.items():
-            start = time.perf_counter()
+            start = time.process_time()
             solve(scores)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     return seconds
 
 
 def milliseconds(values: list[float]) -> str:
     """Median and range."""
     low, middle, high = (1e3 * v for v in (min(values), statistics.median(values), max(values)))
-    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+    shown = [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in (middle, low, high)]
+    return f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
 def report(rows: list[list[str]], command: str, threads: int) -> str:
@@ -97,6 +98,7 @@ def report(rows: list[list[str]], command: str, threads: int) -> str:
             f"`{command}`, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
             f"{threads} thread{'s' if threads > 1 else ''}.",
             "All solvers reach the same value; runs alternate in one process, the ratio is the median over rounds.",
+            "Times are of the processor, not of the clock on the wall.",
             "Compiling (numba, once, then kept on disk) is not counted.",
             "",
             *lines,

@@ -132,7 +132,7 @@ def _raise_prices(whole: Whole, expert: Whole, price: Whole, most: int, looks: i
     """Raise the price of the fullest expert until no more than `most` tokens prefer it; the others go where they like.
 
     Every token stays at its best expert under the prices (dual ascent; an auction in which whole crowds bid). Ends
-    when no expert has more than `most`, or after `looks` tokens were looked at.
+    when hardly anything is left to do: no more than a token per expert is in excess, or `looks` were had at tokens.
     """
     t_all, e_all = whole.shape
     load = np.zeros(e_all, dtype=np.int64)
@@ -144,24 +144,21 @@ def _raise_prices(whole: Whole, expert: Whole, price: Whole, most: int, looks: i
         first[expert[t]] = t
     tokens = np.empty(t_all, dtype=np.int32)
     margin = np.empty(t_all, dtype=np.int64)
-    while looks > 0:
+    excess = np.sum(np.maximum(load - most, 0))
+    while looks > 0 and excess > e_all:
         full = np.argmax(load)
         over = load[full] - most
-        if over <= 0:
-            return
+        was, price[full] = price[full], _FAR  # so that it is nobody's second best: no branch in the loops
         n, t = 0, first[full]
         while t >= 0:
             second = -_FAR
             for e in range(e_all):
-                value = whole[t, e] - price[e]
-                if e != full and value > second:
-                    second = value
-            tokens[n], margin[n] = t, whole[t, full] - price[full] - second
+                second = max(second, whole[t, e] - price[e])
+            tokens[n], margin[n] = t, whole[t, full] - was - second
             n += 1
             t = after[t]
         looks -= n
         order = np.argsort(margin[:n], kind="mergesort")
-        price[full] += margin[order[over - 1]]
         first[full] = -1
         for i in range(n - 1, over - 1, -1):
             t = tokens[order[i]]
@@ -172,12 +169,15 @@ def _raise_prices(whole: Whole, expert: Whole, price: Whole, most: int, looks: i
             best, second = -1, -_FAR
             for e in range(e_all):
                 value = whole[t, e] - price[e]
-                if e != full and value > second:
+                if value > second:
                     best, second = e, value
             after[t] = first[best]
             first[best] = t
             expert[t] = best
             load[best] += 1
+            if load[best] <= most:
+                excess -= 1
+        price[full] = was + margin[order[over - 1]]
         load[full] = most
 
 
