@@ -152,8 +152,8 @@ class TopKRouter(Router):
             )
         if overflow is not None and isinstance(capacity, SequenceCapacity):
             raise ValueError(
-                "overflow finds room in the whole batch, SequenceCapacity counts each sequence apart: got both. Leave one "
-                "of them out."
+                "overflow finds room in the whole batch, SequenceCapacity counts each sequence apart: got both. Leave "
+                "one of them out."
             )
         balance = balance or Balance()
         if overflow is not None and balance.scope == "global" and balance.when == "before_drop":
