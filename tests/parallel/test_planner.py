@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -226,7 +225,11 @@ def test_offload_moves_bytes_to_the_host() -> None:
     base = plan(TINY, Layout(devices=4), training).memory
     optimizer = plan(TINY, Layout(devices=4, offload="optimizer"), training).memory
     parameters = plan(TINY, Layout(devices=4, offload="parameters"), training).memory
-    assert (optimizer.optimizer, optimizer.host) == (0, base.optimizer)
+    # The optimizer works on copies of the weights there: half as many bytes as AdamW's two statistics.
+    assert (optimizer.optimizer, optimizer.host) == (0, base.optimizer * 3 / 2)
+    fp16 = Training(precision=DEEPSPEED_FP16)  # whose optimizer has a copy anyway
+    owned = plan(TINY, Layout(devices=4), fp16).memory.optimizer
+    assert plan(TINY, Layout(devices=4, offload="optimizer"), fp16).memory.host == owned
     assert (optimizer.weights, optimizer.gradients) == (base.weights, base.gradients)
     assert parameters.weights == parameters.gradients == parameters.optimizer == 0
     assert parameters.host == base.weights + base.gradients + base.optimizer
@@ -340,9 +343,13 @@ def test_fewest_devices() -> None:
     n = found.layout.devices
     for size in (1, 2, 4, 8, 16, 32, 64):
         if (n - 1) % size == 0:
-            assert not plan(ZCODE_M3_10B, Layout(devices=n - 1, expert_parallel_size=size), training).fits(20 * GIB)
+            try:
+                assert not plan(ZCODE_M3_10B, Layout(devices=n - 1, expert_parallel_size=size), training).fits(20 * GIB)
+            except ValueError:
+                continue  # experts cannot be divided so
     nodes = fewest_devices(ZCODE_M3_10B, training, 20 * GIB, node=8)
-    assert nodes.layout.devices == max(n, 8 * math.ceil(n / 8) if n > 8 else n)
+    assert nodes.layout.devices >= n
+    assert nodes.layout.devices <= 8 or nodes.layout.devices % 8 == 0
     assert fewest_devices(TINY, Training(sequences=1), 1 * GIB).layout.devices == 1
     # Experts that divide the devices' number are the only ones tried; the module says it as well as the shape.
     assert fewest_devices(ZCODE_M3_10B.module(), training, 20 * GIB).layout == found.layout
@@ -402,6 +409,12 @@ def test_other_errors() -> None:
         plan(replace(TINY, num_experts=0), Layout(devices=2, expert_parallel_size=2))
     with pytest.raises(ValueError, match=r"axis 'vocab' of the tables and logits .*got 97 and 2\. Use 98"):
         plan(replace(TINY, vocab_size=97), Layout(devices=2, tensor_parallel_size=2))
+    with pytest.raises(
+        ValueError, match=r"ZeRO stage 3 must divide a weight of shape \(4, 64, 128\) .* among 3 devices"
+    ):
+        plan(TINY, Layout(devices=6, expert_parallel_size=2))
+    whole = plan(TINY, Layout(devices=6, expert_parallel_size=2, zero_stage=1), Training(precision="32-true")).memory
+    assert whole.optimizer > 8 * TINY.num_experts / 2 * 3 * 2 * 64 * 128  # repeated, as it cannot be divided
     with pytest.raises(ValueError, match=r"got 'fp8'"):
         Training(precision="fp8")
     with pytest.raises(ValueError, match=r"got 'lion'"):

@@ -9,7 +9,7 @@ from torch import nn
 
 from moekit.parallel.planner.census import Census, take_census
 from moekit.parallel.planner.layout import Layout, Training
-from moekit.parallel.planner.memory import TENSOR_AXES, Memory, local_shape, memory_of, sharded_shape
+from moekit.parallel.planner.memory import TENSOR_AXES, Memory, local_shape, memory_of, sharded_shape, zero_cut
 from moekit.parallel.planner.shape import TransformerShape
 from moekit.parallel.planner.tables import Column, markdown_table, text_table
 from moekit.parallel.planner.traffic import Traffic, traffic_of
@@ -127,7 +127,7 @@ def plan(model: TransformerShape | nn.Module, layout: Layout, training: Training
 def forecast_of(census: Census, layout: Layout, training: Training) -> Forecast:
     """`plan` of a model that is counted already (with the same `training`), on another layout."""
     _check_experts(census, layout)
-    _check_slices(census, layout)
+    _check_divisions(census, layout)
     memory, traffic = memory_of(census, layout, training), traffic_of(census, layout, training)
     return Forecast(census, layout, training, memory, traffic)
 
@@ -147,7 +147,7 @@ def _check_experts(census: Census, layout: Layout) -> None:
             )
 
 
-def _check_slices(census: Census, layout: Layout) -> None:
+def _check_divisions(census: Census, layout: Layout) -> None:
     size = layout.tensor_parallel_size
     for unit in census.units:
         for weight in unit.weights:
@@ -157,6 +157,13 @@ def _check_slices(census: Census, layout: Layout) -> None:
                         f"the axis {axis!r} of the {unit.name} must be a multiple of tensor_parallel_size: got "
                         f"{length} and {size}. Use {math.ceil(length / size) * size}, or another tensor_parallel_size."
                     )
+            if layout.zero_stage >= 2 and weight.shape and zero_cut(weight, layout) is None:
+                among = layout.expert_shard_size if weight.is_expert else layout.shard_size
+                raise ValueError(
+                    f"ZeRO stage {layout.zero_stage} must divide a weight of shape {local_shape(weight, layout)} of "
+                    f"the {unit.name} among {among} devices, and no dimension is a multiple. Use zero_stage=1, or another "
+                    "number of devices."
+                )
 
 
 def _rows(made: Forecast) -> list[tuple[str, str]]:

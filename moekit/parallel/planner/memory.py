@@ -28,7 +28,7 @@ class Memory:
         optimizer: the optimizer's statistics and, where there is one, its copy of the weights.
         working: whole or lower-precision weights and gradients that exist for a moment: what ZeRO gathers.
         activations: kept for backward, with the largest block's second computation under checkpointing.
-        host: what is offloaded.
+        host: what is offloaded, and the copies of weights that an offloaded optimizer works on.
     """
 
     weights: float
@@ -56,15 +56,23 @@ def local_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def zero_cut(weight: Weight, layout: Layout) -> int | None:
+    """The dimension that ZeRO divides; None = it cannot."""
+    shape = local_shape(weight, layout)
+    taken = {dimension for dimension, length in enumerate(shape) if length != weight.shape[dimension]}
+    return zero_dimension(shape, taken, _sharers(weight, layout)) if shape else None
+
+
 def sharded_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
     """What a device stores where ZeRO divides too; uneven parts up."""
-    shape = list(local_shape(weight, layout))
-    taken = {dimension for dimension, length in enumerate(shape) if length != weight.shape[dimension]}
-    size = layout.expert_shard_size if weight.is_expert else layout.shard_size
-    cut = zero_dimension(shape, taken, size) if shape else None
+    shape, cut = list(local_shape(weight, layout)), zero_cut(weight, layout)
     if cut is not None:
-        shape[cut] = math.ceil(shape[cut] / size)
+        shape[cut] = math.ceil(shape[cut] / _sharers(weight, layout))
     return tuple(shape)
+
+
+def _sharers(weight: Weight, layout: Layout) -> int:
+    return layout.expert_shard_size if weight.is_expert else layout.shard_size
 
 
 def optimizer_numbers(shape: tuple[int, ...], optimizer: Optimizer) -> int:
@@ -102,6 +110,8 @@ def memory_of(census: Census, layout: Layout, training: Training) -> Memory:
     host = 0.0
     if layout.offload != "none":
         host, optimizer = optimizer, 0.0
+    if layout.offload == "optimizer" and not numbers.master:
+        host += numbers.weight * owned  # the optimizer works on copies
     if layout.offload == "parameters":
         host, weights, gradients = host + weights + gradients, 0.0, 0.0
     return Memory(

@@ -143,8 +143,8 @@ def fewest_devices(
             try:
                 last = forecast_of(census, layout, training)
             except ValueError as error:
-                trouble = error
-                continue  # another layer has a number of experts that this size does not divide
+                trouble = trouble or error
+                continue  # something cannot be divided so
             if last.fits(memory):
                 fitting.append(last)
         if fitting:
