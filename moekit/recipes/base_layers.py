@@ -1,0 +1,140 @@
+"""BASE layers: training solves a linear assignment, so that every expert gets equally many tokens.
+
+Lewis et al. 2021, "BASE Layers: Simplifying Training of Large, Sparse Models" (arXiv:2103.16716). Between two blocks of
+a decoder stands one layer of experts, each a stack of residual feed-forward blocks. Training gives every expert the
+same number of tokens, so that the sum of scores is the largest possible; evaluation sends a token where its score is
+best. A sigmoid of the score weighs what the expert adds. No balance loss, no capacity, no drops.
+
+    python -m moekit.recipes.base_layers                  # minutes on a laptop, nothing to download
+    python -m moekit.recipes.base_layers run --variant small --data.source text --data.path FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from moekit.errors import UserError
+from moekit.experts import BaseStack
+from moekit.heads import CausalLMHead
+from moekit.layer import MoELayer
+from moekit.recipes._command import Recipe, main
+from moekit.recipes._config import DataConfig, EvaluateConfig, LanguageModelTasks, RecipeConfig, TaskConfig, TrainConfig
+from moekit.recipes._networks import TWIN_NOTES, DecoderConfig, aux_losses, decoder, feed_forward, with_twins
+from moekit.recipes._parts import Built
+from moekit.recipes._pipeline import commands
+from moekit.routers import RankShuffle, base_layers
+from moekit.transformer import Side, SparseDense, at_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(DecoderConfig):
+    """The network.
+
+    Attributes:
+        every: after so many blocks, and not after the last, stands a layer of experts: half of `layers` = one layer in
+            the middle, a fourth = three.
+        sublayers: feed-forward blocks of an expert.
+        expert_hidden_dim: hidden size of each of them; 0 = hidden_dim.
+        shuffle: whether the tokens of all processes are mixed before they are assigned.
+    """
+
+    sublayers: int = 3
+    expert_hidden_dim: int = 0
+    shuffle: bool = True
+    load_balance: float = 0.0  # there is nothing to balance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RecipeConfig):
+    """Everything a run is made of.
+
+    Attributes:
+        model: the network.
+        tasks: tokens per step.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tasks: LanguageModelTasks = field(default_factory=LanguageModelTasks)
+
+
+def build(config: Config, vocab_size: int) -> Built:
+    """The parts of a run."""
+    model = config.model
+    if model.gated or model.dropout or model.expert_init_scale != 1:
+        raise UserError("experts of BASE layers have no gate, no dropout and an initialisation of their own.")
+    hidden_dim = model.expert_hidden_dim or model.hidden_dim
+
+    def experts() -> nn.Module:
+        if not model.num_experts:  # as wide as an expert's blocks together
+            return feed_forward(model, model.sublayers * hidden_dim)
+        # The assignment of training weighs a token against later ones, as in the paper; evaluation does not.
+        shuffle = RankShuffle() if model.shuffle else None
+        router = base_layers(model.dim, model.num_experts, shuffle=shuffle, allow_future=True)
+        stack = BaseStack(
+            model.num_experts, model.dim, hidden_dim, num_layers=model.sublayers, activation=model.activation
+        )
+        return MoELayer(router, stack)
+
+    def after_block(layer: int, side: Side) -> SparseDense:
+        return SparseDense(experts(), feed_forward(model), order="before")  # the block's own feed-forward comes first
+
+    layers = at_layers(
+        range(model.every - 1, model.layers - 1, model.every), after_block, lambda layer, side: feed_forward(model)
+    )
+    head = CausalLMHead(label_smoothing=config.train.label_smoothing)
+    return Built(decoder(model, vocab_size, layers), [head], aux_losses(model))
+
+
+TINY = Config(
+    data=DataConfig(vocab_size=1600),
+    model=ModelConfig(),
+    train=TrainConfig(max_steps=900, max_minutes=4.0, label_smoothing=0.0, validate_every=300),
+    evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
+)
+SMALL = Config(
+    data=DataConfig(source="text", vocab_size=4000, temperature=5.0),
+    model=ModelConfig(dim=192, heads=6, layers=6, every=3, hidden_dim=768, sublayers=4),
+    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, label_smoothing=0.0, validate_every=500),
+    evaluate=EvaluateConfig(beam_size=1),
+)
+PAPER = Config(  # one expert on each of 128 devices, which hold two sequences of 1,024 tokens eight times a step
+    data=DataConfig(source="text", vocab_size=51_200, max_length=1024),
+    model=ModelConfig(
+        dim=2048, heads=16, layers=24, every=12, num_experts=128, sublayers=10,
+        # The paper's 8,096 makes its 1.3 B of shared parameters (8,192 does too, rounded), but 332 M in an expert;
+        # 8,192 makes the 335 M that it names.
+        hidden_dim=8096, expert_hidden_dim=8192,
+    ),
+    tasks=LanguageModelTasks(causal_lm=TaskConfig(tokens=2**21)),
+    train=TrainConfig(
+        max_steps=48_000, learning_rate=7.5e-5, warmup_steps=2000, clip=0.1, label_smoothing=0.0,
+        precision="bf16-mixed",
+    ),
+    evaluate=EvaluateConfig(beam_size=1),
+)  # fmt: skip
+
+VARIANTS: Mapping[str, Config] = {
+    **with_twins(tiny=TINY),
+    "tiny_x3": replace(TINY, model=ModelConfig(every=1, sublayers=1)),
+    **with_twins(small=SMALL),
+    "paper": PAPER,
+}
+
+RECIPE = Recipe(
+    name="base_layers",
+    about="BASE layers of Lewis et al. (arXiv:2103.16716): a balanced assignment of tokens to experts, no loss.",
+    variants=VARIANTS,
+    notes={
+        **TWIN_NOTES,
+        "tiny_x3": "three layers of experts with one block each instead of one with three",
+        "paper": "24 layers, dimension 2048, 128 experts of 10 blocks in the middle: 44 billion parameters",
+    },
+    commands=commands("base_layers", build),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(RECIPE))

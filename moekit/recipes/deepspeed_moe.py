@@ -1,0 +1,174 @@
+"""DeepSpeed-MoE: PR-MoE, a pyramid of experts beside a dense branch, and the plain MoE that it is compared with.
+
+Rajbhandari et al. 2022, "DeepSpeed-MoE: Advancing Mixture-of-Experts Inference and Training to Power Next-Generation AI
+Scale" (arXiv:2201.05596). A GPT with experts in every other layer, one per token. Residual: every token passes a dense
+feed-forward beside its expert, and the two are added. Pyramid: the last two layers of experts have twice as many. The
+balance loss has weight 0.01, summed over layers; an expert takes an even share of the tokens.
+
+    python -m moekit.recipes.deepspeed_moe                # minutes on a laptop, nothing to download
+    python -m moekit.recipes.deepspeed_moe run --variant small --data.source text --data.path FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from moekit.experts import copy_first_expert_
+from moekit.heads import CausalLMHead
+from moekit.layer import MoELayer
+from moekit.mixing import SoftmaxMix
+from moekit.recipes._command import Recipe, main
+from moekit.recipes._config import DataConfig, EvaluateConfig, LanguageModelTasks, RecipeConfig, TaskConfig, TrainConfig
+from moekit.recipes._networks import (
+    TWIN_NOTES,
+    DecoderConfig,
+    aux_losses,
+    decoder,
+    dense_twin_layer,
+    expert_bank,
+    feed_forward,
+    with_twins,
+)
+from moekit.recipes._parts import Built
+from moekit.recipes._pipeline import commands
+from moekit.routers import TopKRouter
+from moekit.routing import Capacity
+from moekit.transformer import Side, at_layers, pyramid
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(DecoderConfig):
+    """The network.
+
+    Attributes:
+        doubled: so many of the last sparse layers have twice the experts; 0 = no pyramid.
+        residual: the dense branch beside the experts: none, added to them, or mixed with them by a learned softmax.
+        expert_init: whether experts begin independent of one another, or as copies of one.
+        capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
+    """
+
+    doubled: int = 1
+    residual: Literal["none", "add", "softmax"] = "add"  # the paper adds, the released code mixes
+    expert_init: Literal["independent", "copied"] = "independent"  # the released code copies
+    capacity_factor: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RecipeConfig):
+    """Everything a run is made of.
+
+    Attributes:
+        model: the network.
+        tasks: tokens per step.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tasks: LanguageModelTasks = field(default_factory=LanguageModelTasks)
+
+
+def build(config: Config, vocab_size: int) -> Built:
+    """The parts of a run."""
+    model = config.model
+    places = range(model.every - 1, model.layers, model.every)
+    counts = [0] * model.layers
+    for number, place in enumerate(places):
+        counts[place] = model.num_experts * (2 if len(places) - number <= model.doubled else 1)
+
+    def sparse(layer: int, side: Side, num_experts: int) -> MoELayer:
+        router = TopKRouter(model.dim, num_experts, capacity=Capacity(train=model.capacity_factor or None))
+        experts = expert_bank(model, num_experts)
+        if model.expert_init == "copied":
+            copy_first_expert_(experts)
+        if model.residual == "none":
+            return MoELayer(router, experts)
+        mix = SoftmaxMix(model.dim) if model.residual == "softmax" else None
+        return MoELayer(router, experts, shared=feed_forward(model), mix=mix)
+
+    if model.num_experts:
+        layers = pyramid(counts, sparse, lambda layer, side: feed_forward(model))
+    else:
+        twin = dense_twin_layer(model, 1 if model.residual == "none" else 2)
+        layers = at_layers(places, twin, lambda layer, side: feed_forward(model))
+    head = CausalLMHead(label_smoothing=config.train.label_smoothing)
+    return Built(decoder(model, vocab_size, layers), [head], aux_losses(model))
+
+
+TINY = Config(
+    data=DataConfig(vocab_size=1600),
+    model=ModelConfig(num_experts=4, activation="gelu"),
+    train=TrainConfig(max_steps=900, max_minutes=4.0, label_smoothing=0.0, validate_every=300),
+    evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
+)
+SMALL = Config(
+    data=DataConfig(source="text", vocab_size=4000, temperature=5.0),
+    model=ModelConfig(dim=192, heads=6, layers=6, hidden_dim=768, num_experts=8, activation="gelu", dropout=0.05),
+    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, label_smoothing=0.0, validate_every=500),
+    evaluate=EvaluateConfig(beam_size=1),
+)
+
+
+def plain(config: Config, num_experts: int) -> Config:
+    """The same without pyramid and residual: one expert per token, equally many in every sparse layer."""
+    model = replace(config.model, num_experts=num_experts, doubled=0, residual="none")
+    return replace(config, model=model)
+
+
+def paper(
+    layers: int, dim: int, heads: int, num_experts: int, *, batch: int, learning_rate: float, residual: bool = True
+) -> Config:
+    """A published model: hidden size 4 D, 2,048 tokens a sequence, 300 B tokens of which 375 M of warm-up.
+
+    Source: arXiv:2201.05596 and the released training scripts; weight decay and betas of Megatron, from memory. The
+    scripts' cosine ends at 1e-6, ours at a twentieth of the peak.
+    """
+    tokens = 2048 * batch
+    config = Config(
+        data=DataConfig(source="text", vocab_size=50_257, max_length=2048),
+        model=ModelConfig(
+            layers=layers, dim=dim, heads=heads, hidden_dim=4 * dim, num_experts=num_experts, doubled=2,
+            activation="gelu", checkpoint=True,
+        ),
+        tasks=LanguageModelTasks(causal_lm=TaskConfig(tokens=tokens)),
+        train=TrainConfig(
+            max_steps=round(300e9 / tokens), warmup_steps=round(375e6 / tokens), learning_rate=learning_rate,
+            weight_decay=0.1, betas=(0.9, 0.95), label_smoothing=0.0, precision="bf16-mixed",
+        ),
+        evaluate=EvaluateConfig(beam_size=1),
+    )  # fmt: skip
+    return config if residual else plain(config, num_experts)
+
+
+VARIANTS: Mapping[str, Config] = {
+    **with_twins(tiny=TINY),
+    "tiny_moe": plain(TINY, 8),
+    **with_twins(small=SMALL),
+    "paper_125m_moe_64": paper(12, 768, 12, 64, batch=256, learning_rate=4.5e-4, residual=False),
+    "paper_350m_moe_128": paper(24, 1024, 16, 128, batch=256, learning_rate=2e-4, residual=False),
+    "paper_350m_pr_moe": paper(24, 1024, 16, 32, batch=256, learning_rate=3e-4),
+    "paper_1b3_moe_128": paper(24, 2048, 16, 128, batch=512, learning_rate=1.2e-4, residual=False),
+    "paper_1b3_pr_moe": paper(24, 2048, 16, 64, batch=512, learning_rate=1.2e-4),
+    "paper_1b3_mos": paper(21, 2048, 16, 64, batch=512, learning_rate=1.2e-4),
+}
+
+RECIPE = Recipe(
+    name="deepspeed_moe",
+    about="DeepSpeed-MoE (arXiv:2201.05596): a pyramid of experts beside a dense branch (PR-MoE), and plain MoE.",
+    variants=VARIANTS,
+    notes={
+        **TWIN_NOTES,
+        "tiny_moe": "plain MoE with 8 experts in each sparse layer, no dense branch",
+        "paper_125m_moe_64": "12 layers, dimension 768, 64 experts",
+        "paper_350m_moe_128": "24 layers, dimension 1024, 128 experts: 13 billion parameters",
+        "paper_350m_pr_moe": "PR-MoE with 32 and 64 experts: 4 billion",
+        "paper_1b3_moe_128": "24 layers, dimension 2048, 128 experts: 52 billion",
+        "paper_1b3_pr_moe": "PR-MoE with 64 and 128 experts: 31 billion",
+        "paper_1b3_mos": "its student with 21 layers: 27 billion (the shape; training by distillation is not here)",
+    },
+    commands=commands("deepspeed_moe", build),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(RECIPE))

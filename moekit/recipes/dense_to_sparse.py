@@ -1,0 +1,167 @@
+"""EvoMoE: one expert becomes many, all of them run, and ever fewer do until each token passes one.
+
+Nie et al. 2021, "EvoMoE: An Evolutional Mixture-of-Experts Training Framework via Dense-To-Sparse Gate"
+(arXiv:2112.14397). A GPT in which every other feed-forward is a layer of experts goes through three phases, given here
+as shares of the optimizer steps: the experts are one (and then differ by randomly masked weights); every expert runs
+whose Gumbel-softmax probability passes a threshold, while the temperature falls; the most probable one alone runs.
+
+    python -m moekit.recipes.dense_to_sparse              # minutes on a laptop, nothing to download
+    python -m moekit.recipes.dense_to_sparse run --variant small --data.source text --data.path FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from moekit.errors import UserError
+from moekit.experts import DensePretraining, MaskWeights
+from moekit.heads import CausalLMHead
+from moekit.layer import MoELayer
+from moekit.recipes._command import Recipe, main
+from moekit.recipes._config import DataConfig, EvaluateConfig, LanguageModelTasks, RecipeConfig, TaskConfig, TrainConfig
+from moekit.recipes._networks import (
+    TWIN_NOTES,
+    DecoderConfig,
+    aux_losses,
+    decoder,
+    expert_bank,
+    feed_forwards,
+    with_twins,
+)
+from moekit.recipes._parts import Built
+from moekit.recipes._pipeline import commands
+from moekit.routers import DenseToSparseRouter, ExponentialDecay, LinearDecay
+from moekit.transformer import Side
+
+DECAYS: Mapping[str, type[ExponentialDecay | LinearDecay]] = {"exponential": ExponentialDecay, "linear": LinearDecay}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(DecoderConfig):
+    """The network.
+
+    Attributes:
+        diversify: share of train.max_steps in which all experts of a layer are one.
+        masked: share of each expert's weights that are set to zero when they part.
+        sparsify: share of train.max_steps in which the temperature falls; after it one expert runs.
+        decay: form of the fall.
+        start: temperature at its beginning.
+        end: temperature at its end.
+        threshold: least probability of an expert that runs.
+        weights: of the experts that run: the gumbel-softmax itself, or the plain softmax.
+    """
+
+    diversify: float = 0.1
+    masked: float = 0.1
+    sparsify: float = 0.4
+    decay: Literal["exponential", "linear"] = "exponential"
+    start: float = 2.0
+    end: float = 0.3
+    threshold: float = 1e-3
+    weights: Literal["gumbel", "plain"] = "gumbel"
+    load_balance: float = 0.0  # the gate is said to need none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RecipeConfig):
+    """Everything a run is made of.
+
+    Attributes:
+        model: the network.
+        tasks: tokens per step.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tasks: LanguageModelTasks = field(default_factory=LanguageModelTasks)
+
+
+def phases(config: Config) -> tuple[int, int]:
+    """The steps of the dense phase, and those in which the temperature falls."""
+    model, steps = config.model, config.train.max_steps
+    if not steps:
+        raise UserError("the phases are shares of the steps: set train.max_steps (it is 0).")
+    if min(model.diversify, model.sparsify) < 0 or model.diversify + model.sparsify > 1:
+        raise UserError(
+            "model.diversify and model.sparsify must be shares of train.max_steps, together at most 1: got "
+            f"{model.diversify} and {model.sparsify}."
+        )
+    return round(model.diversify * steps), max(1, round(model.sparsify * steps))
+
+
+def build(config: Config, vocab_size: int) -> Built:
+    """The parts of a run."""
+    model = config.model
+    dense, falling = phases(config)
+
+    def sparse(layer: int, side: Side) -> MoELayer:
+        router = DenseToSparseRouter(
+            model.dim,
+            model.num_experts,
+            DECAYS[model.decay](model.start, model.end, falling, begin=dense),
+            hard_from=dense + falling,
+            threshold=model.threshold,
+            weights=model.weights,
+        )
+        phase = DensePretraining(dense, perturb=MaskWeights(model.masked), seed=config.train.seed + layer)
+        return MoELayer(router, expert_bank(model), phase=phase)
+
+    network = decoder(model, vocab_size, feed_forwards(model, sparse))
+    head = CausalLMHead(label_smoothing=config.train.label_smoothing)
+    return Built(network, [head], aux_losses(model))
+
+
+TINY = Config(
+    data=DataConfig(vocab_size=1600),
+    model=ModelConfig(activation="gelu"),
+    # While all experts run a step costs some three times as much: fewer steps than in the other recipes.
+    train=TrainConfig(max_steps=500, max_minutes=5.0, warmup_steps=100, label_smoothing=0.0, validate_every=250),
+    evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
+)
+SMALL = Config(
+    data=DataConfig(source="text", vocab_size=4000, temperature=5.0),
+    model=ModelConfig(dim=192, heads=6, layers=6, hidden_dim=768, activation="gelu", dropout=0.05),
+    train=TrainConfig(max_steps=3000, max_minutes=60.0, warmup_steps=400, label_smoothing=0.0, validate_every=500),
+    evaluate=EvaluateConfig(beam_size=1),
+)
+# The paper names 1.5 billion parameters. Layers and widths are those of GPT-medium in the released code; 12 experts are
+# ours, the number that makes 1.5 billion with them in every other layer (16, which we remember, would make 1.9). Adam's
+# betas, weight decay, clipping and dropout are the released code's; steps, rate and phases ours.
+PAPER = Config(
+    data=DataConfig(source="text", vocab_size=50_257, max_length=1024),
+    model=ModelConfig(
+        dim=1024, heads=16, layers=24, hidden_dim=4096, num_experts=12, activation="gelu", dropout=0.1, checkpoint=True
+    ),
+    tasks=LanguageModelTasks(causal_lm=TaskConfig(tokens=2**19)),
+    train=TrainConfig(
+        max_steps=100_000, learning_rate=3e-4, warmup_steps=2000, weight_decay=0.1, clip=5.0, label_smoothing=0.0,
+        precision="bf16-mixed",
+    ),
+    evaluate=EvaluateConfig(beam_size=1),
+)  # fmt: skip
+
+VARIANTS: Mapping[str, Config] = {
+    **with_twins(tiny=TINY),
+    "tiny_gate_only": replace(TINY, model=replace(TINY.model, diversify=0.0)),
+    "tiny_warm_up": replace(TINY, model=replace(TINY.model, diversify=0.5, sparsify=0.0)),
+    **with_twins(small=SMALL),
+    "paper_1b5": PAPER,
+}
+
+RECIPE = Recipe(
+    name="dense_to_sparse",
+    about="EvoMoE and its dense-to-sparse gate (arXiv:2112.14397): one expert, then all, then one of many.",
+    variants=VARIANTS,
+    notes={
+        **TWIN_NOTES,
+        "tiny_gate_only": "without the first phase: the dense-to-sparse gate from the start",
+        "tiny_warm_up": "without the second: one expert for half of the steps, then one of many at once",
+        "paper_1b5": "GPT of 1.5 billion parameters",
+    },
+    commands=commands("dense_to_sparse", build),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(RECIPE))
