@@ -14,36 +14,37 @@ from moekit.surgery.anatomy import SparseLayer
 Order = Literal["utilisation", "reversed", "random"]
 
 
-def count_kept(layers: Mapping[str, SparseLayer], keep: float) -> dict[str, int]:
+def count_kept(layers: Mapping[str, SparseLayer], keep: int | float) -> dict[str, int]:
     """How many experts stay in each layer.
 
     Args:
         layers: from `sparse_layers`.
-        keep: 1 or more = that many (a whole number) in every layer; less = that share of each layer's, rounded to the
-            nearest (halves up), and never fewer than a token chooses.
+        keep: an int = that many in every layer; a float in (0, 1] = that share of each layer's, rounded to the nearest
+            (halves up), and never fewer than a token chooses.
 
     Raises:
-        UserError: if a layer has not so many, a token chooses more, or the number is not whole or not positive.
+        UserError: if a layer has not so many, a token chooses more, the number or share is not positive, or the share
+            is over 1.
     """
-    if keep <= 0 or (keep >= 1 and keep != int(keep)):
-        raise UserError(f"keep must be a whole number of experts, or a share between 0 and 1: got {keep}.")
+    if keep <= 0 or (isinstance(keep, float) and keep > 1):
+        raise UserError(f"keep must be a number of experts, or a share of them above 0 and up to 1.0: got {keep}.")
     counts = {}
     for path, layer in layers.items():
         least = max(1, int(layer.k))
-        if keep < 1:
+        if isinstance(keep, float):
             counts[path] = max(least, int(keep * layer.num_experts + 0.5))
             continue
         if keep > layer.num_experts:
-            raise UserError(f"keep at most {layer.num_experts} experts of {path}, it has no more: got keep={keep:g}.")
+            raise UserError(f"keep at most {layer.num_experts} experts of {path}, it has no more: got keep={keep}.")
         if keep < least:
-            raise UserError(f"keep at least {least} experts of {path}, a token chooses as many: got keep={keep:g}.")
-        counts[path] = int(keep)
+            raise UserError(f"keep at least {least} experts of {path}, a token chooses as many: got keep={keep}.")
+        counts[path] = keep
     return counts
 
 
 def choose_experts(
     layers: Mapping[str, SparseLayer],
-    keep: float,
+    keep: int | float,
     order: Order = "utilisation",
     *,
     load: Mapping[str, Tensor] | None = None,

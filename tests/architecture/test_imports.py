@@ -37,6 +37,8 @@ FLOORS = {
     "inference": 5,
     "report": 5,
     "recipes": 6,
+    # The programs, ``python -m moekit.<room>``: nothing imports them, so a room's own may use the floors above it.
+    "__main__": 7,
 }
 
 # The only imports between two rooms of one floor: (importer, imported module and what lies below it) -> why.
@@ -67,8 +69,10 @@ class Import:
 
 
 def room_of(module: str) -> str:
-    """`moekit.routers.topk` -> `routers`; the package itself -> ``""``."""
+    """`moekit.routers.topk` -> `routers`; a program -> `__main__`; the package itself -> ``""``."""
     parts = module.split(".")
+    if parts[-1] == "__main__":
+        return parts[-1]
     return parts[1] if len(parts) > 1 else ROOT
 
 
@@ -202,6 +206,8 @@ def test_same_floor_table_has_no_cycle_and_no_idle_row() -> None:
         ("training/modules.py", "from moekit import testing", "does not import it"),
         ("__init__.py", "from moekit import recipes", "must not import recipes"),
         ("testing.py", "from moekit.recipes import zcode_m3", "must not import recipes"),
+        ("surgery/taking.py", "from moekit.surgery import __main__", "upward import"),
+        ("surgery/command.py", "from moekit.recipes import zcode_m3", "upward import"),
         ("attic/things.py", "from moekit.routing import Routing", "has no floor"),
     ],
 )
@@ -225,6 +231,7 @@ def test_a_wrong_import_is_found(tmp_path: Path, path: str, line: str, message: 
         ("training/folder.py", "import moekit\nprint(moekit.__version__, moekit.__file__)"),
         ("training/modules.py", "from moekit import __version__\nfrom moekit import heads\nimport lightning"),
         ("recipes/zcode_m3.py", "import moekit as mk\nfrom moekit.training import modules"),
+        ("surgery/__main__.py", "from moekit.recipes import zcode_m3\nfrom moekit.surgery import taking"),
         ("__init__.py", "from moekit import routers, training\nfrom moekit.layer import MoELayer"),
         ("testing.py", "import moekit.training"),
     ],
@@ -242,6 +249,7 @@ def fake_package(folder: Path, path: str, line: str) -> Path:
         (package / name).rmdir()
         (package / f"{name}.py").touch()
     (package / "data" / "batch.py").touch()
+    (package / "surgery" / "__main__.py").touch()
     (package / "data" / "sources").mkdir()
     file = package / path
     file.parent.mkdir(exist_ok=True)

@@ -1,0 +1,363 @@
+"""The commands of ``python -m moekit.surgery`` that work on runs of recipes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moekit.errors import UserError
+from moekit.recipes._surgery.curve import Recovery, pruning_curve, table, write_curve
+from moekit.recipes._surgery.inspection import inspect, show
+from moekit.recipes._surgery.operations import (
+    Result,
+    aggregate_runs,
+    change_run,
+    merge_run,
+    prune_run,
+    split_run,
+    upcycle_run,
+)
+from moekit.recipes._surgery.subject import open_subject
+from moekit.recipes._surgery.utilisation import measured_load
+from moekit.recipes._surgery.writing import require_free, write_run
+from moekit.surgery import choose_experts, count_kept, require_operable
+from moekit.surgery.command import Command
+
+_RUN = "folder of a run (its best checkpoint, else its last), or a checkpoint"
+
+
+def _out(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the new run")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="begin at step 0 when training goes on (default: at the run's step, in its schedule)",
+    )
+    parser.add_argument("--fresh-optimizer", action="store_true", help="forget the optimizer's state")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    _config(parser)
+
+
+def _config(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="config.yaml of a run with such a model, for checkpoints that do not hold their own",
+    )
+
+
+def _of_part(parser: ArgumentParser) -> None:
+    parser.add_argument("--language", default=None, help="utilisation of this language alone: a specialist")
+    parser.add_argument("--task", default=None, help="utilisation in this task alone: a specialist")
+
+
+def _write(result: Result, given: Namespace, console: Console) -> None:
+    if given.fresh_optimizer:
+        result = Result(result.subject, result.config, result.weights, None, result.record)
+    folder = write_run(result, given.out, restart=given.restart, overwrite=given.overwrite)
+    layers = {layer.num_experts for layer in open_subject(folder.path).layers().values()}
+    experts = f"{', '.join(str(n) for n in sorted(layers))} experts in a layer" if layers else "dense"
+    count = sum(tensor.numel() for tensor in result.weights.values())
+    recipe = f"python -m moekit.recipes.{result.subject.recipe.name}"
+    out = shlex.quote(str(folder.path))
+    console.print(
+        f"{folder.path}: {count:,} parameters, {experts}\n"
+        f"test it      {recipe} test --out {out}\n"
+        f"train it on  {recipe} fit --config {out}/config.yaml --out {out} --resume --train.max_steps STEPS",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+# -- inspect -------------------------------------------------------------------------------------------------------
+
+
+def _inspect_options(parser: ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="RUN", help=f"{_RUN}, or a file of weights")
+    parser.add_argument("--json", action="store_true", help="print data instead of a table")
+    _config(parser)
+
+
+def _inspect(given: Namespace, console: Console) -> None:
+    found = inspect(given.path, given.config)
+    if given.json:
+        sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    else:
+        show(found, console)
+
+
+# -- aggregate -----------------------------------------------------------------------------------------------------
+
+
+def _aggregate_options(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=_RUN)
+    parser.add_argument(
+        "--shared",
+        default="mean",
+        help="what is no expert's: mean (default), or 1, 2, ...: that of this run. The mean makes sense for runs with "
+        "a common ancestor or the same start (train.seed)",
+    )
+    parser.add_argument(
+        "--gates",
+        choices=["concatenate", "fresh"],
+        default="concatenate",
+        help="scores of the routers: rows side by side (default), or drawn anew",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of fresh gates")
+    _out(parser)
+
+
+def _aggregate(given: Namespace, console: Console) -> None:
+    require_free(given.out, overwrite=given.overwrite)
+    count = len(given.runs)
+    if count < 2:
+        raise UserError("aggregate needs two or more runs: got one.")
+    if given.shared != "mean" and given.shared not in [str(n + 1) for n in range(count)]:
+        raise UserError(f"--shared must be mean or the number of a run, 1 to {count}: got {given.shared}.")
+    subjects = [open_subject(run, given.config) for run in given.runs]
+    shared_from = None if given.shared == "mean" else int(given.shared) - 1
+    fresh = given.gates == "fresh"
+    _write(aggregate_runs(subjects, shared_from=shared_from, fresh_gates=fresh, seed=given.seed), given, console)
+
+
+# -- prune ---------------------------------------------------------------------------------------------------------
+
+
+def _amount(text: str) -> int | float:
+    """``4``, ``0.5`` or ``50%``."""
+    try:
+        if text.endswith("%"):
+            return float(text.removesuffix("%")) / 100
+        return int(text) if text.strip("+-").isdecimal() else float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"a number of experts (4), or a share of them (0.5 or 50%): got {text!r}") from None
+
+
+def _prune_options(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help=_RUN)
+    parser.add_argument(
+        "--keep",
+        type=_amount,
+        required=True,
+        help="experts to keep in each layer: a number (4), or a share (0.5, 50%%)",
+    )
+    parser.add_argument(
+        "--by",
+        choices=["utilisation", "reversed", "random"],
+        default="utilisation",
+        help="keep the most used (default), the least used, or random ones",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random choice")
+    _of_part(parser)
+    _out(parser)
+
+
+def _prune(given: Namespace, console: Console) -> None:
+    require_free(given.out, overwrite=given.overwrite)
+    if given.by == "random" and (given.language or given.task):
+        raise UserError("--language and --task say whose utilisation counts: leave them out with --by random.")
+    subject = open_subject(given.run, given.config)
+    layers = subject.layers()
+    require_operable(layers, str(subject.path))
+    count_kept(layers, given.keep)  # before anything is measured
+    load = None
+    if given.by != "random":
+        load = measured_load(subject, language=given.language, task=given.task)
+    kept = choose_experts(layers, given.keep, given.by, load=load, seed=given.seed)
+    note = {"keep": given.keep, "by": given.by, "seed": given.seed, "language": given.language, "task": given.task}
+    _write(prune_run(subject, kept, **note), given, console)
+
+
+# -- upcycle, merge, split, change ---------------------------------------------------------------------------------
+
+
+def _upcycle_options(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help=f"{_RUN}; dense, or sparse to get more experts")
+    parser.add_argument("--experts", type=int, required=True, help="experts of each sparse layer")
+    parser.add_argument("--noise", type=float, default=0.0, help="on the copies, in standard deviations of the weights")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="multiplies what experts write; as many as experts keeps the function under a fresh top-1 softmax router",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of noise and routers")
+    _out(parser)
+
+
+def _upcycle(given: Namespace, console: Console) -> None:
+    require_free(given.out, overwrite=given.overwrite)
+    if given.noise < 0:
+        raise UserError(f"--noise must not be negative: got {given.noise:g}.")
+    subject = open_subject(given.run, given.config)
+    result = upcycle_run(subject, given.experts, noise=given.noise, scale=given.scale, seed=given.seed)
+    _write(result, given, console)
+
+
+def _merge_options(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help=_RUN)
+    parser.add_argument("--by-load", action="store_true", help="weigh experts by their use (default: all alike)")
+    _of_part(parser)
+    _out(parser)
+
+
+def _merge(given: Namespace, console: Console) -> None:
+    require_free(given.out, overwrite=given.overwrite)
+    if not given.by_load and (given.language or given.task):
+        raise UserError("--language and --task say whose utilisation counts: give --by-load with them.")
+    subject = open_subject(given.run, given.config)
+    load = measured_load(subject, language=given.language, task=given.task) if given.by_load else None
+    _write(merge_run(subject, load), given, console)
+
+
+def _split_options(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help=f"{_RUN}; of a recipe with a setting model.k")
+    parser.add_argument(
+        "--parts", type=int, required=True, help="parts of each expert; a token chooses so many times more"
+    )
+    parser.add_argument(
+        "--whole-weights",
+        action="store_true",
+        help="of routers whose parts get the whole weight of their expert (sigmoid scores that are not scaled)",
+    )
+    _out(parser)
+
+
+def _split(given: Namespace, console: Console) -> None:
+    require_free(given.out, overwrite=given.overwrite)
+    subject = open_subject(given.run, given.config)
+    _write(split_run(subject, given.parts, divided=not given.whole_weights), given, console)
+
+
+def _change_options(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help=_RUN)
+    parser.add_argument(
+        "--set",
+        action="append",
+        required=True,
+        metavar="KEY=VALUE",
+        help="a setting that needs no other weights, such as model.capacity_factor=2.0 or model.k=1; may be repeated",
+    )
+    _out(parser)
+
+
+def _change(given: Namespace, console: Console) -> None:
+    require_free(given.out, overwrite=given.overwrite)
+    settings: dict[str, Any] = {}
+    for item in given.set:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set must be KEY=VALUE: got {item!r}.")
+        settings[key.strip()] = yaml.safe_load(value)
+    _write(change_run(open_subject(given.run, given.config), settings), given, console)
+
+
+# -- curve ---------------------------------------------------------------------------------------------------------
+
+
+def _curve_options(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help=_RUN)
+    parser.add_argument("--keep", type=_amount, nargs="+", default=[0.75, 0.5, 0.25], help="default: 75%% 50%% 25%%")
+    parser.add_argument("--draws", type=int, default=20, help="random choices for each (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first draw")
+    parser.add_argument("--recover", type=int, default=0, metavar="STEPS", help="train each model on for so many steps")
+    parser.add_argument(
+        "--recover-rate", type=float, default=0.0, help="peak learning rate then (default: a tenth of the run's)"
+    )
+    _of_part(parser)
+    _config(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for pruning.json, .md and .svg")
+
+
+def _curve(given: Namespace, console: Console) -> None:
+    if given.draws < 0 or given.recover < 0:
+        raise UserError("--draws and --recover must not be negative.")
+    if given.out.exists() and not given.out.is_dir():
+        raise UserError(f"--out must be a folder: {given.out} is a file.")
+    subject = open_subject(given.run, given.config)
+    rate = given.recover_rate or subject.config.train.learning_rate / 10
+    bar = Progress(
+        TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("validating", total=1 + len(given.keep) * (2 + given.draws))
+        curve = pruning_curve(
+            subject,
+            given.keep,
+            draws=given.draws,
+            recovery=Recovery(given.recover, rate) if given.recover else None,
+            seed=given.seed,
+            language=given.language,
+            task=given.task,
+            advance=lambda what: bar.update(task, advance=1, description=what),
+        )
+    write_curve(curve, given.out)
+    console.print(table(curve), highlight=False, soft_wrap=True, markup=False)
+
+
+COMMANDS: Mapping[str, Command] = {
+    "inspect": Command(
+        "show a checkpoint's layers, experts, sizes and use",
+        _inspect_options,
+        _inspect,
+        "  python -m moekit.surgery inspect runs/zcode_m3-tiny\n"
+        "  python -m moekit.surgery inspect runs/zcode_m3-tiny/checkpoints/last.ckpt --json",
+    ),
+    "aggregate": Command(
+        "make one model with the experts of several",
+        _aggregate_options,
+        _aggregate,
+        "  python -m moekit.surgery aggregate runs/one runs/two --out runs/both\n"
+        "  python -m moekit.surgery aggregate runs/one runs/two --shared 1 --gates fresh --restart --out runs/both",
+    ),
+    "prune": Command(
+        "keep some of the experts of each layer",
+        _prune_options,
+        _prune,
+        "  python -m moekit.surgery prune runs/tiny --keep 50% --out runs/half\n"
+        "  python -m moekit.surgery prune runs/tiny --keep 2 --language avl --out runs/avl",
+    ),
+    "upcycle": Command(
+        "turn a dense model's feed-forwards into experts, or copy experts",
+        _upcycle_options,
+        _upcycle,
+        "  python -m moekit.surgery upcycle runs/dense --experts 8 --noise 0.1 --scale 8 --restart --out runs/sparse",
+    ),
+    "merge": Command(
+        "average experts to a dense model",
+        _merge_options,
+        _merge,
+        "  python -m moekit.surgery merge runs/tiny --by-load --restart --out runs/dense",
+    ),
+    "split": Command(
+        "cut experts into finer ones",
+        _split_options,
+        _split,
+        "  python -m moekit.surgery split runs/shazeer-tiny --parts 2 --out runs/fine",
+    ),
+    "change": Command(
+        "give the same weights other settings, such as a capacity",
+        _change_options,
+        _change,
+        "  python -m moekit.surgery change runs/tiny --set model.capacity_factor=2.0 --out runs/roomy",
+    ),
+    "curve": Command(
+        "measure quality against size: prune in several ways, validate each model",
+        _curve_options,
+        _curve,
+        "  python -m moekit.surgery curve runs/tiny --out results\n"
+        "  python -m moekit.surgery curve runs/tiny --keep 50% --draws 3 --recover 300 --out results",
+    ),
+}
