@@ -93,10 +93,11 @@ class Checkpointer:
         extra = take_out(extra, found.tensors, "extra")
         place = Path(os.path.abspath(path))
         data = _dump({"state": found.plain, "extra": extra})
-        _check_repeated(found.tensors, model)
+        group = self._own_group()
+        _check_repeated(found.tensors, model, group)
         # What all ranks repeat as plain tensors is rank 0's, and need not be equal (buffers).
         tensors = {name: t for name, t in found.tensors.items() if isinstance(t, DTensor) or _rank() == 0}
-        writer, group = FolderWriter(place, data), self._own_group()
+        writer = FolderWriter(place, data)
         if not self.asynchronous:
             _write(tensors, writer, group)
             return
@@ -161,15 +162,15 @@ def read_into(targets: dict[str, Tensor], folder: Path, index: Index) -> None:
     Raises:
         UserError: if a file is missing, cut short or altered; on all ranks.
     """
+    source, planner = FolderReader(folder, index), TensorLoadPlanner()
     with torch.no_grad():
-        _collectively(
-            lambda: state_dict_loader.load(
-                targets,
-                storage_reader=FolderReader(folder, index),
-                planner=TensorLoadPlanner(),
-                no_dist=not _distributed(),
-            )
-        )
+        if _distributed():
+            _collectively(lambda: state_dict_loader.load(targets, storage_reader=source, planner=planner))
+            return
+        # Without processes to agree with, DCP's steps one after the other.
+        planner.set_up_planner(targets, source.read_metadata(), is_coordinator=True)
+        plans = planner.create_global_plan([source.prepare_local_plan(planner.create_local_plan())])
+        source.read_data(planner.finish_plan(plans[0]), planner).wait()
 
 
 def is_checkpoint(path: PathLike) -> bool:
@@ -205,19 +206,22 @@ def remove_checkpoint(path: PathLike) -> None:
 
 def _write(tensors: dict[str, Tensor], writer: FolderWriter, group: dist.ProcessGroup | None) -> None:
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    _collectively(
-        lambda: state_dict_saver.save(
-            tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=not _distributed()
+    if group is not None:
+        _collectively(
+            lambda: state_dict_saver.save(tensors, storage_writer=writer, planner=planner, process_group=group)
         )
-    )
+        return
+    planner.set_up_planner(tensors, is_coordinator=True)
+    writer.set_up_storage_writer(is_coordinator=True)
+    plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
+    plan = planner.finish_plan(writer.prepare_global_plan(plans)[0])
+    writer.finish(metadata, [writer.write_data(plan, planner).value()])
 
 
 def _collectively(call: Any) -> None:
     """Run a save or load of DCP; give its collected failures back as the first rank's error, on every rank."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is")  # one process is no accident
-            call()
+        call()
     except CheckpointException as failed:
         rank, (error, _) = min(failed.failures.items())
         if isinstance(error, UserError):
@@ -231,21 +235,21 @@ def _copy(tensor: Tensor) -> Tensor:
     return found.clone() if found.device.type == "cpu" else found.cpu()
 
 
-def _check_repeated(tensors: dict[str, Tensor], model: nn.Module) -> None:
+def _check_repeated(tensors: dict[str, Tensor], model: nn.Module, group: dist.ProcessGroup | None) -> None:
     """Parameters that are plain tensors must be repeated on all ranks: one rank's would be saved for all.
 
     Raises:
         ValueError: naming the first that differs.
     """
-    if not _distributed() or dist.get_world_size() == 1:
+    if group is None or group.size() == 1:
         return
     buffers = {f"model/{name}" for name, _ in model.named_buffers()}
     plain = [n for n, t in tensors.items() if not isinstance(t, DTensor) and n not in buffers and t.numel()]
     if not plain:
         return
     sums = torch.stack([tensors[name].double().sum().cpu() for name in plain])
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, sums.tolist())
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, sums.tolist(), group=group)
     for rank, values in enumerate(everyone):
         for name, mine, other in zip(plain, everyone[0], values, strict=True):
             if mine != other and not (mine != mine and other != other):

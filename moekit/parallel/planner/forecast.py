@@ -161,8 +161,8 @@ def _check_divisions(census: Census, layout: Layout) -> None:
                 among = layout.expert_shard_size if weight.is_expert else layout.shard_size
                 raise ValueError(
                     f"ZeRO stage {layout.zero_stage} must divide a weight of shape {local_shape(weight, layout)} of "
-                    f"the {unit.name} among {among} devices, and no dimension is a multiple. Use zero_stage=1, or another "
-                    "number of devices."
+                    f"the {unit.name} among {among} devices, and no dimension is a multiple. Use zero_stage=1, or "
+                    "another number of devices."
                 )
 
 
