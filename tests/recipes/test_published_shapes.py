@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from dataclasses import replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -20,8 +20,13 @@ import moekit.recipes
 from moekit.component import components
 from moekit.recipes._parts import parameters
 from moekit.routing import Capacity, Router
+from moekit.transformer.embedding import TokenEmbedding
 
 NAMES = sorted(info.name for info in pkgutil.iter_modules(moekit.recipes.__path__) if not info.name.startswith("_"))
+
+
+Counted = Literal["total", "active", "inside"]
+"""All parameters; those that one token passes; or all but the tables that embed tokens and make logits."""
 
 
 class Published(NamedTuple):
@@ -32,8 +37,10 @@ class Published(NamedTuple):
     billions: float
     tolerance: float
     source: str
+    counted: Counted = "total"
 
 
+SHAZEER = "arXiv:1701.06538 appendix C, quoted from memory"
 PUBLISHED = [
     Published("switch", "paper_base_64", 3.8, 0.01, "arXiv:2101.03961"),
     Published("switch", "paper_base_128", 7.4, 0.01, "arXiv:2101.03961"),
@@ -56,6 +63,29 @@ PUBLISHED = [
     Published("moe_lm", "paper_207b", 207, 0.01, "arXiv:2112.10684 table 1"),
     Published("moe_lm", "paper_1t", 1100, 0.01, "arXiv:2112.10684 table 1"),
     Published("zcode_m3", "paper", 10, 0.03, "arXiv:2109.10465"),
+    *(  # to the last printed digit
+        Published("shazeer", f"paper_moe_{variant}", millions / 1e3, 0.05 / millions, SHAZEER, "inside")
+        for variant, millions in {
+            "4": 8.4,
+            "32": 37.8,
+            "256": 272.9,
+            "256_h": 272.9,
+            "1024_h": 1079.0,
+            "4096_h": 4303.4,
+            "34m": 4313.9,
+            "143m": 4371.1,
+        }.items()
+    ),
+    Published("hash_layers", "paper_1x64", 0.751, 0.001, "arXiv:2106.04426; depth chosen so"),
+    Published("hash_layers", "paper_1x128", 1.28, 0.007, "arXiv:2106.04426; depth chosen so"),
+    Published("base_layers", "paper", 44, 0.01, "arXiv:2103.16716"),
+    Published("dense_to_sparse", "paper_1b5", 1.5, 0.03, "arXiv:2112.14397; experts chosen so"),
+    Published("deepspeed_moe", "paper_125m_moe_64", 0.125, 0.02, "arXiv:2201.05596: its dense base", "active"),
+    Published("deepspeed_moe", "paper_350m_moe_128", 13, 0.02, "arXiv:2201.05596"),
+    Published("deepspeed_moe", "paper_350m_pr_moe", 4, 0.03, "arXiv:2201.05596"),
+    Published("deepspeed_moe", "paper_1b3_moe_128", 52, 0.01, "arXiv:2201.05596"),
+    Published("deepspeed_moe", "paper_1b3_pr_moe", 31, 0.013, "arXiv:2201.05596"),
+    Published("deepspeed_moe", "paper_1b3_mos", 27, 0.005, "arXiv:2201.05596"),
 ]
 
 
@@ -68,14 +98,18 @@ def network(name: str, config: Any, vocab_size: int | None = None) -> nn.Module:
     return recipe(name).build(config, vocab_size or config.data.vocab_size).backbone
 
 
-def billions(name: str, config: Any) -> float:
+def billions(name: str, config: Any, counted: Counted = "total") -> float:
     with torch.device("meta"):
-        return parameters(network(name, config))["total"] / 1e9
+        built = network(name, config)
+    if counted == "inside":
+        tables = (module for module in built.modules() if isinstance(module, TokenEmbedding))
+        return (parameters(built)["total"] - sum(table.weight.numel() for table in tables)) / 1e9
+    return parameters(built)[counted] / 1e9
 
 
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: f"{row.recipe}-{row.variant}")
 def test_published_sizes(row: Published) -> None:
-    built = billions(row.recipe, recipe(row.recipe).VARIANTS[row.variant])
+    built = billions(row.recipe, recipe(row.recipe).VARIANTS[row.variant], row.counted)
     assert built == pytest.approx(row.billions, rel=row.tolerance), row.source
 
 
@@ -101,6 +135,30 @@ def test_where_sources_disagree_one_reading_makes_the_published_count() -> None:
             without, rel=1e-3
         )
         assert billions("st_moe", replace(config, model=deep)) == pytest.approx(with_extra, rel=1e-3)
+
+
+def test_parts_that_papers_name() -> None:
+    """Shares of a model that are published beside its size."""
+    variants = {name: recipe(name).VARIANTS for name in ("base_layers", "hash_layers", "deepspeed_moe", "moe_lm")}
+    base = variants["base_layers"]["paper"]
+    none = replace(base, model=replace(base.model, num_experts=1))
+    expert = (billions("base_layers", base) - billions("base_layers", none)) / 127
+    assert expert == pytest.approx(0.335, abs=0.001)
+    assert billions("base_layers", none) - expert == pytest.approx(1.3, abs=0.01)
+    small = replace(base, model=replace(base.model, expert_hidden_dim=0))  # 8,096, as printed
+    assert billions("base_layers", small) - billions("base_layers", base) == pytest.approx(-0.5, abs=0.05)
+    larger = variants["hash_layers"]["paper_1x128"]
+    share = billions("hash_layers", larger, "active") / billions("hash_layers", larger)
+    assert share == pytest.approx(0.17, abs=0.005)
+    eleven = variants["hash_layers"]["paper_1x64"]
+    eleven = replace(eleven, model=replace(eleven.model, layers=11))
+    assert billions("hash_layers", eleven) == pytest.approx(0.675, abs=0.001)
+    for variant, dense in (("paper_350m_moe_128", 0.35), ("paper_1b3_moe_128", 1.3)):
+        active = billions("deepspeed_moe", variants["deepspeed_moe"][variant], "active")
+        assert active == pytest.approx(dense, rel=0.02)
+    evo = recipe("dense_to_sparse").VARIANTS["paper_1b5"]
+    sixteen = replace(evo, model=replace(evo.model, num_experts=16))
+    assert billions("dense_to_sparse", sixteen) == pytest.approx(1.86, abs=0.01)
 
 
 def _grouped_mm(x: tuple[int, int], weight: tuple[int, int, int], *_: Any, **__: Any) -> int:
