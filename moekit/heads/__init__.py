@@ -1,6 +1,6 @@
 """Multitask heads: each a task over a backbone, alone or beside others."""
 
-from moekit.heads.base import Backbone, Head, HeadOutput, Prediction, predict
+from moekit.heads.base import Backbone, Head, HeadOutput, Prediction, Scores, TokenHead, predict
 from moekit.heads.causal_lm import CausalLMHead
 from moekit.heads.masked_lm import MaskedLMHead
 from moekit.heads.replaced_token import ReplacedTokenHead
@@ -15,8 +15,10 @@ __all__ = [
     "MaskedLMHead",
     "Prediction",
     "ReplacedTokenHead",
+    "Scores",
     "SequenceHead",
     "SpanCorruptionHead",
+    "TokenHead",
     "TranslationHead",
     "predict",
 ]

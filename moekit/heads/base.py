@@ -88,6 +88,21 @@ def predict(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Pre
     return Prediction(loss, nll.detach(), correct, torch.full_like(correct, n))
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of the tokens that a batch asks for.
+
+    Attributes:
+        logits: Float[N, V], of the N predictions.
+        labels: Int64[N], what is right; padding is not among them.
+        routings: of the sparse layers that ran, by layer name.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    routings: Mapping[str, Routing]
+
+
 class Head(Component, ABC):
     """One training task over a backbone.
 
@@ -154,6 +169,49 @@ class Head(Component, ABC):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over everything, for training alone."""
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+
+
+class TokenHead(Head):
+    """A head that predicts tokens of the vocabulary: a subclass says which (`score`), the loss is cross-entropy.
+
+    Args:
+        backbone: see `Head`.
+        label_smoothing: epsilon of the cross-entropy.
+        aux: see `Head`.
+        learning_rate: see `Head`.
+
+    Raises:
+        ValueError: if `label_smoothing` is not in [0, 1).
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        aux: AuxLosses | None = None,
+        learning_rate: float = 1e-3,
+    ) -> None:
+        super().__init__(backbone, aux=aux, learning_rate=learning_rate)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1): got {label_smoothing}.")
+        self.label_smoothing = label_smoothing
+
+    @abstractmethod
+    def score(self, batch: Batch, backbone: Any) -> Scores:
+        """Logits and labels of everything that is predicted in `batch`, in an order that is the same for every model.
+
+        Raises:
+            ValueError: if the batch lacks what the task needs.
+        """
+
+    def compute(self, batch: Batch, backbone: Any) -> HeadOutput:  # noqa: D102
+        return self.judge(self.score(batch, backbone))
+
+    def judge(self, scores: Scores) -> HeadOutput:
+        """Loss and counts of scores."""
+        out = predict(scores.logits, scores.labels, self.label_smoothing)
+        return HeadOutput(out.loss, out.nll, out.correct, out.num_predictions, scores.routings, {})
 
 
 def name_routings(backbone: Any, *outputs: Any) -> dict[str, Routing]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.data.batch import Batch
-from moekit.heads.base import Head, HeadOutput, name_routings, predict
+from moekit.heads.base import Scores, TokenHead, name_routings
 from moekit.layer import AuxLosses
 
 
@@ -32,7 +32,7 @@ class MaskedLMTransform(nn.Module):
         return out
 
 
-class MaskedLMHead(Head):
+class MaskedLMHead(TokenHead):
     """Predict the original of masked tokens from the encoder alone; the decoder idles.
 
     Args:
@@ -57,12 +57,10 @@ class MaskedLMHead(Head):
         super().__init__(backbone, aux=aux, learning_rate=learning_rate)
         self.transform = MaskedLMTransform(dim)
 
-    def compute(self, batch: Batch, backbone: Any) -> HeadOutput:  # noqa: D102
+    def score(self, batch: Batch, backbone: Any) -> Scores:  # noqa: D102
         if batch.labels is None:
             raise ValueError(f"a batch of task {batch.task!r} must have labels: got none.")
         encoded = backbone.encode(batch.source, batch.source_mask, language=batch.source_language)
         masked = batch.labels >= 0
         logits = backbone.logits(self.transform(encoded.hidden[masked]))
-        out = predict(logits, batch.labels[masked])
-        routings = name_routings(backbone, encoded)
-        return HeadOutput(out.loss, out.nll, out.correct, out.num_predictions, routings, {})
+        return Scores(logits, batch.labels[masked], name_routings(backbone, encoded))

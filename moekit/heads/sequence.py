@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 from torch import nn
 
 from moekit.data.batch import Batch
-from moekit.heads.base import Head, HeadOutput, name_routings, predict
+from moekit.heads.base import Scores, TokenHead, name_routings
 from moekit.layer import AuxLosses
 
 
-class SequenceHead(Head):
+class SequenceHead(TokenHead):
     """Encode the source, decode the target with teacher forcing, predict every real target token.
 
     Args:
@@ -29,12 +29,9 @@ class SequenceHead(Head):
         aux: AuxLosses | None = None,
         learning_rate: float = 1e-3,
     ) -> None:
-        super().__init__(backbone, aux=aux, learning_rate=learning_rate)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1): got {label_smoothing}.")
-        self.label_smoothing = label_smoothing
+        super().__init__(backbone, label_smoothing=label_smoothing, aux=aux, learning_rate=learning_rate)
 
-    def compute(self, batch: Batch, backbone: Any) -> HeadOutput:  # noqa: D102
+    def score(self, batch: Batch, backbone: Any) -> Scores:  # noqa: D102
         if batch.target is None or batch.target_mask is None:
             raise ValueError(f"a batch of task {batch.task!r} must have a target: got none.")
         encoded = backbone.encode(batch.source, batch.source_mask, language=batch.source_language)
@@ -47,9 +44,8 @@ class SequenceHead(Head):
         )
         real = batch.target_mask[:, 1:]
         # Only real tokens go through the output projection, the largest product of a small model.
-        out = predict(backbone.logits(decoded.hidden[real]), batch.target[:, 1:][real], self.label_smoothing)
-        routings = name_routings(backbone, encoded, decoded)
-        return HeadOutput(out.loss, out.nll, out.correct, out.num_predictions, routings, {})
+        logits = backbone.logits(decoded.hidden[real])
+        return Scores(logits, batch.target[:, 1:][real], name_routings(backbone, encoded, decoded))
 
 
 class TranslationHead(SequenceHead):
