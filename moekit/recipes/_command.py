@@ -7,7 +7,7 @@ import difflib
 import re
 import sys
 import typing
-from argparse import RawDescriptionHelpFormatter
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -107,6 +107,8 @@ def build_parser(recipe: Recipe[C], command: str, variant: str) -> ArgumentParse
     )
     parser.formatter_class = _Help
     parser.add_argument("--variant", default=variant, choices=list(recipe.variants), help="settings to start from")
+    # A run's config.yaml names its recipe; given with --config it must be of this one.
+    parser.add_argument("--recipe", default=recipe.name, choices=[recipe.name], help=SUPPRESS)
     parser.add_argument("--config", action="config", help="YAML file with settings; later options win over it")
     recipe.commands[command].options(parser)
     parser.add_class_arguments(type(config), as_group=False)
