@@ -61,7 +61,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         console.print("a dense model: no experts")
     _say_totals(found, console)
     state = "with" if found["optimizer"] else "without"
-    console.print(f"experts {found['expert_share']:.1%} of them; {state} optimizer state", highlight=False)
+    kinds = "".join(f" ({kind})" for kind in dict.fromkeys(row["experts"] for row in found["layers"]))
+    console.print(f"experts{kinds} {found['expert_share']:.1%} of them; {state} optimizer state", highlight=False)
 
 
 def _of_run(subject: Subject) -> dict[str, Any]:
@@ -108,10 +109,10 @@ def _row(
 
 def _layer_table(rows: list[dict[str, Any]]) -> Table:
     used = any(row["load"] for row in rows)
-    table = Table("layer", "router", "k", "experts", "parameters of one", "size", *(["use of each"] if used else []))
+    table = Table("layer", "router", "k", "experts", "each", "size", *(["use"] if used else []))
     _right(table, 2, 3, 4, 5)
     for row in rows:
-        cells = [row["name"], row["router"], f"{row['k']:g}", f"{row['num_experts']} {row['experts']}"]
+        cells = [row["name"], row["router"], f"{row['k']:g}", str(row["num_experts"])]
         cells += [f"{row['expert_parameters']:,}", _size(row["bytes"])]
         table.add_row(*cells, *([_use(row["load"])] if used else []))
     return table
@@ -121,10 +122,9 @@ def _use(load: list[float] | None) -> str:
     """A bar for each expert, and the range of shares."""
     if not load:
         return ""
-    bars = "".join(
-        _BARS[min(int(share / max(load) * len(_BARS)), len(_BARS) - 1)] if max(load) else " " for share in load
-    )
-    return f"{bars} {min(load):.1%} to {max(load):.1%}"
+    top = max(max(load), 1e-12)
+    bars = "".join(_BARS[min(int(share / top * len(_BARS)), len(_BARS) - 1)] for share in load)
+    return f"{bars} {min(load):.0%}-{max(load):.0%}"
 
 
 def _parts(weights: Mapping[str, Tensor]) -> list[dict[str, Any]]:
