@@ -8,11 +8,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moekit import routers
 from moekit.errors import UserError
-from moekit.experts import AddNoise, GroupedGLU, GroupedMLP
+from moekit.experts import AddNoise, GroupedGLU, GroupedMLP, MultiHashMLP, ZeroComputationExperts
 from moekit.layer import MoELayer
-from moekit.routers import CosineRouter, TaskRouter, TopKRouter, UniformRouter
-from moekit.routers.loss_free import LossFreeRouter
+from moekit.routers import (
+    BaseRouter,
+    CosineRouter,
+    ExpertChoiceRouter,
+    HashRouter,
+    HierarchicalRouter,
+    LossFreeRouter,
+    NoisyTopKRouter,
+    ReLURouter,
+    SinkhornRouter,
+    TaskRouter,
+    TaskTableRouter,
+    TopKRouter,
+    UniformRouter,
+    dense_to_sparse,
+)
+from moekit.routing import Router
 from moekit.soft_moe import SoftMoELayer
 from moekit.surgery import (
     aggregate,
@@ -110,13 +126,38 @@ def test_pruning_nothing_changes_nothing() -> None:
 
 # -- the expert axis of every router -------------------------------------------------------------------------------
 
+TABLE = torch.arange(16) % E
+
+
+def with_experts(router: Router) -> MoELayer:
+    return MoELayer(router, GroupedMLP(E, D, F, bias=True))
+
+
 PERMUTED: dict[str, Callable[[], nn.Module]] = {
-    "top-k": lambda: MoELayer(TopKRouter(D, E, 2, init_scale=1.0), GroupedMLP(E, D, F, bias=True)),
-    "cosine": lambda: MoELayer(CosineRouter(D, E, 2), GroupedGLU(E, D, F, hidden_bias="multiply")),
-    "task": lambda: MoELayer(TaskRouter(D, E, num_tasks=3), GroupedMLP(E, D, F)),
-    "loss-free": lambda: MoELayer(LossFreeRouter(D, E, 2, init_scale=1.0), GroupedGLU(E, D, F)),
-    "soft": lambda: SoftMoELayer(GroupedMLP(E, D, F), slots=3),
+    "TopKRouter": lambda: with_experts(TopKRouter(D, E, 2, init_scale=1.0)),
+    "CosineRouter": lambda: MoELayer(CosineRouter(D, E, 2), GroupedGLU(E, D, F, hidden_bias="multiply")),
+    "TaskRouter": lambda: with_experts(TaskRouter(D, E, num_tasks=3)),
+    "TaskTableRouter": lambda: with_experts(TaskTableRouter(D, E, table=[3, 0, 2, 1, 1])),
+    "HashRouter": lambda: with_experts(HashRouter(D, E, TABLE)),
+    "LossFreeRouter": lambda: MoELayer(LossFreeRouter(D, E, 2, init_scale=1.0), GroupedGLU(E, D, F)),
+    "NoisyTopKRouter": lambda: with_experts(NoisyTopKRouter(D, E, 2)),
+    "ReLURouter": lambda: with_experts(ReLURouter(D, E, 2)),
+    "SinkhornRouter": lambda: with_experts(SinkhornRouter(D, E, 2, init_scale=1.0)),
+    "ExpertChoiceRouter": lambda: with_experts(ExpertChoiceRouter(D, E, init_scale=1.0)),
+    "BaseRouter": lambda: with_experts(BaseRouter(D, E)),
+    "DenseToSparseRouter": lambda: with_experts(dense_to_sparse(D, E)),
+    "SoftMoELayer": lambda: SoftMoELayer(GroupedMLP(E, D, F), slots=3),
 }
+
+
+def test_no_router_is_forgotten() -> None:
+    """Of the others, the uniform router has no tensors, and experts of the two-level one belong to groups."""
+    found = {name for name, kind in vars(routers).items() if isinstance(kind, type) and issubclass(kind, Router)}
+    assert found - set(PERMUTED) == {"UniformRouter", "HierarchicalRouter"}
+    assert UniformRouter.expert_dims == {}
+    layer = with_experts(HierarchicalRouter(D, 2, 2, k_groups=2, k_experts=2))
+    with pytest.raises(UserError, match="HierarchicalRouter does not say which of its tensors count experts"):
+        take_experts(layer.state_dict(), sparse_layers(layer), {"": torch.arange(2)})
 
 
 @pytest.mark.parametrize("name", PERMUTED)
@@ -128,11 +169,13 @@ def test_experts_in_another_order_are_the_same_layer(name: str) -> None:
             if tensor.is_floating_point():
                 tensor.add_(0.3 * torch.randn_like(tensor))
     layers, order = sparse_layers(layer), torch.tensor([2, 0, 3, 1])
+    for tensor_name, tensor in layer.state_dict().items():  # what evaluation does not use is counted too
+        if E in tensor.shape:
+            assert layers[""].dims[tensor_name] == tensor.shape.index(E)
     permuted = PERMUTED[name]().eval()
     permuted.load_state_dict(take_experts(layer.state_dict(), layers, {"": order}))
     x = torch.randn(2, 9, D)
-    router = getattr(layer, "router", layer)
-    context = some_context(router, 18)
+    context = some_context(getattr(layer, "router", layer), 18)
     torch.testing.assert_close(permuted(x, context).hidden, layer(x, context).hidden)
 
 
@@ -201,7 +244,7 @@ def test_merge_by_load_is_the_weighted_average() -> None:
     sparse, dense = MoELayer(TopKRouter(D, E), GroupedGLU(E, D, F)), GLU(D, F)
     load = torch.tensor([0.0, 3.0, 1.0, 0.0])
     merged = merge(sparse.state_dict(), sparse, dense, load={"": load})
-    w = sparse.experts.w_out.detach()  # type: ignore[union-attr]
+    w = sparse.state_dict()["experts.w_out"]
     torch.testing.assert_close(merged["w_out.weight"], (0.75 * w[1] + 0.25 * w[2]).t())
 
 
@@ -224,7 +267,7 @@ def test_splitting_where_parts_keep_the_whole_weight() -> None:
 
     coarse, fine = layer(1), layer(3)
     with torch.no_grad():
-        coarse.experts.b_out.normal_()  # type: ignore[union-attr]
+        coarse.get_parameter("experts.b_out").normal_()
     fine.load_state_dict(split_experts(coarse.state_dict(), sparse_layers(coarse), 3, divided=False))
     x = torch.randn(7, D)
     torch.testing.assert_close(fine(x).hidden, coarse(x).hidden)
@@ -235,9 +278,8 @@ def test_moments_of_a_split_are_those_of_the_parts_gradients(gated: bool) -> Non
     """What `power` promises: transformed gradients equal the gradients of the transformed model."""
 
     def layer(parts: int) -> MoELayer:
-        options = {"hidden_bias": "add"} if gated else {"bias": True}
-        bank = (GroupedGLU if gated else GroupedMLP)(E * parts, D, F // parts, **options)  # type: ignore[arg-type]
-        return MoELayer(TopKRouter(D, E * parts, 2 * parts, init_scale=1.0), bank)
+        router, sizes = TopKRouter(D, E * parts, 2 * parts, init_scale=1.0), (E * parts, D, F // parts)
+        return MoELayer(router, GroupedGLU(*sizes, hidden_bias="add") if gated else GroupedMLP(*sizes, bias=True))
 
     coarse, fine, x = layer(1), layer(2), torch.randn(7, D)
     layers = sparse_layers(coarse)
@@ -255,7 +297,104 @@ def test_moments_of_a_split_are_those_of_the_parts_gradients(gated: bool) -> Non
 # -- tables --------------------------------------------------------------------------------------------------------
 
 
+def test_keys_of_experts_left_out_are_dealt_to_the_others() -> None:
+    layer = with_experts(HashRouter(D, E, torch.tensor([3, 0, 1, 2, 1, 2, 0, 1, 1, 3, 2, 0, 0, 1, 2, 3])))
+    pruned = take_experts(layer.state_dict(), sparse_layers(layer), {"": torch.tensor([0, 3])})
+    #                                            0 stays 0, 3 becomes 1, and 1 and 2 are dealt: 0, 1, 0, 1, ...
+    assert pruned["router.table"].flatten().tolist() == [1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 1, 0, 1]
+
+
+def test_aggregated_tables_take_turns() -> None:
+    one, two = (with_experts(HashRouter(D, E, torch.full((6,), expert))) for expert in (1, 2))
+    both = aggregate([one.state_dict(), two.state_dict()], [sparse_layers(one), sparse_layers(two)])
+    assert both["router.table"].flatten().tolist() == [1, E + 2] * 3
+
+
+def test_growing_deals_keys_to_the_copies() -> None:
+    layer = with_experts(HashRouter(D, E, TABLE))
+    grown = take_experts(layer.state_dict(), sparse_layers(layer), {"": torch.arange(2 * E) % E})
+    table = grown["router.table"].flatten()
+    assert torch.equal(table % E, TABLE)
+    assert table.bincount().tolist() == [2] * (2 * E)
+
+
+# -- what cannot be done -------------------------------------------------------------------------------------------
+
+
 def test_a_model_without_experts_is_refused() -> None:
     dense = network(num_experts=0)
     with pytest.raises(UserError, match="model 0 must have sparse layers: it is a dense model"):
         aggregate([dense.state_dict()] * 2, [sparse_layers(dense)] * 2)
+
+
+def test_banks_that_are_not_all_alike_are_refused() -> None:
+    mixed = ZeroComputationExperts(GroupedMLP(2, D, F), zero=1, copy=1, constant=0)
+    layer = MoELayer(TopKRouter(D, 4), mixed)
+    with pytest.raises(UserError, match="does not count all 4 experts"):
+        take_experts(layer.state_dict(), sparse_layers(layer), {"": torch.arange(2)})
+    tables = torch.stack([TABLE, TABLE.flip(0)])
+    hashed = MoELayer(HashRouter(D, E, tables), MultiHashMLP(E, D, F))
+    with pytest.raises(UserError, match="HashRouter does not say"):
+        take_experts(hashed.state_dict(), sparse_layers(hashed), {"": torch.arange(2)})
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (5, "keep at most 4 experts of decoder.layers.1.feed_forward, it has no more: got keep=5"),
+        (1, "keep at least 2 experts of decoder.layers.1.feed_forward, a token chooses as many: got keep=1"),
+        (0, "above 0 and up to 1.0: got 0"),
+        (1.5, "above 0 and up to 1.0: got 1.5"),
+        (-0.5, "above 0"),
+    ],
+)
+def test_wrong_numbers_to_keep(keep: float, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        choose_experts(sparse_layers(network()), keep, "random")
+
+
+def test_choices_by_load() -> None:
+    layers = sparse_layers(network())
+    load = dict.fromkeys(layers, torch.tensor([0.1, 0.4, 0.4, 0.1]))
+    for keep, order, expected in (
+        (2, "utilisation", [1, 2]),
+        (3, "utilisation", [0, 1, 2]),  # of equal ones the first
+        (2, "reversed", [0, 3]),
+        (0.6, "reversed", [0, 3]),  # 2.4
+        (0.65, "reversed", [0, 1, 3]),  # 2.6
+        (0.1, "utilisation", [1, 2]),  # as many as a token chooses
+        (1.0, "reversed", [0, 1, 2, 3]),
+    ):
+        kept = choose_experts(layers, keep, order, load=load)  # type: ignore[arg-type]
+        assert all(numbers.tolist() == expected for numbers in kept.values()), (keep, order)
+    draws = {tuple(next(iter(choose_experts(layers, 2, "random", seed=n).values())).tolist()) for n in range(30)}
+    assert len(draws) == 6
+    with pytest.raises(UserError, match="needs a load of its 4: got one of shape"):
+        choose_experts(layers, 2, load=dict.fromkeys(layers, torch.ones(3)))
+
+
+def test_models_of_other_shapes_are_refused_by_name_and_key() -> None:
+    one = network()
+    for other, message in (
+        (network(hidden=2 * F), r"b\.ckpt: decoder\.layers\.1\..*\.w_in must have the shape .* a\.ckpt"),
+        (network(k=1), r"b\.ckpt: .* must be of the kind"),
+        (network(bias=False), r"b\.ckpt lacks .*b_in, which a\.ckpt has"),
+    ):
+        states, layers = [m.state_dict() for m in (one, other)], [sparse_layers(m) for m in (one, other)]
+        with pytest.raises(UserError, match=message):
+            aggregate(states, layers, names=["a.ckpt", "b.ckpt"])
+
+
+def test_splits_and_merges_that_do_not_come_out_even() -> None:
+    model = network()
+    with pytest.raises(UserError, match="12 hidden units, which must be divisible by the number of parts: got 5"):
+        split_experts(model.state_dict(), sparse_layers(model), 5)
+    hashed = with_experts(HashRouter(D, E, TABLE))
+    with pytest.raises(UserError, match="cannot be split: HashRouter names one expert for each key"):
+        split_experts(hashed.state_dict(), sparse_layers(hashed), 2)
+    with pytest.raises(UserError, match="must be 1 to 4 experts wide, each of 12 hidden units: got 18"):
+        merge(model.state_dict(), model, network(num_experts=0, hidden=18))
+    with pytest.raises(UserError, match=r"w_in holds 4 experts of shape \(8, 12\): a dense tensor of shape \(8, 36\)"):
+        upcycle(network(num_experts=0, hidden=36).state_dict(), model)
+    with pytest.raises(UserError, match="not all 0"):
+        merge(model.state_dict(), model, network(num_experts=0), load={})
