@@ -13,9 +13,8 @@ import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
@@ -30,13 +29,14 @@ from moekit.parallel.planner.layout import Layout, Offload
 from moekit.parallel.shadows import Shadows, original
 from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 from moekit.routing import Router
+from moekit.training.strategy_checkpoint import ShardedCheckpointStrategy
 from moekit.transformer.init import materialize
 
 ZeroStage = Literal[0, 1, 2, 3]
 NonFinite = Literal["raise", "skip"]
 
 
-class ExpertParallelStrategy(ModelParallelStrategy):
+class ExpertParallelStrategy(ShardedCheckpointStrategy):
     """Spread any LightningModule that contains `MoELayer`s over many processes, without a change to it.
 
     Processes are arranged as ``replicas x data x tensor``; expert groups lie inside the data ranks, which read
@@ -56,13 +56,12 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         plan: which axes are divided, which modules gather together, whether the all-to-all goes in two levels.
         nonfinite_gradients: what to do when the gradient norm is NaN or infinite, on all ranks together: "raise", or
             "skip" the step.
-        save_sharded: whether a checkpoint is a folder written by all ranks, or one file of whole weights from rank 0.
+        asynchronous_save: whether training goes on while a checkpoint's files are written.
         process_group_backend: None = nccl on GPUs, gloo on CPUs.
         timeout: of collectives.
         accelerator: as in `ParallelStrategy`, as all that follow; usually the Trainer's affair.
         parallel_devices: the devices of this node.
         cluster_environment: where the processes run.
-        checkpoint_io: for single-file checkpoints.
         precision_plugin: the precision.
 
     Raises:
@@ -70,7 +69,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             layout does not fit the processes or the model, naming the nearest one that does.
 
     Gradient accumulation sends no gradients before the last micro-batch (stage 3 keeps them divided and sends); the
-    norm of gradients is logged as ``train/grad_norm``. Under "bf16-true" routers keep float32 weights.
+    norm of gradients is logged as ``train/grad_norm``. Under "bf16-true" routers keep float32 weights. A checkpoint is
+    a folder that can be loaded in any other layout; `moekit.parallel.consolidate` makes one file of its weights.
 
     Source: E+D, E+Z, E+D+M, E+Z+M and E+Z-Off+M of arXiv:2109.10465 table 1. Differs: ZeRO reaches the experts too.
 
@@ -88,24 +88,20 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         offload: Offload = "none",
         plan: Plan | None = None,
         nonfinite_gradients: NonFinite = "raise",
-        save_sharded: bool = True,
+        asynchronous_save: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__(
-            save_distributed_checkpoint=save_sharded, process_group_backend=process_group_backend, timeout=timeout
-        )
+        super().__init__(asynchronous_save, process_group_backend=process_group_backend, timeout=timeout)
         ParallelStrategy.__init__(
             self,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
         if expert_parallel_size != "auto" and (

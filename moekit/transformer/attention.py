@@ -115,7 +115,6 @@ class SelfAttention(nn.Module):
             plan: who sees whom.
             cache: earlier keys and values; the new ones are added to it.
         """
-        batch, length = x.shape[:2]
         # The number of heads is taken from the weights: in tensor parallelism a process holds some of them.
         query, key, value = self.qkv(x).unflatten(-1, (-1, self.head_dim)).unbind(2)
         if plan.rotation is not None:
@@ -133,7 +132,7 @@ class SelfAttention(nn.Module):
             is_causal=plan.is_causal,
             scale=self.scale,
         )
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -200,8 +199,8 @@ class CrossAttention(nn.Module):
                 cache.memory = key, value
         # Nothing here depends on order, so the queries of all beams of a sentence are simply more queries.
         queries = rows * length // max(sentences, 1)
-        query = self.q(x).unflatten(-1, (-1, self.head_dim)).reshape(sentences, queries, -1, self.head_dim)
-        query = query.transpose(1, 2)
+        query = self.q(x).unflatten(-1, (-1, self.head_dim))
+        query = query.reshape(sentences, queries, *query.shape[2:]).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(
             query,
             key,
@@ -210,4 +209,4 @@ class CrossAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.scale,
         )
-        return self.out(mixed.transpose(1, 2).reshape(rows, length, -1))
+        return self.out(mixed.transpose(1, 2).flatten(2).view(rows, length, mixed.shape[1] * self.head_dim))
