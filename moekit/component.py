@@ -50,8 +50,13 @@ class Component(L.LightningModule):
 
     Adds nothing to `LightningModule` but the way home: `log` from any depth. Without a Trainer, in a hook
     that may not log, and in the second forward of activation checkpointing, `log` does nothing.
+
+    Attributes:
+        frozen: a frozen component is not told of steps and of routings, so that nothing in it moves. Its parameters are
+            another matter (`requires_grad`).
     """
 
+    frozen: bool = False
     _binding: _Binding | None = None
 
     @property

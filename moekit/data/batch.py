@@ -154,12 +154,15 @@ def translation(
     width: Width | None = None,
     direction: str | None = None,
     task: str = "translation",
+    sentinel: int | None = None,
 ) -> Batch:
-    """``<2xx> source eos`` and ``bos target eos``.
+    """``<2xx> source eos`` and ``bos target eos``; with a sentinel ``<2xx> source s eos`` and ``bos s target eos``.
 
-    Source: arXiv:1611.04558 (target-language tag at the source's head).
+    Source: arXiv:1611.04558 (target-language tag at the source's head); sentinels arXiv:2202.08906 section 5.
     """
     width = width or Width()
+    if sentinel is not None:
+        source, target = source.append(sentinel), target.prepend(sentinel)
     ids, mask = _framed(source, _tags(tokenizer, target_language), tokenizer.eos_id, tokenizer.pad_id, width.source)
     to, to_mask = _framed(target, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, width.target)
     return Batch(

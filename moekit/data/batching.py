@@ -58,7 +58,8 @@ class Builder:
 
     def build(self, task: Task, rows: Rows, share: slice, direction: str | None = None) -> Batch:
         """The batch of ``rows[share]``, padded as wide as all of `rows` need."""
-        widths = [self._width(task.lengths(rows, side)) for side in range(2 if task.name == "translation" else 1)]
+        sides = range(2 if task.name == "translation" else 1)
+        widths = [self._width(task.lengths(rows, side) + task.sentinel) for side in sides]
         rows = rows[share]
         text = self._gather(task, rows, 0)
         languages = task.languages(rows, 0)
@@ -71,6 +72,7 @@ class Builder:
                 tokenizer=self.tokenizer,
                 width=Width(*widths),
                 direction=direction,
+                sentinel=self.tokenizer.sentinel_ids[0] if task.sentinel else None,
             )
         if task.name == "causal_lm":
             return collate.causal_lm(

@@ -37,6 +37,8 @@ class TaskData:
         denoising: how sentences are damaged, for the task denoising.
         span_corruption: how spans are cut out, for the task span_corruption.
         masking: how sentences are masked, for masked_lm and replaced_token.
+        sentinel: for translation: the first sentinel ends the source and begins the target, as in span corruption, so
+            that fine-tuning looks like such a pre-training (arXiv:2202.08906 section 5).
     """
 
     share: float = 1.0
@@ -46,6 +48,7 @@ class TaskData:
     denoising: Denoising = field(default_factory=Denoising)
     span_corruption: SpanCorruption = field(default_factory=SpanCorruption)
     masking: Masking = field(default_factory=Masking)
+    sentinel: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,8 @@ class MultitaskData(L.LightningDataModule):
         cache: folder of tokenizers and token stores; None = the user's cache folder.
         vocab_size: of the tokenizer, specials included.
         tokenizer_options: how the tokenizer is trained.
+        tokenizer: one that exists already, as in fine-tuning; it must know the source's languages. The two settings
+            before are not used then.
         tokens_per_step: padded positions of one training step over all tasks, both sides and all ranks.
         evaluation_tokens: padded positions of an evaluation batch over all ranks; None = tokens_per_step.
         temperature: of the mixture over directions or languages within a task.
@@ -104,6 +109,7 @@ class MultitaskData(L.LightningDataModule):
         cache: Path | str | None = None,
         vocab_size: int = 8000,
         tokenizer_options: TokenizerOptions | None = None,
+        tokenizer: Tokenizer | None = None,
         tokens_per_step: int = 4096,
         evaluation_tokens: int | None = None,
         temperature: TemperatureSchedule | None = None,
@@ -136,7 +142,7 @@ class MultitaskData(L.LightningDataModule):
         self.num_workers = num_workers
         self.progress = progress
         self._check()
-        self._tokenizer: Tokenizer | None = None
+        self._tokenizer = tokenizer
         self._store: TokenStore | None = None
 
     @property
@@ -208,7 +214,8 @@ class MultitaskData(L.LightningDataModule):
 
     def pairs(self, direction: Direction | str, split: Split) -> Sequence[tuple[str, str]]:
         """The original sentences: `Batch.index` of an evaluation batch says which of them its rows are."""
-        return self.source.parallel(Direction.parse(direction), split)
+        named = {str(known): known for known in self.directions}
+        return self.source.parallel(named.get(str(direction)) or Direction.parse(direction), split)
 
     def summary(self) -> dict[str, dict[str, float | int]]:
         """What each task trains on: sentences used, dropped and truncated, sentences per step, share of padding."""
@@ -253,6 +260,7 @@ class MultitaskData(L.LightningDataModule):
             "source": self.source.fingerprint()[:16],
             "tokenizer": self.tokenizer.fingerprint[:16],
             "tasks": repr(self.tasks),
+            "sentinel": repr([name for name, task in self.tasks.items() if task.sentinel]),
             "tokens_per_step": str(self.tokens_per_step),
             "temperature": repr(self.temperature),
             "max_length": str(self.max_length),
@@ -306,7 +314,7 @@ class MultitaskData(L.LightningDataModule):
     def _task(self, name: str, split: Split, limit: int | None = None) -> Task:
         if name == "translation":
             streams = [self._pairs(direction, split, limit) for direction in self.directions]
-            return Task(name, streams)
+            return Task(name, streams, sentinel=self.tasks[name].sentinel)
         streams = [self._text(language, split, limit) for language in self._chosen(name)]
         data = self.tasks[name]
         if name == "denoising":

@@ -48,6 +48,14 @@ class Ragged:
         lengths = np.bincount(self.row[kept], minlength=len(self.lengths)).astype(np.int64)
         return Ragged(self.tokens[kept], lengths)
 
+    def append(self, token: int) -> Ragged:
+        """The same sentences, each with one more token at its end."""
+        return Ragged(np.insert(self.tokens, np.cumsum(self.lengths), token), self.lengths + 1)
+
+    def prepend(self, token: int) -> Ragged:
+        """The same sentences, each with one more token at its beginning."""
+        return Ragged(np.insert(self.tokens, self.starts, token), self.lengths + 1)
+
     def __len__(self) -> int:
         return len(self.lengths)
 

@@ -15,6 +15,8 @@ from moekit.data.store import TokenStore
 
 TooLong = Literal["drop", "truncate"]
 
+Noise = Denoising | SpanCorruption | Masking
+
 SPECIALS = 2  # a tag and eos, or bos and eos, stand around every sentence
 
 
@@ -90,12 +92,15 @@ class Task:
         streams: of pairs for translation, of text for the others.
         noise: `Denoising` for denoising, `SpanCorruption` for span_corruption, `Masking` for masked_lm and
             replaced_token, else None.
+        sentinel: whether source and target of a pair each get one more token, a sentinel.
     """
 
-    def __init__(self, name: str, streams: Sequence[Stream], noise: Denoising | SpanCorruption | Masking | None = None) -> None:
+    def __init__(
+        self, name: str, streams: Sequence[Stream], noise: Noise | None = None, *, sentinel: bool = False
+    ) -> None:
         self.name = name
         self.streams = tuple(streams)
-        self.noise = noise
+        self.noise, self.sentinel = noise, sentinel
         counts = np.array([len(s) for s in self.streams], dtype=np.int64)
         sides = 2 if name == "translation" else 1
         self._offset = np.cumsum(counts) - counts
@@ -112,7 +117,7 @@ class Task:
         """What every sentence costs, each side rounded up to `pad_multiple` positions."""
         sizes = []
         for stream in self.streams:
-            source, *target = (padded_length(lengths, pad_multiple) for lengths in stream.lengths)
+            source, *target = (padded_length(lengths + self.sentinel, pad_multiple) for lengths in stream.lengths)
             if self.name in ("denoising", "span_corruption"):
                 # The damaged side, and spans cut out, are shorter than the clean text by a random amount; both are
                 # counted as if they were not.

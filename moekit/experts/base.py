@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,37 @@ class Experts(Component, ABC):
 
     Attributes:
         axes: logical axes of each parameter, outermost first (``expert``, ``embed``, ``mlp``).
+        matrices: names of the parameters Float[E, I, O] that `forward` multiplies with through `times` alone: these can
+            be given low-rank adapters.
         requires_whole_bank: whether forward needs all experts in one process, so that the bank must not be spread over
             several (expert parallelism refuses it).
     """
 
     is_expert_bank: ClassVar[bool] = True
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    matrices: ClassVar[tuple[str, ...]] = ()
     requires_whole_bank: ClassVar[bool] = False
     num_experts: int
     dim: int
+
+    def times(self, rows: Tensor, name: str, counts: Tensor | None) -> Tensor:
+        """Rows times their expert's matrix of that name, and what an adapter of that matrix adds.
+
+        See `moekit.surgery.adapters`.
+        """
+        out = product(rows, getattr(self, name), counts)
+        adapter = self._adapter(name)
+        return out if adapter is None else out + adapter(rows, counts)
+
+    def matrix(self, expert: int, name: str) -> Tensor:
+        """One expert's matrix of that name, its adapter included: what `reference` multiplies with."""
+        weight: Tensor = getattr(self, name)[expert]
+        adapter = self._adapter(name)
+        return weight if adapter is None else weight + adapter.product()[expert]
+
+    def _adapter(self, name: str) -> Any:
+        adapters = self._modules.get("adapters")
+        return adapters[name] if isinstance(adapters, nn.ModuleDict) and name in adapters else None
 
     @abstractmethod
     def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from moekit.experts.base import Experts, product, rows_of, truncated_normal_
+from moekit.experts.base import Experts, rows_of, truncated_normal_
 from moekit.functional.activation import Activation, activation_function
 from moekit.functional.dropout import dropout
 
@@ -37,6 +37,7 @@ class GroupedMLP(Experts):
         "w_out": ("expert", "mlp", "embed"),
         "b_out": ("expert", "embed"),
     }
+    matrices: ClassVar[tuple[str, ...]] = ("w_in", "w_out")
 
     def __init__(
         self,
@@ -69,18 +70,18 @@ class GroupedMLP(Experts):
                 bias.zero_()
 
     def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
-        hidden = product(rows, self.w_in, counts)
+        hidden = self.times(rows, "w_in", counts)
         if self.b_in is not None:
             hidden = hidden + rows_of(self.b_in, rows, counts)
         hidden = dropout(self._act(hidden), self.dropout, training=self.training)
-        out = product(hidden, self.w_out, counts)
+        out = self.times(hidden, "w_out", counts)
         return out if self.b_out is None else out + rows_of(self.b_out, rows, counts)
 
     def reference(self, expert: int, x: Tensor) -> Tensor:  # noqa: D102
-        hidden = x @ self.w_in[expert]
+        hidden = x @ self.matrix(expert, "w_in")
         if self.b_in is not None:
             hidden = hidden + self.b_in[expert]
-        out = self._act(hidden) @ self.w_out[expert]
+        out = self._act(hidden) @ self.matrix(expert, "w_out")
         return out if self.b_out is None else out + self.b_out[expert]
 
 
@@ -112,6 +113,7 @@ class GroupedGLU(Experts):
         "b_hidden": ("expert", "mlp"),
         "w_out": ("expert", "mlp", "embed"),
     }
+    matrices: ClassVar[tuple[str, ...]] = ("w_gate", "w_up", "w_out")
 
     def __init__(
         self,
@@ -147,16 +149,16 @@ class GroupedGLU(Experts):
             self.b_hidden.fill_(1.0 if self.hidden_bias == "multiply" else 0.0)
 
     def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
-        hidden = self._act(product(rows, self.w_gate, counts)) * product(rows, self.w_up, counts)
+        hidden = self._act(self.times(rows, "w_gate", counts)) * self.times(rows, "w_up", counts)
         if self.b_hidden is not None:
             hidden = self._biased(hidden, rows_of(self.b_hidden, rows, counts))
-        return product(dropout(hidden, self.dropout, training=self.training), self.w_out, counts)
+        return self.times(dropout(hidden, self.dropout, training=self.training), "w_out", counts)
 
     def reference(self, expert: int, x: Tensor) -> Tensor:  # noqa: D102
-        hidden = self._act(x @ self.w_gate[expert]) * (x @ self.w_up[expert])
+        hidden = self._act(x @ self.matrix(expert, "w_gate")) * (x @ self.matrix(expert, "w_up"))
         if self.b_hidden is not None:
             hidden = self._biased(hidden, self.b_hidden[expert])
-        return hidden @ self.w_out[expert]
+        return hidden @ self.matrix(expert, "w_out")
 
     def _biased(self, hidden: Tensor, bias: Tensor) -> Tensor:
         return hidden * bias if self.hidden_bias == "multiply" else hidden + bias

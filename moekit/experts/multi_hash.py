@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from moekit.experts.base import Experts, product, truncated_normal_
+from moekit.experts.base import Experts, truncated_normal_
 from moekit.functional.activation import Activation, activation_function
 from moekit.functional.dropout import dropout
 
@@ -44,6 +44,7 @@ class MultiHashMLP(Experts):
         "w_in": ("expert", "embed", "mlp"),
         "w_out": ("expert", "mlp", "embed"),
     }
+    matrices: ClassVar[tuple[str, ...]] = ("w_in", "w_out")
 
     def __init__(
         self,
@@ -81,8 +82,8 @@ class MultiHashMLP(Experts):
         truncated_normal_(self.w_out, self.hidden_dim, self.init_scale)
 
     def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
-        hidden = self._act(product(rows, self.w_in, counts))
-        return product(dropout(hidden, self.dropout, training=self.training), self.w_out, counts)
+        hidden = self._act(self.times(rows, "w_in", counts))
+        return self.times(dropout(hidden, self.dropout, training=self.training), "w_out", counts)
 
     def reference(self, expert: int, x: Tensor) -> Tensor:  # noqa: D102
-        return self._act(x @ self.w_in[expert]) @ self.w_out[expert]
+        return self._act(x @ self.matrix(expert, "w_in")) @ self.matrix(expert, "w_out")

@@ -27,6 +27,8 @@ class Translator:
         search: how tokens are chosen; default a beam of 4.
         limit: the longest translation, by source length.
         batch_tokens: padded source tokens in a batch.
+        sentinel: of a model that was trained with a sentinel at the end of sources and the beginning of targets (see
+            `moekit.data.module.TaskData`).
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Translator:
         search: Search | None = None,
         limit: LengthLimit | None = None,
         batch_tokens: int = 4096,
+        sentinel: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.search = search or BeamSearch(4)
@@ -44,6 +47,7 @@ class Translator:
         self.batch_tokens = batch_tokens
         # Tags, masks and sentinels are input only; the end is the one special token that may be written.
         self._suppress = [i for i in range(tokenizer.first_text_id) if i != tokenizer.eos_id]
+        self._forced = tokenizer.sentinel_ids[:1] if sentinel else ()
 
     def batch(self, batch: Batch) -> list[str]:
         """One translation for every row of ``batch.source``."""
@@ -75,7 +79,7 @@ class Translator:
         tag, end, pad = self.tokenizer.tag_id(target), self.tokenizer.eos_id, self.tokenizer.pad_id
         languages = (self.tokenizer.language_id(source), self.tokenizer.language_id(target))
         device = next(self.model.parameters()).device
-        ids = [[tag, *encoded, end] for encoded in self.tokenizer.encode_batch(sentences)]
+        ids = [[tag, *encoded, *self._forced, end] for encoded in self.tokenizer.encode_batch(sentences)]
         results = [""] * len(ids)
         for rows in _by_length(
             [len(row) if sentence.strip() else 0 for row, sentence in zip(ids, sentences, strict=True)],
@@ -93,10 +97,12 @@ class Translator:
         return results
 
     def _write(self, source: Tensor, mask: Tensor, source_language: Tensor, target_language: Tensor) -> list[str]:
+        forced = source.new_tensor(self._forced).expand(len(source), -1) if self._forced else None
         output = generate(
             self.model,  # type: ignore[arg-type]
             source,
             mask,
+            forced=forced,
             search=self.search,
             limit=self.limit,
             source_language=source_language,

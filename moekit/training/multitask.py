@@ -58,6 +58,8 @@ class MultitaskModule(L.LightningModule):
         schedule: makes the learning rate schedule; it moves per optimizer step.
         log_routing_every: steps between updates of the routing statistics in training.
         samples: translations of each direction (or texts of each language) kept for a report, in `samples`.
+        steps_before: optimizer steps of the run that the weights are from, of which components with schedules are told;
+            kept in checkpoints.
 
     Logs ``train/loss`` (the objective), ``train/<task>/loss`` (nats per prediction, without smoothing, weights and
     routers' losses), ``train/<task>/accuracy``, ``train/aux/<name>``, ``train/routing/<name>`` and ``lr``; in
@@ -85,6 +87,7 @@ class MultitaskModule(L.LightningModule):
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         log_routing_every: int = 10,
         samples: int = 5,
+        steps_before: int = 0,
     ) -> None:
         super().__init__()
         tasks = [head.task for head in heads]
@@ -99,7 +102,7 @@ class MultitaskModule(L.LightningModule):
         self.aux = aux
         self.languages, self.log_routing_every = tuple(languages), log_routing_every
         self._optimizer, self._schedule = optimizer, schedule
-        self.samples_per_direction = samples
+        self.samples_per_direction, self.steps_before = samples, steps_before
         self.samples: list[dict[str, str]] = []
         self.routing: dict[str, Any] | None = None
         self.routing_summary: dict[str, Any] | None = None
@@ -127,13 +130,18 @@ class MultitaskModule(L.LightningModule):
         output: HeadOutput = self.heads[batch.task](batch, self.backbone)
         return output
 
+    def learn(self, batch: Batch) -> HeadOutput:
+        """What `training_step` minimises of one task: by default what validation measures. To be overridden."""
+        output: HeadOutput = self(batch)
+        return output
+
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> Tensor:
         """Sum the weighted losses of all tasks in the batch."""
         logs: dict[str, Any] = {}
         total: Tensor | None = None
         watch = self.train_routing is not None and self.global_step % self.log_routing_every == 0
         for task, part in batch.items():
-            out = self(part)
+            out = self.learn(part)
             loss = out.loss
             if self.aux is not None and out.routings:
                 extra, terms = self.aux(*out.routings.values())
@@ -278,6 +286,15 @@ class MultitaskModule(L.LightningModule):
                 self.log_dict({f"test/{task}/perplexity/{x}": value for x, value in languages.items()})
             self.test_perplexity.reset()
             self.test_accuracy.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep `steps_before`, where there are any."""
+        if self.steps_before:
+            checkpoint["steps_before"] = self.steps_before
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up `steps_before`."""
+        self.steps_before = int(checkpoint.get("steps_before", 0))
 
     def configure_optimizers(self) -> Any:
         """The optimizer and the schedule that were given."""

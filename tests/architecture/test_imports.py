@@ -49,6 +49,7 @@ SAME_FLOOR = {
     ("transformer", "moekit.layer"): "blocks hand a RoutingContext to a MoELayer and return its Routing",
     ("soft_moe", "moekit.layer"): "Soft MoE returns a MoEOutput as MoELayer does",
     ("recurrent", "moekit.transformer"): "the recurrent model embeds, and answers, as the transformers do",
+    ("surgery", "moekit.transformer"): "adapters sit on its projections",
     ("heads", "moekit.layer"): "heads weigh the losses of routings with AuxLosses",
     ("heads", "moekit.transformer"): "heads sit on a backbone",
     ("heads", "moekit.data.batch"): "a Batch is what a head reads; nothing else of data",

@@ -3,6 +3,7 @@
 from moekit.data.sources.aligned import AlignedSource as AlignedSource
 from moekit.data.sources.babel import Babel as Babel
 from moekit.data.sources.babel import BabelSettings as BabelSettings
+from moekit.data.sources.babel import Headlines as Headlines
 from moekit.data.sources.base import SPLITS as SPLITS
 from moekit.data.sources.base import Direction as Direction
 from moekit.data.sources.base import Source as Source

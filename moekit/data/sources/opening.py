@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moekit.data.sources.babel import Babel, BabelSettings
+from moekit.data.sources.babel import Babel, BabelSettings, Headlines
 from moekit.data.sources.base import Source, nearest
 from moekit.data.sources.gettext import DEFAULT_FOLDER, Gettext
 from moekit.data.sources.jsonl import JsonLines
@@ -18,28 +18,34 @@ from moekit.data.sources.tsv import Tsv
 from moekit.data.sources.union import Union
 from moekit.errors import UserError
 
-KINDS = ("babel", "moses", "jsonl", "tsv", "gettext", "text", "union")
+KINDS = ("babel", "headlines", "moses", "jsonl", "tsv", "gettext", "text", "union")
 
 
 def open_source(kind: str, path: str | Path | None = None, **settings: Any) -> Source:
     """Open a corpus of one of the `KINDS`.
 
     Args:
-        kind: babel (generated, needs no path), moses, jsonl, tsv, gettext (without a path: the system's catalogs),
-            text, or union.
+        kind: babel (generated, needs no path), headlines (paragraphs of babel with their headlines), moses, jsonl, tsv,
+            gettext (without a path: the system's catalogs), text, or union.
         path: where the corpus lies. For union the members, as ``moses:path/one,jsonl:path/two``.
-        settings: arguments of that kind's class (`BabelSettings` for babel). For union, a mapping of arguments by
+        settings: arguments of that kind's class (`BabelSettings` for babel; for headlines those of `Headlines`, and
+            others for its corpus). For union, a mapping of arguments by
             kind of member, as ``moses={"pivot": "en"}``.
 
     Raises:
         UserError: for an unknown kind or setting, with the nearest name; and for whatever is wrong with the data.
     """
     match kind:
-        case "babel":
+        case "babel" | "headlines":
             if path is not None:
-                raise UserError(f"babel: the corpus is generated and has no path: got {path}. Leave the path out.")
+                raise UserError(f"{kind}: the corpus is generated and has no path: got {path}. Leave the path out.")
             known = tuple(field.name for field in dataclasses.fields(BabelSettings))
-            return Babel(BabelSettings(**_checked("babel", settings, known)))
+            if kind == "babel":
+                return Babel(BabelSettings(**_checked(kind, settings, known)))
+            own = tuple(name for name in inspect.signature(Headlines).parameters if name != "corpus")
+            _checked(kind, settings, (*own, *known))
+            corpus = Babel(BabelSettings(**{name: value for name, value in settings.items() if name not in own}))
+            return Headlines(corpus, **{name: value for name, value in settings.items() if name in own})
         case "gettext":
             return _open(Gettext, kind, DEFAULT_FOLDER if path is None else path, settings)
         case "moses":

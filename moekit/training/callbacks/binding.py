@@ -24,8 +24,10 @@ class ComponentBinding(Callback):
 
     A step is a training batch in which at least one optimizer stepped: gradient accumulation makes several
     batches one step, and two optimizers that step in one batch make one step too (Lightning's `global_step`,
-    which is passed on, counts both). `Component.on_step_end` runs in ``on_train_batch_end``, before any
-    checkpoint callback, so that a checkpoint always holds what the hook changed.
+    which is passed on, counts both). Where the LightningModule has `steps_before`, of a run whose weights it started
+    from, they are added, so that schedules of components go on; frozen components are told nothing.
+    `Component.on_step_end` runs in ``on_train_batch_end``, before any checkpoint callback, so that a checkpoint always
+    holds what the hook changed.
 
     Routers that observe (`moekit.routing.Router.observe`) are told there, just before, what their forwards returned in
     this batch: not in the recomputation of activation checkpointing, not in evaluation mode, not between batches. A
@@ -64,7 +66,7 @@ class ComponentBinding(Callback):
     def _note(self, router: nn.Module, arguments: Any, routing: Any) -> None:
         """Keep a routing until its backward is done; the autograd graph goes free."""
         again = torch._C._current_graph_task_id() != -1  # activation checkpointing, inside the backward
-        if self._in_batch and router.training and not again:
+        if self._in_batch and router.training and not again and not getattr(router, "frozen", False):
             detached = _pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, routing)
             self._seen.append((router, detached))  # type: ignore[arg-type]
 
@@ -110,8 +112,10 @@ class ComponentBinding(Callback):
         if not self._components or trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
+        before = getattr(pl_module, "steps_before", 0)
         for component in self._components:
-            component.on_step_end(self._last_step)
+            if not component.frozen:
+                component.on_step_end(before + self._last_step)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Release the components: Lightning does not call ``teardown`` after an exception."""

@@ -1,0 +1,196 @@
+"""Summaries with known truth: paragraphs of babel sentences, and the headline of each, in every language."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import overload
+
+import numpy as np
+
+from moekit.data.sources.babel import meaning as m
+from moekit.data.sources.babel.meaning import Meaning, MeaningSampler
+from moekit.data.sources.babel.source import Babel
+from moekit.data.sources.base import SPLITS, Direction, Source, Split, digest, nearest
+from moekit.errors import UserError
+
+_BLOCK, _POOL = 256, 1024
+_STREAM = 2  # beside babel's parallel and monolingual text
+_CACHED = 256
+
+
+class Headlines(Source):
+    """Paragraphs and their headlines, in one language or from one into another.
+
+    A paragraph is some sentences about different figures; one figure, the protagonist, is the subject of two of them,
+    everybody else of one. The headline says the first thing that the protagonist does, without adjectives, numerals,
+    place and adverb: so a model must find who the paragraph is about, choose a sentence, leave out what is not needed,
+    and say it in the language asked for. A headline is never a part of the text word for word, where the sentence had
+    anything to leave out.
+
+    A stand-in for summarisation corpora such as Wikilingua where no text can be fetched: several languages, documents
+    parallel across them, selection and compression that can be learnt and judged. It is no natural text, its paragraphs
+    are no stories, and each has one right headline: scores on it say that fine-tuning works, and nothing about
+    summarising newspapers. For real text put documents and summaries into two "languages" of any other source.
+
+    Paragraphs are made of meanings of their split alone, so that no sentence of a test paragraph occurs in training.
+
+    Args:
+        corpus: whose languages, words and seed are used.
+        train_documents, valid_documents, test_documents: how many.
+        sentences: of a paragraph.
+        directions: as ``avl-avl`` (the default: each language into itself) or ``avl-tnd``.
+
+    Raises:
+        UserError: a direction of unknown languages, fewer than 3 sentences, or a negative number.
+
+    Source: ours; the task is that of arXiv:2010.03093 (WikiLingua).
+    """
+
+    name = "headlines"
+
+    def __init__(
+        self,
+        corpus: Babel,
+        *,
+        train_documents: int = 10_000,
+        valid_documents: int = 250,
+        test_documents: int = 250,
+        sentences: int = 4,
+        directions: Sequence[str] | None = None,
+    ) -> None:
+        if sentences < 3:
+            raise UserError(f"headlines: a paragraph must have 3 sentences or more: got {sentences}.")
+        self.sizes: dict[Split, int] = {
+            "train": train_documents, "valid": valid_documents, "test": test_documents,
+        }  # fmt: skip
+        if min(self.sizes.values()) < 0:
+            raise UserError(f"headlines: numbers of documents must not be negative: got {self.sizes}.")
+        self.corpus, self.sentences = corpus, sentences
+        possible = {f"{a}-{b}": Direction(a, b) for a in corpus.languages for b in corpus.languages}
+        wanted = [f"{a}-{a}" for a in corpus.languages] if directions is None else list(dict.fromkeys(directions))
+        for name in wanted:
+            if name not in possible:
+                raise UserError(
+                    f"headlines: directions must be of the languages: got {name}. {nearest(name, possible)}"
+                )
+        if not wanted:
+            raise UserError("headlines: at least one direction is required: got none.")
+        self.directions = tuple(possible[name] for name in wanted)
+        spoken = {code for direction in self.directions for code in (direction.source, direction.target)}
+        self.languages = tuple(code for code in corpus.languages if code in spoken)
+        settings = corpus.settings
+        self._sampler = MeaningSampler(corpus.concepts, complexity=settings.complexity, seed=settings.seed)
+        self._rows: OrderedDict[tuple[Split, int], list[tuple[list[list[int]], list[int]]]] = OrderedDict()
+        self._texts: OrderedDict[tuple[str, Split, int], list[tuple[str, str]]] = OrderedDict()
+
+    # -- the Source interface --------------------------------------------------------------------------------------
+
+    def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
+        """Paragraphs in the direction's first language, headlines in its second."""
+        self.check_direction(direction)
+        return _Documents(self, direction, self.check_split(split))
+
+    def monolingual(self, language: str, split: Split) -> Sequence[str]:
+        """Paragraphs and headlines of one language."""
+        self.check_language(language)
+        pairs = _Documents(self, Direction(language, language), self.check_split(split))
+        return [text for pair in pairs for text in pair]
+
+    def fingerprint(self) -> str:
+        """Digest of the settings and of some of the text."""
+        heard = [text for code in self.languages for pair in self._block(code, "valid", 0)[:8] for text in pair]
+        return digest(self.name, self.corpus.fingerprint(), self.sizes, self.sentences, *self.directions, *heard)
+
+    # -- truth -----------------------------------------------------------------------------------------------------
+
+    def meanings(self, split: Split, index: int) -> tuple[tuple[Meaning, ...], Meaning]:
+        """What the sentences of a paragraph say, in their order, and what its headline says."""
+        document, headline = self._rows_of(split, index // _BLOCK)[index % _BLOCK]
+        read = [Meaning.read(row, self.corpus.concepts) for row in (*document, headline)]
+        return tuple(read[:-1]), read[-1]
+
+    def text(self, language: str, split: Split, index: int) -> tuple[str, str]:
+        """Paragraph and headline in one language."""
+        return self._block(language, split, index // _BLOCK)[index % _BLOCK]
+
+    # -- blocks ----------------------------------------------------------------------------------------------------
+
+    def _block(self, language: str, split: Split, block: int) -> list[tuple[str, str]]:
+        key = (language, split, block)
+        if key not in self._texts:
+            say = self.corpus.language(language).say
+            self._texts[key] = [
+                (" ".join(f"{say(row)}." for row in document), f"{say(headline)}.")
+                for document, headline in self._rows_of(split, block)
+            ]
+            if len(self._texts) > _CACHED:
+                self._texts.popitem(last=False)
+        return self._texts[key]
+
+    def _rows_of(self, split: Split, block: int) -> list[tuple[list[list[int]], list[int]]]:
+        key = (split, block)
+        if key not in self._rows:
+            self._rows[key] = self._draw(split, block)
+            if len(self._rows) > _CACHED:
+                self._rows.popitem(last=False)
+        return self._rows[key]
+
+    def _draw(self, split: Split, block: int) -> list[tuple[list[list[int]], list[int]]]:
+        """The documents of a block, of meanings drawn for it."""
+        pool = self._sampler.block(split, block, _POOL, _STREAM)
+        subject = pool[:, m.SUBJECT + m.NOUN]
+        generator = np.random.default_rng([self._sampler.seed, SPLITS.index(split), _STREAM, block, 1])
+        drawn: list[tuple[list[list[int]], list[int]]] = []
+        while len(drawn) < _BLOCK:
+            order = np.argsort(generator.random(_POOL))
+            first = order[0]
+            partners = order[1:][subject[order[1:]] == subject[first]]
+            # One sentence of each other figure, the first that comes.
+            others = order[np.sort(np.unique(subject[order], return_index=True)[1])]
+            others = others[subject[others] != subject[first]][: self.sentences - 2]
+            if not len(partners):
+                continue
+            if len(others) < self.sentences - 2:
+                raise UserError(
+                    f"headlines: a paragraph of {self.sentences} sentences needs as many figures as that less one: the "
+                    "concepts have fewer. Ask for fewer sentences."
+                )
+            chosen = np.array([first, partners[0], *others])
+            chosen = chosen[np.argsort(generator.random(len(chosen)))]
+            lead = chosen[subject[chosen] == subject[first]][0]
+            drawn.append((pool[chosen].tolist(), _headline(pool[lead]).tolist()))
+        return drawn
+
+
+def _headline(row: m.Rows) -> m.Rows:
+    """Who does what to whom, and nothing else."""
+    core = np.zeros_like(row)
+    for column in (m.VERB, m.TENSE, m.NEGATIVE):
+        core[column] = row[column]
+    for start in (m.SUBJECT, m.OBJECT, m.RECIPIENT):
+        core[start + m.NOUN] = row[start + m.NOUN]
+        core[start + m.COUNT] = min(row[start + m.COUNT], 1)  # five dogs are dogs
+    return core
+
+
+class _Documents(Sequence[tuple[str, str]]):
+    """Paragraphs in one language with headlines in another, made when asked for."""
+
+    def __init__(self, source: Headlines, direction: Direction, split: Split) -> None:
+        self._source, self._direction, self._split = source, direction, split
+
+    def __len__(self) -> int:
+        return self._source.sizes[self._split]
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, str]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[str, str]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, str] | list[tuple[str, str]]:
+        chosen = range(len(self))[index]
+        return [self._pair(i) for i in chosen] if isinstance(chosen, range) else self._pair(chosen)
+
+    def _pair(self, index: int) -> tuple[str, str]:
+        document = self._source.text(self._direction.source, self._split, index)[0]
+        return document, self._source.text(self._direction.target, self._split, index)[1]

@@ -1,0 +1,227 @@
+"""Low-rank adapters (LoRA) on experts and on dense linear layers: few parameters to train, merged exactly afterwards.
+
+    add_adapters(model, rank=8, targets=("experts", "attention"))
+    ...                                  # train what `moekit.training.fine_tuning.subset("adapters")` names
+    merge_adapters(model)                # the same function, without adapters
+
+The adapted model's tensors keep their names; pairs are added to them: ``...experts.adapters.w_in.down`` beside
+``...experts.w_in``, ``...qkv.adapter.down`` beside ``...qkv.weight``. So a checkpoint from before loads into the model
+(`load_state_dict` before `add_adapters`), and `merged_state` gives one without adapters back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from moekit.experts.base import Experts, product
+from moekit.transformer.attention import CrossAttention, SelfAttention
+from moekit.transformer.feed_forward import GLU, MLP
+from moekit.transformer.projection import FusedLinear
+
+Target = Literal["experts", "attention", "feed_forward"]
+
+_DENSE: Mapping[str, tuple[type[nn.Module], ...]] = {
+    "attention": (SelfAttention, CrossAttention),
+    "feed_forward": (MLP, GLU),
+}
+
+
+class LowRank(nn.Module):
+    """A pair of thin matrices whose product is added to a matrix: scale * (x down) up.
+
+    `down` is drawn (normal, variance 1 / fan-in) and `up` is zero, so that nothing changes at first. Leading dimensions
+    are the matrix's own: one pair for each expert, or for each of a fused projection's maps.
+
+    Args:
+        matrix: Float[*leading, inputs, outputs], for shape, device and type.
+        rank: r.
+        alpha: scale = alpha / r.
+        axes: logical axes of the matrix, as in `moekit.experts.Experts.axes`; the pair's follow from them.
+
+    Raises:
+        ValueError: if the rank is below 1 or above both sides of the matrix.
+
+    Source: arXiv:2106.09685 section 4.1. Differs: no dropout on the adapter's input.
+    """
+
+    scale: Tensor
+
+    def __init__(self, matrix: Tensor, rank: int, alpha: float, axes: tuple[str, ...]) -> None:
+        super().__init__()
+        *leading, inputs, outputs = matrix.shape
+        if not 1 <= rank <= min(inputs, outputs):
+            raise ValueError(
+                f"rank must be in 1..{min(inputs, outputs)} for a matrix of {inputs} x {outputs}: got {rank}."
+            )
+        self.rank, self.alpha = rank, alpha
+        self.down = nn.Parameter(matrix.new_empty((*leading, inputs, rank)))
+        self.up = nn.Parameter(matrix.new_empty((*leading, rank, outputs)))
+        self.register_buffer("scale", torch.tensor(alpha / rank, dtype=torch.float32, device=matrix.device))
+        *front, inner, outer = axes
+        self.axes = {"down": (*front, inner, "rank"), "up": (*front, "rank", outer)}
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw `down` anew; `up` becomes zero."""
+        if not self.down.is_meta:
+            self.down.normal_(std=self.down.shape[-2] ** -0.5)
+            self.up.zero_()
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"rank={self.rank}, alpha={self.alpha}"
+
+    def product(self) -> Tensor:
+        """Float[*leading, inputs, outputs]: what is added to the matrix."""
+        return self.scale.to(self.up.dtype) * (self.down @ self.up)
+
+
+class ExpertAdapter(LowRank):
+    """A pair for each expert, on the rows that the dispatcher has grouped."""
+
+    def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:
+        """What is added to the product of `rows`, packed or padded as in `Experts.forward`."""
+        out = product(product(rows, self.down, counts), self.up, counts)
+        return out * self.scale.to(out.dtype)
+
+
+class LinearAdapter(LowRank):
+    """A pair for a linear layer, or one for each map of a fused one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is added to the layer's output: Float[..., inputs] to Float[..., outputs] or Float[..., P, outputs]."""
+        if self.down.ndim == 2:
+            out = x @ self.down @ self.up
+        else:
+            out = torch.einsum("...pr,pro->...po", torch.einsum("...i,pir->...pr", x, self.down), self.up)
+        return out * self.scale.to(out.dtype)
+
+
+def _add(layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Forward hook of an adapted linear layer: a function of the module, so that copies and pickles keep it."""
+    return output + layer.adapter(arguments[0])  # type: ignore[operator]
+
+
+def add_adapters(
+    model: nn.Module,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: Collection[Target] = ("experts", "attention", "feed_forward"),
+) -> list[str]:
+    """Give every matrix of the targets a `LowRank` pair, in place; the function stays the same until it is trained.
+
+    Args:
+        model: with its weights.
+        rank: r; a multiple of 8 suits grouped products on accelerators.
+        alpha: the pair's product counts alpha / r.
+        targets: "experts" = matrices of all expert banks, "attention" = its projections, "feed_forward" = dense
+            feed-forwards, shared branches of sparse layers included. Embeddings, norms, routers and heads get none.
+
+    Returns:
+        Names of the new parameters.
+
+    Raises:
+        ValueError: an unknown target, no matrix found, adapters already there, a bank that takes none, or a rank
+            that does not fit.
+
+    Source: arXiv:2106.09685.
+    """
+    unknown = sorted(set(targets) - set(get_args(Target)))
+    if unknown or not targets:
+        raise ValueError(f"targets must be some of {', '.join(get_args(Target))}: got {unknown or 'none'}.")
+    if any(isinstance(module, LowRank) for module in model.modules()):
+        raise ValueError("the model has adapters already: merge them first (merge_adapters).")
+    found = list(_matrices(model, targets))
+    if not found:
+        raise ValueError(f"the model must have a matrix of {' or '.join(targets)}: it has none.")
+    for holder, name, axes in found:
+        if isinstance(holder, Experts):
+            weight = getattr(holder, name)
+            pair: LowRank = ExpertAdapter(weight, rank, alpha, axes)
+            if "adapters" not in holder._modules:
+                holder.add_module("adapters", nn.ModuleDict())
+            holder.get_submodule("adapters").add_module(name, pair)
+            # The bank's own, from now on: every parameter of a bank is named by it.
+            holder.__dict__["axes"] = {
+                **holder.axes,
+                **{f"adapters.{name}.{part}": named for part, named in pair.axes.items()},
+            }
+        else:
+            weight = holder.get_parameter("weight").transpose(-1, -2)
+            pair = LinearAdapter(weight, rank, alpha, (*axes[:-2], axes[-1], axes[-2]))
+            holder.add_module("adapter", pair)
+            holder.__dict__["_adapter_hook"] = holder.register_forward_hook(_add)
+    return [name for name, _ in model.named_parameters() if is_adapter(name)]
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    """Add every pair's product to its matrix and remove the pair, in place. Nothing happens where there are none."""
+    state = model.state_dict()
+    merged = merged_state(state)
+    changed = [name for name in merged if merged[name] is not state[name]]
+    for module in list(model.modules()):
+        if isinstance(module, Experts) and "adapters" in module._modules:
+            del module._modules["adapters"]
+            module.__dict__.pop("axes", None)
+        elif isinstance(module._modules.get("adapter"), LowRank):
+            handle: RemovableHandle = module.__dict__.pop("_adapter_hook")
+            handle.remove()
+            del module._modules["adapter"]
+    for name in changed:
+        state[name].copy_(merged[name])
+
+
+def merged_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without adapters: their products are added to the matrices, in float32.
+
+    Tensors that have no adapter are the very same objects.
+    """
+    merged = {name: tensor for name, tensor in state.items() if not is_adapter(name)}
+    for name in state:
+        if not is_adapter(name) or not name.endswith(".down"):
+            continue
+        stem = name.removesuffix(".down")
+        down, up = (state[f"{stem}.{part}"].float() for part in ("down", "up"))
+        added = state[f"{stem}.scale"].float() * (down @ up)
+        if stem.endswith(".adapter"):
+            matrix, added = f"{stem.removesuffix('.adapter')}.weight", added.transpose(-1, -2)
+        else:
+            bank, _, short = stem.rpartition(".adapters.")
+            matrix = f"{bank}.{short}"
+        merged[matrix] = (merged[matrix].float() + added).to(merged[matrix].dtype)
+    return merged
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor of that name is part of an adapter."""
+    parts = name.split(".")
+    return parts[-1] in ("down", "up", "scale") and ("adapter" in parts[-2:-1] or "adapters" in parts[-3:-2])
+
+
+def _matrices(model: nn.Module, targets: Collection[str]) -> Iterator[tuple[nn.Module, str, tuple[str, ...]]]:
+    """Every matrix to adapt once: the module that holds it, its name there and its axes."""
+    seen: set[int] = set()
+    dense = tuple(kind for target in targets for kind in _DENSE.get(target, ()))
+    for module in model.modules():
+        if isinstance(module, Experts) and "experts" in targets:
+            if not module.matrices and not any(isinstance(inner, Experts) for inner in module.children()):
+                raise ValueError(
+                    f"the bank {type(module).__name__} takes no adapters: it must multiply through Experts.times, and "
+                    "name what it multiplies with in `matrices`. Leave experts out of the targets."
+                )
+            for name in module.matrices:
+                yield module, name, tuple(module.axes[name])
+        elif isinstance(module, dense):
+            axes: Mapping[str, tuple[str, ...]] = module.axes  # type: ignore[assignment]
+            for path, inner in module.named_children():
+                if isinstance(inner, nn.Linear | FusedLinear) and id(inner) not in seen:
+                    seen.add(id(inner))
+                    yield inner, "weight", axes[f"{path}.weight"]
