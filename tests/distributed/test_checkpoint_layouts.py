@@ -49,10 +49,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "4: zero 1, optimizer offloaded": {"devices": 4, "zero_stage": 1, "offload": "optimizer"},
     "4: expert 2, parameters offloaded": {"devices": 4, "expert_parallel_size": 2, "offload": "parameters"},
 }
-# A plain model is what other layouts are loaded into and from; the others in pairs such that every layout saves for and
-# loads from three others, of other numbers of processes too.
+# Every layout is saved for, and loaded from, two others, of other numbers of processes too; the rest is slow.
 NAMES = list(LAYOUTS)
-FAST = {(a, NAMES[(n + step) % len(NAMES)]) for n, a in enumerate(NAMES) for step in (0, 3, 7)}
+FAST = {(a, NAMES[(n + step) % len(NAMES)]) for n, a in enumerate(NAMES) for step in (3, 7)}
 ALL = set(itertools.product(NAMES, NAMES))
 
 
