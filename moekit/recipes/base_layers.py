@@ -92,7 +92,7 @@ def build(config: Config, vocab_size: int) -> Built:
 TINY = Config(
     data=DataConfig(vocab_size=1600),
     model=ModelConfig(),
-    train=TrainConfig(max_steps=900, max_minutes=4.0, label_smoothing=0.0, validate_every=300),
+    train=TrainConfig(max_steps=800, max_minutes=4.0, label_smoothing=0.0, validate_every=300),
     evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
 )
 SMALL = Config(
