@@ -182,6 +182,20 @@ def _main(recipe: Recipe[Any], argv: list[str]) -> int | None:
     return recipe.commands[command].run(config, parsed)
 
 
+def reconfigured(recipe: Recipe[C], config: C, arguments: Sequence[str]) -> C:
+    """A configuration with options such as ``--model.dim=64`` applied.
+
+    Raises:
+        UserError: an unknown key (with the nearest one), or a value that does not fit.
+    """
+    parser = build_parser(recipe, next(iter(recipe.commands)), next(iter(recipe.variants)))
+    parser.set_defaults(as_plain(config))
+    try:
+        return _build(type(config), parser.parse_args(list(arguments)))
+    except ArgumentError as error:
+        raise UserError(_explain(str(error), parser)) from None
+
+
 def _build(cls: type[C], values: Any) -> C:
     """The dataclass `cls` from parsed values, nested dataclasses and mappings of them included."""
     hints = typing.get_type_hints(cls)

@@ -21,11 +21,12 @@ from moekit.recipes import moe_lm, shazeer
 from moekit.recipes._command import main as recipe_main
 from moekit.recipes._parts import make_optimizer
 from moekit.recipes._surgery.curve import Recovery, pruning_curve, write_curve
+from moekit.recipes._surgery.inspection import inspect
 from moekit.recipes._surgery.operations import change_run, prune_run, split_run, upcycle_run
-from moekit.recipes._surgery.subject import Subject, open_subject
+from moekit.recipes._surgery.subject import Subject, open_subject, with_setting
 from moekit.recipes._surgery.utilisation import measured_load
 from moekit.recipes._surgery.writing import write_run
-from moekit.surgery import choose_experts
+from moekit.surgery import choose_experts, sparse_layers
 from moekit.surgery.__main__ import COMMANDS, main
 
 E = 4
@@ -260,15 +261,18 @@ def test_split_keeps_the_function(fine_grained: Path, runs: Path, tmp_path: Path
 
 
 def test_change(runs: Path, fine_grained: Path, tmp_path: Path) -> None:
-    changed = change_run(open_subject(fine_grained), {"model.k": 3})
-    assert changed.config.model.k == 3
+    subject = open_subject(fine_grained)
+    changed = change_run(subject, with_setting(subject.config, "model.k", 3))
+    assert changed.record["settings"] == {"model.k": 3}
+    assert sparse_layers(subject.model(changed.config)).popitem()[1].k == 3
     out = tmp_path / "roomy"
     assert main(["change", str(runs / "one"), "--set", "model.capacity_factor=2.0", "--out", str(out)]) == 0
     assert open_subject(out).config.model.capacity_factor == 2.0
     assert equal(weights(out), weights(runs / "one"))
     for setting, message in (
         ("model.num_experts=2", "must have shape"),
-        ("model.width=2", "model.width is no setting of the recipe moe_lm"),
+        ("model.dimm=2", "unknown option --model.dimm. Did you mean --model.dim?"),
+        ("model.capacity_factor=much", "model.capacity_factor"),
         ("model.dim", "must be KEY=VALUE"),
     ):
         assert fails(["change", str(runs / "one"), "--set", setting], tmp_path / "none", message)
@@ -335,6 +339,7 @@ def test_sharded_checkpoints_are_read(runs: Path, tmp_path: Path) -> None:
     Checkpointer().save(sharded, model, [optimizer])
     found = open_subject(sharded, runs / "one" / "config.yaml")
     assert equal(found.loaded.weights, dict(model.state_dict()))
+    assert inspect(sharded)["parameters"] == sum(p.numel() for p in model.parameters())
     result = prune_run(found, {path: torch.tensor([0, 2]) for path in found.layers()})
     name = "backbone.decoder.layers.1.feed_forward.experts.w_in"
     assert result.slots is not None

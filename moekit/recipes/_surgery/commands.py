@@ -8,13 +8,12 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moekit.errors import UserError
+from moekit.recipes._command import reconfigured
 from moekit.recipes._surgery.curve import Recovery, pruning_curve, table, write_curve
 from moekit.recipes._surgery.inspection import inspect, show
 from moekit.recipes._surgery.operations import (
@@ -70,12 +69,14 @@ def _write(result: Result, given: Namespace, console: Console) -> None:
     experts = f"{', '.join(str(n) for n in sorted(layers))} experts in a layer" if layers else "dense"
     count = sum(tensor.numel() for tensor in result.weights.values())
     recipe = f"python -m moekit.recipes.{result.subject.recipe.name}"
+    minutes = " --train.max_minutes MINUTES" if result.config.train.max_minutes and not given.restart else ""
     out = shlex.quote(str(folder.path))
     console.print(
         f"{folder.path}: {count:,} parameters, {experts}\n"
         f"test it      {recipe} test --out {out}\n"
-        f"train it on  {recipe} fit --config {out}/config.yaml --out {out} --resume --train.max_steps STEPS",
+        f"train it on  {recipe} fit --config {out}/config.yaml --out {out} --resume --train.max_steps STEPS{minutes}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -254,13 +255,12 @@ def _change_options(parser: ArgumentParser) -> None:
 
 def _change(given: Namespace, console: Console) -> None:
     require_free(given.out, overwrite=given.overwrite)
-    settings: dict[str, Any] = {}
     for item in given.set:
-        key, equals, value = item.partition("=")
-        if not equals or not key.strip():
+        if "=" not in item.lstrip("="):
             raise UserError(f"--set must be KEY=VALUE: got {item!r}.")
-        settings[key.strip()] = yaml.safe_load(value)
-    _write(change_run(open_subject(given.run, given.config), settings), given, console)
+    subject = open_subject(given.run, given.config)
+    config = reconfigured(subject.recipe, subject.config, [f"--{item}" for item in given.set])
+    _write(change_run(subject, config), given, console)
 
 
 # -- curve ---------------------------------------------------------------------------------------------------------

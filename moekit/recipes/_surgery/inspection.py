@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from moekit.recipes._surgery.subject import Subject, open_subject
 from moekit.recipes._surgery.utilisation import layer_names, written_load
 from moekit.surgery import SparseLayer
 from moekit.training.checkpoint_state import load_state
+from moekit.training.run_folder import CONFIG_KEY
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -30,20 +32,18 @@ def inspect(path: str | Path, config: str | Path | None = None) -> dict[str, Any
     Raises:
         UserError: it cannot be read, or its weights are not of the model that its configuration describes.
     """
-    if config is None and not Path(path).is_dir():
-        loaded = load_state(path)
-        parent = Path(path).parent
-        known = "moekit_config" in loaded.rest or (
-            parent.name == "checkpoints" and (parent.parent / "config.yaml").is_file()
-        )
-        if not known:
+    place = Path(path)
+    beside = (place / "config.yaml", place.parent.parent / "config.yaml")
+    if config is None and not any(file.is_file() for file in beside):
+        loaded = load_state(place)
+        if CONFIG_KEY not in loaded.rest:
             return {"checkpoint": str(path), "recipe": None, **_totals(loaded.weights), "parts": _parts(loaded.weights)}
     return _of_run(open_subject(path, config))
 
 
 def show(found: Mapping[str, Any], console: Console) -> None:
     """Print what `inspect` found."""
-    console.print(f"[bold]{found['checkpoint']}[/]", highlight=False, soft_wrap=True)
+    console.print(f"[bold]{escape(found['checkpoint'])}[/]", highlight=False, soft_wrap=True)
     if found["recipe"] is None:
         console.print("tensors without a configuration: give that of a run (--config) to see layers and experts")
         table = Table("part", "tensors", "parameters", "size")

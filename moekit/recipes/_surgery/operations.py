@@ -212,24 +212,20 @@ def split_run(subject: Subject, parts: int, *, divided: bool = True) -> Result:
     return _checked(Result(subject, config, weights, slots, record), target)
 
 
-def change_run(subject: Subject, settings: Mapping[str, Any]) -> Result:
-    """The same weights under other settings, such as another capacity or number of choices.
+def change_run(subject: Subject, config: Any) -> Result:
+    """The same weights under another configuration, with another capacity or number of choices, for example.
 
     Args:
         subject: the run.
-        settings: values by dotted key of the configuration.
+        config: of the recipe.
 
     Raises:
-        UserError: if a key is unknown, or the settings are of a model with other weights.
+        UserError: if it is that of a model with other weights.
     """
-    config = subject.config
-    for key, value in settings.items():
-        try:
-            config = with_setting(config, key, value)
-        except (AttributeError, TypeError):
-            raise UserError(f"{key} is no setting of the recipe {subject.recipe.name}.") from None
+    changed = differences(dataclasses.asdict(subject.config), dataclasses.asdict(config))
     target = subject.model(config)
-    record = {"operation": "change", "from": [str(subject.path)], "settings": dict(settings)}
+    settings = {key: new for key, (_, new) in changed.items()}
+    record = {"operation": "change", "from": [str(subject.path)], "settings": settings}
     return _checked(Result(subject, config, dict(subject.loaded.weights), subject.slots(), record), target)
 
 

@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 import moekit.recipes
+from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.recipes._command import Recipe, from_plain
 from moekit.recipes._parts import Build, Built, WithData, make_optimizer, run_data
@@ -39,6 +40,7 @@ class Subject:
         recipe: its command line.
         config: its configuration.
         vocab_size: V.
+        data: its text, of recipes whose models are made from it; else None, and no text is read.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Subject:
     recipe: Recipe[Any]
     config: Any
     vocab_size: int
+    data: MultitaskData | None
 
     @property
     def build(self) -> Build:
@@ -60,7 +63,8 @@ class Subject:
         Raises:
             UserError: if the recipe cannot build it.
         """
-        return build_model(self.build, self.config if config is None else config, self.vocab_size, device)
+        wanted = self.config if config is None else config
+        return build_model(self.build, wanted, self.vocab_size, self.data, device)
 
     def layers(self) -> dict[str, SparseLayer]:
         """Its sparse layers."""
@@ -109,8 +113,11 @@ def open_subject(path: str | Path, config: str | Path | None = None) -> Subject:
     where, values = _settings(place, loaded, folder, config)
     recipe = recipe_of(values, where)
     settings = from_plain(type(next(iter(recipe.variants.values()))), values, where)
-    vocab_size = _vocab_size(recipe, settings, loaded.weights, str(place))
-    subject = Subject(place, folder, loaded, str(values.get("variant")), recipe, settings, vocab_size)
+    data = run_data(settings) if isinstance(pipeline_of(recipe).build, WithData) else None
+    vocab_size = (
+        _vocab_size(recipe, settings, loaded.weights, str(place)) if data is None else data.tokenizer.vocab_size
+    )
+    subject = Subject(place, folder, loaded, str(values.get("variant")), recipe, settings, vocab_size, data)
     require_complete(loaded.weights, subject.model(), str(place))
     return subject
 
@@ -125,16 +132,18 @@ def recipe_of(values: Mapping[str, Any], where: str) -> Recipe[Any]:
     return recipe
 
 
-def build_model(build: Build, config: Any, vocab_size: int, device: str = "meta") -> nn.Module:
-    """Network and heads, named as in `MultitaskModule`. A build that looks at the run's text reads it.
+def build_model(
+    build: Build, config: Any, vocab_size: int, data: MultitaskData | None = None, device: str = "meta"
+) -> nn.Module:
+    """Network and heads, named as in `MultitaskModule`; what looks at the run's text is not made on the meta device.
 
     Raises:
         UserError: if the recipe refuses the configuration.
     """
     try:
         if isinstance(build, WithData):
-            data = run_data(config)  # tables of token counts: nothing to be made on the meta device
-            built: Built = build.build(config, data.tokenizer.vocab_size, data)
+            assert data is not None, "a model that is made from text needs it"
+            built: Built = build.build(config, vocab_size, data)
         else:
             with torch.device(device):
                 built = build(config, vocab_size)
@@ -177,10 +186,7 @@ def _settings(
 
 def _vocab_size(recipe: Recipe[Any], config: Any, weights: Mapping[str, Tensor], where: str) -> int:
     """V, from the shapes of the weights: no text is read for it."""
-    build = pipeline_of(recipe).build
-    if isinstance(build, WithData):
-        return 0  # the text says it
-    for name, tensor in build_model(build, config, _PROBE).state_dict().items():
+    for name, tensor in build_model(pipeline_of(recipe).build, config, _PROBE).state_dict().items():
         if _PROBE in tensor.shape and name in weights and weights[name].ndim == tensor.ndim:
             return weights[name].shape[tensor.shape.index(_PROBE)]
     raise UserError(f"{where} has no table of tokens where the model of its configuration has one.")
