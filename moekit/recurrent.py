@@ -185,6 +185,7 @@ class RecurrentLM(Component):
         pad_id: see `RecurrentStack`.
 
     Example:
+        >>> import torch
         >>> from moekit.transformer import MLP
         >>> model = RecurrentLM(100, 16, MLP(16, 64))
         >>> model.logits(model.decode(torch.randint(3, 100, (2, 7))).hidden).shape
