@@ -208,7 +208,7 @@ def test_bytes_by_stage(stage: int, expert: int, tensor: int, replicas: int) -> 
         devices=8,
         expert_parallel_size=expert,
         tensor_parallel_size=tensor,
-        replicas=replicas if expert * replicas <= 8 else 1,
+        replicas=replicas if stage >= 2 else 1,
         zero_stage=stage,  # type: ignore[arg-type]
     )
     whole, divided = by_hand(layout)
@@ -283,7 +283,7 @@ def test_traffic_by_hand() -> None:
     stage_2 = plan(TINY, replace(layout, zero_stage=2), training).traffic
     assert stage_2.all_gather == traffic.all_gather / 2
     assert stage_2.reduce_scatter == traffic.reduce_scatter
-    stage_0 = plan(TINY, replace(layout, zero_stage=0), training).traffic
+    stage_0 = plan(TINY, replace(layout, zero_stage=0, replicas=1), training).traffic
     assert stage_0.all_gather == stage_0.reduce_scatter == 0
     assert stage_0.all_reduce == pytest.approx(2 * 4 * (dense * 7 / 8 + experts / 2))
     alone = plan(TINY, Layout(), training).traffic
@@ -390,8 +390,12 @@ def test_unknown_models() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"devices": 6, "expert_parallel_size": 4}, r"tensor_parallel_size: got 6 and 1 \* 4 \* 1. Use 4 devices"),
-        ({"devices": 4, "replicas": 2, "tensor_parallel_size": 4}, r"got 4 and 2 \* 1 \* 4. Use 8 devices"),
+        ({"devices": 6, "expert_parallel_size": 4}, r"got 4 \* 1 \* 1 for 6\. Use expert_parallel_size=3, or 4 proc"),
+        ({"devices": 4, "replicas": 2, "tensor_parallel_size": 4}, r"got 1 \* 4 \* 2 for 4\. Use .*=1, or 8 processes"),
+        (
+            {"devices": 4, "replicas": 2, "zero_stage": 1},
+            r"replicas are for zero_stage 2 and 3: got 2 with zero_stage 1",
+        ),
         ({"devices": 0}, "devices must be at least 1: got 0"),
         ({"zero_stage": 4}, "must be 0, 1, 2 or 3: got 4"),
         ({"offload": "disk"}, "got 'disk'"),

@@ -25,7 +25,8 @@ class Layout:
             optimizer state.
 
     Raises:
-        ValueError: where the numbers do not fit together.
+        ValueError: where the numbers do not fit together: sizes that do not divide the devices, or replicas with stage
+            0 or 1, which repeat the weights on all data ranks anyway.
     """
 
     devices: int = 1
@@ -43,12 +44,19 @@ class Layout:
             raise ValueError(f"Layout.zero_stage must be 0, 1, 2 or 3: got {self.zero_stage!r}.")
         if self.offload not in ("none", "optimizer", "parameters"):
             raise ValueError(f'Layout.offload must be "none", "optimizer" or "parameters": got {self.offload!r}.')
+        if self.zero_stage < 2 and self.replicas > 1:
+            raise ValueError(
+                f"replicas are for zero_stage 2 and 3: got {self.replicas} with zero_stage {self.zero_stage}, which "
+                "repeats all weights on every data rank. Use replicas=1, or zero_stage=2."
+            )
         size = self.replicas * self.expert_parallel_size * self.tensor_parallel_size
         if self.devices % size:
+            free = max(self.devices // (self.replicas * self.tensor_parallel_size), 1)
+            nearest = max(n for n in range(1, free + 1) if free % n == 0 and n <= self.expert_parallel_size)
             raise ValueError(
-                "devices must be a multiple of replicas * expert_parallel_size * tensor_parallel_size: got "
-                f"{self.devices} and {self.replicas} * {self.expert_parallel_size} * {self.tensor_parallel_size}. Use "
-                f"{size * max(1, self.devices // size)} devices."
+                "expert_parallel_size * tensor_parallel_size * replicas must divide the number of processes: got "
+                f"{self.expert_parallel_size} * {self.tensor_parallel_size} * {self.replicas} for {self.devices}. Use "
+                f"expert_parallel_size={nearest}, or {size * max(1, self.devices // size)} processes."
             )
 
     @property
