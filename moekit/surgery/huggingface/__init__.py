@@ -1,0 +1,23 @@
+"""Exchange with Hugging Face transformers: SwitchTransformers and NllbMoe folders in, ours out, safetensors only.
+
+found = import_model("switch-base-8")
+export_model(found.model, "again", tokens=found.tokens)
+"""
+
+from moekit.surgery.huggingface.architecture import Architecture, Tokens
+from moekit.surgery.huggingface.describing import describe
+from moekit.surgery.huggingface.reading import Blueprint, Imported, import_model, open_folder
+from moekit.surgery.huggingface.tokenizers import read_tokenizer
+from moekit.surgery.huggingface.writing import export_model
+
+__all__ = [
+    "Architecture",
+    "Blueprint",
+    "Imported",
+    "Tokens",
+    "describe",
+    "export_model",
+    "import_model",
+    "open_folder",
+    "read_tokenizer",
+]

@@ -1,0 +1,275 @@
+"""From a folder of transformers to one of our models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekit.errors import UserError
+from moekit.surgery.huggingface import nllb, switch
+from moekit.surgery.huggingface.architecture import NAMES, Architecture, Kind, Tokens
+from moekit.surgery.huggingface.fields import Fields
+from moekit.surgery.huggingface.links import Link
+from moekit.surgery.mapped import MappedTensor, read_safetensors
+from moekit.transformer import EncoderDecoder
+
+FAMILIES: Mapping[Kind, Any] = {"switch_transformers": switch, "nllb-moe": nllb}
+"""Modules that know a family, by ``model_type``."""
+WEIGHTS, INDEX, EXACT = "model.safetensors", "model.safetensors.index.json", "moekit.safetensors"
+FORM = "moekit"
+"""The key of ``config.json`` under which an export notes how the model said the same before."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model of a folder.
+
+    Attributes:
+        model: in evaluation mode.
+        tokens: special ids; ``SpecialTokens(**dataclasses.asdict(tokens))`` is what `moekit.inference.generate` takes.
+        architecture: what was found.
+    """
+
+    model: EncoderDecoder
+    tokens: Tokens
+    architecture: Architecture
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A folder whose tensors have been found and fit, before any is read.
+
+    Attributes:
+        model: on the meta device.
+        tokens: special ids.
+        architecture: what was found.
+        links: which of our tensors is made from which of theirs; those that we have not are left out.
+        tensors: theirs by name.
+        exact: ours by name, where an export kept what its factors would round.
+    """
+
+    model: EncoderDecoder
+    tokens: Tokens
+    architecture: Architecture
+    links: tuple[Link, ...]
+    tensors: Mapping[str, MappedTensor]
+    exact: Mapping[str, MappedTensor]
+
+    def tensor(self, link: Link) -> Tensor:
+        """Ours, in memory of its own."""
+        theirs = {name: self.tensors[name].tensor() for name in link.theirs}
+        if not link.is_exact and link.ours in self.exact:
+            kept = self.exact[link.ours].tensor()
+            again = link.to_theirs(kept)
+            # Weights that were changed since they were exported are theirs, whatever was kept.
+            if all(again[n].dtype == theirs[n].dtype and torch.equal(again[n], theirs[n]) for n in theirs):
+                return kept.clone()
+        return link.to_ours(theirs)
+
+
+def import_model(folder: Path | str, *, dropless: bool = False, dtype: torch.dtype | None = None) -> Imported:
+    """Read a folder of transformers: ``config.json`` and safetensors, in one file or several.
+
+    SwitchTransformers and NllbMoe for conditional generation. Logits are those of transformers for sentences padded on
+    the right (see `Differs`). A folder that `export_model` wrote gives the exported model back, bit for bit, with the
+    tables and queries that it had.
+
+    Args:
+        folder: as ``save_pretrained`` writes it.
+        dropless: leave the capacity out; transformers does the same with a large ``expert_capacity``.
+        dtype: of the weights; None = as they are stored.
+
+    Raises:
+        UserError: if it is no such folder, a file is missing or broken, weights are pickles, the architecture is
+            another or uses what moekit does not compute, or shapes do not fit.
+
+    Source: arXiv:2101.03961, arXiv:2207.04672. Differs: padding takes no place at experts; evaluation is deterministic
+        (NllbMoe's policies "sampling" and "random" act in training only); ``layerdrop`` is not built.
+        SwitchTransformers drops tokens by sequence in training and in evaluation, which `SequenceCapacity` does here;
+        NllbMoe's capacity in training, a number for the whole batch, is left out. NllbMoe of transformers 5 runs
+        experts 0 and 1 whichever its router chose; here those run that were chosen, as in the authors' code.
+    """
+    found = open_folder(folder, dropless=dropless)
+    state = {link.ours: found.tensor(link) for link in found.links}
+    found.model.load_state_dict(state, assign=True)
+    model = found.model if dtype is None else found.model.to(dtype)
+    return Imported(model.eval(), found.tokens, found.architecture)
+
+
+def open_folder(folder: Path | str, *, dropless: bool = False) -> Blueprint:
+    """Find everything of a folder and make sure that it fits, without reading a weight.
+
+    Args:
+        folder: as in `import_model`.
+        dropless: as in `import_model`.
+
+    Raises:
+        UserError: as `import_model`.
+    """
+    folder = Path(folder)
+    config = _config(folder)
+    where = str(folder / "config.json")
+    family = FAMILIES[_kind(config, where)]
+    architecture: Architecture = family.architecture_of(config, where, dropless=dropless)
+    tokens = _tokens(folder, config, where)
+    tensors = _tensors(folder)
+    tensors = _resolve(folder, tensors, family.synonyms(architecture), tied=architecture.tied)
+    architecture = _with_form(folder, config, family, architecture, tensors)
+    with torch.device("meta"):
+        try:
+            model = architecture.build(pad_id=tokens.pad)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
+    links = tuple(family.links(architecture))
+    _check(folder, links, model, tensors)
+    exact = read_safetensors(folder / EXACT) if (folder / EXACT).is_file() else {}
+    return Blueprint(model, tokens, architecture, tuple(link for link in links if link.ours), tensors, exact)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f"{folder} must be a folder with config.json and safetensors: there is no such folder.")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} must be a folder of transformers: it has no config.json.")
+    return _json(folder / "config.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} must be readable JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold an object: got {type(data).__name__}.")
+    return data
+
+
+def _kind(config: Mapping[str, Any], where: str) -> Kind:
+    said = config.get("model_type")
+    for kind, name in NAMES.items():
+        if kind == said:
+            names = config.get("architectures") or [name]
+            if name not in names:
+                raise UserError(f"{where}: architectures must name {name}: got {names}. Only whole models are read.")
+            return kind
+    raise UserError(f"{where}: model_type must be one of {', '.join(NAMES)}: got {said!r}.")
+
+
+def _tokens(folder: Path, config: Mapping[str, Any], where: str) -> Tokens:
+    """Special ids: what generation_config.json says, else config.json."""
+    said = _json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    given = {k: said[k] if said.get(k) is not None else config.get(k) for k in _IDS}
+    if isinstance(given["eos_token_id"], list):  # any of several may end a text there
+        given["eos_token_id"] = next(iter(given["eos_token_id"]), None)
+    switches = config["model_type"] == "switch_transformers"
+    defaults = {"pad_token_id": 0, "eos_token_id": 1} if switches else {"pad_token_id": 1, "eos_token_id": 2}
+    defaults["decoder_start_token_id"] = 0 if switches else 2
+    fields = Fields(given, defaults, where)
+    # NLLB counts positions from the padding id of config.json.
+    return Tokens(*(fields.integer(name) for name in _IDS))
+
+
+_IDS = ("pad_token_id", "decoder_start_token_id", "eos_token_id")
+
+
+def _tensors(folder: Path) -> dict[str, MappedTensor]:
+    """Where every tensor of the folder lies."""
+    if (folder / WEIGHTS).is_file():
+        return read_safetensors(folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5"))
+        if pickles:
+            raise UserError(
+                f"{folder} must hold safetensors: it has {pickles[0]}, a pickle, which can run code when it is read. "
+                "Nothing in it was read. Save the model again with save_pretrained, which writes safetensors."
+            )
+        raise UserError(f"{folder} must hold {WEIGHTS}, or {INDEX} and its shards: it has neither.")
+    listed = _json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(v, str) and Path(v).name == v for v in listed.values()):
+        raise UserError(f"{folder / INDEX}: weight_map must map names of tensors to files of this folder.")
+    shards = {}
+    for name in sorted(set(listed.values())):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} must hold every shard that {INDEX} names: {name} is missing.")
+        shards[name] = read_safetensors(folder / name)
+    for tensor, name in listed.items():
+        if tensor not in shards[name]:
+            raise UserError(f"{folder / name} must hold {tensor}, as {INDEX} says: it does not.")
+    return {tensor: shards[name][tensor] for tensor, name in listed.items()}
+
+
+def _resolve(
+    folder: Path, tensors: Mapping[str, MappedTensor], synonyms: Mapping[str, tuple[str, ...]], *, tied: bool
+) -> dict[str, MappedTensor]:
+    """The tensors with each table under its first name only."""
+    out = dict(tensors)
+    for name, others in synonyms.items():
+        present = [n for n in (name, *others) if n in tensors]
+        if not present:
+            continue
+        first = tensors[present[0]]
+        for other in present[1:] if tied else ():
+            same = tensors[other].shape == first.shape and torch.equal(tensors[other].tensor(), first.tensor())
+            if not same:
+                raise UserError(
+                    f"{folder}: {present[0]} and {other} must be equal, as tie_word_embeddings says: they differ. Set "
+                    "tie_word_embeddings to false in config.json."
+                )
+        out[name] = first
+    for other in {n for others in synonyms.values() for n in others} - set(synonyms):
+        out.pop(other, None)
+    return out
+
+
+def _with_form(
+    folder: Path, config: Mapping[str, Any], family: Any, found: Architecture, tensors: Mapping[str, MappedTensor]
+) -> Architecture:
+    """The architecture as it was before an export, where the folder is of one."""
+    form = config.get(FORM)
+    if form is None:
+        return found
+    scales = ("input", "output", "none")
+    good = (
+        isinstance(form, dict)
+        and form.get("embedding_scale") in scales
+        and isinstance(form.get("attention_scale", ""), float | int | None)
+        and isinstance(form.get("bias"), bool)
+    )
+    if not good:
+        raise UserError(
+            f"{folder / 'config.json'}: {FORM} must hold embedding_scale, attention_scale and bias, as the export "
+            f"wrote them: got {form!r}. Remove it to read the folder as any other."
+        )
+    before: Architecture = family.with_form(found, form)
+    absent = [name for link in family.links(before) if not link.ours for name in link.theirs if name in tensors]
+    if any(bool(tensors[name].tensor().any()) for name in absent):  # trained since, so they are there now
+        before = dataclasses.replace(before, bias=found.bias)
+    return before
+
+
+def _check(folder: Path, links: tuple[Link, ...], model: EncoderDecoder, tensors: Mapping[str, MappedTensor]) -> None:
+    """Every tensor is there, fits, and is known."""
+    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for link in links:
+        wanted |= link.shapes(ours.pop(link.ours) if link.ours else link.shape)
+    assert not ours, f"no link for {sorted(ours)}"
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise UserError(f"{folder} must hold the tensor {missing[0]}: it is missing ({len(missing)} altogether).")
+    for name, shape in wanted.items():
+        got = tensors[name].shape
+        if got != shape:
+            raise UserError(
+                f"{folder}: {name} must have the shape {list(shape)}, as config.json says: got {list(got)}."
+            )
+    unknown = [n for n in tensors if n not in wanted and not n.endswith("embed_positions.weights")]
+    if unknown:
+        raise UserError(f"{folder} must hold a {type(model).__name__}'s tensors only: {unknown[0]} is none of them.")

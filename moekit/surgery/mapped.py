@@ -1,0 +1,118 @@
+"""Tensors that stay in their files: mapped into memory when they are asked for, read by the page when they are used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moekit.errors import UserError
+
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MappedTensor:
+    """Where a tensor lies in a file.
+
+    Attributes:
+        path: the file.
+        offset: of its first element, in bytes.
+        shape: its shape.
+        stride: in elements.
+        dtype: of its elements.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __getitem__(self, index: int) -> MappedTensor:
+        """Entry `index` of the first dimension."""
+        if not -self.shape[0] <= index < self.shape[0]:
+            raise IndexError(f"index {index} is out of range for {self.shape[0]} entries.")
+        start = self.offset + (index % self.shape[0]) * self.stride[0] * self.dtype.itemsize
+        return dataclasses.replace(self, offset=start, shape=self.shape[1:], stride=self.stride[1:])
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    def tensor(self) -> Tensor:
+        """The tensor, mapped: no byte is read before it is used, and the map goes when the tensor does.
+
+        What is written into it stays in memory and never reaches the file.
+        """
+        if not self.numel:
+            return torch.empty(self.shape, dtype=self.dtype)
+        last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        size = (last + 1) * self.dtype.itemsize
+        raw: np.ndarray[Any, Any] = np.memmap(self.path, np.uint8, mode="c", offset=self.offset, shape=(size,))
+        if raw.ctypes.data % self.dtype.itemsize:
+            raw = np.array(raw)  # a file may begin with an odd number of bytes
+        return torch.from_numpy(raw).view(self.dtype).as_strided(self.shape, self.stride)
+
+
+def read_safetensors(path: Path | str) -> dict[str, MappedTensor]:
+    """The tensors of a safetensors file by name; nothing but its header is read.
+
+    Raises:
+        UserError: if there is no such file, it is cut off or broken, or has a type that moekit does not compute with.
+    """
+    path = Path(path)
+    try:
+        with safe_open(str(path), framework="pt"):  # checks that header and length fit
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} must be a whole safetensors file: {error}.") from None
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _TYPES:
+            raise UserError(f"{path}: {name} has the type {entry['dtype']}; known are {', '.join(_TYPES)}.")
+        shape = tuple(entry["shape"])
+        start = 8 + length + entry["data_offsets"][0]
+        found[name] = MappedTensor(path, start, shape, _contiguous(shape), _TYPES[entry["dtype"]])
+    return found
+
+
+def map_fake(path: Path | str, tensors: Mapping[str, Tensor]) -> dict[str, MappedTensor]:
+    """Places of tensors that ``torch.load`` gave under a `FakeTensorMode`, which notes where they lie in the file.
+
+    Args:
+        path: the checkpoint that was loaded.
+        tensors: by name.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        start = tensor.untyped_storage()._checkpoint_offset
+        if start is None:
+            raise ValueError(f"{name} was not loaded from a file under a FakeTensorMode.")
+        offset = int(start) + int(tensor.storage_offset()) * tensor.dtype.itemsize
+        found[name] = MappedTensor(Path(path), offset, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+    return found
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
