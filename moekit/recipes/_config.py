@@ -182,7 +182,7 @@ class StrategyConfig:
         zero_stage: what the others divide: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights.
         offload: kept in host memory: none, the optimizer, or all parameters.
         nonfinite_gradients: end the run, or skip the step, when the gradient norm is not a number.
-        sharded: whether checkpoints are folders that all processes write, or one file of whole weights.
+        asynchronous_save: whether training goes on while a checkpoint is written.
     """
 
     expert_parallel_size: int | Literal["auto"] | None = None
@@ -191,7 +191,7 @@ class StrategyConfig:
     zero_stage: Literal[0, 1, 2, 3] | None = None
     offload: Literal["none", "optimizer", "parameters"] | None = None
     nonfinite_gradients: Literal["raise", "skip"] | None = None
-    sharded: bool | None = None
+    asynchronous_save: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,13 @@ from moekit.recipes._config import EvaluateConfig
 from moekit.recipes._parts import Build, make_module, make_trainer, parameters, quiet, run_data
 from moekit.report import terminal_summary, write_report
 from moekit.training.callbacks.progress import TrainingProgress
-from moekit.training.checkpoint_io import load_checkpoint
+from moekit.training.checkpoint_state import LoadedState, load_rest, load_state
 from moekit.training.multitask import MultitaskModule
 from moekit.training.run_folder import RunFolder
 
 
-def load(build: Build, config: Any, folder: RunFolder) -> tuple[MultitaskModule, MultitaskData, dict[str, Any]]:
-    """The trained module of a run, its data, and the checkpoint it is from (the best, else the last).
+def load(build: Build, config: Any, folder: RunFolder) -> tuple[MultitaskModule, MultitaskData, LoadedState]:
+    """The trained module of a run, whole, its data, and the checkpoint it is from (the best, else the last).
 
     Raises:
         UserError: if nothing was trained there.
@@ -32,8 +32,8 @@ def load(build: Build, config: Any, folder: RunFolder) -> tuple[MultitaskModule,
         raise UserError(f"{folder.path} holds no checkpoint: train first (run or fit).")
     data = run_data(config)
     module, _ = make_module(build, config, data)
-    checkpoint = load_checkpoint(path)
-    module.load_state_dict(checkpoint["state_dict"])
+    checkpoint = load_state(path)
+    module.load_state_dict(checkpoint.weights)
     return module.eval(), data, checkpoint
 
 
@@ -58,7 +58,7 @@ def evaluate(build: Build, config: Any, folder: RunFolder, console: Console) -> 
         valid = trainer.validate(module, datamodule=data, verbose=False)[0]
         trainer.test(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
-        _write(config, folder, module, data, checkpoint, valid, time.monotonic() - started)
+        _write(config, folder, module, data, checkpoint.rest, valid, time.monotonic() - started)
         terminal_summary(folder.path, console)
 
 
@@ -72,7 +72,7 @@ def _write(
     seconds: float,
 ) -> None:
     """summary.json, routing.json, samples.json and report.html."""
-    last = load_checkpoint(folder.last_checkpoint, mmap=True) if folder.last_checkpoint else checkpoint
+    last = load_rest(folder.last_checkpoint) if folder.last_checkpoint else checkpoint
     used = last.get("callbacks", {})
     trained = used.get("Throughput", {})
     scores = module.scores or {}

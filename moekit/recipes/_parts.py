@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import nn
 
 from moekit.data.module import MultitaskData
+from moekit.errors import UserError
 from moekit.heads.base import Head
 from moekit.layer import AuxLosses
-from moekit.recipes._config import TrainConfig, active_tasks
+from moekit.recipes._config import StrategyConfig, TrainConfig, active_tasks
 from moekit.recipes._data import make_data
 from moekit.training.budget import Budget
 from moekit.training.checkpoint_io import AtomicCheckpointIO
 from moekit.training.multitask import MultitaskModule
 from moekit.training.optimizers import adamw
 from moekit.training.schedules import Constant, Cosine, InverseSquareRoot
+from moekit.training.strategy import ExpertParallelStrategy
 
 _ENDLESS = 100_000_000
 """Batches of a run that only minutes limit."""
@@ -50,8 +53,11 @@ Build = Callable[[Any, int], Built] | WithData
 
 def run_data(config: Any) -> MultitaskData:
     """The data module of a run; its one epoch is as long as the run may be, so that every stop is in its middle."""
-    steps = config.train.max_steps * config.train.accumulate or _ENDLESS
-    return make_data(config.data, config.tasks, config.evaluate, devices=config.train.devices, steps=steps)
+    train: TrainConfig = config.train
+    steps = train.max_steps * train.accumulate or _ENDLESS
+    # Tensor-parallel partners read the same batch.
+    readers = max(1, train.devices * train.num_nodes // (config.strategy.tensor_parallel_size or 1))
+    return make_data(config.data, config.tasks, config.evaluate, devices=readers, steps=steps)
 
 
 def make_module(build: Build, config: Any, data: MultitaskData) -> tuple[MultitaskModule, Budget]:
@@ -106,19 +112,36 @@ def make_schedule(
             return Constant(optimizer, train.warmup_steps)
 
 
+def make_strategy(settings: StrategyConfig) -> ExpertParallelStrategy | Literal["auto"]:
+    """The strategy of training; "auto" where nothing about it is set.
+
+    Raises:
+        UserError: values that do not go together.
+    """
+    given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+    if not given:
+        return "auto"
+    try:
+        return ExpertParallelStrategy(**given)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"strategy: {error}") from None
+
+
 def make_trainer(train: TrainConfig, **options: Any) -> L.Trainer:
     """A Trainer with the settings that training and evaluation share."""
+    plugins: list[Any] = [] if isinstance(options.get("strategy"), ExpertParallelStrategy) else [AtomicCheckpointIO()]
     with quiet():
         return L.Trainer(
             accelerator=train.accelerator,
             devices=train.devices,
+            num_nodes=train.num_nodes,
             precision=train.precision,
             accumulate_grad_batches=train.accumulate,
             gradient_clip_val=train.clip or None,
             log_every_n_steps=train.log_every,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            plugins=[AtomicCheckpointIO()],
+            plugins=plugins,  # a divided model is saved by its strategy
             use_distributed_sampler=False,
             **options,
         )

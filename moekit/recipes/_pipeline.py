@@ -19,7 +19,7 @@ from moekit.recipes._command import Command, Recipe, as_plain, from_plain
 from moekit.recipes._config import TrainConfig
 from moekit.recipes._evaluation import evaluate
 from moekit.recipes._generation import generate
-from moekit.recipes._parts import Build, make_module, make_trainer, parameters, quiet, run_data
+from moekit.recipes._parts import Build, make_module, make_strategy, make_trainer, parameters, quiet, run_data
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.callbacks.interrupt import Resumable
 from moekit.training.callbacks.limits import MaxMinutes
@@ -37,6 +37,8 @@ _MAY_DIFFER = (
     "train.checkpoint_minutes",
     "train.checkpoint_steps",
     "train.devices",
+    "train.num_nodes",
+    "strategy",
     "data.num_workers",
     "data.cache",
     "data.path",
@@ -123,6 +125,7 @@ class Pipeline:
         train: TrainConfig = config.train
         if not train.max_steps and not train.max_minutes:
             raise UserError("training needs an end: set train.max_steps or train.max_minutes (both are 0).")
+        strategy = make_strategy(config.strategy)
         path = self._folder(options)
         data = run_data(config)
         data.summary()  # reads and plans everything before the folder is made: bad data leaves nothing behind
@@ -159,6 +162,7 @@ class Pipeline:
         ]
         trainer = make_trainer(
             train,
+            strategy=strategy,
             logger=run_loggers(folder.path),
             enable_checkpointing=True,
             callbacks=callbacks,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moekit.errors import UserError
-from moekit.parallel.checkpoint import is_checkpoint
+from moekit.parallel.checkpoint import is_checkpoint, read_extra
 from moekit.parallel.checkpoint.index import read_index
 from moekit.parallel.checkpoint.reader import tensors_of
 from moekit.training.checkpoint_io import load_checkpoint
@@ -70,7 +70,26 @@ def _sharded(folder: Path) -> LoadedState:
     for name, tensor in tensors_of(folder, index, of_optimizer):
         _, _, parameter, slot = name.split("/")
         slots.setdefault(parameter, {})[slot] = tensor
-    return LoadedState(folder, weights, named_optimizer=slots or None)
+    return LoadedState(folder, weights, named_optimizer=slots or None, rest=_rest_of_sharded(folder))
+
+
+def load_rest(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """What a checkpoint of Lightning or of `ExpertParallelStrategy` holds beside weights and optimizer.
+
+    Raises:
+        UserError: no such checkpoint, or a broken one.
+    """
+    place = Path(path)
+    if is_checkpoint(place):
+        return _rest_of_sharded(place)
+    checkpoint = load_checkpoint(place, mmap=True)
+    return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+
+
+def _rest_of_sharded(folder: Path) -> Mapping[str, Any]:
+    extra = read_extra(folder)
+    found: Mapping[str, Any] = extra.get("checkpoint", {}) if isinstance(extra, Mapping) else {}
+    return found
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 import moekit
 from moekit.errors import UserError
 from moekit.training.atomic import write_error, write_json, write_text
-from moekit.training.checkpoint_io import load_checkpoint
+from moekit.training.checkpoint_state import load_rest
 
 CONFIG_KEY = "moekit_config"
 """Where a checkpoint keeps the resolved configuration of its run."""
@@ -125,13 +125,13 @@ class RunFolder:
     def last_checkpoint(self) -> Path | None:
         """The checkpoint to resume from, None before the first."""
         path = self.checkpoints / "last.ckpt"
-        return path if path.is_file() else None
+        return path if path.exists() else None  # a file, or the folder of a sharded one
 
     @property
     def best_checkpoint(self) -> Path | None:
         """The best checkpoint, else the last, None before the first."""
         path = self.checkpoints / "best.ckpt"
-        return path if path.is_file() else self.last_checkpoint
+        return path if path.exists() else self.last_checkpoint
 
     @property
     def finished(self) -> bool:
@@ -186,7 +186,7 @@ def check_checkpoint(path: str | Path, config: Mapping[str, Any], *, may_differ:
     Raises:
         UserError: it cannot be read, or its configuration is another: every differing key is listed.
     """
-    saved = load_checkpoint(path, mmap=True).get(CONFIG_KEY)
+    saved = load_rest(path).get(CONFIG_KEY)
     if saved is None:
         raise UserError(f"The checkpoint {path} must hold the configuration of its run: it has none.")
     _require_same(saved, config, may_differ, f"the checkpoint {path}")

@@ -7,7 +7,13 @@
 `export_safetensors`, `consolidate` and `import_safetensors` change between these and one file of weights.
 """
 
-from moekit.parallel.checkpoint.checkpointer import Checkpointer, is_checkpoint, remove_checkpoint, verify_checkpoint
+from moekit.parallel.checkpoint.checkpointer import (
+    Checkpointer,
+    is_checkpoint,
+    read_extra,
+    remove_checkpoint,
+    verify_checkpoint,
+)
 from moekit.parallel.checkpoint.single_file import consolidate, export_safetensors, import_safetensors
 
 __all__ = [
@@ -16,6 +22,7 @@ __all__ = [
     "export_safetensors",
     "import_safetensors",
     "is_checkpoint",
+    "read_extra",
     "remove_checkpoint",
     "verify_checkpoint",
 ]

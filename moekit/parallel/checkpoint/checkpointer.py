@@ -26,7 +26,7 @@ from moekit.errors import UserError
 from moekit.parallel.checkpoint import reader
 from moekit.parallel.checkpoint.disk import flush, hidden_folders, writing
 from moekit.parallel.checkpoint.index import INDEX, Index, read_index
-from moekit.parallel.checkpoint.reader import FolderReader, TensorLoadPlanner, read_plain
+from moekit.parallel.checkpoint.reader import FolderReader, TensorLoadPlanner, read_plain, tensors_of
 from moekit.parallel.checkpoint.state import (
     collect,
     extra_targets,
@@ -154,6 +154,19 @@ class Checkpointer:
         if self._group is None and _distributed():
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self.timeout))
         return self._group
+
+
+def read_extra(path: PathLike) -> Any:
+    """What was given as `extra` when the checkpoint was saved, without a model; nothing in it is executed.
+
+    Raises:
+        UserError: naming the file, if the checkpoint is missing, cut short or altered.
+    """
+    folder = Path(os.path.abspath(path))
+    index = read_index(folder)
+    content = _parse(read_plain(folder, index), folder)
+    names = {name: name for name in index.entries if name.startswith("extra/")}
+    return put_back(content["extra"], dict(tensors_of(folder, index, names)))
 
 
 def read_into(targets: dict[str, Tensor], folder: Path, index: Index) -> None:
