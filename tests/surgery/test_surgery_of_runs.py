@@ -353,6 +353,21 @@ def test_sharded_checkpoints_are_read(runs: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_run_of_a_strategy_becomes_one(runs: Path, tmp_path: Path) -> None:
+    """Sharded in, sharded out: what ``--strategy`` resumes from."""
+    subject = open_subject(runs / "one")
+    divided = change_run(subject, with_setting(subject.config, "strategy.expert_parallel_size", 1))
+    folder = write_run(divided, tmp_path / "divided")
+    last = folder.last_checkpoint
+    assert last is not None
+    assert last.is_dir()
+    again = open_subject(tmp_path / "divided")
+    assert equal(again.loaded.weights, weights(runs / "one"))
+    torch.testing.assert_close(slots(again), slots(subject), rtol=0, atol=0)
+    assert again.loaded.rest["global_step"] == 3
+    assert again.loaded.rest["loops"] == subject.loaded.rest["loops"]
+
+
 # -- the curve -----------------------------------------------------------------------------------------------------
 
 

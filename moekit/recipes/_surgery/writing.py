@@ -11,8 +11,9 @@ import lightning as L
 import torch
 
 from moekit.errors import UserError
+from moekit.parallel.checkpoint import Checkpointer
 from moekit.recipes._command import as_plain
-from moekit.recipes._parts import make_optimizer, make_schedule
+from moekit.recipes._parts import make_optimizer, make_schedule, make_strategy
 from moekit.recipes._surgery.operations import Result
 from moekit.recipes._surgery.subject import optimizer_names
 from moekit.surgery import by_number
@@ -24,6 +25,7 @@ from moekit.training.run_folder import CONFIG_KEY, SURGERY_FILE, RunFolder
 def write_run(result: Result, out: str | Path, *, restart: bool = False, overwrite: bool = False) -> RunFolder:
     """Write a run folder that `test`, `generate` and ``fit --resume`` take.
 
+    Its checkpoint is of the kind that the configuration's strategy resumes from: a file, or a folder of shards.
     Everything is written to a hidden folder beside `out`, which takes its name when it is whole.
 
     Args:
@@ -44,8 +46,12 @@ def write_run(result: Result, out: str | Path, *, restart: bool = False, overwri
     try:
         folder = RunFolder.create(temporary, settings)
         folder.write_json(SURGERY_FILE, result.record)
-        with replacing(folder.checkpoints / "last.ckpt") as file:
-            torch.save(checkpoint, file)
+        last = folder.checkpoints / "last.ckpt"
+        if make_strategy(result.config.strategy) == "auto":
+            with replacing(last) as file:
+                torch.save(checkpoint, file)
+        else:
+            _save_sharded(result, checkpoint, last)
         if overwrite and (place / "config.yaml").is_file():
             RunFolder(place).clear()
         if place.is_dir() and any(place.iterdir()):
@@ -95,3 +101,13 @@ def _checkpoint(result: Result, settings: dict[str, Any], *, restart: bool) -> d
     state = by_number(result.slots or {}, names, groups, former)
     weights = {name: tensor.clone() for name, tensor in result.weights.items()}
     return {**rest, "state_dict": weights, "optimizer_states": [state], CONFIG_KEY: settings}
+
+
+def _save_sharded(result: Result, checkpoint: dict[str, Any], path: Path) -> None:
+    """As `ExpertParallelStrategy` writes it, from one process; it is read in any layout."""
+    model = result.subject.model(result.config, device="cpu")
+    model.load_state_dict(checkpoint["state_dict"])
+    optimizer = make_optimizer(result.config.train, model)
+    optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+    rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+    Checkpointer().save(path, model, [optimizer], extra={"checkpoint": rest, "model_key": "state_dict"})
