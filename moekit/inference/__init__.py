@@ -11,12 +11,14 @@ from moekit.inference.interface import (
     SpecialTokens,
 )
 from moekit.inference.length_penalty import GNMTPenalty, LengthPenalty, MeanLogProb
+from moekit.inference.on_demand import ExpertsOnDemand, load_on_demand, open_on_demand
 from moekit.inference.sampling import Greedy, Sampling
 from moekit.inference.session import Session
 
 __all__ = [
     "BeamSearch",
     "CausalModel",
+    "ExpertsOnDemand",
     "GNMTPenalty",
     "Generation",
     "Greedy",
@@ -30,4 +32,6 @@ __all__ = [
     "SpecialTokens",
     "complete",
     "generate",
+    "load_on_demand",
+    "open_on_demand",
 ]
