@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moekit.layer import MoELayer
 from moekit.parallel.mesh import EXPERT, TENSOR
@@ -63,7 +64,8 @@ def read_annotations(model: nn.Module, plan: Plan) -> list[Annotation]:
         if not isinstance(axes, Mapping):
             continue
         for name, parameter in module.named_parameters():
-            if name not in axes or id(parameter) in found:
+            # What is a DTensor already was divided by somebody else.
+            if name not in axes or id(parameter) in found or isinstance(parameter, DTensor):
                 continue
             full = f"{path}.{name}" if path else name
             if len(axes[name]) != parameter.ndim:
@@ -132,6 +134,8 @@ def _check_banks(model: nn.Module, layout: Layout, found: list[Annotation]) -> N
     for bank in banks(found):
         path = f"{names[id(bank)]} ({type(bank).__name__})"
         for name, parameter in bank.named_parameters():
+            if isinstance(parameter, DTensor):
+                continue
             if id(parameter) not in named or parameter.ndim == 0:
                 raise ValueError(
                     f"every parameter of an expert bank must be named in its axes and have a dimension: got {name} of "

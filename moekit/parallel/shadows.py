@@ -45,6 +45,7 @@ class _Shadow:
         dimension: along which ranks hold different slices, or None.
         group: those ranks.
         seen: storage and version of the weights when a copy was last equal to them.
+        taken: the gradient that was copied last, and its version then.
     """
 
     parameter: nn.Parameter
@@ -52,6 +53,7 @@ class _Shadow:
     dimension: int | None
     group: dist.ProcessGroup | None
     seen: tuple[int, int] | None = None
+    taken: tuple[Tensor, int] | None = None
 
     def slice_of(self, whole: Tensor) -> Tensor:
         """This rank's view of a local tensor of the parameter's shape."""
@@ -62,6 +64,16 @@ class _Shadow:
         step = -(-length // size)
         start = min(self.group.rank() * step, length)
         return whole.narrow(self.dimension, start, min(step, length - start))
+
+
+class _ClearsBoth(Optimizer):
+    """An optimizer whose `zero_grad` clears its own tensors and the model's."""
+
+    _shadows: Shadows
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._shadows.clear_gradients()
 
 
 class Shadows:
@@ -85,14 +97,14 @@ class Shadows:
             group["params"] = [self._shadow(parameter) for parameter in group["params"]]
         optimizer.register_step_pre_hook(lambda *_: self.take_gradients())
         optimizer.register_step_post_hook(lambda *_: self.give_weights())
-        clear = optimizer.zero_grad
+        # A subclass, not an attribute: Lightning wraps optimizers in a class that it derives from theirs.
+        optimizer._shadows = self  # type: ignore[attr-defined]
+        optimizer.__class__ = type(type(optimizer).__name__, (_ClearsBoth, type(optimizer)), {})
 
-        def zero_grad(set_to_none: bool = True) -> None:
-            clear(set_to_none)
-            for shadow in self.shadows:
-                shadow.parameter.grad = None
-
-        optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+    def clear_gradients(self) -> None:
+        """Drop the model's gradients."""
+        for shadow in self.shadows:
+            shadow.parameter.grad = shadow.taken = None
 
     @torch.no_grad()
     def _shadow(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -135,9 +147,14 @@ class Shadows:
             self._refresh(shadow)
             whole = shadow.parameter.grad
             if whole is None:
-                shadow.tensor.grad = None
+                shadow.tensor.grad = shadow.taken = None
                 continue
             assert isinstance(whole, DTensor)
+            version = whole.to_local()._version
+            same = shadow.taken is not None and shadow.taken[0] is whole and shadow.taken[1] == version
+            if self.device is not None and same and shadow.tensor.grad is not None:
+                continue  # a copy that may have been clipped since
+            shadow.taken = (whole, version)
             local = shadow.slice_of(whole.to_local())
             if self.device is not None:
                 local = local.to(self.device)

@@ -70,7 +70,8 @@ def parallelize(model: nn.Module, meshes: Meshes, plan: Plan | None = None) -> S
     Call it on every rank with the same model, before making optimizers. Weights and buffers are taken from rank 0.
     Afterwards the model is called as before: ranks of one tensor-parallel group with the same batch, all others with
     their own; the loss is a mean over the rank's batch, and gradients are means over ranks. A model whose loss is no
-    mean over equally many tokens everywhere should use `moekit.parallel.global_mean`.
+    mean over equally many tokens everywhere should use `moekit.parallel.global_mean`. What is divided already (by
+    `fully_shard`, or as DTensors over tensor-parallel partners) stays as it is.
 
     Args:
         model: any module; `MoELayer`s in it send their rows to the ranks that hold their experts.
@@ -89,16 +90,15 @@ def parallelize(model: nn.Module, meshes: Meshes, plan: Plan | None = None) -> S
                 f"parallelize needs weights with memory: {name} is on the meta device. Call "
                 "moekit.transformer.materialize(model, device) first."
             )
-        if isinstance(parameter, DTensor):
-            raise ValueError(f"parallelize needs whole weights: {name} is divided already. Give it the plain model.")
+    theirs = [module for module in model.modules() if isinstance(module, FSDPModule)]
     units = _choose_units(model, plan, found)
     dimensions = _zero_dimensions(model, meshes, found)
     _take_from_rank_zero(model)
-    _connect(model, meshes, plan)
+    _connect(model, meshes, plan, found)
     views = _divide(model, meshes, found)
     _attach(meshes, found, views, units)
     _shard(model, meshes, found, units, dimensions)
-    result = ShardedModel(model, meshes, plan, tuple(found), tuple(units))  # type: ignore[arg-type]
+    result = ShardedModel(model, meshes, plan, tuple(found), (*theirs, *units))  # type: ignore[arg-type]
     model.__dict__[_HANDLE] = result
     return result
 
@@ -121,7 +121,7 @@ def _choose_units(model: nn.Module, plan: Plan, found: list[Annotation]) -> list
     chosen = {id(module) for module in [*sparse, *plan.wrap(model), *_of_other_precision(model)]}
     units = []
     for module in reversed(list(model.modules())):
-        if id(module) not in chosen or module is model:
+        if id(module) not in chosen or module is model or isinstance(module, FSDPModule):
             continue
         inside = {id(inner) for inner in module.modules()}
         shared = any(id(owner) not in inside for p in module.parameters() for owner in owners[id(p)])
@@ -148,19 +148,21 @@ def _of_other_precision(model: nn.Module) -> list[nn.Module]:
 @torch.no_grad()
 def _take_from_rank_zero(model: nn.Module) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
-        dist.broadcast(tensor.detach(), src=0)
+        if not isinstance(tensor, DTensor):
+            dist.broadcast(tensor.detach(), src=0)
 
 
-def _connect(model: nn.Module, meshes: Meshes, plan: Plan) -> None:
+def _connect(model: nn.Module, meshes: Meshes, plan: Plan, found: list[Annotation]) -> None:
     """Tell every sparse layer how to reach the ranks that hold its experts, and shuffles who has other tokens."""
     for module in model.modules():
         shuffle = getattr(module, "shuffle", None)
         if isinstance(shuffle, RankShuffle) and shuffle.group is None:
             shuffle.group = meshes.data["data_parallel"].get_group()
     if meshes.layout.expert_parallel_size > 1:
-        exchange = _exchange(meshes, plan)
+        exchange, spread = _exchange(meshes, plan), set(map(id, banks(found)))
         for _, layer in sparse_layers(model):
-            layer.connect(exchange)
+            if any(id(module) in spread for module in layer.experts.modules()):
+                layer.connect(exchange)
 
 
 def _exchange(meshes: Meshes, plan: Plan) -> Exchange:
@@ -201,12 +203,16 @@ def _divide(model: nn.Module, meshes: Meshes, found: list[Annotation]) -> list[L
         spread = distribute_tensor(note.parameter.detach(), mesh, placements, src_data_rank=None)
         for owner, name in _replace(places, note.parameter, spread):
             views.append(LocalView(owner, name, scale, gradient_scale, tuple(groups)))
-    for scalar in [p for p in model.parameters() if p.ndim == 0]:  # fully_shard takes none
+    for scalar in _scalars(model):  # fully_shard takes none
         mesh = meshes.data["data_parallel"]
         spread = distribute_tensor(scalar.detach(), mesh, [Replicate()], src_data_rank=None)
         for owner, name in _replace(places, scalar, spread):
             views.append(LocalView(owner, name, 1.0, 1.0 / meshes.data_size, (mesh.get_group(),)))
     return views
+
+
+def _scalars(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.ndim == 0 and not isinstance(p, DTensor)]
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -292,11 +298,17 @@ def _zero_dimensions(model: nn.Module, meshes: Meshes, found: list[Annotation]) 
     layout = meshes.layout
     sparse, noted = set(map(id, banks(found))), {id(n.parameter): n for n in found}
     dimensions = {}
+    divided = {id(p) for m in model.modules() if isinstance(m, FSDPModule) for p in m.parameters()}
     for name, parameter in model.named_parameters():
+        if id(parameter) in divided:
+            continue
         note = noted.get(id(parameter))
         expert = note is not None and id(note.module) in sparse
         size = (meshes.sparse[EXPERT_SHARD] if expert else meshes.dense[SHARD]).size()
         shape, taken = list(parameter.shape), set()
+        if isinstance(parameter, DTensor):
+            shape = list(parameter.to_local().shape)
+            taken = {place.dim for place in parameter.placements if isinstance(place, Shard)}
         for dimension, mesh in (note.divided if note is not None else {}).items():
             parts = layout.expert_parallel_size if mesh == EXPERT else layout.tensor_parallel_size
             shape[dimension] //= parts
@@ -322,7 +334,7 @@ def _shard(
     """Wrap every unit, inner ones first."""
     layout = meshes.layout
     sparse = set(map(id, banks(list(found))))
-    placed = {id(p): Shard(dimensions[name]) for name, p in model.named_parameters()}
+    placed = {id(p): Shard(dimensions[name]) for name, p in model.named_parameters() if name in dimensions}
     scalars = {p for p in model.parameters() if p.ndim == 0}
     policy = (
         CPUOffloadPolicy(pin_memory=meshes.dense.device_type == "cuda")

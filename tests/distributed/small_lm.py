@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ import moekit as mk
 from moekit.experts import GroupedMLP
 from moekit.parallel import global_mean
 from moekit.routers import Balance, TopKRouter
+from moekit.routing import Router, Routing, RoutingContext
 from moekit.testing import JoinedProcesses, seeded
 from moekit.transformer import GLU, MLP, DecoderOnly
 
@@ -25,21 +26,62 @@ VOCABULARY, DIM, HEADS, HIDDEN, EXPERTS, LENGTH, GLOBAL_BATCH, STEPS = 16, 8, 4,
 CLIP = 0.5
 
 
-def feed_forward(layer: int, side: Any) -> nn.Module:
-    """A dense layer with biases, a sparse one with biases, a gated one."""
-    if layer == 0:
-        return MLP(DIM, HIDDEN, bias=True, activation="silu")
-    if layer == 2:
-        return GLU(DIM, HIDDEN)
-    router = TopKRouter(DIM, EXPERTS, 2, balance=Balance(count="all", scope="global"), init_scale=1.0)
-    return mk.MoELayer(router, GroupedMLP(EXPERTS, DIM, HIDDEN, bias=True, activation="silu", init_scale=1.0))
+def top_two() -> Router:
+    """Two choices, and a balance loss over all processes."""
+    return TopKRouter(DIM, EXPERTS, 2, balance=Balance(count="all", scope="global"), init_scale=1.0)
+
+
+class AllToOne(Router):
+    """Sends every token to the expert before the last, with a learned weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = EXPERTS
+        self.weight = nn.Parameter(torch.randn(DIM))
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        place = torch.arange(x.shape[0])
+        return Routing(
+            token=place,
+            expert=torch.full_like(place, EXPERTS - 2),
+            weight=(x.float() @ self.weight).sigmoid(),
+            position=place,
+            kept=torch.ones_like(place, dtype=torch.bool),
+            num_tokens=x.shape[0],
+            num_experts=EXPERTS,
+        )
 
 
 class SmallLM(L.LightningModule):
-    """Three blocks, the second sparse; a tied table; a scalar; losses of the router."""
+    """Three blocks: dense with biases, sparse with biases, gated; a tied table; a scalar; losses of the router.
 
-    def __init__(self, optimizer: str = "adamw", *, checkpoint: bool = False, by_tokens: bool = False) -> None:
+    Args:
+        optimizer: "adamw" or "sgd".
+        aux: weights of the router's losses.
+        by_tokens: whether the loss is a mean over the tokens of all ranks, not over each rank's.
+        checkpoint: whether blocks are computed again in backward.
+        router: makes the router.
+    """
+
+    def __init__(
+        self,
+        optimizer: str = "adamw",
+        *,
+        aux: dict[str, float] | None = None,
+        by_tokens: bool = False,
+        checkpoint: bool = False,
+        router: Callable[[], Router] = top_two,
+    ) -> None:
         super().__init__()
+
+        def feed_forward(layer: int, side: Any) -> nn.Module:
+            if layer == 0:
+                return MLP(DIM, HIDDEN, bias=True, activation="silu")
+            if layer == 2:
+                return GLU(DIM, HIDDEN)
+            bank = GroupedMLP(EXPERTS, DIM, HIDDEN, bias=True, activation="silu", init_scale=1.0)
+            return mk.MoELayer(router(), bank)
+
         with seeded(7):
             self.model = DecoderOnly(
                 VOCABULARY, DIM, HEADS, 3, HIDDEN, feed_forward=feed_forward, checkpoint=checkpoint
@@ -50,7 +92,7 @@ class SmallLM(L.LightningModule):
                         parameter.normal_(std=0.3)
         self.temperature = nn.Parameter(torch.tensor(0.9))
         self.optimizer, self.by_tokens = optimizer, by_tokens
-        self.aux = mk.AuxLosses(load_balance=0.1, router_z=0.01)
+        self.aux = mk.AuxLosses(**({"load_balance": 0.1, "router_z": 0.01} if aux is None else aux))
         self.losses: list[Tensor] = []
 
     def loss(self, ids: Tensor) -> Tensor:
@@ -62,7 +104,7 @@ class SmallLM(L.LightningModule):
         nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
         total = (nll * real).sum()
         mean = global_mean(total, real.sum()) if self.by_tokens else total / real.sum().clamp_min(1)
-        return mean + (0.0 if self.by_tokens else self.aux(*out.routings)[0])
+        return mean + self.aux(*out.routings)[0]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
@@ -124,17 +166,21 @@ class Watch(L.Callback):
 
 def trainer_for(strategy: Any, **options: Any) -> L.Trainer:
     """A Trainer over the processes of `run_distributed` that writes nothing."""
-    options = {"gradient_clip_val": CLIP, "max_epochs": 1, **options}
+    defaults: dict[str, Any] = {
+        "gradient_clip_val": CLIP,
+        "max_epochs": 1,
+        "limit_val_batches": 0,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return L.Trainer(
         accelerator="cpu",
         devices=dist.get_world_size(),
         strategy=strategy,
         plugins=[JoinedProcesses()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
+        **{**defaults, **options},
     )
 
 
@@ -155,13 +201,14 @@ class Sentences(L.LightningDataModule):
         return self.train_dataloader()
 
 
-def fit(module: SmallLM, strategy: Any, data: Tensor, *, micro: int = 1, **options: Any) -> dict[str, Any]:
+def fit(module: SmallLM, strategy: Any, data: Any, *, micro: int = 1, **options: Any) -> dict[str, Any]:
     """Train under the strategy; losses are means over all ranks and micro-batches."""
+    data = Sentences(data, micro=micro) if isinstance(data, Tensor) else data
     watch = Watch()
     trainer = trainer_for(
         strategy, callbacks=[watch, *options.pop("callbacks", [])], accumulate_grad_batches=micro, **options
     )
-    trainer.fit(module, datamodule=Sentences(data, micro=micro))
+    trainer.fit(module, datamodule=data)
     losses = torch.stack(module.losses)
     dist.all_reduce(losses)
     losses = (losses / dist.get_world_size()).view(-1, micro).mean(1)

@@ -70,7 +70,7 @@ def train(cases: list[Case], expected: dict[str, Any]) -> list[dict[str, float]]
             offload=offload,  # type: ignore[arg-type]
         )
         with quiet():
-            result = fit(SmallLM(optimizer), strategy, sentences(), limit_val_batches=0)
+            result = fit(SmallLM(optimizer), strategy, sentences())
         found.append(differences(result, expected[optimizer]))
         assert strategy.meshes.layout.devices == dist.get_world_size()
     return found

@@ -1,0 +1,440 @@
+"""What the grid does not vary: accumulation, recomputation, odd batches, precision, failures, callbacks, checkpoints.
+
+All cases run in one pair of processes; each has its own test.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from small_lm import (
+    CLIP,
+    GLOBAL_BATCH,
+    LENGTH,
+    VOCABULARY,
+    AllToOne,
+    Sentences,
+    SmallLM,
+    differences,
+    fit,
+    one_process,
+    quiet,
+    sentences,
+    trainer_for,
+    whole_weights,
+)
+from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+from moekit import ExpertParallelStrategy
+from moekit.parallel import Plan, layers_of, no_layers
+from moekit.testing import run_distributed
+from moekit.transformer import Block
+
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    {"expert_parallel_size": 2, "zero_stage": 3},
+    {"expert_parallel_size": 2, "zero_stage": 0},
+    {"expert_parallel_size": 1, "tensor_parallel_size": 2, "zero_stage": 1},
+)
+
+
+STEPS = 3
+DATA = sentences(STEPS)
+REPEATED = sentences(1).repeat(5, 1)  # a plain DataLoader begins anew when training is resumed
+
+
+def close(got: dict[str, Any], expected: dict[str, Any], tolerance: float = 2e-6) -> None:
+    found = differences(got, expected)
+    assert max(found.values()) < tolerance, found
+
+
+def padded(data: Tensor) -> Tensor:
+    """Sentences of unequal lengths, padding behind."""
+    length = torch.randint(2, LENGTH + 2, (len(data),), generator=torch.Generator().manual_seed(1))
+    return data.masked_fill(torch.arange(LENGTH + 1) >= length[:, None], 0)
+
+
+class Rows(L.LightningDataModule):
+    """Given rows of every global batch to every rank."""
+
+    def __init__(self, data: Tensor, rows: list[list[int]]) -> None:
+        super().__init__()
+        self.data, self.rows = data, rows
+
+    def train_dataloader(self) -> Any:
+        mine = self.rows[self.trainer.strategy.distributed_sampler_kwargs["rank"]]
+        batches = [batch[mine] for batch in self.data.split(GLOBAL_BATCH)]
+        return torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+def accumulation() -> None:
+    """Micro-batches of one sentence a rank are one batch (without the balance loss, which is not a mean)."""
+    z_loss = {"router_z": 0.01}
+    expected = one_process(SmallLM(aux=z_loss), DATA)
+    for layout in (*LAYOUTS, {"expert_parallel_size": 1, "replicas": 2, "zero_stage": 3}):
+        strategy = ExpertParallelStrategy(**layout)
+        micro = 4 * strategy.tensor_parallel_size
+        close(fit(SmallLM(aux=z_loss), strategy, DATA, micro=micro), expected)
+
+
+class CountReductions(L.Callback):
+    """How many gradients were brought together in each batch."""
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.found.append(0)
+        self.original = _fsdp_param_group.foreach_reduce
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.found[-1] += 1
+            return self.original(*args, **kwargs)
+
+        _fsdp_param_group.foreach_reduce = counted  # type: ignore[assignment]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        _fsdp_param_group.foreach_reduce = self.original
+
+
+def accumulation_is_silent() -> None:
+    """Stages 0 to 2 reduce no gradient in a micro-batch that is not the last; stage 3 keeps gradients divided."""
+    for stage, silent in ((2, True), (3, False)):
+        count = CountReductions()
+        strategy = ExpertParallelStrategy(1, zero_stage=stage)  # type: ignore[arg-type]
+        fit(SmallLM("sgd"), strategy, DATA, micro=4, callbacks=[count])
+        assert len(count.found) == 4 * STEPS
+        for step in range(STEPS):
+            *early, last = count.found[4 * step : 4 * step + 4]
+            assert last > 0, count.found
+            assert all((number == 0) == silent for number in early), count.found
+
+
+def recomputation() -> None:
+    """Activation checkpointing changes nothing, whatever gathers its weights together."""
+    expected = one_process(SmallLM("sgd"), DATA)
+    for layout in LAYOUTS:
+        for wrap in (no_layers, layers_of(Block)):
+            strategy = ExpertParallelStrategy(**layout, plan=Plan(wrap=wrap))
+            close(fit(SmallLM("sgd", checkpoint=True), strategy, DATA), expected)
+
+
+def a_rank_without_tokens() -> None:
+    """Rank 1 has nothing but padding, in a batch of the same shape and in an empty one."""
+    data = padded(DATA.clone())
+    data[1::2] = 0
+    options: dict[str, Any] = {"aux": {"load_balance": 0.1}, "by_tokens": True}
+    expected = one_process(SmallLM("sgd", **options), data)
+    for layout in LAYOUTS[:2]:
+        close(fit(SmallLM("sgd", **options), ExpertParallelStrategy(**layout), data), expected)
+        rows = Rows(data, [[0, 2, 4, 6], []])
+        got = fit(SmallLM("sgd", **options), ExpertParallelStrategy(**layout), rows, use_distributed_sampler=False)
+        close(got, expected)
+
+
+def an_expert_with_all_tokens() -> None:
+    options: dict[str, Any] = {"aux": {}, "router": AllToOne}
+    expected = one_process(SmallLM("sgd", **options), DATA)
+    for layout in LAYOUTS:
+        close(fit(SmallLM("sgd", **options), ExpertParallelStrategy(**layout), DATA), expected)
+
+
+def uneven_batches() -> None:
+    """Three sentences here, five there, of unequal lengths."""
+    data = padded(DATA.clone())
+    options: dict[str, Any] = {"aux": {"load_balance": 0.1}, "by_tokens": True}
+    expected = one_process(SmallLM(**options), data)
+    for layout in LAYOUTS[:2]:
+        rows = Rows(data, [[0, 1, 2], [3, 4, 5, 6, 7]])
+        got = fit(SmallLM(**options), ExpertParallelStrategy(**layout), rows, use_distributed_sampler=False)
+        close(got, expected)
+
+
+def two_levels() -> None:
+    """The two-level all-to-all needs a group of more than one node: see test_exchange for four ranks."""
+    expected = one_process(SmallLM("sgd"), DATA)
+    strategy = ExpertParallelStrategy(2, plan=Plan(node_size=2))
+    close(fit(SmallLM("sgd"), strategy, DATA), expected)
+
+
+def bf16_mixed() -> None:
+    """Autocast: weights, norms and router stay float32, results are near those of one process under autocast."""
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = one_process(SmallLM("sgd"), DATA)
+    for layout in LAYOUTS:
+        module = SmallLM("sgd")
+        got = fit(module, ExpertParallelStrategy(**layout), DATA, precision="bf16-mixed")
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+        found = differences(got, expected)
+        assert found["loss"] < 1e-2, found
+        assert found["weight"] < 2e-2, found
+
+
+def bf16_true() -> None:
+    """All weights are bfloat16 but the routers', which keep what bfloat16 would round away."""
+    expected = one_process(SmallLM("sgd"), DATA)
+    for layout in LAYOUTS:
+        module = SmallLM("sgd")
+        got = fit(module, ExpertParallelStrategy(**layout), DATA, precision="bf16-true")
+        types = {name: p.dtype for name, p in module.named_parameters()}
+        routers = {name for name in types if ".router." in name}
+        assert routers
+        assert all((types[name] == torch.float32) == (name in routers) for name in types), types
+        router = got["weights"][routers.pop()]
+        assert not torch.equal(router, router.bfloat16().float())
+        assert max(abs(a - b) / b for a, b in zip(got["losses"], expected["losses"], strict=True)) < 3e-2
+
+
+class NaNOnce(SmallLM):
+    """In its second step, on rank 1 alone, the loss is not a number."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * math.nan if batch_idx == 1 and dist.get_rank() == 1 else loss
+
+
+def a_gradient_that_is_not_finite() -> None:
+    """All ranks raise, or all skip, though one alone has it."""
+    for layout in LAYOUTS[:2]:
+        with pytest.raises(FloatingPointError, match="nan in step 1, on all ranks"):
+            fit(NaNOnce("sgd"), ExpertParallelStrategy(**layout), DATA)
+        strategy = ExpertParallelStrategy(**layout, nonfinite_gradients="skip")
+        module = NaNOnce("sgd")
+        got = fit(module, strategy, DATA)
+        assert strategy.skipped_steps == 1
+        data = torch.cat([DATA[:GLOBAL_BATCH], DATA[2 * GLOBAL_BATCH :]])
+        expected = one_process(SmallLM("sgd"), data)
+        kept = {
+            "losses": [v for n, v in enumerate(got["losses"]) if n != 1],
+            "norms": [v for n, v in enumerate(got["norms"]) if n != 1],
+            "weights": got["weights"],
+        }
+        close(kept, expected)
+
+
+def clipping_by_value() -> None:
+    module, data = SmallLM("sgd"), DATA
+    optimizer = module.configure_optimizers()
+    for ids in data.split(GLOBAL_BATCH):
+        optimizer.zero_grad()
+        module.loss(ids).backward()
+        nn.utils.clip_grad_value_(module.parameters(), 0.02)
+        optimizer.step()
+    for layout in LAYOUTS:
+        other = SmallLM("sgd")
+        fit(other, ExpertParallelStrategy(**layout), data, gradient_clip_val=0.02, gradient_clip_algorithm="value")
+        for name, value in whole_weights(other).items():
+            torch.testing.assert_close(value, module.get_parameter(name), rtol=1e-5, atol=1e-6)
+
+
+def weight_averaging() -> None:
+    """Lightning's EMA callback, on divided weights, with validation between."""
+    data, decay = DATA, 0.6
+    module = SmallLM("sgd")
+    optimizer = module.configure_optimizers()
+    average = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for number, ids in enumerate(data.split(GLOBAL_BATCH)):
+        optimizer.zero_grad()
+        module.loss(ids).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+        optimizer.step()
+        for name, p in module.named_parameters():
+            average[name] = p.detach().clone() if number == 0 else decay * average[name] + (1 - decay) * p.detach()
+    for layout in LAYOUTS:
+        other = SmallLM("sgd")
+        fit(other, ExpertParallelStrategy(**layout), data, callbacks=[EMAWeightAveraging(decay=decay)])
+        for name, value in whole_weights(other).items():
+            torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-6)
+
+
+class Room:
+    """Where cases write."""
+
+    path = Path()
+    taken = 0
+
+
+def folder() -> Path:
+    """A new one, the same on both ranks."""
+    Room.taken += 1
+    return Room.path / str(Room.taken)
+
+
+def resuming() -> None:
+    """Three steps, a checkpoint by Lightning's callback, two more steps: as if there had been no break."""
+    data = REPEATED
+    layouts = (*LAYOUTS, {"expert_parallel_size": 1, "zero_stage": 2, "offload": "optimizer"})
+    expected = one_process(SmallLM(), data)
+    for first, second, asynchronous in zip(layouts, (*layouts[1:], layouts[0]), (False, True) * 2, strict=True):
+        place = folder()
+        saver = ModelCheckpoint(place, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        strategy = ExpertParallelStrategy(**first, asynchronous_save=asynchronous)
+        trainer_for(
+            strategy, callbacks=[saver, LearningRateMonitor()], max_steps=3, enable_checkpointing=True, logger=True,
+            default_root_dir=place,
+        ).fit(SmallLM(), datamodule=Sentences(data))  # fmt: skip
+        dist.barrier()
+        assert sorted(p.name for p in place.glob("step=*")) == ["step=1.ckpt", "step=2.ckpt", "step=3.ckpt"]
+        resumed = SmallLM()
+        trainer = trainer_for(ExpertParallelStrategy(**second), max_steps=5)
+        trainer.fit(resumed, datamodule=Sentences(data), ckpt_path=place / "step=3.ckpt")
+        assert trainer.global_step == 5
+        for name, value in whole_weights(resumed).items():
+            torch.testing.assert_close(value, expected["weights"][name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def averages_in_checkpoints() -> None:
+    """A checkpoint of averaged weights holds both; resuming goes on with both."""
+    data, place = REPEATED, folder()
+
+    def train(layout: dict[str, Any], steps: int, saver: Any = None, path: Any = None) -> Any:
+        module = SmallLM("sgd")
+        callbacks = [EMAWeightAveraging(decay=0.6), *([saver] if saver else [])]
+        trainer = trainer_for(
+            ExpertParallelStrategy(**layout), callbacks=callbacks, max_steps=steps, enable_checkpointing=bool(saver)
+        )
+        trainer.fit(module, datamodule=Sentences(data), ckpt_path=path)
+        return whole_weights(module)
+
+    expected = train(LAYOUTS[0], 5)
+    train(LAYOUTS[0], 3, ModelCheckpoint(place, filename="{step}", every_n_train_steps=3))
+    for name, value in train(LAYOUTS[1], 5, path=place / "step=3.ckpt").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+class Manual(SmallLM):
+    """Steps by hand."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.loss(batch)
+        self.losses.append(loss.detach())
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, gradient_clip_val=CLIP, gradient_clip_algorithm="norm")
+        optimizer.step()
+
+
+def manual_optimization() -> None:
+    expected = one_process(SmallLM(), DATA)
+    for layout in LAYOUTS:
+        module = Manual()
+        fit(module, ExpertParallelStrategy(**layout), DATA, gradient_clip_val=None)
+        for name, value in whole_weights(module).items():
+            torch.testing.assert_close(value, expected["weights"][name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+class Answers(SmallLM):
+    """Also tests and predicts, and calls itself."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model.logits(self.model.decode(ids).hidden)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 0.0 * self(batch).sum()
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("test", self.loss(batch), sync_dist=True)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self(batch)
+
+
+def other_loops() -> None:
+    """Fit with a forward inside the step, then test, predict and fit on, all with one module.
+
+    Without the balance loss, which in evaluation is each rank's own.
+    """
+    data, z_loss = DATA, {"router_z": 0.01}
+    expected = one_process(SmallLM("sgd", aux=z_loss), data)
+    plain = SmallLM("sgd", aux=z_loss)
+    plain.load_state_dict(expected["weights"])
+    for layout in LAYOUTS:
+        module = Answers("sgd", aux=z_loss)
+        close(fit(module, ExpertParallelStrategy(**layout), data), expected)
+        trainer = trainer_for(ExpertParallelStrategy(**layout))
+        loader = torch.utils.data.DataLoader(data[:GLOBAL_BATCH], batch_size=4)  # type: ignore[arg-type]
+        found = trainer.test(module, loader, verbose=False)[0]["test"]
+        assert found == pytest.approx(float(plain.loss(data[:GLOBAL_BATCH]).detach()), rel=1e-5)
+        trainer = trainer_for(ExpertParallelStrategy(**layout), use_distributed_sampler=False)
+        answers = trainer.predict(module, loader)
+        assert answers is not None
+        torch.testing.assert_close(
+            torch.cat(answers), Answers.forward(plain, data[:GLOBAL_BATCH]), rtol=1e-4, atol=1e-5
+        )  # type: ignore[arg-type]
+        assert answers[0].shape[-1] == VOCABULARY
+        fit(module, ExpertParallelStrategy(**layout), data)
+
+
+def sharding_in_configure_model() -> None:
+    """A module may divide a part of itself over the mesh it is given."""
+    from torch.distributed.fsdp import fully_shard
+
+    class Own(SmallLM):
+        def configure_model(self) -> None:
+            assert self.device_mesh is not None
+            block = self.model.decoder.blocks[0]
+            if not hasattr(block, "unshard"):
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+
+    close(fit(Own(), ExpertParallelStrategy(2), DATA), one_process(SmallLM(), DATA))
+
+
+CASES: dict[str, Callable[[], None]] = {
+    case.__name__: case
+    for case in (
+        accumulation,
+        accumulation_is_silent,
+        recomputation,
+        a_rank_without_tokens,
+        an_expert_with_all_tokens,
+        uneven_batches,
+        two_levels,
+        bf16_mixed,
+        bf16_true,
+        a_gradient_that_is_not_finite,
+        clipping_by_value,
+        weight_averaging,
+        resuming,
+        averages_in_checkpoints,
+        manual_optimization,
+        other_loops,
+        sharding_in_configure_model,
+    )
+}
+
+
+def run_cases(names: list[str], room: str) -> dict[str, str]:
+    """What went wrong, by case."""
+    found, Room.path = {}, Path(room)
+    for name in names:
+        try:
+            with quiet():
+                CASES[name]()
+        except BaseException:
+            found[name] = traceback.format_exc()
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Runs the cases that are wanted, all in one pair of processes."""
+    wanted = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]  # type: ignore[attr-defined]
+    return run_distributed(run_cases, 2, wanted, str(tmp_path_factory.mktemp("room")), timeout=400.0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(name: str, outcome: list[dict[str, str]]) -> None:
+    for rank, found in enumerate(outcome):
+        assert name not in found, f"on rank {rank}:\n{found[name]}"
