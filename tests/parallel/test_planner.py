@@ -216,7 +216,6 @@ def test_bytes_by_stage(stage: int, expert: int, tensor: int, replicas: int) -> 
     assert memory.weights == 4 * (divided if stage >= 2 else whole)
     assert memory.gradients == 4 * (divided if stage >= 2 else whole)
     assert memory.optimizer == 8 * (divided if stage >= 1 else whole)
-    assert (memory.working > 0) == (stage >= 2 and (layout.shard_size > 1 or layout.expert_shard_size > 1))
     assert memory.host == 0
 
 

@@ -34,7 +34,8 @@ def test_the_claims_of_the_text() -> None:
 
     assert 3.5e3 <= column("E + Z-Off + M", 1) < 3.6e3
     assert 12 <= column("E + Z-Off + M", 5) < 13
-    assert 3.5 <= column("E + Z-Off + M", 1) / column("E + D + M", 1) < 4.5
+    assert 3.8 <= column("E + Z-Off + M", 1) / column("E + D + M", 1) < 4.2
+    assert 3.0 <= column("E + Z-Off + M", 1) / column("E + Z + M", 1) < 3.5
     gathered = next(line for line in text.splitlines() if line.startswith("| sent: all-gather")).split("|")
     with_experts, alone = (float(cell.split()[0]) for cell in gathered[4:6])
     assert 16.5 < alone / with_experts < 17.5

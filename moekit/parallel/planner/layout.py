@@ -95,7 +95,8 @@ class Precision:
     Attributes:
         name: shown in tables.
         weight: of a weight between steps.
-        compute: of a weight and an activation in a product.
+        compute: of an activation in a product.
+        converted: of the copy of a weight that products use, kept from forward to backward; 0 = they use the weight.
         stream: of the residual stream, which norms read.
         gradient: of a gradient.
         master: of the optimizer's own copy of a weight, 0 where the weight itself is that copy.
@@ -105,6 +106,7 @@ class Precision:
     name: str
     weight: int
     compute: int
+    converted: int
     stream: int
     gradient: int
     master: int
@@ -112,13 +114,19 @@ class Precision:
 
 
 PRECISIONS: dict[str, Precision] = {
-    "32-true": Precision(name="32-true", weight=4, compute=4, stream=4, gradient=4, master=0, state=4),
-    "bf16-mixed": Precision(name="bf16-mixed", weight=4, compute=2, stream=4, gradient=4, master=0, state=4),
-    "bf16-true": Precision(name="bf16-true", weight=2, compute=2, stream=2, gradient=2, master=0, state=2),
+    made.name: made
+    for made in (
+        Precision(name="32-true", weight=4, compute=4, converted=0, stream=4, gradient=4, master=0, state=4),
+        # Autocast converts weights after they were gathered, and autograd keeps what it made.
+        Precision(name="bf16-mixed", weight=4, compute=2, converted=2, stream=4, gradient=4, master=0, state=4),
+        Precision(name="bf16-true", weight=2, compute=2, converted=0, stream=2, gradient=2, master=0, state=2),
+    )
 }
 """Lightning's precisions, as the Strategy runs them: the weights that an optimizer sees are what is stored."""
 
-DEEPSPEED_FP16 = Precision(name="fp16 with master", weight=2, compute=2, stream=2, gradient=2, master=4, state=4)
+DEEPSPEED_FP16 = Precision(
+    name="fp16 with master", weight=2, compute=2, converted=0, stream=2, gradient=2, master=4, state=4
+)
 """What DeepSpeed holds: half-precision weights and gradients, and float32 weights beside the optimizer's statistics.
 
 Source: arXiv:1910.02054 section 3.1 (2 + 2 + 12 bytes a parameter with Adam).

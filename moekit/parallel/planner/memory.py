@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from moekit.parallel.planner.census import Census, Unit, Weight
-from moekit.parallel.planner.layout import Layout, Optimizer, Precision, Training
+from moekit.parallel.planner.layout import Layout, Optimizer, Training
 from moekit.parallel.zero import zero_dimension
 
 TENSOR_AXES = frozenset({"heads", "mlp", "vocab"})
@@ -26,7 +26,7 @@ class Memory:
         weights: as stored between steps.
         gradients: as stored between backward and step.
         optimizer: the optimizer's statistics and, where there is one, its copy of the weights.
-        working: whole or lower-precision weights and gradients that exist for a moment: what ZeRO gathers.
+        working: copies of weights, and whole gradients, that exist in a step only: what is gathered and converted.
         activations: kept for backward, with the largest block's second computation under checkpointing.
         host: what is offloaded, and the copies of weights that an offloaded optimizer works on.
     """
@@ -105,7 +105,7 @@ def memory_of(census: Census, layout: Layout, training: Training) -> Memory:
     weights = float(numbers.weight * (sharded if stage >= 2 else whole))
     gradients = float(numbers.gradient * (sharded if stage >= 2 else whole))
     optimizer = float(numbers.state * statistics + numbers.master * owned)
-    working = _working(census, layout, numbers)
+    working = _working(census, layout, training)
     activations = _activations(census, layout, training)
     host = 0.0
     if layout.offload != "none":
@@ -124,19 +124,31 @@ def memory_of(census: Census, layout: Layout, training: Training) -> Memory:
     )
 
 
-def _working(census: Census, layout: Layout, numbers: Precision) -> float:
-    """Bytes of weights as products need them, and of one unit's gradients before they are divided.
+def _working(census: Census, layout: Layout, training: Training) -> float:
+    """Bytes of weights and gradients that exist in a step only.
 
-    Stages 0 and 1 need none unless products are in another precision. Stage 2 keeps all of them from forward to
-    backward, stage 3 those of a unit and of the next one, which is fetched meanwhile.
+    `fully_shard` computes with copies of the stored weights, divided or not. Stage 2 keeps all of them from forward to
+    backward; the others those of a block and of the next one, which is fetched meanwhile, and what belongs to no block.
+    Gradients of a block, or of what belongs to none, are whole before they are divided.
     """
-    sizes = [(u.count, sum(math.prod(local_shape(w, layout)) for w in u.weights)) for u in census.units]
-    everything, largest = sum(count * size for count, size in sizes), max((size for _, size in sizes), default=0)
-    divided = layout.shard_size > 1 or layout.expert_shard_size > 1 or layout.offload == "parameters"
-    if layout.zero_stage < 2 or not divided:
-        return float(numbers.compute * everything) if numbers.compute != numbers.weight else 0.0
-    held = everything if layout.zero_stage == 2 else min(2 * largest, everything)
-    return float(numbers.compute * held + numbers.compute * largest)
+    numbers = training.numbers
+    largest = others = dense = bank = 0
+    for unit in census.units:
+        sizes = {True: 0, False: 0}
+        for weight in unit.weights:
+            sizes[weight.is_expert] += math.prod(local_shape(weight, layout))
+        if unit.kind == "block":
+            largest = max(largest, sum(sizes.values()))
+        else:
+            others += unit.count * sum(sizes.values())
+        dense += unit.count * sizes[False]
+        bank = max(bank, sizes[True])
+    everything = sum(u.count * math.prod(local_shape(w, layout)) for u in census.units for w in u.weights)
+    held = everything if layout.zero_stage == 2 else min(others + 2 * largest, everything)
+    whole_gradients = max(largest, others) if layout.zero_stage >= 2 else 0
+    # Autocast remembers what it made of the model's own parameters; slices of a bank are made anew.
+    converted = dense + bank if training.checkpointing else everything
+    return float(numbers.weight * held + numbers.gradient * whole_gradients + numbers.converted * converted)
 
 
 def _activations(census: Census, layout: Layout, training: Training) -> float:

@@ -45,8 +45,8 @@ def traffic_of(census: Census, layout: Layout, training: Training) -> Traffic:
     away = 1 - 1 / layout.expert_parallel_size
     beyond = 1 - 1 / layout.tensor_parallel_size
     for unit in census.units:
-        # Out and back.
-        exchange += unit.count * 2 * passes * micro * unit.cost.sent * numbers.compute * away
+        # Out as the residual stream is, back as the experts give it.
+        exchange += unit.count * passes * micro * unit.cost.sent * (numbers.stream + numbers.compute) * away
         summed = unit.cost.summed_forward * (passes - 1) + unit.cost.summed_backward
         reduce += unit.count * 2 * beyond * micro * summed * numbers.compute
         gather += unit.count * beyond * micro * unit.logits * numbers.compute
@@ -57,7 +57,7 @@ def traffic_of(census: Census, layout: Layout, training: Training) -> Traffic:
             rest = 1 - 1 / sharers
             if stage >= 2:
                 times = micro * (2 if stage == 3 else 1)
-                gather += times * full * numbers.compute * rest
+                gather += times * full * numbers.weight * rest
                 scatter += full * numbers.gradient * rest
                 reduce += 2 * part * numbers.gradient * (1 - 1 / layout.replicas)
             else:
