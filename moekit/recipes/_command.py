@@ -32,6 +32,8 @@ class Command:
     help: str
     run: Callable[[Any, Namespace], int | None]
     options: Callable[[ArgumentParser], None] = lambda parser: None
+    # From recipe, arguments and wanted variant: variant and settings that are the defaults; None = the variant's.
+    defaults: Callable[[Recipe[Any], Sequence[str], str | None], tuple[str, Any] | None] = lambda *given: None
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def _spelled_out(argument: str) -> str:
     return _SHORT.get(option, option) + equals + value
 
 
-def _take(argv: list[str], option: str) -> tuple[str | None, list[str]]:
+def take(argv: Sequence[str], option: str) -> tuple[str | None, list[str]]:
     """The value of ``--option V`` or ``--option=V``, and the other arguments."""
     rest: list[str] = []
     value: str | None = None
@@ -91,9 +93,9 @@ def as_plain(config: Any) -> dict[str, Any]:
     return values
 
 
-def build_parser(recipe: Recipe[C], command: str, variant: str) -> ArgumentParser:
-    """The parser of one command with the variant's values as defaults."""
-    config = recipe.variants[variant]
+def build_parser(recipe: Recipe[C], command: str, variant: str, config: C | None = None) -> ArgumentParser:
+    """The parser of one command; defaults are the values of `config`, or of the variant."""
+    config = recipe.variants[variant] if config is None else config
     commands = "\n".join(f"  {name:<10} {c.help}" for name, c in recipe.commands.items())
     variants = "\n".join(f"  {name:<10} {recipe.notes[name]}" for name in recipe.variants)
     parser = ArgumentParser(
@@ -166,16 +168,19 @@ def _main(recipe: Recipe[Any], argv: list[str]) -> int | None:
         command, *argv = argv
         if command not in recipe.commands:
             raise UserError(f"unknown command {command!r}.{_nearest(command, list(recipe.commands), 'commands')}")
-    wanted, argv = _take(argv, "--variant")
+    wanted, argv = take(argv, "--variant")
     variant = wanted or next(iter(recipe.variants))
     if variant not in recipe.variants:
         raise UserError(f"unknown variant {variant!r}.{_nearest(variant, list(recipe.variants), 'variants')}")
-    parser = build_parser(recipe, command, variant)
+    found = recipe.commands[command].defaults(recipe, argv, wanted)
+    if found is not None:
+        variant = found[0] if found[0] in recipe.variants else variant
+    parser = build_parser(recipe, command, variant, None if found is None else found[1])
     argv = [_spelled_out(argument) for argument in argv]
     try:
         parsed = parser.parse_args(argv)
     except ArgumentError as error:
-        named, _ = _take(argv, "--config")
+        named, _ = take(argv, "--config")
         where = f"{named}: " if named and "config" in str(error) else ""
         raise UserError(where + _explain(str(error), parser)) from None
     config = _build(type(recipe.variants[variant]), parsed)

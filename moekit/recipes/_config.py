@@ -11,7 +11,8 @@ class DataConfig:
     """Where text comes from and how it becomes batches.
 
     Attributes:
-        source: kind of data: babel (generated languages, nothing to download), moses (train.en + train.de, plain or
+        source: kind of data: babel (generated languages, nothing to download), headlines (paragraphs of babel and their
+            headlines, a summarisation task; directions as avl-avl), moses (train.en + train.de, plain or
             gz), jsonl ({"translation": {"en": ..., "de": ...}}), tsv, gettext (the translation catalogs of this
             machine) or text (one language per file). Several kinds joined by commas are read as one corpus.
         path: folder or file of the data; for several kinds as many, joined by commas. Not needed for babel and
@@ -21,6 +22,8 @@ class DataConfig:
         directions: keep only these, as en-de,de-en.
         max_languages: of gettext: so many languages with the most text.
         vocab_size: pieces of the SentencePiece vocabulary that is trained on the data.
+        tokenizer: folder of a tokenizer to take instead, which must know the data's languages.
+        sentinel: translation only: the first sentinel ends the source and begins the target, as in span corruption.
         temperature: T of the sampling over directions and languages, p ~ n ** (1 / T); 1 = by size.
         heating: form in which the temperature rises: linear, square_root or step (one jump).
         heating_steps: raise the temperature from 1 to `temperature` over so many steps; 0 = constant.
@@ -28,7 +31,7 @@ class DataConfig:
         cache: folder for tokenizers and tokenized text, shared by runs.
         num_workers: processes that prepare batches; 0 = the training process itself.
         babel_languages: how many languages babel makes.
-        babel_sentences: its training sentences, each in every language.
+        babel_sentences: its training sentences, each in every language; of headlines: paragraphs.
         babel_sizes: fewer (or more) training sentences of single languages, as kmb=2000,shl=500.
         seed: of the babel corpus and of the order of examples.
     """
@@ -39,6 +42,8 @@ class DataConfig:
     directions: str | None = None
     max_languages: int = 10
     vocab_size: int = 1024
+    tokenizer: str | None = None
+    sentinel: bool = False
     temperature: float = 1.0
     heating: Literal["linear", "square_root", "step"] = "linear"
     heating_steps: int = 0

@@ -7,6 +7,7 @@ from typing import Any
 from moekit.data.mixture import TemperatureSchedule, heating
 from moekit.data.module import MultitaskData, TaskData
 from moekit.data.sources import Source, Union, open_source
+from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
 from moekit.recipes._config import DataConfig, EvaluateConfig, active_tasks
 
@@ -24,7 +25,7 @@ def open_sources(config: DataConfig) -> Source:
     kinds, paths = _listed(config.source), _listed(config.path)
     if not kinds:
         raise UserError("data.source must name at least one kind of data, such as babel or moses: got nothing.")
-    free = [kind for kind in kinds if kind in ("babel", "gettext")]
+    free = [kind for kind in kinds if kind in ("babel", "headlines", "gettext")]
     needed = len(kinds) - len(free)
     if len(paths) not in (needed, len(kinds)):
         raise UserError(
@@ -53,6 +54,15 @@ def _open(kind: str, path: str | None, config: DataConfig) -> Source:
                 train_sentences=config.babel_sentences,
                 sizes=_sizes(config.babel_sizes),
                 directions=None if directions is None else tuple(directions),
+            )
+        case "headlines":
+            return open_source(
+                "headlines",
+                None,
+                seed=config.seed - 1,
+                languages=config.babel_languages,
+                train_documents=config.babel_sentences,
+                directions=directions,
             )
         case "text":
             return open_source("text", path)
@@ -86,6 +96,7 @@ def make_data(
     devices: int,
     steps: int,
     source: Source | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> MultitaskData:
     """The data module of a run.
 
@@ -96,13 +107,20 @@ def make_data(
         devices: processes that share a step.
         steps: batches of the longest possible run; one epoch of that length, so that every stop is in its middle.
         source: an opened corpus; None = open it.
+        tokenizer: one that exists; None = what the settings say.
     """
     active = active_tasks(tasks)
     if not active:
         raise UserError("tasks must give at least one task its tokens: all have 0. Set tasks.translation.tokens.")
+    if tokenizer is None and config.tokenizer is not None:
+        tokenizer = Tokenizer.load(config.tokenizer)
     return MultitaskData(
         open_sources(config) if source is None else source,
-        tasks={name: TaskData(share=float(task.tokens)) for name, task in active.items()},
+        tasks={
+            name: TaskData(share=float(task.tokens), sentinel=config.sentinel and name == "translation")
+            for name, task in active.items()
+        },
+        tokenizer=tokenizer,
         cache=config.cache,
         vocab_size=config.vocab_size,
         tokens_per_step=devices * sum(task.tokens for task in active.values()),

@@ -15,6 +15,7 @@ from moekit.inference.translator import Translator, search_for
 from moekit.recipes._config import EvaluateConfig
 from moekit.recipes._parts import Build, make_module, make_trainer, parameters, quiet, run_data
 from moekit.report import terminal_summary, write_report
+from moekit.surgery.adapters import merged_state
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.checkpoint_state import LoadedState, load_rest, load_state
 from moekit.training.multitask import MultitaskModule
@@ -33,7 +34,7 @@ def load(build: Build, config: Any, folder: RunFolder) -> tuple[MultitaskModule,
     data = run_data(config)
     module, _ = make_module(build, config, data)
     checkpoint = load_state(path)
-    module.load_state_dict(checkpoint.weights)
+    module.load_state_dict(merged_state(checkpoint.weights))  # adapters of fine-tuning become part of their matrices
     return module.eval(), data, checkpoint
 
 
@@ -44,7 +45,7 @@ def evaluate(build: Build, config: Any, folder: RunFolder, console: Console) -> 
     module, data, checkpoint = load(build, config, folder)
     search = search_for(settings.beam_size, settings.length_penalty)
     if data.directions:
-        module.translate = Translator(module.backbone, data.tokenizer, search=search)
+        module.translate = Translator(module.backbone, data.tokenizer, search=search, sentinel=config.data.sentinel)
     else:
         module.write = Completer(module.backbone, data.tokenizer, search=search)
 

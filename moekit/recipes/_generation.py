@@ -37,7 +37,13 @@ def generate(build: Build, config: Any, folder: RunFolder, options: Namespace) -
     if data.directions:
         target = _language(options.target_language, "--to", tokenizer)
         what = f"{source} to {target}"
-        translator = Translator(module.backbone, tokenizer, search=search, batch_tokens=config.evaluate.batch_tokens)
+        translator = Translator(
+            module.backbone,
+            tokenizer,
+            search=search,
+            batch_tokens=config.evaluate.batch_tokens,
+            sentinel=config.data.sentinel,
+        )
         write = partial(translator.translate, source=source, target=target)
     elif "causal_lm" in data.tasks:
         what = source

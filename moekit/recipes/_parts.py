@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moekit.data.module import MultitaskData
+from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
 from moekit.heads.base import Head
 from moekit.layer import AuxLosses
@@ -44,24 +45,31 @@ class Built:
 class WithData:
     """A build that looks at the run's text, as tables made of token counts do: ``build(config, vocab_size, data)``."""
 
-    build: Callable[[Any, int, MultitaskData], Built]
+    build: Callable[[Any, int, MultitaskData | None], Built]
 
 
 Build = Callable[[Any, int], Built] | WithData
 """Makes the parts of a run: ``build(config, vocab_size)``, or a `WithData`."""
 
 
-def run_data(config: Any) -> MultitaskData:
-    """The data module of a run; its one epoch is as long as the run may be, so that every stop is in its middle."""
+def run_data(config: Any, tokenizer: Tokenizer | None = None) -> MultitaskData:
+    """The data module of a run; its one epoch is as long as the run may be, so that every stop is in its middle.
+
+    Args:
+        config: of the run.
+        tokenizer: one that exists already; None = that of ``data.tokenizer``, or trained on the text.
+    """
     train: TrainConfig = config.train
     steps = train.max_steps * train.accumulate or _ENDLESS
     # Tensor-parallel partners read the same batch.
     readers = max(1, train.devices * train.num_nodes // (config.strategy.tensor_parallel_size or 1))
-    return make_data(config.data, config.tasks, config.evaluate, devices=readers, steps=steps)
+    return make_data(config.data, config.tasks, config.evaluate, devices=readers, steps=steps, tokenizer=tokenizer)
 
 
-def make_module(build: Build, config: Any, data: MultitaskData) -> tuple[MultitaskModule, Budget]:
-    """The LightningModule of a run, and the budget that its schedule follows."""
+def make_module(
+    build: Build, config: Any, data: MultitaskData, make: Callable[..., MultitaskModule] = MultitaskModule
+) -> tuple[MultitaskModule, Budget]:
+    """The LightningModule of a run, made by `make`, and the budget that its schedule follows."""
     train: TrainConfig = config.train
     tokenizer = data.tokenizer
     if isinstance(build, WithData):
@@ -70,7 +78,7 @@ def make_module(build: Build, config: Any, data: MultitaskData) -> tuple[Multita
         built = build(config, tokenizer.vocab_size)
     budget = Budget(max_steps=train.max_steps or None, max_minutes=train.max_minutes or None)
 
-    module = MultitaskModule(
+    module = make(
         built.backbone,
         built.heads,
         weights={name: task.weight for name, task in active_tasks(config.tasks).items()},

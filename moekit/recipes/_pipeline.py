@@ -1,9 +1,11 @@
-"""The commands of a multitask recipe: run, fit, test, generate."""
+"""The commands of a multitask recipe: run, fit, test, generate, finetune, distill."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ from rich.console import Console
 
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
+from moekit.recipes import _distilling, _fine_tuning
+from moekit.recipes import _planning
 from moekit.recipes._command import Command, Recipe, as_plain, from_plain
 from moekit.recipes._config import TrainConfig
 from moekit.recipes._evaluation import evaluate
 from moekit.recipes._generation import generate
 from moekit.recipes._parts import Build, make_module, make_strategy, make_trainer, parameters, quiet, run_data
+from moekit.recipes._start import TOKENIZER, Start, default_out, defaults_from_run, with_tokenizer
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.callbacks.interrupt import Resumable
 from moekit.training.callbacks.limits import MaxMinutes
@@ -42,6 +47,9 @@ _MAY_DIFFER = (
     "data.num_workers",
     "data.cache",
     "data.path",
+    "data.tokenizer",
+    "init_from",
+    "teacher",
     "evaluate.beam_size",
     "evaluate.length_penalty",
     "evaluate.samples",
@@ -56,7 +64,28 @@ def commands(recipe: str, build: Build) -> dict[str, Command]:
         "fit": Command("train only", pipeline.fit, _run_options),
         "test": Command("test a trained run and write its report again", pipeline.test, _folder_options),
         "generate": Command("translate text, or continue it, with a trained run", pipeline.generate, _generate_options),
+        "finetune": Command(
+            "start from a run: other data, some parameters, adapters; train, test, report",
+            partial(pipeline.start, command="finetune", begin=_fine_tuning.begin),
+            _both(_run_options, _fine_tuning.options),
+            partial(defaults_from_run, option="--init_from", command="finetune", settings=_fine_tuning.settings),
+        ),
+        "distill": Command(
+            "train a smaller model on text and on what a run says of it; test, report",
+            partial(pipeline.start, command="distill", begin=_distilling.begin),
+            _both(_run_options, _distilling.options),
+            partial(defaults_from_run, option="--teacher", command="distill", settings=_distilling.settings),
+        ),
+        "plan": Command("say what the model needs on a layout, without running it", pipeline.plan, _planning.options),
     }
+
+
+def _both(*parts: Callable[[ArgumentParser], None]) -> Callable[[ArgumentParser], None]:
+    def add(parser: ArgumentParser) -> None:
+        for part in parts:
+            part(parser)
+
+    return add
 
 
 def pipeline_of(recipe: Recipe[Any]) -> Pipeline:
@@ -119,28 +148,45 @@ class Pipeline:
         generate(self.build, self._saved(config, folder), folder, options)
         return 0
 
+    def start(self, config: Any, options: Namespace, *, command: str, begin: Callable[..., Start]) -> int:
+        """Train from another run, test, report."""
+        folder = RunFolder(Path(options.out or default_out(self.recipe, options.variant, command)))
+        options.out = str(folder.path)
+        config = with_tokenizer(config, folder.path)
+        self._train(config, options, begin(config, options, folder, resume=options.resume))
+        evaluate(self.build, config, folder, self.console)
+        return 0
+
+    def plan(self, config: Any, options: Namespace) -> int:
+        """Print parameters, memory, communication and operations of a layout."""
+        _planning.forecast(self.build, config, options, self.console)
+        return 0
+
     # -- training --------------------------------------------------------------------------------------------------
 
-    def _train(self, config: Any, options: Namespace) -> RunFolder:
+    def _train(self, config: Any, options: Namespace, start: Start | None = None) -> RunFolder:
         train: TrainConfig = config.train
         if not train.max_steps and not train.max_minutes:
             raise UserError("training needs an end: set train.max_steps or train.max_minutes (both are 0).")
         strategy = make_strategy(config.strategy)
         path = self._folder(options)
-        data = run_data(config)
+        data = run_data(config, None if start is None else start.tokenizer)
         data.summary()  # reads and plans everything before the folder is made: bad data leaves nothing behind
+        L.seed_everything(train.seed, verbose=False)
+        module, budget = make_module(self.build, config, data, MultitaskModule if start is None else start.make)
         settings = {"recipe": self.recipe, "variant": options.variant, **as_plain(config)}
+        settings |= {} if start is None else start.record
         if getattr(rank_zero_only, "rank", 0) == 0:
             folder = RunFolder.create(
                 path, settings, resume=options.resume, overwrite=options.overwrite, may_differ=_MAY_DIFFER
             )
+            if start is not None:
+                start.tokenizer.save(folder.path / TOKENIZER)
         else:
             folder = RunFolder(path)  # the first process makes it, and starts the others
         checkpoint = folder.last_checkpoint if options.resume else None
         if checkpoint is not None:
             check_checkpoint(checkpoint, settings, may_differ=_MAY_DIFFER)
-        L.seed_everything(train.seed, verbose=False)
-        module, budget = make_module(self.build, config, data)
         callbacks = [
             MaxMinutes(budget),
             Throughput(),
@@ -174,6 +220,8 @@ class Pipeline:
         )
         if trainer.is_global_zero:
             self._say(config, module, data, folder)
+            if start is not None:
+                self.console.print(start.note(module), highlight=False, soft_wrap=True)
         with quiet():
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         return folder

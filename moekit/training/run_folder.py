@@ -39,7 +39,7 @@ _FILES = (
     "samples.json",
     "report.html",
 )
-_FOLDERS = ("checkpoints", "tensorboard")
+_FOLDERS = ("checkpoints", "tensorboard", "tokenizer")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from moekit.recipes._command import Recipe, from_plain
 from moekit.recipes._parts import Build, Built, WithData, make_optimizer, run_data
 from moekit.recipes._pipeline import pipeline_of
 from moekit.surgery import SparseLayer, by_name, parameter_names, require_complete, sparse_layers
+from moekit.surgery.adapters import merged_state
 from moekit.training.checkpoint_state import LoadedState, load_state
 from moekit.training.run_folder import CONFIG_KEY, RunFolder
 
@@ -71,11 +72,14 @@ class Subject:
         return sparse_layers(self.model())
 
     def slots(self) -> dict[str, dict[str, Any]] | None:
-        """Optimizer state by parameter names; None where the checkpoint has none.
+        """Optimizer state by parameter names; None where the checkpoint has none, or is of a run of fine-tuning.
 
         Raises:
             UserError: if it is not that of the recipe's optimizer.
         """
+        settings = self.loaded.rest.get(CONFIG_KEY)
+        if isinstance(settings, Mapping) and "fine_tune" in settings:
+            return None  # fine-tuning steps other parameters than the recipe
         if self.loaded.named_optimizer is not None:
             return self.loaded.named_optimizer
         if self.loaded.optimizer is None:
@@ -110,6 +114,7 @@ def open_subject(path: str | Path, config: str | Path | None = None) -> Subject:
     elif place.parent.name == "checkpoints" and (place.parent.parent / "config.yaml").is_file():
         folder = RunFolder(place.parent.parent)
     loaded = load_state(place)
+    loaded = dataclasses.replace(loaded, weights=merged_state(loaded.weights))
     where, values = _settings(place, loaded, folder, config)
     recipe = recipe_of(values, where)
     settings = from_plain(type(next(iter(recipe.variants.values()))), values, where)
