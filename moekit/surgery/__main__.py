@@ -10,9 +10,10 @@ from rich.console import Console
 
 from moekit.errors import UserError
 from moekit.recipes._surgery.commands import COMMANDS as OF_RUNS
+from moekit.recipes._surgery.exchange import COMMANDS as EXCHANGE
 from moekit.surgery.command import Command
 
-COMMANDS: Mapping[str, Command] = {**OF_RUNS}
+COMMANDS: Mapping[str, Command] = {**OF_RUNS, **EXCHANGE}
 
 _ABOUT = """Look into trained models and change them. What comes out is a run folder like those of recipes:
 

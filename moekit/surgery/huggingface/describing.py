@@ -124,7 +124,10 @@ class _Reader:
         norms += [getattr(b, name) for b in self.blocks.values() for name in _NORMS if hasattr(b, name)]
         for norm in norms:
             if type(norm) is not wanted:
-                raise self.refuse(f"norm but {wanted.__name__}", type(norm).__name__ + " is what some layer")
+                raise UserError(
+                    f"transformers' {NAMES[self.kind]} has no norm but {wanted.__name__}: this model has "
+                    f"{type(norm).__name__}."
+                )
         return self.one((float(norm.eps) for norm in norms), "epsilon of norms")  # type: ignore[arg-type]
 
     def _positions(self) -> dict[str, Any]:

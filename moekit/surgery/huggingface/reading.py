@@ -25,6 +25,8 @@ FAMILIES: Mapping[Kind, Any] = {"switch_transformers": switch, "nllb-moe": nllb}
 WEIGHTS, INDEX, EXACT = "model.safetensors", "model.safetensors.index.json", "moekit.safetensors"
 FORM = "moekit"
 """The key of ``config.json`` under which an export notes how the model said the same before."""
+FORM_FIELDS = ("embedding_scale", "attention_scale", "bias")
+"""What it notes: fields of `Architecture`."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ class Blueprint:
         return link.to_ours(theirs)
 
 
-def import_model(folder: Path | str, *, dropless: bool = False, dtype: torch.dtype | None = None) -> Imported:
+def import_model(
+    folder: Path | str, *, dropless: bool = False, dtype: torch.dtype | None = None, form: Architecture | None = None
+) -> Imported:
     """Read a folder of transformers: ``config.json`` and safetensors, in one file or several.
 
     SwitchTransformers and NllbMoe for conditional generation. Logits are those of transformers for sentences padded on
@@ -85,6 +89,8 @@ def import_model(folder: Path | str, *, dropless: bool = False, dtype: torch.dty
         folder: as ``save_pretrained`` writes it.
         dropless: leave the capacity out; transformers does the same with a large ``expert_capacity``.
         dtype: of the weights; None = as they are stored.
+        form: an architecture whose scales and biases, or none, the model is to have; None = those of the model that was
+            exported, or those of transformers.
 
     Raises:
         UserError: if it is no such folder, a file is missing or broken, weights are pickles, the architecture is
@@ -96,19 +102,20 @@ def import_model(folder: Path | str, *, dropless: bool = False, dtype: torch.dty
         NllbMoe's capacity in training, a number for the whole batch, is left out. NllbMoe of transformers 5 runs
         experts 0 and 1 whichever its router chose; here those run that were chosen, as in the authors' code.
     """
-    found = open_folder(folder, dropless=dropless)
+    found = open_folder(folder, dropless=dropless, form=form)
     state = {link.ours: found.tensor(link) for link in found.links}
     found.model.load_state_dict(state, assign=True)
     model = found.model if dtype is None else found.model.to(dtype)
     return Imported(model.eval(), found.tokens, found.architecture)
 
 
-def open_folder(folder: Path | str, *, dropless: bool = False) -> Blueprint:
+def open_folder(folder: Path | str, *, dropless: bool = False, form: Architecture | None = None) -> Blueprint:
     """Find everything of a folder and make sure that it fits, without reading a weight.
 
     Args:
         folder: as in `import_model`.
         dropless: as in `import_model`.
+        form: as in `import_model`.
 
     Raises:
         UserError: as `import_model`.
@@ -121,7 +128,9 @@ def open_folder(folder: Path | str, *, dropless: bool = False) -> Blueprint:
     tokens = _tokens(folder, config, where)
     tensors = _tensors(folder)
     tensors = _resolve(folder, tensors, family.synonyms(architecture), tied=architecture.tied)
-    architecture = _with_form(folder, config, family, architecture, tensors)
+    wanted = _form(folder, config) if form is None else {name: getattr(form, name) for name in FORM_FIELDS}
+    if wanted is not None:
+        architecture = _with_form(family, architecture, wanted, tensors)
     with torch.device("meta"):
         try:
             model = architecture.build(pad_id=tokens.pad)
@@ -228,13 +237,11 @@ def _resolve(
     return out
 
 
-def _with_form(
-    folder: Path, config: Mapping[str, Any], family: Any, found: Architecture, tensors: Mapping[str, MappedTensor]
-) -> Architecture:
-    """The architecture as it was before an export, where the folder is of one."""
+def _form(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """How the model said the same before it was exported, where the folder is of an export."""
     form = config.get(FORM)
     if form is None:
-        return found
+        return None
     scales = ("input", "output", "none")
     good = (
         isinstance(form, dict)
@@ -247,6 +254,13 @@ def _with_form(
             f"{folder / 'config.json'}: {FORM} must hold embedding_scale, attention_scale and bias, as the export "
             f"wrote them: got {form!r}. Remove it to read the folder as any other."
         )
+    return dict(form)
+
+
+def _with_form(
+    family: Any, found: Architecture, form: Mapping[str, Any], tensors: Mapping[str, MappedTensor]
+) -> Architecture:
+    """The architecture in another form."""
     before: Architecture = family.with_form(found, form)
     absent = [name for link in family.links(before) if not link.ours for name in link.theirs if name in tensors]
     if any(bool(tensors[name].tensor().any()) for name in absent):  # trained since, so they are there now

@@ -20,7 +20,7 @@ from moekit.errors import UserError
 from moekit.surgery.huggingface.architecture import NAMES, Architecture, Kind, Tokens
 from moekit.surgery.huggingface.describing import describe
 from moekit.surgery.huggingface.links import Link
-from moekit.surgery.huggingface.reading import EXACT, FAMILIES, FORM, INDEX, WEIGHTS
+from moekit.surgery.huggingface.reading import EXACT, FAMILIES, FORM, FORM_FIELDS, INDEX, WEIGHTS
 from moekit.surgery.huggingface.tokenizers import write_tokenizer
 
 
@@ -108,7 +108,7 @@ def _config(model: nn.Module, ours: Architecture, tokens: Tokens) -> dict[str, A
         "eos_token_id": tokens.eos,
         "decoder_start_token_id": tokens.bos,
         **FAMILIES[ours.kind].config_of(ours),
-        FORM: {name: getattr(ours, name) for name in ("embedding_scale", "attention_scale", "bias")},
+        FORM: {name: getattr(ours, name) for name in FORM_FIELDS},
     }
 
 
