@@ -49,9 +49,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "4: zero 1, optimizer offloaded": {"devices": 4, "zero_stage": 1, "offload": "optimizer"},
     "4: expert 2, parameters offloaded": {"devices": 4, "expert_parallel_size": 2, "offload": "parameters"},
 }
-# Every layout is saved for, and loaded from, two others, of other numbers of processes too; the rest is slow.
+# Every layout is saved for, and loaded from, one other, most of another number of processes; the rest is slow.
 NAMES = list(LAYOUTS)
-FAST = {(a, NAMES[(n + step) % len(NAMES)]) for n, a in enumerate(NAMES) for step in (3, 7)}
+FAST = {(a, NAMES[(n + 5) % len(NAMES)]) for n, a in enumerate(NAMES)}
 ALL = set(itertools.product(NAMES, NAMES))
 
 
