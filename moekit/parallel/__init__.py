@@ -17,7 +17,7 @@ from moekit.parallel.checkpoint import (
     verify_checkpoint,
 )
 from moekit.parallel.gradients import clip_by_norm, clip_by_value, global_mean, gradient_norm
-from moekit.parallel.mesh import Meshes, World, build_meshes, check_layout
+from moekit.parallel.mesh import Meshes, World, build_meshes
 from moekit.parallel.plan import Plan, layers_of, no_layers, repeated_layers
 from moekit.parallel.planner.layout import Layout
 from moekit.parallel.shadows import Shadows, original
@@ -33,7 +33,6 @@ __all__ = [
     "ShardedModel",
     "World",
     "build_meshes",
-    "check_layout",
     "clip_by_norm",
     "clip_by_value",
     "consolidate",

@@ -103,6 +103,9 @@ def check_model(model: nn.Module, layout: Layout, plan: Plan, found: list[Annota
     for note in found:
         for dimension, mesh in note.divided.items():
             length = note.parameter.shape[dimension]
+            heads = getattr(note.module, "heads", None)
+            if note.axes[dimension] == "heads" and isinstance(heads, int):
+                length = heads  # the axis has all channels of all heads, and no head is cut in two
             if length % size[mesh]:
                 fits = max(n for n in range(1, size[mesh]) if length % n == 0)
                 raise ValueError(

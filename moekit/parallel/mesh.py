@@ -78,30 +78,6 @@ class World:
         self.data = self.all._unflatten(0, shape, ("data_parallel", "tensor_parallel"))
 
 
-def check_layout(layout: Layout) -> None:
-    """Raise where ranks cannot be arranged so; needs no process group.
-
-    Raises:
-        ValueError: if expert groups do not fit into the ranks that divide weights, or if stage 0 or 1 is combined with
-            replicas: they repeat the weights on all data ranks anyway.
-    """
-    if layout.zero_stage < 2 and layout.replicas > 1:
-        raise ValueError(
-            f"replicas are for zero_stage 2 and 3: got {layout.replicas} with zero_stage {layout.zero_stage}, which "
-            f"repeats all weights on every data rank. Use replicas=1, or zero_stage=2."
-        )
-    if layout.devices % (layout.replicas * layout.tensor_parallel_size) or (
-        layout.shard_size % layout.expert_parallel_size
-    ):
-        free = max(layout.devices // (layout.replicas * layout.tensor_parallel_size), 1)
-        nearest = max(n for n in range(1, free + 1) if free % n == 0 and n <= max(layout.expert_parallel_size, 1))
-        raise ValueError(
-            "expert_parallel_size * tensor_parallel_size * replicas must divide the number of processes: got "
-            f"{layout.expert_parallel_size} * {layout.tensor_parallel_size} * {layout.replicas} for {layout.devices}. "
-            f"Use expert_parallel_size={nearest}, or fewer tensor-parallel partners or replicas."
-        )
-
-
 def build_meshes(layout: Layout, device_type: str, world: World | None = None) -> Meshes:
     """The grids of `layout` over all ranks of the default process group.
 
@@ -111,9 +87,8 @@ def build_meshes(layout: Layout, device_type: str, world: World | None = None) -
         world: the ranks, where a part of the model was divided over them before; None = made here.
 
     Raises:
-        ValueError: if the layout is for another number of processes, or impossible.
+        ValueError: if the layout is for another number of processes.
     """
-    check_layout(layout)
     if dist.get_world_size() != layout.devices:
         raise ValueError(
             f"a layout must be for the processes there are: got one for {layout.devices}, there are "

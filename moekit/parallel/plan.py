@@ -9,7 +9,7 @@ and a plan maps names to mesh dimensions. What the names promise:
 - ``expert``: entry e belongs to expert e. Forward takes the number of experts from the parameter or the counts.
 - ``mlp``, ``heads``: the module's output is a sum over this axis of what each part computes alone, and a parameter
   whose axes are ``("embed",)``, or ``("expert", "embed")``, is added to that sum. Forward reads the size of the axis
-  from the parameter.
+  from the parameter. A module with an attribute `heads` has as many, of equal size, and none is cut in two.
 - ``vocab``: rows of a table of tokens; for modules with an attribute `vocabulary` (`TokenEmbedding`).
 - any other name is not divided.
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from moekit.parallel.annotation import Annotation, banks, read_annotations
 from moekit.parallel.gradients import clip_by_norm, clip_by_value, gradient_norm
-from moekit.parallel.mesh import Meshes, World, build_meshes, check_layout
+from moekit.parallel.mesh import Meshes, World, build_meshes
 from moekit.parallel.plan import Plan
 from moekit.parallel.planner.layout import Layout, Offload
 from moekit.parallel.shadows import Shadows, original
@@ -115,7 +115,7 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
         self.plan, self.nonfinite_gradients = plan or Plan(), nonfinite_gradients
         # The smallest world on which the numbers could be right: whatever is wrong by itself is said now.
         expert = 1 if expert_parallel_size == "auto" else expert_parallel_size
-        check_layout(self._layout(max(expert, 1) * max(tensor_parallel_size, 1) * max(replicas, 1), expert))
+        self._layout(max(expert, 1) * max(tensor_parallel_size, 1) * max(replicas, 1), expert)
         self.sharded: ShardedModel | None = None
         self.skipped_steps = 0
         self._world: World | None = None
@@ -152,7 +152,7 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
         # Not the parent's own method, which arranges the processes in its way.
         known = 1 if self.expert_parallel_size == "auto" else self.expert_parallel_size
         self.set_world_ranks()
-        check_layout(self._layout(self.num_nodes * self.num_processes, known))
+        self._layout(self.num_nodes * self.num_processes, known)
         self._setup_distributed()
         self._world = World(self.root_device.type, self.tensor_parallel_size)
         self._device_mesh = self._world.data

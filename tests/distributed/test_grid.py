@@ -1,7 +1,7 @@
 """The claim: the layout changes nothing. Every supported layout against plain PyTorch in one process.
 
 For world sizes 1, 2 and 4, every combination of expert, tensor and replica sizes, ZeRO stage and offload that the
-layout check accepts, loss and gradient norm of 5 steps and every weight after them, for SGD with momentum and AdamW,
+`Layout` accepts, loss and gradient norm of 5 steps and every weight after them, for SGD with momentum and AdamW,
 clipped, are compared with a loop of plain PyTorch on the same global batches. Tolerance: a relative difference of 2e-6
 of each loss, each norm, and of each weight tensor (measured: below 5e-7).
 """
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from small_lm import SmallLM, differences, fit, one_process, quiet, sentences
 
 from moekit import ExpertParallelStrategy
-from moekit.parallel import Layout, check_layout
+from moekit.parallel import Layout
 from moekit.testing import run_distributed
 
 TOLERANCE = 2e-6
@@ -31,7 +31,7 @@ def layouts(world: int) -> list[tuple[int, int, int, int, str]]:
         sizes, sizes, sizes, range(4), ("none", "optimizer", "parameters")
     ):
         try:
-            layout = Layout(
+            Layout(
                 devices=world,
                 expert_parallel_size=expert,
                 tensor_parallel_size=tensor,
@@ -39,7 +39,6 @@ def layouts(world: int) -> list[tuple[int, int, int, int, str]]:
                 zero_stage=stage,  # type: ignore[arg-type]
                 offload=offload,  # type: ignore[arg-type]
             )
-            check_layout(layout)
         except ValueError:
             continue
         found.append((expert, tensor, replicas, stage, offload))
