@@ -9,16 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from jsonargparse import Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
+from moekit.data.module import MultitaskData
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
 from moekit.inference.completer import Completer
+from moekit.inference.on_demand import load_on_demand
 from moekit.inference.translator import Translator, search_for
 from moekit.recipes._evaluation import load
-from moekit.recipes._parts import Build
+from moekit.recipes._parts import Build, WithData, run_data
 from moekit.training.atomic import write_text
 from moekit.training.run_folder import RunFolder
 
@@ -29,7 +33,7 @@ def generate(build: Build, config: Any, folder: RunFolder, options: Namespace) -
     Raises:
         UserError: a language is missing or unknown, the input cannot be read, or the run writes no text.
     """
-    module, data, _ = load(build, config, folder)
+    backbone, data = _trained(build, config, folder, options.experts_in_memory)
     tokenizer = data.tokenizer
     search = search_for(config.evaluate.beam_size, config.evaluate.length_penalty)
     source = _language(options.source_language, "--from", tokenizer)
@@ -38,7 +42,7 @@ def generate(build: Build, config: Any, folder: RunFolder, options: Namespace) -
         target = _language(options.target_language, "--to", tokenizer)
         what = f"{source} to {target}"
         translator = Translator(
-            module.backbone,
+            backbone,
             tokenizer,
             search=search,
             batch_tokens=config.evaluate.batch_tokens,
@@ -47,7 +51,7 @@ def generate(build: Build, config: Any, folder: RunFolder, options: Namespace) -
         write = partial(translator.translate, source=source, target=target)
     elif "causal_lm" in data.tasks:
         what = source
-        completer = Completer(module.backbone, tokenizer, search=search, max_new_tokens=config.data.max_length)
+        completer = Completer(backbone, tokenizer, search=search, max_new_tokens=config.data.max_length)
         write = partial(completer.complete, language=source)
     else:
         raise UserError(
@@ -73,6 +77,27 @@ def generate(build: Build, config: Any, folder: RunFolder, options: Namespace) -
         sys.stdout.write(text)
     else:
         write_text(Path(options.output), text)
+
+
+def _trained(build: Build, config: Any, folder: RunFolder, resident: int) -> tuple[nn.Module, MultitaskData]:
+    """The network of a run with all of its experts in memory (`resident` 0), or so many of each layer, and its data."""
+    if resident < 0:
+        raise UserError(f"--experts_in_memory must be at least 0, which means all: got {resident}.")
+    if not resident:
+        module, data, _ = load(build, config, folder)
+        return module.backbone, data
+    path = folder.best_checkpoint
+    if path is None:
+        raise UserError(f"{folder.path} holds no checkpoint: train first (run or fit).")
+    if path.is_dir():
+        raise UserError(f"--experts_in_memory needs a checkpoint in one file: {path} is of several processes.")
+    data = run_data(config)
+    if isinstance(build, WithData):  # tables made from text are not made without memory
+        built = build.build(config, data.tokenizer.vocab_size, data)
+    else:
+        with torch.device("meta"):
+            built = build(config, data.tokenizer.vocab_size)
+    return load_on_demand(built.backbone, path, resident=resident, prefix="backbone."), data
 
 
 def _language(language: str | None, option: str, tokenizer: Tokenizer) -> str:

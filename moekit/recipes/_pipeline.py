@@ -17,8 +17,7 @@ from rich.console import Console
 
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
-from moekit.recipes import _distilling, _fine_tuning
-from moekit.recipes import _planning
+from moekit.recipes import _distilling, _fine_tuning, _planning
 from moekit.recipes._command import Command, Recipe, as_plain, from_plain
 from moekit.recipes._config import TrainConfig
 from moekit.recipes._evaluation import evaluate
@@ -115,6 +114,13 @@ def _generate_options(parser: ArgumentParser) -> None:
         "--input", type=str, default="-", help="file with one sentence or prompt per line; - = standard input"
     )
     parser.add_argument("--output", type=str, default="-", help="file for what is written; - = standard output")
+    parser.add_argument(
+        "--experts_in_memory",
+        type=int,
+        default=0,
+        help="at most so many experts of each layer in memory, the others mapped from disk as tokens ask for them; "
+        "0 = all",
+    )
 
 
 class Pipeline:

@@ -1,0 +1,58 @@
+"""``generate`` of a recipe with experts on disk: the same text, in the order of the input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moekit.recipes import moe_lm
+from moekit.recipes._command import main
+
+OPTIONS = [
+    "--data.babel_languages", "2", "--data.babel_sentences", "300", "--data.vocab_size", "400",
+    "--data.max_length", "64", "--tasks.causal_lm.tokens", "128", "--train.max_steps", "2",
+    "--train.warmup_steps", "1", "--train.log_every", "1", "--train.validate_every", "0", "--train.accelerator", "cpu",
+    "--evaluate.max_sentences", "2", "--evaluate.valid_sentences", "4", "--evaluate.samples", "0",
+    "--model.dim", "16", "--model.heads", "2", "--model.hidden_dim", "8", "--model.num_experts", "4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    options = [*OPTIONS, "--data.cache", str(folder / "cache"), "--out", str(folder / "run")]
+    assert main(moe_lm.RECIPE, ["fit", *options]) == 0
+    return folder / "run"
+
+
+def written(run: Path, file: Path, *options: str) -> str:
+    out = file.with_suffix(".out")
+    given = ["generate", "--out", str(run), "--from", "avl", "--input", str(file), "--output", str(out)]
+    assert main(moe_lm.RECIPE, [*given, *options]) == 0
+    return out.read_text()
+
+
+def test_the_same_text_with_experts_on_disk(run: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.write_text("ba\n\nto na ri ba\nx\nto na\n")
+    whole = written(run, prompts)
+    assert whole.count("\n") == 5
+    assert len(set(whole.splitlines())) > 1
+    for count in ("1", "3"):
+        assert written(run, prompts, "--experts_in_memory", count) == whole
+
+
+def test_what_it_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.write_text("ba\n")
+    given = ["generate", "--out", str(run), "--from", "avl", "--input", str(prompts), "--experts_in_memory"]
+    assert main(moe_lm.RECIPE, [*given, "-1"]) == 2
+    assert "must be at least 0, which means all: got -1" in capsys.readouterr().err
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    kept = checkpoint.rename(tmp_path / "last.ckpt")
+    try:
+        assert main(moe_lm.RECIPE, [*given, "2"]) == 2
+        assert "holds no checkpoint" in capsys.readouterr().err
+    finally:
+        kept.rename(checkpoint)
