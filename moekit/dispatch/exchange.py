@@ -21,14 +21,12 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 
 class Route(Protocol):
-    """An open way to the ranks of a group and back.
-
-    Attributes:
-        received: Int64[W, n], rows from each rank for each of this rank's n experts, on the device of the counts.
-    """
+    """An open way to the ranks of a group and back."""
 
     @property
-    def received(self) -> Tensor: ...
+    def received(self) -> Tensor:
+        """Int64[W, n], rows from each rank for each of this rank's n experts, on the device of the counts."""
+        ...
 
     def send(self, rows: Tensor) -> Tensor:
         """Rows ordered by (rank, expert) of destination become rows ordered by (rank of origin, expert)."""
