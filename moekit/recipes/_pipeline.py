@@ -95,7 +95,12 @@ def pipeline_of(recipe: Recipe[Any]) -> Pipeline:
 
 
 def _run_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=str, default=None, help="folder of the run (default: runs/RECIPE-VARIANT)")
+    parser.add_argument(
+        "--out",
+        type=str,
+        default=None,
+        help="folder of the run (default: runs/RECIPE-VARIANT, and -finetune or -distill behind it)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in that folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
 
