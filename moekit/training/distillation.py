@@ -137,10 +137,10 @@ class Teacher:
         for module in (self.backbone, *self.heads.values()):
             module.eval().requires_grad_(False)
 
-    def to(self, device: torch.device) -> None:
-        """Move to `device`."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move to `device`, in numbers of type `dtype`."""
         for module in (self.backbone, *self.heads.values()):
-            module.to(device)
+            module.to(device, dtype)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Scores:
@@ -240,13 +240,13 @@ class DistillationModule(MultitaskModule):
         self.teacher, self.objective, self.temperature = teacher, objective, temperature
 
     def setup(self, stage: str) -> None:
-        """Bring the teacher to the student's device."""
+        """Bring the teacher to the student's device and precision."""
         if self._trainer is not None:
-            self.teacher.to(self.trainer.strategy.root_device)
+            self.teacher.to(self.trainer.strategy.root_device, next(self.backbone.parameters()).dtype)
 
     def learn(self, batch: Batch) -> HeadOutput:
-        """Loss of labels and teacher; without the teacher where its weight is 0."""
-        weights = self.objective.weights(self.global_step)
+        """Loss of labels and teacher; without the teacher where its weight is 0. Without a Trainer the step is 0."""
+        weights = self.objective.weights(0 if self._trainer is None else self.global_step)
         head: Any = self.heads[batch.task]
         scores: Scores = head.score(batch, self.backbone)
         out: HeadOutput = head.judge(scores)
