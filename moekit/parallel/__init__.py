@@ -6,7 +6,7 @@
 For the Trainer there is `moekit.ExpertParallelStrategy`, which does this.
 """
 
-from moekit.parallel.annotation import Annotation
+from moekit.parallel.annotation import Annotation, read_annotations
 from moekit.parallel.checkpoint import (
     Checkpointer,
     consolidate,
@@ -45,6 +45,7 @@ __all__ = [
     "no_layers",
     "original",
     "parallelize",
+    "read_annotations",
     "remove_checkpoint",
     "repeated_layers",
     "sharded",
