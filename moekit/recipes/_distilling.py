@@ -38,8 +38,8 @@ class DistillConfig:
         weight: of the teacher's loss, the KL divergence.
         until: optimizer steps after which the teacher falls silent and labels alone count; 0 = never.
         temperature: of both distributions in the teacher's loss.
-        inherit: the student begins with the teacher's weights where names and shapes agree: everything, non_moe (all
-            but experts and routers), or none.
+        inherit: the student begins with the teacher's weights of the same name: everything, non_moe (all but experts
+            and routers), or none.
         layers: which of the teacher's layers a shallower student gets, as decoder.layers=0,1,4,5 (several stacks with
             ; between); not given = spread evenly, sparse ones from sparse ones.
     """

@@ -37,7 +37,7 @@ def inherit(
     experts: bool = True,
     layers: Mapping[str, Sequence[int]] | None = None,
 ) -> Inheritance:
-    """The student's state dict with every tensor of the teacher's that has the same name and shape.
+    """The student's state dict with every tensor of the teacher's that has the same name.
 
     A layer's name is that of the teacher's layer it is from. A dense student of a sparse teacher so gets everything but
     the experts (and learns its own feed-forwards there), a shallower one some of the layers, whole.
@@ -51,7 +51,8 @@ def inherit(
             not named, `choose_layers`.
 
     Raises:
-        UserError: if the layers are not of the teacher or not as many as the student's, or nothing fits.
+        UserError: if the layers are not of the teacher or not as many as the student's, a tensor of both has two
+            shapes, or there is none of both.
 
     Source: arXiv:2101.03961 table 6 (non-expert weights); arXiv:2201.05596 section 4.2 (fewer layers; which ones is
         ours).
@@ -76,11 +77,17 @@ def inherit(
     inherited = []
     for name, own in state.items():
         given = weights.get(_origin(name, chosen))
-        if given is not None and given.shape == own.shape and name not in withheld:
-            state[name] = given.to(own.dtype)
-            inherited.append(name)
+        if given is None or name in withheld:
+            continue
+        if given.shape != own.shape:
+            raise UserError(
+                f"a student that inherits must have the teacher's sizes: {name} is {tuple(own.shape)}, and "
+                f"{tuple(given.shape)} in the teacher. Change the student, or inherit less."
+            )
+        state[name] = given.to(own.dtype)
+        inherited.append(name)
     if not inherited:
-        raise UserError("the student has no tensor of a name and shape of the teacher's: nothing can be inherited.")
+        raise UserError("the student has no tensor of a name of the teacher's: nothing can be inherited.")
     return Inheritance(state, tuple(inherited), chosen)
 
 
