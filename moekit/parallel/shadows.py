@@ -234,7 +234,9 @@ def _gather(bucket: list[_Shadow]) -> None:
         padded = mine.new_zeros(step, *mine.shape[1:])
         padded[: mine.shape[0]] = mine
         pieces.append(padded)
-    sent = torch.cat([piece.reshape(-1) for piece in pieces])
+    assert isinstance(bucket[0].parameter, DTensor)
+    # Offloaded weights are in host memory, where a GPU's process group cannot reach them.
+    sent = torch.cat([piece.reshape(-1) for piece in pieces]).to(bucket[0].parameter.device_mesh.device_type)
     received = sent.new_empty(size * sent.numel())
     dist.all_gather(list(received.view(size, -1)), sent, group=group)
     for rank, flat in enumerate(received.view(size, -1)):

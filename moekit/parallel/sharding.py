@@ -68,10 +68,11 @@ def parallelize(model: nn.Module, meshes: Meshes, plan: Plan | None = None) -> S
     """Lay `model` over ranks, in place: experts, tensor slices, ZeRO and offload, as the meshes' layout says.
 
     Call it on every rank with the same model, before making optimizers. Weights and buffers are taken from rank 0.
-    Afterwards the model is called as before: ranks of one tensor-parallel group with the same batch, all others with
-    their own; the loss is a mean over the rank's batch, and gradients are means over ranks. A model whose loss is no
-    mean over equally many tokens everywhere should use `moekit.parallel.global_mean`. What is divided already (by
-    `fully_shard`, or as DTensors over tensor-parallel partners) stays as it is.
+    Afterwards the model is called as before, by ``model(...)`` (weights are gathered for a call, not for other methods
+    of the outermost module): ranks of one tensor-parallel group with the same batch, all others with their own; the
+    loss is a mean over the rank's batch, and gradients are means over ranks. A model whose loss is no mean over equally
+    many tokens everywhere should use `moekit.parallel.global_mean`. What is divided already (by `fully_shard`, or as
+    DTensors over tensor-parallel partners) stays as it is.
 
     Args:
         model: any module; `MoELayer`s in it send their rows to the ranks that hold their experts.
@@ -93,7 +94,7 @@ def parallelize(model: nn.Module, meshes: Meshes, plan: Plan | None = None) -> S
     theirs = [module for module in model.modules() if isinstance(module, FSDPModule)]
     units = _choose_units(model, plan, found)
     dimensions = _zero_dimensions(model, meshes, found)
-    _take_from_rank_zero(model)
+    _take_from_rank_zero(model, meshes)
     _connect(model, meshes, plan, found)
     views = _divide(model, meshes, found)
     _attach(meshes, found, views, units)
@@ -146,10 +147,13 @@ def _of_other_precision(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def _take_from_rank_zero(model: nn.Module) -> None:
+def _take_from_rank_zero(model: nn.Module, meshes: Meshes) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if not isinstance(tensor, DTensor):
-            dist.broadcast(tensor.detach(), src=0)
+            # Offloaded weights are in host memory, where a GPU's process group cannot reach them.
+            sent = tensor.detach().to(meshes.dense.device_type)
+            dist.broadcast(sent, src=0)
+            tensor.detach().copy_(sent)
 
 
 def _connect(model: nn.Module, meshes: Meshes, plan: Plan, found: list[Annotation]) -> None:
