@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -33,9 +34,11 @@ class PackedDispatcher:
     def __init__(self, exchange: Exchange | None = None) -> None:
         self.exchange = exchange
 
-    def across(self, exchange: Exchange | None) -> PackedDispatcher:
+    def across(self, exchange: Exchange | None) -> Self:
         """See `Dispatcher.across`."""
-        return PackedDispatcher(exchange)
+        other = copy.copy(self)
+        other.exchange = exchange
+        return other
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
         """Gather the kept rows, sorted by expert; across ranks, by this rank's experts."""

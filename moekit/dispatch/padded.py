@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -24,9 +25,11 @@ class PaddedDispatcher:
     def __init__(self, exchange: Exchange | None = None) -> None:
         self.exchange = exchange
 
-    def across(self, exchange: Exchange | None) -> PaddedDispatcher:
+    def across(self, exchange: Exchange | None) -> Self:
         """See `Dispatcher.across`."""
-        return PaddedDispatcher(exchange)
+        other = copy.copy(self)
+        other.exchange = exchange
+        return other
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
         """Scatter the kept rows into their slots: Float[E, C, D]; across W ranks Float[E / W, W * C, D].

@@ -330,9 +330,8 @@ class HalfCombine(PackedDispatcher):
     """Adds in the type of the rows."""
 
     def combine(self, y: Tensor, routing: Routing, handle: Any) -> Tensor:
-        assignment, token = handle
         out = y.new_zeros(routing.num_tokens, y.shape[1])
-        return out.index_add(0, token, y * routing.weight[assignment].to(y.dtype)[:, None])
+        return out.index_add(0, handle.token, y * routing.weight[handle.assignment].to(y.dtype)[:, None])
 
 
 class IgnoresWeights(PackedDispatcher):
@@ -355,10 +354,9 @@ class TrustsTheList(PackedDispatcher):
     """Takes the list to be choice-major with all tokens in each choice."""
 
     def combine(self, y: Tensor, routing: Routing, handle: Any) -> Tensor:
-        assignment, _ = handle
         if routing.num_tokens == 0:
             return super().combine(y, routing, handle)
-        return super().combine(y, routing, (assignment, assignment % routing.num_tokens))
+        return super().combine(y, routing, dataclasses.replace(handle, token=handle.assignment % routing.num_tokens))
 
 
 class SpillsIntoSlots(PaddedDispatcher):
