@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -200,7 +200,7 @@ class DistillationModule(MultitaskModule):
         temperature: T of the soft distributions.
         **options: of `MultitaskModule`.
 
-    Logs, beside `MultitaskModule`, ``train/<task>/teacher_kl`` while the teacher counts.
+    Logs, beside `MultitaskModule`, ``train/<task>/teacher_loss``: what the teacher adds to the loss, 0 after its stage.
 
     Raises:
         ValueError: if a task has no teacher or does not predict tokens, or the vocabularies differ in size.
@@ -250,10 +250,10 @@ class DistillationModule(MultitaskModule):
         head: Any = self.heads[batch.task]
         scores: Scores = head.score(batch, self.backbone)
         out: HeadOutput = head.judge(scores)
-        extra: Mapping[str, Tensor] = out.extra
         loss = weights.label * out.loss
+        heard = torch.zeros((), device=loss.device)
         if weights.teacher:
             kl = kl_divergence(scores.logits, self.teacher.score(batch).logits, self.temperature)
-            loss = loss + weights.teacher * kl
-            extra = {**extra, "teacher_kl": kl.detach()}
-        return dataclasses.replace(out, loss=loss, extra=extra)
+            heard = weights.teacher * kl
+            loss = loss + heard
+        return dataclasses.replace(out, loss=loss, extra={**out.extra, "teacher_loss": heard.detach()})

@@ -149,7 +149,7 @@ def test_loss_and_gradients_are_the_formula(task: str, dim: int, tmp_path: Path)
     loss = 0.75 * label + 0.25 * kl
     loss.backward()
     torch.testing.assert_close(trainer.callback_metrics["train/loss"], loss.detach())
-    torch.testing.assert_close(trainer.callback_metrics[f"train/{task}/teacher_kl"], kl.detach())
+    torch.testing.assert_close(trainer.callback_metrics[f"train/{task}/teacher_loss"], 0.25 * kl.detach())
     torch.testing.assert_close(trainer.callback_metrics[f"train/{task}/loss"], nll.detach())
     expected = [p.grad for p in again.parameters() if p.grad is not None]
     assert len(seen) == len(expected) > 0
@@ -185,7 +185,8 @@ def test_a_stage_ends_at_the_optimizer_step(accumulate: int, tmp_path: Path) -> 
 
     module.teacher.score = listening  # type: ignore[method-assign]
     batches = [{"translation": batch("translation", seed)} for seed in range(4 * accumulate)]
-    fit(module, batches, tmp_path, max_steps=4, accumulate_grad_batches=accumulate)
+    trainer = fit(module, batches, tmp_path, max_steps=4, accumulate_grad_batches=accumulate)
+    assert trainer.callback_metrics["train/translation/teacher_loss"] == 0
     assert heard == [0] * accumulate + [1] * accumulate
 
 
