@@ -77,12 +77,14 @@ def train(cases: list[Case], expected: dict[str, Any]) -> list[dict[str, float]]
 
 def check(cases: list[Case], world: int, timeout: float) -> None:
     expected = {optimizer: one_process(SmallLM(optimizer), sentences()) for optimizer in ("sgd", "adamw")}
-    results = run_distributed(train, world, cases, expected, timeout=timeout)
     worst = 0.0
-    for rank, found in enumerate(results):
-        for case, difference in zip(cases, found, strict=True):
-            assert max(difference.values()) < TOLERANCE, f"{case} on rank {rank}: {difference}"
-            worst = max(worst, *difference.values())
+    # Every layout's groups keep threads until their process ends, and a hundred layouts' would take the machine.
+    for some in [cases[i : i + 16] for i in range(0, len(cases), 16)]:
+        results = run_distributed(train, world, some, expected, timeout=timeout)
+        for rank, found in enumerate(results):
+            for case, difference in zip(some, found, strict=True):
+                assert max(difference.values()) < TOLERANCE, f"{case} on rank {rank}: {difference}"
+                worst = max(worst, *difference.values())
     print(f"\n{len(cases)} cases on {world} processes, largest relative difference {worst:.1e}")
 
 
