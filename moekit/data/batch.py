@@ -158,7 +158,7 @@ def translation(
 ) -> Batch:
     """``<2xx> source eos`` and ``bos target eos``; with a sentinel ``<2xx> source s eos`` and ``bos s target eos``.
 
-    Source: arXiv:1611.04558 (target-language tag at the source's head); sentinels arXiv:2202.08906 section 5.
+    Source: arXiv:1611.04558 (target-language tag at the source's head); sentinels arXiv:2202.08906 section 4.
     """
     width = width or Width()
     if sentinel is not None:

@@ -38,7 +38,7 @@ class TaskData:
         span_corruption: how spans are cut out, for the task span_corruption.
         masking: how sentences are masked, for masked_lm and replaced_token.
         sentinel: for translation: the first sentinel ends the source and begins the target, as in span corruption, so
-            that fine-tuning looks like such a pre-training (arXiv:2202.08906 section 5).
+            that fine-tuning looks like such a pre-training (arXiv:2202.08906 section 4).
     """
 
     share: float = 1.0

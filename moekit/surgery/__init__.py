@@ -7,8 +7,10 @@
 ``python -m moekit.surgery`` does it to the runs of recipes, on disk.
 """
 
+from moekit.surgery.adapters import add_adapters, merge_adapters, merged_state
 from moekit.surgery.aggregation import aggregate
 from moekit.surgery.anatomy import SparseLayer, require_operable, sparse_layers
+from moekit.surgery.inheritance import choose_layers, inherit
 from moekit.surgery.optimizer_state import by_name, by_number, carry, parameter_names
 from moekit.surgery.selection import choose_experts, count_kept
 from moekit.surgery.splitting import split_experts
@@ -17,14 +19,19 @@ from moekit.surgery.upcycling import dense_names, merge, require_complete, upcyc
 
 __all__ = [
     "SparseLayer",
+    "add_adapters",
     "aggregate",
     "by_name",
     "by_number",
     "carry",
     "choose_experts",
+    "choose_layers",
     "count_kept",
     "dense_names",
+    "inherit",
     "merge",
+    "merge_adapters",
+    "merged_state",
     "parameter_names",
     "require_complete",
     "require_operable",

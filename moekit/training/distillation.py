@@ -39,7 +39,7 @@ class Mixture:
     Attributes:
         teacher: the teacher's share, 0.25 in the paper.
 
-    Source: arXiv:2101.03961 section 4.1, table 6 (25 % teacher and 75 % label). Differs: the teacher's part is the KL
+    Source: arXiv:2101.03961 section 4.2, table 6 (25 % teacher and 75 % label). Differs: the teacher's part is the KL
         divergence and not the cross-entropy with its probabilities; they differ by the teacher's entropy, which has no
         gradient.
     """
@@ -205,7 +205,7 @@ class DistillationModule(MultitaskModule):
     Raises:
         ValueError: if a task has no teacher or does not predict tokens, or the vocabularies differ in size.
 
-    Source: arXiv:2101.03961 section 4.1; arXiv:2201.05596 section 4.2.
+    Source: arXiv:2101.03961 section 4.2; arXiv:2201.05596 section 4.2.
     """
 
     def __init__(

@@ -101,7 +101,7 @@ def subset(text: str) -> Subset:
     Raises:
         ValueError: an unknown name, with the nearest one.
 
-    Source: arXiv:2202.08906 section 5 compares all, non-MoE, MoE, attention and feed-forward parameters.
+    Source: arXiv:2202.08906 section 4 compares all, non-MoE, MoE, attention and feed-forward parameters.
     """
     words = re.split(r"([+-])", text.replace(" ", ""))
     found: Subset | None = None
@@ -141,7 +141,7 @@ def train_only(model: nn.Module, chosen: Subset) -> Trained:
     Raises:
         ValueError: if the model has no such parameter.
 
-    Source: arXiv:2202.08906 section 5: updating non-MoE parameters alone costs little, MoE alone much.
+    Source: arXiv:2202.08906 section 4: updating non-MoE parameters alone costs little, MoE alone much.
     """
     names = chosen.find(model)
     if not names:
@@ -184,7 +184,7 @@ def set_train_capacity(model: nn.Module, factor: float | None) -> None:
     Raises:
         ValueError: if no router has a capacity, or the factor is not positive.
 
-    Source: arXiv:2202.08906 section 5: 10 to 15 % of dropped tokens do no harm in fine-tuning.
+    Source: arXiv:2202.08906 section 4: 10 to 15 % of dropped tokens do no harm in fine-tuning.
     """
     found: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "capacity", None), Capacity)]
     if not found:
@@ -203,7 +203,7 @@ def with_slots(
         slots: by parameter name, as `moekit.surgery.by_name` gives them. Parameters that do not train are passed over,
             others begin afresh where they have none or tensors of another shape.
 
-    Source: arXiv:2202.08906 section 5 (resetting the slots hurts).
+    Source: arXiv:2202.08906 (resetting the slots of Adafactor hurts).
     """
 
     def made(module: nn.Module) -> Optimizer:
