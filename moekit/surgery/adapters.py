@@ -41,7 +41,6 @@ class LowRank(nn.Module):
         matrix: Float[*leading, inputs, outputs], for shape, device and type.
         rank: r.
         alpha: scale = alpha / r.
-        axes: logical axes of the matrix, as in `moekit.experts.Experts.axes`; the pair's follow from them.
 
     Raises:
         ValueError: if the rank is below 1 or above both sides of the matrix.
@@ -51,7 +50,7 @@ class LowRank(nn.Module):
 
     scale: Tensor
 
-    def __init__(self, matrix: Tensor, rank: int, alpha: float, axes: tuple[str, ...]) -> None:
+    def __init__(self, matrix: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
         *leading, inputs, outputs = matrix.shape
         if not 1 <= rank <= min(inputs, outputs):
@@ -62,8 +61,6 @@ class LowRank(nn.Module):
         self.down = nn.Parameter(matrix.new_empty((*leading, inputs, rank)))
         self.up = nn.Parameter(matrix.new_empty((*leading, rank, outputs)))
         self.register_buffer("scale", torch.tensor(alpha / rank, dtype=torch.float32, device=matrix.device))
-        *front, inner, outer = axes
-        self.axes = {"down": (*front, inner, "rank"), "up": (*front, "rank", outer)}
         self.reset_parameters()
 
     @torch.no_grad()
@@ -141,23 +138,26 @@ def add_adapters(
     found = list(_matrices(model, targets))
     if not found:
         raise ValueError(f"the model must have a matrix of {' or '.join(targets)}: it has none.")
-    for holder, name, axes in found:
-        if isinstance(holder, Experts):
-            weight = getattr(holder, name)
-            pair: LowRank = ExpertAdapter(weight, rank, alpha, axes)
-            if "adapters" not in holder._modules:
-                holder.add_module("adapters", nn.ModuleDict())
-            holder.get_submodule("adapters").add_module(name, pair)
-            # The bank's own, from now on: every parameter of a bank is named by it.
-            holder.__dict__["axes"] = {
-                **holder.axes,
-                **{f"adapters.{name}.{part}": named for part, named in pair.axes.items()},
-            }
+    for layer, path in found:
+        # The module that names a matrix's axes names its adapter's: what divides the layer divides them together.
+        named: Mapping[str, tuple[str, ...]] = layer.axes  # type: ignore[assignment]
+        axes = named[path]
+        if isinstance(layer, Experts):
+            pair: LowRank = ExpertAdapter(layer.get_parameter(path), rank, alpha)
+            if "adapters" not in layer._modules:
+                layer.add_module("adapters", nn.ModuleDict())
+            layer.get_submodule("adapters").add_module(path, pair)
+            where = f"adapters.{path}"
         else:
-            weight = holder.get_parameter("weight").transpose(-1, -2)
-            pair = LinearAdapter(weight, rank, alpha, (*axes[:-2], axes[-1], axes[-2]))
-            holder.add_module("adapter", pair)
-            holder.__dict__["_adapter_hook"] = holder.register_forward_hook(_add)
+            where = f"{path.removesuffix('.weight')}.adapter"
+            linear = layer.get_submodule(path.removesuffix(".weight"))
+            pair = LinearAdapter(linear.get_parameter("weight").transpose(-1, -2), rank, alpha)
+            axes = (*axes[:-2], axes[-1], axes[-2])
+            linear.add_module("adapter", pair)
+            linear.__dict__["_adapter_hook"] = linear.register_forward_hook(_add)
+        *front, inner, outer = axes
+        pairs = {f"{where}.down": (*front, inner, "rank"), f"{where}.up": (*front, "rank", outer)}
+        layer.__dict__["axes"] = {**named, **pairs}
     return [name for name, _ in model.named_parameters() if is_adapter(name)]
 
 
@@ -168,9 +168,10 @@ def merge_adapters(model: nn.Module) -> None:
     merged = merged_state(state)
     changed = [name for name in merged if merged[name] is not state[name]]
     for module in list(model.modules()):
+        if isinstance(module.__dict__.get("axes"), Mapping):
+            module.__dict__["axes"] = {n: axes for n, axes in module.__dict__["axes"].items() if not is_adapter(n)}
         if isinstance(module, Experts) and "adapters" in module._modules:
             del module._modules["adapters"]
-            module.__dict__.pop("axes", None)
         elif isinstance(module._modules.get("adapter"), LowRank):
             handle: RemovableHandle = module.__dict__.pop("_adapter_hook")
             handle.remove()
@@ -191,11 +192,11 @@ def merged_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stem = name.removesuffix(".down")
         down, up = (state[f"{stem}.{part}"].float() for part in ("down", "up"))
         added = state[f"{stem}.scale"].float() * (down @ up)
-        if stem.endswith(".adapter"):
-            matrix, added = f"{stem.removesuffix('.adapter')}.weight", added.transpose(-1, -2)
+        parts = stem.split(".")
+        if parts[-1] == "adapter":
+            matrix, added = ".".join([*parts[:-1], "weight"]), added.transpose(-1, -2)
         else:
-            bank, _, short = stem.rpartition(".adapters.")
-            matrix = f"{bank}.{short}"
+            matrix = ".".join([*parts[:-2], parts[-1]])
         merged[matrix] = (merged[matrix].float() + added).to(merged[matrix].dtype)
     return merged
 
@@ -206,8 +207,8 @@ def is_adapter(name: str) -> bool:
     return parts[-1] in ("down", "up", "scale") and ("adapter" in parts[-2:-1] or "adapters" in parts[-3:-2])
 
 
-def _matrices(model: nn.Module, targets: Collection[str]) -> Iterator[tuple[nn.Module, str, tuple[str, ...]]]:
-    """Every matrix to adapt once: the module that holds it, its name there and its axes."""
+def _matrices(model: nn.Module, targets: Collection[str]) -> Iterator[tuple[nn.Module, str]]:
+    """Every matrix to adapt once: the module that names its axes, and its name there."""
     seen: set[int] = set()
     dense = tuple(kind for target in targets for kind in _DENSE.get(target, ()))
     for module in model.modules():
@@ -218,10 +219,9 @@ def _matrices(model: nn.Module, targets: Collection[str]) -> Iterator[tuple[nn.M
                     "name what it multiplies with in `matrices`. Leave experts out of the targets."
                 )
             for name in module.matrices:
-                yield module, name, tuple(module.axes[name])
+                yield module, name
         elif isinstance(module, dense):
-            axes: Mapping[str, tuple[str, ...]] = module.axes  # type: ignore[assignment]
             for path, inner in module.named_children():
                 if isinstance(inner, nn.Linear | FusedLinear) and id(inner) not in seen:
                     seen.add(id(inner))
-                    yield inner, "weight", axes[f"{path}.weight"]
+                    yield module, f"{path}.weight"

@@ -101,7 +101,7 @@ def test_an_adapted_linear_layer_adds_a_product(fused: bool) -> None:
     torch.manual_seed(0)
     layer: nn.Module = FusedLinear(3, D, F) if fused else nn.Linear(D, F)
     weight = layer.get_parameter("weight").transpose(-1, -2)
-    pair = LinearAdapter(weight, 2, 4.0, ("part", "embed", "heads") if fused else ("embed", "heads"))
+    pair = LinearAdapter(weight, 2, 4.0)
     x = torch.randn(2, 5, D)
     assert pair(x).shape == layer(x).shape
     assert not pair(x).any()
@@ -138,9 +138,18 @@ def test_merged_is_unmerged() -> None:
     assert not any(isinstance(module, LowRank) or module._forward_hooks for module in model.modules())
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     torch.testing.assert_close(logits(model), adapted, atol=1e-5, rtol=1e-5)
-    assert not any("adapters" in name for bank in model.modules() if isinstance(bank, Experts) for name in bank.axes)
+    assert not any(is_adapter(name) for module in model.modules() for name in getattr(module, "axes", ()))
     add_adapters(model, rank=2)  # and again
     assert merged_state(network().state_dict()).keys() == names
+
+
+def test_a_bank_or_layer_alone_can_be_merged() -> None:
+    for module, x in ((GroupedMLP(E, D, F), torch.randn(E, 2, D)), (MLP(D, F), torch.randn(2, D))):
+        add_adapters(module, rank=2, targets=("experts", "feed_forward"))
+        adapted = stirred(module)(x)
+        merge_adapters(module)
+        assert not any(is_adapter(name) for name in module.state_dict())
+        torch.testing.assert_close(module(x), adapted, atol=1e-5, rtol=1e-5)
 
 
 def test_targets_choose_matrices() -> None:
