@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moekit.errors import UserError
@@ -21,6 +20,8 @@ _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+_NOTES = "__metadata__"
 
 
 @dataclass(frozen=True)
@@ -76,25 +77,30 @@ def read_safetensors(path: Path | str) -> dict[str, MappedTensor]:
     """
     path = Path(path)
     try:
-        with safe_open(str(path), framework="pt"):  # checks that header and length fit
-            pass
         with path.open("rb") as file:
+            size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
+            if not 2 <= length <= size - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        return {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items() if name != _NOTES}
     except FileNotFoundError:
         raise UserError(f"there is no file {path}.") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} must be a whole safetensors file: {error}.") from None
-    found = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _TYPES:
-            raise UserError(f"{path}: {name} has the type {entry['dtype']}; known are {', '.join(_TYPES)}.")
-        shape = tuple(entry["shape"])
-        start = 8 + length + entry["data_offsets"][0]
-        found[name] = MappedTensor(path, start, shape, _contiguous(shape), _TYPES[entry["dtype"]])
-    return found
+
+
+def _entry(path: Path, name: str, entry: Mapping[str, Any], data: int, size: int) -> MappedTensor:
+    """One tensor of a header, whose data begin at byte `data`."""
+    if entry["dtype"] not in _TYPES:
+        raise UserError(f"{path}: {name} has the type {entry['dtype']}; known are {', '.join(_TYPES)}.")
+    dtype, shape = _TYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+    start, end = (int(n) for n in entry["data_offsets"])
+    if min((*shape, start), default=0) < 0 or end - start != math.prod(shape) * dtype.itemsize or data + end > size:
+        raise ValueError(f"{name} of shape {list(shape)} cannot lie in bytes {start} to {end} of {size - data}")
+    return MappedTensor(path, data + start, shape, _contiguous(shape), dtype)
 
 
 def map_fake(path: Path | str, tensors: Mapping[str, Tensor]) -> dict[str, MappedTensor]:

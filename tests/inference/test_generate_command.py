@@ -11,7 +11,7 @@ from moekit.recipes._command import main
 
 OPTIONS = [
     "--data.babel_languages", "2", "--data.babel_sentences", "300", "--data.vocab_size", "400",
-    "--data.max_length", "64", "--tasks.causal_lm.tokens", "128", "--train.max_steps", "2",
+    "--data.max_length", "32", "--tasks.causal_lm.tokens", "128", "--train.max_steps", "2",
     "--train.warmup_steps", "1", "--train.log_every", "1", "--train.validate_every", "0", "--train.accelerator", "cpu",
     "--evaluate.max_sentences", "2", "--evaluate.valid_sentences", "4", "--evaluate.samples", "0",
     "--model.dim", "16", "--model.heads", "2", "--model.hidden_dim", "8", "--model.num_experts", "4",
@@ -39,8 +39,7 @@ def test_the_same_text_with_experts_on_disk(run: Path, tmp_path: Path) -> None:
     whole = written(run, prompts)
     assert whole.count("\n") == 5
     assert len(set(whole.splitlines())) > 1
-    for count in ("1", "3"):
-        assert written(run, prompts, "--experts_in_memory", count) == whole
+    assert written(run, prompts, "--experts_in_memory", "1") == whole
 
 
 def test_what_it_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

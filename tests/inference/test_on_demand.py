@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,6 +145,56 @@ def test_a_folder_of_transformers(k: int, tmp_path: Path) -> None:
     assert torch.equal(a.ids, b.ids)
     assert_close(a.token_scores, b.token_scores)
     assert not any(".experts." in name for name in small.state_dict())
+
+
+LIMITED = """
+import resource, sys
+import torch
+from moekit import MoELayer, routers
+from moekit.experts import GroupedMLP
+from moekit.inference import load_on_demand
+from safetensors.torch import load_file
+
+torch.set_num_threads(1)
+path, whole = sys.argv[1], sys.argv[2] == "whole"
+with torch.device("meta"):
+    layer = MoELayer(routers.switch(256, 64), GroupedMLP(64, 256, 1024))
+x = torch.randn(300, 256, generator=torch.Generator().manual_seed(0))
+pages = int(open("/proc/self/statm").read().split()[0])
+room = pages * resource.getpagesize() + 64 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+with torch.inference_mode():
+    if whole:
+        layer.load_state_dict(load_file(path), assign=True)
+    else:
+        load_on_demand(layer, path, resident=4)
+    print(float(layer.eval()(x).hidden.double().sum()), getattr(layer.experts, "loads", 0))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size of the process from /proc")
+def test_a_model_larger_than_memory_answers(tmp_path: Path) -> None:
+    """128 MB of experts in 64 MB: read as a whole they do not fit, on demand all 64 are used in turn."""
+    torch.manual_seed(0)
+    layer = MoELayer(routers.switch(256, 64), GroupedMLP(64, 256, 1024)).eval()
+    path = tmp_path / "layer.safetensors"
+    save_file(layer.state_dict(), path)
+    x = torch.randn(300, 256, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = float(layer(x).hidden.double().sum())
+    done = {
+        kind: subprocess.run(
+            [sys.executable, "-c", LIMITED, str(path), kind], capture_output=True, text=True, check=False
+        )
+        for kind in ("whole", "on demand")
+    }
+    assert done["whole"].returncode
+    assert "allocate memory" in done["whole"].stderr or "MemoryError" in done["whole"].stderr
+    assert done["on demand"].returncode == 0, done["on demand"].stderr
+    found, loads = done["on demand"].stdout.split()
+    assert float(found) == pytest.approx(wanted, abs=1e-2)
+    assert int(loads) > 32
 
 
 def test_files_that_do_not_fit(tmp_path: Path) -> None:

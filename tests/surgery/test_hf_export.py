@@ -282,6 +282,21 @@ def test_what_transformers_cannot_say(feature: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_parts_that_were_replaced(tmp_path: Path) -> None:
+    model = like_t5()
+    model.encoder.blocks[0].self_attention.out = nn.Sequential(model.encoder.blocks[0].self_attention.out)  # type: ignore[assignment]
+    with pytest.raises(
+        UserError,
+        match=r"no Sequential: encoder\.layers\.0\.self_attention\.out of this model has\. Merge adapters first",
+    ):
+        export_model(model, tmp_path / "model")
+    model = like_t5()
+    model.encoder.register_parameter("extra", nn.Parameter(torch.ones(3)))
+    with pytest.raises(UserError, match=r"no place for encoder\.extra"):
+        export_model(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_where_it_is_written(tmp_path: Path) -> None:
     ours = like_t5(feed_forward=None)
     (tmp_path / "file").touch()

@@ -117,5 +117,6 @@ def test_the_type_of_the_weights(tmp_path: Path) -> None:
     folder = save(theirs, tmp_path / "model")
     stored = import_model(folder).model
     assert {p.dtype for p in stored.parameters()} == {torch.bfloat16}
+    assert all(p.requires_grad for p in stored.parameters()), "it can be trained"
     wide = import_model(folder, dtype=torch.float32).model
     assert_close(our_logits(wide), their_logits(theirs.float()))

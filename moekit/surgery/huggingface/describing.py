@@ -15,12 +15,15 @@ from moekit.surgery.huggingface.architecture import NAMES, Architecture, Kind
 from moekit.transformer import (
     MLP,
     Block,
+    CrossAttention,
     EncoderDecoder,
     LayerNorm,
     RelativePositions,
     RMSNorm,
+    SelfAttention,
     SplitSinusoidalPositions,
 )
+from moekit.transformer.projection import FusedLinear
 
 T = TypeVar("T")
 
@@ -76,6 +79,10 @@ class _Reader:
             if not stack.blocks:
                 raise self.refuse("side without blocks", f"the {side}")
         attentions = [m for b in self.blocks.values() for m in (b.self_attention, b.cross_attention) if m is not None]
+        for path, block in self.blocks.items():
+            for name, module in block.named_modules():
+                if isinstance(module, SelfAttention | CrossAttention | MLP):
+                    self._require_plain(f"{path}.{name}", module)
         heads = self.one((m.heads for m in attentions), "number of heads")
         head_dim = self.one((m.head_dim for m in attentions), "size of heads")
         if not self.switch and heads * head_dim != self.model.dim:
@@ -117,6 +124,11 @@ class _Reader:
         if self.switch and found["bias"]:
             raise self.refuse("biases", "attention or a feed-forward")
         return Architecture(**found, **self._positions(), **self._routing(layers))
+
+    def _require_plain(self, path: str, module: nn.Module) -> None:
+        for name, part in module.named_children():
+            if type(part) not in (nn.Linear, FusedLinear):
+                raise self.refuse(f"{type(part).__name__}", f"{path}.{name}", " Merge adapters first.")
 
     def _norm_eps(self) -> float:
         wanted = RMSNorm if self.switch else LayerNorm

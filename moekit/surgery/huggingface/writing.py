@@ -72,11 +72,18 @@ def export_model(
     first_text = tokens.eos + 1 if tokenizer is None else tokenizer.first_text_id
     never = [tokens.pad] if tokenizer is None else [i for i in range(first_text) if i != tokens.eos]
     links = tuple(FAMILIES[architecture.kind].links(architecture))
+    state = model.state_dict()
+    other = state.keys() ^ {link.ours for link in links if link.ours}
+    if other:
+        raise UserError(
+            f"transformers' {NAMES[architecture.kind]} has no place for {min(other)} of this model. Undo what "
+            "was added to its parts."
+        )
     with _new_folder(folder, overwrite=overwrite) as draft:
         _write_json(draft / "config.json", config)
         _write_json(draft / "generation_config.json", _generation(tokens, never))
-        _write_weights(draft, _theirs(model.state_dict(), links, architecture), max_shard_bytes)
-        kept = _rounded(model.state_dict(), links)
+        _write_weights(draft, _theirs(state, links, architecture), max_shard_bytes)
+        kept = _rounded(state, links)
         if kept:
             save_file(kept, str(draft / EXACT))
         if tokenizer is not None:
@@ -126,12 +133,9 @@ def _generation(tokens: Tokens, never: Sequence[int]) -> dict[str, Any]:
 def _theirs(state: Mapping[str, Tensor], links: Iterable[Link], ours: Architecture) -> Iterator[tuple[str, Tensor]]:
     """Their tensors, one after another."""
     some = next(iter(state.values()))
-    names = set(state)
     for link in links:
-        names.discard(link.ours)
         mine = state[link.ours] if link.ours else torch.zeros(link.shape, dtype=some.dtype)
         yield from link.to_theirs(mine.detach().cpu()).items()
-    assert not names, f"no link for {sorted(names)}"
     if not ours.tied:  # transformers has a fourth table, which it does not use
         first = next(link for link in FAMILIES[ours.kind].links(ours) if link.ours == "embedding.weight")
         shared = "shared.weight" if ours.kind == "switch_transformers" else "model.shared.weight"
