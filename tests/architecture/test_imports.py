@@ -49,12 +49,16 @@ SAME_FLOOR = {
     ("transformer", "moekit.layer"): "blocks hand a RoutingContext to a MoELayer and return its Routing",
     ("soft_moe", "moekit.layer"): "Soft MoE returns a MoEOutput as MoELayer does",
     ("recurrent", "moekit.transformer"): "the recurrent model embeds, and answers, as the transformers do",
-    ("surgery", "moekit.transformer"): "adapters sit on its projections",
     ("surgery", "moekit.layer"): "exchange with transformers builds and reads sparse layers",
-    ("surgery", "moekit.transformer"): "exchange with transformers builds and reads encoder-decoders",
+    ("surgery", "moekit.transformer"): "adapters sit on its projections; exchange builds and reads encoder-decoders",
     ("surgery", "moekit.data.tokenizer"): "a vocabulary is written beside the model it belongs to",
+    ("inference", "moekit.training.checkpoint_io"): "experts on demand are mapped from a run's checkpoint",
     ("heads", "moekit.layer"): "heads weigh the losses of routings with AuxLosses",
     ("heads", "moekit.transformer"): "heads sit on a backbone",
+    (
+        "inference",
+        "moekit.training.checkpoint_io",
+    ): "experts on demand are read from a checkpoint, and nothing executed",
     ("heads", "moekit.data.batch"): "a Batch is what a head reads; nothing else of data",
 }
 

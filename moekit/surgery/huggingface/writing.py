@@ -70,7 +70,9 @@ def export_model(
             f"{tokenizer.vocab_size}."
         )
     first_text = tokens.eos + 1 if tokenizer is None else tokenizer.first_text_id
-    never = [tokens.pad] if tokenizer is None else [i for i in range(first_text) if i != tokens.eos]
+    never = [tokens.pad]
+    if tokenizer is not None:
+        never = [i for i in range(tokenizer.first_text_id) if i != tokens.eos]
     links = tuple(FAMILIES[architecture.kind].links(architecture))
     state = model.state_dict()
     other = state.keys() ^ {link.ours for link in links if link.ours}
