@@ -69,7 +69,8 @@ def export_model(
             f"the tokenizer must have the model's vocabulary of {architecture.vocab_size}: it has "
             f"{tokenizer.vocab_size}."
         )
-    first_text = tokens.eos + 1 if tokenizer is None else tokenizer.first_text_id
+    if tokenizer is not None and tokens != Tokens():
+        raise UserError(f"with a tokenizer the special ids are its own, {Tokens()}: got {tokens}. Leave tokens out.")
     never = [tokens.pad]
     if tokenizer is not None:
         never = [i for i in range(tokenizer.first_text_id) if i != tokens.eos]
