@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moekit.errors import UserError
 from moekit.layer import MoELayer
 from moekit.parallel.mesh import EXPERT, TENSOR
 from moekit.parallel.plan import Plan
@@ -56,7 +57,7 @@ def read_annotations(model: nn.Module, plan: Plan) -> list[Annotation]:
     """All annotated parameters, shared ones once; of two modules that name a parameter the outer one counts.
 
     Raises:
-        ValueError: if axes and dimensions of a parameter differ in number.
+        UserError: if axes and dimensions of a parameter differ in number.
     """
     found: dict[int, Annotation] = {}
     for path, module in model.named_modules():
@@ -69,7 +70,7 @@ def read_annotations(model: nn.Module, plan: Plan) -> list[Annotation]:
                 continue
             full = f"{path}.{name}" if path else name
             if len(axes[name]) != parameter.ndim:
-                raise ValueError(
+                raise UserError(
                     f"{type(module).__name__}.axes[{name!r}] must name every dimension: got {axes[name]} for "
                     f"{full} of shape {tuple(parameter.shape)}."
                 )
@@ -96,7 +97,7 @@ def check_model(model: nn.Module, layout: Layout, plan: Plan, found: list[Annota
     """Raise if the layout cannot hold the model.
 
     Raises:
-        ValueError: naming the parameter or module, and the nearest layout that would do.
+        UserError: naming the parameter or module, and the nearest layout that would do.
     """
     size = {EXPERT: layout.expert_parallel_size, TENSOR: layout.tensor_parallel_size}
     option = {EXPERT: "expert_parallel_size", TENSOR: "tensor_parallel_size"}
@@ -108,19 +109,19 @@ def check_model(model: nn.Module, layout: Layout, plan: Plan, found: list[Annota
                 length = heads  # the axis has all channels of all heads, and no head is cut in two
             if length % size[mesh]:
                 fits = max(n for n in range(1, size[mesh]) if length % n == 0)
-                raise ValueError(
+                raise UserError(
                     f"the axis {note.axes[dimension]!r} of {note.path} must be divisible by {option[mesh]}: got "
                     f"{length} and {size[mesh]}. Use {option[mesh]}={fits}, or make it "
                     f"{-(-length // size[mesh]) * size[mesh]}."
                 )
         if "vocab" in note.axes and "vocab" in plan.axes and size[TENSOR] > 1 and not _takes_vocabulary(note.module):
-            raise ValueError(
+            raise UserError(
                 f"{note.path} has a vocab axis, and {type(note.module).__name__} cannot work on a part of it, without "
                 "an attribute `vocabulary`. Use moekit.transformer.TokenEmbedding, or a Plan without vocab."
             )
     _check_banks(model, layout, found)
     if layout.tensor_parallel_size > 1 and not any(TENSOR in note.divided.values() for note in found):
-        raise ValueError(
+        raise UserError(
             f"tensor_parallel_size={layout.tensor_parallel_size} needs modules that name an axis mlp, heads or vocab: "
             "this model has none. Annotate them, or use tensor_parallel_size=1."
         )
@@ -140,17 +141,17 @@ def _check_banks(model: nn.Module, layout: Layout, found: list[Annotation]) -> N
             if isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in named or parameter.ndim == 0:
-                raise ValueError(
+                raise UserError(
                     f"every parameter of an expert bank must be named in its axes and have a dimension: got {name} of "
                     f"{path}, shape {tuple(parameter.shape)}. Add it to axes."
                 )
         if layout.expert_parallel_size > 1 and id(bank) not in connected:
-            raise ValueError(
+            raise UserError(
                 f"the experts of {path} are not in a MoELayer, so nobody would bring rows to them: use MoELayer("
                 "router, experts), or expert_parallel_size=1."
             )
         if layout.expert_parallel_size > 1 and getattr(bank, "requires_whole_bank", False):
-            raise ValueError(f"{path} needs all its experts in one process. Use expert_parallel_size=1.")
+            raise UserError(f"{path} needs all its experts in one process. Use expert_parallel_size=1.")
     for path, layer in sparse_layers(model):
         if layout.expert_parallel_size > 1 and getattr(layer, "requires_whole_bank", False):
-            raise ValueError(f"{path} needs all its experts in one process for now. Use expert_parallel_size=1.")
+            raise UserError(f"{path} needs all its experts in one process for now. Use expert_parallel_size=1.")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moekit.errors import UserError
 from moekit.parallel.planner.layout import Layout
 
 REPLICATE, SHARD, EXPERT_SHARD, EXPERT, TENSOR = "replicate", "shard", "expert_shard", "expert", "tensor"
@@ -87,10 +88,10 @@ def build_meshes(layout: Layout, device_type: str, world: World | None = None) -
         world: the ranks, where a part of the model was divided over them before; None = made here.
 
     Raises:
-        ValueError: if the layout is for another number of processes.
+        UserError: if the layout is for another number of processes.
     """
     if dist.get_world_size() != layout.devices:
-        raise ValueError(
+        raise UserError(
             f"a layout must be for the processes there are: got one for {layout.devices}, there are "
             f"{dist.get_world_size()}. Build it with devices={dist.get_world_size()}."
         )

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from moekit.dispatch import AllToAll, Exchange, TwoLevelAllToAll
+from moekit.errors import UserError
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations, sparse_layers
 from moekit.parallel.local import LocalView, LocalViews
 from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, REPLICATE, SHARD, TENSOR, Meshes
@@ -80,14 +81,14 @@ def parallelize(model: nn.Module, meshes: Meshes, plan: Plan | None = None) -> S
         plan: see `Plan`; None = the default.
 
     Raises:
-        ValueError: before anything is sent, if the model does not fit the layout.
+        UserError: before anything is sent, if the model does not fit the layout.
     """
     plan = plan or Plan()
     found = read_annotations(model, plan)
     check_model(model, meshes.layout, plan, found)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ValueError(
+            raise UserError(
                 f"parallelize needs weights with memory: {name} is on the meta device. Call "
                 "moekit.transformer.materialize(model, device) first."
             )
@@ -129,7 +130,7 @@ def _choose_units(model: nn.Module, plan: Plan, found: list[Annotation]) -> list
         if not shared:
             units.append(module)
         elif any(module is bank for bank in sparse):
-            raise ValueError(
+            raise UserError(
                 f"an expert bank must not share weights with other modules: {type(module).__name__} does. Copy them."
             )
     return [*units, model]
@@ -174,7 +175,7 @@ def _exchange(meshes: Meshes, plan: Plan) -> Exchange:
     if plan.node_size is None or plan.node_size in (1, group.size()):
         return AllToAll(group)
     if group.size() % plan.node_size:
-        raise ValueError(
+        raise UserError(
             f"node_size must divide expert_parallel_size: got {plan.node_size} and {group.size()}. Use None for one "
             "level."
         )
@@ -297,7 +298,7 @@ def _zero_dimensions(model: nn.Module, meshes: Meshes, found: list[Annotation]) 
     """The dimension that ZeRO divides, by name of parameter.
 
     Raises:
-        ValueError: if a parameter cannot be divided.
+        UserError: if a parameter cannot be divided.
     """
     layout = meshes.layout
     sparse, noted = set(map(id, banks(found))), {id(n.parameter): n for n in found}
@@ -320,7 +321,7 @@ def _zero_dimensions(model: nn.Module, meshes: Meshes, found: list[Annotation]) 
                 taken.add(dimension)
         chosen = zero_dimension(shape, taken, size) if shape else 0
         if chosen is None:
-            raise ValueError(
+            raise UserError(
                 f"ZeRO stage {layout.zero_stage} must divide {name} of shape {tuple(parameter.shape)} (here "
                 f"{tuple(shape)}) among {size} ranks, and no dimension is divisible. Use zero_stage=1, or a multiple."
             )

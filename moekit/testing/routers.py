@@ -168,7 +168,8 @@ def check_edge_batches(factory: Factory) -> None:
             _compare_with_reference(layer, x, context, f"{num_tokens} tokens {phase}")
         context = some_context(layer.router, T)
         same = skewed_tokens(1, dim, dtype=torch.float64).expand(T, dim)
-        ids = {n: torch.zeros(T, dtype=torch.int64) for n in ("token_ids", "previous_ids", "next_ids", "position", "task")}
+        names = ("token_ids", "previous_ids", "next_ids", "position", "task")
+        ids = {name: torch.zeros(T, dtype=torch.int64) for name in names}
         _compare_with_reference(layer, same, dataclasses.replace(context, **ids), f"{T} equal tokens {phase}")
         padding = dataclasses.replace(context, mask=torch.zeros(T, dtype=torch.bool))
         found = trace(partial(layer, context=padding), layer, same)

@@ -58,7 +58,6 @@ SAME_FLOOR = {
     (
         "inference",
         "moekit.training.checkpoint_io",
-    ): "experts on demand are read from a checkpoint, and nothing executed",
     ("heads", "moekit.data.batch"): "a Batch is what a head reads; nothing else of data",
 }
 

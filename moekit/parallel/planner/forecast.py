@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moekit.errors import UserError
 from moekit.parallel.planner.census import Census, take_census
 from moekit.parallel.planner.layout import Layout, Training
 from moekit.parallel.planner.memory import TENSOR_AXES, Memory, local_shape, memory_of, sharded_shape, zero_cut
@@ -108,7 +109,7 @@ def plan(model: TransformerShape | nn.Module, layout: Layout, training: Training
         training: micro-batch, precision, optimizer, checkpointing.
 
     Raises:
-        ValueError: if experts, heads, hidden channels or vocabulary cannot be divided evenly, or the module contains no
+        UserError: if experts, heads, hidden channels or vocabulary cannot be divided evenly, or the module contains no
             transformer.
 
     Source: the memory model is that of arXiv:1910.02054 section 3, with experts divided as in arXiv:2006.16668
@@ -136,12 +137,12 @@ def _check_experts(census: Census, layout: Layout) -> None:
     size = layout.expert_parallel_size
     counts = sorted({w.shape[0] for u in census.units for w in u.weights if w.is_expert})
     if size > 1 and not counts:
-        raise ValueError(f"expert_parallel_size is {size}, but {census.name} has no experts. Use 1.")
+        raise UserError(f"expert_parallel_size is {size}, but {census.name} has no experts. Use 1.")
     for count in counts:
         if count % size:
             fitting = [n for n in range(1, count + 1) if count % n == 0 and layout.devices % n == 0]
             near = min(fitting, key=lambda n: abs(n - size))
-            raise ValueError(
+            raise UserError(
                 f"the number of experts must be a multiple of expert_parallel_size: got {count} experts and {size}. "
                 f"Use expert_parallel_size {near}, or {size * math.ceil(count / size)} experts."
             )
@@ -153,13 +154,13 @@ def _check_divisions(census: Census, layout: Layout) -> None:
         for weight in unit.weights:
             for length, axis in zip(weight.shape, weight.axes, strict=False):
                 if axis in TENSOR_AXES and length % size:
-                    raise ValueError(
+                    raise UserError(
                         f"the axis {axis!r} of the {unit.name} must be a multiple of tensor_parallel_size: got "
                         f"{length} and {size}. Use {math.ceil(length / size) * size}, or another tensor_parallel_size."
                     )
             if layout.zero_stage >= 2 and weight.shape and zero_cut(weight, layout) is None:
                 among = layout.expert_shard_size if weight.is_expert else layout.shard_size
-                raise ValueError(
+                raise UserError(
                     f"ZeRO stage {layout.zero_stage} must divide a weight of shape {local_shape(weight, layout)} of "
                     f"the {unit.name} among {among} devices, and no dimension is a multiple. Use zero_stage=1, or "
                     "another number of devices."

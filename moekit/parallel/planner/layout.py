@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moekit.errors import UserError
+
 Optimizer = Literal["adamw", "sgd", "momentum", "adafactor"]
 Offload = Literal["none", "optimizer", "parameters"]
 
@@ -25,7 +27,7 @@ class Layout:
             optimizer state.
 
     Raises:
-        ValueError: where the numbers do not fit together: sizes that do not divide the devices, or replicas with stage
+        UserError: where the numbers do not fit together: sizes that do not divide the devices, or replicas with stage
             0 or 1, which repeat the weights on all data ranks anyway.
     """
 
@@ -39,13 +41,13 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("devices", "expert_parallel_size", "tensor_parallel_size", "replicas"):
             if getattr(self, name) < 1:
-                raise ValueError(f"Layout.{name} must be at least 1: got {getattr(self, name)}.")
+                raise UserError(f"Layout.{name} must be at least 1: got {getattr(self, name)}.")
         if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(f"Layout.zero_stage must be 0, 1, 2 or 3: got {self.zero_stage!r}.")
+            raise UserError(f"Layout.zero_stage must be 0, 1, 2 or 3: got {self.zero_stage!r}.")
         if self.offload not in ("none", "optimizer", "parameters"):
-            raise ValueError(f'Layout.offload must be "none", "optimizer" or "parameters": got {self.offload!r}.')
+            raise UserError(f'Layout.offload must be "none", "optimizer" or "parameters": got {self.offload!r}.')
         if self.zero_stage < 2 and self.replicas > 1:
-            raise ValueError(
+            raise UserError(
                 f"replicas are for zero_stage 2 and 3: got {self.replicas} with zero_stage {self.zero_stage}, which "
                 "repeats all weights on every data rank. Use replicas=1, or zero_stage=2."
             )
@@ -53,7 +55,7 @@ class Layout:
         if self.devices % size:
             free = max(self.devices // (self.replicas * self.tensor_parallel_size), 1)
             nearest = max(n for n in range(1, free + 1) if free % n == 0 and n <= self.expert_parallel_size)
-            raise ValueError(
+            raise UserError(
                 "expert_parallel_size * tensor_parallel_size * replicas must divide the number of processes: got "
                 f"{self.expert_parallel_size} * {self.tensor_parallel_size} * {self.replicas} for {self.devices}. Use "
                 f"expert_parallel_size={nearest}, or {size * max(1, self.devices // size)} processes."
@@ -148,7 +150,7 @@ class Training:
         checkpointing: whether blocks forget their activations and compute them again in backward.
 
     Raises:
-        ValueError: for unknown names and sizes below 1.
+        UserError: for unknown names and sizes below 1.
     """
 
     sequences: int = 8
@@ -161,14 +163,14 @@ class Training:
 
     def __post_init__(self) -> None:
         if isinstance(self.precision, str) and self.precision not in PRECISIONS:
-            raise ValueError(
+            raise UserError(
                 f"Training.precision must be one of {', '.join(PRECISIONS)} or a Precision: got {self.precision!r}."
             )
         if self.optimizer not in ("adamw", "sgd", "momentum", "adafactor"):
-            raise ValueError(f"Training.optimizer must be adamw, momentum, sgd or adafactor: got {self.optimizer!r}.")
+            raise UserError(f"Training.optimizer must be adamw, momentum, sgd or adafactor: got {self.optimizer!r}.")
         for name in ("sequences", "source_length", "target_length", "accumulate"):
             if getattr(self, name) < 1:
-                raise ValueError(f"Training.{name} must be at least 1: got {getattr(self, name)}.")
+                raise UserError(f"Training.{name} must be at least 1: got {getattr(self, name)}.")
 
     @property
     def numbers(self) -> Precision:
