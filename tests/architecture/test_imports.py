@@ -55,9 +55,6 @@ SAME_FLOOR = {
     ("inference", "moekit.training.checkpoint_io"): "experts on demand are mapped from a run's checkpoint",
     ("heads", "moekit.layer"): "heads weigh the losses of routings with AuxLosses",
     ("heads", "moekit.transformer"): "heads sit on a backbone",
-    (
-        "inference",
-        "moekit.training.checkpoint_io",
     ("heads", "moekit.data.batch"): "a Batch is what a head reads; nothing else of data",
 }
 
