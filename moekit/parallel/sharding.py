@@ -84,6 +84,11 @@ def parallelize(model: nn.Module, meshes: Meshes, plan: Plan | None = None) -> S
         UserError: before anything is sent, if the model does not fit the layout.
     """
     plan = plan or Plan()
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise UserError(
+            f"parallelize needs torch 2.13 or newer, whose fully_shard can sum the gradients of experts that no token "
+            f"met: got torch {torch.__version__}. Everything else in moekit runs on this one."
+        )
     found = read_annotations(model, plan)
     check_model(model, meshes.layout, plan, found)
     for name, parameter in model.named_parameters():

@@ -131,4 +131,7 @@ class Throughput(Callback):
         tokens = torch.stack([torch.as_tensor(count, dtype=torch.int64) for count in self._pending]).sum()
         if trainer.world_size > 1:
             tokens = trainer.strategy.reduce(tokens.to(trainer.strategy.root_device), reduce_op="sum")
+            # Tensor-parallel partners read the same batch.
+            readers = trainer.distributed_sampler_kwargs
+            tokens = tokens * (readers["num_replicas"] if readers else trainer.world_size) // trainer.world_size
         return int(tokens)
