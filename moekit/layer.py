@@ -16,7 +16,7 @@ from moekit.dispatch import Dispatcher, Exchange, PackedDispatcher, PaddedDispat
 from moekit.experts.base import Experts
 from moekit.experts.dense_pretraining import DensePretraining
 from moekit.mixing import ExpertOutputMasking, Mix
-from moekit.routing import Router, Routing, RoutingContext, _register
+from moekit.routing import Router, Routing, RoutingContext, register_pytree
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class MoEOutput:
         return iter((self.hidden, self.routing))
 
 
-_register(MoEOutput)
+register_pytree(MoEOutput)
 
 
 class MoELayer(Component):

@@ -23,7 +23,7 @@ Priority = Literal["position", "probability", "random"]
 _T = TypeVar("_T")
 
 
-def _register(cls: type[_T], static: tuple[str, ...] = ()) -> type[_T]:
+def register_pytree(cls: type[_T], static: tuple[str, ...] = ()) -> type[_T]:
     """Make a dataclass a pytree; `static` fields travel as context, the others are leaves or subtrees."""
     names = [f.name for f in dataclasses.fields(cls) if f.name not in static]  # type: ignore[arg-type]
 
@@ -83,7 +83,7 @@ class RoutingContext:
         return RoutingContext(**flat)
 
 
-_register(RoutingContext)
+register_pytree(RoutingContext)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Routing:
         return self.position >= 0
 
 
-_register(Routing, static=("num_tokens", "num_experts", "capacity"))
+register_pytree(Routing, static=("num_tokens", "num_experts", "capacity"))
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class RoutingStats:
     load_by_group: Tensor | None = None
 
 
-_register(RoutingStats)
+register_pytree(RoutingStats)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moekit.component import Component
 from moekit.data.batch import Batch
 from moekit.layer import AuxLosses
-from moekit.routing import Routing, _register
+from moekit.routing import Routing, register_pytree
 from moekit.transformer.output import DecoderOutput
 
 
@@ -47,7 +47,7 @@ class HeadOutput:
     extra: Mapping[str, Tensor]
 
 
-_register(HeadOutput)
+register_pytree(HeadOutput)
 
 
 @dataclass(frozen=True)

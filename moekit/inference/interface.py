@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moekit.routing import _register
+from moekit.routing import register_pytree
 
 
 class Cache(Protocol):
@@ -136,7 +136,7 @@ class Generation:
         return [texts[0] if texts else [] for texts in self.lists()]
 
 
-_register(Generation)
+register_pytree(Generation)
 
 
 class Search(Protocol):

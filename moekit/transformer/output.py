@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moekit.routing import Routing, _register
+from moekit.routing import Routing, register_pytree
 from moekit.transformer.cache import DecoderCache
 
 
@@ -35,6 +35,6 @@ class DecoderOutput:
     cache: DecoderCache | None = None
 
 
-_register(BlockOutput)
-_register(StackOutput)
-_register(DecoderOutput, static=("cache",))
+register_pytree(BlockOutput)
+register_pytree(StackOutput)
+register_pytree(DecoderOutput, static=("cache",))
