@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from jsonargparse import Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,7 +21,7 @@ from moekit.inference.completer import Completer
 from moekit.inference.on_demand import load_on_demand
 from moekit.inference.translator import Translator, search_for
 from moekit.recipes._evaluation import load
-from moekit.recipes._parts import Build, WithData, run_data
+from moekit.recipes._parts import Build, build_parts, run_data
 from moekit.training.atomic import write_text
 from moekit.training.run_folder import RunFolder
 
@@ -92,11 +91,7 @@ def _trained(build: Build, config: Any, folder: RunFolder, resident: int) -> tup
     if path.is_dir():
         raise UserError(f"--experts_in_memory needs a checkpoint in one file: {path} is of several processes.")
     data = run_data(config)
-    if isinstance(build, WithData):  # tables made from text are not made without memory
-        built = build.build(config, data.tokenizer.vocab_size, data)
-    else:
-        with torch.device("meta"):
-            built = build(config, data.tokenizer.vocab_size)
+    built = build_parts(build, config, data.tokenizer.vocab_size, data, device="meta")
     return load_on_demand(built.backbone, path, resident=resident, prefix="backbone."), data
 
 

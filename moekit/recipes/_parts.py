@@ -52,6 +52,25 @@ Build = Callable[[Any, int], Built] | WithData
 """Makes the parts of a run: ``build(config, vocab_size)``, or a `WithData`."""
 
 
+def build_parts(
+    build: Build, config: Any, vocab_size: int, data: MultitaskData | None, device: str | None = None
+) -> Built:
+    """What a build makes; it sees the data only if it asks for them.
+
+    Args:
+        build: of the recipe.
+        config: of the run.
+        vocab_size: V.
+        data: of the run.
+        device: where weights are made; None = where the caller's are. A build that looks at text ignores it: tables
+            are not made without memory.
+    """
+    if isinstance(build, WithData):
+        return build.build(config, vocab_size, data)
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        return build(config, vocab_size)
+
+
 def run_data(config: Any, tokenizer: Tokenizer | None = None) -> MultitaskData:
     """The data module of a run; its one epoch is as long as the run may be, so that every stop is in its middle.
 
@@ -72,10 +91,7 @@ def make_module(
     """The LightningModule of a run, made by `make`, and the budget that its schedule follows."""
     train: TrainConfig = config.train
     tokenizer = data.tokenizer
-    if isinstance(build, WithData):
-        built = build.build(config, tokenizer.vocab_size, data)
-    else:
-        built = build(config, tokenizer.vocab_size)
+    built = build_parts(build, config, tokenizer.vocab_size, data)
     budget = Budget(max_steps=train.max_steps or None, max_minutes=train.max_minutes or None)
 
     module = make(

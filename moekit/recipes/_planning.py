@@ -11,7 +11,7 @@ from rich.console import Console
 from moekit.errors import UserError
 from moekit.parallel.planner import GIB, Forecast, Layout, Training, compare, fewest_devices, plan
 from moekit.recipes._config import StrategyConfig, TrainConfig
-from moekit.recipes._parts import Build, Built, WithData
+from moekit.recipes._parts import Build, build_parts
 
 
 def options(parser: ArgumentParser) -> None:
@@ -56,12 +56,7 @@ def _judge(made: Forecast, model: torch.nn.Module, training: Training, gib: floa
 def _network(build: Build, config: Any) -> torch.nn.Module:
     """The network without memory."""
     with torch.device("meta"):
-        made: Built = (
-            build.build(config, config.data.vocab_size, None)
-            if isinstance(build, WithData)
-            else build(config, config.data.vocab_size)
-        )
-    return made.backbone
+        return build_parts(build, config, config.data.vocab_size, None).backbone
 
 
 def _layout(config: Any) -> Layout:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moekit.functional.assignment import queue_positions
 from moekit.functional.losses import load_balance
 from moekit.functional.precision import wide_linear
-from moekit.routers.queueing import clear_padding, score_statistics
+from moekit.routers.queueing import clear_padding, draw_scores, score_statistics
 from moekit.routing import Router, Routing, RoutingContext
 
 
@@ -142,9 +142,7 @@ class DenseToSparseRouter(Router):
     def reset_parameters(self) -> None:
         """Draw the scores' weights anew, and begin at step 0."""
         self.step.zero_()
-        if self.weight.device.type != "meta":
-            std = (self.init_scale / self.dim) ** 0.5
-            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        draw_scores(self.weight, self.init_scale)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

@@ -35,8 +35,8 @@ class HashKey(Protocol):
 
 
 @dataclass(frozen=True)
-class CurrentToken:
-    """The token itself.
+class _OneToken:
+    """A token of the context.
 
     Attributes:
         vocab_size: V, ids are 0..V-1.
@@ -44,6 +44,7 @@ class CurrentToken:
 
     vocab_size: int
     looks_ahead: ClassVar[bool] = False
+    field: ClassVar[str]
 
     @property
     def num_keys(self) -> int:
@@ -52,49 +53,38 @@ class CurrentToken:
 
     def __call__(self, context: RoutingContext) -> Tensor:
         """Int64[T]."""
-        return ids_of(context, "token_ids", self.vocab_size)
+        return ids_of(context, self.field, self.vocab_size)
 
 
-@dataclass(frozen=True)
-class PreviousToken:
+class CurrentToken(_OneToken):
+    """The token itself.
+
+    Attributes:
+        vocab_size: V, ids are 0..V-1.
+    """
+
+    field = "token_ids"
+
+
+class PreviousToken(_OneToken):
     """The token before; before the first one that is the padding id.
 
     Attributes:
         vocab_size: V.
     """
 
-    vocab_size: int
-    looks_ahead: ClassVar[bool] = False
-
-    @property
-    def num_keys(self) -> int:
-        """V."""
-        return self.vocab_size
-
-    def __call__(self, context: RoutingContext) -> Tensor:
-        """Int64[T]."""
-        return ids_of(context, "previous_ids", self.vocab_size)
+    field = "previous_ids"
 
 
-@dataclass(frozen=True)
-class NextToken:
+class NextToken(_OneToken):
     """The token after: in a language model the answer itself (an oracle, which no generation can ask).
 
     Attributes:
         vocab_size: V.
     """
 
-    vocab_size: int
-    looks_ahead: ClassVar[bool] = True
-
-    @property
-    def num_keys(self) -> int:
-        """V."""
-        return self.vocab_size
-
-    def __call__(self, context: RoutingContext) -> Tensor:
-        """Int64[T]."""
-        return ids_of(context, "next_ids", self.vocab_size)
+    field = "next_ids"
+    looks_ahead = True
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moekit.functional.precision import wide_linear
 from moekit.routers.load_window import LoadWindow
-from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
+from moekit.routers.queueing import clear_padding, draw_scores, mask_choices, score_statistics, serve, token_choices
 from moekit.routers.topk import Balance
 from moekit.routing import Capacity, Router, Routing, RoutingContext
 
@@ -144,9 +144,7 @@ class LossFreeRouter(Router):
     def reset_parameters(self) -> None:
         """Draw the scores' weights anew, and forget the bias."""
         self.bias.zero_()
-        if self.weight.device.type != "meta":
-            std = (self.init_scale / self.dim) ** 0.5
-            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        draw_scores(self.weight, self.init_scale)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

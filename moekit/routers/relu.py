@@ -12,7 +12,7 @@ from moekit.component import Component
 from moekit.functional.assignment import queue_positions
 from moekit.functional.precision import wide_linear
 from moekit.routers.load_window import LoadWindow
-from moekit.routers.queueing import clear_padding
+from moekit.routers.queueing import clear_padding, draw_scores
 from moekit.routing import Router, Routing, RoutingContext
 
 
@@ -119,9 +119,7 @@ class ReLURouter(Router):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the scores' weights anew: truncated normal of std sqrt(init_scale / dim)."""
-        if self.weight.device.type != "meta":
-            std = (self.init_scale / self.dim) ** 0.5
-            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        draw_scores(self.weight, self.init_scale)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

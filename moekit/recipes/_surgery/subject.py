@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ import moekit.recipes
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.recipes._command import Recipe, from_plain
-from moekit.recipes._parts import Build, Built, WithData, make_optimizer, run_data
+from moekit.recipes._parts import Build, WithData, build_parts, make_optimizer, run_data
 from moekit.recipes._pipeline import pipeline_of
 from moekit.surgery import SparseLayer, by_name, parameter_names, require_complete, sparse_layers
 from moekit.surgery.adapters import merged_state
@@ -146,12 +145,7 @@ def build_model(
         UserError: if the recipe refuses the configuration.
     """
     try:
-        if isinstance(build, WithData):
-            assert data is not None, "a model that is made from text needs it"
-            built: Built = build.build(config, vocab_size, data)
-        else:
-            with torch.device(device):
-                built = build(config, vocab_size)
+        built = build_parts(build, config, vocab_size, data, device)
     except UserError:
         raise
     except ValueError as error:
