@@ -97,6 +97,7 @@ class MultitaskData(L.LightningDataModule):
         valid_sentences: at most so many of each direction (or language) are used in validation; None = all.
         test_sentences: likewise for testing.
         seed: of all choices and all noise.
+        order_seed: of training's order and noise, where it is not `seed`: another order of the same text.
         num_workers: processes that build training batches ahead.
         progress: show a bar while text is encoded, if on a terminal.
     """
@@ -120,6 +121,7 @@ class MultitaskData(L.LightningDataModule):
         valid_sentences: int | None = None,
         test_sentences: int | None = None,
         seed: int = 0,
+        order_seed: int | None = None,
         num_workers: int = 0,
         progress: bool = True,
     ) -> None:
@@ -139,6 +141,7 @@ class MultitaskData(L.LightningDataModule):
         self.valid_sentences = valid_sentences
         self.test_sentences = test_sentences
         self.seed = seed
+        self.order_seed = seed if order_seed is None else order_seed
         self.num_workers = num_workers
         self.progress = progress
         self._check()
@@ -266,7 +269,7 @@ class MultitaskData(L.LightningDataModule):
             "max_length": str(self.max_length),
             "too_long": self.too_long,
             "pad_multiple": str(self.pad_multiple),
-            "seed": str(self.seed),
+            "seed": str(self.order_seed),
         }
 
     def _check(self) -> None:
@@ -354,7 +357,7 @@ class MultitaskData(L.LightningDataModule):
             budget=int(self.tokens_per_step * data.share / total),
             temperature=data.temperature or self.temperature,
             shares=data.stream_shares,
-            seed=self.seed,
+            seed=self.order_seed,
             least_rows=rank.count,
         )
         return task, plan

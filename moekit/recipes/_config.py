@@ -34,6 +34,7 @@ class DataConfig:
         babel_sentences: its training sentences, each in every language; of headlines: paragraphs.
         babel_sizes: fewer (or more) training sentences of single languages, as kmb=2000,shl=500.
         seed: of the babel corpus and of the order of examples.
+        order_seed: of the order of examples and of their noise, where it is not `seed`.
     """
 
     source: str = "babel"
@@ -54,6 +55,7 @@ class DataConfig:
     babel_sentences: int = 30_000
     babel_sizes: str | None = None
     seed: int = 1
+    order_seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

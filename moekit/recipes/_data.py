@@ -131,5 +131,6 @@ def make_data(
         valid_sentences=evaluate.valid_sentences or None,
         test_sentences=evaluate.max_sentences or None,
         seed=config.seed,
+        order_seed=config.order_seed,
         num_workers=config.num_workers,
     )

@@ -32,7 +32,8 @@ from moekit.training.run_folder import differences
 _FREE = (
     "recipe", "variant", "train", "strategy", "evaluate", "tasks", "model.num_experts", "model.dropout", "model.jitter",
     "model.capacity_factor", "model.load_balance", "model.router_z", "model.expert_init_scale", "model.checkpoint",
-    "data.cache", "data.num_workers", "data.temperature", "data.heating", "data.heating_steps", "data.max_length",
+    "data.cache", "data.num_workers", "data.order_seed", "data.temperature", "data.heating", "data.heating_steps",
+    "data.max_length",
 )  # fmt: skip
 
 

@@ -1,0 +1,321 @@
+"""What surgery and distillation are worth: every arm with paired seeds and equal budgets, then tables and pictures.
+
+    python recipes/zcode_m3/experiments/surgery.py aggregation     # experts of two runs in one, against one run
+    python recipes/zcode_m3/experiments/surgery.py pruning         # fewer experts, chosen in several ways
+    python recipes/zcode_m3/experiments/surgery.py distillation    # into a dense model
+    python recipes/zcode_m3/experiments/surgery.py students        # into a shallower sparse model, staged and not
+
+Arms are commands that a user would type. One that has finished is not run again, so an interrupted experiment goes on
+where it was. Runs go to --runs; NAME.json, NAME.md and NAME.svg to --out. With OMP_NUM_THREADS set, several experiments
+can run side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from moekit.report.style import COLOURS, CYCLE, Canvas
+
+RECIPE = [sys.executable, "-m", "moekit.recipes.zcode_m3"]
+SURGERY = [sys.executable, "-m", "moekit.surgery"]
+# One task, small steps and one schedule without an end: a run that goes on is then the run that never stopped.
+COMMON = [
+    "--tasks.denoising.tokens", "0", "--tasks.masked_lm.tokens", "0", "--tasks.replaced_token.tokens", "0",
+    "--tasks.translation.tokens", "1024", "--train.max_minutes", "0", "--train.schedule", "inverse_square_root",
+    "--train.validate_every", "150", "--evaluate.valid_sentences", "50",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to spend the budget.
+
+    Attributes:
+        label: in tables and pictures.
+        folder: of its run, below the seed's.
+        before: optimizer steps that were made before this run's own, its parents' and its own earlier ones.
+        note: how it was made.
+    """
+
+    label: str
+    folder: str
+    before: int
+    note: str
+
+
+class Runs:
+    """Runs of one experiment, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        """Folder of a run."""
+        return self.folder / name
+
+    def make(self, name: str, *commands: Sequence[str]) -> Path:
+        """Run commands one after the other, unless they have all been run; {out} stands for the run's folder."""
+        out, marker = self.path(name), self.folder / f"{name}.done"
+        if not marker.exists():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            for command in commands:
+                filled = [str(out) if word == "{out}" else word for word in command]
+                print("$", " ".join(filled), flush=True)
+                subprocess.run(filled, check=True)
+            marker.write_text("")
+        return out
+
+
+def fit(*settings: str, seed: int, order: int, steps: int) -> list[str]:
+    """A run from scratch, trained and not tested."""
+    return [
+        *RECIPE, "fit", *COMMON, *settings, "--train.seed", str(seed), "--data.order_seed", str(order),
+        "--train.max_steps", str(steps), "--out", "{out}", "--overwrite",
+    ]  # fmt: skip
+
+
+def go_on(out: Path, steps: int) -> list[str]:
+    """The same run, to a later step."""
+    return [
+        *RECIPE, "fit", "--config", str(out / "config.yaml"), "--out", str(out), "--resume",
+        "--train.max_steps", str(steps),
+    ]  # fmt: skip
+
+
+def test(out: Path) -> list[str]:
+    """Test a run on its last sentences."""
+    return [*RECIPE, "test", "--out", str(out)]
+
+
+def aggregation(runs: Runs, seed: int, n: int) -> list[Arm]:
+    """Two runs of four experts, n steps each, in one of eight, n more; against 3 n steps of eight, and of four."""
+    small = ["--model.num_experts", "4"]
+    one = runs.make(f"{seed}/one", fit(*small, seed=seed, order=2 * seed, steps=n))
+    two = runs.make(f"{seed}/two", fit(*small, seed=seed, order=2 * seed + 1, steps=n))
+    ways = {
+        "mean": ("aggregated", [], "shared weights averaged, gate rows side by side"),
+        "fresh": ("aggregated, fresh gates", ["--gates", "fresh"], "shared weights averaged, gates drawn anew"),
+        "first": (
+            "aggregated, shared of one",
+            ["--shared", "1"],
+            "shared weights of the first, gate rows side by side",
+        ),
+    }
+    arms = []
+    for name, (label, options, note) in ways.items():
+        out = runs.path(f"{seed}/{name}")
+        join = [*SURGERY, "aggregate", str(one), str(two), *options, "--out", "{out}", "--overwrite"]
+        runs.make(f"{seed}/{name}", join, go_on(out, 2 * n), test(out))
+        arms.append(Arm(label, name, n, note))
+    eight = runs.path(f"{seed}/eight")
+    runs.make(f"{seed}/eight", fit(seed=seed, order=2 * seed, steps=3 * n), test(eight))
+    four = runs.path(f"{seed}/four")
+    runs.make(f"{seed}/four", fit(*small, seed=seed, order=2 * seed, steps=3 * n), test(four))
+    return [
+        *arms,
+        Arm("8 from scratch", "eight", 0, "eight experts from the start"),
+        Arm("4 continued", "four", 0, "the first parent, trained on"),
+    ]
+
+
+def teacher(runs: Runs) -> Path:
+    """The recipe's own tiny run."""
+    return runs.make("teacher", [*RECIPE, "run", "--train.max_minutes", "0", "--out", "{out}", "--overwrite"])
+
+
+def students(
+    runs: Runs, seed: int, steps: int, shape: Sequence[str], ways: Mapping[str, tuple[str, list[str], str]]
+) -> list[Arm]:
+    """A student for each way to distill, all of one shape and budget."""
+    parent = teacher(Runs(runs.folder.parent))
+    for name, (_, options, _) in ways.items():
+        runs.make(
+            f"{seed}/{name}",
+            [
+                *RECIPE, "distill", "--teacher", str(parent), *COMMON, *shape, *options, "--train.seed", str(seed),
+                "--data.order_seed", str(seed), "--train.max_steps", str(steps), "--out", "{out}", "--overwrite",
+            ],
+        )  # fmt: skip
+    return [Arm(label, name, 0, note) for name, (label, _, note) in ways.items()]
+
+
+def distilling(weight: float, inherit: str, *more: str) -> list[str]:
+    """Options of `distill`."""
+    return ["--distill.weight", str(weight), "--distill.inherit", inherit, *more]
+
+
+def distillation(runs: Runs, seed: int, n: int) -> list[Arm]:
+    """Into the dense model (Switch Transformer, section 4.1), with labels alone and the start alone as controls."""
+    ways = {
+        "labels": ("labels", distilling(0, "none"), "no teacher"),
+        "plain": ("teacher", distilling(1, "none"), "the teacher's distribution alone"),
+        "labels_init": (
+            "labels, initialised",
+            distilling(0, "non_moe"),
+            "the teacher's non-expert weights, no teacher",
+        ),
+        "init": ("teacher, initialised", distilling(1, "non_moe"), "and the teacher's distribution alone"),
+        "mixture": ("mixture, initialised", distilling(0.25, "non_moe"), "a quarter teacher, three quarters labels"),
+    }
+    return students(runs, seed, 2 * n, ["--model.num_experts", "0"], ways)
+
+
+def mixture_of_students(runs: Runs, seed: int, n: int) -> list[Arm]:
+    """Into half the depth, all sparse: DeepSpeed-MoE, section 4.2."""
+    shape = [
+        "--model.encoder_layers",
+        "1",
+        "--model.decoder_layers",
+        "1",
+        "--model.every",
+        "1",
+        "--distill.objective",
+        "added",
+    ]
+    begin = "the teacher's sparse blocks"
+    ways = {
+        "none": ("labels", distilling(0, "everything"), f"{begin}, no teacher"),
+        "full": ("full", distilling(1, "everything"), f"{begin}, the teacher to the end"),
+        "staged": (
+            "staged", distilling(1, "everything", "--distill.until", str(3 * n // 2)),
+            f"{begin}, the teacher for half of the steps",
+        ),
+    }  # fmt: skip
+    return students(runs, seed, 3 * n, shape, ways)
+
+
+def curve(run: Path, before: int) -> list[tuple[int, float]]:
+    """Validation loss of translation over all optimizer steps that were spent."""
+    with (run / "metrics.csv").open() as file:
+        rows = [(row["step"], row.get("valid/translation/loss")) for row in csv.DictReader(file)]
+    return [(int(step) + 1 + before, float(loss)) for step, loss in rows if loss]
+
+
+def measured(run: Path, before: int) -> dict[str, Any]:
+    """A run's numbers."""
+    summary = json.loads((run / "summary.json").read_text())
+    points = curve(run, before)
+    return {
+        "parameters": summary["parameters"]["total"],
+        "loss": points[-1][1],
+        "bleu": summary["bleu"]["average"],
+        "chrf": summary["chrf"]["average"],
+        "curve": points,
+    }
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (Student's t)."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def table(arms: Sequence[Arm], results: Mapping[str, Sequence[Mapping[str, Any]]], against: str) -> str:
+    """A row for each arm, with its paired difference to one of them."""
+    lines = [
+        f"| arm | parameters | steps in all | validation nats | difference to “{against}” | BLEU | chrF | made of |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    base = next(arm.folder for arm in arms if arm.label == against)
+
+    def cell(values: Sequence[float], digits: int, signed: bool = False) -> str:
+        mean, half = interval(values)
+        sign = "+" if signed else ""
+        return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+    for arm in arms:
+        own = results[arm.folder]
+        gap = [a["loss"] - b["loss"] for a, b in zip(own, results[base], strict=True)]
+        scores = [cell([r[key] for r in own], digits) for key, digits in (("loss", 3), ("bleu", 1), ("chrf", 1))]
+        scores.insert(1, "" if arm.folder == base else cell(gap, 3, signed=True))
+        sizes = [f"{own[0]['parameters']:,}", f"{own[0]['curve'][-1][0]:,}"]
+        lines.append(f"| {' | '.join([arm.label, *sizes, *scores, arm.note])} |")
+    seeds = len(results[base])
+    note = (
+        f"{seeds} seeds, paired; mean ± half of the 95 % interval (t, {seeds - 1} degrees of freedom). Steps in all "
+        "count those of every parent."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+def drawing(arms: Sequence[Arm], results: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> bytes:
+    """Validation loss over the steps spent, a faint line for each seed and a firm one for their mean."""
+    hues = [COLOURS[name] for name in (*CYCLE, "muted")]
+    with Canvas(3.0) as canvas:
+        last = []
+        for hue, arm in zip(hues, arms, strict=False):
+            curves = [result["curve"] for result in results[arm.folder]]
+            steps = [step for step, _ in curves[0]]
+            for one in curves:
+                canvas.axes.plot([s for s, _ in one], [y for _, y in one], color=hue, alpha=0.25, linewidth=0.7)
+            means = [statistics.fmean(one[i][1] for one in curves) for i in range(len(steps))]
+            canvas.axes.plot(steps, means, color=hue, label=arm.label)
+            last.append(means[-1])
+        canvas.axes.set_xlabel("optimizer steps in all, parents included")
+        canvas.axes.set_ylabel("validation loss, nats")
+        canvas.axes.set_ylim(min(last) - 0.1, max(last) + 1.0)
+        canvas.legend()
+        file = io.BytesIO()
+        canvas.figure.savefig(file, format="svg", metadata={"Date": None, "Title": title}, facecolor=COLOURS["paper"])
+        return file.getvalue()
+
+
+EXPERIMENTS: Mapping[str, tuple[Callable[[Runs, int, int], list[Arm]], str]] = {
+    "aggregation": (aggregation, "8 from scratch"),
+    "distillation": (distillation, "labels"),
+    "students": (mixture_of_students, "labels"),
+}
+
+
+def collected(name: str, runs: Runs, seeds: int, n: int) -> Iterator[tuple[str, bytes]]:
+    """Run an experiment; yield file names and what is in them."""
+    experiment, against = EXPERIMENTS[name]
+    results: dict[str, list[dict[str, Any]]] = {}
+    arms: list[Arm] = []
+    for seed in range(1, seeds + 1):
+        arms = experiment(runs, seed, n)
+        for arm in arms:
+            results.setdefault(arm.folder, []).append(measured(runs.path(f"{seed}/{arm.folder}"), arm.before))
+    yield f"{name}.json", json.dumps({arm.label: results[arm.folder] for arm in arms}, indent=1).encode()
+    yield f"{name}.md", table(arms, results, against).encode()
+    yield f"{name}.svg", drawing(arms, results, name)
+
+
+def main() -> None:
+    """Parse the command line and run one experiment."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=[*EXPERIMENTS, "pruning"])
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each arm (default: 5)")
+    parser.add_argument("--steps", type=int, default=600, help="of a parent; every arm follows it (default: 600)")
+    parser.add_argument("--recover", type=int, default=100, help="steps of training after pruning (default: 100)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/surgery"))
+    parser.add_argument("--out", type=Path, default=Path("recipes/zcode_m3/results/surgery"))
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.experiment == "pruning":
+        run = teacher(Runs(given.runs))
+        command = [*SURGERY, "curve", str(run), "--recover", str(given.recover), "--out", str(given.out)]
+        subprocess.run(command, check=True)
+        return
+    for file, content in collected(given.experiment, Runs(given.runs / given.experiment), given.seeds, given.steps):
+        (given.out / file).write_bytes(content)
+        print("wrote", given.out / file)
+
+
+if __name__ == "__main__":
+    main()
