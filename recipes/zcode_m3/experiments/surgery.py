@@ -35,7 +35,7 @@ SURGERY = [sys.executable, "-m", "moekit.surgery"]
 COMMON = [
     "--tasks.denoising.tokens", "0", "--tasks.masked_lm.tokens", "0", "--tasks.replaced_token.tokens", "0",
     "--tasks.translation.tokens", "1024", "--train.max_minutes", "0", "--train.schedule", "inverse_square_root",
-    "--train.validate_every", "150", "--evaluate.valid_sentences", "50",
+    "--evaluate.valid_sentences", "50",
 ]  # fmt: skip
 
 
@@ -79,11 +79,11 @@ class Runs:
         return out
 
 
-def fit(*settings: str, seed: int, order: int, steps: int) -> list[str]:
+def fit(*settings: str, seed: int, order: int, steps: int, every: int) -> list[str]:
     """A run from scratch, trained and not tested."""
     return [
         *RECIPE, "fit", *COMMON, *settings, "--train.seed", str(seed), "--data.order_seed", str(order),
-        "--train.max_steps", str(steps), "--out", "{out}", "--overwrite",
+        "--train.max_steps", str(steps), "--train.validate_every", str(every), "--out", "{out}", "--overwrite",
     ]  # fmt: skip
 
 
@@ -103,8 +103,8 @@ def test(out: Path) -> list[str]:
 def aggregation(runs: Runs, seed: int, n: int) -> list[Arm]:
     """Two runs of four experts, n steps each, in one of eight, n more; against 3 n steps of eight, and of four."""
     small = ["--model.num_experts", "4"]
-    one = runs.make(f"{seed}/one", fit(*small, seed=seed, order=2 * seed, steps=n))
-    two = runs.make(f"{seed}/two", fit(*small, seed=seed, order=2 * seed + 1, steps=n))
+    one = runs.make(f"{seed}/one", fit(*small, seed=seed, order=2 * seed, steps=n, every=n // 4))
+    two = runs.make(f"{seed}/two", fit(*small, seed=seed, order=2 * seed + 1, steps=n, every=n // 4))
     ways = {
         "mean": ("aggregated", [], "shared weights averaged, gate rows side by side"),
         "fresh": ("aggregated, fresh gates", ["--gates", "fresh"], "shared weights averaged, gates drawn anew"),
@@ -121,9 +121,9 @@ def aggregation(runs: Runs, seed: int, n: int) -> list[Arm]:
         runs.make(f"{seed}/{name}", join, go_on(out, 2 * n), test(out))
         arms.append(Arm(label, name, n, note))
     eight = runs.path(f"{seed}/eight")
-    runs.make(f"{seed}/eight", fit(seed=seed, order=2 * seed, steps=3 * n), test(eight))
+    runs.make(f"{seed}/eight", fit(seed=seed, order=2 * seed, steps=3 * n, every=n // 4), test(eight))
     four = runs.path(f"{seed}/four")
-    runs.make(f"{seed}/four", fit(*small, seed=seed, order=2 * seed, steps=3 * n), test(four))
+    runs.make(f"{seed}/four", fit(*small, seed=seed, order=2 * seed, steps=3 * n, every=n // 4), test(four))
     return [
         *arms,
         Arm("8 from scratch", "eight", 0, "eight experts from the start"),
@@ -146,7 +146,8 @@ def students(
             f"{seed}/{name}",
             [
                 *RECIPE, "distill", "--teacher", str(parent), *COMMON, *shape, *options, "--train.seed", str(seed),
-                "--data.order_seed", str(seed), "--train.max_steps", str(steps), "--out", "{out}", "--overwrite",
+                "--data.order_seed", str(seed), "--train.max_steps", str(steps),
+                "--train.validate_every", str(steps // 8), "--out", "{out}", "--overwrite",
             ],
         )  # fmt: skip
     return [Arm(label, name, 0, note) for name, (label, _, note) in ways.items()]
