@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 from moekit.dispatch import AllToAll, Exchange, TwoLevelAllToAll
 from moekit.errors import UserError
@@ -20,7 +21,7 @@ from moekit.parallel.local import LocalView, LocalViews
 from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, REPLICATE, SHARD, TENSOR, Meshes
 from moekit.parallel.plan import Plan
 from moekit.parallel.tensor import DividedVocabulary, sum_gradient, sum_value
-from moekit.parallel.zero import zero_dimension
+from moekit.parallel.units import Unit, choose_units, inner_first, zero_dimensions
 from moekit.routers.rank_shuffle import RankShuffle
 from moekit.routing import Router
 
@@ -65,7 +66,14 @@ class ShardedModel:
             unit.reshard()
 
 
-def parallelize(model: nn.Module, meshes: Meshes, plan: Plan | None = None) -> ShardedModel:
+def parallelize(
+    model: nn.Module,
+    meshes: Meshes,
+    plan: Plan | None = None,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    weights: Iterable[nn.Module] | None = None,
+) -> ShardedModel:
     """Lay `model` over ranks, in place: experts, tensor slices, ZeRO and offload, as the meshes' layout says.
 
     Call it on every rank with the same model, before making optimizers. Weights and buffers are taken from rank 0.
@@ -79,6 +87,13 @@ def parallelize(model: nn.Module, meshes: Meshes, plan: Plan | None = None) -> S
         model: any module; `MoELayer`s in it send their rows to the ranks that hold their experts.
         meshes: see `build_meshes`.
         plan: see `Plan`; None = the default.
+        compute_dtype: type in which blocks and expert banks gather their weights, for mixed precision by autocast
+            (torch.bfloat16): nobody then converts whole weights again and keeps them until backward. Gradients are
+            summed in the weights' own type. Routers, and norms that need it, keep their type, and so does what belongs
+            to no block: embeddings enter the residual stream in full. None = the type of the weights.
+        weights: for a model on the meta device: gives modules their weights and yields each, inner ones first, as
+            `moekit.transformer.materialize_modules` does. Each block is divided before the next one is drawn, so that
+            no rank ever holds the whole model.
 
     Raises:
         UserError: before anything is sent, if the model does not fit the layout.
@@ -92,20 +107,23 @@ def parallelize(model: nn.Module, meshes: Meshes, plan: Plan | None = None) -> S
     found = read_annotations(model, plan)
     check_model(model, meshes.layout, plan, found)
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta and weights is None:
             raise UserError(
-                f"parallelize needs weights with memory: {name} is on the meta device. Call "
-                "moekit.transformer.materialize(model, device) first."
+                f"parallelize needs weights with memory: {name} is on the meta device. Use "
+                "weights=moekit.transformer.materialize_modules(model, device)."
             )
     theirs = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    units = _choose_units(model, plan, found)
-    dimensions = _zero_dimensions(model, meshes, found)
-    _take_from_rank_zero(model, meshes)
+    units = choose_units(model, plan, found, compute_dtype)
+    dimensions = zero_dimensions(model, meshes, found)
+    slices = _slices(model, meshes, found)
     _connect(model, meshes, plan, found)
-    views = _divide(model, meshes, found)
-    _attach(meshes, found, views, units)
-    _shard(model, meshes, found, units, dimensions)
-    result = ShardedModel(model, meshes, plan, tuple(found), (*theirs, *units))  # type: ignore[arg-type]
+    _attach(meshes, found, slices, units)
+    lay = _Laying(model, meshes, found, slices, dimensions)
+    waiting = {unit.module: unit for unit in units}
+    for module in weights if weights is not None else inner_first(model):
+        if module in waiting:
+            lay.unit(waiting.pop(module))
+    result = ShardedModel(model, meshes, plan, tuple(found), (*theirs, *(unit.module for unit in units)))  # type: ignore[arg-type]
     model.__dict__[_HANDLE] = result
     return result
 
@@ -115,51 +133,7 @@ def sharded(model: nn.Module) -> ShardedModel | None:
     return model.__dict__.get(_HANDLE)
 
 
-# -- what gathers its weights together ------------------------------------------------------------------------------
-
-
-def _choose_units(model: nn.Module, plan: Plan, found: list[Annotation]) -> list[nn.Module]:
-    """Banks, what the policy wraps, routers of another precision, and the model; inner before outer ones."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(module)
-    sparse = banks(found)
-    chosen = {id(module) for module in [*sparse, *plan.wrap(model), *_of_other_precision(model)]}
-    units = []
-    for module in reversed(list(model.modules())):
-        if id(module) not in chosen or module is model or isinstance(module, FSDPModule):
-            continue
-        inside = {id(inner) for inner in module.modules()}
-        shared = any(id(owner) not in inside for p in module.parameters() for owner in owners[id(p)])
-        if not shared:
-            units.append(module)
-        elif any(module is bank for bank in sparse):
-            raise UserError(
-                f"an expert bank must not share weights with other modules: {type(module).__name__} does. Copy them."
-            )
-    return [*units, model]
-
-
-def _of_other_precision(model: nn.Module) -> list[nn.Module]:
-    """Routers that keep float32 in a model of a lower precision: weights of one collective have one type."""
-    types = {p.dtype for p in model.parameters()}
-    if len(types) == 1:
-        return []
-    return [m for m in model.modules() if isinstance(m, Router) and next(m.parameters(), None) is not None]
-
-
-# -- the four steps -------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _take_from_rank_zero(model: nn.Module, meshes: Meshes) -> None:
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if not isinstance(tensor, DTensor):
-            # Offloaded weights are in host memory, where a GPU's process group cannot reach them.
-            sent = tensor.detach().to(meshes.dense.device_type)
-            dist.broadcast(sent, src=0)
-            tensor.detach().copy_(sent)
+# -- before the weights are there --------------------------------------------------------------------------------------
 
 
 def _connect(model: nn.Module, meshes: Meshes, plan: Plan, found: list[Annotation]) -> None:
@@ -188,10 +162,31 @@ def _exchange(meshes: Meshes, plan: Plan) -> Exchange:
     return TwoLevelAllToAll(nodes.get_group("local"), nodes.get_group("node"))
 
 
-def _divide(model: nn.Module, meshes: Meshes, found: list[Annotation]) -> list[LocalView]:
-    """Make DTensors of annotated parameters, and of scalars; return how forward sees them."""
-    layout, views = meshes.layout, []
+@dataclass(frozen=True)
+class _Slice:
+    """How one parameter is divided among experts' and tensor-parallel ranks, before ZeRO.
+
+    Attributes:
+        views: how forward sees it, at every place where it is held.
+        mesh: the ranks.
+        placements: on them.
+    """
+
+    views: tuple[LocalView, ...]
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+
+
+def _slices(model: nn.Module, meshes: Meshes, found: list[Annotation]) -> list[_Slice]:
+    """What becomes of annotated parameters, and of scalars, which fully_shard does not take."""
+    layout, slices = meshes.layout, []
     places = _places(model)
+
+    def views(
+        parameter: Tensor, scale: float, gradient_scale: float, *groups: dist.ProcessGroup
+    ) -> tuple[LocalView, ...]:
+        return tuple(LocalView(owner, name, scale, gradient_scale, groups) for owner, name in places[id(parameter)])
+
     sparse, split = set(map(id, banks(found))), {id(n.module) for n in found if TENSOR in n.divided.values()}
     for note in found:
         names: tuple[str, ...] = (EXPERT,) if id(note.module) in sparse else ()
@@ -210,19 +205,13 @@ def _divide(model: nn.Module, meshes: Meshes, found: list[Annotation]) -> list[L
                 scale = 1.0 / layout.tensor_parallel_size
             else:
                 groups.append(meshes.tensor_group)
-        spread = distribute_tensor(note.parameter.detach(), mesh, placements, src_data_rank=None)
-        for owner, name in _replace(places, note.parameter, spread):
-            views.append(LocalView(owner, name, scale, gradient_scale, tuple(groups)))
-    for scalar in _scalars(model):  # fully_shard takes none
-        mesh = meshes.data["data_parallel"]
-        spread = distribute_tensor(scalar.detach(), mesh, [Replicate()], src_data_rank=None)
-        for owner, name in _replace(places, scalar, spread):
-            views.append(LocalView(owner, name, 1.0, 1.0 / meshes.data_size, (mesh.get_group(),)))
-    return views
-
-
-def _scalars(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.ndim == 0 and not isinstance(p, DTensor)]
+        slices.append(_Slice(views(note.parameter, scale, gradient_scale, *groups), mesh, tuple(placements)))
+    mesh = meshes.data["data_parallel"]
+    for parameter in model.parameters():
+        if parameter.ndim == 0 and not isinstance(parameter, DTensor):
+            seen = views(parameter, 1.0, 1.0 / meshes.data_size, mesh.get_group())
+            slices.append(_Slice(seen, mesh, (Replicate(),)))
+    return slices
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -235,31 +224,22 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return places
 
 
-def _replace(
-    places: Mapping[int, list[tuple[nn.Module, str]]], parameter: Tensor, spread: DTensor
-) -> list[tuple[nn.Module, str]]:
-    """Put a divided tensor wherever a parameter is held; return where that is."""
-    new = nn.Parameter(spread, requires_grad=parameter.requires_grad)
-    for owner, name in places[id(parameter)]:
-        owner._parameters[name] = new
-    return places[id(parameter)]
-
-
-def _attach(
-    meshes: Meshes, found: Sequence[Annotation], views: Sequence[LocalView], units: Sequence[nn.Module]
-) -> None:
+def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice], units: Sequence[Unit]) -> None:
     """Hooks that show local views in forward, and those of tensor-parallel layers."""
+    for unit in units:
+        if isinstance(unit.module, Router):
+            unit.module.register_forward_hook(_without_views)
     tensor = meshes.tensor_group
     outer = {id(inner): module for module in dict.fromkeys(n.module for n in found) for inner in module.modules()}
     mine: dict[int, list[LocalView]] = {}
     holders: dict[int, nn.Module] = {}
     taken: set[int] = set()
     for unit in units:  # inner ones first: a view belongs to the innermost unit, and to the module that names the axes
-        for view in views:
-            inside = any(view.module is module for module in unit.modules())
-            if inside and id(view) not in taken:
+        inside = set(unit.module.modules())
+        for view in (view for piece in slices for view in piece.views):
+            if view.module in inside and id(view) not in taken:
                 taken.add(id(view))
-                for holder in {id(m): m for m in (unit, outer.get(id(view.module), view.module))}.values():
+                for holder in {id(m): m for m in (unit.module, outer.get(id(view.module), view.module))}.values():
                     mine.setdefault(id(holder), []).append(view)
                     holders[id(holder)] = holder
     for key, holder in holders.items():
@@ -273,6 +253,11 @@ def _attach(
             module.vocabulary = DividedVocabulary(tensor)  # type: ignore[assignment]
         elif split and any("embed" in n.axes for n in notes):
             _join_partners(module, tensor)
+
+
+def _without_views(module: nn.Module, args: Any, output: Any) -> Any:
+    """`fully_shard` hangs its hooks on what a unit returns and warns of views, which lose them when written to."""
+    return tree_map_only(Tensor, lambda t: t.clone() if t._is_view() and t.requires_grad else t, output)
 
 
 def _join_partners(module: nn.Module, group: dist.ProcessGroup) -> None:
@@ -296,72 +281,78 @@ def _join_partners(module: nn.Module, group: dist.ProcessGroup) -> None:
     module.register_forward_hook(leave)
 
 
-# -- ZeRO -----------------------------------------------------------------------------------------------------------
+# -- when they are ---------------------------------------------------------------------------------------------------
 
 
-def _zero_dimensions(model: nn.Module, meshes: Meshes, found: list[Annotation]) -> dict[str, int]:
-    """The dimension that ZeRO divides, by name of parameter.
+class _Laying:
+    """Lays unit after unit over the ranks, inner ones first, as soon as its weights are there."""
 
-    Raises:
-        UserError: if a parameter cannot be divided.
-    """
-    layout = meshes.layout
-    sparse, noted = set(map(id, banks(found))), {id(n.parameter): n for n in found}
-    dimensions = {}
-    divided = {id(p) for m in model.modules() if isinstance(m, FSDPModule) for p in m.parameters()}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in divided:
-            continue
-        note = noted.get(id(parameter))
-        expert = note is not None and id(note.module) in sparse
-        size = (meshes.sparse[EXPERT_SHARD] if expert else meshes.dense[SHARD]).size()
-        shape, taken = list(parameter.shape), set()
-        if isinstance(parameter, DTensor):
-            shape = list(parameter.to_local().shape)
-            taken = {place.dim for place in parameter.placements if isinstance(place, Shard)}
-        for dimension, mesh in (note.divided if note is not None else {}).items():
-            parts = layout.expert_parallel_size if mesh == EXPERT else layout.tensor_parallel_size
-            shape[dimension] //= parts
-            if parts > 1:
-                taken.add(dimension)
-        chosen = zero_dimension(shape, taken, size) if shape else 0
-        if chosen is None:
-            raise UserError(
-                f"ZeRO stage {layout.zero_stage} must divide {name} of shape {tuple(parameter.shape)} (here "
-                f"{tuple(shape)}) among {size} ranks, and no dimension is divisible. Use zero_stage=1, or a multiple."
-            )
-        dimensions[name] = chosen
-    return dimensions
-
-
-def _shard(
-    model: nn.Module,
-    meshes: Meshes,
-    found: Sequence[Annotation],
-    units: Sequence[nn.Module],
-    dimensions: Mapping[str, int],
-) -> None:
-    """Wrap every unit, inner ones first."""
-    layout = meshes.layout
-    sparse = set(map(id, banks(list(found))))
-    placed = {id(p): Shard(dimensions[name]) for name, p in model.named_parameters() if name in dimensions}
-    scalars = {p for p in model.parameters() if p.ndim == 0}
-    policy = (
-        CPUOffloadPolicy(pin_memory=meshes.dense.device_type == "cuda")
-        if layout.offload == "parameters"
-        else OffloadPolicy()
-    )
-    for unit in units:
-        wrapped = fully_shard(
-            unit,
-            mesh=_data_mesh(meshes, sparse=id(unit) in sparse),
-            reshard_after_forward=unit is not model and layout.zero_stage != 2,
-            shard_placement_fn=lambda p: placed[id(p)],
-            offload_policy=policy,
-            ignored_params=scalars,
+    def __init__(
+        self,
+        model: nn.Module,
+        meshes: Meshes,
+        found: list[Annotation],
+        slices: Sequence[_Slice],
+        dimensions: Mapping[str, int],
+    ) -> None:
+        self.meshes, self.banks, self.dimensions = meshes, set(banks(found)), dimensions
+        self.model, self.paths = model, {module: path for path, module in model.named_modules()}
+        self.slices: dict[nn.Module, list[_Slice]] = {}
+        for piece in slices:
+            self.slices.setdefault(piece.views[0].module, []).append(piece)
+        self.sent: set[nn.Module] = set()
+        self.offload = (
+            CPUOffloadPolicy(pin_memory=meshes.dense.device_type == "cuda")
+            if meshes.layout.offload == "parameters"
+            else OffloadPolicy()
         )
+
+    def unit(self, unit: Unit) -> None:
+        """Take the weights of rank 0, slice them, and let `fully_shard` divide the slices."""
+        mine = [module for module in unit.module.modules() if module not in self.sent]
+        self.sent.update(mine)
+        self._take_from_rank_zero(mine)
+        for module in mine:
+            for piece in self.slices.get(module, ()):
+                _divide(piece)
+        own = list(unit.module.named_parameters(self.paths[unit.module]))
+        placed = {parameter: Shard(self.dimensions[name]) for name, parameter in own if name in self.dimensions}
+        sparse = unit.module in self.banks
+        wrapped = fully_shard(
+            unit.module,
+            mesh=_data_mesh(self.meshes, sparse=sparse),
+            reshard_after_forward=unit.module is not self.model and self.meshes.layout.zero_stage != 2,
+            shard_placement_fn=lambda p: placed[p],
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=unit.dtype, reduce_dtype=None if unit.dtype is None else own[0][1].dtype,
+                cast_forward_inputs=False,
+            ),
+            offload_policy=self.offload,
+            ignored_params={parameter for _, parameter in own if parameter.ndim == 0},
+        )  # fmt: skip
         # A rank may meet no token of a kind: its zero gradients must still be summed with the others'.
         wrapped.set_reduce_scatter_unused_params(True, recurse=False)
+
+    @torch.no_grad()
+    def _take_from_rank_zero(self, modules: Sequence[nn.Module]) -> None:
+        held = [t for m in modules for t in [*m._parameters.values(), *m._buffers.values()] if t is not None]
+        for tensor in dict.fromkeys(held):
+            if not isinstance(tensor, DTensor):
+                # Offloaded weights are in host memory, where a GPU's process group cannot reach them.
+                sent = tensor.detach().to(self.meshes.dense.device_type)
+                dist.broadcast(sent, src=0)
+                tensor.detach().copy_(sent)
+
+
+def _divide(piece: _Slice) -> None:
+    """Make a DTensor of a parameter, wherever it is held."""
+    first = piece.views[0]
+    parameter = first.module._parameters[first.name]
+    assert parameter is not None
+    spread = distribute_tensor(parameter.detach(), piece.mesh, piece.placements, src_data_rank=None)
+    new = nn.Parameter(spread, requires_grad=parameter.requires_grad)
+    for view in piece.views:
+        view.module._parameters[view.name] = new
 
 
 def _data_mesh(meshes: Meshes, *, sparse: bool) -> DeviceMesh:

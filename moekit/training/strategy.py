@@ -30,7 +30,7 @@ from moekit.parallel.shadows import Shadows, original
 from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 from moekit.routing import Router
 from moekit.training.strategy_checkpoint import ShardedCheckpointStrategy
-from moekit.transformer.init import materialize
+from moekit.transformer.init import materialize_modules
 
 ZeroStage = Literal[0, 1, 2, 3]
 NonFinite = Literal["raise", "skip"]
@@ -213,12 +213,19 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
         if before is not None:  # a second fit, or a test after it
             self.sharded = before
             return
-        if any(tensor.is_meta for tensor in [*self.model.parameters(), *self.model.buffers()]):
-            materialize(self.model, "cpu" if self.offload == "parameters" else self.root_device)
         self._convert_precision()
-        if self.offload != "parameters":
-            self.model_to_device()
-        self.sharded = parallelize(self.model, build_meshes(layout, self.root_device.type, self._world), self.plan)
+        self.sharded = self._parallelize(self.model, build_meshes(layout, self.root_device.type, self._world))
+
+    def _parallelize(self, model: nn.Module, meshes: Meshes) -> ShardedModel:
+        """Lay a model over the ranks; one on the meta device gets its weights block by block."""
+        device = torch.device("cpu") if self.offload == "parameters" else self.root_device
+        weights = None
+        if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+            weights = materialize_modules(model, device)
+        elif self.offload != "parameters":
+            model.to(device)
+        mixed = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+        return parallelize(model, meshes, self.plan, compute_dtype=mixed, weights=weights)
 
     def _convert_precision(self) -> None:
         """What the precision asks for, except that routers stay in float32."""
@@ -240,8 +247,7 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             average = callback._average_model if isinstance(callback, WeightAveraging) else None
             if average is not None and sharded(average.module) is None:
-                average.module.to(self.root_device)
-                parallelize(average.module, self.sharded.meshes, self.plan)
+                self._parallelize(average.module, self.sharded.meshes)
 
     def model_to_device(self) -> None:
         """Move the model to this process's device; offloaded weights stay where they are."""

@@ -17,7 +17,7 @@ from moekit.transformer.feed_forward import (
     every_other,
     pyramid,
 )
-from moekit.transformer.init import init_weights, materialize
+from moekit.transformer.init import init_weights, materialize, materialize_modules
 from moekit.transformer.norms import LayerNorm, RMSNorm
 from moekit.transformer.output import BlockOutput, DecoderOutput, StackOutput
 from moekit.transformer.positions import (
@@ -61,5 +61,6 @@ __all__ = [
     "every_other",
     "init_weights",
     "materialize",
+    "materialize_modules",
     "pyramid",
 ]

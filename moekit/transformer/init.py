@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from moekit.errors import UserError
 from moekit.experts.base import truncated_normal_
 from moekit.transformer.attention import CrossAttention, SelfAttention
 from moekit.transformer.embedding import TokenEmbedding
@@ -37,37 +43,66 @@ def init_weights(model: nn.Module, *, scale: float = 1.0) -> None:
 
     Source: depth scaling of the output matrices: GPT-2. Differs: Switch scales every matrix by 0.1 instead.
     """
-    for module in model.modules():
-        if isinstance(module, TokenEmbedding) and not module.weight.is_meta:
-            nn.init.normal_(module.weight, std=module.std)
+    for _, draw in _draws(model, scale):
+        draw()
+
+
+Draws = list[tuple[nn.Module, Callable[[], None]]]
+
+
+def _draws(model: nn.Module, scale: float) -> Draws:
+    """Who draws what of its own or of its submodules' weights, in order."""
+    draws: Draws = [(m, partial(_draw_table, m)) for m in model.modules() if isinstance(m, TokenEmbedding)]
     inside: set[nn.Module] = set()
     for stack in model.modules():
         if isinstance(stack, Stack):
-            _init_stack(stack, scale)
+            draws += _stack_draws(stack, scale)
             inside.update(stack.modules())
-    for module in model.modules():
-        if isinstance(module, MLP | GLU) and module not in inside:
-            _draw(module.w_in, scale)
-            _draw(module.w_out, scale)
+    draws += [
+        (m, partial(_draw_pair, m, scale, scale))
+        for m in model.modules()
+        if isinstance(m, MLP | GLU) and m not in inside
+    ]
+    return draws
 
 
-def _init_stack(stack: Stack, scale: float) -> None:
-    branches = sum(block.num_branches for block in stack.blocks)
+def _stack_draws(stack: Stack, scale: float) -> Draws:
+    draws: Draws = []
+    last = scale / sum(block.num_branches for block in stack.blocks) if stack.blocks else scale
     for module in stack.modules():
-        if isinstance(module, SelfAttention):
-            _draw(module.qkv, scale)
-            _rescale(module.qkv.weight[0], module)
-            _draw(module.out, scale / branches)
-        elif isinstance(module, CrossAttention):
-            _draw(module.q, scale)
-            _rescale(module.q.weight, module)
-            _draw(module.kv, scale)
-            _draw(module.out, scale / branches)
+        if isinstance(module, SelfAttention | CrossAttention):
+            draws.append((module, partial(_draw_attention, module, scale, last)))
         elif isinstance(module, MLP | GLU):
-            _draw(module.w_in, scale)
-            _draw(module.w_out, scale / branches)
-        elif isinstance(module, RelativePositions) and stack.blocks and not module.weight.is_meta:
-            nn.init.normal_(module.weight, std=stack.blocks[0].self_attention.qkv.in_features ** -0.5)
+            draws.append((module, partial(_draw_pair, module, scale, last)))
+        elif isinstance(module, RelativePositions) and stack.blocks:
+            draws.append((module, partial(_draw_positions, module, stack.blocks[0].self_attention.qkv.in_features)))
+    return draws
+
+
+def _draw_table(module: TokenEmbedding) -> None:
+    if not module.weight.is_meta:
+        nn.init.normal_(module.weight, std=module.std)
+
+
+def _draw_attention(module: SelfAttention | CrossAttention, scale: float, last: float) -> None:
+    if isinstance(module, SelfAttention):
+        _draw(module.qkv, scale)
+        _rescale(module.qkv.weight[0], module)
+    else:
+        _draw(module.q, scale)
+        _rescale(module.q.weight, module)
+        _draw(module.kv, scale)
+    _draw(module.out, last)
+
+
+def _draw_pair(module: MLP | GLU, scale: float, last: float) -> None:
+    _draw(module.w_in, scale)
+    _draw(module.w_out, last)
+
+
+def _draw_positions(module: RelativePositions, dim: int) -> None:
+    if not module.weight.is_meta:
+        nn.init.normal_(module.weight, std=dim**-0.5)
 
 
 def _draw(linear: nn.Linear | FusedLinear, scale: float) -> None:
@@ -82,10 +117,111 @@ def _rescale(queries: Tensor, attention: SelfAttention | CrossAttention) -> None
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:
-    """Give a model built on the meta device memory on `device` and draw all its weights."""
-    model.to_empty(device=device)
-    for module in model.modules():
+    """Give a model built on the meta device memory on `device` and draw all its weights.
+
+    Raises:
+        UserError: if a module cannot draw its weights: see `materialize_modules`.
+    """
+    for _ in materialize_modules(model, device):
+        pass
+
+
+def materialize_modules(model: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
+    """`materialize` module by module: yields each when it and all inside it have their weights, inner ones first.
+
+    Who takes each module's weights away before asking for the next one (divides them among processes, as
+    `moekit.parallel.parallelize` does) never holds the whole model. Weights are drawn in float32 and then take the type
+    they had on the meta device; what is shared stays so.
+
+    Raises:
+        UserError: before anything is drawn, if a module has tensors and no `reset_parameters` to draw them with.
+    """
+    draws = dict(_draws(model, 1.0))
+    _require_drawable(model, draws)
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module) -> Iterator[nn.Module]:
+        seen.add(module)
         reset = getattr(module, "reset_parameters", None)
+        # One that draws may draw for those inside it too.
+        for needed in module.modules() if callable(reset) else (module,):
+            memory.give(needed)
         if callable(reset):
             reset()
-    init_weights(model)
+        inner: Iterator[nn.Module] = (
+            ready for child in module.children() if child not in seen for ready in visit(child)
+        )
+        if module in draws:  # of those inside it too, which are not ready before
+            inner = iter(list(inner))
+            with torch.no_grad():
+                draws[module]()
+        yield from inner
+        memory.finish(module)
+        yield module
+
+    memory = _Memory(model, device)
+    yield from visit(model)
+
+
+def _held(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Parameters and buffers that a module holds itself, each with the place where it is held."""
+    for holder in (module._parameters, module._buffers):
+        yield from ((holder, name, tensor) for name, tensor in list(holder.items()) if tensor is not None)
+
+
+class _Memory:
+    """Tensors with memory in place of others, wide while they are drawn.
+
+    Args:
+        model: whose tensors they are.
+        device: of the memory.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | str) -> None:
+        self.device = torch.empty(0, device=device).device
+        # Shared tensors have several places, and one that stands for them until the last has it: no longer, so that
+        # what the caller takes away is gone.
+        self.places = Counter(tensor for module in model.modules() for _, _, tensor in _held(module))
+        self.made: dict[Tensor, Tensor] = {}
+        self.types: dict[Tensor, torch.dtype] = {}
+
+    def give(self, module: nn.Module) -> None:
+        """Replace what the module holds itself, unless it has memory there."""
+        for holder, name, tensor in _held(module):
+            if tensor.device == self.device:
+                continue
+            if tensor not in self.made:
+                wide = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+                memory = torch.empty(tensor.shape, dtype=wide, device=self.device)
+                if isinstance(tensor, nn.Parameter):
+                    memory = nn.Parameter(memory, requires_grad=tensor.requires_grad)
+                self.made[tensor], self.types[memory] = memory, tensor.dtype
+            holder[name] = self.made[tensor]
+            self.places[tensor] -= 1
+            if not self.places[tensor]:
+                del self.made[tensor]
+
+    @torch.no_grad()
+    def finish(self, module: nn.Module) -> None:
+        """Give what the module holds its own type."""
+        for _, _, tensor in _held(module):
+            if tensor in self.types:
+                tensor.data = tensor.data.to(self.types.pop(tensor))
+
+
+def _require_drawable(model: nn.Module, draws: Container[nn.Module]) -> None:
+    def missing(path: str, module: nn.Module) -> Iterator[str]:
+        if callable(getattr(module, "reset_parameters", None)) or module in draws:
+            return
+        held = [*module._parameters.items(), *module._buffers.items()]
+        yield from (f"{path}{name}" for name, tensor in held if tensor is not None and tensor.is_meta)
+        for name, child in module.named_children():
+            yield from missing(f"{path}{name}.", child)
+
+    found = list(missing("", model))
+    if found:
+        rest = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UserError(
+            f"a model on the meta device must know how to draw its weights: {', '.join(found[:3])}{rest} belong to "
+            "modules without reset_parameters. Define it (buffers included), or build the model with memory."
+        )

@@ -1,4 +1,4 @@
-"""What the grid does not vary: accumulation, recomputation, odd batches, precision, failures, callbacks, checkpoints.
+"""What the grid does not vary: accumulation, recomputation, odd batches, failures, callbacks, checkpoints.
 
 All cases run in one pair of processes; each has its own test.
 """
@@ -6,15 +6,14 @@ All cases run in one pair of processes; each has its own test.
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from case_group import folder, outcome_in, require_success
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from small_lm import (
     CLIP,
@@ -27,7 +26,6 @@ from small_lm import (
     differences,
     fit,
     one_process,
-    quiet,
     sentences,
     trainer_for,
     whole_weights,
@@ -166,34 +164,6 @@ def two_levels() -> None:
     close(fit(SmallLM("sgd"), strategy, DATA), expected)
 
 
-def bf16_mixed() -> None:
-    """Autocast: weights, norms and router stay float32, results are near those of one process under autocast."""
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = one_process(SmallLM("sgd"), DATA)
-    for layout in LAYOUTS:
-        module = SmallLM("sgd")
-        got = fit(module, ExpertParallelStrategy(**layout), DATA, precision="bf16-mixed")
-        assert {p.dtype for p in module.parameters()} == {torch.float32}
-        found = differences(got, expected)
-        assert found["loss"] < 1e-2, found
-        assert found["weight"] < 2e-2, found
-
-
-def bf16_true() -> None:
-    """All weights are bfloat16 but the routers', which keep what bfloat16 would round away."""
-    expected = one_process(SmallLM("sgd"), DATA)
-    for layout in LAYOUTS:
-        module = SmallLM("sgd")
-        got = fit(module, ExpertParallelStrategy(**layout), DATA, precision="bf16-true")
-        types = {name: p.dtype for name, p in module.named_parameters()}
-        routers = {name for name in types if ".router." in name}
-        assert routers
-        assert all((types[name] == torch.float32) == (name in routers) for name in types), types
-        router = got["weights"][routers.pop()]
-        assert not torch.equal(router, router.bfloat16().float())
-        assert max(abs(a - b) / b for a, b in zip(got["losses"], expected["losses"], strict=True)) < 3e-2
-
-
 class NaNOnce(SmallLM):
     """In its second step, on rank 1 alone, the loss is not a number."""
 
@@ -254,19 +224,6 @@ def weight_averaging() -> None:
         fit(other, ExpertParallelStrategy(**layout), data, callbacks=[EMAWeightAveraging(decay=decay)])
         for name, value in whole_weights(other).items():
             torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-6)
-
-
-class Room:
-    """Where cases write."""
-
-    path = Path()
-    taken = 0
-
-
-def folder() -> Path:
-    """A new one, the same on both ranks."""
-    Room.taken += 1
-    return Room.path / str(Room.taken)
 
 
 def resuming() -> None:
@@ -401,8 +358,6 @@ CASES: dict[str, Callable[[], None]] = {
         an_expert_with_all_tokens,
         uneven_batches,
         two_levels,
-        bf16_mixed,
-        bf16_true,
         a_gradient_that_is_not_finite,
         clipping_by_value,
         weight_averaging,
@@ -415,33 +370,12 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def run_cases(names: list[str], room: str) -> dict[str, str]:
-    """What went wrong, by case."""
-    found, Room.path = {}, Path(room)
-    for name in names:
-        try:
-            with quiet():
-                CASES[name]()
-        except BaseException:
-            found[name] = traceback.format_exc()
-    return found
-
-
-@pytest.fixture(scope="module")
-def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """Runs the cases that are wanted, all in one pair of processes."""
-    wanted = [
-        item.callspec.params["name"]
-        for item in request.session.items
-        if hasattr(item, "callspec") and item.path == request.path
-    ]  # type: ignore[attr-defined]
-    return run_distributed(run_cases, 2, wanted, str(tmp_path_factory.mktemp("room")), timeout=400.0)
+outcome = outcome_in(__name__, 2)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_case(name: str, outcome: list[dict[str, str]]) -> None:
-    for rank, found in enumerate(outcome):
-        assert name not in found, f"on rank {rank}:\n{found[name]}"
+    require_success(name, outcome)
 
 
 def compiled_blocks() -> None:
