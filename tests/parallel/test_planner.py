@@ -289,6 +289,29 @@ def test_traffic_by_hand() -> None:
     assert alone.total == 0
 
 
+def test_mixed_precision_gathers_blocks_in_two_bytes() -> None:
+    """Tables go in four, and autocast keeps a copy of them in two; gradients and what is stored stay in four."""
+    wide, mixed = Training(precision="32-true"), Training(precision="bf16-mixed")
+    sizes = {True: 0, False: 0}
+    largest = 0
+    for unit in take_census(TINY, wide).units:
+        size = sum(w.numel for w in unit.weights)
+        sizes[unit.kind == "block"] += unit.count * size
+        largest = max(largest, size if unit.kind == "block" else 0)
+    blocks, others = sizes[True], sizes[False]
+    layout = Layout(devices=4)
+    before, after = plan(TINY, layout, wide), plan(TINY, layout, mixed)
+    assert before.traffic.all_gather == pytest.approx(2 * 4 * (blocks + others) * 3 / 4)
+    assert after.traffic.all_gather == pytest.approx(2 * (2 * blocks + 4 * others) * 3 / 4)
+    assert after.traffic.reduce_scatter == before.traffic.reduce_scatter
+    assert before.memory.working - after.memory.working == pytest.approx(2 * (2 * largest) - 2 * others)
+    stage_2 = replace(layout, zero_stage=2)
+    saved = plan(TINY, stage_2, wide).memory.working - plan(TINY, stage_2, mixed).memory.working
+    assert saved == pytest.approx(2 * blocks - 2 * others)
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(after.memory, name) == getattr(before.memory, name)
+
+
 def test_tensor_parallelism_adds_sums() -> None:
     training = Training(sequences=4, source_length=12, target_length=10, precision="32-true")
     layout = Layout(devices=2, tensor_parallel_size=2, zero_stage=0)

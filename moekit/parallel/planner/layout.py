@@ -98,7 +98,9 @@ class Precision:
         name: shown in tables.
         weight: of a weight between steps.
         compute: of an activation in a product.
-        converted: of the copy of a weight that products use, kept from forward to backward; 0 = they use the weight.
+        gathered: of a weight of a block while the block computes with it.
+        converted: of the copy of a weight outside of blocks that products use, kept from forward to backward; 0 = they
+            use the weight.
         stream: of the residual stream, which norms read.
         gradient: of a gradient.
         master: of the optimizer's own copy of a weight, 0 where the weight itself is that copy.
@@ -108,6 +110,7 @@ class Precision:
     name: str
     weight: int
     compute: int
+    gathered: int
     converted: int
     stream: int
     gradient: int
@@ -118,16 +121,22 @@ class Precision:
 PRECISIONS: dict[str, Precision] = {
     made.name: made
     for made in (
-        Precision(name="32-true", weight=4, compute=4, converted=0, stream=4, gradient=4, master=0, state=4),
-        # Autocast converts weights after they were gathered, and autograd keeps what it made.
-        Precision(name="bf16-mixed", weight=4, compute=2, converted=2, stream=4, gradient=4, master=0, state=4),
-        Precision(name="bf16-true", weight=2, compute=2, converted=0, stream=2, gradient=2, master=0, state=2),
+        Precision(
+            name="32-true", weight=4, compute=4, gathered=4, converted=0, stream=4, gradient=4, master=0, state=4
+        ),
+        # Tables stay whole in the step, in float32, and autocast keeps a copy.
+        Precision(
+            name="bf16-mixed", weight=4, compute=2, gathered=2, converted=2, stream=4, gradient=4, master=0, state=4
+        ),
+        Precision(
+            name="bf16-true", weight=2, compute=2, gathered=2, converted=0, stream=2, gradient=2, master=0, state=2
+        ),
     )
 }
 """Lightning's precisions, as the Strategy runs them: the weights that an optimizer sees are what is stored."""
 
 DEEPSPEED_FP16 = Precision(
-    name="fp16 with master", weight=2, compute=2, converted=0, stream=2, gradient=2, master=4, state=4
+    name="fp16 with master", weight=2, compute=2, gathered=2, converted=0, stream=2, gradient=2, master=4, state=4
 )
 """What DeepSpeed holds: half-precision weights and gradients, and float32 weights beside the optimizer's statistics.
 

@@ -127,28 +127,24 @@ def memory_of(census: Census, layout: Layout, training: Training) -> Memory:
 def _working(census: Census, layout: Layout, training: Training) -> float:
     """Bytes of weights and gradients that exist in a step only.
 
-    `fully_shard` computes with copies of the stored weights, divided or not. Stage 2 keeps all of them from forward to
-    backward; the others those of a block and of the next one, which is fetched meanwhile, and what belongs to no block.
-    Gradients of a block, or of what belongs to none, are whole before they are divided.
+    `fully_shard` computes with copies of the stored weights, divided or not, which blocks take in a type of their own.
+    Stage 2 keeps all of them from forward to backward; the others those of a block and of the next one, which is
+    fetched meanwhile, and what belongs to no block. Gradients of a block, or of what belongs to none, are whole before
+    they are divided.
     """
     numbers = training.numbers
-    largest = others = dense = bank = 0
+    largest = others = blocks = 0
     for unit in census.units:
-        sizes = {True: 0, False: 0}
-        for weight in unit.weights:
-            sizes[weight.is_expert] += math.prod(local_shape(weight, layout))
+        size = sum(math.prod(local_shape(weight, layout)) for weight in unit.weights)
         if unit.kind == "block":
-            largest = max(largest, sum(sizes.values()))
+            largest = max(largest, size)
+            blocks += unit.count * size
         else:
-            others += unit.count * sum(sizes.values())
-        dense += unit.count * sizes[False]
-        bank = max(bank, sizes[True])
-    everything = sum(u.count * math.prod(local_shape(w, layout)) for u in census.units for w in u.weights)
-    held = everything if layout.zero_stage == 2 else min(others + 2 * largest, everything)
+            others += unit.count * size
+    held = blocks if layout.zero_stage == 2 else min(2 * largest, blocks)
     whole_gradients = max(largest, others) if layout.zero_stage >= 2 else 0
-    # Autocast remembers what it made of the model's own parameters; slices of a bank are made anew.
-    converted = dense + bank if training.checkpointing else everything
-    return float(numbers.weight * held + numbers.gradient * whole_gradients + numbers.converted * converted)
+    outside = numbers.weight + numbers.converted
+    return float(numbers.gathered * held + outside * others + numbers.gradient * whole_gradients)
 
 
 def _activations(census: Census, layout: Layout, training: Training) -> float:

@@ -57,7 +57,7 @@ def traffic_of(census: Census, layout: Layout, training: Training) -> Traffic:
             rest = 1 - 1 / sharers
             if stage >= 2:
                 times = micro * (2 if stage == 3 else 1)
-                gather += times * full * numbers.weight * rest
+                gather += times * full * (numbers.gathered if unit.kind == "block" else numbers.weight) * rest
                 scatter += full * numbers.gradient * rest
                 reduce += 2 * part * numbers.gradient * (1 - 1 / layout.replicas)
             else:
