@@ -16,7 +16,7 @@ from moekit.parallel.checkpoint import (
     remove_checkpoint,
     verify_checkpoint,
 )
-from moekit.parallel.gradients import clip_by_norm, clip_by_value, global_mean, gradient_norm
+from moekit.parallel.gradients import clip_by_norm, clip_by_value, global_mean, global_weights, gradient_norm
 from moekit.parallel.mesh import Meshes, World, build_meshes
 from moekit.parallel.plan import Plan, layers_of, no_layers, repeated_layers
 from moekit.parallel.planner.layout import Layout
@@ -38,6 +38,7 @@ __all__ = [
     "consolidate",
     "export_safetensors",
     "global_mean",
+    "global_weights",
     "gradient_norm",
     "import_safetensors",
     "is_checkpoint",

@@ -106,9 +106,26 @@ def global_mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | N
         count: how many they are; may be 0.
         group: the ranks; None = all. Without torch.distributed the plain mean.
     """
-    counted = torch.as_tensor(count, dtype=torch.float32, device=total.device).detach().clone()
-    ranks = 1
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(counted, group=group)
-        ranks = dist.get_world_size(group)
-    return total * (ranks / counted.clamp_min(1.0))
+    counted = torch.as_tensor(count, dtype=torch.float32, device=total.device).detach()
+    return total / counted.clamp_min(1.0) * global_weights(counted, group)
+
+
+@torch.no_grad()
+def global_weights(counts: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """What makes means over each rank's own tokens, averaged over ranks, means over the tokens of all ranks.
+
+    Several means at once cost one collective.
+
+    Args:
+        counts: of this rank's tokens, a number for each mean; may be 0. Any shape, equal on all ranks.
+        group: the ranks; None = all.
+
+    Returns:
+        Float32 of that shape: ranks * own / all; 1 without torch.distributed.
+    """
+    own = counts.detach().float()
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return torch.ones_like(own)
+    everyone = own.clone()
+    dist.all_reduce(everyone, group=group)
+    return own * dist.get_world_size(group) / everyone.clamp_min(1.0)

@@ -190,6 +190,8 @@ class StrategyConfig:
         offload: kept in host memory: none, the optimizer, or all parameters.
         nonfinite_gradients: end the run, or skip the step, when the gradient norm is not a number.
         asynchronous_save: whether training goes on while a checkpoint is written.
+        empty_init: build the model without memory and draw its weights block by block, for a model that no process
+            could hold; its weights then begin with other draws than those of a run without.
     """
 
     expert_parallel_size: int | Literal["auto"] | None = None
@@ -199,6 +201,7 @@ class StrategyConfig:
     offload: Literal["none", "optimizer", "parameters"] | None = None
     nonfinite_gradients: Literal["raise", "skip"] | None = None
     asynchronous_save: bool | None = None
+    empty_init: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,12 +86,33 @@ def run_data(config: Any, tokenizer: Tokenizer | None = None) -> MultitaskData:
 
 
 def make_module(
-    build: Build, config: Any, data: MultitaskData, make: Callable[..., MultitaskModule] = MultitaskModule
+    build: Build,
+    config: Any,
+    data: MultitaskData,
+    make: Callable[..., MultitaskModule] = MultitaskModule,
+    *,
+    empty: bool = False,
 ) -> tuple[MultitaskModule, Budget]:
-    """The LightningModule of a run, made by `make`, and the budget that its schedule follows."""
+    """The LightningModule of a run, made by `make`, and the budget that its schedule follows.
+
+    Args:
+        build: of the recipe.
+        config: of the run.
+        data: of the run.
+        make: the module around network and heads.
+        empty: whether it is made without memory.
+
+    Raises:
+        UserError: if the model should be made without memory and cannot be.
+    """
     train: TrainConfig = config.train
     tokenizer = data.tokenizer
-    built = build_parts(build, config, tokenizer.vocab_size, data)
+    if empty and (isinstance(build, WithData) or make is not MultitaskModule):
+        source = "text" if isinstance(build, WithData) else "the weights of another"
+        raise UserError(
+            f"strategy.empty_init needs a model whose weights are drawn: this one is made from {source}. Leave it out."
+        )
+    built = build_parts(build, config, tokenizer.vocab_size, data, "meta" if empty else None)
     budget = Budget(max_steps=train.max_steps or None, max_minutes=train.max_minutes or None)
 
     module = make(
@@ -145,6 +166,7 @@ def make_strategy(settings: StrategyConfig) -> ExpertParallelStrategy | Literal[
     given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
     if not given:
         return "auto"
+    given.pop("empty_init", None)  # which says how the model is made
     try:
         return ExpertParallelStrategy(**given)
     except (ValueError, TypeError) as error:

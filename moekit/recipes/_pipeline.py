@@ -33,6 +33,7 @@ from moekit.training.callbacks.throughput import Throughput
 from moekit.training.loggers import run_loggers
 from moekit.training.multitask import MultitaskModule
 from moekit.training.run_folder import RunConfig, RunFolder, check_checkpoint
+from moekit.training.strategy import ExpertParallelStrategy
 
 # What may change when a run is resumed without making it another run.
 _MAY_DIFFER = (
@@ -144,7 +145,8 @@ class Pipeline:
     def fit(self, config: Any, options: Namespace) -> int:
         """Train."""
         folder = self._train(config, options)
-        self.console.print(f"trained; test it with: {self._command('test', folder)}")
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            self.console.print(f"trained; test it with: {self._command('test', folder)}")
         return 0
 
     def test(self, config: Any, options: Namespace) -> int:
@@ -184,7 +186,12 @@ class Pipeline:
         data = run_data(config, None if start is None else start.tokenizer)
         data.summary()  # reads and plans everything before the folder is made: bad data leaves nothing behind
         L.seed_everything(train.seed, verbose=False)
-        module, budget = make_module(self.build, config, data, MultitaskModule if start is None else start.make)
+        module, budget = make_module(
+            self.build, config, data, MultitaskModule if start is None else start.make,
+            empty=bool(config.strategy.empty_init),
+        )  # fmt: skip
+        if isinstance(strategy, ExpertParallelStrategy):
+            strategy.check(module, train.devices * train.num_nodes)  # a layout that does not fit leaves nothing either
         settings = {"recipe": self.recipe, "variant": options.variant, **as_plain(config)}
         settings |= {} if start is None else start.record
         if getattr(rank_zero_only, "rank", 0) == 0:

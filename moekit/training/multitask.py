@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from moekit.data.batch import Batch
 from moekit.heads.base import Head, HeadOutput
 from moekit.layer import AuxLosses
+from moekit.parallel.gradients import global_weights
 from moekit.training.metrics import RoutingStatistics, TokenPerplexity, TranslationScore
 from moekit.training.schedules import per_step
 
@@ -136,13 +137,16 @@ class MultitaskModule(L.LightningModule):
         return output
 
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> Tensor:
-        """Sum the weighted losses of all tasks in the batch."""
+        """Sum the weighted losses of all tasks in the batch, each a mean over the predictions of all processes."""
+        if not batch:
+            raise ValueError(f"a training batch must hold at least one of the tasks {list(self.heads)}: got none.")
         logs: dict[str, Any] = {}
         total: Tensor | None = None
         watch = self.train_routing is not None and self.global_step % self.log_routing_every == 0
-        for task, part in batch.items():
-            out = self.learn(part)
-            loss = out.loss
+        outputs = {task: self.learn(part) for task, part in batch.items()}
+        shares = global_weights(torch.stack([out.num_predictions for out in outputs.values()]))
+        for (task, out), share in zip(outputs.items(), shares, strict=True):
+            loss = share * out.loss
             if self.aux is not None and out.routings:
                 extra, terms = self.aux(*out.routings.values())
                 loss = loss + extra
@@ -154,9 +158,8 @@ class MultitaskModule(L.LightningModule):
             logs[f"train/{task}/accuracy"] = out.correct / out.num_predictions.clamp_min(1)
             logs.update({f"train/{task}/{name}": value for name, value in out.extra.items()})
             if watch:
-                self._count(self.train_routing, out, part)
-        if total is None:
-            raise ValueError(f"a training batch must hold at least one of the tasks {list(self.heads)}: got none.")
+                self._count(self.train_routing, out, batch[task])
+        assert total is not None
         logs = {name: torch.stack(v).mean() if isinstance(v, list) else v for name, v in logs.items()}
         logs["lr"] = self._learning_rate()
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=1)

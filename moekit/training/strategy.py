@@ -21,7 +21,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
-from moekit.parallel.annotation import Annotation, banks, read_annotations
+from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
 from moekit.parallel.gradients import clip_by_norm, clip_by_value, gradient_norm
 from moekit.parallel.mesh import Meshes, World, build_meshes
 from moekit.parallel.plan import Plan
@@ -170,15 +170,28 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
             raise RuntimeError("ExpertParallelStrategy has meshes after its setup: use them from on_fit_start on.")
         return self.sharded.meshes
 
-    def _choose_expert_size(self, found: list[Annotation]) -> int:
+    def check(self, model: nn.Module, devices: int) -> Layout:
+        """The layout of a model over so many processes; nothing is sent, and no process group is needed.
+
+        Raises:
+            UserError: if the numbers, or the model, do not fit, naming the nearest layout that does.
+        """
+        found = read_annotations(model, self.plan)
+        known = 1 if self.expert_parallel_size == "auto" else self.expert_parallel_size
+        self._layout(devices, known)
+        layout = self._layout(devices, self._choose_expert_size(model, found, devices))
+        check_model(model, layout, self.plan, found)
+        return layout
+
+    def _choose_expert_size(self, model: nn.Module, found: list[Annotation], devices: int) -> int:
         """The largest size that divides the data ranks of a replica and the experts of every layer."""
         if self.expert_parallel_size != "auto":
             return self.expert_parallel_size
-        whole = any(getattr(m, "requires_whole_bank", False) for m in self._model_modules())
+        whole = any(getattr(m, "requires_whole_bank", False) for m in model.modules())
         if whole or not banks(found):
             return 1
         sizes = [note.parameter.shape[note.axes.index("expert")] for note in found if note.of_expert]
-        return math.gcd(self.world_size // (self.tensor_parallel_size * self.replicas), *sizes)
+        return math.gcd(devices // (self.tensor_parallel_size * self.replicas), *sizes)
 
     def _model_modules(self) -> list[nn.Module]:
         assert self.model is not None
@@ -207,12 +220,10 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
     def _divide_model(self) -> None:
         assert self.model is not None
         assert self._world is not None
-        before = sharded(self.model)
-        found = read_annotations(self.model, self.plan)
-        layout = self._layout(self.world_size, self._choose_expert_size(found) if before is None else 1)
-        if before is not None:  # a second fit, or a test after it
-            self.sharded = before
+        self.sharded = sharded(self.model)
+        if self.sharded is not None:  # a second fit, or a test after it
             return
+        layout = self.check(self.model, self.world_size)
         self._convert_precision()
         self.sharded = self._parallelize(self.model, build_meshes(layout, self.root_device.type, self._world))
 

@@ -1,0 +1,66 @@
+"""A recipe on several processes: the same training as on one, from the command line."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moekit.recipes import hash_layers, zcode_m3
+from moekit.recipes._command import main
+
+# Without a limit on experts' slots and without noise nothing depends on which process holds a token.
+SETTINGS = [
+    "--train.max_steps", "3", "--train.max_minutes", "0", "--train.log_every", "1", "--train.validate_every", "1",
+    "--train.warmup_steps", "1", "--model.capacity_factor", "0", "--model.jitter", "0", "--model.load_balance", "0",
+    "--data.babel_sentences", "400", "--data.vocab_size", "600", "--model.dim", "32", "--model.hidden_dim", "64",
+    "--tasks.masked_lm.tokens", "0", "--tasks.replaced_token.tokens", "0",
+]  # fmt: skip
+
+
+def losses(room: Path, name: str, *more: str) -> list[float]:
+    command = [sys.executable, "-m", "moekit.recipes.zcode_m3", "fit", *SETTINGS, *more, "--out", str(room / name)]
+    done = subprocess.run([*command, "--data.cache", str(room / "cache")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained; test it with") == 1, done.stdout
+    with (room / name / "metrics.csv").open() as file:
+        return [float(row["valid/translation/loss"]) for row in csv.DictReader(file) if row["valid/translation/loss"]]
+
+
+def tokens(translation: int, denoising: int) -> list[str]:
+    return ["--tasks.translation.tokens", str(translation), "--tasks.denoising.tokens", str(denoising)]
+
+
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    one = losses(tmp_path, "one", *tokens(512, 256))
+    two = losses(
+        tmp_path, "two", *tokens(256, 128), "--devices", "2", "--strategy.expert_parallel_size", "2",
+        "--strategy.zero_stage", "3",
+    )  # fmt: skip
+    assert len(one) == 3
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_weights_drawn_block_by_block(tmp_path: Path) -> None:
+    found = losses(tmp_path, "two", *tokens(256, 64), "--devices", "2", "--strategy.empty_init", "true")
+    assert found[-1] < found[0]
+
+
+def test_a_layout_that_does_not_fit_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*SETTINGS, "--data.cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]
+    for devices, size, message in (("2", "3", "must divide the number of processes"), ("3", "3", "the axis 'expert'")):
+        layout = ["--devices", devices, "--strategy.expert_parallel_size", size]
+        assert main(zcode_m3.RECIPE, ["fit", *given, *layout]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_tables_of_text_need_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--data.cache", str(tmp_path / "cache"), "--data.babel_sentences", "200", "--data.vocab_size", "400"]
+    given += ["--devices", "2", "--strategy.empty_init", "true", "--out", str(tmp_path / "run")]
+    assert main(hash_layers.RECIPE, ["fit", *given]) == 2
+    assert "strategy.empty_init needs a model whose weights are drawn" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
