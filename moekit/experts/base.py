@@ -86,16 +86,6 @@ def copy_first_expert_(experts: Experts) -> None:
             parameter.detach().copy_(first.expand_as(parameter))
 
 
-def truncated_normal_(weight: Tensor, fan_in: int, scale: float) -> None:
-    """Fill with a normal of std sqrt(scale / fan_in), cut at two standard deviations.
-
-    Source: arXiv:2101.03961 section 2.4 (scale 0.1 instead of the usual 1.0).
-    """
-    if weight.device.type != "meta":
-        std = (scale / fan_in) ** 0.5
-        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-
-
 def rows_of(bias: Tensor, rows: Tensor, counts: Tensor | None) -> Tensor:
     """Each row's bias: Float[E, F] spread to the shape of packed or padded rows."""
     if counts is None:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moekit.experts.base import Experts, product, rows_of, truncated_normal_
+from moekit.experts.base import Experts, product, rows_of
 from moekit.functional.activation import Activation, activation_function
+from moekit.functional.drawing import truncated_normal_
 
 
 class BaseStack(Experts):

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from moekit.experts.base import Experts, rows_of, truncated_normal_
+from moekit.experts.base import Experts, rows_of
 from moekit.functional.activation import Activation, activation_function
+from moekit.functional.drawing import truncated_normal_
 from moekit.functional.dropout import dropout
 
 HiddenBias = Literal["none", "add", "multiply"]

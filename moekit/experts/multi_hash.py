@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from moekit.experts.base import Experts, truncated_normal_
+from moekit.experts.base import Experts
 from moekit.functional.activation import Activation, activation_function
+from moekit.functional.drawing import truncated_normal_
 from moekit.functional.dropout import dropout
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from moekit.experts.base import Experts, product, rows_of, truncated_normal_
+from moekit.experts.base import Experts, product, rows_of
+from moekit.functional.drawing import truncated_normal_
 from moekit.functional.precision import without_autocast
 
 # Axes of the inner bank under names that nobody divides: the outer one's experts are others, and its results no sums.

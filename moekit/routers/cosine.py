@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moekit.functional.drawing import truncated_normal_
 from moekit.functional.precision import wide_linear, without_autocast
 from moekit.routers.choices import LaterChoices
 from moekit.routers.exploration import Exploration
-from moekit.routers.queueing import draw_scores
 from moekit.routers.topk import Balance, Renormalise, TopKRouter
 from moekit.routing import Capacity
 
@@ -86,7 +86,7 @@ class CosineRouter(TopKRouter):
     def reset_parameters(self) -> None:
         """Draw projection and embeddings anew; the temperature is the initial one."""
         if self.weight.device.type != "meta":
-            draw_scores(self.projection, 1.0)
+            truncated_normal_(self.projection, self.projection.shape[1], 1.0)
             nn.init.orthogonal_(self.weight, gain=0.32)
             self.log_temperature.fill_(math.log(self.initial_temperature))
 

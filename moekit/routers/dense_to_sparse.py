@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from moekit.functional.assignment import queue_positions
+from moekit.functional.drawing import truncated_normal_
 from moekit.functional.losses import load_balance
 from moekit.functional.precision import wide_linear
-from moekit.routers.queueing import clear_padding, draw_scores, score_statistics
+from moekit.routers.queueing import clear_padding, score_statistics
 from moekit.routing import Router, Routing, RoutingContext
 
 
@@ -142,7 +143,7 @@ class DenseToSparseRouter(Router):
     def reset_parameters(self) -> None:
         """Draw the scores' weights anew, and begin at step 0."""
         self.step.zero_()
-        draw_scores(self.weight, self.init_scale)
+        truncated_normal_(self.weight, self.weight.shape[1], self.init_scale)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

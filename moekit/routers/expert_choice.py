@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from moekit.functional.drawing import truncated_normal_
 from moekit.functional.losses import router_z
 from moekit.functional.precision import wide_linear
-from moekit.routers.queueing import clear_padding, draw_scores, score_statistics
+from moekit.routers.queueing import clear_padding, score_statistics
 from moekit.routing import Capacity, Router, Routing, RoutingContext
 
 
@@ -71,7 +72,7 @@ class ExpertChoiceRouter(Router):
 
     def reset_parameters(self) -> None:
         """Draw the scores' weights anew: truncated normal of std sqrt(init_scale / dim)."""
-        draw_scores(self.weight, self.init_scale)
+        truncated_normal_(self.weight, self.weight.shape[1], self.init_scale)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

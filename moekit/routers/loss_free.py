@@ -9,9 +9,10 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from moekit.functional.drawing import truncated_normal_
 from moekit.functional.precision import wide_linear
 from moekit.routers.load_window import LoadWindow
-from moekit.routers.queueing import clear_padding, draw_scores, mask_choices, score_statistics, serve, token_choices
+from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
 from moekit.routers.topk import Balance
 from moekit.routing import Capacity, Router, Routing, RoutingContext
 
@@ -144,7 +145,7 @@ class LossFreeRouter(Router):
     def reset_parameters(self) -> None:
         """Draw the scores' weights anew, and forget the bias."""
         self.bias.zero_()
-        draw_scores(self.weight, self.init_scale)
+        truncated_normal_(self.weight, self.weight.shape[1], self.init_scale)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

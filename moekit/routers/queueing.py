@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moekit.functional.assignment import queue_positions, service_order
 from moekit.routing import Capacity, Routing
@@ -130,17 +130,6 @@ def clear_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     Padding may hold anything, even NaN (attention over nothing), and zero times NaN is NaN: a router clears it first.
     """
     return x if mask is None else x.masked_fill(~mask[:, None], 0.0)
-
-
-@torch.no_grad()
-def draw_scores(weight: Tensor, init_scale: float) -> None:
-    """Draw ``weight`` Float[E, D] in place: truncated normal of std sqrt(init_scale / D), cut at two of them.
-
-    Source: arXiv:2101.03961 section 2.4 (init_scale 0.1).
-    """
-    if weight.device.type != "meta":
-        std = (init_scale / weight.shape[1]) ** 0.5
-        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def mask_choices(wanted: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from moekit.component import Component
 from moekit.functional.assignment import queue_positions
+from moekit.functional.drawing import truncated_normal_
 from moekit.functional.precision import wide_linear
 from moekit.routers.load_window import LoadWindow
-from moekit.routers.queueing import clear_padding, draw_scores
+from moekit.routers.queueing import clear_padding
 from moekit.routing import Router, Routing, RoutingContext
 
 
@@ -119,7 +120,7 @@ class ReLURouter(Router):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the scores' weights anew: truncated normal of std sqrt(init_scale / dim)."""
-        draw_scores(self.weight, self.init_scale)
+        truncated_normal_(self.weight, self.weight.shape[1], self.init_scale)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

@@ -9,13 +9,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from moekit.functional.drawing import truncated_normal_
 from moekit.functional.losses import BalanceScope, load_balance, router_z
 from moekit.functional.precision import wide_linear
 from moekit.routers.choices import AllChoices, LaterChoices
 from moekit.routers.exploration import Exploration
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.overflow import NoTokenLeftBehind
-from moekit.routers.queueing import clear_padding, draw_scores, mask_choices, score_statistics, serve, token_choices
+from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
 from moekit.routers.sequence_capacity import SequenceCapacity
 from moekit.routing import Capacity, Router, Routing, RoutingContext
 
@@ -178,7 +179,7 @@ class TopKRouter(Router):
 
     def reset_parameters(self) -> None:
         """Draw the scores' weights anew: truncated normal of std sqrt(init_scale / dim)."""
-        draw_scores(self.weight, self.init_scale)
+        truncated_normal_(self.weight, self.weight.shape[1], self.init_scale)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

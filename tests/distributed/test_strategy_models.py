@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 import moekit as mk
 from moekit.experts import Experts
+from moekit.mixing import ConditionalMix, SoftmaxMix
 from moekit.routers import Balance, TopKRouter
+from moekit.soft_moe import SoftMoELayer
 from moekit.testing import run_distributed, seeded
-from moekit.transformer import GLU, EncoderDecoder, every_other
+from moekit.transformer import GLU, MLP, EncoderDecoder, every_other
 
 DIM, EXPERTS, STEPS = 8, 4, 3
 LAYOUTS: tuple[dict[str, Any], ...] = (
@@ -156,7 +158,64 @@ class TwoTasks(Step):
         return (found[0] + found[1]) / 2, routings
 
 
-MODELS: dict[str, Callable[[], Step]] = {c.__name__: c for c in (SparseLM, Llama, OwnBank, TwoTasks)}
+class Residual(SparseLM):
+    """DeepSpeed's residual layer, whose branches are mixed by a gate of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        bank = mk.experts.GroupedMLP(EXPERTS, DIM, 8, init_scale=1.0)
+        self.moe = mk.MoELayer(router(), bank, shared=MLP(DIM, 8), mix=SoftmaxMix(DIM))
+
+
+class Conditional(SparseLM):
+    """NLLB's conditional routing, two layers in a list, so that each gathers its weights itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def layer() -> nn.Module:
+            bank = mk.experts.GroupedMLP(EXPERTS, DIM, 8, init_scale=1.0)
+            return Residue(mk.MoELayer(router(), bank, shared=GLU(DIM, 8), mix=ConditionalMix(DIM)))
+
+        self.layers = nn.ModuleList(layer() for _ in range(2))
+        del self.moe
+
+    def logits(self, ids: Tensor) -> tuple[Tensor, list[Any]]:
+        hidden, routings = self.embed(ids), []
+        for layer in self.layers:
+            hidden, routing = layer(hidden)
+            routings.append(routing)
+        return self.head(hidden), routings
+
+
+class Residue(nn.Module):
+    def __init__(self, moe: mk.MoELayer) -> None:
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        hidden, routing = self.moe(x)
+        return x + hidden, routing
+
+
+class Soft(SparseLM):
+    """Mixtures of tokens: its bank stays whole, ZeRO divides it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        bank = mk.experts.GroupedMLP(EXPERTS, DIM, 8, init_scale=1.0)
+        self.moe = SoftMoELayer(bank, 2, allow_future=True)
+
+    def logits(self, ids: Tensor) -> tuple[Tensor, list[Any]]:
+        hidden, _ = self.moe(self.embed(ids))
+        return self.head(hidden), []
+
+
+MODELS: dict[str, Callable[[], Step]] = {
+    c.__name__: c for c in (SparseLM, Llama, OwnBank, TwoTasks, Residual, Conditional, Soft)
+}
+# Llama's own layers name no axes to slice; mixtures of tokens need all experts.
+OTHER_LAYOUTS = {"Llama": LAYOUTS[:2], "Soft": ({"expert_parallel_size": "auto"}, *LAYOUTS[2:])}
 
 
 def build(name: str) -> Step:
@@ -180,14 +239,14 @@ def train_all(expected: dict[str, Any]) -> dict[str, str]:
     """What went wrong, by model."""
     wrong = {}
     for name, (norms, weights) in expected.items():
-        for layout in LAYOUTS if name != "Llama" else LAYOUTS[:2]:
+        for layout in OTHER_LAYOUTS.get(name, LAYOUTS):
             try:
                 module, watch = build(name), Watch()
                 strategy = mk.ExpertParallelStrategy(**layout)
                 with quiet():
                     trainer_for(strategy, callbacks=[watch]).fit(module, datamodule=Sentences(sentences(STEPS)))
                 if layout["expert_parallel_size"] == "auto":
-                    assert strategy.meshes.layout.expert_parallel_size == 2
+                    assert strategy.meshes.layout.expert_parallel_size == (1 if name == "Soft" else 2)
                 torch.testing.assert_close(torch.tensor(watch.norms), torch.tensor(norms), rtol=1e-5, atol=0.0)
                 for key, value in whole_weights(module).items():
                     torch.testing.assert_close(
