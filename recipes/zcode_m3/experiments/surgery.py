@@ -227,11 +227,16 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(arms: Sequence[Arm], results: Mapping[str, Sequence[Mapping[str, Any]]], against: str) -> str:
-    """A row for each arm, with its paired difference to one of them."""
-    lines = [
-        f"| arm | parameters | steps in all | validation nats | difference to “{against}” | BLEU | chrF | made of |",
-        "|---|---:|---:|---:|---:|---:|---:|---|",
-    ]
+    """A row for each arm, with its paired difference to one of them.
+
+    Where arms have parents, a column more compares them after equally many steps in a row, a second parent's not counted:
+    what somebody sees who has the parents anyway.
+    """
+    row = min(results[arm.folder][0]["curve"][-1][0] - arm.before for arm in arms)
+    parents = any(arm.before for arm in arms)
+    head = ["arm", "parameters", "steps in all", "validation nats", f"difference to “{against}”", "BLEU", "chrF"]
+    head[3:3] = [f"nats after {row:,} in a row"] if parents else []
+    lines = [f"| {' | '.join([*head, 'made of'])} |", f"|---|{'---:|' * (len(head) - 1)}---|"]
     base = next(arm.folder for arm in arms if arm.label == against)
 
     def cell(values: Sequence[float], digits: int, signed: bool = False) -> str:
@@ -242,15 +247,16 @@ def table(arms: Sequence[Arm], results: Mapping[str, Sequence[Mapping[str, Any]]
     for arm in arms:
         own = results[arm.folder]
         gap = [a["loss"] - b["loss"] for a, b in zip(own, results[base], strict=True)]
-        scores = [cell([r[key] for r in own], digits) for key, digits in (("loss", 3), ("bleu", 1), ("chrf", 1))]
-        scores.insert(1, "" if arm.folder == base else cell(gap, 3, signed=True))
-        sizes = [f"{own[0]['parameters']:,}", f"{own[0]['curve'][-1][0]:,}"]
-        lines.append(f"| {' | '.join([arm.label, *sizes, *scores, arm.note])} |")
+        cells = [arm.label, f"{own[0]['parameters']:,}", f"{own[0]['curve'][-1][0]:,}"]
+        if parents:
+            cells.append(cell([dict(r["curve"])[row + arm.before] for r in own], 3))
+        cells += [cell([r["loss"] for r in own], 3), "" if arm.folder == base else cell(gap, 3, signed=True)]
+        cells += [cell([r[key] for r in own], 1) for key in ("bleu", "chrf")]
+        lines.append(f"| {' | '.join([*cells, arm.note])} |")
     seeds = len(results[base])
-    note = (
-        f"{seeds} seeds, paired; mean ± half of the 95 % interval (t, {seeds - 1} degrees of freedom). Steps in all "
-        "count those of every parent."
-    )
+    note = f"{seeds} seeds, paired; mean ± half of the 95 % interval (t, {seeds - 1} degrees of freedom)."
+    if parents:
+        note += " Steps in all count those of every parent; steps in a row those of the longest line."
     return "\n".join([*lines, "", note, ""])
 
 
