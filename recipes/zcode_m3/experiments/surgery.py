@@ -229,8 +229,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def table(arms: Sequence[Arm], results: Mapping[str, Sequence[Mapping[str, Any]]], against: str) -> str:
     """A row for each arm, with its paired difference to one of them.
 
-    Where arms have parents, a column more compares them after equally many steps in a row, a second parent's not counted:
-    what somebody sees who has the parents anyway.
+    Where arms have parents, a column more compares them after equally many steps in a row, those of a second parent not
+    counted: what somebody sees who has the parents anyway.
     """
     row = min(results[arm.folder][0]["curve"][-1][0] - arm.before for arm in arms)
     parents = any(arm.before for arm in arms)
