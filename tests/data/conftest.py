@@ -1,0 +1,10 @@
+"""The generated corpus of the default settings."""
+
+import pytest
+
+from moekit.data.sources.babel import Babel
+
+
+@pytest.fixture(scope="module")
+def babel() -> Babel:
+    return Babel()
