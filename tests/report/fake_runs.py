@@ -301,3 +301,14 @@ def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
         writer = csv.DictWriter(file, header)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def edit(run: Path, file: str, **changes: Any) -> Path:
+    """Replace keys of a run's JSON file."""
+    content = json.loads((run / file).read_text())
+    (run / file).write_text(json.dumps({**content, **changes}))
+    return run
