@@ -22,6 +22,7 @@ from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, REPLICATE, SHARD, TENSOR,
 from moekit.parallel.plan import Plan
 from moekit.parallel.tensor import DividedVocabulary, sum_gradient, sum_value
 from moekit.parallel.units import Unit, choose_units, inner_first, zero_dimensions
+from moekit.parallel.unused import reduce_unused_gradients
 from moekit.routers.rank_shuffle import RankShuffle
 from moekit.routing import Router
 
@@ -99,11 +100,6 @@ def parallelize(
         UserError: before anything is sent, if the model does not fit the layout.
     """
     plan = plan or Plan()
-    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
-        raise UserError(
-            f"parallelize needs torch 2.13 or newer, whose fully_shard can sum the gradients of experts that no token "
-            f"met: got torch {torch.__version__}. Everything else in moekit runs on this one."
-        )
     found = read_annotations(model, plan)
     check_model(model, meshes.layout, plan, found)
     for name, parameter in model.named_parameters():
@@ -330,8 +326,7 @@ class _Laying:
             offload_policy=self.offload,
             ignored_params={parameter for _, parameter in own if parameter.ndim == 0},
         )  # fmt: skip
-        # A rank may meet no token of a kind: its zero gradients must still be summed with the others'.
-        wrapped.set_reduce_scatter_unused_params(True, recurse=False)
+        reduce_unused_gradients(wrapped)
 
     @torch.no_grad()
     def _take_from_rank_zero(self, modules: Sequence[nn.Module]) -> None:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from moekit import ExpertParallelStrategy
-from moekit.parallel import Plan, layers_of, no_layers
+from moekit.parallel import Plan, layers_of, no_layers, unused
 from moekit.testing import run_distributed
 from moekit.transformer import Block
 
@@ -137,6 +137,40 @@ def a_rank_without_tokens() -> None:
         rows = Rows(data, [[0, 2, 4, 6], []])
         got = fit(SmallLM("sgd", **options), ExpertParallelStrategy(**layout), rows, use_distributed_sampler=False)
         close(got, expected)
+
+
+class OneSided(SmallLM):
+    """Has a weight that the first data rank alone uses."""
+
+    def __init__(self) -> None:
+        super().__init__("sgd")
+        self.side = nn.Parameter(torch.linspace(-1.0, 1.0, 6))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        share: Any = self.trainer.strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]
+        loss = super().training_step(batch, batch_idx)
+        return loss + share["num_replicas"] * self.side.square().sum() if share["rank"] == 0 else loss
+
+
+class Sided(OneSided):
+    """The same for one process."""
+
+    def loss(self, ids: Tensor) -> Tensor:
+        return super().loss(ids) + self.side.square().sum()
+
+
+def weights_that_a_rank_does_not_use() -> None:
+    """By torch, and as it is done for a torch that cannot."""
+    expected = one_process(Sided(), DATA)
+    native = unused.NATIVE
+    for by_torch in {native, False}:
+        unused.NATIVE = by_torch
+        try:
+            for layout in LAYOUTS[:2]:
+                got = fit(OneSided(), ExpertParallelStrategy(**layout), DATA)
+                close({**got, "losses": expected["losses"]}, expected)  # the step's own, without the side
+        finally:
+            unused.NATIVE = native
 
 
 def an_expert_with_all_tokens() -> None:
@@ -355,6 +389,7 @@ CASES: dict[str, Callable[[], None]] = {
         accumulation_is_silent,
         recomputation,
         a_rank_without_tokens,
+        weights_that_a_rank_does_not_use,
         an_expert_with_all_tokens,
         uneven_batches,
         two_levels,
