@@ -9,6 +9,7 @@ import pytest
 import torch
 from hf_models import save, switch
 from safetensors.torch import load_file, save_file
+from small_runs import weights
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from moekit.data.tokenizer import Tokenizer
@@ -40,10 +41,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(run: Path) -> Path:
     assert main(["export", str(run), "--out", str(run.parent / "exported")]) == 0
     return run.parent / "exported"
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return open_subject(folder).loaded.weights
 
 
 def test_transformers_writes_what_the_run_writes(run: Path, exported: Path) -> None:

@@ -216,7 +216,7 @@ def _drawing(curve: Curve) -> bytes:
                         axes.plot(*zip(*known, strict=True), "o", color=COLOURS[colour], alpha=0.25, markersize=3)
                 axes.plot(
                     *zip(*sorted(means), strict=True), style, marker="o", markersize=4, color=COLOURS[colour],
-                    label=label + suffix,
+                    markerfacecolor=COLOURS["paper" if suffix else colour], label=label + suffix,
                 )  # fmt: skip
         axes.set_xlabel("parameters")
         axes.set_ylabel(f"validation loss, {curve.task}")
