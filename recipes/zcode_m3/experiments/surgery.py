@@ -3,6 +3,7 @@
     python recipes/zcode_m3/experiments/surgery.py aggregation     # experts of two runs in one, against one run
     python recipes/zcode_m3/experiments/surgery.py pruning         # fewer experts, chosen in several ways
     python recipes/zcode_m3/experiments/surgery.py distillation    # into a dense model
+    python recipes/zcode_m3/experiments/surgery.py early           # the same, of a teacher that has not learned enough
     python recipes/zcode_m3/experiments/surgery.py students        # into a shallower sparse model, staged and not
 
 Arms are commands that a user would type. One that has finished is not run again, so an interrupted experiment goes on
@@ -31,11 +32,13 @@ from moekit.report.style import COLOURS, CYCLE, Canvas
 
 RECIPE = [sys.executable, "-m", "moekit.recipes.zcode_m3"]
 SURGERY = [sys.executable, "-m", "moekit.surgery"]
+ONLY_TRANSLATION = [
+    "--tasks.denoising.tokens", "0", "--tasks.masked_lm.tokens", "0", "--tasks.replaced_token.tokens", "0",
+]  # fmt: skip
 # One task, small steps and one schedule without an end: a run that goes on is then the run that never stopped.
 COMMON = [
-    "--tasks.denoising.tokens", "0", "--tasks.masked_lm.tokens", "0", "--tasks.replaced_token.tokens", "0",
-    "--tasks.translation.tokens", "1024", "--train.max_minutes", "0", "--train.schedule", "inverse_square_root",
-    "--evaluate.valid_sentences", "50",
+    *ONLY_TRANSLATION, "--tasks.translation.tokens", "1024", "--evaluate.valid_sentences", "50",
+    "--train.max_minutes", "0", "--train.schedule", "inverse_square_root",
 ]  # fmt: skip
 
 
@@ -131,16 +134,33 @@ def aggregation(runs: Runs, seed: int, n: int) -> list[Arm]:
     ]
 
 
-def teacher(runs: Runs) -> Path:
+def early_teacher(runs: Runs) -> Path:
     """The recipe's own tiny run."""
     return runs.make("teacher", [*RECIPE, "run", "--train.max_minutes", "0", "--out", "{out}", "--overwrite"])
 
 
+def teacher(runs: Runs) -> Path:
+    """That run, trained on for translation alone."""
+    return runs.make(
+        "teacher_of_translation",
+        [
+            *RECIPE, "finetune", "--init_from", str(early_teacher(runs)), *ONLY_TRANSLATION,
+            "--tasks.translation.tokens", "2048", "--fine_tune.optimizer", "fresh", "--train.max_minutes", "0",
+            "--train.max_steps", "2000", "--train.warmup_steps", "100", "--train.learning_rate", "1e-3",
+            "--out", "{out}", "--overwrite",
+        ],
+    )  # fmt: skip
+
+
 def students(
-    runs: Runs, seed: int, steps: int, shape: Sequence[str], ways: Mapping[str, tuple[str, list[str], str]]
+    runs: Runs,
+    parent: Path,
+    seed: int,
+    steps: int,
+    shape: Sequence[str],
+    ways: Mapping[str, tuple[str, list[str], str]],
 ) -> list[Arm]:
     """A student for each way to distill, all of one shape and budget."""
-    parent = teacher(Runs(runs.folder.parent))
     for name, (_, options, _) in ways.items():
         runs.make(
             f"{seed}/{name}",
@@ -158,7 +178,7 @@ def distilling(weight: float, inherit: str, *more: str) -> list[str]:
     return ["--distill.weight", str(weight), "--distill.inherit", inherit, *more]
 
 
-def distillation(runs: Runs, seed: int, n: int) -> list[Arm]:
+def distillation(runs: Runs, seed: int, n: int, begin: Callable[[Runs], Path] = teacher) -> list[Arm]:
     """Into the dense model (Switch Transformer, section 4.1), with labels alone and the start alone as controls."""
     ways = {
         "labels": ("labels", distilling(0, "none"), "no teacher"),
@@ -171,7 +191,13 @@ def distillation(runs: Runs, seed: int, n: int) -> list[Arm]:
         "init": ("teacher, initialised", distilling(1, "non_moe"), "and the teacher's distribution alone"),
         "mixture": ("mixture, initialised", distilling(0.25, "non_moe"), "a quarter teacher, three quarters labels"),
     }
-    return students(runs, seed, 2 * n, ["--model.num_experts", "0"], ways)
+    parent = begin(Runs(runs.folder.parent))
+    return students(runs, parent, seed, 2 * n, ["--model.num_experts", "0"], ways)
+
+
+def early_distillation(runs: Runs, seed: int, n: int) -> list[Arm]:
+    """`distillation` of the tiny run, which its students outgrow."""
+    return distillation(runs, seed, n, early_teacher)
 
 
 def mixture_of_students(runs: Runs, seed: int, n: int) -> list[Arm]:
@@ -195,7 +221,7 @@ def mixture_of_students(runs: Runs, seed: int, n: int) -> list[Arm]:
             f"{begin}, the teacher for half of the steps",
         ),
     }  # fmt: skip
-    return students(runs, seed, 3 * n, shape, ways)
+    return students(runs, teacher(Runs(runs.folder.parent)), seed, 3 * n, shape, ways)
 
 
 def curve(run: Path, before: int) -> list[tuple[int, float]]:
@@ -285,6 +311,7 @@ def drawing(arms: Sequence[Arm], results: Mapping[str, Sequence[Mapping[str, Any
 EXPERIMENTS: Mapping[str, tuple[Callable[[Runs, int, int], list[Arm]], str]] = {
     "aggregation": (aggregation, "8 from scratch"),
     "distillation": (distillation, "labels"),
+    "early": (early_distillation, "labels"),
     "students": (mixture_of_students, "labels"),
 }
 
@@ -315,7 +342,7 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.experiment == "pruning":
-        run = teacher(Runs(given.runs))
+        run = early_teacher(Runs(given.runs))
         command = [*SURGERY, "curve", str(run), "--recover", str(given.recover), "--out", str(given.out)]
         subprocess.run(command, check=True)
         return
