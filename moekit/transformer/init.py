@@ -140,7 +140,8 @@ def materialize_modules(model: nn.Module, device: torch.device | str) -> Iterato
     _require_drawable(model, draws)
     seen: set[nn.Module] = set()
 
-    def visit(module: nn.Module) -> Iterator[nn.Module]:
+    def visit(module: nn.Module, held: bool = False) -> Iterator[nn.Module]:
+        """`held`: one around it will draw for it yet."""
         seen.add(module)
         reset = getattr(module, "reset_parameters", None)
         # One that draws may draw for those inside it too.
@@ -148,15 +149,19 @@ def materialize_modules(model: nn.Module, device: torch.device | str) -> Iterato
             memory.give(needed)
         if callable(reset):
             reset()
-        inner: Iterator[nn.Module] = (
-            ready for child in module.children() if child not in seen for ready in visit(child)
-        )
-        if module in draws:  # of those inside it too, which are not ready before
-            inner = iter(list(inner))
+        holds = held or module in draws
+        inside = (ready for child in module.children() if child not in seen for ready in visit(child, holds))
+        if module in draws:
+            drawn = list(inside)
             with torch.no_grad():
                 draws[module]()
-        yield from inner
-        memory.finish(module)
+            inside = (ready for ready in drawn)
+        for ready in inside:
+            if not held:
+                memory.finish(ready)
+            yield ready
+        if not held:
+            memory.finish(module)
         yield module
 
     memory = _Memory(model, device)

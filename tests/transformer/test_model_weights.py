@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from moekit import experts, routers
+from moekit.errors import UserError
 from moekit.layer import MoELayer
 from moekit.transformer import (
     GLU,
@@ -22,6 +23,7 @@ from moekit.transformer import (
     every_other,
     init_weights,
     materialize,
+    materialize_modules,
 )
 from moekit.transformer.attention import plan_attention
 
@@ -196,6 +198,46 @@ def test_built_on_the_meta_device_and_given_memory_later() -> None:
     for (name, weight), (other_name, other) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
         assert name == other_name
         assert float(weight.std()) == pytest.approx(float(other.std()), rel=0.35, abs=1e-9), name
+
+
+def test_low_precision_is_drawn_wide_and_rounded() -> None:
+    """Also where an attention draws for the projections inside it."""
+    with torch.device("meta"):
+        wide, narrow = seq2seq(tied=False, bias=True), seq2seq(tied=False, bias=True).bfloat16()
+    torch.manual_seed(0)
+    materialize(wide, "cpu")
+    torch.manual_seed(0)
+    order = list(materialize_modules(narrow, "cpu"))
+    for (name, weight), other in zip(wide.named_parameters(), narrow.parameters(), strict=True):
+        assert other.dtype == torch.bfloat16
+        assert torch.equal(other, weight.bfloat16()), name
+    place = {module: number for number, module in enumerate(order)}
+    assert set(place) == set(narrow.modules())
+    assert all(place[child] < place[module] for module in narrow.modules() for child in module.children())
+
+
+def test_what_is_shared_stays_shared() -> None:
+    with torch.device("meta"):
+        one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+        two.weight = one.weight
+    model = nn.Sequential(one, two)
+    materialize(model, "cpu")
+    assert model[0].weight is model[1].weight
+    assert not model[0].weight.is_meta
+
+
+def test_a_module_that_cannot_draw_is_named() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2))
+            self.register_buffer("mean", torch.zeros(2))
+
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2), Scale())
+    with pytest.raises(UserError, match=r"1\.scale, 1\.mean belong to modules without reset_parameters"):
+        materialize(model, "cpu")
+    assert model[0].weight.is_meta
 
 
 def test_ten_billion_parameters_on_the_meta_device() -> None:
