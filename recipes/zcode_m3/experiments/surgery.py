@@ -303,15 +303,42 @@ def drawing(arms: Sequence[Arm], results: Mapping[str, Sequence[Mapping[str, Any
         canvas.axes.set_ylabel("validation loss, nats")
         canvas.axes.set_ylim(min(last) - 0.1, max(last) + 1.0)
         canvas.legend()
-        file = io.BytesIO()
-        canvas.figure.savefig(file, format="svg", metadata={"Date": None, "Title": title}, facecolor=COLOURS["paper"])
-        return file.getvalue()
+        return saved(canvas, title)
+
+
+def differences(arms: Sequence[Arm], results: Mapping[str, Sequence[Mapping[str, Any]]], against: str) -> bytes:
+    """Paired differences to one arm over the steps, for the arms that end within half a nat of it."""
+    base = next(arm.folder for arm in arms if arm.label == against)
+    with Canvas(3.0) as canvas:
+        for hue, arm in zip(CYCLE, [arm for arm in arms if arm.folder != base], strict=False):
+            gaps = [
+                [(step, y - dict(b["curve"])[step]) for step, y in a["curve"]]
+                for a, b in zip(results[arm.folder], results[base], strict=True)
+            ]
+            means = [statistics.fmean(gap[i][1] for gap in gaps) for i in range(len(gaps[0]))]
+            if abs(means[-1]) > 0.5:
+                continue
+            for gap in gaps:
+                canvas.axes.plot(*zip(*gap, strict=True), color=COLOURS[hue], alpha=0.25, linewidth=0.7)
+            canvas.axes.plot([step for step, _ in gaps[0]], means, color=COLOURS[hue], label=arm.label)
+        canvas.axes.axhline(0.0, color=COLOURS["muted"], linewidth=0.8)
+        canvas.axes.set_xlabel("optimizer steps")
+        canvas.axes.set_ylabel(f"nats more than “{against}”")
+        canvas.legend()
+        return saved(canvas, against)
+
+
+def saved(canvas: Canvas, title: str) -> bytes:
+    """The picture as a file."""
+    file = io.BytesIO()
+    canvas.figure.savefig(file, format="svg", metadata={"Date": None, "Title": title}, facecolor=COLOURS["paper"])
+    return file.getvalue()
 
 
 EXPERIMENTS: Mapping[str, tuple[Callable[[Runs, int, int], list[Arm]], str]] = {
     "aggregation": (aggregation, "8 from scratch"),
-    "distillation": (distillation, "labels"),
-    "early": (early_distillation, "labels"),
+    "distillation": (distillation, "labels, initialised"),
+    "early": (early_distillation, "labels, initialised"),
     "students": (mixture_of_students, "labels"),
 }
 
@@ -327,7 +354,8 @@ def collected(name: str, runs: Runs, seeds: int, n: int) -> Iterator[tuple[str, 
             results.setdefault(arm.folder, []).append(measured(runs.path(f"{seed}/{arm.folder}"), arm.before))
     yield f"{name}.json", json.dumps({arm.label: results[arm.folder] for arm in arms}, indent=1).encode()
     yield f"{name}.md", table(arms, results, against).encode()
-    yield f"{name}.svg", drawing(arms, results, name)
+    alike = not any(arm.before for arm in arms)
+    yield f"{name}.svg", differences(arms, results, against) if alike else drawing(arms, results, name)
 
 
 def main() -> None:
