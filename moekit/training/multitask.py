@@ -144,7 +144,9 @@ class MultitaskModule(L.LightningModule):
         total: Tensor | None = None
         watch = self.train_routing is not None and self.global_step % self.log_routing_every == 0
         outputs = {task: self.learn(part) for task, part in batch.items()}
-        shares = global_weights(torch.stack([out.num_predictions for out in outputs.values()]))
+        counts = torch.stack([out.num_predictions for out in outputs.values()])
+        # Process groups may be there for something else than this Trainer.
+        shares = global_weights(counts) if self.trainer.world_size > 1 else torch.ones_like(counts)
         for (task, out), share in zip(outputs.items(), shares, strict=True):
             loss = share * out.loss
             if self.aux is not None and out.routings:
