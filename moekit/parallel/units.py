@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -86,13 +86,16 @@ def _of_other_precision(model: nn.Module) -> set[nn.Module]:
     types = {p.dtype for p in model.parameters()}
     if len(types) == 1:
         return set()
-    return {m for m in model.modules() if isinstance(m, Router) and next(m.parameters(), None) is not None}
+    return _with_weights(model.modules(), Router)
 
 
 def _kept_wide(narrow: set[nn.Module]) -> set[nn.Module]:
     """Routers and norms in modules that gather in a lower precision."""
-    inner = {inner for module in narrow for inner in module.modules()}
-    return {m for m in inner if isinstance(m, (Router, *_NORMS)) and next(m.parameters(), None) is not None}
+    return _with_weights((inner for module in narrow for inner in module.modules()), Router, *_NORMS)
+
+
+def _with_weights(modules: Iterable[nn.Module], *kinds: type[nn.Module]) -> set[nn.Module]:
+    return {m for m in modules if isinstance(m, kinds) and next(m.parameters(), None) is not None}
 
 
 def zero_dimensions(model: nn.Module, meshes: Meshes, found: list[Annotation]) -> dict[str, int]:

@@ -129,6 +129,11 @@ def _generate_options(parser: ArgumentParser) -> None:
     )
 
 
+def _is_first_process() -> bool:
+    """Whether this process makes folders and speaks: the one that starts the others, if there are others."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 class Pipeline:
     """The life of a run, from text to report."""
 
@@ -145,7 +150,7 @@ class Pipeline:
     def fit(self, config: Any, options: Namespace) -> int:
         """Train."""
         folder = self._train(config, options)
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if _is_first_process():
             self.console.print(f"trained; test it with: {self._command('test', folder)}")
         return 0
 
@@ -194,7 +199,7 @@ class Pipeline:
             strategy.check(module, train.devices * train.num_nodes)  # a layout that does not fit leaves nothing either
         settings = {"recipe": self.recipe, "variant": options.variant, **as_plain(config)}
         settings |= {} if start is None else start.record
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if _is_first_process():
             folder = RunFolder.create(
                 path, settings, resume=options.resume, overwrite=options.overwrite, may_differ=_MAY_DIFFER
             )

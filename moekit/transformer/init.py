@@ -155,11 +155,12 @@ def materialize_modules(model: nn.Module, device: torch.device | str) -> Iterato
             drawn = list(inside)
             with torch.no_grad():
                 draws[module]()
-            inside = (ready for ready in drawn)
-        for ready in inside:
             if not held:
-                memory.finish(ready)
-            yield ready
+                for ready in drawn:
+                    memory.finish(ready)
+            yield from drawn
+        else:
+            yield from inside
         if not held:
             memory.finish(module)
         yield module

@@ -26,6 +26,14 @@ VOCABULARY, DIM, HEADS, HIDDEN, EXPERTS, LENGTH, GLOBAL_BATCH, STEPS = 16, 8, 4,
 CLIP = 0.5
 
 
+# Three ways for two processes to share the model.
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    {"expert_parallel_size": 2, "zero_stage": 3},
+    {"expert_parallel_size": 2, "zero_stage": 0},
+    {"expert_parallel_size": 1, "tensor_parallel_size": 2, "zero_stage": 1},
+)
+
+
 def top_two() -> Router:
     """Two choices, and a balance loss over all processes."""
     return TopKRouter(DIM, EXPERTS, 2, balance=Balance(count="all", scope="global"), init_scale=1.0)
@@ -234,6 +242,12 @@ def differences(got: dict[str, Any], expected: dict[str, Any]) -> dict[str, floa
 
     weights = {name: float((got["weights"][name] - p).norm() / p.norm()) for name, p in expected["weights"].items()}
     return {"loss": numbers("losses"), "norm": numbers("norms"), "weight": max(weights.values())}
+
+
+def close(got: dict[str, Any], expected: dict[str, Any], tolerance: float = 2e-6) -> None:
+    """Fail where losses, norms or weights differ."""
+    found = differences(got, expected)
+    assert max(found.values()) < tolerance, found
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from small_lm import (
     GLOBAL_BATCH,
     Sentences,
     SmallLM,
+    close,
     differences,
     fit,
     one_process,
@@ -255,11 +256,6 @@ def never_whole() -> None:
         parallelize(model, meshes, weights=materialize_modules(model, "cpu"))
     assert found[0] < 0.5 * size + 2.5 * size / 12, (found, size)
     assert found[0] > 0.4 * size, (found, size)  # else nothing was measured
-
-
-def close(got: dict[str, Any], expected: dict[str, Any], tolerance: float = 2e-6) -> None:
-    found = differences(got, expected)
-    assert max(found.values()) < tolerance, found
 
 
 CASES: dict[str, Callable[[], None]] = {

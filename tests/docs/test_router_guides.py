@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import inspect
 import re
-import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from script_module import module_of
 
 from moekit import Router, routers
 
@@ -23,14 +22,8 @@ STEPS = 24
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("compare_routers", GUIDES / "compare_routers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with module_of(GUIDES / "compare_routers.py") as module:
+        yield module
 
 
 def presets() -> set[str]:

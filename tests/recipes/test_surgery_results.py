@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from script_module import module_of
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "zcode_m3"
 RESULTS = RECIPE / "results" / "surgery"
 
 
 @pytest.fixture(scope="module")
-def experiments() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("surgery_experiments", RECIPE / "experiments" / "surgery.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def experiments() -> Iterator[ModuleType]:
+    with module_of(RECIPE / "experiments" / "surgery.py") as module:
+        yield module
 
 
 @pytest.mark.parametrize("name", ["aggregation", "distillation", "early", "students"])

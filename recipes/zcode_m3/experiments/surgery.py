@@ -286,19 +286,26 @@ def table(arms: Sequence[Arm], results: Mapping[str, Sequence[Mapping[str, Any]]
     return "\n".join([*lines, "", note, ""])
 
 
+def mean_of(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """The mean of several curves over the same steps."""
+    return [(points[0][0], statistics.fmean(y for _, y in points)) for points in zip(*curves, strict=True)]
+
+
+def draw(canvas: Canvas, colour: str, label: str, curves: Sequence[Sequence[tuple[int, float]]]) -> None:
+    """A faint line for each seed and a firm one for their mean."""
+    for curve in curves:
+        canvas.axes.plot(*zip(*curve, strict=True), color=COLOURS[colour], alpha=0.25, linewidth=0.7)
+    canvas.axes.plot(*zip(*mean_of(curves), strict=True), color=COLOURS[colour], label=label)
+
+
 def drawing(arms: Sequence[Arm], results: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> bytes:
-    """Validation loss over the steps spent, a faint line for each seed and a firm one for their mean."""
-    hues = [COLOURS[name] for name in (*CYCLE, "muted")]
+    """Validation loss over the steps spent."""
     with Canvas(3.0) as canvas:
         last = []
-        for hue, arm in zip(hues, arms, strict=False):
+        for colour, arm in zip((*CYCLE, "muted"), arms, strict=False):
             curves = [result["curve"] for result in results[arm.folder]]
-            steps = [step for step, _ in curves[0]]
-            for one in curves:
-                canvas.axes.plot([s for s, _ in one], [y for _, y in one], color=hue, alpha=0.25, linewidth=0.7)
-            means = [statistics.fmean(one[i][1] for one in curves) for i in range(len(steps))]
-            canvas.axes.plot(steps, means, color=hue, label=arm.label)
-            last.append(means[-1])
+            draw(canvas, colour, arm.label, curves)
+            last.append(mean_of(curves)[-1][1])
         canvas.axes.set_xlabel("optimizer steps in all, parents included")
         canvas.axes.set_ylabel("validation loss, nats")
         canvas.axes.set_ylim(min(last) - 0.1, max(last) + 1.0)
@@ -310,17 +317,13 @@ def differences(arms: Sequence[Arm], results: Mapping[str, Sequence[Mapping[str,
     """Paired differences to one arm over the steps, for the arms that end within half a nat of it."""
     base = next(arm.folder for arm in arms if arm.label == against)
     with Canvas(3.0) as canvas:
-        for hue, arm in zip(CYCLE, [arm for arm in arms if arm.folder != base], strict=False):
+        for colour, arm in zip(CYCLE, [arm for arm in arms if arm.folder != base], strict=False):
             gaps = [
                 [(step, y - dict(b["curve"])[step]) for step, y in a["curve"]]
                 for a, b in zip(results[arm.folder], results[base], strict=True)
             ]
-            means = [statistics.fmean(gap[i][1] for gap in gaps) for i in range(len(gaps[0]))]
-            if abs(means[-1]) > 0.5:
-                continue
-            for gap in gaps:
-                canvas.axes.plot(*zip(*gap, strict=True), color=COLOURS[hue], alpha=0.25, linewidth=0.7)
-            canvas.axes.plot([step for step, _ in gaps[0]], means, color=COLOURS[hue], label=arm.label)
+            if abs(mean_of(gaps)[-1][1]) <= 0.5:
+                draw(canvas, colour, arm.label, gaps)
         canvas.axes.axhline(0.0, color=COLOURS["muted"], linewidth=0.8)
         canvas.axes.set_xlabel("optimizer steps")
         canvas.axes.set_ylabel(f"nats more than “{against}”")
