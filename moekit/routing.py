@@ -20,6 +20,7 @@ from torch.utils import _pytree
 from moekit.component import Component
 
 Priority = Literal["position", "probability", "random"]
+Share = Literal["choices", "tokens"]
 _T = TypeVar("_T")
 
 
@@ -130,8 +131,9 @@ register_pytree(Routing, static=("num_tokens", "num_experts", "capacity"))
 class Capacity:
     """How many tokens an expert takes and who is served first when more ask.
 
-    slots = round(factor * k * T / E), at least `minimum`, but never more than T, where T counts all positions of the
-    batch that this process routes (padding included, so that shapes are known without reading data).
+    slots = round(factor * k * T / E), or without the k (see `share`), at least `minimum`, but never more than T, where
+    T counts all positions of the batch that this process routes (padding included, so that shapes are known without
+    reading data).
 
     Attributes:
         train: capacity factor in training; None = dropless.
@@ -142,6 +144,10 @@ class Capacity:
             routing, BPR, arXiv:2106.05974; ST-MoE, arXiv:2202.08906). "random" = a uniformly random order (random
             token selection, RTS, Z-code M3, arXiv:2109.10465); first choices before second.
         rounding: how the product becomes an integer; "nearest" takes the even one of two that are equally near.
+        share: what the factor is a multiple of. "choices" = an even share of all choices, k * T / E: with k = 2 a
+            factor of 1 is GShard's C = 2 T / E (arXiv:2006.16668 section 2.2). "tokens" = an even share of the tokens,
+            T / E, whatever k is: arXiv:2202.08906 and Mesh-TensorFlow, whose factor of 1.25 with k = 2 leaves no room
+            for 3 of 8 choices.
 
     Differs: Random and probability priority look at later tokens, so they are not causal; routers refuse them for a
     causal decoder unless told ``allow_future=True``. Random priority acts in training only; in evaluation with a
@@ -156,6 +162,7 @@ class Capacity:
     minimum: int = 4
     priority: Priority = "position"
     rounding: Literal["ceil", "floor", "nearest"] = "ceil"
+    share: Share = "choices"
 
     def __post_init__(self) -> None:
         for name in ("train", "eval"):
@@ -168,6 +175,8 @@ class Capacity:
             raise ValueError(f'Capacity.priority must be "position", "probability" or "random": got {self.priority!r}.')
         if self.rounding not in ("ceil", "floor", "nearest"):
             raise ValueError(f'Capacity.rounding must be "ceil", "floor" or "nearest": got {self.rounding!r}.')
+        if self.share not in ("choices", "tokens"):
+            raise ValueError(f'Capacity.share must be "choices" or "tokens": got {self.share!r}.')
 
     @property
     def looks_ahead(self) -> bool:
@@ -181,7 +190,7 @@ class Capacity:
         factor = self.train if training else self.eval
         if factor is None:
             return None
-        exact = factor * k * num_tokens / num_experts
+        exact = factor * (k if self.share == "choices" else 1) * num_tokens / num_experts
         # 1e-9: 1.1 * 10 is 11.000000000000002 in floating point, and one slot too many would be a silent surprise.
         rounded = {
             "ceil": math.ceil(exact - 1e-9),

@@ -24,6 +24,8 @@ T, E = 30, 4
         (Capacity(train=1.0, rounding="nearest"), 108, 8, 1, 14),  # 13.5: the even neighbour
         (Capacity(train=1.0, rounding="nearest"), 100, 8, 1, 12),  # 12.5: the even neighbour
         (Capacity(train=1.25), 100, 10, 2, 25),
+        (Capacity(train=1.25, share="tokens"), 100, 10, 2, 13),  # ceil(12.5), whatever k is
+        (Capacity(train=1.25, share="tokens"), 100, 10, 1, 13),
         (Capacity(train=1.1), 100, 10, 1, 11),  # 11.000000000000002 in floating point is still 11
         (Capacity(train=1.0, rounding="floor"), 29 * 7, 7, 1, 29),
         (Capacity(train=0.1), 100, 10, 1, 4),  # the minimum
@@ -56,6 +58,7 @@ def test_phases_have_their_own_factor() -> None:
         ({"minimum": 0}, "Capacity.minimum must be at least 1: got 0"),
         ({"priority": "first"}, 'Capacity.priority must be "position", "probability" or "random": got \'first\''),
         ({"rounding": "up"}, 'Capacity.rounding must be "ceil", "floor" or "nearest": got \'up\''),
+        ({"share": "experts"}, 'Capacity.share must be "choices" or "tokens": got \'experts\''),
     ],
 )
 def test_capacity_refuses(options: dict[str, object], message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moekit.routers.choices import RandomChoice
 from moekit.routers.exploration import InputJitter
 from moekit.routers.topk import Balance, TopKRouter
-from moekit.routing import Capacity
+from moekit.routing import Capacity, Share
 
 
 def switch(
@@ -77,9 +77,12 @@ def st_moe(
     dim: int,
     num_experts: int,
     *,
+    k: int = 2,
     capacity_factor: float | None = 1.25,
     eval_capacity_factor: float | None = 2.0,
+    capacity_share: Share = "tokens",
     threshold: float = 0.2,
+    jitter: float = 0.0,
     batch_prioritised: bool = False,
     allow_future: bool = False,
 ) -> TopKRouter:
@@ -90,26 +93,32 @@ def st_moe(
     Args:
         dim: D.
         num_experts: E.
+        k: experts per token: 2 (section 4.2); 1 and 3 are compared in the same section. One expert's weight is its
+            probability.
         capacity_factor: 1.25 (arXiv:2202.08906 section 4.2); None = dropless.
         eval_capacity_factor: 2.0, as in the paper; None = dropless.
+        capacity_share: "tokens" = an expert has factor * T / E slots, as in the paper; "choices" = factor * k * T / E.
         threshold: 0.2 (appendix C).
+        jitter: of the router's input; 1e-2 is an arm of the paper's stability study (section 3), 0 the default.
         batch_prioritised: serve tokens by probability instead of position (appendix D; encoders only).
         allow_future: accept batch priority in a causal decoder.
 
     Source: arXiv:2202.08906. Differs: in evaluation the second expert is always sent; the authors' Mesh-TensorFlow
-        code keeps it random. The capacity holds factor * 2 T / E tokens (the factor counts both choices).
+        code keeps it random.
     """
     return TopKRouter(
         dim,
         num_experts,
-        k=2,
+        k=k,
         capacity=Capacity(
             train=capacity_factor,
             eval=eval_capacity_factor,
             priority="probability" if batch_prioritised else "position",
+            share=capacity_share,
         ),
-        renormalise="before_drop",
+        renormalise="before_drop" if k > 1 else "none",
         later_choices=RandomChoice(threshold),
+        exploration=InputJitter(jitter) if jitter else None,
         balance=Balance(count="first"),
         allow_future=allow_future,
     )

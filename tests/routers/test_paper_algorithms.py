@@ -111,7 +111,7 @@ def test_gshard(seed: int, factor: float, padded: bool, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("prioritised", [False, True])
 @pytest.mark.parametrize(("seed", "factor", "padded"), CASES)
 def test_st_moe(seed: int, factor: float, padded: bool, prioritised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threshold 0.2; with batch priority the tokens of the highest probability are served first."""
+    """Threshold 0.2; an expert has factor * T / E slots; with batch priority the most probable tokens are first."""
     router = routers.st_moe(D, E, capacity_factor=factor, batch_prioritised=prioritised)
     x, context, real = inputs(router, seed, padded)
     x.requires_grad_()
@@ -119,7 +119,8 @@ def test_st_moe(seed: int, factor: float, padded: bool, prioritised: bool, monke
     order: list[int] = list(range(T))
     if prioritised:
         order.sort(key=lambda s: -softmax(x[s].detach(), router.weight.detach()).max().item())
-    loop = gshard_loop(x, router.weight, factor, order, real, uniform, threshold=0.2)
+    # The loop's capacity is GShard's, factor * 2 T / E.
+    loop = gshard_loop(x, router.weight, factor / 2, order, real, uniform, threshold=0.2)
     assert {place == -1 for (_, choice), place in loop.place.items() if choice == 1} == {True, False}
     routing = router(x, context)
     compare(router, routing, loop, x, balance_scale=1 / E**2)
@@ -128,6 +129,33 @@ def test_st_moe(seed: int, factor: float, padded: bool, prioritised: bool, monke
     assert float(routing.losses["router_z"].detach()) == pytest.approx(literal_z, rel=1e-12)
     if factor < 1:
         assert_something_was_dropped(loop)
+
+
+def test_st_moe_drops_three_of_eight_choices_where_both_are_sent() -> None:
+    """Capacity 1.25 T / E for 2 T choices (arXiv:2202.08906 section 4.2): 37.5 % find no room at even load."""
+    torch.manual_seed(0)
+    tokens, experts = 4000, 8
+    router = routers.st_moe(D, experts, threshold=1e-9).train()
+    with torch.no_grad():
+        router.weight.normal_()
+    x = torch.randn(tokens, D)
+    x = torch.cat([x, -x])
+    paper, choices = router(x), routers.st_moe(D, experts, capacity_share="choices")
+    assert paper.capacity == 1.25 * 2 * tokens / experts
+    assert int(paper.queued.sum()) == 2 * 2 * tokens
+    assert float((paper.queued & ~paper.kept).float().mean()) >= 0.375
+    assert router.eval()(x).capacity == 2.0 * 2 * tokens / experts
+    choices.train()
+    assert choices(x).capacity == 1.25 * 2 * 2 * tokens / experts
+
+
+def test_arms_of_st_moe() -> None:
+    """One and three experts, another threshold, noise: what sections 3 and 4.2 and appendix C compare."""
+    one, three = routers.st_moe(D, E, k=1), routers.st_moe(D, E, k=3, threshold=0.05, jitter=1e-2)
+    assert (one.k, one.renormalise) == (1, "none")
+    assert (three.k, three.renormalise, three.later_choices) == (3, "before_drop", routers.RandomChoice(0.05))
+    assert one.exploration is None
+    assert three.exploration == routers.InputJitter(1e-2)
 
 
 def test_second_expert_is_sent_with_the_right_probability() -> None:

@@ -12,7 +12,7 @@ from moekit.experts import Experts, GroupedGLU, GroupedMLP
 from moekit.functional.activation import Activation
 from moekit.layer import MoELayer
 from moekit.routers import TopKRouter
-from moekit.routing import Capacity
+from moekit.routing import Capacity, Share
 from moekit.transformer import (
     GLU,
     MLP,
@@ -43,6 +43,7 @@ class TransformerShape:
         num_experts: E in every sparse layer; 0 = dense.
         k: experts per token.
         capacity_factor: slots of an expert as a multiple of an even share; None = dropless.
+        capacity_share: of what: see `moekit.routing.Capacity`.
         sparse_every: distance of sparse layers; the last of each group is sparse.
         expert_hidden_dim: F of an expert; None = `hidden_dim`.
         beside: F of a dense feed-forward that every token of a sparse layer takes too; 0 = none.
@@ -63,6 +64,7 @@ class TransformerShape:
     num_experts: int = 0
     k: int = 1
     capacity_factor: float | None = 1.0
+    capacity_share: Share = "choices"
     sparse_every: int = 2
     expert_hidden_dim: int | None = None
     beside: int = 0
@@ -108,7 +110,8 @@ class TransformerShape:
             hidden_dim = self.expert_hidden_dim or self.hidden_dim
             bank = GroupedGLU if self.gated else GroupedMLP
             experts: Experts = bank(self.num_experts, self.dim, hidden_dim, activation=self.activation)
-            router = TopKRouter(self.dim, self.num_experts, self.k, capacity=Capacity(train=self.capacity_factor))
+            capacity = Capacity(train=self.capacity_factor, share=self.capacity_share)
+            router = TopKRouter(self.dim, self.num_experts, self.k, capacity=capacity)
             return MoELayer(router, experts, shared=dense(self.beside) if self.beside else None)
 
         def plain(layer: int, side: Side, /) -> nn.Module:
@@ -174,6 +177,7 @@ ST_MOE_32B = TransformerShape(
     num_experts=64,
     k=2,
     capacity_factor=1.25,
+    capacity_share="tokens",
     sparse_every=4,
     beside=20_480,
     gated=True,
