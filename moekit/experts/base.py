@@ -23,6 +23,11 @@ class Experts(Component, ABC):
         axes: logical axes of each parameter, outermost first (``expert``, ``embed``, ``mlp``).
         matrices: names of the parameters Float[E, I, O] that `forward` multiplies with through `times` alone: these can
             be given low-rank adapters.
+        outputs: names of the parameters, all of them drawn at random, in which the bank's output is linear: those
+            whose first draw `depth_scale` scales.
+        depth_scale: variance of the first draw of `outputs` as a multiple of the bank's own: 1 / the number of residual
+            branches where the bank stands in a transformer of this package. `moekit.transformer.init_weights` sets it
+            with `scale_outputs_`; `reset_parameters` of a bank with `outputs` must respect it.
         requires_whole_bank: whether forward needs all experts in one process, so that the bank must not be spread over
             several (expert parallelism refuses it).
     """
@@ -30,9 +35,25 @@ class Experts(Component, ABC):
     is_expert_bank: ClassVar[bool] = True
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     matrices: ClassVar[tuple[str, ...]] = ()
+    outputs: ClassVar[tuple[str, ...]] = ()
     requires_whole_bank: ClassVar[bool] = False
     num_experts: int
     dim: int
+    depth_scale: float = 1.0
+
+    @torch.no_grad()
+    def scale_outputs_(self, depth_scale: float) -> None:
+        """Make `depth_scale` what is given, and `outputs`, as first drawn, larger or smaller accordingly.
+
+        Nothing happens where it is that already; on the meta device the next `reset_parameters` sees to it.
+        """
+        if not self.outputs:
+            return
+        for name in self.outputs:
+            weight = getattr(self, name)
+            if not weight.is_meta:
+                weight.mul_((depth_scale / self.depth_scale) ** 0.5)
+        self.depth_scale = depth_scale
 
     def times(self, rows: Tensor, name: str, counts: Tensor | None) -> Tensor:
         """Rows times their expert's matrix of that name, and what an adapter of that matrix adds.

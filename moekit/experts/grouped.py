@@ -27,7 +27,8 @@ class GroupedMLP(Experts):
         dropout: probability on the hidden activations ("expert dropout": 0.4 in fine-tuning in arXiv:2101.03961
             section 2.4, where the rest of the model keeps 0.1).
         bias: whether both layers have biases (fairseq and NLLB do; T5, Switch and ST-MoE do not).
-        init_scale: variance scale of the truncated normal, 0.1 in arXiv:2101.03961 table 3.
+        init_scale: variance scale of the truncated normal: 1.0, as dense feed-forwards start; 0.1 in arXiv:2101.03961
+            table 3, for them as well.
 
     Source: arXiv:2101.03961 section 2. Experts are initialised independently.
     """
@@ -39,6 +40,7 @@ class GroupedMLP(Experts):
         "b_out": ("expert", "embed"),
     }
     matrices: ClassVar[tuple[str, ...]] = ("w_in", "w_out")
+    outputs: ClassVar[tuple[str, ...]] = ("w_out",)
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class GroupedMLP(Experts):
         activation: Activation = "relu",
         dropout: float = 0.0,
         bias: bool = False,
-        init_scale: float = 0.1,
+        init_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
@@ -65,7 +67,7 @@ class GroupedMLP(Experts):
     def reset_parameters(self) -> None:
         """Draw all weights anew; biases become zero."""
         truncated_normal_(self.w_in, self.dim, self.init_scale)
-        truncated_normal_(self.w_out, self.hidden_dim, self.init_scale)
+        truncated_normal_(self.w_out, self.hidden_dim, self.init_scale * self.depth_scale)
         for bias in (self.b_in, self.b_out):
             if bias is not None:
                 bias.zero_()
@@ -115,6 +117,7 @@ class GroupedGLU(Experts):
         "w_out": ("expert", "mlp", "embed"),
     }
     matrices: ClassVar[tuple[str, ...]] = ("w_gate", "w_up", "w_out")
+    outputs: ClassVar[tuple[str, ...]] = ("w_out",)
 
     def __init__(
         self,
@@ -125,7 +128,7 @@ class GroupedGLU(Experts):
         activation: Activation = "gelu",
         dropout: float = 0.0,
         hidden_bias: HiddenBias = "none",
-        init_scale: float = 0.1,
+        init_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if hidden_bias not in ("none", "add", "multiply"):
@@ -145,7 +148,7 @@ class GroupedGLU(Experts):
         """Draw all matrices anew; the bias becomes what changes nothing."""
         truncated_normal_(self.w_gate, self.dim, self.init_scale)
         truncated_normal_(self.w_up, self.dim, self.init_scale)
-        truncated_normal_(self.w_out, self.hidden_dim, self.init_scale)
+        truncated_normal_(self.w_out, self.hidden_dim, self.init_scale * self.depth_scale)
         if self.b_hidden is not None:
             self.b_hidden.fill_(1.0 if self.hidden_bias == "multiply" else 0.0)
 

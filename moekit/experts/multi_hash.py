@@ -46,6 +46,7 @@ class MultiHashMLP(Experts):
         "w_out": ("expert", "mlp", "embed"),
     }
     matrices: ClassVar[tuple[str, ...]] = ("w_in", "w_out")
+    outputs: ClassVar[tuple[str, ...]] = ("w_out",)
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class MultiHashMLP(Experts):
         num_segments: int = 2,
         activation: Activation = "relu",
         dropout: float = 0.0,
-        init_scale: float = 0.1,
+        init_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if num_segments < 1 or hidden_dim % num_segments:
@@ -80,7 +81,7 @@ class MultiHashMLP(Experts):
     def reset_parameters(self) -> None:
         """Draw all weights anew."""
         truncated_normal_(self.w_in, self.dim, self.init_scale)
-        truncated_normal_(self.w_out, self.hidden_dim, self.init_scale)
+        truncated_normal_(self.w_out, self.hidden_dim, self.init_scale * self.depth_scale)
 
     def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
         hidden = self._act(self.times(rows, "w_in", counts))

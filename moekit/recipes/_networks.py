@@ -53,7 +53,10 @@ class NetworkConfig:
         norm: layer (LayerNorm) or rms (RMSNorm).
         positions: sinusoidal, rotary, or relative (T5).
         tied: whether one table embeds tokens and makes the logits.
+        init_scale: variance scale of the first weights of attention and dense feed-forwards (Switch: 0.1).
         expert_init_scale: variance scale of the experts' first weights (Switch: 0.1).
+        init_by_depth: whether matrices that write to the residual stream, experts' too, start smaller by the root of
+            the number of branches (as in GPT-2; Switch: no).
         checkpoint: compute activations again in backward instead of keeping them.
     """
 
@@ -71,7 +74,9 @@ class NetworkConfig:
     norm: Literal["layer", "rms"] = "layer"
     positions: Literal["sinusoidal", "rotary", "relative"] = "sinusoidal"
     tied: bool = True
+    init_scale: float = 1.0
     expert_init_scale: float = 1.0
+    init_by_depth: bool = True
     checkpoint: bool = False
 
 
@@ -176,6 +181,8 @@ def _options(model: NetworkConfig, layers: FeedForwardFactory) -> StackOptions:
         dropout=model.dropout,
         head_dim=model.head_dim or None,
         checkpoint=model.checkpoint,
+        init_scale=model.init_scale,
+        init_by_depth=model.init_by_depth,
     )
 
 

@@ -41,7 +41,7 @@ from moekit.recipes._parts import Built
 from moekit.recipes._pipeline import commands
 from moekit.routers import Exploration, InputDropout, InputJitter, NoTokenLeftBehind, SampledSoftmax, TopKRouter
 from moekit.routing import Capacity
-from moekit.transformer import Side, init_weights
+from moekit.transformer import Side
 
 EXPLORATION: Mapping[str, Exploration | None] = {  # compared in appendix C; the rate of dropout is ours
     "jitter": InputJitter(1e-2),
@@ -59,7 +59,6 @@ class ModelConfig(EncoderDecoderConfig):
         capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
         exploration: noise of training: jitter or dropout of the router's input, sample = draw the expert, or none.
         overflow: tokens beyond capacity are dropped, or rerouted to their next choice ("no token left behind").
-        init_scale: variance scale of the first weights of attention and dense layers (Switch: 0.1).
     """
 
     norm: Literal["layer", "rms"] = "rms"  # norm, positions and activation as in T5
@@ -67,7 +66,6 @@ class ModelConfig(EncoderDecoderConfig):
     capacity_factor: float = 1.25
     exploration: Literal["jitter", "dropout", "sample", "none"] = "jitter"
     overflow: Literal["drop", "reroute"] = "drop"
-    init_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +97,6 @@ def build(config: Config, vocab_size: int) -> Built:
         return MoELayer(router, expert_bank(model))
 
     network = encoder_decoder(model, vocab_size, feed_forwards(model, sparse))
-    if model.init_scale != 1:
-        init_weights(network, scale=model.init_scale)
     return Built(network, [SpanCorruptionHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
 
 
@@ -132,7 +128,7 @@ def paper(
         model=ModelConfig(
             dim=dim, heads=heads, head_dim=64, hidden_dim=hidden_dim, encoder_layers=layers, decoder_layers=layers,
             num_experts=num_experts, every=every, gated=gated, activation="gelu" if gated else "relu", dropout=0.1,
-            init_scale=0.1, expert_init_scale=0.1, checkpoint=True,
+            init_scale=0.1, expert_init_scale=0.1, init_by_depth=False, checkpoint=True,
         ),
         tasks=SpanCorruptionTasks(span_corruption=TaskConfig(tokens=2**20)),
         train=TrainConfig(

@@ -162,7 +162,7 @@ PAPER = Config(
     data=DataConfig(source="moses", vocab_size=250_000, temperature=5.0, max_length=512),
     model=ModelConfig(
         dim=1024, heads=16, encoder_layers=24, decoder_layers=12, hidden_dim=4096, num_experts=64, dropout=0.1,
-        expert_init_scale=0.1, generator_dim=256, generator_layers=12, checkpoint=True,
+        generator_dim=256, generator_layers=12, checkpoint=True,
     ),
     tasks=tasks(translation=16384, denoising=8192, masked_lm=4096, replaced_token=4096),
     train=TrainConfig(

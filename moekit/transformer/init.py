@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.errors import UserError
+from moekit.experts.base import Experts
 from moekit.functional.drawing import truncated_normal_
 from moekit.transformer.attention import CrossAttention, SelfAttention
 from moekit.transformer.embedding import TokenEmbedding
@@ -21,29 +22,37 @@ from moekit.transformer.stack import Stack
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, *, scale: float = 1.0) -> None:
+def init_weights(model: nn.Module, *, scale: float | None = None, by_depth: bool | None = None) -> None:
     """Draw the weights of attention, dense feed-forwards, embeddings and position tables anew.
 
     - Embeddings: normal, std 1 / sqrt(D) or 1 (see `TokenEmbedding`), so that vectors enter with unit variance.
     - Matrices that read the residual stream (q, k, v, in): truncated normal, std sqrt(scale / fan_in).
     - Matrices that write to it (out): the same, divided by sqrt(number of residual branches of the stack), so that
-      the stream's variance at the end does not grow with depth.
+      the stream's variance at the end does not grow with depth; not divided where the stack is told so.
     - Where attention logits are multiplied by a scale of yours, queries are drawn smaller or larger, so that logits
       start as they do with 1 / sqrt(head_dim).
     - T5's relative bias: normal, std 1 / sqrt(D). Biases zero. Norms start as the identity.
     - Dense feed-forwards outside of stacks: both matrices as those that read.
-    - Routers, experts and modules of yours initialise themselves and are left alone.
+    - Experts, routers and modules of yours draw their own weights and are not drawn anew. Experts in a stack have the
+      same divisor upon their first draw, so that at one scale they and a dense feed-forward begin alike.
 
     Does nothing to tensors on the meta device; call it after they have been given memory, together with the
     `reset_parameters` of routers and experts: `materialize` does both.
 
     Args:
         model: any module that contains transformers of this package.
-        scale: variance scale; arXiv:2101.03961 section 2.4 uses 0.1 for its sparse models.
+        scale: variance scale from now on, of all stacks and of feed-forwards outside of them; None = of every stack as
+            it was built (`build_stack`), and 1.
+        by_depth: whether matrices that write are divided from now on; None = as built.
 
-    Source: depth scaling of the output matrices: GPT-2. Differs: Switch scales every matrix by 0.1 instead.
+    Source: depth scaling of the output matrices: GPT-2. Scale 0.1 of every matrix, and nothing by depth: arXiv:2101.03961
+    section 2.4, for its sparse models (``scale=0.1, by_depth=False``, and banks of ``init_scale=0.1``).
     """
-    for _, draw in _draws(model, scale):
+    for stack in model.modules():
+        if isinstance(stack, Stack):
+            stack.init_scale = stack.init_scale if scale is None else scale
+            stack.init_by_depth = stack.init_by_depth if by_depth is None else by_depth
+    for _, draw in _draws(model, 1.0 if scale is None else scale):
         draw()
 
 
@@ -51,12 +60,12 @@ Draws = list[tuple[nn.Module, Callable[[], None]]]
 
 
 def _draws(model: nn.Module, scale: float) -> Draws:
-    """Who draws what of its own or of its submodules' weights, in order."""
+    """Who draws what of its own or of its submodules' weights, in order; `scale` is for what is in no stack."""
     draws: Draws = [(m, partial(_draw_table, m)) for m in model.modules() if isinstance(m, TokenEmbedding)]
     inside: set[nn.Module] = set()
     for stack in model.modules():
         if isinstance(stack, Stack):
-            draws += _stack_draws(stack, scale)
+            draws += _stack_draws(stack)
             inside.update(stack.modules())
     draws += [
         (m, partial(_draw_pair, m, scale, scale))
@@ -66,14 +75,18 @@ def _draws(model: nn.Module, scale: float) -> Draws:
     return draws
 
 
-def _stack_draws(stack: Stack, scale: float) -> Draws:
+def _stack_draws(stack: Stack) -> Draws:
     draws: Draws = []
-    last = scale / sum(block.num_branches for block in stack.blocks) if stack.blocks else scale
+    scale = stack.init_scale
+    branches = sum(block.num_branches for block in stack.blocks) if stack.init_by_depth else 1
+    last = scale / max(branches, 1)
     for module in stack.modules():
         if isinstance(module, SelfAttention | CrossAttention):
             draws.append((module, partial(_draw_attention, module, scale, last)))
         elif isinstance(module, MLP | GLU):
             draws.append((module, partial(_draw_pair, module, scale, last)))
+        elif isinstance(module, Experts):
+            draws.append((module, partial(module.scale_outputs_, 1 / max(branches, 1))))
         elif isinstance(module, RelativePositions) and stack.blocks:
             draws.append((module, partial(_draw_positions, module, stack.blocks[0].self_attention.qkv.in_features)))
     return draws

@@ -36,6 +36,8 @@ class Stack(Component):
         final_dropout: probability on what the norm gives (T5, Switch).
         checkpoint: forget activations inside blocks and compute them again in backward: less memory, same numbers.
         pad_id: stands for "the token before the first" in routing contexts.
+        init_scale: variance scale of first weights: see `moekit.transformer.init_weights`.
+        init_by_depth: whether matrices that write to the residual stream are divided by the root of the branches' number.
 
     Raises:
         ValueError: if a feed-forward of a causal stack may look at later tokens.
@@ -52,8 +54,11 @@ class Stack(Component):
         final_dropout: float = 0.0,
         checkpoint: bool = False,
         pad_id: int = 0,
+        init_scale: float = 1.0,
+        init_by_depth: bool = True,
     ) -> None:
         super().__init__()
+        self.init_scale, self.init_by_depth = init_scale, init_by_depth
         self.layers = nn.ModuleList(blocks)
         self.positions, self.norm = positions, norm
         self.causal, self.dropout, self.checkpoint, self.pad_id = causal, dropout, checkpoint, pad_id
@@ -155,6 +160,8 @@ class StackOptions(TypedDict, total=False):
     head_dim: int | None
     bias: bool
     checkpoint: bool
+    init_scale: float
+    init_by_depth: bool
 
 
 def build_stack(
@@ -177,6 +184,8 @@ def build_stack(
     head_dim: int | None = None,
     bias: bool = False,
     checkpoint: bool = False,
+    init_scale: float = 1.0,
+    init_by_depth: bool = True,
 ) -> Stack:
     """Build a uniform stack.
 
@@ -199,6 +208,8 @@ def build_stack(
         head_dim: channels per head; None = D / H.
         bias: whether attention and the default feed-forward have biases (T5 and Switch: no).
         checkpoint: see `Stack`.
+        init_scale: see `Stack`.
+        init_by_depth: see `Stack`.
     """
     attention = {"head_dim": head_dim, "dropout": attention_dropout, "bias": bias, "scale": attention_scale}
     blocks = []
@@ -228,4 +239,6 @@ def build_stack(
         final_dropout=final_dropout,
         checkpoint=checkpoint,
         pad_id=pad_id,
+        init_scale=init_scale,
+        init_by_depth=init_by_depth,
     )
