@@ -15,8 +15,8 @@ from moekit.component import Component
 from moekit.dispatch import Dispatcher, Exchange, PackedDispatcher, PaddedDispatcher
 from moekit.experts.base import Experts
 from moekit.experts.dense_pretraining import DensePretraining
-from moekit.mixing import ExpertOutputMasking, Mix
-from moekit.routing import Router, Routing, RoutingContext, register_pytree
+from moekit.mixing import ExpertOutputMasking, Mix, Mixed
+from moekit.routing import Router, Routing, RoutingContext, deviation_loss, register_pytree
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,13 @@ class MoELayer(Component):
         hidden = hidden.to(x.dtype)
         if self.mix is not None:
             assert self.shared is not None
-            hidden, losses, statistics = self.mix(flat, hidden, self.shared(flat), context)
+            mixed: Mixed = self.mix(flat, hidden, self.shared(flat), context)
+            hidden = mixed.hidden
             routing = dataclasses.replace(
-                routing, losses={**routing.losses, **losses}, statistics={**routing.statistics, **statistics}
+                routing,
+                losses={**routing.losses, **mixed.losses},
+                statistics={**routing.statistics, **mixed.statistics},
+                deviations={**routing.deviations, **mixed.deviations},
             )
         elif self.shared is not None:
             hidden = hidden + self.shared(flat)
@@ -164,6 +168,8 @@ class AuxLosses:
             or "mean" (the coefficient does not depend on depth: fairseq's default).
         **weights: coefficient by loss name, for example ``load_balance=1e-2, router_z=1e-3``.
 
+    A loss that is one for all layers (`moekit.routing.Deviation`) is weighed once, whatever `layers` says.
+
     Calling it with the routings of all sparse layers returns ``(total, terms)``: the weighted scalar to add to the
     objective, and the unweighted values by name (mean over the layers that have them), detached, to log.
 
@@ -191,15 +197,23 @@ class AuxLosses:
         terms: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
             values = [r.losses[name] for r in routings if name in r.losses]
-            if not values:
-                known = sorted({n for r in routings for n in r.losses})
+            parts = [r.deviations[name] for r in routings if name in r.deviations]
+            if not values and not parts:
+                known = sorted({n for r in routings for n in (*r.losses, *r.deviations)})
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
                     f"AuxLosses weighs {name!r}, but no router returned a loss of that name; they returned "
                     f"{known or 'none'}.{hint}"
                 )
-            stacked = torch.stack(values)
-            total = total + weight * (stacked.sum() if self.layers == "sum" else stacked.mean())
-            terms[name] = stacked.mean().detach()
+            found = []
+            if values:
+                stacked = torch.stack(values)
+                total = total + weight * (stacked.sum() if self.layers == "sum" else stacked.mean())
+                found.append(stacked.mean().detach())
+            if parts:
+                joint = deviation_loss(parts)
+                total = total + weight * joint
+                found.append(joint.detach())
+            terms[name] = torch.stack(found).mean()
         return total, terms

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moekit.component import Component
 from moekit.functional.precision import wide_linear
-from moekit.routing import Routing, RoutingContext
+from moekit.routing import Deviation, Routing, RoutingContext, deviation_loss
 
 
 class Mixed(NamedTuple):
@@ -22,11 +22,13 @@ class Mixed(NamedTuple):
         hidden: Float[T, D].
         losses: unweighted scalars by name; the layer adds them to its routing's.
         statistics: detached scalars by name, for logs; likewise.
+        deviations: parts of losses that are one for all layers, by name; likewise.
     """
 
     hidden: Tensor
     losses: Mapping[str, Tensor] = {}
     statistics: Mapping[str, Tensor] = {}
+    deviations: Mapping[str, Deviation] = {}
 
 
 class Mix(Component, ABC):
@@ -100,24 +102,39 @@ class SoftmaxMix(_LinearGate):
 class ConditionalMix(_LinearGate):
     """Conditional MoE routing (CMR): y = g routed + (1 - g) shared with g = sigmoid(w x + b), within a budget.
 
-    Returns the loss ``conditional_budget`` = |mean of g over real tokens - budget|, which keeps a share of the tokens
-    on the shared branch. Padding takes the shared branch alone.
+    Returns the loss ``conditional_budget`` = |mean of g - budget|, the mean over the real tokens of all layers, which
+    keeps a share of the tokens on the shared branch: a layer may use its experts more if another uses its own less.
+    Padding takes the shared branch alone.
 
     Args:
         dim: D.
         budget: the mean that g should have; 0.8 in arXiv:2207.04672.
         gate_dropout: probability of g = 0 in training, so that the shared branch learns to do without the experts.
+        scope: of the budget: "model" = the mean over the tokens of all layers that `AuxLosses` is called with, returned
+            as a `Deviation`; "layer" = each layer keeps it, and the loss is among the layer's own.
 
     Raises:
-        ValueError: if `budget` is not in [0, 1] or `gate_dropout` not in [0, 1).
+        ValueError: if `budget` is not in [0, 1], `gate_dropout` not in [0, 1), or `scope` neither of the two.
 
-    Source: arXiv:2207.04672 section 6.2.2 (conditional MoE routing).
+    Source: arXiv:2207.04672 section 6.2.2 (conditional MoE routing); the sum over all layers before the absolute value:
+        fairseq's branch nllb.
     Differs: gate dropout sets g to 0 for whole tokens and leaves the others as they are; fairseq's divides them by
-        1 - p, so that g may exceed 1. The budget counts gates before dropout, and tokens of this process.
+        1 - p, so that g may exceed 1. The budget counts gates before dropout, and tokens of this process (fairseq's
+        default; its option ``moe_cmr_xgpu`` counts those of all).
     """
 
-    def __init__(self, dim: int, *, budget: float = 0.8, gate_dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        budget: float = 0.8,
+        gate_dropout: float = 0.0,
+        scope: Literal["model", "layer"] = "model",
+    ) -> None:
         super().__init__(dim, 1)
+        if scope not in ("model", "layer"):
+            raise ValueError(f'ConditionalMix.scope must be "model" or "layer": got {scope!r}.')
+        self.scope = scope
         if not 0 <= budget <= 1:
             raise ValueError(f"ConditionalMix.budget must be in [0, 1]: got {budget}. The paper uses 0.8.")
         _check_probability("ConditionalMix.gate_dropout", gate_dropout)
@@ -131,13 +148,17 @@ class ConditionalMix(_LinearGate):
         if mask is not None:
             gate = gate.masked_fill(~mask, 0.0)
         mean = _mean(gate, mask)
-        real = gate.numel() if mask is None else mask.sum()
-        loss = (mean - self.budget).abs() * (torch.as_tensor(real, device=gate.device) > 0)
+        real = gate.new_full((), gate.numel()) if mask is None else mask.sum().to(gate.dtype)
+        # gate is 0 in padding, which is not in the count.
+        away = Deviation(gate.sum() - self.budget * real, real)
         if self.training and self.gate_dropout > 0:
             gate = gate * (torch.rand_like(gate) >= self.gate_dropout)
         gate = gate[:, None]
         hidden = (gate * routed + (1 - gate) * shared).to(routed.dtype)
-        return Mixed(hidden, {"conditional_budget": loss}, {"routed_share": mean.detach()})
+        statistics = {"routed_share": mean.detach()}
+        if self.scope == "model":
+            return Mixed(hidden, statistics=statistics, deviations={"conditional_budget": away})
+        return Mixed(hidden, {"conditional_budget": deviation_loss([away])}, statistics)
 
 
 class ExpertOutputMasking(Component):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -88,6 +88,38 @@ register_pytree(RoutingContext)
 
 
 @dataclass(frozen=True)
+class Deviation:
+    """What one layer adds to a loss that is one for all layers, |sum of totals| / sum of counts.
+
+    Such a loss binds the mean over all layers, and leaves it to them how they share it. `moekit.AuxLosses` weighs it by
+    its name as it does losses by layer.
+
+    Attributes:
+        total: Float32 scalar with gradient, the sum over this layer's tokens of how far each is from the wanted value.
+        count: scalar, how many tokens that are.
+    """
+
+    total: Tensor
+    count: Tensor
+
+
+register_pytree(Deviation)
+
+
+def deviation_loss(parts: Sequence[Deviation]) -> Tensor:
+    """The one loss of all layers' parts; 0 where they count no tokens.
+
+    Example:
+        >>> import torch
+        >>> four, six = torch.tensor(4.0), torch.tensor(6.0)
+        >>> deviation_loss([Deviation(torch.tensor(-3.0), four), Deviation(torch.tensor(1.0), six)])
+        tensor(0.2000)
+    """
+    total = torch.stack([part.total for part in parts]).sum()
+    return total.abs() / torch.stack([part.count for part in parts]).sum().clamp_min(1)
+
+
+@dataclass(frozen=True)
 class Routing:
     """A list of N assignments: which token goes to which expert, with what weight, and whether there was room.
 
@@ -105,6 +137,7 @@ class Routing:
         num_tokens: T, padding included.
         num_experts: E.
         capacity: slots per expert, or None = dropless.
+        deviations: this layer's parts of losses that are one for all layers, by name.
     """
 
     token: Tensor
@@ -117,6 +150,7 @@ class Routing:
     num_tokens: int = 0
     num_experts: int = 0
     capacity: int | None = None
+    deviations: Mapping[str, Deviation] = field(default_factory=dict)
 
     @property
     def queued(self) -> Tensor:

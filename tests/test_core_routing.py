@@ -158,6 +158,7 @@ def test_everything_is_a_pytree() -> None:
             assert getattr(back, field.name) is getattr(value, field.name) or field.name in (
                 "losses",
                 "statistics",
+                "deviations",
                 "routing",
             )
     doubled = _pytree.tree_map_only(torch.Tensor, lambda t: t.clone(), out)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from moekit import AuxLosses, MoELayer, RoutingContext, routers
+from moekit import AuxLosses, MoELayer, Routing, RoutingContext, routers
 from moekit.experts import GroupedMLP
 from moekit.functional import moe_reference
 from moekit.mixing import ConditionalMix, ExpertOutputMasking, Mix, SoftmaxMix
@@ -22,7 +22,11 @@ from moekit.transformer import MLP
 
 D, E, T = 6, 4, 23
 MASK = torch.arange(T) % 5 < 3
-MIXES = {"softmax": lambda: SoftmaxMix(D), "conditional": lambda: ConditionalMix(D, budget=0.8)}
+MIXES = {
+    "softmax": lambda: SoftmaxMix(D),
+    "conditional": lambda: ConditionalMix(D, budget=0.8),
+    "conditional, by layer": lambda: ConditionalMix(D, budget=0.8, scope="layer"),
+}
 
 
 def layer(mix: Mix | None, **options: Any) -> MoELayer:
@@ -34,6 +38,13 @@ def layer(mix: Mix | None, **options: Any) -> MoELayer:
             mix=mix,
             **options,
         )
+
+
+def budget_loss(*routings: Routing) -> Tensor:
+    """The budget's loss as `AuxLosses` makes it; 0 where there is none."""
+    if not any("conditional_budget" in (*r.losses, *r.deviations) for r in routings):
+        return torch.zeros(())
+    return AuxLosses(conditional_budget=1.0)(*routings)[0]
 
 
 def shares_by_loop(mix: Mix, x: Tensor) -> list[tuple[float, float]]:
@@ -66,8 +77,9 @@ def test_mix_equals_the_loop(name: str, masked: bool) -> None:
         assert_close(hidden[t], shares[t][0] * routed[t] + shares[t][1] * shared[t], f"token {t}")
     mean = sum(shares[t][0] for t in real) / len(real)
     assert float(routing.statistics["routed_share"]) == pytest.approx(mean)
-    if name == "conditional":
-        assert float(routing.losses["conditional_budget"].detach()) == pytest.approx(abs(mean - 0.8))
+    if name.startswith("conditional"):
+        assert ("conditional_budget" in routing.losses) == ("layer" in name)
+        assert float(budget_loss(routing).detach()) == pytest.approx(abs(mean - 0.8))
         padding = [t for t in range(T) if t not in real]
         assert_close(hidden[padding], shared[padding], "padding takes the shared branch alone")
     assert {"load_balance", "router_z", "entropy"} <= {*routing.losses, *routing.statistics}
@@ -82,7 +94,7 @@ def test_gradients(name: str) -> None:
 
     def run(x: Tensor, routed: Tensor, shared: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         out = torch.func.functional_call(mix, {"weight": weight, "bias": bias}, (x, routed, shared, context))
-        return (out.hidden, *out.losses.values())
+        return (out.hidden, *out.losses.values(), *(part.total for part in out.deviations.values()))
 
     weight, bias = (p.detach().clone().normal_().requires_grad_() for p in (mix.weight, mix.bias))
     assert gradcheck(run, (x, routed, shared, weight, bias))
@@ -98,7 +110,7 @@ def test_content_of_padding_is_irrelevant(name: str) -> None:
 
     def real_part(x: Tensor) -> Any:
         hidden, routing = moe(x, context)
-        return hidden[MASK].sum() + routing.losses.get("conditional_budget", torch.zeros(()))
+        return hidden[MASK].sum() + budget_loss(routing)
 
     found = []
     for inputs in (x, spoilt):
@@ -115,7 +127,8 @@ def test_nothing_but_padding(name: str) -> None:
     moe = layer(MIXES[name]())
     found = trace(partial(moe, context=RoutingContext(mask=torch.zeros(T, dtype=torch.bool))), moe, torch.randn(T, D))
     assert all(value.isfinite().all() for value in found.values())
-    assert not found.get("loss conditional_budget", torch.zeros(())).any()
+    for kind in ("loss", "deviation"):
+        assert not found.get(f"{kind} conditional_budget", torch.zeros(())).any()
     assert moe(torch.randn(0, D)).hidden.shape == (0, D)
 
 
@@ -150,6 +163,43 @@ def test_the_budget_is_weighed_like_any_loss() -> None:
     assert float(total.detach()) == pytest.approx(0.1 * float(terms["conditional_budget"]))
 
 
+def test_the_budget_is_of_all_layers_together() -> None:
+    """fairseq: |sum of gates / number of tokens - p| over all layers; by layer the absolute values are summed."""
+    layers = {}
+    for scope in ("model", "layer"):
+        for number, bias in enumerate((3.0, -1.0)):
+            moe = layer(ConditionalMix(D, budget=0.6, scope=scope)).double()  # type: ignore[arg-type]
+            with torch.no_grad():
+                moe.mix.bias.fill_(bias)
+            layers[scope, number] = moe
+    long, short = torch.randn(30, D, dtype=torch.float64), torch.randn(10, D, dtype=torch.float64)
+    context = RoutingContext(mask=torch.arange(30) < 25)
+
+    def means(scope: str) -> tuple[list[Tensor], list[Routing]]:
+        pairs = ((layers[scope, 0], long, context), (layers[scope, 1], short, None))
+        gates = [torch.sigmoid(x @ moe.mix.weight.t() + moe.mix.bias)[:25] for moe, x, _ in pairs]
+        return gates, [moe(x, what).routing for moe, x, what in pairs]
+
+    (first, second), routings = means("model")
+    total, terms = AuxLosses(conditional_budget=2.0, load_balance=0.0)(*routings)
+    literal = ((first.sum() + second.sum()) / 35 - 0.6).abs()
+    assert_close(total, 2.0 * literal)
+    assert_close(terms["conditional_budget"], literal.detach())
+    weights = [layers["model", number].mix.weight for number in range(2)]
+    for found, expected in zip(
+        torch.autograd.grad(total, weights), torch.autograd.grad(2.0 * literal, weights), strict=True
+    ):
+        assert_close(found, expected)
+    (first, second), routings = means("layer")
+    apart = (first.mean() - 0.6).abs() + (second.mean() - 0.6).abs()
+    assert_close(AuxLosses(conditional_budget=1.0)(*routings)[0], apart)
+    assert_close(AuxLosses(layers="mean", conditional_budget=1.0)(*routings)[0], apart / 2)
+    # One layer above the budget and one below: together they keep it better than each alone.
+    assert float(literal.detach()) < float(apart.detach()) / 2
+    with pytest.raises(ValueError, match="'conditional_budgets'.*Did you mean 'conditional_budget'"):
+        AuxLosses(conditional_budgets=1.0)(*means("model")[1])
+
+
 def test_gate_dropout_is_of_whole_tokens_in_training() -> None:
     """Dropped tokens take the shared branch alone, the others keep their gate; the budget does not notice."""
     mix = ConditionalMix(2, gate_dropout=0.4)
@@ -159,7 +209,7 @@ def test_gate_dropout_is_of_whole_tokens_in_training() -> None:
     dropped = (trained.hidden == 0).all(1)
     assert 0.35 < float(dropped.float().mean()) < 0.45
     assert_close(trained.hidden[~dropped], gate.hidden[~dropped])
-    assert_close(trained.losses["conditional_budget"], gate.losses["conditional_budget"])
+    assert_close(trained.deviations["conditional_budget"].total, gate.deviations["conditional_budget"].total)
 
 
 def test_expert_output_masking() -> None:
@@ -194,6 +244,7 @@ def test_expert_output_masking_masks_vectors_in_a_layer() -> None:
     ("make", "message"),
     [
         (lambda: ConditionalMix(D, budget=1.2), r"budget must be in \[0, 1\]: got 1.2"),
+        (lambda: ConditionalMix(D, scope="stack"), r"""scope must be "model" or "layer": got 'stack'"""),
         (lambda: ConditionalMix(D, gate_dropout=1.0), r"gate_dropout must be in \[0, 1\): got 1.0"),
         (lambda: ExpertOutputMasking(1.0), r"probability must be in \[0, 1\): got 1.0"),
         (

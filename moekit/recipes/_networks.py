@@ -21,12 +21,20 @@ from moekit.transformer import (
     Positions,
     RelativePositions,
     RMSNorm,
+    RMSNormWithoutScale,
     RotaryPositions,
     Side,
     SinusoidalPositions,
     every_other,
 )
 from moekit.transformer.stack import StackOptions
+
+Norm = Literal["layer", "rms", "rms_without_scale"]
+NORMS: Mapping[Norm, Callable[[int], nn.Module]] = {
+    "layer": LayerNorm,
+    "rms": RMSNorm,
+    "rms_without_scale": RMSNormWithoutScale,
+}
 
 Sparse = Callable[[int, Side], nn.Module]
 """Makes the sparse feed-forward of a layer."""
@@ -50,7 +58,7 @@ class NetworkConfig:
         dropout: on embeddings, branches and hidden activations.
         activation: of feed-forwards and experts.
         gated: whether feed-forwards and experts are gated (GEGLU with gelu, SwiGLU with silu).
-        norm: layer (LayerNorm) or rms (RMSNorm).
+        norm: layer (LayerNorm), rms (RMSNorm) or rms_without_scale (which has no weights).
         positions: sinusoidal, rotary, or relative (T5).
         tied: whether one table embeds tokens and makes the logits.
         init_scale: variance scale of the first weights of attention and dense feed-forwards (Switch: 0.1).
@@ -71,7 +79,7 @@ class NetworkConfig:
     dropout: float = 0.0
     activation: Literal["relu", "gelu", "silu"] = "relu"
     gated: bool = False
-    norm: Literal["layer", "rms"] = "layer"
+    norm: Norm = "layer"
     positions: Literal["sinusoidal", "rotary", "relative"] = "sinusoidal"
     tied: bool = True
     init_scale: float = 1.0
@@ -176,7 +184,7 @@ def _options(model: NetworkConfig, layers: FeedForwardFactory) -> StackOptions:
     return StackOptions(
         feed_forward=layers,
         positions=_positions(model),
-        norm=LayerNorm if model.norm == "layer" else RMSNorm,
+        norm=NORMS[model.norm],
         activation=model.activation,
         dropout=model.dropout,
         head_dim=model.head_dim or None,

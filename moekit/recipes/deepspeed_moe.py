@@ -44,12 +44,14 @@ class ModelConfig(DecoderConfig):
     """The network.
 
     Attributes:
+        half: where experts stand: in both halves of the layers, in the first alone, or in the second alone.
         doubled: so many of the last sparse layers have twice the experts; 0 = no pyramid.
         residual: the dense branch beside the experts: none, added to them, or mixed with them by a learned softmax.
         expert_init: whether experts begin independent of one another, or as copies of one.
         capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
     """
 
+    half: Literal["both", "first", "second"] = "both"
     doubled: int = 1
     residual: Literal["none", "add", "softmax"] = "add"  # the paper adds, the released code mixes
     expert_init: Literal["independent", "copied"] = "independent"  # the released code copies
@@ -72,7 +74,9 @@ class Config(RecipeConfig):
 def build(config: Config, vocab_size: int) -> Built:
     """The parts of a run."""
     model = config.model
-    places = range(model.every - 1, model.layers, model.every)
+    half = {"both": (0, 2), "first": (0, 1), "second": (1, 2)}[model.half]
+    begin, end = (number * model.layers // 2 for number in half)
+    places = [place for place in range(model.every - 1, model.layers, model.every) if begin <= place < end]
     counts = [0] * model.layers
     for number, place in enumerate(places):
         counts[place] = model.num_experts * (2 if len(places) - number <= model.doubled else 1)

@@ -32,11 +32,17 @@ from moekit.recipes._networks import (
 )
 from moekit.recipes._parts import Built
 from moekit.recipes._pipeline import commands
-from moekit.routers import AllChoices, RandomChoice, TopKRouter
+from moekit.routers import AllChoices, LaterChoices, RandomChoice, SampledChoice, ThresholdChoice, TopKRouter
 from moekit.routing import Capacity
 from moekit.transformer import Side
 
 ACTIVE = 2  # experts that a token passes
+SECOND: Mapping[str, LaterChoices] = {
+    "random": RandomChoice(0.5),  # Algorithm 1: 2 g > U(0, 1)
+    "always": AllChoices(),
+    "threshold": ThresholdChoice(0.2),  # the last two: the authors' and fairseq's code, not the paper
+    "sampled": SampledChoice(),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +51,14 @@ class ModelConfig(EncoderDecoderConfig):
 
     Attributes:
         capacity_factor: slots of an expert in training as a multiple of an even share of all choices; 0 = no limit.
-        second_expert: whether a token's second choice is sent at random by its weight, or always.
+        eval_capacity_factor: the same in evaluation; 0 = no limit.
+        second_expert: whether a token's second choice is sent at random by its weight (the paper), always, where its
+            weight is above 0.2 (threshold), or drawn from the router's probabilities (sampled).
     """
 
     capacity_factor: float = 1.0  # C = 2 T / E (section 2.2)
-    second_expert: Literal["random", "always"] = "random"
+    eval_capacity_factor: float = 0.0  # ours: dropless
+    second_expert: Literal["random", "always", "threshold", "sampled"] = "random"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +83,9 @@ def build(config: Config, vocab_size: int) -> Built:
             model.dim,
             model.num_experts,
             k=ACTIVE,
-            capacity=Capacity(train=model.capacity_factor or None),
+            capacity=Capacity(train=model.capacity_factor or None, eval=model.eval_capacity_factor or None),
             renormalise="before_drop",
-            later_choices=RandomChoice(0.5) if model.second_expert == "random" else AllChoices(),
+            later_choices=SECOND[model.second_expert],
             init_scale=1.0,
         )
         return MoELayer(router, expert_bank(model))

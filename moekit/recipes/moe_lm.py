@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from moekit.heads import CausalLMHead
 from moekit.layer import MoELayer
@@ -30,7 +31,7 @@ from moekit.recipes._networks import (
 )
 from moekit.recipes._parts import Built
 from moekit.recipes._pipeline import commands
-from moekit.routers import TopKRouter
+from moekit.routers import SampledChoice, TopKRouter
 from moekit.routing import Capacity
 from moekit.transformer import Side
 
@@ -43,10 +44,14 @@ class ModelConfig(DecoderConfig):
 
     Attributes:
         capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
+        eval_capacity_factor: the same in evaluation; 0 = no limit. The released code's share f of all tokens is f E / 2.
+        second_expert: the next best (always), or drawn from the router's probabilities (sampled).
     """
 
     # fairseq's top-2 gate takes 2 * ceil(S / E) tokens an expert: a factor of 1 for k = 2.
     capacity_factor: float = 1.0
+    eval_capacity_factor: float = 0.0  # ours: dropless
+    second_expert: Literal["always", "sampled"] = "always"  # the released command; sampled is its code's default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +76,8 @@ def build(config: Config, vocab_size: int) -> Built:
             model.dim,
             model.num_experts,
             k=ACTIVE,
-            capacity=Capacity(train=model.capacity_factor or None),
+            capacity=Capacity(train=model.capacity_factor or None, eval=model.eval_capacity_factor or None),
+            later_choices=SampledChoice() if model.second_expert == "sampled" else None,
             renormalise="after_drop",  # fairseq's default: what survives of a token's two experts sums to one
         )
         return MoELayer(router, expert_bank(model))

@@ -3,9 +3,10 @@
 Zoph et al. 2022, "ST-MoE: Designing Stable and Transferable Sparse Expert Models" (arXiv:2202.08906). An
 encoder-decoder learns to restore cut-out spans; feed-forwards and experts are GEGLU, norms are RMS. A token goes to its
 best expert and, with probability min(1, g / 0.2), to the second one of weight g; the two weights sum to 1. An expert
-takes 1.25 times an even share in training and 2 in evaluation. The loss is cross-entropy + 0.01 balance + 0.001 z,
-where z keeps the router's logits small. One more dense feed-forward, a branch with a norm of its own, follows each
-sparse layer.
+takes 1.25 T / E assignments in training, so that of the choices of a batch a third or more find no room, and 2 T / E in
+evaluation. The loss is cross-entropy + 0.01 balance + 0.001 z, where z keeps the router's logits small. One more dense
+feed-forward, a branch with a norm of its own, follows each sparse layer. The arms of the paper's stability study are in
+recipes/st_moe/ablations/.
 
     python -m moekit.recipes.st_moe                       # minutes on a laptop, nothing to download
     python -m moekit.recipes.st_moe run --variant small --data.source text --data.path FOLDER
@@ -35,6 +36,7 @@ from moekit.recipes._config import (
 from moekit.recipes._networks import (
     TWIN_NOTES,
     EncoderDecoderConfig,
+    Norm,
     encoder_decoder,
     expert_bank,
     feed_forward,
@@ -46,16 +48,17 @@ from moekit.recipes._pipeline import commands
 from moekit.routers import st_moe
 from moekit.transformer import Side, SparseDense
 
-ACTIVE = 2  # experts that a token passes
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(EncoderDecoderConfig):
     """The network.
 
     Attributes:
-        capacity_factor: slots of an expert in training as a multiple of an even share of all choices; 0 = no limit.
+        k: experts that a token passes.
+        capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
         eval_capacity_factor: the same in evaluation.
+        capacity_share: of what: tokens (T / E slots at a factor of 1, as in the paper) or choices (k * T / E).
+        threshold: weight from which on a further expert is always sent in training.
+        jitter: noise on the routers' input in training.
         batch_prioritised: in the encoder an expert serves the most probable tokens first, not the first.
         extra: where the dense feed-forward of a sparse layer stands: after it, before it, or nowhere.
         expert_bias: what experts do with a bias on their hidden units: none, add or multiply.
@@ -63,11 +66,15 @@ class ModelConfig(EncoderDecoderConfig):
 
     gated: bool = True
     activation: Literal["relu", "gelu", "silu"] = "gelu"
-    norm: Literal["layer", "rms"] = "rms"
+    norm: Norm = "rms"
     positions: Literal["sinusoidal", "rotary", "relative"] = "relative"
     router_z: float = 1e-3  # eq. 6
+    k: int = 2  # section 4.2, which compares 1, 2 and 3, with the factors
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 2.0
+    capacity_share: Literal["tokens", "choices"] = "tokens"
+    threshold: float = 0.2  # appendix C
+    jitter: float = 0.0  # section 3: 1e-2 makes training stable, and is worse
     batch_prioritised: bool = False
     extra: Literal["after", "before", "none"] = "after"
     expert_bias: Literal["none", "add", "multiply"] = "none"
@@ -97,13 +104,17 @@ def build(config: Config, vocab_size: int) -> Built:
         router = st_moe(
             model.dim,
             model.num_experts,
+            k=model.k,
+            capacity_share=model.capacity_share,
+            threshold=model.threshold,
+            jitter=model.jitter,
             capacity_factor=model.capacity_factor or None,
             eval_capacity_factor=model.eval_capacity_factor or None,
             batch_prioritised=model.batch_prioritised and side == "encoder",
         )
         return MoELayer(router, expert_bank(model, **bias))
 
-    one_branch = feed_forwards(model, sparse, ACTIVE)
+    one_branch = feed_forwards(model, sparse, model.k)
 
     def layers(layer: int, side: Side) -> nn.Module | SparseDense | None:
         made = one_branch(layer, side)
@@ -146,7 +157,8 @@ def paper(dim: int, heads: int, head_dim: int, hidden_dim: int, num_experts: int
         data=DataConfig(source="text", vocab_size=32_128, max_length=512),
         model=ModelConfig(
             dim=dim, heads=heads, head_dim=head_dim, hidden_dim=hidden_dim, encoder_layers=24, decoder_layers=24,
-            num_experts=num_experts, every=4, expert_init_scale=0.1, checkpoint=True,
+            num_experts=num_experts, every=4, checkpoint=True,
+            init_scale=0.1, expert_init_scale=0.1, init_by_depth=False,  # Switch's, as the paper says
         ),
         tasks=SpanCorruptionTasks(span_corruption=TaskConfig(tokens=10**6)),
         train=TrainConfig(

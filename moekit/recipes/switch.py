@@ -31,6 +31,7 @@ from moekit.recipes._config import (
 from moekit.recipes._networks import (
     TWIN_NOTES,
     EncoderDecoderConfig,
+    Norm,
     aux_losses,
     encoder_decoder,
     expert_bank,
@@ -39,7 +40,15 @@ from moekit.recipes._networks import (
 )
 from moekit.recipes._parts import Built
 from moekit.recipes._pipeline import commands
-from moekit.routers import Exploration, InputDropout, InputJitter, NoTokenLeftBehind, SampledSoftmax, TopKRouter
+from moekit.routers import (
+    Exploration,
+    InputDropout,
+    InputJitter,
+    NoTokenLeftBehind,
+    RandomChoice,
+    SampledSoftmax,
+    TopKRouter,
+)
 from moekit.routing import Capacity
 from moekit.transformer import Side
 
@@ -56,14 +65,18 @@ class ModelConfig(EncoderDecoderConfig):
     """The network.
 
     Attributes:
-        capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
+        k: experts that a token passes: 1, or 2 for the paper's MoE-Base, whose second expert is sent as in GShard.
+        capacity_factor: slots of an expert in training as a multiple of T / E, whatever k is; 0 = no limit.
+        eval_capacity_factor: the same in evaluation; 0 = no limit.
         exploration: noise of training: jitter or dropout of the router's input, sample = draw the expert, or none.
         overflow: tokens beyond capacity are dropped, or rerouted to their next choice ("no token left behind").
     """
 
-    norm: Literal["layer", "rms"] = "rms"  # norm, positions and activation as in T5
+    norm: Norm = "rms"  # norm, positions and activation as in T5
     positions: Literal["sinusoidal", "rotary", "relative"] = "relative"
+    k: int = 1
     capacity_factor: float = 1.25
+    eval_capacity_factor: float = 0.0  # ours: dropless
     exploration: Literal["jitter", "dropout", "sample", "none"] = "jitter"
     overflow: Literal["drop", "reroute"] = "drop"
 
@@ -86,17 +99,22 @@ def build(config: Config, vocab_size: int) -> Built:
     model = config.model
 
     def sparse(layer: int, side: Side) -> MoELayer:
-        router = TopKRouter(  # with jitter and drop this is `moekit.routers.switch`
+        router = TopKRouter(  # with one expert, jitter and drop this is `moekit.routers.switch`
             model.dim,
             model.num_experts,
-            capacity=Capacity(train=model.capacity_factor or None),
+            k=model.k,
+            capacity=Capacity(
+                train=model.capacity_factor or None, eval=model.eval_capacity_factor or None, share="tokens"
+            ),
+            renormalise="none" if model.k == 1 else "before_drop",
+            later_choices=None if model.k == 1 else RandomChoice(0.5),
             exploration=EXPLORATION[model.exploration],
             overflow=NoTokenLeftBehind() if model.overflow == "reroute" else None,
             allow_future=model.overflow == "reroute",  # whose second tries wait for later tokens, as in the original
         )
         return MoELayer(router, expert_bank(model))
 
-    network = encoder_decoder(model, vocab_size, feed_forwards(model, sparse))
+    network = encoder_decoder(model, vocab_size, feed_forwards(model, sparse, model.k))
     return Built(network, [SpanCorruptionHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
 
 

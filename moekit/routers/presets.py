@@ -34,7 +34,7 @@ def switch(
     return TopKRouter(
         dim,
         num_experts,
-        capacity=Capacity(train=capacity_factor, eval=eval_capacity_factor),
+        capacity=Capacity(train=capacity_factor, eval=eval_capacity_factor, share="tokens"),
         exploration=InputJitter(jitter) if jitter else None,
         allow_future=allow_future,
     )

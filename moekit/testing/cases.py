@@ -104,8 +104,8 @@ def trace(
 ) -> dict[str, Tensor]:
     """Run `call` on `x` and the backward of a scalar made of everything it returned; all results by name.
 
-    The scalar holds the output with fixed weights and the returned losses; the names are ``output``,
-    ``loss <name>``, ``statistic <name>``, ``gradient of x`` and ``gradient of <parameter>`` (zeros where autograd
+    The scalar holds the output with fixed weights, the returned losses and deviations; the names are ``output``,
+    ``loss <name>``, ``deviation <name>``, ``statistic <name>``, ``gradient of x`` and ``gradient of <parameter>`` (zeros where autograd
     gives none). The gradients that `module` had are lost.
     """
     x = x.detach().clone().requires_grad_()
@@ -119,6 +119,9 @@ def trace(
             for name, loss in out.routing.losses.items():
                 found[f"loss {name}"] = loss.detach()
                 objective = objective + 0.1 * loss
+            for name, part in out.routing.deviations.items():
+                found[f"deviation {name}"] = part.total.detach()
+                objective = objective + 0.1 * part.total
             found |= {f"statistic {name}": value.detach() for name, value in out.routing.statistics.items()}
         if objective.requires_grad:
             objective.backward()
@@ -134,6 +137,7 @@ def tensors_of(value: Any) -> dict[str, Tensor]:
     if isinstance(value, Routing):
         found = {name: getattr(value, name) for name in ("token", "expert", "weight", "position", "kept")}
         found |= {f"loss {name}": loss for name, loss in value.losses.items()}
+        found |= {f"deviation {name}": part.total for name, part in value.deviations.items()}
         return found | {f"statistic {name}": one for name, one in value.statistics.items()}
     leaves = [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     return {f"result {n}": leaf for n, leaf in enumerate(leaves)}

@@ -18,7 +18,7 @@ from moekit.transformer.feed_forward import (
     pyramid,
 )
 from moekit.transformer.init import init_weights, materialize, materialize_modules
-from moekit.transformer.norms import LayerNorm, RMSNorm
+from moekit.transformer.norms import LayerNorm, RMSNorm, RMSNormWithoutScale
 from moekit.transformer.output import BlockOutput, DecoderOutput, StackOutput
 from moekit.transformer.positions import (
     Positions,
@@ -45,6 +45,7 @@ __all__ = [
     "LayerNorm",
     "Positions",
     "RMSNorm",
+    "RMSNormWithoutScale",
     "RelativePositions",
     "RotaryPositions",
     "RoutedFeedForward",

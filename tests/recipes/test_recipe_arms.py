@@ -13,10 +13,21 @@ from torch import nn
 from moekit.data.mixture import Constant, LinearHeating, SquareRootHeating, StepHeating
 from moekit.errors import UserError
 from moekit.layer import MoELayer
-from moekit.recipes import gshard, sparse_translation, st_moe, switch
+from moekit.recipes import deepspeed_moe, gshard, moe_lm, sparse_translation, st_moe, switch
 from moekit.recipes._config import DataConfig
 from moekit.recipes._data import open_sources, temperature
-from moekit.routers import AllChoices, InputJitter, NoTokenLeftBehind, RandomChoice, SampledSoftmax, TopKRouter, presets
+from moekit.routers import (
+    AllChoices,
+    InputJitter,
+    NoTokenLeftBehind,
+    RandomChoice,
+    SampledChoice,
+    SampledSoftmax,
+    ThresholdChoice,
+    TopKRouter,
+    presets,
+)
+from moekit.routing import Capacity
 from moekit.transformer import GLU, MLP
 
 
@@ -72,26 +83,91 @@ def test_arms_of_switch() -> None:
     assert all(router.overflow == NoTokenLeftBehind() and router.capacity.train == 1.0 for router in rerouted)
     assert all(router.exploration == InputJitter(1e-2) and router.overflow is None for router in routers(switch))
     torch.manual_seed(0)
-    usual, small = (
-        network(switch, init_scale=scale).encoder.layers[0].self_attention.qkv.weight.detach().std().item()  # type: ignore[union-attr, index]
-        for scale in (1.0, 0.1)
-    )
-    assert small / usual == pytest.approx(0.1**0.5, rel=0.1)
+    usual, small = network(switch), network(switch, init_scale=0.1, expert_init_scale=0.1)
+    for path in ("encoder.layers.0.self_attention.qkv.weight", "encoder.layers.1.feed_forward.experts.w_out"):
+        ratio = small.get_parameter(path).detach().std() / usual.get_parameter(path).detach().std()
+        assert float(ratio) == pytest.approx(0.1**0.5, rel=0.1), path
+
+
+def test_top_2_of_switch() -> None:
+    """The paper's MoE-Base: two experts at the capacity that Switch has (table 1), and their twin of equal cost."""
+    for router in routers(switch, k=2, capacity_factor=1.0, eval_capacity_factor=2.0):
+        assert (router.k, router.renormalise, router.later_choices) == (2, "before_drop", RandomChoice(0.5))
+        assert router.capacity == Capacity(train=1.0, eval=2.0, share="tokens")
+    twin = network(switch, k=2, num_experts=0).encoder.layers[1].feed_forward  # type: ignore[union-attr, index]
+    assert twin.w_out.in_features == 2 * 24
 
 
 def test_arms_of_gshard() -> None:
+    policies = {
+        "random": RandomChoice(0.5),
+        "always": AllChoices(),
+        "threshold": ThresholdChoice(0.2),
+        "sampled": SampledChoice(),
+    }
     assert all(router.later_choices == RandomChoice(0.5) for router in routers(gshard))
-    assert all(router.later_choices == AllChoices() for router in routers(gshard, second_expert="always"))
+    for name, policy in policies.items():
+        made = routers(gshard, second_expert=name, eval_capacity_factor=1.5)
+        assert all(router.later_choices == policy and router.capacity.eval == 1.5 for router in made)
+
+
+def test_arms_of_moe_lm() -> None:
+    assert all(router.later_choices == AllChoices() for router in routers(moe_lm))
+    sampled = routers(moe_lm, second_expert="sampled", eval_capacity_factor=1.0)
+    assert all(router.later_choices == SampledChoice() and router.capacity.eval == 1.0 for router in sampled)
+
+
+@pytest.mark.parametrize(
+    ("half", "places"), [("both", [1, 3, 5, 7]), ("first", [1, 3]), ("second", [5, 7])]
+)
+@pytest.mark.parametrize("num_experts", [4, 0])
+def test_halves_of_deepspeed_moe(half: str, places: list[int], num_experts: int) -> None:
+    """Experts, or the twin's wider layers, in one half of the decoder or in both (section 4.1)."""
+    made = network(deepspeed_moe, half=half, layers=8, num_experts=num_experts).decoder.layers  # type: ignore[union-attr]
+    wide = [
+        number
+        for number, block in enumerate(made)  # type: ignore[arg-type]
+        if (isinstance(block.feed_forward, MoELayer) if num_experts else block.feed_forward.w_out.in_features > 24)
+    ]
+    assert wide == places
+    if num_experts:
+        assert made[places[-1]].feed_forward.num_experts == 2 * num_experts  # type: ignore[index, union-attr]
 
 
 def test_arms_of_st_moe() -> None:
     # Routers come in the order of their layers: the encoder's, then the decoder's.
     priorities = [router.capacity.priority for router in routers(st_moe, batch_prioritised=True)]
     assert priorities == ["probability", "position"]
+    for k, weights in ((1, "none"), (3, "before_drop")):
+        for router in routers(st_moe, k=k, capacity_factor=0.75, eval_capacity_factor=3.0, threshold=0.05):
+            assert (router.k, router.renormalise, router.later_choices) == (k, weights, RandomChoice(0.05))
+            assert router.capacity == Capacity(train=0.75, eval=3.0, share="tokens")
+    assert all(router.capacity.share == "choices" for router in routers(st_moe, capacity_share="choices"))
+    assert all(router.exploration == InputJitter(1e-2) for router in routers(st_moe, jitter=1e-2))
     biased = layers(st_moe, expert_bias="multiply").values()
     assert all(torch.equal(layer.experts.b_hidden, torch.ones(8, 24)) for layer in biased)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"model\.gated true"):
         network(st_moe, expert_bias="add", gated=False)
+
+
+def test_norms_without_scale_in_st_moe() -> None:
+    """None of the RMS norms has a weight, the last ones included (arXiv:2202.08906 section 3)."""
+    usual, plain = network(st_moe), network(st_moe, norm="rms_without_scale")
+    names = {name for name, _ in usual.named_parameters()}
+    left = {name for name, _ in plain.named_parameters()}
+    assert names - left == {name for name in names if "norm.weight" in name}
+    assert len(names - left) == 2 * 2 + 2 * 3 + 2 + 2  # encoder, decoder, extra feed-forwards, final norms
+
+
+def test_published_variants_of_switch_and_st_moe_start_at_a_tenth() -> None:
+    """Every matrix, by no depth (arXiv:2101.03961 section 2.4), as their READMEs say."""
+    for module in (switch, st_moe):
+        papers = [config.model for name, config in module.VARIANTS.items() if name.startswith("paper")]
+        assert papers
+        for model in papers:
+            assert (model.init_scale, model.expert_init_scale, model.init_by_depth) == (0.1, 0.1, False)
+        usual = module.VARIANTS["tiny"].model
+        assert (usual.init_scale, usual.expert_init_scale, usual.init_by_depth) == (1.0, 1.0, True)
 
 
 @pytest.mark.parametrize("extra", ["after", "before", "none"])

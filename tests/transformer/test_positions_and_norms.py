@@ -8,7 +8,15 @@ import math
 import pytest
 import torch
 
-from moekit.transformer import LayerNorm, Positions, RelativePositions, RMSNorm, RotaryPositions, SinusoidalPositions
+from moekit.transformer import (
+    LayerNorm,
+    Positions,
+    RelativePositions,
+    RMSNorm,
+    RMSNormWithoutScale,
+    RotaryPositions,
+    SinusoidalPositions,
+)
 from moekit.transformer.positions import relative_bucket
 
 
@@ -129,6 +137,11 @@ def test_norms_against_their_formulas(dtype: torch.dtype) -> None:
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     assert layer(x).dtype == dtype
     torch.testing.assert_close(layer(x).double(), expected, rtol=tolerance, atol=tolerance)
+    plain = RMSNormWithoutScale(8).to(dtype)
+    assert list(plain.parameters()) == []
+    expected = exact / (exact.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert plain(x).dtype == dtype
+    torch.testing.assert_close(plain(x).double(), expected, rtol=tolerance, atol=tolerance)
     expected = exact / (exact.square().mean(-1, keepdim=True) + 1e-6).sqrt() * rms.weight.double()
     assert rms(x).dtype == dtype
     torch.testing.assert_close(rms(x).double(), expected, rtol=tolerance, atol=tolerance)
@@ -145,6 +158,7 @@ def test_norm_statistics_are_float32_under_bf16() -> None:
     for norm, expected in (
         (LayerNorm(512).bfloat16(), torch.nn.functional.layer_norm(exact, (512,))),
         (RMSNorm(512).bfloat16(), torch.nn.functional.rms_norm(exact, (512,), eps=1e-6)),
+        (RMSNormWithoutScale(512).bfloat16(), torch.nn.functional.rms_norm(exact, (512,), eps=1e-6)),
     ):
         torch.testing.assert_close(norm(x), expected.bfloat16(), rtol=8e-3, atol=1e-3)
         torch.testing.assert_close(norm.float()(x), expected.bfloat16(), rtol=8e-3, atol=1e-3)

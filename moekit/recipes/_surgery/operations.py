@@ -31,7 +31,8 @@ from moekit.training.run_folder import differences
 # Settings in which models that are aggregated may differ: they change neither what the weights mean nor the vocabulary.
 _FREE = (
     "recipe", "variant", "train", "strategy", "evaluate", "tasks", "model.num_experts", "model.dropout", "model.jitter",
-    "model.capacity_factor", "model.load_balance", "model.router_z", "model.expert_init_scale", "model.init_scale",
+    "model.capacity_factor", "model.eval_capacity_factor", "model.capacity_share",
+    "model.threshold", "model.load_balance", "model.router_z", "model.expert_init_scale", "model.init_scale",
     "model.init_by_depth", "model.checkpoint",
     "data.cache", "data.num_workers", "data.order_seed", "data.temperature", "data.heating", "data.heating_steps",
     "data.max_length",
