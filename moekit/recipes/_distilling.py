@@ -30,7 +30,8 @@ class DistillConfig:
     """What the student learns from the teacher, and what it begins with.
 
     The defaults are Switch Transformer's (arXiv:2101.03961). DeepSpeed-MoE's Mixture-of-Students (arXiv:2201.05596) is
-    objective=added, weight=1.0, inherit=everything and an `until`.
+    objective=added, weight=1.0, an `until` and, as in the released code, inherit=none: the student begins with draws of
+    its own. Beginning with the teacher's layers (inherit=everything) is ours.
 
     Attributes:
         objective: mixture = (1 - weight) of the labels' loss and weight of the teacher's; added = the labels' loss and

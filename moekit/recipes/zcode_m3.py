@@ -158,6 +158,7 @@ SMALL = Config(
     train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, validate_every=500),
     evaluate=EvaluateConfig(valid_sentences=50),
 )
+# Sizes from memory and secondary sources, which the published count confirms; the whole training is ours.
 PAPER = Config(
     data=DataConfig(source="moses", vocab_size=250_000, temperature=5.0, max_length=512),
     model=ModelConfig(

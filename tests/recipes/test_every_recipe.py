@@ -35,7 +35,7 @@ from moekit.training.multitask import MultitaskModule
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(info.name for info in pkgutil.iter_modules(moekit.recipes.__path__) if not info.name.startswith("_"))
 YAML = sorted(path.relative_to(ROOT) for path in ROOT.glob("recipes/**/*.y*ml"))
-NUM_YAML = 10
+NUM_YAML = 20
 STATEFUL = {
     "sparse_translation": ["--model.dense_steps", "3", "--data.heating_steps", "10"],
     "dense_to_sparse": [],
@@ -252,6 +252,23 @@ def test_yaml_loads_and_changes_something(path: Path) -> None:
     for values in (default, changed):
         values.pop("config", None)
     assert changed.as_dict() != default.as_dict()
+
+
+@pytest.mark.parametrize("path", [path for path in YAML if path.parent.name == "ablations"], ids=str)
+def test_an_arm_of_a_study_trains(path: Path, cache: Path, tmp_path: Path) -> None:
+    """Those that no command of a README runs: a few steps, with a finite loss."""
+    found = recipe(path.parts[1])
+    options = ["--config", str(ROOT / path), "--out", str(tmp_path / "run"), "--train.validate_every", "0"]
+    options += tiny(found.variants["tiny"], options, cache)
+    assert main(found, ["fit", *options]) == 0
+    values = [float(value) for value in losses(tmp_path / "run").values()]
+    assert len(values) == SETTINGS["train.max_steps"]
+    assert all(0 < value < 20 for value in values)
+
+
+@pytest.mark.parametrize("path", [path for path in YAML if path.parent.name == "ablations"], ids=str)
+def test_an_arm_of_a_study_has_a_row(path: Path) -> None:
+    assert f"| `{path.name}` |" in (ROOT / path.parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_yaml_is_found() -> None:
