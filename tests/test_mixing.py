@@ -196,7 +196,7 @@ def test_the_budget_is_of_all_layers_together() -> None:
     assert_close(AuxLosses(layers="mean", conditional_budget=1.0)(*routings)[0], apart / 2)
     # One layer above the budget and one below: together they keep it better than each alone.
     assert float(literal.detach()) < float(apart.detach()) / 2
-    with pytest.raises(ValueError, match="'conditional_budgets'.*Did you mean 'conditional_budget'"):
+    with pytest.raises(ValueError, match=r"'conditional_budgets'.*Did you mean 'conditional_budget'"):
         AuxLosses(conditional_budgets=1.0)(*means("model")[1])
 
 

@@ -44,7 +44,8 @@ class ModelConfig(DecoderConfig):
 
     Attributes:
         capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
-        eval_capacity_factor: the same in evaluation; 0 = no limit. The released code's share f of all tokens is f E / 2.
+        eval_capacity_factor: the same in evaluation; 0 = no limit. The released code's share f of
+            all tokens is f E / 2.
         second_expert: the next best (always), or drawn from the router's probabilities (sampled).
     """
 

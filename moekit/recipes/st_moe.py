@@ -48,6 +48,7 @@ from moekit.recipes._pipeline import commands
 from moekit.routers import st_moe
 from moekit.transformer import Side, SparseDense
 
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(EncoderDecoderConfig):
     """The network.

@@ -37,7 +37,8 @@ class Stack(Component):
         checkpoint: forget activations inside blocks and compute them again in backward: less memory, same numbers.
         pad_id: stands for "the token before the first" in routing contexts.
         init_scale: variance scale of first weights: see `moekit.transformer.init_weights`.
-        init_by_depth: whether matrices that write to the residual stream are divided by the root of the branches' number.
+        init_by_depth: whether matrices that write to the residual stream are divided by the root of the number of
+            branches.
 
     Raises:
         ValueError: if a feed-forward of a causal stack may look at later tokens.

@@ -117,9 +117,7 @@ def test_arms_of_moe_lm() -> None:
     assert all(router.later_choices == SampledChoice() and router.capacity.eval == 1.0 for router in sampled)
 
 
-@pytest.mark.parametrize(
-    ("half", "places"), [("both", [1, 3, 5, 7]), ("first", [1, 3]), ("second", [5, 7])]
-)
+@pytest.mark.parametrize(("half", "places"), [("both", [1, 3, 5, 7]), ("first", [1, 3]), ("second", [5, 7])])
 @pytest.mark.parametrize("num_experts", [4, 0])
 def test_halves_of_deepspeed_moe(half: str, places: list[int], num_experts: int) -> None:
     """Experts, or the twin's wider layers, in one half of the decoder or in both (section 4.1)."""

@@ -37,7 +37,8 @@ OPERATION = {
 """Settings of where, how long and how often: which text, which machine, which rhythm."""
 
 SOURCE = re.compile(
-    r"arXiv:\d{4}\.\d{4,5}|\bours\b|released (code|scripts)|fairseq|flaxformer|Mesh-TensorFlow|DeepSpeed|Megatron|ParlAI"
+    r"arXiv:\d{4}\.\d{4,5}|\bours\b|released (code|scripts)|fairseq|flaxformer|Mesh-TensorFlow"
+    r"|DeepSpeed|Megatron|ParlAI"
 )
 
 
