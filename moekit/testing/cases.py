@@ -105,8 +105,8 @@ def trace(
     """Run `call` on `x` and the backward of a scalar made of everything it returned; all results by name.
 
     The scalar holds the output with fixed weights, the returned losses and deviations; the names are ``output``,
-    ``loss <name>``, ``deviation <name>``, ``statistic <name>``, ``gradient of x`` and ``gradient of <parameter>`` (zeros
-    where autograd gives none). The gradients that `module` had are lost.
+    ``loss <name>``, ``deviation <name>``, ``statistic <name>``, ``gradient of x`` and ``gradient of <parameter>``
+    (zeros where autograd gives none). The gradients that `module` had are lost.
     """
     x = x.detach().clone().requires_grad_()
     module.zero_grad(set_to_none=True)

@@ -46,7 +46,7 @@ def init_weights(model: nn.Module, *, scale: float | None = None, by_depth: bool
         by_depth: whether matrices that write are divided from now on; None = as built.
 
     Source: depth scaling of the output matrices: GPT-2. Scale 0.1 of every matrix, and nothing by depth:
-    arXiv:2101.03961 section 2.4, for its sparse models (``scale=0.1, by_depth=False``, and banks of ``init_scale=0.1``).
+    arXiv:2101.03961 section 2.4, for its sparse models (``scale=0.1, by_depth=False``, banks of ``init_scale=0.1``).
     """
     for stack in model.modules():
         if isinstance(stack, Stack):
