@@ -112,7 +112,7 @@ def paper(num_experts: int, layers: int, batch_tokens: int, *, every: int = 2) -
     """A published model: dimension 1,024, hidden size 8,192, 16 heads, `layers` blocks in all, half of them decoder's.
 
     That `layers` counts both sides follows from the published 2.3 billion parameters of the dense model of 96 layers.
-    The paper trains by Adafactor to a trillion tokens; AdamW, its learning rate and the vocabulary are ours.
+    Trained by Adafactor to a trillion tokens; learning rate and vocabulary are ours.
 
     Source: arXiv:2006.16668 section 4 (table of models and costs).
     """
@@ -124,7 +124,8 @@ def paper(num_experts: int, layers: int, batch_tokens: int, *, every: int = 2) -
         ),
         tasks=TranslationTasks(translation=TaskConfig(tokens=batch_tokens)),
         train=TrainConfig(
-            max_steps=10**12 // batch_tokens, learning_rate=5e-4, warmup_steps=10_000, schedule="inverse_square_root",
+            max_steps=10**12 // batch_tokens, optimizer="adafactor", learning_rate=1e-2, weight_decay=0.0, clip=0.0,
+            warmup_steps=10_000, schedule="inverse_square_root",
         ),
     )  # fmt: skip
 

@@ -137,7 +137,7 @@ def paper(
 ) -> Config:
     """A published model: T5's vocabulary, heads of 64 channels, 2 ** 20 tokens a step, 550,000 steps of C4.
 
-    The paper trains by Adafactor; AdamW and its learning rate are ours.
+    Trained by Adafactor, at T5's rate.
 
     Source: arXiv:2101.03961; sizes of C and XXL arXiv:2202.08906 table 11.
     """
@@ -150,7 +150,8 @@ def paper(
         ),
         tasks=SpanCorruptionTasks(span_corruption=TaskConfig(tokens=2**20)),
         train=TrainConfig(
-            max_steps=550_000, learning_rate=1e-3, warmup_steps=10_000, schedule="inverse_square_root",
+            max_steps=550_000, optimizer="adafactor", learning_rate=1e-2, weight_decay=0.0, clip=0.0,
+            warmup_steps=10_000, schedule="inverse_square_root",
             label_smoothing=0.0, precision="bf16-mixed",
         ),
         evaluate=EvaluateConfig(beam_size=1),

@@ -35,7 +35,7 @@ from moekit.training.multitask import MultitaskModule
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(info.name for info in pkgutil.iter_modules(moekit.recipes.__path__) if not info.name.startswith("_"))
 YAML = sorted(path.relative_to(ROOT) for path in ROOT.glob("recipes/**/*.y*ml"))
-NUM_YAML = 20
+NUM_YAML = 21
 STATEFUL = {
     "sparse_translation": ["--model.dense_steps", "3", "--data.heating_steps", "10"],
     "dense_to_sparse": [],
