@@ -36,6 +36,14 @@ OPERATION = {
 }  # fmt: skip
 """Settings of where, how long and how often: which text, which machine, which rhythm."""
 
+ONLY_FOR = {
+    "data.mask_shares": "masked_lm",
+    "data.span_ratio": "span_corruption",
+    "data.mean_span": "span_corruption",
+    "data.packed": "span_corruption",
+}
+"""Settings of a task, which recipes without it need not speak of."""
+
 SOURCE = re.compile(
     r"arXiv:\d{4}\.\d{4,5}|\bours\b|released (code|scripts)|fairseq|flaxformer|Mesh-TensorFlow"
     r"|DeepSpeed|Megatron|ParlAI"
@@ -62,7 +70,7 @@ def settings_of(config: Any) -> Iterator[str]:
                 continue
             if field.name == "tasks":
                 yield from (f"tasks.{inner.name}.{key}" for key in ("tokens", "weight"))
-            else:
+            elif (task := ONLY_FOR.get(f"{field.name}.{inner.name}")) is None or hasattr(config.tasks, task):
                 yield f"{field.name}.{inner.name}"
 
 
