@@ -130,3 +130,20 @@ def test_banks_around_banks_and_banks_that_start_at_zero() -> None:
     assert (outer.depth_scale, inner.depth_scale) == (1.0, 1 / (2 * LAYERS))
     assert float(outer.value.std()) == pytest.approx(1.0, abs=0.4)
     assert not bank_of(decoder(BaseStack)).w_out.any()
+
+
+@pytest.mark.parametrize("kind", BANKS)
+@torch.no_grad()
+def test_outputs_are_what_a_bank_is_linear_in(kind: str) -> None:
+    """A quarter of the variance halves what every expert gives, and the next draw keeps it."""
+    torch.manual_seed(0)
+    bank = BANKS[kind][0](E, D, F)
+    x = torch.randn(50, D)
+    before = [bank.reference(e, x) for e in range(E)]
+    deviation = {name: getattr(bank, name).std() for name in bank.outputs}
+    bank.scale_outputs_(0.25)
+    for e in range(E):
+        torch.testing.assert_close(bank.reference(e, x), before[e] / 2)
+    bank.reset_parameters()
+    for name, std in deviation.items():
+        assert float(getattr(bank, name).std() / std) == pytest.approx(0.5, rel=0.05)
