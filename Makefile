@@ -1,6 +1,7 @@
 # The two commands of the README, `make run` and `make test`, and those a contributor needs. Each one sets up what it
 # needs by itself: a virtual environment in .venv with the versions of constraints.txt. Set-up happens once, and again
 # when pyproject.toml or constraints.txt change. To choose the Python: make run PYTHON=python3.12
+# To choose the build of torch: make run TORCH=cpu, or TORCH=index for the one of pip's own index (see below).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,7 +17,14 @@ PINS := pyproject.toml constraints.txt
 
 # The first Python on the path that is new enough and can make virtual environments.
 PYTHON ?=
-CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11 python)
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python)
+
+# Which build of torch is installed. The public index has the CUDA build for Linux, which brings gigabytes of libraries
+# that a machine without a GPU has no use for. So on Linux without an NVIDIA GPU the CPU build is taken, from PyTorch's
+# own index; where that cannot be asked, what pip finds otherwise. TORCH=cpu and TORCH=index decide it by hand, the
+# latter for a machine that sets up what machines with GPUs will run. A torch that is installed already stays.
+TORCH ?= $(if $(filter Linux,$(shell uname -s)),auto,index)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +67,14 @@ $(VENV)/.ready-%: $(PINS) | $(VENV)/.usable
 	@echo "Installing moekit$(EXTRAS) into $(VENV), with the versions of constraints.txt (some minutes at first) ..."
 	@rm -f $@
 	@$(INSTALL) hatchling editables
+	@case "$(TORCH)" in \
+	  cpu|index) build=$(TORCH);; \
+	  auto) if nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then build=index; else build=cpu; fi;; \
+	  *) echo "TORCH must be cpu, index or auto: got $(TORCH)" >&2; exit 2;; \
+	esac; \
+	if [ $$build = cpu ] && ! $(INSTALL) --no-deps --retries 0 --timeout 10 --index-url $(CPU_INDEX) torch; then \
+	  echo "No CPU build of torch from $(CPU_INDEX): taking the one that pip finds otherwise."; \
+	fi
 	@$(INSTALL) --no-build-isolation --editable ".$(EXTRAS)"
 	@touch $@
 

@@ -16,7 +16,7 @@ from moekit.data.batching import Builder, EvaluationBatches, EvaluationLoader, R
 from moekit.data.mixture import Constant, TemperatureSchedule
 from moekit.data.noising import Denoising, Masking, SpanCorruption
 from moekit.data.plan import Plan
-from moekit.data.sources.base import Direction, Source, Split, nearest
+from moekit.data.sources.base import SPLITS, Direction, Source, Split, nearest
 from moekit.data.store import TokenStore, Wanted, cached_store, monolingual_section, parallel_section
 from moekit.data.streams import SPECIALS, Stream, Task, TooLong, open_stream
 from moekit.data.tokenizer import Model, Tokenizer, train_tokenizer
@@ -181,7 +181,7 @@ class MultitaskData(L.LightningDataModule):
         """The tokens of all splits; encoded, or opened from the cache, when first asked for."""
         if self._store is None:
             self._store = cached_store(
-                self.source, self.tokenizer, self._wanted(), cache_dir=self.cache, progress=self.progress
+                self.source, self.tokenizer, self.wanted(), cache_dir=self.cache, progress=self.progress
             )
         return self._store
 
@@ -219,6 +219,15 @@ class MultitaskData(L.LightningDataModule):
         """The original sentences: `Batch.index` of an evaluation batch says which of them its rows are."""
         named = {str(known): known for known in self.directions}
         return self.source.parallel(named.get(str(direction)) or Direction.parse(direction), split)
+
+    def wanted(self, splits: Sequence[Split] = SPLITS) -> Wanted:
+        """What of the source is used in these splits."""
+        parallel = [(direction, split) for direction in self.directions for split in splits]
+        names = [n for task in self.tasks if task != "translation" for n in self._chosen(task)]
+        # Text of one language is tested on only where there is no translation to test.
+        used = [split for split in splits if split != "test" or "translation" not in self.tasks]
+        mono = [(language, split) for language in dict.fromkeys(names) for split in used]
+        return Wanted(tuple(parallel), tuple(mono))
 
     def summary(self) -> dict[str, dict[str, float | int]]:
         """What each task trains on: sentences used, dropped and truncated, sentences per step, share of padding."""
@@ -299,14 +308,6 @@ class MultitaskData(L.LightningDataModule):
 
     def _stream_names(self, task: str) -> list[str]:
         return [str(d) for d in self.source.directions] if task == "translation" else list(self.languages)
-
-    def _wanted(self) -> Wanted:
-        parallel = [(d, split) for d in self.directions for split in ("train", "valid", "test")]
-        names = [n for task in self.tasks if task != "translation" for n in self._chosen(task)]
-        # Text of one language is tested on only where there is no translation to test.
-        splits = ("train", "valid") if "translation" in self.tasks else ("train", "valid", "test")
-        mono = [(language, split) for language in dict.fromkeys(names) for split in splits]
-        return Wanted(tuple(parallel), tuple(mono))  # type: ignore[arg-type]
 
     def _chosen(self, task: str) -> list[str]:
         return list(self.tasks[task].streams or self._stream_names(task))

@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import os
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -49,20 +50,23 @@ class TokenStore:
     Args:
         folder: holds ``tokens.bin``, ``offsets.bin`` and ``header.json``.
         verify: also compare the checksum of all tokens (reads the whole file); sizes are always compared.
+        in_memory: read everything now; the folder is not needed any more, and other processes do not get the store.
 
     Raises:
         CorruptCacheError: if a file is missing, cut short or changed.
     """
 
-    def __init__(self, folder: Path | str, *, verify: bool = False) -> None:
+    def __init__(self, folder: Path | str, *, verify: bool = False, in_memory: bool = False) -> None:
         self.folder = Path(folder)
+        self.in_memory = in_memory
         header = _read_header(self.folder)
         self.sections: dict[str, Section] = {name: Section(*where) for name, where in header["sections"].items()}
         self.dtype = np.dtype(header["dtype"])
         for name, kind in (("offsets.bin", np.dtype(np.int64)), ("tokens.bin", self.dtype)):
             _check_file(self.folder / name, header["files"][name], kind, verify or name == "offsets.bin")
-        self.offsets = _mapped(self.folder / "offsets.bin", np.dtype(np.int64))
-        self.tokens = _mapped(self.folder / "tokens.bin", self.dtype)
+        read = np.fromfile if in_memory else _mapped
+        self.offsets: NDArray[np.int64] = read(self.folder / "offsets.bin", np.dtype(np.int64))
+        self.tokens: NDArray[Any] = read(self.folder / "tokens.bin", self.dtype)
 
     @property
     def num_sentences(self) -> int:
@@ -107,6 +111,8 @@ class TokenStore:
             yield self.tokens[self.offsets[i] : self.offsets[i + 1]].tolist()
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
+        if self.in_memory:
+            raise TypeError("A token store in memory cannot be sent to another process. Use cached_store.")
         return (TokenStore, (self.folder,))
 
 
@@ -167,6 +173,13 @@ def cached_store(
         lambda folder: build_store(folder, source, tokenizer, wanted, progress=progress),
         lambda folder: TokenStore(folder, verify=True),
     )
+
+
+def store_in_memory(source: Source, tokenizer: Tokenizer, wanted: Wanted) -> TokenStore:
+    """Encode `wanted` into memory, for little text that has no cache."""
+    with tempfile.TemporaryDirectory(prefix="moekit-") as folder:
+        build_store(Path(folder), source, tokenizer, wanted, progress=False)
+        return TokenStore(folder, in_memory=True)
 
 
 def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Wanted, *, progress: bool = True) -> None:

@@ -137,27 +137,22 @@ class Tokenizer:
         try:
             header: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
             if header["format"] != _FORMAT:
-                raise CorruptCacheError(
-                    f"{folder}/tokenizer.json must have format {_FORMAT}: got {header['format']}. Train the tokenizer "
-                    "again (remove the folder)."
-                )
+                raise CorruptCacheError(f"{folder}/tokenizer.json must have format {_FORMAT}: got {header['format']}.")
             tokenizer = cls((folder / "tokenizer.model").read_bytes(), header["languages"])
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CorruptCacheError(
                 f"The tokenizer folder {folder} must hold tokenizer.model and tokenizer.json: {error.filename} is "
-                "missing. Remove the folder to train again."
+                "missing."
             ) from error
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             if isinstance(error, CorruptCacheError):
                 raise
             raise CorruptCacheError(
-                f"The tokenizer in {folder} must be as it was written: it cannot be read ({error}). Remove the folder "
-                "to train again."
+                f"The tokenizer in {folder} must be as it was written: it cannot be read ({error})."
             ) from error
         if tokenizer.fingerprint != header["fingerprint"]:
             raise CorruptCacheError(
-                f"{folder}/tokenizer.model must be as it was written: its checksum differs from tokenizer.json. Remove "
-                "the folder to train again."
+                f"{folder}/tokenizer.model must be as it was written: its checksum differs from tokenizer.json."
             )
         return tokenizer
 

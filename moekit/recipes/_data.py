@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from moekit.data.held_out import HeldOut, HeldOutData
 from moekit.data.mixture import TemperatureSchedule, heating
 from moekit.data.module import MultitaskData, TaskData
 from moekit.data.sources import Source, Union, open_source
@@ -39,6 +42,11 @@ def open_sources(config: DataConfig) -> Source:
         path = next(remaining) if everything or kind not in free else None
         opened.append(_open(kind, path, config))
     return opened[0] if len(opened) == 1 else Union(opened)
+
+
+def missing_paths(config: DataConfig) -> list[str]:
+    """Those of the settings' paths where nothing is."""
+    return [path for path in _listed(config.path) if not Path(path).exists()]
 
 
 def _open(kind: str, path: str | None, config: DataConfig) -> Source:
@@ -106,7 +114,7 @@ def make_data(
         evaluate: how many sentences are used in evaluation.
         devices: processes that share a step.
         steps: batches of the longest possible run; one epoch of that length, so that every stop is in its middle.
-        source: an opened corpus; None = open it.
+        source: an opened corpus, or what a run kept of one for evaluation; None = open it.
         tokenizer: one that exists; None = what the settings say.
     """
     active = active_tasks(tasks)
@@ -114,8 +122,10 @@ def make_data(
         raise UserError("tasks must give at least one task its tokens: all have 0. Set tasks.translation.tokens.")
     if tokenizer is None and config.tokenizer is not None:
         tokenizer = Tokenizer.load(config.tokenizer)
-    return MultitaskData(
-        open_sources(config) if source is None else source,
+    source = open_sources(config) if source is None else source
+    make: Callable[..., MultitaskData] = HeldOutData if isinstance(source, HeldOut) else MultitaskData
+    return make(
+        source,
         tasks={
             name: TaskData(share=float(task.tokens), sentinel=config.sentinel and name == "translation")
             for name, task in active.items()

@@ -12,10 +12,9 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
 from moekit.recipes._command import Recipe, as_plain
-from moekit.recipes._start import TOKENIZER, Start, open_run, tokenizer_of
+from moekit.recipes._start import Start, open_run, own_tokenizer, tokenizer_of
 from moekit.surgery.inheritance import inherit
 from moekit.training.distillation import Added, DistillationModule, Mixture, Objective, Staged, Teacher
 from moekit.training.multitask import MultitaskModule
@@ -94,7 +93,7 @@ def begin(config: Any, given: Any, folder: RunFolder, *, resume: bool) -> Start:
     chosen = DistillConfig(**vars(given.distill))
     going_on = resume and folder.last_checkpoint is not None
     run = open_run(given.teacher)
-    tokenizer = Tokenizer.load(folder.path / TOKENIZER) if going_on else tokenizer_of(run)
+    tokenizer = own_tokenizer(folder) if going_on else tokenizer_of(run)
     objective = _objective(chosen)
 
     def make(student: nn.Module, heads: Any, **options: Any) -> MultitaskModule:

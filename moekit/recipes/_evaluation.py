@@ -13,7 +13,8 @@ from moekit.errors import UserError
 from moekit.inference.completer import Completer
 from moekit.inference.translator import Translator, search_for
 from moekit.recipes._config import EvaluateConfig
-from moekit.recipes._parts import Build, make_module, make_trainer, parameters, quiet, run_data
+from moekit.recipes._parts import Build, make_module, make_trainer, parameters, quiet
+from moekit.recipes._run_text import evaluation_data, require_same_text
 from moekit.report import terminal_summary, write_report
 from moekit.surgery.adapters import merged_state
 from moekit.training.callbacks.progress import TrainingProgress
@@ -31,18 +32,24 @@ def load(build: Build, config: Any, folder: RunFolder) -> tuple[MultitaskModule,
     path = folder.best_checkpoint
     if path is None:
         raise UserError(f"{folder.path} holds no checkpoint: train first (run or fit).")
-    data = run_data(config)
-    module, _ = make_module(build, config, data)
     checkpoint = load_state(path)
+    data = evaluation_data(config, folder, checkpoint.rest, str(folder.path))
+    module, _ = make_module(build, config, data, loaded=True)
     module.load_state_dict(merged_state(checkpoint.weights))  # adapters of fine-tuning become part of their matrices
     return module.eval(), data, checkpoint
 
 
 def evaluate(build: Build, config: Any, folder: RunFolder, console: Console) -> None:
-    """Validate, test, and write everything that the run's folder is to hold about it."""
+    """Validate, test, and write everything that the run's folder is to hold about it.
+
+    Raises:
+        UserError: the folder keeps no text, and the corpus is not what it was: the record would be of other data.
+    """
     started = time.monotonic()
     settings: EvaluateConfig = config.evaluate
     module, data, checkpoint = load(build, config, folder)
+    if folder.held_out is None:
+        require_same_text(config, data, folder, checkpoint.rest, str(folder.path))
     search = search_for(settings.beam_size, settings.length_penalty)
     if data.directions:
         module.translate = Translator(module.backbone, data.tokenizer, search=search, sentinel=config.data.sentinel)

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
 from moekit.recipes._command import Recipe, as_plain
 from moekit.recipes._config import StrategyConfig, TrainConfig
-from moekit.recipes._start import TOKENIZER, Start, open_run, tokenizer_of
+from moekit.recipes._start import Start, open_run, own_tokenizer, tokenizer_of
 from moekit.surgery.adapters import Target, add_adapters
 from moekit.training.fine_tuning import set_expert_dropout, set_train_capacity, subset, train_only, with_slots
 from moekit.training.multitask import MultitaskModule
@@ -111,7 +110,7 @@ def begin(config: Any, given: Any, folder: RunFolder, *, resume: bool) -> Start:
         rest = run.loaded.rest
         steps = int(rest.get("global_step", 0)) + int(rest.get("steps_before", 0))
         slots = _slots(run, config, chosen)
-    tokenizer = Tokenizer.load(folder.path / TOKENIZER) if run is None else tokenizer_of(run)
+    tokenizer = own_tokenizer(folder) if run is None else tokenizer_of(run)
 
     def make(*parts: Any, **options: Any) -> MultitaskModule:
         if slots:
@@ -131,7 +130,7 @@ def begin(config: Any, given: Any, folder: RunFolder, *, resume: bool) -> Start:
         return f"start     {given.init_from}; {trained:,} of {total:,} parameters train ({_tune(chosen)})"
 
     record = {"init_from": str(Path(given.init_from)), "fine_tune": as_plain(chosen)}
-    return Start(record, make, tokenizer, note)
+    return Start(record, make, tokenizer, note, loaded=True)
 
 
 def _tune(chosen: FineTuneConfig) -> str:

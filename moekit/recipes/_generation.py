@@ -21,8 +21,10 @@ from moekit.inference.completer import Completer
 from moekit.inference.on_demand import load_on_demand
 from moekit.inference.translator import Translator, search_for
 from moekit.recipes._evaluation import load
-from moekit.recipes._parts import Build, build_parts, run_data
+from moekit.recipes._parts import Build, build_parts
+from moekit.recipes._run_text import evaluation_data
 from moekit.training.atomic import write_text
+from moekit.training.checkpoint_state import load_rest
 from moekit.training.run_folder import RunFolder
 
 
@@ -90,8 +92,8 @@ def _trained(build: Build, config: Any, folder: RunFolder, resident: int) -> tup
         raise UserError(f"{folder.path} holds no checkpoint: train first (run or fit).")
     if path.is_dir():
         raise UserError(f"--experts_in_memory needs a checkpoint in one file: {path} is of several processes.")
-    data = run_data(config)
-    built = build_parts(build, config, data.tokenizer.vocab_size, data, device="meta")
+    data = evaluation_data(config, folder, load_rest(path), str(folder.path))
+    built = build_parts(build, config, data.tokenizer.vocab_size, None, device="meta")
     return load_on_demand(built.backbone, path, resident=resident, prefix="backbone."), data
 
 

@@ -51,7 +51,8 @@ def hash_router(
         num_experts: E.
         vocab_size: V.
         data: the run's, whose training text is counted as the model will see it: bos before every sentence, the last
-            token predicted and never read. None = all tokens count alike, for models that are only looked at.
+            token predicted and never read. None = a table of the same shape that knows neither text nor embeddings,
+            for models that are only looked at or whose weights are loaded.
         tables: more than 1 = MultiHash, for the balanced kind.
         seed: of the table.
         embeddings: folder of a trained run with the same vocabulary, for clustered and dispersed tables.
@@ -83,6 +84,8 @@ def hash_router(
             return hash_bigram(dim, num_experts, key, counts=pairs, seed=seed)
         case "position":
             return hash_position(dim, num_experts, _POSITIONS, seed=seed)
+        case "clustered" | "dispersed" if data is None:
+            return hash_random(dim, num_experts, vocab_size, seed=seed)
         case "clustered":
             return hash_clustered(dim, num_experts, _embeddings(embeddings, vocab_size), seed=seed)
         case "dispersed":

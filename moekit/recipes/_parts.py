@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from torch import nn
 
+from moekit.data.held_out import HeldOut
 from moekit.data.module import MultitaskData
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
@@ -43,7 +44,11 @@ class Built:
 
 @dataclass(frozen=True)
 class WithData:
-    """A build that looks at the run's text, as tables made of token counts do: ``build(config, vocab_size, data)``."""
+    """A build that looks at the run's text, as tables made of token counts do: ``build(config, vocab_size, data)``.
+
+    Without data it makes the same tensors with other values, for models that are only looked at or whose weights are
+    loaded.
+    """
 
     build: Callable[[Any, int, MultitaskData | None], Built]
 
@@ -61,28 +66,31 @@ def build_parts(
         build: of the recipe.
         config: of the run.
         vocab_size: V.
-        data: of the run.
+        data: of the run; None = the weights will be loaded, or are not needed.
         device: where weights are made; None = where the caller's are. A build that looks at text ignores it: tables
-            are not made without memory.
+            are not made of text without memory.
     """
-    if isinstance(build, WithData):
+    if isinstance(build, WithData) and data is not None:
         return build.build(config, vocab_size, data)
     with contextlib.nullcontext() if device is None else torch.device(device):
-        return build(config, vocab_size)
+        return build.build(config, vocab_size, None) if isinstance(build, WithData) else build(config, vocab_size)
 
 
-def run_data(config: Any, tokenizer: Tokenizer | None = None) -> MultitaskData:
+def run_data(config: Any, tokenizer: Tokenizer | None = None, held_out: HeldOut | None = None) -> MultitaskData:
     """The data module of a run; its one epoch is as long as the run may be, so that every stop is in its middle.
 
     Args:
         config: of the run.
         tokenizer: one that exists already; None = that of ``data.tokenizer``, or trained on the text.
+        held_out: what the run kept for evaluation, which is then all there is; None = the corpus of the settings.
     """
     train: TrainConfig = config.train
     steps = train.max_steps * train.accumulate or _ENDLESS
     # Tensor-parallel partners read the same batch.
     readers = max(1, train.devices * train.num_nodes // (config.strategy.tensor_parallel_size or 1))
-    return make_data(config.data, config.tasks, config.evaluate, devices=readers, steps=steps, tokenizer=tokenizer)
+    return make_data(
+        config.data, config.tasks, config.evaluate, devices=readers, steps=steps, source=held_out, tokenizer=tokenizer
+    )
 
 
 def make_module(
@@ -92,6 +100,7 @@ def make_module(
     make: Callable[..., MultitaskModule] = MultitaskModule,
     *,
     empty: bool = False,
+    loaded: bool = False,
 ) -> tuple[MultitaskModule, Budget]:
     """The LightningModule of a run, made by `make`, and the budget that its schedule follows.
 
@@ -101,6 +110,7 @@ def make_module(
         data: of the run.
         make: the module around network and heads.
         empty: whether it is made without memory.
+        loaded: whether weights will be loaded in the place of all that is made here, so that no text is looked at.
 
     Raises:
         UserError: if the model should be made without memory and cannot be.
@@ -112,7 +122,7 @@ def make_module(
         raise UserError(
             f"strategy.empty_init needs a model whose weights are drawn: this one is made from {source}. Leave it out."
         )
-    built = build_parts(build, config, tokenizer.vocab_size, data, "meta" if empty else None)
+    built = build_parts(build, config, tokenizer.vocab_size, None if loaded else data, "meta" if empty else None)
     budget = Budget(max_steps=train.max_steps or None, max_minutes=train.max_minutes or None)
 
     module = make(

@@ -20,16 +20,19 @@ from moekit.errors import UserError
 from moekit.recipes import _distilling, _fine_tuning, _planning
 from moekit.recipes._command import Command, Recipe, as_plain, from_plain
 from moekit.recipes._config import TrainConfig
+from moekit.recipes._data import missing_paths
 from moekit.recipes._evaluation import evaluate
 from moekit.recipes._generation import generate
 from moekit.recipes._parts import Build, make_module, make_strategy, make_trainer, parameters, quiet, run_data
-from moekit.recipes._start import TOKENIZER, Start, default_out, defaults_from_run, with_tokenizer
+from moekit.recipes._run_text import corpus_note, held_out_text, require_same_text, run_tokenizer
+from moekit.recipes._start import Start, default_out, defaults_from_run
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.callbacks.interrupt import Resumable
 from moekit.training.callbacks.limits import MaxMinutes
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.callbacks.random_state import RandomState
 from moekit.training.callbacks.throughput import Throughput
+from moekit.training.checkpoint_state import load_rest
 from moekit.training.loggers import run_loggers
 from moekit.training.multitask import MultitaskModule
 from moekit.training.run_folder import RunConfig, RunFolder, check_checkpoint
@@ -157,7 +160,10 @@ class Pipeline:
     def test(self, config: Any, options: Namespace) -> int:
         """Test what was trained, with the configuration that its folder holds."""
         folder = RunFolder.open(self._folder(options))
-        evaluate(self.build, self._saved(config, folder), folder, self.console)
+        saved = self._saved(config, folder)
+        if _is_first_process() and (note := corpus_note(saved, folder)):
+            self.console.print(f"{folder.path}: {note}", highlight=False, soft_wrap=True, markup=False)
+        evaluate(self.build, saved, folder, self.console)
         return 0
 
     def generate(self, config: Any, options: Namespace) -> int:
@@ -170,7 +176,6 @@ class Pipeline:
         """Train from another run, test, report."""
         folder = RunFolder(Path(options.out or default_out(self.recipe, options.variant, command)))
         options.out = str(folder.path)
-        config = with_tokenizer(config, folder.path)
         self._train(config, options, begin(config, options, folder, resume=options.resume))
         evaluate(self.build, config, folder, self.console)
         return 0
@@ -188,23 +193,26 @@ class Pipeline:
             raise UserError("training needs an end: set train.max_steps or train.max_minutes (both are 0).")
         strategy = make_strategy(config.strategy)
         path = self._folder(options)
-        data = run_data(config, None if start is None else start.tokenizer)
-        data.summary()  # reads and plans everything before the folder is made: bad data leaves nothing behind
+        settings = {"recipe": self.recipe, "variant": options.variant, **as_plain(config)}
+        settings |= {} if start is None else start.record
+        going_on = options.resume and not options.overwrite and (path / "config.yaml").is_file()
+        if going_on:
+            RunFolder(path).require_same(settings, _MAY_DIFFER)
+        data = self._text(config, RunFolder(path) if going_on else None, start)
+        # Reads and plans everything before the folder is made: bad data leaves nothing behind.
+        held_out = held_out_text(config, data)
         L.seed_everything(train.seed, verbose=False)
         module, budget = make_module(
             self.build, config, data, MultitaskModule if start is None else start.make,
-            empty=bool(config.strategy.empty_init),
+            empty=bool(config.strategy.empty_init), loaded=start is not None and start.loaded,
         )  # fmt: skip
         if isinstance(strategy, ExpertParallelStrategy):
             strategy.check(module, train.devices * train.num_nodes)  # a layout that does not fit leaves nothing either
-        settings = {"recipe": self.recipe, "variant": options.variant, **as_plain(config)}
-        settings |= {} if start is None else start.record
         if _is_first_process():
             folder = RunFolder.create(
                 path, settings, resume=options.resume, overwrite=options.overwrite, may_differ=_MAY_DIFFER
             )
-            if start is not None:
-                start.tokenizer.save(folder.path / TOKENIZER)
+            folder.keep(data.tokenizer, held_out)
         else:
             folder = RunFolder(path)  # the first process makes it, and starts the others
         checkpoint = folder.last_checkpoint if options.resume else None
@@ -248,6 +256,27 @@ class Pipeline:
         with quiet():
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         return folder
+
+    def _text(self, config: Any, folder: RunFolder | None, start: Start | None) -> MultitaskData:
+        """The corpus, with the tokenizer of the run in `folder`, which goes on, or of the one that it starts from."""
+        checkpoint = None if folder is None else folder.last_checkpoint
+        rest = {} if checkpoint is None else load_rest(checkpoint)
+        where = "" if folder is None else f"the run in {folder.path}"
+        tokenizer = None if start is None else start.tokenizer
+        try:
+            if folder is not None and tokenizer is None:
+                tokenizer = run_tokenizer(config, folder, rest, where)
+            data = run_data(config, tokenizer)
+        except UserError as error:
+            if (folder is not None or start is not None) and missing_paths(config.data):
+                raise UserError(
+                    f"{error} A run keeps the sentences that it is evaluated on, not those that it was trained on: "
+                    "give text to train on with --data.source and --data.path."
+                ) from error
+            raise
+        if folder is not None:
+            require_same_text(config, data, folder, rest, where)
+        return data
 
     # -- small things ----------------------------------------------------------------------------------------------
 

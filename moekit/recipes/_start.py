@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
 from moekit.recipes._command import Recipe, from_plain, take
-from moekit.recipes._parts import run_data
+from moekit.recipes._run_text import run_tokenizer
 from moekit.training.multitask import MultitaskModule
 from moekit.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from moekit.recipes._surgery.subject import Subject
-
-TOKENIZER = "tokenizer"
-"""Folder, in that of a run, of the tokenizer that the run was given."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +27,14 @@ class Start:
         make: makes the LightningModule, with the arguments of `MultitaskModule`.
         tokenizer: of the run that weights or a teacher are from.
         note: one line about the module, for the terminal.
+        loaded: whether all weights of the network are the run's.
     """
 
     record: Mapping[str, Any]
     make: Callable[..., MultitaskModule]
     tokenizer: Tokenizer
     note: Callable[[MultitaskModule], str]
+    loaded: bool = False
 
 
 def open_run(path: str) -> Subject:
@@ -47,17 +45,29 @@ def open_run(path: str) -> Subject:
 
 
 def tokenizer_of(run: Subject) -> Tokenizer:
-    """The tokenizer of a run, from its cache; where that is gone its text is read again.
+    """The tokenizer of a run; see `run_tokenizer`.
 
     Raises:
-        UserError: if text or cache have changed so that it is another one.
+        UserError: if it is not the one of its model.
     """
-    tokenizer = run_data(run.config).tokenizer
-    if run.data is None and tokenizer.vocab_size != run.vocab_size:
+    tokenizer = run_tokenizer(run.config, run.folder, run.loaded.rest, str(run.path))
+    if tokenizer.vocab_size != run.vocab_size:
         raise UserError(
-            f"the tokenizer of {run.path} must have the {run.vocab_size} pieces of its model: that of its data now has "
+            f"the tokenizer of {run.path} must have the {run.vocab_size} pieces of its model: it has "
             f"{tokenizer.vocab_size}."
         )
+    return tokenizer
+
+
+def own_tokenizer(folder: RunFolder) -> Tokenizer:
+    """The tokenizer of a run that started from another, and goes on without it.
+
+    Raises:
+        UserError: if there is none.
+    """
+    tokenizer = folder.tokenizer
+    if tokenizer is None:
+        raise UserError(f"{folder.path} must hold the tokenizer of the run that it started from: it has none.")
     return tokenizer
 
 
@@ -103,8 +113,3 @@ def defaults_from_run(
     if out is None and (found := resumed(recipe, argv, default_out(recipe.name, name, command))):
         return found
     return name, config
-
-
-def with_tokenizer(config: Any, folder: Path) -> Any:
-    """The settings of a run that keeps its tokenizer in its folder."""
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(folder / TOKENIZER)))

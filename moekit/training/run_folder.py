@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -19,8 +20,11 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 import moekit
+from moekit.data.cache import CorruptCacheError
+from moekit.data.held_out import HeldOut
+from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
-from moekit.training.atomic import write_error, write_json, write_text
+from moekit.training.atomic import replacing, write_error, write_json, write_text
 from moekit.training.checkpoint_state import load_rest
 
 CONFIG_KEY = "moekit_config"
@@ -29,8 +33,12 @@ CONFIG_KEY = "moekit_config"
 SURGERY_FILE = "surgery.json"
 """What was done to other runs to make this one, where it was made so."""
 
+_TOKENIZER = "tokenizer"
+_HELD_OUT = "held_out.json.gz"
+
 _FILES = (
     "config.yaml",
+    _HELD_OUT,
     SURGERY_FILE,
     "environment.json",
     "metrics.csv",
@@ -39,12 +47,15 @@ _FILES = (
     "samples.json",
     "report.html",
 )
-_FOLDERS = ("checkpoints", "tensorboard", "tokenizer")
+_FOLDERS = ("checkpoints", "tensorboard", _TOKENIZER)
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """One folder with everything a run leaves: configuration, environment, metrics, checkpoints, summary, report.
+
+    It is complete in itself: the tokenizer is in it, and the sentences that the run is evaluated on. So it can be
+    tested, translated with and started from on another machine, without its corpus and without a cache.
 
     Make one with `create` (a new run, or one to go on with) or `open` (one to look at).
     """
@@ -84,7 +95,7 @@ class RunFolder:
             if overwrite:
                 folder.clear()
             elif resume:
-                _require_same(folder.config(), config, may_differ, f"the run in {folder.path}")
+                folder.require_same(config, may_differ)
             else:
                 state = "a finished" if folder.finished else "an unfinished"
                 raise UserError(
@@ -138,6 +149,60 @@ class RunFolder:
         """Whether the run came to its end: its summary is there."""
         return (self.path / "summary.json").is_file()
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that the run was trained with; None where a former version did not keep it.
+
+        Raises:
+            UserError: it is not as it was written.
+        """
+        place = self.path / _TOKENIZER
+        if not place.is_dir():
+            return None
+        try:
+            return Tokenizer.load(place)
+        except CorruptCacheError as error:
+            raise UserError(
+                f"{error} The weights of the run mean nothing without it: take the folder from a copy of the run."
+            ) from error
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """The sentences that the run is evaluated on; None where a former version did not keep them.
+
+        Raises:
+            UserError: they are not as they were written.
+        """
+        path = self.path / _HELD_OUT
+        return HeldOut.read(path) if path.exists() else None
+
+    def keep(self, tokenizer: Tokenizer | None, held_out: HeldOut | None) -> None:
+        """Write the tokenizer and the sentences for evaluation; of None nothing is written.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        if tokenizer is not None and not self._has(tokenizer):
+            place = self.path / _TOKENIZER
+            temporary = place.with_name(f".{_TOKENIZER}.{os.getpid()}.tmp")
+            try:
+                tokenizer.save(temporary)
+                shutil.rmtree(place, ignore_errors=True)
+                os.replace(temporary, place)
+            except OSError as error:
+                raise write_error(place, error) from error
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        if held_out is not None:
+            with replacing(self.path / _HELD_OUT) as file:
+                held_out.write(file)
+
+    def _has(self, tokenizer: Tokenizer) -> bool:
+        with contextlib.suppress(UserError):
+            found = self.tokenizer
+            return found is not None and found.fingerprint == tokenizer.fingerprint
+        return False
+
     def config(self) -> dict[str, Any]:
         """The resolved configuration.
 
@@ -152,6 +217,14 @@ class RunFolder:
         if not isinstance(data, dict):
             raise UserError(f"{path} must hold a mapping: got {type(data).__name__}.")
         return data
+
+    def require_same(self, config: Mapping[str, Any], may_differ: Sequence[str] = ()) -> None:
+        """Make sure that this is the configuration of the run, before it goes on.
+
+        Raises:
+            UserError: it is another: every differing key is listed.
+        """
+        _require_same(self.config(), config, may_differ, f"the run in {self.path}")
 
     def write_json(self, name: str, data: Any) -> None:
         """Write plain data, all or nothing."""

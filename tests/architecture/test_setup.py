@@ -65,3 +65,87 @@ def test_ci_checks_and_tests() -> None:
     assert "set -euo pipefail" in script
     assert "make check" in script
     assert "make test" in script
+
+
+class Machine:
+    """A clone with a stand-in for the virtual environment's Python, which writes down what pip is asked for."""
+
+    def __init__(self, clone: Path) -> None:
+        self.clone, self.log, self.path = clone, clone / "asked", clone / "path"
+        python = clone / ".venv" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        self.path.mkdir()
+        (clone / ".venv" / ".usable").touch()
+        script = f'#!/bin/sh\necho "$@" >> {self.log}\ncase "$*" in *--index-url*) exit ${{INDEX_FAILS:-0}};; esac\n'
+        python.write_text(script)
+        python.chmod(0o755)
+
+    def program(self, name: str, script: str) -> None:
+        file = self.path / name
+        file.write_text(f"#!/bin/sh\n{script}\n")
+        file.chmod(0o755)
+
+    def set_up(self, *arguments: str, index_fails: bool = False) -> subprocess.CompletedProcess[str]:
+        self.log.unlink(missing_ok=True)
+        (self.clone / ".venv" / ".ready-run").unlink(missing_ok=True)
+        path = f"{self.path}:{os.environ['PATH']}"
+        return subprocess.run(
+            ["make", "--no-print-directory", ".venv/.ready-run", *arguments],
+            cwd=self.clone, capture_output=True, text=True, check=False,
+            env={**os.environ, "PATH": path, "INDEX_FAILS": str(int(index_fails))},
+        )  # fmt: skip
+
+    def asked(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def machine(clone: Path) -> Machine:
+    made = Machine(clone)
+    made.program("uname", "echo Linux")
+    made.program("nvidia-smi", "exit 9")
+    return made
+
+
+CPU_INDEX = "--index-url https://download.pytorch.org/whl/cpu torch"
+
+
+def test_without_a_gpu_the_cpu_build_comes_first(machine: Machine) -> None:
+    """With the pins, and before the package, whose requirement it then meets."""
+    assert machine.set_up().returncode == 0
+    back_end, torch, package = machine.asked()
+    assert back_end.endswith("hatchling editables")
+    assert torch.endswith(CPU_INDEX)
+    assert "--constraint constraints.txt" in torch
+    assert "--no-deps" in torch
+    assert package.endswith("--editable .")
+    assert "--index-url" not in package
+
+
+def test_an_index_that_cannot_be_asked_does_not_end_the_set_up(machine: Machine) -> None:
+    done = machine.set_up(index_fails=True)
+    assert done.returncode == 0
+    assert "taking the one that pip finds otherwise" in done.stdout
+    assert machine.asked()[-1].endswith("--editable .")
+
+
+def test_with_a_gpu_or_on_another_system_it_is_pips_own(machine: Machine) -> None:
+    machine.program("nvidia-smi", 'echo "GPU 0: NVIDIA H100 (UUID: GPU-1)"')
+    assert machine.set_up().returncode == 0
+    assert not [line for line in machine.asked() if "--index-url" in line]
+    machine.program("nvidia-smi", "exit 9")
+    machine.program("uname", "echo Darwin")
+    assert machine.set_up().returncode == 0
+    assert not [line for line in machine.asked() if "--index-url" in line]
+
+
+def test_the_build_of_torch_can_be_chosen(machine: Machine) -> None:
+    assert machine.set_up("TORCH=index").returncode == 0
+    assert not [line for line in machine.asked() if "--index-url" in line]
+    machine.program("nvidia-smi", 'echo "GPU 0: NVIDIA H100 (UUID: GPU-1)"')
+    assert machine.set_up("TORCH=cpu").returncode == 0
+    assert machine.asked()[1].endswith(CPU_INDEX)
+    refused = machine.set_up("TORCH=rocm")
+    assert refused.returncode != 0
+    assert "TORCH must be cpu, index or auto: got rocm" in refused.stderr
+    assert not (machine.clone / ".venv" / ".ready-run").exists()

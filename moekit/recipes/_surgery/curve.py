@@ -16,7 +16,8 @@ from torch import Tensor
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.recipes._config import active_tasks
-from moekit.recipes._parts import make_trainer, parameters, quiet, run_data
+from moekit.recipes._parts import make_trainer, parameters, quiet
+from moekit.recipes._run_text import evaluation_data, training_data
 from moekit.recipes._surgery.operations import Result, prune_run
 from moekit.recipes._surgery.subject import Subject, with_setting
 from moekit.recipes._surgery.utilisation import measured_load, trained_module, validate
@@ -120,7 +121,10 @@ def pruning_curve(
         arms += [(share, "random", seed + draw) for draw in range(draws)]
     load = measured_load(subject, language=language, task=task)
     chosen = [choose_experts(layers, share, order, load=load, seed=number or 0) for share, order, number in arms]
-    data = run_data(subject.config)
+    where = (subject.folder, subject.loaded.rest, str(subject.path))
+    data = evaluation_data(subject.config, *where)
+    if recovery is not None:
+        training_data(subject.config, *where)  # there, and what it was: before anything is computed
 
     def point(share: int | float, order: Order, number: int | None, kept: Mapping[str, Tensor]) -> Point:
         result = prune_run(subject, kept)
@@ -244,7 +248,7 @@ def _recovered(subject: Subject, result: Result, recovery: Recovery) -> float:
     ):  # fmt: skip
         config = with_setting(config, f"train.{key}", value)
     L.seed_everything(config.train.seed, verbose=False)
-    data = run_data(config)
+    data = training_data(config, subject.folder, subject.loaded.rest, str(subject.path))
     module = trained_module(subject, data, result.weights, config).train()
     trainer = make_trainer(
         config.train,

@@ -278,7 +278,7 @@ def _drawn(subject: Subject, config: Any, seed: int) -> nn.Module:
     """The model with fresh weights; the caller's random numbers are as before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return subject.model(config, device="cpu")
+        return subject.fresh_model(config)
 
 
 def _carried(
@@ -319,4 +319,10 @@ def _require_same_meaning(first: Subject, other: Subject) -> None:
         raise UserError(
             f"{other.path} must have the setting {key} of {first.path}, on which the meaning of weights and vocabulary "
             f"depends: got {found[key][1]!r} and {found[key][0]!r}."
+        )
+    digests = (first.tokenizer_digest, other.tokenizer_digest)
+    if None not in digests and digests[0] != digests[1]:
+        raise UserError(
+            f"{other.path} must have the tokenizer of {first.path}, on which the meaning of its weights depends: got "
+            f"{digests[1]} and {digests[0]}, from text that has changed in between."
         )

@@ -17,8 +17,9 @@ import moekit.recipes
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.recipes._command import Recipe, from_plain
-from moekit.recipes._parts import Build, WithData, build_parts, make_optimizer, run_data
+from moekit.recipes._parts import Build, WithData, build_parts, make_optimizer
 from moekit.recipes._pipeline import pipeline_of
+from moekit.recipes._run_text import recorded, training_data
 from moekit.surgery import SparseLayer, by_name, parameter_names, require_complete, sparse_layers
 from moekit.surgery.adapters import merged_state
 from moekit.training.checkpoint_state import LoadedState, load_state
@@ -40,7 +41,6 @@ class Subject:
         recipe: its command line.
         config: its configuration.
         vocab_size: V.
-        data: its text, of recipes whose models are made from it; else None, and no text is read.
     """
 
     path: Path
@@ -50,7 +50,6 @@ class Subject:
     recipe: Recipe[Any]
     config: Any
     vocab_size: int
-    data: MultitaskData | None
 
     @property
     def build(self) -> Build:
@@ -64,7 +63,24 @@ class Subject:
             UserError: if the recipe cannot build it.
         """
         wanted = self.config if config is None else config
-        return build_model(self.build, wanted, self.vocab_size, self.data, device)
+        return build_model(self.build, wanted, self.vocab_size, device=device)
+
+    def fresh_model(self, config: Any) -> nn.Module:
+        """`model` with the weights that training begins with; tables of the text are made of it.
+
+        Raises:
+            UserError: if the recipe cannot build it, or looks at the run's text and that is gone or has changed.
+        """
+        data = None
+        if isinstance(self.build, WithData):
+            data = training_data(self.config, self.folder, self.loaded.rest, str(self.path))
+        return build_model(self.build, config, self.vocab_size, data, "cpu")
+
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """The beginning of the fingerprint of the tokenizer that it was trained with, where that is known."""
+        tokenizer = None if self.folder is None else self.folder.tokenizer
+        return recorded(self.loaded.rest, "tokenizer") if tokenizer is None else tokenizer.fingerprint[:16]
 
     def layers(self) -> dict[str, SparseLayer]:
         """Its sparse layers."""
@@ -117,11 +133,8 @@ def open_subject(path: str | Path, config: str | Path | None = None) -> Subject:
     where, values = _settings(place, loaded, folder, config)
     recipe = recipe_of(values, where)
     settings = from_plain(type(next(iter(recipe.variants.values()))), values, where)
-    data = run_data(settings) if isinstance(pipeline_of(recipe).build, WithData) else None
-    vocab_size = (
-        _vocab_size(recipe, settings, loaded.weights, str(place)) if data is None else data.tokenizer.vocab_size
-    )
-    subject = Subject(place, folder, loaded, str(values.get("variant")), recipe, settings, vocab_size, data)
+    vocab_size = _vocab_size(recipe, settings, loaded.weights, str(place))
+    subject = Subject(place, folder, loaded, str(values.get("variant")), recipe, settings, vocab_size)
     require_complete(loaded.weights, subject.model(), str(place))
     return subject
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.recipes._config import active_tasks
-from moekit.recipes._parts import make_module, make_trainer, quiet, run_data
+from moekit.recipes._parts import make_module, make_trainer, quiet
+from moekit.recipes._run_text import evaluation_data
 from moekit.recipes._surgery.subject import Subject, with_setting
 from moekit.training.multitask import MultitaskModule, feed_forward_of
 
@@ -80,7 +81,7 @@ def trained_module(
     subject: Subject, data: MultitaskData, weights: Mapping[str, Tensor], config: Any
 ) -> MultitaskModule:
     """The run's module with the given weights, ready to validate."""
-    module, _ = make_module(subject.build, config, data)
+    module, _ = make_module(subject.build, config, data, loaded=True)
     module.load_state_dict(dict(weights))
     return module.eval()
 
@@ -103,7 +104,7 @@ def _validated(subject: Subject, task: str | None) -> dict[str, Any]:
             if other != task:
                 config = with_setting(config, f"tasks.{other}.tokens", 0)
     # Text of the one task alone, and a module with the heads of all, whose weights there are.
-    data = run_data(config)
+    data = evaluation_data(config, subject.folder, subject.loaded.rest, str(subject.path))
     module = trained_module(subject, data, subject.loaded.weights, subject.config)
     validate(module, data, subject.config)
     if module.routing is None:

@@ -46,6 +46,8 @@ def write_run(result: Result, out: str | Path, *, restart: bool = False, overwri
     try:
         folder = RunFolder.create(temporary, settings)
         folder.write_json(SURGERY_FILE, result.record)
+        if result.subject.folder is not None:
+            folder.keep(result.subject.folder.tokenizer, result.subject.folder.held_out)
         last = folder.checkpoints / "last.ckpt"
         if make_strategy(result.config.strategy) == "auto":
             with replacing(last) as file:

@@ -1,0 +1,228 @@
+"""The sentences that a run is evaluated on, as its folder keeps them: validation and test text, nothing of training."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from moekit.data.batching import StepLoader
+from moekit.data.module import MultitaskData
+from moekit.data.sources.base import Direction, Source, Split
+from moekit.data.store import TokenStore, Wanted, monolingual_section, parallel_section, store_in_memory
+from moekit.errors import UserError
+
+_FORMAT = 1
+_SPLITS: tuple[Split, ...] = ("valid", "test")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The text that a run was trained on, described.
+
+    Attributes:
+        fingerprint: of its source.
+        sentences: their number by section, as ``train/en-de/source``.
+        training: what each task trained on; see `MultitaskData.summary`.
+    """
+
+    fingerprint: str
+    sentences: Mapping[str, int]
+    training: Mapping[str, Mapping[str, float | int]]
+
+
+class HeldOut(Source):
+    """A source of validation and test text, in one compressed file.
+
+    It holds, of each direction and language, the sentences that evaluation uses and no others.
+
+    Args:
+        name: the kind of source that they are from.
+        languages: codes, in the order of their ids.
+        directions: those of the task translation.
+        tasks: that train, and so are validated.
+        limits: at most so many sentences of each direction or language were kept, by split; None = all.
+        settings: whatever says which text it is, as plain data; for the caller to compare.
+        corpus: what they are from.
+        sections: sentences by section.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        languages: Sequence[str],
+        directions: Sequence[Direction],
+        tasks: Sequence[str],
+        limits: Mapping[str, int | None],
+        settings: Mapping[str, Any],
+        corpus: Corpus,
+        sections: Mapping[str, Sequence[str]],
+    ) -> None:
+        self.name = name
+        self.languages = tuple(languages)
+        self.directions = tuple(directions)
+        self.tasks = tuple(tasks)
+        self.limits = dict(limits)
+        self.settings = dict(settings)
+        self.corpus = corpus
+        self._sections = sections
+
+    @classmethod
+    def of(cls, data: MultitaskData, settings: Mapping[str, Any]) -> HeldOut:
+        """What `data` evaluates on.
+
+        Args:
+            data: of a run.
+            settings: see the class.
+        """
+        limits = {"valid": data.valid_sentences, "test": data.test_sentences}
+        sections = {}
+        for texts, _ in data.wanted(_SPLITS).texts(data.source):
+            for section, read in texts.items():
+                sections[section] = read()[: limits[section.partition("/")[0]]]
+        counts = {section: where.count for section, where in data.store.sections.items()}
+        return cls(
+            name=data.source.name,
+            languages=data.languages,
+            directions=data.directions,
+            tasks=list(data.tasks),
+            limits=limits,
+            settings=settings,
+            corpus=Corpus(data.source.fingerprint(), counts, data.summary()),
+            sections=sections,
+        )
+
+    def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
+        """Pairs of one direction, for validation or testing."""
+        self.check_direction(direction)
+        source, target = (self._section(parallel_section(direction, split, side)) for side in ("source", "target"))
+        return list(zip(source, target, strict=True))
+
+    def monolingual(self, language: str, split: Split) -> Sequence[str]:
+        """Sentences of one language, for validation or testing."""
+        self.check_language(language)
+        return self._section(monolingual_section(language, split))
+
+    def fingerprint(self) -> str:
+        """Digest of the sentences."""
+        return hashlib.sha256(_canonical(self._plain())).hexdigest()
+
+    def wanted(self, wanted: Wanted) -> Wanted:
+        """What of `wanted` is here."""
+        here = self._sections
+        return Wanted(
+            tuple((d, split) for d, split in wanted.parallel if parallel_section(d, split, "source") in here),
+            tuple((code, split) for code, split in wanted.monolingual if monolingual_section(code, split) in here),
+        )
+
+    def write(self, file: IO[bytes]) -> None:
+        """Write everything, compressed, with the digest of it."""
+        content = {"format": _FORMAT, "digest": self.fingerprint(), **self._plain()}
+        file.write(gzip.compress(_canonical(content), mtime=0))
+
+    @classmethod
+    def read(cls, path: Path) -> HeldOut:
+        """Read what `write` wrote.
+
+        Raises:
+            UserError: if it cannot be read, or is not as it was written.
+        """
+        try:
+            content = json.loads(gzip.decompress(path.read_bytes()))
+            if content["format"] != _FORMAT:
+                raise ValueError(f"format {content['format']} instead of {_FORMAT}")
+            texts = content["texts"]
+            found = cls(
+                name=content["name"],
+                languages=content["languages"],
+                directions=[Direction(*pair) for pair in content["directions"]],
+                tasks=content["tasks"],
+                limits=content["limits"],
+                settings=content["settings"],
+                corpus=Corpus(**content["corpus"]),
+                sections={section: texts[number] for section, number in content["sections"].items()},
+            )
+            if found.fingerprint() != content["digest"]:
+                raise ValueError("its digest differs")
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(
+                f"{path} must hold the sentences that the run is evaluated on, as they were written: it cannot be read "
+                f"({error}). Take it from a copy of the run."
+            ) from error
+        return found
+
+    def _section(self, name: str) -> Sequence[str]:
+        if name not in self._sections:
+            raise UserError(
+                f"a run keeps the text that it is evaluated on, and no other: got {name}, and there are "
+                f"{', '.join(self._sections)}. Training needs its corpus."
+            )
+        return self._sections[name]
+
+    def _plain(self) -> dict[str, Any]:
+        """Everything as plain data; sections with the same sentences share one list."""
+        numbers: dict[tuple[str, ...], int] = {}
+        sections = {name: numbers.setdefault(tuple(text), len(numbers)) for name, text in self._sections.items()}
+        return {
+            "name": self.name,
+            "languages": list(self.languages),
+            "directions": [[direction.source, direction.target] for direction in self.directions],
+            "tasks": list(self.tasks),
+            "limits": self.limits,
+            "settings": self.settings,
+            "corpus": {
+                "fingerprint": self.corpus.fingerprint,
+                "sentences": dict(self.corpus.sentences),
+                "training": {task: dict(row) for task, row in self.corpus.training.items()},
+            },
+            "sections": sections,
+            "texts": [list(text) for text in numbers],
+        }
+
+
+class HeldOutData(MultitaskData):
+    """Validation and test batches of a run from the sentences that it keeps: the same ones as from its corpus.
+
+    They are tokenized when they are first asked for, in memory; nothing is read from a cache, or written.
+
+    Args:
+        source: the sentences.
+        options: as `MultitaskData`; `tokenizer` is required.
+    """
+
+    source: HeldOut
+
+    def __init__(self, source: HeldOut, **options: Any) -> None:
+        if options.get("tokenizer") is None:
+            raise TypeError("HeldOutData needs the run's tokenizer: there is no text here to train one on.")
+        super().__init__(source, **options)
+
+    @property
+    def store(self) -> TokenStore:
+        """The tokens of validation and test text."""
+        if self._store is None:
+            self._store = store_in_memory(self.source, self.tokenizer, self.source.wanted(self.wanted(_SPLITS)))
+        return self._store
+
+    def train_dataloader(self) -> StepLoader:
+        """There is none.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("training needs the corpus of the run: these are only the sentences that it is evaluated on.")
+
+    def summary(self) -> dict[str, dict[str, float | int]]:
+        """What each task was trained on, as it was recorded then."""
+        training = self.source.corpus.training
+        return {name: dict(training[name]) for name in self.tasks if name in training}
+
+
+def _canonical(data: Any) -> bytes:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
