@@ -72,7 +72,7 @@ $(VENV)/.ready-%: $(PINS) | $(VENV)/.usable
 	  auto) if nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then build=index; else build=cpu; fi;; \
 	  *) echo "TORCH must be cpu, index or auto: got $(TORCH)" >&2; exit 2;; \
 	esac; \
-	if [ $$build = cpu ] && ! $(INSTALL) --no-deps --retries 0 --timeout 10 --index-url $(CPU_INDEX) torch; then \
+	if [ $$build = cpu ] && ! $(INSTALL) --no-deps --retries 0 --timeout 10 --index-url $(CPU_INDEX) torch 2>/dev/null; then \
 	  echo "No CPU build of torch from $(CPU_INDEX): taking the one that pip finds otherwise."; \
 	fi
 	@$(INSTALL) --no-build-isolation --editable ".$(EXTRAS)"

@@ -143,12 +143,12 @@ def test_bad_tables(tmp_path: Path, data: MultitaskData, cache: Path) -> None:
     with pytest.raises(UserError, match=r"model\.tables"):
         hash_layers.build(small(hash_layers.kind(hash="random", tables=2)), 500)
     with pytest.raises(UserError, match=r"model\.embeddings"):
-        hash_layers.build(small(hash_layers.kind(hash="clustered")), 500)
+        hash_layers.build(small(hash_layers.kind(hash="clustered")), 500, data)
     with pytest.raises(UserError):
-        hash_layers.build(small(hash_layers.kind(hash="clustered", embeddings=str(tmp_path))), 500)
+        hash_layers.build(small(hash_layers.kind(hash="clustered", embeddings=str(tmp_path))), 500, data)
 
 
-def test_clusters_of_a_trained_run(tmp_path: Path, cache: Path) -> None:
+def test_clusters_of_a_trained_run(tmp_path: Path, data: MultitaskData, cache: Path) -> None:
     """Tables from the embeddings in a run folder, which must have the vocabulary."""
     out = str(tmp_path / "dense")
     options = [
@@ -160,10 +160,15 @@ def test_clusters_of_a_trained_run(tmp_path: Path, cache: Path) -> None:
     assert main(hash_layers.RECIPE, ["fit", "--variant", "tiny_dense", *options, "--out", out]) == 0
     for kind in ("clustered", "dispersed"):
         config = small(hash_layers.kind(hash=kind, embeddings=out), cache)
-        [(_, layer)] = sparse(hash_layers.build(config, 500).backbone)
+        [(_, layer)] = sparse(hash_layers.build(config, 500, data).backbone)
         assert set(layer.router.table.flatten().tolist()) == {0, 1, 2, 3}  # type: ignore[union-attr,operator]
         with pytest.raises(UserError, match="vocabulary of 400"):
-            hash_layers.build(config, 400)
+            hash_layers.build(config, 400, data)
+        # To be loaded from a checkpoint, it needs no other run.
+        [(_, empty)] = sparse(
+            hash_layers.build(replace(config, model=replace(config.model, embeddings="gone")), 500).backbone
+        )
+        assert empty.router.table.shape == layer.router.table.shape  # type: ignore[union-attr]
 
 
 # -- dense_to_sparse -----------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
+import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,10 +82,10 @@ class Made(NamedTuple):
         return main(self.kind.recipe, [command, *map(str, options)])
 
 
-def train(kind: Kind, home: Path, *options: str) -> Made:
-    corpus(home / "text")
+def train(kind: Kind, home: Path, *, seed: int = 0) -> Made:
+    corpus(home / "text", seed=seed)
     made = Made(kind, home)
-    given = [*SMALL, *kind.options, "--data.path", home / "text", "--data.cache", home / "cache", *options]
+    given = [*SMALL, *kind.options, "--data.path", home / "text", "--data.cache", home / "cache"]
     assert made.do("run", *given, "--out", made.run) == 0
     return made
 
@@ -97,15 +99,21 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def own(made: Made, tmp_path: Path) -> Made:
     """The run with a corpus and a cache that may be changed."""
     shutil.copytree(made.home, tmp_path / "own")
-    config = tmp_path / "own" / "run" / "config.yaml"
+    run = tmp_path / "own" / "run"
+    config = run / "config.yaml"
     config.write_text(config.read_text().replace(str(made.home), str(tmp_path / "own")))
+    for path in (run / "checkpoints").iterdir():
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["moekit_config"]["data"] |= {"path": str(run.parent / "text"), "cache": str(run.parent / "cache")}
+        torch.save(checkpoint, path)
     return Made(made.kind, tmp_path / "own")
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """What `test` writes, but for its seconds."""
+    """What `test` writes, but for how long it took."""
+    timed = ("evaluation_seconds", "wall_seconds", "tokens_per_second")
     found = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "samples", "routing")}
-    return {**found, "summary": {k: v for k, v in found["summary"].items() if k != "evaluation_seconds"}}
+    return {**found, "summary": {k: v for k, v in found["summary"].items() if k not in timed}}
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -168,9 +176,8 @@ def same(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
-def test_a_copy_does_what_the_run_did(
-    own: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.slow
+def test_a_copy_does_what_the_run_did(own: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Test, generate, finetune, distill, surgery and report, in an empty directory, without corpus and cache."""
     at_home = record(own.run)
     other = corpus(tmp_path / "other", seed=1)
@@ -184,15 +191,29 @@ def test_a_copy_does_what_the_run_did(
     for name in ("summary.json", "samples.json", "routing.json", "report.html"):
         (elsewhere / "run" / name).unlink()
     monkeypatch.chdir(elsewhere)
-    capsys.readouterr()
     after = everything(own, elsewhere / "run", other, tmp_path / "after")
     for name in before:
         assert same(before[name], after[name]), name
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["run"], "nothing was built beside it"
+
+
+def test_a_corpus_that_is_gone(
+    own: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What tests says the same, and a line that it is gone; what trains on it is refused, and leaves nothing."""
+    at_home = record(own.run)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(own.run, elsewhere / "run")
+    shutil.rmtree(own.home)
+    for name in ("summary.json", "samples.json", "routing.json"):
+        (elsewhere / "run" / name).unlink()
+    monkeypatch.chdir(elsewhere)
+    capsys.readouterr()
+    assert own.do("test", "--out", elsewhere / "run") == 0
+    assert record(elsewhere / "run") == at_home
     said = " ".join(capsys.readouterr().out.split())
     assert f"tested on the sentences that the folder keeps; the corpus is not here: {own.kind.options[1]}" in said
     assert sorted(path.name for path in elsewhere.iterdir()) == ["run"], "nothing was built beside it"
-
-    # What trains on the text that is gone says so, and leaves nothing.
     for command, name in (("finetune", "--init_from"), ("distill", "--teacher")):
         assert own.do(command, name, elsewhere / "run", "--out", tmp_path / "out") == 2
         message = " ".join(capsys.readouterr().err.split())
@@ -305,8 +326,44 @@ def test_a_damaged_tokenizer_is_named(own: Made, capsys: pytest.CaptureFixture[s
 
 
 def test_the_tokenizer_of_another_run_is_refused(own: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = train(own.kind, tmp_path / "other", "--data.vocab_size", "330", "--train.max_steps", "1")
+    other = train(own.kind, tmp_path / "other", seed=2)
     shutil.rmtree(own.run / "tokenizer")
     shutil.copytree(other.run / "tokenizer", own.run / "tokenizer")
     assert own.do("test", "--out", own.run) == 2
     assert "must be used with the tokenizer that it was trained with" in " ".join(capsys.readouterr().err.split())
+
+
+def catalog(path: Path, messages: dict[str, str]) -> None:
+    """A .mo file."""
+    pairs = sorted((key.encode(), value.encode()) for key, value in messages.items())
+    tables: list[list[int]] = [[], []]
+    text = b""
+    for side in (0, 1):
+        for pair in pairs:
+            tables[side] += [len(pair[side]), 28 + 16 * len(pairs) + len(text)]
+            text += pair[side] + b"\0"
+    header = struct.pack("<7I", 0x950412DE, 0, len(pairs), 28, 28 + 8 * len(pairs), 0, 28)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header + struct.pack(f"<{4 * len(pairs)}I", *tables[0], *tables[1]) + text)
+
+
+def test_an_upgrade_of_the_packages_behind_gettext(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run says what it said; going on is refused, with what changed."""
+    words = [f"{a}{b}" for a in "bdgklm" for b in "aeiou"]
+    english = [f"{a} {b} {c}" for a, b, c in itertools.islice(itertools.product(words, repeat=3), 1300)]
+    messages = {line: " ".join(word[::-1] for word in line.split()) for line in english}
+    file = tmp_path / "locale" / "de" / "LC_MESSAGES" / "program.mo"
+    catalog(file, messages)
+    made = Made(Kind(zcode_m3.RECIPE, [], []), tmp_path)
+    given = [*SMALL, "--data.source", "gettext", "--data.path", tmp_path / "locale", "--data.cache", tmp_path / "cache"]
+    given += ["--model.generator_dim", "8", "--tasks.translation.tokens", "96", "--train.max_steps", "1"]
+    assert made.do("run", *given, "--out", made.run) == 0
+    at_home = record(made.run)
+
+    catalog(file, {**messages, **{f"{line} xu": f"ux {line}" for line in english[:90]}})
+    capsys.readouterr()
+    assert made.do("test", "--out", made.run) == 0
+    assert record(made.run) == at_home
+    assert "the corpus is not what it was when the run was trained" in " ".join(capsys.readouterr().out.split())
+    assert made.do("fit", "--config", made.run / "config.yaml", "--out", made.run, "--resume") == 2
+    assert "it has changed since then (train/" in " ".join(capsys.readouterr().err.split())
