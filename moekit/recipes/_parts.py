@@ -203,6 +203,18 @@ def make_trainer(train: TrainConfig, **options: Any) -> L.Trainer:
         )
 
 
+def elsewhere(train: TrainConfig, here: TrainConfig | None = None) -> TrainConfig:
+    """The settings of a run on the devices of this machine, which need not be the one that it was trained on.
+
+    Args:
+        train: of the run; one that was kept to the CPU stays there.
+        here: says which devices; None = one, of whatever kind there is.
+    """
+    here = TrainConfig() if here is None else here
+    accelerator = "cpu" if train.accelerator == "cpu" else here.accelerator
+    return dataclasses.replace(train, devices=here.devices, num_nodes=here.num_nodes, accelerator=accelerator)
+
+
 def parameters(backbone: nn.Module) -> dict[str, int]:
     """Parameters of a network: all, and those that one token passes (k of an expert bank's E experts)."""
     total = sum(p.numel() for p in backbone.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable
@@ -23,7 +24,16 @@ from moekit.recipes._config import TrainConfig
 from moekit.recipes._data import missing_paths
 from moekit.recipes._evaluation import evaluate
 from moekit.recipes._generation import generate
-from moekit.recipes._parts import Build, make_module, make_strategy, make_trainer, parameters, quiet, run_data
+from moekit.recipes._parts import (
+    Build,
+    elsewhere,
+    make_module,
+    make_strategy,
+    make_trainer,
+    parameters,
+    quiet,
+    run_data,
+)
 from moekit.recipes._run_text import corpus_note, held_out_text, require_same_text, run_tokenizer
 from moekit.recipes._start import Start, default_out, defaults_from_run
 from moekit.training.callbacks.best import BestCheckpoint
@@ -158,9 +168,10 @@ class Pipeline:
         return 0
 
     def test(self, config: Any, options: Namespace) -> int:
-        """Test what was trained, with the configuration that its folder holds."""
+        """Test what was trained, with the configuration that its folder holds, on the devices that are asked for."""
         folder = RunFolder.open(self._folder(options))
         saved = self._saved(config, folder)
+        saved = dataclasses.replace(saved, train=elsewhere(saved.train, config.train))
         if _is_first_process() and (note := corpus_note(saved, folder)):
             self.console.print(f"{folder.path}: {note}", highlight=False, soft_wrap=True, markup=False)
         evaluate(self.build, saved, folder, self.console)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from moekit.recipes import hash_layers, zcode_m3
@@ -367,3 +368,21 @@ def test_an_upgrade_of_the_packages_behind_gettext(tmp_path: Path, capsys: pytes
     assert "the corpus is not what it was when the run was trained" in " ".join(capsys.readouterr().out.split())
     assert made.do("fit", "--config", made.run / "config.yaml", "--out", made.run, "--resume") == 2
     assert "it has changed since then (train/" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_of_many_devices_is_tested_on_this_machine(own: Made, tmp_path: Path) -> None:
+    """As if it had been trained on two nodes of eight GPUs each."""
+    at_home = record(own.run)
+    there = {"devices": 8, "num_nodes": 2, "accelerator": "gpu"}
+    config = yaml.safe_load((own.run / "config.yaml").read_text())
+    config["train"] |= there
+    (own.run / "config.yaml").write_text(yaml.safe_dump(config))
+    for path in (own.run / "checkpoints").iterdir():
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["moekit_config"]["train"] |= there
+        torch.save(checkpoint, path)
+    assert own.do("test", "--out", own.run, "--train.accelerator", "cpu") == 0
+    assert record(own.run) == at_home
+    if own.kind.recipe is zcode_m3.RECIPE:
+        prune = ["prune", str(own.run), "--keep", "2", "--task", "denoising", "--out", str(tmp_path / "pruned")]
+        assert surgery(prune) == 0

@@ -16,7 +16,7 @@ from torch import Tensor
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.recipes._config import active_tasks
-from moekit.recipes._parts import make_trainer, parameters, quiet
+from moekit.recipes._parts import elsewhere, make_trainer, parameters, quiet
 from moekit.recipes._run_text import evaluation_data, training_data
 from moekit.recipes._surgery.operations import Result, prune_run
 from moekit.recipes._surgery.subject import Subject, with_setting
@@ -251,7 +251,7 @@ def _recovered(subject: Subject, result: Result, recovery: Recovery) -> float:
     data = training_data(config, subject.folder, subject.loaded.rest, str(subject.path))
     module = trained_module(subject, data, result.weights, config).train()
     trainer = make_trainer(
-        config.train,
+        elsewhere(config.train),
         max_steps=recovery.steps,
         logger=False,
         enable_checkpointing=False,

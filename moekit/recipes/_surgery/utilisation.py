@@ -12,7 +12,7 @@ from torch import Tensor
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.recipes._config import active_tasks
-from moekit.recipes._parts import make_module, make_trainer, quiet
+from moekit.recipes._parts import elsewhere, make_module, make_trainer, quiet
 from moekit.recipes._run_text import evaluation_data
 from moekit.recipes._surgery.subject import Subject, with_setting
 from moekit.training.multitask import MultitaskModule, feed_forward_of
@@ -88,7 +88,7 @@ def trained_module(
 
 def validate(module: MultitaskModule, data: MultitaskData, config: Any) -> Mapping[str, float]:
     """Metrics of one validation; the module's `routing` is that of it."""
-    trainer = make_trainer(config.train, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = make_trainer(elsewhere(config.train), logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with quiet():
         found: Mapping[str, float] = trainer.validate(module, datamodule=data, verbose=False)[0]
     return found
