@@ -386,3 +386,21 @@ def test_a_run_of_many_devices_is_tested_on_this_machine(own: Made, tmp_path: Pa
     if own.kind.recipe is zcode_m3.RECIPE:
         prune = ["prune", str(own.run), "--keep", "2", "--task", "denoising", "--out", str(tmp_path / "pruned")]
         assert surgery(prune) == 0
+
+
+def test_tables_that_are_made_of_the_text_need_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dense run gets the routers that a run of its text has; without the text it is refused."""
+    made = Made(KINDS["tables of the text"], tmp_path)
+    given = [*SMALL, *made.kind.options, "--data.path", corpus(tmp_path / "text"), "--data.cache", tmp_path / "cache"]
+    assert made.do("fit", *given, "--model.num_experts", "0", "--out", made.run) == 0
+    assert made.do("fit", *given, "--out", tmp_path / "sparse") == 0
+    upcycle = ["upcycle", str(made.run), "--experts", "4", "--restart", "--out"]
+    assert surgery([*upcycle, str(tmp_path / "upcycled")]) == 0
+    wanted, found = weights(tmp_path / "sparse"), weights(tmp_path / "upcycled")
+    [table] = [name for name in wanted if name.endswith("router.table")]
+    assert torch.equal(found[table], wanted[table])
+    assert len(wanted[table].unique()) == 4
+    shutil.rmtree(tmp_path / "text")
+    assert surgery([*upcycle, str(tmp_path / "again")]) == 2
+    assert str(tmp_path / "text") in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "again").exists()
