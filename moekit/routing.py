@@ -167,7 +167,8 @@ class Capacity:
 
     slots = round(factor * k * T / E), or without the k (see `share`), at least `minimum`, but never more than T, where
     T counts all positions of the batch that this process routes (padding included, so that shapes are known without
-    reading data).
+    reading data). With local groups tokens compete inside their group alone, and each group has as many slots as a
+    batch of its size.
 
     Attributes:
         train: capacity factor in training; None = dropless.
@@ -182,7 +183,10 @@ class Capacity:
             factor of 1 is GShard's C = 2 T / E (arXiv:2006.16668 section 2.2). "tokens" = an even share of the tokens,
             T / E, whatever k is: arXiv:2202.08906 and Mesh-TensorFlow, whose factor of 1.25 with k = 2 leaves no room
             for 3 of 8 choices.
+        group_size: positions of a local group, which follow each other in the batch; the last group may be smaller.
+            None = all positions of the process are one group (GShard's groups are then the processes).
 
+    Source: arXiv:2006.16668 section 2.2 (local groups, 2 S / E slots for S tokens of a group).
     Differs: Random and probability priority look at later tokens, so they are not causal; routers refuse them for a
     causal decoder unless told ``allow_future=True``. Random priority acts in training only; in evaluation with a
     capacity the order is by position (DeepSpeed keeps it random). With several choices a token and a capacity,
@@ -197,6 +201,7 @@ class Capacity:
     priority: Priority = "position"
     rounding: Literal["ceil", "floor", "nearest"] = "ceil"
     share: Share = "choices"
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("train", "eval"):
@@ -211,6 +216,11 @@ class Capacity:
             raise ValueError(f'Capacity.rounding must be "ceil", "floor" or "nearest": got {self.rounding!r}.')
         if self.share not in ("choices", "tokens"):
             raise ValueError(f'Capacity.share must be "choices" or "tokens": got {self.share!r}.')
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(
+                f"Capacity.group_size must be at least 1, or None for one group: got {self.group_size}. A group should "
+                "hold several tokens for each expert."
+            )
 
     @property
     def looks_ahead(self) -> bool:
@@ -220,10 +230,16 @@ class Capacity:
         return self.priority == "random" and self.train is not None
 
     def slots(self, num_tokens: int, num_experts: int, k: int, *, training: bool) -> int | None:
-        """Slots per expert for a batch of `num_tokens`, or None where this phase is dropless."""
+        """Slots per expert for a batch of `num_tokens`, all groups together, or None where this phase is dropless."""
         factor = self.train if training else self.eval
         if factor is None:
             return None
+        if self.group_size is not None and self.group_size < num_tokens:
+            whole, rest = divmod(num_tokens, self.group_size)
+            alone = dataclasses.replace(self, group_size=None)
+            sizes = [self.group_size] * bool(whole) + [rest] * bool(rest)
+            slots = [alone.slots(size, num_experts, k, training=training) or 0 for size in sizes]
+            return whole * slots[0] + sum(slots[1:])
         exact = factor * (k if self.share == "choices" else 1) * num_tokens / num_experts
         # 1e-9: 1.1 * 10 is 11.000000000000002 in floating point, and one slot too many would be a silent surprise.
         rounded = {

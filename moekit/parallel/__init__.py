@@ -6,6 +6,7 @@
 For the Trainer there is `moekit.ExpertParallelStrategy`, which does this.
 """
 
+from moekit.parallel.activations import Activations
 from moekit.parallel.annotation import Annotation, read_annotations
 from moekit.parallel.checkpoint import (
     Checkpointer,
@@ -24,6 +25,7 @@ from moekit.parallel.shadows import Shadows, original
 from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 
 __all__ = [
+    "Activations",
     "Annotation",
     "Checkpointer",
     "Layout",

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from moekit.errors import UserError
 from moekit.layer import MoELayer
+from moekit.parallel.activations import Activations
 from moekit.parallel.mesh import EXPERT, TENSOR
 from moekit.parallel.plan import Plan
 from moekit.parallel.planner.layout import Layout
@@ -120,11 +121,17 @@ def check_model(model: nn.Module, layout: Layout, plan: Plan, found: list[Annota
                 "an attribute `vocabulary`. Use moekit.transformer.TokenEmbedding, or a Plan without vocab."
             )
     _check_banks(model, layout, found)
-    if layout.tensor_parallel_size > 1 and not any(TENSOR in note.divided.values() for note in found):
+    divided = any(TENSOR in note.divided.values() for note in found)
+    if layout.tensor_parallel_size > 1 and not divided and not any(map(_annotates, model.modules())):
         raise UserError(
             f"tensor_parallel_size={layout.tensor_parallel_size} needs modules that name an axis mlp, heads or vocab: "
             "this model has none. Annotate them, or use tensor_parallel_size=1."
         )
+
+
+def _annotates(module: nn.Module) -> bool:
+    """Whether it divides its activations itself."""
+    return any(isinstance(child, Activations) for child in module.children())
 
 
 def _takes_vocabulary(module: nn.Module) -> bool:
@@ -145,10 +152,10 @@ def _check_banks(model: nn.Module, layout: Layout, found: list[Annotation]) -> N
                     f"every parameter of an expert bank must be named in its axes and have a dimension: got {name} of "
                     f"{path}, shape {tuple(parameter.shape)}. Add it to axes."
                 )
-        if layout.expert_parallel_size > 1 and id(bank) not in connected:
+        if layout.expert_parallel_size > 1 and id(bank) not in connected and not _annotates(bank):
             raise UserError(
                 f"the experts of {path} are not in a MoELayer, so nobody would bring rows to them: use MoELayer("
-                "router, experts), or expert_parallel_size=1."
+                "router, experts), annotate their rows by Activations, or use expert_parallel_size=1."
             )
         if layout.expert_parallel_size > 1 and getattr(bank, "requires_whole_bank", False):
             raise UserError(f"{path} needs all its experts in one process. Use expert_parallel_size=1.")

@@ -12,8 +12,12 @@ and 1, which repeat the weights on all data ranks, `replicate` holds all ranks t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -32,12 +36,14 @@ class Meshes:
         dense: ``(replicate, shard, tensor)``.
         sparse: ``(replicate, expert_shard, expert, tensor)``.
         data: ``(data_parallel, tensor_parallel)``, the names that Lightning gives to these two.
+        timeout: after which a rank that waits for others in any of their groups gives up; None = torch's default.
     """
 
     layout: Layout
     dense: DeviceMesh
     sparse: DeviceMesh
     data: DeviceMesh
+    timeout: timedelta | None = None
 
     @property
     def data_size(self) -> int:
@@ -66,17 +72,54 @@ class World:
     Args:
         device_type: "cpu" or "cuda".
         tensor_parallel_size: partners, next to each other, that read the same data.
+        timeout: of every group that is made of these ranks; None = torch's default.
 
     Attributes:
         all: ``(world,)``.
         data: ``(data_parallel, tensor_parallel)``, the names that Lightning gives to these two.
+        timeout: see above.
     """
 
-    def __init__(self, device_type: str, tensor_parallel_size: int) -> None:
+    def __init__(self, device_type: str, tensor_parallel_size: int, timeout: timedelta | None = None) -> None:
         size = dist.get_world_size()
-        self.all = init_device_mesh(device_type, (size,), mesh_dim_names=("world",))
+        self.timeout = timeout
+        self.all = init_device_mesh(
+            device_type,
+            (size,),
+            mesh_dim_names=("world",),
+            backend_override=_with_timeout(device_type, (size,), ("world",), timeout),
+        )
         shape = (size // tensor_parallel_size, tensor_parallel_size)
-        self.data = self.all._unflatten(0, shape, ("data_parallel", "tensor_parallel"))
+        self.data = unflatten(self.all, shape, ("data_parallel", "tensor_parallel"), timeout)
+
+
+def unflatten(
+    mesh: DeviceMesh, shape: Sequence[int], names: tuple[str, ...], timeout: timedelta | None = None
+) -> DeviceMesh:
+    """The ranks of a mesh of one dimension as a grid of `shape`, whose groups wait for `timeout`."""
+    return mesh._unflatten(0, tuple(shape), names, _with_timeout(mesh.device_type, shape, names, timeout))
+
+
+def _with_timeout(
+    device_type: str, shape: Sequence[int], names: Sequence[str], timeout: timedelta | None
+) -> dict[Any, Any]:
+    """What makes the groups of a mesh wait for `timeout`; without it smaller groups wait for torch's default.
+
+    The time is given when a group is made: what is set later (`_set_pg_timeout`) does not reach all-to-all on gloo. A
+    group of all ranks is the default group again, unless that one waits differently.
+    """
+    if timeout is None:
+        return {}
+    backend = dist.group.WORLD._get_backend(torch.device(device_type))  # type: ignore[union-attr]
+    made = {"gloo": "ProcessGroupGloo", "nccl": "ProcessGroupNCCL"}.get(backend.name())
+    if made is None:
+        return {}
+    kind = getattr(dist, made)
+    options = (kind._Options if made == "ProcessGroupGloo" else kind.Options)()
+    options._timeout = timeout
+    again = backend.options._timeout == timeout
+    size = dist.get_world_size()
+    return {name: (backend.name(), options) for name, n in zip(names, shape, strict=True) if not (again and n == size)}
 
 
 def build_meshes(layout: Layout, device_type: str, world: World | None = None) -> Meshes:
@@ -105,7 +148,8 @@ def build_meshes(layout: Layout, device_type: str, world: World | None = None) -
     world = world or World(device_type, tensor)
     return Meshes(
         layout,
-        dense=world.all._unflatten(0, (replicate, shard, tensor), (REPLICATE, SHARD, TENSOR)),
-        sparse=world.all._unflatten(0, sparse, (REPLICATE, EXPERT_SHARD, EXPERT, TENSOR)),
+        dense=unflatten(world.all, (replicate, shard, tensor), (REPLICATE, SHARD, TENSOR), world.timeout),
+        sparse=unflatten(world.all, sparse, (REPLICATE, EXPERT_SHARD, EXPERT, TENSOR), world.timeout),
         data=world.data,
+        timeout=world.timeout,
     )

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
-from torch.utils._pytree import tree_map_only
 
 from moekit.dispatch import AllToAll, Exchange, TwoLevelAllToAll
 from moekit.errors import UserError
+from moekit.parallel.activations import Activations
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations, sparse_layers
 from moekit.parallel.local import LocalView, LocalViews
-from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, REPLICATE, SHARD, TENSOR, Meshes
+from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, REPLICATE, SHARD, TENSOR, Meshes, unflatten
+from moekit.parallel.outputs import own_outputs
 from moekit.parallel.plan import Plan
 from moekit.parallel.tensor import DividedVocabulary, sum_gradient, sum_value
 from moekit.parallel.units import Unit, choose_units, inner_first, zero_dimensions
 from moekit.parallel.unused import reduce_unused_gradients
 from moekit.routers.rank_shuffle import RankShuffle
-from moekit.routing import Router
 
 _HANDLE = "_moekit_sharded"
 
@@ -133,8 +133,10 @@ def sharded(model: nn.Module) -> ShardedModel | None:
 
 
 def _connect(model: nn.Module, meshes: Meshes, plan: Plan, found: list[Annotation]) -> None:
-    """Tell every sparse layer how to reach the ranks that hold its experts, and shuffles who has other tokens."""
+    """Tell sparse layers how to reach the ranks that hold their experts, shuffles and annotations who the ranks are."""
     for module in model.modules():
+        if isinstance(module, Activations):
+            module.connect(meshes)
         shuffle = getattr(module, "shuffle", None)
         if isinstance(shuffle, RankShuffle) and shuffle.group is None:
             shuffle.group = meshes.data["data_parallel"].get_group()
@@ -154,7 +156,8 @@ def _exchange(meshes: Meshes, plan: Plan) -> Exchange:
             f"node_size must divide expert_parallel_size: got {plan.node_size} and {group.size()}. Use None for one "
             "level."
         )
-    nodes = meshes.sparse[EXPERT]._unflatten(0, (group.size() // plan.node_size, plan.node_size), ("node", "local"))
+    shape = (group.size() // plan.node_size, plan.node_size)
+    nodes = unflatten(meshes.sparse[EXPERT], shape, ("node", "local"), meshes.timeout)
     return TwoLevelAllToAll(nodes.get_group("local"), nodes.get_group("node"))
 
 
@@ -223,8 +226,7 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice], units: Sequence[Unit]) -> None:
     """Hooks that show local views in forward, and those of tensor-parallel layers."""
     for unit in units:
-        if isinstance(unit.module, Router):
-            unit.module.register_forward_hook(_without_views)
+        own_outputs(unit.module)
     tensor = meshes.tensor_group
     outer = {id(inner): module for module in dict.fromkeys(n.module for n in found) for inner in module.modules()}
     mine: dict[int, list[LocalView]] = {}
@@ -249,11 +251,6 @@ def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice
             module.vocabulary = DividedVocabulary(tensor)  # type: ignore[assignment]
         elif split and any("embed" in n.axes for n in notes):
             _join_partners(module, tensor)
-
-
-def _without_views(module: nn.Module, args: Any, output: Any) -> Any:
-    """`fully_shard` hangs its hooks on what a unit returns and warns of views, which lose them when written to."""
-    return tree_map_only(Tensor, lambda t: t.clone() if t._is_view() and t.requires_grad else t, output)
 
 
 def _join_partners(module: nn.Module, group: dist.ProcessGroup) -> None:

@@ -32,7 +32,7 @@ from moekit.recipes._networks import (
 )
 from moekit.recipes._parts import Built
 from moekit.recipes._pipeline import commands
-from moekit.routers import AllChoices, LaterChoices, RandomChoice, SampledChoice, ThresholdChoice, TopKRouter
+from moekit.routers import AllChoices, Balance, LaterChoices, RandomChoice, SampledChoice, ThresholdChoice, TopKRouter
 from moekit.routing import Capacity
 from moekit.transformer import Side
 
@@ -54,11 +54,13 @@ class ModelConfig(EncoderDecoderConfig):
         eval_capacity_factor: the same in evaluation; 0 = no limit.
         second_expert: whether a token's second choice is sent at random by its weight (the paper), always, where its
             weight is above 0.2 (threshold), or drawn from the router's probabilities (sampled).
+        group_size: tokens of a local group, which has slots and a balance loss of its own; 0 = all tokens of a process.
     """
 
     capacity_factor: float = 1.0  # C = 2 T / E (section 2.2)
     eval_capacity_factor: float = 0.0  # ours: dropless
     second_expert: Literal["random", "always", "threshold", "sampled"] = "random"
+    group_size: int = 0  # section 2.2: groups are served apart; the paper gives no size but that of a device's batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +85,14 @@ def build(config: Config, vocab_size: int) -> Built:
             model.dim,
             model.num_experts,
             k=ACTIVE,
-            capacity=Capacity(train=model.capacity_factor or None, eval=model.eval_capacity_factor or None),
+            capacity=Capacity(
+                train=model.capacity_factor or None,
+                eval=model.eval_capacity_factor or None,
+                group_size=model.group_size or None,
+            ),
             renormalise="before_drop",
             later_choices=SECOND[model.second_expert],
+            balance=Balance(scope="group" if model.group_size else "batch"),
             init_scale=1.0,
         )
         return MoELayer(router, expert_bank(model))

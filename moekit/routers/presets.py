@@ -46,6 +46,7 @@ def gshard(
     *,
     capacity_factor: float | None = 1.0,
     eval_capacity_factor: float | None = None,
+    group_size: int | None = None,
     allow_future: bool = False,
 ) -> TopKRouter:
     """GShard: two experts, weights renormalised before any drop, the second sent at random by its weight.
@@ -57,6 +58,8 @@ def gshard(
         num_experts: E.
         capacity_factor: 1.0 gives the paper's C = 2 T / E (k = 2 is already in the formula); None = dropless.
         eval_capacity_factor: None = dropless evaluation (ours).
+        group_size: S, tokens of a local group, each with 2 S / E slots and a balance loss of its own, of which the mean
+            is taken (section 2.2); None = all tokens of a process are one group.
         allow_future: accepted for interchange; this router does not look ahead.
 
     Source: arXiv:2006.16668 Algorithm 1. Differs: its balance loss is ours divided by E**2.
@@ -65,9 +68,10 @@ def gshard(
         dim,
         num_experts,
         k=2,
-        capacity=Capacity(train=capacity_factor, eval=eval_capacity_factor),
+        capacity=Capacity(train=capacity_factor, eval=eval_capacity_factor, group_size=group_size),
         renormalise="before_drop",
         later_choices=RandomChoice(0.5),
+        balance=Balance(scope="batch" if group_size is None else "group"),
         init_scale=1.0,
         allow_future=allow_future,
     )

@@ -48,8 +48,36 @@ def serve(
     if priority == "random" and not training:
         priority = "position"
     order = service_order(probs.detach().t(), priority)
+    if slots is not None and capacity.group_size is not None and capacity.group_size < t:
+        return _serve_groups(expert, wanted, num_experts, capacity, order, training=training)
     position = queue_positions(by_choice(expert), by_choice(wanted), num_experts, order).view(k, t).t()
     return Served(position, wanted if slots is None else wanted & (position < slots), slots, order)
+
+
+def _serve_groups(
+    expert: Tensor, wanted: Tensor, num_experts: int, capacity: Capacity, order: Tensor | None, *, training: bool
+) -> Served:
+    """`serve` where tokens compete inside local groups: a queue for every expert and group, then one for the batch."""
+    t, k = expert.shape
+    assert capacity.group_size is not None
+    whole, rest = divmod(t, capacity.group_size)
+    group = local_groups(t, capacity.group_size, expert.device)
+    full, last = (capacity.slots(n, num_experts, k, training=training) or 0 for n in (capacity.group_size, rest))
+    room = torch.where(group < whole, full, last)
+    queued = by_choice(wanted)
+    apart = by_choice(expert + num_experts * group[:, None])
+    kept = queued & (queue_positions(apart, queued, num_experts * (whole + 1), order) < room.repeat(k))
+    served = torch.arange(t * k, device=expert.device) if order is None else order
+    # The kept ones hold the first places of the whole batch's queue: dispatch relies on it.
+    served = served[torch.argsort(~kept[served], stable=True)]
+    position = queue_positions(by_choice(expert), queued, num_experts, served)
+    slots = capacity.slots(t, num_experts, k, training=training)
+    return Served(position.view(k, t).t(), kept.view(k, t).t(), slots, served)
+
+
+def local_groups(num_tokens: int, size: int, device: torch.device) -> Tensor:
+    """Int64[T]: the local group of each token, `size` tokens that follow each other."""
+    return torch.arange(num_tokens, device=device) // size
 
 
 def by_choice(per_token: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from moekit.routers.choices import AllChoices, LaterChoices
 from moekit.routers.exploration import Exploration
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.overflow import NoTokenLeftBehind
-from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
+from moekit.routers.queueing import clear_padding, local_groups, mask_choices, score_statistics, serve, token_choices
 from moekit.routers.sequence_capacity import SequenceCapacity
 from moekit.routing import Capacity, Router, Routing, RoutingContext
 
@@ -30,22 +30,23 @@ class Balance:
     Attributes:
         count: "first" counts first choices only (GShard, Mesh-TensorFlow, fairseq), "all" counts all k.
         when: "before_drop" counts what asked for a place in a queue, "after_drop" what was computed.
-        scope: see `moekit.functional.load_balance`. "global" counts over all processes and over the micro-batches of
-            the optimizer step so far (the Trainer's binding feeds `Router.observe`). In evaluation it is "batch", so
-            that processes may evaluate different numbers of batches.
+        scope: see `moekit.functional.load_balance`. "group" counts each local group (`Capacity.group_size`) apart and
+            takes the mean of the groups' losses, as Algorithm 1 does. "global" counts over all processes and over the
+            micro-batches of the optimizer step so far (the Trainer's binding feeds `Router.observe`). In evaluation it
+            is "batch", so that processes may evaluate different numbers of batches.
 
     Source: arXiv:2006.16668 Algorithm 1 (first choices, before drops); arXiv:2501.11873 (scope "global").
     """
 
     count: Literal["first", "all"] = "first"
     when: Literal["before_drop", "after_drop"] = "before_drop"
-    scope: BalanceScope = "batch"
+    scope: BalanceScope | Literal["group"] = "batch"
 
     def __post_init__(self) -> None:
         allowed = {
             "count": ("first", "all"),
             "when": ("before_drop", "after_drop"),
-            "scope": ("batch", "sequence", "global"),
+            "scope": ("batch", "sequence", "group", "global"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -67,6 +68,7 @@ class Balance:
         window: LoadWindow,
         *,
         training: bool,
+        group_size: int | None = None,
     ) -> Tensor:
         """The unweighted balance loss of a forward.
 
@@ -77,15 +79,21 @@ class Balance:
             context: mask, and `sequence` for scope "sequence".
             window: what `load` gave for the earlier micro-batches of this step; used for scope "global" in training.
             training: the phase.
+            group_size: tokens of a local group, for scope "group"; None = all.
         """
         choices = 1 if self.count == "first" else expert.shape[1]
-        scope: BalanceScope = "batch" if self.scope == "global" and not training else self.scope
+        sequence, scope = context.sequence, self.scope
+        if scope == "group":
+            sequence = local_groups(len(probs), group_size or max(len(probs), 1), probs.device)
+            scope = "sequence"
+        elif scope == "global" and not training:
+            scope = "batch"
         return load_balance(
             probs,
             expert[:, :choices],
             counted[:, :choices],
             mask=context.mask,
-            sequence=context.sequence,
+            sequence=sequence,
             scope=scope,
             earlier=window.counts if scope == "global" else None,
         )
@@ -155,6 +163,11 @@ class TopKRouter(Router):
             raise ValueError(
                 "overflow finds room in the whole batch, SequenceCapacity counts each sequence apart: got both. Leave "
                 "one of them out."
+            )
+        if overflow is not None and isinstance(capacity, Capacity) and capacity.group_size is not None:
+            raise ValueError(
+                "overflow finds room in the whole batch, local groups have room of their own: got overflow and "
+                f"Capacity.group_size={capacity.group_size}. Leave one of them out."
             )
         balance = balance or Balance()
         if overflow is not None and balance.scope == "global" and balance.when == "before_drop":
@@ -244,5 +257,13 @@ class TopKRouter(Router):
     def _losses(
         self, logits: Tensor, probs: Tensor, expert: Tensor, counted: Tensor, context: RoutingContext
     ) -> dict[str, Tensor]:
-        balance = self.balance.loss(probs, expert, counted, context, self._window, training=self.training)
+        balance = self.balance.loss(
+            probs,
+            expert,
+            counted,
+            context,
+            self._window,
+            training=self.training,
+            group_size=getattr(self.capacity, "group_size", None),
+        )
         return {"load_balance": balance, "router_z": router_z(logits, context.mask)}

@@ -30,13 +30,14 @@ from moekit.parallel.shadows import Shadows, original
 from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 from moekit.routing import Router
 from moekit.training.strategy_checkpoint import ShardedCheckpointStrategy
+from moekit.training.strategy_steps import SteppingStrategy
 from moekit.transformer.init import materialize_modules
 
 ZeroStage = Literal[0, 1, 2, 3]
 NonFinite = Literal["raise", "skip"]
 
 
-class ExpertParallelStrategy(ShardedCheckpointStrategy):
+class ExpertParallelStrategy(ShardedCheckpointStrategy, SteppingStrategy):
     """Spread any LightningModule that contains `MoELayer`s over many processes, without a change to it.
 
     Processes are arranged as ``replicas x data x tensor``; expert groups lie inside the data ranks, which read
@@ -154,7 +155,7 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
         self.set_world_ranks()
         self._layout(self.num_nodes * self.num_processes, known)
         self._setup_distributed()
-        self._world = World(self.root_device.type, self.tensor_parallel_size)
+        self._world = World(self.root_device.type, self.tensor_parallel_size, self._timeout)
         self._device_mesh = self._world.data
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
@@ -211,6 +212,7 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
             )
         self._divide_model()
         self._divide_averages(trainer)
+        self._keep_in_step()
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -289,55 +291,6 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
         mesh = self.device_mesh["data_parallel"]
         return {"num_replicas": mesh.size(), "rank": mesh.get_local_rank()}
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's step as its forward, so that weights are gathered for it."""
-        with self.precision_plugin.train_step_context():
-            return self._as_forward("training_step", *args, **kwargs)
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's step as its forward."""
-        with self._evaluating(), self.precision_plugin.val_step_context():
-            return self._as_forward("validation_step", *args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's step as its forward."""
-        with self._evaluating(), self.precision_plugin.test_step_context():
-            return self._as_forward("test_step", *args, **kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's step as its forward."""
-        with self._evaluating(), self.precision_plugin.predict_step_context():
-            return self._as_forward("predict_step", *args, **kwargs)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Weights gathered in inference mode could never be used in training again; and nothing else releases them."""
-        assert self.sharded is not None
-        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
-            yield
-        self.sharded.release_weights()
-
-    def _as_forward(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        module = self.lightning_module
-        assert module is not None
-        assert self.model is not None
-        before = module.__dict__.get("forward")
-
-        def restore() -> None:
-            module.__dict__.pop("forward", None)
-            if before is not None:
-                module.forward = before  # type: ignore[method-assign]
-
-        def step(*args: Any, **kwargs: Any) -> Any:
-            restore()  # the step may call the real forward
-            return getattr(module, name)(*args, **kwargs)
-
-        module.forward = step  # type: ignore[method-assign]
-        try:
-            return self.model(*args, **kwargs)
-        finally:
-            restore()
-
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Keep gradients to oneself: all but the last micro-batch of a step run inside."""
@@ -365,6 +318,7 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
         return super().optimizer_step(optimizer, with_norm, model, **kwargs)
 
     def _look_at_gradients(self, optimizer: Optimizer) -> None:
+        self._meet("the optimizer's step")
         parameters = self._parameters(optimizer)
         norm = gradient_norm(parameters)
         module = self.lightning_module

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from moekit.errors import UserError
@@ -24,7 +25,8 @@ class ShardedCheckpointStrategy(ModelParallelStrategy):
 
     def __init__(self, asynchronous_save: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._checkpointer = Checkpointer(asynchronous=asynchronous_save)
+        patience = self._timeout or default_pg_timeout
+        self._checkpointer = Checkpointer(asynchronous=asynchronous_save, timeout=patience.total_seconds())
         self._model_state: dict[str, Any] | None = None
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

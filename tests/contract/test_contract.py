@@ -164,6 +164,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "remoe": lambda: remoe(D, E),
     "switch": lambda: presets.switch(D, E),
     "gshard": lambda: presets.gshard(D, E),
+    "gshard, local groups": lambda: presets.gshard(D, E, capacity_factor=0.6, group_size=7),
     "st_moe": lambda: presets.st_moe(D, E),
     "st_moe, batch prioritised": lambda: presets.st_moe(D, E, capacity_factor=0.7, batch_prioritised=True),
     "zcode_m3": lambda: presets.zcode_m3(D, E),

@@ -1,0 +1,176 @@
+"""Lockstep: ranks tell each other what they are about to do, before they would wait for each other in vain.
+
+Collectives meet by their order alone. If one rank skips a layer, or has a batch less, its next collective meets another
+one of the others: they wait until the timeout, or, where sizes agree, get each other's weights. So every rank first
+sends what it is about to do to the next one of a ring, by way of host memory, and compares it with what the one before
+it sends: two ranks that differ cannot stand in a ring without two neighbours that differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.utils.hooks import RemovableHandle
+
+from moekit.errors import UserError
+
+_ADVICE = (
+    "All ranks must take the same steps through the same layers: give them equally many batches (drop_last, "
+    "limit_train_batches), and let none skip a layer, a loss or a call of the Strategy by itself."
+)
+
+
+class OutOfStepError(RuntimeError):
+    """Ranks are about to do different things, or one has stopped."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in its work a rank is.
+
+    Attributes:
+        stage: "train", "validate", ...
+        epoch: from 0.
+        batch: of the epoch or of the evaluation, from 0; -1 before the first.
+        step: optimizer steps taken.
+    """
+
+    stage: str = "setup"
+    epoch: int = 0
+    batch: int = -1
+    step: int = 0
+
+    def __str__(self) -> str:
+        where = f"batch {self.batch} of epoch {self.epoch}" if self.batch >= 0 else "before the first batch"
+        return f"{self.stage}, {where}, step {self.step}"
+
+
+@dataclass
+class Lockstep:
+    """The ring of all ranks, and where this one is. All ranks must make it, and with the same points.
+
+    Args:
+        points: everything that ranks can be about to do, by name, the same on all ranks.
+        stages: of `Place`.
+        timeout: how long a rank waits for its neighbour; None = torch's default.
+    """
+
+    points: Sequence[str]
+    stages: Sequence[str]
+    timeout: timedelta | None = None
+    place: Place = field(default_factory=Place)
+
+    def __post_init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.timeout = self.timeout or default_pg_timeout
+        self._numbers = {point: n for n, point in enumerate(self.points)}
+        self._group = dist.new_group(backend="gloo", timeout=self.timeout) if self.size > 1 else None
+        self._everybody = tuple(range(self.size))
+        self._inside: tuple[int, ...] = ()
+        self._heard: dict[int, str] = {}
+
+    def meet(self, point: str, ring: Sequence[int] | None = None) -> None:
+        """Compare with the neighbours what this rank does next.
+
+        Args:
+            point: what; one of `points`.
+            ring: the ranks that must do the same, in order; None = all.
+
+        Raises:
+            OutOfStepError: naming ranks and where they are, if the rank before this one does something else, or says
+                nothing until the timeout.
+        """
+        ring = self._everybody if ring is None else ring
+        if len(ring) < 2:
+            return
+        here = ring.index(self.rank)
+        before, after = ring[here - 1], ring[(here + 1) % len(ring)]
+        mine, theirs = self._pack(point), torch.empty(5, dtype=torch.int64)
+        try:
+            arriving = dist.irecv(theirs, src=before, group=self._group)
+            leaving = dist.isend(mine, dst=after, group=self._group)
+            assert arriving is not None
+            assert leaving is not None
+            arriving.wait()
+            leaving.wait()
+        except RuntimeError as error:
+            raise OutOfStepError(
+                f"rank {self.rank} is about to start {self._tell(mine)}, and waits for rank {before}, which has ended "
+                f"or said nothing for {self.timeout}; it was last about to start "
+                f"{self._heard.get(before, 'nothing yet')}. {_ADVICE}"
+            ) from error
+        self._heard[before] = self._tell(theirs)
+        if not torch.equal(mine, theirs):
+            raise OutOfStepError(
+                f"rank {before} is about to start {self._tell(theirs)}, where rank {self.rank} is about to start "
+                f"{self._tell(mine)}. {_ADVICE}"
+            )
+
+    @contextmanager
+    def step(self, ring: Sequence[int] | None = None) -> Iterator[None]:
+        """Inside, modules that were given to `watch` are points at which the ranks of `ring` (None = all) meet."""
+        self._inside = self._everybody if ring is None else tuple(ring)
+        try:
+            yield
+        finally:
+            self._inside = ()
+
+    def watch(self, module: nn.Module, point: str) -> RemovableHandle:
+        """Let ranks meet before every forward of `module`. To be called after `fully_shard` has wrapped it."""
+        return module.register_forward_pre_hook(_Watch(self, point), prepend=True)
+
+    def require_equal(self, number: float, what: str, advice: str) -> None:
+        """Refuse numbers that differ between ranks.
+
+        Raises:
+            UserError: on all ranks.
+        """
+        if self._group is None:
+            return
+        found = [torch.empty((), dtype=torch.float64) for _ in range(self.size)]
+        dist.all_gather(found, torch.tensor(number, dtype=torch.float64), group=self._group)
+        numbers = [float(n) for n in found]
+        least, most = min(numbers), max(numbers)
+        if least != most:
+            raise UserError(
+                f"all ranks must have equally many {what}: rank {numbers.index(least)} has {_number(least)}, rank "
+                f"{numbers.index(most)} has {_number(most)}. {advice.format(least=_number(least))}"
+            )
+
+    def _pack(self, point: str) -> Tensor:
+        place = self.place
+        stage = self.stages.index(place.stage)
+        return torch.tensor([self._numbers[point], stage, place.epoch, place.batch, place.step])
+
+    def _tell(self, packed: Tensor) -> str:
+        point, stage, epoch, batch, step = packed.tolist()
+        return f"{self.points[point]} ({Place(self.stages[stage], epoch, batch, step)})"
+
+
+class _Watch:
+    """A hook that copies of the module do not have."""
+
+    def __init__(self, lockstep: Lockstep, point: str) -> None:
+        self.lockstep: Lockstep | None = lockstep
+        self.point = point
+
+    @torch._dynamo.disable
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.lockstep is not None and self.lockstep._inside:
+            self.lockstep.meet(self.point, self.lockstep._inside)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"lockstep": None, "point": self.point}
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if math.isinf(value) else str(int(value))
