@@ -115,11 +115,16 @@ def _with_timeout(
     if made is None:
         return {}
     kind = getattr(dist, made)
-    options = (kind._Options if made == "ProcessGroupGloo" else kind.Options)()
-    options._timeout = timeout
-    again = backend.options._timeout == timeout
-    size = dist.get_world_size()
-    return {name: (backend.name(), options) for name, n in zip(names, shape, strict=True) if not (again and n == size)}
+
+    def options() -> Any:
+        own = (kind._Options if made == "ProcessGroupGloo" else kind.Options)()  # a split changes what it is given
+        own._timeout = timeout
+        return own
+
+    again, size = backend.options._timeout == timeout, dist.get_world_size()
+    return {
+        name: (backend.name(), options()) for name, n in zip(names, shape, strict=True) if not (again and n == size)
+    }
 
 
 def build_meshes(layout: Layout, device_type: str, world: World | None = None) -> Meshes:

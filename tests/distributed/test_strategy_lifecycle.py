@@ -84,6 +84,7 @@ def test_the_timeout_reaches_every_group() -> None:
 # -- notebooks ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 def test_a_notebook_names_the_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing may start processes, one device trains in this one; two devices are refused by Lightning."""
     monkeypatch.setattr(accelerator_connector, "_IS_INTERACTIVE", True)
