@@ -22,6 +22,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.utils.hooks import RemovableHandle
 
 from moekit.errors import UserError
+from moekit.parallel.mesh import host_group
 
 _ADVICE = (
     "All ranks must take the same steps through the same layers: give them equally many batches (drop_last, "
@@ -73,7 +74,7 @@ class Lockstep:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.timeout = self.timeout or default_pg_timeout
         self._numbers = {point: n for n, point in enumerate(self.points)}
-        self._group = dist.new_group(backend="gloo", timeout=self.timeout) if self.size > 1 else None
+        self._group = host_group("lockstep", self.timeout) if self.size > 1 else None
         self._everybody = tuple(range(self.size))
         self._inside: tuple[int, ...] = ()
         self._heard: dict[int, str] = {}

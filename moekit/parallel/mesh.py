@@ -12,10 +12,10 @@ and 1, which repeat the weights on all data ranks, `replicate` holds all ranks t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from moekit.errors import UserError
 from moekit.parallel.planner.layout import Layout
 
+_T = TypeVar("_T")
 REPLICATE, SHARD, EXPERT_SHARD, EXPERT, TENSOR = "replicate", "shard", "expert_shard", "expert", "tensor"
 
 
@@ -66,6 +67,46 @@ class Meshes:
         return self.dense.get_group(TENSOR)
 
 
+class _Kept:
+    """What was made of the ranks of the default process group, for whoever asks for the same again.
+
+    A group costs threads and connections that torch frees with the process only, and every fit of a sweep, a notebook
+    or a test would make its own. All ranks ask in the same order, so all make or all find.
+    """
+
+    def __init__(self) -> None:
+        self._of: dist.ProcessGroup | None = None
+        self._made: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        if dist.group.WORLD is not self._of:
+            self._of, self._made = dist.group.WORLD, {}
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def clear(self) -> None:
+        self._made = {}
+
+
+_kept = _Kept()
+
+
+def host_group(purpose: str, timeout: timedelta) -> dist.ProcessGroup:
+    """All ranks in a gloo group for values in host memory, one for each purpose, so that none waits in another's turn.
+
+    Args:
+        purpose: who talks in it.
+        timeout: after which a rank that waits for others gives up.
+    """
+    return _kept.get(("host", purpose, timeout), lambda: dist.new_group(backend="gloo", timeout=timeout))
+
+
+def forget_groups() -> None:
+    """Make groups anew from here on: after an error a message may be left in one of the old."""
+    _kept.clear()
+
+
 class World:
     """All ranks in a row, and the grid of data ranks and tensor-parallel partners, known before there is a model.
 
@@ -83,21 +124,24 @@ class World:
     def __init__(self, device_type: str, tensor_parallel_size: int, timeout: timedelta | None = None) -> None:
         size = dist.get_world_size()
         self.timeout = timeout
-        self.all = init_device_mesh(
-            device_type,
-            (size,),
-            mesh_dim_names=("world",),
-            backend_override=_with_timeout(device_type, (size,), ("world",), timeout),
-        )
+        self.all = _kept.get((device_type, timeout), lambda: self._row(device_type, size))
         shape = (size // tensor_parallel_size, tensor_parallel_size)
         self.data = unflatten(self.all, shape, ("data_parallel", "tensor_parallel"), timeout)
 
+    def _row(self, device_type: str, size: int) -> DeviceMesh:
+        override = _with_timeout(device_type, (size,), ("world",), self.timeout)
+        return init_device_mesh(device_type, (size,), mesh_dim_names=("world",), backend_override=override)
+
 
 def unflatten(
-    mesh: DeviceMesh, shape: Sequence[int], names: tuple[str, ...], timeout: timedelta | None = None
+    mesh: DeviceMesh, shape: tuple[int, ...], names: tuple[str, ...], timeout: timedelta | None = None
 ) -> DeviceMesh:
     """The ranks of a mesh of one dimension as a grid of `shape`, whose groups wait for `timeout`."""
-    return mesh._unflatten(0, tuple(shape), names, _with_timeout(mesh.device_type, shape, names, timeout))
+    kind = mesh.device_type
+    return _kept.get(
+        (mesh, shape, names, timeout),
+        lambda: mesh._unflatten(0, shape, names, _with_timeout(kind, shape, names, timeout)),
+    )
 
 
 def _with_timeout(

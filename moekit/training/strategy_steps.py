@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moekit.parallel.annotation import sparse_layers
 from moekit.parallel.lockstep import Lockstep, Place
-from moekit.parallel.mesh import EXPERT, SHARD, TENSOR
+from moekit.parallel.mesh import EXPERT, SHARD, TENSOR, forget_groups
 from moekit.parallel.sharding import ShardedModel
 
 # What ranks meet at, beside the modules that communicate.
@@ -127,7 +127,8 @@ class SteppingStrategy(ModelParallelStrategy):
         super().on_train_end()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Note where this rank was."""
+        """Note where this rank was; groups in which a message may be left are not used again."""
+        forget_groups()
         if self._lockstep is not None:
             exception.add_note(f"Rank {self.global_rank} of {self.world_size} was at: {self._lockstep.place}.")
         super().on_exception(exception)

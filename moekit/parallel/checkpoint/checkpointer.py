@@ -37,6 +37,7 @@ from moekit.parallel.checkpoint.state import (
     take_out,
 )
 from moekit.parallel.checkpoint.writer import FolderWriter
+from moekit.parallel.mesh import host_group
 
 PathLike = str | os.PathLike[str]
 
@@ -152,7 +153,7 @@ class Checkpointer:
     def _own_group(self) -> dist.ProcessGroup | None:
         """A group on CPUs for saves alone: they may run beside training's communication."""
         if self._group is None and _distributed():
-            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self.timeout))
+            self._group = host_group("checkpoint", datetime.timedelta(seconds=self.timeout))
         return self._group
 
 
