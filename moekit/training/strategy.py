@@ -11,24 +11,27 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
+from moekit.parallel.carrying import carry_over
 from moekit.parallel.gradients import clip_by_norm, clip_by_value, gradient_norm
 from moekit.parallel.mesh import Meshes, World, build_meshes
 from moekit.parallel.plan import Plan
 from moekit.parallel.planner.layout import Layout, Offload
-from moekit.parallel.shadows import Shadows, original
+from moekit.parallel.shadows import Shadows
 from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 from moekit.routing import Router
+from moekit.training.lightning_callbacks import divide_averages
+from moekit.training.refusals import check_callbacks, check_optimizer
 from moekit.training.strategy_checkpoint import ShardedCheckpointStrategy
 from moekit.transformer.init import materialize_modules
 
@@ -119,7 +122,6 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
         self.sharded: ShardedModel | None = None
         self.skipped_steps = 0
         self._world: World | None = None
-        self._shadows: dict[int, Shadows] = {}
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
@@ -209,8 +211,11 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
                 "ExpertParallelStrategy divides a model with fully_shard: got modules wrapped in "
                 "FullyShardedDataParallel. Remove the wrapping."
             )
+        check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
         self._divide_model()
-        self._divide_averages(trainer)
+        assert self.sharded is not None
+        meshes = self.sharded.meshes
+        divide_averages(trainer.callbacks, lambda model: self._parallelize(model, meshes))  # type: ignore[attr-defined]
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -252,28 +257,27 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
         for tensor, value in kept:
             tensor.data = value
 
-    def _divide_averages(self, trainer: L.Trainer) -> None:
-        """Lay the copies that weight-averaging callbacks made of the model over the same ranks."""
-        assert self.sharded is not None
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            average = callback._average_model if isinstance(callback, WeightAveraging) else None
-            if average is not None and sharded(average.module) is None:
-                self._parallelize(average.module, self.sharded.meshes)
-
     def model_to_device(self) -> None:
         """Move the model to this process's device; offloaded weights stay where they are."""
         if self.offload != "parameters":
             super().model_to_device()
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
-        """Make the optimizers, and give them slices or host copies to work on where the layout says so."""
+        """Make the optimizers, or carry over those there are; give them slices or host copies if the layout says so."""
         super().setup_optimizers(trainer)
-        self._shadows = {}
-        if self.zero_stage == 1 or self.offload == "optimizer":
-            device = torch.device("cpu") if self.offload == "optimizer" else None
-            for optimizer in self.optimizers:
-                self._shadows[id(optimizer)] = Shadows(optimizer, divide=self.zero_stage == 1, device=device)
-            self.optimizers = self.optimizers  # Lightning's wrappers hold copies of the attributes
+        for optimizer in map(_own, self.optimizers):
+            check_optimizer(optimizer)
+            self._take_over(optimizer)
+            if self.zero_stage == 1 or self.offload == "optimizer":
+                device = torch.device("cpu") if self.offload == "optimizer" else None
+                Shadows.give(optimizer, divide=self.zero_stage == 1, device=device)
+        self.optimizers = self.optimizers  # Lightning's wrappers hold copies of the attributes
+
+    def _take_over(self, optimizer: Optimizer) -> None:
+        """Let an optimizer that knows the model from before it was divided, or parts of it, work on what is there now."""
+        assert self.sharded is not None
+        if not isinstance(optimizer, _MockOptimizer):
+            carry_over(optimizer, self.sharded)
 
     def _take_over_clipping(self) -> None:
         """Precision plugins clip with a function that refuses parameters of several meshes."""
@@ -357,6 +361,9 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
     ) -> Any:
         """Compute gradients, look at their norm on all ranks together, step."""
 
+        if any(not isinstance(p, DTensor) for p in _parameters(optimizer)):  # groups that joined since
+            self._take_over(_own(optimizer))
+
         def with_norm() -> Any:
             result = closure()
             self._look_at_gradients(optimizer)
@@ -365,7 +372,7 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
         return super().optimizer_step(optimizer, with_norm, model, **kwargs)
 
     def _look_at_gradients(self, optimizer: Optimizer) -> None:
-        parameters = self._parameters(optimizer)
+        parameters = _parameters(optimizer)
         norm = gradient_norm(parameters)
         module = self.lightning_module
         assert module is not None
@@ -380,19 +387,20 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy):
             )
         self.skipped_steps += 1
         for parameter in parameters:
-            parameter.grad = original(parameter).grad = None
-
-    def _parameters(self, optimizer: Optimizer) -> list[Tensor]:
-        """What the optimizer works on, with its gradients."""
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
-        shadows = self._shadows.get(id(optimizer))
-        if shadows is not None:
-            shadows.take_gradients()
-        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parameter.grad = None
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        clip_by_norm(self._parameters(optimizer), clip_val)
+        clip_by_norm(_parameters(optimizer), clip_val)
 
     def _clip_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
-        clip_by_value(self._parameters(optimizer), clip_val)
+        clip_by_value(_parameters(optimizer), clip_val)
+
+
+def _own(optimizer: Any) -> Any:
+    """The user's optimizer in Lightning's wrapper."""
+    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    """What an optimizer works on."""
+    return [parameter for group in _own(optimizer).param_groups for parameter in group["params"]]
