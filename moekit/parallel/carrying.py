@@ -99,6 +99,6 @@ def _laid(key: str, value: Any, parameter: DTensor) -> Any:
     # The count of steps of a scalar has its shape, and is no statistic of it.
     if not isinstance(value, Tensor) or value.shape != parameter.shape or key == "step":
         return value
-    laid = torch.empty_like(parameter, requires_grad=False)
+    laid: Any = torch.empty_like(parameter, requires_grad=False)
     laid.to_local().copy_(piece_of(value, parameter.device_mesh, parameter.placements))
     return laid

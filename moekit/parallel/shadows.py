@@ -48,14 +48,14 @@ class _Shadow:
         tensor: the optimizer's.
         dimension: along which ranks hold different slices, or None.
         group: those ranks.
-        seen: storage and version of the weights when a copy was last equal to them.
+        seen: the weights' storage and versions (see `_mark`) when a copy was last equal to them.
     """
 
     parameter: nn.Parameter
     tensor: nn.Parameter
     dimension: int | None
     group: dist.ProcessGroup | None
-    seen: tuple[int, int] | None = None
+    seen: tuple[int, int, int] | None = None
 
     def slice_of(self, whole: Tensor) -> Tensor:
         """This rank's view of a local tensor of the parameter's shape."""
@@ -85,7 +85,9 @@ class Shadows:
 
     def __init__(self, optimizer: Optimizer, *, divide: bool, device: torch.device | None = None) -> None:
         if _shadows_of(optimizer) is not None:
-            raise ValueError(f"an optimizer must have one kind of shadows: {type(optimizer).__name__} has some already.")
+            raise ValueError(
+                f"an optimizer must have one kind of shadows: {type(optimizer).__name__} has some already."
+            )
         self.optimizer, self.divide, self.device = optimizer, divide, device
         self._of: dict[int, _Shadow] = {}
         self._shown = False
@@ -93,7 +95,7 @@ class Shadows:
         optimizer.register_step_pre_hook(self._before_step)
         handle: Any = optimizer.register_step_post_hook(self._after_step)
         # The hooks of others find the model's weights as the step left them.
-        optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+        optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
         optimizer._moekit_shadows = self  # type: ignore[attr-defined]
 
     @classmethod
@@ -224,10 +226,9 @@ class Shadows:
 
     def _refresh(self, shadow: _Shadow) -> None:
         weights, held = _local(shadow.parameter), _local(shadow.tensor)
-        mark = (weights.data_ptr(), weights._version)
-        if self.device is not None and shadow.seen != mark:
+        if self.device is not None and shadow.seen != _mark(shadow.parameter):
             held.copy_(shadow.slice_of(weights))
-            shadow.seen = mark
+            shadow.seen = _mark(shadow.parameter)
         elif self.device is None and held.data_ptr() != shadow.slice_of(weights).data_ptr():
             shadow.tensor._local_tensor = shadow.slice_of(weights)  # type: ignore[attr-defined]
 
@@ -240,8 +241,7 @@ class Shadows:
         for bucket in self._buckets():
             _gather(bucket)
         for shadow in self._of.values():
-            weights = _local(shadow.parameter)
-            shadow.seen = (weights.data_ptr(), weights._version)
+            shadow.seen = _mark(shadow.parameter)
 
     def _buckets(self) -> Iterator[list[_Shadow]]:
         """Divided shadows of one group and type, not too many at once, in an order that all ranks share."""
@@ -284,6 +284,12 @@ def _spread(parameter: DTensor, local: Tensor, placements: list[Placement]) -> D
 def _local(parameter: Tensor) -> Tensor:
     assert isinstance(parameter, DTensor)
     return parameter._local_tensor
+
+
+def _mark(parameter: Tensor) -> tuple[int, int, int]:
+    """What changes when weights are written to: what is written through the parameter counts there, else here."""
+    local = _local(parameter)
+    return local.data_ptr(), local._version, parameter._version
 
 
 def _slice(parameter: DTensor, at: int) -> tuple[int | None, Placement]:

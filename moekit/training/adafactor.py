@@ -75,7 +75,8 @@ class Adafactor(Optimizer):
     ) -> None:
         if not lr >= 0 or not decay_rate > 0 or not weight_decay >= 0:
             raise ValueError(
-                f"Adafactor needs lr >= 0, decay_rate > 0 and weight_decay >= 0: got {lr}, {decay_rate}, {weight_decay}."
+                "Adafactor needs lr >= 0, decay_rate > 0 and weight_decay >= 0: got "
+                f"{lr}, {decay_rate} and {weight_decay}."
             )
         if clip_update is not None and not clip_update > 0:
             raise ValueError(f"clip_update must be positive, or None for no clipping: got {clip_update}.")
@@ -196,9 +197,7 @@ class _Division:
         if self.mesh is None:
             return ()
         wanted = set(dims)
-        return tuple(
-            n for n, place in enumerate(self.placements) if _dim(place) in wanted and self.mesh.size(n) > 1
-        )
+        return tuple(n for n, place in enumerate(self.placements) if _dim(place) in wanted and self.mesh.size(n) > 1)
 
     def without(self, dim: int) -> _Division:
         """That of a tensor in which a dimension was summed away."""
