@@ -135,7 +135,7 @@ class Shadows:
 
     def _show(self) -> None:
         self.show()
-        self._take()
+        self.take()
 
     @torch.no_grad()
     def show(self) -> None:
@@ -205,7 +205,7 @@ class Shadows:
         return value if local is value.to_local() else _spread(shadow.parameter, local, list(seen.placements))
 
     @torch.no_grad()
-    def _take(self) -> None:
+    def take(self) -> None:
         """Show the optimizer the gradients and weights of the model.
 
         Where the weights have changed by other hands (a checkpoint was loaded), they are taken anew.

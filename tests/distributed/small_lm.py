@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,7 +175,7 @@ class Watch(L.Callback):
             self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
 
 
-def trainer_for(strategy: Any, **options: Any) -> L.Trainer:
+def trainer_for(strategy: Any, *, more_plugins: Sequence[Any] = (), **options: Any) -> L.Trainer:
     """A Trainer over the processes of `run_distributed` that writes nothing."""
     defaults: dict[str, Any] = {
         "gradient_clip_val": CLIP,
@@ -190,7 +190,7 @@ def trainer_for(strategy: Any, **options: Any) -> L.Trainer:
         accelerator="cpu",
         devices=dist.get_world_size(),
         strategy=strategy,
-        plugins=[JoinedProcesses()],
+        plugins=[JoinedProcesses(), *more_plugins],
         **{**defaults, **options},
     )
 
