@@ -40,10 +40,13 @@ def carry_over(optimizer: Optimizer, model: ShardedModel) -> None:
     new = {id(before): after for before, after in found}
     for group in optimizer.param_groups:
         group["params"] = [new.get(id(parameter), parameter) for parameter in group["params"]]
-    states = [optimizer.state.pop(before, None) for before, _ in found]
-    for (_, after), state in zip(found, _of_rank_zero(states), strict=True):
-        if state is not None:
-            optimizer.state[after] = {key: _laid(key, value, after) for key, value in state.items()}
+    states = [optimizer.state.pop(before, {}) for before, _ in found]
+    for (_, after), mine, theirs in zip(found, states, _outlines_of_rank_zero(states), strict=True):
+        if theirs:
+            optimizer.state[after] = {
+                key: _laid(key, value.receive(mine.get(key)) if isinstance(value, _Sent) else value, after)
+                for key, value in theirs.items()
+            }
 
 
 def _replacement(parameter: Tensor, model: ShardedModel, group: int, name: str) -> DTensor:
@@ -57,24 +60,14 @@ def _replacement(parameter: Tensor, model: ShardedModel, group: int, name: str) 
     return found
 
 
-def _of_rank_zero(states: list[dict[str, Any] | None]) -> list[dict[str, Any] | None]:
-    """The states as rank 0 has them; its tensors of at least one dimension arrive one by one, when they are read."""
+def _outlines_of_rank_zero(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The states as rank 0 has them, where tensors are announced: they travel one by one."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return states
-    outline: list[Any] = [
-        [state and {key: _Sent.of(value) for key, value in state.items()} for state in states]
-        if dist.get_rank() == 0
-        else None
-    ]
-    dist.broadcast_object_list(outline, src=0)
-    return [
-        theirs
-        and {
-            key: value.receive((mine or {}).get(key)) if isinstance(value, _Sent) else value
-            for key, value in theirs.items()
-        }
-        for mine, theirs in zip(states, outline[0], strict=True)
-    ]
+    outlines = [{key: _Sent.of(value) for key, value in state.items()} for state in states]
+    sent = [outlines]
+    dist.broadcast_object_list(sent, src=0)
+    return sent[0]
 
 
 class _Sent:
