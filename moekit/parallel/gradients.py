@@ -93,11 +93,17 @@ def clip_by_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float
     """
     parameters = list(parameters)
     norm = gradient_norm(parameters, norm_type)
+    scale_to_norm(parameters, max_norm, norm)
+    return norm
+
+
+@torch.no_grad()
+def scale_to_norm(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
+    """Scale all gradients, whose norm is `norm`, so that it is at most `max_norm`."""
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in map(local_gradient, parameters):
         if grad is not None:
             grad.mul_(factor.to(grad.device))
-    return norm
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch.distributed.tensor.experimental import register_sharding
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 
-from moekit.parallel.gradients import norm_of
+from moekit.parallel.gradients import norm_of, scale_to_norm
 from moekit.parallel.sharding import sharded
 from moekit.training.checkpoint_state import load_rest
 
@@ -59,7 +59,8 @@ def on_several_meshes(*, anomaly: bool = False) -> Iterator[None]:
     """
     if anomaly:
         _let_autograd_look()
-    norm, known = clip_grad._get_total_norm, BaseFinetuning.__dict__["filter_on_optimizer"]
+    norm, scale = clip_grad._get_total_norm, clip_grad._clip_grads_with_norm_
+    known = BaseFinetuning.__dict__["filter_on_optimizer"]
 
     def total_norm(
         tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
@@ -72,12 +73,19 @@ def on_several_meshes(*, anomaly: bool = False) -> Iterator[None]:
             raise RuntimeError(f"the norm of all gradients must be finite to clip them: got {float(total)}.")
         return total
 
-    clip_grad._get_total_norm = total_norm
+    def scale_all(parameters: Any, max_norm: float, total_norm: Tensor, foreach: bool | None = None) -> None:
+        found = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if any(isinstance(parameter, DTensor) for parameter in found):
+            scale_to_norm(found, max_norm, total_norm)
+        else:
+            scale(found, max_norm, total_norm, foreach)
+
+    clip_grad._get_total_norm, clip_grad._clip_grads_with_norm_ = total_norm, scale_all
     BaseFinetuning.filter_on_optimizer = staticmethod(_not_known)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        clip_grad._get_total_norm = norm
+        clip_grad._get_total_norm, clip_grad._clip_grads_with_norm_ = norm, scale
         BaseFinetuning.filter_on_optimizer = known  # type: ignore[method-assign]
 
 
