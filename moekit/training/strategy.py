@@ -240,7 +240,7 @@ class ExpertParallelStrategy(OptimizingStrategy):
         return parallelize(model, meshes, self.plan, compute_dtype=mixed, weights=weights)
 
     def _convert_precision(self) -> None:
-        """What the precision asks for, except that routers stay in float32."""
+        """What the precision asks for, except that routers stay in float32 where it is lower."""
         assert self.model is not None
         routers = [module for module in self._model_modules() if isinstance(module, Router)]
         kept = [
@@ -251,7 +251,8 @@ class ExpertParallelStrategy(OptimizingStrategy):
         ]
         self.model = self.precision_plugin.convert_module(self.model)
         for tensor, value in kept:
-            tensor.data = value
+            if torch.promote_types(tensor.dtype, value.dtype) != tensor.dtype:
+                tensor.data = value
 
     def model_to_device(self) -> None:
         """Move the model to this process's device; offloaded weights stay where they are."""
