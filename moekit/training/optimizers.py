@@ -169,6 +169,8 @@ def adafactor(
         weight_decay: decoupled weight decay.
         expert_lr_multiplier: see `parameter_groups`.
         min_factored_size: see `Adafactor`.
+
+    Source: arXiv:1804.04235.
     """
     groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, expert_lr_multiplier=expert_lr_multiplier)
     for group in groups:
