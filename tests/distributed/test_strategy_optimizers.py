@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -48,15 +49,12 @@ from moekit.training.optimizers import scale_expert_gradients
 DATA = sentences(3)
 LAYOUTS: tuple[dict[str, Any], ...] = (
     {"expert_parallel_size": 2, "zero_stage": 0},
-    {"expert_parallel_size": 2, "zero_stage": 1},
     {"expert_parallel_size": 1, "zero_stage": 1},
-    {"expert_parallel_size": 2, "zero_stage": 2},
     {"expert_parallel_size": 2, "zero_stage": 3},
     {"expert_parallel_size": 1, "tensor_parallel_size": 2, "zero_stage": 1},
     {"expert_parallel_size": 1, "zero_stage": 2, "offload": "optimizer"},
-    {"expert_parallel_size": 1, "zero_stage": 3, "offload": "parameters"},
 )
-FEW = (LAYOUTS[2], LAYOUTS[4], LAYOUTS[6])
+FEW = (LAYOUTS[1], LAYOUTS[2], LAYOUTS[4])
 
 
 class Early(SmallLM):
@@ -87,9 +85,9 @@ def scheduled(module: Early) -> dict[str, Any]:
 
 def made_before_the_model_is_divided() -> None:
     """In __init__, new or with state; groups, their settings and the schedule are kept."""
-    for steps in (0, 2):
+    for steps, layouts in ((0, FEW), (2, LAYOUTS)):
         expected = scheduled(Early(steps))
-        for layout in LAYOUTS:
+        for layout in layouts:
             module = Early(steps)
             if dist.get_rank():  # what counts is the first rank's, weights and state
                 of_state = [t for state in module.early.state.values() for t in state.values()]
@@ -131,7 +129,7 @@ def one_of_two_made_before() -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    for layout in LAYOUTS:
+    for layout in FEW:
         module = OneOfTwo()
         fit(module, ExpertParallelStrategy(**layout), DATA, gradient_clip_val=None)
         for name, value in whole_weights(module).items():
@@ -141,7 +139,7 @@ def one_of_two_made_before() -> None:
 def two_fits_of_one_optimizer() -> None:
     """An optimizer that lives in the module goes on where it was, with a new Trainer."""
     expected = scheduled(Early())
-    for layout in LAYOUTS:
+    for layout in FEW:
         module = Early()
         fit(module, ExpertParallelStrategy(**layout), DATA[:GLOBAL_BATCH])
         fit(module, ExpertParallelStrategy(**layout), DATA[GLOBAL_BATCH:])
@@ -234,7 +232,7 @@ def groups_that_join_later() -> None:
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], CLIP)
         optimizer.step()
     for layout in LAYOUTS:
-        for before in (False, True):
+        for before in (False, True) if layout in FEW else (False,):
             module = WithoutExperts()
             old = [p for n, p in module.named_parameters() if "experts" in n] if before else None
             fit(module, ExpertParallelStrategy(**layout), DATA, callbacks=[Joins(old)])
@@ -287,7 +285,7 @@ def fine_tuning_callbacks() -> None:
     """BaseFinetuning and BackboneFinetuning end as they do in plain Lightning."""
     for make in (Unfreezes, lambda: BackboneFinetuning(1, backbone_initial_lr=1e-3, verbose=False)):
         expected = by_plain_lightning(Backbone(), make(), 3)
-        for layout in LAYOUTS:
+        for layout in FEW:
             module = Backbone()
             fit(module, ExpertParallelStrategy(**layout), DATA, max_epochs=3, callbacks=[make()])
             for name, value in whole_weights(module).items():
@@ -321,7 +319,7 @@ def fine_tuning_is_resumed() -> None:
 
 def stochastic_weight_averaging() -> None:
     expected = by_plain_lightning(SmallLM("sgd"), StochasticWeightAveraging(1e-2, swa_epoch_start=1), 3)
-    for layout in LAYOUTS:
+    for layout in FEW:
         module = SmallLM("sgd")
         callback = StochasticWeightAveraging(1e-2, swa_epoch_start=1)
         fit(module, ExpertParallelStrategy(**layout), DATA, max_epochs=3, callbacks=[callback])
@@ -352,7 +350,7 @@ def an_average_in_a_submodule() -> None:
         nn.utils.clip_grad_norm_(plain.parameters(), CLIP)
         optimizer.step()
         plain.average.update_parameters(plain.model)
-    for layout in LAYOUTS:
+    for layout in FEW:
         module = OwnAverage()
         fit(module, ExpertParallelStrategy(**layout), DATA)
         for name, value in whole_weights(module).items():
@@ -371,7 +369,8 @@ class Makes(SmallLM):
 
 
 def every_optimizer_of_torch() -> None:
-    """Each is right in every layout, or refused by name before the first step."""
+    """Each is right, or refused by name before the first step; layouts take turns."""
+    turns = itertools.cycle(FEW)
     rates = {"SGD": 0.1, "ASGD": 0.1, "Adadelta": 1.0, "RMSprop": 1e-3, "RAdam": 1e-2}
     refused = {"LBFGS", "Rprop", "SparseAdam", "Adafactor"}
     kinds = [kind for kind in classes_of(Optimizer) if kind.__module__.startswith("torch.optim")]
@@ -387,10 +386,9 @@ def every_optimizer_of_torch() -> None:
             with pytest.raises(UserError, match=f"cannot train with torch.optim.{kind.__name__}: "):
                 fit(Makes(make), ExpertParallelStrategy(2), DATA)
             continue
-        expected = one_process(Makes(make), DATA)
-        for layout in FEW:
-            found = differences(fit(Makes(make), ExpertParallelStrategy(**layout), DATA), expected)
-            assert max(found.values()) < 2e-6, (kind.__name__, layout, found)
+        layout = next(turns)
+        found = differences(fit(Makes(make), ExpertParallelStrategy(**layout), DATA), one_process(Makes(make), DATA))
+        assert max(found.values()) < 2e-6, (kind.__name__, layout, found)
 
 
 class ByMuon(SmallLM):
@@ -456,7 +454,7 @@ class NaNInBackward(SmallLM):
 def anomaly_detection() -> None:
     """Autograd's search for NaN finds nothing in a healthy model, and names the function in a sick one."""
     expected = one_process(SmallLM(), DATA)
-    for layout in LAYOUTS:
+    for layout in FEW:
         close(fit(SmallLM(), ExpertParallelStrategy(**layout), DATA, detect_anomaly=True), expected)
     with pytest.raises(RuntimeError, match=r"SqrtBackward0.* returned nan"):
         fit(NaNInBackward(), ExpertParallelStrategy(2), DATA, detect_anomaly=True)
@@ -475,7 +473,7 @@ def larger_gradients_for_experts() -> None:
                 p.grad.mul_(math.sqrt(EXPERTS))
         nn.utils.clip_grad_norm_(plain.parameters(), CLIP)
         optimizer.step()
-    for layout in LAYOUTS:
+    for layout in FEW:
         module = SmallLM("sgd")
         fit(module, ExpertParallelStrategy(**layout), DATA, callbacks=[ScaleExpertGradients()])
         for name, value in whole_weights(module).items():
@@ -517,7 +515,7 @@ CASES: dict[str, Callable[[], None]] = {
     )
 }
 
-outcome = outcome_in(__name__, 2)
+outcome = outcome_in(__name__, 2, at_once=3)
 
 
 @pytest.mark.parametrize("name", CASES)
