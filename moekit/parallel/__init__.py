@@ -8,6 +8,7 @@ For the Trainer there is `moekit.ExpertParallelStrategy`, which does this.
 
 from moekit.parallel.activations import Activations
 from moekit.parallel.annotation import Annotation, read_annotations
+from moekit.parallel.carrying import carry_over
 from moekit.parallel.checkpoint import (
     Checkpointer,
     consolidate,
@@ -35,6 +36,7 @@ __all__ = [
     "ShardedModel",
     "World",
     "build_meshes",
+    "carry_over",
     "clip_by_norm",
     "clip_by_value",
     "consolidate",

@@ -21,9 +21,8 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
     return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
-@torch.no_grad()
 def gradient_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
-    """The norm of all gradients together, as one process would compute it; Float32 scalar, equal on all ranks.
+    """The norm of all gradients together, as one process would compute it; a scalar, equal on all ranks.
 
     All ranks must call it with their parts of the same parameters. A parameter without a gradient counts as zero.
 
@@ -31,33 +30,47 @@ def gradient_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tenso
         parameters: DTensors on any meshes, and plain tensors, which all ranks repeat.
         norm_type: p, or infinity.
 
+    Returns:
+        Float32; Float64 if gradients are.
+
     Raises:
         ValueError: if `norm_type` is not positive.
     """
+    return _norm(((parameter, local_gradient(parameter)) for parameter in parameters), norm_type)
+
+
+def norm_of(tensors: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The norm of all `tensors` together, as `gradient_norm` that of gradients."""
+    return _norm(((t, t.to_local() if isinstance(t, DTensor) else t) for t in tensors), norm_type)
+
+
+@torch.no_grad()
+def _norm(parts: Iterable[tuple[Tensor, Tensor | None]], norm_type: float) -> Tensor:
+    """That of the second tensors, which are this rank's parts of what is divided like the first."""
     if not norm_type > 0:
         raise ValueError(f"norm_type must be positive or infinity: got {norm_type}.")
     groups: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
-    device = torch.device("cpu")
-    for parameter in parameters:
-        if isinstance(parameter, DTensor):
-            mesh = parameter.device_mesh
+    device, dtype = torch.device("cpu"), torch.float32
+    for whole, part in parts:
+        dtype = torch.promote_types(dtype, whole.dtype)
+        if isinstance(whole, DTensor):
+            mesh = whole.device_mesh
             device = torch.device(mesh.device_type)
             divided = tuple(
-                n for n, place in enumerate(parameter.placements) if not place.is_replicate() and mesh.size(n) > 1
+                n for n, place in enumerate(whole.placements) if not place.is_replicate() and mesh.size(n) > 1
             )
             found = groups.setdefault((mesh, divided) if divided else (None, ()), [])
         else:
-            device = parameter.device
+            device = whole.device
             found = groups.setdefault((None, ()), [])
-        grad = local_gradient(parameter)
-        if grad is not None and grad.numel():
-            found.append(grad)
+        if part is not None and part.numel():
+            found.append(part)
     infinite = norm_type == float("inf")
-    total = torch.zeros((), dtype=torch.float32, device=device)
+    total = torch.zeros((), dtype=dtype, device=device)
     for (grid, divided), grads in groups.items():
-        value = torch.zeros((), dtype=torch.float32, device=device)
+        value = torch.zeros((), dtype=dtype, device=device)
         if grads:
-            norms = torch.stack([n.to(device) for n in torch._foreach_norm(grads, norm_type, dtype=torch.float32)])
+            norms = torch.stack([n.to(device) for n in torch._foreach_norm(grads, norm_type, dtype=dtype)])
             value = norms.max() if infinite else norms.pow(norm_type).sum()
         for dimension in divided:
             assert grid is not None
@@ -80,11 +93,17 @@ def clip_by_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float
     """
     parameters = list(parameters)
     norm = gradient_norm(parameters, norm_type)
+    scale_to_norm(parameters, max_norm, norm)
+    return norm
+
+
+@torch.no_grad()
+def scale_to_norm(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
+    """Scale all gradients, whose norm is `norm`, so that it is at most `max_norm`."""
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in map(local_gradient, parameters):
         if grad is not None:
             grad.mul_(factor.to(grad.device))
-    return norm
 
 
 @torch.no_grad()

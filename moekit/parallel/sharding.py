@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moekit.dispatch import AllToAll, Exchange, TwoLevelAllToAll
 from moekit.errors import UserError
@@ -41,6 +43,7 @@ class ShardedModel:
         plan: how axes and modules were mapped.
         annotations: the parameters that name their axes.
         units: modules that gather their weights together, innermost first; the last is the model itself.
+        replaced: the parameters that took the place of others, by these, as long as somebody holds them.
     """
 
     module: nn.Module
@@ -48,6 +51,7 @@ class ShardedModel:
     plan: Plan
     annotations: tuple[Annotation, ...]
     units: tuple[FSDPModule, ...]
+    replaced: WeakTensorKeyDictionary
 
     def communicate_gradients(self, enabled: bool) -> None:
         """Whether backward brings gradients together: False in all but the last micro-batch of a step.
@@ -108,6 +112,7 @@ def parallelize(
                 f"parallelize needs weights with memory: {name} is on the meta device. Use "
                 "weights=moekit.transformer.materialize_modules(model, device)."
             )
+    before = [(name, weakref.ref(p)) for name, p in model.named_parameters(remove_duplicate=False)]
     theirs = [module for module in model.modules() if isinstance(module, FSDPModule)]
     units = choose_units(model, plan, found, compute_dtype)
     dimensions = zero_dimensions(model, meshes, found)
@@ -119,7 +124,8 @@ def parallelize(
     for module in weights if weights is not None else inner_first(model):
         if module in waiting:
             lay.unit(waiting.pop(module))
-    result = ShardedModel(model, meshes, plan, tuple(found), (*theirs, *(unit.module for unit in units)))  # type: ignore[arg-type]
+    divided = (*theirs, *(unit.module for unit in units))
+    result = ShardedModel(model, meshes, plan, tuple(found), divided, _replaced(model, before))  # type: ignore[arg-type]
     model.__dict__[_HANDLE] = result
     return result
 
@@ -127,6 +133,15 @@ def parallelize(
 def sharded(model: nn.Module) -> ShardedModel | None:
     """What `parallelize` returned for `model`; None if it was not laid over ranks."""
     return model.__dict__.get(_HANDLE)
+
+
+def _replaced(model: nn.Module, before: Sequence[tuple[str, weakref.ref[nn.Parameter]]]) -> WeakTensorKeyDictionary:
+    now, found = dict(model.named_parameters(remove_duplicate=False)), WeakTensorKeyDictionary()
+    for name, reference in before:
+        parameter = reference()
+        if parameter is not None and parameter is not now[name]:
+            found[parameter] = now[name]
+    return found
 
 
 # -- before the weights are there --------------------------------------------------------------------------------------

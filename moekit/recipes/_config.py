@@ -112,16 +112,20 @@ class TrainConfig:
         max_steps: optimizer steps; 0 = no limit.
         max_minutes: minutes of training; 0 = no limit. The first limit that is reached ends training; the learning
             rate follows the steps where max_steps is given, else the minutes.
-        learning_rate: peak of AdamW.
+        optimizer: adamw, or adafactor (T5's, whose steps are relative to the size of the weights).
+        learning_rate: its peak. T5's adafactor has 0.01 at the end of a warm-up of 10,000 steps.
         warmup_steps: linear warm-up.
         schedule: what follows the warm-up: cosine, inverse_square_root or constant.
-        weight_decay: of AdamW, on matrices only.
-        betas: of AdamW.
+        weight_decay: on matrices only.
+        betas: of adamw.
         clip: largest gradient norm; 0 = no clipping.
+        clip_update: of adafactor: largest root mean square of an update; 0 = no clipping.
         label_smoothing: of the sequence-to-sequence tasks.
         accumulate: batches per optimizer step.
         precision: "32-true", "bf16-mixed" or "bf16-true".
         expert_lr_multiplier: learning rate of the experts as a multiple of the others'.
+        scale_expert_gradients: multiply gradients of experts by the square root of their number (arXiv:2112.10684),
+            before clipping. Under adamw only the clipping feels it.
         validate_every: steps between validations; 0 = only at the end.
         checkpoint_minutes: minutes between checkpoints; they are also written on SIGTERM and at the end.
         checkpoint_steps: steps between checkpoints; 0 = by minutes only.
@@ -134,16 +138,19 @@ class TrainConfig:
 
     max_steps: int = 1000
     max_minutes: float = 0.0
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = 2e-3
     warmup_steps: int = 200
     schedule: Literal["cosine", "inverse_square_root", "constant"] = "cosine"
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
+    clip_update: float = 1.0
     label_smoothing: float = 0.1
     accumulate: int = 1
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
     expert_lr_multiplier: float = 1.0
+    scale_expert_gradients: bool = False
     validate_every: int = 0
     checkpoint_minutes: float = 5.0
     checkpoint_steps: int = 0

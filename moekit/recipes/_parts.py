@@ -25,7 +25,7 @@ from moekit.recipes._data import make_data
 from moekit.training.budget import Budget
 from moekit.training.checkpoint_io import AtomicCheckpointIO
 from moekit.training.multitask import MultitaskModule
-from moekit.training.optimizers import adamw
+from moekit.training.optimizers import adafactor, adamw
 from moekit.training.schedules import Constant, Cosine, InverseSquareRoot
 from moekit.training.strategy import ExpertParallelStrategy
 
@@ -141,7 +141,21 @@ def make_module(
 
 
 def make_optimizer(train: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a run."""
+    """The optimizer of a run.
+
+    Raises:
+        UserError: a setting of adafactor without it.
+    """
+    if train.optimizer == "adafactor":
+        return adafactor(
+            module,
+            lr=train.learning_rate,
+            clip_update=train.clip_update or None,
+            weight_decay=train.weight_decay,
+            expert_lr_multiplier=train.expert_lr_multiplier,
+        )
+    if train.clip_update != 1.0:
+        raise UserError(f"train.clip_update={train.clip_update} is of adafactor. Use --train.optimizer adafactor.")
     return adamw(
         module,
         lr=train.learning_rate,

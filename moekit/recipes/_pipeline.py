@@ -37,6 +37,7 @@ from moekit.recipes._parts import (
 from moekit.recipes._run_text import corpus_note, held_out_text, require_same_text, run_tokenizer
 from moekit.recipes._start import Start, default_out, defaults_from_run
 from moekit.training.callbacks.best import BestCheckpoint
+from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
 from moekit.training.callbacks.interrupt import Resumable
 from moekit.training.callbacks.limits import MaxMinutes
 from moekit.training.callbacks.progress import TrainingProgress
@@ -235,6 +236,7 @@ class Pipeline:
             RandomState(),
             RunConfig(settings),
             TrainingProgress(budget),
+            *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
             # Of several tasks the first is the one that the recipe is about.
             *(
                 [BestCheckpoint(folder.checkpoints, monitor=f"valid/{next(iter(module.heads))}/loss")]

@@ -1,4 +1,4 @@
-"""AdamW for sparse models: which parameters decay, and how fast experts learn."""
+"""AdamW and Adafactor for sparse models: which parameters decay, and how fast experts learn."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from moekit.training.adafactor import Adafactor
 
 
 def parameter_groups(
@@ -145,3 +147,38 @@ def adamw(
     # included, where nothing is scaled. Left to a GradScaler, unscaling happens before clipping, as it should.
     optimizer._step_supports_amp_scaling = False
     return optimizer
+
+
+def adafactor(
+    model: nn.Module,
+    *,
+    lr: float,
+    clip_update: float | None = 1.0,
+    scale_by_parameter: bool = True,
+    weight_decay: float = 0.0,
+    expert_lr_multiplier: float = 1.0,
+    min_factored_size: int = 128,
+) -> Adafactor:
+    """`Adafactor` over `parameter_groups`, each expert of a bank for itself.
+
+    Args:
+        model: see `parameter_groups`.
+        lr: learning rate, relative to the size of the weights where `scale_by_parameter`.
+        clip_update: see `Adafactor`.
+        scale_by_parameter: see `Adafactor`.
+        weight_decay: decoupled weight decay.
+        expert_lr_multiplier: see `parameter_groups`.
+        min_factored_size: see `Adafactor`.
+
+    Source: arXiv:1804.04235.
+    """
+    groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, expert_lr_multiplier=expert_lr_multiplier)
+    for group in groups:
+        group["batch_dims"] = int(group["name"].startswith("expert"))
+    return Adafactor(
+        groups,
+        lr,
+        clip_update=clip_update,
+        scale_by_parameter=scale_by_parameter,
+        min_factored_size=min_factored_size,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
@@ -11,33 +11,28 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.optim import Optimizer
 
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
-from moekit.parallel.gradients import clip_by_norm, clip_by_value, gradient_norm
 from moekit.parallel.mesh import Meshes, World, build_meshes
 from moekit.parallel.plan import Plan
 from moekit.parallel.planner.layout import Layout, Offload
-from moekit.parallel.shadows import Shadows, original
 from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 from moekit.routing import Router
-from moekit.training.strategy_checkpoint import ShardedCheckpointStrategy
-from moekit.training.strategy_steps import SteppingStrategy
+from moekit.training.lightning_callbacks import divide_averages
+from moekit.training.refusals import check_callbacks, check_precision
+from moekit.training.strategy_optimizers import NonFinite, OptimizingStrategy
 from moekit.transformer.init import materialize_modules
 
 ZeroStage = Literal[0, 1, 2, 3]
-NonFinite = Literal["raise", "skip"]
 
 
-class ExpertParallelStrategy(ShardedCheckpointStrategy, SteppingStrategy):
+class ExpertParallelStrategy(OptimizingStrategy):
     """Spread any LightningModule that contains `MoELayer`s over many processes, without a change to it.
 
     Processes are arranged as ``replicas x data x tensor``; expert groups lie inside the data ranks, which read
@@ -97,7 +92,12 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy, SteppingStrategy):
         cluster_environment: ClusterEnvironment | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__(asynchronous_save, process_group_backend=process_group_backend, timeout=timeout)
+        super().__init__(
+            nonfinite_gradients,
+            asynchronous_save=asynchronous_save,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
         ParallelStrategy.__init__(
             self,
             accelerator=accelerator,
@@ -109,18 +109,14 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy, SteppingStrategy):
             not isinstance(expert_parallel_size, int) or isinstance(expert_parallel_size, bool)
         ):
             raise TypeError(f'expert_parallel_size must be a number or "auto": got {expert_parallel_size!r}.')
-        if nonfinite_gradients not in ("raise", "skip"):
-            raise ValueError(f'nonfinite_gradients must be "raise" or "skip": got {nonfinite_gradients!r}.')
         self.expert_parallel_size, self.tensor_parallel_size = expert_parallel_size, tensor_parallel_size
         self.replicas, self.zero_stage, self.offload = replicas, zero_stage, offload
-        self.plan, self.nonfinite_gradients = plan or Plan(), nonfinite_gradients
+        self.plan = plan or Plan()
         # The smallest world on which the numbers could be right: whatever is wrong by itself is said now.
         expert = 1 if expert_parallel_size == "auto" else expert_parallel_size
         self._layout(max(expert, 1) * max(tensor_parallel_size, 1) * max(replicas, 1), expert)
         self.sharded: ShardedModel | None = None
-        self.skipped_steps = 0
         self._world: World | None = None
-        self._shadows: dict[int, Shadows] = {}
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
@@ -152,6 +148,7 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy, SteppingStrategy):
         """Join the processes; `device_mesh` can be used from here on, also in ``configure_model``."""
         # Not the parent's own method, which arranges the processes in its way.
         known = 1 if self.expert_parallel_size == "auto" else self.expert_parallel_size
+        check_precision(self.precision_plugin)
         self.set_world_ranks()
         self._layout(self.num_nodes * self.num_processes, known)
         self._setup_distributed()
@@ -210,9 +207,12 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy, SteppingStrategy):
                 "ExpertParallelStrategy divides a model with fully_shard: got modules wrapped in "
                 "FullyShardedDataParallel. Remove the wrapping."
             )
+        check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
         self._divide_model()
-        self._divide_averages(trainer)
         self._keep_in_step()
+        assert self.sharded is not None
+        meshes = self.sharded.meshes
+        divide_averages(trainer.callbacks, lambda model: self._parallelize(model, meshes))  # type: ignore[attr-defined]
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -241,7 +241,7 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy, SteppingStrategy):
         return parallelize(model, meshes, self.plan, compute_dtype=mixed, weights=weights)
 
     def _convert_precision(self) -> None:
-        """What the precision asks for, except that routers stay in float32."""
+        """What the precision asks for, except that routers stay in float32 where it is lower."""
         assert self.model is not None
         routers = [module for module in self._model_modules() if isinstance(module, Router)]
         kept = [
@@ -252,36 +252,13 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy, SteppingStrategy):
         ]
         self.model = self.precision_plugin.convert_module(self.model)
         for tensor, value in kept:
-            tensor.data = value
-
-    def _divide_averages(self, trainer: L.Trainer) -> None:
-        """Lay the copies that weight-averaging callbacks made of the model over the same ranks."""
-        assert self.sharded is not None
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            average = callback._average_model if isinstance(callback, WeightAveraging) else None
-            if average is not None and sharded(average.module) is None:
-                self._parallelize(average.module, self.sharded.meshes)
+            if torch.promote_types(tensor.dtype, value.dtype) != tensor.dtype:
+                tensor.data = value
 
     def model_to_device(self) -> None:
         """Move the model to this process's device; offloaded weights stay where they are."""
         if self.offload != "parameters":
             super().model_to_device()
-
-    def setup_optimizers(self, trainer: L.Trainer) -> None:
-        """Make the optimizers, and give them slices or host copies to work on where the layout says so."""
-        super().setup_optimizers(trainer)
-        self._shadows = {}
-        if self.zero_stage == 1 or self.offload == "optimizer":
-            device = torch.device("cpu") if self.offload == "optimizer" else None
-            for optimizer in self.optimizers:
-                self._shadows[id(optimizer)] = Shadows(optimizer, divide=self.zero_stage == 1, device=device)
-            self.optimizers = self.optimizers  # Lightning's wrappers hold copies of the attributes
-
-    def _take_over_clipping(self) -> None:
-        """Precision plugins clip with a function that refuses parameters of several meshes."""
-        plugin: Any = self.precision_plugin
-        plugin.clip_grad_by_norm = self._clip_by_norm
-        plugin.clip_grad_by_value = self._clip_by_value
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -300,53 +277,3 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy, SteppingStrategy):
             yield
         finally:
             self.sharded.communicate_gradients(True)
-
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: L.LightningModule | nn.Module | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Compute gradients, look at their norm on all ranks together, step."""
-
-        def with_norm() -> Any:
-            result = closure()
-            self._look_at_gradients(optimizer)
-            return result
-
-        return super().optimizer_step(optimizer, with_norm, model, **kwargs)
-
-    def _look_at_gradients(self, optimizer: Optimizer) -> None:
-        self._meet("the optimizer's step")
-        parameters = self._parameters(optimizer)
-        norm = gradient_norm(parameters)
-        module = self.lightning_module
-        assert module is not None
-        module.log("train/grad_norm", norm, batch_size=1)
-        if bool(norm.isfinite()):
-            return
-        step = module.trainer.global_step
-        if self.nonfinite_gradients == "raise":
-            raise FloatingPointError(
-                f"the gradient norm must be finite: it is {float(norm)} in step {step}, on all ranks. Lower the "
-                'learning rate, or use nonfinite_gradients="skip".'
-            )
-        self.skipped_steps += 1
-        for parameter in parameters:
-            parameter.grad = original(parameter).grad = None
-
-    def _parameters(self, optimizer: Optimizer) -> list[Tensor]:
-        """What the optimizer works on, with its gradients."""
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
-        shadows = self._shadows.get(id(optimizer))
-        if shadows is not None:
-            shadows.take_gradients()
-        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        clip_by_norm(self._parameters(optimizer), clip_val)
-
-    def _clip_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
-        clip_by_value(self._parameters(optimizer), clip_val)

@@ -42,8 +42,11 @@ def run_cases(module: str, names: list[str], room: str) -> dict[str, str]:
     return found
 
 
-def outcome_in(module: str, processes: int) -> Callable[..., list[dict[str, str]]]:
-    """A fixture that runs the cases that are wanted of a test file, all in one group of processes."""
+def outcome_in(module: str, processes: int, *, at_once: int | None = None) -> Callable[..., list[dict[str, str]]]:
+    """A fixture that runs the cases that are wanted of a test file in one group of processes.
+
+    Every layout's process groups keep threads until their process ends: with `at_once` only so many cases share one.
+    """
 
     @pytest.fixture(scope="module")
     def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
@@ -53,7 +56,15 @@ def outcome_in(module: str, processes: int) -> Callable[..., list[dict[str, str]
             if hasattr(item, "callspec") and item.path == request.path
         ]  # type: ignore[attr-defined]
         room = str(tmp_path_factory.mktemp("room"))
-        return run_distributed(run_cases, processes, module, wanted, room, timeout=400.0)
+        found: list[dict[str, str]] = [{} for _ in range(processes)]
+        size = at_once or max(len(wanted), 1)
+        for number, start in enumerate(range(0, len(wanted), size)):
+            some, place = wanted[start : start + size], f"{room}/{number}"
+            for mine, of_some in zip(
+                found, run_distributed(run_cases, processes, module, some, place, timeout=400.0), strict=True
+            ):
+                mine |= of_some
+        return found
 
     return outcome
 

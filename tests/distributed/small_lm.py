@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from moekit.parallel import global_mean
 from moekit.routers import Balance, TopKRouter
 from moekit.routing import Router, Routing, RoutingContext
 from moekit.testing import JoinedProcesses, seeded
+from moekit.training.optimizers import adafactor
 from moekit.transformer import GLU, MLP, DecoderOnly
 
 VOCABULARY, DIM, HEADS, HIDDEN, EXPERTS, LENGTH, GLOBAL_BATCH, STEPS = 16, 8, 4, 8, 4, 5, 8, 5
@@ -64,7 +65,7 @@ class SmallLM(L.LightningModule):
     """Three blocks: dense with biases, sparse with biases, gated; a tied table; a scalar; losses of the router.
 
     Args:
-        optimizer: "adamw" or "sgd".
+        optimizer: "adamw", "sgd" or "adafactor".
         aux: weights of the router's losses.
         by_tokens: whether the loss is a mean over the tokens of all ranks, not over each rank's.
         checkpoint: whether blocks are computed again in backward.
@@ -125,6 +126,8 @@ class SmallLM(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":
             return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        if self.optimizer == "adafactor":
+            return adafactor(self, lr=3e-2, min_factored_size=1)
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
@@ -172,7 +175,7 @@ class Watch(L.Callback):
             self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
 
 
-def trainer_for(strategy: Any, **options: Any) -> L.Trainer:
+def trainer_for(strategy: Any, *, more_plugins: Sequence[Any] = (), **options: Any) -> L.Trainer:
     """A Trainer over the processes of `run_distributed` that writes nothing."""
     defaults: dict[str, Any] = {
         "gradient_clip_val": CLIP,
@@ -187,7 +190,7 @@ def trainer_for(strategy: Any, **options: Any) -> L.Trainer:
         accelerator="cpu",
         devices=dist.get_world_size(),
         strategy=strategy,
-        plugins=[JoinedProcesses()],
+        plugins=[JoinedProcesses(), *more_plugins],
         **{**defaults, **options},
     )
 

@@ -62,9 +62,10 @@ def measure(world: int) -> list[dict[str, int]]:
         parallelize(model, build_meshes(layout, "cpu"))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         offloaded = layout.offload == "optimizer"
+        shadows = None
         if layout.zero_stage == 1 or offloaded:
             device = torch.device("cpu") if offloaded else None
-            Shadows(optimizer, divide=layout.zero_stage == 1, device=device)
+            shadows = Shadows(optimizer, divide=layout.zero_stage == 1, device=device)
         step = Step(model)
         step(torch.arange(48).remainder(64).view(4, 12))
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -73,8 +74,8 @@ def measure(world: int) -> list[dict[str, int]]:
         rows[-1]["weights"] = sum(local(p).nbytes for p in model.parameters())
         state = [value for values in optimizer.state.values() for value in values.values()]
         rows[-1]["optimizer"] = sum(local(t).nbytes for t in state if isinstance(t, Tensor))
-        copies = [p for group in optimizer.param_groups for p in group["params"]] if offloaded else []
-        rows[-1]["copies"] = sum(local(p).nbytes for p in copies)
+        copies = shadows.shadows if shadows is not None and offloaded else []
+        rows[-1]["copies"] = sum(local(shadow.tensor).nbytes for shadow in copies)
         # What is divided is no view of something whole that is kept.
         rows[-1]["storage"] = held(model.parameters())
     return rows

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from case_group import outcome_in, require_success
+from lightning.pytorch.plugins import MixedPrecision
 from small_lm import (
     DIM,
     EXPERTS,
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 import moekit as mk
 from moekit import ExpertParallelStrategy
+from moekit.errors import UserError
 from moekit.experts import GroupedMLP
 from moekit.parallel import Layout, build_meshes, parallelize
 from moekit.testing import seeded
@@ -180,6 +182,38 @@ def true() -> None:
         assert max(abs(a - b) / b for a, b in zip(got["losses"], expected["losses"], strict=True)) < 3e-2
 
 
+def half() -> None:
+    """Weights are float16 but the routers'; as one process in float16, up to its rounding."""
+    expected = one_process(SmallLM("sgd"), DATA)
+    for layout in LAYOUTS:
+        module = SmallLM("sgd")
+        got = fit(module, ExpertParallelStrategy(**layout), DATA, precision="16-true")
+        types = {name: p.dtype for name, p in module.named_parameters()}
+        assert all(t == (torch.float32 if ".router." in name else torch.float16) for name, t in types.items()), types
+        assert max(abs(a - b) / b for a, b in zip(got["losses"], expected["losses"], strict=True)) < 4e-3
+
+
+def double() -> None:
+    """By name, since Lightning refuses it for strategy objects; the norm of gradients is float64 too."""
+    expected = one_process(SmallLM("sgd").double(), DATA)
+    for stage in range(4):
+        module = SmallLM("sgd")
+        got = fit(module, f"expert_parallel_zero{stage}", DATA, precision="64-true")
+        assert {p.dtype for p in module.parameters()} == {torch.float64}
+        found = differences(got, expected)
+        assert max(found.values()) < 1e-6, found  # routers compute in float32 in any precision
+
+
+def precisions_that_are_refused() -> None:
+    """A scaler for each rank, and layers of other libraries."""
+    scaler = torch.amp.GradScaler("cpu")
+    for strategy in ("expert_parallel_zero2", ExpertParallelStrategy(2)):
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        trainer = trainer_for(strategy, more_plugins=[plugin])
+        with pytest.raises(UserError, match=r"needs a precision among 32-true, .*: got 16-mixed; its loss scale"):
+            trainer.fit(SmallLM(), datamodule=Sentences(DATA))
+
+
 class Deferred(SmallLM):
     """Built without memory."""
 
@@ -265,6 +299,9 @@ CASES: dict[str, Callable[[], None]] = {
         mixed_keeps_no_copies,
         mixed_with_norms_of_torch,
         true,
+        half,
+        double,
+        precisions_that_are_refused,
         built_without_memory,
         built_without_memory_in_bf16,
         never_whole,

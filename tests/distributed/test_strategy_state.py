@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
 from case_group import folder, outcome_in, require_success
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, WeightAveraging
+from safetensors.torch import load_file
 from small_lm import (
     CLIP,
     GLOBAL_BATCH,
@@ -22,9 +24,11 @@ from small_lm import (
     trainer_for,
     whole_weights,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from moekit import ExpertParallelStrategy
+from moekit.parallel import consolidate
+from moekit.training.checkpoint_state import load_state
 
 DATA = sentences(3)
 REPEATED = sentences(1).repeat(5, 1)  # a plain DataLoader begins anew when training is resumed
@@ -92,8 +96,72 @@ def averages_in_checkpoints() -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+class Judged(SmallLM):
+    """Is tested by the loss that it is validated by, and predicts."""
+
+    def __init__(self) -> None:
+        super().__init__("sgd", aux={"router_z": 0.01})
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("test", self.loss(batch), sync_dist=True)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.model.logits(self.model.decode(batch).hidden)
+
+
+class WholeBatches(L.LightningDataModule):
+    """For the one process that the others are compared with."""
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(DATA, batch_size=GLOBAL_BATCH)  # type: ignore[arg-type]
+
+    val_dataloader = train_dataloader
+
+
+def averages_are_read_back() -> None:
+    """What a checkpoint, a file made of it, a test and a prediction have are the weights that were monitored."""
+    for make in (lambda: EMAWeightAveraging(decay=0.6), WeightAveraging):
+        place, name = folder(), "best"
+        quiet_options: dict[str, Any] = {
+            "max_epochs": 2, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+            "gradient_clip_val": CLIP,
+        }  # fmt: skip
+        plain = Judged()
+        saver = ModelCheckpoint(place / f"plain-{dist.get_rank()}", filename=name, monitor="valid")
+        trainer = L.Trainer(accelerator="cpu", devices=1, callbacks=[make(), saver], **quiet_options)
+        trainer.fit(plain, datamodule=WholeBatches())
+        monitored = float(trainer.callback_metrics["valid"])
+        expected = torch.load(saver.best_model_path, weights_only=True)["state_dict"]
+        plain.load_state_dict(expected)
+        for number, layout in enumerate(LAYOUTS):
+            callbacks = [make(), ModelCheckpoint(place / str(number), filename=name, monitor="valid")]
+            trainer = trainer_for(
+                ExpertParallelStrategy(**layout), callbacks=callbacks, enable_checkpointing=True, max_epochs=2,
+                limit_val_batches=1.0,
+            )  # fmt: skip
+            trainer.fit(Judged(), datamodule=Sentences(DATA))
+            assert float(trainer.callback_metrics["valid"]) == pytest.approx(monitored, rel=1e-5)
+            path = place / str(number) / f"{name}.ckpt"
+            dist.barrier()
+            if dist.get_rank() == 0:
+                consolidate(path, path.with_suffix(".safetensors"))
+            dist.barrier()
+            for found in (load_file(path.with_suffix(".safetensors")), load_state(path).weights):
+                assert found.keys() == expected.keys()
+                for key, value in found.items():
+                    torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6, msg=key)
+            trainer = trainer_for(ExpertParallelStrategy(**layout), use_distributed_sampler=False)
+            loader = torch.utils.data.DataLoader(DATA, batch_size=GLOBAL_BATCH)  # type: ignore[arg-type]
+            tested = trainer.test(Judged(), loader, ckpt_path=str(path), verbose=False)[0]["test"]
+            assert tested == pytest.approx(monitored, rel=1e-5)
+            answers = trainer.predict(Judged(), loader, ckpt_path=str(path))
+            assert answers is not None
+            right = Judged.predict_step(plain, DATA, 0)
+            torch.testing.assert_close(torch.cat(answers), right, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
+
+
 CASES: dict[str, Callable[[], None]] = {
-    case.__name__: case for case in (weight_averaging, resuming, averages_in_checkpoints)
+    case.__name__: case for case in (weight_averaging, resuming, averages_in_checkpoints, averages_are_read_back)
 }
 
 outcome = outcome_in(__name__, 2)

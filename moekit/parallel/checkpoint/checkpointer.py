@@ -38,6 +38,7 @@ from moekit.parallel.checkpoint.state import (
 )
 from moekit.parallel.checkpoint.writer import FolderWriter
 from moekit.parallel.mesh import host_group
+from moekit.parallel.shadows import shown
 
 PathLike = str | os.PathLike[str]
 
@@ -143,11 +144,12 @@ class Checkpointer:
         index = read_index(folder)
         content = _parse(read_plain(folder, index), folder)
         targets: dict[str, Tensor] = model_targets(model, index, str(folder))
-        if optimizers:
-            targets |= optimizer_targets(model, optimizers, index, content["state"], str(folder))
-        targets |= extra_targets(model, index)
-        read_into(targets, folder, index)
-        give_back(model, optimizers, targets, content["state"])
+        with shown(*optimizers):
+            if optimizers:
+                targets |= optimizer_targets(model, optimizers, index, content["state"], str(folder))
+            targets |= extra_targets(model, index)
+            read_into(targets, folder, index)
+            give_back(model, optimizers, targets, content["state"])
         return put_back(content["extra"], targets)
 
     def _own_group(self) -> dist.ProcessGroup | None:

@@ -1,0 +1,97 @@
+"""Optimizers that are older than the division of their model: they are carried over to the divided parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from moekit.errors import UserError
+from moekit.parallel.pieces import piece_of
+from moekit.parallel.sharding import ShardedModel
+
+
+def carry_over(optimizer: Optimizer, model: ShardedModel) -> None:
+    """Let an optimizer that was made before `parallelize` work on the parameters that took the place of its own.
+
+    Parameter groups, their settings and schedules are kept. State that has the shape of its parameter is divided as the
+    parameter is; like the weights it is taken from rank 0. All ranks must call it together. What works on the divided
+    parameters already stays as it is.
+
+    Args:
+        optimizer: of any class.
+        model: what `parallelize` returned.
+
+    Raises:
+        UserError: before anything is sent, if the optimizer has a parameter that the model neither has nor had.
+    """
+    own = {id(parameter) for parameter in model.module.parameters() if isinstance(parameter, DTensor)}
+    found: list[tuple[Tensor, DTensor]] = []
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if id(parameter) not in own:
+                found.append((parameter, _replacement(parameter, model, number, type(optimizer).__name__)))
+    if not found:
+        return
+    new = {id(before): after for before, after in found}
+    for group in optimizer.param_groups:
+        group["params"] = [new.get(id(parameter), parameter) for parameter in group["params"]]
+    states = [optimizer.state.pop(before, {}) for before, _ in found]
+    for (_, after), mine, theirs in zip(found, states, _outlines_of_rank_zero(states), strict=True):
+        if theirs:
+            optimizer.state[after] = {
+                key: _laid(key, value.receive(mine.get(key)) if isinstance(value, _Sent) else value, after)
+                for key, value in theirs.items()
+            }
+
+
+def _replacement(parameter: Tensor, model: ShardedModel, group: int, name: str) -> DTensor:
+    found = model.replaced.get(parameter)
+    if found is None:
+        raise UserError(
+            f"an optimizer must work on parameters of the model that was divided: group {group} of {name} has one of "
+            f"shape {tuple(parameter.shape)} that is none of {type(model.module).__name__}'s, and would train nothing. "
+            "Register it in a module before the model is divided (in __init__ or configure_model)."
+        )
+    return found
+
+
+def _outlines_of_rank_zero(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The states as rank 0 has them, where tensors are announced: they travel one by one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return states
+    outlines = [{key: _Sent.of(value) for key, value in state.items()} for state in states]
+    sent = [outlines]
+    dist.broadcast_object_list(sent, src=0)
+    return sent[0]
+
+
+class _Sent:
+    """A tensor that rank 0 is about to send."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        return cls(value) if isinstance(value, Tensor) and value.ndim else value
+
+    def receive(self, mine: Any) -> Tensor:
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        sent = mine.to(device) if dist.get_rank() == 0 else torch.empty(self.shape, dtype=self.dtype, device=device)
+        dist.broadcast(sent, src=0)
+        return sent
+
+
+@torch.no_grad()
+def _laid(key: str, value: Any, parameter: DTensor) -> Any:
+    # The count of steps of a scalar has its shape, and is no statistic of it.
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or key == "step":
+        return value
+    laid: Any = torch.empty_like(parameter, requires_grad=False)
+    laid.to_local().copy_(piece_of(value, parameter.device_mesh, parameter.placements))
+    return laid

@@ -1,0 +1,90 @@
+"""What cannot be right on divided weights, refused by name before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback, ModelPruning
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from moekit.errors import UserError
+
+_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true", "64-true")
+_OPTIMIZERS: dict[str, str] = {
+    "LBFGS": "its line search adds up all parameters as one vector, which parameters of several meshes are not. Use "
+    "torch.optim.AdamW or SGD",
+    "Rprop": "torch picks out entries by their sign there, which divided tensors do not offer. Use torch.optim.AdamW "
+    "or RMSprop",
+    "SparseAdam": "gradients are summed over processes as dense tensors. Use torch.optim.Adam, and Embedding without "
+    "sparse=True",
+    "Adafactor": "torch's takes means over rows and columns in place, which divided tensors do not offer. Use "
+    "moekit.training.adafactor.Adafactor, which is T5's",
+}
+
+
+def check_precision(plugin: Any) -> None:
+    """Refuse a precision whose numbers would be wrong.
+
+    Raises:
+        UserError: for 16-mixed and for plugins of other libraries.
+    """
+    if plugin.precision not in _PRECISIONS:
+        why = (
+            "its loss scale would be lowered by the ranks that see an overflow and not by the others"
+            if plugin.precision == "16-mixed"
+            else "it exchanges layers for its own, which nobody divides"
+        )
+        raise UserError(
+            f"ExpertParallelStrategy needs a precision among {', '.join(_PRECISIONS)}: got {plugin.precision}; {why}. "
+            "Use bf16-mixed."
+        )
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuse callbacks that exchange parameters in the middle of training.
+
+    Raises:
+        UserError: for `ModelPruning`.
+    """
+    for callback in callbacks:
+        if isinstance(callback, ModelPruning):
+            raise UserError(
+                f"ExpertParallelStrategy cannot train with {type(callback).__name__}, which puts masked copies in the "
+                "place of parameters that are divided among processes. Prune between runs: torch.nn.utils.prune before "
+                "the Trainer, or whole experts with moekit.surgery."
+            )
+
+
+def check_optimizer(optimizer: Optimizer, *, divided: bool) -> None:
+    """Refuse optimizers of torch that cannot step divided parameters, or would step them otherwise than whole ones.
+
+    Args:
+        optimizer: over the divided parameters.
+        divided: whether data ranks take slices of what they repeat in the step.
+
+    Raises:
+        UserError: naming the optimizer, why, and what to use.
+    """
+    for name, why in _OPTIMIZERS.items():
+        if isinstance(optimizer, getattr(torch.optim, name)):
+            raise UserError(f"ExpertParallelStrategy cannot train with torch.optim.{name}: {why}.")
+    muon = getattr(torch.optim, "Muon", None)
+    if muon is not None and isinstance(optimizer, muon):
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if _is_cut(parameter, divided):
+                raise UserError(
+                    "torch.optim.Muon must see whole matrices: its update orthogonalises them, in bfloat16, and would "
+                    f"differ with the number of processes; one of shape {tuple(parameter.shape)} is divided among "
+                    "them. Use zero_stage=0 and tensor_parallel_size=1."
+                )
+
+
+def _is_cut(parameter: Tensor, divided: bool) -> bool:
+    if not isinstance(parameter, DTensor):
+        return False
+    mesh = parameter.device_mesh
+    return any(mesh.size(n) > 1 and (divided or not p.is_replicate()) for n, p in enumerate(parameter.placements))

@@ -1,0 +1,116 @@
+"""Where shadows are, and when they stand in for parameters; that they are right is tested in tests/distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from moekit.parallel import Shadows
+from moekit.parallel.pieces import spread
+
+
+@pytest.fixture
+def processes() -> Iterator[None]:
+    """Two that say nothing to each other."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize("divide", [False, True])
+def test_host_copies_of_weights_on_gpus_are_in_host_memory(divide: bool) -> None:
+    """The optimizer's tensors, their gradients and their state; no GPU is needed to see where they are made."""
+    mesh = DeviceMesh("cuda", torch.arange(2), mesh_dim_names=("replicate",))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight = torch.empty(4, 6, device="cuda")
+        parameter = nn.Parameter(spread(weight, mesh, [Replicate()], weight.shape, weight.stride()))
+        assert parameter.device.type == "cuda"
+        optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+        shadows = Shadows(optimizer, divide=divide, device=torch.device("cpu"))
+        (shadow,) = shadows.shadows
+        assert isinstance(shadow.tensor, DTensor)
+        assert shadow.tensor.to_local().device.type == "cpu"
+        assert shadow.tensor.to_local().shape == ((2, 6) if divide else (4, 6))
+        gradient = torch.empty(4, 6, device="cuda")
+        parameter.grad = spread(gradient, mesh, [Replicate()], gradient.shape, gradient.stride())
+        shadows.show()
+        shadows.take()
+        assert isinstance(shadow.tensor.grad, DTensor)
+        assert shadow.tensor.grad.to_local().device.type == "cpu"
+        assert torch.zeros_like(shadow.tensor).to_local().device.type == "cpu"  # as optimizers make their state
+
+
+def parameters(number: int) -> list[nn.Parameter]:
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("replicate",))
+    return [nn.Parameter(distribute_tensor(torch.full((2, 2), float(n)), mesh, [Replicate()])) for n in range(number)]
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_shadows_stand_in_only_during_the_step() -> None:
+    """Whoever looks before and after, in a hook or in the closure, finds the model's parameters and gradients."""
+    (parameter,) = parameters(1)
+    optimizer: Any = torch.optim.SGD([parameter], lr=1.0, momentum=0.5)
+    kind, seen = type(optimizer), []
+    optimizer.register_step_post_hook(lambda *_: seen.append(float(parameter.full_tensor().detach().sum())))
+    Shadows(optimizer, divide=True)
+    assert type(optimizer) is kind
+
+    def closure() -> float:
+        assert optimizer.param_groups[0]["params"] == [parameter]
+        parameter.grad = torch.ones_like(parameter)
+        return 3.0
+
+    assert optimizer.step(closure) == 3.0
+    assert optimizer.param_groups[0]["params"] == [parameter]
+    assert list(optimizer.state) == [parameter]
+    assert seen == [-4.0]  # the hook sees the weights after the step, though it was there before the shadows
+    optimizer.zero_grad()
+    assert parameter.grad is None
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_step_that_fails_leaves_the_parameters_in_place_for_the_next() -> None:
+    first, second = parameters(2)
+    optimizer: Any = torch.optim.SGD([first], lr=1.0)
+    Shadows(optimizer, divide=True)
+    first.grad = torch.ones_like(first)
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(TypeError):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 1.0
+    optimizer.add_param_group({"params": [second]})
+    second.grad = torch.ones_like(second)
+    optimizer.step()
+    assert [group["params"] for group in optimizer.param_groups] == [[first], [second]]
+    assert [float(p.full_tensor().detach().sum()) for p in (first, second)] == [-4.0, 0.0]
+
+
+@pytest.mark.usefixtures("alone")
+def test_two_kinds_of_shadows_are_refused() -> None:
+    optimizer = torch.optim.SGD(parameters(1), lr=1.0)
+    shadows = Shadows(optimizer, divide=True)
+    assert Shadows.give(optimizer, divide=True) is shadows
+    with pytest.raises(ValueError, match="one kind of shadows: SGD has some already"):
+        Shadows.give(optimizer, divide=False)
