@@ -26,8 +26,9 @@ class Experts(Component, ABC):
         outputs: names of the parameters, all of them drawn at random, in which the bank's output is linear: those
             whose first draw `depth_scale` scales.
         depth_scale: variance of the first draw of `outputs` as a multiple of the bank's own: 1 / the number of residual
-            branches where the bank stands in a transformer of this package that divides by depth. `moekit.transformer.init_weights` sets it
-            with `scale_outputs_`; `reset_parameters` of a bank with `outputs` must respect it.
+            branches where the bank stands in a transformer of this package that divides by depth.
+            `moekit.transformer.init_weights` sets it with `scale_outputs_`; `reset_parameters` of a bank with `outputs`
+            must respect it.
         requires_whole_bank: whether forward needs all experts in one process, so that the bank must not be spread over
             several (expert parallelism refuses it).
     """
