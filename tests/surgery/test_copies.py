@@ -131,9 +131,7 @@ def test_growing_by_whole_copies_keeps_the_function(name: str) -> None:
     torch.testing.assert_close(output(filled(ROUTERS[name], grown, 2 * E, 2)), output(one))
 
 
-@pytest.mark.parametrize(
-    ("name", "times"), [("top-1", 1), ("loss-free", 2), ("relu", 2), ("dense to sparse", 1)]
-)
+@pytest.mark.parametrize(("name", "times"), [("top-1", 1), ("loss-free", 2), ("relu", 2), ("dense to sparse", 1)])
 def test_the_plain_form_is_another_function(name: str, times: int) -> None:
     """Under one softmax a top-1 weight halves; of own scores there are twice as many."""
     one = stirred(ROUTERS[name])
@@ -164,7 +162,7 @@ def test_models_of_unequal_size_lose_by_what_they_are_of_the_whole() -> None:
 
 @pytest.mark.parametrize("name", ["top-1", "relu", "loss-free", "top-2 before drop", "noisy"])
 def test_moments_are_those_of_the_gradients_then(name: str) -> None:
-    """What `power` promises: transformed gradients equal the gradients of the aggregate, of all copies that are used."""
+    """What `power` promises: transformed gradients equal those of the aggregate, over all copies that are used."""
     one = stirred(ROUTERS[name])
     layers = sparse_layers(one)
     state = aggregate([one.state_dict()] * 2, [layers] * 2)

@@ -1,4 +1,4 @@
-"""Runs aggregated with themselves, grown, pruned back and merged: what they compute stays, and what was done is said."""
+"""Runs aggregated with themselves, grown, pruned back, merged: what they compute stays, and what was done is said."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import COMMON, E, SIZES, equal, fails, network, resumed, slots, weights
+from small_runs import COMMON, SIZES, E, equal, fails, network, resumed, slots, weights
 from torch import Tensor
 
 from moekit.errors import UserError
@@ -53,9 +53,9 @@ def test_aggregated_with_itself_and_pruned_back(
     record = json.loads((both / "surgery.json").read_text())
     assert record["compensated_copies"] == 2
     needed = {"choices": 2, "scale": 1} if name == "one" else {"choices": 1, "scale": 2}
-    assert {tuple(sorted((k, v) for k, v in row.items() if k in needed)) for row in record["compensation"].values()} == {
-        tuple(sorted(needed.items()))
-    }
+    assert {
+        tuple(sorted((k, v) for k, v in row.items() if k in needed)) for row in record["compensation"].values()
+    } == {tuple(sorted(needed.items()))}
 
     subject = open_subject(both)
     write_run(prune_run(subject, {path: torch.arange(E) for path in subject.layers()}), half)

@@ -58,7 +58,9 @@ KEPT: dict[str, Callable[[int], Router]] = {
 @pytest.mark.parametrize("name", KEPT)
 def test_pruning_what_nobody_chooses_changes_nothing(name: str) -> None:
     whole = unused_last(layer(KEPT[name](E)))
-    few = filled(layer(KEPT[name](E - 1)), take_experts(whole.state_dict(), sparse_layers(whole), {"": torch.arange(3)}))
+    few = filled(
+        layer(KEPT[name](E - 1)), take_experts(whole.state_dict(), sparse_layers(whole), {"": torch.arange(3)})
+    )
     torch.testing.assert_close(few(X).hidden, whole(X).hidden)
 
 

@@ -122,7 +122,9 @@ def _aggregate_options(parser: ArgumentParser) -> None:
         help="scores of the routers: rows side by side (default), or drawn anew",
     )
     parser.add_argument("--seed", type=int, default=0, help="of fresh gates")
-    _plain(parser, "the paper's form, in which weights shrink under one softmax (default: what they lose is made up for)")
+    _plain(
+        parser, "the paper's form, in which weights shrink under one softmax (default: what they lose is made up for)"
+    )
     _out(parser)
 
 

@@ -37,7 +37,7 @@ _FREE = (
     "model.threshold", "model.load_balance", "model.router_z", "model.expert_init_scale", "model.init_scale",
     "model.init_by_depth", "model.checkpoint",
     "data.cache", "data.num_workers", "data.order_seed", "data.temperature", "data.heating", "data.heating_steps",
-    "data.max_length",
+    "data.max_length", "data.mask_shares", "data.span_ratio", "data.mean_span", "data.packed",
 )  # fmt: skip
 
 
@@ -92,9 +92,7 @@ def aggregate_runs(
     names = [str(subject.path) for subject in subjects]
 
     def together(states: Sequence[Mapping[str, Tensor]], power: int) -> Mapping[str, Tensor]:
-        return aggregate(
-            states, layers, shared_from=shared_from, names=names, compensate=compensated, power=power
-        )
+        return aggregate(states, layers, shared_from=shared_from, names=names, compensate=compensated, power=power)
 
     weights = dict(together([subject.loaded.weights for subject in subjects], 1))
     counts = {path: sum(found[path].num_experts for found in layers) for path in layers[0]}
@@ -262,9 +260,7 @@ def change_run(subject: Subject, config: Any) -> Result:
 # -- what they share -----------------------------------------------------------------------------------------------
 
 
-def _taken(
-    subject: Subject, taken: Mapping[str, Tensor], copies: float, note: Mapping[str, Any]
-) -> Result:
+def _taken(subject: Subject, taken: Mapping[str, Tensor], copies: float, note: Mapping[str, Any]) -> Result:
     """The experts with the given numbers, and what makes up for `copies` times as many of each."""
     model = subject.model()
     layers = sparse_layers(model)
