@@ -19,7 +19,7 @@ from moekit.data.plan import Plan
 from moekit.data.sources.base import SPLITS, Direction, Source, Split, nearest
 from moekit.data.span_corruption import SpanCorruption
 from moekit.data.store import TokenStore, Wanted, cached_store, monolingual_section, parallel_section
-from moekit.data.streams import SPECIALS, Stream, Task, TooLong, open_chunks, open_stream
+from moekit.data.streams import SPECIALS, Noise, Stream, Task, TooLong, open_chunks, open_stream
 from moekit.data.tokenizer import Model, Tokenizer, train_tokenizer
 from moekit.errors import UserError
 
@@ -324,12 +324,11 @@ class MultitaskData(L.LightningDataModule):
             streams = [self._pairs(direction, split, limit) for direction in self.directions]
             return Task(name, streams, sentinel=self.tasks[name].sentinel)
         data = self.tasks[name]
-        noise = {
-            "denoising": data.denoising,
-            "span_corruption": data.span_corruption,
-            "masked_lm": data.masking or Masking(),
-            "replaced_token": data.masking or ELECTRA,
-        }.get(name)
+        kinds: dict[str, Noise] = {
+            "denoising": data.denoising, "span_corruption": data.span_corruption,
+            "masked_lm": data.masking or Masking(), "replaced_token": data.masking or ELECTRA,
+        }  # fmt: skip
+        noise = kinds.get(name)
         make = self._chunks if isinstance(noise, SpanCorruption) and noise.packed else self._text
         return Task(name, [make(language, split, limit) for language in self._chosen(name)], noise)
 

@@ -38,8 +38,8 @@ class ReplacedTokenHead(Head):
         UserError: in loading, if the weights are of a version whose generator had no such head.
 
     Source: arXiv:2003.10555 section 2; both heads as in the authors' code. Differs: the generator has an embedding of
-        its own instead of a projection of the discriminator's, so that the head can be added to any backbone; its scores
-        have no bias.
+        its own instead of a projection of the discriminator's, so that the head can be added to any backbone; its
+        scores have no bias.
     """
 
     task: ClassVar[str] = "replaced_token"
