@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,15 @@ from small_runs import COMMON, SIZES, E, equal, fails, network, resumed, slots, 
 from torch import Tensor
 
 from moekit.errors import UserError
-from moekit.recipes import switch
+from moekit.recipes import st_moe, switch
 from moekit.recipes._command import main as recipe_main
+from moekit.recipes._pipeline import pipeline_of
+from moekit.recipes._surgery.compensating import with_choices
 from moekit.recipes._surgery.operations import aggregate_runs, change_run, merge_run, prune_run, upcycle_run
-from moekit.recipes._surgery.subject import open_subject, with_setting
+from moekit.recipes._surgery.subject import build_model, open_subject, with_setting
 from moekit.recipes._surgery.writing import write_run
+from moekit.routing import Compensation
+from moekit.surgery import sparse_layers
 from moekit.surgery.__main__ import main
 
 
@@ -131,6 +137,23 @@ def test_without_a_setting_for_choices_it_is_refused(
     monkeypatch.setattr("moekit.recipes._surgery.compensating.getattr", lambda *_: None, raising=False)
     message = "recipe moe_lm has no setting for that (model.k). With --plain"
     assert fails(["aggregate", str(runs / "one"), str(runs / "two")], tmp_path / "none", message)
+
+
+def test_experts_keep_their_slots_where_capacity_counts_tokens() -> None:
+    """ST-MoE's factor * T / E: of twice as many experts it must be twice the factor."""
+    config: Any = st_moe.VARIANTS["tiny"]
+    layers = sparse_layers(build_model(pipeline_of(st_moe.RECIPE).build, config, 100))
+    subject: Any = SimpleNamespace(path="run", recipe=st_moe.RECIPE)
+    needed = dict.fromkeys(layers, Compensation(choices=2.0))
+    wide = with_setting(with_choices(subject, config, layers, needed), "model.num_experts", 16)
+    assert (wide.model.k, wide.model.capacity_factor, wide.model.eval_capacity_factor) == (4, 2.5, 4.0)
+    slots = []
+    for one in (config, wide):
+        router: Any = next(
+            layer.chooser for layer in sparse_layers(build_model(pipeline_of(st_moe.RECIPE).build, one, 100)).values()
+        )
+        slots.append([router.capacity.slots(4096, router.num_experts, router.k, training=t) for t in (True, False)])
+    assert slots[0] == slots[1]
 
 
 def test_a_record_that_is_none_is_named(runs: Path, tmp_path: Path) -> None:

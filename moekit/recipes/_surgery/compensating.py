@@ -53,7 +53,12 @@ def with_choices(
             f"and the recipe {subject.recipe.name} has no setting for that (model.k). With --plain choices stay as "
             "they are, and the function does not."
         )
-    return with_setting(config, "model.k", max(1, int(k * factors.pop() + 0.5)))
+    factor = factors.pop()
+    if getattr(config.model, "capacity_share", "choices") == "tokens":
+        # As many slots of an expert as before: these factors count tokens and experts, and no choices.
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            config = with_setting(config, f"model.{name}", getattr(config.model, name) * factor)
+    return with_setting(config, "model.k", max(1, int(k * factor + 0.5)))
 
 
 def require_choices(
