@@ -61,19 +61,16 @@ class ReplacedTokenHead(Head):
         self.detect = nn.Linear(dim, 1)
         self.discriminator_weight = discriminator_weight
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
-    ) -> None:
-        if strict and f"{prefix}detect.weight" in state_dict:
-            new = f"{prefix}generator_transform."
-            if not any(name.startswith(new) for name in state_dict):
-                raise UserError(
-                    "these weights are of a version of moekit whose generator of replaced tokens scored the vocabulary "
-                    f"without a layer and a norm before it: {new}dense.weight is missing, and nothing that was trained "
-                    "can take its place. Read them with strict=False to begin that layer anew, train again, or use "
-                    "the version that they are of."
-                )
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        new = f"{prefix}generator_transform."
+        if f"{prefix}detect.weight" in state_dict and not any(name.startswith(new) for name in state_dict):
+            raise UserError(
+                "these weights are of a version of moekit whose generator of replaced tokens scored the vocabulary "
+                f"without a layer and a norm before it: {new}dense.weight is missing, and nothing that was trained can "
+                "take its place. Train again, use the version that they are of, or begin that layer anew: add "
+                f'generator_transform.state_dict(prefix="{new}") of a fresh head to the weights.'
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def fill(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The text with sampled tokens in the masked places Int64[B, S], and the generator's loss."""
