@@ -270,14 +270,13 @@ class Compensation:
     def of_best(cls, k: int, copies: float, *, divided: bool) -> Compensation:
         """Where a token takes its k best experts.
 
-        The best k are the copies of the best k / n, so with k > 1 a token needs n times as many choices. With k = 1 one
-        copy stands for all of them.
+        The best k are the copies of the best k / n, so k > 1 needs n times as many choices; for k = 1 one copy will do.
 
         Args:
             k: choices per token, before there were copies.
             copies: n.
-            divided: whether copies share the weight that one would have: a softmax over all experts, or weights that
-                sum to 1. False = each has it whole, from its own score alone.
+            divided: whether copies share one's weight (a softmax over all experts, weights that sum to 1), or each has
+                it whole (from its own score alone).
         """
         if k == 1:
             return cls(scale=copies if divided else 1.0)
@@ -343,8 +342,7 @@ class Router(Component, ABC):
 
         Args:
             copies: n; a fraction undoes it.
-            state: this router's own tensors by name, where the answer depends on them; None = they were asked about
-                before.
+            state: this router's own tensors by name, where the answer depends on them; None = asked about before.
         """
         return Compensation(obstacle=f"{type(self).__name__} does not say what copies of experts do (compensation)")
 
