@@ -250,6 +250,39 @@ class Capacity:
         return min(max(self.minimum, rounded[self.rounding]), num_tokens)
 
 
+@dataclass(frozen=True)
+class Compensation:
+    """What keeps a layer's function where every one of its experts is there several times, with its row of the scores.
+
+    Attributes:
+        choices: by how much a token's choices must be multiplied: k, or the capacity factor of expert choice.
+        scale: by how much the experts' outputs must be multiplied.
+        own: by how much tensors of the router itself must be multiplied, by name.
+        obstacle: why no such numbers exist; None = these are they.
+    """
+
+    choices: float = 1.0
+    scale: float = 1.0
+    own: Mapping[str, float] = field(default_factory=dict)
+    obstacle: str | None = None
+
+    @classmethod
+    def of_best(cls, k: int, copies: float, *, divided: bool) -> Compensation:
+        """Where a token takes its k best experts.
+
+        The best k are the copies of the best k / n, so k > 1 needs n times as many choices; for k = 1 one copy will do.
+
+        Args:
+            k: choices per token, before there were copies.
+            copies: n.
+            divided: whether copies share one's weight (a softmax over all experts, weights that sum to 1), or each has
+                it whole (from its own score alone).
+        """
+        if k == 1:
+            return cls(scale=copies if divided else 1.0)
+        return cls(choices=copies, scale=1.0 if divided else 1 / copies)
+
+
 class Router(Component, ABC):
     """Chooses experts for tokens. Subclass it, set `num_experts`, return a `Routing`.
 
@@ -300,6 +333,18 @@ class Router(Component, ABC):
         Args:
             routing: what forward returned; its tensors carry no gradient here.
         """
+
+    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
+        """What keeps the layer's function where there are `copies` of every expert, each with the same scores.
+
+        `moekit.surgery.aggregate` asks: a model that is aggregated with itself is such a layer. It holds where nothing
+        is dropped, and without noise.
+
+        Args:
+            copies: n; a fraction undoes it.
+            state: this router's own tensors by name, where the answer depends on them; None = asked about before.
+        """
+        return Compensation(obstacle=f"{type(self).__name__} does not say what copies of experts do (compensation)")
 
     @abstractmethod
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:

@@ -14,7 +14,7 @@ from moekit.component import Component
 from moekit.experts.base import Experts
 from moekit.functional.precision import without_autocast
 from moekit.layer import MoEOutput
-from moekit.routing import Routing, RoutingContext
+from moekit.routing import Compensation, Routing, RoutingContext
 
 
 class SoftMoELayer(Component):
@@ -73,6 +73,10 @@ class SoftMoELayer(Component):
                 "SoftMoELayer mixes all tokens of a sequence, which leaks the future in a causal decoder. Use it in "
                 "an encoder, use a MoELayer here, or accept the leak with allow_future=True."
             )
+
+    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
+        """See `moekit.routing.Router.compensation`: all copies run, and their slots share the weight of one's."""
+        return Compensation(choices=copies)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> MoEOutput:
         """Compute the layer.

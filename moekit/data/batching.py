@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from moekit.data import batch as collate
 from moekit.data.batch import Batch, Width
 from moekit.data.keyed import fold, key
-from moekit.data.noising import Denoising, Masking, SpanCorruption
+from moekit.data.noising import Denoising, Masking
 from moekit.data.plan import Plan, Rows, fill
 from moekit.data.ragged import Ragged
+from moekit.data.span_corruption import SpanCorruption
 from moekit.data.store import TokenStore
 from moekit.data.streams import SPECIALS, Task, padded_length
 from moekit.data.tokenizer import Tokenizer
@@ -110,7 +111,7 @@ class Builder:
         )
 
     def _gather(self, task: Task, rows: Rows, side: int) -> Ragged:
-        return self.store.gather(task.sentences(rows, side), task.lengths(rows, side))
+        return self.store.read(task.starts(rows, side), task.lengths(rows, side))
 
     def _width(self, lengths: NDArray[np.int64]) -> int:
         return int(padded_length(lengths, self.pad_multiple).max(initial=SPECIALS))

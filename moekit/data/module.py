@@ -14,11 +14,12 @@ import lightning as L
 from moekit.data.batch import TASKS
 from moekit.data.batching import Builder, EvaluationBatches, EvaluationLoader, Rank, StepLoader, TrainingSteps
 from moekit.data.mixture import Constant, TemperatureSchedule
-from moekit.data.noising import Denoising, Masking, SpanCorruption
+from moekit.data.noising import ELECTRA, Denoising, Masking
 from moekit.data.plan import Plan
 from moekit.data.sources.base import SPLITS, Direction, Source, Split, nearest
+from moekit.data.span_corruption import SpanCorruption
 from moekit.data.store import TokenStore, Wanted, cached_store, monolingual_section, parallel_section
-from moekit.data.streams import SPECIALS, Stream, Task, TooLong, open_stream
+from moekit.data.streams import SPECIALS, Noise, Stream, Task, TooLong, open_chunks, open_stream
 from moekit.data.tokenizer import Model, Tokenizer, train_tokenizer
 from moekit.errors import UserError
 
@@ -36,7 +37,8 @@ class TaskData:
         stream_shares: streams that are drawn with a fixed probability, whatever the temperature.
         denoising: how sentences are damaged, for the task denoising.
         span_corruption: how spans are cut out, for the task span_corruption.
-        masking: how sentences are masked, for masked_lm and replaced_token.
+        masking: how sentences are masked, for masked_lm and replaced_token; None = as BERT does for masked_lm, as
+            ELECTRA's generator sees it (the mask alone) for replaced_token.
         sentinel: for translation: the first sentinel ends the source and begins the target, as in span corruption, so
             that fine-tuning looks like such a pre-training (arXiv:2202.08906 section 4).
     """
@@ -47,7 +49,7 @@ class TaskData:
     stream_shares: Mapping[str, float] = field(default_factory=dict)
     denoising: Denoising = field(default_factory=Denoising)
     span_corruption: SpanCorruption = field(default_factory=SpanCorruption)
-    masking: Masking = field(default_factory=Masking)
+    masking: Masking | None = None
     sentinel: bool = field(default=False, repr=False)
 
 
@@ -303,6 +305,8 @@ class MultitaskData(L.LightningDataModule):
             raise UserError(
                 f"data.max_length must leave room for text beside {SPECIALS} special tokens: got {self.max_length}."
             )
+        if "span_corruption" in self.tasks:
+            self.tasks["span_corruption"].span_corruption.check(self.max_length - SPECIALS)
         if self.too_long not in ("drop", "truncate"):
             raise UserError(f'data.too_long must be "drop" or "truncate": got {self.too_long!r}.')
 
@@ -319,13 +323,14 @@ class MultitaskData(L.LightningDataModule):
         if name == "translation":
             streams = [self._pairs(direction, split, limit) for direction in self.directions]
             return Task(name, streams, sentinel=self.tasks[name].sentinel)
-        streams = [self._text(language, split, limit) for language in self._chosen(name)]
         data = self.tasks[name]
-        if name == "denoising":
-            return Task(name, streams, data.denoising)
-        if name == "span_corruption":
-            return Task(name, streams, data.span_corruption)
-        return Task(name, streams, data.masking if name in ("masked_lm", "replaced_token") else None)
+        kinds: dict[str, Noise] = {
+            "denoising": data.denoising, "span_corruption": data.span_corruption,
+            "masked_lm": data.masking or Masking(), "replaced_token": data.masking or ELECTRA,
+        }  # fmt: skip
+        noise = kinds.get(name)
+        make = self._chunks if isinstance(noise, SpanCorruption) and noise.packed else self._text
+        return Task(name, [make(language, split, limit) for language in self._chosen(name)], noise)
 
     def _pairs(self, direction: Direction, split: Split, limit: int | None) -> Stream:
         ids = (self.tokenizer.language_id(direction.source), self.tokenizer.language_id(direction.target))
@@ -335,6 +340,12 @@ class MultitaskData(L.LightningDataModule):
     def _text(self, language: str, split: Split, limit: int | None) -> Stream:
         own = self.tokenizer.language_id(language)
         return self._stream(language, [monolingual_section(language, split)], (own, own), split, limit)
+
+    def _chunks(self, language: str, split: Split, limit: int | None) -> Stream:
+        own = self.tokenizer.language_id(language)
+        length = self.tasks["span_corruption"].span_corruption.chunk(self.max_length - SPECIALS)
+        section = monolingual_section(language, split)
+        return open_chunks(self.store, language, section, (own, own), length=length, limit=limit)
 
     def _stream(
         self, name: str, sections: list[str], languages: tuple[int, int], split: Split, limit: int | None

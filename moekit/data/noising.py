@@ -49,74 +49,44 @@ def infill_spans(
         span_length: how lengths are distributed around the mean.
         protected: Bool[N] of tokens that stay; a span that meets one goes on behind it.
 
-    Source: arXiv:1910.13461 section 2.2 (one mask per span, Poisson lengths); arXiv:1910.10683 section 3.1.4
-        (sentinels, an exact number of noise tokens).
+    Source: arXiv:1910.13461 section 2.2 (one mask per span, Poisson lengths); `moekit.data.span_corruption` has T5's
+        rule.
     Differs: spans of length 0 are not drawn (BART inserts a mask for them); spans do not start at word boundaries.
     """
-    return _mark_spans(text, keys, ratio, mean_length, markers, span_length, protected)[0]
-
-
-def corrupt_spans(
-    text: Ragged,
-    keys: Keys,
-    *,
-    ratio: float,
-    mean_length: float,
-    markers: Sequence[int],
-    span_length: SpanLength = "geometric",
-    protected: NDArray[np.bool_] | None = None,
-) -> tuple[Ragged, Ragged]:
-    """Replace random spans by a marker each, and return what was cut out.
-
-    Args:
-        text: the sentences.
-        keys: UInt64[B].
-        ratio: share of tokens that are cut out; see `infill_spans`.
-        mean_length: of a span.
-        markers: two or more ids: span k of a sentence gets marker k on both sides.
-        span_length: how lengths are distributed around the mean.
-        protected: Bool[N] of tokens that stay.
-
-    Returns:
-        The damaged sentences, and for each its spans, every one behind its marker.
-
-    Source: arXiv:1910.10683 section 3.1.4 (15 %, mean 3).
-    Differs: lengths are drawn one by one (the authors split a fixed number of tokens at random), and no marker closes
-        the target: the end of the sentence does.
-    """
-    if len(markers) < 2:
-        raise ValueError(f"corrupt_spans needs two or more markers, to tell spans apart: got {len(markers)}.")
-    damaged, in_span, begins, marked = _mark_spans(text, keys, ratio, mean_length, markers, span_length, protected)
-    # Every span's first token twice: once as its marker.
-    copies = in_span.astype(np.int64) + begins
-    tokens = np.repeat(text.tokens, copies)
-    tokens[(np.cumsum(copies) - copies)[begins]] = marked
-    lengths = np.bincount(text.row, weights=copies, minlength=len(text)).astype(np.int64)
-    return damaged, Ragged(tokens, lengths)
-
-
-def _mark_spans(
-    text: Ragged,
-    keys: Keys,
-    ratio: float,
-    mean_length: float,
-    markers: Sequence[int],
-    span_length: SpanLength,
-    protected: NDArray[np.bool_] | None,
-) -> tuple[Ragged, NDArray[np.bool_], NDArray[np.bool_], NDArray[np.int64]]:
-    """The damaged text, which tokens were in spans, which of them began one, and the marker of each span."""
     _check_ratio("ratio", ratio)
     if not mean_length >= 1:
         raise ValueError(f"mean_length must be at least 1 token: got {mean_length}.")
     if not markers:
         raise ValueError("markers must hold at least one token id: got none.")
-    free = text if protected is None else text.keep(~protected)
     most = len(markers) if len(markers) > 1 else None
-    in_span = _spans(free.lengths, keys, ratio, mean_length, span_length, most)
-    if protected is not None:
-        everywhere = np.zeros(len(text.tokens), dtype=bool)
-        everywhere[~protected] = in_span
-        in_span = everywhere
+    free = text if protected is None else text.keep(~protected)
+    in_span = everywhere(_spans(free.lengths, keys, ratio, mean_length, span_length, most), protected)
+    return mark_spans(text, in_span, markers).damaged
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Text whose spans were replaced by markers.
+
+    Attributes:
+        damaged: the text, one marker in the place of each span.
+        begins: Bool[N] of the clean text's tokens, True for the first of each span.
+        markers: Int64, the marker of each span, in the order of the text.
+    """
+
+    damaged: Ragged
+    begins: NDArray[np.bool_]
+    markers: NDArray[np.int64]
+
+
+def mark_spans(text: Ragged, in_span: NDArray[np.bool_], markers: Sequence[int]) -> Marked:
+    """Put a marker in the place of each span: the one there is, or span k's own.
+
+    Args:
+        text: the sentences.
+        in_span: Bool[N], True for tokens that go.
+        markers: one id, or at least as many as a sentence has spans.
+    """
     row = text.row
     begins = in_span.copy()
     begins[1:] &= ~(in_span[:-1] & (row[1:] == row[:-1]))
@@ -126,7 +96,16 @@ def _mark_spans(
     marked = np.asarray(markers, dtype=np.int64)[number if len(markers) > 1 else np.zeros_like(number)]
     tokens = text.tokens.copy()
     tokens[begins] = marked
-    return Ragged(tokens, text.lengths).keep(~in_span | begins), in_span, begins, marked
+    return Marked(Ragged(tokens, text.lengths).keep(~in_span | begins), begins, marked)
+
+
+def everywhere(chosen: NDArray[np.bool_], protected: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """A choice among tokens that are not protected as one among all."""
+    if protected is None:
+        return chosen
+    out = np.zeros(len(protected), dtype=bool)
+    out[~protected] = chosen
+    return out
 
 
 def drop_words(
@@ -169,7 +148,7 @@ def mask_tokens(
     ratio: float,
     mask_id: int,
     random_ids: tuple[int, int],
-    replace: tuple[float, float, float] = (1.0, 0.0, 0.0),
+    replace: tuple[float, float, float] = (0.8, 0.1, 0.1),
     protected: NDArray[np.bool_] | None = None,
 ) -> tuple[Ragged, Ragged]:
     """Choose ``ratio * length`` tokens of each sentence, at least one, to be predicted.
@@ -180,25 +159,21 @@ def mask_tokens(
         ratio: share of tokens to predict.
         mask_id: id of the mask.
         random_ids: (first, last + 1) of the ids that may stand in for a chosen token.
-        replace: shares of chosen tokens that become the mask, become a random id, stay as they are.
+        replace: shares of chosen tokens that become the mask, become a random id (which may be the token's own), stay
+            as they are.
         protected: Bool[N] of tokens that are never chosen.
 
     Returns:
         The damaged sentences, and the labels: the original id at chosen places, -100 elsewhere.
 
-    Source: arXiv:1810.04805 section 3.1; with ``replace=(0.8, 0.1, 0.1)`` as there.
+    Source: arXiv:1810.04805 section 3.1.
     """
     _check_ratio("ratio", ratio)
-    if len(replace) != 3 or min(replace) < 0 or abs(sum(replace) - 1) > 1e-6:
-        raise ValueError(f"replace must be three shares that sum to 1 (mask, random id, unchanged): got {replace}.")
+    _check_shares(replace)
     free = text if protected is None else text.keep(~protected)
     count = np.floor(ratio * free.lengths + uniform(keys, np.zeros(1, dtype=np.int64), _COUNT)).astype(np.int64)
     count = np.minimum(np.maximum(count, 1), free.lengths)
-    chosen = _choose(free.lengths, count, keys, _PLACE)
-    if protected is not None:
-        everywhere = np.zeros(len(text.tokens), dtype=bool)
-        everywhere[~protected] = chosen
-        chosen = everywhere
+    chosen = everywhere(choose(free.lengths, count, keys, _PLACE), protected)
     labels = np.where(chosen, text.tokens, _IGNORE)
     tokens = text.tokens.copy()
     if replace[0] == 1.0:
@@ -211,6 +186,16 @@ def mask_tokens(
         fate = np.where(kind < replace[0] + replace[1], other, tokens[chosen])
         tokens[chosen] = np.where(kind < replace[0], mask_id, fate)
     return Ragged(tokens, text.lengths), Ragged(labels, text.lengths)
+
+
+def _check_shares(replace: tuple[float, float, float]) -> None:
+    if len(replace) != 3 or min(replace) < 0 or abs(sum(replace) - 1) > 1e-6:
+        raise ValueError(f"replace must be three shares that sum to 1 (mask, random id, unchanged): got {replace}.")
+
+
+def _check_ratio(name: str, ratio: float) -> None:
+    if not 0 <= ratio < 1:
+        raise ValueError(f"{name} must be a share of at least 0 and below 1: got {ratio}.")
 
 
 @dataclass(frozen=True)
@@ -252,48 +237,23 @@ class Denoising:
 
 
 @dataclass(frozen=True)
-class SpanCorruption:
-    """How spans are cut out of a sentence for the span-corruption task of T5.
-
-    Attributes:
-        ratio: share of tokens in spans.
-        mean_span: mean length of a span.
-        span_length: distribution of lengths.
-
-    Source: arXiv:1910.10683 section 3.1.4 (15 %, mean 3).
-    """
-
-    ratio: float = 0.15
-    mean_span: float = 3.0
-    span_length: SpanLength = "geometric"
-
-    def apply(self, text: Ragged, keys: Keys, tokenizer: Tokenizer) -> tuple[Ragged, Ragged]:
-        """Damaged copies of `text`, and the spans that are missing."""
-        return corrupt_spans(
-            text,
-            keys,
-            ratio=self.ratio,
-            mean_length=self.mean_span,
-            markers=tokenizer.sentinel_ids,
-            span_length=self.span_length,
-            protected=text.tokens < tokenizer.first_text_id,
-        )
-
-
-@dataclass(frozen=True)
 class Masking:
     """How a sentence is masked for masked LM and replaced-token detection.
 
     Attributes:
         ratio: share of tokens to predict.
-        replace: shares of them that become the mask, a random id, stay. BERT: 0.8, 0.1, 0.1; ELECTRA's generator: only
-            the mask.
+        replace: shares of them that become the mask, a random id, stay.
 
-    Source: arXiv:1810.04805 section 3.1; arXiv:2003.10555 section 2.
+    Source: arXiv:1810.04805 section 3.1. Differs: `ratio * length` is rounded up or down at random, so that its mean is
+        exact; BERT's code takes the nearest number.
     """
 
     ratio: float = 0.15
-    replace: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    replace: tuple[float, float, float] = (0.8, 0.1, 0.1)
+
+    def __post_init__(self) -> None:
+        _check_ratio("ratio", self.ratio)
+        _check_shares(self.replace)
 
     def apply(self, text: Ragged, keys: Keys, tokenizer: Tokenizer) -> tuple[Ragged, Ragged]:
         """Masked copies of `text`, and labels."""
@@ -308,16 +268,18 @@ class Masking:
         )
 
 
-def _check_ratio(name: str, ratio: float) -> None:
-    if not 0 <= ratio < 1:
-        raise ValueError(f"{name} must be a share of at least 0 and below 1: got {ratio}.")
+ELECTRA = Masking(replace=(1.0, 0.0, 0.0))
+"""Of the generator of replaced-token detection: the mask alone.
+
+Source: arXiv:2003.10555 section 2. Differs: the authors' code leaves 15 % of the chosen tokens as they are.
+"""
 
 
 def _first(values: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.where(lengths > 0, values, 0)
 
 
-def _choose(lengths: NDArray[np.int64], count: NDArray[np.int64], keys: Keys, stream: int) -> NDArray[np.bool_]:
+def choose(lengths: NDArray[np.int64], count: NDArray[np.int64], keys: Keys, stream: int) -> NDArray[np.bool_]:
     """Bool[sum(lengths)]: `count` random places of each row."""
     row = np.repeat(np.arange(len(lengths)), lengths)
     starts = np.cumsum(lengths) - lengths
@@ -349,7 +311,7 @@ def _spans(
     ends = np.where(np.arange(columns) >= (allowed - 1)[:, None], noise[:, None], ends)
     # Span k stands before clean token number `slot`: choose distinct slots.
     slots = np.where(lengths > 0, lengths - noise + 1, 0)
-    chosen = np.flatnonzero(_choose(slots, np.minimum(allowed, slots), keys, _PLACE))
+    chosen = np.flatnonzero(choose(slots, np.minimum(allowed, slots), keys, _PLACE))
     slot_starts = np.cumsum(slots) - slots
     row = np.repeat(np.arange(len(lengths)), slots)[chosen]
     first = np.cumsum(np.bincount(row, minlength=len(lengths))) - np.bincount(row, minlength=len(lengths))

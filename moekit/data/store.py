@@ -89,6 +89,17 @@ class TokenStore:
         where = self.section(name)
         return np.diff(self.offsets[where.first : where.first + where.count + 1])
 
+    def starts(self, name: str) -> NDArray[np.int64]:
+        """Int64[count]: the place of each sentence's first token among all tokens."""
+        where = self.section(name)
+        return np.asarray(self.offsets[where.first : where.first + where.count])
+
+    def bounds(self, name: str, limit: int | None = None) -> tuple[int, int]:
+        """Where the tokens of a section begin and end; of its first `limit` sentences."""
+        where = self.section(name)
+        count = where.count if limit is None else min(limit, where.count)
+        return int(self.offsets[where.first]), int(self.offsets[where.first + count])
+
     def gather(self, sentences: NDArray[np.int64], lengths: NDArray[np.int64] | None = None) -> Ragged:
         """The sentences with these numbers (counted through the whole store), in this order.
 
@@ -97,8 +108,15 @@ class TokenStore:
             lengths: Int64[B], how many tokens to read of each; all of them where it is not given.
         """
         starts = self.offsets[sentences]
-        if lengths is None:
-            lengths = self.offsets[sentences + 1] - starts
+        return self.read(starts, self.offsets[sentences + 1] - starts if lengths is None else lengths)
+
+    def read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Ragged:
+        """Pieces of text, wherever sentences begin and end.
+
+        Args:
+            starts: Int64[B], the place of each one's first token among all tokens.
+            lengths: Int64[B], how many tokens to read of each.
+        """
         ends = np.cumsum(lengths)
         total = int(ends[-1]) if len(ends) else 0
         places = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)

@@ -9,8 +9,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moekit.data.noising import Denoising, Masking, SpanCorruption
+from moekit.data.noising import Denoising, Masking
 from moekit.data.plan import Rows, Sizes
+from moekit.data.span_corruption import SpanCorruption
 from moekit.data.store import TokenStore
 
 TooLong = Literal["drop", "truncate"]
@@ -26,8 +27,8 @@ class Stream:
 
     Attributes:
         name: ``"en-de"``, or ``"de"`` for text of one language.
-        first: number in the store of the first sentence of each side's section; one or two sides.
-        index: Int64[n], the usable sentences, counted within the section.
+        index: Int64[n], the usable sentences (or chunks), counted within the section.
+        starts: Int64[sides, n], place in the store of the first token of each.
         lengths: Int64[sides, n], tokens without specials, after truncation.
         languages: ids of source and target language, the same for text of one language.
         dropped: sentences left out for being too long or empty.
@@ -35,8 +36,8 @@ class Stream:
     """
 
     name: str
-    first: tuple[int, ...]
     index: NDArray[np.int64]
+    starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     languages: tuple[int, int]
     dropped: int = 0
@@ -75,13 +76,32 @@ def open_stream(
     index = np.flatnonzero(usable)
     return Stream(
         name=name,
-        first=tuple(store.section(section).first for section in sections),
         index=index,
+        starts=np.stack([store.starts(section)[index] for section in sections]),
         lengths=np.minimum(lengths[:, index], max_length - SPECIALS),
         languages=languages,
         dropped=len(usable) - len(index),
         truncated=int(longer[index].sum()),
     )
+
+
+def open_chunks(
+    store: TokenStore, name: str, section: str, languages: tuple[int, int], *, length: int, limit: int | None = None
+) -> Stream:
+    """A section's sentences end to end, cut into chunks of one length; the last one has what is left.
+
+    Args:
+        store: holds the section.
+        name: of the stream.
+        section: of text.
+        languages: ids of source and target language.
+        length: tokens of a chunk.
+        limit: only the first so many sentences.
+    """
+    first, last = store.bounds(section, limit)
+    starts = np.arange(first, last, length)
+    lengths = np.minimum(last - starts, length)
+    return Stream(name, np.arange(len(starts)), starts[None], lengths[None], languages)
 
 
 class Task:
@@ -102,11 +122,10 @@ class Task:
         self.streams = tuple(streams)
         self.noise, self.sentinel = noise, sentinel
         counts = np.array([len(s) for s in self.streams], dtype=np.int64)
-        sides = 2 if name == "translation" else 1
         self._offset = np.cumsum(counts) - counts
         self._lengths = np.concatenate([s.lengths for s in self.streams], axis=1)
         self._index = np.concatenate([s.index for s in self.streams])
-        self._first = np.array([s.first for s in self.streams], dtype=np.int64).reshape(-1, sides)
+        self._starts = np.concatenate([s.starts for s in self.streams], axis=1)
         self._languages = np.array([s.languages for s in self.streams], dtype=np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
@@ -117,10 +136,10 @@ class Task:
         """What every sentence costs, each side rounded up to `pad_multiple` positions."""
         sizes = []
         for stream in self.streams:
-            source, *target = (padded_length(lengths + self.sentinel, pad_multiple) for lengths in stream.lengths)
-            if self.name in ("denoising", "span_corruption"):
-                # The damaged side, and spans cut out, are shorter than the clean text by a random amount; both are
-                # counted as if they were not.
+            both = self.noise.lengths(stream.lengths[0]) if isinstance(self.noise, SpanCorruption) else stream.lengths
+            source, *target = (padded_length(lengths + self.sentinel, pad_multiple) for lengths in both)
+            if self.name == "denoising":
+                # The damaged side is shorter than the clean text by a random amount; it is counted as if it were not.
                 target = [source]
             sizes.append(Sizes(stream.name, source, target[0] if target else None))
         return sizes
@@ -129,9 +148,9 @@ class Task:
         """Tokens of each row on side 0 (source) or 1 (target), specials not counted."""
         return self._lengths[side, self._offset[rows.stream] + rows.index]
 
-    def sentences(self, rows: Rows, side: int) -> NDArray[np.int64]:
-        """Number in the store of each row's sentence."""
-        return self._first[rows.stream, side] + self.index(rows)
+    def starts(self, rows: Rows, side: int) -> NDArray[np.int64]:
+        """Place in the store of the first token of each row."""
+        return self._starts[side, self._offset[rows.stream] + rows.index]
 
     def index(self, rows: Rows) -> NDArray[np.int64]:
         """Place of each row's sentence in its section, that is, in what the source gave."""

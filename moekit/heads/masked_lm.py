@@ -18,13 +18,14 @@ class MaskedLMTransform(nn.Module):
     Args:
         dim: D.
 
-    Source: arXiv:1810.04805, authors' code.
+    Source: arXiv:1810.04805, authors' code (GELU by tanh, norm with epsilon 1e-12); arXiv:2003.10555's generator has
+        the same. Differs: the scores over the vocabulary, which are the backbone's, get no bias.
     """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dense = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-12)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Float[..., D] to Float[..., D]."""

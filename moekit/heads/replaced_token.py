@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.data.batch import Batch
+from moekit.errors import UserError
 from moekit.heads.base import Head, HeadOutput, name_routings, predict
+from moekit.heads.masked_lm import MaskedLMTransform
 from moekit.layer import AuxLosses
 
 
 class ReplacedTokenHead(Head):
     """ELECTRA on the encoder.
 
-    A small generator fills the masked places by sampling from its own masked language model; the encoder sees the
-    filled text and tells for every real token whether it is the original. Loss = generator's masked LM loss +
+    A small generator fills the masked places by sampling from its own masked language model, whose head is BERT's
+    (linear, GELU, norm, then its embedding's scores); the encoder sees the filled text and tells for every real token
+    whether it is the original, by linear, GELU and one score. Loss = generator's masked LM loss +
     `discriminator_weight` * binary cross-entropy. A sample that happens to equal the original counts as original.
 
     Args:
-        generator: a small masked language model with `encode` and `logits`, such as `EncoderOnly`.
+        generator: a small masked language model with `encode`, `logits` and `dim`, such as `EncoderOnly`.
         dim: D of the backbone.
         backbone: see `Head`.
         discriminator_weight: 50 in arXiv:2003.10555 section 3.1.
@@ -31,8 +34,12 @@ class ReplacedTokenHead(Head):
     `HeadOutput.nll` and `correct` are the discriminator's, over real tokens; the generator's loss, the share of
     replaced tokens and the detection rate among them are in `extra`.
 
-    Source: arXiv:2003.10555 section 2. Differs: the generator has an embedding of its own instead of a projection
-        of the discriminator's, so that the head can be added to any backbone.
+    Raises:
+        UserError: in loading, if the weights are of a version whose generator had no such head.
+
+    Source: arXiv:2003.10555 section 2; both heads as in the authors' code. Differs: the generator has an embedding of
+        its own instead of a projection of the discriminator's, so that the head can be added to any backbone; its
+        scores have no bias.
     """
 
     task: ClassVar[str] = "replaced_token"
@@ -49,9 +56,21 @@ class ReplacedTokenHead(Head):
     ) -> None:
         super().__init__(backbone, aux=aux, learning_rate=learning_rate)
         self.generator = generator
+        self.generator_transform = MaskedLMTransform(int(cast(Any, generator).dim))
         self.transform = nn.Linear(dim, dim)
         self.detect = nn.Linear(dim, 1)
         self.discriminator_weight = discriminator_weight
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        new = f"{prefix}generator_transform."
+        if f"{prefix}detect.weight" in state_dict and not any(name.startswith(new) for name in state_dict):
+            raise UserError(
+                "these weights are of a version of moekit whose generator of replaced tokens scored the vocabulary "
+                f"without a layer and a norm before it: {new}dense.weight is missing, and nothing that was trained can "
+                "take its place. Train again, use the version that they are of, or begin that layer anew: add "
+                f'generator_transform.state_dict(prefix="{new}") of a fresh head to the weights.'
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def fill(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The text with sampled tokens in the masked places Int64[B, S], and the generator's loss."""
@@ -59,7 +78,7 @@ class ReplacedTokenHead(Head):
         masked = batch.labels >= 0
         generator: Any = self.generator
         hidden = generator.encode(batch.source, batch.source_mask, language=batch.source_language).hidden
-        logits = generator.logits(hidden[masked])
+        logits = generator.logits(self.generator_transform(hidden[masked]))
         loss = predict(logits, batch.labels[masked]).loss
         with torch.no_grad():
             # In evaluation the same batch gets the same samples every time.

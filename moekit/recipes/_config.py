@@ -24,6 +24,11 @@ class DataConfig:
         vocab_size: pieces of the SentencePiece vocabulary that is trained on the data.
         tokenizer: folder of a tokenizer to take instead, which must know the data's languages.
         sentinel: translation only: the first sentinel ends the source and begins the target, as in span corruption.
+        mask_shares: masked LM: shares of the chosen tokens that become the mask, become a random one, stay (BERT).
+        span_ratio: span corruption: share of tokens that are cut out.
+        mean_span: span corruption: mean length of what is cut out at once.
+        packed: span corruption: lay sentences end to end and cut them into chunks that leave `max_length` positions,
+            as T5 does; else every sentence is damaged by itself, and short ones lose one or two tokens at once.
         temperature: T of the sampling over directions and languages, p ~ n ** (1 / T); 1 = by size.
         heating: form in which the temperature rises: linear, square_root or step (one jump).
         heating_steps: raise the temperature from 1 to `temperature` over so many steps; 0 = constant.
@@ -45,6 +50,10 @@ class DataConfig:
     vocab_size: int = 1024
     tokenizer: str | None = None
     sentinel: bool = False
+    mask_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    span_ratio: float = 0.15
+    mean_span: float = 3.0
+    packed: bool = False
     temperature: float = 1.0
     heating: Literal["linear", "square_root", "step"] = "linear"
     heating_steps: int = 0

@@ -9,7 +9,9 @@ from typing import Any
 from moekit.data.held_out import HeldOut, HeldOutData
 from moekit.data.mixture import TemperatureSchedule, heating
 from moekit.data.module import MultitaskData, TaskData
+from moekit.data.noising import Masking
 from moekit.data.sources import Source, Union, open_source
+from moekit.data.span_corruption import SpanCorruption
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
 from moekit.recipes._config import DataConfig, EvaluateConfig, active_tasks
@@ -96,6 +98,18 @@ def _sizes(text: str | None) -> dict[str, int]:
     return sizes
 
 
+def _noise(config: DataConfig, task: str) -> dict[str, Any]:
+    """How text is damaged for a task, where settings say so."""
+    try:
+        if task == "masked_lm":
+            return {"masking": Masking(replace=config.mask_shares)}
+        if task == "span_corruption":
+            return {"span_corruption": SpanCorruption(config.span_ratio, config.mean_span, config.packed)}
+    except ValueError as error:
+        raise UserError(f"the noise of the task {task} in data: {error}") from None
+    return {}
+
+
 def make_data(
     config: DataConfig,
     tasks: Any,
@@ -127,7 +141,11 @@ def make_data(
     return make(
         source,
         tasks={
-            name: TaskData(share=float(task.tokens), sentinel=config.sentinel and name == "translation")
+            name: TaskData(
+                share=float(task.tokens),
+                sentinel=config.sentinel and name == "translation",
+                **_noise(config, name),
+            )
             for name, task in active.items()
         },
         tokenizer=tokenizer,

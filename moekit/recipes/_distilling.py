@@ -16,7 +16,7 @@ from moekit.errors import UserError
 from moekit.recipes._command import Recipe, as_plain
 from moekit.recipes._start import Start, open_run, own_tokenizer, tokenizer_of
 from moekit.surgery.inheritance import inherit
-from moekit.training.distillation import Added, DistillationModule, Mixture, Objective, Staged, Teacher
+from moekit.training.distillation import Added, DistillationModule, Falling, Mixture, Objective, Staged, Teacher
 from moekit.training.multitask import MultitaskModule
 from moekit.training.run_folder import RunFolder
 
@@ -37,6 +37,8 @@ class DistillConfig:
             weight times the teacher's.
         weight: of the teacher's loss, the KL divergence.
         until: optimizer steps after which the teacher falls silent and labels alone count; 0 = never.
+        fall: how it falls silent: stop = at once (DeepSpeed-MoE), linear or cosine = its weight goes to 0 until then.
+        fall_from: step at which its weight begins to fall.
         temperature: of both distributions in the teacher's loss.
         inherit: the student begins with the teacher's weights of the same name: everything, non_moe (all but experts
             and routers), or none.
@@ -47,6 +49,8 @@ class DistillConfig:
     objective: Literal["mixture", "added"] = "mixture"
     weight: float = 0.25
     until: int = 0
+    fall: Literal["stop", "linear", "cosine"] = "stop"
+    fall_from: int = 0
     temperature: float = 1.0
     inherit: Literal["everything", "non_moe", "none"] = "non_moe"
     layers: str | None = None
@@ -127,6 +131,10 @@ def begin(config: Any, given: Any, folder: RunFolder, *, resume: bool) -> Start:
 def _objective(chosen: DistillConfig) -> Objective:
     try:
         base = Mixture(chosen.weight) if chosen.objective == "mixture" else Added(chosen.weight)
+        if chosen.fall != "stop":
+            return Falling(base, chosen.until, chosen.fall_from, chosen.fall)
+        if chosen.fall_from:
+            raise ValueError(f"fall_from needs a fall that is not stop: got fall_from={chosen.fall_from}.")
         return Staged(base, chosen.until) if chosen.until else base
     except ValueError as error:
         raise UserError(f"distill: {error}") from None

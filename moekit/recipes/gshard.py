@@ -36,7 +36,6 @@ from moekit.routers import AllChoices, Balance, LaterChoices, RandomChoice, Samp
 from moekit.routing import Capacity
 from moekit.transformer import Side
 
-ACTIVE = 2  # experts that a token passes
 SECOND: Mapping[str, LaterChoices] = {
     "random": RandomChoice(0.5),  # Algorithm 1: 2 g > U(0, 1)
     "always": AllChoices(),
@@ -50,6 +49,7 @@ class ModelConfig(EncoderDecoderConfig):
     """The network.
 
     Attributes:
+        k: experts that a token passes; 2 in the paper.
         capacity_factor: slots of an expert in training as a multiple of an even share of all choices; 0 = no limit.
         eval_capacity_factor: the same in evaluation; 0 = no limit.
         second_expert: whether a token's second choice is sent at random by its weight (the paper), always, where its
@@ -57,6 +57,7 @@ class ModelConfig(EncoderDecoderConfig):
         group_size: tokens of a local group, which has slots and a balance loss of its own; 0 = all tokens of a process.
     """
 
+    k: int = 2
     capacity_factor: float = 1.0  # C = 2 T / E (section 2.2)
     eval_capacity_factor: float = 0.0  # ours: dropless
     second_expert: Literal["random", "always", "threshold", "sampled"] = "random"
@@ -84,7 +85,7 @@ def build(config: Config, vocab_size: int) -> Built:
         router = TopKRouter(  # with the second expert at random this is `moekit.routers.gshard`
             model.dim,
             model.num_experts,
-            k=ACTIVE,
+            k=model.k,
             capacity=Capacity(
                 train=model.capacity_factor or None,
                 eval=model.eval_capacity_factor or None,
@@ -97,7 +98,7 @@ def build(config: Config, vocab_size: int) -> Built:
         )
         return MoELayer(router, expert_bank(model))
 
-    network = encoder_decoder(model, vocab_size, feed_forwards(model, sparse, ACTIVE))
+    network = encoder_decoder(model, vocab_size, feed_forwards(model, sparse, model.k))
     return Built(network, [TranslationHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
 
 

@@ -35,19 +35,20 @@ from moekit.routers import SampledChoice, TopKRouter
 from moekit.routing import Capacity
 from moekit.transformer import Side
 
-ACTIVE = 2  # experts that a token passes
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(DecoderConfig):
     """The network.
 
     Attributes:
+        k: experts that a token passes.
         capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
         eval_capacity_factor: the same in evaluation; 0 = no limit. The released code's share f of
             all tokens is f E / 2.
         second_expert: the next best (always), or drawn from the router's probabilities (sampled).
     """
+
+    k: int = 2
 
     # fairseq's top-2 gate takes 2 * ceil(S / E) tokens an expert: a factor of 1 for k = 2.
     capacity_factor: float = 1.0
@@ -76,14 +77,14 @@ def build(config: Config, vocab_size: int) -> Built:
         router = TopKRouter(
             model.dim,
             model.num_experts,
-            k=ACTIVE,
+            k=model.k,
             capacity=Capacity(train=model.capacity_factor or None, eval=model.eval_capacity_factor or None),
             later_choices=SampledChoice() if model.second_expert == "sampled" else None,
             renormalise="after_drop",  # fairseq's default: what survives of a token's two experts sums to one
         )
         return MoELayer(router, expert_bank(model))
 
-    network = decoder(model, vocab_size, feed_forwards(model, sparse, ACTIVE))
+    network = decoder(model, vocab_size, feed_forwards(model, sparse, model.k))
     return Built(network, [CausalLMHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
 
 

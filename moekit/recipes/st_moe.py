@@ -131,14 +131,14 @@ def build(config: Config, vocab_size: int) -> Built:
 
 
 TINY = Config(
-    data=DataConfig(vocab_size=1600),
+    data=DataConfig(vocab_size=1600, packed=True),
     # GEGLU has three matrices: 2/3 of 512, rounded. One sparse layer of two on each side, for want of more (ours).
     model=ModelConfig(hidden_dim=336),
     train=TrainConfig(max_steps=1500, max_minutes=4.0, label_smoothing=0.0, validate_every=300),
     evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
 )
 SMALL = Config(
-    data=DataConfig(source="text", vocab_size=4000, temperature=5.0),
+    data=DataConfig(source="text", vocab_size=4000, temperature=5.0, packed=True),
     model=ModelConfig(hidden_dim=336, encoder_layers=4, decoder_layers=4, every=4, dropout=0.05),
     train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, label_smoothing=0.0, validate_every=500),
     evaluate=EvaluateConfig(beam_size=1),
@@ -155,7 +155,7 @@ def paper(dim: int, heads: int, head_dim: int, hidden_dim: int, num_experts: int
     Source: arXiv:2202.08906 section 3 and table 11.
     """
     return Config(
-        data=DataConfig(source="text", vocab_size=32_128, max_length=512),
+        data=DataConfig(source="text", vocab_size=32_128, max_length=512, packed=True),
         model=ModelConfig(
             dim=dim, heads=heads, head_dim=head_dim, hidden_dim=hidden_dim, encoder_layers=24, decoder_layers=24,
             num_experts=num_experts, every=4, checkpoint=True,

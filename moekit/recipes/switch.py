@@ -119,13 +119,13 @@ def build(config: Config, vocab_size: int) -> Built:
 
 
 TINY = Config(
-    data=DataConfig(vocab_size=1600),
+    data=DataConfig(vocab_size=1600, packed=True),
     model=ModelConfig(),  # capacity 1.25, jitter and balance weight as in the paper; sizes and init ours
     train=TrainConfig(max_steps=1500, max_minutes=4.0, label_smoothing=0.0, validate_every=300),
     evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
 )
 SMALL = Config(
-    data=DataConfig(source="text", vocab_size=4000, temperature=5.0),
+    data=DataConfig(source="text", vocab_size=4000, temperature=5.0, packed=True),
     model=ModelConfig(encoder_layers=4, decoder_layers=4, dropout=0.05),
     train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, label_smoothing=0.0, validate_every=500),
     evaluate=EvaluateConfig(beam_size=1),
@@ -142,7 +142,7 @@ def paper(
     Source: arXiv:2101.03961; sizes of C and XXL arXiv:2202.08906 table 11.
     """
     return Config(
-        data=DataConfig(source="text", vocab_size=32_128, max_length=512),
+        data=DataConfig(source="text", vocab_size=32_128, max_length=512, packed=True),
         model=ModelConfig(
             dim=dim, heads=heads, head_dim=64, hidden_dim=hidden_dim, encoder_layers=layers, decoder_layers=layers,
             num_experts=num_experts, every=every, gated=gated, activation="gelu" if gated else "relu", dropout=0.1,

@@ -12,7 +12,7 @@ from moekit.functional.precision import wide_linear
 from moekit.kernels.balanced_assignment import balanced_assignment
 from moekit.routers.queueing import clear_padding, mask_choices, serve, token_choices
 from moekit.routers.rank_shuffle import RankShuffle
-from moekit.routing import Capacity, Router, Routing, RoutingContext
+from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
 class BaseRouter(Router):
@@ -81,6 +81,10 @@ class BaseRouter(Router):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"dim={self.dim}, num_experts={self.num_experts}, shuffle={self.shuffle}"
+
+    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
+        """See `Router.compensation`: one expert, with the sigmoid of its own score; nothing is needed."""
+        return Compensation.of_best(1, copies, divided=False)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""

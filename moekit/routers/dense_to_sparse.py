@@ -14,7 +14,7 @@ from moekit.functional.drawing import truncated_normal_
 from moekit.functional.losses import load_balance
 from moekit.functional.precision import wide_linear
 from moekit.routers.queueing import clear_padding, score_statistics
-from moekit.routing import Router, Routing, RoutingContext
+from moekit.routing import Compensation, Router, Routing, RoutingContext
 
 
 class Schedule(Protocol):
@@ -155,6 +155,16 @@ class DenseToSparseRouter(Router):
     def on_step_end(self, step: int) -> None:
         """Move the schedule."""
         self.step.fill_(step)
+
+    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
+        """See `Router.compensation`: where one expert runs, as from step `hard_from`, its weight is shared."""
+        soft = self.hard_from is None or (state is not None and int(state["step"]) < self.hard_from)
+        if soft:
+            return Compensation(
+                obstacle=f"its step is before hard_from={self.hard_from}: copies keep the function while all of them "
+                "run, and lose it where one is left"
+            )
+        return Compensation.of_best(1, copies, divided=True)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""

@@ -12,7 +12,7 @@ from moekit.functional.drawing import truncated_normal_
 from moekit.functional.losses import router_z
 from moekit.functional.precision import wide_linear
 from moekit.routers.queueing import clear_padding, score_statistics
-from moekit.routing import Capacity, Router, Routing, RoutingContext
+from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
 class ExpertChoiceRouter(Router):
@@ -77,6 +77,10 @@ class ExpertChoiceRouter(Router):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"dim={self.dim}, num_experts={self.num_experts}, capacity={self.capacity}"
+
+    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
+        """See `Router.compensation`: every copy must take as many tokens as one did."""
+        return Compensation(choices=copies)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""

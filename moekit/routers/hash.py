@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moekit.routers.hash_keys import CurrentToken, HashKey
 from moekit.routers.queueing import mask_choices, serve, token_choices
-from moekit.routing import Capacity, Router, Routing, RoutingContext
+from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
 class HashRouter(Router):
@@ -92,6 +92,10 @@ class HashRouter(Router):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"num_experts={self.num_experts}, tables={self.num_tables}, key={self.key}, capacity={self.capacity}"
+
+    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
+        """See `Router.compensation`: the table names one of the copies, with weight 1."""
+        return Compensation()
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""

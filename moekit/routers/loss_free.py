@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -14,7 +14,7 @@ from moekit.functional.precision import wide_linear
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
 from moekit.routers.topk import Balance
-from moekit.routing import Capacity, Router, Routing, RoutingContext
+from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,15 @@ class LossFreeRouter(Router):
         self.bias += self.update_rate * torch.sign(load.mean() - load)
         self._load.clear()
         self._balance_window.clear()
+
+    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
+        """See `Router.compensation`."""
+        if self.groups is not None:
+            return Compensation(obstacle="GroupLimit would have to limit other groups")
+        softmax = self.score == "softmax"
+        needed = Compensation.of_best(self.k, copies, divided=self.renormalise or softmax)
+        # The bias is added to probabilities, which shrink.
+        return replace(needed, own={"bias": 1 / copies}) if softmax else needed
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moekit.functional.importance import importance, load
 from moekit.functional.precision import wide_linear
 from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
-from moekit.routing import Capacity, Router, Routing, RoutingContext
+from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
 class NoisyTopKRouter(Router):
@@ -76,6 +76,10 @@ class NoisyTopKRouter(Router):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, capacity={self.capacity}"
+
+    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
+        """See `Router.compensation`: weights are a softmax over the chosen."""
+        return Compensation.of_best(self.k, copies, divided=True)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""

@@ -14,7 +14,7 @@ from moekit.functional.drawing import truncated_normal_
 from moekit.functional.precision import wide_linear
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.queueing import clear_padding
-from moekit.routing import Router, Routing, RoutingContext
+from moekit.routing import Compensation, Router, Routing, RoutingContext
 
 
 class AdaptiveCoefficient(Component):
@@ -125,6 +125,10 @@ class ReLURouter(Router):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}"
+
+    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
+        """See `Router.compensation`: all copies run, each with the whole weight."""
+        return Compensation(choices=copies, scale=1 / copies)
 
     def observe(self, routing: Routing) -> None:
         """Tell the coefficient how many assignments there were; see `Router.observe`."""

@@ -13,7 +13,7 @@ from moekit.functional.losses import router_z
 from moekit.functional.precision import wide_linear
 from moekit.functional.sinkhorn import sinkhorn
 from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
-from moekit.routing import Capacity, Router, Routing, RoutingContext
+from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
 class SinkhornRouter(Router):
@@ -83,6 +83,10 @@ class SinkhornRouter(Router):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, activation={self.activation!r}"
+
+    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
+        """See `Router.compensation`; in evaluation, where there is no plan."""
+        return Compensation.of_best(self.k, copies, divided=self.activation == "softmax")
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moekit.routers.choices import LaterChoices
 from moekit.routers.queueing import routing_of_choices
 from moekit.routers.topk import Balance, Renormalise, TopKRouter
-from moekit.routing import Capacity, Router, Routing, RoutingContext
+from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
 class TaskRouter(TopKRouter):
@@ -145,6 +145,10 @@ class TaskTableRouter(Router):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"num_experts={self.num_experts}, num_tasks={self.num_tasks}, capacity={self.capacity}"
+
+    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
+        """See `Router.compensation`: the table names one of the copies, with weight 1."""
+        return Compensation()
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from moekit.functional.drawing import truncated_normal_
 from moekit.functional.losses import BalanceScope, load_balance, router_z
 from moekit.functional.precision import wide_linear
-from moekit.routers.choices import AllChoices, LaterChoices
+from moekit.routers.choices import AllChoices, LaterChoices, ThresholdChoice
 from moekit.routers.exploration import Exploration
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.overflow import NoTokenLeftBehind
 from moekit.routers.queueing import clear_padding, local_groups, mask_choices, score_statistics, serve, token_choices
 from moekit.routers.sequence_capacity import SequenceCapacity
-from moekit.routing import Capacity, Router, Routing, RoutingContext
+from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 Renormalise = Literal["none", "before_drop", "after_drop"]
 
@@ -206,6 +206,12 @@ class TopKRouter(Router):
     def on_step_end(self, step: int) -> None:
         """Begin a new count."""
         self._window.clear()
+
+    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
+        """See `Router.compensation`: all copies together have one's weight."""
+        if isinstance(self.later_choices, ThresholdChoice):
+            return Compensation(obstacle="ThresholdChoice compares weights that copies share")
+        return Compensation.of_best(self.k, copies, divided=True)
 
     def logits(self, x: Tensor) -> Tensor:
         """Float32[T, E] scores of ``x`` Float[T, D], which training may have perturbed."""

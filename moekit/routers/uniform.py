@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moekit.routers.queueing import routing_of_choices
-from moekit.routing import Capacity, Router, Routing, RoutingContext
+from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
 class UniformRouter(Router):
@@ -57,6 +57,10 @@ class UniformRouter(Router):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"num_experts={self.num_experts}, k={self.k}, order={self.order!r}, capacity={self.capacity}"
+
+    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
+        """See `Router.compensation`: a token is dealt copies of the experts that it had."""
+        return Compensation()
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""

@@ -10,6 +10,7 @@
 from moekit.surgery.adapters import add_adapters, merge_adapters, merged_state
 from moekit.surgery.aggregation import aggregate
 from moekit.surgery.anatomy import SparseLayer, require_operable, sparse_layers
+from moekit.surgery.compensation import compensate, compensations
 from moekit.surgery.inheritance import choose_layers, inherit
 from moekit.surgery.optimizer_state import by_name, by_number, carry, parameter_names
 from moekit.surgery.selection import choose_experts, count_kept
@@ -26,6 +27,8 @@ __all__ = [
     "carry",
     "choose_experts",
     "choose_layers",
+    "compensate",
+    "compensations",
     "count_kept",
     "dense_names",
     "inherit",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moekit.errors import UserError
 from moekit.surgery.anatomy import SparseLayer, by_tensor, require_operable
+from moekit.surgery.compensation import compensate as scale_outputs
 from moekit.surgery.taking import State
 
 
@@ -18,12 +19,19 @@ def aggregate(
     *,
     shared_from: int | None = None,
     names: Sequence[str] = (),
+    compensate: bool = True,
+    power: int = 1,
 ) -> dict[str, Tensor]:
     """One state dict with the experts of all models: first those of the first, then those of the second, and so on.
 
     Expert weights and gate rows are put side by side. What is not an expert's is averaged (in float64 inside) or taken
     from one model; what is not a floating-point number (step counters, flags) is the first model's, or that model's.
     Tables of expert numbers take turns: the first key's entry is the first model's, the second key's the second's.
+
+    Side by side under one softmax, experts share the weight that they had alone: with two models a top-1 weight halves.
+    So experts write more, by as much as their weight shrinks (`moekit.surgery.compensations` says how much), and the
+    aggregate of a model with itself computes what the model does. Where a token chooses several experts, the aggregate
+    must be built with as many times more choices as there are models, k * n: the best two are copies of one.
 
     The average makes sense where the models have a common ancestor, or the same start: weights of models that were
     initialised apart do not lie in one basin, and their average computes nothing.
@@ -33,13 +41,16 @@ def aggregate(
         layers: `sparse_layers` of each model.
         shared_from: take what is shared from the model of this number; None = average.
         names: how messages call the models, for example by their files.
+        compensate: False = experts as they are, whatever their weights become: the paper's plain form.
+        power: 1 for weights; -1 and -2 for Adam's first and second moments, which become those of the gradients that
+            the scaled experts will have.
 
     Raises:
         UserError: naming model and key: models that have other tensors, or other shapes where no experts are counted
-            (another dimension, vocabulary or depth).
+            (another dimension, vocabulary or depth); a router for which no compensation exists.
 
-    Source: arXiv:2109.10465 (aggregation of experts). Differs: its text was not at hand; the order of experts, and
-        averages as the default for what is shared, are ours.
+    Source: arXiv:2109.10465 (aggregation of experts). Differs: its text was not at hand; the compensation, the order of
+        experts, and averages as the default for what is shared, are ours.
     """
     names = list(names) or [f"model {n}" for n in range(len(states))]
     if len(states) < 2 or len(layers) != len(states) or len(names) != len(states):
@@ -49,6 +60,8 @@ def aggregate(
     for found, name in zip(layers, names, strict=True):
         require_operable(found, name)
     _require_alike(states, layers, names)
+    if compensate:
+        states = [_scaled(state, layers, number, power) for number, state in enumerate(states)]
     dims = {name: dim for name, _, dim in by_tensor(layers[0])}
     tables = {name: layer.path for layer in layers[0].values() for name in layer.ids}
     out = {}
@@ -64,6 +77,15 @@ def aggregate(
             out[name] = torch.stack([one.to(torch.float64) for one in given]).mean(0).to(given[0].dtype)
         else:
             out[name] = given[0].clone()
+    return out
+
+
+def _scaled(state: State, layers: Sequence[Mapping[str, SparseLayer]], number: int, power: int) -> dict[str, Tensor]:
+    """One model's state with experts that write as much as their weights will shrink among the experts of all."""
+    out = dict(state)
+    for path, layer in layers[number].items():
+        copies = sum(found[path].num_experts for found in layers) / layer.num_experts
+        out |= scale_outputs(out, {path: layer}, copies, power=power)
     return out
 
 

@@ -25,6 +25,7 @@ class SparseLayer:
         scores: tensors of the router that have an entry (or a block of entries) for each expert; the dimension by name.
         ids: integer tensors whose values are numbers of experts.
         obstacle: why experts cannot be taken out or added here; None = they can.
+        chooser: the router, or the layer where it routes by itself.
     """
 
     path: str
@@ -37,6 +38,7 @@ class SparseLayer:
     scores: Mapping[str, int] = field(default_factory=dict)
     ids: tuple[str, ...] = ()
     obstacle: str | None = None
+    chooser: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
     def dims(self) -> dict[str, int]:
@@ -108,6 +110,7 @@ def _layer(path: str, module: nn.Module, bank: nn.Module) -> SparseLayer:
         scores=scores,
         ids=ids,
         obstacle=obstacles[0] if obstacles else None,
+        chooser=chooser,
     )
 
 

@@ -33,7 +33,8 @@ def split_experts(
 
     Raises:
         UserError: if experts cannot be cut: m does not divide F, they have more than one layer of hidden units, or
-            the router is a table, which cannot choose several.
+            the router is a table, which cannot choose several; or the router says that parts get another share of the
+            weight than `divided`.
 
     Source: arXiv:2401.06066 (fine-grained experts). Differs: there they are trained so from the start.
     """
@@ -44,6 +45,7 @@ def split_experts(
     for path, layer in layers.items():
         if layer.ids:
             raise UserError(f"the experts of {path} cannot be split: {layer.router} names one expert for each key.")
+        _require_share(path, layer, parts, divided)
         for name, axes in layer.bank_axes.items():
             if not set(axes) <= _CAN_BE_CUT:
                 raise UserError(f"the experts of {path} cannot be split: {name} has the axes {', '.join(axes)}.")
@@ -56,6 +58,21 @@ def split_experts(
                 factor = float(parts) ** (min(power, 0) if divided else 0)
                 out[name] = blocks.repeat_interleave(parts, dim).flatten(dim, dim + 1) * factor
     return out
+
+
+def _require_share(path: str, layer: SparseLayer, parts: int, divided: bool) -> None:
+    """Raise UserError where the router is known to give parts another share than the caller says."""
+    ask = getattr(layer.chooser, "compensation", None)
+    answer = None if ask is None or not layer.scores else ask(float(parts))
+    if answer is None or answer.obstacle is not None or parts == 1:
+        return  # nothing is known, or nothing is cut
+    found = answer.scale * answer.choices != 1  # of one part's weight, its share is 1 / (scale * choices)
+    if found != divided:
+        share, said = ("1 / m of the", "divided=True") if found else ("the whole", "divided=False (--whole-weights)")
+        raise UserError(
+            f"each part of an expert of {path} gets {share} weight under {layer.router}: split it with {said}, got "
+            f"divided={divided}."
+        )
 
 
 def _cut(name: str, tensor: Tensor, axes: tuple[str, ...], parts: int, divided: bool, power: int) -> Tensor:

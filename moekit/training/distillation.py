@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +101,45 @@ class Staged:
         return self.before.weights(step) if step < self.until else Weights(1.0, 0.0)
 
 
+@dataclass(frozen=True)
+class Falling:
+    """Another objective whose teacher falls silent by degrees: from step `begin` to step `until` its weight goes to 0.
+
+    The labels' weight goes to 1 as fast. From step number `until` on the teacher does not run.
+
+    Attributes:
+        before: the objective that it begins as.
+        until: optimizer steps with the teacher.
+        begin: step at which its weight begins to fall.
+        form: "linear", or "cosine": half a wave, slow at both ends.
+
+    Source: ours; arXiv:2201.05596 section 4.2 stops at once (`Staged`), because the teacher helps early and hurts late.
+    """
+
+    before: Objective
+    until: int
+    begin: int = 0
+    form: Literal["linear", "cosine"] = "linear"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin < self.until:
+            raise ValueError(
+                f"Falling needs steps to fall in, from `begin` to a later `until`: got begin={self.begin} and "
+                f"until={self.until}."
+            )
+        if self.form not in ("linear", "cosine"):
+            raise ValueError(f'Falling.form must be "linear" or "cosine": got {self.form!r}.')
+
+    def weights(self, step: int) -> Weights:
+        """Those of `before`, the nearer to (1, 0) the later."""
+        done = min(max((step - self.begin) / (self.until - self.begin), 0.0), 1.0)
+        left = 1 - done if self.form == "linear" else (1 + math.cos(math.pi * done)) / 2
+        if done >= 1:
+            return Weights(1.0, 0.0)
+        full = self.before.weights(step)
+        return Weights(1 - left * (1 - full.label), left * full.teacher)
+
+
 def switch() -> Mixture:
     """Switch Transformer's: a quarter of the loss from the teacher. Start the student from the teacher's weights.
 
@@ -109,13 +149,14 @@ def switch() -> Mixture:
 
 
 def mixture_of_students(until: int, alpha: float = 1.0) -> Staged:
-    """DeepSpeed-MoE's staged distillation of a shallower sparse student.
+    """DeepSpeed-MoE's staged distillation of a shallower sparse student, which begins with weights of its own.
 
     Args:
-        until: optimizer steps with the teacher.
-        alpha: weight of the KL divergence.
+        until: optimizer steps with the teacher; 400,000 of the paper's.
+        alpha: weight of the KL divergence; 1 in the released script.
 
-    Source: arXiv:2201.05596 section 4.2.
+    Source: arXiv:2201.05596 section 4.2; the released script draws the student's weights anew, and loads the teacher's
+        into the teacher alone. `moekit.surgery.inherit` is another start, which is ours.
     """
     return Staged(Added(alpha), until)
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 import moekit as mk
 from moekit.data.batch import Batch
+from moekit.errors import UserError
 from moekit.heads import (
     CausalLMHead,
     DenoisingHead,
@@ -233,3 +234,84 @@ def test_a_batch_of_another_shape_is_refused(task: str, lacking: str) -> None:
 def test_label_smoothing_out_of_range() -> None:
     with pytest.raises(ValueError, match="label_smoothing must be in"):
         TranslationHead(label_smoothing=1.0)
+
+
+def literal_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Linear, GELU by tanh: the first half of BERT's and ELECTRA's heads, written out."""
+    x = hidden @ weight.t() + bias
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def literal_norm(x: torch.Tensor, gain: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-12).sqrt() * gain + shift
+
+
+@torch.no_grad()
+def stirred(module: torch.nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def test_the_generators_head_is_berts() -> None:
+    """google-research/electra: dense, activation, layer norm, then the tied embedding's scores."""
+    head, _ = make_head("replaced_token")
+    assert isinstance(head, ReplacedTokenHead)
+    head.eval()
+    stirred(head)
+    batch = make_batch("replaced_token")
+    assert batch.labels is not None
+    masked, generator = batch.labels >= 0, head.generator
+    hidden = generator.encode(batch.source, batch.source_mask, language=batch.source_language).hidden[masked]  # type: ignore[operator]
+    transform = head.generator_transform
+    assert transform.dense.weight.shape == (8, 8)
+    middle = literal_head(hidden, transform.dense.weight, transform.dense.bias)
+    normed = literal_norm(middle, transform.norm.weight, transform.norm.bias)
+    expected = predict(normed @ generator.embedding.weight.t(), batch.labels[masked]).loss  # type: ignore[union-attr,operator]
+    torch.testing.assert_close(head.fill(batch)[1], expected)
+
+
+def test_the_discriminators_head_is_electras() -> None:
+    """google-research/electra: dense, activation, one score; no norm."""
+    head, model = make_head("replaced_token")
+    assert isinstance(head, ReplacedTokenHead)
+    head.eval()
+    model.eval()
+    stirred(head)
+    batch = make_batch("replaced_token")
+    out, (filled, _) = head(batch, model), head.fill(batch)
+    real = batch.source_mask
+    hidden = model.encode(filled, real, language=batch.source_language).hidden[real]  # type: ignore[operator]
+    score = literal_head(hidden, head.transform.weight, head.transform.bias) @ head.detect.weight.t() + head.detect.bias
+    assert batch.labels is not None
+    replaced = (filled != torch.where(batch.labels >= 0, batch.labels, batch.source))[real]
+    chance = torch.sigmoid(score.squeeze(-1))
+    expected = -torch.where(replaced, chance, 1 - chance).log().sum()
+    torch.testing.assert_close(out.nll, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_masked_lm_head_is_berts() -> None:
+    head, model = make_head("masked_lm")
+    assert isinstance(head, MaskedLMHead)
+    model.eval()
+    stirred(head)
+    batch = make_batch("masked_lm")
+    scores = head.score(batch, model)
+    assert batch.labels is not None
+    hidden = model.encode(batch.source, batch.source_mask, language=batch.source_language).hidden  # type: ignore[operator]
+    transform = head.transform
+    middle = literal_head(hidden[batch.labels >= 0], transform.dense.weight, transform.dense.bias)
+    normed = literal_norm(middle, transform.norm.weight, transform.norm.bias)
+    torch.testing.assert_close(scores.logits, normed @ model.embedding.weight.t())  # type: ignore[union-attr,operator]
+
+
+def test_weights_of_a_generator_without_its_head_are_refused_by_name() -> None:
+    head, _ = make_head("replaced_token")
+    heads = torch.nn.ModuleDict({"replaced_token": head})
+    old = {name: tensor for name, tensor in heads.state_dict().items() if "generator_transform" not in name}
+    with pytest.raises(UserError, match=r"replaced_token\.generator_transform\.dense\.weight is missing"):
+        heads.load_state_dict(old)
+    assert isinstance(head, ReplacedTokenHead)
+    fresh = head.generator_transform.state_dict(prefix="replaced_token.generator_transform.")
+    heads.load_state_dict({**old, **fresh})  # the way that the message names
+    heads.load_state_dict(heads.state_dict())

@@ -156,6 +156,17 @@ def test_a_dense_student(work: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("untested")
+def test_a_teacher_that_falls_silent_by_degrees(work: Path, tmp_path: Path) -> None:
+    """Of a student that stays as it is, the teacher's loss is the KL divergence times 1, 1/2, 0."""
+    given = ["--teacher", str(work / "base"), "--out", str(tmp_path / "out"), "--train.learning_rate", "0"]
+    given += ["--distill.objective", "added", "--distill.weight", "1.0", "--distill.inherit", "none"]
+    assert main(gshard.RECIPE, ["distill", *given, "--distill.until", "2", "--distill.fall", "linear"]) == 0
+    heard = [float(value) for value in columns(tmp_path / "out", "train/translation/teacher_loss")]
+    assert heard[1] == pytest.approx(heard[0] / 2, rel=0.2)  # of two batches
+    assert heard[2] == 0 < heard[1]
+
+
+@pytest.mark.usefixtures("untested")
 def test_a_shallower_student_begins_with_the_named_layers(work: Path, tmp_path: Path) -> None:
     """At a learning rate of 0 it ends with them, too."""
     given = ["--teacher", str(work / "base"), "--out", str(tmp_path / "out"), "--train.learning_rate", "0"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moekit.heads import CausalLMHead, Head, MaskedLMHead, ReplacedTokenHead, Tr
 from moekit.training.distillation import (
     Added,
     DistillationModule,
+    Falling,
     Mixture,
     Staged,
     Teacher,
@@ -120,6 +122,25 @@ def test_objectives() -> None:
         Added(-1.0)
     with pytest.raises(ValueError, match="0 or more: got -1"):
         Staged(Mixture(), -1)
+
+
+def test_a_teacher_that_falls_silent_by_degrees() -> None:
+    """Linear: 1 - t; cosine: (1 + cos pi t) / 2; the labels' weight goes to 1 as fast."""
+    linear = Falling(Added(2.0), until=14, begin=10)
+    found = [linear.weights(step) for step in (0, 10, 11, 13, 14, 99)]
+    assert found == [Weights(1.0, weight) for weight in (2.0, 2.0, 1.5, 0.5, 0.0, 0.0)]
+    cosine = Falling(Mixture(0.25), until=4, form="cosine")
+    for step, left in ((0, 1.0), (1, 0.5 + 0.5 * math.cos(math.pi / 4)), (2, 0.5), (4, 0.0)):
+        weights = cosine.weights(step)
+        assert weights.teacher == pytest.approx(0.25 * left)
+        assert weights.label == pytest.approx(1 - 0.25 * left)
+    for wrong, message in (
+        ({"until": 0}, "got begin=0 and until=0"),
+        ({"until": 3, "begin": 3}, "got begin=3 and until=3"),
+        ({"until": 3, "form": "step"}, 'must be "linear" or "cosine": got \'step\''),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Falling(Added(), **wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("task", MAKE)

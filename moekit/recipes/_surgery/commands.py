@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -56,6 +57,10 @@ def _config(parser: ArgumentParser) -> None:
     )
 
 
+def _plain(parser: ArgumentParser, what: str) -> None:
+    parser.add_argument("--plain", action="store_true", help=f"leave experts and choices as they are: {what}")
+
+
 def _of_part(parser: ArgumentParser) -> None:
     parser.add_argument("--language", default=None, help="utilisation of this language alone: a specialist")
     parser.add_argument("--task", default=None, help="utilisation in this task alone: a specialist")
@@ -63,7 +68,7 @@ def _of_part(parser: ArgumentParser) -> None:
 
 def _write(result: Result, given: Namespace, console: Console) -> None:
     if given.fresh_optimizer:
-        result = Result(result.subject, result.config, result.weights, None, result.record)
+        result = dataclasses.replace(result, slots=None)
     folder = write_run(result, given.out, restart=given.restart, overwrite=given.overwrite)
     layers = {layer.num_experts for layer in open_subject(folder.path).layers().values()}
     experts = f"{', '.join(str(n) for n in sorted(layers))} experts in a layer" if layers else "dense"
@@ -71,8 +76,9 @@ def _write(result: Result, given: Namespace, console: Console) -> None:
     recipe = f"python -m moekit.recipes.{result.subject.recipe.name}"
     minutes = " --train.max_minutes MINUTES" if result.config.train.max_minutes and not given.restart else ""
     out = shlex.quote(str(folder.path))
+    said = f"{result.said}\n" if result.said else ""
     console.print(
-        f"{folder.path}: {count:,} parameters, {experts}\n"
+        f"{folder.path}: {count:,} parameters, {experts}\n{said}"
         f"test it      {recipe} test --out {out}\n"
         f"train it on  {recipe} fit --config {out}/config.yaml --out {out} --resume --train.max_steps STEPS{minutes}",
         highlight=False,
@@ -116,6 +122,9 @@ def _aggregate_options(parser: ArgumentParser) -> None:
         help="scores of the routers: rows side by side (default), or drawn anew",
     )
     parser.add_argument("--seed", type=int, default=0, help="of fresh gates")
+    _plain(
+        parser, "the paper's form, in which weights shrink under one softmax (default: what they lose is made up for)"
+    )
     _out(parser)
 
 
@@ -128,8 +137,14 @@ def _aggregate(given: Namespace, console: Console) -> None:
         raise UserError(f"--shared must be mean or the number of a run, 1 to {count}: got {given.shared}.")
     subjects = [open_subject(run, given.config) for run in given.runs]
     shared_from = None if given.shared == "mean" else int(given.shared) - 1
-    fresh = given.gates == "fresh"
-    _write(aggregate_runs(subjects, shared_from=shared_from, fresh_gates=fresh, seed=given.seed), given, console)
+    result = aggregate_runs(
+        subjects,
+        shared_from=shared_from,
+        fresh_gates=given.gates == "fresh",
+        compensated=not given.plain,
+        seed=given.seed,
+    )
+    _write(result, given, console)
 
 
 # -- prune ---------------------------------------------------------------------------------------------------------
@@ -160,6 +175,7 @@ def _prune_options(parser: ArgumentParser) -> None:
         help="keep the most used (default), the least used, or random ones",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random choice")
+    _plain(parser, "also in a run that was aggregated or grown, where what made up for copies is taken back (default)")
     _of_part(parser)
     _out(parser)
 
@@ -177,7 +193,7 @@ def _prune(given: Namespace, console: Console) -> None:
         load = measured_load(subject, language=given.language, task=given.task)
     kept = choose_experts(layers, given.keep, given.by, load=load, seed=given.seed)
     note = {"keep": given.keep, "by": given.by, "seed": given.seed, "language": given.language, "task": given.task}
-    _write(prune_run(subject, kept, **note), given, console)
+    _write(prune_run(subject, kept, compensated=not given.plain, **note), given, console)
 
 
 # -- upcycle, merge, split, change ---------------------------------------------------------------------------------
@@ -194,6 +210,7 @@ def _upcycle_options(parser: ArgumentParser) -> None:
         help="multiplies what experts write; as many as experts keeps the function under a fresh top-1 softmax router",
     )
     parser.add_argument("--seed", type=int, default=0, help="of noise and routers")
+    _plain(parser, "of a sparse run, whose copies share weights (default: what they lose is made up for)")
     _out(parser)
 
 
@@ -202,7 +219,14 @@ def _upcycle(given: Namespace, console: Console) -> None:
     if given.noise < 0:
         raise UserError(f"--noise must not be negative: got {given.noise:g}.")
     subject = open_subject(given.run, given.config)
-    result = upcycle_run(subject, given.experts, noise=given.noise, scale=given.scale, seed=given.seed)
+    result = upcycle_run(
+        subject,
+        given.experts,
+        noise=given.noise,
+        scale=given.scale,
+        compensated=not given.plain,
+        seed=given.seed,
+    )
     _write(result, given, console)
 
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.experts import AddNoise
+from moekit.recipes._surgery.compensating import copies_of, describe, needs, noted, require_choices, with_choices
 from moekit.recipes._surgery.subject import Subject, with_setting
 from moekit.surgery import (
     SparseLayer,
     aggregate,
     carry,
+    compensate,
     dense_names,
     merge,
     require_complete,
@@ -35,7 +37,7 @@ _FREE = (
     "model.threshold", "model.load_balance", "model.router_z", "model.expert_init_scale", "model.init_scale",
     "model.init_by_depth", "model.checkpoint",
     "data.cache", "data.num_workers", "data.order_seed", "data.temperature", "data.heating", "data.heating_steps",
-    "data.max_length",
+    "data.max_length", "data.mask_shares", "data.span_ratio", "data.mean_span", "data.packed",
 )  # fmt: skip
 
 
@@ -49,6 +51,7 @@ class Result:
         weights: its state dict.
         slots: its optimizer state by parameter names; None = afresh.
         record: what was done, as plain data.
+        said: lines for whoever asked.
     """
 
     subject: Subject
@@ -56,10 +59,16 @@ class Result:
     weights: dict[str, Tensor]
     slots: dict[str, dict[str, Any]] | None
     record: Mapping[str, Any]
+    said: str = ""
 
 
 def aggregate_runs(
-    subjects: Sequence[Subject], *, shared_from: int | None = None, fresh_gates: bool = False, seed: int = 0
+    subjects: Sequence[Subject],
+    *,
+    shared_from: int | None = None,
+    fresh_gates: bool = False,
+    compensated: bool = True,
+    seed: int = 0,
 ) -> Result:
     """One model with the experts of all.
 
@@ -67,10 +76,13 @@ def aggregate_runs(
         subjects: two or more; the clock of the first goes on.
         shared_from: take what is no expert's from the run of this number; None = average.
         fresh_gates: draw the routers' scores anew instead of putting their rows side by side.
+        compensated: keep the parents' function: experts' outputs are scaled, and a token's choices multiplied, by what
+            one softmax over all experts takes away; False = the paper's plain form.
         seed: of the draw.
 
     Raises:
-        UserError: see `moekit.surgery.aggregate`; or the runs differ in settings that weights depend on.
+        UserError: see `moekit.surgery.aggregate`; or the runs differ in settings that weights depend on, or the recipe
+            has no setting for a token's choices.
     """
     first = subjects[0]
     for other in subjects[1:]:
@@ -80,12 +92,15 @@ def aggregate_runs(
     names = [str(subject.path) for subject in subjects]
 
     def together(states: Sequence[Mapping[str, Tensor]], power: int) -> Mapping[str, Tensor]:
-        return aggregate(states, layers, shared_from=shared_from, names=names)
+        return aggregate(states, layers, shared_from=shared_from, names=names, compensate=compensated, power=power)
 
     weights = dict(together([subject.loaded.weights for subject in subjects], 1))
     counts = {path: sum(found[path].num_experts for found in layers) for path in layers[0]}
     config = _resized(first, layers[0], counts)
+    needed = needs(layers[0], len(subjects) if compensated else 1, first.loaded.weights)
+    config = with_choices(first, config, layers[0], needed)
     target = first.model(config)
+    require_choices(first, target, layers[0], needed)
     slots = _carried(subjects, models, together, target)
     if fresh_gates:
         drawn = _drawn(first, config, seed).state_dict()
@@ -94,38 +109,42 @@ def aggregate_runs(
             if slots is not None:
                 slots.pop(name, None)
     record = {"operation": "aggregate", "from": names, "shared_from": shared_from, "fresh_gates": fresh_gates}
-    return _checked(Result(first, config, weights, slots, record), target)
+    sizes = [sum(layer.num_experts for layer in found.values()) for found in layers]
+    own = sum(size / copies_of(subject) for size, subject in zip(sizes, subjects, strict=True)) / len(subjects)
+    record = noted(record, sum(sizes) / own if compensated else copies_of(first), needed)
+    return _checked(Result(first, config, weights, slots, record, describe(layers[0], needed)), target)
 
 
-def prune_run(subject: Subject, kept: Mapping[str, Tensor], **note: Any) -> Result:
-    """The experts with the given numbers, from `moekit.surgery.choose_experts`; also more of them, as copies.
+def prune_run(subject: Subject, kept: Mapping[str, Tensor], *, compensated: bool = True, **note: Any) -> Result:
+    """The experts with the given numbers, from `moekit.surgery.choose_experts`.
+
+    What made up for copies (in a run that was aggregated or grown) is taken back by the share of experts that go, and
+    wholly where no more are left than the parents had. Other runs keep their experts as they are.
 
     Args:
         subject: the run.
         kept: Int64[m] by layer.
+        compensated: False = leave experts and choices as they are in any run.
         **note: for the record.
 
     Raises:
         UserError: see `moekit.surgery.take_experts`; or the recipe cannot say such a model.
     """
-    model = subject.model()
-    layers = sparse_layers(model)
-    require_operable(layers, str(subject.path))
-    weights = take_experts(subject.loaded.weights, layers, kept)
-    counts = {path: layer.num_experts for path, layer in layers.items()} | {p: n.numel() for p, n in kept.items()}
-    config = _resized(subject, layers, counts)
-    target = subject.model(config)
-    slots = _carried([subject], [model], lambda states, power: take_experts(states[0], layers, kept), target)
-    record = {
-        "operation": "take experts",
-        "from": [str(subject.path)],
-        "experts": {path: numbers.tolist() for path, numbers in kept.items()},
-        **note,
-    }
-    return _checked(Result(subject, config, weights, slots, record), target)
+    layers, copies = subject.layers(), copies_of(subject)
+    left = min(kept, key=lambda path: kept[path].numel(), default=None)
+    share = kept[left].numel() / layers[left].num_experts if left in layers and kept[left].numel() else 1.0
+    return _taken(subject, kept, min(1.0, max(share, 1 / copies)) if compensated and copies > 1 else 1.0, note)
 
 
-def upcycle_run(subject: Subject, num_experts: int, *, noise: float = 0.0, scale: float = 1.0, seed: int = 0) -> Result:
+def upcycle_run(
+    subject: Subject,
+    num_experts: int,
+    *,
+    noise: float = 0.0,
+    scale: float = 1.0,
+    compensated: bool = True,
+    seed: int = 0,
+) -> Result:
     """A dense run with experts that are copies of its feed-forwards; of a sparse run, more experts as copies.
 
     Args:
@@ -133,6 +152,7 @@ def upcycle_run(subject: Subject, num_experts: int, *, noise: float = 0.0, scale
         num_experts: E of the new model.
         noise: on matrices of the copies, in standard deviations of theirs; the optimizer starts afresh there.
         scale: see `moekit.surgery.upcycle`; for a dense run.
+        compensated: of a sparse run, keep its function where every expert is copied as often (see `aggregate_runs`).
         seed: of noise and routers.
 
     Raises:
@@ -142,7 +162,7 @@ def upcycle_run(subject: Subject, num_experts: int, *, noise: float = 0.0, scale
     if layers:
         if scale != 1:
             raise UserError(f"scale is for upcycling dense models: {subject.path} is sparse. Leave it at 1.")
-        return _grown(subject, layers, num_experts, noise, seed)
+        return _grown(subject, layers, num_experts, noise, seed, compensated=compensated)
     if num_experts < 1:
         raise UserError(f"upcycling needs 1 expert or more: got {num_experts}.")
     config = _set_experts(subject, num_experts)
@@ -173,10 +193,13 @@ def merge_run(subject: Subject, load: Mapping[str, Tensor] | None = None) -> Res
         UserError: see `moekit.surgery.merge`; or the recipe has no dense twin of this width.
     """
     source = subject.model()
-    require_operable(sparse_layers(source), str(subject.path))
+    layers, copies = sparse_layers(source), copies_of(subject)
+    require_operable(layers, str(subject.path))
     config = _set_experts(subject, 0)
     target = subject.model(config)
-    weights = merge(subject.loaded.weights, source, target, load=load)
+    # What made up for smaller weights has no place where there are none.
+    experts = compensate(subject.loaded.weights, layers, 1 / copies) if copies > 1 else subject.loaded.weights
+    weights = merge(experts, source, target, load=load)
     record = {"operation": "merge", "from": [str(subject.path)], "weighted": load is not None}
     return _checked(Result(subject, config, weights, None, record), target)
 
@@ -212,6 +235,7 @@ def split_run(subject: Subject, parts: int, *, divided: bool = True) -> Result:
         target,
     )
     record = {"operation": "split", "from": [str(subject.path)], "parts": parts, "divided": divided}
+    record = noted(record, copies_of(subject), {})
     return _checked(Result(subject, config, weights, slots, record), target)
 
 
@@ -229,13 +253,49 @@ def change_run(subject: Subject, config: Any) -> Result:
     target = subject.model(config)
     settings = {key: new for key, (_, new) in changed.items()}
     record = {"operation": "change", "from": [str(subject.path)], "settings": settings}
+    record = noted(record, copies_of(subject), {})
     return _checked(Result(subject, config, dict(subject.loaded.weights), subject.slots(), record), target)
 
 
 # -- what they share -----------------------------------------------------------------------------------------------
 
 
-def _grown(subject: Subject, layers: Mapping[str, SparseLayer], num_experts: int, noise: float, seed: int) -> Result:
+def _taken(subject: Subject, taken: Mapping[str, Tensor], copies: float, note: Mapping[str, Any]) -> Result:
+    """The experts with the given numbers, and what makes up for `copies` times as many of each."""
+    model = subject.model()
+    layers = sparse_layers(model)
+    require_operable(layers, str(subject.path))
+
+    def take(states: Sequence[Mapping[str, Tensor]], power: int) -> Mapping[str, Tensor]:
+        few = take_experts(states[0], layers, taken)
+        return few if copies == 1 else compensate(few, layers, copies, power=power)
+
+    weights = dict(take([subject.loaded.weights], 1))
+    counts = {path: layer.num_experts for path, layer in layers.items()} | {p: n.numel() for p, n in taken.items()}
+    needed = needs(layers, copies, weights)
+    config = with_choices(subject, _resized(subject, layers, counts), layers, needed)
+    target = subject.model(config)
+    require_choices(subject, target, layers, needed)
+    record = {
+        "operation": "take experts",
+        "from": [str(subject.path)],
+        "experts": {path: numbers.tolist() for path, numbers in taken.items()},
+        **note,
+    }
+    slots = _carried([subject], [model], take, target)
+    record = noted(record, copies_of(subject) * copies, needed)
+    return _checked(Result(subject, config, weights, slots, record, describe(layers, needed)), target)
+
+
+def _grown(
+    subject: Subject,
+    layers: Mapping[str, SparseLayer],
+    num_experts: int,
+    noise: float,
+    seed: int,
+    *,
+    compensated: bool,
+) -> Result:
     """More experts: the old ones in turn, as copies."""
     taken = {path: torch.arange(num_experts) % layer.num_experts for path, layer in layers.items()}
     fewer = [path for path, layer in layers.items() if num_experts < layer.num_experts]
@@ -244,7 +304,12 @@ def _grown(subject: Subject, layers: Mapping[str, SparseLayer], num_experts: int
             f"{fewer[0]} has {layers[fewer[0]].num_experts} experts, and upcycling gives {num_experts}, no fewer. To "
             "keep some of them use prune."
         )
-    result = prune_run(subject, taken, noise=noise, seed=seed)
+    uneven = [path for path, layer in layers.items() if num_experts % layer.num_experts]
+    copies = 1.0 if uneven or not compensated else num_experts / next(iter(layers.values())).num_experts
+    result = _taken(subject, taken, copies, {"noise": noise, "seed": seed})
+    if uneven and compensated:
+        said = f"{num_experts} experts are no whole multiple of those of {uneven[0]}: the model computes something else"
+        result = dataclasses.replace(result, said=said)
     if not noise:
         return result
     perturb, generator = AddNoise(noise), torch.Generator().manual_seed(seed)

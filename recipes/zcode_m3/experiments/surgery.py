@@ -110,6 +110,7 @@ def aggregation(runs: Runs, seed: int, n: int) -> list[Arm]:
     two = runs.make(f"{seed}/two", fit(*small, seed=seed, order=2 * seed + 1, steps=n, every=n // 4))
     ways = {
         "mean": ("aggregated", [], "shared weights averaged, gate rows side by side"),
+        "plain": ("aggregated, plain", ["--plain"], "the same, nothing made up for halved weights"),
         "fresh": ("aggregated, fresh gates", ["--gates", "fresh"], "shared weights averaged, gates drawn anew"),
         "first": (
             "aggregated, shared of one",
