@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 
-from moekit.component import Component
+from moekit.component import Component, components
+from moekit.stepping import StepWatch, _Ear, writes
 
 Priority = Literal["position", "probability", "random"]
 Share = Literal["choices", "tokens"]
@@ -277,6 +278,18 @@ class Router(Component, ABC):
     by_position: bool = False
     expert_dims: ClassVar[Mapping[str, int] | None] = None
     expert_ids: ClassVar[tuple[str, ...]] = ()
+    _ear: _Ear | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step_watch = StepWatch()
+        self.register_forward_pre_hook(_watch_steps)
+
+    @property
+    def moves(self) -> bool:
+        """Whether forward depends on what `on_step_end` of this router or of its parts changes."""
+        parts = (self, *components(self).values())
+        return self.observes or any(type(part).on_step_end is not Component.on_step_end for part in parts)
 
     def check_causal(self) -> None:
         """Raise ValueError if this router would let a causal decoder see later tokens unasked."""
@@ -293,9 +306,9 @@ class Router(Component, ABC):
         Forward stores nothing, because activation checkpointing runs it twice. Under a Trainer every router with
         ``observes = True`` is told each `Routing` of a training batch once: after the backward of that batch, so that
         nothing moves between a forward and its recomputation, and before `on_step_end` if the optimizer has stepped.
-        Validation is not told. Without a Trainer, call it after ``backward()`` and `on_step_end` after
-        ``optimizer.step()``. What is noted is of this process alone; `on_step_end` sums over processes what must be
-        the same in all.
+        Validation is not told. Without a Trainer `moekit.listen` and `moekit.step_end` see to both; or call it after
+        ``backward()`` and `on_step_end` after ``optimizer.step()``, without listening. What is noted is of this process
+        alone; `on_step_end` sums over processes what must be the same in all.
 
         Args:
             routing: what forward returned; its tensors carry no gradient here.
@@ -304,6 +317,17 @@ class Router(Component, ABC):
     @abstractmethod
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route ``x`` Float[T, D]; `context` fields are ``[T]``."""
+
+
+def _watch_steps(router: nn.Module, arguments: Any) -> None:
+    """Before a training forward: does anybody tell this router of steps?"""
+    if not router.training or torch.compiler.is_compiling():
+        return
+    assert isinstance(router, Router)
+    # Its state is its buffers, and its parts': one without any has nothing that could stand still.
+    state = [writes(buffer) for buffer in router.buffers()]
+    if state and router.moves and not router.frozen:
+        router._step_watch.see(router, router.parameters(), sum(state))
 
 
 @dataclass(frozen=True)

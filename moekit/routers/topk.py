@@ -32,8 +32,8 @@ class Balance:
         when: "before_drop" counts what asked for a place in a queue, "after_drop" what was computed.
         scope: see `moekit.functional.load_balance`. "group" counts each local group (`Capacity.group_size`) apart and
             takes the mean of the groups' losses, as Algorithm 1 does. "global" counts over all processes and over the
-            micro-batches of the optimizer step so far (the Trainer's binding feeds `Router.observe`). In evaluation it
-            is "batch", so that processes may evaluate different numbers of batches.
+            micro-batches of the optimizer step so far (a Trainer, or `moekit.listen`, feeds `Router.observe`). In
+            evaluation it is "batch", so that processes may evaluate different numbers of batches.
 
     Source: arXiv:2006.16668 Algorithm 1 (first choices, before drops); arXiv:2501.11873 (scope "global").
     """
@@ -202,6 +202,11 @@ class TopKRouter(Router):
         """Count load for the balance loss of the micro-batches that follow in this step; see `Router.observe`."""
         if self.observes:
             self._window.add(self.balance.load(routing))
+
+    @property
+    def moves(self) -> bool:
+        """See `Router.moves`: beginning a new count moves nothing where nothing is counted."""
+        return self.observes or type(self).on_step_end is not TopKRouter.on_step_end
 
     def on_step_end(self, step: int) -> None:
         """Begin a new count."""
