@@ -44,6 +44,7 @@ class RoutingContext:
     """What a router may know besides the hidden states; every field is optional.
 
     All fields share the leading shape of the hidden states (``[T]``, or ``[B, S]`` before `flatten`).
+    `previous_logits` has one dimension more.
 
     Attributes:
         mask: Bool. True = a real token. Padding is never routed, never counted and in no denominator.
@@ -53,6 +54,8 @@ class RoutingContext:
         position: Int. Place in the sequence (position hash).
         task: Int. Task or language id.
         sequence: Int in 0..B-1. Which sequence a token belongs to (balance losses of scope "sequence").
+        previous_logits: Float[..., E'], `Routing.logits` of the sparse layer before in the same stack, which hands them
+            on (gating residuals); None in the first.
     """
 
     mask: Tensor | None = None
@@ -62,6 +65,7 @@ class RoutingContext:
     position: Tensor | None = None
     task: Tensor | None = None
     sequence: Tensor | None = None
+    previous_logits: Tensor | None = None
 
     def flatten(self, num_tokens: int) -> RoutingContext:
         """The same context with every field of shape ``[T]``.
@@ -76,12 +80,13 @@ class RoutingContext:
         flat = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if value is not None and value.numel() != num_tokens:
+            own = value.shape[-1:] if f.name == "previous_logits" and value is not None else ()
+            if value is not None and value.numel() != num_tokens * math.prod(own):
                 raise ValueError(
                     f"RoutingContext.{f.name} must have one entry per token: got shape {tuple(value.shape)} for "
                     f"{num_tokens} tokens. Give it the leading shape of the hidden states."
                 )
-            flat[f.name] = None if value is None else value.reshape(-1)
+            flat[f.name] = None if value is None else value.reshape(num_tokens, *own)
         return RoutingContext(**flat)
 
 
@@ -135,6 +140,8 @@ class Routing:
         kept: Bool[N], True = computed. An assignment with ``position >= 0`` and not kept was dropped for capacity.
         losses: unweighted float32 scalars by name, with gradient.
         statistics: detached float32 scalars by name (for example ``entropy``), for logs only.
+        logits: Float32[T, E], with gradient, of a router whose scores enter the next layer's (gating residuals); else
+            None.
         num_tokens: T, padding included.
         num_experts: E.
         capacity: slots per expert, or None = dropless.
@@ -152,6 +159,7 @@ class Routing:
     num_experts: int = 0
     capacity: int | None = None
     deviations: Mapping[str, Deviation] = field(default_factory=dict)
+    logits: Tensor | None = None
 
     @property
     def queued(self) -> Tensor:
