@@ -7,8 +7,12 @@ from torch import Tensor, nn
 
 
 def count_real(mask: Tensor) -> Tensor:
-    """Int64[B, S]: how many real tokens stand before each place of ``mask`` Bool[B, S] in its row."""
-    return (mask.cumsum(1) - 1).clamp_min(0)
+    """Int64[B, S]: how many real tokens stand before each real place of ``mask`` Bool[B, S] in its row.
+
+    Padding goes on counting from the last real token, so that padding on the right changes no number at all.
+    """
+    place = torch.arange(mask.shape[1], device=mask.device)
+    return place - torch.where(mask, (~mask).cumsum(1), 0).cummax(1).values
 
 
 def previous_real(ids: Tensor, mask: Tensor | None, first: Tensor) -> Tensor:
@@ -46,8 +50,8 @@ def check_right_padded(mask: Tensor | None, *, cached: bool = False) -> None:
         )
     if cached and not bool(mask.all()):
         raise ValueError(
-            "A cache keeps every token for those that follow, and padding is none: got a mask with padding. Decode rows "
-            "of one length together, or without a cache."
+            "A cache keeps every token for those that follow, and padding is none: got a mask with padding. Decode "
+            "rows of one length together, or without a cache."
         )
 
 
@@ -62,6 +66,6 @@ def check_no_hole(mask: Tensor | None, positions: nn.Module) -> None:
     begins = mask[:, 1:] & ~mask[:, :-1]
     if bool((begins.sum(1) + mask[:, :1].sum(1) > 1).any()):
         raise ValueError(
-            f"{type(positions).__name__} see distances between places, and padding between two tokens changes them: got "
-            "a mask with padding inside a row. Move the padding to the ends of the row."
+            f"{type(positions).__name__} see distances between places, and padding between two tokens changes them: "
+            "got a mask with padding inside a row. Move the padding to the ends of the row."
         )

@@ -52,7 +52,7 @@ def test_encoders(kind: str, where: str) -> None:
 def test_causal_models_refuse_it(where: str) -> None:
     mask = WHERE[where]
     ids = rows(mask)
-    lstm = RecurrentLM(VOCAB, 8, MLP(8, 16), hidden_dim=8)
+    lstm = RecurrentLM(VOCAB, 8, MLP(8, 16))
     for decode in (language_model().decode, lstm.decode):
         with pytest.raises(ValueError, match="padding on the right only"):
             decode(ids, mask)
@@ -79,7 +79,8 @@ def test_routers_are_told_neighbours_and_places_without_padding() -> None:
     assert context.previous_ids[real].tolist() == [0, 5, 6, 7]
     assert context.next_ids[real].tolist() == [6, 7, 8, 0]
     assert context.position[real].tolist() == [0, 1, 2, 3]
-    assert count_real(mask).tolist() == [[0, 0, 0, 1, 2, 2, 3]]
+    assert count_real(mask).tolist() == [[0, 0, 1, 1, 2, 3, 3]]
+    assert count_real(torch.tensor([[True, True, False, False]])).tolist() == [[0, 1, 2, 3]]
     nobody = torch.zeros_like(mask)
     assert previous_real(ids, nobody, ids.new_full((1,), 4)).tolist() == [[4] * 7]
     assert next_real(ids, None, ids.new_full((1,), 4)).tolist() == [[5, 9, 6, 7, 9, 8, 4]]
