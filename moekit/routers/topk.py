@@ -133,7 +133,7 @@ class TopKRouter(Router):
         overflow too). In evaluation nothing is random and, by default, nothing is dropped.
     """
 
-    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
+    expert_dims: ClassVar[Mapping[str, int] | None] = {"weight": 0}
 
     def __init__(
         self,
