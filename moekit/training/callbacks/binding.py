@@ -32,6 +32,7 @@ class ComponentBinding(Callback):
 
     def __init__(self) -> None:
         self._components: tuple[Component, ...] = ()
+        self._observing: tuple[Component, ...] = ()
         self._last_step = 0
 
     def _bind(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -42,12 +43,14 @@ class ComponentBinding(Callback):
         self._release()  # also of what has gone from the model since
         below = tuple(components(pl_module).values())
         self._components = (pl_module, *below) if isinstance(pl_module, Component) else below
-        listen(pl_module)
+        self._observing = tuple(c for c in self._components if getattr(c, "observes", False))
+        for router in self._observing:
+            listen(router)
 
     def _release(self) -> None:
-        for component in self._components:
-            stop_listening(component)
-        self._components = ()
+        for router in self._observing:
+            stop_listening(router)
+        self._components = self._observing = ()
 
     def _unbind(self, pl_module: L.LightningModule) -> None:
         unbind(pl_module)
@@ -82,13 +85,15 @@ class ComponentBinding(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """From here on forwards are training's; what was returned before is nobody's."""
-        forget(pl_module)
+        for router in self._observing:
+            forget(router)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tell routers what they returned in this batch; call `Component.on_step_end` if an optimizer has stepped."""
-        tell_routings(pl_module)
+        for router in self._observing:
+            tell_routings(router)
         if not self._components or trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
