@@ -123,8 +123,8 @@ class Scores:
     def normalised(self, by: Normalise) -> tuple[float, ...]:
         """Log-probabilities as they are ("sum"), or divided by the number of tokens or of characters.
 
-        Source: "token" arXiv:2005.14165 section 2.4; "character" as ``acc_norm`` of the LM evaluation harness. Zero- and
-            few-shot priming of models with experts: arXiv:2112.10684.
+        Source: "token" arXiv:2005.14165 section 2.4; "character" as ``acc_norm`` of the LM evaluation harness. Zero-
+            and few-shot priming of models with experts: arXiv:2112.10684.
         """
         sizes = {"sum": (1,) * len(self.log_probs), "token": self.tokens, "character": self.characters}[by]
         return tuple(score / size for score, size in zip(self.log_probs, sizes, strict=True))

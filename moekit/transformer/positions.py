@@ -63,7 +63,7 @@ class SinusoidalPositions(Positions):
         dim = x.shape[-1]
         rate = torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) * (-math.log(10_000.0) / dim)
         angle = position[..., None].to(torch.float32) * rate.exp()
-        table = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)[:, :dim]
+        table = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)[..., :dim]
         return x + table.to(x.dtype)
 
 
