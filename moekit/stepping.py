@@ -51,7 +51,8 @@ class StepWatch:
                 f"{type(module).__name__} moves with every optimizer step, and nobody tells it of steps: its weights "
                 f"were updated {_PATIENCE} times, its state stood still. In a loop of your own call "
                 "moekit.listen(model) before it and moekit.step_end(model) after every optimizer.step(); for the "
-                "Trainer of transformers add moekit.training.callbacks.huggingface.StepEndCallback().",
+                "Trainer of transformers add moekit.training.callbacks.huggingface.StepEndCallback(). Lightning's "
+                "Trainers do it by themselves where moekit is installed, by its entry points.",
                 stacklevel=2,
             )
 
