@@ -15,7 +15,7 @@ from moekit.transformer.padding import count_real, next_real, previous_real
 
 KINDS = {**POSITIONS, "split sinusoidal": lambda: SplitSinusoidalPositions(first=2), "none": Positions}
 WHERE = {
-    "left, longer than wide": torch.arange(20).expand(2, 20) >= torch.tensor([[3], [0]]),
+    "left, longer than wide": torch.arange(20).expand(3, 20) >= torch.tensor([[3], [0], [7]]),
     "left": torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1]]).bool(),
     "both ends": torch.tensor([[0, 0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0, 0]]).bool(),
     "inside": torch.tensor([[1, 1, 0, 1, 1, 0, 1], [0, 1, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]]).bool(),
