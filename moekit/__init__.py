@@ -16,6 +16,7 @@ from moekit.dispatch import Dispatched, Dispatcher, PackedDispatcher, PaddedDisp
 from moekit.layer import AuxLosses, MoELayer, MoEOutput
 from moekit.routing import Capacity, Router, Routing, RoutingContext, RoutingStats, routing_stats
 from moekit.soft_moe import SoftMoELayer
+from moekit.stepping import listen, step_end
 from moekit.training.strategy import ExpertParallelStrategy
 
 __version__ = "0.1.0"
@@ -40,7 +41,9 @@ __all__ = [
     "RoutingStats",
     "SoftMoELayer",
     "experts",
+    "listen",
     "mixing",
     "routers",
     "routing_stats",
+    "step_end",
 ]

@@ -58,6 +58,7 @@ class Component(L.LightningModule):
 
     frozen: bool = False
     _binding: _Binding | None = None
+    _steps_told: int = 0
 
     @property
     def global_step(self) -> int:
@@ -83,16 +84,24 @@ class Component(L.LightningModule):
         for name, value in dictionary.items():
             self.log(name, value, *args, **kwargs)
 
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps that `moekit.step_end` told of so far; a component whose state knows better says so."""
+        return self._steps_told
+
     def on_step_end(self, step: int) -> None:
         """Called once after every optimizer step with the number of steps taken: the place where schedules move.
 
-        Never called twice for a step, whatever gradient accumulation or activation checkpointing do.
+        Never called twice for a step, whatever gradient accumulation or activation checkpointing do. Lightning's
+        Trainers call it by themselves, loops of your own with `moekit.step_end`.
         """
 
     def __getstate__(self) -> dict[str, Any]:
-        # Weak references can be neither pickled nor moved to a copy, and a copy has another root anyway.
+        # Weak references can be neither pickled nor moved to a copy, and a copy has another root anyway. Nobody has
+        # asked to listen to a copy's routers.
         state = dict(super().__getstate__())
         state.pop("_binding", None)
+        state.pop("_ear", None)
         return state
 
 

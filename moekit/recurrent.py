@@ -15,6 +15,7 @@ from moekit.transformer.context import routing_context
 from moekit.transformer.embedding import TokenEmbedding
 from moekit.transformer.init import init_weights
 from moekit.transformer.output import BlockOutput, DecoderOutput, StackOutput
+from moekit.transformer.padding import check_right_padded
 
 State = tuple[Tensor, Tensor]
 """Output and cell of an LSTM, Float[1, R, D] and Float[1, R, units]."""
@@ -151,11 +152,7 @@ class RecurrentStack(Component):
         context = None
         if self.routed_layers:
             context = routing_context(ids, mask, language, pad_id=self.pad_id, cache=cache)
-        if mask is not None and mask.device.type == "cpu" and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-            raise ValueError(
-                "A decoder takes padding on the right only: got a mask with a real token after padding. Move the "
-                "padding behind the tokens."
-            )
+        check_right_padded(mask, cached=cache is not None)
         x = dropout(x, self.dropout, training=self.training)
         routings: list[Routing] = []
         for number, layer in enumerate(self.layers):

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 
-from moekit.component import Component
+from moekit.component import Component, components
+from moekit.stepping import StepWatch, _Ear, writes
 
 Priority = Literal["position", "probability", "random"]
 Share = Literal["choices", "tokens"]
@@ -43,6 +44,7 @@ class RoutingContext:
     """What a router may know besides the hidden states; every field is optional.
 
     All fields share the leading shape of the hidden states (``[T]``, or ``[B, S]`` before `flatten`).
+    `previous_logits` has one dimension more.
 
     Attributes:
         mask: Bool. True = a real token. Padding is never routed, never counted and in no denominator.
@@ -52,6 +54,8 @@ class RoutingContext:
         position: Int. Place in the sequence (position hash).
         task: Int. Task or language id.
         sequence: Int in 0..B-1. Which sequence a token belongs to (balance losses of scope "sequence").
+        previous_logits: Float[..., E'], `Routing.logits` of the sparse layer before in the same stack, which hands them
+            on (gating residuals); None in the first.
     """
 
     mask: Tensor | None = None
@@ -61,6 +65,7 @@ class RoutingContext:
     position: Tensor | None = None
     task: Tensor | None = None
     sequence: Tensor | None = None
+    previous_logits: Tensor | None = None
 
     def flatten(self, num_tokens: int) -> RoutingContext:
         """The same context with every field of shape ``[T]``.
@@ -75,12 +80,13 @@ class RoutingContext:
         flat = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if value is not None and value.numel() != num_tokens:
+            own = value.shape[-1:] if f.name == "previous_logits" and value is not None else ()
+            if value is not None and value.numel() != num_tokens * math.prod(own):
                 raise ValueError(
                     f"RoutingContext.{f.name} must have one entry per token: got shape {tuple(value.shape)} for "
                     f"{num_tokens} tokens. Give it the leading shape of the hidden states."
                 )
-            flat[f.name] = None if value is None else value.reshape(-1)
+            flat[f.name] = None if value is None else value.reshape(num_tokens, *own)
         return RoutingContext(**flat)
 
 
@@ -134,6 +140,8 @@ class Routing:
         kept: Bool[N], True = computed. An assignment with ``position >= 0`` and not kept was dropped for capacity.
         losses: unweighted float32 scalars by name, with gradient.
         statistics: detached float32 scalars by name (for example ``entropy``), for logs only.
+        logits: Float32[T, E], with gradient, of a router whose scores enter the next layer's (gating residuals); else
+            None.
         num_tokens: T, padding included.
         num_experts: E.
         capacity: slots per expert, or None = dropless.
@@ -151,6 +159,7 @@ class Routing:
     num_experts: int = 0
     capacity: int | None = None
     deviations: Mapping[str, Deviation] = field(default_factory=dict)
+    logits: Tensor | None = None
 
     @property
     def queued(self) -> Tensor:
@@ -310,6 +319,18 @@ class Router(Component, ABC):
     by_position: bool = False
     expert_dims: ClassVar[Mapping[str, int] | None] = None
     expert_ids: ClassVar[tuple[str, ...]] = ()
+    _ear: _Ear | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step_watch = StepWatch()
+        self.register_forward_pre_hook(_watch_steps)
+
+    @property
+    def moves(self) -> bool:
+        """Whether forward depends on what `on_step_end` of this router or of its parts changes."""
+        parts = (self, *components(self).values())
+        return self.observes or any(type(part).on_step_end is not Component.on_step_end for part in parts)
 
     def check_causal(self) -> None:
         """Raise ValueError if this router would let a causal decoder see later tokens unasked."""
@@ -326,9 +347,9 @@ class Router(Component, ABC):
         Forward stores nothing, because activation checkpointing runs it twice. Under a Trainer every router with
         ``observes = True`` is told each `Routing` of a training batch once: after the backward of that batch, so that
         nothing moves between a forward and its recomputation, and before `on_step_end` if the optimizer has stepped.
-        Validation is not told. Without a Trainer, call it after ``backward()`` and `on_step_end` after
-        ``optimizer.step()``. What is noted is of this process alone; `on_step_end` sums over processes what must be
-        the same in all.
+        Validation is not told. Without a Trainer `moekit.listen` and `moekit.step_end` see to both; or call it after
+        ``backward()`` and `on_step_end` after ``optimizer.step()``, without listening. What is noted is of this process
+        alone; `on_step_end` sums over processes what must be the same in all.
 
         Args:
             routing: what forward returned; its tensors carry no gradient here.
@@ -349,6 +370,17 @@ class Router(Component, ABC):
     @abstractmethod
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route ``x`` Float[T, D]; `context` fields are ``[T]``."""
+
+
+def _watch_steps(router: nn.Module, arguments: Any) -> None:
+    """Before a training forward: does anybody tell this router of steps?"""
+    if not router.training or torch.compiler.is_compiling():
+        return
+    assert isinstance(router, Router)
+    # Its state is its buffers, and its parts': one without any has nothing that could stand still.
+    state = [writes(buffer) for buffer in router.buffers()]
+    if state and router.moves and not router.frozen:
+        router._step_watch.see(router, router.parameters(), sum(state))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from moekit.component import Component
 from moekit.experts.base import Experts, copy_first_expert_
 from moekit.routing import Router, Routing, RoutingContext
+from moekit.stepping import StepWatch
 
 Perturbation = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -99,6 +100,7 @@ class DensePretraining(Component):
         self.register_buffer("done", torch.tensor(steps == 0))
         # The same as the buffer: reading a number from a tensor would wait for the device in every forward.
         self._done = steps == 0
+        self._step_watch, self._steps_heard = StepWatch(), 0
 
     @property
     def active(self) -> bool:
@@ -141,6 +143,8 @@ class DensePretraining(Component):
         Raises:
             RuntimeError: if the experts are spread over processes.
         """
+        if self.training and not self.frozen and not torch.compiler.is_compiling():
+            self._step_watch.see(self, experts.parameters(), self._steps_heard)
         tie = _Tie()
         # Innermost: hooks of sharding, which come before and after, show the weights that forward works with.
         handles = (
@@ -177,6 +181,7 @@ class DensePretraining(Component):
     @torch.no_grad()
     def advance(self, experts: Experts, step: int) -> None:
         """Part the experts if `step` optimizer steps are enough; called by the layer after every step."""
+        self._steps_heard += 1
         if not self.active or step < self.steps:
             return
         generator = torch.Generator().manual_seed(self.seed)

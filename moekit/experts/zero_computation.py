@@ -40,9 +40,9 @@ class ZeroComputationExperts(Experts):
         ValueError: if a number is negative or all are 0.
 
     Source: arXiv:2410.07348 section 3.1.
-    Differs: gating residuals (the previous layer's scores enter the router), the smaller balance weight of these
-        experts and their own capacity are not built: they are the router's. Expert parallelism refuses this bank, and
-        tensor parallelism repeats it.
+    Differs: gating residuals are the router's (`moekit.routers.GatingResidual`); the smaller balance weight of these
+        experts and their own capacity are not built. Expert parallelism refuses this bank, and tensor parallelism
+        repeats it.
     """
 
     requires_whole_bank: ClassVar[bool] = True

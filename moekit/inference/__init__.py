@@ -1,4 +1,4 @@
-"""Decoding: cached greedy search, beam search and sampling, batched over sentences."""
+"""Decoding (cached greedy search, beam search, sampling) and scoring of given texts, batched over sentences."""
 
 from moekit.inference.beam import BeamSearch
 from moekit.inference.generate import complete, generate
@@ -13,6 +13,7 @@ from moekit.inference.interface import (
 from moekit.inference.length_penalty import GNMTPenalty, LengthPenalty, MeanLogProb
 from moekit.inference.on_demand import ExpertsOnDemand, load_on_demand, open_on_demand
 from moekit.inference.sampling import Greedy, Sampling
+from moekit.inference.scoring import Question, Scorer, Scores, accuracy, few_shot, score_continuations
 from moekit.inference.session import Session
 
 __all__ = [
@@ -25,13 +26,19 @@ __all__ = [
     "LengthLimit",
     "LengthPenalty",
     "MeanLogProb",
+    "Question",
     "Sampling",
+    "Scorer",
+    "Scores",
     "Search",
     "SequenceModel",
     "Session",
     "SpecialTokens",
+    "accuracy",
     "complete",
+    "few_shot",
     "generate",
     "load_on_demand",
     "open_on_demand",
+    "score_continuations",
 ]

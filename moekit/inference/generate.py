@@ -66,7 +66,7 @@ def generate(
     prefix = begin if forced is None else torch.cat((begin, forced), dim=1)
     if not rows:
         return _nothing(source_ids)
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         length = source_ids.new_full((rows,), source_ids.shape[1]) if source_mask is None else source_mask.sum(1)
         session = Session(
             model,
@@ -134,7 +134,7 @@ def complete(
         raise ValueError("A prompt needs at least one token, its begin token: got an empty one.")
     if prompt_mask is not None and bool((prompt_mask[:, 1:] & ~prompt_mask[:, :-1]).any()):
         raise ValueError("Prompts are padded on the right: got a mask with a real token after padding.")
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         session = Session(model, rows=rows, language=language, use_cache=use_cache)
         start = Start(
             prefix=prompt_ids,
@@ -148,7 +148,7 @@ def complete(
 
 
 @contextmanager
-def _evaluating(model: object) -> Iterator[None]:
+def evaluating(model: object) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module has its own mode back."""
     modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
     try:

@@ -34,7 +34,7 @@ def generate(build: Build, config: Any, folder: RunFolder, options: Namespace) -
     Raises:
         UserError: a language is missing or unknown, the input cannot be read, or the run writes no text.
     """
-    backbone, data = _trained(build, config, folder, options.experts_in_memory)
+    backbone, data = trained(build, config, folder, options.experts_in_memory)
     tokenizer = data.tokenizer
     search = search_for(config.evaluate.beam_size, config.evaluate.length_penalty)
     source = _language(options.source_language, "--from", tokenizer)
@@ -59,7 +59,7 @@ def generate(build: Build, config: Any, folder: RunFolder, options: Namespace) -
             f"generate needs a run that translates or continues text: {folder.path} was trained on "
             f"{', '.join(data.tasks)} only."
         )
-    with _reading(options.input) as file:
+    with reading(options.input) as file:
         sentences = [line.rstrip("\r\n") for line in file]
     bar = Progress(
         TextColumn("{task.description}"),
@@ -80,7 +80,7 @@ def generate(build: Build, config: Any, folder: RunFolder, options: Namespace) -
         write_text(Path(options.output), text)
 
 
-def _trained(build: Build, config: Any, folder: RunFolder, resident: int) -> tuple[nn.Module, MultitaskData]:
+def trained(build: Build, config: Any, folder: RunFolder, resident: int) -> tuple[nn.Module, MultitaskData]:
     """The network of a run with all of its experts in memory (`resident` 0), or so many of each layer, and its data."""
     if resident < 0:
         raise UserError(f"--experts_in_memory must be at least 0, which means all: got {resident}.")
@@ -105,7 +105,8 @@ def _language(language: str | None, option: str, tokenizer: Tokenizer) -> str:
 
 
 @contextlib.contextmanager
-def _reading(name: str) -> Iterator[TextIO]:
+def reading(name: str, option: str = "--input") -> Iterator[TextIO]:
+    """A text file, or standard input for "-"; what is wrong with it is said of `option`."""
     if name == "-":
         yield sys.stdin
         return
@@ -113,6 +114,6 @@ def _reading(name: str) -> Iterator[TextIO]:
         with Path(name).open(encoding="utf-8", newline="\n") as file:
             yield file
     except OSError as error:
-        raise UserError(f"cannot read --input {name}: {error.strerror}.") from None
+        raise UserError(f"cannot read {option} {name}: {error.strerror}.") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"--input {name} must be UTF-8: byte {error.start} is not.") from None
+        raise UserError(f"{option} {name} must be UTF-8: byte {error.start} is not.") from None

@@ -1,4 +1,4 @@
-"""The commands of a multitask recipe: run, fit, test, generate, finetune, distill."""
+"""The commands of a multitask recipe: run, fit, test, generate, score, finetune, distill."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
-from moekit.recipes import _distilling, _fine_tuning, _planning
+from moekit.recipes import _distilling, _fine_tuning, _planning, _scoring
 from moekit.recipes._command import Command, Recipe, as_plain, from_plain
 from moekit.recipes._config import TrainConfig
 from moekit.recipes._data import missing_paths
@@ -78,6 +78,11 @@ def commands(recipe: str, build: Build) -> dict[str, Command]:
         "fit": Command("train only", pipeline.fit, _run_options),
         "test": Command("test a trained run and write its report again", pipeline.test, _folder_options),
         "generate": Command("translate text, or continue it, with a trained run", pipeline.generate, _generate_options),
+        "score": Command(
+            "answer multiple-choice questions by the likeliest continuation",
+            pipeline.score,
+            _both(_folder_options, _scoring.options),
+        ),
         "finetune": Command(
             "start from a run: other data, some parameters, adapters; train, test, report",
             partial(pipeline.start, command="finetune", begin=_fine_tuning.begin),
@@ -182,6 +187,12 @@ class Pipeline:
         """Translate a file or standard input, line by line, in order."""
         folder = RunFolder.open(self._folder(options))
         generate(self.build, self._saved(config, folder), folder, options)
+        return 0
+
+    def score(self, config: Any, options: Namespace) -> int:
+        """Score continuations of a file of questions."""
+        folder = RunFolder.open(self._folder(options))
+        _scoring.score(self.build, self._saved(config, folder), folder, options)
         return 0
 
     def start(self, config: Any, options: Namespace, *, command: str, begin: Callable[..., Start]) -> int:

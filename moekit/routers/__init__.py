@@ -6,6 +6,7 @@ from moekit.routers.cosine import CosineRouter
 from moekit.routers.dense_to_sparse import DenseToSparseRouter, ExponentialDecay, LinearDecay, dense_to_sparse
 from moekit.routers.expert_choice import ExpertChoiceRouter
 from moekit.routers.exploration import Exploration, InputDropout, InputJitter, SampledSoftmax
+from moekit.routers.gating_residual import GatingResidual
 from moekit.routers.hash import HashRouter
 from moekit.routers.hash_keys import Bigram, CurrentToken, HashKey, NextToken, PreviousToken, TokenPosition
 from moekit.routers.hash_presets import (
@@ -45,6 +46,7 @@ __all__ = [
     "ExpertChoiceRouter",
     "Exploration",
     "ExponentialDecay",
+    "GatingResidual",
     "GroupLimit",
     "HashKey",
     "HashRouter",

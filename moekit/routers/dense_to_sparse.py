@@ -152,6 +152,11 @@ class DenseToSparseRouter(Router):
             f"hard_from={self.hard_from}, threshold={self.threshold}, weights={self.weights!r}"
         )
 
+    @property
+    def steps_done(self) -> int:
+        """Where the schedule stands."""
+        return int(self.step)
+
     def on_step_end(self, step: int) -> None:
         """Move the schedule."""
         self.step.fill_(step)

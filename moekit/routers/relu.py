@@ -135,6 +135,11 @@ class ReLURouter(Router):
         pairs = routing.statistics["real_tokens"].to(torch.int64) * self.num_experts
         self.coefficient.observe(routing.queued.sum(), pairs)
 
+    def on_step_end(self, step: int) -> None:
+        """Move the coefficient. A second call before anything new was observed, by a router that shares it, is idle."""
+        if not self.coefficient.frozen:
+            self.coefficient.on_step_end(step)
+
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""
         context = context or RoutingContext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -14,6 +15,7 @@ from moekit.functional.losses import BalanceScope, load_balance, router_z
 from moekit.functional.precision import wide_linear
 from moekit.routers.choices import AllChoices, LaterChoices, ThresholdChoice
 from moekit.routers.exploration import Exploration
+from moekit.routers.gating_residual import GatingResidual
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.overflow import NoTokenLeftBehind
 from moekit.routers.queueing import clear_padding, local_groups, mask_choices, score_statistics, serve, token_choices
@@ -32,8 +34,8 @@ class Balance:
         when: "before_drop" counts what asked for a place in a queue, "after_drop" what was computed.
         scope: see `moekit.functional.load_balance`. "group" counts each local group (`Capacity.group_size`) apart and
             takes the mean of the groups' losses, as Algorithm 1 does. "global" counts over all processes and over the
-            micro-batches of the optimizer step so far (the Trainer's binding feeds `Router.observe`). In evaluation it
-            is "batch", so that processes may evaluate different numbers of batches.
+            micro-batches of the optimizer step so far (a Trainer, or `moekit.listen`, feeds `Router.observe`). In
+            evaluation it is "batch", so that processes may evaluate different numbers of batches.
 
     Source: arXiv:2006.16668 Algorithm 1 (first choices, before drops); arXiv:2501.11873 (scope "global").
     """
@@ -118,6 +120,8 @@ class TopKRouter(Router):
         exploration: noise in training (`InputJitter`, ...); None = argmax.
         overflow: what becomes of choices that find no room: None = dropped, or `NoTokenLeftBehind`.
         balance: how the load-balancing loss counts.
+        residual: adds the scores of the sparse layer before, and hands these scores on; None = layers know nothing of
+            each other.
         init_scale: variance scale of the truncated normal init (arXiv:2101.03961 table 3).
         allow_future: accept priorities that look at later tokens in a causal decoder.
 
@@ -129,7 +133,7 @@ class TopKRouter(Router):
         overflow too). In evaluation nothing is random and, by default, nothing is dropped.
     """
 
-    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
+    expert_dims: ClassVar[Mapping[str, int] | None] = {"weight": 0}
 
     def __init__(
         self,
@@ -143,6 +147,7 @@ class TopKRouter(Router):
         exploration: Exploration | None = None,
         overflow: NoTokenLeftBehind | None = None,
         balance: Balance | None = None,
+        residual: GatingResidual | None = None,
         init_scale: float = 0.1,
         allow_future: bool = False,
     ) -> None:
@@ -181,6 +186,13 @@ class TopKRouter(Router):
         self.renormalise, self.later_choices = renormalise, later_choices or AllChoices()
         self.exploration, self.overflow = exploration, overflow
         self.balance = balance
+        if residual is not None and residual.num_experts != num_experts:
+            raise ValueError(
+                f"residual must give as many scores as there are experts: got {residual.num_experts} for {num_experts}."
+            )
+        self.residual = residual
+        if residual is not None:
+            self.expert_dims = None  # type: ignore[misc]  # its map has two dimensions that count experts
         self.init_scale = init_scale
         self.allow_future = allow_future
         limited = isinstance(self.capacity, Capacity) and (self.capacity.train, self.capacity.eval) != (None, None)
@@ -202,6 +214,11 @@ class TopKRouter(Router):
         """Count load for the balance loss of the micro-batches that follow in this step; see `Router.observe`."""
         if self.observes:
             self._window.add(self.balance.load(routing))
+
+    @property
+    def moves(self) -> bool:
+        """See `Router.moves`: beginning a new count moves nothing where nothing is counted."""
+        return self.observes or type(self).on_step_end is not TopKRouter.on_step_end
 
     def on_step_end(self, step: int) -> None:
         """Begin a new count."""
@@ -225,6 +242,8 @@ class TopKRouter(Router):
         if exploration is not None:
             x = exploration.perturb(x.to(torch.promote_types(x.dtype, torch.float32)))
         logits = self.logits(x)
+        if self.residual is not None:
+            logits = logits + self.residual(context)
         probs = logits.softmax(-1)
         likely = probs.detach()
         ranked = likely if exploration is None else exploration.rank(likely)
@@ -253,7 +272,8 @@ class TopKRouter(Router):
         else:
             losses = self._losses(logits, probs, tried, wanted, context)
         statistics = score_statistics(logits, probs, context.mask)
-        return token_choices(expert, weight, served, self.num_experts, losses, statistics)
+        routing = token_choices(expert, weight, served, self.num_experts, losses, statistics)
+        return routing if self.residual is None else dataclasses.replace(routing, logits=logits)
 
     def _weights(self, probs: Tensor, expert: Tensor) -> Tensor:
         """Float32[T, K]: combine weights of ``expert`` Int64[T, K], before what "after_drop" does."""

@@ -216,7 +216,7 @@ def check_more_padding(factory: Factory) -> None:
     joined = {
         f.name: torch.cat([getattr(context, f.name), getattr(longer, f.name)[:extra]])
         for f in dataclasses.fields(context)
-        if f.name != "mask"
+        if f.name != "mask" and getattr(context, f.name) is not None
     }
     short = trace(partial(layer, context=context), layer, x)
     padded = trace(
@@ -238,7 +238,8 @@ def check_order_of_tokens(factory: Factory) -> None:
     if layer.router.by_position or _route(layer.router, x, context).capacity is not None:
         return
     order = torch.randperm(T, generator=torch.Generator().manual_seed(2))
-    mixed = RoutingContext(**{f.name: getattr(context, f.name)[order] for f in dataclasses.fields(context)})
+    given = {f.name: getattr(context, f.name) for f in dataclasses.fields(context)}
+    mixed = RoutingContext(**{name: None if value is None else value[order] for name, value in given.items()})
     with torch.no_grad():
         assert_close(layer(x[order], mixed).hidden, layer(x, context).hidden[order], "tokens in another order")
 

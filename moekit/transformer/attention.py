@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.transformer.cache import LayerCache
+from moekit.transformer.padding import check_no_hole, count_real
 from moekit.transformer.positions import Positions, Rotation
 from moekit.transformer.projection import FusedLinear
 
@@ -40,12 +41,17 @@ def plan_attention(
         head_dim: channels per head.
         offset: number of cached keys.
         causal: whether later keys are hidden.
-        key_mask: Bool[B, K], True = a real token; None = all are.
+        key_mask: Bool[B, K], True = a real token, nothing cached; None = all are.
+
+    Raises:
+        ValueError: if there is padding between the tokens of a row and `positions` adds a bias by distance.
     """
     key = torch.arange(offset + x.shape[1], device=x.device)
     query = key[offset:]
-    rotation = positions.rotation(query, head_dim)
+    rotation = positions.rotation(query if key_mask is None else count_real(key_mask), head_dim)
     bias = positions.bias(query, key, causal=causal)
+    if bias is not None:
+        check_no_hole(key_mask, positions)
     visible = None
     # A single new token sees every key, so one decoding step needs no causal mask.
     if causal and x.shape[1] > 1 and (offset > 0 or bias is not None):

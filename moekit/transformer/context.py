@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moekit.routing import RoutingContext
 from moekit.transformer.cache import DecoderCache
+from moekit.transformer.padding import count_real, next_real, previous_real
 
 
 def routing_context(
@@ -17,7 +18,7 @@ def routing_context(
     pad_id: int,
     cache: DecoderCache | None = None,
 ) -> RoutingContext:
-    """The context of a batch of sequences, flattened to ``[B * S]``.
+    """The context of a batch of sequences, flattened to ``[B * S]``. Padding is no neighbour and is not counted.
 
     Args:
         ids: Int64[B, S].
@@ -36,14 +37,14 @@ def routing_context(
         )
     first = ids.new_full((rows,), pad_id) if cache is None or cache.last_ids is None else cache.last_ids
     start = 0 if cache is None else cache.length
-    place = torch.arange(start, start + length, device=ids.device)
+    place = torch.arange(start, start + length, device=ids.device).expand(rows, length)
     row = torch.arange(rows, device=ids.device)
     return RoutingContext(
         mask=mask,
         token_ids=ids,
-        previous_ids=torch.cat((first[:, None], ids[:, :-1]), dim=1),
-        next_ids=None if cache is not None else torch.cat((ids[:, 1:], ids.new_full((rows, 1), pad_id)), dim=1),
-        position=place.expand(rows, length),
+        previous_ids=previous_real(ids, mask, first),
+        next_ids=None if cache is not None else next_real(ids, mask, ids.new_full((rows,), pad_id)),
+        position=place if mask is None else start + count_real(mask),
         task=None if language is None else language[:, None].expand(rows, length),
         sequence=row[:, None].expand(rows, length),
     ).flatten(rows * length)

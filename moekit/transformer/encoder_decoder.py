@@ -86,7 +86,8 @@ class EncoderDecoder(Component):
 
         Args:
             source_ids: Int64[B, S].
-            source_mask: Bool[B, S], True = a real token; None = all are. Padding may be anywhere.
+            source_mask: Bool[B, S], True = a real token; None = all are. Padding may stand on the right, on the left,
+                and, unless positions are `RelativePositions`, anywhere: it has no place in the order of tokens.
             language: Int64[B], told to routers as the task of every token.
         """
         return self.encoder(self.embedding(source_ids), source_ids, source_mask, language)

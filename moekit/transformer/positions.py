@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and sines, Float[Q, D_head], by which queries and keys are rotated."""
+    """Cosines and sines, Float[Q, D_head] or one table per row Float[B, Q, D_head], that turn queries and keys."""
 
     cos: Tensor
     sin: Tensor
@@ -25,22 +25,30 @@ class Rotation:
         """Rotate Float[B, Q, H, D_head] in the precision of the cosines; the result has the type of `x`."""
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
-        return (x * self.cos[:, None] + turned * self.sin[:, None]).to(x.dtype)
+        return (x * self.cos[..., None, :] + turned * self.sin[..., None, :]).to(x.dtype)
 
 
 class Positions(nn.Module):
-    """No notion of order, and the base of those that have one: override the hook at which an idea acts."""
+    """No notion of order, and the base of those that have one: override the hook at which an idea acts.
+
+    Positions count real tokens: where rows are padded, `embed` and `rotation` get a number per row and token, in which
+    padding, wherever it stands, is not counted. `bias` gets places; see there.
+    """
 
     def embed(self, x: Tensor, position: Tensor) -> Tensor:
-        """Add to the embeddings Float[B, Q, D] of tokens at `position` Int64[Q]."""
+        """Add to the embeddings Float[B, Q, D] of tokens at `position` Int64[Q] or Int64[B, Q]."""
         return x
 
     def rotation(self, position: Tensor, head_dim: int) -> Rotation | None:
-        """How queries and keys at `position` Int64[Q] are rotated, or None."""
+        """How queries and keys at `position` Int64[Q] or Int64[B, Q] are rotated, or None."""
         return None
 
     def bias(self, query: Tensor, key: Tensor, *, causal: bool) -> Tensor | None:
-        """What is added to attention logits, Float[H, Q, K], for positions `query` and `key`, or None."""
+        """What is added to attention logits, Float[H, Q, K], for places `query` Int64[Q] and `key` Int64[K], or None.
+
+        The places are those in the padded row, the same for all rows, so a bias must depend on distances only. Padding
+        at the ends changes no distance; between two tokens it would, and is refused.
+        """
         return None
 
 
@@ -54,8 +62,8 @@ class SinusoidalPositions(Positions):
         """Add sin(p / 10000^(2i/D)) to even channels and the cosine to odd ones."""
         dim = x.shape[-1]
         rate = torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) * (-math.log(10_000.0) / dim)
-        angle = position[:, None].to(torch.float32) * rate.exp()
-        table = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)[:, :dim]
+        angle = position[..., None].to(torch.float32) * rate.exp()
+        table = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)[..., :dim]
         return x + table.to(x.dtype)
 
 
@@ -87,7 +95,7 @@ class SplitSinusoidalPositions(Positions):
         if half < 2:
             raise ValueError(f"SplitSinusoidalPositions need at least 4 channels: got {dim}.")
         rate = torch.arange(half, device=x.device, dtype=torch.float32) * -(math.log(10_000.0) / (half - 1))
-        angle = (position[:, None] + self.first).to(torch.float32) * rate.exp()
+        angle = (position[..., None] + self.first).to(torch.float32) * rate.exp()
         table = torch.cat((angle.sin(), angle.cos()), dim=-1)
         return x + nn.functional.pad(table, (0, dim - 2 * half)).to(x.dtype)
 
@@ -117,7 +125,7 @@ class RotaryPositions(Positions):
                 f"RotaryPositions need an even head dimension: got {head_dim}. Change dim, heads or head_dim."
             )
         exponent = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim
-        angle = position[:, None].to(torch.float32) * self.base**-exponent
+        angle = position[..., None].to(torch.float32) * self.base**-exponent
         angle = torch.cat((angle, angle), dim=-1)
         return Rotation(angle.cos(), angle.sin())
 

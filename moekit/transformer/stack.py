@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TypedDict, cast
 
@@ -20,6 +21,7 @@ from moekit.transformer.context import routing_context
 from moekit.transformer.feed_forward import MLP, FeedForwardFactory, Side, SparseDense
 from moekit.transformer.norms import LayerNorm
 from moekit.transformer.output import StackOutput
+from moekit.transformer.padding import check_right_padded, count_real
 from moekit.transformer.positions import Positions, RelativePositions
 
 
@@ -100,12 +102,19 @@ class Stack(Component):
             memory: Float[B', S', D] for cross-attention; B is a multiple of B'.
             memory_mask: Bool[B', S'].
             cache: keys and values of earlier tokens; changed in place.
+
+        Raises:
+            ValueError: on a CPU, if padding stands where it would be seen: before a token of a causal stack, in a
+                cache, or between tokens where positions are a bias by distance.
         """
         offset = 0 if cache is None else cache.length
-        place = torch.arange(offset, offset + x.shape[1], device=x.device)
-        x = dropout(self.positions.embed(x, place), self.dropout, training=self.training)
         if self.causal:
-            _check_right_padded(mask)
+            check_right_padded(mask, cached=cache is not None)
+        if self.causal or mask is None:
+            place = torch.arange(offset, offset + x.shape[1], device=x.device)
+        else:
+            place = count_real(mask)
+        x = dropout(self.positions.embed(x, place), self.dropout, training=self.training)
         blocks = self.blocks
         plan = plan_attention(
             x,
@@ -130,21 +139,12 @@ class Stack(Component):
             x = output.hidden
             if output.routing is not None:
                 routings.append(output.routing)
+                if context is not None and output.routing.logits is not None:
+                    context = dataclasses.replace(context, previous_logits=output.routing.logits)
         if cache is not None:
             cache.advance(ids)
         x = dropout(self.norm(x), self.final_dropout, training=self.training)
         return StackOutput(x, tuple(routings))
-
-
-def _check_right_padded(mask: Tensor | None) -> None:
-    """Refuse padding before a real token, where looking costs nothing (not on an accelerator, not in a compiler)."""
-    if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-        raise ValueError(
-            "A decoder takes padding on the right only: got a mask with a real token after padding. Move the padding "
-            "behind the tokens."
-        )
 
 
 class StackOptions(TypedDict, total=False):

@@ -19,6 +19,7 @@ FLOORS = {
     "component": 0,
     "errors": 0,
     "routing": 0,
+    "stepping": 0,
     "functional": 0,
     "kernels": 1,
     "routers": 2,
@@ -44,6 +45,8 @@ FLOORS = {
 # The only imports between two rooms of one floor: (importer, imported module and what lies below it) -> why.
 SAME_FLOOR = {
     ("routing", "moekit.component"): "Router is a Component",
+    ("routing", "moekit.stepping"): "a router notices that nobody tells it of steps",
+    ("stepping", "moekit.component"): "components are what is told of steps",
     ("functional", "moekit.routing"): "the reference layer and the losses read a Routing",
     ("functional", "moekit.errors"): "errors.py is everybody's",
     ("transformer", "moekit.layer"): "blocks hand a RoutingContext to a MoELayer and return its Routing",
@@ -249,7 +252,7 @@ def fake_package(folder: Path, path: str, line: str) -> Path:
     package = folder / "moekit"
     for room in (*FLOORS, "testing"):
         (package / room).mkdir(parents=True)
-    for name in ("layer", "dispatch", "testing", "routing", "component", "errors"):
+    for name in ("layer", "dispatch", "testing", "routing", "stepping", "component", "errors"):
         (package / name).rmdir()
         (package / f"{name}.py").touch()
     (package / "data" / "batch.py").touch()

@@ -62,6 +62,7 @@ def test_help_speaks_to_a_newcomer(capsys: pytest.CaptureFixture[str]) -> None:
         "fit",
         "test",
         "generate",
+        "score",
         "--resume",
         "--data.source",
         "--train.max_minutes",

@@ -161,14 +161,16 @@ def test_routers_are_told_everything_about_their_tokens() -> None:
             "mask": mask,
             "token_ids": ids,
             "previous_ids": torch.cat((torch.full((rows, 1), 7), ids[:, :-1]), 1),
-            "next_ids": torch.cat((ids[:, 1:], torch.full((rows, 1), 7)), 1),
+            "next_ids": torch.cat((ids.masked_fill(~mask, 7)[:, 1:], torch.full((rows, 1), 7)), 1),
             "position": torch.arange(length).repeat(rows, 1),
             "task": language[:, None].repeat(1, length),
             "sequence": torch.arange(rows)[:, None].repeat(1, length),
         }
-        assert {f.name for f in fields(context)} == set(expected)
+        assert {f.name for f in fields(context)} == {*expected, "previous_logits"}
         for name, value in expected.items():
-            assert torch.equal(getattr(context, name), value.flatten()), name
+            found = getattr(context, name).view(rows, length)
+            assert torch.equal(found if name == "mask" else found[mask], value if name == "mask" else value[mask]), name
+        assert context.previous_logits is None, "the router before hands nothing on"
     assert model.routed_layers == ("encoder.1", "decoder.1")
     model.encode(source)
     assert encoder.told[1] is not None

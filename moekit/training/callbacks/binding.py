@@ -5,22 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
-from torch.utils import _pytree
-from torch.utils.hooks import RemovableHandle
 
 from moekit.component import Component, bind, components, unbind
-from moekit.routing import Router, Routing
+from moekit.stepping import forget, listen, stop_listening, tell_routings
 
 
 class ComponentBinding(Callback):
     """Binds every `Component` below the LightningModule, and tells each when an optimizer step is done.
 
     Nothing happens for a model without components. The callback keeps no state of its own in checkpoints, and
-    logs nothing. The entry point ``lightning.pytorch.callbacks_factory`` installs it in every Trainer of the
-    environment; of several in one Trainer only the first acts.
+    logs nothing. The entry points of ``moekit_binding`` bring it into every Trainer of the environment, be it of
+    ``lightning`` or of ``pytorch_lightning``; of several in one Trainer only the first acts.
 
     A step is a training batch in which at least one optimizer stepped: gradient accumulation makes several
     batches one step, and two optimizers that step in one batch make one step too (Lightning's `global_step`,
@@ -31,44 +27,34 @@ class ComponentBinding(Callback):
 
     Routers that observe (`moekit.routing.Router.observe`) are told there, just before, what their forwards returned in
     this batch: not in the recomputation of activation checkpointing, not in evaluation mode, not between batches. A
-    forward hook on the router hears it, at which `torch.compile` breaks its graph.
+    forward hook on the router hears it (`moekit.stepping.listen`), at which `torch.compile` breaks its graph.
     """
 
     def __init__(self) -> None:
         self._components: tuple[Component, ...] = ()
+        self._observing: tuple[Component, ...] = ()
         self._last_step = 0
-        self._handles: list[RemovableHandle] = []
-        self._in_batch = False
-        self._seen: list[tuple[Router, Routing]] = []
 
     def _bind(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         bind(pl_module)
-        if next(c for c in trainer.callbacks if isinstance(c, ComponentBinding)) is not self:  # type: ignore[attr-defined]
+        first = next((c for c in trainer.callbacks if isinstance(c, ComponentBinding)), self)  # type: ignore[attr-defined]
+        if first is not self:
             return
+        self._release()  # also of what has gone from the model since
         below = tuple(components(pl_module).values())
         self._components = (pl_module, *below) if isinstance(pl_module, Component) else below
-        self._listen()
+        self._observing = tuple(c for c in self._components if getattr(c, "observes", False))
+        for router in self._observing:
+            listen(router)
+
+    def _release(self) -> None:
+        for router in self._observing:
+            stop_listening(router)
+        self._components = self._observing = ()
 
     def _unbind(self, pl_module: L.LightningModule) -> None:
         unbind(pl_module)
-        self._components, self._in_batch = (), False
-        self._listen()
-
-    def _listen(self) -> None:
-        """Hear what the routers that observe return; of routers that have gone nothing more."""
-        for handle in self._handles:
-            handle.remove()
-        routers = (c for c in self._components if isinstance(c, Router) and c.observes)
-        self._handles = [router.register_forward_hook(self._note) for router in routers]
-        self._seen.clear()
-
-    @torch.compiler.disable
-    def _note(self, router: nn.Module, arguments: Any, routing: Any) -> None:
-        """Keep a routing until its backward is done; the autograd graph goes free."""
-        again = torch._C._current_graph_task_id() != -1  # activation checkpointing, inside the backward
-        if self._in_batch and router.training and not again and not getattr(router, "frozen", False):
-            detached = _pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, routing)
-            self._seen.append((router, detached))  # type: ignore[arg-type]
+        self._release()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Bind what exists already, so that the user's own ``setup`` finds the Trainer."""
@@ -98,17 +84,16 @@ class ComponentBinding(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """From here on forwards are training's."""
-        self._in_batch = True
+        """From here on forwards are training's; what was returned before is nobody's."""
+        for router in self._observing:
+            forget(router)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tell routers what they returned in this batch; call `Component.on_step_end` if an optimizer has stepped."""
-        self._in_batch = False
-        for router, routing in self._seen:
-            router.observe(routing)
-        self._seen.clear()
+        for router in self._observing:
+            tell_routings(router)
         if not self._components or trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
@@ -127,5 +112,5 @@ class ComponentBinding(Callback):
 
 
 def default_callbacks() -> list[Callback]:
-    """What Lightning adds to every Trainer where moekit is installed."""
+    """What entry points of installations before ``moekit_binding`` name."""
     return [ComponentBinding()]
