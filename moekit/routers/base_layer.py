@@ -96,7 +96,9 @@ class BaseRouter(Router):
         expert = expert[:, None]
         weight = logits.gather(1, expert).sigmoid()
         wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), mask)
-        served = serve(expert, wanted, weight, self.num_experts, capacity, training=self.training)
+        served = serve(
+            expert, wanted, weight, self.num_experts, capacity, training=self.training, all_wanted=mask is None
+        )
         agreed = (wanted & (expert == best[:, None])).sum(dtype=torch.float32) / wanted.sum().clamp_min(1)
         return token_choices(expert, weight, served, self.num_experts, statistics={"greedy_agreement": agreed})
 

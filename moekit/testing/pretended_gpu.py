@@ -124,7 +124,7 @@ class _OnGPU(torch.Tensor):
 
     @staticmethod
     def __new__(cls, raw: Tensor) -> _OnGPU:
-        with _disable_current_modes():
+        with _disable_current_modes(), torch.inference_mode(False):
             shape = torch.empty_strided(raw.shape, raw.stride(), dtype=raw.dtype, device="meta")
             made: _OnGPU = torch.Tensor._make_subclass(cls, shape, False, device_for_backend_keys=_CUDA)
         made.raw = raw
@@ -223,8 +223,12 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     if not ours and not _is_gpu(device):
         return func(*args, **kwargs)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        with _Mode():  # whole in inference mode; elsewhere its parts arrive by themselves
+            return func.decompose(*args, **kwargs)
     if name.startswith("moekit.") and ours:
-        return OPDEFS[name.replace(".", "::")]._init_fn(*args, **kwargs)
+        with _Mode():  # the operator's own code is seen line by line
+            return OPDEFS[name.replace(".", "::")]._init_fn(*args, **kwargs)
     _check_devices(gpu, name, args, leaves, bool(ours))
     if name in _READING or (name == "aten.repeat_interleave" and kwargs.get("output_size") is None):
         gpu.waited(name)
