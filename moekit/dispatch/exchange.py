@@ -21,13 +21,12 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 
 class Route(Protocol):
-    """An open way to the ranks of a group and back.
+    """An open way to the ranks of a group and back."""
 
-    Attributes:
-        rows: how many rows this rank sends.
-    """
-
-    rows: int
+    @property
+    def rows(self) -> int:
+        """How many rows this rank sends."""
+        ...
 
     @property
     def received(self) -> Tensor:

@@ -104,13 +104,13 @@ class BaseRouter(Router):
 
     def _assign(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         """Int64[T], -1 at padding."""
-        if self.shuffle is None:
+        if self.shuffle is None or self.shuffle.num_ranks == 1:
             return balanced_assignment(scores, mask)
         if mask is None:
             return self.shuffle.assign(scores, balanced_assignment)
-        expert = torch.full(mask.shape, -1, dtype=torch.int64, device=scores.device)
-        expert[mask] = self.shuffle.assign(scores[mask], balanced_assignment)
-        return expert
+        real = mask.nonzero().squeeze(1)  # host read: how many scores are sent
+        chosen = self.shuffle.assign(scores[real], balanced_assignment)
+        return torch.full(mask.shape, -1, dtype=torch.int64, device=scores.device).scatter(0, real, chosen)
 
 
 def base_layers(

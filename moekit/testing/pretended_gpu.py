@@ -6,9 +6,9 @@
             layer(torch.randn(5, 16, device="cuda")).hidden.sum().backward()
     assert not waits, waits
 
-Inside, whatever meets a tensor of the CPU raises `DeviceMixed`, as on a GPU; every place where a host would wait for a
-GPU is written down by file and line (`Wait`); and `torch.nn.functional.grouped_mm` is held against torch's own checks of
-what the CUDA kernel takes. Results are those of the CPU, so that both can be compared to the last bit.
+Inside, whatever meets a tensor of the CPU raises `DeviceMixError`, as on a GPU; every place where a host would wait
+for a GPU is written down by file and line (`Wait`); and `torch.nn.functional.grouped_mm` is held against torch's own
+checks of what the CUDA kernel takes. Results are those of the CPU, so that both can be compared.
 
 What it cannot see: speed, memory, races, kernels. The meta device cannot be used inside.
 """
@@ -32,19 +32,41 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _CUDA, _CPU = torch.device("cuda:0"), torch.device("cpu")
 # Operators whose CUDA form reads from the device: sizes of results, or a check of values.
-_READING = frozenset(
-    "aten._local_scalar_dense aten.nonzero aten.masked_select aten.equal aten.is_nonzero aten.unique_dim aten._unique "
-    "aten._unique2 aten.unique_consecutive aten.bincount aten.multinomial".split()
-)
-_INDEXING = frozenset("aten.index aten.index_put aten.index_put_ aten._index_put_impl_ aten._unsafe_index".split())
+_READING = {
+    f"aten.{name}"
+    for name in (
+        *(
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "equal",
+            "is_nonzero",
+            "unique_dim",
+            "_unique",
+            "_unique2",
+        ),
+        *("unique_consecutive", "bincount", "multinomial"),
+    )
+}
+_INDEXING = {f"aten.{name}" for name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")}
 # Operators that refuse even a scalar of the CPU beside tensors of a GPU.
-_STRICT = frozenset(
-    "aten.index_add aten.index_add_ aten.scatter aten.scatter_ aten.gather aten.index_select aten.stack aten.cat "
-    "aten.embedding".split()
-)
+_STRICT = {
+    f"aten.{name}"
+    for name in (
+        "index_add",
+        "index_add_",
+        "scatter",
+        "scatter_",
+        "gather",
+        "index_select",
+        "stack",
+        "cat",
+        "embedding",
+    )
+}
 
 
-class DeviceMixed(RuntimeError):
+class DeviceMixError(RuntimeError):
     """Tensors of the GPU and of the CPU met in one operator."""
 
 
@@ -120,7 +142,7 @@ class _OnGPU(torch.Tensor):
     """
 
     raw: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, raw: Tensor) -> _OnGPU:
@@ -134,9 +156,9 @@ class _OnGPU(torch.Tensor):
     def device(self) -> torch.device:  # type: ignore[override]
         return _CUDA
 
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
-    is_cpu = property(lambda self: False)  # type: ignore[assignment]
-    is_meta = property(lambda self: False)  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+    is_meta = property(lambda self: False)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"on cuda:0: {self.raw!r}"
@@ -158,7 +180,7 @@ class _OnGPU(torch.Tensor):
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return _run(func, args, dict(kwargs or {}))
@@ -232,7 +254,9 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     _check_devices(gpu, name, args, leaves, bool(ours))
     if name in _READING or (name == "aten.repeat_interleave" and kwargs.get("output_size") is None):
         gpu.waited(name)
-    raw = [leaf.raw if isinstance(leaf, _OnGPU) else _CPU if isinstance(leaf, torch.device) else leaf for leaf in leaves]
+    raw = [
+        leaf.raw if isinstance(leaf, _OnGPU) else _CPU if isinstance(leaf, torch.device) else leaf for leaf in leaves
+    ]
     raw_args, raw_kwargs = tree_unflatten(raw, spec)
     if "pin_memory" in raw_kwargs:
         raw_kwargs["pin_memory"] = False
@@ -250,6 +274,13 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return tree_unflatten(flat, out)
 
 
+def _plain(leaf: Any) -> Any:
+    """What the CPU's operator is given."""
+    if isinstance(leaf, torch.device):
+        return _CPU
+    return leaf.raw if isinstance(leaf, _OnGPU) else leaf
+
+
 def _check_devices(gpu: PretendedGPU, name: str, args: tuple[Any, ...], leaves: Sequence[Any], ours: bool) -> None:
     """Refuse what CUDA refuses, and note indexing that waits."""
     strangers = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, _OnGPU)]
@@ -260,7 +291,7 @@ def _check_devices(gpu: PretendedGPU, name: str, args: tuple[Any, ...], leaves: 
             gpu.waited(f"{name} with an index on the CPU")
         elif any(shape for shape in shapes) or name in _STRICT:
             file, line = _place()
-            raise DeviceMixed(f"{name}: tensors on cuda:0, and on the CPU of shapes {shapes}, at {file}:{line}.")
+            raise DeviceMixError(f"{name}: tensors on cuda:0, and on the CPU of shapes {shapes}, at {file}:{line}.")
     if indexing and any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
         gpu.waited(f"{name} by a mask")
 
@@ -308,17 +339,20 @@ def _grouped_mm(
     _meta_grouped_mm_common(shape(x), shape(weight), None, None, offs=shape(offs), bias=bias, out_dtype=out_dtype)
     for tensor in (x, weight):
         if tensor.storage_offset() * tensor.element_size() % 16:
-            raise RuntimeError(f"grouped_mm needs data aligned to 16 bytes: got an offset of {tensor.storage_offset()}.")
+            raise RuntimeError(
+                f"grouped_mm needs data aligned to 16 bytes: got an offset of {tensor.storage_offset()}."
+            )
     counts = torch.diff(offs, prepend=offs.new_zeros(1)).tolist()
     if weight.dim() == 3:
         blocks = [block.float() @ one.float() for block, one in zip(_blocks(x, counts, 0), weight, strict=True)]
         out = torch.full((x.shape[0], weight.shape[2]), torch.nan, dtype=x.dtype)
         out[: sum(counts)] = torch.cat(blocks).to(x.dtype)
         return out
-    pairs = zip(_blocks(x, counts, 1), _blocks(weight, counts, 0), strict=True)
-    return torch.stack(
-        [a.float() @ b.float() if b.shape[0] else torch.full((x.shape[0], weight.shape[1]), torch.nan) for a, b in pairs]
-    ).to(x.dtype)
+    products = []
+    for left, right in zip(_blocks(x, counts, 1), _blocks(weight, counts, 0), strict=True):
+        unwritten = torch.full((x.shape[0], weight.shape[1]), torch.nan)
+        products.append(left.float() @ right.float() if right.shape[0] else unwritten)
+    return torch.stack(products).to(x.dtype)
 
 
 def _blocks(tensor: Tensor, counts: Sequence[int], dim: int) -> Sequence[Tensor]:
