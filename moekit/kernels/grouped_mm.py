@@ -67,7 +67,7 @@ def _one_kernel(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     inner, outer = -x.shape[1] % _ALIGNED, -weight.shape[2] % _ALIGNED
     if inner or outer:
         x, weight = F.pad(x, (0, inner)), F.pad(weight, (0, outer, 0, inner))
-    weight = weight if _fits(weight) else weight.contiguous()
+    weight = weight if _fits(weight) else weight.clone(memory_format=torch.contiguous_format)
     out: Tensor = _GroupedKernel.apply(x, weight, counts)
     return out[:, : out.shape[1] - outer] if outer else out
 

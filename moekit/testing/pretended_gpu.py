@@ -26,9 +26,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
-from torch._meta_registrations import _meta_grouped_mm_common
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from moekit.testing.grouped_kernel import grouped_mm_as_kernel
 
 _CUDA, _CPU = torch.device("cuda:0"), torch.device("cpu")
 # Operators whose CUDA form reads from the device: sizes of results, or a check of values.
@@ -147,7 +148,10 @@ class _OnGPU(torch.Tensor):
     @staticmethod
     def __new__(cls, raw: Tensor) -> _OnGPU:
         with _disable_current_modes(), torch.inference_mode(False):
-            shape = torch.empty_strided(raw.shape, raw.stride(), dtype=raw.dtype, device="meta")
+            start = raw.storage_offset()
+            last = sum((size - 1) * step for size, step in zip(raw.shape, raw.stride(), strict=True)) + 1
+            room = torch.empty(start + max(last, 0), dtype=raw.dtype, device="meta")
+            shape = room.as_strided(raw.shape, raw.stride(), start)
             made: _OnGPU = torch.Tensor._make_subclass(cls, shape, False, device_for_backend_keys=_CUDA)
         made.raw = raw
         return made
@@ -176,7 +180,7 @@ class _OnGPU(torch.Tensor):
         _now().waited("tolist")
         return self.raw.tolist()
 
-    def numpy(self, **_: Any) -> Any:  # type: ignore[override]
+    def numpy(self, **_: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
 
     @classmethod
@@ -262,7 +266,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raw_kwargs["pin_memory"] = False
     with _disable_current_modes():
         if name == "aten._grouped_mm":
-            result = _grouped_mm(*raw_args, **raw_kwargs)
+            result = grouped_mm_as_kernel(*raw_args, **raw_kwargs)
         else:
             result = func(*raw_args, **raw_kwargs)
     same = {id(leaf.raw): leaf for leaf in ours}
@@ -322,41 +326,6 @@ def _note_copy(gpu: PretendedGPU, from_gpu: bool, to_gpu: bool, source: Tensor, 
         gpu.waited("copy to the host")
     elif to_gpu and not from_gpu and not (non_blocking and getattr(source, "_pinned", False)):
         gpu.waited("copy to the device")
-
-
-def _grouped_mm(
-    x: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
-) -> Tensor:
-    """`aten::_grouped_mm`, after the checks of its CUDA form.
-
-    What stands behind the last offset, and the products of empty groups, is not written by the kernels: it is NaN here.
-    """
-    assert offs is not None
-
-    def shape(t: Tensor) -> Tensor:
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-
-    _meta_grouped_mm_common(shape(x), shape(weight), None, None, offs=shape(offs), bias=bias, out_dtype=out_dtype)
-    for tensor in (x, weight):
-        if tensor.storage_offset() * tensor.element_size() % 16:
-            raise RuntimeError(
-                f"grouped_mm needs data aligned to 16 bytes: got an offset of {tensor.storage_offset()}."
-            )
-    counts = torch.diff(offs, prepend=offs.new_zeros(1)).tolist()
-    if weight.dim() == 3:
-        blocks = [block.float() @ one.float() for block, one in zip(_blocks(x, counts, 0), weight, strict=True)]
-        out = torch.full((x.shape[0], weight.shape[2]), torch.nan, dtype=x.dtype)
-        out[: sum(counts)] = torch.cat(blocks).to(x.dtype)
-        return out
-    products = []
-    for left, right in zip(_blocks(x, counts, 1), _blocks(weight, counts, 0), strict=True):
-        unwritten = torch.full((x.shape[0], weight.shape[1]), torch.nan)
-        products.append(left.float() @ right.float() if right.shape[0] else unwritten)
-    return torch.stack(products).to(x.dtype)
-
-
-def _blocks(tensor: Tensor, counts: Sequence[int], dim: int) -> Sequence[Tensor]:
-    return tensor.narrow(dim, 0, sum(counts)).split(list(counts), dim)
 
 
 @contextlib.contextmanager
