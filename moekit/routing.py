@@ -146,6 +146,10 @@ class Routing:
         num_experts: E.
         capacity: slots per expert, or None = dropless.
         deviations: this layer's parts of losses that are one for all layers, by name.
+        choices: K where the list is choice-major (all T first choices in token order, then all second ones, up to the
+            K-th), or None = in any order. Lets `combine` sum without scattering.
+        all_kept: whether it is known, without a look at `kept`, that all are kept. Spares the host a wait for the
+            device.
     """
 
     token: Tensor
@@ -160,6 +164,8 @@ class Routing:
     capacity: int | None = None
     deviations: Mapping[str, Deviation] = field(default_factory=dict)
     logits: Tensor | None = None
+    choices: int | None = None
+    all_kept: bool = False
 
     @property
     def queued(self) -> Tensor:
@@ -167,7 +173,7 @@ class Routing:
         return self.position >= 0
 
 
-register_pytree(Routing, static=("num_tokens", "num_experts", "capacity"))
+register_pytree(Routing, static=("num_tokens", "num_experts", "capacity", "choices", "all_kept"))
 
 
 @dataclass(frozen=True)

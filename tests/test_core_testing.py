@@ -255,3 +255,13 @@ def sums(values: list[int]) -> list[Tensor]:
         dist.all_reduce(total)
         results.append(total)
     return results
+
+
+def test_what_a_routing_says_of_itself_must_hold() -> None:
+    routing = random_routing(9, 4, 2, capacity=2)
+    check_routing(routing)
+    check_routing(dataclasses.replace(routing, choices=2))
+    with pytest.raises(AssertionError, match="all_kept says that all are kept, and"):
+        check_routing(dataclasses.replace(routing, all_kept=True))
+    with pytest.raises(AssertionError, match="choices=1 says that the list is choice-major"):
+        check_routing(dataclasses.replace(routing, choices=1))

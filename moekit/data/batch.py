@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -56,6 +56,10 @@ class Batch:
         direction: ``"en-de"`` (or ``"en"`` for monolingual tasks) where all rows share it (evaluation), else None.
         index: Int64[B], in evaluation the place of each row in what the source gave for this direction and split,
             for looking up the original sentences; else None.
+        predicted: Int64[N], the places that are predicted, row by row: in the flattened ``labels``, or without labels
+            in the flattened ``target[:, 1:]``. Made with the batch, from its masks, so that on a GPU nobody has to
+            wait for their number.
+        real: Int64[R], the places of real tokens in the flattened source; only with labels.
     """
 
     task: str
@@ -68,6 +72,14 @@ class Batch:
     target_language: Tensor
     direction: str | None = None
     index: Tensor | None = None
+    predicted: Tensor | None = field(init=False, default=None)
+    real: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.labels is not None:
+            self.predicted, self.real = _places(self.labels >= 0), _places(self.source_mask)
+        elif self.target_mask is not None:
+            self.predicted = _places(self.target_mask[:, 1:])
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -89,9 +101,23 @@ class Batch:
             count += self.target.numel()
         return count
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same batch with every tensor on `device`."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str, *, non_blocking: bool | None = None) -> Batch:
+        """The same batch with every tensor on `device`.
+
+        Args:
+            device: where to.
+            non_blocking: whether the host goes on before the copies have ended; None = for tensors in pinned memory,
+                from which that is safe.
+        """
+        target = torch.device(device)
+
+        def move(tensor: Tensor) -> Tensor:
+            ahead = non_blocking
+            if ahead is None:
+                ahead = target.type == "cuda" and tensor.device.type == "cpu" and tensor.is_pinned()
+            return tensor.to(target, non_blocking=ahead)
+
+        return self._each(move)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (asked for by `DataLoader(pin_memory=True)`)."""
@@ -102,7 +128,18 @@ class Batch:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             changed[f.name] = function(value) if isinstance(value, Tensor) else value
-        return Batch(**changed)
+        return _whole(changed)
+
+
+def _whole(values: dict[str, Any]) -> Batch:
+    """A batch of all its fields: places are not looked for again."""
+    batch = object.__new__(Batch)
+    batch.__dict__.update(values)
+    return batch
+
+
+def _places(mask: Tensor) -> Tensor:
+    return mask.reshape(-1).nonzero().squeeze(1)
 
 
 _LEAVES = tuple(f.name for f in dataclasses.fields(Batch) if f.name not in ("task", "direction"))
@@ -113,7 +150,7 @@ def _flatten(batch: Batch) -> tuple[list[Any], Any]:
 
 
 def _unflatten(leaves: Any, context: Any) -> Batch:
-    return Batch(task=context[0], direction=context[1], **dict(zip(_LEAVES, leaves, strict=True)))
+    return _whole({"task": context[0], "direction": context[1], **dict(zip(_LEAVES, leaves, strict=True))})
 
 
 _pytree.register_pytree_node(Batch, _flatten, _unflatten, serialized_type_name="moekit.Batch")

@@ -234,17 +234,18 @@ class EvaluationLoader:
     Args:
         batches: what to load.
         num_workers: processes that build batches ahead; 0 = built when asked for.
+        pin_memory: put batches into page-locked memory.
     """
 
-    def __init__(self, batches: EvaluationBatches, *, num_workers: int = 0) -> None:
+    def __init__(self, batches: EvaluationBatches, *, num_workers: int = 0, pin_memory: bool = False) -> None:
         self.batches = batches
-        self._num_workers = num_workers
+        self._num_workers, self._pin_memory = num_workers, pin_memory
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _loader(self.batches, range(len(self.batches)), self._num_workers, False)
+        return _loader(self.batches, range(len(self.batches)), self._num_workers, self._pin_memory)
 
 
 def _loader(dataset: Dataset[_T], order: range, num_workers: int, pin_memory: bool) -> Iterator[_T]:

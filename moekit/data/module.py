@@ -382,7 +382,7 @@ class MultitaskData(L.LightningDataModule):
         batches = EvaluationBatches(
             tasks, self._builder(), budget=self.evaluation_tokens, rank=self._rank(), seed=self.seed
         )
-        return EvaluationLoader(batches) if len(batches) else []
+        return EvaluationLoader(batches, pin_memory=self._on_accelerator()) if len(batches) else []
 
     def _rank(self) -> Rank:
         # The strategy knows which processes share a batch's sentences: with tensor parallelism not all of them do.

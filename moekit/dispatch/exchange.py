@@ -24,6 +24,11 @@ class Route(Protocol):
     """An open way to the ranks of a group and back."""
 
     @property
+    def rows(self) -> int:
+        """How many rows this rank sends."""
+        ...
+
+    @property
     def received(self) -> Tensor:
         """Int64[W, n], rows from each rank for each of this rank's n experts, on the device of the counts."""
         ...
@@ -108,6 +113,10 @@ class _Direct:
     sent_rows: list[int]
     received_rows: list[int]
 
+    @property
+    def rows(self) -> int:
+        return sum(self.sent_rows)
+
     def send(self, rows: Tensor) -> Tensor:
         return all_to_all(rows, self.received_rows, self.sent_rows, self.group)
 
@@ -130,8 +139,8 @@ class AllToAll:
     def open(self, counts: Tensor) -> Route:
         """See `Exchange.open`."""
         received = _counts_to(counts, self.group)
-        # One copy to the host for both: the sizes of messages must be numbers.
-        both = torch.stack([counts.sum(1), received.sum(1)]).tolist()
+        # One copy for both.
+        both = torch.stack([counts.sum(1), received.sum(1)]).tolist()  # host read: the sizes of messages
         return _Direct(received, self.group, both[0], both[1])
 
     def send_equal(self, rows: Tensor) -> Tensor:
@@ -144,10 +153,13 @@ class AllToAll:
 
 
 def _largest(number: int, device: torch.device, *groups: dist.ProcessGroup) -> int:
+    # A group that also works on the host ("cpu:gloo,cuda:nccl") is asked there, and no device waited for.
+    if all("cpu" in dist.get_backend_config(group) for group in groups):
+        device = torch.device("cpu")
     value = torch.tensor(number, device=device)
     for group in groups:
         dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
-    return int(value)
+    return int(value)  # host read, where the group has no form on the host
 
 
 @dataclass(frozen=True)
@@ -159,6 +171,10 @@ class _TwoLevel:
     outer: _Direct
     by_rank: Tensor  # Int64[nodes, ranks of a node]: rows for each destination, node outermost
     between: Tensor  # Int64[ranks of a node, nodes]: rows held after the first step, by rank of origin and node
+
+    @property
+    def rows(self) -> int:
+        return self.inner.rows
 
     def send(self, rows: Tensor) -> Tensor:
         here = self.inner.send(transpose_blocks(rows, self.by_rank))
@@ -192,7 +208,7 @@ class TwoLevelAllToAll:
         forwarded = held.transpose(0, 1)  # [node of destination, rank of origin, n]
         arrived = _counts_to(forwarded, self.outer.group)  # [node of origin, rank of origin, n]
         sizes = [by_node.sum((0, 2)), held.sum((1, 2)), forwarded.sum((1, 2)), arrived.sum((1, 2))]
-        numbers = torch.cat(sizes).tolist()
+        numbers = torch.cat(sizes).tolist()  # host read: the sizes of messages
         inner = _Direct(held, self.inner.group, numbers[:local], numbers[local : 2 * local])
         outer = _Direct(arrived, self.outer.group, numbers[2 * local : 2 * local + nodes], numbers[2 * local + nodes :])
         return _TwoLevel(arrived.reshape(self.size, n), inner, outer, by_node.sum(2), held.sum(2))

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from moekit.dispatch.base import Dispatched
 from moekit.dispatch.exchange import Exchange, Route, transpose_blocks
+from moekit.dispatch.rows import add, take
+from moekit.kernels.host_counts import on_host
 from moekit.routing import Routing
 
 
@@ -45,20 +47,28 @@ class PackedDispatcher:
         kept, e = routing.kept, routing.num_experts
         counts = torch.zeros(e, dtype=torch.int64, device=x.device)
         counts = counts.index_add(0, routing.expert, kept.to(torch.int64))
+        route = None if self.exchange is None else self.exchange.open(counts.view(self.exchange.size, -1))
         start = counts.cumsum(0) - counts
         # An expert's kept assignments hold the places 0..n-1 of its queue, so the row of each is known without a sort.
         row = start[routing.expert] + routing.position
-        total = int(counts.sum()) if x.device.type != "meta" else routing.token.numel()
-        if total == routing.token.numel():
-            assignment = torch.empty_like(row).scatter(0, row, torch.arange(total, device=x.device))
+        listed = routing.token.numel()
+        if route is not None:
+            total = route.rows
+        elif routing.all_kept or x.device.type == "meta":
+            total = listed
         else:
-            index = kept.nonzero().squeeze(1)
-            assignment = torch.empty(total, dtype=torch.int64, device=x.device).scatter(0, row[index], index)
+            total = int(on_host(counts).sum())
+        number = torch.arange(listed, device=x.device)
+        if total == listed:
+            assignment = torch.empty_like(row).scatter(0, row, number)
+        else:
+            # One scratch row behind the real ones takes what is not kept.
+            row = torch.where(kept, row, total)
+            assignment = torch.empty(total + 1, dtype=torch.int64, device=x.device).scatter(0, row, number)[:total]
         token = routing.token[assignment]
-        rows = x.index_select(0, token)
-        if self.exchange is None:
+        rows = take(x, token, routing.choices)
+        if route is None:
             return Dispatched(rows, counts, _Handle(assignment, token, None))
-        route = self.exchange.open(counts.view(self.exchange.size, -1))
         rows = transpose_blocks(route.send(rows), route.received)
         return Dispatched(rows, route.received.sum(0), _Handle(assignment, token, route))
 
@@ -68,5 +78,4 @@ class PackedDispatcher:
             y = handle.route.back(transpose_blocks(y, handle.route.received.t()))
         weight = routing.weight.index_select(0, handle.assignment)
         wide = torch.promote_types(y.dtype, torch.float32)
-        out = torch.zeros(routing.num_tokens, y.shape[1], dtype=wide, device=y.device)
-        return out.index_add(0, handle.token, y.to(wide) * weight.to(wide)[:, None])
+        return add(y.to(wide) * weight.to(wide)[:, None], handle.token, routing.num_tokens, routing.choices)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moekit.dispatch.base import Dispatched
 from moekit.dispatch.exchange import Exchange
+from moekit.dispatch.rows import add, take
 from moekit.routing import Routing
 
 
@@ -51,7 +52,7 @@ class PaddedDispatcher:
         source = torch.full((slots + 1,), routing.num_tokens, dtype=torch.int64, device=x.device)
         source = source.scatter(0, slot, routing.token)[:slots]
         padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
-        rows = padded.index_select(0, source).view(routing.num_experts, capacity, x.shape[1])
+        rows = take(padded, source, routing.choices).view(routing.num_experts, capacity, x.shape[1])
         if self.exchange is not None:
             w, dim = self.exchange.size, x.shape[1]
             arrived = self.exchange.send_equal(rows.view(w, routing.num_experts // w, capacity, dim))
@@ -67,5 +68,6 @@ class PaddedDispatcher:
         flat = torch.cat([y.flatten(0, 1), y.new_zeros(1, y.shape[-1])])
         weight = torch.where(routing.kept, routing.weight, 0.0).to(wide)
         rows = flat.index_select(0, handle).to(wide) * weight[:, None]
-        out = torch.zeros(routing.num_tokens, y.shape[-1], dtype=wide, device=y.device)
-        return out.index_add(0, routing.token, rows)
+        if routing.choices is not None:
+            return rows.view(routing.choices, routing.num_tokens, y.shape[-1]).sum(0)
+        return add(rows, routing.token, routing.num_tokens, None)

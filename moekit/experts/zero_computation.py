@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moekit.experts.base import Experts, product, rows_of
 from moekit.functional.drawing import truncated_normal_
 from moekit.functional.precision import without_autocast
+from moekit.kernels.host_counts import on_host, split_counts
 
 # Axes of the inner bank under names that nobody divides: the outer one's experts are others, and its results no sums.
 _OWN = {"expert": "computing_expert", "mlp": "computing_mlp"}
@@ -81,8 +82,8 @@ class ZeroComputationExperts(Experts):
         sizes = [n, self.zero, self.copy, self.constant]
         by_kind = None
         if counts is not None:
-            by_kind = counts.split(sizes)
-            sizes = torch.stack([kind.sum() for kind in by_kind]).tolist()
+            by_kind = split_counts(counts, sizes)
+            sizes = [int(on_host(kind).sum()) for kind in by_kind]
         computed, zero, copied, constant = rows.split(sizes)
         parts = [self.experts(computed, None if by_kind is None else by_kind[0]), torch.zeros_like(zero), copied]
         if self.value is not None and self.mix is not None:

@@ -72,10 +72,11 @@ def queue_positions(expert: Tensor, queued: Tensor, num_experts: int, order: Ten
         return torch.where(queued, rank, -1)
     by_expert = torch.argsort(served, stable=True)
     grouped = served[by_expert]
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert.device)
-    counts = counts.index_add(0, slot, torch.ones_like(slot))
-    start = counts.cumsum(0) - counts
-    rank = torch.arange(n, device=expert.device) - start[grouped]
+    place = torch.arange(n, device=expert.device)
+    # The queue of an expert begins where the sorted list changes: no table as long as there are experts.
+    begins = torch.ones_like(queued)
+    begins[1:] = grouped[1:] != grouped[:-1]
+    rank = place - torch.where(begins, place, 0).cummax(0).values
     destination = by_expert if order is None else order[by_expert]
     position = torch.empty_like(slot).scatter(0, destination, rank)
     return torch.where(queued, position, -1)

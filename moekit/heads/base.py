@@ -60,6 +60,15 @@ class Prediction:
     num_predictions: Tensor
 
 
+def pick(values: Tensor, places: Tensor | None) -> Tensor:
+    """The entries of ``values`` [B, S, ...] at `places` Int64[N] of their flattened first two dimensions: [N, ...].
+
+    The places of a `Batch` are known with it. Indexing by a mask would make a GPU's host wait for their number.
+    """
+    assert places is not None
+    return values.flatten(0, 1).index_select(0, places)
+
+
 def predict(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Prediction:
     """Cross-entropy with label smoothing, and what a log wants to know beside it.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from moekit.data.batch import Batch
-from moekit.heads.base import Scores, TokenHead, name_routings
+from moekit.heads.base import Scores, TokenHead, name_routings, pick
 
 
 class CausalLMHead(TokenHead):
@@ -26,6 +26,5 @@ class CausalLMHead(TokenHead):
         if batch.target is None or batch.target_mask is None:
             raise ValueError(f"a batch of task {batch.task!r} must have a target: got none.")
         decoded = backbone.decode(batch.target[:, :-1], batch.target_mask[:, 1:], language=batch.target_language)
-        real = batch.target_mask[:, 1:]
-        logits = backbone.logits(decoded.hidden[real])
-        return Scores(logits, batch.target[:, 1:][real], name_routings(backbone, decoded))
+        logits = backbone.logits(pick(decoded.hidden, batch.predicted))
+        return Scores(logits, pick(batch.target[:, 1:], batch.predicted), name_routings(backbone, decoded))

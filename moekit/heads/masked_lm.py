@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.data.batch import Batch
-from moekit.heads.base import Scores, TokenHead, name_routings
+from moekit.heads.base import Scores, TokenHead, name_routings, pick
 from moekit.layer import AuxLosses
 
 
@@ -62,6 +62,5 @@ class MaskedLMHead(TokenHead):
         if batch.labels is None:
             raise ValueError(f"a batch of task {batch.task!r} must have labels: got none.")
         encoded = backbone.encode(batch.source, batch.source_mask, language=batch.source_language)
-        masked = batch.labels >= 0
-        logits = backbone.logits(self.transform(encoded.hidden[masked]))
-        return Scores(logits, batch.labels[masked], name_routings(backbone, encoded))
+        logits = backbone.logits(self.transform(pick(encoded.hidden, batch.predicted)))
+        return Scores(logits, pick(batch.labels, batch.predicted), name_routings(backbone, encoded))

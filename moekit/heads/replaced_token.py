@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moekit.data.batch import Batch
 from moekit.errors import UserError
-from moekit.heads.base import Head, HeadOutput, name_routings, predict
+from moekit.heads.base import Head, HeadOutput, name_routings, pick, predict
 from moekit.heads.masked_lm import MaskedLMTransform
 from moekit.layer import AuxLosses
 
@@ -75,17 +75,18 @@ class ReplacedTokenHead(Head):
     def fill(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The text with sampled tokens in the masked places Int64[B, S], and the generator's loss."""
         assert batch.labels is not None
-        masked = batch.labels >= 0
         generator: Any = self.generator
         hidden = generator.encode(batch.source, batch.source_mask, language=batch.source_language).hidden
-        logits = generator.logits(self.generator_transform(hidden[masked]))
-        loss = predict(logits, batch.labels[masked]).loss
+        logits = generator.logits(self.generator_transform(pick(hidden, batch.predicted)))
+        loss = predict(logits, pick(batch.labels, batch.predicted)).loss
         with torch.no_grad():
             # In evaluation the same batch gets the same samples every time.
             draw = None if self.training else torch.Generator(logits.device).manual_seed(0)
             probs = logits.float().softmax(-1)
-            sampled = torch.multinomial(probs, 1, generator=draw).squeeze(1) if len(probs) else batch.labels[masked]
-        return batch.source.masked_scatter(masked, sampled), loss
+            # The draws of torch.multinomial, which has the host look at the probabilities first.
+            sampled = (probs / torch.empty_like(probs).exponential_(generator=draw)).argmax(-1)
+        assert batch.predicted is not None
+        return batch.source.flatten().index_copy(0, batch.predicted, sampled).view_as(batch.source), loss
 
     def compute(self, batch: Batch, backbone: Any) -> HeadOutput:  # noqa: D102
         if batch.labels is None:
@@ -93,11 +94,11 @@ class ReplacedTokenHead(Head):
         filled, generator_loss = self.fill(batch)
         original = torch.where(batch.labels >= 0, batch.labels, batch.source)
         real = batch.source_mask
-        replaced = (filled != original)[real]
+        replaced = pick(filled != original, batch.real)
         encoded = backbone.encode(filled, real, language=batch.source_language)
-        hidden = F.gelu(self.transform(encoded.hidden[real]), approximate="tanh")
+        hidden = F.gelu(self.transform(pick(encoded.hidden, batch.real)), approximate="tanh")
         logits = self.detect(hidden).squeeze(-1).float()
-        n = torch.as_tensor(replaced.numel(), device=logits.device)
+        n = torch.full((), replaced.numel(), dtype=torch.int64, device=logits.device)
         summed = F.binary_cross_entropy_with_logits(logits, replaced.float(), reduction="sum")
         guess = logits > 0
         extra = {

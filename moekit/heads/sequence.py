@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from moekit.data.batch import Batch
-from moekit.heads.base import Scores, TokenHead, name_routings
+from moekit.heads.base import Scores, TokenHead, name_routings, pick
 from moekit.layer import AuxLosses
 
 
@@ -42,10 +42,9 @@ class SequenceHead(TokenHead):
             target_mask=batch.target_mask[:, 1:],
             language=batch.target_language,
         )
-        real = batch.target_mask[:, 1:]
         # Only real tokens go through the output projection, the largest product of a small model.
-        logits = backbone.logits(decoded.hidden[real])
-        return Scores(logits, batch.target[:, 1:][real], name_routings(backbone, encoded, decoded))
+        logits = backbone.logits(pick(decoded.hidden, batch.predicted))
+        return Scores(logits, pick(batch.target[:, 1:], batch.predicted), name_routings(backbone, encoded, decoded))
 
 
 class TranslationHead(SequenceHead):

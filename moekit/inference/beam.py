@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moekit.inference.interface import Generation, Start
+from moekit.inference.interface import Generation, Start, look_every, to_device
 from moekit.inference.length_penalty import GNMTPenalty, LengthPenalty, best_possible
 from moekit.inference.session import Session
 
@@ -46,73 +46,128 @@ class BeamSearch:
         return _Run(self, session, start).finish()
 
 
-@dataclass
-class _Text:
-    """A finished hypothesis, with the key it is ranked by."""
+class _Finished:
+    """The finished texts of B sentences, up to as many as the beam is wide, and a scratch slot behind them.
 
-    key: tuple[bool, float]
-    ids: Tensor
-    scores: Tensor
+    Args:
+        start: where the search begins.
+        width: texts of a sentence.
+        end: the longest text, with what is given.
+        dtype: of scores.
+    """
+
+    def __init__(self, start: Start, width: int, end: int, dtype: torch.dtype) -> None:
+        shape, device = (start.prefix.shape[0], width + 1), start.prefix.device
+        self.start, self.width = start, width
+        self.ids = torch.full((*shape, end), start.tokens.pad, dtype=torch.int64, device=device)  # what is given too
+        self.scores = torch.zeros((*shape, end), dtype=dtype, device=device)
+        self.length = torch.zeros(shape, dtype=torch.int64, device=device)  # without what is given; 0 = no text
+        self.key = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
+        self.ended = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.used = torch.zeros(shape[0], dtype=torch.int64, device=device)
+
+    def add(self, sentence: Tensor, finished: Tensor, ended: Tensor, text: Tensor, scores: Tensor, key: Tensor) -> None:
+        """Note texts [b, c] of `sentence` Int64[b], where `finished`."""
+        row, used = sentence[:, None], self.used[sentence]
+        slot = torch.where(finished, used[:, None] + finished.cumsum(1) - 1, self.width)
+        length = text.shape[-1]
+        self.ids[row, slot, :length], self.scores[row, slot, :length] = text, scores
+        self.length[row, slot] = (length - self.start.length[sentence])[:, None].expand_as(slot)
+        self.key[row, slot], self.ended[row, slot] = key, ended
+        self.used[sentence] = used + finished.sum(1)
+
+    def bar(self, wanted: int) -> Tensor:
+        """Float64[B]: the key of the wanted-th best text that ended; -inf where there are fewer."""
+        key = self.key[:, :-1].masked_fill(~self.ended[:, :-1], -torch.inf)
+        return key.topk(wanted, dim=1).values[:, -1]
+
+    def best(self, wanted: int) -> Generation:
+        """The best texts of every sentence, padded: those that ended before those that were cut."""
+        key, ended, length = self.key[:, :-1], self.ended[:, :-1], self.length[:, :-1]
+        order = key.argsort(dim=1, descending=True, stable=True)
+        order = order.gather(1, ended.gather(1, order).long().argsort(dim=1, descending=True, stable=True))[:, :wanted]
+        key, ended, length = key.gather(1, order), ended.gather(1, order), length.gather(1, order)
+        longest = int(length.max())  # host read: once for a search
+        column = torch.arange(longest, device=order.device)
+        real = column < length[..., None]
+        place = (self.start.length[:, None, None] + column).clamp_max(self.ids.shape[-1] - 1).expand(real.shape)
+        ids, scores = _pick(self.ids, order).gather(2, place), _pick(self.scores, order).gather(2, place)
+        return Generation(
+            ids=torch.where(real, ids, self.start.tokens.pad),
+            lengths=length,
+            scores=key.to(scores.dtype),
+            token_scores=scores.masked_fill(~real, 0.0),
+            ended=ended,
+        )
 
 
 class _Run:
     """One search. Tensors with a leading b are of the sentences still searched, each with w slots."""
 
     def __init__(self, search: BeamSearch, session: Session, start: Start) -> None:
-        self.search, self.session, self.start = search, session, start
+        self.search, self.session, self.start, self.bounds = search, session, start, start.bounds()
         count, device = start.prefix.shape[0], start.prefix.device
-        self.done: list[list[_Text]] = [[] for _ in range(count)]
         self.sentence = torch.arange(count, device=device)  # [b], the number of each in the whole batch
-        self.used = torch.zeros(count, dtype=torch.int64, device=device)  # [b], places that finished texts hold
-        self.place = int(start.length.min())
+        self.place = self.bounds.shortest
         self.text = start.prefix[:, None, : self.place]  # [b, w, t]
         self.total: Tensor | None = None  # [b, w], sums of log-probabilities; -inf = an empty slot
         self.scores: Tensor | None = None  # [b, w, t], log-probabilities of the tokens in `text`
-        self.suppress = torch.tensor(sorted({start.tokens.pad, *start.suppress}), device=device)
+        self.done: _Finished | None = None
+        self.suppress, self.look = start.suppressed(), look_every(device)
 
     def finish(self) -> Generation:
-        while self.sentence.numel():
-            self._step()
-        return self._collect()
+        steps = 0
+        while self.sentence.numel() and self.place < self.bounds.end:
+            steps += 1
+            self._step(look=steps % self.look == 0)
+        assert self.done is not None
+        return self.done.best(self.search.num_return)
 
-    def _step(self) -> None:
-        """Write one more token."""
+    def _step(self, *, look: bool) -> None:
+        """Write one more token; only after a look do finished sentences and empty slots leave the batch."""
         width = self.text.shape[1]
         logits = self.session.logits(self.text.flatten(0, 1))
-        if self.total is None or self.scores is None:
+        if self.total is None or self.scores is None or self.done is None:
             self.total = logits.new_zeros(self.text.shape[:2])
             self.scores = logits.new_zeros(self.text.shape)
+            self.done = _Finished(self.start, self.search.size, self.bounds.end, logits.dtype)
         total, slot, token, score = self._candidates(logits, width)
 
         # Finished texts hold their places: only the best of the others go on.
         rank = torch.arange(total.shape[1], device=total.device)
-        total = total.masked_fill(rank >= self.search.size - self.used[:, None], -torch.inf)
+        total = total.masked_fill(rank >= self.search.size - self.done.used[self.sentence][:, None], -torch.inf)
         alive = total > -torch.inf
         written = self.place + 1 - self.start.length[self.sentence]  # [b], not positive while tokens are given
         limit = self.start.limit[self.sentence]
         stop = alive & (written > 0)[:, None] & (token == self.start.tokens.eos)
-        cut = alive & ~stop & (written >= limit)[:, None]
+        over = stop | (alive & (written >= limit)[:, None])
 
         text = torch.cat((_pick(self.text, slot), token[..., None]), dim=-1)
         scores = torch.cat((_pick(self.scores, slot), score[..., None]), dim=-1)
-        self._retire(stop | cut, stop, text, scores, total)
-        self.used = self.used + (stop | cut).sum(1)
-        total = total.masked_fill(stop | cut, -torch.inf)
+        if over.device.type != "cpu" or bool(over.any()):
+            key = total.double() / self.search.penalty.divisor(written.clamp_min(1))[:, None]
+            self.done.add(self.sentence, over, stop, text, scores, key)
+            total = total.masked_fill(over, -torch.inf)
 
         # Live slots come first (they are already sorted), so that the beam can be cut to the widest that is left.
         order = (total == -torch.inf).long().argsort(dim=1, stable=True)
         total, slot = total.gather(1, order), slot.gather(1, order)
         going = self._can_improve(total[:, 0], written, limit)
-        keep = going.nonzero()[:, 0]
-        new_width = int((total[keep] > -torch.inf).sum(1).max()) if keep.numel() else 0
-        order, slot = order[keep, :new_width], slot[keep, :new_width]
-        self.total = total[keep, :new_width]
-        self.text, self.scores = _pick(text[keep], order), _pick(scores[keep], order)
-        self.sentence, self.used = self.sentence[keep], self.used[keep]
+        total = total.masked_fill(~going[:, None], -torch.inf)
         self.place += 1
-        if keep.numel():
-            rows = (keep[:, None] * width + slot).flatten()
-            self.session.keep(rows, None if bool(going.all()) else keep)
+        keep: Tensor | None = None
+        if look:
+            live = (total > -torch.inf).sum(1).tolist()  # host read: how many go on, at every look
+            widest = max(live, default=0)
+            total, order, slot = total[:, :widest], order[:, :widest], slot[:, :widest]
+            if not all(live):
+                keep = to_device([row for row, slots in enumerate(live) if slots], total.device)
+                total, order, slot, text, scores = (t[keep] for t in (total, order, slot, text, scores))
+                self.sentence = self.sentence[keep]
+        self.total, self.text, self.scores = total, _pick(text, order), _pick(scores, order)
+        if self.sentence.numel():
+            first = torch.arange(len(slot), device=slot.device) if keep is None else keep
+            self.session.keep((first[:, None] * width + slot).flatten(), keep)
 
     def _candidates(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The best continuations, best first: sums, slots they continue, tokens, log-probabilities, each [b, c]."""
@@ -122,8 +177,8 @@ class _Run:
         each = min(self.search.size, logits.shape[-1])
         values, tokens = _top(logits.index_fill(-1, self.suppress, -torch.inf), each)
         values, tokens = (values - partition).view(count, width, each), tokens.view(count, width, each)
-        given = self.place < self.start.length[self.sentence]
-        if bool(given.any()):
+        if self.place < self.bounds.longest:
+            given = self.place < self.start.length[self.sentence]
             # A given token costs nothing, and a sentence has one beginning until its prefix ends.
             column = min(self.place, self.start.prefix.shape[1] - 1)
             forced = self.start.prefix[self.sentence, column]
@@ -135,48 +190,11 @@ class _Run:
         total, index = _top(sums, min(self.search.size, sums.shape[1]))
         return total, index // each, tokens.flatten(1).gather(1, index), values.flatten(1).gather(1, index)
 
-    def _retire(self, finished: Tensor, ended: Tensor, text: Tensor, scores: Tensor, total: Tensor) -> None:
-        """Note the finished texts."""
-        where = finished.nonzero()
-        if not where.numel():
-            return
-        row, slot = where.unbind(1)
-        sentence = self.sentence[row]
-        given = self.start.length[sentence]
-        final = total[row, slot].double() / self.search.penalty.divisor(self.place + 1 - given)
-        picked, values, ends = text[row, slot], scores[row, slot], ended[row, slot]
-        facts = zip(sentence.tolist(), given.tolist(), ends.tolist(), final.tolist(), strict=True)
-        for number, (owner, begin, end, key) in enumerate(facts):
-            self.done[owner].append(_Text((end, key), picked[number, begin:], values[number, begin:]))
-
     def _can_improve(self, best: Tensor, written: Tensor, limit: Tensor) -> Tensor:
         """Bool[b]: whether the best live sum of a sentence can still lead into the texts to be returned."""
-        wanted = self.search.num_return
-        bar = []
-        for owner in self.sentence.tolist():
-            ended = sorted((t.key[1] for t in self.done[owner] if t.key[0]), reverse=True)
-            bar.append(ended[wanted - 1] if len(ended) >= wanted else -torch.inf)
+        assert self.done is not None
         reach = best_possible(self.search.penalty, best, written.clamp_min(0), limit)
-        return (best > -torch.inf) & (reach > torch.tensor(bar, dtype=reach.dtype, device=reach.device))
-
-    def _collect(self) -> Generation:
-        """The best texts of every sentence, padded."""
-        wanted, device = self.search.num_return, self.start.prefix.device
-        ranked = [sorted(texts, key=lambda t: t.key, reverse=True)[:wanted] for texts in self.done]
-        longest = max((t.ids.numel() for texts in ranked for t in texts), default=0)
-        shape = (len(ranked), wanted)
-        kind = next((t.scores.dtype for texts in ranked for t in texts), torch.float32)
-        ids = torch.full((*shape, longest), self.start.tokens.pad, dtype=torch.int64, device=device)
-        token_scores = torch.zeros((*shape, longest), dtype=kind, device=device)
-        lengths = torch.zeros(shape, dtype=torch.int64, device=device)
-        scores = torch.full(shape, -torch.inf, dtype=kind, device=device)
-        ended = torch.zeros(shape, dtype=torch.bool, device=device)
-        for row, texts in enumerate(ranked):
-            for rank, text in enumerate(texts):
-                length = text.ids.numel()
-                ids[row, rank, :length], token_scores[row, rank, :length] = text.ids, text.scores
-                lengths[row, rank], scores[row, rank], ended[row, rank] = length, text.key[1], text.key[0]
-        return Generation(ids, lengths, scores, token_scores, ended)
+        return (best > -torch.inf) & (reach > self.done.bar(self.search.num_return)[self.sentence])
 
 
 def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -130,9 +130,13 @@ def complete(
     if not rows:
         return _nothing(prompt_ids)
     length = prompt_ids.new_full((rows,), longest) if prompt_mask is None else prompt_mask.sum(1)
-    if not bool((length > 0).all()):
+    empty, padded_left = longest == 0, False
+    if prompt_mask is not None:
+        faults = torch.stack([(length < 1).any(), (prompt_mask[:, 1:] & ~prompt_mask[:, :-1]).any()])
+        empty, padded_left = faults.tolist()  # host read: once for a call
+    if empty:
         raise ValueError("A prompt needs at least one token, its begin token: got an empty one.")
-    if prompt_mask is not None and bool((prompt_mask[:, 1:] & ~prompt_mask[:, :-1]).any()):
+    if padded_left:
         raise ValueError("Prompts are padded on the right: got a mask with a real token after padding.")
     with torch.inference_mode(), evaluating(model):
         session = Session(model, rows=rows, language=language, use_cache=use_cache)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from moekit.routing import register_pytree
+
+_LOOK_EVERY = 8
 
 
 class Cache(Protocol):
@@ -103,6 +105,42 @@ class Start:
     limit: Tensor
     tokens: SpecialTokens = field(default_factory=SpecialTokens)
     suppress: Sequence[int] = ()
+
+    def bounds(self) -> Bounds:
+        """What a search has to know on the host before it begins."""
+        found = (self.length.min(), self.length.max(), self.limit.max(), (self.length + self.limit).max())
+        return Bounds(*torch.stack(found).tolist())  # host read: once for a search
+
+    def suppressed(self) -> Tensor:
+        """Int64: ids never chosen, padding among them."""
+        return to_device(sorted({self.tokens.pad, *self.suppress}), self.prefix.device)
+
+
+class Bounds(NamedTuple):
+    """Places of a `Start`.
+
+    Attributes:
+        shortest: of what is given; up to here all texts are read at once.
+        longest: of what is given; from here on all tokens are chosen.
+        most: the largest limit.
+        end: the place at which the last text is cut.
+    """
+
+    shortest: int
+    longest: int
+    most: int
+    end: int
+
+
+def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Int64 on `device`; from pinned memory where that is a GPU, so that the host need not wait for the copy."""
+    made = torch.tensor(numbers, dtype=torch.int64)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+
+
+def look_every(device: torch.device) -> int:
+    """Steps between two looks at which texts are finished: looking costs nothing on a CPU, elsewhere the host waits."""
+    return 1 if device.type == "cpu" else _LOOK_EVERY
 
 
 @dataclass(frozen=True)

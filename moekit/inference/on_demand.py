@@ -17,6 +17,7 @@ from moekit.component import Component
 from moekit.dispatch import PackedDispatcher
 from moekit.errors import UserError
 from moekit.experts.base import Experts
+from moekit.kernels import on_host, remember
 from moekit.layer import MoELayer
 from moekit.surgery.huggingface import Imported, open_folder
 from moekit.surgery.huggingface.links import Link
@@ -35,7 +36,7 @@ class ExpertsOnDemand(Component):
     Args:
         bank: the bank it stands for; only its settings are used, so it may be on the meta device.
         read: gives an expert. Mapped tensors are read by the page as they are used, and given back to the system when
-            they are forgotten.
+            they are forgotten. On a GPU, where the rows are, they are copied to it and kept there.
         resident: the most experts kept.
 
     Attributes:
@@ -91,7 +92,7 @@ class ExpertsOnDemand(Component):
             raise RuntimeError(
                 "ExpertsOnDemand is for evaluation: call eval() first, or load the whole model to train."
             )
-        numbers = [1] * self.num_experts if counts is None else [int(n) for n in counts.tolist()]
+        numbers = [1] * self.num_experts if counts is None else on_host(counts).tolist()
         groups = rows.unbind(0) if counts is None else rows.split(numbers)
         out = torch.empty_like(rows)
         results = out.unbind(0) if counts is None else out.split(numbers)
@@ -102,18 +103,23 @@ class ExpertsOnDemand(Component):
 
     def reference(self, expert: int, x: Tensor) -> Tensor:
         """Expert number `expert` on Float[R, D]."""
-        tensors = self._fetch(expert)
-        count = torch.tensor([x.shape[0]])
+        tensors = self._fetch(expert, x.device)
+        number = torch.tensor([x.shape[0]], device="cpu")
+        count = remember(torch.full((1,), x.shape[0], dtype=torch.int64, device=x.device), number)
         result: Tensor = functional_call(self._one[0], tensors, (x, count))
         return result
 
-    def _fetch(self, expert: int) -> dict[str, Tensor]:
-        if expert in self._held:
-            self._held.move_to_end(expert)
-            return self._held[expert]
+    def _fetch(self, expert: int, device: torch.device) -> dict[str, Tensor]:
+        held = self._held.pop(expert, None)
+        if held is not None and all(tensor.device == device for tensor in held.values()):
+            self._held[expert] = held
+            return held
         while len(self._held) >= self.resident:
             self._held.popitem(last=False)
-        tensors = {name: tensor.unsqueeze(self._axis[name]) for name, tensor in self._read(expert).items()}
+        tensors = {
+            name: tensor.unsqueeze(self._axis[name]).to(device)  # host read: of the disk
+            for name, tensor in self._read(expert).items()
+        }
         self._held[expert] = tensors
         self.loads += 1
         return tensors

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moekit.inference.interface import Generation, Start
+from moekit.inference.interface import Generation, Start, look_every
 from moekit.inference.session import Session
 
 # Chooses Int64[R] from logits Float[R, V] (suppressed ids at -inf) for rows Int64[R] of [B * N] at a step.
@@ -106,13 +107,17 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _write(session: Session, start: Start, samples: int, choose: _Choose) -> Generation:
-    """Write `samples` texts for every sentence, a token at a time; finished rows leave the batch."""
+    """Write `samples` texts for every sentence, a token at a time.
+
+    Finished rows leave the batch when somebody looks (`look_every`); until then what they write goes into a scratch
+    column behind the texts.
+    """
     tokens, device = start.tokens, start.prefix.device
     sentences = start.prefix.shape[0]
-    suppress = torch.tensor(sorted({tokens.pad, *start.suppress}), device=device)
+    suppress, bounds, look = start.suppressed(), start.bounds(), look_every(device)
 
     # What every sentence has been given is read once, before its samples part.
-    place = int(start.length.min())
+    place = bounds.shortest
     text = start.prefix[:, :place]
     logits = session.logits(text)
     live = torch.arange(sentences * samples, device=device)
@@ -122,34 +127,42 @@ def _write(session: Session, start: Start, samples: int, choose: _Choose) -> Gen
         logits, text = logits.index_select(0, owner), text.index_select(0, owner)
     prefix, given, limit = start.prefix[owner], start.length[owner], start.limit[owner]
 
-    ids = torch.full((live.numel(), int(limit.max())), tokens.pad, dtype=torch.int64, device=device)
+    ids = torch.full((live.numel(), bounds.most + 1), tokens.pad, dtype=torch.int64, device=device)
     scores = torch.zeros(ids.shape, dtype=logits.dtype, device=device)
     lengths = torch.zeros_like(live)
     ended = torch.zeros_like(live, dtype=torch.bool)
-    while True:
-        written = place - given[live]
-        free = written >= 0
+    going = torch.ones_like(ended)
+    for step in itertools.count(1):
+        written = place - given
         token = choose(logits.index_fill(-1, suppress, -torch.inf), live, place)
-        if not bool(free.all()):
-            token = torch.where(free, token, prefix[live, min(place, prefix.shape[1] - 1)])
+        writes = going
+        if place < bounds.longest:
+            free = written >= 0
+            token = torch.where(free, token, prefix[:, min(place, prefix.shape[1] - 1)])
+            writes = going & free
         score = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
-        rows, columns = live[free], written[free]
-        ids[rows, columns], scores[rows, columns] = token[free], score[free]
-        lengths[rows] = columns + 1
-        stop = free & (token == tokens.eos)
-        ended[live[stop]] = True
-        going = ~stop & (written + 1 < limit[live])
-        if not bool(going.any()):
+        column = torch.where(writes, written, bounds.most)
+        ids[live, column], scores[live, column] = token, score
+        lengths[live] += writes
+        stop = writes & (token == tokens.eos)
+        ended[live] |= stop
+        going = going & ~stop & (written + 1 < limit)
+        place += 1
+        if place == bounds.end:
             break
         text = torch.cat((text, token[:, None]), dim=1)
-        if not bool(going.all()):
-            keep = going.nonzero()[:, 0]
-            live, text = live[keep], text[keep]
-            session.keep_each(keep)
-        place += 1
+        if step % look == 0:
+            keep = going.nonzero()[:, 0]  # host read: how many go on, at every look
+            if not keep.numel():
+                break
+            if keep.numel() < live.numel():
+                live, text, going = live[keep], text[keep], going[keep]
+                prefix, given, limit = prefix[keep], given[keep], limit[keep]
+                session.keep_each(keep)
         logits = session.logits(text)
-    longest = int(lengths.max())
+    longest = int(lengths.max())  # host read: once for a search
     shape = (sentences, samples)
+    scores = scores[:, : bounds.most]
     return Generation(
         ids=ids[:, :longest].reshape(*shape, -1),
         lengths=lengths.reshape(shape),

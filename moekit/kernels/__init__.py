@@ -2,5 +2,6 @@
 
 from moekit.kernels.balanced_assignment import balanced_assignment
 from moekit.kernels.grouped_mm import grouped_mm, grouped_mm_reference
+from moekit.kernels.host_counts import on_host, remember, split_counts
 
-__all__ = ["balanced_assignment", "grouped_mm", "grouped_mm_reference"]
+__all__ = ["balanced_assignment", "grouped_mm", "grouped_mm_reference", "on_host", "remember", "split_counts"]

@@ -51,13 +51,20 @@ def balanced_assignment(scores: Tensor, mask: Tensor | None = None) -> Tensor:
 def _balanced_assignment(scores: Tensor, mask: Tensor | None) -> Tensor:
     if not has_numba():
         return balanced_assignment_reference(scores, mask)
-    values = scores.cpu() if mask is None else scores[mask].cpu()
-    expert = torch.from_numpy(_solve(finite_scores(values)))
-    if mask is None:
-        return expert.to(scores.device)
-    out = torch.full(mask.shape, -1, dtype=torch.int64, device=scores.device)
-    out[mask] = expert.to(scores.device)
-    return out
+    values, real = scores, mask
+    if scores.device.type != "cpu":
+        # One copy brings both to the host.
+        packed = scores if mask is None else torch.cat([scores, mask[:, None].to(scores.dtype)], dim=1)
+        values = packed.cpu()  # host read: the solver runs there
+        if mask is not None:
+            values, real = values[:, :-1], values[:, -1] > 0
+    if real is None:
+        out = torch.from_numpy(_solve(finite_scores(values)))
+    else:
+        out = torch.full(real.shape, -1, dtype=torch.int64, device="cpu")
+        out[real] = torch.from_numpy(_solve(finite_scores(values[real])))
+    # From pinned memory the experts go back while the host goes on.
+    return (out.pin_memory() if scores.device.type == "cuda" else out).to(scores.device, non_blocking=True)
 
 
 @_balanced_assignment.register_fake

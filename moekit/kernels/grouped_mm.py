@@ -3,7 +3,8 @@
 Why not ``for e: x_e @ w[e]``: the backward of ``w[e]`` allocates and adds a full zero ``[E, D, F]`` for every expert,
 which at 32 experts made a training step eleven times slower than a dense one. Here every expert's gradient is
 written once, into its place. Why not `torch.nn.functional.grouped_mm` on a CPU: it refuses float64 and expanded
-gradients.
+gradients. On a GPU it is used where it is one kernel, which is bf16 on Hopper and Blackwell: elsewhere it reads the
+offsets back in each product, forward and backward, and loops too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moekit.kernels.host_counts import on_host
+
+_ALIGNED = 8  # bf16 numbers in 16 bytes: what the rows of a matrix must be a multiple of in torch's kernel
+_FEW = 256  # rows that are computed without a count on the host, if no gradient is wanted,
+_FEW_NUMBERS = 1 << 26  # and as many numbers may be written for it
 
 
 def grouped_mm_reference(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -34,15 +41,91 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         Float[R, F], in the autocast type where autocast is on, else in the type of `x`.
 
     Raises:
-        ValueError: on a CPU, if `counts` does not sum to R or has not one entry per matrix.
+        ValueError: if `counts` does not sum to R or has not one entry per matrix, where they are read: on a CPU, and
+            on a GPU without a kernel for the type.
     """
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
-    if x.device.type == "cuda" and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
-        return F.grouped_mm(x, weight, offs=counts.cumsum(0).to(torch.int32))
-    return _grouped_mm(x, weight, counts)
+    if is_one_kernel(x.device, x.dtype):
+        return _one_kernel(x, weight, counts)
+    if kind == "cuda" and _are_few(x, weight):
+        return _few_rows(x, weight, counts)
+    return _grouped_mm(x, weight, on_host(counts))
+
+
+def is_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a grouped product of that type is one kernel there, which needs no count on the host."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)  # as in aten's own choice
+
+
+def _one_kernel(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """By `torch.nn.functional.grouped_mm`, with zeros behind sizes that its kernel does not take."""
+    inner, outer = -x.shape[1] % _ALIGNED, -weight.shape[2] % _ALIGNED
+    if inner or outer:
+        x, weight = F.pad(x, (0, inner)), F.pad(weight, (0, outer, 0, inner))
+    weight = weight if _fits(weight) else weight.clone(memory_format=torch.contiguous_format)
+    out: Tensor = _GroupedKernel.apply(x, weight, counts)
+    return out[:, : out.shape[1] - outer] if outer else out
+
+
+class _GroupedKernel(torch.autograd.Function):
+    """The kernel, and gradients that its own backward does not give.
+
+    Its backward takes no expanded gradient, and the Blackwell kernel leaves what memory held in the weight's gradient
+    of an expert without rows (pytorch issue 172439).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        ends = counts.cumsum(0).to(torch.int32)
+        ctx.save_for_backward(x, weight, counts, ends)
+        return F.grouped_mm(_whole(x), weight, offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, counts, ends = ctx.saved_tensors
+        grad = _whole(grads[0])
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = F.grouped_mm(grad, weight.transpose(1, 2), offs=ends)
+        if ctx.needs_input_grad[1]:
+            dw = F.grouped_mm(_whole(x).t(), grad, offs=ends).masked_fill((counts == 0)[:, None, None], 0.0)
+        return dx, dw, None
+
+
+def _whole(rows: Tensor) -> Tensor:
+    """Contiguous, and at an address that the kernel takes."""
+    rows = rows.contiguous()
+    return rows.clone() if rows.storage_offset() % _ALIGNED else rows
+
+
+def _fits(weight: Tensor) -> bool:
+    """Whether the kernel takes the matrices as they lie: rows or columns in one piece, beginning at aligned places."""
+    _, down, right = weight.stride()
+    lies = (right == 1 and down % _ALIGNED == 0) or (down == 1 and right % _ALIGNED == 0)
+    return lies and weight.storage_offset() % _ALIGNED == 0
+
+
+def _are_few(x: Tensor, weight: Tensor) -> bool:
+    """Whether `_few_rows` may compute them: a step of decoding, where waiting costs more than the products."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    rows, (experts, inner, outer) = x.shape[0], weight.shape
+    written = rows * outer * (inner if rows <= experts else experts)
+    return rows <= _FEW and written <= _FEW_NUMBERS
+
+
+def _few_rows(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Without a count on the host: each row by a copy of its matrix, or, of more rows than matrices, by all of them."""
+    rows, experts = x.shape[0], weight.shape[0]
+    expert = torch.arange(experts, device=x.device).repeat_interleave(counts, output_size=rows)
+    if rows <= experts:
+        return torch.bmm(x[:, None], weight[expert])[:, 0]
+    return torch.matmul(x, weight)[expert, torch.arange(rows, device=x.device)]
 
 
 @cache

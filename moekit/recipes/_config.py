@@ -142,7 +142,7 @@ class TrainConfig:
         seed: of weights, dropout, noise and routing.
         devices: processes on each node (--devices for short).
         num_nodes: machines (--nodes for short).
-        accelerator: auto, cpu or gpu.
+        accelerator: auto, cpu or gpu; auto = a GPU of CUDA or ROCm where there is one, never Apple's MPS.
     """
 
     max_steps: int = 1000

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from jsonargparse import Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -35,6 +36,7 @@ def generate(build: Build, config: Any, folder: RunFolder, options: Namespace) -
         UserError: a language is missing or unknown, the input cannot be read, or the run writes no text.
     """
     backbone, data = trained(build, config, folder, options.experts_in_memory)
+    backbone = to_gpu(backbone, config.train.accelerator)
     tokenizer = data.tokenizer
     search = search_for(config.evaluate.beam_size, config.evaluate.length_penalty)
     source = _language(options.source_language, "--from", tokenizer)
@@ -95,6 +97,13 @@ def trained(build: Build, config: Any, folder: RunFolder, resident: int) -> tupl
     data = evaluation_data(config, folder, load_rest(path), str(folder.path))
     built = build_parts(build, config, data.tokenizer.vocab_size, None, device="meta")
     return load_on_demand(built.backbone, path, resident=resident, prefix="backbone."), data
+
+
+def to_gpu(model: nn.Module, accelerator: str) -> nn.Module:
+    """The model on a GPU where there is one, unless the run keeps to the CPU."""
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return model
+    return model.to(torch.device("cuda", torch.cuda.current_device()))
 
 
 def _language(language: str | None, option: str, tokenizer: Tokenizer) -> str:

@@ -197,12 +197,32 @@ def make_strategy(settings: StrategyConfig) -> ExpertParallelStrategy | Literal[
         raise UserError(f"strategy: {error}") from None
 
 
+def usable_accelerator(wanted: str) -> str:
+    """What the Trainer is told for ``train.accelerator``: "auto" is a GPU of CUDA or ROCm where there is one, else the
+    CPU.
+
+    Left to Lightning, "auto" and "gpu" would be Apple's MPS on a Mac, which has no float64: statistics over a run could
+    not be kept there.
+
+    Raises:
+        UserError: if a GPU is asked for and there is none.
+    """
+    if torch.cuda.is_available():
+        return wanted
+    if wanted == "gpu":
+        has = "Apple's MPS, which has no float64, is not supported" if torch.backends.mps.is_available() else "got none"
+        raise UserError(
+            f"train.accelerator gpu needs a GPU that torch sees through torch.cuda (CUDA or ROCm): {has}. Say cpu."
+        )
+    return "cpu"
+
+
 def make_trainer(train: TrainConfig, **options: Any) -> L.Trainer:
     """A Trainer with the settings that training and evaluation share."""
     plugins: list[Any] = [] if isinstance(options.get("strategy"), ExpertParallelStrategy) else [AtomicCheckpointIO()]
     with quiet():
         return L.Trainer(
-            accelerator=train.accelerator,
+            accelerator=usable_accelerator(train.accelerator),
             devices=train.devices,
             num_nodes=train.num_nodes,
             precision=train.precision,

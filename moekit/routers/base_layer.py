@@ -100,19 +100,21 @@ class BaseRouter(Router):
         expert = expert[:, None]
         weight = logits.gather(1, expert).sigmoid()
         wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), mask)
-        served = serve(expert, wanted, weight, self.num_experts, capacity, training=self.training)
+        served = serve(
+            expert, wanted, weight, self.num_experts, capacity, training=self.training, all_wanted=mask is None
+        )
         agreed = (wanted & (expert == best[:, None])).sum(dtype=torch.float32) / wanted.sum().clamp_min(1)
         return token_choices(expert, weight, served, self.num_experts, statistics={"greedy_agreement": agreed})
 
     def _assign(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         """Int64[T], -1 at padding."""
-        if self.shuffle is None:
+        if self.shuffle is None or self.shuffle.num_ranks == 1:
             return balanced_assignment(scores, mask)
         if mask is None:
             return self.shuffle.assign(scores, balanced_assignment)
-        expert = torch.full(mask.shape, -1, dtype=torch.int64, device=scores.device)
-        expert[mask] = self.shuffle.assign(scores[mask], balanced_assignment)
-        return expert
+        real = mask.nonzero().squeeze(1)  # host read: how many scores are sent
+        chosen = self.shuffle.assign(scores[real], balanced_assignment)
+        return torch.full(mask.shape, -1, dtype=torch.int64, device=scores.device).scatter(0, real, chosen)
 
 
 def base_layers(

@@ -35,6 +35,10 @@ class LaterChoices(ABC):
     def send(self, weight: Tensor, *, training: bool) -> Tensor:
         """Bool of the shape of ``weight`` Float[T, k - 1], the weights of the later choices: which are sent."""
 
+    def sends_all(self, *, training: bool) -> bool:
+        """Whether `send` is known to send every choice, so that nobody has to look: here it is not known."""
+        return False
+
 
 @dataclass(frozen=True)
 class AllChoices(LaterChoices):
@@ -46,6 +50,10 @@ class AllChoices(LaterChoices):
     def send(self, weight: Tensor, *, training: bool) -> Tensor:
         """All of them."""
         return torch.ones_like(weight, dtype=torch.bool)
+
+    def sends_all(self, *, training: bool) -> bool:
+        """Yes."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,10 @@ class RandomChoice(LaterChoices):
         if not training:
             return torch.ones_like(weight, dtype=torch.bool)
         return weight.detach() > torch.rand_like(weight) * self.threshold
+
+    def sends_all(self, *, training: bool) -> bool:
+        """In evaluation."""
+        return not training
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,10 @@ class SampledChoice(LaterChoices):
     def send(self, weight: Tensor, *, training: bool) -> Tensor:
         """All of them."""
         return torch.ones_like(weight, dtype=torch.bool)
+
+    def sends_all(self, *, training: bool) -> bool:
+        """Yes."""
+        return True
 
 
 def _check_threshold(policy: RandomChoice | ThresholdChoice) -> None:

@@ -188,7 +188,7 @@ class DenseToSparseRouter(Router):
         active = active | above
         if context.mask is not None:
             active = active & context.mask[:, None]
-        token, expert = active.nonzero().unbind(1)
+        token, expert = active.nonzero().unbind(1)  # host read: how many there are
         queued = torch.ones_like(token, dtype=torch.bool)
         statistics = score_statistics(logits, plain, context.mask)
         real = x.shape[0] if context.mask is None else context.mask.sum()
@@ -204,6 +204,7 @@ class DenseToSparseRouter(Router):
             statistics=statistics,
             num_tokens=x.shape[0],
             num_experts=self.num_experts,
+            all_kept=True,
         )
 
 

@@ -107,4 +107,5 @@ class ExpertChoiceRouter(Router):
             num_tokens=t,
             num_experts=e,
             capacity=slots,
+            all_kept=mask is None,
         )

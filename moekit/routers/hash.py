@@ -104,7 +104,15 @@ class HashRouter(Router):
         expert = self.table[:, self.key(context)].t() + first
         weight = torch.ones(expert.shape, dtype=torch.float32, device=x.device)
         wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), context.mask)
-        served = serve(expert, wanted, weight, self.num_experts, self.capacity, training=self.training)
+        served = serve(
+            expert,
+            wanted,
+            weight,
+            self.num_experts,
+            self.capacity,
+            training=self.training,
+            all_wanted=context.mask is None,
+        )
         return token_choices(expert, weight, served, self.num_experts)
 
 

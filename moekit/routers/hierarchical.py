@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moekit.functional.importance import importance, selection_probability, squared_variation
 from moekit.functional.precision import wide_linear, without_autocast
-from moekit.kernels import grouped_mm
+from moekit.kernels.grouped_mm import grouped_mm
 from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
 from moekit.routing import Capacity, Router, Routing, RoutingContext
 
@@ -111,7 +111,15 @@ class HierarchicalRouter(Router):
         inside = (self.k_groups, t, self.k_experts)
         expert, weight = (rows.view(inside).transpose(0, 1).reshape(t, k) for rows in (expert, weight))
         wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), context.mask)
-        served = serve(expert, wanted, weight, self.num_experts, Capacity(), training=self.training)
+        served = serve(
+            expert,
+            wanted,
+            weight,
+            self.num_experts,
+            Capacity(),
+            training=self.training,
+            all_wanted=context.mask is None,
+        )
         if self.training:
             primary = selection_probability(clean, noisy, scale, self.k_groups).masked_fill(~real[:, None], 0.0).sum(0)
             per_row = selection_probability(inner, inner_noisy, inner_scale, self.k_experts)
@@ -133,13 +141,21 @@ class HierarchicalRouter(Router):
             group: Int64[R], R = k_groups * T, all first groups, then all second ones.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
+        weight = torch.cat([self.secondary_weight, self.secondary_noise_weight], dim=1).to(wide).transpose(1, 2)
+        if x.device.type == "cuda":
+            # A float32 product by groups would wait for their sizes; the gates of all groups are one small product.
+            with without_autocast(x.device):
+                every = (x.to(wide) @ weight.transpose(0, 1).flatten(1)).unflatten(1, (self.num_groups, -1))
+            return self._scaled(every[torch.arange(group.numel(), device=x.device) % max(x.shape[0], 1), group])
         order = group.argsort(stable=True)
         counts = torch.zeros(self.num_groups, dtype=torch.int64, device=x.device)
         counts = counts.index_add(0, group, torch.ones_like(group))
         rows = x.to(wide).index_select(0, order % max(x.shape[0], 1))
-        weight = torch.cat([self.secondary_weight, self.secondary_noise_weight], dim=1).to(wide).transpose(1, 2)
         with without_autocast(x.device):
             both = grouped_mm(rows, weight.contiguous(), counts)
-        both = both.index_select(0, order.argsort())
+        return self._scaled(both.index_select(0, order.argsort()))
+
+    def _scaled(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and noise scales apart."""
         scores, raw_scale = both.split(self.group_size, dim=1)
         return scores, F.softplus(raw_scale)

@@ -202,7 +202,15 @@ class LossFreeRouter(Router):
         weight = weight * self.scaling_factor
 
         wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), context.mask)
-        served = serve(expert, wanted, chosen, self.num_experts, self.capacity, training=self.training)
+        served = serve(
+            expert,
+            wanted,
+            chosen,
+            self.num_experts,
+            self.capacity,
+            training=self.training,
+            all_wanted=context.mask is None,
+        )
         probs = score / score.sum(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)
         losses = {}
         if self.balance is not None:

@@ -91,7 +91,15 @@ class NoisyTopKRouter(Router):
         top, expert = noisy.topk(self.k, dim=-1)
         weight = top.softmax(-1)
         wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), context.mask)
-        served = serve(expert, wanted, weight, self.num_experts, self.capacity, training=self.training)
+        served = serve(
+            expert,
+            wanted,
+            weight,
+            self.num_experts,
+            self.capacity,
+            training=self.training,
+            all_wanted=context.mask is None,
+        )
         if self.training:
             balance = load(clean, noisy, scale, self.k, context.mask)
         else:

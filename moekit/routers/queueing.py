@@ -21,16 +21,25 @@ class Served:
         kept: Bool[T, K], had room.
         capacity: slots per expert, or None = dropless.
         order: Int64[K * T], the order of service of the choice-major list; None = list order.
+        all_kept: whether it is known, without a look, that all have a place.
     """
 
     position: Tensor
     kept: Tensor
     capacity: int | None
     order: Tensor | None
+    all_kept: bool = False
 
 
 def serve(
-    expert: Tensor, wanted: Tensor, probs: Tensor, num_experts: int, capacity: Capacity, *, training: bool
+    expert: Tensor,
+    wanted: Tensor,
+    probs: Tensor,
+    num_experts: int,
+    capacity: Capacity,
+    *,
+    training: bool,
+    all_wanted: bool = False,
 ) -> Served:
     """Queue every wanted choice at its expert; all first choices stand before all second choices.
 
@@ -41,6 +50,7 @@ def serve(
         num_experts: E.
         capacity: slots and priority.
         training: random priority acts in training only.
+        all_wanted: whether `wanted` is known to be True throughout, as it is without padding.
     """
     t, k = expert.shape
     slots = capacity.slots(t, num_experts, k, training=training)
@@ -51,7 +61,8 @@ def serve(
     if slots is not None and capacity.group_size is not None and capacity.group_size < t:
         return _serve_groups(expert, wanted, num_experts, capacity, order, training=training)
     position = queue_positions(by_choice(expert), by_choice(wanted), num_experts, order).view(k, t).t()
-    return Served(position, wanted if slots is None else wanted & (position < slots), slots, order)
+    kept = wanted if slots is None else wanted & (position < slots)
+    return Served(position, kept, slots, order, all_wanted and slots is None)
 
 
 def _serve_groups(
@@ -115,6 +126,8 @@ def token_choices(
         num_tokens=t,
         num_experts=num_experts,
         capacity=served.capacity,
+        choices=k,
+        all_kept=served.all_kept,
     )
 
 
@@ -148,7 +161,9 @@ def routing_of_choices(
     """
     expert, weight = (value if value.ndim == 2 else value[:, None] for value in (expert, weight))
     wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), mask)
-    served = serve(expert, wanted, weight, num_experts, capacity or Capacity(), training=training)
+    served = serve(
+        expert, wanted, weight, num_experts, capacity or Capacity(), training=training, all_wanted=mask is None
+    )
     return token_choices(expert, weight, served, num_experts, losses, statistics)
 
 

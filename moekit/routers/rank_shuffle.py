@@ -60,7 +60,7 @@ class RankShuffle:
         sent = n // ranks + (place < n % ranks).to(torch.int64)
         got = torch.empty_like(sent, device=device)
         dist.all_to_all_single(got, sent.to(device), group=self.group)
-        sizes_out, sizes_in = sent.tolist(), got.tolist()
+        sizes_out, sizes_in = sent.tolist(), got.tolist()  # host read: the sizes of messages
 
         arrived = scores.new_empty(sum(sizes_in), scores.shape[1])
         dist.all_to_all_single(arrived, scores[order].contiguous(), sizes_in, sizes_out, group=self.group)

@@ -149,7 +149,7 @@ class ReLURouter(Router):
         if context.mask is not None:
             active = active & context.mask[:, None]
         if context.mask is None:
-            real = torch.tensor(float(x.shape[0]), dtype=score.dtype, device=x.device)
+            real = torch.full((), float(x.shape[0]), dtype=score.dtype, device=x.device)
         else:
             real = context.mask.sum().to(score.dtype)
         share = active.sum(0) / real.clamp_min(1)
@@ -157,7 +157,7 @@ class ReLURouter(Router):
             self.num_experts / self.k
         )
         coefficient = self.coefficient().to(score.dtype)
-        token, expert = active.nonzero().unbind(1)
+        token, expert = active.nonzero().unbind(1)  # host read: how many there are
         queued = torch.ones_like(token, dtype=torch.bool)
         return Routing(
             token=token,
@@ -173,6 +173,7 @@ class ReLURouter(Router):
             },
             num_tokens=x.shape[0],
             num_experts=self.num_experts,
+            all_kept=True,
         )
 
 

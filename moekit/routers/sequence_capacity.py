@@ -64,8 +64,8 @@ class SequenceCapacity:
         t, k = expert.shape
         chosen, queued = by_choice(expert), by_choice(wanted)
         apart = by_choice(expert + num_experts * sequence[:, None])
-        queues = num_experts * (int(sequence.max()) + 1) if t else num_experts
-        kept = queued & (queue_positions(apart, queued, queues) < self.limit)
+        # There are at most as many sequences as tokens; how many, only the device knows.
+        kept = queued & (queue_positions(apart, queued, num_experts * t) < self.limit)
         # The kept ones hold the first places of the whole batch's queue: dispatch relies on it.
         order = torch.argsort(~kept, stable=True)
         position = queue_positions(chosen, queued, num_experts, order)

@@ -99,6 +99,8 @@ class SinkhornRouter(Router):
         expert = scores.topk(self.k, dim=-1).indices
         weight = (probs if self.activation == "softmax" else logits.sigmoid()).gather(1, expert)
         wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), mask)
-        served = serve(expert, wanted, weight, self.num_experts, self.capacity, training=self.training)
+        served = serve(
+            expert, wanted, weight, self.num_experts, self.capacity, training=self.training, all_wanted=mask is None
+        )
         losses = {"router_z": router_z(logits, mask)}
         return token_choices(expert, weight, served, self.num_experts, losses, score_statistics(logits, probs, mask))

@@ -258,7 +258,16 @@ class TopKRouter(Router):
         if isinstance(self.capacity, SequenceCapacity):
             served = self.capacity.serve(expert, wanted, context.sequence, self.num_experts)
         else:
-            served = serve(expert, wanted, chosen, self.num_experts, self.capacity, training=self.training)
+            all_wanted = context.mask is None and (self.k == 1 or self.later_choices.sends_all(training=self.training))
+            served = serve(
+                expert,
+                wanted,
+                chosen,
+                self.num_experts,
+                self.capacity,
+                training=self.training,
+                all_wanted=all_wanted,
+            )
         tried = expert
         if self.overflow is not None:
             expert, served = self.overflow(expert, wanted, likely, served)

@@ -115,6 +115,14 @@ def check_routing(routing: Routing, context: RoutingContext | None = None, *, wh
     for name, end in (("token", routing.num_tokens), ("expert", routing.num_experts)):
         ids = getattr(routing, name)
         rule(((ids >= 0) & (ids < end)).all(), f"{what}: {name} must be in 0..{end - 1}.")
+    if routing.all_kept:
+        rule(routing.kept.all(), f"{what}: all_kept says that all are kept, and {int((~routing.kept).sum())} are not.")
+    if routing.choices is not None:
+        in_turn = torch.arange(routing.num_tokens, device=routing.token.device).repeat(routing.choices)
+        rule(
+            torch.equal(routing.token, in_turn),
+            f"{what}: choices={routing.choices} says that the list is choice-major: token must be 0..T-1 over again.",
+        )
     weight = routing.weight.detach()[routing.kept]
     rule((weight.isfinite() & (weight >= 0)).all(), f"{what}: kept weights must be finite and not negative.")
     rule((routing.position >= -1).all(), f"{what}: positions start at 0; -1 means never queued.")

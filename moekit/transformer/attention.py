@@ -64,6 +64,8 @@ def plan_attention(
     # Under autocast queries are in the lower precision, and so must be what is added to their products.
     kind = x.device.type
     bias = bias.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+    # Heads stood innermost in the table. Copied once, or the attention kernel of a GPU copies it in every layer.
+    bias = bias.contiguous()
     return AttentionPlan(bias if visible is None else bias.masked_fill(~visible, -torch.inf), False, rotation)
 
 

@@ -106,7 +106,7 @@ def make(tokenizer: Tokenizer) -> Batch:
 def test_a_batch_is_a_pytree_of_its_tensors(tokenizer: Tokenizer) -> None:
     batch = make(tokenizer)
     leaves, _ = _pytree.tree_flatten({"translation": batch})
-    assert sum(isinstance(leaf, torch.Tensor) for leaf in leaves) == 6
+    assert sum(isinstance(leaf, torch.Tensor) for leaf in leaves) == 7
     again = _pytree.tree_map_only(torch.Tensor, lambda tensor: tensor * 2, {"translation": batch})["translation"]
     assert (again.task, again.direction, again.labels) == ("translation", "aa-bb", None)
     assert torch.equal(again.source, batch.source * 2)

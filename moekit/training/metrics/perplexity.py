@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from moekit.training.metrics.wide import WideMetric
 
 
-class TokenPerplexity(Metric):
+class TokenPerplexity(WideMetric):
     """exp(sum of negative log-likelihoods / number of tokens) for each task.
 
     Unlike a mean of batch means, it does not depend on how tokens were batched or spread over processes.

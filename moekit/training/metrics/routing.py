@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from moekit.routing import Routing, routing_stats
+from moekit.training.metrics.wide import WideMetric
 
 DEAD_SHARE = 0.01
 """An expert is dead if it gets less than this part of an even share (1 / num_experts) of all assignments."""
 
 
-class RoutingStatistics(Metric):
+class RoutingStatistics(WideMetric):
     """Statistics of every MoE layer over all batches and processes, from `Routing` objects.
 
     Load counts assignments that asked for an expert, dropped ones included; padding is never counted.

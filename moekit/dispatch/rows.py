@@ -1,0 +1,40 @@
+"""Rows of tokens: taken for their assignments, and added up again, in an order that does not change between runs.
+
+CUDA's scattered addition adds in any order. Of two summands that makes no difference; of three and more the last bits
+change from run to run, and a resumed run is no longer the one that was interrupted. There a form is taken that sorts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def take(x: Tensor, index: Tensor, choices: int | None) -> Tensor:
+    """Rows `index` Int64[R] of ``x`` Float[T, D]; their gradients are added up in a fixed order.
+
+    Args:
+        x: Float[T, D].
+        index: Int64[R], each row at most `choices` times.
+        choices: K; None = any number.
+    """
+    return x[index] if _must_sort(x, choices) else x.index_select(0, index)  # the backward of an index sorts
+
+
+def add(rows: Tensor, index: Tensor, size: int, choices: int | None) -> Tensor:
+    """Float[size, D]: the sum of the rows of each index, in a fixed order.
+
+    Args:
+        rows: Float[R, D].
+        index: Int64[R], in 0..size-1, each at most `choices` times.
+        size: T.
+        choices: K; None = any number.
+    """
+    out = torch.zeros(size, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    if _must_sort(rows, choices):
+        return out.index_put((index,), rows, accumulate=True)
+    return out.index_add(0, index, rows)
+
+
+def _must_sort(rows: Tensor, choices: int | None) -> bool:
+    return rows.device.type == "cuda" and (choices is None or choices > 2)

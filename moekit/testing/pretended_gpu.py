@@ -1,0 +1,389 @@
+"""A GPU that is not there: tensors that say ``cuda:0`` and compute on the CPU, so that device faults show anywhere.
+
+    with pretended_gpu() as gpu:
+        layer.to("cuda")
+        with gpu.watch() as waits:
+            layer(torch.randn(5, 16, device="cuda")).hidden.sum().backward()
+    assert not waits, waits
+
+Inside, whatever meets a tensor of the CPU raises `DeviceMixError`, as on a GPU; every place where a host would wait
+for a GPU is written down by file and line (`Wait`); and `torch.nn.functional.grouped_mm` is held against torch's own
+checks of what the CUDA kernel takes. Results are those of the CPU, so that both can be compared.
+
+What it cannot see: speed, memory, races, kernels. The meta device cannot be used inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from moekit.testing.grouped_kernel import grouped_mm_as_kernel
+
+_CUDA, _CPU = torch.device("cuda:0"), torch.device("cpu")
+# Operators whose CUDA form reads from the device: sizes of results, or a check of values.
+_READING = {
+    f"aten.{name}"
+    for name in (
+        *(
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "equal",
+            "is_nonzero",
+            "unique_dim",
+            "_unique",
+            "_unique2",
+        ),
+        *("unique_consecutive", "bincount", "multinomial"),
+    )
+}
+_INDEXING = {f"aten.{name}" for name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")}
+# Operators that refuse even a scalar of the CPU beside tensors of a GPU.
+_STRICT = {
+    f"aten.{name}"
+    for name in (
+        "index_add",
+        "index_add_",
+        "scatter",
+        "scatter_",
+        "gather",
+        "index_select",
+        "stack",
+        "cat",
+        "embedding",
+    )
+}
+
+
+class DeviceMixError(RuntimeError):
+    """Tensors of the GPU and of the CPU met in one operator."""
+
+
+class Wait(NamedTuple):
+    """A place where the host waits for the device.
+
+    Attributes:
+        file: below the package, for example ``dispatch/packed.py``.
+        line: its number there.
+        what: the operator, or the direction of a copy.
+    """
+
+    file: str
+    line: int
+    what: str
+
+    @property
+    def source(self) -> str:
+        """The line's text."""
+        return linecache.getline(str(_PACKAGE + self.file), self.line).strip()
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} ({self.what}): {self.source}"
+
+
+class PretendedGPU:
+    """What a test sees of the device; made by `pretended_gpu`."""
+
+    def __init__(self) -> None:
+        self._waits: list[Counter[Wait]] = []
+        self.cases = 0
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Counter[Wait]]:
+        """Count the places at which the host waits, meanwhile."""
+        waits: Counter[Wait] = Counter()
+        self._waits.append(waits)
+        self.cases += 1
+        try:
+            yield waits
+        finally:
+            self._waits.remove(waits)
+
+    def waited(self, what: str) -> None:
+        """Write a wait down, at the innermost line of the package (else of Lightning or torchmetrics)."""
+        if self._waits:
+            place = Wait(*_place(), what)
+            for waits in self._waits:
+                waits[place] += 1
+
+
+_PACKAGE = __file__.rpartition("testing")[0]
+_CURRENT: list[PretendedGPU] = []
+
+
+def _place() -> tuple[str, int]:
+    frame, other = sys._getframe(1), ("?", 0)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(_PACKAGE) and "/testing/" not in name:
+            return name.removeprefix(_PACKAGE), frame.f_lineno
+        if other == ("?", 0) and ("/lightning/" in name or "/torchmetrics/" in name):
+            other = (name.rpartition("site-packages/")[2], frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return other
+
+
+class _OnGPU(torch.Tensor):
+    """Says ``cuda:0``; `raw` holds the numbers.
+
+    To autograd it is a meta tensor with CUDA's dispatch keys: its engine wants a thread for every other device, which
+    a build without CUDA has none of, and autocast goes by the keys.
+    """
+
+    raw: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, raw: Tensor) -> _OnGPU:
+        with _disable_current_modes(), torch.inference_mode(False):
+            start = raw.storage_offset()
+            last = sum((size - 1) * step for size, step in zip(raw.shape, raw.stride(), strict=True)) + 1
+            room = torch.empty(start + max(last, 0), dtype=raw.dtype, device="meta")
+            shape = room.as_strided(raw.shape, raw.stride(), start)
+            made: _OnGPU = torch.Tensor._make_subclass(cls, shape, False, device_for_backend_keys=_CUDA)
+        made.raw = raw
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return _CUDA
+
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+    is_meta = property(lambda self: False)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"on cuda:0: {self.raw!r}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copied = _OnGPU(self.raw.clone())
+        result = torch.nn.Parameter(copied, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copied
+        memo[id(self)] = result
+        return result
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item() if self.dim() == 0 else repr(self), spec)
+
+    def tolist(self) -> Any:
+        _now().waited("tolist")
+        return self.raw.tolist()
+
+    def numpy(self, **_: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _run(func, args, dict(kwargs or {}))
+
+
+def _to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`Tensor.to`: torch's own asks the driver for the number of a device without one."""
+    first = args[0] if args else kwargs.get("other")
+    if isinstance(first, Tensor):
+        device, dtype, non_blocking = first.device, first.dtype, kwargs.get("non_blocking", False)
+    else:
+        parsed = {name: value for name, value in kwargs.items() if name != "copy"}
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **parsed)
+    here = isinstance(self, _OnGPU)
+    there = here if device is None else _is_gpu(device)
+    if not here and not there:
+        return _TO(self, *args, **kwargs)
+    if here and there and not kwargs.get("copy", False) and dtype in (None, self.dtype):
+        return self
+    copy: Tensor = torch.ops.aten._to_copy(
+        self, dtype=dtype, device=_CUDA if there else device, non_blocking=non_blocking
+    )
+    return copy
+
+
+def _cuda(self: Tensor, device: Any = None, non_blocking: bool = False, **_: Any) -> Tensor:
+    return _to(self, _CUDA, non_blocking=non_blocking)
+
+
+_TO = torch.Tensor.to
+
+
+class _Mode(TorchDispatchMode):
+    """Sees what has no tensor of the GPU among its arguments: new tensors, copies to the device."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _run(func, args, dict(kwargs or {}))
+
+
+def _now() -> PretendedGPU:
+    if not _CURRENT:
+        raise RuntimeError("A tensor of the pretended GPU is used after the end of pretended_gpu().")
+    return _CURRENT[-1]
+
+
+def _is_gpu(device: Any) -> bool:
+    # What C++ makes beside a tensor of ours is asked for on the meta device.
+    return device is not None and torch.device(device).type in ("cuda", "meta")
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    gpu = _now()
+    name = func._schema.name.replace("::", ".")
+    leaves, spec = tree_flatten((args, kwargs))
+    ours = [leaf for leaf in leaves if isinstance(leaf, _OnGPU)]
+    if name == "aten._to_copy":
+        return _copied(gpu, func, args[0], kwargs)
+    if name == "aten.copy_":
+        return _written(gpu, args[0], args[1], kwargs.get("non_blocking", len(args) > 2 and args[2]))
+    device = kwargs.get("device")
+    if not ours and not _is_gpu(device):
+        return func(*args, **kwargs)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        with _Mode():  # whole in inference mode; elsewhere its parts arrive by themselves
+            return func.decompose(*args, **kwargs)
+    if name.startswith("moekit.") and ours:
+        with _Mode():  # the operator's own code is seen line by line
+            return OPDEFS[name.replace(".", "::")]._init_fn(*args, **kwargs)
+    _check_devices(gpu, name, args, leaves, bool(ours))
+    if name in _READING or (name == "aten.repeat_interleave" and kwargs.get("output_size") is None):
+        gpu.waited(name)
+    raw = [
+        leaf.raw if isinstance(leaf, _OnGPU) else _CPU if isinstance(leaf, torch.device) else leaf for leaf in leaves
+    ]
+    raw_args, raw_kwargs = tree_unflatten(raw, spec)
+    if "pin_memory" in raw_kwargs:
+        raw_kwargs["pin_memory"] = False
+    with _disable_current_modes():
+        if name == "aten._grouped_mm":
+            result = grouped_mm_as_kernel(*raw_args, **raw_kwargs)
+        else:
+            result = func(*raw_args, **raw_kwargs)
+    same = {id(leaf.raw): leaf for leaf in ours}
+    on_gpu = bool(ours) if device is None else _is_gpu(device)
+    flat, out = tree_flatten(result)
+    for place, leaf in enumerate(flat):
+        if isinstance(leaf, Tensor):
+            flat[place] = same[id(leaf)] if id(leaf) in same else _OnGPU(leaf) if on_gpu else leaf
+    return tree_unflatten(flat, out)
+
+
+def _plain(leaf: Any) -> Any:
+    """What the CPU's operator is given."""
+    if isinstance(leaf, torch.device):
+        return _CPU
+    return leaf.raw if isinstance(leaf, _OnGPU) else leaf
+
+
+def _check_devices(gpu: PretendedGPU, name: str, args: tuple[Any, ...], leaves: Sequence[Any], ours: bool) -> None:
+    """Refuse what CUDA refuses, and note indexing that waits."""
+    strangers = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, _OnGPU)]
+    indexing = name in _INDEXING
+    if ours and strangers:
+        shapes = [tuple(stranger.shape) for stranger in strangers]
+        if indexing and isinstance(args[0], _OnGPU):
+            gpu.waited(f"{name} with an index on the CPU")
+        elif any(shape for shape in shapes) or name in _STRICT:
+            file, line = _place()
+            raise DeviceMixError(f"{name}: tensors on cuda:0, and on the CPU of shapes {shapes}, at {file}:{line}.")
+    if indexing and any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
+        gpu.waited(f"{name} by a mask")
+
+
+def _copied(gpu: PretendedGPU, func: Any, source: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """A tensor in another type or on another device."""
+    device = kwargs.pop("device", None)
+    to_gpu = isinstance(source, _OnGPU) if device is None else _is_gpu(device)
+    _note_copy(gpu, isinstance(source, _OnGPU), to_gpu, source, kwargs.get("non_blocking", False))
+    kwargs.pop("pin_memory", None)
+    raw = source.raw if isinstance(source, _OnGPU) else source
+    with _disable_current_modes():
+        result = func(raw, **kwargs)
+    return _OnGPU(result) if to_gpu else result
+
+
+def _written(gpu: PretendedGPU, target: Tensor, source: Tensor, non_blocking: bool) -> Tensor:
+    _note_copy(gpu, isinstance(source, _OnGPU), isinstance(target, _OnGPU), source, non_blocking)
+    with _disable_current_modes():
+        to = target.raw if isinstance(target, _OnGPU) else target
+        to.copy_(source.raw if isinstance(source, _OnGPU) else source)
+    return target
+
+
+def _note_copy(gpu: PretendedGPU, from_gpu: bool, to_gpu: bool, source: Tensor, non_blocking: bool) -> None:
+    """Only a copy to the device from pinned memory, that is told not to, does not wait."""
+    if from_gpu and not to_gpu:
+        gpu.waited("copy to the host")
+    elif to_gpu and not from_gpu and not (non_blocking and getattr(source, "_pinned", False)):
+        gpu.waited("copy to the device")
+
+
+@contextlib.contextmanager
+def pretended_gpu(*, capability: tuple[int, int] = (9, 0)) -> Iterator[PretendedGPU]:
+    """A GPU ``cuda:0`` inside of the block.
+
+    Args:
+        capability: of the device: (9, 0) has torch's fast grouped product of bf16, (8, 0) has not.
+
+    Tensors and modules come to it as to a real one: ``.to("cuda")``, ``device="cuda"``.
+    """
+    gpu = PretendedGPU()
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    with contextlib.ExitStack() as stack:
+        for target, name, value in (
+            (torch.cuda, "_lazy_init", lambda: None),
+            (torch.cuda, "is_available", lambda: True),
+            (torch.cuda, "device_count", lambda: 1),
+            (torch.cuda, "current_device", lambda: 0),
+            (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+            (torch.cuda, "get_device_capability", lambda *_: capability),
+            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+            (torch, "tensor", _making(torch.tensor)),
+            (torch, "as_tensor", _making(torch.as_tensor)),
+            (torch, "Generator", lambda device="cpu": _GENERATOR(_CPU if _is_gpu(device) else device)),
+            (torch.Tensor, "to", _to),
+            (torch.Tensor, "cuda", _cuda),
+            (torch.Tensor, "pin_memory", _pinned),
+            (torch.Tensor, "is_pinned", lambda self, *_: getattr(self, "_pinned", False)),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)
+        _CURRENT.append(gpu)
+        stack.callback(_CURRENT.remove, gpu)
+        stack.enter_context(_Mode())
+        yield gpu
+
+
+_GENERATOR = torch.Generator
+
+
+def _making(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.tensor` and `torch.as_tensor`: numbers of the host come to the device by a copy."""
+
+    def make(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+        device = kwargs.pop("device", None)
+        if device is None or not _is_gpu(device):
+            return original(data, *args, **kwargs) if device is None else original(data, *args, device=device, **kwargs)
+        if isinstance(data, _OnGPU):
+            return data.to(kwargs.get("dtype") or data.dtype)
+        made = original(data, *args, **kwargs)
+        return made.to(_CUDA)
+
+    return make
+
+
+def _pinned(self: Tensor, *_: Any) -> Tensor:
+    copy = self.detach().clone()
+    copy._pinned = True  # type: ignore[attr-defined]
+    return copy

@@ -1,0 +1,169 @@
+"""Generation on a GPU: the CPU's texts, and the host looks once in eight tokens."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from devices import EVERY, explained, gpu
+from torch import Tensor, nn
+
+from moekit import experts, routers
+from moekit.inference import (
+    BeamSearch,
+    ExpertsOnDemand,
+    Greedy,
+    LengthLimit,
+    Sampling,
+    complete,
+    generate,
+    load_on_demand,
+)
+from moekit.layer import MoELayer
+from moekit.recipes import _generation
+from moekit.testing import seeded
+from moekit.transformer import (
+    DecoderOnly,
+    EncoderDecoder,
+    Positions,
+    RelativePositions,
+    RotaryPositions,
+    SplitSinusoidalPositions,
+    every_other,
+)
+
+VOCAB, DIM, NEW = 23, 16, 24
+SEARCHES = {
+    "greedy": Greedy(),
+    "sampling": Sampling(samples=2, top_k=5, seed=1),
+    "nucleus": Sampling(top_p=0.8, seed=1),
+    "beam": BeamSearch(3, num_return=2),
+    "beam of one": BeamSearch(1),
+}
+POSITIONS: dict[str, Any] = {
+    "none": Positions,
+    "relative": lambda: RelativePositions(4),
+    "rotary": RotaryPositions,
+    "sinusoidal": SplitSinusoidalPositions,
+}
+
+
+def sparse(layer: int, side: str) -> nn.Module:
+    return MoELayer(routers.st_moe(DIM, 4), experts.GroupedMLP(4, DIM, 24))
+
+
+class Ends:
+    """Makes the end likelier, or texts of untrained models would all be cut at the limit."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = super().logits(hidden)  # type: ignore[misc]
+        return logits + 2.0 * (torch.arange(VOCAB, device=logits.device) == 2)
+
+
+class Translator(Ends, EncoderDecoder):
+    pass
+
+
+class Language(Ends, DecoderOnly):
+    pass
+
+
+def model(kind: str, positions: str) -> Any:
+    with seeded(0):
+        feed = every_other(sparse)
+        place = POSITIONS[positions]()
+        if kind == "translator":
+            made: Any = Translator(VOCAB, DIM, 4, 2, 2, 24, feed_forward=feed, positions=place)
+        else:
+            made = Language(VOCAB, DIM, 4, 2, 24, feed_forward=feed, positions=place)
+        for name, weight in made.named_parameters():
+            if weight.dim() > 1 and "embedding" not in name:
+                weight.data.mul_(3.0)
+    return made
+
+
+def write(kind: str, made: Any, search: Any, device: str) -> Any:
+    generator = torch.Generator().manual_seed(1) if device == "cpu" else _cpu_generator()
+    ids = torch.randint(3, VOCAB, (6, 5), generator=generator, device="cpu")
+    mask = torch.arange(5, device="cpu") < torch.tensor([5, 2, 4, 1, 3, 5], device="cpu")[:, None]
+    ids = ids.masked_fill(~mask, 0)
+    if device != "cpu":
+        ids, mask = ids.to(device), mask.to(device)
+    if kind == "translator":
+        return lambda: generate(made, ids, mask, search=search, limit=LengthLimit(NEW - 15, 3.0))
+    return lambda: complete(made, ids, mask, search=search, max_new_tokens=NEW)
+
+
+def _cpu_generator() -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(1)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["translator", "language"])
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_same_texts_and_few_waits(name: str, kind: str, dtype: torch.dtype, device: str) -> None:
+    compare(name, kind, list(POSITIONS)[len(name) % len(POSITIONS)], dtype, device)
+
+
+@EVERY
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_positions(positions: str, device: str) -> None:
+    compare("greedy", "language", positions, torch.float32, device)
+
+
+def compare(name: str, kind: str, positions: str, dtype: torch.dtype, device: str) -> None:
+    """Texts of both devices; in float32 they must be the same."""
+    made, search = model(kind, positions), SEARCHES[name]
+    with gpu(device) as found:
+        there = copy.deepcopy(made).to(dtype).to("cuda")
+        run = write(kind, there, search, "cuda")
+        with found.watch() as waits:
+            got = run()
+        assert got.ids.is_cuda
+        got = torch.utils._pytree.tree_map(lambda leaf: leaf.cpu(), got)
+    if dtype == torch.float32:
+        wanted = write(kind, made, search, "cpu")()
+        assert torch.equal(got.ids, wanted.ids)
+        assert torch.equal(got.lengths, wanted.lengths)
+        assert torch.equal(got.ended, wanted.ended)
+        torch.testing.assert_close(got.scores, wanted.scores, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got.token_scores, wanted.token_scores, rtol=1e-4, atol=1e-4)
+        assert kind == "language" or len(set(wanted.lengths.flatten().tolist())) > 2
+    explained(waits)
+    steps = got.ids.shape[-1] + 5
+    # Beside the looks: what is given, the longest text, and of prompts and sources what their masks hold.
+    assert sum(waits.values()) <= steps // 8 + 5, list(map(str, waits.items()))
+
+
+@EVERY
+def test_experts_on_demand_come_to_the_gpu(tmp_path: Path, device: str) -> None:
+    with seeded(0):
+        layer = sparse(0, "encoder").eval()
+    torch.save({"state_dict": layer.state_dict()}, tmp_path / "last.ckpt")
+    x = torch.randn(9, DIM)
+    wanted = layer(x).hidden.detach()
+    with torch.device("meta"):
+        small = sparse(0, "encoder")
+    small = load_on_demand(small, tmp_path / "last.ckpt", resident=2)
+    with gpu(device), torch.inference_mode():
+        there = small.to("cuda")
+        got = there(x.to("cuda")).hidden
+        assert got.is_cuda
+        bank = there.experts
+        assert isinstance(bank, ExpertsOnDemand)
+        assert bank.held
+        assert {tensor.device.type for held in bank._held.values() for tensor in held.values()} == {"cuda"}
+        torch.testing.assert_close(got.cpu().clone(), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(small.to("cpu")(x).hidden.detach(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_generate_goes_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = nn.Linear(2, 2)
+    with gpu():
+        assert _generation.to_gpu(made, "auto").weight.is_cuda
+        assert _generation.to_gpu(made.to("cpu"), "cpu").weight.device.type == "cpu"
+    assert _generation.to_gpu(nn.Linear(2, 2), "auto").weight.device.type == "cpu"
