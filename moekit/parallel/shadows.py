@@ -14,6 +14,7 @@ Source: arXiv:1910.02054 section 5.1 (stage 1); arXiv:2101.06840 section 3 (offl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,12 @@ def original(parameter: Tensor) -> Tensor:
     return found
 
 
+@contextmanager
+def shown(*optimizers: Optimizer) -> Iterator[None]:
+    """Optimizers as they are while they step: to load state that is laid out as they keep it."""
+    yield  # as they always are
+
+
 @dataclass
 class _Shadow:
     """One parameter and what the optimizer sees of it.
@@ -44,7 +51,7 @@ class _Shadow:
         tensor: the optimizer's.
         dimension: along which ranks hold different slices, or None.
         group: those ranks.
-        seen: storage and version of the weights when a copy was last equal to them.
+        seen: the weights' storage and versions (see `_mark`) when a copy was last equal to them.
         taken: the gradient that was copied last, and its version then.
     """
 
@@ -52,7 +59,7 @@ class _Shadow:
     tensor: nn.Parameter
     dimension: int | None
     group: dist.ProcessGroup | None
-    seen: tuple[int, int] | None = None
+    seen: tuple[int, int, int] | None = None
     taken: tuple[Tensor, int] | None = None
 
     def slice_of(self, whole: Tensor) -> Tensor:
@@ -164,10 +171,9 @@ class Shadows:
 
     def _refresh(self, shadow: _Shadow) -> None:
         weights, held = _local(shadow.parameter), _local(shadow.tensor)
-        mark = (weights.data_ptr(), weights._version)
-        if self.device is not None and shadow.seen != mark:
+        if self.device is not None and shadow.seen != _mark(shadow.parameter):
             held.copy_(shadow.slice_of(weights))
-            shadow.seen = mark
+            shadow.seen = _mark(shadow.parameter)
         elif self.device is None and held.data_ptr() != shadow.slice_of(weights).data_ptr():
             shadow.tensor._local_tensor = shadow.slice_of(weights)  # type: ignore[attr-defined]
 
@@ -180,8 +186,7 @@ class Shadows:
         for bucket in self._buckets():
             _gather(bucket)
         for shadow in self.shadows:
-            weights = _local(shadow.parameter)
-            shadow.seen = (weights.data_ptr(), weights._version)
+            shadow.seen = _mark(shadow.parameter)
 
     def _buckets(self) -> Iterator[list[_Shadow]]:
         """Divided shadows of one group and type, not too many at once, in an order that all ranks share."""
@@ -204,6 +209,12 @@ class Shadows:
 def _local(parameter: Tensor) -> Tensor:
     assert isinstance(parameter, DTensor)
     return parameter._local_tensor
+
+
+def _mark(parameter: Tensor) -> tuple[int, int, int]:
+    """What changes when weights are written to: writing through the parameter does not count at its local tensor."""
+    local = _local(parameter)
+    return local.data_ptr(), local._version, parameter._version
 
 
 def _slice(parameter: DTensor, at: int) -> tuple[int | None, Placement]:

@@ -210,6 +210,7 @@ class ExpertParallelStrategy(ShardedCheckpointStrategy, SteppingStrategy):
                 "ExpertParallelStrategy divides a model with fully_shard: got modules wrapped in "
                 "FullyShardedDataParallel. Remove the wrapping."
             )
+        self.check_trainer(trainer)
         self._divide_model()
         self._divide_averages(trainer)
         self._keep_in_step()
