@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -100,6 +100,9 @@ def parallelize(
             `moekit.transformer.materialize_modules` does. Each block is divided before the next one is drawn, so that
             no rank ever holds the whole model.
 
+    The model's state dict is divided too, and `copy.deepcopy` refuses it: `moekit.parallel.gather_state_dict` gives a
+    whole one, which a model that is not parallelized loads.
+
     Raises:
         UserError: before anything is sent, if the model does not fit the layout.
     """
@@ -127,7 +130,15 @@ def parallelize(
     divided = (*theirs, *(unit.module for unit in units))
     result = ShardedModel(model, meshes, plan, tuple(found), divided, _replaced(model, before))  # type: ignore[arg-type]
     model.__dict__[_HANDLE] = result
+    model.__dict__["__deepcopy__"] = _refuse_to_copy
     return result
+
+
+def _refuse_to_copy(memo: Any) -> NoReturn:
+    raise TypeError(
+        "a model that is divided over processes cannot be copied by deepcopy: build another one, and load "
+        "moekit.parallel.gather_state_dict(model) into it, which all processes call together."
+    )
 
 
 def sharded(model: nn.Module) -> ShardedModel | None:

@@ -44,7 +44,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left_over in path.parent.glob(f".{path.name}.*.tmp"):
-            left_over.unlink(missing_ok=True)
+            if not left_over.is_dir():  # of a sharded checkpoint of that name
+                left_over.unlink(missing_ok=True)
         with temporary.open("wb") as file:
             yield file
             file.flush()

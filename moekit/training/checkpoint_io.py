@@ -12,13 +12,16 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from moekit.errors import UserError
+from moekit.parallel.checkpoint import is_checkpoint, remove_checkpoint
 from moekit.training.atomic import replacing
+from moekit.training.whole_checkpoint import whole_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it; reads with ``weights_only=True`` unless told otherwise.
 
-    Give it to a Trainer as ``plugins=[AtomicCheckpointIO()]``. Local files only.
+    Give it to a Trainer as ``plugins=[AtomicCheckpointIO()]``. Local files only. It also reads the folders of
+    `ExpertParallelStrategy`, and a file replaces one in its place.
 
     Differs: Lightning 2.6 writes to the system's temporary folder and moves the file. Where that folder is on another
     file system the move is a copy, and a process killed in the middle leaves a torn file in the place of the old
@@ -28,15 +31,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Write `checkpoint`; a former file at `path` stays whole until the new one is.
+        """Write `checkpoint`; a former one at `path` stays whole until the new one is.
 
         Raises:
-            UserError: full disk, read-only folder and the like.
+            UserError: a URL, full disk, read-only folder and the like.
         """
         if storage_options is not None:
             raise TypeError("AtomicCheckpointIO takes no storage_options.")
-        with replacing(Path(path)) as file:
+        place = Path(local_path(path))
+        with replacing(place) as file:
             torch.save(checkpoint, file)
+            if is_checkpoint(place):  # a file cannot be moved over a folder
+                remove_checkpoint(place)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any | None = None, weights_only: bool | None = None
@@ -46,7 +52,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: no such file, a broken one, or one that holds more than plain data and tensors.
         """
+        if is_checkpoint(local_path(path)):
+            return whole_checkpoint(path)
         return load_checkpoint(path, map_location or "cpu", weights_only=weights_only is not False)
+
+
+def local_path(path: str | os.PathLike[str]) -> str:
+    """A path of this machine's file systems; a ``file://`` URL becomes one.
+
+    Raises:
+        UserError: for any other URL.
+    """
+    text = os.fspath(path).removeprefix("file://")
+    if "://" in text:
+        raise UserError(
+            f"checkpoints must be on a file system of this machine, which all processes share: got {text}. Mount it, "
+            "or copy checkpoints there when they are written."
+        )
+    return text
 
 
 def load_checkpoint(
@@ -66,7 +89,8 @@ def load_checkpoint(
     except pickle.UnpicklingError as error:
         raise UserError(
             f"The checkpoint {path} must hold tensors and plain data only: {_first_line(error)} It was "
-            "perhaps made by another program; nothing in it has been executed."
+            "perhaps made by another program; nothing in it has been executed. If you trust it, read it once with "
+            "torch.load(path, weights_only=False), replace such objects, and save it anew."
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
         raise UserError(

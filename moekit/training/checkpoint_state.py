@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moekit.errors import UserError
-from moekit.parallel.checkpoint import is_checkpoint, read_extra
+from moekit.parallel.checkpoint import is_checkpoint
 from moekit.parallel.checkpoint.index import read_index
 from moekit.parallel.checkpoint.reader import tensors_of
 from moekit.training.checkpoint_io import load_checkpoint
+from moekit.training.whole_checkpoint import rest_of, weights_of
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,13 @@ def load_state(path: str | os.PathLike[str]) -> LoadedState:
 
 def _sharded(folder: Path) -> LoadedState:
     index = read_index(folder)
-    of_model = {name: name.partition("/")[2] for name in index.entries if name.startswith("model/")}
-    weights = dict(tensors_of(folder, index, of_model))
+    weights = {name: value for name, value in weights_of(folder).items() if isinstance(value, Tensor)}
     slots: dict[str, dict[str, Any]] = {}
     of_optimizer = {name: name for name in index.entries if name.startswith("optimizer/0/")}
     for name, tensor in tensors_of(folder, index, of_optimizer):
         _, _, parameter, slot = name.split("/")
         slots.setdefault(parameter, {})[slot] = tensor
-    return LoadedState(folder, weights, named_optimizer=slots or None, rest=_rest_of_sharded(folder))
+    return LoadedState(folder, weights, named_optimizer=slots or None, rest=rest_of(folder))
 
 
 def load_rest(path: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -81,15 +81,9 @@ def load_rest(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """
     place = Path(path)
     if is_checkpoint(place):
-        return _rest_of_sharded(place)
+        return rest_of(place)
     checkpoint = load_checkpoint(place, mmap=True)
     return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-
-
-def _rest_of_sharded(folder: Path) -> Mapping[str, Any]:
-    extra = read_extra(folder)
-    found: Mapping[str, Any] = extra.get("checkpoint", {}) if isinstance(extra, Mapping) else {}
-    return found
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

@@ -208,6 +208,7 @@ class ExpertParallelStrategy(OptimizingStrategy):
                 "FullyShardedDataParallel. Remove the wrapping."
             )
         check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
+        self.check_trainer(trainer)
         self._divide_model()
         self._keep_in_step()
         assert self.sharded is not None

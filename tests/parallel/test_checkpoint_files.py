@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -21,6 +22,7 @@ from moekit.parallel import (
     Checkpointer,
     consolidate,
     export_safetensors,
+    gather_state_dict,
     import_safetensors,
     is_checkpoint,
     remove_checkpoint,
@@ -190,6 +192,63 @@ def test_a_file_in_its_place(tmp_path: Path) -> None:
     net, _ = trained()
     with pytest.raises(UserError, match="a file is in the place of the checkpoint folder"):
         Checkpointer().save(tmp_path / "last", net)
+    torch.save({"weight": torch.ones(2)}, tmp_path / "last")  # as plain Lightning does
+    Checkpointer().save(tmp_path / "last", net, extra=1)
+    assert Checkpointer().load(tmp_path / "last", net) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last"]
+
+
+def test_an_index_says_what_it_is(saved: Path) -> None:
+    """Whoever is told that a checkpoint is a directory looks into it."""
+    assert "consolidate_checkpoint(folder, file)" in json.loads((saved / "index.json").read_text())["about"]
+
+
+class Shared(nn.Module):
+    """One table and one mask under two names each, and a slice of a tensor that is larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.table.weight
+        self.first, self.second = nn.Module(), nn.Module()
+        mask = torch.arange(4.0)
+        self.first.register_buffer("mask", mask)
+        self.second.register_buffer("mask", mask)
+        self.register_buffer("part", torch.arange(10.0)[:3])
+
+
+def test_shared_tensors(tmp_path: Path) -> None:
+    """Saved once, and in files under each of their names; edited copies are saved apart."""
+    torch.manual_seed(1)
+    model, other = Shared(), Shared()
+    Checkpointer().save(tmp_path / "last", model)
+    entries = json.loads((tmp_path / "last" / "index.json").read_text())["tensors"]
+    assert sorted(entries) == ["model/first.mask", "model/part", "model/table.weight"]
+    Checkpointer().load(tmp_path / "last", other)
+    assert torch.equal(other.head.weight, model.head.weight)
+    assert other.head.weight is other.table.weight
+    consolidate(tmp_path / "last", tmp_path / "a.safetensors")
+    export_safetensors(model, tmp_path / "b.safetensors")
+    for name in ("a", "b"):
+        state = load_file(tmp_path / f"{name}.safetensors")
+        plain = Shared()
+        plain.load_state_dict(state)
+        assert torch.equal(plain.table.weight, model.table.weight)
+        import_safetensors(tmp_path / f"{name}.safetensors", Shared())
+    apart = {**model.state_dict(), "head.weight": model.table.weight.detach() + 1}
+    Checkpointer().save(tmp_path / "apart", model, state=apart)
+    assert torch.equal(Checkpointer().read(tmp_path / "apart", model).state["head.weight"], apart["head.weight"])
+    with pytest.raises(UserError, match=r"has table\.weight and head\.weight apart, which are one tensor here"):
+        Checkpointer().load(tmp_path / "apart", model)
+
+
+def test_a_whole_state_dict() -> None:
+    net, _ = trained()
+    found = gather_state_dict(net)
+    assert found.keys() == net.state_dict().keys()
+    with torch.no_grad():
+        net.scale.add_(1)
+    assert float(net.scale - found["scale"]) == pytest.approx(1.0)  # which is a copy
 
 
 # -- one file -------------------------------------------------------------------------------------------------------
@@ -201,8 +260,12 @@ def test_single_file(saved: Path) -> None:
     export_safetensors(net, first)
     consolidate(saved, second)
     a, b = load_file(first), load_file(second)
-    assert set(a) == set(b) == {name for name in net.state_dict() if name not in ("head.weight", "_extra_state")}
+    assert set(a) == set(b) == {name for name in net.state_dict() if name != "_extra_state"}
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert torch.equal(a["head.weight"], a["table.weight"])
+    plain, _ = trained(1, seed=3)
+    assert plain.load_state_dict(b, strict=False).missing_keys == ["_extra_state"]  # a file of tensors has none
+    assert torch.equal(plain.head.weight, net.head.weight)
     other, _ = trained(1, seed=3)
     import_safetensors(first, other)
     for name, value in net.state_dict().items():

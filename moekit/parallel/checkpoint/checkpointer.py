@@ -9,7 +9,8 @@ import pickle
 import shutil
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ from moekit.parallel.checkpoint.reader import FolderReader, TensorLoadPlanner, r
 from moekit.parallel.checkpoint.state import (
     collect,
     extra_targets,
-    give_back,
     model_targets,
+    optimizer_states_from,
     optimizer_targets,
     put_back,
+    require_same_tensors,
+    state_dict_from,
     take_out,
 )
 from moekit.parallel.checkpoint.writer import FolderWriter
@@ -41,6 +44,21 @@ from moekit.parallel.mesh import host_group
 from moekit.parallel.shadows import shown
 
 PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds, laid out for a model.
+
+    Attributes:
+        state: a state dict for the model.
+        optimizers: a state dict for each optimizer.
+        extra: what was saved beside them.
+    """
+
+    state: dict[str, Any]
+    optimizers: list[dict[str, Any]]
+    extra: Any
 
 
 class Checkpointer:
@@ -74,7 +92,13 @@ class Checkpointer:
         self._failure: BaseException | None = None
 
     def save(
-        self, path: PathLike, model: nn.Module, optimizers: Sequence[Optimizer] = (), *, extra: Any = None
+        self,
+        path: PathLike,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer] = (),
+        *,
+        extra: Any = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         """Save to the folder `path`; a checkpoint that is there is replaced when the new one is whole.
 
@@ -84,6 +108,7 @@ class Checkpointer:
             optimizers: of the model; as they are, and shadows included.
             extra: plain data (numbers, strings, tensors, and lists and dictionaries of them); that of rank 0 is saved,
                 and DTensors in it by all ranks.
+            state: what to save as the model's state dict, with or without entries that the model has; None = as it is.
 
         Raises:
             UserError: full disk and the like, on all ranks.
@@ -91,7 +116,7 @@ class Checkpointer:
             RuntimeError: if a process failed or vanished, also if the one before failed in its thread.
         """
         self.wait()
-        found = collect(model, optimizers)
+        found = collect(model, optimizers, state)
         extra = take_out(extra, found.tensors, "extra")
         place = Path(os.path.abspath(path))
         data = _dump({"state": found.plain, "extra": extra})
@@ -137,20 +162,63 @@ class Checkpointer:
 
         Raises:
             UserError: naming the file, if the checkpoint is missing, incomplete, cut short or altered; naming the
-                tensor, if it is of another model. The model may be half-loaded then.
+                tensor, if it is of another model. Model and optimizers are as they were then.
+        """
+        found = self.read(path, model, optimizers, strict=True)
+        model.load_state_dict(found.state, strict=False)  # `read` has compared the names of all tensors
+        with shown(*optimizers):
+            for optimizer, state in zip(optimizers, found.optimizers, strict=True):
+                optimizer.load_state_dict(state)
+        return found.extra
+
+    def read(
+        self,
+        path: PathLike,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer] = (),
+        *,
+        strict: bool = False,
+        others: bool = False,
+    ) -> Content:
+        """What `load` would load, without touching the model: each rank reads its own parts.
+
+        It takes as much memory as the weights, beside them; a training step's gradients take as much.
+
+        Args:
+            path: the folder.
+            model: that the tensors are laid out for.
+            optimizers: those that were saved, or none.
+            strict: whether names and shapes must be the model's.
+            others: whether tensors that the model has not, or not in this shape, are read too: whole, on each rank's
+                CPU. Parameters of the optimizers may then have got other names.
+
+        Raises:
+            UserError: as `load`.
         """
         self.wait()
         folder = Path(os.path.abspath(path))
         index = read_index(folder)
         content = _parse(read_plain(folder, index), folder)
-        targets: dict[str, Tensor] = model_targets(model, index, str(folder))
-        with shown(*optimizers):
-            if optimizers:
-                targets |= optimizer_targets(model, optimizers, index, content["state"], str(folder))
-            targets |= extra_targets(model, index)
-            read_into(targets, folder, index)
-            give_back(model, optimizers, targets, content["state"])
-        return put_back(content["extra"], targets)
+        plain = content["state"]
+        if strict:
+            require_same_tensors(model, index, plain, str(folder))
+        targets: dict[str, Tensor] = model_targets(model, index, others=others)
+        if optimizers:
+            with shown(*optimizers):
+                targets |= optimizer_targets(model, optimizers, index, plain, str(folder), renamed=others)
+        targets |= extra_targets(model, index)
+        read_into(targets, folder, index)
+        # What is not read has a shape, so that it can be refused by name.
+        unread = {
+            key: torch.empty(entry.shape, device="meta")
+            for key, entry in index.entries.items()
+            if key.startswith("model/") and key not in targets
+        }
+        return Content(
+            state_dict_from(model, targets | unread, plain),
+            optimizer_states_from(model, optimizers, targets, plain),
+            put_back(content["extra"], targets),
+        )
 
     def _own_group(self) -> dist.ProcessGroup | None:
         """A group on CPUs for saves alone: they may run beside training's communication."""
@@ -170,6 +238,16 @@ def read_extra(path: PathLike) -> Any:
     content = _parse(read_plain(folder, index), folder)
     names = {name: name for name in index.entries if name.startswith("extra/")}
     return put_back(content["extra"], dict(tensors_of(folder, index, names)))
+
+
+def read_state(folder: Path, index: Index) -> dict[str, Any]:
+    """What a checkpoint holds of model and optimizers that is no tensor: ``model``, ``shared`` and ``optimizers``.
+
+    Raises:
+        UserError: if it is not what was written.
+    """
+    found: dict[str, Any] = _parse(read_plain(folder, index), folder)["state"]
+    return {"model": {}, "shared": {}, "optimizers": [], **found}
 
 
 def read_into(targets: dict[str, Tensor], folder: Path, index: Index) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,8 +36,16 @@ def flush(path: Path) -> None:
 def commit(folder: Path, path: Path, data: str) -> None:
     """Put the finished hidden `folder`, with its subfolder `data`, into the checkpoint's place.
 
-    A reader sees the old checkpoint or the new one, at any moment and after any crash.
+    A reader sees the old checkpoint or the new one, at any moment and after any crash. A file in the place (see
+    `is_file_checkpoint`), which no folder can replace at once, is moved away first: for that moment there is none.
     """
+    if path.is_file():
+        former = path.with_name(f"{folder.name}.former")
+        os.rename(path, former)
+        os.rename(folder, path)
+        flush(path.parent)
+        former.unlink()
+        return
     if not path.exists():
         os.rename(folder, path)
         flush(path.parent)
@@ -49,6 +58,11 @@ def commit(folder: Path, path: Path, data: str) -> None:
         if old.name != data:
             shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_file_checkpoint(path: Path) -> bool:
+    """Whether there is a file as torch.save writes it, a checkpoint of plain Lightning for example."""
+    return path.is_file() and zipfile.is_zipfile(path)
 
 
 def hidden_folders(path: Path) -> list[Path]:

@@ -18,6 +18,13 @@ from moekit.errors import UserError
 
 INDEX = "index.json"
 FORMAT = 1
+# For whoever looks into the folder because a program that knows files alone has refused it.
+ABOUT = (
+    "A checkpoint of moekit's ExpertParallelStrategy, in a folder: Trainer(strategy=ExpertParallelStrategy(...)) reads "
+    "it. "
+    "moekit.training.whole_checkpoint.consolidate_checkpoint(folder, file) makes a file of it, which plain Lightning "
+    "reads (load_from_checkpoint too); moekit.parallel.consolidate(folder, file) one of its weights."
+)
 
 _TYPES = {
     str(kind): kind
@@ -89,6 +96,7 @@ class Index:
     def dump(self) -> str:
         """As JSON, with a digest of itself."""
         body = {
+            "about": ABOUT,
             "format": FORMAT,
             "processes": self.processes,
             "plain": list(self.plain) if self.plain else None,

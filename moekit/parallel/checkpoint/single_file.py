@@ -12,15 +12,16 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moekit.errors import UserError
-from moekit.parallel.checkpoint.checkpointer import PathLike, read_into
+from moekit.parallel.checkpoint.checkpointer import PathLike, read_into, read_state
 from moekit.parallel.checkpoint.disk import flush, writing
 from moekit.parallel.checkpoint.index import Chunk, Entry, Index, read_index
+from moekit.parallel.checkpoint.layout import gathered
 from moekit.parallel.checkpoint.reader import tensors_of
-from moekit.parallel.checkpoint.state import model_targets, model_tensors
+from moekit.parallel.checkpoint.state import model_targets, model_tensors, require_same_tensors, state_dict_from
 
+_SHARED = "moekit_shared"  # in a file's metadata: further names of shared tensors, as JSON
 _NAMES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -40,8 +41,8 @@ _NAMES = {
 def export_safetensors(model: nn.Module, path: PathLike) -> None:
     """Write the whole model's weights and buffers to one file, gathered from all ranks; rank 0 writes.
 
-    All processes call it together. Rank 0 holds the whole model in host memory while it writes. A shared parameter is
-    written once, under its first name.
+    All processes call it together. Rank 0 holds the whole model in host memory while it writes. A shared tensor is
+    written under each of its names, so that `load_state_dict` takes the file.
 
     Args:
         model: parallelized or plain.
@@ -52,16 +53,19 @@ def export_safetensors(model: nn.Module, path: PathLike) -> None:
     """
     writes = not dist.is_initialized() or dist.get_rank() == 0
     whole: dict[str, Tensor] = {}
-    for name, tensor in model_tensors(model)[0].items():
-        full = _gathered(tensor)
+    tensors, _, shared = model_tensors(model)
+    for name, tensor in tensors.items():
+        full = gathered(tensor)
         if writes:
-            whole[name.partition("/")[2]] = full.cpu().contiguous().clone()
+            whole[name.partition("/")[2]] = full.detach().cpu().contiguous().clone()
     if writes:
-        _write(whole, Path(os.path.abspath(path)))
+        _write(whole, shared, Path(os.path.abspath(path)))
 
 
 def consolidate(checkpoint: PathLike, path: PathLike) -> None:
     """Turn a sharded checkpoint's model into one safetensors file, in one process, without building the model.
+
+    A shared tensor is written under each of its names, so that `load_state_dict` takes the file.
 
     Args:
         checkpoint: the folder.
@@ -73,7 +77,7 @@ def consolidate(checkpoint: PathLike, path: PathLike) -> None:
     folder = Path(os.path.abspath(checkpoint))
     index = read_index(folder)
     names = {name: name.partition("/")[2] for name in index.entries if name.startswith("model/")}
-    _write(dict(tensors_of(folder, index, names)), Path(os.path.abspath(path)))
+    _write(dict(tensors_of(folder, index, names)), read_state(folder, index)["shared"], Path(os.path.abspath(path)))
 
 
 def import_safetensors(path: PathLike, model: nn.Module) -> None:
@@ -84,32 +88,24 @@ def import_safetensors(path: PathLike, model: nn.Module) -> None:
         model: parallelized in any way, or plain.
 
     Raises:
-        UserError: if the file is missing, cut short, or of another model.
+        UserError: if the file is missing, cut short, or of another model; the model is as it was then.
     """
     file = Path(os.path.abspath(path))
-    index = _index_of(file)
-    targets = model_targets(model, index, str(file))
+    index, shared = _index_of(file)
+    plain = {"shared": shared}
+    require_same_tensors(model, index, plain, str(file))
+    targets = model_targets(model, index)
     read_into(targets, file.parent, index)
+    model.load_state_dict(state_dict_from(model, targets, plain), strict=False)  # names of tensors are compared
 
 
-def _gathered(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor
-    mesh = tensor.device_mesh
-    # Offloaded weights are gathered where the ranks can talk.
-    local = tensor.to_local().to(mesh.device_type)
-    there = DTensor.from_local(
-        local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
-    return there.full_tensor()
-
-
-def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+def _write(tensors: Mapping[str, Tensor], shared: Mapping[str, str], path: Path) -> None:
+    copies = {name: tensors[first].clone() for name, first in shared.items() if first in tensors}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(dict(tensors), temporary, metadata={"format": "pt"})
+            save_file({**tensors, **copies}, temporary, metadata={"format": "pt", _SHARED: json.dumps(dict(shared))})
             flush(temporary)
             os.replace(temporary, path)
             flush(path.parent)
@@ -117,12 +113,13 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _index_of(file: Path) -> Index:
-    """The header of a safetensors file as an index of one chunk for each tensor."""
+def _index_of(file: Path) -> tuple[Index, dict[str, str]]:
+    """The header of a safetensors file as an index of one chunk for each tensor, and further names of shared ones."""
     try:
         with safe_open(file, framework="pt") as opened:
             entries = {}
-            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+            shared: dict[str, str] = json.loads((opened.metadata() or {}).get(_SHARED, "{}"))
+            for name in set(opened.keys()) - set(shared):
                 piece = opened.get_slice(name)
                 shape = tuple(piece.get_shape())
                 chunk = Chunk((0,) * len(shape), shape, file.name, name, None)
@@ -131,4 +128,4 @@ def _index_of(file: Path) -> Index:
         raise UserError(f"There is no file {file}.") from None
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}). It is cut short, or no safetensors file.") from None
-    return Index(entries)
+    return Index(entries), shared

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from moekit.errors import UserError
-from moekit.parallel.checkpoint.disk import commit, digest_of, flush, hidden_folders, writing
+from moekit.parallel.checkpoint.disk import commit, digest_of, flush, hidden_folders, is_file_checkpoint, writing
 from moekit.parallel.checkpoint.index import INDEX, Chunk, Entry, Index
 
 PLAIN = "plain.pt"
@@ -66,7 +66,7 @@ class FolderWriter(StorageWriter):
         if not is_coordinator:
             return
         with writing(self.path):
-            if self.path.exists() and not self.path.is_dir():
+            if self.path.exists() and not self.path.is_dir() and not is_file_checkpoint(self.path):
                 raise UserError(f"a file is in the place of the checkpoint folder {self.path}. Move it away.")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for left_over in hidden_folders(self.path):

@@ -103,12 +103,28 @@ class ComponentBinding(Callback):
                 component.on_step_end(before + self._last_step)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Release the components: Lightning does not call ``teardown`` after an exception."""
+        """Release the components: Lightning does not call ``teardown`` after an exception.
+
+        Where a Trainer without the strategy was given a sharded checkpoint, say what to do.
+        """
         self._unbind(pl_module)
+        if isinstance(exception, IsADirectoryError) and exception.filename:
+            _explain(exception)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the components plain modules again."""
         self._unbind(pl_module)
+
+
+def _explain(refused: IsADirectoryError) -> None:
+    from moekit.parallel.checkpoint import is_checkpoint  # which not every program with a Trainer needs
+
+    if is_checkpoint(refused.filename):
+        refused.add_note(
+            f"{refused.filename} is a checkpoint of moekit.ExpertParallelStrategy. Give the Trainer that strategy, or "
+            "plugins=[AtomicCheckpointIO()] of moekit.training.checkpoint_io, or make a file of it with "
+            "moekit.training.whole_checkpoint.consolidate_checkpoint(folder, file)."
+        )
 
 
 def default_callbacks() -> list[Callback]:
