@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "moekit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 400
+LONG = {"moekit/routing.py": "the vocabulary that every room shares is read in one place"}
+"""Files that hold one thing and need more lines for it, each with its reason."""
 
 
 def relative(path: Path) -> str:
@@ -121,7 +123,10 @@ def test_no_drawer_for_everything() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_no_long_file(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_LINES, f"{relative(path)} has {lines} lines: it has two tenants, split it (limit {MAX_LINES})"
+    long = relative(path) in LONG
+    assert long == (lines > MAX_LINES), (
+        f"{relative(path)} has {lines} lines: beyond {MAX_LINES} a file has two tenants, or a reason in LONG"
+    )
 
 
 def test_recipes_have_code_and_evidence() -> None:

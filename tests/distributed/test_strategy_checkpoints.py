@@ -181,7 +181,7 @@ def strict_loading() -> None:
 # -- one Trainer, several models, several loops ------------------------------------------------------------------------
 
 
-class Tests(SmallLM):
+class Evaluated(SmallLM):
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("test", self.loss(batch), sync_dist=True)
 
@@ -201,7 +201,7 @@ def the_best_of_weights_alone() -> None:
             max_steps=2,
             enable_checkpointing=True,
         )
-        module, data = Tests(), Sentences(REPEATED)
+        module, data = Evaluated(), Sentences(REPEATED)
         trainer.fit(module, datamodule=data)
         weights = whole_weights(module)
         with torch.no_grad():
@@ -214,8 +214,8 @@ def the_best_of_weights_alone() -> None:
         assert trainer.predict(module, loader, ckpt_path="best") is not None
         trainer.save_checkpoint(folder())
         with pytest.raises(UserError, match="it has weights only"):
-            trainer.fit(Tests(), datamodule=data, ckpt_path=place / "step=2.ckpt")
-        other, after = Tests(), folder()
+            trainer.fit(Evaluated(), datamodule=data, ckpt_path=place / "step=2.ckpt")
+        other, after = Evaluated(), folder()
         trainer.test(other, loader, verbose=False)
         trainer.save_checkpoint(after)
         found = trainer.test(other, loader, ckpt_path=after, verbose=False)[0]["test"]
