@@ -166,6 +166,7 @@ def build_of(found: Any) -> Any:
 
 
 @EVERY
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_of_every_recipe(name: str, cache: Path, device: str) -> None:
     """Forward of every task, losses of routers, statistics, backward; then a step of validation; in every precision."""
