@@ -110,7 +110,7 @@ def _write(session: Session, start: Start, samples: int, choose: _Choose) -> Gen
     """Write `samples` texts for every sentence, a token at a time.
 
     Finished rows leave the batch when somebody looks (`look_every`); until then what they write goes into a scratch
-    column behind the texts.
+    column behind the texts. A router with a capacity in evaluation, where texts compete for room, sees them so long.
     """
     tokens, device = start.tokens, start.prefix.device
     sentences = start.prefix.shape[0]

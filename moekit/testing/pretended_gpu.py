@@ -29,6 +29,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from moekit.testing.autocast_cuda import AutocastCUDA
 from moekit.testing.grouped_kernel import grouped_mm_as_kernel
 
 _CUDA, _CPU = torch.device("cuda:0"), torch.device("cpu")
@@ -138,8 +139,8 @@ def _place() -> tuple[str, int]:
 class _OnGPU(torch.Tensor):
     """Says ``cuda:0``; `raw` holds the numbers.
 
-    To autograd it is a meta tensor with CUDA's dispatch keys: its engine wants a thread for every other device, which
-    a build without CUDA has none of, and autocast goes by the keys.
+    To autograd it is a meta tensor, for its engine wants a thread for every other device, of which a build without CUDA
+    has none.
     """
 
     raw: Tensor
@@ -148,11 +149,14 @@ class _OnGPU(torch.Tensor):
     @staticmethod
     def __new__(cls, raw: Tensor) -> _OnGPU:
         with _disable_current_modes(), torch.inference_mode(False):
-            start = raw.storage_offset()
-            last = sum((size - 1) * step for size, step in zip(raw.shape, raw.stride(), strict=True)) + 1
-            room = torch.empty(start + max(last, 0), dtype=raw.dtype, device="meta")
-            shape = room.as_strided(raw.shape, raw.stride(), start)
-            made: _OnGPU = torch.Tensor._make_subclass(cls, shape, False, device_for_backend_keys=_CUDA)
+            made: _OnGPU = torch.Tensor._make_wrapper_subclass(
+                cls,
+                raw.shape,
+                strides=raw.stride(),
+                storage_offset=raw.storage_offset(),
+                dtype=raw.dtype,
+                device=torch.device("meta"),
+            )
         made.raw = raw
         return made
 
@@ -362,6 +366,7 @@ def pretended_gpu(*, capability: tuple[int, int] = (9, 0)) -> Iterator[Pretended
         _CURRENT.append(gpu)
         stack.callback(_CURRENT.remove, gpu)
         stack.enter_context(_Mode())
+        stack.enter_context(AutocastCUDA(lambda leaf: isinstance(leaf, _OnGPU)))
         yield gpu
 
 

@@ -115,7 +115,7 @@ class MultitaskModule(L.LightningModule):
         self.originals: Callable[[str, list[int]], tuple[list[str], list[str]]] | None = None
 
         self.valid_perplexity = TokenPerplexity(tasks)
-        self.valid_accuracy = MetricCollection({task: MeanMetric() for task in tasks}, compute_groups=False)
+        self.valid_accuracy = MetricCollection({task: _mean() for task in tasks}, compute_groups=False)
         layers = sparse_layers(backbone)
         fixed = [name for name in layers if not _learns(feed_forward_of(backbone, name))]
         self.train_routing = RoutingStatistics(layers, self.languages, fixed) if layers else None
@@ -124,7 +124,7 @@ class MultitaskModule(L.LightningModule):
         texts = [task for task in tasks if task != "translation"]
         streams = [*texts, *(f"{task}/{language}" for task in texts for language in self.languages)]
         self.test_perplexity = TokenPerplexity(streams) if streams else None
-        self.test_accuracy = MetricCollection({task: MeanMetric() for task in texts}, compute_groups=False)
+        self.test_accuracy = MetricCollection({task: _mean() for task in texts}, compute_groups=False)
 
     def forward(self, batch: Batch) -> HeadOutput:
         """Loss and counts of one task's batch."""
@@ -306,6 +306,11 @@ class MultitaskModule(L.LightningModule):
         make = self._optimizer or (lambda module: torch.optim.AdamW(module.parameters(), lr=1e-3))
         optimizer = make(self)
         return optimizer if self._schedule is None else per_step(optimizer, self._schedule(optimizer))
+
+
+def _mean() -> MeanMetric:
+    """A mean of numbers that are never NaN: looking for one would wait for the device at every update."""
+    return MeanMetric(nan_strategy="disable")
 
 
 def sparse_layers(backbone: Any) -> dict[str, int]:

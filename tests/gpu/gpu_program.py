@@ -29,6 +29,7 @@ QUIET: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
     "limit_val_batches": 0,
+    "use_distributed_sampler": False,
 }
 LAYOUTS: tuple[dict[str, Any], ...] = (
     *({"zero_stage": stage} for stage in (0, 1, 2, 3)),

@@ -52,7 +52,7 @@ POSITIONS: dict[str, Any] = {
 
 
 def sparse(layer: int, side: str) -> nn.Module:
-    return MoELayer(routers.st_moe(DIM, 4), experts.GroupedMLP(4, DIM, 24))
+    return MoELayer(routers.TopKRouter(DIM, 4, 2), experts.GroupedMLP(4, DIM, 24))
 
 
 class Ends:

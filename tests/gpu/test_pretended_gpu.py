@@ -112,3 +112,23 @@ def test_it_ends() -> None:
         left + 1
     with pytest.raises((RuntimeError, AssertionError)):
         torch.ones(2, device="cuda")
+
+
+def test_autocast_gives_operators_their_types() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    x = torch.randn(5, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model(x)
+    with pretended_gpu():
+        there = copy.deepcopy(model).to("cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            hidden = there[0](x.to("cuda"))
+            assert hidden.dtype == torch.bfloat16
+            assert there[1](hidden).dtype == hidden.softmax(-1).dtype == hidden.sum().dtype == torch.float32
+            assert F.scaled_dot_product_attention(*(hidden[None, None].float(),) * 3).dtype == torch.bfloat16
+            assert torch.cat([hidden, hidden.float()]).dtype == torch.float32
+            out = there(x.to("cuda"))
+        assert there(x.to("cuda")).dtype == torch.float32
+        out.float().sum().backward()
+        assert there[0].weight.grad.dtype == torch.float32
+        torch.testing.assert_close(out.cpu(), wanted, rtol=2e-2, atol=2e-2)
