@@ -403,11 +403,10 @@ class ByMuon(SmallLM):
     training_step = OneOfTwo.training_step  # type: ignore[assignment]
 
     def configure_optimizers(self) -> Any:
-        matrices = [p for p in self.parameters() if p.ndim == 2]
-        return [
-            torch.optim.Muon(matrices, lr=1e-2),
-            torch.optim.AdamW([p for p in self.parameters() if p.ndim != 2], lr=1e-2),
-        ]
+        # What has two dimensions in a bank is a vector for each expert.
+        matrices = [p for n, p in self.named_parameters() if p.ndim == 2 and "experts" not in n]
+        others = [p for n, p in self.named_parameters() if p.ndim != 2 or "experts" in n]
+        return [torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(others, lr=1e-2)]
 
 
 def muon_needs_whole_matrices() -> None:
