@@ -54,7 +54,7 @@ def _replacement(parameter: Tensor, model: ShardedModel, group: int, name: str) 
     if found is None:
         raise UserError(
             f"an optimizer must work on parameters of the model that was divided: group {group} of {name} has one of "
-            f"shape {tuple(parameter.shape)} that is none of {type(model.module).__name__}'s, and would train nothing. "
+            f"shape {tuple(parameter.shape)} that is none of the model's, and would train nothing. "
             "Register it in a module before the model is divided (in __init__ or configure_model)."
         )
     return found
