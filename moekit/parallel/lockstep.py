@@ -41,7 +41,7 @@ class Place:
     Attributes:
         stage: "train", "validate", ...
         epoch: from 0.
-        batch: of the epoch or of the evaluation, from 0; -1 before the first.
+        batch: of the epoch or of the evaluation, from 0; -1 = none.
         step: optimizer steps taken.
     """
 
@@ -51,7 +51,7 @@ class Place:
     step: int = 0
 
     def __str__(self) -> str:
-        where = f"batch {self.batch} of epoch {self.epoch}" if self.batch >= 0 else "before the first batch"
+        where = f"batch {self.batch} of epoch {self.epoch}" if self.batch >= 0 else f"epoch {self.epoch}"
         return f"{self.stage}, {where}, step {self.step}"
 
 

@@ -216,7 +216,7 @@ def neighbours_that_differ() -> list[str]:
 def test_two_of_a_ring_notice() -> None:
     said = run_distributed(neighbours_that_differ, 4, timeout=60.0)
     assert said[1] == []
-    assert said[2][0].startswith("rank 1 is about to start here (setup, before the first batch, step 0), where rank 2")
+    assert said[2][0].startswith("rank 1 is about to start here (setup, epoch 0, step 0), where rank 2")
     assert said[3][0].startswith("rank 2 is about to start there")
     assert len(said[2]) == len(said[3]) == len(said[0]) == 1
     assert "rank 0 is about to start here" in said[0][0]
