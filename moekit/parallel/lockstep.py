@@ -96,18 +96,20 @@ class Lockstep:
         here = ring.index(self.rank)
         before, after = ring[here - 1], ring[(here + 1) % len(ring)]
         mine, theirs = self._pack(point), torch.empty(5, dtype=torch.int64)
+        waits_for = before
         try:
             arriving = dist.irecv(theirs, src=before, group=self._group)
             leaving = dist.isend(mine, dst=after, group=self._group)
             assert arriving is not None
             assert leaving is not None
             arriving.wait()
+            waits_for = after  # who takes what is sent
             leaving.wait()
         except RuntimeError as error:
+            last = f" It was last about to start {self._heard[before]}." if before in self._heard else ""
             raise OutOfStepError(
-                f"rank {self.rank} is about to start {self._tell(mine)}, and waits for rank {before}, which has ended "
-                f"or said nothing for {self.timeout}; it was last about to start "
-                f"{self._heard.get(before, 'nothing yet')}. {_ADVICE}"
+                f"rank {self.rank} is about to start {self._tell(mine)}, and waits for rank {waits_for}, which has "
+                f"ended or said nothing for {self.timeout}.{last if waits_for == before else ''} {_ADVICE}"
             ) from error
         self._heard[before] = self._tell(theirs)
         if not torch.equal(mine, theirs):
