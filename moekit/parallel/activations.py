@@ -127,7 +127,9 @@ class Activations(nn.Module):
         if self._meshes is None:
             return None
         dimension = self._axes[axis]
-        return self._meshes.sparse[EXPERT] if dimension == EXPERT else self._meshes.dense[TENSOR]
+        mesh = self._meshes.sparse[EXPERT] if dimension == EXPERT else self._meshes.dense[TENSOR]
+        # Alone there is nothing to divide, and DTensors of one rank refuse views that plain tensors allow.
+        return mesh if mesh.size() > 1 else None
 
     @staticmethod
     def _reads_different_tokens(mesh: DeviceMesh) -> bool:
