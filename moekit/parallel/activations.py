@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from moekit.parallel.mesh import EXPERT, TENSOR, Meshes
 
@@ -100,7 +101,7 @@ class Activations(nn.Module):
             (place,) = x.placements
         # Ranks of an expert group each have a loss of their own: what a whole tensor is worth to all is the sum.
         summed = place.is_replicate() and self._reads_different_tokens(x.device_mesh)
-        out: Tensor = _Leave.apply(x.to_local(grad_placements=[Partial()] if summed else None))
+        out: Tensor = _Leave.apply(x.to_local(), x.device_mesh.get_group() if summed else None)
         return out
 
     def _placed(self, x: Tensor, dim: int | None, axis: str) -> Tensor:
@@ -126,7 +127,9 @@ class Activations(nn.Module):
         if self._meshes is None:
             return None
         dimension = self._axes[axis]
-        return self._meshes.sparse[EXPERT] if dimension == EXPERT else self._meshes.dense[TENSOR]
+        mesh = self._meshes.sparse[EXPERT] if dimension == EXPERT else self._meshes.dense[TENSOR]
+        # Alone there is nothing to divide, and DTensors of one rank refuse views that plain tensors allow.
+        return mesh if mesh.size() > 1 else None
 
     @staticmethod
     def _reads_different_tokens(mesh: DeviceMesh) -> bool:
@@ -148,12 +151,17 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """DTensors take every part for as contiguous as the whole says it is; a gradient from outside need not be."""
+    """The way out, whose gradient comes back contiguous, as DTensors take it to be, and summed over `group`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous()
+        if ctx.group is not None:
+            grad = grad.clone()
+            dist.all_reduce(grad, group=ctx.group)
+        return grad, None

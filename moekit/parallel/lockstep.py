@@ -41,7 +41,7 @@ class Place:
     Attributes:
         stage: "train", "validate", ...
         epoch: from 0.
-        batch: of the epoch or of the evaluation, from 0; -1 before the first.
+        batch: of the epoch or of the evaluation, from 0; -1 = none.
         step: optimizer steps taken.
     """
 
@@ -51,7 +51,7 @@ class Place:
     step: int = 0
 
     def __str__(self) -> str:
-        where = f"batch {self.batch} of epoch {self.epoch}" if self.batch >= 0 else "before the first batch"
+        where = f"batch {self.batch} of epoch {self.epoch}" if self.batch >= 0 else f"epoch {self.epoch}"
         return f"{self.stage}, {where}, step {self.step}"
 
 
@@ -96,18 +96,20 @@ class Lockstep:
         here = ring.index(self.rank)
         before, after = ring[here - 1], ring[(here + 1) % len(ring)]
         mine, theirs = self._pack(point), torch.empty(5, dtype=torch.int64)
+        waits_for = before
         try:
             arriving = dist.irecv(theirs, src=before, group=self._group)
             leaving = dist.isend(mine, dst=after, group=self._group)
             assert arriving is not None
             assert leaving is not None
             arriving.wait()
+            waits_for = after  # who takes what is sent
             leaving.wait()
         except RuntimeError as error:
+            last = f" It was last about to start {self._heard[before]}." if before in self._heard else ""
             raise OutOfStepError(
-                f"rank {self.rank} is about to start {self._tell(mine)}, and waits for rank {before}, which has ended "
-                f"or said nothing for {self.timeout}; it was last about to start "
-                f"{self._heard.get(before, 'nothing yet')}. {_ADVICE}"
+                f"rank {self.rank} is about to start {self._tell(mine)}, and waits for rank {waits_for}, which has "
+                f"ended or said nothing for {self.timeout}.{last if waits_for == before else ''} {_ADVICE}"
             ) from error
         self._heard[before] = self._tell(theirs)
         if not torch.equal(mine, theirs):

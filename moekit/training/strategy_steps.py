@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -201,6 +202,8 @@ class SteppingStrategy(ModelParallelStrategy):
         ):
             yield
         self.sharded.release_weights()
+        if self._lockstep is not None and len(self._evaluators) < self.world_size:
+            self._lockstep.place = dataclasses.replace(self._lockstep.place, batch=-1)  # others may have other numbers
 
     def _as_forward(self, name: str, *args: Any, **kwargs: Any) -> Any:
         module: L.LightningModule | None = self.lightning_module

@@ -94,6 +94,7 @@ def test_a_notebook_names_the_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {
         "accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False,
         "enable_progress_bar": False, "enable_model_summary": False, "gradient_clip_val": CLIP,
+        "use_distributed_sampler": False,  # Lightning's shuffles
     }  # fmt: skip
     with pytest.raises(Exception, match="not compatible with an interactive"):
         L.Trainer(strategy="expert_parallel", devices=2, **options)

@@ -196,8 +196,8 @@ def test_case(name: str, outcome: list[dict[str, str]]) -> None:
 
 
 def neighbours_that_differ() -> list[str]:
-    """Rank 2 of four is elsewhere: it and the next one say so. Then rank 3 stops, and rank 0 waits in vain."""
-    timeout, rank = timedelta(seconds=2), dist.get_rank()
+    """Rank 2 of four is elsewhere: it and the next one say so. Then rank 3 stops: 0 hears nothing, 2 is not heard."""
+    timeout, rank = timedelta(seconds=5), dist.get_rank()
     said = []
     for who in (2, 3):
         points = Lockstep(["here", "there"], ["setup"], timeout)
@@ -208,7 +208,7 @@ def neighbours_that_differ() -> list[str]:
                 points.meet("there" if (who, rank) == (2, 2) else "here")
         except OutOfStepError as error:
             said.append(str(error))
-            assert who == 2 or 1.5 < time.monotonic() - begun < 6.0
+            assert who == 2 or 4.0 < time.monotonic() - begun < 15.0
         dist.barrier()
     return said
 
@@ -216,11 +216,13 @@ def neighbours_that_differ() -> list[str]:
 def test_two_of_a_ring_notice() -> None:
     said = run_distributed(neighbours_that_differ, 4, timeout=60.0)
     assert said[1] == []
-    assert said[2][0].startswith("rank 1 is about to start here (setup, before the first batch, step 0), where rank 2")
+    assert said[2][0].startswith("rank 1 is about to start here (setup, epoch 0, step 0), where rank 2")
     assert said[3][0].startswith("rank 2 is about to start there")
-    assert len(said[2]) == len(said[3]) == len(said[0]) == 1
-    assert "rank 0 is about to start here" in said[0][0]
-    assert "waits for rank 3, which has ended or said nothing for 0:00:02; it was last about to" in said[0][0]
+    assert len(said[3]) == len(said[0]) == 1
+    assert all("waits for rank 3" in words for words in said[2][1:])
+    assert said[0][0].startswith("rank 0 is about to start here")
+    silent = "waits for rank 3, which has ended or said nothing for 0:00:05. It was last about to start here"
+    assert silent in said[0][0]
 
 
 def numbers() -> list[str]:
