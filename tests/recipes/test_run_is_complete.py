@@ -257,7 +257,8 @@ def test_a_corpus_that_changed_changes_nothing_that_was_recorded(
     assert equal(weights(own.run), before)
 
     # The run's tokenizer on new text: that is fine-tuning.
-    cache = ["--data.cache", str(own.home / "cache"), "--train.validate_every", "0", "--train.max_steps", "1"]
+    cache = ["--data.cache", str(own.home / "cache"), "--train.validate_every", "0"]
+    cache += ["--train.warmup_steps", "1", "--train.max_steps", "2"]
     assert own.do("finetune", "--init_from", own.run, *cache, "--out", tmp_path / "finetuned") == 0
     own_tokenizer, found = RunFolder(own.run).tokenizer, RunFolder(tmp_path / "finetuned").tokenizer
     assert own_tokenizer is not None
@@ -359,7 +360,7 @@ def test_an_upgrade_of_the_packages_behind_gettext(tmp_path: Path, capsys: pytes
     catalog(file, messages)
     made = Made(Kind(zcode_m3.RECIPE, [], []), tmp_path)
     given = [*SMALL, "--data.source", "gettext", "--data.path", tmp_path / "locale", "--data.cache", tmp_path / "cache"]
-    given += ["--model.generator_dim", "8", "--tasks.translation.tokens", "96", "--train.max_steps", "1"]
+    given += ["--model.generator_dim", "8", "--tasks.translation.tokens", "96", "--train.max_steps", "2"]
     assert made.do("run", *given, "--out", made.run) == 0
     at_home = record(made.run)
 
