@@ -19,6 +19,7 @@ from moekit.parallel.gradients import clip_by_norm, clip_by_value, gradient_norm
 from moekit.parallel.planner.layout import Offload
 from moekit.parallel.shadows import Shadows
 from moekit.parallel.sharding import ShardedModel
+from moekit.parallel.unused import drop_unused_gradients, used_somewhere
 from moekit.training.lightning_callbacks import on_several_meshes, restore_groups
 from moekit.training.refusals import check_optimizer
 from moekit.training.strategy_checkpoint import ShardedCheckpointStrategy
@@ -112,6 +113,7 @@ class OptimizingStrategy(ShardedCheckpointStrategy, SteppingStrategy):
     def _look_at_gradients(self, optimizer: Optimizer) -> None:
         self._meet("the optimizer's step")
         parameters = _parameters(optimizer)
+        drop_unused_gradients(parameters, used_somewhere(parameters))
         norm = gradient_norm(parameters)
         module = self.lightning_module
         assert module is not None

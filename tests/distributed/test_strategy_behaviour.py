@@ -159,6 +159,34 @@ def weights_that_a_rank_does_not_use() -> None:
             unused.NATIVE = native
 
 
+class Intermittent(SmallLM):
+    """Has a weight that takes no part in every second step."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(optimizer)
+        self.side = nn.Parameter(torch.linspace(-1.0, 1.0, 6))
+        self.turn = 0
+
+    def loss(self, ids: Tensor) -> Tensor:
+        self.turn += 1
+        loss = super().loss(ids)
+        return loss + self.side.square().sum() if self.turn % 2 else loss
+
+
+def weights_that_no_rank_uses() -> None:
+    """They have no gradient, so neither momentum nor decay moves them."""
+    native = unused.NATIVE
+    for optimizer in ("sgd", "adamw"):
+        expected = one_process(Intermittent(optimizer), DATA)
+        for by_torch in {native, False}:
+            unused.NATIVE = by_torch
+            try:
+                for layout in LAYOUTS:
+                    close(fit(Intermittent(optimizer), ExpertParallelStrategy(**layout), DATA), expected)
+            finally:
+                unused.NATIVE = native
+
+
 def an_expert_with_all_tokens() -> None:
     options: dict[str, Any] = {"aux": {}, "router": AllToOne}
     expected = one_process(SmallLM("sgd", **options), DATA)
@@ -314,6 +342,7 @@ CASES: dict[str, Callable[[], None]] = {
         recomputation,
         a_rank_without_tokens,
         weights_that_a_rank_does_not_use,
+        weights_that_no_rank_uses,
         an_expert_with_all_tokens,
         uneven_batches,
         two_levels,
