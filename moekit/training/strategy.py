@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from moekit.errors import UserError
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
 from moekit.parallel.mesh import Meshes, World, build_meshes
 from moekit.parallel.plan import Plan
@@ -225,10 +226,31 @@ class ExpertParallelStrategy(OptimizingStrategy):
         assert self._world is not None
         self.sharded = sharded(self.model)
         if self.sharded is not None:  # a second fit, or a test after it
+            assert self.lightning_module is not None
+            if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+                self._require_layout(self.sharded.meshes.layout)
             return
         layout = self.check(self.model, self.world_size)
         self._convert_precision()
         self.sharded = self._parallelize(self.model, build_meshes(layout, self.root_device.type, self._world))
+
+    def _require_layout(self, there: Layout) -> None:
+        """Refuse to train a model that another strategy has divided in another way.
+
+        Raises:
+            UserError: naming the first setting that differs.
+        """
+        expert = there.expert_parallel_size if self.expert_parallel_size == "auto" else self.expert_parallel_size
+        asked = self._layout(there.devices, expert)
+        for name in ("expert_parallel_size", "tensor_parallel_size", "replicas", "zero_stage", "offload"):
+            wanted, found = getattr(asked, name), getattr(there, name)
+            optimizers_alone = {wanted, found} in ({0, 1}, {"none", "optimizer"})  # which have nothing to do with it
+            if wanted != found and not optimizers_alone:
+                raise UserError(
+                    f"a model that was divided before must be trained in the same layout: {name} was {found!r}, got "
+                    f"{wanted!r}. Save a checkpoint and load it into a new model, or make the new model from "
+                    "moekit.parallel.gather_state_dict of this one."
+                )
 
     def _parallelize(self, model: nn.Module, meshes: Meshes) -> ShardedModel:
         """Lay a model over the ranks; one on the meta device gets its weights block by block."""

@@ -27,6 +27,7 @@ from small_lm import (
 from torch import Tensor, nn
 
 from moekit import ExpertParallelStrategy
+from moekit.errors import UserError
 from moekit.parallel import consolidate
 from moekit.training.checkpoint_state import load_state
 
@@ -160,8 +161,29 @@ def averages_are_read_back() -> None:
             torch.testing.assert_close(torch.cat(answers), right, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
 
 
+def a_second_fit_keeps_the_layout() -> None:
+    """The first fit has divided the weights; optimizer state may be divided anew, weights may not."""
+    module = SmallLM()
+    fit(module, ExpertParallelStrategy(2, zero_stage=0), DATA[:GLOBAL_BATCH])
+    fit(module, ExpertParallelStrategy("auto", zero_stage=1), DATA[:GLOBAL_BATCH])
+    for other, words in (
+        (ExpertParallelStrategy(2, zero_stage=3), "zero_stage was 0, got 3"),
+        (ExpertParallelStrategy(1, zero_stage=0), "expert_parallel_size was 2, got 1"),
+        (ExpertParallelStrategy("auto", zero_stage=0, offload="parameters"), "offload was 'none', got 'parameters'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            fit(module, other, DATA[:GLOBAL_BATCH])
+
+
 CASES: dict[str, Callable[[], None]] = {
-    case.__name__: case for case in (weight_averaging, resuming, averages_in_checkpoints, averages_are_read_back)
+    case.__name__: case
+    for case in (
+        weight_averaging,
+        resuming,
+        averages_in_checkpoints,
+        averages_are_read_back,
+        a_second_fit_keeps_the_layout,
+    )
 }
 
 outcome = outcome_in(__name__, 2)
