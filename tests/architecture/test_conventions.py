@@ -160,19 +160,23 @@ def test_no_machine_paths() -> None:
 
 def test_pins_cover_and_satisfy_the_requirements() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = {}
+    pins: dict[str, list[str]] = {}
     for line in filter(None, (line.partition("#")[0].strip() for line in lines)):
-        match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.]*)", line)
-        assert match, f"constraints.txt pins name==version and nothing else, without local versions: got {line!r}"
-        pins[canonical(match[1])] = match[2]
+        match = re.fullmatch(
+            r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.]*)(; python_full_version (<|>=) \"[0-9.]+\")?", line
+        )
+        assert match, f"constraints.txt pins name==version, for a Python perhaps, without local versions: got {line!r}"
+        pins.setdefault(canonical(match[1]), []).append(match[2])
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     needed = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
     needed += [item for extra in project["project"]["optional-dependencies"].values() for item in extra]
     for requirement in map(Requirement, needed):
-        version = pins.get(canonical(requirement.name))
-        assert version is not None, f"{requirement.name} is not pinned in constraints.txt"
-        assert requirement.specifier.contains(version), f"{requirement} excludes the pinned {version}"
+        versions = pins.get(canonical(requirement.name))
+        assert versions, f"{requirement.name} is not pinned in constraints.txt"
+        assert all(map(requirement.specifier.contains, versions)), (
+            f"{requirement} excludes one of the pinned {versions}"
+        )
 
 
 def canonical(name: str) -> str:
