@@ -125,8 +125,3 @@ def _explain(refused: IsADirectoryError) -> None:
             "plugins=[AtomicCheckpointIO()] of moekit.training.checkpoint_io, or make a file of it with "
             "moekit.training.whole_checkpoint.consolidate_checkpoint(folder, file)."
         )
-
-
-def default_callbacks() -> list[Callback]:
-    """What entry points of installations before ``moekit_binding`` name."""
-    return [ComponentBinding()]
