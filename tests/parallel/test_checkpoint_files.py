@@ -248,7 +248,7 @@ def test_a_whole_state_dict() -> None:
     assert found.keys() == net.state_dict().keys()
     with torch.no_grad():
         net.scale.add_(1)
-    assert float(net.scale - found["scale"]) == pytest.approx(1.0)  # which is a copy
+    assert float(net.scale.detach() - found["scale"]) == pytest.approx(1.0)  # which is a copy
 
 
 # -- one file -------------------------------------------------------------------------------------------------------
