@@ -268,6 +268,12 @@ class ShardedCheckpointStrategy(ModelParallelStrategy):
             for number, config in enumerate(trainer.lr_scheduler_configs):
                 plain_state(config.scheduler.state_dict(), "lr_schedulers", number)
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Forget a checkpoint that was refused: the Trainer would load it into the next model that it is given."""
+        if self.lightning_module is not None:
+            self.lightning_module.trainer._checkpoint_connector._loaded_checkpoint = {}
+        super().on_exception(exception)
+
     def teardown(self) -> None:
         """Wait for a checkpoint that is still being written."""
         self._checkpointer.wait()

@@ -21,7 +21,8 @@ def train(
     module: L.LightningModule, layout: dict[str, Any], steps: int, place: Any = None, path: Any = None, **options: Any
 ) -> L.Trainer:
     """Train under the Strategy; a checkpoint of the last step is put to `place`."""
-    trainer = trainer_for(ExpertParallelStrategy(**layout), max_steps=steps, **options)
+    # Lightning counts an epoch that max_steps has cut short as done, in what is saved after it.
+    trainer = trainer_for(ExpertParallelStrategy(**layout), max_steps=steps, **{"max_epochs": 2, **options})
     trainer.fit(module, datamodule=Sentences(REPEATED), ckpt_path=path)
     if place is not None:
         trainer.save_checkpoint(place)

@@ -27,7 +27,7 @@ from moekit.parallel import gather_state_dict, is_checkpoint
 from moekit.parallel.checkpoint import read_extra
 from moekit.training.whole_checkpoint import consolidate_checkpoint
 
-W_IN = "model.decoder.blocks.1.feed_forward.experts.w_in"
+W_IN = "model.decoder.layers.1.feed_forward.experts.w_in"
 
 
 # -- what hooks change ------------------------------------------------------------------------------------------------
