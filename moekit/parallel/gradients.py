@@ -70,7 +70,7 @@ def _norm(parts: Iterable[tuple[Tensor, Tensor | None]], norm_type: float) -> Te
     for (grid, divided), grads in groups.items():
         value = torch.zeros((), dtype=dtype, device=device)
         if grads:
-            norms = torch.stack([n.to(device) for n in torch._foreach_norm(grads, norm_type, dtype=dtype)])
+            norms = _norms(grads, norm_type, dtype, device)
             value = norms.max() if infinite else norms.pow(norm_type).sum()
         for dimension in divided:
             assert grid is not None
@@ -80,19 +80,31 @@ def _norm(parts: Iterable[tuple[Tensor, Tensor | None]], norm_type: float) -> Te
     return total if infinite else total.pow(1.0 / norm_type)
 
 
+def _norms(grads: list[Tensor], norm_type: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The norm of each, on `device`: gradients in host memory send theirs together."""
+    places: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        places.setdefault(grad.device, []).append(grad)
+    found = [torch.stack(torch._foreach_norm(part, norm_type, dtype=dtype)) for part in places.values()]
+    return torch.cat([norms.to(device) for norms in found])  # host read: of gradients in host memory alone
+
+
 @torch.no_grad()
-def clip_by_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_by_norm(
+    parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0, *, norm: Tensor | None = None
+) -> Tensor:
     """Scale all gradients so that their norm is at most `max_norm`; returns the norm before.
 
     Args:
         parameters: as in `gradient_norm`.
         max_norm: the largest norm allowed.
         norm_type: p, or infinity.
+        norm: what `gradient_norm` says of them, where it is known.
 
     Source: arXiv:1211.5063. As in `torch.nn.utils.clip_grad_norm_`, 1e-6 is added to the norm that divides.
     """
     parameters = list(parameters)
-    norm = gradient_norm(parameters, norm_type)
+    norm = gradient_norm(parameters, norm_type) if norm is None else norm
     scale_to_norm(parameters, max_norm, norm)
     return norm
 
@@ -101,9 +113,11 @@ def clip_by_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float
 def scale_to_norm(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
     """Scale all gradients, whose norm is `norm`, so that it is at most `max_norm`."""
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for grad in map(local_gradient, parameters):
-        if grad is not None:
-            grad.mul_(factor.to(grad.device))
+    found = [grad for grad in map(local_gradient, parameters) if grad is not None]
+    devices = {grad.device for grad in found}
+    factors = {device: factor.to(device) for device in devices}  # host read: for gradients in host memory, once
+    for grad in found:
+        grad.mul_(factors[grad.device])
 
 
 @torch.no_grad()

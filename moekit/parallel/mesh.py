@@ -150,7 +150,8 @@ def _with_timeout(
     """What makes the groups of a mesh wait for `timeout`; without it smaller groups wait for torch's default.
 
     The time is given when a group is made: what is set later (`_set_pg_timeout`) does not reach all-to-all on gloo. A
-    group of all ranks is the default group again, unless that one waits differently.
+    group of all ranks is the default group again, unless that one waits differently. Where the default group works on
+    both devices ("cpu:gloo,cuda:nccl"), the others do too.
     """
     if timeout is None:
         return {}
@@ -159,6 +160,7 @@ def _with_timeout(
     if made is None:
         return {}
     kind = getattr(dist, made)
+    both = named if ":" in (named := str(dist.get_backend())) else None
 
     def options() -> Any:
         own = (kind._Options if made == "ProcessGroupGloo" else kind.Options)()  # a split changes what it is given
@@ -167,7 +169,9 @@ def _with_timeout(
 
     again, size = backend.options._timeout == timeout, dist.get_world_size()
     return {
-        name: (backend.name(), options()) for name, n in zip(names, shape, strict=True) if not (again and n == size)
+        name: (both or backend.name(), options())
+        for name, n in zip(names, shape, strict=True)
+        if not (again and n == size)
     }
 
 

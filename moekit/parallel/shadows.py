@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.optim import Optimizer
 
+from moekit.parallel.host_copies import to_host
 from moekit.parallel.mesh import REPLICATE
 from moekit.parallel.pieces import spread
 from moekit.parallel.zero import zero_dimension
@@ -183,7 +184,7 @@ class Shadows:
         shadow = _Shadow(parameter, parameter, dimension, group)
         local = shadow.slice_of(parameter.to_local())
         if self.device is not None:
-            local = local.to(self.device, copy=True)
+            local = self._away([local], copy=True)[0]
         shadow.tensor = nn.Parameter(_spread(parameter, local, placements), requires_grad=parameter.requires_grad)
         shadow.tensor.shadow_of = parameter  # type: ignore[attr-defined]
         return shadow
@@ -210,19 +211,32 @@ class Shadows:
 
         Where the weights have changed by other hands (a checkpoint was loaded), they are taken anew.
         """
+        stepped: list[_Shadow] = []
+        gradients: list[Tensor] = []
         for shadow in self._of.values():
             self._refresh(shadow)
+            shadow.tensor.grad = None
             whole = shadow.parameter.grad
-            if whole is None:
-                shadow.tensor.grad = None
-                continue
-            assert isinstance(whole, DTensor)
+            if whole is not None:
+                assert isinstance(whole, DTensor)
+                stepped.append(shadow)
+                gradients.append(shadow.slice_of(whole.to_local()))
+        if self.device is not None:
+            gradients = self._away(gradients)
+        for shadow, local in zip(stepped, gradients, strict=True):
             assert isinstance(shadow.tensor, DTensor)
             assert isinstance(shadow.parameter, DTensor)
-            local = shadow.slice_of(whole.to_local())
-            if self.device is not None:
-                local = local.to(self.device)
             shadow.tensor.grad = _spread(shadow.parameter, local, list(shadow.tensor.placements))
+
+    def _away(self, tensors: list[Tensor], *, copy: bool = False) -> list[Tensor]:
+        """Tensors where the optimizer works; `copy` also of those that are there."""
+        assert self.device is not None
+        found = {n: tensor for n, tensor in enumerate(tensors) if copy or tensor.device != self.device}
+        if self.device.type == "cpu":
+            found = dict(zip(found, to_host(list(found.values())), strict=True))
+        else:
+            found = {n: tensor.to(self.device, copy=copy) for n, tensor in found.items()}
+        return [found.get(n, tensor) for n, tensor in enumerate(tensors)]
 
     def _refresh(self, shadow: _Shadow) -> None:
         weights, held = _local(shadow.parameter), _local(shadow.tensor)
@@ -237,7 +251,8 @@ class Shadows:
         """Write what the optimizer made into the model's weights, on all ranks."""
         for shadow in self._of.values():
             if self.device is not None:
-                shadow.slice_of(_local(shadow.parameter)).copy_(_local(shadow.tensor))
+                # The device takes them while the host goes on; `take` waits before anything is written there again.
+                shadow.slice_of(_local(shadow.parameter)).copy_(_local(shadow.tensor), non_blocking=True)
         for bucket in self._buckets():
             _gather(bucket)
         for shadow in self._of.values():

@@ -55,15 +55,8 @@ _INDEXING = {f"aten.{name}" for name in ("index", "index_put", "index_put_", "_i
 _STRICT = {
     f"aten.{name}"
     for name in (
-        "index_add",
-        "index_add_",
-        "scatter",
-        "scatter_",
-        "gather",
-        "index_select",
-        "stack",
-        "cat",
-        "embedding",
+        *("index_add", "index_add_", "scatter", "scatter_", "gather", "index_select"),
+        *("stack", "cat", "embedding"),
     )
 }
 
@@ -252,7 +245,11 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _written(gpu, args[0], args[1], kwargs.get("non_blocking", len(args) > 2 and args[2]))
     device = kwargs.get("device")
     if not ours and not _is_gpu(device):
-        return func(*args, **kwargs)
+        pinned = kwargs.pop("pin_memory", False)
+        result = func(*args, **kwargs)
+        if pinned:
+            result._pinned = True
+        return result
     if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
         with _Mode():  # whole in inference mode; elsewhere its parts arrive by themselves
             return func.decompose(*args, **kwargs)
@@ -317,19 +314,18 @@ def _copied(gpu: PretendedGPU, func: Any, source: Tensor, kwargs: dict[str, Any]
 
 
 def _written(gpu: PretendedGPU, target: Tensor, source: Tensor, non_blocking: bool) -> Tensor:
-    _note_copy(gpu, isinstance(source, _OnGPU), isinstance(target, _OnGPU), source, non_blocking)
+    from_gpu, to_gpu = isinstance(source, _OnGPU), isinstance(target, _OnGPU)
+    _note_copy(gpu, from_gpu, to_gpu, target if from_gpu else source, non_blocking)
     with _disable_current_modes():
         to = target.raw if isinstance(target, _OnGPU) else target
         to.copy_(source.raw if isinstance(source, _OnGPU) else source)
     return target
 
 
-def _note_copy(gpu: PretendedGPU, from_gpu: bool, to_gpu: bool, source: Tensor, non_blocking: bool) -> None:
-    """Only a copy to the device from pinned memory, that is told not to, does not wait."""
-    if from_gpu and not to_gpu:
-        gpu.waited("copy to the host")
-    elif to_gpu and not from_gpu and not (non_blocking and getattr(source, "_pinned", False)):
-        gpu.waited("copy to the device")
+def _note_copy(gpu: PretendedGPU, from_gpu: bool, to_gpu: bool, host: Tensor, non_blocking: bool) -> None:
+    """Only a copy from or to pinned memory, that is told not to, does not wait."""
+    if from_gpu != to_gpu and not (non_blocking and getattr(host, "_pinned", False)):
+        gpu.waited("copy to the device" if to_gpu else "copy to the host")
 
 
 @contextlib.contextmanager
@@ -349,6 +345,8 @@ def pretended_gpu(*, capability: tuple[int, int] = (9, 0)) -> Iterator[Pretended
             (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "device_count", lambda: 1),
             (torch.cuda, "current_device", lambda: 0),
+            (torch.cuda, "current_stream", lambda *_: _Stream()),
+            (torch.cuda, "synchronize", lambda *_: _Stream().synchronize()),
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
             (torch.cuda, "get_device_capability", lambda *_: capability),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
@@ -368,6 +366,13 @@ def pretended_gpu(*, capability: tuple[int, int] = (9, 0)) -> Iterator[Pretended
         stack.enter_context(_Mode())
         stack.enter_context(AutocastCUDA(lambda leaf: isinstance(leaf, _OnGPU)))
         yield gpu
+
+
+class _Stream:
+    """The only stream, on which copies and kernels follow each other."""
+
+    def synchronize(self) -> None:
+        _now().waited("synchronize")
 
 
 _GENERATOR = torch.Generator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -26,6 +29,7 @@ from moekit.parallel.planner.layout import Layout, Offload
 from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 from moekit.routing import Router
 from moekit.training.lightning_callbacks import divide_averages
+from moekit.training.placement import bring_along
 from moekit.training.refusals import check_callbacks, check_precision
 from moekit.training.strategy_optimizers import NonFinite, OptimizingStrategy
 from moekit.transformer.init import materialize_modules
@@ -54,7 +58,8 @@ class ExpertParallelStrategy(OptimizingStrategy):
         nonfinite_gradients: what to do when the gradient norm is NaN or infinite, on all ranks together: "raise", or
             "skip" the step.
         asynchronous_save: whether training goes on while a checkpoint's files are written.
-        process_group_backend: None = nccl on GPUs, gloo on CPUs.
+        process_group_backend: None = gloo on CPUs; on GPUs "cpu:gloo,cuda:nccl", so that what ranks tell each other of
+            the host's makes nobody wait for a device.
         timeout: of collectives.
         accelerator: as in `ParallelStrategy`, as all that follow; usually the Trainer's affair.
         parallel_devices: the devices of this node.
@@ -152,11 +157,18 @@ class ExpertParallelStrategy(OptimizingStrategy):
         check_precision(self.precision_plugin)
         self.set_world_ranks()
         self._layout(self.num_nodes * self.num_processes, known)
+        joined = dist.is_initialized()
         self._setup_distributed()
+        if not joined and self.root_device.type == "cuda":
+            atexit.register(_destroy_dist_connection)  # as Lightning does where it is nccl alone
         self._world = World(self.root_device.type, self.tensor_parallel_size, self._timeout)
         self._device_mesh = self._world.data
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+
+    def _get_process_group_backend(self) -> str:
+        default = "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else None
+        return self._process_group_backend or default or super()._get_process_group_backend()
 
     @property
     def meshes(self) -> Meshes:
@@ -211,6 +223,7 @@ class ExpertParallelStrategy(OptimizingStrategy):
         check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
         self.check_trainer(trainer)
         self._divide_model()
+        bring_along(self.model, self.root_device)
         self._keep_in_step()
         assert self.sharded is not None
         meshes = self.sharded.meshes

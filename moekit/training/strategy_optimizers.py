@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -50,6 +51,7 @@ class OptimizingStrategy(ShardedCheckpointStrategy, SteppingStrategy):
         self.nonfinite_gradients = nonfinite_gradients
         self.skipped_steps = 0
         self._for_fit = ExitStack()
+        self._norm: Tensor | None = None  # of the gradients that are about to be clipped
 
     # -- before training --------------------------------------------------------------------------------------------
 
@@ -108,7 +110,10 @@ class OptimizingStrategy(ShardedCheckpointStrategy, SteppingStrategy):
             self._look_at_gradients(optimizer)
             return result
 
-        return super().optimizer_step(optimizer, with_norm, model, **kwargs)
+        try:
+            return super().optimizer_step(optimizer, with_norm, model, **kwargs)
+        finally:
+            self._norm = None
 
     def _look_at_gradients(self, optimizer: Optimizer) -> None:
         self._meet("the optimizer's step")
@@ -118,7 +123,8 @@ class OptimizingStrategy(ShardedCheckpointStrategy, SteppingStrategy):
         module = self.lightning_module
         assert module is not None
         module.log("train/grad_norm", norm, batch_size=1)
-        if bool(norm.isfinite()):
+        if bool(norm.isfinite()):  # host read: the one of a step, for no weight may become NaN
+            self._norm = None if self._hooks_look() else norm
             return
         step = module.trainer.global_step
         if self.nonfinite_gradients == "raise":
@@ -131,7 +137,17 @@ class OptimizingStrategy(ShardedCheckpointStrategy, SteppingStrategy):
             parameter.grad = None
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        clip_by_norm(_parameters(optimizer), clip_val)
+        clip_by_norm(_parameters(optimizer), clip_val, norm=self._norm)
+
+    def _hooks_look(self) -> bool:
+        """Whether a hook may change gradients between the look at their norm and their clipping; so on all ranks."""
+        module = self.lightning_module
+        assert module is not None
+        hook, clipping = "on_before_optimizer_step", "configure_gradient_clipping"
+        callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+        return any(is_overridden(hook, callback, parent=L.Callback) for callback in callbacks) or any(
+            is_overridden(name, module, parent=L.LightningModule) for name in (hook, clipping)
+        )
 
     def _clip_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
         clip_by_value(_parameters(optimizer), clip_val)

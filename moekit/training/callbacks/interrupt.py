@@ -14,6 +14,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from moekit.training.agreement import agree
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.loggers import CsvLogger
 
@@ -92,7 +93,9 @@ class Resumable(Checkpoint):
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = trainer.global_step
-        stop, due = self._must_stop(trainer), self._is_due(trainer)
+        # What each process got by itself, and the first one's clock, in one message.
+        stop, due = agree(trainer, self._signal is not None, trainer.is_global_zero and self._is_due(trainer))
+        self._heed(bool(stop))
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
         if (stop or due) and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
@@ -139,18 +142,19 @@ class Resumable(Checkpoint):
 
     def _must_stop(self, trainer: L.Trainer) -> bool:
         """Whether any process got a signal; all of them agree."""
-        stop = self._signal is not None
-        if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        (stop,) = agree(trainer, self._signal is not None)
+        self._heed(bool(stop))
+        return bool(stop)
+
+    def _heed(self, stop: bool) -> None:
+        """Stop for a signal that another process got."""
         if stop:
             self._signal = self._signal or signal.SIGTERM
-        return stop
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         by_steps = self.every_n_steps is not None and (trainer.global_step - self._saved_step >= self.every_n_steps)
         by_time = self.every_n_minutes is not None and (self._clock() - self._saved_time >= 60 * self.every_n_minutes)
-        due = by_steps or by_time
-        return trainer.strategy.broadcast(due) if trainer.world_size > 1 else due
+        return by_steps or by_time
 
     def _save_and_perhaps_stop(self, trainer: L.Trainer) -> None:
         self._save(trainer)

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from moekit.training.agreement import agree
 from moekit.training.budget import Budget
 
 
@@ -17,7 +18,8 @@ class MaxMinutes(Callback):
 
     Time runs from the first batch to the last, validation and checkpoints in between included. The time used is kept
     in checkpoints, and a resumed run has what is left. At the end Lightning validates once more and stops in order.
-    Without `max_minutes` the callback only measures. With several processes the first one's clock counts.
+    Without `max_minutes` the callback only measures. With several processes the first one's clock counts; it tells the
+    others by way of host memory, so that nobody waits for a GPU.
 
     Args:
         budget: shared with the learning rate schedule where that depends on time.
@@ -40,8 +42,8 @@ class MaxMinutes(Callback):
     ) -> None:
         """Read the clock, and stop if it is time."""
         seconds = self._clock() - self._start
-        if trainer.world_size > 1:
-            seconds = trainer.strategy.broadcast(seconds)
+        if self.budget.max_minutes is not None:  # else nobody decides by it
+            (seconds,) = agree(trainer, seconds if trainer.is_global_zero else 0.0)
         self.budget.seconds = seconds
         if self.budget.out_of_time:
             trainer.should_stop = True

@@ -36,13 +36,13 @@ class RandomState(Callback):
     ) -> None:
         """Go on where the last batch ended."""
         if self._held is not None:
-            _restore(self._held)
+            _restore(self._held, trainer.strategy.root_device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remember the place."""
-        self._held = _capture(pl_module.device)
+        self._held = _capture(trainer.strategy.root_device)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain state of every process, in the order of ranks."""
@@ -79,12 +79,12 @@ def _capture(device: torch.device) -> dict[str, Any]:
     return state
 
 
-def _restore(state: Mapping[str, Any]) -> None:
+def _restore(state: Mapping[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _to_plain(state: Mapping[str, Any]) -> dict[str, Any]:
