@@ -34,7 +34,8 @@ class DataConfig:
         heating_steps: raise the temperature from 1 to `temperature` over so many steps; 0 = constant.
         max_length: longer sentences are left out of training, in pieces.
         cache: folder for tokenizers and tokenized text, shared by runs.
-        num_workers: processes that prepare batches; 0 = the training process itself.
+        num_workers: processes that prepare batches; 0 = the training process itself; auto = none on a CPU, up to four
+            beside each GPU, so that it does not wait for its batches.
         babel_languages: how many languages babel makes.
         babel_sentences: its training sentences, each in every language; of headlines: paragraphs.
         babel_sizes: fewer (or more) training sentences of single languages, as kmb=2000,shl=500.
@@ -59,7 +60,7 @@ class DataConfig:
     heating_steps: int = 0
     max_length: int = 128
     cache: str = ".cache/moekit"
-    num_workers: int = 0
+    num_workers: int | Literal["auto"] = "auto"
     babel_languages: int = 4
     babel_sentences: int = 30_000
     babel_sizes: str | None = None
@@ -131,7 +132,8 @@ class TrainConfig:
         clip_update: of adafactor: largest root mean square of an update; 0 = no clipping.
         label_smoothing: of the sequence-to-sequence tasks.
         accumulate: batches per optimizer step.
-        precision: "32-true", "bf16-mixed" or "bf16-true".
+        precision: "32-true", "bf16-mixed", "bf16-true", or "auto": bf16-mixed on a GPU that computes in bf16, float32 on
+            other GPUs (with TF32 where they have it) and on CPUs. A run keeps what it was when it began.
         expert_lr_multiplier: learning rate of the experts as a multiple of the others'.
         scale_expert_gradients: multiply gradients of experts by the square root of their number (arXiv:2112.10684),
             before clipping. Under adamw only the clipping feels it.
@@ -157,7 +159,7 @@ class TrainConfig:
     clip_update: float = 1.0
     label_smoothing: float = 0.1
     accumulate: int = 1
-    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
     expert_lr_multiplier: float = 1.0
     scale_expert_gradients: bool = False
     validate_every: int = 0

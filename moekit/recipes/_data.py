@@ -160,5 +160,5 @@ def make_data(
         test_sentences=evaluate.max_sentences or None,
         seed=config.seed,
         order_seed=config.order_seed,
-        num_workers=config.num_workers,
+        num_workers=0 if config.num_workers == "auto" else config.num_workers,
     )

@@ -100,6 +100,7 @@ def _write(
         "wall_seconds": used.get("MaxMinutes", {}).get("seconds", 0.0),
         "evaluation_seconds": seconds,
         "tokens_per_second": trained.get("tokens", 0) / max(trained.get("seconds", 0.0), 1e-9),
+        "peak_memory": used.get("PeakMemory"),
         "parameters": parameters(module.backbone),
         "bleu": scores.get("bleu"),
         "chrf": scores.get("chrf"),

@@ -22,6 +22,7 @@ from moekit.heads.base import Head
 from moekit.layer import AuxLosses
 from moekit.recipes._config import StrategyConfig, TrainConfig, active_tasks
 from moekit.recipes._data import make_data
+from moekit.recipes._machine import usable_accelerator, usable_precision, usable_workers
 from moekit.training.budget import Budget
 from moekit.training.checkpoint_io import AtomicCheckpointIO
 from moekit.training.multitask import MultitaskModule
@@ -88,8 +89,9 @@ def run_data(config: Any, tokenizer: Tokenizer | None = None, held_out: HeldOut 
     steps = train.max_steps * train.accumulate or _ENDLESS
     # Tensor-parallel partners read the same batch.
     readers = max(1, train.devices * train.num_nodes // (config.strategy.tensor_parallel_size or 1))
+    here = dataclasses.replace(config.data, num_workers=usable_workers(config.data.num_workers, train))
     return make_data(
-        config.data, config.tasks, config.evaluate, devices=readers, steps=steps, source=held_out, tokenizer=tokenizer
+        here, config.tasks, config.evaluate, devices=readers, steps=steps, source=held_out, tokenizer=tokenizer
     )
 
 
@@ -197,26 +199,6 @@ def make_strategy(settings: StrategyConfig) -> ExpertParallelStrategy | Literal[
         raise UserError(f"strategy: {error}") from None
 
 
-def usable_accelerator(wanted: str) -> str:
-    """What the Trainer is told for ``train.accelerator``: "auto" is a GPU of CUDA or ROCm where there is one, else the
-    CPU.
-
-    Left to Lightning, "auto" and "gpu" would be Apple's MPS on a Mac, which has no float64: statistics over a run could
-    not be kept there.
-
-    Raises:
-        UserError: if a GPU is asked for and there is none.
-    """
-    if torch.cuda.is_available():
-        return wanted
-    if wanted == "gpu":
-        has = "Apple's MPS, which has no float64, is not supported" if torch.backends.mps.is_available() else "got none"
-        raise UserError(
-            f"train.accelerator gpu needs a GPU that torch sees through torch.cuda (CUDA or ROCm): {has}. Say cpu."
-        )
-    return "cpu"
-
-
 def make_trainer(train: TrainConfig, **options: Any) -> L.Trainer:
     """A Trainer with the settings that training and evaluation share."""
     plugins: list[Any] = [] if isinstance(options.get("strategy"), ExpertParallelStrategy) else [AtomicCheckpointIO()]
@@ -225,7 +207,7 @@ def make_trainer(train: TrainConfig, **options: Any) -> L.Trainer:
             accelerator=usable_accelerator(train.accelerator),
             devices=train.devices,
             num_nodes=train.num_nodes,
-            precision=train.precision,
+            precision=usable_precision(train),
             accumulate_grad_batches=train.accumulate,
             gradient_clip_val=train.clip or None,
             log_every_n_steps=train.log_every,

@@ -24,6 +24,7 @@ from moekit.recipes._config import TrainConfig
 from moekit.recipes._data import missing_paths
 from moekit.recipes._evaluation import evaluate
 from moekit.recipes._generation import generate
+from moekit.recipes._machine import on_gpu, settled
 from moekit.recipes._parts import (
     Build,
     elsewhere,
@@ -40,6 +41,7 @@ from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
 from moekit.training.callbacks.interrupt import Resumable
 from moekit.training.callbacks.limits import MaxMinutes
+from moekit.training.callbacks.memory import PeakMemory
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.callbacks.random_state import RandomState
 from moekit.training.callbacks.throughput import Throughput
@@ -162,13 +164,14 @@ class Pipeline:
 
     def run(self, config: Any, options: Namespace) -> int:
         """Train, test, report."""
+        config = self._settled(config, options)
         folder = self._train(config, options)
         evaluate(self.build, config, folder, self.console)
         return 0
 
     def fit(self, config: Any, options: Namespace) -> int:
         """Train."""
-        folder = self._train(config, options)
+        folder = self._train(self._settled(config, options), options)
         if _is_first_process():
             self.console.print(f"trained; test it with: {self._command('test', folder)}")
         return 0
@@ -199,6 +202,7 @@ class Pipeline:
         """Train from another run, test, report."""
         folder = RunFolder(Path(options.out or default_out(self.recipe, options.variant, command)))
         options.out = str(folder.path)
+        config = self._settled(config, options)
         self._train(config, options, begin(config, options, folder, resume=options.resume))
         evaluate(self.build, config, folder, self.console)
         return 0
@@ -246,6 +250,7 @@ class Pipeline:
             Throughput(),
             RandomState(),
             RunConfig(settings),
+            PeakMemory(_planning.expected_bytes(self.build, config)),
             TrainingProgress(budget),
             *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
             # Of several tasks the first is the one that the recipe is about.
@@ -280,6 +285,12 @@ class Pipeline:
         with quiet():
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         return folder
+
+    def _settled(self, config: Any, options: Namespace) -> Any:
+        """What "auto" is on this machine; a run that goes on keeps its precision."""
+        folder = RunFolder(self._folder(options))
+        going_on = options.resume and not options.overwrite and (folder.path / "config.yaml").is_file()
+        return settled(config, folder.config() if going_on else None)
 
     def _text(self, config: Any, folder: RunFolder | None, start: Start | None) -> MultitaskData:
         """The corpus, with the tokenizer of the run in `folder`, which goes on, or of the one that it starts from."""
@@ -335,7 +346,8 @@ class Pipeline:
             f"vocabulary {data.tokenizer.vocab_size:,}\n"
             f"model     {counts['total']:,} parameters{sparse}; tasks {', '.join(module.heads)}\n"
             f"training  at most {' or '.join(ends)} on {train.devices} process(es) with {torch.get_num_threads()} "
-            "threads each",
+            f"threads each, precision {train.precision}"
+            f"{' with TF32' if on_gpu(train) and torch.get_float32_matmul_precision() != 'highest' else ''}",
             highlight=False,
             soft_wrap=True,
         )

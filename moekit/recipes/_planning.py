@@ -10,7 +10,8 @@ from rich.console import Console
 
 from moekit.errors import UserError
 from moekit.parallel.planner import GIB, Forecast, Layout, Training, compare, fewest_devices, plan
-from moekit.recipes._config import StrategyConfig, TrainConfig
+from moekit.recipes._config import StrategyConfig, TrainConfig, active_tasks
+from moekit.recipes._machine import usable_precision
 from moekit.recipes._parts import Build, build_parts
 
 
@@ -36,6 +37,30 @@ def forecast(build: Build, config: Any, given: Namespace, console: Console) -> N
             _judge(made, model, training, given.memory, console)
     except ValueError as error:
         raise UserError(f"plan: {error}") from None
+
+
+def expected_bytes(build: Build, config: Any) -> float | None:
+    """What a process of this run should need at its fullest, in bytes; None if the model is none that can be planned.
+
+    The tokens of all tasks are taken for texts of the greatest length. Under offload it is the device's part alone.
+    """
+    train, length = config.train, config.data.max_length
+    tokens = sum(task.tokens for task in active_tasks(config.tasks).values())
+    try:
+        model = _network(build, config)
+        sides = 2 if hasattr(model, "encoder") and hasattr(model, "decoder") else 1
+        training = Training(
+            sequences=max(1, -(-tokens // (sides * length))),
+            source_length=length,
+            target_length=length,
+            accumulate=train.accumulate,
+            precision=usable_precision(train),
+            optimizer=train.optimizer,
+            checkpointing=getattr(config.model, "checkpoint", False),
+        )
+        return float(plan(model, _layout(config), training).memory.device)
+    except (ValueError, TypeError, NotImplementedError):
+        return None
 
 
 def _judge(made: Forecast, model: torch.nn.Module, training: Training, gib: float, console: Console) -> None:
@@ -88,7 +113,7 @@ def _training(config: Any, given: Namespace) -> Training:
             source_length=length,
             target_length=length,
             accumulate=train.accumulate,
-            precision=train.precision,
+            precision=usable_precision(train),
             checkpointing=getattr(config.model, "checkpoint", False),
         )
     except ValueError as error:

@@ -133,7 +133,7 @@ def paper(num_experts: int, layers: int, batch_tokens: int, *, every: int = 2) -
         tasks=TranslationTasks(translation=TaskConfig(tokens=batch_tokens)),
         train=TrainConfig(
             max_steps=10**12 // batch_tokens, optimizer="adafactor", learning_rate=1e-2, weight_decay=0.0, clip=0.0,
-            warmup_steps=10_000, schedule="inverse_square_root",
+            warmup_steps=10_000, schedule="inverse_square_root", precision="32-true",
         ),
     )  # fmt: skip
 

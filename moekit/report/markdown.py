@@ -72,6 +72,8 @@ def headline_rows(run: RunFolder) -> list[tuple[str, str]]:
         ("tokens", wording.short(number(run.summary, "tokens"))),
         ("tokens per second", wording.short(run.tokens_per_second)),
         ("time", wording.duration(number(run.summary, "wall_seconds"))),
+        ("peak memory", wording.memory(number(run.summary, "peak_memory", "bytes"))),
+        ("its forecast", wording.memory(number(run.summary, "peak_memory", "forecast"))),
     ]
 
 

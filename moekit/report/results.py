@@ -15,6 +15,15 @@ from moekit.report.style import CYCLE, SEQUENTIAL_LEVELS, sequential_class
 from moekit.report.tasks import EXPLAINED, TASKS
 
 
+def _memory(run: RunFolder) -> tuple[str, str]:
+    """The most that training held, and what was forecast."""
+    return wording.memory(number(run.summary, "peak_memory", "bytes")), "of a process at its fullest" + (
+        f", forecast {wording.memory(forecast)}"
+        if (forecast := number(run.summary, "peak_memory", "forecast")) is not None
+        else ""
+    )
+
+
 def headline(run: RunFolder) -> str:
     """Title, headline numbers and findings."""
     total, active = number(run.summary, "parameters", "total"), number(run.summary, "parameters", "active")
@@ -31,6 +40,7 @@ def headline(run: RunFolder) -> str:
     tiles = [
         *(_translation_tiles(run) if run.translates else perplexity.tiles(run)),
         ("Speed", wording.short(run.tokens_per_second), "tokens per second"),
+        ("Memory", *_memory(run)),
         ("Parameters", wording.short(total), "in total"),
         ("Active", wording.short(active), share),
         ("Time", wording.duration(seconds), ", ".join(worked))

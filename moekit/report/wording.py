@@ -24,6 +24,11 @@ def short(value: float | None) -> str:
     return f"{value:.0f}" if abs(value) >= 10 or value == int(value) else f"{value:.2g}"
 
 
+def memory(value: float | None) -> str:
+    """Bytes as ``1.23 GiB``."""
+    return MISSING if value is None or not math.isfinite(value) else f"{value / 2**30:.2f} GiB"
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     """A fraction as ``1.2 %``; a value that is small but not nothing says so."""
     if value is None or not math.isfinite(value):

@@ -194,5 +194,3 @@ def test_gradients_on_two_devices_have_one_norm_and_one_copy() -> None:
             clip_by_norm([*hosts, *parameters], 0.1, norm=total)
         assert sum(waits.values()) == 1
         assert explained(waits)
-
-

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from moekit.training.budget import Budget
+from moekit.training.callbacks.memory import PeakMemory
 
 
 class TrainingProgress(ProgressBar):
@@ -127,7 +128,7 @@ class TrainingProgress(ProgressBar):
         self._close()
 
     def training_text(self, trainer: L.Trainer) -> str:
-        """For example ``step 120/2000  loss 5.123  8,400 tokens/s  1:02 used  16:02 left``."""
+        """For example ``step 120/2000  loss 5.123  8,400 tokens/s  1:02 used  16:02 left``, and `PeakMemory` if kept."""
         metrics = trainer.callback_metrics
         limit = self._max_steps(trainer)
         parts = [f"step {trainer.global_step:,}" + (f"/{limit:,}" if limit else "")]
@@ -140,6 +141,8 @@ class TrainingProgress(ProgressBar):
         minutes = self.budget.max_minutes if self.budget is not None else None
         used = self.budget.seconds if self.budget is not None and minutes else self._clock() - self._start
         parts.append(f"{_duration(used)}{'/' + _duration(60 * minutes) if minutes else ''} used")
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        parts += [callback.text() for callback in callbacks if isinstance(callback, PeakMemory) and callback.bytes]
         left = self._seconds_left(trainer)
         if left is not None:
             parts.append(f"{_duration(left)} left")
