@@ -63,11 +63,14 @@ class Lockstep:
         points: everything that ranks can be about to do, by name, the same on all ranks.
         stages: of `Place`.
         timeout: how long a rank waits for its neighbour; None = torch's default.
+        each: whether ranks meet at every module that was given to `watch`. If not, they compare which modules they have
+            passed when they meet next, which costs a message less for each.
     """
 
     points: Sequence[str]
     stages: Sequence[str]
     timeout: timedelta | None = None
+    each: bool = True
     place: Place = field(default_factory=Place)
 
     def __post_init__(self) -> None:
@@ -77,6 +80,7 @@ class Lockstep:
         self._group = host_group("lockstep", self.timeout) if self.size > 1 else None
         self._everybody = tuple(range(self.size))
         self._inside: tuple[int, ...] = ()
+        self._passed = 0
         self._heard: dict[int, str] = {}
 
     def meet(self, point: str, ring: Sequence[int] | None = None) -> None:
@@ -95,7 +99,7 @@ class Lockstep:
             return
         here = ring.index(self.rank)
         before, after = ring[here - 1], ring[(here + 1) % len(ring)]
-        mine, theirs = self._pack(point), torch.empty(5, dtype=torch.int64)
+        mine, theirs = self._pack(point), torch.empty(6, dtype=torch.int64)
         waits_for = before
         try:
             arriving = dist.irecv(theirs, src=before, group=self._group)
@@ -112,24 +116,42 @@ class Lockstep:
                 f"ended or said nothing for {self.timeout}.{last if waits_for == before else ''} {_ADVICE}"
             ) from error
         self._heard[before] = self._tell(theirs)
-        if not torch.equal(mine, theirs):
+        if torch.equal(mine, theirs):
+            return
+        if torch.equal(mine[:-1], theirs[:-1]):
             raise OutOfStepError(
-                f"rank {before} is about to start {self._tell(theirs)}, where rank {self.rank} is about to start "
-                f"{self._tell(mine)}. {_ADVICE}"
+                f"rank {before} and rank {self.rank} have passed other layers, or in another order, before they were "
+                f'about to start {self._tell(mine)}. lockstep="module" says which. {_ADVICE}'
             )
+        raise OutOfStepError(
+            f"rank {before} is about to start {self._tell(theirs)}, where rank {self.rank} is about to start "
+            f"{self._tell(mine)}. {_ADVICE}"
+        )
 
     @contextmanager
     def step(self, ring: Sequence[int] | None = None) -> Iterator[None]:
-        """Inside, modules that were given to `watch` are points at which the ranks of `ring` (None = all) meet."""
+        """Inside, ranks of `ring` (None = all) meet at, or take note of, modules that were given to `watch`."""
         self._inside = self._everybody if ring is None else tuple(ring)
+        self._passed = 0
         try:
             yield
         finally:
             self._inside = ()
 
     def watch(self, module: nn.Module, point: str) -> RemovableHandle:
-        """Let ranks meet before every forward of `module`. To be called after `fully_shard` has wrapped it."""
+        """Look at every forward of `module`, before it. To be called after `fully_shard` has wrapped it."""
         return module.register_forward_pre_hook(_Watch(self, point), prepend=True)
+
+    def pass_by(self, point: str) -> None:
+        """Say that a module comes next, at once or when ranks meet."""
+        if self.each:
+            self.meet(point, self._inside)
+        else:
+            self._passed = (31 * self._passed + self._numbers[point] + 1) % 2**48
+
+    def forget(self) -> None:
+        """Take no account of what was passed: other ranks may have had other batches."""
+        self._passed = 0
 
     def require_equal(self, number: float, what: str, advice: str) -> None:
         """Refuse numbers that differ between ranks.
@@ -152,10 +174,10 @@ class Lockstep:
     def _pack(self, point: str) -> Tensor:
         place = self.place
         stage = self.stages.index(place.stage)
-        return torch.tensor([self._numbers[point], stage, place.epoch, place.batch, place.step])
+        return torch.tensor([self._numbers[point], stage, place.epoch, place.batch, place.step, self._passed])
 
     def _tell(self, packed: Tensor) -> str:
-        point, stage, epoch, batch, step = packed.tolist()
+        point, stage, epoch, batch, step, _ = packed.tolist()
         return f"{self.points[point]} ({Place(self.stages[stage], epoch, batch, step)})"
 
 
@@ -169,7 +191,7 @@ class _Watch:
     @torch._dynamo.disable
     def __call__(self, module: nn.Module, args: Any) -> None:
         if self.lockstep is not None and self.lockstep._inside:
-            self.lockstep.meet(self.point, self.lockstep._inside)
+            self.lockstep.pass_by(self.point)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"lockstep": None, "point": self.point}

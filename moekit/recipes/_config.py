@@ -132,7 +132,7 @@ class TrainConfig:
         clip_update: of adafactor: largest root mean square of an update; 0 = no clipping.
         label_smoothing: of the sequence-to-sequence tasks.
         accumulate: batches per optimizer step.
-        precision: "32-true", "bf16-mixed", "bf16-true", or "auto": bf16-mixed on a GPU that computes in bf16, float32 on
+        precision: "32-true", "bf16-mixed", "bf16-true", or "auto": bf16-mixed on a GPU that has bf16, float32 on
             other GPUs (with TF32 where they have it) and on CPUs. A run keeps what it was when it began.
         expert_lr_multiplier: learning rate of the experts as a multiple of the others'.
         scale_expert_gradients: multiply gradients of experts by the square root of their number (arXiv:2112.10684),

@@ -59,7 +59,7 @@ def usable_workers(workers: int | str, train: TrainConfig) -> int:
 
 
 def settled(config: Any, kept: Mapping[str, Any] | None = None) -> Any:
-    """The configuration with what "auto" is on this machine, or was when the run began, for later and for others to see.
+    """The configuration with what "auto" is on this machine, or was when the run began.
 
     Args:
         config: of a run.

@@ -61,6 +61,8 @@ class ExpertParallelStrategy(OptimizingStrategy):
         process_group_backend: None = gloo on CPUs; on GPUs "cpu:gloo,cuda:nccl", so that what ranks tell each other of
             the host's makes nobody wait for a device.
         timeout: of collectives.
+        lockstep: how often ranks compare what they are about to do: "batch" = at every batch, backward and optimizer's
+            step; "module" = before every layer that communicates too, which names the one that a rank skips.
         accelerator: as in `ParallelStrategy`, as all that follow; usually the Trainer's affair.
         parallel_devices: the devices of this node.
         cluster_environment: where the processes run.
@@ -93,6 +95,7 @@ class ExpertParallelStrategy(OptimizingStrategy):
         asynchronous_save: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        lockstep: Literal["batch", "module"] = "batch",
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -115,6 +118,9 @@ class ExpertParallelStrategy(OptimizingStrategy):
             not isinstance(expert_parallel_size, int) or isinstance(expert_parallel_size, bool)
         ):
             raise TypeError(f'expert_parallel_size must be a number or "auto": got {expert_parallel_size!r}.')
+        if lockstep not in ("batch", "module"):
+            raise ValueError(f'lockstep must be "batch" or "module": got {lockstep!r}.')
+        self.lockstep = lockstep
         self.expert_parallel_size, self.tensor_parallel_size = expert_parallel_size, tensor_parallel_size
         self.replicas, self.zero_stage, self.offload = replicas, zero_stage, offload
         self.plan = plan or Plan()

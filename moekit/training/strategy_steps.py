@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -31,12 +31,14 @@ _STAGES = ("setup", "train", "validate", "test", "predict", "sanity_check")
 class SteppingStrategy(ModelParallelStrategy):
     """Runs steps, and ends them with a message where ranks part; the base of `ExpertParallelStrategy`.
 
-    Before every batch, every unit that gathers weights, every layer that exchanges rows, and every call of this class
-    that waits for all ranks, ranks compare what they are about to do: see `Lockstep`. In evaluation only those compare
+    Before every batch, backward, optimizer's step, and every call of this class that waits for all ranks, ranks compare
+    what they are about to do, and which units that gather weights and layers that exchange rows they have passed: see
+    `Lockstep`. With ``lockstep="module"`` they do before every such unit and layer too. In evaluation only those compare
     whose forwards communicate, so the others may have other numbers of batches.
     """
 
     sharded: ShardedModel | None
+    lockstep: Literal["batch", "module"] = "batch"
     _lockstep: Lockstep | None = None
     _watching: tuple[RemovableHandle, ...] = ()
     _evaluators: tuple[int, ...] = ()
@@ -59,7 +61,8 @@ class SteppingStrategy(ModelParallelStrategy):
         if meshes.layout.expert_parallel_size > 1:
             watched |= {layer: path for path, layer in sparse_layers(model) if path}
         watched |= {unit: names[unit] for unit in self.sharded.units if names.get(unit)}
-        lockstep = Lockstep((*_POINTS, *watched.values()), _STAGES, meshes.timeout)
+        each = self.lockstep == "module"
+        lockstep = Lockstep((*_POINTS, *watched.values()), _STAGES, meshes.timeout, each)
         self._watching = tuple(lockstep.watch(module, path) for module, path in watched.items())
         self._lockstep = lockstep
         together = meshes.dense[SHARD, TENSOR] if meshes.layout.zero_stage > 1 else meshes.sparse[EXPERT, TENSOR]
@@ -204,6 +207,7 @@ class SteppingStrategy(ModelParallelStrategy):
         self.sharded.release_weights()
         if self._lockstep is not None and len(self._evaluators) < self.world_size:
             self._lockstep.place = dataclasses.replace(self._lockstep.place, batch=-1)  # others may have other numbers
+            self._lockstep.forget()
 
     def _as_forward(self, name: str, *args: Any, **kwargs: Any) -> Any:
         module: L.LightningModule | None = self.lightning_module

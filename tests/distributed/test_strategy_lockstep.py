@@ -50,7 +50,9 @@ def parted(module: L.LightningModule, layout: dict[str, Any], match: str, data: 
     """The run ends on this rank, at once, with words that match."""
     begun = time.monotonic()
     trainer = trainer_for(
-        ExpertParallelStrategy(**layout, timeout=timedelta(seconds=SECONDS)), use_distributed_sampler=False, **options
+        ExpertParallelStrategy(**layout, timeout=timedelta(seconds=SECONDS), lockstep="module"),
+        use_distributed_sampler=False,
+        **options,
     )
     with pytest.raises(OutOfStepError, match=match):
         trainer.fit(module, loader(3, sized=True) if data is None else data)
@@ -223,6 +225,47 @@ def test_two_of_a_ring_notice() -> None:
     assert said[0][0].startswith("rank 0 is about to start here")
     silent = "waits for rank 3, which has ended or said nothing for 0:00:05. It was last about to start here"
     assert silent in said[0][0]
+
+
+def passes() -> list[str]:
+    """By default ranks tell what they have passed when they meet."""
+    points = Lockstep(["here", "a", "b"], ["setup"], timedelta(seconds=20), each=False)
+    module = torch.nn.Identity()
+    handles = [points.watch(module, name) for name in ("a", "b")]
+    said = []
+    for left in (0, 1):
+        with points.step():
+            if dist.get_rank() < left:
+                handles[1].remove()
+            module(torch.ones(1))
+        try:
+            points.meet("here")
+        except OutOfStepError as error:
+            said.append(str(error))
+    points.forget()
+    points.meet("here")
+    return said
+
+
+def test_passed_layers_are_compared() -> None:
+    words = "have passed other layers, or in another order, before they were about to start here"
+    said = run_distributed(passes, 2)
+    assert [len(found) for found in said] == [1, 1]
+    assert all(words in found[0] for found in said)
+
+
+def skips() -> float:
+    """A skipped layer, compared once a batch: an error within the timeout on every rank."""
+    begun = time.monotonic()
+    strategy = ExpertParallelStrategy(1, timeout=timedelta(seconds=6))
+    with pytest.raises(RuntimeError):
+        trainer_for(strategy, use_distributed_sampler=False).fit(SkipsALayer(0), loader(3, sized=True))
+    return time.monotonic() - begun
+
+
+@pytest.mark.slow
+def test_a_skipped_layer_ends_within_the_timeout() -> None:
+    assert max(run_distributed(skips, 2, timeout=90.0)) < 40.0
 
 
 def numbers() -> list[str]:

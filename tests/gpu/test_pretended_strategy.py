@@ -132,7 +132,7 @@ def test_groups_of_a_mesh_work_where_the_default_group_does() -> None:
         assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=77)
 
 
-# -- copies and norms ---------------------------------------------------------------------------------------------------
+# -- copies and norms --------------------------------------------------------------------------------------------------
 
 
 def test_copies_to_the_host_wait_once() -> None:

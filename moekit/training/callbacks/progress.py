@@ -128,7 +128,7 @@ class TrainingProgress(ProgressBar):
         self._close()
 
     def training_text(self, trainer: L.Trainer) -> str:
-        """For example ``step 120/2000  loss 5.123  8,400 tokens/s  1:02 used  16:02 left``, and `PeakMemory` if kept."""
+        """For example ``step 120/2000  loss 5.123  8,400 tokens/s  1:02 used  16:02 left``, and the `PeakMemory`."""
         metrics = trainer.callback_metrics
         limit = self._max_steps(trainer)
         parts = [f"step {trainer.global_step:,}" + (f"/{limit:,}" if limit else "")]
