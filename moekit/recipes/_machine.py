@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from moekit.errors import UserError
 from moekit.recipes._config import TrainConfig
 
+Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 WORKERS = 4  # beside each GPU, at most
 
 
@@ -40,7 +41,7 @@ def on_gpu(train: TrainConfig) -> bool:
     return usable_accelerator(train.accelerator) != "cpu"
 
 
-def usable_precision(train: TrainConfig) -> str:
+def usable_precision(train: TrainConfig) -> Precision:
     """What "auto" is here: bf16-mixed on a GPU that computes in bf16 by itself, else 32-true."""
     if train.precision != "auto":
         return train.precision

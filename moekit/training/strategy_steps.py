@@ -33,8 +33,8 @@ class SteppingStrategy(ModelParallelStrategy):
 
     Before every batch, backward, optimizer's step, and every call of this class that waits for all ranks, ranks compare
     what they are about to do, and which units that gather weights and layers that exchange rows they have passed: see
-    `Lockstep`. With ``lockstep="module"`` they do before every such unit and layer too. In evaluation only those compare
-    whose forwards communicate, so the others may have other numbers of batches.
+    `Lockstep`. With ``lockstep="module"`` they do before every such unit and layer too. In evaluation only those
+    compare whose forwards communicate, so the others may have other numbers of batches.
     """
 
     sharded: ShardedModel | None

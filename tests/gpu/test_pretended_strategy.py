@@ -194,3 +194,58 @@ def test_gradients_on_two_devices_have_one_norm_and_one_copy() -> None:
             clip_by_norm([*hosts, *parameters], 0.1, norm=total)
         assert sum(waits.values()) == 1
         assert explained(waits)
+
+
+# -- agreement and the norm, once ----------------------------------------------------------------------------------------
+
+
+def test_the_norm_is_found_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the log, the look and the clipping; twice where a hook may have changed gradients in between."""
+    from moekit.parallel import gradients
+    from moekit.training import strategy_optimizers
+
+    calls: list[int] = []
+    original = gradients.gradient_norm
+
+    def counted(parameters: Any, norm_type: float = 2.0) -> Tensor:
+        calls.append(1)
+        return original(parameters, norm_type)
+
+    monkeypatch.setattr(gradients, "gradient_norm", counted)
+    monkeypatch.setattr(strategy_optimizers, "gradient_norm", counted)
+
+    class Halves(L.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            for parameter in pl_module.parameters():
+                parameter.grad.to_local().data.mul_(0.5)
+
+    class Model(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 1, bias=False)
+            nn.init.constant_(self.layer.weight, 1.0)
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            return self.layer(torch.ones(1, 4)).sum() * 0.3
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    # Gradients of 0.3 in four places have the norm 0.6; halved, 0.3, which needs no clipping.
+    for callbacks, times, step in (([], 1, 0.3 * 0.5 / 0.6), ([Halves()], 2, 0.15)):
+        calls.clear()
+        module = Model()
+        trainer = L.Trainer(
+            accelerator="cpu", devices=1, strategy=ExpertParallelStrategy(1), max_steps=1, gradient_clip_val=0.5,
+            callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        try:
+            trainer.fit(module, torch.utils.data.DataLoader(torch.ones(1, 4)))  # type: ignore[arg-type]
+            weight = module.layer.weight.to_local()  # type: ignore[operator]
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        assert len(calls) == times
+        assert trainer.callback_metrics["train/grad_norm"].item() == pytest.approx(0.6)
+        torch.testing.assert_close(weight.detach(), torch.full((1, 4), 1 - step), rtol=1e-5, atol=0)
