@@ -196,7 +196,7 @@ def test_gradients_on_two_devices_have_one_norm_and_one_copy() -> None:
         assert explained(waits)
 
 
-# -- agreement and the norm, once ----------------------------------------------------------------------------------------
+# -- the norm, once ----------------------------------------------------------------------------------------------------
 
 
 def test_the_norm_is_found_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
