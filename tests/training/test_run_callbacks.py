@@ -334,12 +334,12 @@ def test_random_state_goes_through_plain_data(tmp_path: Path) -> None:
     callback = RandomState()
     random.gauss(0, 1)  # leaves a second number behind, which is part of the state
     np.random.standard_normal()
-    module = Model()
-    callback.on_train_batch_end(None, module, None, None, 0)  # type: ignore[arg-type]
+    module, run = Model(), trainer(tmp_path)
+    callback.on_train_batch_end(run, module, None, None, 0)
     expected = random.gauss(0, 1), np.random.standard_normal(), torch.randn(())
     torch.save(callback.state_dict(), tmp_path / "state.pt")
     draw()
     other = RandomState()
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    other.on_train_batch_start(None, module, None, 0)  # type: ignore[arg-type]
+    other.on_train_batch_start(run, module, None, 0)
     assert (random.gauss(0, 1), np.random.standard_normal(), torch.randn(())) == expected
