@@ -47,7 +47,8 @@ def infill_spans(
         markers: one id (every span gets it), or several: span k of a sentence gets marker k, and no sentence has
             more spans than markers.
         span_length: how lengths are distributed around the mean.
-        protected: Bool[N] of tokens that stay; a span that meets one goes on behind it.
+        protected: Bool[N] of tokens that stay; a span that meets one goes on behind it, behind a marker of
+            its own where there is another.
 
     Source: arXiv:1910.13461 section 2.2 (one mask per span, Poisson lengths); `moekit.data.span_corruption` has T5's
         rule.
@@ -61,7 +62,7 @@ def infill_spans(
     most = len(markers) if len(markers) > 1 else None
     free = text if protected is None else text.keep(~protected)
     in_span = everywhere(_spans(free.lengths, keys, ratio, mean_length, span_length, most), protected)
-    return mark_spans(text, in_span, markers).damaged
+    return mark_spans(text, first_spans(text, in_span, most), markers).damaged
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,7 @@ def mark_spans(text: Ragged, in_span: NDArray[np.bool_], markers: Sequence[int])
         markers: one id, or at least as many as a sentence has spans.
     """
     row = text.row
-    begins = in_span.copy()
-    begins[1:] &= ~(in_span[:-1] & (row[1:] == row[:-1]))
+    begins = _begins(row, in_span)
     ordinal = np.cumsum(begins) - 1
     first = _first(np.concatenate([[0], np.cumsum(begins)])[text.starts], text.lengths)
     number = np.minimum(ordinal[begins] - first[row[begins]], len(markers) - 1)
@@ -97,6 +97,21 @@ def mark_spans(text: Ragged, in_span: NDArray[np.bool_], markers: Sequence[int])
     tokens = text.tokens.copy()
     tokens[begins] = marked
     return Marked(Ragged(tokens, text.lengths).keep(~in_span | begins), begins, marked)
+
+
+def first_spans(text: Ragged, in_span: NDArray[np.bool_], most: int | None) -> NDArray[np.bool_]:
+    """The spans that have a marker of their own: the first `most` of each sentence. The rest stays as it is."""
+    if most is None or not len(in_span):
+        return in_span
+    begins = _begins(text.row, in_span)
+    before = np.concatenate([[0], np.cumsum(begins)])
+    return in_span & (before[1:] - before[text.starts][text.row] <= most)
+
+
+def _begins(row: NDArray[np.int64], in_span: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    begins = in_span.copy()
+    begins[1:] &= ~(in_span[:-1] & (row[1:] == row[:-1]))
+    return begins
 
 
 def everywhere(chosen: NDArray[np.bool_], protected: NDArray[np.bool_] | None) -> NDArray[np.bool_]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moekit.data.keyed import Keys
-from moekit.data.noising import choose, everywhere, mark_spans
+from moekit.data.noising import choose, everywhere, first_spans, mark_spans
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
@@ -106,7 +106,7 @@ def corrupt_spans(
         ratio: share of tokens that are cut out; see `span_counts`.
         mean_length: of a span.
         markers: two or more ids: span k of a sentence gets marker k on both sides, and no sentence has more spans.
-        protected: Bool[N] of tokens that stay; a span that meets one is two.
+        protected: Bool[N] of tokens that stay; a span that meets one is two, of which those behind the last marker stay.
 
     Returns:
         The damaged sentences, and for each its spans, every one behind its marker.
@@ -120,12 +120,10 @@ def corrupt_spans(
     _check(ratio, mean_length)
     if len(markers) < 2:
         raise ValueError(f"corrupt_spans needs two or more markers, to tell spans apart: got {len(markers)}.")
-    most, free = np.full(len(text), len(markers)), text
-    if protected is not None:
-        free = text.keep(~protected)
-        most = np.maximum(most - (text.lengths - free.lengths), 1)  # each may cut a span in two
-    counts = span_counts(free.lengths, ratio, mean_length, most)
+    free = text if protected is None else text.keep(~protected)
+    counts = span_counts(free.lengths, ratio, mean_length, len(markers))
     in_span = everywhere(noise_mask(free.lengths, keys, counts), protected)
+    in_span = first_spans(text, in_span, len(markers))  # tokens that stay may have cut spans in two
     marked = mark_spans(text, in_span, markers)
     # Every span's first token twice: once as its marker.
     copies = in_span.astype(np.int64) + marked.begins

@@ -94,6 +94,11 @@ class LocalViews:
         for view in self._shown.pop() if self._shown else ():
             view.module.__dict__.pop(view.name, None)
 
+    def renew(self) -> None:
+        """Show anew what is shown: weights were gathered again since."""
+        for view in (view for shown in self._shown for view in shown):
+            view.module.__dict__[view.name] = view()
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the module is not sharded.
         return {"views": (), "_shown": []}

@@ -65,6 +65,24 @@ class ShardedModel:
             else:
                 unit.set_requires_all_reduce(enabled, recurse=False)
 
+    def gather_again(self) -> None:
+        """Let the model, in the middle of its forward, compute again with what a backward or a step left behind.
+
+        Backward lets go of the weights that the model itself gathered when its forward began. Inner units gather theirs
+        whenever they are called. All ranks must call it together.
+        """
+        root: Any = self.units[-1]
+        root.unshard()
+        state: Any = fully_shard.state(root)  # type: ignore[attr-defined]
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            for parameter in () if group is None else group.fsdp_params:
+                # An optimizer may have been toggled since they were gathered.
+                parameter._unsharded_param.requires_grad_(parameter.sharded_param.requires_grad)
+        for hook in self.module._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, LocalViews):
+                owner.renew()
+
     def release_weights(self) -> None:
         """Let go of weights that were gathered for a forward which no backward followed."""
         for unit in self.units:

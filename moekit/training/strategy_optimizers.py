@@ -111,9 +111,14 @@ class OptimizingStrategy(ShardedCheckpointStrategy, SteppingStrategy):
             return result
 
         try:
-            return super().optimizer_step(optimizer, with_norm, model, **kwargs)
+            result = super().optimizer_step(optimizer, with_norm, model, **kwargs)
         finally:
             self._norm = None
+        if self.lightning_module is not None and not self.lightning_module.automatic_optimization:
+            assert self.sharded is not None
+            self.sharded.release_weights()  # what was gathered, perhaps after backward, is that of before the step
+            self._left_behind = True
+        return result
 
     def _look_at_gradients(self, optimizer: Optimizer) -> None:
         self._meet("the optimizer's step")

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from moekit.parallel.annotation import sparse_layers
@@ -42,6 +43,7 @@ class SteppingStrategy(ModelParallelStrategy):
     _lockstep: Lockstep | None = None
     _watching: tuple[RemovableHandle, ...] = ()
     _evaluators: tuple[int, ...] = ()
+    _left_behind = False
 
     def _configure_launcher(self) -> None:
         """One process needs nobody who starts others, and so may live in a notebook."""
@@ -171,12 +173,40 @@ class SteppingStrategy(ModelParallelStrategy):
         self._meet("backward")
         super().pre_backward(closure_loss)
 
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """What was gathered for the step has been let go of."""
+        super().post_backward(closure_loss)
+        self._left_behind = True
+
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's step as its forward, so that weights are gathered for it."""
-        with self._watched(), self.precision_plugin.train_step_context():
+        with self._watched(), self._in_several_passes(), self.precision_plugin.train_step_context():
             return self._as_forward("training_step", *args, **kwargs)
+
+    @contextmanager
+    def _in_several_passes(self) -> Iterator[None]:
+        """A step by hand may go forward again after a backward or an optimizer's step, and toggle optimizers."""
+        module: L.LightningModule | None = self.lightning_module
+        assert module is not None
+        if module.automatic_optimization:
+            yield
+            return
+        inside = set(module.modules()) - {module}
+
+        def gather(called: nn.Module, args: Any) -> None:
+            if self._left_behind and called in inside:
+                assert self.sharded is not None
+                self._left_behind = False
+                self.sharded.gather_again()
+
+        self._left_behind = True
+        handle = register_module_forward_pre_hook(gather)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's step as its forward."""

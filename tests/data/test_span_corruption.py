@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekit.data.keyed import fold, key
+from moekit.data.noising import infill_spans
 from moekit.data.ragged import Ragged
 from moekit.data.span_corruption import SpanCorruption, corrupt_spans, noise_mask, span_counts
 from moekit.errors import UserError
@@ -149,6 +150,29 @@ def test_protected_tokens_stay_and_no_marker_is_used_twice(sentences: list[list[
         assert 3 in row
         markers = [token for token in cut if token in SENTINELS]
         assert len(markers) == len(set(markers))
+
+
+def test_many_unknown_tokens_neither_share_markers_nor_join_spans() -> None:
+    """A text with more protected tokens than there are markers has spans of the mean length as any other."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(FIRST, VOCAB, size=569)
+    tokens[rng.random(569) < 0.1] = 3
+    text = Ragged.of([tokens.tolist()] * 20)
+    damaged, spans = corrupt_spans(text, keys(20), markers=SENTINELS, protected=text.tokens < FIRST)
+    assert (damaged.tokens == 3).sum() == (tokens == 3).sum() * 20
+    for row in lists(spans):
+        markers = [token for token in row if token in SENTINELS]
+        assert markers == list(SENTINELS[: len(markers)])
+        assert len(markers) > 20
+        assert (len(row) - len(markers)) / len(markers) <= 3.0
+
+
+def test_infilling_with_sentinels_uses_each_once() -> None:
+    text = Ragged.of([[50, 3] * 60])
+    damaged = infill_spans(
+        text, keys(1), ratio=0.9, mean_length=9, markers=SENTINELS[:4], protected=text.tokens < FIRST
+    )
+    assert [token for token in lists(damaged)[0] if token in SENTINELS] == list(SENTINELS[:4])
 
 
 def test_noise_depends_on_the_sentence_and_its_key_alone() -> None:

@@ -141,6 +141,49 @@ def one_of_two_made_before() -> None:
             alike(value, plain.get_parameter(name), name)
 
 
+class SeveralPasses(SmallLM):
+    """Goes forward and backward once for each of two optimizers, as adversarial training does, and looks between."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        experts = [p for n, p in self.named_parameters() if "experts" in n]
+        others = [p for n, p in self.named_parameters() if "experts" not in n]
+        return [torch.optim.SGD(experts, lr=0.1), torch.optim.AdamW(others, lr=1e-2)]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            self.toggle_optimizer(optimizer)
+            loss = self.loss(batch)
+            self.losses.append(loss.detach())
+            self.manual_backward(loss)
+            with torch.no_grad():
+                self.loss(batch)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.untoggle_optimizer(optimizer)
+
+
+def several_passes_in_a_step() -> None:
+    """What a backward let go of is gathered again, with the weights of after the step, and toggled as they are."""
+    plain = SeveralPasses()
+    optimizers = plain.configure_optimizers()
+    losses = []
+    for ids in DATA.split(GLOBAL_BATCH):
+        for optimizer in optimizers:
+            plain.zero_grad()
+            loss = plain.loss(ids)
+            losses.append(float(loss.detach()))
+            loss.backward()
+            optimizer.step()
+    for layout in LAYOUTS:
+        module = SeveralPasses()
+        found = fit(module, ExpertParallelStrategy(**layout), DATA, gradient_clip_val=None)
+        assert found["losses"] == pytest.approx(losses, rel=1e-5), layout
+        for name, value in found["weights"].items():
+            alike(value, plain.get_parameter(name), name)
+
+
 def two_fits_of_one_optimizer() -> None:
     """An optimizer that lives in the module goes on where it was, with a new Trainer."""
     expected = scheduled(Early())
@@ -503,6 +546,7 @@ CASES: dict[str, Callable[[], None]] = {
     for case in (
         made_before_the_model_is_divided,
         one_of_two_made_before,
+        several_passes_in_a_step,
         two_fits_of_one_optimizer,
         by_command_line,
         groups_that_join_later,
