@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 from rich.console import Console
 
 from moekit.errors import UserError
+from moekit.recipes._ranges import check_ranges
 from moekit.training.run_folder import plain
 
 C = TypeVar("C")
@@ -141,6 +142,8 @@ def _explain(error: str, parser: ArgumentParser) -> str:
         key, problem = match.groups()
         problem = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", " ".join(problem.split()))
         problem = re.sub(r"<class '(\w+)'>", r"\1", problem)
+        problem = problem.replace("Expected a one of", "Expected one of").replace("Expected a int.", "Expected an int.")
+        problem = problem.replace("Expected a tuple.", "Expected a list in brackets, such as [1,2].")
         return f"{key}: {problem}"
     return " ".join(error.split())
 
@@ -184,6 +187,7 @@ def _main(recipe: Recipe[Any], argv: list[str]) -> int | None:
         where = f"{named}: " if named and "config" in str(error) else ""
         raise UserError(where + _explain(str(error), parser)) from None
     config = _build(type(recipe.variants[variant]), parsed)
+    check_ranges(config)
     return recipe.commands[command].run(config, parsed)
 
 
@@ -196,9 +200,11 @@ def reconfigured(recipe: Recipe[C], config: C, arguments: Sequence[str]) -> C:
     parser = build_parser(recipe, next(iter(recipe.commands)), next(iter(recipe.variants)))
     parser.set_defaults(as_plain(config))
     try:
-        return _build(type(config), parser.parse_args(list(arguments)))
+        changed = _build(type(config), parser.parse_args(list(arguments)))
     except ArgumentError as error:
         raise UserError(_explain(str(error), parser)) from None
+    check_ranges(changed)
+    return changed
 
 
 def _build(cls: type[C], values: Any) -> C:

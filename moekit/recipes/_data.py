@@ -33,8 +33,9 @@ def open_sources(config: DataConfig) -> Source:
     free = [kind for kind in kinds if kind in ("babel", "headlines", "gettext")]
     needed = len(kinds) - len(free)
     if len(paths) not in (needed, len(kinds)):
+        folders = {0: "no folder", 1: "one folder"}.get(needed, f"{needed} folders, joined by commas,")
         raise UserError(
-            f"data.path must give {needed} folder(s) for data.source {config.source}, joined by commas: got "
+            f"data.path must give {folders} for data.source {config.source}: got "
             f"{len(paths)}. For example --data.source moses --data.path my/corpus."
         )
     remaining = iter(paths)

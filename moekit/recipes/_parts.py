@@ -115,7 +115,7 @@ def make_module(
         loaded: whether weights will be loaded in the place of all that is made here, so that no text is looked at.
 
     Raises:
-        UserError: if the model should be made without memory and cannot be.
+        UserError: if the model should be made without memory and cannot be, or if its settings do not fit together.
     """
     train: TrainConfig = config.train
     tokenizer = data.tokenizer
@@ -124,7 +124,12 @@ def make_module(
         raise UserError(
             f"strategy.empty_init needs a model whose weights are drawn: this one is made from {source}. Leave it out."
         )
-    built = build_parts(build, config, tokenizer.vocab_size, None if loaded else data, "meta" if empty else None)
+    try:
+        built = build_parts(build, config, tokenizer.vocab_size, None if loaded else data, "meta" if empty else None)
+    except UserError:
+        raise
+    except ValueError as error:  # of a module, which knows arguments and no keys
+        raise UserError(f"a model cannot be built with these settings: {error}") from error
     budget = Budget(max_steps=train.max_steps or None, max_minutes=train.max_minutes or None)
 
     module = make(

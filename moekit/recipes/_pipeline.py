@@ -35,6 +35,7 @@ from moekit.recipes._parts import (
     quiet,
     run_data,
 )
+from moekit.recipes._ranges import check_warmup
 from moekit.recipes._run_text import corpus_note, held_out_text, require_same_text, run_tokenizer
 from moekit.recipes._start import Start, default_out, defaults_from_run
 from moekit.training.callbacks.best import BestCheckpoint
@@ -150,6 +151,10 @@ def _generate_options(parser: ArgumentParser) -> None:
     )
 
 
+def _number(number: int, one: str, several: str) -> str:
+    return f"{number:,} {one if number == 1 else several}"
+
+
 def _is_first_process() -> bool:
     """Whether this process makes folders and speaks: the one that starts the others, if there are others."""
     return getattr(rank_zero_only, "rank", 0) == 0
@@ -218,6 +223,7 @@ class Pipeline:
         train: TrainConfig = config.train
         if not train.max_steps and not train.max_minutes:
             raise UserError("training needs an end: set train.max_steps or train.max_minutes (both are 0).")
+        check_warmup(train)
         strategy = make_strategy(config.strategy)
         path = self._folder(options)
         settings = {"recipe": self.recipe, "variant": options.variant, **as_plain(config)}
@@ -345,8 +351,8 @@ class Pipeline:
             f"{f'{len(data.directions)} directions, ' if data.directions else ''}"
             f"vocabulary {data.tokenizer.vocab_size:,}\n"
             f"model     {counts['total']:,} parameters{sparse}; tasks {', '.join(module.heads)}\n"
-            f"training  at most {' or '.join(ends)} on {train.devices} process(es) with {torch.get_num_threads()} "
-            f"threads each, precision {train.precision}"
+            f"training  at most {' or '.join(ends)} on {_number(train.devices, 'process', 'processes')} with "
+            f"{_number(torch.get_num_threads(), 'thread', 'threads')} each, precision {train.precision}"
             f"{' with TF32' if on_gpu(train) and torch.get_float32_matmul_precision() != 'highest' else ''}",
             highlight=False,
             soft_wrap=True,

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from moekit.errors import UserError
 from moekit.recipes import zcode_m3
-from moekit.recipes._command import as_plain, build_parser, from_plain, main
+from moekit.recipes._command import as_plain, build_parser, from_plain, main, reconfigured
 
 
 def run(*arguments: str) -> int:
@@ -21,8 +22,12 @@ def run(*arguments: str) -> int:
         (["run", "--variant", "tinny"], ["unknown variant", "Did you mean tiny"]),
         (["--data.sourc", "babel"], ["unknown option --data.sourc", "Did you mean --data.source"]),
         (["--tasks.translation.tokns=5"], ["Did you mean --tasks.translation.tokens"]),
-        (["--train.max_steps", "many"], ["train.max_steps", "many"]),
-        (["--train.schedule", "linear"], ["train.schedule", "cosine"]),
+        (["--train.max_steps", "many"], ["train.max_steps", "Expected an int.", "many"]),
+        (["--train.schedule", "linear"], ["train.schedule", "Expected one of", "cosine"]),
+        (["--data.mask_shares", "0.8,0.1,0.1"], ["data.mask_shares", "in brackets"]),
+        (["--train.warmup_steps", "30", "--train.max_steps", "30"], ["train.warmup_steps", "30 of 30"]),
+        (["--data.source", "moses"], ["data.path must give one folder for"]),
+        (["--data.source", "moses,jsonl"], ["data.path must give 2 folders, joined by commas, for"]),
         (["run", "extra"], ["unexpected argument 'extra'"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--variant"], ["--variant needs a value"]),
@@ -33,6 +38,63 @@ def test_mistakes_are_explained(arguments: list[str], words: list[str], capsys: 
     message = capsys.readouterr().err
     assert all(word in message for word in words), message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.num_workers", "-1"),
+        ("data.seed", "-1"),
+        ("data.temperature", "0"),
+        ("train.max_steps", "-3"),
+        ("train.max_minutes", ".nan"),
+        ("train.learning_rate", "-1"),
+        ("train.warmup_steps", "-1"),
+        ("train.clip", "-1"),
+        ("train.accumulate", "0"),
+        ("train.log_every", "0"),
+        ("train.validate_every", "-1"),
+        ("train.checkpoint_steps", "-1"),
+        ("train.expert_lr_multiplier", "0"),
+        ("train.label_smoothing", "1"),
+        ("train.betas", "[0.9,1.5]"),
+        ("train.devices", "0"),
+        ("model.dropout", "2"),
+        ("tasks.translation.tokens", "-1"),
+        ("tasks.denoising.weight", "-1"),
+        ("evaluate.beam_size", "0"),
+        ("evaluate.max_sentences", "-1"),
+        ("evaluate.batch_tokens", "0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_key(
+    key: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is made: a beam of no sentences would be found out after training."""
+    assert run(f"--{key}={value}", "--out", str(tmp_path / "run")) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in (f"error: {key} must be", "got")), message
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=key):  # as operations on trained models change settings
+        reconfigured(zcode_m3.RECIPE, zcode_m3.VARIANTS["tiny"], [f"--{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.heads", "3"], "dim must be divisible by heads"),
+        (["--model.num_experts", "-1"], "num_experts"),
+        (["--model.capacity_factor", "-1"], "positive factor"),
+    ],
+)
+def test_a_model_that_cannot_be_built_leaves_nothing(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data.babel_sentences", "60", "--data.vocab_size", "512", "--data.cache", str(tmp_path / "cache")]
+    assert run(*arguments, *data, "--out", str(tmp_path / "run")) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in ("a model cannot be built with these settings", words)), message
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

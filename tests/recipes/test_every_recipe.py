@@ -30,6 +30,7 @@ from moekit.data.sources.base import Direction
 from moekit.recipes import _evaluation
 from moekit.recipes._command import Recipe, build_parser, main
 from moekit.recipes._config import active_tasks
+from moekit.recipes._ranges import check_ranges, check_warmup
 from moekit.training.multitask import MultitaskModule
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +135,9 @@ def test_variants_have_notes_and_twins(name: str) -> None:
     found = recipe(name)
     assert set(found.notes) == set(found.variants)
     assert {"tiny", "tiny_dense"} <= set(found.variants)
+    for config in found.variants.values():
+        check_ranges(config)
+        check_warmup(config.train)
 
 
 @pytest.mark.parametrize("name", NAMES)
