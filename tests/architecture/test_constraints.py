@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -108,7 +109,8 @@ def test_what_is_recorded_is_of_the_pinned_torch() -> None:
 def test_pins_fit_one_another(machine: dict[str, str]) -> None:
     """What the installed packages require in turn, evaluated for another Python and machine, is pinned and fits.
 
-    Packages that are not installed here, and those of another release than the pinned one, are passed over.
+    So does the Python itself. Packages that are not installed here, and those of another release than the pinned one,
+    are passed over.
     """
     pinned = pins(CONSTRAINTS, machine)
     todo = {(canonicalize_name(requirement.name), tuple(sorted(requirement.extras))) for requirement in ours()}
@@ -123,6 +125,9 @@ def test_pins_fit_one_another(machine: dict[str, str]) -> None:
             continue
         if Version(package.version).public != str(pinned.get(name)):
             continue
+        python = str(package.metadata.get("Requires-Python", ""))
+        if not SpecifierSet(python).contains(machine["python_full_version"]):
+            wrong.append(f"{name} {package.version} requires Python {python}")
         for requirement in map(Requirement, package.requires or ()):
             if not applies(requirement, machine, extras):
                 continue
