@@ -106,7 +106,8 @@ def corrupt_spans(
         ratio: share of tokens that are cut out; see `span_counts`.
         mean_length: of a span.
         markers: two or more ids: span k of a sentence gets marker k on both sides, and no sentence has more spans.
-        protected: Bool[N] of tokens that stay; a span that meets one is two, of which those behind the last marker stay.
+        protected: Bool[N] of tokens that stay; a span that meets one is two, of which those behind the last marker
+            stay.
 
     Returns:
         The damaged sentences, and for each its spans, every one behind its marker.
