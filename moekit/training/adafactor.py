@@ -80,6 +80,13 @@ class Adafactor(Optimizer):
             )
         if clip_update is not None and not clip_update > 0:
             raise ValueError(f"clip_update must be positive, or None for no clipping: got {clip_update}.")
+        if not eps_moment > 0 or not eps_scale >= 0:
+            raise ValueError(
+                "Adafactor needs eps_moment > 0, by which what has no gradient yet is divided, and eps_scale >= 0: got "
+                f"{eps_moment} and {eps_scale}."
+            )
+        if batch_dims < 0:
+            raise ValueError(f"batch_dims must be the number of leading dimensions, 0 or more: got {batch_dims}.")
         defaults = {
             "lr": lr,
             "decay_rate": decay_rate,

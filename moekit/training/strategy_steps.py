@@ -43,7 +43,7 @@ class SteppingStrategy(ModelParallelStrategy):
     _lockstep: Lockstep | None = None
     _watching: tuple[RemovableHandle, ...] = ()
     _evaluators: tuple[int, ...] = ()
-    _left_behind = False
+    _by_hand = _left_behind = False
 
     def _configure_launcher(self) -> None:
         """One process needs nobody who starts others, and so may live in a notebook."""
@@ -171,6 +171,8 @@ class SteppingStrategy(ModelParallelStrategy):
     def pre_backward(self, closure_loss: Tensor) -> None:
         """No rank computes gradients alone."""
         self._meet("backward")
+        if self._by_hand and self._left_behind:  # the second of two losses
+            self._gather_again()
         super().pre_backward(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -197,16 +199,20 @@ class SteppingStrategy(ModelParallelStrategy):
 
         def gather(called: nn.Module, args: Any) -> None:
             if self._left_behind and called in inside:
-                assert self.sharded is not None
-                self._left_behind = False
-                self.sharded.gather_again()
+                self._gather_again()
 
-        self._left_behind = True
+        self._by_hand = self._left_behind = True
         handle = register_module_forward_pre_hook(gather)
         try:
             yield
         finally:
+            self._by_hand = False
             handle.remove()
+
+    def _gather_again(self) -> None:
+        assert self.sharded is not None
+        self._left_behind = False
+        self.sharded.gather_again()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's step as its forward."""

@@ -184,6 +184,40 @@ def several_passes_in_a_step() -> None:
             alike(value, plain.get_parameter(name), name)
 
 
+class TwoLosses(SmallLM):
+    """Two graphs stand before the first backward, one of which goes backward twice."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        one, other = self.loss(batch), self.loss(batch.flip(1))
+        self.losses.append(one.detach())
+        self.manual_backward(one, retain_graph=True)
+        self.manual_backward(other)
+        self.manual_backward(one.square())
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def several_backwards_in_a_step() -> None:
+    """Every backward has the weights that its forward had."""
+    plain = TwoLosses()
+    optimizer = plain.configure_optimizers()
+    for ids in DATA.split(GLOBAL_BATCH // 2):  # a square of a mean is none of means: ranks take turns, not parts
+        one, other = plain.loss(ids), plain.loss(ids.flip(1))
+        (one + one.square() + other).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for layout in LAYOUTS:
+        module = TwoLosses()
+        ids = DATA.view(-1, GLOBAL_BATCH // 2, DATA.shape[1])
+        both = ids.repeat_interleave(2, 1)  # the sampler deals rows out in turn, so both ranks read the same
+        fit(module, ExpertParallelStrategy(**layout), both.flatten(0, 1), gradient_clip_val=None)
+        for name, value in whole_weights(module).items():
+            alike(value, plain.get_parameter(name), name)
+
+
 def two_fits_of_one_optimizer() -> None:
     """An optimizer that lives in the module goes on where it was, with a new Trainer."""
     expected = scheduled(Early())
@@ -547,6 +581,7 @@ CASES: dict[str, Callable[[], None]] = {
         made_before_the_model_is_divided,
         one_of_two_made_before,
         several_passes_in_a_step,
+        several_backwards_in_a_step,
         two_fits_of_one_optimizer,
         by_command_line,
         groups_that_join_later,

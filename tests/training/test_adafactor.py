@@ -132,6 +132,12 @@ def test_what_cannot_be_is_refused() -> None:
         Adafactor([parameter], -1.0)
     with pytest.raises(ValueError, match="clip_update must be positive"):
         Adafactor([parameter], 1.0, clip_update=0.0)
+    with pytest.raises(ValueError, match="eps_moment > 0"):
+        Adafactor([parameter], 1.0, eps_moment=0.0)
+    with pytest.raises(ValueError, match="eps_scale >= 0"):
+        Adafactor([parameter], 1.0, eps_scale=-1.0)
+    with pytest.raises(ValueError, match="batch_dims must be the number"):
+        Adafactor([parameter], 1.0, batch_dims=-1)
     table = nn.Embedding(4, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="dense gradients"):
