@@ -223,7 +223,6 @@ class Pipeline:
         train: TrainConfig = config.train
         if not train.max_steps and not train.max_minutes:
             raise UserError("training needs an end: set train.max_steps or train.max_minutes (both are 0).")
-        check_warmup(train)
         strategy = make_strategy(config.strategy)
         path = self._folder(options)
         settings = {"recipe": self.recipe, "variant": options.variant, **as_plain(config)}
@@ -231,6 +230,7 @@ class Pipeline:
         going_on = options.resume and not options.overwrite and (path / "config.yaml").is_file()
         if going_on:
             RunFolder(path).require_same(settings, _MAY_DIFFER)
+        check_warmup(train)
         data = self._text(config, RunFolder(path) if going_on else None, start)
         # Reads and plans everything before the folder is made: bad data leaves nothing behind.
         held_out = held_out_text(config, data)

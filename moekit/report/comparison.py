@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moekit.errors import UserError
 from moekit.report import markdown, page, plots, wording
-from moekit.report.health import drop_rate, experts_per_token, layer_health
+from moekit.report.health import dropped, experts_per_token, layer_health
 from moekit.report.page import text
 from moekit.report.plots import Line
 from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
@@ -134,8 +134,8 @@ def _routing_rows(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
                 ["dense" if r.dense else wording.fixed(u, 2) for r, u in zip(runs, used, strict=True)],
             )
         )
-    dropped = ["dense" if run.dense else wording.percent(drop_rate(run)) for run in runs]
-    return [("dropped late in training", dropped), *rows]
+    drops = ["dense" if run.dense else dropped(run) for run in runs]
+    return [("dropped late in training", drops), *rows]
 
 
 def _with_difference(

@@ -106,11 +106,22 @@ def drop_rate(run: RunFolder) -> float | None:
     routing.json and summary.json are measured in evaluation, which is dropless unless a run asks for a capacity there,
     so they are asked only where training logged nothing.
     """
-    logged = run.metrics.get("train/routing/drop_rate")
-    if logged is not None and len(logged.finite.value):
-        values = logged.finite.value
+    if logged_drops(run):
+        values = run.metrics["train/routing/drop_rate"].finite.value
         return float(values[-max(1, len(values) // 10) :].mean())
     return number(run.summary, "routing", "drop_rate")
+
+
+def logged_drops(run: RunFolder) -> bool:
+    """Whether `drop_rate` is of training. It is of evaluation after a few steps, and after surgery without any."""
+    logged = run.metrics.get("train/routing/drop_rate")
+    return logged is not None and len(logged.finite.value) > 0
+
+
+def dropped(run: RunFolder) -> str:
+    """``1.2 %`` of training, ``0.0 % in evaluation`` where training logged nothing; a dash where nobody says."""
+    rate = drop_rate(run)
+    return percent(rate) + ("" if rate is None or logged_drops(run) else " in evaluation")
 
 
 def findings(run: RunFolder) -> list[Finding]:
@@ -146,8 +157,9 @@ def _routing(run: RunFolder) -> list[Finding]:
     layers, rate = layer_health(run), drop_rate(run)
     found = []
     if rate is not None:
-        text = f"{percent(rate)} of the assignments dropped late in training."
-        found.append(Finding(rate <= MAX_DROP_RATE, "No token was dropped late in training." if rate == 0 else text))
+        when = "late in training" if logged_drops(run) else "in evaluation"
+        text = f"{percent(rate)} of the assignments dropped {when}."
+        found.append(Finding(rate <= MAX_DROP_RATE, f"No token was dropped {when}." if rate == 0 else text))
     if not layers:
         return [*found, *_dead_so_far(run)]
     by_rule, learned = [x for x in layers if x.fixed], [x for x in layers if not x.fixed]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moekit.report import wording
-from moekit.report.health import LayerHealth, drop_rate, experts_per_token, findings, layer_health
+from moekit.report.health import LayerHealth, dropped, experts_per_token, findings, layer_health
 from moekit.report.perplexity import where_measured
 from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
 from moekit.report.run_folder import RunFolder, Scores, dig, number, read_run, sides
@@ -233,7 +233,7 @@ def _routing(run: RunFolder) -> list[Text]:
     special = [x.specialisation for x in layers if x.specialisation is not None]
     even = _mean(evenness) if evenness else number(routing, "load_entropy")
     parts = [
-        f"{percent} dropped" if (percent := wording.percent(drop_rate(run))) != wording.MISSING else None,
+        said.replace(" %", " % dropped") if (said := dropped(run)) != wording.MISSING else None,
         _dead(layers, number(routing, "dead_experts")),
         f"load CV {wording.fixed(number(routing, 'load_cv'), 2)}",
         f"{wording.fixed(used, 2)} per token" if (used := experts_per_token(run)) is not None else None,

@@ -40,7 +40,7 @@ class Shapes(TorchDispatchMode):
 
 
 def batches() -> tuple[Batch, Batch]:
-    """Two of the same widths and numbers of tokens: other tokens, and the padding in other texts."""
+    """Two of the same widths and numbers of tokens: every row has another text, and other padding."""
     batch = make_batch("causal_lm")
     assert batch.target is not None
     assert batch.target_mask is not None

@@ -278,3 +278,16 @@ def test_an_arm_of_a_study_has_a_row(path: Path) -> None:
 def test_every_yaml_is_found() -> None:
     """The number of files, so that a pattern that finds none cannot pass."""
     assert len(YAML) == NUM_YAML
+
+
+def test_the_package_says_which_recipes_there_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = importlib.import_module("moekit.recipes.__main__").main
+    monkeypatch.setattr("sys.argv", ["moekit.recipes"])
+    assert start() == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name} " in listed for name in NAMES)
+    monkeypatch.setattr("sys.argv", ["moekit.recipes", "switch", "--help"])
+    assert start() == 2
+    assert "python -m moekit.recipes.switch --help" in capsys.readouterr().err

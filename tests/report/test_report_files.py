@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_runs import make_run, write_rows
+from shown_text import screen
 
 from moekit.errors import UserError
-from moekit.report.health import drop_rate, findings, layer_health
+from moekit.report.health import drop_rate, dropped, findings, layer_health
 from moekit.report.run_folder import FILES, loads, number, read_run
 from moekit.report.series import Series, limits, milestones, smooth, smoothing_window, specialisation, thin
 
@@ -126,9 +127,17 @@ def test_drop_rate_is_that_of_late_training(tmp_path: Path) -> None:
     write_rows(tmp_path / "metrics.csv", rows)
     (tmp_path / "summary.json").write_text('{"routing": {"drop_rate": 0.0}}')
     run = read_run(tmp_path)
-    assert drop_rate(run) == pytest.approx(0.02)
-    (tmp_path / "metrics.csv").unlink()
-    assert drop_rate(read_run(tmp_path)) == 0.0
+    assert (drop_rate(run), dropped(run)) == (pytest.approx(0.02), "2.0 %")
+    assert "2.0 % of the assignments dropped late in training." in [f.text for f in findings(run)]
+
+
+def test_a_drop_rate_of_evaluation_is_not_called_one_of_training(tmp_path: Path) -> None:
+    """A fine-tuning of a few steps logs none, a model fresh from surgery has not trained: evaluation drops nothing."""
+    (tmp_path / "summary.json").write_text('{"routing": {"drop_rate": 0.0}}')
+    run = read_run(tmp_path)
+    assert (drop_rate(run), dropped(run)) == (0.0, "0.0 % in evaluation")
+    assert "No token was dropped in evaluation." in [f.text for f in findings(run)]
+    assert "0.0 % dropped in evaluation" in screen(tmp_path)
 
 
 def test_a_loss_that_is_no_number_is_a_finding(tmp_path: Path) -> None:
