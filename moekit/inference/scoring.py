@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +55,15 @@ def score_continuations(
     if len(contexts) != len(continuations):
         raise ValueError(f"every continuation needs its context: got {len(contexts)} and {len(continuations)}.")
     for name, given in (("context", contexts), ("continuation", continuations)):
-        if not all(given):
+        if not all(len(row) for row in given):
             empty = [len(row) for row in given].index(0)
             raise ValueError(f"a {name} needs at least one token: number {empty} has none.")
     special = tokens or SpecialTokens()
     encodes = hasattr(model, "encode")
-    sources = [list(row) for row in contexts] if encodes else [[] for _ in contexts]
-    before = [[special.bos, *forced] if encodes else list(row) for row in contexts]
+    contexts = [list(map(int, row)) for row in contexts]  # rows may be tensors or arrays
+    continuations = [list(map(int, row)) for row in continuations]
+    sources = contexts if encodes else [[] for _ in contexts]
+    before = [[special.bos, *forced] if encodes else row for row in contexts]
     # Of the last token nothing is predicted: it is an answer and no question.
     inputs = [[*start, *row[:-1]] for start, row in zip(before, continuations, strict=True)]
     device = next(model.parameters()).device
@@ -125,13 +128,26 @@ class Scores:
 
         Source: "token" arXiv:2005.14165 section 2.4; "character" as ``acc_norm`` of the LM evaluation harness. Zero-
             and few-shot priming of models with experts: arXiv:2112.10684.
+
+        Raises:
+            ValueError: if `by` is none of these.
         """
+        if by not in get_args(Normalise):
+            raise ValueError(f"scores are normalised by one of {', '.join(get_args(Normalise))}: got {by!r}.")
         sizes = {"sum": (1,) * len(self.log_probs), "token": self.tokens, "character": self.characters}[by]
         return tuple(score / size for score, size in zip(self.log_probs, sizes, strict=True))
 
     def best(self, by: Normalise = "sum") -> int:
-        """Number of the likeliest continuation; of equal ones the first."""
+        """Number of the likeliest continuation; of equal ones the first.
+
+        Raises:
+            ValueError: if a score is no number, or `by` is unknown.
+        """
         scores = self.normalised(by)
+        if any(map(math.isnan, scores)):
+            raise ValueError(
+                f"a model must give numbers: it scores the continuations {scores}. Its weights may be NaN."
+            )
         return scores.index(max(scores))
 
 

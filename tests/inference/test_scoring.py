@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -93,6 +94,22 @@ def test_what_cannot_be_scored_is_refused() -> None:
         Question("a", ("b", " "))
     with pytest.raises(ValueError, match=r"0\.\.1: got 2"):
         Question("a", ("b", "c"), 2)
+
+
+def test_rows_may_be_tensors_and_arrays() -> None:
+    model = models()["decoder"].eval()
+    wanted = score_continuations(model, CONTEXTS, CONTINUATIONS)
+    for make in (torch.tensor, np.array):
+        found = score_continuations(model, [*map(make, CONTEXTS)], [*map(make, CONTINUATIONS)])
+        assert all(map(torch.equal, found, wanted))
+
+
+def test_scores_that_are_no_numbers_answer_nothing() -> None:
+    scores = Scores((-1.0, math.nan), (1, 1), (1, 1))
+    with pytest.raises(ValueError, match="must give numbers: it scores the continuations"):
+        scores.best()
+    with pytest.raises(ValueError, match="one of sum, token, character: got 'oops'"):
+        scores.normalised("oops")  # type: ignore[arg-type]
 
 
 def test_three_ways_to_compare() -> None:
