@@ -28,18 +28,20 @@ _SHARES = ("train.label_smoothing", "model.dropout")
 
 
 def check_ranges(config: Any) -> None:
-    """Compare the numbers of a configuration with what they may be; keys that it does not have are passed over.
+    """Compare the numbers of a configuration with what they may be.
+
+    Keys that it does not have, and words such as auto, are passed over.
 
     Raises:
         UserError: one is out of its range, or is no number; the message has the key, its range and what was given.
     """
     for key, least in (_AT_LEAST | _of_tasks(config)).items():
         value = _get(config, key)
-        if value is not None and not (math.isfinite(value) and value >= least):
+        if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
             raise UserError(f"{key} must be {least} or more: got {value}.")
     for key, bound in _ABOVE.items():
         value = _get(config, key)
-        if value is not None and not (math.isfinite(value) and value > bound):
+        if isinstance(value, int | float) and not (math.isfinite(value) and value > bound):
             raise UserError(f"{key} must be greater than {bound}: got {value}.")
     for key in _SHARES:
         value = _get(config, key)

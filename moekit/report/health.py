@@ -119,9 +119,9 @@ def logged_drops(run: RunFolder) -> bool:
 
 
 def dropped(run: RunFolder) -> str:
-    """``1.2 %`` of training, ``0.0 % in evaluation`` where training logged nothing; a dash where nobody says."""
+    """``1.2 %`` of training, ``0.0 % (eval)`` where training logged nothing; a dash where nobody says."""
     rate = drop_rate(run)
-    return percent(rate) + ("" if rate is None or logged_drops(run) else " in evaluation")
+    return percent(rate) + ("" if rate is None or logged_drops(run) else " (eval)")
 
 
 def findings(run: RunFolder) -> list[Finding]:

@@ -135,9 +135,9 @@ def test_a_drop_rate_of_evaluation_is_not_called_one_of_training(tmp_path: Path)
     """A fine-tuning of a few steps logs none, a model fresh from surgery has not trained: evaluation drops nothing."""
     (tmp_path / "summary.json").write_text('{"routing": {"drop_rate": 0.0}}')
     run = read_run(tmp_path)
-    assert (drop_rate(run), dropped(run)) == (0.0, "0.0 % in evaluation")
+    assert (drop_rate(run), dropped(run)) == (0.0, "0.0 % (eval)")
     assert "No token was dropped in evaluation." in [f.text for f in findings(run)]
-    assert "0.0 % dropped in evaluation" in screen(tmp_path)
+    assert "0.0 % dropped (eval)" in screen(tmp_path)
 
 
 def test_a_loss_that_is_no_number_is_a_finding(tmp_path: Path) -> None:
