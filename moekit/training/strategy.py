@@ -61,8 +61,10 @@ class ExpertParallelStrategy(OptimizingStrategy):
         process_group_backend: None = gloo on CPUs; on GPUs "cpu:gloo,cuda:nccl", so that what ranks tell each other of
             the host's makes nobody wait for a device.
         timeout: of collectives.
-        lockstep: how often ranks compare what they are about to do: "batch" = at every batch, backward and optimizer's
-            step; "module" = before every layer that communicates too, which names the one that a rank skips.
+        lockstep: how often ranks compare what they are about to do: "module" = at every batch, backward, optimizer's step
+            and layer that communicates, a small message each over host memory; "batch" = not at layers, so that the
+            host runs further ahead of a GPU, and a rank that skips a layer ends by the timeout or by an error of the
+            communication library instead.
         accelerator: as in `ParallelStrategy`, as all that follow; usually the Trainer's affair.
         parallel_devices: the devices of this node.
         cluster_environment: where the processes run.
@@ -95,7 +97,7 @@ class ExpertParallelStrategy(OptimizingStrategy):
         asynchronous_save: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
-        lockstep: Literal["batch", "module"] = "batch",
+        lockstep: Literal["batch", "module"] = "module",
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,

@@ -32,14 +32,14 @@ _STAGES = ("setup", "train", "validate", "test", "predict", "sanity_check")
 class SteppingStrategy(ModelParallelStrategy):
     """Runs steps, and ends them with a message where ranks part; the base of `ExpertParallelStrategy`.
 
-    Before every batch, backward, optimizer's step, and every call of this class that waits for all ranks, ranks compare
-    what they are about to do, and which units that gather weights and layers that exchange rows they have passed: see
-    `Lockstep`. With ``lockstep="module"`` they do before every such unit and layer too. In evaluation only those
+    Before every batch, backward, optimizer's step, unit that gathers weights, layer that exchanges rows, and every call
+    of this class that waits for all ranks, ranks compare what they are about to do: see `Lockstep`. With
+    ``lockstep="batch"`` they compare which units and layers they have passed afterwards. In evaluation only those
     compare whose forwards communicate, so the others may have other numbers of batches.
     """
 
     sharded: ShardedModel | None
-    lockstep: Literal["batch", "module"] = "batch"
+    lockstep: Literal["batch", "module"] = "module"
     _lockstep: Lockstep | None = None
     _watching: tuple[RemovableHandle, ...] = ()
     _evaluators: tuple[int, ...] = ()
