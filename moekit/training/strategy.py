@@ -61,10 +61,10 @@ class ExpertParallelStrategy(OptimizingStrategy):
         process_group_backend: None = gloo on CPUs; on GPUs "cpu:gloo,cuda:nccl", so that what ranks tell each other of
             the host's makes nobody wait for a device.
         timeout: of collectives.
-        lockstep: how often ranks compare what they are about to do: "module" = at every batch, backward, optimizer's step
-            and layer that communicates, a small message each over host memory; "batch" = not at layers, so that the
-            host runs further ahead of a GPU, and a rank that skips a layer ends by the timeout or by an error of the
-            communication library instead.
+        lockstep: how often ranks compare what they are about to do: "module" = at every batch, backward, optimizer's
+            step and layer that communicates, a small message each over host memory; "batch" = not at layers, so that
+            the host runs further ahead of a GPU, and a rank that skips a layer ends by the timeout or by an error of
+            the communication library instead.
         accelerator: as in `ParallelStrategy`, as all that follow; usually the Trainer's affair.
         parallel_devices: the devices of this node.
         cluster_environment: where the processes run.
