@@ -104,9 +104,10 @@ def test_peak_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     callback = PeakMemory(forecast=2**30)
     callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
     assert 50 * 2**20 < callback.bytes < 2**40
+    assert callback.forecast == pytest.approx(callback.bytes + 2**30, rel=0.01)
     held = torch.ones(64 * 2**20)
     assert callback.bytes >= held.numel() * 4
-    assert callback.text().endswith("GiB (forecast 1.00)")
+    assert callback.text().endswith(f"GiB (forecast {callback.forecast / 2**30:.2f})")
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
     trainer.strategy.root_device = torch.device("cuda", 0)

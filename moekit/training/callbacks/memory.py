@@ -22,11 +22,13 @@ class PeakMemory(Callback):
     largest is kept in checkpoints, those of the first process.
 
     Args:
-        forecast: bytes that were expected, to be told beside.
+        forecast: bytes that training was expected to take, to be told beside. On a CPU what the process held before
+            training is added: Python, torch, the data, and the weights once more.
     """
 
     def __init__(self, forecast: float | None = None) -> None:
-        self.forecast = forecast
+        self._expected = forecast
+        self._other = 0
         self._before = 0
         self._device = torch.device("cpu")
 
@@ -40,11 +42,18 @@ class PeakMemory(Callback):
         """The most so far; 0 where nobody can tell."""
         return max(self._before, _peak(self._device))
 
+    @property
+    def forecast(self) -> float | None:
+        """What was expected of this memory at its fullest; None if nothing was."""
+        return None if self._expected is None else self._expected + self._other
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Begin to watch the device of the training."""
         self._device = trainer.strategy.root_device
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            self._other = _peak(self._device)
 
     def state_dict(self) -> dict[str, Any]:
         """The most so far, and what was expected."""
