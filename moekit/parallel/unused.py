@@ -67,8 +67,8 @@ def used_somewhere(parameters: Sequence[Tensor]) -> Tensor:
     return flags
 
 
-def drop_unused_gradients(parameters: Sequence[Tensor], used: Tensor) -> None:
-    """Take away the gradients of parameters that no rank used (see `used_somewhere`)."""
-    for parameter, some in zip(parameters, used.tolist(), strict=True):
+def drop_unused_gradients(parameters: Sequence[Tensor], used: Sequence[float]) -> None:
+    """Take away the gradients of parameters that no rank used, given what `used_somewhere` says."""
+    for parameter, some in zip(parameters, used, strict=True):
         if not some:
             parameter.grad = None

@@ -123,12 +123,14 @@ class OptimizingStrategy(ShardedCheckpointStrategy, SteppingStrategy):
     def _look_at_gradients(self, optimizer: Optimizer) -> None:
         self._meet("the optimizer's step")
         parameters = _parameters(optimizer)
-        drop_unused_gradients(parameters, used_somewhere(parameters))
-        norm = gradient_norm(parameters)
+        used, norm = used_somewhere(parameters), gradient_norm(parameters)
         module = self.lightning_module
         assert module is not None
         module.log("train/grad_norm", norm, batch_size=1)
-        if bool(norm.isfinite()):  # host read: the one of a step, for no weight may become NaN
+        # No weight may become NaN, and an optimizer leaves alone what has no gradient.
+        *some, finite = torch.cat([used, norm.isfinite().to(used)[None]]).tolist()  # host read: the one of a step
+        drop_unused_gradients(parameters, some)
+        if finite:
             self._norm = None if self._hooks_look() else norm
             return
         step = module.trainer.global_step
