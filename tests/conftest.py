@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,30 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[variable] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
+
+
+RANKS = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "RANK",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+)
+"""What Lightning tells the processes that it starts. A fit in a test's own process leaves it behind, and a program that
+a later test starts would meet at a port that is taken."""
+
+
+@pytest.fixture(autouse=True)
+def ranks_are_forgotten() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in RANKS}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture(autouse=True)
