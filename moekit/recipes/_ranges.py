@@ -71,7 +71,6 @@ def _of_tasks(config: Any) -> dict[str, int]:
 
 
 def _get(config: Any, key: str) -> Any:
-    """The value of a key; None where there is none, or the machine is to choose."""
     for name in key.split("."):
         config = getattr(config, name, None)
-    return None if config == "auto" else config
+    return config
