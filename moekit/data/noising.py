@@ -54,7 +54,7 @@ def infill_spans(
         rule.
     Differs: spans of length 0 are not drawn (BART inserts a mask for them); spans do not start at word boundaries.
     """
-    _check_ratio("ratio", ratio)
+    check_ratio("ratio", ratio)
     if not mean_length >= 1:
         raise ValueError(f"mean_length must be at least 1 token: got {mean_length}.")
     if not markers:
@@ -142,7 +142,7 @@ def drop_words(
 
     Source: arXiv:1711.00043 section 2.3.
     """
-    _check_ratio("ratio", ratio)
+    check_ratio("ratio", ratio)
     if not len(text.tokens):
         return text
     row, column = text.row, text.column
@@ -183,7 +183,7 @@ def mask_tokens(
 
     Source: arXiv:1810.04805 section 3.1.
     """
-    _check_ratio("ratio", ratio)
+    check_ratio("ratio", ratio)
     _check_shares(replace)
     free = text if protected is None else text.keep(~protected)
     count = np.floor(ratio * free.lengths + uniform(keys, np.zeros(1, dtype=np.int64), _COUNT)).astype(np.int64)
@@ -208,7 +208,12 @@ def _check_shares(replace: tuple[float, float, float]) -> None:
         raise ValueError(f"replace must be three shares that sum to 1 (mask, random id, unchanged): got {replace}.")
 
 
-def _check_ratio(name: str, ratio: float) -> None:
+def check_ratio(name: str, ratio: float) -> None:
+    """Refuse, under its name, a share of tokens that is none.
+
+    Raises:
+        ValueError: `ratio` is not at least 0 and below 1.
+    """
     if not 0 <= ratio < 1:
         raise ValueError(f"{name} must be a share of at least 0 and below 1: got {ratio}.")
 
@@ -267,7 +272,7 @@ class Masking:
     replace: tuple[float, float, float] = (0.8, 0.1, 0.1)
 
     def __post_init__(self) -> None:
-        _check_ratio("ratio", self.ratio)
+        check_ratio("ratio", self.ratio)
         _check_shares(self.replace)
 
     def apply(self, text: Ragged, keys: Keys, tokenizer: Tokenizer) -> tuple[Ragged, Ragged]:

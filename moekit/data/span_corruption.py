@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moekit.data.keyed import Keys
-from moekit.data.noising import choose, everywhere, first_spans, mark_spans
+from moekit.data.noising import check_ratio, choose, everywhere, first_spans, mark_spans
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
@@ -135,8 +135,7 @@ def corrupt_spans(
 
 
 def _check(ratio: float, mean_length: float) -> None:
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio must be a share of at least 0 and below 1: got {ratio}.")
+    check_ratio("ratio", ratio)
     if not mean_length >= 1:
         raise ValueError(f"mean_length must be at least 1 token: got {mean_length}.")
 
