@@ -38,10 +38,10 @@ from torch import Tensor, nn
 
 from moekit import MoELayer, routers
 from moekit.experts import GroupedMLP
+from moekit.huggingface import export_model
 from moekit.inference import BeamSearch, ExpertsOnDemand, Greedy, LengthLimit, MeanLogProb, Search, load_on_demand
 from moekit.inference import generate as write
 from moekit.surgery import choose_experts, sparse_layers, take_experts
-from moekit.surgery.huggingface import export_model
 from moekit.transformer import EncoderDecoder, RMSNorm, every_other
 
 PAD, FIRST = 0, 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from moekit.component import Component
 from moekit.dispatch import Dispatcher, Exchange, PackedDispatcher, PaddedDispatcher
+from moekit.errors import nearest
 from moekit.experts.base import Experts
 from moekit.experts.dense_pretraining import DensePretraining
 from moekit.mixing import ExpertOutputMasking, Mix, Mixed
@@ -199,12 +199,9 @@ class AuxLosses:
             values = [r.losses[name] for r in routings if name in r.losses]
             parts = [r.deviations[name] for r in routings if name in r.deviations]
             if not values and not parts:
-                known = sorted({n for r in routings for n in (*r.losses, *r.deviations)})
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                known = {n for r in routings for n in (*r.losses, *r.deviations)}
                 raise ValueError(
-                    f"AuxLosses weighs {name!r}, but no router returned a loss of that name; they returned "
-                    f"{known or 'none'}.{hint}"
+                    f"AuxLosses weighs {name!r}, but no router returned a loss of that name. {nearest(name, known)}"
                 )
             found = []
             if values:

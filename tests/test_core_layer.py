@@ -181,9 +181,9 @@ def test_aux_losses_over_layers_that_differ() -> None:
 
 def test_aux_losses_name_the_nearest() -> None:
     routing = routing_with(load_balance=1.0, router_z=1.0)
-    with pytest.raises(ValueError, match=r"weighs 'load_balanse'.*\['load_balance', 'router_z'\].*mean 'load_balance'"):
+    with pytest.raises(ValueError, match=r"weighs 'load_balanse'.*mean 'load_balance'.*load_balance, router_z"):
         AuxLosses(load_balanse=1.0)(routing)
-    with pytest.raises(ValueError, match=r"weighs 'importance', but no router returned .* they returned none\.$"):
+    with pytest.raises(ValueError, match=r"weighs 'importance', but no router returned .* There are: none\.$"):
         AuxLosses(importance=1.0)(routing_with())
 
 

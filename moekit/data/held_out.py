@@ -13,9 +13,9 @@ from typing import IO, Any
 
 from moekit.data.batching import StepLoader
 from moekit.data.module import MultitaskData
-from moekit.data.sources.base import Direction, Source, Split
 from moekit.data.store import TokenStore, Wanted, monolingual_section, parallel_section, store_in_memory
 from moekit.errors import UserError
+from moekit.source import Direction, Source, Split
 
 _FORMAT = 1
 _SPLITS: tuple[Split, ...] = ("valid", "test")

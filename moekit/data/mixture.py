@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moekit.errors import UserError
+from moekit.errors import UserError, nearest
 
 
 class TemperatureSchedule(ABC):
@@ -124,9 +123,7 @@ def heating(form: str, end: float, steps: int) -> TemperatureSchedule:
     Source: arXiv:2110.08246; the constant temperature arXiv:1907.05019 section 3.2.
     """
     if form not in HEATING_FORMS:
-        near = difflib.get_close_matches(form, HEATING_FORMS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"The form of heating must be one of {', '.join(HEATING_FORMS)}: got {form!r}.{hint}")
+        raise UserError(f"The form of heating must be a known one: got {form!r}. {nearest(form, HEATING_FORMS)}")
     if steps < 0 or not end > 0:
         raise UserError(
             f"Heating needs a positive temperature and steps that are not negative: got {end:g} in {steps} steps."

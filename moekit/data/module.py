@@ -16,12 +16,12 @@ from moekit.data.batching import Builder, EvaluationBatches, EvaluationLoader, R
 from moekit.data.mixture import Constant, TemperatureSchedule
 from moekit.data.noising import ELECTRA, Denoising, Masking
 from moekit.data.plan import Plan
-from moekit.data.sources.base import SPLITS, Direction, Source, Split, nearest
 from moekit.data.span_corruption import SpanCorruption
 from moekit.data.store import TokenStore, Wanted, cached_store, monolingual_section, parallel_section
 from moekit.data.streams import SPECIALS, Noise, Stream, Task, TooLong, open_chunks, open_stream
 from moekit.data.tokenizer import Model, Tokenizer, train_tokenizer
-from moekit.errors import UserError
+from moekit.errors import UserError, nearest
+from moekit.source import SPLITS, Direction, Source, Split
 
 log = logging.getLogger(__name__)
 

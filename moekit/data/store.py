@@ -29,7 +29,7 @@ from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from moekit.data.sources.base import Direction, Source, Split
+    from moekit.source import Direction, Source, Split
 
 _FORMAT = 1
 _CHUNK = 4096

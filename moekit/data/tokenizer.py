@@ -20,8 +20,8 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from moekit.data.cache import CorruptCacheError, cached_folder, content_key, write_file
-from moekit.data.sources.base import Source, nearest
-from moekit.errors import UserError
+from moekit.errors import UserError, nearest
+from moekit.source import Source
 
 Model = Literal["unigram", "bpe"]
 

@@ -17,10 +17,10 @@ from moekit.component import Component
 from moekit.dispatch import PackedDispatcher
 from moekit.errors import UserError
 from moekit.experts.base import Experts
+from moekit.huggingface import Imported, open_folder
+from moekit.huggingface.links import Link
 from moekit.kernels import on_host, remember
 from moekit.layer import MoELayer
-from moekit.surgery.huggingface import Imported, open_folder
-from moekit.surgery.huggingface.links import Link
 from moekit.surgery.mapped import MappedTensor, map_fake, read_safetensors
 from moekit.training.checkpoint_io import load_checkpoint
 
@@ -129,7 +129,7 @@ def open_on_demand(folder: Path | str, *, resident: int, dropless: bool = False)
     """Open a folder of transformers with its experts left on disk.
 
     Args:
-        folder: as in `moekit.surgery.huggingface.import_model`.
+        folder: as in `moekit.huggingface.import_model`.
         resident: the most experts of a layer in memory.
         dropless: as there.
 

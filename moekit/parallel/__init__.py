@@ -20,9 +20,9 @@ from moekit.parallel.checkpoint import (
     verify_checkpoint,
 )
 from moekit.parallel.gradients import clip_by_norm, clip_by_value, global_mean, global_weights, gradient_norm
+from moekit.parallel.layout import Layout
 from moekit.parallel.mesh import Meshes, World, build_meshes
 from moekit.parallel.plan import Plan, layers_of, no_layers, repeated_layers
-from moekit.parallel.planner.layout import Layout
 from moekit.parallel.shadows import Shadows, original
 from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 

@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 from moekit.errors import UserError
 from moekit.layer import MoELayer
 from moekit.parallel.activations import Activations
+from moekit.parallel.layout import Layout
 from moekit.parallel.mesh import EXPERT, TENSOR
 from moekit.parallel.plan import Plan
-from moekit.parallel.planner.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moekit.errors import UserError
-from moekit.parallel.planner.layout import Layout
+from moekit.parallel.layout import Layout
 
 _T = TypeVar("_T")
 REPLICATE, SHARD, EXPERT_SHARD, EXPERT, TENSOR = "replicate", "shard", "expert_shard", "expert", "tensor"

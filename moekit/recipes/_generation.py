@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from moekit.atomic import write_text
 from moekit.data.module import MultitaskData
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
@@ -24,7 +25,6 @@ from moekit.inference.translator import Translator, search_for
 from moekit.recipes._evaluation import load
 from moekit.recipes._parts import Build, build_parts
 from moekit.recipes._run_text import evaluation_data
-from moekit.training.atomic import write_text
 from moekit.training.checkpoint_state import load_rest
 from moekit.training.run_folder import RunFolder
 

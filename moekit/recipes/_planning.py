@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from moekit.errors import UserError
-from moekit.parallel.planner import GIB, Forecast, Layout, Training, compare, fewest_devices, plan
+from moekit.planner import GIB, Forecast, Layout, Training, compare, fewest_devices, plan
 from moekit.recipes._config import StrategyConfig, TrainConfig, active_tasks
 from moekit.recipes._machine import usable_precision
 from moekit.recipes._parts import Build, build_parts

@@ -10,11 +10,11 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from moekit.atomic import write_text
 from moekit.errors import UserError
 from moekit.inference.scoring import Normalise, Question, Scorer, accuracy, few_shot
 from moekit.recipes._generation import reading, trained
 from moekit.recipes._parts import Build
-from moekit.training.atomic import write_text
 from moekit.training.run_folder import RunFolder
 
 _WAYS: tuple[Normalise, ...] = ("sum", "token", "character")

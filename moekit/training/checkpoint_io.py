@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from moekit.atomic import replacing
 from moekit.errors import UserError
 from moekit.parallel.checkpoint import is_checkpoint, remove_checkpoint
-from moekit.training.atomic import replacing
 from moekit.training.whole_checkpoint import whole_checkpoint
 
 

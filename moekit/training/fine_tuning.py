@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from moekit.errors import nearest
 from moekit.routing import Capacity, Router
 from moekit.surgery.adapters import is_adapter
 from moekit.surgery.anatomy import sparse_layers
@@ -107,8 +107,7 @@ def subset(text: str) -> Subset:
     found: Subset | None = None
     for sign, name in zip(["+", *words[1::2]], words[::2], strict=True):
         if name not in SUBSETS:
-            near = difflib.get_close_matches(name, SUBSETS, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(SUBSETS)}."
+            hint = nearest(name, SUBSETS)
             raise ValueError(f"parameters must be named as in all-routers or attention+experts: got {name!r}. {hint}")
         part = SUBSETS[name]
         found = part if found is None else found | part if sign == "+" else found - part

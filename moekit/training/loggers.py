@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from moekit.training.atomic import replacing, write_error
+from moekit.atomic import replacing, write_error
 
 _FIRST = ("step", "epoch")
 

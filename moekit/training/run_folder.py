@@ -20,11 +20,11 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 import moekit
+from moekit.atomic import replacing, write_error, write_json, write_text
 from moekit.data.cache import CorruptCacheError
 from moekit.data.held_out import HeldOut
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
-from moekit.training.atomic import replacing, write_error, write_json, write_text
 from moekit.training.checkpoint_state import load_rest
 
 CONFIG_KEY = "moekit_config"

@@ -23,9 +23,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from moekit.errors import UserError
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
+from moekit.parallel.layout import Layout, Offload
 from moekit.parallel.mesh import Meshes, World, build_meshes
 from moekit.parallel.plan import Plan
-from moekit.parallel.planner.layout import Layout, Offload
 from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 from moekit.routing import Router
 from moekit.training.lightning_callbacks import divide_averages

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from moekit.parallel.carrying import carry_over
 from moekit.parallel.gradients import clip_by_norm, clip_by_value, gradient_norm
-from moekit.parallel.planner.layout import Offload
+from moekit.parallel.layout import Offload
 from moekit.parallel.shadows import Shadows
 from moekit.parallel.sharding import ShardedModel
 from moekit.parallel.unused import drop_unused_gradients, used_somewhere

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from moekit.atomic import replacing
 from moekit.errors import UserError
 from moekit.parallel.checkpoint import read_extra
 from moekit.parallel.checkpoint.checkpointer import read_state
 from moekit.parallel.checkpoint.index import read_index
 from moekit.parallel.checkpoint.reader import tensors_of
 from moekit.parallel.checkpoint.state import optimizer_state_from
-from moekit.training.atomic import replacing
 
 PathLike = str | os.PathLike[str]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moekit.data.sources.babel import Babel
+from moekit.babel import Babel
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Meanings of the generated corpus, written cell by cell."""
 
-from moekit.data.sources.babel import Babel
-from moekit.data.sources.babel import meaning as m
+from moekit.babel import Babel
+from moekit.babel import meaning as m
 
 
 def row(**cells: int) -> list[int]:

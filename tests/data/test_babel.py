@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from meanings_by_hand import row
 
-from moekit.data.sources.babel import Babel, BabelSettings, hard_settings
-from moekit.data.sources.babel.concepts import MINIMUM_CONCEPTS, concepts
-from moekit.data.sources.babel.meaning import MeaningSampler, split_of
-from moekit.data.sources.base import Direction
+from moekit.babel import Babel, BabelSettings, hard_settings
+from moekit.babel.concepts import MINIMUM_CONCEPTS, concepts
+from moekit.babel.meaning import MeaningSampler, split_of
 from moekit.errors import UserError
+from moekit.source import Direction
 
 
 def test_held_out_meanings_and_sentences_never_occur_in_training():
@@ -75,7 +75,7 @@ def test_indexing_is_lazy_and_order_does_not_matter():
 def test_same_settings_same_text_in_another_process():
     settings = BabelSettings(languages=3, train_sentences=200, seed=11)
     code = (
-        "from moekit.data.sources.babel import Babel, BabelSettings\n"
+        "from moekit.babel import Babel, BabelSettings\n"
         "print(Babel(BabelSettings(languages=3, train_sentences=200, seed=11)).fingerprint())"
     )
     other = subprocess.run(

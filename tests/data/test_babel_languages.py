@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from meanings_by_hand import noun, row, verb
 
-from moekit.data.sources.babel import Babel, BabelSettings, Meaning
-from moekit.data.sources.babel import meaning as m
-from moekit.data.sources.babel.concepts import ADVERBS, DEFAULT_CONCEPTS, MINIMUM_CONCEPTS, concepts
-from moekit.data.sources.babel.grammar import grammars
-from moekit.data.sources.babel.meaning import MeaningSampler
-from moekit.data.sources.base import Direction
+from moekit.babel import Babel, BabelSettings, Meaning
+from moekit.babel import meaning as m
+from moekit.babel.concepts import ADVERBS, DEFAULT_CONCEPTS, MINIMUM_CONCEPTS, concepts
+from moekit.babel.grammar import grammars
+from moekit.babel.meaning import MeaningSampler
+from moekit.source import Direction
 
 # -- truth: one meaning, one sentence, and back ----------------------------------------------------------------------
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from tiny_corpus import TinySource
 
+from moekit.babel.meaning import Meaning
 from moekit.data.batch import Batch
 from moekit.data.module import MultitaskData, TaskData
 from moekit.data.ragged import Ragged
 from moekit.data.sources import Babel, BabelSettings, Headlines, open_source
-from moekit.data.sources.babel.meaning import Meaning
-from moekit.data.sources.base import Direction
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
 from moekit.inference.translator import Translator
+from moekit.source import Direction
 from moekit.transformer import EncoderDecoder
 
 

@@ -16,8 +16,8 @@ from tiny_corpus import TinySource
 from moekit.data.batch import Batch
 from moekit.data.held_out import HeldOut, HeldOutData
 from moekit.data.module import MultitaskData, TaskData
-from moekit.data.sources.base import Direction
 from moekit.errors import UserError
+from moekit.source import Direction
 
 OPTIONS: dict[str, Any] = {
     "vocab_size": 400, "tokens_per_step": 400, "evaluation_tokens": 300, "max_length": 20, "seed": 3, "progress": False,

@@ -3,8 +3,8 @@
 import pytest
 
 from moekit.data.sources import Babel, Direction, Source, Union, open_source
-from moekit.data.sources.base import all_directions, choose_directions, digest, language_code, nearest
-from moekit.errors import UserError
+from moekit.errors import UserError, nearest
+from moekit.source import all_directions, choose_directions, digest, language_code
 
 
 class Phrasebook(Source):

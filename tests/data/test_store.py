@@ -11,9 +11,9 @@ import pytest
 from tiny_corpus import TinySource
 
 from moekit.data.cache import CorruptCacheError
-from moekit.data.sources.base import Direction
 from moekit.data.store import TokenStore, Wanted, build_store, cached_store
 from moekit.data.tokenizer import Tokenizer, train_tokenizer
+from moekit.source import Direction
 
 AB, BA, AC = (Direction.parse(name) for name in ("aa-bb", "bb-aa", "aa-cc"))
 WANTED = Wanted(

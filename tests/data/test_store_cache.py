@@ -16,10 +16,10 @@ from moekit.data import cache as cache_room
 from moekit.data import store as store_room
 from moekit.data import tokenizer as tokenizer_room
 from moekit.data.cache import cached_folder
-from moekit.data.sources.base import Direction
 from moekit.data.store import Wanted, cached_store
 from moekit.data.tokenizer import train_tokenizer
 from moekit.errors import UserError
+from moekit.source import Direction
 
 WANTED = Wanted(parallel=((Direction.parse("aa-bb"), "train"),))
 

@@ -10,15 +10,15 @@ import torch
 from tiny_corpus import TinySource
 
 from moekit import routers
+from moekit.babel import Babel, BabelSettings
 from moekit.data import counts as counting
 from moekit.data.counts import bigram_counts, token_counts
-from moekit.data.sources.babel import Babel, BabelSettings
-from moekit.data.sources.base import Direction
 from moekit.data.store import TokenStore, Wanted, cached_store
 from moekit.data.tokenizer import train_tokenizer
 from moekit.functional.hash_tables import balanced_table
 from moekit.routers import Bigram
 from moekit.routing import RoutingContext, routing_stats
+from moekit.source import Direction
 
 AB = Direction.parse("aa-bb")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from moekit.data.sources.base import Direction, Source, Split, all_directions, digest
+from moekit.source import Direction, Source, Split, all_directions, digest
 
 ONSETS = {"aa": "bdg", "bb": "klm", "cc": "prs"}
 SIZES: dict[Split, int] = {"train": 400, "valid": 40, "test": 30}

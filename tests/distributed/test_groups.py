@@ -7,8 +7,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from moekit.parallel.layout import Layout
 from moekit.parallel.mesh import World, build_meshes, forget_groups, host_group
-from moekit.parallel.planner.layout import Layout
 from moekit.testing.distributed import run_distributed
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moekit.parallel import Layout, Shadows, build_meshes, parallelize
-from moekit.parallel.planner import Training, TransformerShape, plan
+from moekit.planner import Training, TransformerShape, plan
 from moekit.testing import run_distributed
 from moekit.transformer.init import materialize
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from moekit import MoELayer, routers
 from moekit.errors import UserError
 from moekit.experts import BaseStack, Experts, GroupedGLU, GroupedMLP, ZeroComputationExperts
+from moekit.huggingface import export_model, import_model
 from moekit.inference import BeamSearch, ExpertsOnDemand, generate, load_on_demand, open_on_demand
 from moekit.routing import Capacity
-from moekit.surgery.huggingface import export_model, import_model
 from moekit.testing import assert_close, skewed_tokens
 from moekit.transformer import EncoderDecoder, RMSNorm, SplitSinusoidalPositions, every_other
 

@@ -9,7 +9,7 @@ import pytest
 from tiny_shape import TINY
 
 from moekit.layer import MoELayer
-from moekit.parallel.planner import (
+from moekit.planner import (
     DEEPSPEED_3_5T,
     DEEPSPEED_FP16,
     GIB,

@@ -12,7 +12,7 @@ from torch import nn
 
 from moekit.experts import GroupedGLU, GroupedMLP
 from moekit.layer import MoELayer
-from moekit.parallel.planner import (
+from moekit.planner import (
     DEEPSPEED_3_5T,
     ST_MOE_32B,
     ZCODE_M3_10B,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moekit.parallel.planner import TransformerShape
+from moekit.planner import TransformerShape
 
 TINY = TransformerShape(
     name="tiny",

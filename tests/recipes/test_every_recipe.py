@@ -26,11 +26,11 @@ import torch
 
 import moekit.recipes
 from moekit.data.sources import open_source
-from moekit.data.sources.base import Direction
 from moekit.recipes import _evaluation
 from moekit.recipes._command import Recipe, build_parser, main
 from moekit.recipes._config import active_tasks
 from moekit.recipes._ranges import check_ranges, check_warmup
+from moekit.source import Direction
 from moekit.training.multitask import MultitaskModule
 
 ROOT = Path(__file__).resolve().parents[2]

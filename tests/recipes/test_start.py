@@ -209,7 +209,7 @@ def test_a_student_of_another_recipe(work: Path, tmp_path: Path) -> None:
     [
         (gshard, "finetune", [], "needs a run to start from"),
         (gshard, "distill", [], "needs a trained run to learn from"),
-        (gshard, "finetune", ["--init_from", "BASE", "--fine_tune.tune", "router"], "Did you mean routers?"),
+        (gshard, "finetune", ["--init_from", "BASE", "--fine_tune.tune", "router"], "Did you mean 'routers'?"),
         (gshard, "finetune", ["--init_from", "BASE", "--model.dim", "32"], "must be that of the run it starts from"),
         (gshard, "finetune", ["--init_from", "BASE", "--variant", "small"], "leave out --variant small"),
         (gshard, "finetune", ["--init_from", "BASE", "--fine_tune.rank", "99"], "fine_tune: rank must be in 1..16"),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moekit.huggingface import Imported
 from moekit.inference import Generation, LengthLimit, Search, SpecialTokens, generate
-from moekit.surgery.huggingface import Imported
 from moekit.transformer import EncoderDecoder
 
 pytest.importorskip("transformers", reason="the exchange is with transformers, of the extra test")

@@ -10,10 +10,10 @@ from transformers import AutoModelForSeq2SeqLM
 
 from moekit.errors import UserError
 from moekit.experts import GroupedMLP
+from moekit.huggingface import export_model
 from moekit.layer import MoELayer
 from moekit.routers import RandomChoice, TopKRouter, switch
 from moekit.surgery import aggregate, sparse_layers
-from moekit.surgery.huggingface import export_model
 from moekit.testing import assert_close
 from moekit.transformer import EncoderDecoder, RMSNorm, SplitSinusoidalPositions, every_other
 

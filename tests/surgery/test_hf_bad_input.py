@@ -14,7 +14,7 @@ from hf_models import nllb, save, switch
 from safetensors.torch import load_file, save_file
 
 from moekit.errors import UserError
-from moekit.surgery.huggingface import import_model
+from moekit.huggingface import import_model
 from moekit.surgery.mapped import map_fake, read_safetensors
 
 

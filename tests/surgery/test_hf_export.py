@@ -16,10 +16,10 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from moekit import experts, routers
 from moekit.errors import UserError
+from moekit.huggingface import Imported, Tokens, describe, export_model, import_model
 from moekit.layer import MoELayer
 from moekit.mixing import ExpertOutputMasking
 from moekit.routing import Capacity
-from moekit.surgery.huggingface import Imported, Tokens, describe, export_model, import_model
 from moekit.testing import assert_close
 from moekit.transformer import (
     GLU,
@@ -322,7 +322,7 @@ def test_where_it_is_written(tmp_path: Path) -> None:
 
 
 def test_no_partial_output_when_the_disk_says_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moekit.surgery.huggingface import writing
+    from moekit.huggingface import writing
 
     def full(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")

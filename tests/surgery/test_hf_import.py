@@ -10,8 +10,8 @@ import torch
 from hf_models import as_their_router_means, nllb, our_logits, our_texts, save, switch, their_logits, their_texts
 
 from moekit.experts import GroupedMLP
+from moekit.huggingface import import_model
 from moekit.layer import MoELayer
-from moekit.surgery.huggingface import import_model
 from moekit.testing import assert_close
 
 SWITCHES: dict[str, dict[str, Any]] = {

@@ -11,8 +11,8 @@ import torch
 from hf_models import as_their_router_means, nllb, save, sentences, switch
 from torch import Tensor
 
+from moekit.huggingface import Imported, import_model
 from moekit.inference import LengthLimit, SpecialTokens, generate
-from moekit.surgery.huggingface import Imported, import_model
 from moekit.testing import assert_close
 
 

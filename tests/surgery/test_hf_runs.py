@@ -13,12 +13,12 @@ from small_runs import weights
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from moekit.data.tokenizer import Tokenizer
+from moekit.huggingface import import_model, read_tokenizer
 from moekit.inference import LengthLimit, generate
 from moekit.recipes import switch as switch_recipe
 from moekit.recipes._command import main as recipe_main
 from moekit.recipes._surgery.subject import open_subject
 from moekit.surgery.__main__ import main
-from moekit.surgery.huggingface import import_model, read_tokenizer
 
 OPTIONS = [
     "--data.babel_languages", "2", "--data.babel_sentences", "300", "--data.vocab_size", "400",

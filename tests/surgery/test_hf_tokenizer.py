@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from moekit.data.sources import Babel, BabelSettings
 from moekit.data.tokenizer import Tokenizer, train_tokenizer
 from moekit.errors import UserError
-from moekit.surgery.huggingface import Tokens, export_model, read_tokenizer
-from moekit.surgery.huggingface.tokenizers import write_tokenizer
+from moekit.huggingface import Tokens, export_model, read_tokenizer
+from moekit.huggingface.tokenizers import write_tokenizer
 from moekit.transformer import EncoderDecoder, RMSNorm
 
 SIZE = 480

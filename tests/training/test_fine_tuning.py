@@ -95,7 +95,7 @@ def test_subsets_part_the_model() -> None:
     assert (ALL - ROUTERS).find(model) == subset("all - routers").find(model) == names["all"] - names["routers"]
     assert subset("moe-routers+attention").find(model) == names["experts"] | names["attention"]
     assert subset("attention+moe-experts").find(model) == names["attention"] | names["routers"]
-    with pytest.raises(ValueError, match=r"got 'router'\. Did you mean routers"):
+    with pytest.raises(ValueError, match=r"got 'router'\. Did you mean 'routers'"):
         subset("all-router")
     with pytest.raises(ValueError, match=r"got ''\. There are all, non_moe"):
         subset("all-")

@@ -20,8 +20,8 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
+from moekit.atomic import replacing, write_json, write_text
 from moekit.errors import UserError
-from moekit.training.atomic import replacing, write_json, write_text
 from moekit.training.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 from moekit.training.loggers import CsvLogger, run_loggers
 from moekit.training.run_folder import RunConfig, RunFolder, check_checkpoint, differences

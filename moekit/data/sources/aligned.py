@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import overload
 
-from moekit.data.sources.base import Direction, Source, Split, choose_directions, digest
 from moekit.errors import UserError
+from moekit.source import Direction, Source, Split, choose_directions, digest
 
 
 @dataclass(frozen=True)

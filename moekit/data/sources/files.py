@@ -12,8 +12,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from moekit.data.sources.base import Split, digest
 from moekit.errors import UserError
+from moekit.source import Split, digest
 
 # What people call the splits; the first name of each is ours.
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {

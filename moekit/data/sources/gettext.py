@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moekit.data.sources.aligned import AlignedSource, Block
-from moekit.data.sources.base import SPLITS, Direction, Split, digest, language_code, nearest
 from moekit.data.sources.catalog import (
     BrokenCatalog,
     clean,
@@ -21,7 +20,8 @@ from moekit.data.sources.catalog import (
     read_catalog,
 )
 from moekit.data.sources.files import check_folder
-from moekit.errors import UserError
+from moekit.errors import UserError, nearest
+from moekit.source import SPLITS, Direction, Split, digest, language_code
 
 DEFAULT_FOLDER = "/usr/share/locale"
 _NOT_LETTERS = re.compile(r"[\W\d_]+")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from moekit.data.sources.aligned import AlignedSource, Block
-from moekit.data.sources.base import Direction, Split, language_code
 from moekit.data.sources.files import SPLIT_NAMES, check_twins, read_lines, split_called, unpacked_name
 from moekit.errors import UserError
+from moekit.source import Direction, Split, language_code
 
 _ENDINGS = (".jsonl", ".json", ".ndjson")
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moekit.data.sources.aligned import AlignedSource, Block, check_lengths
-from moekit.data.sources.base import Direction, Split, digest, language_code
 from moekit.data.sources.files import (
     SPLIT_NAMES,
     check_folder,
@@ -17,6 +16,7 @@ from moekit.data.sources.files import (
     unpacked_name,
 )
 from moekit.errors import UserError
+from moekit.source import Direction, Split, digest, language_code
 
 _LANGUAGE = r"[A-Za-z]{2,3}(?:[-_@][A-Za-z0-9]+)*"
 _PAIR = r"[A-Za-z]{2,3}[A-Za-z0-9_@]*-[A-Za-z]{2,3}[A-Za-z0-9_@]*"

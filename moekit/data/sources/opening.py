@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moekit.data.sources.babel import Babel, BabelSettings, Headlines
-from moekit.data.sources.base import Source, nearest
+from moekit.babel import Babel, BabelSettings, Headlines
 from moekit.data.sources.gettext import DEFAULT_FOLDER, Gettext
 from moekit.data.sources.jsonl import JsonLines
 from moekit.data.sources.moses import Moses
 from moekit.data.sources.text import Text
 from moekit.data.sources.tsv import Tsv
 from moekit.data.sources.union import Union
-from moekit.errors import UserError
+from moekit.errors import UserError, nearest
+from moekit.source import Source
 
 KINDS = ("babel", "headlines", "moses", "jsonl", "tsv", "gettext", "text", "union")
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from moekit.data.sources.base import SPLITS, Direction, Source, Split, digest, language_code
 from moekit.data.sources.files import check_folder, check_twins, read_lines, split_called, unpacked_name
 from moekit.errors import UserError
+from moekit.source import SPLITS, Direction, Source, Split, digest, language_code
 
 
 class Text(Source):

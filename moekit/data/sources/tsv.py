@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moekit.data.sources.aligned import AlignedSource, Block
-from moekit.data.sources.base import Direction, Split, language_code
 from moekit.data.sources.files import read_lines
 from moekit.data.sources.jsonl import find_split_files
 from moekit.errors import UserError
+from moekit.source import Direction, Split, language_code
 
 
 class Tsv(AlignedSource):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TypeVar, overload
 
-from moekit.data.sources.base import Direction, Source, Split, digest
 from moekit.errors import UserError
+from moekit.source import Direction, Source, Split, digest
 
 _T = TypeVar("_T")
 

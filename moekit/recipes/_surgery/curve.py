@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from moekit.atomic import replacing, write_json, write_text
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.recipes._config import active_tasks
@@ -24,7 +25,6 @@ from moekit.recipes._surgery.utilisation import measured_load, trained_module, v
 from moekit.report.style import COLOURS, CYCLE, Canvas
 from moekit.surgery import choose_experts, require_operable
 from moekit.surgery.selection import Order
-from moekit.training.atomic import replacing, write_json, write_text
 from moekit.training.multitask import MultitaskModule
 
 _LABELS: Mapping[Order, str] = {

@@ -12,14 +12,14 @@ from rich.console import Console
 from torch import nn
 
 from moekit.errors import UserError
+from moekit.huggingface import Architecture, describe, export_model, import_model
+from moekit.huggingface.architecture import NAMES
 from moekit.recipes._start import tokenizer_of
 from moekit.recipes._surgery.operations import Result
 from moekit.recipes._surgery.subject import Subject, open_subject
 from moekit.recipes._surgery.writing import require_free, write_run
 from moekit.surgery import require_complete
 from moekit.surgery.command import Command
-from moekit.surgery.huggingface import Architecture, describe, export_model, import_model
-from moekit.surgery.huggingface.architecture import NAMES
 
 _BACKBONE = "backbone."
 # Settings that act in training only: a run keeps its own.
@@ -51,7 +51,7 @@ def export_run(
         What was written.
 
     Raises:
-        UserError: see `moekit.surgery.huggingface.export_model`.
+        UserError: see `moekit.huggingface.export_model`.
     """
     model = _backbone(subject)
     described = describe(model, kind)  # before the weights are read
@@ -75,7 +75,7 @@ def import_run(folder: Path, like: Subject, *, dropless: bool = False) -> Result
         dropless: leave the folder's capacity out.
 
     Raises:
-        UserError: see `moekit.surgery.huggingface.import_model`; or the model is another than that of the run.
+        UserError: see `moekit.huggingface.import_model`; or the model is another than that of the run.
     """
     wanted = describe(_backbone(like))
     found = import_model(folder, dropless=dropless, form=wanted)
@@ -187,6 +187,6 @@ COMMANDS: Mapping[str, Command] = {
         _import_options,
         _import,
         "  python -m moekit.surgery import for-transformers --like runs/switch-tiny --out runs/back\n"
-        "Other SwitchTransformers and NllbMoe folders: moekit.surgery.huggingface.import_model, in Python.",
+        "Other SwitchTransformers and NllbMoe folders: moekit.huggingface.import_model, in Python.",
     ),
 }

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from moekit.atomic import replacing, write_error
 from moekit.errors import UserError
 from moekit.parallel.checkpoint import Checkpointer
 from moekit.recipes._command import as_plain
@@ -17,7 +18,6 @@ from moekit.recipes._parts import make_optimizer, make_schedule, make_strategy
 from moekit.recipes._surgery.operations import Result
 from moekit.recipes._surgery.subject import optimizer_names
 from moekit.surgery import by_number
-from moekit.training.atomic import replacing, write_error
 from moekit.training.budget import Budget
 from moekit.training.run_folder import CONFIG_KEY, SURGERY_FILE, RunFolder
 

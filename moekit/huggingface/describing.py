@@ -9,9 +9,9 @@ from torch import nn
 
 from moekit.errors import UserError
 from moekit.experts import GroupedMLP
+from moekit.huggingface.architecture import NAMES, Architecture, Kind
 from moekit.layer import MoELayer
 from moekit.routers import InputJitter, SequenceCapacity, ThresholdChoice, TopKRouter
-from moekit.surgery.huggingface.architecture import NAMES, Architecture, Kind
 from moekit.transformer import (
     MLP,
     Block,

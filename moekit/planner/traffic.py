@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moekit.parallel.planner.census import Census
-from moekit.parallel.planner.layout import Layout, Training
-from moekit.parallel.planner.memory import local_shape, sharded_shape
+from moekit.parallel.layout import Layout, Training
+from moekit.planner.census import Census
+from moekit.planner.memory import local_shape, sharded_shape
 
 
 @dataclass(frozen=True, kw_only=True)

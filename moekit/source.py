@@ -6,29 +6,19 @@ Every kind of corpus (generated, files on disk, catalogs of the system) stands b
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from moekit.errors import UserError
+from moekit.errors import UserError, nearest
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 _CODE = re.compile(r"[A-Za-z][A-Za-z0-9_@.]*")
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """A sentence that helps after a wrong name: the nearest one, if any is near, and all that exist."""
-    known = sorted(choices)
-    # One wrong letter of two is half of a language code.
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5 if len(name) < 4 else 0.6)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{hint}There {'is' if len(known) == 1 else 'are'}: {', '.join(known) or 'none'}."
 
 
 def language_code(text: str, where: str = "") -> str:

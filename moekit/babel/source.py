@@ -8,20 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
-from moekit.data.sources.babel.concepts import DEFAULT_CONCEPTS, MINIMUM_CONCEPTS, concepts
-from moekit.data.sources.babel.grammar import grammars
-from moekit.data.sources.babel.language import Language
-from moekit.data.sources.babel.meaning import RATES, Complexity, Meaning, MeaningSampler
-from moekit.data.sources.base import (
-    Direction,
-    Source,
-    Split,
-    all_directions,
-    choose_directions,
-    digest,
-    nearest,
-)
-from moekit.errors import UserError
+from moekit.babel.concepts import DEFAULT_CONCEPTS, MINIMUM_CONCEPTS, concepts
+from moekit.babel.grammar import grammars
+from moekit.babel.language import Language
+from moekit.babel.meaning import RATES, Complexity, Meaning, MeaningSampler
+from moekit.errors import UserError, nearest
+from moekit.source import Direction, Source, Split, all_directions, choose_directions, digest
 
 _BLOCK = 1024
 # Rows are ten times as large as sentences.

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moekit.parallel.planner.census import Census, Unit, Weight
-from moekit.parallel.planner.layout import Layout, Optimizer, Training
+from moekit.parallel.layout import Layout, Optimizer, Training
 from moekit.parallel.zero import zero_dimension
+from moekit.planner.census import Census, Unit, Weight
 
 TENSOR_AXES = frozenset({"heads", "mlp", "vocab"})
 """Logical axes that tensor parallelism divides."""

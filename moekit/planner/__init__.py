@@ -6,15 +6,15 @@
 `measure` is what the formulas are tested against.
 """
 
-from moekit.parallel.planner.census import Census, Unit, Weight, take_census
-from moekit.parallel.planner.costs import Cost
-from moekit.parallel.planner.forecast import GIB, Forecast, compare, plan
-from moekit.parallel.planner.layout import DEEPSPEED_FP16, PRECISIONS, Layout, Precision, Training
-from moekit.parallel.planner.measure import Measured, measure
-from moekit.parallel.planner.memory import Memory
-from moekit.parallel.planner.search import fewest_devices, largest
-from moekit.parallel.planner.shape import DEEPSPEED_3_5T, ST_MOE_32B, ZCODE_M3_10B, TransformerShape
-from moekit.parallel.planner.traffic import Traffic
+from moekit.parallel.layout import DEEPSPEED_FP16, PRECISIONS, Layout, Precision, Training
+from moekit.planner.census import Census, Unit, Weight, take_census
+from moekit.planner.costs import Cost
+from moekit.planner.forecast import GIB, Forecast, compare, plan
+from moekit.planner.measure import Measured, measure
+from moekit.planner.memory import Memory
+from moekit.planner.search import fewest_devices, largest
+from moekit.planner.shape import DEEPSPEED_3_5T, ST_MOE_32B, ZCODE_M3_10B, TransformerShape
+from moekit.planner.traffic import Traffic
 
 __all__ = [
     "DEEPSPEED_3_5T",

@@ -92,7 +92,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path | str) -> Tokenizer:
-    """Our tokenizer of a folder that `moekit.surgery.huggingface.export_model` wrote.
+    """Our tokenizer of a folder that `moekit.huggingface.export_model` wrote.
 
     Raises:
         UserError: if it has none, or that of another program.

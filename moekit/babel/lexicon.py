@@ -12,9 +12,9 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from moekit.data.sources.babel.concepts import ADPOSITIONS, ADVERBS, DEMONSTRATIVES, NAME, NUMERALS, PERSON, Concepts
-from moekit.data.sources.babel.grammar import Grammar, pick, sample
-from moekit.data.sources.babel.words import Words
+from moekit.babel.concepts import ADPOSITIONS, ADVERBS, DEMONSTRATIVES, NAME, NUMERALS, PERSON, Concepts
+from moekit.babel.grammar import Grammar, pick, sample
+from moekit.babel.words import Words
 
 # Cases: bare (subject), object, recipient and place, possessor.
 NOMINATIVE, ACCUSATIVE, DATIVE, GENITIVE = range(4)

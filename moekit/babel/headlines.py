@@ -8,11 +8,11 @@ from typing import overload
 
 import numpy as np
 
-from moekit.data.sources.babel import meaning as m
-from moekit.data.sources.babel.meaning import Meaning, MeaningSampler
-from moekit.data.sources.babel.source import Babel
-from moekit.data.sources.base import SPLITS, Direction, Source, Split, digest, nearest
-from moekit.errors import UserError
+from moekit.babel import meaning as m
+from moekit.babel.meaning import Meaning, MeaningSampler
+from moekit.babel.source import Babel
+from moekit.errors import UserError, nearest
+from moekit.source import SPLITS, Direction, Source, Split, digest
 
 _BLOCK, _POOL = 256, 1024
 _STREAM = 2  # beside babel's parallel and monolingual text

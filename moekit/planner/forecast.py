@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from moekit.errors import UserError
-from moekit.parallel.planner.census import Census, take_census
-from moekit.parallel.planner.layout import Layout, Training
-from moekit.parallel.planner.memory import TENSOR_AXES, Memory, local_shape, memory_of, sharded_shape, zero_cut
-from moekit.parallel.planner.shape import TransformerShape
-from moekit.parallel.planner.tables import Column, markdown_table, text_table
-from moekit.parallel.planner.traffic import Traffic, traffic_of
+from moekit.parallel.layout import Layout, Training
+from moekit.planner.census import Census, take_census
+from moekit.planner.memory import TENSOR_AXES, Memory, local_shape, memory_of, sharded_shape, zero_cut
+from moekit.planner.shape import TransformerShape
+from moekit.planner.tables import Column, markdown_table, text_table
+from moekit.planner.traffic import Traffic, traffic_of
 
 GIB = 2**30
 """Bytes of a GiB."""
@@ -116,7 +116,7 @@ def plan(model: TransformerShape | nn.Module, layout: Layout, training: Training
         section 3.
 
     Example:
-        >>> from moekit.parallel.planner import ZCODE_M3_10B
+        >>> from moekit.planner import ZCODE_M3_10B
         >>> made = plan(ZCODE_M3_10B, Layout(devices=64, expert_parallel_size=64), Training(checkpointing=True))
         >>> f"{made.parameters / 1e9:.1f} billion, {made.active_parameters / 1e9:.1f} active"
         '10.3 billion, 0.8 active'

@@ -4,11 +4,11 @@ found = import_model("switch-base-8")
 export_model(found.model, "again", tokens=found.tokens)
 """
 
-from moekit.surgery.huggingface.architecture import Architecture, Tokens
-from moekit.surgery.huggingface.describing import describe
-from moekit.surgery.huggingface.reading import Blueprint, Imported, import_model, open_folder
-from moekit.surgery.huggingface.tokenizers import read_tokenizer
-from moekit.surgery.huggingface.writing import export_model
+from moekit.huggingface.architecture import Architecture, Tokens
+from moekit.huggingface.describing import describe
+from moekit.huggingface.reading import Blueprint, Imported, import_model, open_folder
+from moekit.huggingface.tokenizers import read_tokenizer
+from moekit.huggingface.writing import export_model
 
 __all__ = [
     "Architecture",

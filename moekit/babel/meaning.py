@@ -15,9 +15,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from moekit.data.sources.babel.concepts import ADPOSITIONS, ADVERBS, DEMONSTRATIVES, KINDS, NUMERALS, TENSES, Concepts
-from moekit.data.sources.base import SPLITS, Split
+from moekit.babel.concepts import ADPOSITIONS, ADVERBS, DEMONSTRATIVES, KINDS, NUMERALS, TENSES, Concepts
 from moekit.errors import UserError
+from moekit.source import SPLITS, Split
 
 Rows = npt.NDArray[np.int64]
 Complexity = Literal["plain", "rich"]

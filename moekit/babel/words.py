@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from moekit.data.sources.babel.grammar import Grammar, pick
+from moekit.babel.grammar import Grammar, pick
 
 # Abstract sounds of international words, and what each may become, nearest first.
 _SOUNDS = {

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moekit.errors import UserError
-from moekit.surgery.huggingface.architecture import Architecture
-from moekit.surgery.huggingface.fields import Fields, their_activation
-from moekit.surgery.huggingface.links import Link
-from moekit.surgery.huggingface.scales import Factors, factors
+from moekit.huggingface.architecture import Architecture
+from moekit.huggingface.fields import Fields, their_activation
+from moekit.huggingface.links import Link
+from moekit.huggingface.scales import Factors, factors
 from moekit.transformer import Side
 from moekit.transformer.embedding import EmbeddingScale
 

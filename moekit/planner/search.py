@@ -9,10 +9,10 @@ from typing import Literal
 
 from torch import nn
 
-from moekit.parallel.planner.census import take_census
-from moekit.parallel.planner.forecast import GIB, Forecast, forecast_of, plan
-from moekit.parallel.planner.layout import Layout, Training
-from moekit.parallel.planner.shape import TransformerShape
+from moekit.parallel.layout import Layout, Training
+from moekit.planner.census import take_census
+from moekit.planner.forecast import GIB, Forecast, forecast_of, plan
+from moekit.planner.shape import TransformerShape
 
 Growth = Literal["experts", "layers", "width"]
 

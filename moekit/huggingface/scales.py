@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from moekit.errors import UserError
-from moekit.surgery.huggingface.architecture import NAMES, Architecture
+from moekit.huggingface.architecture import NAMES, Architecture
 from moekit.transformer.embedding import EmbeddingScale
 
 

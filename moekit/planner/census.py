@@ -10,9 +10,9 @@ from typing import Any, Literal
 from torch import nn
 
 from moekit.layer import MoELayer
-from moekit.parallel.planner.costs import Cost, Tokens, block_cost, linear_cost
-from moekit.parallel.planner.layout import Training
-from moekit.parallel.planner.shape import TransformerShape
+from moekit.parallel.layout import Training
+from moekit.planner.costs import Cost, Tokens, block_cost, linear_cost
+from moekit.planner.shape import TransformerShape
 from moekit.transformer.block import Block
 from moekit.transformer.decoder_only import DecoderOnly
 from moekit.transformer.embedding import TokenEmbedding

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
-from moekit.surgery.huggingface.architecture import NAMES, Architecture, Kind, Tokens
-from moekit.surgery.huggingface.describing import describe
-from moekit.surgery.huggingface.links import Link
-from moekit.surgery.huggingface.reading import EXACT, FAMILIES, FORM, FORM_FIELDS, INDEX, WEIGHTS
-from moekit.surgery.huggingface.tokenizers import write_tokenizer
+from moekit.huggingface.architecture import NAMES, Architecture, Kind, Tokens
+from moekit.huggingface.describing import describe
+from moekit.huggingface.links import Link
+from moekit.huggingface.reading import EXACT, FAMILIES, FORM, FORM_FIELDS, INDEX, WEIGHTS
+from moekit.huggingface.tokenizers import write_tokenizer
 
 
 def export_model(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moekit.data.sources.babel import meaning as m
-from moekit.data.sources.babel.concepts import NAME, Concepts
-from moekit.data.sources.babel.grammar import Grammar
-from moekit.data.sources.babel.lexicon import ACCUSATIVE, DATIVE, GENITIVE, NOMINATIVE, build_forms
+from moekit.babel import meaning as m
+from moekit.babel.concepts import NAME, Concepts
+from moekit.babel.grammar import Grammar
+from moekit.babel.lexicon import ACCUSATIVE, DATIVE, GENITIVE, NOMINATIVE, build_forms
 
 
 class Language:

@@ -14,7 +14,7 @@ from torch import nn
 
 from moekit.experts import Experts, GroupedGLU, GroupedMLP
 from moekit.layer import MoELayer
-from moekit.parallel.planner.layout import Precision, Training
+from moekit.parallel.layout import Precision, Training
 from moekit.transformer.attention import CrossAttention, SelfAttention
 from moekit.transformer.block import Block
 from moekit.transformer.feed_forward import GLU, MLP

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from moekit.errors import UserError
-from moekit.surgery.huggingface import nllb, switch
-from moekit.surgery.huggingface.architecture import NAMES, Architecture, Kind, Tokens
-from moekit.surgery.huggingface.fields import Fields
-from moekit.surgery.huggingface.links import Link
+from moekit.huggingface import nllb, switch
+from moekit.huggingface.architecture import NAMES, Architecture, Kind, Tokens
+from moekit.huggingface.fields import Fields
+from moekit.huggingface.links import Link
 from moekit.surgery.mapped import MappedTensor, read_safetensors
 from moekit.transformer import EncoderDecoder
 
