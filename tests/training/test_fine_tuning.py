@@ -97,7 +97,7 @@ def test_subsets_part_the_model() -> None:
     assert subset("attention+moe-experts").find(model) == names["attention"] | names["routers"]
     with pytest.raises(ValueError, match=r"got 'router'\. Did you mean 'routers'"):
         subset("all-router")
-    with pytest.raises(ValueError, match=r"got ''\. There are all, non_moe"):
+    with pytest.raises(ValueError, match=r"got ''\. There are: adapters, all"):
         subset("all-")
 
 
