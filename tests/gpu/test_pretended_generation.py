@@ -24,6 +24,7 @@ from moekit.inference import (
 )
 from moekit.layer import MoELayer
 from moekit.recipes import _generation
+from moekit.routing import Capacity
 from moekit.testing import seeded
 from moekit.transformer import (
     DecoderOnly,
@@ -137,6 +138,30 @@ def compare(name: str, kind: str, positions: str, dtype: torch.dtype, device: st
     steps = got.ids.shape[-1] + 5
     # Beside the looks: what is given, the longest text, and of prompts and sources what their masks hold.
     assert sum(waits.values()) <= steps // 8 + 5, list(map(str, waits.items()))
+
+
+COMPETING: dict[str, Any] = {
+    "a capacity": lambda: routers.TopKRouter(DIM, 4, 1, capacity=Capacity(1.0, 1.0, minimum=1), init_scale=9.0),
+    "by position": lambda: routers.UniformRouter(DIM, 4, 2),
+}
+
+
+@EVERY
+@pytest.mark.parametrize("kind", COMPETING)
+@pytest.mark.parametrize("name", ["sampling", "beam"])
+def test_texts_that_have_ended_take_no_room(name: str, kind: str, device: str) -> None:
+    """Where rows compete for experts, those that ended leave at once, as on a CPU."""
+    with seeded(0):
+        layer = lambda number, side: MoELayer(COMPETING[kind](), experts.GroupedMLP(4, DIM, 24))  # noqa: E731
+        made = Translator(VOCAB, DIM, 4, 2, 2, 24, feed_forward=every_other(layer), positions=Positions())
+        for key, weight in made.named_parameters():
+            if weight.dim() > 1 and "embedding" not in key:
+                weight.data.mul_(3.0)
+    wanted = write("translator", made, SEARCHES[name], "cpu")()
+    assert len(set(wanted.lengths.flatten().tolist())) > 2
+    with gpu(device):
+        got = write("translator", copy.deepcopy(made).to("cuda"), SEARCHES[name], "cuda")().ids.cpu()
+    assert torch.equal(got, wanted.ids)
 
 
 @EVERY
