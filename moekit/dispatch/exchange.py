@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 
+from moekit.kernels.host_counts import remember
+
 
 class Route(Protocol):
     """An open way to the ranks of a group and back."""
@@ -30,7 +32,10 @@ class Route(Protocol):
 
     @property
     def received(self) -> Tensor:
-        """Int64[W, n], rows from each rank for each of this rank's n experts, on the device of the counts."""
+        """Int64[W, n], rows from each rank for each of this rank's n experts, on the device of the counts.
+
+        To open the way they have been read: `moekit.kernels.on_host` knows them.
+        """
         ...
 
     def send(self, rows: Tensor) -> Tensor:
@@ -139,9 +144,11 @@ class AllToAll:
     def open(self, counts: Tensor) -> Route:
         """See `Exchange.open`."""
         received = _counts_to(counts, self.group)
-        # One copy for both.
-        both = torch.stack([counts.sum(1), received.sum(1)]).tolist()  # host read: the sizes of messages
-        return _Direct(received, self.group, both[0], both[1])
+        # One copy for all that is asked of them.
+        numbers = torch.cat([counts.sum(1), received.flatten()]).cpu()  # host read: the sizes of messages
+        known = numbers[self.size :].view_as(received)
+        remember(received, known)
+        return _Direct(received, self.group, numbers[: self.size].tolist(), known.sum(1).tolist())
 
     def send_equal(self, rows: Tensor) -> Tensor:
         """See `Exchange.send_equal`."""
@@ -207,11 +214,15 @@ class TwoLevelAllToAll:
         held = _counts_to(by_node.transpose(0, 1), self.inner.group)  # [rank of origin, node of destination, n]
         forwarded = held.transpose(0, 1)  # [node of destination, rank of origin, n]
         arrived = _counts_to(forwarded, self.outer.group)  # [node of origin, rank of origin, n]
-        sizes = [by_node.sum((0, 2)), held.sum((1, 2)), forwarded.sum((1, 2)), arrived.sum((1, 2))]
-        numbers = torch.cat(sizes).tolist()  # host read: the sizes of messages
-        inner = _Direct(held, self.inner.group, numbers[:local], numbers[local : 2 * local])
-        outer = _Direct(arrived, self.outer.group, numbers[2 * local : 2 * local + nodes], numbers[2 * local + nodes :])
-        return _TwoLevel(arrived.reshape(self.size, n), inner, outer, by_node.sum(2), held.sum(2))
+        received = arrived.reshape(self.size, n)
+        sizes = [by_node.sum((0, 2)), held.sum((1, 2)), forwarded.sum((1, 2)), received.flatten()]
+        numbers = torch.cat(sizes).cpu()  # host read: the sizes of messages
+        first, second, third, rest = numbers.split([local, local, nodes, received.numel()])
+        known = rest.view_as(received)
+        remember(received, known)
+        inner = _Direct(held, self.inner.group, first.tolist(), second.tolist())
+        outer = _Direct(arrived, self.outer.group, third.tolist(), known.view(nodes, -1).sum(1).tolist())
+        return _TwoLevel(received, inner, outer, by_node.sum(2), held.sum(2))
 
     def send_equal(self, rows: Tensor) -> Tensor:
         """See `Exchange.send_equal`."""

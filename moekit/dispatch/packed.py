@@ -12,7 +12,7 @@ from torch import Tensor
 from moekit.dispatch.base import Dispatched
 from moekit.dispatch.exchange import Exchange, Route, transpose_blocks
 from moekit.dispatch.rows import add, take
-from moekit.kernels.host_counts import on_host
+from moekit.kernels.host_counts import on_host, remember
 from moekit.routing import Routing
 
 
@@ -70,7 +70,8 @@ class PackedDispatcher:
         if route is None:
             return Dispatched(rows, counts, _Handle(assignment, token, None))
         rows = transpose_blocks(route.send(rows), route.received)
-        return Dispatched(rows, route.received.sum(0), _Handle(assignment, token, route))
+        counts = remember(route.received.sum(0), on_host(route.received).sum(0))  # read with the messages' sizes
+        return Dispatched(rows, counts, _Handle(assignment, token, route))
 
     def combine(self, y: Tensor, routing: Routing, handle: Any) -> Tensor:
         """Add every row, times its weight, to its token."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekit.functional.ordered_sums import sum_by_index
+
 
 def take(x: Tensor, index: Tensor, choices: int | None) -> Tensor:
     """Rows `index` Int64[R] of ``x`` Float[T, D]; their gradients are added up in a fixed order.
@@ -30,10 +32,9 @@ def add(rows: Tensor, index: Tensor, size: int, choices: int | None) -> Tensor:
         size: T.
         choices: K; None = any number.
     """
-    out = torch.zeros(size, rows.shape[1], dtype=rows.dtype, device=rows.device)
     if _must_sort(rows, choices):
-        return out.index_put((index,), rows, accumulate=True)
-    return out.index_add(0, index, rows)
+        return sum_by_index(rows, index, size)
+    return torch.zeros(size, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add(0, index, rows)
 
 
 def _must_sort(rows: Tensor, choices: int | None) -> bool:

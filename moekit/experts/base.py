@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moekit.component import Component
 from moekit.kernels.grouped_mm import grouped_mm
+from moekit.kernels.grouped_rows import repeat_rows
 
 
 class Experts(Component, ABC):
@@ -112,7 +113,7 @@ def rows_of(bias: Tensor, rows: Tensor, counts: Tensor | None) -> Tensor:
     """Each row's bias: Float[E, F] spread to the shape of packed or padded rows."""
     if counts is None:
         return bias[:, None, :]
-    return bias.repeat_interleave(counts, dim=0, output_size=rows.shape[0])
+    return repeat_rows(bias, counts, rows.shape[0])
 
 
 def product(rows: Tensor, weight: Tensor, counts: Tensor | None) -> Tensor:

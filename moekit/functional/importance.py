@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekit.functional.ordered_sums import sum_by_index
+
 # Noise narrower than this counts as this wide: softplus underflows to 0 where its input is very negative, and the
 # probability of being chosen is a step long before.
 _LEAST_SCALE = 1e-6
@@ -46,8 +48,7 @@ def importance(weight: Tensor, expert: Tensor, num_experts: int, counted: Tensor
     """
     if counted is not None:
         weight = weight.masked_fill(~counted, 0.0)  # filled, not multiplied: zero times NaN is NaN
-    total = torch.zeros(num_experts, dtype=weight.dtype, device=weight.device)
-    return squared_variation(total.index_add(0, expert.reshape(-1), weight.reshape(-1)))
+    return squared_variation(sum_by_index(weight.reshape(-1), expert.reshape(-1), num_experts))
 
 
 def selection_probability(clean: Tensor, noisy: Tensor, scale: Tensor, k: int) -> Tensor:

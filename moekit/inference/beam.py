@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moekit.inference.interface import Generation, Start, look_every, to_device
+from moekit.inference.interface import Generation, Start, to_device
 from moekit.inference.length_penalty import GNMTPenalty, LengthPenalty, best_possible
 from moekit.inference.session import Session
 
@@ -113,17 +113,17 @@ class _Run:
         self.total: Tensor | None = None  # [b, w], sums of log-probabilities; -inf = an empty slot
         self.scores: Tensor | None = None  # [b, w, t], log-probabilities of the tokens in `text`
         self.done: _Finished | None = None
-        self.suppress, self.look = start.suppressed(), look_every(device)
+        self.suppress = start.suppressed()
 
     def finish(self) -> Generation:
-        steps = 0
+        number = 0
         while self.sentence.numel() and self.place < self.bounds.end:
-            steps += 1
-            self._step(look=steps % self.look == 0)
+            number += 1
+            self._step(number)
         assert self.done is not None
         return self.done.best(self.search.num_return)
 
-    def _step(self, *, look: bool) -> None:
+    def _step(self, number: int) -> None:
         """Write one more token; only after a look do finished sentences and empty slots leave the batch."""
         width = self.text.shape[1]
         logits = self.session.logits(self.text.flatten(0, 1))
@@ -156,7 +156,7 @@ class _Run:
         total = total.masked_fill(~going[:, None], -torch.inf)
         self.place += 1
         keep: Tensor | None = None
-        if look:
+        if number % self.session.look_every(total.device) == 0:
             live = (total > -torch.inf).sum(1).tolist()  # host read: how many go on, at every look
             widest = max(live, default=0)
             total, order, slot = total[:, :widest], order[:, :widest], slot[:, :widest]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moekit.data.batch import Batch
 from moekit.data.tokenizer import Tokenizer
 from moekit.inference.generate import complete, generate
-from moekit.inference.interface import LengthLimit, Search
+from moekit.inference.interface import LengthLimit, Search, to_device
 from moekit.inference.sampling import Greedy
 
 GAP = "___"
@@ -56,7 +56,7 @@ class Completer:
             groups.setdefault(len(row), []).append(i)
         written = [""] * len(rows)
         for _, members in sorted(groups.items()):
-            ids = torch.tensor([rows[i] for i in members], device=device)
+            ids = to_device([rows[i] for i in members], device)
             languages = torch.full((len(members),), number, device=device)
             for i, text in zip(members, self._continue(ids, languages), strict=True):
                 written[i] = text

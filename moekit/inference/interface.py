@@ -132,8 +132,11 @@ class Bounds(NamedTuple):
     end: int
 
 
-def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Int64 on `device`; from pinned memory where that is a GPU, so that the host need not wait for the copy."""
+def to_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """Int64 of numbers, or of rows of them, on `device`.
+
+    It comes from pinned memory where that is a GPU, so that the host need not wait for the copy.
+    """
     made = torch.tensor(numbers, dtype=torch.int64)
     return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
@@ -163,7 +166,7 @@ class Generation:
 
     def lists(self) -> list[list[list[int]]]:
         """The texts as lists: ``[sentence][rank]``, only those that exist."""
-        rows, lengths = self.ids.tolist(), self.lengths.tolist()
+        rows, lengths = self.ids.tolist(), self.lengths.tolist()  # host read: the texts
         return [
             [ids[:n] for ids, n in zip(texts, counts, strict=True) if n]
             for texts, counts in zip(rows, lengths, strict=True)

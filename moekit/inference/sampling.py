@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moekit.inference.interface import Generation, Start, look_every
+from moekit.inference.interface import Generation, Start
 from moekit.inference.session import Session
 
 # Chooses Int64[R] from logits Float[R, V] (suppressed ids at -inf) for rows Int64[R] of [B * N] at a step.
@@ -109,17 +109,18 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 def _write(session: Session, start: Start, samples: int, choose: _Choose) -> Generation:
     """Write `samples` texts for every sentence, a token at a time.
 
-    Finished rows leave the batch when somebody looks (`look_every`); until then what they write goes into a scratch
-    column behind the texts. A router with a capacity in evaluation, where texts compete for room, sees them so long.
+    Finished rows leave the batch when somebody looks (`Session.look_every`); until then what they write goes into a
+    scratch column behind the texts.
     """
     tokens, device = start.tokens, start.prefix.device
     sentences = start.prefix.shape[0]
-    suppress, bounds, look = start.suppressed(), start.bounds(), look_every(device)
+    suppress, bounds = start.suppressed(), start.bounds()
 
     # What every sentence has been given is read once, before its samples part.
     place = bounds.shortest
     text = start.prefix[:, :place]
     logits = session.logits(text)
+    look = session.look_every(device)
     live = torch.arange(sentences * samples, device=device)
     owner = live // samples
     if samples > 1:

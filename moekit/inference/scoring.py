@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moekit.data.tokenizer import Tokenizer
 from moekit.inference.generate import evaluating
-from moekit.inference.interface import SpecialTokens
+from moekit.inference.interface import SpecialTokens, to_device
 
 Normalise = Literal["sum", "token", "character"]
 
@@ -81,11 +81,11 @@ def score_continuations(
                 hidden = model.decode(ids, mask, spoken).hidden  # type: ignore[operator]
             # Only where something is predicted, row after row: a whole batch of logits would be large.
             places = [range(len(before[i]) - 1, len(before[i]) - 1 + len(continuations[i])) for i in rows]
-            asked = torch.tensor([(row, place) for row, wanted in enumerate(places) for place in wanted], device=device)
-            answer = torch.tensor([token for i in rows for token in continuations[i]], device=device)
+            asked = to_device([(row, place) for row, wanted in enumerate(places) for place in wanted], device)
+            answer = to_device([token for i in rows for token in continuations[i]], device)
             logits = model.logits(hidden[asked[:, 0], asked[:, 1]])  # type: ignore[operator]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            chosen = logits.log_softmax(-1).gather(1, answer[:, None])[:, 0].cpu()
+            chosen = logits.log_softmax(-1).gather(1, answer[:, None])[:, 0].cpu()  # host read: the scores
             for i, scores in zip(rows, chosen.split([len(continuations[i]) for i in rows]), strict=True):
                 found[i] = scores
             advance(len(rows))
@@ -252,8 +252,8 @@ def accuracy(questions: Sequence[Question], scores: Sequence[Scores], by: Normal
 def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
     """Int64[B, longest], padded on the right, and its mask."""
     width = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
+    ids = to_device([[*row, *[pad] * (width - len(row))] for row in rows], device)
+    lengths = to_device([len(row) for row in rows], device)
     return ids, torch.arange(width, device=device) < lengths[:, None]
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moekit.inference.interface import Cache, CausalModel, SequenceModel
+from moekit.inference.interface import Cache, CausalModel, SequenceModel, look_every
 
 
 class Session:
@@ -34,6 +34,16 @@ class Session:
         self._model, self._memory, self._memory_mask, self._language = model, memory, memory_mask, language
         self._cache: Cache | None = model.new_cache() if use_cache else None
         self._seen = 0
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        self._compete = any(getattr(module, "by_position", False) for module in modules)
+
+    def look_every(self, device: torch.device) -> int:
+        """Steps between two looks at which texts are finished, once a step was made.
+
+        One where the other rows of the batch decide about a row's experts, as under a capacity in evaluation: texts
+        that have ended would take part.
+        """
+        return 1 if self._compete else look_every(device)
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits Float[R, V] of the token after each row of `ids` Int64[R, T], in float32 or wider.
@@ -48,6 +58,7 @@ class Session:
                 new, self._memory, self._memory_mask, None, self._language, self._cache
             )
         self._seen = ids.shape[1]
+        self._compete |= any(routing.capacity is not None for routing in getattr(output, "routings", ()))
         logits = self._model.logits(output.hidden[:, -1])
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -11,7 +11,7 @@ from moekit.data.batch import Batch
 from moekit.data.tokenizer import Tokenizer
 from moekit.inference.beam import BeamSearch
 from moekit.inference.generate import generate
-from moekit.inference.interface import LengthLimit, Search
+from moekit.inference.interface import LengthLimit, Search, to_device
 from moekit.inference.length_penalty import GNMTPenalty
 from moekit.inference.sampling import Greedy
 
@@ -55,7 +55,7 @@ class Translator:
 
     def text(self, ids: Tensor) -> list[str]:
         """The sentences of Int64[B, T] token ids; special tokens are dropped."""
-        return [self.tokenizer.decode(row) for row in ids.tolist()]
+        return [self.tokenizer.decode(row) for row in ids.tolist()]  # host read: the texts
 
     def translate(
         self,
@@ -86,8 +86,8 @@ class Translator:
             self.batch_tokens,
         ):
             width = max(len(ids[i]) for i in rows)
-            padded = torch.tensor([ids[i] + [pad] * (width - len(ids[i])) for i in rows], device=device)
-            length = torch.tensor([len(ids[i]) for i in rows], device=device)
+            padded = to_device([ids[i] + [pad] * (width - len(ids[i])) for i in rows], device)
+            length = to_device([len(ids[i]) for i in rows], device)
             mask = torch.arange(width, device=device) < length[:, None]
             row_languages = [torch.full((len(rows),), language, device=device) for language in languages]
             for i, written in zip(rows, self._write(padded, mask, *row_languages), strict=True):

@@ -1,7 +1,16 @@
-"""Fused paths; each is a custom op with its reference and its backward in one file."""
+"""Fused paths, each with its reference and its backward in one file."""
 
 from moekit.kernels.balanced_assignment import balanced_assignment
 from moekit.kernels.grouped_mm import grouped_mm, grouped_mm_reference
+from moekit.kernels.grouped_rows import repeat_rows
 from moekit.kernels.host_counts import on_host, remember, split_counts
 
-__all__ = ["balanced_assignment", "grouped_mm", "grouped_mm_reference", "on_host", "remember", "split_counts"]
+__all__ = [
+    "balanced_assignment",
+    "grouped_mm",
+    "grouped_mm_reference",
+    "on_host",
+    "remember",
+    "repeat_rows",
+    "split_counts",
+]

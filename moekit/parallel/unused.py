@@ -61,7 +61,10 @@ def used_somewhere(parameters: Sequence[Tensor]) -> Tensor:
     """
     local = [bool(_used.get(parameter, True)) for parameter in parameters]
     meshes = [parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)]
-    flags = torch.tensor(local, dtype=torch.float32, device=meshes[0].device_type if meshes else None)
+    flags = torch.tensor(local, dtype=torch.float32)
+    if meshes and meshes[0].device_type == "cuda":
+        # From pinned memory: the host goes on, and the norm is under way when it waits for both.
+        flags = flags.pin_memory().to("cuda", non_blocking=True)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
     return flags

@@ -28,7 +28,7 @@ class Memory:
         optimizer: the optimizer's statistics and, where there is one, its copy of the weights.
         working: copies of weights, and whole gradients, that exist in a step only: what is gathered and converted.
         activations: kept for backward, with the largest block's second computation under checkpointing.
-        host: what is offloaded, and the copies of weights that an offloaded optimizer works on.
+        host: what is offloaded, and the copies of weights and gradients that an offloaded optimizer works on.
     """
 
     weights: float
@@ -110,8 +110,8 @@ def memory_of(census: Census, layout: Layout, training: Training) -> Memory:
     host = 0.0
     if layout.offload != "none":
         host, optimizer = optimizer, 0.0
-    if layout.offload == "optimizer" and not numbers.master:
-        host += numbers.weight * owned  # the optimizer works on copies
+    if layout.offload == "optimizer":  # which works on copies
+        host += (numbers.gradient + (0 if numbers.master else numbers.weight)) * owned
     if layout.offload == "parameters":
         host, weights, gradients = host + weights + gradients, 0.0, 0.0
     return Memory(

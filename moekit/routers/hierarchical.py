@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.functional.importance import importance, selection_probability, squared_variation
+from moekit.functional.ordered_sums import sum_by_index
 from moekit.functional.precision import wide_linear, without_autocast
 from moekit.kernels.grouped_mm import grouped_mm
 from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
@@ -124,7 +125,7 @@ class HierarchicalRouter(Router):
             primary = selection_probability(clean, noisy, scale, self.k_groups).masked_fill(~real[:, None], 0.0).sum(0)
             per_row = selection_probability(inner, inner_noisy, inner_scale, self.k_experts)
             per_row = per_row.masked_fill(~row_real[:, None], 0.0)
-            secondary = per_row.new_zeros(self.num_groups, self.group_size).index_add(0, group, per_row)
+            secondary = sum_by_index(per_row, group, self.num_groups)
             size = per_row.new_zeros(self.num_groups).index_add(0, group, row_real.to(per_row.dtype))
             load = squared_variation(((primary / size.clamp_min(1))[:, None] * secondary).flatten())
         else:

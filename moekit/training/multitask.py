@@ -203,7 +203,8 @@ class MultitaskModule(L.LightningModule):
         for task, value in self.valid_perplexity.compute().items():
             logs[f"valid/{task}/perplexity"] = value
             logs[f"valid/{task}/loss"] = math.log(value)
-            logs[f"valid/{task}/accuracy"] = float(self.valid_accuracy[task].compute())
+            accuracy = self.valid_accuracy[task].compute()
+            logs[f"valid/{task}/accuracy"] = float(accuracy)  # host read: once for an evaluation
         if self.valid_routing is not None and self.valid_routing.update_called:
             logs.update({f"valid/{name}": value for name, value in self.valid_routing.log_values().items()})
             self.routing = self.valid_routing.compute()
@@ -234,7 +235,8 @@ class MultitaskModule(L.LightningModule):
         assert batch.direction is not None, "test batches hold one direction each"
         hypotheses = self.translate.batch(batch)
         if self.originals is not None and batch.index is not None:
-            sources, references = self.originals(batch.direction, batch.index.tolist())
+            numbers = batch.index.tolist()  # host read: which sentences they are
+            sources, references = self.originals(batch.direction, numbers)
         else:
             sources, references = self.translate.text(batch.source), self.translate.text(batch.target)
         self.test_score.update(batch.direction, hypotheses, references)
@@ -282,7 +284,7 @@ class MultitaskModule(L.LightningModule):
                 self.tested[task] = {
                     "loss": math.log(found[task]),
                     "perplexity": found[task],
-                    "accuracy": float(self.test_accuracy[task].compute()),
+                    "accuracy": float(self.test_accuracy[task].compute()),  # host read: once for a test
                     "languages": {x: found[f"{task}/{x}"] for x in self.languages if f"{task}/{x}" in found},
                 }
                 for name in ("loss", "perplexity", "accuracy"):

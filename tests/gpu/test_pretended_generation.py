@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,13 @@ from moekit.inference import (
     generate,
     load_on_demand,
 )
+from moekit.inference.completer import Completer
+from moekit.inference.scoring import score_continuations
+from moekit.inference.translator import Translator as Translator_
 from moekit.layer import MoELayer
 from moekit.recipes import _generation
+from moekit.recurrent import RecurrentLM
+from moekit.routing import Capacity
 from moekit.testing import seeded
 from moekit.transformer import (
     DecoderOnly,
@@ -139,6 +145,30 @@ def compare(name: str, kind: str, positions: str, dtype: torch.dtype, device: st
     assert sum(waits.values()) <= steps // 8 + 5, list(map(str, waits.items()))
 
 
+COMPETING: dict[str, Any] = {
+    "a capacity": lambda: routers.TopKRouter(DIM, 4, 1, capacity=Capacity(1.0, 1.0, minimum=1), init_scale=9.0),
+    "by position": lambda: routers.UniformRouter(DIM, 4, 2),
+}
+
+
+@EVERY
+@pytest.mark.parametrize("kind", COMPETING)
+@pytest.mark.parametrize("name", ["sampling", "beam"])
+def test_texts_that_have_ended_take_no_room(name: str, kind: str, device: str) -> None:
+    """Where rows compete for experts, those that ended leave at once, as on a CPU."""
+    with seeded(0):
+        layer = lambda number, side: MoELayer(COMPETING[kind](), experts.GroupedMLP(4, DIM, 24))  # noqa: E731
+        made = Translator(VOCAB, DIM, 4, 2, 2, 24, feed_forward=every_other(layer), positions=Positions())
+        for key, weight in made.named_parameters():
+            if weight.dim() > 1 and "embedding" not in key:
+                weight.data.mul_(3.0)
+    wanted = write("translator", made, SEARCHES[name], "cpu")()
+    assert len(set(wanted.lengths.flatten().tolist())) > 2
+    with gpu(device):
+        got = write("translator", copy.deepcopy(made).to("cuda"), SEARCHES[name], "cuda")().ids.cpu()
+    assert torch.equal(got, wanted.ids)
+
+
 @EVERY
 def test_experts_on_demand_come_to_the_gpu(tmp_path: Path, device: str) -> None:
     with seeded(0):
@@ -160,6 +190,62 @@ def test_experts_on_demand_come_to_the_gpu(tmp_path: Path, device: str) -> None:
         torch.testing.assert_close(got.cpu().clone(), wanted, rtol=1e-4, atol=1e-5)
         small.to("cpu")
     torch.testing.assert_close(small(x).hidden.detach(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN")
+@EVERY
+@pytest.mark.parametrize("kind", ["translator", "language", "recurrent"])
+def test_scores_are_the_cpus_and_every_wait_says_why(kind: str, device: str) -> None:
+    with seeded(0):
+        made: Any = RecurrentLM(VOCAB, DIM, sparse(0, "decoder")) if kind == "recurrent" else model(kind, "none")
+    contexts, continuations = [[1, 5, 6], [1, 7], [1, 8, 9, 4]], [[4, 5], [6], [7, 8, 9]]
+    wanted = score_continuations(made, contexts, continuations)
+    with gpu(device) as found:
+        there = copy.deepcopy(made).to("cuda")
+        with found.watch() as waits:
+            got = score_continuations(there, contexts, continuations)
+        explained(waits)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    bos_id, eos_id, pad_id, mask_id, first_text_id = 1, 2, 0, 3, 4
+    sentinel_ids = ()
+
+    def tag_id(self, language: str) -> int:
+        return 3
+
+    def language_id(self, language: str) -> int:
+        return 0
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[4 + ord(letter) % (VOCAB - 4) for letter in text] for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+@EVERY
+def test_sentences_are_written_on_the_gpu(device: str) -> None:
+    tokenizer: Any = Letters()
+    translator, language = model("translator", "none"), model("language", "none")
+    texts = ["abc", "d", "", "efgh", "ijk"]
+
+    def run(translator: Any, language: Any) -> list[list[str]]:
+        writer = Completer(language, tokenizer, max_new_tokens=9)
+        made = Translator_(translator, tokenizer, search=Greedy(), limit=LengthLimit(6, 1.0))
+        return [writer.complete(texts, "en"), made.translate(texts, "en", "de")]
+
+    wanted = run(translator, language)
+    with gpu(device) as found:
+        there = [copy.deepcopy(one).to("cuda") for one in (translator, language)]
+        with found.watch() as waits:
+            got = run(*there)
+        explained(waits)
+    assert got == wanted
 
 
 def test_generate_goes_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,13 @@ from torch import Tensor, nn
 
 from moekit.data.batch import Batch
 from moekit.data.batching import EvaluationBatches, EvaluationLoader
+from moekit.layer import AuxLosses
 from moekit.recipes._parts import make_module, run_data
 from moekit.testing import seeded
+from moekit.training.adafactor import Adafactor
+from moekit.training.distillation import Added, DistillationModule, Teacher
+from moekit.training.multitask import MultitaskModule
+from moekit.training.optimizers import scale_expert_gradients
 from moekit.transformer import RelativePositions
 from moekit.transformer.attention import plan_attention
 
@@ -58,6 +64,63 @@ def test_a_head_waits_for_nothing(task: str, training: bool, precision: str, dev
     explained(forward)
     assert sum(forward.values()) == (0 if training or device == "real" else len(out.routings))
     assert not backward
+
+
+@pytest.mark.parametrize("kind", ["multitask", "distillation"])
+def test_steps_of_a_module_and_every_wait_says_why(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training step with optimizer, one that is logged, evaluation: losses are the CPU's."""
+    made = [make_head(task) for task in ("translation", "denoising")]
+    heads, options = [head for head, _ in made], {"aux": AuxLosses(load_balance=0.01), "log_routing_every": 1}
+    if kind == "distillation":
+        teacher = [make_head(task) for task in ("translation", "denoising")]
+        teaching = Teacher(teacher[0][1], [head for head, _ in teacher])
+        module: Any = DistillationModule(made[0][1], heads, teaching, objective=Added(), **options)
+    else:
+        module = MultitaskModule(made[0][1], heads, **options)
+    batches = {head.task: make_batch(head.task) for head in heads}
+    for name in ("log", "log_dict"):
+        monkeypatch.setattr(MultitaskModule, name, lambda self, *args, **options: None)
+    monkeypatch.setattr(MultitaskModule, "_learning_rate", lambda self: 0.1)
+
+    def begin(module: Any, where: str) -> Any:
+        strategy = SimpleNamespace(root_device=torch.device(where))
+        module._trainer = SimpleNamespace(world_size=1, log_every_n_steps=2, global_step=0, strategy=strategy)
+        module.train().setup("fit")
+        return module
+
+    def run(module: Any, batches: Any) -> list[Tensor]:
+        optimizer = Adafactor(module.parameters(), 0.01, min_factored_size=8)
+        losses = []
+        for _ in range(2):
+            loss = module.training_step(batches, 0)
+            loss.backward()
+            scale_expert_gradients(module)
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        return losses
+
+    there = copy.deepcopy(module)
+    wanted = run(begin(module, "cpu"), batches)
+    with gpu() as found:
+        there = begin(there.to("cuda"), "cuda")
+        moved = {task: batch.to("cuda") for task, batch in batches.items()}
+        with found.watch() as waits:
+            got = run(there, moved)
+        explained(waits)
+        assert not waits or kind == "distillation"  # whose teacher's layers, in evaluation, read their counts
+        there.trainer.log_every_n_steps = 1
+        with found.watch() as logged:
+            run(there, moved)
+        explained(logged)
+        there.eval()
+        with found.watch() as evaluation, torch.no_grad():
+            for batch in moved.values():
+                there.validation_step(batch, 0)
+            there.on_validation_epoch_end()
+        explained(evaluation)
+        torch.testing.assert_close(torch.stack(got).cpu(), torch.stack(wanted), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("task", TASKS)

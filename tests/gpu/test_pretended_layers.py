@@ -7,6 +7,7 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import moekit as mk
 from moekit import experts, routers
-from moekit.dispatch import PackedDispatcher, PaddedDispatcher
+from moekit.dispatch import AllToAll, PackedDispatcher, PaddedDispatcher, TwoLevelAllToAll
 from moekit.experts.dense_pretraining import AddNoise, DensePretraining, MaskWeights
 from moekit.mixing import ConditionalMix, ExpertOutputMasking, SoftmaxMix
 from moekit.routing import Capacity, Router
@@ -263,3 +264,64 @@ def test_expert_choice_lists_are_in_no_order() -> None:
     routing = routers.ExpertChoiceRouter(D, E)(skewed_tokens(T, D))
     assert routing.choices is None
     assert routing.all_kept
+
+
+# -- experts on other ranks --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rank_of_one(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A group of one rank, to which everything comes back: what is asked is what the host reads."""
+    monkeypatch.setattr("moekit.dispatch.exchange._counts_to", lambda counts, group: counts.clone())
+    monkeypatch.setattr("moekit.dispatch.exchange.all_to_all", lambda rows, received, sent, group: rows.clone())
+    return SimpleNamespace(size=lambda: 1)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("levels", [1, 2])
+def test_counts_of_divided_experts_are_read_with_the_sizes_of_messages(
+    levels: int, precision: str, rank_of_one: Any
+) -> None:
+    """Once for a layer: a product that needs the counts on the host finds them there."""
+    exchange: Any = AllToAll(rank_of_one) if levels == 1 else TwoLevelAllToAll(rank_of_one, rank_of_one)
+    dtype, amp = PRECISIONS[precision]
+    with seeded(0):
+        layer = _with().to(dtype).train()
+        layer.experts.w_out.data.normal_()
+    x, context = skewed_tokens(T, D, dtype=dtype), some_context(layer.router, T, mask=some_mask(T))
+    _, wanted, _, _ = results(copy.deepcopy(layer), x, context, amp, "cpu", nobody)
+    layer.connect(exchange)
+    with gpu() as found:
+        there = copy.deepcopy(layer).to("cuda")
+        _, got, forward, backward = results(there, x.to("cuda"), moved(context), amp, "cuda", found.watch)
+        got = {name: value.cpu() for name, value in got.items()}
+    assert_same(_near(got), _near(wanted), f"over {levels} levels in {precision}")
+    explained(forward)
+    assert sum(forward.values()) == 1, list(map(str, forward))
+    assert not backward
+
+
+def test_what_losses_sum_is_summed_in_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No scattered addition of three and more numbers that are no counts: their gradients depend on the sums."""
+    added: list[str] = []
+    original = torch.Tensor.index_add
+
+    def index_add(self: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+        whole = source.detach().float()
+        if source.is_cuda and not bool((whole == whole.round()).all()):
+            most = int(torch.bincount(index).max())
+            added.append(f"{most} summands of {tuple(source.shape)}") if most > 2 else None
+        return original(self, dim, index, source)
+
+    monkeypatch.setattr(torch.Tensor, "index_add", index_add)
+    made: dict[str, Callable[[], Router]] = {
+        "noisy": lambda: routers.NoisyTopKRouter(D, E, 2),
+        "hierarchical": lambda: routers.HierarchicalRouter(D, 2, 3),
+    }
+    with gpu():
+        for make in made.values():
+            router = make().to("cuda").train()
+            x = torch.randn(T, D, device="cuda").requires_grad_()
+            out = router(x, moved(some_context(router, T, mask=None)))
+            sum(out.losses.values()).backward()
+    assert not added

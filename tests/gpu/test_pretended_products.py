@@ -10,7 +10,7 @@ from devices import EVERY, gpu
 from torch import Tensor
 
 from moekit.experts import GroupedGLU, GroupedMLP
-from moekit.kernels import grouped_mm, grouped_mm_reference, on_host, remember, split_counts
+from moekit.kernels import grouped_mm, grouped_mm_reference, on_host, remember, repeat_rows, split_counts
 from moekit.testing import assert_close
 
 COUNTS = {"even": [2, 2, 2], "one without": [3, 0, 2], "only the last": [0, 0, 4], "one expert": [5], "none": [0, 0]}
@@ -118,3 +118,26 @@ def test_counts_are_read_once() -> None:
         del counts, parts, told
     here = torch.tensor([1, 2])
     assert on_host(here) is here
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_repeated_rows_have_gradients_of_float32_sums(dtype: torch.dtype, device: str) -> None:
+    """CUDA's scattered addition is in any order and in the type of the values; bf16 stops at 256 times a summand."""
+    counts, values = torch.tensor([3, 0, 2000, 4]), torch.randn(4, 6).to(dtype)
+    gradient = torch.rand(2007, 6).to(dtype) + 0.5
+    wanted = torch.stack([part.double().sum(0) for part in gradient.split(counts.tolist())])
+    with gpu(device) as found:
+        there = values.to("cuda").requires_grad_()
+        numbers, grad = counts.to("cuda"), gradient.to("cuda")
+        with found.watch() as waits:
+            out = repeat_rows(there, numbers, 2007)
+            seen = {out.grad_fn.name()}
+            out.backward(grad)
+        assert not waits
+        assert seen == {"_RepeatBackward"}  # and not the scattered addition behind an index
+        assert there.grad is not None
+        assert there.grad.dtype == dtype
+        assert torch.equal(out.detach().cpu(), values.repeat_interleave(counts, 0))
+        got = there.grad.cpu().double()
+    torch.testing.assert_close(got, wanted, rtol=1e-5 if dtype == torch.float32 else 2**-8, atol=0)

@@ -15,6 +15,7 @@ from devices import explained, gpu
 from torch import Tensor, nn
 
 from moekit import ExpertParallelStrategy
+from moekit.parallel import unused
 from moekit.parallel.gradients import clip_by_norm, gradient_norm
 from moekit.parallel.host_copies import host_memory, to_host
 from moekit.parallel.mesh import World, unflatten
@@ -194,6 +195,23 @@ def test_gradients_on_two_devices_have_one_norm_and_one_copy() -> None:
             clip_by_norm([*hosts, *parameters], 0.1, norm=total)
         assert sum(waits.values()) == 1
         assert explained(waits)
+
+
+def test_who_was_used_is_told_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the kernels of the norm, which come next, would begin when the host has waited for backward."""
+
+    class Divided:
+        device_mesh = SimpleNamespace(device_type="cuda")
+
+    monkeypatch.setattr(unused, "DTensor", Divided)
+    parameters: Any = [Divided(), Divided()]
+    unused._used[parameters[1]] = False
+    with gpu() as found:
+        with found.watch() as waits:
+            flags = unused.used_somewhere(parameters)
+        assert not waits, list(map(str, waits))
+        assert flags.is_cuda
+        assert flags.tolist() == [1.0, 0.0]
 
 
 # -- the norm, once ----------------------------------------------------------------------------------------------------

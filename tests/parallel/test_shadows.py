@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moekit.parallel import Shadows
+from moekit.parallel import Layout, Shadows, build_meshes, parallelize
 from moekit.parallel.pieces import spread
+from moekit.parallel.planner import Training, TransformerShape, plan
+from moekit.transformer.init import materialize
 
 
 @pytest.fixture
@@ -114,3 +116,55 @@ def test_two_kinds_of_shadows_are_refused() -> None:
     assert Shadows.give(optimizer, divide=True) is shadows
     with pytest.raises(ValueError, match="one kind of shadows: SGD has some already"):
         Shadows.give(optimizer, divide=False)
+
+
+SHAPE = TransformerShape(
+    vocab_size=64,
+    dim=32,
+    heads=4,
+    hidden_dim=64,
+    encoder_layers=2,
+    decoder_layers=2,
+    num_experts=8,
+    capacity_factor=None,
+)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize(("stage", "expert"), [(0, 1), (0, 2), (1, 1), (1, 2), (2, 2), (3, 1), (3, 2)])
+def test_bytes_of_a_gpu_and_of_its_host_are_the_planned(stage: Any, expert: int) -> None:
+    """With an offloaded optimizer; weights are laid out as `parallelize` does it, and shown on a mesh of GPUs."""
+    layout = Layout(devices=2, expert_parallel_size=expert, zero_stage=stage, offload="optimizer")
+    model: Any = SHAPE.module()
+    materialize(model, "cpu")
+    parallelize(model, build_meshes(layout, "cpu"))
+    parameters: list[Any] = list(model.parameters())
+    meshes = {p.device_mesh: DeviceMesh("cuda", p.device_mesh.mesh, mesh_dim_names=p.device_mesh.mesh_dim_names)
+              for p in parameters}  # fmt: skip
+
+    def on_gpus(like: Any) -> DTensor:
+        local = torch.empty(like.to_local().shape, device="cuda")
+        return spread(local, meshes.get(like.device_mesh, like.device_mesh), like.placements, like.shape, like.stride())
+
+    found = {"cuda": 0, "cpu": 0}
+
+    def count(*tensors: Tensor | None) -> None:
+        for tensor in tensors:
+            assert isinstance(tensor, DTensor)
+            found[tensor.to_local().device.type] += tensor.to_local().nbytes
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        weights = [nn.Parameter(on_gpus(parameter)) for parameter in parameters]
+        optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9)
+        shadows = Shadows(optimizer, divide=stage == 1, device=torch.device("cpu"))
+        for weight in weights:
+            weight.grad = on_gpus(weight)
+        count(*weights, *(weight.grad for weight in weights))
+        shadows.show()
+        shadows.take()
+        for shadow in shadows.shadows:
+            count(shadow.tensor, shadow.tensor.grad, torch.zeros_like(shadow.tensor))
+    memory = plan(SHAPE, layout, Training(precision="32-true", optimizer="momentum")).memory
+    assert memory.optimizer == 0
+    assert found == {"cuda": memory.weights + memory.gradients, "cpu": memory.host}

@@ -58,7 +58,8 @@ class TokenPerplexity(WideMetric):
     def compute(self) -> dict[str, float]:
         """Perplexity by task; tasks without a token are absent, and an overflow is infinity."""
         values = {}
-        for task, nll, tokens in zip(self.tasks, self.nll.tolist(), self.tokens.tolist(), strict=True):
+        sums = torch.stack([self.nll, self.tokens.to(self.nll)], 1).tolist()  # host read: once for an evaluation
+        for task, (nll, tokens) in zip(self.tasks, sums, strict=True):
             if tokens:
                 mean = nll / tokens
                 values[task] = math.exp(mean) if mean < 700 else (mean if math.isnan(mean) else math.inf)

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.parallel.host_copies import to_host
 from moekit.routing import Routing, routing_stats
 from moekit.training.metrics.wide import WideMetric
+
+_STATES = ("load", "kept", "tokens", "entropy")  # of each layer
 
 DEAD_SHARE = 0.01
 """An expert is dead if it gets less than this part of an even share (1 / num_experts) of all assignments."""
@@ -109,9 +112,12 @@ class RoutingStatistics(WideMetric):
             "dead_experts", "load_cv", "load_max_ratio", "assignments"}]}``. Loads sum to 1, or are all 0 where nothing
             was routed.
         """
+        states = [getattr(self, f"{state}_{n}") for n in range(len(self.layers)) for state in _STATES]
+        found = to_host(states)  # waits for the device once
+        rows = zip(*[iter(found)] * len(_STATES), strict=True)
         return {
             "languages": list(self.languages),
-            "layers": [self._layer(index, name) for index, name in enumerate(self.layers)],
+            "layers": [self._layer(name, *row) for name, row in zip(self.layers, rows, strict=True)],
         }
 
     def summary(self) -> dict[str, Any]:
@@ -141,12 +147,12 @@ class RoutingStatistics(WideMetric):
             values |= {f"{layer}/{name}": found.get(name) for name in ("drop_rate", "entropy", "experts_per_token")}
         return {f"routing/{name}": float(value) for name, value in values.items() if value is not None}
 
-    def _layer(self, index: int, name: str) -> dict[str, Any]:
-        counts = getattr(self, f"load_{index}").cpu().to(torch.float64)
-        kept = int(getattr(self, f"kept_{index}").sum())
-        weighted, reported = getattr(self, f"entropy_{index}").tolist()
+    def _layer(self, name: str, *states: Tensor) -> dict[str, Any]:
+        """Of a layer's states in host memory, in the order of `_STATES`."""
+        counts, kept, tokens = states[0].to(torch.float64), int(states[1].sum()), int(states[2])
+        weighted, reported = states[3].tolist()
         load, num_experts = counts.sum(0), counts.size(1)
-        total, tokens = load.sum().item(), int(getattr(self, f"tokens_{index}"))
+        total = load.sum().item()
         share = load / max(total, 1)
         return {
             "name": name,

@@ -84,7 +84,8 @@ class TranslationScore(Metric):
         row = self.directions.index(direction)
         for counts, metric in ((self.bleu_counts, self._bleu), (self.chrf_counts, self._chrf)):
             statistics = metric._extract_corpus_statistics(list(hypotheses), [list(references)])
-            counts[row] += torch.tensor(statistics, dtype=torch.int64).sum(0).to(counts.device)
+            found = torch.tensor(statistics, dtype=torch.int64).sum(0)
+            counts[row] += found.to(counts.device)  # host read: none, but a copy that waits
         self.sentences[row] += len(hypotheses)
 
     def compute(self) -> dict[str, dict[str, Any]]:
@@ -109,9 +110,10 @@ class TranslationScore(Metric):
         return values
 
     def _summary(self, metric: BLEU | CHRF, counts: Tensor) -> dict[str, Any]:
+        rows, sentences = counts.tolist(), self.sentences.tolist()  # host read: once for a test
         scores = {
             direction: float(metric._compute_score_from_stats(row).score)
-            for direction, row, seen in zip(self.directions, counts.tolist(), self.sentences.tolist(), strict=True)
+            for direction, row, seen in zip(self.directions, rows, sentences, strict=True)
             if seen
         }
         average = sum(scores.values()) / len(scores) if scores else None
