@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moekit.parallel import Layout, Shadows, build_meshes, parallelize
 from moekit.parallel.pieces import spread
-from moekit.parallel.planner import Training, TransformerShape, plan
+from moekit.planner import Training, TransformerShape, plan
 from moekit.transformer.init import materialize
 
 
