@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -21,12 +22,11 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
 
 import torch  # noqa: E402
-from old_folders.using import (  # noqa: E402
-    EXPORTED, LANGUAGES, SHARDED, STEPS, WRITE, command, fine_tuned, generated, inspected, recipe, resumed,
-)  # fmt: skip
+from old_folders import using  # noqa: E402
 from recording import machine, read_folder, write_record  # noqa: E402
 
 from moekit.parallel import consolidate  # noqa: E402
+from moekit.training.whole_checkpoint import consolidate_checkpoint  # noqa: E402
 
 OPTIONS = [
     "--data.babel_languages", "2", "--data.babel_sentences", "300", "--data.vocab_size", "350",
@@ -39,28 +39,22 @@ OPTIONS = [
 ]  # fmt: skip
 OF_RECIPE = {
     "zcode_m3": [
-        "--model.encoder_layers", "1", "--model.decoder_layers", "1", "--model.every", "1", "--model.generator_dim", "8",
+        "--model.encoder_layers", "1", "--model.decoder_layers", "1", "--model.every", "1",
+        "--model.generator_dim", "8",
         "--tasks.translation.tokens", "512", "--tasks.denoising.tokens", "64",
         "--tasks.masked_lm.tokens", "64", "--tasks.replaced_token.tokens", "64",
     ],
     "moe_lm": ["--model.layers", "2", "--tasks.causal_lm.tokens", "512"],
     "switch": [
-        "--model.dim", "4", "--model.head_dim", "2", "--model.encoder_layers", "1", "--model.decoder_layers", "1", "--model.every", "1",
-        "--tasks.span_corruption.tokens", "256",
+        "--model.encoder_layers", "1", "--model.decoder_layers", "1", "--model.every", "1",
+        "--model.dim", "4", "--model.head_dim", "2", "--tasks.span_corruption.tokens", "256",
     ],
 }  # fmt: skip
 
 
-def make(name: str, out: str, steps: int, *options: str) -> None:
-    sizes = [
-        "--train.max_steps",
-        str(steps),
-        "--train.validate_every",
-        str(steps),
-        "--train.log_every",
-        str(steps // 5),
-    ]
-    recipe(name, "run", *OPTIONS, *OF_RECIPE[name], *sizes, *options, "--out", out)
+def options(name: str, out: str, steps: int) -> list[str]:
+    log = ["--train.validate_every", str(steps), "--train.log_every", str(steps // 5)]
+    return [*OPTIONS, *OF_RECIPE[name], "--train.max_steps", str(steps), *log, "--out", out]
 
 
 def main() -> None:
@@ -68,30 +62,33 @@ def main() -> None:
     target = HERE / "folders.tar.xz"
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
-        for name in LANGUAGES:
-            make(name, name, STEPS)
-        for name in EXPORTED:
-            command("moekit.surgery", "export", name, "--out", f"{name}-exported", "--no-tokenizer")
-        make("moe_lm", "of-processes", 25, "--model.dim", "4", "--strategy.expert_parallel_size", "1")
-        Path(SHARDED).mkdir()
-        shutil.move("of-processes/checkpoints/last.ckpt", f"{SHARDED}/last.ckpt")
-        consolidate(f"{SHARDED}/last.ckpt", f"{SHARDED}/consolidated.ckpt")
+        for name in using.LANGUAGES:
+            using.recipe(name, "run", *options(name, name, using.STEPS))
+        for name in using.EXPORTED:
+            using.command("moekit.surgery", "export", name, "--out", f"{name}-exported", "--no-tokenizer")
+        spread = [*options("moe_lm", "spread", 25), "--model.dim", "4", "--strategy.expert_parallel_size", "1"]
+        # In a process of its own, which leaves no group of processes behind.
+        subprocess.run([sys.executable, "-m", "moekit.recipes.moe_lm", "fit", *spread], check=True)
+        Path(using.SHARDED).mkdir()
+        shutil.move("spread/checkpoints/last.ckpt", f"{using.SHARDED}/last.ckpt")
+        consolidate_checkpoint(f"{using.SHARDED}/last.ckpt", f"{using.SHARDED}/whole.ckpt")
+        consolidate(f"{using.SHARDED}/last.ckpt", f"{using.SHARDED}/weights.safetensors")
         with tarfile.open(target, "w:xz", preset=9) as archive:
-            for name in (*LANGUAGES, *(f"{name}-exported" for name in EXPORTED), SHARDED):
+            for name in (*using.LANGUAGES, *(f"{name}-exported" for name in using.EXPORTED), using.SHARDED):
                 archive.add(name, filter=anonymous)
         expected: dict[str, object] = {"machine": machine()}
-        for name in LANGUAGES:
+        for name in using.LANGUAGES:
             folder = Path(name)
-            recipe(name, "test", "--out", name)
+            using.recipe(name, "test", "--out", name)
             expected[f"{name} test"] = read_folder(folder)
-            expected[f"{name} inspect"] = inspected(folder)
-            expected[f"{name} markdown"] = command("moekit.report", name, "--markdown").splitlines()
-            if name in WRITE:
-                expected[f"{name} generate"] = generated(name, folder)
-            expected[f"{name} finetune"] = read_folder(fine_tuned(name, folder, Path(f"{name}-tuned")))
-            expected[f"{name} resume"] = read_folder(resumed(name, folder))
-        for path in sorted(Path(SHARDED).iterdir()):
-            expected[f"{path} inspect"] = inspected(path)
+            expected[f"{name} inspect"] = using.inspected(folder)
+            expected[f"{name} markdown"] = using.command("moekit.report", name, "--markdown").splitlines()
+            if name in using.WRITE:
+                expected[f"{name} generate"] = using.generated(name, folder)
+            expected[f"{name} finetune"] = read_folder(using.fine_tuned(name, folder, Path(f"{name}-tuned")))
+            expected[f"{name} resume"] = read_folder(using.resumed(name, folder))
+        for path in sorted(Path(using.SHARDED).iterdir()):
+            expected[f"{path} inspect"] = using.inspected(path)
         write_record(HERE / "expected.json", expected)
         os.chdir(HERE)
     print(f"{target}: {target.stat().st_size:,} bytes")

@@ -19,7 +19,7 @@ WRITE = ("zcode_m3", "moe_lm")
 EXPORTED = ("switch",)
 """Those that are kept as a folder of transformers too."""
 SHARDED = "sharded"
-"""A checkpoint of `ExpertParallelStrategy`, and what `moekit.parallel.consolidate` made of it."""
+"""A checkpoint of `ExpertParallelStrategy`, the same in one file, and its weights alone."""
 STEPS = 300
 MORE = ["--train.validate_every", "0", "--train.log_every", "1"]
 
@@ -68,9 +68,9 @@ def inspected(path: Path) -> Any:
     return json.loads(command("moekit.surgery", "inspect", str(path), "--json"))
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Those of a run's last checkpoint, read without moekit."""
-    found: dict[str, torch.Tensor] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+def weights(folder: Path, checkpoint: str) -> dict[str, torch.Tensor]:
+    """Those of a run's checkpoint, read without moekit."""
+    found: dict[str, torch.Tensor] = torch.load(folder / "checkpoints" / checkpoint, weights_only=True)["state_dict"]
     return found
 
 
