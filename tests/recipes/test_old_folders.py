@@ -17,6 +17,8 @@ import torch
 from old_folders import using
 from recording import differences, machine, read_folder, shown
 
+# A command is run here as a program, although other tests may have imported its module.
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
 HERE = Path(__file__).with_name("old_folders")
 EXPECTED = json.loads((HERE / "expected.json").read_text(encoding="utf-8"))
 TOLERANCE = 0.001
