@@ -37,14 +37,20 @@ OPTIONS = [
 ]  # fmt: skip
 LEARNS_FAST = ["--train.learning_rate", "0.01", "--evaluate.length_penalty", "1"]
 """So that translations are not empty after 40 steps."""
-CHANGES_ON_THE_WAY = {"sparse_translation": ["--model.dense_steps", "15", "--data.heating_steps", "20"]}
-"""What makes phases that a recipe has begin within 40 steps."""
+OF_RECIPE = {
+    "gshard": ["--data.babel_languages", "4", "--data.babel_sizes", "kmb=600,shl=200"],
+    "sparse_translation": [
+        "--data.babel_languages", "4", "--data.babel_sizes", "kmb=600,shl=200",
+        "--model.dense_steps", "15", "--data.heating_steps", "20",
+    ],
+}  # fmt: skip
+"""Languages whose sizes a recipe sets, and what makes its phases begin within 40 steps."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_computes_what_was_recorded(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    options = [*OPTIONS, *LEARNS_FAST, *CHANGES_ON_THE_WAY.get(name, []), "--out", "run"]
+    options = [*OPTIONS, *LEARNS_FAST, *OF_RECIPE.get(name, []), "--out", "run"]
     done = subprocess.run(
         [sys.executable, "-m", f"moekit.recipes.{name}", "run", *options],
         cwd=tmp_path,
