@@ -16,6 +16,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-runs",
+        action="store_true",
+        help="write down what runs of recipes compute (tests/recipes/recorded) instead of comparing with it",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Compilers may keep what they built from one run of the suite to the next, inside the repository's own
     # test cache; anything else that writes to the user's cache folder gets a fresh one (see `isolation`).
