@@ -47,7 +47,8 @@ SIZES = {
     "dim": 16, "heads": 2, "head_dim": 0, "hidden_dim": 32, "num_experts": 4, "generator_dim": 8,
 }  # fmt: skip
 SETTINGS = {
-    "data.vocab_size": 400, "data.max_length": 64, "data.babel_sentences": 300, "data.num_workers": 0,
+    "data.vocab_size": 400, "data.max_length": 40, "data.num_workers": 0,
+    "data.babel_languages": 2, "data.babel_sentences": 300,
     "train.max_steps": 3, "train.warmup_steps": 1, "train.log_every": 1, "train.validate_every": 2,
     "train.precision": "32-true", "train.accelerator": "cpu",
     "evaluate.beam_size": 1, "evaluate.max_sentences": 4, "evaluate.valid_sentences": 4, "evaluate.samples": 1,
