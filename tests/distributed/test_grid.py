@@ -1,9 +1,9 @@
 """The claim: the layout changes nothing. Every supported layout against plain PyTorch in one process.
 
 For world sizes 1, 2 and 4, every combination of expert, tensor and replica sizes, ZeRO stage and offload that the
-`Layout` accepts, loss and gradient norm of 5 steps (3 for the fast part) and every weight after them, for SGD with
-momentum, AdamW and Adafactor, clipped, are compared with a loop of plain PyTorch on the same global batches. Tolerance: a relative
-difference of 1e-5 of each loss, each norm, and of each weight tensor (measured: below 2e-6).
+`Layout` accepts, loss and gradient norm of 5 steps (3 in the fast part) and every weight after them, for SGD with
+momentum, AdamW and Adafactor, clipped, are compared with a loop of plain PyTorch on the same global batches.
+Tolerance: a relative difference of 1e-5 of each loss, each norm, and of each weight tensor (measured: below 2e-6).
 """
 
 from __future__ import annotations
