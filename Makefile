@@ -26,6 +26,10 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.14 python3.13 python3.12 
 TORCH ?= $(if $(filter Linux,$(shell uname -s)),auto,index)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
+# A process for each processor, four at most: each takes a gigabyte, and tests of parallel training start more. A file's
+# tests stay together, because they share what is made for them, and files are taken in order, the longest not last.
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -33,7 +37,7 @@ run: $(VENV)/.ready-run ## Train the tiny Z-code M3 model, translate, write runs
 	$(BIN)/python -m moekit.recipes.zcode_m3 run $(ARGS)
 
 test: $(VENV)/.ready-test ## Run every fast test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE) $(ARGS)
 
 test-slow: $(VENV)/.ready-test ## Run the tests marked slow
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -59,6 +59,18 @@ def test_set_up_happens_once_and_again_when_pins_change(clone: Path) -> None:
     assert '".[test]"' in make("--dry-run", "test", folder=clone).stdout
 
 
+def test_fast_tests_run_side_by_side_file_by_file(clone: Path) -> None:
+    """What is made once for a file would be made by every process that has a part of the file."""
+    venv = clone / ".venv"
+    venv.mkdir()
+    for stamp in (".usable", ".ready-test"):
+        (venv / stamp).touch()
+    command = make("--dry-run", "test", "ARGS=--numprocesses 0", folder=clone).stdout
+    assert '-m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile' in command
+    assert command.rstrip().endswith("--numprocesses 0"), "ARGS come last, so that they can undo it"
+    assert "--numprocesses" not in make("--dry-run", "test-slow", folder=clone).stdout
+
+
 def test_ci_checks_and_tests() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111, ".ci/run must be executable"

@@ -153,10 +153,10 @@ def test_pickled_corpus_says_the_same(babel):
 
 def test_generation_is_fast():
     corpus = Babel(BabelSettings(train_sentences=20_000))
-    start = time.perf_counter()
+    start = time.process_time()
     assert sum(1 for _ in corpus.parallel(Direction("avl", "kmb"), "train")) == 20_000
-    # About a third of a second where nothing else runs.
-    assert time.perf_counter() - start < 8
+    # About a third of a second; of processor time, because other tests run meanwhile.
+    assert time.process_time() - start < 4
 
 
 @pytest.mark.parametrize(

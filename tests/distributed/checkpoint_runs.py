@@ -30,6 +30,8 @@ def train(
 
 
 def on_rank_zero(call: Callable[[], Any]) -> None:
+    """The others wait, beforehand too: they may still look at what the call changes."""
+    dist.barrier()
     if dist.get_rank() == 0:
         call()
     dist.barrier()

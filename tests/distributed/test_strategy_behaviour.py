@@ -6,14 +6,13 @@ All cases run in one pair of processes; each has its own test.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from case_group import outcome_in, require_success
+from case_group import in_one_group
 from small_lm import (
     CLIP,
     GLOBAL_BATCH,
@@ -334,33 +333,24 @@ def sharding_in_configure_model() -> None:
     close(fit(Own(), ExpertParallelStrategy(2), DATA), one_process(SmallLM(), DATA))
 
 
-CASES: dict[str, Callable[[], None]] = {
-    case.__name__: case
-    for case in (
-        accumulation,
-        accumulation_is_silent,
-        recomputation,
-        a_rank_without_tokens,
-        weights_that_a_rank_does_not_use,
-        weights_that_no_rank_uses,
-        an_expert_with_all_tokens,
-        uneven_batches,
-        two_levels,
-        a_gradient_that_is_not_finite,
-        clipping_by_value,
-        manual_optimization,
-        other_loops,
-        sharding_in_configure_model,
-    )
-}
-
-
-outcome = outcome_in(__name__, 2)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_case(name: str, outcome: list[dict[str, str]]) -> None:
-    require_success(name, outcome)
+CASES, outcome, test_case = in_one_group(
+    __name__,
+    2,
+    accumulation,
+    accumulation_is_silent,
+    recomputation,
+    a_rank_without_tokens,
+    weights_that_a_rank_does_not_use,
+    weights_that_no_rank_uses,
+    an_expert_with_all_tokens,
+    uneven_batches,
+    two_levels,
+    a_gradient_that_is_not_finite,
+    clipping_by_value,
+    manual_optimization,
+    other_loops,
+    sharding_in_configure_model,
+)
 
 
 def compiled_blocks() -> None:

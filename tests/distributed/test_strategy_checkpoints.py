@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from case_group import folder, outcome_in, require_success
+from case_group import folder, in_one_group
 from checkpoint_runs import OFFLOADED, REPEATED, equal, on_rank_zero, train
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -389,23 +388,15 @@ def refused_by_name() -> None:
         train(SmallLM(), LAYOUTS[0], 2, path="s3://bucket/x")
 
 
-CASES: dict[str, Callable[[], None]] = {
-    case.__name__: case
-    for case in (
-        edits_of_a_state_dict,
-        edits_of_optimizer_states,
-        edits_that_cannot_be_saved,
-        strict_loading,
-        the_best_of_weights_alone,
-        hyperparameters,
-        states_that_are_no_plain_data,
-        refused_by_name,
-    )
-}
-
-outcome = outcome_in(__name__, 2)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_case(name: str, outcome: list[dict[str, str]]) -> None:
-    require_success(name, outcome)
+CASES, outcome, test_case = in_one_group(
+    __name__,
+    2,
+    edits_of_a_state_dict,
+    edits_of_optimizer_states,
+    edits_that_cannot_be_saved,
+    strict_loading,
+    the_best_of_weights_alone,
+    hyperparameters,
+    states_that_are_no_plain_data,
+    refused_by_name,
+)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +14,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from case_group import outcome_in, require_success
+from case_group import in_one_group
 from small_lm import LAYOUTS, SmallLM, fit, quiet, sentences, trainer_for
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -176,25 +175,17 @@ def what_is_left_on_the_model() -> None:
     assert not [hook for hook in hooks if type(hook).__name__ == "_Watch"]
 
 
-CASES: dict[str, Callable[[], None]] = {
-    case.__name__: case
-    for case in (
-        lengths_that_are_known,
-        lengths_that_are_not_known,
-        a_skipped_layer,
-        a_missing_backward,
-        a_barrier_for_one,
-        evaluation,
-        what_is_left_on_the_model,
-    )
-}
-
-outcome = outcome_in(__name__, 2)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_case(name: str, outcome: list[dict[str, str]]) -> None:
-    require_success(name, outcome)
+CASES, outcome, test_case = in_one_group(
+    __name__,
+    2,
+    lengths_that_are_known,
+    lengths_that_are_not_known,
+    a_skipped_layer,
+    a_missing_backward,
+    a_barrier_for_one,
+    evaluation,
+    what_is_left_on_the_model,
+)
 
 
 def neighbours_that_differ() -> list[str]:

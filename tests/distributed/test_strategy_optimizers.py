@@ -11,55 +11,35 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from case_group import folder, outcome_in, require_success
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    BaseFinetuning,
-    ModelCheckpoint,
-    ModelPruning,
-    StochasticWeightAveraging,
-)
+from case_group import in_one_group
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.cli import LightningCLI
 from small_lm import (
     CLIP,
     EXPERTS,
+    FEW_LAYOUTS,
     GLOBAL_BATCH,
+    MORE_LAYOUTS,
     STEPS,
     Sentences,
     SmallLM,
+    alike,
     close,
     differences,
     fit,
     one_process,
     sentences,
-    trainer_for,
-    whole_weights,
 )
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from moekit import ExpertParallelStrategy
 from moekit.errors import UserError
 from moekit.testing import JoinedProcesses
 from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
 from moekit.training.cli import StepCLI
-from moekit.training.optimizers import scale_expert_gradients
 
 DATA = sentences(3)
-LAYOUTS: tuple[dict[str, Any], ...] = (
-    {"expert_parallel_size": 2, "zero_stage": 0},
-    {"expert_parallel_size": 1, "zero_stage": 1},
-    {"expert_parallel_size": 2, "zero_stage": 3},
-    {"expert_parallel_size": 1, "tensor_parallel_size": 2, "zero_stage": 1},
-    {"expert_parallel_size": 1, "zero_stage": 2, "offload": "optimizer"},
-)
-FEW = (LAYOUTS[1], LAYOUTS[2], LAYOUTS[4])
-
-
-def alike(value: Tensor, expected: Tensor, name: str) -> None:
-    """As in `close`, by the norm: the first step of Adam makes a whole one of a rounding error's sign."""
-    assert float((value - expected).norm() / expected.norm()) < 1e-5, name
 
 
 class Early(SmallLM):
@@ -90,7 +70,7 @@ def scheduled(module: Early) -> dict[str, Any]:
 
 def made_before_the_model_is_divided() -> None:
     """In __init__, new or with state; groups, their settings and the schedule are kept."""
-    for steps, layouts in ((0, FEW), (2, LAYOUTS)):
+    for steps, layouts in ((0, FEW_LAYOUTS[:1]), (2, MORE_LAYOUTS)):
         expected = scheduled(Early(steps))
         for layout in layouts:
             module = Early(steps)
@@ -105,128 +85,14 @@ def made_before_the_model_is_divided() -> None:
             assert {names[id(p)] for p in module.early.state} == set(names.values())
 
 
-class OneOfTwo(SmallLM):
-    """Steps by hand with two optimizers, of which one was there before."""
-
-    automatic_optimization = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = torch.optim.SGD([p for n, p in self.named_parameters() if "experts" in n], lr=0.1)
-
-    def configure_optimizers(self) -> Any:
-        return [self.first, torch.optim.AdamW([p for n, p in self.named_parameters() if "experts" not in n], lr=1e-2)]
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
-        loss = self.loss(batch)
-        self.losses.append(loss.detach())
-        self.manual_backward(loss)
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def one_of_two_made_before() -> None:
-    plain = OneOfTwo()
-    optimizers = plain.configure_optimizers()
-    for ids in DATA.split(GLOBAL_BATCH):
-        plain.loss(ids).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    for layout in FEW:
-        module = OneOfTwo()
-        fit(module, ExpertParallelStrategy(**layout), DATA, gradient_clip_val=None)
-        for name, value in whole_weights(module).items():
-            alike(value, plain.get_parameter(name), name)
-
-
-class SeveralPasses(SmallLM):
-    """Goes forward and backward once for each of two optimizers, as adversarial training does, and looks between."""
-
-    automatic_optimization = False
-
-    def configure_optimizers(self) -> Any:
-        experts = [p for n, p in self.named_parameters() if "experts" in n]
-        others = [p for n, p in self.named_parameters() if "experts" not in n]
-        return [torch.optim.SGD(experts, lr=0.1), torch.optim.AdamW(others, lr=1e-2)]
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
-            self.toggle_optimizer(optimizer)
-            loss = self.loss(batch)
-            self.losses.append(loss.detach())
-            self.manual_backward(loss)
-            with torch.no_grad():
-                self.loss(batch)
-            optimizer.step()
-            optimizer.zero_grad()
-            self.untoggle_optimizer(optimizer)
-
-
-def several_passes_in_a_step() -> None:
-    """What a backward let go of is gathered again, with the weights of after the step, and toggled as they are."""
-    plain = SeveralPasses()
-    optimizers = plain.configure_optimizers()
-    losses = []
-    for ids in DATA.split(GLOBAL_BATCH):
-        for optimizer in optimizers:
-            plain.zero_grad()
-            loss = plain.loss(ids)
-            losses.append(float(loss.detach()))
-            loss.backward()
-            optimizer.step()
-    for layout in LAYOUTS:
-        module = SeveralPasses()
-        found = fit(module, ExpertParallelStrategy(**layout), DATA, gradient_clip_val=None)
-        assert found["losses"] == pytest.approx(losses, rel=1e-5), layout
-        for name, value in found["weights"].items():
-            alike(value, plain.get_parameter(name), name)
-
-
-class TwoLosses(SmallLM):
-    """Two graphs stand before the first backward, one of which goes backward twice."""
-
-    automatic_optimization = False
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
-        optimizer: Any = self.optimizers()
-        one, other = self.loss(batch), self.loss(batch.flip(1))
-        self.losses.append(one.detach())
-        self.manual_backward(one, retain_graph=True)
-        self.manual_backward(other)
-        self.manual_backward(one.square())
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def several_backwards_in_a_step() -> None:
-    """Every backward has the weights that its forward had."""
-    plain = TwoLosses()
-    optimizer = plain.configure_optimizers()
-    for ids in DATA.split(GLOBAL_BATCH // 2):  # a square of a mean is none of means: ranks take turns, not parts
-        one, other = plain.loss(ids), plain.loss(ids.flip(1))
-        (one + one.square() + other).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for layout in LAYOUTS:
-        module = TwoLosses()
-        ids = DATA.view(-1, GLOBAL_BATCH // 2, DATA.shape[1])
-        both = ids.repeat_interleave(2, 1)  # the sampler deals rows out in turn, so both ranks read the same
-        fit(module, ExpertParallelStrategy(**layout), both.flatten(0, 1), gradient_clip_val=None)
-        for name, value in whole_weights(module).items():
-            alike(value, plain.get_parameter(name), name)
-
-
 def two_fits_of_one_optimizer() -> None:
     """An optimizer that lives in the module goes on where it was, with a new Trainer."""
     expected = scheduled(Early())
-    for layout in FEW:
+    for layout in FEW_LAYOUTS:
         module = Early()
         fit(module, ExpertParallelStrategy(**layout), DATA[:GLOBAL_BATCH])
         fit(module, ExpertParallelStrategy(**layout), DATA[GLOBAL_BATCH:])
-        for name, value in whole_weights(module).items():
-            alike(value, expected["weights"][name], name)
+        alike(module, expected["weights"])
 
 
 class Plain(SmallLM):
@@ -244,9 +110,9 @@ class FiveSteps(Sentences):
 
 
 def by_command_line() -> None:
-    """LightningCLI and StepCLI make the optimizer before the Trainer runs; every stage ends as one process does."""
+    """LightningCLI and StepCLI make the optimizer before the Trainer runs; both end as one process does."""
     schedule = ["--lr_scheduler", "InverseSquareRoot", "--lr_scheduler.warmup", "2"]
-    for cli, more in ((LightningCLI, []), (StepCLI, schedule)):
+    for cli, more, stages in ((LightningCLI, [], (0, 3)), (StepCLI, schedule, (1, 2))):
         plain: Any = SmallLM()
         plain.optimizer_of_one = torch.optim.AdamW(plain.parameters(), lr=1e-2)
         if more:
@@ -256,7 +122,8 @@ def by_command_line() -> None:
             plain.optimizer_of_one.register_step_post_hook(lambda *_, f=factors: f.step())
         plain.configure_optimizers = lambda p=plain: p.optimizer_of_one
         expected = one_process(plain, sentences(STEPS))["weights"]
-        for stage in range(4):
+        assert max(float((p - SmallLM().get_parameter(n)).abs().max()) for n, p in expected.items()) > 1e-2
+        for stage in stages:
             command = ["fit", "--optimizer", "AdamW", "--optimizer.lr", "0.01", *more]
             command += ["--trainer.strategy", f"expert_parallel_zero{stage}"]
             made = cli(
@@ -271,12 +138,7 @@ def by_command_line() -> None:
                 },
             )  # fmt: skip
             assert made.trainer.strategy.meshes.layout.expert_parallel_size == 2  # type: ignore[attr-defined]
-            found = whole_weights(made.model)
-            moved = 0.0
-            for name, value in found.items():
-                alike(value, expected[name], name)
-                moved = max(moved, float((value - SmallLM().get_parameter(name)).abs().max()))
-            assert moved > 1e-3
+            alike(made.model, expected)
     assert [c for c in classes_of(Optimizer) if c.__name__ == "AdamW"] == [torch.optim.AdamW]
 
 
@@ -313,130 +175,11 @@ def groups_that_join_later() -> None:
         plain.loss(ids).backward()
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], CLIP)
         optimizer.step()
-    for layout in LAYOUTS:
-        for before in (False, True) if layout in FEW else (False,):
-            module = WithoutExperts()
-            old = [p for n, p in module.named_parameters() if "experts" in n] if before else None
-            fit(module, ExpertParallelStrategy(**layout), DATA, callbacks=[Joins(old)])
-            for name, value in whole_weights(module).items():
-                alike(value, plain.get_parameter(name), name)
-
-
-class Backbone(SmallLM):
-    """Trains what requires a gradient; its backbone is the decoder."""
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.model.decoder
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-2)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)]
-
-
-class Unfreezes(BaseFinetuning):
-    """Experts train from the second epoch on."""
-
-    def freeze_before_training(self, module: Any) -> None:
-        self.freeze(module.model.decoder.layers[1])
-
-    def finetune_function(self, module: Any, epoch: int, optimizer: Optimizer) -> None:
-        if epoch == 1:
-            self.unfreeze_and_add_param_group(module.model.decoder.layers[1], optimizer)
-
-
-class AllSentences(L.LightningDataModule):
-    """For the one process that the others are compared with."""
-
-    def train_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(DATA, batch_size=GLOBAL_BATCH)  # type: ignore[arg-type]
-
-
-def by_plain_lightning(module: L.LightningModule, callback: L.Callback, epochs: int, **options: Any) -> Any:
-    """One process, Lightning's own strategy. Each rank does the same, so collectives of the router agree."""
-    trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_epochs=epochs, gradient_clip_val=CLIP, logger=False, limit_val_batches=0,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
-        **options,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=AllSentences())
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
-
-
-def fine_tuning_callbacks() -> None:
-    """BaseFinetuning and BackboneFinetuning end as they do in plain Lightning."""
-    for make in (Unfreezes, lambda: BackboneFinetuning(1, backbone_initial_lr=1e-3, verbose=False)):
-        expected = by_plain_lightning(Backbone(), make(), 3)
-        for layout in FEW:
-            module = Backbone()
-            fit(module, ExpertParallelStrategy(**layout), DATA, max_epochs=3, callbacks=[make()])
-            for name, value in whole_weights(module).items():
-                alike(value, expected[name], name)
-
-
-def fine_tuning_is_resumed() -> None:
-    """A checkpoint from after the unfreezing gives the optimizer its groups back."""
-    for layout in FEW:
-        place = folder()
-
-        def train(epochs: int, path: Any = None, saver: Any = None, layout: Any = layout) -> Any:
-            module = Backbone()
-            callbacks = [Unfreezes(), *([saver] if saver else [])]
-            trainer = trainer_for(
-                ExpertParallelStrategy(**layout),
-                callbacks=callbacks,
-                max_epochs=epochs,
-                enable_checkpointing=bool(saver),
-            )
-            trainer.fit(module, datamodule=Sentences(DATA), ckpt_path=path)
-            return trainer, module
-
-        train(2, saver=ModelCheckpoint(place, filename="{epoch}"))
-        dist.barrier()
-        trainer, _ = train(3, path=place / "epoch=1.ckpt")
-        groups = trainer.optimizers[0].param_groups
-        assert [group["lr"] for group in groups] == pytest.approx([1e-2 * 0.9**3, 1e-2 * 0.9 / 10 * 0.9**2])
-        assert len(trainer.optimizers[0].state) == sum(len(group["params"]) for group in groups)
-
-
-def stochastic_weight_averaging() -> None:
-    expected = by_plain_lightning(SmallLM("sgd"), StochasticWeightAveraging(1e-2, swa_epoch_start=1), 3)
-    for layout in FEW:
-        module = SmallLM("sgd")
-        callback = StochasticWeightAveraging(1e-2, swa_epoch_start=1)
-        fit(module, ExpertParallelStrategy(**layout), DATA, max_epochs=3, callbacks=[callback])
-        for name, value in whole_weights(module).items():
-            alike(value, expected[name], name)
-
-
-class OwnAverage(SmallLM):
-    """Keeps an average of its model in a submodule, by torch's class."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.average = AveragedModel(self.model, avg_fn=get_ema_avg_fn(0.6))
-
-    def configure_optimizers(self) -> Optimizer:
-        return torch.optim.AdamW([*self.model.parameters(), self.temperature], lr=1e-2)
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.average.update_parameters(self.model)
-
-
-def an_average_in_a_submodule() -> None:
-    plain = OwnAverage()
-    optimizer = plain.configure_optimizers()
-    for ids in DATA.split(GLOBAL_BATCH):
-        optimizer.zero_grad()
-        plain.loss(ids).backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), CLIP)
-        optimizer.step()
-        plain.average.update_parameters(plain.model)
-    for layout in FEW:
-        module = OwnAverage()
-        fit(module, ExpertParallelStrategy(**layout), DATA)
-        for name, value in whole_weights(module).items():
-            alike(value, plain.get_parameter(name), name)
+    for layout, before in (*zip(MORE_LAYOUTS, itertools.cycle((False, True))), (MORE_LAYOUTS[2], True)):
+        module = WithoutExperts()
+        old = [p for n, p in module.named_parameters() if "experts" in n] if before else None
+        fit(module, ExpertParallelStrategy(**layout), DATA, callbacks=[Joins(old)])
+        alike(module, plain)
 
 
 class Makes(SmallLM):
@@ -452,7 +195,7 @@ class Makes(SmallLM):
 
 def every_optimizer_of_torch() -> None:
     """Each is right, or refused by name before the first step; layouts take turns."""
-    turns = itertools.cycle(FEW)
+    turns = itertools.cycle(FEW_LAYOUTS)
     rates = {"SGD": 0.1, "ASGD": 0.1, "Adadelta": 1.0, "RMSprop": 1e-3, "RAdam": 1e-2}
     refused = {"LBFGS", "Rprop", "SparseAdam", "Adafactor"}
     kinds = [kind for kind in classes_of(Optimizer) if kind.__module__.startswith("torch.optim")]
@@ -473,38 +216,6 @@ def every_optimizer_of_torch() -> None:
         assert max(found.values()) < 2e-6, (kind.__name__, layout, found)
 
 
-class ByMuon(SmallLM):
-    """Matrices by Muon, all else by AdamW, by hand."""
-
-    automatic_optimization = False
-    training_step = OneOfTwo.training_step  # type: ignore[assignment]
-
-    def configure_optimizers(self) -> Any:
-        # What has two dimensions in a bank is a vector for each expert.
-        matrices = [p for n, p in self.named_parameters() if p.ndim == 2 and "experts" not in n]
-        others = [p for n, p in self.named_parameters() if p.ndim != 2 or "experts" in n]
-        return [torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(others, lr=1e-2)]
-
-
-def muon_needs_whole_matrices() -> None:
-    plain = ByMuon()
-    optimizers = plain.configure_optimizers()
-    for ids in DATA.split(GLOBAL_BATCH):
-        plain.loss(ids).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    for layout in LAYOUTS:
-        if layout["zero_stage"] == 0:
-            module = ByMuon()
-            fit(module, ExpertParallelStrategy(**layout), DATA, gradient_clip_val=None)
-            for name, value in whole_weights(module).items():
-                alike(value, plain.get_parameter(name), name)
-        else:
-            with pytest.raises(UserError, match=r"Muon must see whole matrices: .*zero_stage=0"):
-                fit(ByMuon(), ExpertParallelStrategy(**layout), DATA, gradient_clip_val=None)
-
-
 class OwnClipping(SmallLM):
     """Clips with torch's function."""
 
@@ -519,7 +230,7 @@ class OwnClipping(SmallLM):
 def clipping_by_torch() -> None:
     before = vars(nn.utils.clip_grad).copy()
     expected = one_process(SmallLM(), DATA)
-    for layout in LAYOUTS:
+    for layout in MORE_LAYOUTS:
         module = OwnClipping()
         got = fit(module, ExpertParallelStrategy(**layout), DATA)
         close(got, expected)
@@ -535,7 +246,7 @@ class NaNInBackward(SmallLM):
 def anomaly_detection() -> None:
     """Autograd's search for NaN finds nothing in a healthy model, and names the function in a sick one."""
     expected = one_process(SmallLM(), DATA)
-    for layout in FEW:
+    for layout in FEW_LAYOUTS[1:]:
         close(fit(SmallLM(), ExpertParallelStrategy(**layout), DATA, detect_anomaly=True), expected)
     with pytest.raises(RuntimeError, match=r"SqrtBackward0.* returned nan"):
         fit(NaNInBackward(), ExpertParallelStrategy(2), DATA, detect_anomaly=True)
@@ -554,12 +265,10 @@ def larger_gradients_for_experts() -> None:
                 p.grad.mul_(math.sqrt(EXPERTS))
         nn.utils.clip_grad_norm_(plain.parameters(), CLIP)
         optimizer.step()
-    for layout in FEW:
+    for layout in FEW_LAYOUTS:
         module = SmallLM("sgd")
         fit(module, ExpertParallelStrategy(**layout), DATA, callbacks=[ScaleExpertGradients()])
-        for name, value in whole_weights(module).items():
-            alike(value, plain.get_parameter(name), name)
-    assert callable(scale_expert_gradients)
+        alike(module, plain)
 
 
 def what_would_train_nothing_is_refused() -> None:
@@ -575,32 +284,16 @@ def what_would_train_nothing_is_refused() -> None:
         fit(SmallLM(), ExpertParallelStrategy(2), DATA, callbacks=[pruning])
 
 
-CASES: dict[str, Callable[[], None]] = {
-    case.__name__: case
-    for case in (
-        made_before_the_model_is_divided,
-        one_of_two_made_before,
-        several_passes_in_a_step,
-        several_backwards_in_a_step,
-        two_fits_of_one_optimizer,
-        by_command_line,
-        groups_that_join_later,
-        fine_tuning_callbacks,
-        fine_tuning_is_resumed,
-        stochastic_weight_averaging,
-        an_average_in_a_submodule,
-        every_optimizer_of_torch,
-        muon_needs_whole_matrices,
-        clipping_by_torch,
-        anomaly_detection,
-        larger_gradients_for_experts,
-        what_would_train_nothing_is_refused,
-    )
-}
-
-outcome = outcome_in(__name__, 2, at_once=3)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_case(name: str, outcome: list[dict[str, str]]) -> None:
-    require_success(name, outcome)
+CASES, outcome, test_case = in_one_group(
+    __name__,
+    2,
+    made_before_the_model_is_divided,
+    two_fits_of_one_optimizer,
+    by_command_line,
+    groups_that_join_later,
+    every_optimizer_of_torch,
+    clipping_by_torch,
+    anomaly_detection,
+    larger_gradients_for_experts,
+    what_would_train_nothing_is_refused,
+)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from case_group import folder, outcome_in, require_success
+from case_group import folder, in_one_group
 from checkpoint_runs import OFFLOADED, REPEATED, equal, on_rank_zero, train
 from safetensors.torch import load_file
 from small_lm import LAYOUTS, Sentences, SmallLM, one_process, trainer_for, whole_weights
@@ -177,21 +176,13 @@ def weights_written_by_others() -> None:
         equal(module, dict(expected.named_parameters()))
 
 
-CASES: dict[str, Callable[[], None]] = {
-    case.__name__: case
-    for case in (
-        from_plain_lightning,
-        to_plain_lightning,
-        a_plain_trainer_is_told,
-        copies_of_a_fitted_model,
-        tied_weights,
-        weights_written_by_others,
-    )
-}
-
-outcome = outcome_in(__name__, 2)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_case(name: str, outcome: list[dict[str, str]]) -> None:
-    require_success(name, outcome)
+CASES, outcome, test_case = in_one_group(
+    __name__,
+    2,
+    from_plain_lightning,
+    to_plain_lightning,
+    a_plain_trainer_is_told,
+    copies_of_a_fitted_model,
+    tied_weights,
+    weights_written_by_others,
+)

@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from case_group import outcome_in, require_success
+from case_group import in_one_group
 from lightning.pytorch.plugins import MixedPrecision
 from small_lm import (
     DIM,
@@ -292,25 +292,17 @@ def never_whole() -> None:
     assert found[0] > 0.4 * size, (found, size)  # else nothing was measured
 
 
-CASES: dict[str, Callable[[], None]] = {
-    case.__name__: case
-    for case in (
-        mixed,
-        mixed_keeps_no_copies,
-        mixed_with_norms_of_torch,
-        true,
-        half,
-        double,
-        precisions_that_are_refused,
-        built_without_memory,
-        built_without_memory_in_bf16,
-        never_whole,
-    )
-}
-
-outcome = outcome_in(__name__, 2)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_case(name: str, outcome: list[dict[str, str]]) -> None:
-    require_success(name, outcome)
+CASES, outcome, test_case = in_one_group(
+    __name__,
+    2,
+    mixed,
+    mixed_keeps_no_copies,
+    mixed_with_norms_of_torch,
+    true,
+    half,
+    double,
+    precisions_that_are_refused,
+    built_without_memory,
+    built_without_memory_in_bf16,
+    never_whole,
+)

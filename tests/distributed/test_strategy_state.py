@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from case_group import folder, outcome_in, require_success
+from case_group import folder, in_one_group
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from safetensors.torch import load_file
 from small_lm import (
@@ -175,20 +174,12 @@ def a_second_fit_keeps_the_layout() -> None:
             fit(module, other, DATA[:GLOBAL_BATCH])
 
 
-CASES: dict[str, Callable[[], None]] = {
-    case.__name__: case
-    for case in (
-        weight_averaging,
-        resuming,
-        averages_in_checkpoints,
-        averages_are_read_back,
-        a_second_fit_keeps_the_layout,
-    )
-}
-
-outcome = outcome_in(__name__, 2)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_case(name: str, outcome: list[dict[str, str]]) -> None:
-    require_success(name, outcome)
+CASES, outcome, test_case = in_one_group(
+    __name__,
+    2,
+    weight_averaging,
+    resuming,
+    averages_in_checkpoints,
+    averages_are_read_back,
+    a_second_fit_keeps_the_layout,
+)

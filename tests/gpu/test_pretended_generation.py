@@ -108,8 +108,16 @@ def _cpu_generator() -> torch.Generator:
 
 
 @EVERY
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["translator", "language"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("translator", torch.float32),
+        ("translator", torch.bfloat16),
+        ("language", torch.float32),
+        ("language", torch.float16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", SEARCHES)
 def test_the_same_texts_and_few_waits(name: str, kind: str, dtype: torch.dtype, device: str) -> None:
     compare(name, kind, list(POSITIONS)[len(name) % len(POSITIONS)], dtype, device)

@@ -47,7 +47,7 @@ SIZES = {
     "dim": 16, "heads": 2, "head_dim": 0, "hidden_dim": 32, "num_experts": 4, "generator_dim": 8,
 }  # fmt: skip
 SETTINGS = {
-    "data.vocab_size": 400, "data.max_length": 64, "data.babel_sentences": 300, "data.num_workers": 0,
+    "data.vocab_size": 400, "data.max_length": 40, "data.babel_sentences": 300, "data.num_workers": 0,
     "train.max_steps": 3, "train.warmup_steps": 1, "train.log_every": 1, "train.validate_every": 2,
     "train.precision": "32-true", "train.accelerator": "cpu",
     "evaluate.beam_size": 1, "evaluate.max_sentences": 4, "evaluate.valid_sentences": 4, "evaluate.samples": 1,
@@ -64,6 +64,8 @@ def tiny(config: Any, given: list[str], cache: Path) -> list[str]:
     model = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(config.model)}
     options: dict[str, Any] = {f"model.{key}": value for key, value in SIZES.items() if model.get(key)}
     options |= SETTINGS | {"data.cache": cache}
+    if not config.data.babel_sizes:  # which name all four
+        options["data.babel_languages"] = 2
     options |= {f"tasks.{task}.tokens": 128 for task in active_tasks(config.tasks)}
     named = {word.split("=")[0].removeprefix("--") for word in given if word.startswith("--")}
     return [word for key, value in options.items() if key not in named for word in (f"--{key}", str(value))]

@@ -205,12 +205,23 @@ def _wait_for_row(folder: Path, step: int, process: subprocess.Popen[bytes]) -> 
     raise AssertionError("the run did not come to the step in a minute")
 
 
+ENDS = ["--train.max_steps", "24", "--train.checkpoint_steps", "4"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    """Losses by step of a run that nobody stopped."""
+    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert recipe("fit", *SMALL, *ENDS, "--data.cache", cache, "--out", out) == 0
+    return _losses(out)
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_run_resumes_step_for_step(how: signal.Signals, cache: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_step_for_step(
+    how: signal.Signals, uninterrupted: dict[int, str], cache: Path, tmp_path: Path
+) -> None:
     """With dropout, jitter, random token selection and sampled replacements: every loss to the last digit."""
-    end = ["--train.max_steps", "24", "--train.checkpoint_steps", "4", "--data.cache", cache]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert recipe("fit", *SMALL, *end, "--out", whole) == 0
+    end, stopped = [*ENDS, "--data.cache", cache], tmp_path / "stopped"
     process = _start(["fit", *SMALL, *end, "--out", stopped])
     _wait_for_row(stopped, 5, process)
     process.send_signal(how)
@@ -218,8 +229,8 @@ def test_a_stopped_run_resumes_step_for_step(how: signal.Signals, cache: Path, t
     assert code == (143 if how == signal.SIGTERM else -signal.SIGKILL)
     assert max(_losses(stopped)) < 23
     assert recipe("fit", *SMALL, *end, "--out", stopped, "--resume") == 0
-    assert _losses(stopped) == _losses(whole)
-    assert len(_losses(whole)) == 24
+    assert _losses(stopped) == uninterrupted
+    assert len(uninterrupted) == 24
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------
