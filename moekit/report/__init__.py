@@ -5,8 +5,7 @@
 """
 
 from moekit.report.comparison import write_comparison
-from moekit.report.html import write_report
-from moekit.report.markdown import results_markdown
+from moekit.report.run import results_markdown, write_report
 from moekit.report.terminal import terminal_summary
 
 __all__ = ["results_markdown", "terminal_summary", "write_comparison", "write_report"]

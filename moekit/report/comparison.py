@@ -8,16 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from moekit.errors import UserError
-from moekit.report import markdown, page, plots, wording
+from moekit.report import render, wording
 from moekit.report.health import dropped, experts_per_token, layer_health
-from moekit.report.page import text
-from moekit.report.plots import Line
+from moekit.report.plots import Curves, Dots, Line
 from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
+from moekit.report.results import costs
 from moekit.report.run_folder import RunFolder, dig, number, read_run
 from moekit.report.style import CYCLE
-from moekit.report.tasks import EXPLAINED, TASKS, task_title
+from moekit.report.view import Figure, Section, Table, Tile, View
 
 MAX_RUNS = 8
+_KEPT = ("parameters", "active parameters", "steps", "tokens", "tokens per second", "time")
+_LUCK = "the marks change order from row to row: the runs may differ by luck only."
 
 
 def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -36,12 +38,57 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     """
     if not 2 <= len(run_dirs) <= MAX_RUNS:
         raise UserError(f"A comparison takes 2 to {MAX_RUNS} runs: got {len(run_dirs)}.")
-    runs = [read_run(Path(d)) for d in run_dirs]
-    names = _names(runs)
+    view = comparison_view([read_run(Path(d)) for d in run_dirs])
     out = Path(out)
-    html_path = out if out.suffix in (".html", ".htm") else out / "comparison.html"
-    page.write_text(html_path.with_suffix(".md"), _markdown(runs, names))
-    return page.write_text(html_path, page.page(f"{' vs '.join(names)} · moekit", _html(runs, names)))
+    path = out if out.suffix in (".html", ".htm") else out / "comparison.html"
+    render.save(path.with_suffix(".md"), render.markdown(view))
+    return render.save(path, render.html(view))
+
+
+def comparison_view(runs: Sequence[RunFolder]) -> View:
+    """Everything that is shown of several runs."""
+    names = _names(runs)
+    translate = [run.translates for run in runs]
+    bleu, chrf = (_scores(runs, metric) for metric in ("bleu", "chrf"))
+    scores = [
+        _differences(title, "direction", names, rows, wording.fixed) for title, rows in (("BLEU", bleu), ("chrF", chrf))
+    ]
+    predicted = _predictions(runs)
+    perplexities = {task: _perplexity(found) for task, found in predicted.items()}
+    perplexities = {task: rows for task, rows in perplexities.items() if rows}
+    languages = {
+        task: _differences(
+            f"Perplexity: {_title(runs, task)}" if len(perplexities) > 1 else "Perplexity",
+            "language",
+            names,
+            rows,
+            wording.perplexity,
+        )
+        for task, rows in perplexities.items()
+    }
+    accuracies = {task: [wording.percent(x.accuracy) for x in found] for task, found in predicted.items()}
+    accuracies = {task: row for task, row in accuracies.items() if set(row) != {wording.MISSING}}
+    accuracy = _table("Accuracy", names, {_title(runs, task): row for task, row in accuracies.items()}, "task")
+    cost = [
+        _table("Cost", names, _costs(runs)),
+        _table("Tasks (validation)", names, _tasks(runs)),
+        _table("Routing", names, _routing(runs)),
+    ]
+    sections = [_quality(names, bleu, *scores)] if any(translate) else []
+    sections += [_held_out(names, perplexities, languages, accuracies)] if not all(translate) else []
+    lead = "What each run cost, what its tasks came to, and how its experts fared."
+    cells = [[Figure(table.title, table=table)] for table in cost if table.rows]
+    measured = [table for table in (*scores, *languages.values(), accuracy) if table.rows]
+    return View(
+        kind="moekit comparison",
+        title=" vs ".join(names),
+        lead=f"Differences are against the first run, {names[0]}.",
+        tiles=[_tile(name, run) for name, run in zip(names, runs, strict=True)],
+        sections=[*sections, _progress(runs, names), Section("cost", "Cost", "Cost and health", lead, cells=cells)],
+        notes=_warnings(runs),
+        tables=[*measured, *(table for table in cost if table.rows)],
+        remark=f"In brackets: the difference from {names[0]}." if measured else "",
+    )
 
 
 def _names(runs: Sequence[RunFolder]) -> list[str]:
@@ -52,10 +99,8 @@ def _names(runs: Sequence[RunFolder]) -> list[str]:
         [r.path.resolve().name for r in runs],
         [str(r.path) for r in runs],
     )
-    for names in candidates:
-        if all(names) and len(set(names)) == len(runs):
-            return names
-    return [f"{r.path} ({i})" for i, r in enumerate(runs, start=1)]
+    numbered = [f"{r.path} ({i})" for i, r in enumerate(runs, start=1)]
+    return next((names for names in candidates if all(names) and len(set(names)) == len(runs)), numbered)
 
 
 def _warnings(runs: Sequence[RunFolder]) -> list[str]:
@@ -65,18 +110,13 @@ def _warnings(runs: Sequence[RunFolder]) -> list[str]:
     if len(data) > 1:
         found.append("These runs used different data, so their scores are not strictly comparable.")
     for metric in ("bleu", "chrf"):
-        signatures = {r.scores(metric).signature for r in runs} - {""}
-        if len(signatures) > 1:
+        scores = [run.scores(metric) for run in runs]
+        if len(signatures := {x.signature for x in scores} - {""}) > 1:
             found.append(f"The {metric} signatures differ: {', '.join(sorted(signatures))}.")
-        if len({r.scores(metric).origin for r in runs if r.scores(metric).average is not None}) > 1:
+        if len({x.origin for x in scores if x.average is not None}) > 1:
             found.append(f"Some {metric} scores are of the test set, others of the last validation.")
-    return found + _prediction_warnings(runs)
-
-
-def _prediction_warnings(runs: Sequence[RunFolder]) -> list[str]:
     texts = [main_task(run) for run in runs if not run.translates]
-    found = []
-    if texts and len(texts) < len(runs):
+    if 0 < len(texts) < len(runs):
         found.append("Some of these runs translate and others do not: they have no score in common.")
     if len({x.task for x in texts if x.task}) > 1:
         found.append("The perplexities are of different tasks, so they are not comparable.")
@@ -85,243 +125,164 @@ def _prediction_warnings(runs: Sequence[RunFolder]) -> list[str]:
     return found
 
 
-def _directions(runs: Sequence[RunFolder], metric: str) -> list[str]:
-    found: dict[str, float] = {}
-    for run in runs:
-        for direction, value in run.scores(metric).directions.items():
-            found.setdefault(direction, value)
-    return sorted(found, key=lambda d: -found[d])
+_Rows = Mapping[str, Sequence[float | None]]
 
 
-def _score_rows(runs: Sequence[RunFolder], metric: str) -> list[tuple[str, list[float | None]]]:
-    rows: list[tuple[str, list[float | None]]] = [("average", [r.scores(metric).average for r in runs])]
-    return rows + [(d, [r.scores(metric).directions.get(d) for r in runs]) for d in _directions(runs, metric)]
+def _scores(runs: Sequence[RunFolder], metric: str) -> _Rows:
+    scores = [run.scores(metric) for run in runs]
+    first = {d: v for x in reversed(scores) for d, v in x.directions.items()}
+    directions = sorted(dict.fromkeys(d for x in scores for d in x.directions), key=lambda d: -first[d])
+    found = {"average": [x.average for x in scores]} | {d: [x.directions.get(d) for x in scores] for d in directions}
+    return found if any(v is not None for row in found.values() for v in row) else {}
 
 
-def _cost_rows(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
-    columns = [dict(markdown.headline_rows(run)) for run in runs]
-    keep = ("parameters", "active parameters", "steps", "tokens", "tokens per second", "time")
-    return [(key, [column.get(key, wording.MISSING) for column in columns]) for key in keep]
+def _predictions(runs: Sequence[RunFolder]) -> dict[str, list[TaskScores]]:
+    """By task, for each run; empty scores of a run that translates or does not have the task."""
+    by_run = [{} if run.translates else {x.task: x for x in predictions(run)} for run in runs]
+    tasks = dict.fromkeys(task for found in by_run for task in found)
+    return {task: [found.get(task, TaskScores(task)) for found in by_run] for task in tasks}
 
 
-def _task_rows(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
-    rows = []
+def _title(runs: Sequence[RunFolder], task: str) -> str:
+    """What the first run that names the task calls it."""
+    return next((run for run in runs if dig(run.summary, "tasks", task)), runs[0]).task(task).title
+
+
+def _perplexity(scores: Sequence[TaskScores]) -> _Rows:
+    """Of all text and of every language; nothing where no run measured it."""
+    if all(x.perplexity is None for x in scores):
+        return {}
+    languages = dict.fromkeys(name for x in scores for name in languages_by_perplexity(x))
+    rows = {name: [x.languages.get(name) for x in scores] for name in languages}
+    return {"all text": [x.perplexity for x in scores]} | (rows if len(rows) > 1 else {})  # one language is all text
+
+
+def _costs(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
+    columns = [costs(run) for run in runs]
+    return {key: [column[key] for column in columns] for key in _KEPT}
+
+
+def _tasks(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
+    rows = {}
     for quantity, say in (("loss", wording.significant), ("perplexity", wording.perplexity)):
         values = [run.by_task(quantity) for run in runs]
         for task in dict.fromkeys(t for v in values for t in v):
-            rows.append((f"{task} {quantity}", [say(v.get(task)) for v in values]))
+            rows[f"{task} {quantity}"] = [say(v.get(task)) for v in values]
     return rows
 
 
-def _routing_rows(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
-    quantities = {
-        "dead experts": ("dead_experts", lambda v: wording.fixed(v, 0)),
-        "load CV": ("load_cv", lambda v: wording.fixed(v, 2)),
-        "router entropy": ("entropy", lambda v: wording.fixed(v, 2)),
+def _routing(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
+    def row(say: Callable[[RunFolder], str]) -> list[str]:
+        return ["dense" if run.dense else say(run) for run in runs]
+
+    def logged(key: str, digits: int) -> Callable[[RunFolder], str]:
+        return lambda run: wording.fixed(number(run.summary, "routing", key), digits)
+
+    def dead(run: RunFolder) -> str:
+        health = layer_health(run)
+        return "fixed rule" if health and all(x.fixed for x in health) else logged("dead_experts", 0)(run)
+
+    rows = {
+        "dropped late in training": row(dropped),
+        "dead experts": row(dead),
+        "load CV": row(logged("load_cv", 2)),
+        "router entropy": row(logged("entropy", 2)),
     }
-    rows = [
-        (title, ["dense" if run.dense else say(number(run.summary, "routing", key)) for run in runs])
-        for title, (key, say) in quantities.items()
-    ]
-    by_rule = [bool(health := layer_health(run)) and all(x.fixed for x in health) for run in runs]
-    title, cells = rows[0]
-    rows[0] = (title, ["fixed rule" if rule else cell for rule, cell in zip(by_rule, cells, strict=True)])
-    used = [experts_per_token(run) for run in runs]
-    if any(value is not None for value in used):
-        rows.append(
-            (
-                "experts per token",
-                ["dense" if r.dense else wording.fixed(u, 2) for r, u in zip(runs, used, strict=True)],
-            )
-        )
-    drops = ["dense" if run.dense else dropped(run) for run in runs]
-    return [("dropped late in training", drops), *rows]
+    if any(experts_per_token(run) is not None for run in runs):
+        rows["experts per token"] = row(lambda run: wording.fixed(experts_per_token(run), 2))
+    return rows
 
 
-def _with_difference(
-    values: Sequence[float | None],
-    say: Callable[[float | None], str] = wording.fixed,
-) -> list[str]:
-    first = values[0]
-    told = [say(first)]
-    for value in values[1:]:
-        difference = ""
-        if value is not None and first is not None:
-            sign = "\u2212" if value < first else "+"
-            difference = f" ({sign}{say(abs(value - first))})"
-        told.append(say(value) + difference)
-    return told
+def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[str]], corner: str = "") -> Table:
+    return Table([corner, *names], [(name, *values) for name, values in rows.items()], title)
 
 
-def _perplexity_tables(runs: Sequence[RunFolder]) -> dict[str, list[tuple[str, list[float | None]]]]:
-    """By task: perplexity of all text and of every language, one value for each run."""
-    by_run = [{} if run.translates else {x.task: x for x in predictions(run)} for run in runs]
-    tables = {}
-    for task in dict.fromkeys(t for found in by_run for t, x in found.items() if x.perplexity is not None):
-        scores = [found.get(task, TaskScores(task)) for found in by_run]
-        languages = list(dict.fromkeys(name for x in scores for name in languages_by_perplexity(x)))
-        rows: list[tuple[str, list[float | None]]] = [("all text", [x.perplexity for x in scores])]
-        if len(languages) > 1:  # a single language is all text
-            rows += [(name, [x.languages.get(name) for x in scores]) for name in languages]
-        tables[task] = rows
-    return tables
+def _differences(
+    title: str, corner: str, names: Sequence[str], rows: _Rows, say: Callable[[float | None], str]
+) -> Table:
+    """Every value, and in brackets how it differs from the first run's."""
+
+    def told(first: float | None, value: float | None) -> str:
+        if value is None or first is None:
+            return say(value)
+        return f"{say(value)} ({chr(0x2212) if value < first else '+'}{say(abs(value - first))})"
+
+    cells = {name: [say(first), *(told(first, v) for v in others)] for name, (first, *others) in rows.items()}
+    return _table(title, names, cells, corner)
 
 
-def _accuracies(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
-    """By task: one value for each run."""
-    by_run = [{} if run.translates else {x.task: x.accuracy for x in predictions(run)} for run in runs]
-    tasks = dict.fromkeys(t for found in by_run for t, value in found.items() if value is not None)
-    return {t: [wording.percent(found.get(t)) for found in by_run] for t in tasks}
-
-
-def _markdown(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    parts = [f"# {markdown.literal(' vs '.join(names))}"]
-    parts += [f"> {markdown.literal(w)}" for w in _warnings(runs)]
-    tables = _perplexity_tables(runs)
-    for metric, title in (("bleu", "BLEU"), ("chrf", "chrF")):
-        rows = [(name, *_with_difference(values)) for name, values in _score_rows(runs, metric)]
-        if any(v is not None for _, values in _score_rows(runs, metric) for v in values):
-            parts += [f"## {title}", markdown.table(["direction", *names], rows)]
-    for task, found in tables.items():
-        heading = f"## Perplexity: {task_title(task)}" if len(tables) > 1 else "## Perplexity"
-        rows = [(name, *_with_difference(values, wording.perplexity)) for name, values in found]
-        parts += [heading, markdown.table(["language", *names], rows)]
-    if accuracies := _accuracies(runs):
-        parts += ["## Accuracy", markdown.table(["task", *names], [(n, *v) for n, v in accuracies.items()])]
-    parts += ["## Cost", markdown.table(["", *names], [(n, *v) for n, v in _cost_rows(runs)])]
-    if tasks := _task_rows(runs):
-        parts += ["## Tasks (validation)", markdown.table(["", *names], [(n, *v) for n, v in tasks])]
-    parts += ["## Routing", markdown.table(["", *names], [(n, *v) for n, v in _routing_rows(runs)])]
-    if len(runs) > 1 and (tables or any(r.scores("bleu").directions for r in runs)):
-        parts.append(f"In brackets: the difference from {markdown.literal(names[0])}.")
-    return "\n\n".join(parts) + "\n"
-
-
-def _html(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    tiles = page.tiles(_tile(name, run) for name, run in zip(names, runs, strict=True))
-    sections = [_quality(runs, names)] if any(run.translates for run in runs) else []
-    sections += [_perplexities(runs, names)] if not all(run.translates for run in runs) else []
-    notes = "".join(map(page.note, _warnings(runs)))
-    return (
-        f'<header class="top"><p class="eyebrow">moekit comparison</p><h1>{text(" vs ".join(names))}</h1>'
-        f'<p class="lead">Differences are against the first run, {text(names[0])}.</p>{tiles}{notes}</header>\n<main>\n'
-        + "\n".join((*sections, _progress(runs, names), _costs(runs, names)))
-        + "\n</main>\n<footer>Made by moekit.</footer>"
-    )
-
-
-def _tile(name: str, run: RunFolder) -> tuple[str, str, str]:
+def _tile(name: str, run: RunFolder) -> Tile:
+    cost = costs(run)
+    remark = f"{cost['active parameters']} active parameters, {cost['tokens per second']} tokens/s"
     if run.translates:
-        return f"BLEU, {name}", wording.fixed(run.scores("bleu").average), _cost(run)
-    return f"Perplexity, {name}", wording.perplexity(main_task(run).perplexity), _cost(run)
+        return Tile(f"BLEU, {name}", wording.fixed(run.scores("bleu").average), remark)
+    return Tile(f"Perplexity, {name}", wording.perplexity(main_task(run).perplexity), remark)
 
 
-def _cost(run: RunFolder) -> str:
-    active = number(run.summary, "parameters", "active")
-    return f"{wording.short(active)} active parameters, {wording.short(run.tokens_per_second)} tokens/s"
+def _dots(title: str, names: Sequence[str], rows: _Rows, kind: str, *, perplexity: bool = False) -> list[Figure]:
+    """One mark for each run and row; the first row is the average of the others."""
+    rows = dict(list(rows.items())[1:])
+    columns = {n: [math.nan if row[i] is None else row[i] for row in rows.values()] for i, n in enumerate(names)}
+    better = "left" if perplexity else "right"
+    see = f"One row for each {kind}, one mark for each run; further {better} is better."
+    description = f"{title} by {kind} and run; the numbers are in the table"
+    chart = Dots(list(rows), columns, description, perplexity=perplexity)
+    return [Figure(f"{title} by {kind}", see, _LUCK, chart)] if rows else []
 
 
-def _quality(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    directions = _directions(runs, "bleu")
+def _quality(names: Sequence[str], scores: _Rows, bleu: Table, chrf: Table) -> Section:
     lead = "The same directions in the same order for every run."
-    if not directions:
-        return page.section("scores", "Translation quality", lead, page.note("None of these runs has measured BLEU."))
-    columns = [
-        (n, [r.scores("bleu").directions.get(d, math.nan) for d in directions])
-        for n, r in zip(names, runs, strict=True)
-    ]
-    rows = [(name, *_with_difference(values)) for name, values in _score_rows(runs, "bleu")]
-    chrf = [(name, *_with_difference(values)) for name, values in _score_rows(runs, "chrf")]
-    html = page.figure(
-        "BLEU by direction",
-        "One row for each direction, one mark for each run; further right is better.",
-        "the marks change order from row to row: the runs may differ by luck only.",
-        plots.score_dots(directions, columns, description="BLEU by direction and run; the numbers are in the table"),
-    )
-    tables = f"<div><h3>BLEU</h3>{page.table(['direction', *names], rows)}"
-    tables += f"<details><summary>chrF</summary>{page.table(['direction', *names], chrf)}</details></div>"
-    return page.section("scores", "Translation quality", lead, f'<div class="grid">{html}{tables}</div>')
+    if len(bleu.rows) < 2:
+        why = "None of these runs has measured BLEU."
+        return Section("scores", "Quality", "Translation quality", lead, [why])
+    figures = [*_dots("BLEU", names, scores, "direction")]
+    figures.append(Figure("BLEU", table=bleu, numbers=chrf if chrf.rows else None, fold="chrF"))
+    return Section("scores", "Quality", "Translation quality", lead, cells=[[figure] for figure in figures])
 
 
-def _perplexities(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    title = "Quality on held-out text"
+def _held_out(
+    names: Sequence[str],
+    perplexities: Mapping[str, _Rows],
+    tables: Mapping[str, Table],
+    accuracies: Mapping[str, Sequence[str]],
+) -> Section:
     lead = "Perplexity: among how many equally likely tokens a model hesitates, on average; lower is better."
-    tables = _perplexity_tables(runs)
-    if not tables:
-        return page.section("perplexity", title, lead, page.note("None of these runs has measured a perplexity."))
-    accuracies = _accuracies(runs)
-    html = ""
-    for task, found in tables.items():
-        heading = f"Perplexity: {task_title(task)}" if len(tables) > 1 else "Perplexity"
-        languages = [name for name, _ in found[1:]]
-        if languages:
-            columns = [
-                (name, [math.nan if (v := values[i]) is None else v for _, values in found[1:]])
-                for i, name in enumerate(names)
-            ]
-            html += page.figure(
-                f"{heading} by language",
-                "One row for each language, one mark for each run; further left is better.",
-                "the marks change order from row to row: the runs may differ by luck only.",
-                plots.perplexity_dots(
-                    languages, columns, description=f"{heading} by language and run; the numbers are in the table"
-                ),
-            )
-        rows = [(name, *_with_difference(values, wording.perplexity)) for name, values in found]
-        numbers = f"<h3>{text(heading)}</h3>{page.table(['language', *names], rows)}"
-        if cells := accuracies.get(task):
-            numbers += f"<h3>Accuracy</h3>{page.table(['', *names], [('all text', *cells)])}"
-        html += f"<div>{numbers}</div>"
-    return page.section("perplexity", title, lead, f'<div class="grid">{html}</div>')
+    cells = []
+    for task, rows in perplexities.items():
+        numbers = [Figure(tables[task].title, table=tables[task])]
+        if task in accuracies:
+            numbers.append(Figure("Accuracy", table=_table("", names, {"all text": accuracies[task]})))
+        dots = _dots(tables[task].title, names, rows, "language", perplexity=True)
+        cells += [*([figure] for figure in dots), numbers]
+    notes = [] if cells else ["None of these runs has measured a perplexity."]
+    return Section("perplexity", "Perplexity", "Quality on held-out text", lead, notes, cells)
 
 
-def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
+def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> Section:
     bleu = any(run.translates for run in runs)
     lead = (
         "One line for each run over its steps, on held-out "
         f"{'sentences: higher BLEU and lower loss are better' if bleu else 'text: lower loss is better'}. Worry "
         "if one run stopped much earlier than another: then time, not the model, decided."
     )
-    columns: Mapping[str, None] = dict.fromkeys(
-        c for run in runs for c in run.metrics if c.startswith("valid/") and c.endswith("/loss")
-    )
+
+    def figure(column: str, title: str, see: str, description: str, *, from_zero: bool = False) -> Figure:
+        lines = [
+            Line(name, run.metrics[column], CYCLE[i % len(CYCLE)], "points")
+            for i, (name, run) in enumerate(zip(names, runs, strict=True))
+            if column in run.metrics
+        ]
+        return Figure(title, see, chart=Curves(lines, description, start_at_zero=from_zero, height=2.3))
+
     figures = []
     if any("valid/bleu/average" in run.metrics for run in runs):
-        lines = _lines(runs, names, "valid/bleu/average")
-        drawing = plots.curves(
-            lines, description="Validation BLEU of every run over steps", height=2.3, start_at_zero=True
-        )
-        figures.append(page.figure("BLEU", "Average over all directions.", "", drawing))
-    for column in columns:
-        task = column.split("/")[1]
-        lines = _lines(runs, names, column)
-        title = TASKS.get(task, task)
-        figures.append(
-            page.figure(
-                title,
-                f"{EXPLAINED.get(task, '')} Validation loss.",
-                "",
-                plots.curves(lines, description=f"{title}: validation loss of every run over steps", height=2.3),
-            )
-        )
-    body = f'<div class="grid">{"".join(figures)}</div>' if figures else page.note("No validation loss was logged.")
-    return page.section("progress", "Progress", lead, body)
-
-
-def _lines(runs: Sequence[RunFolder], names: Sequence[str], column: str) -> list[Line]:
-    return [
-        Line(name, run.metrics[column], CYCLE[i % len(CYCLE)], "points")
-        for i, (name, run) in enumerate(zip(names, runs, strict=True))
-        if column in run.metrics
-    ]
-
-
-def _costs(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    lead = "What each run cost, what its tasks came to, and how its experts fared."
-    groups = (("Cost", _cost_rows(runs)), ("Tasks (validation)", _task_rows(runs)), ("Routing", _routing_rows(runs)))
-    html = "".join(
-        f"<div><h3>{title}</h3>{page.table(['', *names], [(n, *v) for n, v in rows])}</div>"
-        for title, rows in groups
-        if rows
-    )
-    return page.section("cost", "Cost and health", lead, f'<div class="grid">{html}</div>')
+        description = "Validation BLEU of every run over steps"
+        see = "Average over all directions."
+        figures.append(figure("valid/bleu/average", "BLEU", see, description, from_zero=True))
+    logged = {c: run for run in reversed(runs) for c in run.metrics if c.startswith("valid/") and c.endswith("/loss")}
+    for column in dict.fromkeys(c for run in runs for c in run.metrics if c in logged):
+        named = logged[column].task(column.split("/")[1])
+        description = f"{named.title}: validation loss of every run over steps"
+        figures.append(figure(column, named.title, f"{named.explanation} Validation loss.", description))
+    notes = [] if figures else ["No validation loss was logged."]
+    return Section("progress", "Progress", "Progress", lead, notes, [[figure] for figure in figures])

@@ -14,7 +14,7 @@ from moekit.errors import UserError
 from moekit.report import results_markdown, terminal_summary, wording, write_comparison
 from moekit.report.__main__ import main
 from moekit.report.agreement import agreement, pieces
-from moekit.report.markdown import literal
+from moekit.report.render import literal
 from moekit.report.samples import marked
 
 
@@ -189,7 +189,7 @@ def test_results_markdown(tmp_path: Path) -> None:
     assert summary["bleu"]["signature"] in text
     assert text.count("source:") == len(summary["bleu"]["directions"])
     assert "python -m moekit.recipes.zcode_m3 run --out 'runs/a name'" in text
-    assert all(line.count("|") == 8 for line in text.splitlines() if line.startswith("| encoder."))
+    assert all(line.count("|") == 9 for line in text.splitlines() if line.startswith("| encoder."))
 
 
 # -- comparison --------------------------------------------------------------------------------------------------------
