@@ -15,11 +15,10 @@ from moekit.report.predictions import TaskScores, languages_by_perplexity, main_
 from moekit.report.results import costs
 from moekit.report.run_folder import RunFolder, dig, number, read_run
 from moekit.report.style import CYCLE
-from moekit.report.view import Figure, Section, Table, Tile, View
+from moekit.report.view import Figure, Section, Table, Tile, View, caption, heading
 
 MAX_RUNS = 8
 _KEPT = ("parameters", "active parameters", "steps", "tokens", "tokens per second", "time")
-_LUCK = "the marks change order from row to row: the runs may differ by luck only."
 
 
 def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -76,7 +75,6 @@ def comparison_view(runs: Sequence[RunFolder]) -> View:
     ]
     sections = [_quality(names, bleu, *scores)] if any(translate) else []
     sections += [_held_out(names, perplexities, languages, accuracies)] if not all(translate) else []
-    lead = "What each run cost, what its tasks came to, and how its experts fared."
     cells = [[Figure(table.title, table=table)] for table in cost if table.rows]
     measured = [table for table in (*scores, *languages.values(), accuracy) if table.rows]
     return View(
@@ -84,7 +82,7 @@ def comparison_view(runs: Sequence[RunFolder]) -> View:
         title=" vs ".join(names),
         lead=f"Differences are against the first run, {names[0]}.",
         tiles=[_tile(name, run) for name, run in zip(names, runs, strict=True)],
-        sections=[*sections, _progress(runs, names), Section("cost", "Cost", "Cost and health", lead, cells=cells)],
+        sections=[*sections, _progress(runs, names), Section(*heading("cost"), cells=cells)],
         notes=_warnings(runs),
         tables=[*measured, *(table for table in cost if table.rows)],
         remark=f"In brackets: the difference from {names[0]}." if measured else "",
@@ -167,7 +165,7 @@ def _tasks(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
     for quantity, say in (("loss", wording.significant), ("perplexity", wording.perplexity)):
         values = [run.by_task(quantity) for run in runs]
         for task in dict.fromkeys(t for v in values for t in v):
-            rows[f"{task} {quantity}"] = [say(v.get(task)) for v in values]
+            rows[f"{_title(runs, task)} {quantity}"] = [say(v.get(task)) for v in values]
     return rows
 
 
@@ -222,22 +220,18 @@ def _tile(name: str, run: RunFolder) -> Tile:
 def _dots(title: str, names: Sequence[str], rows: _Rows, kind: str, *, perplexity: bool = False) -> list[Figure]:
     """One mark for each run and row; the first row is the average of the others."""
     rows = dict(list(rows.items())[1:])
-    columns = {n: [math.nan if row[i] is None else row[i] for row in rows.values()] for i, n in enumerate(names)}
-    better = "left" if perplexity else "right"
-    see = f"One row for each {kind}, one mark for each run; further {better} is better."
+    columns = {n: [math.nan if (v := row[i]) is None else v for row in rows.values()] for i, n in enumerate(names)}
     description = f"{title} by {kind} and run; the numbers are in the table"
-    chart = Dots(list(rows), columns, description, perplexity=perplexity)
-    return [Figure(f"{title} by {kind}", see, _LUCK, chart)] if rows else []
+    words = caption("compared", title=title, kind=kind, side="left" if perplexity else "right")
+    return [Figure(*words, Dots(list(rows), columns, description, perplexity=perplexity))] if rows else []
 
 
 def _quality(names: Sequence[str], scores: _Rows, bleu: Table, chrf: Table) -> Section:
-    lead = "The same directions in the same order for every run."
     if len(bleu.rows) < 2:
-        why = "None of these runs has measured BLEU."
-        return Section("scores", "Quality", "Translation quality", lead, [why])
-    figures = [*_dots("BLEU", names, scores, "direction")]
-    figures.append(Figure("BLEU", table=bleu, numbers=chrf if chrf.rows else None, fold="chrF"))
-    return Section("scores", "Quality", "Translation quality", lead, cells=[[figure] for figure in figures])
+        return Section(*heading("compared_translation"), ["None of these runs has measured BLEU."])
+    numbers = Figure("BLEU", table=bleu, numbers=chrf if chrf.rows else None, fold="chrF")
+    cells = [[figure] for figure in (*_dots("BLEU", names, scores, "direction"), numbers)]
+    return Section(*heading("compared_translation"), cells=cells)
 
 
 def _held_out(
@@ -246,7 +240,6 @@ def _held_out(
     tables: Mapping[str, Table],
     accuracies: Mapping[str, Sequence[str]],
 ) -> Section:
-    lead = "Perplexity: among how many equally likely tokens a model hesitates, on average; lower is better."
     cells = []
     for task, rows in perplexities.items():
         numbers = [Figure(tables[task].title, table=tables[task])]
@@ -255,16 +248,12 @@ def _held_out(
         dots = _dots(tables[task].title, names, rows, "language", perplexity=True)
         cells += [*([figure] for figure in dots), numbers]
     notes = [] if cells else ["None of these runs has measured a perplexity."]
-    return Section("perplexity", "Perplexity", "Quality on held-out text", lead, notes, cells)
+    return Section(*heading("compared_prediction"), notes, cells)
 
 
 def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> Section:
     bleu = any(run.translates for run in runs)
-    lead = (
-        "One line for each run over its steps, on held-out "
-        f"{'sentences: higher BLEU and lower loss are better' if bleu else 'text: lower loss is better'}. Worry "
-        "if one run stopped much earlier than another: then time, not the model, decided."
-    )
+    better = "sentences: higher BLEU and lower loss are better" if bleu else "text: lower loss is better"
 
     def figure(column: str, title: str, see: str, description: str, *, from_zero: bool = False) -> Figure:
         lines = [
@@ -285,4 +274,4 @@ def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> Section:
         description = f"{named.title}: validation loss of every run over steps"
         figures.append(figure(column, named.title, f"{named.explanation} Validation loss.", description))
     notes = [] if figures else ["No validation loss was logged."]
-    return Section("progress", "Progress", "Progress", lead, notes, [[figure] for figure in figures])
+    return Section(*heading("progress", better=better), notes, [[figure] for figure in figures])

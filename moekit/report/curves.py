@@ -14,50 +14,8 @@ from moekit.report.run_folder import RunFolder, Series
 from moekit.report.series import milestones, smooth, smoothing_window
 from moekit.report.style import CYCLE
 from moekit.report.tasks import task_order
-from moekit.report.view import Figure, Section, Table
+from moekit.report.view import Figure, Section, Table, caption, heading, texts
 
-_ROUTING: dict[str, tuple[str, str, str]] = {
-    "entropy": (
-        "Router entropy",
-        "How undecided the routers are, in nats: 0 is certainty, log E is a coin with E sides.",
-        "it is at log E to the end (nothing was learned) or drops to 0 at once (collapse).",
-    ),
-    "drop_rate": (
-        "Drop rate",
-        "Share of assignments that found their expert full and were skipped.",
-        "it stays above a tenth: raise the capacity factor or the load-balancing weight.",
-    ),
-    "dead_experts": (
-        "Dead experts",
-        "Experts that got next to no token in the logged batches, all layers together.",
-        "it is not zero after the first steps: those parameters are wasted.",
-    ),
-    "load_cv": (
-        "Imbalance of load",
-        "Standard deviation of the load over experts, divided by its mean; 0 is perfect balance.",
-        "it grows: tokens crowd into few experts.",
-    ),
-    "load_max_ratio": (
-        "Busiest expert",
-        "Load of the busiest expert in fair shares, averaged over the layers; 1 is perfect balance.",
-        "it stays above about 4: that expert is a bottleneck.",
-    ),
-    "experts_per_token": (
-        "Experts per token",
-        "How many experts a token used, on average; the fewer, the cheaper.",
-        "it stays far from what the configuration aims at.",
-    ),
-    "load_balance": (
-        "Load-balancing loss",
-        "1 means tokens are spread evenly, the number of experts means that one takes all.",
-        "it climbs away from 1.",
-    ),
-    "router_z": (
-        "Router z-loss",
-        "How large the routers' logits are; the penalty keeps them small and training stable.",
-        "it grows without bound.",
-    ),
-}
 _LOADS = ("dead_experts", "load_cv", "load_max_ratio")  # no cause for worry where a fixed rule decides
 _FROM_ZERO = ("drop_rate", "dead_experts", "load_cv", "entropy")
 _PHASES = ("train", "valid", "test")
@@ -76,39 +34,20 @@ def curve_table(columns: Mapping[str, Series], say: Callable[[float | None], str
 
 def losses(run: RunFolder) -> Section:
     """Losses by task, their accuracy, learning rate and speed."""
-    lead = (
-        "A loss says how surprised the model is by the right answer, in nats per predicted token; lower is better, and "
-        "it should fall quickly, then slowly. Blue is training, orange held-out sentences. Worry if orange rises while "
-        "blue falls (overfitting), or if either jumps or stays flat from the start. Neither counts label "
-        "smoothing or the weights of tasks."
-    )
     figures = [_loss(run, task) for task in _tasks(run)] + _accuracy(run)
     rates = ("lr", "train/lr", "learning_rate", "train/learning_rate")
     rate = _logged(run, next((n for n in run.metrics if n in rates or n.startswith("lr-")), ""))
     if rate is not None:
-        figures.append(
-            Figure(
-                "Learning rate",
-                "How large a step the optimizer takes: it warms up from zero, then decays.",
-                "it is flat at zero, or does not match the schedule in the configuration.",
-                Curves([Line("", rate)], "Learning rate over steps", start_at_zero=True, height=2.1),
-                numbers=curve_table({"learning rate": rate}),
-            )
-        )
+        chart = Curves([Line("", rate)], "Learning rate over steps", start_at_zero=True, height=2.1)
+        figures.append(Figure(*caption("learning_rate"), chart, numbers=curve_table({"learning rate": rate})))
     speed = _logged(run, "train/tokens_per_second")
     if speed is not None:
         lines = [Line("logged", speed, look="raw"), Line("smoothed", smooth(speed))]
-        figures.append(
-            Figure(
-                "Speed",
-                "Tokens processed per second; the dark line is the moving average.",
-                "it sinks over time: something leaks, or data loading cannot keep up.",
-                Curves(lines, "Tokens per second over steps", "short", start_at_zero=True, height=2.1),
-                numbers=curve_table({"tokens per second": smooth(speed)}),
-            )
-        )
+        chart = Curves(lines, "Tokens per second over steps", "short", start_at_zero=True, height=2.1)
+        numbers = curve_table({"tokens per second": smooth(speed)})
+        figures.append(Figure(*caption("speed"), chart, numbers=numbers))
     note = run.notes.get("metrics.csv", "" if figures else "No loss was logged.")
-    return Section("losses", "Losses", "Losses", lead, [note] if note else [], [[figure] for figure in figures])
+    return Section(*heading("losses"), [note] if note else [], [[figure] for figure in figures])
 
 
 def _tasks(run: RunFolder) -> list[str]:
@@ -163,15 +102,8 @@ def _accuracy(run: RunFolder) -> list[Figure]:
         Line(title, series, colours[i % len(colours)], "points" if len(series.value) < 60 else "line")
         for i, (title, series) in enumerate(found.items())
     ]
-    return [
-        Figure(
-            "Accuracy",
-            "Share of predictions that hit the right token, on held-out text where it was measured.",
-            "a task stays at chance: its weight may be too small, or its data too hard.",
-            Curves(lines, "Accuracy of every task over steps", "percent", start_at_zero=True),
-            numbers=curve_table(found),
-        )
-    ]
+    chart = Curves(lines, "Accuracy of every task over steps", "percent", start_at_zero=True)
+    return [Figure(*caption("accuracy"), chart, numbers=curve_table(found))]
 
 
 @dataclass(frozen=True)
@@ -189,31 +121,27 @@ def routing_curves(metrics: Mapping[str, Series]) -> list[RoutingCurve]:
     ``train/routing/drop_rate`` is overall; ``train/routing/encoder.1/drop_rate`` and
     ``encoder.layers.1.feed_forward.router/entropy`` belong to a layer. Training columns win over validation's.
     """
+    quantities = texts()["routing"]
     found: dict[str, dict[str, tuple[int, Series]]] = {}
     for column, series in metrics.items():
         *scope, quantity = column.split("/")
-        if quantity not in _ROUTING:
+        if quantity not in quantities:
             continue
         rank = _PHASES.index(scope[0]) if scope and scope[0] in _PHASES else 0
         name = "/".join(s for s in scope if s not in (*_PHASES, "routing", "router", "moe", "aux"))
         layers = found.setdefault(quantity, {})
         if name not in layers or rank < layers[name][0]:
             layers[name] = (rank, series)
-    curves = {q: {name: series for name, (_, series) in sorted(found[q].items())} for q in _ROUTING if q in found}
+    curves = {q: {name: series for name, (_, series) in sorted(found[q].items())} for q in quantities if q in found}
     return [RoutingCurve(q, layers.pop("", None), layers) for q, layers in curves.items()]
 
 
 def routing(run: RunFolder) -> Section | None:
     """Entropy, drops, dead experts and router losses over time; nothing for a dense model."""
-    lead = (
-        "How routing fared during training. Thin lines are single layers (blue encoder, orange decoder), the strong "
-        "one is all of them."
-    )
     health = layer_health(run)
     by_rule = bool(health) and all(x.fixed for x in health)
     figures = []
     for curve in routing_curves(run.metrics):
-        title, see, worry = _ROUTING[curve.quantity]
         lines: list[Line] = []
         for name, series in curve.layers.items():
             side = "decoder" if "decoder" in name else "encoder" if "encoder" in name else "layers"
@@ -227,17 +155,12 @@ def routing(run: RunFolder) -> Section | None:
         unit: Unit = "percent" if curve.quantity == "drop_rate" else "plain"
         zero = curve.quantity in _FROM_ZERO
         columns = {**({} if curve.overall is None else {"overall": curve.overall}), **curve.layers}
-        figures.append(
-            Figure(
-                title,
-                see,
-                "" if by_rule and curve.quantity in _LOADS else worry,
-                Curves(lines, f"{title} over steps", unit, start_at_zero=zero, height=2.2),
-                numbers=curve_table(columns),
-            )
-        )
+        worry = not (by_rule and curve.quantity in _LOADS)
+        words = caption(curve.quantity, group="routing", worry=worry)
+        chart = Curves(lines, f"{words[0]} over steps", unit, start_at_zero=zero, height=2.2)
+        figures.append(Figure(*words, chart, numbers=curve_table(columns)))
     if not figures and run.dense:
         return None
     why = run.notes.get("metrics.csv", "No routing statistics were logged during this run.")
     notes = [] if figures else [why]
-    return Section("routing", "Routing", "Routing over time", lead, notes, [[figure] for figure in figures])
+    return Section(*heading("routing"), notes, [[figure] for figure in figures])

@@ -8,7 +8,7 @@ from moekit.report import wording
 from moekit.report.health import layer_health
 from moekit.report.run_folder import RunFolder, loads
 from moekit.report.style import DIVERGING_LEVELS, diverging_class
-from moekit.report.view import Figure, Heat, Scale, Section, Table
+from moekit.report.view import Figure, Heat, Scale, Section, Table, caption, heading
 
 _SCALE = Scale([f"d{i}" for i in range(DIVERGING_LEVELS)], "\u00bc or less", "4 or more", "(middle: fair share)")
 _VISIBLE_TEXT = 8  # experts: with more, numbers do not fit into the cells
@@ -20,11 +20,6 @@ def experts(run: RunFolder) -> Section:
     health = layer_health(run)
     fixed = [x.name for x in health if x.fixed]
     varies = any(x.fixed or x.experts_per_token is not None for x in health)
-    lead = (
-        f"In a Mixture-of-Experts layer a {'' if varies else 'small '}router sends each token to "
-        f"{'some' if varies else 'one or two'} of E experts. A fair share is 1/E of the tokens. Colours are relative "
-        "to it: grey is fair, orange more, blue less."
-    )
     notes = []
     if fixed:
         notes.append(
@@ -41,7 +36,8 @@ def experts(run: RunFolder) -> Section:
         if not maps and len(run.languages) != 1:  # of one language it would be the load map again
             notes.append("routing.json has no load by language.")
         cells = [[figure] for figure in (_load_map(run), _health(run), *maps)]
-    return Section("experts", "Experts", "Experts", lead, notes, cells)
+    words = {"router": "router", "number": "some"} if varies else {"router": "small router", "number": "one or two"}
+    return Section(*heading("experts", **words), notes, cells)
 
 
 def health_table(run: RunFolder) -> Table:
@@ -73,11 +69,8 @@ def _load_map(run: RunFolder) -> Figure:
     shares = [loads(layer) for layer in run.layers]
     rows = [(x.name, [_cell(v * x.num_experts) for v in row]) for x, row in zip(health, shares, strict=True)]
     kind = "dense" if most > 2 * _VISIBLE_TEXT else ""
-    worry = "a cell is strongly blue (an expert that hardly works) or orange (one that does the work of several)."
     return Figure(
-        "Load of every expert",
-        "One row for each Mixture-of-Experts layer, one column for each expert; the number is its load in fair shares.",
-        "" if all(x.fixed for x in health) else worry,
+        *caption("load", worry=not all(x.fixed for x in health)),
         heats=[Heat("layer", [*map(str, range(most))], rows, kind, "6rem")],
         scale=_SCALE,
     )
@@ -85,16 +78,9 @@ def _load_map(run: RunFolder) -> Figure:
 
 def _health(run: RunFolder) -> Figure:
     table = health_table(run)
-    used = "per token" in table.headers
-    return Figure(
-        "Health of each layer",
-        "Measured on held-out text. Evenness: 1 = all experts equally busy. Imbalance: spread of the load over its "
-        "mean. Entropy: relative to log E. Special(isation): 0 = languages share all experts, 1 = they have their own."
-        f"{' Per token: how many experts a token used, on average.' if used else ''}",
-        "" if all(x.fixed for x in layer_health(run)) else "evenness falls below 0.8, or an expert is dead.",
-        table=table,
-        wide=used,
-    )
+    used = " Per token: how many experts a token used, on average." if "per token" in table.headers else ""
+    worry = not all(x.fixed for x in layer_health(run))
+    return Figure(*caption("health", worry=worry, used=used), table=table, wide=bool(used))
 
 
 def _language_maps(run: RunFolder) -> list[Figure]:
@@ -123,16 +109,9 @@ def _language_maps(run: RunFolder) -> list[Figure]:
         )
     if not heats:
         return []
-    worry = (
-        "every map is grey in every layer (experts learned nothing about languages), or one column is orange in all "
-        "rows (every language crowds into the same expert)."
-    )
     return [
         Figure(
-            "Which language goes to which expert",
-            "One map for each layer: rows are languages, columns experts, ordered by the language that favours them "
-            "most. Orange patches are experts that specialise in the languages of their rows; 1 is a fair share.",
-            "" if all(x.fixed for x in health) else worry,
+            *caption("language_maps", worry=not all(x.fixed for x in health)),
             heats=heats,
             scale=_SCALE,
             map_width=_map_width(len(heats), most),

@@ -144,7 +144,8 @@ class Bars:
             ends = [max(v, least) for v in self.values]
             axes.barh(range(len(ends)), [e - least for e in ends], height, least, color=blue, label=self.labels[0])
             if any(map(math.isfinite, self.dots)):
-                axes.plot(self.dots, range(len(ends)), "o", color=COLOURS["red"], markersize=4, label=self.labels[1])
+                look = {"color": COLOURS["red"], "markersize": 4, "clip_on": False, "label": self.labels[1]}
+                axes.plot(self.dots, range(len(ends)), "o", **look)
             for i, end in enumerate(ends):
                 if not math.isfinite(end):
                     continue
@@ -181,10 +182,10 @@ class Dots:
                 values = [column[i] for column in self.columns.values() if math.isfinite(column[i])]
                 if values:
                     axes.plot([min(values), max(values)], [i, i], color=COLOURS["rule"], linewidth=2, zorder=1)
-            for j, (label, values) in enumerate(self.columns.items()):
+            for j, (label, column) in enumerate(self.columns.items()):
                 colour, mark = COLOURS[CYCLE[j % len(CYCLE)]], "oDs^"[j % 4]
                 at = range(len(self.names))
-                axes.plot(values, at, mark, color=colour, markersize=4.5, label=drawable(label), zorder=3)
+                axes.plot(column, at, mark, color=colour, markersize=4.5, label=drawable(label), zorder=3)
             if self.perplexity:
                 _perplexity_axis(axes, logarithmic=_spread([v for column in self.columns.values() for v in column]))
             canvas.legend()

@@ -14,7 +14,7 @@ from moekit.report.plots import Bars, Curves, Line
 from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
 from moekit.report.run_folder import RunFolder, Scores, Series, dig, loads, number, sides
 from moekit.report.style import SEQUENTIAL_LEVELS, sequential_class
-from moekit.report.view import Figure, Heat, Scale, Section, Table, Tile
+from moekit.report.view import Figure, Heat, Scale, Section, Table, Tile, caption, heading
 
 ORIGIN = {"test": "test set", "valid": "last validation"}
 _NEAR = 5
@@ -59,9 +59,7 @@ def tiles(run: RunFolder) -> list[Tile]:
     found = [
         *score_tiles(run),
         Tile("Speed", cost["tokens per second"], "tokens per second"),
-        Tile(
-            "Memory", cost["peak memory"], f"of a process at its fullest{known(cost['forecast'], ', forecast {}')}"
-        ),
+        Tile("Memory", cost["peak memory"], f"of a process at its fullest{known(cost['forecast'], ', forecast {}')}"),
         Tile("Parameters", cost["parameters"], "in total"),
         Tile(
             "Active",
@@ -122,8 +120,9 @@ def rankings(run: RunFolder) -> list[Table]:
         signatures = {name: found.signature for name, found in scores.items() if found.signature}
         return [Table(["direction", "BLEU", "chrF"], rows, "Translation quality", signatures)]
     tested = [x for x in predictions(run) if x.origin == "test"]
-    scores = [_task_scores(run, tested)] if len(tested) > 1 else []  # of one task the headline says it all
-    return scores + [_by_language(run, x, several=len(tested) > 1) for x in tested]
+    if len(tested) < 2:  # of one task the headline says it all
+        return [_by_language(x, "") for x in tested]
+    return [_task_scores(run, tested), *(_by_language(x, f": {run.task(x.task).title}") for x in tested)]
 
 
 def quality(run: RunFolder) -> Section:
@@ -132,63 +131,42 @@ def quality(run: RunFolder) -> Section:
 
 
 def _translation(run: RunFolder) -> Section:
-    lead = (
-        "BLEU counts words and phrases a translation shares with the reference, chrF letters; both run from 0 to 100, "
-        "and chrF is the kinder one to rich morphology."
-    )
+    words = heading("translation")
     scores = {"BLEU": run.scores("bleu"), "chrF": run.scores("chrf")}
     (table,) = rankings(run)
     names = [row[0] for row in table.rows]
     if not names:
         why = f"No translation was scored yet: the command test does it. {run.notes.get('summary.json', '')}"
-        return Section("scores", "Quality", "Translation quality", lead, [why])
+        return Section(*words, [why])
     bars, dots = ([found.directions.get(n, math.nan) for n in names] for found in scores.values())
     description = f"BLEU and chrF of {len(names)} directions; the numbers are in the table below"
-    left = Figure(
-        "BLEU and chrF by direction",
-        "One row for each direction, best first: bars are BLEU, dots chrF.",
-        "a few directions lag far behind: they may have too little data or weight in the mixture.",
-        Bars(names, bars, description, dots, ("BLEU", "chrF")),
-        numbers=table,
-    )
-    matrices = [_matrix(name, found, run.languages) for name, found in scores.items()]
-    return Section(
-        "scores",
-        "Quality",
-        "Translation quality",
-        lead,
-        cells=[[left, *_growth(run)], [figure for figure in matrices if figure is not None]],
-        remark=_NOT_TESTED if scores["BLEU"].origin == "valid" else "",
-        signatures=table.signatures,
-    )
+    chart = Bars(names, bars, description, dots, ("BLEU", "chrF"))
+    left = [Figure(*caption("directions"), chart, numbers=table), *_growth(run)]
+    right = [figure for name, found in scores.items() for figure in _matrix(name, found, run.languages)]
+    remark = _NOT_TESTED if scores["BLEU"].origin == "valid" else ""
+    return Section(*words, cells=[left, right], remark=remark, signatures=table.signatures)
 
 
-def _matrix(title: str, found: Scores, order: list[str]) -> Figure | None:
+def _matrix(metric: str, found: Scores, order: list[str]) -> list[Figure]:
     pairs = {sides(d): v for d, v in found.directions.items() if "-" in d}
     if not pairs:
-        return None
+        return []
     spoken = {x for pair in pairs for x in pair}
     names = sorted(spoken, key=lambda x: (order.index(x) if x in order else len(order), x))
-    pivot = next((x for x in names if all(x in p for p in pairs)), None)
-    if len(names) > 6 and pivot is not None:
-        corner, columns, rows, least = "language", [f"into {pivot}", f"from {pivot}"], [*names], "0"
-        rows.remove(pivot)
+    pivot = next((x for x in names if all(x in p for p in pairs)), None) if len(names) > 6 else None
+    if pivot is not None:
+        rows, columns = [x for x in names if x != pivot], [f"into {pivot}", f"from {pivot}"]
         values = [[pairs.get((x, pivot)), pairs.get((pivot, x))] for x in rows]
-        see = f"Every direction has {pivot} on one side, so the map has two columns: into {pivot} and out of it."
+        words, corner, least = caption("pivot", metric=metric, pivot=pivot), "language", "0"
     else:
         rows, columns = ([x for x in names if any(pair[side] == x for pair in pairs)] for side in (0, 1))
-        corner, least = "from \\ to", f"{3 + 2.4 * len(columns):.1f}rem"
         values = [[pairs.get((s, t)) for t in columns] for s in rows]
-        see = "Source languages are rows, target languages are columns; the scale runs from the worst to the best."
+        words, corner, least = caption("matrix", metric=metric), "from \\ to", f"{3 + 2.4 * len(columns):.1f}rem"
     low, high = min(found.directions.values()), max(found.directions.values())
     cells = [[(sequential_class(v, low, high), known(wording.fixed(v))) for v in line] for line in values]
-    return Figure(
-        f"{title} from every language into every other",
-        see,
-        "a whole row (a source that is not understood) or column (a target that is not mastered) is low.",
-        heats=[Heat(corner, columns, [*zip(rows, cells, strict=True)], "matrix", least=least)],
-        scale=Scale([f"s{i}" for i in range(SEQUENTIAL_LEVELS)], wording.fixed(low), wording.fixed(high)),
-    )
+    heat = Heat(corner, columns, [*zip(rows, cells, strict=True)], "matrix", least=least)
+    scale = Scale([f"s{i}" for i in range(SEQUENTIAL_LEVELS)], wording.fixed(low), wording.fixed(high))
+    return [Figure(*words, heats=[heat], scale=scale)]
 
 
 def _growth(run: RunFolder) -> list[Figure]:
@@ -197,83 +175,47 @@ def _growth(run: RunFolder) -> list[Figure]:
     if average is None or len(average.finite.value) < 2:
         return []
     lines = [Line("" if i else "one direction", s, "muted", "faint") for i, s in enumerate(found.values())]
-    lines.append(Line("average", average, "blue", "points"))
-    return [
-        Figure(
-            "Validation BLEU during training",
-            "The blue line is the average, each grey line one direction.",
-            "the lines are still steep at the end (train longer) or fall (overfitting).",
-            Curves(lines, "Validation BLEU over steps", start_at_zero=True),
-            numbers=curve_table({"average BLEU": average}),
-        )
-    ]
+    chart = Curves(
+        [*lines, Line("average", average, "blue", "points")], "Validation BLEU over steps", start_at_zero=True
+    )
+    return [Figure(*caption("bleu_growth"), chart, numbers=curve_table({"average BLEU": average}))]
 
 
 def _prediction(run: RunFolder) -> Section:
     size = number(run.summary, "data", "vocab_size")
     blind = f" Blind guessing would score {wording.fixed(size, 0)}, the size of the vocabulary." if size else ""
-    lead = (
-        "Perplexity: among how many equally likely tokens the model hesitates, on average, at each token it predicts "
-        f"of text it never saw. 1 is certainty, lower is better.{blind}"
-    )
+    words = heading("prediction", blind=blind)
     found = predictions(run)
-    title = "Quality on held-out text"
     if not found:
         why = f"Nothing was tested yet: the command test does it. {run.notes.get('summary.json', '')}".strip()
-        return Section("scores", "Quality", title, lead, [why])
-    several = len(found) > 1
-    left = [_language_bars(run, x, several=several) for x in found if len(x.languages) > 1]
-    right = [
-        Figure(
-            f"Scores of the {ORIGIN[found[0].origin]}",
-            "Loss in nats per predicted token; perplexity is its exponential; accuracy is the share of predictions "
-            "that hit the right token.",
-            table=_task_scores(run, found),
-        ),
-        *(f for x in found if x.perplexity is not None for f in _decline(run, x.task, several=several)),
-    ]
+        return Section(*words, [why])
+    names = {x.task: f": {run.task(x.task).title}" if len(found) > 1 else "" for x in found}
+    left = [_language_bars(x, names[x.task]) for x in found if len(x.languages) > 1]
+    right = [Figure(*caption("task_scores", origin=ORIGIN[found[0].origin]), table=_task_scores(run, found))]
+    right += [f for x in found if x.perplexity is not None for f in _decline(run, x.task, names[x.task])]
     cells = [left, right] if left else [[figure] for figure in right]
-    remark = _NOT_TESTED if found[0].origin == "valid" else ""
-    return Section("scores", "Quality", title, lead, cells=cells, remark=remark)
+    return Section(*words, cells=cells, remark=_NOT_TESTED if found[0].origin == "valid" else "")
 
 
 def _task_scores(run: RunFolder, found: Sequence[TaskScores]) -> Table:
-    rows = [
-        (
-            run.task(x.task).title,
-            wording.significant(x.loss),
-            wording.perplexity(x.perplexity),
-            wording.percent(x.accuracy),
-        )
-        for x in found
-    ]
+    said = ((x, wording.significant(x.loss), wording.perplexity(x.perplexity)) for x in found)
+    rows = [(run.task(x.task).title, loss, perplexity, wording.percent(x.accuracy)) for x, loss, perplexity in said]
     return Table(["task", "loss", "perplexity", "accuracy"], rows, "Test")
 
 
-def _by_language(run: RunFolder, found: TaskScores, *, several: bool) -> Table:
+def _by_language(found: TaskScores, task: str) -> Table:
     rows = [(name, wording.perplexity(found.languages[name])) for name in languages_by_perplexity(found)]
-    return Table(["language", "perplexity"], rows, _of_task(run, "Perplexity by language", found.task, several=several))
+    return Table(["language", "perplexity"], rows, f"Perplexity by language{task}")
 
 
-def _of_task(run: RunFolder, title: str, task: str, *, several: bool) -> str:
-    return f"{title}: {run.task(task).title}" if several else title
-
-
-def _language_bars(run: RunFolder, found: TaskScores, *, several: bool) -> Figure:
-    table = _by_language(run, found, several=several)
+def _language_bars(found: TaskScores, task: str) -> Figure:
     names = languages_by_perplexity(found)
     description = f"Perplexity of {len(names)} languages; the numbers are in the table below"
-    return Figure(
-        table.title,
-        "One row for each language, best first; shorter bars are better. The tokenizer cuts languages into tokens of "
-        "different lengths, so compare a language with itself in another run rather than with its neighbours.",
-        "one language is several times worse than all others: it may have too little data or weight in the mixture.",
-        Bars(names, [found.languages[name] for name in names], description, perplexity=True),
-        numbers=table,
-    )
+    chart = Bars(names, [found.languages[name] for name in names], description, perplexity=True)
+    return Figure(*caption("languages", task=task), chart, numbers=_by_language(found, task))
 
 
-def _decline(run: RunFolder, task: str, *, several: bool) -> list[Figure]:
+def _decline(run: RunFolder, task: str, named: str) -> list[Figure]:
     logged = run.metrics.get(f"valid/{task}/loss")
     if logged is None or len(logged.finite.value) < 2:
         return []
@@ -282,13 +224,7 @@ def _decline(run: RunFolder, task: str, *, several: bool) -> list[Figure]:
     series = Series(step[near], value[near])
     if len(series.value) < 2:
         return []
-    cut = f", without the first steps, where it was over {_NEAR} times that of the end"
-    return [
-        Figure(
-            _of_task(run, "Validation perplexity during training", task, several=several),
-            f"All languages together{'' if near.all() else cut}.",
-            "the line is still steep at the end (train longer) or rises (overfitting).",
-            Curves([Line("", series, "blue", "points")], "Validation perplexity over steps"),
-            numbers=curve_table({"perplexity": series}, wording.perplexity),
-        )
-    ]
+    cut = "" if near.all() else f", without the first steps, where it was over {_NEAR} times that of the end"
+    chart = Curves([Line("", series, "blue", "points")], "Validation perplexity over steps")
+    numbers = curve_table({"perplexity": series}, wording.perplexity)
+    return [Figure(*caption("perplexity_growth", task=named, cut=cut), chart, numbers=numbers)]

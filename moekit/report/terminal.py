@@ -110,7 +110,7 @@ def _quality(run: RunFolder, console: Console) -> list[Text]:
 def _column(head: str, table: Table, rows: Sequence[Sequence[str]]) -> list[Text]:
     """Lines of one width: a head, then names and values."""
     widths = [13] if len(table.headers) == 2 else [6, 7]
-    lines = []
+    lines: list[Text] = []
     for name, *values in ((head, *table.headers[1:]), *rows):
         line = Text(name if len(name) <= 19 else f"{name[:18]}…")
         line.pad_right(20 - len(line))

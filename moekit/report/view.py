@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 
 from moekit.report.agreement import Agreement, agreement
 from moekit.report.health import Finding
@@ -24,10 +27,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of words, the first of which names the row; `title` is its heading where it stands alone.
-
-    `signatures` say how each score in it was computed.
-    """
+    """Rows of words, the first of which names the row; how scores in it were computed say `signatures`."""
 
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -37,17 +37,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Heat:
-    """A heat map that is a table, so that it can be read as well as seen.
+    """A heat map that is a table, so that it can be read as well as seen; `remark` stands beside its `title`.
 
-    Attributes:
-        corner: what the rows are.
-        columns: column headers.
-        rows: (header, cells), a cell being (CSS class, text); a row may be shorter than the header.
-        kind: "matrix" (roomy, with texts), "dense" (colours only; the texts are for screen readers) or "".
-        label_width: CSS width of the row headers.
-        least: CSS width below which a phone scrolls it.
-        title: its heading among several maps.
-        remark: what stands beside the heading.
+    A cell is (CSS class, text). The kind is "matrix" (roomy, with texts), "dense" (colours only; the texts are for
+    screen readers) or "". A phone scrolls a map that is narrower than the CSS width `least`.
     """
 
     corner: str
@@ -72,20 +65,9 @@ class Scale:
 
 @dataclass(frozen=True)
 class Figure:
-    """Something to look at.
+    """A drawing, heat maps or a table, with a sentence on what to see and one on what would be bad ("" for none).
 
-    Attributes:
-        title: its heading.
-        see: one sentence on what it shows.
-        worry: one on what would be bad; "" for none.
-        chart: a drawing.
-        heats: heat maps.
-        scale: their legend.
-        map_width: least width in pixels of each of several maps.
-        table: a table.
-        numbers: a table behind a fold.
-        fold: what the fold is called.
-        wide: whether it takes the width of the page.
+    Several maps stand side by side, each at least `map_width` pixels wide. `numbers` lie behind a fold.
     """
 
     title: str
@@ -103,7 +85,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: its anchor, its name in the navigation, figures in cells of a grid, remarks at its end."""
+    """A part of the page: figures in cells of a grid, notes before and a remark and signatures after them."""
 
     anchor: str
     link: str
@@ -133,7 +115,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class TaskSamples:
-    """Samples of one task by direction or language, under the headings that they are shown with."""
+    """Samples of one task under headings of their directions or languages."""
 
     title: str
     wording: SampleWording
@@ -153,23 +135,10 @@ class Provenance:
 
 @dataclass(frozen=True)
 class View:
-    """A page.
+    """A page, and what of it a text shows: tiles, findings, notes, `tables`, samples, the command, the remark.
 
-    Attributes:
-        kind: what stands above the title.
-        title: the run, or the runs.
-        lead: one line on it.
-        tiles: headline numbers, the main one first.
-        sections: in the order of the page.
-        findings: what is well and what is not.
-        notes: remarks on the whole.
-        tables: those that a text shows, each with a title.
-        samples: what the model wrote, by task; None where a page has no such section.
-        no_samples: the wording of a section without samples.
-        samples_note: why there are none.
-        provenance: how to make the run again.
-        remark: how to read the tables in a text.
-        footer: the last line.
+    A page without a section of samples has None; where a run has no samples, `no_samples` words the section and
+    `samples_note` says why.
     """
 
     kind: str
@@ -186,3 +155,21 @@ class View:
     provenance: Provenance | None = None
     remark: str = ""
     footer: str = "Made by moekit."
+
+
+@functools.cache
+def texts() -> dict[str, dict[str, list[str]]]:
+    """The prose of texts.toml."""
+    return tomllib.loads((resources.files("moekit.report") / "texts.toml").read_text(encoding="utf-8"))
+
+
+def caption(key: str, *, group: str = "figures", worry: bool = True, **words: str) -> tuple[str, str, str]:
+    """Title, what to see, and what would be bad, of a figure in texts.toml."""
+    title, see, bad = (text.format(**words) for text in texts()[group][key])
+    return title, see, bad if worry else ""
+
+
+def heading(key: str, **words: str) -> tuple[str, str, str, str]:
+    """Anchor, link, title and lead of a section in texts.toml."""
+    anchor, link, title, lead = (text.format(**words) for text in texts()["sections"][key])
+    return anchor, link, title, lead
