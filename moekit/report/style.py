@@ -138,7 +138,7 @@ class Canvas:
         the network, and the same data give the same bytes. Numbers are rounded to a hundredth of a point: a fifth of
         the size, the same picture.
         """
-        file = io.StringIO()
+        file, description = io.StringIO(), drawable(description)
         with warnings.catch_warnings(), matplotlib.rc_context(cast(Any, {**_SVG, "svg.hashsalt": description})):
             # Texts are drawn by the browser; Matplotlib only measures them, and may lack a script's glyphs.
             warnings.filterwarnings("ignore", message="Glyph .* missing")
