@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from moekit.errors import UserError
 from moekit.report import render, wording
 from moekit.report.health import dropped, experts_per_token, layer_health
 from moekit.report.plots import Curves, Dots, Line
-from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
+from moekit.report.predictions import TaskScores, main_task, predictions
 from moekit.report.results import costs
 from moekit.report.run_folder import RunFolder, dig, number, read_run
 from moekit.report.style import CYCLE
@@ -47,46 +48,89 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
 def comparison_view(runs: Sequence[RunFolder]) -> View:
     """Everything that is shown of several runs."""
     names = _names(runs)
-    translate = [run.translates for run in runs]
-    bleu, chrf = (_scores(runs, metric) for metric in ("bleu", "chrf"))
-    scores = [
-        _differences(title, "direction", names, rows, wording.fixed) for title, rows in (("BLEU", bleu), ("chrF", chrf))
-    ]
-    predicted = _predictions(runs)
-    perplexities = {task: _perplexity(found) for task, found in predicted.items()}
-    perplexities = {task: rows for task, rows in perplexities.items() if rows}
-    languages = {
-        task: _differences(
-            f"Perplexity: {_title(runs, task)}" if len(perplexities) > 1 else "Perplexity",
-            "language",
-            names,
-            rows,
-            wording.perplexity,
-        )
-        for task, rows in perplexities.items()
-    }
-    accuracies = {task: [wording.percent(x.accuracy) for x in found] for task, found in predicted.items()}
-    accuracies = {task: row for task, row in accuracies.items() if set(row) != {wording.MISSING}}
-    accuracy = _table("Accuracy", names, {_title(runs, task): row for task, row in accuracies.items()}, "task")
+    measures, accuracy = _measures(runs), _table("Accuracy", names, _accuracies(runs), "task")
     cost = [
         _table("Cost", names, _costs(runs)),
         _table("Tasks (validation)", names, _tasks(runs)),
         _table("Routing", names, _routing(runs)),
     ]
-    sections = [_quality(names, bleu, *scores)] if any(translate) else []
-    sections += [_held_out(names, perplexities, languages, accuracies)] if not all(translate) else []
-    cells = [[Figure(table.title, table=table)] for table in cost if table.rows]
-    measured = [table for table in (*scores, *languages.values(), accuracy) if table.rows]
+    cost = [table for table in cost if table.rows]
+    measured = [*(measure.table(names) for measure in measures), *([accuracy] if accuracy.rows else [])]
     return View(
         kind="moekit comparison",
         title=" vs ".join(names),
         lead=f"Differences are against the first run, {names[0]}.",
         tiles=[_tile(name, run) for name, run in zip(names, runs, strict=True)],
-        sections=[*sections, _progress(runs, names), Section(*heading("cost"), cells=cells)],
+        sections=[
+            *_quality(runs, names, measures, accuracy),
+            _progress(runs, names),
+            Section(*heading("cost"), cells=[[Figure(table.title, table=table)] for table in cost]),
+        ],
         notes=_warnings(runs),
-        tables=[*measured, *(table for table in cost if table.rows)],
-        remark=f"In brackets: the difference from {names[0]}." if measured else "",
+        tables=[*measured, *cost],
+        remark=f"In brackets: the difference from {names[0]}." if measures else "",
     )
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """A score that runs have in common: one value for each run, in whole (the first row) and by `kind`."""
+
+    title: str
+    kind: str
+    rows: Mapping[str, Sequence[float | None]]
+    say: Callable[[float | None], str]
+
+    def table(self, names: Sequence[str]) -> Table:
+        """Every value, and in brackets how it differs from the first run's."""
+        cells = {name: [self.say(first), *(self._told(first, v) for v in rest)] for name, (first, *rest) in self._all}
+        return _table(self.title, names, cells, self.kind)
+
+    def cells(self, names: Sequence[str]) -> list[list[Figure]]:
+        """The table, and beside it one mark for each run and direction or language."""
+        parts = dict(self._all[1:])
+        columns = {n: [math.nan if (v := row[i]) is None else v for row in parts.values()] for i, n in enumerate(names)}
+        lower = self.kind == "language"
+        chart = Dots(
+            list(parts), columns, f"{self.title} by {self.kind} and run; the numbers are in the table", perplexity=lower
+        )
+        words = caption("compared", title=self.title, kind=self.kind, side="left" if lower else "right")
+        numbers = Figure(self.title, table=self.table(names))
+        return [[Figure(*words, chart)], [numbers]] if parts else [[numbers]]
+
+    @property
+    def _all(self) -> list[tuple[str, Sequence[float | None]]]:
+        return list(self.rows.items())
+
+    def _told(self, first: float | None, value: float | None) -> str:
+        if value is None or first is None:
+            return self.say(value)
+        return f"{self.say(value)} ({chr(0x2212) if value < first else '+'}{self.say(abs(value - first))})"
+
+
+def _measures(runs: Sequence[RunFolder]) -> list[_Measure]:
+    """BLEU and chrF of the runs that translate, the perplexity of every task of the others."""
+    found = []
+    for title in ("BLEU", "chrF"):
+        scores = [run.scores(title.lower()) for run in runs]
+        rows = {"average": [x.average for x in scores]} | _side_by_side([x.directions for x in scores], best=max)
+        found.append(_Measure(title, "direction", rows, wording.fixed))
+    for task, predicted in _predictions(runs).items():
+        rows = {"all text": [x.perplexity for x in predicted]}
+        languages = _side_by_side([x.languages for x in predicted], best=min)
+        rows |= languages if len(languages) > 1 else {}  # one language is all text
+        found.append(_Measure(f"Perplexity: {_title(runs, task)}", "language", rows, wording.perplexity))
+    return [measure for measure in found if any(v is not None for row in measure.rows.values() for v in row)]
+
+
+def _side_by_side(
+    scores: Sequence[Mapping[str, float]], *, best: Callable[[float, float], float]
+) -> dict[str, list[float | None]]:
+    """By name the value of every run, in the order of the first run that has it."""
+    first = {name: value for found in reversed(scores) for name, value in found.items()}
+    names = dict.fromkeys(name for found in scores for name in found)
+    order = sorted(names, key=lambda name: first[name], reverse=best is max)
+    return {name: [found.get(name) for found in scores] for name in order}
 
 
 def _names(runs: Sequence[RunFolder]) -> list[str]:
@@ -123,17 +167,6 @@ def _warnings(runs: Sequence[RunFolder]) -> list[str]:
     return found
 
 
-_Rows = Mapping[str, Sequence[float | None]]
-
-
-def _scores(runs: Sequence[RunFolder], metric: str) -> _Rows:
-    scores = [run.scores(metric) for run in runs]
-    first = {d: v for x in reversed(scores) for d, v in x.directions.items()}
-    directions = sorted(dict.fromkeys(d for x in scores for d in x.directions), key=lambda d: -first[d])
-    found = {"average": [x.average for x in scores]} | {d: [x.directions.get(d) for x in scores] for d in directions}
-    return found if any(v is not None for row in found.values() for v in row) else {}
-
-
 def _predictions(runs: Sequence[RunFolder]) -> dict[str, list[TaskScores]]:
     """By task, for each run; empty scores of a run that translates or does not have the task."""
     by_run = [{} if run.translates else {x.task: x for x in predictions(run)} for run in runs]
@@ -141,18 +174,15 @@ def _predictions(runs: Sequence[RunFolder]) -> dict[str, list[TaskScores]]:
     return {task: [found.get(task, TaskScores(task)) for found in by_run] for task in tasks}
 
 
+def _accuracies(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
+    """By title of the task, where a run measured it."""
+    rows = {_title(runs, t): [wording.percent(x.accuracy) for x in found] for t, found in _predictions(runs).items()}
+    return {title: row for title, row in rows.items() if set(row) != {wording.MISSING}}
+
+
 def _title(runs: Sequence[RunFolder], task: str) -> str:
     """What the first run that names the task calls it."""
     return next((run for run in runs if dig(run.summary, "tasks", task)), runs[0]).task(task).title
-
-
-def _perplexity(scores: Sequence[TaskScores]) -> _Rows:
-    """Of all text and of every language; nothing where no run measured it."""
-    if all(x.perplexity is None for x in scores):
-        return {}
-    languages = dict.fromkeys(name for x in scores for name in languages_by_perplexity(x))
-    rows = {name: [x.languages.get(name) for x in scores] for name in languages}
-    return {"all text": [x.perplexity for x in scores]} | (rows if len(rows) > 1 else {})  # one language is all text
 
 
 def _costs(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
@@ -195,20 +225,6 @@ def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[str]], 
     return Table([corner, *names], [(name, *values) for name, values in rows.items()], title)
 
 
-def _differences(
-    title: str, corner: str, names: Sequence[str], rows: _Rows, say: Callable[[float | None], str]
-) -> Table:
-    """Every value, and in brackets how it differs from the first run's."""
-
-    def told(first: float | None, value: float | None) -> str:
-        if value is None or first is None:
-            return say(value)
-        return f"{say(value)} ({chr(0x2212) if value < first else '+'}{say(abs(value - first))})"
-
-    cells = {name: [say(first), *(told(first, v) for v in others)] for name, (first, *others) in rows.items()}
-    return _table(title, names, cells, corner)
-
-
 def _tile(name: str, run: RunFolder) -> Tile:
     cost = costs(run)
     remark = f"{cost['active parameters']} active parameters, {cost['tokens per second']} tokens/s"
@@ -217,38 +233,22 @@ def _tile(name: str, run: RunFolder) -> Tile:
     return Tile(f"Perplexity, {name}", wording.perplexity(main_task(run).perplexity), remark)
 
 
-def _dots(title: str, names: Sequence[str], rows: _Rows, kind: str, *, perplexity: bool = False) -> list[Figure]:
-    """One mark for each run and row; the first row is the average of the others."""
-    rows = dict(list(rows.items())[1:])
-    columns = {n: [math.nan if (v := row[i]) is None else v for row in rows.values()] for i, n in enumerate(names)}
-    description = f"{title} by {kind} and run; the numbers are in the table"
-    words = caption("compared", title=title, kind=kind, side="left" if perplexity else "right")
-    return [Figure(*words, Dots(list(rows), columns, description, perplexity=perplexity))] if rows else []
-
-
-def _quality(names: Sequence[str], scores: _Rows, bleu: Table, chrf: Table) -> Section:
-    if len(bleu.rows) < 2:
-        return Section(*heading("compared_translation"), ["None of these runs has measured BLEU."])
-    numbers = Figure("BLEU", table=bleu, numbers=chrf if chrf.rows else None, fold="chrF")
-    cells = [[figure] for figure in (*_dots("BLEU", names, scores, "direction"), numbers)]
-    return Section(*heading("compared_translation"), cells=cells)
-
-
-def _held_out(
-    names: Sequence[str],
-    perplexities: Mapping[str, _Rows],
-    tables: Mapping[str, Table],
-    accuracies: Mapping[str, Sequence[str]],
-) -> Section:
-    cells = []
-    for task, rows in perplexities.items():
-        numbers = [Figure(tables[task].title, table=tables[task])]
-        if task in accuracies:
-            numbers.append(Figure("Accuracy", table=_table("", names, {"all text": accuracies[task]})))
-        dots = _dots(tables[task].title, names, rows, "language", perplexity=True)
-        cells += [*([figure] for figure in dots), numbers]
-    notes = [] if cells else ["None of these runs has measured a perplexity."]
-    return Section(*heading("compared_prediction"), notes, cells)
+def _quality(
+    runs: Sequence[RunFolder], names: Sequence[str], measures: Sequence[_Measure], accuracy: Table
+) -> list[Section]:
+    """One section for the runs that translate, one for those that do not."""
+    sections = []
+    for translate, key, kind, lacking in (
+        (True, "compared_translation", "direction", "None of these runs has measured BLEU."),
+        (False, "compared_prediction", "language", "None of these runs has measured a perplexity."),
+    ):
+        if all(run.translates != translate for run in runs):
+            continue
+        cells = [cell for measure in measures if measure.kind == kind for cell in measure.cells(names)]
+        if not translate and accuracy.rows:
+            cells.append([Figure(accuracy.title, table=accuracy)])
+        sections.append(Section(*heading(key), [] if cells else [lacking], cells))
+    return sections
 
 
 def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> Section:

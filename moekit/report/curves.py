@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -106,17 +105,8 @@ def _accuracy(run: RunFolder) -> list[Figure]:
     return [Figure(*caption("accuracy"), chart, numbers=curve_table(found))]
 
 
-@dataclass(frozen=True)
-class RoutingCurve:
-    """A routing quantity over steps: overall, and of every layer that logs it."""
-
-    quantity: str
-    overall: Series | None
-    layers: Mapping[str, Series]
-
-
-def routing_curves(metrics: Mapping[str, Series]) -> list[RoutingCurve]:
-    """The routing columns of metrics.csv, whatever path they were logged under.
+def routing_curves(metrics: Mapping[str, Series]) -> dict[str, dict[str, Series]]:
+    """The routing columns of metrics.csv by quantity and layer, whatever path they were logged under; "" is overall.
 
     ``train/routing/drop_rate`` is overall; ``train/routing/encoder.1/drop_rate`` and
     ``encoder.layers.1.feed_forward.router/entropy`` belong to a layer. Training columns win over validation's.
@@ -125,15 +115,12 @@ def routing_curves(metrics: Mapping[str, Series]) -> list[RoutingCurve]:
     found: dict[str, dict[str, tuple[int, Series]]] = {}
     for column, series in metrics.items():
         *scope, quantity = column.split("/")
-        if quantity not in quantities:
-            continue
-        rank = _PHASES.index(scope[0]) if scope and scope[0] in _PHASES else 0
-        name = "/".join(s for s in scope if s not in (*_PHASES, "routing", "router", "moe", "aux"))
-        layers = found.setdefault(quantity, {})
-        if name not in layers or rank < layers[name][0]:
-            layers[name] = (rank, series)
-    curves = {q: {name: series for name, (_, series) in sorted(found[q].items())} for q in quantities if q in found}
-    return [RoutingCurve(q, layers.pop("", None), layers) for q, layers in curves.items()]
+        if quantity in quantities:
+            rank = _PHASES.index(scope[0]) if scope and scope[0] in _PHASES else 0
+            layer = "/".join(s for s in scope if s not in (*_PHASES, "routing", "router", "moe", "aux"))
+            layers = found.setdefault(quantity, {})
+            layers[layer] = min(layers.get(layer, (rank, series)), (rank, series), key=lambda pair: pair[0])
+    return {q: {layer: found[q][layer][1] for layer in sorted(found[q])} for q in quantities if q in found}
 
 
 def routing(run: RunFolder) -> Section | None:
@@ -141,22 +128,22 @@ def routing(run: RunFolder) -> Section | None:
     health = layer_health(run)
     by_rule = bool(health) and all(x.fixed for x in health)
     figures = []
-    for curve in routing_curves(run.metrics):
+    for quantity, columns in routing_curves(run.metrics).items():
         lines: list[Line] = []
-        for name, series in curve.layers.items():
-            side = "decoder" if "decoder" in name else "encoder" if "encoder" in name else "layers"
-            label = "" if side in [line.label for line in lines] else side
+        for layer, series in columns.items():
+            side = "decoder" if "decoder" in layer else "encoder" if "encoder" in layer else "layers"
             colour = {"decoder": "red", "encoder": "blue"}.get(side, "muted")
-            lines.append(Line(label, smooth(series), colour, "faint"))
-        if curve.overall is not None:
-            lines.append(Line("overall" if curve.layers else "", smooth(curve.overall), "ink"))
+            label = "" if side in [line.label for line in lines] else side
+            lines += [Line(label, smooth(series), colour, "faint")] if layer else []
+        overall = columns.pop("", None)
+        if overall is not None:
+            lines.append(Line("overall" if columns else "", smooth(overall), "ink"))
+            columns = {"overall": overall, **columns}
         if not any(len(line.series.value) for line in lines):
             continue
-        unit: Unit = "percent" if curve.quantity == "drop_rate" else "plain"
-        zero = curve.quantity in _FROM_ZERO
-        columns = {**({} if curve.overall is None else {"overall": curve.overall}), **curve.layers}
-        worry = not (by_rule and curve.quantity in _LOADS)
-        words = caption(curve.quantity, group="routing", worry=worry)
+        words = caption(quantity, group="routing", worry=not (by_rule and quantity in _LOADS))
+        unit: Unit = "percent" if quantity == "drop_rate" else "plain"
+        zero = quantity in _FROM_ZERO
         chart = Curves(lines, f"{words[0]} over steps", unit, start_at_zero=zero, height=2.2)
         figures.append(Figure(*words, chart, numbers=curve_table(columns)))
     if not figures and run.dense:

@@ -144,8 +144,8 @@ class Bars:
             ends = [max(v, least) for v in self.values]
             axes.barh(range(len(ends)), [e - least for e in ends], height, least, color=blue, label=self.labels[0])
             if any(map(math.isfinite, self.dots)):
-                look = {"color": COLOURS["red"], "markersize": 4, "clip_on": False, "label": self.labels[1]}
-                axes.plot(self.dots, range(len(ends)), "o", **look)
+                look: dict[str, Any] = {"color": COLOURS["red"], "markersize": 4, "label": self.labels[1]}
+                axes.plot(self.dots, range(len(ends)), "o", clip_on=False, **look)
             for i, end in enumerate(ends):
                 if not math.isfinite(end):
                     continue

@@ -79,7 +79,6 @@ class Figure:
     map_width: int = 0
     table: Table | None = None
     numbers: Table | None = None
-    fold: str = "Numbers"
     wide: bool = False
 
 

@@ -89,6 +89,12 @@ def test_page_needs_nothing_else(tiny_html: str) -> None:
     assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
 
 
+def test_ids_are_unique(tiny_html: str) -> None:
+    ids = [attrs["id"] for _, attrs in Page(tiny_html).tags if "id" in attrs]
+    assert len(ids) == len(set(ids)) > 20, "a clip path of one drawing is not another's"
+    assert {link.strip("#)") for link in re.findall(r"url\((#[^)]*\))", tiny_html)} <= set(ids)
+
+
 def test_page_is_small(tiny_html: str) -> None:
     assert len(tiny_html) < 1_000_000
 

@@ -164,6 +164,13 @@ def test_terminal_without_unicode(tmp_path: Path) -> None:
     assert any("BLEU" in line for line in screen(tmp_path, encoding="ascii"))
 
 
+def test_terminal_shows_texts_as_they_are(tmp_path: Path) -> None:
+    make_run(tmp_path, languages=("en", "[red]x[/]", "\ud800", ":smile:"), without=("metrics.csv",))
+    text = "\n".join(screen(tmp_path))
+    assert "[red]x[/]" in text
+    assert ":smile:" in text
+
+
 def test_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "r", steps=3)
@@ -178,6 +185,13 @@ def test_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_markdown_is_literal() -> None:
     assert literal("a|b *c* <i> `d`\n#1") == r"a\|b \*c\* &lt;i&gt; \`d\` \#1"
     assert len(literal("x" * 5000)) < 500
+
+
+def test_markdown_escapes_what_it_shows(tmp_path: Path) -> None:
+    make_run(tmp_path, steps=3, languages=("en", "a|b", "<i>"))
+    lines = results_markdown(tmp_path).splitlines()
+    assert any(line.startswith(r"| en-a\|b | ") and line.count("|") == 5 for line in lines)
+    assert not any("<i>" in line for line in lines)
 
 
 def test_results_markdown(tmp_path: Path) -> None:
