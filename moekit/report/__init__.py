@@ -2,6 +2,9 @@
 
 `write_report` makes report.html, `terminal_summary` prints one screen, `write_comparison` sets runs side by side,
 `results_markdown` is for committing. ``python -m moekit.report RUN`` does the same from a shell.
+
+What is shown stands in the classes of `view`, which results, curves, experts, samples and comparison fill from run
+folders. page.html, run.md and terminal lay it out; texts.toml holds the prose of the pages.
 """
 
 from moekit.report.comparison import write_comparison
