@@ -21,7 +21,7 @@ def html(view: View) -> str:
     """A page that needs nothing else; whatever is not of the template is escaped."""
     filters = {"count": wording.count, "cut": samples.cut, "rest": samples.rest, "marked": samples.marked}
     css = (resources.files("moekit.report") / "page.css").read_text(encoding="utf-8")
-    return _rendered("page.html", filters, view=view, css=Markup(f"{css}\n{style.palette_css()}"))
+    return _rendered("page.html", filters, view=view, css=Markup(f"{css}\n{style.palette_css()}")).lstrip()
 
 
 def markdown(view: View, *, samples_per_direction: int = 2) -> str:

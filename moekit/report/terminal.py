@@ -40,7 +40,7 @@ def terminal_summary(run: Path | Mapping[str, Any], console: Console | None = No
     folder = RunFolder(Path(), summary=run) if isinstance(run, Mapping) else read_run(Path(run))
     title = "run" if isinstance(run, Mapping) and not folder.recipe else folder.name
     commands = [] if isinstance(run, Mapping) else _next(folder)
-    top = [_rule(title), *_headline(folder), Text(), *_quality(folder, console), *_tasks(folder)]
+    top = [_rule(title), *_headline(folder), Text(), *_quality(folder), *_tasks(folder)]
     troubles = [Text(f"! {f.text}", "yellow") for f in findings(folder) if not f.good][:2]
     room = HEIGHT - len(top) - len(troubles) - len(commands) - bool(commands)
     for line in [*top, *_routing(folder)[: max(0, room)], *troubles, *([Text()] if commands else [])]:
@@ -84,7 +84,7 @@ def _headline(run: RunFolder) -> list[Text]:
     return [scores, *(Text(" · ".join(filter(None, parts))) for parts in (work, pace) if any(parts))]
 
 
-def _quality(run: RunFolder, console: Console) -> list[Text]:
+def _quality(run: RunFolder) -> list[Text]:
     """Scores by direction, or perplexity by language; of a single language the headline has it."""
     if not run.translates and (main_task(run).origin == "valid" or not main_task(run).task):
         return [Text("Not tested yet: the `test` command measures held-out perplexity.", "yellow"), Text()]

@@ -79,6 +79,7 @@ def test_every_section_is_there_and_linked(tiny_html: str) -> None:
 
 
 def test_page_needs_nothing_else(tiny_html: str) -> None:
+    assert tiny_html.startswith("<!doctype html>")
     assert "http:" not in tiny_html
     assert "https:" not in tiny_html
     assert "@import" not in tiny_html
