@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from html import unescape
 from html.parser import HTMLParser
@@ -330,6 +331,15 @@ def test_long_texts_are_cut(tmp_path: Path) -> None:
 def test_lone_surrogates_do_not_stop_the_page(tmp_path: Path) -> None:
     (tmp_path / "samples.json").write_text('[{"direction": "a-b", "hypothesis": "x \\ud800 y"}]')
     assert "x ? y" in report(tmp_path).words
+
+
+def test_page_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    before = os.umask(0o027)
+    try:
+        assert write_report(tmp_path).stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
 
 
 def test_not_a_run_folder(tmp_path: Path) -> None:
