@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from moekit.experts.base import Experts, rows_of
 from moekit.functional.activation import Activation, activation_function
-from moekit.functional.drawing import truncated_normal_
 from moekit.functional.dropout import dropout
+from moekit.functional.init import truncated_normal_
 
 HiddenBias = Literal["none", "add", "multiply"]
 

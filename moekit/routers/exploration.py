@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekit.functional.dropout import dropout
-from moekit.functional.sampling import race
+from moekit.functional.sampling import gumbel_topk_scores
 
 
 class Exploration:
@@ -78,4 +78,4 @@ class SampledSoftmax(Exploration):
 
     def rank(self, probs: Tensor) -> Tensor:
         """Scores whose order is a draw."""
-        return race(probs)
+        return gumbel_topk_scores(probs)

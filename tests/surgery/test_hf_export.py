@@ -58,7 +58,7 @@ def like_t5(**options: Any) -> EncoderDecoder:
 
 
 def two_experts(bias: bool = False, **options: Any) -> MoELayer:
-    router = routers.TopKRouter(D, E, 2, renormalise="before_drop", later_choices=routers.RandomChoice(0.5))
+    router = routers.TopKRouter(D, E, 2, renormalise="before_drop", second_expert=routers.RandomChoice(0.5))
     return MoELayer(router, experts.GroupedMLP(E, D, F, bias=bias), **options)
 
 
