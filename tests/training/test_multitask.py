@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 import moekit as mk
 from moekit.data.batch import Batch
 from moekit.heads import DenoisingHead, MaskedLMHead, TranslationHead
-from moekit.training.multitask import MultitaskModule, sparse_layers
+from moekit.training.multitask import MultitaskModule
 from moekit.training.schedules import Constant
-from moekit.transformer import EncoderDecoder, every_other
+from moekit.transformer import EncoderDecoder, every_other, routed_layers
 
 VOCAB, DIM = 60, 16
 
@@ -108,7 +108,7 @@ def test_everything_is_logged(tmp_path: Path) -> None:
 
 def test_a_dense_model_has_no_routing(tmp_path: Path) -> None:
     model = MultitaskModule(backbone(dense=True), [TranslationHead()])
-    assert sparse_layers(model.backbone) == {}
+    assert routed_layers(model.backbone) == {}
     fit = trainer(tmp_path, max_steps=1)
     fit.fit(model, DataLoader([{"translation": STEP["translation"]}], batch_size=None), VALID)
     assert not any("routing" in name for name in fit.callback_metrics)
