@@ -111,8 +111,8 @@ class ConditionalMix(_LinearGate):
         dim: D.
         budget: the mean that g should have; 0.8 in arXiv:2207.04672.
         gate_dropout: probability of g = 0 in training, so that the shared branch learns to do without the experts.
-        scope: of the budget: "model" = the mean over the tokens of all layers that `AuxLosses` is called with, returned
-            as a `Deviation`; "layer" = each layer keeps it, and the loss is among the layer's own.
+        scope: what the budget is of: "model" = the mean over the tokens of all layers that `AuxLosses` is called with,
+            returned as a `Deviation`; "layer" = each layer keeps it, and the loss is among the layer's own.
 
     Raises:
         ValueError: if `budget` is not in [0, 1], `gate_dropout` not in [0, 1), or `scope` neither of the two.

@@ -30,7 +30,7 @@ class BASELayerStack(Experts):
         bias: whether both matrices have biases, as in the authors' code.
         init_scale: variance scale of the truncated normal of the first matrix; 1/3 is the variance of `nn.Linear`.
         output_scale: that of the second; 0 = zeros, as in the authors' code.
-        eps: of the norms.
+        eps: number that the norms add to the variance.
 
     Raises:
         ValueError: if `num_layers` is less than 1.

@@ -29,7 +29,7 @@ class MultiHashMLP(Experts):
         dim: D.
         hidden_dim: F, divisible by K.
         num_segments: K.
-        activation: of the hidden layer.
+        activation: activation of the hidden layer.
         dropout: probability on the hidden activations.
         init_scale: variance scale of the truncated normal; the output's fan-in is F, as in a whole feed-forward.
 

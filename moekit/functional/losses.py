@@ -121,6 +121,6 @@ def router_z(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Source: arXiv:2202.08906 eq. 5.
     """
-    # Filled here too: the square of an infinity or a NaN of padding would have a gradient that is NaN.
+    # Filled here too, so that no NaN of padding enters the gradient.
     filled = logits if mask is None else logits.masked_fill(~mask[:, None], 0.0)
     return masked_mean(torch.logsumexp(filled, dim=-1).square(), mask)

@@ -44,7 +44,7 @@ NAMES: dict[Kind, str] = {
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenIds:
     """Ids with a meaning of their own; the defaults are those of moekit's tokenizer.
 
     Attributes:

@@ -27,7 +27,7 @@ from moekit.routers.presets import gshard, st_moe, switch, zcode_m3
 from moekit.routers.queueing import clear_padding, routing_of_choices
 from moekit.routers.rank_shuffle import RankShuffle
 from moekit.routers.relu import AdaptiveCoefficient, ReLURouter, remoe
-from moekit.routers.scorers import LinearScorer, ScoredRouter, Scorer
+from moekit.routers.scorers import ExpertScorer, LinearScorer, ScoredRouter
 from moekit.routers.second_expert import AllChoices, RandomChoice, SampledChoice, SecondExpertPolicy, ThresholdChoice
 from moekit.routers.sequence_capacity import SequenceCapacity
 from moekit.routers.sinkhorn import SinkhornRouter
@@ -46,6 +46,7 @@ __all__ = [
     "CurrentToken",
     "DenseToSparseRouter",
     "ExpertChoiceRouter",
+    "ExpertScorer",
     "Exploration",
     "ExponentialDecay",
     "GatingResidual",
@@ -68,7 +69,6 @@ __all__ = [
     "SampledChoice",
     "SampledSoftmax",
     "ScoredRouter",
-    "Scorer",
     "SecondExpertPolicy",
     "SequenceCapacity",
     "SinkhornRouter",

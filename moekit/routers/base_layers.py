@@ -45,6 +45,9 @@ class BASELayerRouter(Router):
     Returns in `Routing.losses`: nothing; in `Routing.statistics`: ``greedy_agreement``, the share of real tokens that
     are at their best expert (1 in evaluation).
 
+    Raises:
+        ValueError: if `dim` or `num_experts` is less than 1.
+
     Source: arXiv:2103.16716 eq. 1 and assignment in training and at test; sigmoid, initialisation (gain 0.1) and the
         form of y as in the authors' code. Differs: eq. 1 adds x once more, outside; the code does not. The assignment
         is exact (theirs is an auction that ends near it), and padding takes no part in it. Their code takes the

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moekit.functional.init import truncated_normal_
 from moekit.functional.precision import float32_linear, without_autocast
-from moekit.routers.scorers import Scorer
+from moekit.routers.scorers import ExpertScorer
 from moekit.routers.topk import TopKRouter
 from moekit.routing import RoutingContext
 
@@ -21,7 +21,7 @@ _COLDEST = 0.01
 
 
 @dataclass(frozen=True)
-class CosineScorer(Scorer):
+class CosineScorer(ExpertScorer):
     """logits = cos(W x, e_i) / temperature, between a projected token and an embedding of each expert.
 
     Neither the norm of a token nor that of an expert's embedding has a say. Tokens are compared in few dimensions,
@@ -78,8 +78,8 @@ class CosineRouter(TopKRouter):
         dim: D.
         num_experts: E.
         k: choices per token.
-        projected_dim: see `CosineScorer`.
-        temperature: see `CosineScorer`.
+        projected_dim: width of the space of comparison; None = E / 2, at least 8.
+        temperature: initial temperature, which is learned.
         **options: the other arguments of `TopKRouter`.
 
     Raises:

@@ -13,7 +13,7 @@ from moekit.functional.assignment import queue_positions
 from moekit.functional.losses import load_balance
 from moekit.functional.means import masked_mean
 from moekit.routers.queueing import clear_padding, score_statistics
-from moekit.routers.scorers import ScoredRouter, Scorer
+from moekit.routers.scorers import ExpertScorer, ScoredRouter
 from moekit.routing import Compensation, Routing, RoutingContext
 
 
@@ -32,7 +32,7 @@ class ExponentialDecay:
     Attributes:
         start: the value at the beginning.
         end: the value at the end.
-        steps: of the way between.
+        steps: number of steps from `start` to `end`.
         begin: step of the beginning, before which the value is `start`: where another phase comes first.
 
     Source: the released code of arXiv:2112.14397 (its default form, from 1.0 to 0.5).
@@ -58,7 +58,7 @@ class LinearDecay:
     Attributes:
         start: the value at the beginning.
         end: the value at the end.
-        steps: of the way between.
+        steps: number of steps from `start` to `end`.
         begin: step of the beginning, before which the value is `start`: where another phase comes first.
 
     Source: the released code of arXiv:2112.14397.
@@ -118,7 +118,7 @@ class DenseToSparseRouter(ScoredRouter):
         num_experts: int,
         temperature: Schedule,
         *,
-        scorer: Scorer | None = None,
+        scorer: ExpertScorer | None = None,
         hard_from: int | None = None,
         threshold: float = 1e-3,
         weights: Literal["gumbel", "plain"] = "gumbel",

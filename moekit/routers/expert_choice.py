@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moekit.functional.losses import router_z
 from moekit.routers.queueing import clear_padding, score_statistics
-from moekit.routers.scorers import ScoredRouter, Scorer
+from moekit.routers.scorers import ExpertScorer, ScoredRouter
 from moekit.routing import Capacity, Compensation, Routing, RoutingContext
 
 
@@ -26,8 +26,7 @@ class ExpertChoiceRouter(ScoredRouter):
         eval_capacity_factor: the same in evaluation; None = as in training. There is no dropless expert choice.
         scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
         init_scale: variance scale of the linear scorer's first weights.
-        allow_future: an expert compares a token with later ones, so a causal decoder refuses this router unless told
-            that the leak is wanted.
+        allow_future: accept this router in a causal decoder, although an expert compares a token with later ones.
 
     The assignments are expert-major, each expert's in descending order of weight. Like every capacity, C counts the
     padding of the batch; where fewer than C tokens are real, slots stay empty.
@@ -48,7 +47,7 @@ class ExpertChoiceRouter(ScoredRouter):
         dim: int,
         num_experts: int,
         *,
-        scorer: Scorer | None = None,
+        scorer: ExpertScorer | None = None,
         capacity_factor: float = 2.0,
         eval_capacity_factor: float | None = None,
         init_scale: float = 0.1,

@@ -23,7 +23,7 @@ def hash_layers(num_experts: int, counts: Tensor, *, seed: int = 0, capacity: Ca
     Args:
         num_experts: E.
         counts: Int[V], how often each token occurs (`moekit.data.counts.token_counts`).
-        seed: of the order among tokens of equal count.
+        seed: seed of the order among tokens of equal count.
         capacity: slots per expert; None = dropless.
 
     Source: arXiv:2106.04426 (balanced assignment).
@@ -47,7 +47,7 @@ def hash_random(num_experts: int, vocab_size: int, *, seed: int = 0) -> HashRout
     Args:
         num_experts: E.
         vocab_size: V.
-        seed: of the table.
+        seed: seed of the table.
 
     Source: arXiv:2106.04426 (random hash).
     """
@@ -60,7 +60,7 @@ def hash_previous(num_experts: int, counts: Tensor, *, seed: int = 0) -> HashRou
     Args:
         num_experts: E.
         counts: Int[V], how often each token comes before another.
-        seed: of the order among tokens of equal count.
+        seed: seed of the order among tokens of equal count.
 
     Source: arXiv:2106.04426 (previous token hash).
     """
@@ -76,7 +76,7 @@ def hash_bigram(num_experts: int, key: Bigram | int, *, counts: Tensor | None = 
         key: how pairs fall into buckets, or V for the default of `Bigram`.
         counts: Int[buckets], how often each bucket occurs (`moekit.data.counts.bigram_counts`), for a balanced table;
             None = a random one.
-        seed: of the table.
+        seed: seed of the table.
 
     Source: arXiv:2106.04426 (bigram hash). Differs: pairs go through buckets.
     """
@@ -94,7 +94,7 @@ def hash_position(num_experts: int, max_length: int, *, seed: int = 0) -> HashRo
     Args:
         num_experts: E.
         max_length: longest sequence.
-        seed: of the order.
+        seed: seed of the order.
 
     Source: arXiv:2106.04426 (position hash).
     """
@@ -106,8 +106,8 @@ def hash_clustered(num_experts: int, embeddings: Tensor, *, seed: int = 0) -> Ha
 
     Args:
         num_experts: E.
-        embeddings: Float[V, any], of a model trained before.
-        seed: of k-means.
+        embeddings: Float[V, any], token embeddings of a model that was trained before.
+        seed: seed of k-means.
 
     Source: arXiv:2106.04426 (token clusters).
     """
@@ -119,8 +119,8 @@ def hash_dispersed(num_experts: int, embeddings: Tensor, *, seed: int = 0) -> Ha
 
     Args:
         num_experts: E.
-        embeddings: Float[V, any], of a model trained before.
-        seed: of k-means and the deal.
+        embeddings: Float[V, any], token embeddings of a model that was trained before.
+        seed: seed of k-means and of the deal.
 
     Source: arXiv:2106.04426 (dispersed hash).
     """
@@ -133,7 +133,7 @@ def hash_oracle(num_experts: int, counts: Tensor, *, seed: int = 0, allow_future
     Args:
         num_experts: E; each expert tells log2 E bits of the answer.
         counts: Int[V], how often each token comes after another.
-        seed: of the order among tokens of equal count.
+        seed: seed of the order among tokens of equal count.
         allow_future: needed in a causal decoder, where this is cheating, and meant to be.
 
     Source: arXiv:2106.04426 (oracle future hash).
@@ -158,8 +158,11 @@ def multi_hash(
         num_experts: E, what each table chooses from.
         counts: Int[V].
         num_tables: K, the segments; 2, 4 and 8 are natural (ours).
-        seed: of the tables, which differ from one another.
+        seed: seed of the tables, which differ from one another.
         capacity: slots per segment expert; None = dropless.
+
+    Raises:
+        ValueError: if `num_tables` is less than 1.
 
     Source: arXiv:2106.04426 (MultiHash). Differs: balanced tables instead of random ones.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.queueing import clear_padding, routing_of_choices, score_statistics
-from moekit.routers.scorers import ScoredRouter, Scorer
+from moekit.routers.scorers import ExpertScorer, ScoredRouter
 from moekit.routers.topk import Balance
 from moekit.routing import Capacity, Compensation, Routing, RoutingContext
 
@@ -27,6 +27,9 @@ class GroupLimit:
         groups: number of groups; must divide E.
         chosen: groups that a token may use.
         best: how many scores count for a group.
+
+    Raises:
+        ValueError: if `chosen` is not in 1..groups, or `best` is less than 1.
 
     Source: arXiv:2412.19437 section 2.1.2 (node-limited routing); best=2 as in the authors' code.
     """
@@ -64,7 +67,8 @@ class LossFreeRouter(ScoredRouter):
         num_experts: E.
         k: choices per token.
         scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
-        update_rate: u. A plain attribute: 0 freezes the bias, as DeepSeek-V3 does for its last tokens.
+        update_rate: u, by how much a step moves the bias. It may be set at any time: 0 freezes the bias, as DeepSeek-V3
+            does for its last tokens.
         score: "sigmoid" or "softmax" over experts.
         renormalise: scale the k weights of a token to sum to 1.
         scaling_factor: multiplies the weights at the end.
@@ -96,7 +100,7 @@ class LossFreeRouter(ScoredRouter):
         num_experts: int,
         k: int,
         *,
-        scorer: Scorer | None = None,
+        scorer: ExpertScorer | None = None,
         update_rate: float = 1e-3,
         score: Literal["sigmoid", "softmax"] = "sigmoid",
         renormalise: bool = False,
@@ -267,7 +271,8 @@ def deepseek_v3(
         groups: ``GroupLimit(groups=8, chosen=4)`` in the paper; None = all experts.
         scaling_factor: 2.5, as in the released model.
         update_rate: 0.001 in the paper until its last 0.5 T tokens, then 0.
-        balance: by default the sequence-wise loss, which needs `RoutingContext.sequence`; None = no loss.
+        balance: settings of the loss; None = no loss. The default is the sequence-wise one, which needs
+            `RoutingContext.sequence`.
 
     Source: arXiv:2412.19437 sections 2.1.2 and 4.2.
     """

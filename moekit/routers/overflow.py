@@ -27,6 +27,9 @@ class NoTokenLeftBehind:
     An early token's second try waits behind later tokens' first, so routes depend on later tokens: the router then
     looks ahead wherever it has a capacity.
 
+    Raises:
+        ValueError: if `rounds` is less than 1.
+
     Source: arXiv:2101.03961 appendix B, which finds no gain.
     Differs: the balance loss counts first tries (with ``Balance(when="after_drop")``: where choices ended); the
     authors' Mesh-TensorFlow code adds up the losses of four tries.

@@ -97,7 +97,8 @@ def st_moe(
         eval_capacity_factor: 2.0, as in the paper; None = dropless.
         capacity_share: "tokens" = an expert has factor * T / E slots, as in the paper; "choices" = factor * k * T / E.
         threshold: 0.2 (appendix C).
-        jitter: of the router's input; 1e-2 is an arm of the paper's stability study (section 3), 0 the default.
+        jitter: range of the noise that multiplies the router's input; 1e-2 is an arm of the paper's stability study
+            (section 3), 0 the default.
         batch_prioritised: serve tokens by probability instead of position (appendix D; encoders only).
         allow_future: accept batch priority in a causal decoder.
 

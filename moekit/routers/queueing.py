@@ -110,7 +110,7 @@ def token_choices(
     Args:
         expert: Int64[T, K].
         weight: Float32[T, K].
-        queue: from `enqueue`.
+        queue: places, as `enqueue` gives them.
         num_experts: E.
         losses: unweighted scalars by name.
         statistics: detached scalars by name.

@@ -12,7 +12,7 @@ from moekit.functional.assignment import queue_positions
 from moekit.functional.means import masked_mean
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.queueing import clear_padding
-from moekit.routers.scorers import ScoredRouter, Scorer
+from moekit.routers.scorers import ExpertScorer, ScoredRouter
 from moekit.routing import Compensation, Routing, RoutingContext
 
 
@@ -26,7 +26,10 @@ class AdaptiveCoefficient(Component):
     Args:
         target: wanted sparsity, 1 - k / E.
         start: coefficient at step 0.
-        factor: by which one step changes it.
+        factor: the number that a step multiplies or divides the coefficient by.
+
+    Raises:
+        ValueError: if `target` is not in [0, 1), `start` is not positive or `factor` not above 1.
 
     Source: arXiv:2412.14711 section 3.3 (1e-8 and 1.2).
     """
@@ -100,7 +103,7 @@ class ReLURouter(ScoredRouter):
         num_experts: int,
         k: float,
         *,
-        scorer: Scorer | None = None,
+        scorer: ExpertScorer | None = None,
         coefficient: AdaptiveCoefficient | None = None,
         init_scale: float = 0.1,
     ) -> None:

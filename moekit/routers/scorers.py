@@ -17,7 +17,7 @@ from moekit.routing import Router, RoutingContext
 _INIT_SCALE = 0.1
 
 
-class Scorer(ABC):
+class ExpertScorer(ABC):
     """Scores experts for tokens.
 
     Subclass it for scores of your own. A scorer holds settings alone. Its parameters are the router's own, under the
@@ -52,7 +52,7 @@ class Scorer(ABC):
 
 
 @dataclass(frozen=True)
-class LinearScorer(Scorer):
+class LinearScorer(ExpertScorer):
     """logits = x W_r, in float32 ("selective precision").
 
     Attributes:
@@ -75,7 +75,7 @@ class LinearScorer(Scorer):
 
 
 class ScoredRouter(Router):
-    """A router that begins with logits of a `Scorer`.
+    """A router that begins with logits of a `ExpertScorer`.
 
     Args:
         dim: D.
@@ -88,7 +88,7 @@ class ScoredRouter(Router):
     """
 
     def __init__(
-        self, dim: int, num_experts: int, scorer: Scorer | None = None, *, init_scale: float = _INIT_SCALE
+        self, dim: int, num_experts: int, scorer: ExpertScorer | None = None, *, init_scale: float = _INIT_SCALE
     ) -> None:
         super().__init__()
         if scorer is not None and init_scale != _INIT_SCALE:

@@ -10,7 +10,7 @@ from torch import Tensor
 from moekit.functional.losses import router_z
 from moekit.functional.sinkhorn import sinkhorn
 from moekit.routers.queueing import clear_padding, routing_of_choices, score_statistics
-from moekit.routers.scorers import ScoredRouter, Scorer
+from moekit.routers.scorers import ExpertScorer, ScoredRouter
 from moekit.routing import Capacity, Compensation, Routing, RoutingContext
 
 
@@ -28,14 +28,18 @@ class SinkhornRouter(ScoredRouter):
         activation: what makes a weight of a score. "softmax" over all experts, or "sigmoid" of each, as BASE layers
             and, for k = 1, Megatron-LM have it.
         capacity: slots per expert; dropless by default. The plan is balanced, its argmax nearly so.
-        iterations: most sweeps of `moekit.functional.sinkhorn`.
-        tol: its tolerance.
+        iterations: largest number of sweeps of `moekit.functional.sinkhorn`.
+        tol: relative error of the plan at which the sweeps end.
         scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
         init_scale: variance scale of the linear scorer's first weights.
-        allow_future: in training the plan weighs a token against later ones, so a causal decoder refuses this router
-            unless told that the leak is wanted.
+        allow_future: accept this router in a causal decoder, although in training its plan weighs a token against later
+            ones.
 
     Returns in `Routing.losses`: ``router_z``; in `Routing.statistics`: ``entropy`` and ``logsumexp``.
+
+    Raises:
+        ValueError: if `k` is not in 1..E, `activation` is unknown, `iterations` is less than 1 or `tol`
+            negative.
 
     Source: arXiv:2202.01169 (S-BASE); Megatron-LM's sinkhorn load balancing (plan in
         float32, without gradient, in training only).
@@ -49,7 +53,7 @@ class SinkhornRouter(ScoredRouter):
         num_experts: int,
         k: int = 1,
         *,
-        scorer: Scorer | None = None,
+        scorer: ExpertScorer | None = None,
         activation: Literal["softmax", "sigmoid"] = "softmax",
         capacity: Capacity | None = None,
         iterations: int = 100,

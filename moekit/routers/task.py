@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from moekit.routers.queueing import clear_padding, routing_of_choices
-from moekit.routers.scorers import Scorer
+from moekit.routers.scorers import ExpertScorer
 from moekit.routers.topk import TopKRouter
 from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
 @dataclass(frozen=True)
-class TaskScorer(Scorer):
+class TaskScorer(ExpertScorer):
     """logits = table[task]: learned scores of the task, the same for all of its tokens. Hidden states are not read.
 
     Attributes:
@@ -57,7 +57,7 @@ class TaskRouter(TopKRouter):
         dim: D.
         num_experts: E.
         k: choices per task.
-        num_tasks: see `TaskScorer`.
+        num_tasks: number of tasks; ids in `RoutingContext.task` are 0..num_tasks-1.
         **options: the other arguments of `TopKRouter`. The paper's top-2 gate is GShard's,
             ``renormalise="before_drop"``.
 
@@ -144,7 +144,7 @@ def _check_tasks(num_tasks: int) -> None:
         raise ValueError(f"a task router needs at least one task: got {num_tasks}.")
 
 
-def _tasks(chooser: Scorer | Router, context: RoutingContext, num_tasks: int) -> Tensor:
+def _tasks(chooser: ExpertScorer | Router, context: RoutingContext, num_tasks: int) -> Tensor:
     """Int64[T]: task ids, 0 where there is padding, which may hold anything."""
     name = type(chooser).__name__
     if context.task is None:

@@ -16,7 +16,7 @@ from moekit.routers.gating_residual import GatingResidual
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.overflow import NoTokenLeftBehind
 from moekit.routers.queueing import clear_padding, enqueue, local_groups, mask_choices, score_statistics, token_choices
-from moekit.routers.scorers import ScoredRouter, Scorer
+from moekit.routers.scorers import ExpertScorer, ScoredRouter
 from moekit.routers.second_expert import AllChoices, SecondExpertPolicy, ThresholdChoice
 from moekit.routers.sequence_capacity import SequenceCapacity
 from moekit.routing import Capacity, Compensation, Routing, RoutingContext
@@ -31,10 +31,14 @@ class Balance:
     Attributes:
         count: "first" counts first choices only (GShard, Mesh-TensorFlow, fairseq), "all" counts all k.
         when: "before_drop" counts what asked for a place in a queue, "after_drop" what was computed.
-        scope: see `moekit.functional.load_balance`. "group" counts each local group (`Capacity.group_size`) apart and
-            takes the mean of the groups' losses, as Algorithm 1 does. "global" counts over all processes and over the
-            micro-batches of the optimizer step so far (a Trainer, or `moekit.listen`, feeds `Router.observe`). In
-            evaluation it is "batch", so that processes may evaluate different numbers of batches.
+        scope: over which tokens the loss counts, as in `moekit.functional.load_balance`. "group" counts each local
+            group (`Capacity.group_size`) apart and takes the mean of the groups' losses, as Algorithm 1 does. "global"
+            counts over all processes and over the micro-batches of the optimizer step so far (a Trainer, or
+            `moekit.listen`, feeds `Router.observe`). In evaluation it is "batch", so that processes may evaluate
+            different numbers of batches.
+
+    Raises:
+        ValueError: if a field has none of the values above.
 
     Source: arXiv:2006.16668 Algorithm 1 (first choices, before drops); arXiv:2501.11873 (scope "global").
     """
@@ -144,7 +148,7 @@ class TopKRouter(ScoredRouter):
         num_experts: int,
         k: int = 1,
         *,
-        scorer: Scorer | None = None,
+        scorer: ExpertScorer | None = None,
         capacity: Capacity | SequenceCapacity | None = None,
         renormalise: Renormalise = "none",
         second_expert: SecondExpertPolicy | None = None,

@@ -26,6 +26,9 @@ class UniformRouter(Router):
         capacity: slots per expert; dropless by default. At a factor of 1 nothing is dropped.
         allow_future: accept priorities that look at later tokens in a causal decoder.
 
+    Raises:
+        ValueError: if `k` is not in 1..E, or `order` is unknown.
+
     Source: ours.
     """
 
