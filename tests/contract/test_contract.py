@@ -24,6 +24,7 @@ from moekit.routers import (
     BASELayerRouter,
     Bigram,
     CosineRouter,
+    CosineScorer,
     ExpertChoiceRouter,
     HashRouter,
     InputDropout,
@@ -35,6 +36,7 @@ from moekit.routers import (
     SampledSoftmax,
     SinkhornRouter,
     TaskRouter,
+    TaskScorer,
     TaskTableRouter,
     ThresholdChoice,
     TokenPosition,
@@ -99,6 +101,14 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "CosineRouter, two choices, capacity": lambda: CosineRouter(
         D, E, 2, projected_dim=3, capacity=Capacity(train=0.7), renormalise="after_drop", exploration=InputJitter()
     ),
+    "TopKRouter, scores of tasks, two choices": lambda: TopKRouter(D, E, 2, scorer=TaskScorer(3)),
+    "ExpertChoiceRouter, cosines": lambda: ExpertChoiceRouter(D, E, scorer=CosineScorer(3)),
+    "SinkhornRouter, cosines": lambda: SinkhornRouter(D, E, 2, scorer=CosineScorer(3)),
+    "DenseToSparseRouter, cosines": lambda: DenseToSparseRouter(
+        D, E, LinearDecay(1.0, 0.3, 5), scorer=CosineScorer(3), threshold=0.2
+    ),
+    "LossFreeRouter, scores of tasks": lambda: LossFreeRouter(D, E, 2, scorer=TaskScorer(3)),
+    "ReLURouter, cosines": lambda: ReLURouter(D, E, 1.5, scorer=CosineScorer(3)),
     "ExpertChoiceRouter": lambda: ExpertChoiceRouter(D, E, init_scale=1.0),
     "ExpertChoiceRouter, less than one": lambda: ExpertChoiceRouter(
         D, E, capacity_factor=0.5, eval_capacity_factor=3.0

@@ -233,6 +233,12 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: like_t5(feed_forward=second(lambda: sparse_layer(routers.CosineRouter(D, E)))),
         "no CosineRouter: encoder.layers.1",
     ),
+    "scorer": (
+        lambda: like_t5(
+            feed_forward=second(lambda: sparse_layer(routers.TopKRouter(D, E, scorer=routers.CosineScorer())))
+        ),
+        "no CosineScorer in a router: encoder.layers.1",
+    ),
     "two experts": (lambda: like_t5(feed_forward=second(two_experts)), "2 experts per token"),
     "batch capacity": (
         lambda: like_t5(
