@@ -71,7 +71,7 @@ def test_default_routers_are_the_presets_named_after_the_papers(
             "exploration",
             "overflow",
             "balance",
-            "init_scale",
+            "scorer",
         ):
             assert getattr(router, name) == getattr(preset, name), name
 
