@@ -143,7 +143,7 @@ class LossFreeRouter(ScoredRouter):
         self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
 
     @property
-    def expert_dims(self) -> Mapping[str, int] | None:
+    def expert_dims(self) -> Mapping[str, int] | None:  # type: ignore[override]
         """The scorer's, and the bias."""
         return {**self.scorer.expert_dims, "bias": 0}
 

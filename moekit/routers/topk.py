@@ -211,7 +211,7 @@ class TopKRouter(ScoredRouter):
         return f"{of}, scorer={self.scorer}, capacity={self.capacity}"
 
     @property
-    def expert_dims(self) -> Mapping[str, int] | None:
+    def expert_dims(self) -> Mapping[str, int] | None:  # type: ignore[override]
         """The scorer's; None beside a residual, whose map has two dimensions that count experts."""
         return None if self.residual is not None else super().expert_dims
 

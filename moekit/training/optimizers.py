@@ -106,7 +106,9 @@ def _with_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | N
     experts: dict[str, int] = {}  # the outermost bank comes first; one may wrap another
     for path, module in model.named_modules():
         axes = getattr(module, "axes", None)
-        for name, parameter in module.named_parameters() if isinstance(axes, Mapping) else ():
+        if not isinstance(axes, Mapping):
+            continue
+        for name, parameter in module.named_parameters():
             if isinstance(module, Experts):
                 experts.setdefault(f"{path}.{name}".lstrip("."), module.num_experts)
             elif "expert" in (dims := axes.get(name, ())):
