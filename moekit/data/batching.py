@@ -20,7 +20,7 @@ from moekit.data import batch as collate
 from moekit.data.batch import Batch, Width
 from moekit.data.keyed import fold, key
 from moekit.data.noising import Denoising, Masking
-from moekit.data.plan import Plan, Rows, fill
+from moekit.data.plan import Rows, StepPlan, fill
 from moekit.data.ragged import Ragged
 from moekit.data.span_corruption import SpanCorruption
 from moekit.data.store import TokenStore
@@ -128,7 +128,7 @@ class TrainingSteps(Dataset[dict[str, Batch]]):
         rank: whose share to give.
     """
 
-    def __init__(self, tasks: Mapping[str, tuple[Task, Plan]], builder: Builder, rank: Rank | None = None) -> None:
+    def __init__(self, tasks: Mapping[str, tuple[Task, StepPlan]], builder: Builder, rank: Rank | None = None) -> None:
         self._tasks = dict(tasks)
         self._builder = builder
         self._rank = rank or Rank()

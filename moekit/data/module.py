@@ -15,7 +15,7 @@ from moekit.data.batch import TASKS
 from moekit.data.batching import Builder, EvaluationBatches, EvaluationLoader, Rank, StepLoader, TrainingSteps
 from moekit.data.mixture import Constant, TemperatureSchedule
 from moekit.data.noising import ELECTRA, Denoising, Masking
-from moekit.data.plan import Plan
+from moekit.data.plan import StepPlan
 from moekit.data.span_corruption import SpanCorruption
 from moekit.data.store import TokenStore, Wanted, cached_store, monolingual_section, parallel_section
 from moekit.data.streams import SPECIALS, Noise, Stream, Task, TooLong, open_chunks, open_stream
@@ -360,10 +360,10 @@ class MultitaskData(L.LightningDataModule):
             limit=limit,
         )
 
-    def _planned(self, name: str, rank: Rank) -> tuple[Task, Plan]:
+    def _planned(self, name: str, rank: Rank) -> tuple[Task, StepPlan]:
         task, data = self._task(name, "train"), self.tasks[name]
         total = sum(t.share for t in self.tasks.values())
-        plan = Plan(
+        plan = StepPlan(
             name,
             task.sizes(self.pad_multiple),
             budget=int(self.tokens_per_step * data.share / total),
@@ -374,7 +374,7 @@ class MultitaskData(L.LightningDataModule):
         )
         return task, plan
 
-    def _whole_epoch(self, steps: Mapping[str, tuple[Task, Plan]]) -> int:
+    def _whole_epoch(self, steps: Mapping[str, tuple[Task, StepPlan]]) -> int:
         task, plan = next(iter(steps.values()))
         return max(1, math.ceil(len(task) / plan.rows_per_step))
 

@@ -4,7 +4,7 @@ found = import_model("switch-base-8")
 export_model(found.model, "again", tokens=found.tokens)
 """
 
-from moekit.huggingface.architecture import Architecture, Tokens
+from moekit.huggingface.architecture import Architecture, TokenIds
 from moekit.huggingface.describing import describe
 from moekit.huggingface.reading import Blueprint, Imported, import_model, open_folder
 from moekit.huggingface.tokenizers import read_tokenizer
@@ -14,7 +14,7 @@ __all__ = [
     "Architecture",
     "Blueprint",
     "Imported",
-    "Tokens",
+    "TokenIds",
     "describe",
     "export_model",
     "import_model",

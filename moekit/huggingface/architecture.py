@@ -15,9 +15,9 @@ from moekit.mixing import ExpertOutputMasking
 from moekit.routers import (
     AllChoices,
     InputJitter,
-    LaterChoices,
     RandomChoice,
     SampledChoice,
+    SecondExpertPolicy,
     SequenceCapacity,
     TopKRouter,
 )
@@ -44,7 +44,7 @@ NAMES: dict[Kind, str] = {
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenIds:
     """Ids with a meaning of their own; the defaults are those of moekit's tokenizer.
 
     Attributes:
@@ -186,7 +186,7 @@ class Architecture:
         hidden_dim, activation, dropout = self.hidden_dim[side], self.activation, self.hidden_dropout
         if layer not in self.sparse[side]:
             return MLP(self.dim, hidden_dim, activation=activation, dropout=dropout, bias=self.bias)
-        later: dict[SecondExpert, LaterChoices] = {
+        later: dict[SecondExpert, SecondExpertPolicy] = {
             "all": AllChoices(), "sampling": SampledChoice(), "random": RandomChoice(0.5),
         }  # fmt: skip
         router = TopKRouter(
@@ -195,7 +195,7 @@ class Architecture:
             self.k,
             capacity=None if self.limit is None else SequenceCapacity(self.limit),
             renormalise=self.renormalise,
-            later_choices=later[self.second_expert],
+            second_expert=later[self.second_expert],
             exploration=InputJitter(self.jitter) if self.jitter else None,
         )
         bank = GroupedMLP(

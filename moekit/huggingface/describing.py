@@ -11,7 +11,7 @@ from moekit.errors import UserError
 from moekit.experts import GroupedMLP
 from moekit.huggingface.architecture import NAMES, Architecture, Kind
 from moekit.layer import MoELayer
-from moekit.routers import InputJitter, SequenceCapacity, ThresholdChoice, TopKRouter
+from moekit.routers import InputJitter, LinearScorer, SequenceCapacity, ThresholdChoice, TopKRouter
 from moekit.transformer import (
     MLP,
     Block,
@@ -167,6 +167,8 @@ class _Reader:
             raise self.refuse(f"{type(feed.experts).__name__} as experts", path)
         if type(feed.router) is not TopKRouter:
             raise self.refuse(f"{type(feed.router).__name__}", path)
+        if not isinstance(feed.router.scorer, LinearScorer):
+            raise self.refuse(f"{type(feed.router.scorer).__name__} in a router", path)
         if feed.shared is not None:
             raise self.refuse("branch beside the experts (shared)", path)
         if feed.phase is not None and feed.phase.active:
@@ -191,7 +193,7 @@ class _Reader:
                     f"capacity relative to the batch (capacity factor {capacity.eval:g} in evaluation)", path,
                     " Make it dropless in evaluation: Capacity(eval=None).",
                 )  # fmt: skip
-            if k == 2 and isinstance(router.later_choices, ThresholdChoice):
+            if k == 2 and isinstance(router.second_expert, ThresholdChoice):
                 raise self.refuse("threshold for second experts in evaluation", path)
             if k == 2 and router.renormalise == "none":
                 raise self.refuse("two weights that do not sum to 1 (renormalise)", path)

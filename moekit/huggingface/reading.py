@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moekit.errors import UserError
 from moekit.huggingface import nllb, switch
-from moekit.huggingface.architecture import NAMES, Architecture, Kind, Tokens
+from moekit.huggingface.architecture import NAMES, Architecture, Kind, TokenIds
 from moekit.huggingface.fields import Fields
 from moekit.huggingface.links import Link
 from moekit.surgery.mapped import MappedTensor, read_safetensors
@@ -35,12 +35,12 @@ class Imported:
 
     Attributes:
         model: in evaluation mode.
-        tokens: special ids; ``SpecialTokens(**dataclasses.asdict(tokens))`` is what `moekit.inference.generate` takes.
+        tokens: special ids; ``TokenIds(**dataclasses.asdict(tokens))`` is what `moekit.inference.generate` takes.
         architecture: what was found.
     """
 
     model: EncoderDecoder
-    tokens: Tokens
+    tokens: TokenIds
     architecture: Architecture
 
 
@@ -58,7 +58,7 @@ class Blueprint:
     """
 
     model: EncoderDecoder
-    tokens: Tokens
+    tokens: TokenIds
     architecture: Architecture
     links: tuple[Link, ...]
     tensors: Mapping[str, MappedTensor]
@@ -171,7 +171,7 @@ def _kind(config: Mapping[str, Any], where: str) -> Kind:
     raise UserError(f"{where}: model_type must be one of {', '.join(NAMES)}: got {said!r}.")
 
 
-def _tokens(folder: Path, config: Mapping[str, Any], where: str) -> Tokens:
+def _tokens(folder: Path, config: Mapping[str, Any], where: str) -> TokenIds:
     """Special ids: what generation_config.json says, else config.json."""
     said = _json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     given = {k: said[k] if said.get(k) is not None else config.get(k) for k in _IDS}
@@ -182,7 +182,7 @@ def _tokens(folder: Path, config: Mapping[str, Any], where: str) -> Tokens:
     defaults["decoder_start_token_id"] = 0 if switches else 2
     fields = Fields(given, defaults, where)
     # NLLB counts positions from the padding id of config.json.
-    return Tokens(*(fields.integer(name) for name in _IDS))
+    return TokenIds(*(fields.integer(name) for name in _IDS))
 
 
 _IDS = ("pad_token_id", "decoder_start_token_id", "eos_token_id")

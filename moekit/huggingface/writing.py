@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
-from moekit.huggingface.architecture import NAMES, Architecture, Kind, Tokens
+from moekit.huggingface.architecture import NAMES, Architecture, Kind, TokenIds
 from moekit.huggingface.describing import describe
 from moekit.huggingface.links import Link
 from moekit.huggingface.reading import EXACT, FAMILIES, FORM, FORM_FIELDS, INDEX, WEIGHTS
@@ -29,7 +29,7 @@ def export_model(
     folder: Path | str,
     *,
     kind: Kind | None = None,
-    tokens: Tokens | None = None,
+    tokens: TokenIds | None = None,
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
@@ -61,7 +61,7 @@ def export_model(
         opens there with other logits; its dense layers are right.
     """
     folder = Path(folder)
-    tokens = tokens or Tokens()
+    tokens = tokens or TokenIds()
     architecture = describe(model, kind)
     config = _config(model, architecture, tokens)
     if tokenizer is not None and tokenizer.vocab_size != architecture.vocab_size:
@@ -69,8 +69,8 @@ def export_model(
             f"the tokenizer must have the model's vocabulary of {architecture.vocab_size}: it has "
             f"{tokenizer.vocab_size}."
         )
-    if tokenizer is not None and tokens != Tokens():
-        raise UserError(f"with a tokenizer the special ids are its own, {Tokens()}: got {tokens}. Leave tokens out.")
+    if tokenizer is not None and tokens != TokenIds():
+        raise UserError(f"with a tokenizer the special ids are its own, {TokenIds()}: got {tokens}. Leave tokens out.")
     never = [tokens.pad]
     if tokenizer is not None:
         never = [i for i in range(tokenizer.first_text_id) if i != tokens.eos]
@@ -94,7 +94,7 @@ def export_model(
     return folder
 
 
-def _config(model: nn.Module, ours: Architecture, tokens: Tokens) -> dict[str, Any]:
+def _config(model: nn.Module, ours: Architecture, tokens: TokenIds) -> dict[str, Any]:
     if ours.kind == "nllb-moe" and ours.first_position != tokens.pad + 1:
         raise UserError(
             "transformers' NllbMoeForConditionalGeneration counts positions from pad_token_id + 1: this model counts "
@@ -122,7 +122,7 @@ def _config(model: nn.Module, ours: Architecture, tokens: Tokens) -> dict[str, A
     }
 
 
-def _generation(tokens: Tokens, never: Sequence[int]) -> dict[str, Any]:
+def _generation(tokens: TokenIds, never: Sequence[int]) -> dict[str, Any]:
     """What `generate` of transformers is to do as ours does: never write padding and, with a tokenizer, any mark."""
     return {
         "pad_token_id": tokens.pad,

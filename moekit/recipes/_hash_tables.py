@@ -34,7 +34,6 @@ _POSITIONS = 4096
 
 def hash_router(
     kind: Hash,
-    dim: int,
     num_experts: int,
     vocab_size: int,
     data: MultitaskData | None,
@@ -47,7 +46,6 @@ def hash_router(
 
     Args:
         kind: what chooses the expert; see `moekit.routers`. The oracle may stand in a decoder.
-        dim: D.
         num_experts: E.
         vocab_size: V.
         data: the run's, whose training text is counted as the model will see it: bos before every sentence, the last
@@ -71,27 +69,27 @@ def hash_router(
     begin, end = (None, None) if data is None else (data.tokenizer.bos_id, data.tokenizer.eos_id)
     match kind:
         case "balanced" if tables > 1:
-            return multi_hash(dim, num_experts, counts(before=begin), num_tables=tables, seed=seed)
+            return multi_hash(num_experts, counts(before=begin), num_tables=tables, seed=seed)
         case "balanced":
-            return hash_layers(dim, num_experts, counts(before=begin), seed=seed)
+            return hash_layers(num_experts, counts(before=begin), seed=seed)
         case "random":
-            return hash_random(dim, num_experts, vocab_size, seed=seed)
+            return hash_random(num_experts, vocab_size, seed=seed)
         case "previous":
-            return hash_previous(dim, num_experts, counts(before=begin), seed=seed)
+            return hash_previous(num_experts, counts(before=begin), seed=seed)
         case "bigram":
             key = Bigram(vocab_size, seed=seed)
             pairs = None if data is None else bigram_counts(data.store, key, before=begin)
-            return hash_bigram(dim, num_experts, key, counts=pairs, seed=seed)
+            return hash_bigram(num_experts, key, counts=pairs, seed=seed)
         case "position":
-            return hash_position(dim, num_experts, _POSITIONS, seed=seed)
+            return hash_position(num_experts, _POSITIONS, seed=seed)
         case "clustered" | "dispersed" if data is None:
-            return hash_random(dim, num_experts, vocab_size, seed=seed)
+            return hash_random(num_experts, vocab_size, seed=seed)
         case "clustered":
-            return hash_clustered(dim, num_experts, _embeddings(embeddings, vocab_size), seed=seed)
+            return hash_clustered(num_experts, _embeddings(embeddings, vocab_size), seed=seed)
         case "dispersed":
-            return hash_dispersed(dim, num_experts, _embeddings(embeddings, vocab_size), seed=seed)
+            return hash_dispersed(num_experts, _embeddings(embeddings, vocab_size), seed=seed)
         case "oracle":
-            return hash_oracle(dim, num_experts, counts(after=end), seed=seed, allow_future=True)
+            return hash_oracle(num_experts, counts(after=end), seed=seed, allow_future=True)
 
 
 def _embeddings(run: str | None, vocab_size: int) -> Tensor:

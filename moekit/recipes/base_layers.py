@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from moekit.errors import UserError
-from moekit.experts import BaseStack
+from moekit.experts import BASELayerStack
 from moekit.heads import CausalLMHead
 from moekit.layer import MoELayer
 from moekit.recipes._command import Recipe, main
@@ -74,7 +74,7 @@ def build(config: Config, vocab_size: int) -> Built:
         # The assignment of training weighs a token against later ones, as in the paper; evaluation does not.
         shuffle = RankShuffle() if model.shuffle else None
         router = base_layers(model.dim, model.num_experts, shuffle=shuffle, allow_future=True)
-        stack = BaseStack(
+        stack = BASELayerStack(
             model.num_experts, model.dim, hidden_dim, num_layers=model.sublayers, activation=model.activation
         )
         return MoELayer(router, stack)

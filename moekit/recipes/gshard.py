@@ -32,11 +32,19 @@ from moekit.recipes._networks import (
 )
 from moekit.recipes._parts import Built
 from moekit.recipes._pipeline import commands
-from moekit.routers import AllChoices, Balance, LaterChoices, RandomChoice, SampledChoice, ThresholdChoice, TopKRouter
+from moekit.routers import (
+    AllChoices,
+    Balance,
+    RandomChoice,
+    SampledChoice,
+    SecondExpertPolicy,
+    ThresholdChoice,
+    TopKRouter,
+)
 from moekit.routing import Capacity
 from moekit.transformer import Side
 
-SECOND: Mapping[str, LaterChoices] = {
+SECOND: Mapping[str, SecondExpertPolicy] = {
     "random": RandomChoice(0.5),  # Algorithm 1: 2 g > U(0, 1)
     "always": AllChoices(),
     "threshold": ThresholdChoice(0.2),  # the last two: the authors' and fairseq's code, not the paper
@@ -92,7 +100,7 @@ def build(config: Config, vocab_size: int) -> Built:
                 group_size=model.group_size or None,
             ),
             renormalise="before_drop",
-            later_choices=SECOND[model.second_expert],
+            second_expert=SECOND[model.second_expert],
             balance=Balance(scope="group" if model.group_size else "batch"),
             init_scale=1.0,
         )

@@ -83,7 +83,7 @@ def build(config: Config, vocab_size: int, data: MultitaskData | None = None) ->
 
     def experts(layer: int, side: Side) -> MoELayer:
         chosen = hash_router(
-            model.hash, model.dim, model.num_experts, vocab_size, data,
+            model.hash, model.num_experts, vocab_size, data,
             tables=model.tables, seed=model.hash_seed, embeddings=model.embeddings,
         )  # fmt: skip
         if model.tables == 1:

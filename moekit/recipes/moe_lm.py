@@ -79,7 +79,7 @@ def build(config: Config, vocab_size: int) -> Built:
             model.num_experts,
             k=model.k,
             capacity=Capacity(train=model.capacity_factor or None, eval=model.eval_capacity_factor or None),
-            later_choices=SampledChoice() if model.second_expert == "sampled" else None,
+            second_expert=SampledChoice() if model.second_expert == "sampled" else None,
             renormalise="after_drop",  # fairseq's default: what survives of a token's two experts sums to one
         )
         return MoELayer(router, expert_bank(model))

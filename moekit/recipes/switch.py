@@ -107,7 +107,7 @@ def build(config: Config, vocab_size: int) -> Built:
                 train=model.capacity_factor or None, eval=model.eval_capacity_factor or None, share="tokens"
             ),
             renormalise="none" if model.k == 1 else "before_drop",
-            later_choices=None if model.k == 1 else RandomChoice(0.5),
+            second_expert=None if model.k == 1 else RandomChoice(0.5),
             exploration=EXPLORATION[model.exploration],
             overflow=NoTokenLeftBehind() if model.overflow == "reroute" else None,
             allow_future=model.overflow == "reroute",  # whose second tries wait for later tokens, as in the original

@@ -19,6 +19,7 @@ from moekit.layer import AuxLosses
 from moekit.parallel.gradients import global_weights
 from moekit.training.metrics import RoutingStatistics, TokenPerplexity, TranslationScore
 from moekit.training.schedules import per_step
+from moekit.transformer import routed_layers
 
 
 class Translate(Protocol):
@@ -116,8 +117,9 @@ class MultitaskModule(L.LightningModule):
 
         self.valid_perplexity = TokenPerplexity(tasks)
         self.valid_accuracy = MetricCollection({task: _mean() for task in tasks}, compute_groups=False)
-        layers = sparse_layers(backbone)
-        fixed = [name for name in layers if not _learns(feed_forward_of(backbone, name))]
+        sparse: dict[str, Any] = routed_layers(backbone)
+        layers = {name: int(layer.num_experts) for name, layer in sparse.items()}
+        fixed = [name for name, layer in sparse.items() if not _learns(layer)]
         self.train_routing = RoutingStatistics(layers, self.languages, fixed) if layers else None
         self.valid_routing = RoutingStatistics(layers, self.languages, fixed) if layers else None
         self.test_score = TranslationScore(directions) if directions else None
@@ -313,17 +315,6 @@ class MultitaskModule(L.LightningModule):
 def _mean() -> MeanMetric:
     """A mean of numbers that are never NaN: looking for one would wait for the device at every update."""
     return MeanMetric(nan_strategy="disable")
-
-
-def sparse_layers(backbone: Any) -> dict[str, int]:
-    """Number of experts of every sparse layer of a transformer, by its name in `routed_layers`."""
-    return {name: int(feed_forward_of(backbone, name).num_experts) for name in backbone.routed_layers}
-
-
-def feed_forward_of(backbone: Any, name: str) -> Any:
-    """The sparse layer with that name in `routed_layers`."""
-    side, number = name.split(".")
-    return getattr(backbone, side).blocks[int(number)].feed_forward
 
 
 def _learns(layer: nn.Module) -> bool:

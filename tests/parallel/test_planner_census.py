@@ -16,10 +16,10 @@ from moekit.planner import (
     DEEPSPEED_3_5T,
     ST_MOE_32B,
     ZCODE_M3_10B,
+    GatheredUnit,
     Layout,
     Training,
     TransformerShape,
-    Unit,
     measure,
     plan,
     take_census,
@@ -125,7 +125,7 @@ def test_activations_of_a_real_forward(precision: str) -> None:
 def test_a_shape_is_counted_as_the_module_it_describes() -> None:
     training = Training(checkpointing=True)
 
-    def equal(a: tuple[Unit, ...], b: tuple[Unit, ...]) -> bool:
+    def equal(a: tuple[GatheredUnit, ...], b: tuple[GatheredUnit, ...]) -> bool:
         return set(a) == set(b) and len(a) == len(b)
 
     for shape in (*SHAPES.values(), ZCODE_M3_10B, ST_MOE_32B, DEEPSPEED_3_5T):

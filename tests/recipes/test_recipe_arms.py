@@ -67,11 +67,11 @@ def test_default_routers_are_the_presets_named_after_the_papers(
             "k",
             "capacity",
             "renormalise",
-            "later_choices",
+            "second_expert",
             "exploration",
             "overflow",
             "balance",
-            "init_scale",
+            "scorer",
         ):
             assert getattr(router, name) == getattr(preset, name), name
 
@@ -92,7 +92,7 @@ def test_arms_of_switch() -> None:
 def test_top_2_of_switch() -> None:
     """The paper's MoE-Base: two experts at the capacity that Switch has (table 1), and their twin of equal cost."""
     for router in routers(switch, k=2, capacity_factor=1.0, eval_capacity_factor=2.0):
-        assert (router.k, router.renormalise, router.later_choices) == (2, "before_drop", RandomChoice(0.5))
+        assert (router.k, router.renormalise, router.second_expert) == (2, "before_drop", RandomChoice(0.5))
         assert router.capacity == Capacity(train=1.0, eval=2.0, share="tokens")
     twin = network(switch, k=2, num_experts=0).encoder.layers[1].feed_forward  # type: ignore[union-attr, index]
     assert twin.w_out.in_features == 2 * 24
@@ -105,16 +105,16 @@ def test_arms_of_gshard() -> None:
         "threshold": ThresholdChoice(0.2),
         "sampled": SampledChoice(),
     }
-    assert all(router.later_choices == RandomChoice(0.5) for router in routers(gshard))
+    assert all(router.second_expert == RandomChoice(0.5) for router in routers(gshard))
     for name, policy in policies.items():
         made = routers(gshard, second_expert=name, eval_capacity_factor=1.5)
-        assert all(router.later_choices == policy and router.capacity.eval == 1.5 for router in made)
+        assert all(router.second_expert == policy and router.capacity.eval == 1.5 for router in made)
 
 
 def test_arms_of_moe_lm() -> None:
-    assert all(router.later_choices == AllChoices() for router in routers(moe_lm))
+    assert all(router.second_expert == AllChoices() for router in routers(moe_lm))
     sampled = routers(moe_lm, second_expert="sampled", eval_capacity_factor=1.0)
-    assert all(router.later_choices == SampledChoice() and router.capacity.eval == 1.0 for router in sampled)
+    assert all(router.second_expert == SampledChoice() and router.capacity.eval == 1.0 for router in sampled)
 
 
 @pytest.mark.parametrize(("half", "places"), [("both", [1, 3, 5, 7]), ("first", [1, 3]), ("second", [5, 7])])
@@ -138,7 +138,7 @@ def test_arms_of_st_moe() -> None:
     assert priorities == ["probability", "position"]
     for k, weights in ((1, "none"), (3, "before_drop")):
         for router in routers(st_moe, k=k, capacity_factor=0.75, eval_capacity_factor=3.0, threshold=0.05):
-            assert (router.k, router.renormalise, router.later_choices) == (k, weights, RandomChoice(0.05))
+            assert (router.k, router.renormalise, router.second_expert) == (k, weights, RandomChoice(0.05))
             assert router.capacity == Capacity(train=0.75, eval=3.0, share="tokens")
     assert all(router.capacity.share == "choices" for router in routers(st_moe, capacity_share="choices"))
     assert all(router.exploration == InputJitter(1e-2) for router in routers(st_moe, jitter=1e-2))

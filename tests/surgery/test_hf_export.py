@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from moekit import experts, routers
 from moekit.errors import UserError
-from moekit.huggingface import Imported, Tokens, describe, export_model, import_model
+from moekit.huggingface import Imported, TokenIds, describe, export_model, import_model
 from moekit.layer import MoELayer
 from moekit.mixing import ExpertOutputMasking
 from moekit.routing import Capacity
@@ -58,7 +58,7 @@ def like_t5(**options: Any) -> EncoderDecoder:
 
 
 def two_experts(bias: bool = False, **options: Any) -> MoELayer:
-    router = routers.TopKRouter(D, E, 2, renormalise="before_drop", later_choices=routers.RandomChoice(0.5))
+    router = routers.TopKRouter(D, E, 2, renormalise="before_drop", second_expert=routers.RandomChoice(0.5))
     return MoELayer(router, experts.GroupedMLP(E, D, F, bias=bias), **options)
 
 
@@ -114,7 +114,7 @@ def same_bits(a: nn.Module, b: nn.Module) -> None:
 
 
 def as_found(model: EncoderDecoder) -> Imported:
-    return Imported(model, Tokens(), describe(model))
+    return Imported(model, TokenIds(), describe(model))
 
 
 @pytest.mark.parametrize("shape", T5S)
@@ -127,7 +127,7 @@ def test_as_switch_transformers(shape: str, tmp_path: Path) -> None:
     again = import_model(tmp_path / "model")
     same_bits(again.model, ours)
     assert torch.equal(our_logits(again.model), our_logits(ours))
-    assert again.tokens == Tokens()
+    assert again.tokens == TokenIds()
 
 
 @pytest.mark.parametrize("shape", NLLBS)
@@ -202,7 +202,7 @@ def test_several_files(tmp_path: Path) -> None:
 
 
 def test_other_marks_and_types(tmp_path: Path) -> None:
-    tokens = Tokens(pad=2, bos=0, eos=7)
+    tokens = TokenIds(pad=2, bos=0, eos=7)
     ours = like_nllb(feed_forward=None, positions=SplitSinusoidalPositions(first=3)).bfloat16()
     theirs = opened(export_model(ours, tmp_path / "model", tokens=tokens))
     assert next(theirs.parameters()).dtype == torch.bfloat16
@@ -232,6 +232,12 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "router": (
         lambda: like_t5(feed_forward=second(lambda: sparse_layer(routers.CosineRouter(D, E)))),
         "no CosineRouter: encoder.layers.1",
+    ),
+    "scorer": (
+        lambda: like_t5(
+            feed_forward=second(lambda: sparse_layer(routers.TopKRouter(D, E, scorer=routers.CosineScorer())))
+        ),
+        "no CosineScorer in a router: encoder.layers.1",
     ),
     "two experts": (lambda: like_t5(feed_forward=second(two_experts)), "2 experts per token"),
     "batch capacity": (
@@ -315,7 +321,7 @@ def test_where_it_is_written(tmp_path: Path) -> None:
         export_model(ours, folder)
     before = sorted(p.name for p in folder.iterdir())
     with pytest.raises(UserError, match="id of eos must be below the vocabulary of 40: got 99"):
-        export_model(ours, folder, tokens=Tokens(eos=99), overwrite=True)
+        export_model(ours, folder, tokens=TokenIds(eos=99), overwrite=True)
     assert sorted(p.name for p in folder.iterdir()) == before, "the earlier export is whole"
     export_model(shake(ours), folder, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "full"], "no draft is left"

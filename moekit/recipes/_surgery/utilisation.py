@@ -15,7 +15,8 @@ from moekit.recipes._config import active_tasks
 from moekit.recipes._parts import elsewhere, make_module, make_trainer, quiet
 from moekit.recipes._run_text import evaluation_data
 from moekit.recipes._surgery.subject import Subject, with_setting
-from moekit.training.multitask import MultitaskModule, feed_forward_of
+from moekit.training.multitask import MultitaskModule
+from moekit.transformer import routed_layers
 
 
 def measured_load(subject: Subject, *, language: str | None = None, task: str | None = None) -> dict[str, Tensor]:
@@ -74,7 +75,7 @@ def layer_names(subject: Subject) -> dict[str, str]:
     """Dotted paths of sparse layers by the names that reports have for them, such as ``encoder.1``."""
     model: Any = subject.model()
     paths = {id(module): path for path, module in model.named_modules()}
-    return {name: paths[id(feed_forward_of(model["backbone"], name))] for name in model["backbone"].routed_layers}
+    return {name: paths[id(layer)] for name, layer in routed_layers(model["backbone"]).items()}
 
 
 def trained_module(

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from moekit.experts import GroupedMLP
-from moekit.functional import race
+from moekit.functional import gumbel_topk_scores
 from moekit.layer import MoELayer
 from moekit.routers import (
     AllChoices,
     Exploration,
     InputDropout,
     InputJitter,
-    LaterChoices,
     RandomChoice,
     SampledChoice,
     SampledSoftmax,
+    SecondExpertPolicy,
     ThresholdChoice,
     TopKRouter,
 )
@@ -44,7 +44,7 @@ def shares(expert: Tensor) -> Tensor:
 
 def test_race_draws_from_the_distribution() -> None:
     with seeded(0):
-        order = race(PROBS.expand(DRAWS, E)).argsort(-1, descending=True)
+        order = gumbel_topk_scores(PROBS.expand(DRAWS, E)).argsort(-1, descending=True)
     assert float((shares(order[:, 0]) - PROBS).abs().max()) < ERROR
     second = sum(PROBS[i] * (PROBS / (1 - PROBS[i])).scatter(0, torch.tensor(i), 0.0) for i in range(E))
     assert float((shares(order[:, 1]) - second).abs().max()) < ERROR
@@ -52,11 +52,11 @@ def test_race_draws_from_the_distribution() -> None:
 
 def test_race_never_draws_what_has_no_probability() -> None:
     probs = torch.tensor([0.0, 1e-30, 0.0, 0.0]).expand(1000, E)
-    assert bool((race(probs).argmax(-1) == 1).all())
+    assert bool((gumbel_topk_scores(probs).argmax(-1) == 1).all())
 
 
 def test_sampled_choice_keeps_the_best_and_draws_the_rest() -> None:
-    router, x = of_probs(k=3, later_choices=SampledChoice())
+    router, x = of_probs(k=3, second_expert=SampledChoice())
     with seeded(1):
         routing = router.train()(x)
     expert = routing.expert.view(3, DRAWS)
@@ -70,7 +70,7 @@ def test_sampled_choice_keeps_the_best_and_draws_the_rest() -> None:
 
 
 def test_threshold_choice_is_the_same_in_evaluation() -> None:
-    router = TopKRouter(D, E, 2, renormalise="before_drop", later_choices=ThresholdChoice(0.3), init_scale=9.0)
+    router = TopKRouter(D, E, 2, renormalise="before_drop", second_expert=ThresholdChoice(0.3), init_scale=9.0)
     x = torch.randn(T, D, generator=torch.Generator().manual_seed(0))
     trained, evaluated = router.train()(x), router.eval()(x)
     assert torch.equal(trained.queued, evaluated.queued)
@@ -82,16 +82,16 @@ def test_threshold_choice_is_the_same_in_evaluation() -> None:
 
 def test_all_choices_is_the_default() -> None:
     router = TopKRouter(D, E, 2)
-    assert router.later_choices == AllChoices()
+    assert router.second_expert == AllChoices()
     assert bool(router.train()(torch.randn(T, D)).queued.all())
 
 
 def test_a_policy_of_ones_own() -> None:
-    class Never(LaterChoices):
+    class Never(SecondExpertPolicy):
         def send(self, weight: Tensor, *, training: bool) -> Tensor:
             return torch.zeros_like(weight, dtype=torch.bool)
 
-    routing = TopKRouter(D, E, 2, later_choices=Never())(torch.randn(T, D))
+    routing = TopKRouter(D, E, 2, second_expert=Never())(torch.randn(T, D))
     assert routing.queued.view(2, T).sum(1).tolist() == [T, 0]
 
 

@@ -8,14 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from moekit.functional.precision import wide_linear
+from moekit.functional.means import masked_mean
+from moekit.functional.precision import float32_linear
 from moekit.kernels.balanced_assignment import balanced_assignment
-from moekit.routers.queueing import clear_padding, mask_choices, serve, token_choices
+from moekit.routers.queueing import clear_padding, routing_of_choices
 from moekit.routers.rank_shuffle import RankShuffle
 from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
-class BaseRouter(Router):
+class BASELayerRouter(Router):
     """One expert per token: in training by balanced assignment, in evaluation the one with the best score.
 
     scores = x W_r. Training: the experts a_t that maximise sum_t scores[t, a_t] while every expert gets T / E of the
@@ -23,7 +24,7 @@ class BaseRouter(Router):
     a_t). The assignment has no gradient: x and W_r learn through the weight alone. Which of the two it is depends on
     ``self.training`` and on nothing else.
 
-    With `moekit.experts.BaseStack`, which returns what its blocks add, and the residual around the layer:
+    With `moekit.experts.BASELayerStack`, which returns what its blocks add, and the residual around the layer:
 
         y_t = x_t + sigmoid(x_t . w_{a_t}) (f_{a_t}(x_t) - x_t)
 
@@ -43,6 +44,9 @@ class BaseRouter(Router):
 
     Returns in `Routing.losses`: nothing; in `Routing.statistics`: ``greedy_agreement``, the share of real tokens that
     are at their best expert (1 in evaluation).
+
+    Raises:
+        ValueError: if `dim` or `num_experts` is less than 1.
 
     Source: arXiv:2103.16716 eq. 1 and assignment in training and at test; sigmoid, initialisation (gain 0.1) and the
         form of y as in the authors' code. Differs: eq. 1 adds x once more, outside; the code does not. The assignment
@@ -65,7 +69,7 @@ class BaseRouter(Router):
     ) -> None:
         super().__init__()
         if dim < 1 or num_experts < 1:
-            raise ValueError(f"BaseRouter needs dim and num_experts of at least 1: got {dim} and {num_experts}.")
+            raise ValueError(f"BASELayerRouter needs dim and num_experts of at least 1: got {dim} and {num_experts}.")
         self.dim, self.num_experts, self.init_gain = dim, num_experts, init_gain
         self.shuffle, self.allow_future = shuffle, allow_future
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
@@ -89,7 +93,7 @@ class BaseRouter(Router):
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""
         mask = None if context is None else context.mask
-        logits = wide_linear(clear_padding(x, mask), self.weight)
+        logits = float32_linear(clear_padding(x, mask), self.weight)
         scores = logits.detach()
         best = scores.argmax(-1)
         capacity, expert = Capacity(), best
@@ -97,14 +101,15 @@ class BaseRouter(Router):
             expert = self._assign(scores, mask).clamp_min(0)
             if self.shuffle is None or self.shuffle.num_ranks == 1:
                 capacity = Capacity(train=1.0, minimum=1)
-        expert = expert[:, None]
-        weight = logits.gather(1, expert).sigmoid()
-        wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), mask)
-        served = serve(
-            expert, wanted, weight, self.num_experts, capacity, training=self.training, all_wanted=mask is None
+        return routing_of_choices(
+            expert,
+            logits.gather(1, expert[:, None]).sigmoid().squeeze(1),
+            self.num_experts,
+            mask=mask,
+            capacity=capacity,
+            training=self.training,
+            statistics={"greedy_agreement": masked_mean((expert == best).to(torch.float32), mask)},
         )
-        agreed = (wanted & (expert == best[:, None])).sum(dtype=torch.float32) / wanted.sum().clamp_min(1)
-        return token_choices(expert, weight, served, self.num_experts, statistics={"greedy_agreement": agreed})
 
     def _assign(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         """Int64[T], -1 at padding."""
@@ -119,10 +124,10 @@ class BaseRouter(Router):
 
 def base_layers(
     dim: int, num_experts: int, *, shuffle: RankShuffle | None = None, allow_future: bool = False
-) -> BaseRouter:
+) -> BASELayerRouter:
     """BASE layers: balanced assignment in training, greedy at test, sigmoid gate, no loss.
 
-    Its bank is `moekit.experts.BaseStack`. The paper clips gradients by the norm of shared parameters alone.
+    Its bank is `moekit.experts.BASELayerStack`. The paper clips gradients by the norm of shared parameters alone.
 
     Args:
         dim: D.
@@ -136,10 +141,10 @@ def base_layers(
     Example:
         >>> import torch
         >>> import moekit as mk
-        >>> moe = mk.MoELayer(mk.routers.base_layers(16, 4), mk.experts.BaseStack(4, 16, 64, num_layers=2))
+        >>> moe = mk.MoELayer(mk.routers.base_layers(16, 4), mk.experts.BASELayerStack(4, 16, 64, num_layers=2))
         >>> x = torch.randn(2, 20, 16)
         >>> y = x + moe.train()(x).hidden
         >>> mk.routing_stats(moe(x).routing).load
         tensor([10, 10, 10, 10])
     """
-    return BaseRouter(dim, num_experts, shuffle=shuffle, allow_future=allow_future)
+    return BASELayerRouter(dim, num_experts, shuffle=shuffle, allow_future=allow_future)

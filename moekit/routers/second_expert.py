@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moekit.functional.sampling import race
+from moekit.functional.sampling import gumbel_topk_scores
 
 
-class LaterChoices(ABC):
+class SecondExpertPolicy(ABC):
     """How a token's second, third, ... choices are picked, and whether they are sent to their experts.
 
     Subclass it for a policy of your own: `pick` chooses experts, `send` says which of the later choices go.
@@ -41,7 +41,7 @@ class LaterChoices(ABC):
 
 
 @dataclass(frozen=True)
-class AllChoices(LaterChoices):
+class AllChoices(SecondExpertPolicy):
     """Every choice is sent.
 
     Source: the policy "all" of fairseq and Mesh-TensorFlow (arXiv:2112.10684 trains with it).
@@ -57,7 +57,7 @@ class AllChoices(LaterChoices):
 
 
 @dataclass(frozen=True)
-class RandomChoice(LaterChoices):
+class RandomChoice(SecondExpertPolicy):
     """Send a later choice with probability ``min(1, weight / threshold)``.
 
     Threshold 0.5 is GShard's rule "2 g2 > U(0, 1)" (arXiv:2006.16668 Algorithm 1); 0.2 is ST-MoE's
@@ -85,7 +85,7 @@ class RandomChoice(LaterChoices):
 
 
 @dataclass(frozen=True)
-class ThresholdChoice(LaterChoices):
+class ThresholdChoice(SecondExpertPolicy):
     """Send a later choice where its weight is above a threshold: deterministic, the same in evaluation.
 
     Source: the policy "threshold" of Mesh-TensorFlow's top-2 gate (the code of arXiv:2006.16668 and 2202.08906).
@@ -102,7 +102,7 @@ class ThresholdChoice(LaterChoices):
 
 
 @dataclass(frozen=True)
-class SampledChoice(LaterChoices):
+class SampledChoice(SecondExpertPolicy):
     """Draw the later choices from the router's probabilities instead of taking the next best; all are sent.
 
     The first choice stays the best expert. The second is the argmax of logits plus Gumbel noise without the first, and
@@ -118,7 +118,7 @@ class SampledChoice(LaterChoices):
         if not training or k == 1:
             return super().pick(scores, probs, k, training=training)
         first = scores.argmax(-1, keepdim=True)
-        later = race(probs).scatter(1, first, -1.0).topk(k - 1, dim=-1).indices
+        later = gumbel_topk_scores(probs).scatter(1, first, -1.0).topk(k - 1, dim=-1).indices
         return torch.cat([first, later], dim=1)
 
     def send(self, weight: Tensor, *, training: bool) -> Tensor:

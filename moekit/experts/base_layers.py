@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from moekit.experts.base import Experts, product, rows_of
 from moekit.functional.activation import Activation, activation_function
-from moekit.functional.drawing import truncated_normal_
+from moekit.functional.init import truncated_normal_
 
 
-class BaseStack(Experts):
+class BASELayerStack(Experts):
     """E stacks of L blocks ``h <- h + activation(LN(h) W_in + b_in) W_out + b_out``, f(h) being the last h.
 
     Returns what the stack ADDS: f(h) - h. So with a router's weight alpha and the residual around the layer the result
@@ -30,7 +30,7 @@ class BaseStack(Experts):
         bias: whether both matrices have biases, as in the authors' code.
         init_scale: variance scale of the truncated normal of the first matrix; 1/3 is the variance of `nn.Linear`.
         output_scale: that of the second; 0 = zeros, as in the authors' code.
-        eps: of the norms.
+        eps: number that the norms add to the variance.
 
     Raises:
         ValueError: if `num_layers` is less than 1.
@@ -64,7 +64,7 @@ class BaseStack(Experts):
     ) -> None:
         super().__init__()
         if num_layers < 1:
-            raise ValueError(f"BaseStack needs at least one block: got num_layers={num_layers}.")
+            raise ValueError(f"BASELayerStack needs at least one block: got num_layers={num_layers}.")
         self.num_experts, self.dim, self.hidden_dim, self.num_layers = num_experts, dim, hidden_dim, num_layers
         self.activation, self.eps = activation, eps
         self.init_scale, self.output_scale = init_scale, output_scale
