@@ -23,7 +23,7 @@ from moekit.inference import (
     load_on_demand,
 )
 from moekit.layer import MoELayer
-from moekit.recipes import _generation
+from moekit.runs.generate import to_gpu
 from moekit.testing import seeded
 from moekit.transformer import (
     DecoderOnly,
@@ -165,6 +165,6 @@ def test_experts_on_demand_come_to_the_gpu(tmp_path: Path, device: str) -> None:
 def test_generate_goes_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     made = nn.Linear(2, 2)
     with gpu():
-        assert _generation.to_gpu(made, "auto").weight.is_cuda
-        assert _generation.to_gpu(made.to("cpu"), "cpu").weight.device.type == "cpu"
-    assert _generation.to_gpu(nn.Linear(2, 2), "auto").weight.device.type == "cpu"
+        assert to_gpu(made, "auto").weight.is_cuda
+        assert to_gpu(made.to("cpu"), "cpu").weight.device.type == "cpu"
+    assert to_gpu(nn.Linear(2, 2), "auto").weight.device.type == "cpu"
