@@ -12,7 +12,8 @@ from moekit.inference.completer import Completer
 from moekit.inference.translator import Translator, search_for
 from moekit.runs.config import RunConfig
 from moekit.runs.module import make_module, parameters
-from moekit.runs.run import Run
+from moekit.runs.record import DataRecord, RoutingRecord, Sample, Summary
+from moekit.runs.run import ROUTING, SAMPLES, SUMMARY, Run
 from moekit.runs.settings.train import quiet
 from moekit.runs.text import evaluation_data, require_same_text
 from moekit.training.callbacks.progress import TrainingProgress
@@ -90,36 +91,37 @@ def _write(
     used = last.get("callbacks", {})
     trained = used.get("Throughput", {})
     scores = module.scores or {}
-    summary = {
-        "recipe": run.recipe.name,
-        "variant": run.variant,
-        "data": {
-            "source": ",".join(config.data.sources),
-            "languages": list(data.languages),
-            "directions": [str(direction) for direction in data.directions],
-            "sentences": {name: row["sentences"] for name, row in data.summary().items()},
-            "vocab_size": data.tokenizer.vocab_size,
-        },
-        "steps": int(last["global_step"]),
-        "evaluated_step": int(checkpoint["global_step"]),
-        "tokens": int(trained.get("tokens", 0)),
-        "wall_seconds": used.get("MaxMinutes", {}).get("seconds", 0.0),
-        "evaluation_seconds": seconds,
-        "tokens_per_second": trained.get("tokens", 0) / max(trained.get("seconds", 0.0), 1e-9),
-        "peak_memory": used.get("PeakMemory"),
-        "parameters": parameters(module.backbone),
-        "bleu": scores.get("bleu"),
-        "chrf": scores.get("chrf"),
-        "perplexity": _by_task(valid, "perplexity", skip=("replaced_token",)),
-        "loss": _by_task(valid, "loss"),
-        "accuracy": _by_task(valid, "accuracy"),
-        "test": module.tested,
-        "routing": module.routing_summary,
-    }
-    write_json(run.path / "samples.json", module.samples)
-    if module.routing is not None:
-        write_json(run.path / "routing.json", module.routing)
-    write_json(run.path / "summary.json", summary)
+    summary = Summary(
+        recipe=run.recipe.name,
+        variant=run.variant,
+        data=DataRecord(
+            source=",".join(config.data.sources),
+            languages=data.languages,
+            directions=[str(direction) for direction in data.directions],
+            sentences={name: row["sentences"] for name, row in data.summary().items()},
+            vocab_size=data.tokenizer.vocab_size,
+        ),
+        steps=int(last["global_step"]),
+        evaluated_step=int(checkpoint["global_step"]),
+        tokens=int(trained.get("tokens", 0)),
+        wall_seconds=used.get("MaxMinutes", {}).get("seconds", 0.0),
+        evaluation_seconds=seconds,
+        tokens_per_second=trained.get("tokens", 0) / max(trained.get("seconds", 0.0), 1e-9),
+        peak_memory=used.get("PeakMemory"),
+        parameters=parameters(module.backbone),
+        bleu=scores.get("bleu"),
+        chrf=scores.get("chrf"),
+        perplexity=_by_task(valid, "perplexity", skip=("replaced_token",)),
+        loss=_by_task(valid, "loss"),
+        accuracy=_by_task(valid, "accuracy"),
+        test=module.tested,
+        routing=module.routing_summary,
+    )
+    routing = None if module.routing is None else RoutingRecord.from_json(module.routing)
+    write_json(run.path / SAMPLES, [Sample.from_json(sample).to_json() for sample in module.samples])
+    if routing is not None:
+        write_json(run.path / ROUTING, routing.to_json())
+    write_json(run.path / SUMMARY, summary.to_json())
 
 
 def _by_task(values: Mapping[str, float], what: str, skip: tuple[str, ...] = ()) -> dict[str, float]:

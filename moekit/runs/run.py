@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from torch import nn
@@ -23,10 +24,13 @@ from moekit.errors import UserError
 from moekit.runs.config import RunConfig, plain, require_same
 from moekit.runs.environment import environment
 from moekit.runs.recipe import Recipe, Text, find_recipe
+from moekit.runs.record import RoutingRecord, Sample, Summary
 from moekit.surgery import SparseLayer, require_complete, sparse_layers
 from moekit.surgery.adapters import merged_state
 from moekit.training.callbacks.config import CONFIG_KEY
 from moekit.training.checkpoint_state import LoadedState, load_rest, load_state
+
+R = TypeVar("R")
 
 SURGERY_FILE = "surgery.json"
 """What was done to other runs to make this one, where it was made so."""
@@ -34,9 +38,9 @@ SURGERY_FILE = "surgery.json"
 _CONFIG = "config.yaml"
 _TOKENIZER = "tokenizer"
 _HELD_OUT = "held_out.json.gz"
+SUMMARY, ROUTING, SAMPLES = "summary.json", "routing.json", "samples.json"
 _FILES = (
-    _CONFIG, _HELD_OUT, SURGERY_FILE, "environment.json", "metrics.csv", "summary.json", "routing.json", "samples.json",
-    "report.html",
+    _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, "environment.json", "metrics.csv", "report.html",
 )  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", _TOKENIZER)
 
@@ -90,23 +94,22 @@ class Run:
             raise UserError("--resume and --overwrite exclude each other: give one of them.")
         if run.path.exists() and not run.path.is_dir():
             raise UserError(f"the run folder {run.path} must be a folder: it is a file. Choose another --out.")
-        content = set(os.listdir(run.path)) if run.path.is_dir() else set()
-        if _CONFIG in content:
-            if overwrite:
-                run.clear()
-            elif resume:
-                run.require_same(config, free)
-            else:
-                state = "a finished" if run.finished else "an unfinished"
-                raise UserError(
-                    f"the folder {run.path} must be empty: it holds {state} run. Go on with it (--resume), replace "
-                    "it (--overwrite), or choose another --out."
-                )
-        elif content:
+        content = sorted(os.listdir(run.path)) if run.path.is_dir() else []
+        if content and _CONFIG not in content:
             raise UserError(
-                f"the folder {run.path} must be empty or hold a run: it has {sorted(content)[0]!r} and no "
-                "config.yaml. Choose another --out."
+                f"the folder {run.path} must be empty or hold a run: it has {content[0]!r} and no config.yaml. Choose "
+                "another --out."
             )
+        if content and not (resume or overwrite):
+            state = "a finished" if (run.path / SUMMARY).is_file() else "an unfinished"
+            raise UserError(
+                f"the folder {run.path} must be empty: it holds {state} run. Go on with it (--resume), replace it "
+                "(--overwrite), or choose another --out."
+            )
+        if content and resume:
+            run.require_same(config, free)
+        elif content:
+            run.clear()
         text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
         with replacing(run.path / _CONFIG) as file:
             file.write(text.encode())
@@ -145,7 +148,7 @@ class Run:
         place = Path(path)
         described_by = None if config is None else Path(config)
         if (place / _CONFIG).is_file():
-            run = cls(place, described_by=described_by)
+            run = cls(place, cls(place).checkpoint, described_by)
         elif place.parent.name == "checkpoints" and (place.parent.parent / _CONFIG).is_file():
             run = cls(place.parent.parent, place, described_by)
         else:
@@ -176,11 +179,6 @@ class Run:
         """The best checkpoint, else the last, None before the first."""
         path = self.checkpoints / "best.ckpt"
         return path if path.exists() else self.last_checkpoint
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run came to its end: its summary is there."""
-        return (self.path / "summary.json").is_file()
 
     @property
     def kept_tokenizer(self) -> Tokenizer | None:
@@ -230,6 +228,28 @@ class Run:
             with replacing(self.path / _HELD_OUT) as file:
                 held_out.write(file)
 
+    @property
+    def summary(self) -> Summary | None:
+        """The summary of the test; None where it was not tested."""
+        return self._record(SUMMARY, Summary.from_json)
+
+    @property
+    def routing(self) -> RoutingRecord | None:
+        """The routing in validation; None where it was not tested, and of a dense model."""
+        return self._record(ROUTING, RoutingRecord.from_json)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """What the model wrote in the test."""
+        return self._record(SAMPLES, lambda data: [Sample.from_json(item) for item in data]) or []
+
+    def _record(self, name: str, made: Callable[[Any], R]) -> R | None:
+        path = self.path / name
+        try:
+            return made(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error}). Write it again: test.") from None
+
     def _has(self, tokenizer: Tokenizer) -> bool:
         with contextlib.suppress(UserError):
             found = self.kept_tokenizer
@@ -276,9 +296,17 @@ class Run:
     # -- the configuration ---------------------------------------------------------------------------------------------
 
     @property
-    def settings_file(self) -> Path:
-        """Where the configuration is from: the file that was given, that of the folder, or the checkpoint."""
-        return self.described_by or (self.path / _CONFIG if self.in_folder else self.checkpoint)
+    def _described(self) -> tuple[Path, Any]:
+        """Where the configuration is from, and what it says: the given file, the chosen checkpoint, the folder."""
+        if self.described_by is None and self.chosen is not None and CONFIG_KEY in self.rest:
+            return self.chosen, self.rest[CONFIG_KEY]
+        path = self.described_by or self.path / _CONFIG
+        if self.described_by is None and not path.is_file():
+            raise UserError(f"{self.path} does not say what model it is of: give the config.yaml of a run (--config).")
+        try:
+            return path, yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{path} must be readable YAML: {' '.join(str(error).split())}.") from None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -287,20 +315,8 @@ class Run:
         Raises:
             UserError: it cannot be read, or the checkpoint holds none.
         """
-        path = self.settings_file
-        if self.described_by is None and not self.in_folder:
-            inside = self.rest.get(CONFIG_KEY)
-            if not isinstance(inside, Mapping):
-                raise UserError(
-                    f"{path} does not say what model it is of: give the config.yaml of a run with such a model "
-                    "(--config)."
-                )
-            return self._current(inside)
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{path} must be readable YAML: {' '.join(str(error).split())}.") from None
-        if not isinstance(values, dict):
+        path, values = self._described
+        if not isinstance(values, Mapping):
             raise UserError(f"{path} must hold a mapping: got {type(values).__name__}.")
         return self._current(values)
 
@@ -313,7 +329,7 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe that the configuration names."""
-        return find_recipe(self.settings.get("recipe"), str(self.settings_file))
+        return find_recipe(self.settings.get("recipe"), str(self._described[0]))
 
     @property
     def variant(self) -> str:
@@ -323,7 +339,7 @@ class Run:
     @cached_property
     def config(self) -> RunConfig:
         """The configuration."""
-        return self.recipe.config(self.settings, str(self.settings_file))
+        return self.recipe.config(self.settings, str(self._described[0]))
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
@@ -363,9 +379,7 @@ class Run:
             return tokenizer.vocab_size
         table = self.loaded.weights.get("backbone.embedding.weight")
         if table is None:
-            raise UserError(
-                f"{self.checkpoint} has no table of tokens (backbone.embedding.weight) to tell their number."
-            )
+            raise UserError(f"{self.checkpoint} must hold a table of tokens, backbone.embedding.weight: it has none.")
         return table.shape[0]
 
     def model(self, config: RunConfig | None = None, *, device: str = "meta") -> nn.ModuleDict:

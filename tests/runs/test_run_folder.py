@@ -59,7 +59,7 @@ def test_a_new_run_has_configuration_and_environment(tmp_path: Path) -> None:
     assert len(getpass.getuser()) < 5 or getpass.getuser() not in text
     assert folder.checkpoints.is_dir()
     assert folder.last_checkpoint is folder.best_checkpoint is None
-    assert not folder.finished
+    assert folder.summary is None
     assert Run.open(folder.path) == folder
 
 

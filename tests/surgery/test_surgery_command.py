@@ -154,10 +154,12 @@ def test_models_of_another_vocabulary_are_not_mixed(runs: Path, tmp_path: Path) 
     # A table of another size is found by its shape.
     name = "backbone.embedding.weight"
     checkpoint["moekit_config"]["data"]["seed"] = 1
-    checkpoint["state_dict"][name] = torch.cat([checkpoint["state_dict"][name]] * 2)
+    table = checkpoint["state_dict"][name]
+    checkpoint["state_dict"][name] = torch.cat([table] * 2)
     torch.save(checkpoint, other / "checkpoints" / "last.ckpt")
-    assert fails(["aggregate", str(runs / "one"), str(other)], tmp_path / "out", f"{name} must have the shape")
+    assert fails(["aggregate", str(runs / "one"), str(other)], tmp_path / "out", f"{name} must have shape")
     # Weights that are not those of the configuration are named.
+    checkpoint["state_dict"][name] = table
     del checkpoint["state_dict"]["backbone.decoder.norm.weight"]
     torch.save(checkpoint, other / "checkpoints" / "last.ckpt")
     assert fails(

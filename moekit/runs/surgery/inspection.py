@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from moekit.runs.record import LayerRecord
 from moekit.runs.run import Run
 from moekit.runs.surgery.utilisation import layer_names, written_load
 from moekit.surgery import SparseLayer
@@ -70,7 +71,7 @@ def _of_run(run: Run) -> dict[str, Any]:
     rest = run.loaded.rest
     used = written_load(run) if layers else None
     names = {path: name for name, path in layer_names(run).items()} if layers else {}
-    loads = {} if used is None else {row["name"]: row for row in used["layers"]}
+    loads = {} if used is None else {layer.name: layer for layer in used.layers}
     rows = [_row(layer, names[path], weights, loads.get(names[path])) for path, layer in layers.items()]
     totals = _totals(weights)
     of_experts = sum(row["expert_parameters"] * row["num_experts"] for row in rows)
@@ -87,9 +88,7 @@ def _of_run(run: Run) -> dict[str, Any]:
     }
 
 
-def _row(
-    layer: SparseLayer, name: str, weights: Mapping[str, Tensor], used: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _row(layer: SparseLayer, name: str, weights: Mapping[str, Tensor], used: LayerRecord | None) -> dict[str, Any]:
     bank = {tensor: weights[tensor] for tensor in layer.bank}
     return {
         "name": name,
@@ -101,8 +100,8 @@ def _row(
         "expert_parameters": sum(t.numel() for t in bank.values()) // layer.num_experts,
         "shapes": {tensor.removeprefix(f"{layer.path}.experts."): list(value.shape) for tensor, value in bank.items()},
         "bytes": _bytes(bank),
-        "load": None if used is None else used["load"],
-        "load_by_language": None if used is None else used["load_by_language"],
+        "load": None if used is None else used.load,
+        "load_by_language": None if used is None else used.load_by_language,
         "obstacle": layer.obstacle,
     }
 

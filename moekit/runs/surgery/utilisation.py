@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig, with_setting
 from moekit.runs.evaluate import trained_module
+from moekit.runs.record import RoutingRecord
 from moekit.runs.run import Run
 from moekit.runs.settings.tasks import active_tasks
 from moekit.runs.settings.train import quiet
@@ -38,37 +38,33 @@ def measured_load(run: Run, *, language: str | None = None, task: str | None = N
         found = _validated(run, task)
     names = layer_names(run)
     load = {}
-    for layer in found["layers"]:
+    for layer in found.layers:
         if language is None:
-            row = layer["load"]
-        elif language in layer["load_by_language"]:
-            row = layer["load_by_language"][language]
+            row = layer.load
+        elif language in layer.load_by_language:
+            row = layer.load_by_language[language]
         else:
             raise UserError(
-                f"--language must be one of {', '.join(layer['load_by_language'])}, the languages of {run.path}: "
+                f"--language must be one of {', '.join(layer.load_by_language)}, the languages of {run.path}: "
                 f"got {language}."
             )
-        load[names[layer["name"]]] = torch.tensor(row, dtype=torch.float64)
+        load[names[layer.name]] = torch.tensor(row, dtype=torch.float64)
     if empty := [path for path, row in load.items() if not float(row.sum()) > 0]:
         what = " ".join(["no token", *([f"of {language}"] if language else []), *([f"in {task}"] if task else [])])
         raise UserError(f"{what} was routed in {empty[0]}: nothing to choose experts by.")
     return load
 
 
-def written_load(run: Run) -> dict[str, Any] | None:
+def written_load(run: Run) -> RoutingRecord | None:
     """What routing.json says, None where there is none or it is of another checkpoint than the one `test` takes."""
-    file = run.path / "routing.json"
-    if run.best_checkpoint != run.checkpoint or not file.is_file():
+    found = run.routing if run.best_checkpoint == run.checkpoint else None
+    if found is None:
         return None
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        written = [(layer["name"], layer["num_experts"]) for layer in found["layers"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}). Write it again: test.") from None
+    written = [(layer.name, layer.num_experts) for layer in found.layers]
     layers, names = run.layers(), layer_names(run)
     wanted = [(name, layers[path].num_experts) for name, path in names.items()]
     if written != wanted:
-        raise UserError(f"{file} is of another model: got {written} for {wanted}.")
+        raise UserError(f"{run.path / 'routing.json'} is of another model: got {written} for {wanted}.")
     return found
 
 
@@ -87,7 +83,7 @@ def validate(module: MultitaskModule, data: MultitaskData, config: RunConfig) ->
     return found
 
 
-def _validated(run: Run, task: str | None) -> dict[str, Any]:
+def _validated(run: Run, task: str | None) -> RoutingRecord:
     tasks = active_tasks(run.config.tasks)
     config = run.config
     if task is not None:
@@ -102,4 +98,4 @@ def _validated(run: Run, task: str | None) -> dict[str, Any]:
     validate(module, data, run.config)
     if module.routing is None:
         raise UserError(f"{run.path} routed nothing in validation: nothing to choose experts by.")
-    return module.routing
+    return RoutingRecord.from_json(module.routing)
