@@ -233,13 +233,7 @@ def _start(
 
 def _plan(recipe: Recipe, config: RunConfig, given: Namespace) -> int:
     forecast(
-        recipe,
-        given.variant,
-        config,
-        Console(),
-        memory=given.memory,
-        sequences=given.sequences,
-        length=given.length,
+        recipe, given.variant, config, Console(), memory=given.memory, sequences=given.sequences, length=given.length
     )
     return 0
 
@@ -248,11 +242,7 @@ def _plan(recipe: Recipe, config: RunConfig, given: Namespace) -> int:
 
 
 def _fit_to(
-    recipe: Recipe,
-    config: RunConfig,
-    given: Namespace,
-    out: Path,
-    begin: Callable[[RunConfig], InitFrom] | None = None,
+    recipe: Recipe, config: RunConfig, given: Namespace, out: Path, begin: Callable[[RunConfig], InitFrom] | None = None
 ) -> tuple[RunConfig, Run]:
     """Train into a folder; the settings with which that was done, and the run."""
     going_on = given.resume and not given.overwrite and Run(out).in_folder

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from moekit.cli.commands import COMMANDS, take
 from moekit.errors import UserError
-from moekit.runs.config import RunConfig, as_plain
+from moekit.runs.config import RunConfig
+from moekit.runs.plain import as_plain
 from moekit.runs.recipe import Recipe
 from moekit.runs.settings.data import DataConfig
 from moekit.runs.settings.evaluate import EvaluateConfig

@@ -139,11 +139,7 @@ def _aggregate(given: Namespace, console: Console) -> None:
     runs = [Run.load(run, given.config) for run in given.runs]
     shared_from = None if given.shared == "mean" else int(given.shared) - 1
     result = aggregate_runs(
-        runs,
-        shared_from=shared_from,
-        fresh_gates=given.gates == "fresh",
-        compensated=not given.plain,
-        seed=given.seed,
+        runs, shared_from=shared_from, fresh_gates=given.gates == "fresh", compensated=not given.plain, seed=given.seed
     )
     _write(result, given, console)
 
@@ -221,12 +217,7 @@ def _upcycle(given: Namespace, console: Console) -> None:
         raise UserError(f"--noise must not be negative: got {given.noise:g}.")
     run = Run.load(given.run, given.config)
     result = upcycle_run(
-        run,
-        given.experts,
-        noise=given.noise,
-        scale=given.scale,
-        compensated=not given.plain,
-        seed=given.seed,
+        run, given.experts, noise=given.noise, scale=given.scale, compensated=not given.plain, seed=given.seed
     )
     _write(result, given, console)
 

@@ -155,13 +155,7 @@ def feed_forwards(model: NetworkConfig, sparse: Sparse, active: float = 1.0) -> 
 def decoder(model: DecoderConfig, vocab_size: int, layers: FeedForwardFactory) -> DecoderOnly:
     """The language model with the given feed-forwards."""
     return DecoderOnly(
-        vocab_size,
-        model.dim,
-        model.heads,
-        model.layers,
-        model.hidden_dim,
-        tied=model.tied,
-        **_options(model, layers),
+        vocab_size, model.dim, model.heads, model.layers, model.hidden_dim, tied=model.tied, **_options(model, layers)
     )
 
 

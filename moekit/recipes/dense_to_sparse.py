@@ -132,8 +132,7 @@ RECIPE = Recipe(
         # Test, one seed: 2.477 nats, its dense twin 2.501 at fewer computations (recipes/dense_to_sparse/results).
         **with_twins(tiny=TINY),
         "tiny_gate_only": Variant(
-            TINY.changed(model={"diversify": 0.0}),
-            "without the first phase: the dense-to-sparse gate from the start",
+            TINY.changed(model={"diversify": 0.0}), "without the first phase: the dense-to-sparse gate from the start"
         ),
         "tiny_warm_up": Variant(
             TINY.changed(model={"diversify": 0.5, "sparsify": 0.0}),

@@ -194,8 +194,7 @@ RECIPE = Recipe(
         ),
         "tiny_position": Variant(TINY.changed(model={"hash": "position"}), "the place in the sentence chooses"),
         "tiny_oracle": Variant(
-            TINY.changed(model={"hash": "oracle"}, evaluate={"samples": 0}),
-            "the next token chooses, which is cheating",
+            TINY.changed(model={"hash": "oracle"}, evaluate={"samples": 0}), "the next token chooses, which is cheating"
         ),
         "tiny_multi": Variant(TINY.changed(model={"tables": 4}), "MultiHash: four segments, each hashed apart"),
         **with_twins(small=SMALL),

@@ -10,8 +10,9 @@ from typing import Any, Literal, cast
 from torch import Tensor
 
 from moekit.errors import UserError
-from moekit.runs.config import RunConfig, as_plain
+from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom, own_tokenizer, starting_tokenizer
+from moekit.runs.plain import as_plain
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.strategy import StrategyConfig

@@ -13,9 +13,10 @@ from rich.console import Console
 
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
-from moekit.runs.config import RunConfig, as_plain
+from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom
 from moekit.runs.module import make_module, parameters
+from moekit.runs.plain import as_plain
 from moekit.runs.plan import expected_bytes
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run

@@ -60,11 +60,7 @@ def generate(
         target = _language(target, "--to", tokenizer)
         what = f"{source} to {target}"
         translator = Translator(
-            backbone,
-            tokenizer,
-            search=search,
-            batch_tokens=config.evaluate.batch_tokens,
-            sentinel=config.data.sentinel,
+            backbone, tokenizer, search=search, batch_tokens=config.evaluate.batch_tokens, sentinel=config.data.sentinel
         )
         write = partial(translator.translate, source=source, target=target)
     elif "causal_lm" in data.tasks:

@@ -19,7 +19,8 @@ from moekit.errors import UserError
 from moekit.heads.base import Head
 from moekit.layer import AuxLosses
 from moekit.routers.hash_keys import Bigram
-from moekit.runs.config import RunConfig, as_plain, build
+from moekit.runs.config import RunConfig
+from moekit.runs.plain import as_plain, build
 from moekit.runs.settings.data import DataConfig
 
 

@@ -21,8 +21,9 @@ from moekit.data.cache import CorruptCacheError
 from moekit.data.held_out import HeldOut
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
-from moekit.runs.config import RunConfig, plain, require_same
+from moekit.runs.config import RunConfig
 from moekit.runs.environment import environment
+from moekit.runs.plain import plain, require_same
 from moekit.runs.recipe import Recipe, Text, find_recipe
 from moekit.runs.record import RoutingRecord, Sample, Summary
 from moekit.surgery import SparseLayer, require_complete, sparse_layers

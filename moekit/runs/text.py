@@ -11,7 +11,8 @@ from moekit.data.held_out import HeldOut
 from moekit.data.module import MultitaskData
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
-from moekit.runs.config import RunConfig, differences, plain
+from moekit.runs.config import RunConfig
+from moekit.runs.plain import differences, plain
 from moekit.runs.recipe import structured
 from moekit.runs.run import Run
 from moekit.runs.settings.tasks import active_tasks

@@ -119,8 +119,8 @@ def test_masked_lm_keeps_a_tenth_and_draws_a_tenth(cache: Path) -> None:
 
 def test_settings_of_recipes_reach_the_noise() -> None:
     config = DataConfig(mask_shares=(0.5, 0.25, 0.25), span_ratio=0.3, mean_span=4.0, packed=True)
-    assert config.noise("masked_lm")["masking"].replace == (0.5, 0.25, 0.25)
-    assert config.noise("span_corruption")["span_corruption"] == SpanCorruption(0.3, 4.0, True)
-    assert config.noise("replaced_token") == {}
+    assert config.of_task("masked_lm").masking.replace == (0.5, 0.25, 0.25)
+    assert config.of_task("span_corruption").span_corruption == SpanCorruption(0.3, 4.0, True)
+    assert config.of_task("replaced_token") == TaskData()
     with pytest.raises(UserError, match="noise of the task masked_lm in data: replace must be three shares"):
-        DataConfig(mask_shares=(0.5, 0.0, 0.0)).noise("masked_lm")
+        DataConfig(mask_shares=(0.5, 0.0, 0.0)).of_task("masked_lm")

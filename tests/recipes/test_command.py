@@ -9,7 +9,7 @@ import pytest
 from moekit.cli.recipes import build_parser, main, reconfigured
 from moekit.errors import UserError
 from moekit.recipes import zcode_m3
-from moekit.runs.config import as_plain
+from moekit.runs.plain import as_plain
 
 
 def run(*arguments: str) -> int:

@@ -23,7 +23,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from moekit.atomic import replacing, write_json, write_text
 from moekit.errors import UserError
 from moekit.runs import Run
-from moekit.runs.config import differences, plain
+from moekit.runs.plain import differences, plain
 from moekit.training.callbacks.config import ConfigInCheckpoints
 from moekit.training.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 from moekit.training.loggers import CsvLogger, run_loggers

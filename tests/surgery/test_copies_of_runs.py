@@ -17,7 +17,7 @@ from moekit.errors import UserError
 from moekit.recipes import st_moe, switch
 from moekit.routing import Compensation
 from moekit.runs import Run, Text
-from moekit.runs.config import with_setting
+from moekit.runs.plain import with_setting
 from moekit.runs.surgery.compensating import with_choices
 from moekit.runs.surgery.operations import aggregate_runs, change_run, merge_run, prune_run, upcycle_run
 from moekit.runs.surgery.writing import write_run

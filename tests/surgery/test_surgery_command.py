@@ -15,7 +15,7 @@ from moekit.cli.recipes import main as recipe_main
 from moekit.parallel.checkpoint import Checkpointer
 from moekit.recipes import moe_lm
 from moekit.runs import Run
-from moekit.runs.config import with_setting
+from moekit.runs.plain import with_setting
 from moekit.runs.surgery.inspection import inspect
 from moekit.runs.surgery.operations import change_run, prune_run
 from moekit.runs.surgery.writing import write_run

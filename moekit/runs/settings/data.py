@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moekit.data.held_out import HeldOut, HeldOutData
 from moekit.data.mixture import TemperatureSchedule, heating
-from moekit.data.module import MultitaskData, TaskData
+from moekit.data.module import TaskData
 from moekit.data.noising import Masking
 from moekit.data.sources import Source, Union, open_source
 from moekit.data.span_corruption import SpanCorruption
-from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
-from moekit.runs.settings.evaluate import EvaluateConfig
 from moekit.runs.settings.fields import RESUME, SURGERY, setting
-from moekit.runs.settings.tasks import active_tasks
 from moekit.runs.settings.train import TrainConfig
 
 _WITHOUT_PATH = ("babel", "headlines", "gettext")
@@ -132,36 +128,15 @@ class DataConfig:
         return opened[0] if len(opened) == 1 else Union(opened)
 
     def _open(self, kind: str, path: str | None) -> Source:
-        pivot = None if self.pivot == "none" else self.pivot
-        directions = _listed(self.directions) or None
-        match kind:
-            case "babel":
-                return open_source(
-                    "babel",
-                    None,
-                    seed=self.seed - 1,
-                    languages=self.babel_languages,
-                    train_sentences=self.babel_sentences,
-                    sizes=_sizes(self.babel_sizes),
-                    directions=directions,
-                )
-            case "headlines":
-                return open_source(
-                    "headlines",
-                    None,
-                    seed=self.seed - 1,
-                    languages=self.babel_languages,
-                    train_documents=self.babel_sentences,
-                    directions=directions,
-                )
-            case "text":
-                return open_source("text", path)
-            case "gettext":
-                return open_source(
-                    "gettext", path, max_languages=self.max_languages, pivot=pivot, directions=directions
-                )
-            case _:
-                return open_source(kind, path, pivot=pivot, directions=directions)
+        named = {"directions": _listed(self.directions) or None, "pivot": None if self.pivot == "none" else self.pivot}
+        babel = {"seed": self.seed - 1, "languages": self.babel_languages, "directions": named["directions"]}
+        options: dict[str, dict[str, Any]] = {
+            "babel": {**babel, "train_sentences": self.babel_sentences, "sizes": _sizes(self.babel_sizes)},
+            "headlines": {**babel, "train_documents": self.babel_sentences},
+            "gettext": {**named, "max_languages": self.max_languages},
+            "text": {},
+        }
+        return open_source(kind, path, **options.get(kind, named))
 
     def missing_paths(self) -> list[str]:
         """Those of the paths where nothing is."""
@@ -176,20 +151,21 @@ class DataConfig:
         """The temperature of the mixture over directions and languages."""
         return heating(self.heating, self.temperature, self.heating_steps)
 
-    def noise(self, task: str) -> dict[str, Any]:
-        """How text is damaged for a task, where settings say so.
+    def of_task(self, task: str, share: float = 1.0) -> TaskData:
+        """The data of one task: its share of a step's tokens, and how its text is damaged where settings say so.
 
         Raises:
             UserError: settings that describe no noise.
         """
         try:
             if task == "masked_lm":
-                return {"masking": Masking(replace=self.mask_shares)}
+                return TaskData(share=share, masking=Masking(replace=self.mask_shares))
             if task == "span_corruption":
-                return {"span_corruption": SpanCorruption(self.span_ratio, self.mean_span, self.packed)}
+                corruption = SpanCorruption(self.span_ratio, self.mean_span, self.packed)
+                return TaskData(share=share, span_corruption=corruption)
         except ValueError as error:
             raise UserError(f"the noise of the task {task} in data: {error}") from None
-        return {}
+        return TaskData(share=share, sentinel=self.sentinel and task == "translation")
 
     def workers(self, train: TrainConfig) -> int:
         """How many processes prepare batches for each that trains, "auto" resolved for this machine."""
@@ -199,63 +175,6 @@ class DataConfig:
             return 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return max(0, min(_MAX_WORKERS, cores // max(train.devices, 1) - 1))
-
-    def batches(
-        self,
-        tasks: Any,
-        evaluate: EvaluateConfig,
-        *,
-        devices: int,
-        steps: int,
-        workers: int,
-        source: Source | None = None,
-        tokenizer: Tokenizer | None = None,
-    ) -> MultitaskData:
-        """The data module of a run.
-
-        Args:
-            tasks: with their tokens per step and device.
-            evaluate: how many sentences are used in evaluation.
-            devices: processes that share a step.
-            steps: batches of the longest possible run; one epoch of that length, so that every stop is in its middle.
-            workers: processes that prepare batches.
-            source: an opened corpus, or what a run kept of one for evaluation; None = open it.
-            tokenizer: one that exists; None = what the settings say.
-
-        Raises:
-            UserError: no task takes part, or something is wrong with the data.
-        """
-        active = active_tasks(tasks)
-        if not active:
-            raise UserError("tasks must give at least one task its tokens: all have 0. Set tasks.translation.tokens.")
-        if tokenizer is None and self.tokenizer is not None:
-            tokenizer = Tokenizer.load(self.tokenizer)
-        source = self.open() if source is None else source
-        make: Callable[..., MultitaskData] = HeldOutData if isinstance(source, HeldOut) else MultitaskData
-        return make(
-            source,
-            tasks={
-                name: TaskData(
-                    share=float(task.tokens),
-                    sentinel=self.sentinel and name == "translation",
-                    **self.noise(name),
-                )
-                for name, task in active.items()
-            },
-            tokenizer=tokenizer,
-            cache=self.cache,
-            vocab_size=self.vocab_size,
-            tokens_per_step=devices * sum(task.tokens for task in active.values()),
-            evaluation_tokens=devices * evaluate.batch_tokens,
-            temperature=self.temperature_schedule(),
-            max_length=self.max_length,
-            steps_per_epoch=steps,
-            valid_sentences=evaluate.valid_sentences or None,
-            test_sentences=evaluate.max_sentences or None,
-            seed=self.seed,
-            order_seed=self.order_seed,
-            num_workers=workers,
-        )
 
 
 def _listed(given: tuple[str, ...] | list[str] | str | None) -> tuple[str, ...]:

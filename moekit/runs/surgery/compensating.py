@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.routing import Compensation
-from moekit.runs.config import RunConfig, with_setting
+from moekit.runs.config import RunConfig
+from moekit.runs.plain import with_setting
 from moekit.runs.run import SURGERY_FILE, Run
 from moekit.surgery import SparseLayer, compensations, sparse_layers
 

@@ -11,9 +11,10 @@ import lightning as L
 from torch import Tensor
 
 from moekit.data.module import MultitaskData
-from moekit.runs.config import RunConfig, with_setting
+from moekit.runs.config import RunConfig
 from moekit.runs.evaluate import trained_module
 from moekit.runs.module import parameters
+from moekit.runs.plain import with_setting
 from moekit.runs.run import Run
 from moekit.runs.settings.tasks import active_tasks
 from moekit.runs.settings.train import quiet

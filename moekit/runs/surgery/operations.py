@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.experts import AddNoise
-from moekit.runs.config import differences, with_setting
+from moekit.runs.plain import differences, with_setting
 from moekit.runs.recipe import Text
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
@@ -131,13 +131,7 @@ def prune_run(run: Run, kept: Mapping[str, Tensor], *, compensated: bool = True,
 
 
 def upcycle_run(
-    run: Run,
-    num_experts: int,
-    *,
-    noise: float = 0.0,
-    scale: float = 1.0,
-    compensated: bool = True,
-    seed: int = 0,
+    run: Run, num_experts: int, *, noise: float = 0.0, scale: float = 1.0, compensated: bool = True, seed: int = 0
 ) -> Result:
     """A dense run with experts that are copies of its feed-forwards; of a sparse run, more experts as copies.
 
@@ -280,13 +274,7 @@ def _taken(run: Run, taken: Mapping[str, Tensor], copies: float, note: Mapping[s
 
 
 def _grown(
-    run: Run,
-    layers: Mapping[str, SparseLayer],
-    num_experts: int,
-    noise: float,
-    seed: int,
-    *,
-    compensated: bool,
+    run: Run, layers: Mapping[str, SparseLayer], num_experts: int, noise: float, seed: int, *, compensated: bool
 ) -> Result:
     """More experts: the old ones in turn, as copies."""
     taken = {path: torch.arange(num_experts) % layer.num_experts for path, layer in layers.items()}

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
-from moekit.runs.config import RunConfig, with_setting
+from moekit.runs.config import RunConfig
 from moekit.runs.evaluate import trained_module
+from moekit.runs.plain import with_setting
 from moekit.runs.record import RoutingRecord
 from moekit.runs.run import Run
 from moekit.runs.settings.tasks import active_tasks

@@ -13,7 +13,7 @@ import torch
 from moekit.atomic import replacing, write_error, write_json
 from moekit.errors import UserError
 from moekit.parallel.checkpoint import Checkpointer
-from moekit.runs.config import as_plain
+from moekit.runs.plain import as_plain
 from moekit.runs.run import SURGERY_FILE, Run
 from moekit.runs.surgery.operations import Result
 from moekit.runs.surgery.optimizer import optimizer_names
