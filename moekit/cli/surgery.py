@@ -15,7 +15,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 
 from moekit.cli.recipes import reconfigured
 from moekit.errors import UserError
-from moekit.report.curve import write_curve
+from moekit.report.pruning import write_curve
 from moekit.runs.run import Run
 from moekit.runs.surgery.curve import Recovery, pruning_curve, table
 from moekit.runs.surgery.inspection import inspect, show

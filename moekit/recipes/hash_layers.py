@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from moekit import routers
 from moekit.cli.recipes import main
 from moekit.errors import UserError
 from moekit.experts import MultiHashMLP
@@ -31,19 +32,6 @@ from moekit.recipes._networks import (
     expert_bank,
     feed_forward,
     with_twins,
-)
-from moekit.routers import (
-    Bigram,
-    HashRouter,
-    hash_bigram,
-    hash_clustered,
-    hash_dispersed,
-    hash_layers,
-    hash_oracle,
-    hash_position,
-    hash_previous,
-    hash_random,
-    multi_hash,
 )
 from moekit.runs import ModelParts, Recipe, Run, RunConfig, Text, Variant
 from moekit.runs.settings import DataConfig, LanguageModelTasks, TaskConfig, TrainConfig
@@ -79,7 +67,7 @@ class ModelConfig(DecoderConfig):
     load_balance: float = 0.0  # a table has no losses
 
 
-def hash_router(model: ModelConfig, text: Text) -> HashRouter:
+def hash_router(model: ModelConfig, text: Text) -> routers.HashRouter:
     """The router of a hash layer.
 
     Args:
@@ -95,26 +83,26 @@ def hash_router(model: ModelConfig, text: Text) -> HashRouter:
         raise UserError(f"model.tables above 1 needs model.hash balanced: got {model.tables} and {model.hash}.")
     match model.hash:
         case "balanced" if model.tables > 1:
-            return multi_hash(dim, experts, text.token_counts(), num_tables=model.tables, seed=seed)
+            return routers.multi_hash(dim, experts, text.token_counts(), num_tables=model.tables, seed=seed)
         case "balanced":
-            return hash_layers(dim, experts, text.token_counts(), seed=seed)
+            return routers.hash_layers(dim, experts, text.token_counts(), seed=seed)
         case "random":
-            return hash_random(dim, experts, text.vocab_size, seed=seed)
+            return routers.hash_random(dim, experts, text.vocab_size, seed=seed)
         case "previous":
-            return hash_previous(dim, experts, text.token_counts(), seed=seed)
+            return routers.hash_previous(dim, experts, text.token_counts(), seed=seed)
         case "bigram":
-            key = Bigram(text.vocab_size, seed=seed)
-            return hash_bigram(dim, experts, key, counts=text.bigram_counts(key), seed=seed)
+            key = routers.Bigram(text.vocab_size, seed=seed)
+            return routers.hash_bigram(dim, experts, key, counts=text.bigram_counts(key), seed=seed)
         case "position":
-            return hash_position(dim, experts, POSITIONS, seed=seed)
+            return routers.hash_position(dim, experts, POSITIONS, seed=seed)
         case "clustered" | "dispersed" if text.data is None:
-            return hash_random(dim, experts, text.vocab_size, seed=seed)
+            return routers.hash_random(dim, experts, text.vocab_size, seed=seed)
         case "clustered":
-            return hash_clustered(dim, experts, token_embeddings(model.embeddings, text.vocab_size), seed=seed)
+            return routers.hash_clustered(dim, experts, token_embeddings(model.embeddings, text.vocab_size), seed=seed)
         case "dispersed":
-            return hash_dispersed(dim, experts, token_embeddings(model.embeddings, text.vocab_size), seed=seed)
+            return routers.hash_dispersed(dim, experts, token_embeddings(model.embeddings, text.vocab_size), seed=seed)
         case "oracle":
-            return hash_oracle(dim, experts, text.token_counts(shifted=True), seed=seed, allow_future=True)
+            return routers.hash_oracle(dim, experts, text.token_counts(shifted=True), seed=seed, allow_future=True)
 
 
 def token_embeddings(run: str | None, vocab_size: int) -> Tensor:

@@ -47,10 +47,10 @@ class Record:
         return cls(**given)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; fields that are None by default are left out where they are None."""
-        values = dataclasses.asdict(self)
+        """Plain data; an optional field that is None is left out."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         unsaid = {f.name for f in dataclasses.fields(self) if f.metadata.get("optional") and values[f.name] is None}
-        return {name: value for name, value in values.items() if name not in unsaid}
+        return {name: _plain(value) for name, value in values.items() if name not in unsaid}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,3 +197,9 @@ def _made(hint: Any, value: Any, name: str, notes: list[str] | None) -> Any:
     if origin is Sequence and isinstance(inner[0], type) and issubclass(inner[0], Record):
         return [inner[0].from_json(item, notes) for item in value]
     return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Record):
+        return value.to_json()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -136,7 +136,7 @@ def test_every_kind_of_table_routes_a_batch(
 
 
 def test_multi_hash_counts_active_parameters_by_segment() -> None:
-    network = hash_layers.build(small(hash_layers.kind(tables=4)), Text(500)).backbone
+    network = hash_layers.build(small(hash_layers.TINY, tables=4), Text(500)).backbone
     [(_, layer)] = sparse(network)
     assert isinstance(layer.experts, MultiHashMLP)
     single = hash_layers.build(small(hash_layers.TINY), Text(500)).backbone
@@ -145,13 +145,13 @@ def test_multi_hash_counts_active_parameters_by_segment() -> None:
 
 def test_bad_tables(tmp_path: Path, data: MultitaskData, cache: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate\.samples"):
-        hash_layers.build(small(hash_layers.kind(hash="oracle")), Text(500))
+        hash_layers.build(small(hash_layers.TINY, hash="oracle"), Text(500))
     with pytest.raises(UserError, match=r"model\.tables"):
-        hash_layers.build(small(hash_layers.kind(hash="random", tables=2)), Text(500))
+        hash_layers.build(small(hash_layers.TINY, hash="random", tables=2), Text(500))
     with pytest.raises(UserError, match=r"model\.embeddings"):
-        hash_layers.build(small(hash_layers.kind(hash="clustered")), 500, data)
+        hash_layers.build(small(hash_layers.TINY, hash="clustered"), Text(500, data))
     with pytest.raises(UserError):
-        hash_layers.build(small(hash_layers.kind(hash="clustered", embeddings=str(tmp_path))), 500, data)
+        hash_layers.build(small(hash_layers.TINY, hash="clustered", embeddings=str(tmp_path)), Text(500, data))
 
 
 def test_clusters_of_a_trained_run(tmp_path: Path, data: MultitaskData, cache: Path) -> None:
@@ -165,11 +165,11 @@ def test_clusters_of_a_trained_run(tmp_path: Path, data: MultitaskData, cache: P
     ]  # fmt: skip
     assert main(hash_layers.RECIPE, ["fit", "--variant", "tiny_dense", *options, "--out", out]) == 0
     for kind in ("clustered", "dispersed"):
-        config = small(hash_layers.kind(hash=kind, embeddings=out), cache)
-        [(_, layer)] = sparse(hash_layers.build(config, 500, data).backbone)
+        config = small(hash_layers.TINY, cache, hash=kind, embeddings=out)
+        [(_, layer)] = sparse(hash_layers.build(config, Text(500, data)).backbone)
         assert set(layer.router.table.flatten().tolist()) == {0, 1, 2, 3}  # type: ignore[union-attr,operator]
         with pytest.raises(UserError, match="vocabulary of 400"):
-            hash_layers.build(config, 400, data)
+            hash_layers.build(config, Text(400, data))
         # To be loaded from a checkpoint, it needs no other run.
         [(_, empty)] = sparse(
             hash_layers.build(replace(config, model=replace(config.model, embeddings="gone")), Text(500)).backbone

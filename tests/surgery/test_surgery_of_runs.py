@@ -15,9 +15,10 @@ from torch import Tensor
 from moekit.cli.recipes import main as recipe_main
 from moekit.errors import UserError
 from moekit.recipes import moe_lm
+from moekit.report.pruning import write_curve
 from moekit.runs import Run
 from moekit.runs.plain import with_setting
-from moekit.runs.surgery.curve import Recovery, pruning_curve, write_curve
+from moekit.runs.surgery.curve import Recovery, pruning_curve
 from moekit.runs.surgery.operations import change_run, prune_run, split_run, upcycle_run
 from moekit.runs.surgery.utilisation import measured_load
 from moekit.runs.surgery.writing import write_run
