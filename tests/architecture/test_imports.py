@@ -41,10 +41,12 @@ FLOORS = {
     "planner": 5,
     "training": 5,
     "inference": 5,
-    "report": 5,
-    "recipes": 6,
+    "runs": 6,
+    "report": 7,
+    "cli": 8,
+    "recipes": 9,
     # The programs, ``python -m moekit.<room>``: nothing imports them, so a room's own may use the floors above it.
-    "__main__": 7,
+    "__main__": 10,
 }
 
 # The only imports between two rooms of one floor: (importer, imported module and what lies below it) -> why.

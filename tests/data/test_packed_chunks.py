@@ -14,8 +14,7 @@ from moekit.data.module import MultitaskData, TaskData
 from moekit.data.span_corruption import SpanCorruption
 from moekit.data.store import monolingual_section
 from moekit.errors import UserError
-from moekit.recipes._config import DataConfig
-from moekit.recipes._data import _noise
+from moekit.runs.settings import DataConfig
 
 ROOM = 40
 
@@ -120,8 +119,8 @@ def test_masked_lm_keeps_a_tenth_and_draws_a_tenth(cache: Path) -> None:
 
 def test_settings_of_recipes_reach_the_noise() -> None:
     config = DataConfig(mask_shares=(0.5, 0.25, 0.25), span_ratio=0.3, mean_span=4.0, packed=True)
-    assert _noise(config, "masked_lm")["masking"].replace == (0.5, 0.25, 0.25)
-    assert _noise(config, "span_corruption")["span_corruption"] == SpanCorruption(0.3, 4.0, True)
-    assert _noise(config, "replaced_token") == {}
+    assert config.of_task("masked_lm").masking.replace == (0.5, 0.25, 0.25)
+    assert config.of_task("span_corruption").span_corruption == SpanCorruption(0.3, 4.0, True)
+    assert config.of_task("replaced_token") == TaskData()
     with pytest.raises(UserError, match="noise of the task masked_lm in data: replace must be three shares"):
-        _noise(DataConfig(mask_shares=(0.5, 0.0, 0.0)), "masked_lm")
+        DataConfig(mask_shares=(0.5, 0.0, 0.0)).of_task("masked_lm")

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from moekit import MoELayer, routers
+from moekit.cli.recipes import main
 from moekit.data.sources import open_source
 from moekit.data.tokenizer import Tokenizer
 from moekit.experts import GroupedMLP
 from moekit.inference import ContinuationScores, Question, Scorer, accuracy, few_shot, score_continuations
 from moekit.recipes import moe_lm
-from moekit.recipes._command import main
 from moekit.recurrent import RecurrentLM
 from moekit.transformer import MLP, DecoderOnly, EncoderDecoder, SinusoidalPositions, every_other
 

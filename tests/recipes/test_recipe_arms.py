@@ -14,8 +14,6 @@ from moekit.data.mixture import Constant, LinearHeating, SquareRootHeating, Step
 from moekit.errors import UserError
 from moekit.layer import MoELayer
 from moekit.recipes import deepspeed_moe, gshard, moe_lm, sparse_translation, st_moe, switch
-from moekit.recipes._config import DataConfig
-from moekit.recipes._data import open_sources, temperature
 from moekit.routers import (
     AllChoices,
     InputJitter,
@@ -28,13 +26,17 @@ from moekit.routers import (
     presets,
 )
 from moekit.routing import Capacity
+from moekit.runs import Text
+from moekit.runs.settings import DataConfig
 from moekit.transformer import GLU, MLP
 
 
 def network(module: ModuleType, **settings: Any) -> nn.Module:
     """The network of `tiny` with other settings."""
-    tiny = module.VARIANTS["tiny"]
-    built = module.build(replace(tiny, model=replace(tiny.model, dim=16, heads=2, hidden_dim=24, **settings)), 100)
+    tiny = module.RECIPE.variants["tiny"].config
+    built = module.build(
+        replace(tiny, model=replace(tiny.model, dim=16, heads=2, hidden_dim=24, **settings)), Text(100)
+    )
     found: nn.Module = built.backbone
     return found
 
@@ -160,11 +162,11 @@ def test_norms_without_scale_in_st_moe() -> None:
 def test_published_variants_of_switch_and_st_moe_start_at_a_tenth() -> None:
     """Every matrix, by no depth (arXiv:2101.03961 section 2.4), as their READMEs say."""
     for module in (switch, st_moe):
-        papers = [config.model for name, config in module.VARIANTS.items() if name.startswith("paper")]
+        papers = [v.config.model for name, v in module.RECIPE.variants.items() if name.startswith("paper")]
         assert papers
         for model in papers:
             assert (model.init_scale, model.expert_init_scale, model.init_by_depth) == (0.1, 0.1, False)
-        usual = module.VARIANTS["tiny"].model
+        usual = module.RECIPE.variants["tiny"].config.model
         assert (usual.init_scale, usual.expert_init_scale, usual.init_by_depth) == (1.0, 1.0, True)
 
 
@@ -191,27 +193,27 @@ def test_arms_of_sparse_translation() -> None:
         layer.on_step_end(3)
         assert not layer.phase.active
     assert all(layer.phase is None for layer in layers(sparse_translation, dense_steps=0).values())
-    plain = sparse_translation.VARIANTS["tiny_sparse"]
-    assert (plain.model.dense_steps, temperature(plain.data)) == (0, Constant(1.0))
+    plain = sparse_translation.RECIPE.variants["tiny_sparse"].config
+    assert (plain.model.dense_steps, plain.data.temperature_schedule()) == (0, Constant(1.0))
     assert plain.train == sparse_translation.TINY.train
     assert isinstance(network(sparse_translation, num_experts=0).encoder.layers[1].feed_forward, MLP)  # type: ignore[union-attr, index]
 
 
 def test_forms_of_heating() -> None:
     hot = DataConfig(temperature=4.0, heating_steps=10)
-    assert temperature(hot) == LinearHeating(1.0, 4.0, 10)
-    assert temperature(replace(hot, heating="square_root")) == SquareRootHeating(1.0, 10)
-    assert temperature(replace(hot, heating="step")) == StepHeating((1.0, 4.0), (10,))
-    assert temperature(replace(hot, heating_steps=0)) == Constant(4.0)
+    assert hot.temperature_schedule() == LinearHeating(1.0, 4.0, 10)
+    assert replace(hot, heating="square_root").temperature_schedule() == SquareRootHeating(1.0, 10)
+    assert replace(hot, heating="step").temperature_schedule() == StepHeating((1.0, 4.0), (10,))
+    assert replace(hot, heating_steps=0).temperature_schedule() == Constant(4.0)
 
 
 def test_sizes_of_single_babel_languages() -> None:
-    source = open_sources(DataConfig(babel_sentences=40, babel_sizes="kmb=20, shl=5"))
+    source = DataConfig(babel_sentences=40, babel_sizes="kmb=20, shl=5").open()
     assert {code: len(source.monolingual(code, "train")) for code in source.languages} == {
         "avl": 40, "tnd": 40, "kmb": 20, "shl": 5,
     }  # fmt: skip
     for wrong in ("kmb", "kmb=", "kmb=many", "kmb=-3"):
         with pytest.raises(UserError, match="like kmb=2000"):
-            open_sources(DataConfig(babel_sizes=wrong))
+            DataConfig(babel_sizes=wrong).open()
     with pytest.raises(UserError, match="kmc"):
-        open_sources(DataConfig(babel_sizes="kmc=20"))
+        DataConfig(babel_sizes="kmc=20").open()
