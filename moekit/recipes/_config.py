@@ -23,7 +23,8 @@ class DataConfig:
         max_languages: of gettext: so many languages with the most text.
         vocab_size: pieces of the SentencePiece vocabulary that is trained on the data.
         tokenizer: folder of a tokenizer to take instead, which must know the data's languages.
-        sentinel: translation only: the first sentinel ends the source and begins the target, as in span corruption.
+        sentinel: tasks on pairs, as translation: the first sentinel ends the source and begins the target, as in span
+            corruption.
         mask_shares: masked LM: shares of the chosen tokens that become the mask, become a random one, stay (BERT).
         span_ratio: span corruption: share of tokens that are cut out.
         mean_span: span corruption: mean length of what is cut out at once.

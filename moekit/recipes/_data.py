@@ -8,13 +8,12 @@ from typing import Any
 
 from moekit.data.held_out import HeldOut, HeldOutData
 from moekit.data.mixture import TemperatureSchedule, heating
-from moekit.data.module import MultitaskData, TaskData
-from moekit.data.noising import Masking
+from moekit.data.module import MultitaskData
 from moekit.data.sources import Source, Union, open_source
-from moekit.data.span_corruption import SpanCorruption
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
 from moekit.recipes._config import DataConfig, EvaluateConfig, active_tasks
+from moekit.tasks import task_data
 
 
 def _listed(text: str | None) -> list[str]:
@@ -99,18 +98,6 @@ def _sizes(text: str | None) -> dict[str, int]:
     return sizes
 
 
-def _noise(config: DataConfig, task: str) -> dict[str, Any]:
-    """How text is damaged for a task, where settings say so."""
-    try:
-        if task == "masked_lm":
-            return {"masking": Masking(replace=config.mask_shares)}
-        if task == "span_corruption":
-            return {"span_corruption": SpanCorruption(config.span_ratio, config.mean_span, config.packed)}
-    except ValueError as error:
-        raise UserError(f"the noise of the task {task} in data: {error}") from None
-    return {}
-
-
 def make_data(
     config: DataConfig,
     tasks: Any,
@@ -141,14 +128,7 @@ def make_data(
     make: Callable[..., MultitaskData] = HeldOutData if isinstance(source, HeldOut) else MultitaskData
     return make(
         source,
-        tasks={
-            name: TaskData(
-                share=float(task.tokens),
-                sentinel=config.sentinel and name == "translation",
-                **_noise(config, name),
-            )
-            for name, task in active.items()
-        },
+        tasks=task_data(active, config),
         tokenizer=tokenizer,
         cache=config.cache,
         vocab_size=config.vocab_size,

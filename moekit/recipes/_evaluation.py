@@ -83,7 +83,6 @@ def _write(
     last = load_rest(folder.last_checkpoint) if folder.last_checkpoint else checkpoint
     used = last.get("callbacks", {})
     trained = used.get("Throughput", {})
-    scores = module.scores or {}
     summary = {
         "recipe": folder.config().get("recipe"),
         "variant": folder.config().get("variant"),
@@ -102,13 +101,13 @@ def _write(
         "tokens_per_second": trained.get("tokens", 0) / max(trained.get("seconds", 0.0), 1e-9),
         "peak_memory": used.get("PeakMemory"),
         "parameters": parameters(module.backbone),
-        "bleu": scores.get("bleu"),
-        "chrf": scores.get("chrf"),
-        "perplexity": _by_task(valid, "perplexity", skip=("replaced_token",)),
+        **{"bleu": None, "chrf": None, **(module.scores or {})},
+        "perplexity": {t: x for t, x in _by_task(valid, "perplexity").items() if data.task(t).perplexity},
         "loss": _by_task(valid, "loss"),
         "accuracy": _by_task(valid, "accuracy"),
         "test": module.tested,
         "routing": module.routing_summary,
+        "tasks": {name: data.task(name).record() for name in data.tasks},
     }
     folder.write_json("samples.json", module.samples)
     if module.routing is not None:
@@ -117,6 +116,5 @@ def _write(
     write_report(folder.path)
 
 
-def _by_task(values: Mapping[str, float], what: str, skip: tuple[str, ...] = ()) -> dict[str, float]:
-    named = {name.split("/")[1]: v for name, v in values.items() if name.startswith("valid/") and name.endswith(what)}
-    return {task: value for task, value in named.items() if task not in skip}
+def _by_task(values: Mapping[str, float], what: str) -> dict[str, float]:
+    return {name.split("/")[1]: v for name, v in values.items() if name.startswith("valid/") and name.endswith(what)}

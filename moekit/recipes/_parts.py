@@ -18,7 +18,7 @@ from moekit.data.held_out import HeldOut
 from moekit.data.module import MultitaskData
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
-from moekit.heads.base import Head
+from moekit.heads import Head
 from moekit.layer import AuxLosses
 from moekit.recipes._config import StrategyConfig, TrainConfig, active_tasks
 from moekit.recipes._data import make_data

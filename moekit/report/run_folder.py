@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moekit.errors import UserError
+from moekit.tasks import TASKS as KNOWN
 
 FILES = ("config.yaml", "environment.json", "metrics.csv", "summary.json", "routing.json", "samples.json")
 
@@ -145,7 +146,8 @@ class RunFolder:
         if given:
             return given
         if quantity == "perplexity":
-            return {t: math.exp(v) for t, v in self.by_task("loss").items() if v < 700 and t in PERPLEXITY_TASKS}
+            losses = {t: v for t, v in self.by_task("loss").items() if t in KNOWN and KNOWN[t].perplexity}
+            return {t: math.exp(v) for t, v in losses.items() if v < 700}
         found = {}
         for column, series in self.metrics.items():
             parts = column.split("/")
@@ -172,9 +174,6 @@ class RunFolder:
     def _said(self, key: str) -> str:
         line = re.search(rf"^{key}:[ \t]*([\w.-]+)", self.config, flags=re.MULTILINE)
         return str(self.summary.get(key) or (line.group(1) if line else ""))
-
-
-PERPLEXITY_TASKS = ("translation", "denoising", "masked_lm", "causal_lm")
 
 
 def read_run(run_dir: Path) -> RunFolder:
