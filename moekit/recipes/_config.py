@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from moekit.tasks import with_pair_tasks
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -93,6 +95,7 @@ class LanguageModelTasks:
     causal_lm: TaskConfig = field(default_factory=lambda: TaskConfig(tokens=2048))
 
 
+@with_pair_tasks(TaskConfig)
 @dataclass(frozen=True, kw_only=True)
 class SpanCorruptionTasks:
     """The task of a T5-like model.
@@ -104,6 +107,7 @@ class SpanCorruptionTasks:
     span_corruption: TaskConfig = field(default_factory=lambda: TaskConfig(tokens=2048))
 
 
+@with_pair_tasks(TaskConfig)
 @dataclass(frozen=True, kw_only=True)
 class TranslationTasks:
     """The task of a translation model.

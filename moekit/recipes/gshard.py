@@ -17,10 +17,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moekit.heads import TranslationHead
 from moekit.layer import MoELayer
 from moekit.recipes._command import Recipe, main
-from moekit.recipes._config import DataConfig, EvaluateConfig, RecipeConfig, TaskConfig, TrainConfig, TranslationTasks
+from moekit.recipes._config import (
+    DataConfig,
+    EvaluateConfig,
+    RecipeConfig,
+    TaskConfig,
+    TrainConfig,
+    TranslationTasks,
+    active_tasks,
+)
 from moekit.recipes._networks import (
     TWIN_NOTES,
     EncoderDecoderConfig,
@@ -34,6 +41,7 @@ from moekit.recipes._parts import Built
 from moekit.recipes._pipeline import commands
 from moekit.routers import AllChoices, Balance, LaterChoices, RandomChoice, SampledChoice, ThresholdChoice, TopKRouter
 from moekit.routing import Capacity
+from moekit.tasks import make_heads
 from moekit.transformer import Side
 
 SECOND: Mapping[str, LaterChoices] = {
@@ -99,7 +107,8 @@ def build(config: Config, vocab_size: int) -> Built:
         return MoELayer(router, expert_bank(model))
 
     network = encoder_decoder(model, vocab_size, feed_forwards(model, sparse, model.k))
-    return Built(network, [TranslationHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
+    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
+    return Built(network, heads, aux_losses(model))
 
 
 TINY = Config(

@@ -22,10 +22,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from moekit.experts import DensePretraining
-from moekit.heads import TranslationHead
 from moekit.layer import MoELayer
 from moekit.recipes._command import Recipe, main
-from moekit.recipes._config import DataConfig, EvaluateConfig, RecipeConfig, TrainConfig, TranslationTasks
+from moekit.recipes._config import DataConfig, EvaluateConfig, RecipeConfig, TrainConfig, TranslationTasks, active_tasks
 from moekit.recipes._networks import (
     TWIN_NOTES,
     EncoderDecoderConfig,
@@ -38,6 +37,7 @@ from moekit.recipes._networks import (
 from moekit.recipes._parts import Built
 from moekit.recipes._pipeline import commands
 from moekit.routers import base_layers
+from moekit.tasks import make_heads
 from moekit.transformer import Side
 
 
@@ -77,7 +77,8 @@ def build(config: Config, vocab_size: int) -> Built:
         return MoELayer(router, expert_bank(model), phase=phase)
 
     network = encoder_decoder(model, vocab_size, feed_forwards(model, sparse))
-    return Built(network, [TranslationHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
+    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
+    return Built(network, heads, aux_losses(model))
 
 
 def without_tricks(config: Config) -> Config:

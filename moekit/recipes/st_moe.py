@@ -22,7 +22,6 @@ from typing import Any, Literal
 from torch import nn
 
 from moekit.errors import UserError
-from moekit.heads import SpanCorruptionHead
 from moekit.layer import AuxLosses, MoELayer
 from moekit.recipes._command import Recipe, main
 from moekit.recipes._config import (
@@ -32,6 +31,7 @@ from moekit.recipes._config import (
     SpanCorruptionTasks,
     TaskConfig,
     TrainConfig,
+    active_tasks,
 )
 from moekit.recipes._networks import (
     TWIN_NOTES,
@@ -46,6 +46,7 @@ from moekit.recipes._networks import (
 from moekit.recipes._parts import Built
 from moekit.recipes._pipeline import commands
 from moekit.routers import st_moe
+from moekit.tasks import make_heads
 from moekit.transformer import Side, SparseDense
 
 
@@ -124,10 +125,10 @@ def build(config: Config, vocab_size: int) -> Built:
         return SparseDense(made, feed_forward(model), order=model.extra)
 
     network = encoder_decoder(model, vocab_size, layers)
-    head = SpanCorruptionHead(label_smoothing=config.train.label_smoothing)
+    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
     # A z-loss of weight 0 is left in, so that it is seen in the metrics.
     aux = AuxLosses(load_balance=model.load_balance, router_z=model.router_z) if model.num_experts else None
-    return Built(network, [head], aux)
+    return Built(network, heads, aux)
 
 
 TINY = Config(

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moekit.heads import SpanCorruptionHead
 from moekit.layer import MoELayer
 from moekit.recipes._command import Recipe, main
 from moekit.recipes._config import (
@@ -27,6 +26,7 @@ from moekit.recipes._config import (
     SpanCorruptionTasks,
     TaskConfig,
     TrainConfig,
+    active_tasks,
 )
 from moekit.recipes._networks import (
     TWIN_NOTES,
@@ -50,6 +50,7 @@ from moekit.routers import (
     TopKRouter,
 )
 from moekit.routing import Capacity
+from moekit.tasks import make_heads
 from moekit.transformer import Side
 
 EXPLORATION: Mapping[str, Exploration | None] = {  # compared in appendix C; the rate of dropout is ours
@@ -115,7 +116,8 @@ def build(config: Config, vocab_size: int) -> Built:
         return MoELayer(router, expert_bank(model))
 
     network = encoder_decoder(model, vocab_size, feed_forwards(model, sparse, model.k))
-    return Built(network, [SpanCorruptionHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
+    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
+    return Built(network, heads, aux_losses(model))
 
 
 TINY = Config(

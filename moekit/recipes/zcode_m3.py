@@ -17,10 +17,10 @@ Routers are top-1 with input jitter, capacity factor 1 and random token selectio
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from moekit.heads import DenoisingHead, Head, MaskedLMHead, ReplacedTokenHead, TranslationHead
+from moekit.heads import Head, ReplacedTokenHead
 from moekit.layer import AuxLosses, MoELayer
 from moekit.recipes._command import Recipe, main
 from moekit.recipes._config import DataConfig, EvaluateConfig, RecipeConfig, TaskConfig, TrainConfig, active_tasks
@@ -35,6 +35,7 @@ from moekit.recipes._networks import (
 from moekit.recipes._parts import Built
 from moekit.recipes._pipeline import commands
 from moekit.routers import zcode_m3
+from moekit.tasks import make_heads, with_pair_tasks
 from moekit.transformer import EncoderDecoder, EncoderOnly, Side, SinusoidalPositions
 
 
@@ -55,6 +56,7 @@ class ModelConfig(EncoderDecoderConfig):
     generator_layers: int = 1
 
 
+@with_pair_tasks(TaskConfig)
 @dataclass(frozen=True, kw_only=True)
 class TasksConfig:
     """The tasks of a step.
@@ -106,20 +108,15 @@ def backbone(model: ModelConfig, vocab_size: int) -> EncoderDecoder:
 
 def heads(config: Config, vocab_size: int) -> list[Head]:
     """A head for each task that takes part."""
-    model, smoothing = config.model, config.train.label_smoothing
+    model = config.model
 
     def replaced_token() -> Head:
         width, attention_heads, layers = model.generator_dim, max(1, model.heads // 2), model.generator_layers
         small = EncoderOnly(vocab_size, width, attention_heads, layers, 4 * width, positions=SinusoidalPositions())
         return ReplacedTokenHead(small, model.dim, discriminator_weight=config.discriminator_weight)
 
-    make: Mapping[str, Callable[[], Head]] = {
-        "translation": lambda: TranslationHead(label_smoothing=smoothing),
-        "denoising": lambda: DenoisingHead(label_smoothing=smoothing),
-        "masked_lm": lambda: MaskedLMHead(model.dim),
-        "replaced_token": replaced_token,
-    }
-    return [make[task]() for task in active_tasks(config.tasks)]
+    own = {"replaced_token": replaced_token}
+    return make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing, own)
 
 
 def build(config: Config, vocab_size: int) -> Built:

@@ -5,7 +5,7 @@ the words that reports say about it.
 from moekit.tasks.causal_lm import CausalLMTask
 from moekit.tasks.denoising import Denoising, DenoisingTask
 from moekit.tasks.masked_lm import MaskedLMTask, Masking
-from moekit.tasks.registry import TASKS, make_heads
+from moekit.tasks.registry import TASKS, make_heads, with_pair_tasks
 from moekit.tasks.replaced_token import ELECTRA, ReplacedTokenTask
 from moekit.tasks.settings import TaskData, task_data
 from moekit.tasks.span_corruption import SpanCorruption, SpanCorruptionTask
@@ -30,4 +30,5 @@ __all__ = [
     "TranslationTask",
     "make_heads",
     "task_data",
+    "with_pair_tasks",
 ]

@@ -80,11 +80,13 @@ class PairTask(SequenceTask):
     """A task on pairs of texts, whose answers the test scores.
 
     Attributes:
+        about: what the pairs are, for the help of recipes.
         sentinel: the first sentinel ends the source and begins the target, as in span corruption, so that fine-tuning
             looks like such a pre-training (arXiv:2202.08906 section 4).
     """
 
     pairs: ClassVar[bool] = True
+    about: ClassVar[str]
 
     sentinel: bool = False
 

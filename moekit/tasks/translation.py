@@ -109,3 +109,4 @@ class TranslationTask(PairTask):
         "direction not recorded",
     )
     head = TranslationHead
+    about = "parallel text."
