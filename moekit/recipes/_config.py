@@ -15,8 +15,9 @@ class DataConfig:
     Attributes:
         source: kind of data: babel (generated languages, nothing to download), headlines (paragraphs of babel and their
             headlines, a summarisation task; directions as avl-avl), moses (train.en + train.de, plain or
-            gz), jsonl ({"translation": {"en": ..., "de": ...}}), tsv, gettext (the translation catalogs of this
-            machine) or text (one language per file). Several kinds joined by commas are read as one corpus.
+            gz), jsonl ({"translation": {"en": ..., "de": ...}}), tsv, examples ({"input": ..., "target": ...}, or tsv
+            with these columns; directions as en-en, the default), gettext (the translation catalogs of this machine)
+            or text (one language per file). Several kinds joined by commas are read as one corpus.
         path: folder or file of the data; for several kinds as many, joined by commas. Not needed for babel and
             gettext.
         pivot: where text is parallel in more than two languages, keep the directions from and to this language.

@@ -76,6 +76,8 @@ def _open(kind: str, path: str | None, config: DataConfig) -> Source:
             )
         case "text":
             return open_source("text", path)
+        case "examples":
+            return open_source("examples", path, directions=directions)
         case "gettext":
             return open_source("gettext", path, max_languages=config.max_languages, pivot=pivot, directions=directions)
         case _:
