@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moekit.report import experts, page, provenance, results, samples
+from moekit.report import answers, experts, page, provenance, results, samples
 from moekit.report.run_folder import read_run
 
 
@@ -20,6 +20,7 @@ def write_report(run_dir: Path) -> Path:
     run = read_run(Path(run_dir))
     parts = {
         "scores": ("Quality", results.scores(run)),
+        "answers": ("Answers", answers.section(run)),
         "losses": ("Losses", results.losses(run)),
         "experts": ("Experts", experts.experts(run)),
         "routing": ("Routing", experts.routing(run)),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moekit.report import wording
+from moekit.report.answers import answers
 from moekit.report.health import findings, layer_health
 from moekit.report.predictions import languages_by_perplexity, main_task, predictions
 from moekit.report.provenance import reproduce_command
@@ -29,6 +30,8 @@ def results_markdown(run_dir: Path, *, samples_per_direction: int = 2) -> str:
     run = read_run(Path(run_dir))
     parts = [f"# {literal(run.name)}", table(["", ""], headline_rows(run)), *_notes(run)]
     parts += _scores(run)
+    for found in answers(run):
+        parts += [f"## {literal(found.title)}", table(["direction", *found.scores], found.rows)]
     losses, perplexities = run.by_task("loss"), run.by_task("perplexity")
     if losses or perplexities:
         rows = [

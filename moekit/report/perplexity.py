@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moekit.report import page, plots, wording
+from moekit.report.answers import answers
 from moekit.report.plots import Line
 from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
 from moekit.report.run_folder import RunFolder, Series, number
@@ -19,7 +20,9 @@ def tiles(run: RunFolder) -> list[tuple[str, str, str]]:
     """Headline numbers as (label, value, remark), the perplexity first."""
     found = main_task(run)
     measured = found.perplexity is not None
+    answered = [(label, average, x.title.lower()) for x in answers(run) for label, average in x.averages[:2]]
     return [
+        *answered,
         ("Perplexity", wording.perplexity(found.perplexity), where_measured(found) if measured else "not measured"),
         ("Accuracy", wording.percent(found.accuracy), f"of {task_title(found.task).lower()}" if found.task else ""),
         ("Loss", wording.significant(found.loss), "nats per token"),

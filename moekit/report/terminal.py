@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moekit.report import wording
+from moekit.report.answers import answers
 from moekit.report.health import LayerHealth, dropped, experts_per_token, findings, layer_health
 from moekit.report.perplexity import where_measured
 from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
@@ -119,7 +120,8 @@ def _numbers(*pairs: tuple[str, str]) -> Text:
 
 
 def _quality(run: RunFolder) -> list[Text]:
-    return _directions(run) if run.translates else _languages(run)
+    written = [line for task in answers(run) for line in (_numbers(*task.averages), Text())]
+    return [*_directions(run), *written] if run.translates else written or _languages(run)
 
 
 def _languages(run: RunFolder) -> list[Text]:
