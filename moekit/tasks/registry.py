@@ -16,6 +16,7 @@ from moekit.tasks.replaced_token import ReplacedTokenTask
 from moekit.tasks.sequence import PairTask
 from moekit.tasks.span_corruption import SpanCorruptionTask
 from moekit.tasks.task import Task
+from moekit.tasks.text_to_text import TextToTextTask
 from moekit.tasks.translation import TranslationTask
 
 _T = TypeVar("_T")
@@ -27,6 +28,7 @@ _CLASSES: tuple[type[Task], ...] = (
     MaskedLMTask,
     ReplacedTokenTask,
     CausalLMTask,
+    TextToTextTask,
 )
 
 TASKS: Mapping[str, type[Task]] = MappingProxyType({task.name: task for task in _CLASSES})
