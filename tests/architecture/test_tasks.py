@@ -68,3 +68,15 @@ def test_the_registry_is_short() -> None:
     text = (PACKAGE / "tasks" / "registry.py").read_text(encoding="utf-8")
     for task in TASKS.values():
         assert len(re.findall(rf".*\b{task.__name__}\b.*", text)) == 2
+
+
+def test_a_task_is_its_file_and_two_lines() -> None:
+    """Counted for one that no recipe has of its own."""
+    lines = [
+        line
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path != PACKAGE / "tasks" / "text_to_text.py"
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search("text_to_text|TextToText", line)
+    ]
+    assert len(lines) == 2, lines
