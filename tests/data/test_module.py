@@ -17,8 +17,9 @@ from moekit.data.batching import Rank
 from moekit.data.mixture import LinearHeating
 from moekit.data.module import MultitaskData, TaskData, TokenizerOptions, default_cache
 from moekit.errors import UserError
-from moekit.tasks import TASKS, Denoising, Masking
+from moekit.tasks import Denoising, Masking
 
+TASKS = ("translation", "denoising", "span_corruption", "masked_lm", "replaced_token", "causal_lm")
 ALL = {name: TaskData(share=4.0 if name == "translation" else 1.0) for name in TASKS}
 
 
