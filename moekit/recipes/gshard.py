@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moekit.cli.recipes import main
-from moekit.heads import TranslationHead
 from moekit.layer import MoELayer
 from moekit.recipes._networks import (
     SMALL_TRANSLATION,
@@ -42,7 +41,8 @@ from moekit.routers import (
 )
 from moekit.routing import Capacity
 from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
-from moekit.runs.settings import SURGERY, DataConfig, TaskConfig, TrainConfig, TranslationTasks, setting
+from moekit.runs.settings import SURGERY, DataConfig, TaskConfig, TrainConfig, TranslationTasks, active_tasks, setting
+from moekit.tasks import make_heads
 from moekit.transformer import Side
 
 SECOND: Mapping[str, SecondExpertPolicy] = {
@@ -95,7 +95,8 @@ def build(config: RunConfig, text: Text) -> ModelParts:
         return MoELayer(router, expert_bank(model))
 
     network = encoder_decoder(model, text.vocab_size, feed_forwards(model, sparse, model.k))
-    return ModelParts(network, [TranslationHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
+    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
+    return ModelParts(network, heads, aux_losses(model))
 
 
 TINY = TINY_TRANSLATION.changed(

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 from moekit.cli.recipes import main
 from moekit.experts import DensePretraining
-from moekit.heads import TranslationHead
 from moekit.layer import MoELayer
 from moekit.recipes._networks import (
     SMALL_TRANSLATION,
@@ -36,6 +35,8 @@ from moekit.recipes._networks import (
 )
 from moekit.routers import base_layers
 from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
+from moekit.runs.settings import active_tasks
+from moekit.tasks import make_heads
 from moekit.transformer import Side
 
 
@@ -62,7 +63,8 @@ def build(config: RunConfig, text: Text) -> ModelParts:
         return MoELayer(router, expert_bank(model), phase=phase)
 
     network = encoder_decoder(model, text.vocab_size, feed_forwards(model, sparse))
-    return ModelParts(network, [TranslationHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
+    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
+    return ModelParts(network, heads, aux_losses(model))
 
 
 def without_tricks(config: RunConfig) -> RunConfig:

@@ -22,7 +22,6 @@ from torch import nn
 
 from moekit.cli.recipes import main
 from moekit.errors import UserError
-from moekit.heads import SpanCorruptionHead
 from moekit.layer import AuxLosses, MoELayer
 from moekit.recipes._networks import (
     PAPER_TEXT,
@@ -39,7 +38,8 @@ from moekit.recipes._networks import (
 )
 from moekit.routers import st_moe
 from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
-from moekit.runs.settings import SURGERY, SpanCorruptionTasks, TaskConfig, setting
+from moekit.runs.settings import SURGERY, SpanCorruptionTasks, TaskConfig, active_tasks, setting
+from moekit.tasks import make_heads
 from moekit.transformer import Side, SparseDense
 
 
@@ -105,10 +105,10 @@ def build(config: RunConfig, text: Text) -> ModelParts:
         return SparseDense(made, feed_forward(model), order=model.extra)
 
     network = encoder_decoder(model, text.vocab_size, layers)
-    head = SpanCorruptionHead(label_smoothing=config.train.label_smoothing)
+    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
     # A z-loss of weight 0 is left in, so that it is seen in the metrics.
     aux = AuxLosses(load_balance=model.load_balance, router_z=model.router_z) if model.num_experts else None
-    return ModelParts(network, [head], aux)
+    return ModelParts(network, heads, aux)
 
 
 TINY = TINY_TEXT.changed(

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moekit.cli.recipes import main
-from moekit.heads import SpanCorruptionHead
 from moekit.layer import MoELayer
 from moekit.recipes._networks import (
     PAPER_TEXT,
@@ -44,7 +43,8 @@ from moekit.routers import (
 )
 from moekit.routing import Capacity
 from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
-from moekit.runs.settings import SURGERY, SpanCorruptionTasks, TaskConfig, setting
+from moekit.runs.settings import SURGERY, SpanCorruptionTasks, TaskConfig, active_tasks, setting
+from moekit.tasks import make_heads
 from moekit.transformer import Side
 
 EXPLORATION: Mapping[str, Exploration | None] = {  # compared in appendix C; the rate of dropout is ours
@@ -97,7 +97,8 @@ def build(config: RunConfig, text: Text) -> ModelParts:
         return MoELayer(router, expert_bank(model))
 
     network = encoder_decoder(model, text.vocab_size, feed_forwards(model, sparse, model.k))
-    return ModelParts(network, [SpanCorruptionHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
+    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
+    return ModelParts(network, heads, aux_losses(model))
 
 
 # Capacity 1.25, jitter and balance weight as in the paper; sizes and init ours.

@@ -17,11 +17,10 @@ Routers are top-1 with input jitter, capacity factor 1 and random token selectio
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from moekit.cli.recipes import main
-from moekit.heads import DenoisingHead, Head, MaskedLMHead, ReplacedTokenHead, TranslationHead
+from moekit.heads import Head, ReplacedTokenHead
 from moekit.layer import AuxLosses, MoELayer
 from moekit.recipes._networks import (
     SMALL_TRANSLATION,
@@ -35,6 +34,7 @@ from moekit.recipes._networks import (
 from moekit.routers import zcode_m3
 from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
 from moekit.runs.settings import SURGERY, DataConfig, TaskConfig, TrainConfig, active_tasks, setting
+from moekit.tasks import make_heads, with_pair_tasks
 from moekit.transformer import EncoderDecoder, EncoderOnly, Side, SinusoidalPositions
 
 
@@ -57,6 +57,7 @@ class ModelConfig(EncoderDecoderConfig):
     discriminator_weight: float = 50.0  # ELECTRA's
 
 
+@with_pair_tasks(TaskConfig)
 @dataclass(frozen=True, kw_only=True)
 class TasksConfig:
     """The tasks of a step.
@@ -93,20 +94,15 @@ def backbone(model: ModelConfig, vocab_size: int) -> EncoderDecoder:
 
 def heads(config: RunConfig, vocab_size: int) -> list[Head]:
     """A head for each task that takes part."""
-    model, smoothing = config.model, config.train.label_smoothing
+    model = config.model
 
     def replaced_token() -> Head:
         width, attention_heads, layers = model.generator_dim, max(1, model.heads // 2), model.generator_layers
         small = EncoderOnly(vocab_size, width, attention_heads, layers, 4 * width, positions=SinusoidalPositions())
         return ReplacedTokenHead(small, model.dim, discriminator_weight=model.discriminator_weight)
 
-    make: Mapping[str, Callable[[], Head]] = {
-        "translation": lambda: TranslationHead(label_smoothing=smoothing),
-        "denoising": lambda: DenoisingHead(label_smoothing=smoothing),
-        "masked_lm": lambda: MaskedLMHead(model.dim),
-        "replaced_token": replaced_token,
-    }
-    return [make[task]() for task in active_tasks(config.tasks)]
+    own = {"replaced_token": replaced_token}
+    return make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing, own)
 
 
 def build(config: RunConfig, text: Text) -> ModelParts:

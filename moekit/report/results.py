@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moekit.report import wording
+from moekit.report.answers import answer_tables, answer_tiles
 from moekit.report.curves import curve_table
 from moekit.report.experts import health_table
 from moekit.report.plots import Bars, Curves, Line
@@ -85,10 +86,12 @@ def score_tiles(run: RunFolder) -> list[Tile]:
             Tile("Perplexity", wording.perplexity(ppl.get(task)), run.task(task).title.lower() if task else ""),
         ]
     found = main_task(run)
+    answered = answer_tiles(run)
     names = list(found.languages)
     spoken = wording.count(len(names), "language") if len(names) > 1 else "".join(names)
     where = ", ".join(filter(None, (ORIGIN[found.origin], spoken)))
     return [
+        *answered,
         Tile("Perplexity", wording.perplexity(found.perplexity), "not measured" if found.perplexity is None else where),
         Tile("Accuracy", wording.percent(found.accuracy), f"of {run.task(found.task).title.lower()}"),
         Tile("Loss", wording.significant(found.loss), "nats per token"),
@@ -104,6 +107,7 @@ def tables(run: RunFolder) -> list[Table]:
     ]
     found = [
         *rankings(run),
+        *answer_tables(run),
         Table(["task", "validation loss", "perplexity"], validated, "Tasks"),
         health_table(run),
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.report import render
+from moekit.report.answers import answer_section
 from moekit.report.curves import losses, routing
 from moekit.report.experts import experts
 from moekit.report.health import findings
@@ -55,7 +56,7 @@ def run_view(run: RunFolder) -> View:
         title=run.name,
         lead=about(run),
         tiles=tiles(run),
-        sections=[s for s in (quality(run), losses(run), experts(run), routing(run)) if s is not None],
+        sections=[s for s in (quality(run), answer_section(run), losses(run), experts(run), routing(run)) if s],
         findings=findings(run),
         notes=[] if run.summary else [_UNFINISHED],
         tables=tables(run),

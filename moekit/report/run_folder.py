@@ -165,11 +165,11 @@ class RunFolder:
         return found
 
     def scores(self, metric: str) -> Scores:
-        """Scores by `metric` ("bleu" or "chrf") of the test, or else of the last validation, or nothing."""
-        directions = numbers(self.summary, metric, "directions")
-        average = number(self.summary, metric, "average")
+        """Scores by `metric`, such as "bleu", of the test, or else of the last validation, or nothing."""
+        record = self.summary if metric in self.summary else dig(self.summary, "scores")
+        directions, average = numbers(record, metric, "directions"), number(record, metric, "average")
         if directions or average is not None:
-            signature = dig(self.summary, metric, "signature")
+            signature = dig(record, metric, "signature")
             return Scores(average if average is not None else _mean(directions), directions, str(signature or ""))
         for origin in ("test", "valid"):
             prefix = f"{origin}/{metric}/"

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moekit.report import wording
+from moekit.report.answers import answer_tables
 from moekit.report.health import dropped, experts_per_token, findings, layer_health
 from moekit.report.predictions import main_task, predictions
 from moekit.report.results import costs, known, rankings, score_tiles
@@ -86,6 +87,9 @@ def _headline(run: RunFolder) -> list[Text]:
 
 def _quality(run: RunFolder) -> list[Text]:
     """Scores by direction, or perplexity by language; of a single language the headline has it."""
+    written = [line for table in answer_tables(run) for line in _answer_lines(table)]
+    if written and not run.translates:
+        return written
     if not run.translates and (main_task(run).origin == "valid" or not main_task(run).task):
         return [Text("Not tested yet: the `test` command measures held-out perplexity.", "yellow"), Text()]
     table = next((table for table in rankings(run) if table.headers[0] in ("direction", "language")), None)
@@ -104,7 +108,16 @@ def _quality(run: RunFolder) -> list[Text]:
         lines += [_averages(run, word, side) for side, word in enumerate(("from", "into"))]
     elif len(rows) > _ALL:
         lines.append(Text(f"and {wording.count(len(rows) - 2 * _EXTREMES, 'language')} between", "dim"))
-    return [*lines, Text()]
+    return [*lines, Text(), *written]
+
+
+def _answer_lines(table: Table) -> list[Text]:
+    """The averages of a task's written answers, in one line."""
+    pairs = zip(table.headers[1:], table.rows[-1][1:], strict=True)
+    return [
+        Text.assemble(*(part for label, value in pairs for part in ((f"{label} ", "dim"), (f"{value}   ", "")))),
+        Text(),
+    ]
 
 
 def _column(head: str, table: Table, rows: Sequence[Sequence[str]]) -> list[Text]:

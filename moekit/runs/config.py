@@ -19,6 +19,7 @@ from moekit.runs.settings.fields import RESUME, SURGERY, setting
 from moekit.runs.settings.strategy import StrategyConfig
 from moekit.runs.settings.tasks import active_tasks
 from moekit.runs.settings.train import TrainConfig
+from moekit.tasks import task_data
 
 _ENDLESS = 100_000_000
 """Batches of a run that only minutes limit."""
@@ -75,7 +76,7 @@ class RunConfig:
         # Tensor-parallel partners read the same batch.
         readers = max(1, train.devices * train.num_nodes // (self.strategy.tensor_parallel_size or 1))
         options: dict[str, Any] = {
-            "tasks": {name: data.of_task(name, share=float(task.tokens)) for name, task in active.items()},
+            "tasks": task_data(active, data),
             "tokenizer": tokenizer,
             "cache": data.cache,
             "vocab_size": data.vocab_size,

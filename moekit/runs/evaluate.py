@@ -111,11 +111,13 @@ def _write(
         parameters=parameters(module.backbone),
         bleu=scores.get("bleu"),
         chrf=scores.get("chrf"),
-        perplexity=_by_task(valid, "perplexity", skip=("replaced_token",)),
+        scores={name: found for name, found in scores.items() if name not in ("bleu", "chrf")},
+        perplexity={t: x for t, x in _by_task(valid, "perplexity").items() if data.task(t).perplexity},
         loss=_by_task(valid, "loss"),
         accuracy=_by_task(valid, "accuracy"),
         test=module.tested,
         routing=module.routing_summary,
+        tasks={name: data.task(name).record() for name in data.tasks},
     )
     routing = None if module.routing is None else RoutingRecord.from_json(module.routing)
     write_json(run.path / SAMPLES, [Sample.from_json(sample).to_json() for sample in module.samples])
@@ -124,6 +126,5 @@ def _write(
     write_json(run.path / SUMMARY, summary.to_json())
 
 
-def _by_task(values: Mapping[str, float], what: str, skip: tuple[str, ...] = ()) -> dict[str, float]:
-    named = {name.split("/")[1]: v for name, v in values.items() if name.startswith("valid/") and name.endswith(what)}
-    return {task: value for task, value in named.items() if task not in skip}
+def _by_task(values: Mapping[str, float], what: str) -> dict[str, float]:
+    return {name.split("/")[1]: v for name, v in values.items() if name.startswith("valid/") and name.endswith(what)}

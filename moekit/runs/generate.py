@@ -63,7 +63,7 @@ def generate(
             backbone, tokenizer, search=search, batch_tokens=config.evaluate.batch_tokens, sentinel=config.data.sentinel
         )
         write = partial(translator.translate, source=source, target=target)
-    elif "causal_lm" in data.tasks:
+    elif any(data.task(name).writes == "continuation" for name in data.tasks):
         what = source
         completer = Completer(backbone, tokenizer, search=search, max_new_tokens=config.data.max_length)
         write = partial(completer.complete, language=source)

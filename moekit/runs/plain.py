@@ -22,8 +22,12 @@ def with_setting(config: C, key: str, value: Any) -> C:
 
 
 def as_plain(config: Any) -> dict[str, Any]:
-    """A configuration as nested plain data, as YAML and checkpoints hold it."""
+    """A configuration as nested plain data, as YAML and checkpoints hold it, without tasks on offer that none chose."""
     values: dict[str, Any] = plain(dataclasses.asdict(config))
+    tasks = getattr(config, "tasks", None)
+    for f in () if tasks is None else dataclasses.fields(tasks):
+        if f.metadata.get("offered") and getattr(tasks, f.name) == type(getattr(tasks, f.name))():
+            del values["tasks"][f.name]
     return values
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moekit.data.counts import bigram_counts, token_counts
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
-from moekit.heads.base import Head
+from moekit.heads import Head
 from moekit.layer import AuxLosses
 from moekit.routers.hash_keys import Bigram
 from moekit.runs.config import RunConfig

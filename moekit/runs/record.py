@@ -90,11 +90,13 @@ class Summary(Record):
         parameters: of the network: total, and active for a token.
         bleu: average, directions and signature; None where the run does not translate.
         chrf: the same.
+        scores: the same of other written answers, by name.
         perplexity: validation perplexity by task.
         loss: validation loss by task, nats per prediction.
         accuracy: validation accuracy by task.
         test: loss, perplexity, accuracy and languages by task, of those that do not translate.
         routing: means over sparse layers, and each layer by name; None of a dense model.
+        tasks: what reports say of each task: see `moekit.tasks.Task.record`.
     """
 
     recipe: str | None = None
@@ -110,11 +112,13 @@ class Summary(Record):
     parameters: Mapping[str, int] = field(default_factory=dict)
     bleu: Mapping[str, Any] | None = None
     chrf: Mapping[str, Any] | None = None
+    scores: Mapping[str, Any] = field(default_factory=dict)
     perplexity: Mapping[str, float] = field(default_factory=dict)
     loss: Mapping[str, float] = field(default_factory=dict)
     accuracy: Mapping[str, float] = field(default_factory=dict)
     test: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     routing: Mapping[str, Any] | None = None
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

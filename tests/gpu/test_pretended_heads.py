@@ -27,7 +27,7 @@ from moekit.training.optimizers import scale_expert_gradients
 from moekit.transformer import RelativePositions
 from moekit.transformer.attention import plan_attention
 
-TASKS, make_batch, make_head = examples("heads/test_heads.py", "TASKS", "make_batch", "make_head")
+TASKS, make_batch, make_head = examples("tasks/test_heads.py", "TASKS", "make_batch", "make_head")
 NAMES, recipe, SIZES = examples("recipes/test_every_recipe.py", "NAMES", "recipe", "SIZES")
 
 

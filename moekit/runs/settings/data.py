@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moekit.data.mixture import TemperatureSchedule, heating
-from moekit.data.module import TaskData
-from moekit.data.noising import Masking
 from moekit.data.sources import Source, Union, open_source
-from moekit.data.span_corruption import SpanCorruption
 from moekit.errors import UserError
 from moekit.runs.settings.fields import RESUME, SURGERY, setting
 from moekit.runs.settings.train import TrainConfig
@@ -31,8 +28,9 @@ class DataConfig:
     Attributes:
         source: kind of data: babel (generated languages, nothing to download), headlines (paragraphs of babel and their
             headlines, a summarisation task; directions as avl-avl), moses (train.en + train.de, plain or
-            gz), jsonl ({"translation": {"en": ..., "de": ...}}), tsv, gettext (the translation catalogs of this
-            machine) or text (one language per file). Several kinds, as moses,jsonl or a list, are read as one corpus.
+            gz), jsonl ({"translation": {"en": ..., "de": ...}}), tsv, examples ({"input": ..., "target": ...}, or tsv
+            with these columns; directions as en-en, the default), gettext (the translation catalogs of this machine)
+            or text (one language per file). Several kinds, as moses,jsonl or a list, are read as one corpus.
         path: folder or file of the data; for several kinds as many, joined by commas or as a list. Not needed for babel
             and gettext.
         pivot: where text is parallel in more than two languages, keep the directions from and to this language.
@@ -41,7 +39,8 @@ class DataConfig:
         max_languages: of gettext: so many languages with the most text.
         vocab_size: pieces of the SentencePiece vocabulary that is trained on the data.
         tokenizer: folder of a tokenizer to take instead, which must know the data's languages.
-        sentinel: translation only: the first sentinel ends the source and begins the target, as in span corruption.
+        sentinel: tasks on pairs, as translation: the first sentinel ends the source and begins the target, as in span
+            corruption.
         mask_shares: masked LM: shares of the chosen tokens that become the mask, become a random one, stay (BERT).
         span_ratio: span corruption: share of tokens that are cut out.
         mean_span: span corruption: mean length of what is cut out at once.
@@ -135,6 +134,7 @@ class DataConfig:
             "headlines": {**babel, "train_documents": self.babel_sentences},
             "gettext": {**named, "max_languages": self.max_languages},
             "text": {},
+            "examples": {"directions": named["directions"]},
         }
         return open_source(kind, path, **options.get(kind, named))
 
@@ -150,22 +150,6 @@ class DataConfig:
     def temperature_schedule(self) -> TemperatureSchedule:
         """The temperature of the mixture over directions and languages."""
         return heating(self.heating, self.temperature, self.heating_steps)
-
-    def of_task(self, task: str, share: float = 1.0) -> TaskData:
-        """The data of one task: its share of a step's tokens, and how its text is damaged where settings say so.
-
-        Raises:
-            UserError: settings that describe no noise.
-        """
-        try:
-            if task == "masked_lm":
-                return TaskData(share=share, masking=Masking(replace=self.mask_shares))
-            if task == "span_corruption":
-                corruption = SpanCorruption(self.span_ratio, self.mean_span, self.packed)
-                return TaskData(share=share, span_corruption=corruption)
-        except ValueError as error:
-            raise UserError(f"the noise of the task {task} in data: {error}") from None
-        return TaskData(share=share, sentinel=self.sentinel and task == "translation")
 
     def workers(self, train: TrainConfig) -> int:
         """How many processes prepare batches for each that trains, "auto" resolved for this machine."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from moekit.runs.settings.fields import setting
+from moekit.tasks import with_pair_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class LanguageModelTasks:
     causal_lm: TaskConfig = field(default_factory=lambda: TaskConfig(tokens=2048))
 
 
+@with_pair_tasks(TaskConfig)
 @dataclass(frozen=True, kw_only=True)
 class SpanCorruptionTasks:
     """The task of a T5-like model.
@@ -43,6 +45,7 @@ class SpanCorruptionTasks:
     span_corruption: TaskConfig = field(default_factory=lambda: TaskConfig(tokens=2048))
 
 
+@with_pair_tasks(TaskConfig)
 @dataclass(frozen=True, kw_only=True)
 class TranslationTasks:
     """The task of a translation model.

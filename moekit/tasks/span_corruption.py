@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moekit.data.batch import Batch, Sentences, Width
 from moekit.data.keyed import Keys
 from moekit.data.noising import check_ratio, choose, everywhere, first_spans, mark_spans
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
+from moekit.tasks.sequence import SequenceHead, SequenceTask
+from moekit.tasks.task import Lengths, SampleWording
 
 # Numbers of the independent streams of draws that a key gives.
 _NOISE, _CLEAN = 16, 17
-
-Lengths = NDArray[np.int64]
 
 
 class Counts(NamedTuple):
@@ -195,3 +196,54 @@ class SpanCorruption:
             markers=tokenizer.sentinel_ids,
             protected=text.tokens < tokenizer.first_text_id,
         )
+
+
+class SpanCorruptionHead(SequenceHead):
+    """T5's objective: text with spans cut out to the missing spans, each behind its sentinel.
+
+    Source: arXiv:1910.10683 section 3.1.4; used by arXiv:2101.03961 and arXiv:2202.08906.
+    """
+
+    task: ClassVar[str] = "span_corruption"
+
+
+@dataclass(frozen=True)
+class SpanCorruptionTask(SequenceTask):
+    """Text with spans cut out -> the missing spans.
+
+    Attributes:
+        span_corruption: how spans are cut out.
+    """
+
+    name: ClassVar[str] = SpanCorruptionHead.task
+    title: ClassVar[str] = "Span corruption"
+    explanation: ClassVar[str] = "Write the spans that were cut out of a text, each behind the mark of its gap."
+    samples: ClassVar[SampleWording] = SampleWording(
+        "Samples of missing spans",
+        "Held-out texts the model never saw, with spans cut out. Marked words stand in the missing spans too, in the "
+        "same order; an unmarked word may still fit the gap.",
+        "Damaged",
+        "Missing spans",
+    )
+    head = SpanCorruptionHead
+    writes = "spans"
+
+    span_corruption: SpanCorruption = field(default_factory=SpanCorruption)
+
+    @classmethod
+    def configured(cls, data: Any) -> dict[str, Any]:  # noqa: D102
+        return {"span_corruption": SpanCorruption(data.span_ratio, data.mean_span, data.packed)}
+
+    def check(self, room: int) -> None:  # noqa: D102
+        self.span_corruption.check(room)
+
+    def chunk(self, room: int) -> int | None:  # noqa: D102
+        return self.span_corruption.chunk(room) if self.span_corruption.packed else None
+
+    def sizes(self, lengths: Lengths) -> Sequence[Lengths]:  # noqa: D102
+        return self.span_corruption.lengths(lengths[0])
+
+    def collate(self, rows: Sentences) -> Batch:
+        """``<2xx> damaged eos`` and ``bos spans eos``."""
+        damaged, spans = self.span_corruption.apply(rows.texts[0], rows.keys, rows.tokenizer)
+        return self.pair(rows, damaged, spans, Width(rows.width(damaged.lengths), rows.width(spans.lengths)))

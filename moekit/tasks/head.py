@@ -1,9 +1,9 @@
-"""What a head is: one task, from a batch to a loss, over a backbone that it may share with others."""
+"""What a head is: the weights and the loss of one task, over a backbone that it may share with others."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -15,6 +15,7 @@ from moekit.component import Component
 from moekit.data.batch import Batch
 from moekit.layer import AuxLosses
 from moekit.routing import Routing, register_pytree
+from moekit.tasks.score import AnswerScore
 from moekit.transformer.output import DecoderOutput
 
 
@@ -122,9 +123,14 @@ class Head(Component, ABC):
         backbone: the model to train alone with; None where the head is one of several.
         aux: weighs the routers' losses when the head trains alone.
         learning_rate: of AdamW when the head trains alone.
+
+    Attributes:
+        task: name of its task.
+        scores: of the answers that the model writes in the test, labels by name; empty = the test measures the loss.
     """
 
     task: ClassVar[str]
+    scores: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self, backbone: nn.Module | None = None, *, aux: AuxLosses | None = None, learning_rate: float = 1e-3
@@ -133,6 +139,14 @@ class Head(Component, ABC):
         self.backbone = backbone
         self.aux = aux
         self.learning_rate = learning_rate
+
+    def make_score(self, directions: Sequence[str]) -> AnswerScore:
+        """The metric of the answers that the model writes, where the head has `scores`.
+
+        Args:
+            directions: names of the pairs of languages that are tested, such as ``"en-de"``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} scores no answers.")
 
     @abstractmethod
     def compute(self, batch: Batch, backbone: Any) -> HeadOutput:

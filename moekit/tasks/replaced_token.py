@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moekit.data.batch import Batch
+from moekit.data.batch import Batch, Sentences
 from moekit.errors import UserError
-from moekit.heads.base import Head, HeadOutput, name_routings, pick, predict
-from moekit.heads.masked_lm import MaskedLMTransform
 from moekit.layer import AuxLosses
+from moekit.tasks.head import Head, HeadOutput, name_routings, pick, predict
+from moekit.tasks.masked_lm import MaskedLMTransform, Masking, masked_batch
+from moekit.tasks.task import Task
+
+ELECTRA = Masking(replace=(1.0, 0.0, 0.0))
+"""Of the generator of replaced-token detection: the mask alone.
+
+Source: arXiv:2003.10555 section 2. Differs: the authors' code leaves 15 % of the chosen tokens as they are.
+"""
 
 
 class ReplacedTokenHead(Head):
@@ -115,3 +123,36 @@ class ReplacedTokenHead(Head):
             routings=name_routings(backbone, encoded),
             extra=extra,
         )
+
+
+@dataclass(frozen=True)
+class ReplacedTokenTask(Task):
+    """Masked sentence for the generator, which fills it; the discriminator says which tokens were replaced.
+
+    Attributes:
+        masking: how sentences are masked; None = as ELECTRA's generator sees them, the mask alone.
+    """
+
+    name: ClassVar[str] = ReplacedTokenHead.task
+    title: ClassVar[str] = "Replaced-token detection"
+    explanation: ClassVar[str] = "Tell which words of a sentence a small generator has replaced."
+    head: ClassVar[type[ReplacedTokenHead]] = ReplacedTokenHead
+    perplexity = False  # it answers yes or no
+
+    masking: Masking | None = None
+
+    @classmethod
+    def make_head(cls, dim: int, label_smoothing: float) -> Head:
+        """None without a generator.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"the task {cls.name} needs a generator, which this model has not. Leave the task out.")
+
+    def collate(self, rows: Sentences) -> Batch:
+        """The batch of masked sentences.
+
+        Source: arXiv:2003.10555 section 2.
+        """
+        return masked_batch(self.name, self.masking or ELECTRA, rows)
