@@ -6,10 +6,11 @@ import dataclasses
 import importlib
 
 import pytest
-from moekit.recipes._command import as_plain, from_plain, reconfigured
-from moekit.recipes._config import TaskConfig, active_tasks
 
+from moekit.cli.recipes import reconfigured
 from moekit.errors import UserError
+from moekit.runs.plain import as_plain
+from moekit.runs.settings import TaskConfig, active_tasks
 from moekit.tasks import TASKS, make_heads
 from moekit.tasks.sequence import PairTask, SequenceHead
 
@@ -32,21 +33,21 @@ def test_heads_are_made_by_name() -> None:
 @pytest.mark.parametrize("task", PAIRS)
 def test_every_encoder_decoder_recipe_can_train_on_pairs(name: str, task: str) -> None:
     recipe = importlib.import_module(f"moekit.recipes.{name}").RECIPE
-    config = recipe.variants["tiny"]
+    config = recipe.variants["tiny"].config
     chosen = reconfigured(recipe, config, [f"--tasks.{task}.tokens", "512"])
     assert active_tasks(chosen.tasks)[task].tokens == 512
     assert set(active_tasks(chosen.tasks)) == {*active_tasks(config.tasks), task}
-    assert from_plain(type(config), as_plain(chosen), "here") == chosen
+    assert recipe.config(as_plain(chosen), "here") == chosen
 
 
 def test_a_task_on_offer_that_nobody_chose_is_in_no_file() -> None:
     recipe = importlib.import_module("moekit.recipes.switch").RECIPE
-    config = recipe.variants["tiny"]
+    config = recipe.variants["tiny"].config
     assert list(as_plain(config)["tasks"]) == ["span_corruption"]
-    assert from_plain(type(config), as_plain(config), "here") == config
+    assert recipe.config(as_plain(config), "here") == config
     weighed = dataclasses.replace(config, tasks=dataclasses.replace(config.tasks, translation=TaskConfig(weight=2.0)))
     assert as_plain(weighed)["tasks"]["translation"] == {"weight": 2.0, "tokens": 0}
-    assert from_plain(type(config), as_plain(weighed), "here") == weighed
+    assert recipe.config(as_plain(weighed), "here") == weighed
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)

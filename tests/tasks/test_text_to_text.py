@@ -10,8 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from moekit.recipes._command import main
 
+from moekit.cli.recipes import main
 from moekit.recipes.switch import RECIPE
 from moekit.tasks.text_to_text import TextToTextScore
 
