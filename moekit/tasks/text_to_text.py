@@ -50,7 +50,9 @@ class TextToTextScore(AnswerScore):
     def count(self, row: int, hypotheses: Sequence[str], references: Sequence[str]) -> None:
         """Add the scores of one batch to row `row`."""
         said = [{"prediction_text": text, "id": str(i)} for i, text in enumerate(hypotheses)]
-        right = [{"answers": {"answer_start": [0], "text": [text]}, "id": str(i)} for i, text in enumerate(references)]
+        right: list[Any] = [
+            {"answers": {"answer_start": [0], "text": [text]}, "id": str(i)} for i, text in enumerate(references)
+        ]
         words, runs = squad(said, right), rouge_score(list(hypotheses), list(references), rouge_keys=_ROUGE)
         means = [float(words[name]) for name in _SQUAD] + [100 * float(runs[f"{name}_fmeasure"]) for name in _ROUGE]
         self.sums[row] += torch.tensor(means, dtype=torch.float64, device=self.sums.device) * len(hypotheses)
