@@ -50,7 +50,7 @@ class TextToTextScore(AnswerScore):
     def count(self, row: int, hypotheses: Sequence[str], references: Sequence[str]) -> None:
         """Add the scores of one batch to row `row`."""
         said = [{"prediction_text": text, "id": str(i)} for i, text in enumerate(hypotheses)]
-        right: Any = [
+        right: list[Any] = [
             {"answers": {"answer_start": [0], "text": [text]}, "id": str(i)} for i, text in enumerate(references)
         ]
         words, runs = squad(said, right), rouge_score(list(hypotheses), list(references), rouge_keys=_ROUGE)

@@ -86,13 +86,13 @@ def _json_lines(lines: Sequence[str], path: Path) -> Iterator[tuple[str, str]]:
             row: Any = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{where}: the line must be JSON: {error}. Mend the line.") from error
-        texts: list[Any] = [row.get(name) if isinstance(row, dict) else None for name in _FIELDS]
-        if not all(isinstance(text, str) for text in texts):
+        source, target = (row.get(name) if isinstance(row, dict) else None for name in _FIELDS)
+        if not isinstance(source, str) or not isinstance(target, str):
             raise UserError(
                 f'{where}: the line must be an object with texts input and target, as {{"input": "...", "target": '
                 f'"..."}}: got {line.strip()[:80]}'
             )
-        yield _pair(texts, where)
+        yield _pair([source, target], where)
 
 
 def _tsv(lines: Sequence[str], path: Path) -> Iterator[tuple[str, str]]:
