@@ -253,6 +253,26 @@ def test_counts_are_read_once_a_layer(name: str, precision: str, capability: tup
     assert compare(layer, "pretended", precision, masked=False, capability=capability) == (0 if one_kernel else 1, 0)
 
 
+IN_THE_GUIDE: dict[str, Callable[[], mk.MoELayer]] = {
+    "zero computation": lambda: mk.MoELayer(
+        routers.TopKRouter(D, 6, 2), experts.ZeroComputationExperts(experts.GroupedMLP(2, D, 6))
+    ),
+    "hierarchical": lambda: mk.MoELayer(routers.HierarchicalRouter(D, 3, 4), experts.GroupedMLP(12, D, 16)),
+    "sequence capacity": lambda: mk.MoELayer(
+        routers.TopKRouter(D, E, 2, capacity=routers.SequenceCapacity(3)), experts.GroupedMLP(E, D, 16)
+    ),
+    "base": lambda: mk.MoELayer(routers.BaseRouter(D, E, init_gain=1.0), experts.GroupedMLP(E, D, 16)),
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_GUIDE)
+def test_waits_that_the_guide_counts(name: str) -> None:
+    """One of the layer's forward with padding in bf16, whatever router and bank do beside (docs/guides/cluster.md)."""
+    with seeded(0):
+        layer = IN_THE_GUIDE[name]().train()
+    assert compare(layer, "pretended", "bf16", masked=True, own=9) == (1, 0)
+
+
 @pytest.mark.parametrize("kind", [PackedDispatcher, PaddedDispatcher])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_dispatchers(kind: type, k: int) -> None:
