@@ -8,7 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+<<<<<<< HEAD
 from moekit.functional.means import masked_mean
+=======
+from moekit.functional.ordered_sums import sum_by_index
+>>>>>>> h/showk
 
 BalanceScope = Literal["batch", "sequence", "global"]
 
@@ -101,8 +105,7 @@ def _by_sequence(probs: Tensor, expert: Tensor, hit: Tensor, real: Tensor, seque
     counts = counts.index_add(0, cell, hit.reshape(-1).to(probs.dtype)).view(t, num_experts)
     share = counts / counts.sum(1, keepdim=True).clamp_min(1)
     length = torch.zeros(t, dtype=probs.dtype, device=probs.device).index_add(0, sequence, real.to(probs.dtype))
-    total = torch.zeros_like(probs).index_add(0, sequence, probs)
-    mean_probs = total / length.clamp_min(1)[:, None]
+    mean_probs = sum_by_index(probs, sequence, t) / length.clamp_min(1)[:, None]
     per_sequence = num_experts * (share * mean_probs).sum(1)
     return per_sequence.sum() / (length > 0).sum().clamp_min(1)
 

@@ -89,17 +89,19 @@ class Completer:
             target_language=batch.target_language[:rows],
             suppress=[i for i in self._suppress if i not in marks],
         )
-        texts = (batch.source[:rows].tolist(), batch.target[:rows].tolist(), found.best())
+        both = batch.source[:rows].tolist(), batch.target[:rows].tolist()  # host read: the texts
+        texts = (*both, found.best())
         given, right, wrote = ([self._with_gaps(ids) for ids in text] for text in texts)
         return list(zip(given, right, wrote, strict=True))
 
     def _sample(self, batch: Batch, row: int) -> tuple[str, str, str]:
         assert batch.target is not None
         assert batch.target_mask is not None
-        ids = batch.target[row][batch.target_mask[row]]
+        ids = batch.target[row][batch.target_mask[row]].tolist()  # host read: the text
         cut = max(1, len(ids) // 2)  # bos is always given
-        wrote = self._continue(ids[None, :cut], batch.target_language[row : row + 1])[0]
-        return self.tokenizer.decode(ids[:cut].tolist()), self.tokenizer.decode(ids[cut:].tolist()), wrote
+        prompt = to_device([ids[:cut]], batch.target.device)
+        wrote = self._continue(prompt, batch.target_language[row : row + 1])[0]
+        return self.tokenizer.decode(ids[:cut]), self.tokenizer.decode(ids[cut:]), wrote
 
     def _continue(self, ids: Tensor, language: Tensor) -> list[str]:
         found = complete(

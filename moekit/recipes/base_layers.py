@@ -32,7 +32,7 @@ from moekit.recipes._networks import (
     with_twins,
 )
 from moekit.routers import RankShuffle, base_layers
-from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
+from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import LanguageModelTasks, TaskConfig
 from moekit.transformer import Side, SparseDense, at_layers
 
@@ -55,7 +55,7 @@ class ModelConfig(DecoderConfig):
     load_balance: float = 0.0  # there is nothing to balance
 
 
-def build(config: RunConfig, text: Text) -> ModelParts:
+def build(config: RunConfig, text: RunText) -> ModelParts:
     """The parts of a run."""
     model = config.model
     if model.gated or model.dropout or model.expert_init_scale != 1:

@@ -34,7 +34,7 @@ from moekit.recipes._networks import (
 )
 from moekit.routers import TopKRouter
 from moekit.routing import Capacity
-from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
+from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import SURGERY, LanguageModelTasks, TaskConfig, setting
 from moekit.transformer import Side, at_layers, pyramid
 
@@ -58,7 +58,7 @@ class ModelConfig(DecoderConfig):
     capacity_factor: float = setting(1.0, free=SURGERY)
 
 
-def build(config: RunConfig, text: Text) -> ModelParts:
+def build(config: RunConfig, text: RunText) -> ModelParts:
     """The parts of a run."""
     model = config.model
     half = {"both": (0, 2), "first": (0, 1), "second": (1, 2)}[model.half]

@@ -33,7 +33,7 @@ from moekit.recipes._networks import (
     with_twins,
 )
 from moekit.routers import DenseToSparseRouter, ExponentialDecay, LinearDecay
-from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
+from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import SURGERY, LanguageModelTasks, TaskConfig, setting
 from moekit.transformer import Side
 
@@ -79,7 +79,7 @@ def phases(config: RunConfig) -> tuple[int, int]:
     return round(model.diversify * steps), max(1, round(model.sparsify * steps))
 
 
-def build(config: RunConfig, text: Text) -> ModelParts:
+def build(config: RunConfig, text: RunText) -> ModelParts:
     """The parts of a run."""
     model = config.model
     dense, falling = phases(config)

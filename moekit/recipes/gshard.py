@@ -40,7 +40,7 @@ from moekit.routers import (
     TopKRouter,
 )
 from moekit.routing import Capacity
-from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
+from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import SURGERY, DataConfig, TaskConfig, TrainConfig, TranslationTasks, active_tasks, setting
 from moekit.tasks import make_heads
 from moekit.transformer import Side
@@ -73,7 +73,7 @@ class ModelConfig(EncoderDecoderConfig):
     group_size: int = 0  # section 2.2: groups are served apart; the paper gives no size but that of a device's batch
 
 
-def build(config: RunConfig, text: Text) -> ModelParts:
+def build(config: RunConfig, text: RunText) -> ModelParts:
     """The parts of a run."""
     model = config.model
 

@@ -33,7 +33,7 @@ from moekit.recipes._networks import (
     feed_forward,
     with_twins,
 )
-from moekit.runs import ModelParts, Recipe, Run, RunConfig, Text, Variant
+from moekit.runs import ModelParts, Recipe, Run, RunConfig, RunText, Variant
 from moekit.runs.settings import DataConfig, LanguageModelTasks, TaskConfig, TrainConfig
 from moekit.training.checkpoint_state import load_state
 from moekit.transformer import Side, every_other
@@ -67,7 +67,7 @@ class ModelConfig(DecoderConfig):
     load_balance: float = 0.0  # a table has no losses
 
 
-def hash_router(model: ModelConfig, text: Text) -> routers.HashRouter:
+def hash_router(model: ModelConfig, text: RunText) -> routers.HashRouter:
     """The router of a hash layer.
 
     Args:
@@ -124,7 +124,7 @@ def token_embeddings(run: str | None, vocab_size: int) -> Tensor:
     return table
 
 
-def build(config: RunConfig, text: Text) -> ModelParts:
+def build(config: RunConfig, text: RunText) -> ModelParts:
     """The parts of a run."""
     model = config.model
     if model.num_experts and model.hash == "oracle" and config.evaluate.samples:

@@ -31,7 +31,7 @@ from moekit.recipes._networks import (
 )
 from moekit.routers import SampledChoice, TopKRouter
 from moekit.routing import Capacity
-from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
+from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import SURGERY, LanguageModelTasks, TaskConfig, setting
 from moekit.transformer import Side
 
@@ -55,7 +55,7 @@ class ModelConfig(DecoderConfig):
     second_expert: Literal["always", "sampled"] = "always"  # the released command; sampled is its code's default
 
 
-def build(config: RunConfig, text: Text) -> ModelParts:
+def build(config: RunConfig, text: RunText) -> ModelParts:
     """The parts of a run."""
     model = config.model
 

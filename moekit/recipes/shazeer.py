@@ -24,7 +24,7 @@ from moekit.layer import AuxLosses, MoELayer
 from moekit.recipes._networks import PAPER_TEXT, SMALL_TEXT, TINY_TEXT, with_twins
 from moekit.recurrent import RecurrentLM
 from moekit.routers import HierarchicalRouter, noisy_topk
-from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
+from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import SURGERY, LanguageModelTasks, TaskConfig, setting
 from moekit.transformer import MLP
 
@@ -71,7 +71,7 @@ def feed_forward(model: ModelConfig) -> nn.Module:
     return MoELayer(HierarchicalRouter(model.dim, model.groups, size, k_groups=model.k, k_experts=model.k), experts)
 
 
-def build(config: RunConfig, text: Text) -> ModelParts:
+def build(config: RunConfig, text: RunText) -> ModelParts:
     """The parts of a run."""
     model = config.model
     network = RecurrentLM(

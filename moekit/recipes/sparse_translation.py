@@ -34,7 +34,7 @@ from moekit.recipes._networks import (
     with_twins,
 )
 from moekit.routers import base_layers
-from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
+from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import active_tasks
 from moekit.tasks import make_heads
 from moekit.transformer import Side
@@ -52,7 +52,7 @@ class ModelConfig(EncoderDecoderConfig):
     dense_steps: int = 0
 
 
-def build(config: RunConfig, text: Text) -> ModelParts:
+def build(config: RunConfig, text: RunText) -> ModelParts:
     """The parts of a run."""
     model = config.model
 

@@ -37,7 +37,7 @@ from moekit.recipes._networks import (
     with_twins,
 )
 from moekit.routers import st_moe
-from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
+from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import SURGERY, SpanCorruptionTasks, TaskConfig, active_tasks, setting
 from moekit.tasks import make_heads
 from moekit.transformer import Side, SparseDense
@@ -75,7 +75,7 @@ class ModelConfig(EncoderDecoderConfig):
     expert_bias: Literal["none", "add", "multiply"] = "none"
 
 
-def build(config: RunConfig, text: Text) -> ModelParts:
+def build(config: RunConfig, text: RunText) -> ModelParts:
     """The parts of a run."""
     model = config.model
     if model.expert_bias != "none" and not model.gated:

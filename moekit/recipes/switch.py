@@ -42,7 +42,7 @@ from moekit.routers import (
     TopKRouter,
 )
 from moekit.routing import Capacity
-from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
+from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import SURGERY, SpanCorruptionTasks, TaskConfig, active_tasks, setting
 from moekit.tasks import make_heads
 from moekit.transformer import Side
@@ -76,7 +76,7 @@ class ModelConfig(EncoderDecoderConfig):
     overflow: Literal["drop", "reroute"] = "drop"
 
 
-def build(config: RunConfig, text: Text) -> ModelParts:
+def build(config: RunConfig, text: RunText) -> ModelParts:
     """The parts of a run."""
     model = config.model
 

@@ -32,7 +32,7 @@ from moekit.recipes._networks import (
     with_twins,
 )
 from moekit.routers import zcode_m3
-from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
+from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import SURGERY, DataConfig, TaskConfig, TrainConfig, active_tasks, setting
 from moekit.tasks import make_heads, with_pair_tasks
 from moekit.transformer import EncoderDecoder, EncoderOnly, Side, SinusoidalPositions
@@ -105,7 +105,7 @@ def heads(config: RunConfig, vocab_size: int) -> list[Head]:
     return make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing, own)
 
 
-def build(config: RunConfig, text: Text) -> ModelParts:
+def build(config: RunConfig, text: RunText) -> ModelParts:
     """The parts of a run: backbone, heads, and the weights of the routers' losses."""
     model = config.model
     aux = AuxLosses(load_balance=model.load_balance, router_z=model.router_z) if model.num_experts else None

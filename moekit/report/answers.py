@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from moekit.report import wording
-from moekit.report.run_folder import RunFolder, Scores, dig, names_in
-from moekit.report.view import Figure, Section, Table, Tile, heading
+from moekit.report.run_folder import DirectionScores, RunFolder, dig, names_in
+from moekit.report.view import Figure, PageSection, Table, Tile, heading
 
 _SHOWN_ELSEWHERE = ("bleu", "chrf")
 
 
-def answers(run: RunFolder) -> dict[str, dict[str, Scores]]:
+def answers(run: RunFolder) -> dict[str, dict[str, DirectionScores]]:
     """Scores by label, as "Exact match", of each task whose written answers were tested, by its name.
 
     Translation's have places of their own.
@@ -46,7 +46,7 @@ def answer_tiles(run: RunFolder) -> list[Tile]:
     ]
 
 
-def answer_section(run: RunFolder) -> Section | None:
+def answer_section(run: RunFolder) -> PageSection | None:
     """Section of the page; None where no such answers were tested."""
     tables = answer_tables(run)
     explained = [run.task(task).explanation for task in answers(run)]
@@ -54,4 +54,4 @@ def answer_section(run: RunFolder) -> Section | None:
         [Figure(table.title, f"{explanation} In percent, of held-out examples.", table=table)]
         for table, explanation in zip(tables, explained, strict=True)
     ]
-    return Section(*heading("answers"), cells=cells) if cells else None
+    return PageSection(*heading("answers"), cells=cells) if cells else None

@@ -16,7 +16,7 @@ from moekit.report.predictions import TaskScores, main_task, predictions
 from moekit.report.results import costs
 from moekit.report.run_folder import RunFolder, dig, number, read_run
 from moekit.report.style import CYCLE
-from moekit.report.view import Figure, Section, Table, Tile, View, caption, heading
+from moekit.report.view import Figure, PageSection, Table, Tile, View, caption, heading
 
 MAX_RUNS = 8
 _KEPT = ("parameters", "active parameters", "steps", "tokens", "tokens per second", "time")
@@ -64,7 +64,7 @@ def comparison_view(runs: Sequence[RunFolder]) -> View:
         sections=[
             *_quality(runs, names, measures, accuracy),
             _progress(runs, names),
-            Section(*heading("cost"), cells=[[Figure(table.title, table=table)] for table in cost]),
+            PageSection(*heading("cost"), cells=[[Figure(table.title, table=table)] for table in cost]),
         ],
         notes=_warnings(runs),
         tables=[*measured, *cost],
@@ -235,7 +235,7 @@ def _tile(name: str, run: RunFolder) -> Tile:
 
 def _quality(
     runs: Sequence[RunFolder], names: Sequence[str], measures: Sequence[_Measure], accuracy: Table
-) -> list[Section]:
+) -> list[PageSection]:
     """One section for the runs that translate, one for those that do not."""
     sections = []
     for translate, key, kind, lacking in (
@@ -247,11 +247,11 @@ def _quality(
         cells = [cell for measure in measures if measure.kind == kind for cell in measure.cells(names)]
         if not translate and accuracy.rows:
             cells.append([Figure(accuracy.title, table=accuracy)])
-        sections.append(Section(*heading(key), [] if cells else [lacking], cells))
+        sections.append(PageSection(*heading(key), [] if cells else [lacking], cells))
     return sections
 
 
-def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> Section:
+def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> PageSection:
     bleu = any(run.translates for run in runs)
     better = "sentences: higher BLEU and lower loss are better" if bleu else "text: lower loss is better"
 
@@ -274,4 +274,4 @@ def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> Section:
         description = f"{named.title}: validation loss of every run over steps"
         figures.append(figure(column, named.title, f"{named.explanation} Validation loss.", description))
     notes = [] if figures else ["No validation loss was logged."]
-    return Section(*heading("progress", better=better), notes, [[figure] for figure in figures])
+    return PageSection(*heading("progress", better=better), notes, [[figure] for figure in figures])

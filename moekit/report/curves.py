@@ -13,7 +13,7 @@ from moekit.report.run_folder import RunFolder, Series
 from moekit.report.series import milestones, smooth, smoothing_window
 from moekit.report.style import CYCLE
 from moekit.report.tasks import task_order
-from moekit.report.view import Figure, Section, Table, caption, heading, texts
+from moekit.report.view import Figure, PageSection, Table, caption, heading, texts
 
 _LOADS = ("dead_experts", "load_cv", "load_max_ratio")  # no cause for worry where a fixed rule decides
 _FROM_ZERO = ("drop_rate", "dead_experts", "load_cv", "entropy")
@@ -31,7 +31,7 @@ def curve_table(columns: Mapping[str, Series], say: Callable[[float | None], str
     return Table(["step", *columns], rows)
 
 
-def losses(run: RunFolder) -> Section:
+def losses(run: RunFolder) -> PageSection:
     """Losses by task, their accuracy, learning rate and speed."""
     figures = [_loss(run, task) for task in _tasks(run)] + _accuracy(run)
     rates = ("lr", "train/lr", "learning_rate", "train/learning_rate")
@@ -46,7 +46,7 @@ def losses(run: RunFolder) -> Section:
         numbers = curve_table({"tokens per second": smooth(speed)})
         figures.append(Figure(*caption("speed"), chart, numbers=numbers))
     note = run.notes.get("metrics.csv", "" if figures else "No loss was logged.")
-    return Section(*heading("losses"), [note] if note else [], [[figure] for figure in figures])
+    return PageSection(*heading("losses"), [note] if note else [], [[figure] for figure in figures])
 
 
 def _tasks(run: RunFolder) -> list[str]:
@@ -123,7 +123,7 @@ def routing_curves(metrics: Mapping[str, Series]) -> dict[str, dict[str, Series]
     return {q: {layer: found[q][layer][1] for layer in sorted(found[q])} for q in quantities if q in found}
 
 
-def routing(run: RunFolder) -> Section | None:
+def routing(run: RunFolder) -> PageSection | None:
     """Entropy, drops, dead experts and router losses over time; nothing for a dense model."""
     health = layer_health(run)
     by_rule = bool(health) and all(x.fixed for x in health)
@@ -150,4 +150,4 @@ def routing(run: RunFolder) -> Section | None:
         return None
     why = run.notes.get("metrics.csv", "No routing statistics were logged during this run.")
     notes = [] if figures else [why]
-    return Section(*heading("routing"), notes, [[figure] for figure in figures])
+    return PageSection(*heading("routing"), notes, [[figure] for figure in figures])

@@ -1,4 +1,4 @@
-"""Section on the experts: who gets which tokens, and the health of each layer."""
+"""PageSection on the experts: who gets which tokens, and the health of each layer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from moekit.report import wording
 from moekit.report.health import layer_health
 from moekit.report.run_folder import RunFolder, loads
 from moekit.report.style import DIVERGING_LEVELS, diverging_class
-from moekit.report.view import Figure, Heat, Scale, Section, Table, caption, heading
+from moekit.report.view import Figure, Heat, PageSection, Scale, Table, caption, heading
 
 _SCALE = Scale([f"d{i}" for i in range(DIVERGING_LEVELS)], "\u00bc or less", "4 or more", "(middle: fair share)")
 _VISIBLE_TEXT = 8  # experts: with more, numbers do not fit into the cells
 _NAMED_COLUMNS = 24
 
 
-def experts(run: RunFolder) -> Section:
+def experts(run: RunFolder) -> PageSection:
     """Load of every expert by layer and by language, and the health of each layer."""
     health = layer_health(run)
     fixed = [x.name for x in health if x.fixed]
@@ -37,7 +37,7 @@ def experts(run: RunFolder) -> Section:
             notes.append("routing.json has no load by language.")
         cells = [[figure] for figure in (_load_map(run), _health(run), *maps)]
     words = {"router": "router", "number": "some"} if varies else {"router": "small router", "number": "one or two"}
-    return Section(*heading("experts", **words), notes, cells)
+    return PageSection(*heading("experts", **words), notes, cells)
 
 
 def health_table(run: RunFolder) -> Table:

@@ -13,9 +13,9 @@ from moekit.report.curves import curve_table
 from moekit.report.experts import health_table
 from moekit.report.plots import Bars, Curves, Line
 from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
-from moekit.report.run_folder import RunFolder, Scores, Series, dig, loads, number, sides
+from moekit.report.run_folder import DirectionScores, RunFolder, Series, dig, loads, number, sides
 from moekit.report.style import SEQUENTIAL_LEVELS, sequential_class
-from moekit.report.view import Figure, Heat, Scale, Section, Table, Tile, caption, heading
+from moekit.report.view import Figure, Heat, PageSection, Scale, Table, Tile, caption, heading
 
 ORIGIN = {"test": "test set", "valid": "last validation"}
 _NEAR = 5
@@ -129,29 +129,29 @@ def rankings(run: RunFolder) -> list[Table]:
     return [_task_scores(run, tested), *(_by_language(x, f": {run.task(x.task).title}") for x in tested)]
 
 
-def quality(run: RunFolder) -> Section:
+def quality(run: RunFolder) -> PageSection:
     """BLEU and chrF by direction, as bars and matrices, and how they grew; the perplexity of other runs."""
     return _translation(run) if run.translates else _prediction(run)
 
 
-def _translation(run: RunFolder) -> Section:
+def _translation(run: RunFolder) -> PageSection:
     words = heading("translation")
     scores = {"BLEU": run.scores("bleu"), "chrF": run.scores("chrf")}
     (table,) = rankings(run)
     names = [row[0] for row in table.rows]
     if not names:
         why = f"No translation was scored yet: the command test does it. {run.notes.get('summary.json', '')}"
-        return Section(*words, [why])
+        return PageSection(*words, [why])
     bars, dots = ([found.directions.get(n, math.nan) for n in names] for found in scores.values())
     description = f"BLEU and chrF of {len(names)} directions; the numbers are in the table below"
     chart = Bars(names, bars, description, dots, ("BLEU", "chrF"))
     left = [Figure(*caption("directions"), chart, numbers=table), *_growth(run)]
     right = [figure for name, found in scores.items() for figure in _matrix(name, found, run.languages)]
     remark = _NOT_TESTED if scores["BLEU"].origin == "valid" else ""
-    return Section(*words, cells=[left, right], remark=remark, signatures=table.signatures)
+    return PageSection(*words, cells=[left, right], remark=remark, signatures=table.signatures)
 
 
-def _matrix(metric: str, found: Scores, order: list[str]) -> list[Figure]:
+def _matrix(metric: str, found: DirectionScores, order: list[str]) -> list[Figure]:
     pairs = {sides(d): v for d, v in found.directions.items() if "-" in d}
     if not pairs:
         return []
@@ -185,20 +185,20 @@ def _growth(run: RunFolder) -> list[Figure]:
     return [Figure(*caption("bleu_growth"), chart, numbers=curve_table({"average BLEU": average}))]
 
 
-def _prediction(run: RunFolder) -> Section:
+def _prediction(run: RunFolder) -> PageSection:
     size = number(run.summary, "data", "vocab_size")
     blind = f" Blind guessing would score {wording.fixed(size, 0)}, the size of the vocabulary." if size else ""
     words = heading("prediction", blind=blind)
     found = predictions(run)
     if not found:
         why = f"Nothing was tested yet: the command test does it. {run.notes.get('summary.json', '')}".strip()
-        return Section(*words, [why])
+        return PageSection(*words, [why])
     names = {x.task: f": {run.task(x.task).title}" if len(found) > 1 else "" for x in found}
     left = [_language_bars(x, names[x.task]) for x in found if len(x.languages) > 1]
     right = [Figure(*caption("task_scores", origin=ORIGIN[found[0].origin]), table=_task_scores(run, found))]
     right += [f for x in found if x.perplexity is not None for f in _decline(run, x.task, names[x.task])]
     cells = [left, right] if left else [[figure] for figure in right]
-    return Section(*words, cells=cells, remark=_NOT_TESTED if found[0].origin == "valid" else "")
+    return PageSection(*words, cells=cells, remark=_NOT_TESTED if found[0].origin == "valid" else "")
 
 
 def _task_scores(run: RunFolder, found: Sequence[TaskScores]) -> Table:

@@ -45,7 +45,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Scores:
+class DirectionScores:
     """A translation score on average and by direction.
 
     Attributes:
@@ -164,21 +164,23 @@ class RunFolder:
                 found[parts[1]] = series.last
         return found
 
-    def scores(self, metric: str) -> Scores:
+    def scores(self, metric: str) -> DirectionScores:
         """Scores by `metric`, such as "bleu", of the test, or else of the last validation, or nothing."""
         record = self.summary if metric in self.summary else dig(self.summary, "scores")
         directions, average = numbers(record, metric, "directions"), number(record, metric, "average")
         if directions or average is not None:
             signature = dig(record, metric, "signature")
-            return Scores(average if average is not None else _mean(directions), directions, str(signature or ""))
+            return DirectionScores(
+                average if average is not None else _mean(directions), directions, str(signature or "")
+            )
         for origin in ("test", "valid"):
             prefix = f"{origin}/{metric}/"
             last = {c.removeprefix(prefix): s.last for c, s in self.metrics.items() if c.startswith(prefix)}
             average = last.pop("average", None)
             directions = {d: v for d, v in last.items() if v is not None}
             if directions or average is not None:
-                return Scores(average if average is not None else _mean(directions), directions, origin=origin)
-        return Scores()
+                return DirectionScores(average if average is not None else _mean(directions), directions, origin=origin)
+        return DirectionScores()
 
     def _said(self, key: str) -> str:
         line = re.search(rf"^{key}:[ \t]*([\w.-]+)", self.config, flags=re.MULTILINE)

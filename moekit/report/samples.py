@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from markupsafe import Markup, escape
 
 from moekit.report.run_folder import RunFolder, sides
-from moekit.report.view import LONGEST_SAMPLE, Sample, TaskSamples
+from moekit.report.view import LONGEST_SAMPLE, ShownSample, TaskSamples
 
 
 def samples(run: RunFolder) -> list[TaskSamples]:
     """Samples by task, and by direction or language."""
-    found: dict[str, dict[str, list[Sample]]] = {}
+    found: dict[str, dict[str, list[ShownSample]]] = {}
     for sample in run.samples:
         names, direction = run.task(sample["task"]).samples, sample["direction"]
         translated = sample["task"] == "translation"  # elsewhere a hyphen is part of one language's name
         heading = direction.replace("-", " → ", 1) if translated else direction
         languages = sides(direction) if translated else (direction, direction)
         group = found.setdefault(sample["task"], {}).setdefault(heading or names.unknown, [])
-        group.append(Sample(names, languages, *(sample[k] for k in ("source", "reference", "hypothesis"))))
+        group.append(ShownSample(names, languages, *(sample[k] for k in ("source", "reference", "hypothesis"))))
     return [TaskSamples(run.task(t).title, run.task(t).samples, groups) for t, groups in found.items()]
 
 

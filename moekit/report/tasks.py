@@ -3,29 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-
-@dataclass(frozen=True)
-class SampleWording:
-    """How the samples of a task are presented.
-
-    Attributes:
-        title: heading of the section.
-        lead: what the samples are, and what the marked words mean.
-        source: name of what the model was given.
-        reference: name of what would have been right.
-        noun: what one sample is.
-        unknown: heading of samples that do not say their direction or language.
-    """
-
-    title: str = "Samples"
-    lead: str = "Held-out texts the model never saw. Marked words stand in the expected text too, in the same order."
-    source: str = "Input"
-    reference: str = "Expected"
-    noun: str = "text"
-    unknown: str = "language not recorded"
+from moekit.tasks import SampleWording
 
 
 @dataclass(frozen=True)
@@ -35,7 +16,7 @@ class TaskWording:
     title: str
     explanation: str = "Loss of this task."
     perplexity: bool = True
-    samples: SampleWording = SampleWording()
+    samples: SampleWording = field(default_factory=SampleWording)
 
 
 # Of records from before a run's summary named its tasks.

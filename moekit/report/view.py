@@ -11,7 +11,7 @@ from importlib import resources
 from moekit.report.agreement import Agreement, agreement
 from moekit.report.health import Finding
 from moekit.report.plots import Chart
-from moekit.report.tasks import SampleWording
+from moekit.tasks import SampleWording
 
 LONGEST_SAMPLE = 900  # characters that a page shows of one text
 
@@ -83,7 +83,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A part of the page: figures in cells of a grid, notes before and a remark and signatures after them."""
 
     anchor: str
@@ -97,7 +97,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ShownSample:
     """What the model was given, what would have been right, and what it wrote; `languages` of source and target."""
 
     wording: SampleWording
@@ -118,7 +118,7 @@ class TaskSamples:
 
     title: str
     wording: SampleWording
-    groups: Mapping[str, Sequence[Sample]]
+    groups: Mapping[str, Sequence[ShownSample]]
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class View:
     title: str
     lead: str
     tiles: Sequence[Tile]
-    sections: Sequence[Section]
+    sections: Sequence[PageSection]
     findings: Sequence[Finding] = ()
     notes: Sequence[str] = ()
     tables: Sequence[Table] = ()

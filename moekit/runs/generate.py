@@ -22,7 +22,7 @@ from moekit.inference.completer import Completer
 from moekit.inference.on_demand import load_on_demand
 from moekit.inference.translator import Translator, search_for
 from moekit.runs.evaluate import trained_module
-from moekit.runs.recipe import Text
+from moekit.runs.recipe import RunText
 from moekit.runs.run import Run
 from moekit.runs.text import evaluation_data
 
@@ -108,7 +108,7 @@ def trained(run: Run, resident: int = 0) -> tuple[nn.Module, MultitaskData]:
     if path.is_dir():
         raise UserError(f"--experts_in_memory needs a checkpoint in one file: {path} is of several processes.")
     data = evaluation_data(run)
-    built = run.recipe.parts(run.config, Text(data.tokenizer.vocab_size), "meta")
+    built = run.recipe.parts(run.config, RunText(data.tokenizer.vocab_size), "meta")
     return load_on_demand(built.backbone, path, resident=resident, prefix="backbone."), data
 
 

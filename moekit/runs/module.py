@@ -9,7 +9,7 @@ from torch import nn
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
-from moekit.runs.recipe import Recipe, Text
+from moekit.runs.recipe import Recipe, RunText
 from moekit.runs.settings.tasks import active_tasks
 from moekit.training.budget import Budget
 from moekit.training.multitask import MultitaskModule
@@ -42,7 +42,7 @@ def make_module(
         raise UserError(
             f"strategy.empty_init needs a model whose weights are drawn: this one is made from {source}. Leave it out."
         )
-    text = Text(data.tokenizer.vocab_size, None if loaded else data)
+    text = RunText(data.tokenizer.vocab_size, None if loaded else data)
     parts = recipe.parts(config, text, "meta" if empty else None)
     train, budget = config.train, config.train.budget()
     module = make(

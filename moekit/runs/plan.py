@@ -8,7 +8,7 @@ from rich.console import Console
 from moekit.errors import UserError
 from moekit.planner import GIB, Forecast, Layout, Training, compare, fewest_devices, plan
 from moekit.runs.config import RunConfig
-from moekit.runs.recipe import Recipe, Text
+from moekit.runs.recipe import Recipe, RunText
 from moekit.runs.settings.tasks import active_tasks
 
 
@@ -88,7 +88,7 @@ def _judge(made: Forecast, model: torch.nn.Module, training: Training, gib: floa
 
 def _network(recipe: Recipe, config: RunConfig) -> torch.nn.Module:
     """The network without memory."""
-    return recipe.parts(config, Text(config.data.vocab_size), "meta").backbone
+    return recipe.parts(config, RunText(config.data.vocab_size), "meta").backbone
 
 
 def _layout(config: RunConfig) -> Layout:

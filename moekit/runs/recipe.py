@@ -38,7 +38,7 @@ class ModelParts:
 
 
 @dataclass(frozen=True)
-class Text:
+class RunText:
     """What a build may ask of the text of a run.
 
     Attributes:
@@ -97,7 +97,7 @@ class Recipe:
 
     name: str
     about: str
-    build: Callable[[RunConfig, Text], ModelParts]
+    build: Callable[[RunConfig, RunText], ModelParts]
     variants: Mapping[str, Variant]
     reads_text: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class Recipe:
         """The configuration of the first variant."""
         return next(iter(self.variants.values())).config
 
-    def parts(self, config: RunConfig, text: Text, device: str | None = None) -> ModelParts:
+    def parts(self, config: RunConfig, text: RunText, device: str | None = None) -> ModelParts:
         """The parts of a model.
 
         Args:

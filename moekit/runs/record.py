@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from moekit.tasks import TranslationTask
+
 VERSION = 1
 """Of the records, by their key ``version``; one without it is of version 1."""
 
@@ -174,14 +176,14 @@ class Sample(Record):
     """Something that the model wrote in the test; samples.json is a list of them.
 
     Attributes:
-        task: for which it was written.
+        task: for which it was written; records of former versions, which had no other, leave translation out.
         direction: of translation, or the language.
         source: what was given.
         reference: what is right.
         hypothesis: what the model wrote.
     """
 
-    task: str = "translation"
+    task: str = TranslationTask.name
     direction: str = ""
     source: str = ""
     reference: str = ""

@@ -24,7 +24,7 @@ from moekit.errors import UserError
 from moekit.runs.config import RunConfig
 from moekit.runs.environment import environment
 from moekit.runs.plain import plain, require_same
-from moekit.runs.recipe import Recipe, Text, find_recipe
+from moekit.runs.recipe import Recipe, RunText, find_recipe
 from moekit.runs.record import RoutingRecord, Sample, Summary
 from moekit.surgery import SparseLayer, require_complete, sparse_layers
 from moekit.surgery.adapters import merged_state
@@ -389,7 +389,7 @@ class Run:
         Raises:
             UserError: if the recipe cannot build it.
         """
-        return self.recipe.parts(config or self.config, Text(self.vocab_size), device).named()
+        return self.recipe.parts(config or self.config, RunText(self.vocab_size), device).named()
 
     def layers(self) -> dict[str, SparseLayer]:
         """Its sparse layers by dotted path."""

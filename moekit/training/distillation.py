@@ -280,10 +280,9 @@ class DistillationModule(MultitaskModule):
             raise ValueError(f"temperature must be positive: got {temperature}.")
         self.teacher, self.objective, self.temperature = teacher, objective, temperature
 
-    def setup(self, stage: str) -> None:
-        """Bring the teacher to the student's device and precision."""
-        if self._trainer is not None:
-            self.teacher.to(self.trainer.strategy.root_device, next(self.backbone.parameters()).dtype)
+    def on_fit_start(self) -> None:
+        """Bring the teacher to the student's device and precision, which it has once the strategy is set up."""
+        self.teacher.to(self.trainer.strategy.root_device, next(self.backbone.parameters()).dtype)
 
     def learn(self, batch: Batch) -> HeadOutput:
         """Loss of labels and teacher; without the teacher where its weight is 0. Without a Trainer the step is 0."""

@@ -13,6 +13,7 @@ from devices import EVERY, explained, gpu
 from torch import Tensor, nn
 
 from moekit import experts, routers
+from moekit.data.batch import Batch
 from moekit.inference import (
     BeamSearch,
     ExpertsOnDemand,
@@ -242,16 +243,23 @@ def test_sentences_are_written_on_the_gpu(device: str) -> None:
     translator, language = model("translator", "none"), model("language", "none")
     texts = ["abc", "d", "", "efgh", "ijk"]
 
-    def run(translator: Any, language: Any) -> list[list[str]]:
+    ids, mask = torch.randint(4, VOCAB, (3, 7)), torch.arange(7) < torch.tensor([7, 5, 4])[:, None]
+    number = torch.zeros(3, dtype=torch.int64)
+    batches = [Batch(task, ids, mask, ids, mask, None, number, number) for task in ("causal_lm", "denoising")]
+
+    def run(translator: Any, language: Any, batches: Any) -> list[Any]:
         writer = Completer(language, tokenizer, max_new_tokens=9)
         made = Translator_(translator, tokenizer, search=Greedy(), limit=LengthLimit(6, 1.0))
-        return [writer.complete(texts, "en"), made.translate(texts, "en", "de")]
+        samples = [Completer(m, tokenizer).samples(b, 2) for m, b in zip((language, translator), batches, strict=True)]
+        return [writer.complete(texts, "en"), made.translate(texts, "en", "de"), samples]
 
-    wanted = run(translator, language)
+    wanted = run(translator, language, batches)
+    assert all(len(rows) == 2 for rows in wanted[-1])
     with gpu(device) as found:
         there = [copy.deepcopy(one).to("cuda") for one in (translator, language)]
+        moved = [batch.to("cuda") for batch in batches]
         with found.watch() as waits:
-            got = run(*there)
+            got = run(*there, moved)
         explained(waits)
     assert got == wanted
 

@@ -86,6 +86,7 @@ def test_steps_of_a_module_and_every_wait_says_why(kind: str, monkeypatch: pytes
         strategy = SimpleNamespace(root_device=torch.device(where))
         module._trainer = SimpleNamespace(world_size=1, log_every_n_steps=2, global_step=0, strategy=strategy)
         module.train().setup("fit")
+        module.on_fit_start()
         return module
 
     def run(module: Any, batches: Any) -> list[Tensor]:

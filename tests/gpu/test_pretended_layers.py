@@ -58,13 +58,18 @@ def nobody() -> Any:
 
 
 def compare(
-    layer: mk.MoELayer, device: str, precision: str, *, masked: bool, own: int = 0, **options: Any
+    layer: mk.MoELayer, device: str, precision: str, *, masked: bool | Tensor, own: int = 0, t: int = T, **options: Any
 ) -> tuple[int, int]:
-    """The layer on both devices; returns how often the host waited for the GPU."""
+    """The layer on both devices, on `t` tokens, some or those of a mask of them real.
+
+    Returns:
+        How often the host waited for the GPU, forward and backward.
+    """
     dtype, amp = PRECISIONS[precision]
     layer = layer.to(dtype)
-    x = skewed_tokens(T, D, dtype=dtype)
-    context = some_context(layer.router, T, mask=some_mask(T) if masked else None)
+    x = skewed_tokens(t, D, dtype=dtype)
+    mask = masked if isinstance(masked, Tensor) else some_mask(t) if masked else None
+    context = some_context(layer.router, t, mask=mask)
     with seeded(1):
         _, wanted, _, _ = results(copy.deepcopy(layer), x, context, amp, "cpu", nobody)
     with gpu(device, **options) as found, seeded(1):
@@ -74,6 +79,7 @@ def compare(
         got = {name: value.cpu() for name, value in got.items()}
     if device == "pretended" and not (layer.training and drops(layer)):  # the same draws
         assert_same(_near(got), _near(wanted), f"on the GPU in {precision}")
+    assert all(value.isfinite().all() for value in got.values())
     explained(forward)
     explained(backward)
     waits = sum(forward.values()), sum(backward.values())
@@ -108,6 +114,45 @@ def test_routers(name: str, device: str) -> None:
             for masked in (True, False) if precision in ("float32", "bf16") else (True,):
                 own = OWN_WAITS.get(type(router).__name__, 0)
                 compare(copy.deepcopy(layer).train(training), device, precision, masked=masked, own=own)
+
+
+BATCHES: dict[str, tuple[int, Tensor | None]] = {
+    "no token": (0, None),
+    "one token": (1, None),
+    "one that is padding": (1, torch.zeros(1, dtype=torch.bool)),
+    "nothing but padding": (T, torch.zeros(T, dtype=torch.bool)),
+    "padding on the left": (T, torch.arange(T) % (T // 4) >= 2),
+}
+# Beside the examples: as many choices as experts, and a single expert.
+EXTREMES: dict[str, Callable[[], Router]] = {
+    "SinkhornRouter, all choices": lambda: routers.SinkhornRouter(D, E, E),
+    "UniformRouter, all choices": lambda: routers.UniformRouter(D, E, E),
+    "NoisyTopKRouter, all choices": lambda: routers.NoisyTopKRouter(D, E, E),
+    "LossFreeRouter, all choices": lambda: routers.LossFreeRouter(D, E, E),
+    "ReLURouter, all choices": lambda: routers.ReLURouter(D, E, E),
+    "SinkhornRouter, one expert": lambda: routers.SinkhornRouter(D, 1),
+    "UniformRouter, one expert": lambda: routers.UniformRouter(D, 1),
+    "ExpertChoiceRouter, one expert": lambda: routers.ExpertChoiceRouter(D, 1),
+    "LossFreeRouter, one expert": lambda: routers.LossFreeRouter(D, 1, 1),
+    "dense_to_sparse, one expert": lambda: routers.dense_to_sparse(D, 1),
+    "remoe, one expert": lambda: routers.remoe(D, 1),
+    "switch, one expert": lambda: routers.switch(D, 1),
+    "zcode_m3, one expert": lambda: routers.zcode_m3(D, 1),
+}
+
+
+@EVERY
+@pytest.mark.parametrize("name", [*ROUTERS, *EXTREMES])
+def test_odd_batches(name: str, device: str) -> None:
+    """In both phases: the CPU's results, finite, and no more waits than with other batches."""
+    with seeded(0):
+        router: Router = {**ROUTERS, **EXTREMES}[name]()
+    layer = mk.MoELayer(router, experts.GroupedMLP(router.num_experts, D, 16, bias=True, init_scale=1.0))
+    for t, mask in BATCHES.values():
+        for training in (True, False):
+            own = OWN_WAITS.get(type(router).__name__, 0)
+            masked = False if mask is None else mask
+            compare(copy.deepcopy(layer).train(training), device, "float32", masked=masked, own=own, t=t)
 
 
 @EVERY
@@ -206,6 +251,26 @@ def test_counts_are_read_once_a_layer(name: str, precision: str, capability: tup
     one_kernel = torch.bfloat16 in (dtype, amp) and capability[0] in (9, 10)
     assert compare(layer, "pretended", precision, masked=True, capability=capability) == (1, 0)
     assert compare(layer, "pretended", precision, masked=False, capability=capability) == (0 if one_kernel else 1, 0)
+
+
+IN_THE_GUIDE: dict[str, Callable[[], mk.MoELayer]] = {
+    "zero computation": lambda: mk.MoELayer(
+        routers.TopKRouter(D, 6, 2), experts.ZeroComputationExperts(experts.GroupedMLP(2, D, 6))
+    ),
+    "hierarchical": lambda: mk.MoELayer(routers.HierarchicalRouter(D, 3, 4), experts.GroupedMLP(12, D, 16)),
+    "sequence capacity": lambda: mk.MoELayer(
+        routers.TopKRouter(D, E, 2, capacity=routers.SequenceCapacity(3)), experts.GroupedMLP(E, D, 16)
+    ),
+    "base": lambda: mk.MoELayer(routers.BaseRouter(D, E, init_gain=1.0), experts.GroupedMLP(E, D, 16)),
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_GUIDE)
+def test_waits_that_the_guide_counts(name: str) -> None:
+    """One of the layer's forward with padding in bf16, whatever router and bank do beside (docs/guides/cluster.md)."""
+    with seeded(0):
+        layer = IN_THE_GUIDE[name]().train()
+    assert compare(layer, "pretended", "bf16", masked=True, own=9) == (1, 0)
 
 
 @pytest.mark.parametrize("kind", [PackedDispatcher, PaddedDispatcher])
@@ -317,6 +382,7 @@ def test_what_losses_sum_is_summed_in_a_fixed_order(monkeypatch: pytest.MonkeyPa
     made: dict[str, Callable[[], Router]] = {
         "noisy": lambda: routers.NoisyTopKRouter(D, E, 2),
         "hierarchical": lambda: routers.HierarchicalRouter(D, 2, 3),
+        "by sequence": lambda: routers.TopKRouter(D, E, 2, balance=routers.Balance(scope="sequence")),
     }
     with gpu():
         for make in made.values():

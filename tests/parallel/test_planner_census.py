@@ -26,7 +26,7 @@ from moekit.planner import (
 )
 from moekit.recipes import zcode_m3
 from moekit.routers import switch
-from moekit.runs import Text
+from moekit.runs import RunText
 
 SHAPES: dict[str, TransformerShape] = {
     "padded": TINY,
@@ -138,7 +138,7 @@ def test_a_shape_is_counted_as_the_module_it_describes() -> None:
 def test_the_recipe_is_the_shape() -> None:
     """The paper variant of the Z-code M3 recipe on the meta device: torch's own count of its parameters."""
     with torch.device("meta"):
-        built = zcode_m3.build(zcode_m3.PAPER, Text(250_000))
+        built = zcode_m3.build(zcode_m3.PAPER, RunText(250_000))
         whole = nn.ModuleList([built.backbone, *built.heads])
     layout, training = Layout(devices=64, expert_parallel_size=64), Training(checkpointing=True)
     backbone = plan(built.backbone, layout, training)

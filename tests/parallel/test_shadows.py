@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moekit.parallel import Layout, Shadows, build_meshes, parallelize
+from moekit.parallel.checkpoint.layout import statistic_like
 from moekit.parallel.pieces import spread
 from moekit.planner import Training, TransformerShape, plan
 from moekit.transformer.init import materialize
@@ -53,6 +54,10 @@ def test_host_copies_of_weights_on_gpus_are_in_host_memory(divide: bool) -> None
         assert isinstance(shadow.tensor.grad, DTensor)
         assert shadow.tensor.grad.to_local().device.type == "cpu"
         assert torch.zeros_like(shadow.tensor).to_local().device.type == "cpu"  # as optimizers make their state
+        # As a checkpoint's are read: of the parameter's shape, and Adafactor's, which have another.
+        for shape in ((4, 6), (4,)):
+            read: Any = statistic_like(shadow.tensor, "exp_avg_sq", shape, torch.float32)
+            assert read.to_local().device.type == "cpu"
 
 
 def parameters(number: int) -> list[nn.Parameter]:

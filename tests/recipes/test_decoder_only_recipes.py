@@ -32,7 +32,7 @@ from moekit.routers import (
     TopKRouter,
 )
 from moekit.routing import RoutingContext
-from moekit.runs import Text
+from moekit.runs import RunText
 from moekit.runs.module import make_module, parameters
 
 KINDS: tuple[Hash, ...] = get_args(Hash)
@@ -89,10 +89,10 @@ def test_balanced_table_is_even_on_the_runs_own_text(data: MultitaskData) -> Non
     vocab, bos = data.tokenizer.vocab_size, data.tokenizer.bos_id
     counts = token_counts(data.store, vocab, before=bos)
     assert counts.max() < counts.sum() / 4, "one token alone is more than an even share"
-    text = Text(vocab, data)
+    text = RunText(vocab, data)
     assert loads(hash_router(table("balanced"), text), counts).max() < 1.01
     assert loads(hash_router(table("balanced", tables=2), text), counts).max() < 1.01
-    assert loads(hash_router(table("balanced"), Text(vocab)), counts).max() > 1.01
+    assert loads(hash_router(table("balanced"), RunText(vocab)), counts).max() > 1.01
     assert loads(hash_router(table("random"), text), counts).max() > 1.01
     pairs = bigram_counts(data.store, Bigram(vocab), before=bos)
     assert loads(hash_router(table("bigram"), text), pairs).max() < 1.01
@@ -105,8 +105,8 @@ def test_the_pipeline_hands_the_text_over(data: MultitaskData, cache: Path) -> N
     vocab = data.tokenizer.vocab_size
     [(place, layer)] = sparse(module.backbone)
     assert place == 2
-    assert torch.equal(layer.router.table, hash_router(table("balanced"), Text(vocab, data)).table)  # type: ignore[arg-type]
-    [(_, other)] = sparse(hash_layers.build(config, Text(vocab)).backbone)
+    assert torch.equal(layer.router.table, hash_router(table("balanced"), RunText(vocab, data)).table)  # type: ignore[arg-type]
+    [(_, other)] = sparse(hash_layers.build(config, RunText(vocab)).backbone)
     assert not torch.equal(layer.router.table, other.router.table)  # type: ignore[arg-type]
 
 
@@ -119,7 +119,7 @@ def test_every_kind_of_table_routes_a_batch(
     monkeypatch.setattr("moekit.recipes.hash_layers.token_embeddings", lambda run, size: vectors)
     config = small(hash_layers.TINY, cache, hash=kind)
     config = replace(config, evaluate=replace(config.evaluate, samples=0))
-    built = hash_layers.build(config, Text(vocab, data))
+    built = hash_layers.build(config, RunText(vocab, data))
     assert built.aux is None
     ids = torch.randint(0, vocab, (2, 9), generator=torch.Generator().manual_seed(1))
     routing = built.backbone.decode(ids).routings[0]  # type: ignore[operator]
@@ -136,22 +136,22 @@ def test_every_kind_of_table_routes_a_batch(
 
 
 def test_multi_hash_counts_active_parameters_by_segment() -> None:
-    network = hash_layers.build(small(hash_layers.TINY, tables=4), Text(500)).backbone
+    network = hash_layers.build(small(hash_layers.TINY, tables=4), RunText(500)).backbone
     [(_, layer)] = sparse(network)
     assert isinstance(layer.experts, MultiHashMLP)
-    single = hash_layers.build(small(hash_layers.TINY), Text(500)).backbone
+    single = hash_layers.build(small(hash_layers.TINY), RunText(500)).backbone
     assert parameters(network) == parameters(single)
 
 
 def test_bad_tables(tmp_path: Path, data: MultitaskData, cache: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate\.samples"):
-        hash_layers.build(small(hash_layers.TINY, hash="oracle"), Text(500))
+        hash_layers.build(small(hash_layers.TINY, hash="oracle"), RunText(500))
     with pytest.raises(UserError, match=r"model\.tables"):
-        hash_layers.build(small(hash_layers.TINY, hash="random", tables=2), Text(500))
+        hash_layers.build(small(hash_layers.TINY, hash="random", tables=2), RunText(500))
     with pytest.raises(UserError, match=r"model\.embeddings"):
-        hash_layers.build(small(hash_layers.TINY, hash="clustered"), Text(500, data))
+        hash_layers.build(small(hash_layers.TINY, hash="clustered"), RunText(500, data))
     with pytest.raises(UserError):
-        hash_layers.build(small(hash_layers.TINY, hash="clustered", embeddings=str(tmp_path)), Text(500, data))
+        hash_layers.build(small(hash_layers.TINY, hash="clustered", embeddings=str(tmp_path)), RunText(500, data))
 
 
 def test_clusters_of_a_trained_run(tmp_path: Path, data: MultitaskData, cache: Path) -> None:
@@ -166,13 +166,13 @@ def test_clusters_of_a_trained_run(tmp_path: Path, data: MultitaskData, cache: P
     assert main(hash_layers.RECIPE, ["fit", "--variant", "tiny_dense", *options, "--out", out]) == 0
     for kind in ("clustered", "dispersed"):
         config = small(hash_layers.TINY, cache, hash=kind, embeddings=out)
-        [(_, layer)] = sparse(hash_layers.build(config, Text(500, data)).backbone)
+        [(_, layer)] = sparse(hash_layers.build(config, RunText(500, data)).backbone)
         assert set(layer.router.table.flatten().tolist()) == {0, 1, 2, 3}  # type: ignore[union-attr,operator]
         with pytest.raises(UserError, match="vocabulary of 400"):
-            hash_layers.build(config, Text(400, data))
+            hash_layers.build(config, RunText(400, data))
         # To be loaded from a checkpoint, it needs no other run.
         [(_, empty)] = sparse(
-            hash_layers.build(replace(config, model=replace(config.model, embeddings="gone")), Text(500)).backbone
+            hash_layers.build(replace(config, model=replace(config.model, embeddings="gone")), RunText(500)).backbone
         )
         assert empty.router.table.shape == layer.router.table.shape  # type: ignore[union-attr]
 
@@ -183,7 +183,7 @@ def test_clusters_of_a_trained_run(tmp_path: Path, data: MultitaskData, cache: P
 def test_phases_follow_one_another() -> None:
     """Of 20 steps: two as one expert, eight while the temperature falls from 2.0 to 0.3, then one expert per token."""
     config = small(dense_to_sparse.TINY)
-    network = dense_to_sparse.build(config, Text(500)).backbone.train()
+    network = dense_to_sparse.build(config, RunText(500)).backbone.train()
     ids = torch.randint(0, 500, (4, 16), generator=torch.Generator().manual_seed(0))
     seen = []
     for step in range(13):
@@ -217,12 +217,12 @@ def test_phases_are_shares_of_the_steps() -> None:
     longer = replace(config, train=replace(config.train, max_steps=200))
     assert dense_to_sparse.phases(longer) == (20, 80)
     linear = replace(config, model=replace(config.model, decay="linear"))
-    [(_, layer), _] = sparse(dense_to_sparse.build(linear, Text(500)).backbone)
+    [(_, layer), _] = sparse(dense_to_sparse.build(linear, RunText(500)).backbone)
     assert layer.router.temperature == LinearDecay(2.0, 0.3, 8, begin=2)
     with pytest.raises(UserError, match=r"train\.max_steps"):
-        dense_to_sparse.build(replace(config, train=replace(config.train, max_steps=0)), Text(500))
+        dense_to_sparse.build(replace(config, train=replace(config.train, max_steps=0)), RunText(500))
     with pytest.raises(UserError, match=r"model\.sparsify"):
-        dense_to_sparse.build(replace(config, model=replace(config.model, sparsify=0.95)), Text(500))
+        dense_to_sparse.build(replace(config, model=replace(config.model, sparsify=0.95)), RunText(500))
 
 
 @pytest.mark.parametrize("decay", [ExponentialDecay, LinearDecay])
@@ -241,7 +241,7 @@ def test_a_schedule_may_begin_later(decay: type[ExponentialDecay | LinearDecay])
 def test_base_layers_stand_between_blocks(layers: int, every: int, places: list[int]) -> None:
     """After so many blocks and not after the last: floor(i L / (N + 1)) for N layers."""
     config = small(base_layers.TINY, layers=layers, every=every, sublayers=2)
-    network = base_layers.build(config, Text(500)).backbone
+    network = base_layers.build(config, RunText(500)).backbone
     assert [place for place, _ in sparse(network)] == places
     for place in places:
         block = network.decoder.blocks[place]  # type: ignore[union-attr,index]
@@ -253,7 +253,7 @@ def test_base_layers_stand_between_blocks(layers: int, every: int, places: list[
 
 
 def test_base_layers_balance_in_training_and_begin_as_the_identity() -> None:
-    network = base_layers.build(small(base_layers.TINY), Text(500)).backbone
+    network = base_layers.build(small(base_layers.TINY), RunText(500)).backbone
     ids = torch.randint(0, 500, (2, 16), generator=torch.Generator().manual_seed(0))
     routing = network.train().decode(ids).routings[0]  # type: ignore[operator]
     assert torch.bincount(routing.expert, minlength=4).tolist() == [8, 8, 8, 8]
@@ -262,27 +262,27 @@ def test_base_layers_balance_in_training_and_begin_as_the_identity() -> None:
         sparse(network)[0][1].experts.w_in.normal_()  # type: ignore[union-attr,operator]
     torch.testing.assert_close(network.decode(ids).hidden, before)  # type: ignore[operator]
     with pytest.raises(UserError, match="gate"):
-        base_layers.build(small(base_layers.TINY, gated=True), Text(500))
+        base_layers.build(small(base_layers.TINY, gated=True), RunText(500))
 
 
 # -- deepspeed_moe -------------------------------------------------------------------------------------------------
 
 
 def test_pyramid_and_residual() -> None:
-    network = deepspeed_moe.build(small(deepspeed_moe.TINY, layers=6, doubled=2), Text(500)).backbone
+    network = deepspeed_moe.build(small(deepspeed_moe.TINY, layers=6, doubled=2), RunText(500)).backbone
     assert [(i, layer.num_experts) for i, layer in sparse(network)] == [(1, 4), (3, 8), (5, 8)]
     assert all(layer.shared is not None and layer.mix is None for _, layer in sparse(network))
-    plain = deepspeed_moe.build(small(deepspeed_moe.RECIPE.variants["tiny_moe"].config), Text(500)).backbone
+    plain = deepspeed_moe.build(small(deepspeed_moe.RECIPE.variants["tiny_moe"].config), RunText(500)).backbone
     assert [(layer.num_experts, layer.shared) for _, layer in sparse(plain)] == [(4, None), (4, None)]
 
 
 def test_as_in_the_released_code() -> None:
     config = small(deepspeed_moe.TINY, residual="softmax", expert_init="copied")
-    for _, layer in sparse(deepspeed_moe.build(config, Text(500)).backbone):
+    for _, layer in sparse(deepspeed_moe.build(config, RunText(500)).backbone):
         assert isinstance(layer.mix, SoftmaxMix)
         assert isinstance(layer.experts, GroupedMLP)
         assert all(torch.equal(w, layer.experts.w_in[0]) for w in layer.experts.w_in)
-    for _, layer in sparse(deepspeed_moe.build(small(deepspeed_moe.TINY), Text(500)).backbone):
+    for _, layer in sparse(deepspeed_moe.build(small(deepspeed_moe.TINY), RunText(500)).backbone):
         assert not torch.equal(layer.experts.w_in[0], layer.experts.w_in[1])  # type: ignore[index]
 
 
@@ -293,7 +293,7 @@ def test_as_in_the_released_code() -> None:
 )  # fmt: skip
 def test_published_pyramids(variant: str, experts: list[int]) -> None:
     with torch.device("meta"):
-        network = deepspeed_moe.build(deepspeed_moe.RECIPE.variants[variant].config, Text(1000)).backbone
+        network = deepspeed_moe.build(deepspeed_moe.RECIPE.variants[variant].config, RunText(1000)).backbone
     assert [layer.num_experts for _, layer in sparse(network)] == experts
 
 
@@ -301,16 +301,16 @@ def test_published_pyramids(variant: str, experts: list[int]) -> None:
 
 
 def test_gates_of_shazeer() -> None:
-    [(_, flat)] = sparse(shazeer.build(small(shazeer.TINY, num_experts=8), Text(500)).backbone)
+    [(_, flat)] = sparse(shazeer.build(small(shazeer.TINY, num_experts=8), RunText(500)).backbone)
     assert isinstance(flat.router, NoisyTopKRouter)
     assert flat.router.k == 4
-    two = shazeer.build(small(shazeer.TINY, num_experts=12, groups=3, k=2), Text(500))
+    two = shazeer.build(small(shazeer.TINY, num_experts=12, groups=3, k=2), RunText(500))
     [(_, levels)] = sparse(two.backbone)
     assert isinstance(levels.router, HierarchicalRouter)
     counted = parameters(two.backbone)
     assert counted["total"] - counted["active"] == 8 * 2 * 16 * 32  # a token passes four of twelve
     with pytest.raises(UserError, match=r"model\.groups"):
-        shazeer.build(small(shazeer.TINY, num_experts=12, groups=5, k=2), Text(500))
+        shazeer.build(small(shazeer.TINY, num_experts=12, groups=5, k=2), RunText(500))
 
 
 @pytest.mark.parametrize(
@@ -318,13 +318,13 @@ def test_gates_of_shazeer() -> None:
 )
 def test_balance_losses_of_shazeer_can_be_left_out(weights: tuple[float, float], left: set[str] | None) -> None:
     importance, load = weights
-    aux = shazeer.build(small(shazeer.TINY, importance=importance, load=load), Text(500)).aux
+    aux = shazeer.build(small(shazeer.TINY, importance=importance, load=load), RunText(500)).aux
     assert (aux and set(aux.weights)) == left
 
 
 def test_router_of_moe_lm_is_fairseqs() -> None:
     """Top-2, both always sent, weights sharing what survives, 2 ceil(S / E) slots, balance 0.01 summed over layers."""
-    built = moe_lm.build(small(moe_lm.TINY), Text(500))
+    built = moe_lm.build(small(moe_lm.TINY), RunText(500))
     assert [place for place, _ in sparse(built.backbone)] == [1, 3]
     for _, layer in sparse(built.backbone):
         router = layer.router

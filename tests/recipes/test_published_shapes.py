@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import moekit.recipes
 from moekit.component import components
 from moekit.routing import Capacity, Router
-from moekit.runs import Text
+from moekit.runs import RunText
 from moekit.runs.module import parameters
 from moekit.transformer.embedding import TokenEmbedding
 
@@ -101,7 +101,7 @@ def configs(name: str) -> dict[str, Any]:
 
 def network(name: str, config: Any, vocab_size: int | None = None) -> nn.Module:
     """The network of a configuration."""
-    return recipe(name).build(config, Text(vocab_size or config.data.vocab_size)).backbone
+    return recipe(name).build(config, RunText(vocab_size or config.data.vocab_size)).backbone
 
 
 def billions(name: str, config: Any, counted: Counted = "total") -> float:

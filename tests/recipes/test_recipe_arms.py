@@ -26,7 +26,7 @@ from moekit.routers import (
     presets,
 )
 from moekit.routing import Capacity
-from moekit.runs import Text
+from moekit.runs import RunText
 from moekit.runs.settings import DataConfig
 from moekit.transformer import GLU, MLP
 
@@ -35,7 +35,7 @@ def network(module: ModuleType, **settings: Any) -> nn.Module:
     """The network of `tiny` with other settings."""
     tiny = module.RECIPE.variants["tiny"].config
     built = module.build(
-        replace(tiny, model=replace(tiny.model, dim=16, heads=2, hidden_dim=24, **settings)), Text(100)
+        replace(tiny, model=replace(tiny.model, dim=16, heads=2, hidden_dim=24, **settings)), RunText(100)
     )
     found: nn.Module = built.backbone
     return found

@@ -11,7 +11,7 @@ import torch
 
 from moekit.errors import UserError
 from moekit.recipes import gshard, zcode_m3
-from moekit.runs import Run, RunConfig, Text
+from moekit.runs import Run, RunConfig, RunText
 from moekit.runs.plain import as_plain
 from moekit.runs.recipe import recipe_names, structured
 from moekit.runs.settings import DataConfig, setting
@@ -109,7 +109,7 @@ def test_recipes_are_found_by_name() -> None:
 def test_the_size_of_the_vocabulary_is_recorded(recorded: bool, tmp_path: Path) -> None:
     """A checkpoint of a former version without a folder has the rows of its table."""
     config: RunConfig = gshard.RECIPE.default.changed(model={"dim": 8, "heads": 2, "hidden_dim": 8, "num_experts": 2})
-    model = gshard.RECIPE.parts(config, Text(77)).named()
+    model = gshard.RECIPE.parts(config, RunText(77)).named()
     settings = {"recipe": "gshard", "variant": "tiny", **as_plain(config), **({"vocab_size": 77} if recorded else {})}
     torch.save({"state_dict": model.state_dict(), CONFIG_KEY: settings}, tmp_path / "x.ckpt")
     run = Run.load(tmp_path / "x.ckpt")

@@ -16,7 +16,7 @@ from moekit.cli.recipes import main as recipe_main
 from moekit.errors import UserError
 from moekit.recipes import st_moe, switch
 from moekit.routing import Compensation
-from moekit.runs import Run, Text
+from moekit.runs import Run, RunText
 from moekit.runs.plain import with_setting
 from moekit.runs.surgery.compensating import with_choices
 from moekit.runs.surgery.operations import aggregate_runs, change_run, merge_run, prune_run, upcycle_run
@@ -142,7 +142,7 @@ def test_without_a_setting_for_choices_it_is_refused(
 def test_experts_keep_their_slots_where_capacity_counts_tokens() -> None:
     """ST-MoE's factor * T / E: of twice as many experts it must be twice the factor."""
     config: Any = st_moe.RECIPE.variants["tiny"].config
-    layers = sparse_layers(st_moe.RECIPE.parts(config, Text(100), "meta").named())
+    layers = sparse_layers(st_moe.RECIPE.parts(config, RunText(100), "meta").named())
     subject: Any = SimpleNamespace(path="run", recipe=st_moe.RECIPE)
     needed = dict.fromkeys(layers, Compensation(choices=2.0))
     wide = with_setting(with_choices(subject, config, layers, needed), "model.num_experts", 16)
@@ -150,7 +150,7 @@ def test_experts_keep_their_slots_where_capacity_counts_tokens() -> None:
     slots = []
     for one in (config, wide):
         router: Any = next(
-            layer.chooser for layer in sparse_layers(st_moe.RECIPE.parts(one, Text(100), "meta").named()).values()
+            layer.chooser for layer in sparse_layers(st_moe.RECIPE.parts(one, RunText(100), "meta").named()).values()
         )
         slots.append([router.capacity.slots(4096, router.num_experts, router.k, training=t) for t in (True, False)])
     assert slots[0] == slots[1]

@@ -241,6 +241,16 @@ def test_the_teacher_is_frozen_and_in_no_checkpoint(tmp_path: Path) -> None:
     assert stepped == {id(p) for p in module.parameters()}
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_the_teacher_has_the_precision_of_the_student(precision: str, tmp_path: Path) -> None:
+    """Which the Trainer gives the student after `setup`; a teacher in float32 would take twice the memory."""
+    module = distilled("translation", Added(1.0))
+    fit(module, [{"translation": batch("translation")}], tmp_path, precision=precision)
+    wanted = {"32-true": torch.float32, "bf16-true": torch.bfloat16}[precision]
+    assert {p.dtype for p in module.backbone.parameters()} == {wanted}
+    assert {p.dtype for p in module.teacher.backbone.parameters()} == {wanted}
+
+
 @pytest.mark.parametrize("task", MAKE)
 def test_padding_changes_nothing(task: str) -> None:
     """Neither the number of padded positions nor what they hold."""

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
+from moekit.parallel.pieces import spread
+
 
 def empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor without values: of the same shape, and divided in the same way."""
@@ -87,7 +89,7 @@ def _repeated(whole: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return whole
     mesh = parameter.device_mesh
-    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return spread(whole, mesh, [Replicate()] * mesh.ndim, whole.shape, whole.stride())
 
 
 def gather_state_dict(model: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moekit.errors import UserError
 from moekit.experts import AddNoise
 from moekit.runs.plain import differences, with_setting
-from moekit.runs.recipe import Text
+from moekit.runs.recipe import RunText
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.surgery.compensating import copies_of, describe, needs, noted, require_choices, with_choices
@@ -324,7 +324,7 @@ def _drawn(run: Run, config: Any, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         data = training_data(run) if run.recipe.reads_text else None
-        return run.recipe.parts(config, Text(run.vocab_size, data), "cpu").named()
+        return run.recipe.parts(config, RunText(run.vocab_size, data), "cpu").named()
 
 
 def _carried(
