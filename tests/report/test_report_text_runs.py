@@ -139,7 +139,7 @@ def test_page_says_the_summary(tmp_path: Path) -> None:
 def test_scores_of_a_validation_say_so(tmp_path: Path) -> None:
     text = words(write_report(make_text_run(tmp_path, steps=30, without=("summary.json",))).read_text())
     assert "not of the test set" in text
-    assert "DirectionScores of the last validation" in text
+    assert "Scores of the last validation" in text
 
 
 def test_one_language_has_no_bars_and_no_language_map(tmp_path: Path) -> None:
