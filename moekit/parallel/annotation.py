@@ -13,7 +13,7 @@ from moekit.layer import MoELayer
 from moekit.parallel.activations import Activations
 from moekit.parallel.layout import Layout
 from moekit.parallel.mesh import EXPERT, TENSOR
-from moekit.parallel.plan import Plan
+from moekit.parallel.plan import ShardingPlan
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Annotation:
         return tuple(axis for axis in self.axes if axis != "expert") == ("embed",)
 
 
-def read_annotations(model: nn.Module, plan: Plan) -> list[Annotation]:
+def read_annotations(model: nn.Module, plan: ShardingPlan) -> list[Annotation]:
     """All annotated parameters, shared ones once; of two modules that name a parameter the outer one counts.
 
     Raises:
@@ -94,7 +94,7 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
             yield path, module
 
 
-def check_model(model: nn.Module, layout: Layout, plan: Plan, found: list[Annotation]) -> None:
+def check_model(model: nn.Module, layout: Layout, plan: ShardingPlan, found: list[Annotation]) -> None:
     """Raise if the layout cannot hold the model.
 
     Raises:
@@ -118,7 +118,7 @@ def check_model(model: nn.Module, layout: Layout, plan: Plan, found: list[Annota
         if "vocab" in note.axes and "vocab" in plan.axes and size[TENSOR] > 1 and not _takes_vocabulary(note.module):
             raise UserError(
                 f"{note.path} has a vocab axis, and {type(note.module).__name__} cannot work on a part of it, without "
-                "an attribute `vocabulary`. Use moekit.transformer.TokenEmbedding, or a Plan without vocab."
+                "an attribute `vocabulary`. Use moekit.transformer.TokenEmbedding, or a ShardingPlan without vocab."
             )
     _check_banks(model, layout, found)
     divided = any(TENSOR in note.divided.values() for note in found)

@@ -35,7 +35,7 @@ class OutOfStepError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """Where in its work a rank is.
 
     Attributes:
@@ -61,7 +61,7 @@ class Lockstep:
 
     Args:
         points: everything that ranks can be about to do, by name, the same on all ranks.
-        stages: of `Place`.
+        stages: of `Position`.
         timeout: how long a rank waits for its neighbour; None = torch's default.
         each: whether ranks meet at every module that was given to `watch`. If not, they compare which modules they have
             passed when they meet next, which costs a message less for each.
@@ -71,7 +71,7 @@ class Lockstep:
     stages: Sequence[str]
     timeout: timedelta | None = None
     each: bool = True
-    place: Place = field(default_factory=Place)
+    place: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -178,7 +178,7 @@ class Lockstep:
 
     def _tell(self, packed: Tensor) -> str:
         point, stage, epoch, batch, step, _ = packed.tolist()
-        return f"{self.points[point]} ({Place(self.stages[stage], epoch, batch, step)})"
+        return f"{self.points[point]} ({Position(self.stages[stage], epoch, batch, step)})"
 
 
 class _Watch:

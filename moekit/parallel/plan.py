@@ -1,4 +1,4 @@
-"""Plan: which logical axis is divided among which ranks, and which modules gather their weights together.
+"""ShardingPlan: which logical axis is divided among which ranks, and which modules gather their weights together.
 
 A module names the logical axes of its parameters in a class attribute::
 
@@ -69,7 +69,7 @@ def layers_of(*classes: type[nn.Module]) -> Wrap:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardingPlan:
     """How a model is laid over meshes.
 
     Attributes:
@@ -88,8 +88,8 @@ class Plan:
         for axis, dimension in self.axes.items():
             if (axis == "expert") != (dimension == "expert") or dimension not in ("expert", "tensor"):
                 raise ValueError(
-                    'Plan.axes maps "expert" to the mesh dimension "expert" and other axes to "tensor": got '
+                    'ShardingPlan.axes maps "expert" to the mesh dimension "expert" and other axes to "tensor": got '
                     f"{axis!r}: {dimension!r}. Leave an axis out to keep it whole."
                 )
         if self.node_size is not None and self.node_size < 1:
-            raise ValueError(f"Plan.node_size must be at least 1, or None: got {self.node_size}.")
+            raise ValueError(f"ShardingPlan.node_size must be at least 1, or None: got {self.node_size}.")

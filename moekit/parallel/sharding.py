@@ -19,13 +19,13 @@ from moekit.dispatch import AllToAll, Exchange, TwoLevelAllToAll
 from moekit.errors import UserError
 from moekit.parallel.activations import Activations
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations, sparse_layers
-from moekit.parallel.local import LocalView, LocalViews
+from moekit.parallel.fsdp_units import FSDPUnit, choose_fsdp_units, inner_first, zero_dimensions
+from moekit.parallel.local_views import LocalView, LocalViews
 from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, REPLICATE, SHARD, TENSOR, Meshes, unflatten
-from moekit.parallel.outputs import own_outputs
-from moekit.parallel.plan import Plan
-from moekit.parallel.tensor import DividedVocabulary, sum_gradient, sum_value
-from moekit.parallel.units import Unit, choose_units, inner_first, zero_dimensions
-from moekit.parallel.unused import reduce_unused_gradients
+from moekit.parallel.outputs import clone_output_views
+from moekit.parallel.plan import ShardingPlan
+from moekit.parallel.tensor_parallel import VocabParallel, sum_gradient, sum_value
+from moekit.parallel.unused_gradients import reduce_unused_gradients
 from moekit.routers.rank_shuffle import RankShuffle
 
 _HANDLE = "_moekit_sharded"
@@ -48,7 +48,7 @@ class ShardedModel:
 
     module: nn.Module
     meshes: Meshes
-    plan: Plan
+    plan: ShardingPlan
     annotations: tuple[Annotation, ...]
     units: tuple[FSDPModule, ...]
     replaced: WeakTensorKeyDictionary
@@ -92,7 +92,7 @@ class ShardedModel:
 def parallelize(
     model: nn.Module,
     meshes: Meshes,
-    plan: Plan | None = None,
+    plan: ShardingPlan | None = None,
     *,
     compute_dtype: torch.dtype | None = None,
     weights: Iterable[nn.Module] | None = None,
@@ -109,7 +109,7 @@ def parallelize(
     Args:
         model: any module; `MoELayer`s in it send their rows to the ranks that hold their experts.
         meshes: see `build_meshes`.
-        plan: see `Plan`; None = the default.
+        plan: see `ShardingPlan`; None = the default.
         compute_dtype: type in which blocks and expert banks gather their weights, for mixed precision by autocast
             (torch.bfloat16): nobody then converts whole weights again and keeps them until backward. Gradients are
             summed in the weights' own type. Routers, and norms that need it, keep their type, and so does what belongs
@@ -124,7 +124,7 @@ def parallelize(
     Raises:
         UserError: before anything is sent, if the model does not fit the layout.
     """
-    plan = plan or Plan()
+    plan = plan or ShardingPlan()
     found = read_annotations(model, plan)
     check_model(model, meshes.layout, plan, found)
     for name, parameter in model.named_parameters():
@@ -135,16 +135,16 @@ def parallelize(
             )
     before = [(name, weakref.ref(p)) for name, p in model.named_parameters(remove_duplicate=False)]
     theirs = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    units = choose_units(model, plan, found, compute_dtype)
+    units = choose_fsdp_units(model, plan, found, compute_dtype)
     dimensions = zero_dimensions(model, meshes, found)
     slices = _slices(model, meshes, found)
     _connect(model, meshes, plan, found)
     _attach(meshes, found, slices, units)
-    lay = _Laying(model, meshes, found, slices, dimensions)
+    sharder = _Sharder(model, meshes, found, slices, dimensions)
     waiting = {unit.module: unit for unit in units}
     for module in weights if weights is not None else inner_first(model):
         if module in waiting:
-            lay.unit(waiting.pop(module))
+            sharder.shard(waiting.pop(module))
     divided = (*theirs, *(unit.module for unit in units))
     result = ShardedModel(model, meshes, plan, tuple(found), divided, _replaced(model, before))  # type: ignore[arg-type]
     model.__dict__[_HANDLE] = result
@@ -176,7 +176,7 @@ def _replaced(model: nn.Module, before: Sequence[tuple[str, weakref.ref[nn.Param
 # -- before the weights are there --------------------------------------------------------------------------------------
 
 
-def _connect(model: nn.Module, meshes: Meshes, plan: Plan, found: list[Annotation]) -> None:
+def _connect(model: nn.Module, meshes: Meshes, plan: ShardingPlan, found: list[Annotation]) -> None:
     """Tell sparse layers how to reach the ranks that hold their experts, shuffles and annotations who the ranks are."""
     for module in model.modules():
         if isinstance(module, Activations):
@@ -191,7 +191,7 @@ def _connect(model: nn.Module, meshes: Meshes, plan: Plan, found: list[Annotatio
                 layer.connect(exchange)
 
 
-def _exchange(meshes: Meshes, plan: Plan) -> Exchange:
+def _exchange(meshes: Meshes, plan: ShardingPlan) -> Exchange:
     group = meshes.expert_group
     if plan.node_size is None or plan.node_size in (1, group.size()):
         return AllToAll(group)
@@ -267,10 +267,10 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return places
 
 
-def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice], units: Sequence[Unit]) -> None:
+def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice], units: Sequence[FSDPUnit]) -> None:
     """Hooks that show local views in forward, and those of tensor-parallel layers."""
     for unit in units:
-        own_outputs(unit.module)
+        clone_output_views(unit.module)
     tensor = meshes.tensor_group
     outer = {id(inner): module for module in dict.fromkeys(n.module for n in found) for inner in module.modules()}
     mine: dict[int, list[LocalView]] = {}
@@ -292,7 +292,7 @@ def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice
         notes = [n for n in found if n.module is module]
         split = {n.axes[d] for n in notes for d, name in n.divided.items() if name == TENSOR}
         if "vocab" in split:
-            module.vocabulary = DividedVocabulary(tensor)  # type: ignore[assignment]
+            module.vocabulary = VocabParallel(tensor)  # type: ignore[assignment]
         elif split and any("embed" in n.axes for n in notes):
             _join_partners(module, tensor)
 
@@ -321,7 +321,7 @@ def _join_partners(module: nn.Module, group: dist.ProcessGroup) -> None:
 # -- when they are ---------------------------------------------------------------------------------------------------
 
 
-class _Laying:
+class _Sharder:
     """Lays unit after unit over the ranks, inner ones first, as soon as its weights are there."""
 
     def __init__(
@@ -344,7 +344,7 @@ class _Laying:
             else OffloadPolicy()
         )
 
-    def unit(self, unit: Unit) -> None:
+    def shard(self, unit: FSDPUnit) -> None:
         """Take the weights of rank 0, slice them, and let `fully_shard` divide the slices."""
         mine = [module for module in unit.module.modules() if module not in self.sent]
         self.sent.update(mine)

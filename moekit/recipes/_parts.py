@@ -27,7 +27,7 @@ from moekit.training.budget import Budget
 from moekit.training.checkpoint_io import AtomicCheckpointIO
 from moekit.training.multitask import MultitaskModule
 from moekit.training.optimizers import adafactor, adamw
-from moekit.training.schedules import Constant, Cosine, InverseSquareRoot
+from moekit.training.schedules import ConstantWithWarmup, Cosine, InverseSquareRoot
 from moekit.training.strategy import ExpertParallelStrategy
 
 _ENDLESS = 100_000_000
@@ -185,7 +185,7 @@ def make_schedule(
         case "inverse_square_root":
             return InverseSquareRoot(optimizer, train.warmup_steps)
         case "constant":
-            return Constant(optimizer, train.warmup_steps)
+            return ConstantWithWarmup(optimizer, train.warmup_steps)
 
 
 def make_strategy(settings: StrategyConfig) -> ExpertParallelStrategy | Literal["auto"]:

@@ -56,7 +56,7 @@ class WarmupSchedule(LRScheduler, ABC):
         return {"last_epoch": self.last_epoch, "_step_count": self._step_count, "_last_lr": self._last_lr}
 
 
-class Constant(WarmupSchedule):
+class ConstantWithWarmup(WarmupSchedule):
     """Warm-up, then the peak for ever."""
 
     def __init__(self, optimizer: Optimizer, warmup: int = 0) -> None:

@@ -25,11 +25,11 @@ from moekit.errors import UserError
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
 from moekit.parallel.layout import Layout, Offload
 from moekit.parallel.mesh import Meshes, World, build_meshes
-from moekit.parallel.plan import Plan
+from moekit.parallel.plan import ShardingPlan
 from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 from moekit.routing import Router
 from moekit.training.lightning_callbacks import divide_averages
-from moekit.training.placement import bring_along
+from moekit.training.placement import move_unsharded_state
 from moekit.training.refusals import check_callbacks, check_precision
 from moekit.training.strategy_optimizers import NonFinite, OptimizingStrategy
 from moekit.transformer.init import materialize_modules
@@ -92,7 +92,7 @@ class ExpertParallelStrategy(OptimizingStrategy):
         replicas: int = 1,
         zero_stage: ZeroStage = 3,
         offload: Offload = "none",
-        plan: Plan | None = None,
+        plan: ShardingPlan | None = None,
         nonfinite_gradients: NonFinite = "raise",
         asynchronous_save: bool = False,
         process_group_backend: str | None = None,
@@ -125,7 +125,7 @@ class ExpertParallelStrategy(OptimizingStrategy):
         self.lockstep = lockstep
         self.expert_parallel_size, self.tensor_parallel_size = expert_parallel_size, tensor_parallel_size
         self.replicas, self.zero_stage, self.offload = replicas, zero_stage, offload
-        self.plan = plan or Plan()
+        self.plan = plan or ShardingPlan()
         # The smallest world on which the numbers could be right: whatever is wrong by itself is said now.
         expert = 1 if expert_parallel_size == "auto" else expert_parallel_size
         self._layout(max(expert, 1) * max(tensor_parallel_size, 1) * max(replicas, 1), expert)
@@ -231,7 +231,7 @@ class ExpertParallelStrategy(OptimizingStrategy):
         check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
         self.check_trainer(trainer)
         self._divide_model()
-        bring_along(self.model, self.root_device)
+        move_unsharded_state(self.model, self.root_device)
         self._keep_in_step()
         assert self.sharded is not None
         meshes = self.sharded.meshes

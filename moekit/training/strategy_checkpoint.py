@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 
 from moekit.errors import UserError
 from moekit.parallel.checkpoint import Checkpointer, is_checkpoint, remove_checkpoint
-from moekit.parallel.checkpoint.layout import laid_out, optimizer_state_laid_out
-from moekit.parallel.checkpoint.state import OtherOptimizersError, clean, require_same_model
-from moekit.parallel.shadows import original, shown
+from moekit.parallel.checkpoint.optimizer_state import OtherOptimizersError, shard_optimizer_state
+from moekit.parallel.checkpoint.state import clean, require_same_model
+from moekit.parallel.master_weights import model_parameter, swapped_in
+from moekit.parallel.shards import shard_like
 from moekit.training.checkpoint_io import load_checkpoint, local_path
 from moekit.training.plain_data import plain_checkpoint, plain_state, unplain
 
@@ -204,7 +205,7 @@ class ShardedCheckpointStrategy(ModelParallelStrategy):
         own = module.state_dict()
         names = {clean(name): name for name in own}
         state = {names.get(clean(name), name): value for name, value in checkpoint["state_dict"].items()}
-        state = {name: laid_out(value, own.get(name)) for name, value in state.items()}
+        state = {name: shard_like(value, own.get(name)) for name, value in state.items()}
         if self._fitting:
             self._check_optimizers(checkpoint)
         refused = None
@@ -247,9 +248,9 @@ class ShardedCheckpointStrategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Fill the optimizers, each with its part; those of an emptied list stay as they are, as in Lightning."""
-        with shown(*self.optimizers):
+        with swapped_in(*self.optimizers):
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-                optimizer.load_state_dict(optimizer_state_laid_out(optimizer, state))
+                optimizer.load_state_dict(shard_optimizer_state(optimizer, state))
 
     @property
     def _fitting(self) -> bool:
@@ -315,7 +316,7 @@ def _check_states(trainer: L.Trainer) -> None:
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
     for group in optimizer.param_groups:
-        yield from map(original, group["params"])
+        yield from map(model_parameter, group["params"])
 
 
 def _copy(value: Any) -> Any:

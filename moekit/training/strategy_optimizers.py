@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from moekit.parallel.carrying import carry_over
 from moekit.parallel.gradients import clip_by_norm, clip_by_value, gradient_norm
 from moekit.parallel.layout import Offload
-from moekit.parallel.shadows import Shadows
+from moekit.parallel.master_weights import MasterWeights
+from moekit.parallel.optimizer_rebinding import rebind_optimizer
 from moekit.parallel.sharding import ShardedModel
-from moekit.parallel.unused import drop_unused_gradients, used_somewhere
+from moekit.parallel.unused_gradients import drop_unused_gradients, used_somewhere
 from moekit.training.lightning_callbacks import on_several_meshes, restore_groups
 from moekit.training.refusals import check_optimizer
 from moekit.training.strategy_checkpoint import ShardedCheckpointStrategy
@@ -65,14 +65,14 @@ class OptimizingStrategy(ShardedCheckpointStrategy, SteppingStrategy):
             check_optimizer(optimizer, divided=divide)
             if divide or self.offload == "optimizer":
                 device = torch.device("cpu") if self.offload == "optimizer" else None
-                Shadows.give(optimizer, divide=divide, device=device)
+                MasterWeights.of(optimizer, divide=divide, device=device)
         self.optimizers = self.optimizers  # Lightning's wrappers hold copies of the attributes
 
     def _take_over(self, optimizer: Optimizer) -> None:
         """Let an optimizer that knows parameters from before the model was divided work on what is there now."""
         assert self.sharded is not None
         if not isinstance(optimizer, _MockOptimizer):
-            carry_over(optimizer, self.sharded)
+            rebind_optimizer(optimizer, self.sharded)
 
     def _take_over_clipping(self) -> None:
         """Precision plugins clip with a function that refuses parameters of several meshes."""

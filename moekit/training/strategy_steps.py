@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from moekit.parallel.annotation import sparse_layers
-from moekit.parallel.lockstep import Lockstep, Place
+from moekit.parallel.lockstep import Lockstep, Position
 from moekit.parallel.mesh import EXPERT, SHARD, TENSOR, forget_groups
 from moekit.parallel.sharding import ShardedModel
 
@@ -82,7 +82,7 @@ class SteppingStrategy(ModelParallelStrategy):
         trainer: Any = self.lightning_module.trainer
         loop = trainer._active_loop
         progress = getattr(loop, "epoch_loop", loop).batch_progress
-        self._lockstep.place = Place(
+        self._lockstep.place = Position(
             "sanity_check" if trainer.sanity_checking else stage,
             trainer.current_epoch,
             progress.current.ready - 1,

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import tomllib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ PACKAGE = ROOT / "moekit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 400
 LONG = {"moekit/routing.py": "the vocabulary that every room shares is read in one place"}
-"""Files that hold one thing and need more lines for it, each with its reason."""
+"""Longer files that hold one subject, each with its reason; a longer file that is not here is warned of."""
 
 
 def relative(path: Path) -> str:
@@ -120,13 +121,19 @@ def test_no_drawer_for_everything() -> None:
     assert not found, f"name these after what they hold: {[relative(p) for p in found]}"
 
 
+@pytest.mark.filterwarnings("default:.*has .* lines")
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_no_long_file(path: Path) -> None:
+    """A file is divided where a subject ends, not where a count does; so a long one needs a reason, and no more."""
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    long = relative(path) in LONG
-    assert long == (lines > MAX_LINES), (
-        f"{relative(path)} has {lines} lines: beyond {MAX_LINES} a file has two tenants, or a reason in LONG"
-    )
+    if relative(path) in LONG:
+        assert lines > MAX_LINES, f"{relative(path)} has {lines} lines and needs no reason in LONG"
+    elif lines > MAX_LINES:
+        warnings.warn(
+            f"{relative(path)} has {lines} lines, more than {MAX_LINES}: divide it where a subject ends, or write in "
+            "LONG why it is one",
+            stacklevel=1,
+        )
 
 
 def test_recipes_have_code_and_evidence() -> None:

@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,30 +23,28 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moekit.errors import UserError
-from moekit.parallel.checkpoint import reader
 from moekit.parallel.checkpoint.disk import flush, hidden_folders, writing
-from moekit.parallel.checkpoint.index import INDEX, Index, read_index
-from moekit.parallel.checkpoint.reader import FolderReader, TensorLoadPlanner, read_plain, tensors_of
+from moekit.parallel.checkpoint.index import INDEX
+from moekit.parallel.checkpoint.optimizer_state import flatten_optimizers, optimizer_states_from, optimizer_targets
+from moekit.parallel.checkpoint.reader import FolderReader, StoredCheckpoint, TensorLoadPlanner
 from moekit.parallel.checkpoint.state import (
-    collect,
     extra_targets,
+    extract_dtensors,
+    insert_dtensors,
     model_targets,
-    optimizer_states_from,
-    optimizer_targets,
-    put_back,
+    model_tensors,
     require_same_tensors,
     state_dict_from,
-    take_out,
 )
 from moekit.parallel.checkpoint.writer import FolderWriter
+from moekit.parallel.master_weights import swapped_in
 from moekit.parallel.mesh import host_group
-from moekit.parallel.shadows import shown
 
 PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
-class Content:
+class CheckpointContent:
     """What a checkpoint holds, laid out for a model.
 
     Attributes:
@@ -105,7 +102,7 @@ class Checkpointer:
         Args:
             path: the folder, on a file system that all processes share.
             model: parallelized or plain.
-            optimizers: of the model; as they are, and shadows included.
+            optimizers: of the model; as they are, with or without master weights.
             extra: plain data (numbers, strings, tensors, and lists and dictionaries of them); that of rank 0 is saved,
                 and DTensors in it by all ranks.
             state: what to save as the model's state dict, with or without entries that the model has; None = as it is.
@@ -116,14 +113,16 @@ class Checkpointer:
             RuntimeError: if a process failed or vanished, also if the one before failed in its thread.
         """
         self.wait()
-        found = collect(model, optimizers, state)
-        extra = take_out(extra, found.tensors, "extra")
+        tensors, other, shared = model_tensors(model, state)
+        statistics, plain = flatten_optimizers(model, optimizers)
+        tensors = {name: tensor.detach() for name, tensor in tensors.items()} | statistics
+        extra = extract_dtensors(extra, tensors, "extra")
         place = Path(os.path.abspath(path))
-        data = _dump({"state": found.plain, "extra": extra})
+        data = _dump({"state": {"model": other, "shared": shared, "optimizers": plain}, "extra": extra})
         group = self._own_group()
-        _check_repeated(found.tensors, model, group)
+        _check_repeated(tensors, model, group)
         # What all ranks repeat as plain tensors is rank 0's, and need not be equal (buffers).
-        tensors = {name: t for name, t in found.tensors.items() if isinstance(t, DTensor) or _rank() == 0}
+        tensors = {name: t for name, t in tensors.items() if isinstance(t, DTensor) or _rank() == 0}
         writer = FolderWriter(place, data)
         if not self.asynchronous:
             _write(tensors, writer, group)
@@ -166,7 +165,7 @@ class Checkpointer:
         """
         found = self.read(path, model, optimizers, strict=True)
         model.load_state_dict(found.state, strict=False)  # `read` has compared the names of all tensors
-        with shown(*optimizers):
+        with swapped_in(*optimizers):
             for optimizer, state in zip(optimizers, found.optimizers, strict=True):
                 optimizer.load_state_dict(state)
         return found.extra
@@ -179,7 +178,7 @@ class Checkpointer:
         *,
         strict: bool = False,
         others: bool = False,
-    ) -> Content:
+    ) -> CheckpointContent:
         """What `load` would load, without touching the model: each rank reads its own parts.
 
         It takes as much memory as the weights, beside them; a training step's gradients take as much.
@@ -196,28 +195,26 @@ class Checkpointer:
             UserError: as `load`.
         """
         self.wait()
-        folder = Path(os.path.abspath(path))
-        index = read_index(folder)
-        content = _parse(read_plain(folder, index), folder)
-        plain = content["state"]
+        stored = StoredCheckpoint(path)
+        index, plain, where = stored.index, stored.state, str(stored.folder)
         if strict:
-            require_same_tensors(model, index, plain, str(folder))
+            require_same_tensors(model, index, plain, where)
         targets: dict[str, Tensor] = model_targets(model, index, others=others)
         if optimizers:
-            with shown(*optimizers):
-                targets |= optimizer_targets(model, optimizers, index, plain, str(folder), renamed=others)
+            with swapped_in(*optimizers):
+                targets |= optimizer_targets(model, optimizers, index, plain, where, renamed=others)
         targets |= extra_targets(model, index)
-        read_into(targets, folder, index)
+        read_into(targets, stored)
         # What is not read has a shape, so that it can be refused by name.
         unread = {
             key: torch.empty(entry.shape, device="meta")
             for key, entry in index.entries.items()
             if key.startswith("model/") and key not in targets
         }
-        return Content(
+        return CheckpointContent(
             state_dict_from(model, targets | unread, plain),
             optimizer_states_from(model, optimizers, targets, plain),
-            put_back(content["extra"], targets),
+            insert_dtensors(stored.plain["extra"], targets),
         )
 
     def _own_group(self) -> dist.ProcessGroup | None:
@@ -231,32 +228,18 @@ def read_extra(path: PathLike) -> Any:
     """What was given as `extra` when the checkpoint was saved, without a model; nothing in it is executed.
 
     Raises:
-        UserError: naming the file, if the checkpoint is missing, cut short or altered.
+        UserError: Naming the file, if the checkpoint is missing, cut short or altered.
     """
-    folder = Path(os.path.abspath(path))
-    index = read_index(folder)
-    content = _parse(read_plain(folder, index), folder)
-    names = {name: name for name in index.entries if name.startswith("extra/")}
-    return put_back(content["extra"], dict(tensors_of(folder, index, names)))
+    return StoredCheckpoint(path).extra
 
 
-def read_state(folder: Path, index: Index) -> dict[str, Any]:
-    """What a checkpoint holds of model and optimizers that is no tensor: ``model``, ``shared`` and ``optimizers``.
-
-    Raises:
-        UserError: if it is not what was written.
-    """
-    found: dict[str, Any] = _parse(read_plain(folder, index), folder)["state"]
-    return {"model": {}, "shared": {}, "optimizers": [], **found}
-
-
-def read_into(targets: dict[str, Tensor], folder: Path, index: Index) -> None:
+def read_into(targets: dict[str, Tensor], stored: StoredCheckpoint) -> None:
     """Fill tensors from a checkpoint, each rank its part.
 
     Raises:
         UserError: if a file is missing, cut short or altered; on all ranks.
     """
-    source, planner = FolderReader(folder, index), TensorLoadPlanner()
+    source, planner = FolderReader(stored), TensorLoadPlanner()
     with torch.no_grad():
         if _distributed():
             _collectively(lambda: state_dict_loader.load(targets, storage_reader=source, planner=planner))
@@ -278,9 +261,7 @@ def verify_checkpoint(path: PathLike) -> None:
     Raises:
         UserError: naming the file that is missing, cut short or altered, or the tensor that is not complete.
     """
-    folder = Path(os.path.abspath(path))
-    index = read_index(folder)
-    reader.verify(folder, index)
+    StoredCheckpoint(path).verify()
 
 
 def remove_checkpoint(path: PathLike) -> None:
@@ -377,21 +358,3 @@ def _dump(content: Any) -> bytes:
             f"{next(iter(str(error).splitlines()), '')} Convert it, for example a Path to a string."
         ) from None
     return buffer.getvalue()
-
-
-def _parse(data: bytes | None, folder: Path) -> dict[str, Any]:
-    """Plain data back from bytes, without executing anything in them."""
-    if data is None:
-        return {"state": {}, "extra": None}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # refused below, in our words
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"the checkpoint {folder} must hold tensors and plain data only: "
-            f"{next(iter(str(error).splitlines()), type(error).__name__)} Nothing in it has been executed."
-        ) from None
-    if not isinstance(content, dict) or not {"state", "extra"} <= set(content):
-        raise UserError(f"the checkpoint {folder} holds other plain data than expected. Use another one.")
-    return content

@@ -71,7 +71,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredTensor:
     """A tensor in chunks."""
 
     shape: tuple[int, ...]
@@ -89,7 +89,7 @@ class Index:
         processes: how many wrote it.
     """
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, StoredTensor]
     plain: tuple[str, str] | None = None
     processes: int = 1
 
@@ -134,7 +134,7 @@ class Index:
             _check_tiling(name, entry, where)
 
 
-def _check_tiling(name: str, entry: Entry, where: str) -> None:
+def _check_tiling(name: str, entry: StoredTensor, where: str) -> None:
     """The chunks of a tensor lie inside it, do not overlap, and are as many numbers as it has."""
     chunks = [chunk for chunk in entry.chunks if chunk.numel]
     for chunk in chunks:
@@ -213,7 +213,7 @@ def _parse(raw: Any, file: Path) -> Index:
         raise UserError(f"{file} was altered after it was written: its digest does not fit. Use another checkpoint.")
     try:
         entries = {
-            name: Entry(
+            name: StoredTensor(
                 _numbers(entry["shape"]),
                 _TYPES[entry["dtype"]],
                 tuple(

@@ -31,7 +31,7 @@ from torch.futures import Future
 
 from moekit.errors import UserError
 from moekit.parallel.checkpoint.disk import commit, digest_of, flush, hidden_folders, is_file_checkpoint, writing
-from moekit.parallel.checkpoint.index import INDEX, Chunk, Entry, Index
+from moekit.parallel.checkpoint.index import INDEX, Chunk, Index, StoredTensor
 
 PLAIN = "plain.pt"
 
@@ -125,7 +125,7 @@ class FolderWriter(StorageWriter):
             for result in written:
                 chunks.setdefault(result.index.fqn, []).append(result.storage_data)
         entries = {
-            name: Entry(tuple(found.size), found.properties.dtype, tuple(chunks.get(name, ())))
+            name: StoredTensor(tuple(found.size), found.properties.dtype, tuple(chunks.get(name, ())))
             for name, found in metadata.state_dict_metadata.items()
             if isinstance(found, TensorStorageMetadata)
         }

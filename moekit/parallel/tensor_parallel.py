@@ -76,7 +76,7 @@ def gather_last(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
-class DividedVocabulary:
+class VocabParallel:
     """A table of token vectors of which each partner holds a run of rows; see `TokenEmbedding.vocabulary`.
 
     Args:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from moekit.errors import UserError
 from moekit.parallel.annotation import Annotation, banks
 from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, SHARD, Meshes
-from moekit.parallel.plan import Plan
+from moekit.parallel.plan import ShardingPlan
 from moekit.parallel.zero import zero_dimension
 from moekit.routing import Router
 
@@ -22,7 +22,7 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 @dataclass(frozen=True)
-class Unit:
+class FSDPUnit:
     """A module that gathers its weights, but for those of units inside it, in one collective.
 
     Attributes:
@@ -44,9 +44,9 @@ def inner_first(module: nn.Module, seen: set[nn.Module] | None = None) -> Iterat
     yield module
 
 
-def choose_units(
-    model: nn.Module, plan: Plan, found: list[Annotation], compute_dtype: torch.dtype | None = None
-) -> list[Unit]:
+def choose_fsdp_units(
+    model: nn.Module, plan: ShardingPlan, found: list[Annotation], compute_dtype: torch.dtype | None = None
+) -> list[FSDPUnit]:
     """Banks, what the policy wraps, what keeps another type than the modules around it, and the model; inner first.
 
     Args:
@@ -73,12 +73,12 @@ def choose_units(
         inside = set(module.modules())
         shared = any(not owners[parameter] <= inside for parameter in module.parameters())
         if not shared:
-            units.append(Unit(module, None if module in apart else compute_dtype))
+            units.append(FSDPUnit(module, None if module in apart else compute_dtype))
         elif module in sparse:
             raise UserError(
                 f"an expert bank must not share weights with other modules: {type(module).__name__} does. Copy them."
             )
-    return [*units, Unit(model)]
+    return [*units, FSDPUnit(model)]
 
 
 def _of_other_precision(model: nn.Module) -> set[nn.Module]:
