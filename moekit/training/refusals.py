@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback, ModelPruning
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -56,6 +56,21 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
                 f"ExpertParallelStrategy cannot train with {type(callback).__name__}, which puts masked copies in the "
                 "place of parameters that are divided among processes. Prune between runs: torch.nn.utils.prune before "
                 "the Trainer, or whole experts with moekit.surgery."
+            )
+
+
+def check_batch_norms(module: nn.Module) -> None:
+    """Refuse what ``sync_batchnorm=True`` would have to convert.
+
+    Raises:
+        UserError: For a batch norm that normalises each rank's batch by itself.
+    """
+    for name, norm in module.named_modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, nn.SyncBatchNorm):
+            raise UserError(
+                f"sync_batchnorm=True is not supported by ExpertParallelStrategy, which would leave {name} to "
+                "normalise each rank's batch by itself. Use a norm of one row (LayerNorm, RMSNorm), or call "
+                "torch.nn.SyncBatchNorm.convert_sync_batchnorm on your model, on GPUs, and leave the argument out."
             )
 
 

@@ -40,8 +40,8 @@ def every_group_waits(seconds: float) -> list[float]:
             meshes = strategy.meshes
             for mesh in (meshes.dense, meshes.sparse, meshes.data, strategy._world.all):  # type: ignore[union-attr]
                 waited.extend(seconds_of(group) for group in mesh.get_all_groups())
-            waited.append(seconds_of(strategy._lockstep._group))  # type: ignore[union-attr]
-            waited.append(seconds_of(strategy._checkpointer._own_group()))
+            waited.append(seconds_of(strategy._sync.lockstep._group))  # type: ignore[union-attr]
+            waited.append(seconds_of(strategy._checkpoints.checkpointer._own_group()))
             group = meshes.expert_group
             assert group.size() == 2
             if group.rank() == 0:
