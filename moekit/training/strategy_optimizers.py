@@ -58,7 +58,8 @@ class OptimizerSteps:
             UserError: If an optimizer cannot step a sharded model, or has parameters that the model never had.
         """
         for optimizer in map(_unwrapped, optimizers):
-            self._bind(optimizer, sharded)
+            if not isinstance(optimizer, _MockOptimizer):
+                rebind_optimizer(optimizer, sharded)
             check_optimizer(optimizer, divided=divide)
             if divide or device is not None:
                 MasterWeights.of(optimizer, divide=divide, device=device)
@@ -70,11 +71,7 @@ class OptimizerSteps:
             UserError: If the model never had them.
         """
         if any(not isinstance(parameter, DTensor) for parameter in _parameters(optimizer)):
-            self._bind(_unwrapped(optimizer), sharded)
-
-    def _bind(self, optimizer: Optimizer, sharded: ShardedModel) -> None:
-        if not isinstance(optimizer, _MockOptimizer):
-            rebind_optimizer(optimizer, sharded)
+            rebind_optimizer(_unwrapped(optimizer), sharded)
 
     def patch_clipping(self, precision_plugin: Any) -> None:
         """Replace the clipping functions of a precision plugin, which refuse parameters of several meshes."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.tensor import DTensor
@@ -26,7 +26,7 @@ from moekit.errors import UserError
 from moekit.parallel.checkpoint.disk import flush, hidden_folders, writing
 from moekit.parallel.checkpoint.index import INDEX
 from moekit.parallel.checkpoint.optimizer_state import flatten_optimizers, optimizer_states_from, optimizer_targets
-from moekit.parallel.checkpoint.reader import FolderReader, StoredCheckpoint, TensorLoadPlanner
+from moekit.parallel.checkpoint.reader import StoredCheckpoint
 from moekit.parallel.checkpoint.state import (
     extra_targets,
     extract_dtensors,
@@ -233,21 +233,24 @@ def read_extra(path: PathLike) -> Any:
     return StoredCheckpoint(path).extra
 
 
-def read_into(targets: dict[str, Tensor], stored: StoredCheckpoint) -> None:
-    """Fill tensors from a checkpoint, each rank its part.
+def read_into(targets: Mapping[str, Tensor], stored: StoredCheckpoint) -> None:
+    """Fill tensors from a checkpoint, each rank its part; all ranks call it together.
 
     Raises:
-        UserError: if a file is missing, cut short or altered; on all ranks.
+        UserError: If a file is missing, cut short or altered; on all ranks.
     """
-    source, planner = FolderReader(stored), TensorLoadPlanner()
-    with torch.no_grad():
-        if _distributed():
-            _collectively(lambda: state_dict_loader.load(targets, storage_reader=source, planner=planner))
-            return
-        # Without processes to agree with, DCP's steps one after the other.
-        planner.set_up_planner(targets, source.read_metadata(), is_coordinator=True)
-        plans = planner.create_global_plan([source.prepare_local_plan(planner.create_local_plan())])
-        source.read_data(planner.finish_plan(plans[0]), planner).wait()
+    if not _distributed():
+        stored.fill(targets)
+        return
+    failure: Exception | None = None
+    try:
+        stored.fill(targets)
+    except Exception as error:
+        failure = _failure(_rank(), error)
+    everyone: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, failure)
+    for first in filter(None, everyone):
+        raise first
 
 
 def is_checkpoint(path: PathLike) -> bool:
@@ -282,9 +285,11 @@ def remove_checkpoint(path: PathLike) -> None:
 def _write(tensors: dict[str, Tensor], writer: FolderWriter, group: dist.ProcessGroup | None) -> None:
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     if group is not None:
-        _collectively(
-            lambda: state_dict_saver.save(tensors, storage_writer=writer, planner=planner, process_group=group)
-        )
+        try:
+            state_dict_saver.save(tensors, storage_writer=writer, planner=planner, process_group=group)
+        except CheckpointException as failed:  # of some ranks; told by all in the words of the first
+            rank, (error, _) = min(failed.failures.items())
+            raise _failure(rank, error) from error
         return
     planner.set_up_planner(tensors, is_coordinator=True)
     writer.set_up_storage_writer(is_coordinator=True)
@@ -293,15 +298,11 @@ def _write(tensors: dict[str, Tensor], writer: FolderWriter, group: dist.Process
     writer.finish(metadata, [writer.write_data(plan, planner).value()])
 
 
-def _collectively(call: Any) -> None:
-    """Run a save or load of DCP; give its collected failures back as the first rank's error, on every rank."""
-    try:
-        call()
-    except CheckpointException as failed:
-        rank, (error, _) = min(failed.failures.items())
-        if isinstance(error, UserError):
-            raise UserError(str(error)) from None
-        raise RuntimeError(f"rank {rank} failed in a checkpoint ({type(error).__name__}): {error}") from error
+def _failure(rank: int, error: BaseException) -> Exception:
+    """A rank's error as all ranks raise it."""
+    if isinstance(error, UserError):
+        return UserError(str(error))
+    return RuntimeError(f"rank {rank} failed in a checkpoint ({type(error).__name__}): {error}")
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -80,7 +80,5 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot write the checkpoint {path}: {error.strerror or error}.") from error
-    except SafetensorError as error:
-        raise UserError(f"cannot write the checkpoint {path}: {error}.") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write the checkpoint {path}: {getattr(error, 'strerror', None) or error}.") from error

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from moekit.errors import UserError
+from moekit.mapped import DTYPES
 
 INDEX = "index.json"
 FORMAT = 1
@@ -26,23 +27,7 @@ ABOUT = (
     "reads (load_from_checkpoint too); moekit.parallel.consolidate(folder, file) one of its weights."
 )
 
-_TYPES = {
-    str(kind): kind
-    for kind in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    )
-}
+_TYPES = {str(dtype): dtype for dtype in DTYPES.values()}
 _FILE = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

@@ -8,23 +8,14 @@ import io
 import os
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.storage import StorageReader
-from torch.futures import Future
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moekit.errors import UserError
 from moekit.mapped import MappedTensor, read_safetensors
@@ -88,15 +79,26 @@ class StoredCheckpoint:
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Whole tensors, by name without `prefix`, of all whose names begin with it."""
-        found = {}
-        for name, entry in self.index.entries.items():
-            if name.startswith(prefix):
-                whole = found[name.removeprefix(prefix)] = torch.empty(entry.shape, dtype=entry.dtype)
-                for chunk in entry.chunks:
-                    if chunk.numel:
-                        box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-                        whole[box].copy_(self.part(chunk, (0,) * len(chunk.sizes), chunk.sizes))
-        return found
+        found = {n: torch.empty(e.shape, dtype=e.dtype) for n, e in self.index.entries.items() if n.startswith(prefix)}
+        self.fill(found)
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+    @torch.no_grad()
+    def fill(self, targets: Mapping[str, Tensor]) -> None:
+        """Copy stored tensors into `targets`, by name; of a sharded one this rank's shard. Nothing is sent."""
+        for name, target in targets.items():
+            local, starts = target, [0] * target.ndim
+            if isinstance(target, DTensor):
+                local = target.to_local()
+                starts = list(
+                    compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)[1]
+                )
+            for chunk in self.index.entries[name].chunks:
+                low = [max(start, offset) for start, offset in zip(starts, chunk.offsets, strict=True)]
+                ends = zip(starts, local.shape, chunk.offsets, chunk.sizes, strict=True)
+                high = [min(start + length, offset + size) for start, length, offset, size in ends]
+                if chunk.numel and all(first < last for first, last in zip(low, high, strict=True)):
+                    _box(local, low, high, starts).copy_(_box(self.read(chunk), low, high, chunk.offsets))
 
     def weights(self) -> dict[str, Any]:
         """The model's state dict: shared tensors under each of their names, and what is no tensor."""
@@ -109,11 +111,11 @@ class StoredCheckpoint:
         for entry in self.index.entries.values():
             for chunk in entry.chunks:
                 if chunk.numel:
-                    self.part(chunk, (0,) * len(chunk.sizes), chunk.sizes)
+                    self.read(chunk)
         _ = self.plain
 
-    def part(self, chunk: Chunk, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """A box of a chunk; when a chunk is first read, its digest is checked if it has one."""
+    def read(self, chunk: Chunk) -> Tensor:
+        """A chunk, mapped from its file; its digest, if it has one, is checked when it is first read."""
         file = self.folder / chunk.file
         if chunk.file not in self._files:
             try:
@@ -131,84 +133,9 @@ class StoredCheckpoint:
                     "checkpoint."
                 )
             self._verified.add((chunk.file, chunk.key))
-        for dimension, (start, size) in enumerate(zip(offsets, lengths, strict=True)):
-            whole = whole.narrow(dimension, start, size)
         return whole
 
 
-class FolderReader(StorageReader):
-    """Gives DCP what a `StoredCheckpoint` holds.
-
-    Args:
-        stored: The checkpoint.
-    """
-
-    def __init__(self, stored: StoredCheckpoint) -> None:
-        self.stored = stored
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing: a reader reads one checkpoint."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index in DCP's classes."""
-        return Metadata(
-            {
-                name: TensorStorageMetadata(
-                    TensorProperties(dtype=entry.dtype),
-                    torch.Size(entry.shape),
-                    [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in entry.chunks],
-                )
-                for name, entry in self.stored.index.entries.items()
-            }
-        )
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Read file after file."""
-        plan.items.sort(key=lambda item: self._chunk(item.storage_index).file)
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """As they are."""
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy every part into its place."""
-        for item in plan.items:
-            part = self.stored.part(self._chunk(item.storage_index), item.storage_offsets, item.lengths)
-            target = planner.resolve_tensor(item).detach()
-            target.copy_(part.view(target.shape))
-            planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    def _chunk(self, where: MetadataIndex) -> Chunk:
-        offsets = tuple(where.offset or ())
-        chunks = self.stored.index.entries[where.fqn].chunks
-        hint = where.index
-        if hint is not None and hint < len(chunks) and chunks[hint].offsets == offsets and chunks[hint].numel:
-            return chunks[hint]
-        return next(chunk for chunk in chunks if chunk.offsets == offsets and (chunk.numel or not chunk.sizes))
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Any path will do."""
-        return True
-
-
-class TensorLoadPlanner(DefaultLoadPlanner):
-    """DCP's planner without its way to unpickle: this format has nothing for it."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        """Refuse.
-
-        Raises:
-            TypeError: Always.
-        """
-        raise TypeError("a checkpoint holds no pickled objects among its tensors.")
+def _box(tensor: Tensor, low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> Tensor:
+    """The entries from `low` to before `high` of a tensor that begins at `origin`."""
+    return tensor[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))]
