@@ -11,9 +11,9 @@ Everything is written to a hidden folder beside the checkpoint's place, flushed 
 Where a checkpoint is to be replaced, its index is: until then it refers to the old data folder, then to the new one.
 
 torch's `HuggingFaceStorageWriter` and `HuggingFaceStorageReader` are no base for this: they would supply the three
-methods of this writer that do nothing, ten lines. They have no index, no digest and no atomic replace: with torch 2.13 an
-altered byte is loaded, a missing first shard leaves weights unfilled, a missing last one makes the tensor smaller, and
-of two chunks of a tensor from one rank one is lost.
+methods of this writer that do nothing, ten lines. They have no index, no digest and no atomic replace: with torch 2.13
+an altered byte is loaded, a missing first shard leaves weights unfilled, a missing last one makes the tensor smaller,
+and of two chunks of a tensor from one rank one is lost.
 """
 
 from __future__ import annotations
