@@ -21,12 +21,12 @@ class Annotation:
     """The logical axes of one parameter.
 
     Attributes:
-        path: dotted name from the root.
-        module: the module that names the axes.
-        owner: the module that holds the parameter ...
-        name: ... and its name there.
-        axes: logical axes, outermost first.
-        divided: mesh dimension by tensor dimension, where the plan divides one.
+        path: The dotted name of the parameter from the root.
+        module: The module that names the axes.
+        owner: The module that holds the parameter.
+        name: The name of the parameter in `owner`.
+        axes: The logical axes of its dimensions, outermost first.
+        divided: The mesh dimension that divides a tensor dimension, by tensor dimension.
     """
 
     path: str
@@ -58,7 +58,7 @@ def read_annotations(model: nn.Module, plan: ShardingPlan) -> list[Annotation]:
     """All annotated parameters, shared ones once; of two modules that name a parameter the outer one counts.
 
     Raises:
-        UserError: if axes and dimensions of a parameter differ in number.
+        UserError: If axes and dimensions of a parameter differ in number.
     """
     found: dict[int, Annotation] = {}
     for path, module in model.named_modules():
@@ -98,7 +98,7 @@ def check_model(model: nn.Module, layout: Layout, plan: ShardingPlan, found: lis
     """Raise if the layout cannot hold the model.
 
     Raises:
-        UserError: naming the parameter or module, and the nearest layout that would do.
+        UserError: Naming the parameter or module, and the nearest layout that would do.
     """
     size = {EXPERT: layout.expert_parallel_size, TENSOR: layout.tensor_parallel_size}
     option = {EXPERT: "expert_parallel_size", TENSOR: "tensor_parallel_size"}

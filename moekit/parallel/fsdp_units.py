@@ -26,8 +26,8 @@ class FSDPUnit:
     """A module that gathers its weights, but for those of units inside it, in one collective.
 
     Attributes:
-        module: the module.
-        dtype: in which it gathers them; None = their own.
+        module: The module.
+        dtype: The type in which it gathers them; None = their own.
     """
 
     module: nn.Module
@@ -50,13 +50,13 @@ def choose_fsdp_units(
     """Banks, what the policy wraps, what keeps another type than the modules around it, and the model; inner first.
 
     Args:
-        model: the model.
-        plan: whose policy wraps.
-        found: its annotations.
-        compute_dtype: of blocks and banks.
+        model: The model.
+        plan: The plan whose policy chooses modules.
+        found: The annotations of its parameters.
+        compute_dtype: The type in which blocks and banks gather their weights; None = their own.
 
     Raises:
-        UserError: if an expert bank shares weights with other modules.
+        UserError: If an expert bank shares weights with other modules.
     """
     owners: dict[Tensor, set[nn.Module]] = {}
     for module in model.modules():
@@ -102,7 +102,7 @@ def zero_dimensions(model: nn.Module, meshes: Meshes, found: list[Annotation]) -
     """The dimension that ZeRO divides, by name of parameter.
 
     Raises:
-        UserError: if a parameter cannot be divided.
+        UserError: If a parameter cannot be divided.
     """
     layout, sparse, noted = meshes.layout, set(banks(found)), {note.parameter: note for note in found}
     dimensions = {}

@@ -73,11 +73,11 @@ class ShardingPlan:
     """How a model is laid over meshes.
 
     Attributes:
-        axes: mesh dimension by logical axis; leave one out to keep it whole.
-        wrap: which modules gather their weights for their own forward only. Expert banks always do. Every rank must
-            call them equally often and in the same order.
-        node_size: ranks of an expert group on one node, next to each other; the all-to-all then goes in two levels,
-            inside nodes and between them. None = one level.
+        axes: The mesh dimension that divides an axis, by logical axis; one that is left out stays whole.
+        wrap: A function that says which modules gather their weights for their own forward only. Expert banks always
+            do. Every rank must call these modules equally often and in the same order.
+        node_size: The number of ranks of an expert group on one node, next to each other; the all-to-all then goes in
+            two levels, inside nodes and between them. None = one level.
     """
 
     axes: Mapping[str, str] = field(default_factory=lambda: _AXES)

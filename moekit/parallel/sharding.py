@@ -38,12 +38,12 @@ class ShardedModel:
     Every parameter of `module` is a DTensor, at any size of any mesh dimension.
 
     Attributes:
-        module: the model.
-        meshes: the ranks.
-        plan: how axes and modules were mapped.
-        annotations: the parameters that name their axes.
-        units: modules that gather their weights together, innermost first; the last is the model itself.
-        replaced: the parameters that took the place of others, by these, as long as somebody holds them.
+        module: The model.
+        meshes: The ranks.
+        plan: The plan by which axes and modules were mapped.
+        annotations: The parameters that name their axes.
+        units: The modules that gather their weights together, innermost first; the last is the model itself.
+        replaced: The parameters that took the place of others, by these, as long as somebody holds them.
     """
 
     module: nn.Module
@@ -107,22 +107,22 @@ def parallelize(
     DTensors over tensor-parallel partners) stays as it is.
 
     Args:
-        model: any module; `MoELayer`s in it send their rows to the ranks that hold their experts.
-        meshes: see `build_meshes`.
-        plan: see `ShardingPlan`; None = the default.
-        compute_dtype: type in which blocks and expert banks gather their weights, for mixed precision by autocast
+        model: Any module; `MoELayer`s in it send their rows to the ranks that hold their experts.
+        meshes: The meshes of the ranks, from `build_meshes`.
+        plan: Which axes are divided and which modules gather together; None = the default.
+        compute_dtype: The type in which blocks and expert banks gather their weights, for mixed precision by autocast
             (torch.bfloat16): nobody then converts whole weights again and keeps them until backward. Gradients are
             summed in the weights' own type. Routers, and norms that need it, keep their type, and so does what belongs
             to no block: embeddings enter the residual stream in full. None = the type of the weights.
-        weights: for a model on the meta device: gives modules their weights and yields each, inner ones first, as
-            `moekit.transformer.materialize_modules` does. Each block is divided before the next one is drawn, so that
+        weights: For a model on the meta device, an iterable that gives modules their weights and yields each, inner
+            ones first, as `moekit.transformer.materialize_modules` does. Each block is divided before the next one is drawn, so that
             no rank ever holds the whole model.
 
     The model's state dict is divided too, and `copy.deepcopy` refuses it: `moekit.parallel.gather_state_dict` gives a
     whole one, which a model that is not parallelized loads.
 
     Raises:
-        UserError: before anything is sent, if the model does not fit the layout.
+        UserError: Before anything is sent, if the model does not fit the layout.
     """
     plan = plan or ShardingPlan()
     found = read_annotations(model, plan)
@@ -210,9 +210,9 @@ class _Slice:
     """How one parameter is divided among experts' and tensor-parallel ranks, before ZeRO.
 
     Attributes:
-        views: how forward sees it, at every place where it is held.
-        mesh: the ranks.
-        placements: on them.
+        views: The views that forward has of it, one for every place where it is held.
+        mesh: The mesh of the ranks.
+        placements: Its placements on the mesh.
     """
 
     views: tuple[LocalView, ...]

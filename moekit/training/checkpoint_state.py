@@ -44,7 +44,7 @@ def load_state(path: str | os.PathLike[str]) -> LoadedState:
     Tensors of files are mapped into memory and read when they are used. Nothing in a checkpoint is executed.
 
     Raises:
-        UserError: no such file, a broken one (a missing shard too), or one that holds no weights.
+        UserError: If the file is missing or broken (a missing shard too), or holds no weights.
     """
     place = Path(path)
     if is_checkpoint(place):
@@ -77,7 +77,7 @@ def load_rest(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """What a checkpoint of Lightning or of `ExpertParallelStrategy` holds beside weights and optimizer.
 
     Raises:
-        UserError: no such checkpoint, or a broken one.
+        UserError: If the checkpoint is missing or broken.
     """
     place = Path(path)
     if is_checkpoint(place):

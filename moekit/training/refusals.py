@@ -30,7 +30,7 @@ def check_precision(plugin: Any) -> None:
     """Refuse a precision whose numbers would be wrong.
 
     Raises:
-        UserError: for 16-mixed and for plugins of other libraries.
+        UserError: For 16-mixed and for plugins of other libraries.
     """
     if plugin.precision not in _PRECISIONS:
         why = (
@@ -48,7 +48,7 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
     """Refuse callbacks that exchange parameters in the middle of training.
 
     Raises:
-        UserError: for `ModelPruning`.
+        UserError: For `ModelPruning`.
     """
     for callback in callbacks:
         if isinstance(callback, ModelPruning):
@@ -78,11 +78,11 @@ def check_optimizer(optimizer: Optimizer, *, divided: bool) -> None:
     """Refuse optimizers of torch that cannot step divided parameters, or would step them otherwise than whole ones.
 
     Args:
-        optimizer: over the divided parameters.
-        divided: whether data ranks take slices of what they repeat in the step.
+        optimizer: The optimizer over the sharded parameters.
+        divided: Whether data ranks update slices of what they repeat (ZeRO stage 1).
 
     Raises:
-        UserError: naming the optimizer, why, and what to use.
+        UserError: Naming the optimizer, why, and what to use.
     """
     for name, why in _OPTIMIZERS.items():
         if isinstance(optimizer, getattr(torch.optim, name)):

@@ -197,7 +197,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """The meshes of the model.
 
         Raises:
-            RuntimeError: before setup.
+            RuntimeError: Before setup.
         """
         if self.sharded is None:
             raise RuntimeError("ExpertParallelStrategy has meshes after its setup: use them from on_fit_start on.")
@@ -207,7 +207,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """The layout of a model over so many processes; nothing is sent, and no process group is needed.
 
         Raises:
-            UserError: if the numbers, or the model, do not fit, naming the nearest layout that does.
+            UserError: If the numbers, or the model, do not fit, naming the nearest layout that does.
         """
         found = read_annotations(model, self.plan)
         known = 1 if self.expert_parallel_size == "auto" else self.expert_parallel_size
@@ -295,7 +295,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """Refuse to train a model that another strategy has divided in another way.
 
         Raises:
-            UserError: naming the first setting that differs.
+            UserError: Naming the first setting that differs.
         """
         expert = there.expert_parallel_size if self.expert_parallel_size == "auto" else self.expert_parallel_size
         asked = self._layout(there.devices, expert)

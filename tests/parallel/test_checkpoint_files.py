@@ -279,6 +279,6 @@ def test_single_file(saved: Path) -> None:
         import_safetensors(first, other)
     with pytest.raises(UserError, match="of another model"):
         import_safetensors(second, nn.Linear(2, 2))
-    with pytest.raises(UserError, match="cannot write the checkpoint"):
+    with pytest.raises(UserError, match="cannot write inside in the folder"):
         export_safetensors(net, second / "inside")
     assert sorted(p.name for p in saved.parent.iterdir()) == ["a", "b.safetensors", "last"]

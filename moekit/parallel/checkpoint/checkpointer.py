@@ -48,9 +48,9 @@ class CheckpointContent:
     """What a checkpoint holds, laid out for a model.
 
     Attributes:
-        state: a state dict for the model.
-        optimizers: a state dict for each optimizer.
-        extra: what was saved beside them.
+        state: A state dict for the model.
+        optimizers: A state dict for each optimizer.
+        extra: What was saved beside model and optimizers.
     """
 
     state: dict[str, Any]
@@ -70,7 +70,7 @@ class Checkpointer:
     Args:
         asynchronous: `save` returns when the state has been copied to host memory (which takes that much of it); the
             rest happens in a thread, with communication of its own. The next `save`, or `wait`, tells of its failure.
-        timeout: seconds after which a process that waits for others in a save gives up.
+        timeout: Seconds after which a process that waits for others in a save gives up.
 
     Example:
         >>> import tempfile
@@ -100,17 +100,17 @@ class Checkpointer:
         """Save to the folder `path`; a checkpoint that is there is replaced when the new one is whole.
 
         Args:
-            path: the folder, on a file system that all processes share.
-            model: parallelized or plain.
-            optimizers: of the model; as they are, with or without master weights.
-            extra: plain data (numbers, strings, tensors, and lists and dictionaries of them); that of rank 0 is saved,
+            path: The folder, on a file system that all processes share.
+            model: The model, parallelized or plain.
+            optimizers: The optimizers of the model, with or without master weights.
+            extra: Plain data (numbers, strings, tensors, and lists and dictionaries of them); that of rank 0 is saved,
                 and DTensors in it by all ranks.
-            state: what to save as the model's state dict, with or without entries that the model has; None = as it is.
+            state: What to save as the model's state dict, with or without entries that the model has; None = as it is.
 
         Raises:
-            UserError: full disk and the like, on all ranks.
-            TypeError: if `extra` is more than plain data.
-            RuntimeError: if a process failed or vanished, also if the one before failed in its thread.
+            UserError: If the disk is full and the like, on all ranks.
+            TypeError: If `extra` is more than plain data.
+            RuntimeError: If a process failed or vanished, also if the one before failed in its thread.
         """
         self.wait()
         tensors, other, shared = model_tensors(model, state)
@@ -142,7 +142,7 @@ class Checkpointer:
         """Wait for a save in a thread.
 
         Raises:
-            UserError | RuntimeError: if it failed.
+            UserError | RuntimeError: If it failed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -155,12 +155,12 @@ class Checkpointer:
         """Load the checkpoint at `path` into the model and its optimizers; return what was saved as `extra`.
 
         Args:
-            path: the folder.
-            model: of the shape that was saved; parallelized in any way, or plain.
-            optimizers: those that were saved, or none to load the model alone.
+            path: The folder of the checkpoint.
+            model: A model of the shape that was saved, parallelized in any way or plain.
+            optimizers: The optimizers that were saved, or none to load the model alone.
 
         Raises:
-            UserError: naming the file, if the checkpoint is missing, incomplete, cut short or altered; naming the
+            UserError: Naming the file, if the checkpoint is missing, incomplete, cut short or altered; naming the
                 tensor, if it is of another model. Model and optimizers are as they were then.
         """
         found = self.read(path, model, optimizers, strict=True)
@@ -184,15 +184,15 @@ class Checkpointer:
         It takes as much memory as the weights, beside them; a training step's gradients take as much.
 
         Args:
-            path: the folder.
-            model: that the tensors are laid out for.
-            optimizers: those that were saved, or none.
-            strict: whether names and shapes must be the model's.
-            others: whether tensors that the model has not, or not in this shape, are read too: whole, on each rank's
+            path: The folder of the checkpoint.
+            model: The model as whose tensors those of the checkpoint are sharded.
+            optimizers: The optimizers that were saved, or none.
+            strict: Whether names and shapes must be the model's.
+            others: Whether tensors that the model has not, or not in this shape, are read too: whole, on each rank's
                 CPU. Parameters of the optimizers may then have got other names.
 
         Raises:
-            UserError: as `load`.
+            UserError: If `load` would raise it.
         """
         self.wait()
         stored = StoredCheckpoint(path)
@@ -262,7 +262,7 @@ def verify_checkpoint(path: PathLike) -> None:
     """Read all of a checkpoint and compare every part with its digest; for one process.
 
     Raises:
-        UserError: naming the file that is missing, cut short or altered, or the tensor that is not complete.
+        UserError: Naming the file that is missing, cut short or altered, or the tensor that is not complete.
     """
     StoredCheckpoint(path).verify()
 
@@ -271,7 +271,7 @@ def remove_checkpoint(path: PathLike) -> None:
     """Delete a checkpoint; it vanishes from its name at once, whole. For one process; none there is no error.
 
     Raises:
-        UserError: if it cannot be deleted.
+        UserError: If it cannot be deleted.
     """
     place = Path(os.path.abspath(path))
     with writing(place):
@@ -315,7 +315,7 @@ def _check_repeated(tensors: dict[str, Tensor], model: nn.Module, group: dist.Pr
     """Parameters that are plain tensors must be repeated on all ranks: one rank's would be saved for all.
 
     Raises:
-        ValueError: naming the first that differs.
+        ValueError: Naming the first that differs.
     """
     if group is None or group.size() == 1:
         return
@@ -347,7 +347,7 @@ def _dump(content: Any) -> bytes:
     """Plain data as bytes that `weights_only` reads back.
 
     Raises:
-        TypeError: if it is more than that.
+        TypeError: If it is more than that.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)

@@ -76,7 +76,7 @@ def writing(path: Path) -> Iterator[None]:
     """Tell of full disks and the like in the user's words.
 
     Raises:
-        UserError: instead of an `OSError`.
+        UserError: Instead of an `OSError`.
     """
     try:
         yield

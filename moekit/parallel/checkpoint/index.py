@@ -36,10 +36,10 @@ class Chunk:
     """A box of a tensor, and where it lies.
 
     Attributes:
-        offsets: its first entry, by dimension.
-        sizes: its extent, by dimension.
-        file: relative to the checkpoint.
-        key: its name in that safetensors file.
+        offsets: The place of its first entry in the tensor, by dimension.
+        sizes: The number of its entries, by dimension.
+        file: The safetensors file that holds it, relative to the checkpoint.
+        key: Its name in that file.
         digest: SHA-256 of its bytes, or None where nobody has taken it.
     """
 
@@ -69,9 +69,9 @@ class Index:
     """All tensors of a checkpoint, and the file of what is not a tensor.
 
     Attributes:
-        entries: by name.
-        plain: file and SHA-256 of plain data, or None.
-        processes: how many wrote it.
+        entries: The tensors, by name.
+        plain: The file and the SHA-256 of what is no tensor, or None.
+        processes: The number of processes that wrote the checkpoint.
     """
 
     entries: Mapping[str, StoredTensor]
@@ -103,7 +103,7 @@ class Index:
         """Every number of every tensor is there once, and no two parts share bytes.
 
         Raises:
-            UserError: naming the tensor.
+            UserError: Naming the tensor.
         """
         seen: dict[tuple[str, str], str] = {}
         for name, entry in self.entries.items():
@@ -173,7 +173,7 @@ def read_index(path: Path) -> Index:
     """The index of the checkpoint folder `path`, checked.
 
     Raises:
-        UserError: if there is none, or it is broken, altered, incomplete, or from a later format.
+        UserError: If there is none, or it is broken, altered, incomplete, or from a later format.
     """
     file = path / INDEX
     try:

@@ -87,16 +87,16 @@ def optimizer_targets(
     """Tensors to be filled with the optimizers' statistics, laid out as their parameters are.
 
     Args:
-        model: whose parameters the optimizers have.
-        optimizers: to be loaded.
-        index: of the checkpoint.
-        plain: what the checkpoint holds that is no tensor.
-        where: the checkpoint, for messages.
-        renamed: whether parameters may have got other names since: then they are known by their places, as torch knows
+        model: The model whose parameters the optimizers have.
+        optimizers: The optimizers to be loaded.
+        index: The index of the checkpoint.
+        plain: What the checkpoint holds that is no tensor.
+        where: The checkpoint, for messages.
+        renamed: Whether parameters may have got other names since: then they are known by their places, as torch knows
             them, if those whose names are known stand where they stood.
 
     Raises:
-        OtherOptimizersError: if the checkpoint is of others.
+        OtherOptimizersError: If the checkpoint is of others.
     """
     saved = plain.get("optimizers", [])
     if len(saved) != len(optimizers):
@@ -146,9 +146,9 @@ def optimizer_state_from(
     """The state dict of an optimizer, in torch's own form.
 
     Args:
-        saved: groups and plain statistics, with parameters by name.
-        tensors: statistics, ``<parameter>/<statistic>``.
-        order: names of the parameters of each group, where the optimizer has them in another order than `saved`.
+        saved: Its groups and plain statistics, with parameters by name.
+        tensors: Its statistics that are tensors, by ``<parameter>/<statistic>``.
+        order: The names of the parameters of each group, where the optimizer has them in another order than `saved`.
     """
     order = [group["params"] for group in saved["groups"]] if order is None else order
     numbers = {name: n for n, name in enumerate(name for group in order for name in group)}

@@ -30,11 +30,11 @@ def export_safetensors(model: nn.Module, path: PathLike) -> None:
     written under each of its names, so that `load_state_dict` takes the file.
 
     Args:
-        model: parallelized or plain.
-        path: the file; one that is there is replaced when the new one is whole.
+        model: The model, parallelized or plain.
+        path: The file; one that is there is replaced when the new one is whole.
 
     Raises:
-        UserError: if rank 0 cannot write; on rank 0.
+        UserError: If rank 0 cannot write; on rank 0.
     """
     writes = not dist.is_initialized() or dist.get_rank() == 0
     whole: dict[str, Tensor] = {}
@@ -53,11 +53,11 @@ def consolidate(checkpoint: PathLike, path: PathLike) -> None:
     A shared tensor is written under each of its names, so that `load_state_dict` takes the file.
 
     Args:
-        checkpoint: the folder.
-        path: the file.
+        checkpoint: The folder of the checkpoint.
+        path: The file; one that is there is replaced when the new one is whole.
 
     Raises:
-        UserError: if the checkpoint is incomplete, cut short or altered, or the file cannot be written.
+        UserError: If the checkpoint is incomplete, cut short or altered, or the file cannot be written.
     """
     stored = StoredCheckpoint(checkpoint)
     _write(stored.tensors("model/"), stored.state["shared"], Path(os.path.abspath(path)))
@@ -67,11 +67,11 @@ def import_safetensors(path: PathLike, model: nn.Module) -> None:
     """Load a file that `export_safetensors` or `consolidate` wrote into a model; each rank reads its own part.
 
     Args:
-        path: the file, where all processes see it.
-        model: parallelized in any way, or plain.
+        path: The file, where all processes see it.
+        model: The model, parallelized in any way or plain.
 
     Raises:
-        UserError: if the file is missing, cut short, or of another model; the model is as it was then.
+        UserError: If the file is missing, cut short, or of another model; the model is as it was then.
     """
     file = Path(os.path.abspath(path))
     index, shared = _index_of(file)

@@ -87,8 +87,8 @@ def model_tensors(
     """What a model's state dict holds, by names that no wrapper has changed.
 
     Args:
-        model: whose it is.
-        state: its state dict, perhaps edited; None = as it is.
+        model: The model whose state it is.
+        state: Its state dict, perhaps edited; None = the model's state dict as it is.
 
     Returns:
         Tensors (``model/<name>``), shared ones once; what a module saves that is no tensor; further names of shared
@@ -122,9 +122,9 @@ def model_targets(model: nn.Module, index: Index, *, others: bool = False) -> di
     """Empty tensors for a checkpoint's model: laid out as the model's of the same name and shape.
 
     Args:
-        model: parallelized in any way, or plain.
-        index: of the checkpoint.
-        others: whether tensors that the model has not, or not in this shape, are wanted too; whole, on the CPU.
+        model: The model, parallelized in any way or plain.
+        index: The index of the checkpoint.
+        others: Whether tensors that the model has not, or not in this shape, are wanted too; whole, on the CPU.
     """
     own, _, shared = model_tensors(model)
     targets: dict[str, Tensor] = {}
@@ -144,9 +144,9 @@ def state_dict_from(model: nn.Module, tensors: Mapping[str, Tensor], plain: Mapp
     """A state dict for the model, under the names of its own: tensors, shared ones under each of theirs, and the rest.
 
     Args:
-        model: it is for.
-        tensors: filled ones, ``model/<name>``.
-        plain: what the checkpoint holds that is no tensor.
+        model: The model that it is for.
+        tensors: The filled tensors, by ``model/<name>``.
+        plain: What the checkpoint holds that is no tensor.
     """
     values: dict[str, Any] = {name.removeprefix("model/"): t for name, t in tensors.items() if name[:6] == "model/"}
     values |= plain.get("model", {})

@@ -54,8 +54,8 @@ class FolderWriter(StorageWriter):
     """Writes a checkpoint folder.
 
     Args:
-        path: the checkpoint's place.
-        plain: bytes of what is not a tensor; the coordinator's are written.
+        path: The folder of the checkpoint.
+        plain: The bytes of what is no tensor; those of the coordinator are written.
     """
 
     def __init__(self, path: Path, plain: bytes | None) -> None:
