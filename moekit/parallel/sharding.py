@@ -115,8 +115,8 @@ def parallelize(
             summed in the weights' own type. Routers, and norms that need it, keep their type, and so does what belongs
             to no block: embeddings enter the residual stream in full. None = the type of the weights.
         weights: For a model on the meta device, an iterable that gives modules their weights and yields each, inner
-            ones first, as `moekit.transformer.materialize_modules` does. Each block is divided before the next one is drawn, so that
-            no rank ever holds the whole model.
+            ones first, as `moekit.transformer.materialize_modules` does. Each block is divided before the next one is
+            drawn, so that no rank ever holds the whole model.
 
     The model's state dict is divided too, and `copy.deepcopy` refuses it: `moekit.parallel.gather_state_dict` gives a
     whole one, which a model that is not parallelized loads.
