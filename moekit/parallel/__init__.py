@@ -1,4 +1,4 @@
-"""Many processes: meshes, laying a model over them, and what a layout needs.
+"""Many processes: meshes, sharding a model over them, and checkpoints for any layout.
 
     meshes = build_meshes(Layout(devices=8, expert_parallel_size=4), "cuda")
     sharded = parallelize(model, meshes)

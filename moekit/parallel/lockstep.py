@@ -71,7 +71,7 @@ class Lockstep:
     stages: Sequence[str]
     timeout: timedelta | None = None
     each: bool = True
-    place: Position = field(default_factory=Position)
+    position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -172,9 +172,9 @@ class Lockstep:
             )
 
     def _pack(self, point: str) -> Tensor:
-        place = self.place
-        stage = self.stages.index(place.stage)
-        return torch.tensor([self._numbers[point], stage, place.epoch, place.batch, place.step, self._passed])
+        position = self.position
+        stage = self.stages.index(position.stage)
+        return torch.tensor([self._numbers[point], stage, position.epoch, position.batch, position.step, self._passed])
 
     def _tell(self, packed: Tensor) -> str:
         point, stage, epoch, batch, step, _ = packed.tolist()

@@ -70,7 +70,7 @@ def layers_of(*classes: type[nn.Module]) -> Wrap:
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """How a model is laid over meshes.
+    """How a model is sharded over meshes.
 
     Attributes:
         axes: The mesh dimension that divides an axis, by logical axis; one that is left out stays whole.

@@ -1,4 +1,4 @@
-"""`parallelize`: lay a model over the ranks of a layout."""
+"""`parallelize`: shard a model over the ranks of a layout."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _HANDLE = "_moekit_sharded"
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A model that was laid over ranks; the module itself was changed in place.
+    """A model that was sharded over ranks; the module itself was changed in place.
 
     Every parameter of `module` is a DTensor, at any size of any mesh dimension.
 
@@ -97,7 +97,7 @@ def parallelize(
     compute_dtype: torch.dtype | None = None,
     weights: Iterable[nn.Module] | None = None,
 ) -> ShardedModel:
-    """Lay `model` over ranks, in place: experts, tensor slices, ZeRO and offload, as the meshes' layout says.
+    """Shard `model` over ranks, in place: experts, tensor slices, ZeRO and offload, as the meshes' layout says.
 
     Call it on every rank with the same model, before making optimizers. Weights and buffers are taken from rank 0.
     Afterwards the model is called as before, by ``model(...)`` (weights are gathered for a call, not for other methods
@@ -160,7 +160,7 @@ def _refuse_to_copy(memo: Any) -> NoReturn:
 
 
 def sharded(model: nn.Module) -> ShardedModel | None:
-    """What `parallelize` returned for `model`; None if it was not laid over ranks."""
+    """What `parallelize` returned for `model`; None if it was not sharded."""
     return model.__dict__.get(_HANDLE)
 
 
@@ -185,9 +185,9 @@ def _connect(model: nn.Module, meshes: Meshes, plan: ShardingPlan, found: list[A
         if isinstance(shuffle, RankShuffle) and shuffle.group is None:
             shuffle.group = meshes.data["data_parallel"].get_group()
     if meshes.layout.expert_parallel_size > 1:
-        exchange, spread = _exchange(meshes, plan), set(map(id, banks(found)))
+        exchange, divided = _exchange(meshes, plan), set(map(id, banks(found)))
         for _, layer in sparse_layers(model):
-            if any(id(module) in spread for module in layer.experts.modules()):
+            if any(id(module) in divided for module in layer.experts.modules()):
                 layer.connect(exchange)
 
 
@@ -278,7 +278,7 @@ def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice
     taken: set[int] = set()
     for unit in units:  # inner ones first: a view belongs to the innermost unit, and to the module that names the axes
         inside = set(unit.module.modules())
-        for view in (view for piece in slices for view in piece.views):
+        for view in (view for part in slices for view in part.views):
             if view.module in inside and id(view) not in taken:
                 taken.add(id(view))
                 for holder in {id(m): m for m in (unit.module, outer.get(id(view.module), view.module))}.values():
@@ -322,7 +322,7 @@ def _join_partners(module: nn.Module, group: dist.ProcessGroup) -> None:
 
 
 class _Sharder:
-    """Lays unit after unit over the ranks, inner ones first, as soon as its weights are there."""
+    """Shards unit after unit, inner ones first, as soon as its weights are there."""
 
     def __init__(
         self,
@@ -335,8 +335,8 @@ class _Sharder:
         self.meshes, self.banks, self.dimensions = meshes, set(banks(found)), dimensions
         self.model, self.paths = model, {module: path for path, module in model.named_modules()}
         self.slices: dict[nn.Module, list[_Slice]] = {}
-        for piece in slices:
-            self.slices.setdefault(piece.views[0].module, []).append(piece)
+        for part in slices:
+            self.slices.setdefault(part.views[0].module, []).append(part)
         self.sent: set[nn.Module] = set()
         self.offload = (
             CPUOffloadPolicy(pin_memory=meshes.dense.device_type == "cuda")
@@ -350,8 +350,8 @@ class _Sharder:
         self.sent.update(mine)
         self._take_from_rank_zero(mine)
         for module in mine:
-            for piece in self.slices.get(module, ()):
-                _divide(piece)
+            for part in self.slices.get(module, ()):
+                _divide(part)
         own = list(unit.module.named_parameters(self.paths[unit.module]))
         placed = {parameter: Shard(self.dimensions[name]) for name, parameter in own if name in self.dimensions}
         sparse = unit.module in self.banks
@@ -380,14 +380,14 @@ class _Sharder:
                 tensor.detach().copy_(sent)
 
 
-def _divide(piece: _Slice) -> None:
+def _divide(part: _Slice) -> None:
     """Make a DTensor of a parameter, wherever it is held."""
-    first = piece.views[0]
+    first = part.views[0]
     parameter = first.module._parameters[first.name]
     assert parameter is not None
-    spread = distribute_tensor(parameter.detach(), piece.mesh, piece.placements, src_data_rank=None)
-    new = nn.Parameter(spread, requires_grad=parameter.requires_grad)
-    for view in piece.views:
+    divided = distribute_tensor(parameter.detach(), part.mesh, part.placements, src_data_rank=None)
+    new = nn.Parameter(divided, requires_grad=parameter.requires_grad)
+    for view in part.views:
         view.module._parameters[view.name] = new
 
 

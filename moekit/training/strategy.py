@@ -310,7 +310,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 )
 
     def _parallelize(self, model: nn.Module, meshes: Meshes) -> ShardedModel:
-        """Lay a model over the ranks; one on the meta device gets its weights block by block."""
+        """Shard a model over the ranks; one on the meta device gets its weights block by block."""
         device = torch.device("cpu") if self.offload == "parameters" else self.root_device
         weights = None
         if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):

@@ -88,7 +88,7 @@ class StepSync:
             return
         loop = trainer._active_loop
         progress = getattr(loop, "epoch_loop", loop).batch_progress
-        self.lockstep.place = Position(
+        self.lockstep.position = Position(
             "sanity_check" if trainer.sanity_checking else stage,
             trainer.current_epoch,
             progress.current.ready - 1,
@@ -106,7 +106,7 @@ class StepSync:
     def end_evaluation_batch(self) -> None:
         """Forget the batch where only some ranks evaluate together: others may have other numbers of batches."""
         if self.lockstep is not None and len(self.evaluators) < self.lockstep.size:
-            self.lockstep.place = dataclasses.replace(self.lockstep.place, batch=-1)
+            self.lockstep.position = dataclasses.replace(self.lockstep.position, batch=-1)
             self.lockstep.forget()
 
     def require_equal_batches(self, trainer: Any) -> None:
@@ -129,7 +129,7 @@ class StepSync:
     def note(self, exception: BaseException) -> None:
         """Add to an exception where this rank was."""
         if self.lockstep is not None:
-            rank, size, position = self.lockstep.rank, self.lockstep.size, self.lockstep.place
+            rank, size, position = self.lockstep.rank, self.lockstep.size, self.lockstep.position
             exception.add_note(f"Rank {rank} of {size} was at: {position}.")
 
 

@@ -45,7 +45,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class CheckpointContent:
-    """What a checkpoint holds, laid out for a model.
+    """What a checkpoint holds, sharded as a model is.
 
     Attributes:
         state: A state dict for the model.

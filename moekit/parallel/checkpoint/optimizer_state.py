@@ -84,7 +84,7 @@ def optimizer_targets(
     *,
     renamed: bool = False,
 ) -> dict[str, Tensor]:
-    """Tensors to be filled with the optimizers' statistics, laid out as their parameters are.
+    """Tensors to be filled with the optimizers' statistics, sharded as their parameters are.
 
     Args:
         model: The model whose parameters the optimizers have.

@@ -119,7 +119,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def model_targets(model: nn.Module, index: Index, *, others: bool = False) -> dict[str, Tensor]:
-    """Empty tensors for a checkpoint's model: laid out as the model's of the same name and shape.
+    """Empty tensors for a checkpoint's model, sharded as the model's of the same name and shape.
 
     Args:
         model: The model, parallelized in any way or plain.
