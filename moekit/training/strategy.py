@@ -126,8 +126,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.replicas, self.zero_stage, self.offload = replicas, zero_stage, offload
         self.plan = plan or ShardingPlan()
         # The smallest world on which the numbers could be right: whatever is wrong by itself is said now.
-        expert = 1 if expert_parallel_size == "auto" else expert_parallel_size
-        self._layout(max(expert, 1) * max(tensor_parallel_size, 1) * max(replicas, 1), expert)
+        expert = 1 if expert_parallel_size == "auto" else max(expert_parallel_size, 1)
+        self._layout(expert * max(tensor_parallel_size, 1) * max(replicas, 1))
         self.sharded: ShardedModel | None = None
         self._world: World | None = None
         self._for_fit = ExitStack()  # what is changed outside of the strategy, until teardown
@@ -157,7 +157,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     # -- processes and meshes ---------------------------------------------------------------------------------------
 
-    def _layout(self, devices: int, expert: int) -> Layout:
+    def _layout(self, devices: int, expert: int | None = None) -> Layout:
+        if expert is None:
+            expert = 1 if self.expert_parallel_size == "auto" else self.expert_parallel_size
         return Layout(
             devices=devices,
             expert_parallel_size=expert,
@@ -170,18 +172,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Join the processes; `device_mesh` can be used from here on, also in ``configure_model``."""
         # Not the parent's own method, which arranges the processes in its way.
-        known = 1 if self.expert_parallel_size == "auto" else self.expert_parallel_size
         check_precision(self.precision_plugin)
         self.set_world_ranks()
-        self._layout(self.num_nodes * self.num_processes, known)
+        self._layout(self.num_nodes * self.num_processes)
         joined = dist.is_initialized()
         self._setup_distributed()
         if not joined and self.root_device.type == "cuda":
             atexit.register(_destroy_dist_connection)  # as Lightning does where it is nccl alone
         self._world = World(self.root_device.type, self.tensor_parallel_size, self._timeout)
         self._device_mesh = self._world.data
-        assert self.lightning_module is not None
-        self.lightning_module._device_mesh = self._device_mesh
+        self._module._device_mesh = self._device_mesh
 
     def _configure_launcher(self) -> None:
         """One process needs nobody who starts others, and so may live in a notebook."""
@@ -210,8 +210,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             UserError: If the numbers, or the model, do not fit, naming the nearest layout that does.
         """
         found = read_annotations(model, self.plan)
-        known = 1 if self.expert_parallel_size == "auto" else self.expert_parallel_size
-        self._layout(devices, known)
+        self._layout(devices)
         layout = self._layout(devices, self._choose_expert_size(model, found, devices))
         check_model(model, layout, self.plan, found)
         return layout
