@@ -72,7 +72,7 @@ class StoredCheckpoint:
         """What is no tensor of model and optimizers: ``model``, ``shared`` (tensor names) and ``optimizers``."""
         return {"model": {}, "shared": {}, "optimizers": [], **self.plain["state"]}
 
-    @property
+    @functools.cached_property
     def extra(self) -> Any:
         """What was saved beside model and optimizers, its tensors included."""
         return insert_dtensors(self.plain["extra"], {f"extra/{n}": t for n, t in self.tensors("extra/").items()})
