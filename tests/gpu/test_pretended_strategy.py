@@ -15,7 +15,7 @@ from devices import explained, gpu
 from torch import Tensor, nn
 
 from moekit import ExpertParallelStrategy
-from moekit.parallel import unused
+from moekit.parallel import unused_gradients
 from moekit.parallel.gradients import clip_by_norm, gradient_norm
 from moekit.parallel.host_memory import empty_on_host, to_host
 from moekit.parallel.mesh import World, unflatten
@@ -203,12 +203,12 @@ def test_who_was_used_is_told_without_a_wait(monkeypatch: pytest.MonkeyPatch) ->
     class Divided:
         device_mesh = SimpleNamespace(device_type="cuda")
 
-    monkeypatch.setattr(unused, "DTensor", Divided)
+    monkeypatch.setattr(unused_gradients, "DTensor", Divided)
     parameters: Any = [Divided(), Divided()]
-    unused._used[parameters[1]] = False
+    unused_gradients._used[parameters[1]] = False
     with gpu() as found:
         with found.watch() as waits:
-            flags = unused.used_somewhere(parameters)
+            flags = unused_gradients.used_somewhere(parameters)
         assert not waits, list(map(str, waits))
         assert flags.is_cuda
         assert flags.tolist() == [1.0, 0.0]
