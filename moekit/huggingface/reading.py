@@ -17,7 +17,7 @@ from moekit.huggingface import nllb, switch
 from moekit.huggingface.architecture import NAMES, Architecture, Kind, TokenIds
 from moekit.huggingface.fields import Fields
 from moekit.huggingface.links import Link
-from moekit.surgery.mapped import MappedTensor, read_safetensors
+from moekit.mapped import MappedTensor, read_safetensors
 from moekit.transformer import EncoderDecoder
 
 FAMILIES: Mapping[Kind, Any] = {"switch_transformers": switch, "nllb-moe": nllb}

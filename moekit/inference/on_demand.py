@@ -21,7 +21,7 @@ from moekit.huggingface import Imported, open_folder
 from moekit.huggingface.links import Link
 from moekit.kernels import on_host, remember
 from moekit.layer import MoELayer
-from moekit.surgery.mapped import MappedTensor, map_fake, read_safetensors
+from moekit.mapped import MappedTensor, map_fake, read_safetensors
 from moekit.training.checkpoint_io import load_checkpoint
 
 Read = Callable[[int], Mapping[str, Tensor]]

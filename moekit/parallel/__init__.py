@@ -1,4 +1,4 @@
-"""Many processes: meshes, laying a model over them, and what a layout needs.
+"""Many processes: meshes, sharding a model over them, and checkpoints for any layout.
 
     meshes = build_meshes(Layout(devices=8, expert_parallel_size=4), "cuda")
     sharded = parallelize(model, meshes)
@@ -8,7 +8,6 @@ For the Trainer there is `moekit.ExpertParallelStrategy`, which does this.
 
 from moekit.parallel.activations import Activations
 from moekit.parallel.annotation import Annotation, read_annotations
-from moekit.parallel.carrying import carry_over
 from moekit.parallel.checkpoint import (
     Checkpointer,
     consolidate,
@@ -21,9 +20,10 @@ from moekit.parallel.checkpoint import (
 )
 from moekit.parallel.gradients import clip_by_norm, clip_by_value, global_mean, global_weights, gradient_norm
 from moekit.parallel.layout import Layout
+from moekit.parallel.master_weights import MasterWeights, model_parameter
 from moekit.parallel.mesh import Meshes, World, build_meshes
-from moekit.parallel.plan import Plan, layers_of, no_layers, repeated_layers
-from moekit.parallel.shadows import Shadows, original
+from moekit.parallel.optimizer_rebinding import rebind_optimizer
+from moekit.parallel.plan import ShardingPlan, layers_of, no_layers, repeated_layers
 from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 
 __all__ = [
@@ -31,13 +31,12 @@ __all__ = [
     "Annotation",
     "Checkpointer",
     "Layout",
+    "MasterWeights",
     "Meshes",
-    "Plan",
-    "Shadows",
     "ShardedModel",
+    "ShardingPlan",
     "World",
     "build_meshes",
-    "carry_over",
     "clip_by_norm",
     "clip_by_value",
     "consolidate",
@@ -49,10 +48,11 @@ __all__ = [
     "import_safetensors",
     "is_checkpoint",
     "layers_of",
+    "model_parameter",
     "no_layers",
-    "original",
     "parallelize",
     "read_annotations",
+    "rebind_optimizer",
     "remove_checkpoint",
     "repeated_layers",
     "sharded",

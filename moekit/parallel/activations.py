@@ -34,7 +34,7 @@ class Activations(nn.Module):
     tensor-parallel partners by `axes`, use ``batch`` and ``expert`` only: its partners' parts are summed already.
 
     Args:
-        axes: mesh dimension ("expert" or "tensor") by axis, beside the above.
+        axes: The mesh dimension ("expert" or "tensor") of further axes, by axis.
 
     Source: the annotations `split` and `replicate` of GShard, arXiv:2006.16668 section 3.2, and its change between
         automatic and manual partitioning (`part`, `local`). Differs: a number of parts is not given, it is that of the
@@ -67,12 +67,12 @@ class Activations(nn.Module):
         """`x`, divided along `dim` among the ranks of `axis`; the shape stays whole.
 
         Args:
-            x: annotated already, or a plain tensor that all ranks hold alike.
-            dim: of the whole tensor; its size must be divisible by the ranks.
-            axis: logical axis.
+            x: A tensor that is annotated already, or a plain one that all ranks repeat.
+            dim: The dimension of the whole tensor that is divided; its size must be divisible by the number of ranks.
+            axis: The logical axis that the dimension is.
 
         Raises:
-            ValueError: if the ranks do not divide the dimension, or the axis is unknown.
+            ValueError: If the ranks do not divide the dimension, or the axis is unknown.
         """
         return self._placed(x, dim, axis)
 

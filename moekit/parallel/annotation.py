@@ -13,7 +13,7 @@ from moekit.layer import moe_layers
 from moekit.parallel.activations import Activations
 from moekit.parallel.layout import Layout
 from moekit.parallel.mesh import EXPERT, TENSOR
-from moekit.parallel.plan import Plan
+from moekit.parallel.plan import ShardingPlan
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Annotation:
     """The logical axes of one parameter.
 
     Attributes:
-        path: dotted name from the root.
-        module: the module that names the axes.
-        owner: the module that holds the parameter ...
-        name: ... and its name there.
-        axes: logical axes, outermost first.
-        divided: mesh dimension by tensor dimension, where the plan divides one.
+        path: The dotted name of the parameter from the root.
+        module: The module that names the axes.
+        owner: The module that holds the parameter.
+        name: The name of the parameter in `owner`.
+        axes: The logical axes of its dimensions, outermost first.
+        divided: The mesh dimension that divides a tensor dimension, by tensor dimension.
     """
 
     path: str
@@ -54,11 +54,11 @@ class Annotation:
         return tuple(axis for axis in self.axes if axis != "expert") == ("embed",)
 
 
-def read_annotations(model: nn.Module, plan: Plan) -> list[Annotation]:
+def read_annotations(model: nn.Module, plan: ShardingPlan) -> list[Annotation]:
     """All annotated parameters, shared ones once; of two modules that name a parameter the outer one counts.
 
     Raises:
-        UserError: if axes and dimensions of a parameter differ in number.
+        UserError: If axes and dimensions of a parameter differ in number.
     """
     found: dict[int, Annotation] = {}
     for path, module in model.named_modules():
@@ -87,11 +87,11 @@ def banks(found: list[Annotation]) -> list[nn.Module]:
     return list(dict.fromkeys(note.module for note in found if note.of_expert))
 
 
-def check_model(model: nn.Module, layout: Layout, plan: Plan, found: list[Annotation]) -> None:
+def check_model(model: nn.Module, layout: Layout, plan: ShardingPlan, found: list[Annotation]) -> None:
     """Raise if the layout cannot hold the model.
 
     Raises:
-        UserError: naming the parameter or module, and the nearest layout that would do.
+        UserError: Naming the parameter or module, and the nearest layout that would do.
     """
     size = {EXPERT: layout.expert_parallel_size, TENSOR: layout.tensor_parallel_size}
     option = {EXPERT: "expert_parallel_size", TENSOR: "tensor_parallel_size"}
@@ -111,7 +111,7 @@ def check_model(model: nn.Module, layout: Layout, plan: Plan, found: list[Annota
         if "vocab" in note.axes and "vocab" in plan.axes and size[TENSOR] > 1 and not _takes_vocabulary(note.module):
             raise UserError(
                 f"{note.path} has a vocab axis, and {type(note.module).__name__} cannot work on a part of it, without "
-                "an attribute `vocabulary`. Use moekit.transformer.TokenEmbedding, or a Plan without vocab."
+                "an attribute `vocabulary`. Use moekit.transformer.TokenEmbedding, or a ShardingPlan without vocab."
             )
     _check_banks(model, layout, found)
     divided = any(TENSOR in note.divided.values() for note in found)

@@ -28,13 +28,13 @@ def gradient_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tenso
 
     Args:
         parameters: DTensors on any meshes, and plain tensors, which all ranks repeat.
-        norm_type: p, or infinity.
+        norm_type: The p of the norm, or infinity.
 
     Returns:
         Float32; Float64 if gradients are.
 
     Raises:
-        ValueError: if `norm_type` is not positive.
+        ValueError: If `norm_type` is not positive.
     """
     return _norm(((parameter, local_gradient(parameter)) for parameter in parameters), norm_type)
 
@@ -96,10 +96,10 @@ def clip_by_norm(
     """Scale all gradients so that their norm is at most `max_norm`; returns the norm before.
 
     Args:
-        parameters: as in `gradient_norm`.
-        max_norm: the largest norm allowed.
-        norm_type: p, or infinity.
-        norm: what `gradient_norm` says of them, where it is known.
+        parameters: The parameters, all of those that share a norm.
+        max_norm: The largest norm allowed.
+        norm_type: The p of the norm, or infinity.
+        norm: The value of `gradient_norm` for them, where it is known already.
 
     Source: arXiv:1211.5063. As in `torch.nn.utils.clip_grad_norm_`, 1e-6 is added to the norm that divides.
     """
@@ -135,9 +135,9 @@ def global_mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | N
     of a small batch more.
 
     Args:
-        total: the loss summed over this rank's tokens, with gradient.
-        count: how many they are; may be 0.
-        group: the ranks; None = all. Without torch.distributed the plain mean.
+        total: The loss summed over this rank's tokens, with gradient.
+        count: The number of these tokens; may be 0.
+        group: The ranks over which the mean is taken; None = all. Without torch.distributed it is the plain mean.
     """
     counted = torch.as_tensor(count, dtype=torch.float32, device=total.device).detach()
     return total / counted.clamp_min(1.0) * global_weights(counted, group)
@@ -150,8 +150,8 @@ def global_weights(counts: Tensor, group: dist.ProcessGroup | None = None) -> Te
     Several means at once cost one collective.
 
     Args:
-        counts: of this rank's tokens, a number for each mean; may be 0. Any shape, equal on all ranks.
-        group: the ranks; None = all.
+        counts: The number of this rank's tokens for each mean; may be 0. Any shape, equal on all ranks.
+        group: The ranks over which the mean is taken; None = all.
 
     Returns:
         Float32 of that shape: ranks * own / all; 1 without torch.distributed.

@@ -16,18 +16,18 @@ class Layout:
     """How devices share a model, in the words of `ExpertParallelStrategy`.
 
     Attributes:
-        devices: processes, one device each.
-        expert_parallel_size: devices among which the experts of a layer are divided.
-        tensor_parallel_size: devices among which attention heads, hidden channels (of experts too) and the vocabulary
-            are divided.
-        replicas: copies of the model among which nothing is divided.
-        zero_stage: what data-parallel devices divide instead of repeating it: 0 nothing, 1 optimizer state, 2 that
+        devices: The number of processes, of one device each.
+        expert_parallel_size: The number of devices among which the experts of a layer are divided.
+        tensor_parallel_size: The number of devices among which attention heads, hidden channels (of experts too) and
+            the vocabulary are divided.
+        replicas: The number of copies of the model, among which nothing is divided.
+        zero_stage: What data-parallel devices divide instead of repeating it: 0 nothing, 1 optimizer state, 2 that
             and gradients (and weights between steps), 3 weights in the step too.
-        offload: what is kept in host memory: "none", the "optimizer" state, or all "parameters" with gradients and
+        offload: What is kept in host memory: "none", the "optimizer" state, or all "parameters" with gradients and
             optimizer state.
 
     Raises:
-        UserError: where the numbers do not fit together: sizes that do not divide the devices, or replicas with stage
+        UserError: If the numbers do not fit together: sizes that do not divide the devices, or replicas with stage
             0 or 1, which repeat the weights on all data ranks anyway.
     """
 
@@ -95,16 +95,16 @@ class Precision:
     """Bytes of a number, by its role.
 
     Attributes:
-        name: shown in tables.
-        weight: of a weight between steps.
-        compute: of an activation in a product.
-        gathered: of a weight of a block while the block computes with it.
-        converted: of the copy of a weight outside of blocks that products use, kept from forward to backward; 0 = they
-            use the weight.
-        stream: of the residual stream, which norms read.
-        gradient: of a gradient.
-        master: of the optimizer's own copy of a weight, 0 where the weight itself is that copy.
-        state: of each of the optimizer's statistics.
+        name: The name that tables show.
+        weight: Bytes of a weight between steps.
+        compute: Bytes of an activation in a product.
+        gathered: Bytes of a weight of a block while the block computes with it.
+        converted: Bytes of the copy of a weight outside of blocks that products use, kept from forward to backward;
+            0 = they use the weight.
+        stream: Bytes of the residual stream, which norms read.
+        gradient: Bytes of a gradient.
+        master: Bytes of the master weight; 0 where the weight itself is that.
+        state: Bytes of each of the optimizer's statistics.
     """
 
     name: str
@@ -149,17 +149,17 @@ class Training:
     """What one data-parallel device does in a step.
 
     Attributes:
-        sequences: in a micro-batch.
-        source_length: tokens of an encoder's input, padding included.
-        target_length: tokens of a decoder's input.
-        accumulate: micro-batches per optimizer step.
+        sequences: The number of sequences in a micro-batch.
+        source_length: The tokens of an encoder's input, padding included.
+        target_length: The tokens of a decoder's input.
+        accumulate: The number of micro-batches per optimizer step.
         precision: "32-true", "bf16-mixed", "bf16-true", or a `Precision`.
         optimizer: "adamw" (two numbers a weight), "momentum" (one), "sgd" (none) or "adafactor" (a row and a column
             of a matrix).
-        checkpointing: whether blocks forget their activations and compute them again in backward.
+        checkpointing: Whether blocks forget their activations and compute them again in backward.
 
     Raises:
-        UserError: for unknown names and sizes below 1.
+        UserError: For unknown names and sizes below 1.
     """
 
     sequences: int = 8

@@ -35,14 +35,14 @@ class OutOfStepError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """Where in its work a rank is.
 
     Attributes:
         stage: "train", "validate", ...
-        epoch: from 0.
-        batch: of the epoch or of the evaluation, from 0; -1 = none.
-        step: optimizer steps taken.
+        epoch: The epoch, from 0.
+        batch: The batch of the epoch or of the evaluation, from 0; -1 = none.
+        step: The number of optimizer steps taken.
     """
 
     stage: str = "setup"
@@ -60,10 +60,10 @@ class Lockstep:
     """The ring of all ranks, and where this one is. All ranks must make it, and with the same points.
 
     Args:
-        points: everything that ranks can be about to do, by name, the same on all ranks.
-        stages: of `Place`.
-        timeout: how long a rank waits for its neighbour; None = torch's default.
-        each: whether ranks meet at every module that was given to `watch`. If not, they compare which modules they have
+        points: The names of everything that ranks can be about to do, the same on all ranks.
+        stages: The stages that a `Position` may name.
+        timeout: The time that a rank waits for its neighbour; None = torch's default.
+        each: Whether ranks meet at every module that was given to `watch`. If not, they compare which modules they have
             passed when they meet next, which costs a message less for each.
     """
 
@@ -71,7 +71,7 @@ class Lockstep:
     stages: Sequence[str]
     timeout: timedelta | None = None
     each: bool = True
-    place: Place = field(default_factory=Place)
+    position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -87,11 +87,11 @@ class Lockstep:
         """Compare with the neighbours what this rank does next.
 
         Args:
-            point: what; one of `points`.
-            ring: the ranks that must do the same, in order; None = all.
+            point: The name of what comes next, one of `points`.
+            ring: The ranks that must do the same, in order; None = all.
 
         Raises:
-            OutOfStepError: naming ranks and where they are, if the rank before this one does something else, or says
+            OutOfStepError: Naming ranks and where they are, if the rank before this one does something else, or says
                 nothing until the timeout.
         """
         ring = self._everybody if ring is None else ring
@@ -157,7 +157,7 @@ class Lockstep:
         """Refuse numbers that differ between ranks.
 
         Raises:
-            UserError: on all ranks.
+            UserError: If they differ, on all ranks.
         """
         if self._group is None:
             return
@@ -172,13 +172,13 @@ class Lockstep:
             )
 
     def _pack(self, point: str) -> Tensor:
-        place = self.place
-        stage = self.stages.index(place.stage)
-        return torch.tensor([self._numbers[point], stage, place.epoch, place.batch, place.step, self._passed])
+        position = self.position
+        stage = self.stages.index(position.stage)
+        return torch.tensor([self._numbers[point], stage, position.epoch, position.batch, position.step, self._passed])
 
     def _tell(self, packed: Tensor) -> str:
         point, stage, epoch, batch, step, _ = packed.tolist()
-        return f"{self.points[point]} ({Place(self.stages[stage], epoch, batch, step)})"
+        return f"{self.points[point]} ({Position(self.stages[stage], epoch, batch, step)})"
 
 
 class _Watch:

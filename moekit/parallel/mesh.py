@@ -33,11 +33,12 @@ class Meshes:
     """The grids of a layout.
 
     Attributes:
-        layout: what they were built from.
+        layout: The layout that they were built for.
         dense: ``(replicate, shard, tensor)``.
         sparse: ``(replicate, expert_shard, expert, tensor)``.
         data: ``(data_parallel, tensor_parallel)``, the names that Lightning gives to these two.
-        timeout: after which a rank that waits for others in any of their groups gives up; None = torch's default.
+        timeout: The time after which a rank that waits for others in any of their groups gives up; None = torch's
+            default.
     """
 
     layout: Layout
@@ -96,8 +97,8 @@ def host_group(purpose: str, timeout: timedelta) -> dist.ProcessGroup:
     """All ranks in a gloo group for values in host memory, one for each purpose, so that none waits in another's turn.
 
     Args:
-        purpose: who talks in it.
-        timeout: after which a rank that waits for others gives up.
+        purpose: The name of what communicates in it.
+        timeout: The time after which a rank that waits for others gives up.
     """
     return _kept.get(("host", purpose, timeout), lambda: dist.new_group(backend="gloo", timeout=timeout))
 
@@ -112,13 +113,13 @@ class World:
 
     Args:
         device_type: "cpu" or "cuda".
-        tensor_parallel_size: partners, next to each other, that read the same data.
-        timeout: of every group that is made of these ranks; None = torch's default.
+        tensor_parallel_size: The number of ranks, next to each other, that read the same data.
+        timeout: The timeout of every group that is made of these ranks; None = torch's default.
 
     Attributes:
         all: ``(world,)``.
         data: ``(data_parallel, tensor_parallel)``, the names that Lightning gives to these two.
-        timeout: see above.
+        timeout: The timeout of every group that is made of these ranks.
     """
 
     def __init__(self, device_type: str, tensor_parallel_size: int, timeout: timedelta | None = None) -> None:
@@ -179,12 +180,12 @@ def build_meshes(layout: Layout, device_type: str, world: World | None = None) -
     """The grids of `layout` over all ranks of the default process group.
 
     Args:
-        layout: how many ranks share what.
+        layout: The number of ranks that share each part of the model.
         device_type: "cpu" or "cuda".
-        world: the ranks, where a part of the model was divided over them before; None = made here.
+        world: The ranks, where a part of the model was divided over them before; None = made here.
 
     Raises:
-        UserError: if the layout is for another number of processes.
+        UserError: If the layout is for another number of processes.
     """
     if dist.get_world_size() != layout.devices:
         raise UserError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 
-def own_outputs(unit: nn.Module) -> None:
+def clone_output_views(unit: nn.Module) -> None:
     """Let `unit` return copies of views. To be called before `fully_shard` wraps it.
 
     `fully_shard` gathers the weights for backward in a hook on every tensor that a unit returns. Writing to a view in

@@ -1,4 +1,4 @@
-"""Plan: which logical axis is divided among which ranks, and which modules gather their weights together.
+"""ShardingPlan: which logical axis is divided among which ranks, and which modules gather their weights together.
 
 A module names the logical axes of its parameters in a class attribute::
 
@@ -69,15 +69,15 @@ def layers_of(*classes: type[nn.Module]) -> Wrap:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a model is laid over meshes.
+class ShardingPlan:
+    """How a model is sharded over meshes.
 
     Attributes:
-        axes: mesh dimension by logical axis; leave one out to keep it whole.
-        wrap: which modules gather their weights for their own forward only. Expert banks always do. Every rank must
-            call them equally often and in the same order.
-        node_size: ranks of an expert group on one node, next to each other; the all-to-all then goes in two levels,
-            inside nodes and between them. None = one level.
+        axes: The mesh dimension that divides an axis, by logical axis; one that is left out stays whole.
+        wrap: A function that says which modules gather their weights for their own forward only. Expert banks always
+            do. Every rank must call these modules equally often and in the same order.
+        node_size: The number of ranks of an expert group on one node, next to each other; the all-to-all then goes in
+            two levels, inside nodes and between them. None = one level.
     """
 
     axes: Mapping[str, str] = field(default_factory=lambda: _AXES)
@@ -88,8 +88,8 @@ class Plan:
         for axis, dimension in self.axes.items():
             if (axis == "expert") != (dimension == "expert") or dimension not in ("expert", "tensor"):
                 raise ValueError(
-                    'Plan.axes maps "expert" to the mesh dimension "expert" and other axes to "tensor": got '
+                    'ShardingPlan.axes maps "expert" to the mesh dimension "expert" and other axes to "tensor": got '
                     f"{axis!r}: {dimension!r}. Leave an axis out to keep it whole."
                 )
         if self.node_size is not None and self.node_size < 1:
-            raise ValueError(f"Plan.node_size must be at least 1, or None: got {self.node_size}.")
+            raise ValueError(f"ShardingPlan.node_size must be at least 1, or None: got {self.node_size}.")

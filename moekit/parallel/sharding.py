@@ -1,4 +1,4 @@
-"""`parallelize`: lay a model over the ranks of a layout."""
+"""`parallelize`: shard a model over the ranks of a layout."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from moekit.errors import UserError
 from moekit.layer import moe_layers
 from moekit.parallel.activations import Activations
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
-from moekit.parallel.local import LocalView, LocalViews
+from moekit.parallel.fsdp_units import FSDPUnit, choose_fsdp_units, inner_first, zero_dimensions
+from moekit.parallel.local_views import LocalView, LocalViews
 from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, REPLICATE, SHARD, TENSOR, Meshes, unflatten
-from moekit.parallel.outputs import own_outputs
-from moekit.parallel.plan import Plan
-from moekit.parallel.tensor import DividedVocabulary, sum_gradient, sum_value
-from moekit.parallel.units import Unit, choose_units, inner_first, zero_dimensions
-from moekit.parallel.unused import reduce_unused_gradients
+from moekit.parallel.outputs import clone_output_views
+from moekit.parallel.plan import ShardingPlan
+from moekit.parallel.tensor_parallel import VocabParallel, sum_gradient, sum_value
+from moekit.parallel.unused_gradients import reduce_unused_gradients
 from moekit.routers.rank_shuffle import RankShuffle
 
 _HANDLE = "_moekit_sharded"
@@ -34,22 +34,22 @@ _HANDLE = "_moekit_sharded"
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A model that was laid over ranks; the module itself was changed in place.
+    """A model that was sharded over ranks; the module itself was changed in place.
 
     Every parameter of `module` is a DTensor, at any size of any mesh dimension.
 
     Attributes:
-        module: the model.
-        meshes: the ranks.
-        plan: how axes and modules were mapped.
-        annotations: the parameters that name their axes.
-        units: modules that gather their weights together, innermost first; the last is the model itself.
-        replaced: the parameters that took the place of others, by these, as long as somebody holds them.
+        module: The model.
+        meshes: The ranks.
+        plan: The plan by which axes and modules were mapped.
+        annotations: The parameters that name their axes.
+        units: The modules that gather their weights together, innermost first; the last is the model itself.
+        replaced: The parameters that took the place of others, by these, as long as somebody holds them.
     """
 
     module: nn.Module
     meshes: Meshes
-    plan: Plan
+    plan: ShardingPlan
     annotations: tuple[Annotation, ...]
     units: tuple[FSDPModule, ...]
     replaced: WeakTensorKeyDictionary
@@ -93,12 +93,12 @@ class ShardedModel:
 def parallelize(
     model: nn.Module,
     meshes: Meshes,
-    plan: Plan | None = None,
+    plan: ShardingPlan | None = None,
     *,
     compute_dtype: torch.dtype | None = None,
     weights: Iterable[nn.Module] | None = None,
 ) -> ShardedModel:
-    """Lay `model` over ranks, in place: experts, tensor slices, ZeRO and offload, as the meshes' layout says.
+    """Shard `model` over ranks, in place: experts, tensor slices, ZeRO and offload, as the meshes' layout says.
 
     Call it on every rank with the same model, before making optimizers. Weights and buffers are taken from rank 0.
     Afterwards the model is called as before, by ``model(...)`` (weights are gathered for a call, not for other methods
@@ -108,24 +108,24 @@ def parallelize(
     DTensors over tensor-parallel partners) stays as it is.
 
     Args:
-        model: any module; `MoELayer`s in it send their rows to the ranks that hold their experts.
-        meshes: see `build_meshes`.
-        plan: see `Plan`; None = the default.
-        compute_dtype: type in which blocks and expert banks gather their weights, for mixed precision by autocast
+        model: Any module; `MoELayer`s in it send their rows to the ranks that hold their experts.
+        meshes: The meshes of the ranks, from `build_meshes`.
+        plan: Which axes are divided and which modules gather together; None = the default.
+        compute_dtype: The type in which blocks and expert banks gather their weights, for mixed precision by autocast
             (torch.bfloat16): nobody then converts whole weights again and keeps them until backward. Gradients are
             summed in the weights' own type. Routers, and norms that need it, keep their type, and so does what belongs
             to no block: embeddings enter the residual stream in full. None = the type of the weights.
-        weights: for a model on the meta device: gives modules their weights and yields each, inner ones first, as
-            `moekit.transformer.materialize_modules` does. Each block is divided before the next one is drawn, so that
-            no rank ever holds the whole model.
+        weights: For a model on the meta device, an iterable that gives modules their weights and yields each, inner
+            ones first, as `moekit.transformer.materialize_modules` does. Each block is divided before the next one is
+            drawn, so that no rank ever holds the whole model.
 
     The model's state dict is divided too, and `copy.deepcopy` refuses it: `moekit.parallel.gather_state_dict` gives a
     whole one, which a model that is not parallelized loads.
 
     Raises:
-        UserError: before anything is sent, if the model does not fit the layout.
+        UserError: Before anything is sent, if the model does not fit the layout.
     """
-    plan = plan or Plan()
+    plan = plan or ShardingPlan()
     found = read_annotations(model, plan)
     check_model(model, meshes.layout, plan, found)
     for name, parameter in model.named_parameters():
@@ -136,16 +136,16 @@ def parallelize(
             )
     before = [(name, weakref.ref(p)) for name, p in model.named_parameters(remove_duplicate=False)]
     theirs = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    units = choose_units(model, plan, found, compute_dtype)
+    units = choose_fsdp_units(model, plan, found, compute_dtype)
     dimensions = zero_dimensions(model, meshes, found)
     slices = _slices(model, meshes, found)
     _connect(model, meshes, plan, found)
     _attach(meshes, found, slices, units)
-    lay = _Laying(model, meshes, found, slices, dimensions)
+    sharder = _Sharder(model, meshes, found, slices, dimensions)
     waiting = {unit.module: unit for unit in units}
     for module in weights if weights is not None else inner_first(model):
         if module in waiting:
-            lay.unit(waiting.pop(module))
+            sharder.shard(waiting.pop(module))
     divided = (*theirs, *(unit.module for unit in units))
     result = ShardedModel(model, meshes, plan, tuple(found), divided, _replaced(model, before))  # type: ignore[arg-type]
     model.__dict__[_HANDLE] = result
@@ -161,7 +161,7 @@ def _refuse_to_copy(memo: Any) -> NoReturn:
 
 
 def sharded(model: nn.Module) -> ShardedModel | None:
-    """What `parallelize` returned for `model`; None if it was not laid over ranks."""
+    """What `parallelize` returned for `model`; None if it was not sharded."""
     return model.__dict__.get(_HANDLE)
 
 
@@ -177,7 +177,7 @@ def _replaced(model: nn.Module, before: Sequence[tuple[str, weakref.ref[nn.Param
 # -- before the weights are there --------------------------------------------------------------------------------------
 
 
-def _connect(model: nn.Module, meshes: Meshes, plan: Plan, found: list[Annotation]) -> None:
+def _connect(model: nn.Module, meshes: Meshes, plan: ShardingPlan, found: list[Annotation]) -> None:
     """Tell sparse layers how to reach the ranks that hold their experts, shuffles and annotations who the ranks are."""
     for module in model.modules():
         if isinstance(module, Activations):
@@ -186,13 +186,13 @@ def _connect(model: nn.Module, meshes: Meshes, plan: Plan, found: list[Annotatio
         if isinstance(shuffle, RankShuffle) and shuffle.group is None:
             shuffle.group = meshes.data["data_parallel"].get_group()
     if meshes.layout.expert_parallel_size > 1:
-        exchange, spread = _exchange(meshes, plan), set(map(id, banks(found)))
+        exchange, divided = _exchange(meshes, plan), set(map(id, banks(found)))
         for _, layer in moe_layers(model):
-            if any(id(module) in spread for module in layer.experts.modules()):
+            if any(id(module) in divided for module in layer.experts.modules()):
                 layer.connect(exchange)
 
 
-def _exchange(meshes: Meshes, plan: Plan) -> Exchange:
+def _exchange(meshes: Meshes, plan: ShardingPlan) -> Exchange:
     group = meshes.expert_group
     if plan.node_size is None or plan.node_size in (1, group.size()):
         return AllToAll(group)
@@ -211,9 +211,9 @@ class _Slice:
     """How one parameter is divided among experts' and tensor-parallel ranks, before ZeRO.
 
     Attributes:
-        views: how forward sees it, at every place where it is held.
-        mesh: the ranks.
-        placements: on them.
+        views: The views that forward has of it, one for every place where it is held.
+        mesh: The mesh of the ranks.
+        placements: Its placements on the mesh.
     """
 
     views: tuple[LocalView, ...]
@@ -268,10 +268,10 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return places
 
 
-def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice], units: Sequence[Unit]) -> None:
+def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice], units: Sequence[FSDPUnit]) -> None:
     """Hooks that show local views in forward, and those of tensor-parallel layers."""
     for unit in units:
-        own_outputs(unit.module)
+        clone_output_views(unit.module)
     tensor = meshes.tensor_group
     outer = {id(inner): module for module in dict.fromkeys(n.module for n in found) for inner in module.modules()}
     mine: dict[int, list[LocalView]] = {}
@@ -279,7 +279,7 @@ def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice
     taken: set[int] = set()
     for unit in units:  # inner ones first: a view belongs to the innermost unit, and to the module that names the axes
         inside = set(unit.module.modules())
-        for view in (view for piece in slices for view in piece.views):
+        for view in (view for part in slices for view in part.views):
             if view.module in inside and id(view) not in taken:
                 taken.add(id(view))
                 for holder in {id(m): m for m in (unit.module, outer.get(id(view.module), view.module))}.values():
@@ -293,7 +293,7 @@ def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice
         notes = [n for n in found if n.module is module]
         split = {n.axes[d] for n in notes for d, name in n.divided.items() if name == TENSOR}
         if "vocab" in split:
-            module.vocabulary = DividedVocabulary(tensor)  # type: ignore[assignment]
+            module.vocabulary = VocabParallel(tensor)  # type: ignore[assignment]
         elif split and any("embed" in n.axes for n in notes):
             _join_partners(module, tensor)
 
@@ -322,8 +322,8 @@ def _join_partners(module: nn.Module, group: dist.ProcessGroup) -> None:
 # -- when they are ---------------------------------------------------------------------------------------------------
 
 
-class _Laying:
-    """Lays unit after unit over the ranks, inner ones first, as soon as its weights are there."""
+class _Sharder:
+    """Shards unit after unit, inner ones first, as soon as its weights are there."""
 
     def __init__(
         self,
@@ -336,8 +336,8 @@ class _Laying:
         self.meshes, self.banks, self.dimensions = meshes, set(banks(found)), dimensions
         self.model, self.paths = model, {module: path for path, module in model.named_modules()}
         self.slices: dict[nn.Module, list[_Slice]] = {}
-        for piece in slices:
-            self.slices.setdefault(piece.views[0].module, []).append(piece)
+        for part in slices:
+            self.slices.setdefault(part.views[0].module, []).append(part)
         self.sent: set[nn.Module] = set()
         self.offload = (
             CPUOffloadPolicy(pin_memory=meshes.dense.device_type == "cuda")
@@ -345,14 +345,14 @@ class _Laying:
             else OffloadPolicy()
         )
 
-    def unit(self, unit: Unit) -> None:
+    def shard(self, unit: FSDPUnit) -> None:
         """Take the weights of rank 0, slice them, and let `fully_shard` divide the slices."""
         mine = [module for module in unit.module.modules() if module not in self.sent]
         self.sent.update(mine)
         self._take_from_rank_zero(mine)
         for module in mine:
-            for piece in self.slices.get(module, ()):
-                _divide(piece)
+            for part in self.slices.get(module, ()):
+                _divide(part)
         own = list(unit.module.named_parameters(self.paths[unit.module]))
         placed = {parameter: Shard(self.dimensions[name]) for name, parameter in own if name in self.dimensions}
         sparse = unit.module in self.banks
@@ -381,14 +381,14 @@ class _Laying:
                 tensor.detach().copy_(sent)
 
 
-def _divide(piece: _Slice) -> None:
+def _divide(part: _Slice) -> None:
     """Make a DTensor of a parameter, wherever it is held."""
-    first = piece.views[0]
+    first = part.views[0]
     parameter = first.module._parameters[first.name]
     assert parameter is not None
-    spread = distribute_tensor(parameter.detach(), piece.mesh, piece.placements, src_data_rank=None)
-    new = nn.Parameter(spread, requires_grad=parameter.requires_grad)
-    for view in piece.views:
+    divided = distribute_tensor(parameter.detach(), part.mesh, part.placements, src_data_rank=None)
+    new = nn.Parameter(divided, requires_grad=parameter.requires_grad)
+    for view in part.views:
         view.module._parameters[view.name] = new
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim import Optimizer
 
-from moekit.parallel.pieces import piece_of, spread
+from moekit.parallel.shards import dtensor_from_shard, local_shard
 
 _BUCKET = 2**24  # entries updated at once
 
@@ -219,14 +219,14 @@ class _Division:
             if tuple(value.placements) == self.placements:
                 return value.to_local()
             value = value.full_tensor()
-        return piece_of(value, self.mesh, self.placements).contiguous()
+        return local_shard(value, self.mesh, self.placements).contiguous()
 
-    def spread(self, piece: Tensor) -> Tensor:
+    def dtensor_from_shard(self, piece: Tensor) -> Tensor:
         """A statistic as checkpoints expect it."""
         if self.mesh is None:
             return piece
         stride = torch.empty(self.shape, device="meta").stride()
-        return spread(piece, self.mesh, self.placements, self.shape, stride)
+        return dtensor_from_shard(piece, self.mesh, self.placements, self.shape, stride)
 
 
 def _dim(place: Placement) -> int | None:
@@ -289,7 +289,7 @@ def _moved(state: dict[str, Any], key: str, division: _Division, value: Tensor, 
         held = value
     else:
         held = division.piece(state[key]).lerp_(value, fresh)
-    state[key] = division.spread(held)
+    state[key] = division.dtensor_from_shard(held)
     return held
 
 

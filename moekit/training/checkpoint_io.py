@@ -34,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write `checkpoint`; a former one at `path` stays whole until the new one is.
 
         Raises:
-            UserError: a URL, full disk, read-only folder and the like.
+            UserError: If `path` is a URL, the disk is full, the folder read-only and the like.
         """
         if storage_options is not None:
             raise TypeError("AtomicCheckpointIO takes no storage_options.")
@@ -50,7 +50,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint to the CPU, without executing anything in it.
 
         Raises:
-            UserError: no such file, a broken one, or one that holds more than plain data and tensors.
+            UserError: If the file is missing or broken, or holds more than plain data and tensors.
         """
         if is_checkpoint(local_path(path)):
             return whole_checkpoint(path)
@@ -61,7 +61,7 @@ def local_path(path: str | os.PathLike[str]) -> str:
     """A path of this machine's file systems; a ``file://`` URL becomes one.
 
     Raises:
-        UserError: for any other URL.
+        UserError: If it is another URL.
     """
     text = os.fspath(path).removeprefix("file://")
     if "://" in text:
@@ -78,7 +78,7 @@ def load_checkpoint(
     """Read a checkpoint; `mmap` reads tensors only when they are used.
 
     Raises:
-        UserError: no such file, a broken one, or one that holds more than plain data and tensors.
+        UserError: If the file is missing or broken, or holds more than plain data and tensors.
     """
     try:
         with warnings.catch_warnings():

@@ -8,16 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from moekit.errors import UserError
+from moekit.mapped import read_safetensors
 from moekit.parallel.checkpoint import is_checkpoint
-from moekit.parallel.checkpoint.index import read_index
-from moekit.parallel.checkpoint.reader import tensors_of
+from moekit.parallel.checkpoint.reader import StoredCheckpoint
 from moekit.training.checkpoint_io import load_checkpoint
-from moekit.training.whole_checkpoint import rest_of, weights_of
+from moekit.training.whole_checkpoint import rest_of
 
 
 @dataclass(frozen=True)
@@ -25,11 +23,12 @@ class LoadedState:
     """What a checkpoint holds.
 
     Attributes:
-        path: where it is from.
-        weights: the model's state dict.
-        optimizer: state dict of its optimizer by parameter numbers, as Lightning's checkpoints have it, or None.
-        named_optimizer: state of its optimizer by parameter names, as sharded checkpoints have it, or None.
-        rest: everything else (loops, callbacks, the configuration).
+        path: The file or folder that was read.
+        weights: The model's state dict.
+        optimizer: The state dict of its first optimizer by parameter numbers, as Lightning's checkpoints have it, or
+            None.
+        named_optimizer: The state of its first optimizer by parameter names, as sharded checkpoints have it, or None.
+        rest: Everything else: loops, callbacks, the configuration.
     """
 
     path: Path
@@ -45,7 +44,7 @@ def load_state(path: str | os.PathLike[str]) -> LoadedState:
     Tensors of files are mapped into memory and read when they are used. Nothing in a checkpoint is executed.
 
     Raises:
-        UserError: no such file, a broken one (a missing shard too), or one that holds no weights.
+        UserError: If the file is missing or broken (a missing shard too), or holds no weights.
     """
     place = Path(path)
     if is_checkpoint(place):
@@ -53,7 +52,9 @@ def load_state(path: str | os.PathLike[str]) -> LoadedState:
     if place.is_dir():
         raise UserError(f"{place} must be a checkpoint: it is a folder without an index of shards.")
     if place.suffix == ".safetensors":
-        return LoadedState(place, _safetensors(place))
+        return LoadedState(
+            place, {name: stored.tensor() for name, stored in read_safetensors(place, float8=True).items()}
+        )
     checkpoint = load_checkpoint(place, mmap=True)
     if "state_dict" not in checkpoint:
         return LoadedState(place, _tensors(checkpoint, place))
@@ -63,36 +64,26 @@ def load_state(path: str | os.PathLike[str]) -> LoadedState:
 
 
 def _sharded(folder: Path) -> LoadedState:
-    index = read_index(folder)
-    weights = {name: value for name, value in weights_of(folder).items() if isinstance(value, Tensor)}
+    stored = StoredCheckpoint(folder)
+    weights = {name: value for name, value in stored.weights().items() if isinstance(value, Tensor)}
     slots: dict[str, dict[str, Any]] = {}
-    of_optimizer = {name: name for name in index.entries if name.startswith("optimizer/0/")}
-    for name, tensor in tensors_of(folder, index, of_optimizer):
-        _, _, parameter, slot = name.split("/")
+    for name, tensor in stored.tensors("optimizer/0/").items():
+        parameter, slot = name.split("/")
         slots.setdefault(parameter, {})[slot] = tensor
-    return LoadedState(folder, weights, named_optimizer=slots or None, rest=rest_of(folder))
+    return LoadedState(folder, weights, named_optimizer=slots or None, rest=rest_of(stored))
 
 
 def load_rest(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """What a checkpoint of Lightning or of `ExpertParallelStrategy` holds beside weights and optimizer.
 
     Raises:
-        UserError: no such checkpoint, or a broken one.
+        UserError: If the checkpoint is missing or broken.
     """
     place = Path(path)
     if is_checkpoint(place):
-        return rest_of(place)
+        return rest_of(StoredCheckpoint(place))
     checkpoint = load_checkpoint(place, mmap=True)
     return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"There is no checkpoint at {path}.") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}). It is cut short, or no safetensors file.") from None
 
 
 def _tensors(state: Any, path: Path) -> dict[str, Tensor]:

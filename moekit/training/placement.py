@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 
 @torch.no_grad()
-def bring_along(model: nn.Module, device: torch.device) -> None:
+def move_unsharded_state(model: nn.Module, device: torch.device) -> None:
     """Move to `device` what stays behind where a strategy puts the weights in their places and never calls ``to``.
 
     That is where weights are kept in host memory, or the model was built on the meta device. Moved are the states of

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback, ModelPruning
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -30,7 +30,7 @@ def check_precision(plugin: Any) -> None:
     """Refuse a precision whose numbers would be wrong.
 
     Raises:
-        UserError: for 16-mixed and for plugins of other libraries.
+        UserError: For 16-mixed and for plugins of other libraries.
     """
     if plugin.precision not in _PRECISIONS:
         why = (
@@ -48,7 +48,7 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
     """Refuse callbacks that exchange parameters in the middle of training.
 
     Raises:
-        UserError: for `ModelPruning`.
+        UserError: For `ModelPruning`.
     """
     for callback in callbacks:
         if isinstance(callback, ModelPruning):
@@ -59,15 +59,30 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
             )
 
 
+def check_batch_norms(module: nn.Module) -> None:
+    """Refuse what ``sync_batchnorm=True`` would have to convert.
+
+    Raises:
+        UserError: For a batch norm that normalises each rank's batch by itself.
+    """
+    for name, norm in module.named_modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, nn.SyncBatchNorm):
+            raise UserError(
+                f"sync_batchnorm=True is not supported by ExpertParallelStrategy, which would leave {name} to "
+                "normalise each rank's batch by itself. Use a norm of one row (LayerNorm, RMSNorm), or call "
+                "torch.nn.SyncBatchNorm.convert_sync_batchnorm on your model, on GPUs, and leave the argument out."
+            )
+
+
 def check_optimizer(optimizer: Optimizer, *, divided: bool) -> None:
     """Refuse optimizers of torch that cannot step divided parameters, or would step them otherwise than whole ones.
 
     Args:
-        optimizer: over the divided parameters.
-        divided: whether data ranks take slices of what they repeat in the step.
+        optimizer: The optimizer over the sharded parameters.
+        divided: Whether data ranks update slices of what they repeat (ZeRO stage 1).
 
     Raises:
-        UserError: naming the optimizer, why, and what to use.
+        UserError: Naming the optimizer, why, and what to use.
     """
     for name, why in _OPTIMIZERS.items():
         if isinstance(optimizer, getattr(torch.optim, name)):

@@ -4,75 +4,84 @@ from __future__ import annotations
 
 import atexit
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
 
 from moekit.errors import UserError
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
 from moekit.parallel.layout import Layout, Offload
-from moekit.parallel.mesh import Meshes, World, build_meshes
-from moekit.parallel.plan import Plan
+from moekit.parallel.master_weights import model_parameter
+from moekit.parallel.mesh import Meshes, World, build_meshes, forget_groups
+from moekit.parallel.plan import ShardingPlan
 from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 from moekit.routing import Router
-from moekit.training.lightning_callbacks import divide_averages
-from moekit.training.placement import bring_along
-from moekit.training.refusals import check_callbacks, check_precision
-from moekit.training.strategy_optimizers import NonFinite, OptimizingStrategy
+from moekit.training.lightning_callbacks import divide_averages, on_several_meshes, restore_groups
+from moekit.training.placement import move_unsharded_state
+from moekit.training.plain_data import plain_state
+from moekit.training.refusals import check_batch_norms, check_callbacks, check_precision
+from moekit.training.strategy_checkpoint import PathLike, StrategyCheckpoints, check_checkpoints
+from moekit.training.strategy_optimizers import NonFinite, OptimizerSteps
+from moekit.training.strategy_steps import ManualOptimization, StepSync, call_as_forward
 from moekit.transformer.init import materialize_modules
 
 ZeroStage = Literal[0, 1, 2, 3]
 
 
-class ExpertParallelStrategy(OptimizingStrategy):
-    """Spread any LightningModule that contains `MoELayer`s over many processes, without a change to it.
+class ExpertParallelStrategy(ModelParallelStrategy):
+    """Train any LightningModule that contains `MoELayer`s on many processes, without a change to it.
 
     Processes are arranged as ``replicas x data x tensor``; expert groups lie inside the data ranks, which read
     different batches. Whatever the layout, losses, gradients, the clipped norm and weights are those of one process on
     all batches together, up to rounding.
 
     Args:
-        expert_parallel_size: ranks that divide the experts of every layer. "auto" = as many as divide both the data
-            ranks and every layer's experts.
-        tensor_parallel_size: ranks, next to each other, that divide heads, hidden channels (of dense layers and of
-            each expert) and the vocabulary; they read the same batch.
-        replicas: copies of the model within which ZeRO divides (HSDP). For zero_stage 2 and 3.
-        zero_stage: what data ranks divide. 0 = nothing; 1 = optimizer state; 2 = that and gradients, with the weights
+        expert_parallel_size: The number of ranks that divide the experts of every layer; "auto" = as many as divide
+            both the data ranks and every layer's experts.
+        tensor_parallel_size: The number of ranks, next to each other, that divide heads, hidden channels (of dense
+            layers and of each expert) and the vocabulary; they read the same batch.
+        replicas: The number of copies of the model within which ZeRO divides (HSDP), for zero_stage 2 and 3.
+        zero_stage: What data ranks divide: 0 = nothing; 1 = optimizer state; 2 = that and gradients, with the weights
             gathered once a step; 3 = weights too, gathered layer by layer.
-        offload: what is kept in host memory: "none", the "optimizer" (its state and copies of the weights), or all
+        offload: What is kept in host memory: "none", the "optimizer" (its state and copies of the weights), or all
             "parameters" (with gradients and optimizer).
-        plan: which axes are divided, which modules gather together, whether the all-to-all goes in two levels.
-        nonfinite_gradients: what to do when the gradient norm is NaN or infinite, on all ranks together: "raise", or
+        plan: Which axes are divided, which modules gather together, whether the all-to-all goes in two levels.
+        nonfinite_gradients: What to do when the gradient norm is NaN or infinite, on all ranks together: "raise", or
             "skip" the step.
-        asynchronous_save: whether training goes on while a checkpoint's files are written.
-        process_group_backend: None = gloo on CPUs; on GPUs "cpu:gloo,cuda:nccl", so that what ranks tell each other of
-            the host's makes nobody wait for a device.
-        timeout: of collectives.
-        lockstep: how often ranks compare what they are about to do: "module" = at every batch, backward, optimizer's
+        asynchronous_save: Whether training goes on while a checkpoint's files are written.
+        process_group_backend: The communication library; None = gloo on CPUs, and "cpu:gloo,cuda:nccl" on GPUs, so
+            that ranks exchange host memory without waiting for a device.
+        timeout: The time after which a collective that waits for other ranks gives up.
+        lockstep: How often ranks compare what they are about to do: "module" = at every batch, backward, optimizer
             step and layer that communicates, a small message each over host memory; "batch" = not at layers, so that
             the host runs further ahead of a GPU, and a rank that skips a layer ends by the timeout or by an error of
             the communication library instead.
-        accelerator: as in `ParallelStrategy`, as all that follow; usually the Trainer's affair.
-        parallel_devices: the devices of this node.
-        cluster_environment: where the processes run.
-        precision_plugin: the precision.
+        accelerator: The kind of device; the Trainer sets it, as all arguments that follow.
+        parallel_devices: The devices of this node.
+        cluster_environment: The environment that says which processes there are.
+        precision_plugin: The precision of weights and computation.
+
+    Attributes:
+        skipped_steps: The number of optimizer steps that were skipped for their gradients.
 
     Raises:
-        ValueError: here, for values that no number of processes makes right; in setup, before anything is sent, if the
-            layout does not fit the processes or the model, naming the nearest one that does.
+        TypeError: If `expert_parallel_size` is no number and not "auto".
+        ValueError: At construction, for values that no number of processes makes right; in setup, before anything is
+            sent, if the layout does not fit the processes or the model, naming the nearest one that does.
 
     Gradient accumulation sends no gradients before the last micro-batch (stage 3 keeps them divided and sends); the
     norm of gradients is logged as ``train/grad_norm``. Under "bf16-true" routers keep float32 weights. A checkpoint is
@@ -92,7 +101,7 @@ class ExpertParallelStrategy(OptimizingStrategy):
         replicas: int = 1,
         zero_stage: ZeroStage = 3,
         offload: Offload = "none",
-        plan: Plan | None = None,
+        plan: ShardingPlan | None = None,
         nonfinite_gradients: NonFinite = "raise",
         asynchronous_save: bool = False,
         process_group_backend: str | None = None,
@@ -103,19 +112,9 @@ class ExpertParallelStrategy(OptimizingStrategy):
         cluster_environment: ClusterEnvironment | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__(
-            nonfinite_gradients,
-            asynchronous_save=asynchronous_save,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-        )
-        ParallelStrategy.__init__(
-            self,
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            precision_plugin=precision_plugin,
-        )
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        self._accelerator, self.precision_plugin = accelerator, precision_plugin
+        self.parallel_devices, self.cluster_environment = parallel_devices, cluster_environment
         if expert_parallel_size != "auto" and (
             not isinstance(expert_parallel_size, int) or isinstance(expert_parallel_size, bool)
         ):
@@ -125,12 +124,22 @@ class ExpertParallelStrategy(OptimizingStrategy):
         self.lockstep = lockstep
         self.expert_parallel_size, self.tensor_parallel_size = expert_parallel_size, tensor_parallel_size
         self.replicas, self.zero_stage, self.offload = replicas, zero_stage, offload
-        self.plan = plan or Plan()
+        self.plan = plan or ShardingPlan()
         # The smallest world on which the numbers could be right: whatever is wrong by itself is said now.
-        expert = 1 if expert_parallel_size == "auto" else expert_parallel_size
-        self._layout(max(expert, 1) * max(tensor_parallel_size, 1) * max(replicas, 1), expert)
+        expert = 1 if expert_parallel_size == "auto" else max(expert_parallel_size, 1)
+        self._layout(expert * max(tensor_parallel_size, 1) * max(replicas, 1))
         self.sharded: ShardedModel | None = None
         self._world: World | None = None
+        self._for_fit = ExitStack()  # what is changed outside of the strategy, until teardown
+        self._sync, self._manual = StepSync(), ManualOptimization()
+        self._optimization = OptimizerSteps(nonfinite_gradients)
+        patience = (timeout or default_pg_timeout).total_seconds()
+        self._checkpoints = StrategyCheckpoints(asynchronous=asynchronous_save, timeout=patience)
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of optimizer steps that were skipped for their gradients."""
+        return self._optimization.skipped
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
@@ -148,7 +157,9 @@ class ExpertParallelStrategy(OptimizingStrategy):
 
     # -- processes and meshes ---------------------------------------------------------------------------------------
 
-    def _layout(self, devices: int, expert: int) -> Layout:
+    def _layout(self, devices: int, expert: int | None = None) -> Layout:
+        if expert is None:
+            expert = 1 if self.expert_parallel_size == "auto" else self.expert_parallel_size
         return Layout(
             devices=devices,
             expert_parallel_size=expert,
@@ -161,18 +172,21 @@ class ExpertParallelStrategy(OptimizingStrategy):
     def setup_environment(self) -> None:
         """Join the processes; `device_mesh` can be used from here on, also in ``configure_model``."""
         # Not the parent's own method, which arranges the processes in its way.
-        known = 1 if self.expert_parallel_size == "auto" else self.expert_parallel_size
         check_precision(self.precision_plugin)
         self.set_world_ranks()
-        self._layout(self.num_nodes * self.num_processes, known)
+        self._layout(self.num_nodes * self.num_processes)
         joined = dist.is_initialized()
         self._setup_distributed()
         if not joined and self.root_device.type == "cuda":
             atexit.register(_destroy_dist_connection)  # as Lightning does where it is nccl alone
         self._world = World(self.root_device.type, self.tensor_parallel_size, self._timeout)
         self._device_mesh = self._world.data
-        assert self.lightning_module is not None
-        self.lightning_module._device_mesh = self._device_mesh
+        self._module._device_mesh = self._device_mesh
+
+    def _configure_launcher(self) -> None:
+        """One process needs nobody who starts others, and so may live in a notebook."""
+        if self.num_nodes * self.num_processes > 1:
+            super()._configure_launcher()
 
     def _get_process_group_backend(self) -> str:
         default = "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else None
@@ -183,7 +197,7 @@ class ExpertParallelStrategy(OptimizingStrategy):
         """The meshes of the model.
 
         Raises:
-            RuntimeError: before setup.
+            RuntimeError: Before setup.
         """
         if self.sharded is None:
             raise RuntimeError("ExpertParallelStrategy has meshes after its setup: use them from on_fit_start on.")
@@ -193,11 +207,10 @@ class ExpertParallelStrategy(OptimizingStrategy):
         """The layout of a model over so many processes; nothing is sent, and no process group is needed.
 
         Raises:
-            UserError: if the numbers, or the model, do not fit, naming the nearest layout that does.
+            UserError: If the numbers, or the model, do not fit, naming the nearest layout that does.
         """
         found = read_annotations(model, self.plan)
-        known = 1 if self.expert_parallel_size == "auto" else self.expert_parallel_size
-        self._layout(devices, known)
+        self._layout(devices)
         layout = self._layout(devices, self._choose_expert_size(model, found, devices))
         check_model(model, layout, self.plan, found)
         return layout
@@ -228,27 +241,49 @@ class ExpertParallelStrategy(OptimizingStrategy):
                 "ExpertParallelStrategy divides a model with fully_shard: got modules wrapped in "
                 "FullyShardedDataParallel. Remove the wrapping."
             )
-        check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
-        self.check_trainer(trainer)
+        self._check_trainer(trainer)
         self._divide_model()
-        bring_along(self.model, self.root_device)
-        self._keep_in_step()
+        move_unsharded_state(self.model, self.root_device)
         assert self.sharded is not None
+        self._sync.start(self.sharded, self.lockstep)
         meshes = self.sharded.meshes
         divide_averages(trainer.callbacks, lambda model: self._parallelize(model, meshes))  # type: ignore[attr-defined]
         self.barrier()
-        if trainer.state.fn == TrainerFn.FITTING:
+        if self._fitting:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        self._take_over_clipping()
+        self._optimization.patch_clipping(self.precision_plugin)
+
+    def _check_trainer(self, trainer: L.Trainer) -> None:
+        """Refuse what would be wrong, end training or be ignored; forget another model's optimizers."""
+        module = self._module
+        check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
+        if self._layer_sync is not None and self.world_size > 1:
+            check_batch_norms(module)
+        if self._fitting:
+            check_checkpoints(trainer)
+            return
+        mine = set(map(id, module.parameters()))
+        theirs = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+        if not all(id(model_parameter(parameter)) in mine for parameter in theirs):
+            self._reset_optimizers_and_schedulers()
+
+    @property
+    def _fitting(self) -> bool:
+        return self._module.trainer.state.fn == TrainerFn.FITTING
+
+    @property
+    def _module(self) -> L.LightningModule:
+        module = self.lightning_module
+        assert module is not None
+        return module
 
     def _divide_model(self) -> None:
         assert self.model is not None
         assert self._world is not None
         self.sharded = sharded(self.model)
         if self.sharded is not None:  # a second fit, or a test after it
-            assert self.lightning_module is not None
-            if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            if self._fitting:
                 self._require_layout(self.sharded.meshes.layout)
             return
         layout = self.check(self.model, self.world_size)
@@ -259,7 +294,7 @@ class ExpertParallelStrategy(OptimizingStrategy):
         """Refuse to train a model that another strategy has divided in another way.
 
         Raises:
-            UserError: naming the first setting that differs.
+            UserError: Naming the first setting that differs.
         """
         expert = there.expert_parallel_size if self.expert_parallel_size == "auto" else self.expert_parallel_size
         asked = self._layout(there.devices, expert)
@@ -274,7 +309,7 @@ class ExpertParallelStrategy(OptimizingStrategy):
                 )
 
     def _parallelize(self, model: nn.Module, meshes: Meshes) -> ShardedModel:
-        """Lay a model over the ranks; one on the meta device gets its weights block by block."""
+        """Shard a model over the ranks; one on the meta device gets its weights block by block."""
         device = torch.device("cpu") if self.offload == "parameters" else self.root_device
         weights = None
         if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
@@ -304,6 +339,62 @@ class ExpertParallelStrategy(OptimizingStrategy):
         if self.offload != "parameters":
             super().model_to_device()
 
+    def setup_optimizers(self, trainer: L.Trainer) -> None:
+        """Make the optimizers and schedulers, and bind them to the sharded parameters.
+
+        Raises:
+            TypeError: If a scheduler's state is no plain data, and checkpoints are to be saved.
+            UserError: If an optimizer cannot step a sharded model, or has parameters that the model never had.
+        """
+        assert self.sharded is not None
+        self._for_fit.enter_context(on_several_meshes(anomaly=trainer._detect_anomaly))
+        super().setup_optimizers(trainer)
+        if trainer.checkpoint_callbacks:
+            for number, config in enumerate(trainer.lr_scheduler_configs):
+                plain_state(config.scheduler.state_dict(), "lr_schedulers", number)
+        device = torch.device("cpu") if self.offload == "optimizer" else None
+        self._optimization.prepare(self.optimizers, self.sharded, divide=self.zero_stage == 1, device=device)
+        self.optimizers = self.optimizers  # Lightning's wrappers hold copies of the attributes
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Note where this rank was; forget groups in which a message may be left, and a checkpoint that was refused."""
+        if self.lightning_module is not None:  # the Trainer would load it into the next model that it is given
+            self.lightning_module.trainer._checkpoint_connector._loaded_checkpoint = {}
+        forget_groups()
+        self._sync.note(exception)
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        """Wait for a checkpoint that is being written; undo what was changed for the fit."""
+        self._for_fit.close()
+        self._checkpoints.checkpointer.wait()
+        self._sync.stop()
+        super().teardown()
+
+    # -- collectives ------------------------------------------------------------------------------------------------
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all ranks."""
+        self._sync.meet("a barrier")
+        super().barrier(name)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """What rank `src` has, on all ranks."""
+        self._sync.meet("a broadcast")
+        return super().broadcast(obj, src)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """The mean (or another reduction) over all ranks, or those of `group`."""
+        if group is None and isinstance(tensor, Tensor):
+            self._sync.meet("a reduction")
+        return super().reduce(tensor, group, reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """The tensors of all ranks, or those of `group`."""
+        if group is None:
+            self._sync.meet("an all-gather")
+        return super().all_gather(tensor, group, sync_grads)
+
     # -- steps ------------------------------------------------------------------------------------------------------
 
     @property
@@ -312,12 +403,186 @@ class ExpertParallelStrategy(OptimizingStrategy):
         mesh = self.device_mesh["data_parallel"]
         return {"num_replicas": mesh.size(), "rank": mesh.get_local_rank()}
 
+    def on_train_start(self) -> None:
+        """Refuse data loaders of different lengths before the first step.
+
+        Raises:
+            UserError: Naming ranks and numbers, if the shortest would end before training does.
+        """
+        super().on_train_start()
+        self._sync.require_equal_batches(self._module.trainer)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """No rank has a batch that others do not have."""
+        self._sync.begin_batch("train", self._module.trainer)
+        super().on_train_batch_start(batch, batch_idx)
+
+    def on_train_end(self) -> None:
+        """No rank goes on when others have ended."""
+        self._sync.meet("the end of training")
+        super().on_train_end()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's step as its forward, so that weights are gathered for it."""
+        module = self._module
+        assert self.model is not None
+        assert self.sharded is not None
+        manual = self._manual.step(module, self.sharded)
+        with self._sync.watched(), manual, self.precision_plugin.train_step_context():
+            return call_as_forward(module, self.model, "training_step", *args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's step as its forward."""
+        with self.precision_plugin.val_step_context():
+            return self._evaluate("validate", "validation_step", *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's step as its forward."""
+        with self.precision_plugin.test_step_context():
+            return self._evaluate("test", "test_step", *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's step as its forward."""
+        with self.precision_plugin.predict_step_context():
+            return self._evaluate("predict", "predict_step", *args, **kwargs)
+
+    def _evaluate(self, stage: str, name: str, *args: Any, **kwargs: Any) -> Any:
+        assert self.model is not None
+        assert self.sharded is not None
+        self._sync.begin_batch(stage, self._module.trainer)
+        with (
+            self._sync.watched(self._sync.evaluators),
+            torch.inference_mode(False),  # weights gathered in inference mode could not be used in training again
+            torch.set_grad_enabled(torch.is_grad_enabled()),
+        ):
+            result = call_as_forward(self._module, self.model, name, *args, **kwargs)
+        self.sharded.release_weights()  # which backward does in training
+        self._sync.end_evaluation_batch()
+        return result
+
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Keep gradients to oneself: all but the last micro-batch of a step run inside."""
+        """Keep gradients on their rank: all but the last micro-batch of a step run inside."""
         assert self.sharded is not None
         self.sharded.communicate_gradients(False)
         try:
             yield
         finally:
             self.sharded.communicate_gradients(True)
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """No rank computes gradients alone."""
+        assert self.sharded is not None
+        self._sync.meet("backward")
+        self._manual.gather_again(self.sharded)  # for the second of two losses
+        super().pre_backward(closure_loss)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Backward has released the weights that were gathered for the step."""
+        super().post_backward(closure_loss)
+        self._manual.released = True
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: L.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Compute gradients, inspect their norm on all ranks together, step.
+
+        Raises:
+            FloatingPointError: If the norm is not finite, and the step is not to be skipped.
+        """
+        module = self._module
+        assert self.sharded is not None
+        self._optimization.bind_new_groups(optimizer, self.sharded)
+
+        def inspected() -> Any:
+            result = closure()
+            self._sync.meet("the optimizer's step")
+            self._optimization.inspect_gradients(optimizer, module)
+            return result
+
+        try:
+            result = super().optimizer_step(optimizer, inspected, model, **kwargs)
+        finally:
+            self._optimization.forget_norm()
+        if not module.automatic_optimization:
+            self.sharded.release_weights()  # what was gathered, perhaps after backward, is that of before the step
+            self._manual.released = True
+        return result
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """Lightning's own, which is not used."""
+        return super().checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        raise TypeError(
+            f"{type(self).__name__} writes checkpoints itself, as folders that every layout reads: got the plugin "
+            f"{type(io).__name__}. Leave it out; asynchronous_save=True writes while training goes on."
+        )
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Yes: Lightning hands back what `load_checkpoint` has returned, and hooks may have changed."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The sharded weights, for callbacks and hooks to look at and to change; nothing is gathered."""
+        assert self.model is not None
+        return self.model.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Nothing: `save_checkpoint` collects it."""
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any = None) -> None:
+        """Save to the folder `filepath`; all ranks write. See `StrategyCheckpoints.save`.
+
+        Raises:
+            TypeError: If `storage_options` are given, or a hook has put something in that cannot be saved.
+            UserError: If `filepath` is a URL, or cannot be written.
+        """
+        if storage_options is not None:
+            raise TypeError(f"{type(self).__name__} writes checkpoints itself and takes no storage_options.")
+        assert self.model is not None
+        self._checkpoints.save(checkpoint, self.broadcast(str(filepath)), self.model, self.optimizers)
+
+    def remove_checkpoint(self, filepath: PathLike) -> None:
+        """Delete a checkpoint; rank 0 does.
+
+        Raises:
+            UserError: If it cannot be deleted.
+        """
+        if self.is_global_zero:
+            self._checkpoints.remove(filepath)
+
+    def load_checkpoint(self, checkpoint_path: PathLike, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint, for optimizers with the groups that they had. See `StrategyCheckpoints.read`.
+
+        Raises:
+            UserError: If it is no checkpoint of this strategy or of Lightning, or is broken.
+        """
+        if self._fitting:
+            restore_groups(self._module.trainer, checkpoint_path)
+        path = self.broadcast(str(checkpoint_path))
+        return self._checkpoints.read(path, self._module, self.optimizers if self._fitting else [])
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Fill the model with ``checkpoint["state_dict"]``, whole or sharded, as `load_state_dict` does.
+
+        Raises:
+            UserError: If it is of another model, or the optimizers' states are; the model is as it was then.
+        """
+        if self._fitting:
+            self._checkpoints.check_optimizers(checkpoint, self.optimizers)
+        self._checkpoints.load_model(checkpoint, self._module, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Fill the optimizers, each with its part; those of an emptied list stay as they are, as in Lightning."""
+        self._checkpoints.load_optimizers(checkpoint, self.optimizers)

@@ -11,11 +11,8 @@ import torch
 
 from moekit.atomic import replacing
 from moekit.errors import UserError
-from moekit.parallel.checkpoint import read_extra
-from moekit.parallel.checkpoint.checkpointer import read_state
-from moekit.parallel.checkpoint.index import read_index
-from moekit.parallel.checkpoint.reader import tensors_of
-from moekit.parallel.checkpoint.state import optimizer_state_from
+from moekit.parallel.checkpoint.optimizer_state import optimizer_state_from
+from moekit.parallel.checkpoint.reader import StoredCheckpoint
 
 PathLike = str | os.PathLike[str]
 
@@ -28,11 +25,11 @@ def consolidate_checkpoint(folder: PathLike, path: PathLike) -> None:
     alone.
 
     Args:
-        folder: the checkpoint.
-        path: the file.
+        folder: The checkpoint.
+        path: The file; one that is there is replaced when the new one is whole.
 
     Raises:
-        UserError: if the checkpoint is incomplete, cut short or altered, is not one of a Trainer, or the file cannot
+        UserError: If the checkpoint is incomplete, cut short or altered, is not one of a Trainer, or the file cannot
             be written.
     """
     checkpoint = whole_checkpoint(folder)
@@ -44,45 +41,31 @@ def whole_checkpoint(folder: PathLike) -> dict[str, Any]:
     """A checkpoint of `ExpertParallelStrategy` as the dictionary that plain Lightning writes, in host memory.
 
     Raises:
-        UserError: as `consolidate_checkpoint`.
+        UserError: If the checkpoint is incomplete, cut short or altered, or is not one of a Trainer.
     """
-    place = Path(os.path.abspath(folder))
-    index = read_index(place)
-    state, rest = read_state(place, index), rest_of(place)
+    stored = StoredCheckpoint(folder)
+    rest = rest_of(stored)
     if "pytorch-lightning_version" not in rest:
-        raise UserError(f"{place} must be a checkpoint of a Trainer: it is one of moekit.parallel.Checkpointer alone.")
+        raise UserError(
+            f"{stored.folder} must be a checkpoint of a Trainer: it is one of moekit.parallel.Checkpointer alone."
+        )
     # One of averaged weights, of an older moekit, keeps those of the model under another name.
-    found = {**rest, read_extra(place)["model_key"]: weights_of(place)}
+    found = {**rest, stored.extra["model_key"]: stored.weights()}
     if "lr_schedulers" not in rest:
         return found
-    optimizers = []
-    for number, saved in enumerate(state["optimizers"]):
-        prefix = f"optimizer/{number}/"
-        names = {name: name.removeprefix(prefix) for name in index.entries if name.startswith(prefix)}
-        optimizers.append(optimizer_state_from(saved, dict(tensors_of(place, index, names))))
+    optimizers = [
+        optimizer_state_from(saved, stored.tensors(f"optimizer/{number}/"))
+        for number, saved in enumerate(stored.state["optimizers"])
+    ]
     return {**found, "optimizer_states": optimizers}
 
 
-def weights_of(folder: Path) -> dict[str, Any]:
-    """The state dict of a sharded checkpoint's model: shared tensors under each of their names, and what is no tensor.
-
-    Raises:
-        UserError: if the checkpoint is missing, incomplete, cut short or altered.
-    """
-    index = read_index(folder)
-    state = read_state(folder, index)
-    names = {name: name.removeprefix("model/") for name in index.entries if name.startswith("model/")}
-    found: dict[str, Any] = dict(tensors_of(folder, index, names))
-    found |= {name: found[first] for name, first in state["shared"].items() if first in found}
-    return found | state["model"]
-
-
-def rest_of(folder: Path) -> Mapping[str, Any]:
+def rest_of(stored: StoredCheckpoint) -> Mapping[str, Any]:
     """What a sharded checkpoint of a Trainer holds beside weights and optimizers; empty if it is of no Trainer.
 
     Raises:
-        UserError: as `weights_of`.
+        UserError: If the checkpoint is incomplete, cut short or altered.
     """
-    extra = read_extra(folder)
+    extra = stored.extra
     found: Mapping[str, Any] = extra.get("checkpoint", {}) if isinstance(extra, Mapping) else {}
     return found

@@ -21,7 +21,7 @@ from moekit.errors import UserError
 from moekit.parallel import (
     Checkpointer,
     Layout,
-    Shadows,
+    MasterWeights,
     build_meshes,
     consolidate,
     export_safetensors,
@@ -75,7 +75,7 @@ class Run:
         self.optimizer = self.module.configure_optimizers()
         offload = options.get("offload") == "optimizer"
         if options.get("zero_stage") == 1 or offload:
-            Shadows(self.optimizer, divide=True, device=torch.device("cpu") if offload else None)
+            MasterWeights(self.optimizer, divide=True, device=torch.device("cpu") if offload else None)
 
     def steps(self, first: int, number: int) -> list[float]:
         losses = []

@@ -15,7 +15,7 @@ from moekit import ExpertParallelStrategy
 from moekit.dispatch import AllToAll, Exchange, PackedDispatcher, PaddedDispatcher, TwoLevelAllToAll
 from moekit.dispatch.exchange import transpose_blocks
 from moekit.experts import GroupedMLP
-from moekit.parallel import Plan
+from moekit.parallel import ShardingPlan
 from moekit.routing import Routing
 from moekit.testing import assert_close, random_routing, run_distributed, seeded
 
@@ -120,14 +120,14 @@ def test_transpose_blocks(a: int, b: int) -> None:
 def two_levels_in_training(expected: dict[str, Any]) -> None:
     """Four ranks as two nodes of two, under the strategy."""
     with quiet():
-        strategy = ExpertParallelStrategy(4, plan=Plan(node_size=2))
+        strategy = ExpertParallelStrategy(4, plan=ShardingPlan(node_size=2))
         module = SmallLM("sgd")
         found = differences(fit(module, strategy, sentences(2)), expected)
     layer = module.model.decoder.blocks[1].feed_forward
     assert isinstance(layer._packed.exchange, TwoLevelAllToAll)  # type: ignore[union-attr]
     assert max(found.values()) < 2e-6, found
     with pytest.raises(ValueError, match="node_size must divide expert_parallel_size: got 3 and 4"):
-        fit(SmallLM("sgd"), ExpertParallelStrategy(4, plan=Plan(node_size=3)), sentences(2))
+        fit(SmallLM("sgd"), ExpertParallelStrategy(4, plan=ShardingPlan(node_size=3)), sentences(2))
 
 
 def test_two_levels_in_training() -> None:

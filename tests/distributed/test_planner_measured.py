@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moekit.parallel import Layout, Shadows, build_meshes, parallelize
+from moekit.parallel import Layout, MasterWeights, build_meshes, parallelize
 from moekit.planner import Training, TransformerShape, plan
 from moekit.testing import run_distributed
 from moekit.transformer.init import materialize
@@ -62,10 +62,10 @@ def measure(world: int) -> list[dict[str, int]]:
         parallelize(model, build_meshes(layout, "cpu"))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         offloaded = layout.offload == "optimizer"
-        shadows = None
+        master = None
         if layout.zero_stage == 1 or offloaded:
             device = torch.device("cpu") if offloaded else None
-            shadows = Shadows(optimizer, divide=layout.zero_stage == 1, device=device)
+            master = MasterWeights(optimizer, divide=layout.zero_stage == 1, device=device)
         step = Step(model)
         step(torch.arange(48).remainder(64).view(4, 12))
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -74,8 +74,8 @@ def measure(world: int) -> list[dict[str, int]]:
         rows[-1]["weights"] = sum(local(p).nbytes for p in model.parameters())
         state = [value for values in optimizer.state.values() for value in values.values()]
         rows[-1]["optimizer"] = sum(local(t).nbytes for t in state if isinstance(t, Tensor))
-        copies = shadows.shadows if shadows is not None and offloaded else []
-        rows[-1]["copies"] = sum(local(shadow.tensor).nbytes for shadow in copies)
+        copies = master.entries if master is not None and offloaded else []
+        rows[-1]["copies"] = sum(local(entry.tensor).nbytes for entry in copies)
         # What is divided is no view of something whole that is kept.
         rows[-1]["storage"] = held(model.parameters())
     return rows

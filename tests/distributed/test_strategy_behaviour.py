@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from moekit import ExpertParallelStrategy
-from moekit.parallel import Plan, layers_of, no_layers, unused
+from moekit.parallel import ShardingPlan, layers_of, no_layers, unused_gradients
 from moekit.testing import run_distributed
 from moekit.transformer import Block
 
@@ -107,7 +107,7 @@ def recomputation() -> None:
     expected = one_process(SmallLM("sgd"), DATA)
     for layout in LAYOUTS:
         for wrap in (no_layers, layers_of(Block)):
-            strategy = ExpertParallelStrategy(**layout, plan=Plan(wrap=wrap))
+            strategy = ExpertParallelStrategy(**layout, plan=ShardingPlan(wrap=wrap))
             close(fit(SmallLM("sgd", checkpoint=True), strategy, DATA), expected)
 
 
@@ -147,15 +147,15 @@ class Sided(OneSided):
 def weights_that_a_rank_does_not_use() -> None:
     """By torch, and as it is done for a torch that cannot."""
     expected = one_process(Sided(), DATA)
-    native = unused.NATIVE
+    native = unused_gradients.NATIVE
     for by_torch in {native, False}:
-        unused.NATIVE = by_torch
+        unused_gradients.NATIVE = by_torch
         try:
             for layout in LAYOUTS[:2]:
                 got = fit(OneSided(), ExpertParallelStrategy(**layout), DATA)
                 close({**got, "losses": expected["losses"]}, expected)  # the step's own, without the side
         finally:
-            unused.NATIVE = native
+            unused_gradients.NATIVE = native
 
 
 class Intermittent(SmallLM):
@@ -174,16 +174,16 @@ class Intermittent(SmallLM):
 
 def weights_that_no_rank_uses() -> None:
     """They have no gradient, so neither momentum nor decay moves them."""
-    native = unused.NATIVE
+    native = unused_gradients.NATIVE
     for optimizer in ("sgd", "adamw"):
         expected = one_process(Intermittent(optimizer), DATA)
         for by_torch in {native, False}:
-            unused.NATIVE = by_torch
+            unused_gradients.NATIVE = by_torch
             try:
                 for layout in LAYOUTS:
                     close(fit(Intermittent(optimizer), ExpertParallelStrategy(**layout), DATA), expected)
             finally:
-                unused.NATIVE = native
+                unused_gradients.NATIVE = native
 
 
 def an_expert_with_all_tokens() -> None:
@@ -207,7 +207,7 @@ def uneven_batches() -> None:
 def two_levels() -> None:
     """The two-level all-to-all needs a group of more than one node: see test_exchange for four ranks."""
     expected = one_process(SmallLM("sgd"), DATA)
-    strategy = ExpertParallelStrategy(2, plan=Plan(node_size=2))
+    strategy = ExpertParallelStrategy(2, plan=ShardingPlan(node_size=2))
     close(fit(SmallLM("sgd"), strategy, DATA), expected)
 
 

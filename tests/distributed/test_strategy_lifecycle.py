@@ -19,7 +19,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from moekit import ExpertParallelStrategy
 from moekit.dispatch import TwoLevelAllToAll
 from moekit.layer import moe_layers
-from moekit.parallel import Plan
+from moekit.parallel import ShardingPlan
 from moekit.testing import run_distributed, seeded
 
 # -- timeouts ----------------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def seconds_of(group: Any) -> float:
 
 def every_group_waits(seconds: float) -> list[float]:
     """What every group of a run waits; then an all-to-all in a group of two waits in vain."""
-    strategy = ExpertParallelStrategy(2, plan=Plan(node_size=1), timeout=timedelta(seconds=seconds))
+    strategy = ExpertParallelStrategy(2, plan=ShardingPlan(node_size=1), timeout=timedelta(seconds=seconds))
     trainer = trainer_for(strategy)
     waited: list[float] = []
 
@@ -40,8 +40,8 @@ def every_group_waits(seconds: float) -> list[float]:
             meshes = strategy.meshes
             for mesh in (meshes.dense, meshes.sparse, meshes.data, strategy._world.all):  # type: ignore[union-attr]
                 waited.extend(seconds_of(group) for group in mesh.get_all_groups())
-            waited.append(seconds_of(strategy._lockstep._group))  # type: ignore[union-attr]
-            waited.append(seconds_of(strategy._checkpointer._own_group()))
+            waited.append(seconds_of(strategy._sync.lockstep._group))  # type: ignore[union-attr]
+            waited.append(seconds_of(strategy._checkpoints.checkpointer._own_group()))
             group = meshes.expert_group
             assert group.size() == 2
             if group.rank() == 0:
@@ -58,7 +58,7 @@ def every_group_waits(seconds: float) -> list[float]:
 
 
 def times_of_two_levels(seconds: float) -> list[float]:
-    strategy = ExpertParallelStrategy(4, plan=Plan(node_size=2), timeout=timedelta(seconds=seconds))
+    strategy = ExpertParallelStrategy(4, plan=ShardingPlan(node_size=2), timeout=timedelta(seconds=seconds))
     module = SmallLM("sgd")
     trainer_for(strategy, max_steps=1).fit(module, torch.utils.data.DataLoader(sentences(1), batch_size=2))  # type: ignore[arg-type]
     found = []

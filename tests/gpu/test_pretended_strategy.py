@@ -15,16 +15,16 @@ from devices import explained, gpu
 from torch import Tensor, nn
 
 from moekit import ExpertParallelStrategy
-from moekit.parallel import unused
+from moekit.parallel import unused_gradients
 from moekit.parallel.gradients import clip_by_norm, gradient_norm
-from moekit.parallel.host_copies import host_memory, to_host
+from moekit.parallel.host_memory import empty_on_host, to_host
 from moekit.parallel.mesh import World, unflatten
 from moekit.routers import TopKRouter
 from moekit.training.callbacks import random_state
 from moekit.training.callbacks.random_state import RandomState
 from moekit.training.metrics.perplexity import TokenPerplexity
 from moekit.training.metrics.routing import RoutingStatistics
-from moekit.training.placement import bring_along
+from moekit.training.placement import move_unsharded_state
 
 
 class Counting(L.LightningModule):
@@ -42,7 +42,7 @@ def test_what_stays_behind_is_brought_along() -> None:
     """With offloaded weights, or ones drawn from the meta device, nobody calls ``to`` on the module."""
     module = Counting()
     with gpu():
-        bring_along(module, torch.device("cuda", 0))
+        move_unsharded_state(module, torch.device("cuda", 0))
         assert str(module.device) == "cuda:0"
         assert module.table.is_cuda
         assert module.layer.table is module.table
@@ -58,7 +58,7 @@ def test_what_stays_behind_is_brought_along() -> None:
 def test_the_strategy_brings_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """In setup, after the division, whatever the offload."""
     called: list[Any] = []
-    monkeypatch.setattr("moekit.training.strategy.bring_along", lambda *given: called.append(given))
+    monkeypatch.setattr("moekit.training.strategy.move_unsharded_state", lambda *given: called.append(given))
     strategy = ExpertParallelStrategy(1, offload="parameters")
     module = Counting()
     trainer = L.Trainer(
@@ -150,8 +150,8 @@ def test_copies_to_the_host_wait_once() -> None:
         assert not waits
         for tensor, value in zip(there, values, strict=True):
             assert torch.equal(tensor.cpu(), 2 * value)
-        assert host_memory(there[0]).is_pinned()
-        assert not host_memory(values[0]).is_pinned()
+        assert empty_on_host(there[0]).is_pinned()
+        assert not empty_on_host(values[0]).is_pinned()
         assert to_host([]) == []
 
 
@@ -203,12 +203,12 @@ def test_who_was_used_is_told_without_a_wait(monkeypatch: pytest.MonkeyPatch) ->
     class Divided:
         device_mesh = SimpleNamespace(device_type="cuda")
 
-    monkeypatch.setattr(unused, "DTensor", Divided)
+    monkeypatch.setattr(unused_gradients, "DTensor", Divided)
     parameters: Any = [Divided(), Divided()]
-    unused._used[parameters[1]] = False
+    unused_gradients._used[parameters[1]] = False
     with gpu() as found:
         with found.watch() as waits:
-            flags = unused.used_somewhere(parameters)
+            flags = unused_gradients.used_somewhere(parameters)
         assert not waits, list(map(str, waits))
         assert flags.is_cuda
         assert flags.tolist() == [1.0, 0.0]

@@ -272,13 +272,13 @@ def test_single_file(saved: Path) -> None:
         if isinstance(value, Tensor):
             assert torch.equal(other.state_dict()[name], value), name
 
-    with pytest.raises(UserError, match="There is no file"):
+    with pytest.raises(UserError, match="there is no file"):
         import_safetensors(saved.parent / "no.safetensors", other)
     first.write_bytes(first.read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"model\.safetensors cannot be read .* cut short"):
+    with pytest.raises(UserError, match=r"model\.safetensors must be a whole safetensors file"):
         import_safetensors(first, other)
     with pytest.raises(UserError, match="of another model"):
         import_safetensors(second, nn.Linear(2, 2))
-    with pytest.raises(UserError, match="cannot write the checkpoint"):
+    with pytest.raises(UserError, match="cannot write inside in the folder"):
         export_safetensors(net, second / "inside")
     assert sorted(p.name for p in saved.parent.iterdir()) == ["a", "b.safetensors", "last"]

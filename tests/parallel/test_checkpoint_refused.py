@@ -52,10 +52,12 @@ def test_truncated_shards_are_refused_by_name(saved: Path) -> None:
     for length in (len(content) - 1, len(content) // 2, 4, 0):
         shard(saved).write_bytes(content[:length])
         for call in (load, verify_checkpoint, lambda path: consolidate(path, path / "x.safetensors")):
-            with pytest.raises(UserError, match=r"rank_00000\.safetensors cannot be read .* cut short or broken"):
+            with pytest.raises(
+                UserError, match=r"rank_00000\.safetensors must be a whole safetensors file.*Use another"
+            ):
                 call(saved)
     shard(saved).unlink()
-    with pytest.raises(UserError, match=r"rank_00000\.safetensors is missing"):
+    with pytest.raises(UserError, match=r"is broken: there is no file .*rank_00000\.safetensors"):
         load(saved)
 
 
@@ -70,7 +72,7 @@ def test_tampered_shards_are_refused_by_name(saved: Path) -> None:
                 call(saved)
     del changed[key]
     save_file(changed, shard(saved))
-    with pytest.raises(UserError, match=r"rank_00000\.safetensors cannot be read at optimizer/0/moe"):
+    with pytest.raises(UserError, match=r"rank_00000\.safetensors has no tensor optimizer/0/moe"):
         load(saved)
     # The other way round: as many bytes under the name of another tensor.
     swapped = dict(tensors)

@@ -14,7 +14,7 @@ from torch import nn
 import moekit as mk
 from moekit import ExpertParallelStrategy
 from moekit.experts import GroupedMLP
-from moekit.parallel import Layout, Plan, layers_of, no_layers, repeated_layers
+from moekit.parallel import Layout, ShardingPlan, layers_of, no_layers, repeated_layers
 from moekit.parallel.annotation import check_model, read_annotations
 from moekit.parallel.zero import zero_dimension
 from moekit.routers import switch
@@ -98,7 +98,7 @@ class Whole(GroupedMLP):
         (lambda: SelfAttention(8, 2), {"tensor_parallel_size": 4}, "the axis 'heads' of qkv.weight .* got 2 and 4. Use "
          "tensor_parallel_size=2, or make it 4"),
         (lambda: nn.Linear(2, 2), {"tensor_parallel_size": 2}, "needs modules that name an axis mlp, heads or vocab"),
-        (lambda: Table(4, 2), {"tensor_parallel_size": 2}, "Use moekit.transformer.TokenEmbedding, or a Plan without"),
+        (lambda: Table(4, 2), {"tensor_parallel_size": 2}, "TokenEmbedding, or a ShardingPlan without"),
         (lambda: GroupedMLP(4, 8, 6), {"expert_parallel_size": 2}, "are not in a MoELayer"),
         (lambda: mk.MoELayer(switch(8, 4), NoAxes()), {}, "every parameter of an expert bank must be named .* extra"),
         (lambda: mk.MoELayer(switch(8, 4), WrongAxes(4, 8, 6)), {}, "must name every dimension"),
@@ -106,17 +106,17 @@ class Whole(GroupedMLP):
     ],
 )  # fmt: skip
 def test_models_that_do_not_fit(build: Callable[[], nn.Module], layout: dict[str, Any], message: str) -> None:
-    model, plan = build(), Plan()
+    model, plan = build(), ShardingPlan()
     with pytest.raises(ValueError, match=message):
         check_model(model, Layout(devices=4, **layout), plan, read_annotations(model, plan))
 
 
 def test_plans() -> None:
     with pytest.raises(ValueError, match='maps "expert" to the mesh dimension "expert" and other axes to "tensor"'):
-        Plan(axes={"expert": "tensor"})
+        ShardingPlan(axes={"expert": "tensor"})
     with pytest.raises(ValueError, match="node_size must be at least 1"):
-        Plan(node_size=0)
-    whole = Plan(axes={"expert": "expert"})
+        ShardingPlan(node_size=0)
+    whole = ShardingPlan(axes={"expert": "expert"})
     model = Table(4, 2)
     found = read_annotations(model, whole)
     assert [note.divided for note in found] == [{}]
@@ -128,7 +128,7 @@ def test_plans() -> None:
 
 
 def test_axes_of_a_model() -> None:
-    found = {note.path: note for note in read_annotations(lm(bias=True), Plan())}
+    found = {note.path: note for note in read_annotations(lm(bias=True), ShardingPlan())}
     assert found["decoder.layers.0.feed_forward.experts.w_in"].divided == {0: "expert", 2: "tensor"}
     assert found["decoder.layers.0.feed_forward.experts.b_out"].is_output_bias
     assert not found["decoder.layers.0.feed_forward.experts.b_in"].is_output_bias

@@ -15,7 +15,7 @@ from moekit.experts import Experts, GroupedGLU, GroupedMLP, ZeroComputationExper
 from moekit.experts.base_layers import BASELayerStack
 from moekit.experts.multi_hash import MultiHashMLP
 from moekit.parallel.annotation import read_annotations
-from moekit.parallel.plan import Plan
+from moekit.parallel.plan import ShardingPlan
 from moekit.surgery.adapters import LinearAdapter, LowRank, add_adapters, is_adapter, merge_adapters, merged_state
 from moekit.training.optimizers import parameter_groups
 from moekit.transformer import GLU, MLP, EncoderDecoder, every_other
@@ -180,7 +180,7 @@ def test_axes_and_optimizer_groups() -> None:
     """Every adapter's dimensions are named, experts' with their experts; those learn at the experts' rate."""
     model = network()
     added = add_adapters(model, rank=2)
-    notes = {note.path: note for note in read_annotations(model, Plan())}
+    notes = {note.path: note for note in read_annotations(model, ShardingPlan())}
     for name in added:
         assert len(notes[name].axes) == notes[name].parameter.ndim
         assert "rank" in notes[name].axes

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from moekit.errors import UserError
 from moekit.huggingface import import_model
-from moekit.surgery.mapped import map_fake, read_safetensors
+from moekit.mapped import map_fake, read_safetensors
 
 
 @pytest.fixture(scope="module")

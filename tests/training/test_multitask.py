@@ -15,7 +15,7 @@ import moekit as mk
 from moekit.data.batch import Batch
 from moekit.heads import DenoisingHead, MaskedLMHead, TranslationHead
 from moekit.training.multitask import MultitaskModule
-from moekit.training.schedules import ConstantRate
+from moekit.training.schedules import ConstantWithWarmup
 from moekit.transformer import EncoderDecoder, every_other, routed_layers
 
 VOCAB, DIM = 60, 16
@@ -91,7 +91,7 @@ def test_objective_is_the_weighted_sum(tmp_path: Path) -> None:
 
 
 def test_everything_is_logged(tmp_path: Path) -> None:
-    model = module(schedule=lambda optimizer: ConstantRate(optimizer, 2))
+    model = module(schedule=lambda optimizer: ConstantWithWarmup(optimizer, 2))
     fit = trainer(tmp_path)
     valid = [make_batch(task, seed=3) for task in STEP]
     fit.fit(model, DataLoader([STEP] * 4, batch_size=None), DataLoader(valid, batch_size=None))

@@ -15,8 +15,8 @@ from moekit.parallel.checkpoint.checkpointer import (
     remove_checkpoint,
     verify_checkpoint,
 )
-from moekit.parallel.checkpoint.layout import gather_state_dict
 from moekit.parallel.checkpoint.single_file import consolidate, export_safetensors, import_safetensors
+from moekit.parallel.shards import gather_state_dict
 
 __all__ = [
     "Checkpointer",

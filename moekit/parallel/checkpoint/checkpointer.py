@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,43 +16,41 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moekit.errors import UserError
-from moekit.parallel.checkpoint import reader
 from moekit.parallel.checkpoint.disk import flush, hidden_folders, writing
-from moekit.parallel.checkpoint.index import INDEX, Index, read_index
-from moekit.parallel.checkpoint.reader import FolderReader, TensorLoadPlanner, read_plain, tensors_of
+from moekit.parallel.checkpoint.index import INDEX
+from moekit.parallel.checkpoint.optimizer_state import flatten_optimizers, optimizer_states_from, optimizer_targets
+from moekit.parallel.checkpoint.reader import StoredCheckpoint
 from moekit.parallel.checkpoint.state import (
-    collect,
     extra_targets,
+    extract_dtensors,
+    insert_dtensors,
     model_targets,
-    optimizer_states_from,
-    optimizer_targets,
-    put_back,
+    model_tensors,
     require_same_tensors,
     state_dict_from,
-    take_out,
 )
 from moekit.parallel.checkpoint.writer import FolderWriter
+from moekit.parallel.master_weights import swapped_in
 from moekit.parallel.mesh import host_group
-from moekit.parallel.shadows import shown
 
 PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
-class Content:
-    """What a checkpoint holds, laid out for a model.
+class CheckpointContent:
+    """What a checkpoint holds, sharded as a model is.
 
     Attributes:
-        state: a state dict for the model.
-        optimizers: a state dict for each optimizer.
-        extra: what was saved beside them.
+        state: A state dict for the model.
+        optimizers: A state dict for each optimizer.
+        extra: What was saved beside model and optimizers.
     """
 
     state: dict[str, Any]
@@ -73,7 +70,7 @@ class Checkpointer:
     Args:
         asynchronous: `save` returns when the state has been copied to host memory (which takes that much of it); the
             rest happens in a thread, with communication of its own. The next `save`, or `wait`, tells of its failure.
-        timeout: seconds after which a process that waits for others in a save gives up.
+        timeout: Seconds after which a process that waits for others in a save gives up.
 
     Example:
         >>> import tempfile
@@ -103,27 +100,29 @@ class Checkpointer:
         """Save to the folder `path`; a checkpoint that is there is replaced when the new one is whole.
 
         Args:
-            path: the folder, on a file system that all processes share.
-            model: parallelized or plain.
-            optimizers: of the model; as they are, and shadows included.
-            extra: plain data (numbers, strings, tensors, and lists and dictionaries of them); that of rank 0 is saved,
+            path: The folder, on a file system that all processes share.
+            model: The model, parallelized or plain.
+            optimizers: The optimizers of the model, with or without master weights.
+            extra: Plain data (numbers, strings, tensors, and lists and dictionaries of them); that of rank 0 is saved,
                 and DTensors in it by all ranks.
-            state: what to save as the model's state dict, with or without entries that the model has; None = as it is.
+            state: What to save as the model's state dict, with or without entries that the model has; None = as it is.
 
         Raises:
-            UserError: full disk and the like, on all ranks.
-            TypeError: if `extra` is more than plain data.
-            RuntimeError: if a process failed or vanished, also if the one before failed in its thread.
+            UserError: If the disk is full and the like, on all ranks.
+            TypeError: If `extra` is more than plain data.
+            RuntimeError: If a process failed or vanished, also if the one before failed in its thread.
         """
         self.wait()
-        found = collect(model, optimizers, state)
-        extra = take_out(extra, found.tensors, "extra")
+        tensors, other, shared = model_tensors(model, state)
+        statistics, plain = flatten_optimizers(model, optimizers)
+        tensors = {name: tensor.detach() for name, tensor in tensors.items()} | statistics
+        extra = extract_dtensors(extra, tensors, "extra")
         place = Path(os.path.abspath(path))
-        data = _dump({"state": found.plain, "extra": extra})
+        data = _dump({"state": {"model": other, "shared": shared, "optimizers": plain}, "extra": extra})
         group = self._own_group()
-        _check_repeated(found.tensors, model, group)
+        _check_repeated(tensors, model, group)
         # What all ranks repeat as plain tensors is rank 0's, and need not be equal (buffers).
-        tensors = {name: t for name, t in found.tensors.items() if isinstance(t, DTensor) or _rank() == 0}
+        tensors = {name: t for name, t in tensors.items() if isinstance(t, DTensor) or _rank() == 0}
         writer = FolderWriter(place, data)
         if not self.asynchronous:
             _write(tensors, writer, group)
@@ -143,7 +142,7 @@ class Checkpointer:
         """Wait for a save in a thread.
 
         Raises:
-            UserError | RuntimeError: if it failed.
+            UserError | RuntimeError: If it failed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -156,17 +155,17 @@ class Checkpointer:
         """Load the checkpoint at `path` into the model and its optimizers; return what was saved as `extra`.
 
         Args:
-            path: the folder.
-            model: of the shape that was saved; parallelized in any way, or plain.
-            optimizers: those that were saved, or none to load the model alone.
+            path: The folder of the checkpoint.
+            model: A model of the shape that was saved, parallelized in any way or plain.
+            optimizers: The optimizers that were saved, or none to load the model alone.
 
         Raises:
-            UserError: naming the file, if the checkpoint is missing, incomplete, cut short or altered; naming the
+            UserError: Naming the file, if the checkpoint is missing, incomplete, cut short or altered; naming the
                 tensor, if it is of another model. Model and optimizers are as they were then.
         """
         found = self.read(path, model, optimizers, strict=True)
         model.load_state_dict(found.state, strict=False)  # `read` has compared the names of all tensors
-        with shown(*optimizers):
+        with swapped_in(*optimizers):
             for optimizer, state in zip(optimizers, found.optimizers, strict=True):
                 optimizer.load_state_dict(state)
         return found.extra
@@ -179,45 +178,43 @@ class Checkpointer:
         *,
         strict: bool = False,
         others: bool = False,
-    ) -> Content:
+    ) -> CheckpointContent:
         """What `load` would load, without touching the model: each rank reads its own parts.
 
         It takes as much memory as the weights, beside them; a training step's gradients take as much.
 
         Args:
-            path: the folder.
-            model: that the tensors are laid out for.
-            optimizers: those that were saved, or none.
-            strict: whether names and shapes must be the model's.
-            others: whether tensors that the model has not, or not in this shape, are read too: whole, on each rank's
+            path: The folder of the checkpoint.
+            model: The model as whose tensors those of the checkpoint are sharded.
+            optimizers: The optimizers that were saved, or none.
+            strict: Whether names and shapes must be the model's.
+            others: Whether tensors that the model has not, or not in this shape, are read too: whole, on each rank's
                 CPU. Parameters of the optimizers may then have got other names.
 
         Raises:
-            UserError: as `load`.
+            UserError: If `load` would raise it.
         """
         self.wait()
-        folder = Path(os.path.abspath(path))
-        index = read_index(folder)
-        content = _parse(read_plain(folder, index), folder)
-        plain = content["state"]
+        stored = StoredCheckpoint(path)
+        index, plain, where = stored.index, stored.state, str(stored.folder)
         if strict:
-            require_same_tensors(model, index, plain, str(folder))
+            require_same_tensors(model, index, plain, where)
         targets: dict[str, Tensor] = model_targets(model, index, others=others)
         if optimizers:
-            with shown(*optimizers):
-                targets |= optimizer_targets(model, optimizers, index, plain, str(folder), renamed=others)
+            with swapped_in(*optimizers):
+                targets |= optimizer_targets(model, optimizers, index, plain, where, renamed=others)
         targets |= extra_targets(model, index)
-        read_into(targets, folder, index)
+        read_into(targets, stored)
         # What is not read has a shape, so that it can be refused by name.
         unread = {
             key: torch.empty(entry.shape, device="meta")
             for key, entry in index.entries.items()
             if key.startswith("model/") and key not in targets
         }
-        return Content(
+        return CheckpointContent(
             state_dict_from(model, targets | unread, plain),
             optimizer_states_from(model, optimizers, targets, plain),
-            put_back(content["extra"], targets),
+            insert_dtensors(stored.plain["extra"], targets),
         )
 
     def _own_group(self) -> dist.ProcessGroup | None:
@@ -231,40 +228,29 @@ def read_extra(path: PathLike) -> Any:
     """What was given as `extra` when the checkpoint was saved, without a model; nothing in it is executed.
 
     Raises:
-        UserError: naming the file, if the checkpoint is missing, cut short or altered.
+        UserError: Naming the file, if the checkpoint is missing, cut short or altered.
     """
-    folder = Path(os.path.abspath(path))
-    index = read_index(folder)
-    content = _parse(read_plain(folder, index), folder)
-    names = {name: name for name in index.entries if name.startswith("extra/")}
-    return put_back(content["extra"], dict(tensors_of(folder, index, names)))
+    return StoredCheckpoint(path).extra
 
 
-def read_state(folder: Path, index: Index) -> dict[str, Any]:
-    """What a checkpoint holds of model and optimizers that is no tensor: ``model``, ``shared`` and ``optimizers``.
+def read_into(targets: Mapping[str, Tensor], stored: StoredCheckpoint) -> None:
+    """Fill tensors from a checkpoint, each rank its part; all ranks call it together.
 
     Raises:
-        UserError: if it is not what was written.
+        UserError: If a file is missing, cut short or altered; on all ranks.
     """
-    found: dict[str, Any] = _parse(read_plain(folder, index), folder)["state"]
-    return {"model": {}, "shared": {}, "optimizers": [], **found}
-
-
-def read_into(targets: dict[str, Tensor], folder: Path, index: Index) -> None:
-    """Fill tensors from a checkpoint, each rank its part.
-
-    Raises:
-        UserError: if a file is missing, cut short or altered; on all ranks.
-    """
-    source, planner = FolderReader(folder, index), TensorLoadPlanner()
-    with torch.no_grad():
-        if _distributed():
-            _collectively(lambda: state_dict_loader.load(targets, storage_reader=source, planner=planner))
-            return
-        # Without processes to agree with, DCP's steps one after the other.
-        planner.set_up_planner(targets, source.read_metadata(), is_coordinator=True)
-        plans = planner.create_global_plan([source.prepare_local_plan(planner.create_local_plan())])
-        source.read_data(planner.finish_plan(plans[0]), planner).wait()
+    if not _distributed():
+        stored.fill(targets)
+        return
+    failure: Exception | None = None
+    try:
+        stored.fill(targets)
+    except Exception as error:
+        failure = _failure(_rank(), error)
+    everyone: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, failure)
+    for first in filter(None, everyone):
+        raise first
 
 
 def is_checkpoint(path: PathLike) -> bool:
@@ -276,18 +262,16 @@ def verify_checkpoint(path: PathLike) -> None:
     """Read all of a checkpoint and compare every part with its digest; for one process.
 
     Raises:
-        UserError: naming the file that is missing, cut short or altered, or the tensor that is not complete.
+        UserError: Naming the file that is missing, cut short or altered, or the tensor that is not complete.
     """
-    folder = Path(os.path.abspath(path))
-    index = read_index(folder)
-    reader.verify(folder, index)
+    StoredCheckpoint(path).verify()
 
 
 def remove_checkpoint(path: PathLike) -> None:
     """Delete a checkpoint; it vanishes from its name at once, whole. For one process; none there is no error.
 
     Raises:
-        UserError: if it cannot be deleted.
+        UserError: If it cannot be deleted.
     """
     place = Path(os.path.abspath(path))
     with writing(place):
@@ -301,9 +285,11 @@ def remove_checkpoint(path: PathLike) -> None:
 def _write(tensors: dict[str, Tensor], writer: FolderWriter, group: dist.ProcessGroup | None) -> None:
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     if group is not None:
-        _collectively(
-            lambda: state_dict_saver.save(tensors, storage_writer=writer, planner=planner, process_group=group)
-        )
+        try:
+            state_dict_saver.save(tensors, storage_writer=writer, planner=planner, process_group=group)
+        except CheckpointException as failed:  # of some ranks; told by all in the words of the first
+            rank, (error, _) = min(failed.failures.items())
+            raise _failure(rank, error) from error
         return
     planner.set_up_planner(tensors, is_coordinator=True)
     writer.set_up_storage_writer(is_coordinator=True)
@@ -312,15 +298,11 @@ def _write(tensors: dict[str, Tensor], writer: FolderWriter, group: dist.Process
     writer.finish(metadata, [writer.write_data(plan, planner).value()])
 
 
-def _collectively(call: Any) -> None:
-    """Run a save or load of DCP; give its collected failures back as the first rank's error, on every rank."""
-    try:
-        call()
-    except CheckpointException as failed:
-        rank, (error, _) = min(failed.failures.items())
-        if isinstance(error, UserError):
-            raise UserError(str(error)) from None
-        raise RuntimeError(f"rank {rank} failed in a checkpoint ({type(error).__name__}): {error}") from error
+def _failure(rank: int, error: BaseException) -> Exception:
+    """A rank's error as all ranks raise it."""
+    if isinstance(error, UserError):
+        return UserError(str(error))
+    return RuntimeError(f"rank {rank} failed in a checkpoint ({type(error).__name__}): {error}")
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -333,7 +315,7 @@ def _check_repeated(tensors: dict[str, Tensor], model: nn.Module, group: dist.Pr
     """Parameters that are plain tensors must be repeated on all ranks: one rank's would be saved for all.
 
     Raises:
-        ValueError: naming the first that differs.
+        ValueError: Naming the first that differs.
     """
     if group is None or group.size() == 1:
         return
@@ -365,7 +347,7 @@ def _dump(content: Any) -> bytes:
     """Plain data as bytes that `weights_only` reads back.
 
     Raises:
-        TypeError: if it is more than that.
+        TypeError: If it is more than that.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -377,21 +359,3 @@ def _dump(content: Any) -> bytes:
             f"{next(iter(str(error).splitlines()), '')} Convert it, for example a Path to a string."
         ) from None
     return buffer.getvalue()
-
-
-def _parse(data: bytes | None, folder: Path) -> dict[str, Any]:
-    """Plain data back from bytes, without executing anything in them."""
-    if data is None:
-        return {"state": {}, "extra": None}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # refused below, in our words
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"the checkpoint {folder} must hold tensors and plain data only: "
-            f"{next(iter(str(error).splitlines()), type(error).__name__)} Nothing in it has been executed."
-        ) from None
-    if not isinstance(content, dict) or not {"state", "extra"} <= set(content):
-        raise UserError(f"the checkpoint {folder} holds other plain data than expected. Use another one.")
-    return content

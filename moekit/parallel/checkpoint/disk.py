@@ -76,11 +76,9 @@ def writing(path: Path) -> Iterator[None]:
     """Tell of full disks and the like in the user's words.
 
     Raises:
-        UserError: instead of an `OSError`.
+        UserError: Instead of an `OSError`.
     """
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot write the checkpoint {path}: {error.strerror or error}.") from error
-    except SafetensorError as error:
-        raise UserError(f"cannot write the checkpoint {path}: {error}.") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write the checkpoint {path}: {getattr(error, 'strerror', None) or error}.") from error

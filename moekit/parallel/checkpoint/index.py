@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from moekit.errors import UserError
+from moekit.mapped import DTYPES
 
 INDEX = "index.json"
 FORMAT = 1
@@ -26,23 +27,7 @@ ABOUT = (
     "reads (load_from_checkpoint too); moekit.parallel.consolidate(folder, file) one of its weights."
 )
 
-_TYPES = {
-    str(kind): kind
-    for kind in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    )
-}
+_TYPES = {str(dtype): dtype for dtype in DTYPES.values()}
 _FILE = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -51,10 +36,10 @@ class Chunk:
     """A box of a tensor, and where it lies.
 
     Attributes:
-        offsets: its first entry, by dimension.
-        sizes: its extent, by dimension.
-        file: relative to the checkpoint.
-        key: its name in that safetensors file.
+        offsets: The place of its first entry in the tensor, by dimension.
+        sizes: The number of its entries, by dimension.
+        file: The safetensors file that holds it, relative to the checkpoint.
+        key: Its name in that file.
         digest: SHA-256 of its bytes, or None where nobody has taken it.
     """
 
@@ -71,7 +56,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredTensor:
     """A tensor in chunks."""
 
     shape: tuple[int, ...]
@@ -84,12 +69,12 @@ class Index:
     """All tensors of a checkpoint, and the file of what is not a tensor.
 
     Attributes:
-        entries: by name.
-        plain: file and SHA-256 of plain data, or None.
-        processes: how many wrote it.
+        entries: The tensors, by name.
+        plain: The file and the SHA-256 of what is no tensor, or None.
+        processes: The number of processes that wrote the checkpoint.
     """
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, StoredTensor]
     plain: tuple[str, str] | None = None
     processes: int = 1
 
@@ -118,7 +103,7 @@ class Index:
         """Every number of every tensor is there once, and no two parts share bytes.
 
         Raises:
-            UserError: naming the tensor.
+            UserError: Naming the tensor.
         """
         seen: dict[tuple[str, str], str] = {}
         for name, entry in self.entries.items():
@@ -134,7 +119,7 @@ class Index:
             _check_tiling(name, entry, where)
 
 
-def _check_tiling(name: str, entry: Entry, where: str) -> None:
+def _check_tiling(name: str, entry: StoredTensor, where: str) -> None:
     """The chunks of a tensor lie inside it, do not overlap, and are as many numbers as it has."""
     chunks = [chunk for chunk in entry.chunks if chunk.numel]
     for chunk in chunks:
@@ -188,7 +173,7 @@ def read_index(path: Path) -> Index:
     """The index of the checkpoint folder `path`, checked.
 
     Raises:
-        UserError: if there is none, or it is broken, altered, incomplete, or from a later format.
+        UserError: If there is none, or it is broken, altered, incomplete, or from a later format.
     """
     file = path / INDEX
     try:
@@ -213,7 +198,7 @@ def _parse(raw: Any, file: Path) -> Index:
         raise UserError(f"{file} was altered after it was written: its digest does not fit. Use another checkpoint.")
     try:
         entries = {
-            name: Entry(
+            name: StoredTensor(
                 _numbers(entry["shape"]),
                 _TYPES[entry["dtype"]],
                 tuple(

@@ -1,222 +1,141 @@
-"""Reading a checkpoint's files: what an index lists, verified part by part."""
+"""Reading a checkpoint folder: what its index lists, verified part by part."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping
+import pickle
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.storage import StorageReader
-from torch.futures import Future
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moekit.errors import UserError
+from moekit.mapped import MappedTensor, read_safetensors
 from moekit.parallel.checkpoint.disk import digest_of
-from moekit.parallel.checkpoint.index import Chunk, Index
+from moekit.parallel.checkpoint.index import Chunk, Index, read_index
+from moekit.parallel.checkpoint.state import insert_dtensors
 
 
-class FolderReader(StorageReader):
-    """Reads what an `Index` lists, and checks the digest of every part that it reads.
+class StoredCheckpoint:
+    """A checkpoint folder that is open for reading, in one process and without a model. Nothing in it is executed.
 
     Args:
-        folder: what the index's files are relative to.
-        index: of the checkpoint.
-    """
-
-    def __init__(self, folder: Path, index: Index) -> None:
-        self.folder, self.index = folder, index
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing: a reader reads one checkpoint."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index in DCP's words."""
-        return Metadata(
-            {
-                name: TensorStorageMetadata(
-                    TensorProperties(dtype=entry.dtype),
-                    torch.Size(entry.shape),
-                    [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in entry.chunks],
-                )
-                for name, entry in self.index.entries.items()
-            }
-        )
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Read file after file."""
-        plan.items.sort(key=lambda item: self._chunk(item.storage_index).file)
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """As they are."""
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy every part into its place."""
-        with contextlib.ExitStack() as stack:
-            name, file = "", None
-            checked: set[tuple[str, str]] = set()
-            for item in plan.items:
-                chunk = self._chunk(item.storage_index)
-                if chunk.file != name:
-                    stack.close()
-                    name, file = chunk.file, stack.enter_context(_opened(self.folder / chunk.file))
-                part = read_part(file, chunk, item.storage_offsets, item.lengths, self.folder, checked)
-                target = planner.resolve_tensor(item).detach()
-                target.copy_(part.view(target.shape))
-                planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    def _chunk(self, where: MetadataIndex) -> Chunk:
-        offsets = tuple(where.offset or ())
-        chunks = self.index.entries[where.fqn].chunks
-        hint = where.index
-        if hint is not None and hint < len(chunks) and chunks[hint].offsets == offsets and chunks[hint].numel:
-            return chunks[hint]
-        return next(chunk for chunk in chunks if chunk.offsets == offsets and (chunk.numel or not chunk.sizes))
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Any path will do."""
-        return True
-
-
-class TensorLoadPlanner(DefaultLoadPlanner):
-    """DCP's planner without its way to unpickle: this format has nothing for it."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        """Refuse.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("a checkpoint holds no pickled objects among its tensors.")
-
-
-def read_part(
-    file: Any, chunk: Chunk, offsets: Any, lengths: Any, folder: Path, checked: set[tuple[str, str]]
-) -> Tensor:
-    """Part of a chunk from an opened safetensors file; the whole chunk's digest is checked once.
+        folder: The checkpoint, or the folder to which the files of `index` are relative.
+        index: The index of the checkpoint; None = the one in the folder.
 
     Raises:
-        UserError: naming the file, if the part is not there or not what was written.
+        UserError: If there is no checkpoint, or its index is broken, altered or incomplete. All methods raise it too,
+            naming the file, if one is missing, cut short or altered.
     """
-    try:
-        if chunk.digest is None:
-            box = tuple(slice(start, start + size) for start, size in zip(offsets, lengths, strict=True))
-            found: Tensor = file.get_slice(chunk.key)[box] if box else file.get_tensor(chunk.key)
-            return found
-        whole: Tensor = file.get_tensor(chunk.key)
-    except SafetensorError as error:
-        raise UserError(f"{folder / chunk.file} cannot be read at {chunk.key} ({error}). It is broken.") from None
-    if (chunk.file, chunk.key) not in checked:
-        if tuple(whole.shape) != chunk.sizes or digest_of(whole) != chunk.digest:
+
+    def __init__(self, folder: str | os.PathLike[str], index: Index | None = None) -> None:
+        self.folder = Path(os.path.abspath(folder))
+        self.index = read_index(self.folder) if index is None else index
+        self._files: dict[str, dict[str, MappedTensor]] = {}
+        self._verified: set[tuple[str, str]] = set()
+
+    @functools.cached_property
+    def plain(self) -> dict[str, Any]:
+        """Everything that is no tensor: ``state`` of model and optimizers, and ``extra``."""
+        if self.index.plain is None:
+            return {"state": {}, "extra": None}
+        file = self.folder / self.index.plain[0]
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}). Use another checkpoint.") from None
+        if hashlib.sha256(data).hexdigest() != self.index.plain[1]:
+            raise UserError(f"{file} was altered after it was written. Use another checkpoint.")
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Detected pickle protocol")  # refused below, in our words
+                content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise UserError(
-                f"{folder / chunk.file} was altered after it was written: {chunk.key} is not what was saved. Use "
-                "another checkpoint."
-            )
-        checked.add((chunk.file, chunk.key))
-    for dimension, (start, size) in enumerate(zip(offsets, lengths, strict=True)):
-        whole = whole.narrow(dimension, start, size)
-    return whole
+                f"the checkpoint {self.folder} must hold tensors and plain data only: "
+                f"{next(iter(str(error).splitlines()), type(error).__name__)} Nothing in it has been executed."
+            ) from None
+        if not isinstance(content, dict) or not {"state", "extra"} <= set(content):
+            raise UserError(f"the checkpoint {self.folder} holds other plain data than expected. Use another one.")
+        return content
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is no tensor of model and optimizers: ``model``, ``shared`` (tensor names) and ``optimizers``."""
+        return {"model": {}, "shared": {}, "optimizers": [], **self.plain["state"]}
+
+    @functools.cached_property
+    def extra(self) -> Any:
+        """What was saved beside model and optimizers, its tensors included."""
+        return insert_dtensors(self.plain["extra"], {f"extra/{n}": t for n, t in self.tensors("extra/").items()})
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Whole tensors, by name without `prefix`, of all whose names begin with it."""
+        found = {n: torch.empty(e.shape, dtype=e.dtype) for n, e in self.index.entries.items() if n.startswith(prefix)}
+        self.fill(found)
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+    @torch.no_grad()
+    def fill(self, targets: Mapping[str, Tensor]) -> None:
+        """Copy stored tensors into `targets`, by name; of a sharded one this rank's shard. Nothing is sent."""
+        for name, target in targets.items():
+            local, starts = target, [0] * target.ndim
+            if isinstance(target, DTensor):
+                local = target.to_local()
+                starts = list(
+                    compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)[1]
+                )
+            for chunk in self.index.entries[name].chunks:
+                low = [max(start, offset) for start, offset in zip(starts, chunk.offsets, strict=True)]
+                ends = zip(starts, local.shape, chunk.offsets, chunk.sizes, strict=True)
+                high = [min(start + length, offset + size) for start, length, offset, size in ends]
+                if chunk.numel and all(first < last for first, last in zip(low, high, strict=True)):
+                    _box(local, low, high, starts).copy_(_box(self.read(chunk), low, high, chunk.offsets))
+
+    def weights(self) -> dict[str, Any]:
+        """The model's state dict: shared tensors under each of their names, and what is no tensor."""
+        found: dict[str, Any] = self.tensors("model/")
+        found |= {name: found[first] for name, first in self.state["shared"].items() if first in found}
+        return found | self.state["model"]
+
+    def verify(self) -> None:
+        """Read everything and compare every part with its digest."""
+        for entry in self.index.entries.values():
+            for chunk in entry.chunks:
+                if chunk.numel:
+                    self.read(chunk)
+        _ = self.plain
+
+    def read(self, chunk: Chunk) -> Tensor:
+        """A chunk, mapped from its file; its digest, if it has one, is checked when it is first read."""
+        file = self.folder / chunk.file
+        if chunk.file not in self._files:
+            try:
+                self._files[chunk.file] = read_safetensors(file, float8=True)
+            except UserError as error:
+                raise UserError(f"the checkpoint {self.folder} is broken: {error} Use another one.") from None
+        stored = self._files[chunk.file].get(chunk.key)
+        if stored is None:
+            raise UserError(f"{file} has no tensor {chunk.key}. The checkpoint is broken; use another one.")
+        whole = stored.tensor()
+        if chunk.digest is not None and (chunk.file, chunk.key) not in self._verified:
+            if stored.shape != chunk.sizes or digest_of(whole) != chunk.digest:
+                raise UserError(
+                    f"{file} was altered after it was written: {chunk.key} is not what was saved. Use another "
+                    "checkpoint."
+                )
+            self._verified.add((chunk.file, chunk.key))
+        return whole
 
 
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """An opened safetensors file.
-
-    Raises:
-        UserError: naming it, if it is missing or broken.
-    """
-    try:
-        opened = safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing. The checkpoint is broken; use another one.") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{file} cannot be read ({error}). It is cut short or broken; use another checkpoint."
-        ) from None
-    with opened as inside:
-        yield inside
-
-
-def read_plain(folder: Path, index: Index) -> bytes | None:
-    """The bytes of plain data, or None.
-
-    Raises:
-        UserError: if they are not what was written.
-    """
-    if index.plain is None:
-        return None
-    file = folder / index.plain[0]
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}). Use another checkpoint.") from None
-    if hashlib.sha256(data).hexdigest() != index.plain[1]:
-        raise UserError(f"{file} was altered after it was written. Use another checkpoint.")
-    return data
-
-
-def verify(folder: Path, index: Index) -> None:
-    """Read every part of every tensor, and plain data, and check their digests.
-
-    Raises:
-        UserError: naming the file that is missing, cut short or altered.
-    """
-    by_file: dict[str, list[Chunk]] = {}
-    for entry in index.entries.values():
-        for chunk in entry.chunks:
-            if chunk.numel:
-                by_file.setdefault(chunk.file, []).append(chunk)
-    for name, chunks in sorted(by_file.items()):
-        with _opened(folder / name) as file:
-            for chunk in chunks:
-                read_part(file, chunk, (0,) * len(chunk.sizes), chunk.sizes, folder, set())
-    read_plain(folder, index)
-
-
-def tensors_of(folder: Path, index: Index, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors one after the other, as ``(new name, tensor)``.
-
-    Args:
-        folder: of the checkpoint.
-        index: its index.
-        names: which, and the names that they get.
-
-    Raises:
-        UserError: if a part is missing or altered.
-    """
-    for name, new in names.items():
-        entry = index.entries[name]
-        whole = torch.empty(entry.shape, dtype=entry.dtype)
-        for chunk in entry.chunks:
-            if chunk.numel:
-                with _opened(folder / chunk.file) as file:
-                    part = read_part(file, chunk, (0,) * len(chunk.sizes), chunk.sizes, folder, set())
-                box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-                whole[box].copy_(part)
-        yield new, whole
+def _box(tensor: Tensor, low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> Tensor:
+    """The entries from `low` to before `high` of a tensor that begins at `origin`."""
+    return tensor[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))]

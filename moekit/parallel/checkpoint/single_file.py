@@ -7,35 +7,20 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moekit.errors import UserError
-from moekit.parallel.checkpoint.checkpointer import PathLike, read_into, read_state
-from moekit.parallel.checkpoint.disk import flush, writing
-from moekit.parallel.checkpoint.index import Chunk, Entry, Index, read_index
-from moekit.parallel.checkpoint.layout import gathered
-from moekit.parallel.checkpoint.reader import tensors_of
+from moekit.atomic import replacing
+from moekit.mapped import read_notes, read_safetensors
+from moekit.parallel.checkpoint.checkpointer import PathLike, read_into
+from moekit.parallel.checkpoint.disk import writing
+from moekit.parallel.checkpoint.index import Chunk, Index, StoredTensor
+from moekit.parallel.checkpoint.reader import StoredCheckpoint
 from moekit.parallel.checkpoint.state import model_targets, model_tensors, require_same_tensors, state_dict_from
+from moekit.parallel.shards import full_tensor
 
 _SHARED = "moekit_shared"  # in a file's metadata: further names of shared tensors, as JSON
-_NAMES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def export_safetensors(model: nn.Module, path: PathLike) -> None:
@@ -45,17 +30,17 @@ def export_safetensors(model: nn.Module, path: PathLike) -> None:
     written under each of its names, so that `load_state_dict` takes the file.
 
     Args:
-        model: parallelized or plain.
-        path: the file; one that is there is replaced when the new one is whole.
+        model: The model, parallelized or plain.
+        path: The file; one that is there is replaced when the new one is whole.
 
     Raises:
-        UserError: if rank 0 cannot write; on rank 0.
+        UserError: If rank 0 cannot write; on rank 0.
     """
     writes = not dist.is_initialized() or dist.get_rank() == 0
     whole: dict[str, Tensor] = {}
     tensors, _, shared = model_tensors(model)
     for name, tensor in tensors.items():
-        full = gathered(tensor)
+        full = full_tensor(tensor)
         if writes:
             whole[name.partition("/")[2]] = full.detach().cpu().contiguous().clone()
     if writes:
@@ -68,64 +53,50 @@ def consolidate(checkpoint: PathLike, path: PathLike) -> None:
     A shared tensor is written under each of its names, so that `load_state_dict` takes the file.
 
     Args:
-        checkpoint: the folder.
-        path: the file.
+        checkpoint: The folder of the checkpoint.
+        path: The file; one that is there is replaced when the new one is whole.
 
     Raises:
-        UserError: if the checkpoint is incomplete, cut short or altered, or the file cannot be written.
+        UserError: If the checkpoint is incomplete, cut short or altered, or the file cannot be written.
     """
-    folder = Path(os.path.abspath(checkpoint))
-    index = read_index(folder)
-    names = {name: name.partition("/")[2] for name in index.entries if name.startswith("model/")}
-    _write(dict(tensors_of(folder, index, names)), read_state(folder, index)["shared"], Path(os.path.abspath(path)))
+    stored = StoredCheckpoint(checkpoint)
+    _write(stored.tensors("model/"), stored.state["shared"], Path(os.path.abspath(path)))
 
 
 def import_safetensors(path: PathLike, model: nn.Module) -> None:
     """Load a file that `export_safetensors` or `consolidate` wrote into a model; each rank reads its own part.
 
     Args:
-        path: the file, where all processes see it.
-        model: parallelized in any way, or plain.
+        path: The file, where all processes see it.
+        model: The model, parallelized in any way or plain.
 
     Raises:
-        UserError: if the file is missing, cut short, or of another model; the model is as it was then.
+        UserError: If the file is missing, cut short, or of another model; the model is as it was then.
     """
     file = Path(os.path.abspath(path))
     index, shared = _index_of(file)
     plain = {"shared": shared}
     require_same_tensors(model, index, plain, str(file))
     targets = model_targets(model, index)
-    read_into(targets, file.parent, index)
+    read_into(targets, StoredCheckpoint(file.parent, index))
     model.load_state_dict(state_dict_from(model, targets, plain), strict=False)  # names of tensors are compared
 
 
 def _write(tensors: Mapping[str, Tensor], shared: Mapping[str, str], path: Path) -> None:
     copies = {name: tensors[first].clone() for name, first in shared.items() if first in tensors}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file({**tensors, **copies}, temporary, metadata={"format": "pt", _SHARED: json.dumps(dict(shared))})
-            flush(temporary)
-            os.replace(temporary, path)
-            flush(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with writing(path), replacing(path) as file:
+        save_file({**tensors, **copies}, file.name, metadata={"format": "pt", _SHARED: json.dumps(dict(shared))})
 
 
 def _index_of(file: Path) -> tuple[Index, dict[str, str]]:
     """The header of a safetensors file as an index of one chunk for each tensor, and further names of shared ones."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            entries = {}
-            shared: dict[str, str] = json.loads((opened.metadata() or {}).get(_SHARED, "{}"))
-            for name in set(opened.keys()) - set(shared):
-                piece = opened.get_slice(name)
-                shape = tuple(piece.get_shape())
-                chunk = Chunk((0,) * len(shape), shape, file.name, name, None)
-                entries[f"model/{name}"] = Entry(shape, _NAMES[piece.get_dtype()], (chunk,))
-    except FileNotFoundError:
-        raise UserError(f"There is no file {file}.") from None
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error}). It is cut short, or no safetensors file.") from None
+    tensors = read_safetensors(file, float8=True)
+    shared: dict[str, str] = json.loads(read_notes(file).get(_SHARED, "{}"))
+    entries = {
+        f"model/{name}": StoredTensor(
+            stored.shape, stored.dtype, (Chunk((0,) * len(stored.shape), stored.shape, file.name, name, None),)
+        )
+        for name, stored in tensors.items()
+        if name not in shared
+    }
     return Index(entries), shared

@@ -1,44 +1,23 @@
-"""The state of a model and its optimizers as one flat dictionary of tensors, and the rest as plain data.
+"""The state of a model as one flat dictionary of tensors, and the rest as plain data.
 
-Names do not depend on the layout: ``model/<parameter>`` and ``optimizer/<number>/<parameter>/<statistic>``, with the
-parameter's name as in a plain model. What wrappers insert into names is left out.
+Names do not depend on the layout: ``model/<parameter>``, with the parameter's name as in a plain model. What wrappers
+insert into names is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from moekit.errors import UserError
 from moekit.parallel.checkpoint.index import Index
-from moekit.parallel.checkpoint.layout import empty_like, statistic_like
-from moekit.parallel.shadows import original
+from moekit.parallel.shards import empty_like
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-
-
-class OtherOptimizersError(UserError):
-    """A checkpoint has the state of other optimizers than those that are to take it."""
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What a checkpoint is made of.
-
-    Attributes:
-        tensors: by name; DTensors, or tensors that all ranks repeat.
-        plain: numbers, strings, and lists and dictionaries of them.
-    """
-
-    tensors: dict[str, Tensor]
-    plain: dict[str, Any]
 
 
 def clean(name: str) -> str:
@@ -51,31 +30,33 @@ def clean(name: str) -> str:
 _TENSOR = "__tensor__"
 
 
-def take_out(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
+def extract_dtensors(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
     """`tree` with every DTensor in it moved to `tensors`, under the name of its place in the tree."""
     if isinstance(tree, DTensor):
         tensors[path] = tree.detach()
         return {_TENSOR: path}
     if isinstance(tree, Mapping):
-        return {key: take_out(value, tensors, f"{path}/{key}") for key, value in tree.items()}
+        return {key: extract_dtensors(value, tensors, f"{path}/{key}") for key, value in tree.items()}
     if isinstance(tree, list | tuple) and not hasattr(tree, "_fields"):
-        return type(tree)(take_out(value, tensors, f"{path}/{n}") for n, value in enumerate(tree))
+        return type(tree)(extract_dtensors(value, tensors, f"{path}/{n}") for n, value in enumerate(tree))
     return tree
 
 
-def put_back(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `take_out`."""
+def insert_dtensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `extract_dtensors`."""
     if isinstance(tree, dict):
         if set(tree) == {_TENSOR}:
             return tensors[tree[_TENSOR]]
-        return {key: put_back(value, tensors) for key, value in tree.items()}
+        return {key: insert_dtensors(value, tensors) for key, value in tree.items()}
     if isinstance(tree, list | tuple) and not hasattr(tree, "_fields"):
-        return type(tree)(put_back(value, tensors) for value in tree)
+        return type(tree)(insert_dtensors(value, tensors) for value in tree)
     return tree
 
 
 def extra_targets(model: nn.Module, index: Index) -> dict[str, Tensor]:
-    """Empty tensors for what `take_out` found: laid out like the model's tensor of that name and shape, else whole."""
+    """Empty tensors for what `extract_dtensors` found: sharded like the model's tensor of that name and
+    shape, else whole.
+    """
     own = {name.partition("/")[2]: tensor for name, tensor in model_tensors(model)[0].items()}
     targets: dict[str, Tensor] = {}
     for key, entry in index.entries.items():
@@ -86,11 +67,6 @@ def extra_targets(model: nn.Module, index: Index) -> dict[str, Tensor]:
             else:
                 targets[key] = torch.empty(entry.shape, dtype=entry.dtype)
     return targets
-
-
-def names_of(model: nn.Module) -> dict[int, str]:
-    """The first name of every parameter, by id."""
-    return {id(parameter): clean(name) for name, parameter in model.named_parameters()}
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
@@ -111,8 +87,8 @@ def model_tensors(
     """What a model's state dict holds, by names that no wrapper has changed.
 
     Args:
-        model: whose it is.
-        state: its state dict, perhaps edited; None = as it is.
+        model: The model whose state it is.
+        state: Its state dict, perhaps edited; None = the model's state dict as it is.
 
     Returns:
         Tensors (``model/<name>``), shared ones once; what a module saves that is no tensor; further names of shared
@@ -142,62 +118,13 @@ def _same(one: Any, other: Any) -> bool:
     return a.data_ptr() == b.data_ptr()
 
 
-def collect(model: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any] | None = None) -> Collected:
-    """The state to save.
-
-    Args:
-        model: parallelized or plain.
-        optimizers: of the model.
-        state: what to save as the model's state dict; None = as it is.
-
-    Raises:
-        ValueError: if an optimizer has a parameter that is not the model's.
-    """
-    own, other, shared = model_tensors(model, state)
-    tensors = {name: tensor.detach() for name, tensor in own.items()}
-    plain: dict[str, Any] = {"model": other, "shared": shared, "optimizers": []}
-    names = names_of(model)
-    for number, optimizer in enumerate(optimizers):
-        values: dict[str, dict[str, Any]] = {}
-        for parameter, name in _named(optimizer, names):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer/{number}/{name}/{key}"] = value.detach()
-                else:
-                    values.setdefault(name, {})[key] = value
-        plain["optimizers"].append({"groups": _groups(optimizer, names), "values": values})
-    return Collected(tensors, plain)
-
-
-def _named(optimizer: Optimizer, names: Mapping[int, str]) -> list[tuple[Tensor, str]]:
-    return [(p, _name(p, names)) for group in optimizer.param_groups for p in group["params"]]
-
-
-def _name(parameter: Tensor, names: Mapping[int, str]) -> str:
-    found = names.get(id(original(parameter)))
-    if found is None:
-        raise ValueError(
-            f"an optimizer of a checkpoint must work on the model's parameters: got one of shape "
-            f"{tuple(parameter.shape)} that the model does not have. Make the optimizer after parallelizing the model."
-        )
-    return found
-
-
-def _groups(optimizer: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Settings of the groups, with names in place of parameters."""
-    return [
-        {key: [_name(p, names) for p in value] if key == "params" else value for key, value in group.items()}
-        for group in optimizer.param_groups
-    ]
-
-
 def model_targets(model: nn.Module, index: Index, *, others: bool = False) -> dict[str, Tensor]:
-    """Empty tensors for a checkpoint's model: laid out as the model's of the same name and shape.
+    """Empty tensors for a checkpoint's model, sharded as the model's of the same name and shape.
 
     Args:
-        model: parallelized in any way, or plain.
-        index: of the checkpoint.
-        others: whether tensors that the model has not, or not in this shape, are wanted too; whole, on the CPU.
+        model: The model, parallelized in any way or plain.
+        index: The index of the checkpoint.
+        others: Whether tensors that the model has not, or not in this shape, are wanted too; whole, on the CPU.
     """
     own, _, shared = model_tensors(model)
     targets: dict[str, Tensor] = {}
@@ -217,9 +144,9 @@ def state_dict_from(model: nn.Module, tensors: Mapping[str, Tensor], plain: Mapp
     """A state dict for the model, under the names of its own: tensors, shared ones under each of theirs, and the rest.
 
     Args:
-        model: it is for.
-        tensors: filled ones, ``model/<name>``.
-        plain: what the checkpoint holds that is no tensor.
+        model: The model that it is for.
+        tensors: The filled tensors, by ``model/<name>``.
+        plain: What the checkpoint holds that is no tensor.
     """
     values: dict[str, Any] = {name.removeprefix("model/"): t for name, t in tensors.items() if name[:6] == "model/"}
     values |= plain.get("model", {})
@@ -231,13 +158,16 @@ def state_dict_from(model: nn.Module, tensors: Mapping[str, Tensor], plain: Mapp
 
 
 def require_same_model(own: Mapping[str, Any], state: Mapping[str, Any], where: str, *, strict: bool = True) -> None:
-    """Raise UserError unless a state dict is of a model.
+    """Check that a state dict is of a model.
 
     Args:
-        own: the model's state dict.
-        state: the one that it is to take.
-        where: the checkpoint, for the message.
-        strict: whether all names must be on both sides; else shapes alone are compared.
+        own: The model's state dict.
+        state: The state dict that it is to load.
+        where: The checkpoint, for the message.
+        strict: Whether all names must be on both sides; else shapes alone are compared.
+
+    Raises:
+        UserError: If it is of another model.
     """
     here, there = _shapes(own), _shapes(state)
     missing, unknown = sorted(set(here) - set(there)), sorted(set(there) - set(here))
@@ -255,7 +185,11 @@ def require_same_model(own: Mapping[str, Any], state: Mapping[str, Any], where: 
 
 
 def require_same_tensors(model: nn.Module, index: Index, plain: Mapping[str, Any], where: str) -> None:
-    """Raise UserError unless a checkpoint holds the model's tensors, all and no others, shared as they are."""
+    """Check that a checkpoint holds the model's tensors, all and no others, shared as they are.
+
+    Raises:
+        UserError: If it is of another model.
+    """
     for name, first in aliases(model).items():
         if f"model/{name}" in index.entries:
             raise UserError(
@@ -273,106 +207,3 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
 
 def _list(names: Sequence[str]) -> str:
     return f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}" if names else "(nothing)"
-
-
-def optimizer_targets(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    index: Index,
-    plain: Mapping[str, Any],
-    where: str,
-    *,
-    renamed: bool = False,
-) -> dict[str, Tensor]:
-    """Tensors to be filled with the optimizers' statistics, laid out as their parameters are.
-
-    Args:
-        model: whose parameters the optimizers have.
-        optimizers: to be loaded.
-        index: of the checkpoint.
-        plain: what the checkpoint holds that is no tensor.
-        where: the checkpoint, for messages.
-        renamed: whether parameters may have got other names since: then they are known by their places, as torch knows
-            them, if those whose names are known stand where they stood.
-
-    Raises:
-        OtherOptimizersError: if the checkpoint is of others.
-    """
-    saved = plain.get("optimizers", [])
-    if len(saved) != len(optimizers):
-        raise OtherOptimizersError(
-            f"the checkpoint {where} must have the state of {len(optimizers)} optimizers: it has that of {len(saved)}. "
-            "Load it with the optimizers that it was saved with, or with none."
-        )
-    names = names_of(model)
-    targets: dict[str, Tensor] = {}
-    for number, optimizer in enumerate(optimizers):
-        here = [group["params"] for group in _groups(optimizer, names)]
-        there = [group["params"] for group in saved[number]["groups"]]
-        now = _pairs(there, here, renamed=renamed)
-        if now is None:
-            raise OtherOptimizersError(
-                f"the checkpoint {where} groups the parameters of optimizer {number} otherwise: {_sizes(there)} there, "
-                f"{_sizes(here)} here. Configure the optimizer as it was."
-            )
-        parameters = {name: parameter for parameter, name in _named(optimizer, names)}
-        prefix = f"optimizer/{number}/"
-        for key, entry in index.entries.items():
-            if key.startswith(prefix):
-                name, _, statistic = key.removeprefix(prefix).rpartition("/")
-                targets[key] = statistic_like(parameters[now[name]], statistic, entry.shape, entry.dtype)
-    return targets
-
-
-def _pairs(
-    there: Sequence[Sequence[str]], here: Sequence[Sequence[str]], *, renamed: bool = False
-) -> dict[str, str] | None:
-    """Saved name -> present name of an optimizer's parameters; None if they are others."""
-    if [set(group) for group in there] == [set(group) for group in here]:
-        return {name: name for group in here for name in group}
-    if not renamed or [len(group) for group in there] != [len(group) for group in here]:
-        return None
-    pairs = dict(zip(chain.from_iterable(there), chain.from_iterable(here), strict=True))
-    return pairs if all(pairs[name] == name for name in pairs.keys() & set(pairs.values())) else None
-
-
-def _sizes(groups: Sequence[Sequence[str]]) -> str:
-    return f"{len(groups)} groups of {', '.join(str(len(group)) for group in groups)}"
-
-
-def optimizer_state_from(
-    saved: Mapping[str, Any], tensors: Mapping[str, Tensor], order: Sequence[Sequence[str]] | None = None
-) -> dict[str, Any]:
-    """The state dict of an optimizer, in torch's own form.
-
-    Args:
-        saved: groups and plain statistics, with parameters by name.
-        tensors: statistics, ``<parameter>/<statistic>``.
-        order: names of the parameters of each group, where the optimizer has them in another order than `saved`.
-    """
-    order = [group["params"] for group in saved["groups"]] if order is None else order
-    numbers = {name: n for n, name in enumerate(name for group in order for name in group)}
-    state: dict[int, dict[str, Any]] = {n: dict(saved["values"].get(name, {})) for name, n in numbers.items()}
-    for key, value in tensors.items():
-        name, _, statistic = key.rpartition("/")
-        state[numbers[name]][statistic] = value
-    groups = [
-        {**group, "params": [numbers[name] for name in names]}
-        for group, names in zip(saved["groups"], order, strict=True)
-    ]
-    return {"state": {n: s for n, s in state.items() if s}, "param_groups": groups}
-
-
-def optimizer_states_from(
-    model: nn.Module, optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """State dicts for the optimizers, from filled tensors and what is not a tensor."""
-    names, found = names_of(model), []
-    for number, optimizer in enumerate(optimizers):
-        prefix = f"optimizer/{number}/"
-        of = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        saved = plain["optimizers"][number]
-        order = [group["params"] for group in _groups(optimizer, names)]
-        by_name = _pairs([group["params"] for group in saved["groups"]], order) is not None
-        found.append(optimizer_state_from(saved, of, order if by_name else None))
-    return found

@@ -1,7 +1,7 @@
 """How torch.distributed.checkpoint's plans become files: safetensors for tensors, JSON for the index, no pickle.
 
-DCP decides which rank writes and reads which part of which tensor; a writer and a reader decide what a file is. A
-checkpoint is a folder:
+DCP (torch.distributed.checkpoint) decides which rank writes which part of which tensor, and this writer what a file is.
+Reading needs no plan: every rank copies what overlaps its shards. A checkpoint is a folder:
 
     index.json                              which part of which tensor lies where, with SHA-256 digests
     data-3f9a1c07/rank_00000.safetensors    what rank 0 wrote
@@ -9,6 +9,11 @@ checkpoint is a folder:
 
 Everything is written to a hidden folder beside the checkpoint's place, flushed to disk and moved there at the end.
 Where a checkpoint is to be replaced, its index is: until then it refers to the old data folder, then to the new one.
+
+torch's `HuggingFaceStorageWriter` and `HuggingFaceStorageReader` are no base for this: they would supply the three
+methods of this writer that do nothing, ten lines. They have no index, no digest and no atomic replace: with torch 2.13
+an altered byte is loaded, a missing first shard leaves weights unfilled, a missing last one makes the tensor smaller,
+and of two chunks of a tensor from one rank one is lost.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from torch.futures import Future
 
 from moekit.errors import UserError
 from moekit.parallel.checkpoint.disk import commit, digest_of, flush, hidden_folders, is_file_checkpoint, writing
-from moekit.parallel.checkpoint.index import INDEX, Chunk, Entry, Index
+from moekit.parallel.checkpoint.index import INDEX, Chunk, Index, StoredTensor
 
 PLAIN = "plain.pt"
 
@@ -49,8 +54,8 @@ class FolderWriter(StorageWriter):
     """Writes a checkpoint folder.
 
     Args:
-        path: the checkpoint's place.
-        plain: bytes of what is not a tensor; the coordinator's are written.
+        path: The folder of the checkpoint.
+        plain: The bytes of what is no tensor; those of the coordinator are written.
     """
 
     def __init__(self, path: Path, plain: bytes | None) -> None:
@@ -125,7 +130,7 @@ class FolderWriter(StorageWriter):
             for result in written:
                 chunks.setdefault(result.index.fqn, []).append(result.storage_data)
         entries = {
-            name: Entry(tuple(found.size), found.properties.dtype, tuple(chunks.get(name, ())))
+            name: StoredTensor(tuple(found.size), found.properties.dtype, tuple(chunks.get(name, ())))
             for name, found in metadata.state_dict_metadata.items()
             if isinstance(found, TensorStorageMetadata)
         }

@@ -19,7 +19,7 @@ from moekit.runs.settings.fields import RESUME, setting
 from moekit.training.budget import Budget
 from moekit.training.checkpoint_io import AtomicCheckpointIO
 from moekit.training.optimizers import adafactor, adamw
-from moekit.training.schedules import ConstantRate, Cosine, InverseSquareRoot
+from moekit.training.schedules import ConstantWithWarmup, Cosine, InverseSquareRoot
 from moekit.training.strategy import ExpertParallelStrategy
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
@@ -130,7 +130,7 @@ class TrainConfig:
             case "inverse_square_root":
                 return InverseSquareRoot(optimizer, self.warmup_steps)
             case "constant":
-                return ConstantRate(optimizer, self.warmup_steps)
+                return ConstantWithWarmup(optimizer, self.warmup_steps)
 
     def trainer(self, **options: Any) -> L.Trainer:
         """A Trainer with the settings that training and evaluation share.

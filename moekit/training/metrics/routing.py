@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekit.parallel.host_copies import to_host
+from moekit.parallel.host_memory import to_host
 from moekit.routing import Routing, routing_stats
 from moekit.training.metrics.wide import WideMetric
 

@@ -26,11 +26,12 @@ class LocalView:
     """How one parameter is seen in forward.
 
     Attributes:
-        module: who owns it.
-        name: its name there.
-        scale: the value is multiplied by this: 1 / W for a bias that each of W partners adds to its part of a sum.
-        gradient_scale: the gradient is multiplied by this.
-        groups: the gradient is summed over these: a parameter that ranks repeat, but use on different data.
+        module: The module that holds the parameter.
+        name: The name of the parameter in `module`.
+        scale: A factor of the value: 1 / W for a bias that each of W partners adds to its part of a sum.
+        gradient_scale: A factor of the gradient.
+        groups: The groups over which the gradient is summed, for a parameter that ranks repeat but use on
+            different data.
     """
 
     module: nn.Module

@@ -1,4 +1,4 @@
-"""Where shadows are, and when they stand in for parameters; that they are right is tested in tests/distributed."""
+"""Where master weights are, and when they are swapped in; that they are right is tested in tests/distributed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moekit.parallel import Layout, Shadows, build_meshes, parallelize
-from moekit.parallel.checkpoint.layout import statistic_like
-from moekit.parallel.pieces import spread
+from moekit.parallel import Layout, MasterWeights, build_meshes, parallelize
+from moekit.parallel.checkpoint.optimizer_state import _empty_statistic
+from moekit.parallel.shards import dtensor_from_shard
 from moekit.planner import Training, TransformerShape, plan
 from moekit.transformer.init import materialize
 
@@ -39,24 +39,24 @@ def test_host_copies_of_weights_on_gpus_are_in_host_memory(divide: bool) -> None
     mesh = DeviceMesh("cuda", torch.arange(2), mesh_dim_names=("replicate",))
     with FakeTensorMode(allow_non_fake_inputs=True):
         weight = torch.empty(4, 6, device="cuda")
-        parameter = nn.Parameter(spread(weight, mesh, [Replicate()], weight.shape, weight.stride()))
+        parameter = nn.Parameter(dtensor_from_shard(weight, mesh, [Replicate()], weight.shape, weight.stride()))
         assert parameter.device.type == "cuda"
         optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
-        shadows = Shadows(optimizer, divide=divide, device=torch.device("cpu"))
-        (shadow,) = shadows.shadows
-        assert isinstance(shadow.tensor, DTensor)
-        assert shadow.tensor.to_local().device.type == "cpu"
-        assert shadow.tensor.to_local().shape == ((2, 6) if divide else (4, 6))
+        master = MasterWeights(optimizer, divide=divide, device=torch.device("cpu"))
+        (entry,) = master.entries
+        assert isinstance(entry.tensor, DTensor)
+        assert entry.tensor.to_local().device.type == "cpu"
+        assert entry.tensor.to_local().shape == ((2, 6) if divide else (4, 6))
         gradient = torch.empty(4, 6, device="cuda")
-        parameter.grad = spread(gradient, mesh, [Replicate()], gradient.shape, gradient.stride())
-        shadows.show()
-        shadows.take()
-        assert isinstance(shadow.tensor.grad, DTensor)
-        assert shadow.tensor.grad.to_local().device.type == "cpu"
-        assert torch.zeros_like(shadow.tensor).to_local().device.type == "cpu"  # as optimizers make their state
+        parameter.grad = dtensor_from_shard(gradient, mesh, [Replicate()], gradient.shape, gradient.stride())
+        master.swap_in()
+        master.load_from_model()
+        assert isinstance(entry.tensor.grad, DTensor)
+        assert entry.tensor.grad.to_local().device.type == "cpu"
+        assert torch.zeros_like(entry.tensor).to_local().device.type == "cpu"  # as optimizers make their state
         # As a checkpoint's are read: of the parameter's shape, and Adafactor's, which have another.
         for shape in ((4, 6), (4,)):
-            read: Any = statistic_like(shadow.tensor, "exp_avg_sq", shape, torch.float32)
+            read: Any = _empty_statistic(entry.tensor, "exp_avg_sq", shape, torch.float32)
             assert read.to_local().device.type == "cpu"
 
 
@@ -75,13 +75,13 @@ def alone() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("alone")
-def test_shadows_stand_in_only_during_the_step() -> None:
+def test_master_weights_are_swapped_in_only_during_the_step() -> None:
     """Whoever looks before and after, in a hook or in the closure, finds the model's parameters and gradients."""
     (parameter,) = parameters(1)
     optimizer: Any = torch.optim.SGD([parameter], lr=1.0, momentum=0.5)
     kind, seen = type(optimizer), []
     optimizer.register_step_post_hook(lambda *_: seen.append(float(parameter.full_tensor().detach().sum())))
-    Shadows(optimizer, divide=True)
+    MasterWeights(optimizer, divide=True)
     assert type(optimizer) is kind
 
     def closure() -> float:
@@ -92,7 +92,7 @@ def test_shadows_stand_in_only_during_the_step() -> None:
     assert optimizer.step(closure) == 3.0
     assert optimizer.param_groups[0]["params"] == [parameter]
     assert list(optimizer.state) == [parameter]
-    assert seen == [-4.0]  # the hook sees the weights after the step, though it was there before the shadows
+    assert seen == [-4.0]  # the hook sees the weights after the step, though it was there before the master weights
     optimizer.zero_grad()
     assert parameter.grad is None
 
@@ -101,7 +101,7 @@ def test_shadows_stand_in_only_during_the_step() -> None:
 def test_a_step_that_fails_leaves_the_parameters_in_place_for_the_next() -> None:
     first, second = parameters(2)
     optimizer: Any = torch.optim.SGD([first], lr=1.0)
-    Shadows(optimizer, divide=True)
+    MasterWeights(optimizer, divide=True)
     first.grad = torch.ones_like(first)
     optimizer.param_groups[0]["lr"] = None
     with pytest.raises(TypeError):
@@ -115,12 +115,12 @@ def test_a_step_that_fails_leaves_the_parameters_in_place_for_the_next() -> None
 
 
 @pytest.mark.usefixtures("alone")
-def test_two_kinds_of_shadows_are_refused() -> None:
+def test_two_kinds_of_master_weights_are_refused() -> None:
     optimizer = torch.optim.SGD(parameters(1), lr=1.0)
-    shadows = Shadows(optimizer, divide=True)
-    assert Shadows.give(optimizer, divide=True) is shadows
-    with pytest.raises(ValueError, match="one kind of shadows: SGD has some already"):
-        Shadows.give(optimizer, divide=False)
+    master = MasterWeights(optimizer, divide=True)
+    assert MasterWeights.of(optimizer, divide=True) is master
+    with pytest.raises(ValueError, match="one kind of master weights: SGD has some already"):
+        MasterWeights.of(optimizer, divide=False)
 
 
 SHAPE = TransformerShape(
@@ -150,7 +150,9 @@ def test_bytes_of_a_gpu_and_of_its_host_are_the_planned(stage: Any, expert: int)
 
     def on_gpus(like: Any) -> DTensor:
         local = torch.empty(like.to_local().shape, device="cuda")
-        return spread(local, meshes.get(like.device_mesh, like.device_mesh), like.placements, like.shape, like.stride())
+        return dtensor_from_shard(
+            local, meshes.get(like.device_mesh, like.device_mesh), like.placements, like.shape, like.stride()
+        )
 
     found = {"cuda": 0, "cpu": 0}
 
@@ -162,14 +164,14 @@ def test_bytes_of_a_gpu_and_of_its_host_are_the_planned(stage: Any, expert: int)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         weights = [nn.Parameter(on_gpus(parameter)) for parameter in parameters]
         optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9)
-        shadows = Shadows(optimizer, divide=stage == 1, device=torch.device("cpu"))
+        master = MasterWeights(optimizer, divide=stage == 1, device=torch.device("cpu"))
         for weight in weights:
             weight.grad = on_gpus(weight)
         count(*weights, *(weight.grad for weight in weights))
-        shadows.show()
-        shadows.take()
-        for shadow in shadows.shadows:
-            count(shadow.tensor, shadow.tensor.grad, torch.zeros_like(shadow.tensor))
+        master.swap_in()
+        master.load_from_model()
+        for entry in master.entries:
+            count(entry.tensor, entry.tensor.grad, torch.zeros_like(entry.tensor))
     memory = plan(SHAPE, layout, Training(precision="32-true", optimizer="momentum")).memory
     assert memory.optimizer == 0
     assert found == {"cuda": memory.weights + memory.gradients, "cpu": memory.host}

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from moekit.errors import UserError
 from moekit.parallel.annotation import Annotation, banks
 from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, SHARD, Meshes
-from moekit.parallel.plan import Plan
+from moekit.parallel.plan import ShardingPlan
 from moekit.parallel.zero import zero_dimension
 from moekit.routing import Router
 
@@ -22,12 +22,12 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 @dataclass(frozen=True)
-class Unit:
+class FSDPUnit:
     """A module that gathers its weights, but for those of units inside it, in one collective.
 
     Attributes:
-        module: the module.
-        dtype: in which it gathers them; None = their own.
+        module: The module.
+        dtype: The type in which it gathers them; None = their own.
     """
 
     module: nn.Module
@@ -44,19 +44,19 @@ def inner_first(module: nn.Module, seen: set[nn.Module] | None = None) -> Iterat
     yield module
 
 
-def choose_units(
-    model: nn.Module, plan: Plan, found: list[Annotation], compute_dtype: torch.dtype | None = None
-) -> list[Unit]:
+def choose_fsdp_units(
+    model: nn.Module, plan: ShardingPlan, found: list[Annotation], compute_dtype: torch.dtype | None = None
+) -> list[FSDPUnit]:
     """Banks, what the policy wraps, what keeps another type than the modules around it, and the model; inner first.
 
     Args:
-        model: the model.
-        plan: whose policy wraps.
-        found: its annotations.
-        compute_dtype: of blocks and banks.
+        model: The model.
+        plan: The plan whose policy chooses modules.
+        found: The annotations of its parameters.
+        compute_dtype: The type in which blocks and banks gather their weights; None = their own.
 
     Raises:
-        UserError: if an expert bank shares weights with other modules.
+        UserError: If an expert bank shares weights with other modules.
     """
     owners: dict[Tensor, set[nn.Module]] = {}
     for module in model.modules():
@@ -73,12 +73,12 @@ def choose_units(
         inside = set(module.modules())
         shared = any(not owners[parameter] <= inside for parameter in module.parameters())
         if not shared:
-            units.append(Unit(module, None if module in apart else compute_dtype))
+            units.append(FSDPUnit(module, None if module in apart else compute_dtype))
         elif module in sparse:
             raise UserError(
                 f"an expert bank must not share weights with other modules: {type(module).__name__} does. Copy them."
             )
-    return [*units, Unit(model)]
+    return [*units, FSDPUnit(model)]
 
 
 def _of_other_precision(model: nn.Module) -> set[nn.Module]:
@@ -102,7 +102,7 @@ def zero_dimensions(model: nn.Module, meshes: Meshes, found: list[Annotation]) -
     """The dimension that ZeRO divides, by name of parameter.
 
     Raises:
-        UserError: if a parameter cannot be divided.
+        UserError: If a parameter cannot be divided.
     """
     layout, sparse, noted = meshes.layout, set(banks(found)), {note.parameter: note for note in found}
     dimensions = {}

@@ -76,11 +76,11 @@ def gather_last(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
-class DividedVocabulary:
+class VocabParallel:
     """A table of token vectors of which each partner holds a run of rows; see `TokenEmbedding.vocabulary`.
 
     Args:
-        group: the partners, in order of their rows.
+        group: The tensor-parallel ranks, in order of their rows.
 
     Source: arXiv:1909.08053 section 3. Differs: logits are gathered before the loss, so any loss works.
     """

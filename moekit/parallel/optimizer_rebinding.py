@@ -1,4 +1,4 @@
-"""Optimizers that are older than the division of their model: they are carried over to the divided parameters."""
+"""Optimizers that were made before their model was sharded: they get the sharded parameters in place of their own."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moekit.errors import UserError
-from moekit.parallel.pieces import piece_of
 from moekit.parallel.sharding import ShardedModel
+from moekit.parallel.shards import shard_like
 
 
-def carry_over(optimizer: Optimizer, model: ShardedModel) -> None:
-    """Let an optimizer that was made before `parallelize` work on the parameters that took the place of its own.
+def rebind_optimizer(optimizer: Optimizer, model: ShardedModel) -> None:
+    """Give an optimizer that was made before `parallelize` the parameters that replaced its own.
 
-    Parameter groups, their settings and schedules are kept. State that has the shape of its parameter is divided as the
-    parameter is; like the weights it is taken from rank 0. All ranks must call it together. What works on the divided
-    parameters already stays as it is.
+    Parameter groups, their settings and schedules are kept. State that has the shape of its parameter is sharded as the
+    parameter is; like the weights it is taken from rank 0. All ranks must call it together. Groups that hold sharded
+    parameters already stay as they are.
 
     Args:
-        optimizer: of any class.
-        model: what `parallelize` returned.
+        optimizer: An optimizer of any class.
+        model: The value that `parallelize` returned.
 
     Raises:
-        UserError: before anything is sent, if the optimizer has a parameter that the model neither has nor had.
+        UserError: Before anything is sent, if the optimizer has a parameter that the model neither has nor had.
     """
     own = {id(parameter) for parameter in model.module.parameters() if isinstance(parameter, DTensor)}
     found: list[tuple[Tensor, DTensor]] = []
@@ -44,7 +44,7 @@ def carry_over(optimizer: Optimizer, model: ShardedModel) -> None:
     for (_, after), mine, theirs in zip(found, states, _outlines_of_rank_zero(states), strict=True):
         if theirs:
             optimizer.state[after] = {
-                key: _laid(key, value.receive(mine.get(key)) if isinstance(value, _Sent) else value, after)
+                key: _shard(key, value.receive(mine.get(key)) if isinstance(value, _Announced) else value, after)
                 for key, value in theirs.items()
             }
 
@@ -64,13 +64,13 @@ def _outlines_of_rank_zero(states: list[dict[str, Any]]) -> list[dict[str, Any]]
     """The states as rank 0 has them, where tensors are announced: they travel one by one."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return states
-    outlines = [{key: _Sent.of(value) for key, value in state.items()} for state in states]
+    outlines = [{key: _Announced.of(value) for key, value in state.items()} for state in states]
     sent = [outlines]
     dist.broadcast_object_list(sent, src=0)
     return sent[0]
 
 
-class _Sent:
+class _Announced:
     """A tensor that rank 0 is about to send."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -87,11 +87,8 @@ class _Sent:
         return sent
 
 
-@torch.no_grad()
-def _laid(key: str, value: Any, parameter: DTensor) -> Any:
-    # The count of steps of a scalar has its shape, and is no statistic of it.
+def _shard(key: str, value: Any, parameter: DTensor) -> Any:
+    # The step count of a scalar parameter has the parameter's shape, and is no statistic of it.
     if not isinstance(value, Tensor) or value.shape != parameter.shape or key == "step":
         return value
-    laid: Any = torch.empty_like(parameter, requires_grad=False)
-    laid.to_local().copy_(piece_of(value, parameter.device_mesh, parameter.placements))
-    return laid
+    return shard_like(value.to(parameter.dtype), parameter)

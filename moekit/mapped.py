@@ -16,10 +16,12 @@ from torch import Tensor
 
 from moekit.errors import UserError
 
-_TYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+"""Types of safetensors files by the names that their headers give them."""
 
 _NOTES = "__metadata__"
 
@@ -69,13 +71,29 @@ class MappedTensor:
         return torch.from_numpy(raw).view(self.dtype).as_strided(self.shape, self.stride)
 
 
-def read_safetensors(path: Path | str) -> dict[str, MappedTensor]:
+def read_safetensors(path: Path | str, *, float8: bool = False) -> dict[str, MappedTensor]:
     """The tensors of a safetensors file by name; nothing but its header is read.
 
+    Args:
+        path: The file.
+        float8: Whether tensors of float8 types, which can be stored but not computed with, are accepted.
+
     Raises:
-        UserError: if there is no such file, it is cut off or broken, or has a type that moekit does not compute with.
+        UserError: If there is no such file, it is cut off or broken, or a tensor has another type.
     """
-    path = Path(path)
+    return _read_header(Path(path), float8)[0]
+
+
+def read_notes(path: Path | str) -> dict[str, str]:
+    """The text entries that the header of a safetensors file holds beside its tensors.
+
+    Raises:
+        UserError: If there is no such file, or it is cut off or broken.
+    """
+    return _read_header(Path(path), True)[1]
+
+
+def _read_header(path: Path, float8: bool) -> tuple[dict[str, MappedTensor], dict[str, str]]:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -83,7 +101,9 @@ def read_safetensors(path: Path | str) -> dict[str, MappedTensor]:
             if not 2 <= length <= size - 8:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
-        return {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items() if name != _NOTES}
+        notes = header.pop(_NOTES, {})
+        known = {name: dtype for name, dtype in DTYPES.items() if float8 or not name.startswith("F8")}
+        return {name: _entry(path, name, entry, 8 + length, size, known) for name, entry in header.items()}, notes
     except FileNotFoundError:
         raise UserError(f"there is no file {path}.") from None
     except UserError:
@@ -92,11 +112,13 @@ def read_safetensors(path: Path | str) -> dict[str, MappedTensor]:
         raise UserError(f"{path} must be a whole safetensors file: {error}.") from None
 
 
-def _entry(path: Path, name: str, entry: Mapping[str, Any], data: int, size: int) -> MappedTensor:
+def _entry(
+    path: Path, name: str, entry: Mapping[str, Any], data: int, size: int, known: Mapping[str, torch.dtype]
+) -> MappedTensor:
     """One tensor of a header, whose data begin at byte `data`."""
-    if entry["dtype"] not in _TYPES:
-        raise UserError(f"{path}: {name} has the type {entry['dtype']}; known are {', '.join(_TYPES)}.")
-    dtype, shape = _TYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+    if entry["dtype"] not in known:
+        raise UserError(f"{path}: {name} has the type {entry['dtype']}; known are {', '.join(known)}.")
+    dtype, shape = known[entry["dtype"]], tuple(int(n) for n in entry["shape"])
     start, end = (int(n) for n in entry["data_offsets"])
     if min((*shape, start), default=0) < 0 or end - start != math.prod(shape) * dtype.itemsize or data + end > size:
         raise ValueError(f"{name} of shape {list(shape)} cannot lie in bytes {start} to {end} of {size - data}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def host_memory(like: Tensor) -> Tensor:
+def empty_on_host(like: Tensor) -> Tensor:
     """Memory of the host for a tensor like it: pinned where that is on a GPU, which then copies by itself."""
     pinned = like.device.type == "cuda" and torch.cuda.is_available()
     return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=pinned)
@@ -20,7 +20,7 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     `copy_` from them back to the GPU may be ``non_blocking``: the device reads them while the host goes on. Who writes
     to them afterwards calls this first, which waits for that too.
     """
-    copies = [host_memory(tensor).copy_(tensor, non_blocking=True) for tensor in tensors]
+    copies = [empty_on_host(tensor).copy_(tensor, non_blocking=True) for tensor in tensors]
     for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
         if torch.cuda.is_available():
             torch.cuda.current_stream(device).synchronize()  # host read: all of them at once

@@ -1,0 +1,354 @@
+"""Master weights: the tensors that an optimizer updates in place of the model's own parameters.
+
+- ZeRO stage 1: every data rank holds all weights and gradients, and its optimizer updates one slice of each. The
+  optimizer's state is sharded in the same way. After the step the slices are gathered into the weights.
+- Optimizer offload: the optimizer updates copies in host memory, and its state lies there too. Gradients are copied to
+  the host before the step, and weights back after it.
+
+The optimizer remains the user's object, of any class that treats each entry alone (SGD, Adam, AdamW, ...). Its
+`param_groups` and the keys of its `state` are the model's parameters, for schedules, hooks, clipping and code that adds
+groups. Master weights are swapped in only while it steps.
+
+Source: arXiv:1910.02054 section 5.1 (stage 1); arXiv:2101.06840 section 3 (offload).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.optim import Optimizer
+
+from moekit.parallel.host_memory import to_host
+from moekit.parallel.mesh import REPLICATE
+from moekit.parallel.shards import dtensor_from_shard
+from moekit.parallel.zero import zero_dimension
+
+_BUCKET = 2**24  # entries gathered at once
+
+
+def model_parameter(parameter: Tensor) -> Tensor:
+    """The model's parameter behind a parameter of an optimizer: itself, unless it is a master weight."""
+    found: Tensor = getattr(parameter, "model_parameter", parameter)
+    return found
+
+
+@dataclass
+class MasterWeight:
+    """One parameter of the model and the tensor that the optimizer updates for it.
+
+    Attributes:
+        parameter: The model's parameter.
+        tensor: The parameter that the optimizer updates.
+        dimension: The dimension along which ranks hold different slices, or None.
+        group: The ranks that hold the slices, or None.
+        synced: Storage and versions of the weights (see `_version`) when a copy was last equal to them.
+    """
+
+    parameter: nn.Parameter
+    tensor: nn.Parameter
+    dimension: int | None
+    group: dist.ProcessGroup | None
+    synced: tuple[int, int, int] | None = None
+
+    def slice_of(self, whole: Tensor) -> Tensor:
+        """This rank's view of a local tensor of the parameter's shape."""
+        if self.dimension is None:
+            return whole
+        assert self.group is not None
+        size, length = self.group.size(), whole.shape[self.dimension]
+        step = -(-length // size)
+        start = min(self.group.rank() * step, length)
+        return whole.narrow(self.dimension, start, min(step, length - start))
+
+
+class MasterWeights:
+    """Let an optimizer update slices or host copies of its parameters, and keep both sides equal.
+
+    Parameters that join the optimizer later get master weights in the next step. State that the optimizer has already
+    is sharded, or moved, with its parameter.
+
+    Args:
+        optimizer: An optimizer over the parameters of a parallelized model.
+        divide: Whether each data rank updates one slice of the parameters that all of them repeat (ZeRO stage 1).
+        device: The device on which the optimizer works; None = the device of the weights.
+
+    Raises:
+        ValueError: If the optimizer has master weights already.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, divide: bool, device: torch.device | None = None) -> None:
+        if _of_optimizer(optimizer) is not None:
+            raise ValueError(
+                f"an optimizer must have one kind of master weights: {type(optimizer).__name__} has some already."
+            )
+        self.optimizer, self.divide, self.device = optimizer, divide, device
+        self._of: dict[int, MasterWeight] = {}
+        self._swapped_in = False
+        self._adopt()
+        optimizer.register_step_pre_hook(self._before_step)
+        handle: Any = optimizer.register_step_post_hook(self._after_step)
+        # The hooks of others find the model's weights as the step left them.
+        optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+        optimizer._moekit_master_weights = self  # type: ignore[attr-defined]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, *, divide: bool, device: torch.device | None = None) -> MasterWeights:
+        """The master weights of an optimizer: those of an earlier fit if they are of this kind, else new ones.
+
+        Raises:
+            ValueError: If the optimizer has master weights of another kind.
+        """
+        found = _of_optimizer(optimizer)
+        if found is not None and (found.divide, found.device) == (divide, device):
+            return found
+        return cls(optimizer, divide=divide, device=device)
+
+    @property
+    def entries(self) -> list[MasterWeight]:
+        """One for each parameter, in the order in which they joined."""
+        return list(self._of.values())
+
+    # -- around a step ----------------------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Swap master weights in; where a closure computes the gradients (under a Trainer), after it."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._swap_in_and_load()
+            return None
+
+        def then_swap_in() -> Any:
+            result = closure()
+            self._swap_in_and_load()
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": then_swap_in}
+        return (args[0], then_swap_in, *args[2:]), kwargs
+
+    def _after_step(self, *_: Any) -> None:
+        self.swap_out()
+        self._update_model()
+
+    def _swap_in_and_load(self) -> None:
+        self.swap_in()
+        self.load_from_model()
+
+    @torch.no_grad()
+    def swap_in(self) -> None:
+        """Put the master weights in the place of the model's parameters."""
+        self._adopt()
+        for group in self.optimizer.param_groups:
+            group["params"] = [self._of[id(p)].tensor if id(p) in self._of else p for p in group["params"]]
+        for entry in self._of.values():
+            state = self.optimizer.state.pop(entry.parameter, None)
+            if state is not None:
+                sharded = {key: self._shard_statistic(value, entry) for key, value in state.items()}
+                self.optimizer.state[entry.tensor] = sharded
+        self._swapped_in = True
+
+    def swap_out(self) -> None:
+        """Put the model's parameters back."""
+        for group in self.optimizer.param_groups:
+            group["params"] = [model_parameter(p) for p in group["params"]]
+        for entry in self._of.values():
+            entry.tensor.grad = None
+            if entry.tensor in self.optimizer.state:
+                self.optimizer.state[entry.parameter] = self.optimizer.state.pop(entry.tensor)
+        self._swapped_in = False
+
+    # -- making and updating master weights -------------------------------------------------------------------------
+
+    def _adopt(self) -> None:
+        """Make master weights of parameters that have none."""
+        if self._swapped_in:  # a step was left by an exception
+            self.swap_out()
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if isinstance(parameter, DTensor) and id(parameter) not in self._of:
+                    self._of[id(parameter)] = self._make(parameter)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _make(self, parameter: nn.Parameter) -> MasterWeight:
+        assert isinstance(parameter, DTensor)
+        names = parameter.device_mesh.mesh_dim_names or ()
+        dimension, group, placements = None, None, list(parameter.placements)
+        if self.divide and REPLICATE in names and parameter.ndim:
+            at = names.index(REPLICATE)
+            dimension, placements[at] = _slice(parameter, at)
+            group = parameter.device_mesh.get_group(at)
+        entry = MasterWeight(parameter, parameter, dimension, group)
+        local = entry.slice_of(parameter.to_local())
+        if self.device is not None:
+            local = self._to_device([local], copy=True)[0]
+        entry.tensor = nn.Parameter(_sharded_as(parameter, local, placements), requires_grad=parameter.requires_grad)
+        entry.tensor.model_parameter = parameter  # type: ignore[attr-defined]
+        return entry
+
+    def _shard_statistic(self, value: Any, entry: MasterWeight) -> Any:
+        """A statistic of the optimizer sharded like the master weight, where it is sharded like the parameter."""
+        master = entry.tensor
+        assert isinstance(master, DTensor)
+        assert isinstance(entry.parameter, DTensor)
+        if not isinstance(value, DTensor) or value.shape != master.shape:
+            return value
+        local = value.to_local()
+        if value.placements == entry.parameter.placements != master.placements:
+            local = entry.slice_of(local).clone()
+        elif value.placements != master.placements:
+            return value
+        if self.device is not None:
+            local = local.to(self.device)
+        return value if local is value.to_local() else _sharded_as(entry.parameter, local, list(master.placements))
+
+    @torch.no_grad()
+    def load_from_model(self) -> None:
+        """Give the optimizer the gradients of the model, and its weights where others have written to them.
+
+        Others write to them when a checkpoint is loaded.
+        """
+        with_gradient: list[MasterWeight] = []
+        gradients: list[Tensor] = []
+        for entry in self._of.values():
+            self._refresh(entry)
+            entry.tensor.grad = None
+            whole = entry.parameter.grad
+            if whole is not None:
+                assert isinstance(whole, DTensor)
+                with_gradient.append(entry)
+                gradients.append(entry.slice_of(whole.to_local()))
+        if self.device is not None:
+            gradients = self._to_device(gradients)
+        for entry, local in zip(with_gradient, gradients, strict=True):
+            assert isinstance(entry.tensor, DTensor)
+            assert isinstance(entry.parameter, DTensor)
+            entry.tensor.grad = _sharded_as(entry.parameter, local, list(entry.tensor.placements))
+
+    def _to_device(self, tensors: list[Tensor], *, copy: bool = False) -> list[Tensor]:
+        """Tensors where the optimizer works; `copy` also of those that are there."""
+        assert self.device is not None
+        found = {n: tensor for n, tensor in enumerate(tensors) if copy or tensor.device != self.device}
+        if self.device.type == "cpu":
+            found = dict(zip(found, to_host(list(found.values())), strict=True))
+        else:
+            found = {n: tensor.to(self.device, copy=copy) for n, tensor in found.items()}
+        return [found.get(n, tensor) for n, tensor in enumerate(tensors)]
+
+    def _refresh(self, entry: MasterWeight) -> None:
+        weights, held = _local(entry.parameter), _local(entry.tensor)
+        if self.device is not None and entry.synced != _version(entry.parameter):
+            held.copy_(entry.slice_of(weights))
+            entry.synced = _version(entry.parameter)
+        elif self.device is None and held.data_ptr() != entry.slice_of(weights).data_ptr():
+            entry.tensor._local_tensor = entry.slice_of(weights)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _update_model(self) -> None:
+        """Write the updated master weights into the model's weights, on all ranks."""
+        for entry in self._of.values():
+            if self.device is not None:
+                # The device reads them while the host goes on; `load_from_model` waits before it writes there again.
+                entry.slice_of(_local(entry.parameter)).copy_(_local(entry.tensor), non_blocking=True)
+        for bucket in self._buckets():
+            _gather(bucket)
+        for entry in self._of.values():
+            entry.synced = _version(entry.parameter)
+
+    def _buckets(self) -> Iterator[list[MasterWeight]]:
+        """Divided master weights of one group and type, not too many at once, in an order that all ranks share."""
+        kinds: dict[tuple[int, torch.dtype], list[MasterWeight]] = {}
+        for entry in self._of.values():
+            if entry.dimension is not None and entry.group is not None and entry.group.size() > 1:
+                kinds.setdefault((id(entry.group), entry.parameter.dtype), []).append(entry)
+        for kind in kinds.values():
+            bucket: list[MasterWeight] = []
+            entries = 0
+            for entry in kind:
+                if bucket and entries + entry.parameter.numel() > _BUCKET:
+                    yield bucket
+                    bucket, entries = [], 0
+                bucket.append(entry)
+                entries += entry.parameter.numel()
+            yield bucket
+
+
+def _of_optimizer(optimizer: Optimizer) -> MasterWeights | None:
+    return getattr(optimizer, "_moekit_master_weights", None)
+
+
+@contextmanager
+def swapped_in(*optimizers: Optimizer) -> Iterator[None]:
+    """Optimizers with master weights swapped in, as in a step: to load state that is sharded as they keep it."""
+    with ExitStack() as stack:
+        for optimizer in optimizers:
+            master = _of_optimizer(optimizer)
+            if master is not None:
+                master.swap_in()
+                stack.callback(master.swap_out)
+        yield
+
+
+def _sharded_as(parameter: DTensor, local: Tensor, placements: list[Placement]) -> DTensor:
+    return dtensor_from_shard(local, parameter.device_mesh, placements, parameter.shape, parameter.stride())
+
+
+def _local(parameter: Tensor) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    return parameter._local_tensor
+
+
+def _version(parameter: Tensor) -> tuple[int, int, int]:
+    """What changes when weights are written to: what is written through the parameter counts there, else here."""
+    local = _local(parameter)
+    return local.data_ptr(), local._version, parameter._version
+
+
+def _slice(parameter: DTensor, at: int) -> tuple[int | None, Placement]:
+    """Along which dimension the ranks of mesh dimension `at` take slices, and how a DTensor says so."""
+    mesh, places = parameter.device_mesh, parameter.placements
+    others = [(n, place) for n, place in enumerate(places) if isinstance(place, Shard) and mesh.size(n) > 1]
+    taken = {place.dim for _, place in others}
+    dimension = zero_dimension(parameter.to_local().shape, taken, mesh.size(at))
+    if dimension is None:
+        return None, places[at]
+    parts = 1
+    for n, place in others:
+        parts *= mesh.size(n) if n > at and place.dim == dimension else 1
+    return dimension, _StridedShard(dimension, split_factor=parts) if parts > 1 else Shard(dimension)
+
+
+def _gather(bucket: list[MasterWeight]) -> None:
+    """Every rank's slices into everybody's weights."""
+    group = bucket[0].group
+    assert group is not None
+    size = group.size()
+    slices = []
+    for entry in bucket:
+        assert entry.dimension is not None
+        weights = _local(entry.parameter)
+        mine = entry.slice_of(weights).movedim(entry.dimension, 0)
+        step = -(-weights.shape[entry.dimension] // size)
+        padded = mine.new_zeros(step, *mine.shape[1:])
+        padded[: mine.shape[0]] = mine
+        slices.append(padded)
+    assert isinstance(bucket[0].parameter, DTensor)
+    # Offloaded weights are in host memory, where a GPU's process group cannot reach them.
+    sent = torch.cat([part.reshape(-1) for part in slices]).to(bucket[0].parameter.device_mesh.device_type)
+    received = sent.new_empty(size * sent.numel())
+    dist.all_gather(list(received.view(size, -1)), sent, group=group)
+    for rank, flat in enumerate(received.view(size, -1)):
+        start = 0
+        for entry, part in zip(bucket, slices, strict=True):
+            assert entry.dimension is not None
+            into = _local(entry.parameter).movedim(entry.dimension, 0)[rank * part.shape[0] :][: part.shape[0]]
+            found = flat[start : start + part.numel()].view_as(part)
+            into.copy_(found[: into.shape[0]])
+            start += part.numel()
