@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch import nn
 
 from moekit.data.batch import Batch
 from moekit.recipes import zcode_m3
+from moekit.runs import RunConfig, Text
 
 
 def batch_of(tokens: int, vocab_size: int, device: str) -> Batch:
@@ -74,11 +74,10 @@ def stepper(parameters: list[nn.Parameter], loss: Callable[[], torch.Tensor], de
     return step
 
 
-def moekit_arm(config: zcode_m3.Config, vocab_size: int, batch: Batch, device: str, precision: str) -> Any:
+def moekit_arm(config: RunConfig, vocab_size: int, batch: Batch, device: str, precision: str) -> Any:
     """The step of moekit and its parameters."""
-    built = zcode_m3.build(
-        replace(config, tasks=zcode_m3.TasksConfig(translation=config.tasks.translation)), vocab_size
-    )
+    alone = zcode_m3.TasksConfig(translation=config.tasks.translation)
+    built = zcode_m3.build(config.changed(tasks=alone), Text(vocab_size))
     modules = nn.ModuleList([built.backbone, *built.heads]).to(device).train()
 
     def loss() -> torch.Tensor:
@@ -91,7 +90,7 @@ def moekit_arm(config: zcode_m3.Config, vocab_size: int, batch: Batch, device: s
     return stepper(parameters, loss, device), sum(p.numel() for p in parameters)
 
 
-def transformers_arm(config: zcode_m3.Config, vocab_size: int, batch: Batch, device: str, precision: str) -> Any:
+def transformers_arm(config: RunConfig, vocab_size: int, batch: Batch, device: str, precision: str) -> Any:
     """The peer's step and its parameters."""
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
@@ -155,7 +154,7 @@ def profile(step: Callable[[], float], device: str) -> str:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="small", choices=[n for n in zcode_m3.VARIANTS if n != "paper"])
+    parser.add_argument("--variant", default="small", choices=[n for n in zcode_m3.RECIPE.variants if n != "paper"])
     parser.add_argument("--tokens", type=int, default=3072, help="real tokens of a batch, both sides (default 3072)")
     parser.add_argument("--rounds", type=int, default=12, help="counted rounds (default 12)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -167,7 +166,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
 
-    config = zcode_m3.VARIANTS[options.variant]
+    config = zcode_m3.RECIPE.variants[options.variant].config
     vocab_size = config.data.vocab_size
     batch = batch_of(options.tokens, vocab_size, options.device)
     arms = {

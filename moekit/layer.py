@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -158,6 +158,13 @@ class MoELayer(Component):
         padding = ~routing.kept[:, None]
         hidden = phase(self.experts, x.masked_fill(padding, 0.0)) * routing.weight.to(x.dtype)[:, None]
         return hidden.masked_fill(padding, 0.0), routing
+
+
+def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
+    """Every `MoELayer` of a model with its dotted path."""
+    for path, module in model.named_modules():
+        if isinstance(module, MoELayer):
+            yield path, module
 
 
 class AuxLosses:

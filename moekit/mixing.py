@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moekit.component import Component
-from moekit.functional.precision import wide_linear
+from moekit.functional.means import masked_mean
+from moekit.functional.precision import float32_linear
 from moekit.routing import Deviation, Routing, RoutingContext, deviation_loss
 
 
@@ -69,7 +70,7 @@ class _LinearGate(Mix):
         """Float32[T, scores]; padding, which may hold NaN, is read as zeros."""
         if mask is not None:
             x = x.masked_fill(~mask[:, None], 0.0)
-        return wide_linear(x, self.weight) + self.bias
+        return float32_linear(x, self.weight) + self.bias
 
 
 class SoftmaxMix(_LinearGate):
@@ -95,7 +96,7 @@ class SoftmaxMix(_LinearGate):
         if mask is not None:
             share = share.masked_fill(~mask[:, None], 0.5)  # so that no NaN of padding reaches the gradient
         hidden = share[:, :1] * routed + share[:, 1:] * shared
-        mean = _mean(share[:, 0].detach(), mask)
+        mean = masked_mean(share[:, 0].detach(), mask)
         return Mixed(hidden.to(routed.dtype), statistics={"routed_share": mean})
 
 
@@ -110,8 +111,8 @@ class ConditionalMix(_LinearGate):
         dim: D.
         budget: the mean that g should have; 0.8 in arXiv:2207.04672.
         gate_dropout: probability of g = 0 in training, so that the shared branch learns to do without the experts.
-        scope: of the budget: "model" = the mean over the tokens of all layers that `AuxLosses` is called with, returned
-            as a `Deviation`; "layer" = each layer keeps it, and the loss is among the layer's own.
+        scope: what the budget is of: "model" = the mean over the tokens of all layers that `AuxLosses` is called with,
+            returned as a `Deviation`; "layer" = each layer keeps it, and the loss is among the layer's own.
 
     Raises:
         ValueError: if `budget` is not in [0, 1], `gate_dropout` not in [0, 1), or `scope` neither of the two.
@@ -147,7 +148,7 @@ class ConditionalMix(_LinearGate):
         gate = self._scores(x, mask).sigmoid().squeeze(-1)
         if mask is not None:
             gate = gate.masked_fill(~mask, 0.0)
-        mean = _mean(gate, mask)
+        mean = masked_mean(gate, mask)
         real = gate.new_full((), gate.numel()) if mask is None else mask.sum().to(gate.dtype)
         # gate is 0 in padding, which is not in the count.
         away = Deviation(gate.sum() - self.budget * real, real)
@@ -196,10 +197,3 @@ class ExpertOutputMasking(Component):
 def _check_probability(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1): got {value}.")
-
-
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of Float[T] over real tokens, of which there may be none."""
-    if mask is None:
-        return values.sum() / max(values.numel(), 1)
-    return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp_min(1)

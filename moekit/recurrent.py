@@ -16,6 +16,7 @@ from moekit.transformer.embedding import TokenEmbedding
 from moekit.transformer.init import init_weights
 from moekit.transformer.output import BlockOutput, DecoderOutput, StackOutput
 from moekit.transformer.padding import check_right_padded
+from moekit.transformer.routed_layers import routed_layers
 
 State = tuple[Tensor, Tensor]
 """Output and cell of an LSTM, Float[1, R, D] and Float[1, R, units]."""
@@ -213,7 +214,7 @@ class RecurrentLM(Component):
     @property
     def routed_layers(self) -> tuple[str, ...]:
         """Names of the sparse layers: ``decoder.1``, or none."""
-        return tuple(f"decoder.{number}" for number in self.decoder.routed_layers)
+        return tuple(routed_layers(self))
 
     def new_cache(self) -> RecurrentCache:
         """An empty cache for `decode`."""

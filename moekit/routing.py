@@ -201,6 +201,10 @@ class Capacity:
         group_size: positions of a local group, which follow each other in the batch; the last group may be smaller.
             None = all positions of the process are one group (GShard's groups are then the processes).
 
+    Raises:
+        ValueError: if a factor is not positive and finite, `minimum` or `group_size` is less than 1, or a
+            choice is unknown.
+
     Source: arXiv:2006.16668 section 2.2 (local groups, 2 S / E slots for S tokens of a group).
     Differs: Random and probability priority look at later tokens, so they are not causal; routers refuse them for a
     causal decoder unless told ``allow_future=True``. Random priority acts in training only; in evaluation with a
@@ -270,9 +274,9 @@ class Compensation:
     """What keeps a layer's function where every one of its experts is there several times, with its row of the scores.
 
     Attributes:
-        choices: by how much a token's choices must be multiplied: k, or the capacity factor of expert choice.
-        scale: by how much the experts' outputs must be multiplied.
-        own: by how much tensors of the router itself must be multiplied, by name.
+        choices: factor of a token's choices: of k, or of the capacity factor of expert choice.
+        scale: factor of the experts' outputs.
+        own: factors of tensors of the router itself, by name.
         obstacle: why no such numbers exist; None = these are they.
     """
 
@@ -307,8 +311,8 @@ class Router(Component, ABC):
     Attributes:
         num_experts: E.
         looks_ahead: whether a token's route may depend on later tokens of its sequence (random or probability
-            priority, expert choice). Such a router is refused in a causal decoder ...
-        allow_future: ... unless this says that the leak is wanted.
+            priority, expert choice). A causal decoder refuses such a router.
+        allow_future: whether a causal decoder shall accept a router that looks ahead.
         observes: whether `observe` wants to be told what training forwards returned.
         by_position: whether a token's experts depend on its place among the tokens of the batch even where nothing is
             dropped (dealing in turn), so that tokens in another order get other experts.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moekit.component import Component
 from moekit.experts.base import Experts
+from moekit.functional.means import masked_mean
 from moekit.functional.precision import without_autocast
 from moekit.layer import MoEOutput
 from moekit.routing import Compensation, Routing, RoutingContext
@@ -120,7 +121,7 @@ class SoftMoELayer(Component):
         flat = real.reshape(-1)
         position = torch.where(flat, flat.cumsum(0) - 1, -1)
         with torch.no_grad():
-            entropy = torch.special.entr(share).sum(-1).sum() / flat.sum().clamp_min(1)
+            entropy = masked_mean(torch.special.entr(share).sum(-1), flat)
             used = real.any(1).sum() * e * self.slots
             slot_entropy = torch.special.entr(dispatch).sum() / used.clamp_min(1)
         return Routing(

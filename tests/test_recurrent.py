@@ -15,8 +15,7 @@ from moekit.layer import MoELayer
 from moekit.recurrent import RecurrentLayer, RecurrentLM
 from moekit.routers import ExpertChoiceRouter, HierarchicalRouter, noisy_topk
 from moekit.routing import Router
-from moekit.training.multitask import sparse_layers
-from moekit.transformer import MLP, materialize
+from moekit.transformer import MLP, materialize, routed_layers
 
 DIM, VOCAB = 16, 50
 PROJECTED = pytest.mark.filterwarnings("ignore:LSTM with projections")
@@ -119,7 +118,7 @@ def test_later_tokens_and_padding_change_nothing_before_them() -> None:
 def test_sparse_layers_are_found_and_trained() -> None:
     lm = model()
     assert lm.routed_layers == ("decoder.1",)
-    assert sparse_layers(lm) == {"decoder.1": 8}
+    assert routed_layers(lm) == {"decoder.1": lm.decoder.blocks[1].feed_forward}
     assert model(MLP(DIM, 64)).routed_layers == ()
     output = lm.decode(tokens())
     (lm.logits(output.hidden).logsumexp(-1).mean() + output.routings[0].losses["load"]).backward()

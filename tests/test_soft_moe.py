@@ -15,8 +15,7 @@ from moekit import RoutingContext, SoftMoELayer, routing_stats
 from moekit.experts import GroupedGLU, GroupedMLP
 from moekit.testing import assert_close, assert_same, check_routing, seeded, trace
 from moekit.testing.modules import check_checkpointing, check_compiles, check_has_a_source, check_meta_device
-from moekit.training.multitask import sparse_layers
-from moekit.transformer import DecoderOnly, EncoderDecoder, every_other
+from moekit.transformer import DecoderOnly, EncoderDecoder, every_other, routed_layers
 
 B, N, D, E, S = 3, 7, 5, 4, 2
 MASK = torch.tensor([[True] * 7, [True] * 4 + [False] * 3, [False, True, False, True, False, False, False]])
@@ -189,7 +188,7 @@ def test_in_an_encoder() -> None:
     assert encoded.routings[0].num_experts == E
     longer = model.encode(torch.nn.functional.pad(ids, (0, 2)), torch.nn.functional.pad(mask, (0, 2)))
     assert_close(longer.hidden[:, :7][mask], encoded.hidden[mask], "padding changes real tokens")
-    assert sparse_layers(model) == {"encoder.1": E}
+    assert routed_layers(model) == {"encoder.1": model.encoder.blocks[1].feed_forward}
 
 
 def test_bad_input() -> None:

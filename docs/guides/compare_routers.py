@@ -96,19 +96,19 @@ def routers(batches: Sequence[Batch]) -> dict[str, Entry]:
         # Experts choose tokens.
         "ExpertChoiceRouter": Entry(lambda: r.ExpertChoiceRouter(*size, allow_future=True)),
         # A table chooses: by word, neighbour, place or language.
-        "hash_layers": Entry(lambda: r.hash_layers(*size, counts)),
-        "hash_random": Entry(lambda: r.hash_random(*size, WORDS)),
-        "hash_previous": Entry(lambda: r.hash_previous(*size, counts)),
-        "hash_bigram": Entry(lambda: r.hash_bigram(*size, WORDS)),
-        "hash_position": Entry(lambda: r.hash_position(*size, LENGTH)),
-        "hash_clustered": Entry(lambda: r.hash_clustered(*size, meaning)),
-        "hash_dispersed": Entry(lambda: r.hash_dispersed(*size, meaning)),
-        "hash_oracle": Entry(lambda: r.hash_oracle(*size, counts, allow_future=True)),
-        "multi_hash": Entry(lambda: r.multi_hash(*size, counts), lambda: MultiHashMLP(EXPERTS, DIM, HIDDEN)),
+        "hash_layers": Entry(lambda: r.hash_layers(EXPERTS, counts)),
+        "hash_random": Entry(lambda: r.hash_random(EXPERTS, WORDS)),
+        "hash_previous": Entry(lambda: r.hash_previous(EXPERTS, counts)),
+        "hash_bigram": Entry(lambda: r.hash_bigram(EXPERTS, WORDS)),
+        "hash_position": Entry(lambda: r.hash_position(EXPERTS, LENGTH)),
+        "hash_clustered": Entry(lambda: r.hash_clustered(EXPERTS, meaning)),
+        "hash_dispersed": Entry(lambda: r.hash_dispersed(EXPERTS, meaning)),
+        "hash_oracle": Entry(lambda: r.hash_oracle(EXPERTS, counts, allow_future=True)),
+        "multi_hash": Entry(lambda: r.multi_hash(EXPERTS, counts), lambda: MultiHashMLP(EXPERTS, DIM, HIDDEN)),
         "TaskRouter": Entry(lambda: r.TaskRouter(*size, num_tasks=LANGUAGES)),
-        "TaskTableRouter": Entry(lambda: r.TaskTableRouter(*size, [0, 2, 4, 6])),
+        "TaskTableRouter": Entry(lambda: r.TaskTableRouter(EXPERTS, [0, 2, 4, 6])),
         # Nobody chooses.
-        "UniformRouter": Entry(lambda: r.UniformRouter(*size)),
+        "UniformRouter": Entry(lambda: r.UniformRouter(EXPERTS)),
     }
 
 

@@ -1,15 +1,14 @@
 """`Batch`: what a training or evaluation step of one task gets, and how sentences become one.
 
 Sentences arrive as `Ragged` arrays (see `moekit.data.ragged`) without any special token; the functions here add the
-language tag, bos and eos, pad, and build the masks. One function per task.
+language tag, bos and eos, pad, and build the masks. Which of them a batch needs is its task's affair (`moekit.tasks`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,22 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree
 
+from moekit.data.keyed import Keys
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
 
 IGNORE = -100  # the label of a place that is not predicted, as in torch.nn.functional.cross_entropy
-
-# How each task uses the two sides, which is also what its batches cost: S source positions, T target positions.
-TASKS: Mapping[str, str] = MappingProxyType(
-    {
-        "translation": "source sentence with the target's tag -> target sentence",
-        "denoising": "noised sentence with its own tag -> the clean sentence",
-        "span_corruption": "sentence with spans cut out -> the missing spans",
-        "masked_lm": "masked sentence on the encoder; labels at the masked places",
-        "replaced_token": "masked sentence for the generator; labels at the masked places",
-        "causal_lm": "the sentence, predicted left to right",
-    }
-)
+SPECIALS = 2  # a tag and eos, or bos and eos, stand around every sentence
 
 
 @dataclass(eq=False)
@@ -44,9 +33,9 @@ class Batch:
     copy batches field by field and refuse frozen ones; treat it as frozen all the same.
 
     Attributes:
-        task: one of `TASKS`.
-        source: Int64[B, S], padded with pad_id. Begins with a language tag (the target's for translation) and ends
-            with eos; for causal_lm it equals `target`.
+        task: its name, such as those of `moekit.tasks.TASKS`.
+        source: Int64[B, S], padded with pad_id. Begins with a language tag (the target's) and ends with eos; of one
+            text it equals `target`.
         source_mask: Bool[B, S], True = a real token.
         target: Int64[B, T] = bos ... eos, padded; decoder input ``target[:, :-1]``, labels ``target[:, 1:]``.
         target_mask: Bool[B, T].
@@ -56,6 +45,7 @@ class Batch:
         direction: ``"en-de"`` (or ``"en"`` for monolingual tasks) where all rows share it (evaluation), else None.
         index: Int64[B], in evaluation the place of each row in what the source gave for this direction and split,
             for looking up the original sentences; else None.
+        one_text: whether source and target are the same text, as for a decoder alone, which counts once.
         predicted: Int64[N], the places that are predicted, row by row: in the flattened ``labels``, or without labels
             in the flattened ``target[:, 1:]``. Made with the batch, from its masks, so that on a GPU nobody has to
             wait for their number.
@@ -72,6 +62,7 @@ class Batch:
     target_language: Tensor
     direction: str | None = None
     index: Tensor | None = None
+    one_text: bool = False
     predicted: Tensor | None = field(init=False, default=None)
     real: Tensor | None = field(init=False, default=None)
 
@@ -87,9 +78,9 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens, tags and eos included, of both sides (causal_lm: of the one side it has)."""
+        """Real tokens, tags and eos included, of both sides; of one text once."""
         count = int(self.source_mask.sum())
-        if self.target_mask is not None and self.task != "causal_lm":
+        if self.target_mask is not None and not self.one_text:
             count += int(self.target_mask.sum())
         return count
 
@@ -97,7 +88,7 @@ class Batch:
     def num_positions(self) -> int:
         """Padded positions of both sides: what the batch costs."""
         count = self.source.numel()
-        if self.target is not None and self.task != "causal_lm":
+        if self.target is not None and not self.one_text:
             count += self.target.numel()
         return count
 
@@ -142,15 +133,16 @@ def _places(mask: Tensor) -> Tensor:
     return mask.reshape(-1).nonzero().squeeze(1)
 
 
-_LEAVES = tuple(f.name for f in dataclasses.fields(Batch) if f.name not in ("task", "direction"))
+_PLAIN = ("task", "direction", "one_text")
+_LEAVES = tuple(f.name for f in dataclasses.fields(Batch) if f.name not in _PLAIN)
 
 
 def _flatten(batch: Batch) -> tuple[list[Any], Any]:
-    return [getattr(batch, name) for name in _LEAVES], (batch.task, batch.direction)
+    return [getattr(batch, name) for name in _LEAVES], tuple(getattr(batch, name) for name in _PLAIN)
 
 
 def _unflatten(leaves: Any, context: Any) -> Batch:
-    return _whole({"task": context[0], "direction": context[1], **dict(zip(_LEAVES, leaves, strict=True))})
+    return _whole({**dict(zip(_PLAIN, context, strict=True)), **dict(zip(_LEAVES, leaves, strict=True))})
 
 
 _pytree.register_pytree_node(Batch, _flatten, _unflatten, serialized_type_name="moekit.Batch")
@@ -164,9 +156,41 @@ class Width:
     target: int = 0
 
 
-def _framed(text: Ragged, first: NDArray[np.int64] | int, eos: int, pad: int, width: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, eq=False)
+class Sentences:
+    """The rows of a batch before they become one: what a task collates. B rows of this rank, of 1 or 2 sides.
+
+    Attributes:
+        texts: the sentences on each side, without special tokens.
+        lengths: Int64[all rows] for each side, tokens of the rows of all ranks together.
+        languages: Int64[B] ids of source and target language, the same for text of one language.
+        keys: UInt64[B], a random key of each row, for noise.
+        tokenizer: whose specials are used.
+        pad_multiple: padded lengths are rounded up to a multiple of this.
+        direction: ``"en-de"`` or ``"en"`` where all rows share it, else None.
+    """
+
+    texts: tuple[Ragged, ...]
+    lengths: tuple[NDArray[np.int64], ...]
+    languages: tuple[NDArray[np.int64], NDArray[np.int64]]
+    keys: Keys
+    tokenizer: Tokenizer
+    pad_multiple: int = 1
+    direction: str | None = None
+
+    def width(self, lengths: NDArray[np.int64]) -> int:
+        """Padded length of a side whose longest of `lengths` tokens has its two specials."""
+        return int(padded_length(lengths, self.pad_multiple).max(initial=SPECIALS))
+
+
+def padded_length(length: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
+    """Positions of a sentence of `length` tokens with its specials, rounded up to `multiple`."""
+    return -(-(length + SPECIALS) // multiple) * multiple
+
+
+def framed(text: Ragged, first: NDArray[np.int64] | int, eos: int, pad: int, width: int) -> tuple[Tensor, Tensor]:
     """``first text eos pad...`` and its mask; `first` is one id or one per row."""
-    rows, longest = len(text), int(text.lengths.max(initial=0)) + 2
+    rows, longest = len(text), int(text.lengths.max(initial=0)) + SPECIALS
     out = np.full((rows, max(longest, width)), pad, dtype=np.int64)
     columns = np.arange(out.shape[1])
     end = text.lengths[:, None] + 1
@@ -181,7 +205,8 @@ def _tags(tokenizer: Tokenizer, languages: NDArray[np.int64]) -> NDArray[np.int6
     return tokenizer.first_tag_id + languages
 
 
-def translation(
+def pair_batch(
+    task: str,
     source: Ragged,
     target: Ragged,
     *,
@@ -190,18 +215,11 @@ def translation(
     tokenizer: Tokenizer,
     width: Width | None = None,
     direction: str | None = None,
-    task: str = "translation",
-    sentinel: int | None = None,
 ) -> Batch:
-    """``<2xx> source eos`` and ``bos target eos``; with a sentinel ``<2xx> source s eos`` and ``bos s target eos``.
-
-    Source: arXiv:1611.04558 (target-language tag at the source's head); sentinels arXiv:2202.08906 section 4.
-    """
+    """``<2xx> source eos``, with the tag of the target's language, and ``bos target eos``."""
     width = width or Width()
-    if sentinel is not None:
-        source, target = source.append(sentinel), target.prepend(sentinel)
-    ids, mask = _framed(source, _tags(tokenizer, target_language), tokenizer.eos_id, tokenizer.pad_id, width.source)
-    to, to_mask = _framed(target, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, width.target)
+    ids, mask = framed(source, _tags(tokenizer, target_language), tokenizer.eos_id, tokenizer.pad_id, width.source)
+    to, to_mask = framed(target, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, width.target)
     return Batch(
         task=task,
         source=ids,
@@ -215,43 +233,20 @@ def translation(
     )
 
 
-def denoising(
-    noised: Ragged,
-    clean: Ragged,
-    *,
-    language: NDArray[np.int64],
-    tokenizer: Tokenizer,
-    width: Width | None = None,
-    direction: str | None = None,
-    task: str = "denoising",
-) -> Batch:
-    """``<2xx> noised eos`` and ``bos clean eos``: translation from a damaged sentence to itself, or what it lacks."""
-    return translation(
-        noised,
-        clean,
-        source_language=language,
-        target_language=language.copy(),
-        tokenizer=tokenizer,
-        width=width,
-        direction=direction,
-        task=task,
-    )
-
-
-def masked_lm(
-    masked: Ragged,
+def labelled_batch(
+    task: str,
+    text: Ragged,
     labels: Ragged,
     *,
     language: NDArray[np.int64],
     tokenizer: Tokenizer,
     width: Width | None = None,
     direction: str | None = None,
-    task: str = "masked_lm",
 ) -> Batch:
-    """``<2xx> masked eos`` with the original ids as labels at masked places (`labels` holds -100 elsewhere)."""
+    """``<2xx> text eos`` with a label for each of its tokens (-100 where nothing is predicted)."""
     width = width or Width()
-    ids, mask = _framed(masked, _tags(tokenizer, language), tokenizer.eos_id, tokenizer.pad_id, width.source)
-    wanted, _ = _framed(labels, IGNORE, IGNORE, IGNORE, width.source)
+    ids, mask = framed(text, _tags(tokenizer, language), tokenizer.eos_id, tokenizer.pad_id, width.source)
+    wanted, _ = framed(labels, IGNORE, IGNORE, IGNORE, width.source)
     return Batch(
         task=task,
         source=ids,
@@ -259,54 +254,6 @@ def masked_lm(
         target=None,
         target_mask=None,
         labels=wanted,
-        source_language=torch.from_numpy(language),
-        target_language=torch.from_numpy(language.copy()),
-        direction=direction,
-    )
-
-
-def replaced_token(
-    masked: Ragged,
-    labels: Ragged,
-    *,
-    language: NDArray[np.int64],
-    tokenizer: Tokenizer,
-    width: Width | None = None,
-    direction: str | None = None,
-) -> Batch:
-    """As `masked_lm`; the generator fills the masked places and the discriminator says which it filled.
-
-    Source: arXiv:2003.10555 section 2.
-    """
-    return masked_lm(
-        masked,
-        labels,
-        language=language,
-        tokenizer=tokenizer,
-        width=width,
-        direction=direction,
-        task="replaced_token",
-    )
-
-
-def causal_lm(
-    text: Ragged,
-    *,
-    language: NDArray[np.int64],
-    tokenizer: Tokenizer,
-    width: Width | None = None,
-    direction: str | None = None,
-) -> Batch:
-    """``bos text eos`` on both sides."""
-    width = width or Width()
-    ids, mask = _framed(text, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, width.source)
-    return Batch(
-        task="causal_lm",
-        source=ids,
-        source_mask=mask,
-        target=ids,
-        target_mask=mask,
-        labels=None,
         source_language=torch.from_numpy(language),
         target_language=torch.from_numpy(language.copy()),
         direction=direction,

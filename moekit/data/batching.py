@@ -13,18 +13,13 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from moekit.data import batch as collate
-from moekit.data.batch import Batch, Width
+from moekit.data.batch import Batch, Sentences
 from moekit.data.keyed import fold, key
-from moekit.data.noising import Denoising, Masking
-from moekit.data.plan import Plan, Rows, fill
-from moekit.data.ragged import Ragged
-from moekit.data.span_corruption import SpanCorruption
+from moekit.data.plan import Rows, StepPlan, fill
 from moekit.data.store import TokenStore
-from moekit.data.streams import SPECIALS, Task, padded_length
+from moekit.data.streams import TaskStreams
 from moekit.data.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
@@ -45,7 +40,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Builder:
-    """Makes batches: gathers tokens, damages them, pads them.
+    """Makes batches: gathers the tokens of rows, which their task collates.
 
     Attributes:
         store: where the tokens are.
@@ -57,64 +52,20 @@ class Builder:
     tokenizer: Tokenizer
     pad_multiple: int = 1
 
-    def build(self, task: Task, rows: Rows, share: slice, direction: str | None = None) -> Batch:
+    def build(self, task: TaskStreams, rows: Rows, share: slice, direction: str | None = None) -> Batch:
         """The batch of ``rows[share]``, padded as wide as all of `rows` need."""
-        sides = range(2 if task.name == "translation" else 1)
-        widths = [self._width(task.lengths(rows, side) + task.sentinel) for side in sides]
-        rows = rows[share]
-        text = self._gather(task, rows, 0)
-        languages = task.languages(rows, 0)
-        if task.name == "translation":
-            return collate.translation(
-                text,
-                self._gather(task, rows, 1),
-                source_language=languages,
-                target_language=task.languages(rows, 1),
+        own, sides = rows[share], range(task.sides)
+        return task.task.collate(
+            Sentences(
+                texts=tuple(self.store.read(task.starts(own, side), task.lengths(own, side)) for side in sides),
+                lengths=tuple(task.lengths(rows, side) for side in sides),
+                languages=(task.languages(own, 0), task.languages(own, 1)),
+                keys=own.keys,
                 tokenizer=self.tokenizer,
-                width=Width(*widths),
-                direction=direction,
-                sentinel=self.tokenizer.sentinel_ids[0] if task.sentinel else None,
-            )
-        if task.name == "causal_lm":
-            return collate.causal_lm(
-                text, language=languages, tokenizer=self.tokenizer, width=Width(*widths), direction=direction
-            )
-        if task.name == "denoising":
-            assert isinstance(task.noise, Denoising)
-            noised = task.noise.apply(text, rows.keys, self.tokenizer)
-            # How long the other ranks' noised sentences are is not known here: this side is as wide as it must be.
-            return collate.denoising(
-                noised,
-                text,
-                language=languages,
-                tokenizer=self.tokenizer,
-                width=Width(self._width(noised.lengths), *widths),
+                pad_multiple=self.pad_multiple,
                 direction=direction,
             )
-        if task.name == "span_corruption":
-            assert isinstance(task.noise, SpanCorruption)
-            damaged, spans = task.noise.apply(text, rows.keys, self.tokenizer)
-            return collate.denoising(
-                damaged,
-                spans,
-                language=languages,
-                tokenizer=self.tokenizer,
-                width=Width(self._width(damaged.lengths), self._width(spans.lengths)),
-                direction=direction,
-                task="span_corruption",
-            )
-        assert isinstance(task.noise, Masking)
-        masked, labels = task.noise.apply(text, rows.keys, self.tokenizer)
-        make = collate.replaced_token if task.name == "replaced_token" else collate.masked_lm
-        return make(
-            masked, labels, language=languages, tokenizer=self.tokenizer, width=Width(*widths), direction=direction
         )
-
-    def _gather(self, task: Task, rows: Rows, side: int) -> Ragged:
-        return self.store.read(task.starts(rows, side), task.lengths(rows, side))
-
-    def _width(self, lengths: NDArray[np.int64]) -> int:
-        return int(padded_length(lengths, self.pad_multiple).max(initial=SPECIALS))
 
 
 class TrainingSteps(Dataset[dict[str, Batch]]):
@@ -128,7 +79,9 @@ class TrainingSteps(Dataset[dict[str, Batch]]):
         rank: whose share to give.
     """
 
-    def __init__(self, tasks: Mapping[str, tuple[Task, Plan]], builder: Builder, rank: Rank | None = None) -> None:
+    def __init__(
+        self, tasks: Mapping[str, tuple[TaskStreams, StepPlan]], builder: Builder, rank: Rank | None = None
+    ) -> None:
         self._tasks = dict(tasks)
         self._builder = builder
         self._rank = rank or Rank()
@@ -155,11 +108,11 @@ class EvaluationBatches(Dataset[Batch]):
     """
 
     def __init__(
-        self, tasks: list[Task], builder: Builder, *, budget: int, rank: Rank | None = None, seed: int = 0
+        self, tasks: list[TaskStreams], builder: Builder, *, budget: int, rank: Rank | None = None, seed: int = 0
     ) -> None:
         self._builder = builder
         self._rank = rank or Rank()
-        self._batches: list[tuple[Task, str, Rows]] = []
+        self._batches: list[tuple[TaskStreams, str, Rows]] = []
         for task in tasks:
             for number, sizes in enumerate(task.sizes(builder.pad_multiple)):
                 order = np.lexsort((sizes.source,) if sizes.target is None else (sizes.target, sizes.source))

@@ -5,52 +5,24 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from moekit.data.batch import TASKS
+from moekit.data.batch import SPECIALS
 from moekit.data.batching import Builder, EvaluationBatches, EvaluationLoader, Rank, StepLoader, TrainingSteps
 from moekit.data.mixture import Constant, TemperatureSchedule
-from moekit.data.noising import ELECTRA, Denoising, Masking
-from moekit.data.plan import Plan
-from moekit.data.span_corruption import SpanCorruption
+from moekit.data.plan import StepPlan
 from moekit.data.store import TokenStore, Wanted, cached_store, monolingual_section, parallel_section
-from moekit.data.streams import SPECIALS, Noise, Stream, Task, TooLong, open_chunks, open_stream
+from moekit.data.streams import Stream, TaskStreams, TooLong, open_chunks, open_stream
 from moekit.data.tokenizer import Model, Tokenizer, train_tokenizer
 from moekit.errors import UserError, nearest
 from moekit.source import SPLITS, Direction, Source, Split
+from moekit.tasks import TASKS, Task, TaskData, TranslationTask
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskData:
-    """The data of one task.
-
-    Attributes:
-        share: of a step's tokens, relative to the other tasks.
-        streams: directions (``en-de``) for translation, languages for the other tasks; None = all of the source.
-        temperature: of the mixture over streams; None = that of the data module.
-        stream_shares: streams that are drawn with a fixed probability, whatever the temperature.
-        denoising: how sentences are damaged, for the task denoising.
-        span_corruption: how spans are cut out, for the task span_corruption.
-        masking: how sentences are masked, for masked_lm and replaced_token; None = as BERT does for masked_lm, as
-            ELECTRA's generator sees it (the mask alone) for replaced_token.
-        sentinel: for translation: the first sentinel ends the source and begins the target, as in span corruption, so
-            that fine-tuning looks like such a pre-training (arXiv:2202.08906 section 4).
-    """
-
-    share: float = 1.0
-    streams: tuple[str, ...] | None = None
-    temperature: TemperatureSchedule | None = None
-    stream_shares: Mapping[str, float] = field(default_factory=dict)
-    denoising: Denoising = field(default_factory=Denoising)
-    span_corruption: SpanCorruption = field(default_factory=SpanCorruption)
-    masking: Masking | None = None
-    sentinel: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +46,8 @@ class MultitaskData(L.LightningDataModule):
     """Batches of several tasks from one source of text.
 
     Training yields ``dict[str, Batch]`` (task name -> batch) for every step. Validation yields single `Batch` objects
-    of all tasks, direction by direction, with noise that never changes; testing yields translation only or, where that
-    is not among the tasks, all tasks as in validation. The order of
+    of all tasks, direction by direction, with noise that never changes; testing yields the tasks whose written answers
+    are scored, such as translation, or, where there is none, all tasks as in validation. The order of
     training is a function of the seed and the step: the Trainer's count of batches says where it begins, so a resumed
     run goes on with exactly the next step, for any number of workers. The sentences of a step, over all ranks together,
     and their noise are the same for any number of ranks, as long as a task's budget holds its longest sentence once for
@@ -83,7 +55,7 @@ class MultitaskData(L.LightningDataModule):
 
     Args:
         source: where text comes from.
-        tasks: by name (see `moekit.data.batch.TASKS`); only translation where not given.
+        tasks: by name (see `moekit.tasks.TASKS`); only translation where not given.
         cache: folder of tokenizers and token stores; None = the user's cache folder.
         vocab_size: of the tokenizer, specials included.
         tokenizer_options: how the tokenizer is trained.
@@ -129,7 +101,7 @@ class MultitaskData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.source = source
-        self.tasks = dict(tasks) if tasks is not None else {"translation": TaskData()}
+        self.tasks = dict(tasks) if tasks is not None else {TranslationTask.name: TaskData()}
         self.cache = Path(cache) if cache is not None else default_cache()
         self.vocab_size = vocab_size
         self.tokenizer_options = tokenizer_options or TokenizerOptions()
@@ -157,13 +129,9 @@ class MultitaskData(L.LightningDataModule):
 
     @property
     def directions(self) -> tuple[Direction, ...]:
-        """Directions of the translation task; none where there is no such task."""
-        task = self.tasks.get("translation")
-        if task is None:
-            return ()
-        if task.streams is None:
-            return self.source.directions
-        return tuple(Direction.parse(name) for name in task.streams)
+        """Directions of the tasks on pairs, such as translation; none where there is no such task."""
+        chosen = [name for task in self.tasks if TASKS[task].pairs for name in self._chosen(task)]
+        return tuple(self._direction(name) for name in dict.fromkeys(chosen))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -209,25 +177,28 @@ class MultitaskData(L.LightningDataModule):
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """Validation batches of all tasks, in order."""
-        tasks = [self._task(name, "valid", self.valid_sentences) for name in self.tasks]
+        tasks = [self._streams(name, "valid", self.valid_sentences) for name in self.tasks]
         return self._evaluation(tasks)
 
     def test_dataloader(self) -> EvaluationLoader | list[Any]:
-        """Test batches, in order: of the translation directions, or of all tasks where translation is not one."""
-        names = ["translation"] if "translation" in self.tasks else list(self.tasks)
-        return self._evaluation([self._task(name, "test", self.test_sentences) for name in names])
+        """Test batches, in order: of the tasks whose written answers are scored, or of all where there is none."""
+        names = self._scored or list(self.tasks)
+        return self._evaluation([self._streams(name, "test", self.test_sentences) for name in names])
+
+    def task(self, name: str) -> Task:
+        """One of the tasks, with its settings."""
+        return TASKS[name].of(self.tasks[name])
 
     def pairs(self, direction: Direction | str, split: Split) -> Sequence[tuple[str, str]]:
         """The original sentences: `Batch.index` of an evaluation batch says which of them its rows are."""
-        named = {str(known): known for known in self.directions}
-        return self.source.parallel(named.get(str(direction)) or Direction.parse(direction), split)
+        return self.source.parallel(self._direction(direction), split)
 
     def wanted(self, splits: Sequence[Split] = SPLITS) -> Wanted:
         """What of the source is used in these splits."""
         parallel = [(direction, split) for direction in self.directions for split in splits]
-        names = [n for task in self.tasks if task != "translation" for n in self._chosen(task)]
-        # Text of one language is tested on only where there is no translation to test.
-        used = [split for split in splits if split != "test" or "translation" not in self.tasks]
+        names = [n for task in self.tasks if not TASKS[task].pairs for n in self._chosen(task)]
+        # Text of one language is tested on only where there are no written answers to score.
+        used = [split for split in splits if split != "test" or not self._scored]
         mono = [(language, split) for language in dict.fromkeys(names) for split in used]
         return Wanted(tuple(parallel), tuple(mono))
 
@@ -305,47 +276,45 @@ class MultitaskData(L.LightningDataModule):
             raise UserError(
                 f"data.max_length must leave room for text beside {SPECIALS} special tokens: got {self.max_length}."
             )
-        if "span_corruption" in self.tasks:
-            self.tasks["span_corruption"].span_corruption.check(self.max_length - SPECIALS)
+        for name in self.tasks:
+            self.task(name).check(self.max_length - SPECIALS)
         if self.too_long not in ("drop", "truncate"):
             raise UserError(f'data.too_long must be "drop" or "truncate": got {self.too_long!r}.')
 
+    @property
+    def _scored(self) -> list[str]:
+        return [name for name in self.tasks if self.task(name).scored]
+
     def _stream_names(self, task: str) -> list[str]:
-        return [str(d) for d in self.source.directions] if task == "translation" else list(self.languages)
+        return [str(d) for d in self.source.directions] if TASKS[task].pairs else list(self.languages)
 
     def _chosen(self, task: str) -> list[str]:
         return list(self.tasks[task].streams or self._stream_names(task))
 
+    def _direction(self, name: Direction | str) -> Direction:
+        served = {str(known): known for known in self.source.directions}
+        return served.get(str(name)) or Direction.parse(name)
+
     def _builder(self) -> Builder:
         return Builder(self.store, self.tokenizer, self.pad_multiple)
 
-    def _task(self, name: str, split: Split, limit: int | None = None) -> Task:
-        if name == "translation":
-            streams = [self._pairs(direction, split, limit) for direction in self.directions]
-            return Task(name, streams, sentinel=self.tasks[name].sentinel)
-        data = self.tasks[name]
-        kinds: dict[str, Noise] = {
-            "denoising": data.denoising, "span_corruption": data.span_corruption,
-            "masked_lm": data.masking or Masking(), "replaced_token": data.masking or ELECTRA,
-        }  # fmt: skip
-        noise = kinds.get(name)
-        make = self._chunks if isinstance(noise, SpanCorruption) and noise.packed else self._text
-        return Task(name, [make(language, split, limit) for language in self._chosen(name)], noise)
+    def _streams(self, name: str, split: Split, limit: int | None = None) -> TaskStreams:
+        task = self.task(name)
+        if task.pairs:
+            return TaskStreams(task, [self._pairs(self._direction(d), split, limit) for d in self._chosen(name)])
+        length = task.chunk(self.max_length - SPECIALS)
+        return TaskStreams(task, [self._text(language, split, limit, length) for language in self._chosen(name)])
 
     def _pairs(self, direction: Direction, split: Split, limit: int | None) -> Stream:
         ids = (self.tokenizer.language_id(direction.source), self.tokenizer.language_id(direction.target))
         sections = [parallel_section(direction, split, "source"), parallel_section(direction, split, "target")]
         return self._stream(str(direction), sections, ids, split, limit)
 
-    def _text(self, language: str, split: Split, limit: int | None) -> Stream:
-        own = self.tokenizer.language_id(language)
-        return self._stream(language, [monolingual_section(language, split)], (own, own), split, limit)
-
-    def _chunks(self, language: str, split: Split, limit: int | None) -> Stream:
-        own = self.tokenizer.language_id(language)
-        length = self.tasks["span_corruption"].span_corruption.chunk(self.max_length - SPECIALS)
-        section = monolingual_section(language, split)
-        return open_chunks(self.store, language, section, (own, own), length=length, limit=limit)
+    def _text(self, language: str, split: Split, limit: int | None, chunk: int | None) -> Stream:
+        own, section = self.tokenizer.language_id(language), monolingual_section(language, split)
+        if chunk is not None:
+            return open_chunks(self.store, language, section, (own, own), length=chunk, limit=limit)
+        return self._stream(language, [section], (own, own), split, limit)
 
     def _stream(
         self, name: str, sections: list[str], languages: tuple[int, int], split: Split, limit: int | None
@@ -360,10 +329,10 @@ class MultitaskData(L.LightningDataModule):
             limit=limit,
         )
 
-    def _planned(self, name: str, rank: Rank) -> tuple[Task, Plan]:
-        task, data = self._task(name, "train"), self.tasks[name]
+    def _planned(self, name: str, rank: Rank) -> tuple[TaskStreams, StepPlan]:
+        task, data = self._streams(name, "train"), self.tasks[name]
         total = sum(t.share for t in self.tasks.values())
-        plan = Plan(
+        plan = StepPlan(
             name,
             task.sizes(self.pad_multiple),
             budget=int(self.tokens_per_step * data.share / total),
@@ -374,11 +343,11 @@ class MultitaskData(L.LightningDataModule):
         )
         return task, plan
 
-    def _whole_epoch(self, steps: Mapping[str, tuple[Task, Plan]]) -> int:
+    def _whole_epoch(self, steps: Mapping[str, tuple[TaskStreams, StepPlan]]) -> int:
         task, plan = next(iter(steps.values()))
         return max(1, math.ceil(len(task) / plan.rows_per_step))
 
-    def _evaluation(self, tasks: list[Task]) -> EvaluationLoader | list[Any]:
+    def _evaluation(self, tasks: list[TaskStreams]) -> EvaluationLoader | list[Any]:
         batches = EvaluationBatches(
             tasks, self._builder(), budget=self.evaluation_tokens, rank=self._rank(), seed=self.seed
         )

@@ -1,4 +1,4 @@
-"""Damage to sentences for denoising, masked language modelling and replaced-token detection.
+"""Damage to sentences: words dropped, spans filled in, tokens masked.
 
 Pure functions of (sentences, one random key per sentence): a sentence is damaged in the same way whatever stands
 beside it in the batch and whichever process does it. Ids marked `protected` (specials, tags) are never touched.
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from moekit.data.keyed import Keys, uniform
 from moekit.data.ragged import Ragged
-from moekit.data.tokenizer import Tokenizer
 
 SpanLength = Literal["poisson", "geometric"]
 
@@ -50,8 +49,8 @@ def infill_spans(
         protected: Bool[N] of tokens that stay; a span that meets one goes on behind it, behind a marker of
             its own where there is another.
 
-    Source: arXiv:1910.13461 section 2.2 (one mask per span, Poisson lengths); `moekit.data.span_corruption` has T5's
-        rule.
+    Source: arXiv:1910.13461 section 2.2 (one mask per span, Poisson lengths); `moekit.tasks.span_corruption` has
+        T5's rule.
     Differs: spans of length 0 are not drawn (BART inserts a mask for them); spans do not start at word boundaries.
     """
     check_ratio("ratio", ratio)
@@ -184,7 +183,7 @@ def mask_tokens(
     Source: arXiv:1810.04805 section 3.1.
     """
     check_ratio("ratio", ratio)
-    _check_shares(replace)
+    check_shares(replace)
     free = text if protected is None else text.keep(~protected)
     count = np.floor(ratio * free.lengths + uniform(keys, np.zeros(1, dtype=np.int64), _COUNT)).astype(np.int64)
     count = np.minimum(np.maximum(count, 1), free.lengths)
@@ -203,7 +202,12 @@ def mask_tokens(
     return Ragged(tokens, text.lengths), Ragged(labels, text.lengths)
 
 
-def _check_shares(replace: tuple[float, float, float]) -> None:
+def check_shares(replace: tuple[float, float, float]) -> None:
+    """Refuse shares of chosen tokens that do not sum to one.
+
+    Raises:
+        ValueError: `replace` is not three shares, none negative, with a sum of 1.
+    """
     if len(replace) != 3 or min(replace) < 0 or abs(sum(replace) - 1) > 1e-6:
         raise ValueError(f"replace must be three shares that sum to 1 (mask, random id, unchanged): got {replace}.")
 
@@ -216,83 +220,6 @@ def check_ratio(name: str, ratio: float) -> None:
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"{name} must be a share of at least 0 and below 1: got {ratio}.")
-
-
-@dataclass(frozen=True)
-class Denoising:
-    """How a sentence is damaged for the denoising task: words are dropped, then spans filled in.
-
-    Attributes:
-        span_ratio: share of tokens in spans.
-        mean_span: mean length of a span.
-        span_length: distribution of lengths.
-        marker: every span becomes the mask, or sentinel k becomes span k's.
-        word_drop: chance of a word to vanish without trace.
-
-    Source: arXiv:1910.13461 (30 % in spans, mean 3); the drop rate is arXiv:1711.00043's.
-    """
-
-    span_ratio: float = 0.3
-    mean_span: float = 3.0
-    span_length: SpanLength = "poisson"
-    marker: Literal["mask", "sentinels"] = "mask"
-    word_drop: float = 0.1
-
-    def apply(self, text: Ragged, keys: Keys, tokenizer: Tokenizer) -> Ragged:
-        """Damaged copies of `text`."""
-        if self.word_drop:
-            protected = text.tokens < tokenizer.first_text_id
-            text = drop_words(text, keys, ratio=self.word_drop, starts_word=tokenizer.starts_word, protected=protected)
-        if not self.span_ratio:
-            return text
-        return infill_spans(
-            text,
-            keys,
-            ratio=self.span_ratio,
-            mean_length=self.mean_span,
-            markers=(tokenizer.mask_id,) if self.marker == "mask" else tokenizer.sentinel_ids,
-            span_length=self.span_length,
-            protected=text.tokens < tokenizer.first_text_id,
-        )
-
-
-@dataclass(frozen=True)
-class Masking:
-    """How a sentence is masked for masked LM and replaced-token detection.
-
-    Attributes:
-        ratio: share of tokens to predict.
-        replace: shares of them that become the mask, a random id, stay.
-
-    Source: arXiv:1810.04805 section 3.1. Differs: `ratio * length` is rounded up or down at random, so that its mean is
-        exact; BERT's code takes the nearest number.
-    """
-
-    ratio: float = 0.15
-    replace: tuple[float, float, float] = (0.8, 0.1, 0.1)
-
-    def __post_init__(self) -> None:
-        check_ratio("ratio", self.ratio)
-        _check_shares(self.replace)
-
-    def apply(self, text: Ragged, keys: Keys, tokenizer: Tokenizer) -> tuple[Ragged, Ragged]:
-        """Masked copies of `text`, and labels."""
-        return mask_tokens(
-            text,
-            keys,
-            ratio=self.ratio,
-            mask_id=tokenizer.mask_id,
-            random_ids=(tokenizer.first_text_id, tokenizer.vocab_size),
-            replace=self.replace,
-            protected=text.tokens < tokenizer.first_text_id,
-        )
-
-
-ELECTRA = Masking(replace=(1.0, 0.0, 0.0))
-"""Of the generator of replaced-token detection: the mask alone.
-
-Source: arXiv:2003.10555 section 2. Differs: the authors' code leaves 15 % of the chosen tokens as they are.
-"""
 
 
 def _first(values: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""`Plan`: which sentences of which streams make up each training step of a task.
+"""`StepPlan`: which sentences of which streams make up each training step of a task.
 
 A plan is a pure function of the streams' lengths, the budget and a seed: asked for any step it answers without having
 walked there. Steps are grouped into windows of `WINDOW` steps. For each window the mixture says how many sentences
@@ -64,7 +64,7 @@ class Rows:
         return Rows(self.stream[where], self.index[where], self.keys[where])
 
 
-class Plan:
+class StepPlan:
     """The sentences of every training step of one task.
 
     Args:

@@ -1,24 +1,36 @@
-"""`Stream` and `Task`: which sentences of a store a direction or a language has, and what a task makes of them."""
+"""`Stream` and `TaskStreams`: which sentences of a store a direction or a language has, and those of a task."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moekit.data.noising import Denoising, Masking
+from moekit.data.batch import SPECIALS, Batch, Sentences, padded_length
 from moekit.data.plan import Rows, Sizes
-from moekit.data.span_corruption import SpanCorruption
 from moekit.data.store import TokenStore
 
 TooLong = Literal["drop", "truncate"]
 
-Noise = Denoising | SpanCorruption | Masking
 
-SPECIALS = 2  # a tag and eos, or bos and eos, stand around every sentence
+class Collator(Protocol):
+    """What batches ask of a task; `moekit.tasks.Task` answers."""
+
+    @property
+    def name(self) -> str:
+        """Of the task."""
+        ...
+
+    def sizes(self, lengths: NDArray[np.int64]) -> Sequence[NDArray[np.int64]]:
+        """Tokens on the sides of a batch, by those of the texts Int64[sides, n]."""
+        ...
+
+    def collate(self, rows: Sentences) -> Batch:
+        """The batch of some sentences."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,23 +116,16 @@ def open_chunks(
     return Stream(name, np.arange(len(starts)), starts[None], lengths[None], languages)
 
 
-class Task:
-    """One task: its streams, laid end to end so that a mixed batch is looked up at once, and its noise.
+class TaskStreams:
+    """The streams of one task, laid end to end so that a mixed batch is looked up at once.
 
     Args:
-        name: one of `moekit.data.batch.TASKS`.
-        streams: of pairs for translation, of text for the others.
-        noise: `Denoising` for denoising, `SpanCorruption` for span_corruption, `Masking` for masked_lm and
-            replaced_token, else None.
-        sentinel: whether source and target of a pair each get one more token, a sentinel.
+        task: what makes batches of them.
+        streams: all of pairs, or all of texts of one language.
     """
 
-    def __init__(
-        self, name: str, streams: Sequence[Stream], noise: Noise | None = None, *, sentinel: bool = False
-    ) -> None:
-        self.name = name
-        self.streams = tuple(streams)
-        self.noise, self.sentinel = noise, sentinel
+    def __init__(self, task: Collator, streams: Sequence[Stream]) -> None:
+        self.task, self.streams = task, tuple(streams)
         counts = np.array([len(s) for s in self.streams], dtype=np.int64)
         self._offset = np.cumsum(counts) - counts
         self._lengths = np.concatenate([s.lengths for s in self.streams], axis=1)
@@ -132,15 +137,21 @@ class Task:
         """Sentences (or pairs) of all streams."""
         return len(self._index)
 
+    @property
+    def name(self) -> str:
+        """Of the task."""
+        return self.task.name
+
+    @property
+    def sides(self) -> int:
+        """Texts of a row: 1, or 2 of a pair."""
+        return len(self._lengths)
+
     def sizes(self, pad_multiple: int = 1) -> list[Sizes]:
         """What every sentence costs, each side rounded up to `pad_multiple` positions."""
         sizes = []
         for stream in self.streams:
-            both = self.noise.lengths(stream.lengths[0]) if isinstance(self.noise, SpanCorruption) else stream.lengths
-            source, *target = (padded_length(lengths + self.sentinel, pad_multiple) for lengths in both)
-            if self.name == "denoising":
-                # The damaged side is shorter than the clean text by a random amount; it is counted as if it were not.
-                target = [source]
+            source, *target = (padded_length(tokens, pad_multiple) for tokens in self.task.sizes(stream.lengths))
             sizes.append(Sizes(stream.name, source, target[0] if target else None))
         return sizes
 
@@ -159,8 +170,3 @@ class Task:
     def languages(self, rows: Rows, side: int) -> NDArray[np.int64]:
         """Language id of each row's source (0) or target (1)."""
         return self._languages[rows.stream, side]
-
-
-def padded_length(length: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
-    """Positions of a sentence of `length` tokens with its specials, rounded up to `multiple`."""
-    return -(-(length + SPECIALS) // multiple) * multiple

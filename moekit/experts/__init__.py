@@ -1,7 +1,7 @@
 """Expert banks: E networks of one shape, held and computed together."""
 
-from moekit.experts.base import Experts, copy_first_expert_
-from moekit.experts.base_stack import BaseStack
+from moekit.experts.base import Experts, copy_first_expert_, is_expert_bank
+from moekit.experts.base_layers import BASELayerStack
 from moekit.experts.dense_pretraining import AddNoise, DensePretraining, MaskWeights
 from moekit.experts.fine_grained import FineGrained, fine_grained
 from moekit.experts.grouped import GroupedGLU, GroupedMLP
@@ -10,7 +10,7 @@ from moekit.experts.zero_computation import ZeroComputationExperts
 
 __all__ = [
     "AddNoise",
-    "BaseStack",
+    "BASELayerStack",
     "DensePretraining",
     "Experts",
     "FineGrained",
@@ -21,4 +21,5 @@ __all__ = [
     "ZeroComputationExperts",
     "copy_first_expert_",
     "fine_grained",
+    "is_expert_bank",
 ]

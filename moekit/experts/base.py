@@ -34,7 +34,6 @@ class Experts(Component, ABC):
             several (expert parallelism refuses it).
     """
 
-    is_expert_bank: ClassVar[bool] = True
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     matrices: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[tuple[str, ...]] = ()
@@ -91,6 +90,13 @@ class Experts(Component, ABC):
     @abstractmethod
     def reference(self, expert: int, x: Tensor) -> Tensor:
         """Expert number `expert` on Float[R, D] in the plainest form: the twin that `forward` is tested against."""
+
+
+def is_expert_bank(module: nn.Module) -> bool:
+    """Whether a module holds experts: it is an `Experts`, or its `axes` name a dimension ``expert`` of a tensor."""
+    axes = getattr(module, "axes", None)
+    named = axes.values() if isinstance(axes, Mapping) else ()
+    return isinstance(module, Experts) or any("expert" in dims for dims in named)
 
 
 def copy_first_expert_(experts: Experts) -> None:

@@ -21,7 +21,10 @@ Perturbation = Callable[[Tensor, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class MaskWeights:
-    """Set each weight to zero with a probability, in every expert others.
+    """Set each weight to zero with a probability, drawn anew for every expert.
+
+    Raises:
+        ValueError: if `probability` is not in [0, 1).
 
     Source: the diversify phase of arXiv:2112.14397. Differs: probability and the absence of rescaling are ours; the
         released code has no diversify phase.
@@ -41,7 +44,10 @@ class MaskWeights:
 
 @dataclass(frozen=True)
 class AddNoise:
-    """Add normal noise of `scale` times the standard deviation of the weights, to every expert other noise.
+    """Add normal noise of `scale` times the standard deviation of the weights, drawn anew for every expert.
+
+    Raises:
+        ValueError: if `scale` is negative.
 
     Source: ours.
     """
@@ -78,7 +84,7 @@ class DensePretraining(Component):
         steps: optimizer steps of the dense phase; 0 = there is none.
         perturb: changes the weights of the copies (matrices only, all experts), for example `MaskWeights` (EvoMoE's
             diversify phase) or `AddNoise`; None = equal copies, whose symmetry the router breaks.
-        seed: of the perturbation; give every layer its own.
+        seed: seed of the perturbation; give every layer its own.
 
     Raises:
         ValueError: if `steps` is negative; in the layer, if the bank's experts are not all alike.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from moekit.experts.base import Experts, rows_of
 from moekit.functional.activation import Activation, activation_function
-from moekit.functional.drawing import truncated_normal_
 from moekit.functional.dropout import dropout
+from moekit.functional.init import truncated_normal_
 
 HiddenBias = Literal["none", "add", "multiply"]
 
@@ -98,11 +98,11 @@ class GroupedGLU(Experts):
         num_experts: E.
         dim: D.
         hidden_dim: F.
-        activation: of the gate.
+        activation: activation of the gate.
         dropout: probability on the hidden activations ("expert dropout"), after the bias.
         hidden_bias: what is done with B, Float[E, F], before W_out: "none", "add" (starts at 0) or "multiply" (starts
             at 1: +0.008 in quality in the paper, where "add" lost 0.002).
-        init_scale: as in `GroupedMLP`.
+        init_scale: variance scale of the truncated normal, as in `GroupedMLP`.
 
     Raises:
         ValueError: if `hidden_bias` is none of the three.

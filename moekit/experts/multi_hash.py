@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from moekit.experts.base import Experts
 from moekit.functional.activation import Activation, activation_function
-from moekit.functional.drawing import truncated_normal_
 from moekit.functional.dropout import dropout
+from moekit.functional.init import truncated_normal_
 
 
 class MultiHashMLP(Experts):
@@ -29,7 +29,7 @@ class MultiHashMLP(Experts):
         dim: D.
         hidden_dim: F, divisible by K.
         num_segments: K.
-        activation: of the hidden layer.
+        activation: activation of the hidden layer.
         dropout: probability on the hidden activations.
         init_scale: variance scale of the truncated normal; the output's fan-in is F, as in a whole feed-forward.
 

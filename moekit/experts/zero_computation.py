@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.experts.base import Experts, product, rows_of
-from moekit.functional.drawing import truncated_normal_
+from moekit.functional.init import truncated_normal_
 from moekit.functional.precision import without_autocast
 from moekit.kernels.host_counts import on_host, split_counts
 

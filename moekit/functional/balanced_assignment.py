@@ -63,7 +63,11 @@ def balanced_assignment(scores: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def check_scores(scores: Tensor, mask: Tensor | None) -> None:
-    """Raise ValueError unless `scores` is a matrix with a column and `mask` has one truth value per row."""
+    """Check that `scores` is a matrix with a column and that `mask` has one truth value per row.
+
+    Raises:
+        ValueError: if `scores` is no matrix, or the mask does not fit it.
+    """
     if scores.ndim != 2 or scores.shape[1] < 1:
         raise ValueError(
             f"balanced_assignment needs scores Float[T, E] of at least one expert: got shape {tuple(scores.shape)}. "

@@ -53,7 +53,7 @@ def random_table(num_keys: int, num_experts: int, *, seed: int = 0) -> Tensor:
     Args:
         num_keys: V.
         num_experts: E.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Returns:
         Int64[V].
@@ -70,7 +70,7 @@ def dealt_table(num_keys: int, num_experts: int, *, seed: int = 0) -> Tensor:
     Args:
         num_keys: V.
         num_experts: E.
-        seed: of the order.
+        seed: seed of the order.
 
     Returns:
         Int64[V].
@@ -94,7 +94,7 @@ def balanced_table(
     Args:
         counts: Int[V], how often each key occurs; `moekit.data.counts` counts a corpus.
         num_experts: E.
-        seed: of the order among keys that are taken as equally frequent.
+        seed: seed of the order among keys that are taken as equally frequent.
         shuffled: which keys those are: "equal" = of equal count (the paper's order is by count alone), "octave" = with
             counts between the same powers of two. Under "equal" tables of different seeds differ among rare keys only;
             "octave" also mixes the frequent ones, as the several tables of MultiHash need, at the same balance where
@@ -148,7 +148,7 @@ def clustered_table(embeddings: Tensor, num_experts: int, *, seed: int = 0) -> T
     Args:
         embeddings: Float[V, D], for example of a dense model trained before.
         num_experts: E, at most V.
-        seed: of the first centres (k-means++).
+        seed: seed of the first centres (k-means++).
 
     Returns:
         Int64[V].
@@ -178,7 +178,7 @@ def dispersed_table(embeddings: Tensor, num_experts: int, *, seed: int = 0) -> T
     Args:
         embeddings: Float[V, D].
         num_experts: E, also the number of clusters.
-        seed: of the clusters and of the order in which members are dealt.
+        seed: seed of the clusters and of the order in which members are dealt.
 
     Returns:
         Int64[V]; experts have equally many keys, up to one, and so it is within each cluster.

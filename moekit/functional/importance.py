@@ -32,7 +32,7 @@ def squared_variation(total: Tensor) -> Tensor:
     return (total - mean).square().mean() / mean.square().clamp_min(torch.finfo(total.dtype).tiny)
 
 
-def importance(weight: Tensor, expert: Tensor, num_experts: int, counted: Tensor | None = None) -> Tensor:
+def importance_loss(weight: Tensor, expert: Tensor, num_experts: int, counted: Tensor | None = None) -> Tensor:
     """Importance loss: the squared coefficient of variation of the experts' summed weights.
 
     Args:
@@ -79,7 +79,7 @@ def selection_probability(clean: Tensor, noisy: Tensor, scale: Tensor, k: int) -
     return torch.special.ndtr((clean - threshold) / scale.clamp_min(_LEAST_SCALE))
 
 
-def load(clean: Tensor, noisy: Tensor, scale: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
+def load_loss(clean: Tensor, noisy: Tensor, scale: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
     """Load loss: the squared coefficient of variation of the experts' expected number of tokens.
 
     Load_i = sum over tokens of `selection_probability`.

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moekit.functional.means import masked_mean
+
 BalanceScope = Literal["batch", "sequence", "global"]
 
 
@@ -119,8 +121,6 @@ def router_z(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Source: arXiv:2202.08906 eq. 5.
     """
-    if mask is None:
-        return torch.logsumexp(logits, dim=-1).square().sum() / max(logits.shape[0], 1)
-    # Twice filled: once so that no NaN of padding enters, once because logsumexp of zeros is not zero.
-    squared = torch.logsumexp(logits.masked_fill(~mask[:, None], 0.0), dim=-1).square()
-    return squared.masked_fill(~mask, 0.0).sum() / mask.sum().clamp_min(1)
+    # Filled here too, so that no NaN of padding enters the gradient.
+    filled = logits if mask is None else logits.masked_fill(~mask[:, None], 0.0)
+    return masked_mean(torch.logsumexp(filled, dim=-1).square(), mask)

@@ -16,7 +16,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` in float32 (or float64 where `x` is), also under autocast and in a bf16 model.
 
     Args:

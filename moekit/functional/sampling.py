@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def race(probs: Tensor) -> Tensor:
+def gumbel_topk_scores(probs: Tensor) -> Tensor:
     """Random scores whose k largest entries are k draws without replacement from `probs`, the first one first.
 
     Each entry runs an exponential race: p / Exp(1) is largest at i with probability p_i. The ranking is that of

@@ -17,9 +17,10 @@ from moekit.mixing import ExpertOutputMasking
 from moekit.routers import (
     AllChoices,
     InputJitter,
-    LaterChoices,
+    LinearScorer,
     RandomChoice,
     SampledChoice,
+    SecondExpertPolicy,
     SequenceCapacity,
     ThresholdChoice,
     TopKRouter,
@@ -38,7 +39,7 @@ from moekit.transformer import (
 from moekit.transformer.projection import FusedLinear
 
 T = TypeVar("T")
-_SECOND_EXPERTS: dict[SecondExpert, LaterChoices] = {
+_SECOND_EXPERTS: dict[SecondExpert, SecondExpertPolicy] = {
     "all": AllChoices(), "sampling": SampledChoice(), "random": RandomChoice(0.5),
 }  # fmt: skip
 
@@ -61,7 +62,7 @@ def build(ours: Architecture, *, pad_id: int) -> EncoderDecoder:
             family.k,
             capacity=None if ours.limit is None else SequenceCapacity(ours.limit),
             renormalise=ours.renormalise,
-            later_choices=_SECOND_EXPERTS[ours.second_expert],
+            second_expert=_SECOND_EXPERTS[ours.second_expert],
             exploration=InputJitter(ours.jitter) if ours.jitter else None,
         )
         masking = ExpertOutputMasking(ours.output_masking) if ours.output_masking else None
@@ -227,6 +228,8 @@ class _Description:
             raise self.refuse(f"{type(feed.experts).__name__} as experts", path)
         if type(feed.router) is not TopKRouter:
             raise self.refuse(f"{type(feed.router).__name__}", path)
+        if not isinstance(feed.router.scorer, LinearScorer):
+            raise self.refuse(f"{type(feed.router.scorer).__name__} in a router", path)
         if feed.shared is not None:
             raise self.refuse("branch beside the experts (shared)", path)
         if feed.phase is not None and feed.phase.active:
@@ -249,7 +252,7 @@ class _Description:
                 factor = f"capacity factor {router.capacity.eval:g} in evaluation"
                 hint = " Make it dropless in evaluation: Capacity(eval=None)."
                 raise self.refuse(f"capacity relative to the batch ({factor})", path, hint)
-            if k == 2 and isinstance(router.later_choices, ThresholdChoice):
+            if k == 2 and isinstance(router.second_expert, ThresholdChoice):
                 raise self.refuse("threshold for second experts in evaluation", path)
             if k == 2 and router.renormalise == "none":
                 raise self.refuse("two weights that do not sum to 1 (renormalise)", path)

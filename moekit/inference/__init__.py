@@ -13,12 +13,13 @@ from moekit.inference.interface import (
 from moekit.inference.length_penalty import GNMTPenalty, LengthPenalty, MeanLogProb
 from moekit.inference.on_demand import ExpertsOnDemand, load_on_demand, open_on_demand
 from moekit.inference.sampling import Greedy, Sampling
-from moekit.inference.scoring import Question, Scorer, Scores, accuracy, few_shot, score_continuations
+from moekit.inference.scoring import ContinuationScores, Question, Scorer, accuracy, few_shot, score_continuations
 from moekit.inference.session import Session
 
 __all__ = [
     "BeamSearch",
     "CausalModel",
+    "ContinuationScores",
     "ExpertsOnDemand",
     "GNMTPenalty",
     "Generation",
@@ -29,7 +30,6 @@ __all__ = [
     "Question",
     "Sampling",
     "Scorer",
-    "Scores",
     "Search",
     "SequenceModel",
     "Session",

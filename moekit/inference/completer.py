@@ -12,6 +12,7 @@ from moekit.data.tokenizer import Tokenizer
 from moekit.inference.generate import complete, generate
 from moekit.inference.interface import LengthLimit, Search, to_device
 from moekit.inference.sampling import Greedy
+from moekit.tasks import TASKS
 
 GAP = "___"
 """What stands in a sample for text that was cut out."""
@@ -66,17 +67,18 @@ class Completer:
     def samples(self, batch: Batch, rows: int) -> list[tuple[str, str, str]]:
         """What was given, what is right and what the model writes, for the first `rows` rows of a batch.
 
-        Of causal_lm the first half of a text is given; of denoising and span_corruption the damaged text. Other tasks
-        have none.
+        Where a task continues text (`moekit.tasks.Task.writes`), the first half of one is given; where it restores
+        damaged text, that. Other tasks have none.
         """
         if batch.target is None or batch.target_mask is None or rows < 1:
             return []
-        if batch.task == "causal_lm":
-            return [self._sample(batch, row) for row in range(min(rows, len(batch)))]
-        if batch.task not in ("denoising", "span_corruption"):
+        writes = TASKS[batch.task].writes if batch.task in TASKS else None
+        if writes is None:
             return []
+        if writes == "continuation":
+            return [self._sample(batch, row) for row in range(min(rows, len(batch)))]
         # What a gap is marked with is part of the answer only where the answer is the missing spans.
-        marks = self.tokenizer.sentinel_ids if batch.task == "span_corruption" else ()
+        marks = self.tokenizer.sentinel_ids if writes == "spans" else ()
         found = generate(
             self.model,  # type: ignore[arg-type]
             batch.source[:rows],

@@ -48,7 +48,6 @@ class ExpertsOnDemand(Component):
         any router may have chosen them, and those of a language are found by use, the least recently used going first.
     """
 
-    is_expert_bank: ClassVar[bool] = True
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     requires_whole_bank: ClassVar[bool] = True
 

@@ -110,7 +110,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Scores:
+class ContinuationScores:
     """What a model says of the continuations of one question.
 
     Attributes:
@@ -195,7 +195,7 @@ class Scorer:
         target: str | None = None,
         *,
         advance: Callable[[int], None] = lambda done: None,
-    ) -> list[Scores]:
+    ) -> list[ContinuationScores]:
         """Scores of every question, in their order.
 
         Args:
@@ -234,7 +234,7 @@ class Scorer:
         for question in questions:
             rows = [next(found) for _ in question.continuations]
             results.append(
-                Scores(
+                ContinuationScores(
                     log_probs=tuple(float(row.double().sum()) for row in rows),
                     tokens=tuple(len(row) for row in rows),
                     characters=tuple(len(text) for text in question.continuations),
@@ -243,7 +243,7 @@ class Scorer:
         return results
 
 
-def accuracy(questions: Sequence[Question], scores: Sequence[Scores], by: Normalise = "sum") -> float:
+def accuracy(questions: Sequence[Question], scores: Sequence[ContinuationScores], by: Normalise = "sum") -> float:
     """Share of the questions with an answer whose likeliest continuation is that one; NaN where there is none."""
     right = [s.best(by) == q.answer for q, s in zip(questions, scores, strict=True) if q.answer is not None]
     return sum(right) / len(right) if right else float("nan")

@@ -28,7 +28,7 @@ class Translator:
         limit: the longest translation, by source length.
         batch_tokens: padded source tokens in a batch.
         sentinel: of a model that was trained with a sentinel at the end of sources and the beginning of targets (see
-            `moekit.data.module.TaskData`).
+            `moekit.tasks.TaskData`).
     """
 
     def __init__(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moekit.errors import UserError
-from moekit.layer import MoELayer
+from moekit.layer import moe_layers
 from moekit.parallel.activations import Activations
 from moekit.parallel.layout import Layout
 from moekit.parallel.mesh import EXPERT, TENSOR
@@ -87,13 +87,6 @@ def banks(found: list[Annotation]) -> list[nn.Module]:
     return list(dict.fromkeys(note.module for note in found if note.of_expert))
 
 
-def sparse_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
-    """Every `MoELayer` with its dotted name."""
-    for path, module in model.named_modules():
-        if isinstance(module, MoELayer):
-            yield path, module
-
-
 def check_model(model: nn.Module, layout: Layout, plan: Plan, found: list[Annotation]) -> None:
     """Raise if the layout cannot hold the model.
 
@@ -140,7 +133,7 @@ def _takes_vocabulary(module: nn.Module) -> bool:
 
 def _check_banks(model: nn.Module, layout: Layout, found: list[Annotation]) -> None:
     named = {id(note.parameter) for note in found}
-    connected = {id(inner) for _, layer in sparse_layers(model) for inner in layer.experts.modules()}
+    connected = {id(inner) for _, layer in moe_layers(model) for inner in layer.experts.modules()}
     names = {id(module): path for path, module in model.named_modules()}
     for bank in banks(found):
         path = f"{names[id(bank)]} ({type(bank).__name__})"
@@ -159,6 +152,6 @@ def _check_banks(model: nn.Module, layout: Layout, found: list[Annotation]) -> N
             )
         if layout.expert_parallel_size > 1 and getattr(bank, "requires_whole_bank", False):
             raise UserError(f"{path} needs all its experts in one process. Use expert_parallel_size=1.")
-    for path, layer in sparse_layers(model):
+    for path, layer in moe_layers(model):
         if layout.expert_parallel_size > 1 and getattr(layer, "requires_whole_bank", False):
             raise UserError(f"{path} needs all its experts in one process for now. Use expert_parallel_size=1.")

@@ -17,8 +17,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from moekit.dispatch import AllToAll, Exchange, TwoLevelAllToAll
 from moekit.errors import UserError
+from moekit.layer import moe_layers
 from moekit.parallel.activations import Activations
-from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations, sparse_layers
+from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
 from moekit.parallel.local import LocalView, LocalViews
 from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, REPLICATE, SHARD, TENSOR, Meshes, unflatten
 from moekit.parallel.outputs import own_outputs
@@ -186,7 +187,7 @@ def _connect(model: nn.Module, meshes: Meshes, plan: Plan, found: list[Annotatio
             shuffle.group = meshes.data["data_parallel"].get_group()
     if meshes.layout.expert_parallel_size > 1:
         exchange, spread = _exchange(meshes, plan), set(map(id, banks(found)))
-        for _, layer in sparse_layers(model):
+        for _, layer in moe_layers(model):
             if any(id(module) in spread for module in layer.experts.modules()):
                 layer.connect(exchange)
 

@@ -7,7 +7,7 @@
 """
 
 from moekit.parallel.layout import DEEPSPEED_FP16, PRECISIONS, Layout, Precision, Training
-from moekit.planner.census import Census, Unit, Weight, take_census
+from moekit.planner.census import Census, GatheredUnit, Weight, take_census
 from moekit.planner.costs import Cost
 from moekit.planner.forecast import GIB, Forecast, compare, plan
 from moekit.planner.measure import Measured, measure
@@ -26,6 +26,7 @@ __all__ = [
     "Census",
     "Cost",
     "Forecast",
+    "GatheredUnit",
     "Layout",
     "Measured",
     "Memory",
@@ -33,7 +34,6 @@ __all__ = [
     "Traffic",
     "Training",
     "TransformerShape",
-    "Unit",
     "Weight",
     "compare",
     "fewest_devices",

@@ -49,7 +49,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Unit:
+class GatheredUnit:
     """Weights that are gathered, computed and forgotten together, `count` times in the model.
 
     Attributes:
@@ -81,7 +81,7 @@ class Census:
     """
 
     name: str
-    units: tuple[Unit, ...]
+    units: tuple[GatheredUnit, ...]
 
     @property
     def parameters(self) -> int:
@@ -135,7 +135,7 @@ def take_census(model: TransformerShape | nn.Module, training: Training) -> Cens
 
 def _of_shape(shape: TransformerShape, training: Training) -> Census:
     short = shape.shortened()
-    found: list[Unit] = []
+    found: list[GatheredUnit] = []
     for unit in _merge(_units(short.module(), training)):
         side = "decoder" if unit.name.startswith("decoder") else "encoder"
         if unit.kind == "block":
@@ -145,9 +145,9 @@ def _of_shape(shape: TransformerShape, training: Training) -> Census:
     return Census(shape.name, tuple(unit for unit in found if unit.count))
 
 
-def _merge(units: Iterator[Unit]) -> tuple[Unit, ...]:
+def _merge(units: Iterator[GatheredUnit]) -> tuple[GatheredUnit, ...]:
     """Equal units once, with their number."""
-    merged: dict[Unit, int] = {}
+    merged: dict[GatheredUnit, int] = {}
     for unit in units:
         merged[unit] = merged.get(unit, 0) + unit.count
     return tuple(replace(unit, count=count) for unit, count in merged.items())
@@ -174,7 +174,7 @@ def weights_of(module: nn.Module, taken: set[int]) -> tuple[Weight, ...]:
     return tuple(found)
 
 
-def _units(model: nn.Module, training: Training) -> Iterator[Unit]:
+def _units(model: nn.Module, training: Training) -> Iterator[GatheredUnit]:
     """Blocks, then tables with the logits they make, then whatever is left."""
     taken: set[int] = set()
     counted: set[nn.Module] = set()
@@ -201,15 +201,15 @@ def _units(model: nn.Module, training: Training) -> Iterator[Unit]:
     if training.numbers.stream == training.numbers.compute:
         seq2seq = [part for part in model.modules() if isinstance(part, EncoderDecoder)]
         cost = cost + Cost(compute=sum(float(training.source_tokens * part.dim) for part in seq2seq))
-    yield Unit("rest", "norms and heads", weights_of(model, taken), cost)
+    yield GatheredUnit("rest", "norms and heads", weights_of(model, taken), cost)
 
 
-def _block(block: Block, causal: bool, training: Training, taken: set[int]) -> Unit:
+def _block(block: Block, causal: bool, training: Training, taken: set[int]) -> GatheredUnit:
     memory = training.source_length if block.cross_attention is not None else 0
     length = training.target_length if causal else training.source_length
     tokens = Tokens(training.sequences, length, memory)
     kind = "sparse block" if isinstance(block.feed_forward, MoELayer) else "block"
-    return Unit(
+    return GatheredUnit(
         "block",
         f"{'decoder' if causal else 'encoder'} {kind}",
         weights_of(block, taken),
@@ -218,7 +218,7 @@ def _block(block: Block, causal: bool, training: Training, taken: set[int]) -> U
     )
 
 
-def _vocabulary(model: EncoderDecoder | DecoderOnly | EncoderOnly, training: Training, taken: set[int]) -> Unit:
+def _vocabulary(model: EncoderDecoder | DecoderOnly | EncoderOnly, training: Training, taken: set[int]) -> GatheredUnit:
     """Tables and logits: 2 T D V, for every token of the side that predicts."""
     t = training.source_tokens if isinstance(model, EncoderOnly) else training.target_tokens
     tables = [m for m in (model.embedding, getattr(model, "target_embedding", None), model.output) if m is not None]
@@ -228,4 +228,4 @@ def _vocabulary(model: EncoderDecoder | DecoderOnly | EncoderOnly, training: Tra
     # Where the table is divided, vectors are sums over partners, and so are the gradients of what makes logits.
     summed = {"summed_forward": float(read * d), "summed_backward": float(t * d)}
     cost = Cost(flops=2.0 * t * d * v, compute=float(t * d), **summed)
-    return Unit("vocabulary", "tables and logits", weights, cost, logits=float(t * v))
+    return GatheredUnit("vocabulary", "tables and logits", weights, cost, logits=float(t * v))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from moekit.parallel.layout import Layout, Optimizer, Training
 from moekit.parallel.zero import zero_dimension
-from moekit.planner.census import Census, Unit, Weight
+from moekit.planner.census import Census, GatheredUnit, Weight
 
 TENSOR_AXES = frozenset({"heads", "mlp", "vocab"})
 """Logical axes that tensor parallelism divides."""
@@ -151,7 +151,7 @@ def _activations(census: Census, layout: Layout, training: Training) -> float:
     """Bytes kept when backward begins, and what it adds at its fullest."""
     numbers, tp = training.numbers, layout.tensor_parallel_size
 
-    def kept(unit: Unit) -> float:
+    def kept(unit: GatheredUnit) -> float:
         return unit.cost.kept_bytes(numbers, tp)
 
     blocks = [unit for unit in census.units if unit.kind == "block"]

@@ -1,16 +1,17 @@
-"""Networks that recipes share: the sizes of a transformer, a transformer of those sizes, and its dense twin."""
+"""What recipes share: a transformer by its sizes, its dense twin, and settings to begin with."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import nn
 
 from moekit.experts import Experts, GroupedGLU, GroupedMLP
 from moekit.layer import AuxLosses
+from moekit.runs import RunConfig, Variant
+from moekit.runs.settings import SURGERY, DataConfig, EvaluateConfig, TrainConfig, TranslationTasks, setting
 from moekit.transformer import (
     GLU,
     MLP,
@@ -38,8 +39,6 @@ NORMS: Mapping[Norm, Callable[[int], nn.Module]] = {
 
 Sparse = Callable[[int, Side], nn.Module]
 """Makes the sparse feed-forward of a layer."""
-
-C = TypeVar("C")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +71,20 @@ class NetworkConfig:
     heads: int = 4
     head_dim: int = 0
     hidden_dim: int = 512
-    num_experts: int = 8
+    num_experts: int = setting(8, free=SURGERY)
     every: int = 2
-    load_balance: float = 1e-2
-    router_z: float = 0.0
-    dropout: float = 0.0
+    load_balance: float = setting(1e-2, free=SURGERY)
+    router_z: float = setting(0.0, free=SURGERY)
+    dropout: float = setting(0.0, at_least=0, below=1, free=SURGERY)
     activation: Literal["relu", "gelu", "silu"] = "relu"
     gated: bool = False
     norm: Norm = "layer"
     positions: Literal["sinusoidal", "rotary", "relative"] = "sinusoidal"
     tied: bool = True
-    init_scale: float = 1.0
-    expert_init_scale: float = 1.0
-    init_by_depth: bool = True
-    checkpoint: bool = False
+    init_scale: float = setting(1.0, free=SURGERY)
+    expert_init_scale: float = setting(1.0, free=SURGERY)
+    init_by_depth: bool = setting(True, free=SURGERY)
+    checkpoint: bool = setting(False, free=SURGERY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,13 +155,7 @@ def feed_forwards(model: NetworkConfig, sparse: Sparse, active: float = 1.0) -> 
 def decoder(model: DecoderConfig, vocab_size: int, layers: FeedForwardFactory) -> DecoderOnly:
     """The language model with the given feed-forwards."""
     return DecoderOnly(
-        vocab_size,
-        model.dim,
-        model.heads,
-        model.layers,
-        model.hidden_dim,
-        tied=model.tied,
-        **_options(model, layers),
+        vocab_size, model.dim, model.heads, model.layers, model.hidden_dim, tied=model.tied, **_options(model, layers)
     )
 
 
@@ -214,22 +207,66 @@ def aux_losses(model: NetworkConfig, **weights: float) -> AuxLosses | None:
     return AuxLosses(layers="sum", **wanted) if wanted and model.num_experts else None
 
 
-def dense(config: C) -> C:
+def dense(config: RunConfig) -> RunConfig:
     """The FLOP-matched dense twin of a recipe's configuration: what a token passes is the same, there is one of it."""
-    values: Any = config
-    twin: C = dataclasses.replace(values, model=dataclasses.replace(values.model, num_experts=0))
-    return twin
+    return config.changed(model={"num_experts": 0})
 
 
-def with_twins(**variants: C) -> dict[str, C]:
-    """Each variant, followed by its dense twin ``NAME_dense``."""
-    return {name: c for base, given in variants.items() for name, c in ((base, given), (f"{base}_dense", dense(given)))}
+# -- settings that recipes begin with ------------------------------------------------------------------------------
 
+TINY_TEXT = RunConfig(
+    data=DataConfig(vocab_size=1600),
+    train=TrainConfig(max_minutes=4.0, label_smoothing=0.0, validate_every=300),
+    evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
+)
+"""Minutes on two cores, with generated text; the model is to be given."""
 
-TWIN_NOTES: Mapping[str, str] = {
+SMALL_TEXT = RunConfig(
+    data=DataConfig(source="text", vocab_size=4000, temperature=5.0),
+    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, label_smoothing=0.0, validate_every=500),
+    evaluate=EvaluateConfig(beam_size=1),
+)
+"""Half an hour on a laptop, with text of the user's."""
+
+PAPER_TEXT = RunConfig(
+    data=DataConfig(source="text"),
+    train=TrainConfig(label_smoothing=0.0, precision="bf16-mixed"),
+    evaluate=EvaluateConfig(beam_size=1),
+)
+"""A published model that reads text."""
+
+TINY_TRANSLATION = RunConfig(
+    data=DataConfig(vocab_size=1600),
+    train=TrainConfig(max_minutes=4.0, validate_every=250),
+    evaluate=EvaluateConfig(max_sentences=150, valid_sentences=50),
+    tasks=TranslationTasks(),
+)
+"""Minutes on two cores, with generated languages."""
+
+SMALL_TRANSLATION = RunConfig(
+    data=DataConfig(source="moses", vocab_size=4000, temperature=5.0),
+    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, validate_every=500),
+    evaluate=EvaluateConfig(valid_sentences=50),
+    tasks=TranslationTasks(),
+)
+"""Half an hour on a laptop, with parallel text of the user's."""
+
+T5_ADAFACTOR: Mapping[str, Any] = {
+    "optimizer": "adafactor", "learning_rate": 1e-2, "weight_decay": 0.0, "clip": 0.0,
+    "warmup_steps": 10_000, "schedule": "inverse_square_root",
+}  # fmt: skip
+"""Training by Adafactor at T5's rate."""
+
+_NOTES = {
     "tiny": "generated languages, minutes on two cores, nothing to download (default)",
-    "tiny_dense": "its dense twin of equal cost per token",
     "small": "for real text on a laptop: give --data.source and --data.path",
-    "small_dense": "its dense twin of equal cost per token",
 }
-"""Lines of help for the variants that most recipes have."""
+
+
+def with_twins(**configs: RunConfig) -> dict[str, Variant]:
+    """The variants tiny and small as far as they are given, each followed by its dense twin ``NAME_dense``."""
+    variants = {}
+    for name, config in configs.items():
+        variants[name] = Variant(config, _NOTES[name])
+        variants[f"{name}_dense"] = Variant(dense(config), "its dense twin of equal cost per token")
+    return variants

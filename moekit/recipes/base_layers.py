@@ -12,21 +12,28 @@ best. A sigmoid of the score weighs what the expert adds. No balance loss, no ca
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from torch import nn
 
+from moekit.cli.recipes import main
 from moekit.errors import UserError
-from moekit.experts import BaseStack
+from moekit.experts import BASELayerStack
 from moekit.heads import CausalLMHead
 from moekit.layer import MoELayer
-from moekit.recipes._command import Recipe, main
-from moekit.recipes._config import DataConfig, EvaluateConfig, LanguageModelTasks, RecipeConfig, TaskConfig, TrainConfig
-from moekit.recipes._networks import TWIN_NOTES, DecoderConfig, aux_losses, decoder, feed_forward, with_twins
-from moekit.recipes._parts import Built
-from moekit.recipes._pipeline import commands
+from moekit.recipes._networks import (
+    PAPER_TEXT,
+    SMALL_TEXT,
+    TINY_TEXT,
+    DecoderConfig,
+    aux_losses,
+    decoder,
+    feed_forward,
+    with_twins,
+)
 from moekit.routers import RankShuffle, base_layers
+from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
+from moekit.runs.settings import LanguageModelTasks, TaskConfig
 from moekit.transformer import Side, SparseDense, at_layers
 
 
@@ -48,20 +55,7 @@ class ModelConfig(DecoderConfig):
     load_balance: float = 0.0  # there is nothing to balance
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(RecipeConfig):
-    """Everything a run is made of.
-
-    Attributes:
-        model: the network.
-        tasks: tokens per step.
-    """
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    tasks: LanguageModelTasks = field(default_factory=LanguageModelTasks)
-
-
-def build(config: Config, vocab_size: int) -> Built:
+def build(config: RunConfig, text: Text) -> ModelParts:
     """The parts of a run."""
     model = config.model
     if model.gated or model.dropout or model.expert_init_scale != 1:
@@ -74,7 +68,7 @@ def build(config: Config, vocab_size: int) -> Built:
         # The assignment of training weighs a token against later ones, as in the paper; evaluation does not.
         shuffle = RankShuffle() if model.shuffle else None
         router = base_layers(model.dim, model.num_experts, shuffle=shuffle, allow_future=True)
-        stack = BaseStack(
+        stack = BASELayerStack(
             model.num_experts, model.dim, hidden_dim, num_layers=model.sublayers, activation=model.activation
         )
         return MoELayer(router, stack)
@@ -86,23 +80,16 @@ def build(config: Config, vocab_size: int) -> Built:
         range(model.every - 1, model.layers - 1, model.every), after_block, lambda layer, side: feed_forward(model)
     )
     head = CausalLMHead(label_smoothing=config.train.label_smoothing)
-    return Built(decoder(model, vocab_size, layers), [head], aux_losses(model))
+    return ModelParts(decoder(model, text.vocab_size, layers), [head], aux_losses(model))
 
 
-TINY = Config(
-    data=DataConfig(vocab_size=1600),
-    model=ModelConfig(),
-    train=TrainConfig(max_steps=800, max_minutes=4.0, label_smoothing=0.0, validate_every=300),
-    evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
+TINY = TINY_TEXT.changed(model=ModelConfig(), tasks=LanguageModelTasks(), train={"max_steps": 800})
+SMALL = SMALL_TEXT.changed(
+    model=ModelConfig(dim=192, heads=6, layers=6, every=3, hidden_dim=768, sublayers=4), tasks=LanguageModelTasks()
 )
-SMALL = Config(
-    data=DataConfig(source="text", vocab_size=4000, temperature=5.0),
-    model=ModelConfig(dim=192, heads=6, layers=6, every=3, hidden_dim=768, sublayers=4),
-    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, label_smoothing=0.0, validate_every=500),
-    evaluate=EvaluateConfig(beam_size=1),
-)
-PAPER = Config(  # one expert on each of 128 devices, which hold two sequences of 1,024 tokens eight times a step
-    data=DataConfig(source="text", vocab_size=51_200, max_length=1024),
+# One expert on each of 128 devices, which hold two sequences of 1,024 tokens eight times a step.
+PAPER = PAPER_TEXT.changed(
+    data={"vocab_size": 51_200, "max_length": 1024},
     model=ModelConfig(
         dim=2048, heads=16, layers=24, every=12, num_experts=128, sublayers=10,
         # The paper's 8,096 makes its 1.3 B of shared parameters (8,192 does too, rounded), but 332 M in an expert;
@@ -110,30 +97,25 @@ PAPER = Config(  # one expert on each of 128 devices, which hold two sequences o
         hidden_dim=8096, expert_hidden_dim=8192,
     ),
     tasks=LanguageModelTasks(causal_lm=TaskConfig(tokens=2**21)),
-    train=TrainConfig(
-        max_steps=48_000, learning_rate=7.5e-5, warmup_steps=2000, clip=0.1, label_smoothing=0.0,
-        precision="bf16-mixed",
-    ),
-    evaluate=EvaluateConfig(beam_size=1),
+    train={"max_steps": 48_000, "learning_rate": 7.5e-5, "warmup_steps": 2000, "clip": 0.1},
 )  # fmt: skip
-
-VARIANTS: Mapping[str, Config] = {
-    **with_twins(tiny=TINY),
-    "tiny_x3": replace(TINY, model=ModelConfig(every=1, sublayers=1)),
-    **with_twins(small=SMALL),
-    "paper": PAPER,
-}
 
 RECIPE = Recipe(
     name="base_layers",
     about="BASE layers of Lewis et al. (arXiv:2103.16716): a balanced assignment of tokens to experts, no loss.",
-    variants=VARIANTS,
-    notes={
-        **TWIN_NOTES,
-        "tiny_x3": "three layers of experts with one block each instead of one with three",
-        "paper": "24 layers, dimension 2048, 128 experts of 10 blocks in the middle: 44 billion parameters",
+    build=build,
+    variants={
+        # Test, one seed: 2.488 nats, its dense twin 2.417 (recipes/base_layers/results).
+        **with_twins(tiny=TINY),
+        "tiny_x3": Variant(
+            TINY.changed(model=ModelConfig(every=1, sublayers=1)),
+            "three layers of experts with one block each instead of one with three",
+        ),
+        **with_twins(small=SMALL),
+        "paper": Variant(
+            PAPER, "24 layers, dimension 2048, 128 experts of 10 blocks in the middle: 44 billion parameters"
+        ),
     },
-    commands=commands("base_layers", build),
 )
 
 if __name__ == "__main__":

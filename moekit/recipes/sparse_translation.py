@@ -18,16 +18,14 @@ The arms: `tiny` has both tricks, `tiny_sparse` none, `tiny_dense` no experts; Y
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
+from moekit.cli.recipes import main
 from moekit.experts import DensePretraining
-from moekit.heads import TranslationHead
 from moekit.layer import MoELayer
-from moekit.recipes._command import Recipe, main
-from moekit.recipes._config import DataConfig, EvaluateConfig, RecipeConfig, TrainConfig, TranslationTasks
 from moekit.recipes._networks import (
-    TWIN_NOTES,
+    SMALL_TRANSLATION,
+    TINY_TRANSLATION,
     EncoderDecoderConfig,
     aux_losses,
     encoder_decoder,
@@ -35,9 +33,10 @@ from moekit.recipes._networks import (
     feed_forwards,
     with_twins,
 )
-from moekit.recipes._parts import Built
-from moekit.recipes._pipeline import commands
 from moekit.routers import base_layers
+from moekit.runs import ModelParts, Recipe, RunConfig, Text, Variant
+from moekit.runs.settings import active_tasks
+from moekit.tasks import make_heads
 from moekit.transformer import Side
 
 
@@ -53,20 +52,7 @@ class ModelConfig(EncoderDecoderConfig):
     dense_steps: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(RecipeConfig):
-    """Everything a run is made of.
-
-    Attributes:
-        model: the network.
-        tasks: tokens per step.
-    """
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    tasks: TranslationTasks = field(default_factory=TranslationTasks)
-
-
-def build(config: Config, vocab_size: int) -> Built:
+def build(config: RunConfig, text: Text) -> ModelParts:
     """The parts of a run."""
     model = config.model
 
@@ -76,57 +62,44 @@ def build(config: Config, vocab_size: int) -> Built:
         phase = DensePretraining(model.dense_steps) if model.dense_steps else None
         return MoELayer(router, expert_bank(model), phase=phase)
 
-    network = encoder_decoder(model, vocab_size, feed_forwards(model, sparse))
-    return Built(network, [TranslationHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
+    network = encoder_decoder(model, text.vocab_size, feed_forwards(model, sparse))
+    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
+    return ModelParts(network, heads, aux_losses(model))
 
 
-def without_tricks(config: Config) -> Config:
+def without_tricks(config: RunConfig) -> RunConfig:
     """The sparse model as it is: no dense phase, and directions drawn by size throughout."""
-    return replace(
-        config,
-        data=replace(config.data, temperature=1.0, heating_steps=0),
-        model=replace(config.model, dense_steps=0),
-    )
+    return config.changed(data={"temperature": 1.0, "heating_steps": 0}, model={"dense_steps": 0})
 
 
 # Sizes, steps and the end of heating are ours: the paper's body was not at hand. The form of heating is the paper's.
-TINY = Config(
-    data=DataConfig(
-        vocab_size=1600,
+TINY = TINY_TRANSLATION.changed(
+    data={
         # One language to three and back, with much, little and very little text.
-        directions="tnd-avl,kmb-avl,shl-avl,avl-tnd,avl-kmb,avl-shl",
-        babel_sizes="kmb=3000,shl=600",
-        temperature=5.0,
-        heating="square_root",
-        heating_steps=800,
-    ),
+        "directions": ("tnd-avl", "kmb-avl", "shl-avl", "avl-tnd", "avl-kmb", "avl-shl"),
+        "babel_sizes": {"kmb": 3000, "shl": 600},
+        "temperature": 5.0,
+        "heating": "square_root",
+        "heating_steps": 800,
+    },
     model=ModelConfig(dense_steps=250),
-    train=TrainConfig(max_steps=1000, max_minutes=4.0, validate_every=250),
-    evaluate=EvaluateConfig(max_sentences=100, valid_sentences=50),
+    evaluate={"max_sentences": 100},
 )
-SMALL = Config(
-    data=DataConfig(source="moses", vocab_size=4000, temperature=5.0, heating="square_root", heating_steps=3000),
+SMALL = SMALL_TRANSLATION.changed(
+    data={"heating": "square_root", "heating_steps": 3000},
     model=ModelConfig(encoder_layers=4, decoder_layers=4, dropout=0.05, dense_steps=1000),
-    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, validate_every=500),
-    evaluate=EvaluateConfig(valid_sentences=50),
 )
-
-VARIANTS: Mapping[str, Config] = {
-    **with_twins(tiny=TINY, small=SMALL),
-    "tiny_sparse": without_tricks(TINY),
-    "small_sparse": without_tricks(SMALL),
-}
 
 RECIPE = Recipe(
     name="sparse_translation",
     about="Tricks for sparse translation (arXiv:2110.08246): a dense start and a rising temperature, on BASE layers.",
-    variants=VARIANTS,
-    notes={
-        **TWIN_NOTES,
-        "tiny_sparse": "tiny without the tricks",
-        "small_sparse": "small without the tricks",
+    build=build,
+    variants={
+        # Test, one seed: BLEU 70.4 and chrF 84.3, its dense twin 63.6 and 80.2 (recipes/sparse_translation/results).
+        **with_twins(tiny=TINY, small=SMALL),
+        "tiny_sparse": Variant(without_tricks(TINY), "tiny without the tricks"),
+        "small_sparse": Variant(without_tricks(SMALL), "small without the tricks"),
     },
-    commands=commands("sparse_translation", build),
 )
 
 if __name__ == "__main__":

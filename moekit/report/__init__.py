@@ -2,11 +2,13 @@
 
 `write_report` makes report.html, `terminal_summary` prints one screen, `write_comparison` sets runs side by side,
 `results_markdown` is for committing. ``python -m moekit.report RUN`` does the same from a shell.
+
+What is shown stands in the classes of `view`, which results, curves, experts, samples and comparison fill from run
+folders. page.html, run.md and terminal lay it out; texts.toml holds the prose of the pages.
 """
 
 from moekit.report.comparison import write_comparison
-from moekit.report.html import write_report
-from moekit.report.markdown import results_markdown
+from moekit.report.run import results_markdown, write_report
 from moekit.report.terminal import terminal_summary
 
 __all__ = ["results_markdown", "terminal_summary", "write_comparison", "write_report"]

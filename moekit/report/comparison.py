@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from moekit.errors import UserError
-from moekit.report import markdown, page, plots, wording
+from moekit.report import render, wording
 from moekit.report.health import dropped, experts_per_token, layer_health
-from moekit.report.page import text
-from moekit.report.plots import Line
-from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
+from moekit.report.plots import Curves, Dots, Line
+from moekit.report.predictions import TaskScores, main_task, predictions
+from moekit.report.results import costs
 from moekit.report.run_folder import RunFolder, dig, number, read_run
 from moekit.report.style import CYCLE
-from moekit.report.tasks import EXPLAINED, TASKS, task_title
+from moekit.report.view import Figure, Section, Table, Tile, View, caption, heading
 
 MAX_RUNS = 8
+_KEPT = ("parameters", "active parameters", "steps", "tokens", "tokens per second", "time")
 
 
 def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -36,12 +38,99 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     """
     if not 2 <= len(run_dirs) <= MAX_RUNS:
         raise UserError(f"A comparison takes 2 to {MAX_RUNS} runs: got {len(run_dirs)}.")
-    runs = [read_run(Path(d)) for d in run_dirs]
-    names = _names(runs)
+    view = comparison_view([read_run(Path(d)) for d in run_dirs])
     out = Path(out)
-    html_path = out if out.suffix in (".html", ".htm") else out / "comparison.html"
-    page.write_text(html_path.with_suffix(".md"), _markdown(runs, names))
-    return page.write_text(html_path, page.page(f"{' vs '.join(names)} · moekit", _html(runs, names)))
+    path = out if out.suffix in (".html", ".htm") else out / "comparison.html"
+    render.save(path.with_suffix(".md"), render.markdown(view))
+    return render.save(path, render.html(view))
+
+
+def comparison_view(runs: Sequence[RunFolder]) -> View:
+    """Everything that is shown of several runs."""
+    names = _names(runs)
+    measures, accuracy = _measures(runs), _table("Accuracy", names, _accuracies(runs), "task")
+    cost = [
+        _table("Cost", names, _costs(runs)),
+        _table("Tasks (validation)", names, _tasks(runs)),
+        _table("Routing", names, _routing(runs)),
+    ]
+    cost = [table for table in cost if table.rows]
+    measured = [*(measure.table(names) for measure in measures), *([accuracy] if accuracy.rows else [])]
+    return View(
+        kind="moekit comparison",
+        title=" vs ".join(names),
+        lead=f"Differences are against the first run, {names[0]}.",
+        tiles=[_tile(name, run) for name, run in zip(names, runs, strict=True)],
+        sections=[
+            *_quality(runs, names, measures, accuracy),
+            _progress(runs, names),
+            Section(*heading("cost"), cells=[[Figure(table.title, table=table)] for table in cost]),
+        ],
+        notes=_warnings(runs),
+        tables=[*measured, *cost],
+        remark=f"In brackets: the difference from {names[0]}." if measures else "",
+    )
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """A score that runs have in common: one value for each run, in whole (the first row) and by `kind`."""
+
+    title: str
+    kind: str
+    rows: Mapping[str, Sequence[float | None]]
+    say: Callable[[float | None], str]
+
+    def table(self, names: Sequence[str]) -> Table:
+        """Every value, and in brackets how it differs from the first run's."""
+        cells = {name: [self.say(first), *(self._told(first, v) for v in rest)] for name, (first, *rest) in self._all}
+        return _table(self.title, names, cells, self.kind)
+
+    def cells(self, names: Sequence[str]) -> list[list[Figure]]:
+        """The table, and beside it one mark for each run and direction or language."""
+        parts = dict(self._all[1:])
+        columns = {n: [math.nan if (v := row[i]) is None else v for row in parts.values()] for i, n in enumerate(names)}
+        lower = self.kind == "language"
+        chart = Dots(
+            list(parts), columns, f"{self.title} by {self.kind} and run; the numbers are in the table", perplexity=lower
+        )
+        words = caption("compared", title=self.title, kind=self.kind, side="left" if lower else "right")
+        numbers = Figure(self.title, table=self.table(names))
+        return [[Figure(*words, chart)], [numbers]] if parts else [[numbers]]
+
+    @property
+    def _all(self) -> list[tuple[str, Sequence[float | None]]]:
+        return list(self.rows.items())
+
+    def _told(self, first: float | None, value: float | None) -> str:
+        if value is None or first is None:
+            return self.say(value)
+        return f"{self.say(value)} ({chr(0x2212) if value < first else '+'}{self.say(abs(value - first))})"
+
+
+def _measures(runs: Sequence[RunFolder]) -> list[_Measure]:
+    """BLEU and chrF of the runs that translate, the perplexity of every task of the others."""
+    found = []
+    for title in ("BLEU", "chrF"):
+        scores = [run.scores(title.lower()) for run in runs]
+        rows = {"average": [x.average for x in scores]} | _side_by_side([x.directions for x in scores], best=max)
+        found.append(_Measure(title, "direction", rows, wording.fixed))
+    for task, predicted in _predictions(runs).items():
+        rows = {"all text": [x.perplexity for x in predicted]}
+        languages = _side_by_side([x.languages for x in predicted], best=min)
+        rows |= languages if len(languages) > 1 else {}  # one language is all text
+        found.append(_Measure(f"Perplexity: {_title(runs, task)}", "language", rows, wording.perplexity))
+    return [measure for measure in found if any(v is not None for row in measure.rows.values() for v in row)]
+
+
+def _side_by_side(
+    scores: Sequence[Mapping[str, float]], *, best: Callable[[float, float], float]
+) -> dict[str, list[float | None]]:
+    """By name the value of every run, in the order of the first run that has it."""
+    first = {name: value for found in reversed(scores) for name, value in found.items()}
+    names = dict.fromkeys(name for found in scores for name in found)
+    order = sorted(names, key=lambda name: first[name], reverse=best is max)
+    return {name: [found.get(name) for found in scores] for name in order}
 
 
 def _names(runs: Sequence[RunFolder]) -> list[str]:
@@ -52,10 +141,8 @@ def _names(runs: Sequence[RunFolder]) -> list[str]:
         [r.path.resolve().name for r in runs],
         [str(r.path) for r in runs],
     )
-    for names in candidates:
-        if all(names) and len(set(names)) == len(runs):
-            return names
-    return [f"{r.path} ({i})" for i, r in enumerate(runs, start=1)]
+    numbered = [f"{r.path} ({i})" for i, r in enumerate(runs, start=1)]
+    return next((names for names in candidates if all(names) and len(set(names)) == len(runs)), numbered)
 
 
 def _warnings(runs: Sequence[RunFolder]) -> list[str]:
@@ -65,18 +152,13 @@ def _warnings(runs: Sequence[RunFolder]) -> list[str]:
     if len(data) > 1:
         found.append("These runs used different data, so their scores are not strictly comparable.")
     for metric in ("bleu", "chrf"):
-        signatures = {r.scores(metric).signature for r in runs} - {""}
-        if len(signatures) > 1:
+        scores = [run.scores(metric) for run in runs]
+        if len(signatures := {x.signature for x in scores} - {""}) > 1:
             found.append(f"The {metric} signatures differ: {', '.join(sorted(signatures))}.")
-        if len({r.scores(metric).origin for r in runs if r.scores(metric).average is not None}) > 1:
+        if len({x.origin for x in scores if x.average is not None}) > 1:
             found.append(f"Some {metric} scores are of the test set, others of the last validation.")
-    return found + _prediction_warnings(runs)
-
-
-def _prediction_warnings(runs: Sequence[RunFolder]) -> list[str]:
     texts = [main_task(run) for run in runs if not run.translates]
-    found = []
-    if texts and len(texts) < len(runs):
+    if 0 < len(texts) < len(runs):
         found.append("Some of these runs translate and others do not: they have no score in common.")
     if len({x.task for x in texts if x.task}) > 1:
         found.append("The perplexities are of different tasks, so they are not comparable.")
@@ -85,243 +167,111 @@ def _prediction_warnings(runs: Sequence[RunFolder]) -> list[str]:
     return found
 
 
-def _directions(runs: Sequence[RunFolder], metric: str) -> list[str]:
-    found: dict[str, float] = {}
-    for run in runs:
-        for direction, value in run.scores(metric).directions.items():
-            found.setdefault(direction, value)
-    return sorted(found, key=lambda d: -found[d])
-
-
-def _score_rows(runs: Sequence[RunFolder], metric: str) -> list[tuple[str, list[float | None]]]:
-    rows: list[tuple[str, list[float | None]]] = [("average", [r.scores(metric).average for r in runs])]
-    return rows + [(d, [r.scores(metric).directions.get(d) for r in runs]) for d in _directions(runs, metric)]
-
-
-def _cost_rows(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
-    columns = [dict(markdown.headline_rows(run)) for run in runs]
-    keep = ("parameters", "active parameters", "steps", "tokens", "tokens per second", "time")
-    return [(key, [column.get(key, wording.MISSING) for column in columns]) for key in keep]
-
-
-def _task_rows(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
-    rows = []
-    for quantity, say in (("loss", wording.significant), ("perplexity", wording.perplexity)):
-        values = [run.by_task(quantity) for run in runs]
-        for task in dict.fromkeys(t for v in values for t in v):
-            rows.append((f"{task} {quantity}", [say(v.get(task)) for v in values]))
-    return rows
-
-
-def _routing_rows(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
-    quantities = {
-        "dead experts": ("dead_experts", lambda v: wording.fixed(v, 0)),
-        "load CV": ("load_cv", lambda v: wording.fixed(v, 2)),
-        "router entropy": ("entropy", lambda v: wording.fixed(v, 2)),
-    }
-    rows = [
-        (title, ["dense" if run.dense else say(number(run.summary, "routing", key)) for run in runs])
-        for title, (key, say) in quantities.items()
-    ]
-    by_rule = [bool(health := layer_health(run)) and all(x.fixed for x in health) for run in runs]
-    title, cells = rows[0]
-    rows[0] = (title, ["fixed rule" if rule else cell for rule, cell in zip(by_rule, cells, strict=True)])
-    used = [experts_per_token(run) for run in runs]
-    if any(value is not None for value in used):
-        rows.append(
-            (
-                "experts per token",
-                ["dense" if r.dense else wording.fixed(u, 2) for r, u in zip(runs, used, strict=True)],
-            )
-        )
-    drops = ["dense" if run.dense else dropped(run) for run in runs]
-    return [("dropped late in training", drops), *rows]
-
-
-def _with_difference(
-    values: Sequence[float | None],
-    say: Callable[[float | None], str] = wording.fixed,
-) -> list[str]:
-    first = values[0]
-    told = [say(first)]
-    for value in values[1:]:
-        difference = ""
-        if value is not None and first is not None:
-            sign = "\u2212" if value < first else "+"
-            difference = f" ({sign}{say(abs(value - first))})"
-        told.append(say(value) + difference)
-    return told
-
-
-def _perplexity_tables(runs: Sequence[RunFolder]) -> dict[str, list[tuple[str, list[float | None]]]]:
-    """By task: perplexity of all text and of every language, one value for each run."""
+def _predictions(runs: Sequence[RunFolder]) -> dict[str, list[TaskScores]]:
+    """By task, for each run; empty scores of a run that translates or does not have the task."""
     by_run = [{} if run.translates else {x.task: x for x in predictions(run)} for run in runs]
-    tables = {}
-    for task in dict.fromkeys(t for found in by_run for t, x in found.items() if x.perplexity is not None):
-        scores = [found.get(task, TaskScores(task)) for found in by_run]
-        languages = list(dict.fromkeys(name for x in scores for name in languages_by_perplexity(x)))
-        rows: list[tuple[str, list[float | None]]] = [("all text", [x.perplexity for x in scores])]
-        if len(languages) > 1:  # a single language is all text
-            rows += [(name, [x.languages.get(name) for x in scores]) for name in languages]
-        tables[task] = rows
-    return tables
+    tasks = dict.fromkeys(task for found in by_run for task in found)
+    return {task: [found.get(task, TaskScores(task)) for found in by_run] for task in tasks}
 
 
 def _accuracies(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
-    """By task: one value for each run."""
-    by_run = [{} if run.translates else {x.task: x.accuracy for x in predictions(run)} for run in runs]
-    tasks = dict.fromkeys(t for found in by_run for t, value in found.items() if value is not None)
-    return {t: [wording.percent(found.get(t)) for found in by_run] for t in tasks}
+    """By title of the task, where a run measured it."""
+    rows = {_title(runs, t): [wording.percent(x.accuracy) for x in found] for t, found in _predictions(runs).items()}
+    return {title: row for title, row in rows.items() if set(row) != {wording.MISSING}}
 
 
-def _markdown(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    parts = [f"# {markdown.literal(' vs '.join(names))}"]
-    parts += [f"> {markdown.literal(w)}" for w in _warnings(runs)]
-    tables = _perplexity_tables(runs)
-    for metric, title in (("bleu", "BLEU"), ("chrf", "chrF")):
-        rows = [(name, *_with_difference(values)) for name, values in _score_rows(runs, metric)]
-        if any(v is not None for _, values in _score_rows(runs, metric) for v in values):
-            parts += [f"## {title}", markdown.table(["direction", *names], rows)]
-    for task, found in tables.items():
-        heading = f"## Perplexity: {task_title(task)}" if len(tables) > 1 else "## Perplexity"
-        rows = [(name, *_with_difference(values, wording.perplexity)) for name, values in found]
-        parts += [heading, markdown.table(["language", *names], rows)]
-    if accuracies := _accuracies(runs):
-        parts += ["## Accuracy", markdown.table(["task", *names], [(n, *v) for n, v in accuracies.items()])]
-    parts += ["## Cost", markdown.table(["", *names], [(n, *v) for n, v in _cost_rows(runs)])]
-    if tasks := _task_rows(runs):
-        parts += ["## Tasks (validation)", markdown.table(["", *names], [(n, *v) for n, v in tasks])]
-    parts += ["## Routing", markdown.table(["", *names], [(n, *v) for n, v in _routing_rows(runs)])]
-    if len(runs) > 1 and (tables or any(r.scores("bleu").directions for r in runs)):
-        parts.append(f"In brackets: the difference from {markdown.literal(names[0])}.")
-    return "\n\n".join(parts) + "\n"
+def _title(runs: Sequence[RunFolder], task: str) -> str:
+    """What the first run that names the task calls it."""
+    return next((run for run in runs if dig(run.summary, "tasks", task)), runs[0]).task(task).title
 
 
-def _html(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    tiles = page.tiles(_tile(name, run) for name, run in zip(names, runs, strict=True))
-    sections = [_quality(runs, names)] if any(run.translates for run in runs) else []
-    sections += [_perplexities(runs, names)] if not all(run.translates for run in runs) else []
-    notes = "".join(map(page.note, _warnings(runs)))
-    return (
-        f'<header class="top"><p class="eyebrow">moekit comparison</p><h1>{text(" vs ".join(names))}</h1>'
-        f'<p class="lead">Differences are against the first run, {text(names[0])}.</p>{tiles}{notes}</header>\n<main>\n'
-        + "\n".join((*sections, _progress(runs, names), _costs(runs, names)))
-        + "\n</main>\n<footer>Made by moekit.</footer>"
-    )
+def _costs(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
+    columns = [costs(run) for run in runs]
+    return {key: [column[key] for column in columns] for key in _KEPT}
 
 
-def _tile(name: str, run: RunFolder) -> tuple[str, str, str]:
+def _tasks(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
+    rows = {}
+    for quantity, say in (("loss", wording.significant), ("perplexity", wording.perplexity)):
+        values = [run.by_task(quantity) for run in runs]
+        for task in dict.fromkeys(t for v in values for t in v):
+            rows[f"{_title(runs, task)} {quantity}"] = [say(v.get(task)) for v in values]
+    return rows
+
+
+def _routing(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
+    def row(say: Callable[[RunFolder], str]) -> list[str]:
+        return ["dense" if run.dense else say(run) for run in runs]
+
+    def logged(key: str, digits: int) -> Callable[[RunFolder], str]:
+        return lambda run: wording.fixed(number(run.summary, "routing", key), digits)
+
+    def dead(run: RunFolder) -> str:
+        health = layer_health(run)
+        return "fixed rule" if health and all(x.fixed for x in health) else logged("dead_experts", 0)(run)
+
+    rows = {
+        "dropped late in training": row(dropped),
+        "dead experts": row(dead),
+        "load CV": row(logged("load_cv", 2)),
+        "router entropy": row(logged("entropy", 2)),
+    }
+    if any(experts_per_token(run) is not None for run in runs):
+        rows["experts per token"] = row(lambda run: wording.fixed(experts_per_token(run), 2))
+    return rows
+
+
+def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[str]], corner: str = "") -> Table:
+    return Table([corner, *names], [(name, *values) for name, values in rows.items()], title)
+
+
+def _tile(name: str, run: RunFolder) -> Tile:
+    cost = costs(run)
+    remark = f"{cost['active parameters']} active parameters, {cost['tokens per second']} tokens/s"
     if run.translates:
-        return f"BLEU, {name}", wording.fixed(run.scores("bleu").average), _cost(run)
-    return f"Perplexity, {name}", wording.perplexity(main_task(run).perplexity), _cost(run)
+        return Tile(f"BLEU, {name}", wording.fixed(run.scores("bleu").average), remark)
+    return Tile(f"Perplexity, {name}", wording.perplexity(main_task(run).perplexity), remark)
 
 
-def _cost(run: RunFolder) -> str:
-    active = number(run.summary, "parameters", "active")
-    return f"{wording.short(active)} active parameters, {wording.short(run.tokens_per_second)} tokens/s"
+def _quality(
+    runs: Sequence[RunFolder], names: Sequence[str], measures: Sequence[_Measure], accuracy: Table
+) -> list[Section]:
+    """One section for the runs that translate, one for those that do not."""
+    sections = []
+    for translate, key, kind, lacking in (
+        (True, "compared_translation", "direction", "None of these runs has measured BLEU."),
+        (False, "compared_prediction", "language", "None of these runs has measured a perplexity."),
+    ):
+        if all(run.translates != translate for run in runs):
+            continue
+        cells = [cell for measure in measures if measure.kind == kind for cell in measure.cells(names)]
+        if not translate and accuracy.rows:
+            cells.append([Figure(accuracy.title, table=accuracy)])
+        sections.append(Section(*heading(key), [] if cells else [lacking], cells))
+    return sections
 
 
-def _quality(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    directions = _directions(runs, "bleu")
-    lead = "The same directions in the same order for every run."
-    if not directions:
-        return page.section("scores", "Translation quality", lead, page.note("None of these runs has measured BLEU."))
-    columns = [
-        (n, [r.scores("bleu").directions.get(d, math.nan) for d in directions])
-        for n, r in zip(names, runs, strict=True)
-    ]
-    rows = [(name, *_with_difference(values)) for name, values in _score_rows(runs, "bleu")]
-    chrf = [(name, *_with_difference(values)) for name, values in _score_rows(runs, "chrf")]
-    html = page.figure(
-        "BLEU by direction",
-        "One row for each direction, one mark for each run; further right is better.",
-        "the marks change order from row to row: the runs may differ by luck only.",
-        plots.score_dots(directions, columns, description="BLEU by direction and run; the numbers are in the table"),
-    )
-    tables = f"<div><h3>BLEU</h3>{page.table(['direction', *names], rows)}"
-    tables += f"<details><summary>chrF</summary>{page.table(['direction', *names], chrf)}</details></div>"
-    return page.section("scores", "Translation quality", lead, f'<div class="grid">{html}{tables}</div>')
-
-
-def _perplexities(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    title = "Quality on held-out text"
-    lead = "Perplexity: among how many equally likely tokens a model hesitates, on average; lower is better."
-    tables = _perplexity_tables(runs)
-    if not tables:
-        return page.section("perplexity", title, lead, page.note("None of these runs has measured a perplexity."))
-    accuracies = _accuracies(runs)
-    html = ""
-    for task, found in tables.items():
-        heading = f"Perplexity: {task_title(task)}" if len(tables) > 1 else "Perplexity"
-        languages = [name for name, _ in found[1:]]
-        if languages:
-            columns = [
-                (name, [math.nan if (v := values[i]) is None else v for _, values in found[1:]])
-                for i, name in enumerate(names)
-            ]
-            html += page.figure(
-                f"{heading} by language",
-                "One row for each language, one mark for each run; further left is better.",
-                "the marks change order from row to row: the runs may differ by luck only.",
-                plots.perplexity_dots(
-                    languages, columns, description=f"{heading} by language and run; the numbers are in the table"
-                ),
-            )
-        rows = [(name, *_with_difference(values, wording.perplexity)) for name, values in found]
-        numbers = f"<h3>{text(heading)}</h3>{page.table(['language', *names], rows)}"
-        if cells := accuracies.get(task):
-            numbers += f"<h3>Accuracy</h3>{page.table(['', *names], [('all text', *cells)])}"
-        html += f"<div>{numbers}</div>"
-    return page.section("perplexity", title, lead, f'<div class="grid">{html}</div>')
-
-
-def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
+def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> Section:
     bleu = any(run.translates for run in runs)
-    lead = (
-        "One line for each run over its steps, on held-out "
-        f"{'sentences: higher BLEU and lower loss are better' if bleu else 'text: lower loss is better'}. Worry "
-        "if one run stopped much earlier than another: then time, not the model, decided."
-    )
-    columns: Mapping[str, None] = dict.fromkeys(
-        c for run in runs for c in run.metrics if c.startswith("valid/") and c.endswith("/loss")
-    )
+    better = "sentences: higher BLEU and lower loss are better" if bleu else "text: lower loss is better"
+
+    def figure(column: str, title: str, see: str, description: str, *, from_zero: bool = False) -> Figure:
+        lines = [
+            Line(name, run.metrics[column], CYCLE[i % len(CYCLE)], "points")
+            for i, (name, run) in enumerate(zip(names, runs, strict=True))
+            if column in run.metrics
+        ]
+        return Figure(title, see, chart=Curves(lines, description, start_at_zero=from_zero, height=2.3))
+
     figures = []
     if any("valid/bleu/average" in run.metrics for run in runs):
-        lines = _lines(runs, names, "valid/bleu/average")
-        drawing = plots.curves(
-            lines, description="Validation BLEU of every run over steps", height=2.3, start_at_zero=True
-        )
-        figures.append(page.figure("BLEU", "Average over all directions.", "", drawing))
-    for column in columns:
-        task = column.split("/")[1]
-        lines = _lines(runs, names, column)
-        title = TASKS.get(task, task)
-        figures.append(
-            page.figure(
-                title,
-                f"{EXPLAINED.get(task, '')} Validation loss.",
-                "",
-                plots.curves(lines, description=f"{title}: validation loss of every run over steps", height=2.3),
-            )
-        )
-    body = f'<div class="grid">{"".join(figures)}</div>' if figures else page.note("No validation loss was logged.")
-    return page.section("progress", "Progress", lead, body)
-
-
-def _lines(runs: Sequence[RunFolder], names: Sequence[str], column: str) -> list[Line]:
-    return [
-        Line(name, run.metrics[column], CYCLE[i % len(CYCLE)], "points")
-        for i, (name, run) in enumerate(zip(names, runs, strict=True))
-        if column in run.metrics
-    ]
-
-
-def _costs(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    lead = "What each run cost, what its tasks came to, and how its experts fared."
-    groups = (("Cost", _cost_rows(runs)), ("Tasks (validation)", _task_rows(runs)), ("Routing", _routing_rows(runs)))
-    html = "".join(
-        f"<div><h3>{title}</h3>{page.table(['', *names], [(n, *v) for n, v in rows])}</div>"
-        for title, rows in groups
-        if rows
-    )
-    return page.section("cost", "Cost and health", lead, f'<div class="grid">{html}</div>')
+        description = "Validation BLEU of every run over steps"
+        see = "Average over all directions."
+        figures.append(figure("valid/bleu/average", "BLEU", see, description, from_zero=True))
+    logged = {c: run for run in reversed(runs) for c in run.metrics if c.startswith("valid/") and c.endswith("/loss")}
+    for column in dict.fromkeys(c for run in runs for c in run.metrics if c in logged):
+        named = logged[column].task(column.split("/")[1])
+        description = f"{named.title}: validation loss of every run over steps"
+        figures.append(figure(column, named.title, f"{named.explanation} Validation loss.", description))
+    notes = [] if figures else ["No validation loss was logged."]
+    return Section(*heading("progress", better=better), notes, [[figure] for figure in figures])

@@ -37,11 +37,11 @@ def predictions(run: RunFolder) -> tuple[TaskScores, ...]:
     The order is the run's, tasks with a perplexity first: the first one is what the run is about.
     """
     tested = dig(run.summary, "test")
-    found = [_tested(task, tested[task]) for task in names_in(tested) if isinstance(dig(tested, task), Mapping)]
+    found = [_tested(run, task, tested[task]) for task in names_in(tested) if isinstance(dig(tested, task), Mapping)]
     if not found:
         columns = {name: s.last for name, s in run.metrics.items() if name.startswith("test/")}
         tasks = dict.fromkeys(filter(None, map(task_of, columns)))
-        found = [_tested(task, _as_tree(columns, f"test/{task}/")) for task in tasks]
+        found = [_tested(run, task, _as_tree(columns, f"test/{task}/")) for task in tasks]
     if not found:
         losses, perplexities, accuracies = map(run.by_task, ("loss", "perplexity", "accuracy"))
         found = [
@@ -68,9 +68,9 @@ def _as_tree(columns: Mapping[str, float | None], prefix: str) -> dict[str, Any]
     return {**tree, "languages": {n.removeprefix(inner): v for n, v in columns.items() if n.startswith(inner)}}
 
 
-def _tested(task: str, tree: Mapping[str, Any]) -> TaskScores:
+def _tested(run: RunFolder, task: str, tree: Mapping[str, Any]) -> TaskScores:
     loss, perplexity = number(tree, "loss"), number(tree, "perplexity")
-    if task == "replaced_token":  # it answers yes or no
+    if not run.task(task).perplexity:
         return TaskScores(task, loss, None, number(tree, "accuracy"))
     if perplexity is None and loss is not None and loss < 700:
         perplexity = math.exp(loss)

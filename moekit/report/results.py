@@ -1,340 +1,234 @@
-"""Sections on what the model learned: headline, losses, scores."""
+"""What a run came to: its headline numbers, its scores on held-out text, and the tables that go into a text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from moekit.report import page, perplexity, plots, wording
-from moekit.report.health import findings
-from moekit.report.page import text
-from moekit.report.plots import Line
+import numpy as np
+
+from moekit.report import wording
+from moekit.report.answers import answer_tables, answer_tiles
+from moekit.report.curves import curve_table
+from moekit.report.experts import health_table
+from moekit.report.plots import Bars, Curves, Line
+from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
 from moekit.report.run_folder import RunFolder, Scores, Series, dig, loads, number, sides
-from moekit.report.series import milestones, smooth, smoothing_window
-from moekit.report.style import CYCLE, SEQUENTIAL_LEVELS, sequential_class
-from moekit.report.tasks import EXPLAINED, TASKS
+from moekit.report.style import SEQUENTIAL_LEVELS, sequential_class
+from moekit.report.view import Figure, Heat, Scale, Section, Table, Tile, caption, heading
+
+ORIGIN = {"test": "test set", "valid": "last validation"}
+_NEAR = 5
+_NOT_TESTED = "These are scores of the last validation, not of the test set."
 
 
-def _memory(run: RunFolder) -> tuple[str, str]:
-    """The most that training held, and what was forecast."""
-    return wording.memory(number(run.summary, "peak_memory", "bytes")), "of a process at its fullest" + (
-        f", forecast {wording.memory(forecast)}"
-        if (forecast := number(run.summary, "peak_memory", "forecast")) is not None
-        else ""
-    )
-
-
-def headline(run: RunFolder) -> str:
-    """Title, headline numbers and findings."""
-    total, active = number(run.summary, "parameters", "total"), number(run.summary, "parameters", "active")
-    share = f"{wording.percent(active / total, 0)} of all for a token" if active and total else "for a token"
-    seconds, tokens = number(run.summary, "wall_seconds"), number(run.summary, "tokens")
-    worked = [
-        w
-        for w in (
-            wording.count(run.steps, "step") if run.steps else "",
-            f"{wording.short(tokens)} tokens" if tokens else "",
-        )
-        if w
-    ]
-    tiles = [
-        *(_translation_tiles(run) if run.translates else perplexity.tiles(run)),
-        ("Speed", wording.short(run.tokens_per_second), "tokens per second"),
-        ("Memory", *_memory(run)),
-        ("Parameters", wording.short(total), "in total"),
-        ("Active", wording.short(active), share),
-        ("Time", wording.duration(seconds), ", ".join(worked))
-        if seconds is not None
-        else ("Steps", f"{run.steps:,}" if run.steps else wording.MISSING, "taken so far"),
-    ]
-    tiles = [tile for i, tile in enumerate(tiles) if i == 0 or tile[1] != wording.MISSING]
-    items = "".join(f"<li{'' if f.good else ' class=bad'}>{text(f.text)}</li>" for f in findings(run))
-    missing = (
-        page.note("This run is not finished (it has no summary.json): numbers come from its metrics.")
-        if not run.summary
-        else ""
-    )
-    return (
-        f'<header class="top"><p class="eyebrow">moekit run report</p><h1>{text(run.name)}</h1>'
-        f'<p class="lead">{text(_about(run))}</p>{page.tiles(tiles)}'
-        f'<ul class="findings">{items}</ul>{missing}</header>'
-    )
-
-
-def _translation_tiles(run: RunFolder) -> list[tuple[str, str, str]]:
-    bleu, chrf, ppl = run.scores("bleu"), run.scores("chrf"), run.by_task("perplexity")
-    origin = {"test": "test set", "valid": "last validation"}
-    directions = wording.count(len(bleu.directions), "direction")
-    first = next((t for t in ("translation", *ppl) if t in ppl), None)
-    return [
-        (
-            "BLEU, average",
-            wording.fixed(bleu.average),
-            f"{origin[bleu.origin]}, {directions}" if bleu.average is not None else "not measured",
-        ),
-        (
-            "chrF, average",
-            wording.fixed(chrf.average),
-            origin[chrf.origin],
-        ),
-        (
-            "Perplexity",
-            wording.perplexity(ppl.get(first or "")),
-            TASKS.get(first, first).lower() if first else "",
-        ),
-    ]
-
-
-def losses(run: RunFolder) -> str:
-    """Losses by task, learning rate and speed."""
-    lead = (
-        "A loss says how surprised the model is by the right answer, in nats per predicted token; lower is better, and "
-        "it should fall quickly, then slowly. Blue is training, orange held-out sentences. Worry if orange rises while "
-        "blue falls (overfitting), or if either jumps or stays flat from the start. Neither counts label "
-        "smoothing or the weights of tasks."
-    )
-    figures = [_loss_figure(task, run.metrics) for task in tasks(run)]
-    figures += _accuracy(run)
-    named = (
-        n for n in run.metrics if n in ("lr", "train/lr", "learning_rate", "train/learning_rate") or n[:3] == "lr-"
-    )
-    lr = run.metrics.get(next(named, ""))
-    if lr is not None and len(lr.finite.value):
-        figures.append(
-            page.figure(
-                "Learning rate",
-                "How large a step the optimizer takes: it warms up from zero, then decays.",
-                "it is flat at zero, or does not match the schedule in the configuration.",
-                plots.curves([Line("", lr)], description="Learning rate over steps", start_at_zero=True, height=2.1),
-                table=_curve_table({"learning rate": lr}),
-            )
-        )
-    speed = run.metrics.get("train/tokens_per_second")
-    if speed is not None and len(speed.finite.value):
-        figures.append(
-            page.figure(
-                "Speed",
-                "Tokens processed per second; the dark line is the moving average.",
-                "it sinks over time: something leaks, or data loading cannot keep up.",
-                plots.curves(
-                    [Line("logged", speed, look="raw"), Line("smoothed", smooth(speed))],
-                    unit="short",
-                    description="Tokens per second over steps",
-                    start_at_zero=True,
-                    height=2.1,
-                ),
-                table=_curve_table({"tokens per second": smooth(speed)}),
-            )
-        )
-    body = (
-        f'<div class="grid">{"".join(figures)}</div>'
-        if figures
-        else page.note(_why(run, "metrics.csv", "No loss was logged."))
-    )
-    if figures and "metrics.csv" in run.notes:
-        body = page.note(run.notes["metrics.csv"]) + body
-    return page.section("losses", "Losses", lead, body)
-
-
-def tasks(run: RunFolder) -> list[str]:
-    """Names of the tasks with a logged loss, translation first; "" stands for the total where no task has one."""
-    found: dict[str, None] = {}
-    for column in run.metrics:
-        parts = column.split("/")
-        if len(parts) == 3 and parts[0] in ("train", "valid") and parts[2] == "loss":
-            found[parts[1]] = None
-    if not found:
-        return [""] if {"train/loss", "valid/loss"} & set(run.metrics) else []
-    order = list(TASKS)
-    return sorted(found, key=lambda t: (order.index(t) if t in order else len(order), t))
-
-
-def languages(run: RunFolder) -> list[str]:
-    """The run's languages in its own order; [] where it does not say."""
-    given = run.routing.get("languages") or dig(run.summary, "data", "languages")
-    return [str(x) for x in given] if isinstance(given, list) else []
-
-
-def scores(run: RunFolder) -> str:
-    """BLEU and chrF by direction, as bars and matrices, and how they grew; the perplexity of other runs."""
-    if not run.translates:
-        return perplexity.scores(run)
-    lead = (
-        "BLEU counts words and phrases a translation shares with the reference, chrF letters; both run from 0 to 100, "
-        "and chrF is the kinder one to rich morphology."
-    )
-    bleu, chrf = run.scores("bleu"), run.scores("chrf")
-    names = sorted(
-        {*bleu.directions, *chrf.directions}, key=lambda d: -bleu.directions.get(d, chrf.directions.get(d, 0.0))
-    )
-    if not names:
-        why = f"No translation was scored yet: the command test does it. {run.notes.get('summary.json', '')}"
-        return page.section("scores", "Translation quality", lead, page.note(why))
-    bars = page.figure(
-        "BLEU and chrF by direction",
-        "One row for each direction, best first: bars are BLEU, dots chrF.",
-        "a few directions lag far behind: they may have too little data or weight in the mixture.",
-        plots.score_bars(
-            names,
-            [bleu.directions.get(n, math.nan) for n in names],
-            [chrf.directions.get(n, math.nan) for n in names],
-            labels=("BLEU", "chrF"),
-            description=f"BLEU and chrF of {len(names)} directions; the numbers are in the table below",
-        ),
-        table=page.table(
-            ["direction", "BLEU", "chrF"],
-            [(n, wording.fixed(bleu.directions.get(n)), wording.fixed(chrf.directions.get(n))) for n in names],
-        ),
-    )
-    left = bars + _growth(run)
-    right = "".join(_matrix(*x, languages(run)) for x in (("BLEU", bleu), ("chrF", chrf)) if x[1].directions)
-    figures = [f'<div class="stack">{part}</div>' for part in (left, right)]
-    signed = [f"{n}: <code>{text(s.signature)}</code>" for n, s in (("BLEU", bleu), ("chrF", chrf)) if s.signature]
-    remarks = ["These are scores of the last validation, not of the test set."] if bleu.origin == "valid" else []
-    remarks += [f"Signatures: {', '.join(signed)}."] if signed else []
-    end = f'<p class="signatures">{" ".join(remarks)}</p>' if remarks else ""
-    return page.section("scores", "Translation quality", lead, f'<div class="grid">{"".join(figures)}</div>{end}')
-
-
-def _accuracy(run: RunFolder) -> list[str]:
-    """One panel with the accuracy of every task: the validation's, or training's where there is none."""
-    found: dict[str, Series] = {}
-    for task in tasks(run):
-        valid, train = (run.metrics.get(f"{phase}/{task}/accuracy") for phase in ("valid", "train"))
-        if valid is not None and len(valid.finite.value):
-            found[task] = valid
-        elif train is not None and len(train.finite.value):
-            found[task] = smooth(train)
-    if not found:
-        return []
-    lines = [
-        Line(
-            TASKS.get(task, task),
-            series,
-            (*CYCLE, "ink", "muted")[i % 6],
-            "points" if len(series.value) < 60 else "line",
-        )
-        for i, (task, series) in enumerate(found.items())
-    ]
-    drawing = plots.curves(lines, unit="percent", description="Accuracy of every task over steps", start_at_zero=True)
-    return [
-        page.figure(
-            "Accuracy",
-            "Share of predictions that hit the right token, on held-out text where it was measured.",
-            "a task stays at chance: its weight may be too small, or its data too hard.",
-            drawing,
-            table=_curve_table({TASKS.get(task, task): series for task, series in found.items()}),
-        )
-    ]
-
-
-def _about(run: RunFolder) -> str:
+def about(run: RunFolder) -> str:
     """Data, languages and experts in one line."""
     parts = [str(dig(run.summary, "data", "source") or "")]
-    spoken = languages(run)
-    if spoken:
-        parts.append(f"{wording.count(len(spoken), 'language')} ({', '.join(spoken)})")
-    sizes = sorted({len(loads(layer)) for layer in run.layers})
-    if sizes:
+    if run.languages:
+        parts.append(f"{wording.count(len(run.languages), 'language')} ({', '.join(run.languages)})")
+    if sizes := sorted({len(loads(layer)) for layer in run.layers}):
         layers = wording.count(len(run.layers), "Mixture-of-Experts layer")
         parts.append(f"{layers} of {' or '.join(map(str, sizes))} experts")
     return " · ".join(filter(None, parts)) or run.path.resolve().name
 
 
-def _loss_figure(task: str, metrics: Mapping[str, Series]) -> str:
-    middle = f"{task}/" if task else ""
-    train, valid = metrics.get(f"train/{middle}loss"), metrics.get(f"valid/{middle}loss")
-    lines = []
-    window = 1
-    if train is not None:
-        window = smoothing_window(len(train.finite.value))
-        lines += (
-            [Line("training", train, look="raw"), Line(f"average of {window}", smooth(train))]
-            if window > 1
-            else [Line("training", train)]
-        )
-    if valid is not None:
-        lines.append(Line("validation", valid, "red", "points"))
-    title = TASKS.get(task, task.replace("_", " ").capitalize()) or "Total"
-    columns = {k: v for k, v in (("train (smoothed)", smooth(train) if train else None), ("validation", valid)) if v}
-    return page.figure(
-        title,
-        EXPLAINED.get(task, "Loss of this task."),
-        "",
-        plots.curves(lines, description=f"{title}: training and validation loss over steps", skip_start=True),
-        table=_curve_table(columns),
-    )
+def costs(run: RunFolder) -> dict[str, str]:
+    """Size, work and pace of a run in words, by name; a dash where the folder does not say."""
+    return {
+        "parameters": wording.short(number(run.summary, "parameters", "total")),
+        "active parameters": wording.short(number(run.summary, "parameters", "active")),
+        "steps": f"{run.steps:,}" if run.steps else wording.MISSING,
+        "tokens": wording.short(number(run.summary, "tokens")),
+        "tokens per second": wording.short(run.tokens_per_second),
+        "time": wording.duration(number(run.summary, "wall_seconds")),
+        "peak memory": wording.memory(number(run.summary, "peak_memory", "bytes")),
+        "forecast": wording.memory(number(run.summary, "peak_memory", "forecast")),
+    }
 
 
-def _curve_table(columns: Mapping[str, Series]) -> str:
-    at = {name: dict(zip(s.step.tolist(), s.value.tolist(), strict=True)) for name, s in columns.items()}
-    sparse = [s for s in columns.values() if len(s.step)]
-    steps = milestones(sorted(sparse, key=lambda s: len(s.step))[:1])
-    return page.table(
-        ["step", *columns],
-        [(f"{step:,.0f}", *(wording.significant(_near(at[name], step)) for name in columns)) for step in steps],
-    )
+def known(value: str, phrase: str = "{}") -> str:
+    """`value` in `phrase`; "" where it is not known."""
+    return "" if value == wording.MISSING else phrase.format(value)
 
 
-def _near(values: Mapping[float, float], step: float) -> float | None:
-    """The value at `step`, else the one logged closest to it."""
-    return values[min(values, key=lambda s: abs(s - step))] if values else None
-
-
-def _matrix(title: str, found: Scores, order: Sequence[str]) -> str:
-    pairs = {sides(d): v for d, v in found.directions.items() if "-" in d}
-    spoken = sorted(
-        {x for pair in pairs for x in pair}, key=lambda x: (order.index(x) if x in order else len(order), x)
-    )
-    sources, targets = ([x for x in spoken if any(pair[side] == x for pair in pairs)] for side in (0, 1))
-    low, high = min(found.directions.values()), max(found.directions.values())
-    pivots = [x for x in spoken if all(x in p for p in pairs)]
-    if pairs and len(spoken) > 6 and pivots:
-        pivot = pivots[0]
-        others = [x for x in spoken if x != pivot]
-        columns = [f"into {pivot}", f"from {pivot}"]
-        values = [[pairs.get((x, pivot)), pairs.get((pivot, x))] for x in others]
-        rows, corner, least = others, "language", "0"
-        see = f"Every direction has {pivot} on one side, so the map has two columns: into {pivot} and out of it."
-    elif pairs:
-        columns, rows, corner = targets, sources, "from \\ to"
-        values = [[pairs.get((s, t)) for t in targets] for s in sources]
-        least = f"{3 + 2.4 * len(targets):.1f}rem"
-        see = "Source languages are rows, target languages are columns; the scale runs from the worst to the best."
-    else:
-        return ""
-    cells = [
-        (name, [(sequential_class(v, low, high), wording.fixed(v) if v is not None else "") for v in line])
-        for name, line in zip(rows, values, strict=True)
+def tiles(run: RunFolder) -> list[Tile]:
+    """Headline numbers; of those behind the first only what is known."""
+    cost = costs(run)
+    total, active = number(run.summary, "parameters", "total"), number(run.summary, "parameters", "active")
+    steps = wording.count(run.steps, "step") if run.steps else ""
+    found = [
+        *score_tiles(run),
+        Tile("Speed", cost["tokens per second"], "tokens per second"),
+        Tile("Memory", cost["peak memory"], f"of a process at its fullest{known(cost['forecast'], ', forecast {}')}"),
+        Tile("Parameters", cost["parameters"], "in total"),
+        Tile(
+            "Active",
+            cost["active parameters"],
+            f"{wording.percent(active / total, 0)} of all for a token" if active and total else "for a token",
+        ),
+        Tile("Time", cost["time"], ", ".join(filter(None, (steps, known(cost["tokens"], "{} tokens")))))
+        if known(cost["time"])
+        else Tile("Steps", cost["steps"], "taken so far"),
     ]
-    legend = page.scale([f"s{i}" for i in range(SEQUENTIAL_LEVELS)], wording.fixed(low), wording.fixed(high))
-    html = f'<div class="scroll" style="--least:{least}">{page.heat(corner, columns, cells, kind="matrix")}</div>'
-    return page.figure(
-        f"{title} from every language into every other",
-        see,
-        "a whole row (a source that is not understood) or column (a target that is not mastered) is low.",
-        html + legend,
-    )
+    return [tile for i, tile in enumerate(found) if i == 0 or known(tile.value)]
 
 
-def _growth(run: RunFolder) -> str:
+def score_tiles(run: RunFolder) -> list[Tile]:
+    """Three scores: BLEU, chrF and perplexity of a translation, else perplexity, accuracy and loss."""
+    if run.translates:
+        bleu, chrf, ppl = run.scores("bleu"), run.scores("chrf"), run.by_task("perplexity")
+        task = next((t for t in ("translation", *ppl) if t in ppl), "")
+        where = f"{ORIGIN[bleu.origin]}, {wording.count(len(bleu.directions), 'direction')}"
+        return [
+            Tile("BLEU, average", wording.fixed(bleu.average), "not measured" if bleu.average is None else where),
+            Tile("chrF, average", wording.fixed(chrf.average), ORIGIN[chrf.origin]),
+            Tile("Perplexity", wording.perplexity(ppl.get(task)), run.task(task).title.lower() if task else ""),
+        ]
+    found = main_task(run)
+    answered = answer_tiles(run)
+    names = list(found.languages)
+    spoken = wording.count(len(names), "language") if len(names) > 1 else "".join(names)
+    where = ", ".join(filter(None, (ORIGIN[found.origin], spoken)))
+    return [
+        *answered,
+        Tile("Perplexity", wording.perplexity(found.perplexity), "not measured" if found.perplexity is None else where),
+        Tile("Accuracy", wording.percent(found.accuracy), f"of {run.task(found.task).title.lower()}"),
+        Tile("Loss", wording.significant(found.loss), "nats per token"),
+    ]
+
+
+def tables(run: RunFolder) -> list[Table]:
+    """The tables of a run that are worth a place in a text."""
+    losses, perplexities = run.by_task("loss"), run.by_task("perplexity")
+    validated = [
+        (run.task(t).title, wording.significant(losses.get(t)), wording.perplexity(perplexities.get(t)))
+        for t in dict.fromkeys([*losses, *perplexities])
+    ]
+    found = [
+        *rankings(run),
+        *answer_tables(run),
+        Table(["task", "validation loss", "perplexity"], validated, "Tasks"),
+        health_table(run),
+    ]
+    return [table for table in found if table.rows]
+
+
+def rankings(run: RunFolder) -> list[Table]:
+    """Scores by direction or by language, best first, and what the test says of each of several tasks."""
+    if run.translates:
+        scores = {"BLEU": run.scores("bleu"), "chrF": run.scores("chrf")}
+        bleu, chrf = (found.directions for found in scores.values())
+        names = sorted(dict.fromkeys([*bleu, *chrf]), key=lambda d: -bleu.get(d, chrf.get(d, 0.0)))
+        rows = [(d, wording.fixed(bleu.get(d)), wording.fixed(chrf.get(d))) for d in names]
+        signatures = {name: found.signature for name, found in scores.items() if found.signature}
+        return [Table(["direction", "BLEU", "chrF"], rows, "Translation quality", signatures)]
+    tested = [x for x in predictions(run) if x.origin == "test"]
+    if len(tested) < 2:  # of one task the headline says it all
+        return [_by_language(x, "") for x in tested]
+    return [_task_scores(run, tested), *(_by_language(x, f": {run.task(x.task).title}") for x in tested)]
+
+
+def quality(run: RunFolder) -> Section:
+    """BLEU and chrF by direction, as bars and matrices, and how they grew; the perplexity of other runs."""
+    return _translation(run) if run.translates else _prediction(run)
+
+
+def _translation(run: RunFolder) -> Section:
+    words = heading("translation")
+    scores = {"BLEU": run.scores("bleu"), "chrF": run.scores("chrf")}
+    (table,) = rankings(run)
+    names = [row[0] for row in table.rows]
+    if not names:
+        why = f"No translation was scored yet: the command test does it. {run.notes.get('summary.json', '')}"
+        return Section(*words, [why])
+    bars, dots = ([found.directions.get(n, math.nan) for n in names] for found in scores.values())
+    description = f"BLEU and chrF of {len(names)} directions; the numbers are in the table below"
+    chart = Bars(names, bars, description, dots, ("BLEU", "chrF"))
+    left = [Figure(*caption("directions"), chart, numbers=table), *_growth(run)]
+    right = [figure for name, found in scores.items() for figure in _matrix(name, found, run.languages)]
+    remark = _NOT_TESTED if scores["BLEU"].origin == "valid" else ""
+    return Section(*words, cells=[left, right], remark=remark, signatures=table.signatures)
+
+
+def _matrix(metric: str, found: Scores, order: list[str]) -> list[Figure]:
+    pairs = {sides(d): v for d, v in found.directions.items() if "-" in d}
+    if not pairs:
+        return []
+    spoken = {x for pair in pairs for x in pair}
+    names = sorted(spoken, key=lambda x: (order.index(x) if x in order else len(order), x))
+    pivot = next((x for x in names if all(x in p for p in pairs)), None) if len(names) > 6 else None
+    if pivot is not None:
+        rows, columns = [x for x in names if x != pivot], [f"into {pivot}", f"from {pivot}"]
+        values = [[pairs.get((x, pivot)), pairs.get((pivot, x))] for x in rows]
+        words, corner, least = caption("pivot", metric=metric, pivot=pivot), "language", "0"
+    else:
+        rows, columns = ([x for x in names if any(pair[side] == x for pair in pairs)] for side in (0, 1))
+        values = [[pairs.get((s, t)) for t in columns] for s in rows]
+        words, corner, least = caption("matrix", metric=metric), "from \\ to", f"{3 + 2.4 * len(columns):.1f}rem"
+    low, high = min(found.directions.values()), max(found.directions.values())
+    cells = [[(sequential_class(v, low, high), known(wording.fixed(v))) for v in line] for line in values]
+    heat = Heat(corner, columns, [*zip(rows, cells, strict=True)], "matrix", least=least)
+    scale = Scale([f"s{i}" for i in range(SEQUENTIAL_LEVELS)], wording.fixed(low), wording.fixed(high))
+    return [Figure(*words, heats=[heat], scale=scale)]
+
+
+def _growth(run: RunFolder) -> list[Figure]:
     found = {n.removeprefix("valid/bleu/"): s for n, s in run.metrics.items() if n.startswith("valid/bleu/")}
     average = found.pop("average", None)
     if average is None or len(average.finite.value) < 2:
-        return ""
-    lines = [Line("one direction" if i == 0 else "", s, "muted", "faint") for i, s in enumerate(found.values())]
-    return page.figure(
-        "Validation BLEU during training",
-        "The blue line is the average, each grey line one direction.",
-        "the lines are still steep at the end (train longer) or fall (overfitting).",
-        plots.curves(
-            [*lines, Line("average", average, "blue", "points")],
-            description="Validation BLEU over steps",
-            start_at_zero=True,
-        ),
-        table=_curve_table({"average BLEU": average}),
+        return []
+    lines = [Line("" if i else "one direction", s, "muted", "faint") for i, s in enumerate(found.values())]
+    chart = Curves(
+        [*lines, Line("average", average, "blue", "points")], "Validation BLEU over steps", start_at_zero=True
     )
+    return [Figure(*caption("bleu_growth"), chart, numbers=curve_table({"average BLEU": average}))]
 
 
-def _why(run: RunFolder, file: str, otherwise: str) -> str:
-    return run.notes.get(file, otherwise)
+def _prediction(run: RunFolder) -> Section:
+    size = number(run.summary, "data", "vocab_size")
+    blind = f" Blind guessing would score {wording.fixed(size, 0)}, the size of the vocabulary." if size else ""
+    words = heading("prediction", blind=blind)
+    found = predictions(run)
+    if not found:
+        why = f"Nothing was tested yet: the command test does it. {run.notes.get('summary.json', '')}".strip()
+        return Section(*words, [why])
+    names = {x.task: f": {run.task(x.task).title}" if len(found) > 1 else "" for x in found}
+    left = [_language_bars(x, names[x.task]) for x in found if len(x.languages) > 1]
+    right = [Figure(*caption("task_scores", origin=ORIGIN[found[0].origin]), table=_task_scores(run, found))]
+    right += [f for x in found if x.perplexity is not None for f in _decline(run, x.task, names[x.task])]
+    cells = [left, right] if left else [[figure] for figure in right]
+    return Section(*words, cells=cells, remark=_NOT_TESTED if found[0].origin == "valid" else "")
+
+
+def _task_scores(run: RunFolder, found: Sequence[TaskScores]) -> Table:
+    said = ((x, wording.significant(x.loss), wording.perplexity(x.perplexity)) for x in found)
+    rows = [(run.task(x.task).title, loss, perplexity, wording.percent(x.accuracy)) for x, loss, perplexity in said]
+    return Table(["task", "loss", "perplexity", "accuracy"], rows, "Test")
+
+
+def _by_language(found: TaskScores, task: str) -> Table:
+    rows = [(name, wording.perplexity(found.languages[name])) for name in languages_by_perplexity(found)]
+    return Table(["language", "perplexity"], rows, f"Perplexity by language{task}")
+
+
+def _language_bars(found: TaskScores, task: str) -> Figure:
+    names = languages_by_perplexity(found)
+    description = f"Perplexity of {len(names)} languages; the numbers are in the table below"
+    chart = Bars(names, [found.languages[name] for name in names], description, perplexity=True)
+    return Figure(*caption("languages", task=task), chart, numbers=_by_language(found, task))
+
+
+def _decline(run: RunFolder, task: str, named: str) -> list[Figure]:
+    logged = run.metrics.get(f"valid/{task}/loss")
+    if logged is None or len(logged.finite.value) < 2:
+        return []
+    step, value = logged.finite.step, np.exp(np.minimum(logged.finite.value, 700.0))
+    near = value <= _NEAR * value[-1]  # an untrained model would squeeze all the rest flat
+    series = Series(step[near], value[near])
+    if len(series.value) < 2:
+        return []
+    cut = "" if near.all() else f", without the first steps, where it was over {_NEAR} times that of the end"
+    chart = Curves([Line("", series, "blue", "points")], "Validation perplexity over steps")
+    numbers = curve_table({"perplexity": series}, wording.perplexity)
+    return [Figure(*caption("perplexity_growth", task=named, cut=cut), chart, numbers=numbers)]

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moekit.errors import UserError
+from moekit.report.tasks import TaskWording, task_wording
 
 FILES = ("config.yaml", "environment.json", "metrics.csv", "summary.json", "routing.json", "samples.json")
 
@@ -122,6 +123,12 @@ class RunFolder:
         return not said or "translation" in said
 
     @property
+    def languages(self) -> list[str]:
+        """The run's languages in its own order; [] where it does not say."""
+        given = self.routing.get("languages") or dig(self.summary, "data", "languages")
+        return [str(x) for x in given] if isinstance(given, list) else []
+
+    @property
     def steps(self) -> int | None:
         """Optimizer steps taken: the summary's, else the last one in the metrics."""
         given = number(self.summary, "steps")
@@ -139,13 +146,17 @@ class RunFolder:
             return float(np.median(logged.finite.value))
         return given
 
+    def task(self, name: str) -> TaskWording:
+        """What the task is called, and whether a perplexity belongs to it."""
+        return task_wording(self.summary, name)
+
     def by_task(self, quantity: str) -> dict[str, float]:
         """Final validation loss, perplexity or accuracy (`quantity`) by task: the summary's, else the last logged."""
         given = numbers(self.summary, quantity)
         if given:
             return given
         if quantity == "perplexity":
-            return {t: math.exp(v) for t, v in self.by_task("loss").items() if v < 700 and t in PERPLEXITY_TASKS}
+            return {t: math.exp(v) for t, v in self.by_task("loss").items() if v < 700 and self.task(t).perplexity}
         found = {}
         for column, series in self.metrics.items():
             parts = column.split("/")
@@ -154,11 +165,11 @@ class RunFolder:
         return found
 
     def scores(self, metric: str) -> Scores:
-        """Scores by `metric` ("bleu" or "chrf") of the test, or else of the last validation, or nothing."""
-        directions = numbers(self.summary, metric, "directions")
-        average = number(self.summary, metric, "average")
+        """Scores by `metric`, such as "bleu", of the test, or else of the last validation, or nothing."""
+        record = self.summary if metric in self.summary else dig(self.summary, "scores")
+        directions, average = numbers(record, metric, "directions"), number(record, metric, "average")
         if directions or average is not None:
-            signature = dig(self.summary, metric, "signature")
+            signature = dig(record, metric, "signature")
             return Scores(average if average is not None else _mean(directions), directions, str(signature or ""))
         for origin in ("test", "valid"):
             prefix = f"{origin}/{metric}/"
@@ -172,9 +183,6 @@ class RunFolder:
     def _said(self, key: str) -> str:
         line = re.search(rf"^{key}:[ \t]*([\w.-]+)", self.config, flags=re.MULTILINE)
         return str(self.summary.get(key) or (line.group(1) if line else ""))
-
-
-PERPLEXITY_TASKS = ("translation", "denoising", "masked_lm", "causal_lm")
 
 
 def read_run(run_dir: Path) -> RunFolder:

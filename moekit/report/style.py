@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import math
 import re
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
+from xml.etree import ElementTree
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
@@ -81,6 +84,8 @@ _RC: dict[str, Any] = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
+_SVG = {"font.sans-serif": ["DejaVu Sans"]}  # to measure with: page.css names the fonts
+_LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
 
 
 class Canvas:
@@ -126,48 +131,49 @@ class Canvas:
                 if isinstance(handle, Line2D):  # a sample of a pale line must still be seen
                     handle.set(alpha=max(handle.get_alpha() or 1.0, 0.6), linewidth=max(handle.get_linewidth(), 1.3))
 
-    def svg(self, description: str) -> str:
+    def svg(self, description: str) -> Markup:
         """The picture as an inline ``<svg>`` with `description` for those who cannot see it.
 
         Call it inside the ``with`` block. Fonts come from the page, colours from its variables; nothing in it refers to
-        the network, and the same data give the same bytes.
+        the network, and the same data give the same bytes. Numbers are rounded to a hundredth of a point: a fifth of
+        the size, the same picture.
         """
-        file = io.StringIO()
-        with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": description}):
+        file, description = io.StringIO(), drawable(description)
+        with warnings.catch_warnings(), matplotlib.rc_context(cast(Any, {**_SVG, "svg.hashsalt": description})):
             # Texts are drawn by the browser; Matplotlib only measures them, and may lack a script's glyphs.
             warnings.filterwarnings("ignore", message="Glyph .* missing")
             warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
             FigureCanvasSVG(self.figure).print_svg(file, metadata={"Date": None})
-        drawing = file.getvalue()
-        drawing = drawing[drawing.index("<svg") :]
-        drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
-        drawing = re.sub(r"<style type=.*?</style>", "", drawing, flags=re.DOTALL)
-        drawing = re.sub(r'<g id="[^"]*"( ?/?)>', r"<g\1>", drawing)
-        drawing = re.sub(r'style="[^"]*"', lambda m: _themed(m.group(0)), drawing)
-        drawing = re.sub(r'\b(d|x|y|width|height|transform)="[^"]*"', lambda m: _rounded(m.group(0)), drawing)
-        box = re.search(r'viewBox="([^"]*)"', drawing)
-        assert box is not None
-        head = f'<svg role="img" aria-label="{attribute(description)}" viewBox="{box.group(1)}">'
-        return re.sub(r"\s*\n\s*", " ", head + drawing[drawing.index(">") + 1 :]).strip()
+        drawing = ElementTree.fromstring(file.getvalue())
+        for element in [*drawing.iter()]:
+            element.tag = element.tag.rpartition("}")[2]
+            element.text, element.tail = ((t or "").strip() or None for t in (element.text, element.tail))
+            element.attrib = {
+                name.rpartition("}")[2]: _themed(value) if name == "style" else _LONG_NUMBER.sub(_rounded, value)
+                for name, value in element.attrib.items()
+                if (element.tag, name) != ("g", "id")  # every drawing has the same ones
+            }
+            for child in [*element]:
+                if child.tag.rpartition("}")[2] in ("metadata", "style"):
+                    element.remove(child)
+        drawing.attrib = {"role": "img", "aria-label": description, "viewBox": drawing.attrib["viewBox"]}
+        return Markup(ElementTree.tostring(drawing, encoding="unicode"))
+
+
+def drawable(label: str) -> str:
+    """`label` without what a font or an SVG file cannot hold: controls, lone surrogates, noncharacters."""
+    return "".join(c if unicodedata.category(c) not in ("Cc", "Cs", "Cn") else "\ufffd" for c in label)
 
 
 def _themed(style: str) -> str:
-    """A style attribute with the page's variables for colours and the page's font at Matplotlib's size."""
-    style = re.sub(r"font: [^;\"]*?([\d.]+px)[^;\"]*", r"font-size: \1", style)
-    style = re.sub(r"font-family: [^;\"]*;? ?", "", style)
+    """A style attribute with the page's variables for colours."""
     for name, colour in COLOURS.items():
         style = style.replace(colour, f"var(--{name})")
     return style
 
 
-def _rounded(coordinates: str) -> str:
-    """An attribute's numbers to a hundredth of a point: a fifth of the size, the same picture."""
-    return re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m.group(0)):.2f}".rstrip("0").rstrip("."), coordinates)
-
-
-def attribute(text: str) -> str:
-    """`text` for an HTML attribute in double quotes."""
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
+def _rounded(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def sequential_class(value: float | None, low: float, high: float) -> str:

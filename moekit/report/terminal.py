@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from moekit.report import wording
-from moekit.report.health import LayerHealth, dropped, experts_per_token, findings, layer_health
-from moekit.report.perplexity import where_measured
-from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
-from moekit.report.run_folder import RunFolder, Scores, dig, number, read_run, sides
+from moekit.report.answers import answer_tables
+from moekit.report.health import dropped, experts_per_token, findings, layer_health
+from moekit.report.predictions import main_task, predictions
+from moekit.report.results import costs, known, rankings, score_tiles
+from moekit.report.run_folder import RunFolder, dig, number, read_run, sides
+from moekit.report.view import Table
 
 WIDTH = 80
 HEIGHT = 24
 _ALL = 12  # directions shown one by one: two columns of six
-_PLAIN = str.maketrans({"\u2500": "-", "\u2013": "-", "\u2026": "~", "\u00b7": "|"})
 _EXTREMES = 4  # of more directions, the best and the worst
+_PLAIN = str.maketrans({"\u2500": "-", "\u2013": "-", "\u2026": "~", "\u00b7": "|"})
 
 
 def terminal_summary(run: Path | Mapping[str, Any], console: Console | None = None) -> None:
@@ -35,18 +39,16 @@ def terminal_summary(run: Path | Mapping[str, Any], console: Console | None = No
     """
     console = console or Console()
     folder = RunFolder(Path(), summary=run) if isinstance(run, Mapping) else read_run(Path(run))
-    where = None if isinstance(run, Mapping) else folder.path
-    title = folder.name if where is not None or folder.recipe else "run"
+    title = "run" if isinstance(run, Mapping) and not folder.recipe else folder.name
+    commands = [] if isinstance(run, Mapping) else _next(folder)
     top = [_rule(title), *_headline(folder), Text(), *_quality(folder), *_tasks(folder)]
-    commands = _next(folder) if where is not None else []
-    troubles = _troubles(folder)
+    troubles = [Text(f"! {f.text}", "yellow") for f in findings(folder) if not f.good][:2]
     room = HEIGHT - len(top) - len(troubles) - len(commands) - bool(commands)
-    lines = [*top, *_routing(folder)[: max(0, room)], *troubles]
-    for line in [*lines, Text()] if commands else lines:
+    for line in [*top, *_routing(folder)[: max(0, room)], *troubles, *([Text()] if commands else [])]:
         shown = _printable(line, console)
         shown.rstrip()
         shown.truncate(min(WIDTH, console.width), overflow="ellipsis")
-        console.print(shown, no_wrap=True, crop=True, highlight=False)
+        console.print(_printable(shown, console), no_wrap=True, crop=True, highlight=False)
     for line in commands:
         # A path or command is of use only whole: the terminal may fold it, a copy of it has no line break.
         console.print(_printable(line, console), soft_wrap=True, highlight=False)
@@ -54,10 +56,9 @@ def terminal_summary(run: Path | Mapping[str, Any], console: Console | None = No
 
 def _printable(line: Text, console: Console) -> Text:
     """`line` in characters that the terminal's encoding has."""
-    if console.encoding.lower().startswith("utf"):
-        return line
-    plain = line.plain.translate(_PLAIN)
-    return Text(plain.encode(console.encoding, "replace").decode(console.encoding))
+    utf = console.encoding.lower().startswith("utf")
+    plain = (line.plain if utf else line.plain.translate(_PLAIN)).encode(console.encoding, "replace")
+    return Text(plain.decode(console.encoding), spans=line.spans, style=line.style)
 
 
 def _rule(title: str) -> Text:
@@ -66,162 +67,108 @@ def _rule(title: str) -> Text:
 
 
 def _headline(run: RunFolder) -> list[Text]:
-    tokens = number(run.summary, "tokens")
-    total, active = number(run.summary, "parameters", "total"), number(run.summary, "parameters", "active")
-    size = (
-        f"{wording.short(total)} parameters" + (f" ({wording.short(active)} active)" if active else "") if total else ""
-    )
+    scores = Text()
+    for i, tile in enumerate(score_tiles(run)):
+        label = tile.label.removesuffix(", average")
+        scores.append(f"{label.lower() if label.istitle() else label} ", "dim")
+        scores.append(f"{tile.value}   ", "bold" if i else "bold cyan")
+    main = score_tiles(run)[0]
+    scores.append(main.remark if known(main.value) else "", "dim")
+    cost = costs(run)
+    active = known(cost["active parameters"], " ({} active)")
     work = [
-        size,
+        known(cost["parameters"], "{} parameters") and f"{cost['parameters']} parameters{active}",
         wording.count(run.steps, "step") if run.steps else "",
-        f"{wording.short(tokens)} tokens" if tokens else "",
+        known(cost["tokens"], "{} tokens"),
     ]
-    seconds, speed = number(run.summary, "wall_seconds"), run.tokens_per_second
-    pace = [
-        wording.duration(seconds) if seconds is not None else "",
-        f"{wording.short(speed)} tokens per second" if speed else "",
-    ]
-    first = _translation_scores(run) if run.translates else _prediction_scores(run)
-    return [first, *(Text(" · ".join(filter(None, parts))) for parts in (work, pace) if any(parts))]
-
-
-def _translation_scores(run: RunFolder) -> Text:
-    bleu, chrf, ppl = run.scores("bleu"), run.scores("chrf"), run.by_task("perplexity")
-    perplexity = ppl.get("translation", next(iter(ppl.values()), None))
-    line = _numbers(
-        ("BLEU", wording.fixed(bleu.average)),
-        ("chrF", wording.fixed(chrf.average)),
-        ("perplexity", wording.perplexity(perplexity)),
-    )
-    if bleu.average is not None:
-        origin = "test set" if bleu.origin == "test" else "last validation"
-        line.append(f"{origin}, {wording.count(len(bleu.directions), 'direction')}", "dim")
-    return line
-
-
-def _prediction_scores(run: RunFolder) -> Text:
-    found = main_task(run)
-    line = _numbers(
-        ("perplexity", wording.perplexity(found.perplexity)),
-        ("accuracy", wording.percent(found.accuracy)),
-        ("loss", wording.significant(found.loss)),
-    )
-    return line.append(where_measured(found), "dim") if found.task else line
-
-
-def _numbers(*pairs: tuple[str, str]) -> Text:
-    """Names and values; the first value is the main one."""
-    line = Text()
-    for i, (label, value) in enumerate(pairs):
-        line.append(f"{label} ", "dim")
-        line.append(f"{value}   ", "bold" if i else "bold cyan")
-    return line
+    pace = [known(cost["time"]), known(cost["tokens per second"], "{} tokens per second")]
+    return [scores, *(Text(" · ".join(filter(None, parts))) for parts in (work, pace) if any(parts))]
 
 
 def _quality(run: RunFolder) -> list[Text]:
-    return _directions(run) if run.translates else _languages(run)
-
-
-def _languages(run: RunFolder) -> list[Text]:
-    """Perplexity by language; of a single language the headline has it."""
-    found = main_task(run)
-    if found.origin == "valid" or not found.task:
+    """Scores by direction, or perplexity by language; of a single language the headline has it."""
+    written = [line for table in answer_tables(run) for line in _answer_lines(table)]
+    if written and not run.translates:
+        return written
+    if not run.translates and (main_task(run).origin == "valid" or not main_task(run).task):
         return [Text("Not tested yet: the `test` command measures held-out perplexity.", "yellow"), Text()]
-    names = languages_by_perplexity(found)
-    if len(names) < 2:
-        return []
-    if len(names) <= _ALL:
-        half = -(-len(names) // 2) if len(names) > 4 else len(names)
-        left, right, heads = names[:half], names[half:], ("language", "language")
-    else:
-        left, right, heads = names[:_EXTREMES], names[-_EXTREMES:][::-1], ("lowest", "highest")
-    lines = [Text("".join(f"{head:<20}{'perplexity':>13}       " for head in heads[: 1 + bool(right)]), "dim")]
-    for i, name in enumerate(left):
-        line = _language_row(name, found)
-        lines.append(line + _language_row(right[i], found) if i < len(right) else line)
-    if len(names) > _ALL:
-        lines.append(Text(f"and {wording.count(len(names) - 2 * _EXTREMES, 'language')} between", "dim"))
-    return [*lines, Text()]
-
-
-def _language_row(name: str, found: TaskScores) -> Text:
-    label = name if len(name) <= 19 else f"{name[:18]}…"
-    return Text.assemble(f"{label:<20}", (f"{wording.perplexity(found.languages[name]):>13}", "cyan"), "       ")
-
-
-def _directions(run: RunFolder) -> list[Text]:
-    bleu, chrf = run.scores("bleu"), run.scores("chrf")
-    names = sorted(bleu.directions, key=lambda d: -bleu.directions[d])
-    if not names:
+    table = next((table for table in rankings(run) if table.headers[0] in ("direction", "language")), None)
+    if run.translates and not (table and table.rows):
         return [Text("No BLEU in this folder: the `test` command measures it.", "yellow")]
-    if len(names) <= _ALL:
-        half = -(-len(names) // 2) if len(names) > 4 else len(names)
-        left, right = names[:half], names[half:]
-        heads = ("direction", "direction")
-    else:
-        left, right = names[:_EXTREMES], names[-_EXTREMES:][::-1]
-        heads = ("best", "worst")
-    lines = [_scores_head(heads[0]) + (_scores_head(heads[1]) if right else Text())]
-    for i, name in enumerate(left):
-        line = _scores_row(name, bleu, chrf)
-        lines.append(line + _scores_row(right[i], bleu, chrf) if i < len(right) else line)
-    if len(names) > _ALL:
-        lines += [_averages("average from ", bleu, 0), _averages("average into ", bleu, 1)]
-    return [*lines, Text()]
+    if table is None or (not run.translates and len(table.rows) < 2):
+        return []
+    rows, half = table.rows, len(table.rows) if len(table.rows) <= 4 else -(-len(table.rows) // 2)
+    left, right, heads = rows[:half], rows[half:], [table.headers[0]] * 2
+    if len(rows) > _ALL:
+        left, right = rows[:_EXTREMES], rows[: -_EXTREMES - 1 : -1]
+        heads = ["best", "worst"] if run.translates else ["lowest", "highest"]
+    columns = [_column(head, table, shown) for head, shown in zip(heads, (left, right), strict=True) if shown]
+    lines = [Text("       ").join(parts) for parts in zip_longest(*columns, fillvalue=Text())]
+    if len(rows) > _ALL and run.translates:
+        lines += [_averages(run, word, side) for side, word in enumerate(("from", "into"))]
+    elif len(rows) > _ALL:
+        lines.append(Text(f"and {wording.count(len(rows) - 2 * _EXTREMES, 'language')} between", "dim"))
+    return [*lines, Text(), *written]
 
 
-def _scores_head(name: str) -> Text:
-    return Text(f"{name:<20}{'BLEU':>6}{'chrF':>7}       ", "dim")
+def _answer_lines(table: Table) -> list[Text]:
+    """The averages of a task's written answers, in one line."""
+    pairs = zip(table.headers[1:], table.rows[-1][1:], strict=True)
+    return [
+        Text.assemble(*(part for label, value in pairs for part in ((f"{label} ", "dim"), (f"{value}   ", "")))),
+        Text(),
+    ]
 
 
-def _scores_row(name: str, bleu: Scores, chrf: Scores) -> Text:
-    label = name if len(name) <= 19 else f"{name[:18]}…"
-    value = f"{wording.fixed(bleu.directions.get(name)):>6}"
-    return Text.assemble(f"{label:<20}", (value, "cyan"), f"{wording.fixed(chrf.directions.get(name)):>7}       ")
+def _column(head: str, table: Table, rows: Sequence[Sequence[str]]) -> list[Text]:
+    """Lines of one width: a head, then names and values."""
+    widths = [13] if len(table.headers) == 2 else [6, 7]
+    lines: list[Text] = []
+    for name, *values in ((head, *table.headers[1:]), *rows):
+        line = Text(name if len(name) <= 19 else f"{name[:18]}…")
+        line.pad_right(20 - len(line))
+        for i, (value, width) in enumerate(zip(values, widths, strict=True)):
+            line.append(f"{value:>{width}}", "cyan" if lines and not i else "")
+        line.stylize("" if lines else "dim")
+        lines.append(line)
+    return lines
 
 
-def _averages(title: str, found: Scores, side: int) -> Text:
+def _averages(run: RunFolder, word: str, side: int) -> Text:
     """Average over the directions that share a source (side 0) or a target (side 1), the best first."""
     groups: dict[str, list[float]] = {}
-    for direction, value in found.directions.items():
+    for direction, value in run.scores("bleu").directions.items():
         groups.setdefault(sides(direction)[side], []).append(value)
-    means = {language: sum(v) / len(v) for language, v in groups.items()}
-    line = Text(title, "dim")
+    means = {language: fmean(values) for language, values in groups.items()}
+    line = Text(f"average {word} ", "dim")
     for i, language in enumerate(sorted(means, key=lambda x: -means[x])):
         piece = f"{'  ' if i else ''}{language} {means[language]:.0f}"
         if len(line) + len(piece) > WIDTH - 3:
-            line.append(" …", "dim")
-            break
-        line.append(piece)
+            return line.append(" …")
+        line.append(piece, "not dim")
     return line
 
 
 def _tasks(run: RunFolder) -> list[Text]:
+    """Last validation of every task, and what the test says of tasks beside the main one."""
     perplexities, losses = run.by_task("perplexity"), run.by_task("loss")
-    if not run.translates:
-        return _held_out(run, perplexities, losses)
-    parts = [f"{task} {wording.perplexity(value)}" for task, value in perplexities.items()]
-    lines = [_labelled("perplexity", " · ".join(parts))] if parts else []
-    others = [f"{task} {wording.significant(value)}" for task, value in losses.items() if task not in perplexities]
-    return lines + ([_labelled("loss", " · ".join(others))] if others else [])
-
-
-def _held_out(run: RunFolder, perplexities: Mapping[str, float], losses: Mapping[str, float]) -> list[Text]:
-    """Tasks beside the main one in the test, and all of them in the last validation, unless the headline has that."""
-    rest = predictions(run)[1:]
-    tested = [
-        f"{x.task} perplexity {wording.perplexity(x.perplexity)}"
-        if x.perplexity is not None
-        else f"{x.task} loss {wording.significant(x.loss)}"
-        for x in rest
-        if x.origin == "test"
-    ]
-    lines = [_labelled("also tested", " · ".join(tested))] if tested else []
-    if not rest and main_task(run).origin == "valid":
-        return lines
-    parts = [f"{task} perplexity {wording.perplexity(value)}" for task, value in perplexities.items()]
-    parts += [f"{task} loss {wording.significant(v)}" for task, v in losses.items() if task not in perplexities]
-    return lines + ([_labelled("validation", " · ".join(parts))] if parts else [])
+    name = "" if run.translates else " perplexity"
+    told = [f"{task}{name} {wording.perplexity(value)}" for task, value in perplexities.items()]
+    others = [(task, wording.significant(value)) for task, value in losses.items() if task not in perplexities]
+    if run.translates:
+        rows = {"perplexity": told, "loss": [" ".join(pair) for pair in others]}
+    else:
+        rest = predictions(run)[1:]
+        tested = [
+            f"{x.task} loss {wording.significant(x.loss)}"
+            if x.perplexity is None
+            else f"{x.task} perplexity {wording.perplexity(x.perplexity)}"
+            for x in rest
+            if x.origin == "test"
+        ]
+        said = not rest and main_task(run).origin == "valid"  # the headline has it
+        rows = {"also tested": tested, "validation": [] if said else told + [" loss ".join(pair) for pair in others]}
+    return [_labelled(label, " · ".join(parts)) for label, parts in rows.items() if parts]
 
 
 def _routing(run: RunFolder) -> list[Text]:
@@ -230,78 +177,60 @@ def _routing(run: RunFolder) -> list[Text]:
         return [_labelled("experts", "none: this model is dense")] if run.dense else []
     evenness = [x.evenness for x in layers if x.evenness is not None]
     entropies = [x.router_entropy for x in layers if x.router_entropy is not None]
-    special = [x.specialisation for x in layers if x.specialisation is not None]
-    even = _mean(evenness) if evenness else number(routing, "load_entropy")
-    parts = [
-        said.replace(" %", " % dropped") if (said := dropped(run)) != wording.MISSING else None,
-        _dead(layers, number(routing, "dead_experts")),
+    special = {x.name: x.specialisation for x in layers if x.specialisation is not None}
+    even = wording.fixed(fmean(evenness) if evenness else number(routing, "load_entropy"), 2)
+    load = [
+        dropped(run).replace(" %", " % dropped") if known(dropped(run)) else "",
+        _dead(run),
         f"load CV {wording.fixed(number(routing, 'load_cv'), 2)}",
-        f"{wording.fixed(used, 2)} per token" if (used := experts_per_token(run)) is not None else None,
-        f"evenness of load {wording.fixed(even, 2)} of 1" if even is not None else None,
-        f"router entropy {wording.fixed(_mean(entropies), 2)} of log E" if entropies else None,
+        known(wording.fixed(experts_per_token(run), 2), "{} per token"),
     ]
-    lines = [_labelled("experts", " · ".join(p for p in parts[:4] if p))]
-    if any(parts[4:]):
-        lines.append(_labelled("", " · ".join(p for p in parts[4:] if p)))
+    spread = [
+        known(even, "evenness of load {} of 1"),
+        f"router entropy {fmean(entropies):.2f} of log E" if entropies else "",
+    ]
+    lines = [_labelled("experts", " · ".join(filter(None, load)))]
+    if any(spread):
+        lines.append(_labelled("", " · ".join(filter(None, spread))))
     if special:
-        best = max((x for x in layers if x.specialisation is not None), key=lambda x: x.specialisation or 0.0)
-        text = f"{_mean(special):.2f} of 1 by language; most in {best.name} ({best.specialisation:.2f})"
+        best = max(special, key=lambda name: special[name])
+        text = f"{fmean(special.values()):.2f} of 1 by language; most in {best} ({special[best]:.2f})"
         lines.append(_labelled("specialised", text))
     return lines
 
 
-def _dead(layers: Sequence[LayerHealth], counted: float | None) -> str:
+def _dead(run: RunFolder) -> str:
     """``3 of 32 dead``; experts that a fixed rule passes over are not counted."""
+    layers, counted = layer_health(run), number(run.summary, "routing", "dead_experts")
     learned = [x for x in layers if not x.fixed]
-    if len(learned) < len(layers) or counted is None:
-        counted = float(sum(x.dead for x in learned))
     if layers and not learned:
         return "assigned by a fixed rule"
+    if len(learned) < len(layers) or counted is None:
+        counted = float(sum(x.dead for x in learned))
     return f"{counted:.0f}" + (f" of {sum(x.num_experts for x in learned)}" if learned else "") + " dead"
 
 
-def _troubles(run: RunFolder) -> list[Text]:
-    bad = [f.text for f in findings(run) if not f.good]
-    return [Text.assemble(("! ", "bold yellow"), (text, "yellow")) for text in bad[:2]]
-
-
 def _next(run: RunFolder) -> list[Text]:
-    folder = shlex.quote(wording.nearby(run.path))
-    report = run.path / "report.html"
-    lines = [
-        _labelled(
-            "report", wording.nearby(report) if report.is_file() else f"python -m moekit.report {folder}", style="bold"
-        )
-    ]
+    """Commands for what one may want now: the report, the model at work, a comparison."""
+    folder, page = shlex.quote(wording.nearby(run.path)), run.path / "report.html"
+    command = f"python -m moekit.report {folder}"
+    lines = [_labelled("report", wording.nearby(page) if page.is_file() else command, "bold")]
+    generate = f"python -m moekit.recipes.{run.recipe} generate \\"
     if run.recipe and (run.path / "checkpoints").is_dir():
-        lines += _write(run, folder)
-    lines.append(_labelled("compare", f"python -m moekit.report {folder} OTHER_RUN"))
-    return lines
-
-
-def _write(run: RunFolder, folder: str) -> list[Text]:
-    """The command that translates, or goes on from prompts; none for a run that does neither."""
-    command = f"python -m moekit.recipes.{run.recipe} generate \\"
-    if run.translates:
         best = run.scores("bleu").directions
-        if not best:
-            return []
-        source, target = sides(max(best, key=lambda d: best[d]))
-        return [_labelled("translate", command), _labelled("", f"  --out {folder} --from {source} --to {target}")]
-    spoken = next(([*x.languages] for x in predictions(run) if x.task == "causal_lm"), None)
-    languages = spoken or dig(run.summary, "data", "languages")
-    if spoken is None or not isinstance(languages, list) or not languages:
-        return []
-    return [
-        _labelled("continue", command),
-        _labelled("", f"  --out {folder} --from {shlex.quote(str(languages[0]))}"),
-        Text(f"{'':<12}reads prompts from standard input, one a line", "dim"),
-    ]
+        speaks = next(([*x.languages] for x in predictions(run) if x.task == "causal_lm"), None)
+        if run.translates and best:
+            source, target = sides(max(best, key=lambda d: best[d]))
+            ends = f"  --out {folder} --from {source} --to {target}"
+            lines += [_labelled("translate", generate), _labelled("", ends)]
+        elif not run.translates and speaks is not None and (spoken := speaks or run.languages):
+            lines += [
+                _labelled("continue", generate),
+                _labelled("", f"  --out {folder} --from {shlex.quote(spoken[0])}"),
+                _labelled("", "reads prompts from standard input, one a line", "dim"),
+            ]
+    return [*lines, _labelled("compare", f"{command} OTHER_RUN")]
 
 
-def _labelled(label: str, content: str, *, style: str = "") -> Text:
+def _labelled(label: str, content: str, style: str = "") -> Text:
     return Text.assemble((f"{label:<12}", "dim"), (content, style))
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None

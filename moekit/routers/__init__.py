@@ -1,8 +1,7 @@
 """Routers, one paper's idea per file, and presets named after papers."""
 
-from moekit.routers.base_layer import BaseRouter, base_layers
-from moekit.routers.choices import AllChoices, LaterChoices, RandomChoice, SampledChoice, ThresholdChoice
-from moekit.routers.cosine import CosineRouter
+from moekit.routers.base_layers import BASELayerRouter, base_layers
+from moekit.routers.cosine import CosineRouter, CosineScorer
 from moekit.routers.dense_to_sparse import DenseToSparseRouter, ExponentialDecay, LinearDecay, dense_to_sparse
 from moekit.routers.expert_choice import ExpertChoiceRouter
 from moekit.routers.exploration import Exploration, InputDropout, InputJitter, SampledSoftmax
@@ -28,22 +27,26 @@ from moekit.routers.presets import gshard, st_moe, switch, zcode_m3
 from moekit.routers.queueing import clear_padding, routing_of_choices
 from moekit.routers.rank_shuffle import RankShuffle
 from moekit.routers.relu import AdaptiveCoefficient, ReLURouter, remoe
+from moekit.routers.scorers import ExpertScorer, LinearScorer, ScoredRouter
+from moekit.routers.second_expert import AllChoices, RandomChoice, SampledChoice, SecondExpertPolicy, ThresholdChoice
 from moekit.routers.sequence_capacity import SequenceCapacity
 from moekit.routers.sinkhorn import SinkhornRouter
-from moekit.routers.task import TaskRouter, TaskTableRouter
+from moekit.routers.task import TaskRouter, TaskScorer, TaskTableRouter
 from moekit.routers.topk import Balance, TopKRouter
 from moekit.routers.uniform import UniformRouter
 
 __all__ = [
     "AdaptiveCoefficient",
     "AllChoices",
+    "BASELayerRouter",
     "Balance",
-    "BaseRouter",
     "Bigram",
     "CosineRouter",
+    "CosineScorer",
     "CurrentToken",
     "DenseToSparseRouter",
     "ExpertChoiceRouter",
+    "ExpertScorer",
     "Exploration",
     "ExponentialDecay",
     "GatingResidual",
@@ -53,8 +56,8 @@ __all__ = [
     "HierarchicalRouter",
     "InputDropout",
     "InputJitter",
-    "LaterChoices",
     "LinearDecay",
+    "LinearScorer",
     "LossFreeRouter",
     "NextToken",
     "NoTokenLeftBehind",
@@ -65,9 +68,12 @@ __all__ = [
     "ReLURouter",
     "SampledChoice",
     "SampledSoftmax",
+    "ScoredRouter",
+    "SecondExpertPolicy",
     "SequenceCapacity",
     "SinkhornRouter",
     "TaskRouter",
+    "TaskScorer",
     "TaskTableRouter",
     "ThresholdChoice",
     "TokenPosition",

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moekit.functional.assignment import queue_positions
-from moekit.functional.drawing import truncated_normal_
 from moekit.functional.losses import load_balance
-from moekit.functional.precision import wide_linear
+from moekit.functional.means import masked_mean
 from moekit.routers.queueing import clear_padding, score_statistics
-from moekit.routing import Compensation, Router, Routing, RoutingContext
+from moekit.routers.scorers import ExpertScorer, ScoredRouter
+from moekit.routing import Compensation, Routing, RoutingContext
 
 
 class Schedule(Protocol):
@@ -32,7 +32,7 @@ class ExponentialDecay:
     Attributes:
         start: the value at the beginning.
         end: the value at the end.
-        steps: of the way between.
+        steps: number of steps from `start` to `end`.
         begin: step of the beginning, before which the value is `start`: where another phase comes first.
 
     Source: the released code of arXiv:2112.14397 (its default form, from 1.0 to 0.5).
@@ -58,7 +58,7 @@ class LinearDecay:
     Attributes:
         start: the value at the beginning.
         end: the value at the end.
-        steps: of the way between.
+        steps: number of steps from `start` to `end`.
         begin: step of the beginning, before which the value is `start`: where another phase comes first.
 
     Source: the released code of arXiv:2112.14397.
@@ -77,10 +77,10 @@ class LinearDecay:
         return self.start + (self.end - self.start) * _fraction(step - self.begin, self.steps)
 
 
-class DenseToSparseRouter(Router):
+class DenseToSparseRouter(ScoredRouter):
     """Every expert whose Gumbel-softmax probability passes a threshold; the temperature makes them fewer.
 
-    p = softmax((x W_r + zeta) / tau) with Gumbel noise zeta in training; an expert runs where p > threshold, the most
+    p = softmax((logits + zeta) / tau) with Gumbel noise zeta in training; an expert runs where p > threshold, the most
     probable one always. While tau is high that is nearly every expert; as it falls, how many run depends on the token
     and shrinks; from step `hard_from` only the most probable one is left. No capacity, nothing dropped; assignments
     are a list of (token, expert), so memory grows with the experts that run and never with T * E * T.
@@ -91,10 +91,10 @@ class DenseToSparseRouter(Router):
         temperature: tau by step.
         hard_from: step from which only the argmax runs; None = never.
         threshold: least probability that runs.
-        weights: the combine weight: "gumbel" = p, noise and temperature included; "plain" = softmax(x W_r) at
+        weights: the combine weight: "gumbel" = p, noise and temperature included; "plain" = softmax(logits) at
             temperature 1 without noise. Neither is renormalised over the experts that run.
-        init_scale: variance scale of the truncated normal init.
-        allow_future: accepted for interchange; this router does not look ahead.
+        scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
+        init_scale: variance scale of the linear scorer's first weights.
 
     The step is a buffer, moved by `on_step_end` and kept in checkpoints. Returns in `Routing.losses`: ``load_balance``
     (of the most probable expert, with the plain probabilities; the paper claims not to need it). In
@@ -110,8 +110,6 @@ class DenseToSparseRouter(Router):
         is quadratic in the tokens.
     """
 
-    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
-
     step: Tensor
 
     def __init__(
@@ -120,30 +118,25 @@ class DenseToSparseRouter(Router):
         num_experts: int,
         temperature: Schedule,
         *,
+        scorer: ExpertScorer | None = None,
         hard_from: int | None = None,
         threshold: float = 1e-3,
         weights: Literal["gumbel", "plain"] = "gumbel",
         init_scale: float = 0.1,
-        allow_future: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, num_experts, scorer, init_scale=init_scale)
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold must be in [0, 1): got {threshold}. The released code has 0.001.")
         if weights not in ("gumbel", "plain"):
             raise ValueError(f'weights must be "gumbel" or "plain": got {weights!r}.')
-        self.dim, self.num_experts = dim, num_experts
         self.temperature, self.hard_from = temperature, hard_from
-        self.threshold, self.weights, self.init_scale = threshold, weights, init_scale
-        self.allow_future = allow_future
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.threshold, self.weights = threshold, weights
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the scores' weights anew, and begin at step 0."""
+        """Draw the scorer's parameters anew, and begin at step 0."""
+        super().reset_parameters()
         self.step.zero_()
-        truncated_normal_(self.weight, self.weight.shape[1], self.init_scale)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -175,7 +168,7 @@ class DenseToSparseRouter(Router):
         """Route; see `Router.forward`."""
         context = context or RoutingContext()
         x = clear_padding(x, context.mask)
-        logits = wide_linear(x, self.weight)
+        logits = self.logits(x, context)
         temperature = self.temperature(self.step).to(logits)
         gate = ((logits + _gumbel(logits) if self.training else logits) / temperature).softmax(-1)
         plain = logits.softmax(-1)
@@ -191,8 +184,7 @@ class DenseToSparseRouter(Router):
         token, expert = active.nonzero().unbind(1)  # host read: how many there are
         queued = torch.ones_like(token, dtype=torch.bool)
         statistics = score_statistics(logits, plain, context.mask)
-        real = x.shape[0] if context.mask is None else context.mask.sum()
-        statistics["active_experts"] = active.sum().to(logits.dtype) / torch.as_tensor(real).clamp_min(1)
+        statistics["active_experts"] = masked_mean(active.sum(1).to(logits.dtype), context.mask)
         statistics["temperature"] = temperature
         return Routing(
             token=token,
@@ -218,7 +210,6 @@ def dense_to_sparse(
     hard_from: int | None = None,
     threshold: float = 1e-3,
     weights: Literal["gumbel", "plain"] = "gumbel",
-    allow_future: bool = False,
 ) -> DenseToSparseRouter:
     """Dense-to-sparse gate (EvoMoE): exponential temperature, then one expert per token.
 
@@ -231,7 +222,6 @@ def dense_to_sparse(
         hard_from: step from which one expert runs; None = `decay_steps` (ours).
         threshold: 0.001, as in the released code.
         weights: "gumbel" or "plain".
-        allow_future: accepted for interchange; this router does not look ahead.
 
     Source: arXiv:2112.14397 and its released code.
     """
@@ -242,7 +232,6 @@ def dense_to_sparse(
         hard_from=decay_steps if hard_from is None else hard_from,
         threshold=threshold,
         weights=weights,
-        allow_future=allow_future,
     )
 
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moekit.functional.drawing import truncated_normal_
 from moekit.functional.losses import router_z
-from moekit.functional.precision import wide_linear
 from moekit.routers.queueing import clear_padding, score_statistics
-from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
+from moekit.routers.scorers import ExpertScorer, ScoredRouter
+from moekit.routing import Capacity, Compensation, Routing, RoutingContext
 
 
-class ExpertChoiceRouter(Router):
+class ExpertChoiceRouter(ScoredRouter):
     """Each expert takes its top C tokens; a token may get many experts, or none.
 
-    S = softmax(x W_r) over experts; G, I = top-C of each column of S; the weight is G. C = capacity_factor * T / E,
+    S = softmax(logits) over experts; G, I = top-C of each column of S; the weight is G. C = capacity_factor * T / E,
     so that a token gets capacity_factor experts on average. Load is exactly equal, and there is no balance loss.
 
     Args:
@@ -26,9 +24,9 @@ class ExpertChoiceRouter(Router):
         num_experts: E.
         capacity_factor: average number of experts per token in training; 2 in the paper's main results.
         eval_capacity_factor: the same in evaluation; None = as in training. There is no dropless expert choice.
-        init_scale: variance scale of the truncated normal init.
-        allow_future: an expert compares a token with later ones, so a causal decoder refuses this router unless told
-            that the leak is wanted.
+        scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
+        init_scale: variance scale of the linear scorer's first weights.
+        allow_future: accept this router in a causal decoder, although an expert compares a token with later ones.
 
     The assignments are expert-major, each expert's in descending order of weight. Like every capacity, C counts the
     padding of the batch; where fewer than C tokens are real, slots stay empty.
@@ -42,8 +40,6 @@ class ExpertChoiceRouter(Router):
         linear program) is not built.
     """
 
-    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
-
     looks_ahead = True
 
     def __init__(
@@ -51,28 +47,21 @@ class ExpertChoiceRouter(Router):
         dim: int,
         num_experts: int,
         *,
+        scorer: ExpertScorer | None = None,
         capacity_factor: float = 2.0,
         eval_capacity_factor: float | None = None,
         init_scale: float = 0.1,
         allow_future: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, num_experts, scorer, init_scale=init_scale)
         if capacity_factor is None:
             raise ValueError(
                 "ExpertChoiceRouter needs a capacity_factor: experts take a number of tokens, and there is no dropless "
                 "form. Give the average number of experts per token, for example 2.0."
             )
-        self.dim, self.num_experts = dim, num_experts
         evaluation = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
         self.capacity = Capacity(train=capacity_factor, eval=evaluation, minimum=1)
-        self.init_scale = init_scale
         self.allow_future = allow_future
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the scores' weights anew: truncated normal of std sqrt(init_scale / dim)."""
-        truncated_normal_(self.weight, self.weight.shape[1], self.init_scale)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -84,9 +73,10 @@ class ExpertChoiceRouter(Router):
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""
-        mask = None if context is None else context.mask
+        context = context or RoutingContext()
+        mask = context.mask
         t, e = x.shape[0], self.num_experts
-        logits = wide_linear(clear_padding(x, mask), self.weight)
+        logits = self.logits(clear_padding(x, mask), context)
         probs = logits.softmax(-1)
         slots = self.capacity.slots(t, e, 1, training=self.training)
         assert slots is not None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekit.functional.dropout import dropout
-from moekit.functional.sampling import race
+from moekit.functional.sampling import gumbel_topk_scores
 
 
 class Exploration:
@@ -36,6 +36,9 @@ class Exploration:
 class InputJitter(Exploration):
     """Multiply the router's input by U(1 - epsilon, 1 + epsilon).
 
+    Raises:
+        ValueError: if `epsilon` is not in [0, 1).
+
     Source: arXiv:2101.03961 appendix C; epsilon 0.01 in its experiments and in Mesh-TensorFlow.
     Differs: the pseudo-code of the paper adds the noise to the logits; this follows the authors' code.
     """
@@ -54,6 +57,9 @@ class InputJitter(Exploration):
 @dataclass(frozen=True)
 class InputDropout(Exploration):
     """Dropout on the router's input.
+
+    Raises:
+        ValueError: if `probability` is not in [0, 1).
 
     Source: arXiv:2101.03961 appendix C, which names no rate; 0.1 is ours.
     """
@@ -78,4 +84,4 @@ class SampledSoftmax(Exploration):
 
     def rank(self, probs: Tensor) -> Tensor:
         """Scores whose order is a draw."""
-        return race(probs)
+        return gumbel_topk_scores(probs)

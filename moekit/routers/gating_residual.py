@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moekit.functional.precision import wide_linear
+from moekit.functional.precision import float32_linear
 from moekit.routers.queueing import clear_padding
 from moekit.routing import RoutingContext
 
@@ -60,4 +60,4 @@ class GatingResidual(nn.Module):
             )
         if self.weight is None or before is None:
             return 0.0
-        return wide_linear(clear_padding(before, context.mask), self.weight)
+        return float32_linear(clear_padding(before, context.mask), self.weight)

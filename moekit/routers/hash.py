@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moekit.routers.hash_keys import CurrentToken, HashKey
-from moekit.routers.queueing import mask_choices, serve, token_choices
+from moekit.routers.queueing import routing_of_choices
 from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
@@ -24,7 +24,6 @@ class HashRouter(Router):
     feed-forward whose hidden dimension is cut into K segments, each with parameters hashed apart.
 
     Args:
-        dim: D, for interchange with other routers.
         num_experts: E, what a table chooses from. The router has K * E experts if there are K tables.
         table: Int64[num_keys], or Int64[K, num_keys]; made by `moekit.functional.hash_tables`, or your own.
         key: what is looked up; None = `CurrentToken`.
@@ -40,11 +39,12 @@ class HashRouter(Router):
     """
 
     expert_ids: ClassVar[tuple[str, ...]] = ("table",)
+    dim = None
+
     table: Tensor
 
     def __init__(
         self,
-        dim: int,
         num_experts: int,
         table: Tensor,
         *,
@@ -63,7 +63,7 @@ class HashRouter(Router):
         # A copy beside the buffer, so that `reset_parameters` brings a module made on the meta device to life.
         self._given = table.detach().to("cpu", torch.int64).reshape(-1, key.num_keys).clone()
         self.num_tables = self._given.shape[0]
-        self.dim, self.num_experts, self.experts_per_table = dim, num_experts * self.num_tables, num_experts
+        self.num_experts, self.experts_per_table = num_experts * self.num_tables, num_experts
         self.key, self.capacity = key, capacity
         self.looks_ahead = key.looks_ahead or capacity.looks_ahead
         self.allow_future = allow_future
@@ -103,17 +103,9 @@ class HashRouter(Router):
         first = torch.arange(self.num_tables, device=x.device) * self.experts_per_table
         expert = self.table[:, self.key(context)].t() + first
         weight = torch.ones(expert.shape, dtype=torch.float32, device=x.device)
-        wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), context.mask)
-        served = serve(
-            expert,
-            wanted,
-            weight,
-            self.num_experts,
-            self.capacity,
-            training=self.training,
-            all_wanted=context.mask is None,
+        return routing_of_choices(
+            expert, weight, self.num_experts, mask=context.mask, capacity=self.capacity, training=self.training
         )
-        return token_choices(expert, weight, served, self.num_experts)
 
 
 def _check_table(table: Tensor, key: HashKey, num_experts: int) -> None:

@@ -93,8 +93,8 @@ class Bigram:
 
     Attributes:
         vocab_size: V.
-        buckets: how many; pairs that share a bucket share an expert.
-        seed: of the hash.
+        buckets: number of buckets; pairs that share a bucket share an expert.
+        seed: seed of the hash.
     """
 
     vocab_size: int

@@ -17,16 +17,13 @@ from moekit.routers.hash_keys import Bigram, CurrentToken, NextToken, PreviousTo
 from moekit.routing import Capacity
 
 
-def hash_layers(
-    dim: int, num_experts: int, counts: Tensor, *, seed: int = 0, capacity: Capacity | None = None
-) -> HashRouter:
+def hash_layers(num_experts: int, counts: Tensor, *, seed: int = 0, capacity: Capacity | None = None) -> HashRouter:
     """Balanced hash of the current token: the paper's best.
 
     Args:
-        dim: D.
         num_experts: E.
         counts: Int[V], how often each token occurs (`moekit.data.counts.token_counts`).
-        seed: of the order among tokens of equal count.
+        seed: seed of the order among tokens of equal count.
         capacity: slots per expert; None = dropless.
 
     Source: arXiv:2106.04426 (balanced assignment).
@@ -35,56 +32,51 @@ def hash_layers(
         >>> import torch
         >>> import moekit as mk
         >>> ids = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 3]])
-        >>> router = mk.routers.hash_layers(16, 2, counts=torch.bincount(ids.flatten()))
+        >>> router = mk.routers.hash_layers(2, counts=torch.bincount(ids.flatten()))
         >>> moe = mk.MoELayer(router, mk.experts.GroupedMLP(2, 16, 64))
         >>> _, routing = moe(torch.randn(1, 8, 16), mk.RoutingContext(token_ids=ids))
         >>> mk.routing_stats(routing).load
         tensor([4, 4])
     """
-    return HashRouter(dim, num_experts, balanced_table(counts, num_experts, seed=seed), capacity=capacity)
+    return HashRouter(num_experts, balanced_table(counts, num_experts, seed=seed), capacity=capacity)
 
 
-def hash_random(dim: int, num_experts: int, vocab_size: int, *, seed: int = 0) -> HashRouter:
+def hash_random(num_experts: int, vocab_size: int, *, seed: int = 0) -> HashRouter:
     """Random hash of the current token.
 
     Args:
-        dim: D.
         num_experts: E.
         vocab_size: V.
-        seed: of the table.
+        seed: seed of the table.
 
     Source: arXiv:2106.04426 (random hash).
     """
-    return HashRouter(dim, num_experts, random_table(vocab_size, num_experts, seed=seed))
+    return HashRouter(num_experts, random_table(vocab_size, num_experts, seed=seed))
 
 
-def hash_previous(dim: int, num_experts: int, counts: Tensor, *, seed: int = 0) -> HashRouter:
+def hash_previous(num_experts: int, counts: Tensor, *, seed: int = 0) -> HashRouter:
     """Balanced hash of the token before.
 
     Args:
-        dim: D.
         num_experts: E.
         counts: Int[V], how often each token comes before another.
-        seed: of the order among tokens of equal count.
+        seed: seed of the order among tokens of equal count.
 
     Source: arXiv:2106.04426 (previous token hash).
     """
     table = balanced_table(counts, num_experts, seed=seed)
-    return HashRouter(dim, num_experts, table, key=PreviousToken(counts.numel()))
+    return HashRouter(num_experts, table, key=PreviousToken(counts.numel()))
 
 
-def hash_bigram(
-    dim: int, num_experts: int, key: Bigram | int, *, counts: Tensor | None = None, seed: int = 0
-) -> HashRouter:
+def hash_bigram(num_experts: int, key: Bigram | int, *, counts: Tensor | None = None, seed: int = 0) -> HashRouter:
     """Hash of the token before and the token together.
 
     Args:
-        dim: D.
         num_experts: E.
         key: how pairs fall into buckets, or V for the default of `Bigram`.
         counts: Int[buckets], how often each bucket occurs (`moekit.data.counts.bigram_counts`), for a balanced table;
             None = a random one.
-        seed: of the table.
+        seed: seed of the table.
 
     Source: arXiv:2106.04426 (bigram hash). Differs: pairs go through buckets.
     """
@@ -93,69 +85,64 @@ def hash_bigram(
         table = random_table(key.num_keys, num_experts, seed=seed)
     else:
         table = balanced_table(counts, num_experts, seed=seed)
-    return HashRouter(dim, num_experts, table, key=key)
+    return HashRouter(num_experts, table, key=key)
 
 
-def hash_position(dim: int, num_experts: int, max_length: int, *, seed: int = 0) -> HashRouter:
+def hash_position(num_experts: int, max_length: int, *, seed: int = 0) -> HashRouter:
     """Hash of the position in the sequence, positions dealt to experts in a random order.
 
     Args:
-        dim: D.
         num_experts: E.
         max_length: longest sequence.
-        seed: of the order.
+        seed: seed of the order.
 
     Source: arXiv:2106.04426 (position hash).
     """
-    return HashRouter(dim, num_experts, dealt_table(max_length, num_experts, seed=seed), key=TokenPosition(max_length))
+    return HashRouter(num_experts, dealt_table(max_length, num_experts, seed=seed), key=TokenPosition(max_length))
 
 
-def hash_clustered(dim: int, num_experts: int, embeddings: Tensor, *, seed: int = 0) -> HashRouter:
+def hash_clustered(num_experts: int, embeddings: Tensor, *, seed: int = 0) -> HashRouter:
     """Similar tokens to the same expert: k-means of a dense model's embeddings.
 
     Args:
-        dim: D of this layer.
         num_experts: E.
-        embeddings: Float[V, any], of a model trained before.
-        seed: of k-means.
+        embeddings: Float[V, any], token embeddings of a model that was trained before.
+        seed: seed of k-means.
 
     Source: arXiv:2106.04426 (token clusters).
     """
-    return HashRouter(dim, num_experts, clustered_table(embeddings, num_experts, seed=seed))
+    return HashRouter(num_experts, clustered_table(embeddings, num_experts, seed=seed))
 
 
-def hash_dispersed(dim: int, num_experts: int, embeddings: Tensor, *, seed: int = 0) -> HashRouter:
+def hash_dispersed(num_experts: int, embeddings: Tensor, *, seed: int = 0) -> HashRouter:
     """Similar tokens to different experts: every cluster dealt to all.
 
     Args:
-        dim: D of this layer.
         num_experts: E.
-        embeddings: Float[V, any], of a model trained before.
-        seed: of k-means and the deal.
+        embeddings: Float[V, any], token embeddings of a model that was trained before.
+        seed: seed of k-means and of the deal.
 
     Source: arXiv:2106.04426 (dispersed hash).
     """
-    return HashRouter(dim, num_experts, dispersed_table(embeddings, num_experts, seed=seed))
+    return HashRouter(num_experts, dispersed_table(embeddings, num_experts, seed=seed))
 
 
-def hash_oracle(dim: int, num_experts: int, counts: Tensor, *, seed: int = 0, allow_future: bool = False) -> HashRouter:
+def hash_oracle(num_experts: int, counts: Tensor, *, seed: int = 0, allow_future: bool = False) -> HashRouter:
     """Balanced hash of the NEXT token: what a language model could do if it were told the answer, in part.
 
     Args:
-        dim: D.
         num_experts: E; each expert tells log2 E bits of the answer.
         counts: Int[V], how often each token comes after another.
-        seed: of the order among tokens of equal count.
+        seed: seed of the order among tokens of equal count.
         allow_future: needed in a causal decoder, where this is cheating, and meant to be.
 
     Source: arXiv:2106.04426 (oracle future hash).
     """
     table = balanced_table(counts, num_experts, seed=seed)
-    return HashRouter(dim, num_experts, table, key=NextToken(counts.numel()), allow_future=allow_future)
+    return HashRouter(num_experts, table, key=NextToken(counts.numel()), allow_future=allow_future)
 
 
 def multi_hash(
-    dim: int,
     num_experts: int,
     counts: Tensor,
     *,
@@ -168,12 +155,14 @@ def multi_hash(
     Its bank is ``MultiHashMLP(num_experts, dim, hidden_dim, num_segments=num_tables)``.
 
     Args:
-        dim: D.
         num_experts: E, what each table chooses from.
         counts: Int[V].
         num_tables: K, the segments; 2, 4 and 8 are natural (ours).
-        seed: of the tables, which differ from one another.
+        seed: seed of the tables, which differ from one another.
         capacity: slots per segment expert; None = dropless.
+
+    Raises:
+        ValueError: if `num_tables` is less than 1.
 
     Source: arXiv:2106.04426 (MultiHash). Differs: balanced tables instead of random ones.
     """
@@ -182,4 +171,4 @@ def multi_hash(
     tables = [
         balanced_table(counts, num_experts, seed=seed * num_tables + m, shuffled="octave") for m in range(num_tables)
     ]
-    return HashRouter(dim, num_experts, torch.stack(tables), key=CurrentToken(counts.numel()), capacity=capacity)
+    return HashRouter(num_experts, torch.stack(tables), key=CurrentToken(counts.numel()), capacity=capacity)

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moekit.functional.importance import importance, selection_probability, squared_variation
+from moekit.functional.importance import importance_loss, selection_probability, squared_variation
 from moekit.functional.ordered_sums import sum_by_index
-from moekit.functional.precision import wide_linear, without_autocast
+from moekit.functional.precision import float32_linear, without_autocast
 from moekit.kernels.grouped_mm import grouped_mm
-from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
-from moekit.routing import Capacity, Router, Routing, RoutingContext
+from moekit.routers.queueing import clear_padding, mask_choices, routing_of_choices, score_statistics
+from moekit.routing import Router, Routing, RoutingContext
 
 
 class HierarchicalRouter(Router):
@@ -27,7 +27,6 @@ class HierarchicalRouter(Router):
         group_size: B, experts in a group; E = A * B.
         k_groups: groups per token, at least 2.
         k_experts: experts per token in each of its groups, at least 2.
-        allow_future: accepted for interchange; this router does not look ahead.
 
     Returns in `Routing.losses`: ``importance``, of the product weights over all E experts, and ``load``, the squared
     variation of Load_H(i, j) = Load_primary(i) * Load_i(X_i)_j / |X_i|, where X_i are the tokens that chose group i; in
@@ -49,7 +48,6 @@ class HierarchicalRouter(Router):
         *,
         k_groups: int = 2,
         k_experts: int = 2,
-        allow_future: bool = False,
     ) -> None:
         super().__init__()
         for name, k, of, available in (
@@ -64,7 +62,6 @@ class HierarchicalRouter(Router):
         self.dim, self.num_groups, self.group_size = dim, num_groups, group_size
         self.num_experts = num_groups * group_size
         self.k_groups, self.k_experts = k_groups, k_experts
-        self.allow_future = allow_future
         self.weight = nn.Parameter(torch.empty(num_groups, dim))
         self.noise_weight = nn.Parameter(torch.empty(num_groups, dim))
         self.secondary_weight = nn.Parameter(torch.empty(num_groups, group_size, dim))
@@ -94,8 +91,8 @@ class HierarchicalRouter(Router):
         context = context or RoutingContext()
         x = clear_padding(x, context.mask)
         t, k = x.shape[0], self.k
-        clean = wide_linear(x, self.weight)
-        scale = F.softplus(wide_linear(x, self.noise_weight))
+        clean = float32_linear(x, self.weight)
+        scale = F.softplus(float32_linear(x, self.noise_weight))
         noisy = clean + torch.randn_like(clean) * scale if self.training else clean
         top, groups = noisy.topk(self.k_groups, dim=-1)
 
@@ -111,16 +108,7 @@ class HierarchicalRouter(Router):
 
         inside = (self.k_groups, t, self.k_experts)
         expert, weight = (rows.view(inside).transpose(0, 1).reshape(t, k) for rows in (expert, weight))
-        wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), context.mask)
-        served = serve(
-            expert,
-            wanted,
-            weight,
-            self.num_experts,
-            Capacity(),
-            training=self.training,
-            all_wanted=context.mask is None,
-        )
+        requested = mask_choices(torch.ones_like(expert, dtype=torch.bool), context.mask)
         if self.training:
             primary = selection_probability(clean, noisy, scale, self.k_groups).masked_fill(~real[:, None], 0.0).sum(0)
             per_row = selection_probability(inner, inner_noisy, inner_scale, self.k_experts)
@@ -129,10 +117,12 @@ class HierarchicalRouter(Router):
             size = per_row.new_zeros(self.num_groups).index_add(0, group, row_real.to(per_row.dtype))
             load = squared_variation(((primary / size.clamp_min(1))[:, None] * secondary).flatten())
         else:
-            load = importance(wanted.to(weight.dtype), expert, self.num_experts)  # every assignment counts 1
-        losses = {"importance": importance(weight, expert, self.num_experts, wanted), "load": load}
+            load = importance_loss(requested.to(weight.dtype), expert, self.num_experts)  # every assignment counts 1
+        losses = {"importance": importance_loss(weight, expert, self.num_experts, requested), "load": load}
         statistics = score_statistics(clean, clean.softmax(-1), context.mask)
-        return token_choices(expert, weight, served, self.num_experts, losses, statistics)
+        return routing_of_choices(
+            expert, weight, self.num_experts, mask=context.mask, losses=losses, statistics=statistics
+        )
 
     def _secondary(self, x: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """Float32[R, B] scores and noise scales of each row at the gate of its group.

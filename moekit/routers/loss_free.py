@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moekit.functional.drawing import truncated_normal_
-from moekit.functional.precision import wide_linear
 from moekit.routers.load_window import LoadWindow
-from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
+from moekit.routers.queueing import clear_padding, routing_of_choices, score_statistics
+from moekit.routers.scorers import ExpertScorer, ScoredRouter
 from moekit.routers.topk import Balance
-from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
+from moekit.routing import Capacity, Compensation, Routing, RoutingContext
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,9 @@ class GroupLimit:
         groups: number of groups; must divide E.
         chosen: groups that a token may use.
         best: how many scores count for a group.
+
+    Raises:
+        ValueError: if `chosen` is not in 1..groups, or `best` is less than 1.
 
     Source: arXiv:2412.19437 section 2.1.2 (node-limited routing); best=2 as in the authors' code.
     """
@@ -53,10 +55,10 @@ class GroupLimit:
         return grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(1)
 
 
-class LossFreeRouter(Router):
+class LossFreeRouter(ScoredRouter):
     """Top-k of score + bias, weight from the score alone; the bias follows the load.
 
-    s = sigmoid(x W_r) (or its softmax); the k largest s + b are the choices; weight = s. After each optimizer step
+    s = sigmoid(logits) (or their softmax); the k largest s + b are the choices; weight = s. After each optimizer step
     b_e += u * sign(mean load - load_e), the load counted over all processes and micro-batches of the step. No gradient
     flows through the bias, so balance does not disturb the task.
 
@@ -64,7 +66,9 @@ class LossFreeRouter(Router):
         dim: D.
         num_experts: E.
         k: choices per token.
-        update_rate: u. A plain attribute: 0 freezes the bias, as DeepSeek-V3 does for its last tokens.
+        scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
+        update_rate: u, by how much a step moves the bias. It may be set at any time: 0 freezes the bias, as DeepSeek-V3
+            does for its last tokens.
         score: "sigmoid" or "softmax" over experts.
         renormalise: scale the k weights of a token to sum to 1.
         scaling_factor: multiplies the weights at the end.
@@ -72,7 +76,7 @@ class LossFreeRouter(Router):
         balance: return ``load_balance`` with these settings beside the bias (the sequence-wise loss of DeepSeek-V3 is
             ``Balance(count="all", scope="sequence")``, with scores scaled to sum to 1 as probabilities); None = none.
         capacity: slots per expert and who is served first; dropless by default.
-        init_scale: variance scale of the truncated normal init.
+        init_scale: variance scale of the linear scorer's first weights.
         allow_future: accept priorities that look at later tokens in a causal decoder.
 
     The bias is a buffer, in checkpoints, and stays float32 in a model that is cast to less: a step of 0.001 would be
@@ -88,8 +92,6 @@ class LossFreeRouter(Router):
         what is asked for, before capacity drops anything (both papers are dropless).
     """
 
-    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
-
     bias: Tensor
 
     def __init__(
@@ -98,6 +100,7 @@ class LossFreeRouter(Router):
         num_experts: int,
         k: int,
         *,
+        scorer: ExpertScorer | None = None,
         update_rate: float = 1e-3,
         score: Literal["sigmoid", "softmax"] = "sigmoid",
         renormalise: bool = False,
@@ -108,7 +111,7 @@ class LossFreeRouter(Router):
         init_scale: float = 0.1,
         allow_future: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, num_experts, scorer, init_scale=init_scale)
         available = num_experts
         if groups is not None:
             if num_experts % groups.groups or num_experts // groups.groups < groups.best:
@@ -128,24 +131,26 @@ class LossFreeRouter(Router):
                 "renormalise=True with k=1 makes every weight exactly 1 and leaves the router without a gradient from "
                 "the task. Use renormalise=False."
             )
-        self.dim, self.num_experts, self.k = dim, num_experts, k
+        self.k = k
         self.update_rate, self.score = update_rate, score
         self.renormalise, self.scaling_factor = renormalise, scaling_factor
         self.groups, self.balance = groups, balance
         self.capacity = capacity or Capacity()
-        self.init_scale, self.allow_future = init_scale, allow_future
+        self.allow_future = allow_future
         self.looks_ahead = self.capacity.looks_ahead
         self.observes = True
         self._load, self._balance_window = LoadWindow(num_experts), LoadWindow(num_experts)
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
-        self.reset_parameters()
 
-    @torch.no_grad()
+    @property
+    def expert_dims(self) -> Mapping[str, int] | None:  # type: ignore[override]
+        """The scorer's, and the bias."""
+        return {**self.scorer.expert_dims, "bias": 0}
+
     def reset_parameters(self) -> None:
-        """Draw the scores' weights anew, and forget the bias."""
+        """Draw the scorer's parameters anew, and forget the bias."""
+        super().reset_parameters()
         self.bias.zero_()
-        truncated_normal_(self.weight, self.weight.shape[1], self.init_scale)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -189,7 +194,7 @@ class LossFreeRouter(Router):
         """Route; see `Router.forward`."""
         context = context or RoutingContext()
         x = clear_padding(x, context.mask)
-        logits = wide_linear(x, self.weight)
+        logits = self.logits(x, context)
         score = logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
         biased = score.detach() + self.bias
         if self.groups is not None:
@@ -201,26 +206,25 @@ class LossFreeRouter(Router):
             weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         weight = weight * self.scaling_factor
 
-        wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), context.mask)
-        served = serve(
-            expert,
-            wanted,
-            chosen,
-            self.num_experts,
-            self.capacity,
-            training=self.training,
-            all_wanted=context.mask is None,
-        )
         probs = score / score.sum(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)
-        losses = {}
-        if self.balance is not None:
-            counted = served.kept if self.balance.when == "after_drop" else wanted
-            losses["load_balance"] = self.balance.loss(
-                probs, expert, counted, context, self._balance_window, training=self.training
-            )
         statistics = score_statistics(logits, probs.detach(), context.mask)
         statistics["bias_range"] = (self.bias.max() - self.bias.min()).to(logits.dtype)
-        return token_choices(expert, weight, served, self.num_experts, losses, statistics)
+        routing = routing_of_choices(
+            expert,
+            weight,
+            self.num_experts,
+            mask=context.mask,
+            capacity=self.capacity,
+            training=self.training,
+            scores=chosen,
+            statistics=statistics,
+        )
+        if self.balance is None:
+            return routing
+        counted = routing.kept if self.balance.when == "after_drop" else routing.queued
+        counted = counted.view(self.k, -1).t()
+        loss = self.balance.loss(probs, expert, counted, context, self._balance_window, training=self.training)
+        return replace(routing, losses={"load_balance": loss})
 
 
 _SEQUENCE_WISE = Balance(count="all", scope="sequence")
@@ -232,7 +236,6 @@ def loss_free(
     *,
     k: int = 2,
     update_rate: float = 1e-3,
-    allow_future: bool = False,
 ) -> LossFreeRouter:
     """Loss-free balancing: sigmoid scores, a bias that only selects, no loss, dropless.
 
@@ -241,12 +244,10 @@ def loss_free(
         num_experts: E.
         k: choices per token; ours (the paper takes 6 of 64 fine-grained experts beside 2 shared ones).
         update_rate: 0.001, the paper's best.
-        allow_future: accepted for interchange. Within a batch this router does not look ahead, and the bias moves
-            after the step, so a causal decoder may use it.
 
     Source: arXiv:2408.15664 section 3 and table 4.
     """
-    return LossFreeRouter(dim, num_experts, k, update_rate=update_rate, allow_future=allow_future)
+    return LossFreeRouter(dim, num_experts, k, update_rate=update_rate)
 
 
 def deepseek_v3(
@@ -258,7 +259,6 @@ def deepseek_v3(
     scaling_factor: float = 2.5,
     update_rate: float = 1e-3,
     balance: Balance | None = _SEQUENCE_WISE,
-    allow_future: bool = False,
 ) -> LossFreeRouter:
     """DeepSeek-V3: sigmoid scores renormalised over the chosen, bias in selection, sequence-wise balance loss.
 
@@ -271,8 +271,8 @@ def deepseek_v3(
         groups: ``GroupLimit(groups=8, chosen=4)`` in the paper; None = all experts.
         scaling_factor: 2.5, as in the released model.
         update_rate: 0.001 in the paper until its last 0.5 T tokens, then 0.
-        balance: by default the sequence-wise loss, which needs `RoutingContext.sequence`; None = no loss.
-        allow_future: accepted for interchange; this router does not look ahead.
+        balance: settings of the loss; None = no loss. The default is the sequence-wise one, which needs
+            `RoutingContext.sequence`.
 
     Source: arXiv:2412.19437 sections 2.1.2 and 4.2.
     """
@@ -285,5 +285,4 @@ def deepseek_v3(
         scaling_factor=scaling_factor,
         groups=groups,
         balance=balance,
-        allow_future=allow_future,
     )

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moekit.functional.importance import importance, load
-from moekit.functional.precision import wide_linear
-from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
+from moekit.functional.importance import importance_loss, load_loss
+from moekit.functional.means import masked_mean
+from moekit.functional.precision import float32_linear
+from moekit.routers.queueing import clear_padding, mask_choices, routing_of_choices, score_statistics
 from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
@@ -29,9 +30,9 @@ class NoisyTopKRouter(Router):
         capacity: slots per expert and who is served first; dropless by default, as in the paper.
         allow_future: accept priorities that look at later tokens in a causal decoder.
 
-    Returns in `Routing.losses`: ``importance`` (`moekit.functional.importance`) and ``load``
-    (`moekit.functional.load`); in evaluation, where there is no noise, ``load`` is the variation of the plain counts
-    and has no gradient. In `Routing.statistics`: ``entropy`` and ``logsumexp`` of the scores without noise, and
+    Returns in `Routing.losses`: ``importance`` (`moekit.functional.importance_loss`) and ``load``
+    (`moekit.functional.load_loss`); in evaluation, where there is no noise, ``load`` is the variation of the plain
+    counts and has no gradient. In `Routing.statistics`: ``entropy`` and ``logsumexp`` of the scores without noise, and
     ``noise``, its mean scale over real tokens.
 
     Raises:
@@ -85,29 +86,29 @@ class NoisyTopKRouter(Router):
         """Route; see `Router.forward`."""
         context = context or RoutingContext()
         x = clear_padding(x, context.mask)
-        clean = wide_linear(x, self.weight)
-        scale = F.softplus(wide_linear(x, self.noise_weight))
+        clean = float32_linear(x, self.weight)
+        scale = F.softplus(float32_linear(x, self.noise_weight))
         noisy = clean + torch.randn_like(clean) * scale if self.training else clean
         top, expert = noisy.topk(self.k, dim=-1)
         weight = top.softmax(-1)
-        wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), context.mask)
-        served = serve(
+        requested = mask_choices(torch.ones_like(expert, dtype=torch.bool), context.mask)
+        if self.training:
+            balance = load_loss(clean, noisy, scale, self.k, context.mask)
+        else:
+            balance = importance_loss(requested.to(weight.dtype), expert, self.num_experts)  # every assignment counts 1
+        losses = {"importance": importance_loss(weight, expert, self.num_experts, requested), "load": balance}
+        statistics = score_statistics(clean, clean.softmax(-1), context.mask)
+        statistics["noise"] = masked_mean(scale.detach().mean(-1), context.mask)
+        return routing_of_choices(
             expert,
-            wanted,
             weight,
             self.num_experts,
-            self.capacity,
+            mask=context.mask,
+            capacity=self.capacity,
             training=self.training,
-            all_wanted=context.mask is None,
+            losses=losses,
+            statistics=statistics,
         )
-        if self.training:
-            balance = load(clean, noisy, scale, self.k, context.mask)
-        else:
-            balance = importance(wanted.to(weight.dtype), expert, self.num_experts)  # every assignment counts 1
-        losses = {"importance": importance(weight, expert, self.num_experts, wanted), "load": balance}
-        statistics = score_statistics(clean, clean.softmax(-1), context.mask)
-        statistics["noise"] = _mean_scale(scale, context.mask)
-        return token_choices(expert, weight, served, self.num_experts, losses, statistics)
 
 
 def noisy_topk(
@@ -117,7 +118,6 @@ def noisy_topk(
     k: int = 4,
     capacity_factor: float | None = None,
     eval_capacity_factor: float | None = None,
-    allow_future: bool = False,
 ) -> NoisyTopKRouter:
     """Sparsely-gated Mixture of Experts: four experts per token by noisy scores, dropless.
 
@@ -129,18 +129,8 @@ def noisy_topk(
         k: 4, as in the paper's flat models.
         capacity_factor: None = dropless, as in the paper.
         eval_capacity_factor: None = dropless.
-        allow_future: accepted for interchange; this router does not look ahead.
 
     Source: arXiv:1701.06538; k and the weights of the losses from its appendix C.
     """
     capacity = Capacity(train=capacity_factor, eval=eval_capacity_factor)
-    return NoisyTopKRouter(dim, num_experts, k, capacity=capacity, allow_future=allow_future)
-
-
-@torch.no_grad()
-def _mean_scale(scale: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over real tokens and experts of ``scale`` Float[T, E]; 0 where there is no real token."""
-    per_token = scale.mean(-1)
-    if mask is None:
-        return per_token.sum() / max(per_token.numel(), 1)
-    return per_token.masked_fill(~mask, 0.0).sum() / mask.sum().clamp_min(1)
+    return NoisyTopKRouter(dim, num_experts, k, capacity=capacity)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moekit.functional.assignment import queue_positions
-from moekit.routers.queueing import Served, by_choice
+from moekit.routers.queueing import QueueResult, by_choice
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class NoTokenLeftBehind:
     An early token's second try waits behind later tokens' first, so routes depend on later tokens: the router then
     looks ahead wherever it has a capacity.
 
+    Raises:
+        ValueError: if `rounds` is less than 1.
+
     Source: arXiv:2101.03961 appendix B, which finds no gain.
     Differs: the balance loss counts first tries (with ``Balance(when="after_drop")``: where choices ended); the
     authors' Mesh-TensorFlow code adds up the losses of four tries.
@@ -41,26 +44,28 @@ class NoTokenLeftBehind:
                 f"{self.rounds}."
             )
 
-    def __call__(self, expert: Tensor, wanted: Tensor, probs: Tensor, served: Served) -> tuple[Tensor, Served]:
+    def __call__(
+        self, expert: Tensor, requested: Tensor, probs: Tensor, queue: QueueResult
+    ) -> tuple[Tensor, QueueResult]:
         """Place what overflowed.
 
         Args:
             expert: Int64[T, K], experts by choice.
-            wanted: Bool[T, K].
+            requested: Bool[T, K].
             probs: Float[T, E], without gradient.
-            served: what the first round gave, with a capacity.
+            queue: what the first round gave, with a capacity.
 
         Returns:
-            ``(expert, served)`` after all rounds.
+            ``(expert, queue)`` after all rounds.
         """
-        capacity = served.capacity
+        capacity = queue.capacity
         t, k = expert.shape
         num_experts = probs.shape[1]
         untried = num_experts - k
         if capacity is None or untried == 0 or t == 0:
-            return expert, served
-        first, kept, place = by_choice(expert), by_choice(served.kept), by_choice(served.position)
-        queued = by_choice(wanted)
+            return expert, queue
+        first, kept, place = by_choice(expert), by_choice(queue.kept), by_choice(queue.position)
+        queued = by_choice(requested)
         # The experts that a token did not choose, best first; each try of the token takes the next one. No choice need
         # go back: an expert that was full stays full.
         others = probs.scatter(1, expert, -1.0).topk(untried, dim=-1).indices
@@ -75,13 +80,13 @@ class NoTokenLeftBehind:
             tries = tries + open_.view(k, t).sum(0)
             asks = open_ & (turn < untried)
             target = others[token, turn.clamp(0, untried - 1)]
-            behind = queue_positions(target, asks, num_experts, served.order) + load[target]
+            behind = queue_positions(target, asks, num_experts, queue.order) + load[target]
             fits = asks & (behind < capacity)
             taken, place = torch.where(fits, target, taken), torch.where(fits, behind, place)
             kept = kept | fits
             load = load.index_add(0, target, fits.to(torch.int64))
         # Who was sent on left the queue of its first expert: close the gaps behind the kept ones.
         lost = queued & ~kept
-        behind = queue_positions(first, lost, num_experts, served.order) + capacity
+        behind = queue_positions(first, lost, num_experts, queue.order) + capacity
         place = torch.where(lost, behind, place)
-        return taken.view(k, t).t(), Served(place.view(k, t).t(), kept.view(k, t).t(), capacity, served.order)
+        return taken.view(k, t).t(), QueueResult(place.view(k, t).t(), kept.view(k, t).t(), capacity, queue.order)

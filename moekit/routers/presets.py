@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moekit.routers.choices import RandomChoice
 from moekit.routers.exploration import InputJitter
+from moekit.routers.second_expert import RandomChoice
 from moekit.routers.topk import Balance, TopKRouter
 from moekit.routing import Capacity, Share
 
@@ -15,7 +15,6 @@ def switch(
     capacity_factor: float | None = 1.25,
     eval_capacity_factor: float | None = None,
     jitter: float = 1e-2,
-    allow_future: bool = False,
 ) -> TopKRouter:
     """Switch Transformer: one expert per token, served in token order, input jitter 1e-2.
 
@@ -27,7 +26,6 @@ def switch(
         capacity_factor: 1.0, 1.25 and 2.0 are compared in arXiv:2101.03961 table 1; None = dropless.
         eval_capacity_factor: None = dropless evaluation (ours).
         jitter: arXiv:2101.03961 appendix C; value as in Mesh-TensorFlow. 0 = none.
-        allow_future: accepted for interchange; this router does not look ahead.
 
     Source: arXiv:2101.03961.
     """
@@ -36,7 +34,6 @@ def switch(
         num_experts,
         capacity=Capacity(train=capacity_factor, eval=eval_capacity_factor, share="tokens"),
         exploration=InputJitter(jitter) if jitter else None,
-        allow_future=allow_future,
     )
 
 
@@ -47,7 +44,6 @@ def gshard(
     capacity_factor: float | None = 1.0,
     eval_capacity_factor: float | None = None,
     group_size: int | None = None,
-    allow_future: bool = False,
 ) -> TopKRouter:
     """GShard: two experts, weights renormalised before any drop, the second sent at random by its weight.
 
@@ -60,7 +56,6 @@ def gshard(
         eval_capacity_factor: None = dropless evaluation (ours).
         group_size: S, tokens of a local group, each with 2 S / E slots and a balance loss of its own, of which the mean
             is taken (section 2.2); None = all tokens of a process are one group.
-        allow_future: accepted for interchange; this router does not look ahead.
 
     Source: arXiv:2006.16668 Algorithm 1. Differs: its balance loss is ours divided by E**2.
     """
@@ -70,10 +65,9 @@ def gshard(
         k=2,
         capacity=Capacity(train=capacity_factor, eval=eval_capacity_factor, group_size=group_size),
         renormalise="before_drop",
-        later_choices=RandomChoice(0.5),
+        second_expert=RandomChoice(0.5),
         balance=Balance(scope="batch" if group_size is None else "group"),
         init_scale=1.0,
-        allow_future=allow_future,
     )
 
 
@@ -103,7 +97,8 @@ def st_moe(
         eval_capacity_factor: 2.0, as in the paper; None = dropless.
         capacity_share: "tokens" = an expert has factor * T / E slots, as in the paper; "choices" = factor * k * T / E.
         threshold: 0.2 (appendix C).
-        jitter: of the router's input; 1e-2 is an arm of the paper's stability study (section 3), 0 the default.
+        jitter: range of the noise that multiplies the router's input; 1e-2 is an arm of the paper's stability study
+            (section 3), 0 the default.
         batch_prioritised: serve tokens by probability instead of position (appendix D; encoders only).
         allow_future: accept batch priority in a causal decoder.
 
@@ -121,7 +116,7 @@ def st_moe(
             share=capacity_share,
         ),
         renormalise="before_drop" if k > 1 else "none",
-        later_choices=RandomChoice(threshold),
+        second_expert=RandomChoice(threshold),
         exploration=InputJitter(jitter) if jitter else None,
         balance=Balance(count="first"),
         allow_future=allow_future,

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from moekit.functional.assignment import queue_positions, service_order
+from moekit.functional.means import masked_mean
 from moekit.routing import Capacity, Routing
 
 
 @dataclass(frozen=True)
-class Served:
-    """Who got a place.
+class QueueResult:
+    """Which choices got a place at their experts.
 
     Attributes:
         position: Int64[T, K], place in the expert's queue, -1 = never queued.
@@ -31,26 +32,26 @@ class Served:
     all_kept: bool = False
 
 
-def serve(
+def enqueue(
     expert: Tensor,
-    wanted: Tensor,
+    requested: Tensor,
     probs: Tensor,
     num_experts: int,
     capacity: Capacity,
     *,
     training: bool,
-    all_wanted: bool = False,
-) -> Served:
-    """Queue every wanted choice at its expert; all first choices stand before all second choices.
+    all_requested: bool = False,
+) -> QueueResult:
+    """Queue every requested choice at its expert; all first choices stand before all second choices.
 
     Args:
         expert: Int64[T, K], experts by choice.
-        wanted: Bool[T, K], False = takes no place (padding, a choice that is not sent).
+        requested: Bool[T, K], False = takes no place (padding, a choice that is not sent).
         probs: Float[T, K], decides who is served first under priority "probability".
         num_experts: E.
         capacity: slots and priority.
         training: random priority acts in training only.
-        all_wanted: whether `wanted` is known to be True throughout, as it is without padding.
+        all_requested: whether `requested` is known to be True throughout, as it is without padding.
     """
     t, k = expert.shape
     slots = capacity.slots(t, num_experts, k, training=training)
@@ -59,31 +60,31 @@ def serve(
         priority = "position"
     order = service_order(probs.detach().t(), priority)
     if slots is not None and capacity.group_size is not None and capacity.group_size < t:
-        return _serve_groups(expert, wanted, num_experts, capacity, order, training=training)
-    position = queue_positions(by_choice(expert), by_choice(wanted), num_experts, order).view(k, t).t()
-    kept = wanted if slots is None else wanted & (position < slots)
-    return Served(position, kept, slots, order, all_wanted and slots is None)
+        return _enqueue_groups(expert, requested, num_experts, capacity, order, training=training)
+    position = queue_positions(by_choice(expert), by_choice(requested), num_experts, order).view(k, t).t()
+    kept = requested if slots is None else requested & (position < slots)
+    return QueueResult(position, kept, slots, order, all_requested and slots is None)
 
 
-def _serve_groups(
-    expert: Tensor, wanted: Tensor, num_experts: int, capacity: Capacity, order: Tensor | None, *, training: bool
-) -> Served:
-    """`serve` where tokens compete inside local groups: a queue for every expert and group, then one for the batch."""
+def _enqueue_groups(
+    expert: Tensor, requested: Tensor, num_experts: int, capacity: Capacity, order: Tensor | None, *, training: bool
+) -> QueueResult:
+    """`enqueue` in local groups: a queue for every expert and group, then one for the batch."""
     t, k = expert.shape
     assert capacity.group_size is not None
     whole, rest = divmod(t, capacity.group_size)
     group = local_groups(t, capacity.group_size, expert.device)
     full, last = (capacity.slots(n, num_experts, k, training=training) or 0 for n in (capacity.group_size, rest))
     room = torch.where(group < whole, full, last)
-    queued = by_choice(wanted)
+    queued = by_choice(requested)
     apart = by_choice(expert + num_experts * group[:, None])
     kept = queued & (queue_positions(apart, queued, num_experts * (whole + 1), order) < room.repeat(k))
-    served = torch.arange(t * k, device=expert.device) if order is None else order
+    order = torch.arange(t * k, device=expert.device) if order is None else order
     # The kept ones hold the first places of the whole batch's queue: dispatch relies on it.
-    served = served[torch.argsort(~kept[served], stable=True)]
-    position = queue_positions(by_choice(expert), queued, num_experts, served)
+    order = order[torch.argsort(~kept[order], stable=True)]
+    position = queue_positions(by_choice(expert), queued, num_experts, order)
     slots = capacity.slots(t, num_experts, k, training=training)
-    return Served(position.view(k, t).t(), kept.view(k, t).t(), slots, served)
+    return QueueResult(position.view(k, t).t(), kept.view(k, t).t(), slots, order)
 
 
 def local_groups(num_tokens: int, size: int, device: torch.device) -> Tensor:
@@ -99,7 +100,7 @@ def by_choice(per_token: Tensor) -> Tensor:
 def token_choices(
     expert: Tensor,
     weight: Tensor,
-    served: Served,
+    queue: QueueResult,
     num_experts: int,
     losses: Mapping[str, Tensor] | None = None,
     statistics: Mapping[str, Tensor] | None = None,
@@ -109,7 +110,7 @@ def token_choices(
     Args:
         expert: Int64[T, K].
         weight: Float32[T, K].
-        served: from `serve`.
+        queue: places, as `enqueue` gives them.
         num_experts: E.
         losses: unweighted scalars by name.
         statistics: detached scalars by name.
@@ -119,15 +120,15 @@ def token_choices(
         token=torch.arange(t, device=expert.device).repeat(k),
         expert=by_choice(expert),
         weight=by_choice(weight),
-        position=by_choice(served.position),
-        kept=by_choice(served.kept),
+        position=by_choice(queue.position),
+        kept=by_choice(queue.kept),
         losses=losses or {},
         statistics=statistics or {},
         num_tokens=t,
         num_experts=num_experts,
-        capacity=served.capacity,
+        capacity=queue.capacity,
         choices=k,
-        all_kept=served.all_kept,
+        all_kept=queue.all_kept,
     )
 
 
@@ -139,6 +140,7 @@ def routing_of_choices(
     mask: Tensor | None = None,
     capacity: Capacity | None = None,
     training: bool = False,
+    scores: Tensor | None = None,
     losses: Mapping[str, Tensor] | None = None,
     statistics: Mapping[str, Tensor] | None = None,
 ) -> Routing:
@@ -146,11 +148,12 @@ def routing_of_choices(
 
     Args:
         expert: Int64[T, K], the K different experts of each token, or Int64[T] for one.
-        weight: Float32 of the same shape, combine weights; the best first if `capacity` serves by probability.
+        weight: Float32 of the same shape, combine weights.
         num_experts: E.
         mask: Bool[T], real tokens; padding takes no place.
         capacity: slots per expert and who is served first; None = dropless.
         training: whether `capacity` is that of training (a router passes ``self.training``).
+        scores: Float[T, K], highest first where `capacity` serves by probability; None = `weight`.
         losses: unweighted scalars by name.
         statistics: detached scalars by name.
 
@@ -160,11 +163,17 @@ def routing_of_choices(
         tensor([0, 0, 1])
     """
     expert, weight = (value if value.ndim == 2 else value[:, None] for value in (expert, weight))
-    wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), mask)
-    served = serve(
-        expert, wanted, weight, num_experts, capacity or Capacity(), training=training, all_wanted=mask is None
+    requested = mask_choices(torch.ones_like(expert, dtype=torch.bool), mask)
+    queue = enqueue(
+        expert,
+        requested,
+        weight if scores is None else scores,
+        num_experts,
+        capacity or Capacity(),
+        training=training,
+        all_requested=mask is None,
     )
-    return token_choices(expert, weight, served, num_experts, losses, statistics)
+    return token_choices(expert, weight, queue, num_experts, losses, statistics)
 
 
 def clear_padding(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -175,18 +184,13 @@ def clear_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x.masked_fill(~mask[:, None], 0.0)
 
 
-def mask_choices(wanted: Tensor, mask: Tensor | None) -> Tensor:
-    """``wanted`` Bool[T, K] without padding."""
-    return wanted if mask is None else wanted & mask[:, None]
+def mask_choices(requested: Tensor, mask: Tensor | None) -> Tensor:
+    """``requested`` Bool[T, K] without padding."""
+    return requested if mask is None else requested & mask[:, None]
 
 
 @torch.no_grad()
 def score_statistics(logits: Tensor, probs: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
     """``entropy`` (nats) and ``logsumexp``, means over real tokens of ``logits`` and ``probs`` Float[T, E]."""
     entropy = torch.special.entr(probs).sum(-1)
-    lse = torch.logsumexp(logits, dim=-1)
-    if mask is None:
-        n = max(logits.shape[0], 1)
-        return {"entropy": entropy.sum() / n, "logsumexp": lse.sum() / n}
-    real = mask.sum().clamp_min(1)
-    return {"entropy": (entropy * mask).sum() / real, "logsumexp": (lse * mask).sum() / real}
+    return {"entropy": masked_mean(entropy, mask), "logsumexp": masked_mean(torch.logsumexp(logits, dim=-1), mask)}

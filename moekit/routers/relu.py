@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moekit.component import Component
 from moekit.functional.assignment import queue_positions
-from moekit.functional.drawing import truncated_normal_
-from moekit.functional.precision import wide_linear
+from moekit.functional.means import masked_mean
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.queueing import clear_padding
-from moekit.routing import Compensation, Router, Routing, RoutingContext
+from moekit.routers.scorers import ExpertScorer, ScoredRouter
+from moekit.routing import Compensation, Routing, RoutingContext
 
 
 class AdaptiveCoefficient(Component):
@@ -27,7 +26,10 @@ class AdaptiveCoefficient(Component):
     Args:
         target: wanted sparsity, 1 - k / E.
         start: coefficient at step 0.
-        factor: by which one step changes it.
+        factor: the number that a step multiplies or divides the coefficient by.
+
+    Raises:
+        ValueError: if `target` is not in [0, 1), `start` is not positive or `factor` not above 1.
 
     Source: arXiv:2412.14711 section 3.3 (1e-8 and 1.2).
     """
@@ -68,10 +70,10 @@ class AdaptiveCoefficient(Component):
         self._window.clear()
 
 
-class ReLURouter(Router):
+class ReLURouter(ScoredRouter):
     """Every expert with a positive score, weighted by it: fully differentiable, the number of experts free.
 
-    weight = relu(x W_r); an expert runs where it is above 0. The returned loss steers how many: a load-weighted L1 of
+    weight = relu(logits); an expert runs where it is above 0. The returned loss steers how many: a load-weighted L1 of
     the weights, times a coefficient that adapts until k of E experts run on average.
 
     Args:
@@ -80,8 +82,8 @@ class ReLURouter(Router):
         k: experts wanted per token on average; need not be whole.
         coefficient: the adaptive coefficient; None = one of its own. Give several routers the same object to steer
             their average sparsity, as the paper does for all layers.
-        init_scale: variance scale of the truncated normal init.
-        allow_future: accepted for interchange; this router does not look ahead.
+        scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
+        init_scale: variance scale of the linear scorer's first weights.
 
     Returns in `Routing.losses`: ``sparsity``, the mean over real tokens of sum_e f_e relu(x W_r)_e, with f_e = E / k *
     the share of tokens that run expert e (no gradient), times the coefficient. It adapts already: weigh it with
@@ -95,32 +97,22 @@ class ReLURouter(Router):
     Differs: by default each router steers its own sparsity with its own coefficient.
     """
 
-    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
-
     def __init__(
         self,
         dim: int,
         num_experts: int,
         k: float,
         *,
+        scorer: ExpertScorer | None = None,
         coefficient: AdaptiveCoefficient | None = None,
         init_scale: float = 0.1,
-        allow_future: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, num_experts, scorer, init_scale=init_scale)
         if not 0 < k <= num_experts:
             raise ValueError(f"k must be above 0 and at most num_experts: got k={k} and num_experts={num_experts}.")
-        self.dim, self.num_experts, self.k = dim, num_experts, k
-        self.init_scale, self.allow_future = init_scale, allow_future
+        self.k = k
         self.observes = True
         self.coefficient = coefficient or AdaptiveCoefficient(1 - k / num_experts)
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the scores' weights anew: truncated normal of std sqrt(init_scale / dim)."""
-        truncated_normal_(self.weight, self.weight.shape[1], self.init_scale)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -144,18 +136,11 @@ class ReLURouter(Router):
         """Route; see `Router.forward`."""
         context = context or RoutingContext()
         x = clear_padding(x, context.mask)
-        score = wide_linear(x, self.weight).relu()
-        active = score > 0
-        if context.mask is not None:
-            active = active & context.mask[:, None]
-        if context.mask is None:
-            real = torch.full((), float(x.shape[0]), dtype=score.dtype, device=x.device)
-        else:
-            real = context.mask.sum().to(score.dtype)
-        share = active.sum(0) / real.clamp_min(1)
-        penalty = (score.masked_fill(~active, 0.0).sum(0) / real.clamp_min(1) * share).sum() * (
-            self.num_experts / self.k
-        )
+        score = self.logits(x, context).relu()
+        mask = torch.ones(x.shape[0], dtype=torch.bool, device=x.device) if context.mask is None else context.mask
+        active = (score > 0) & mask[:, None]
+        share = masked_mean(active.to(score.dtype), mask)
+        penalty = (masked_mean(score.masked_fill(~active, 0.0), mask) * share).sum() * (self.num_experts / self.k)
         coefficient = self.coefficient().to(score.dtype)
         token, expert = active.nonzero().unbind(1)  # host read: how many there are
         queued = torch.ones_like(token, dtype=torch.bool)
@@ -167,9 +152,9 @@ class ReLURouter(Router):
             kept=queued,
             losses={"sparsity": coefficient * penalty},
             statistics={
-                "active_experts": active.sum() / real.clamp_min(1),
+                "active_experts": masked_mean(active.sum(1).to(score.dtype), mask),
                 "coefficient": coefficient,
-                "real_tokens": real,
+                "real_tokens": mask.sum().to(score.dtype),
             },
             num_tokens=x.shape[0],
             num_experts=self.num_experts,
@@ -177,7 +162,7 @@ class ReLURouter(Router):
         )
 
 
-def remoe(dim: int, num_experts: int, *, k: float = 1.0, allow_future: bool = False) -> ReLURouter:
+def remoe(dim: int, num_experts: int, *, k: float = 1.0) -> ReLURouter:
     """ReMoE: ReLU routing with an adaptive load-weighted L1 penalty.
 
     Weigh its loss with ``AuxLosses(sparsity=1.0, layers="mean")``.
@@ -186,8 +171,7 @@ def remoe(dim: int, num_experts: int, *, k: float = 1.0, allow_future: bool = Fa
         dim: D.
         num_experts: E.
         k: experts wanted per token on average; 1 in the paper's main comparison.
-        allow_future: accepted for interchange; this router does not look ahead.
 
     Source: arXiv:2412.14711.
     """
-    return ReLURouter(dim, num_experts, k, allow_future=allow_future)
+    return ReLURouter(dim, num_experts, k)

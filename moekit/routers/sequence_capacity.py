@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moekit.functional.assignment import queue_positions
-from moekit.routers.queueing import Served, by_choice
+from moekit.routers.queueing import QueueResult, by_choice
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class SequenceCapacity:
         """None: there is no one number of slots for the whole batch, and rows are packed."""
         return None
 
-    def serve(self, expert: Tensor, wanted: Tensor, sequence: Tensor | None, num_experts: int) -> Served:
-        """Queue every wanted choice.
+    def enqueue(self, expert: Tensor, requested: Tensor, sequence: Tensor | None, num_experts: int) -> QueueResult:
+        """Queue every requested choice.
 
         Args:
             expert: Int64[T, K], experts by choice.
-            wanted: Bool[T, K], False = takes no place.
+            requested: Bool[T, K], False = takes no place.
             sequence: Int64[T], the sequence of each token.
             num_experts: E.
 
@@ -62,11 +62,11 @@ class SequenceCapacity:
                 "Transformers of moekit set it."
             )
         t, k = expert.shape
-        chosen, queued = by_choice(expert), by_choice(wanted)
+        chosen, queued = by_choice(expert), by_choice(requested)
         apart = by_choice(expert + num_experts * sequence[:, None])
         # There are at most as many sequences as tokens; how many, only the device knows.
         kept = queued & (queue_positions(apart, queued, num_experts * t) < self.limit)
         # The kept ones hold the first places of the whole batch's queue: dispatch relies on it.
         order = torch.argsort(~kept, stable=True)
         position = queue_positions(chosen, queued, num_experts, order)
-        return Served(position.view(k, t).t(), kept.view(k, t).t(), None, None)
+        return QueueResult(position.view(k, t).t(), kept.view(k, t).t(), None, None)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moekit.functional.drawing import truncated_normal_
 from moekit.functional.losses import router_z
-from moekit.functional.precision import wide_linear
 from moekit.functional.sinkhorn import sinkhorn
-from moekit.routers.queueing import clear_padding, mask_choices, score_statistics, serve, token_choices
-from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
+from moekit.routers.queueing import clear_padding, routing_of_choices, score_statistics
+from moekit.routers.scorers import ExpertScorer, ScoredRouter
+from moekit.routing import Capacity, Compensation, Routing, RoutingContext
 
 
-class SinkhornRouter(Router):
+class SinkhornRouter(ScoredRouter):
     """The k best experts of a token in the balanced plan of its batch; weight = softmax or sigmoid of the score.
 
-    Training: P = sinkhorn(x W_r), whose columns all sum to T / E; the k largest of row t are its experts. Evaluation:
+    Training: P = sinkhorn(logits), whose columns all sum to T / E; the k largest of row t are its experts. Evaluation:
     the k largest scores, without a plan, so that a token's experts depend on no other token. The plan has no gradient:
     the router learns through the weight alone. No balance loss is needed.
 
@@ -30,19 +28,22 @@ class SinkhornRouter(Router):
         activation: what makes a weight of a score. "softmax" over all experts, or "sigmoid" of each, as BASE layers
             and, for k = 1, Megatron-LM have it.
         capacity: slots per expert; dropless by default. The plan is balanced, its argmax nearly so.
-        iterations: most sweeps of `moekit.functional.sinkhorn`.
-        tol: its tolerance.
-        init_scale: variance scale of the truncated normal init.
-        allow_future: in training the plan weighs a token against later ones, so a causal decoder refuses this router
-            unless told that the leak is wanted.
+        iterations: largest number of sweeps of `moekit.functional.sinkhorn`.
+        tol: relative error of the plan at which the sweeps end.
+        scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
+        init_scale: variance scale of the linear scorer's first weights.
+        allow_future: accept this router in a causal decoder, although in training its plan weighs a token against later
+            ones.
 
     Returns in `Routing.losses`: ``router_z``; in `Routing.statistics`: ``entropy`` and ``logsumexp``.
+
+    Raises:
+        ValueError: if `k` is not in 1..E, `activation` is unknown, `iterations` is less than 1 or `tol`
+            negative.
 
     Source: arXiv:2202.01169 (S-BASE); Megatron-LM's sinkhorn load balancing (plan in
         float32, without gradient, in training only).
     """
-
-    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
 
     looks_ahead = True
 
@@ -52,6 +53,7 @@ class SinkhornRouter(Router):
         num_experts: int,
         k: int = 1,
         *,
+        scorer: ExpertScorer | None = None,
         activation: Literal["softmax", "sigmoid"] = "softmax",
         capacity: Capacity | None = None,
         iterations: int = 100,
@@ -59,7 +61,7 @@ class SinkhornRouter(Router):
         init_scale: float = 0.1,
         allow_future: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, num_experts, scorer, init_scale=init_scale)
         if not 1 <= k <= num_experts:
             raise ValueError(f"k must be between 1 and num_experts: got k={k} and num_experts={num_experts}.")
         if activation not in ("softmax", "sigmoid"):
@@ -68,17 +70,10 @@ class SinkhornRouter(Router):
             raise ValueError(
                 f"SinkhornRouter needs iterations of at least 1 and tol of at least 0: got {iterations} and {tol}."
             )
-        self.dim, self.num_experts, self.k = dim, num_experts, k
+        self.k = k
         self.activation, self.capacity = activation, capacity or Capacity()
         self.iterations, self.tol = iterations, tol
-        self.init_scale = init_scale
         self.allow_future = allow_future
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the scores' weights anew: truncated normal of std sqrt(init_scale / dim)."""
-        truncated_normal_(self.weight, self.weight.shape[1], self.init_scale)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -90,17 +85,22 @@ class SinkhornRouter(Router):
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""
-        mask = None if context is None else context.mask
-        logits = wide_linear(clear_padding(x, mask), self.weight)
+        context = context or RoutingContext()
+        mask = context.mask
+        logits = self.logits(clear_padding(x, mask), context)
         probs = logits.softmax(-1)
         scores = logits.detach()
         if self.training:
             scores = sinkhorn(scores, mask, iterations=self.iterations, tol=self.tol)
         expert = scores.topk(self.k, dim=-1).indices
         weight = (probs if self.activation == "softmax" else logits.sigmoid()).gather(1, expert)
-        wanted = mask_choices(torch.ones_like(expert, dtype=torch.bool), mask)
-        served = serve(
-            expert, wanted, weight, self.num_experts, self.capacity, training=self.training, all_wanted=mask is None
+        return routing_of_choices(
+            expert,
+            weight,
+            self.num_experts,
+            mask=mask,
+            capacity=self.capacity,
+            training=self.training,
+            losses={"router_z": router_z(logits, mask)},
+            statistics=score_statistics(logits, probs, mask),
         )
-        losses = {"router_z": router_z(logits, mask)}
-        return token_choices(expert, weight, served, self.num_experts, losses, score_statistics(logits, probs, mask))

@@ -3,99 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from moekit.routers.choices import LaterChoices
-from moekit.routers.queueing import routing_of_choices
-from moekit.routers.topk import Balance, Renormalise, TopKRouter
+from moekit.routers.queueing import clear_padding, routing_of_choices
+from moekit.routers.scorers import ExpertScorer
+from moekit.routers.topk import TopKRouter
 from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
-class TaskRouter(TopKRouter):
-    """Top-k by learned scores of the task: all tokens of a task share their experts.
+@dataclass(frozen=True)
+class TaskScorer(ExpertScorer):
+    """logits = table[task]: learned scores of the task, the same for all of its tokens. Hidden states are not read.
 
-    logits = table[task]; p = softmax(logits); the k largest are the experts, weight = p. After training the experts of
-    a task are a small dense model that can be cut out and served alone.
-
-    Args:
-        dim: D, for interchange with other routers; the tokens are not looked at.
-        num_experts: E.
-        k: choices per task.
+    Attributes:
         num_tasks: ids in `RoutingContext.task` are 0..num_tasks-1.
-        capacity: slots per expert; dropless by default.
-        renormalise: see `TopKRouter`; the paper's top-2 gate is GShard's, "before_drop".
-        later_choices: how the choices after the first are picked and sent.
-        balance: how the load-balancing loss counts.
-        allow_future: accept priorities that look at later tokens in a causal decoder.
-
-    Returns in `Routing.losses`: ``load_balance`` and ``router_z``; in `Routing.statistics`: ``entropy`` and
-    ``logsumexp``, over real tokens.
 
     Raises:
-        ValueError: in forward, if `RoutingContext.task` is missing, or on a CPU if it holds an id out of range.
+        ValueError: if `num_tasks` is less than 1; in the call, if `RoutingContext.task` is missing, or on a CPU if it
+            holds an id out of range.
 
     Source: arXiv:2110.03742 section 3.2. Differs: the paper scores a learned embedding of the task by a linear gate;
         a table of scores is the same function of the task. It starts as N(0, 1), so that tasks begin apart (ours).
     """
 
+    num_tasks: int
     expert_dims: ClassVar[Mapping[str, int]] = {"scores": 1}
 
-    def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        k: int = 1,
-        *,
-        num_tasks: int,
-        capacity: Capacity | None = None,
-        renormalise: Renormalise = "none",
-        later_choices: LaterChoices | None = None,
-        balance: Balance | None = None,
-        allow_future: bool = False,
-    ) -> None:
-        super().__init__(
-            dim,
-            num_experts,
-            k,
-            capacity=capacity,
-            renormalise=renormalise,
-            later_choices=later_choices,
-            balance=balance,
-            allow_future=allow_future,
-        )
-        _check_tasks(num_tasks)
-        self.num_tasks = num_tasks
-        del self.weight  # tokens are not scored, tasks are
-        self.scores = nn.Parameter(torch.empty(num_tasks, num_experts))
-        self.reset_parameters()
+    def __post_init__(self) -> None:
+        _check_tasks(self.num_tasks)
 
-    def reset_parameters(self) -> None:
-        """Draw the scores anew from N(0, 1)."""
-        nn.init.normal_(self.scores)
+    def shapes(self, dim: int, num_experts: int) -> dict[str, tuple[int, ...]]:  # noqa: D102
+        return {"scores": (self.num_tasks, num_experts)}
 
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
-        return f"{super().extra_repr()}, num_tasks={self.num_tasks}"
+    def draw_(self, parameters: Mapping[str, Tensor]) -> None:  # noqa: D102
+        nn.init.normal_(parameters["scores"])
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Float32[T, E]: `x` as it is, for `forward` has put the scores of the tokens' tasks there."""
-        return x
+    def __call__(self, x: Tensor, context: RoutingContext, parameters: Mapping[str, Tensor]) -> Tensor:  # noqa: D102
+        scores = parameters["scores"]
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return clear_padding(wide[_tasks(self, context, self.num_tasks)], context.mask)
 
-    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Route; see `Router.forward`."""
-        context = context or RoutingContext()
-        wide = torch.promote_types(self.scores.dtype, torch.float32)
-        return super().forward(self.scores.to(wide)[_tasks(self, context, self.num_tasks)], context)
+
+class TaskRouter(TopKRouter):
+    """`TopKRouter` with a `TaskScorer`: all tokens of a task share their experts.
+
+    After training the experts of a task are a small dense model that can be cut out and served alone.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        k: choices per task.
+        num_tasks: number of tasks; ids in `RoutingContext.task` are 0..num_tasks-1.
+        **options: the other arguments of `TopKRouter`. The paper's top-2 gate is GShard's,
+            ``renormalise="before_drop"``.
+
+    Raises:
+        ValueError: see `TaskScorer` and `TopKRouter`.
+
+    Source: arXiv:2110.03742 section 3.2.
+    """
+
+    def __init__(self, dim: int, num_experts: int, k: int = 1, *, num_tasks: int, **options: Any) -> None:
+        super().__init__(dim, num_experts, k, scorer=TaskScorer(num_tasks), **options)
 
 
 class TaskTableRouter(Router):
     """A fixed table from task to expert; weight 1, nothing learned: an expert per language, or per family.
 
     Args:
-        dim: D, for interchange with other routers; the tokens are not looked at.
         num_experts: E.
         table: the expert of each task; ids in `RoutingContext.task` are 0..len(table)-1. Held as a buffer, so a
             checkpoint carries it.
@@ -111,12 +90,12 @@ class TaskTableRouter(Router):
 
     expert_dims: ClassVar[Mapping[str, int]] = {}
     expert_ids = ("table",)
+    dim = None
 
     table: Tensor
 
     def __init__(
         self,
-        dim: int,
         num_experts: int,
         table: Sequence[int],
         *,
@@ -128,7 +107,7 @@ class TaskTableRouter(Router):
         wrong = [expert for expert in table if not 0 <= expert < num_experts]
         if wrong:
             raise ValueError(f"table must name experts in 0..{num_experts - 1}: got {wrong[0]}.")
-        self.dim, self.num_experts, self.num_tasks = dim, num_experts, len(table)
+        self.num_experts, self.num_tasks = num_experts, len(table)
         self.capacity = capacity or Capacity()
         self.looks_ahead = self.capacity.looks_ahead
         self.allow_future = allow_future
@@ -165,9 +144,9 @@ def _check_tasks(num_tasks: int) -> None:
         raise ValueError(f"a task router needs at least one task: got {num_tasks}.")
 
 
-def _tasks(router: Router, context: RoutingContext, num_tasks: int) -> Tensor:
+def _tasks(chooser: ExpertScorer | Router, context: RoutingContext, num_tasks: int) -> Tensor:
     """Int64[T]: task ids, 0 where there is padding, which may hold anything."""
-    name = type(router).__name__
+    name = type(chooser).__name__
     if context.task is None:
         raise ValueError(
             f"{name} chooses by task, and RoutingContext.task is None. Pass one id per token (task or language), for "

@@ -1,26 +1,25 @@
-"""Top-k token choice: every token picks its k best experts by a softmax over a linear score."""
+"""Top-k token choice: every token picks its k best experts by a softmax over its scores."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moekit.functional.drawing import truncated_normal_
 from moekit.functional.losses import BalanceScope, load_balance, router_z
-from moekit.functional.precision import wide_linear
-from moekit.routers.choices import AllChoices, LaterChoices, ThresholdChoice
 from moekit.routers.exploration import Exploration
 from moekit.routers.gating_residual import GatingResidual
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.overflow import NoTokenLeftBehind
-from moekit.routers.queueing import clear_padding, local_groups, mask_choices, score_statistics, serve, token_choices
+from moekit.routers.queueing import clear_padding, enqueue, local_groups, mask_choices, score_statistics, token_choices
+from moekit.routers.scorers import ExpertScorer, ScoredRouter
+from moekit.routers.second_expert import AllChoices, SecondExpertPolicy, ThresholdChoice
 from moekit.routers.sequence_capacity import SequenceCapacity
-from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
+from moekit.routing import Capacity, Compensation, Routing, RoutingContext
 
 Renormalise = Literal["none", "before_drop", "after_drop"]
 
@@ -32,10 +31,14 @@ class Balance:
     Attributes:
         count: "first" counts first choices only (GShard, Mesh-TensorFlow, fairseq), "all" counts all k.
         when: "before_drop" counts what asked for a place in a queue, "after_drop" what was computed.
-        scope: see `moekit.functional.load_balance`. "group" counts each local group (`Capacity.group_size`) apart and
-            takes the mean of the groups' losses, as Algorithm 1 does. "global" counts over all processes and over the
-            micro-batches of the optimizer step so far (a Trainer, or `moekit.listen`, feeds `Router.observe`). In
-            evaluation it is "batch", so that processes may evaluate different numbers of batches.
+        scope: over which tokens the loss counts, as in `moekit.functional.load_balance`. "group" counts each local
+            group (`Capacity.group_size`) apart and takes the mean of the groups' losses, as Algorithm 1 does. "global"
+            counts over all processes and over the micro-batches of the optimizer step so far (a Trainer, or
+            `moekit.listen`, feeds `Router.observe`). In evaluation it is "batch", so that processes may evaluate
+            different numbers of batches.
+
+    Raises:
+        ValueError: if a field has none of the values above.
 
     Source: arXiv:2006.16668 Algorithm 1 (first choices, before drops); arXiv:2501.11873 (scope "global").
     """
@@ -101,39 +104,43 @@ class Balance:
         )
 
 
-class TopKRouter(Router):
-    """Softmax over a linear score, k best experts, weight = probability.
+class TopKRouter(ScoredRouter):
+    """Softmax over the scores, k best experts, weight = probability.
 
-    logits = x W_r; p = softmax(logits) over ALL experts; the k largest are the choices (so k = 1 keeps a gradient to
-    the router); arithmetic in float32 ("selective precision").
+    p = softmax(logits) over ALL experts; the k largest are the choices (so k = 1 keeps a gradient to the router);
+    arithmetic in float32 ("selective precision").
 
     Args:
         dim: D.
         num_experts: E.
         k: choices per token.
+        scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
         capacity: slots per expert and who is served first; dropless by default. `SequenceCapacity` counts each sequence
             apart.
         renormalise: whether the k weights of a token are scaled to sum to 1: "none", "before_drop" (a dropped choice
             takes its weight along: GShard, ST-MoE) or "after_drop" (the surviving choices share it: fairseq,
             DeepSpeed).
-        later_choices: how the choices after the first are picked and which are sent; None = `AllChoices`.
+        second_expert: how the choices after the first are picked and which are sent; None = `AllChoices`.
         exploration: noise in training (`InputJitter`, ...); None = argmax.
         overflow: what becomes of choices that find no room: None = dropped, or `NoTokenLeftBehind`.
         balance: how the load-balancing loss counts.
         residual: adds the scores of the sparse layer before, and hands these scores on; None = layers know nothing of
             each other.
-        init_scale: variance scale of the truncated normal init (arXiv:2101.03961 table 3).
+        init_scale: variance scale of the linear scorer's first weights.
         allow_future: accept priorities that look at later tokens in a causal decoder.
 
     Returns in `Routing.losses`: ``load_balance`` and ``router_z``; in `Routing.statistics`: ``entropy`` (nats, mean
     over real tokens) and ``logsumexp``. Assignments are listed choice-major: all first choices, then all second.
 
+    Raises:
+        ValueError: if `k` is not in 1..E; if `renormalise` is unknown, or meets k = 1; if `overflow` meets a capacity
+            by sequence or by local groups, or a balance loss that would count its first tries over a whole step; if
+            `residual` is of another number of experts; if `init_scale` is given beside a scorer.
+
     Source: arXiv:2101.03961 section 2.1 and 2.4; arXiv:2006.16668 Algorithm 1; arXiv:2202.08906 section 3.
     Differs: later choices take their place after all first choices, kept or not (Algorithm 1 counts
         overflow too). In evaluation nothing is random and, by default, nothing is dropped.
     """
-
-    expert_dims: ClassVar[Mapping[str, int] | None] = {"weight": 0}
 
     def __init__(
         self,
@@ -141,9 +148,10 @@ class TopKRouter(Router):
         num_experts: int,
         k: int = 1,
         *,
+        scorer: ExpertScorer | None = None,
         capacity: Capacity | SequenceCapacity | None = None,
         renormalise: Renormalise = "none",
-        later_choices: LaterChoices | None = None,
+        second_expert: SecondExpertPolicy | None = None,
         exploration: Exploration | None = None,
         overflow: NoTokenLeftBehind | None = None,
         balance: Balance | None = None,
@@ -151,7 +159,7 @@ class TopKRouter(Router):
         init_scale: float = 0.1,
         allow_future: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, num_experts, scorer, init_scale=init_scale)
         if not 1 <= k <= num_experts:
             raise ValueError(
                 f"k must be between 1 and num_experts: got k={k} and num_experts={num_experts}. A token cannot "
@@ -181,9 +189,9 @@ class TopKRouter(Router):
                 "overflow it cannot count first tries: got when='before_drop'. Use "
                 'Balance(scope="global", when="after_drop").'
             )
-        self.dim, self.num_experts, self.k = dim, num_experts, k
+        self.k = k
         self.capacity: Capacity | SequenceCapacity = capacity or Capacity()
-        self.renormalise, self.later_choices = renormalise, later_choices or AllChoices()
+        self.renormalise, self.second_expert = renormalise, second_expert or AllChoices()
         self.exploration, self.overflow = exploration, overflow
         self.balance = balance
         if residual is not None and residual.num_experts != num_experts:
@@ -191,24 +199,21 @@ class TopKRouter(Router):
                 f"residual must give as many scores as there are experts: got {residual.num_experts} for {num_experts}."
             )
         self.residual = residual
-        if residual is not None:
-            self.expert_dims = None  # type: ignore[misc]  # its map has two dimensions that count experts
-        self.init_scale = init_scale
         self.allow_future = allow_future
         limited = isinstance(self.capacity, Capacity) and (self.capacity.train, self.capacity.eval) != (None, None)
         self.looks_ahead = self.capacity.looks_ahead or (overflow is not None and limited)
         self.observes = self.balance.scope == "global"
         self._window = LoadWindow(num_experts)
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        TopKRouter.reset_parameters(self)  # a subclass draws its own parameters once it has them
-
-    def reset_parameters(self) -> None:
-        """Draw the scores' weights anew: truncated normal of std sqrt(init_scale / dim)."""
-        truncated_normal_(self.weight, self.weight.shape[1], self.init_scale)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        return f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, capacity={self.capacity}"
+        of = f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}"
+        return f"{of}, scorer={self.scorer}, capacity={self.capacity}"
+
+    @property
+    def expert_dims(self) -> Mapping[str, int] | None:  # type: ignore[override]
+        """The scorer's; None beside a residual, whose map has two dimensions that count experts."""
+        return None if self.residual is not None else super().expert_dims
 
     def observe(self, routing: Routing) -> None:
         """Count load for the balance loss of the micro-batches that follow in this step; see `Router.observe`."""
@@ -226,13 +231,9 @@ class TopKRouter(Router):
 
     def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
         """See `Router.compensation`: all copies together have one's weight."""
-        if isinstance(self.later_choices, ThresholdChoice):
+        if isinstance(self.second_expert, ThresholdChoice):
             return Compensation(obstacle="ThresholdChoice compares weights that copies share")
         return Compensation.of_best(self.k, copies, divided=True)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Float32[T, E] scores of ``x`` Float[T, D], which training may have perturbed."""
-        return wide_linear(x, self.weight)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route; see `Router.forward`."""
@@ -241,47 +242,49 @@ class TopKRouter(Router):
         exploration = self.exploration if self.training else None
         if exploration is not None:
             x = exploration.perturb(x.to(torch.promote_types(x.dtype, torch.float32)))
-        logits = self.logits(x)
+        logits = self.logits(x, context)
         if self.residual is not None:
             logits = logits + self.residual(context)
         probs = logits.softmax(-1)
         likely = probs.detach()
         ranked = likely if exploration is None else exploration.rank(likely)
-        expert = self.later_choices.pick(ranked, likely, self.k, training=self.training)
+        expert = self.second_expert.pick(ranked, likely, self.k, training=self.training)
 
-        sent = torch.ones_like(expert, dtype=torch.bool)
+        selected = torch.ones_like(expert, dtype=torch.bool)
         if self.k > 1:
             weight = self._weights(probs, expert)
-            sent = torch.cat([sent[:, :1], self.later_choices.send(weight[:, 1:], training=self.training)], dim=1)
-        wanted = mask_choices(sent, context.mask)
-        chosen = probs.gather(1, expert)
+            sent = self.second_expert.send(weight[:, 1:], training=self.training)
+            selected = torch.cat([selected[:, :1], sent], dim=1)
+        requested = mask_choices(selected, context.mask)
         if isinstance(self.capacity, SequenceCapacity):
-            served = self.capacity.serve(expert, wanted, context.sequence, self.num_experts)
+            queue = self.capacity.enqueue(expert, requested, context.sequence, self.num_experts)
         else:
-            all_wanted = context.mask is None and (self.k == 1 or self.later_choices.sends_all(training=self.training))
-            served = serve(
+            all_requested = context.mask is None and (
+                self.k == 1 or self.second_expert.sends_all(training=self.training)
+            )
+            queue = enqueue(
                 expert,
-                wanted,
-                chosen,
+                requested,
+                probs.gather(1, expert),
                 self.num_experts,
                 self.capacity,
                 training=self.training,
-                all_wanted=all_wanted,
+                all_requested=all_requested,
             )
         tried = expert
         if self.overflow is not None:
-            expert, served = self.overflow(expert, wanted, likely, served)
+            expert, queue = self.overflow(expert, requested, likely, queue)
 
         weight = self._weights(probs, expert)
         if self.renormalise == "after_drop":
-            surviving = weight * served.kept
+            surviving = weight * queue.kept
             weight = surviving / surviving.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         if self.balance.when == "after_drop":
-            losses = self._losses(logits, probs, expert, served.kept, context)
+            losses = self._losses(logits, probs, expert, queue.kept, context)
         else:
-            losses = self._losses(logits, probs, tried, wanted, context)
+            losses = self._losses(logits, probs, tried, requested, context)
         statistics = score_statistics(logits, probs, context.mask)
-        routing = token_choices(expert, weight, served, self.num_experts, losses, statistics)
+        routing = token_choices(expert, weight, queue, self.num_experts, losses, statistics)
         return routing if self.residual is None else dataclasses.replace(routing, logits=logits)
 
     def _weights(self, probs: Tensor, expert: Tensor) -> Tensor:

@@ -19,13 +19,15 @@ class UniformRouter(Router):
     measures the layer and not the luck of its router.
 
     Args:
-        dim: D, for interchange with other routers; the tokens are not looked at.
         num_experts: E.
         k: experts per token, all different.
         order: "round_robin" deals in token order, always. "random" shuffles the deal in training, from torch's
             generator; evaluation deals in token order.
         capacity: slots per expert; dropless by default. At a factor of 1 nothing is dropped.
-        allow_future: accepted for interchange; who is dealt which expert depends on no content.
+        allow_future: accept priorities that look at later tokens in a causal decoder.
+
+    Raises:
+        ValueError: if `k` is not in 1..E, or `order` is unknown.
 
     Source: ours.
     """
@@ -33,10 +35,10 @@ class UniformRouter(Router):
     expert_dims: ClassVar[Mapping[str, int]] = {}
 
     by_position = True
+    dim = None
 
     def __init__(
         self,
-        dim: int,
         num_experts: int,
         k: int = 1,
         *,
@@ -49,7 +51,7 @@ class UniformRouter(Router):
             raise ValueError(f"k must be between 1 and num_experts: got k={k} and num_experts={num_experts}.")
         if order not in ("round_robin", "random"):
             raise ValueError(f'order must be "round_robin" or "random": got {order!r}.')
-        self.dim, self.num_experts, self.k = dim, num_experts, k
+        self.num_experts, self.k = num_experts, k
         self.order, self.capacity = order, capacity or Capacity()
         self.looks_ahead = self.capacity.looks_ahead
         self.allow_future = allow_future

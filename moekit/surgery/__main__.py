@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
+from moekit.cli.exchange import COMMANDS as EXCHANGE
+from moekit.cli.surgery import COMMANDS as OF_RUNS
 from moekit.errors import UserError
-from moekit.recipes._surgery.commands import COMMANDS as OF_RUNS
-from moekit.recipes._surgery.exchange import COMMANDS as EXCHANGE
 from moekit.surgery.command import Command
 
 COMMANDS: Mapping[str, Command] = {**OF_RUNS, **EXCHANGE}

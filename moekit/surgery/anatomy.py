@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from moekit.errors import UserError
+from moekit.experts.base import is_expert_bank
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     one of yours. Of its bank `axes` tells which dimension counts experts, of its router `expert_dims` and `expert_ids`
     (see `moekit.routing.Router`). The model may be on the meta device.
     """
-    found = {}
+    found = {}  # a bank that wraps another bank is no layer
     for path, module in model.named_modules(remove_duplicate=False):
         bank = getattr(module, "experts", None)
-        if isinstance(bank, nn.Module) and getattr(bank, "is_expert_bank", False) and not _is_bank(module):
+        if isinstance(bank, nn.Module) and is_expert_bank(bank) and not is_expert_bank(module):
             found[path] = _layer(path, module, bank)
     return found
 
@@ -73,11 +74,6 @@ def require_operable(layers: Mapping[str, SparseLayer], what: str) -> None:
     for layer in layers.values():
         if layer.obstacle is not None:
             raise UserError(f"{what}: the experts of {layer.path} cannot be taken apart: {layer.obstacle}.")
-
-
-def _is_bank(module: nn.Module) -> bool:
-    """A bank that wraps another bank is no layer."""
-    return bool(getattr(module, "is_expert_bank", False))
 
 
 def _layer(path: str, module: nn.Module, bank: nn.Module) -> SparseLayer:

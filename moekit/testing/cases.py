@@ -34,12 +34,18 @@ def skewed_tokens(num_tokens: int, dim: int, *, dtype: torch.dtype = torch.float
 
 
 def some_context(router: nn.Module, num_tokens: int, *, mask: Tensor | None = None, seed: int = 0) -> RoutingContext:
-    """A context with every field filled: ids below ``router.vocab_size`` (else 16) and ``router.num_tasks`` (else 2).
+    """A context with every field filled: ids below ``vocab_size`` (else 16) and ``num_tasks`` (else 2).
+
+    Both numbers are attributes of the router or of its scorer.
 
     The tokens are `NUM_SEQUENCES` sequences one after the other.
     """
     generator = torch.Generator().manual_seed(seed)
-    vocabulary, tasks = int(getattr(router, "vocab_size", 16)), int(getattr(router, "num_tasks", 2))
+    scorer = getattr(router, "scorer", None)
+    vocabulary, tasks = (
+        int(getattr(router, name, getattr(scorer, name, other)))
+        for name, other in (("vocab_size", 16), ("num_tasks", 2))
+    )
     token_ids = torch.randint(0, vocabulary, (num_tokens,), generator=generator)
     length = max(-(-num_tokens // NUM_SEQUENCES), 1)
     place = torch.arange(num_tokens)

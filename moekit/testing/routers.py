@@ -26,9 +26,11 @@ T = 48
 
 
 def _dim(router: Router) -> int:
-    dim = getattr(router, "dim", None)
-    rule(isinstance(dim, int), f"{type(router).__name__} must say how wide its input is: set `self.dim`.")
-    return int(dim)  # type: ignore[arg-type]
+    """D; a router with ``dim = None`` reads no hidden states, and any width will do."""
+    dim = getattr(router, "dim", 0)
+    name = type(router).__name__
+    rule(dim is None or dim, f"{name} must say how wide its input is: set `self.dim`, or None if it reads none.")
+    return dim or 8
 
 
 def _layer(factory: Factory, *, dtype: torch.dtype = torch.float32, training: bool = True) -> MoELayer:

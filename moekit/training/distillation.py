@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.data.batch import Batch
-from moekit.heads.base import Head, HeadOutput, Scores, TokenHead
+from moekit.tasks.head import Head, HeadOutput, Scores, TokenHead
 from moekit.training.multitask import MultitaskModule
 
 

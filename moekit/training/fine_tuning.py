@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moekit.errors import nearest
+from moekit.experts import is_expert_bank
 from moekit.routing import Capacity, Router
 from moekit.surgery.adapters import is_adapter
 from moekit.surgery.anatomy import sparse_layers
@@ -233,8 +234,8 @@ def _beside(value: Tensor, parameter: Tensor, key: str) -> Tensor:
 
 
 def _banks(model: nn.Module) -> list[nn.Module]:
-    banks = [module for module in model.modules() if getattr(module, "is_expert_bank", False)]
-    inner = [bank for bank in banks if not any(getattr(c, "is_expert_bank", False) for c in bank.children())]
+    banks = [module for module in model.modules() if is_expert_bank(module)]
+    inner = [bank for bank in banks if not any(is_expert_bank(c) for c in bank.children())]
     if not inner:
         raise ValueError("the model must have experts: it is dense.")
     return inner

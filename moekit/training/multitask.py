@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
@@ -14,15 +14,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
 
 from moekit.data.batch import Batch
-from moekit.heads.base import Head, HeadOutput
 from moekit.layer import AuxLosses
 from moekit.parallel.gradients import global_weights
-from moekit.training.metrics import RoutingStatistics, TokenPerplexity, TranslationScore
+from moekit.tasks.head import Head, HeadOutput
+from moekit.tasks.score import AnswerScore
+from moekit.training.metrics import RoutingStatistics, TokenPerplexity
 from moekit.training.schedules import per_step
+from moekit.transformer import routed_layers
 
 
 class Translate(Protocol):
-    """Turns a batch of the translation task into sentences; `moekit.inference.Translator` does."""
+    """Turns a batch into written answers; `moekit.inference.Translator` does."""
 
     def batch(self, batch: Batch) -> list[str]:
         """One hypothesis for every row of ``batch.source``."""
@@ -34,7 +36,7 @@ class Translate(Protocol):
 
 
 class Write(Protocol):
-    """Writes samples for tasks that do not translate; `moekit.inference.completer.Completer` does."""
+    """Writes samples for tasks whose answers are not scored; `moekit.inference.completer.Completer` does."""
 
     def samples(self, batch: Batch, rows: int) -> list[tuple[str, str, str]]:
         """What was given, what is right and what the model writes, for the first `rows` rows."""
@@ -54,7 +56,7 @@ class MultitaskModule(L.LightningModule):
         weights: of the tasks by name; 1.0 where not named.
         aux: weighs the routers' losses; None where the model is dense.
         languages: names by language id, for load by language.
-        directions: translation directions to score in the test, for example ``["en-de"]``.
+        directions: directions whose written answers are scored in the test, for example ``["en-de"]``.
         optimizer: makes the optimizer from this module; default AdamW with a learning rate of 1e-3.
         schedule: makes the learning rate schedule; it moves per optimizer step.
         log_routing_every: steps between updates of the routing statistics in training.
@@ -65,12 +67,12 @@ class MultitaskModule(L.LightningModule):
     Logs ``train/loss`` (the objective), ``train/<task>/loss`` (nats per prediction, without smoothing, weights and
     routers' losses), ``train/<task>/accuracy``, ``train/aux/<name>``, ``train/routing/<name>`` and ``lr``; in
     validation ``valid/<task>/loss``, ``valid/<task>/accuracy``, ``valid/<task>/perplexity`` and
-    ``valid/routing/<name>``; in the test ``test/bleu/<direction>``, ``test/chrf/<direction>`` and their averages, and
-    of tasks that do not translate ``test/<task>/loss``, ``test/<task>/accuracy``, ``test/<task>/perplexity`` and
-    ``test/<task>/perplexity/<language>``.
+    ``valid/routing/<name>``; in the test, of heads with scores, ``test/<score>/<direction>`` and
+    ``test/<score>/average``, such as ``test/bleu/en-de``, and of others ``test/<task>/loss``,
+    ``test/<task>/accuracy``, ``test/<task>/perplexity`` and ``test/<task>/perplexity/<language>``.
 
     Raises:
-        ValueError: two heads of one task, or a weight for a task that has no head.
+        ValueError: two heads of one task or with the same score, or a weight for a task that has no head.
 
     Source: arXiv:2109.10465 (sum of the losses of translation, denoising, masked LM and ELECTRA).
     """
@@ -116,12 +118,16 @@ class MultitaskModule(L.LightningModule):
 
         self.valid_perplexity = TokenPerplexity(tasks)
         self.valid_accuracy = MetricCollection({task: _mean() for task in tasks}, compute_groups=False)
-        layers = sparse_layers(backbone)
-        fixed = [name for name in layers if not _learns(feed_forward_of(backbone, name))]
+        sparse: dict[str, Any] = routed_layers(backbone)
+        layers = {name: int(layer.num_experts) for name, layer in sparse.items()}
+        fixed = [name for name, layer in sparse.items() if not _learns(layer)]
         self.train_routing = RoutingStatistics(layers, self.languages, fixed) if layers else None
         self.valid_routing = RoutingStatistics(layers, self.languages, fixed) if layers else None
-        self.test_score = TranslationScore(directions) if directions else None
-        texts = [task for task in tasks if task != "translation"]
+        scored = [head for head in heads if head.scores]
+        if len({name for head in scored for name in head.scores}) < sum(len(head.scores) for head in scored):
+            raise ValueError(f"heads must have different scores: got {[list(head.scores) for head in scored]}.")
+        self.test_scores = nn.ModuleDict({head.task: head.make_score(directions) for head in scored if directions})
+        texts = [head.task for head in heads if not head.scores]
         streams = [*texts, *(f"{task}/{language}" for task in texts for language in self.languages)]
         self.test_perplexity = TokenPerplexity(streams) if streams else None
         self.test_accuracy = MetricCollection({task: _mean() for task in texts}, compute_groups=False)
@@ -215,23 +221,25 @@ class MultitaskModule(L.LightningModule):
         self.valid_accuracy.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Translate one batch of one direction and score it, or measure one batch of another task.
+        """Write the answers to one batch of one direction and score them, or measure one batch of another task.
 
         Raises:
-            ValueError: if there is something to translate and `translate` or the directions were not set.
+            ValueError: if there is something to write and `translate` or the directions were not set.
         """
-        if batch.task == "translation":
+        head: Any = self.heads[batch.task]
+        if head.scores:
             self._score(batch)
         else:
             self._measure(batch)
 
     def _score(self, batch: Batch) -> None:
-        if self.translate is None or self.test_score is None:
+        score: Any = dict(self.test_scores.items()).get(batch.task)
+        if self.translate is None or score is None:
             raise ValueError(
-                "the test translates, so MultitaskModule needs `directions` and `translate`: set "
+                "the test scores what is written, so MultitaskModule needs `directions` and `translate`: set "
                 "module.translate = moekit.inference.Translator(backbone, tokenizer)."
             )
-        assert batch.target is not None, "translation batches have a target"
+        assert batch.target is not None, "batches of pairs have a target"
         assert batch.direction is not None, "test batches hold one direction each"
         hypotheses = self.translate.batch(batch)
         if self.originals is not None and batch.index is not None:
@@ -239,13 +247,13 @@ class MultitaskModule(L.LightningModule):
             sources, references = self.originals(batch.direction, numbers)
         else:
             sources, references = self.translate.text(batch.source), self.translate.text(batch.target)
-        self.test_score.update(batch.direction, hypotheses, references)
+        score.update(batch.direction, hypotheses, references)
         rows = list(zip(sources, references, hypotheses, strict=True))[: self._samples_wanted(batch)]
         self._keep(batch, rows)
 
     def _measure(self, batch: Batch) -> None:
         out = self(batch)
-        assert self.test_perplexity is not None, "made where a task does not translate"
+        assert self.test_perplexity is not None, "made where the answers of a task are not scored"
         self.test_perplexity.update(batch.task, out.nll, out.num_predictions)
         if batch.direction in self.languages:
             self.test_perplexity.update(f"{batch.task}/{batch.direction}", out.nll, out.num_predictions)
@@ -271,11 +279,11 @@ class MultitaskModule(L.LightningModule):
             )
 
     def on_test_epoch_end(self) -> None:
-        """Log BLEU and chrF by direction and on average, and the perplexity of other tasks by language."""
-        if self.test_score is not None:
-            self.scores = self.test_score.compute()
-            self.log_dict({f"test/{name}": value for name, value in self.test_score.log_values().items()})
-            self.test_score.reset()
+        """Log scores by direction and on average, and the perplexity of other tasks by language."""
+        for metric in cast(Iterable[AnswerScore], self.test_scores.values()):
+            self.scores = {**(self.scores or {}), **metric.compute()}
+            self.log_dict({f"test/{name}": value for name, value in metric.log_values().items()})
+            metric.reset()
         if self.test_perplexity is not None and self.test_perplexity.update_called:
             found = self.test_perplexity.compute()
             for task in self.test_accuracy:
@@ -313,17 +321,6 @@ class MultitaskModule(L.LightningModule):
 def _mean() -> MeanMetric:
     """A mean of numbers that are never NaN: looking for one would wait for the device at every update."""
     return MeanMetric(nan_strategy="disable")
-
-
-def sparse_layers(backbone: Any) -> dict[str, int]:
-    """Number of experts of every sparse layer of a transformer, by its name in `routed_layers`."""
-    return {name: int(feed_forward_of(backbone, name).num_experts) for name in backbone.routed_layers}
-
-
-def feed_forward_of(backbone: Any, name: str) -> Any:
-    """The sparse layer with that name in `routed_layers`."""
-    side, number = name.split(".")
-    return getattr(backbone, side).blocks[int(number)].feed_forward
 
 
 def _learns(layer: nn.Module) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from moekit.experts import Experts
 from moekit.training.adafactor import Adafactor
 
 
@@ -21,8 +22,8 @@ def parameter_groups(
     layers, nor scalars. Embeddings decay. In an expert bank the first dimension counts experts, so that there a
     bias ``[E, F]`` is a vector, and does not decay either. Anything whose name ends in "bias" is a bias.
 
-    A parameter belongs to an expert if a module that holds it has ``is_expert_bank = True``, or if the parameter
-    bears ``moekit_axes`` with "expert" in it. Routers and shared experts are not expert banks.
+    A parameter belongs to an expert if a module that holds it is a `moekit.experts.Experts`, or names a dimension
+    ``expert`` of it in its `axes`. Routers and shared experts do neither.
 
     Args:
         model: parameters that do not require a gradient are left out; tied ones are taken once.
@@ -102,19 +103,18 @@ def scale_expert_gradients(
 
 def _with_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | None]]:
     """Every parameter by name, with the number of experts of the bank that it belongs to, or None."""
-    banks = {
-        (name + "." if name else ""): module
-        for name, module in model.named_modules()
-        if getattr(module, "is_expert_bank", False)
-    }
+    experts: dict[str, int] = {}  # the outermost bank comes first; one may wrap another
+    for path, module in model.named_modules():
+        axes = getattr(module, "axes", None)
+        if not isinstance(axes, Mapping):
+            continue
+        for name, parameter in module.named_parameters():
+            if isinstance(module, Experts):
+                experts.setdefault(f"{path}.{name}".lstrip("."), module.num_experts)
+            elif "expert" in (dims := axes.get(name, ())):
+                experts.setdefault(f"{path}.{name}".lstrip("."), parameter.shape[dims.index("expert")])
     for name, parameter in model.named_parameters():
-        axes = tuple(getattr(parameter, "moekit_axes", None) or ())
-        # The outermost bank comes first; one may wrap another.
-        bank = next((module for prefix, module in banks.items() if name.startswith(prefix)), None)
-        if bank is not None:
-            yield name, parameter, int(getattr(bank, "num_experts", parameter.shape[0]))
-        else:
-            yield name, parameter, parameter.shape[axes.index("expert")] if "expert" in axes else None
+        yield name, parameter, experts.get(name)
 
 
 def adamw(

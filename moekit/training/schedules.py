@@ -56,8 +56,8 @@ class WarmupSchedule(LRScheduler, ABC):
         return {"last_epoch": self.last_epoch, "_step_count": self._step_count, "_last_lr": self._last_lr}
 
 
-class Constant(WarmupSchedule):
-    """Warm-up, then the peak for ever."""
+class ConstantRate(WarmupSchedule):
+    """Warm-up, then the peak rate throughout."""
 
     def __init__(self, optimizer: Optimizer, warmup: int = 0) -> None:
         super().__init__(optimizer, warmup)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from moekit.parallel.annotation import sparse_layers
+from moekit.layer import moe_layers
 from moekit.parallel.lockstep import Lockstep, Place
 from moekit.parallel.mesh import EXPERT, SHARD, TENSOR, forget_groups
 from moekit.parallel.sharding import ShardedModel
@@ -61,7 +61,7 @@ class SteppingStrategy(ModelParallelStrategy):
         names = {module: path for path, module in model.named_modules()}
         watched: dict[Any, str] = {}
         if meshes.layout.expert_parallel_size > 1:
-            watched |= {layer: path for path, layer in sparse_layers(model) if path}
+            watched |= {layer: path for path, layer in moe_layers(model) if path}
         watched |= {unit: names[unit] for unit in self.sharded.units if names.get(unit)}
         each = self.lockstep == "module"
         lockstep = Lockstep((*_POINTS, *watched.values()), _STAGES, meshes.timeout, each)

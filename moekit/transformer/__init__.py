@@ -27,6 +27,7 @@ from moekit.transformer.positions import (
     SinusoidalPositions,
     SplitSinusoidalPositions,
 )
+from moekit.transformer.routed_layers import routed_layers
 from moekit.transformer.stack import Stack, build_stack
 
 __all__ = [
@@ -64,4 +65,5 @@ __all__ = [
     "materialize",
     "materialize_modules",
     "pyramid",
+    "routed_layers",
 ]

@@ -11,6 +11,7 @@ from moekit.transformer.cache import DecoderCache
 from moekit.transformer.embedding import EmbeddingScale, TokenEmbedding
 from moekit.transformer.init import init_weights
 from moekit.transformer.output import DecoderOutput
+from moekit.transformer.routed_layers import routed_layers
 from moekit.transformer.stack import StackOptions, build_stack
 
 
@@ -58,7 +59,7 @@ class DecoderOnly(Component):
     @property
     def routed_layers(self) -> tuple[str, ...]:
         """Names of the sparse layers, ``decoder.1`` and so on, in the order of the routings of `decode`."""
-        return tuple(f"decoder.{number}" for number in self.decoder.routed_layers)
+        return tuple(routed_layers(self))
 
     def new_cache(self) -> DecoderCache:
         """An empty cache for `decode`."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Unpack
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moekit.component import Component
 from moekit.transformer.cache import DecoderCache
 from moekit.transformer.embedding import EmbeddingScale, TokenEmbedding
 from moekit.transformer.init import init_weights
 from moekit.transformer.output import DecoderOutput, StackOutput
+from moekit.transformer.routed_layers import routed_layers
 from moekit.transformer.stack import StackOptions, build_stack
 
 
@@ -72,8 +73,7 @@ class EncoderDecoder(Component):
     @property
     def routed_layers(self) -> tuple[str, ...]:
         """Names of the sparse layers, ``encoder.1`` and so on: those of `encode`, then those of `decode`."""
-        sides: tuple[tuple[str, nn.Module], ...] = (("encoder", self.encoder), ("decoder", self.decoder))
-        return tuple(f"{side}.{number}" for side, stack in sides for number in stack.routed_layers)  # type: ignore[union-attr]
+        return tuple(routed_layers(self))
 
     def new_cache(self) -> DecoderCache:
         """An empty cache for `decode`."""

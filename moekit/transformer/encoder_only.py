@@ -10,6 +10,7 @@ from moekit.component import Component
 from moekit.transformer.embedding import EmbeddingScale, TokenEmbedding
 from moekit.transformer.init import init_weights
 from moekit.transformer.output import StackOutput
+from moekit.transformer.routed_layers import routed_layers
 from moekit.transformer.stack import StackOptions, build_stack
 
 
@@ -57,7 +58,7 @@ class EncoderOnly(Component):
     @property
     def routed_layers(self) -> tuple[str, ...]:
         """Names of the sparse layers, ``encoder.1`` and so on, in the order of the routings of `encode`."""
-        return tuple(f"encoder.{number}" for number in self.encoder.routed_layers)
+        return tuple(routed_layers(self))
 
     def encode(
         self, source_ids: Tensor, source_mask: Tensor | None = None, language: Tensor | None = None

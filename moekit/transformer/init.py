@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.experts.base import Experts
-from moekit.functional.drawing import truncated_normal_
+from moekit.functional.init import truncated_normal_
 from moekit.transformer.attention import CrossAttention, SelfAttention
 from moekit.transformer.embedding import TokenEmbedding
 from moekit.transformer.feed_forward import GLU, MLP

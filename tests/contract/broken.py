@@ -114,8 +114,8 @@ class PrefersEarly(Sound):
 class NoisyEvaluation(Sound):
     """Adds noise always. Source: ours."""
 
-    def logits(self, x: Tensor) -> Tensor:
-        return super().logits(x) + torch.randn(E)
+    def logits(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
+        return super().logits(x, context) + torch.randn(E)
 
 
 class OwnGenerator(Sound):
@@ -123,22 +123,22 @@ class OwnGenerator(Sound):
 
     generator = torch.Generator()
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
         noise = torch.randn(x.shape[0], E, generator=self.generator) if self.training else 0.0
-        return super().logits(x) + noise
+        return super().logits(x, context) + noise
 
 
 class PeeksAhead(Sound):
     """Compares a token with the mean of all. Source: ours."""
 
-    def logits(self, x: Tensor) -> Tensor:
-        return super().logits(x) + 5.0 * torch.tanh(x.sum()) * torch.arange(E)
+    def logits(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
+        return super().logits(x, context) + 5.0 * torch.tanh(x.sum()) * torch.arange(E)
 
 
 class LowPrecision(Sound):
     """Scores in whatever precision the module has. Source: ours."""
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
         return (x @ self.weight.t()).to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -182,10 +182,10 @@ class Recomputed(Sound):
         super().__init__()
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
         if self.training:
             self.calls += 1
-        return super().logits(x) * (1 + self.calls % 2)
+        return super().logits(x, context) * (1 + self.calls % 2)
 
 
 class BreaksGraph(Sound):
@@ -212,8 +212,8 @@ class Forgetful(Sound):
         super().__init__()
         self.scale = torch.rand(()) + 0.5
 
-    def logits(self, x: Tensor) -> Tensor:
-        return super().logits(x) * self.scale.to(x.device)
+    def logits(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
+        return super().logits(x, context) * self.scale.to(x.device)
 
 
 class HalfReset(Sound):

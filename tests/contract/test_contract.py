@@ -17,13 +17,14 @@ import torch
 
 import moekit
 from moekit import dispatch, experts, routers
-from moekit.experts import BaseStack, Experts, GroupedGLU, GroupedMLP, MultiHashMLP, ZeroComputationExperts
+from moekit.experts import BASELayerStack, Experts, GroupedGLU, GroupedMLP, MultiHashMLP, ZeroComputationExperts
 from moekit.functional.hash_tables import random_table
 from moekit.routers import (
     Balance,
-    BaseRouter,
+    BASELayerRouter,
     Bigram,
     CosineRouter,
+    CosineScorer,
     ExpertChoiceRouter,
     HashRouter,
     InputDropout,
@@ -35,6 +36,7 @@ from moekit.routers import (
     SampledSoftmax,
     SinkhornRouter,
     TaskRouter,
+    TaskScorer,
     TaskTableRouter,
     ThresholdChoice,
     TokenPosition,
@@ -63,7 +65,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
         3,
         capacity=Capacity(train=0.6, eval=0.8, minimum=1),
         renormalise="after_drop",
-        later_choices=RandomChoice(0.5),
+        second_expert=RandomChoice(0.5),
         balance=Balance(count="all", when="after_drop", scope="sequence"),
         init_scale=1.0,
     ),
@@ -90,15 +92,23 @@ ROUTERS: dict[str, Callable[[], Router]] = {
         E,
         3,
         capacity=Capacity(train=0.8),
-        later_choices=SampledChoice(),
+        second_expert=SampledChoice(),
         exploration=InputDropout(0.2),
         init_scale=1.0,
     ),
-    "TopKRouter, threshold": lambda: TopKRouter(D, E, 2, later_choices=ThresholdChoice(0.2), init_scale=1.0),
+    "TopKRouter, threshold": lambda: TopKRouter(D, E, 2, second_expert=ThresholdChoice(0.2), init_scale=1.0),
     "CosineRouter": lambda: CosineRouter(D, E),
     "CosineRouter, two choices, capacity": lambda: CosineRouter(
         D, E, 2, projected_dim=3, capacity=Capacity(train=0.7), renormalise="after_drop", exploration=InputJitter()
     ),
+    "TopKRouter, scores of tasks, two choices": lambda: TopKRouter(D, E, 2, scorer=TaskScorer(3)),
+    "ExpertChoiceRouter, cosines": lambda: ExpertChoiceRouter(D, E, scorer=CosineScorer(3)),
+    "SinkhornRouter, cosines": lambda: SinkhornRouter(D, E, 2, scorer=CosineScorer(3)),
+    "DenseToSparseRouter, cosines": lambda: DenseToSparseRouter(
+        D, E, LinearDecay(1.0, 0.3, 5), scorer=CosineScorer(3), threshold=0.2
+    ),
+    "LossFreeRouter, scores of tasks": lambda: LossFreeRouter(D, E, 2, scorer=TaskScorer(3)),
+    "ReLURouter, cosines": lambda: ReLURouter(D, E, 1.5, scorer=CosineScorer(3)),
     "ExpertChoiceRouter": lambda: ExpertChoiceRouter(D, E, init_scale=1.0),
     "ExpertChoiceRouter, less than one": lambda: ExpertChoiceRouter(
         D, E, capacity_factor=0.5, eval_capacity_factor=3.0
@@ -109,40 +119,41 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     ),
     "TaskRouter": lambda: TaskRouter(D, E, num_tasks=3),
     "TaskRouter, two choices, capacity": lambda: TaskRouter(
-        D, E, 2, num_tasks=5, capacity=Capacity(train=1.0), renormalise="before_drop", later_choices=RandomChoice(0.5)
+        D, E, 2, num_tasks=5, capacity=Capacity(train=1.0), renormalise="before_drop", second_expert=RandomChoice(0.5)
     ),
-    "TaskTableRouter": lambda: TaskTableRouter(D, E, [2, 0, 2]),
-    "TaskTableRouter, capacity": lambda: TaskTableRouter(D, E, [3, 1], capacity=Capacity(train=0.5)),
-    "UniformRouter": lambda: UniformRouter(D, E),
+    "TaskTableRouter": lambda: TaskTableRouter(E, [2, 0, 2]),
+    "TaskTableRouter, capacity": lambda: TaskTableRouter(E, [3, 1], capacity=Capacity(train=0.5)),
+    "UniformRouter": lambda: UniformRouter(E),
     "UniformRouter, two, random, capacity": lambda: UniformRouter(
-        D, E, 2, order="random", capacity=Capacity(train=1.0, priority="random")
+        E, 2, order="random", capacity=Capacity(train=1.0, priority="random")
     ),
     "NoisyTopKRouter": lambda: NoisyTopKRouter(D, E, 2),
     "NoisyTopKRouter, capacity": lambda: NoisyTopKRouter(
         D, E, 3, capacity=Capacity(train=0.7, eval=0.7, priority="probability")
     ),
     "noisy_topk": lambda: noisy_topk(D, E),
-    "BaseRouter": lambda: BaseRouter(D, E, init_gain=1.0),
-    "BaseRouter, more experts than tokens, shuffle": lambda: BaseRouter(D, 60, init_gain=1.0, shuffle=RankShuffle()),
-    "BaseRouter, one expert": lambda: BaseRouter(D, 1),
+    "BASELayerRouter": lambda: BASELayerRouter(D, E, init_gain=1.0),
+    "BASELayerRouter, more experts than tokens, shuffle": lambda: BASELayerRouter(
+        D, 60, init_gain=1.0, shuffle=RankShuffle()
+    ),
+    "BASELayerRouter, one expert": lambda: BASELayerRouter(D, 1),
     "base_layers": lambda: routers.base_layers(D, E),
-    "HashRouter, position, one expert": lambda: HashRouter(D, 1, random_table(64, 1), key=TokenPosition(64)),
+    "HashRouter, position, one expert": lambda: HashRouter(1, random_table(64, 1), key=TokenPosition(64)),
     "HashRouter, bigrams, capacity": lambda: HashRouter(
-        D,
         E,
         random_table(50, E),
         key=Bigram(16, buckets=50),
         capacity=Capacity(train=0.6, minimum=1, priority="random"),
     ),
-    "hash_layers": lambda: routers.hash_layers(D, E, COUNTS),
-    "hash_random": lambda: routers.hash_random(D, E, 16),
-    "hash_previous": lambda: routers.hash_previous(D, E, COUNTS),
-    "hash_bigram": lambda: routers.hash_bigram(D, E, 16),
-    "hash_position": lambda: routers.hash_position(D, E, 64),
-    "hash_clustered": lambda: routers.hash_clustered(D, E, EMBEDDINGS),
-    "hash_dispersed": lambda: routers.hash_dispersed(D, E, EMBEDDINGS),
-    "hash_oracle": lambda: routers.hash_oracle(D, E, COUNTS),
-    "multi_hash": lambda: routers.multi_hash(D, 3, COUNTS, num_tables=3, capacity=Capacity(train=1.0)),
+    "hash_layers": lambda: routers.hash_layers(E, COUNTS),
+    "hash_random": lambda: routers.hash_random(E, 16),
+    "hash_previous": lambda: routers.hash_previous(E, COUNTS),
+    "hash_bigram": lambda: routers.hash_bigram(E, 16),
+    "hash_position": lambda: routers.hash_position(E, 64),
+    "hash_clustered": lambda: routers.hash_clustered(E, EMBEDDINGS),
+    "hash_dispersed": lambda: routers.hash_dispersed(E, EMBEDDINGS),
+    "hash_oracle": lambda: routers.hash_oracle(E, COUNTS),
+    "multi_hash": lambda: routers.multi_hash(3, COUNTS, num_tables=3, capacity=Capacity(train=1.0)),
     "HierarchicalRouter": lambda: HierarchicalRouter(D, 3, 4),
     "DenseToSparseRouter": lambda: DenseToSparseRouter(
         D, E, LinearDecay(1.0, 0.3, 5), threshold=0.2, weights="plain", init_scale=1.0
@@ -174,11 +185,11 @@ EXPERTS: dict[str, Callable[[], Experts]] = {
     "GroupedMLP": lambda: GroupedMLP(E, D, 6),
     "GroupedMLP, gelu, biases, dropout": lambda: GroupedMLP(E, D, 6, activation="gelu", bias=True, dropout=0.2),
     "GroupedMLP, one expert": lambda: GroupedMLP(1, D, 5, activation="silu"),
-    "BaseStack": lambda: BaseStack(E, D, 6),
-    "BaseStack, three blocks that do something": lambda: BaseStack(
+    "BASELayerStack": lambda: BASELayerStack(E, D, 6),
+    "BASELayerStack, three blocks that do something": lambda: BASELayerStack(
         E, D, 6, num_layers=3, activation="gelu", output_scale=1.0
     ),
-    "BaseStack, no biases": lambda: BaseStack(2, D, 5, num_layers=2, bias=False, output_scale=1.0),
+    "BASELayerStack, no biases": lambda: BASELayerStack(2, D, 5, num_layers=2, bias=False, output_scale=1.0),
     "MultiHashMLP": lambda: MultiHashMLP(E, D, 6, num_segments=2),
     "MultiHashMLP, gelu, dropout": lambda: MultiHashMLP(2, D, 6, num_segments=3, activation="gelu", dropout=0.2),
     "GroupedGLU": lambda: GroupedGLU(E, D, 6),

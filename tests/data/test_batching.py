@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekit.data.mixture import Constant, LinearHeating, sampling_probabilities
-from moekit.data.plan import WINDOW, Plan, Sizes, cut, fill
+from moekit.data.plan import WINDOW, Sizes, StepPlan, cut, fill
 from moekit.errors import UserError
 
 COUNTS = {"en-de": 3000, "de-en": 3000, "en-xx": 40, "xx-en": 7}
@@ -23,18 +23,18 @@ def sizes(name: str, count: int, *, two_sided: bool = True) -> Sizes:
     return Sizes(name, source, target if two_sided else None)
 
 
-def plan(**changes: Any) -> Plan:
+def plan(**changes: Any) -> StepPlan:
     arguments: dict[str, Any] = {"budget": 3000, "temperature": Constant(5.0), "seed": 0, **changes}
     streams = arguments.pop("streams", None) or [sizes(name, count) for name, count in COUNTS.items()]
-    return Plan(arguments.pop("name", "translation"), streams, **arguments)
+    return StepPlan(arguments.pop("name", "translation"), streams, **arguments)
 
 
-def drawn(made: Plan, steps: range) -> list[tuple[int, int]]:
+def drawn(made: StepPlan, steps: range) -> list[tuple[int, int]]:
     rows = [made.rows(step) for step in steps]
     return [(int(s), int(i)) for r in rows for s, i in zip(r.stream, r.index, strict=True)]
 
 
-def positions(made: Plan, step: int) -> tuple[int, int]:
+def positions(made: StepPlan, step: int) -> tuple[int, int]:
     """Padded and real positions of a step."""
     rows = made.rows(step)
     pairs = [

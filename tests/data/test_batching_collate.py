@@ -10,10 +10,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from tiny_corpus import TinySource
 from torch.utils import _pytree
 
-from moekit.data import batch as collate
-from moekit.data.batch import Batch, Width
+from moekit.data.batch import Batch, Sentences, Width, labelled_batch, pair_batch
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer, train_tokenizer
+from moekit.tasks import CausalLMTask, TranslationTask
 
 A, B, C = 50, 60, 70
 TWO = Ragged.of([[A, B], [C]])
@@ -26,13 +26,19 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train_tokenizer(TinySource(), vocab_size=420, cache_dir=tmp_path_factory.mktemp("cache"))
 
 
+def sentences(tokenizer: Tokenizer, *texts: Ragged, direction: str | None = None) -> Sentences:
+    texts = texts or (TWO, ONE)
+    lengths = tuple(text.lengths for text in texts)
+    return Sentences(texts, lengths, (EN, DE), np.zeros(2, np.uint64), tokenizer, direction=direction)
+
+
 def tags(tokenizer: Tokenizer) -> tuple[int, int, int]:
     return tokenizer.tag_id("aa"), tokenizer.tag_id("bb"), tokenizer.tag_id("cc")
 
 
 def test_translation_frames_both_sides(tokenizer: Tokenizer) -> None:
     _, bb, cc = tags(tokenizer)
-    batch = collate.translation(TWO, ONE, source_language=EN, target_language=DE, tokenizer=tokenizer, direction=None)
+    batch = TranslationTask().collate(sentences(tokenizer))
     assert batch.source.tolist() == [[bb, A, B, 2], [cc, C, 2, 0]]
     assert batch.source_mask.tolist() == [[True] * 4, [True, True, True, False]]
     assert batch.target is not None
@@ -44,9 +50,20 @@ def test_translation_frames_both_sides(tokenizer: Tokenizer) -> None:
     assert (batch.num_tokens, batch.num_positions, len(batch)) == (7 + 8, 8 + 10, 2)
 
 
+def test_a_sentinel_ends_the_source_and_begins_the_target(tokenizer: Tokenizer) -> None:
+    _, bb, cc = tags(tokenizer)
+    mark = tokenizer.sentinel_ids[0]
+    batch = TranslationTask(sentinel=True).collate(sentences(tokenizer))
+    assert batch.source.tolist() == [[bb, A, B, mark, 2], [cc, C, mark, 2, 0]]
+    assert batch.target is not None
+    assert batch.target.tolist() == [[1, mark, A, 2, 0, 0], [1, mark, B, C, A, 2]]
+
+
 def test_denoising_is_translation_to_itself(tokenizer: Tokenizer) -> None:
     aa, bb, _ = tags(tokenizer)
-    batch = collate.denoising(Ragged.of([[A, 4], [4]]), TWO, language=EN, tokenizer=tokenizer)
+    batch = pair_batch(
+        "denoising", Ragged.of([[A, 4], [4]]), TWO, source_language=EN, target_language=EN.copy(), tokenizer=tokenizer
+    )
     assert batch.task == "denoising"
     assert batch.source.tolist() == [[aa, A, 4, 2], [bb, 4, 2, 0]]
     assert batch.target is not None
@@ -57,8 +74,9 @@ def test_denoising_is_translation_to_itself(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("task", ["masked_lm", "replaced_token"])
 def test_labels_line_up_with_the_source(task: str, tokenizer: Tokenizer) -> None:
     aa, bb, _ = tags(tokenizer)
-    make = {"masked_lm": collate.masked_lm, "replaced_token": collate.replaced_token}[task]
-    batch = make(Ragged.of([[A, 4], [4]]), Ragged.of([[-100, B], [C]]), language=EN, tokenizer=tokenizer)
+    batch = labelled_batch(
+        task, Ragged.of([[A, 4], [4]]), Ragged.of([[-100, B], [C]]), language=EN, tokenizer=tokenizer
+    )
     assert batch.task == task
     assert batch.source.tolist() == [[aa, A, 4, 2], [bb, 4, 2, 0]]
     assert batch.labels is not None
@@ -68,7 +86,7 @@ def test_labels_line_up_with_the_source(task: str, tokenizer: Tokenizer) -> None
 
 
 def test_causal_lm_has_one_side(tokenizer: Tokenizer) -> None:
-    batch = collate.causal_lm(TWO, language=EN, tokenizer=tokenizer)
+    batch = CausalLMTask().collate(sentences(tokenizer, TWO))
     assert batch.source.tolist() == [[1, A, B, 2], [1, C, 2, 0]]
     assert batch.target is not None
     assert torch.equal(batch.source, batch.target)
@@ -76,8 +94,8 @@ def test_causal_lm_has_one_side(tokenizer: Tokenizer) -> None:
 
 
 def test_a_width_pads_further_but_never_cuts(tokenizer: Tokenizer) -> None:
-    batch = collate.translation(
-        TWO, ONE, source_language=EN, target_language=DE, tokenizer=tokenizer, width=Width(6, 2)
+    batch = pair_batch(
+        "translation", TWO, ONE, source_language=EN, target_language=DE, tokenizer=tokenizer, width=Width(6, 2)
     )
     assert batch.target is not None
     assert (batch.source.shape[1], batch.target.shape[1]) == (6, 5)
@@ -86,13 +104,15 @@ def test_a_width_pads_further_but_never_cuts(tokenizer: Tokenizer) -> None:
 
 def test_a_batch_without_rows_has_its_shape(tokenizer: Tokenizer) -> None:
     none = np.zeros(0, dtype=np.int64)
-    batch = collate.masked_lm(Ragged.of([]), Ragged.of([]), language=none, tokenizer=tokenizer, width=Width(5))
+    batch = labelled_batch(
+        "masked_lm", Ragged.of([]), Ragged.of([]), language=none, tokenizer=tokenizer, width=Width(5)
+    )
     assert batch.source.shape == (0, 5)
     assert batch.num_tokens == 0
 
 
 def test_tensors_have_the_types_of_the_contract(tokenizer: Tokenizer) -> None:
-    batch = collate.masked_lm(TWO, TWO, language=EN, tokenizer=tokenizer)
+    batch = labelled_batch("masked_lm", TWO, TWO, language=EN, tokenizer=tokenizer)
     assert batch.source.dtype == batch.source_language.dtype == torch.int64
     assert batch.source_mask.dtype == torch.bool
     assert batch.labels is not None
@@ -100,7 +120,7 @@ def test_tensors_have_the_types_of_the_contract(tokenizer: Tokenizer) -> None:
 
 
 def make(tokenizer: Tokenizer) -> Batch:
-    return collate.translation(TWO, ONE, source_language=EN, target_language=DE, tokenizer=tokenizer, direction="aa-bb")
+    return TranslationTask().collate(sentences(tokenizer, direction="aa-bb"))
 
 
 def test_a_batch_is_a_pytree_of_its_tensors(tokenizer: Tokenizer) -> None:

@@ -108,7 +108,10 @@ def test_forms_of_heating_differ() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("squareroot", 5.0, 10), r"got 'squareroot'\. Did you mean 'square_root'\? There are: linear, sq"),
+        (
+            ("squareroot", 5.0, 10),
+            r"got 'squareroot'\. Did you mean 'square_root'\? There are: linear, square_root, step",
+        ),
         (("linear", 0.0, 10), "positive temperature .* got 0 in 10 steps"),
         (("linear", 5.0, -1), "not negative: got 5 in -1 steps"),
         (("square_root", 0.5, 10), "rises from 1: got an end of 0.5"),

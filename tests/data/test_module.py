@@ -12,13 +12,14 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 from tiny_corpus import SIZES, TinySource
 
-from moekit.data.batch import IGNORE, TASKS, Batch
+from moekit.data.batch import IGNORE, Batch
 from moekit.data.batching import Rank
 from moekit.data.mixture import LinearHeating
 from moekit.data.module import MultitaskData, TaskData, TokenizerOptions, default_cache
-from moekit.data.noising import Denoising, Masking
 from moekit.errors import UserError
+from moekit.tasks import Denoising, Masking
 
+TASKS = ("translation", "denoising", "span_corruption", "masked_lm", "replaced_token", "causal_lm")
 ALL = {name: TaskData(share=4.0 if name == "translation" else 1.0) for name in TASKS}
 
 

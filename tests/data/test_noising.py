@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekit.data.keyed import fold, key, permute, uniform
-from moekit.data.noising import ELECTRA, Masking, drop_words, infill_spans, mask_tokens
+from moekit.data.noising import drop_words, infill_spans, mask_tokens
 from moekit.data.ragged import Ragged
+from moekit.tasks import ELECTRA, Masking
 
 MASK, FIRST, VOCAB = 4, 40, 1000
 SENTINELS = tuple(range(5, 37))

@@ -11,11 +11,10 @@ from tiny_corpus import TinySource
 
 from moekit.data.batch import IGNORE, Batch
 from moekit.data.module import MultitaskData, TaskData
-from moekit.data.span_corruption import SpanCorruption
 from moekit.data.store import monolingual_section
 from moekit.errors import UserError
-from moekit.recipes._config import DataConfig
-from moekit.recipes._data import _noise
+from moekit.runs.settings import DataConfig, TaskConfig
+from moekit.tasks import Masking, SpanCorruption, task_data
 
 ROOM = 40
 
@@ -119,9 +118,13 @@ def test_masked_lm_keeps_a_tenth_and_draws_a_tenth(cache: Path) -> None:
 
 
 def test_settings_of_recipes_reach_the_noise() -> None:
-    config = DataConfig(mask_shares=(0.5, 0.25, 0.25), span_ratio=0.3, mean_span=4.0, packed=True)
-    assert _noise(config, "masked_lm")["masking"].replace == (0.5, 0.25, 0.25)
-    assert _noise(config, "span_corruption")["span_corruption"] == SpanCorruption(0.3, 4.0, True)
-    assert _noise(config, "replaced_token") == {}
+    config = DataConfig(mask_shares=(0.5, 0.25, 0.25), span_ratio=0.3, mean_span=4.0, packed=True, sentinel=True)
+    names = ("masked_lm", "span_corruption", "replaced_token", "translation")
+    made = task_data({name: TaskConfig(tokens=number) for number, name in enumerate(names, start=1)}, config)
+    assert [data.share for data in made.values()] == [1.0, 2.0, 3.0, 4.0]
+    assert made["masked_lm"].masking == Masking(replace=(0.5, 0.25, 0.25))
+    assert made["span_corruption"].span_corruption == SpanCorruption(0.3, 4.0, True)
+    assert made["replaced_token"] == TaskData(share=3.0)
+    assert [data.sentinel for data in made.values()] == [False, False, False, True]
     with pytest.raises(UserError, match="noise of the task masked_lm in data: replace must be three shares"):
-        _noise(DataConfig(mask_shares=(0.5, 0.0, 0.0)), "masked_lm")
+        task_data({"masked_lm": TaskConfig()}, DataConfig(mask_shares=(0.5, 0.0, 0.0)))

@@ -10,7 +10,7 @@ import pytest
 from moekit.data.sources import SPLITS, Direction, Gettext, open_source
 from moekit.data.sources.catalog import (
     BrokenCatalog,
-    Entry,
+    Message,
     clean,
     count_entries,
     has_placeholder,
@@ -79,11 +79,11 @@ def test_reader_agrees_with_the_standard_library(tmp_path, order, charset):
 
 
 def test_plural_forms_become_pairs():
-    two = Entry(("a file", "files"), ("eine Datei", "Dateien"))
+    two = Message(("a file", "files"), ("eine Datei", "Dateien"))
     assert list(two.pairs()) == [("a file", "eine Datei"), ("files", "Dateien")]
-    three = Entry(("a file", "files"), ("soubor", "soubory", "souborů"))
+    three = Message(("a file", "files"), ("soubor", "soubory", "souborů"))
     assert list(three.pairs()) == [("a file", "soubor"), ("files", "souborů")]
-    one = Entry(("a file", "files"), ("ファイル",))
+    one = Message(("a file", "files"), ("ファイル",))
     assert list(one.pairs()) == [("files", "ファイル")]
 
 

@@ -88,7 +88,7 @@ def test_tables_balance_babel(tmp_path: Path) -> None:
     # And so says a router about the text itself.
     section = store.section(f"train/{source.languages[0]}")
     ids = [t for name in wanted.names() for sentence in store.sentences(name) for t in sentence]
-    router = routers.hash_layers(4, 8, counts)
+    router = routers.hash_layers(8, counts)
     routing = router(torch.zeros(len(ids), 4), RoutingContext(token_ids=torch.tensor(ids)))
     load = routing_stats(routing).load.double()
     assert section.count == 3000

@@ -18,8 +18,8 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from moekit import ExpertParallelStrategy
 from moekit.dispatch import TwoLevelAllToAll
+from moekit.layer import moe_layers
 from moekit.parallel import Plan
-from moekit.parallel.annotation import sparse_layers
 from moekit.testing import run_distributed, seeded
 
 # -- timeouts ----------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def times_of_two_levels(seconds: float) -> list[float]:
     module = SmallLM("sgd")
     trainer_for(strategy, max_steps=1).fit(module, torch.utils.data.DataLoader(sentences(1), batch_size=2))  # type: ignore[arg-type]
     found = []
-    for _, layer in sparse_layers(module):
+    for _, layer in moe_layers(module):
         exchange = layer._packed.exchange
         assert isinstance(exchange, TwoLevelAllToAll)
         found += [seconds_of(exchange.inner.group), seconds_of(exchange.outer.group)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.functional import importance, load, selection_probability, squared_variation
+from moekit.functional import importance_loss, load_loss, selection_probability, squared_variation
 from moekit.testing import assert_close
 
 T, E = 17, 5
@@ -60,7 +60,7 @@ def test_selection_probability_is_the_frequency_of_being_chosen() -> None:
 def test_all_are_chosen_where_k_is_e() -> None:
     clean, noisy, scale = scores()
     assert torch.equal(selection_probability(clean, noisy, scale, E), torch.ones_like(clean))
-    assert float(load(clean, noisy, scale, E)) == 0.0
+    assert float(load_loss(clean, noisy, scale, E)) == 0.0
 
 
 def test_no_noise_is_a_step_with_finite_gradients() -> None:
@@ -87,7 +87,7 @@ def test_losses_equal_the_loop(padded: bool) -> None:
     if mask is not None:
         clean, noisy, scale = (torch.where(mask[:, None], x, float("nan")) for x in (clean, noisy, scale))
     clean.requires_grad_()
-    found = load(clean, noisy, scale, 2, mask)
+    found = load_loss(clean, noisy, scale, 2, mask)
     assert float(found.detach()) == pytest.approx(expected, rel=1e-9)
     (grad,) = torch.autograd.grad(found, clean)
     assert bool(grad.isfinite().all())
@@ -101,28 +101,31 @@ def test_losses_equal_the_loop(padded: bool) -> None:
     counted = None if mask is None else mask[:, None].expand(T, 2)
     if mask is not None:
         weight = torch.where(mask[:, None], weight, float("nan"))
-    assert float(importance(weight, expert, E, counted)) == pytest.approx(expected, rel=1e-9)
+    assert float(importance_loss(weight, expert, E, counted)) == pytest.approx(expected, rel=1e-9)
     # As a list of assignments it is the same number.
     flat = None if counted is None else counted.flatten()
-    assert float(importance(weight.flatten(), expert.flatten(), E, flat)) == pytest.approx(expected, rel=1e-9)
+    assert float(importance_loss(weight.flatten(), expert.flatten(), E, flat)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_known_values() -> None:
     even = torch.arange(12)[:, None] % 4
-    assert float(importance(torch.ones(12, 1), even, 4)) == 0.0
-    assert float(importance(torch.full((12, 1), 0.3), even, 4)) == pytest.approx(0.0, abs=1e-12)
-    assert float(importance(torch.ones(12, 1), torch.zeros(12, 1, dtype=torch.int64), 4)) == 3.0  # E - 1 at collapse
+    assert float(importance_loss(torch.ones(12, 1), even, 4)) == 0.0
+    assert float(importance_loss(torch.full((12, 1), 0.3), even, 4)) == pytest.approx(0.0, abs=1e-12)
+    collapsed = torch.zeros(12, 1, dtype=torch.int64)
+    assert float(importance_loss(torch.ones(12, 1), collapsed, 4)) == 3.0  # E - 1
     assert float(squared_variation(torch.tensor([1.0, 3.0]))) == 0.25
     zeros = torch.zeros(6, 4, dtype=torch.float64)
     uniform = torch.tensor([[1.0, 2, 3, 4], [4, 1, 2, 3], [3, 4, 1, 2], [2, 3, 4, 1]], dtype=torch.float64)
-    assert float(load(zeros[:4], uniform, zeros[:4] + 1, 2)) == pytest.approx(0.0, abs=1e-15)
+    assert float(load_loss(zeros[:4], uniform, zeros[:4] + 1, 2)) == pytest.approx(0.0, abs=1e-15)
 
 
 def test_nothing_gives_zero_and_a_zero_gradient() -> None:
     for t in (0, 3):
         x = torch.zeros(t, 4, requires_grad=True)
         mask = torch.zeros(t, dtype=torch.bool)
-        total = load(x, x, x + 1, 2, mask) + importance(x, torch.zeros(t, 4, dtype=torch.int64), 4, mask[:, None])
+        total = load_loss(x, x, x + 1, 2, mask) + importance_loss(
+            x, torch.zeros(t, 4, dtype=torch.int64), 4, mask[:, None]
+        )
         assert float(total.detach()) == 0.0
         (grad,) = torch.autograd.grad(total, x)
         assert not grad.any()
@@ -132,9 +135,9 @@ def test_gradcheck() -> None:
     clean, noisy, scale = (tensor[:6].clone().requires_grad_() for tensor in scores())
     mask = torch.arange(6) != 2
     assert torch.autograd.gradcheck(lambda *args: selection_probability(*args, 2), (clean, noisy, scale))
-    assert torch.autograd.gradcheck(lambda *args: load(*args, 2, mask), (clean, noisy, scale))
+    assert torch.autograd.gradcheck(lambda *args: load_loss(*args, 2, mask), (clean, noisy, scale))
     weight = torch.rand(6, 2, dtype=torch.float64, requires_grad=True)
     expert = torch.tensor([[0, 1], [1, 2], [0, 3], [3, 4], [2, 0], [1, 0]])
-    assert torch.autograd.gradcheck(lambda w: importance(w, expert, E, mask[:, None].expand(6, 2)), (weight,))
+    assert torch.autograd.gradcheck(lambda w: importance_loss(w, expert, E, mask[:, None].expand(6, 2)), (weight,))
     total = torch.rand(E, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(squared_variation, (total,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moekit.functional import wide_linear, without_autocast
+from moekit.functional import float32_linear, without_autocast
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -14,13 +14,13 @@ def test_wide_linear(dtype: torch.dtype) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     expected = x.to(wide) @ weight.to(wide).t()
     with torch.autocast("cpu", torch.bfloat16):
-        found = wide_linear(x, weight)
+        found = float32_linear(x, weight)
     assert found.dtype == wide
     assert torch.equal(found, expected)
 
 
 def test_devices_without_autocast_are_no_trouble() -> None:
     """On the meta device, whose autocast does not exist, shapes still come out."""
-    assert wide_linear(torch.empty(7, 5, device="meta"), torch.empty(3, 5, device="meta")).shape == (7, 3)
+    assert float32_linear(torch.empty(7, 5, device="meta"), torch.empty(3, 5, device="meta")).shape == (7, 3)
     with torch.autocast("cpu", torch.bfloat16), without_autocast(torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32

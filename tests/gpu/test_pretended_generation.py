@@ -27,9 +27,9 @@ from moekit.inference.completer import Completer
 from moekit.inference.scoring import score_continuations
 from moekit.inference.translator import Translator as Translator_
 from moekit.layer import MoELayer
-from moekit.recipes import _generation
 from moekit.recurrent import RecurrentLM
 from moekit.routing import Capacity
+from moekit.runs.generate import to_gpu
 from moekit.testing import seeded
 from moekit.transformer import (
     DecoderOnly,
@@ -259,6 +259,6 @@ def test_sentences_are_written_on_the_gpu(device: str) -> None:
 def test_generate_goes_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     made = nn.Linear(2, 2)
     with gpu():
-        assert _generation.to_gpu(made, "auto").weight.is_cuda
-        assert _generation.to_gpu(made.to("cpu"), "cpu").weight.device.type == "cpu"
-    assert _generation.to_gpu(nn.Linear(2, 2), "auto").weight.device.type == "cpu"
+        assert to_gpu(made, "auto").weight.is_cuda
+        assert to_gpu(made.to("cpu"), "cpu").weight.device.type == "cpu"
+    assert to_gpu(nn.Linear(2, 2), "auto").weight.device.type == "cpu"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moekit.data.batch import Batch
 from moekit.data.batching import EvaluationBatches, EvaluationLoader
 from moekit.layer import AuxLosses
-from moekit.recipes._parts import make_module, run_data
+from moekit.runs.module import make_module
 from moekit.testing import seeded
 from moekit.training.adafactor import Adafactor
 from moekit.training.distillation import Added, DistillationModule, Teacher
@@ -27,7 +27,7 @@ from moekit.training.optimizers import scale_expert_gradients
 from moekit.transformer import RelativePositions
 from moekit.transformer.attention import plan_attention
 
-TASKS, make_batch, make_head = examples("heads/test_heads.py", "TASKS", "make_batch", "make_head")
+TASKS, make_batch, make_head = examples("tasks/test_heads.py", "TASKS", "make_batch", "make_head")
 NAMES, recipe, SIZES = examples("recipes/test_every_recipe.py", "NAMES", "recipe", "SIZES")
 
 
@@ -201,7 +201,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small(name: str, cache: Path) -> Any:
     """The tiny variant, smaller."""
-    config = recipe(name).variants["tiny"]
+    config = recipe(name).variants["tiny"].config
     sizes = {key: value for key, value in SIZES.items() if getattr(config.model, key, None)}
     data = dataclasses.replace(config.data, vocab_size=400, max_length=32, babel_sentences=300, cache=str(cache))
     tasks = {
@@ -218,16 +218,6 @@ def small(name: str, cache: Path) -> Any:
     )
 
 
-def build_of(found: Any) -> Any:
-    """What makes a recipe's parts: its commands hold it."""
-    return next(
-        value.__self__.build
-        for command in found.commands.values()
-        for value in vars(command).values()
-        if hasattr(getattr(value, "__self__", None), "build")
-    )
-
-
 # Asked by an LSTM whose weights say cuda:0; a torch for the CPU has no such library.
 @pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN")
 @EVERY
@@ -237,9 +227,9 @@ def test_a_step_of_every_recipe(name: str, cache: Path, device: str) -> None:
     """Forward of every task, losses of routers, statistics, backward; then a step of validation; in every precision."""
     found = importlib.import_module(f"moekit.recipes.{name}").RECIPE
     config = small(name, cache)
-    data = run_data(config)
+    data = config.batches()
     data.prepare_data()
-    module, _ = make_module(build_of(found), config, data)
+    module, _ = make_module(found, config, data)
     batches: dict[str, Batch] = next(iter(data.train_dataloader()))
     sparse = len([m for m in module.modules() if type(m).__name__ == "MoELayer"])
     for precision, (dtype, amp) in PRECISIONS.items():

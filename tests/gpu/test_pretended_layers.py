@@ -29,7 +29,7 @@ from moekit.testing.closeness import assert_same
 ROUTERS, EXPERTS = examples("contract/test_contract.py", "ROUTERS", "EXPERTS")
 T, D, E = 24, 8, 4
 # What a router waits for by itself: lists whose length depends on data, a solver on the host, a loop with an end.
-OWN_WAITS = {"ReLURouter": 1, "DenseToSparseRouter": 1, "BaseRouter": 1, "SinkhornRouter": 13}
+OWN_WAITS = {"ReLURouter": 1, "DenseToSparseRouter": 1, "BASELayerRouter": 1, "SinkhornRouter": 13}
 
 
 def results(layer: mk.MoELayer, x: Tensor, context: Any, amp: torch.dtype | None, where: str, watch: Any) -> Any:
@@ -197,7 +197,7 @@ def test_soft_layers(device: str) -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["GroupedMLP", "GroupedGLU, additive bias", "BaseStack"])
+@pytest.mark.parametrize("name", ["GroupedMLP", "GroupedGLU, additive bias", "BASELayerStack"])
 def test_counts_are_read_once_a_layer(name: str, precision: str, capability: tuple[int, int]) -> None:
     """However many products and adapters there are; not at all where the product is one kernel and nothing is left."""
     layer = mk.MoELayer(routers.TopKRouter(D, E, 2), EXPERTS[name]()).train()

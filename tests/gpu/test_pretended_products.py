@@ -43,7 +43,7 @@ def test_equals_the_reference(counts: list[int], size: tuple[int, int], dtype: t
 @EVERY
 def test_an_expanded_gradient_and_matrices_that_lie_elsewhere(device: str) -> None:
     counts, x = [2, 0, 3], torch.randn(5, 8).bfloat16()
-    stacked = torch.randn(3, 2, 8, 16).bfloat16()  # as BaseStack keeps its blocks
+    stacked = torch.randn(3, 2, 8, 16).bfloat16()  # as BASELayerStack keeps its blocks
     wide = torch.randn(3, 9, 16).bfloat16()
     forms = {
         "block of a stack": lambda t: t[0].unbind(1)[1],

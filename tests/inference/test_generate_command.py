@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from moekit.cli.recipes import main
 from moekit.recipes import moe_lm
-from moekit.recipes._command import main
 
 OPTIONS = [
     "--data.babel_languages", "2", "--data.babel_sentences", "300", "--data.vocab_size", "400",

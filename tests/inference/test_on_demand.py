@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moekit import MoELayer, routers
 from moekit.errors import UserError
-from moekit.experts import BaseStack, Experts, GroupedGLU, GroupedMLP, ZeroComputationExperts
+from moekit.experts import BASELayerStack, Experts, GroupedGLU, GroupedMLP, ZeroComputationExperts
 from moekit.huggingface import export_model, import_model
 from moekit.inference import BeamSearch, ExpertsOnDemand, generate, load_on_demand, open_on_demand
 from moekit.routing import Capacity
@@ -27,7 +27,7 @@ BANKS: dict[str, Callable[[], Experts]] = {
     "mlp": lambda: GroupedMLP(E, D, F, bias=True),
     "mlp, no bias": lambda: GroupedMLP(E, D, F, activation="gelu"),
     "glu": lambda: GroupedGLU(E, D, F, hidden_bias="multiply"),
-    "base": lambda: BaseStack(E, D, F, num_layers=2),
+    "base": lambda: BASELayerStack(E, D, F, num_layers=2),
 }
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from moekit import MoELayer, routers
+from moekit.cli.recipes import main
 from moekit.data.sources import open_source
 from moekit.data.tokenizer import Tokenizer
 from moekit.experts import GroupedMLP
-from moekit.inference import Question, Scorer, Scores, accuracy, few_shot, score_continuations
+from moekit.inference import ContinuationScores, Question, Scorer, accuracy, few_shot, score_continuations
 from moekit.recipes import moe_lm
-from moekit.recipes._command import main
 from moekit.recurrent import RecurrentLM
 from moekit.transformer import MLP, DecoderOnly, EncoderDecoder, SinusoidalPositions, every_other
 
@@ -105,7 +105,7 @@ def test_rows_may_be_tensors_and_arrays() -> None:
 
 
 def test_scores_that_are_no_numbers_answer_nothing() -> None:
-    scores = Scores((-1.0, math.nan), (1, 1), (1, 1))
+    scores = ContinuationScores((-1.0, math.nan), (1, 1), (1, 1))
     with pytest.raises(ValueError, match="must give numbers: it scores the continuations"):
         scores.best()
     with pytest.raises(ValueError, match="one of sum, token, character: got 'oops'"):
@@ -113,7 +113,7 @@ def test_scores_that_are_no_numbers_answer_nothing() -> None:
 
 
 def test_three_ways_to_compare() -> None:
-    scores = Scores(log_probs=(-4.0, -6.0, -6.0), tokens=(2, 4, 2), characters=(4, 5, 20))
+    scores = ContinuationScores(log_probs=(-4.0, -6.0, -6.0), tokens=(2, 4, 2), characters=(4, 5, 20))
     assert scores.normalised("sum") == (-4, -6, -6)
     assert scores.normalised("token") == (-2, -1.5, -3)
     assert scores.normalised("character") == (-1, -1.2, -0.3)

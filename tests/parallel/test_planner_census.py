@@ -16,16 +16,17 @@ from moekit.planner import (
     DEEPSPEED_3_5T,
     ST_MOE_32B,
     ZCODE_M3_10B,
+    GatheredUnit,
     Layout,
     Training,
     TransformerShape,
-    Unit,
     measure,
     plan,
     take_census,
 )
 from moekit.recipes import zcode_m3
 from moekit.routers import switch
+from moekit.runs import Text
 
 SHAPES: dict[str, TransformerShape] = {
     "padded": TINY,
@@ -125,7 +126,7 @@ def test_activations_of_a_real_forward(precision: str) -> None:
 def test_a_shape_is_counted_as_the_module_it_describes() -> None:
     training = Training(checkpointing=True)
 
-    def equal(a: tuple[Unit, ...], b: tuple[Unit, ...]) -> bool:
+    def equal(a: tuple[GatheredUnit, ...], b: tuple[GatheredUnit, ...]) -> bool:
         return set(a) == set(b) and len(a) == len(b)
 
     for shape in (*SHAPES.values(), ZCODE_M3_10B, ST_MOE_32B, DEEPSPEED_3_5T):
@@ -137,7 +138,7 @@ def test_a_shape_is_counted_as_the_module_it_describes() -> None:
 def test_the_recipe_is_the_shape() -> None:
     """The paper variant of the Z-code M3 recipe on the meta device: torch's own count of its parameters."""
     with torch.device("meta"):
-        built = zcode_m3.build(zcode_m3.PAPER, 250_000)
+        built = zcode_m3.build(zcode_m3.PAPER, Text(250_000))
         whole = nn.ModuleList([built.backbone, *built.heads])
     layout, training = Layout(devices=64, expert_parallel_size=64), Training(checkpointing=True)
     backbone = plan(built.backbone, layout, training)

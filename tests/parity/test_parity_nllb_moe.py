@@ -100,7 +100,7 @@ def test_weights_decisions_and_gradients(before: bool, prioritised: bool, padded
 
 def test_sampled_second_experts_are_the_same_draw() -> None:
     """Their Gumbel noise, seen through our exponential race: with -log of our exponential as their noise."""
-    theirs, ours = their_router(second_expert_policy="sampling"), our_router(later_choices=routers.SampledChoice())
+    theirs, ours = their_router(second_expert_policy="sampling"), our_router(second_expert=routers.SampledChoice())
     with seeded(7):
         exponential = -torch.log1p(-torch.rand(T, E))
     with seeded(7):
@@ -119,7 +119,7 @@ def test_their_sampling_goes_on_in_evaluation_and_changes_the_logits() -> None:
     first, second = theirs(tokens()), theirs(tokens())
     assert not torch.equal(first[1], second[1])
     assert not torch.allclose(first[2], tokens() @ scores().t())
-    ours = our_router(later_choices=routers.SampledChoice()).eval()
+    ours = our_router(second_expert=routers.SampledChoice()).eval()
     assert torch.equal(combine(ours(tokens())), combine(ours(tokens())))
 
 
@@ -133,8 +133,8 @@ def test_their_random_second_expert_uses_the_raw_probability() -> None:
         _, theirs, _ = their_router(second_expert_policy="random", expert_capacity=T)(x)
         half = routers.RandomChoice(0.5)
         roomy = Capacity(train=E / 2)
-        raw = combine(our_router(later_choices=half, capacity=roomy)(x))
-        gshard = combine(our_router(later_choices=half, capacity=roomy, renormalise="before_drop")(x))
+        raw = combine(our_router(second_expert=half, capacity=roomy)(x))
+        gshard = combine(our_router(second_expert=half, capacity=roomy, renormalise="before_drop")(x))
     assert_close(raw, theirs, "with weights not renormalised before the draw ours is theirs")
     sent = (theirs > 0).sum(1) == 2
     assert torch.equal(sent, 2 * probs[:, 1] > uniform)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from moekit.cli.recipes import build_parser, main, reconfigured
 from moekit.errors import UserError
 from moekit.recipes import zcode_m3
-from moekit.recipes._command import as_plain, build_parser, from_plain, main, reconfigured
+from moekit.runs.plain import as_plain
 
 
 def run(*arguments: str) -> int:
@@ -76,7 +77,7 @@ def test_numbers_out_of_range_are_refused_by_key(
     assert all(word in message for word in (f"error: {key} must be", "got")), message
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=key):  # as operations on trained models change settings
-        reconfigured(zcode_m3.RECIPE, zcode_m3.VARIANTS["tiny"], [f"--{key}={value}"])
+        reconfigured(zcode_m3.RECIPE, zcode_m3.RECIPE.variants["tiny"].config, [f"--{key}={value}"])
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_help_speaks_to_a_newcomer(capsys: pytest.CaptureFixture[str]) -> None:
     assert done.value.code == 0
     text = capsys.readouterr().out
     for name in (
-        *zcode_m3.VARIANTS,
+        *zcode_m3.RECIPE.variants,
         "run",
         "fit",
         "test",
@@ -132,7 +133,7 @@ def test_help_speaks_to_a_newcomer(capsys: pytest.CaptureFixture[str]) -> None:
         assert name in text
 
 
-@pytest.mark.parametrize("variant", zcode_m3.VARIANTS)
+@pytest.mark.parametrize("variant", zcode_m3.RECIPE.variants)
 def test_printed_configuration_is_the_variant(variant: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """What --print_config prints, given back with --config, is the variant again."""
     with pytest.raises(SystemExit):
@@ -140,15 +141,15 @@ def test_printed_configuration_is_the_variant(variant: str, capsys: pytest.Captu
     file = tmp_path / "printed.yaml"
     file.write_text(capsys.readouterr().out)
     parsed = build_parser(zcode_m3.RECIPE, "run", variant).parse_args(["--config", str(file)])
-    config = as_plain(zcode_m3.VARIANTS[variant])
-    assert as_plain(from_plain(zcode_m3.Config, parsed, "printed")) == config
+    config = as_plain(zcode_m3.RECIPE.variants[variant].config)
+    assert as_plain(zcode_m3.RECIPE.config(parsed, "printed")) == config
 
 
 def test_settings_that_came_later_have_their_default() -> None:
     """A run folder of an older version can still be tested."""
-    values = as_plain(zcode_m3.VARIANTS["tiny"])
+    values = as_plain(zcode_m3.RECIPE.variants["tiny"].config)
     del values["strategy"], values["train"]["num_nodes"]
-    assert from_plain(zcode_m3.Config, values, "old run") == zcode_m3.VARIANTS["tiny"]
+    assert zcode_m3.RECIPE.config(values, "old run") == zcode_m3.RECIPE.variants["tiny"].config
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moekit.cli.recipes import main
 from moekit.component import components
 from moekit.data.counts import bigram_counts, token_counts
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
-from moekit.experts import BaseStack, GroupedMLP, MultiHashMLP
+from moekit.experts import BASELayerStack, GroupedMLP, MultiHashMLP
 from moekit.layer import MoELayer
 from moekit.mixing import SoftmaxMix
 from moekit.recipes import base_layers, deepspeed_moe, dense_to_sparse, hash_layers, moe_lm, shazeer
-from moekit.recipes._command import main
-from moekit.recipes._hash_tables import Hash, hash_router
-from moekit.recipes._parts import WithData, make_module, parameters, run_data
+from moekit.recipes.hash_layers import Hash, ModelConfig, hash_router
 from moekit.routers import (
     AllChoices,
     Bigram,
@@ -33,6 +32,8 @@ from moekit.routers import (
     TopKRouter,
 )
 from moekit.routing import RoutingContext
+from moekit.runs import Text
+from moekit.runs.module import make_module, parameters
 
 KINDS: tuple[Hash, ...] = get_args(Hash)
 
@@ -69,7 +70,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(cache: Path) -> MultitaskData:
-    return run_data(small(hash_layers.TINY, cache))
+    return small(hash_layers.TINY, cache).batches()
 
 
 def loads(router: HashRouter, counts: Tensor) -> Tensor:
@@ -79,28 +80,33 @@ def loads(router: HashRouter, counts: Tensor) -> Tensor:
     return load / load.mean(1, keepdim=True)
 
 
+def table(kind: Hash, **settings: Any) -> ModelConfig:
+    return ModelConfig(hash=kind, dim=16, num_experts=4, **settings)
+
+
 def test_balanced_table_is_even_on_the_runs_own_text(data: MultitaskData) -> None:
     """On what the decoder reads: bos and all tokens but eos. A table that knows no counts is not even."""
     vocab, bos = data.tokenizer.vocab_size, data.tokenizer.bos_id
     counts = token_counts(data.store, vocab, before=bos)
     assert counts.max() < counts.sum() / 4, "one token alone is more than an even share"
-    assert loads(hash_router("balanced", 16, 4, vocab, data), counts).max() < 1.01
-    assert loads(hash_router("balanced", 16, 4, vocab, data, tables=2), counts).max() < 1.01
-    assert loads(hash_router("balanced", 16, 4, vocab, None), counts).max() > 1.01
-    assert loads(hash_router("random", 16, 4, vocab, data), counts).max() > 1.01
+    text = Text(vocab, data)
+    assert loads(hash_router(table("balanced"), text), counts).max() < 1.01
+    assert loads(hash_router(table("balanced", tables=2), text), counts).max() < 1.01
+    assert loads(hash_router(table("balanced"), Text(vocab)), counts).max() > 1.01
+    assert loads(hash_router(table("random"), text), counts).max() > 1.01
     pairs = bigram_counts(data.store, Bigram(vocab), before=bos)
-    assert loads(hash_router("bigram", 16, 4, vocab, data), pairs).max() < 1.01
+    assert loads(hash_router(table("bigram"), text), pairs).max() < 1.01
 
 
 def test_the_pipeline_hands_the_text_over(data: MultitaskData, cache: Path) -> None:
     """What `run` trains has the table of the text; a build without text has another."""
     config = small(hash_layers.TINY, cache)
-    module, _ = make_module(WithData(hash_layers.build), config, data)
+    module, _ = make_module(hash_layers.RECIPE, config, data)
     vocab = data.tokenizer.vocab_size
     [(place, layer)] = sparse(module.backbone)
     assert place == 2
-    assert torch.equal(layer.router.table, hash_router("balanced", 16, 4, vocab, data).table)  # type: ignore[arg-type]
-    [(_, other)] = sparse(hash_layers.build(config, vocab).backbone)
+    assert torch.equal(layer.router.table, hash_router(table("balanced"), Text(vocab, data)).table)  # type: ignore[arg-type]
+    [(_, other)] = sparse(hash_layers.build(config, Text(vocab)).backbone)
     assert not torch.equal(layer.router.table, other.router.table)  # type: ignore[arg-type]
 
 
@@ -110,10 +116,10 @@ def test_every_kind_of_table_routes_a_batch(
 ) -> None:
     vocab = data.tokenizer.vocab_size
     vectors = torch.randn(vocab, 8, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr("moekit.recipes._hash_tables._embeddings", lambda run, size: vectors)
-    config = small(hash_layers.kind(hash=kind), cache)
+    monkeypatch.setattr("moekit.recipes.hash_layers.token_embeddings", lambda run, size: vectors)
+    config = small(hash_layers.TINY, cache, hash=kind)
     config = replace(config, evaluate=replace(config.evaluate, samples=0))
-    built = hash_layers.build(config, vocab, data)
+    built = hash_layers.build(config, Text(vocab, data))
     assert built.aux is None
     ids = torch.randint(0, vocab, (2, 9), generator=torch.Generator().manual_seed(1))
     routing = built.backbone.decode(ids).routings[0]  # type: ignore[operator]
@@ -130,22 +136,22 @@ def test_every_kind_of_table_routes_a_batch(
 
 
 def test_multi_hash_counts_active_parameters_by_segment() -> None:
-    network = hash_layers.build(small(hash_layers.kind(tables=4)), 500).backbone
+    network = hash_layers.build(small(hash_layers.TINY, tables=4), Text(500)).backbone
     [(_, layer)] = sparse(network)
     assert isinstance(layer.experts, MultiHashMLP)
-    single = hash_layers.build(small(hash_layers.TINY), 500).backbone
+    single = hash_layers.build(small(hash_layers.TINY), Text(500)).backbone
     assert parameters(network) == parameters(single)
 
 
 def test_bad_tables(tmp_path: Path, data: MultitaskData, cache: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate\.samples"):
-        hash_layers.build(small(hash_layers.kind(hash="oracle")), 500)
+        hash_layers.build(small(hash_layers.TINY, hash="oracle"), Text(500))
     with pytest.raises(UserError, match=r"model\.tables"):
-        hash_layers.build(small(hash_layers.kind(hash="random", tables=2)), 500)
+        hash_layers.build(small(hash_layers.TINY, hash="random", tables=2), Text(500))
     with pytest.raises(UserError, match=r"model\.embeddings"):
-        hash_layers.build(small(hash_layers.kind(hash="clustered")), 500, data)
+        hash_layers.build(small(hash_layers.TINY, hash="clustered"), Text(500, data))
     with pytest.raises(UserError):
-        hash_layers.build(small(hash_layers.kind(hash="clustered", embeddings=str(tmp_path))), 500, data)
+        hash_layers.build(small(hash_layers.TINY, hash="clustered", embeddings=str(tmp_path)), Text(500, data))
 
 
 def test_clusters_of_a_trained_run(tmp_path: Path, data: MultitaskData, cache: Path) -> None:
@@ -159,14 +165,14 @@ def test_clusters_of_a_trained_run(tmp_path: Path, data: MultitaskData, cache: P
     ]  # fmt: skip
     assert main(hash_layers.RECIPE, ["fit", "--variant", "tiny_dense", *options, "--out", out]) == 0
     for kind in ("clustered", "dispersed"):
-        config = small(hash_layers.kind(hash=kind, embeddings=out), cache)
-        [(_, layer)] = sparse(hash_layers.build(config, 500, data).backbone)
+        config = small(hash_layers.TINY, cache, hash=kind, embeddings=out)
+        [(_, layer)] = sparse(hash_layers.build(config, Text(500, data)).backbone)
         assert set(layer.router.table.flatten().tolist()) == {0, 1, 2, 3}  # type: ignore[union-attr,operator]
         with pytest.raises(UserError, match="vocabulary of 400"):
-            hash_layers.build(config, 400, data)
+            hash_layers.build(config, Text(400, data))
         # To be loaded from a checkpoint, it needs no other run.
         [(_, empty)] = sparse(
-            hash_layers.build(replace(config, model=replace(config.model, embeddings="gone")), 500).backbone
+            hash_layers.build(replace(config, model=replace(config.model, embeddings="gone")), Text(500)).backbone
         )
         assert empty.router.table.shape == layer.router.table.shape  # type: ignore[union-attr]
 
@@ -177,7 +183,7 @@ def test_clusters_of_a_trained_run(tmp_path: Path, data: MultitaskData, cache: P
 def test_phases_follow_one_another() -> None:
     """Of 20 steps: two as one expert, eight while the temperature falls from 2.0 to 0.3, then one expert per token."""
     config = small(dense_to_sparse.TINY)
-    network = dense_to_sparse.build(config, 500).backbone.train()
+    network = dense_to_sparse.build(config, Text(500)).backbone.train()
     ids = torch.randint(0, 500, (4, 16), generator=torch.Generator().manual_seed(0))
     seen = []
     for step in range(13):
@@ -211,12 +217,12 @@ def test_phases_are_shares_of_the_steps() -> None:
     longer = replace(config, train=replace(config.train, max_steps=200))
     assert dense_to_sparse.phases(longer) == (20, 80)
     linear = replace(config, model=replace(config.model, decay="linear"))
-    [(_, layer), _] = sparse(dense_to_sparse.build(linear, 500).backbone)
+    [(_, layer), _] = sparse(dense_to_sparse.build(linear, Text(500)).backbone)
     assert layer.router.temperature == LinearDecay(2.0, 0.3, 8, begin=2)
     with pytest.raises(UserError, match=r"train\.max_steps"):
-        dense_to_sparse.build(replace(config, train=replace(config.train, max_steps=0)), 500)
+        dense_to_sparse.build(replace(config, train=replace(config.train, max_steps=0)), Text(500))
     with pytest.raises(UserError, match=r"model\.sparsify"):
-        dense_to_sparse.build(replace(config, model=replace(config.model, sparsify=0.95)), 500)
+        dense_to_sparse.build(replace(config, model=replace(config.model, sparsify=0.95)), Text(500))
 
 
 @pytest.mark.parametrize("decay", [ExponentialDecay, LinearDecay])
@@ -235,19 +241,19 @@ def test_a_schedule_may_begin_later(decay: type[ExponentialDecay | LinearDecay])
 def test_base_layers_stand_between_blocks(layers: int, every: int, places: list[int]) -> None:
     """After so many blocks and not after the last: floor(i L / (N + 1)) for N layers."""
     config = small(base_layers.TINY, layers=layers, every=every, sublayers=2)
-    network = base_layers.build(config, 500).backbone
+    network = base_layers.build(config, Text(500)).backbone
     assert [place for place, _ in sparse(network)] == places
     for place in places:
         block = network.decoder.blocks[place]  # type: ignore[union-attr,index]
         assert block.extra is not None
         assert block.extra_order == "before"  # the block's own feed-forward comes first
     bank = sparse(network)[0][1].experts
-    assert isinstance(bank, BaseStack)
+    assert isinstance(bank, BASELayerStack)
     assert bank.num_layers == 2
 
 
 def test_base_layers_balance_in_training_and_begin_as_the_identity() -> None:
-    network = base_layers.build(small(base_layers.TINY), 500).backbone
+    network = base_layers.build(small(base_layers.TINY), Text(500)).backbone
     ids = torch.randint(0, 500, (2, 16), generator=torch.Generator().manual_seed(0))
     routing = network.train().decode(ids).routings[0]  # type: ignore[operator]
     assert torch.bincount(routing.expert, minlength=4).tolist() == [8, 8, 8, 8]
@@ -256,27 +262,27 @@ def test_base_layers_balance_in_training_and_begin_as_the_identity() -> None:
         sparse(network)[0][1].experts.w_in.normal_()  # type: ignore[union-attr,operator]
     torch.testing.assert_close(network.decode(ids).hidden, before)  # type: ignore[operator]
     with pytest.raises(UserError, match="gate"):
-        base_layers.build(small(base_layers.TINY, gated=True), 500)
+        base_layers.build(small(base_layers.TINY, gated=True), Text(500))
 
 
 # -- deepspeed_moe -------------------------------------------------------------------------------------------------
 
 
 def test_pyramid_and_residual() -> None:
-    network = deepspeed_moe.build(small(deepspeed_moe.TINY, layers=6, doubled=2), 500).backbone
+    network = deepspeed_moe.build(small(deepspeed_moe.TINY, layers=6, doubled=2), Text(500)).backbone
     assert [(i, layer.num_experts) for i, layer in sparse(network)] == [(1, 4), (3, 8), (5, 8)]
     assert all(layer.shared is not None and layer.mix is None for _, layer in sparse(network))
-    plain = deepspeed_moe.build(small(deepspeed_moe.VARIANTS["tiny_moe"]), 500).backbone
+    plain = deepspeed_moe.build(small(deepspeed_moe.RECIPE.variants["tiny_moe"].config), Text(500)).backbone
     assert [(layer.num_experts, layer.shared) for _, layer in sparse(plain)] == [(4, None), (4, None)]
 
 
 def test_as_in_the_released_code() -> None:
     config = small(deepspeed_moe.TINY, residual="softmax", expert_init="copied")
-    for _, layer in sparse(deepspeed_moe.build(config, 500).backbone):
+    for _, layer in sparse(deepspeed_moe.build(config, Text(500)).backbone):
         assert isinstance(layer.mix, SoftmaxMix)
         assert isinstance(layer.experts, GroupedMLP)
         assert all(torch.equal(w, layer.experts.w_in[0]) for w in layer.experts.w_in)
-    for _, layer in sparse(deepspeed_moe.build(small(deepspeed_moe.TINY), 500).backbone):
+    for _, layer in sparse(deepspeed_moe.build(small(deepspeed_moe.TINY), Text(500)).backbone):
         assert not torch.equal(layer.experts.w_in[0], layer.experts.w_in[1])  # type: ignore[index]
 
 
@@ -287,7 +293,7 @@ def test_as_in_the_released_code() -> None:
 )  # fmt: skip
 def test_published_pyramids(variant: str, experts: list[int]) -> None:
     with torch.device("meta"):
-        network = deepspeed_moe.build(deepspeed_moe.VARIANTS[variant], 1000).backbone
+        network = deepspeed_moe.build(deepspeed_moe.RECIPE.variants[variant].config, Text(1000)).backbone
     assert [layer.num_experts for _, layer in sparse(network)] == experts
 
 
@@ -295,16 +301,16 @@ def test_published_pyramids(variant: str, experts: list[int]) -> None:
 
 
 def test_gates_of_shazeer() -> None:
-    [(_, flat)] = sparse(shazeer.build(small(shazeer.TINY, num_experts=8), 500).backbone)
+    [(_, flat)] = sparse(shazeer.build(small(shazeer.TINY, num_experts=8), Text(500)).backbone)
     assert isinstance(flat.router, NoisyTopKRouter)
     assert flat.router.k == 4
-    two = shazeer.build(small(shazeer.TINY, num_experts=12, groups=3, k=2), 500)
+    two = shazeer.build(small(shazeer.TINY, num_experts=12, groups=3, k=2), Text(500))
     [(_, levels)] = sparse(two.backbone)
     assert isinstance(levels.router, HierarchicalRouter)
     counted = parameters(two.backbone)
     assert counted["total"] - counted["active"] == 8 * 2 * 16 * 32  # a token passes four of twelve
     with pytest.raises(UserError, match=r"model\.groups"):
-        shazeer.build(small(shazeer.TINY, num_experts=12, groups=5, k=2), 500)
+        shazeer.build(small(shazeer.TINY, num_experts=12, groups=5, k=2), Text(500))
 
 
 @pytest.mark.parametrize(
@@ -312,19 +318,19 @@ def test_gates_of_shazeer() -> None:
 )
 def test_balance_losses_of_shazeer_can_be_left_out(weights: tuple[float, float], left: set[str] | None) -> None:
     importance, load = weights
-    aux = shazeer.build(small(shazeer.TINY, importance=importance, load=load), 500).aux
+    aux = shazeer.build(small(shazeer.TINY, importance=importance, load=load), Text(500)).aux
     assert (aux and set(aux.weights)) == left
 
 
 def test_router_of_moe_lm_is_fairseqs() -> None:
     """Top-2, both always sent, weights sharing what survives, 2 ceil(S / E) slots, balance 0.01 summed over layers."""
-    built = moe_lm.build(small(moe_lm.TINY), 500)
+    built = moe_lm.build(small(moe_lm.TINY), Text(500))
     assert [place for place, _ in sparse(built.backbone)] == [1, 3]
     for _, layer in sparse(built.backbone):
         router = layer.router
         assert isinstance(router, TopKRouter)
         assert (router.k, router.renormalise) == (2, "after_drop")
-        assert isinstance(router.later_choices, AllChoices)
+        assert isinstance(router.second_expert, AllChoices)
         assert (router.balance.count, router.balance.when) == ("first", "before_drop")
         assert router.capacity.slots(64, 4, 2, training=True) == 2 * 16
         assert router.capacity.slots(64, 4, 2, training=False) is None
@@ -335,6 +341,7 @@ def test_router_of_moe_lm_is_fairseqs() -> None:
 def test_published_runs_see_as_many_tokens() -> None:
     """300 B tokens, whatever the tokens of a step."""
     for module, prefix in ((moe_lm, "paper"), (deepspeed_moe, "paper")):
-        for name, config in module.VARIANTS.items():
+        for name, variant in module.RECIPE.variants.items():
+            config = variant.config
             if name.startswith(prefix):
                 assert config.train.max_steps * config.tasks.causal_lm.tokens == pytest.approx(300e9, rel=1e-4)

@@ -25,11 +25,12 @@ import pytest
 import torch
 
 import moekit.recipes
+from moekit.cli import commands as cli_commands
+from moekit.cli.recipes import build_parser, main
 from moekit.data.sources import open_source
-from moekit.recipes import _evaluation
-from moekit.recipes._command import Recipe, build_parser, main
-from moekit.recipes._config import active_tasks
-from moekit.recipes._ranges import check_ranges, check_warmup
+from moekit.runs import Recipe
+from moekit.runs.settings import active_tasks
+from moekit.runs.settings.fields import check_ranges
 from moekit.source import Direction
 from moekit.training.multitask import MultitaskModule
 
@@ -54,8 +55,8 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def recipe(name: str) -> Recipe[Any]:
-    found: Recipe[Any] = importlib.import_module(f"moekit.recipes.{name}").RECIPE
+def recipe(name: str) -> Recipe:
+    found: Recipe = importlib.import_module(f"moekit.recipes.{name}").RECIPE
     return found
 
 
@@ -106,8 +107,8 @@ def test_a_recipe_trains_tests_and_reports(
     """`python -m moekit.recipes.NAME` with nothing but a smaller model and budget."""
     monkeypatch.chdir(tmp_path)
     found = recipe(name)
-    variant, config = next(iter(found.variants.items()))
-    assert variant == "tiny"
+    assert next(iter(found.variants)) == "tiny"
+    config = found.default
     assert main(found, tiny(config, [], cache)) == 0
     out = tmp_path / "runs" / f"{name}-tiny"
     wanted = {"config.yaml", "environment.json", "metrics.csv", "summary.json", "samples.json", "routing.json"}
@@ -127,7 +128,7 @@ def test_a_recipe_is_short_and_its_default_is_brief(name: str) -> None:
     """Under 200 lines, and an end in minutes: six with the test, on two cores (zcode_m3: its README says ten)."""
     path = ROOT / "moekit" / "recipes" / f"{name}.py"
     assert len(path.read_text(encoding="utf-8").splitlines()) < 200
-    train = recipe(name).variants["tiny"].train
+    train = recipe(name).variants["tiny"].config.train
     assert train.max_steps > 0
     assert 0 < train.max_minutes <= (9 if name == "zcode_m3" else 5)
 
@@ -135,11 +136,11 @@ def test_a_recipe_is_short_and_its_default_is_brief(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_variants_have_notes_and_twins(name: str) -> None:
     found = recipe(name)
-    assert set(found.notes) == set(found.variants)
     assert {"tiny", "tiny_dense"} <= set(found.variants)
-    for config in found.variants.values():
-        check_ranges(config)
-        check_warmup(config.train)
+    for variant in found.variants.values():
+        assert variant.note
+        check_ranges(variant.config)
+        variant.config.train.check()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -164,7 +165,7 @@ def test_a_stopped_run_with_state_resumes_step_for_step(
     found = recipe(name)
     options = ["--train.max_steps", "12", "--train.checkpoint_steps", "4", "--train.validate_every", "0"]
     options += STATEFUL[name]
-    options += tiny(found.variants["tiny"], options, cache)
+    options += tiny(found.variants["tiny"].config, options, cache)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert main(found, ["fit", *options, "--out", str(whole)]) == 0
     with monkeypatch.context() as patch:
@@ -216,7 +217,7 @@ def test_commands_of_the_readme_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # Reports of such runs are looked at above; here they would take a third of the time.
-    monkeypatch.setattr(_evaluation, "write_report", lambda folder: None)
+    monkeypatch.setattr(cli_commands, "write_report", lambda folder: None)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     found = commands(ROOT / "recipes" / name / "README.md")
     assert found, f"recipes/{name}/README.md shows no command"
@@ -228,7 +229,7 @@ def test_commands_of_the_readme_work(
         assert execute(recipe(name), argv, cache) == 0, f"{command}\n{capsys.readouterr().err}"
 
 
-def execute(found: Recipe[Any], argv: list[str], cache: Path) -> int | str | None:
+def execute(found: Recipe, argv: list[str], cache: Path) -> int | str | None:
     """Run a command with a small budget; its exit code."""
     if {"--help", "--print_config"} & set(argv):
         with pytest.raises(SystemExit) as done:
@@ -242,7 +243,7 @@ def execute(found: Recipe[Any], argv: list[str], cache: Path) -> int | str | Non
     values = dict(itertools.pairwise(argv))
     variant = values.get("--variant", next(iter(found.variants)))
     argv = [*argv, "--evaluate.samples", "0"]
-    argv += tiny(found.variants[variant], argv, cache)
+    argv += tiny(found.variants[variant].config, argv, cache)
     if values.get("--data.source") == "gettext":  # this machine's catalogs, which it may not have
         build_parser(found, "run", variant).parse_args(argv[1:])
         return 0
@@ -265,7 +266,7 @@ def test_an_arm_of_a_study_trains(path: Path, cache: Path, tmp_path: Path) -> No
     """Those that no command of a README runs: a few steps, with a finite loss."""
     found = recipe(path.parts[1])
     options = ["--config", str(ROOT / path), "--out", str(tmp_path / "run"), "--train.validate_every", "0"]
-    options += tiny(found.variants["tiny"], options, cache)
+    options += tiny(found.variants["tiny"].config, options, cache)
     assert main(found, ["fit", *options]) == 0
     values = [float(value) for value in losses(tmp_path / "run").values()]
     assert len(values) == SETTINGS["train.max_steps"]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from moekit.errors import UserError
-from moekit.recipes import _machine
-from moekit.recipes._config import RecipeConfig, TrainConfig
-from moekit.recipes._machine import settled, usable_accelerator, usable_precision, usable_workers
+from moekit.runs import RunConfig
+from moekit.runs.settings import DataConfig, TrainConfig
+from moekit.runs.settings.train import usable_accelerator
 from moekit.training.callbacks.memory import PeakMemory
 from moekit.training.metrics.perplexity import TokenPerplexity
 from moekit.training.metrics.routing import RoutingStatistics
@@ -22,7 +22,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, *, cuda: bool, bf16: bool = True, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setattr(_machine.os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -75,11 +75,11 @@ def test_what_auto_is(
     options: dict[str, Any], accelerator: Any, wanted: tuple[str, int, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch, **options)
-    config = RecipeConfig(train=TrainConfig(accelerator=accelerator))
-    found = settled(config)
+    config = RunConfig(train=TrainConfig(accelerator=accelerator))
+    found = config.settled()
     assert (found.train.precision, found.data.num_workers, torch.get_float32_matmul_precision()) == wanted
-    assert settled(found) == found
-    said = settled(RecipeConfig(train=TrainConfig(accelerator=accelerator, precision="bf16-true")))
+    assert found.settled() == found
+    said = RunConfig(train=TrainConfig(accelerator=accelerator, precision="bf16-true")).settled()
     assert said.train.precision == "bf16-true"
 
 
@@ -87,15 +87,15 @@ def test_a_run_that_goes_on_keeps_its_precision(monkeypatch: pytest.MonkeyPatch)
     """Begun on a GPU and continued on a CPU, or the other way; one from before "auto" said it by name."""
     for cuda, was in ((False, "bf16-mixed"), (True, "32-true")):
         machine(monkeypatch, cuda=cuda)
-        assert settled(RecipeConfig(), {"train": {"precision": was}}).train.precision == was
+        assert RunConfig().settled({"train": {"precision": was}}).train.precision == was
     assert torch.get_float32_matmul_precision() == "high"  # float32 by default, on a GPU
 
 
 def test_workers_are_shared_among_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, cuda=True)
-    assert [usable_workers("auto", TrainConfig(devices=n)) for n in (1, 4, 8, 16)] == [4, 2, 0, 0]
-    assert usable_workers(7, TrainConfig()) == 7
-    assert usable_precision(TrainConfig(precision="32-true")) == "32-true"
+    assert [DataConfig().workers(TrainConfig(devices=n)) for n in (1, 4, 8, 16)] == [4, 2, 0, 0]
+    assert DataConfig(num_workers=7).workers(TrainConfig()) == 7
+    assert TrainConfig(precision="32-true").usable_precision == "32-true"
 
 
 def test_peak_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

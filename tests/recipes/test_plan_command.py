@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from moekit.cli.recipes import main
 from moekit.recipes import hash_layers, moe_lm, shazeer, zcode_m3
-from moekit.recipes._command import Recipe, main
+from moekit.runs import Recipe
 
 
-def run(recipe: Recipe, *arguments: str) -> int:  # type: ignore[type-arg]
+def run(recipe: Recipe, *arguments: str) -> int:
     return main(recipe, ["plan", *arguments])
 
 
@@ -42,7 +43,7 @@ def test_without_a_strategy_every_device_holds_everything(capsys: pytest.Capture
     ],
 )
 def test_mistakes(
-    recipe: Recipe,  # type: ignore[type-arg]
+    recipe: Recipe,
     arguments: list[str],
     words: str,
     capsys: pytest.CaptureFixture[str],

@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moekit.recipes
 from moekit.component import components
-from moekit.recipes._parts import parameters
 from moekit.routing import Capacity, Router
+from moekit.runs import Text
+from moekit.runs.module import parameters
 from moekit.transformer.embedding import TokenEmbedding
 
 NAMES = sorted(info.name for info in pkgutil.iter_modules(moekit.recipes.__path__) if not info.name.startswith("_"))
@@ -93,9 +94,14 @@ def recipe(name: str) -> ModuleType:
     return importlib.import_module(f"moekit.recipes.{name}")
 
 
+def configs(name: str) -> dict[str, Any]:
+    """The settings of every variant."""
+    return {name: variant.config for name, variant in recipe(name).RECIPE.variants.items()}
+
+
 def network(name: str, config: Any, vocab_size: int | None = None) -> nn.Module:
     """The network of a configuration."""
-    return recipe(name).build(config, vocab_size or config.data.vocab_size).backbone
+    return recipe(name).build(config, Text(vocab_size or config.data.vocab_size)).backbone
 
 
 def billions(name: str, config: Any, counted: Counted = "total") -> float:
@@ -109,27 +115,27 @@ def billions(name: str, config: Any, counted: Counted = "total") -> float:
 
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: f"{row.recipe}-{row.variant}")
 def test_published_sizes(row: Published) -> None:
-    built = billions(row.recipe, recipe(row.recipe).VARIANTS[row.variant], row.counted)
+    built = billions(row.recipe, recipe(row.recipe).RECIPE.variants[row.variant].config, row.counted)
     assert built == pytest.approx(row.billions, rel=row.tolerance), row.source
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_published_model_is_left_out(name: str) -> None:
     """A variant of the paper's has a row above, and every row a variant."""
-    papers = {variant for variant in recipe(name).VARIANTS if variant.startswith("paper")}
+    papers = {variant for variant in recipe(name).RECIPE.variants if variant.startswith("paper")}
     assert papers == {row.variant for row in PUBLISHED if row.recipe == name}
 
 
 def test_where_sources_disagree_one_reading_makes_the_published_count() -> None:
     """The readings that the recipes name and do not build: what they would make."""
     switch, st_moe = recipe("switch"), recipe("st_moe")
-    xxl, large = switch.VARIANTS["paper_xxl"], switch.VARIANTS["paper_large"]
+    xxl, large = switch.RECIPE.variants["paper_xxl"].config, switch.RECIPE.variants["paper_large"].config
     other = replace(xxl, model=replace(xxl.model, num_experts=64, every=4))
     assert billions("switch", other) == pytest.approx(106.1, rel=1e-3)
     other = replace(large, model=replace(large.model, hidden_dim=2816, gated=True, activation="gelu"))
     assert billions("switch", other) == pytest.approx(27.1, rel=0.005)
     for variant, without, with_extra in (("paper_l", 4.06, 4.16), ("paper_32b", 268.6, 272.3)):
-        config = st_moe.VARIANTS[variant]
+        config = st_moe.RECIPE.variants[variant].config
         deep = replace(config.model, encoder_layers=27, decoder_layers=27)
         assert billions("st_moe", replace(config, model=replace(deep, extra="none"))) == pytest.approx(
             without, rel=1e-3
@@ -139,7 +145,7 @@ def test_where_sources_disagree_one_reading_makes_the_published_count() -> None:
 
 def test_parts_that_papers_name() -> None:
     """Shares of a model that are published beside its size."""
-    variants = {name: recipe(name).VARIANTS for name in ("base_layers", "hash_layers", "deepspeed_moe", "moe_lm")}
+    variants = {name: configs(name) for name in ("base_layers", "hash_layers", "deepspeed_moe", "moe_lm")}
     base = variants["base_layers"]["paper"]
     none = replace(base, model=replace(base.model, num_experts=1))
     expert = (billions("base_layers", base) - billions("base_layers", none)) / 127
@@ -156,7 +162,7 @@ def test_parts_that_papers_name() -> None:
     for variant, dense in (("paper_350m_moe_128", 0.35), ("paper_1b3_moe_128", 1.3)):
         active = billions("deepspeed_moe", variants["deepspeed_moe"][variant], "active")
         assert active == pytest.approx(dense, rel=0.02)
-    evo = recipe("dense_to_sparse").VARIANTS["paper_1b5"]
+    evo = recipe("dense_to_sparse").RECIPE.variants["paper_1b5"].config
     sixteen = replace(evo, model=replace(evo.model, num_experts=16))
     assert billions("dense_to_sparse", sixteen) == pytest.approx(1.86, abs=0.01)
 
@@ -188,7 +194,7 @@ def flops(model: nn.Module, ids: torch.Tensor) -> tuple[int, int]:
 @pytest.mark.parametrize("name", NAMES)
 def test_dense_twins_cost_the_same(name: str, variant: str) -> None:
     """A token of the sparse model passes what it passes in the twin, but for the router's own scores."""
-    variants = recipe(name).VARIANTS
+    variants = configs(name)
     if variant not in variants:
         assert variant != "tiny", f"{name} must have a variant tiny"
         pytest.skip(f"{name} has no variant {variant}")
@@ -201,8 +207,10 @@ def test_dense_twins_cost_the_same(name: str, variant: str) -> None:
 
 def test_the_counter_sees_a_twin_that_is_too_wide() -> None:
     """The test above can fail: experts of twice the width do not cost what the twin costs."""
-    tiny = recipe("switch").VARIANTS["tiny"]
+    tiny = recipe("switch").RECIPE.variants["tiny"].config
     wide = replace(tiny, model=replace(tiny.model, hidden_dim=2 * tiny.model.hidden_dim))
     ids = torch.randint(100, 200, (2, 32), generator=torch.Generator().manual_seed(0))
     sparse, routers = flops(network("switch", wide, 200), ids)
-    assert sparse - routers > flops(network("switch", recipe("switch").VARIANTS["tiny_dense"], 200), ids)[0]
+    assert (
+        sparse - routers > flops(network("switch", recipe("switch").RECIPE.variants["tiny_dense"].config, 200), ids)[0]
+    )

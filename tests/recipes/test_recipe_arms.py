@@ -14,8 +14,6 @@ from moekit.data.mixture import Constant, LinearHeating, SquareRootHeating, Step
 from moekit.errors import UserError
 from moekit.layer import MoELayer
 from moekit.recipes import deepspeed_moe, gshard, moe_lm, sparse_translation, st_moe, switch
-from moekit.recipes._config import DataConfig
-from moekit.recipes._data import open_sources, temperature
 from moekit.routers import (
     AllChoices,
     InputJitter,
@@ -28,13 +26,17 @@ from moekit.routers import (
     presets,
 )
 from moekit.routing import Capacity
+from moekit.runs import Text
+from moekit.runs.settings import DataConfig
 from moekit.transformer import GLU, MLP
 
 
 def network(module: ModuleType, **settings: Any) -> nn.Module:
     """The network of `tiny` with other settings."""
-    tiny = module.VARIANTS["tiny"]
-    built = module.build(replace(tiny, model=replace(tiny.model, dim=16, heads=2, hidden_dim=24, **settings)), 100)
+    tiny = module.RECIPE.variants["tiny"].config
+    built = module.build(
+        replace(tiny, model=replace(tiny.model, dim=16, heads=2, hidden_dim=24, **settings)), Text(100)
+    )
     found: nn.Module = built.backbone
     return found
 
@@ -67,11 +69,11 @@ def test_default_routers_are_the_presets_named_after_the_papers(
             "k",
             "capacity",
             "renormalise",
-            "later_choices",
+            "second_expert",
             "exploration",
             "overflow",
             "balance",
-            "init_scale",
+            "scorer",
         ):
             assert getattr(router, name) == getattr(preset, name), name
 
@@ -92,7 +94,7 @@ def test_arms_of_switch() -> None:
 def test_top_2_of_switch() -> None:
     """The paper's MoE-Base: two experts at the capacity that Switch has (table 1), and their twin of equal cost."""
     for router in routers(switch, k=2, capacity_factor=1.0, eval_capacity_factor=2.0):
-        assert (router.k, router.renormalise, router.later_choices) == (2, "before_drop", RandomChoice(0.5))
+        assert (router.k, router.renormalise, router.second_expert) == (2, "before_drop", RandomChoice(0.5))
         assert router.capacity == Capacity(train=1.0, eval=2.0, share="tokens")
     twin = network(switch, k=2, num_experts=0).encoder.layers[1].feed_forward  # type: ignore[union-attr, index]
     assert twin.w_out.in_features == 2 * 24
@@ -105,16 +107,16 @@ def test_arms_of_gshard() -> None:
         "threshold": ThresholdChoice(0.2),
         "sampled": SampledChoice(),
     }
-    assert all(router.later_choices == RandomChoice(0.5) for router in routers(gshard))
+    assert all(router.second_expert == RandomChoice(0.5) for router in routers(gshard))
     for name, policy in policies.items():
         made = routers(gshard, second_expert=name, eval_capacity_factor=1.5)
-        assert all(router.later_choices == policy and router.capacity.eval == 1.5 for router in made)
+        assert all(router.second_expert == policy and router.capacity.eval == 1.5 for router in made)
 
 
 def test_arms_of_moe_lm() -> None:
-    assert all(router.later_choices == AllChoices() for router in routers(moe_lm))
+    assert all(router.second_expert == AllChoices() for router in routers(moe_lm))
     sampled = routers(moe_lm, second_expert="sampled", eval_capacity_factor=1.0)
-    assert all(router.later_choices == SampledChoice() and router.capacity.eval == 1.0 for router in sampled)
+    assert all(router.second_expert == SampledChoice() and router.capacity.eval == 1.0 for router in sampled)
 
 
 @pytest.mark.parametrize(("half", "places"), [("both", [1, 3, 5, 7]), ("first", [1, 3]), ("second", [5, 7])])
@@ -138,7 +140,7 @@ def test_arms_of_st_moe() -> None:
     assert priorities == ["probability", "position"]
     for k, weights in ((1, "none"), (3, "before_drop")):
         for router in routers(st_moe, k=k, capacity_factor=0.75, eval_capacity_factor=3.0, threshold=0.05):
-            assert (router.k, router.renormalise, router.later_choices) == (k, weights, RandomChoice(0.05))
+            assert (router.k, router.renormalise, router.second_expert) == (k, weights, RandomChoice(0.05))
             assert router.capacity == Capacity(train=0.75, eval=3.0, share="tokens")
     assert all(router.capacity.share == "choices" for router in routers(st_moe, capacity_share="choices"))
     assert all(router.exploration == InputJitter(1e-2) for router in routers(st_moe, jitter=1e-2))
@@ -160,11 +162,11 @@ def test_norms_without_scale_in_st_moe() -> None:
 def test_published_variants_of_switch_and_st_moe_start_at_a_tenth() -> None:
     """Every matrix, by no depth (arXiv:2101.03961 section 2.4), as their READMEs say."""
     for module in (switch, st_moe):
-        papers = [config.model for name, config in module.VARIANTS.items() if name.startswith("paper")]
+        papers = [v.config.model for name, v in module.RECIPE.variants.items() if name.startswith("paper")]
         assert papers
         for model in papers:
             assert (model.init_scale, model.expert_init_scale, model.init_by_depth) == (0.1, 0.1, False)
-        usual = module.VARIANTS["tiny"].model
+        usual = module.RECIPE.variants["tiny"].config.model
         assert (usual.init_scale, usual.expert_init_scale, usual.init_by_depth) == (1.0, 1.0, True)
 
 
@@ -191,27 +193,27 @@ def test_arms_of_sparse_translation() -> None:
         layer.on_step_end(3)
         assert not layer.phase.active
     assert all(layer.phase is None for layer in layers(sparse_translation, dense_steps=0).values())
-    plain = sparse_translation.VARIANTS["tiny_sparse"]
-    assert (plain.model.dense_steps, temperature(plain.data)) == (0, Constant(1.0))
+    plain = sparse_translation.RECIPE.variants["tiny_sparse"].config
+    assert (plain.model.dense_steps, plain.data.temperature_schedule()) == (0, Constant(1.0))
     assert plain.train == sparse_translation.TINY.train
     assert isinstance(network(sparse_translation, num_experts=0).encoder.layers[1].feed_forward, MLP)  # type: ignore[union-attr, index]
 
 
 def test_forms_of_heating() -> None:
     hot = DataConfig(temperature=4.0, heating_steps=10)
-    assert temperature(hot) == LinearHeating(1.0, 4.0, 10)
-    assert temperature(replace(hot, heating="square_root")) == SquareRootHeating(1.0, 10)
-    assert temperature(replace(hot, heating="step")) == StepHeating((1.0, 4.0), (10,))
-    assert temperature(replace(hot, heating_steps=0)) == Constant(4.0)
+    assert hot.temperature_schedule() == LinearHeating(1.0, 4.0, 10)
+    assert replace(hot, heating="square_root").temperature_schedule() == SquareRootHeating(1.0, 10)
+    assert replace(hot, heating="step").temperature_schedule() == StepHeating((1.0, 4.0), (10,))
+    assert replace(hot, heating_steps=0).temperature_schedule() == Constant(4.0)
 
 
 def test_sizes_of_single_babel_languages() -> None:
-    source = open_sources(DataConfig(babel_sentences=40, babel_sizes="kmb=20, shl=5"))
+    source = DataConfig(babel_sentences=40, babel_sizes="kmb=20, shl=5").open()
     assert {code: len(source.monolingual(code, "train")) for code in source.languages} == {
         "avl": 40, "tnd": 40, "kmb": 20, "shl": 5,
     }  # fmt: skip
     for wrong in ("kmb", "kmb=", "kmb=many", "kmb=-3"):
         with pytest.raises(UserError, match="like kmb=2000"):
-            open_sources(DataConfig(babel_sizes=wrong))
+            DataConfig(babel_sizes=wrong).open()
     with pytest.raises(UserError, match="kmc"):
-        open_sources(DataConfig(babel_sizes="kmc=20"))
+        DataConfig(babel_sizes="kmc=20").open()

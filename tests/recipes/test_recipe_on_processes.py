@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from moekit.cli.recipes import main
 from moekit.recipes import hash_layers, zcode_m3
-from moekit.recipes._command import main
 
 # Without a limit on experts' slots and without noise nothing depends on which process holds a token.
 SETTINGS = [

@@ -16,11 +16,11 @@ import torch
 import yaml
 from torch import Tensor
 
+from moekit.cli.recipes import main
 from moekit.recipes import hash_layers, zcode_m3
-from moekit.recipes._command import Recipe, main
 from moekit.report.__main__ import main as report
+from moekit.runs import Recipe, Run
 from moekit.surgery.__main__ import main as surgery
-from moekit.training.run_folder import RunFolder
 
 WORDS = {
     "en": ["the dog", "a cat", "my horse", "this bird", "runs", "sleeps", "eats", "sees", "today", "often", "here"],
@@ -53,7 +53,7 @@ def corpus(folder: Path, *, seed: int = 0, sentences: int = 120) -> Path:
 class Kind(NamedTuple):
     """A recipe on a kind of text."""
 
-    recipe: Recipe[Any]
+    recipe: Recipe
     options: list[str]
     generate: list[str]
 
@@ -251,7 +251,7 @@ def test_a_corpus_that_changed_changes_nothing_that_was_recorded(
     assert own.do(*map(str, resume)) == 2
     message = " ".join(capsys.readouterr().err.split())
     section = "train/en-de/source" if own.kind.recipe is zcode_m3.RECIPE else "train/en"
-    then = RunFolder(own.run).held_out.corpus.sentences[section]  # type: ignore[union-attr]
+    then = Run(own.run).held_out.corpus.sentences[section]  # type: ignore[union-attr]
     assert f"it has changed since then ({'train/' if section.count('/') == 1 else ''}" in message
     assert f": {then:,} sentences then, {then + 2:,} now" in message
     assert equal(weights(own.run), before)
@@ -260,7 +260,7 @@ def test_a_corpus_that_changed_changes_nothing_that_was_recorded(
     cache = ["--data.cache", str(own.home / "cache"), "--train.validate_every", "0"]
     cache += ["--train.warmup_steps", "1", "--train.max_steps", "2"]
     assert own.do("finetune", "--init_from", own.run, *cache, "--out", tmp_path / "finetuned") == 0
-    own_tokenizer, found = RunFolder(own.run).tokenizer, RunFolder(tmp_path / "finetuned").tokenizer
+    own_tokenizer, found = Run(own.run).kept_tokenizer, Run(tmp_path / "finetuned").kept_tokenizer
     assert own_tokenizer is not None
     assert found is not None
     assert found.fingerprint == own_tokenizer.fingerprint
@@ -271,7 +271,7 @@ def test_a_corpus_that_moved_is_trained_on(own: Made) -> None:
     (own.home / "text").rename(own.home / "moved")
     resume = ["--config", own.run / "config.yaml", "--out", own.run, "--resume", "--train.max_steps", "4"]
     assert own.do("fit", *resume, "--data.path", own.home / "moved") == 0
-    assert RunFolder(own.run).config()["data"]["path"] == str(own.home / "moved")
+    assert Run(own.run).settings["data"]["path"] == str(own.home / "moved")
     assert torch.load(own.run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
     assert own.do("test", "--out", own.run) == 0
 

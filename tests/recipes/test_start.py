@@ -13,12 +13,13 @@ import torch
 import yaml
 from torch import Tensor
 
+from moekit.cli import commands as cli_commands
+from moekit.cli.recipes import main
 from moekit.data.tokenizer import Tokenizer
-from moekit.recipes import _pipeline, gshard, sparse_translation, switch
-from moekit.recipes._command import main
-from moekit.recipes._surgery.subject import open_subject
+from moekit.recipes import gshard, sparse_translation, switch
+from moekit.runs import Run
+from moekit.runs.surgery.optimizer import optimizer_slots
 from moekit.surgery.adapters import is_adapter
-from moekit.training.run_folder import RunFolder
 
 SMALL = {
     "model.dim": 16, "model.heads": 2, "model.hidden_dim": 32, "model.num_experts": 4, "data.vocab_size": 400,
@@ -51,7 +52,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def untested(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the test and the report after training, which other tests have."""
-    monkeypatch.setattr(_pipeline, "evaluate", lambda *given: None)
+    monkeypatch.setattr(cli_commands, "evaluate", lambda *given: None)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -85,10 +86,10 @@ def test_adapters_for_a_summarisation_task(work: Path) -> None:
     assert own in {tokenizer.fingerprint for tokenizer in trained}
     assert len(trained) == 1, "nothing was trained on the headlines"
 
-    merged = open_subject(out)
+    merged = Run.load(out)
     assert set(merged.loaded.weights) == set(before)
     assert changed(before, merged.loaded.weights)
-    assert merged.slots() is None
+    assert optimizer_slots(merged) is None
     text = work / "text"
     text.write_text("mira toru.\n")
     given = ["--from", "avl", "--to", "avl", "--input", str(text), "--output", str(work / "written")]
@@ -152,7 +153,7 @@ def test_a_dense_student(work: Path, tmp_path: Path) -> None:
     assert (out / "report.html").is_file()
     shutil.rmtree(teacher)
     assert main(gshard.RECIPE, ["test", "--out", str(out)]) == 0
-    assert open_subject(out).config.model.num_experts == 0
+    assert Run.load(out).config.model.num_experts == 0
 
 
 @pytest.mark.usefixtures("untested")
@@ -192,9 +193,9 @@ def test_a_student_of_another_recipe(work: Path, tmp_path: Path) -> None:
     assert main(sparse_translation.RECIPE, arguments("parted", 2)) == 0
     assert main(sparse_translation.RECIPE, [*arguments("parted", 3), "--resume"]) == 0
     assert not changed(weights(tmp_path / "whole"), weights(tmp_path / "parted"))
-    config = RunFolder.open(tmp_path / "whole").config()
+    config = Run.open(tmp_path / "whole").settings
     assert config["recipe"] == "sparse_translation"
-    assert config["data"]["directions"] == SMALL["data.directions"]
+    assert config["data"]["directions"] == SMALL["data.directions"].split(",")
     # loss = label loss + KL (without smoothing, and this recipe has router losses, which are small and positive).
     rows = [
         [float(x) for x in columns(tmp_path / "whole", name)]

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from moekit.cli import commands as cli_commands
+from moekit.cli.recipes import main
 from moekit.errors import UserError
 from moekit.experts import GroupedMLP
 from moekit.layer import MoELayer
-from moekit.recipes import _pipeline, gshard
-from moekit.recipes._command import main
-from moekit.recipes._config import TrainConfig
-from moekit.recipes._parts import make_optimizer
+from moekit.recipes import gshard
 from moekit.routers import switch
+from moekit.runs.settings import TrainConfig
 from moekit.training.adafactor import Adafactor
 from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
 
@@ -36,7 +36,7 @@ def test_adafactor_is_made_with_its_settings() -> None:
     train = TrainConfig(
         optimizer="adafactor", learning_rate=0.01, clip_update=0.1, weight_decay=0.0, expert_lr_multiplier=2.0
     )
-    optimizer = make_optimizer(train, layer())
+    optimizer = train.make_optimizer(layer())
     assert isinstance(optimizer, Adafactor)
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert {name: (group["lr"], group["batch_dims"], group["clip_update"]) for name, group in groups.items()} == {
@@ -44,14 +44,14 @@ def test_adafactor_is_made_with_its_settings() -> None:
         "expert": (0.02, 1, 0.1),
         "expert_no_decay": (0.02, 1, 0.1),
     }
-    unclipped = make_optimizer(replace(train, clip_update=0.0), layer())
+    unclipped = replace(train, clip_update=0.0).make_optimizer(layer())
     assert unclipped.param_groups[0]["clip_update"] is None
 
 
 def test_adamw_is_the_default_and_refuses_settings_of_adafactor() -> None:
-    assert isinstance(make_optimizer(TrainConfig(), layer()), torch.optim.AdamW)
+    assert isinstance(TrainConfig().make_optimizer(layer()), torch.optim.AdamW)
     with pytest.raises(UserError, match=r"clip_update=0.1 is of adafactor. Use --train.optimizer adafactor"):
-        make_optimizer(TrainConfig(clip_update=0.1), layer())
+        TrainConfig(clip_update=0.1).make_optimizer(layer())
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -66,7 +66,7 @@ def test_a_run_scales_the_gradients_of_experts_where_it_is_told_to(
         step(self, trainer, module, optimizer)
 
     monkeypatch.setattr(ScaleExpertGradients, "on_before_optimizer_step", seen)
-    monkeypatch.setattr(_pipeline, "evaluate", lambda *given: None)
+    monkeypatch.setattr(cli_commands, "evaluate", lambda *given: None)
     given = TINY | {"data.cache": tmp_path / "cache", "train.optimizer": "adafactor"}
     given |= {"train.scale_expert_gradients": scaled}
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]

@@ -52,8 +52,9 @@ SOURCE = re.compile(
 
 def published(name: str) -> dict[str, Any]:
     """The published variants of a recipe; `small` of one that has none."""
-    variants: Mapping[str, Any] = importlib.import_module(f"moekit.recipes.{name}").VARIANTS
-    return {v: config for v, config in variants.items() if v.startswith("paper")} or {"small": variants["small"]}
+    variants: Mapping[str, Any] = importlib.import_module(f"moekit.recipes.{name}").RECIPE.variants
+    papers = {v: variant.config for v, variant in variants.items() if v.startswith("paper")}
+    return papers or {"small": variants["small"].config}
 
 
 def settings_of(config: Any) -> Iterator[str]:

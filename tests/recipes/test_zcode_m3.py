@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from moekit.cli.recipes import main
 from moekit.recipes import zcode_m3
-from moekit.recipes._command import main
-from moekit.recipes._parts import parameters
+from moekit.runs.module import parameters
 
 SMALL = [
     "--data.babel_languages", "2", "--data.babel_sentences", "600", "--data.vocab_size", "700",
@@ -73,7 +73,7 @@ def test_paper_variant_has_the_published_size() -> None:
 @pytest.mark.parametrize("variant", ["tiny", "small"])
 def test_dense_twin_is_flop_matched(variant: str) -> None:
     """Dropless, a token of the sparse model passes what it passes in the twin, but for the router's own scores."""
-    sparse, dense = zcode_m3.VARIANTS[variant], zcode_m3.VARIANTS[f"{variant}_dense"]
+    sparse, dense = zcode_m3.RECIPE.variants[variant].config, zcode_m3.RECIPE.variants[f"{variant}_dense"].config
     flops = []
     ids = torch.randint(45, 200, (2, 32))
     for model in (replace(sparse.model, capacity_factor=0.0), dense.model):
@@ -89,7 +89,7 @@ def test_dense_twin_is_flop_matched(variant: str) -> None:
 
 
 def test_active_parameters_are_those_of_the_twin_and_the_routers() -> None:
-    tiny, twin = zcode_m3.VARIANTS["tiny"].model, zcode_m3.VARIANTS["tiny_dense"].model
+    tiny, twin = zcode_m3.RECIPE.variants["tiny"].config.model, zcode_m3.RECIPE.variants["tiny_dense"].config.model
     sparse = parameters(zcode_m3.backbone(tiny, 300))
     dense = parameters(zcode_m3.backbone(twin, 300))
     assert dense["active"] == dense["total"]

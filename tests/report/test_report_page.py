@@ -2,16 +2,20 @@
 
 import json
 import math
+import os
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fake_runs import BABEL, SENTENCES, WORLD, make_run, write_rows
+from fake_runs import BABEL, SENTENCES, WORLD, edit, make_run, summary_of, write_rows
+from shown_text import screen, words
 
 from moekit.errors import UserError
-from moekit.report import write_report
+from moekit.report import results_markdown, write_comparison, write_report
 from moekit.report.run_folder import FILES
+from moekit.report.wording import MISSING
 
 VOID = {"meta", "col", "br", "link", "img", "hr", "input"}
 SECTIONS = ("scores", "losses", "experts", "routing", "samples", "reproduce")
@@ -76,6 +80,7 @@ def test_every_section_is_there_and_linked(tiny_html: str) -> None:
 
 
 def test_page_needs_nothing_else(tiny_html: str) -> None:
+    assert tiny_html.startswith("<!doctype html>")
     assert "http:" not in tiny_html
     assert "https:" not in tiny_html
     assert "@import" not in tiny_html
@@ -84,6 +89,12 @@ def test_page_needs_nothing_else(tiny_html: str) -> None:
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
     assert any("default-src 'none'" in (a.get("content") or "") for a in page.all("meta"))
     assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+
+
+def test_ids_are_unique(tiny_html: str) -> None:
+    ids = [attrs["id"] for _, attrs in Page(tiny_html).tags if "id" in attrs]
+    assert len(ids) == len(set(ids)) > 20, "a clip path of one drawing is not another's"
+    assert {link.strip("#)") for link in re.findall(r"url\((#[^)]*\))", tiny_html)} <= set(ids)
 
 
 def test_page_is_small(tiny_html: str) -> None:
@@ -137,7 +148,7 @@ def test_expert_maps(tiny: Path, tiny_html: str) -> None:
     header = re.findall(r'class="x" scope="col">(\d+)<', tiny_html[start:])[:8]
     assert sorted(header) == [str(i) for i in range(8)]
     for language, cells in rows:
-        shown = re.findall(r"<td class=(\w+)>([\d.]+)", cells)
+        shown = re.findall(r'<td class="(\w+)">([\d.]+)', cells)
         shares = layer["load_by_language"][language]
         assert [v for _, v in shown] == [f"{8 * shares[int(e)]:.1f}" for e in header]
         hottest = max(range(8), key=lambda i: shares[int(header[i])])
@@ -203,21 +214,95 @@ def test_nothing_but_bad_numbers(tmp_path: Path) -> None:
     assert "nan" not in report(tmp_path).words.lower().replace("denan", "")
 
 
+NASTY = "<script>alert('x')</script>\"&amp;</td>"
+NAMES = ("title", "explanation")
+SAMPLE_NAMES = ("title", "lead", "source", "reference", "noun", "unknown")
+
+
+def hostile_run(folder: Path, text: str) -> Path:
+    """A run in which everything that a page quotes is `text`: tasks, languages, samples, settings, environment."""
+    make_run(folder, languages=("en", "<b>", 'x"y', text), without=("metrics.csv",))
+    record = {**dict.fromkeys(NAMES, text), "perplexity": True, "samples": dict.fromkeys(SAMPLE_NAMES, text)}
+    texts = {"source": text, "reference": text, "hypothesis": text}
+    samples = [{"direction": 'en-x"y', **texts}, {"task": text, "direction": text, **texts}]
+    (folder / "samples.json").write_text(json.dumps(samples))
+    (folder / "config.yaml").write_text(f"recipe: {text}\n", errors="replace")
+    (folder / "environment.json").write_text(json.dumps({text: text}))
+    bleu = {**summary_of(folder)["bleu"], "signature": text}
+    changes = {"variant": text, "data": {"source": text}, "tasks": {"translation": record, text: record}, "bleu": bleu}
+    edit(folder, "summary.json", **changes)
+    row = {"step": 1, "train/translation/loss": 1.0, "train/translation/accuracy": 0.5}
+    if text.isprintable():
+        row[f"train/{text.replace('/', '')}/loss"] = 1.0
+    write_rows(folder / "metrics.csv", [row])
+    return folder
+
+
 def test_texts_are_escaped_everywhere(tmp_path: Path) -> None:
-    nasty = "<script>alert('x')</script>\"&amp;</td>"
-    make_run(tmp_path, languages=("en", "<b>", 'x"y'), steps=5)
-    sample = {"direction": 'en-x"y', "source": nasty, "reference": nasty, "hypothesis": nasty}
-    (tmp_path / "samples.json").write_text(json.dumps([sample]))
-    (tmp_path / "config.yaml").write_text(f"recipe: {nasty}\n")
-    (tmp_path / "environment.json").write_text(json.dumps({nasty: nasty}))
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    (tmp_path / "summary.json").write_text(json.dumps({**summary, "variant": nasty, "data": {"source": nasty}}))
-    write_rows(tmp_path / "metrics.csv", [{"step": 1, f"train/{nasty}/loss": 1.0}])
-    page = report(tmp_path)
+    page = report(hostile_run(tmp_path, NASTY))
     assert not page.all("script")
     assert not page.all("b")
-    assert page.words.count("alert('x')") >= 7
-    assert nasty in page.words
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    assert [a["content"] for a in page.all("meta") if "http-equiv" in a] == [
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    ]
+    assert page.words.count("alert('x')") >= 25
+    assert NASTY in page.words
+    assert {a.get("lang") for a in page.all("dd")} >= {"en", 'x"y', NASTY}
+
+
+@pytest.mark.parametrize("text", ["{{ 7 * 7 }}{% raw %}{# x #}", "{text} {0} %s $HOME", "</style><style>*{color:red}"])
+def test_texts_are_no_templates(tmp_path: Path, text: str) -> None:
+    page = report(hostile_run(tmp_path, text))
+    assert text in page.words
+    assert len(page.all("style")) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["a\x00\x01\x1b[31mb", "half \ud800 pair", "\ufffe\uffff", "$x^{", "\u202eright to left"]
+)
+def test_texts_that_no_font_has_do_not_stop_the_page(tmp_path: Path, text: str) -> None:
+    run = hostile_run(tmp_path, text)
+    assert len(report(run).all("svg")) >= 3
+    assert screen(run)
+    assert results_markdown(run)
+    assert write_comparison([run, run], tmp_path / "c.html").is_file()
+
+
+def test_texts_are_escaped_in_comparisons_and_markdown(tmp_path: Path) -> None:
+    run = hostile_run(tmp_path / "a", NASTY)
+    page = Page(write_comparison([run, make_run(tmp_path / "b", steps=3)], tmp_path / "c.html").read_text())
+    assert not page.all("script")
+    assert NASTY in page.words
+    for text in (results_markdown(run), (tmp_path / "c.md").read_text()):
+        outside = re.sub("(?s)```.*?```|`[^`]*`", "", text)
+        assert "<script>" not in outside
+        assert "&lt;script&gt;" in outside
+
+
+def test_the_record_names_the_tasks(tmp_path: Path) -> None:
+    """A task that the report has never heard of is presented as the summary says."""
+    named = ("Answers", "What it said.", "Question", "Right answer", "answer", "unknown")
+    texts = dict(zip(SAMPLE_NAMES, named, strict=True))
+    record = {"title": "Quiz", "explanation": "Answer a question.", "perplexity": False, "samples": texts}
+    summary = {"tasks": {"quiz": record}, "test": {"quiz": {"loss": 1.0, "perplexity": 2.7}}, "loss": {"quiz": 1.0}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    sample = {"task": "quiz", "direction": "", "source": "s", "reference": "r", "hypothesis": "h"}
+    (tmp_path / "samples.json").write_text(json.dumps([sample]))
+    write_rows(tmp_path / "metrics.csv", [{"step": i, "valid/quiz/loss": 3 - i} for i in (1, 2)])
+    shown, text = words(write_report(tmp_path).read_text()), results_markdown(tmp_path)
+    for expected in ("Quiz Answer a question.", "Answers What it said. unknown", "Question s Right answer r"):
+        assert expected in shown
+    assert f"| Quiz | 1 | {MISSING} |" in text
+    assert "- question: s<br>" in text
+    assert "validation  quiz loss 1" in screen(tmp_path)
+
+
+def test_a_broken_record_of_tasks_is_passed_over(tmp_path: Path) -> None:
+    make_run(tmp_path, steps=3)
+    for tasks in ([], {"translation": 3}, {"translation": {"title": 4, "samples": "x", "perplexity": "no"}}):
+        edit(tmp_path, "summary.json", tasks=tasks)
+        assert "Sample translations" in report(tmp_path).words
 
 
 def test_scripts_of_the_world(tmp_path: Path) -> None:
@@ -227,7 +312,7 @@ def test_scripts_of_the_world(tmp_path: Path) -> None:
     assert all('dir="auto"' in attrs for attrs, content in blocks if "lang=" in attrs)
     shown = {re.sub("<[^>]*>", "", content) for _, content in blocks}
     for reference, _ in SENTENCES.values():
-        assert reference in {s.replace("&amp;", "&") for s in shown}
+        assert reference in {unescape(s) for s in shown}
     # A mark never begins with a combining mark: that would tear a letter apart.
     assert not re.search("<mark>[\u0300-\u036f\u0900-\u0903\u093a-\u094f\u064b-\u0652]", html)
 
@@ -248,6 +333,15 @@ def test_lone_surrogates_do_not_stop_the_page(tmp_path: Path) -> None:
     assert "x ? y" in report(tmp_path).words
 
 
+def test_page_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    before = os.umask(0o027)
+    try:
+        assert write_report(tmp_path).stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
 def test_not_a_run_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         write_report(tmp_path)
@@ -263,7 +357,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full_disk)
-    with pytest.raises(UserError, match="html cannot be written: No space left on device"):
+    with pytest.raises(UserError, match=r"cannot write report\.html in the folder .*: the disk is full"):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == before

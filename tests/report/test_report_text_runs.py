@@ -246,7 +246,7 @@ def test_further_tasks_are_told(tmp_path: Path) -> None:
     test |= {"denoising": {"loss": 2.0, "perplexity": 7.39}, "replaced_token": {"loss": 0.25, "accuracy": 0.9}}
     edit(run, "summary.json", test=test)
     assert "also tested denoising perplexity 7.39 · replaced_token loss 0.25" in screen(run)
-    assert f"| replaced\\_token | 0.25 | {MISSING} | 90.0 % |" in results_markdown(run)
+    assert f"| Replaced-token detection | 0.25 | {MISSING} | 90.0 % |" in results_markdown(run)
     assert f"Replaced-token detection 0.25 {MISSING} 90.0 %" in words(write_report(run).read_text())
 
 
@@ -256,7 +256,8 @@ def test_further_tasks_are_told(tmp_path: Path) -> None:
 def test_results_markdown(tmp_path: Path) -> None:
     run = make_text_run(tmp_path, steps=3)
     text, test = results_markdown(run, samples_per_direction=1), summary_of(run)["test"]["causal_lm"]
-    assert f"| perplexity | {test['perplexity']:.2f} |\n| loss, nats per token | 2.5 |\n| accuracy | 47.5 % |" in text
+    head = f"| Perplexity | {test['perplexity']:.2f} | test set, 4 languages |\n| Accuracy | 47.5 % | of next word |\n"
+    assert f"{head}| Loss | 2.5 | nats per token |" in text
     assert all(f"| {x} | {value:.2f} |" in text for x, value in test["languages"].items())
     assert text.count("- prompt: ") == 4
     assert text.count("  true continuation: ") == 4

@@ -14,7 +14,7 @@ from moekit.errors import UserError
 from moekit.report import results_markdown, terminal_summary, wording, write_comparison
 from moekit.report.__main__ import main
 from moekit.report.agreement import agreement, pieces
-from moekit.report.markdown import literal
+from moekit.report.render import literal
 from moekit.report.samples import marked
 
 
@@ -164,6 +164,13 @@ def test_terminal_without_unicode(tmp_path: Path) -> None:
     assert any("BLEU" in line for line in screen(tmp_path, encoding="ascii"))
 
 
+def test_terminal_shows_texts_as_they_are(tmp_path: Path) -> None:
+    make_run(tmp_path, languages=("en", "[red]x[/]", "\ud800", ":smile:"), without=("metrics.csv",))
+    text = "\n".join(screen(tmp_path))
+    assert "[red]x[/]" in text
+    assert ":smile:" in text
+
+
 def test_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "r", steps=3)
@@ -180,6 +187,13 @@ def test_markdown_is_literal() -> None:
     assert len(literal("x" * 5000)) < 500
 
 
+def test_markdown_escapes_what_it_shows(tmp_path: Path) -> None:
+    make_run(tmp_path, steps=3, languages=("en", "a|b", "<i>"))
+    lines = results_markdown(tmp_path).splitlines()
+    assert any(line.startswith(r"| en-a\|b | ") and line.count("|") == 5 for line in lines)
+    assert not any("<i>" in line for line in lines)
+
+
 def test_results_markdown(tmp_path: Path) -> None:
     make_run(tmp_path, steps=30)
     text = results_markdown(tmp_path, samples_per_direction=1)
@@ -189,7 +203,7 @@ def test_results_markdown(tmp_path: Path) -> None:
     assert summary["bleu"]["signature"] in text
     assert text.count("source:") == len(summary["bleu"]["directions"])
     assert "python -m moekit.recipes.zcode_m3 run --out 'runs/a name'" in text
-    assert all(line.count("|") == 8 for line in text.splitlines() if line.startswith("| encoder."))
+    assert all(line.count("|") == 9 for line in text.splitlines() if line.startswith("| encoder."))
 
 
 # -- comparison --------------------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_sinkhorn_router_refuses(options: dict[str, object], message: str) -> No
 )
 def test_uniform_deals_evenly(t: int, k: int, order: str, padded: bool) -> None:
     """No two experts differ by more than one; a token's experts differ; weights sum to 1."""
-    router = UniformRouter(D, E, k, order=order).train()  # type: ignore[arg-type]
+    router = UniformRouter(E, k, order=order).train()  # type: ignore[arg-type]
     mask = some_mask(t) if padded else torch.ones(t, dtype=torch.bool)
     with seeded(0):
         routing = router(torch.randn(t, D), RoutingContext(mask=mask))
@@ -171,14 +171,14 @@ def test_uniform_deals_evenly(t: int, k: int, order: str, padded: bool) -> None:
 def test_uniform_in_token_order() -> None:
     mask = torch.tensor([True, False, True, True, True, True, True, True])
     for training in (True, False):
-        routing = UniformRouter(D, E).train(training)(torch.randn(8, D), RoutingContext(mask=mask))
+        routing = UniformRouter(E).train(training)(torch.randn(8, D), RoutingContext(mask=mask))
         assert routing.expert[mask].tolist() == [0, 1, 2, 3, 4, 0, 1]
-    two = UniformRouter(D, E, 2)(torch.randn(3, D))
+    two = UniformRouter(E, 2)(torch.randn(3, D))
     assert two.expert.view(2, 3).t().tolist() == [[0, 1], [2, 3], [4, 0]]
 
 
 def test_uniform_random_shuffles_in_training_only() -> None:
-    router = UniformRouter(D, E, order="random")
+    router = UniformRouter(E, order="random")
     x = torch.randn(T, D)
     with seeded(1):
         first, second = router.train()(x).expert, router(x).expert
@@ -189,7 +189,7 @@ def test_uniform_random_shuffles_in_training_only() -> None:
 
 
 def test_uniform_drops_nothing_at_factor_one() -> None:
-    router = UniformRouter(D, E, 2, order="random", capacity=Capacity(train=1.0, minimum=1)).train()
+    router = UniformRouter(E, 2, order="random", capacity=Capacity(train=1.0, minimum=1)).train()
     routing = router(torch.randn(T, D))
     assert routing.capacity == 2 * T // E
     assert bool(routing.kept.all())
@@ -198,4 +198,4 @@ def test_uniform_drops_nothing_at_factor_one() -> None:
 @pytest.mark.parametrize(("options", "message"), [({"k": 0}, "k must be between"), ({"order": "x"}, "order must be")])
 def test_uniform_refuses(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        UniformRouter(D, E, **options)  # type: ignore[arg-type]
+        UniformRouter(E, **options)  # type: ignore[arg-type]

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from moekit import routers
-from moekit.experts import BaseStack
+from moekit.experts import BASELayerStack
 from moekit.layer import MoELayer
-from moekit.routers import BaseRouter
+from moekit.routers import BASELayerRouter
 from moekit.routing import RoutingContext, routing_stats
 from moekit.testing import assert_close, skewed_tokens, some_mask
 
@@ -21,15 +21,15 @@ D, E, F = 6, 4, 10
 def layer(num_layers: int = 2) -> MoELayer:
     """In float64, with experts that do something from the start and centroids that differ."""
     torch.manual_seed(0)
-    bank = BaseStack(E, D, F, num_layers=num_layers, output_scale=1.0)
-    made = MoELayer(BaseRouter(D, E, init_gain=1.0), bank).double()
+    bank = BASELayerStack(E, D, F, num_layers=num_layers, output_scale=1.0)
+    made = MoELayer(BASELayerRouter(D, E, init_gain=1.0), bank).double()
     with torch.no_grad():
         for parameter in bank.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return made
 
 
-def literal_stack(bank: BaseStack, e: int, h: Tensor) -> Tensor:
+def literal_stack(bank: BASELayerStack, e: int, h: Tensor) -> Tensor:
     """f_e(h): blocks of norm, two matrices, ReLU, residual."""
     for block in range(bank.num_layers):
         normed = (h - h.mean()) / (h.var(correction=0) + bank.eps).sqrt()
@@ -82,7 +82,7 @@ def test_the_papers_equations(training: bool, masked: bool) -> None:
 
 def test_starts_as_the_identity() -> None:
     """As made, the layer adds exactly nothing, and its last matrices are what learns first."""
-    moe = MoELayer(routers.base_layers(D, E), BaseStack(E, D, F, num_layers=3))
+    moe = MoELayer(routers.base_layers(D, E), BASELayerStack(E, D, F, num_layers=3))
     hidden = moe(torch.randn(12, D)).hidden
     assert not hidden.any()
     hidden.sum().backward()
@@ -92,7 +92,7 @@ def test_starts_as_the_identity() -> None:
 
 @pytest.mark.parametrize(("tokens", "loads"), [(0, [0] * 4), (1, [0, 0, 0, 1]), (3, [0, 1, 1, 1]), (30, [7, 7, 8, 8])])
 def test_any_number_of_tokens(tokens: int, loads: list[int]) -> None:
-    router = BaseRouter(D, E, init_gain=1.0).train()
+    router = BASELayerRouter(D, E, init_gain=1.0).train()
     routing = router(skewed_tokens(tokens, D))
     assert sorted(routing_stats(routing).load.tolist()) == loads
     assert bool(routing.kept.all())
@@ -101,7 +101,7 @@ def test_any_number_of_tokens(tokens: int, loads: list[int]) -> None:
 
 def test_training_decides_not_requires_grad() -> None:
     """A frozen trunk trains with the balanced assignment; evaluation is greedy also where gradients are wanted."""
-    router = BaseRouter(D, E, init_gain=1.0)
+    router = BASELayerRouter(D, E, init_gain=1.0)
     x = skewed_tokens(32, D)
     router.train().requires_grad_(False)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_training_decides_not_requires_grad() -> None:
 
 
 def test_evaluation_does_not_look_ahead_and_training_does() -> None:
-    router = BaseRouter(D, E, init_gain=1.0)
+    router = BASELayerRouter(D, E, init_gain=1.0)
     x = skewed_tokens(32, D)
     other = torch.cat([x[:16], -x[16:]])
     assert torch.equal(router.eval()(x).expert[:16], router(other).expert[:16])
@@ -125,7 +125,7 @@ def test_evaluation_does_not_look_ahead_and_training_does() -> None:
 
 
 def test_padding_takes_no_part() -> None:
-    router = BaseRouter(D, E, init_gain=1.0).train()
+    router = BASELayerRouter(D, E, init_gain=1.0).train()
     x, mask = skewed_tokens(42, D), some_mask(42)
     filled = x.masked_fill(~mask[:, None], float("nan"))
     routing, alone = router(filled, RoutingContext(mask=mask)), router(x[mask])
@@ -136,7 +136,7 @@ def test_padding_takes_no_part() -> None:
 
 
 def test_greedy_agreement_counts_tokens_at_their_best_expert() -> None:
-    router = BaseRouter(D, E, init_gain=1.0).train()
+    router = BASELayerRouter(D, E, init_gain=1.0).train()
     x = skewed_tokens(32, D)
     routing = router(x)
     agreed = (routing.expert == (x @ router.weight.t()).argmax(1)).float().mean()
@@ -146,7 +146,7 @@ def test_greedy_agreement_counts_tokens_at_their_best_expert() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_gradient_of_the_weight(training: bool) -> None:
-    router = BaseRouter(D, E, init_gain=1.0).double().train(training)
+    router = BASELayerRouter(D, E, init_gain=1.0).double().train(training)
     x = skewed_tokens(8, D, dtype=torch.float64).requires_grad_()
     weight = router.weight.detach().clone().requires_grad_()
 
@@ -163,13 +163,13 @@ def test_centroids_are_orthogonal() -> None:
     weight = routers.base_layers(4, 9).weight.detach()
     assert_close(weight.t() @ weight, 0.01 * torch.eye(4))
     torch.manual_seed(0)
-    half = BaseRouter(8, 4).bfloat16()
+    half = BASELayerRouter(8, 4).bfloat16()
     half.reset_parameters()
     assert_close(half.weight.float() @ half.weight.float().t(), 0.01 * torch.eye(4, dtype=torch.bfloat16))
 
 
 def test_errors() -> None:
     with pytest.raises(ValueError, match="got 0 and 4"):
-        BaseRouter(0, 4)
+        BASELayerRouter(0, 4)
     with pytest.raises(ValueError, match="got 4 and 0"):
-        BaseRouter(4, 0)
+        BASELayerRouter(4, 0)

@@ -32,13 +32,13 @@ EMBEDDINGS = torch.randn(V, 5, generator=GENERATOR)
 X = torch.randn(T, D, generator=GENERATOR)
 
 PRESETS = {
-    "hash_layers": (lambda: routers.hash_layers(D, E, COUNTS), "token_ids"),
-    "hash_random": (lambda: routers.hash_random(D, E, V, seed=2), "token_ids"),
-    "hash_previous": (lambda: routers.hash_previous(D, E, COUNTS), "previous_ids"),
-    "hash_position": (lambda: routers.hash_position(D, E, 12), "position"),
-    "hash_clustered": (lambda: routers.hash_clustered(D, E, EMBEDDINGS), "token_ids"),
-    "hash_dispersed": (lambda: routers.hash_dispersed(D, E, EMBEDDINGS), "token_ids"),
-    "hash_oracle": (lambda: routers.hash_oracle(D, E, COUNTS), "next_ids"),
+    "hash_layers": (lambda: routers.hash_layers(E, COUNTS), "token_ids"),
+    "hash_random": (lambda: routers.hash_random(E, V, seed=2), "token_ids"),
+    "hash_previous": (lambda: routers.hash_previous(E, COUNTS), "previous_ids"),
+    "hash_position": (lambda: routers.hash_position(E, 12), "position"),
+    "hash_clustered": (lambda: routers.hash_clustered(E, EMBEDDINGS), "token_ids"),
+    "hash_dispersed": (lambda: routers.hash_dispersed(E, EMBEDDINGS), "token_ids"),
+    "hash_oracle": (lambda: routers.hash_oracle(E, COUNTS), "next_ids"),
 }
 
 
@@ -60,7 +60,7 @@ def test_look_up(name: str, training: bool) -> None:
 
 
 def test_bigrams() -> None:
-    router = routers.hash_bigram(D, E, Bigram(V, buckets=97, seed=1), seed=5)
+    router = routers.hash_bigram(E, Bigram(V, buckets=97, seed=1), seed=5)
     expert = router(X, CONTEXT).expert
     for t in range(T):
         if CONTEXT.mask[t]:
@@ -71,7 +71,7 @@ def test_bigrams() -> None:
     key = Bigram(V)
     assert not torch.equal(key.bucket(IDS, IDS.roll(1)), key.bucket(IDS.roll(1), IDS))
     counts = torch.arange(97)
-    balanced = routers.hash_bigram(D, E, Bigram(V, buckets=97), counts=counts)
+    balanced = routers.hash_bigram(E, Bigram(V, buckets=97), counts=counts)
     assert torch.equal(balanced.table[0], balanced_table(counts, E))
 
 
@@ -87,7 +87,7 @@ def literal_multi_hash(x: Tensor, ids: Tensor, tables: Tensor, bank: MultiHashML
 
 
 def test_multi_hash_is_one_feed_forward_in_segments() -> None:
-    router = routers.multi_hash(D, E, COUNTS, num_tables=3)
+    router = routers.multi_hash(E, COUNTS, num_tables=3)
     bank = MultiHashMLP(E, D, 12, num_segments=3, init_scale=1.0)
     layer = MoELayer(router, bank).double()
     x = X.double().requires_grad_()
@@ -106,13 +106,13 @@ def test_multi_hash_is_one_feed_forward_in_segments() -> None:
 def test_capacity() -> None:
     """With a capacity the routing is served in token order and padded dispatch gives what packed does."""
     table = torch.zeros(V, dtype=torch.int64)
-    router = HashRouter(D, E, table, capacity=Capacity(train=1.0, minimum=1)).train()
+    router = HashRouter(E, table, capacity=Capacity(train=1.0, minimum=1)).train()
     routing = router(X, RoutingContext(token_ids=IDS))
     assert routing.capacity == T // E
     assert routing.kept.tolist() == [True] * (T // E) + [False] * (T - T // E)
     assert router.eval()(X, RoutingContext(token_ids=IDS)).capacity is None
     with pytest.raises(ValueError, match="cannot serve tokens by probability"):
-        HashRouter(D, E, table, capacity=Capacity(train=1.0, priority="probability"))
+        HashRouter(E, table, capacity=Capacity(train=1.0, priority="probability"))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -138,22 +138,22 @@ def test_what_it_demands_of_the_context(name: str) -> None:
 
 def test_tables_must_fit() -> None:
     with pytest.raises(ValueError, match=r"Int64\[num_keys\] or Int64\[K, num_keys\]: got torch.float32"):
-        HashRouter(D, E, torch.zeros(V))
+        HashRouter(E, torch.zeros(V))
     with pytest.raises(ValueError, match="30 entries for the 12 keys"):
-        HashRouter(D, E, torch.zeros(V, dtype=torch.int64), key=TokenPosition(12))
+        HashRouter(E, torch.zeros(V, dtype=torch.int64), key=TokenPosition(12))
     with pytest.raises(ValueError, match=r"experts in 0\.\.3: got 4"):
-        HashRouter(D, E, torch.full((V,), 4))
+        HashRouter(E, torch.full((V,), 4))
     with pytest.raises(ValueError, match="got -1"):
-        HashRouter(D, E, torch.full((V,), -1))
+        HashRouter(E, torch.full((V,), -1))
     with pytest.raises(ValueError, match="meta"):
-        HashRouter(D, E, torch.zeros(V, dtype=torch.int64, device="meta"))
+        HashRouter(E, torch.zeros(V, dtype=torch.int64, device="meta"))
     with pytest.raises(ValueError, match="at least one table"):
-        routers.multi_hash(D, E, COUNTS, num_tables=0)
+        routers.multi_hash(E, COUNTS, num_tables=0)
 
 
 def test_table_is_in_the_checkpoint_and_moves_with_the_module() -> None:
     """Saved and loaded into a router made with another seed, the table is the saved one, bit for bit."""
-    saved, other = (routers.hash_random(D, E, V, seed=seed) for seed in (0, 1))
+    saved, other = (routers.hash_random(E, V, seed=seed) for seed in (0, 1))
     expected = saved.table.clone()
     assert not torch.equal(other.table, expected)
     file = io.BytesIO()
@@ -174,27 +174,27 @@ def test_oracle_is_refused_in_a_decoder_unless_wanted() -> None:
 
     ids = IDS.view(4, 10)
     with pytest.raises(ValueError, match="depend on later tokens"):
-        model(routers.hash_oracle(D, E, COUNTS), ids)
-    oracle = routers.hash_oracle(D, E, COUNTS, allow_future=True)
+        model(routers.hash_oracle(E, COUNTS), ids)
+    oracle = routers.hash_oracle(E, COUNTS, allow_future=True)
     after = torch.cat([ids[:, 1:], torch.zeros(4, 1, dtype=torch.int64)], 1)
     assert torch.equal(model(oracle, ids), oracle.table[0][after.flatten()])
-    before = routers.hash_previous(D, E, COUNTS)
+    before = routers.hash_previous(E, COUNTS)
     shifted = torch.cat([torch.zeros(4, 1, dtype=torch.int64), ids[:, :-1]], 1)
     assert torch.equal(model(before, ids), before.table[0][shifted.flatten()])
-    position = routers.hash_position(D, E, 10)
+    position = routers.hash_position(E, 10)
     assert torch.equal(model(position, ids), position.table[0].repeat(4))
     assert NextToken.looks_ahead
     assert not PreviousToken.looks_ahead
 
 
 def test_no_loss_to_weigh() -> None:
-    routing = routers.hash_random(D, E, V)(X, CONTEXT)
+    routing = routers.hash_random(E, V)(X, CONTEXT)
     with pytest.raises(ValueError, match="no router returned a loss"):
         AuxLosses(load_balance=1.0)(routing)
 
 
 def test_compiles_with_a_capacity() -> None:
-    router = HashRouter(D, E, random_table(V, E), capacity=Capacity(train=2.0))
+    router = HashRouter(E, random_table(V, E), capacity=Capacity(train=2.0))
     compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(X, CONTEXT).expert, router(X, CONTEXT).expert)
     torch._dynamo.reset()

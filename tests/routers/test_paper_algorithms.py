@@ -153,7 +153,7 @@ def test_arms_of_st_moe() -> None:
     """One and three experts, another threshold, noise: what sections 3 and 4.2 and appendix C compare."""
     one, three = routers.st_moe(D, E, k=1), routers.st_moe(D, E, k=3, threshold=0.05, jitter=1e-2)
     assert (one.k, one.renormalise) == (1, "none")
-    assert (three.k, three.renormalise, three.later_choices) == (3, "before_drop", routers.RandomChoice(0.05))
+    assert (three.k, three.renormalise, three.second_expert) == (3, "before_drop", routers.RandomChoice(0.05))
     assert one.exploration is None
     assert three.exploration == routers.InputJitter(1e-2)
 
@@ -175,7 +175,7 @@ def test_second_expert_is_sent_with_the_right_probability() -> None:
 def test_three_choices_are_sent_each_by_its_own_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """k = 3 with a random choice: the first always, second and third each by its renormalised weight."""
     router = routers.TopKRouter(
-        D, E, k=3, renormalise="before_drop", later_choices=routers.RandomChoice(0.3), init_scale=1.0
+        D, E, k=3, renormalise="before_drop", second_expert=routers.RandomChoice(0.3), init_scale=1.0
     )
     x, _, _ = inputs(router, 0, False)
     uniform = torch.rand(T, 2, dtype=torch.float64)

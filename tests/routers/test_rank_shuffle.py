@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moekit.kernels import balanced_assignment
-from moekit.routers import BaseRouter, RankShuffle, base_layers
+from moekit.routers import BASELayerRouter, RankShuffle, base_layers
 from moekit.routing import RoutingContext, routing_stats
 from moekit.testing import run_distributed, skewed_tokens, some_mask
 
@@ -41,13 +41,13 @@ def there_and_back(sizes: list[int]) -> dict[str, Any]:
 
 
 def in_a_router(group_of: list[int] | None) -> dict[str, Any]:
-    """Everything about a BaseRouter with a shuffle; ranks hold different numbers of tokens."""
+    """Everything about a BASELayerRouter with a shuffle; ranks hold different numbers of tokens."""
     rank = dist.get_rank()
     group = None if group_of is None else dist.new_group(group_of)
     if group_of is not None and rank not in group_of:
         return {}
     torch.manual_seed(7)  # the same centroids everywhere
-    router = BaseRouter(D, E, init_gain=1.0, shuffle=RankShuffle(group)).train()
+    router = BASELayerRouter(D, E, init_gain=1.0, shuffle=RankShuffle(group)).train()
     n = (40, 26, 35)[rank]
     x, context = skewed_tokens(n, D, seed=rank), RoutingContext(mask=some_mask(n))
 
@@ -83,7 +83,7 @@ def better_mixed() -> list[float]:
     rank = dist.get_rank()
     x = torch.zeros(64, 2)
     x[:, rank] = 1.0
-    router = BaseRouter(2, 2).train()
+    router = BASELayerRouter(2, 2).train()
     with torch.no_grad():
         router.weight.copy_(torch.eye(2))
     router.shuffle = None
@@ -149,7 +149,7 @@ def test_alone_it_does_nothing() -> None:
     """Without torch.distributed: no draw, the same routing and capacity as without a shuffle."""
     torch.manual_seed(0)
     with_shuffle = base_layers(D, E, shuffle=RankShuffle()).train()
-    without = BaseRouter(D, E).train()
+    without = BASELayerRouter(D, E).train()
     without.load_state_dict(with_shuffle.state_dict())
     x, context = skewed_tokens(30, D), RoutingContext(mask=some_mask(30))
     state = torch.get_rng_state()

@@ -42,7 +42,7 @@ def test_renormalise(renormalise: str, padded: bool, k: int) -> None:
             k,
             capacity=Capacity(train=0.5),
             renormalise=renormalise,  # type: ignore[arg-type]
-            later_choices=RandomChoice(0.4),
+            second_expert=RandomChoice(0.4),
         )
     ).train()
     x = tokens().requires_grad_()
@@ -82,7 +82,7 @@ def test_balance_options(count: str, when: str, scope: str) -> None:
             E,
             2,
             capacity=Capacity(train=0.5),
-            later_choices=RandomChoice(0.4),
+            second_expert=RandomChoice(0.4),
             balance=Balance(**options),  # type: ignore[arg-type]
         )
     ).train()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from small_runs import COMMON, SIZES
 
+from moekit.cli.recipes import main as recipe_main
 from moekit.recipes import moe_lm, shazeer
-from moekit.recipes._command import main as recipe_main
 
 
 @pytest.fixture(scope="session")

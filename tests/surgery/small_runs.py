@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moekit.cli.recipes import main as recipe_main
 from moekit.recipes import moe_lm
-from moekit.recipes._command import main as recipe_main
-from moekit.recipes._surgery.subject import Subject, open_subject
+from moekit.runs import Run
+from moekit.runs.surgery.optimizer import optimizer_slots
 from moekit.surgery.__main__ import main
 
 E = 4
@@ -29,15 +30,15 @@ SIZES = [
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    return open_subject(folder).loaded.weights
+    return Run.load(folder).loaded.weights
 
 
 def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def slots(subject: Subject) -> dict[str, dict[str, Any]]:
-    found = subject.slots()
+def slots(subject: Run) -> dict[str, dict[str, Any]]:
+    found = optimizer_slots(subject)
     assert found is not None
     return found
 
@@ -54,7 +55,7 @@ def resumed(folder: Path, steps: int) -> dict[int, float]:
     return losses(folder)
 
 
-def network(subject: Subject, config: Any, state: dict[str, Tensor]) -> nn.Module:
+def network(subject: Run, config: Any, state: dict[str, Tensor]) -> nn.Module:
     model = subject.model(config, device="cpu")
     model.load_state_dict(state)
     return model.eval()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import moekit as mk
 from moekit.experts import Experts, GroupedGLU, GroupedMLP, ZeroComputationExperts
-from moekit.experts.base_stack import BaseStack
+from moekit.experts.base_layers import BASELayerStack
 from moekit.experts.multi_hash import MultiHashMLP
 from moekit.parallel.annotation import read_annotations
 from moekit.parallel.plan import Plan
@@ -215,8 +215,8 @@ def test_bad_requests_are_refused() -> None:
         add_adapters(network(), rank=9)
     with pytest.raises(ValueError, match=r"rank must be in 1\.\.8 .*got 0"):
         add_adapters(network(), rank=0)
-    with pytest.raises(ValueError, match="BaseStack takes no adapters"):
-        add_adapters(BaseStack(E, D, F), targets=("experts",))
+    with pytest.raises(ValueError, match="BASELayerStack takes no adapters"):
+        add_adapters(BASELayerStack(E, D, F), targets=("experts",))
     with pytest.raises(ValueError, match="must have a matrix of attention"):
         add_adapters(GroupedMLP(E, D, F), targets=("attention",))
     model = network()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from moekit.errors import UserError
-from moekit.experts import BaseStack, DensePretraining, GroupedGLU, GroupedMLP
+from moekit.experts import BASELayerStack, DensePretraining, GroupedGLU, GroupedMLP
 from moekit.layer import MoELayer
 from moekit.routers import (
-    BaseRouter,
+    BASELayerRouter,
     CosineRouter,
     DenseToSparseRouter,
     ExpertChoiceRouter,
@@ -64,9 +64,9 @@ ROUTERS: dict[str, Make] = {
     "top-2 after drop": lambda e, n: layer(TopKRouter(D, e, 2 * n, renormalise="after_drop", init_scale=1.0)),
     "cosine": lambda e, n: MoELayer(CosineRouter(D, e, projected_dim=8), GroupedGLU(e, D, F, hidden_bias="add")),
     "task": lambda e, n: layer(TaskRouter(D, e, 2 * n, num_tasks=3)),
-    "task table": lambda e, n: layer(TaskTableRouter(D, e, table=[3, 0, 2, 1, 1])),
-    "hash": lambda e, n: layer(HashRouter(D, e, TABLE)),
-    "uniform": lambda e, n: layer(UniformRouter(D, e, 2)),
+    "task table": lambda e, n: layer(TaskTableRouter(e, table=[3, 0, 2, 1, 1])),
+    "hash": lambda e, n: layer(HashRouter(e, TABLE)),
+    "uniform": lambda e, n: layer(UniformRouter(e, 2)),
     "loss-free": lambda e, n: layer(LossFreeRouter(D, e, 2 * n, init_scale=1.0)),
     "loss-free of one": lambda e, n: layer(LossFreeRouter(D, e, 1, init_scale=1.0)),
     "loss-free of one, softmax": lambda e, n: layer(LossFreeRouter(D, e, 1, score="softmax", init_scale=1.0)),
@@ -77,7 +77,7 @@ ROUTERS: dict[str, Make] = {
     "sinkhorn, sigmoid": lambda e, n: layer(SinkhornRouter(D, e, 2 * n, activation="sigmoid", init_scale=1.0)),
     "sinkhorn of one": lambda e, n: layer(SinkhornRouter(D, e, init_scale=1.0)),
     "expert choice": lambda e, n: layer(ExpertChoiceRouter(D, e, capacity_factor=2.0 * n, init_scale=1.0)),
-    "base": lambda e, n: MoELayer(BaseRouter(D, e), BaseStack(e, D, F, num_layers=2, output_scale=1.0)),
+    "base": lambda e, n: MoELayer(BASELayerRouter(D, e), BASELayerStack(e, D, F, num_layers=2, output_scale=1.0)),
     "dense to sparse": lambda e, n: layer(hard(e)),
     "soft": lambda e, n: SoftMoELayer(GroupedMLP(e, D, F), slots=3),
     "beside a shared branch": lambda e, n: layer(TopKRouter(D, e, init_scale=1.0), shared=nn.Linear(D, D)),
@@ -214,12 +214,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a router that does not say": (lambda: layer(Silent(E)), "Silent does not say what copies of experts do"),
     "before the last phase": (lambda: soft(9), "its step is before hard_from=10"),
     "thresholds": (
-        lambda: layer(TopKRouter(D, E, 2, later_choices=ThresholdChoice(0.2))), "ThresholdChoice compares weights"
+        lambda: layer(TopKRouter(D, E, 2, second_expert=ThresholdChoice(0.2))), "ThresholdChoice compares weights"
     ),
     "groups": (lambda: layer(LossFreeRouter(D, E, 2, groups=GroupLimit(2, 1))), "GroupLimit would have to limit"),
     "a dense phase": (lambda: layer(TopKRouter(D, E), phase=DensePretraining(5)), "its dense phase is not over"),
     "deep experts": (
-        lambda: MoELayer(TopKRouter(D, E), BaseStack(E, D, F)), "outputs of BaseStack cannot be scaled"
+        lambda: MoELayer(TopKRouter(D, E), BASELayerStack(E, D, F)), "outputs of BASELayerStack cannot be scaled"
     ),
 }  # fmt: skip
 

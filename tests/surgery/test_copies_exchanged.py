@@ -34,7 +34,7 @@ def test_an_aggregate_is_exported_with_what_makes_up_for_it(tmp_path: Path) -> N
 
 def test_four_choices_are_refused_by_the_family_that_has_two(tmp_path: Path) -> None:
     def sparse(layer: int, side: str) -> MoELayer:
-        router = TopKRouter(D, 2 * E, 4, renormalise="before_drop", later_choices=RandomChoice(0.5))
+        router = TopKRouter(D, 2 * E, 4, renormalise="before_drop", second_expert=RandomChoice(0.5))
         return MoELayer(router, GroupedMLP(2 * E, D, F))
 
     positions = SplitSinusoidalPositions(first=1)

@@ -12,15 +12,15 @@ import torch
 from small_runs import COMMON, SIZES, E, equal, fails, network, resumed, slots, weights
 from torch import Tensor
 
+from moekit.cli.recipes import main as recipe_main
 from moekit.errors import UserError
 from moekit.recipes import st_moe, switch
-from moekit.recipes._command import main as recipe_main
-from moekit.recipes._pipeline import pipeline_of
-from moekit.recipes._surgery.compensating import with_choices
-from moekit.recipes._surgery.operations import aggregate_runs, change_run, merge_run, prune_run, upcycle_run
-from moekit.recipes._surgery.subject import build_model, open_subject, with_setting
-from moekit.recipes._surgery.writing import write_run
 from moekit.routing import Compensation
+from moekit.runs import Run, Text
+from moekit.runs.plain import with_setting
+from moekit.runs.surgery.compensating import with_choices
+from moekit.runs.surgery.operations import aggregate_runs, change_run, merge_run, prune_run, upcycle_run
+from moekit.runs.surgery.writing import write_run
 from moekit.surgery import sparse_layers
 from moekit.surgery.__main__ import main
 
@@ -37,7 +37,7 @@ def single(runs: Path) -> Path:
 
 @torch.no_grad()
 def computed(folder: Path, state: dict[str, Tensor] | None = None) -> Tensor:
-    subject = open_subject(folder)
+    subject = Run.load(folder)
     model = network(subject, subject.config, subject.loaded.weights)
     backbone, ids = model["backbone"], torch.arange(20).view(2, 10) + 5  # type: ignore[index]
     if hasattr(backbone, "encode"):
@@ -63,12 +63,12 @@ def test_aggregated_with_itself_and_pruned_back(
         tuple(sorted((k, v) for k, v in row.items() if k in needed)) for row in record["compensation"].values()
     } == {tuple(sorted(needed.items()))}
 
-    subject = open_subject(both)
+    subject = Run.load(both)
     write_run(prune_run(subject, {path: torch.arange(E) for path in subject.layers()}), half)
     assert equal(weights(half), weights(run))
-    assert open_subject(half).config == open_subject(run).config
-    former = slots(open_subject(run))
-    for key, found in slots(open_subject(half)).items():
+    assert Run.load(half).config == Run.load(run).config
+    former = slots(Run.load(run))
+    for key, found in slots(Run.load(half)).items():
         torch.testing.assert_close(found["exp_avg"], former[key]["exp_avg"])
     # What is left of three quarters of it makes up for 1.5 copies; of fewer than the parent had, for one.
     for keep, copies in ((6, 1.5), (2, 1.0)):
@@ -86,12 +86,12 @@ def test_training_on_and_other_settings_do_not_lose_the_record(runs: Path, tmp_p
     both, other = tmp_path / "both", tmp_path / "other"
     assert main(["aggregate", str(runs / "one"), str(runs / "one"), "--out", str(both)]) == 0
     assert list(resumed(both, 4)) == [3]
-    last = open_subject(both / "checkpoints" / "last.ckpt")
+    last = Run.load(both / "checkpoints" / "last.ckpt")
     assert last.config.model.k == 4
     back = prune_run(last, {path: torch.arange(E) for path in last.layers()})
     assert (back.config.model.k, back.record["compensated_copies"]) == (2, 1)
     write_run(change_run(last, with_setting(last.config, "model.capacity_factor", 2.0)), other)
-    again = open_subject(other)
+    again = Run.load(other)
     assert prune_run(again, {path: torch.arange(E) for path in again.layers()}).config.model.k == 2
     four = aggregate_runs([again, again])
     assert four.record["compensated_copies"] == 4
@@ -106,15 +106,15 @@ def test_the_plain_form(runs: Path, single: Path, tmp_path: Path, capsys: pytest
     name = next(name for name in one if name.endswith("experts.w_out"))
     assert torch.equal(both[name], torch.cat([one[name]] * 2))
     assert not torch.allclose(computed(out), computed(single), atol=1e-3)
-    assert aggregate_runs([open_subject(runs / "one")] * 2, compensated=False).config.model.k == 2
+    assert aggregate_runs([Run.load(runs / "one")] * 2, compensated=False).config.model.k == 2
 
 
 def test_growing_keeps_the_function(runs: Path, single: Path, tmp_path: Path) -> None:
     for name, k in (("one", 4), ("single", 1)):
-        subject = open_subject(runs / name)
+        subject = Run.load(runs / name)
         write_run(upcycle_run(subject, 2 * E), tmp_path / name)
         torch.testing.assert_close(computed(tmp_path / name), computed(runs / name))
-        assert open_subject(tmp_path / name).config.model.k == k
+        assert Run.load(tmp_path / name).config.model.k == k
         uneven = upcycle_run(subject, E + 2)
         assert f"{E + 2} experts are no whole multiple" in uneven.said
         assert "compensated_copies" not in uneven.record
@@ -125,7 +125,7 @@ def test_merging_takes_back_what_made_up_for_weights(single: Path, tmp_path: Pat
     """The average of two equal sets of experts is that of one."""
     both = tmp_path / "both"
     assert main(["aggregate", str(single), str(single), "--out", str(both)]) == 0
-    merged, alone = merge_run(open_subject(both)), merge_run(open_subject(single))
+    merged, alone = merge_run(Run.load(both)), merge_run(Run.load(single))
     assert merged.weights.keys() == alone.weights.keys()
     for name, tensor in alone.weights.items():
         torch.testing.assert_close(merged.weights[name], tensor)
@@ -134,15 +134,15 @@ def test_merging_takes_back_what_made_up_for_weights(single: Path, tmp_path: Pat
 def test_without_a_setting_for_choices_it_is_refused(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moekit.recipes._surgery.compensating.getattr", lambda *_: None, raising=False)
+    monkeypatch.setattr("moekit.runs.surgery.compensating.getattr", lambda *_: None, raising=False)
     message = "recipe moe_lm has no setting for that (model.k). With --plain"
     assert fails(["aggregate", str(runs / "one"), str(runs / "two")], tmp_path / "none", message)
 
 
 def test_experts_keep_their_slots_where_capacity_counts_tokens() -> None:
     """ST-MoE's factor * T / E: of twice as many experts it must be twice the factor."""
-    config: Any = st_moe.VARIANTS["tiny"]
-    layers = sparse_layers(build_model(pipeline_of(st_moe.RECIPE).build, config, 100))
+    config: Any = st_moe.RECIPE.variants["tiny"].config
+    layers = sparse_layers(st_moe.RECIPE.parts(config, Text(100), "meta").named())
     subject: Any = SimpleNamespace(path="run", recipe=st_moe.RECIPE)
     needed = dict.fromkeys(layers, Compensation(choices=2.0))
     wide = with_setting(with_choices(subject, config, layers, needed), "model.num_experts", 16)
@@ -150,7 +150,7 @@ def test_experts_keep_their_slots_where_capacity_counts_tokens() -> None:
     slots = []
     for one in (config, wide):
         router: Any = next(
-            layer.chooser for layer in sparse_layers(build_model(pipeline_of(st_moe.RECIPE).build, one, 100)).values()
+            layer.chooser for layer in sparse_layers(st_moe.RECIPE.parts(one, Text(100), "meta").named()).values()
         )
         slots.append([router.capacity.slots(4096, router.num_experts, router.k, training=t) for t in (True, False)])
     assert slots[0] == slots[1]
@@ -160,6 +160,6 @@ def test_a_record_that_is_none_is_named(runs: Path, tmp_path: Path) -> None:
     both = tmp_path / "both"
     assert main(["aggregate", str(runs / "one"), str(runs / "one"), "--out", str(both)]) == 0
     (both / "surgery.json").write_text("{")
-    subject = open_subject(both)
+    subject = Run.load(both)
     with pytest.raises(UserError, match=r"surgery\.json must be what moekit\.surgery wrote"):
         prune_run(subject, {path: torch.arange(E) for path in subject.layers()})

@@ -59,7 +59,7 @@ def like_t5(**options: Any) -> EncoderDecoder:
 
 
 def two_experts(bias: bool = False, **options: Any) -> MoELayer:
-    router = routers.TopKRouter(D, E, 2, renormalise="before_drop", later_choices=routers.RandomChoice(0.5))
+    router = routers.TopKRouter(D, E, 2, renormalise="before_drop", second_expert=routers.RandomChoice(0.5))
     return MoELayer(router, experts.GroupedMLP(E, D, F, bias=bias), **options)
 
 
@@ -233,6 +233,12 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "router": (
         lambda: like_t5(feed_forward=second(lambda: sparse_layer(routers.CosineRouter(D, E)))),
         "no CosineRouter: encoder.layers.1",
+    ),
+    "scorer": (
+        lambda: like_t5(
+            feed_forward=second(lambda: sparse_layer(routers.TopKRouter(D, E, scorer=routers.CosineScorer())))
+        ),
+        "no CosineScorer in a router: encoder.layers.1",
     ),
     "two experts": (lambda: like_t5(feed_forward=second(two_experts)), "2 experts per token"),
     "batch capacity": (

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from small_runs import weights
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from moekit.cli.recipes import main as recipe_main
 from moekit.data.tokenizer import Tokenizer
 from moekit.huggingface import import_model, read_tokenizer
 from moekit.inference import LengthLimit, generate
 from moekit.recipes import switch as switch_recipe
-from moekit.recipes._command import main as recipe_main
-from moekit.recipes._surgery.subject import open_subject
+from moekit.runs import Run
 from moekit.surgery.__main__ import main
 
 OPTIONS = [
@@ -44,7 +44,7 @@ def exported(run: Path) -> Path:
 
 
 def test_transformers_writes_what_the_run_writes(run: Path, exported: Path) -> None:
-    subject = open_subject(run)
+    subject = Run.load(run)
     ours = subject.model(device="cpu")
     ours.load_state_dict(subject.loaded.weights)
     theirs = AutoModelForSeq2SeqLM.from_pretrained(exported).eval()

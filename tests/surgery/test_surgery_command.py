@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import save_file
 from small_runs import E, equal, fails, network, resumed, slots, weights
 
+from moekit.cli.recipes import main as recipe_main
 from moekit.parallel.checkpoint import Checkpointer
 from moekit.recipes import moe_lm
-from moekit.recipes._command import main as recipe_main
-from moekit.recipes._parts import make_optimizer
-from moekit.recipes._surgery.inspection import inspect
-from moekit.recipes._surgery.operations import change_run, prune_run
-from moekit.recipes._surgery.subject import open_subject, with_setting
-from moekit.recipes._surgery.writing import write_run
+from moekit.runs import Run
+from moekit.runs.plain import with_setting
+from moekit.runs.surgery.inspection import inspect
+from moekit.runs.surgery.operations import change_run, prune_run
+from moekit.runs.surgery.writing import write_run
 from moekit.surgery.__main__ import COMMANDS, main
 
 # -- inspect -------------------------------------------------------------------------------------------------------
@@ -66,21 +66,21 @@ def test_plain_state_dicts_and_safetensors_become_runs(runs: Path, tmp_path: Pat
     out = tmp_path / "both"
     given = [str(tmp_path / "plain.pt"), str(tmp_path / "other.safetensors"), "--config", config]
     assert main(["aggregate", *given, "--shared", "2", "--out", str(out)]) == 0
-    layers = open_subject(out).layers()
+    layers = Run.load(out).layers()
     assert {layer.num_experts for layer in layers.values()} == {2 * E}
     assert list(resumed(out, 2)) == [0, 1]  # no clock that could go on
 
 
 def test_sharded_checkpoints_are_read(runs: Path, tmp_path: Path) -> None:
-    subject = open_subject(runs / "one")
+    subject = Run.load(runs / "one")
     model = network(subject, subject.config, subject.loaded.weights)
-    optimizer = make_optimizer(subject.config.train, model)
+    optimizer = subject.config.train.make_optimizer(model)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     sharded = tmp_path / "sharded"
     Checkpointer().save(sharded, model, [optimizer])
-    found = open_subject(sharded, runs / "one" / "config.yaml")
+    found = Run.load(sharded, runs / "one" / "config.yaml")
     assert equal(found.loaded.weights, dict(model.state_dict()))
     assert inspect(sharded)["parameters"] == sum(p.numel() for p in model.parameters())
     result = prune_run(found, {path: torch.tensor([0, 2]) for path in found.layers()})
@@ -98,13 +98,13 @@ def test_sharded_checkpoints_are_read(runs: Path, tmp_path: Path) -> None:
 
 def test_a_run_of_a_strategy_becomes_one(runs: Path, tmp_path: Path) -> None:
     """Sharded in, sharded out: what ``--strategy`` resumes from."""
-    subject = open_subject(runs / "one")
+    subject = Run.load(runs / "one")
     divided = change_run(subject, with_setting(subject.config, "strategy.expert_parallel_size", 1))
     folder = write_run(divided, tmp_path / "divided")
     last = folder.last_checkpoint
     assert last is not None
     assert last.is_dir()
-    again = open_subject(tmp_path / "divided")
+    again = Run.load(tmp_path / "divided")
     assert equal(again.loaded.weights, weights(runs / "one"))
     torch.testing.assert_close(slots(again), slots(subject), rtol=0, atol=0)
     assert again.loaded.rest["global_step"] == 3
@@ -154,10 +154,12 @@ def test_models_of_another_vocabulary_are_not_mixed(runs: Path, tmp_path: Path) 
     # A table of another size is found by its shape.
     name = "backbone.embedding.weight"
     checkpoint["moekit_config"]["data"]["seed"] = 1
-    checkpoint["state_dict"][name] = torch.cat([checkpoint["state_dict"][name]] * 2)
+    table = checkpoint["state_dict"][name]
+    checkpoint["state_dict"][name] = torch.cat([table] * 2)
     torch.save(checkpoint, other / "checkpoints" / "last.ckpt")
-    assert fails(["aggregate", str(runs / "one"), str(other)], tmp_path / "out", f"{name} must have the shape")
+    assert fails(["aggregate", str(runs / "one"), str(other)], tmp_path / "out", f"{name} must have shape")
     # Weights that are not those of the configuration are named.
+    checkpoint["state_dict"][name] = table
     del checkpoint["state_dict"]["backbone.decoder.norm.weight"]
     torch.save(checkpoint, other / "checkpoints" / "last.ckpt")
     assert fails(
@@ -188,7 +190,7 @@ def test_an_existing_run_is_not_touched_unasked(runs: Path, tmp_path: Path) -> N
     assert main([*arguments, "--overwrite"]) == 0
     assert (out / "notes.txt").read_text() == "mine"
     assert not (out / "metrics.csv").exists()
-    assert open_subject(out).config.model.num_experts == 3
+    assert Run.load(out).config.model.num_experts == 3
     assert not list(tmp_path.glob(".out*"))
 
 

@@ -12,14 +12,16 @@ import torch
 from small_runs import E, equal, fails, network, resumed, slots, weights
 from torch import Tensor
 
+from moekit.cli.recipes import main as recipe_main
 from moekit.errors import UserError
 from moekit.recipes import moe_lm
-from moekit.recipes._command import main as recipe_main
-from moekit.recipes._surgery.curve import Recovery, pruning_curve, write_curve
-from moekit.recipes._surgery.operations import change_run, prune_run, split_run, upcycle_run
-from moekit.recipes._surgery.subject import open_subject, with_setting
-from moekit.recipes._surgery.utilisation import measured_load
-from moekit.recipes._surgery.writing import write_run
+from moekit.report.pruning import write_curve
+from moekit.runs import Run
+from moekit.runs.plain import with_setting
+from moekit.runs.surgery.curve import Recovery, pruning_curve
+from moekit.runs.surgery.operations import change_run, prune_run, split_run, upcycle_run
+from moekit.runs.surgery.utilisation import measured_load
+from moekit.runs.surgery.writing import write_run
 from moekit.surgery import choose_experts, sparse_layers
 from moekit.surgery.__main__ import main
 
@@ -31,14 +33,14 @@ def test_aggregate_is_tested_and_goes_on(runs: Path, tmp_path: Path, capsys: pyt
     one, two = runs / "one", runs / "two"
     assert main(["aggregate", str(one), str(two), "--shared", "1", "--out", str(out)]) == 0
     assert "8 experts in a layer" in capsys.readouterr().out
-    both = open_subject(out)
+    both = Run.load(out)
     assert both.config.model.num_experts == 2 * E
 
     # The first model's experts alone: its weights and its Adam moments, bit for bit.
     layers = both.layers()
     back = prune_run(both, {path: torch.arange(E) for path in layers})
     assert equal(back.weights, weights(one))
-    former, moments = slots(open_subject(one)), back.slots
+    former, moments = slots(Run.load(one)), back.slots
     assert moments is not None
     assert moments.keys() == former.keys()
     experts = {name for layer in layers.values() for name in layer.dims}
@@ -51,7 +53,7 @@ def test_aggregate_is_tested_and_goes_on(runs: Path, tmp_path: Path, capsys: pyt
     found = resumed(out, 5)
     assert list(found) == [3, 4]  # steps are counted from 0
     assert all(0 < loss < 10 for loss in found.values())
-    trained = open_subject(out / "checkpoints" / "last.ckpt")
+    trained = Run.load(out / "checkpoints" / "last.ckpt")
     assert trained.loaded.rest["global_step"] == 5
     optimizer = trained.loaded.optimizer
     assert optimizer is not None
@@ -68,7 +70,7 @@ def test_aggregate_with_the_mean_fresh_gates_and_a_new_clock(runs: Path, tmp_pat
     gate = "backbone.decoder.layers.1.feed_forward.router.weight"
     assert both[gate].shape == (2 * E, 16)
     assert not torch.equal(both[gate][:E], one[gate])
-    state = slots(open_subject(out))
+    state = slots(Run.load(out))
     assert gate not in state
     assert float(state[embedding]["step"]) == 3  # the larger of 3 and 2
     assert list(resumed(out, 2)) == [0, 1]
@@ -78,7 +80,7 @@ def test_aggregate_with_the_mean_fresh_gates_and_a_new_clock(runs: Path, tmp_pat
 
 
 def test_prune_by_use_of_a_language(runs: Path, tmp_path: Path) -> None:
-    subject = open_subject(runs / "one")
+    subject = Run.load(runs / "one")
     load = measured_load(subject, language="tnd")
     assert not torch.equal(next(iter(load.values())), next(iter(measured_load(subject).values())))
     out = tmp_path / "tnd"
@@ -88,7 +90,7 @@ def test_prune_by_use_of_a_language(runs: Path, tmp_path: Path) -> None:
     assert record["experts"] == {path: numbers.tolist() for path, numbers in kept.items()}
     assert (record["by"], record["language"]) == ("utilisation", "tnd")
     pruned, whole = weights(out), weights(runs / "one")
-    moments, former = slots(open_subject(out)), slots(subject)
+    moments, former = slots(Run.load(out)), slots(subject)
     for path, layer in subject.layers().items():
         for name in layer.dims:
             assert torch.equal(pruned[name], whole[name][kept[path]])
@@ -102,21 +104,21 @@ def test_use_is_read_from_the_test_or_measured(runs: Path, tmp_path: Path, monke
     """What `test` wrote is what is measured; the file is not believed about another checkpoint."""
     copy = tmp_path / "copy"
     shutil.copytree(runs / "one", copy)
-    measured = measured_load(open_subject(copy))
+    measured = measured_load(Run.load(copy))
     assert recipe_main(moe_lm.RECIPE, ["test", "--out", str(copy)]) == 0
-    monkeypatch.setattr("moekit.recipes._surgery.utilisation.validate", lambda *_: pytest.fail("measured again"))
-    written = measured_load(open_subject(copy))
+    monkeypatch.setattr("moekit.runs.surgery.utilisation.validate", lambda *_: pytest.fail("measured again"))
+    written = measured_load(Run.load(copy))
     for path, load in measured.items():
         torch.testing.assert_close(written[path], load)
     with pytest.raises(pytest.fail.Exception, match="measured again"):
-        measured_load(open_subject(copy / "checkpoints" / "last.ckpt"))
+        measured_load(Run.load(copy / "checkpoints" / "last.ckpt"))
     with pytest.raises(pytest.fail.Exception, match="measured again"):
-        measured_load(open_subject(copy), task="causal_lm")
+        measured_load(Run.load(copy), task="causal_lm")
 
 
 def test_pruning_nothing_writes_the_same_run(runs: Path, tmp_path: Path) -> None:
     assert main(["prune", str(runs / "one"), "--keep", "1.0", "--by", "random", "--out", str(tmp_path / "same")]) == 0
-    one, same = open_subject(runs / "one"), open_subject(tmp_path / "same")
+    one, same = Run.load(runs / "one"), Run.load(tmp_path / "same")
     assert equal(one.loaded.weights, same.loaded.weights)
     assert one.config == same.config
     former, now = one.loaded.optimizer, same.loaded.optimizer
@@ -133,7 +135,7 @@ def test_upcycle_and_merge(runs: Path, tmp_path: Path) -> None:
     """The dense twin is two experts wide: experts are its halves in turn, and merging them gives it back."""
     out, back = tmp_path / "sparse", tmp_path / "dense"
     assert main(["upcycle", str(runs / "dense"), "--experts", "4", "--out", str(out)]) == 0
-    sparse, dense = open_subject(out), open_subject(runs / "dense")
+    sparse, dense = Run.load(out), Run.load(runs / "dense")
     path = next(iter(sparse.layers()))
     wide = dense.loaded.weights[f"{path}.w_in.weight"]
     bank = sparse.loaded.weights[f"{path}.experts.w_in"]
@@ -146,12 +148,12 @@ def test_upcycle_and_merge(runs: Path, tmp_path: Path) -> None:
     assert list(resumed(out, 5)) == [3, 4]
 
     assert main(["merge", str(out), "--restart", "--out", str(back)]) == 0
-    assert open_subject(back).config.model.num_experts == 0
+    assert Run.load(back).config.model.num_experts == 0
     assert list(resumed(back, 2)) == [0, 1]
 
 
 def test_upcycling_a_sparse_run_copies_experts(runs: Path) -> None:
-    subject = open_subject(runs / "one")
+    subject = Run.load(runs / "one")
     more = upcycle_run(subject, 6)
     assert more.config.model.num_experts == 6
     path = next(iter(subject.layers()))
@@ -175,26 +177,26 @@ def logits(model: Any) -> Tensor:
 
 
 def test_split_keeps_the_function(fine_grained: Path, runs: Path, tmp_path: Path) -> None:
-    subject = open_subject(fine_grained)
+    subject = Run.load(fine_grained)
     result = split_run(subject, 2)
     assert (result.config.model.num_experts, result.config.model.k, result.config.model.hidden_dim) == (12, 4, 4)
     before = logits(network(subject, subject.config, subject.loaded.weights))
     torch.testing.assert_close(logits(network(subject, result.config, result.weights)), before)
     write_run(result, tmp_path / "fine")
-    assert open_subject(tmp_path / "fine").layers().popitem()[1].k == 4
+    assert Run.load(tmp_path / "fine").layers().popitem()[1].k == 4
     # Its dense layers are as wide as its experts: one setting for both.
     with pytest.raises(UserError, match="moe_lm has no settings for such a model"):
-        split_run(open_subject(runs / "one"), 2)
+        split_run(Run.load(runs / "one"), 2)
 
 
 def test_change(runs: Path, fine_grained: Path, tmp_path: Path) -> None:
-    subject = open_subject(fine_grained)
+    subject = Run.load(fine_grained)
     changed = change_run(subject, with_setting(subject.config, "model.k", 3))
     assert changed.record["settings"] == {"model.k": 3}
     assert sparse_layers(subject.model(changed.config)).popitem()[1].k == 3
     out = tmp_path / "roomy"
     assert main(["change", str(runs / "one"), "--set", "model.capacity_factor=2.0", "--out", str(out)]) == 0
-    assert open_subject(out).config.model.capacity_factor == 2.0
+    assert Run.load(out).config.model.capacity_factor == 2.0
     assert equal(weights(out), weights(runs / "one"))
     for setting, message in (
         ("model.num_experts=2", "must have shape"),
@@ -209,7 +211,7 @@ def test_change(runs: Path, fine_grained: Path, tmp_path: Path) -> None:
 
 
 def test_curve(runs: Path, tmp_path: Path) -> None:
-    subject = open_subject(runs / "one")
+    subject = Run.load(runs / "one")
     curve = pruning_curve(subject, [3, 0.5], draws=2, recovery=Recovery(1, 1e-3))
     assert [(p.keep, p.order, p.seed) for p in curve.points] == [
         (keep, order, seed)

@@ -85,7 +85,7 @@ def upcycled(router: Router, *, scale: float = 1.0, hidden: int = F) -> tuple[Te
 
 
 def test_weights_that_sum_to_one_keep_the_dense_model() -> None:
-    for router in (TopKRouter(D, E, 2, renormalise="before_drop"), NoisyTopKRouter(D, E, 2), UniformRouter(D, E, 3)):
+    for router in (TopKRouter(D, E, 2, renormalise="before_drop"), NoisyTopKRouter(D, E, 2), UniformRouter(E, 3)):
         found, dense, _ = upcycled(router)
         torch.testing.assert_close(found, dense)
 
@@ -128,7 +128,7 @@ def test_merging_equal_experts_keeps_what_weights_of_one_would() -> None:
 
 
 def test_merging_as_wide_as_all_experts_is_a_layer_of_equal_weights() -> None:
-    sparse = layer(UniformRouter(D, E, E))
+    sparse = layer(UniformRouter(E, E))
     dense = MLP(D, E * F, bias=True)
     dense.load_state_dict(merge(sparse.state_dict(), sparse, dense))
     torch.testing.assert_close(dense(X), sparse(X).hidden)

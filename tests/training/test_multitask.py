@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 import moekit as mk
 from moekit.data.batch import Batch
 from moekit.heads import DenoisingHead, MaskedLMHead, TranslationHead
-from moekit.training.multitask import MultitaskModule, sparse_layers
-from moekit.training.schedules import Constant
-from moekit.transformer import EncoderDecoder, every_other
+from moekit.training.multitask import MultitaskModule
+from moekit.training.schedules import ConstantRate
+from moekit.transformer import EncoderDecoder, every_other, routed_layers
 
 VOCAB, DIM = 60, 16
 
@@ -91,7 +91,7 @@ def test_objective_is_the_weighted_sum(tmp_path: Path) -> None:
 
 
 def test_everything_is_logged(tmp_path: Path) -> None:
-    model = module(schedule=lambda optimizer: Constant(optimizer, 2))
+    model = module(schedule=lambda optimizer: ConstantRate(optimizer, 2))
     fit = trainer(tmp_path)
     valid = [make_batch(task, seed=3) for task in STEP]
     fit.fit(model, DataLoader([STEP] * 4, batch_size=None), DataLoader(valid, batch_size=None))
@@ -108,7 +108,7 @@ def test_everything_is_logged(tmp_path: Path) -> None:
 
 def test_a_dense_model_has_no_routing(tmp_path: Path) -> None:
     model = MultitaskModule(backbone(dense=True), [TranslationHead()])
-    assert sparse_layers(model.backbone) == {}
+    assert routed_layers(model.backbone) == {}
     fit = trainer(tmp_path, max_steps=1)
     fit.fit(model, DataLoader([{"translation": STEP["translation"]}], batch_size=None), VALID)
     assert not any("routing" in name for name in fit.callback_metrics)

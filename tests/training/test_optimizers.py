@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import lightning as L
 import pytest
@@ -14,7 +15,7 @@ from moekit.training.optimizers import adamw, parameter_groups
 
 
 class Bank(nn.Module):
-    is_expert_bank = True
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {"up": ("expert", "embed", "mlp"), "up_bias": ("expert", "mlp")}
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,8 +33,6 @@ class Model(nn.Module):
         self.moe.experts = Bank()
         self.moe.router = nn.Linear(8, 4, bias=False)
         self.scale = nn.Parameter(torch.ones(()))
-        self.tagged = nn.Parameter(torch.randn(4, 8, 8))
-        self.tagged.moekit_axes = ("expert", "in", "out")  # type: ignore[attr-defined]
         self.position_bias = nn.Parameter(torch.zeros(32, 4))
         self.frozen = nn.Parameter(torch.zeros(3, 3), requires_grad=False)
         self.out = nn.Linear(8, 10, bias=False)
@@ -50,7 +49,7 @@ def test_parameters_fall_into_groups_by_the_rule() -> None:
     assert {name: names(model, g) for name, g in groups.items()} == {
         "shared": {"embed.weight", "proj.weight", "moe.router.weight"},
         "shared_no_decay": {"norm.weight", "norm.bias", "proj.bias", "scale", "position_bias"},
-        "expert": {"moe.experts.up", "tagged"},
+        "expert": {"moe.experts.up"},
         "expert_no_decay": {"moe.experts.up_bias"},
     }
     assert {name: (g["lr"], g["weight_decay"]) for name, g in groups.items()} == {

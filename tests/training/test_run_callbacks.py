@@ -132,6 +132,7 @@ def tokens(source: int, target: int = 0, task: str = "translation") -> Batch:
         None,
         torch.zeros(2, dtype=torch.int64),
         torch.zeros(2, dtype=torch.int64),
+        one_text=task == "causal_lm",
     )
 
 

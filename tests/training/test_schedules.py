@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from moekit.training.budget import Budget
 from moekit.training.cli import StepCLI
-from moekit.training.schedules import Constant, Cosine, InverseSquareRoot, per_step
+from moekit.training.schedules import ConstantRate, Cosine, InverseSquareRoot, per_step
 
 
 def optimizer(*rates: float) -> torch.optim.Optimizer:
@@ -56,7 +56,7 @@ def test_cosine() -> None:
 
 
 def test_constant() -> None:
-    assert [x for (x,) in rates(Constant(optimizer(2.0), warmup=2), 5)] == [1.0, 2.0, 2.0, 2.0, 2.0]
+    assert [x for (x,) in rates(ConstantRate(optimizer(2.0), warmup=2), 5)] == [1.0, 2.0, 2.0, 2.0, 2.0]
 
 
 def test_cosine_follows_the_minutes_from_the_end_of_the_warmup() -> None:
@@ -107,7 +107,7 @@ def test_resumed_schedule_goes_on_exactly(minutes: float | None) -> None:
     [
         (lambda: Cosine(optimizer(1.0), 10, warmup=10), "shorter than the run: got 10 of 10"),
         (lambda: Cosine(optimizer(1.0), 10, minimum=2.0), "in 0..1: got 2.0"),
-        (lambda: Constant(optimizer(1.0), warmup=-1), "0 or more: got -1"),
+        (lambda: ConstantRate(optimizer(1.0), warmup=-1), "0 or more: got -1"),
         (lambda: Budget(), "got neither"),
         (lambda: Budget(max_minutes=0), "max_minutes must be positive"),
     ],

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from moekit.experts import BaseStack, Experts, GroupedGLU, GroupedMLP, MultiHashMLP, ZeroComputationExperts
+from moekit.experts import BASELayerStack, Experts, GroupedGLU, GroupedMLP, MultiHashMLP, ZeroComputationExperts
 from moekit.layer import MoELayer
 from moekit.routers import switch
 from moekit.transformer import GLU, MLP, DecoderOnly, EncoderDecoder, init_weights, materialize
@@ -129,7 +129,7 @@ def test_banks_around_banks_and_banks_that_start_at_zero() -> None:
     outer, inner = bank_of(model), bank_of(model, 1)
     assert (outer.depth_scale, inner.depth_scale) == (1.0, 1 / (2 * LAYERS))
     assert float(outer.value.std()) == pytest.approx(1.0, abs=0.4)
-    assert not bank_of(decoder(BaseStack)).w_out.any()
+    assert not bank_of(decoder(BASELayerStack)).w_out.any()
 
 
 @pytest.mark.parametrize("kind", BANKS)

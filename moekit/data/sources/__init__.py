@@ -4,6 +4,7 @@ from moekit.babel import Babel as Babel
 from moekit.babel import BabelSettings as BabelSettings
 from moekit.babel import Headlines as Headlines
 from moekit.data.sources.aligned import AlignedSource as AlignedSource
+from moekit.data.sources.examples import Examples as Examples
 from moekit.data.sources.gettext import Gettext as Gettext
 from moekit.data.sources.jsonl import JsonLines as JsonLines
 from moekit.data.sources.moses import Moses as Moses

@@ -36,7 +36,7 @@ class BrokenCatalog(UserError):  # noqa: N818
 
 
 @dataclass(frozen=True)
-class Entry:
+class Message:
     """One message: the singular and plural English, and the translations of its forms."""
 
     english: tuple[str, ...]
@@ -71,7 +71,7 @@ def count_entries(path: Path) -> int:
     return 0
 
 
-def read_catalog(path: Path) -> list[Entry]:
+def read_catalog(path: Path) -> list[Message]:
     """The messages of a catalog, without its header, contexts dropped; untranslated and undecodable ones left out.
 
     Raises:
@@ -124,7 +124,7 @@ def read_catalog(path: Path) -> list[Entry]:
             continue
         forms = tuple(translation.split("\0"))
         if all(forms):
-            entries.append(Entry(tuple(english.rpartition("\4")[2].split("\0")), forms))
+            entries.append(Message(tuple(english.rpartition("\4")[2].split("\0")), forms))
     return entries
 
 

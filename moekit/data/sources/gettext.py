@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from moekit.data.sources.aligned import AlignedSource, Block
+from moekit.data.sources.aligned import AlignedBlock, AlignedSource
 from moekit.data.sources.catalog import (
     BrokenCatalog,
     clean,
@@ -178,14 +178,14 @@ def _is_good(english: str, translation: str, min_chars: int, max_chars: int, kee
     return keep_placeholders or not (has_placeholder(english) or has_placeholder(translation))
 
 
-def _blocks(code: str, pairs: dict[str, str], shares: tuple[float, float], folder: Path) -> list[Block]:
+def _blocks(code: str, pairs: dict[str, str], shares: tuple[float, float], folder: Path) -> list[AlignedBlock]:
     sides: dict[Split, tuple[list[str], list[str]]] = {split: ([], []) for split in SPLITS}
     for english in sorted(pairs):
         left, right = sides[split_of(english, *shares)]
         left.append(english)
         right.append(pairs[english])
     return [
-        Block(
+        AlignedBlock(
             split,
             {"en": left, code: right},
             {"en": str(folder), code: str(folder)},

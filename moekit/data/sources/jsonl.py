@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moekit.data.sources.aligned import AlignedSource, Block
+from moekit.data.sources.aligned import AlignedBlock, AlignedSource
 from moekit.data.sources.files import SPLIT_NAMES, check_twins, read_lines, split_called, unpacked_name
 from moekit.errors import UserError
 from moekit.source import Direction, Split, language_code
@@ -72,7 +72,7 @@ def find_split_files(path: Path, kind: str, endings: Sequence[str]) -> list[tupl
     return found
 
 
-def _read(split: Split, path: Path) -> Block:
+def _read(split: Split, path: Path) -> AlignedBlock:
     file = read_lines(path)
     if file.lines[0].startswith("["):
         raise UserError(
@@ -118,7 +118,7 @@ def _read(split: Split, path: Path) -> Block:
         raise UserError(
             f"{path}: the file must hold translations: got {len(file.lines)} empty lines. Fill it or remove it."
         )
-    return Block(split, columns, dict.fromkeys(columns, str(path)), file.digest)
+    return AlignedBlock(split, columns, dict.fromkeys(columns, str(path)), file.digest)
 
 
 def _texts(line: str, where: str) -> dict[str, str]:

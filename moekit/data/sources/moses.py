@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moekit.data.sources.aligned import AlignedSource, Block, check_lengths
+from moekit.data.sources.aligned import AlignedBlock, AlignedSource, check_lengths
 from moekit.data.sources.files import (
     SPLIT_NAMES,
     check_folder,
@@ -94,13 +94,13 @@ def _find(folder: Path, stems: Mapping[str, str] | None) -> dict[tuple[Split, st
     return groups
 
 
-def _read(split: Split, paths: Mapping[str, Path]) -> Block:
+def _read(split: Split, paths: Mapping[str, Path]) -> AlignedBlock:
     if len(paths) < 2:
         (path,) = paths.values()
         raise UserError(f"{path}: parallel text must have at least two languages: this file has no partner beside it.")
     files = {language: read_lines(path) for language, path in paths.items()}
     check_lengths({language: (str(file.path), len(file.lines)) for language, file in files.items()})
-    return Block(
+    return AlignedBlock(
         split=split,
         columns={language: [line.strip() for line in file.lines] for language, file in files.items()},
         files={language: str(path) for language, path in paths.items()},

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.babel import Babel, BabelSettings, Headlines
+from moekit.data.sources.examples import Examples
 from moekit.data.sources.gettext import DEFAULT_FOLDER, Gettext
 from moekit.data.sources.jsonl import JsonLines
 from moekit.data.sources.moses import Moses
@@ -18,7 +19,7 @@ from moekit.data.sources.union import Union
 from moekit.errors import UserError, nearest
 from moekit.source import Source
 
-KINDS = ("babel", "headlines", "moses", "jsonl", "tsv", "gettext", "text", "union")
+KINDS = ("babel", "headlines", "moses", "jsonl", "tsv", "examples", "gettext", "text", "union")
 
 
 def open_source(kind: str, path: str | Path | None = None, **settings: Any) -> Source:
@@ -26,7 +27,7 @@ def open_source(kind: str, path: str | Path | None = None, **settings: Any) -> S
 
     Args:
         kind: babel (generated, needs no path), headlines (paragraphs of babel with their headlines), moses, jsonl, tsv,
-            gettext (without a path: the system's catalogs), text, or union.
+            examples (inputs and targets), gettext (without a path: the system's catalogs), text, or union.
         path: where the corpus lies. For union the members, as ``moses:path/one,jsonl:path/two``.
         settings: arguments of that kind's class (`BabelSettings` for babel; for headlines those of `Headlines`, and
             others for its corpus). For union, a mapping of arguments by
@@ -54,6 +55,8 @@ def open_source(kind: str, path: str | Path | None = None, **settings: Any) -> S
             return _open(JsonLines, kind, path, settings)
         case "tsv":
             return _open(Tsv, kind, path, settings)
+        case "examples":
+            return _open(Examples, kind, path, settings)
         case "text":
             return _open(Text, kind, path, settings)
         case "union":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moekit.data.sources.aligned import AlignedSource, Block
+from moekit.data.sources.aligned import AlignedBlock, AlignedSource
 from moekit.data.sources.files import read_lines
 from moekit.data.sources.jsonl import find_split_files
 from moekit.errors import UserError
@@ -36,7 +36,7 @@ class Tsv(AlignedSource):
         super().__init__("tsv", blocks, pivot=pivot, directions=directions, strict=strict)
 
 
-def _read(split: Split, path: Path) -> Block:
+def _read(split: Split, path: Path) -> AlignedBlock:
     file = read_lines(path)
     header = file.lines[0].split("\t")
     if len(header) < 2:
@@ -61,4 +61,4 @@ def _read(split: Split, path: Path) -> Block:
             )
         for column, field in zip(columns.values(), fields, strict=True):
             column.append(field.strip())
-    return Block(split, columns, dict.fromkeys(columns, str(path)), file.digest, first_line=2)
+    return AlignedBlock(split, columns, dict.fromkeys(columns, str(path)), file.digest, first_line=2)

@@ -15,7 +15,7 @@ from moekit.data.batch import Batch
 
 
 def count_tokens(batch: Any) -> Tensor | int:
-    """Real tokens of a batch: source and target without padding; the one text of a causal batch counts once.
+    """Real tokens of a batch: source and target without padding; one text that is both counts once.
 
     Args:
         batch: a `Batch`, or mappings and sequences that hold some.
@@ -24,7 +24,7 @@ def count_tokens(batch: Any) -> Tensor | int:
         TypeError: if there is no `Batch` in it.
     """
     counts = [
-        part.source_mask.sum() + (0 if part.target_mask is None or part.task == "causal_lm" else part.target_mask.sum())
+        part.source_mask.sum() + (0 if part.target_mask is None or part.one_text else part.target_mask.sum())
         for part in _batches(batch)
     ]
     if not counts:

@@ -18,12 +18,12 @@ class TokenPerplexity(WideMetric):
     Unlike a mean of batch means, it does not depend on how tokens were batched or spread over processes.
 
     Args:
-        tasks: names such as ``"translation"``; `update` refuses others.
+        tasks: names such as ``"my_task"``; `update` refuses others.
 
     Example:
-        >>> perplexity = TokenPerplexity(["translation"])
-        >>> perplexity.update("translation", torch.tensor(6.0), torch.tensor(3))
-        >>> round(perplexity.compute()["translation"], 3)
+        >>> perplexity = TokenPerplexity(["my_task"])
+        >>> perplexity.update("my_task", torch.tensor(6.0), torch.tensor(3))
+        >>> round(perplexity.compute()["my_task"], 3)
         7.389
     """
 

@@ -1,0 +1,153 @@
+"""Sections on what was logged over steps: losses, accuracy, learning rate, speed, and how routing fared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from moekit.report import wording
+from moekit.report.health import layer_health
+from moekit.report.plots import Curves, Line, Unit
+from moekit.report.run_folder import RunFolder, Series
+from moekit.report.series import milestones, smooth, smoothing_window
+from moekit.report.style import CYCLE
+from moekit.report.tasks import task_order
+from moekit.report.view import Figure, Section, Table, caption, heading, texts
+
+_LOADS = ("dead_experts", "load_cv", "load_max_ratio")  # no cause for worry where a fixed rule decides
+_FROM_ZERO = ("drop_rate", "dead_experts", "load_cv", "entropy")
+_PHASES = ("train", "valid", "test")
+
+
+def curve_table(columns: Mapping[str, Series], say: Callable[[float | None], str] = wording.significant) -> Table:
+    """A few steps of series: those of the series with the fewest, and of the others what was logged closest."""
+    columns = {name: series for name, series in columns.items() if len(series.step)}
+    steps = milestones(sorted(columns.values(), key=lambda s: len(s.step))[:1])
+    rows = [
+        (f"{step:,.0f}", *(say(float(s.value[np.abs(s.step - step).argmin()])) for s in columns.values()))
+        for step in steps
+    ]
+    return Table(["step", *columns], rows)
+
+
+def losses(run: RunFolder) -> Section:
+    """Losses by task, their accuracy, learning rate and speed."""
+    figures = [_loss(run, task) for task in _tasks(run)] + _accuracy(run)
+    rates = ("lr", "train/lr", "learning_rate", "train/learning_rate")
+    rate = _logged(run, next((n for n in run.metrics if n in rates or n.startswith("lr-")), ""))
+    if rate is not None:
+        chart = Curves([Line("", rate)], "Learning rate over steps", start_at_zero=True, height=2.1)
+        figures.append(Figure(*caption("learning_rate"), chart, numbers=curve_table({"learning rate": rate})))
+    speed = _logged(run, "train/tokens_per_second")
+    if speed is not None:
+        lines = [Line("logged", speed, look="raw"), Line("smoothed", smooth(speed))]
+        chart = Curves(lines, "Tokens per second over steps", "short", start_at_zero=True, height=2.1)
+        numbers = curve_table({"tokens per second": smooth(speed)})
+        figures.append(Figure(*caption("speed"), chart, numbers=numbers))
+    note = run.notes.get("metrics.csv", "" if figures else "No loss was logged.")
+    return Section(*heading("losses"), [note] if note else [], [[figure] for figure in figures])
+
+
+def _tasks(run: RunFolder) -> list[str]:
+    """Names of the tasks with a logged loss, in the record's order; "" stands for the total where no task has one."""
+    columns = [c.split("/") for c in run.metrics]
+    found = {c[1] for c in columns if len(c) == 3 and c[0] in ("train", "valid") and c[2] == "loss"}
+    if not found:
+        return [""] if {"train/loss", "valid/loss"} & set(run.metrics) else []
+    return sorted(found, key=lambda task: task_order(run.summary, task))
+
+
+def _logged(run: RunFolder, column: str) -> Series | None:
+    """A column that holds a finite number."""
+    series = run.metrics.get(column)
+    return series if series is not None and len(series.finite.value) else None
+
+
+def _loss(run: RunFolder, task: str) -> Figure:
+    middle = f"{task}/" if task else ""
+    train, valid = (run.metrics.get(f"{phase}/{middle}loss") for phase in ("train", "valid"))
+    lines, columns = [], {}
+    if train is not None:
+        window = smoothing_window(len(train.finite.value))
+        smoothed = Line(f"average of {window}", smooth(train))
+        lines += [Line("training", train, look="raw"), smoothed] if window > 1 else [Line("training", train)]
+        columns["train (smoothed)"] = smooth(train)
+    if valid is not None:
+        lines.append(Line("validation", valid, "red", "points"))
+        columns["validation"] = valid
+    named = run.task(task)
+    return Figure(
+        named.title,
+        named.explanation,
+        chart=Curves(lines, f"{named.title}: training and validation loss over steps", skip_start=True),
+        numbers=curve_table(columns),
+    )
+
+
+def _accuracy(run: RunFolder) -> list[Figure]:
+    """One panel with the accuracy of every task: the validation's, or training's where there is none."""
+    found: dict[str, Series] = {}
+    for task in _tasks(run):
+        valid, train = (_logged(run, f"{phase}/{task}/accuracy") for phase in ("valid", "train"))
+        if valid is not None:
+            found[run.task(task).title] = valid
+        elif train is not None:
+            found[run.task(task).title] = smooth(train)
+    if not found:
+        return []
+    colours = (*CYCLE, "ink", "muted")
+    lines = [
+        Line(title, series, colours[i % len(colours)], "points" if len(series.value) < 60 else "line")
+        for i, (title, series) in enumerate(found.items())
+    ]
+    chart = Curves(lines, "Accuracy of every task over steps", "percent", start_at_zero=True)
+    return [Figure(*caption("accuracy"), chart, numbers=curve_table(found))]
+
+
+def routing_curves(metrics: Mapping[str, Series]) -> dict[str, dict[str, Series]]:
+    """The routing columns of metrics.csv by quantity and layer, whatever path they were logged under; "" is overall.
+
+    ``train/routing/drop_rate`` is overall; ``train/routing/encoder.1/drop_rate`` and
+    ``encoder.layers.1.feed_forward.router/entropy`` belong to a layer. Training columns win over validation's.
+    """
+    quantities = texts()["routing"]
+    found: dict[str, dict[str, tuple[int, Series]]] = {}
+    for column, series in metrics.items():
+        *scope, quantity = column.split("/")
+        if quantity in quantities:
+            rank = _PHASES.index(scope[0]) if scope and scope[0] in _PHASES else 0
+            layer = "/".join(s for s in scope if s not in (*_PHASES, "routing", "router", "moe", "aux"))
+            layers = found.setdefault(quantity, {})
+            layers[layer] = min(layers.get(layer, (rank, series)), (rank, series), key=lambda pair: pair[0])
+    return {q: {layer: found[q][layer][1] for layer in sorted(found[q])} for q in quantities if q in found}
+
+
+def routing(run: RunFolder) -> Section | None:
+    """Entropy, drops, dead experts and router losses over time; nothing for a dense model."""
+    health = layer_health(run)
+    by_rule = bool(health) and all(x.fixed for x in health)
+    figures = []
+    for quantity, columns in routing_curves(run.metrics).items():
+        lines: list[Line] = []
+        for layer, series in columns.items():
+            side = "decoder" if "decoder" in layer else "encoder" if "encoder" in layer else "layers"
+            colour = {"decoder": "red", "encoder": "blue"}.get(side, "muted")
+            label = "" if side in [line.label for line in lines] else side
+            lines += [Line(label, smooth(series), colour, "faint")] if layer else []
+        overall = columns.pop("", None)
+        if overall is not None:
+            lines.append(Line("overall" if columns else "", smooth(overall), "ink"))
+            columns = {"overall": overall, **columns}
+        if not any(len(line.series.value) for line in lines):
+            continue
+        words = caption(quantity, group="routing", worry=not (by_rule and quantity in _LOADS))
+        unit: Unit = "percent" if quantity == "drop_rate" else "plain"
+        zero = quantity in _FROM_ZERO
+        chart = Curves(lines, f"{words[0]} over steps", unit, start_at_zero=zero, height=2.2)
+        figures.append(Figure(*words, chart, numbers=curve_table(columns)))
+    if not figures and run.dense:
+        return None
+    why = run.notes.get("metrics.csv", "No routing statistics were logged during this run.")
+    notes = [] if figures else [why]
+    return Section(*heading("routing"), notes, [[figure] for figure in figures])

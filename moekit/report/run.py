@@ -1,0 +1,105 @@
+"""`write_report` and `results_markdown`: a run folder becomes a view, and that a page or markdown."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moekit.report import render
+from moekit.report.answers import answer_section
+from moekit.report.curves import losses, routing
+from moekit.report.experts import experts
+from moekit.report.health import findings
+from moekit.report.predictions import main_task
+from moekit.report.results import about, quality, tables, tiles
+from moekit.report.run_folder import RunFolder, read_run
+from moekit.report.samples import samples
+from moekit.report.view import Provenance, View
+from moekit.report.wording import MISSING, nearby
+
+_COMMANDS = ("command", "argv")
+_UNFINISHED = "This run is not finished (it has no summary.json): numbers come from its metrics."
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` into a run folder and return its path.
+
+    Reads the folder's files only, each of which may be missing; the page is self-contained (no network, no scripts),
+    follows the reader's light or dark theme, and prints.
+
+    Raises:
+        UserError: if `run_dir` is not a run folder, or cannot be written to.
+    """
+    run = read_run(Path(run_dir))
+    return render.save(run.path / "report.html", render.html(run_view(run)))
+
+
+def results_markdown(run_dir: Path, *, samples_per_direction: int = 2) -> str:
+    """Summary, scores, routing and samples of a run as GitHub-flavoured markdown.
+
+    Args:
+        run_dir: the run folder.
+        samples_per_direction: samples shown for each direction, or for each language of another task.
+
+    Raises:
+        UserError: if `run_dir` is not a run folder.
+    """
+    return render.markdown(run_view(read_run(Path(run_dir))), samples_per_direction=samples_per_direction)
+
+
+def run_view(run: RunFolder) -> View:
+    """Everything that is shown of a run."""
+    return View(
+        kind="moekit run report",
+        title=run.name,
+        lead=about(run),
+        tiles=tiles(run),
+        sections=[s for s in (quality(run), answer_section(run), losses(run), experts(run), routing(run)) if s],
+        findings=findings(run),
+        notes=[] if run.summary else [_UNFINISHED],
+        tables=tables(run),
+        samples=samples(run),
+        no_samples=run.task("translation" if run.translates else main_task(run).task).samples,
+        samples_note=run.notes.get("samples.json", "samples.json holds no samples."),
+        provenance=Provenance(
+            _command(run),
+            f"python -m moekit.report {shlex.quote(nearby(run.path))}",
+            run.config,
+            {k: v for k, v in flat(run.environment).items() if k not in _COMMANDS},
+            run.notes,
+        ),
+        footer=f"Made by moekit from the files of {run.path.resolve().name}/.",
+    )
+
+
+def _command(run: RunFolder) -> str:
+    """The command that was typed, where it is recorded, else one that repeats the configuration; "" if neither."""
+    command = next((run.environment[k] for k in _COMMANDS if run.environment.get(k)), None)
+    if isinstance(command, list) and command:
+        return shlex.join(map(str, command))
+    if isinstance(command, str) and command.strip():
+        return command.strip()
+    if not run.recipe:
+        return ""
+    parts = ["python", "-m", f"moekit.recipes.{run.recipe}", "run"]
+    if run.config.strip():
+        parts += ["--config", nearby(run.path / "config.yaml")]
+    elif run.variant:
+        parts += ["--variant", run.variant]
+    return shlex.join([*parts, "--out", f"{nearby(run.path)}-again"])
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Leaves of a nested mapping by dotted name."""
+    found: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{name}.")
+        elif isinstance(value, list):
+            found[name] = ", ".join(map(str, value))
+        else:
+            found[name] = MISSING if value is None else str(value)
+    return found

@@ -1,0 +1,108 @@
+"""The configuration of a run: its settings as dataclasses, and as plain data in files and checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from moekit.data.held_out import HeldOut, HeldOutData
+from moekit.data.module import MultitaskData
+from moekit.data.tokenizer import Tokenizer
+from moekit.errors import UserError
+from moekit.runs.settings.data import DataConfig
+from moekit.runs.settings.evaluate import EvaluateConfig
+from moekit.runs.settings.fields import RESUME, SURGERY, setting
+from moekit.runs.settings.strategy import StrategyConfig
+from moekit.runs.settings.tasks import active_tasks
+from moekit.runs.settings.train import TrainConfig
+from moekit.tasks import task_data
+
+_ENDLESS = 100_000_000
+"""Batches of a run that only minutes limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run is made of.
+
+    Attributes:
+        data: where text comes from.
+        train: how training goes.
+        evaluate: how the result is evaluated.
+        strategy: how the model is spread over processes.
+        model: the network, of the recipe's own type.
+        tasks: the tasks and their tokens per step, of the recipe's own type.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = setting(default_factory=TrainConfig, free=SURGERY)
+    evaluate: EvaluateConfig = setting(default_factory=EvaluateConfig, free=SURGERY)
+    strategy: StrategyConfig = setting(default_factory=StrategyConfig, free=RESUME + SURGERY)
+    model: Any = None
+    tasks: Any = setting(None, free=SURGERY)
+
+    def changed(self, **groups: Any) -> RunConfig:
+        """This configuration with other settings.
+
+        Args:
+            **groups: by the name of a group, the settings that differ, or the whole group.
+        """
+        made = {
+            name: dataclasses.replace(getattr(self, name), **given) if isinstance(given, Mapping) else given
+            for name, given in groups.items()
+        }
+        return dataclasses.replace(self, **made)
+
+    def batches(self, tokenizer: Tokenizer | None = None, held_out: HeldOut | None = None) -> MultitaskData:
+        """The data module of the run; its one epoch is as long as the run may be, so that every stop is in its middle.
+
+        Args:
+            tokenizer: one that exists already; None = that of ``data.tokenizer``, or trained on the text.
+            held_out: what the run kept for evaluation, which is then all there is; None = the corpus of the settings.
+
+        Raises:
+            UserError: no task takes part, or something is wrong with the data.
+        """
+        data, train, evaluate = self.data, self.train, self.evaluate
+        active = active_tasks(self.tasks)
+        if not active:
+            raise UserError("tasks must give at least one task its tokens: all have 0. Set tasks.translation.tokens.")
+        if tokenizer is None and data.tokenizer is not None:
+            tokenizer = Tokenizer.load(data.tokenizer)
+        # Tensor-parallel partners read the same batch.
+        readers = max(1, train.devices * train.num_nodes // (self.strategy.tensor_parallel_size or 1))
+        options: dict[str, Any] = {
+            "tasks": task_data(active, data),
+            "tokenizer": tokenizer,
+            "cache": data.cache,
+            "vocab_size": data.vocab_size,
+            "tokens_per_step": readers * sum(task.tokens for task in active.values()),
+            "evaluation_tokens": readers * evaluate.batch_tokens,
+            "temperature": data.temperature_schedule(),
+            "max_length": data.max_length,
+            "steps_per_epoch": train.max_steps * train.accumulate or _ENDLESS,
+            "valid_sentences": evaluate.valid_sentences or None,
+            "test_sentences": evaluate.max_sentences or None,
+            "seed": data.seed,
+            "order_seed": data.order_seed,
+            "num_workers": data.workers(train),
+        }
+        return MultitaskData(data.open(), **options) if held_out is None else HeldOutData(held_out, **options)
+
+    def settled(self, kept: Mapping[str, Any] | None = None) -> RunConfig:
+        """The configuration with what "auto" is on this machine, or was when the run began.
+
+        Args:
+            kept: the configuration in the folder of a run that goes on: its precision stays, wherever it goes on.
+        """
+        train = self.train
+        if train.precision == "auto":
+            train = dataclasses.replace(train, precision=(kept or {}).get("train", {}).get("precision", "auto"))
+            if train.on_gpu and train.usable_precision == "32-true":
+                torch.set_float32_matmul_precision("high")
+        train = dataclasses.replace(train, precision=train.usable_precision)
+        return self.changed(train=train, data={"num_workers": self.data.workers(train)})

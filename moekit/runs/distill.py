@@ -1,0 +1,139 @@
+"""Distillation: a student learns from text and from a trained run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from moekit.errors import UserError
+from moekit.runs.config import RunConfig
+from moekit.runs.init_from import InitFrom, own_tokenizer, starting_tokenizer
+from moekit.runs.plain import as_plain
+from moekit.runs.recipe import Recipe
+from moekit.runs.run import Run
+from moekit.surgery.inheritance import inherit
+from moekit.training.distillation import Added, DistillationModule, Falling, Mixture, Objective, Staged, Teacher
+from moekit.training.multitask import MultitaskModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """What the student learns from the teacher, and what it begins with.
+
+    The defaults are Switch Transformer's (arXiv:2101.03961). DeepSpeed-MoE's Mixture-of-Students (arXiv:2201.05596) is
+    objective=added, weight=1.0, an `until` and, as in the released code, inherit=none: the student begins with draws of
+    its own. Beginning with the teacher's layers (inherit=everything) is ours.
+
+    Attributes:
+        objective: mixture = (1 - weight) of the labels' loss and weight of the teacher's; added = the labels' loss and
+            weight times the teacher's.
+        weight: of the teacher's loss, the KL divergence.
+        until: optimizer steps after which the teacher falls silent and labels alone count; 0 = never.
+        fall: how it falls silent: stop = at once (DeepSpeed-MoE), linear or cosine = its weight goes to 0 until then.
+        fall_from: step at which its weight begins to fall.
+        temperature: of both distributions in the teacher's loss.
+        inherit: the student begins with the teacher's weights of the same name: everything, non_moe (all but experts
+            and routers), or none.
+        layers: which of the teacher's layers a shallower student gets, as decoder.layers=0,1,4,5 (several stacks with
+            ; between); not given = spread evenly, sparse ones from sparse ones.
+    """
+
+    objective: Literal["mixture", "added"] = "mixture"
+    weight: float = 0.25
+    until: int = 0
+    fall: Literal["stop", "linear", "cosine"] = "stop"
+    fall_from: int = 0
+    temperature: float = 1.0
+    inherit: Literal["everything", "non_moe", "none"] = "non_moe"
+    layers: str | None = None
+
+
+def starting_config(recipe: Recipe, run: Run, variant: str | None) -> tuple[str, RunConfig]:
+    """Variant and settings of the teacher; of one of another recipe its data, and its tasks if this recipe has them."""
+    if run.recipe.name == recipe.name and variant in (None, run.variant):
+        return run.variant, run.config
+    name = variant or next(iter(recipe.variants))
+    own = recipe.variants[name].config
+    tasks = run.config.tasks if type(run.config.tasks) is type(own.tasks) else own.tasks
+    return name, own.changed(data=run.config.data, tasks=tasks)
+
+
+class Distillation(InitFrom):
+    """A trained run as the teacher of another.
+
+    Args:
+        source: folder or checkpoint of the teacher.
+        chosen: what the student learns from it.
+        own: the student's run, where it goes on from a checkpoint of its own; else None.
+
+    Raises:
+        UserError: no teacher, or settings that are no objective.
+    """
+
+    def __init__(self, source: str | None, chosen: DistillConfig, own: Run | None) -> None:
+        if source is None:
+            raise UserError("distill needs a trained run to learn from: give its folder with --teacher.")
+        self.source, self.chosen, self.goes_on = source, chosen, own is not None
+        self.run = Run.load(source)
+        self.tokenizer = starting_tokenizer(self.run) if own is None else own_tokenizer(own)
+        self.objective = _objective(chosen)
+        self.record = {"teacher": str(Path(source)), "distill": as_plain(chosen)}
+
+    def make(self, *parts: Any, **options: Any) -> MultitaskModule:
+        """The student with its teacher and, unless it goes on, with the weights that it inherits."""
+        with torch.random.fork_rng(devices=[]):  # the student's dropout and order do not depend on the teacher
+            model: Any = self.run.model(device="cpu")
+        weights = self.run.loaded.weights
+        model.load_state_dict(weights)
+        student, heads = parts
+        try:
+            module = DistillationModule(
+                student,
+                heads,
+                Teacher(model["backbone"], list(model["heads"].values())),
+                objective=self.objective,
+                temperature=self.chosen.temperature,
+                **options,
+            )
+        except ValueError as error:
+            raise UserError(f"distill: {error}") from None
+        if self.chosen.inherit != "none" and not self.goes_on:
+            everything = self.chosen.inherit == "everything"
+            found = inherit(module, model, weights, experts=everything, layers=_layers(self.chosen.layers))
+            module.load_state_dict(found.weights)
+        return module
+
+    def note(self, module: MultitaskModule) -> str:
+        """Who teaches."""
+        count = sum(tensor.numel() for tensor in self.run.loaded.weights.values())
+        return f"teacher   {self.source}: {count:,} parameters"
+
+
+def _objective(chosen: DistillConfig) -> Objective:
+    try:
+        base = Mixture(chosen.weight) if chosen.objective == "mixture" else Added(chosen.weight)
+        if chosen.fall != "stop":
+            return Falling(base, chosen.until, chosen.fall_from, chosen.fall)
+        if chosen.fall_from:
+            raise ValueError(f"fall_from needs a fall that is not stop: got fall_from={chosen.fall_from}.")
+        return Staged(base, chosen.until) if chosen.until else base
+    except ValueError as error:
+        raise UserError(f"distill: {error}") from None
+
+
+def _layers(text: str | None) -> Mapping[str, tuple[int, ...]] | None:
+    """``decoder.layers=0,1;encoder.layers=0`` by the names that the module has."""
+    if not text:
+        return None
+    found = {}
+    for part in text.split(";"):
+        stack, _, numbers = part.partition("=")
+        words = [word.strip() for word in numbers.split(",")]
+        if not all(word.isdecimal() for word in words):
+            raise UserError(f"distill.layers must be as decoder.layers=0,1,4,5: got {part.strip()!r}.")
+        found[f"backbone.{stack.strip()}"] = tuple(map(int, words))
+    return found

@@ -1,0 +1,130 @@
+"""Testing a trained run: scores, routing and samples, written as records into its folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from moekit.atomic import write_json
+from moekit.data.module import MultitaskData
+from moekit.inference.completer import Completer
+from moekit.inference.translator import Translator, search_for
+from moekit.runs.config import RunConfig
+from moekit.runs.module import make_module, parameters
+from moekit.runs.record import DataRecord, RoutingRecord, Sample, Summary
+from moekit.runs.run import ROUTING, SAMPLES, SUMMARY, Run
+from moekit.runs.settings.train import quiet
+from moekit.runs.text import evaluation_data, require_same_text
+from moekit.training.callbacks.progress import TrainingProgress
+from moekit.training.checkpoint_state import load_rest
+from moekit.training.multitask import MultitaskModule
+
+
+def trained_module(
+    run: Run, data: MultitaskData, config: RunConfig | None = None, weights: Mapping[str, Any] | None = None
+) -> MultitaskModule:
+    """The module of a trained run, whole, ready to validate.
+
+    Args:
+        run: the run.
+        data: of its evaluation.
+        config: its settings where they are not the run's.
+        weights: those of the module where they are not the run's.
+    """
+    module, _ = make_module(run.recipe, config or run.config, data, loaded=True)
+    module.load_state_dict(dict(run.loaded.weights if weights is None else weights))
+    return module.eval()
+
+
+def evaluate(run: Run, config: RunConfig | None = None) -> bool:
+    """Validate, test, and write the records of the run: summary, routing and samples.
+
+    Args:
+        run: the run.
+        config: its settings, where they are not the run's: on other devices, for example.
+
+    Returns:
+        Whether this process wrote them: of several, the first does.
+
+    Raises:
+        UserError: nothing was trained there; or the folder keeps no text, and the corpus is not what it was: the record
+            would be of other data.
+    """
+    started = time.monotonic()
+    config = config or run.config
+    data = evaluation_data(run, config)
+    if run.held_out is None:
+        require_same_text(run, data, config)
+    module = trained_module(run, data, config)
+    search = search_for(config.evaluate.beam_size, config.evaluate.length_penalty)
+    if data.directions:
+        module.translate = Translator(module.backbone, data.tokenizer, search=search, sentinel=config.data.sentinel)
+    else:
+        module.write = Completer(module.backbone, data.tokenizer, search=search)
+
+    def originals(direction: str, numbers: list[int]) -> tuple[list[str], list[str]]:
+        pairs = data.pairs(direction, "test")
+        return [pairs[i][0] for i in numbers], [pairs[i][1] for i in numbers]
+
+    module.originals = originals
+    trainer = config.train.trainer(logger=False, enable_checkpointing=False, callbacks=[TrainingProgress()])
+    with quiet():
+        valid = trainer.validate(module, datamodule=data, verbose=False)[0]
+        trainer.test(module, datamodule=data, verbose=False)
+    if not trainer.is_global_zero:
+        return False
+    _write(run, config, module, data, valid, time.monotonic() - started)
+    return True
+
+
+def _write(
+    run: Run,
+    config: RunConfig,
+    module: MultitaskModule,
+    data: MultitaskData,
+    valid: Mapping[str, float],
+    seconds: float,
+) -> None:
+    checkpoint = run.loaded.rest
+    last = load_rest(run.last_checkpoint) if run.last_checkpoint else checkpoint
+    used = last.get("callbacks", {})
+    trained = used.get("Throughput", {})
+    scores = module.scores or {}
+    summary = Summary(
+        recipe=run.recipe.name,
+        variant=run.variant,
+        data=DataRecord(
+            source=",".join(config.data.sources),
+            languages=data.languages,
+            directions=[str(direction) for direction in data.directions],
+            sentences={name: row["sentences"] for name, row in data.summary().items()},
+            vocab_size=data.tokenizer.vocab_size,
+        ),
+        steps=int(last["global_step"]),
+        evaluated_step=int(checkpoint["global_step"]),
+        tokens=int(trained.get("tokens", 0)),
+        wall_seconds=used.get("MaxMinutes", {}).get("seconds", 0.0),
+        evaluation_seconds=seconds,
+        tokens_per_second=trained.get("tokens", 0) / max(trained.get("seconds", 0.0), 1e-9),
+        peak_memory=used.get("PeakMemory"),
+        parameters=parameters(module.backbone),
+        bleu=scores.get("bleu"),
+        chrf=scores.get("chrf"),
+        scores={name: found for name, found in scores.items() if name not in ("bleu", "chrf")},
+        perplexity={t: x for t, x in _by_task(valid, "perplexity").items() if data.task(t).perplexity},
+        loss=_by_task(valid, "loss"),
+        accuracy=_by_task(valid, "accuracy"),
+        test=module.tested,
+        routing=module.routing_summary,
+        tasks={name: data.task(name).record() for name in data.tasks},
+    )
+    routing = None if module.routing is None else RoutingRecord.from_json(module.routing)
+    write_json(run.path / SAMPLES, [Sample.from_json(sample).to_json() for sample in module.samples])
+    if routing is not None:
+        write_json(run.path / ROUTING, routing.to_json())
+    write_json(run.path / SUMMARY, summary.to_json())
+
+
+def _by_task(values: Mapping[str, float], what: str) -> dict[str, float]:
+    return {name.split("/")[1]: v for name, v in values.items() if name.startswith("valid/") and name.endswith(what)}

@@ -1,0 +1,168 @@
+"""Fine-tuning: a run goes on with other data, some parameters, or adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from torch import Tensor
+
+from moekit.errors import UserError
+from moekit.runs.config import RunConfig
+from moekit.runs.init_from import InitFrom, own_tokenizer, starting_tokenizer
+from moekit.runs.plain import as_plain
+from moekit.runs.recipe import Recipe
+from moekit.runs.run import Run
+from moekit.runs.settings.strategy import StrategyConfig
+from moekit.runs.surgery.optimizer import optimizer_slots
+from moekit.surgery.adapters import Target, add_adapters
+from moekit.training.fine_tuning import set_expert_dropout, set_train_capacity, subset, train_only, with_slots
+from moekit.training.multitask import MultitaskModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneConfig:
+    """What trains, and what else is particular to fine-tuning.
+
+    Attributes:
+        tune: parameters that train: all, non_moe, moe, experts, routers, attention, feed_forward, adapters, or several
+            with + and - as in all-routers. Not given: adapters where there are some, else all.
+        rank: of low-rank adapters; 0 = no adapters.
+        alpha: an adapter counts alpha / rank.
+        adapt: what gets adapters: some of experts, attention, feed_forward, joined by commas.
+        expert_dropout: on hidden activations of experts (0.4 in arXiv:2101.03961, beside a model.dropout of 0.1); not
+            given = as model.dropout.
+        train_capacity: capacity factor in training, which decides how many tokens are dropped; 0 = none is; not given
+            = as in the model's settings.
+        optimizer: whether the optimizer's state is carried on from the run, or fresh.
+    """
+
+    tune: str | None = None
+    rank: int = 0
+    alpha: float = 16.0
+    adapt: str = "experts,attention,feed_forward"
+    expert_dropout: float | None = None
+    train_capacity: float | None = None
+    optimizer: Literal["carried", "fresh"] = "carried"
+
+
+def starting_config(recipe: Recipe, run: Run, variant: str | None) -> tuple[str, RunConfig]:
+    """Variant and settings of the run, with a gentler and shorter training; ours.
+
+    Raises:
+        UserError: it is a run of another recipe, or `variant` is not that of the run.
+    """
+    if run.recipe.name != recipe.name:
+        raise UserError(
+            f"{run.path} is a run of the recipe {run.recipe.name}: fine-tune it with python -m moekit.recipes."
+            f"{run.recipe.name} finetune."
+        )
+    if variant is not None and variant != run.variant:
+        raise UserError(f"settings begin as in {run.path}, a run of {run.variant}: leave out --variant {variant}.")
+    gentle = {
+        "max_steps": 500,
+        "max_minutes": 0.0,
+        "learning_rate": run.config.train.learning_rate / 4,
+        "warmup_steps": 50,
+        "schedule": "constant",
+        "validate_every": 100,
+    }
+    return run.variant, run.config.changed(train=gentle)
+
+
+class FineTuning(InitFrom):
+    """The weights of a run, and what of them trains.
+
+    Args:
+        source: folder or checkpoint of the run to start from.
+        chosen: what trains.
+        config: settings of the new run.
+        own: the new run, where it goes on from a checkpoint of its own: then the other run is not needed; else None.
+
+    Raises:
+        UserError: no run to start from, or an optimizer state that cannot be carried on.
+    """
+
+    loaded = True
+
+    def __init__(self, source: str | None, chosen: FineTuneConfig, config: RunConfig, own: Run | None) -> None:
+        if source is None:
+            raise UserError("finetune needs a run to start from: give its folder with --init_from.")
+        self.source, self.chosen = source, chosen
+        self.run: Run | None = None
+        self.steps_before = 0
+        self.slots: Mapping[str, Mapping[str, Any]] = {}
+        if own is not None:
+            self.tokenizer = own_tokenizer(own)
+        else:
+            self.run = Run.load(source)
+            rest = self.run.loaded.rest
+            self.steps_before = int(rest.get("global_step", 0)) + int(rest.get("steps_before", 0))
+            self.slots = _slots(self.run, config, chosen)
+            self.tokenizer = starting_tokenizer(self.run)
+        self.record = {"init_from": str(Path(source)), "fine_tune": as_plain(chosen)}
+
+    def make(self, *parts: Any, **options: Any) -> MultitaskModule:
+        """The module with the weights of the run; where the new run goes on, they come from its checkpoint."""
+        if self.slots:
+            options["optimizer"] = with_slots(options["optimizer"], self.slots)
+        module = MultitaskModule(*parts, steps_before=self.steps_before, **options)
+        if self.run is not None:
+            _load(module, self.run.loaded.weights, self.source)
+        try:
+            _prepare(module, self.chosen)
+        except ValueError as error:
+            raise UserError(f"fine_tune: {error}") from None
+        return module
+
+    def note(self, module: MultitaskModule) -> str:
+        """From where, and how many parameters train."""
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in module.parameters())
+        return f"start     {self.source}; {trained:,} of {total:,} parameters train ({_tune(self.chosen)})"
+
+
+def _tune(chosen: FineTuneConfig) -> str:
+    return chosen.tune or ("adapters" if chosen.rank else "all")
+
+
+def _prepare(module: MultitaskModule, chosen: FineTuneConfig) -> None:
+    """Adapters, dropout, capacity, and what trains."""
+    wanted = subset(_tune(chosen))
+    if chosen.expert_dropout is not None:
+        set_expert_dropout(module, chosen.expert_dropout)
+    if chosen.train_capacity is not None:
+        set_train_capacity(module, chosen.train_capacity or None)
+    if chosen.rank:
+        targets = cast(list[Target], [name.strip() for name in chosen.adapt.split(",") if name.strip()])
+        add_adapters(module.backbone, rank=chosen.rank, alpha=chosen.alpha, targets=targets)
+    train_only(module, wanted)
+
+
+def _load(module: MultitaskModule, weights: Mapping[str, Tensor], where: str) -> None:
+    """The backbone whole; of heads those that both have."""
+    own = module.state_dict()
+    for name, tensor in own.items():
+        given = weights.get(name)
+        if name.startswith("backbone.") and (given is None or given.shape != tensor.shape):
+            got = "nothing" if given is None else f"shape {tuple(given.shape)}"
+            raise UserError(
+                f"{where}: the network must be that of the run it starts from: {name} is {tuple(tensor.shape)} here, "
+                f"and {got} there. Settings of model may differ where weights do not: dropout, capacity."
+            )
+    fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
+    module.load_state_dict({**own, **fitting})
+
+
+def _slots(run: Run, config: RunConfig, chosen: FineTuneConfig) -> Mapping[str, Mapping[str, Any]]:
+    if chosen.optimizer == "fresh" or chosen.rank:
+        return {}
+    found = optimizer_slots(run) or {}
+    if found and config.strategy != StrategyConfig():
+        raise UserError(
+            "optimizer state is carried on where every process holds the whole model: with --strategy.* give "
+            "--fine_tune.optimizer fresh."
+        )
+    return found

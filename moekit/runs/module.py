@@ -1,0 +1,72 @@
+"""The LightningModule of a run, and what is said of its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from moekit.data.module import MultitaskData
+from moekit.errors import UserError
+from moekit.runs.config import RunConfig
+from moekit.runs.recipe import Recipe, Text
+from moekit.runs.settings.tasks import active_tasks
+from moekit.training.budget import Budget
+from moekit.training.multitask import MultitaskModule
+
+
+def make_module(
+    recipe: Recipe,
+    config: RunConfig,
+    data: MultitaskData,
+    make: Callable[..., MultitaskModule] = MultitaskModule,
+    *,
+    empty: bool = False,
+    loaded: bool = False,
+) -> tuple[MultitaskModule, Budget]:
+    """The LightningModule of a run, made by `make`, and the budget that its schedule follows.
+
+    Args:
+        recipe: of the run.
+        config: of the run.
+        data: of the run.
+        make: the module around network and heads.
+        empty: whether it is made without memory.
+        loaded: whether weights will be loaded in the place of all that is made here, so that no text is looked at.
+
+    Raises:
+        UserError: if the model should be made without memory and cannot be, or if its settings do not fit together.
+    """
+    if empty and (recipe.reads_text or make is not MultitaskModule):
+        source = "text" if recipe.reads_text else "the weights of another"
+        raise UserError(
+            f"strategy.empty_init needs a model whose weights are drawn: this one is made from {source}. Leave it out."
+        )
+    text = Text(data.tokenizer.vocab_size, None if loaded else data)
+    parts = recipe.parts(config, text, "meta" if empty else None)
+    train, budget = config.train, config.train.budget()
+    module = make(
+        parts.backbone,
+        parts.heads,
+        weights={name: task.weight for name, task in active_tasks(config.tasks).items()},
+        aux=parts.aux,
+        languages=data.tokenizer.languages,
+        directions=[str(direction) for direction in data.directions],
+        optimizer=train.make_optimizer,
+        schedule=lambda optimizer: train.make_schedule(optimizer, budget),
+        log_routing_every=train.log_every,
+        samples=config.evaluate.samples,
+    )
+    return module, budget
+
+
+def parameters(backbone: nn.Module) -> dict[str, int]:
+    """Parameters of a network: all, and those that one token passes (k of an expert bank's E experts)."""
+    total = sum(p.numel() for p in backbone.parameters())
+    idle = 0
+    for layer in backbone.modules():
+        experts, router = getattr(layer, "experts", None), getattr(layer, "router", None)
+        if isinstance(experts, nn.Module) and router is not None:
+            share = getattr(router, "k", 1) / router.num_experts
+            idle += round(sum(p.numel() for p in experts.parameters()) * (1 - share))
+    return {"total": total, "active": total - idle}

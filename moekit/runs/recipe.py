@@ -1,0 +1,182 @@
+"""A recipe: the model of a paper, and the settings with which it is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekit.data.counts import bigram_counts, token_counts
+from moekit.data.module import MultitaskData
+from moekit.errors import UserError
+from moekit.heads import Head
+from moekit.layer import AuxLosses
+from moekit.routers.hash_keys import Bigram
+from moekit.runs.config import RunConfig
+from moekit.runs.plain import as_plain, build
+from moekit.runs.settings.data import DataConfig
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """The parts of a model: the network, its heads, and the weights of its routers' losses."""
+
+    backbone: nn.Module
+    heads: list[Head]
+    aux: AuxLosses | None
+
+    def named(self) -> nn.ModuleDict:
+        """Network and heads under the names that `MultitaskModule` and checkpoints have for them."""
+        return nn.ModuleDict({"backbone": self.backbone, "heads": nn.ModuleDict({h.task: h for h in self.heads})})
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a build may ask of the text of a run.
+
+    Attributes:
+        vocab_size: V.
+        data: of the run; None = without text: the weights will be loaded, or are not needed, and what is made of text
+            has the same shape and other values.
+    """
+
+    vocab_size: int
+    data: MultitaskData | None = None
+
+    def token_counts(self, *, shifted: bool = False) -> Tensor:
+        """Int64[V]: how often a language model reads each token in training; without text all ones.
+
+        Args:
+            shifted: count what it predicts, with the eos behind a sentence, instead of what it reads, with the bos
+                before it.
+        """
+        if self.data is None:
+            return torch.ones(self.vocab_size, dtype=torch.int64, device="cpu")
+        tokenizer = self.data.tokenizer
+        before, after = (None, tokenizer.eos_id) if shifted else (tokenizer.bos_id, None)
+        return token_counts(self.data.store, self.vocab_size, before=before, after=after)
+
+    def bigram_counts(self, key: Bigram) -> Tensor | None:
+        """How often a language model reads each bucket of bigrams in training; None without text."""
+        return None if self.data is None else bigram_counts(self.data.store, key, before=self.data.tokenizer.bos_id)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings of a recipe that have a name.
+
+    Attributes:
+        config: the settings.
+        note: one line about them for the help.
+    """
+
+    config: RunConfig
+    note: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A paper as something that runs.
+
+    Attributes:
+        name: as in ``python -m moekit.recipes.<name>``.
+        about: one paragraph for the help.
+        build: makes the parts of a model from the configuration and the text of a run.
+        variants: settings by name; the first is the default. The types of ``model`` and ``tasks`` are those of its
+            configuration.
+        reads_text: whether `build` looks at more of the text than the size of its vocabulary.
+        renamed: settings of former versions by dotted key, and where they are now.
+    """
+
+    name: str
+    about: str
+    build: Callable[[RunConfig, Text], ModelParts]
+    variants: Mapping[str, Variant]
+    reads_text: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def default(self) -> RunConfig:
+        """The configuration of the first variant."""
+        return next(iter(self.variants.values())).config
+
+    def parts(self, config: RunConfig, text: Text, device: str | None = None) -> ModelParts:
+        """The parts of a model.
+
+        Args:
+            config: of the run.
+            text: of the run.
+            device: where weights are made; None = where the caller's are. What is made of text is not made elsewhere.
+
+        Raises:
+            UserError: if the settings do not fit together.
+        """
+        looks = self.reads_text and text.data is not None
+        with contextlib.nullcontext() if device is None or looks else torch.device(device):
+            try:
+                return self.build(config, text)
+            except UserError:
+                raise
+            except ValueError as error:  # of a module, which knows arguments and no keys
+                raise UserError(f"a model cannot be built with these settings: {error}") from error
+
+    def config(self, values: Mapping[str, Any], where: str) -> RunConfig:
+        """The configuration from parsed values, or from the plain data of a run folder or a checkpoint.
+
+        Raises:
+            UserError: a key is missing or does not fit; `where` begins the message.
+        """
+        try:
+            groups = {f.name: values[f.name] for f in dataclasses.fields(RunConfig) if f.name in values}
+            for name in ("model", "tasks"):
+                groups[name] = build(type(getattr(self.default, name)), values.get(name, {}))
+            made = build(RunConfig, groups)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{where}: not a configuration of this recipe ({error}).") from None
+        return made
+
+    def current(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The plain data of a configuration as this version writes it: keys that moved, lists that were text."""
+        now = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+        for old, new in self.renamed.items():
+            group, _, key = new.partition(".")
+            if old in now:
+                value = now.pop(old)
+                now[group] = {**now.get(group, {}), **({} if value is None else {key: value})}
+        if isinstance(now.get("data"), dict):
+            now["data"] |= structured(now["data"])
+        return now
+
+
+def structured(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings of data that are lists or mappings, as plain data; former versions wrote them as text."""
+    names = [name for name in ("source", "path", "directions", "babel_sizes") if name in data]
+    made = as_plain(DataConfig(**{name: data[name] for name in names}))
+    return {name: made[name] for name in names}
+
+
+def recipe_names() -> list[str]:
+    """The recipes of the package; a module whose name begins with an underscore is none."""
+    # By name, as a run's configuration has it: recipes import this module and are not imported by it.
+    package = importlib.import_module("moekit.recipes")
+    return sorted(info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_"))
+
+
+def find_recipe(name: Any, where: str) -> Recipe:
+    """The recipe with that name.
+
+    Raises:
+        UserError: there is none; `where` begins the message.
+    """
+    known = recipe_names()
+    if name not in known:
+        raise UserError(f"{where}: recipe must be one of {', '.join(known)}: got {name!r}.")
+    found: Recipe = importlib.import_module(f"moekit.recipes.{name}").RECIPE
+    return found

@@ -1,0 +1,209 @@
+"""The records of a run: what a test writes into its folder, and report, surgery and comparison read."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+VERSION = 1
+"""Of the records, by their key ``version``; one without it is of version 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Plain data with names: fields that a file lacks, as one of an older version does, have their default."""
+
+    @classmethod
+    def from_json(cls, data: Any, notes: list[str] | None = None) -> Self:
+        """The record from what a file holds; further keys are left out.
+
+        Args:
+            data: what the file holds.
+            notes: where given, a field of the wrong kind that has a default is noted here, and has its default.
+
+        Raises:
+            ValueError: it is no record, is of a later version, or a field is missing or of the wrong kind.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a {cls.__name__} must be a mapping: got {type(data).__name__}.")
+        version = data.get("version", VERSION)
+        if version != VERSION:
+            raise ValueError(f"a {cls.__name__} must be of version {VERSION}: got {version}.")
+        hints, given = typing.get_type_hints(cls), {}
+        for f in dataclasses.fields(cls):
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            try:
+                if f.name in data:
+                    given[f.name] = _made(hints[f.name], data[f.name], f.name, notes)
+                elif required:
+                    raise ValueError(f"{f.name} must be in a {cls.__name__}.")
+            except ValueError as error:
+                if required or notes is None:
+                    raise
+                notes.append(str(error))
+        return cls(**given)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; an optional field that is None is left out."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        unsaid = {f.name for f in dataclasses.fields(self) if f.metadata.get("optional") and values[f.name] is None}
+        return {name: _plain(value) for name, value in values.items() if name not in unsaid}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecord(Record):
+    """The text of a run.
+
+    Attributes:
+        source: kinds of data, joined by commas.
+        languages: codes, in the order of their ids.
+        directions: of translation; none where the run does not translate.
+        sentences: on which each task trained.
+        vocab_size: pieces of the vocabulary.
+    """
+
+    source: str = ""
+    languages: Sequence[str] = ()
+    directions: Sequence[str] = ()
+    sentences: Mapping[str, float] = field(default_factory=dict)
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(Record):
+    """What a run came to: summary.json.
+
+    Attributes:
+        recipe: its name.
+        variant: of the recipe.
+        data: the text.
+        steps: optimizer steps that were taken.
+        evaluated_step: the step of the checkpoint that was tested.
+        tokens: real tokens that were trained on.
+        wall_seconds: of training, validation in between included.
+        evaluation_seconds: of the test.
+        tokens_per_second: of training alone.
+        peak_memory: bytes at the fullest, where they lay and what was forecast; None where it was not measured.
+        parameters: of the network: total, and active for a token.
+        bleu: average, directions and signature; None where the run does not translate.
+        chrf: the same.
+        scores: the same of other written answers, by name.
+        perplexity: validation perplexity by task.
+        loss: validation loss by task, nats per prediction.
+        accuracy: validation accuracy by task.
+        test: loss, perplexity, accuracy and languages by task, of those that do not translate.
+        routing: means over sparse layers, and each layer by name; None of a dense model.
+        tasks: what reports say of each task: see `moekit.tasks.Task.record`.
+    """
+
+    recipe: str | None = None
+    variant: str | None = None
+    data: DataRecord = field(default_factory=DataRecord)
+    steps: int | None = None
+    evaluated_step: int | None = None
+    tokens: int | None = None
+    wall_seconds: float | None = None
+    evaluation_seconds: float | None = None
+    tokens_per_second: float | None = None
+    peak_memory: Mapping[str, Any] | None = None
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    bleu: Mapping[str, Any] | None = None
+    chrf: Mapping[str, Any] | None = None
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    perplexity: Mapping[str, float] = field(default_factory=dict)
+    loss: Mapping[str, float] = field(default_factory=dict)
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+    test: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    routing: Mapping[str, Any] | None = None
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord(Record):
+    """The routing of one sparse layer in validation.
+
+    Attributes:
+        name: as in the model's `routed_layers`, for example ``encoder.1``.
+        num_experts: E.
+        assignments: their number.
+        load: Float[E], share of the assignments that each expert got; all 0 where nothing was routed.
+        load_by_language: the same by language.
+        fixed_load: whether the router learns nothing.
+        experts_per_token: where it varies, its mean.
+        entropy: mean of the router's distribution, nats; None where it has none.
+        load_entropy: of the load, 1 = even.
+        drop_rate: share of assignments that found no room.
+        dead_experts: experts that got next to nothing.
+        load_cv: standard deviation of the load over its mean.
+        load_max_ratio: largest load over an even share.
+    """
+
+    name: str
+    num_experts: int
+    assignments: int | None = None
+    load: Sequence[float]
+    load_by_language: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    fixed_load: bool = False
+    experts_per_token: float | None = field(default=None, metadata={"optional": True})
+    entropy: float | None = None
+    load_entropy: float | None = None
+    drop_rate: float | None = None
+    dead_experts: int | None = None
+    load_cv: float | None = None
+    load_max_ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingRecord(Record):
+    """The routing of a run in validation: routing.json.
+
+    Attributes:
+        languages: codes, in the order of their ids.
+        layers: the sparse layers.
+    """
+
+    languages: Sequence[str] = ()
+    layers: Sequence[LayerRecord]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Record):
+    """Something that the model wrote in the test; samples.json is a list of them.
+
+    Attributes:
+        task: for which it was written.
+        direction: of translation, or the language.
+        source: what was given.
+        reference: what is right.
+        hypothesis: what the model wrote.
+    """
+
+    task: str = "translation"
+    direction: str = ""
+    source: str = ""
+    reference: str = ""
+    hypothesis: str
+
+
+def _made(hint: Any, value: Any, name: str, notes: list[str] | None) -> Any:
+    """The value as its field wants it; a record from a mapping, a list of records from a list of them."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, type) and issubclass(hint, Record):
+        return hint.from_json(value, notes)
+    if origin is not None and type(None) in inner:
+        return None if value is None else _made(next(i for i in inner if i is not type(None)), value, name, notes)
+    kind = {float: (int, float)}.get(hint, origin or hint)
+    if not isinstance(value, kind) or (origin is Sequence and isinstance(value, str)):
+        raise ValueError(f"{name} must be {getattr(kind, '__name__', 'a number')}: got {type(value).__name__}.")
+    if origin is Sequence and isinstance(inner[0], type) and issubclass(inner[0], Record):
+        return [inner[0].from_json(item, notes) for item in value]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Record):
+        return value.to_json()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

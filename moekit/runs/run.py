@@ -1,0 +1,396 @@
+"""A run: the folder with everything that it leaves, or one checkpoint of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from torch import nn
+
+from moekit.atomic import replacing, write_error, write_json
+from moekit.data.cache import CorruptCacheError
+from moekit.data.held_out import HeldOut
+from moekit.data.tokenizer import Tokenizer
+from moekit.errors import UserError
+from moekit.runs.config import RunConfig
+from moekit.runs.environment import environment
+from moekit.runs.plain import plain, require_same
+from moekit.runs.recipe import Recipe, Text, find_recipe
+from moekit.runs.record import RoutingRecord, Sample, Summary
+from moekit.surgery import SparseLayer, require_complete, sparse_layers
+from moekit.surgery.adapters import merged_state
+from moekit.training.callbacks.config import CONFIG_KEY
+from moekit.training.checkpoint_state import LoadedState, load_rest, load_state
+
+R = TypeVar("R")
+
+SURGERY_FILE = "surgery.json"
+"""What was done to other runs to make this one, where it was made so."""
+
+_CONFIG = "config.yaml"
+_TOKENIZER = "tokenizer"
+_HELD_OUT = "held_out.json.gz"
+SUMMARY, ROUTING, SAMPLES = "summary.json", "routing.json", "samples.json"
+_FILES = (
+    _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, "environment.json", "metrics.csv", "report.html",
+)  # fmt: skip
+_FOLDERS = ("checkpoints", "tensorboard", _TOKENIZER)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a recipe.
+
+    Its folder is complete in itself: configuration, environment, metrics, checkpoints, records and report are in it,
+    the tokenizer, and the sentences that the run is evaluated on. So it can be tested, translated with and started from
+    on another machine, without its corpus and without a cache.
+
+    Make one with `create` (a new run, or one to go on with), `open` (a folder) or `load` (a folder or a checkpoint
+    whose model is looked at). What is read is read when it is asked for.
+
+    Attributes:
+        path: the folder; of a checkpoint that lies in none, the checkpoint.
+        chosen: the checkpoint that was asked for; None = the best, else the last.
+        described_by: config.yaml of a run with such a model, for a checkpoint that does not say what it is of.
+    """
+
+    path: Path
+    chosen: Path | None = None
+    described_by: Path | None = None
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        config: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        free: Collection[str] = (),
+    ) -> Run:
+        """Make the folder, or take up an existing one, and write ``config.yaml`` and ``environment.json``.
+
+        Args:
+            path: the folder.
+            config: the resolved configuration, plain data.
+            resume: go on with the run that is there, if any; its configuration must be the same.
+            overwrite: remove the run that is there (its own files only), and start afresh.
+            free: dotted keys that a resumed run may change, for example ``"train.max_minutes"``.
+
+        Raises:
+            UserError: a run or foreign files are there and neither option was given, the configuration of the run to
+                resume is another (every differing key is listed), or the folder cannot be written.
+        """
+        run = cls(Path(path))
+        if resume and overwrite:
+            raise UserError("--resume and --overwrite exclude each other: give one of them.")
+        if run.path.exists() and not run.path.is_dir():
+            raise UserError(f"the run folder {run.path} must be a folder: it is a file. Choose another --out.")
+        content = sorted(os.listdir(run.path)) if run.path.is_dir() else []
+        if content and _CONFIG not in content:
+            raise UserError(
+                f"the folder {run.path} must be empty or hold a run: it has {content[0]!r} and no config.yaml. Choose "
+                "another --out."
+            )
+        if content and not (resume or overwrite):
+            state = "a finished" if (run.path / SUMMARY).is_file() else "an unfinished"
+            raise UserError(
+                f"the folder {run.path} must be empty: it holds {state} run. Go on with it (--resume), replace it "
+                "(--overwrite), or choose another --out."
+            )
+        if content and resume:
+            run.require_same(config, free)
+        elif content:
+            run.clear()
+        text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+        with replacing(run.path / _CONFIG) as file:
+            file.write(text.encode())
+        write_json(run.path / "environment.json", environment())
+        try:
+            run.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise write_error(run.checkpoints, error) from error
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """The run in a folder.
+
+        Raises:
+            UserError: there is none.
+        """
+        run = cls(Path(path))
+        if not run.in_folder:
+            raise UserError(f"{run.path} holds no run: there is no config.yaml. Give the folder of a run.")
+        return run
+
+    @classmethod
+    def load(cls, path: str | Path, config: str | Path | None = None) -> Run:
+        """A run whose model is looked at: a folder, a checkpoint, or a plain state dict of one.
+
+        Args:
+            path: of a folder the best checkpoint is taken, else the last, as `test` and `generate` do; for another one
+                give the file.
+            config: a run's config.yaml; needed where the checkpoint holds none and none lies beside it.
+
+        Raises:
+            UserError: naming the file, and the key where there is one: it cannot be read, is of no recipe, or its
+                weights are not of the model that the configuration describes.
+        """
+        place = Path(path)
+        described_by = None if config is None else Path(config)
+        if (place / _CONFIG).is_file():
+            run = cls(place, cls(place).checkpoint, described_by)
+        elif place.parent.name == "checkpoints" and (place.parent.parent / _CONFIG).is_file():
+            run = cls(place.parent.parent, place, described_by)
+        else:
+            run = cls(place, place, described_by)
+        require_complete(run.loaded.weights, run.model(), str(run.checkpoint))
+        return run
+
+    # -- the folder ----------------------------------------------------------------------------------------------------
+
+    @property
+    def in_folder(self) -> bool:
+        """Whether there is a folder of the run, and not a checkpoint alone."""
+        return (self.path / _CONFIG).is_file()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from, None before the first."""
+        path = self.checkpoints / "last.ckpt"
+        return path if path.exists() else None  # a file, or the folder of a sharded one
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The best checkpoint, else the last, None before the first."""
+        path = self.checkpoints / "best.ckpt"
+        return path if path.exists() else self.last_checkpoint
+
+    @property
+    def kept_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer in the folder; None where a former version did not keep it, and beside a checkpoint alone.
+
+        Raises:
+            UserError: it is not as it was written.
+        """
+        place = self.path / _TOKENIZER
+        if not place.is_dir():
+            return None
+        try:
+            return Tokenizer.load(place)
+        except CorruptCacheError as error:
+            raise UserError(
+                f"{error} The weights of the run mean nothing without it: take the folder from a copy of the run."
+            ) from error
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """The sentences that the run is evaluated on; None where a former version did not keep them.
+
+        Raises:
+            UserError: they are not as they were written.
+        """
+        path = self.path / _HELD_OUT
+        return HeldOut.read(path) if path.exists() else None
+
+    def keep(self, tokenizer: Tokenizer | None, held_out: HeldOut | None) -> None:
+        """Write the tokenizer and the sentences for evaluation; of None nothing is written.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        if tokenizer is not None and not self._has(tokenizer):
+            place = self.path / _TOKENIZER
+            temporary = place.with_name(f".{_TOKENIZER}.{os.getpid()}.tmp")
+            try:
+                tokenizer.save(temporary)
+                shutil.rmtree(place, ignore_errors=True)
+                os.replace(temporary, place)
+            except OSError as error:
+                raise write_error(place, error) from error
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        if held_out is not None:
+            with replacing(self.path / _HELD_OUT) as file:
+                held_out.write(file)
+
+    @property
+    def summary(self) -> Summary | None:
+        """The summary of the test; None where it was not tested."""
+        return self._record(SUMMARY, Summary.from_json)
+
+    @property
+    def routing(self) -> RoutingRecord | None:
+        """The routing in validation; None where it was not tested, and of a dense model."""
+        return self._record(ROUTING, RoutingRecord.from_json)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """What the model wrote in the test."""
+        return self._record(SAMPLES, lambda data: [Sample.from_json(item) for item in data]) or []
+
+    def _record(self, name: str, made: Callable[[Any], R]) -> R | None:
+        path = self.path / name
+        try:
+            return made(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error}). Write it again: test.") from None
+
+    def _has(self, tokenizer: Tokenizer) -> bool:
+        with contextlib.suppress(UserError):
+            found = self.kept_tokenizer
+            return found is not None and found.fingerprint == tokenizer.fingerprint
+        return False
+
+    def require_same(self, config: Mapping[str, Any], free: Collection[str] = ()) -> None:
+        """Make sure that this is the configuration of the run, before it goes on.
+
+        Args:
+            config: plain data.
+            free: dotted keys that may differ.
+
+        Raises:
+            UserError: it is another: every differing key is listed.
+        """
+        require_same(self.settings, config, free, f"the run in {self.path}")
+
+    def checkpoint_to_resume(self, config: Mapping[str, Any], free: Collection[str] = ()) -> Path | None:
+        """The last checkpoint, if it is of a run with this configuration; None before the first.
+
+        Args:
+            config: plain data.
+            free: dotted keys that may differ.
+
+        Raises:
+            UserError: it cannot be read, or its configuration is another: every differing key is listed.
+        """
+        last = self.last_checkpoint
+        if last is not None:
+            saved = load_rest(last).get(CONFIG_KEY)
+            if saved is None:
+                raise UserError(f"The checkpoint {last} must hold the configuration of its run: it has none.")
+            require_same(self._current(saved), config, free, f"the checkpoint {last}")
+        return last
+
+    def clear(self) -> None:
+        """Remove what a run writes, and nothing else."""
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for name in _FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    # -- the configuration ---------------------------------------------------------------------------------------------
+
+    @property
+    def _described(self) -> tuple[Path, Any]:
+        """Where the configuration is from, and what it says: the given file, the chosen checkpoint, the folder."""
+        if self.described_by is None and self.chosen is not None and CONFIG_KEY in self.rest:
+            return self.chosen, self.rest[CONFIG_KEY]
+        path = self.described_by or self.path / _CONFIG
+        if self.described_by is None and not path.is_file():
+            raise UserError(f"{self.path} does not say what model it is of: give the config.yaml of a run (--config).")
+        try:
+            return path, yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{path} must be readable YAML: {' '.join(str(error).split())}.") from None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration as plain data, recipe and variant included, as this version writes it.
+
+        Raises:
+            UserError: it cannot be read, or the checkpoint holds none.
+        """
+        path, values = self._described
+        if not isinstance(values, Mapping):
+            raise UserError(f"{path} must hold a mapping: got {type(values).__name__}.")
+        return self._current(values)
+
+    @staticmethod
+    def _current(values: Mapping[str, Any]) -> dict[str, Any]:
+        with contextlib.suppress(UserError):  # of no recipe: whoever needs one says so
+            return find_recipe(values.get("recipe"), "").current(values)
+        return dict(values)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe that the configuration names."""
+        return find_recipe(self.settings.get("recipe"), str(self._described[0]))
+
+    @property
+    def variant(self) -> str:
+        """The recipe's variant."""
+        return str(self.settings.get("variant"))
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The configuration."""
+        return self.recipe.config(self.settings, str(self._described[0]))
+
+    # -- the model -----------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint that is looked at.
+
+        Raises:
+            UserError: nothing was trained there.
+        """
+        found = self.chosen or self.best_checkpoint
+        if found is None:
+            raise UserError(f"{self.path} holds no checkpoint: train first (run or fit).")
+        return found
+
+    @property
+    def rest(self) -> Mapping[str, Any]:
+        """What the checkpoint holds beside weights and optimizer; nothing where there is no checkpoint."""
+        if self.chosen is not None or "loaded" in self.__dict__:
+            return self.loaded.rest
+        found = self.best_checkpoint
+        return {} if found is None else load_rest(found)
+
+    @cached_property
+    def loaded(self) -> LoadedState:
+        """What the checkpoint holds; adapters of fine-tuning are part of their matrices."""
+        loaded = load_state(self.checkpoint)
+        return dataclasses.replace(loaded, weights=merged_state(loaded.weights))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """V, as recorded; of former versions that of the tokenizer in the folder, or the rows of the token table."""
+        inside = self.rest.get(CONFIG_KEY)
+        if isinstance(inside, Mapping) and "vocab_size" in inside:
+            return int(inside["vocab_size"])
+        if (tokenizer := self.kept_tokenizer) is not None:
+            return tokenizer.vocab_size
+        table = self.loaded.weights.get("backbone.embedding.weight")
+        if table is None:
+            raise UserError(f"{self.checkpoint} must hold a table of tokens, backbone.embedding.weight: it has none.")
+        return table.shape[0]
+
+    def model(self, config: RunConfig | None = None, *, device: str = "meta") -> nn.ModuleDict:
+        """The network and its heads under the names that a checkpoint has; by another configuration where one is given.
+
+        Raises:
+            UserError: if the recipe cannot build it.
+        """
+        return self.recipe.parts(config or self.config, Text(self.vocab_size), device).named()
+
+    def layers(self) -> dict[str, SparseLayer]:
+        """Its sparse layers by dotted path."""
+        return sparse_layers(self.model())

@@ -1,0 +1,187 @@
+"""Where text comes from: the corpus, the mixture over its parts, and the batches of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moekit.data.mixture import TemperatureSchedule, heating
+from moekit.data.sources import Source, Union, open_source
+from moekit.errors import UserError
+from moekit.runs.settings.fields import RESUME, SURGERY, setting
+from moekit.runs.settings.train import TrainConfig
+
+_WITHOUT_PATH = ("babel", "headlines", "gettext")
+_WHICH_TEXT = (
+    "source", "pivot", "directions", "max_languages", "babel_languages", "babel_sentences", "babel_sizes",
+)  # fmt: skip
+_MAX_WORKERS = 4  # beside each GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from and how it becomes batches.
+
+    Attributes:
+        source: kind of data: babel (generated languages, nothing to download), headlines (paragraphs of babel and their
+            headlines, a summarisation task; directions as avl-avl), moses (train.en + train.de, plain or
+            gz), jsonl ({"translation": {"en": ..., "de": ...}}), tsv, examples ({"input": ..., "target": ...}, or tsv
+            with these columns; directions as en-en, the default), gettext (the translation catalogs of this machine)
+            or text (one language per file). Several kinds, as moses,jsonl or a list, are read as one corpus.
+        path: folder or file of the data; for several kinds as many, joined by commas or as a list. Not needed for babel
+            and gettext.
+        pivot: where text is parallel in more than two languages, keep the directions from and to this language.
+            "auto" takes English where it is there; "none" keeps all pairs.
+        directions: keep only these, as en-de,de-en or a list.
+        max_languages: of gettext: so many languages with the most text.
+        vocab_size: pieces of the SentencePiece vocabulary that is trained on the data.
+        tokenizer: folder of a tokenizer to take instead, which must know the data's languages.
+        sentinel: tasks on pairs, as translation: the first sentinel ends the source and begins the target, as in span
+            corruption.
+        mask_shares: masked LM: shares of the chosen tokens that become the mask, become a random one, stay (BERT).
+        span_ratio: span corruption: share of tokens that are cut out.
+        mean_span: span corruption: mean length of what is cut out at once.
+        packed: span corruption: lay sentences end to end and cut them into chunks that leave `max_length` positions,
+            as T5 does; else every sentence is damaged by itself, and short ones lose one or two tokens at once.
+        temperature: T of the sampling over directions and languages, p ~ n ** (1 / T); 1 = by size.
+        heating: form in which the temperature rises: linear, square_root or step (one jump).
+        heating_steps: raise the temperature from 1 to `temperature` over so many steps; 0 = constant.
+        max_length: longer sentences are left out of training, in pieces.
+        cache: folder for tokenizers and tokenized text, shared by runs.
+        num_workers: processes that prepare batches; 0 = the training process itself; auto = none on a CPU, up to four
+            beside each GPU, so that it does not wait for its batches.
+        babel_languages: how many languages babel makes.
+        babel_sentences: its training sentences, each in every language; of headlines: paragraphs.
+        babel_sizes: fewer (or more) training sentences of single languages, as kmb=2000,shl=500 or
+            {kmb: 2000, shl: 500}.
+        seed: of the babel corpus and of the order of examples.
+        order_seed: of the order of examples and of their noise, where it is not `seed`.
+
+    Raises:
+        UserError: sizes that are none.
+    """
+
+    source: str | tuple[str, ...] = "babel"
+    path: str | tuple[str, ...] | None = setting(None, free=RESUME)
+    pivot: str = "auto"
+    directions: tuple[str, ...] | str | None = None
+    max_languages: int = setting(10, at_least=1)
+    vocab_size: int = setting(1024, at_least=1)
+    tokenizer: str | None = setting(None, free=RESUME)
+    sentinel: bool = False
+    mask_shares: tuple[float, float, float] = setting((0.8, 0.1, 0.1), free=SURGERY)
+    span_ratio: float = setting(0.15, free=SURGERY)
+    mean_span: float = setting(3.0, free=SURGERY)
+    packed: bool = setting(False, free=SURGERY)
+    temperature: float = setting(1.0, above=0, free=SURGERY)
+    heating: Literal["linear", "square_root", "step"] = setting("linear", free=SURGERY)
+    heating_steps: int = setting(0, at_least=0, free=SURGERY)
+    max_length: int = setting(128, free=SURGERY)
+    cache: str = setting(".cache/moekit", free=RESUME + SURGERY)
+    num_workers: int | Literal["auto"] = setting("auto", at_least=0, free=RESUME + SURGERY)
+    babel_languages: int = 4
+    babel_sentences: int = 30_000
+    babel_sizes: dict[str, int] | str | None = None
+    seed: int = setting(1, at_least=0)
+    order_seed: int | None = setting(None, at_least=0, free=SURGERY)
+
+    def __post_init__(self) -> None:
+        structured = {
+            "source": _word_or_list(self.source),
+            "path": _word_or_list(self.path),
+            "directions": _listed(self.directions) or None,
+            "babel_sizes": _sizes(self.babel_sizes) or None,
+        }
+        for name, value in structured.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The kinds of data."""
+        return _listed(self.source)
+
+    def open(self) -> Source:
+        """The corpus that the settings describe.
+
+        Raises:
+            UserError: wrong number of paths, an unknown kind, or whatever is wrong with the data.
+        """
+        kinds, paths = self.sources, _listed(self.path)
+        if not kinds:
+            raise UserError("data.source must name at least one kind of data, such as babel or moses: got nothing.")
+        needed = sum(kind not in _WITHOUT_PATH for kind in kinds)
+        if len(paths) not in (needed, len(kinds)):
+            folders = {0: "no folder", 1: "one folder"}.get(needed, f"{needed} folders, joined by commas,")
+            raise UserError(
+                f"data.path must give {folders} for data.source {','.join(kinds)}: got "
+                f"{len(paths)}. For example --data.source moses --data.path my/corpus."
+            )
+        remaining = iter(paths)
+        everything = len(paths) == len(kinds)
+        opened = [
+            self._open(kind, next(remaining) if everything or kind not in _WITHOUT_PATH else None) for kind in kinds
+        ]
+        return opened[0] if len(opened) == 1 else Union(opened)
+
+    def _open(self, kind: str, path: str | None) -> Source:
+        named = {"directions": _listed(self.directions) or None, "pivot": None if self.pivot == "none" else self.pivot}
+        babel = {"seed": self.seed - 1, "languages": self.babel_languages, "directions": named["directions"]}
+        options: dict[str, dict[str, Any]] = {
+            "babel": {**babel, "train_sentences": self.babel_sentences, "sizes": _sizes(self.babel_sizes)},
+            "headlines": {**babel, "train_documents": self.babel_sentences},
+            "gettext": {**named, "max_languages": self.max_languages},
+            "text": {},
+            "examples": {"directions": named["directions"]},
+        }
+        return open_source(kind, path, **options.get(kind, named))
+
+    def missing_paths(self) -> list[str]:
+        """Those of the paths where nothing is."""
+        return [path for path in _listed(self.path) if not Path(path).exists()]
+
+    def which_text(self) -> dict[str, Any]:
+        """The settings that say which text is read; where it lies does not matter."""
+        generated = {"babel", "headlines"} & set(self.sources)
+        return {f"data.{name}": getattr(self, name) for name in (*_WHICH_TEXT, *(["seed"] if generated else []))}
+
+    def temperature_schedule(self) -> TemperatureSchedule:
+        """The temperature of the mixture over directions and languages."""
+        return heating(self.heating, self.temperature, self.heating_steps)
+
+    def workers(self, train: TrainConfig) -> int:
+        """How many processes prepare batches for each that trains, "auto" resolved for this machine."""
+        if self.num_workers != "auto":
+            return self.num_workers
+        if not train.on_gpu:
+            return 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(0, min(_MAX_WORKERS, cores // max(train.devices, 1) - 1))
+
+
+def _listed(given: tuple[str, ...] | list[str] | str | None) -> tuple[str, ...]:
+    """A list as it is; of text its parts between commas."""
+    if isinstance(given, str):
+        return tuple(part.strip() for part in given.split(",") if part.strip())
+    return tuple(given or ())
+
+
+def _word_or_list(given: tuple[str, ...] | list[str] | str | None) -> str | tuple[str, ...] | None:
+    """A list of one as its word; None for an empty one."""
+    found = _listed(given)
+    return found if len(found) > 1 else next(iter(found), None)
+
+
+def _sizes(given: Mapping[str, int] | str | None) -> dict[str, int]:
+    """Sizes by language, also from ``kmb=2000,shl=500``."""
+    if not isinstance(given, str):
+        return dict(given or {})
+    sizes = {}
+    for part in _listed(given):
+        code, _, size = part.partition("=")
+        if not size.strip().isdecimal():
+            raise UserError(f"data.babel_sizes must be like kmb=2000,shl=500: got {part!r}.")
+        sizes[code.strip()] = int(size)
+    return sizes

@@ -1,0 +1,63 @@
+"""Which tasks a run trains, and how much of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from moekit.runs.settings.fields import setting
+from moekit.tasks import with_pair_tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """One training task of a multitask run.
+
+    Attributes:
+        weight: of its loss in the sum.
+        tokens: tokens of this task in a step, on each device; 0 = leave the task out.
+    """
+
+    weight: float = setting(1.0, at_least=0)
+    tokens: int = setting(0, at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelTasks:
+    """The task of a language model.
+
+    Attributes:
+        causal_lm: the next token.
+    """
+
+    causal_lm: TaskConfig = field(default_factory=lambda: TaskConfig(tokens=2048))
+
+
+@with_pair_tasks(TaskConfig)
+@dataclass(frozen=True, kw_only=True)
+class SpanCorruptionTasks:
+    """The task of a T5-like model.
+
+    Attributes:
+        span_corruption: the spans that were cut out of a text.
+    """
+
+    span_corruption: TaskConfig = field(default_factory=lambda: TaskConfig(tokens=2048))
+
+
+@with_pair_tasks(TaskConfig)
+@dataclass(frozen=True, kw_only=True)
+class TranslationTasks:
+    """The task of a translation model.
+
+    Attributes:
+        translation: parallel text.
+    """
+
+    translation: TaskConfig = field(default_factory=lambda: TaskConfig(tokens=2048))
+
+
+def active_tasks(tasks: Any) -> dict[str, TaskConfig]:
+    """The tasks that take part, from a dataclass whose fields are the tasks."""
+    named = {f.name: getattr(tasks, f.name) for f in fields(tasks)}
+    return {name: task for name, task in named.items() if task.tokens > 0}

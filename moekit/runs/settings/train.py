@@ -1,0 +1,223 @@
+"""How training goes: its length, optimizer, schedule, and the Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import nn
+
+from moekit.errors import UserError
+from moekit.runs.settings.fields import RESUME, setting
+from moekit.training.budget import Budget
+from moekit.training.checkpoint_io import AtomicCheckpointIO
+from moekit.training.optimizers import adafactor, adamw
+from moekit.training.schedules import ConstantRate, Cosine, InverseSquareRoot
+from moekit.training.strategy import ExpertParallelStrategy
+
+Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How training goes.
+
+    Attributes:
+        max_steps: optimizer steps; 0 = no limit.
+        max_minutes: minutes of training; 0 = no limit. The first limit that is reached ends training; the learning
+            rate follows the steps where max_steps is given, else the minutes.
+        optimizer: adamw, or adafactor (T5's, whose steps are relative to the size of the weights).
+        learning_rate: its peak. T5's adafactor has 0.01 at the end of a warm-up of 10,000 steps.
+        warmup_steps: linear warm-up.
+        schedule: what follows the warm-up: cosine, inverse_square_root or constant.
+        weight_decay: on matrices only.
+        betas: of adamw.
+        clip: largest gradient norm; 0 = no clipping.
+        clip_update: of adafactor: largest root mean square of an update; 0 = no clipping.
+        label_smoothing: of the sequence-to-sequence tasks.
+        accumulate: batches per optimizer step.
+        precision: "32-true", "bf16-mixed", "bf16-true", or "auto": bf16-mixed on a GPU that has bf16, float32 on
+            other GPUs (with TF32 where they have it) and on CPUs. A run keeps what it was when it began.
+        expert_lr_multiplier: learning rate of the experts as a multiple of the others'.
+        scale_expert_gradients: multiply gradients of experts by the square root of their number (arXiv:2112.10684),
+            before clipping. Under adamw only the clipping feels it.
+        validate_every: steps between validations; 0 = only at the end.
+        checkpoint_minutes: minutes between checkpoints; they are also written on SIGTERM and at the end.
+        checkpoint_steps: steps between checkpoints; 0 = by minutes only.
+        log_every: steps between rows of metrics.csv.
+        seed: of weights, dropout, noise and routing.
+        devices: processes on each node (--devices for short).
+        num_nodes: machines (--nodes for short).
+        accelerator: auto, cpu or gpu; auto = a GPU of CUDA or ROCm where there is one, never Apple's MPS.
+    """
+
+    max_steps: int = setting(1000, at_least=0, free=RESUME)
+    max_minutes: float = setting(0.0, at_least=0, free=RESUME)
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    learning_rate: float = setting(2e-3, at_least=0)
+    warmup_steps: int = setting(200, at_least=0)
+    schedule: Literal["cosine", "inverse_square_root", "constant"] = "cosine"
+    weight_decay: float = setting(0.01, at_least=0)
+    betas: tuple[float, float] = setting((0.9, 0.98), at_least=0, below=1)
+    clip: float = setting(1.0, at_least=0)
+    clip_update: float = setting(1.0, at_least=0)
+    label_smoothing: float = setting(0.1, at_least=0, below=1)
+    accumulate: int = setting(1, at_least=1)
+    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
+    expert_lr_multiplier: float = setting(1.0, above=0)
+    scale_expert_gradients: bool = False
+    validate_every: int = setting(0, at_least=0)
+    checkpoint_minutes: float = setting(5.0, at_least=0, free=RESUME)
+    checkpoint_steps: int = setting(0, at_least=0, free=RESUME)
+    log_every: int = setting(10, at_least=1)
+    seed: int = setting(1, at_least=0)
+    devices: int = setting(1, at_least=1, free=RESUME)
+    num_nodes: int = setting(1, at_least=1, free=RESUME)
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+
+    # -- what training is made of --------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Make sure that training ends, and that a cosine has steps left when the warm-up ends.
+
+        Raises:
+            UserError: there is no limit, or the warm-up takes all steps.
+        """
+        if not self.max_steps and not self.max_minutes:
+            raise UserError("training needs an end: set train.max_steps or train.max_minutes (both are 0).")
+        if self.schedule == "cosine" and 0 < self.max_steps <= self.warmup_steps:
+            raise UserError(
+                f"train.warmup_steps must be less than train.max_steps: got {self.warmup_steps} of {self.max_steps}. "
+                "Give a shorter warm-up or more steps."
+            )
+
+    def budget(self) -> Budget:
+        """The limits, which the schedule follows."""
+        return Budget(max_steps=self.max_steps or None, max_minutes=self.max_minutes or None)
+
+    def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of a run.
+
+        Raises:
+            UserError: a setting of adafactor without it.
+        """
+        shared: dict[str, Any] = {
+            "lr": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "expert_lr_multiplier": self.expert_lr_multiplier,
+        }
+        if self.optimizer == "adafactor":
+            return adafactor(module, clip_update=self.clip_update or None, **shared)
+        if self.clip_update != 1.0:
+            raise UserError(f"train.clip_update={self.clip_update} is of adafactor. Use --train.optimizer adafactor.")
+        return adamw(module, betas=self.betas, **shared)
+
+    def make_schedule(self, optimizer: torch.optim.Optimizer, budget: Budget) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning rate schedule of a run, which follows its budget."""
+        match self.schedule:
+            case "cosine":
+                # Where steps are given the learning rate is a function of the step alone, so that a resumed run
+                # equals one that was never stopped; minutes then only end the run.
+                length = Budget(max_steps=self.max_steps) if self.max_steps else budget
+                return Cosine(optimizer, length, self.warmup_steps, minimum=0.05)
+            case "inverse_square_root":
+                return InverseSquareRoot(optimizer, self.warmup_steps)
+            case "constant":
+                return ConstantRate(optimizer, self.warmup_steps)
+
+    def trainer(self, **options: Any) -> L.Trainer:
+        """A Trainer with the settings that training and evaluation share.
+
+        Args:
+            **options: further arguments of the Trainer.
+
+        Raises:
+            UserError: if a GPU is asked for and there is none.
+        """
+        divided = isinstance(options.get("strategy"), ExpertParallelStrategy)  # saves its checkpoints itself
+        with quiet():
+            return L.Trainer(
+                accelerator=usable_accelerator(self.accelerator),
+                devices=self.devices,
+                num_nodes=self.num_nodes,
+                precision=self.usable_precision,
+                accumulate_grad_batches=self.accumulate,
+                gradient_clip_val=self.clip or None,
+                log_every_n_steps=self.log_every,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                plugins=[] if divided else [AtomicCheckpointIO()],
+                use_distributed_sampler=False,
+                **options,
+            )
+
+    # -- what "auto" is on this machine --------------------------------------------------------------------------------
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a run with these settings computes on a GPU here."""
+        return usable_accelerator(self.accelerator) != "cpu"
+
+    @property
+    def usable_precision(self) -> Precision:
+        """What "auto" is here: bf16-mixed on a GPU that computes in bf16 by itself, else 32-true."""
+        if self.precision != "auto":
+            return self.precision
+        bf16 = self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16-mixed" if bf16 else "32-true"
+
+    def elsewhere(self, here: TrainConfig | None = None) -> TrainConfig:
+        """These settings on the devices of this machine, which need not be the one that the run was trained on.
+
+        A run that was kept to the CPU stays there.
+
+        Args:
+            here: says which devices; None = one, of whatever kind there is.
+        """
+        here = TrainConfig() if here is None else here
+        accelerator = "cpu" if self.accelerator == "cpu" else here.accelerator
+        return dataclasses.replace(self, devices=here.devices, num_nodes=here.num_nodes, accelerator=accelerator)
+
+
+def usable_accelerator(wanted: str) -> str:
+    """What the Trainer is told for ``train.accelerator``: "auto" is a GPU of CUDA or ROCm where there is one, else the
+    CPU.
+
+    Left to Lightning, "auto" and "gpu" would be Apple's MPS on a Mac, which has no float64: statistics over a run could
+    not be kept there.
+
+    Raises:
+        UserError: if a GPU is asked for and there is none.
+    """
+    if torch.cuda.is_available():
+        return wanted
+    if wanted == "gpu":
+        has = "Apple's MPS, which has no float64, is not supported" if torch.backends.mps.is_available() else "got none"
+        raise UserError(
+            f"train.accelerator gpu needs a GPU that torch sees through torch.cuda (CUDA or ROCm): {has}. Say cpu."
+        )
+    return "cpu"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's messages, which say nothing that the run's own lines do not."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning.*")
+            warnings.filterwarnings("ignore", module="torch.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,252 @@
+"""What a head is: the weights and the loss of one task, over a backbone that it may share with others."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moekit.component import Component
+from moekit.data.batch import Batch
+from moekit.layer import AuxLosses
+from moekit.routing import Routing, register_pytree
+from moekit.tasks.score import AnswerScore
+from moekit.transformer.output import DecoderOutput
+
+
+class Backbone(Protocol):
+    """What heads ask of a model; `moekit.transformer.EncoderDecoder` and `DecoderOnly` answer."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float[..., V] scores of ``hidden`` Float[..., D] over the vocabulary."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """What a head returns for a batch.
+
+    Attributes:
+        loss: float32 scalar to minimise, a mean over predicted tokens.
+        nll: float32 scalar, detached: summed negative log-likelihood in nats (no smoothing), for perplexity.
+        correct: Int64 scalar, predictions that were right.
+        num_predictions: Int64 scalar, predictions made: the denominator of loss, accuracy and perplexity.
+        routings: routings of the sparse layers that ran, by layer name (``encoder.1``).
+        extra: further detached scalars to log, by name.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    correct: Tensor
+    num_predictions: Tensor
+    routings: Mapping[str, Routing]
+    extra: Mapping[str, Tensor]
+
+
+register_pytree(HeadOutput)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Cross-entropy of some predictions; see `HeadOutput` for the fields."""
+
+    loss: Tensor
+    nll: Tensor
+    correct: Tensor
+    num_predictions: Tensor
+
+
+def pick(values: Tensor, places: Tensor | None) -> Tensor:
+    """The entries of ``values`` [B, S, ...] at `places` Int64[N] of their flattened first two dimensions: [N, ...].
+
+    The places of a `Batch` are known with it. Indexing by a mask would make a GPU's host wait for their number.
+    """
+    assert places is not None
+    return values.flatten(0, 1).index_select(0, places)
+
+
+def predict(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Prediction:
+    """Cross-entropy with label smoothing, and what a log wants to know beside it.
+
+    Args:
+        logits: Float[N, V].
+        labels: Int64[N].
+        label_smoothing: epsilon; the target is (1 - epsilon) on the label and epsilon / V everywhere.
+
+    Returns:
+        Means and sums over the N predictions; the loss of no prediction is 0 (with a gradient path, so that every
+        process of a distributed run takes part in the same collectives).
+
+    Source: arXiv:1512.00567 section 7.
+    """
+    n = labels.numel()
+    if n == 0:
+        zero = logits.new_zeros((), dtype=torch.float32)
+        count = torch.zeros((), dtype=torch.int64, device=logits.device)
+        return Prediction(logits.float().sum() * 0.0, zero, count, count)
+    log_probs = F.log_softmax(logits.float(), dim=-1)
+    nll = -log_probs.gather(1, labels[:, None]).sum()
+    loss = nll / n
+    if label_smoothing > 0:
+        loss = (1 - label_smoothing) * loss - label_smoothing * log_probs.mean()
+    correct = (logits.detach().argmax(-1) == labels).sum()
+    return Prediction(loss, nll.detach(), correct, torch.full_like(correct, n))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of the tokens that a batch asks for.
+
+    Attributes:
+        logits: Float[N, V], of the N predictions.
+        labels: Int64[N], what is right; padding is not among them.
+        routings: of the sparse layers that ran, by layer name.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    routings: Mapping[str, Routing]
+
+
+class Head(Component, ABC):
+    """One training task over a backbone.
+
+    Beside others, a `moekit.training.MultitaskModule` calls ``head(batch, backbone)``. Alone, build it with its
+    backbone and give it to a Trainer: it is a LightningModule with a training and a validation step and AdamW.
+
+    Args:
+        backbone: the model to train alone with; None where the head is one of several.
+        aux: weighs the routers' losses when the head trains alone.
+        learning_rate: of AdamW when the head trains alone.
+
+    Attributes:
+        task: name of its task.
+        scores: of the answers that the model writes in the test, labels by name; empty = the test measures the loss.
+    """
+
+    task: ClassVar[str]
+    scores: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(
+        self, backbone: nn.Module | None = None, *, aux: AuxLosses | None = None, learning_rate: float = 1e-3
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.aux = aux
+        self.learning_rate = learning_rate
+
+    def make_score(self, directions: Sequence[str]) -> AnswerScore:
+        """The metric of the answers that the model writes, where the head has `scores`.
+
+        Args:
+            directions: names of the pairs of languages that are tested, such as ``"en-de"``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} scores no answers.")
+
+    @abstractmethod
+    def compute(self, batch: Batch, backbone: Any) -> HeadOutput:
+        """Loss and counts of `batch` over `backbone`."""
+
+    def forward(self, batch: Batch, backbone: Any = None) -> HeadOutput:
+        """Loss and counts of `batch`, over the given backbone or the head's own.
+
+        Raises:
+            ValueError: if there is neither.
+        """
+        model = backbone if backbone is not None else self.backbone
+        if model is None:
+            raise ValueError(
+                f"{type(self).__name__} needs a backbone: it was built without one and none was given. Build it as "
+                f"{type(self).__name__}(backbone) or call it as head(batch, backbone)."
+            )
+        return self.compute(batch, model)
+
+    def _step(self, batch: Batch | Mapping[str, Batch], stage: str) -> Tensor:
+        """One step alone: this head's batch out of a mixed one, its loss and the routers'."""
+        own = batch if isinstance(batch, Batch) else batch[self.task]
+        out = self(own)
+        total, logs = out.loss, {f"{stage}/{self.task}/{name}": value for name, value in out.extra.items()}
+        if self.aux is not None and out.routings:
+            extra, terms = self.aux(*out.routings.values())
+            total = total + extra
+            logs.update({f"{stage}/aux/{name}": value for name, value in terms.items()})
+        predictions = out.num_predictions.clamp_min(1)
+        logs[f"{stage}/{self.task}/loss"] = out.nll / predictions
+        logs[f"{stage}/{self.task}/accuracy"] = out.correct / predictions
+        self.log_dict(logs, batch_size=own.source.shape[0])
+        return total
+
+    def training_step(self, batch: Batch | Mapping[str, Batch], batch_idx: int) -> Tensor:
+        """Train alone."""
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Batch | Mapping[str, Batch], batch_idx: int) -> None:
+        """Validate alone."""
+        self._step(batch, "valid")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over everything, for training alone."""
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+
+
+class TokenHead(Head):
+    """A head that predicts tokens of the vocabulary: a subclass says which (`score`), the loss is cross-entropy.
+
+    Args:
+        backbone: see `Head`.
+        label_smoothing: epsilon of the cross-entropy.
+        aux: see `Head`.
+        learning_rate: see `Head`.
+
+    Raises:
+        ValueError: if `label_smoothing` is not in [0, 1).
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        aux: AuxLosses | None = None,
+        learning_rate: float = 1e-3,
+    ) -> None:
+        super().__init__(backbone, aux=aux, learning_rate=learning_rate)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1): got {label_smoothing}.")
+        self.label_smoothing = label_smoothing
+
+    @abstractmethod
+    def score(self, batch: Batch, backbone: Any) -> Scores:
+        """Logits and labels of everything that is predicted in `batch`, in an order that is the same for every model.
+
+        Raises:
+            ValueError: if the batch lacks what the task needs.
+        """
+
+    def compute(self, batch: Batch, backbone: Any) -> HeadOutput:  # noqa: D102
+        return self.judge(self.score(batch, backbone))
+
+    def judge(self, scores: Scores) -> HeadOutput:
+        """Loss and counts of scores."""
+        out = predict(scores.logits, scores.labels, self.label_smoothing)
+        return HeadOutput(out.loss, out.nll, out.correct, out.num_predictions, scores.routings, {})
+
+
+def name_routings(backbone: Any, *outputs: Any) -> dict[str, Routing]:
+    """Routings by layer name (``encoder.1`` is the sparse layer in the encoder's block 1).
+
+    Args:
+        backbone: names its sparse layers in `routed_layers`, an encoder's before a decoder's.
+        *outputs: what its `encode` and `decode` returned; a part that did not run is left out.
+    """
+    named: dict[str, Routing] = {}
+    for output in outputs:
+        side = "decoder" if isinstance(output, DecoderOutput) else "encoder"
+        names = [name for name in backbone.routed_layers if name.startswith(side)]
+        named.update(zip(names, output.routings, strict=True))
+    return named

@@ -1,0 +1,111 @@
+"""What tasks share that go from one sequence to another: they differ in data, not in arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from moekit.data.batch import Batch, Sentences, Width, pair_batch
+from moekit.data.ragged import Ragged
+from moekit.layer import AuxLosses
+from moekit.tasks.head import Head, Scores, TokenHead, name_routings, pick
+from moekit.tasks.task import Lengths, Task
+
+
+class SequenceHead(TokenHead):
+    """Encode the source, decode the target with teacher forcing, predict every real target token.
+
+    Args:
+        backbone: see `Head`.
+        label_smoothing: epsilon of the cross-entropy (0.1 in arXiv:1706.03762 section 5.4).
+        aux: see `Head`.
+        learning_rate: see `Head`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module | None = None,
+        *,
+        label_smoothing: float = 0.1,
+        aux: AuxLosses | None = None,
+        learning_rate: float = 1e-3,
+    ) -> None:
+        super().__init__(backbone, label_smoothing=label_smoothing, aux=aux, learning_rate=learning_rate)
+
+    def score(self, batch: Batch, backbone: Any) -> Scores:  # noqa: D102
+        if batch.target is None or batch.target_mask is None:
+            raise ValueError(f"a batch of task {batch.task!r} must have a target: got none.")
+        encoded = backbone.encode(batch.source, batch.source_mask, language=batch.source_language)
+        decoded = backbone.decode(
+            batch.target[:, :-1],
+            encoded.hidden,
+            batch.source_mask,
+            target_mask=batch.target_mask[:, 1:],
+            language=batch.target_language,
+        )
+        # Only real tokens go through the output projection, the largest product of a small model.
+        logits = backbone.logits(pick(decoded.hidden, batch.predicted))
+        return Scores(logits, pick(batch.target[:, 1:], batch.predicted), name_routings(backbone, encoded, decoded))
+
+
+@dataclass(frozen=True)
+class SequenceTask(Task):
+    """A task of an encoder-decoder: tagged source -> target."""
+
+    head: ClassVar[type[SequenceHead]]
+
+    @classmethod
+    def make_head(cls, dim: int, label_smoothing: float) -> Head:  # noqa: D102
+        return cls.head(label_smoothing=label_smoothing)
+
+    def pair(self, rows: Sentences, source: Ragged, target: Ragged, width: Width) -> Batch:
+        """The batch of sources and targets, tagged by the targets' languages."""
+        return pair_batch(
+            self.name,
+            source,
+            target,
+            source_language=rows.languages[0],
+            target_language=rows.languages[1],
+            tokenizer=rows.tokenizer,
+            width=width,
+            direction=rows.direction,
+        )
+
+
+@dataclass(frozen=True)
+class PairTask(SequenceTask):
+    """A task on pairs of texts, whose answers the test scores.
+
+    Attributes:
+        about: what the pairs are, for the help of recipes.
+        sentinel: the first sentinel ends the source and begins the target, as in span corruption, so that fine-tuning
+            looks like such a pre-training (arXiv:2202.08906 section 4).
+    """
+
+    pairs: ClassVar[bool] = True
+    about: ClassVar[str]
+
+    sentinel: bool = False
+
+    @classmethod
+    def configured(cls, data: Any) -> dict[str, Any]:  # noqa: D102
+        return {"sentinel": data.sentinel}
+
+    def sizes(self, lengths: Lengths) -> Sequence[Lengths]:  # noqa: D102
+        return list(lengths + self.sentinel)
+
+    def collate(self, rows: Sentences) -> Batch:
+        """``<2xx> source eos`` and ``bos target eos``; with a sentinel ``<2xx> source s eos`` and ``bos s target eos``.
+
+        Source: arXiv:1611.04558 (target-language tag at the source's head); sentinels arXiv:2202.08906 section 4.
+        """
+        source, target = rows.texts
+        if self.sentinel:
+            mark = rows.tokenizer.sentinel_ids[0]
+            source, target = source.append(mark), target.prepend(mark)
+        return self.pair(
+            rows, source, target, Width(*(rows.width(lengths + self.sentinel) for lengths in rows.lengths))
+        )

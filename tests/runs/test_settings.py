@@ -1,0 +1,117 @@
+"""Settings: lists and mappings in every form, ranges, where they may differ, and files of former versions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moekit.errors import UserError
+from moekit.recipes import gshard, zcode_m3
+from moekit.runs import Run, RunConfig, Text
+from moekit.runs.plain import as_plain
+from moekit.runs.recipe import recipe_names, structured
+from moekit.runs.settings import DataConfig, setting
+from moekit.runs.settings.fields import check_ranges, free_keys, settings_of
+from moekit.training.callbacks.config import CONFIG_KEY
+
+
+@pytest.mark.parametrize("sizes", ["kmb=2000,shl=500", " kmb = 2000, shl=500", {"kmb": 2000, "shl": 500}])
+@pytest.mark.parametrize("directions", ["en-de, de-en", ["en-de", "de-en"], ("en-de", "de-en")])
+def test_lists_and_mappings_are_taken_as_text_too(sizes: Any, directions: Any) -> None:
+    found = DataConfig(babel_sizes=sizes, directions=directions)
+    assert (found.babel_sizes, found.directions) == ({"kmb": 2000, "shl": 500}, ("en-de", "de-en"))
+    written = as_plain(found)
+    assert (written["babel_sizes"], written["directions"]) == ({"kmb": 2000, "shl": 500}, ["en-de", "de-en"])
+    assert structured({"babel_sizes": sizes, "directions": directions}) == {
+        "babel_sizes": {"kmb": 2000, "shl": 500},
+        "directions": ["en-de", "de-en"],
+    }
+
+
+def test_a_list_of_one_is_its_word() -> None:
+    """A folder whose name has a comma is given as a list of one."""
+    assert DataConfig(source="moses", path="a").path == "a"
+    assert DataConfig(source=["moses"], path=["a"]) == DataConfig(source="moses", path="a")  # type: ignore[arg-type]
+    several = DataConfig(source="moses,jsonl", path="a, b")
+    assert (several.sources, several.path) == (("moses", "jsonl"), ("a", "b"))
+    assert DataConfig(directions="", babel_sizes="", path="") == DataConfig()
+
+
+def test_another_default_keeps_what_is_known_of_a_setting() -> None:
+    @dataclass(frozen=True)
+    class Base:
+        rate: float = setting(0.5, at_least=0, below=1, free=["resume"])
+
+    @dataclass(frozen=True)
+    class Other(Base):
+        rate: float = 0.25
+
+    assert free_keys(Other(), "resume") == ["rate"]
+    assert free_keys(Other(), "surgery") == []
+    check_ranges(Other())
+    for wrong in (-0.1, 1.0, float("nan")):
+        with pytest.raises(UserError, match="rate must be 0 or more and less than 1: got"):
+            check_ranges(Other(wrong))
+
+
+def test_what_may_differ_is_there() -> None:
+    """Of every key that is free there is a setting; a group that is free stands for all of its settings."""
+    config = zcode_m3.RECIPE.default
+    known = {key for key, _, _ in settings_of(config)}
+    resume, surgery = free_keys(config, "resume"), free_keys(config, "surgery")
+    assert {*resume, *surgery} <= known
+    assert {"strategy", "train.max_steps", "data.path", "evaluate.samples"} <= set(resume)
+    assert {"train", "tasks", "model.num_experts", "model.capacity_factor", "model.jitter"} <= set(surgery)
+    assert not {"train", "model.dim", "data.vocab_size", "data.seed"} & set(resume)
+    assert not {"model.dim", "model.activation", "data.vocab_size", "data.seed", "data.path"} & set(surgery)
+
+
+def test_a_configuration_of_a_former_version_is_brought_up_to_date() -> None:
+    values = as_plain(zcode_m3.RECIPE.default.changed(data={"directions": ("tnd-avl",)}))
+    now = zcode_m3.RECIPE.config(values, "now")
+    values["data"] |= {"directions": "tnd-avl", "babel_sizes": None}
+    del values["model"]["discriminator_weight"]
+    values["discriminator_weight"] = 7.0
+    current = zcode_m3.RECIPE.current(values)
+    assert current["model"]["discriminator_weight"] == 7.0
+    assert "discriminator_weight" not in current
+    assert current["data"]["directions"] == ["tnd-avl"]
+    found = zcode_m3.RECIPE.config(current, "then")
+    assert found == now.changed(model={"discriminator_weight": 7.0})
+    assert "discriminator_weight" in values, "what was given is as it was"
+
+
+def test_a_configuration_that_is_none_is_named() -> None:
+    with pytest.raises(UserError, match="here: not a configuration of this recipe"):
+        gshard.RECIPE.config({"model": {"no_such": 1}, "data": 3}, "here")
+
+
+def test_groups_are_changed_by_key_or_whole() -> None:
+    config = gshard.RECIPE.default
+    other = config.changed(train={"seed": 7}, data=DataConfig(seed=3))
+    assert (other.train.seed, other.train.max_steps) == (7, config.train.max_steps)
+    assert other.data == DataConfig(seed=3)
+    assert other.model is config.model
+    with pytest.raises(TypeError, match="no_such"):
+        config.changed(train={"no_such": 1})
+
+
+def test_recipes_are_found_by_name() -> None:
+    assert len(recipe_names()) == 11
+    assert "_networks" not in recipe_names()
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_size_of_the_vocabulary_is_recorded(recorded: bool, tmp_path: Path) -> None:
+    """A checkpoint of a former version without a folder has the rows of its table."""
+    config: RunConfig = gshard.RECIPE.default.changed(model={"dim": 8, "heads": 2, "hidden_dim": 8, "num_experts": 2})
+    model = gshard.RECIPE.parts(config, Text(77)).named()
+    settings = {"recipe": "gshard", "variant": "tiny", **as_plain(config), **({"vocab_size": 77} if recorded else {})}
+    torch.save({"state_dict": model.state_dict(), CONFIG_KEY: settings}, tmp_path / "x.ckpt")
+    run = Run.load(tmp_path / "x.ckpt")
+    assert (run.vocab_size, run.recipe.name, run.variant) == (77, "gshard", "tiny")
+    assert run.config == config
