@@ -8,8 +8,7 @@ from torch import Tensor
 
 from moekit.errors import UserError
 from moekit.routing import Compensation
-from moekit.surgery.anatomy import SparseLayer
-from moekit.surgery.taking import State
+from moekit.surgery.sparse_layer import SparseLayer, State
 
 _PLAIN = {"expert", "embed", "mlp"}
 
@@ -35,9 +34,11 @@ def compensations(
     found = {}
     for path, layer in layers.items():
         prefix = f"{path}." if path else ""
-        ask = getattr(layer.chooser, "compensation", None)
+        ask = getattr(layer.routing_module, "compensation", None)
         if ask is None:
-            answer = Compensation(obstacle=f"{type(layer.chooser).__name__} does not say what copies of experts do")
+            answer = Compensation(
+                obstacle=f"{type(layer.routing_module).__name__} does not say what copies of experts do"
+            )
         else:
             answer = ask(copies, None if state is None else _below(state, _inner(layer)))
         obstacle = answer.obstacle

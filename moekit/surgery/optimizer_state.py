@@ -22,7 +22,7 @@ def parameter_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def by_name(state: Mapping[str, Any], names: Sequence[str], what: str) -> dict[str, dict[str, Any]]:
+def state_by_name(state: Mapping[str, Any], names: Sequence[str], what: str) -> dict[str, dict[str, Any]]:
     """The state of an optimizer by names of parameters instead of numbers.
 
     Args:
@@ -39,7 +39,7 @@ def by_name(state: Mapping[str, Any], names: Sequence[str], what: str) -> dict[s
     return {names[int(number)]: dict(slots) for number, slots in state["state"].items()}
 
 
-def by_number(
+def state_by_number(
     slots: Slots, names: Sequence[str], groups: Sequence[Mapping[str, Any]], former: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
     """A state dict to load into the optimizer of the new model.
@@ -57,7 +57,7 @@ def by_number(
     return {"state": {numbers[name]: dict(found) for name, found in slots.items()}, "param_groups": joined}
 
 
-def carry(
+def carry_state(
     states: Sequence[Slots],
     shapes: Sequence[Mapping[str, torch.Size]],
     operation: Callable[[Sequence[Mapping[str, Tensor]], int], Mapping[str, Tensor]],

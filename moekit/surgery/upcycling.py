@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.experts.dense_pretraining import Perturbation
-from moekit.surgery.anatomy import require_operable, sparse_layers
 from moekit.surgery.dense_form import DenseForm, dense_form
-from moekit.surgery.taking import State
+from moekit.surgery.sparse_layer import State, require_separable, sparse_layers
 
 
 def upcycle(
@@ -46,7 +45,7 @@ def upcycle(
         turn, and nothing groups the router's scores.
     """
     layers = sparse_layers(target)
-    require_operable(layers, "the target of upcycling")
+    require_separable(layers, "the target of upcycling")
     generator = torch.Generator().manual_seed(seed)
     out, used = {}, set()
     fresh = target.state_dict()
@@ -134,7 +133,7 @@ def merge(
         experts that were trained apart have no common basin, so expect to train on.
     """
     layers = sparse_layers(source)
-    require_operable(layers, "the model to merge")
+    require_separable(layers, "the model to merge")
     out = dict(state)
     wanted = target.state_dict()
     for path, layer in layers.items():

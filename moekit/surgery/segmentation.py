@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from moekit.errors import UserError
-from moekit.surgery.anatomy import SparseLayer, require_operable
-from moekit.surgery.taking import State
+from moekit.surgery.sparse_layer import SparseLayer, State, require_separable
 
 _CAN_BE_CUT = {"expert", "embed", "mlp"}
 
@@ -38,7 +37,7 @@ def split_experts(
 
     Source: arXiv:2401.06066 (fine-grained experts). Differs: there they are trained so from the start.
     """
-    require_operable(layers, "the model to split")
+    require_separable(layers, "the model to split")
     if parts < 1:
         raise UserError(f"experts are split into 1 part or more: got {parts}.")
     out = dict(state)
@@ -62,7 +61,7 @@ def split_experts(
 
 def _require_share(path: str, layer: SparseLayer, parts: int, divided: bool) -> None:
     """Raise UserError where the router is known to give parts another share than the caller says."""
-    ask = getattr(layer.chooser, "compensation", None)
+    ask = getattr(layer.routing_module, "compensation", None)
     answer = None if ask is None or not layer.scores else ask(float(parts))
     if answer is None or answer.obstacle is not None or parts == 1:
         return  # nothing is known, or nothing is cut

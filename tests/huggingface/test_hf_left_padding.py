@@ -58,5 +58,7 @@ def test_cached_generation_writes_what_theirs_does(pair: tuple[Any, Imported]) -
     end = theirs.generation_config.eos_token_id
     expected = [row[: row.index(end) + 1] if end in row else row for row in rows]
     for use_cache in (True, False):
-        texts = generate(found.model, source, mask, limit=LengthLimit(12, 0.0), tokens=found.tokens, use_cache=use_cache)
+        texts = generate(
+            found.model, source, mask, limit=LengthLimit(12, 0.0), tokens=found.tokens, use_cache=use_cache
+        )
         assert texts.best() == expected

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from moekit.errors import UserError
-from moekit.surgery.anatomy import sparse_layers
+from moekit.surgery.sparse_layer import sparse_layers
 
 _LAYER = re.compile(r"^(?P<stack>(?:.*\.)?layers)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
 @dataclass(frozen=True)
-class Inheritance:
-    """What `inherit` did.
+class StudentState:
+    """What `initialize_student` did.
 
     Attributes:
         weights: state dict of the student.
@@ -29,14 +29,14 @@ class Inheritance:
     layers: Mapping[str, tuple[int, ...]]
 
 
-def inherit(
+def initialize_student(
     student: nn.Module,
     teacher: nn.Module,
     weights: Mapping[str, Tensor],
     *,
     experts: bool = True,
     layers: Mapping[str, Sequence[int]] | None = None,
-) -> Inheritance:
+) -> StudentState:
     """The student's state dict with every tensor of the teacher's that has the same name.
 
     A layer's name is that of the teacher's layer it is from. A dense student of a sparse teacher so gets everything but
@@ -88,7 +88,7 @@ def inherit(
         inherited.append(name)
     if not inherited:
         raise UserError("the student has no tensor of a name of the teacher's: nothing can be inherited.")
-    return Inheritance(state, tuple(inherited), chosen)
+    return StudentState(state, tuple(inherited), chosen)
 
 
 def choose_layers(student: Sequence[bool], teacher: Sequence[bool]) -> tuple[int, ...]:
