@@ -133,10 +133,9 @@ _ROUTERS = (
 
 def _switch_step(side: Side) -> tuple[Setting, Setting]:
     """The number of sparse layers, and the step between them, which is derived from it unless the file says it."""
-    name = f"num_sparse_{side}_layers"
 
     def step(fields: Fields, found: Mapping[str, Any]) -> int:
-        layers, sparse = found[f"{side}_layers"], fields.integer(name, 3)
+        layers, sparse = found[f"{side}_layers"], number.value(fields)
         return layers // sparse if sparse else layers
 
     def count(ours: Mapping[str, Any]) -> int:
@@ -144,7 +143,8 @@ def _switch_step(side: Side) -> tuple[Setting, Setting]:
         step, layers = ours[f"{side}_step"], ours[f"{side}_layers"]
         return next((n for n in range(1, layers + 2) if layers // n == step), 0)
 
-    return Setting(name, 3, write=count), Setting(f"{side}_sparse_step", step, f"{side}_step", least=0)
+    number = Setting(f"num_sparse_{side}_layers", 3, least=0, write=count)
+    return number, Setting(f"{side}_sparse_step", step, f"{side}_step", least=0)
 
 
 _ENCODER, _DECODER = _switch_step("encoder"), _switch_step("decoder")
@@ -223,7 +223,7 @@ def _check_nllb(fields: Fields, found: dict[str, Any], dropless: bool) -> None:
             "which the result for a sentence depends on what it is batched with. Import it dropless."
         )
     found["head_dim"] = dim // heads
-    found["first_position"] = fields.integer("pad_token_id", 1) + 1
+    found["first_position"] = Setting("pad_token_id", 1, least=0).value(fields) + 1
 
 
 NLLB = Family(

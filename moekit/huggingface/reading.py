@@ -14,11 +14,11 @@ from torch import Tensor
 
 from moekit.data.tokenizer import SpecialTokens
 from moekit.errors import UserError
-from moekit.huggingface.architecture import NAMES, Architecture, Kind
-from moekit.huggingface.families import FAMILIES
+from moekit.huggingface.architecture import NAMES, Architecture
+from moekit.huggingface.families import FAMILIES, Family
 from moekit.huggingface.keys import Link, Shape
 from moekit.huggingface.model import build
-from moekit.huggingface.settings import Fields
+from moekit.huggingface.settings import Fields, Setting
 from moekit.surgery.mapped import MappedTensor, read_safetensors
 from moekit.transformer import EncoderDecoder
 
@@ -129,9 +129,8 @@ def open_folder(folder: Path | str, *, dropless: bool = False, form: Architectur
         UserError: as `import_model`.
     """
     folder = Path(folder)
-    config = _config(folder)
+    config, family = _config(folder)
     where = str(folder / "config.json")
-    family = FAMILIES[_kind(config, where)]
     theirs = family.architecture(config, where, dropless=dropless)
     tokens = _tokens(folder, config, where)
     synonyms = family.keys.synonyms(tied=theirs.tied)
@@ -163,12 +162,20 @@ def _shapes(model: EncoderDecoder) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> tuple[dict[str, Any], Family]:
+    path = folder / "config.json"
     if not folder.is_dir():
         raise UserError(f"{folder} must be a folder with config.json and safetensors: there is no such folder.")
-    if not (folder / "config.json").is_file():
+    if not path.is_file():
         raise UserError(f"{folder} must be a folder of transformers: it has no config.json.")
-    return _json(folder / "config.json")
+    config = _json(path)
+    kind = config.get("model_type")
+    if kind not in list(NAMES):
+        raise UserError(f"{path}: model_type must be one of {', '.join(NAMES)}: got {kind!r}.")
+    names = config.get("architectures") or [NAMES[kind]]
+    if NAMES[kind] not in names:
+        raise UserError(f"{path}: architectures must name {NAMES[kind]}: got {names}. Only whole models are read.")
+    return config, FAMILIES[kind]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -181,17 +188,6 @@ def _json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _kind(config: Mapping[str, Any], where: str) -> Kind:
-    said = config.get("model_type")
-    for kind, name in NAMES.items():
-        if kind == said:
-            names = config.get("architectures") or [name]
-            if name not in names:
-                raise UserError(f"{where}: architectures must name {name}: got {names}. Only whole models are read.")
-            return kind
-    raise UserError(f"{where}: model_type must be one of {', '.join(NAMES)}: got {said!r}.")
-
-
 def _tokens(folder: Path, config: Mapping[str, Any], where: str) -> SpecialTokens:
     """Special ids: what generation_config.json says, else config.json."""
     said = _json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
@@ -200,7 +196,9 @@ def _tokens(folder: Path, config: Mapping[str, Any], where: str) -> SpecialToken
         given["eos_token_id"] = next(iter(given["eos_token_id"]), None)
     defaults = FAMILIES[config["model_type"]].token_defaults
     fields = Fields(given, where)
-    return SpecialTokens(**{ours: fields.integer(name, defaults[name]) for ours, name in TOKEN_FIELDS.items()})
+    return SpecialTokens(
+        **{ours: Setting(name, defaults[name], least=0).value(fields) for ours, name in TOKEN_FIELDS.items()}
+    )
 
 
 def _tensors(folder: Path) -> dict[str, MappedTensor]:

@@ -9,47 +9,21 @@ from typing import Any
 from moekit.errors import UserError
 
 
+@dataclass(frozen=True)
 class Fields:
-    """Values of a ``config.json`` by name, checked.
+    """A ``config.json``.
 
-    Args:
+    Attributes:
         given: The content of the file.
         where: The file, which begins messages.
     """
 
-    def __init__(self, given: Mapping[str, Any], where: str) -> None:
-        self.given, self.where = given, where
+    given: Mapping[str, Any]
+    where: str
 
-    def value(self, name: str, default: Any) -> Any:
-        """What the file says, or the default."""
-        value = self.given.get(name)
-        return default if value is None else value
-
-    def wrong(self, name: str, required: str, value: object, hint: str = "") -> UserError:
+    def wrong(self, name: str, required: str, value: object, hint: str | None = None) -> UserError:
         """The error of a field that must be something else."""
-        return UserError(f"{self.where}: {name} must be {required}: got {value!r}.{hint}")
-
-    def integer(self, name: str, default: Any, least: int = 0) -> int:
-        """A whole number.
-
-        Raises:
-            UserError: if it is none, or below `least`.
-        """
-        value = self.value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.wrong(name, f"a whole number of at least {least}", value)
-        return value
-
-    def number(self, name: str, default: Any) -> float:
-        """A number that is not negative.
-
-        Raises:
-            UserError: if it is none, or negative.
-        """
-        value = self.value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise self.wrong(name, "a number of at least 0", value)
-        return float(value)
+        return UserError(f"{self.where}: {name} must be {required}: got {value!r}.{hint or ''}")
 
 
 @dataclass(frozen=True)
@@ -82,29 +56,44 @@ class Setting:
         """The attributes of `Architecture`."""
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
+    def value(self, fields: Fields, default: Any = None) -> Any:
+        """What the file says, or else the default.
+
+        Raises:
+            UserError: if it is of another type than the default, or not allowed.
+        """
+        default = self.default if default is None else default
+        value = fields.given.get(self.name)
+        value = default if value is None else value
+        match default:
+            case bool():
+                good, required = isinstance(value, bool), "true or false"
+            case int():
+                good, required = type(value) is int and value >= self.least, f"a whole number of at least {self.least}"
+            case float():
+                good, required = type(value) in (int, float) and 0 <= value < float("inf"), "a number of at least 0"
+            case _:
+                words = list(self.values or ())
+                good, required = value in words, f"one of {', '.join(words)}"
+        if not good:
+            raise fields.wrong(self.name, required, value, self.hint)
+        return float(value) if isinstance(default, float) else value
+
     def read(self, fields: Fields, found: dict[str, Any]) -> None:
         """Add the attributes to `found`.
 
         Raises:
-            UserError: if the value is wrong, or another than one that is there already.
+            UserError: if the value is wrong, or another than the constant or the value that an attribute has already.
         """
         if not self.attributes and self.hint is None:
             return
-        default = self.default(fields, found) if callable(self.default) else self.default
-        value = fields.value(self.name, default)
         if not self.attributes or self.attributes[0] in found:
-            required = found[self.attributes[0]] if self.attributes else default
-            if value != required:
-                raise fields.wrong(self.name, repr(required), value, self.hint or "")
+            required = found[self.attributes[0]] if self.attributes else self.default
+            value = fields.given.get(self.name)
+            if (self.default if value is None else value) != required:
+                raise fields.wrong(self.name, repr(required), self.default if value is None else value, self.hint)
             return
-        if isinstance(default, bool) and not isinstance(value, bool):
-            raise fields.wrong(self.name, "true or false", value)
-        if isinstance(default, str) and value not in list(self.values or ()):
-            raise fields.wrong(self.name, f"one of {', '.join(self.values or ())}", value, self.hint or "")
-        if isinstance(default, int) and not isinstance(default, bool):
-            value = fields.integer(self.name, default, self.least)
-        elif isinstance(default, float):
-            value = fields.number(self.name, default)
+        value = self.value(fields, self.default(fields, found) if callable(self.default) else None)
         if self.none is not None and value >= self.none:
             value = None
         found |= dict.fromkeys(self.attributes, value if self.values is None else self.values[value])
