@@ -43,13 +43,13 @@ def export_model(
     into ``moekit.safetensors``, which transformers does not look at, so that `import_model` gives the same bits back.
 
     Args:
-        model: an `EncoderDecoder`.
-        folder: must not exist, be empty, or with `overwrite` be an earlier export.
-        kind: the family; None = SwitchTransformers for RMS norms, NllbMoe for layer norms.
-        tokens: special ids; default those of moekit's tokenizer.
-        tokenizer: written beside the model, see `write_tokenizer`.
-        max_shard_bytes: weights that take more are written as several files with an index.
-        overwrite: replace an earlier export.
+        model: An `EncoderDecoder`.
+        folder: A path that does not exist, an empty folder, or with `overwrite` an earlier export.
+        kind: The family; None = SwitchTransformers for RMS norms, NllbMoe for layer norms.
+        tokens: The special ids; None = those of moekit's tokenizer.
+        tokenizer: The vocabulary to write beside the model; see `write_tokenizer`.
+        max_shard_bytes: The size of a file in bytes; weights that take more are written as several files with an index.
+        overwrite: Whether to replace an earlier export.
 
     Returns:
         The folder.

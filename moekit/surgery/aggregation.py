@@ -36,13 +36,13 @@ def aggregate(
     initialised apart do not lie in one basin, and their average computes nothing.
 
     Args:
-        states: two or more; those of optimizers (moments by parameter name) work alike.
-        layers: `sparse_layers` of each model.
-        shared_from: take what is shared from the model of this number; None = average.
-        names: how messages call the models, for example by their files.
+        states: Two or more state dicts; moments of optimizers by parameter name work alike.
+        layers: The result of `sparse_layers` for each model.
+        shared_from: The number of the model that what is shared is taken from; None = the average of all.
+        names: What messages call the models, for example their files.
         compensate: False = experts as they are, whatever their weights become: the paper's plain form.
-        power: 1 for weights; -1 and -2 for Adam's first and second moments, which become those of the gradients that
-            the scaled experts will have.
+        power: The power of the scale: 1 for weights; -1 and -2 for Adam's first and second moments, which become those
+            of the gradients that the scaled experts will have.
 
     Raises:
         UserError: naming model and key: models that have other tensors, or other shapes where no experts are counted

@@ -23,9 +23,9 @@ def compensations(
     of the best one.
 
     Args:
-        layers: from `sparse_layers`.
-        copies: n; a fraction undoes it.
-        state: tensors by name, where the answer depends on how far training is; None = they were asked about before.
+        layers: The result of `sparse_layers`.
+        copies: The number n of copies of every expert; a fraction undoes it.
+        state: The tensors by name, where the answer depends on how far training is; None = that was asked before.
 
     Raises:
         UserError: naming the layer: its router has no such numbers or does not say, it is still in its dense phase, or
@@ -62,10 +62,10 @@ def compensate(state: State, layers: Mapping[str, SparseLayer], copies: float, *
     read, trained on or exported.
 
     Args:
-        state: tensors by name; those that are not there are left out.
-        layers: from `sparse_layers`.
-        copies: n; a fraction undoes it.
-        power: 1 for weights; -1 and -2 for Adam's first and second moments.
+        state: The tensors by name; those that are not there are left out.
+        layers: The result of `sparse_layers`.
+        copies: The number n of copies of every expert; a fraction undoes it.
+        power: The power of the scale: 1 for weights, -1 and -2 for Adam's first and second moments.
 
     Raises:
         UserError: see `compensations`.

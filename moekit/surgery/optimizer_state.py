@@ -26,9 +26,9 @@ def state_by_name(state: Mapping[str, Any], names: Sequence[str], what: str) -> 
     """The state of an optimizer by names of parameters instead of numbers.
 
     Args:
-        state: of ``optimizer.state_dict()``.
-        names: from `parameter_names`.
-        what: begins a message.
+        state: The result of ``optimizer.state_dict()``.
+        names: The names of the parameters, from `parameter_names`.
+        what: The beginning of a message, such as the file.
 
     Raises:
         UserError: if it is the state of an optimizer over another number of parameters.
@@ -45,10 +45,10 @@ def state_by_number(
     """A state dict to load into the optimizer of the new model.
 
     Args:
-        slots: by name; of a parameter without any, the optimizer starts afresh.
-        names: of the new model's parameters, from `parameter_names`.
-        groups: ``param_groups`` of the new optimizer's state dict.
-        former: those of the old one: groups of the same name keep their settings, such as the learning rate.
+        slots: The slots of each parameter by its name; for one without any the optimizer starts afresh.
+        names: The names of the new model's parameters, from `parameter_names`.
+        groups: The ``param_groups`` of the new optimizer's state dict.
+        former: The groups of the old one: groups of the same name keep their settings, such as the learning rate.
     """
     settings = {group["name"]: group for group in former if "name" in group}
     kept = [{**settings.get(str(group.get("name")), {}), **{"params": group["params"]}} for group in groups]
@@ -71,12 +71,12 @@ def carry_state(
     optimizers has not stepped yet, starts afresh.
 
     Args:
-        states: of the old optimizers, by parameter name.
-        shapes: of the old models' parameters.
+        states: The slots of the old optimizers, by parameter name.
+        shapes: The shapes of the old models' parameters.
         operation: what was done to the weights, for several models at once; it also gets the power of the gradient
             that a slot holds, as a negative number (see `split_experts`).
-        wanted: shapes of the new model's parameters.
-        origin: the old parameter that a new one is from, for its numbers.
+        wanted: The shapes of the new model's parameters.
+        origin: Gives the old parameter that a new one is from, for its numbers.
     """
     names = [name for name in states[0] if all(name in state for state in states)]
     regular = {name: dict(states[0][name]) for name in names if _regular(name, states, shapes)}

@@ -18,9 +18,9 @@ def count_kept(layers: Mapping[str, SparseLayer], keep: int | float) -> dict[str
     """How many experts stay in each layer.
 
     Args:
-        layers: from `sparse_layers`.
-        keep: an int = that many in every layer; a float in (0, 1] = that share of each layer's, rounded to the nearest
-            (halves up), and never fewer than a token chooses.
+        layers: The result of `sparse_layers`.
+        keep: The number to keep: an int = that many in every layer; a float in (0, 1] = that share of each layer's,
+            rounded to the nearest (halves up), and never fewer than a token chooses.
 
     Raises:
         UserError: if a layer has not so many, a token chooses more, the number or share is not positive, or the share
@@ -53,13 +53,13 @@ def choose_experts(
     """Numbers of the experts to keep in each layer, ascending.
 
     Args:
-        layers: from `sparse_layers`.
-        keep: see `count_kept`.
+        layers: The result of `sparse_layers`.
+        keep: The number or share to keep; see `count_kept`.
         order: "utilisation" keeps those with the highest load (of equal ones the first), "reversed" those with the
             lowest, "random" draws without replacement.
         load: Float[E] for each layer: how much each expert is used, overall or for the language or task that the
             specialist is for. Not needed at random.
-        seed: of the draw.
+        seed: The seed of a random choice.
 
     Returns:
         Int64[m] by layer.
@@ -94,8 +94,8 @@ def take_experts(state: State, layers: Mapping[str, SparseLayer], taken: Mapping
     times it names the copies in turn.
 
     Args:
-        state: tensors by name; those that the layers do not name pass through. Optimizer state works alike.
-        layers: from `sparse_layers` of the model that the state is of.
+        state: The tensors by name; others than those of the layers pass through. Optimizer state works alike.
+        layers: The result of `sparse_layers` for the model that the state is of.
         taken: Int64[m] numbers of experts for each layer; a layer that is not named stays as it is. Repetitions are
             copies.
 

@@ -21,10 +21,10 @@ def split_experts(
     best, and the function stays what it was.
 
     Args:
-        state: tensors by name.
-        layers: from `sparse_layers` of the model that the state is of.
-        parts: m.
-        divided: whether a part gets 1 / m of its expert's weight, as under a softmax over all experts or weights that
+        state: The tensors by name.
+        layers: The result of `sparse_layers` for the model that the state is of.
+        parts: The number m of parts of an expert.
+        divided: Whether a part gets 1 / m of its expert's weight, as under a softmax over all experts or weights that
             are scaled to sum to 1: output matrices are multiplied by m then. False = it gets the whole weight (sigmoid
             scores that are not scaled, ReLU): output biases are divided by m instead.
         power: 1 for weights; -1 and -2 for Adam's first and second moments, which become those of the gradients

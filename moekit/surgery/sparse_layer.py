@@ -19,17 +19,17 @@ class SparseLayer:
     """One sparse layer of a model, as surgery sees it. Tensors are named as in the model's state dict.
 
     Attributes:
-        path: dotted name of the layer.
-        router: class of its router ("" where the layer routes by itself).
-        experts: class of its expert bank.
-        num_experts: E.
-        k: experts per token; ReLU routers have it as an average.
-        bank: tensors of the experts; the dimension that counts experts by name.
-        bank_axes: logical axes of the same tensors.
-        scores: tensors of the router that have an entry (or a block of entries) for each expert; the dimension by name.
-        ids: integer tensors whose values are numbers of experts.
-        obstacle: why experts cannot be taken out or added here; None = they can.
-        routing_module: the router, or the layer where it routes by itself.
+        path: The dotted name of the layer.
+        router: The class of its router ("" where the layer routes by itself).
+        experts: The class of its expert bank.
+        num_experts: The number of experts E.
+        k: The number of experts per token; of ReLU routers the average.
+        bank: The tensors of the experts, each with the dimension that counts experts.
+        bank_axes: The logical axes of the same tensors.
+        scores: The tensors of the router that have an entry, or a block, for each expert; with that dimension.
+        ids: The integer tensors whose values are numbers of experts.
+        obstacle: The reason why experts cannot be taken out or added here; None = they can.
+        routing_module: The router, or the layer where it routes by itself.
     """
 
     path: str
@@ -69,8 +69,8 @@ def require_separable(layers: Mapping[str, SparseLayer], what: str) -> None:
     """Raise UserError if there is no sparse layer, or one whose experts cannot be told apart.
 
     Args:
-        layers: from `sparse_layers`.
-        what: begins the message, for example the file that the model is from.
+        layers: The result of `sparse_layers`.
+        what: The beginning of the message, for example the file that the model is from.
     """
     if not layers:
         raise UserError(f"{what} must have sparse layers: it is a dense model.")

@@ -19,9 +19,9 @@ class StudentState:
     """What `initialize_student` did.
 
     Attributes:
-        weights: state dict of the student.
-        inherited: names of the student's tensors that are the teacher's; the others are as they were.
-        layers: which layer of the teacher each layer of the student is from, by stack (``decoder.layers``).
+        weights: The state dict of the student.
+        inherited: The names of the student's tensors that are the teacher's; the others are as they were.
+        layers: The layers of the teacher that those of the student are from, by stack (``decoder.layers``).
     """
 
     weights: dict[str, Tensor]
@@ -43,10 +43,10 @@ def initialize_student(
     the experts (and learns its own feed-forwards there), a shallower one some of the layers, whole.
 
     Args:
-        student: with its weights; what is not inherited stays.
-        teacher: the model whose weights they are; it may be on the meta device.
-        weights: the teacher's state dict.
-        experts: whether a sparse student gets experts and routers too.
+        student: The student with its weights; what is not inherited stays.
+        teacher: The model whose weights they are; it may be on the meta device.
+        weights: The teacher's state dict.
+        experts: Whether a sparse student gets experts and routers too.
         layers: the teacher's layers by stack, for example ``{"decoder.layers": (0, 1, 4, 5)}``; for a stack that is
             not named, `choose_layers`.
 
@@ -98,8 +98,8 @@ def choose_layers(student: Sequence[bool], teacher: Sequence[bool]) -> tuple[int
     the teacher, neighbours share one.
 
     Args:
-        student: of each layer whether it is sparse.
-        teacher: likewise.
+        student: Whether each layer of the student is sparse.
+        teacher: Whether each layer of the teacher is sparse.
 
     Example:
         >>> choose_layers([False, True, False, True], [False, True, False, True, False, True])

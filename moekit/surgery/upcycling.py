@@ -31,7 +31,7 @@ def upcycle(
         perturb: changes the matrices of the copies, for example `moekit.experts.AddNoise`, so that experts can part;
             None = equal copies, which only the router tells apart.
         scale: multiplies what an expert writes (its output matrix and bias).
-        seed: of the perturbation.
+        seed: The seed of the perturbation.
 
     Returns:
         The target's state dict; see `require_complete` for a check. Of moments: those that were carried over, and
@@ -92,9 +92,9 @@ def require_complete(state: State, target: nn.Module, what: str) -> None:
     """Raise UserError unless `state` has every tensor of `target`, of its shape, and no other.
 
     Args:
-        state: tensors by name.
-        target: the model that is to hold them; it may be on the meta device.
-        what: begins the message.
+        state: The tensors by name.
+        target: The model that is to hold them; it may be on the meta device.
+        what: The beginning of the message.
     """
     wanted = target.state_dict()
     for name, tensor in wanted.items():
