@@ -8,12 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from moekit.cli.surgery_command import SurgeryCommand
 from moekit.errors import UserError
 from moekit.huggingface.architecture import NAMES
 from moekit.runs.run import Run
 from moekit.runs.surgery.exchange import export_run, import_run
 from moekit.runs.surgery.writing import require_free, write_run
-from moekit.surgery.command import Command
 
 
 def _export_options(parser: ArgumentParser) -> None:
@@ -84,14 +84,14 @@ def _import(given: Namespace, console: Console) -> None:
     )
 
 
-COMMANDS: Mapping[str, Command] = {
-    "export": Command(
+COMMANDS: Mapping[str, SurgeryCommand] = {
+    "export": SurgeryCommand(
         "write a run's model as a folder that Hugging Face transformers opens",
         _export_options,
         _export,
         "  python -m moekit.surgery export runs/switch-tiny --out for-transformers",
     ),
-    "import": Command(
+    "import": SurgeryCommand(
         "take the weights of a folder of Hugging Face transformers into a run of the same model",
         _import_options,
         _import,

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moekit.cli.recipes import reconfigured
+from moekit.cli.surgery_command import SurgeryCommand
 from moekit.errors import UserError
 from moekit.report.pruning import write_curve
 from moekit.runs.run import Run
@@ -30,8 +31,7 @@ from moekit.runs.surgery.operations import (
 )
 from moekit.runs.surgery.utilisation import measured_load
 from moekit.runs.surgery.writing import require_free, write_run
-from moekit.surgery import choose_experts, count_kept, require_operable
-from moekit.surgery.command import Command
+from moekit.surgery import choose_experts, count_kept, require_separable
 
 _RUN = "folder of a run (its best checkpoint, else its last), or a checkpoint"
 
@@ -183,7 +183,7 @@ def _prune(given: Namespace, console: Console) -> None:
         raise UserError("--language and --task say whose utilisation counts: leave them out with --by random.")
     run = Run.load(given.run, given.config)
     layers = run.layers()
-    require_operable(layers, str(run.checkpoint))
+    require_separable(layers, str(run.checkpoint))
     count_kept(layers, given.keep)  # before anything is measured
     load = None
     if given.by != "random":
@@ -323,53 +323,53 @@ def _curve(given: Namespace, console: Console) -> None:
     console.print(table(curve), highlight=False, soft_wrap=True, markup=False)
 
 
-COMMANDS: Mapping[str, Command] = {
-    "inspect": Command(
+COMMANDS: Mapping[str, SurgeryCommand] = {
+    "inspect": SurgeryCommand(
         "show a checkpoint's layers, experts, sizes and use",
         _inspect_options,
         _inspect,
         "  python -m moekit.surgery inspect runs/zcode_m3-tiny\n"
         "  python -m moekit.surgery inspect runs/zcode_m3-tiny/checkpoints/last.ckpt --json",
     ),
-    "aggregate": Command(
+    "aggregate": SurgeryCommand(
         "make one model with the experts of several",
         _aggregate_options,
         _aggregate,
         "  python -m moekit.surgery aggregate runs/one runs/two --out runs/both\n"
         "  python -m moekit.surgery aggregate runs/one runs/two --shared 1 --gates fresh --restart --out runs/both",
     ),
-    "prune": Command(
+    "prune": SurgeryCommand(
         "keep some of the experts of each layer",
         _prune_options,
         _prune,
         "  python -m moekit.surgery prune runs/tiny --keep 50% --out runs/half\n"
         "  python -m moekit.surgery prune runs/tiny --keep 2 --language avl --out runs/avl",
     ),
-    "upcycle": Command(
+    "upcycle": SurgeryCommand(
         "turn a dense model's feed-forwards into experts, or copy experts",
         _upcycle_options,
         _upcycle,
         "  python -m moekit.surgery upcycle runs/dense --experts 8 --noise 0.1 --scale 8 --restart --out runs/sparse",
     ),
-    "merge": Command(
+    "merge": SurgeryCommand(
         "average experts to a dense model",
         _merge_options,
         _merge,
         "  python -m moekit.surgery merge runs/tiny --by-load --restart --out runs/dense",
     ),
-    "split": Command(
+    "split": SurgeryCommand(
         "cut experts into finer ones",
         _split_options,
         _split,
         "  python -m moekit.surgery split runs/shazeer-tiny --parts 2 --out runs/fine",
     ),
-    "change": Command(
+    "change": SurgeryCommand(
         "give the same weights other settings, such as a capacity",
         _change_options,
         _change,
         "  python -m moekit.surgery change runs/tiny --set model.capacity_factor=2.0 --out runs/roomy",
     ),
-    "curve": Command(
+    "curve": SurgeryCommand(
         "measure quality against size: prune in several ways, validate each model",
         _curve_options,
         _curve,

@@ -12,6 +12,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,21 @@ Model = Literal["unigram", "bpe"]
 NUM_SENTINELS = 32
 _FORMAT = 1
 _MASK = "<mask>"
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids with a meaning of their own; the defaults are those of `Tokenizer`.
+
+    Attributes:
+        pad: The id of padding.
+        bos: The id that a target begins with (``decoder_start_token_id`` of transformers).
+        eos: The id that a target ends with.
+    """
+
+    pad: int = 0
+    bos: int = 1
+    eos: int = 2
 
 
 class Tokenizer:

@@ -4,8 +4,8 @@ found = import_model("switch-base-8")
 export_model(found.model, "again", tokens=found.tokens)
 """
 
-from moekit.huggingface.architecture import Architecture, TokenIds
-from moekit.huggingface.describing import describe
+from moekit.huggingface.architecture import Architecture
+from moekit.huggingface.model import describe
 from moekit.huggingface.reading import Blueprint, Imported, import_model, open_folder
 from moekit.huggingface.tokenizers import read_tokenizer
 from moekit.huggingface.writing import export_model
@@ -14,7 +14,6 @@ __all__ = [
     "Architecture",
     "Blueprint",
     "Imported",
-    "TokenIds",
     "describe",
     "export_model",
     "import_model",

@@ -1,36 +1,12 @@
-"""What SwitchTransformers, NllbMoe and our encoder-decoder can all say, and the model that it describes."""
+"""What SwitchTransformers, NllbMoe and our encoder-decoder can all say."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
-from moekit.experts import GroupedMLP
 from moekit.functional.activation import Activation
-from moekit.layer import MoELayer
-from moekit.mixing import ExpertOutputMasking
-from moekit.routers import (
-    AllChoices,
-    InputJitter,
-    RandomChoice,
-    SampledChoice,
-    SecondExpertPolicy,
-    SequenceCapacity,
-    TopKRouter,
-)
-from moekit.transformer import (
-    MLP,
-    EncoderDecoder,
-    LayerNorm,
-    Positions,
-    RelativePositions,
-    RMSNorm,
-    Side,
-    SplitSinusoidalPositions,
-)
+from moekit.transformer import Side
 from moekit.transformer.embedding import EmbeddingScale
 
 Kind = Literal["switch_transformers", "nllb-moe"]
@@ -43,21 +19,6 @@ NAMES: dict[Kind, str] = {
 """Classes of transformers by ``model_type``."""
 
 
-@dataclass(frozen=True)
-class TokenIds:
-    """Ids with a meaning of their own; the defaults are those of moekit's tokenizer.
-
-    Attributes:
-        pad: padding.
-        bos: what a target begins with (``decoder_start_token_id``).
-        eos: what a target ends with.
-    """
-
-    pad: int = 0
-    bos: int = 1
-    eos: int = 2
-
-
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """An encoder-decoder of one of the two families.
@@ -66,36 +27,36 @@ class Architecture:
     two experts per token.
 
     Attributes:
-        kind: the family, ``model_type`` in ``config.json``.
-        vocab_size: V.
-        dim: D.
-        heads: H.
-        head_dim: channels per head.
-        encoder_layers: blocks.
-        decoder_layers: blocks.
-        encoder_hidden_dim: F of the encoder's feed-forwards and experts.
-        decoder_hidden_dim: F of the decoder's.
-        encoder_sparse: numbers of the encoder's sparse layers.
-        decoder_sparse: numbers of the decoder's.
-        num_experts: E; 1 where nothing is sparse.
-        activation: of feed-forwards and experts.
-        norm_eps: of all norms.
-        tied: one table, or three.
-        bias: whether attention and feed-forwards have biases.
-        embedding_scale: see `moekit.transformer.TokenEmbedding`.
-        attention_scale: see `moekit.transformer.SelfAttention`.
-        num_buckets: of relative positions.
-        max_distance: of relative positions.
-        first_position: of sinusoids.
-        jitter: of the router's input in training.
-        limit: of `SequenceCapacity`; None = dropless.
-        renormalise: of two weights, see `TopKRouter`; "none" for one.
-        second_expert: which second experts are sent in training.
-        output_masking: probability of expert output masking.
-        dropout: on embeddings and branches.
-        attention_dropout: on attention weights.
-        hidden_dropout: on hidden activations.
-        final_dropout: after the last norm.
+        kind: The family, which is ``model_type`` in ``config.json``.
+        vocab_size: The size V of the vocabulary.
+        dim: The model dimension D.
+        heads: The number of attention heads H.
+        head_dim: The number of channels per head.
+        encoder_layers: The number of encoder blocks.
+        decoder_layers: The number of decoder blocks.
+        encoder_hidden_dim: The hidden size F of the encoder's feed-forwards and experts.
+        decoder_hidden_dim: The hidden size F of the decoder's feed-forwards and experts.
+        encoder_sparse: The numbers of the encoder's sparse layers.
+        decoder_sparse: The numbers of the decoder's sparse layers.
+        num_experts: The number of experts E, 1 where nothing is sparse.
+        activation: The activation function of feed-forwards and experts.
+        norm_eps: The epsilon of all norms.
+        tied: Whether embeddings and logits share one table; otherwise there are three.
+        bias: Whether attention and feed-forwards have biases.
+        embedding_scale: Where embeddings are scaled; see `moekit.transformer.TokenEmbedding`.
+        attention_scale: The factor of attention logits; see `moekit.transformer.SelfAttention`.
+        num_buckets: The number of buckets of relative positions.
+        max_distance: The largest distance that relative positions tell apart, in tokens.
+        first_position: The number of the first position of sinusoids.
+        jitter: The noise on the router's input in training; see `moekit.routers.InputJitter`.
+        limit: The most tokens of a sequence per expert, as in `SequenceCapacity`; None = dropless.
+        renormalise: When two weights are scaled to sum to 1; see `TopKRouter`. It is "none" for one.
+        second_expert: Which second experts tokens are sent to in training.
+        output_masking: The probability of expert output masking.
+        dropout: The dropout rate on embeddings and branches.
+        attention_dropout: The dropout rate on attention weights.
+        hidden_dropout: The dropout rate on hidden activations.
+        final_dropout: The dropout rate after the last norm.
     """
 
     kind: Kind
@@ -143,63 +104,3 @@ class Architecture:
     def hidden_dim(self) -> dict[Side, int]:
         """F by side."""
         return {"encoder": self.encoder_hidden_dim, "decoder": self.decoder_hidden_dim}
-
-    @property
-    def k(self) -> int:
-        """Experts per token."""
-        return 1 if self.kind == "switch_transformers" else 2
-
-    def build(self, *, pad_id: int) -> EncoderDecoder:
-        """The model; under ``torch.device("meta")`` without memory.
-
-        Raises:
-            ValueError: if sizes do not fit each other.
-        """
-        switch = self.kind == "switch_transformers"
-        positions: Positions
-        if switch:
-            positions = RelativePositions(self.heads, num_buckets=self.num_buckets, max_distance=self.max_distance)
-        else:
-            positions = SplitSinusoidalPositions(first=self.first_position)
-        return EncoderDecoder(
-            self.vocab_size,
-            self.dim,
-            self.heads,
-            self.encoder_layers,
-            self.decoder_layers,
-            self.encoder_hidden_dim,
-            tied=self.tied,
-            embedding_scale=self.embedding_scale,
-            pad_id=pad_id,
-            feed_forward=self._feed_forward,
-            positions=positions,
-            norm=functools.partial(RMSNorm if switch else LayerNorm, eps=self.norm_eps),
-            dropout=self.dropout,
-            attention_dropout=self.attention_dropout,
-            attention_scale=self.attention_scale,
-            final_dropout=self.final_dropout,
-            head_dim=self.head_dim,
-            bias=self.bias,
-        )
-
-    def _feed_forward(self, layer: int, side: Side, /) -> nn.Module:
-        hidden_dim, activation, dropout = self.hidden_dim[side], self.activation, self.hidden_dropout
-        if layer not in self.sparse[side]:
-            return MLP(self.dim, hidden_dim, activation=activation, dropout=dropout, bias=self.bias)
-        later: dict[SecondExpert, SecondExpertPolicy] = {
-            "all": AllChoices(), "sampling": SampledChoice(), "random": RandomChoice(0.5),
-        }  # fmt: skip
-        router = TopKRouter(
-            self.dim,
-            self.num_experts,
-            self.k,
-            capacity=None if self.limit is None else SequenceCapacity(self.limit),
-            renormalise=self.renormalise,
-            second_expert=later[self.second_expert],
-            exploration=InputJitter(self.jitter) if self.jitter else None,
-        )
-        bank = GroupedMLP(
-            self.num_experts, self.dim, hidden_dim, activation=activation, dropout=dropout, bias=self.bias
-        )
-        masking = ExpertOutputMasking(self.output_masking) if self.output_masking else None
-        return MoELayer(router, bank, output_masking=masking)

@@ -12,21 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.data.tokenizer import SpecialTokens
 from moekit.errors import UserError
-from moekit.huggingface import nllb, switch
-from moekit.huggingface.architecture import NAMES, Architecture, Kind, TokenIds
-from moekit.huggingface.fields import Fields
-from moekit.huggingface.links import Link
+from moekit.huggingface.architecture import NAMES, Architecture
+from moekit.huggingface.families import FAMILIES, Family
+from moekit.huggingface.keys import Link, Shape
+from moekit.huggingface.model import build
+from moekit.huggingface.settings import Fields, Setting
 from moekit.mapped import MappedTensor, read_safetensors
 from moekit.transformer import EncoderDecoder
 
-FAMILIES: Mapping[Kind, Any] = {"switch_transformers": switch, "nllb-moe": nllb}
-"""Modules that know a family, by ``model_type``."""
 WEIGHTS, INDEX, EXACT = "model.safetensors", "model.safetensors.index.json", "moekit.safetensors"
 FORM = "moekit"
 """The key of ``config.json`` under which an export notes how the model said the same before."""
 FORM_FIELDS = ("embedding_scale", "attention_scale", "bias")
 """What it notes: fields of `Architecture`."""
+TOKEN_FIELDS = {"pad": "pad_token_id", "bos": "decoder_start_token_id", "eos": "eos_token_id"}
+"""Fields of ``config.json`` by those of `SpecialTokens`."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,13 @@ class Imported:
     """A model of a folder.
 
     Attributes:
-        model: in evaluation mode.
-        tokens: special ids; ``TokenIds(**dataclasses.asdict(tokens))`` is what `moekit.inference.generate` takes.
-        architecture: what was found.
+        model: The model, in evaluation mode.
+        tokens: The special ids, as `moekit.inference.generate` takes them.
+        architecture: What was found.
     """
 
     model: EncoderDecoder
-    tokens: TokenIds
+    tokens: SpecialTokens
     architecture: Architecture
 
 
@@ -49,31 +51,37 @@ class Blueprint:
     """A folder whose tensors have been found and fit, before any is read.
 
     Attributes:
-        model: on the meta device.
-        tokens: special ids.
-        architecture: what was found.
-        links: which of our tensors is made from which of theirs; those that we have not are left out.
-        tensors: theirs by name.
-        exact: ours by name, where an export kept what its factors would round.
+        model: The model, on the meta device.
+        tokens: The special ids.
+        architecture: What was found.
+        links: Which of theirs each of our tensors is made from, by our names.
+        tensors: Their tensors by name.
+        exact: Our tensors by name, where an export kept what its factors would round.
     """
 
     model: EncoderDecoder
-    tokens: TokenIds
+    tokens: SpecialTokens
     architecture: Architecture
-    links: tuple[Link, ...]
+    links: Mapping[str, Link]
     tensors: Mapping[str, MappedTensor]
     exact: Mapping[str, MappedTensor]
 
-    def tensor(self, link: Link) -> Tensor:
-        """Ours, in memory of its own."""
+    def tensor(self, name: str) -> Tensor:
+        """One of ours, in memory of its own."""
+        link = self.links[name]
         theirs = {name: self.tensors[name].tensor() for name in link.theirs}
-        if not link.is_exact and link.ours in self.exact:
-            kept = self.exact[link.ours].tensor()
+        if link.factor != 1 and name in self.exact:
+            kept = self.exact[name].tensor()
             again = link.to_theirs(kept)
             # Weights that were changed since they were exported are theirs, whatever was kept.
             if all(again[n].dtype == theirs[n].dtype and torch.equal(again[n], theirs[n]) for n in theirs):
                 return kept.clone()
         return link.to_ours(theirs)
+
+    def entry(self, name: str, number: int) -> Tensor:
+        """Entry `number` of one of ours whose entries are tensors of their own there, such as an expert's; mapped."""
+        link = self.links[name]
+        return link.entry(number, self.tensors[link.theirs[number]].tensor())
 
 
 def import_model(
@@ -86,10 +94,10 @@ def import_model(
     tables and queries that it had.
 
     Args:
-        folder: as ``save_pretrained`` writes it.
-        dropless: leave the capacity out; transformers does the same with a large ``expert_capacity``.
-        dtype: of the weights; None = as they are stored.
-        form: an architecture whose scales and biases, or none, the model is to have; None = those of the model that was
+        folder: The folder, as ``save_pretrained`` writes it.
+        dropless: Whether to leave the capacity out; transformers does the same with a large ``expert_capacity``.
+        dtype: The type of the weights; None = as they are stored.
+        form: An architecture whose scales and biases, or none, the model is to have; None = those of the model that was
             exported, or those of transformers.
 
     Raises:
@@ -103,7 +111,7 @@ def import_model(
         experts 0 and 1 whichever its router chose; here those run that were chosen, as in the authors' code.
     """
     found = open_folder(folder, dropless=dropless, form=form)
-    state = {link.ours: found.tensor(link) for link in found.links}
+    state = {name: found.tensor(name) for name in found.links}
     found.model.load_state_dict(state, assign=True)
     model = found.model if dtype is None else found.model.to(dtype)
     return Imported(model.eval(), found.tokens, found.architecture)
@@ -113,41 +121,61 @@ def open_folder(folder: Path | str, *, dropless: bool = False, form: Architectur
     """Find everything of a folder and make sure that it fits, without reading a weight.
 
     Args:
-        folder: as in `import_model`.
-        dropless: as in `import_model`.
-        form: as in `import_model`.
+        folder: The folder, as in `import_model`.
+        dropless: Whether to leave the capacity out.
+        form: See `import_model`.
 
     Raises:
         UserError: as `import_model`.
     """
     folder = Path(folder)
-    config = _config(folder)
+    config, family = _config(folder)
     where = str(folder / "config.json")
-    family = FAMILIES[_kind(config, where)]
-    architecture: Architecture = family.architecture_of(config, where, dropless=dropless)
+    theirs = family.architecture(config, where, dropless=dropless)
     tokens = _tokens(folder, config, where)
-    tensors = _tensors(folder)
-    tensors = _resolve(folder, tensors, family.synonyms(architecture), tied=architecture.tied)
-    wanted = _form(folder, config) if form is None else {name: getattr(form, name) for name in FORM_FIELDS}
-    if wanted is not None:
-        architecture = _with_form(family, architecture, wanted, tensors)
-    with torch.device("meta"):
+    synonyms = family.keys.synonyms(tied=theirs.tied)
+    tensors = _resolve(folder, _tensors(folder), synonyms, tied=theirs.tied)
+    wanted = _form(where, config) if form is None else {name: getattr(form, name) for name in FORM_FIELDS}
+    architecture = theirs if wanted is None else dataclasses.replace(theirs, **wanted)
+    if not family.bias:
+        architecture = dataclasses.replace(architecture, bias=False)
+
+    def linked(ours: Architecture) -> tuple[EncoderDecoder, list[Link]]:
         try:
-            model = architecture.build(pad_id=tokens.pad)
+            with torch.device("meta"):
+                model = build(ours, pad_id=tokens.pad)
         except ValueError as error:
             raise UserError(f"{where}: {error}") from None
-    links = tuple(family.links(architecture))
+        return model, list(family.links(ours, _shapes(model)))
+
+    model, links = linked(architecture)
+    absent = [name for link in links if not link.ours for name in link.theirs if name in tensors]
+    if any(bool(tensors[name].tensor().any()) for name in absent):  # trained since, so they are there now
+        architecture = dataclasses.replace(architecture, bias=theirs.bias)
+        model, links = linked(architecture)
     _check(folder, links, model, tensors)
     exact = read_safetensors(folder / EXACT) if (folder / EXACT).is_file() else {}
-    return Blueprint(model, tokens, architecture, tuple(link for link in links if link.ours), tensors, exact)
+    return Blueprint(model, tokens, architecture, {n.ours: n for n in links if n.ours}, tensors, exact)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _shapes(model: EncoderDecoder) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _config(folder: Path) -> tuple[dict[str, Any], Family]:
+    path = folder / "config.json"
     if not folder.is_dir():
         raise UserError(f"{folder} must be a folder with config.json and safetensors: there is no such folder.")
-    if not (folder / "config.json").is_file():
+    if not path.is_file():
         raise UserError(f"{folder} must be a folder of transformers: it has no config.json.")
-    return _json(folder / "config.json")
+    config = _json(path)
+    kind = config.get("model_type")
+    if kind not in list(NAMES):
+        raise UserError(f"{path}: model_type must be one of {', '.join(NAMES)}: got {kind!r}.")
+    names = config.get("architectures") or [NAMES[kind]]
+    if NAMES[kind] not in names:
+        raise UserError(f"{path}: architectures must name {NAMES[kind]}: got {names}. Only whole models are read.")
+    return config, FAMILIES[kind]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -160,32 +188,17 @@ def _json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _kind(config: Mapping[str, Any], where: str) -> Kind:
-    said = config.get("model_type")
-    for kind, name in NAMES.items():
-        if kind == said:
-            names = config.get("architectures") or [name]
-            if name not in names:
-                raise UserError(f"{where}: architectures must name {name}: got {names}. Only whole models are read.")
-            return kind
-    raise UserError(f"{where}: model_type must be one of {', '.join(NAMES)}: got {said!r}.")
-
-
-def _tokens(folder: Path, config: Mapping[str, Any], where: str) -> TokenIds:
+def _tokens(folder: Path, config: Mapping[str, Any], where: str) -> SpecialTokens:
     """Special ids: what generation_config.json says, else config.json."""
     said = _json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
-    given = {k: said[k] if said.get(k) is not None else config.get(k) for k in _IDS}
+    given = {k: said[k] if said.get(k) is not None else config.get(k) for k in TOKEN_FIELDS.values()}
     if isinstance(given["eos_token_id"], list):  # any of several may end a text there
         given["eos_token_id"] = next(iter(given["eos_token_id"]), None)
-    switches = config["model_type"] == "switch_transformers"
-    defaults = {"pad_token_id": 0, "eos_token_id": 1} if switches else {"pad_token_id": 1, "eos_token_id": 2}
-    defaults["decoder_start_token_id"] = 0 if switches else 2
-    fields = Fields(given, defaults, where)
-    # NLLB counts positions from the padding id of config.json.
-    return TokenIds(*(fields.integer(name) for name in _IDS))
-
-
-_IDS = ("pad_token_id", "decoder_start_token_id", "eos_token_id")
+    defaults = FAMILIES[config["model_type"]].token_defaults
+    fields = Fields(given, where)
+    return SpecialTokens(
+        **{ours: Setting(name, defaults[name], least=0).value(fields) for ours, name in TOKEN_FIELDS.items()}
+    )
 
 
 def _tensors(folder: Path) -> dict[str, MappedTensor]:
@@ -237,44 +250,32 @@ def _resolve(
     return out
 
 
-def _form(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _form(where: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """How the model said the same before it was exported, where the folder is of an export."""
     form = config.get(FORM)
     if form is None:
         return None
-    scales = ("input", "output", "none")
     good = (
         isinstance(form, dict)
-        and form.get("embedding_scale") in scales
+        and form.get("embedding_scale") in ("input", "output", "none")
         and isinstance(form.get("attention_scale", ""), float | int | None)
         and isinstance(form.get("bias"), bool)
     )
     if not good:
         raise UserError(
-            f"{folder / 'config.json'}: {FORM} must hold embedding_scale, attention_scale and bias, as the export "
-            f"wrote them: got {form!r}. Remove it to read the folder as any other."
+            f"{where}: {FORM} must hold embedding_scale, attention_scale and bias, as the export wrote them: got "
+            f"{form!r}. Remove it to read the folder as any other."
         )
-    return dict(form)
+    return {name: form[name] for name in FORM_FIELDS}
 
 
-def _with_form(
-    family: Any, found: Architecture, form: Mapping[str, Any], tensors: Mapping[str, MappedTensor]
-) -> Architecture:
-    """The architecture in another form."""
-    before: Architecture = family.with_form(found, form)
-    absent = [name for link in family.links(before) if not link.ours for name in link.theirs if name in tensors]
-    if any(bool(tensors[name].tensor().any()) for name in absent):  # trained since, so they are there now
-        before = dataclasses.replace(before, bias=found.bias)
-    return before
-
-
-def _check(folder: Path, links: tuple[Link, ...], model: EncoderDecoder, tensors: Mapping[str, MappedTensor]) -> None:
+def _check(folder: Path, links: list[Link], model: EncoderDecoder, tensors: Mapping[str, MappedTensor]) -> None:
     """Every tensor is there, fits, and is known."""
-    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wanted: dict[str, tuple[int, ...]] = {}
+    wanted: dict[str, Shape] = {}
     for link in links:
-        wanted |= link.shapes(ours.pop(link.ours) if link.ours else link.shape)
-    assert not ours, f"no link for {sorted(ours)}"
+        wanted |= link.shapes()
+    without = _shapes(model).keys() - {link.ours for link in links}
+    assert not without, f"no link for {sorted(without)}"
     missing = [name for name in wanted if name not in tensors]
     if missing:
         raise UserError(f"{folder} must hold the tensor {missing[0]}: it is missing ({len(missing)} altogether).")

@@ -25,8 +25,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     moekit no text ever gives a mark.
 
     Args:
-        tokenizer: of the kind "unigram".
-        folder: exists.
+        tokenizer: The vocabulary, of the kind "unigram".
+        folder: A folder that exists.
 
     Raises:
         UserError: for a vocabulary of the kind "bpe", whose merges transformers needs and SentencePiece does not keep.

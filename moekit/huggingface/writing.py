@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moekit.data.tokenizer import Tokenizer
+from moekit.data.tokenizer import SpecialTokens, Tokenizer
 from moekit.errors import UserError
-from moekit.huggingface.architecture import NAMES, Architecture, Kind, TokenIds
-from moekit.huggingface.describing import describe
-from moekit.huggingface.links import Link
-from moekit.huggingface.reading import EXACT, FAMILIES, FORM, FORM_FIELDS, INDEX, WEIGHTS
+from moekit.huggingface.architecture import NAMES, Architecture, Kind
+from moekit.huggingface.families import FAMILIES
+from moekit.huggingface.keys import Link
+from moekit.huggingface.model import describe
+from moekit.huggingface.reading import EXACT, FORM, FORM_FIELDS, INDEX, TOKEN_FIELDS, WEIGHTS
 from moekit.huggingface.tokenizers import write_tokenizer
 
 
@@ -29,7 +30,7 @@ def export_model(
     folder: Path | str,
     *,
     kind: Kind | None = None,
-    tokens: TokenIds | None = None,
+    tokens: SpecialTokens | None = None,
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
@@ -42,13 +43,13 @@ def export_model(
     into ``moekit.safetensors``, which transformers does not look at, so that `import_model` gives the same bits back.
 
     Args:
-        model: an `EncoderDecoder`.
-        folder: must not exist, be empty, or with `overwrite` be an earlier export.
-        kind: the family; None = SwitchTransformers for RMS norms, NllbMoe for layer norms.
-        tokens: special ids; default those of moekit's tokenizer.
-        tokenizer: written beside the model, see `write_tokenizer`.
-        max_shard_bytes: weights that take more are written as several files with an index.
-        overwrite: replace an earlier export.
+        model: An `EncoderDecoder`.
+        folder: A path that does not exist, an empty folder, or with `overwrite` an earlier export.
+        kind: The family; None = SwitchTransformers for RMS norms, NllbMoe for layer norms.
+        tokens: The special ids; None = those of moekit's tokenizer.
+        tokenizer: The vocabulary to write beside the model; see `write_tokenizer`.
+        max_shard_bytes: The size of a file in bytes; weights that take more are written as several files with an index.
+        overwrite: Whether to replace an earlier export.
 
     Returns:
         The folder.
@@ -61,7 +62,7 @@ def export_model(
         opens there with other logits; its dense layers are right.
     """
     folder = Path(folder)
-    tokens = tokens or TokenIds()
+    tokens = tokens or SpecialTokens()
     architecture = describe(model, kind)
     config = _config(model, architecture, tokens)
     if tokenizer is not None and tokenizer.vocab_size != architecture.vocab_size:
@@ -69,13 +70,16 @@ def export_model(
             f"the tokenizer must have the model's vocabulary of {architecture.vocab_size}: it has "
             f"{tokenizer.vocab_size}."
         )
-    if tokenizer is not None and tokens != TokenIds():
-        raise UserError(f"with a tokenizer the special ids are its own, {TokenIds()}: got {tokens}. Leave tokens out.")
+    if tokenizer is not None and tokens != SpecialTokens():
+        raise UserError(
+            f"with a tokenizer the special ids are its own, {SpecialTokens()}: got {tokens}. Leave tokens out."
+        )
     never = [tokens.pad]
     if tokenizer is not None:
         never = [i for i in range(tokenizer.first_text_id) if i != tokens.eos]
-    links = tuple(FAMILIES[architecture.kind].links(architecture))
     state = model.state_dict()
+    family = FAMILIES[architecture.kind]
+    links = list(family.links(architecture, {name: tuple(tensor.shape) for name, tensor in state.items()}))
     other = state.keys() ^ {link.ours for link in links if link.ours}
     if other:
         raise UserError(
@@ -84,9 +88,12 @@ def export_model(
         )
     with _new_folder(folder, overwrite=overwrite) as draft:
         _write_json(draft / "config.json", config)
-        _write_json(draft / "generation_config.json", _generation(tokens, never))
-        _write_weights(draft, _theirs(state, links, architecture), max_shard_bytes)
-        kept = _rounded(state, links)
+        # What `generate` of transformers is to do as ours does: never write padding and, with a tokenizer, any mark.
+        _write_json(draft / "generation_config.json", {**_token_ids(tokens), "suppress_tokens": never})
+        # Where tables are not tied, transformers has a fourth, which it does not use.
+        unused = () if architecture.tied else (family.keys.shared,)
+        _write_weights(draft, _theirs(state, links, unused), max_shard_bytes)
+        kept = {link.ours: _on_host(state[link.ours]) for link in links if _is_rounded(link, state)}
         if kept:
             save_file(kept, str(draft / EXACT))
         if tokenizer is not None:
@@ -94,7 +101,7 @@ def export_model(
     return folder
 
 
-def _config(model: nn.Module, ours: Architecture, tokens: TokenIds) -> dict[str, Any]:
+def _config(model: nn.Module, ours: Architecture, tokens: SpecialTokens) -> dict[str, Any]:
     if ours.kind == "nllb-moe" and ours.first_position != tokens.pad + 1:
         raise UserError(
             "transformers' NllbMoeForConditionalGeneration counts positions from pad_token_id + 1: this model counts "
@@ -113,47 +120,41 @@ def _config(model: nn.Module, ours: Architecture, tokens: TokenIds) -> dict[str,
         "vocab_size": ours.vocab_size,
         "tie_word_embeddings": ours.tied,
         "torch_dtype": str(types.pop()).removeprefix("torch."),
-        "pad_token_id": tokens.pad,
-        "bos_token_id": tokens.bos,
-        "eos_token_id": tokens.eos,
-        "decoder_start_token_id": tokens.bos,
-        **FAMILIES[ours.kind].config_of(ours),
+        **_token_ids(tokens),
+        **FAMILIES[ours.kind].config(ours),
         FORM: {name: getattr(ours, name) for name in FORM_FIELDS},
     }
 
 
-def _generation(tokens: TokenIds, never: Sequence[int]) -> dict[str, Any]:
-    """What `generate` of transformers is to do as ours does: never write padding and, with a tokenizer, any mark."""
-    return {
-        "pad_token_id": tokens.pad,
-        "bos_token_id": tokens.bos,
-        "eos_token_id": tokens.eos,
-        "decoder_start_token_id": tokens.bos,
-        "suppress_tokens": list(never),
-    }
+def _token_ids(tokens: SpecialTokens) -> dict[str, int]:
+    ids = {name: getattr(tokens, ours) for ours, name in TOKEN_FIELDS.items()}
+    return {name: ids.get(name, tokens.bos) for name in ("pad_token_id", "bos_token_id", "eos_token_id", *ids)}
 
 
-def _theirs(state: Mapping[str, Tensor], links: Iterable[Link], ours: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """Their tensors, one after another."""
+def _theirs(state: Mapping[str, Tensor], links: Iterable[Link], unused: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Their tensors, one after another; those that they do not use are copies of the first."""
+    first: Tensor | None = None
     some = next(iter(state.values()))
     for link in links:
-        mine = state[link.ours] if link.ours else torch.zeros(link.shape, dtype=some.dtype)
-        yield from link.to_theirs(mine.detach().cpu()).items()
-    if not ours.tied:  # transformers has a fourth table, which it does not use
-        first = next(link for link in FAMILIES[ours.kind].links(ours) if link.ours == "embedding.weight")
-        shared = "shared.weight" if ours.kind == "switch_transformers" else "model.shared.weight"
-        yield shared, next(iter(first.to_theirs(state[first.ours].detach().cpu()).values())).clone()
+        mine = _on_host(state[link.ours]) if link.ours else torch.zeros(link.shape, dtype=some.dtype)
+        theirs = link.to_theirs(mine)
+        first = next(iter(theirs.values())) if first is None else first
+        yield from theirs.items()
+    for name in unused:
+        assert first is not None, "a model has tensors"
+        yield name, first.clone()
 
 
-def _rounded(state: Mapping[str, Tensor], links: Iterable[Link]) -> dict[str, Tensor]:
-    """Ours that do not come back as they were."""
-    kept = {}
-    for link in links:
-        if link.ours and not link.is_exact:
-            mine = state[link.ours].detach().cpu()
-            if not torch.equal(link.to_ours(link.to_theirs(mine)), mine):
-                kept[link.ours] = mine.contiguous()
-    return kept
+def _is_rounded(link: Link, state: Mapping[str, Tensor]) -> bool:
+    """Whether ours does not come back as it was."""
+    if not link.ours or link.factor == 1:
+        return False
+    mine = _on_host(state[link.ours])
+    return not torch.equal(link.to_ours(link.to_theirs(mine)), mine)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
 
 
 def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int) -> None:

@@ -1,5 +1,6 @@
 """Decoding (cached greedy search, beam search, sampling) and scoring of given texts, batched over sentences."""
 
+from moekit.data.tokenizer import SpecialTokens
 from moekit.inference.beam import BeamSearch
 from moekit.inference.generate import complete, generate
 from moekit.inference.interface import (
@@ -8,7 +9,6 @@ from moekit.inference.interface import (
     LengthLimit,
     Search,
     SequenceModel,
-    SpecialTokens,
 )
 from moekit.inference.length_penalty import GNMTPenalty, LengthPenalty, MeanLogProb
 from moekit.inference.on_demand import ExpertsOnDemand, load_on_demand, open_on_demand

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from moekit.data.tokenizer import SpecialTokens
 from moekit.inference.interface import (
     CausalModel,
     Generation,
     LengthLimit,
     Search,
     SequenceModel,
-    SpecialTokens,
     Start,
 )
 from moekit.inference.sampling import Greedy

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from moekit.data.tokenizer import SpecialTokens
 from moekit.routing import register_pytree
 
 _LOOK_EVERY = 8
@@ -59,15 +60,6 @@ class SequenceModel(Protocol):
 
     def new_cache(self) -> Cache:
         """An empty cache."""
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids with a meaning of their own; the defaults are those of moekit's tokenizer."""
-
-    pad: int = 0
-    bos: int = 1
-    eos: int = 2
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from moekit.dispatch import PackedDispatcher
 from moekit.errors import UserError
 from moekit.experts.base import Experts
 from moekit.huggingface import Imported, open_folder
-from moekit.huggingface.links import Link
 from moekit.kernels import on_host, remember
 from moekit.layer import MoELayer
 from moekit.mapped import MappedTensor, map_fake, read_safetensors
@@ -136,23 +135,11 @@ def open_on_demand(folder: Path | str, *, resident: int, dropless: bool = False)
         UserError: as there.
     """
     found = open_folder(folder, dropless=dropless)
-    experts: dict[str, Link] = {}
-    state = {}
-    for link in found.links:
-        if ".experts." in link.ours:
-            experts[link.ours] = link
-        else:
-            state[link.ours] = found.tensor(link)
+    state = {name: found.tensor(name) for name in found.links if ".experts." not in name}
     found.model.load_state_dict(state, assign=True, strict=False)
 
     def reader(path: str, names: tuple[str, ...]) -> Read:
-        links = {name: experts[f"{path}.experts.{name}"] for name in names}
-
-        def read(expert: int) -> dict[str, Tensor]:
-            tensors = {name: found.tensors[link.theirs[expert]].tensor() for name, link in links.items()}
-            return {n: t.t() if links[n].form == "transposed experts" else t for n, t in tensors.items()}
-
-        return read
+        return lambda expert: {name: found.entry(f"{path}.experts.{name}", expert) for name in names}
 
     _exchange(found.model, reader, resident)
     return Imported(found.model.eval(), found.tokens, found.architecture)

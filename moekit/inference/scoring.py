@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from moekit.data.tokenizer import Tokenizer
+from moekit.data.tokenizer import SpecialTokens, Tokenizer
 from moekit.inference.generate import evaluating
-from moekit.inference.interface import SpecialTokens, to_device
+from moekit.inference.interface import to_device
 
 Normalise = Literal["sum", "token", "character"]
 

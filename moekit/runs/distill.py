@@ -15,7 +15,7 @@ from moekit.runs.init_from import InitFrom, own_tokenizer, starting_tokenizer
 from moekit.runs.plain import as_plain
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
-from moekit.surgery.inheritance import inherit
+from moekit.surgery.student import initialize_student
 from moekit.training.distillation import Added, DistillationModule, Falling, Mixture, Objective, Staged, Teacher
 from moekit.training.multitask import MultitaskModule
 
@@ -103,7 +103,7 @@ class Distillation(InitFrom):
             raise UserError(f"distill: {error}") from None
         if self.chosen.inherit != "none" and not self.goes_on:
             everything = self.chosen.inherit == "everything"
-            found = inherit(module, model, weights, experts=everything, layers=_layers(self.chosen.layers))
+            found = initialize_student(module, model, weights, experts=everything, layers=_layers(self.chosen.layers))
             module.load_state_dict(found.weights)
         return module
 

@@ -9,37 +9,36 @@
 
 from moekit.surgery.adapters import add_adapters, merge_adapters, merged_state
 from moekit.surgery.aggregation import aggregate
-from moekit.surgery.anatomy import SparseLayer, require_operable, sparse_layers
 from moekit.surgery.compensation import compensate, compensations
-from moekit.surgery.inheritance import choose_layers, inherit
-from moekit.surgery.optimizer_state import by_name, by_number, carry, parameter_names
-from moekit.surgery.selection import choose_experts, count_kept
-from moekit.surgery.splitting import split_experts
-from moekit.surgery.taking import take_experts
+from moekit.surgery.optimizer_state import carry_state, parameter_names, state_by_name, state_by_number
+from moekit.surgery.pruning import choose_experts, count_kept, take_experts
+from moekit.surgery.segmentation import split_experts
+from moekit.surgery.sparse_layer import SparseLayer, require_separable, sparse_layers
+from moekit.surgery.student import choose_layers, initialize_student
 from moekit.surgery.upcycling import dense_names, merge, require_complete, upcycle
 
 __all__ = [
     "SparseLayer",
     "add_adapters",
     "aggregate",
-    "by_name",
-    "by_number",
-    "carry",
+    "carry_state",
     "choose_experts",
     "choose_layers",
     "compensate",
     "compensations",
     "count_kept",
     "dense_names",
-    "inherit",
+    "initialize_student",
     "merge",
     "merge_adapters",
     "merged_state",
     "parameter_names",
     "require_complete",
-    "require_operable",
+    "require_separable",
     "sparse_layers",
     "split_experts",
+    "state_by_name",
+    "state_by_number",
     "take_experts",
     "upcycle",
 ]

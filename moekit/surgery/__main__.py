@@ -10,10 +10,10 @@ from rich.console import Console
 
 from moekit.cli.exchange import COMMANDS as EXCHANGE
 from moekit.cli.surgery import COMMANDS as OF_RUNS
+from moekit.cli.surgery_command import SurgeryCommand
 from moekit.errors import UserError
-from moekit.surgery.command import Command
 
-COMMANDS: Mapping[str, Command] = {**OF_RUNS, **EXCHANGE}
+COMMANDS: Mapping[str, SurgeryCommand] = {**OF_RUNS, **EXCHANGE}
 
 _ABOUT = """Look into trained models and change them. What comes out is a run folder like those of recipes:
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from moekit.errors import UserError
-from moekit.surgery.anatomy import SparseLayer, by_tensor, require_operable
 from moekit.surgery.compensation import compensate as scale_outputs
-from moekit.surgery.taking import State
+from moekit.surgery.sparse_layer import SparseLayer, State, expert_tensors, require_separable
 
 
 def aggregate(
@@ -37,13 +36,13 @@ def aggregate(
     initialised apart do not lie in one basin, and their average computes nothing.
 
     Args:
-        states: two or more; those of optimizers (moments by parameter name) work alike.
-        layers: `sparse_layers` of each model.
-        shared_from: take what is shared from the model of this number; None = average.
-        names: how messages call the models, for example by their files.
+        states: Two or more state dicts; moments of optimizers by parameter name work alike.
+        layers: The result of `sparse_layers` for each model.
+        shared_from: The number of the model that what is shared is taken from; None = the average of all.
+        names: What messages call the models, for example their files.
         compensate: False = experts as they are, whatever their weights become: the paper's plain form.
-        power: 1 for weights; -1 and -2 for Adam's first and second moments, which become those of the gradients that
-            the scaled experts will have.
+        power: The power of the scale: 1 for weights; -1 and -2 for Adam's first and second moments, which become those
+            of the gradients that the scaled experts will have.
 
     Raises:
         UserError: naming model and key: models that have other tensors, or other shapes where no experts are counted
@@ -58,11 +57,11 @@ def aggregate(
     if shared_from is not None and not 0 <= shared_from < len(states):
         raise UserError(f"shared_from must be a model's number, 0..{len(states) - 1}: got {shared_from}.")
     for found, name in zip(layers, names, strict=True):
-        require_operable(found, name)
+        require_separable(found, name)
     _require_alike(states, layers, names)
     if compensate:
         states = [_scaled(state, layers, number, power) for number, state in enumerate(states)]
-    dims = {name: dim for name, _, dim in by_tensor(layers[0])}
+    dims = {name: dim for name, _, dim in expert_tensors(layers[0])}
     tables = {name: layer.path for layer in layers[0].values() for name in layer.ids}
     out = {}
     for name in states[0]:
@@ -117,7 +116,7 @@ def _require_alike(states: Sequence[State], layers: Sequence[Mapping[str, Sparse
             raise UserError(
                 f"{name} {here} {key}, which {there + ' has' if missing else there}: they are models of another build."
             )
-        dims = {key: dim for key, _, dim in by_tensor(found)}
+        dims = {key: dim for key, _, dim in expert_tensors(found)}
         for key, tensor in state.items():
             shapes = [list(tensor.shape), list(states[0][key].shape)]
             if key in dims and len(shapes[0]) == len(shapes[1]):

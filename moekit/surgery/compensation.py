@@ -8,8 +8,7 @@ from torch import Tensor
 
 from moekit.errors import UserError
 from moekit.routing import Compensation
-from moekit.surgery.anatomy import SparseLayer
-from moekit.surgery.taking import State
+from moekit.surgery.sparse_layer import SparseLayer, State
 
 _PLAIN = {"expert", "embed", "mlp"}
 
@@ -24,9 +23,9 @@ def compensations(
     of the best one.
 
     Args:
-        layers: from `sparse_layers`.
-        copies: n; a fraction undoes it.
-        state: tensors by name, where the answer depends on how far training is; None = they were asked about before.
+        layers: The result of `sparse_layers`.
+        copies: The number n of copies of every expert; a fraction undoes it.
+        state: The tensors by name, where the answer depends on how far training is; None = that was asked before.
 
     Raises:
         UserError: naming the layer: its router has no such numbers or does not say, it is still in its dense phase, or
@@ -35,9 +34,11 @@ def compensations(
     found = {}
     for path, layer in layers.items():
         prefix = f"{path}." if path else ""
-        ask = getattr(layer.chooser, "compensation", None)
+        ask = getattr(layer.routing_module, "compensation", None)
         if ask is None:
-            answer = Compensation(obstacle=f"{type(layer.chooser).__name__} does not say what copies of experts do")
+            answer = Compensation(
+                obstacle=f"{type(layer.routing_module).__name__} does not say what copies of experts do"
+            )
         else:
             answer = ask(copies, None if state is None else _below(state, _inner(layer)))
         obstacle = answer.obstacle
@@ -61,10 +62,10 @@ def compensate(state: State, layers: Mapping[str, SparseLayer], copies: float, *
     read, trained on or exported.
 
     Args:
-        state: tensors by name; those that are not there are left out.
-        layers: from `sparse_layers`.
-        copies: n; a fraction undoes it.
-        power: 1 for weights; -1 and -2 for Adam's first and second moments.
+        state: The tensors by name; those that are not there are left out.
+        layers: The result of `sparse_layers`.
+        copies: The number n of copies of every expert; a fraction undoes it.
+        power: The power of the scale: 1 for weights, -1 and -2 for Adam's first and second moments.
 
     Raises:
         UserError: see `compensations`.

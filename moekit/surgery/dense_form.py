@@ -17,11 +17,11 @@ class DenseForm:
     """The tensors of a dense feed-forward that are those of an expert.
 
     Attributes:
-        name: what the dense feed-forward is called in messages.
-        tensors: for each tensor of the bank: the dense tensor, its part where several are held in one (None = it is
+        name: The dense feed-forward's name in messages.
+        tensors: What each tensor of the bank is: the dense tensor, its part where several are held in one (None = it is
             whole), and whether it lies there transposed.
-        output: the bank's matrix that writes the result.
-        output_bias: and its bias.
+        output: The bank's matrix that writes the result.
+        output_bias: The bias of that matrix.
     """
 
     name: str

@@ -22,13 +22,13 @@ def parameter_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def by_name(state: Mapping[str, Any], names: Sequence[str], what: str) -> dict[str, dict[str, Any]]:
+def state_by_name(state: Mapping[str, Any], names: Sequence[str], what: str) -> dict[str, dict[str, Any]]:
     """The state of an optimizer by names of parameters instead of numbers.
 
     Args:
-        state: of ``optimizer.state_dict()``.
-        names: from `parameter_names`.
-        what: begins a message.
+        state: The result of ``optimizer.state_dict()``.
+        names: The names of the parameters, from `parameter_names`.
+        what: The beginning of a message, such as the file.
 
     Raises:
         UserError: if it is the state of an optimizer over another number of parameters.
@@ -39,16 +39,16 @@ def by_name(state: Mapping[str, Any], names: Sequence[str], what: str) -> dict[s
     return {names[int(number)]: dict(slots) for number, slots in state["state"].items()}
 
 
-def by_number(
+def state_by_number(
     slots: Slots, names: Sequence[str], groups: Sequence[Mapping[str, Any]], former: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
     """A state dict to load into the optimizer of the new model.
 
     Args:
-        slots: by name; of a parameter without any, the optimizer starts afresh.
-        names: of the new model's parameters, from `parameter_names`.
-        groups: ``param_groups`` of the new optimizer's state dict.
-        former: those of the old one: groups of the same name keep their settings, such as the learning rate.
+        slots: The slots of each parameter by its name; for one without any the optimizer starts afresh.
+        names: The names of the new model's parameters, from `parameter_names`.
+        groups: The ``param_groups`` of the new optimizer's state dict.
+        former: The groups of the old one: groups of the same name keep their settings, such as the learning rate.
     """
     settings = {group["name"]: group for group in former if "name" in group}
     kept = [{**settings.get(str(group.get("name")), {}), **{"params": group["params"]}} for group in groups]
@@ -57,7 +57,7 @@ def by_number(
     return {"state": {numbers[name]: dict(found) for name, found in slots.items()}, "param_groups": joined}
 
 
-def carry(
+def carry_state(
     states: Sequence[Slots],
     shapes: Sequence[Mapping[str, torch.Size]],
     operation: Callable[[Sequence[Mapping[str, Tensor]], int], Mapping[str, Tensor]],
@@ -71,12 +71,12 @@ def carry(
     optimizers has not stepped yet, starts afresh.
 
     Args:
-        states: of the old optimizers, by parameter name.
-        shapes: of the old models' parameters.
+        states: The slots of the old optimizers, by parameter name.
+        shapes: The shapes of the old models' parameters.
         operation: what was done to the weights, for several models at once; it also gets the power of the gradient
             that a slot holds, as a negative number (see `split_experts`).
-        wanted: shapes of the new model's parameters.
-        origin: the old parameter that a new one is from, for its numbers.
+        wanted: The shapes of the new model's parameters.
+        origin: Gives the old parameter that a new one is from, for its numbers.
     """
     names = [name for name in states[0] if all(name in state for state in states)]
     regular = {name: dict(states[0][name]) for name in names if _regular(name, states, shapes)}

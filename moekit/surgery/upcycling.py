@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.experts.dense_pretraining import Perturbation
-from moekit.surgery.anatomy import require_operable, sparse_layers
 from moekit.surgery.dense_form import DenseForm, dense_form
-from moekit.surgery.taking import State
+from moekit.surgery.sparse_layer import State, require_separable, sparse_layers
 
 
 def upcycle(
@@ -32,7 +31,7 @@ def upcycle(
         perturb: changes the matrices of the copies, for example `moekit.experts.AddNoise`, so that experts can part;
             None = equal copies, which only the router tells apart.
         scale: multiplies what an expert writes (its output matrix and bias).
-        seed: of the perturbation.
+        seed: The seed of the perturbation.
 
     Returns:
         The target's state dict; see `require_complete` for a check. Of moments: those that were carried over, and
@@ -46,7 +45,7 @@ def upcycle(
         turn, and nothing groups the router's scores.
     """
     layers = sparse_layers(target)
-    require_operable(layers, "the target of upcycling")
+    require_separable(layers, "the target of upcycling")
     generator = torch.Generator().manual_seed(seed)
     out, used = {}, set()
     fresh = target.state_dict()
@@ -93,9 +92,9 @@ def require_complete(state: State, target: nn.Module, what: str) -> None:
     """Raise UserError unless `state` has every tensor of `target`, of its shape, and no other.
 
     Args:
-        state: tensors by name.
-        target: the model that is to hold them; it may be on the meta device.
-        what: begins the message.
+        state: The tensors by name.
+        target: The model that is to hold them; it may be on the meta device.
+        what: The beginning of the message.
     """
     wanted = target.state_dict()
     for name, tensor in wanted.items():
@@ -134,7 +133,7 @@ def merge(
         experts that were trained apart have no common basin, so expect to train on.
     """
     layers = sparse_layers(source)
-    require_operable(layers, "the model to merge")
+    require_separable(layers, "the model to merge")
     out = dict(state)
     wanted = target.state_dict()
     for path, layer in layers.items():

@@ -143,7 +143,7 @@ class Falling:
 def switch() -> Mixture:
     """Switch Transformer's: a quarter of the loss from the teacher. Start the student from the teacher's weights.
 
-    Source: arXiv:2101.03961 table 6. Weights: `moekit.surgery.inherit`.
+    Source: arXiv:2101.03961 table 6. Weights: `moekit.surgery.initialize_student`.
     """
     return Mixture(0.25)
 
@@ -156,7 +156,7 @@ def mixture_of_students(until: int, alpha: float = 1.0) -> Staged:
         alpha: weight of the KL divergence; 1 in the released script.
 
     Source: arXiv:2201.05596 section 4.2; the released script draws the student's weights anew, and loads the teacher's
-        into the teacher alone. `moekit.surgery.inherit` is another start, which is ours.
+        into the teacher alone. `moekit.surgery.initialize_student` is another start, which is ours.
     """
     return Staged(Added(alpha), until)
 

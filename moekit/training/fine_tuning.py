@@ -17,7 +17,7 @@ from moekit.errors import nearest
 from moekit.experts import is_expert_bank
 from moekit.routing import Capacity, Router
 from moekit.surgery.adapters import is_adapter
-from moekit.surgery.anatomy import sparse_layers
+from moekit.surgery.sparse_layer import sparse_layers
 from moekit.transformer.attention import CrossAttention, SelfAttention
 from moekit.transformer.feed_forward import GLU, MLP
 
@@ -200,8 +200,8 @@ def with_slots(
 
     Args:
         make: makes the optimizer of a module.
-        slots: by parameter name, as `moekit.surgery.by_name` gives them. Parameters that do not train are passed over,
-            others begin afresh where they have none or tensors of another shape.
+        slots: by parameter name, as `moekit.surgery.state_by_name` gives them. Parameters that do not train are passed
+            over, others begin afresh where they have none or tensors of another shape.
 
     Source: arXiv:2202.08906 (resetting the slots of Adafactor hurts).
     """

@@ -150,7 +150,8 @@ def test_experts_keep_their_slots_where_capacity_counts_tokens() -> None:
     slots = []
     for one in (config, wide):
         router: Any = next(
-            layer.chooser for layer in sparse_layers(st_moe.RECIPE.parts(one, RunText(100), "meta").named()).values()
+            layer.routing_module
+            for layer in sparse_layers(st_moe.RECIPE.parts(one, RunText(100), "meta").named()).values()
         )
         slots.append([router.capacity.slots(4096, router.num_experts, router.k, training=t) for t in (True, False)])
     assert slots[0] == slots[1]

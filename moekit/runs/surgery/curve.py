@@ -21,8 +21,8 @@ from moekit.runs.settings.train import quiet
 from moekit.runs.surgery.operations import Result, prune_run
 from moekit.runs.surgery.utilisation import measured_load, validate
 from moekit.runs.text import evaluation_data, training_data
-from moekit.surgery import choose_experts, require_operable
-from moekit.surgery.selection import Order
+from moekit.surgery import choose_experts, require_separable
+from moekit.surgery.pruning import Order
 from moekit.training.multitask import MultitaskModule
 
 LABELS: Mapping[Order, str] = {
@@ -113,7 +113,7 @@ def pruning_curve(
         UserError: see `prune_run` and `measured_load`.
     """
     layers = run.layers()
-    require_operable(layers, str(run.checkpoint))
+    require_separable(layers, str(run.checkpoint))
     arms: list[tuple[int | float, Order, int | None]] = []
     for share in keep:
         arms += [(share, "utilisation", None), (share, "reversed", None)]

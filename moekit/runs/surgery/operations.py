@@ -22,12 +22,12 @@ from moekit.runs.text import tokenizer_digest, training_data
 from moekit.surgery import (
     SparseLayer,
     aggregate,
-    carry,
+    carry_state,
     compensate,
     dense_names,
     merge,
     require_complete,
-    require_operable,
+    require_separable,
     sparse_layers,
     split_experts,
     take_experts,
@@ -180,7 +180,7 @@ def merge_run(run: Run, load: Mapping[str, Tensor] | None = None) -> Result:
     """
     source = run.model()
     layers, copies = sparse_layers(source), copies_of(run)
-    require_operable(layers, str(run.checkpoint))
+    require_separable(layers, str(run.checkpoint))
     config = _set_experts(run, 0)
     target = run.model(config)
     # What made up for smaller weights has no place where there are none.
@@ -250,7 +250,7 @@ def _taken(run: Run, taken: Mapping[str, Tensor], copies: float, note: Mapping[s
     """The experts with the given numbers, and what makes up for `copies` times as many of each."""
     model = run.model()
     layers = sparse_layers(model)
-    require_operable(layers, str(run.checkpoint))
+    require_separable(layers, str(run.checkpoint))
 
     def take(states: Sequence[Mapping[str, Tensor]], power: int) -> Mapping[str, Tensor]:
         few = take_experts(states[0], layers, taken)
@@ -341,7 +341,9 @@ def _carried(
     shapes = [{name: p.shape for name, p in model.named_parameters()} for model in models]
     wanted = {name: p.shape for name, p in target.named_parameters()}
     names = origins or {}
-    return carry([s for s in states if s is not None], shapes, operation, wanted, lambda name: names.get(name, name))
+    return carry_state(
+        [s for s in states if s is not None], shapes, operation, wanted, lambda name: names.get(name, name)
+    )
 
 
 def _checked(result: Result, target: nn.Module) -> Result:

@@ -7,7 +7,7 @@ from typing import Any
 
 from moekit.runs.config import RunConfig
 from moekit.runs.run import Run
-from moekit.surgery import by_name, parameter_names
+from moekit.surgery import parameter_names, state_by_name
 from moekit.training.callbacks.config import CONFIG_KEY
 
 
@@ -31,4 +31,4 @@ def optimizer_slots(run: Run) -> dict[str, dict[str, Any]] | None:
         return loaded.named_optimizer
     if loaded.optimizer is None:
         return None
-    return by_name(loaded.optimizer, optimizer_names(run), str(run.checkpoint))
+    return state_by_name(loaded.optimizer, optimizer_names(run), str(run.checkpoint))

@@ -17,7 +17,7 @@ from moekit.runs.plain import as_plain
 from moekit.runs.run import SURGERY_FILE, Run
 from moekit.runs.surgery.operations import Result
 from moekit.runs.surgery.optimizer import optimizer_names
-from moekit.surgery import by_number
+from moekit.surgery import state_by_number
 from moekit.training.callbacks.config import CONFIG_KEY
 
 
@@ -98,7 +98,7 @@ def _checkpoint(result: Result, settings: dict[str, Any], *, restart: bool) -> d
     # On the meta device, where this optimizer is, nothing is fused; where the run goes on, it is.
     groups = [{**group, "fused": True} for group in optimizer.state_dict()["param_groups"]]
     names = optimizer_names(result.run, result.config)
-    state = by_number(result.slots or {}, names, groups, former)
+    state = state_by_number(result.slots or {}, names, groups, former)
     weights = {name: tensor.clone() for name, tensor in result.weights.items()}
     return {
         **rest,

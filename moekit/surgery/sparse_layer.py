@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.experts.base import is_expert_bank
+
+State = Mapping[str, Tensor]
+"""A state dict, or what an optimizer keeps for each parameter under the same names."""
 
 
 @dataclass(frozen=True)
@@ -16,17 +19,17 @@ class SparseLayer:
     """One sparse layer of a model, as surgery sees it. Tensors are named as in the model's state dict.
 
     Attributes:
-        path: dotted name of the layer.
-        router: class of its router ("" where the layer routes by itself).
-        experts: class of its expert bank.
-        num_experts: E.
-        k: experts per token; ReLU routers have it as an average.
-        bank: tensors of the experts; the dimension that counts experts by name.
-        bank_axes: logical axes of the same tensors.
-        scores: tensors of the router that have an entry (or a block of entries) for each expert; the dimension by name.
-        ids: integer tensors whose values are numbers of experts.
-        obstacle: why experts cannot be taken out or added here; None = they can.
-        chooser: the router, or the layer where it routes by itself.
+        path: The dotted name of the layer.
+        router: The class of its router ("" where the layer routes by itself).
+        experts: The class of its expert bank.
+        num_experts: The number of experts E.
+        k: The number of experts per token; of ReLU routers the average.
+        bank: The tensors of the experts, each with the dimension that counts experts.
+        bank_axes: The logical axes of the same tensors.
+        scores: The tensors of the router that have an entry, or a block, for each expert; with that dimension.
+        ids: The integer tensors whose values are numbers of experts.
+        obstacle: The reason why experts cannot be taken out or added here; None = they can.
+        routing_module: The router, or the layer where it routes by itself.
     """
 
     path: str
@@ -39,7 +42,7 @@ class SparseLayer:
     scores: Mapping[str, int] = field(default_factory=dict)
     ids: tuple[str, ...] = ()
     obstacle: str | None = None
-    chooser: nn.Module | None = field(default=None, repr=False, compare=False)
+    routing_module: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
     def dims(self) -> dict[str, int]:
@@ -62,12 +65,12 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     return found
 
 
-def require_operable(layers: Mapping[str, SparseLayer], what: str) -> None:
+def require_separable(layers: Mapping[str, SparseLayer], what: str) -> None:
     """Raise UserError if there is no sparse layer, or one whose experts cannot be told apart.
 
     Args:
-        layers: from `sparse_layers`.
-        what: begins the message, for example the file that the model is from.
+        layers: The result of `sparse_layers`.
+        what: The beginning of the message, for example the file that the model is from.
     """
     if not layers:
         raise UserError(f"{what} must have sparse layers: it is a dense model.")
@@ -78,7 +81,7 @@ def require_operable(layers: Mapping[str, SparseLayer], what: str) -> None:
 
 def _layer(path: str, module: nn.Module, bank: nn.Module) -> SparseLayer:
     router = getattr(module, "router", None)
-    chooser = router if isinstance(router, nn.Module) else module
+    routing_module = router if isinstance(router, nn.Module) else module
     num_experts = int(getattr(bank, "num_experts"))  # noqa: B009 (a Module's attributes have no type)
     axes: Mapping[str, tuple[str, ...]] = getattr(bank, "axes", {})
     tensors, notes = {}, {}
@@ -93,42 +96,48 @@ def _layer(path: str, module: nn.Module, bank: nn.Module) -> SparseLayer:
             )
         else:
             tensors[full], notes[full] = named.index("expert"), named
-    scores, ids, obstacle = _scores(prefix, module, chooser, num_experts)
+    scores, ids, obstacle = _scores(prefix, module, routing_module, num_experts)
     obstacles += obstacle
     return SparseLayer(
         path=path,
-        router="" if chooser is module else type(chooser).__name__,
+        router="" if routing_module is module else type(routing_module).__name__,
         experts=type(bank).__name__,
         num_experts=num_experts,
-        k=float(getattr(chooser, "k", num_experts if chooser is module else 1)),
+        k=float(getattr(routing_module, "k", num_experts if routing_module is module else 1)),
         bank=tensors,
         bank_axes=notes,
         scores=scores,
         ids=ids,
         obstacle=obstacles[0] if obstacles else None,
-        chooser=chooser,
+        routing_module=routing_module,
     )
 
 
 def _scores(
-    prefix: str, module: nn.Module, chooser: nn.Module, num_experts: int
+    prefix: str, module: nn.Module, routing_module: nn.Module, num_experts: int
 ) -> tuple[dict[str, int], tuple[str, ...], list[str]]:
     """What the router has for each expert, its tensors of expert numbers, and what is in the way."""
-    dims: Mapping[str, int] | None = getattr(chooser, "expert_dims", None)
+    dims: Mapping[str, int] | None = getattr(routing_module, "expert_dims", None)
     if dims is None:
-        return {}, (), [f"{type(chooser).__name__} does not say which of its tensors count experts (expert_dims)"]
-    inner = prefix if chooser is module else f"{prefix}router."
-    own = dict(chooser.state_dict())
+        return (
+            {},
+            (),
+            [f"{type(routing_module).__name__} does not say which of its tensors count experts (expert_dims)"],
+        )
+    inner = prefix if routing_module is module else f"{prefix}router."
+    own = dict(routing_module.state_dict())
     scores, obstacles = {}, []
     for name, dim in dims.items():
         if name not in own or own[name].ndim <= dim or own[name].shape[dim] % num_experts:
-            obstacles.append(f"{type(chooser).__name__}.{name} does not count {num_experts} experts in dimension {dim}")
+            obstacles.append(
+                f"{type(routing_module).__name__}.{name} does not count {num_experts} experts in dimension {dim}"
+            )
         scores[f"{inner}{name}"] = dim
-    ids = tuple(f"{inner}{name}" for name in getattr(chooser, "expert_ids", ()))
+    ids = tuple(f"{inner}{name}" for name in getattr(routing_module, "expert_ids", ()))
     return scores, ids, obstacles
 
 
-def by_tensor(layers: Mapping[str, SparseLayer]) -> Iterator[tuple[str, SparseLayer, int]]:
+def expert_tensors(layers: Mapping[str, SparseLayer]) -> Iterator[tuple[str, SparseLayer, int]]:
     """Every tensor that counts experts, with its layer and the dimension."""
     for layer in layers.values():
         for name, dim in layer.dims.items():

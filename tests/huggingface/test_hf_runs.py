@@ -9,7 +9,7 @@ import pytest
 import torch
 from hf_models import save, switch
 from safetensors.torch import load_file, save_file
-from small_runs import weights
+from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from moekit.cli.recipes import main as recipe_main
@@ -27,6 +27,10 @@ OPTIONS = [
     "--evaluate.max_sentences", "2", "--evaluate.valid_sentences", "4", "--evaluate.samples", "0",
     "--model.dim", "24", "--model.heads", "2", "--model.hidden_dim", "16", "--model.num_experts", "3",
 ]  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return Run.load(folder).loaded.weights
 
 
 @pytest.fixture(scope="module")

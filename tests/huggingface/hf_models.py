@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.huggingface import Imported
-from moekit.inference import Generation, LengthLimit, Search, SpecialTokens, generate
+from moekit.inference import Generation, LengthLimit, Search, generate
 from moekit.transformer import EncoderDecoder
 
 pytest.importorskip("transformers", reason="the exchange is with transformers, of the extra test")
@@ -111,6 +110,5 @@ def their_texts(model: Any, count: int = 12, **options: Any) -> list[list[int]]:
 
 def our_texts(found: Imported, count: int = 12, search: Search | None = None, **options: Any) -> Generation:
     source, mask, _ = sentences(found.tokens.pad)
-    tokens = SpecialTokens(**dataclasses.asdict(found.tokens))
     limit = LengthLimit(count, 0.0)
-    return generate(found.model, source, mask, limit=limit, tokens=tokens, search=search, **options)
+    return generate(found.model, source, mask, limit=limit, tokens=found.tokens, search=search, **options)

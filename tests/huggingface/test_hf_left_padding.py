@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from hf_models import as_their_router_means, nllb, save, sentences, switch
 from torch import Tensor
 
 from moekit.huggingface import Imported, import_model
-from moekit.inference import LengthLimit, SpecialTokens, generate
+from moekit.inference import LengthLimit, generate
 from moekit.testing import assert_close
 
 
@@ -58,7 +57,8 @@ def test_cached_generation_writes_what_theirs_does(pair: tuple[Any, Imported]) -
     rows = theirs.generate(input_ids=source, attention_mask=mask.long(), **options)[:, 1:].tolist()
     end = theirs.generation_config.eos_token_id
     expected = [row[: row.index(end) + 1] if end in row else row for row in rows]
-    tokens = SpecialTokens(**dataclasses.asdict(found.tokens))
     for use_cache in (True, False):
-        texts = generate(found.model, source, mask, limit=LengthLimit(12, 0.0), tokens=tokens, use_cache=use_cache)
+        texts = generate(
+            found.model, source, mask, limit=LengthLimit(12, 0.0), tokens=found.tokens, use_cache=use_cache
+        )
         assert texts.best() == expected

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from moekit.errors import UserError
-from moekit.surgery.anatomy import SparseLayer, require_operable
-from moekit.surgery.taking import State
+from moekit.surgery.sparse_layer import SparseLayer, State, require_separable
 
 _CAN_BE_CUT = {"expert", "embed", "mlp"}
 
@@ -22,10 +21,10 @@ def split_experts(
     best, and the function stays what it was.
 
     Args:
-        state: tensors by name.
-        layers: from `sparse_layers` of the model that the state is of.
-        parts: m.
-        divided: whether a part gets 1 / m of its expert's weight, as under a softmax over all experts or weights that
+        state: The tensors by name.
+        layers: The result of `sparse_layers` for the model that the state is of.
+        parts: The number m of parts of an expert.
+        divided: Whether a part gets 1 / m of its expert's weight, as under a softmax over all experts or weights that
             are scaled to sum to 1: output matrices are multiplied by m then. False = it gets the whole weight (sigmoid
             scores that are not scaled, ReLU): output biases are divided by m instead.
         power: 1 for weights; -1 and -2 for Adam's first and second moments, which become those of the gradients
@@ -38,7 +37,7 @@ def split_experts(
 
     Source: arXiv:2401.06066 (fine-grained experts). Differs: there they are trained so from the start.
     """
-    require_operable(layers, "the model to split")
+    require_separable(layers, "the model to split")
     if parts < 1:
         raise UserError(f"experts are split into 1 part or more: got {parts}.")
     out = dict(state)
@@ -62,7 +61,7 @@ def split_experts(
 
 def _require_share(path: str, layer: SparseLayer, parts: int, divided: bool) -> None:
     """Raise UserError where the router is known to give parts another share than the caller says."""
-    ask = getattr(layer.chooser, "compensation", None)
+    ask = getattr(layer.routing_module, "compensation", None)
     answer = None if ask is None or not layer.scores else ask(float(parts))
     if answer is None or answer.obstacle is not None or parts == 1:
         return  # nothing is known, or nothing is cut

@@ -10,7 +10,7 @@ from rich.console import Console
 
 
 @dataclass(frozen=True)
-class Command:
+class SurgeryCommand:
     """One command: its line in the help, its options, examples, and what it does.
 
     Attributes:

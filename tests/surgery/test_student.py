@@ -8,7 +8,7 @@ from torch import nn
 
 import moekit as mk
 from moekit.errors import UserError
-from moekit.surgery.inheritance import choose_layers, inherit
+from moekit.surgery.student import choose_layers, initialize_student
 from moekit.transformer import DecoderOnly, every_other
 
 D, E, VOCAB = 8, 3, 20
@@ -32,7 +32,7 @@ def hidden(model: DecoderOnly) -> torch.Tensor:
 def test_a_dense_student_gets_all_but_experts() -> None:
     teacher, student = network(4), network(4, dense=True, seed=1)
     before = student.state_dict()
-    found = inherit(student, teacher, teacher.state_dict(), experts=False)
+    found = initialize_student(student, teacher, teacher.state_dict(), experts=False)
     own = {name for name in before if name not in found.inherited}
     assert own == {f"decoder.layers.{n}.feed_forward.{w}.weight" for n in (1, 3) for w in ("w_in", "w_out")}
     for name, value in found.weights.items():
@@ -41,7 +41,7 @@ def test_a_dense_student_gets_all_but_experts() -> None:
 
 def test_a_student_like_the_teacher_is_the_teacher() -> None:
     teacher, student = network(4), network(4, seed=1)
-    found = inherit(student, network(4, seed=2).to("meta"), teacher.state_dict())
+    found = initialize_student(student, network(4, seed=2).to("meta"), teacher.state_dict())
     assert set(found.inherited) == set(student.state_dict())
     student.load_state_dict(found.weights)
     assert torch.equal(hidden(student), hidden(teacher))
@@ -49,7 +49,7 @@ def test_a_student_like_the_teacher_is_the_teacher() -> None:
 
 def test_without_experts_a_sparse_student_keeps_its_own() -> None:
     teacher, student = network(4), network(4, seed=1)
-    found = inherit(student, teacher, teacher.state_dict(), experts=False)
+    found = initialize_student(student, teacher, teacher.state_dict(), experts=False)
     kept = set(student.state_dict()) - set(found.inherited)
     assert kept == {
         f"decoder.layers.{n}.feed_forward.{w}"
@@ -61,7 +61,7 @@ def test_without_experts_a_sparse_student_keeps_its_own() -> None:
 def test_a_shallow_student_gets_whole_layers() -> None:
     """Named ones, or by default spread ones: sparse layers from sparse ones, and everything fits."""
     teacher, student = network(6), network(4, seed=1)
-    found = inherit(student, teacher, teacher.state_dict())
+    found = initialize_student(student, teacher, teacher.state_dict())
     assert found.layers == {"decoder.layers": (0, 1, 4, 5)}
     assert set(found.inherited) == set(student.state_dict())
     student.load_state_dict(found.weights)
@@ -69,7 +69,7 @@ def test_a_shallow_student_gets_whole_layers() -> None:
     for number in (3, 2):
         del cut.decoder.layers[number]
     assert torch.equal(hidden(student), hidden(cut))
-    chosen = inherit(student, teacher, teacher.state_dict(), layers={"decoder.layers": (2, 3, 4, 5)})
+    chosen = initialize_student(student, teacher, teacher.state_dict(), layers={"decoder.layers": (2, 3, 4, 5)})
     name = "decoder.layers.{}.self_attention.out.weight"
     for n, origin in enumerate((2, 3, 4, 5)):
         assert torch.equal(chosen.weights[name.format(n)], teacher.state_dict()[name.format(origin)])
@@ -100,14 +100,14 @@ def test_bad_requests_are_refused() -> None:
     teacher, student = network(4), network(2, seed=1)
     weights = teacher.state_dict()
     with pytest.raises(UserError, match="2 numbers below 4, the teacher's layers: got 0, 4"):
-        inherit(student, teacher, weights, layers={"decoder.layers": (0, 4)})
+        initialize_student(student, teacher, weights, layers={"decoder.layers": (0, 4)})
     with pytest.raises(UserError, match=r"2 numbers below 4, .*: got 0, 1, 2"):
-        inherit(student, teacher, weights, layers={"decoder.layers": (0, 1, 2)})
+        initialize_student(student, teacher, weights, layers={"decoder.layers": (0, 1, 2)})
     with pytest.raises(UserError, match=r"stacks of the student: got encoder\.layers. There are: decoder\.layers"):
-        inherit(student, teacher, weights, layers={"encoder.layers": (0, 1)})
+        initialize_student(student, teacher, weights, layers={"encoder.layers": (0, 1)})
     with pytest.raises(
         UserError, match=r"teacher's sizes: embedding\.weight is \(20, 12\), and \(20, 8\) in the teacher"
     ):
-        inherit(network(2, dim=12), teacher, weights)
+        initialize_student(network(2, dim=12), teacher, weights)
     with pytest.raises(UserError, match="nothing can be inherited"):
-        inherit(nn.Linear(2, 2), teacher, weights)
+        initialize_student(nn.Linear(2, 2), teacher, weights)

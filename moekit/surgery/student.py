@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from moekit.errors import UserError
-from moekit.surgery.anatomy import sparse_layers
+from moekit.surgery.sparse_layer import sparse_layers
 
 _LAYER = re.compile(r"^(?P<stack>(?:.*\.)?layers)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
 @dataclass(frozen=True)
-class Inheritance:
-    """What `inherit` did.
+class StudentState:
+    """What `initialize_student` did.
 
     Attributes:
-        weights: state dict of the student.
-        inherited: names of the student's tensors that are the teacher's; the others are as they were.
-        layers: which layer of the teacher each layer of the student is from, by stack (``decoder.layers``).
+        weights: The state dict of the student.
+        inherited: The names of the student's tensors that are the teacher's; the others are as they were.
+        layers: The layers of the teacher that those of the student are from, by stack (``decoder.layers``).
     """
 
     weights: dict[str, Tensor]
@@ -29,24 +29,24 @@ class Inheritance:
     layers: Mapping[str, tuple[int, ...]]
 
 
-def inherit(
+def initialize_student(
     student: nn.Module,
     teacher: nn.Module,
     weights: Mapping[str, Tensor],
     *,
     experts: bool = True,
     layers: Mapping[str, Sequence[int]] | None = None,
-) -> Inheritance:
+) -> StudentState:
     """The student's state dict with every tensor of the teacher's that has the same name.
 
     A layer's name is that of the teacher's layer it is from. A dense student of a sparse teacher so gets everything but
     the experts (and learns its own feed-forwards there), a shallower one some of the layers, whole.
 
     Args:
-        student: with its weights; what is not inherited stays.
-        teacher: the model whose weights they are; it may be on the meta device.
-        weights: the teacher's state dict.
-        experts: whether a sparse student gets experts and routers too.
+        student: The student with its weights; what is not inherited stays.
+        teacher: The model whose weights they are; it may be on the meta device.
+        weights: The teacher's state dict.
+        experts: Whether a sparse student gets experts and routers too.
         layers: the teacher's layers by stack, for example ``{"decoder.layers": (0, 1, 4, 5)}``; for a stack that is
             not named, `choose_layers`.
 
@@ -88,7 +88,7 @@ def inherit(
         inherited.append(name)
     if not inherited:
         raise UserError("the student has no tensor of a name of the teacher's: nothing can be inherited.")
-    return Inheritance(state, tuple(inherited), chosen)
+    return StudentState(state, tuple(inherited), chosen)
 
 
 def choose_layers(student: Sequence[bool], teacher: Sequence[bool]) -> tuple[int, ...]:
@@ -98,8 +98,8 @@ def choose_layers(student: Sequence[bool], teacher: Sequence[bool]) -> tuple[int
     the teacher, neighbours share one.
 
     Args:
-        student: of each layer whether it is sparse.
-        teacher: likewise.
+        student: Whether each layer of the student is sparse.
+        teacher: Whether each layer of the teacher is sparse.
 
     Example:
         >>> choose_layers([False, True, False, True], [False, True, False, True, False, True])

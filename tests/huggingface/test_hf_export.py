@@ -15,8 +15,9 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from moekit import experts, routers
+from moekit.data.tokenizer import SpecialTokens
 from moekit.errors import UserError
-from moekit.huggingface import Imported, TokenIds, describe, export_model, import_model
+from moekit.huggingface import Imported, describe, export_model, import_model
 from moekit.layer import MoELayer
 from moekit.mixing import ExpertOutputMasking
 from moekit.routing import Capacity
@@ -114,7 +115,7 @@ def same_bits(a: nn.Module, b: nn.Module) -> None:
 
 
 def as_found(model: EncoderDecoder) -> Imported:
-    return Imported(model, TokenIds(), describe(model))
+    return Imported(model, SpecialTokens(), describe(model))
 
 
 @pytest.mark.parametrize("shape", T5S)
@@ -127,7 +128,7 @@ def test_as_switch_transformers(shape: str, tmp_path: Path) -> None:
     again = import_model(tmp_path / "model")
     same_bits(again.model, ours)
     assert torch.equal(our_logits(again.model), our_logits(ours))
-    assert again.tokens == TokenIds()
+    assert again.tokens == SpecialTokens()
 
 
 @pytest.mark.parametrize("shape", NLLBS)
@@ -202,7 +203,7 @@ def test_several_files(tmp_path: Path) -> None:
 
 
 def test_other_marks_and_types(tmp_path: Path) -> None:
-    tokens = TokenIds(pad=2, bos=0, eos=7)
+    tokens = SpecialTokens(pad=2, bos=0, eos=7)
     ours = like_nllb(feed_forward=None, positions=SplitSinusoidalPositions(first=3)).bfloat16()
     theirs = opened(export_model(ours, tmp_path / "model", tokens=tokens))
     assert next(theirs.parameters()).dtype == torch.bfloat16
@@ -321,7 +322,7 @@ def test_where_it_is_written(tmp_path: Path) -> None:
         export_model(ours, folder)
     before = sorted(p.name for p in folder.iterdir())
     with pytest.raises(UserError, match="id of eos must be below the vocabulary of 40: got 99"):
-        export_model(ours, folder, tokens=TokenIds(eos=99), overwrite=True)
+        export_model(ours, folder, tokens=SpecialTokens(eos=99), overwrite=True)
     assert sorted(p.name for p in folder.iterdir()) == before, "the earlier export is whole"
     export_model(shake(ours), folder, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "full"], "no draft is left"

@@ -9,9 +9,9 @@ from hf_models import shake
 from transformers import AutoTokenizer
 
 from moekit.data.sources import Babel, BabelSettings
-from moekit.data.tokenizer import Tokenizer, train_tokenizer
+from moekit.data.tokenizer import SpecialTokens, Tokenizer, train_tokenizer
 from moekit.errors import UserError
-from moekit.huggingface import TokenIds, export_model, read_tokenizer
+from moekit.huggingface import export_model, read_tokenizer
 from moekit.huggingface.tokenizers import write_tokenizer
 from moekit.transformer import EncoderDecoder, RMSNorm
 
@@ -74,7 +74,7 @@ def test_beside_a_model_and_back(corpus: Babel, cache: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="must have the model's vocabulary of 24: it has 480"):
         export_model(EncoderDecoder(24, 16, 2, 1, 1, 16, norm=RMSNorm), tmp_path / "other", tokenizer=ours)
     with pytest.raises(UserError, match=r"the special ids are its own.*Leave tokens out"):
-        export_model(model, tmp_path / "other", tokenizer=ours, tokens=TokenIds(eos=5))
+        export_model(model, tmp_path / "other", tokenizer=ours, tokens=SpecialTokens(eos=5))
     with pytest.raises(UserError, match=r"must hold tokenizer\.model"):
         read_tokenizer(export_model(model, tmp_path / "bare"))
     (folder / "tokenizer.model").write_bytes(b"no model")
