@@ -13,8 +13,6 @@ import pytest
 from tiny_corpus import TinySource
 
 from moekit.data import cache as cache_room
-from moekit.data import store as store_room
-from moekit.data import tokenizer as tokenizer_room
 from moekit.data.cache import cached_folder
 from moekit.data.store import Wanted, cached_store
 from moekit.data.tokenizer import train_tokenizer
@@ -33,7 +31,7 @@ def write(folder: Path) -> None:
 
 
 def left_over(folder: Path) -> list[str]:
-    return [path.name for path in folder.rglob("*") if "building" in path.name]
+    return [path.name for path in folder.rglob("*") if path.suffix in (".tmp", ".old")]
 
 
 def test_a_folder_is_built_once(tmp_path: Path) -> None:
@@ -59,13 +57,13 @@ def _get_stuck(what: str, folder: Path, stuck: Any) -> None:
     """Stop in the middle of writing, with part of a file on the disk and the lock held, and wait to be killed."""
 
     def half_written(path: Path, content: bytes) -> None:
-        path.write_bytes(content[: len(content) // 2])
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
         stuck.set()
         time.sleep(120)
 
-    module = {"tokenizers": tokenizer_room, "stores": store_room}[what]
     tokenizer = train_tokenizer(TinySource(), vocab_size=420, cache_dir=folder) if what == "stores" else None
-    module.write_file = half_written  # type: ignore[attr-defined]
+    Path.write_bytes = half_written  # type: ignore[assignment, method-assign]
     if tokenizer is None:
         train_tokenizer(TinySource(), vocab_size=420, cache_dir=folder)
     else:
@@ -103,13 +101,13 @@ def _ask(folder: str, start: Any, answers: Any) -> None:
 def test_processes_that_ask_at_once_get_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     builds = tmp_path / "builds"
     builds.mkdir()
-    renaming = Path.rename
+    replacing = os.replace
 
-    def counted(self: Path, target: Path) -> Path:
+    def counted(source: Path, target: Path) -> None:
         (builds / f"{target.name}-{os.getpid()}").touch()
-        return renaming(self, target)
+        replacing(source, target)
 
-    monkeypatch.setattr(Path, "rename", counted)
+    monkeypatch.setattr(os, "replace", counted)
     fork = multiprocessing.get_context("fork")
     start, answers = fork.Event(), fork.Queue()
     processes = [fork.Process(target=_ask, args=(str(tmp_path), start, answers)) for _ in range(3)]
@@ -160,17 +158,18 @@ def test_disk_trouble_in_the_middle_names_the_folder_and_leaves_nothing(
     code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(path: Path, content: bytes) -> None:
-        path.write_bytes(content[:10])
+        with path.open("wb") as file:
+            file.write(content[:10])
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patched:
-        patched.setattr("moekit.data.tokenizer.write_file", broken)
+        patched.setattr(Path, "write_bytes", broken)
         with pytest.raises(UserError, match=message):
             train_tokenizer(TinySource(), vocab_size=420, cache_dir=tmp_path)
     assert not left_over(tmp_path)
     tokenizer = train_tokenizer(TinySource(), vocab_size=420, cache_dir=tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr("moekit.data.store.write_file", broken)
+        patched.setattr(Path, "write_bytes", broken)
         with pytest.raises(UserError, match=message.replace("tokenizers", "stores")):
             cached_store(TinySource(), tokenizer, WANTED, cache_dir=tmp_path)
     assert not left_over(tmp_path)

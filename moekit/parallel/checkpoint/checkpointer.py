@@ -23,9 +23,10 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from moekit.atomic import flush, writing
 from moekit.errors import UserError
 from moekit.parallel.checkpoint import reader
-from moekit.parallel.checkpoint.disk import flush, hidden_folders, writing
+from moekit.parallel.checkpoint.disk import hidden_folders
 from moekit.parallel.checkpoint.index import INDEX, Index, read_index
 from moekit.parallel.checkpoint.reader import FolderReader, TensorLoadPlanner, read_plain, tensors_of
 from moekit.parallel.checkpoint.state import (

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moekit.atomic import replacing_path
 from moekit.errors import UserError
 from moekit.parallel.checkpoint.checkpointer import PathLike, read_into, read_state
-from moekit.parallel.checkpoint.disk import flush, writing
 from moekit.parallel.checkpoint.index import Chunk, Entry, Index, read_index
 from moekit.parallel.checkpoint.layout import gathered
 from moekit.parallel.checkpoint.reader import tensors_of
@@ -101,16 +101,8 @@ def import_safetensors(path: PathLike, model: nn.Module) -> None:
 
 def _write(tensors: Mapping[str, Tensor], shared: Mapping[str, str], path: Path) -> None:
     copies = {name: tensors[first].clone() for name, first in shared.items() if first in tensors}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file({**tensors, **copies}, temporary, metadata={"format": "pt", _SHARED: json.dumps(dict(shared))})
-            flush(temporary)
-            os.replace(temporary, path)
-            flush(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing_path(path) as temporary:
+        save_file({**tensors, **copies}, temporary, metadata={"format": "pt", _SHARED: json.dumps(dict(shared))})
 
 
 def _index_of(file: Path) -> tuple[Index, dict[str, str]]:
