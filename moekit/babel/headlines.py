@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Mapping, Sequence
+from inspect import Parameter, signature
+from typing import Any, overload
 
 import numpy as np
 
@@ -12,13 +13,14 @@ from moekit.babel import meaning as m
 from moekit.babel.meaning import Meaning, MeaningSampler
 from moekit.babel.source import Babel
 from moekit.errors import UserError, nearest
-from moekit.source import SPLITS, Direction, Source, Split, digest
+from moekit.source import SPLITS, Direction, Source, Split, digest, register_source
 
 _BLOCK, _POOL = 256, 1024
 _STREAM = 2  # beside babel's parallel and monolingual text
 _CACHED = 256
 
 
+@register_source
 class Headlines(Source):
     """Paragraphs and their headlines, in one language or from one into another.
 
@@ -83,6 +85,26 @@ class Headlines(Source):
         self._sampler = MeaningSampler(corpus.concepts, complexity=settings.complexity, seed=settings.seed)
         self._rows: OrderedDict[tuple[Split, int], list[tuple[list[list[int]], list[int]]]] = OrderedDict()
         self._texts: OrderedDict[tuple[str, Split, int], list[tuple[str, str]]] = OrderedDict()
+
+    # -- as a kind of source ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def parameters(cls) -> Mapping[str, Parameter]:
+        """Its own, and those of its corpus."""
+        return {**Babel.parameters(), **_own_parameters()}
+
+    @classmethod
+    def from_parameters(cls, **given: Any) -> Headlines:
+        """A corpus of babel, and its headlines."""
+        own = {name: given.pop(name) for name in _own_parameters() if name in given}
+        return cls(Babel.from_parameters(**given), **own)
+
+    @classmethod
+    def settings_from(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of babel; its number of sentences is that of paragraphs."""
+        named = Babel.settings_from(given)
+        documents = named.pop("train_sentences")
+        return {"train_documents": documents, **{name: named[name] for name in ("seed", "languages", "directions")}}
 
     # -- the Source interface --------------------------------------------------------------------------------------
 
@@ -161,6 +183,10 @@ class Headlines(Source):
             lead = chosen[subject[chosen] == subject[first]][0]
             drawn.append((pool[chosen].tolist(), _headline(pool[lead]).tolist()))
         return drawn
+
+
+def _own_parameters() -> dict[str, Parameter]:
+    return {name: found for name, found in signature(Headlines).parameters.items() if name != "corpus"}
 
 
 def _headline(row: m.Rows) -> m.Rows:

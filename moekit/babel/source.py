@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import Parameter, signature
 from typing import Any, overload
 
 from moekit.babel.concepts import DEFAULT_CONCEPTS, MINIMUM_CONCEPTS, concepts
@@ -13,7 +14,7 @@ from moekit.babel.grammar import grammars
 from moekit.babel.language import Language
 from moekit.babel.meaning import RATES, Complexity, Meaning, MeaningSampler
 from moekit.errors import UserError, nearest
-from moekit.source import Direction, Source, Split, all_directions, choose_directions, digest
+from moekit.source import Direction, Source, Split, all_directions, choose_directions, digest, register_source
 
 _BLOCK = 1024
 # Rows are ten times as large as sentences.
@@ -84,6 +85,7 @@ def hard_settings(**changes: Any) -> BabelSettings:
     return dataclasses.replace(base, **changes)
 
 
+@register_source
 class Babel(Source):
     """Generated languages with real differences of grammar, and known truth.
 
@@ -117,6 +119,29 @@ class Babel(Source):
         self._sampler = MeaningSampler(self.concepts, complexity=settings.complexity, seed=settings.seed)
         self._rows: OrderedDict[tuple[Split, int, int], list[list[int]]] = OrderedDict()
         self._sentences: OrderedDict[tuple[str, Split, int, int], list[str]] = OrderedDict()
+
+    # -- as a kind of source ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def parameters(cls) -> Mapping[str, Parameter]:
+        """The fields of `BabelSettings`."""
+        return signature(BabelSettings).parameters
+
+    @classmethod
+    def from_parameters(cls, **given: Any) -> Babel:
+        """A corpus with settings of these values."""
+        return cls(BabelSettings(**given))
+
+    @classmethod
+    def settings_from(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Its settings begin with ``babel_`` there; the first seed is 1, of the corpus 0."""
+        return {
+            "seed": given["seed"] - 1,
+            "languages": given["babel_languages"],
+            "train_sentences": given["babel_sentences"],
+            "sizes": given["babel_sizes"],
+            "directions": given["directions"],
+        }
 
     # -- the Source interface --------------------------------------------------------------------------------------
 

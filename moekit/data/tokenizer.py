@@ -114,7 +114,7 @@ class Tokenizer:
         return hashlib.sha256(self._model + json.dumps(self.languages).encode()).hexdigest()
 
     def save(self, folder: Path | str) -> None:
-        """Write ``tokenizer.model`` and ``tokenizer.json`` into `folder`; whole or not, with `replacing_folder` around."""
+        """Write ``tokenizer.model`` and ``tokenizer.json`` into `folder`; `replacing_folder` makes it whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         header = {

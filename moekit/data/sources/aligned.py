@@ -1,6 +1,6 @@
 """Text aligned line by line, whatever it was stored in: what moses, jsonl, tsv and gettext have in common.
 
-The parts of a corpus are `Block`s: one split, two or more languages, line `i` of one translating line `i` of the
+The parts of a corpus are `AlignedBlock`s: one split, two or more languages, line `i` of one translating line `i` of the
 others. A direction is served from every block that holds both its languages.
 """
 
@@ -17,7 +17,7 @@ from moekit.source import Direction, Source, Split, choose_directions, digest
 
 
 @dataclass(frozen=True)
-class Block:
+class AlignedBlock:
     """Lines that translate each other.
 
     Attributes:
@@ -59,10 +59,9 @@ class Pairs(Sequence[tuple[str, str]]):
 
 
 class AlignedSource(Source):
-    """A source made of blocks.
+    """A source made of blocks; a subclass reads them from its files and has a `name`.
 
     Args:
-        name: the kind of source.
         blocks: the content.
         pivot: "auto" = where a block holds more than two languages and English, only directions from and into English;
             a language = only directions from and into it; None = all.
@@ -75,14 +74,12 @@ class AlignedSource(Source):
 
     def __init__(
         self,
-        name: str,
-        blocks: Sequence[Block],
+        blocks: Sequence[AlignedBlock],
         *,
         pivot: str | None = "auto",
         directions: Sequence[str | Direction] | None = None,
         strict: bool = False,
     ) -> None:
-        self.name = name
         self._blocks = tuple(blocks)
         self._settings = (pivot, None if directions is None else tuple(map(str, directions)), strict)
         self._check_blanks(strict)
@@ -155,7 +152,7 @@ class AlignedSource(Source):
         )
 
 
-def _pairs(blocks: Sequence[Block], *, english_only: bool) -> tuple[Direction, ...]:
+def _pairs(blocks: Sequence[AlignedBlock], *, english_only: bool) -> tuple[Direction, ...]:
     """The directions that the blocks hold, in order of appearance."""
     found: dict[Direction, None] = {}
     for block in blocks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,3 +122,36 @@ def check_twins(paths: list[Path]) -> None:
         if plain in seen:
             raise UserError(f"{path.parent}: {seen[plain].name} and {path.name} are the same file twice. Remove one.")
         seen[plain] = path
+
+
+def find_split_files(path: Path, kind: str, endings: Sequence[str]) -> list[tuple[Split, Path]]:
+    """Files named after a split with one of `endings`, in `path` and its folders; `path` itself if it is a file.
+
+    Raises:
+        UserError: if there are none; the message says what was looked for.
+    """
+    if path.is_file():
+        return [("train", path)]
+    if not path.is_dir():
+        raise UserError(f"{kind}: the path must be a file or a folder: there is nothing at {path}.")
+    found: list[tuple[Split, Path]] = []
+    for folder in (path, *sorted(entry for entry in path.iterdir() if entry.is_dir())):
+        here: dict[Split, Path] = {}
+        for file in sorted(folder.iterdir()):
+            name = unpacked_name(file)
+            ending = next((ending for ending in endings if name.endswith(ending)), None)
+            split = split_called(name.removesuffix(ending)) if ending and file.is_file() else None
+            if split is None:
+                continue
+            if split in here:
+                check_twins([here[split], file])
+                raise UserError(f"{folder}: {here[split].name} and {file.name} both hold {split} text. Remove one.")
+            here[split] = file
+        found += [(split, here[split]) for split in SPLIT_NAMES if split in here]
+    if not found:
+        names = ", ".join(f"{name}{endings[0]}" for name in ("train", *SPLIT_NAMES["valid"][:3], "test"))
+        raise UserError(
+            f"{path}: files must be named {names} (or {', '.join(endings[1:] or endings)}; or .gz), here or in folders "
+            "one below: found none."
+        )
+    return found

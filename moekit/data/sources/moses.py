@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moekit.data.sources.aligned import AlignedSource, Block, check_lengths
+from moekit.data.sources.aligned import AlignedBlock, AlignedSource, check_lengths
 from moekit.data.sources.files import (
     SPLIT_NAMES,
     check_folder,
@@ -16,7 +16,7 @@ from moekit.data.sources.files import (
     unpacked_name,
 )
 from moekit.errors import UserError
-from moekit.source import Direction, Split, digest, language_code
+from moekit.source import Direction, Split, digest, language_code, register_source
 
 _LANGUAGE = r"[A-Za-z]{2,3}(?:[-_@][A-Za-z0-9]+)*"
 _PAIR = r"[A-Za-z]{2,3}[A-Za-z0-9_@]*-[A-Za-z]{2,3}[A-Za-z0-9_@]*"
@@ -27,6 +27,7 @@ _NO_LANGUAGES = frozenset(
 )
 
 
+@register_source
 class Moses(AlignedSource):
     """A folder with ``train.en`` and ``train.de``, or ``train.en-de.en`` and ``train.en-de.de``; plain or ``.gz``.
 
@@ -42,6 +43,8 @@ class Moses(AlignedSource):
         UserError: on bad input, naming file and line.
     """
 
+    name = "moses"
+
     def __init__(
         self,
         path: str | Path,
@@ -54,7 +57,7 @@ class Moses(AlignedSource):
         folder = check_folder(path, "moses")
         groups = _find(folder, stems)
         blocks = [_read(split, files) for (split, _), files in groups.items()]
-        super().__init__("moses", blocks, pivot=pivot, directions=directions, strict=strict)
+        super().__init__(blocks, pivot=pivot, directions=directions, strict=strict)
 
 
 def _find(folder: Path, stems: Mapping[str, str] | None) -> dict[tuple[Split, str], dict[str, Path]]:
@@ -94,13 +97,13 @@ def _find(folder: Path, stems: Mapping[str, str] | None) -> dict[tuple[Split, st
     return groups
 
 
-def _read(split: Split, paths: Mapping[str, Path]) -> Block:
+def _read(split: Split, paths: Mapping[str, Path]) -> AlignedBlock:
     if len(paths) < 2:
         (path,) = paths.values()
         raise UserError(f"{path}: parallel text must have at least two languages: this file has no partner beside it.")
     files = {language: read_lines(path) for language, path in paths.items()}
     check_lengths({language: (str(file.path), len(file.lines)) for language, file in files.items()})
-    return Block(
+    return AlignedBlock(
         split=split,
         columns={language: [line.strip() for line in file.lines] for language, file in files.items()},
         files={language: str(path) for language, path in paths.items()},

@@ -9,9 +9,10 @@ from typing import Literal
 
 from moekit.data.sources.files import check_folder, check_twins, read_lines, split_called, unpacked_name
 from moekit.errors import UserError
-from moekit.source import SPLITS, Direction, Source, Split, digest, language_code
+from moekit.source import SPLITS, Direction, Source, Split, digest, language_code, register_source
 
 
+@register_source
 class Text(Source):
     """A folder with ``train.en`` (and ``valid.en``, ``test.en``), or ``en.txt``; plain or ``.gz``.
 

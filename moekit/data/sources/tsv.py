@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moekit.data.sources.aligned import AlignedSource, Block
-from moekit.data.sources.files import read_lines
-from moekit.data.sources.jsonl import find_split_files
+from moekit.data.sources.aligned import AlignedBlock, AlignedSource
+from moekit.data.sources.files import find_split_files, read_lines
 from moekit.errors import UserError
-from moekit.source import Direction, Split, language_code
+from moekit.source import Direction, Split, language_code, register_source
 
 
+@register_source
 class Tsv(AlignedSource):
     """Files whose first line is ``en<TAB>de<TAB>fr`` and whose other lines are sentences; no quoting.
 
@@ -24,6 +24,8 @@ class Tsv(AlignedSource):
         UserError: on bad input, naming file and line.
     """
 
+    name = "tsv"
+
     def __init__(
         self,
         path: str | Path,
@@ -33,10 +35,10 @@ class Tsv(AlignedSource):
         strict: bool = False,
     ) -> None:
         blocks = [_read(split, file) for split, file in find_split_files(Path(path), "tsv", (".tsv", ".tab"))]
-        super().__init__("tsv", blocks, pivot=pivot, directions=directions, strict=strict)
+        super().__init__(blocks, pivot=pivot, directions=directions, strict=strict)
 
 
-def _read(split: Split, path: Path) -> Block:
+def _read(split: Split, path: Path) -> AlignedBlock:
     file = read_lines(path)
     header = file.lines[0].split("\t")
     if len(header) < 2:
@@ -61,4 +63,4 @@ def _read(split: Split, path: Path) -> Block:
             )
         for column, field in zip(columns.values(), fields, strict=True):
             column.append(field.strip())
-    return Block(split, columns, dict.fromkeys(columns, str(path)), file.digest, first_line=2)
+    return AlignedBlock(split, columns, dict.fromkeys(columns, str(path)), file.digest, first_line=2)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import Parameter, signature
 from itertools import accumulate
-from typing import TypeVar, overload
+from pathlib import Path
+from typing import Any, TypeVar, overload
 
-from moekit.errors import UserError
-from moekit.source import Direction, Source, Split, digest
+from moekit.data.sources.opening import open_source
+from moekit.errors import UserError, nearest
+from moekit.source import Direction, Source, Split, digest, register_source
 
 _T = TypeVar("_T")
 
 
+@register_source
 class Union(Source):
     """All text of several sources: Multi30k and MAFAND together, or parallel text and monolingual text.
 
@@ -31,6 +35,39 @@ class Union(Source):
         self.members = tuple(members)
         self.languages = tuple(dict.fromkeys(code for member in members for code in member.languages))
         self.directions = tuple(dict.fromkeys(direction for member in members for direction in member.directions))
+
+    @classmethod
+    def parameters(cls) -> Mapping[str, Parameter]:
+        """A path; settings are those of the members."""
+        return signature(cls.open).parameters
+
+    @classmethod
+    def open(cls, path: str | Path | None = None, **settings: Any) -> Union:
+        """Open every member.
+
+        Args:
+            path: the members, as ``moses:path/one,jsonl:path/two``.
+            settings: a mapping of settings by kind of member, as ``moses={"pivot": "en"}``.
+
+        Raises:
+            UserError: no members, or settings of something else; whatever is wrong with a member.
+        """
+        members = [part.partition(":") for part in str(path or "").split(",") if part.strip()]
+        kinds = [kind.strip() for kind, _, _ in members]
+        if not members or not all(kinds):
+            raise UserError(
+                "union: the path must name the members as kind:path,kind:path, for example "
+                f"moses:data/one,jsonl:data/two: got {path!r}."
+            )
+        for name, value in settings.items():
+            if name not in kinds:
+                raise UserError(f"union: settings must belong to a member: got {name!r}. {nearest(name, set(kinds))}")
+            if not isinstance(value, Mapping):
+                raise UserError(f"union: the settings of {name} must be a mapping: got {type(value).__name__}.")
+        places = [where.strip() or None for _, _, where in members]
+        return cls(
+            [open_source(kind, place, **settings.get(kind, {})) for kind, place in zip(kinds, places, strict=True)]
+        )
 
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
         """Pairs of every member that serves the direction, one member after the other."""
