@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, overload
 
 from moekit.errors import UserError, nearest
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+_T = TypeVar("_T")
 
 _CODE = re.compile(r"[A-Za-z][A-Za-z0-9_@.]*")
 
@@ -235,6 +236,29 @@ class Source(ABC):
             f"{type(self).__name__}(languages={', '.join(self.languages)}; {len(self.directions)} direction"
             f"{'' if len(self.directions) == 1 else 's'})"
         )
+
+
+class LazySequence(Sequence[_T]):
+    """A sequence whose items are made when asked for.
+
+    Args:
+        size: how many.
+        item: makes the one at an index from 0 to `size` - 1.
+    """
+
+    def __init__(self, size: int, item: Callable[[int], _T]) -> None:
+        self._size, self._item = size, item
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, index: int) -> _T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[_T]: ...
+    def __getitem__(self, index: int | slice) -> _T | list[_T]:
+        chosen = range(self._size)[index]
+        return [self._item(i) for i in chosen] if isinstance(chosen, range) else self._item(chosen)
 
 
 _Kind = TypeVar("_Kind", bound=type[Source])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from inspect import Parameter, signature
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from moekit.babel import meaning as m
 from moekit.babel.meaning import Meaning, MeaningSampler
 from moekit.babel.source import Babel
 from moekit.errors import UserError, nearest
-from moekit.source import SPLITS, Direction, Source, Split, digest, register_source
+from moekit.source import SPLITS, Direction, LazySequence, Source, Split, digest, register_source
 
 _BLOCK, _POOL = 256, 1024
 _STREAM = 2  # beside babel's parallel and monolingual text
@@ -111,13 +111,19 @@ class Headlines(Source):
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
         """Paragraphs in the direction's first language, headlines in its second."""
         self.check_direction(direction)
-        return _Documents(self, direction, self.check_split(split))
+        return self._pairs(direction, self.check_split(split))
 
     def monolingual(self, language: str, split: Split) -> Sequence[str]:
         """Paragraphs and headlines of one language."""
         self.check_language(language)
-        pairs = _Documents(self, Direction(language, language), self.check_split(split))
+        pairs = self._pairs(Direction(language, language), self.check_split(split))
         return [text for pair in pairs for text in pair]
+
+    def _pairs(self, direction: Direction, split: Split) -> LazySequence[tuple[str, str]]:
+        def pair(index: int) -> tuple[str, str]:
+            return self.text(direction.source, split, index)[0], self.text(direction.target, split, index)[1]
+
+        return LazySequence(self.sizes[split], pair)
 
     def fingerprint(self) -> str:
         """Digest of the settings and of some of the text."""
@@ -198,25 +204,3 @@ def _headline(row: m.Rows) -> m.Rows:
         core[start + m.NOUN] = row[start + m.NOUN]
         core[start + m.COUNT] = min(row[start + m.COUNT], 1)  # five dogs are dogs
     return core
-
-
-class _Documents(Sequence[tuple[str, str]]):
-    """Paragraphs in one language with headlines in another, made when asked for."""
-
-    def __init__(self, source: Headlines, direction: Direction, split: Split) -> None:
-        self._source, self._direction, self._split = source, direction, split
-
-    def __len__(self) -> int:
-        return self._source.sizes[self._split]
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[str, str]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[str, str]]: ...
-    def __getitem__(self, index: int | slice) -> tuple[str, str] | list[tuple[str, str]]:
-        chosen = range(len(self))[index]
-        return [self._pair(i) for i in chosen] if isinstance(chosen, range) else self._pair(chosen)
-
-    def _pair(self, index: int) -> tuple[str, str]:
-        document = self._source.text(self._direction.source, self._split, index)[0]
-        return document, self._source.text(self._direction.target, self._split, index)[1]

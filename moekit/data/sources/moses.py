@@ -9,8 +9,8 @@ from pathlib import Path
 from moekit.data.sources.aligned import AlignedBlock, AlignedSource, check_lengths
 from moekit.data.sources.files import (
     SPLIT_NAMES,
+    add_file,
     check_folder,
-    check_twins,
     read_lines,
     split_called,
     unpacked_name,
@@ -80,13 +80,7 @@ def _find(folder: Path, stems: Mapping[str, str] | None) -> dict[tuple[Split, st
         language, pair = language_code(match["language"]), match["pair"] or ""
         if pair and language not in pair.split("-"):
             raise UserError(f"{path}: the language must be one of the pair {pair}: got {language!r}. Rename the file.")
-        group = groups.setdefault((split, pair), {})
-        if language in group:
-            check_twins([group[language], path])
-            raise UserError(
-                f"{folder}: {group[language].name} and {path.name} both hold {split} text of {language!r}. Remove one."
-            )
-        group[language] = path
+        add_file(groups.setdefault((split, pair), {}), language, path, f"{split} text of {language!r}")
     if not groups:
         names = named or ("train", *SPLIT_NAMES["valid"], "test")
         raise UserError(

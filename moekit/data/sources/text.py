@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from moekit.data.sources.files import check_folder, check_twins, read_lines, split_called, unpacked_name
+from moekit.data.sources.files import add_file, check_folder, read_lines, split_called, unpacked_name
 from moekit.errors import UserError
 from moekit.source import SPLITS, Direction, Source, Split, digest, language_code, register_source
 
@@ -99,13 +99,7 @@ def _find(folder: Path) -> dict[tuple[str, Split], Path]:
             language = language_code(ending, str(path))
         else:
             continue
-        if (language, split) in found:
-            check_twins([found[language, split], path])
-            raise UserError(
-                f"{folder}: {found[language, split].name} and {path.name} both hold {split} text of {language!r}. "
-                "Remove one."
-            )
-        found[language, split] = path
+        add_file(found, (language, split), path, f"{split} text of {language!r}")
     if not found:
         raise UserError(
             f"{folder}: text files must be named {SPLITS[0]}.LANGUAGE, as train.en, or LANGUAGE.txt, as en.txt, plain "

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from inspect import Parameter, signature
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 from moekit.data.sources.opening import open_source
 from moekit.errors import UserError, nearest
-from moekit.source import Direction, Source, Split, digest, register_source
+from moekit.source import Direction, LazySequence, Source, Split, digest, register_source
 
 _T = TypeVar("_T")
 
@@ -72,7 +72,7 @@ class Union(Source):
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
         """Pairs of every member that serves the direction, one member after the other."""
         self.check_direction(direction)
-        return Chain([m.parallel(direction, split) for m in self.members if direction in m.directions])
+        return _chain([m.parallel(direction, split) for m in self.members if direction in m.directions])
 
     def monolingual(self, language: str, split: Split) -> Sequence[str]:
         """Sentences of every member that holds the language, each once."""
@@ -87,23 +87,12 @@ class Union(Source):
         return digest("union", *(member.fingerprint() for member in self.members))
 
 
-class Chain(Sequence[_T]):
+def _chain(parts: Sequence[Sequence[_T]]) -> Sequence[_T]:
     """Sequences one after the other, without copying them."""
+    starts = list(accumulate(map(len, parts), initial=0))
 
-    def __init__(self, parts: Sequence[Sequence[_T]]) -> None:
-        self._parts = [part for part in parts if len(part)]
-        self._ends = list(accumulate(map(len, self._parts)))
+    def item(index: int) -> _T:
+        part = bisect.bisect_right(starts, index) - 1
+        return parts[part][index - starts[part]]
 
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    @overload
-    def __getitem__(self, index: int) -> _T: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[_T]: ...
-    def __getitem__(self, index: int | slice) -> _T | list[_T]:
-        chosen = range(len(self))[index]
-        if isinstance(chosen, range):
-            return [self[i] for i in chosen]
-        part = bisect.bisect_right(self._ends, chosen)
-        return self._parts[part][chosen - (self._ends[part - 1] if part else 0)]
+    return LazySequence(starts[-1], item)
