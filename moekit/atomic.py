@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,7 +111,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     Its files are on the disk before its name is. After an exception the old folder stays and the new one is gone; after
     a SIGKILL a hidden ``.<name>.<pid>.tmp`` may be left, which the next call for the same folder removes. No system
     replaces a folder that is not empty at once: between two renames it is called ``.<name>.<pid>.old``, where the next
-    call finds it after a kill at that moment.
+    call finds it after a kill at that moment. For one process at a time: of two, the later one ends the other's draft.
 
     Raises:
         OSError: full disk, read-only folder and the like; `writing` around it makes a `UserError` of them.
@@ -149,7 +149,8 @@ def _beside(path: Path, ending: str) -> Path:
 
 def _left_over(path: Path, ending: str) -> list[Path]:
     """What killed processes have left beside `path`."""
-    return list(path.parent.glob(f".{glob.escape(path.name)}.*.{ending}"))
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.{ending}")
+    return [found for found in path.parent.iterdir() if name.fullmatch(found.name)]
 
 
 def write_text(path: Path, text: str) -> None:

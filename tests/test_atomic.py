@@ -31,9 +31,11 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
     place = tmp_path / "deep" / "fold[er]"
     write(place, "one")
     assert names(place) == ["one"]
+    for name in (".fold[er].more.7.old", ".fold[er].more.7.tmp"):  # of another folder
+        (place.parent / name).mkdir()
     write(place, "two")
     assert names(place) == ["two"]
-    assert names(place.parent) == ["fold[er]"]
+    assert names(place.parent) == [".fold[er].more.7.old", ".fold[er].more.7.tmp", "fold[er]"]
 
 
 def test_an_exception_leaves_the_old_folder(tmp_path: Path) -> None:
