@@ -288,3 +288,8 @@ def digest(*parts: object) -> str:
         state.update(len(data).to_bytes(8, "little"))
         state.update(data)
     return state.hexdigest()
+
+
+def chance(text: str) -> float:
+    """A number in [0, 1) that belongs to the text: its hash."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48

@@ -6,7 +6,6 @@ Source: the GNU gettext manual, "The Format of GNU MO Files".
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import struct
 import warnings
@@ -17,7 +16,7 @@ from pathlib import Path
 from moekit.data.sources.aligned import AlignedBlock, AlignedSource
 from moekit.data.sources.files import check_folder
 from moekit.errors import UserError, nearest
-from moekit.source import SPLITS, Direction, Split, digest, language_code, register_source
+from moekit.source import SPLITS, Direction, Split, chance, digest, language_code, register_source
 
 DEFAULT_FOLDER = "/usr/share/locale"
 _BYTE_ORDERS = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}
@@ -280,12 +279,7 @@ def _blocks(code: str, pairs: dict[str, str], shares: tuple[float, float], folde
         left.append(english)
         right.append(pairs[english])
     return [
-        AlignedBlock(
-            split,
-            {"en": left, code: right},
-            {"en": str(folder), code: str(folder)},
-            digest(*left, *right),
-        )
+        AlignedBlock(split, {"en": left, code: right}, dict.fromkeys(("en", code), str(folder)), digest(*left, *right))
         for split, (left, right) in sides.items()
         if left
     ]
@@ -294,7 +288,7 @@ def _blocks(code: str, pairs: dict[str, str], shares: tuple[float, float], folde
 def split_of(english: str, valid_share: float, test_share: float) -> Split:
     """The split of an English message, by the hash of its letters."""
     letters = _NOT_LETTERS.sub("", english.casefold()) or english
-    chance = int.from_bytes(hashlib.sha256(letters.encode()).digest()[:6], "big") / 2**48
-    if chance < valid_share:
+    drawn = chance(letters)
+    if drawn < valid_share:
         return "valid"
-    return "test" if chance < valid_share + test_share else "train"
+    return "test" if drawn < valid_share + test_share else "train"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from moekit.data.sources.files import add_file, check_folder, read_lines, split_called, unpacked_name
 from moekit.errors import UserError
-from moekit.source import SPLITS, Direction, Source, Split, digest, language_code, register_source
+from moekit.source import SPLITS, Direction, Source, Split, chance, digest, language_code, register_source
 
 
 @register_source
@@ -57,8 +56,8 @@ class Text(Source):
             self._sentences[language, split] = sentences
         self._fingerprint = digest("text", unit, valid_share, test_share, *digests)
         # From the two ends of the draw, so that what one share holds out does not depend on the other.
-        self._hold_out("valid", lambda chance: chance < valid_share)
-        self._hold_out("test", lambda chance: chance >= 1 - test_share)
+        self._hold_out("valid", lambda drawn: drawn < valid_share)
+        self._hold_out("test", lambda drawn: drawn >= 1 - test_share)
 
     def _hold_out(self, split: Split, chosen: Callable[[float], bool]) -> None:
         """Take a split out of the training text of every language that has no file of it."""
@@ -66,7 +65,7 @@ class Text(Source):
             if (language, split) in self._sentences or (language, "train") not in self._sentences:
                 continue
             everything = self._sentences[language, "train"]
-            out = [chosen(_chance(sentence)) for sentence in everything]
+            out = [chosen(chance(sentence)) for sentence in everything]
             self._sentences[language, "train"] = [s for s, o in zip(everything, out, strict=True) if not o]
             self._sentences[language, split] = [s for s, o in zip(everything, out, strict=True) if o]
 
@@ -119,8 +118,3 @@ def _sentences(lines: list[str], unit: str) -> list[str]:
         elif paragraphs[-1]:
             paragraphs.append([])
     return [" ".join(paragraph) for paragraph in paragraphs if paragraph]
-
-
-def _chance(sentence: str) -> float:
-    """A number in [0, 1) that belongs to the sentence."""
-    return int.from_bytes(hashlib.sha256(sentence.encode()).digest()[:6], "big") / 2**48
