@@ -29,8 +29,12 @@ _CAUSES = {
 
 def write_error(path: Path, error: OSError | SafetensorError) -> UserError:
     """The user's view of a failed write: what could not be written, in which folder, and what to do."""
-    cause = _CAUSES.get(getattr(error, "errno", None) or 0, str(getattr(error, "strerror", None) or error))
-    return UserError(f"cannot write {path.name} in the folder {path.parent}: {cause}.")
+    return UserError(f"cannot write {path.name} in the folder {path.parent}: {reason(error)}.")
+
+
+def reason(error: OSError | SafetensorError) -> str:
+    """Why a write failed, and what to do, in the user's words."""
+    return _CAUSES.get(getattr(error, "errno", None) or 0, str(getattr(error, "strerror", None) or error))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ behind.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -18,13 +17,12 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from moekit.atomic import replacing_folder
+from moekit.atomic import reason, replacing_folder
 from moekit.errors import UserError
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class CorruptCacheError(UserError):
@@ -85,10 +83,7 @@ def _explained(error: OSError, place: Path) -> OSError | UserError:
     """A `UserError` for troubles of the cache's disk; other errors (of the data's own files) unchanged."""
     if error.filename is not None and not _inside(Path(os.fsdecode(error.filename)), place):
         return error
-    remedy = "Name another folder with data.cache."
-    if error.errno in _FULL:
-        return UserError(f"The disk of the cache folder {place} is full ({error.strerror}). Free some space. {remedy}")
-    return UserError(f"The cache folder {place} must be writable: {error.strerror or error}. {remedy}")
+    return UserError(f"cannot write to the cache folder {place}: {reason(error)}. data.cache names another folder.")
 
 
 def _inside(path: Path, place: Path) -> bool:

@@ -148,10 +148,10 @@ def test_waiting_for_a_lock_ends_when_its_holder_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (errno.ENOSPC, r"disk of the cache folder .*tokenizers is full .*data\.cache"),
-        (errno.EDQUOT, r"disk of the cache folder .*tokenizers is full .*data\.cache"),
-        (errno.EROFS, r"cache folder .*tokenizers must be writable: Read-only.*data\.cache"),
-        (errno.EACCES, r"cache folder .*tokenizers must be writable: Permission denied.*data\.cache"),
+        (errno.ENOSPC, r"cache folder .*tokenizers: the disk is full; free some space\. data\.cache"),
+        (errno.EDQUOT, r"cache folder .*tokenizers: the disk quota is used up.*data\.cache"),
+        (errno.EROFS, r"cache folder .*tokenizers: the file system is read-only.*data\.cache"),
+        (errno.EACCES, r"cache folder .*tokenizers: permission denied.*data\.cache"),
     ],
 )
 def test_disk_trouble_in_the_middle_names_the_folder_and_leaves_nothing(
@@ -183,14 +183,14 @@ def test_a_disk_that_fills_while_tokens_are_written(tmp_path: Path) -> None:
         def encode_batch(self, texts: Any) -> Any:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(UserError, match=r"stores is full"):
+    with pytest.raises(UserError, match=r"stores: the disk is full"):
         cached_store(TinySource(), Full(tokenizer._model, tokenizer.languages), WANTED, cache_dir=tmp_path)
     assert not left_over(tmp_path)
 
 
 def test_a_cache_that_cannot_be_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cache folder .*file/sub/tokenizers must be writable: .*data\.cache"):
+    with pytest.raises(UserError, match=r"cache folder .*file/sub/tokenizers: .*data\.cache"):
         train_tokenizer(TinySource(), vocab_size=420, cache_dir=tmp_path / "file" / "sub")
 
 
@@ -207,7 +207,7 @@ def test_a_read_only_cache_that_has_the_answer_is_enough(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     monkeypatch.setattr(Path, "open", read_only)
-    with pytest.raises(UserError, match="Read-only"):
+    with pytest.raises(UserError, match="read-only"):
         train_tokenizer(TinySource(), vocab_size=421, cache_dir=tmp_path)
     assert train_tokenizer(TinySource(), vocab_size=420, cache_dir=tmp_path).fingerprint == before.fingerprint
 
