@@ -1,4 +1,4 @@
-"""Writing files that are never half-written, and what to say when they cannot be written."""
+"""Files and folders that are never half-written, and what to say when they cannot be written."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import contextlib
 import errno
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError
 
 from moekit.errors import UserError
 
@@ -23,10 +27,70 @@ _CAUSES = {
 }
 
 
-def write_error(path: Path, error: OSError) -> UserError:
-    """The user's view of an `OSError`: what could not be written, in which folder, and what to do."""
-    cause = _CAUSES.get(error.errno or 0, str(error.strerror or error))
-    return UserError(f"cannot write {path.name} in the folder {path.parent}: {cause}.")
+def write_error(path: Path, error: OSError | SafetensorError) -> UserError:
+    """The user's view of a failed write: what could not be written, in which folder, and what to do."""
+    return UserError(f"cannot write {path.name} in the folder {path.parent}: {reason(error)}.")
+
+
+def reason(error: OSError | SafetensorError) -> str:
+    """Why a write failed, and what to do, in the user's words."""
+    return _CAUSES.get(getattr(error, "errno", None) or 0, str(getattr(error, "strerror", None) or error))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tell of full disks, read-only folders and the like in the user's words.
+
+    Raises:
+        UserError: instead of an `OSError`, and of what torch and safetensors make of one.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = _cause(error)
+        if cause is not None:
+            raise write_error(path, cause) from error
+        raise
+
+
+def _cause(error: BaseException | None) -> OSError | SafetensorError | None:
+    """The failed write behind an exception: torch turns it into a RuntimeError."""
+    while error is not None and not isinstance(error, OSError | SafetensorError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # not every file system can flush a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def replacing_path(path: Path) -> Iterator[Path]:
+    """The name of a temporary file beside `path`, for libraries that write by name; see `replacing`."""
+    temporary = _beside(path, "tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left_over in _left_over(path, "tmp"):
+                if not left_over.is_dir():  # of a folder of that name
+                    left_over.unlink(missing_ok=True)
+            yield temporary
+            flush(temporary)
+            os.replace(temporary, path)
+            flush(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -40,31 +104,57 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         UserError: full disk, read-only folder and the like, naming the folder.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with replacing_path(path) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, which takes the place of `path` and of all that is in it when all is well.
+
+    Its files are on the disk before its name is. After an exception the old folder stays and the new one is gone; after
+    a SIGKILL a hidden ``.<name>.<pid>.tmp`` may be left, which the next call for the same folder removes. No system
+    replaces a folder that is not empty at once: between two renames it is called ``.<name>.<pid>.old``, where the next
+    call finds it after a kill at that moment. For one process at a time: of two, the later one ends the other's draft.
+
+    Raises:
+        OSError: full disk, read-only folder and the like; `writing` around it makes a `UserError` of them.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    draft, old = _beside(path, "tmp"), _beside(path, "old")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for former in _left_over(path, "old"):
+        if not path.exists():
+            os.replace(former, path)
+    for left_over in (*_left_over(path, "tmp"), *_left_over(path, "old")):
+        shutil.rmtree(left_over, ignore_errors=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in path.parent.glob(f".{path.name}.*.tmp"):
-            if not left_over.is_dir():  # of a sharded checkpoint of that name
-                left_over.unlink(missing_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        cause = _os_error(error)
-        if cause is not None:
-            raise write_error(path, cause) from error
-        raise
+        draft.mkdir()
+        yield draft
+        for written in (*draft.rglob("*"), draft):
+            if not written.is_symlink():
+                flush(written)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(draft, path)
+        flush(path.parent)
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        for useless in (draft, old):
+            shutil.rmtree(useless, ignore_errors=True)
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The `OSError` behind an exception: torch turns a failed write into a RuntimeError."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{ending}")
+
+
+def _left_over(path: Path, ending: str) -> list[Path]:
+    """What killed processes have left beside `path`."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.{ending}")
+    return [found for found in path.parent.iterdir() if name.fullmatch(found.name)]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, overload
 
 from moekit.errors import UserError, nearest
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+_T = TypeVar("_T")
 
 _CODE = re.compile(r"[A-Za-z][A-Za-z0-9_@.]*")
 
@@ -118,7 +121,9 @@ def choose_directions(
 class Source(ABC):
     """A corpus: pairs of sentences by direction and split, and sentences by language.
 
-    A subclass sets the three attributes and writes `parallel` and `fingerprint`; `monolingual` follows from them.
+    A subclass sets the three attributes and writes `parallel` and `fingerprint`; `monolingual` follows from them. With
+    `register_source` it is a kind of source of its own: `open_source` and the settings of a run then know it by its
+    `name`, and take the arguments of its class.
 
     Attributes:
         name: the kind, as `open_source` knows it.
@@ -154,6 +159,54 @@ class Source(ABC):
                 seen.update(dict.fromkeys(pair[1] for pair in self.parallel(direction, split)))
         return list(seen)
 
+    @classmethod
+    def parameters(cls) -> Mapping[str, Parameter]:
+        """What `open` takes, by name: the arguments of the class. `path` is among them unless the text is generated."""
+        return signature(cls).parameters
+
+    @classmethod
+    def needs_path(cls) -> bool:
+        """Whether `open` must be told where the corpus lies."""
+        path = cls.parameters().get("path")
+        return path is not None and path.default is Parameter.empty
+
+    @classmethod
+    def open(cls, path: str | Path | None = None, **settings: Any) -> Source:
+        """A corpus of this kind.
+
+        Args:
+            path: where it lies; None where the kind needs none.
+            settings: others of `parameters`.
+
+        Raises:
+            UserError: a path for generated text, or none where one is needed; an unknown setting, with the nearest
+                name; whatever is wrong with the data.
+        """
+        known = cls.parameters()
+        if path is None and cls.needs_path():
+            raise UserError(f"{cls.name}: a path is required: got none. Say where the corpus lies.")
+        if path is not None and "path" not in known:
+            raise UserError(f"{cls.name}: the corpus is generated and has no path: got {path}. Leave the path out.")
+        for name in settings:
+            if name not in known:
+                others = [other for other in known if other != "path"]
+                raise UserError(f"{cls.name}: settings must be known ones: got {name!r}. {nearest(name, others)}")
+        return cls.from_parameters(**settings if path is None else {"path": path, **settings})
+
+    @classmethod
+    def from_parameters(cls, **given: Any) -> Source:
+        """A corpus from `parameters`, for `open`: for most kinds the class called with them."""
+        return cls(**given)
+
+    @classmethod
+    def settings_from(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a run's data settings that this kind takes: by default those named as `parameters` are.
+
+        Args:
+            given: plain values by the names of the settings, `directions` a tuple or None.
+        """
+        return {name: given[name] for name in cls.parameters() if name in given and name != "path"}
+
     def check_language(self, language: str) -> None:
         """Raise UserError, with the nearest name, if the source does not hold `language`."""
         if language not in self.languages:
@@ -185,6 +238,48 @@ class Source(ABC):
         )
 
 
+class LazySequence(Sequence[_T]):
+    """A sequence whose items are made when asked for.
+
+    Args:
+        size: how many.
+        item: makes the one at an index from 0 to `size` - 1.
+    """
+
+    def __init__(self, size: int, item: Callable[[int], _T]) -> None:
+        self._size, self._item = size, item
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, index: int) -> _T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[_T]: ...
+    def __getitem__(self, index: int | slice) -> _T | list[_T]:
+        chosen = range(self._size)[index]
+        return [self._item(i) for i in chosen] if isinstance(chosen, range) else self._item(chosen)
+
+
+_Kind = TypeVar("_Kind", bound=type[Source])
+
+KINDS: dict[str, type[Source]] = {}
+"""Kinds of source by name, as `register_source` has been told of them."""
+
+
+def register_source(kind: _Kind) -> _Kind:
+    """Make a kind of source known by its `name`; a decorator of its class.
+
+    Raises:
+        ValueError: another class has that name.
+    """
+    other = KINDS.setdefault(kind.name, kind)
+    if (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise ValueError(f"a kind of source needs a name of its own: {kind.name!r} is that of {other.__qualname__}.")
+    KINDS[kind.name] = kind
+    return kind
+
+
 def digest(*parts: object) -> str:
     """Hex digest of the text forms of `parts`, kept apart from each other; bytes are taken as they are."""
     state = hashlib.sha256()
@@ -193,3 +288,8 @@ def digest(*parts: object) -> str:
         state.update(len(data).to_bytes(8, "little"))
         state.update(data)
     return state.hexdigest()
+
+
+def chance(text: str) -> float:
+    """A number in [0, 1) that belongs to the text: its hash."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48

@@ -143,11 +143,6 @@ class Noun:
     gloss: str
     kind: str
 
-    @property
-    def is_name(self) -> bool:
-        """Names take no number, no determiner and no adjective."""
-        return self.kind == NAME
-
 
 @dataclass(frozen=True)
 class Verb:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Mapping, Sequence
+from inspect import Parameter, signature
+from typing import Any
 
 import numpy as np
 
@@ -12,13 +13,14 @@ from moekit.babel import meaning as m
 from moekit.babel.meaning import Meaning, MeaningSampler
 from moekit.babel.source import Babel
 from moekit.errors import UserError, nearest
-from moekit.source import SPLITS, Direction, Source, Split, digest
+from moekit.source import SPLITS, Direction, LazySequence, Source, Split, digest, register_source
 
 _BLOCK, _POOL = 256, 1024
 _STREAM = 2  # beside babel's parallel and monolingual text
 _CACHED = 256
 
 
+@register_source
 class Headlines(Source):
     """Paragraphs and their headlines, in one language or from one into another.
 
@@ -84,18 +86,44 @@ class Headlines(Source):
         self._rows: OrderedDict[tuple[Split, int], list[tuple[list[list[int]], list[int]]]] = OrderedDict()
         self._texts: OrderedDict[tuple[str, Split, int], list[tuple[str, str]]] = OrderedDict()
 
+    # -- as a kind of source ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def parameters(cls) -> Mapping[str, Parameter]:
+        """Its own, and those of its corpus."""
+        return {**Babel.parameters(), **_own_parameters()}
+
+    @classmethod
+    def from_parameters(cls, **given: Any) -> Headlines:
+        """A corpus of babel, and its headlines."""
+        own = {name: given.pop(name) for name in _own_parameters() if name in given}
+        return cls(Babel.from_parameters(**given), **own)
+
+    @classmethod
+    def settings_from(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of babel; its number of sentences is that of paragraphs."""
+        named = Babel.settings_from(given)
+        documents = named.pop("train_sentences")
+        return {"train_documents": documents, **{name: named[name] for name in ("seed", "languages", "directions")}}
+
     # -- the Source interface --------------------------------------------------------------------------------------
 
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
         """Paragraphs in the direction's first language, headlines in its second."""
         self.check_direction(direction)
-        return _Documents(self, direction, self.check_split(split))
+        return self._pairs(direction, self.check_split(split))
 
     def monolingual(self, language: str, split: Split) -> Sequence[str]:
         """Paragraphs and headlines of one language."""
         self.check_language(language)
-        pairs = _Documents(self, Direction(language, language), self.check_split(split))
+        pairs = self._pairs(Direction(language, language), self.check_split(split))
         return [text for pair in pairs for text in pair]
+
+    def _pairs(self, direction: Direction, split: Split) -> LazySequence[tuple[str, str]]:
+        def pair(index: int) -> tuple[str, str]:
+            return self.text(direction.source, split, index)[0], self.text(direction.target, split, index)[1]
+
+        return LazySequence(self.sizes[split], pair)
 
     def fingerprint(self) -> str:
         """Digest of the settings and of some of the text."""
@@ -163,6 +191,10 @@ class Headlines(Source):
         return drawn
 
 
+def _own_parameters() -> dict[str, Parameter]:
+    return {name: found for name, found in signature(Headlines).parameters.items() if name != "corpus"}
+
+
 def _headline(row: m.Rows) -> m.Rows:
     """Who does what to whom, and nothing else."""
     core = np.zeros_like(row)
@@ -172,25 +204,3 @@ def _headline(row: m.Rows) -> m.Rows:
         core[start + m.NOUN] = row[start + m.NOUN]
         core[start + m.COUNT] = min(row[start + m.COUNT], 1)  # five dogs are dogs
     return core
-
-
-class _Documents(Sequence[tuple[str, str]]):
-    """Paragraphs in one language with headlines in another, made when asked for."""
-
-    def __init__(self, source: Headlines, direction: Direction, split: Split) -> None:
-        self._source, self._direction, self._split = source, direction, split
-
-    def __len__(self) -> int:
-        return self._source.sizes[self._split]
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[str, str]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[str, str]]: ...
-    def __getitem__(self, index: int | slice) -> tuple[str, str] | list[tuple[str, str]]:
-        chosen = range(len(self))[index]
-        return [self._pair(i) for i in chosen] if isinstance(chosen, range) else self._pair(chosen)
-
-    def _pair(self, index: int) -> tuple[str, str]:
-        document = self._source.text(self._direction.source, self._split, index)[0]
-        return document, self._source.text(self._direction.target, self._split, index)[1]

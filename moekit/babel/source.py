@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from inspect import Parameter, signature
+from typing import Any
 
 from moekit.babel.concepts import DEFAULT_CONCEPTS, MINIMUM_CONCEPTS, concepts
 from moekit.babel.grammar import grammars
 from moekit.babel.language import Language
 from moekit.babel.meaning import RATES, Complexity, Meaning, MeaningSampler
 from moekit.errors import UserError, nearest
-from moekit.source import Direction, Source, Split, all_directions, choose_directions, digest
+from moekit.source import (
+    Direction,
+    LazySequence,
+    Source,
+    Split,
+    all_directions,
+    choose_directions,
+    digest,
+    register_source,
+)
 
 _BLOCK = 1024
 # Rows are ten times as large as sentences.
@@ -84,6 +94,7 @@ def hard_settings(**changes: Any) -> BabelSettings:
     return dataclasses.replace(base, **changes)
 
 
+@register_source
 class Babel(Source):
     """Generated languages with real differences of grammar, and known truth.
 
@@ -118,20 +129,51 @@ class Babel(Source):
         self._rows: OrderedDict[tuple[Split, int, int], list[list[int]]] = OrderedDict()
         self._sentences: OrderedDict[tuple[str, Split, int, int], list[str]] = OrderedDict()
 
+    # -- as a kind of source ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def parameters(cls) -> Mapping[str, Parameter]:
+        """The fields of `BabelSettings`."""
+        return signature(BabelSettings).parameters
+
+    @classmethod
+    def from_parameters(cls, **given: Any) -> Babel:
+        """A corpus with settings of these values."""
+        return cls(BabelSettings(**given))
+
+    @classmethod
+    def settings_from(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Its settings begin with ``babel_`` there; the first seed is 1, of the corpus 0."""
+        return {
+            "seed": given["seed"] - 1,
+            "languages": given["babel_languages"],
+            "train_sentences": given["babel_sentences"],
+            "sizes": given["babel_sizes"],
+            "directions": given["directions"],
+        }
+
     # -- the Source interface --------------------------------------------------------------------------------------
 
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
         """Pairs of one direction; both sides say meaning `index` of the split."""
         self.check_direction(direction)
-        return _Pairs(self, direction, self.check_split(split))
+        self.check_split(split)
+        size = min(self.size(direction.source, split), self.size(direction.target, split))
+
+        def pair(index: int) -> tuple[str, str]:
+            return self.sentence(direction.source, split, index), self.sentence(direction.target, split, index)
+
+        return LazySequence(size, pair)
 
     def monolingual(self, language: str, split: Split) -> Sequence[str]:
         """Sentences of one language: its own stream in training where the settings ask for one."""
         self.check_language(language)
         self.check_split(split)
         if split == "train" and self.settings.monolingual_sentences:
-            return _Text(self, language, split, self.settings.monolingual_sentences, _MONOLINGUAL)
-        return _Text(self, language, split, self.size(language, split), _PARALLEL)
+            size, stream = self.settings.monolingual_sentences, _MONOLINGUAL
+        else:
+            size, stream = self.size(language, split), _PARALLEL
+        return LazySequence(size, lambda index: self.sentence(language, split, index, stream))
 
     def fingerprint(self) -> str:
         """Digest of the settings and of what the languages sound like, so that a changed generator shows."""
@@ -194,44 +236,3 @@ class Babel(Source):
             if len(self._sentences) > _CACHED_SENTENCES:
                 self._sentences.popitem(last=False)
         return self._sentences[key]
-
-
-class _Text(Sequence[str]):
-    """Sentences of one language, made when asked for."""
-
-    def __init__(self, corpus: Babel, language: str, split: Split, size: int, stream: int) -> None:
-        self._corpus, self._language, self._split, self._size, self._stream = corpus, language, split, size, stream
-
-    def __len__(self) -> int:
-        return self._size
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        chosen = range(self._size)[index]
-        if isinstance(chosen, range):
-            return [self._corpus.sentence(self._language, self._split, i, self._stream) for i in chosen]
-        return self._corpus.sentence(self._language, self._split, chosen, self._stream)
-
-
-class _Pairs(Sequence[tuple[str, str]]):
-    """Two languages side by side."""
-
-    def __init__(self, corpus: Babel, direction: Direction, split: Split) -> None:
-        size = min(corpus.size(direction.source, split), corpus.size(direction.target, split))
-        self._source = _Text(corpus, direction.source, split, size, _PARALLEL)
-        self._target = _Text(corpus, direction.target, split, size, _PARALLEL)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[str, str]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[str, str]]: ...
-    def __getitem__(self, index: int | slice) -> tuple[str, str] | list[tuple[str, str]]:
-        if isinstance(index, slice):
-            return list(zip(self._source[index], self._target[index], strict=True))
-        return self._source[index], self._target[index]

@@ -1,30 +1,28 @@
 """Folders that are built once, whoever asks, and are never seen half-built.
 
-A folder is built under a temporary name beside its place and renamed when it is complete, so its mere existence means
-that it is whole. Builders of the same folder wait for each other on a kernel lock, which a killed process cannot
-leave behind.
+Builders of the same folder wait for each other on a lock of the operating system, which a killed process cannot leave
+behind.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
+
+from moekit.atomic import reason, replacing_folder
 from moekit.errors import UserError
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class CorruptCacheError(UserError):
@@ -40,24 +38,16 @@ def content_key(**parts: Any) -> str:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the exclusive lock of the file `path`, waiting for whoever has it."""
-    with path.open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("Waiting for another process that builds %s.", path.with_suffix(""))
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write `content` so that it is on the disk, not only on its way, when the folder is renamed into place."""
-    with path.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        log.info("Waiting for another process that builds %s.", path.with_suffix(""))
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def cached_folder(folder: Path, build: Callable[[Path], None], load: Callable[[Path], _T]) -> _T:
@@ -77,40 +67,23 @@ def cached_folder(folder: Path, build: Callable[[Path], None], load: Callable[[P
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent / f"{folder.name}.lock"):
-            return _load_or_build(folder, build, load)
+            if folder.is_dir():
+                try:
+                    return load(folder)
+                except CorruptCacheError as error:
+                    log.warning("%s It is built again.", error)
+            with replacing_folder(folder) as draft:
+                build(draft)
+            return load(folder)
     except OSError as error:
         raise _explained(error, folder.parent) from error
-
-
-def _load_or_build(folder: Path, build: Callable[[Path], None], load: Callable[[Path], _T]) -> _T:
-    if folder.is_dir():
-        try:
-            return load(folder)
-        except CorruptCacheError as error:
-            log.warning("%s It is built again.", error)
-            shutil.rmtree(folder)
-    # We hold the lock, so what other builders of this folder left behind belongs to nobody alive.
-    for left_over in folder.parent.glob(f".{folder.name}.building-*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    building = folder.parent / f".{folder.name}.building-{os.getpid()}"
-    building.mkdir()
-    try:
-        build(building)
-        building.rename(folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    return load(folder)
 
 
 def _explained(error: OSError, place: Path) -> OSError | UserError:
     """A `UserError` for troubles of the cache's disk; other errors (of the data's own files) unchanged."""
     if error.filename is not None and not _inside(Path(os.fsdecode(error.filename)), place):
         return error
-    remedy = "Name another folder with data.cache."
-    if error.errno in _FULL:
-        return UserError(f"The disk of the cache folder {place} is full ({error.strerror}). Free some space. {remedy}")
-    return UserError(f"The cache folder {place} must be writable: {error.strerror or error}. {remedy}")
+    return UserError(f"cannot write to the cache folder {place}: {reason(error)}. data.cache names another folder.")
 
 
 def _inside(path: Path, place: Path) -> bool:

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moekit.data.cache import CorruptCacheError, cached_folder, content_key, write_file
+from moekit.data.cache import CorruptCacheError, cached_folder, content_key
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
 
@@ -201,7 +200,7 @@ def store_in_memory(source: Source, tokenizer: Tokenizer, wanted: Wanted) -> Tok
 
 
 def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Wanted, *, progress: bool = True) -> None:
-    """Encode `wanted` into the existing, empty `folder`. Use `cached_store` unless you rename it yourself."""
+    """Encode `wanted` into the existing, empty `folder`. Use `cached_store` unless you move it into place yourself."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     sections: dict[str, Section] = {}
     seen: dict[bytes, Section] = {}
@@ -226,11 +225,10 @@ def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Want
                     stored += len(text)
                 sections[name] = seen[digest]
                 bar.advance(task)
-        writer.finish()
     offsets = np.zeros(stored + 1, dtype=np.int64)
     if lengths:
         np.cumsum(np.concatenate(lengths), out=offsets[1:])
-    write_file(folder / "offsets.bin", offsets.tobytes())
+    (folder / "offsets.bin").write_bytes(offsets.tobytes())
     header = {
         "format": _FORMAT,
         "dtype": dtype.name,
@@ -240,7 +238,7 @@ def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Want
             "offsets.bin": asdict(_Content(offsets.nbytes, zlib.crc32(offsets.tobytes()))),
         },
     }
-    write_file(folder / "header.json", json.dumps(header, indent=1).encode())
+    (folder / "header.json").write_bytes(json.dumps(header, indent=1).encode())
 
 
 @dataclass(frozen=True)
@@ -262,10 +260,6 @@ class _Writer:
         self._out.write(data)
         self.size += len(data)
         self.checksum = zlib.crc32(data, self.checksum)
-
-    def finish(self) -> None:
-        self._out.flush()
-        os.fsync(self._out.fileno())
 
 
 def _chunks(text: list[str]) -> Iterator[list[str]]:

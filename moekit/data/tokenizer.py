@@ -20,7 +20,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from moekit.data.cache import CorruptCacheError, cached_folder, content_key, write_file
+from moekit.data.cache import CorruptCacheError, cached_folder, content_key
 from moekit.errors import UserError, nearest
 from moekit.source import Source
 
@@ -130,7 +130,7 @@ class Tokenizer:
         return hashlib.sha256(self._model + json.dumps(self.languages).encode()).hexdigest()
 
     def save(self, folder: Path | str) -> None:
-        """Write ``tokenizer.model`` and ``tokenizer.json`` into `folder`."""
+        """Write ``tokenizer.model`` and ``tokenizer.json`` into `folder`; `replacing_folder` makes it whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         header = {
@@ -139,8 +139,8 @@ class Tokenizer:
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
         }
-        write_file(folder / "tokenizer.model", self._model)
-        write_file(folder / "tokenizer.json", json.dumps(header, indent=1).encode())
+        (folder / "tokenizer.model").write_bytes(self._model)
+        (folder / "tokenizer.json").write_bytes(json.dumps(header, indent=1).encode())
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:

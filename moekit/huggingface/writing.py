@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moekit.atomic import replacing_folder, write_json, writing
 from moekit.data.tokenizer import SpecialTokens, Tokenizer
 from moekit.errors import UserError
 from moekit.huggingface.architecture import NAMES, Architecture, Kind
@@ -86,10 +84,11 @@ def export_model(
             f"transformers' {NAMES[architecture.kind]} has no place for {min(other)} of this model. Undo what "
             "was added to its parts."
         )
-    with _new_folder(folder, overwrite=overwrite) as draft:
-        _write_json(draft / "config.json", config)
+    _require_free(folder, overwrite=overwrite)
+    with writing(folder), replacing_folder(folder) as draft:
+        write_json(draft / "config.json", config)
         # What `generate` of transformers is to do as ours does: never write padding and, with a tokenizer, any mark.
-        _write_json(draft / "generation_config.json", {**_token_ids(tokens), "suppress_tokens": never})
+        write_json(draft / "generation_config.json", {**_token_ids(tokens), "suppress_tokens": never})
         # Where tables are not tied, transformers has a fourth, which it does not use.
         unused = () if architecture.tied else (family.keys.shared,)
         _write_weights(draft, _theirs(state, links, unused), max_shard_bytes)
@@ -183,16 +182,11 @@ def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: i
         name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         os.replace(folder / f"part-{number}", folder / name)
         weight_map |= dict.fromkeys(names, name)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder beside its place that is moved there when all is well, and removed when not."""
+def _require_free(folder: Path, *, overwrite: bool) -> None:
+    """Raise UserError unless `folder` is none, empty, or an earlier export that may be replaced."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} must be a folder: it is a file. Choose another.")
     content = sorted(os.listdir(folder)) if folder.is_dir() else []
@@ -201,21 +195,3 @@ def _new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             "Choose another folder." if overwrite else "Choose another folder, or replace an earlier export: overwrite."
         )
         raise UserError(f"{folder} must be empty or not exist: it holds {content[0]!r}. {hint}")
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        yield draft
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(draft, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise UserError(f"cannot write the folder {folder}: {error}.") from error
-        raise

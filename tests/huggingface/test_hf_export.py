@@ -335,7 +335,7 @@ def test_no_partial_output_when_the_disk_says_no(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writing, "save_file", full)
-    with pytest.raises(UserError, match=r"cannot write the folder .*No space left"):
+    with pytest.raises(UserError, match=r"cannot write model in the folder .*: the disk is full"):
         export_model(like_t5(), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 

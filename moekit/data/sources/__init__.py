@@ -1,4 +1,7 @@
-"""Where text comes from: one interface, one kind of source per file."""
+"""Where text comes from: one interface, one kind of source per file.
+
+A class with `register_source` is a kind of source as soon as its file is imported: here, in one line.
+"""
 
 from moekit.babel import Babel as Babel
 from moekit.babel import BabelSettings as BabelSettings
@@ -8,12 +11,14 @@ from moekit.data.sources.examples import Examples as Examples
 from moekit.data.sources.gettext import Gettext as Gettext
 from moekit.data.sources.jsonl import JsonLines as JsonLines
 from moekit.data.sources.moses import Moses as Moses
-from moekit.data.sources.opening import KINDS as KINDS
 from moekit.data.sources.opening import open_source as open_source
+from moekit.data.sources.opening import source_class as source_class
 from moekit.data.sources.text import Text as Text
 from moekit.data.sources.tsv import Tsv as Tsv
 from moekit.data.sources.union import Union as Union
+from moekit.source import KINDS as KINDS
 from moekit.source import SPLITS as SPLITS
 from moekit.source import Direction as Direction
 from moekit.source import Source as Source
 from moekit.source import Split as Split
+from moekit.source import register_source as register_source

@@ -10,10 +10,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import overload
 
 from moekit.errors import UserError
-from moekit.source import Direction, Source, Split, choose_directions, digest
+from moekit.source import Direction, LazySequence, Source, Split, choose_directions, digest
 
 
 @dataclass(frozen=True)
@@ -39,30 +38,10 @@ class AlignedBlock:
         return f"{self.files[language]}, line {index + self.first_line}"
 
 
-class Pairs(Sequence[tuple[str, str]]):
-    """Two lists side by side."""
-
-    def __init__(self, sources: list[str], targets: list[str]) -> None:
-        self.sources, self.targets = sources, targets
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[str, str]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[str, str]]: ...
-    def __getitem__(self, index: int | slice) -> tuple[str, str] | list[tuple[str, str]]:
-        if isinstance(index, slice):
-            return list(zip(self.sources[index], self.targets[index], strict=True))
-        return self.sources[index], self.targets[index]
-
-
 class AlignedSource(Source):
-    """A source made of blocks.
+    """A source made of blocks; a subclass reads them from its files and has a `name`.
 
     Args:
-        name: the kind of source.
         blocks: the content.
         pivot: "auto" = where a block holds more than two languages and English, only directions from and into English;
             a language = only directions from and into it; None = all.
@@ -75,14 +54,12 @@ class AlignedSource(Source):
 
     def __init__(
         self,
-        name: str,
         blocks: Sequence[AlignedBlock],
         *,
         pivot: str | None = "auto",
         directions: Sequence[str | Direction] | None = None,
         strict: bool = False,
     ) -> None:
-        self.name = name
         self._blocks = tuple(blocks)
         self._settings = (pivot, None if directions is None else tuple(map(str, directions)), strict)
         self._check_blanks(strict)
@@ -111,7 +88,7 @@ class AlignedSource(Source):
             keep = [bool(a and b) for a, b in zip(left, right, strict=True)]
             sources.extend(line for line, kept in zip(left, keep, strict=True) if kept)
             targets.extend(line for line, kept in zip(right, keep, strict=True) if kept)
-        return Pairs(sources, targets)
+        return LazySequence(len(sources), lambda index: (sources[index], targets[index]))
 
     def monolingual(self, language: str, split: Split) -> Sequence[str]:
         """Every sentence of a language in a split, once, in order of appearance."""

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moekit.data.sources.files import read_lines, unpacked_name
-from moekit.data.sources.jsonl import find_split_files
+from moekit.data.sources.files import find_split_files, read_lines, unpacked_name
 from moekit.errors import UserError
-from moekit.source import Direction, Source, Split, digest, language_code
+from moekit.source import Direction, Source, Split, digest, language_code, register_source
 
 _FIELDS = ("input", "target")
 _JSON, _TSV = (".jsonl", ".json", ".ndjson"), (".tsv", ".tab")
 
 
+@register_source
 class Examples(Source):
     """Lines such as ``{"input": "question: Who wrote it? context: ...", "target": "Mary Shelley"}``.
 

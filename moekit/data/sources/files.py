@@ -9,11 +9,15 @@ from __future__ import annotations
 import codecs
 import gzip
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from moekit.errors import UserError
 from moekit.source import Split, digest
+
+_Key = TypeVar("_Key")
 
 # What people call the splits; the first name of each is ours.
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
@@ -113,11 +117,45 @@ def unpacked_name(path: Path) -> str:
     return path.name.removesuffix(".gz")
 
 
-def check_twins(paths: list[Path]) -> None:
-    """Raise UserError where a file lies there both plain and gzipped: nobody can tell which one is meant."""
-    seen: dict[Path, Path] = {}
-    for path in paths:
-        plain = path.with_name(unpacked_name(path))
-        if plain in seen:
-            raise UserError(f"{path.parent}: {seen[plain].name} and {path.name} are the same file twice. Remove one.")
-        seen[plain] = path
+def add_file(found: dict[_Key, Path], key: _Key, path: Path, what: str) -> None:
+    """Put `path` into `found`.
+
+    Raises:
+        UserError: another file is there under this key: nobody can tell which one is meant.
+    """
+    if key in found:
+        first, folder = found[key].name, path.parent
+        if unpacked_name(found[key]) == unpacked_name(path):
+            raise UserError(f"{folder}: {first} and {path.name} are the same file twice. Remove one.")
+        raise UserError(f"{folder}: {first} and {path.name} both hold {what}. Remove one.")
+    found[key] = path
+
+
+def find_split_files(path: Path, kind: str, endings: Sequence[str]) -> list[tuple[Split, Path]]:
+    """Files named after a split with one of `endings`, in `path` and its folders; `path` itself if it is a file.
+
+    Raises:
+        UserError: if there are none; the message says what was looked for.
+    """
+    if path.is_file():
+        return [("train", path)]
+    if not path.is_dir():
+        raise UserError(f"{kind}: the path must be a file or a folder: there is nothing at {path}.")
+    found: list[tuple[Split, Path]] = []
+    for folder in (path, *sorted(entry for entry in path.iterdir() if entry.is_dir())):
+        here: dict[Split, Path] = {}
+        for file in sorted(folder.iterdir()):
+            name = unpacked_name(file)
+            ending = next((ending for ending in endings if name.endswith(ending)), None)
+            split = split_called(name.removesuffix(ending)) if ending and file.is_file() else None
+            if split is None:
+                continue
+            add_file(here, split, file, f"{split} text")
+        found += [(split, here[split]) for split in SPLIT_NAMES if split in here]
+    if not found:
+        names = ", ".join(f"{name}{endings[0]}" for name in ("train", *SPLIT_NAMES["valid"][:3], "test"))
+        raise UserError(
+            f"{path}: files must be named {names} (or {', '.join(endings[1:] or endings)}; or .gz), here or in folders "
+            "one below: found none."
+        )
+    return found

@@ -1,34 +1,41 @@
-"""The translation catalogs that a Linux machine already carries: many languages, no download."""
+"""The translation catalogs that a Linux machine already carries: many languages, no download.
+
+Source: the GNU gettext manual, "The Format of GNU MO Files".
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
+import struct
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from moekit.data.sources.aligned import AlignedBlock, AlignedSource
-from moekit.data.sources.catalog import (
-    BrokenCatalog,
-    clean,
-    count_entries,
-    has_placeholder,
-    is_identifier,
-    read_catalog,
-)
 from moekit.data.sources.files import check_folder
 from moekit.errors import UserError, nearest
-from moekit.source import SPLITS, Direction, Split, digest, language_code
+from moekit.source import SPLITS, Direction, Split, chance, digest, language_code, register_source
 
 DEFAULT_FOLDER = "/usr/share/locale"
+_BYTE_ORDERS = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}
+_CHARSET = re.compile(rb"charset=([\w.:-]+)", re.IGNORECASE)
 _NOT_LETTERS = re.compile(r"[\W\d_]+")
 # Messages over several lines are texts, not sentences.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# %s, %-10.3f, %1$s, %(name)s, {0}, {name!r:>10}, $name, ${name}, <b>, &amp;
+_PLACEHOLDER = re.compile(
+    r"%(?:\(\w+\))?(?:\d+\$)?[-+#0]*(?:\d+|\*)?(?:\.(?:\d+|\*))?(?:hh|ll|[hlqjzt])?[A-Za-z]|%\d|\{\w*(?:![rsa])?(?::[^{}]*)?\}"
+    r"|\$\{?\w+\}?|</?\w+[^<>]*>|&#?\w+;"
+)
+_ACCELERATOR_IN_BRACKETS = re.compile(r"\s*\([_&]\w\)")
+_AMPERSAND = re.compile(r"&(?=\w)(?!#?\w+;)")
+# Keys in place of English: "menu.file.open", "GL_EXT_texture", "application/pdf".
+_IDENTIFIER = re.compile(r"[\w.:/@+=-]*\w[._:/@=]\w[\w.:/@+=-]*|--?\w[\w=-]*")
 
 
+@register_source
 class Gettext(AlignedSource):
     """Pairs of English and other languages out of ``LANGUAGE/LC_MESSAGES/*.mo``.
 
@@ -50,6 +57,8 @@ class Gettext(AlignedSource):
     Raises:
         UserError: if no language has enough pairs; broken catalogs only give a warning that counts them.
     """
+
+    name = "gettext"
 
     def __init__(
         self,
@@ -81,7 +90,7 @@ class Gettext(AlignedSource):
         folder = check_folder(path, "gettext")
         catalogs = _find(folder)
         candidates = _candidates(catalogs, languages, max_languages + 3)
-        broken: list[BrokenCatalog] = []
+        broken: list[str] = []
         pairs = {code: _pairs(catalogs[code], broken, min_chars, max_chars, keep_placeholders) for code in candidates}
         if broken:
             warnings.warn(
@@ -107,7 +116,6 @@ class Gettext(AlignedSource):
             )
         limit = len(chosen) if languages is not None else max_languages
         super().__init__(
-            "gettext",
             [block for code in chosen[:limit] for block in blocks[code]],
             pivot=pivot,
             directions=directions,
@@ -144,22 +152,98 @@ def _candidates(catalogs: dict[str, list[Path]], wanted: Sequence[str] | None, l
                     f"{nearest(code, catalogs)}"
                 )
         return codes
-    declared = {code: sum(map(count_entries, paths)) for code, paths in catalogs.items()}
+    declared = {code: sum(map(count_messages, paths)) for code, paths in catalogs.items()}
     return sorted(declared, key=lambda code: (-declared[code], code))[:limit]
 
 
+def count_messages(path: Path) -> int:
+    """How many messages a catalog says that it holds; 0 if it is none."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+        return int(struct.unpack_from(f"{_BYTE_ORDERS[head[:4]]}I", head, 8)[0])
+    except (OSError, KeyError, struct.error):
+        return 0
+
+
+def read_catalog(path: Path) -> list[tuple[str, str]]:
+    """English and translation of the messages of a compiled catalog (.mo), contexts dropped.
+
+    Of a message with plural forms there are two pairs: the singular with the first form and the plural with the last; a
+    language with one form for all numbers lends it to the plural, where it means most. Messages that are untranslated
+    or cannot be decoded are left out.
+
+    Raises:
+        UserError: if the file cannot be read or is no whole catalog; the message says why.
+
+    Differs: `gettext.GNUTranslations` keeps no plural English, and gives up on the first message that it cannot decode.
+    """
+    try:
+        data = path.read_bytes()
+        order = _BYTE_ORDERS[data[:4]]
+        revision, count, *tables = struct.unpack_from(f"{order}4I", data, 4)
+        numbers = [struct.unpack_from(f"{order}{2 * count}I", data, table) for table in tables]
+        keys, values = (
+            [struct.unpack_from(f"{size}s", data, start)[0] for size, start in zip(row[::2], row[1::2], strict=True)]
+            for row in numbers
+        )
+    except OSError as error:
+        raise UserError(f"{path}: a catalog must be readable: {error.strerror or error}.") from error
+    except KeyError:
+        raise UserError(
+            f"{path}: a catalog must begin with the bytes de 12 04 95: got {data[:4].hex(' ') or 'an empty file'}."
+        ) from None
+    except struct.error as error:
+        raise UserError(f"{path}: a catalog must be whole: it ends at byte {len(data)} ({error}).") from error
+    if revision >> 16 > 1:
+        raise UserError(f"{path}: the format must be of major revision 0 or 1: got {revision >> 16}.")
+    declared = _CHARSET.search(dict(zip(keys, values, strict=True)).get(b"", b""))
+    charset = declared[1].decode("ascii", "replace") if declared else "utf-8"
+    pairs = []
+    for key, value in zip(keys, values, strict=True):
+        try:
+            english = key.decode(charset).rpartition("\4")[2].split("\0")
+            forms = value.decode(charset).split("\0")
+        except UnicodeDecodeError:
+            continue
+        except LookupError as error:
+            raise UserError(f"{path}: the charset must be a known one: got {charset!r}.") from error
+        if key and all(forms):
+            if len(english) == 1 or len(forms) > 1:
+                pairs.append((english[0], forms[0]))
+            if len(english) > 1:
+                pairs.append((english[1], forms[-1]))
+    return pairs
+
+
+def clean(english: str, translation: str) -> tuple[str, str]:
+    """Both sides without accelerator marks (``_File``, ``&Open``, ``(_F)``) and without white space around them."""
+    if not any(mark in text for text in (english, translation) for mark in "_&"):
+        return english.strip(), translation.strip()
+    english, translation = (_ACCELERATOR_IN_BRACKETS.sub("", text) for text in (english, translation))
+    # An underscore that both sides keep in the same word is part of a name: file_name.
+    kept = {word for word in english.split() if "_" in word} & {word for word in translation.split() if "_" in word}
+
+    def plain(text: str) -> str:
+        words = (word if word in kept or word.count("_") != 1 else word.replace("_", "") for word in text.split(" "))
+        text = " ".join(words)
+        return (_AMPERSAND.sub("", text) if len(_AMPERSAND.findall(text)) == 1 else text).strip()
+
+    return plain(english), plain(translation)
+
+
 def _pairs(
-    paths: Sequence[Path], broken: list[BrokenCatalog], min_chars: int, max_chars: int, keep_placeholders: bool
+    paths: Sequence[Path], broken: list[str], min_chars: int, max_chars: int, keep_placeholders: bool
 ) -> dict[str, str]:
-    """English -> translation, cleaned; catalogs that cannot be read go to `broken`."""
+    """English -> translation, cleaned; what is wrong with catalogs that cannot be read goes to `broken`."""
     votes: dict[str, Counter[str]] = {}
     for path in paths:
         try:
-            entries = read_catalog(path)
-        except BrokenCatalog as error:
-            broken.append(error)
+            found = read_catalog(path)
+        except UserError as error:
+            broken.append(str(error))
             continue
-        for english, translation in (clean(*pair) for entry in entries for pair in entry.pairs()):
+        for english, translation in (clean(*pair) for pair in found):
             if _is_good(english, translation, min_chars, max_chars, keep_placeholders):
                 votes.setdefault(english, Counter())[translation] += 1
     # most_common keeps the order of insertion among equals: the first catalog by name.
@@ -178,6 +262,16 @@ def _is_good(english: str, translation: str, min_chars: int, max_chars: int, kee
     return keep_placeholders or not (has_placeholder(english) or has_placeholder(translation))
 
 
+def has_placeholder(text: str) -> bool:
+    """Whether something in the text is for a program to fill in or to read: ``%s``, ``{name}``, ``<b>``."""
+    return _PLACEHOLDER.search(text) is not None
+
+
+def is_identifier(text: str) -> bool:
+    """Whether the text is a key or an option, not English."""
+    return _IDENTIFIER.fullmatch(text) is not None
+
+
 def _blocks(code: str, pairs: dict[str, str], shares: tuple[float, float], folder: Path) -> list[AlignedBlock]:
     sides: dict[Split, tuple[list[str], list[str]]] = {split: ([], []) for split in SPLITS}
     for english in sorted(pairs):
@@ -185,12 +279,7 @@ def _blocks(code: str, pairs: dict[str, str], shares: tuple[float, float], folde
         left.append(english)
         right.append(pairs[english])
     return [
-        AlignedBlock(
-            split,
-            {"en": left, code: right},
-            {"en": str(folder), code: str(folder)},
-            digest(*left, *right),
-        )
+        AlignedBlock(split, {"en": left, code: right}, dict.fromkeys(("en", code), str(folder)), digest(*left, *right))
         for split, (left, right) in sides.items()
         if left
     ]
@@ -199,7 +288,7 @@ def _blocks(code: str, pairs: dict[str, str], shares: tuple[float, float], folde
 def split_of(english: str, valid_share: float, test_share: float) -> Split:
     """The split of an English message, by the hash of its letters."""
     letters = _NOT_LETTERS.sub("", english.casefold()) or english
-    chance = int.from_bytes(hashlib.sha256(letters.encode()).digest()[:6], "big") / 2**48
-    if chance < valid_share:
+    drawn = chance(letters)
+    if drawn < valid_share:
         return "valid"
-    return "test" if chance < valid_share + test_share else "train"
+    return "test" if drawn < valid_share + test_share else "train"

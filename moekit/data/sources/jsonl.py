@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from moekit.data.sources.aligned import AlignedBlock, AlignedSource
-from moekit.data.sources.files import SPLIT_NAMES, check_twins, read_lines, split_called, unpacked_name
+from moekit.data.sources.files import find_split_files, read_lines
 from moekit.errors import UserError
-from moekit.source import Direction, Split, language_code
+from moekit.source import Direction, Split, language_code, register_source
 
 _ENDINGS = (".jsonl", ".json", ".ndjson")
 
 
+@register_source
 class JsonLines(AlignedSource):
     """Lines such as ``{"translation": {"en": "Good morning.", "de": "Guten Morgen."}}``.
 
@@ -27,6 +28,8 @@ class JsonLines(AlignedSource):
         UserError: on bad input, naming file, line and column.
     """
 
+    name = "jsonl"
+
     def __init__(
         self,
         path: str | Path,
@@ -36,40 +39,7 @@ class JsonLines(AlignedSource):
         strict: bool = False,
     ) -> None:
         blocks = [_read(split, file) for split, file in find_split_files(Path(path), "jsonl", _ENDINGS)]
-        super().__init__("jsonl", blocks, pivot=pivot, directions=directions, strict=strict)
-
-
-def find_split_files(path: Path, kind: str, endings: Sequence[str]) -> list[tuple[Split, Path]]:
-    """Files named after a split with one of `endings`, in `path` and its folders; `path` itself if it is a file.
-
-    Raises:
-        UserError: if there are none; the message says what was looked for.
-    """
-    if path.is_file():
-        return [("train", path)]
-    if not path.is_dir():
-        raise UserError(f"{kind}: the path must be a file or a folder: there is nothing at {path}.")
-    found: list[tuple[Split, Path]] = []
-    for folder in (path, *sorted(entry for entry in path.iterdir() if entry.is_dir())):
-        here: dict[Split, Path] = {}
-        for file in sorted(folder.iterdir()):
-            name = unpacked_name(file)
-            ending = next((ending for ending in endings if name.endswith(ending)), None)
-            split = split_called(name.removesuffix(ending)) if ending and file.is_file() else None
-            if split is None:
-                continue
-            if split in here:
-                check_twins([here[split], file])
-                raise UserError(f"{folder}: {here[split].name} and {file.name} both hold {split} text. Remove one.")
-            here[split] = file
-        found += [(split, here[split]) for split in SPLIT_NAMES if split in here]
-    if not found:
-        names = ", ".join(f"{name}{endings[0]}" for name in ("train", *SPLIT_NAMES["valid"][:3], "test"))
-        raise UserError(
-            f"{path}: files must be named {names} (or {', '.join(endings[1:] or endings)}; or .gz), here or in folders "
-            "one below: found none."
-        )
-    return found
+        super().__init__(blocks, pivot=pivot, directions=directions, strict=strict)
 
 
 def _read(split: Split, path: Path) -> AlignedBlock:

@@ -9,14 +9,14 @@ from pathlib import Path
 from moekit.data.sources.aligned import AlignedBlock, AlignedSource, check_lengths
 from moekit.data.sources.files import (
     SPLIT_NAMES,
+    add_file,
     check_folder,
-    check_twins,
     read_lines,
     split_called,
     unpacked_name,
 )
 from moekit.errors import UserError
-from moekit.source import Direction, Split, digest, language_code
+from moekit.source import Direction, Split, digest, language_code, register_source
 
 _LANGUAGE = r"[A-Za-z]{2,3}(?:[-_@][A-Za-z0-9]+)*"
 _PAIR = r"[A-Za-z]{2,3}[A-Za-z0-9_@]*-[A-Za-z]{2,3}[A-Za-z0-9_@]*"
@@ -27,6 +27,7 @@ _NO_LANGUAGES = frozenset(
 )
 
 
+@register_source
 class Moses(AlignedSource):
     """A folder with ``train.en`` and ``train.de``, or ``train.en-de.en`` and ``train.en-de.de``; plain or ``.gz``.
 
@@ -42,6 +43,8 @@ class Moses(AlignedSource):
         UserError: on bad input, naming file and line.
     """
 
+    name = "moses"
+
     def __init__(
         self,
         path: str | Path,
@@ -54,7 +57,7 @@ class Moses(AlignedSource):
         folder = check_folder(path, "moses")
         groups = _find(folder, stems)
         blocks = [_read(split, files) for (split, _), files in groups.items()]
-        super().__init__("moses", blocks, pivot=pivot, directions=directions, strict=strict)
+        super().__init__(blocks, pivot=pivot, directions=directions, strict=strict)
 
 
 def _find(folder: Path, stems: Mapping[str, str] | None) -> dict[tuple[Split, str], dict[str, Path]]:
@@ -77,13 +80,7 @@ def _find(folder: Path, stems: Mapping[str, str] | None) -> dict[tuple[Split, st
         language, pair = language_code(match["language"]), match["pair"] or ""
         if pair and language not in pair.split("-"):
             raise UserError(f"{path}: the language must be one of the pair {pair}: got {language!r}. Rename the file.")
-        group = groups.setdefault((split, pair), {})
-        if language in group:
-            check_twins([group[language], path])
-            raise UserError(
-                f"{folder}: {group[language].name} and {path.name} both hold {split} text of {language!r}. Remove one."
-            )
-        group[language] = path
+        add_file(groups.setdefault((split, pair), {}), language, path, f"{split} text of {language!r}")
     if not groups:
         names = named or ("train", *SPLIT_NAMES["valid"], "test")
         raise UserError(

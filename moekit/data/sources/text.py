@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from moekit.data.sources.files import check_folder, check_twins, read_lines, split_called, unpacked_name
+from moekit.data.sources.files import add_file, check_folder, read_lines, split_called, unpacked_name
 from moekit.errors import UserError
-from moekit.source import SPLITS, Direction, Source, Split, digest, language_code
+from moekit.source import SPLITS, Direction, Source, Split, chance, digest, language_code, register_source
 
 
+@register_source
 class Text(Source):
     """A folder with ``train.en`` (and ``valid.en``, ``test.en``), or ``en.txt``; plain or ``.gz``.
 
@@ -56,8 +56,8 @@ class Text(Source):
             self._sentences[language, split] = sentences
         self._fingerprint = digest("text", unit, valid_share, test_share, *digests)
         # From the two ends of the draw, so that what one share holds out does not depend on the other.
-        self._hold_out("valid", lambda chance: chance < valid_share)
-        self._hold_out("test", lambda chance: chance >= 1 - test_share)
+        self._hold_out("valid", lambda drawn: drawn < valid_share)
+        self._hold_out("test", lambda drawn: drawn >= 1 - test_share)
 
     def _hold_out(self, split: Split, chosen: Callable[[float], bool]) -> None:
         """Take a split out of the training text of every language that has no file of it."""
@@ -65,7 +65,7 @@ class Text(Source):
             if (language, split) in self._sentences or (language, "train") not in self._sentences:
                 continue
             everything = self._sentences[language, "train"]
-            out = [chosen(_chance(sentence)) for sentence in everything]
+            out = [chosen(chance(sentence)) for sentence in everything]
             self._sentences[language, "train"] = [s for s, o in zip(everything, out, strict=True) if not o]
             self._sentences[language, split] = [s for s, o in zip(everything, out, strict=True) if o]
 
@@ -98,13 +98,7 @@ def _find(folder: Path) -> dict[tuple[str, Split], Path]:
             language = language_code(ending, str(path))
         else:
             continue
-        if (language, split) in found:
-            check_twins([found[language, split], path])
-            raise UserError(
-                f"{folder}: {found[language, split].name} and {path.name} both hold {split} text of {language!r}. "
-                "Remove one."
-            )
-        found[language, split] = path
+        add_file(found, (language, split), path, f"{split} text of {language!r}")
     if not found:
         raise UserError(
             f"{folder}: text files must be named {SPLITS[0]}.LANGUAGE, as train.en, or LANGUAGE.txt, as en.txt, plain "
@@ -124,8 +118,3 @@ def _sentences(lines: list[str], unit: str) -> list[str]:
         elif paragraphs[-1]:
             paragraphs.append([])
     return [" ".join(paragraph) for paragraph in paragraphs if paragraph]
-
-
-def _chance(sentence: str) -> float:
-    """A number in [0, 1) that belongs to the sentence."""
-    return int.from_bytes(hashlib.sha256(sentence.encode()).digest()[:6], "big") / 2**48

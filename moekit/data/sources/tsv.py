@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moekit.data.sources.aligned import AlignedBlock, AlignedSource
-from moekit.data.sources.files import read_lines
-from moekit.data.sources.jsonl import find_split_files
+from moekit.data.sources.files import find_split_files, read_lines
 from moekit.errors import UserError
-from moekit.source import Direction, Split, language_code
+from moekit.source import Direction, Split, language_code, register_source
 
 
+@register_source
 class Tsv(AlignedSource):
     """Files whose first line is ``en<TAB>de<TAB>fr`` and whose other lines are sentences; no quoting.
 
@@ -24,6 +24,8 @@ class Tsv(AlignedSource):
         UserError: on bad input, naming file and line.
     """
 
+    name = "tsv"
+
     def __init__(
         self,
         path: str | Path,
@@ -33,7 +35,7 @@ class Tsv(AlignedSource):
         strict: bool = False,
     ) -> None:
         blocks = [_read(split, file) for split, file in find_split_files(Path(path), "tsv", (".tsv", ".tab"))]
-        super().__init__("tsv", blocks, pivot=pivot, directions=directions, strict=strict)
+        super().__init__(blocks, pivot=pivot, directions=directions, strict=strict)
 
 
 def _read(split: Split, path: Path) -> AlignedBlock:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import Parameter, signature
 from itertools import accumulate
-from typing import TypeVar, overload
+from pathlib import Path
+from typing import Any, TypeVar
 
-from moekit.errors import UserError
-from moekit.source import Direction, Source, Split, digest
+from moekit.data.sources.opening import open_source
+from moekit.errors import UserError, nearest
+from moekit.source import Direction, LazySequence, Source, Split, digest, register_source
 
 _T = TypeVar("_T")
 
 
+@register_source
 class Union(Source):
     """All text of several sources: Multi30k and MAFAND together, or parallel text and monolingual text.
 
@@ -32,10 +36,43 @@ class Union(Source):
         self.languages = tuple(dict.fromkeys(code for member in members for code in member.languages))
         self.directions = tuple(dict.fromkeys(direction for member in members for direction in member.directions))
 
+    @classmethod
+    def parameters(cls) -> Mapping[str, Parameter]:
+        """A path; settings are those of the members."""
+        return signature(cls.open).parameters
+
+    @classmethod
+    def open(cls, path: str | Path | None = None, **settings: Any) -> Union:
+        """Open every member.
+
+        Args:
+            path: the members, as ``moses:path/one,jsonl:path/two``.
+            settings: a mapping of settings by kind of member, as ``moses={"pivot": "en"}``.
+
+        Raises:
+            UserError: no members, or settings of something else; whatever is wrong with a member.
+        """
+        members = [part.partition(":") for part in str(path or "").split(",") if part.strip()]
+        kinds = [kind.strip() for kind, _, _ in members]
+        if not members or not all(kinds):
+            raise UserError(
+                "union: the path must name the members as kind:path,kind:path, for example "
+                f"moses:data/one,jsonl:data/two: got {path!r}."
+            )
+        for name, value in settings.items():
+            if name not in kinds:
+                raise UserError(f"union: settings must belong to a member: got {name!r}. {nearest(name, set(kinds))}")
+            if not isinstance(value, Mapping):
+                raise UserError(f"union: the settings of {name} must be a mapping: got {type(value).__name__}.")
+        places = [where.strip() or None for _, _, where in members]
+        return cls(
+            [open_source(kind, place, **settings.get(kind, {})) for kind, place in zip(kinds, places, strict=True)]
+        )
+
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
         """Pairs of every member that serves the direction, one member after the other."""
         self.check_direction(direction)
-        return Chain([m.parallel(direction, split) for m in self.members if direction in m.directions])
+        return _chain([m.parallel(direction, split) for m in self.members if direction in m.directions])
 
     def monolingual(self, language: str, split: Split) -> Sequence[str]:
         """Sentences of every member that holds the language, each once."""
@@ -50,23 +87,12 @@ class Union(Source):
         return digest("union", *(member.fingerprint() for member in self.members))
 
 
-class Chain(Sequence[_T]):
+def _chain(parts: Sequence[Sequence[_T]]) -> Sequence[_T]:
     """Sequences one after the other, without copying them."""
+    starts = list(accumulate(map(len, parts), initial=0))
 
-    def __init__(self, parts: Sequence[Sequence[_T]]) -> None:
-        self._parts = [part for part in parts if len(part)]
-        self._ends = list(accumulate(map(len, self._parts)))
+    def item(index: int) -> _T:
+        part = bisect.bisect_right(starts, index) - 1
+        return parts[part][index - starts[part]]
 
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    @overload
-    def __getitem__(self, index: int) -> _T: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[_T]: ...
-    def __getitem__(self, index: int | slice) -> _T | list[_T]:
-        chosen = range(len(self))[index]
-        if isinstance(chosen, range):
-            return [self[i] for i in chosen]
-        part = bisect.bisect_right(self._ends, chosen)
-        return self._parts[part][chosen - (self._ends[part - 1] if part else 0)]
+    return LazySequence(starts[-1], item)

@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from moekit.atomic import flush, writing
 from moekit.errors import UserError
-from moekit.parallel.checkpoint.disk import flush, hidden_folders, writing
+from moekit.parallel.checkpoint.disk import hidden_folders
 from moekit.parallel.checkpoint.index import INDEX
 from moekit.parallel.checkpoint.optimizer_state import flatten_optimizers, optimizer_states_from, optimizer_targets
 from moekit.parallel.checkpoint.reader import StoredCheckpoint

@@ -1,36 +1,24 @@
-"""Files that are on the disk before their names are, and digests."""
+"""A checkpoint's place: how a finished folder comes into it, what killed saves leave beside it; digests."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from moekit.errors import UserError
+from moekit.atomic import flush
 from moekit.parallel.checkpoint.index import INDEX
 
 
 def digest_of(tensor: Tensor) -> str:
     """SHA-256 of a CPU tensor's bytes."""
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def commit(folder: Path, path: Path, data: str) -> None:
@@ -69,16 +57,3 @@ def hidden_folders(path: Path) -> list[Path]:
     """What unfinished saves to `path`, and unfinished removals, have left beside it."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
     return [found for found in path.parent.iterdir() if pattern.fullmatch(found.name)] if path.parent.is_dir() else []
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Tell of full disks and the like in the user's words.
-
-    Raises:
-        UserError: Instead of an `OSError`.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the checkpoint {path}: {getattr(error, 'strerror', None) or error}.") from error

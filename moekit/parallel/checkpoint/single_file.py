@@ -11,10 +11,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moekit.atomic import replacing
+from moekit.atomic import replacing_path
 from moekit.mapped import read_notes, read_safetensors
 from moekit.parallel.checkpoint.checkpointer import PathLike, read_into
-from moekit.parallel.checkpoint.disk import writing
 from moekit.parallel.checkpoint.index import Chunk, Index, StoredTensor
 from moekit.parallel.checkpoint.reader import StoredCheckpoint
 from moekit.parallel.checkpoint.state import model_targets, model_tensors, require_same_tensors, state_dict_from
@@ -84,8 +83,8 @@ def import_safetensors(path: PathLike, model: nn.Module) -> None:
 
 def _write(tensors: Mapping[str, Tensor], shared: Mapping[str, str], path: Path) -> None:
     copies = {name: tensors[first].clone() for name, first in shared.items() if first in tensors}
-    with writing(path), replacing(path) as file:
-        save_file({**tensors, **copies}, file.name, metadata={"format": "pt", _SHARED: json.dumps(dict(shared))})
+    with replacing_path(path) as temporary:
+        save_file({**tensors, **copies}, temporary, metadata={"format": "pt", _SHARED: json.dumps(dict(shared))})
 
 
 def _index_of(file: Path) -> tuple[Index, dict[str, str]]:

@@ -34,8 +34,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from moekit.atomic import flush, writing
 from moekit.errors import UserError
-from moekit.parallel.checkpoint.disk import commit, digest_of, flush, hidden_folders, is_file_checkpoint, writing
+from moekit.parallel.checkpoint.disk import commit, digest_of, hidden_folders, is_file_checkpoint
 from moekit.parallel.checkpoint.index import INDEX, Chunk, Index, StoredTensor
 
 PLAIN = "plain.pt"

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from moekit.data.mixture import TemperatureSchedule, heating
-from moekit.data.sources import Source, Union, open_source
+from moekit.data.sources import Source, Union, source_class
 from moekit.errors import UserError
 from moekit.runs.settings.fields import RESUME, SURGERY, setting
 from moekit.runs.settings.train import TrainConfig
 
-_WITHOUT_PATH = ("babel", "headlines", "gettext")
 _WHICH_TEXT = (
     "source", "pivot", "directions", "max_languages", "babel_languages", "babel_sentences", "babel_sizes",
 )  # fmt: skip
@@ -112,31 +111,26 @@ class DataConfig:
         kinds, paths = self.sources, _listed(self.path)
         if not kinds:
             raise UserError("data.source must name at least one kind of data, such as babel or moses: got nothing.")
-        needed = sum(kind not in _WITHOUT_PATH for kind in kinds)
+        classes = [source_class(kind) for kind in kinds]
+        needed = sum(made.needs_path() for made in classes)
         if len(paths) not in (needed, len(kinds)):
             folders = {0: "no folder", 1: "one folder"}.get(needed, f"{needed} folders, joined by commas,")
             raise UserError(
                 f"data.path must give {folders} for data.source {','.join(kinds)}: got "
                 f"{len(paths)}. For example --data.source moses --data.path my/corpus."
             )
-        remaining = iter(paths)
-        everything = len(paths) == len(kinds)
+        remaining, everything = iter(paths), len(paths) == len(kinds)
+        given = {
+            **{f.name: getattr(self, f.name) for f in fields(self)},
+            "pivot": None if self.pivot == "none" else self.pivot,
+            "directions": _listed(self.directions) or None,
+            "babel_sizes": _sizes(self.babel_sizes),
+        }
         opened = [
-            self._open(kind, next(remaining) if everything or kind not in _WITHOUT_PATH else None) for kind in kinds
+            made.open(next(remaining) if everything or made.needs_path() else None, **made.settings_from(given))
+            for made in classes
         ]
         return opened[0] if len(opened) == 1 else Union(opened)
-
-    def _open(self, kind: str, path: str | None) -> Source:
-        named = {"directions": _listed(self.directions) or None, "pivot": None if self.pivot == "none" else self.pivot}
-        babel = {"seed": self.seed - 1, "languages": self.babel_languages, "directions": named["directions"]}
-        options: dict[str, dict[str, Any]] = {
-            "babel": {**babel, "train_sentences": self.babel_sentences, "sizes": _sizes(self.babel_sizes)},
-            "headlines": {**babel, "train_documents": self.babel_sentences},
-            "gettext": {**named, "max_languages": self.max_languages},
-            "text": {},
-            "examples": {"directions": named["directions"]},
-        }
-        return open_source(kind, path, **options.get(kind, named))
 
     def missing_paths(self) -> list[str]:
         """Those of the paths where nothing is."""
