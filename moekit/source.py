@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from pathlib import Path
@@ -251,6 +251,9 @@ class LazySequence(Sequence[_T]):
 
     def __len__(self) -> int:
         return self._size
+
+    def __iter__(self) -> Iterator[_T]:
+        return map(self._item, range(self._size))
 
     @overload
     def __getitem__(self, index: int) -> _T: ...
