@@ -84,13 +84,16 @@ class ScoredRouter(Router):
         init_scale: that of the linear scorer.
 
     Raises:
-        ValueError: if `init_scale` is given beside a scorer, which has its own.
+        ValueError: if `dim` or `num_experts` is not positive, or `init_scale` is given beside a scorer, which has its
+            own.
     """
 
     def __init__(
         self, dim: int, num_experts: int, scorer: ExpertScorer | None = None, *, init_scale: float = _INIT_SCALE
     ) -> None:
         super().__init__()
+        if dim < 1 or num_experts < 1:
+            raise ValueError(f"dim and num_experts must be at least 1: got dim={dim} and num_experts={num_experts}.")
         if scorer is not None and init_scale != _INIT_SCALE:
             raise ValueError(
                 f"init_scale is of the linear scorer: got init_scale={init_scale} and {scorer}. Give the scorer its "

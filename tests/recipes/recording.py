@@ -15,11 +15,15 @@ from typing import Any
 import torch
 import yaml
 
+from moekit.runs.recipe import find_recipe
+
 CLOCK = re.compile(r"second|minute|memory|bytes|signature")
 """Names of values that depend on the clock, on what else runs, or on a package's version."""
 LOSS = re.compile(r"\bloss\b")
 """Names of the values that are compared on other machines too."""
 MAX_SHOWN = 12
+LATER = ("tasks", "scores")
+"""Keys of summary.json that are younger than the records: words for reports, and scores of tasks that they lack."""
 
 
 def machine() -> dict[str, str]:
@@ -80,13 +84,29 @@ def differences(recorded: Mapping[str, Any], found: Mapping[str, Any], *, exact:
             computed values by anything, and only settings and names must be the same.
         tolerance: relative.
     """
-    old, new = values(recorded), values(found)
+    old, new = values(_as_now(recorded)), values(_without_later(_as_now(found)))
     lines = [f"{name}: {old[name]!r} recorded, missing now" for name in old if name not in new]
     lines += [f"{name}: not recorded, {new[name]!r} now" for name in new if name not in old]
     for name in old:
         if name in new and not _same(name, old[name], new[name], exact, tolerance):
             lines.append(f"{name}: {old[name]!r} recorded, {new[name]!r} now")
     return lines
+
+
+def _as_now(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A record whose settings have their present names and forms; the values are the record's."""
+    config = recorded.get("config")
+    if not isinstance(config, Mapping):
+        return recorded
+    return {**recorded, "config": find_recipe(config["recipe"], "the record").current(config)}
+
+
+def _without_later(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A record without what summaries have said only since the first records were made."""
+    summary = found.get("summary")
+    if not isinstance(summary, Mapping):
+        return found
+    return {**found, "summary": {name: value for name, value in summary.items() if name not in LATER}}
 
 
 def shown(lines: list[str]) -> str:

@@ -59,6 +59,7 @@ def published(name: str) -> dict[str, Any]:
 
 def settings_of(config: Any) -> Iterator[str]:
     """Dotted names of what bears on the model or its training."""
+    own = {task.name for task in dataclasses.fields(config.tasks) if not task.metadata.get("offered")}
     for field in dataclasses.fields(config):
         if field.name == "strategy":
             continue
@@ -70,8 +71,8 @@ def settings_of(config: Any) -> Iterator[str]:
             if inner.name in OPERATION.get(field.name, ()):
                 continue
             if field.name == "tasks":
-                yield from (f"tasks.{inner.name}.{key}" for key in ("tokens", "weight"))
-            elif (task := ONLY_FOR.get(f"{field.name}.{inner.name}")) is None or hasattr(config.tasks, task):
+                yield from (f"tasks.{inner.name}.{key}" for key in ("tokens", "weight") if inner.name in own)
+            elif (task := ONLY_FOR.get(f"{field.name}.{inner.name}")) is None or task in own:
                 yield f"{field.name}.{inner.name}"
 
 
