@@ -85,8 +85,8 @@ class Family:
 
     def in_their_form(self, ours: Architecture) -> Architecture:
         """The architecture with the scales of transformers."""
-        scales = {"embedding_scale": self.embedding_scale(ours), "attention_scale": self.attention_scale}
-        return dataclasses.replace(ours, **scales)
+        scale = self.embedding_scale(ours)
+        return dataclasses.replace(ours, embedding_scale=scale, attention_scale=self.attention_scale)
 
     def config(self, ours: Architecture) -> dict[str, Any]:
         """The fields of ``config.json``.

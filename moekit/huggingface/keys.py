@@ -137,7 +137,7 @@ def _link(
         shape = (*weight[:-2], weight[-1 if experts else -2])
         mine = mine if ours.bias else ""
     options = re.search(r"\{(\w(?:,\w)*)\}", yours)
-    theirs = (yours,)
+    theirs: tuple[str, ...] = (yours,)
     if options is not None:
         parts = map(str, range(shape[0])) if experts else options[1].split(",")
         theirs = tuple(yours.replace(options[0], part) for part in parts)

@@ -33,7 +33,7 @@ class Setting:
     Attributes:
         name: Its name in the file.
         default: What transformers takes where the file does not have it. Its type says what values are allowed. A
-            function of the fields and of the attributes that rows above have read gives a default that depends on them.
+            function of the fields and of the attributes that rows above have read gives a whole number.
         ours: The attribute, or several that have one value; the first is written. () = a constant, the default.
         least: The least whole number that is allowed.
         values: Ours for each of theirs; None = the same.
@@ -93,7 +93,10 @@ class Setting:
             if (self.default if value is None else value) != required:
                 raise fields.wrong(self.name, repr(required), self.default if value is None else value, self.hint)
             return
-        value = self.value(fields, self.default(fields, found) if callable(self.default) else None)
+        default = self.default
+        if callable(default):  # and asks other fields, which do not matter where the file has this one
+            default = 0 if fields.given.get(self.name) is not None else default(fields, found)
+        value = self.value(fields, default)
         if self.none is not None and value >= self.none:
             value = None
         found |= dict.fromkeys(self.attributes, value if self.values is None else self.values[value])
