@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from torch import nn
 
-from moekit.atomic import replacing, write_error, write_json
+from moekit.atomic import replacing, replacing_folder, write_error, write_json, writing
 from moekit.data.cache import CorruptCacheError
 from moekit.data.held_out import HeldOut
 from moekit.data.tokenizer import Tokenizer
@@ -216,15 +216,8 @@ class Run:
         """
         if tokenizer is not None and not self._has(tokenizer):
             place = self.path / _TOKENIZER
-            temporary = place.with_name(f".{_TOKENIZER}.{os.getpid()}.tmp")
-            try:
-                tokenizer.save(temporary)
-                shutil.rmtree(place, ignore_errors=True)
-                os.replace(temporary, place)
-            except OSError as error:
-                raise write_error(place, error) from error
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            with writing(place), replacing_folder(place) as draft:
+                tokenizer.save(draft)
         if held_out is not None:
             with replacing(self.path / _HELD_OUT) as file:
                 held_out.write(file)

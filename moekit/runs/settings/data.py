@@ -138,7 +138,7 @@ class DataConfig:
 
     def which_text(self) -> dict[str, Any]:
         """The settings that say which text is read; where it lies does not matter."""
-        generated = {"babel", "headlines"} & set(self.sources)
+        generated = any("path" not in source_class(kind).parameters() for kind in self.sources)
         return {f"data.{name}": getattr(self, name) for name in (*_WHICH_TEXT, *(["seed"] if generated else []))}
 
     def temperature_schedule(self) -> TemperatureSchedule:
