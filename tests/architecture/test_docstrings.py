@@ -16,6 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ERRORS = {"ValueError", "UserError"}
 ROOMS = (
     "huggingface",
+    "surgery",
     "routers",
     "functional",
     "experts",
