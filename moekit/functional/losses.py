@@ -8,11 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-<<<<<<< HEAD
 from moekit.functional.means import masked_mean
-=======
 from moekit.functional.ordered_sums import sum_by_index
->>>>>>> h/showk
 
 BalanceScope = Literal["batch", "sequence", "global"]
 
