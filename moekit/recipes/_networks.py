@@ -71,7 +71,7 @@ class NetworkConfig:
     heads: int = 4
     head_dim: int = 0
     hidden_dim: int = 512
-    num_experts: int = setting(8, free=SURGERY)
+    num_experts: int = setting(8, at_least=0, free=SURGERY)
     every: int = 2
     load_balance: float = setting(1e-2, free=SURGERY)
     router_z: float = setting(0.0, free=SURGERY)
