@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 from moekit.cli.command import RecipeCommand
 from moekit.cli.training import run_options, settings_of_other, test_and_report, train
 from moekit.runs.config import RunConfig
-from moekit.runs.distill import DistillConfig, Distillation, starting_config
+from moekit.runs.distill import Distillation, DistillConfig, starting_config
 from moekit.runs.recipe import Recipe
 
 
@@ -29,9 +29,7 @@ def _options(parser: ArgumentParser) -> None:
 
 def _distill(recipe: Recipe, config: RunConfig, given: Any) -> None:
     chosen = DistillConfig(**vars(given.distill))
-    test_and_report(
-        *train(recipe, config, given, "distill", lambda _, own: Distillation(given.teacher, chosen, own))
-    )
+    test_and_report(*train(recipe, config, given, "distill", lambda _, own: Distillation(given.teacher, chosen, own)))
 
 
 COMMAND = RecipeCommand(

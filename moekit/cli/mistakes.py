@@ -83,7 +83,9 @@ def _fits(parser: ArgumentParser, key: str, value: Any) -> bool:
 
 def _hint(key: str, known: Mapping[str, Any], dashes: str = "") -> str:
     """The nearest of all names; else all, but for groups of settings and what only prints."""
-    names = [name for name in known if not name.startswith("print_") and not any(k.startswith(f"{name}.") for k in known)]
+    names = [
+        name for name in known if not name.startswith("print_") and not any(k.startswith(f"{name}.") for k in known)
+    ]
     hint, _, every = nearest(f"{dashes}{key}", [f"{dashes}{name}" for name in names]).partition("There ")
     return hint.replace("'", "").strip() or f"There {every}"
 

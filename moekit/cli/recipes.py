@@ -95,7 +95,9 @@ def build_parser(recipe: Recipe, command: str, variant: str, config: RunConfig |
     for group in fields(config):
         kind = type(getattr(config, group.name))
         unused = {
-            f.name for f in fields(kind) if chosen.settings is not None and f"{group.name}.{f.name}" not in chosen.settings
+            f.name
+            for f in fields(kind)
+            if chosen.settings is not None and f"{group.name}.{f.name}" not in chosen.settings
         }
         if len(unused) < len(fields(kind)):
             parser.add_class_arguments(kind, group.name, skip=unused)

@@ -115,7 +115,9 @@ def settings_of_other(
 
     def start(recipe: Recipe, arguments: Sequence[str], variant: str | None) -> tuple[str, RunConfig] | None:
         other, out = option_value(arguments, option), option_value(arguments, "--out")
-        found = None if other is None or (out and _resumed(out, arguments)) else starting(recipe, Run.load(other), variant)
+        found = (
+            None if other is None or (out and _resumed(out, arguments)) else starting(recipe, Run.load(other), variant)
+        )
         path = out or (folder(recipe, found[0], None, command) if found else None)
         own = _resumed(path, arguments) if path else None
         return found if own is None else (own.variant, own.config)

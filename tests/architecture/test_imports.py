@@ -270,7 +270,7 @@ def test_same_floor_table_has_no_cycle_and_no_idle_row() -> None:
         ("__init__.py", "from moekit import recipes", "must not import recipes"),
         ("testing.py", "from moekit.recipes import zcode_m3", "must not import recipes"),
         ("surgery/taking.py", "from moekit.surgery import __main__", "upward import"),
-        ("surgery/command.py", "from moekit.recipes import zcode_m3", "upward import"),
+        ("surgery/experts.py", "from moekit.recipes import zcode_m3", "upward import"),
         ("attic/things.py", "from moekit.routing import Routing", "has no floor"),
     ],
 )

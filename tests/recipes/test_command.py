@@ -24,8 +24,14 @@ def run(*arguments: str) -> int:
         (["--data.sourc", "babel"], ["unknown option --data.sourc", "Did you mean --data.source"]),
         (["--tasks.translation.tokns=5"], ["Did you mean --tasks.translation.tokens"]),
         (["--train.max_steps", "many"], ["train.max_steps must be a whole number: got 'many'"]),
-        (["--train.schedule", "linear"], ["train.schedule must be one of cosine, inverse_square_root, constant: got 'linear'"]),
-        (["--data.mask_shares", "0.8,0.1,0.1"], ["data.mask_shares must be a list in brackets, such as [0.8,0.1,0.1]: got"]),
+        (
+            ["--train.schedule", "linear"],
+            ["train.schedule must be one of cosine, inverse_square_root, constant: got 'linear'"],
+        ),
+        (
+            ["--data.mask_shares", "0.8,0.1,0.1"],
+            ["data.mask_shares must be a list in brackets, such as [0.8,0.1,0.1]: got"],
+        ),
         (["--train.warmup_steps", "30", "--train.max_steps", "30"], ["train.warmup_steps", "30 of 30"]),
         (["--data.source", "moses"], ["data.path must give one folder for"]),
         (["--data.source", "moses,jsonl"], ["data.path must give 2 folders, joined by commas, for"]),
