@@ -69,19 +69,23 @@ def execute(command: Callable[[], None]) -> int:
     return 0
 
 
-def run_command(program: str, commands: Mapping[str, Command], name: str, arguments: Sequence[str]) -> int:
-    """Parse the options of a command on runs, and run it; returns the exit code."""
-    command = commands[name]
+def build_parser(program: str, name: str, command: Command) -> argparse.ArgumentParser:
+    """The parser of a command on runs."""
     parser = argparse.ArgumentParser(
-        prog=f"{program} {name}".strip(),
+        prog=f"{program} {name}",
         description=f"{command.help}.",
         epilog=f"examples:\n{command.examples}" if command.examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     command.options(parser)
-    given = parser.parse_args(arguments)
-    return execute(lambda: command.run(given, Console()))
+    return parser
+
+
+def run_command(program: str, commands: Mapping[str, Command], name: str, arguments: Sequence[str]) -> int:
+    """Parse the options of a command on runs, and run it; returns the exit code."""
+    given = build_parser(program, name, commands[name]).parse_args(arguments)
+    return execute(lambda: commands[name].run(given, Console()))
 
 
 def option_value(arguments: Sequence[str], option: str) -> str | None:

@@ -26,7 +26,7 @@ def explain(error: str, parser: ArgumentParser, arguments: Sequence[str]) -> str
         arguments: given to it.
     """
     known = {word.removeprefix("--"): a for a in parser._actions for word in a.option_strings if word != "-h"}
-    file = option_value(arguments, "--config")
+    file = option_value(arguments, "--config") if "config" in known else None
     try:
         stored = {} if file is None else yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as wrong:

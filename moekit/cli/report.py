@@ -21,7 +21,7 @@ def _options(parser: ArgumentParser) -> None:
         type=Path,
         default=None,
         metavar="FILE",
-        help="with several runs: the HTML file to write (default: comparison.html); the markdown lies beside it",
+        help="HTML file of a comparison (default: comparison.html); the markdown lies beside it",
     )
     parser.add_argument("--markdown", action="store_true", help="print one run as markdown instead of writing a page")
 
