@@ -1,35 +1,66 @@
-"""The command line that every recipe shares: variants, YAML, and errors that help."""
+"""The command line of a recipe: its commands, variants and settings, YAML, and errors that help."""
 
 from __future__ import annotations
 
-import difflib
-import re
 import sys
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import reduce
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
-from rich.console import Console
 
-from moekit.cli.commands import COMMANDS, take
-from moekit.errors import UserError
+from moekit.cli import distill, finetune, fit, generate, plan, run, score, test
+from moekit.cli.command import RecipeCommand, execute, option_value, overview
+from moekit.cli.mistakes import explain
+from moekit.errors import UserError, nearest
 from moekit.runs.config import RunConfig
-from moekit.runs.plain import as_plain
+from moekit.runs.plain import as_plain, with_setting
 from moekit.runs.recipe import Recipe
-from moekit.runs.settings.data import DataConfig
-from moekit.runs.settings.evaluate import EvaluateConfig
 from moekit.runs.settings.fields import check_ranges
-from moekit.runs.settings.strategy import StrategyConfig
-from moekit.runs.settings.train import TrainConfig
+
+COMMANDS: Mapping[str, RecipeCommand] = {
+    "run": run.COMMAND,
+    "fit": fit.COMMAND,
+    "test": test.COMMAND,
+    "generate": generate.COMMAND,
+    "score": score.COMMAND,
+    "finetune": finetune.COMMAND,
+    "distill": distill.COMMAND,
+    "plan": plan.COMMAND,
+}
+"""By name; the first is the default."""
+
+_SHORT = {"--devices": "--train.devices", "--nodes": "--train.num_nodes"}
+"""Options that have a short name, as in ``torchrun``."""
 
 
 class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """jsonargparse's help with the description's own line breaks."""
 
 
-_SHORT = {"--devices": "--train.devices", "--nodes": "--train.num_nodes"}
-"""Options that have a short name, as in ``torchrun``."""
+def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
+    """Run the command line of a recipe; returns the exit code: 0, or 2 where the input is at fault."""
+    return execute(lambda: _main(recipe, list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(recipe: Recipe, argv: list[str]) -> None:
+    name = argv[0] if argv and not argv[0].startswith("-") else next(iter(COMMANDS))
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}. {nearest(name, COMMANDS)}")
+    command = COMMANDS[name]
+    arguments = [_spelled_out(argument) for argument in argv[argv[:1] == [name] :]]
+    wanted = option_value(arguments, "--variant")
+    variant = wanted or next(iter(recipe.variants))
+    if variant not in recipe.variants:
+        raise UserError(f"unknown variant {variant!r}. {nearest(variant, recipe.variants)}")
+    found, base = command.start(recipe, arguments, wanted) or (variant, recipe.variants[variant].config)
+    variant = found if found in recipe.variants else variant
+    parser = build_parser(recipe, name, variant, base)
+    given, config = _parsed(parser, recipe, base, arguments, command.settings)
+    given.variant, given.arguments = given.get("variant") or variant, argv
+    command.run(recipe, config, given)
 
 
 def _spelled_out(argument: str) -> str:
@@ -38,109 +69,57 @@ def _spelled_out(argument: str) -> str:
     return _SHORT.get(option, option) + equals + value
 
 
-def _nearest(word: str, known: Sequence[str], what: str) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]}?" if near else f" Known {what}: {', '.join(known)}."
-
-
 def build_parser(recipe: Recipe, command: str, variant: str, config: RunConfig | None = None) -> ArgumentParser:
     """The parser of one command; defaults are the values of `config`, or of the variant."""
     config = recipe.variants[variant].config if config is None else config
-    commands = "\n".join(f"  {name:<10} {c.help}" for name, c in COMMANDS.items())
-    variants = "\n".join(f"  {name:<10} {v.note}" for name, v in recipe.variants.items())
+    chosen = COMMANDS[command]
     parser = ArgumentParser(
         prog=f"python -m moekit.recipes.{recipe.name} {command}",
-        usage=f"python -m moekit.recipes.{recipe.name} [command] [--variant NAME] [--config FILE] [--key value ...]",
-        description=f"{recipe.about}\n\ncommands:\n{commands}\n\nvariants:\n{variants}\n\n"
-        "Any value below can be set on the command line, or in a YAML file given with --config.",
+        usage=f"python -m moekit.recipes.{recipe.name} [command] [--variant NAME] [--key value ...]",
+        description=f"{recipe.about}\n\ncommands:\n{overview({name: c.help for name, c in COMMANDS.items()})}\n\n"
+        f"variants:\n{overview({name: v.note for name, v in recipe.variants.items()})}\n\n{command}: {chosen.help}.",
         exit_on_error=False,
         default_env=False,
-        allow_abbrev=False,  # an abbreviation that works today is a typo tomorrow
+        allow_abbrev=False,  # an abbreviation that works now would be a typo after the next new option
     )
     parser.formatter_class = _Help
     parser.add_argument("--variant", default=variant, choices=list(recipe.variants), help="settings to start from")
-    # A run's config.yaml names its recipe; given with --config it must be of this one.
-    parser.add_argument("--recipe", default=recipe.name, choices=[recipe.name], help=SUPPRESS)
-    for key in recipe.renamed:
-        parser.add_argument(f"--{key}", type=Any, default=None, help=SUPPRESS)
-    parser.add_argument("--config", action="config", help="YAML file with settings; later options win over it")
-    COMMANDS[command].options(parser)
-    groups = {"data": DataConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "strategy": StrategyConfig}
-    for name, kind in (groups | {"model": type(config.model), "tasks": type(config.tasks)}).items():
-        parser.add_class_arguments(kind, name)
-    parser.set_defaults(as_plain(config))
+    if chosen.settings is None:
+        # A run's config.yaml names its recipe; given with --config it must be of this one.
+        parser.add_argument("--recipe", default=recipe.name, choices=[recipe.name], help=SUPPRESS)
+        for key in recipe.renamed:
+            parser.add_argument(f"--{key}", type=Any, default=None, help=SUPPRESS)
+        parser.add_argument("--config", action="config", help="YAML file with settings; options after it win over it")
+    chosen.options(parser)
+    values = as_plain(config)
+    for group in fields(config):
+        kind = type(getattr(config, group.name))
+        unused = {
+            f.name
+            for f in fields(kind)
+            if chosen.settings is not None and f"{group.name}.{f.name}" not in chosen.settings
+        }
+        if len(unused) < len(fields(kind)):
+            parser.add_class_arguments(kind, group.name, skip=unused)
+            for name in set(values[group.name]) - unused:
+                parser.set_defaults({f"{group.name}.{name}": values[group.name][name]})
     return parser
 
 
-def _keys(parser: ArgumentParser) -> list[str]:
-    return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-
-
-def _explain(error: str, parser: ArgumentParser) -> str:
-    """A parser's complaint in words that say what to do."""
-    known = _keys(parser)
-    if match := re.search(r"unrecognized arguments: (\S+)", error, re.IGNORECASE):
-        word = match.group(1)
-        if not word.startswith("-"):
-            return f"unexpected argument {word!r}. Options begin with --; see --help."
-        return f"unknown option {word.split('=')[0]}.{_nearest(word.split('=')[0], known, 'options')}"
-    if match := re.search(r"Group '([^']*)' does not accept option '([^']*)'", error):
-        group, word = match.groups()
-        key = f"--{group}.{word}"
-        return f"unknown key {group}.{word} in the configuration.{_nearest(key, known, 'keys').replace('--', '')}"
-    if match := re.search(r"[Oo]ption '([^']*)' is not accepted|Key '([^']*)' is not expected", error):
-        word = next(g for g in match.groups() if g)
-        return f"unknown key {word} in the configuration.{_nearest('--' + word, known, 'keys').replace('--', '')}"
-    if match := re.search(r'Parser key "([^"]*)":\s*(.*)', error, re.DOTALL):
-        key, problem = match.groups()
-        problem = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", " ".join(problem.split()))
-        problem = re.sub(r"<class '(\w+)'>", r"\1", problem)
-        problem = problem.replace("Expected a one of", "Expected one of").replace("Expected a int.", "Expected an int.")
-        problem = problem.replace("Expected a tuple.", "Expected a list in brackets, such as [1,2].")
-        return f"{key}: {problem}"
-    return " ".join(error.split())
-
-
-def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn the user's mistakes into one message and exit code 2."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+def _parsed(
+    parser: ArgumentParser, recipe: Recipe, base: RunConfig, arguments: Sequence[str], settings: Sequence[str] | None
+) -> tuple[Any, RunConfig]:
+    """All options, and the settings with those of the options."""
     try:
-        return _main(recipe, list(sys.argv[1:] if argv is None else argv)) or 0
-    except (UserError, ArgumentError) as error:
-        console.print(f"[bold red]error:[/] {_escape(str(error))}")
-        return 2
-    except KeyboardInterrupt:
-        console.print("interrupted")
-        return 130
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-def _main(recipe: Recipe, argv: list[str]) -> int | None:
-    command = next(iter(COMMANDS))
-    if argv and not argv[0].startswith("-"):
-        command, *argv = argv
-        if command not in COMMANDS:
-            raise UserError(f"unknown command {command!r}.{_nearest(command, list(COMMANDS), 'commands')}")
-    wanted, argv = take(argv, "--variant")
-    variant = wanted or next(iter(recipe.variants))
-    if variant not in recipe.variants:
-        raise UserError(f"unknown variant {variant!r}.{_nearest(variant, list(recipe.variants), 'variants')}")
-    found = COMMANDS[command].defaults(recipe, argv, wanted)
-    if found is not None:
-        variant = found[0] if found[0] in recipe.variants else variant
-    parser = build_parser(recipe, command, variant, None if found is None else found[1])
-    try:
-        parsed = parser.parse_args([_spelled_out(argument) for argument in argv])
+        given = parser.parse_args(list(arguments))
     except ArgumentError as error:
-        named, _ = take(argv, "--config")
-        where = f"{named}: " if named and "config" in str(error) else ""
-        raise UserError(where + _explain(str(error), parser)) from None
-    config = recipe.config(recipe.current(parsed.as_dict()), "the command line")
+        raise UserError(explain(str(error), parser, arguments)) from None
+    if settings is None:
+        config = recipe.config(recipe.current(given.as_dict()), "the command line")
+    else:
+        config = reduce(lambda config, key: with_setting(config, key, given[key]), settings, base)
     check_ranges(config)
-    return COMMANDS[command].run(recipe, config, parsed)
+    return given, config
 
 
 def reconfigured(recipe: Recipe, config: RunConfig, arguments: Sequence[str]) -> RunConfig:
@@ -150,10 +129,4 @@ def reconfigured(recipe: Recipe, config: RunConfig, arguments: Sequence[str]) ->
         UserError: an unknown key (with the nearest one), or a value that does not fit.
     """
     parser = build_parser(recipe, next(iter(COMMANDS)), next(iter(recipe.variants)), config)
-    try:
-        parsed = parser.parse_args(list(arguments))
-    except ArgumentError as error:
-        raise UserError(_explain(str(error), parser)) from None
-    changed = recipe.config(recipe.current(parsed.as_dict()), "the options")
-    check_ranges(changed)
-    return changed
+    return _parsed(parser, recipe, config, arguments, None)[1]

@@ -47,18 +47,18 @@ class NetworkConfig:
 
     Attributes:
         dim: width of the residual stream.
-        heads: of attention.
-        head_dim: channels of a head; 0 = dim / heads.
-        hidden_dim: of a feed-forward, and of each expert.
-        num_experts: of a sparse layer; 0 = dense, the FLOP-matched twin.
-        every: every so many layers one is sparse, the last of them; 1 = all.
-        load_balance: weight of the load-balancing loss, summed over layers.
-        router_z: weight of the router z-loss.
-        dropout: on embeddings, branches and hidden activations.
-        activation: of feed-forwards and experts.
+        heads: number of attention heads.
+        head_dim: channels of an attention head; 0 = dim / heads.
+        hidden_dim: hidden size of a feed-forward, and of each expert; four times dim is usual.
+        num_experts: number of experts in a sparse layer; 0 = dense, the FLOP-matched twin.
+        every: distance of sparse layers: the last of each group of so many layers is sparse; 1 = all, 2 is usual.
+        load_balance: weight of the load-balancing loss, summed over layers; 0.01 is usual.
+        router_z: weight of the router z-loss; 0 = none, 0.001 is usual.
+        dropout: dropout on embeddings, branches and hidden activations, as a share.
+        activation: activation function of feed-forwards and experts.
         gated: whether feed-forwards and experts are gated (GEGLU with gelu, SwiGLU with silu).
-        norm: layer (LayerNorm), rms (RMSNorm) or rms_without_scale (which has no weights).
-        positions: sinusoidal, rotary, or relative (T5).
+        norm: normalisation: layer (LayerNorm), rms (RMSNorm) or rms_without_scale (which has no weights).
+        positions: positions of tokens: sinusoidal, rotary, or relative (T5).
         tied: whether one table embeds tokens and makes the logits.
         init_scale: variance scale of the first weights of attention and dense feed-forwards (Switch: 0.1).
         expert_init_scale: variance scale of the experts' first weights (Switch: 0.1).
@@ -71,7 +71,7 @@ class NetworkConfig:
     heads: int = 4
     head_dim: int = 0
     hidden_dim: int = 512
-    num_experts: int = setting(8, free=SURGERY)
+    num_experts: int = setting(8, at_least=0, free=SURGERY)
     every: int = 2
     load_balance: float = setting(1e-2, free=SURGERY)
     router_z: float = setting(0.0, free=SURGERY)
@@ -92,7 +92,7 @@ class DecoderConfig(NetworkConfig):
     """A decoder-only language model.
 
     Attributes:
-        layers: blocks.
+        layers: number of blocks.
     """
 
     layers: int = 4
@@ -103,8 +103,8 @@ class EncoderDecoderConfig(NetworkConfig):
     """A sequence-to-sequence model.
 
     Attributes:
-        encoder_layers: blocks of the encoder.
-        decoder_layers: blocks of the decoder.
+        encoder_layers: number of blocks of the encoder.
+        decoder_layers: number of blocks of the decoder.
     """
 
     encoder_layers: int = 2

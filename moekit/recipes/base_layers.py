@@ -42,10 +42,10 @@ class ModelConfig(DecoderConfig):
     """The network.
 
     Attributes:
-        every: after so many blocks, and not after the last, stands a layer of experts: half of `layers` = one layer in
-            the middle, a fourth = three.
-        sublayers: feed-forward blocks of an expert.
-        expert_hidden_dim: hidden size of each of them; 0 = hidden_dim.
+        every: distance of layers of experts: one stands after every so many blocks, and none after the last: half of
+            `layers` = one layer in the middle, a fourth = three.
+        sublayers: number of feed-forward blocks of an expert.
+        expert_hidden_dim: hidden size of each block of an expert; 0 = hidden_dim.
         shuffle: whether the tokens of all processes are mixed before they are assigned.
     """
 

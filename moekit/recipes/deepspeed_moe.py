@@ -44,9 +44,9 @@ class ModelConfig(DecoderConfig):
     """The network.
 
     Attributes:
-        half: where experts stand: in both halves of the layers, in the first alone, or in the second alone.
-        doubled: so many of the last sparse layers have twice the experts; 0 = no pyramid.
-        residual: the dense branch beside the experts: none, added to them, or mixed with them by a learned softmax.
+        half: halves of the network where experts stand: both, the first alone, or the second alone.
+        doubled: number of last sparse layers that have twice the experts; 0 = no pyramid.
+        residual: dense branch beside the experts: none, added to them, or mixed with them by a learned softmax.
         expert_init: whether experts begin independent of one another, or as copies of one.
         capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
     """

@@ -48,11 +48,11 @@ class ModelConfig(DecoderConfig):
         diversify: share of train.max_steps in which all experts of a layer are one.
         masked: share of each expert's weights that are set to zero when they part.
         sparsify: share of train.max_steps in which the temperature falls; after it one expert runs.
-        decay: form of the fall.
-        start: temperature at its beginning.
-        end: temperature at its end.
+        decay: form in which the temperature falls.
+        start: temperature at the beginning of its fall.
+        end: temperature at the end of its fall.
         threshold: least probability of an expert that runs.
-        weights: of the experts that run: the gumbel-softmax itself, or the plain softmax.
+        weights: weights of the experts that run: the gumbel-softmax itself, or the plain softmax.
     """
 
     diversify: float = 0.1

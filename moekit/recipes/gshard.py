@@ -58,10 +58,11 @@ class ModelConfig(EncoderDecoderConfig):
     """The network.
 
     Attributes:
-        k: experts that a token passes; 2 in the paper.
+        k: number of experts that a token passes; 2 in the paper.
         capacity_factor: slots of an expert in training as a multiple of an even share of all choices; 0 = no limit.
-        eval_capacity_factor: the same in evaluation; 0 = no limit.
-        second_expert: whether a token's second choice is sent at random by its weight (the paper), always, where its
+        eval_capacity_factor: slots of an expert in evaluation as a multiple of an even share of all choices; 0 = no
+            limit.
+        second_expert: when a token's second choice is sent: at random by its weight (the paper), always, where its
             weight is above 0.2 (threshold), or drawn from the router's probabilities (sampled).
         group_size: tokens of a local group, which has slots and a balance loss of its own; 0 = all tokens of a process.
     """

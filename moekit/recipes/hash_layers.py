@@ -48,14 +48,15 @@ class ModelConfig(DecoderConfig):
     """The network.
 
     Attributes:
-        hash: what chooses the expert: the token, by a balanced or a random table; the previous token; the bigram; the
-            position; a cluster of similar tokens, or each of them to another expert (dispersed); the next token
+        hash: key that chooses the expert: the token, by a balanced or a random table; the previous token; the bigram;
+            the position; a cluster of similar tokens, or each of them to another expert (dispersed); the next token
             (oracle, which cannot write: set evaluate.samples to 0).
-        tables: more than 1 = MultiHash: so many segments of the hidden layer, each with a balanced table of its own.
-        hash_seed: of the table.
+        tables: number of tables: more than 1 = MultiHash, so many segments of the hidden layer, each with a balanced
+            table of its own.
+        hash_seed: seed of the table.
         embeddings: run folder of a model with the same tokenizer, for clustered and dispersed.
-        layer: of the experts, from 0.
-        every: so many layers after it stands another layer of experts.
+        layer: number of the layer of experts, from 0.
+        every: distance of a further layer of experts, in layers.
     """
 
     hash: Hash = "balanced"

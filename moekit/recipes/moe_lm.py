@@ -41,11 +41,12 @@ class ModelConfig(DecoderConfig):
     """The network.
 
     Attributes:
-        k: experts that a token passes.
+        k: number of experts that a token passes.
         capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
-        eval_capacity_factor: the same in evaluation; 0 = no limit. The released code's share f of
-            all tokens is f E / 2.
-        second_expert: the next best (always), or drawn from the router's probabilities (sampled).
+        eval_capacity_factor: slots of an expert in evaluation as a multiple of an even share; 0 = no limit. The
+            released code's share f of all tokens is f E / 2.
+        second_expert: second choice of a token: the next best (always), or drawn from the router's probabilities
+            (sampled).
     """
 
     k: int = 2

@@ -35,14 +35,15 @@ class ModelConfig:
 
     Attributes:
         dim: width of embeddings and of every layer's input and output.
-        units: cells of each LSTM, projected to `dim` where they are more; 0 = dim.
-        hidden_dim: of each expert.
-        num_experts: of the layer; 0 = dense: one feed-forward as wide as the experts that a token passes.
-        groups: into which a two-level gate sorts the experts; 0 = a flat gate.
-        k: experts per token of a flat gate; of a two-level gate, groups per token and experts in each.
+        units: number of cells of each LSTM, projected to `dim` where they are more; 0 = dim.
+        hidden_dim: hidden size of each expert.
+        num_experts: number of experts of the layer; 0 = dense: one feed-forward as wide as the experts that a token
+            passes.
+        groups: number of groups into which a two-level gate sorts the experts; 0 = a flat gate.
+        k: number of experts per token under a flat gate; under a two-level gate, groups per token and experts in each.
         importance: weight of the importance loss.
         load: weight of the load loss.
-        dropout: on the output of every layer but the softmax.
+        dropout: dropout on the output of every layer but the softmax, as a share.
         tied: whether one table embeds tokens and makes the logits.
     """
 

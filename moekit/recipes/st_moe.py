@@ -48,15 +48,16 @@ class ModelConfig(EncoderDecoderConfig):
     """The network.
 
     Attributes:
-        k: experts that a token passes.
+        k: number of experts that a token passes.
         capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
-        eval_capacity_factor: the same in evaluation.
-        capacity_share: of what: tokens (T / E slots at a factor of 1, as in the paper) or choices (k * T / E).
-        threshold: weight from which on a further expert is always sent in training.
+        eval_capacity_factor: slots of an expert in evaluation as a multiple of an even share.
+        capacity_share: total of which an even share is meant: tokens (T / E slots at a factor of 1, as in the paper) or
+            choices (k * T / E).
+        threshold: least weight with which a further expert is always sent in training.
         jitter: noise on the routers' input in training.
-        batch_prioritised: in the encoder an expert serves the most probable tokens first, not the first.
-        extra: where the dense feed-forward of a sparse layer stands: after it, before it, or nowhere.
-        expert_bias: what experts do with a bias on their hidden units: none, add or multiply.
+        batch_prioritised: let an expert of the encoder serve the most probable tokens first, not the first.
+        extra: place of the dense feed-forward of a sparse layer: after it, before it, or none.
+        expert_bias: use of a bias on the hidden units of experts: none, add or multiply.
     """
 
     gated: bool = True

@@ -60,11 +60,12 @@ class ModelConfig(EncoderDecoderConfig):
     """The network.
 
     Attributes:
-        k: experts that a token passes: 1, or 2 for the paper's MoE-Base, whose second expert is sent as in GShard.
+        k: number of experts that a token passes: 1, or 2 for the paper's MoE-Base, whose second expert is sent as in
+            GShard.
         capacity_factor: slots of an expert in training as a multiple of T / E, whatever k is; 0 = no limit.
-        eval_capacity_factor: the same in evaluation; 0 = no limit.
+        eval_capacity_factor: slots of an expert in evaluation as a multiple of T / E; 0 = no limit.
         exploration: noise of training: jitter or dropout of the router's input, sample = draw the expert, or none.
-        overflow: tokens beyond capacity are dropped, or rerouted to their next choice ("no token left behind").
+        overflow: fate of tokens beyond capacity: drop, or reroute to their next choice ("no token left behind").
     """
 
     norm: Norm = "rms"  # norm, positions and activation as in T5

@@ -44,9 +44,9 @@ class ModelConfig(EncoderDecoderConfig):
 
     Attributes:
         capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
-        jitter: noise on the routers' input in training.
+        jitter: noise on the routers' input in training, as a share; 0.01 is usual.
         generator_dim: width of the small generator of replaced-token detection.
-        generator_layers: its blocks.
+        generator_layers: number of blocks of the small generator.
         discriminator_weight: weight of the detection loss beside the generator's.
     """
 

@@ -29,17 +29,18 @@ class DistillConfig:
     its own. Beginning with the teacher's layers (inherit=everything) is ours.
 
     Attributes:
-        objective: mixture = (1 - weight) of the labels' loss and weight of the teacher's; added = the labels' loss and
-            weight times the teacher's.
-        weight: of the teacher's loss, the KL divergence.
+        objective: form of the loss: mixture = (1 - weight) of the labels' loss and weight of the teacher's; added = the
+            labels' loss and weight times the teacher's.
+        weight: weight of the teacher's loss, the KL divergence; 0.25 in Switch.
         until: optimizer steps after which the teacher falls silent and labels alone count; 0 = never.
-        fall: how it falls silent: stop = at once (DeepSpeed-MoE), linear or cosine = its weight goes to 0 until then.
-        fall_from: step at which its weight begins to fall.
-        temperature: of both distributions in the teacher's loss.
-        inherit: the student begins with the teacher's weights of the same name: everything, non_moe (all but experts
-            and routers), or none.
-        layers: which of the teacher's layers a shallower student gets, as decoder.layers=0,1,4,5 (several stacks with
-            ; between); not given = spread evenly, sparse ones from sparse ones.
+        fall: how the teacher falls silent: stop = at once (DeepSpeed-MoE), linear or cosine = its weight goes to 0
+            until then.
+        fall_from: optimizer step at which the teacher's weight begins to fall.
+        temperature: temperature of both distributions in the teacher's loss; 1 = as they are.
+        inherit: weights that the student begins with, those of the teacher with the same name: everything, non_moe (all
+            but experts and routers), or none.
+        layers: layers of the teacher that a shallower student gets, as decoder.layers=0,1,4,5 (several stacks with ;
+            between); not given = spread evenly, sparse ones from sparse ones.
     """
 
     objective: Literal["mixture", "added"] = "mixture"

@@ -29,14 +29,14 @@ class FineTuneConfig:
     Attributes:
         tune: parameters that train: all, non_moe, moe, experts, routers, attention, feed_forward, adapters, or several
             with + and - as in all-routers. Not given: adapters where there are some, else all.
-        rank: of low-rank adapters; 0 = no adapters.
-        alpha: an adapter counts alpha / rank.
-        adapt: what gets adapters: some of experts, attention, feed_forward, joined by commas.
-        expert_dropout: on hidden activations of experts (0.4 in arXiv:2101.03961, beside a model.dropout of 0.1); not
-            given = as model.dropout.
+        rank: rank of low-rank adapters; 0 = no adapters, 4 to 16 is usual.
+        alpha: scale of adapters: one counts alpha / rank.
+        adapt: modules that get adapters: some of experts, attention, feed_forward, joined by commas.
+        expert_dropout: dropout on hidden activations of experts (0.4 in arXiv:2101.03961, beside a model.dropout of
+            0.1); not given = as model.dropout.
         train_capacity: capacity factor in training, which decides how many tokens are dropped; 0 = none is; not given
             = as in the model's settings.
-        optimizer: whether the optimizer's state is carried on from the run, or fresh.
+        optimizer: state of the optimizer: carried on from the run, or fresh.
     """
 
     tune: str | None = None

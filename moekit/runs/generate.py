@@ -21,6 +21,7 @@ from moekit.errors import UserError
 from moekit.inference.completer import Completer
 from moekit.inference.on_demand import load_on_demand
 from moekit.inference.translator import Translator, search_for
+from moekit.runs.config import RunConfig
 from moekit.runs.evaluate import trained_module
 from moekit.runs.recipe import RunText
 from moekit.runs.run import Run
@@ -32,6 +33,7 @@ def generate(
     source: str | None,
     target: str | None = None,
     *,
+    config: RunConfig | None = None,
     input: str = "-",
     output: str = "-",
     experts_in_memory: int = 0,
@@ -42,6 +44,7 @@ def generate(
         run: the run.
         source: language of the input.
         target: language wanted, of runs that translate.
+        config: its settings, where they are not the run's: another beam, for example.
         input: the file; - = standard input.
         output: the file; - = standard output.
         experts_in_memory: so many experts of each layer at most, the others mapped from disk; 0 = all.
@@ -49,7 +52,7 @@ def generate(
     Raises:
         UserError: a language is missing or unknown, the input cannot be read, or the run writes no text.
     """
-    config = run.config
+    config = config or run.config
     backbone, data = trained(run, experts_in_memory)
     backbone = to_gpu(backbone, config.train.accelerator)
     tokenizer = data.tokenizer

@@ -10,6 +10,7 @@ from pathlib import Path
 from moekit.atomic import write_text
 from moekit.errors import UserError
 from moekit.inference.scoring import Normalise, Question, Scorer, accuracy, few_shot
+from moekit.runs.config import RunConfig
 from moekit.runs.generate import reading, trained
 from moekit.runs.run import Run
 
@@ -21,6 +22,7 @@ def score(
     source: str | None,
     target: str | None = None,
     *,
+    config: RunConfig | None = None,
     input: str = "-",
     examples: str | None = None,
     output: str = "-",
@@ -31,6 +33,7 @@ def score(
         run: the run.
         source: language of the contexts.
         target: language of the continuations; None = `source`.
+        config: its settings, where they are not the run's: other sizes of a batch, for example.
         input: JSON lines; - = standard input.
         examples: JSON lines with answers, shown before every context.
         output: file for JSON lines of scores; - = standard output.
@@ -46,7 +49,7 @@ def score(
     shown = [] if examples is None else _questions(examples, "--examples", answered=True)
     asked = _questions(input, "--input")
     questions = [few_shot(question, shown) for question in asked]
-    config = run.config
+    config = config or run.config
     scorer = Scorer(backbone, data.tokenizer, batch_tokens=config.evaluate.batch_tokens, sentinel=config.data.sentinel)
     try:
         scores = scorer.score(questions, source, target)

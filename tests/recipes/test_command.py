@@ -20,18 +20,28 @@ def run(*arguments: str) -> int:
     ("arguments", "words"),
     [
         (["runn"], ["unknown command", "run"]),
-        (["run", "--variant", "tinny"], ["unknown variant", "Did you mean tiny"]),
+        (["run", "--variant", "tinny"], ["unknown variant", "Did you mean 'tiny'"]),
         (["--data.sourc", "babel"], ["unknown option --data.sourc", "Did you mean --data.source"]),
         (["--tasks.translation.tokns=5"], ["Did you mean --tasks.translation.tokens"]),
-        (["--train.max_steps", "many"], ["train.max_steps", "Expected an int.", "many"]),
-        (["--train.schedule", "linear"], ["train.schedule", "Expected one of", "cosine"]),
-        (["--data.mask_shares", "0.8,0.1,0.1"], ["data.mask_shares", "in brackets"]),
+        (["--train.max_steps", "many"], ["train.max_steps must be a whole number: got 'many'"]),
+        (
+            ["--train.schedule", "linear"],
+            ["train.schedule must be one of cosine, inverse_square_root, constant: got 'linear'"],
+        ),
+        (
+            ["--data.mask_shares", "0.8,0.1,0.1"],
+            ["data.mask_shares must be a list in brackets, such as [0.8,0.1,0.1]: got"],
+        ),
         (["--train.warmup_steps", "30", "--train.max_steps", "30"], ["train.warmup_steps", "30 of 30"]),
         (["--data.source", "moses"], ["data.path must give one folder for"]),
         (["--data.source", "moses,jsonl"], ["data.path must give 2 folders, joined by commas, for"]),
         (["run", "extra"], ["unexpected argument 'extra'"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--variant"], ["--variant needs a value"]),
+        (["--data.path", "--overwrite"], ["--data.path needs a value: text"]),
+        (["--data.num_workers", "few"], ["data.num_workers must be a whole number or auto: got 'few'"]),
+        (["--data.babel_sizes.kmb", "few"], ["data.babel_sizes", "few"]),
+        (["--recipe", "switch"], ["recipe must be zcode_m3: got 'switch'"]),
     ],
 )
 def test_mistakes_are_explained(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,6 +71,7 @@ def test_mistakes_are_explained(arguments: list[str], words: list[str], capsys: 
         ("train.betas", "[0.9,1.5]"),
         ("train.devices", "0"),
         ("model.dropout", "2"),
+        ("model.num_experts", "-1"),
         ("tasks.translation.tokens", "-1"),
         ("tasks.denoising.weight", "-1"),
         ("evaluate.beam_size", "0"),
@@ -84,7 +95,6 @@ def test_numbers_out_of_range_are_refused_by_key(
     ("arguments", "words"),
     [
         (["--model.heads", "3"], "dim must be divisible by heads"),
-        (["--model.num_experts", "-1"], "num_experts"),
         (["--model.capacity_factor", "-1"], "positive factor"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from small_runs import E, equal, fails, network, resumed, slots, weights
 
+from moekit.cli.program import SURGERY
 from moekit.cli.recipes import main as recipe_main
 from moekit.parallel.checkpoint import Checkpointer
 from moekit.recipes import moe_lm
@@ -19,7 +20,7 @@ from moekit.runs.plain import with_setting
 from moekit.runs.surgery.inspection import inspect
 from moekit.runs.surgery.operations import change_run, prune_run
 from moekit.runs.surgery.writing import write_run
-from moekit.surgery.__main__ import COMMANDS, main
+from moekit.surgery.__main__ import main
 
 # -- inspect -------------------------------------------------------------------------------------------------------
 
@@ -195,7 +196,7 @@ def test_an_existing_run_is_not_touched_unasked(runs: Path, tmp_path: Path) -> N
 
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in COMMANDS:
+    for name in SURGERY:
         with pytest.raises(SystemExit) as done:
             main([name, "--help"])
         assert done.value.code == 0

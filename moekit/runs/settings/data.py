@@ -34,30 +34,35 @@ class DataConfig:
             and gettext.
         pivot: where text is parallel in more than two languages, keep the directions from and to this language.
             "auto" takes English where it is there; "none" keeps all pairs.
-        directions: keep only these, as en-de,de-en or a list.
-        max_languages: of gettext: so many languages with the most text.
-        vocab_size: pieces of the SentencePiece vocabulary that is trained on the data.
-        tokenizer: folder of a tokenizer to take instead, which must know the data's languages.
-        sentinel: tasks on pairs, as translation: the first sentinel ends the source and begins the target, as in span
-            corruption.
-        mask_shares: masked LM: shares of the chosen tokens that become the mask, become a random one, stay (BERT).
-        span_ratio: span corruption: share of tokens that are cut out.
-        mean_span: span corruption: mean length of what is cut out at once.
-        packed: span corruption: lay sentences end to end and cut them into chunks that leave `max_length` positions,
-            as T5 does; else every sentence is damaged by itself, and short ones lose one or two tokens at once.
-        temperature: T of the sampling over directions and languages, p ~ n ** (1 / T); 1 = by size.
+        directions: translation directions to keep, as en-de,de-en or a list; not given = all.
+        max_languages: number of languages that gettext reads, those with the most text.
+        vocab_size: size of the SentencePiece vocabulary that is trained on the data, in pieces: 1,000 to 4,000 for
+            small models, 32,000 for large ones.
+        tokenizer: folder of a tokenizer to take instead of training one; it must know the data's languages.
+        sentinel: for tasks on pairs, such as translation: end the source and begin the target with the first sentinel,
+            as in span corruption.
+        mask_shares: for masked LM: shares of the chosen tokens that become the mask, become a random token, stay
+            (BERT).
+        span_ratio: for span corruption: share of tokens that are cut out; 0.15 in T5.
+        mean_span: for span corruption: mean number of tokens that are cut out at once; 3 in T5.
+        packed: for span corruption: lay sentences end to end and cut them into chunks that leave `max_length`
+            positions, as T5 does; else every sentence is damaged by itself, and short ones lose one or two tokens at
+            once.
+        temperature: temperature T of the sampling over directions and languages, p ~ n ** (1 / T); 1 = by size, 5 is
+            usual for very unequal sizes.
         heating: form in which the temperature rises: linear, square_root or step (one jump).
-        heating_steps: raise the temperature from 1 to `temperature` over so many steps; 0 = constant.
-        max_length: longer sentences are left out of training, in pieces.
-        cache: folder for tokenizers and tokenized text, shared by runs.
-        num_workers: processes that prepare batches; 0 = the training process itself; auto = none on a CPU, up to four
-            beside each GPU, so that it does not wait for its batches.
-        babel_languages: how many languages babel makes.
-        babel_sentences: its training sentences, each in every language; of headlines: paragraphs.
-        babel_sizes: fewer (or more) training sentences of single languages, as kmb=2000,shl=500 or
-            {kmb: 2000, shl: 500}.
-        seed: of the babel corpus and of the order of examples.
-        order_seed: of the order of examples and of their noise, where it is not `seed`.
+        heating_steps: optimizer steps in which the temperature rises from 1 to `temperature`; 0 = it is constant.
+        max_length: greatest length of a sentence in pieces; longer ones are left out of training.
+        cache: folder for tokenizers and tokenized text, which runs share.
+        num_workers: number of processes that prepare batches; 0 = the training process itself; auto = none on a CPU, up
+            to four beside each GPU, so that it does not wait for its batches.
+        babel_languages: number of languages that babel makes.
+        babel_sentences: number of training sentences that babel makes, each in every language; for headlines:
+            paragraphs.
+        babel_sizes: numbers of training sentences for single languages of babel, as kmb=2000,shl=500 or {kmb: 2000,
+            shl: 500}.
+        seed: seed of the babel corpus and of the order of examples.
+        order_seed: seed of the order of examples and of their noise; not given = `seed`.
 
     Raises:
         UserError: sizes that are none.

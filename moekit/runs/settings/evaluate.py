@@ -12,12 +12,13 @@ class EvaluateConfig:
     """How the trained model is evaluated.
 
     Attributes:
-        beam_size: of the search; 1 = greedy.
-        length_penalty: alpha of ((5 + length) / 6) ** alpha.
-        max_sentences: translate at most so many test sentences of each direction; 0 = all.
-        valid_sentences: use at most so many sentences of each direction or language in validation; 0 = all.
-        batch_tokens: source tokens in a batch.
-        samples: translations kept for the report, of each direction.
+        beam_size: number of hypotheses that the search keeps; 1 = greedy, 4 is usual in translation.
+        length_penalty: exponent alpha of the length penalty ((5 + length) / 6) ** alpha; more prefers longer text, 0.6
+            is usual.
+        max_sentences: number of test sentences of each direction that are translated at most; 0 = all.
+        valid_sentences: number of sentences of each direction or language that validation uses at most; 0 = all.
+        batch_tokens: source tokens in a batch of evaluation; less needs less memory.
+        samples: number of translations of each direction that are kept for the report.
     """
 
     beam_size: int = setting(4, at_least=1, free=RESUME)

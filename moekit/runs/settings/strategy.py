@@ -18,12 +18,15 @@ class StrategyConfig:
     more, are divided; what is left open is then as in `moekit.ExpertParallelStrategy`.
 
     Attributes:
-        expert_parallel_size: processes that divide the experts of every layer; "auto" = as many as fit.
-        tensor_parallel_size: processes that divide heads, hidden channels and vocabulary; they read the same batch.
-        replicas: copies of the model within which ZeRO divides.
-        zero_stage: what the others divide: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights.
-        offload: kept in host memory: none, the optimizer, or all parameters.
-        nonfinite_gradients: end the run, or skip the step, when the gradient norm is not a number.
+        expert_parallel_size: number of processes that divide the experts of every layer; "auto" = as many as fit.
+        tensor_parallel_size: number of processes that divide heads, hidden channels and vocabulary; they read the same
+            batch.
+        replicas: number of copies of the model, within each of which ZeRO divides.
+        zero_stage: what the processes of a replica divide: 0 nothing, 1 optimizer state, 2 and gradients, 3 and
+            weights.
+        offload: what is kept in host memory: none, the optimizer, or all parameters.
+        nonfinite_gradients: what happens when the gradient norm is not a number: raise = the run ends, skip = the step
+            is left out.
         asynchronous_save: whether training goes on while a checkpoint is written.
         empty_init: build the model without memory and draw its weights block by block, for a model that no process
             could hold; its weights then begin with other draws than those of a run without.

@@ -14,7 +14,7 @@ class TaskConfig:
     """One training task of a multitask run.
 
     Attributes:
-        weight: of its loss in the sum.
+        weight: weight of the loss of this task in the sum.
         tokens: tokens of this task in a step, on each device; 0 = leave the task out.
     """
 

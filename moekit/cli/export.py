@@ -1,0 +1,64 @@
+"""The command export."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from rich.console import Console
+
+from moekit.cli.command import Command, say
+from moekit.cli.surgery import config_option, run_option
+from moekit.errors import UserError
+from moekit.huggingface.architecture import NAMES
+from moekit.runs.run import Run
+from moekit.runs.surgery.exchange import export_run
+
+
+def _options(parser: ArgumentParser) -> None:
+    run_option(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for transformers")
+    parser.add_argument(
+        "--as",
+        dest="kind",
+        choices=list(NAMES),
+        default=None,
+        help="family of models (default: switch_transformers for RMS norms, nllb-moe for layer norms)",
+    )
+    parser.add_argument("--no-tokenizer", action="store_true", help="do not write the vocabulary")
+    parser.add_argument(
+        "--max-shard-gb", type=float, default=5.0, help="size of a file of weights at most, in gigabytes (default: 5)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
+    config_option(parser)
+
+
+def _export(given: Namespace, console: Console) -> None:
+    if not given.max_shard_gb > 0:
+        raise UserError(f"--max-shard-gb must be positive: got {given.max_shard_gb:g}.")
+    written = export_run(
+        Run.load(given.run, given.config),
+        given.out,
+        kind=given.kind,
+        with_tokenizer=not given.no_tokenizer,
+        max_shard_bytes=int(given.max_shard_gb * 1e9),
+        overwrite=given.overwrite,
+    )
+    lines = [
+        f"{given.out}: {NAMES[written.kind]}",
+        f"open it with AutoModelForSeq2SeqLM.from_pretrained('{given.out}')",
+    ]
+    if written.kind == "nllb-moe" and (written.encoder_sparse or written.decoder_sparse):
+        lines.append(
+            "note: the sparse layer of NllbMoe in transformers 5 runs experts 0 and 1 whichever its router chose; "
+            "until that is mended its answers differ from this model's"
+        )
+    say(console, "\n".join(lines))
+
+
+COMMAND = Command(
+    "Write a run's model as a folder that Hugging Face transformers opens",
+    _options,
+    _export,
+    "  python -m moekit export runs/switch-tiny --out for-transformers",
+)

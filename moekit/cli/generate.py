@@ -1,0 +1,51 @@
+"""The command generate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from moekit.cli.command import RecipeCommand
+from moekit.cli.training import folder_options, stored_run, stored_settings
+from moekit.runs.config import RunConfig
+from moekit.runs.generate import generate
+from moekit.runs.recipe import Recipe
+
+_SETTINGS = ("train.accelerator", "evaluate.beam_size", "evaluate.length_penalty", "evaluate.batch_tokens")
+
+
+def _options(parser: ArgumentParser) -> None:
+    folder_options(parser)
+    parser.add_argument("--from", type=str, default=None, dest="source_language", help="language of the input")
+    parser.add_argument(
+        "--to", type=str, default=None, dest="target_language", help="language to translate to; only for translation"
+    )
+    parser.add_argument(
+        "--input", type=str, default="-", help="file with one sentence or prompt per line; - = standard input"
+    )
+    parser.add_argument("--output", type=str, default="-", help="file to write the text to; - = standard output")
+    parser.add_argument(
+        "--experts_in_memory",
+        type=int,
+        default=0,
+        help="number of experts of each layer kept in memory, the others being mapped from disk as tokens ask for "
+        "them; 0 = all",
+    )
+
+
+def _generate(recipe: Recipe, config: RunConfig, given: Any) -> None:
+    generate(
+        stored_run(recipe, given),
+        given.source_language,
+        given.target_language,
+        config=config,
+        input=given.input,
+        output=given.output,
+        experts_in_memory=given.experts_in_memory,
+    )
+
+
+COMMAND = RecipeCommand(
+    "Translate text, or continue it, with a trained run", _options, _generate, _SETTINGS, stored_settings
+)

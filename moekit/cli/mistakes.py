@@ -1,0 +1,110 @@
+"""What is wrong with the options of a command that has settings: each one is looked at by itself."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from moekit.cli.command import option_value
+from moekit.errors import nearest
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def explain(error: str, parser: ArgumentParser, arguments: Sequence[str]) -> str:
+    """A message that says what is required, what was got and what to do; the parser's own where nothing is found.
+
+    Args:
+        error: what the parser says.
+        parser: of the command.
+        arguments: given to it.
+    """
+    known = {word.removeprefix("--"): a for a in parser._actions for word in a.option_strings if word != "-h"}
+    file = option_value(arguments, "--config") if "config" in known else None
+    try:
+        stored = {} if file is None else yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as wrong:
+        return f"--config must be a readable YAML file: got {file} ({' '.join(str(wrong).split())})."
+    if not isinstance(stored, Mapping):
+        return f"--config must be a file that holds a mapping: {file} holds {type(stored).__name__}."
+    for key, value in _flat(stored, known):
+        if key not in known:
+            return f"{file}: unknown key {key} in the configuration. {_hint(key, known)}"
+        if not _fits(parser, key, value):
+            return f"{file}: {key} must be {_required(known[key])}: got {value!r}."
+    rest = iter(arguments)
+    for item in rest:
+        key, equals, value = item.removeprefix("--").partition("=")
+        if not item.startswith("--"):
+            return f"unexpected argument {item!r}. Options begin with --; see --help."
+        if (action := known.get(key.removesuffix("+")) or _parent(key, known)) is None:
+            return f"unknown option --{key}. {_hint(key, known, '--')}"
+        if action.nargs == 0:
+            continue
+        value = value if equals else next(rest, "--")
+        if value.startswith("--") and not equals:
+            return f"--{key} needs a value: {_required(action)}."
+        if key in known and action.dest != "config" and not _fits(parser, key, value):
+            return f"{key} must be {_required(action)}: got {value!r}."
+    return " ".join(error.split())
+
+
+def _flat(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values; a mapping that is the value of an option is one value."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        is_group = isinstance(value, Mapping) and any(word.startswith(f"{key}.") for word in known)
+        yield from _flat(value, known, f"{key}.") if is_group else [(key, value)]
+
+
+def _parent(key: str, known: Mapping[str, Any]) -> Any:
+    """The option whose value has this key, as in ``--data.babel_sizes.kmb``."""
+    parent, dot, _ = key.rpartition(".")
+    action = known.get(parent) if dot else None
+    return action if action is not None and "dict" in str(getattr(action, "_typehint", "")) else None
+
+
+def _fits(parser: ArgumentParser, key: str, value: Any) -> bool:
+    nested = value
+    for name in reversed(key.split(".")):
+        nested = {name: nested}
+    try:
+        parser.parse_object(nested)
+    except ArgumentError:
+        return False
+    return True
+
+
+def _hint(key: str, known: Mapping[str, Any], dashes: str = "") -> str:
+    """The nearest of all names; else all, but for groups of settings and what only prints."""
+    names = [
+        name for name in known if not name.startswith("print_") and not any(k.startswith(f"{name}.") for k in known)
+    ]
+    hint, _, every = nearest(f"{dashes}{key}", [f"{dashes}{name}" for name in names]).partition("There ")
+    return hint.replace("'", "").strip() or f"There {every}"
+
+
+def _required(action: Any) -> str:
+    if action.choices:
+        return _words(typing.Literal[tuple(action.choices)], None)
+    return _words(getattr(action, "_typehint", action.type), action.default)
+
+
+def _words(kind: Any, example: Any) -> str:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal and len(parts) > 1:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_words(part, example) for part in parts))
+    if origin is tuple:
+        shown = "[" + ",".join(map(str, example)) + "]" if isinstance(example, list | tuple) else "[one,two]"
+        return f"a list in brackets, such as {shown}"
+    if parts and origin is typing.Literal:
+        return str(parts[0])
+    return "a mapping, such as {name: 2000}" if origin is dict else _WORDS.get(kind, "a value of its type")

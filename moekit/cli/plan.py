@@ -1,0 +1,31 @@
+"""The command plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from moekit.cli.command import RecipeCommand
+from moekit.runs.config import RunConfig
+from moekit.runs.plan import forecast
+from moekit.runs.recipe import Recipe
+
+
+def _options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory", type=float, default=None, help="memory of a device in GiB, to say whether the model fits, and where"
+    )
+    parser.add_argument("--sequences", type=int, default=8, help="sequences in a micro-batch of a device")
+    parser.add_argument("--length", type=int, default=None, help="tokens of a sequence (default: data.max_length)")
+
+
+def _plan(recipe: Recipe, config: RunConfig, given: Any) -> None:
+    console = Console()
+    forecast(
+        recipe, given.variant, config, console, memory=given.memory, sequences=given.sequences, length=given.length
+    )
+
+
+COMMAND = RecipeCommand("Say what the model needs on a layout, without running it", _options, _plan)

@@ -1,0 +1,117 @@
+"""One program: every command under ``python -m moekit``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from moekit.cli import (
+    aggregate,
+    change,
+    compare,
+    curve,
+    export,
+    import_,
+    inspect,
+    merge,
+    prune,
+    recipes,
+    report,
+    split,
+    upcycle,
+)  # fmt: skip
+from moekit.cli.command import Command, execute, is_help, option_value, overview, run_command
+from moekit.errors import UserError, nearest
+from moekit.runs.recipe import Recipe, find_recipe, recipe_names
+from moekit.runs.run import Run
+
+SURGERY: Mapping[str, Command] = {
+    "inspect": inspect.COMMAND,
+    "aggregate": aggregate.COMMAND,
+    "prune": prune.COMMAND,
+    "upcycle": upcycle.COMMAND,
+    "merge": merge.COMMAND,
+    "split": split.COMMAND,
+    "change": change.COMMAND,
+    "curve": curve.COMMAND,
+    "export": export.COMMAND,
+    "import": import_.COMMAND,
+}
+REPORTS: Mapping[str, Command] = {"report": report.COMMAND, "compare": compare.COMMAND}
+_RUNS = ("test", "generate", "score")
+"""Commands that use a run, whose folder names its recipe."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code: 0, or 2 where the input is at fault."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if is_help(given):
+        print(_about())
+        return 0
+    name, *rest = given
+    runs = {**SURGERY, **REPORTS}
+    if name in runs:
+        return run_command("python -m moekit", runs, name, rest)
+    found: list[Recipe] = []
+    return execute(lambda: found.append(_recipe(name, rest))) or recipes.main(
+        found[0], [name, *rest[rest[:1] == [found[0].name] :]]
+    )
+
+
+def surgery(arguments: Sequence[str] | None = None) -> int:
+    """``python -m moekit.surgery``: its commands alone."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if is_help(given):
+        print(_surgery_about())
+        return 0 if given else 2
+    if given[0] not in SURGERY:
+        return execute(lambda: _unknown(given[0], SURGERY))
+    return run_command("python -m moekit.surgery", SURGERY, given[0], given[1:])
+
+
+def _recipe(command: str, arguments: Sequence[str]) -> Recipe:
+    """The recipe that the arguments begin with, or that of the run that is used."""
+    if command not in recipes.COMMANDS:
+        _unknown(command, {**recipes.COMMANDS, **SURGERY, **REPORTS})
+    if arguments and not arguments[0].startswith("-"):
+        return find_recipe(arguments[0], command)
+    if command in _RUNS and (out := option_value(arguments, "--out")):
+        return Run.open(out).recipe
+    folder = " or --out FOLDER" if command in _RUNS else ""
+    raise UserError(f"{command} needs a recipe{folder}: python -m moekit {command} NAME. {nearest('', recipe_names())}")
+
+
+def _unknown(name: str, known: Mapping[str, object]) -> None:
+    raise UserError(f"unknown command {name!r}. {nearest(name, known)}")
+
+
+def _about() -> str:
+    rows = {
+        "commands of recipes": {name: command.help for name, command in recipes.COMMANDS.items()},
+        "commands on trained models": {name: command.help for name, command in SURGERY.items()},
+        "reports": {name: command.help for name, command in REPORTS.items()},
+        "recipes": {name: find_recipe(name, "").about for name in recipe_names()},
+    }
+    lists = "\n\n".join(f"{title}:\n{overview(lines)}" for title, lines in rows.items())
+    return (
+        "usage: python -m moekit COMMAND [RECIPE] [--option value ...]\n\n"
+        f"{lists}\n\n"
+        "A command of recipes is followed by the name of one; test, generate and score know it from --out FOLDER.\n"
+        "--help after a command, and the recipe that it needs, lists the options.\n"
+        "python -m moekit.recipes.RECIPE COMMAND is the same as python -m moekit COMMAND RECIPE."
+    )
+
+
+def _surgery_about() -> str:
+    return f"""usage: python -m moekit.surgery COMMAND ...
+
+Look into trained models and change them. What comes out is a run folder like those of recipes:
+
+  python -m moekit.recipes.NAME test --out FOLDER
+  python -m moekit.recipes.NAME generate --out FOLDER ...
+  python -m moekit.recipes.NAME fit --config FOLDER/config.yaml --out FOLDER --resume --train.max_steps 4000
+
+commands:
+{overview({name: command.help for name, command in SURGERY.items()})}
+
+python -m moekit.surgery COMMAND --help lists the options of a command."""

@@ -1,0 +1,52 @@
+"""The command report."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from rich.console import Console
+
+from moekit.cli.command import Command
+from moekit.cli.compare import compare
+from moekit.errors import UserError
+from moekit.report import results_markdown, terminal_summary, write_report
+
+
+def _options(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (what --out was)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="HTML file of a comparison (default: comparison.html); the markdown lies beside it",
+    )
+    parser.add_argument("--markdown", action="store_true", help="print one run as markdown instead of writing a page")
+
+
+def _report(given: Namespace, console: Console) -> None:
+    first, *others = given.runs
+    if not others and given.out is not None:
+        raise UserError("--out is for comparisons: the report of one run is always RUN/report.html.")
+    if others and given.markdown:
+        raise UserError("--markdown prints one run: a comparison writes its markdown beside the page.")
+    if others:
+        compare(given.runs, given.out)
+    elif given.markdown:
+        sys.stdout.write(results_markdown(first))
+    else:
+        write_report(first)
+        terminal_summary(first, console)
+
+
+COMMAND = Command(
+    "Draw the report of a finished, interrupted or running run from the files of its folder; with several folders, "
+    "compare them: differences are against the first",
+    _options,
+    _report,
+    "  python -m moekit.report runs/tiny                       write runs/tiny/report.html, print the summary\n"
+    "  python -m moekit.report runs/tiny runs/tiny_dense       compare: comparison.html and comparison.md\n"
+    "  python -m moekit.report runs/tiny --markdown > tiny.md  numbers and samples, to commit",
+)

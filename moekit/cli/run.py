@@ -1,0 +1,17 @@
+"""The command run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moekit.cli.command import RecipeCommand
+from moekit.cli.training import run_options, test_and_report, train
+from moekit.runs.config import RunConfig
+from moekit.runs.recipe import Recipe
+
+
+def _run(recipe: Recipe, config: RunConfig, given: Any) -> None:
+    test_and_report(*train(recipe, config, given))
+
+
+COMMAND = RecipeCommand("Train, test on held-out text, and write the report", run_options, _run)

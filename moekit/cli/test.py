@@ -1,0 +1,31 @@
+"""The command test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from moekit.cli.command import RecipeCommand, say
+from moekit.cli.training import folder_options, stored_run, stored_settings, test_and_report
+from moekit.runs.config import RunConfig
+from moekit.runs.fit import is_first_process
+from moekit.runs.recipe import Recipe
+from moekit.runs.text import corpus_note
+
+_SETTINGS = (
+    "train.devices", "train.num_nodes", "train.accelerator", "evaluate.beam_size", "evaluate.length_penalty",
+    "evaluate.batch_tokens", "evaluate.samples",
+)  # fmt: skip
+
+
+def _test(recipe: Recipe, config: RunConfig, given: Any) -> None:
+    run = stored_run(recipe, given)
+    if is_first_process() and (note := corpus_note(run)):
+        say(Console(), f"{run.path}: {note}")
+    test_and_report(run, config)
+
+
+COMMAND = RecipeCommand(
+    "Test a trained run and write its report again", folder_options, _test, _SETTINGS, stored_settings
+)

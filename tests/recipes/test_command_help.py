@@ -1,0 +1,95 @@
+"""The help of every command of every recipe, of every command on trained models, and of reports."""
+
+from __future__ import annotations
+
+from argparse import SUPPRESS, ArgumentParser, Namespace
+
+import pytest
+
+from moekit.cli import command, recipes
+from moekit.cli.program import REPORTS, SURGERY, main
+from moekit.recipes import switch
+from moekit.runs.recipe import find_recipe, recipe_names
+
+FRAGMENTS = {"of", "in", "as", "on", "by", "to", "into", "with", "from", "its", "their", "so", "the", "at"}
+"""Words with which a text begins that goes on with a thing that is not there."""
+
+
+def texts(parser: ArgumentParser) -> dict[str, str]:
+    """Help texts by option."""
+    return {
+        "/".join(action.option_strings) or action.dest: action.help or ""
+        for action in parser._actions
+        if action.help != SUPPRESS
+    }
+
+
+def is_whole(text: str) -> bool:
+    words = text.split()
+    return len(words) > 1 and words[0] not in FRAGMENTS
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_help_texts_of_recipes_are_whole_phrases(name: str) -> None:
+    recipe = find_recipe(name, "")
+    variant = next(iter(recipe.variants))
+    for chosen in recipes.COMMANDS:
+        shown = texts(recipes.build_parser(recipe, chosen, variant))
+        assert len(shown) > 5
+        assert not {option: text for option, text in shown.items() if not is_whole(text)}, chosen
+
+
+@pytest.mark.parametrize(("name", "chosen"), {**SURGERY, **REPORTS}.items(), ids=[*SURGERY, *REPORTS])
+def test_help_texts_of_commands_on_runs_are_whole_phrases(name: str, chosen: command.Command) -> None:
+    shown = texts(command.build_parser("moekit", name, chosen))
+    assert len(shown) > 1
+    assert not {option: text for option, text in shown.items() if not is_whole(text)}
+
+
+def test_fragments_are_found() -> None:
+    assert not is_whole("of attention.")
+    assert not is_whole("")
+    assert not is_whole("heads")
+    assert is_whole("number of attention heads.")
+
+
+@pytest.mark.parametrize("chosen", ["test", "generate", "score"])
+def test_a_command_shows_only_the_options_that_it_uses(chosen: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = texts(recipes.build_parser(switch.RECIPE, chosen, "tiny"))
+    settings = {option for option in shown if "." in option}
+    assert settings == {f"--{key}" for key in recipes.COMMANDS[chosen].settings or ()}
+    for option in ("--model.dim", "--data.source", "--train.max_steps", "--config"):
+        assert recipes.main(switch.RECIPE, [chosen, option, "3"]) == 2
+        assert f"unknown option {option}." in capsys.readouterr().err
+
+
+def test_one_program(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    for name in [*recipes.COMMANDS, *SURGERY, *REPORTS, *recipe_names()]:
+        assert f"\n  {name} " in listed
+    for arguments, message in (
+        (["prunee"], "unknown command 'prunee'. Did you mean 'prune'?"),
+        (["run", "swich"], "got 'swich'"),
+        (["run", "--variant", "tiny"], "run needs a recipe: python -m moekit run NAME"),
+        (["test"], "test needs a recipe or --out FOLDER"),
+        (["test", "--out", "nowhere"], "nowhere holds no run"),
+        (["compare", "nowhere"], "compare needs two or more runs"),
+        (["report", "nowhere"], "nowhere"),
+        (["run", "switch", "--model.dimm", "3"], "Did you mean --model.dim?"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_recipe_gets_the_same_arguments_by_either_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[object, Namespace]] = []
+    chosen = command.RecipeCommand("x", lambda parser: None, lambda recipe, config, given: seen.append((config, given)))
+    monkeypatch.setitem(recipes.COMMANDS, "plan", chosen)  # type: ignore[arg-type]
+    options = ["--variant", "small", "--devices", "2", "--model.dim=64"]
+    assert main(["plan", "switch", *options]) == 0
+    assert recipes.main(switch.RECIPE, ["plan", *options]) == 0
+    (by_program, given), (by_recipe, same) = seen
+    assert by_program == by_recipe
+    assert given.arguments == same.arguments == ["plan", *options]
+    assert by_program != switch.RECIPE.variants["small"].config
