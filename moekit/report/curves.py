@@ -35,11 +35,11 @@ def losses(run: RunFolder) -> PageSection:
     """Losses by task, their accuracy, learning rate and speed."""
     figures = [_loss(run, task) for task in _tasks(run)] + _accuracy(run)
     rates = ("lr", "train/lr", "learning_rate", "train/learning_rate")
-    rate = _logged(run, next((n for n in run.metrics if n in rates or n.startswith("lr-")), ""))
+    rate = run.logged(next((n for n in run.metrics if n in rates or n.startswith("lr-")), ""))
     if rate is not None:
         chart = Curves([Line("", rate)], "Learning rate over steps", start_at_zero=True, height=2.1)
         figures.append(Figure(*caption("learning_rate"), chart, numbers=curve_table({"learning rate": rate})))
-    speed = _logged(run, "train/tokens_per_second")
+    speed = run.logged("train/tokens_per_second")
     if speed is not None:
         lines = [Line("logged", speed, look="raw"), Line("smoothed", smooth(speed))]
         chart = Curves(lines, "Tokens per second over steps", "short", start_at_zero=True, height=2.1)
@@ -56,12 +56,6 @@ def _tasks(run: RunFolder) -> list[str]:
     if not found:
         return [""] if {"train/loss", "valid/loss"} & set(run.metrics) else []
     return sorted(found, key=lambda task: task_order(run.summary, task))
-
-
-def _logged(run: RunFolder, column: str) -> Series | None:
-    """A column that holds a finite number."""
-    series = run.metrics.get(column)
-    return series if series is not None and len(series.finite.value) else None
 
 
 def _loss(run: RunFolder, task: str) -> Figure:
@@ -89,7 +83,7 @@ def _accuracy(run: RunFolder) -> list[Figure]:
     """One panel with the accuracy of every task: the validation's, or training's where there is none."""
     found: dict[str, Series] = {}
     for task in _tasks(run):
-        valid, train = (_logged(run, f"{phase}/{task}/accuracy") for phase in ("valid", "train"))
+        valid, train = (run.logged(f"{phase}/{task}/accuracy") for phase in ("valid", "train"))
         if valid is not None:
             found[run.task(task).title] = valid
         elif train is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moekit.report.run_folder import RunFolder, loads, number
+from moekit.report.run_folder import RunFolder, Series, loads, number
 from moekit.report.series import specialisation
 from moekit.report.wording import count, percent
 
@@ -106,40 +106,37 @@ def drop_rate(run: RunFolder) -> float | None:
     routing.json and summary.json are measured in evaluation, which is dropless unless a run asks for a capacity there,
     so they are asked only where training logged nothing.
     """
-    if logged_drops(run):
-        values = run.metrics["train/routing/drop_rate"].finite.value
-        return float(values[-max(1, len(values) // 10) :].mean())
-    return number(run.summary, "routing", "drop_rate")
+    logged = _logged_drops(run)
+    if logged is None:
+        return number(run.summary, "routing", "drop_rate")
+    values = logged.finite.value
+    return float(values[-max(1, len(values) // 10) :].mean())
 
 
-def logged_drops(run: RunFolder) -> bool:
-    """Whether `drop_rate` is of training. It is of evaluation after a few steps, and after surgery without any."""
-    logged = run.metrics.get("train/routing/drop_rate")
-    return logged is not None and len(logged.finite.value) > 0
+def _logged_drops(run: RunFolder) -> Series | None:
+    """The rate in training. A run of a few steps logs none, and a model fresh from surgery has not trained."""
+    return run.logged("train/routing/drop_rate")
 
 
 def dropped(run: RunFolder) -> str:
     """``1.2 %`` of training, ``0.0 % (eval)`` where training logged nothing; a dash where nobody says."""
     rate = drop_rate(run)
-    return percent(rate) + ("" if rate is None or logged_drops(run) else " (eval)")
+    return percent(rate) + ("" if rate is None or _logged_drops(run) else " (eval)")
 
 
 def findings(run: RunFolder) -> list[Finding]:
     """Everything worth a sentence, troubles first."""
-    found = [*_losses(run), *_routing(run)]
-    return sorted(found, key=lambda f: f.good)
+    return sorted([*_losses(run), *_routing(run)], key=lambda f: f.good)
 
 
 def _losses(run: RunFolder) -> list[Finding]:
-    broken = {
-        name: int((~np.isfinite(s.value)).sum())
-        for name, s in run.metrics.items()
-        if "loss" in name and not np.isfinite(s.value).all()
-    }
-    if broken:
-        worst = max(broken, key=lambda name: broken[name])
-        return [Finding(False, f"{worst} was not a number at {count(broken[worst], 'logged step')}.")]
-    return [Finding(True, "Every logged loss was a number.")] if any("loss" in n for n in run.metrics) else []
+    broken = {name: int((~np.isfinite(s.value)).sum()) for name, s in run.metrics.items() if "loss" in name}
+    worst = max(broken, key=lambda name: broken[name], default="")
+    if not worst:
+        return []
+    if not broken[worst]:
+        return [Finding(True, "Every logged loss was a number.")]
+    return [Finding(False, f"{worst} was not a number at {count(broken[worst], 'logged step')}.")]
 
 
 def _fixed(layer: Mapping[str, Any]) -> bool:
@@ -157,7 +154,7 @@ def _routing(run: RunFolder) -> list[Finding]:
     layers, rate = layer_health(run), drop_rate(run)
     found = []
     if rate is not None:
-        when = "late in training" if logged_drops(run) else "in evaluation"
+        when = "late in training" if _logged_drops(run) else "in evaluation"
         text = f"{percent(rate)} of the assignments dropped {when}."
         found.append(Finding(rate <= MAX_DROP_RATE, f"No token was dropped {when}." if rate == 0 else text))
     if not layers:

@@ -11,6 +11,7 @@ from moekit.report import wording
 from moekit.report.answers import answer_tables, answer_tiles
 from moekit.report.curves import curve_table
 from moekit.report.experts import health_table
+from moekit.report.health import dropped, experts_per_token, layer_health
 from moekit.report.plots import Bars, Curves, Line
 from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
 from moekit.report.run_folder import DirectionScores, RunFolder, Series, dig, loads, number, sides
@@ -44,6 +45,19 @@ def costs(run: RunFolder) -> dict[str, str]:
         "time": wording.duration(number(run.summary, "wall_seconds")),
         "peak memory": wording.memory(number(run.summary, "peak_memory", "bytes")),
         "forecast": wording.memory(number(run.summary, "peak_memory", "forecast")),
+    }
+
+
+def routing_words(run: RunFolder) -> dict[str, str]:
+    """How the experts of a run fared, by quantity; a dash where the folder does not say."""
+    health, said = layer_health(run), dig(run.summary, "routing")
+    by_rule = bool(health) and all(x.fixed for x in health)
+    return {
+        "dropped late in training": dropped(run),
+        "dead experts": "fixed rule" if by_rule else wording.fixed(number(said, "dead_experts"), 0),
+        "load CV": wording.fixed(number(said, "load_cv"), 2),
+        "router entropy": wording.fixed(number(said, "entropy"), 2),
+        "experts per token": wording.fixed(experts_per_token(run), 2),
     }
 
 
@@ -174,14 +188,13 @@ def _matrix(metric: str, found: DirectionScores, order: list[str]) -> list[Figur
 
 
 def _growth(run: RunFolder) -> list[Figure]:
-    found = {n.removeprefix("valid/bleu/"): s for n, s in run.metrics.items() if n.startswith("valid/bleu/")}
-    average = found.pop("average", None)
-    if average is None or len(average.finite.value) < 2:
+    average = run.logged("valid/bleu/average", least=2)
+    if average is None:
         return []
-    lines = [Line("" if i else "one direction", s, "muted", "faint") for i, s in enumerate(found.values())]
-    chart = Curves(
-        [*lines, Line("average", average, "blue", "points")], "Validation BLEU over steps", start_at_zero=True
-    )
+    found = [s for n, s in run.metrics.items() if n.startswith("valid/bleu/") and s is not average]
+    lines = [Line("" if i else "one direction", s, "muted", "faint") for i, s in enumerate(found)]
+    lines.append(Line("average", average, "blue", "points"))
+    chart = Curves(lines, "Validation BLEU over steps", start_at_zero=True)
     return [Figure(*caption("bleu_growth"), chart, numbers=curve_table({"average BLEU": average}))]
 
 
@@ -220,8 +233,8 @@ def _language_bars(found: TaskScores, task: str) -> Figure:
 
 
 def _decline(run: RunFolder, task: str, named: str) -> list[Figure]:
-    logged = run.metrics.get(f"valid/{task}/loss")
-    if logged is None or len(logged.finite.value) < 2:
+    logged = run.logged(f"valid/{task}/loss", least=2)
+    if logged is None:
         return []
     step, value = logged.finite.step, np.exp(np.minimum(logged.finite.value, 700.0))
     near = value <= _NEAR * value[-1]  # an untrained model would squeeze all the rest flat
