@@ -51,7 +51,7 @@ def losses(run: RunFolder) -> PageSection:
 
 def _tasks(run: RunFolder) -> list[str]:
     """Names of the tasks with a logged loss, in the record's order; "" stands for the total where no task has one."""
-    columns = [c.split("/") for c in run.metrics]
+    columns = (column.split("/") for column in run.metrics)
     found = {c[1] for c in columns if len(c) == 3 and c[0] in ("train", "valid") and c[2] == "loss"}
     if not found:
         return [""] if {"train/loss", "valid/loss"} & set(run.metrics) else []
@@ -71,22 +71,17 @@ def _loss(run: RunFolder, task: str) -> Figure:
         lines.append(Line("validation", valid, "red", "points"))
         columns["validation"] = valid
     named = run.task(task)
-    return Figure(
-        named.title,
-        named.explanation,
-        chart=Curves(lines, f"{named.title}: training and validation loss over steps", skip_start=True),
-        numbers=curve_table(columns),
-    )
+    chart = Curves(lines, f"{named.title}: training and validation loss over steps", skip_start=True)
+    return Figure(named.title, named.explanation, chart=chart, numbers=curve_table(columns))
 
 
 def _accuracy(run: RunFolder) -> list[Figure]:
     """One panel with the accuracy of every task: the validation's, or training's where there is none."""
     found: dict[str, Series] = {}
     for task in _tasks(run):
-        valid, train = (run.logged(f"{phase}/{task}/accuracy") for phase in ("valid", "train"))
-        if valid is not None:
+        if (valid := run.logged(f"valid/{task}/accuracy")) is not None:
             found[run.task(task).title] = valid
-        elif train is not None:
+        elif (train := run.logged(f"train/{task}/accuracy")) is not None:
             found[run.task(task).title] = smooth(train)
     if not found:
         return []
@@ -137,11 +132,9 @@ def routing(run: RunFolder) -> PageSection | None:
             continue
         words = caption(quantity, group="routing", worry=not (by_rule and quantity in _LOADS))
         unit: Unit = "percent" if quantity == "drop_rate" else "plain"
-        zero = quantity in _FROM_ZERO
-        chart = Curves(lines, f"{words[0]} over steps", unit, start_at_zero=zero, height=2.2)
+        chart = Curves(lines, f"{words[0]} over steps", unit, start_at_zero=quantity in _FROM_ZERO, height=2.2)
         figures.append(Figure(*words, chart, numbers=curve_table(columns)))
     if not figures and run.dense:
         return None
     why = run.notes.get("metrics.csv", "No routing statistics were logged during this run.")
-    notes = [] if figures else [why]
-    return PageSection(*heading("routing"), notes, [[figure] for figure in figures])
+    return PageSection(*heading("routing"), [] if figures else [why], [[figure] for figure in figures])

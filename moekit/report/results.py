@@ -70,18 +70,15 @@ def tiles(run: RunFolder) -> list[Tile]:
     """Headline numbers; of those behind the first only what is known."""
     cost = costs(run)
     total, active = number(run.summary, "parameters", "total"), number(run.summary, "parameters", "active")
-    steps = wording.count(run.steps, "step") if run.steps else ""
+    share = f"{wording.percent(active / total, 0)} of all " if active and total else ""
+    steps = [wording.count(run.steps, "step") if run.steps else "", known(cost["tokens"], "{} tokens")]
     found = [
         *score_tiles(run),
         Tile("Speed", cost["tokens per second"], "tokens per second"),
         Tile("Memory", cost["peak memory"], f"of a process at its fullest{known(cost['forecast'], ', forecast {}')}"),
         Tile("Parameters", cost["parameters"], "in total"),
-        Tile(
-            "Active",
-            cost["active parameters"],
-            f"{wording.percent(active / total, 0)} of all for a token" if active and total else "for a token",
-        ),
-        Tile("Time", cost["time"], ", ".join(filter(None, (steps, known(cost["tokens"], "{} tokens")))))
+        Tile("Active", cost["active parameters"], f"{share}for a token"),
+        Tile("Time", cost["time"], ", ".join(filter(None, steps)))
         if known(cost["time"])
         else Tile("Steps", cost["steps"], "taken so far"),
     ]
@@ -100,12 +97,11 @@ def score_tiles(run: RunFolder) -> list[Tile]:
             Tile("Perplexity", wording.perplexity(ppl.get(task)), run.task(task).title.lower() if task else ""),
         ]
     found = main_task(run)
-    answered = answer_tiles(run)
     names = list(found.languages)
     spoken = wording.count(len(names), "language") if len(names) > 1 else "".join(names)
     where = ", ".join(filter(None, (ORIGIN[found.origin], spoken)))
     return [
-        *answered,
+        *answer_tiles(run),
         Tile("Perplexity", wording.perplexity(found.perplexity), "not measured" if found.perplexity is None else where),
         Tile("Accuracy", wording.percent(found.accuracy), f"of {run.task(found.task).title.lower()}"),
         Tile("Loss", wording.significant(found.loss), "nats per token"),
@@ -119,13 +115,8 @@ def tables(run: RunFolder) -> list[Table]:
         (run.task(t).title, wording.significant(losses.get(t)), wording.perplexity(perplexities.get(t)))
         for t in dict.fromkeys([*losses, *perplexities])
     ]
-    found = [
-        *rankings(run),
-        *answer_tables(run),
-        Table(["task", "validation loss", "perplexity"], validated, "Tasks"),
-        health_table(run),
-    ]
-    return [table for table in found if table.rows]
+    tasks = Table(["task", "validation loss", "perplexity"], validated, "Tasks")
+    return [table for table in (*rankings(run), *answer_tables(run), tasks, health_table(run)) if table.rows]
 
 
 def rankings(run: RunFolder) -> list[Table]:

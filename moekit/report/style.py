@@ -51,7 +51,7 @@ _PAINTED = {
     "ink": ("text.color", "axes.titlecolor", "legend.labelcolor"),
 }
 with resources.as_file(resources.files("moekit.report") / "chart.mplstyle") as _path:
-    _RC: dict[str, Any] = dict(matplotlib.rc_params_from_file(_path, use_default_template=False))
+    _RC: dict[str, Any] = dict(cast(Any, matplotlib.rc_params_from_file(_path, use_default_template=False)))
 _RC |= {part: COLOURS[colour] for colour, parts in _PAINTED.items() for part in parts}
 _SVG = {"font.sans-serif": ["DejaVu Sans"]}  # to measure with: page.css names the fonts
 _LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")

@@ -74,7 +74,7 @@ def _headline(run: RunFolder) -> list[Text]:
         scores.append(f"{tile.value}   ", "bold cyan" if tile == main else "bold")
     scores.append(main.remark if known(main.value) else "", "dim")
     work = [
-        known(cost["parameters"], f"{{}} parameters{known(cost['active parameters'], ' ({} active)')}"),
+        known(cost["parameters"], "{} parameters" + known(cost["active parameters"], " ({} active)")),
         wording.count(run.steps, "step") if run.steps else "",
         known(cost["tokens"], "{} tokens"),
     ]
