@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from moekit.layer import MoELayer
 from moekit.parallel.layout import Training
-from moekit.planner.costs import Cost, Tokens, block_cost, linear_cost
+from moekit.planner.costs import Cost, block_cost, linear_cost
 from moekit.planner.shape import TransformerShape
 from moekit.transformer.block import Block
 from moekit.transformer.decoder_only import DecoderOnly
@@ -83,20 +83,24 @@ class Census:
     name: str
     units: tuple[GatheredUnit, ...]
 
+    def total(self, number: Callable[[Weight], float]) -> float:
+        """The sum of a number of each weight over the whole model."""
+        return sum(unit.count * number(weight) for unit in self.units for weight in unit.weights)
+
     @property
     def parameters(self) -> int:
         """Numbers to learn."""
-        return sum(unit.count * weight.numel for unit in self.units for weight in unit.weights)
+        return round(self.total(lambda weight: weight.numel))
 
     @property
     def active_parameters(self) -> int:
         """Those that one token passes: k of a layer's E experts, and everything else."""
-        return round(sum(u.count * w.numel * w.active for u in self.units for w in u.weights))
+        return round(self.total(lambda weight: weight.numel * weight.active))
 
     @property
     def expert_parameters(self) -> int:
         """Those of experts."""
-        return sum(u.count * w.numel for u in self.units for w in u.weights if w.is_expert)
+        return round(self.total(lambda weight: weight.numel * weight.is_expert))
 
     @property
     def forward_flops(self) -> float:
@@ -205,16 +209,14 @@ def _units(model: nn.Module, training: Training) -> Iterator[GatheredUnit]:
 
 
 def _block(block: Block, causal: bool, training: Training, taken: set[int]) -> GatheredUnit:
-    memory = training.source_length if block.cross_attention is not None else 0
-    length = training.target_length if causal else training.source_length
-    tokens = Tokens(training.sequences, length, memory)
+    tokens = training.target_tokens if causal else training.source_tokens
     kind = "sparse block" if isinstance(block.feed_forward, MoELayer) else "block"
     return GatheredUnit(
         "block",
         f"{'decoder' if causal else 'encoder'} {kind}",
         weights_of(block, taken),
-        block_cost(block, tokens, training),
-        entry=float(tokens.number * block.self_attention.qkv.in_features),
+        block_cost(block, causal, training),
+        entry=float(tokens * block.self_attention.qkv.in_features),
     )
 
 

@@ -59,64 +59,39 @@ class Cost:
         )
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """What a stack works on: sequences of a length, and the length of the memory it attends to (0 = none)."""
-
-    sequences: int
-    length: int
-    memory_length: int = 0
-
-    @property
-    def number(self) -> int:
-        """T."""
-        return self.sequences * self.length
-
-    @property
-    def memory(self) -> int:
-        """Tokens of the memory."""
-        return self.sequences * self.memory_length
-
-
-def block_cost(block: Block, tokens: Tokens, training: Training) -> Cost:
+def block_cost(block: Block, causal: bool, training: Training) -> Cost:
     """Cost of a block: attention, cross-attention, feed-forward, their norms and dropout."""
-    d, t = block.self_attention.qkv.in_features, tokens.number
+    length = training.target_length if causal else training.source_length
+    d, t = block.self_attention.qkv.in_features, training.sequences * length
     branches = 2 if block.cross_attention is None else 3
     # A norm keeps its input, and each token's mean and deviation.
     total = Cost(stream=branches * t * d, wide=branches * 2 * t, masks=branches * t * d * bool(block.dropout))
-    total = total + self_attention_cost(block.self_attention, tokens)
+    total = total + attention_cost(block.self_attention, training, length, length)
     if block.cross_attention is not None:
-        total = total + cross_attention_cost(block.cross_attention, tokens, training.numbers)
+        total = total + attention_cost(block.cross_attention, training, length, training.source_length)
     return total + feed_forward_cost(block.feed_forward, t, training.numbers)
 
 
-def self_attention_cost(attention: SelfAttention, tokens: Tokens) -> Cost:
-    """4 T D I for four projections and 4 T L I for two products of every token with L others (causal or not)."""
-    d, t = attention.qkv.in_features, tokens.number
-    inner = attention.heads * attention.head_dim
-    return Cost(
-        flops=2 * t * 4 * d * inner + 4 * t * tokens.length * inner,
-        compute=t * d,  # the input of the projections
-        sliced=4 * t * inner,  # queries, keys, values, result
-        wide=t * attention.heads,  # the logarithm of each softmax's denominator
-        summed_forward=t * d,
-        summed_backward=t * d,
-    )
+def attention_cost(
+    attention: SelfAttention | CrossAttention, training: Training, length: int, memory_length: int
+) -> Cost:
+    """Four projections, 4 (T + M) D I, and two products of every token with all L of its memory, 4 T L I.
 
-
-def cross_attention_cost(attention: CrossAttention, tokens: Tokens, precision: Precision) -> Cost:
-    """As self-attention, with keys and values of the memory."""
-    d, t, m = attention.q.in_features, tokens.number, tokens.memory
+    The memory of M tokens is what keys and values are made of: the sequence itself (causal or not), or the encoder's.
+    """
+    t, m = training.sequences * length, training.sequences * memory_length
+    crosses = isinstance(attention, CrossAttention)
+    d = (attention.q if isinstance(attention, CrossAttention) else attention.qkv).in_features
     inner = attention.heads * attention.head_dim
     # All layers read one memory; where it is float32 and products are not, each layer makes a copy of its own.
-    copies = m * d if precision.stream != precision.compute else 0
+    copied = crosses and training.numbers.stream != training.numbers.compute
     return Cost(
-        flops=2 * t * 2 * d * inner + 2 * m * 2 * d * inner + 4 * t * tokens.memory_length * inner,
-        compute=t * d + copies,
-        sliced=2 * t * inner + 2 * m * inner,
-        wide=t * attention.heads,
+        flops=4 * (t + m) * d * inner + 4 * t * memory_length * inner,
+        compute=t * d + m * d * copied,  # the input of the projections
+        sliced=2 * (t + m) * inner,  # queries, keys, values, result
+        wide=t * attention.heads,  # the logarithm of each softmax's denominator
         summed_forward=t * d,
-        summed_backward=(t + m) * d,
+        summed_backward=(t + m * crosses) * d,
     )
 
 
@@ -125,20 +100,7 @@ def feed_forward_cost(module: nn.Module, t: int, precision: Precision) -> Cost:
     if isinstance(module, MoELayer):
         return moe_cost(module, t, precision)
     if isinstance(module, MLP | GLU):
-        d, f = module.w_in.in_features, module.w_out.in_features
-        gated = isinstance(module, GLU)
-        # Gate and up are one tensor here, so that keeping the one keeps the other.
-        channels, masks = _hidden(module, gated)
-        channels += gated and module.activation == "relu"
-        matrices = 3 if gated else 2
-        return Cost(
-            flops=2 * t * matrices * d * f,
-            compute=t * d,
-            sliced=t * channels * f,
-            masks=t * masks * f,
-            summed_forward=t * d,
-            summed_backward=t * d,
-        )
+        return _hidden_cost(module, t, module.w_in.in_features, module.w_out.in_features)
     return linear_cost(module, t)
 
 
@@ -151,12 +113,20 @@ def linear_cost(module: nn.Module, t: int) -> Cost:
     )
 
 
-def _hidden(module: Any, gated: bool) -> tuple[int, int]:
-    """How many times the hidden channels are kept, and bytes of dropout masks for each."""
-    dropped = int(module.dropout > 0)
-    # A ReLU needs no more than its result, which is also what follows needs; others need what they read too.
-    activated = 1 if module.activation == "relu" else 2
-    return activated + dropped + (2 if gated else 0), dropped  # a gated unit also keeps up and the product
+def _hidden_cost(module: Any, rows: float, d: int, f: int) -> Cost:
+    """Two matrices of D x F for each row, three of a gated unit."""
+    gated, dropped = isinstance(module, GLU | GroupedGLU), int(module.dropout > 0)
+    # A ReLU needs no more than its result, which is also what follows needs; others need what they read too. A gated
+    # unit also keeps up and the product. Gate and up of a GLU are one tensor, so that keeping the one keeps the other.
+    activated = 1 if module.activation == "relu" and not isinstance(module, GLU) else 2
+    return Cost(
+        flops=2 * rows * (3 if gated else 2) * d * f,
+        compute=rows * d,
+        sliced=rows * (activated + dropped + 2 * gated) * f,
+        masks=rows * dropped * f,
+        summed_forward=rows * d,
+        summed_backward=rows * d,
+    )
 
 
 def moe_cost(layer: MoELayer, t: int, precision: Precision) -> Cost:
@@ -171,35 +141,22 @@ def moe_cost(layer: MoELayer, t: int, precision: Precision) -> Cost:
     capacity = getattr(router, "capacity", None)
     slots = None if capacity is None else capacity.slots(t, e, k, training=True)
     rows = assignments if slots is None else e * slots
-    jitter = bool(getattr(router, "jitter", 0.0))
-    # The router keeps its float32 input (which is also the experts' source), logits, and probabilities twice.
-    wide = t * d * (2 if jitter else 1) + 3 * t * e
+    # The router keeps its float32 input (which is also the experts' source; with jitter twice), logits, and
+    # probabilities twice.
+    wide = t * d * (2 if getattr(router, "jitter", 0.0) else 1) + 3 * t * e
     # The weighted sum keeps every result in float32, before and after it is weighed.
-    total = Cost(flops=2 * t * d * e, wide=wide + 2 * assignments * d, sent=rows * d)
-    total = total + experts_cost(bank, rows)
+    total = Cost(flops=2 * t * d * e, wide=wide + 2 * assignments * d, sent=rows * d) + experts_cost(bank, rows)
     if layer.shared is not None:
-        beside = feed_forward_cost(layer.shared, t, precision)
-        # In float32 the branch reads the very tensor that the router keeps.
-        if precision.compute == 4:
-            beside = beside + Cost(compute=-t * d)
-        total = total + beside
+        total = total + feed_forward_cost(layer.shared, t, precision)
+        if precision.compute == 4:  # the branch reads the very tensor that the router keeps
+            total = total + Cost(compute=-t * d)
     return total
 
 
 def experts_cost(bank: Experts, rows: float) -> Cost:
     """Two (gated: three) matrices for each row; an unknown bank: each of its matrices, which keep their inputs."""
     if isinstance(bank, GroupedMLP | GroupedGLU):
-        gated = isinstance(bank, GroupedGLU)
-        channels, masks = _hidden(bank, gated)
-        d, f = bank.dim, bank.hidden_dim
-        return Cost(
-            flops=2 * rows * (3 if gated else 2) * d * f,
-            compute=rows * d,
-            sliced=rows * channels * f,
-            masks=rows * masks * f,
-            summed_forward=rows * d,
-            summed_backward=rows * d,
-        )
+        return _hidden_cost(bank, rows, bank.dim, bank.hidden_dim)
     matrices = [p.shape for p in bank.parameters() if p.dim() == 3]
     return Cost(
         flops=sum(2.0 * rows * a * b for _, a, b in matrices), compute=sum(float(rows * a) for _, a, _ in matrices)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from moekit.errors import UserError
@@ -12,11 +16,12 @@ from moekit.parallel.layout import Layout, Training
 from moekit.planner.census import Census, take_census
 from moekit.planner.memory import TENSOR_AXES, Memory, local_shape, memory_of, sharded_shape, zero_cut
 from moekit.planner.shape import TransformerShape
-from moekit.planner.tables import Column, markdown_table, text_table
 from moekit.planner.traffic import Traffic, traffic_of
 
 GIB = 2**30
 """Bytes of a GiB."""
+
+_COLUMN_WIDTH = 40  # characters
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Forecast:
     def parameters_per_device(self) -> int:
         """Parameters that a device stores."""
         cut = sharded_shape if self.layout.zero_stage >= 2 else local_shape
-        return sum(u.count * math.prod(cut(w, self.layout)) for u in self.census.units for w in u.weights)
+        return round(self.census.total(lambda weight: math.prod(cut(weight, self.layout))))
 
     @property
     def tokens(self) -> int:
@@ -86,17 +91,13 @@ class Forecast:
         """
         return self.memory.device <= memory
 
-    def column(self, heading: str = "") -> Column:
-        """This forecast as a column of a table."""
-        return Column(heading or self.census.name, tuple(_rows(self)))
-
     def table(self) -> str:
         """The forecast as text for a terminal."""
-        return text_table([self.column()])
+        return compare({self.census.name: self})
 
     def markdown(self) -> str:
         """The forecast as a Markdown table."""
-        return markdown_table([self.column()])
+        return compare({self.census.name: self}, markdown=True)
 
 
 def plan(model: TransformerShape | nn.Module, layout: Layout, training: Training | None = None) -> Forecast:
@@ -167,34 +168,35 @@ def _check_divisions(census: Census, layout: Layout) -> None:
                 )
 
 
-def _rows(made: Forecast) -> list[tuple[str, str]]:
+def _cells(made: Forecast) -> dict[str, str]:
+    """What tables say of a forecast, by label."""
     memory, traffic, census = made.memory, made.traffic, made.census
 
     def gib(count: float) -> str:
         return f"{count / GIB:,.2f} GiB"
 
-    return [
-        ("layout", str(made.layout)),
-        ("precision, optimizer", f"{made.training.numbers.name}, {made.training.optimizer}"),
-        ("parameters", number(census.parameters)),
-        ("of experts", number(census.expert_parameters)),
-        ("active per token", number(census.active_parameters)),
-        ("stored per device", number(made.parameters_per_device)),
-        ("weights", gib(memory.weights)),
-        ("gradients", gib(memory.gradients)),
-        ("optimizer", gib(memory.optimizer)),
-        ("working copies", gib(memory.working)),
-        ("activations", gib(memory.activations)),
-        ("device memory", gib(memory.device)),
-        ("host memory", gib(memory.host)),
-        ("tokens per step", f"{made.tokens_per_step:,}"),
-        ("FLOPs per token", number(made.flops_per_token)),
-        ("FLOPs per device and step", number(made.flops_per_step)),
-        ("sent: all-to-all", gib(traffic.all_to_all)),
-        ("sent: all-gather", gib(traffic.all_gather)),
-        ("sent: reduce-scatter", gib(traffic.reduce_scatter)),
-        ("sent: all-reduce", gib(traffic.all_reduce)),
-    ]
+    return {
+        "layout": str(made.layout),
+        "precision, optimizer": f"{made.training.numbers.name}, {made.training.optimizer}",
+        "parameters": number(census.parameters),
+        "of experts": number(census.expert_parameters),
+        "active per token": number(census.active_parameters),
+        "stored per device": number(made.parameters_per_device),
+        "weights": gib(memory.weights),
+        "gradients": gib(memory.gradients),
+        "optimizer": gib(memory.optimizer),
+        "working copies": gib(memory.working),
+        "activations": gib(memory.activations),
+        "device memory": gib(memory.device),
+        "host memory": gib(memory.host),
+        "tokens per step": f"{made.tokens_per_step:,}",
+        "FLOPs per token": number(made.flops_per_token),
+        "FLOPs per device and step": number(made.flops_per_step),
+        "sent: all-to-all": gib(traffic.all_to_all),
+        "sent: all-gather": gib(traffic.all_gather),
+        "sent: reduce-scatter": gib(traffic.reduce_scatter),
+        "sent: all-reduce": gib(traffic.all_reduce),
+    }
 
 
 def number(value: float) -> str:
@@ -212,5 +214,17 @@ def compare(plans: dict[str, Forecast], *, markdown: bool = False) -> str:
         plans: by heading.
         markdown: for a page instead of a terminal.
     """
-    columns = [made.column(heading) for heading, made in plans.items()]
-    return (markdown_table if markdown else text_table)(columns)
+    columns = [_cells(made) for made in plans.values()]
+    rows = [(label, *(column[label] for column in columns)) for label in columns[0]]
+    if markdown:
+        head = ["| | " + " | ".join(plans) + " |", "| --- |" + " ---: |" * len(plans)]
+        return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in rows)])
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for heading in plans:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    file = io.StringIO()
+    Console(file=file, width=_COLUMN_WIDTH * (1 + len(plans)), color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines() if line.strip())

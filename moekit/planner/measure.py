@@ -57,11 +57,10 @@ def measure(module: nn.Module, *inputs: Any, **named: Any) -> Measured:
     def meta(value: Any) -> Any:
         return value.to("meta") if isinstance(value, Tensor) else value
 
-    args = [torch.utils._pytree.tree_map(meta, value) for value in inputs]
-    kwargs = {name: torch.utils._pytree.tree_map(meta, value) for name, value in named.items()}
+    args, kwargs = torch.utils._pytree.tree_map(meta, (inputs, named))
     counter = FlopCounterMode(display=False, custom_mapping=_OWN)
     with torch.enable_grad(), counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = torch.func.functional_call(module, state, tuple(args), kwargs)
+        output = torch.func.functional_call(module, state, args, kwargs)
     del output
     return Measured(
         parameters=sum(p.numel() for p in module.parameters()),

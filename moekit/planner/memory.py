@@ -93,33 +93,26 @@ def optimizer_numbers(shape: tuple[int, ...], optimizer: Optimizer) -> int:
 def memory_of(census: Census, layout: Layout, training: Training) -> Memory:
     """Bytes of the fullest device."""
     numbers, stage = training.numbers, layout.zero_stage
-    whole = sharded = statistics = owned = 0
-    for unit in census.units:
-        for weight in unit.weights:
-            full, part = local_shape(weight, layout), sharded_shape(weight, layout)
-            whole += unit.count * math.prod(full)
-            sharded += unit.count * math.prod(part)
-            own = part if stage >= 1 else full
-            owned += unit.count * math.prod(own)
-            statistics += unit.count * optimizer_numbers(own, training.optimizer)
-    weights = float(numbers.weight * (sharded if stage >= 2 else whole))
-    gradients = float(numbers.gradient * (sharded if stage >= 2 else whole))
-    optimizer = float(numbers.state * statistics + numbers.master * owned)
-    working = _working(census, layout, training)
-    activations = _activations(census, layout, training)
+    stored = sharded_shape if stage >= 2 else local_shape
+    owned = sharded_shape if stage >= 1 else local_shape  # by the optimizer
+    num_stored = census.total(lambda weight: math.prod(stored(weight, layout)))
+    num_owned = census.total(lambda weight: math.prod(owned(weight, layout)))
+    statistics = census.total(lambda weight: optimizer_numbers(owned(weight, layout), training.optimizer))
+    weights, gradients = float(numbers.weight * num_stored), float(numbers.gradient * num_stored)
+    optimizer = float(numbers.state * statistics + numbers.master * num_owned)
     host = 0.0
     if layout.offload != "none":
         host, optimizer = optimizer, 0.0
     if layout.offload == "optimizer":  # which works on copies
-        host += (numbers.gradient + (0 if numbers.master else numbers.weight)) * owned
+        host += (numbers.gradient + (0 if numbers.master else numbers.weight)) * num_owned
     if layout.offload == "parameters":
         host, weights, gradients = host + weights + gradients, 0.0, 0.0
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        working=working,
-        activations=activations,
+        working=_working(census, layout, training),
+        activations=_activations(census, layout, training),
         host=host,
     )
 

@@ -134,11 +134,9 @@ def fewest_devices(
     trouble: ValueError | None = None
     for devices in _numbers(like.tensor_parallel_size * like.replicas, node, limit):
         fitting: list[Forecast] = []
-        for size in (
-            n
-            for n in range(1, experts + 1)
-            if experts % n == 0 and devices % (n * like.replicas * like.tensor_parallel_size) == 0
-        ):
+        for size in (n for n in range(1, experts + 1) if experts % n == 0):
+            if devices % (size * like.replicas * like.tensor_parallel_size):
+                continue
             layout = replace(like, devices=devices, expert_parallel_size=size)
             try:
                 last = forecast_of(census, layout, training)

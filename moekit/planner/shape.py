@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -119,35 +119,19 @@ class TransformerShape:
 
         start, every = self.sparse_every - 1, self.sparse_every
         choice = every_other(sparse, plain, start=start, every=every) if self.num_experts else plain
-        norm = LayerNorm if self.norm == "layer" else RMSNorm
+        widths = self.vocab_size, self.dim, self.heads
         with torch.device("meta"):
+            options: dict[str, Any] = {
+                "tied": self.tied,
+                "head_dim": self.head_dim,
+                "feed_forward": choice,
+                "norm": LayerNorm if self.norm == "layer" else RMSNorm,
+                "positions": SinusoidalPositions(),
+            }
             if self.encoder_layers and self.decoder_layers:
-                return EncoderDecoder(
-                    self.vocab_size,
-                    self.dim,
-                    self.heads,
-                    self.encoder_layers,
-                    self.decoder_layers,
-                    self.hidden_dim,
-                    tied=self.tied,
-                    head_dim=self.head_dim,
-                    feed_forward=choice,
-                    norm=norm,
-                    positions=SinusoidalPositions(),
-                )
+                return EncoderDecoder(*widths, self.encoder_layers, self.decoder_layers, self.hidden_dim, **options)
             kind = EncoderOnly if self.encoder_layers else DecoderOnly
-            return kind(
-                self.vocab_size,
-                self.dim,
-                self.heads,
-                self.encoder_layers or self.decoder_layers,
-                self.hidden_dim,
-                tied=self.tied,
-                head_dim=self.head_dim,
-                feed_forward=choice,
-                norm=norm,
-                positions=SinusoidalPositions(),
-            )
+            return kind(*widths, self.encoder_layers or self.decoder_layers, self.hidden_dim, **options)
 
 
 ZCODE_M3_10B = TransformerShape(
@@ -190,15 +174,8 @@ Source: arXiv:2202.08906 table 11. Differs: T5's vocabulary; no relative positio
 with a full dense feed-forward beside each sparse layer this shape comes to 272, without to 269.
 """
 
-DEEPSPEED_3_5T = TransformerShape(
-    name="DeepSpeed MoE 3.5T",
-    vocab_size=250_000,
-    dim=6912,
-    heads=48,
-    hidden_dim=27_648,
-    encoder_layers=24,
-    decoder_layers=12,
-    num_experts=512,
+DEEPSPEED_3_5T = replace(
+    ZCODE_M3_10B, name="DeepSpeed MoE 3.5T", dim=6912, heads=48, hidden_dim=27_648, num_experts=512
 )
 """3.5 trillion parameters, the size that DeepSpeed MoE reported on 512 devices.
 

@@ -17,8 +17,7 @@ def answers(run: RunFolder) -> dict[str, dict[str, DirectionScores]]:
     tested = {}
     for task in names_in(dig(run.summary, "tasks")):
         labels = dig(run.summary, "tasks", task, "scores")
-        names = [name for name in names_in(labels) if name not in _SHOWN_ELSEWHERE]
-        scores = {str(dig(labels, name)): run.scores(name) for name in names}
+        scores = {str(labels[n]): run.scores(n) for n in names_in(labels) if n not in _SHOWN_ELSEWHERE}
         if any(found.average is not None for found in scores.values()):
             tested[task] = scores
     return tested
@@ -48,10 +47,9 @@ def answer_tiles(run: RunFolder) -> list[Tile]:
 
 def answer_section(run: RunFolder) -> PageSection | None:
     """Section of the page; None where no such answers were tested."""
-    tables = answer_tables(run)
     explained = [run.task(task).explanation for task in answers(run)]
     cells = [
         [Figure(table.title, f"{explanation} In percent, of held-out examples.", table=table)]
-        for table, explanation in zip(tables, explained, strict=True)
+        for table, explanation in zip(answer_tables(run), explained, strict=True)
     ]
     return PageSection(*heading("answers"), cells=cells) if cells else None

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from moekit.errors import UserError
 from moekit.report import render, wording
-from moekit.report.health import dropped, experts_per_token, layer_health
+from moekit.report.health import experts_per_token
 from moekit.report.plots import Curves, Dots, Line
 from moekit.report.predictions import TaskScores, main_task, predictions
-from moekit.report.results import costs
-from moekit.report.run_folder import RunFolder, dig, number, read_run
+from moekit.report.results import costs, routing_words
+from moekit.report.run_folder import RunFolder, dig, read_run
 from moekit.report.style import CYCLE
 from moekit.report.view import Figure, PageSection, Table, Tile, View, caption, heading
 
@@ -49,12 +49,8 @@ def comparison_view(runs: Sequence[RunFolder]) -> View:
     """Everything that is shown of several runs."""
     names = _names(runs)
     measures, accuracy = _measures(runs), _table("Accuracy", names, _accuracies(runs), "task")
-    cost = [
-        _table("Cost", names, _costs(runs)),
-        _table("Tasks (validation)", names, _tasks(runs)),
-        _table("Routing", names, _routing(runs)),
-    ]
-    cost = [table for table in cost if table.rows]
+    costly = {"Cost": _costs(runs), "Tasks (validation)": _tasks(runs), "Routing": _routing(runs)}
+    cost = [_table(title, names, rows) for title, rows in costly.items() if rows]
     measured = [*(measure.table(names) for measure in measures), *([accuracy] if accuracy.rows else [])]
     return View(
         kind="moekit comparison",
@@ -83,24 +79,22 @@ class _Measure:
 
     def table(self, names: Sequence[str]) -> Table:
         """Every value, and in brackets how it differs from the first run's."""
-        cells = {name: [self.say(first), *(self._told(first, v) for v in rest)] for name, (first, *rest) in self._all}
+        every = self.rows.items()
+        cells = {name: [self.say(first), *(self._told(first, v) for v in rest)] for name, (first, *rest) in every}
         return _table(self.title, names, cells, self.kind)
 
     def cells(self, names: Sequence[str]) -> list[list[Figure]]:
         """The table, and beside it one mark for each run and direction or language."""
-        parts = dict(self._all[1:])
-        columns = {n: [math.nan if (v := row[i]) is None else v for row in parts.values()] for i, n in enumerate(names)}
+        numbers = [Figure(self.title, table=self.table(names))]
+        _, *parts = self.rows
+        if not parts:
+            return [numbers]
+        values = [[math.nan if value is None else value for value in self.rows[part]] for part in parts]
+        columns = dict(zip(names, zip(*values, strict=True), strict=True))
         lower = self.kind == "language"
-        chart = Dots(
-            list(parts), columns, f"{self.title} by {self.kind} and run; the numbers are in the table", perplexity=lower
-        )
+        description = f"{self.title} by {self.kind} and run; the numbers are in the table"
         words = caption("compared", title=self.title, kind=self.kind, side="left" if lower else "right")
-        numbers = Figure(self.title, table=self.table(names))
-        return [[Figure(*words, chart)], [numbers]] if parts else [[numbers]]
-
-    @property
-    def _all(self) -> list[tuple[str, Sequence[float | None]]]:
-        return list(self.rows.items())
+        return [[Figure(*words, Dots(parts, columns, description, perplexity=lower))], numbers]
 
     def _told(self, first: float | None, value: float | None) -> str:
         if value is None or first is None:
@@ -200,24 +194,10 @@ def _tasks(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
 
 
 def _routing(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
-    def row(say: Callable[[RunFolder], str]) -> list[str]:
-        return ["dense" if run.dense else say(run) for run in runs]
-
-    def logged(key: str, digits: int) -> Callable[[RunFolder], str]:
-        return lambda run: wording.fixed(number(run.summary, "routing", key), digits)
-
-    def dead(run: RunFolder) -> str:
-        health = layer_health(run)
-        return "fixed rule" if health and all(x.fixed for x in health) else logged("dead_experts", 0)(run)
-
-    rows = {
-        "dropped late in training": row(dropped),
-        "dead experts": row(dead),
-        "load CV": row(logged("load_cv", 2)),
-        "router entropy": row(logged("entropy", 2)),
-    }
-    if any(experts_per_token(run) is not None for run in runs):
-        rows["experts per token"] = row(lambda run: wording.fixed(experts_per_token(run), 2))
+    columns = [routing_words(run) for run in runs]
+    rows = {key: ["dense" if r.dense else c[key] for r, c in zip(runs, columns, strict=True)] for key in columns[0]}
+    if all(experts_per_token(run) is None for run in runs):
+        del rows["experts per token"]
     return rows
 
 
@@ -255,23 +235,23 @@ def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> PageSection:
     bleu = any(run.translates for run in runs)
     better = "sentences: higher BLEU and lower loss are better" if bleu else "text: lower loss is better"
 
-    def figure(column: str, title: str, see: str, description: str, *, from_zero: bool = False) -> Figure:
-        lines = [
-            Line(name, run.metrics[column], CYCLE[i % len(CYCLE)], "points")
-            for i, (name, run) in enumerate(zip(names, runs, strict=True))
-            if column in run.metrics
-        ]
-        return Figure(title, see, chart=Curves(lines, description, start_at_zero=from_zero, height=2.3))
+    def curves(column: str, description: str, *, from_zero: bool = False) -> Curves:
+        logged = [(i, run.metrics[column]) for i, run in enumerate(runs) if column in run.metrics]
+        lines = [Line(names[i], series, CYCLE[i % len(CYCLE)], "points") for i, series in logged]
+        return Curves(lines, description, start_at_zero=from_zero, height=2.3)
 
     figures = []
     if any("valid/bleu/average" in run.metrics for run in runs):
-        description = "Validation BLEU of every run over steps"
-        see = "Average over all directions."
-        figures.append(figure("valid/bleu/average", "BLEU", see, description, from_zero=True))
-    logged = {c: run for run in reversed(runs) for c in run.metrics if c.startswith("valid/") and c.endswith("/loss")}
-    for column in dict.fromkeys(c for run in runs for c in run.metrics if c in logged):
-        named = logged[column].task(column.split("/")[1])
-        description = f"{named.title}: validation loss of every run over steps"
-        figures.append(figure(column, named.title, f"{named.explanation} Validation loss.", description))
+        chart = curves("valid/bleu/average", "Validation BLEU of every run over steps", from_zero=True)
+        figures.append(Figure("BLEU", "Average over all directions.", chart=chart))
+    first: dict[str, RunFolder] = {}
+    for run in runs:
+        for column in run.metrics:
+            if column.startswith("valid/") and column.endswith("/loss"):
+                first.setdefault(column, run)
+    for column, run in first.items():
+        named = run.task(column.split("/")[1])
+        chart = curves(column, f"{named.title}: validation loss of every run over steps")
+        figures.append(Figure(named.title, f"{named.explanation} Validation loss.", chart=chart))
     notes = [] if figures else ["No validation loss was logged."]
     return PageSection(*heading("progress", better=better), notes, [[figure] for figure in figures])

@@ -35,11 +35,11 @@ def losses(run: RunFolder) -> PageSection:
     """Losses by task, their accuracy, learning rate and speed."""
     figures = [_loss(run, task) for task in _tasks(run)] + _accuracy(run)
     rates = ("lr", "train/lr", "learning_rate", "train/learning_rate")
-    rate = _logged(run, next((n for n in run.metrics if n in rates or n.startswith("lr-")), ""))
+    rate = run.logged(next((n for n in run.metrics if n in rates or n.startswith("lr-")), ""))
     if rate is not None:
         chart = Curves([Line("", rate)], "Learning rate over steps", start_at_zero=True, height=2.1)
         figures.append(Figure(*caption("learning_rate"), chart, numbers=curve_table({"learning rate": rate})))
-    speed = _logged(run, "train/tokens_per_second")
+    speed = run.logged("train/tokens_per_second")
     if speed is not None:
         lines = [Line("logged", speed, look="raw"), Line("smoothed", smooth(speed))]
         chart = Curves(lines, "Tokens per second over steps", "short", start_at_zero=True, height=2.1)
@@ -51,17 +51,11 @@ def losses(run: RunFolder) -> PageSection:
 
 def _tasks(run: RunFolder) -> list[str]:
     """Names of the tasks with a logged loss, in the record's order; "" stands for the total where no task has one."""
-    columns = [c.split("/") for c in run.metrics]
+    columns = (column.split("/") for column in run.metrics)
     found = {c[1] for c in columns if len(c) == 3 and c[0] in ("train", "valid") and c[2] == "loss"}
     if not found:
         return [""] if {"train/loss", "valid/loss"} & set(run.metrics) else []
     return sorted(found, key=lambda task: task_order(run.summary, task))
-
-
-def _logged(run: RunFolder, column: str) -> Series | None:
-    """A column that holds a finite number."""
-    series = run.metrics.get(column)
-    return series if series is not None and len(series.finite.value) else None
 
 
 def _loss(run: RunFolder, task: str) -> Figure:
@@ -77,22 +71,17 @@ def _loss(run: RunFolder, task: str) -> Figure:
         lines.append(Line("validation", valid, "red", "points"))
         columns["validation"] = valid
     named = run.task(task)
-    return Figure(
-        named.title,
-        named.explanation,
-        chart=Curves(lines, f"{named.title}: training and validation loss over steps", skip_start=True),
-        numbers=curve_table(columns),
-    )
+    chart = Curves(lines, f"{named.title}: training and validation loss over steps", skip_start=True)
+    return Figure(named.title, named.explanation, chart=chart, numbers=curve_table(columns))
 
 
 def _accuracy(run: RunFolder) -> list[Figure]:
     """One panel with the accuracy of every task: the validation's, or training's where there is none."""
     found: dict[str, Series] = {}
     for task in _tasks(run):
-        valid, train = (_logged(run, f"{phase}/{task}/accuracy") for phase in ("valid", "train"))
-        if valid is not None:
+        if (valid := run.logged(f"valid/{task}/accuracy")) is not None:
             found[run.task(task).title] = valid
-        elif train is not None:
+        elif (train := run.logged(f"train/{task}/accuracy")) is not None:
             found[run.task(task).title] = smooth(train)
     if not found:
         return []
@@ -143,11 +132,9 @@ def routing(run: RunFolder) -> PageSection | None:
             continue
         words = caption(quantity, group="routing", worry=not (by_rule and quantity in _LOADS))
         unit: Unit = "percent" if quantity == "drop_rate" else "plain"
-        zero = quantity in _FROM_ZERO
-        chart = Curves(lines, f"{words[0]} over steps", unit, start_at_zero=zero, height=2.2)
+        chart = Curves(lines, f"{words[0]} over steps", unit, start_at_zero=quantity in _FROM_ZERO, height=2.2)
         figures.append(Figure(*words, chart, numbers=curve_table(columns)))
     if not figures and run.dense:
         return None
     why = run.notes.get("metrics.csv", "No routing statistics were logged during this run.")
-    notes = [] if figures else [why]
-    return PageSection(*heading("routing"), notes, [[figure] for figure in figures])
+    return PageSection(*heading("routing"), [] if figures else [why], [[figure] for figure in figures])

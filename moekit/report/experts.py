@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from moekit.report import wording
-from moekit.report.health import layer_health
-from moekit.report.run_folder import RunFolder, loads
+from moekit.report.health import LayerHealth, layer_health
+from moekit.report.run_folder import RunFolder
 from moekit.report.style import DIVERGING_LEVELS, diverging_class
 from moekit.report.view import Figure, Heat, PageSection, Scale, Table, caption, heading
 
@@ -32,10 +34,10 @@ def experts(run: RunFolder) -> PageSection:
         notes.append(run.notes.get("routing.json", "routing.json has no layer with a load."))
     cells = []
     if health:
-        maps = _language_maps(run)
+        maps = _language_maps(health) if len(run.languages) != 1 else []
         if not maps and len(run.languages) != 1:  # of one language it would be the load map again
             notes.append("routing.json has no load by language.")
-        cells = [[figure] for figure in (_load_map(run), _health(run), *maps)]
+        cells = [[figure] for figure in (_load_map(health), _health(run), *maps)]
     words = {"router": "router", "number": "some"} if varies else {"router": "small router", "number": "one or two"}
     return PageSection(*heading("experts", **words), notes, cells)
 
@@ -63,17 +65,11 @@ def health_table(run: RunFolder) -> Table:
     return Table(headers, rows, "Experts")
 
 
-def _load_map(run: RunFolder) -> Figure:
-    health = layer_health(run)
+def _load_map(health: Sequence[LayerHealth]) -> Figure:
     most = max(x.num_experts for x in health)
-    shares = [loads(layer) for layer in run.layers]
-    rows = [(x.name, [_cell(v * x.num_experts) for v in row]) for x, row in zip(health, shares, strict=True)]
-    kind = "dense" if most > 2 * _VISIBLE_TEXT else ""
-    return Figure(
-        *caption("load", worry=not all(x.fixed for x in health)),
-        heats=[Heat("layer", [*map(str, range(most))], rows, kind, "6rem")],
-        scale=_SCALE,
-    )
+    rows = [(x.name, [_cell(v * x.num_experts) for v in x.load]) for x in health]
+    heat = Heat("layer", [*map(str, range(most))], rows, "dense" if most > 2 * _VISIBLE_TEXT else "", "6rem")
+    return Figure(*caption("load", worry=not all(x.fixed for x in health)), heats=[heat], scale=_SCALE)
 
 
 def _health(run: RunFolder) -> Figure:
@@ -83,41 +79,27 @@ def _health(run: RunFolder) -> Figure:
     return Figure(*caption("health", worry=worry, used=used), table=table, wide=bool(used))
 
 
-def _language_maps(run: RunFolder) -> list[Figure]:
-    health = layer_health(run)
-    if len(run.languages) == 1:
+def _language_maps(health: Sequence[LayerHealth]) -> list[Figure]:
+    told = [x for x in health if x.by_language]
+    if not told:
         return []
-    heats = []
-    most = 0
-    for layer, about in zip(run.layers, health, strict=True):
-        size = about.num_experts
-        rows = {x: row for x in run.languages if len(row := loads(layer, x)) == size}
-        if not rows:
-            continue
-        most = max(most, size)
-        order = _by_favourite(np.array([*rows.values()]))
-        heats.append(
-            Heat(
-                "expert",
-                [str(e) if size <= _NAMED_COLUMNS else "" for e in order],
-                [(x, [_cell(row[e] * size) for e in order]) for x, row in rows.items()],
-                "dense" if size > _VISIBLE_TEXT else "",
-                "3rem",
-                title=about.name,
-                remark=f"specialisation {wording.fixed(about.specialisation, 2)}",
-            )
-        )
-    if not heats:
-        return []
-    return [
-        Figure(
-            *caption("language_maps", worry=not all(x.fixed for x in health)),
-            heats=heats,
-            scale=_SCALE,
-            map_width=_map_width(len(heats), most),
-            wide=True,
-        )
-    ]
+    width = _map_width(len(told), max(x.num_experts for x in told))
+    words = caption("language_maps", worry=not all(x.fixed for x in health))
+    return [Figure(*words, heats=[*map(_language_map, told)], scale=_SCALE, map_width=width, wide=True)]
+
+
+def _language_map(layer: LayerHealth) -> Heat:
+    size = layer.num_experts
+    order = _by_favourite(np.array([*layer.by_language.values()]))
+    return Heat(
+        "expert",
+        [str(e) if size <= _NAMED_COLUMNS else "" for e in order],
+        [(name, [_cell(row[e] * size) for e in order]) for name, row in layer.by_language.items()],
+        "dense" if size > _VISIBLE_TEXT else "",
+        "3rem",
+        title=layer.name,
+        remark=f"specialisation {wording.fixed(layer.specialisation, 2)}",
+    )
 
 
 def _map_width(maps: int, experts: int) -> int:

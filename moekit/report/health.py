@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from moekit.report.run_folder import RunFolder, loads, number
+from moekit.report.run_folder import RunFolder, Series, loads, number
 from moekit.report.series import specialisation
 from moekit.report.wording import count, percent
 
@@ -28,7 +28,8 @@ class LayerHealth:
 
     Attributes:
         name: the layer.
-        num_experts: E.
+        load: Float[E], share of the tokens that each expert got.
+        by_language: the same by language.
         evenness: entropy of the load over experts divided by log E: 1 = all equally busy, 0 = one does everything.
         load_cv: standard deviation of the load divided by its mean.
         largest: load of the busiest expert, in fair shares.
@@ -43,7 +44,8 @@ class LayerHealth:
     """
 
     name: str
-    num_experts: int
+    load: Sequence[float]
+    by_language: Mapping[str, Sequence[float]]
     evenness: float | None
     load_cv: float
     largest: float
@@ -54,6 +56,11 @@ class LayerHealth:
     specialisation: float | None
     fixed: bool = False
     experts_per_token: float | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.load)
 
 
 @dataclass(frozen=True)
@@ -66,32 +73,32 @@ class Finding:
 
 def layer_health(run: RunFolder) -> list[LayerHealth]:
     """Health of every MoE layer in routing.json."""
-    found = []
-    languages = run.routing.get("languages")
-    for i, layer in enumerate(run.layers):
-        load = np.array(loads(layer))
-        size = len(load)
-        entropy = number(layer, "entropy")
-        dead = number(layer, "dead_experts")
-        shares = [loads(layer, str(language)) for language in languages] if isinstance(languages, list) else []
-        same = [row for row in shares if len(row) == size]
-        found.append(
-            LayerHealth(
-                name=str(layer.get("name") or f"layer {i}"),
-                num_experts=size,
-                evenness=float(-(load[load > 0] * np.log(load[load > 0])).sum() / math.log(size)) if size > 1 else None,
-                load_cv=float(load.std() * size),
-                largest=float(load.max() * size),
-                router_entropy=entropy / math.log(size) if entropy is not None and size > 1 else None,
-                drop_rate=number(layer, "drop_rate"),
-                dead=int(dead) if dead is not None else int((load * size < DEAD).sum()),
-                starved=int((load * size < STARVED).sum()),
-                specialisation=specialisation(same),
-                fixed=_fixed(layer),
-                experts_per_token=_experts_per_token(run, layer),
-            )
-        )
-    return found
+    return [_layer_health(run, i, layer) for i, layer in enumerate(run.layers)]
+
+
+def _layer_health(run: RunFolder, i: int, layer: Mapping[str, Any]) -> LayerHealth:
+    load = loads(layer)
+    shares, size = np.array(load), len(load)
+    by_language = {x: row for x in run.languages if len(row := loads(layer, x)) == size}
+    said = number(run.summary, "routing", "layers", str(layer.get("name")), "experts_per_token")
+    entropy, dead, used = (number(layer, key) for key in ("entropy", "dead_experts", "experts_per_token"))
+    fixed = layer.get("fixed_load")
+    return LayerHealth(
+        name=str(layer.get("name") or f"layer {i}"),
+        load=load,
+        by_language=by_language,
+        evenness=float(-(shares[shares > 0] * np.log(shares[shares > 0])).sum() / math.log(size)) if size > 1 else None,
+        load_cv=float(shares.std() * size),
+        largest=float(shares.max() * size),
+        router_entropy=entropy / math.log(size) if entropy is not None and size > 1 else None,
+        drop_rate=number(layer, "drop_rate"),
+        dead=int((shares * size < DEAD).sum() if dead is None else dead),
+        starved=int((shares * size < STARVED).sum()),
+        specialisation=specialisation([*by_language.values()]),
+        # A layer of an older record does not say: a router that has no entropy to report is not learned.
+        fixed=fixed if isinstance(fixed, bool) else "entropy" in layer and layer["entropy"] is None,
+        experts_per_token=said if used is None else used,
+    )
 
 
 def experts_per_token(run: RunFolder) -> float | None:
@@ -106,64 +113,54 @@ def drop_rate(run: RunFolder) -> float | None:
     routing.json and summary.json are measured in evaluation, which is dropless unless a run asks for a capacity there,
     so they are asked only where training logged nothing.
     """
-    if logged_drops(run):
-        values = run.metrics["train/routing/drop_rate"].finite.value
-        return float(values[-max(1, len(values) // 10) :].mean())
-    return number(run.summary, "routing", "drop_rate")
+    logged = _logged_drops(run)
+    if logged is None:
+        return number(run.summary, "routing", "drop_rate")
+    values = logged.finite.value
+    return float(values[-max(1, len(values) // 10) :].mean())
 
 
-def logged_drops(run: RunFolder) -> bool:
-    """Whether `drop_rate` is of training. It is of evaluation after a few steps, and after surgery without any."""
-    logged = run.metrics.get("train/routing/drop_rate")
-    return logged is not None and len(logged.finite.value) > 0
+def _logged_drops(run: RunFolder) -> Series | None:
+    """The rate in training. A run of a few steps logs none, and a model fresh from surgery has not trained."""
+    return run.logged("train/routing/drop_rate")
 
 
 def dropped(run: RunFolder) -> str:
     """``1.2 %`` of training, ``0.0 % (eval)`` where training logged nothing; a dash where nobody says."""
     rate = drop_rate(run)
-    return percent(rate) + ("" if rate is None or logged_drops(run) else " (eval)")
+    return percent(rate) + ("" if rate is None or _logged_drops(run) else " (eval)")
 
 
 def findings(run: RunFolder) -> list[Finding]:
     """Everything worth a sentence, troubles first."""
-    found = [*_losses(run), *_routing(run)]
-    return sorted(found, key=lambda f: f.good)
+    return sorted([*_losses(run), *_routing(run)], key=lambda f: f.good)
 
 
 def _losses(run: RunFolder) -> list[Finding]:
-    broken = {
-        name: int((~np.isfinite(s.value)).sum())
-        for name, s in run.metrics.items()
-        if "loss" in name and not np.isfinite(s.value).all()
-    }
-    if broken:
-        worst = max(broken, key=lambda name: broken[name])
-        return [Finding(False, f"{worst} was not a number at {count(broken[worst], 'logged step')}.")]
-    return [Finding(True, "Every logged loss was a number.")] if any("loss" in n for n in run.metrics) else []
-
-
-def _fixed(layer: Mapping[str, Any]) -> bool:
-    """What the layer says in ``fixed_load``; where it does not, no router is learned that has no entropy to report."""
-    said = layer.get("fixed_load")
-    return said if isinstance(said, bool) else "entropy" in layer and layer["entropy"] is None
-
-
-def _experts_per_token(run: RunFolder, layer: Mapping[str, Any]) -> float | None:
-    own = number(layer, "experts_per_token")
-    return number(run.summary, "routing", "layers", str(layer.get("name")), "experts_per_token") if own is None else own
+    broken = {name: int((~np.isfinite(s.value)).sum()) for name, s in run.metrics.items() if "loss" in name}
+    worst = max(broken, key=lambda name: broken[name], default="")
+    if not worst:
+        return []
+    if not broken[worst]:
+        return [Finding(True, "Every logged loss was a number.")]
+    return [Finding(False, f"{worst} was not a number at {count(broken[worst], 'logged step')}.")]
 
 
 def _routing(run: RunFolder) -> list[Finding]:
     layers, rate = layer_health(run), drop_rate(run)
     found = []
     if rate is not None:
-        when = "late in training" if logged_drops(run) else "in evaluation"
+        when = "late in training" if _logged_drops(run) else "in evaluation"
         text = f"{percent(rate)} of the assignments dropped {when}."
         found.append(Finding(rate <= MAX_DROP_RATE, f"No token was dropped {when}." if rate == 0 else text))
     if not layers:
         return [*found, *_dead_so_far(run)]
     by_rule, learned = [x for x in layers if x.fixed], [x for x in layers if not x.fixed]
-    return [*found, *_by_rule(by_rule), *_learned(learned)]
+    if by_rule:
+        busiest = max(x.largest for x in by_rule)
+        which = f"{count(len(by_rule), 'layer')} {'assigns' if len(by_rule) == 1 else 'assign'} tokens by a fixed rule"
+        found.append(Finding(True, f"{which.capitalize()}; the busiest expert got {busiest:.1f} fair shares."))
+    return [*found, *_learned(learned)] if learned else found
 
 
 def _dead_so_far(run: RunFolder) -> list[Finding]:
@@ -175,17 +172,7 @@ def _dead_so_far(run: RunFolder) -> list[Finding]:
     return [Finding(dead.last == 0, f"{count(int(dead.last), 'dead expert').capitalize()} when last counted.")]
 
 
-def _by_rule(layers: list[LayerHealth]) -> list[Finding]:
-    if not layers:
-        return []
-    busiest = max(layers, key=lambda x: x.largest)
-    which = f"{count(len(layers), 'layer')} {'assigns' if len(layers) == 1 else 'assign'} tokens by a fixed rule"
-    return [Finding(True, f"{which.capitalize()}; the busiest expert got {busiest.largest:.1f} fair shares.")]
-
-
 def _learned(layers: list[LayerHealth]) -> list[Finding]:
-    if not layers:
-        return []
     total, dead_now = sum(x.num_experts for x in layers), sum(x.dead for x in layers)
     starved = sum(max(0, x.starved - x.dead) for x in layers)
     busiest = max(layers, key=lambda x: x.largest)

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from moekit.report.run_folder import Series
@@ -104,10 +104,10 @@ class Curves:
             if len(steps) == 1:
                 axes.set_xlim(min(steps) - 1, min(steps) + 1)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
             if formatter := _FORMATS[self.unit]:
-                axes.yaxis.set_major_formatter(FuncFormatter(formatter))
+                axes.yaxis.set_major_formatter(formatter)
             canvas.legend()
             return canvas.svg(self.description)
 
@@ -131,13 +131,13 @@ class Bars:
         """The chart as inline SVG."""
         with _rows(self.names) as canvas:
             axes = canvas.axes
-            least, logarithmic = (1.0, _spread(self.values)) if self.perplexity else (0.0, False)
             finite = [v for v in (*self.values, *self.dots) if math.isfinite(v)]
             if self.perplexity:
-                high = max(1.1, *finite)
+                least, high, logarithmic = 1.0, max(1.1, *finite), _spread(self.values)
                 axes.set_xlim(1, high**1.02 if logarithmic else 1 + 1.02 * (high - 1))
                 _perplexity_axis(axes, logarithmic=logarithmic)
             else:
+                least, logarithmic = 0.0, False
                 high = min(100.0, max(10.0, math.ceil(max(finite, default=100.0) / 10) * 10))
                 axes.set_xlim(0, high)
             height, blue = 0.62, COLOURS["blue"]
@@ -149,18 +149,11 @@ class Bars:
             for i, end in enumerate(ends):
                 if not math.isfinite(end):
                     continue
+                said = perplexity(self.values[i]) if self.perplexity else f"{end:.1f}"
                 share = math.log(end) / math.log(high) if logarithmic else (end - least) / (high - least)
-                inside = share > 0.15
-                axes.annotate(
-                    perplexity(self.values[i]) if self.perplexity else f"{end:.1f}",
-                    (end, i),
-                    xytext=(-3 if inside else 3, 0),
-                    textcoords="offset points",
-                    ha="right" if inside else "left",
-                    va="center",
-                    fontsize=7.5,
-                    color=COLOURS["paper" if inside else "ink"],
-                )
+                side, shift, colour = ("right", -3, "paper") if share > 0.15 else ("left", 3, "ink")
+                look = {"ha": side, "va": "center", "fontsize": 7.5, "color": COLOURS[colour]}
+                axes.annotate(said, (end, i), xytext=(shift, 0), textcoords="offset points", **look)
             canvas.legend(last=self.labels[1:])
             return canvas.svg(self.description)
 
@@ -218,7 +211,7 @@ def _perplexity_axis(axes: Axes, *, logarithmic: bool) -> None:
         axes.set_xscale("log")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x) if x >= 1e4 else f"{x:,.4g}"))
+    axes.xaxis.set_major_formatter(lambda x, _: short(x) if x >= 1e4 else f"{x:,.4g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 

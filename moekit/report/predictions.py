@@ -39,15 +39,16 @@ def predictions(run: RunFolder) -> tuple[TaskScores, ...]:
     tested = dig(run.summary, "test")
     found = [_tested(run, task, tested[task]) for task in names_in(tested) if isinstance(dig(tested, task), Mapping)]
     if not found:
-        columns = {name: s.last for name, s in run.metrics.items() if name.startswith("test/")}
-        tasks = dict.fromkeys(filter(None, map(task_of, columns)))
-        found = [_tested(run, task, _as_tree(columns, f"test/{task}/")) for task in tasks]
+        tests = [name for name in run.metrics if name.startswith("test/")]
+        for task in dict.fromkeys(filter(None, map(task_of, tests))):
+            prefix = f"test/{task}/"
+            tree: dict[str, Any] = {n.removeprefix(prefix): run.metrics[n].last for n in tests if n.startswith(prefix)}
+            inner = {n.partition("/")[2]: value for n, value in tree.items() if n.startswith("perplexity/")}
+            found.append(_tested(run, task, {**tree, "languages": inner}))
     if not found:
-        losses, perplexities, accuracies = map(run.by_task, ("loss", "perplexity", "accuracy"))
-        found = [
-            TaskScores(t, losses.get(t), perplexities.get(t), accuracies.get(t), origin="valid")
-            for t in dict.fromkeys([*losses, *perplexities])
-        ]
+        by_task = [run.by_task(quantity) for quantity in ("loss", "perplexity", "accuracy")]
+        tasks = dict.fromkeys([*by_task[0], *by_task[1]])
+        found = [TaskScores(t, *(values.get(t) for values in by_task), origin="valid") for t in tasks]
     return tuple(sorted((x for x in found if x.task != "translation"), key=lambda x: x.perplexity is None))
 
 
@@ -61,17 +62,10 @@ def languages_by_perplexity(scores: TaskScores) -> list[str]:
     return sorted(scores.languages, key=lambda language: scores.languages[language])
 
 
-def _as_tree(columns: Mapping[str, float | None], prefix: str) -> dict[str, Any]:
-    """The logged columns of a tested task in the form they have in summary.json."""
-    inner = f"{prefix}perplexity/"
-    tree: dict[str, Any] = {key: columns.get(prefix + key) for key in ("loss", "perplexity", "accuracy")}
-    return {**tree, "languages": {n.removeprefix(inner): v for n, v in columns.items() if n.startswith(inner)}}
-
-
 def _tested(run: RunFolder, task: str, tree: Mapping[str, Any]) -> TaskScores:
-    loss, perplexity = number(tree, "loss"), number(tree, "perplexity")
+    loss, perplexity, accuracy = (number(tree, key) for key in ("loss", "perplexity", "accuracy"))
     if not run.task(task).perplexity:
-        return TaskScores(task, loss, None, number(tree, "accuracy"))
+        return TaskScores(task, loss, None, accuracy)
     if perplexity is None and loss is not None and loss < 700:
         perplexity = math.exp(loss)
-    return TaskScores(task, loss, perplexity, number(tree, "accuracy"), numbers(tree, "languages"))
+    return TaskScores(task, loss, perplexity, accuracy, numbers(tree, "languages"))

@@ -11,6 +11,7 @@ from moekit.report import wording
 from moekit.report.answers import answer_tables, answer_tiles
 from moekit.report.curves import curve_table
 from moekit.report.experts import health_table
+from moekit.report.health import dropped, experts_per_token, layer_health
 from moekit.report.plots import Bars, Curves, Line
 from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
 from moekit.report.run_folder import DirectionScores, RunFolder, Series, dig, loads, number, sides
@@ -47,6 +48,19 @@ def costs(run: RunFolder) -> dict[str, str]:
     }
 
 
+def routing_words(run: RunFolder) -> dict[str, str]:
+    """How the experts of a run fared, by quantity; a dash where the folder does not say."""
+    health, said = layer_health(run), dig(run.summary, "routing")
+    by_rule = bool(health) and all(x.fixed for x in health)
+    return {
+        "dropped late in training": dropped(run),
+        "dead experts": "fixed rule" if by_rule else wording.fixed(number(said, "dead_experts"), 0),
+        "load CV": wording.fixed(number(said, "load_cv"), 2),
+        "router entropy": wording.fixed(number(said, "entropy"), 2),
+        "experts per token": wording.fixed(experts_per_token(run), 2),
+    }
+
+
 def known(value: str, phrase: str = "{}") -> str:
     """`value` in `phrase`; "" where it is not known."""
     return "" if value == wording.MISSING else phrase.format(value)
@@ -56,18 +70,15 @@ def tiles(run: RunFolder) -> list[Tile]:
     """Headline numbers; of those behind the first only what is known."""
     cost = costs(run)
     total, active = number(run.summary, "parameters", "total"), number(run.summary, "parameters", "active")
-    steps = wording.count(run.steps, "step") if run.steps else ""
+    share = f"{wording.percent(active / total, 0)} of all " if active and total else ""
+    steps = [wording.count(run.steps, "step") if run.steps else "", known(cost["tokens"], "{} tokens")]
     found = [
         *score_tiles(run),
         Tile("Speed", cost["tokens per second"], "tokens per second"),
         Tile("Memory", cost["peak memory"], f"of a process at its fullest{known(cost['forecast'], ', forecast {}')}"),
         Tile("Parameters", cost["parameters"], "in total"),
-        Tile(
-            "Active",
-            cost["active parameters"],
-            f"{wording.percent(active / total, 0)} of all for a token" if active and total else "for a token",
-        ),
-        Tile("Time", cost["time"], ", ".join(filter(None, (steps, known(cost["tokens"], "{} tokens")))))
+        Tile("Active", cost["active parameters"], f"{share}for a token"),
+        Tile("Time", cost["time"], ", ".join(filter(None, steps)))
         if known(cost["time"])
         else Tile("Steps", cost["steps"], "taken so far"),
     ]
@@ -86,12 +97,11 @@ def score_tiles(run: RunFolder) -> list[Tile]:
             Tile("Perplexity", wording.perplexity(ppl.get(task)), run.task(task).title.lower() if task else ""),
         ]
     found = main_task(run)
-    answered = answer_tiles(run)
     names = list(found.languages)
     spoken = wording.count(len(names), "language") if len(names) > 1 else "".join(names)
     where = ", ".join(filter(None, (ORIGIN[found.origin], spoken)))
     return [
-        *answered,
+        *answer_tiles(run),
         Tile("Perplexity", wording.perplexity(found.perplexity), "not measured" if found.perplexity is None else where),
         Tile("Accuracy", wording.percent(found.accuracy), f"of {run.task(found.task).title.lower()}"),
         Tile("Loss", wording.significant(found.loss), "nats per token"),
@@ -105,13 +115,8 @@ def tables(run: RunFolder) -> list[Table]:
         (run.task(t).title, wording.significant(losses.get(t)), wording.perplexity(perplexities.get(t)))
         for t in dict.fromkeys([*losses, *perplexities])
     ]
-    found = [
-        *rankings(run),
-        *answer_tables(run),
-        Table(["task", "validation loss", "perplexity"], validated, "Tasks"),
-        health_table(run),
-    ]
-    return [table for table in found if table.rows]
+    tasks = Table(["task", "validation loss", "perplexity"], validated, "Tasks")
+    return [table for table in (*rankings(run), *answer_tables(run), tasks, health_table(run)) if table.rows]
 
 
 def rankings(run: RunFolder) -> list[Table]:
@@ -174,14 +179,13 @@ def _matrix(metric: str, found: DirectionScores, order: list[str]) -> list[Figur
 
 
 def _growth(run: RunFolder) -> list[Figure]:
-    found = {n.removeprefix("valid/bleu/"): s for n, s in run.metrics.items() if n.startswith("valid/bleu/")}
-    average = found.pop("average", None)
-    if average is None or len(average.finite.value) < 2:
+    average = run.logged("valid/bleu/average", least=2)
+    if average is None:
         return []
-    lines = [Line("" if i else "one direction", s, "muted", "faint") for i, s in enumerate(found.values())]
-    chart = Curves(
-        [*lines, Line("average", average, "blue", "points")], "Validation BLEU over steps", start_at_zero=True
-    )
+    found = [s for n, s in run.metrics.items() if n.startswith("valid/bleu/") and s is not average]
+    lines = [Line("" if i else "one direction", s, "muted", "faint") for i, s in enumerate(found)]
+    lines.append(Line("average", average, "blue", "points"))
+    chart = Curves(lines, "Validation BLEU over steps", start_at_zero=True)
     return [Figure(*caption("bleu_growth"), chart, numbers=curve_table({"average BLEU": average}))]
 
 
@@ -220,8 +224,8 @@ def _language_bars(found: TaskScores, task: str) -> Figure:
 
 
 def _decline(run: RunFolder, task: str, named: str) -> list[Figure]:
-    logged = run.metrics.get(f"valid/{task}/loss")
-    if logged is None or len(logged.finite.value) < 2:
+    logged = run.logged(f"valid/{task}/loss", least=2)
+    if logged is None:
         return []
     step, value = logged.finite.step, np.exp(np.minimum(logged.finite.value, 700.0))
     near = value <= _NEAR * value[-1]  # an untrained model would squeeze all the rest flat

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,13 @@ class RunFolder:
     def tokens_per_second(self) -> float | None:
         """The summary's speed, else the median of what was logged in training."""
         given = number(self.summary, "tokens_per_second")
-        logged = self.metrics.get("train/tokens_per_second")
-        if given is None and logged is not None and len(logged.finite.value):
-            return float(np.median(logged.finite.value))
-        return given
+        logged = self.logged("train/tokens_per_second")
+        return float(np.median(logged.finite.value)) if given is None and logged is not None else given
+
+    def logged(self, column: str, *, least: int = 1) -> Series | None:
+        """A column of metrics.csv that holds at least so many finite numbers."""
+        series = self.metrics.get(column)
+        return series if series is not None and len(series.finite.value) >= least else None
 
     def task(self, name: str) -> TaskWording:
         """What the task is called, and whether a perplexity belongs to it."""
@@ -157,30 +160,22 @@ class RunFolder:
             return given
         if quantity == "perplexity":
             return {t: math.exp(v) for t, v in self.by_task("loss").items() if v < 700 and self.task(t).perplexity}
-        found = {}
-        for column, series in self.metrics.items():
-            parts = column.split("/")
-            if len(parts) == 3 and parts[0] == "valid" and parts[2] == quantity and series.last is not None:
-                found[parts[1]] = series.last
-        return found
+        columns = ((column.split("/"), series.last) for column, series in self.metrics.items())
+        return {c[1]: v for c, v in columns if v is not None and len(c) == 3 and (c[0], c[2]) == ("valid", quantity)}
 
     def scores(self, metric: str) -> DirectionScores:
         """Scores by `metric`, such as "bleu", of the test, or else of the last validation, or nothing."""
         record = self.summary if metric in self.summary else dig(self.summary, "scores")
-        directions, average = numbers(record, metric, "directions"), number(record, metric, "average")
-        if directions or average is not None:
-            signature = dig(record, metric, "signature")
-            return DirectionScores(
-                average if average is not None else _mean(directions), directions, str(signature or "")
-            )
+        directions, signature = numbers(record, metric, "directions"), str(dig(record, metric, "signature") or "")
+        found = [DirectionScores(number(record, metric, "average"), directions, signature)]
         for origin in ("test", "valid"):
             prefix = f"{origin}/{metric}/"
-            last = {c.removeprefix(prefix): s.last for c, s in self.metrics.items() if c.startswith(prefix)}
-            average = last.pop("average", None)
-            directions = {d: v for d, v in last.items() if v is not None}
-            if directions or average is not None:
-                return DirectionScores(average if average is not None else _mean(directions), directions, origin=origin)
-        return DirectionScores()
+            logged = {c.removeprefix(prefix): s.last for c, s in self.metrics.items() if c.startswith(prefix)}
+            last = {name: value for name, value in logged.items() if value is not None}
+            found.append(DirectionScores(last.pop("average", None), last, origin=origin))
+        best = next((x for x in found if x.directions or x.average is not None), DirectionScores())
+        values = best.directions.values()
+        return best if best.average is not None or not values else replace(best, average=sum(values) / len(values))
 
     def _said(self, key: str) -> str:
         line = re.search(rf"^{key}:[ \t]*([\w.-]+)", self.config, flags=re.MULTILINE)
@@ -264,15 +259,9 @@ def loads(layer: Any, language: str | None = None) -> list[float]:
     values = dig(layer, "load") if language is None else dig(layer, "load_by_language", language)
     if not isinstance(values, list) or not values:
         return []
-    clean = [number({"x": v}, "x") for v in values]
-    total = sum(v for v in clean if v is not None)
-    if any(v is None or v < 0 for v in clean) or total <= 0:
-        return []
-    return [v / total for v in clean if v is not None]
-
-
-def _mean(values: Mapping[str, float]) -> float | None:
-    return sum(values.values()) / len(values) if values else None
+    clean = [v for value in values if (v := number({"x": value}, "x")) is not None and v >= 0]
+    total = sum(clean)
+    return [v / total for v in clean] if len(clean) == len(values) and total > 0 else []
 
 
 def _unreadable(path: Path, error: Exception) -> str:

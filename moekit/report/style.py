@@ -8,13 +8,14 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
+from importlib import resources
 from typing import Any, cast
 from xml.etree import ElementTree
 
 import matplotlib
 from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -44,46 +45,14 @@ _DIVERGING = {
     "dark": ("#3579a8", "#2a5d82", "#23425a", "#262d36", "#74431d", "#d27528", "#ffc99a"),
 }
 
-_RC: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "moekit",
-    "text.parse_math": False,
-    "axes.formatter.use_mathtext": False,
-    "axes.unicode_minus": True,
-    "font.size": 8.5,
-    "axes.labelsize": 8.5,
-    "axes.titlesize": 9.5,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8.5,
-    "axes.edgecolor": COLOURS["rule"],
-    "axes.labelcolor": COLOURS["muted"],
-    "xtick.color": COLOURS["rule"],
-    "ytick.color": COLOURS["rule"],
-    "xtick.labelcolor": COLOURS["muted"],
-    "ytick.labelcolor": COLOURS["muted"],
-    "text.color": COLOURS["ink"],
-    "axes.titlecolor": COLOURS["ink"],
-    "legend.labelcolor": COLOURS["ink"],
-    "grid.color": COLOURS["rule"],
-    "grid.linewidth": 0.6,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.linewidth": 0.8,
-    "ytick.major.size": 0,
-    "xtick.major.size": 3,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
-    "path.simplify": True,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
+_PAINTED = {
+    "rule": ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"),
+    "muted": ("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"),
+    "ink": ("text.color", "axes.titlecolor", "legend.labelcolor"),
 }
+with resources.as_file(resources.files("moekit.report") / "chart.mplstyle") as _path:
+    _RC: dict[str, Any] = dict(cast(Any, matplotlib.rc_params_from_file(_path, use_default_template=False)))
+_RC |= {part: COLOURS[colour] for colour, parts in _PAINTED.items() for part in parts}
 _SVG = {"font.sans-serif": ["DejaVu Sans"]}  # to measure with: page.css names the fonts
 _LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
 
@@ -117,16 +86,9 @@ class Canvas:
         handles = [entries[label] for label in labels]
         if handles:
             fits = sum(map(len, labels)) + 5 * len(labels) <= LEGEND_LETTERS
+            look: dict[str, Any] = {"handlelength": 1.6, "columnspacing": 1.4, "borderpad": 0}
             columns = len(labels) if fits else 2
-            legend = self.figure.legend(
-                handles,
-                labels,
-                loc="outside upper left",
-                ncols=columns,
-                handlelength=1.6,
-                columnspacing=1.4,
-                borderpad=0,
-            )
+            legend = self.figure.legend(handles, labels, loc="outside upper left", ncols=columns, **look)
             for handle in legend.legend_handles:
                 if isinstance(handle, Line2D):  # a sample of a pale line must still be seen
                     handle.set(alpha=max(handle.get_alpha() or 1.0, 0.6), linewidth=max(handle.get_linewidth(), 1.3))
@@ -201,11 +163,8 @@ def palette_css() -> str:
 
 def _rules(theme: str) -> str:
     rules = []
-    for letter, anchors, count in (
-        ("s", _SEQUENTIAL[theme], SEQUENTIAL_LEVELS),
-        ("d", _DIVERGING[theme], DIVERGING_LEVELS),
-    ):
-        colours = LinearSegmentedColormap.from_list("", anchors)
+    for letter, anchors, count in (("s", _SEQUENTIAL, SEQUENTIAL_LEVELS), ("d", _DIVERGING, DIVERGING_LEVELS)):
+        colours = LinearSegmentedColormap.from_list("", anchors[theme])
         for level in range(count):
             shade = to_hex(colours(level / (count - 1)))
             rules.append(f".{letter}{level}{{background:{shade};color:{_ink_on(shade)}}}")
@@ -214,7 +173,6 @@ def _rules(theme: str) -> str:
 
 def _ink_on(shade: str) -> str:
     """Black or white ink, whichever has the greater contrast (WCAG relative luminance)."""
-    channels = [int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(shade)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#fff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#0b1220"

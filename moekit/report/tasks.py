@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from importlib import resources
 from typing import Any
 
 from moekit.tasks import SampleWording
@@ -19,48 +21,28 @@ class TaskWording:
     samples: SampleWording = field(default_factory=SampleWording)
 
 
-# Of records from before a run's summary named its tasks.
-_OLDER = {
-    "translation": TaskWording("Translation", "Write a sentence in another language, word by word."),
-    "denoising": TaskWording("Denoising", "Restore a sentence from which words were cut or dropped."),
-    "masked_lm": TaskWording("Masked words", "Guess the words hidden in a sentence, in the encoder alone."),
-    "replaced_token": TaskWording(
-        "Replaced-token detection", "Tell which words of a sentence a small generator has replaced.", perplexity=False
-    ),
-    "causal_lm": TaskWording("Next word", "Guess the next word of a text."),
-    "": TaskWording("Total", "The sum of all tasks and the routers' penalties."),
-}
-_OLDER_SAMPLES = {
-    "translation": ("Sample translations", "Source", "Reference", "sentence", "direction not recorded"),
-    "denoising": ("Samples of restored text", "Damaged", "Original", "text", "language not recorded"),
-    "causal_lm": ("Sample continuations", "Prompt", "True continuation", "text", "language not recorded"),
-}
+_OLDER = tomllib.loads((resources.files("moekit.report") / "tasks.toml").read_text(encoding="utf-8"))
 
 
 def task_wording(summary: Mapping[str, Any], task: str) -> TaskWording:
     """The wording in ``summary["tasks"][task]``, a neutral one for what is not there."""
-    found = _OLDER.get(task) or TaskWording(task.replace("_", " ").capitalize())
-    if older := _OLDER_SAMPLES.get(task):
-        title, *rest = older
-        found = replace(found, samples=SampleWording(title, SampleWording.lead, *rest))
-    tasks = summary.get("tasks")
-    said = tasks.get(task) if isinstance(tasks, Mapping) else None
-    if not isinstance(said, Mapping):
-        return found
-    if isinstance(said.get("samples"), Mapping):
-        names = [f.name for f in fields(SampleWording)]
-        found = replace(found, samples=replace(found.samples, **_texts(said["samples"], names)))
-    if isinstance(said.get("perplexity"), bool):
-        found = replace(found, perplexity=said["perplexity"])
-    return replace(found, **_texts(said, ["title", "explanation"]))
+    found = TaskWording(task.replace("_", " ").capitalize())
+    for said in (_OLDER.get(task), _named(summary).get(task)):
+        if isinstance(said, Mapping):
+            samples = said["samples"] if isinstance(said.get("samples"), Mapping) else {}
+            usable = {"title": str, "explanation": str, "perplexity": bool}
+            words = {f.name: samples[f.name] for f in fields(SampleWording) if isinstance(samples.get(f.name), str)}
+            given = {name: said[name] for name, kind in usable.items() if isinstance(said.get(name), kind)}
+            found = replace(found, **given, samples=replace(found.samples, **words))
+    return found
 
 
 def task_order(summary: Mapping[str, Any], task: str) -> tuple[int, str]:
     """Sorts tasks as the record names them, a task that nobody names by its name at the end."""
-    tasks = summary.get("tasks")
-    order = [*(tasks if isinstance(tasks, Mapping) else ()), *_OLDER]
+    order = [*_named(summary), *_OLDER]
     return order.index(task) if task in order else len(order), task
 
 
-def _texts(said: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: said[name] for name in names if isinstance(said.get(name), str)}
+def _named(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    tasks = summary.get("tasks")
+    return tasks if isinstance(tasks, Mapping) else {}

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from moekit.report import wording
 from moekit.report.answers import answer_tables
-from moekit.report.health import dropped, experts_per_token, findings, layer_health
-from moekit.report.predictions import main_task, predictions
-from moekit.report.results import costs, known, rankings, score_tiles
+from moekit.report.health import findings, layer_health
+from moekit.report.predictions import TaskScores, main_task, predictions
+from moekit.report.results import costs, known, rankings, routing_words, score_tiles
 from moekit.report.run_folder import RunFolder, dig, number, read_run, sides
 from moekit.report.view import Table
 
@@ -67,22 +67,19 @@ def _rule(title: str) -> Text:
 
 
 def _headline(run: RunFolder) -> list[Text]:
-    scores = Text()
-    for i, tile in enumerate(score_tiles(run)):
+    scores, cost, (main, *_) = Text(), costs(run), score_tiles(run)
+    for tile in score_tiles(run):
         label = tile.label.removesuffix(", average")
         scores.append(f"{label.lower() if label.istitle() else label} ", "dim")
-        scores.append(f"{tile.value}   ", "bold" if i else "bold cyan")
-    main = score_tiles(run)[0]
+        scores.append(f"{tile.value}   ", "bold cyan" if tile == main else "bold")
     scores.append(main.remark if known(main.value) else "", "dim")
-    cost = costs(run)
-    active = known(cost["active parameters"], " ({} active)")
     work = [
-        known(cost["parameters"], "{} parameters") and f"{cost['parameters']} parameters{active}",
+        known(cost["parameters"], "{} parameters" + known(cost["active parameters"], " ({} active)")),
         wording.count(run.steps, "step") if run.steps else "",
         known(cost["tokens"], "{} tokens"),
     ]
     pace = [known(cost["time"]), known(cost["tokens per second"], "{} tokens per second")]
-    return [scores, *(Text(" · ".join(filter(None, parts))) for parts in (work, pace) if any(parts))]
+    return [scores, *(Text(_joined(parts)) for parts in (work, pace) if any(parts))]
 
 
 def _quality(run: RunFolder) -> list[Text]:
@@ -113,11 +110,10 @@ def _quality(run: RunFolder) -> list[Text]:
 
 def _answer_lines(table: Table) -> list[Text]:
     """The averages of a task's written answers, in one line."""
-    pairs = zip(table.headers[1:], table.rows[-1][1:], strict=True)
-    return [
-        Text.assemble(*(part for label, value in pairs for part in ((f"{label} ", "dim"), (f"{value}   ", "")))),
-        Text(),
-    ]
+    line = Text()
+    for label, value in zip(table.headers[1:], table.rows[-1][1:], strict=True):
+        line.append(f"{label} ", "dim").append(f"{value}   ")
+    return [line, Text()]
 
 
 def _column(head: str, table: Table, rows: Sequence[Sequence[str]]) -> list[Text]:
@@ -154,44 +150,45 @@ def _tasks(run: RunFolder) -> list[Text]:
     perplexities, losses = run.by_task("perplexity"), run.by_task("loss")
     name = "" if run.translates else " perplexity"
     told = [f"{task}{name} {wording.perplexity(value)}" for task, value in perplexities.items()]
-    others = [(task, wording.significant(value)) for task, value in losses.items() if task not in perplexities]
+    name = "" if run.translates else " loss"
+    others = [f"{task}{name} {wording.significant(v)}" for task, v in losses.items() if task not in perplexities]
     if run.translates:
-        rows = {"perplexity": told, "loss": [" ".join(pair) for pair in others]}
+        rows = {"perplexity": told, "loss": others}
     else:
         rest = predictions(run)[1:]
-        tested = [
-            f"{x.task} loss {wording.significant(x.loss)}"
-            if x.perplexity is None
-            else f"{x.task} perplexity {wording.perplexity(x.perplexity)}"
-            for x in rest
-            if x.origin == "test"
-        ]
+        tested = [f"{x.task} {_score(x)}" for x in rest if x.origin == "test"]
         said = not rest and main_task(run).origin == "valid"  # the headline has it
-        rows = {"also tested": tested, "validation": [] if said else told + [" loss ".join(pair) for pair in others]}
-    return [_labelled(label, " · ".join(parts)) for label, parts in rows.items() if parts]
+        rows = {"also tested": tested, "validation": [] if said else told + others}
+    return [_labelled(label, _joined(parts)) for label, parts in rows.items() if parts]
+
+
+def _score(found: TaskScores) -> str:
+    if found.perplexity is None:
+        return f"loss {wording.significant(found.loss)}"
+    return f"perplexity {wording.perplexity(found.perplexity)}"
 
 
 def _routing(run: RunFolder) -> list[Text]:
-    layers, routing = layer_health(run), dig(run.summary, "routing")
+    layers, routing, words = layer_health(run), dig(run.summary, "routing"), routing_words(run)
     if not layers and not (isinstance(routing, Mapping) and routing):
         return [_labelled("experts", "none: this model is dense")] if run.dense else []
     evenness = [x.evenness for x in layers if x.evenness is not None]
     entropies = [x.router_entropy for x in layers if x.router_entropy is not None]
     special = {x.name: x.specialisation for x in layers if x.specialisation is not None}
-    even = wording.fixed(fmean(evenness) if evenness else number(routing, "load_entropy"), 2)
+    even = fmean(evenness) if evenness else number(routing, "load_entropy")
     load = [
-        dropped(run).replace(" %", " % dropped") if known(dropped(run)) else "",
+        known(words["dropped late in training"]).replace(" %", " % dropped"),
         _dead(run),
-        f"load CV {wording.fixed(number(routing, 'load_cv'), 2)}",
-        known(wording.fixed(experts_per_token(run), 2), "{} per token"),
+        f"load CV {words['load CV']}",
+        known(words["experts per token"], "{} per token"),
     ]
     spread = [
-        known(even, "evenness of load {} of 1"),
+        known(wording.fixed(even, 2), "evenness of load {} of 1"),
         f"router entropy {fmean(entropies):.2f} of log E" if entropies else "",
     ]
-    lines = [_labelled("experts", " · ".join(filter(None, load)))]
+    lines = [_labelled("experts", _joined(load))]
     if any(spread):
-        lines.append(_labelled("", " · ".join(filter(None, spread))))
+        lines.append(_labelled("", _joined(spread)))
     if special:
         best = max(special, key=lambda name: special[name])
         text = f"{fmean(special.values()):.2f} of 1 by language; most in {best} ({special[best]:.2f})"
@@ -230,6 +227,10 @@ def _next(run: RunFolder) -> list[Text]:
                 _labelled("", "reads prompts from standard input, one a line", "dim"),
             ]
     return [*lines, _labelled("compare", f"{command} OTHER_RUN")]
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return " · ".join(filter(None, parts))
 
 
 def _labelled(label: str, content: str, style: str = "") -> Text:
