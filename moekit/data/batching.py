@@ -54,17 +54,12 @@ class Builder:
 
     def build(self, task: TaskStreams, rows: Rows, share: slice, direction: str | None = None) -> Batch:
         """The batch of ``rows[share]``, padded as wide as all of `rows` need."""
-        own, sides = rows[share], range(task.sides)
+        own = rows[share]
+        texts = tuple(map(self.store.read, task.starts(own), task.lengths(own)))
+        source, target = task.languages(own).copy()
+        lengths = tuple(task.lengths(rows))
         return task.task.collate(
-            Sentences(
-                texts=tuple(self.store.read(task.starts(own, side), task.lengths(own, side)) for side in sides),
-                lengths=tuple(task.lengths(rows, side) for side in sides),
-                languages=(task.languages(own, 0), task.languages(own, 1)),
-                keys=own.keys,
-                tokenizer=self.tokenizer,
-                pad_multiple=self.pad_multiple,
-                direction=direction,
-            )
+            Sentences(texts, lengths, (source, target), own.keys, self.tokenizer, self.pad_multiple, direction)
         )
 
 
@@ -159,11 +154,8 @@ class StepLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self._steps = steps
-        self._steps_per_epoch = steps_per_epoch
-        self._first_step = first_step
-        self._num_workers = num_workers
-        self._pin_memory = pin_memory
+        self._steps, self._steps_per_epoch, self._first_step = steps, steps_per_epoch, first_step
+        self._num_workers, self._pin_memory = num_workers, pin_memory
 
     def __len__(self) -> int:
         return self._steps_per_epoch
@@ -182,23 +174,21 @@ class StepLoader:
 
 
 class EvaluationLoader:
-    """Iterates over evaluation batches in order.
+    """Iterates over evaluation batches in order, each built when it is asked for.
 
     Args:
         batches: what to load.
-        num_workers: processes that build batches ahead; 0 = built when asked for.
         pin_memory: put batches into page-locked memory.
     """
 
-    def __init__(self, batches: EvaluationBatches, *, num_workers: int = 0, pin_memory: bool = False) -> None:
-        self.batches = batches
-        self._num_workers, self._pin_memory = num_workers, pin_memory
+    def __init__(self, batches: EvaluationBatches, *, pin_memory: bool = False) -> None:
+        self.batches, self._pin_memory = batches, pin_memory
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _loader(self.batches, range(len(self.batches)), self._num_workers, self._pin_memory)
+        return _loader(self.batches, range(len(self.batches)), 0, self._pin_memory)
 
 
 def _loader(dataset: Dataset[_T], order: range, num_workers: int, pin_memory: bool) -> Iterator[_T]:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from moekit.data.batching import StepLoader
 from moekit.data.module import MultitaskData
-from moekit.data.store import TokenStore, Wanted, monolingual_section, parallel_section, store_in_memory
+from moekit.data.store import SIDES, TokenStore, Wanted, monolingual_section, parallel_section, store_in_memory
 from moekit.errors import UserError
 from moekit.source import Direction, Source, Split
 
@@ -101,7 +101,7 @@ class HeldOut(Source):
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
         """Pairs of one direction, for validation or testing."""
         self.check_direction(direction)
-        source, target = (self._section(parallel_section(direction, split, side)) for side in ("source", "target"))
+        source, target = (self._section(parallel_section(direction, split, side)) for side in SIDES)
         return list(zip(source, target, strict=True))
 
     def monolingual(self, language: str, split: Split) -> Sequence[str]:

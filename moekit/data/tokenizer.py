@@ -261,13 +261,10 @@ def _training_sentences(source: Source, temperature: float, max_sentences: int, 
     for text, count in zip(texts, wanted, strict=True):
         if len(text):
             whole, rest = divmod(int(count), len(text))
-            order = np.concatenate([*(np.arange(len(text)) for _ in range(whole)), _draw(rng, len(text), rest)])
+            drawn = np.sort(rng.permutation(len(text))[:rest])
+            order = np.concatenate([np.tile(np.arange(len(text)), whole), drawn])
             chosen.extend(text[int(i)] for i in order)
     return chosen
-
-
-def _draw(rng: np.random.Generator, size: int, count: int) -> NDArray[np.int64]:
-    return np.sort(rng.permutation(size)[:count])
 
 
 def _train(sentences: list[str], languages: Sequence[str], *, vocab_size: int, **options: Any) -> bytes:
