@@ -180,10 +180,14 @@ class Sentences:
         one_text: bool = False,
     ) -> Batch:
         """The batch of sides that are `framed`; see `Batch` for `labels` and `one_text`."""
+        ids, mask = source
+        target_ids, target_mask = target or (None, None)
         return Batch(
             task,
-            *source,
-            *(target or (None, None)),
+            ids,
+            mask,
+            target_ids,
+            target_mask,
             labels,
             source_language=torch.from_numpy(self.languages[0]),
             target_language=torch.from_numpy(self.languages[1]),

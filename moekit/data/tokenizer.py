@@ -218,29 +218,25 @@ def train_tokenizer(
 
     Source: arXiv:1808.06226 (SentencePiece); arXiv:1907.05019 section 3 (temperature sampling).
     """
-    settings: dict[str, Any] = {
+    options: dict[str, Any] = {
         "vocab_size": vocab_size,
         "model_type": model,
-        "temperature": temperature,
-        "max_sentences": max_sentences,
         "byte_fallback": byte_fallback,
         "character_coverage": character_coverage,
-        "normalization": normalization,
-        "seed": seed,
     }
-    key = content_key(kind="tokenizer", format=_FORMAT, source=source.fingerprint(), **settings)
+    choice = {"temperature": temperature, "max_sentences": max_sentences, "seed": seed}
+    key = content_key(
+        kind="tokenizer",
+        format=_FORMAT,
+        source=source.fingerprint(),
+        normalization=normalization,
+        **choice,
+        **options,
+    )
 
     def build(folder: Path) -> None:
         sentences = _training_sentences(source, temperature, max_sentences, seed)
-        trained = _train(
-            sentences,
-            source.languages,
-            vocab_size=vocab_size,
-            model_type=model,
-            byte_fallback=byte_fallback,
-            character_coverage=character_coverage,
-            normalization_rule_name=normalization,
-        )
+        trained = _train(sentences, source.languages, normalization_rule_name=normalization, **options)
         Tokenizer(trained, source.languages).save(folder)
 
     return cached_folder(Path(cache_dir) / "tokenizers" / key, build, Tokenizer.load)
