@@ -46,15 +46,17 @@ class Builder:
         store: where the tokens are.
         tokenizer: whose specials are used.
         pad_multiple: padded lengths are rounded up to a multiple of this.
+        rank: whose share of the rows to give.
     """
 
     store: TokenStore
     tokenizer: Tokenizer
     pad_multiple: int = 1
+    rank: Rank = Rank()
 
-    def build(self, task: TaskStreams, rows: Rows, share: slice, direction: str | None = None) -> Batch:
-        """The batch of ``rows[share]``, padded as wide as all of `rows` need."""
-        own = rows[share]
+    def build(self, task: TaskStreams, rows: Rows, direction: str | None = None) -> Batch:
+        """The batch of this rank's share of `rows`, padded as wide as all of them need."""
+        own = rows[self.rank.share]
         texts = tuple(map(self.store.read, task.starts(own), task.lengths(own)))
         source, target = task.languages(own).copy()
         lengths = tuple(task.lengths(rows))
@@ -71,21 +73,13 @@ class TrainingSteps(Dataset[dict[str, Batch]]):
     Args:
         tasks: each with its plan, by name.
         builder: of batches.
-        rank: whose share to give.
     """
 
-    def __init__(
-        self, tasks: Mapping[str, tuple[TaskStreams, StepPlan]], builder: Builder, rank: Rank | None = None
-    ) -> None:
-        self._tasks = dict(tasks)
-        self._builder = builder
-        self._rank = rank or Rank()
+    def __init__(self, tasks: Mapping[str, tuple[TaskStreams, StepPlan]], builder: Builder) -> None:
+        self._tasks, self._builder = dict(tasks), builder
 
     def __getitem__(self, step: int) -> dict[str, Batch]:
-        return {
-            name: self._builder.build(task, plan.rows(step), self._rank.share)
-            for name, (task, plan) in self._tasks.items()
-        }
+        return {name: self._builder.build(task, plan.rows(step)) for name, (task, plan) in self._tasks.items()}
 
 
 class EvaluationBatches(Dataset[Batch]):
@@ -98,22 +92,18 @@ class EvaluationBatches(Dataset[Batch]):
         tasks: what to evaluate.
         builder: of batches.
         budget: padded positions of a batch over all ranks.
-        rank: whose share to give.
         seed: of the noise.
     """
 
-    def __init__(
-        self, tasks: list[TaskStreams], builder: Builder, *, budget: int, rank: Rank | None = None, seed: int = 0
-    ) -> None:
-        self._builder = builder
-        self._rank = rank or Rank()
+    def __init__(self, tasks: list[TaskStreams], builder: Builder, *, budget: int, seed: int = 0) -> None:
+        self._builder, ranks = builder, builder.rank.count
         self._batches: list[tuple[TaskStreams, str, Rows]] = []
         for task in tasks:
             for number, sizes in enumerate(task.sizes(builder.pad_multiple)):
                 order = np.lexsort((sizes.source,) if sizes.target is None else (sizes.target, sizes.source))
                 target = None if sizes.target is None else sizes.target[order]
-                cuts = fill(sizes.source[order], target, budget, self._rank.count)
-                if len(cuts) > 2 and cuts[-1] - cuts[-2] < self._rank.count:
+                cuts = fill(sizes.source[order], target, budget, ranks)
+                if len(cuts) > 2 and cuts[-1] - cuts[-2] < ranks:
                     del cuts[-2]
                 keys = fold(key(seed, "evaluation", task.name, sizes.name), np.arange(len(order)))
                 rows = Rows(np.full(len(order), number), order, keys[order])
@@ -125,8 +115,8 @@ class EvaluationBatches(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         task, name, rows = self._batches[number]
-        batch = self._builder.build(task, rows, self._rank.share, direction=name)
-        batch.index = torch.from_numpy(task.index(rows[self._rank.share]))
+        batch = self._builder.build(task, rows, direction=name)
+        batch.index = torch.from_numpy(task.index(rows[self._builder.rank.share]))
         return batch
 
 

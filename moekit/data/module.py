@@ -169,7 +169,7 @@ class MultitaskData(L.LightningDataModule):
         steps = {name: self._planned(name, rank) for name in self.tasks}
         first, plan = next(iter(steps.values()))
         return StepLoader(
-            TrainingSteps(steps, Builder(self.store, self.tokenizer, self.pad_multiple), rank),
+            TrainingSteps(steps, Builder(self.store, self.tokenizer, self.pad_multiple, rank)),
             self.steps_per_epoch or max(1, math.ceil(len(first) / plan.rows_per_step)),
             self._batches_so_far,
             num_workers=self.num_workers,
@@ -332,9 +332,8 @@ class MultitaskData(L.LightningDataModule):
     def _evaluation(self, tasks: Iterable[str], split: Split, limit: int | None) -> EvaluationLoader | list[Any]:
         batches = EvaluationBatches(
             [self._streams(name, split, limit) for name in tasks],
-            Builder(self.store, self.tokenizer, self.pad_multiple),
+            Builder(self.store, self.tokenizer, self.pad_multiple, self._rank()),
             budget=self.evaluation_tokens,
-            rank=self._rank(),
             seed=self.seed,
         )
         return EvaluationLoader(batches, pin_memory=self._on_accelerator()) if len(batches) else []

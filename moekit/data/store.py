@@ -99,16 +99,6 @@ class TokenStore:
         count = where.count if limit is None else min(limit, where.count)
         return int(self.offsets[where.first]), int(self.offsets[where.first + count])
 
-    def gather(self, sentences: NDArray[np.int64], lengths: NDArray[np.int64] | None = None) -> Ragged:
-        """The sentences with these numbers (counted through the whole store), in this order.
-
-        Args:
-            sentences: Int64[B].
-            lengths: Int64[B], how many tokens to read of each; all of them where it is not given.
-        """
-        starts = self.offsets[sentences]
-        return self.read(starts, self.offsets[sentences + 1] - starts if lengths is None else lengths)
-
     def read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Ragged:
         """Pieces of text, wherever sentences begin and end.
 
