@@ -7,7 +7,6 @@ language tag, bos and eos, pad, and build the masks. Which of them a batch needs
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,25 +107,11 @@ class Batch:
                 ahead = target.type == "cuda" and tensor.device.type == "cpu" and tensor.is_pinned()
             return tensor.to(target, non_blocking=ahead)
 
-        return self._each(move)
+        return _pytree.tree_map_only(Tensor, move, self)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (asked for by `DataLoader(pin_memory=True)`)."""
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        changed: dict[str, Any] = {}
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            changed[f.name] = function(value) if isinstance(value, Tensor) else value
-        return _whole(changed)
-
-
-def _whole(values: dict[str, Any]) -> Batch:
-    """A batch of all its fields: places are not looked for again."""
-    batch = object.__new__(Batch)
-    batch.__dict__.update(values)
-    return batch
+        return _pytree.tree_map_only(Tensor, Tensor.pin_memory, self)
 
 
 def _places(mask: Tensor) -> Tensor:
@@ -142,18 +127,12 @@ def _flatten(batch: Batch) -> tuple[list[Any], Any]:
 
 
 def _unflatten(leaves: Any, context: Any) -> Batch:
-    return _whole({**dict(zip(_PLAIN, context, strict=True)), **dict(zip(_LEAVES, leaves, strict=True))})
+    batch = object.__new__(Batch)  # of all its fields: places are not looked for again
+    batch.__dict__.update(zip((*_LEAVES, *_PLAIN), (*leaves, *context), strict=True))
+    return batch
 
 
 _pytree.register_pytree_node(Batch, _flatten, _unflatten, serialized_type_name="moekit.Batch")
-
-
-@dataclass(frozen=True)
-class Width:
-    """Least padded lengths of a batch, so that every rank's share of one global batch has the same shape."""
-
-    source: int = 0
-    target: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +161,40 @@ class Sentences:
         """Padded length of a side whose longest of `lengths` tokens has its two specials."""
         return int(padded_length(lengths, self.pad_multiple).max(initial=SPECIALS))
 
+    @property
+    def tags(self) -> NDArray[np.int64]:
+        """Int64[B], ids of the tags ``<2xx>`` of the targets' languages."""
+        return self.tokenizer.first_tag_id + self.languages[1]
+
+    def framed(self, text: Ragged, first: NDArray[np.int64] | int, width: int = 0) -> tuple[Tensor, Tensor]:
+        """``first text eos pad...`` and its mask, at least `width` positions wide."""
+        return framed(text, first, self.tokenizer.eos_id, self.tokenizer.pad_id, width)
+
+    def batch(
+        self,
+        task: str,
+        source: tuple[Tensor, Tensor],
+        target: tuple[Tensor, Tensor] | None = None,
+        *,
+        labels: Tensor | None = None,
+        one_text: bool = False,
+    ) -> Batch:
+        """The batch of sides that are `framed`; see `Batch` for `labels` and `one_text`."""
+        ids, mask = source
+        target_ids, target_mask = target or (None, None)
+        return Batch(
+            task,
+            ids,
+            mask,
+            target_ids,
+            target_mask,
+            labels,
+            source_language=torch.from_numpy(self.languages[0]),
+            target_language=torch.from_numpy(self.languages[1]),
+            direction=self.direction,
+            one_text=one_text,
+        )
+
 
 def padded_length(length: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
     """Positions of a sentence of `length` tokens with its specials, rounded up to `multiple`."""
@@ -201,60 +214,17 @@ def framed(text: Ragged, first: NDArray[np.int64] | int, eos: int, pad: int, wid
     return torch.from_numpy(out), torch.from_numpy(columns <= end)
 
 
-def _tags(tokenizer: Tokenizer, languages: NDArray[np.int64]) -> NDArray[np.int64]:
-    return tokenizer.first_tag_id + languages
+def pair_batch(task: str, rows: Sentences, source: Ragged, target: Ragged, width: tuple[int, int] = (0, 0)) -> Batch:
+    """``<2xx> source eos``, with the tag of the target's language, and ``bos target eos``; `width` is at least theirs.
 
-
-def pair_batch(
-    task: str,
-    source: Ragged,
-    target: Ragged,
-    *,
-    source_language: NDArray[np.int64],
-    target_language: NDArray[np.int64],
-    tokenizer: Tokenizer,
-    width: Width | None = None,
-    direction: str | None = None,
-) -> Batch:
-    """``<2xx> source eos``, with the tag of the target's language, and ``bos target eos``."""
-    width = width or Width()
-    ids, mask = framed(source, _tags(tokenizer, target_language), tokenizer.eos_id, tokenizer.pad_id, width.source)
-    to, to_mask = framed(target, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, width.target)
-    return Batch(
-        task=task,
-        source=ids,
-        source_mask=mask,
-        target=to,
-        target_mask=to_mask,
-        labels=None,
-        source_language=torch.from_numpy(source_language),
-        target_language=torch.from_numpy(target_language),
-        direction=direction,
+    All ranks' shares of one global batch have the same shape if it is the padded length of the longest of them.
+    """
+    return rows.batch(
+        task, rows.framed(source, rows.tags, width[0]), rows.framed(target, rows.tokenizer.bos_id, width[1])
     )
 
 
-def labelled_batch(
-    task: str,
-    text: Ragged,
-    labels: Ragged,
-    *,
-    language: NDArray[np.int64],
-    tokenizer: Tokenizer,
-    width: Width | None = None,
-    direction: str | None = None,
-) -> Batch:
+def labelled_batch(task: str, rows: Sentences, text: Ragged, labels: Ragged, width: int = 0) -> Batch:
     """``<2xx> text eos`` with a label for each of its tokens (-100 where nothing is predicted)."""
-    width = width or Width()
-    ids, mask = framed(text, _tags(tokenizer, language), tokenizer.eos_id, tokenizer.pad_id, width.source)
-    wanted, _ = framed(labels, IGNORE, IGNORE, IGNORE, width.source)
-    return Batch(
-        task=task,
-        source=ids,
-        source_mask=mask,
-        target=None,
-        target_mask=None,
-        labels=wanted,
-        source_language=torch.from_numpy(language),
-        target_language=torch.from_numpy(language.copy()),
-        direction=direction,
-    )
+    wanted, _ = framed(labels, IGNORE, IGNORE, IGNORE, width)
+    return rows.batch(task, rows.framed(text, rows.tags, width), labels=wanted)

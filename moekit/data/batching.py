@@ -46,25 +46,22 @@ class Builder:
         store: where the tokens are.
         tokenizer: whose specials are used.
         pad_multiple: padded lengths are rounded up to a multiple of this.
+        rank: whose share of the rows to give.
     """
 
     store: TokenStore
     tokenizer: Tokenizer
     pad_multiple: int = 1
+    rank: Rank = Rank()
 
-    def build(self, task: TaskStreams, rows: Rows, share: slice, direction: str | None = None) -> Batch:
-        """The batch of ``rows[share]``, padded as wide as all of `rows` need."""
-        own, sides = rows[share], range(task.sides)
+    def build(self, task: TaskStreams, rows: Rows, direction: str | None = None) -> Batch:
+        """The batch of this rank's share of `rows`, padded as wide as all of them need."""
+        own = rows[self.rank.share]
+        texts = tuple(map(self.store.read, task.starts(own), task.lengths(own)))
+        source, target = task.languages(own).copy()
+        lengths = tuple(task.lengths(rows))
         return task.task.collate(
-            Sentences(
-                texts=tuple(self.store.read(task.starts(own, side), task.lengths(own, side)) for side in sides),
-                lengths=tuple(task.lengths(rows, side) for side in sides),
-                languages=(task.languages(own, 0), task.languages(own, 1)),
-                keys=own.keys,
-                tokenizer=self.tokenizer,
-                pad_multiple=self.pad_multiple,
-                direction=direction,
-            )
+            Sentences(texts, lengths, (source, target), own.keys, self.tokenizer, self.pad_multiple, direction)
         )
 
 
@@ -76,21 +73,13 @@ class TrainingSteps(Dataset[dict[str, Batch]]):
     Args:
         tasks: each with its plan, by name.
         builder: of batches.
-        rank: whose share to give.
     """
 
-    def __init__(
-        self, tasks: Mapping[str, tuple[TaskStreams, StepPlan]], builder: Builder, rank: Rank | None = None
-    ) -> None:
-        self._tasks = dict(tasks)
-        self._builder = builder
-        self._rank = rank or Rank()
+    def __init__(self, tasks: Mapping[str, tuple[TaskStreams, StepPlan]], builder: Builder) -> None:
+        self._tasks, self._builder = dict(tasks), builder
 
     def __getitem__(self, step: int) -> dict[str, Batch]:
-        return {
-            name: self._builder.build(task, plan.rows(step), self._rank.share)
-            for name, (task, plan) in self._tasks.items()
-        }
+        return {name: self._builder.build(task, plan.rows(step)) for name, (task, plan) in self._tasks.items()}
 
 
 class EvaluationBatches(Dataset[Batch]):
@@ -103,22 +92,18 @@ class EvaluationBatches(Dataset[Batch]):
         tasks: what to evaluate.
         builder: of batches.
         budget: padded positions of a batch over all ranks.
-        rank: whose share to give.
         seed: of the noise.
     """
 
-    def __init__(
-        self, tasks: list[TaskStreams], builder: Builder, *, budget: int, rank: Rank | None = None, seed: int = 0
-    ) -> None:
-        self._builder = builder
-        self._rank = rank or Rank()
+    def __init__(self, tasks: list[TaskStreams], builder: Builder, *, budget: int, seed: int = 0) -> None:
+        self._builder, ranks = builder, builder.rank.count
         self._batches: list[tuple[TaskStreams, str, Rows]] = []
         for task in tasks:
             for number, sizes in enumerate(task.sizes(builder.pad_multiple)):
                 order = np.lexsort((sizes.source,) if sizes.target is None else (sizes.target, sizes.source))
                 target = None if sizes.target is None else sizes.target[order]
-                cuts = fill(sizes.source[order], target, budget, self._rank.count)
-                if len(cuts) > 2 and cuts[-1] - cuts[-2] < self._rank.count:
+                cuts = fill(sizes.source[order], target, budget, ranks)
+                if len(cuts) > 2 and cuts[-1] - cuts[-2] < ranks:
                     del cuts[-2]
                 keys = fold(key(seed, "evaluation", task.name, sizes.name), np.arange(len(order)))
                 rows = Rows(np.full(len(order), number), order, keys[order])
@@ -130,8 +115,8 @@ class EvaluationBatches(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         task, name, rows = self._batches[number]
-        batch = self._builder.build(task, rows, self._rank.share, direction=name)
-        batch.index = torch.from_numpy(task.index(rows[self._rank.share]))
+        batch = self._builder.build(task, rows, direction=name)
+        batch.index = torch.from_numpy(task.index(rows[self._builder.rank.share]))
         return batch
 
 
@@ -159,11 +144,8 @@ class StepLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self._steps = steps
-        self._steps_per_epoch = steps_per_epoch
-        self._first_step = first_step
-        self._num_workers = num_workers
-        self._pin_memory = pin_memory
+        self._steps, self._steps_per_epoch, self._first_step = steps, steps_per_epoch, first_step
+        self._num_workers, self._pin_memory = num_workers, pin_memory
 
     def __len__(self) -> int:
         return self._steps_per_epoch
@@ -182,23 +164,21 @@ class StepLoader:
 
 
 class EvaluationLoader:
-    """Iterates over evaluation batches in order.
+    """Iterates over evaluation batches in order, each built when it is asked for.
 
     Args:
         batches: what to load.
-        num_workers: processes that build batches ahead; 0 = built when asked for.
         pin_memory: put batches into page-locked memory.
     """
 
-    def __init__(self, batches: EvaluationBatches, *, num_workers: int = 0, pin_memory: bool = False) -> None:
-        self.batches = batches
-        self._num_workers, self._pin_memory = num_workers, pin_memory
+    def __init__(self, batches: EvaluationBatches, *, pin_memory: bool = False) -> None:
+        self.batches, self._pin_memory = batches, pin_memory
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _loader(self.batches, range(len(self.batches)), self._num_workers, self._pin_memory)
+        return _loader(self.batches, range(len(self.batches)), 0, self._pin_memory)
 
 
 def _loader(dataset: Dataset[_T], order: range, num_workers: int, pin_memory: bool) -> Iterator[_T]:

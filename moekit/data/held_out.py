@@ -7,13 +7,13 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from moekit.data.batching import StepLoader
 from moekit.data.module import MultitaskData
-from moekit.data.store import TokenStore, Wanted, monolingual_section, parallel_section, store_in_memory
+from moekit.data.store import SIDES, TokenStore, Wanted, monolingual_section, parallel_section, store_in_memory
 from moekit.errors import UserError
 from moekit.source import Direction, Source, Split
 
@@ -36,12 +36,13 @@ class Corpus:
     training: Mapping[str, Mapping[str, float | int]]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class HeldOut(Source):
     """A source of validation and test text, in one compressed file.
 
     It holds, of each direction and language, the sentences that evaluation uses and no others.
 
-    Args:
+    Attributes:
         name: the kind of source that they are from.
         languages: codes, in the order of their ids.
         directions: those of the task translation.
@@ -52,26 +53,14 @@ class HeldOut(Source):
         sections: sentences by section.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        languages: Sequence[str],
-        directions: Sequence[Direction],
-        tasks: Sequence[str],
-        limits: Mapping[str, int | None],
-        settings: Mapping[str, Any],
-        corpus: Corpus,
-        sections: Mapping[str, Sequence[str]],
-    ) -> None:
-        self.name = name
-        self.languages = tuple(languages)
-        self.directions = tuple(directions)
-        self.tasks = tuple(tasks)
-        self.limits = dict(limits)
-        self.settings = dict(settings)
-        self.corpus = corpus
-        self._sections = sections
+    name: str
+    languages: tuple[str, ...]
+    directions: tuple[Direction, ...]
+    tasks: tuple[str, ...]
+    limits: dict[str, int | None]
+    settings: dict[str, Any]
+    corpus: Corpus
+    sections: Mapping[str, Sequence[str]]
 
     @classmethod
     def of(cls, data: MultitaskData, settings: Mapping[str, Any]) -> HeldOut:
@@ -91,9 +80,9 @@ class HeldOut(Source):
             name=data.source.name,
             languages=data.languages,
             directions=data.directions,
-            tasks=list(data.tasks),
+            tasks=tuple(data.tasks),
             limits=limits,
-            settings=settings,
+            settings=dict(settings),
             corpus=Corpus(data.source.fingerprint(), counts, data.summary()),
             sections=sections,
         )
@@ -101,7 +90,7 @@ class HeldOut(Source):
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
         """Pairs of one direction, for validation or testing."""
         self.check_direction(direction)
-        source, target = (self._section(parallel_section(direction, split, side)) for side in ("source", "target"))
+        source, target = (self._section(parallel_section(direction, split, side)) for side in SIDES)
         return list(zip(source, target, strict=True))
 
     def monolingual(self, language: str, split: Split) -> Sequence[str]:
@@ -115,7 +104,7 @@ class HeldOut(Source):
 
     def wanted(self, wanted: Wanted) -> Wanted:
         """What of `wanted` is here."""
-        here = self._sections
+        here = self.sections
         return Wanted(
             tuple((d, split) for d, split in wanted.parallel if parallel_section(d, split, "source") in here),
             tuple((code, split) for code, split in wanted.monolingual if monolingual_section(code, split) in here),
@@ -140,9 +129,9 @@ class HeldOut(Source):
             texts = content["texts"]
             found = cls(
                 name=content["name"],
-                languages=content["languages"],
-                directions=[Direction(*pair) for pair in content["directions"]],
-                tasks=content["tasks"],
+                languages=tuple(content["languages"]),
+                directions=tuple(Direction(*pair) for pair in content["directions"]),
+                tasks=tuple(content["tasks"]),
                 limits=content["limits"],
                 settings=content["settings"],
                 corpus=Corpus(**content["corpus"]),
@@ -158,17 +147,17 @@ class HeldOut(Source):
         return found
 
     def _section(self, name: str) -> Sequence[str]:
-        if name not in self._sections:
+        if name not in self.sections:
             raise UserError(
                 f"a run keeps the text that it is evaluated on, and no other: got {name}, and there are "
-                f"{', '.join(self._sections)}. Training needs its corpus."
+                f"{', '.join(self.sections)}. Training needs its corpus."
             )
-        return self._sections[name]
+        return self.sections[name]
 
     def _plain(self) -> dict[str, Any]:
         """Everything as plain data; sections with the same sentences share one list."""
         numbers: dict[tuple[str, ...], int] = {}
-        sections = {name: numbers.setdefault(tuple(text), len(numbers)) for name, text in self._sections.items()}
+        sections = {name: numbers.setdefault(tuple(text), len(numbers)) for name, text in self.sections.items()}
         return {
             "name": self.name,
             "languages": list(self.languages),
@@ -176,11 +165,7 @@ class HeldOut(Source):
             "tasks": list(self.tasks),
             "limits": self.limits,
             "settings": self.settings,
-            "corpus": {
-                "fingerprint": self.corpus.fingerprint,
-                "sentences": dict(self.corpus.sentences),
-                "training": {task: dict(row) for task, row in self.corpus.training.items()},
-            },
+            "corpus": asdict(self.corpus),
             "sections": sections,
             "texts": [list(text) for text in numbers],
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from moekit.data.batch import SPECIALS
 from moekit.data.batching import Builder, EvaluationBatches, EvaluationLoader, Rank, StepLoader, TrainingSteps
 from moekit.data.mixture import Constant, TemperatureSchedule
 from moekit.data.plan import StepPlan
-from moekit.data.store import TokenStore, Wanted, cached_store, monolingual_section, parallel_section
-from moekit.data.streams import Stream, TaskStreams, TooLong, open_chunks, open_stream
+from moekit.data.store import SIDES, TokenStore, Wanted, cached_store, monolingual_section, parallel_section
+from moekit.data.streams import TaskStreams, TooLong, open_chunks, open_stream
 from moekit.data.tokenizer import Model, Tokenizer, train_tokenizer
 from moekit.errors import UserError, nearest
 from moekit.source import SPLITS, Direction, Source, Split
@@ -167,9 +167,10 @@ class MultitaskData(L.LightningDataModule):
         """One item per training step, from the Trainer's current step on."""
         rank = self._rank()
         steps = {name: self._planned(name, rank) for name in self.tasks}
+        first, plan = next(iter(steps.values()))
         return StepLoader(
-            TrainingSteps(steps, self._builder(), rank),
-            self.steps_per_epoch or self._whole_epoch(steps),
+            TrainingSteps(steps, Builder(self.store, self.tokenizer, self.pad_multiple, rank)),
+            self.steps_per_epoch or max(1, math.ceil(len(first) / plan.rows_per_step)),
             self._batches_so_far,
             num_workers=self.num_workers,
             pin_memory=self._on_accelerator(),
@@ -177,13 +178,11 @@ class MultitaskData(L.LightningDataModule):
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """Validation batches of all tasks, in order."""
-        tasks = [self._streams(name, "valid", self.valid_sentences) for name in self.tasks]
-        return self._evaluation(tasks)
+        return self._evaluation(self.tasks, "valid", self.valid_sentences)
 
     def test_dataloader(self) -> EvaluationLoader | list[Any]:
         """Test batches, in order: of the tasks whose written answers are scored, or of all where there is none."""
-        names = self._scored or list(self.tasks)
-        return self._evaluation([self._streams(name, "test", self.test_sentences) for name in names])
+        return self._evaluation(self._scored or self.tasks, "test", self.test_sentences)
 
     def task(self, name: str) -> Task:
         """One of the tasks, with its settings."""
@@ -295,39 +294,26 @@ class MultitaskData(L.LightningDataModule):
         served = {str(known): known for known in self.source.directions}
         return served.get(str(name)) or Direction.parse(name)
 
-    def _builder(self) -> Builder:
-        return Builder(self.store, self.tokenizer, self.pad_multiple)
-
     def _streams(self, name: str, split: Split, limit: int | None = None) -> TaskStreams:
         task = self.task(name)
-        if task.pairs:
-            return TaskStreams(task, [self._pairs(self._direction(d), split, limit) for d in self._chosen(name)])
         length = task.chunk(self.max_length - SPECIALS)
-        return TaskStreams(task, [self._text(language, split, limit, length) for language in self._chosen(name)])
-
-    def _pairs(self, direction: Direction, split: Split, limit: int | None) -> Stream:
-        ids = (self.tokenizer.language_id(direction.source), self.tokenizer.language_id(direction.target))
-        sections = [parallel_section(direction, split, "source"), parallel_section(direction, split, "target")]
-        return self._stream(str(direction), sections, ids, split, limit)
-
-    def _text(self, language: str, split: Split, limit: int | None, chunk: int | None) -> Stream:
-        own, section = self.tokenizer.language_id(language), monolingual_section(language, split)
-        if chunk is not None:
-            return open_chunks(self.store, language, section, (own, own), length=chunk, limit=limit)
-        return self._stream(language, [section], (own, own), split, limit)
-
-    def _stream(
-        self, name: str, sections: list[str], languages: tuple[int, int], split: Split, limit: int | None
-    ) -> Stream:
-        return open_stream(
-            self.store,
-            name,
-            sections,
-            languages,
-            max_length=self.max_length,
-            too_long=self.too_long if split == "train" else "truncate",
-            limit=limit,
-        )
+        too_long: TooLong = self.too_long if split == "train" else "truncate"
+        streams = []
+        for stream in self._chosen(name):
+            if task.pairs:
+                direction = self._direction(stream)
+                languages = (direction.source, direction.target)
+                sections = [parallel_section(direction, split, side) for side in SIDES]
+            else:
+                languages, sections = (stream, stream), [monolingual_section(stream, split)]
+            ids = (self.tokenizer.language_id(languages[0]), self.tokenizer.language_id(languages[1]))
+            if length is not None:
+                found = open_chunks(self.store, stream, sections[0], ids, length=length, limit=limit)
+            else:
+                most = self.max_length
+                found = open_stream(self.store, stream, sections, ids, max_length=most, too_long=too_long, limit=limit)
+            streams.append(found)
+        return TaskStreams(task, streams)
 
     def _planned(self, name: str, rank: Rank) -> tuple[TaskStreams, StepPlan]:
         task, data = self._streams(name, "train"), self.tasks[name]
@@ -343,13 +329,12 @@ class MultitaskData(L.LightningDataModule):
         )
         return task, plan
 
-    def _whole_epoch(self, steps: Mapping[str, tuple[TaskStreams, StepPlan]]) -> int:
-        task, plan = next(iter(steps.values()))
-        return max(1, math.ceil(len(task) / plan.rows_per_step))
-
-    def _evaluation(self, tasks: list[TaskStreams]) -> EvaluationLoader | list[Any]:
+    def _evaluation(self, tasks: Iterable[str], split: Split, limit: int | None) -> EvaluationLoader | list[Any]:
         batches = EvaluationBatches(
-            tasks, self._builder(), budget=self.evaluation_tokens, rank=self._rank(), seed=self.seed
+            [self._streams(name, split, limit) for name in tasks],
+            Builder(self.store, self.tokenizer, self.pad_multiple, self._rank()),
+            budget=self.evaluation_tokens,
+            seed=self.seed,
         )
         return EvaluationLoader(batches, pin_memory=self._on_accelerator()) if len(batches) else []
 

@@ -14,10 +14,10 @@ import json
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _CHUNK = 4096
-_SIDES: tuple[Literal["source", "target"], ...] = ("source", "target")
+SIDES: tuple[Literal["source", "target"], ...] = ("source", "target")
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,6 @@ class TokenStore:
         count = where.count if limit is None else min(limit, where.count)
         return int(self.offsets[where.first]), int(self.offsets[where.first + count])
 
-    def gather(self, sentences: NDArray[np.int64], lengths: NDArray[np.int64] | None = None) -> Ragged:
-        """The sentences with these numbers (counted through the whole store), in this order.
-
-        Args:
-            sentences: Int64[B].
-            lengths: Int64[B], how many tokens to read of each; all of them where it is not given.
-        """
-        starts = self.offsets[sentences]
-        return self.read(starts, self.offsets[sentences + 1] - starts if lengths is None else lengths)
-
     def read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Ragged:
         """Pieces of text, wherever sentences begin and end.
 
@@ -154,7 +144,7 @@ class Wanted:
         """Pieces of work: for each, the texts of its sections by name, and what to call it."""
         for direction, split in self.parallel:
             pairs = source.parallel(direction, split)
-            names = [parallel_section(direction, split, side) for side in _SIDES]
+            names = [parallel_section(direction, split, side) for side in SIDES]
             yield {name: _side(pairs, i) for i, name in enumerate(names)}, f"{direction} {split}"
         for language, split in self.monolingual:
             text = source.monolingual(language, split)
@@ -162,7 +152,7 @@ class Wanted:
 
     def names(self) -> list[str]:
         """Names of all sections."""
-        pairs = [parallel_section(d, split, side) for d, split in self.parallel for side in _SIDES]
+        pairs = [parallel_section(d, split, side) for d, split in self.parallel for side in SIDES]
         return pairs + [monolingual_section(language, split) for language, split in self.monolingual]
 
 
@@ -207,7 +197,6 @@ def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Want
     lengths: list[NDArray[np.int64]] = []
     stored = 0
     with (folder / "tokens.bin").open("wb") as out, _bar(progress) as bar:
-        writer = _Writer(out)
         task = bar.add_task("Encoding", total=len(wanted.names()))
         for texts, title in wanted.texts(source):
             bar.update(task, description=f"Encoding {title}")
@@ -216,11 +205,11 @@ def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Want
                 digest = _digest(text)
                 if digest not in seen:
                     seen[digest] = Section(stored, len(text))
-                    for chunk in _chunks(text):
-                        encoded = tokenizer.encode_batch(chunk)
+                    for begin in range(0, len(text), _CHUNK):
+                        encoded = tokenizer.encode_batch(text[begin : begin + _CHUNK])
                         sizes = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
                         flat = itertools.chain.from_iterable(encoded)
-                        writer.write(np.fromiter(flat, dtype=dtype, count=int(sizes.sum())))
+                        out.write(np.fromiter(flat, dtype=dtype, count=int(sizes.sum())).tobytes())
                         lengths.append(sizes)
                     stored += len(text)
                 sections[name] = seen[digest]
@@ -234,36 +223,11 @@ def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Want
         "dtype": dtype.name,
         "sections": {name: [where.first, where.count] for name, where in sections.items()},
         "files": {
-            "tokens.bin": asdict(_Content(writer.size, writer.checksum)),
-            "offsets.bin": asdict(_Content(offsets.nbytes, zlib.crc32(offsets.tobytes()))),
+            name: {"size": (folder / name).stat().st_size, "crc32": _checksum(folder / name)}
+            for name in ("tokens.bin", "offsets.bin")
         },
     }
     (folder / "header.json").write_bytes(json.dumps(header, indent=1).encode())
-
-
-@dataclass(frozen=True)
-class _Content:
-    size: int
-    crc32: int
-
-
-class _Writer:
-    """Appends arrays to a file and keeps count of its size and checksum."""
-
-    def __init__(self, out: BinaryIO) -> None:
-        self._out = out
-        self.size = 0
-        self.checksum = 0
-
-    def write(self, array: NDArray[Any]) -> None:
-        data = array.tobytes()
-        self._out.write(data)
-        self.size += len(data)
-        self.checksum = zlib.crc32(data, self.checksum)
-
-
-def _chunks(text: list[str]) -> Iterator[list[str]]:
-    return (text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK))
 
 
 def _digest(text: Iterable[str]) -> bytes:
@@ -311,13 +275,16 @@ def _check_file(path: Path, promised: Mapping[str, int], dtype: np.dtype[Any], c
     if size != promised["size"] or size % dtype.itemsize:
         got = "it is missing" if size < 0 else f"it has {size:,}"
         raise CorruptCacheError(f"{path} must have {promised['size']:,} bytes: {got}. {remedy}")
-    if checksum:
-        found = 0
-        with path.open("rb") as handle:
-            while block := handle.read(1 << 22):
-                found = zlib.crc32(block, found)
-        if found != promised["crc32"]:
-            raise CorruptCacheError(f"{path} must be as it was written: its checksum differs. {remedy}")
+    if checksum and _checksum(path) != promised["crc32"]:
+        raise CorruptCacheError(f"{path} must be as it was written: its checksum differs. {remedy}")
+
+
+def _checksum(path: Path) -> int:
+    found = 0
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 22):
+            found = zlib.crc32(block, found)
+    return found
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:

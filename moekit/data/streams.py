@@ -142,11 +142,6 @@ class TaskStreams:
         """Of the task."""
         return self.task.name
 
-    @property
-    def sides(self) -> int:
-        """Texts of a row: 1, or 2 of a pair."""
-        return len(self._lengths)
-
     def sizes(self, pad_multiple: int = 1) -> list[Sizes]:
         """What every sentence costs, each side rounded up to `pad_multiple` positions."""
         sizes = []
@@ -155,18 +150,18 @@ class TaskStreams:
             sizes.append(Sizes(stream.name, source, target[0] if target else None))
         return sizes
 
-    def lengths(self, rows: Rows, side: int) -> NDArray[np.int64]:
-        """Tokens of each row on side 0 (source) or 1 (target), specials not counted."""
-        return self._lengths[side, self._offset[rows.stream] + rows.index]
+    def lengths(self, rows: Rows) -> NDArray[np.int64]:
+        """Int64[sides, B], tokens of each row, specials not counted."""
+        return self._lengths[:, self._offset[rows.stream] + rows.index]
 
-    def starts(self, rows: Rows, side: int) -> NDArray[np.int64]:
-        """Place in the store of the first token of each row."""
-        return self._starts[side, self._offset[rows.stream] + rows.index]
+    def starts(self, rows: Rows) -> NDArray[np.int64]:
+        """Int64[sides, B], place in the store of the first token of each row."""
+        return self._starts[:, self._offset[rows.stream] + rows.index]
 
     def index(self, rows: Rows) -> NDArray[np.int64]:
-        """Place of each row's sentence in its section, that is, in what the source gave."""
+        """Int64[B], place of each row's sentence in its section, that is, in what the source gave."""
         return self._index[self._offset[rows.stream] + rows.index]
 
-    def languages(self, rows: Rows, side: int) -> NDArray[np.int64]:
-        """Language id of each row's source (0) or target (1)."""
-        return self._languages[rows.stream, side]
+    def languages(self, rows: Rows) -> NDArray[np.int64]:
+        """Int64[2, B], language ids of each row's source and target."""
+        return self._languages[rows.stream].T

@@ -218,29 +218,25 @@ def train_tokenizer(
 
     Source: arXiv:1808.06226 (SentencePiece); arXiv:1907.05019 section 3 (temperature sampling).
     """
-    settings: dict[str, Any] = {
+    options: dict[str, Any] = {
         "vocab_size": vocab_size,
         "model_type": model,
-        "temperature": temperature,
-        "max_sentences": max_sentences,
         "byte_fallback": byte_fallback,
         "character_coverage": character_coverage,
-        "normalization": normalization,
-        "seed": seed,
     }
-    key = content_key(kind="tokenizer", format=_FORMAT, source=source.fingerprint(), **settings)
+    choice = {"temperature": temperature, "max_sentences": max_sentences, "seed": seed}
+    key = content_key(
+        kind="tokenizer",
+        format=_FORMAT,
+        source=source.fingerprint(),
+        normalization=normalization,
+        **choice,
+        **options,
+    )
 
     def build(folder: Path) -> None:
         sentences = _training_sentences(source, temperature, max_sentences, seed)
-        trained = _train(
-            sentences,
-            source.languages,
-            vocab_size=vocab_size,
-            model_type=model,
-            byte_fallback=byte_fallback,
-            character_coverage=character_coverage,
-            normalization_rule_name=normalization,
-        )
+        trained = _train(sentences, source.languages, normalization_rule_name=normalization, **options)
         Tokenizer(trained, source.languages).save(folder)
 
     return cached_folder(Path(cache_dir) / "tokenizers" / key, build, Tokenizer.load)
@@ -261,13 +257,10 @@ def _training_sentences(source: Source, temperature: float, max_sentences: int, 
     for text, count in zip(texts, wanted, strict=True):
         if len(text):
             whole, rest = divmod(int(count), len(text))
-            order = np.concatenate([*(np.arange(len(text)) for _ in range(whole)), _draw(rng, len(text), rest)])
+            drawn = np.sort(rng.permutation(len(text))[:rest])
+            order = np.concatenate([np.tile(np.arange(len(text)), whole), drawn])
             chosen.extend(text[int(i)] for i in order)
     return chosen
-
-
-def _draw(rng: np.random.Generator, size: int, count: int) -> NDArray[np.int64]:
-    return np.sort(rng.permutation(size)[:count])
 
 
 def _train(sentences: list[str], languages: Sequence[str], *, vocab_size: int, **options: Any) -> bytes:

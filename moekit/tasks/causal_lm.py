@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from moekit.data.batch import Batch, Sentences, framed
+from moekit.data.batch import Batch, Sentences
 from moekit.tasks.head import Head, Scores, TokenHead, name_routings, pick
 from moekit.tasks.task import SampleWording, Task
 
@@ -18,8 +16,7 @@ class CausalLMHead(TokenHead):
     Args:
         backbone: see `Head`.
         label_smoothing: epsilon of the cross-entropy.
-        aux: see `Head`.
-        learning_rate: see `Head`.
+        options: those of `Head`.
 
     Source: arXiv:2112.10684 (sparse), arXiv:2005.14165 (dense).
     """
@@ -57,22 +54,5 @@ class CausalLMTask(Task):
 
     def collate(self, rows: Sentences) -> Batch:
         """``bos text eos``, which is source and target at once."""
-        ids, mask = framed(
-            rows.texts[0],
-            rows.tokenizer.bos_id,
-            rows.tokenizer.eos_id,
-            rows.tokenizer.pad_id,
-            rows.width(rows.lengths[0]),
-        )
-        return Batch(
-            task=self.name,
-            source=ids,
-            source_mask=mask,
-            target=ids,
-            target_mask=mask,
-            labels=None,
-            source_language=torch.from_numpy(rows.languages[0]),
-            target_language=torch.from_numpy(rows.languages[1]),
-            direction=rows.direction,
-            one_text=True,
-        )
+        text = rows.framed(rows.texts[0], rows.tokenizer.bos_id, rows.width(rows.lengths[0]))
+        return rows.batch(self.name, text, text, one_text=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from moekit.data.batch import Batch, Sentences, Width
+from moekit.data.batch import Batch, Sentences, pair_batch
 from moekit.data.keyed import Keys
 from moekit.data.noising import SpanLength, drop_words, infill_spans
 from moekit.data.ragged import Ragged
@@ -93,4 +93,5 @@ class DenoisingTask(SequenceTask):
         """``<2xx> damaged eos`` and ``bos clean eos``: translation from a damaged sentence to itself."""
         damaged = self.denoising.apply(rows.texts[0], rows.keys, rows.tokenizer)
         # How long the other ranks' damaged sentences are is not known here: this side is as wide as it must be.
-        return self.pair(rows, damaged, rows.texts[0], Width(rows.width(damaged.lengths), rows.width(rows.lengths[0])))
+        width = rows.width(damaged.lengths), rows.width(rows.lengths[0])
+        return pair_batch(self.name, rows, damaged, rows.texts[0], width)

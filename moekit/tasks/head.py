@@ -200,22 +200,14 @@ class TokenHead(Head):
     Args:
         backbone: see `Head`.
         label_smoothing: epsilon of the cross-entropy.
-        aux: see `Head`.
-        learning_rate: see `Head`.
+        options: those of `Head`.
 
     Raises:
         ValueError: if `label_smoothing` is not in [0, 1).
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module | None = None,
-        *,
-        label_smoothing: float = 0.0,
-        aux: AuxLosses | None = None,
-        learning_rate: float = 1e-3,
-    ) -> None:
-        super().__init__(backbone, aux=aux, learning_rate=learning_rate)
+    def __init__(self, backbone: nn.Module | None = None, *, label_smoothing: float = 0.0, **options: Any) -> None:
+        super().__init__(backbone, **options)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1): got {label_smoothing}.")
         self.label_smoothing = label_smoothing

@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moekit.data.batch import Batch, Sentences, Width, labelled_batch
+from moekit.data.batch import Batch, Sentences, labelled_batch
 from moekit.data.keyed import Keys
 from moekit.data.noising import check_ratio, check_shares, mask_tokens
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
-from moekit.layer import AuxLosses
 from moekit.tasks.head import Head, Scores, TokenHead, name_routings, pick
 from moekit.tasks.task import Task
 
@@ -77,23 +76,15 @@ class MaskedLMHead(TokenHead):
     Args:
         dim: D of the backbone.
         backbone: see `Head`.
-        aux: see `Head`.
-        learning_rate: see `Head`.
+        options: those of `TokenHead`.
 
     Source: arXiv:1810.04805 section 3.1; as one of the tasks of arXiv:2109.10465.
     """
 
     task: ClassVar[str] = "masked_lm"
 
-    def __init__(
-        self,
-        dim: int,
-        backbone: nn.Module | None = None,
-        *,
-        aux: AuxLosses | None = None,
-        learning_rate: float = 1e-3,
-    ) -> None:
-        super().__init__(backbone, aux=aux, learning_rate=learning_rate)
+    def __init__(self, dim: int, backbone: nn.Module | None = None, **options: Any) -> None:
+        super().__init__(backbone, **options)
         self.transform = MaskedLMTransform(dim)
 
     def score(self, batch: Batch, backbone: Any) -> Scores:  # noqa: D102
@@ -107,15 +98,7 @@ class MaskedLMHead(TokenHead):
 def masked_batch(task: str, masking: Masking, rows: Sentences) -> Batch:
     """``<2xx> masked eos`` with the original ids as labels at masked places."""
     masked, labels = masking.apply(rows.texts[0], rows.keys, rows.tokenizer)
-    return labelled_batch(
-        task,
-        masked,
-        labels,
-        language=rows.languages[0],
-        tokenizer=rows.tokenizer,
-        width=Width(rows.width(rows.lengths[0])),
-        direction=rows.direction,
-    )
+    return labelled_batch(task, rows, masked, labels, rows.width(rows.lengths[0]))
 
 
 @dataclass(frozen=True)

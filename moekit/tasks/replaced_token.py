@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from moekit.data.batch import Batch, Sentences
 from moekit.errors import UserError
-from moekit.layer import AuxLosses
 from moekit.tasks.head import Head, HeadOutput, name_routings, pick, predict
 from moekit.tasks.masked_lm import MaskedLMTransform, Masking, masked_batch
 from moekit.tasks.task import Task
@@ -36,8 +35,7 @@ class ReplacedTokenHead(Head):
         dim: D of the backbone.
         backbone: see `Head`.
         discriminator_weight: 50 in arXiv:2003.10555 section 3.1.
-        aux: see `Head`.
-        learning_rate: see `Head`.
+        options: those of `Head`.
 
     `HeadOutput.nll` and `correct` are the discriminator's, over real tokens; the generator's loss, the share of
     replaced tokens and the detection rate among them are in `extra`.
@@ -59,10 +57,9 @@ class ReplacedTokenHead(Head):
         backbone: nn.Module | None = None,
         *,
         discriminator_weight: float = 50.0,
-        aux: AuxLosses | None = None,
-        learning_rate: float = 1e-3,
+        **options: Any,
     ) -> None:
-        super().__init__(backbone, aux=aux, learning_rate=learning_rate)
+        super().__init__(backbone, **options)
         self.generator = generator
         self.generator_transform = MaskedLMTransform(int(cast(Any, generator).dim))
         self.transform = nn.Linear(dim, dim)

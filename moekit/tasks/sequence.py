@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from moekit.data.batch import Batch, Sentences, Width, pair_batch
-from moekit.data.ragged import Ragged
-from moekit.layer import AuxLosses
+from moekit.data.batch import Batch, Sentences, pair_batch
 from moekit.tasks.head import Head, Scores, TokenHead, name_routings, pick
 from moekit.tasks.task import Lengths, Task
 
@@ -21,8 +19,7 @@ class SequenceHead(TokenHead):
     Args:
         backbone: see `Head`.
         label_smoothing: epsilon of the cross-entropy (0.1 in arXiv:1706.03762 section 5.4).
-        aux: see `Head`.
-        learning_rate: see `Head`.
+        options: those of `Head`.
     """
 
     def __init__(
@@ -30,10 +27,9 @@ class SequenceHead(TokenHead):
         backbone: nn.Module | None = None,
         *,
         label_smoothing: float = 0.1,
-        aux: AuxLosses | None = None,
-        learning_rate: float = 1e-3,
+        **options: Any,
     ) -> None:
-        super().__init__(backbone, label_smoothing=label_smoothing, aux=aux, learning_rate=learning_rate)
+        super().__init__(backbone, label_smoothing=label_smoothing, **options)
 
     def score(self, batch: Batch, backbone: Any) -> Scores:  # noqa: D102
         if batch.target is None or batch.target_mask is None:
@@ -60,19 +56,6 @@ class SequenceTask(Task):
     @classmethod
     def make_head(cls, dim: int, label_smoothing: float) -> Head:  # noqa: D102
         return cls.head(label_smoothing=label_smoothing)
-
-    def pair(self, rows: Sentences, source: Ragged, target: Ragged, width: Width) -> Batch:
-        """The batch of sources and targets, tagged by the targets' languages."""
-        return pair_batch(
-            self.name,
-            source,
-            target,
-            source_language=rows.languages[0],
-            target_language=rows.languages[1],
-            tokenizer=rows.tokenizer,
-            width=width,
-            direction=rows.direction,
-        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +89,5 @@ class PairTask(SequenceTask):
         if self.sentinel:
             mark = rows.tokenizer.sentinel_ids[0]
             source, target = source.append(mark), target.prepend(mark)
-        return self.pair(
-            rows, source, target, Width(*(rows.width(lengths + self.sentinel) for lengths in rows.lengths))
-        )
+        width = rows.width(rows.lengths[0] + self.sentinel), rows.width(rows.lengths[1] + self.sentinel)
+        return pair_batch(self.name, rows, source, target, width)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moekit.data.batch import Batch, Sentences, Width
+from moekit.data.batch import Batch, Sentences, pair_batch
 from moekit.data.keyed import Keys
 from moekit.data.noising import check_ratio, choose, everywhere, first_spans, mark_spans
 from moekit.data.ragged import Ragged
@@ -246,4 +246,4 @@ class SpanCorruptionTask(SequenceTask):
     def collate(self, rows: Sentences) -> Batch:
         """``<2xx> damaged eos`` and ``bos spans eos``."""
         damaged, spans = self.span_corruption.apply(rows.texts[0], rows.keys, rows.tokenizer)
-        return self.pair(rows, damaged, spans, Width(rows.width(damaged.lengths), rows.width(spans.lengths)))
+        return pair_batch(self.name, rows, damaged, spans, (rows.width(damaged.lengths), rows.width(spans.lengths)))

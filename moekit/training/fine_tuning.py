@@ -54,16 +54,14 @@ def _everything(model: nn.Module) -> Names:
 
 
 def _below(model: nn.Module, prefixes: tuple[str, ...]) -> Names:
-    return frozenset(name for name in _everything(model) if name.startswith(prefixes)) if prefixes else frozenset()
-
-
-def _prefix(path: str, part: str) -> str:
-    return f"{path}.{part}." if path else f"{part}."
+    return frozenset(name for name in _everything(model) if name.startswith(prefixes))
 
 
 def _of_layers(*parts: str) -> Callable[[nn.Module], Names]:
     """Parameters of the named parts of sparse layers."""
-    return lambda model: _below(model, tuple(_prefix(path, part) for path in sparse_layers(model) for part in parts))
+    return lambda model: _below(
+        model, tuple(f"{path}.{part}.".lstrip(".") for path in sparse_layers(model) for part in parts)
+    )
 
 
 def _of_types(*kinds: type[nn.Module]) -> Callable[[nn.Module], Names]:
@@ -170,7 +168,12 @@ def set_expert_dropout(model: nn.Module, rate: float) -> None:
     """
     if not 0 <= rate < 1:
         raise ValueError(f"expert dropout must be in [0, 1): got {rate}.")
-    for bank in _banks(model):
+    banks = [module for module in model.modules() if is_expert_bank(module)]
+    if not banks:
+        raise ValueError("the model must have experts: it is dense.")
+    for bank in banks:
+        if any(is_expert_bank(part) for part in bank.children()):
+            continue  # it wraps another, whose dropout it is
         if not hasattr(bank, "dropout"):
             raise ValueError(f"the experts of {type(bank).__name__} have no dropout. Leave expert dropout out.")
         bank.dropout = rate  # type: ignore[assignment]
@@ -231,11 +234,3 @@ def with_slots(
 def _beside(value: Tensor, parameter: Tensor, key: str) -> Tensor:
     """A slot where the optimizer wants it: steps of a fused optimizer lie with the parameter."""
     return value.clone() if key == "step" else value.to(device=parameter.device, dtype=torch.float32).clone()
-
-
-def _banks(model: nn.Module) -> list[nn.Module]:
-    banks = [module for module in model.modules() if is_expert_bank(module)]
-    inner = [bank for bank in banks if not any(is_expert_bank(c) for c in bank.children())]
-    if not inner:
-        raise ValueError("the model must have experts: it is dense.")
-    return inner

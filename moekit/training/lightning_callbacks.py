@@ -58,7 +58,8 @@ def on_several_meshes(*, anomaly: bool = False) -> Iterator[None]:
         anomaly: also let autograd's search for NaN look at divided gradients.
     """
     if anomaly:
-        _let_autograd_look()
+        # torch's test for NaN gathers each divided gradient: it does not know by itself, and that is the mode's price.
+        register_sharding(torch.ops.aten._is_any_true.default)(lambda x: [([Replicate()], [Replicate()])])
     norm, scale = clip_grad._get_total_norm, clip_grad._clip_grads_with_norm_
     known = BaseFinetuning.__dict__["filter_on_optimizer"]
 
@@ -99,9 +100,3 @@ def _not_known(optimizer: Optimizer, params: Iterable[Tensor]) -> list[Tensor]:
             "group. Make the optimizer over those that require a gradient."
         )
     return new
-
-
-def _let_autograd_look() -> None:
-    """Tell torch how its test for NaN works on a divided tensor, which it does not know by itself."""
-    # It costs a gathering of each divided gradient, which is a debugging mode's price.
-    register_sharding(torch.ops.aten._is_any_true.default)(lambda x: [([Replicate()], [Replicate()])])

@@ -267,16 +267,9 @@ class MultitaskModule(L.LightningModule):
         return max(0, self.samples_per_direction - len(same))
 
     def _keep(self, batch: Batch, rows: Sequence[tuple[str, str, str]]) -> None:
-        for source, reference, hypothesis in rows:
-            self.samples.append(
-                {
-                    "task": batch.task,
-                    "direction": batch.direction or "",
-                    "source": source,
-                    "reference": reference,
-                    "hypothesis": hypothesis,
-                }
-            )
+        of = {"task": batch.task, "direction": batch.direction or ""}
+        names = ("source", "reference", "hypothesis")
+        self.samples += [of | dict(zip(names, row, strict=True)) for row in rows]
 
     def on_test_epoch_end(self) -> None:
         """Log scores by direction and on average, and the perplexity of other tasks by language."""

@@ -153,32 +153,22 @@ def adafactor(
     model: nn.Module,
     *,
     lr: float,
-    clip_update: float | None = 1.0,
-    scale_by_parameter: bool = True,
     weight_decay: float = 0.0,
     expert_lr_multiplier: float = 1.0,
-    min_factored_size: int = 128,
+    **options: Any,
 ) -> Adafactor:
     """`Adafactor` over `parameter_groups`, each expert of a bank for itself.
 
     Args:
         model: see `parameter_groups`.
-        lr: learning rate, relative to the size of the weights where `scale_by_parameter`.
-        clip_update: see `Adafactor`.
-        scale_by_parameter: see `Adafactor`.
+        lr: learning rate, relative to the size of the weights unless ``scale_by_parameter=False``.
         weight_decay: decoupled weight decay.
         expert_lr_multiplier: see `parameter_groups`.
-        min_factored_size: see `Adafactor`.
+        options: others of `Adafactor`.
 
     Source: arXiv:1804.04235.
     """
     groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, expert_lr_multiplier=expert_lr_multiplier)
     for group in groups:
         group["batch_dims"] = int(group["name"].startswith("expert"))
-    return Adafactor(
-        groups,
-        lr,
-        clip_update=clip_update,
-        scale_by_parameter=scale_by_parameter,
-        min_factored_size=min_factored_size,
-    )
+    return Adafactor(groups, lr, **options)

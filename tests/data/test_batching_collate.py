@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from tiny_corpus import TinySource
 from torch.utils import _pytree
 
-from moekit.data.batch import Batch, Sentences, Width, labelled_batch, pair_batch
+from moekit.data.batch import Batch, Sentences, labelled_batch, pair_batch
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer, train_tokenizer
 from moekit.tasks import CausalLMTask, TranslationTask
@@ -29,7 +29,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def sentences(tokenizer: Tokenizer, *texts: Ragged, direction: str | None = None) -> Sentences:
     texts = texts or (TWO, ONE)
     lengths = tuple(text.lengths for text in texts)
-    return Sentences(texts, lengths, (EN, DE), np.zeros(2, np.uint64), tokenizer, direction=direction)
+    languages = (EN, EN.copy() if len(texts) == 1 else DE)
+    return Sentences(texts, lengths, languages, np.zeros(2, np.uint64), tokenizer, direction=direction)
 
 
 def tags(tokenizer: Tokenizer) -> tuple[int, int, int]:
@@ -61,9 +62,7 @@ def test_a_sentinel_ends_the_source_and_begins_the_target(tokenizer: Tokenizer) 
 
 def test_denoising_is_translation_to_itself(tokenizer: Tokenizer) -> None:
     aa, bb, _ = tags(tokenizer)
-    batch = pair_batch(
-        "denoising", Ragged.of([[A, 4], [4]]), TWO, source_language=EN, target_language=EN.copy(), tokenizer=tokenizer
-    )
+    batch = pair_batch("denoising", sentences(tokenizer, TWO), Ragged.of([[A, 4], [4]]), TWO)
     assert batch.task == "denoising"
     assert batch.source.tolist() == [[aa, A, 4, 2], [bb, 4, 2, 0]]
     assert batch.target is not None
@@ -74,9 +73,7 @@ def test_denoising_is_translation_to_itself(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("task", ["masked_lm", "replaced_token"])
 def test_labels_line_up_with_the_source(task: str, tokenizer: Tokenizer) -> None:
     aa, bb, _ = tags(tokenizer)
-    batch = labelled_batch(
-        task, Ragged.of([[A, 4], [4]]), Ragged.of([[-100, B], [C]]), language=EN, tokenizer=tokenizer
-    )
+    batch = labelled_batch(task, sentences(tokenizer, TWO), Ragged.of([[A, 4], [4]]), Ragged.of([[-100, B], [C]]))
     assert batch.task == task
     assert batch.source.tolist() == [[aa, A, 4, 2], [bb, 4, 2, 0]]
     assert batch.labels is not None
@@ -94,25 +91,22 @@ def test_causal_lm_has_one_side(tokenizer: Tokenizer) -> None:
 
 
 def test_a_width_pads_further_but_never_cuts(tokenizer: Tokenizer) -> None:
-    batch = pair_batch(
-        "translation", TWO, ONE, source_language=EN, target_language=DE, tokenizer=tokenizer, width=Width(6, 2)
-    )
+    batch = pair_batch("translation", sentences(tokenizer), TWO, ONE, (6, 2))
     assert batch.target is not None
     assert (batch.source.shape[1], batch.target.shape[1]) == (6, 5)
     assert int(batch.source_mask.sum()) == 7
 
 
 def test_a_batch_without_rows_has_its_shape(tokenizer: Tokenizer) -> None:
-    none = np.zeros(0, dtype=np.int64)
-    batch = labelled_batch(
-        "masked_lm", Ragged.of([]), Ragged.of([]), language=none, tokenizer=tokenizer, width=Width(5)
-    )
+    none, no_text = np.zeros(0, dtype=np.int64), Ragged.of([])
+    rows = Sentences((no_text,), (none,), (none, none.copy()), np.zeros(0, np.uint64), tokenizer)
+    batch = labelled_batch("masked_lm", rows, no_text, no_text, 5)
     assert batch.source.shape == (0, 5)
     assert batch.num_tokens == 0
 
 
 def test_tensors_have_the_types_of_the_contract(tokenizer: Tokenizer) -> None:
-    batch = labelled_batch("masked_lm", TWO, TWO, language=EN, tokenizer=tokenizer)
+    batch = labelled_batch("masked_lm", sentences(tokenizer, TWO), TWO, TWO)
     assert batch.source.dtype == batch.source_language.dtype == torch.int64
     assert batch.source_mask.dtype == torch.bool
     assert batch.labels is not None

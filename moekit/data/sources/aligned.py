@@ -84,10 +84,10 @@ class AlignedSource(Source):
         for block in self._blocks:
             if block.split != split or direction.source not in block.columns or direction.target not in block.columns:
                 continue
-            left, right = block.columns[direction.source], block.columns[direction.target]
-            keep = [bool(a and b) for a, b in zip(left, right, strict=True)]
-            sources.extend(line for line, kept in zip(left, keep, strict=True) if kept)
-            targets.extend(line for line, kept in zip(right, keep, strict=True) if kept)
+            for left, right in zip(block.columns[direction.source], block.columns[direction.target], strict=True):
+                if left and right:
+                    sources.append(left)
+                    targets.append(right)
         return LazySequence(len(sources), lambda index: (sources[index], targets[index]))
 
     def monolingual(self, language: str, split: Split) -> Sequence[str]:

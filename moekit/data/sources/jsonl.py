@@ -68,18 +68,12 @@ def _read(split: Split, path: Path) -> AlignedBlock:
                 )
         if texts.keys() != set(keys):
             missing = [key for key in keys if key not in texts]
-            extra = [key for key in texts if key not in keys]
+            unknown = [key for key in texts if key not in keys]
+            wrong = {"missing": missing, "unknown": unknown}
+            found = "; ".join(f"{what} {', '.join(these)}" for what, these in wrong.items() if these)
             raise UserError(
-                f"{where}: every line of a file must have the same languages ({', '.join(keys)}): "
-                + "; ".join(
-                    part
-                    for part in (
-                        f"missing {', '.join(missing)}" if missing else "",
-                        f"unknown {', '.join(extra)}" if extra else "",
-                    )
-                    if part
-                )
-                + '. Give "" where a sentence has no translation.'
+                f"{where}: every line of a file must have the same languages ({', '.join(keys)}): {found}. Give "
+                '"" where a sentence has no translation.'
             )
         for column, key in zip(columns.values(), keys, strict=True):
             # A line feed inside a sentence would become two sentences in any file of lines.

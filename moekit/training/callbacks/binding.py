@@ -61,20 +61,10 @@ class ComponentBinding(Callback):
         self._bind(trainer, pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Bind what ``setup`` and ``configure_model`` have added."""
+        """Bind what ``setup`` and ``configure_model`` have added; before a validation inside `fit` it is repeated."""
         self._bind(trainer, pl_module)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Bind what ``setup`` and ``configure_model`` have added; inside `fit` a cheap repetition."""
-        self._bind(trainer, pl_module)
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Bind what ``setup`` and ``configure_model`` have added."""
-        self._bind(trainer, pl_module)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Bind what ``setup`` and ``configure_model`` have added."""
-        self._bind(trainer, pl_module)
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember where the run starts: a resumed run has done these steps already."""

@@ -62,7 +62,6 @@ class TrainingProgress(ProgressBar):
         """Begin."""
         self._start = self._clock()
         self._start_fraction = self._fraction(trainer)
-        self._shown = -math.inf
         self._open("train")
 
     def on_train_batch_end(
@@ -79,7 +78,7 @@ class TrainingProgress(ProgressBar):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin, where it is not inside training."""
         if trainer.state.fn != "fit":
-            self._begin_evaluation("valid", trainer.num_val_batches)
+            self._open("valid")
 
     def on_validation_batch_end(
         self,
@@ -101,7 +100,7 @@ class TrainingProgress(ProgressBar):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin."""
-        self._begin_evaluation("test", trainer.num_test_batches)
+        self._open("test")
 
     def on_test_batch_end(
         self,
@@ -143,9 +142,9 @@ class TrainingProgress(ProgressBar):
         parts.append(f"{_duration(used)}{'/' + _duration(60 * minutes) if minutes else ''} used")
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         parts += [callback.text() for callback in callbacks if isinstance(callback, PeakMemory) and callback.bytes]
-        left = self._seconds_left(trainer)
-        if left is not None:
-            parts.append(f"{_duration(left)} left")
+        done = self._fraction(trainer)
+        if (made := done - self._start_fraction) > 0:
+            parts.append(f"{_duration((self._clock() - self._start) * (1 - done) / made)} left")
         return "  ".join(parts)
 
     def _max_steps(self, trainer: L.Trainer) -> int | None:
@@ -163,21 +162,13 @@ class TrainingProgress(ProgressBar):
             limit = math.ceil(batches) * trainer.max_epochs if math.isfinite(batches) else None
         return min(1.0, trainer.global_step / limit) if limit else 0.0
 
-    def _seconds_left(self, trainer: L.Trainer) -> float | None:
-        done = self._fraction(trainer)
-        made = done - self._start_fraction
-        return (self._clock() - self._start) * (1 - done) / made if made > 0 else None
-
-    def _begin_evaluation(self, name: str, batches: Any) -> None:
-        self._shown = -math.inf
-        self._open(name)
-
     def _show_evaluation(self, name: str, batches: list[int | float], index: int, loader: int) -> None:
         done, total = sum(batches[:loader]) + index + 1, sum(batches)
         text = f"{name} {done:,.0f}" + (f"/{total:,.0f}" if math.isfinite(total) else "")
         self._show(lambda: text, lambda: done / total if math.isfinite(total) and total else 0.0)
 
     def _open(self, name: str) -> None:
+        self._shown = -math.inf
         if self._enabled and self._console.is_terminal and self._bar is None:
             columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=self._console, transient=False, auto_refresh=False)

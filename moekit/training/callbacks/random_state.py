@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 
 class RandomState(Callback):
@@ -46,12 +45,11 @@ class RandomState(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain state of every process, in the order of ranks."""
-        held = None if self._held is None else _to_plain(self._held)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             states: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(states, held)
+            dist.all_gather_object(states, self._held)
         else:
-            states = [held]
+            states = [self._held]
         return {"processes": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -59,7 +57,7 @@ class RandomState(Callback):
         states = state_dict["processes"]
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         if rank < len(states):
-            self._held = None if states[rank] is None else _from_plain(states[rank])
+            self._held = states[rank]
         elif states[0] is not None:
             seed = int(states[0]["torch"].to(torch.int64).sum()) + rank
             random.seed(seed)
@@ -69,39 +67,24 @@ class RandomState(Callback):
 
 
 def _capture(device: torch.device) -> dict[str, Any]:
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-    }
+    """The state of all generators as plain data."""
+    version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = numpy_state
+    tensors = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _restore(state: Mapping[str, Any], device: torch.device) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _to_plain(state: Mapping[str, Any]) -> dict[str, Any]:
-    version, words, gauss = state["python"]
-    name, keys, position, has_gauss, cached = state["numpy"]
-    tensors: dict[str, Tensor] = {key: state[key] for key in ("torch", "cuda") if key in state}
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
     return tensors | {
         "python": [version, list(words), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
     }
 
 
-def _from_plain(state: Mapping[str, Any]) -> dict[str, Any]:
+def _restore(state: Mapping[str, Any], device: torch.device) -> None:
     version, words, gauss = state["python"]
-    name, keys, position, has_gauss, cached = state["numpy"]
-    tensors = {key: state[key].cpu() for key in ("torch", "cuda") if key in state}
-    return tensors | {
-        "python": (version, tuple(words), gauss),
-        "numpy": (name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached),
-    }
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

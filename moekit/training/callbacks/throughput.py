@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from moekit.data.batch import Batch
 
@@ -18,31 +19,21 @@ def count_tokens(batch: Any) -> Tensor | int:
     """Real tokens of a batch: source and target without padding; one text that is both counts once.
 
     Args:
-        batch: a `Batch`, or mappings and sequences that hold some.
+        batch: a `Batch`, or dictionaries, lists and tuples that hold some.
 
     Raises:
         TypeError: if there is no `Batch` in it.
     """
     counts = [
         part.source_mask.sum() + (0 if part.target_mask is None or part.one_text else part.target_mask.sum())
-        for part in _batches(batch)
+        for part in tree_leaves(batch, is_leaf=lambda part: isinstance(part, Batch))
+        if isinstance(part, Batch)
     ]
     if not counts:
         raise TypeError(
             f"count_tokens needs moekit batches: got {type(batch).__name__}. Give Throughput your own `count`."
         )
     return torch.stack(counts).sum()
-
-
-def _batches(batch: Any) -> Iterator[Batch]:
-    if isinstance(batch, Batch):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for part in batch.values():
-            yield from _batches(part)
-    elif isinstance(batch, list | tuple):
-        for part in batch:
-            yield from _batches(part)
 
 
 class Throughput(Callback):

@@ -126,14 +126,18 @@ class RoutingStatistics(WideMetric):
             layer["name"]: {key: value for key, value in layer.items() if key != "name"}
             for layer in self.compute()["layers"]
         }
-        entropies = [layer["entropy"] for layer in layers.values() if layer["entropy"] is not None]
+
+        def mean(name: str) -> float | None:
+            values = [layer[name] for layer in layers.values() if layer[name] is not None]
+            return sum(values) / len(values) if values else None
+
         return {
-            "drop_rate": _mean([layer["drop_rate"] for layer in layers.values()]),
-            "entropy": _mean(entropies) if entropies else None,
-            "load_entropy": _mean([layer["load_entropy"] for layer in layers.values()]),
+            "drop_rate": mean("drop_rate"),
+            "entropy": mean("entropy"),
+            "load_entropy": mean("load_entropy"),
             "dead_experts": sum(layer["dead_experts"] for layer in layers.values()),
-            "load_cv": _mean([layer["load_cv"] for layer in layers.values()]),
-            "load_max_ratio": _mean([layer["load_max_ratio"] for layer in layers.values()]),
+            "load_cv": mean("load_cv"),
+            "load_max_ratio": mean("load_max_ratio"),
             "layers": layers,
         }
 
@@ -190,7 +194,3 @@ def _per_token(language: Tensor, routing: Routing) -> Tensor:
             f"language must have one id per token or per sequence: got {count} ids for {routing.num_tokens} tokens."
         )
     return language.reshape(-1).repeat_interleave(routing.num_tokens // count)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
