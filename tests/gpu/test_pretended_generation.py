@@ -156,7 +156,7 @@ def compare(name: str, kind: str, positions: str, dtype: torch.dtype, device: st
 
 COMPETING: dict[str, Any] = {
     "a capacity": lambda: routers.TopKRouter(DIM, 4, 1, capacity=Capacity(1.0, 1.0, minimum=1), init_scale=9.0),
-    "by position": lambda: routers.UniformRouter(DIM, 4, 2),
+    "by position": lambda: routers.UniformRouter(4, 2),
 }
 
 

@@ -126,12 +126,12 @@ BATCHES: dict[str, tuple[int, Tensor | None]] = {
 # Beside the examples: as many choices as experts, and a single expert.
 EXTREMES: dict[str, Callable[[], Router]] = {
     "SinkhornRouter, all choices": lambda: routers.SinkhornRouter(D, E, E),
-    "UniformRouter, all choices": lambda: routers.UniformRouter(D, E, E),
+    "UniformRouter, all choices": lambda: routers.UniformRouter(E, E),
     "NoisyTopKRouter, all choices": lambda: routers.NoisyTopKRouter(D, E, E),
     "LossFreeRouter, all choices": lambda: routers.LossFreeRouter(D, E, E),
     "ReLURouter, all choices": lambda: routers.ReLURouter(D, E, E),
     "SinkhornRouter, one expert": lambda: routers.SinkhornRouter(D, 1),
-    "UniformRouter, one expert": lambda: routers.UniformRouter(D, 1),
+    "UniformRouter, one expert": lambda: routers.UniformRouter(1),
     "ExpertChoiceRouter, one expert": lambda: routers.ExpertChoiceRouter(D, 1),
     "LossFreeRouter, one expert": lambda: routers.LossFreeRouter(D, 1, 1),
     "dense_to_sparse, one expert": lambda: routers.dense_to_sparse(D, 1),
@@ -261,7 +261,7 @@ IN_THE_GUIDE: dict[str, Callable[[], mk.MoELayer]] = {
     "sequence capacity": lambda: mk.MoELayer(
         routers.TopKRouter(D, E, 2, capacity=routers.SequenceCapacity(3)), experts.GroupedMLP(E, D, 16)
     ),
-    "base": lambda: mk.MoELayer(routers.BaseRouter(D, E, init_gain=1.0), experts.GroupedMLP(E, D, 16)),
+    "base": lambda: mk.MoELayer(routers.BASELayerRouter(D, E, init_gain=1.0), experts.GroupedMLP(E, D, 16)),
 }
 
 

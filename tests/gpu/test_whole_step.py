@@ -21,7 +21,7 @@ from moekit.dispatch import PackedDispatcher
 from moekit.routing import Capacity
 from moekit.testing import seeded
 
-make_batch, make_head = examples("heads/test_heads.py", "make_batch", "make_head")
+make_batch, make_head = examples("tasks/test_heads.py", "make_batch", "make_head")
 D, E, T = 8, 4, 12
 
 

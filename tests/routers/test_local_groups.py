@@ -15,7 +15,7 @@ from moekit.functional.reference import moe_reference
 from moekit.recipes.gshard import RECIPE, build
 from moekit.routers import Balance, TopKRouter
 from moekit.routing import Capacity, RoutingContext
-from moekit.runs import Text
+from moekit.runs import RunText
 from moekit.testing import assert_close, skewed_tokens
 
 T, D, E, SIZE = 40, 6, 5, 16  # two whole groups and half a one
@@ -105,7 +105,7 @@ def test_what_is_refused() -> None:
 def test_the_recipe_sets_it() -> None:
     config = RECIPE.variants["tiny"].config
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, group_size=64))  # type: ignore[attr-defined]
-    found = [m for m in build(config, Text(100)).backbone.modules() if isinstance(m, TopKRouter)]  # type: ignore[arg-type]
+    found = [m for m in build(config, RunText(100)).backbone.modules() if isinstance(m, TopKRouter)]  # type: ignore[arg-type]
     assert found
     assert all(m.capacity.group_size == 64 and m.balance.scope == "group" for m in found)  # type: ignore[union-attr]
     assert RECIPE.name == "gshard"

@@ -208,4 +208,5 @@ def test_sequence_scope_needs_sequences() -> None:
 
 
 def test_prints_what_it_is() -> None:
-    assert "dim=6, num_experts=4, k=2, capacity=Capacity(train=None" in repr(TopKRouter(D, E, 2))
+    shown = repr(TopKRouter(D, E, 2))
+    assert "dim=6, num_experts=4, k=2, scorer=LinearScorer(init_scale=0.1), capacity=Capacity(train=None" in shown
