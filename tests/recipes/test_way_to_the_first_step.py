@@ -1,4 +1,4 @@
-"""How much one reads to follow ``run`` from the command line to the first optimizer step, as docs/architecture.md says."""
+"""How much one reads to follow ``run`` to the first optimizer step, as docs/architecture.md says."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ABOUT = 12
 ROW = re.compile(r"^\| `((?:cli|runs)/\S+\.py)` \| (\d+) \|", re.M)
 
 
-class Reached(Exception):
+class FirstStepError(Exception):
     """The first optimizer step begins."""
 
 
@@ -38,13 +38,13 @@ def lines_that_run(arguments: list[str]) -> dict[str, int]:
 
     def stop(optimizer: torch.optim.Optimizer, given: Any, options: Any) -> None:
         sys.setprofile(None)
-        raise Reached
+        raise FirstStepError
 
     hook = register_optimizer_step_pre_hook(stop)
     sys.setprofile(enter)
     try:
         main(switch.RECIPE, arguments)
-    except Reached:
+    except FirstStepError:
         pass
     else:
         raise AssertionError("no optimizer step was taken")
