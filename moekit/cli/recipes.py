@@ -94,15 +94,12 @@ def build_parser(recipe: Recipe, command: str, variant: str, config: RunConfig |
     values = as_plain(config)
     for group in fields(config):
         kind = type(getattr(config, group.name))
-        unused = {
-            f.name
-            for f in fields(kind)
-            if chosen.settings is not None and f"{group.name}.{f.name}" not in chosen.settings
-        }
-        if len(unused) < len(fields(kind)):
-            parser.add_class_arguments(kind, group.name, skip=unused)
-            for name in set(values[group.name]) - unused:
-                parser.set_defaults({f"{group.name}.{name}": values[group.name][name]})
+        keys = {f"{group.name}.{f.name}": f.name for f in fields(kind)}
+        used = {key: name for key, name in keys.items() if chosen.settings is None or key in chosen.settings}
+        if used:
+            parser.add_class_arguments(kind, group.name, skip=set(keys.values()) - set(used.values()))
+            stored = values[group.name]  # without the tasks on offer that none chose
+            parser.set_defaults({key: stored[name] for key, name in used.items() if name in stored})
     return parser
 
 
@@ -115,7 +112,11 @@ def _parsed(
     except ArgumentError as error:
         raise UserError(explain(str(error), parser, arguments)) from None
     if settings is None:
-        config = recipe.config(recipe.current(given.as_dict()), "the command line")
+        for old, new in recipe.renamed.items():
+            if given.get(old) is not None:
+                given[new] = given[old]
+        made = parser.instantiate(given)
+        config = RunConfig(**{group.name: made[group.name] for group in fields(RunConfig)})
     else:
         config = reduce(lambda config, key: with_setting(config, key, given[key]), settings, base)
     check_ranges(config)

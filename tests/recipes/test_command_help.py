@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentParser, Namespace
+from pathlib import Path
 
 import pytest
+import yaml
 
-from moekit.cli import command, recipes
+from moekit.cli import command, generate, recipes
 from moekit.cli.program import REPORTS, SURGERY, main
 from moekit.recipes import switch
+from moekit.runs.config import RunConfig
+from moekit.runs.plain import as_plain
 from moekit.runs.recipe import find_recipe, recipe_names
 
 FRAGMENTS = {"of", "in", "as", "on", "by", "to", "into", "with", "from", "its", "their", "so", "the", "at"}
@@ -93,3 +97,18 @@ def test_a_recipe_gets_the_same_arguments_by_either_name(monkeypatch: pytest.Mon
     assert by_program == by_recipe
     assert given.arguments == same.arguments == ["plan", *options]
     assert by_program != switch.RECIPE.variants["small"].config
+
+
+def test_settings_of_a_stored_run_that_are_given_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are the run's, but for the devices, which are those of this machine."""
+    config = switch.RECIPE.variants["small"].config
+    config = config.changed(train={"accelerator": "cpu", "devices": 4}, evaluate={"beam_size": 3, "samples": 7})
+    plain = {"recipe": "switch", "variant": "small", **as_plain(config)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain))
+    seen: list[RunConfig] = []
+    monkeypatch.setattr(generate, "generate", lambda *run, config, **options: seen.append(config))
+    given = ["generate", "--out", str(tmp_path)]
+    assert main(given) == 0
+    assert main([*given, "--evaluate.beam_size", "5", "--train.accelerator=auto"]) == 0
+    assert seen[0] == config.changed(train={"devices": 1})
+    assert seen[1] == config.changed(train={"devices": 1, "accelerator": "auto"}, evaluate={"beam_size": 5})
