@@ -74,12 +74,7 @@ class GatheredUnit:
 
 @dataclass(frozen=True)
 class Census:
-    """A model in units.
-
-    Attributes:
-        name: of the model.
-        units: all of it.
-    """
+    """A model in units, which together are all of it."""
 
     name: str
     units: tuple[GatheredUnit, ...]
