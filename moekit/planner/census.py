@@ -13,6 +13,7 @@ from moekit.layer import MoELayer
 from moekit.parallel.layout import Training
 from moekit.planner.costs import Cost, block_cost, linear_cost
 from moekit.planner.shape import TransformerShape
+from moekit.transformer import Side
 from moekit.transformer.block import Block
 from moekit.transformer.decoder_only import DecoderOnly
 from moekit.transformer.embedding import TokenEmbedding
@@ -73,12 +74,7 @@ class GatheredUnit:
 
 @dataclass(frozen=True)
 class Census:
-    """A model in units.
-
-    Attributes:
-        name: of the model.
-        units: all of it.
-    """
+    """A model in units, which together are all of it."""
 
     name: str
     units: tuple[GatheredUnit, ...]
@@ -138,13 +134,12 @@ def take_census(model: TransformerShape | nn.Module, training: Training) -> Cens
 
 
 def _of_shape(shape: TransformerShape, training: Training) -> Census:
-    short = shape.shortened()
     found: list[GatheredUnit] = []
-    for unit in _merge(_units(short.module(), training)):
-        side = "decoder" if unit.name.startswith("decoder") else "encoder"
+    for unit in _merge(_units(shape.shortened().module(), training)):
         if unit.kind == "block":
+            side: Side = "decoder" if unit.name.startswith("decoder") else "encoder"
             sparse = any(weight.is_expert for weight in unit.weights)
-            unit = replace(unit, count=(shape.sparse_layers if sparse else shape.dense_layers)(side))  # type: ignore[arg-type]
+            unit = replace(unit, count=shape.count_layers(side, sparse=sparse))
         found.append(unit)
     return Census(shape.name, tuple(unit for unit in found if unit.count))
 
@@ -181,31 +176,28 @@ def weights_of(module: nn.Module, taken: set[int]) -> tuple[Weight, ...]:
 def _units(model: nn.Module, training: Training) -> Iterator[GatheredUnit]:
     """Blocks, then tables with the logits they make, then whatever is left."""
     taken: set[int] = set()
-    counted: set[nn.Module] = set()
-    for stack in model.modules():
-        if isinstance(stack, Stack):
-            for block in stack.blocks:
-                yield _block(block, stack.causal, training, taken)
-            counted.update(stack.modules())
-    for part in model.modules():
+    parts = list(model.modules())
+    stacks = [part for part in parts if isinstance(part, Stack)]
+    for stack in stacks:
+        for block in stack.blocks:
+            yield _block(block, stack.causal, training, taken)
+    for part in parts:
         if isinstance(part, EncoderDecoder | DecoderOnly | EncoderOnly):
             yield _vocabulary(part, training, taken)
-    tokens = training.source_tokens + training.target_tokens
-    counted.update(m for m in model.modules() if isinstance(m, TokenEmbedding))
-    cost = Cost()
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module not in counted:
-            cost = cost + linear_cost(module, tokens)
+    counted: set[nn.Module] = {part for part in parts if isinstance(part, TokenEmbedding)}
+    counted.update(part for stack in stacks for part in stack.modules())
+    heads = [part for part in parts if isinstance(part, nn.Linear) and part not in counted]
+    costs = [linear_cost(head, training.source_tokens + training.target_tokens) for head in heads]
     # Final norms keep the stream once more.
-    for stack in model.modules():
-        if isinstance(stack, Stack) and stack.blocks:
+    for stack in stacks:
+        if stack.blocks:
             t = training.target_tokens if stack.causal else training.source_tokens
-            cost = cost + Cost(stream=t * stack.blocks[0].self_attention.qkv.in_features, wide=2 * t)
-    # Cross-attention keeps the memory: all layers one, unless each converts it for itself (`cross_attention_cost`).
+            costs.append(Cost(stream=t * stack.blocks[0].self_attention.qkv.in_features, wide=2 * t))
+    # Cross-attention keeps the memory: all layers one, unless each converts it for itself (`attention_cost`).
     if training.numbers.stream == training.numbers.compute:
-        seq2seq = [part for part in model.modules() if isinstance(part, EncoderDecoder)]
-        cost = cost + Cost(compute=sum(float(training.source_tokens * part.dim) for part in seq2seq))
-    yield GatheredUnit("rest", "norms and heads", weights_of(model, taken), cost)
+        memories = [training.source_tokens * part.dim for part in parts if isinstance(part, EncoderDecoder)]
+        costs.append(Cost(compute=float(sum(memories))))
+    yield GatheredUnit("rest", "norms and heads", weights_of(model, taken), sum(costs, Cost()))
 
 
 def _block(block: Block, causal: bool, training: Training, taken: set[int]) -> GatheredUnit:

@@ -82,15 +82,11 @@ class TransformerShape:
         if self.sparse_every < 1:
             raise ValueError(f"TransformerShape.sparse_every must be at least 1: got {self.sparse_every}.")
 
-    def sparse_layers(self, side: Side) -> int:
-        """How many layers of a side have experts."""
+    def count_layers(self, side: Side, *, sparse: bool) -> int:
+        """How many layers of a side have experts, or a dense feed-forward."""
         layers = self.encoder_layers if side == "encoder" else self.decoder_layers
-        return layers // self.sparse_every if self.num_experts else 0
-
-    def dense_layers(self, side: Side) -> int:
-        """How many layers of a side have a dense feed-forward."""
-        layers = self.encoder_layers if side == "encoder" else self.decoder_layers
-        return layers - self.sparse_layers(side)
+        with_experts = layers // self.sparse_every if self.num_experts else 0
+        return with_experts if sparse else layers - with_experts
 
     def shortened(self) -> TransformerShape:
         """The same with as few layers as hold one of each kind: what costs need to be read from."""

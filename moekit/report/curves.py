@@ -17,6 +17,7 @@ from moekit.report.view import Figure, PageSection, Table, caption, heading, tex
 
 _LOADS = ("dead_experts", "load_cv", "load_max_ratio")  # no cause for worry where a fixed rule decides
 _FROM_ZERO = ("drop_rate", "dead_experts", "load_cv", "entropy")
+_SIDE_COLOURS = {"decoder": "red", "encoder": "blue"}
 _PHASES = ("train", "valid", "test")
 
 
@@ -101,15 +102,18 @@ def routing_curves(metrics: Mapping[str, Series]) -> dict[str, dict[str, Series]
     ``encoder.layers.1.feed_forward.router/entropy`` belong to a layer. Training columns win over validation's.
     """
     quantities = texts()["routing"]
-    found: dict[str, dict[str, tuple[int, Series]]] = {}
-    for column, series in metrics.items():
+    found: dict[str, dict[str, Series]] = {}
+    for column in sorted(metrics, key=_phase):
         *scope, quantity = column.split("/")
         if quantity in quantities:
-            rank = _PHASES.index(scope[0]) if scope and scope[0] in _PHASES else 0
             layer = "/".join(s for s in scope if s not in (*_PHASES, "routing", "router", "moe", "aux"))
-            layers = found.setdefault(quantity, {})
-            layers[layer] = min(layers.get(layer, (rank, series)), (rank, series), key=lambda pair: pair[0])
-    return {q: {layer: found[q][layer][1] for layer in sorted(found[q])} for q in quantities if q in found}
+            found.setdefault(quantity, {}).setdefault(layer, metrics[column])
+    return {quantity: dict(sorted(found[quantity].items())) for quantity in quantities if quantity in found}
+
+
+def _phase(column: str) -> int:
+    phase = column.partition("/")[0]
+    return _PHASES.index(phase) if phase in _PHASES else 0
 
 
 def routing(run: RunFolder) -> PageSection | None:
@@ -118,13 +122,12 @@ def routing(run: RunFolder) -> PageSection | None:
     by_rule = bool(health) and all(x.fixed for x in health)
     figures = []
     for quantity, columns in routing_curves(run.metrics).items():
+        overall = columns.pop("", None)
         lines: list[Line] = []
         for layer, series in columns.items():
-            side = "decoder" if "decoder" in layer else "encoder" if "encoder" in layer else "layers"
-            colour = {"decoder": "red", "encoder": "blue"}.get(side, "muted")
+            side = next((side for side in _SIDE_COLOURS if side in layer), "layers")
             label = "" if side in [line.label for line in lines] else side
-            lines += [Line(label, smooth(series), colour, "faint")] if layer else []
-        overall = columns.pop("", None)
+            lines.append(Line(label, smooth(series), _SIDE_COLOURS.get(side, "muted"), "faint"))
         if overall is not None:
             lines.append(Line("overall" if columns else "", smooth(overall), "ink"))
             columns = {"overall": overall, **columns}

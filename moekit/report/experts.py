@@ -32,14 +32,13 @@ def experts(run: RunFolder) -> PageSection:
         notes.append("This model is dense: it has no Mixture-of-Experts layer, so nothing is routed.")
     elif not health:
         notes.append(run.notes.get("routing.json", "routing.json has no layer with a load."))
-    cells = []
-    if health:
-        maps = _language_maps(health) if len(run.languages) != 1 else []
-        if not maps and len(run.languages) != 1:  # of one language it would be the load map again
-            notes.append("routing.json has no load by language.")
-        cells = [[figure] for figure in (_load_map(health), _health(run), *maps)]
+    figures = [_load_map(health), _health(run)] if health else []
+    if health and len(run.languages) != 1:  # of one language it would be the load map again
+        maps = _language_maps(health)
+        figures += maps
+        notes += [] if maps else ["routing.json has no load by language."]
     words = {"router": "router", "number": "some"} if varies else {"router": "small router", "number": "one or two"}
-    return PageSection(*heading("experts", **words), notes, cells)
+    return PageSection(*heading("experts", **words), notes, [[figure] for figure in figures])
 
 
 def health_table(run: RunFolder) -> Table:

@@ -46,9 +46,9 @@ def predictions(run: RunFolder) -> tuple[TaskScores, ...]:
             inner = {n.partition("/")[2]: value for n, value in tree.items() if n.startswith("perplexity/")}
             found.append(_tested(run, task, {**tree, "languages": inner}))
     if not found:
-        by_task = [run.by_task(quantity) for quantity in ("loss", "perplexity", "accuracy")]
-        tasks = dict.fromkeys([*by_task[0], *by_task[1]])
-        found = [TaskScores(t, *(values.get(t) for values in by_task), origin="valid") for t in tasks]
+        losses, perplexities, accuracies = map(run.by_task, ("loss", "perplexity", "accuracy"))
+        for t in dict.fromkeys([*losses, *perplexities]):
+            found.append(TaskScores(t, losses.get(t), perplexities.get(t), accuracies.get(t), origin="valid"))
     return tuple(sorted((x for x in found if x.task != "translation"), key=lambda x: x.perplexity is None))
 
 

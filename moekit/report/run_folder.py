@@ -7,6 +7,7 @@ so.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from moekit.errors import UserError
 from moekit.report.tasks import TaskWording, task_wording
+from moekit.runs.record import Sample
 
 FILES = ("config.yaml", "environment.json", "metrics.csv", "summary.json", "routing.json", "samples.json")
 
@@ -72,7 +74,7 @@ class RunFolder:
         metrics: columns of metrics.csv by name, ``step`` and ``epoch`` excluded.
         summary: summary.json.
         routing: routing.json.
-        samples: entries of samples.json: their four texts, and the task (translation where an entry names none).
+        samples: samples.json.
         notes: for every file that is missing, broken or partly unreadable, one sentence by file name.
     """
 
@@ -82,7 +84,7 @@ class RunFolder:
     metrics: Mapping[str, Series] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
     routing: Mapping[str, Any] = field(default_factory=dict)
-    samples: tuple[Mapping[str, str], ...] = ()
+    samples: tuple[Sample, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -119,7 +121,7 @@ class RunFolder:
             return True
         said = {t for key in ("test", "loss", "perplexity", "accuracy") for t in names_in(dig(self.summary, key))}
         said |= {task_of(column) for column in self.metrics} - {""}
-        said = said or {sample["task"] for sample in self.samples}
+        said = said or {sample.task for sample in self.samples}
         return not said or "translation" in said
 
     @property
@@ -197,12 +199,11 @@ def read_run(run_dir: Path) -> RunFolder:
             "Give the --out folder of a run (not its checkpoints)."
         )
     notes: dict[str, str] = {}
+    config, samples = "", _json(run_dir / "samples.json", list, notes)
     try:
         config = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        config = ""
         notes["config.yaml"] = _unreadable(run_dir / "config.yaml", error)
-    samples = _json(run_dir / "samples.json", list, notes)
     return RunFolder(
         path=run_dir,
         config=config,
@@ -283,11 +284,10 @@ def _json(path: Path, kind: type, notes: dict[str, str]) -> Any:
     return value
 
 
-def _sample(entry: Any) -> Mapping[str, str] | None:
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("hypothesis"), str):
-        return None
-    texts = {k: str(entry.get(k) or "") for k in ("direction", "source", "reference", "hypothesis")}
-    return {"task": str(entry.get("task") or "translation"), **texts}
+def _sample(entry: Any) -> Sample | None:
+    with contextlib.suppress(ValueError):
+        return Sample.from_json(entry, [])
+    return None
 
 
 def _metrics(path: Path, notes: dict[str, str]) -> dict[str, Series]:
@@ -301,17 +301,16 @@ def _metrics(path: Path, notes: dict[str, str]) -> dict[str, Series]:
             if "step" not in header:
                 notes[path.name] = f"{path.name} must begin with a header that has the column step."
                 return {}
-            at = header.index("step")
             for row in rows:
                 if [cell.strip() for cell in row] == header or not any(cell.strip() for cell in row):
                     continue
                 try:
-                    step = float(row[at])
-                    cells = [(n, float(c)) for n, c in zip(header, row, strict=False) if c.strip()]
-                except (ValueError, IndexError):
+                    cells = {n: float(c) for n, c in zip(header, row, strict=False) if c.strip()}
+                    step = cells["step"]
+                except (ValueError, KeyError):
                     bad.append(rows.line_num)
                     continue
-                for name, value in cells:
+                for name, value in cells.items():
                     points.setdefault(name, {})[step] = value
     except (OSError, csv.Error) as error:
         notes[path.name] = _unreadable(path, error)

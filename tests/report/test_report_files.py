@@ -13,6 +13,7 @@ from moekit.errors import UserError
 from moekit.report.health import drop_rate, dropped, findings, layer_health
 from moekit.report.run_folder import FILES, loads, number, read_run
 from moekit.report.series import Series, limits, milestones, smooth, smoothing_window, specialisation, thin
+from moekit.runs.record import Sample
 
 
 def test_no_folder(tmp_path: Path) -> None:
@@ -44,8 +45,7 @@ def test_broken_files_are_noted(tmp_path: Path) -> None:
     assert "could not be read" in run.notes["summary.json"]
     assert "must hold an object: got list" in run.notes["routing.json"]
     assert "could not be read" in run.notes["environment.json"]
-    texts = {"direction": "", "source": "", "reference": "", "hypothesis": "x"}
-    assert run.samples == ({"task": "translation", **texts},)
+    assert run.samples == (Sample(task="translation", hypothesis="x"),)
 
 
 def test_metrics_are_sorted_and_the_last_value_of_a_step_wins(tmp_path: Path) -> None:
