@@ -7,7 +7,6 @@ that mixes any of them is gathered by one indexing operation.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import json
@@ -239,13 +238,11 @@ def _digest(text: Iterable[str]) -> bytes:
     return state.digest()
 
 
-@contextlib.contextmanager
-def _bar(shown: bool) -> Iterator[Progress]:
+def _bar(shown: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, transient=True)
     bar.disable = not (shown and bar.console.is_terminal)
-    with bar:
-        yield bar
+    return bar
 
 
 def _read_header(folder: Path) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from moekit.training.budget import Budget
 from moekit.training.callbacks.memory import PeakMemory
@@ -45,7 +45,6 @@ class TrainingProgress(ProgressBar):
         self._clock = clock
         self._enabled = True
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
         self._shown = -math.inf
         self._start = self._start_fraction = 0.0
 
@@ -173,12 +172,12 @@ class TrainingProgress(ProgressBar):
             columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=self._console, transient=False, auto_refresh=False)
             self._bar.start()
-            self._task = self._bar.add_task(name, total=1.0)
+            self._bar.add_task(name, total=1.0)
 
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-            self._bar, self._task = None, None
+            self._bar = None
 
     def _show(self, text: Callable[[], str], fraction: Callable[[], float], *, force: bool = False) -> None:
         """Write if it is time; texts are made only then, since reading metrics has a price."""
@@ -186,8 +185,8 @@ class TrainingProgress(ProgressBar):
         if not self._enabled or (now - self._shown < (0.25 if self._bar else self.line_seconds) and not force):
             return
         self._shown = now
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=text(), completed=fraction())
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=text(), completed=fraction())
             self._bar.refresh()
         else:
             self._console.print(text(), soft_wrap=True)
