@@ -77,7 +77,7 @@ class TrainingProgress(ProgressBar):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin, where it is not inside training."""
         if trainer.state.fn != "fit":
-            self._open("valid")
+            self._open("test" if trainer.testing else "valid")
 
     def on_validation_batch_end(
         self,
@@ -89,33 +89,20 @@ class TrainingProgress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Show where it is."""
-        if not trainer.sanity_checking:
-            self._show_evaluation("validating", trainer.num_val_batches, batch_idx, dataloader_idx)
+        if trainer.sanity_checking:
+            return
+        batches: Any = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        done, total = sum(batches[:dataloader_idx]) + batch_idx + 1, sum(batches)
+        text = f"{'testing' if trainer.testing else 'validating'} {done:,.0f}"
+        text += f"/{total:,.0f}" if math.isfinite(total) else ""
+        self._show(lambda: text, lambda: done / total if math.isfinite(total) and total else 0.0)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close what is not training's."""
         if trainer.state.fn != "fit":
             self._close()
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin."""
-        self._open("test")
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Show where it is."""
-        self._show_evaluation("testing", trainer.num_test_batches, batch_idx, dataloader_idx)
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close."""
-        self._close()
+    on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the terminal as it was."""
@@ -160,11 +147,6 @@ class TrainingProgress(ProgressBar):
             batches = trainer.num_training_batches / trainer.accumulate_grad_batches
             limit = math.ceil(batches) * trainer.max_epochs if math.isfinite(batches) else None
         return min(1.0, trainer.global_step / limit) if limit else 0.0
-
-    def _show_evaluation(self, name: str, batches: list[int | float], index: int, loader: int) -> None:
-        done, total = sum(batches[:loader]) + index + 1, sum(batches)
-        text = f"{name} {done:,.0f}" + (f"/{total:,.0f}" if math.isfinite(total) else "")
-        self._show(lambda: text, lambda: done / total if math.isfinite(total) and total else 0.0)
 
     def _open(self, name: str) -> None:
         self._shown = -math.inf
