@@ -7,62 +7,19 @@ DataLoader workers gives the same sequence and a run can begin at any step.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from moekit.data.batch import Batch, Sentences
+from moekit.data.batch import Batch
 from moekit.data.keyed import fold, key
 from moekit.data.plan import Rows, StepPlan, fill
-from moekit.data.store import TokenStore
 from moekit.data.streams import TaskStreams
-from moekit.data.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Which share of every batch this process takes: rows ``index``, ``index + count``, ..."""
-
-    index: int = 0
-    count: int = 1
-
-    @property
-    def share(self) -> slice:
-        """The rows of a batch that are this rank's."""
-        return slice(self.index, None, self.count)
-
-
-@dataclass(frozen=True)
-class Builder:
-    """Makes batches: gathers the tokens of rows, which their task collates.
-
-    Attributes:
-        store: where the tokens are.
-        tokenizer: whose specials are used.
-        pad_multiple: padded lengths are rounded up to a multiple of this.
-        rank: whose share of the rows to give.
-    """
-
-    store: TokenStore
-    tokenizer: Tokenizer
-    pad_multiple: int = 1
-    rank: Rank = Rank()
-
-    def build(self, task: TaskStreams, rows: Rows, direction: str | None = None) -> Batch:
-        """The batch of this rank's share of `rows`, padded as wide as all of them need."""
-        own = rows[self.rank.share]
-        texts = tuple(map(self.store.read, task.starts(own), task.lengths(own)))
-        source, target = task.languages(own).copy()
-        lengths = tuple(task.lengths(rows))
-        return task.task.collate(
-            Sentences(texts, lengths, (source, target), own.keys, self.tokenizer, self.pad_multiple, direction)
-        )
 
 
 class TrainingSteps(Dataset[dict[str, Batch]]):
@@ -72,14 +29,13 @@ class TrainingSteps(Dataset[dict[str, Batch]]):
 
     Args:
         tasks: each with its plan, by name.
-        builder: of batches.
     """
 
-    def __init__(self, tasks: Mapping[str, tuple[TaskStreams, StepPlan]], builder: Builder) -> None:
-        self._tasks, self._builder = dict(tasks), builder
+    def __init__(self, tasks: Mapping[str, tuple[TaskStreams, StepPlan]]) -> None:
+        self._tasks = dict(tasks)
 
     def __getitem__(self, step: int) -> dict[str, Batch]:
-        return {name: self._builder.build(task, plan.rows(step)) for name, (task, plan) in self._tasks.items()}
+        return {name: task.batch(plan.rows(step)) for name, (task, plan) in self._tasks.items()}
 
 
 class EvaluationBatches(Dataset[Batch]):
@@ -90,16 +46,15 @@ class EvaluationBatches(Dataset[Batch]):
 
     Args:
         tasks: what to evaluate.
-        builder: of batches.
         budget: padded positions of a batch over all ranks.
         seed: of the noise.
     """
 
-    def __init__(self, tasks: list[TaskStreams], builder: Builder, *, budget: int, seed: int = 0) -> None:
-        self._builder, ranks = builder, builder.rank.count
+    def __init__(self, tasks: Iterable[TaskStreams], *, budget: int, seed: int = 0) -> None:
         self._batches: list[tuple[TaskStreams, str, Rows]] = []
         for task in tasks:
-            for number, sizes in enumerate(task.sizes(builder.pad_multiple)):
+            ranks = task.rank.count
+            for number, sizes in enumerate(task.sizes()):
                 order = np.lexsort((sizes.source,) if sizes.target is None else (sizes.target, sizes.source))
                 target = None if sizes.target is None else sizes.target[order]
                 cuts = fill(sizes.source[order], target, budget, ranks)
@@ -115,9 +70,7 @@ class EvaluationBatches(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         task, name, rows = self._batches[number]
-        batch = self._builder.build(task, rows, direction=name)
-        batch.index = torch.from_numpy(task.index(rows[self._builder.rank.share]))
-        return batch
+        return task.batch(rows, direction=name)
 
 
 class StepLoader:

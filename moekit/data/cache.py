@@ -81,10 +81,7 @@ def cached_folder(folder: Path, build: Callable[[Path], None], load: Callable[[P
 
 def _explained(error: OSError, place: Path) -> OSError | UserError:
     """A `UserError` for troubles of the cache's disk; other errors (of the data's own files) unchanged."""
-    if error.filename is not None and not _inside(Path(os.fsdecode(error.filename)), place):
+    named = place if error.filename is None else Path(os.fsdecode(error.filename))
+    if named != place and place not in named.parents and named not in place.parents:
         return error
     return UserError(f"cannot write to the cache folder {place}: {reason(error)}. data.cache names another folder.")
-
-
-def _inside(path: Path, place: Path) -> bool:
-    return path == place or place in path.parents or path in place.parents

@@ -12,11 +12,11 @@ from typing import Any
 import lightning as L
 
 from moekit.data.batch import SPECIALS
-from moekit.data.batching import Builder, EvaluationBatches, EvaluationLoader, Rank, StepLoader, TrainingSteps
+from moekit.data.batching import EvaluationBatches, EvaluationLoader, StepLoader, TrainingSteps
 from moekit.data.mixture import Constant, TemperatureSchedule
 from moekit.data.plan import StepPlan
 from moekit.data.store import SIDES, TokenStore, Wanted, cached_store, monolingual_section, parallel_section
-from moekit.data.streams import TaskStreams, TooLong, open_chunks, open_stream
+from moekit.data.streams import Rank, TaskStreams, TooLong, open_chunks, open_stream
 from moekit.data.tokenizer import Model, Tokenizer, train_tokenizer
 from moekit.errors import UserError, nearest
 from moekit.source import SPLITS, Direction, Source, Split
@@ -165,11 +165,10 @@ class MultitaskData(L.LightningDataModule):
 
     def train_dataloader(self) -> StepLoader:
         """One item per training step, from the Trainer's current step on."""
-        rank = self._rank()
-        steps = {name: self._planned(name, rank) for name in self.tasks}
+        steps = {name: self._planned(name) for name in self.tasks}
         first, plan = next(iter(steps.values()))
         return StepLoader(
-            TrainingSteps(steps, Builder(self.store, self.tokenizer, self.pad_multiple, rank)),
+            TrainingSteps(steps),
             self.steps_per_epoch or max(1, math.ceil(len(first) / plan.rows_per_step)),
             self._batches_so_far,
             num_workers=self.num_workers,
@@ -203,10 +202,9 @@ class MultitaskData(L.LightningDataModule):
 
     def summary(self) -> dict[str, dict[str, float | int]]:
         """What each task trains on: sentences used, dropped and truncated, sentences per step, share of padding."""
-        rank = self._rank()
         rows: dict[str, dict[str, float | int]] = {}
         for name in self.tasks:
-            task, plan = self._planned(name, rank)
+            task, plan = self._planned(name)
             rows[name] = {
                 "streams": len(task.streams),
                 "sentences": len(task),
@@ -313,29 +311,25 @@ class MultitaskData(L.LightningDataModule):
                 most = self.max_length
                 found = open_stream(self.store, stream, sections, ids, max_length=most, too_long=too_long, limit=limit)
             streams.append(found)
-        return TaskStreams(task, streams)
+        return TaskStreams(task, streams, self.store, self.tokenizer, self.pad_multiple, self._rank())
 
-    def _planned(self, name: str, rank: Rank) -> tuple[TaskStreams, StepPlan]:
+    def _planned(self, name: str) -> tuple[TaskStreams, StepPlan]:
         task, data = self._streams(name, "train"), self.tasks[name]
         total = sum(t.share for t in self.tasks.values())
         plan = StepPlan(
             name,
-            task.sizes(self.pad_multiple),
+            task.sizes(),
             budget=int(self.tokens_per_step * data.share / total),
             temperature=data.temperature or self.temperature,
             shares=data.stream_shares,
             seed=self.order_seed,
-            least_rows=rank.count,
+            least_rows=task.rank.count,
         )
         return task, plan
 
     def _evaluation(self, tasks: Iterable[str], split: Split, limit: int | None) -> EvaluationLoader | list[Any]:
-        batches = EvaluationBatches(
-            [self._streams(name, split, limit) for name in tasks],
-            Builder(self.store, self.tokenizer, self.pad_multiple, self._rank()),
-            budget=self.evaluation_tokens,
-            seed=self.seed,
-        )
+        streams = (self._streams(name, split, limit) for name in tasks)
+        batches = EvaluationBatches(streams, budget=self.evaluation_tokens, seed=self.seed)
         return EvaluationLoader(batches, pin_memory=self._on_accelerator()) if len(batches) else []
 
     def _rank(self) -> Rank:

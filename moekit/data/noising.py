@@ -53,9 +53,7 @@ def infill_spans(
         T5's rule.
     Differs: spans of length 0 are not drawn (BART inserts a mask for them); spans do not start at word boundaries.
     """
-    check_ratio("ratio", ratio)
-    if not mean_length >= 1:
-        raise ValueError(f"mean_length must be at least 1 token: got {mean_length}.")
+    check_spans(ratio, mean_length)
     if not markers:
         raise ValueError("markers must hold at least one token id: got none.")
     most = len(markers) if len(markers) > 1 else None
@@ -90,7 +88,7 @@ def mark_spans(text: Ragged, in_span: NDArray[np.bool_], markers: Sequence[int])
     row = text.row
     begins = _begins(row, in_span)
     ordinal = np.cumsum(begins) - 1
-    first = _first(np.concatenate([[0], np.cumsum(begins)])[text.starts], text.lengths)
+    first = np.concatenate([[0], np.cumsum(begins)])[text.starts]
     number = np.minimum(ordinal[begins] - first[row[begins]], len(markers) - 1)
     marked = np.asarray(markers, dtype=np.int64)[number if len(markers) > 1 else np.zeros_like(number)]
     tokens = text.tokens.copy()
@@ -222,8 +220,15 @@ def check_ratio(name: str, ratio: float) -> None:
         raise ValueError(f"{name} must be a share of at least 0 and below 1: got {ratio}.")
 
 
-def _first(values: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.where(lengths > 0, values, 0)
+def check_spans(ratio: float, mean_length: float) -> None:
+    """Refuse spans of which there are none.
+
+    Raises:
+        ValueError: `ratio` is not at least 0 and below 1, or `mean_length` is below 1.
+    """
+    check_ratio("ratio", ratio)
+    if not mean_length >= 1:
+        raise ValueError(f"mean_length must be at least 1 token: got {mean_length}.")
 
 
 def choose(lengths: NDArray[np.int64], count: NDArray[np.int64], keys: Keys, stream: int) -> NDArray[np.bool_]:

@@ -7,7 +7,6 @@ that mixes any of them is gathered by one indexing operation.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import json
@@ -83,21 +82,23 @@ class TokenStore:
             raise KeyError(f"The store has no section {name!r}: it has {', '.join(self.sections)}.")
         return self.sections[name]
 
+    def _edges(self, name: str) -> NDArray[np.int64]:
+        """Int64[count + 1]: where the sentences of a section begin, and where the last one ends."""
+        where = self.section(name)
+        return np.asarray(self.offsets[where.first : where.first + where.count + 1])
+
     def lengths(self, name: str) -> NDArray[np.int64]:
         """Int64[count]: tokens of each sentence of a section."""
-        where = self.section(name)
-        return np.diff(self.offsets[where.first : where.first + where.count + 1])
+        return np.diff(self._edges(name))
 
     def starts(self, name: str) -> NDArray[np.int64]:
         """Int64[count]: the place of each sentence's first token among all tokens."""
-        where = self.section(name)
-        return np.asarray(self.offsets[where.first : where.first + where.count])
+        return self._edges(name)[:-1]
 
     def bounds(self, name: str, limit: int | None = None) -> tuple[int, int]:
         """Where the tokens of a section begin and end; of its first `limit` sentences."""
-        where = self.section(name)
-        count = where.count if limit is None else min(limit, where.count)
-        return int(self.offsets[where.first]), int(self.offsets[where.first + count])
+        edges = self._edges(name)[: None if limit is None else limit + 1]
+        return int(edges[0]), int(edges[-1])
 
     def read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Ragged:
         """Pieces of text, wherever sentences begin and end.
@@ -113,9 +114,8 @@ class TokenStore:
 
     def sentences(self, name: str) -> Iterator[list[int]]:
         """Each sentence of a section, in order."""
-        where = self.section(name)
-        for i in range(where.first, where.first + where.count):
-            yield self.tokens[self.offsets[i] : self.offsets[i + 1]].tolist()
+        for begin, end in itertools.pairwise(self._edges(name)):
+            yield self.tokens[begin:end].tolist()
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
         if self.in_memory:
@@ -239,13 +239,11 @@ def _digest(text: Iterable[str]) -> bytes:
     return state.digest()
 
 
-@contextlib.contextmanager
-def _bar(shown: bool) -> Iterator[Progress]:
+def _bar(shown: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, transient=True)
     bar.disable = not (shown and bar.console.is_terminal)
-    with bar:
-        yield bar
+    return bar
 
 
 def _read_header(folder: Path) -> Mapping[str, Any]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from moekit.data.batch import SPECIALS, Batch, Sentences, padded_length
 from moekit.data.plan import Rows, Sizes
 from moekit.data.store import TokenStore
+from moekit.data.tokenizer import Tokenizer
 
 TooLong = Literal["drop", "truncate"]
 
@@ -116,16 +118,43 @@ def open_chunks(
     return Stream(name, np.arange(len(starts)), starts[None], lengths[None], languages)
 
 
+@dataclass(frozen=True)
+class Rank:
+    """Which share of every batch this process takes: rows ``index``, ``index + count``, ..."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def share(self) -> slice:
+        """The rows of a batch that are this rank's."""
+        return slice(self.index, None, self.count)
+
+
 class TaskStreams:
-    """The streams of one task, laid end to end so that a mixed batch is looked up at once.
+    """The streams of one task, laid end to end so that the rows of a mixed batch are gathered at once.
 
     Args:
         task: what makes batches of them.
         streams: all of pairs, or all of texts of one language.
+        store: where the tokens are.
+        tokenizer: whose specials are used.
+        pad_multiple: padded lengths are rounded up to a multiple of this.
+        rank: whose share of the rows to give.
     """
 
-    def __init__(self, task: Collator, streams: Sequence[Stream]) -> None:
+    def __init__(
+        self,
+        task: Collator,
+        streams: Sequence[Stream],
+        store: TokenStore,
+        tokenizer: Tokenizer,
+        pad_multiple: int = 1,
+        rank: Rank | None = None,
+    ) -> None:
         self.task, self.streams = task, tuple(streams)
+        self.rank = rank or Rank()
+        self._store, self._tokenizer, self._pad_multiple = store, tokenizer, pad_multiple
         counts = np.array([len(s) for s in self.streams], dtype=np.int64)
         self._offset = np.cumsum(counts) - counts
         self._lengths = np.concatenate([s.lengths for s in self.streams], axis=1)
@@ -142,26 +171,36 @@ class TaskStreams:
         """Of the task."""
         return self.task.name
 
-    def sizes(self, pad_multiple: int = 1) -> list[Sizes]:
-        """What every sentence costs, each side rounded up to `pad_multiple` positions."""
+    def sizes(self) -> list[Sizes]:
+        """What every sentence costs."""
         sizes = []
         for stream in self.streams:
-            source, *target = (padded_length(tokens, pad_multiple) for tokens in self.task.sizes(stream.lengths))
+            sides = self.task.sizes(stream.lengths)
+            source, *target = (padded_length(tokens, self._pad_multiple) for tokens in sides)
             sizes.append(Sizes(stream.name, source, target[0] if target else None))
         return sizes
 
-    def lengths(self, rows: Rows) -> NDArray[np.int64]:
-        """Int64[sides, B], tokens of each row, specials not counted."""
-        return self._lengths[:, self._offset[rows.stream] + rows.index]
+    def batch(self, rows: Rows, direction: str | None = None) -> Batch:
+        """The batch of this rank's share of `rows`, padded as wide as all of them need.
 
-    def starts(self, rows: Rows) -> NDArray[np.int64]:
-        """Int64[sides, B], place in the store of the first token of each row."""
-        return self._starts[:, self._offset[rows.stream] + rows.index]
-
-    def index(self, rows: Rows) -> NDArray[np.int64]:
-        """Int64[B], place of each row's sentence in its section, that is, in what the source gave."""
-        return self._index[self._offset[rows.stream] + rows.index]
-
-    def languages(self, rows: Rows) -> NDArray[np.int64]:
-        """Int64[2, B], language ids of each row's source and target."""
-        return self._languages[rows.stream].T
+        Args:
+            rows: of all ranks.
+            direction: of all rows, in evaluation, where the batch also says which sentences they are.
+        """
+        places, own = self._offset[rows.stream] + rows.index, rows[self.rank.share]
+        here = places[self.rank.share]
+        source, target = self._languages[own.stream].T.copy()
+        batch = self.task.collate(
+            Sentences(
+                texts=tuple(map(self._store.read, self._starts[:, here], self._lengths[:, here])),
+                lengths=tuple(self._lengths[:, places]),
+                languages=(source, target),
+                keys=own.keys,
+                tokenizer=self._tokenizer,
+                pad_multiple=self._pad_multiple,
+                direction=direction,
+            )
+        )
+        if direction is not None:
+            batch.index = torch.from_numpy(self._index[here])
+        return batch

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moekit.data.batch import Batch, Sentences, pair_batch
 from moekit.data.keyed import Keys
-from moekit.data.noising import check_ratio, choose, everywhere, first_spans, mark_spans
+from moekit.data.noising import check_spans, choose, everywhere, first_spans, mark_spans
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
@@ -119,7 +119,7 @@ def corrupt_spans(
     Source: arXiv:1910.10683 section 3.1.4 (15 %, mean 3). Differs: no marker closes the target, as in the authors' code
         and unlike figure 2: the end of the sentence does.
     """
-    _check(ratio, mean_length)
+    check_spans(ratio, mean_length)
     if len(markers) < 2:
         raise ValueError(f"corrupt_spans needs two or more markers, to tell spans apart: got {len(markers)}.")
     free = text if protected is None else text.keep(~protected)
@@ -133,12 +133,6 @@ def corrupt_spans(
     tokens[(np.cumsum(copies) - copies)[marked.begins]] = marked.markers
     lengths = np.bincount(text.row, weights=copies, minlength=len(text)).astype(np.int64)
     return marked.damaged, Ragged(tokens, lengths)
-
-
-def _check(ratio: float, mean_length: float) -> None:
-    check_ratio("ratio", ratio)
-    if not mean_length >= 1:
-        raise ValueError(f"mean_length must be at least 1 token: got {mean_length}.")
 
 
 @dataclass(frozen=True)
@@ -162,7 +156,7 @@ class SpanCorruption:
     packed: bool = False
 
     def __post_init__(self) -> None:
-        _check(self.ratio, self.mean_span)
+        check_spans(self.ratio, self.mean_span)
 
     def lengths(self, clean: Lengths) -> tuple[Lengths, Lengths]:
         """Tokens of the damaged text, and of the spans with their markers, by those of the clean text."""

@@ -13,9 +13,9 @@ from lightning.pytorch.cli import LightningCLI
 from tiny_corpus import SIZES, TinySource
 
 from moekit.data.batch import IGNORE, Batch
-from moekit.data.batching import Rank
 from moekit.data.mixture import LinearHeating
 from moekit.data.module import MultitaskData, TaskData, TokenizerOptions, default_cache
+from moekit.data.streams import Rank
 from moekit.errors import UserError
 from moekit.tasks import Denoising, Masking
 

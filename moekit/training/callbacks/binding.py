@@ -52,10 +52,6 @@ class ComponentBinding(Callback):
             stop_listening(router)
         self._components = self._observing = ()
 
-    def _unbind(self, pl_module: L.LightningModule) -> None:
-        unbind(pl_module)
-        self._release()
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Bind what exists already, so that the user's own ``setup`` finds the Trainer."""
         self._bind(trainer, pl_module)
@@ -97,13 +93,14 @@ class ComponentBinding(Callback):
 
         Where a Trainer without the strategy was given a sharded checkpoint, say what to do.
         """
-        self._unbind(pl_module)
+        self.teardown(trainer, pl_module, "")
         if isinstance(exception, IsADirectoryError) and exception.filename:
             _explain(exception)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the components plain modules again."""
-        self._unbind(pl_module)
+        unbind(pl_module)
+        self._release()
 
 
 def _explain(refused: IsADirectoryError) -> None:

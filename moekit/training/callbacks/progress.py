@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from moekit.training.budget import Budget
 from moekit.training.callbacks.memory import PeakMemory
@@ -45,7 +45,6 @@ class TrainingProgress(ProgressBar):
         self._clock = clock
         self._enabled = True
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
         self._shown = -math.inf
         self._start = self._start_fraction = 0.0
 
@@ -78,7 +77,7 @@ class TrainingProgress(ProgressBar):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin, where it is not inside training."""
         if trainer.state.fn != "fit":
-            self._open("valid")
+            self._open("test" if trainer.testing else "valid")
 
     def on_validation_batch_end(
         self,
@@ -90,33 +89,20 @@ class TrainingProgress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Show where it is."""
-        if not trainer.sanity_checking:
-            self._show_evaluation("validating", trainer.num_val_batches, batch_idx, dataloader_idx)
+        if trainer.sanity_checking:
+            return
+        batches: Any = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        done, total = sum(batches[:dataloader_idx]) + batch_idx + 1, sum(batches)
+        text = f"{'testing' if trainer.testing else 'validating'} {done:,.0f}"
+        text += f"/{total:,.0f}" if math.isfinite(total) else ""
+        self._show(lambda: text, lambda: done / total if math.isfinite(total) and total else 0.0)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close what is not training's."""
         if trainer.state.fn != "fit":
             self._close()
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin."""
-        self._open("test")
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Show where it is."""
-        self._show_evaluation("testing", trainer.num_test_batches, batch_idx, dataloader_idx)
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close."""
-        self._close()
+    on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the terminal as it was."""
@@ -162,23 +148,18 @@ class TrainingProgress(ProgressBar):
             limit = math.ceil(batches) * trainer.max_epochs if math.isfinite(batches) else None
         return min(1.0, trainer.global_step / limit) if limit else 0.0
 
-    def _show_evaluation(self, name: str, batches: list[int | float], index: int, loader: int) -> None:
-        done, total = sum(batches[:loader]) + index + 1, sum(batches)
-        text = f"{name} {done:,.0f}" + (f"/{total:,.0f}" if math.isfinite(total) else "")
-        self._show(lambda: text, lambda: done / total if math.isfinite(total) and total else 0.0)
-
     def _open(self, name: str) -> None:
         self._shown = -math.inf
         if self._enabled and self._console.is_terminal and self._bar is None:
             columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=self._console, transient=False, auto_refresh=False)
             self._bar.start()
-            self._task = self._bar.add_task(name, total=1.0)
+            self._bar.add_task(name, total=1.0)
 
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-            self._bar, self._task = None, None
+            self._bar = None
 
     def _show(self, text: Callable[[], str], fraction: Callable[[], float], *, force: bool = False) -> None:
         """Write if it is time; texts are made only then, since reading metrics has a price."""
@@ -186,8 +167,8 @@ class TrainingProgress(ProgressBar):
         if not self._enabled or (now - self._shown < (0.25 if self._bar else self.line_seconds) and not force):
             return
         self._shown = now
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=text(), completed=fraction())
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=text(), completed=fraction())
             self._bar.refresh()
         else:
             self._console.print(text(), soft_wrap=True)
