@@ -28,7 +28,7 @@ from torch import nn
 
 from moekit.data.batch import Batch
 from moekit.recipes import zcode_m3
-from moekit.runs import RunConfig, Text
+from moekit.runs import RunConfig, RunText
 
 
 def batch_of(tokens: int, vocab_size: int, device: str) -> Batch:
@@ -77,7 +77,7 @@ def stepper(parameters: list[nn.Parameter], loss: Callable[[], torch.Tensor], de
 def moekit_arm(config: RunConfig, vocab_size: int, batch: Batch, device: str, precision: str) -> Any:
     """The step of moekit and its parameters."""
     alone = zcode_m3.TasksConfig(translation=config.tasks.translation)
-    built = zcode_m3.build(config.changed(tasks=alone), Text(vocab_size))
+    built = zcode_m3.build(config.changed(tasks=alone), RunText(vocab_size))
     modules = nn.ModuleList([built.backbone, *built.heads]).to(device).train()
 
     def loss() -> torch.Tensor:
