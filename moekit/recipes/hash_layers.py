@@ -48,15 +48,16 @@ class ModelConfig(DecoderConfig):
     """The network.
 
     Attributes:
-        hash: key that chooses the expert: the token, by a balanced or a random table; the previous token; the bigram;
-            the position; a cluster of similar tokens, or each of them to another expert (dispersed); the next token
-            (oracle, which cannot write: set evaluate.samples to 0).
-        tables: number of tables: more than 1 = MultiHash, so many segments of the hidden layer, each with a balanced
-            table of its own.
-        hash_seed: seed of the table.
-        embeddings: run folder of a model with the same tokenizer, for clustered and dispersed.
-        layer: number of the layer of experts, from 0.
-        every: distance of a further layer of experts, in layers.
+        hash: key that selects the expert: the token, by a balanced or a random table; the previous token; the bigram;
+            the position; a cluster of similar tokens (clustered), or similar tokens spread over different experts
+            (dispersed); the next token (oracle, which cannot generate: set evaluate.samples to 0).
+        tables: number of hash tables: above 1 = MultiHash, which splits the hidden layer into so many segments, each
+            with its own balanced table.
+        hash_seed: random seed of the hash table.
+        embeddings: run folder of a trained model with the same tokenizer, whose token embeddings clustered and
+            dispersed use.
+        layer: index of the first expert layer, from 0; the middle of the network is usual.
+        every: spacing of further expert layers, in layers; 100 = a single expert layer.
     """
 
     hash: Hash = "balanced"

@@ -45,7 +45,8 @@ class ModelConfig(EncoderDecoderConfig):
     """The network.
 
     Attributes:
-        dense_steps: optimizer steps for which the experts of a layer are one feed-forward; 0 = none.
+        dense_steps: number of first optimizer steps in which the experts of a layer are a single feed-forward layer
+            (dense pre-training); 0 = sparse from the start.
     """
 
     load_balance: float = 0.0  # the assignment balances
