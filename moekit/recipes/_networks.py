@@ -260,8 +260,8 @@ T5_ADAFACTOR: Mapping[str, Any] = {
 """Training by Adafactor at T5's rate."""
 
 _NOTES = {
-    "tiny": "generated languages, minutes on two cores, nothing to download (default)",
-    "small": "for real text on a laptop: give --data.source and --data.path",
+    "tiny": "minutes on two cores, on generated languages, nothing to download (default)",
+    "small": "half an hour on a laptop, on your own text: give --data.source and --data.path",
 }
 
 
@@ -270,5 +270,5 @@ def with_twins(**configs: RunConfig) -> dict[str, Variant]:
     variants = {}
     for name, config in configs.items():
         variants[name] = Variant(config, _NOTES[name])
-        variants[f"{name}_dense"] = Variant(dense(config), "its dense twin of equal cost per token")
+        variants[f"{name}_dense"] = Variant(dense(config), "its dense twin, without experts: equal cost per token")
     return variants

@@ -104,14 +104,14 @@ PAPER = PAPER_TEXT.changed(
 
 RECIPE = Recipe(
     name="base_layers",
-    about="BASE layers of Lewis et al. (arXiv:2103.16716): a balanced assignment of tokens to experts, no loss.",
+    about="BASE layers of Lewis et al. (arXiv:2103.16716): balanced assignment of tokens to experts, no loss.",
     build=build,
     variants={
         # Test, one seed: 2.488 nats, its dense twin 2.417 (recipes/base_layers/results).
         **with_twins(tiny=TINY),
         "tiny_x3": Variant(
             TINY.changed(model=ModelConfig(every=1, sublayers=1)),
-            "three layers of experts with one block each instead of one with three",
+            "three expert layers of one block instead of one layer of three blocks",
         ),
         **with_twins(small=SMALL),
         "paper": Variant(

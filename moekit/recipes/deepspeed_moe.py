@@ -156,7 +156,7 @@ RECIPE = Recipe(
         ),
         "paper_1b3_mos": Variant(
             paper(21, 2048, 16, 64, batch=512, learning_rate=1.2e-4),
-            "its student with 21 layers: 27 billion (trained like the others, or by distill)",
+            "the student of paper_1b3_pr_moe with 21 layers: 27 billion (train it as usual, or by distill)",
         ),
     },
 )

@@ -130,7 +130,7 @@ PAPER = PAPER_TEXT.changed(
 
 RECIPE = Recipe(
     name="dense_to_sparse",
-    about="EvoMoE and its dense-to-sparse gate (arXiv:2112.14397): one expert, then all, then one of many.",
+    about="EvoMoE and its dense-to-sparse gate (arXiv:2112.14397): one expert, then all experts, then one per token.",
     build=build,
     variants={
         # Test, one seed: 2.477 nats, its dense twin 2.501 at fewer computations (recipes/dense_to_sparse/results).
@@ -140,7 +140,7 @@ RECIPE = Recipe(
         ),
         "tiny_warm_up": Variant(
             TINY.changed(model={"diversify": 0.5, "sparsify": 0.0}),
-            "without the second: one expert for half of the steps, then one of many at once",
+            "without the second phase: a single expert for half of the steps, then one per token at once",
         ),
         **with_twins(small=SMALL),
         "paper_1b5": Variant(PAPER, "GPT of 1.5 billion parameters"),

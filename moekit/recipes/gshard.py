@@ -134,7 +134,7 @@ MILLION = 2**20
 
 RECIPE = Recipe(
     name="gshard",
-    about="GShard (arXiv:2006.16668): multilingual translation with two of many experts per token.",
+    about="GShard (arXiv:2006.16668): multilingual translation with two experts per token.",
     build=build,
     variants={
         # Test, one seed: BLEU 92.4 and chrF 96.2, its dense twin 93.2 and 96.7 (recipes/gshard/results).

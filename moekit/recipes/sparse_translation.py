@@ -93,7 +93,7 @@ SMALL = SMALL_TRANSLATION.changed(
 
 RECIPE = Recipe(
     name="sparse_translation",
-    about="Tricks for sparse translation (arXiv:2110.08246): a dense start and a rising temperature, on BASE layers.",
+    about="Tricks for sparse translation (arXiv:2110.08246): BASE layers with a dense start and a rising temperature.",
     build=build,
     variants={
         # Test, one seed: BLEU 70.4 and chrF 84.3, its dense twin 63.6 and 80.2 (recipes/sparse_translation/results).

@@ -154,7 +154,7 @@ def paper(dim: int, heads: int, head_dim: int, hidden_dim: int, num_experts: int
 
 RECIPE = Recipe(
     name="st_moe",
-    about="ST-MoE (arXiv:2202.08906): a T5 with two of many experts per token, trained stably by a router z-loss.",
+    about="ST-MoE (arXiv:2202.08906): a T5 with two experts per token, kept stable by a router z-loss.",
     build=build,
     variants={
         # Test, one seed: 1.785 nats, its dense twin 1.627 (recipes/st_moe/results).

@@ -139,7 +139,7 @@ def paper(
 
 RECIPE = Recipe(
     name="switch",
-    about="Switch Transformer (arXiv:2101.03961): a T5 whose every other feed-forward is one of many experts.",
+    about="Switch Transformer (arXiv:2101.03961): a T5 with one expert per token in every other layer.",
     build=build,
     variants={
         # Test, one seed: 1.999 nats, its dense twin 2.030 (recipes/switch/results).

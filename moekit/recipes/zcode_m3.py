@@ -157,7 +157,7 @@ PAPER = RunConfig(
 
 RECIPE = Recipe(
     name="zcode_m3",
-    about="Z-code M3 (arXiv:2109.10465): train a multilingual, multitask Mixture of Experts and see what it learned.",
+    about="Z-code M3 (arXiv:2109.10465): a multilingual, multitask encoder-decoder with experts.",
     build=build,
     variants={
         # Test, one seed: BLEU 66.6 and chrF 85.0, its dense twin 62.1 and 82.1 with former first weights, noise and

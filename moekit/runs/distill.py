@@ -22,7 +22,7 @@ from moekit.training.multitask import MultitaskModule
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """What the student learns from the teacher, and what it begins with.
+    """What the student learns from the teacher, and which weights it copies.
 
     The defaults are Switch Transformer's (arXiv:2101.03961). DeepSpeed-MoE's Mixture-of-Students (arXiv:2201.05596) is
     objective=added, weight=1.0, an `until` and, as in the released code, inherit=none: the student begins with draws of

@@ -24,7 +24,7 @@ from moekit.training.multitask import MultitaskModule
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
-    """What trains, and what else is particular to fine-tuning.
+    """What fine-tuning trains, and how.
 
     Attributes:
         tune: parameters to train: all, non_moe, moe, experts, routers, attention, feed_forward or adapters; combine

@@ -27,7 +27,7 @@ Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How training goes.
+    """Length, optimizer, schedule and devices of training.
 
     Attributes:
         max_steps: number of optimizer steps after which training ends; 0 = no limit.
