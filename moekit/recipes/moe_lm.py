@@ -45,7 +45,8 @@ class ModelConfig(DecoderConfig):
         capacity_factor: slots of each expert in training as a multiple of an even share of all routed tokens (k per
             token); 1 in the released code, 0 = no limit.
         eval_capacity_factor: slots of each expert in evaluation as a multiple of an even share of all routed tokens (k
-            per token); 0 = no limit. The released code gives it as a share f of all tokens, which is f * E / 2 here.
+            per token); 0 = no limit. The released code gives it as a share f of all tokens, which is f * E / 2 here for
+            E experts and k = 2.
         second_expert: how the second expert of a token is chosen: always = the next best, sampled = drawn in training
             from the router probabilities.
     """

@@ -53,11 +53,12 @@ class ModelConfig(EncoderDecoderConfig):
             the paper, 0 = no limit.
         eval_capacity_factor: slots of each expert in evaluation as a multiple of an even share; 2 in the paper, 0 = no
             limit.
-        capacity_share: definition of the even share: tokens = T / E, as in the paper, or choices = k * T / E.
+        capacity_share: definition of the even share for T tokens and E experts: tokens = T / E, as in the paper, or
+            choices = k * T / E.
         threshold: routing weight above which the second expert is always used in training; below, it is used with
             probability weight / threshold. 0.2 in the paper.
         jitter: relative noise on the router's input in training: it is multiplied by a random factor of 1 plus or minus
-            at most this value; 0 in the paper's models, 0.01 in its stability study.
+            at most this value; 0 = none, 0.01 in the paper's stability study.
         batch_prioritised: whether experts of the encoder serve tokens by routing probability instead of position, so
             that the most confident ones are not dropped.
         extra: position of the additional dense feed-forward layer of each sparse layer: after it (the paper), before

@@ -62,9 +62,10 @@ class ModelConfig(EncoderDecoderConfig):
     Attributes:
         k: number of experts per token: 1 (Switch), or 2 for the paper's MoE-Base, which routes the second expert as
             GShard does.
-        capacity_factor: slots of each expert in training as a multiple of T / E, whatever k is; 1 to 2 in the paper, 0
-            = no limit.
-        eval_capacity_factor: slots of each expert in evaluation as a multiple of T / E, whatever k is; 0 = no limit.
+        capacity_factor: slots of each expert in training as a multiple of T / E (tokens / experts), whatever k is; 1 to
+            2 in the paper, 0 = no limit.
+        eval_capacity_factor: slots of each expert in evaluation as a multiple of T / E (tokens / experts), whatever k
+            is; 0 = no limit.
         exploration: randomness of the router in training: jitter or dropout on its input, sample (draw the expert from
             its probabilities), or none.
         overflow: treatment of tokens beyond the capacity: drop, or reroute to their next choice ("no token left
