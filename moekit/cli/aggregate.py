@@ -20,19 +20,17 @@ def _options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--shared",
         default="mean",
-        help="weights that belong to no expert: mean (default), or 1, 2, ...: those of this run. The mean makes sense "
-        "for runs with a common ancestor or the same start (train.seed)",
+        help="weights outside the experts: the mean of all runs (default), or those of one run, by its number (1, 2, "
+        "...). The mean makes sense for runs with a common ancestor or the same initial weights (train.seed)",
     )
     parser.add_argument(
         "--gates",
         choices=["concatenate", "fresh"],
         default="concatenate",
-        help="scores of the routers: rows side by side (default), or drawn anew",
+        help="router weights: concatenate those of all runs (default), or initialise them afresh",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of fresh gates (default: 0)")
-    plain_option(
-        parser, "the paper's form, in which weights shrink under one softmax (default: what they lose is made up for)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of fresh router weights (default: 0)")
+    plain_option(parser, "the plain form of the paper, where one softmax over all experts shrinks their weights")
     output_options(parser)
 
 
@@ -54,7 +52,7 @@ def _aggregate(given: Namespace, console: Console) -> None:
 
 
 COMMAND = Command(
-    "Make one model with the experts of several",
+    "Combine the experts of several runs into one model",
     _options,
     _aggregate,
     "  python -m moekit aggregate runs/one runs/two --out runs/both\n"

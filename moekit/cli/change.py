@@ -20,7 +20,7 @@ def _options(parser: ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="KEY=VALUE",
-        help="a setting that needs no other weights, such as model.capacity_factor=2.0 or model.k=1; may be repeated",
+        help="setting that needs no new weights, such as model.capacity_factor=2.0 or model.k=1; may be repeated",
     )
     surgery.output_options(parser)
 
@@ -34,7 +34,7 @@ def _change(given: Namespace, console: Console) -> None:
 
 
 COMMAND = Command(
-    "Give the same weights other settings, such as a capacity",
+    "Change settings that need no new weights, such as the capacity factor",
     _options,
     _change,
     "  python -m moekit change runs/tiny --set model.capacity_factor=2.0 --out runs/roomy",

@@ -20,13 +20,13 @@ def compare(runs: Sequence[Path], out: Path | None = None) -> None:
 
 
 def _options(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of two or more runs")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="two or more run folders, baseline first")
     parser.add_argument(
         "--out",
         type=Path,
         default=None,
         metavar="FILE",
-        help="HTML file to write (default: comparison.html); the markdown lies beside it",
+        help="HTML file to write (default: comparison.html); a markdown file is written beside it",
     )
 
 
@@ -37,7 +37,7 @@ def _compare(given: Namespace, console: Console) -> None:
 
 
 COMMAND = Command(
-    "Compare runs: differences are against the first",
+    "Compare several runs with the first one",
     _options,
     _compare,
     "  python -m moekit compare runs/tiny runs/tiny_dense --out results/comparison.html",

@@ -24,26 +24,26 @@ def _options(parser: ArgumentParser) -> None:
         type=amount,
         nargs="+",
         default=[0.75, 0.5, 0.25],
-        help="experts to keep in each layer, numbers or shares (default: 75%% 50%% 25%%)",
+        help="amounts of experts to keep in each layer, as numbers or shares (default: 75%% 50%% 25%%)",
     )
-    parser.add_argument("--draws", type=int, default=20, help="random choices for each (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first draw (default: 0)")
+    parser.add_argument("--draws", type=int, default=20, help="random selections for each amount (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the first random selection (default: 0)")
     parser.add_argument(
         "--recover",
         type=int,
         default=0,
         metavar="STEPS",
-        help="optimizer steps for which each pruned model is trained on (default: 0)",
+        help="number of optimizer steps of further training of each pruned model (default: 0, no training)",
     )
     parser.add_argument(
         "--recover-rate",
         type=float,
         default=0.0,
-        help="peak learning rate of that training (default: a tenth of the run's)",
+        help="peak learning rate of the further training (default: a tenth of the run's)",
     )
     part_options(parser)
     config_option(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for pruning.*")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the results, pruning.*")
 
 
 def _curve(given: Namespace, console: Console) -> None:
@@ -74,7 +74,7 @@ def _curve(given: Namespace, console: Console) -> None:
 
 
 COMMAND = Command(
-    "Measure quality against size: prune in several ways, validate each model",
+    "Measure quality against model size: prune in several ways and validate each model",
     _options,
     _curve,
     "  python -m moekit curve runs/tiny --out results\n"

@@ -20,9 +20,9 @@ def _options(parser: ArgumentParser) -> None:
         type=str,
         default=None,
         metavar="RUN",
-        help="folder or checkpoint of a trained run, of any recipe; the student's settings begin as that run has them "
-        "(for another recipe: its data and tasks), so say what is smaller, for example --model.num_experts 0 or fewer "
-        "layers",
+        help="folder or checkpoint of a trained run of any recipe. Its settings are the student's defaults (of another "
+        "recipe only data and tasks), so give what makes the student smaller, for example --model.num_experts 0 or "
+        "fewer layers",
     )
     parser.add_class_arguments(DistillConfig, "distill")
 
@@ -33,7 +33,7 @@ def _distill(recipe: Recipe, config: RunConfig, given: Any) -> None:
 
 
 COMMAND = RecipeCommand(
-    "Train a smaller model on text and on what a trained run predicts; test, report",
+    "Train a smaller model on text and the predictions of a trained run, then test and report",
     _options,
     _distill,
     start=settings_of_other("--teacher", "distill", starting_config),

@@ -17,17 +17,17 @@ from moekit.runs.surgery.exchange import export_run
 
 def _options(parser: ArgumentParser) -> None:
     run_option(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for transformers")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument(
         "--as",
         dest="kind",
         choices=list(NAMES),
         default=None,
-        help="family of models (default: switch_transformers for RMS norms, nllb-moe for layer norms)",
+        help="model class in transformers (default: switch_transformers for RMSNorm, nllb-moe for LayerNorm)",
     )
-    parser.add_argument("--no-tokenizer", action="store_true", help="do not write the vocabulary")
+    parser.add_argument("--no-tokenizer", action="store_true", help="do not write the tokenizer")
     parser.add_argument(
-        "--max-shard-gb", type=float, default=5.0, help="size of a file of weights at most, in gigabytes (default: 5)"
+        "--max-shard-gb", type=float, default=5.0, help="maximum size of a weights file, in gigabytes (default: 5)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
     config_option(parser)
@@ -57,7 +57,7 @@ def _export(given: Namespace, console: Console) -> None:
 
 
 COMMAND = Command(
-    "Write a run's model as a folder that Hugging Face transformers opens",
+    "Export a run's model to a folder that Hugging Face transformers can load",
     _options,
     _export,
     "  python -m moekit export runs/switch-tiny --out for-transformers",

@@ -20,8 +20,8 @@ def _options(parser: ArgumentParser) -> None:
         type=str,
         default=None,
         metavar="RUN",
-        help="folder or checkpoint of the run to start from; all settings begin as that run has them, but for steps, "
-        "schedule and learning rate",
+        help="folder or checkpoint of the run to start from. Its settings are the defaults, except for steps, schedule "
+        "and learning rate, which suit a short fine-tuning",
     )
     parser.add_class_arguments(FineTuneConfig, "fine_tune")
 
@@ -37,7 +37,7 @@ def _finetune(recipe: Recipe, config: RunConfig, given: Any) -> None:
 
 
 COMMAND = RecipeCommand(
-    "Start from a run: train on other data, some parameters or adapters; test, report",
+    "Fine-tune a trained run, wholly, partly or with adapters, then test and report",
     _options,
     _finetune,
     start=settings_of_other("--init_from", "finetune", starting_config),

@@ -17,20 +17,20 @@ _SETTINGS = ("train.accelerator", "evaluate.beam_size", "evaluate.length_penalty
 
 def _options(parser: ArgumentParser) -> None:
     folder_options(parser)
-    parser.add_argument("--from", type=str, default=None, dest="source_language", help="language of the input")
+    parser.add_argument("--from", type=str, default=None, dest="source_language", help="language code of the input")
     parser.add_argument(
-        "--to", type=str, default=None, dest="target_language", help="language to translate to; only for translation"
+        "--to", type=str, default=None, dest="target_language", help="target language code; only for translation"
     )
     parser.add_argument(
-        "--input", type=str, default="-", help="file with one sentence or prompt per line; - = standard input"
+        "--input", type=str, default="-", help="input file, with one sentence or prompt per line; - = standard input"
     )
-    parser.add_argument("--output", type=str, default="-", help="file to write the text to; - = standard output")
+    parser.add_argument("--output", type=str, default="-", help="output file, one line each; - = standard output")
     parser.add_argument(
         "--experts_in_memory",
         type=int,
         default=0,
-        help="number of experts of each layer kept in memory, the others being mapped from disk as tokens ask for "
-        "them; 0 = all",
+        help="maximum number of experts per layer kept in memory; others are mapped from disk when tokens need them. "
+        "0 = keep all",
     )
 
 
@@ -47,5 +47,5 @@ def _generate(recipe: Recipe, config: RunConfig, given: Any) -> None:
 
 
 COMMAND = RecipeCommand(
-    "Translate text, or continue it, with a trained run", _options, _generate, _SETTINGS, stored_settings
+    "Translate or continue text with a trained run", _options, _generate, _SETTINGS, stored_settings
 )

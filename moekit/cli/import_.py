@@ -14,16 +14,16 @@ from moekit.runs.surgery.writing import require_free, write_run
 
 
 def _options(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of transformers: config.json, safetensors")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="Hugging Face folder: config.json and safetensors")
     parser.add_argument(
         "--like",
         type=Path,
         required=True,
         metavar="RUN",
-        help="run with such a model, such as the one that was exported; its recipe, settings and vocabulary are taken",
+        help="run of the same model, such as the one exported; it provides recipe, settings and tokenizer",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the new run")
-    parser.add_argument("--dropless", action="store_true", help="leave the capacity of the folder's model out")
+    parser.add_argument("--dropless", action="store_true", help="drop no tokens: ignore expert capacity")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
 
 
@@ -40,7 +40,7 @@ def _import(given: Namespace, console: Console) -> None:
 
 
 COMMAND = Command(
-    "Take the weights of a folder of Hugging Face transformers into a run of the same model",
+    "Import weights from a Hugging Face transformers folder as a run of the same model",
     _options,
     _import,
     "  python -m moekit import for-transformers --like runs/switch-tiny --out runs/back\n"

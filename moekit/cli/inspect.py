@@ -15,8 +15,8 @@ from moekit.runs.surgery.inspection import inspect, show
 
 
 def _options(parser: ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="RUN", help=f"{RUN}, or a file of weights")
-    parser.add_argument("--json", action="store_true", help="print data instead of a table")
+    parser.add_argument("path", type=Path, metavar="RUN", help=f"{RUN}, or a state dict file")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     config_option(parser)
 
 
@@ -29,7 +29,7 @@ def _inspect(given: Namespace, console: Console) -> None:
 
 
 COMMAND = Command(
-    "Show a checkpoint's layers, experts, sizes and use",
+    "Show the sparse layers of a checkpoint: experts, sizes and utilisation",
     _options,
     _inspect,
     "  python -m moekit inspect runs/zcode_m3-tiny\n"

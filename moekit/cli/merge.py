@@ -16,7 +16,7 @@ from moekit.runs.surgery.utilisation import measured_load
 
 def _options(parser: ArgumentParser) -> None:
     run_option(parser)
-    parser.add_argument("--by-load", action="store_true", help="weigh experts by their use (default: all alike)")
+    parser.add_argument("--by-load", action="store_true", help="weight experts by utilisation (default: equally)")
     part_options(parser)
     output_options(parser)
 
@@ -32,7 +32,7 @@ def _merge(given: Namespace, console: Console) -> None:
 
 
 COMMAND = Command(
-    "Average experts to a dense model",
+    "Average the experts of each layer into a dense model",
     _options,
     _merge,
     "  python -m moekit merge runs/tiny --by-load --restart --out runs/dense",

@@ -15,10 +15,13 @@ from moekit.runs.recipe import Recipe
 
 def _options(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--memory", type=float, default=None, help="memory of a device in GiB, to say whether the model fits, and where"
+        "--memory",
+        type=float,
+        default=None,
+        help="device memory in GiB; shows if the model fits and the fewest devices",
     )
-    parser.add_argument("--sequences", type=int, default=8, help="sequences in a micro-batch of a device")
-    parser.add_argument("--length", type=int, default=None, help="tokens of a sequence (default: data.max_length)")
+    parser.add_argument("--sequences", type=int, default=8, help="number of sequences in a device's micro-batch")
+    parser.add_argument("--length", type=int, default=None, help="tokens in a sequence (default: data.max_length)")
 
 
 def _plan(recipe: Recipe, config: RunConfig, given: Any) -> None:
@@ -28,4 +31,4 @@ def _plan(recipe: Recipe, config: RunConfig, given: Any) -> None:
     )
 
 
-COMMAND = RecipeCommand("Say what the model needs on a layout, without running it", _options, _plan)
+COMMAND = RecipeCommand("Estimate memory, FLOPs and communication without running the model", _options, _plan)

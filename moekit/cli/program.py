@@ -87,7 +87,7 @@ def _unknown(name: str, known: Mapping[str, object]) -> None:
 
 def _about() -> str:
     rows = {
-        "commands of recipes": {name: command.help for name, command in recipes.COMMANDS.items()},
+        "commands on recipes": {name: command.help for name, command in recipes.COMMANDS.items()},
         "commands on trained models": {name: command.help for name, command in SURGERY.items()},
         "reports": {name: command.help for name, command in REPORTS.items()},
         "recipes": {name: find_recipe(name, "").about for name in recipe_names()},
@@ -96,8 +96,8 @@ def _about() -> str:
     return (
         "usage: python -m moekit COMMAND [RECIPE] [--option value ...]\n\n"
         f"{lists}\n\n"
-        "A command of recipes is followed by the name of one; test, generate and score know it from --out FOLDER.\n"
-        "--help after a command, and the recipe that it needs, lists the options.\n"
+        "Commands on recipes are followed by a recipe; test, generate and score also find it from --out FOLDER.\n"
+        "To list the options, add --help after the command (and its recipe, if it needs one).\n"
         "python -m moekit.recipes.RECIPE COMMAND is the same as python -m moekit COMMAND RECIPE."
     )
 
@@ -105,7 +105,7 @@ def _about() -> str:
 def _surgery_about() -> str:
     return f"""usage: python -m moekit.surgery COMMAND ...
 
-Look into trained models and change them. What comes out is a run folder like those of recipes:
+Inspect trained models and change them. A changed model is written as a run folder that recipe commands can use:
 
   python -m moekit.recipes.NAME test --out FOLDER
   python -m moekit.recipes.NAME generate --out FOLDER ...
@@ -114,4 +114,4 @@ Look into trained models and change them. What comes out is a run folder like th
 commands:
 {overview({name: command.help for name, command in SURGERY.items()})}
 
-python -m moekit.surgery COMMAND --help lists the options of a command."""
+python -m moekit.surgery COMMAND --help lists the options of that command."""

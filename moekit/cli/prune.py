@@ -21,18 +21,16 @@ def _options(parser: ArgumentParser) -> None:
         "--keep",
         type=amount,
         required=True,
-        help="experts to keep in each layer: a number (4), or a share (0.5, 50%%)",
+        help="amount of experts to keep in each layer: a number (4) or a share (0.5 or 50%%)",
     )
     parser.add_argument(
         "--by",
         choices=["utilisation", "reversed", "random"],
         default="utilisation",
-        help="keep the most used (default), the least used, or random ones",
+        help="experts to keep: the most used (utilisation, default), the least used (reversed) or random ones",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random choice (default: 0)")
-    plain_option(
-        parser, "also in a run that was aggregated or grown, where what made up for copies is taken back (default)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of --by random (default: 0)")
+    plain_option(parser, "even in an aggregated or upcycled run, whose compensation for copies is otherwise reduced")
     part_options(parser)
     output_options(parser)
 
@@ -54,7 +52,7 @@ def _pruned(run: Run, given: Namespace) -> Result:
 
 
 COMMAND = Command(
-    "Keep some of the experts of each layer",
+    "Remove experts from each layer, by utilisation or at random",
     _options,
     _prune,
     "  python -m moekit prune runs/tiny --keep 50% --out runs/half\n"

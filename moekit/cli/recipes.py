@@ -83,13 +83,13 @@ def build_parser(recipe: Recipe, command: str, variant: str, config: RunConfig |
         allow_abbrev=False,  # an abbreviation that works now would be a typo after the next new option
     )
     parser.formatter_class = _Help
-    parser.add_argument("--variant", default=variant, choices=list(recipe.variants), help="settings to start from")
+    parser.add_argument("--variant", default=variant, choices=list(recipe.variants), help="named preset of settings")
     if chosen.settings is None:
         # A run's config.yaml names its recipe; given with --config it must be of this one.
         parser.add_argument("--recipe", default=recipe.name, choices=[recipe.name], help=SUPPRESS)
         for key in recipe.renamed:
             parser.add_argument(f"--{key}", type=Any, default=None, help=SUPPRESS)
-        parser.add_argument("--config", action="config", help="YAML file with settings; options after it win over it")
+        parser.add_argument("--config", action="config", help="YAML file with settings; options after it override it")
     chosen.options(parser)
     values = as_plain(config)
     for group in fields(config):

@@ -15,15 +15,15 @@ from moekit.report import results_markdown, terminal_summary, write_report
 
 
 def _options(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (what --out was)")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (its --out)")
     parser.add_argument(
         "--out",
         type=Path,
         default=None,
         metavar="FILE",
-        help="HTML file of a comparison (default: comparison.html); the markdown lies beside it",
+        help="HTML file of a comparison (default: comparison.html); a markdown file is written beside it",
     )
-    parser.add_argument("--markdown", action="store_true", help="print one run as markdown instead of writing a page")
+    parser.add_argument("--markdown", action="store_true", help="print one report as markdown instead of writing HTML")
 
 
 def _report(given: Namespace, console: Console) -> None:
@@ -42,8 +42,7 @@ def _report(given: Namespace, console: Console) -> None:
 
 
 COMMAND = Command(
-    "Draw the report of a finished, interrupted or running run from the files of its folder; with several folders, "
-    "compare them: differences are against the first",
+    "Write the report of a run, finished or not; compare several runs with the first",
     _options,
     _report,
     "  python -m moekit.report runs/tiny                       write runs/tiny/report.html, print the summary\n"

@@ -15,21 +15,21 @@ from moekit.runs.score import score
 
 def _options(parser: ArgumentParser) -> None:
     folder_options(parser)
-    parser.add_argument("--from", type=str, default=None, dest="source_language", help="language of the contexts")
+    parser.add_argument("--from", type=str, default=None, dest="source_language", help="language code of contexts")
     parser.add_argument(
-        "--to", type=str, default=None, dest="target_language", help="language of the continuations (default: --from)"
+        "--to", type=str, default=None, dest="target_language", help="language code of continuations (default: --from)"
     )
     parser.add_argument(
         "--input",
         type=str,
         default="-",
-        help='JSON lines {"context": text, "continuations": [text, ...], "answer": number from 0, or left out}; '
+        help='file of JSON lines {"context": text, "continuations": [text, ...], "answer": index from 0 (optional)}; '
         "- = standard input",
     )
     parser.add_argument(
-        "--examples", type=str, default=None, help="JSON lines with answers, shown before every context: few-shot"
+        "--examples", type=str, default=None, help="JSON lines with answers, put before every context (few-shot)"
     )
-    parser.add_argument("--output", type=str, default="-", help="file for JSON lines of scores; - = standard output")
+    parser.add_argument("--output", type=str, default="-", help="output file of JSON lines; - = standard output")
 
 
 def _score(recipe: Recipe, config: RunConfig, given: Any) -> None:
@@ -45,6 +45,6 @@ def _score(recipe: Recipe, config: RunConfig, given: Any) -> None:
 
 
 COMMAND = RecipeCommand(
-    "Answer multiple-choice questions by the likeliest continuation", _options, _score, ("evaluate.batch_tokens",),
+    "Answer multiple-choice questions by the most likely continuation", _options, _score, ("evaluate.batch_tokens",),
     stored_settings,
 )  # fmt: skip

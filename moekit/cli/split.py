@@ -12,14 +12,14 @@ from moekit.runs.surgery.operations import split_run
 
 
 def _options(parser: ArgumentParser) -> None:
-    run_option(parser, "; its recipe has a setting model.k")
+    run_option(parser, "; the recipe must have the setting model.k")
     parser.add_argument(
-        "--parts", type=int, required=True, help="parts of each expert; a token chooses so many times more"
+        "--parts", type=int, required=True, help="parts per expert; experts per token (model.k) grow by this factor"
     )
     parser.add_argument(
         "--whole-weights",
         action="store_true",
-        help="give each part the whole weight of its expert, for routers whose sigmoid scores are not scaled",
+        help="give each part the full routing weight of its expert, for routers with unnormalised sigmoid scores",
     )
     output_options(parser)
 
@@ -29,7 +29,7 @@ def _split(given: Namespace, console: Console) -> None:
 
 
 COMMAND = Command(
-    "Cut experts into finer ones",
+    "Split each expert into several smaller ones",
     _options,
     _split,
     "  python -m moekit split runs/shazeer-tiny --parts 2 --out runs/fine",

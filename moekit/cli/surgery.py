@@ -15,7 +15,7 @@ from moekit.runs.run import Run
 from moekit.runs.surgery.operations import Result
 from moekit.runs.surgery.writing import require_free, write_run
 
-RUN = "folder of a run (its best checkpoint, else its last), or a checkpoint"
+RUN = "folder of a run (its best checkpoint is used, else its last), or a checkpoint"
 
 
 def run_option(parser: ArgumentParser, more: str = "") -> None:
@@ -30,7 +30,7 @@ def config_option(parser: ArgumentParser) -> None:
         type=Path,
         default=None,
         metavar="FILE",
-        help="config.yaml of a run with such a model, for checkpoints that do not hold their own",
+        help="config.yaml of a run of the same model, for a checkpoint without its own configuration",
     )
 
 
@@ -40,22 +40,22 @@ def output_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="begin at step 0 when training goes on (default: at the run's step, in its schedule)",
+        help="restart at step 0 when training continues (default: continue at the step and learning rate of the run)",
     )
-    parser.add_argument("--fresh-optimizer", action="store_true", help="forget the optimizer's state")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    parser.add_argument("--fresh-optimizer", action="store_true", help="discard the state of the optimizer")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing run in --out")
     config_option(parser)
 
 
 def plain_option(parser: ArgumentParser, what: str) -> None:
     """Whether what copies of experts lose is made up for."""
-    parser.add_argument("--plain", action="store_true", help=f"leave experts and choices as they are: {what}")
+    parser.add_argument("--plain", action="store_true", help=f"do not rescale experts and model.k: {what}")
 
 
 def part_options(parser: ArgumentParser) -> None:
     """Whose utilisation counts."""
     for name, place in (("language", "for this language"), ("task", "in this task")):
-        help = f"count the use of experts {place} alone, for a specialist (default: all validation text)"
+        help = f"measure expert utilisation only {place} (default: all validation text)"
         parser.add_argument(f"--{name}", default=None, help=help)
 
 

@@ -26,6 +26,4 @@ def _test(recipe: Recipe, config: RunConfig, given: Any) -> None:
     test_and_report(run, config)
 
 
-COMMAND = RecipeCommand(
-    "Test a trained run and write its report again", folder_options, _test, _SETTINGS, stored_settings
-)
+COMMAND = RecipeCommand("Test a trained run and rewrite its report", folder_options, _test, _SETTINGS, stored_settings)

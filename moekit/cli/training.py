@@ -26,8 +26,8 @@ _FOLDER = "folder of the run (default: runs/RECIPE-VARIANT)"
 def run_options(parser: ArgumentParser, folder: str = _FOLDER) -> None:
     """The options of commands that make a run."""
     parser.add_argument("--out", type=str, default=None, help=folder)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in that folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing run in --out")
 
 
 def folder_options(parser: ArgumentParser) -> None:

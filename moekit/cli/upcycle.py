@@ -13,23 +13,23 @@ from moekit.runs.surgery.operations import upcycle_run
 
 
 def _options(parser: ArgumentParser) -> None:
-    run_option(parser, "; dense, or sparse to get more experts")
-    parser.add_argument("--experts", type=int, required=True, help="number of experts of each sparse layer")
+    run_option(parser, "; dense, or sparse to add more experts")
+    parser.add_argument("--experts", type=int, required=True, help="number of experts in each new sparse layer")
     parser.add_argument(
         "--noise",
         type=float,
         default=0.0,
-        help="noise on the copies, in standard deviations of the weights (default: 0; 0.1 tells them apart)",
+        help="noise added to the copies, in standard deviations of the weights (default: 0; 0.1 makes experts differ)",
     )
     parser.add_argument(
         "--scale",
         type=float,
         default=1.0,
-        help="factor on what experts write (default: 1); as many as experts keeps the function under a fresh top-1 "
-        "softmax router",
+        help="factor on the output of experts of a dense run (default: 1); the number of experts roughly keeps the "
+        "function with a new top-1 softmax router",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of noise and routers (default: 0)")
-    plain_option(parser, "for a sparse run, whose copies share weights (default: what they lose is made up for)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of noise and new routers (default: 0)")
+    plain_option(parser, "for a sparse run, where copies of an expert then share its routing weight")
     output_options(parser)
 
 
@@ -41,7 +41,7 @@ def _upcycle(given: Namespace, console: Console) -> None:
 
 
 COMMAND = Command(
-    "Turn a dense model's feed-forwards into experts, or copy experts",
+    "Turn the feed-forward layers of a dense model into experts, or copy experts of a sparse one",
     _options,
     _upcycle,
     "  python -m moekit upcycle runs/dense --experts 8 --noise 0.1 --scale 8 --restart --out runs/sparse",

@@ -46,25 +46,27 @@ class NetworkConfig:
     """Sizes that every recipe's network has.
 
     Attributes:
-        dim: width of the residual stream.
+        dim: model dimension: the width of the residual stream.
         heads: number of attention heads.
         head_dim: channels of an attention head; 0 = dim / heads.
-        hidden_dim: hidden size of a feed-forward, and of each expert; four times dim is usual.
-        num_experts: number of experts in a sparse layer; 0 = dense, the FLOP-matched twin.
-        every: distance of sparse layers: the last of each group of so many layers is sparse; 1 = all, 2 is usual.
-        load_balance: weight of the load-balancing loss, summed over layers; 0.01 is usual.
-        router_z: weight of the router z-loss; 0 = none, 0.001 is usual.
-        dropout: dropout on embeddings, branches and hidden activations, as a share.
-        activation: activation function of feed-forwards and experts.
-        gated: whether feed-forwards and experts are gated (GEGLU with gelu, SwiGLU with silu).
-        norm: normalisation: layer (LayerNorm), rms (RMSNorm) or rms_without_scale (which has no weights).
-        positions: positions of tokens: sinusoidal, rotary, or relative (T5).
-        tied: whether one table embeds tokens and makes the logits.
-        init_scale: variance scale of the first weights of attention and dense feed-forwards (Switch: 0.1).
-        expert_init_scale: variance scale of the experts' first weights (Switch: 0.1).
-        init_by_depth: whether matrices that write to the residual stream, experts' too, start smaller by the root of
-            the number of branches (as in GPT-2; Switch: no).
-        checkpoint: compute activations again in backward instead of keeping them.
+        hidden_dim: hidden size of a feed-forward layer, and of each expert; four times dim is usual.
+        num_experts: number of experts in each sparse layer; 0 = no experts: the dense twin with equal FLOPs per token.
+        every: spacing of the sparse layers: the last of every so many layers is sparse; 1 = all layers, 2 is usual.
+        load_balance: weight of the load-balancing loss, summed over layers; 0.01 is usual, 0 = none.
+        router_z: weight of the router z-loss, which keeps router logits small; 0.001 is usual, 0 = none.
+        dropout: dropout probability on embeddings, residual branches and hidden activations; 0 to 0.1 is usual.
+        activation: activation function of feed-forward layers and experts.
+        gated: whether feed-forward layers and experts are gated linear units (GEGLU with gelu, SwiGLU with silu).
+        norm: normalisation: layer (LayerNorm), rms (RMSNorm) or rms_without_scale (RMSNorm without weights).
+        positions: position encoding: sinusoidal, rotary, or relative (T5).
+        tied: whether input embeddings and output layer share their weights.
+        init_scale: variance scale of the initial weights of attention and dense feed-forward layers; 1 is the default,
+            0.1 in Switch.
+        expert_init_scale: variance scale of the initial weights of experts; 1 is the default, 0.1 in Switch.
+        init_by_depth: whether matrices that write to the residual stream, in experts too, are initialised smaller by
+            the square root of the number of residual branches, as in GPT-2; off in Switch.
+        checkpoint: whether activations are recomputed in the backward pass instead of kept (activation checkpointing),
+            which saves memory and costs time.
     """
 
     dim: int = 128
@@ -92,7 +94,7 @@ class DecoderConfig(NetworkConfig):
     """A decoder-only language model.
 
     Attributes:
-        layers: number of blocks.
+        layers: number of transformer blocks.
     """
 
     layers: int = 4
@@ -103,8 +105,8 @@ class EncoderDecoderConfig(NetworkConfig):
     """A sequence-to-sequence model.
 
     Attributes:
-        encoder_layers: number of blocks of the encoder.
-        decoder_layers: number of blocks of the decoder.
+        encoder_layers: number of transformer blocks in the encoder.
+        decoder_layers: number of transformer blocks in the decoder.
     """
 
     encoder_layers: int = 2
@@ -258,8 +260,8 @@ T5_ADAFACTOR: Mapping[str, Any] = {
 """Training by Adafactor at T5's rate."""
 
 _NOTES = {
-    "tiny": "generated languages, minutes on two cores, nothing to download (default)",
-    "small": "for real text on a laptop: give --data.source and --data.path",
+    "tiny": "minutes on two cores, on generated languages, nothing to download (default)",
+    "small": "half an hour on a laptop, on your own text: give --data.source and --data.path",
 }
 
 
@@ -268,5 +270,5 @@ def with_twins(**configs: RunConfig) -> dict[str, Variant]:
     variants = {}
     for name, config in configs.items():
         variants[name] = Variant(config, _NOTES[name])
-        variants[f"{name}_dense"] = Variant(dense(config), "its dense twin of equal cost per token")
+        variants[f"{name}_dense"] = Variant(dense(config), "its dense twin, without experts: equal cost per token")
     return variants

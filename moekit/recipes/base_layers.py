@@ -42,11 +42,13 @@ class ModelConfig(DecoderConfig):
     """The network.
 
     Attributes:
-        every: distance of layers of experts: one stands after every so many blocks, and none after the last: half of
-            `layers` = one layer in the middle, a fourth = three.
-        sublayers: number of feed-forward blocks of an expert.
+        every: spacing of the expert layers: one follows every so many blocks, but never the last block; half of
+            `layers` = a single one in the middle, a fourth = three.
+        sublayers: number of residual feed-forward blocks in each expert; 3 is the default, 10 in the largest model of
+            the paper.
         expert_hidden_dim: hidden size of each block of an expert; 0 = hidden_dim.
-        shuffle: whether the tokens of all processes are mixed before they are assigned.
+        shuffle: whether the tokens of all processes are mixed at random before experts are assigned, which makes a
+            balanced assignment cost less quality; no effect on one process.
     """
 
     sublayers: int = 3
@@ -102,14 +104,14 @@ PAPER = PAPER_TEXT.changed(
 
 RECIPE = Recipe(
     name="base_layers",
-    about="BASE layers of Lewis et al. (arXiv:2103.16716): a balanced assignment of tokens to experts, no loss.",
+    about="BASE layers of Lewis et al. (arXiv:2103.16716): balanced assignment of tokens to experts, no loss.",
     build=build,
     variants={
         # Test, one seed: 2.488 nats, its dense twin 2.417 (recipes/base_layers/results).
         **with_twins(tiny=TINY),
         "tiny_x3": Variant(
             TINY.changed(model=ModelConfig(every=1, sublayers=1)),
-            "three layers of experts with one block each instead of one with three",
+            "three expert layers of one block instead of one layer of three blocks",
         ),
         **with_twins(small=SMALL),
         "paper": Variant(

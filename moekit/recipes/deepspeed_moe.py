@@ -44,11 +44,13 @@ class ModelConfig(DecoderConfig):
     """The network.
 
     Attributes:
-        half: halves of the network where experts stand: both, the first alone, or the second alone.
-        doubled: number of last sparse layers that have twice the experts; 0 = no pyramid.
-        residual: dense branch beside the experts: none, added to them, or mixed with them by a learned softmax.
-        expert_init: whether experts begin independent of one another, or as copies of one.
-        capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
+        half: which half of the layers has experts: both, the first, or the second.
+        doubled: number of last sparse layers with twice as many experts (the pyramid); 0 = no pyramid.
+        residual: dense branch beside the experts (residual MoE): none, add (its output is added), or softmax (mixed in
+            with learned weights).
+        expert_init: whether the experts of a layer are initialised independently, or as copies of one.
+        capacity_factor: slots of each expert in training as a multiple of an even share of the tokens; 1 to 2 is usual,
+            0 = no limit.
     """
 
     half: Literal["both", "first", "second"] = "both"
@@ -154,7 +156,7 @@ RECIPE = Recipe(
         ),
         "paper_1b3_mos": Variant(
             paper(21, 2048, 16, 64, batch=512, learning_rate=1.2e-4),
-            "its student with 21 layers: 27 billion (trained like the others, or by distill)",
+            "the student of paper_1b3_pr_moe with 21 layers: 27 billion (train it as usual, or by distill)",
         ),
     },
 )

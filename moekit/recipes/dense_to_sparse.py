@@ -45,14 +45,18 @@ class ModelConfig(DecoderConfig):
     """The network.
 
     Attributes:
-        diversify: share of train.max_steps in which all experts of a layer are one.
-        masked: share of each expert's weights that are set to zero when they part.
-        sparsify: share of train.max_steps in which the temperature falls; after it one expert runs.
-        decay: form in which the temperature falls.
-        start: temperature at the beginning of its fall.
-        end: temperature at the end of its fall.
-        threshold: least probability of an expert that runs.
-        weights: weights of the experts that run: the gumbel-softmax itself, or the plain softmax.
+        diversify: share of train.max_steps in the first phase, in which the experts of a layer are a single
+            feed-forward layer.
+        masked: share of the weights of each expert that are set to zero, at random, when the first phase ends, to make
+            experts differ.
+        sparsify: share of train.max_steps in the second phase, in which the temperature falls; after it each token uses
+            one expert.
+        decay: shape of the fall of the Gumbel-softmax temperature: exponential or linear.
+        start: Gumbel-softmax temperature at the start of the second phase.
+        end: Gumbel-softmax temperature at the end of the second phase.
+        threshold: minimum probability at which an expert processes a token.
+        weights: weights with which expert outputs are combined: gumbel (the Gumbel-softmax itself) or plain (the
+            softmax of the logits).
     """
 
     diversify: float = 0.1
@@ -126,7 +130,7 @@ PAPER = PAPER_TEXT.changed(
 
 RECIPE = Recipe(
     name="dense_to_sparse",
-    about="EvoMoE and its dense-to-sparse gate (arXiv:2112.14397): one expert, then all, then one of many.",
+    about="EvoMoE and its dense-to-sparse gate (arXiv:2112.14397): one expert, then all experts, then one per token.",
     build=build,
     variants={
         # Test, one seed: 2.477 nats, its dense twin 2.501 at fewer computations (recipes/dense_to_sparse/results).
@@ -136,7 +140,7 @@ RECIPE = Recipe(
         ),
         "tiny_warm_up": Variant(
             TINY.changed(model={"diversify": 0.5, "sparsify": 0.0}),
-            "without the second: one expert for half of the steps, then one of many at once",
+            "without the second phase: a single expert for half of the steps, then one per token at once",
         ),
         **with_twins(small=SMALL),
         "paper_1b5": Variant(PAPER, "GPT of 1.5 billion parameters"),

@@ -58,13 +58,16 @@ class ModelConfig(EncoderDecoderConfig):
     """The network.
 
     Attributes:
-        k: number of experts that a token passes; 2 in the paper.
-        capacity_factor: slots of an expert in training as a multiple of an even share of all choices; 0 = no limit.
-        eval_capacity_factor: slots of an expert in evaluation as a multiple of an even share of all choices; 0 = no
-            limit.
-        second_expert: when a token's second choice is sent: at random by its weight (the paper), always, where its
-            weight is above 0.2 (threshold), or drawn from the router's probabilities (sampled).
-        group_size: tokens of a local group, which has slots and a balance loss of its own; 0 = all tokens of a process.
+        k: number of experts per token; 2 in the paper.
+        capacity_factor: slots of each expert in training as a multiple of an even share of all routed tokens (k per
+            token); 1 in the paper, 0 = no limit.
+        eval_capacity_factor: slots of each expert in evaluation as a multiple of an even share of all routed tokens (k
+            per token); 0 = no limit.
+        second_expert: when the second expert of a token is used: random = at random, with probability by its weight
+            (the paper); always; threshold = if its weight is above 0.2; sampled = always, but drawn in training from
+            the router probabilities.
+        group_size: tokens in a local group, which has its own expert slots and load-balancing loss; 0 = all tokens of a
+            process.
     """
 
     k: int = 2
@@ -131,7 +134,7 @@ MILLION = 2**20
 
 RECIPE = Recipe(
     name="gshard",
-    about="GShard (arXiv:2006.16668): multilingual translation with two of many experts per token.",
+    about="GShard (arXiv:2006.16668): multilingual translation with two experts per token.",
     build=build,
     variants={
         # Test, one seed: BLEU 92.4 and chrF 96.2, its dense twin 93.2 and 96.7 (recipes/gshard/results).

@@ -48,15 +48,16 @@ class ModelConfig(DecoderConfig):
     """The network.
 
     Attributes:
-        hash: key that chooses the expert: the token, by a balanced or a random table; the previous token; the bigram;
-            the position; a cluster of similar tokens, or each of them to another expert (dispersed); the next token
-            (oracle, which cannot write: set evaluate.samples to 0).
-        tables: number of tables: more than 1 = MultiHash, so many segments of the hidden layer, each with a balanced
-            table of its own.
-        hash_seed: seed of the table.
-        embeddings: run folder of a model with the same tokenizer, for clustered and dispersed.
-        layer: number of the layer of experts, from 0.
-        every: distance of a further layer of experts, in layers.
+        hash: key that selects the expert: the token, by a balanced or a random table; the previous token; the bigram;
+            the position; a cluster of similar tokens (clustered), or similar tokens spread over different experts
+            (dispersed); the next token (oracle, which cannot generate: set evaluate.samples to 0).
+        tables: number of hash tables: above 1 = MultiHash, which splits the hidden layer into so many segments, each
+            with its own balanced table.
+        hash_seed: random seed of the hash table.
+        embeddings: run folder of a trained model with the same tokenizer, whose token embeddings clustered and
+            dispersed use.
+        layer: index of the first expert layer, from 0; the middle of the network is usual.
+        every: spacing of further expert layers, in layers; 100 = a single expert layer.
     """
 
     hash: Hash = "balanced"
@@ -170,22 +171,22 @@ def paper(num_experts: int) -> RunConfig:
 
 RECIPE = Recipe(
     name="hash_layers",
-    about="Hash Layers of Roller et al. (arXiv:2106.04426): a fixed table from token to expert, nothing to learn.",
+    about="Hash Layers of Roller et al. (arXiv:2106.04426): a fixed table maps tokens to experts, no learned router.",
     build=build,
     reads_text=True,
     variants={
         # Test, one seed: 2.339 nats, its dense twin 2.360 (recipes/hash_layers/results).
         **with_twins(tiny=TINY),
-        "tiny_random": Variant(TINY.changed(model={"hash": "random"}), "tokens hashed at random"),
-        "tiny_previous": Variant(TINY.changed(model={"hash": "previous"}), "the token before chooses"),
+        "tiny_random": Variant(TINY.changed(model={"hash": "random"}), "a random table instead of a balanced one"),
+        "tiny_previous": Variant(TINY.changed(model={"hash": "previous"}), "the previous token selects the expert"),
         "tiny_bigram": Variant(
-            TINY.changed(model={"hash": "bigram"}), "the token before and the token together choose"
+            TINY.changed(model={"hash": "bigram"}), "the previous and the current token select the expert"
         ),
-        "tiny_position": Variant(TINY.changed(model={"hash": "position"}), "the place in the sentence chooses"),
+        "tiny_position": Variant(TINY.changed(model={"hash": "position"}), "the position selects the expert"),
         "tiny_oracle": Variant(
-            TINY.changed(model={"hash": "oracle"}, evaluate={"samples": 0}), "the next token chooses, which is cheating"
+            TINY.changed(model={"hash": "oracle"}, evaluate={"samples": 0}), "the next token selects, which is cheating"
         ),
-        "tiny_multi": Variant(TINY.changed(model={"tables": 4}), "MultiHash: four segments, each hashed apart"),
+        "tiny_multi": Variant(TINY.changed(model={"tables": 4}), "MultiHash: four segments, each with its own table"),
         **with_twins(small=SMALL),
         "paper_1x64": Variant(paper(64), "one layer of 64 experts: 751 million parameters"),
         "paper_1x128": Variant(paper(128), "one layer of 128 experts: 1.28 billion"),

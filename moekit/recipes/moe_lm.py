@@ -41,12 +41,14 @@ class ModelConfig(DecoderConfig):
     """The network.
 
     Attributes:
-        k: number of experts that a token passes.
-        capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
-        eval_capacity_factor: slots of an expert in evaluation as a multiple of an even share; 0 = no limit. The
-            released code's share f of all tokens is f E / 2.
-        second_expert: second choice of a token: the next best (always), or drawn from the router's probabilities
-            (sampled).
+        k: number of experts per token; 2 in the paper.
+        capacity_factor: slots of each expert in training as a multiple of an even share of all routed tokens (k per
+            token); 1 in the released code, 0 = no limit.
+        eval_capacity_factor: slots of each expert in evaluation as a multiple of an even share of all routed tokens (k
+            per token); 0 = no limit. The released code gives it as a share f of all tokens, which is f * E / 2 here for
+            E experts and k = 2.
+        second_expert: how the second expert of a token is chosen: always = the next best, sampled = drawn in training
+            from the router probabilities.
     """
 
     k: int = 2

@@ -34,17 +34,17 @@ class ModelConfig:
     """The network.
 
     Attributes:
-        dim: width of embeddings and of every layer's input and output.
-        units: number of cells of each LSTM, projected to `dim` where they are more; 0 = dim.
-        hidden_dim: hidden size of each expert.
-        num_experts: number of experts of the layer; 0 = dense: one feed-forward as wide as the experts that a token
-            passes.
-        groups: number of groups into which a two-level gate sorts the experts; 0 = a flat gate.
-        k: number of experts per token under a flat gate; under a two-level gate, groups per token and experts in each.
-        importance: weight of the importance loss.
-        load: weight of the load loss.
-        dropout: dropout on the output of every layer but the softmax, as a share.
-        tied: whether one table embeds tokens and makes the logits.
+        dim: width of embeddings and of the input and output of every layer.
+        units: number of units of each LSTM, projected to `dim` if larger; 0 = dim.
+        hidden_dim: hidden size of each expert; 1,024 in most models of the paper.
+        num_experts: number of experts; 0 = no experts: one feed-forward layer as wide as all experts used by a token.
+        groups: number of groups of the experts under a two-level (hierarchical) gate; 0 = a flat gate.
+        k: number of experts per token under a flat gate; under a two-level gate, groups per token and experts per
+            group. 4 in the paper, 2 under a two-level gate.
+        importance: weight of the importance loss, which evens out gate weights; 0.1 in the paper.
+        load: weight of the load loss, which evens out the number of tokens; 0.1 in the paper.
+        dropout: dropout probability on the output of every layer but the softmax; 0.1 to 0.4 in the paper.
+        tied: whether input embeddings and output layer share their weights.
     """
 
     dim: int = 128

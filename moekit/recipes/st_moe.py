@@ -48,16 +48,22 @@ class ModelConfig(EncoderDecoderConfig):
     """The network.
 
     Attributes:
-        k: number of experts that a token passes.
-        capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
-        eval_capacity_factor: slots of an expert in evaluation as a multiple of an even share.
-        capacity_share: total of which an even share is meant: tokens (T / E slots at a factor of 1, as in the paper) or
-            choices (k * T / E).
-        threshold: least weight with which a further expert is always sent in training.
-        jitter: noise on the routers' input in training.
-        batch_prioritised: let an expert of the encoder serve the most probable tokens first, not the first.
-        extra: place of the dense feed-forward of a sparse layer: after it, before it, or none.
-        expert_bias: use of a bias on the hidden units of experts: none, add or multiply.
+        k: number of experts per token; 2 in the paper.
+        capacity_factor: slots of each expert in training as a multiple of an even share (see capacity_share); 1.25 in
+            the paper, 0 = no limit.
+        eval_capacity_factor: slots of each expert in evaluation as a multiple of an even share; 2 in the paper, 0 = no
+            limit.
+        capacity_share: definition of the even share for T tokens and E experts: tokens = T / E, as in the paper, or
+            choices = k * T / E.
+        threshold: routing weight above which the second expert is always used in training; below, it is used with
+            probability weight / threshold. 0.2 in the paper.
+        jitter: relative noise on the router's input in training: it is multiplied by a random factor of 1 plus or minus
+            at most this value; 0 = none, 0.01 in the paper's stability study.
+        batch_prioritised: whether experts of the encoder serve tokens by routing probability instead of position, so
+            that the most confident ones are not dropped.
+        extra: position of the additional dense feed-forward layer of each sparse layer: after it (the paper), before
+            it, or none.
+        expert_bias: bias on the hidden units of gated experts: none, add or multiply.
     """
 
     gated: bool = True
@@ -149,7 +155,7 @@ def paper(dim: int, heads: int, head_dim: int, hidden_dim: int, num_experts: int
 
 RECIPE = Recipe(
     name="st_moe",
-    about="ST-MoE (arXiv:2202.08906): a T5 with two of many experts per token, trained stably by a router z-loss.",
+    about="ST-MoE (arXiv:2202.08906): a T5 with two experts per token, kept stable by a router z-loss.",
     build=build,
     variants={
         # Test, one seed: 1.785 nats, its dense twin 1.627 (recipes/st_moe/results).

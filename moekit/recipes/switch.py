@@ -60,12 +60,16 @@ class ModelConfig(EncoderDecoderConfig):
     """The network.
 
     Attributes:
-        k: number of experts that a token passes: 1, or 2 for the paper's MoE-Base, whose second expert is sent as in
-            GShard.
-        capacity_factor: slots of an expert in training as a multiple of T / E, whatever k is; 0 = no limit.
-        eval_capacity_factor: slots of an expert in evaluation as a multiple of T / E; 0 = no limit.
-        exploration: noise of training: jitter or dropout of the router's input, sample = draw the expert, or none.
-        overflow: fate of tokens beyond capacity: drop, or reroute to their next choice ("no token left behind").
+        k: number of experts per token: 1 (Switch), or 2 for the paper's MoE-Base, which routes the second expert as
+            GShard does.
+        capacity_factor: slots of each expert in training as a multiple of T / E (tokens / experts), whatever k is; 1 to
+            2 in the paper, 0 = no limit.
+        eval_capacity_factor: slots of each expert in evaluation as a multiple of T / E (tokens / experts), whatever k
+            is; 0 = no limit.
+        exploration: randomness of the router in training: jitter or dropout on its input, sample (draw the expert from
+            its probabilities), or none.
+        overflow: treatment of tokens beyond the capacity: drop, or reroute to their next choice ("no token left
+            behind").
     """
 
     norm: Norm = "rms"  # norm, positions and activation as in T5
@@ -136,7 +140,7 @@ def paper(
 
 RECIPE = Recipe(
     name="switch",
-    about="Switch Transformer (arXiv:2101.03961): a T5 whose every other feed-forward is one of many experts.",
+    about="Switch Transformer (arXiv:2101.03961): a T5 with one expert per token in every other layer.",
     build=build,
     variants={
         # Test, one seed: 1.999 nats, its dense twin 2.030 (recipes/switch/results).

@@ -43,11 +43,13 @@ class ModelConfig(EncoderDecoderConfig):
     """The network.
 
     Attributes:
-        capacity_factor: slots of an expert in training as a multiple of an even share; 0 = no limit.
-        jitter: noise on the routers' input in training, as a share; 0.01 is usual.
-        generator_dim: width of the small generator of replaced-token detection.
-        generator_layers: number of blocks of the small generator.
-        discriminator_weight: weight of the detection loss beside the generator's.
+        capacity_factor: slots of each expert in training as a multiple of an even share of the tokens; 1 in the paper,
+            0 = no limit.
+        jitter: relative noise on the router's input in training: it is multiplied by a random factor of 1 plus or minus
+            at most this value; 0.01 is usual, 0 = none.
+        generator_dim: model dimension of the small generator of replaced-token detection (ELECTRA).
+        generator_layers: number of transformer blocks of the small generator.
+        discriminator_weight: weight of the detection loss relative to the generator's loss; 50 in ELECTRA.
     """
 
     capacity_factor: float = setting(1.0, free=SURGERY)
@@ -63,10 +65,10 @@ class TasksConfig:
     """The tasks of a step.
 
     Attributes:
-        translation: parallel text.
-        denoising: damaged text to clean text.
-        masked_lm: masked tokens, on the encoder.
-        replaced_token: ELECTRA, on the encoder.
+        translation: translation: learn from parallel text.
+        denoising: denoising: restore the clean text from corrupted text.
+        masked_lm: masked language modelling: predict masked tokens with the encoder.
+        replaced_token: replaced-token detection (ELECTRA): tell with the encoder which tokens a generator replaced.
     """
 
     translation: TaskConfig = field(default_factory=TaskConfig)
@@ -155,7 +157,7 @@ PAPER = RunConfig(
 
 RECIPE = Recipe(
     name="zcode_m3",
-    about="Z-code M3 (arXiv:2109.10465): train a multilingual, multitask Mixture of Experts and see what it learned.",
+    about="Z-code M3 (arXiv:2109.10465): a multilingual, multitask encoder-decoder with experts.",
     build=build,
     variants={
         # Test, one seed: BLEU 66.6 and chrF 85.0, its dense twin 62.1 and 82.1 with former first weights, noise and

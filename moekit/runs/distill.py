@@ -22,25 +22,25 @@ from moekit.training.multitask import MultitaskModule
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """What the student learns from the teacher, and what it begins with.
+    """What the student learns from the teacher, and which weights it copies.
 
     The defaults are Switch Transformer's (arXiv:2101.03961). DeepSpeed-MoE's Mixture-of-Students (arXiv:2201.05596) is
     objective=added, weight=1.0, an `until` and, as in the released code, inherit=none: the student begins with draws of
     its own. Beginning with the teacher's layers (inherit=everything) is ours.
 
     Attributes:
-        objective: form of the loss: mixture = (1 - weight) of the labels' loss and weight of the teacher's; added = the
-            labels' loss and weight times the teacher's.
-        weight: weight of the teacher's loss, the KL divergence; 0.25 in Switch.
-        until: optimizer steps after which the teacher falls silent and labels alone count; 0 = never.
-        fall: how the teacher falls silent: stop = at once (DeepSpeed-MoE), linear or cosine = its weight goes to 0
-            until then.
-        fall_from: optimizer step at which the teacher's weight begins to fall.
-        temperature: temperature of both distributions in the teacher's loss; 1 = as they are.
-        inherit: weights that the student begins with, those of the teacher with the same name: everything, non_moe (all
-            but experts and routers), or none.
-        layers: layers of the teacher that a shallower student gets, as decoder.layers=0,1,4,5 (several stacks with ;
-            between); not given = spread evenly, sparse ones from sparse ones.
+        objective: form of the loss: mixture = (1 - weight) * label loss + weight * teacher loss; added = label loss +
+            weight * teacher loss.
+        weight: weight of the teacher loss, a KL divergence; 0.25 in Switch.
+        until: number of optimizer steps with the teacher; afterwards only the label loss counts. 0 = the teacher is
+            used to the end.
+        fall: how the teacher's weight reaches 0 at step `until`: stop = all at once (DeepSpeed-MoE), linear, or cosine.
+        fall_from: optimizer step at which the teacher's weight begins to fall, for linear and cosine.
+        temperature: temperature of the softmax of teacher and student in the teacher loss; 1 = unchanged.
+        inherit: weights that the student copies from the teacher's parameters of the same name: everything, non_moe
+            (all but experts and routers), or none.
+        layers: teacher layers that a shallower student copies, as decoder.layers=0,1,4,5; separate several stacks by ;
+            (semicolon). Not given = spread evenly, sparse layers from sparse layers.
     """
 
     objective: Literal["mixture", "added"] = "mixture"

@@ -24,19 +24,19 @@ from moekit.training.multitask import MultitaskModule
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
-    """What trains, and what else is particular to fine-tuning.
+    """What fine-tuning trains, and how.
 
     Attributes:
-        tune: parameters that train: all, non_moe, moe, experts, routers, attention, feed_forward, adapters, or several
-            with + and - as in all-routers. Not given: adapters where there are some, else all.
-        rank: rank of low-rank adapters; 0 = no adapters, 4 to 16 is usual.
-        alpha: scale of adapters: one counts alpha / rank.
-        adapt: modules that get adapters: some of experts, attention, feed_forward, joined by commas.
-        expert_dropout: dropout on hidden activations of experts (0.4 in arXiv:2101.03961, beside a model.dropout of
-            0.1); not given = as model.dropout.
-        train_capacity: capacity factor in training, which decides how many tokens are dropped; 0 = none is; not given
-            = as in the model's settings.
-        optimizer: state of the optimizer: carried on from the run, or fresh.
+        tune: parameters to train: all, non_moe, moe, experts, routers, attention, feed_forward or adapters; combine
+            them with + and -, as in all-routers. Not given = adapters if rank is above 0, else all.
+        rank: rank of the low-rank adapters (LoRA); 4 to 16 is usual, 0 = no adapters.
+        alpha: scaling of the adapters: their output is multiplied by alpha / rank.
+        adapt: modules that get adapters: experts, attention, feed_forward, or several joined by commas.
+        expert_dropout: dropout on the hidden activations of experts; 0.4 with a model.dropout of 0.1 in
+            arXiv:2101.03961. Not given = model.dropout.
+        train_capacity: capacity factor during fine-tuning, which decides how many tokens are dropped; 0 = no token is
+            dropped; not given = the model's own.
+        optimizer: state of the optimizer: carried over from the run (carried), or reset (fresh).
     """
 
     tune: str | None = None

@@ -105,4 +105,4 @@ class TextToTextTask(PairTask):
         "example",
     )
     head = TextToTextHead
-    about = "inputs and targets, as of the source examples."
+    about = "text to text: learn to write the target of an input, with the source examples."

@@ -113,4 +113,4 @@ class TranslationTask(PairTask):
         "direction not recorded",
     )
     head = TranslationHead
-    about = "parallel text."
+    about = "translation: learn from parallel text."

@@ -25,44 +25,48 @@ class DataConfig:
     """Where text comes from and how it becomes batches.
 
     Attributes:
-        source: kind of data: babel (generated languages, nothing to download), headlines (paragraphs of babel and their
-            headlines, a summarisation task; directions as avl-avl), moses (train.en + train.de, plain or
-            gz), jsonl ({"translation": {"en": ..., "de": ...}}), tsv, examples ({"input": ..., "target": ...}, or tsv
-            with these columns; directions as en-en, the default), gettext (the translation catalogs of this machine)
-            or text (one language per file). Several kinds, as moses,jsonl or a list, are read as one corpus.
-        path: folder or file of the data; for several kinds as many, joined by commas or as a list. Not needed for babel
-            and gettext.
-        pivot: where text is parallel in more than two languages, keep the directions from and to this language.
-            "auto" takes English where it is there; "none" keeps all pairs.
-        directions: translation directions to keep, as en-de,de-en or a list; not given = all.
-        max_languages: number of languages that gettext reads, those with the most text.
+        source: kind of corpus: babel (generated languages, nothing to download), headlines (babel paragraphs and their
+            headlines, a summarisation task; directions such as avl-avl), moses (parallel line files such as train.en
+            and train.de, plain or gz), jsonl ({"translation": {"en": ..., "de": ...}} on each line), tsv (one column
+            per language, with a header), examples ({"input": ..., "target": ...} on each line, or a TSV with these
+            columns; directions such as en-en, the default), gettext (the software translation catalogs installed on
+            this machine) or text (one file per language). Several kinds, given as moses,jsonl or as a list, are read as
+            one corpus.
+        path: folder or file of the corpus; for several kinds one path each, joined by commas or as a list. babel,
+            headlines and gettext need none.
+        pivot: language that every direction must start or end with, where the text is parallel in more than two
+            languages: a language code, "auto" (English if the corpus has it) or "none" (keep all pairs).
+        directions: translation directions to train on, such as en-de,de-en or a list; not given = all.
+        max_languages: number of languages to read from gettext catalogs; those with the most text are taken.
         vocab_size: size of the SentencePiece vocabulary that is trained on the data, in pieces: 1,000 to 4,000 for
             small models, 32,000 for large ones.
-        tokenizer: folder of a tokenizer to take instead of training one; it must know the data's languages.
-        sentinel: for tasks on pairs, such as translation: end the source and begin the target with the first sentinel,
-            as in span corruption.
-        mask_shares: for masked LM: shares of the chosen tokens that become the mask, become a random token, stay
-            (BERT).
-        span_ratio: for span corruption: share of tokens that are cut out; 0.15 in T5.
-        mean_span: for span corruption: mean number of tokens that are cut out at once; 3 in T5.
-        packed: for span corruption: lay sentences end to end and cut them into chunks that leave `max_length`
-            positions, as T5 does; else every sentence is damaged by itself, and short ones lose one or two tokens at
-            once.
-        temperature: temperature T of the sampling over directions and languages, p ~ n ** (1 / T); 1 = by size, 5 is
-            usual for very unequal sizes.
-        heating: form in which the temperature rises: linear, square_root or step (one jump).
-        heating_steps: optimizer steps in which the temperature rises from 1 to `temperature`; 0 = it is constant.
-        max_length: greatest length of a sentence in pieces; longer ones are left out of training.
-        cache: folder for tokenizers and tokenized text, which runs share.
-        num_workers: number of processes that prepare batches; 0 = the training process itself; auto = none on a CPU, up
-            to four beside each GPU, so that it does not wait for its batches.
-        babel_languages: number of languages that babel makes.
-        babel_sentences: number of training sentences that babel makes, each in every language; for headlines:
-            paragraphs.
-        babel_sizes: numbers of training sentences for single languages of babel, as kmb=2000,shl=500 or {kmb: 2000,
-            shl: 500}.
-        seed: seed of the babel corpus and of the order of examples.
-        order_seed: seed of the order of examples and of their noise; not given = `seed`.
+        tokenizer: folder of an existing tokenizer to use instead of training one; it must know all languages of the
+            data.
+        sentinel: whether, in tasks on text pairs such as translation, the first sentinel token ends the source and
+            begins the target, as in span corruption; useful when fine-tuning a T5-like model.
+        mask_shares: for masked LM: shares of the chosen tokens that are replaced by the mask, replaced by a random
+            token, and left unchanged; 0.8, 0.1, 0.1 in BERT.
+        span_ratio: for span corruption: share of the tokens that are masked; 0.15 in T5.
+        mean_span: for span corruption: mean length of a masked span, in tokens; 3 in T5.
+        packed: for span corruption: whether sentences are concatenated and cut into chunks that fill `max_length`
+            positions once corrupted, as in T5. Otherwise each sentence is corrupted on its own, and a short one loses
+            only one or two tokens.
+        temperature: sampling temperature T over directions and languages, p ~ n ** (1 / T): 1 samples in proportion to
+            size, 5 is usual for very unequal sizes.
+        heating: shape of the rise of the sampling temperature: linear, square_root or step (a single jump).
+        heating_steps: optimizer steps over which the sampling temperature rises from 1 to `temperature`; 0 = constant
+            temperature.
+        max_length: maximum length of a training sequence, in pieces including special tokens; longer sentences are
+            dropped. 128 is enough for single sentences.
+        cache: folder of tokenizers and tokenized text, shared by all runs.
+        num_workers: number of data loader processes for each training process; 0 = load in the training process itself;
+            auto = none on a CPU, up to four beside each GPU.
+        babel_languages: number of languages to generate, for babel and headlines.
+        babel_sentences: number of training sentences to generate in each babel language; for headlines, of paragraphs.
+        babel_sizes: numbers of training sentences of individual babel languages, to make some low-resource:
+            kmb=2000,shl=500 or {kmb: 2000, shl: 500}.
+        seed: random seed of the babel corpus and of the order of examples.
+        order_seed: random seed of the order of examples and of the noise in them; not given = `seed`.
 
     Raises:
         UserError: sizes that are none.

@@ -12,13 +12,14 @@ class EvaluateConfig:
     """How the trained model is evaluated.
 
     Attributes:
-        beam_size: number of hypotheses that the search keeps; 1 = greedy, 4 is usual in translation.
-        length_penalty: exponent alpha of the length penalty ((5 + length) / 6) ** alpha; more prefers longer text, 0.6
-            is usual.
-        max_sentences: number of test sentences of each direction that are translated at most; 0 = all.
-        valid_sentences: number of sentences of each direction or language that validation uses at most; 0 = all.
-        batch_tokens: source tokens in a batch of evaluation; less needs less memory.
-        samples: number of translations of each direction that are kept for the report.
+        beam_size: number of hypotheses that beam search keeps; 1 = greedy search, 4 is usual in translation.
+        length_penalty: exponent alpha of the length penalty ((5 + length) / 6) ** alpha; larger values favour longer
+            output, 0.6 is usual.
+        max_sentences: maximum number of test sentences per direction that are translated; 0 = all.
+        valid_sentences: maximum number of validation sentences per direction or language; 0 = all. 100 keeps validation
+            fast.
+        batch_tokens: number of source tokens in an evaluation batch; lower it if memory runs out.
+        samples: number of sample translations per direction that the report shows.
     """
 
     beam_size: int = setting(4, at_least=1, free=RESUME)

@@ -18,18 +18,21 @@ class StrategyConfig:
     more, are divided; what is left open is then as in `moekit.ExpertParallelStrategy`.
 
     Attributes:
-        expert_parallel_size: number of processes that divide the experts of every layer; "auto" = as many as fit.
-        tensor_parallel_size: number of processes that divide heads, hidden channels and vocabulary; they read the same
-            batch.
-        replicas: number of copies of the model, within each of which ZeRO divides.
-        zero_stage: what the processes of a replica divide: 0 nothing, 1 optimizer state, 2 and gradients, 3 and
-            weights.
-        offload: what is kept in host memory: none, the optimizer, or all parameters.
-        nonfinite_gradients: what happens when the gradient norm is not a number: raise = the run ends, skip = the step
-            is left out.
-        asynchronous_save: whether training goes on while a checkpoint is written.
-        empty_init: build the model without memory and draw its weights block by block, for a model that no process
-            could hold; its weights then begin with other draws than those of a run without.
+        expert_parallel_size: number of processes that share the experts of each layer (expert parallelism); "auto" =
+            the largest that fits.
+        tensor_parallel_size: number of processes that share attention heads, hidden channels and the vocabulary (tensor
+            parallelism); they read the same batch, so keep them within a node.
+        replicas: number of copies of the model (hybrid sharding, HSDP): ZeRO shards within each copy. For zero_stage 2
+            and 3.
+        zero_stage: what ZeRO shards over data-parallel processes: 0 = nothing, 1 = optimizer state, 2 = also gradients,
+            3 = also weights.
+        offload: what is kept in host memory: none, optimizer (its state and weight copies), or parameters (with
+            gradients and optimizer state).
+        nonfinite_gradients: reaction to a gradient norm that is NaN or infinite: raise ends the run, skip leaves out
+            the step.
+        asynchronous_save: whether training continues while a checkpoint is being written.
+        empty_init: whether the model is built on the meta device and its weights are drawn block by block, for models
+            too large for one process; the initial weights then differ from those of a run without it.
     """
 
     expert_parallel_size: int | Literal["auto"] | None = None

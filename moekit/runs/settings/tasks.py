@@ -14,8 +14,8 @@ class TaskConfig:
     """One training task of a multitask run.
 
     Attributes:
-        weight: weight of the loss of this task in the sum.
-        tokens: tokens of this task in a step, on each device; 0 = leave the task out.
+        weight: weight of the loss of this task in the total loss; 1 is usual.
+        tokens: number of tokens of this task in each batch, per device; 0 = the task is not trained.
     """
 
     weight: float = setting(1.0, at_least=0)
@@ -27,7 +27,7 @@ class LanguageModelTasks:
     """The task of a language model.
 
     Attributes:
-        causal_lm: the next token.
+        causal_lm: language modelling: predict the next token.
     """
 
     causal_lm: TaskConfig = field(default_factory=lambda: TaskConfig(tokens=2048))
@@ -39,7 +39,7 @@ class SpanCorruptionTasks:
     """The task of a T5-like model.
 
     Attributes:
-        span_corruption: the spans that were cut out of a text.
+        span_corruption: span corruption: restore the spans that were cut out of a text (T5).
     """
 
     span_corruption: TaskConfig = field(default_factory=lambda: TaskConfig(tokens=2048))
@@ -51,7 +51,7 @@ class TranslationTasks:
     """The task of a translation model.
 
     Attributes:
-        translation: parallel text.
+        translation: translation: learn from parallel text.
     """
 
     translation: TaskConfig = field(default_factory=lambda: TaskConfig(tokens=2048))

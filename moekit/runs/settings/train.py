@@ -27,37 +27,42 @@ Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How training goes.
+    """Length, optimizer, schedule and devices of training.
 
     Attributes:
-        max_steps: optimizer steps after which training ends; 0 = no limit.
-        max_minutes: minutes of training after which it ends; 0 = no limit. The first limit that is reached ends
-            training; the learning rate follows the steps where max_steps is given, else the minutes.
-        optimizer: algorithm: adamw, or adafactor (T5's, whose steps are relative to the size of the weights).
-        learning_rate: peak learning rate. Good values: 1e-3 to 3e-3 for small models under adamw; T5's adafactor has
-            0.01 at the end of a warm-up of 10,000 steps.
-        warmup_steps: optimizer steps in which the learning rate rises linearly to its peak.
-        schedule: form of the learning rate after the warm-up: cosine, inverse_square_root or constant.
-        weight_decay: weight decay, on matrices only; 0.01 to 0.1 is usual.
-        betas: adamw's decay rates of the averages of gradients and of their squares.
-        clip: greatest norm of the gradient, which longer ones are scaled to; 0 = no clipping.
-        clip_update: greatest root mean square of an update under adafactor; 0 = no clipping.
-        label_smoothing: label smoothing of the sequence-to-sequence tasks, as a share of probability; 0.1 is usual in
-            translation.
-        accumulate: batches whose gradients are summed up for one optimizer step.
-        precision: number format: "32-true", "bf16-mixed", "bf16-true", or "auto": bf16-mixed on a GPU that has bf16,
-            float32 on other GPUs (with TF32 where they have it) and on CPUs. A run keeps what it was when it began.
-        expert_lr_multiplier: factor on the learning rate of experts; 1 = that of the other weights.
-        scale_expert_gradients: multiply gradients of experts by the square root of their number (arXiv:2112.10684),
-            before clipping. Under adamw only the clipping feels it.
-        validate_every: optimizer steps between validations; 0 = only at the end.
-        checkpoint_minutes: minutes between checkpoints, which are also written on SIGTERM and at the end.
-        checkpoint_steps: optimizer steps between checkpoints; 0 = by minutes only.
-        log_every: optimizer steps between rows of metrics.csv.
-        seed: seed of weights, dropout, noise and routing.
-        devices: number of processes on each node, one for each GPU (--devices for short).
-        num_nodes: number of machines (--nodes for short).
-        accelerator: kind of device: cpu, gpu, or auto = a GPU of CUDA or ROCm where there is one, never Apple's MPS.
+        max_steps: number of optimizer steps after which training ends; 0 = no limit.
+        max_minutes: minutes after which training ends; 0 = no limit. With both limits the first one reached counts; the
+            learning rate schedule follows max_steps if it is given, else max_minutes.
+        optimizer: optimizer: adamw, or adafactor (used by T5; its steps are relative to the size of the weights).
+        learning_rate: peak learning rate: 1e-3 to 3e-3 for small models with adamw; with adafactor T5 reaches 0.01 at
+            the end of a warm-up of 10,000 steps.
+        warmup_steps: optimizer steps over which the learning rate rises linearly to its peak.
+        schedule: shape of the learning rate after the warm-up: cosine (down to 5 percent of the peak),
+            inverse_square_root or constant.
+        weight_decay: weight decay, applied to matrices only; 0.01 to 0.1 is usual.
+        betas: adamw's decay rates of the running averages of gradients and squared gradients; 0.9 and 0.98 are usual
+            for transformers.
+        clip: maximum gradient norm; larger gradients are scaled down to it. 1 is usual, 0 = no clipping.
+        clip_update: maximum root mean square of an update with adafactor; 1 is usual, 0 = no clipping.
+        label_smoothing: label smoothing of language modelling and sequence-to-sequence losses, as a share of
+            probability; 0.1 is usual in translation, 0 in language modelling.
+        accumulate: number of batches whose gradients are accumulated for one optimizer step.
+        precision: number format as in Lightning: "32-true", "bf16-mixed", "bf16-true" or "auto" (bf16-mixed on GPUs
+            that support bf16, else float32, with TF32 on GPUs that have it). A resumed run keeps the format it began
+            with.
+        expert_lr_multiplier: factor on the learning rate of expert weights; 1 = the same rate as other weights.
+        scale_expert_gradients: whether gradients of experts are multiplied by the square root of the number of experts
+            before clipping (arXiv:2112.10684). With adamw only the clipping is affected.
+        validate_every: number of optimizer steps between validations; 0 = validate only at the end.
+        checkpoint_minutes: minutes between checkpoints; 0 = by steps only. A checkpoint is also written on SIGTERM and
+            at the end.
+        checkpoint_steps: number of optimizer steps between checkpoints; 0 = by minutes only.
+        log_every: number of optimizer steps between rows of metrics.csv.
+        seed: random seed of initial weights, dropout, noise and routing.
+        devices: number of processes on each node, one per GPU; --devices is the short form.
+        num_nodes: number of machines (nodes); --nodes is the short form.
+        accelerator: hardware to train on: cpu, gpu, or auto = a CUDA or ROCm GPU if there is one, else the CPU. Apple's
+            MPS is never used.
     """
 
     max_steps: int = setting(1000, at_least=0, free=RESUME)
