@@ -12,11 +12,10 @@ from moekit.functional.dropout import dropout
 from moekit.routing import Routing, RoutingContext
 from moekit.transformer.cache import DecoderCache
 from moekit.transformer.context import routing_context
-from moekit.transformer.embedding import TokenEmbedding
 from moekit.transformer.init import init_weights
+from moekit.transformer.models import TokenModel
 from moekit.transformer.output import BlockOutput, DecoderOutput, StackOutput
 from moekit.transformer.padding import check_right_padded
-from moekit.transformer.routed_layers import routed_layers
 
 State = tuple[Tensor, Tensor]
 """Output and cell of an LSTM, Float[1, R, D] and Float[1, R, units]."""
@@ -33,8 +32,7 @@ class RecurrentCache(DecoderCache):
         super().__init__(0)  # no layer holds keys and values
         self.states: dict[int, State] = {}
 
-    def reorder(self, rows: Tensor) -> None:
-        """Keep rows `rows` Int64[R'], in that order."""
+    def reorder(self, rows: Tensor) -> None:  # noqa: D102
         super().reorder(rows)
         for number, (output, cell) in self.states.items():
             self.states[number] = (output.index_select(1, rows), cell.index_select(1, rows))
@@ -141,15 +139,7 @@ class RecurrentStack(Component):
         *,
         cache: RecurrentCache | None = None,
     ) -> StackOutput:
-        """Run the layers.
-
-        Args:
-            x: Float[B, S, D], embedded tokens.
-            ids: Int64[B, S], the tokens, for routers.
-            mask: Bool[B, S], True = a real token; padding on the right only. None = all are.
-            language: Int64[B], for routers.
-            cache: states after earlier tokens; changed in place.
-        """
+        """Run the layers; arguments as in `moekit.transformer.Stack.forward`, padding on the right only."""
         context = None
         if self.routed_layers:
             context = routing_context(ids, mask, language, pad_id=self.pad_id, cache=cache)
@@ -170,7 +160,7 @@ class RecurrentStack(Component):
         return StackOutput(x, tuple(routings))
 
 
-class RecurrentLM(Component):
+class RecurrentLM(TokenModel):
     """A language model of an embedding, an LSTM, a feed-forward, a second LSTM and a softmax, with residuals.
 
     Args:
@@ -204,17 +194,9 @@ class RecurrentLM(Component):
         tied: bool = False,
         pad_id: int = 0,
     ) -> None:
-        super().__init__()
-        self.vocab_size, self.dim, self.pad_id = vocab_size, dim, pad_id
-        self.embedding = TokenEmbedding(vocab_size, dim)
-        self.output = None if tied else TokenEmbedding(vocab_size, dim)
+        super().__init__(vocab_size, dim, tied=tied, pad_id=pad_id)
         self.decoder = RecurrentStack(dim, units or dim, feed_forward, dropout=dropout, pad_id=pad_id)
         init_weights(self)
-
-    @property
-    def routed_layers(self) -> tuple[str, ...]:
-        """Names of the sparse layers: ``decoder.1``, or none."""
-        return tuple(routed_layers(self))
 
     def new_cache(self) -> RecurrentCache:
         """An empty cache for `decode`."""
@@ -227,17 +209,6 @@ class RecurrentLM(Component):
         language: Tensor | None = None,
         cache: RecurrentCache | None = None,
     ) -> DecoderOutput:
-        """Hidden states from which the token after each token is predicted.
-
-        Args:
-            ids: Int64[B, T]. With a cache only the tokens that it has not seen.
-            mask: Bool[B, T], True = a real token; padding on the right only.
-            language: Int64[B], told to routers as the task of every token.
-            cache: from `new_cache`; changed in place. For inference.
-        """
+        """As `moekit.transformer.DecoderOnly.decode`."""
         output = self.decoder(self.embedding(ids), ids, mask, language, cache=cache)
         return DecoderOutput(output.hidden, output.routings, cache)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits Float[..., V] of hidden states Float[..., D]."""
-        return (self.embedding if self.output is None else self.output).logits(hidden)

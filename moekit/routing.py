@@ -320,6 +320,7 @@ class Router(Component, ABC):
             is the same for all experts. None (default) = not known: experts can then not be taken out or added
             (`moekit.surgery`).
         expert_ids: integer buffers whose values are numbers of experts, such as the table of a hash router.
+        shown: names of the attributes that ``print(model)`` shows.
     """
 
     num_experts: int
@@ -329,12 +330,16 @@ class Router(Component, ABC):
     by_position: bool = False
     expert_dims: ClassVar[Mapping[str, int] | None] = None
     expert_ids: ClassVar[tuple[str, ...]] = ()
+    shown: ClassVar[tuple[str, ...]] = ()
     _ear: _Ear | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self._step_watch = StepWatch()
         self.register_forward_pre_hook(_watch_steps)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.shown)
 
     @property
     def moves(self) -> bool:

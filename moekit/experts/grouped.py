@@ -16,7 +16,44 @@ from moekit.functional.init import truncated_normal_
 HiddenBias = Literal["none", "add", "multiply"]
 
 
-class GroupedMLP(Experts):
+class FeedForwardExperts(Experts):
+    """What banks of feed-forwards share: their sizes, and how their weights are drawn.
+
+    A subclass makes the parameters and then calls `reset_parameters`.
+
+    Args:
+        num_experts: E.
+        dim: D.
+        hidden_dim: F.
+        activation: "relu", "gelu" or "silu".
+        dropout: probability on the hidden activations.
+        init_scale: variance scale of the truncated normal.
+    """
+
+    outputs: ClassVar[tuple[str, ...]] = ("w_out",)
+
+    def __init__(
+        self, num_experts: int, dim: int, hidden_dim: int, *, activation: Activation, dropout: float, init_scale: float
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
+        self.activation, self.dropout, self.init_scale = activation, dropout, init_scale
+        self._act = activation_function(activation)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all matrices anew; biases become what changes nothing."""
+        for name in self.matrices:
+            if name in self.outputs:
+                truncated_normal_(getattr(self, name), self.hidden_dim, self.init_scale * self.depth_scale)
+            else:
+                truncated_normal_(getattr(self, name), self.dim, self.init_scale)
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        return dropout(hidden, self.dropout, training=self.training)
+
+
+class GroupedMLP(FeedForwardExperts):
     """E two-layer experts: y = activation(x W_in + b_in) W_out + b_out.
 
     Args:
@@ -40,7 +77,6 @@ class GroupedMLP(Experts):
         "b_out": ("expert", "embed"),
     }
     matrices: ClassVar[tuple[str, ...]] = ("w_in", "w_out")
-    outputs: ClassVar[tuple[str, ...]] = ("w_out",)
 
     def __init__(
         self,
@@ -53,10 +89,7 @@ class GroupedMLP(Experts):
         bias: bool = False,
         init_scale: float = 1.0,
     ) -> None:
-        super().__init__()
-        self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
-        self.activation, self.dropout, self.init_scale = activation, dropout, init_scale
-        self._act = activation_function(activation)
+        super().__init__(num_experts, dim, hidden_dim, activation=activation, dropout=dropout, init_scale=init_scale)
         self.w_in = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w_out = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.b_in = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias else None
@@ -64,10 +97,8 @@ class GroupedMLP(Experts):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw all weights anew; biases become zero."""
-        truncated_normal_(self.w_in, self.dim, self.init_scale)
-        truncated_normal_(self.w_out, self.hidden_dim, self.init_scale * self.depth_scale)
+    def reset_parameters(self) -> None:  # noqa: D102
+        super().reset_parameters()
         for bias in (self.b_in, self.b_out):
             if bias is not None:
                 bias.zero_()
@@ -76,7 +107,7 @@ class GroupedMLP(Experts):
         hidden = self.times(rows, "w_in", counts)
         if self.b_in is not None:
             hidden = hidden + rows_of(self.b_in, rows, counts)
-        hidden = dropout(self._act(hidden), self.dropout, training=self.training)
+        hidden = self._drop(self._act(hidden))
         out = self.times(hidden, "w_out", counts)
         return out if self.b_out is None else out + rows_of(self.b_out, rows, counts)
 
@@ -88,7 +119,7 @@ class GroupedMLP(Experts):
         return out if self.b_out is None else out + self.b_out[expert]
 
 
-class GroupedGLU(Experts):
+class GroupedGLU(FeedForwardExperts):
     """E gated experts: y = (activation(x W_gate) * (x W_up)) W_out, with a bias B on the hidden units if wanted.
 
     With "gelu" this is GEGLU (ST-MoE), with "silu" SwiGLU. It has three matrices: for the active parameters of a
@@ -117,7 +148,6 @@ class GroupedGLU(Experts):
         "w_out": ("expert", "mlp", "embed"),
     }
     matrices: ClassVar[tuple[str, ...]] = ("w_gate", "w_up", "w_out")
-    outputs: ClassVar[tuple[str, ...]] = ("w_out",)
 
     def __init__(
         self,
@@ -130,13 +160,10 @@ class GroupedGLU(Experts):
         hidden_bias: HiddenBias = "none",
         init_scale: float = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(num_experts, dim, hidden_dim, activation=activation, dropout=dropout, init_scale=init_scale)
         if hidden_bias not in ("none", "add", "multiply"):
             raise ValueError(f'hidden_bias must be "none", "add" or "multiply": got {hidden_bias!r}.')
-        self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
-        self.activation, self.dropout, self.init_scale = activation, dropout, init_scale
         self.hidden_bias = hidden_bias
-        self._act = activation_function(activation)
         self.w_gate = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w_up = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.b_hidden = None if hidden_bias == "none" else nn.Parameter(torch.empty(num_experts, hidden_dim))
@@ -144,11 +171,8 @@ class GroupedGLU(Experts):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw all matrices anew; the bias becomes what changes nothing."""
-        truncated_normal_(self.w_gate, self.dim, self.init_scale)
-        truncated_normal_(self.w_up, self.dim, self.init_scale)
-        truncated_normal_(self.w_out, self.hidden_dim, self.init_scale * self.depth_scale)
+    def reset_parameters(self) -> None:  # noqa: D102
+        super().reset_parameters()
         if self.b_hidden is not None:
             self.b_hidden.fill_(1.0 if self.hidden_bias == "multiply" else 0.0)
 
@@ -156,7 +180,7 @@ class GroupedGLU(Experts):
         hidden = self._act(self.times(rows, "w_gate", counts)) * self.times(rows, "w_up", counts)
         if self.b_hidden is not None:
             hidden = self._biased(hidden, rows_of(self.b_hidden, rows, counts))
-        return self.times(dropout(hidden, self.dropout, training=self.training), "w_out", counts)
+        return self.times(self._drop(hidden), "w_out", counts)
 
     def reference(self, expert: int, x: Tensor) -> Tensor:  # noqa: D102
         hidden = self._act(x @ self.matrix(expert, "w_gate")) * (x @ self.matrix(expert, "w_up"))

@@ -8,13 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from moekit.experts.base import Experts
-from moekit.functional.activation import Activation, activation_function
-from moekit.functional.dropout import dropout
-from moekit.functional.init import truncated_normal_
+from moekit.experts.grouped import FeedForwardExperts
+from moekit.functional.activation import Activation
 
 
-class MultiHashMLP(Experts):
+class MultiHashMLP(FeedForwardExperts):
     """K * E segment experts of hidden size F / K; a token's K segments make up one feed-forward of hidden size F.
 
     Segment m of expert e is number ``m * E + e``, as `moekit.routers.HashRouter` with K tables numbers them. With its
@@ -46,7 +44,6 @@ class MultiHashMLP(Experts):
         "w_out": ("expert", "mlp", "embed"),
     }
     matrices: ClassVar[tuple[str, ...]] = ("w_in", "w_out")
-    outputs: ClassVar[tuple[str, ...]] = ("w_out",)
 
     def __init__(
         self,
@@ -59,33 +56,22 @@ class MultiHashMLP(Experts):
         dropout: float = 0.0,
         init_scale: float = 1.0,
     ) -> None:
-        super().__init__()
         if num_segments < 1 or hidden_dim % num_segments:
             raise ValueError(
                 f"hidden_dim must be divisible by num_segments: got {hidden_dim} and {num_segments}. Each segment "
                 "has hidden_dim / num_segments hidden units."
             )
-        self.num_experts, self.dim, self.hidden_dim = num_experts * num_segments, dim, hidden_dim
-        self.num_segments, self.activation, self.dropout, self.init_scale = (
-            num_segments,
-            activation,
-            dropout,
-            init_scale,
+        super().__init__(
+            num_experts * num_segments, dim, hidden_dim, activation=activation, dropout=dropout, init_scale=init_scale
         )
-        self._act = activation_function(activation)
+        self.num_segments = num_segments
         self.w_in = nn.Parameter(torch.empty(self.num_experts, dim, hidden_dim // num_segments))
         self.w_out = nn.Parameter(torch.empty(self.num_experts, hidden_dim // num_segments, dim))
         self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw all weights anew."""
-        truncated_normal_(self.w_in, self.dim, self.init_scale)
-        truncated_normal_(self.w_out, self.hidden_dim, self.init_scale * self.depth_scale)
-
     def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
         hidden = self._act(self.times(rows, "w_in", counts))
-        return self.times(dropout(hidden, self.dropout, training=self.training), "w_out", counts)
+        return self.times(self._drop(hidden), "w_out", counts)
 
     def reference(self, expert: int, x: Tensor) -> Tensor:  # noqa: D102
         return self._act(x @ self.matrix(expert, "w_in")) @ self.matrix(expert, "w_out")

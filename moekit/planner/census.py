@@ -15,10 +15,8 @@ from moekit.planner.costs import Cost, block_cost, linear_cost
 from moekit.planner.shape import TransformerShape
 from moekit.transformer import Side
 from moekit.transformer.block import Block
-from moekit.transformer.decoder_only import DecoderOnly
 from moekit.transformer.embedding import TokenEmbedding
-from moekit.transformer.encoder_decoder import EncoderDecoder
-from moekit.transformer.encoder_only import EncoderOnly
+from moekit.transformer.models import DecoderOnly, EncoderDecoder, EncoderOnly
 from moekit.transformer.stack import Stack
 
 Kind = Literal["block", "vocabulary", "rest"]

@@ -56,6 +56,7 @@ class BASELayerRouter(Router):
 
     expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
 
+    shown = ("dim", "num_experts", "shuffle")
     looks_ahead = True
 
     def __init__(
@@ -82,16 +83,11 @@ class BASELayerRouter(Router):
             drawn = torch.empty(self.weight.shape, dtype=torch.float32, device=self.weight.device)
             self.weight.copy_(nn.init.orthogonal_(drawn, gain=self.init_gain))
 
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
-        return f"dim={self.dim}, num_experts={self.num_experts}, shuffle={self.shuffle}"
-
     def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
         """See `Router.compensation`: one expert, with the sigmoid of its own score; nothing is needed."""
         return Compensation.of_best(1, copies, divided=False)
 
-    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Route; see `Router.forward`."""
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:  # noqa: D102
         mask = None if context is None else context.mask
         logits = float32_linear(clear_padding(x, mask), self.weight)
         scores = logits.detach()

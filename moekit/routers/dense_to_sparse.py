@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -9,10 +10,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from moekit.functional.assignment import queue_positions
 from moekit.functional.losses import load_balance
 from moekit.functional.means import masked_mean
-from moekit.routers.queueing import clear_padding, score_statistics
+from moekit.routers.queueing import clear_padding, routing_of_pairs, score_statistics
 from moekit.routers.scorers import ExpertScorer, ScoredRouter
 from moekit.routing import Compensation, Routing, RoutingContext
 
@@ -26,7 +26,33 @@ class Schedule(Protocol):
 
 
 @dataclass(frozen=True)
-class ExponentialDecay:
+class _Decay(ABC):
+    start: float
+    end: float
+    steps: int
+    begin: int = 0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if not (self.start > 0 and self.end > 0):
+            raise ValueError(
+                f"{name} is a temperature, it needs start and end above 0: got {self.start} and {self.end}."
+            )
+        if self.steps < 1:
+            raise ValueError(f"{name} needs at least 1 step: got {self.steps}.")
+        if self.begin < 0:
+            raise ValueError(f"{name} must not begin before step 0: got begin={self.begin}.")
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """The value at `step`."""
+        return self._after(((step - self.begin).to(torch.float32) / self.steps).clamp(0.0, 1.0))
+
+    @abstractmethod
+    def _after(self, share: Tensor) -> Tensor:
+        """The value when a share of the schedule, Float32 in [0, 1], is done."""
+
+
+class ExponentialDecay(_Decay):
     """From `start` to `end` in `steps` steps by a constant factor, then constant: start * (end / start)^(step / steps).
 
     Attributes:
@@ -35,46 +61,24 @@ class ExponentialDecay:
         steps: number of steps from `start` to `end`.
         begin: step of the beginning, before which the value is `start`: where another phase comes first.
 
+    Raises:
+        ValueError: if `start` or `end` is not positive, `steps` is less than 1 or `begin` negative.
+
     Source: the released code of arXiv:2112.14397 (its default form, from 1.0 to 0.5).
     """
 
-    start: float
-    end: float
-    steps: int
-    begin: int = 0
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-    def __call__(self, step: Tensor) -> Tensor:
-        """The value at `step`."""
-        return self.start * (self.end / self.start) ** _fraction(step - self.begin, self.steps)
+    def _after(self, share: Tensor) -> Tensor:
+        return self.start * (self.end / self.start) ** share
 
 
-@dataclass(frozen=True)
-class LinearDecay:
-    """From `start` to `end` in `steps` equal steps, then constant.
-
-    Attributes:
-        start: the value at the beginning.
-        end: the value at the end.
-        steps: number of steps from `start` to `end`.
-        begin: step of the beginning, before which the value is `start`: where another phase comes first.
+class LinearDecay(_Decay):
+    """From `start` to `end` in `steps` equal steps, then constant; attributes as of `ExponentialDecay`.
 
     Source: the released code of arXiv:2112.14397.
     """
 
-    start: float
-    end: float
-    steps: int
-    begin: int = 0
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-    def __call__(self, step: Tensor) -> Tensor:
-        """The value at `step`."""
-        return self.start + (self.end - self.start) * _fraction(step - self.begin, self.steps)
+    def _after(self, share: Tensor) -> Tensor:
+        return self.start + (self.end - self.start) * share
 
 
 class DenseToSparseRouter(ScoredRouter):
@@ -85,16 +89,14 @@ class DenseToSparseRouter(ScoredRouter):
     and shrinks; from step `hard_from` only the most probable one is left. No capacity, nothing dropped; assignments
     are a list of (token, expert), so memory grows with the experts that run and never with T * E * T.
 
+    `dim`, `num_experts`, `scorer` and `init_scale` are those of `ScoredRouter`.
+
     Args:
-        dim: D.
-        num_experts: E.
         temperature: tau by step.
         hard_from: step from which only the argmax runs; None = never.
         threshold: least probability that runs.
         weights: the combine weight: "gumbel" = p, noise and temperature included; "plain" = softmax(logits) at
             temperature 1 without noise. Neither is renormalised over the experts that run.
-        scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
-        init_scale: variance scale of the linear scorer's first weights.
 
     The step is a buffer, moved by `on_step_end` and kept in checkpoints. Returns in `Routing.losses`: ``load_balance``
     (of the most probable expert, with the plain probabilities; the paper claims not to need it). In
@@ -110,6 +112,7 @@ class DenseToSparseRouter(ScoredRouter):
         is quadratic in the tokens.
     """
 
+    shown = ("dim", "num_experts", "temperature", "hard_from", "threshold", "weights")
     step: Tensor
 
     def __init__(
@@ -138,13 +141,6 @@ class DenseToSparseRouter(ScoredRouter):
         super().reset_parameters()
         self.step.zero_()
 
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
-        return (
-            f"dim={self.dim}, num_experts={self.num_experts}, temperature={self.temperature}, "
-            f"hard_from={self.hard_from}, threshold={self.threshold}, weights={self.weights!r}"
-        )
-
     @property
     def steps_done(self) -> int:
         """Where the schedule stands."""
@@ -164,8 +160,7 @@ class DenseToSparseRouter(ScoredRouter):
             )
         return Compensation.of_best(1, copies, divided=True)
 
-    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Route; see `Router.forward`."""
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:  # noqa: D102
         context = context or RoutingContext()
         x = clear_padding(x, context.mask)
         logits = self.logits(x, context)
@@ -181,23 +176,11 @@ class DenseToSparseRouter(ScoredRouter):
         active = active | above
         if context.mask is not None:
             active = active & context.mask[:, None]
-        token, expert = active.nonzero().unbind(1)  # host read: how many there are
-        queued = torch.ones_like(token, dtype=torch.bool)
         statistics = score_statistics(logits, plain, context.mask)
         statistics["active_experts"] = masked_mean(active.sum(1).to(logits.dtype), context.mask)
         statistics["temperature"] = temperature
-        return Routing(
-            token=token,
-            expert=expert,
-            weight=(gate if self.weights == "gumbel" else plain)[token, expert],
-            position=queue_positions(expert, queued, self.num_experts),
-            kept=queued,
-            losses={"load_balance": load_balance(plain, best, mask=context.mask)},
-            statistics=statistics,
-            num_tokens=x.shape[0],
-            num_experts=self.num_experts,
-            all_kept=True,
-        )
+        losses = {"load_balance": load_balance(plain, best, mask=context.mask)}
+        return routing_of_pairs(active, gate if self.weights == "gumbel" else plain, losses, statistics)
 
 
 def dense_to_sparse(
@@ -238,20 +221,3 @@ def dense_to_sparse(
 def _gumbel(like: Tensor) -> Tensor:
     """Draws from Gumbel(0, 1): -log(Exp(1)), of the shape and type of `like`."""
     return -torch.empty_like(like).exponential_().log()
-
-
-def _fraction(step: Tensor, steps: int) -> Tensor:
-    """How much of the schedule is done, Float32 in [0, 1]."""
-    return (step.to(torch.float32) / steps).clamp(0.0, 1.0)
-
-
-def _check(schedule: ExponentialDecay | LinearDecay) -> None:
-    name = type(schedule).__name__
-    if not (schedule.start > 0 and schedule.end > 0):
-        raise ValueError(
-            f"{name} is a temperature, it needs start and end above 0: got {schedule.start} and {schedule.end}."
-        )
-    if schedule.steps < 1:
-        raise ValueError(f"{name} needs at least 1 step: got {schedule.steps}.")
-    if schedule.begin < 0:
-        raise ValueError(f"{name} must not begin before step 0: got begin={schedule.begin}.")

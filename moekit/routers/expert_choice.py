@@ -19,13 +19,11 @@ class ExpertChoiceRouter(ScoredRouter):
     S = softmax(logits) over experts; G, I = top-C of each column of S; the weight is G. C = capacity_factor * T / E,
     so that a token gets capacity_factor experts on average. Load is exactly equal, and there is no balance loss.
 
+    `dim`, `num_experts`, `scorer` and `init_scale` are those of `ScoredRouter`.
+
     Args:
-        dim: D.
-        num_experts: E.
         capacity_factor: average number of experts per token in training; 2 in the paper's main results.
         eval_capacity_factor: the same in evaluation; None = as in training. There is no dropless expert choice.
-        scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
-        init_scale: variance scale of the linear scorer's first weights.
         allow_future: accept this router in a causal decoder, although an expert compares a token with later ones.
 
     The assignments are expert-major, each expert's in descending order of weight. Like every capacity, C counts the
@@ -40,6 +38,7 @@ class ExpertChoiceRouter(ScoredRouter):
         linear program) is not built.
     """
 
+    shown = ("dim", "num_experts", "capacity")
     looks_ahead = True
 
     def __init__(
@@ -63,16 +62,11 @@ class ExpertChoiceRouter(ScoredRouter):
         self.capacity = Capacity(train=capacity_factor, eval=evaluation, minimum=1)
         self.allow_future = allow_future
 
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
-        return f"dim={self.dim}, num_experts={self.num_experts}, capacity={self.capacity}"
-
     def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
         """See `Router.compensation`: every copy must take as many tokens as one did."""
         return Compensation(choices=copies)
 
-    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Route; see `Router.forward`."""
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:  # noqa: D102
         context = context or RoutingContext()
         mask = context.mask
         t, e = x.shape[0], self.num_experts

@@ -13,11 +13,55 @@ from moekit.routers.queueing import routing_of_choices
 from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
-class HashRouter(Router):
+class TableRouter(Router):
+    """A table that names experts, with weight 1: a buffer, so it is in the checkpoint and moves with the module.
+
+    Args:
+        num_experts: E.
+        table: Int64 of any shape.
+        capacity: slots per expert; None = dropless.
+        looks_ahead: whether what is looked up tells later tokens.
+        allow_future: accept that, or random priority, in a causal decoder.
+    """
+
+    expert_ids: ClassVar[tuple[str, ...]] = ("table",)
+    dim = None
+    table: Tensor
+
+    def __init__(
+        self, num_experts: int, table: Tensor, capacity: Capacity | None, *, looks_ahead: bool, allow_future: bool
+    ) -> None:
+        super().__init__()
+        # A copy beside the buffer, so that `reset_parameters` brings a module made on the meta device to life.
+        self._given = table
+        self.num_experts, self.capacity = num_experts, capacity or Capacity()
+        self.looks_ahead = looks_ahead or self.capacity.looks_ahead
+        self.allow_future = allow_future
+        self.register_buffer("table", torch.empty(table.shape, dtype=torch.int64))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill the table with what the constructor was given."""
+        if self.table.device.type != "meta":
+            self.table.copy_(self._given)
+
+    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
+        """See `Router.compensation`: the table names one of the copies, with weight 1."""
+        return Compensation()
+
+    def routing(self, expert: Tensor, context: RoutingContext) -> Routing:
+        """The `Routing` of ``expert`` Int64[T, K], or Int64[T]."""
+        weight = torch.ones(expert.shape, dtype=torch.float32, device=expert.device)
+        return routing_of_choices(
+            expert, weight, self.num_experts, mask=context.mask, capacity=self.capacity, training=self.training
+        )
+
+
+class HashRouter(TableRouter):
     """A table from key to expert; weight 1, no loss, nothing learned.
 
-    The key is the token's id, or whatever `key` makes of the context; hidden states are not looked at. The table is a
-    buffer: it is in the checkpoint and moves with the module.
+    The key is the token's id, or whatever `key` makes of the context; hidden states are not looked at.
 
     With K tables (MultiHash) every token is sent to K experts, one by each table: table m chooses among the experts
     ``m * E .. m * E + E - 1``. With experts of hidden size F / K (`moekit.experts.MultiHashMLP`) the layer is a
@@ -38,11 +82,6 @@ class HashRouter(Router):
         says how segments are joined.
     """
 
-    expert_ids: ClassVar[tuple[str, ...]] = ("table",)
-    dim = None
-
-    table: Tensor
-
     def __init__(
         self,
         num_experts: int,
@@ -52,26 +91,20 @@ class HashRouter(Router):
         capacity: Capacity | None = None,
         allow_future: bool = False,
     ) -> None:
-        super().__init__()
         key = key or CurrentToken(table.shape[-1])
         _check_table(table, key, num_experts)
-        capacity = capacity or Capacity()
-        if capacity.priority == "probability":
+        if capacity is not None and capacity.priority == "probability":
             raise ValueError(
                 'HashRouter cannot serve tokens by probability, for it has none. Use priority="position" or "random".'
             )
-        # A copy beside the buffer, so that `reset_parameters` brings a module made on the meta device to life.
-        self._given = table.detach().to("cpu", torch.int64).reshape(-1, key.num_keys).clone()
-        self.num_tables = self._given.shape[0]
-        self.num_experts, self.experts_per_table = num_experts * self.num_tables, num_experts
-        self.key, self.capacity = key, capacity
-        self.looks_ahead = key.looks_ahead or capacity.looks_ahead
-        self.allow_future = allow_future
+        tables = table.detach().to("cpu", torch.int64).reshape(-1, key.num_keys).clone()
+        super().__init__(
+            num_experts * len(tables), tables, capacity, looks_ahead=key.looks_ahead, allow_future=allow_future
+        )
+        self.key, self.num_tables, self.experts_per_table = key, len(tables), num_experts
         vocab_size = getattr(key, "vocab_size", None)
         if vocab_size is not None:
             self.vocab_size = vocab_size
-        self.register_buffer("table", torch.empty(self._given.shape, dtype=torch.int64))
-        self.reset_parameters()
 
     @property
     def k(self) -> int:
@@ -83,29 +116,13 @@ class HashRouter(Router):
         """No tensor counts experts. With several tables each numbers its own, and none can be taken out of all."""
         return {} if self.num_tables == 1 else None
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Fill the table with what the constructor was given."""
-        if self.table.device.type != "meta":
-            self.table.copy_(self._given)
-
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
+    def extra_repr(self) -> str:  # noqa: D102
         return f"num_experts={self.num_experts}, tables={self.num_tables}, key={self.key}, capacity={self.capacity}"
 
-    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
-        """See `Router.compensation`: the table names one of the copies, with weight 1."""
-        return Compensation()
-
-    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Route; see `Router.forward`."""
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:  # noqa: D102
         context = context or RoutingContext()
         first = torch.arange(self.num_tables, device=x.device) * self.experts_per_table
-        expert = self.table[:, self.key(context)].t() + first
-        weight = torch.ones(expert.shape, dtype=torch.float32, device=x.device)
-        return routing_of_choices(
-            expert, weight, self.num_experts, mask=context.mask, capacity=self.capacity, training=self.training
-        )
+        return self.routing(self.table[:, self.key(context)].t() + first, context)
 
 
 def _check_table(table: Tensor, key: HashKey, num_experts: int) -> None:

@@ -57,31 +57,19 @@ class _OneToken:
 
 
 class CurrentToken(_OneToken):
-    """The token itself.
-
-    Attributes:
-        vocab_size: V, ids are 0..V-1.
-    """
+    """The token itself, one of `vocab_size`."""
 
     field = "token_ids"
 
 
 class PreviousToken(_OneToken):
-    """The token before; before the first one that is the padding id.
-
-    Attributes:
-        vocab_size: V.
-    """
+    """The token before, one of `vocab_size`; before the first one that is the padding id."""
 
     field = "previous_ids"
 
 
 class NextToken(_OneToken):
-    """The token after: in a language model the answer itself (an oracle, which no generation can ask).
-
-    Attributes:
-        vocab_size: V.
-    """
+    """The token after, one of `vocab_size`: in a language model the answer itself, which no generation can ask."""
 
     field = "next_ids"
     looks_ahead = True
@@ -152,14 +140,26 @@ def ids_of(context: RoutingContext, name: str, limit: int) -> Tensor:
             else f"Pass one per token, for example RoutingContext({name}=ids)"
         )
         raise ValueError(f"this hash needs RoutingContext.{name}: got None. {hint}.")
-    if context.mask is not None:
-        ids = ids.masked_fill(~context.mask, 0)
+    return known_ids(
+        ids,
+        context.mask,
+        limit,
+        f"RoutingContext.{name} must be in 0..{limit - 1} for this hash: got {{}}. Build the table for "
+        f"{'longer sequences' if name == 'position' else 'the whole vocabulary'}.",
+    )
+
+
+def known_ids(ids: Tensor, mask: Tensor | None, limit: int, message: str) -> Tensor:
+    """Int64[T]: ``ids`` Int[T], 0 at padding.
+
+    Raises:
+        ValueError: with `message` about the id that is out of 0..limit-1, on a CPU.
+    """
+    if mask is not None:
+        ids = ids.masked_fill(~mask, 0)
     # Looking at the ids makes a GPU wait and breaks a compiled graph; there torch's own index check has to do.
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= limit:
-            raise ValueError(
-                f"RoutingContext.{name} must be in 0..{limit - 1} for this hash: got {low if low < 0 else high}. Build "
-                f"the table for {'longer sequences' if name == 'position' else 'the whole vocabulary'}."
-            )
+            raise ValueError(message.format(low if low < 0 else high))
     return ids.to(torch.int64)

@@ -1,4 +1,8 @@
-"""The hashes that the Hash Layers paper compares, as presets of `HashRouter`."""
+"""The hashes that the Hash Layers paper compares, as presets of `HashRouter`.
+
+All of them take ``num_experts``, E, and the ``seed`` of what is drawn: a random table, the start of k-means, or the order
+among keys of equal count.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +46,7 @@ def hash_layers(num_experts: int, counts: Tensor, *, seed: int = 0, capacity: Ca
 
 
 def hash_random(num_experts: int, vocab_size: int, *, seed: int = 0) -> HashRouter:
-    """Random hash of the current token.
-
-    Args:
-        num_experts: E.
-        vocab_size: V.
-        seed: seed of the table.
+    """Random hash of the current token, one of `vocab_size`.
 
     Source: arXiv:2106.04426 (random hash).
     """
@@ -55,12 +54,7 @@ def hash_random(num_experts: int, vocab_size: int, *, seed: int = 0) -> HashRout
 
 
 def hash_previous(num_experts: int, counts: Tensor, *, seed: int = 0) -> HashRouter:
-    """Balanced hash of the token before.
-
-    Args:
-        num_experts: E.
-        counts: Int[V], how often each token comes before another.
-        seed: seed of the order among tokens of equal count.
+    """Balanced hash of the token before; `counts` say how often each token comes before another.
 
     Source: arXiv:2106.04426 (previous token hash).
     """
@@ -89,12 +83,7 @@ def hash_bigram(num_experts: int, key: Bigram | int, *, counts: Tensor | None = 
 
 
 def hash_position(num_experts: int, max_length: int, *, seed: int = 0) -> HashRouter:
-    """Hash of the position in the sequence, positions dealt to experts in a random order.
-
-    Args:
-        num_experts: E.
-        max_length: longest sequence.
-        seed: seed of the order.
+    """Hash of the position in a sequence of at most `max_length`, positions dealt to experts in a random order.
 
     Source: arXiv:2106.04426 (position hash).
     """
@@ -102,12 +91,7 @@ def hash_position(num_experts: int, max_length: int, *, seed: int = 0) -> HashRo
 
 
 def hash_clustered(num_experts: int, embeddings: Tensor, *, seed: int = 0) -> HashRouter:
-    """Similar tokens to the same expert: k-means of a dense model's embeddings.
-
-    Args:
-        num_experts: E.
-        embeddings: Float[V, any], token embeddings of a model that was trained before.
-        seed: seed of k-means.
+    """Similar tokens to the same expert: k-means of ``embeddings`` Float[V, any] of a model that was trained before.
 
     Source: arXiv:2106.04426 (token clusters).
     """
@@ -115,12 +99,7 @@ def hash_clustered(num_experts: int, embeddings: Tensor, *, seed: int = 0) -> Ha
 
 
 def hash_dispersed(num_experts: int, embeddings: Tensor, *, seed: int = 0) -> HashRouter:
-    """Similar tokens to different experts: every cluster dealt to all.
-
-    Args:
-        num_experts: E.
-        embeddings: Float[V, any], token embeddings of a model that was trained before.
-        seed: seed of k-means and of the deal.
+    """Similar tokens to different experts: every cluster of `hash_clustered` dealt to all.
 
     Source: arXiv:2106.04426 (dispersed hash).
     """

@@ -40,6 +40,8 @@ class HierarchicalRouter(Router):
     Differs: no noise in evaluation.
     """
 
+    shown = ("dim", "num_groups", "group_size", "k_groups", "k_experts")
+
     def __init__(
         self,
         dim: int,
@@ -79,15 +81,7 @@ class HierarchicalRouter(Router):
         for parameter in self.parameters():
             parameter.zero_()
 
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
-        return (
-            f"dim={self.dim}, num_groups={self.num_groups}, group_size={self.group_size}, k_groups={self.k_groups}, "
-            f"k_experts={self.k_experts}"
-        )
-
-    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Route; see `Router.forward`."""
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:  # noqa: D102
         context = context or RoutingContext()
         x = clear_padding(x, context.mask)
         t, k = x.shape[0], self.k

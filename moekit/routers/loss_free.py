@@ -62,11 +62,10 @@ class LossFreeRouter(ScoredRouter):
     b_e += u * sign(mean load - load_e), the load counted over all processes and micro-batches of the step. No gradient
     flows through the bias, so balance does not disturb the task.
 
+    `dim`, `num_experts`, `scorer` and `init_scale` are those of `ScoredRouter`.
+
     Args:
-        dim: D.
-        num_experts: E.
         k: choices per token.
-        scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
         update_rate: u, by how much a step moves the bias. It may be set at any time: 0 freezes the bias, as DeepSeek-V3
             does for its last tokens.
         score: "sigmoid" or "softmax" over experts.
@@ -76,7 +75,6 @@ class LossFreeRouter(ScoredRouter):
         balance: return ``load_balance`` with these settings beside the bias (the sequence-wise loss of DeepSeek-V3 is
             ``Balance(count="all", scope="sequence")``, with scores scaled to sum to 1 as probabilities); None = none.
         capacity: slots per expert and who is served first; dropless by default.
-        init_scale: variance scale of the linear scorer's first weights.
         allow_future: accept priorities that look at later tokens in a causal decoder.
 
     The bias is a buffer, in checkpoints, and stays float32 in a model that is cast to less: a step of 0.001 would be
@@ -92,6 +90,7 @@ class LossFreeRouter(ScoredRouter):
         what is asked for, before capacity drops anything (both papers are dropless).
     """
 
+    shown = ("dim", "num_experts", "k", "score", "update_rate", "groups")
     bias: Tensor
 
     def __init__(
@@ -152,13 +151,6 @@ class LossFreeRouter(ScoredRouter):
         super().reset_parameters()
         self.bias.zero_()
 
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
-        return (
-            f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, score={self.score!r}, "
-            f"update_rate={self.update_rate}, groups={self.groups}"
-        )
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast as every module does, but never take precision from the bias."""
         before = self.bias
@@ -190,8 +182,7 @@ class LossFreeRouter(ScoredRouter):
         # The bias is added to probabilities, which shrink.
         return replace(needed, own={"bias": 1 / copies}) if softmax else needed
 
-    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Route; see `Router.forward`."""
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:  # noqa: D102
         context = context or RoutingContext()
         x = clear_padding(x, context.mask)
         logits = self.logits(x, context)

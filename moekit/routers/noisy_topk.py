@@ -44,6 +44,8 @@ class NoisyTopKRouter(Router):
 
     expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "noise_weight": 0}
 
+    shown = ("dim", "num_experts", "k", "capacity")
+
     def __init__(
         self,
         dim: int,
@@ -74,16 +76,11 @@ class NoisyTopKRouter(Router):
         self.weight.zero_()
         self.noise_weight.zero_()
 
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
-        return f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, capacity={self.capacity}"
-
     def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
         """See `Router.compensation`: weights are a softmax over the chosen."""
         return Compensation.of_best(self.k, copies, divided=True)
 
-    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Route; see `Router.forward`."""
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:  # noqa: D102
         context = context or RoutingContext()
         x = clear_padding(x, context.mask)
         clean = float32_linear(x, self.weight)

@@ -176,6 +176,34 @@ def routing_of_choices(
     return token_choices(expert, weight, queue, num_experts, losses, statistics)
 
 
+def routing_of_pairs(
+    active: Tensor, weight: Tensor, losses: Mapping[str, Tensor], statistics: Mapping[str, Tensor]
+) -> Routing:
+    """The dropless `Routing` of a router that lets any number of experts run: those ``active`` Bool[T, E] says.
+
+    Args:
+        active: which experts run; none at padding.
+        weight: Float32[T, E], combine weights.
+        losses: unweighted scalars by name.
+        statistics: detached scalars by name.
+    """
+    t, num_experts = active.shape
+    token, expert = active.nonzero().unbind(1)  # host read: how many there are
+    queued = torch.ones_like(token, dtype=torch.bool)
+    return Routing(
+        token=token,
+        expert=expert,
+        weight=weight[token, expert],
+        position=queue_positions(expert, queued, num_experts),
+        kept=queued,
+        losses=losses,
+        statistics=statistics,
+        num_tokens=t,
+        num_experts=num_experts,
+        all_kept=True,
+    )
+
+
 def clear_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x`` Float[T, D] with zeros where `mask` is False.
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from moekit.component import Component
-from moekit.functional.assignment import queue_positions
 from moekit.functional.means import masked_mean
 from moekit.routers.load_window import LoadWindow
-from moekit.routers.queueing import clear_padding
+from moekit.routers.queueing import clear_padding, routing_of_pairs
 from moekit.routers.scorers import ExpertScorer, ScoredRouter
 from moekit.routing import Compensation, Routing, RoutingContext
 
@@ -76,14 +75,12 @@ class ReLURouter(ScoredRouter):
     weight = relu(logits); an expert runs where it is above 0. The returned loss steers how many: a load-weighted L1 of
     the weights, times a coefficient that adapts until k of E experts run on average.
 
+    `dim`, `num_experts`, `scorer` and `init_scale` are those of `ScoredRouter`.
+
     Args:
-        dim: D.
-        num_experts: E.
         k: experts wanted per token on average; need not be whole.
         coefficient: the adaptive coefficient; None = one of its own. Give several routers the same object to steer
             their average sparsity, as the paper does for all layers.
-        scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
-        init_scale: variance scale of the linear scorer's first weights.
 
     Returns in `Routing.losses`: ``sparsity``, the mean over real tokens of sum_e f_e relu(x W_r)_e, with f_e = E / k *
     the share of tokens that run expert e (no gradient), times the coefficient. It adapts already: weigh it with
@@ -96,6 +93,8 @@ class ReLURouter(ScoredRouter):
     Source: arXiv:2412.14711 eq. 4-9.
     Differs: by default each router steers its own sparsity with its own coefficient.
     """
+
+    shown = ("dim", "num_experts", "k")
 
     def __init__(
         self,
@@ -114,10 +113,6 @@ class ReLURouter(ScoredRouter):
         self.observes = True
         self.coefficient = coefficient or AdaptiveCoefficient(1 - k / num_experts)
 
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
-        return f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}"
-
     def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
         """See `Router.compensation`: all copies run, each with the whole weight."""
         return Compensation(choices=copies, scale=1 / copies)
@@ -132,8 +127,7 @@ class ReLURouter(ScoredRouter):
         if not self.coefficient.frozen:
             self.coefficient.on_step_end(step)
 
-    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Route; see `Router.forward`."""
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:  # noqa: D102
         context = context or RoutingContext()
         x = clear_padding(x, context.mask)
         score = self.logits(x, context).relu()
@@ -142,24 +136,12 @@ class ReLURouter(ScoredRouter):
         share = masked_mean(active.to(score.dtype), mask)
         penalty = (masked_mean(score.masked_fill(~active, 0.0), mask) * share).sum() * (self.num_experts / self.k)
         coefficient = self.coefficient().to(score.dtype)
-        token, expert = active.nonzero().unbind(1)  # host read: how many there are
-        queued = torch.ones_like(token, dtype=torch.bool)
-        return Routing(
-            token=token,
-            expert=expert,
-            weight=score[token, expert],
-            position=queue_positions(expert, queued, self.num_experts),
-            kept=queued,
-            losses={"sparsity": coefficient * penalty},
-            statistics={
-                "active_experts": masked_mean(active.sum(1).to(score.dtype), mask),
-                "coefficient": coefficient,
-                "real_tokens": mask.sum().to(score.dtype),
-            },
-            num_tokens=x.shape[0],
-            num_experts=self.num_experts,
-            all_kept=True,
-        )
+        statistics = {
+            "active_experts": masked_mean(active.sum(1).to(score.dtype), mask),
+            "coefficient": coefficient,
+            "real_tokens": mask.sum().to(score.dtype),
+        }
+        return routing_of_pairs(active, score, {"sparsity": coefficient * penalty}, statistics)
 
 
 def remoe(dim: int, num_experts: int, *, k: float = 1.0) -> ReLURouter:

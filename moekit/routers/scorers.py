@@ -80,8 +80,8 @@ class ScoredRouter(Router):
     Args:
         dim: D.
         num_experts: E.
-        scorer: how experts are scored; None = `LinearScorer`.
-        init_scale: that of the linear scorer.
+        scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
+        init_scale: variance scale of the linear scorer's first weights.
 
     Raises:
         ValueError: if `dim` or `num_experts` is not positive, or `init_scale` is given beside a scorer, which has its

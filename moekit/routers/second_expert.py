@@ -47,12 +47,10 @@ class AllChoices(SecondExpertPolicy):
     Source: the policy "all" of fairseq and Mesh-TensorFlow (arXiv:2112.10684 trains with it).
     """
 
-    def send(self, weight: Tensor, *, training: bool) -> Tensor:
-        """All of them."""
+    def send(self, weight: Tensor, *, training: bool) -> Tensor:  # noqa: D102
         return torch.ones_like(weight, dtype=torch.bool)
 
-    def sends_all(self, *, training: bool) -> bool:
-        """Yes."""
+    def sends_all(self, *, training: bool) -> bool:  # noqa: D102
         return True
 
 
@@ -73,14 +71,12 @@ class RandomChoice(SecondExpertPolicy):
     def __post_init__(self) -> None:
         _check_threshold(self)
 
-    def send(self, weight: Tensor, *, training: bool) -> Tensor:
-        """Those whose weight beats a draw from U(0, threshold)."""
+    def send(self, weight: Tensor, *, training: bool) -> Tensor:  # noqa: D102
         if not training:
             return torch.ones_like(weight, dtype=torch.bool)
         return weight.detach() > torch.rand_like(weight) * self.threshold
 
-    def sends_all(self, *, training: bool) -> bool:
-        """In evaluation."""
+    def sends_all(self, *, training: bool) -> bool:  # noqa: D102
         return not training
 
 
@@ -96,13 +92,12 @@ class ThresholdChoice(SecondExpertPolicy):
     def __post_init__(self) -> None:
         _check_threshold(self)
 
-    def send(self, weight: Tensor, *, training: bool) -> Tensor:
-        """Those above the threshold."""
+    def send(self, weight: Tensor, *, training: bool) -> Tensor:  # noqa: D102
         return weight.detach() > self.threshold
 
 
 @dataclass(frozen=True)
-class SampledChoice(SecondExpertPolicy):
+class SampledChoice(AllChoices):
     """Draw the later choices from the router's probabilities instead of taking the next best; all are sent.
 
     The first choice stays the best expert. The second is the argmax of logits plus Gumbel noise without the first, and
@@ -113,21 +108,12 @@ class SampledChoice(SecondExpertPolicy):
     Differs: those sample in evaluation too, and DeepSpeed's noise also changes the logits that the caller holds.
     """
 
-    def pick(self, scores: Tensor, probs: Tensor, k: int, *, training: bool) -> Tensor:
-        """The best, then k - 1 draws from the others."""
+    def pick(self, scores: Tensor, probs: Tensor, k: int, *, training: bool) -> Tensor:  # noqa: D102
         if not training or k == 1:
             return super().pick(scores, probs, k, training=training)
         first = scores.argmax(-1, keepdim=True)
         later = gumbel_topk_scores(probs).scatter(1, first, -1.0).topk(k - 1, dim=-1).indices
         return torch.cat([first, later], dim=1)
-
-    def send(self, weight: Tensor, *, training: bool) -> Tensor:
-        """All of them."""
-        return torch.ones_like(weight, dtype=torch.bool)
-
-    def sends_all(self, *, training: bool) -> bool:
-        """Yes."""
-        return True
 
 
 def _check_threshold(policy: RandomChoice | ThresholdChoice) -> None:

@@ -21,17 +21,15 @@ class SinkhornRouter(ScoredRouter):
     the k largest scores, without a plan, so that a token's experts depend on no other token. The plan has no gradient:
     the router learns through the weight alone. No balance loss is needed.
 
+    `dim`, `num_experts`, `scorer` and `init_scale` are those of `ScoredRouter`.
+
     Args:
-        dim: D.
-        num_experts: E.
         k: choices per token.
         activation: what makes a weight of a score. "softmax" over all experts, or "sigmoid" of each, as BASE layers
             and, for k = 1, Megatron-LM have it.
         capacity: slots per expert; dropless by default. The plan is balanced, its argmax nearly so.
         iterations: largest number of sweeps of `moekit.functional.sinkhorn`.
         tol: relative error of the plan at which the sweeps end.
-        scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
-        init_scale: variance scale of the linear scorer's first weights.
         allow_future: accept this router in a causal decoder, although in training its plan weighs a token against later
             ones.
 
@@ -45,6 +43,7 @@ class SinkhornRouter(ScoredRouter):
         float32, without gradient, in training only).
     """
 
+    shown = ("dim", "num_experts", "k", "activation")
     looks_ahead = True
 
     def __init__(
@@ -75,16 +74,11 @@ class SinkhornRouter(ScoredRouter):
         self.iterations, self.tol = iterations, tol
         self.allow_future = allow_future
 
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
-        return f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, activation={self.activation!r}"
-
     def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
         """See `Router.compensation`; in evaluation, where there is no plan."""
         return Compensation.of_best(self.k, copies, divided=self.activation == "softmax")
 
-    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Route; see `Router.forward`."""
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:  # noqa: D102
         context = context or RoutingContext()
         mask = context.mask
         logits = self.logits(clear_padding(x, mask), context)

@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moekit.routers.queueing import clear_padding, routing_of_choices
+from moekit.routers.hash import TableRouter
+from moekit.routers.hash_keys import known_ids
+from moekit.routers.queueing import clear_padding
 from moekit.routers.scorers import ExpertScorer
 from moekit.routers.topk import TopKRouter
-from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
+from moekit.routing import Capacity, Router, Routing, RoutingContext
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,12 @@ class TaskRouter(TopKRouter):
         super().__init__(dim, num_experts, k, scorer=TaskScorer(num_tasks), **options)
 
 
-class TaskTableRouter(Router):
+class TaskTableRouter(TableRouter):
     """A fixed table from task to expert; weight 1, nothing learned: an expert per language, or per family.
 
     Args:
         num_experts: E.
-        table: the expert of each task; ids in `RoutingContext.task` are 0..len(table)-1. Held as a buffer, so a
-            checkpoint carries it.
+        table: the expert of each task; ids in `RoutingContext.task` are 0..len(table)-1.
         capacity: slots per expert; dropless by default.
         allow_future: accept priorities that look at later tokens in a causal decoder.
 
@@ -89,10 +90,7 @@ class TaskTableRouter(Router):
     """
 
     expert_dims: ClassVar[Mapping[str, int]] = {}
-    expert_ids = ("table",)
-    dim = None
-
-    table: Tensor
+    shown = ("num_experts", "num_tasks", "capacity")
 
     def __init__(
         self,
@@ -102,41 +100,17 @@ class TaskTableRouter(Router):
         capacity: Capacity | None = None,
         allow_future: bool = False,
     ) -> None:
-        super().__init__()
         _check_tasks(len(table))
         wrong = [expert for expert in table if not 0 <= expert < num_experts]
         if wrong:
             raise ValueError(f"table must name experts in 0..{num_experts - 1}: got {wrong[0]}.")
-        self.num_experts, self.num_tasks = num_experts, len(table)
-        self.capacity = capacity or Capacity()
-        self.looks_ahead = self.capacity.looks_ahead
-        self.allow_future = allow_future
-        self._given = tuple(table)
-        self.register_buffer("table", torch.empty(len(table), dtype=torch.int64))
-        self.reset_parameters()
+        given = torch.tensor(table, dtype=torch.int64, device="cpu")
+        super().__init__(num_experts, given, capacity, looks_ahead=False, allow_future=allow_future)
+        self.num_tasks = len(table)
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Fill the table with what the constructor was given."""
-        if self.table.device.type != "meta":
-            self.table.copy_(torch.tensor(self._given))
-
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
-        return f"num_experts={self.num_experts}, num_tasks={self.num_tasks}, capacity={self.capacity}"
-
-    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
-        """See `Router.compensation`: the table names one of the copies, with weight 1."""
-        return Compensation()
-
-    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Route; see `Router.forward`."""
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:  # noqa: D102
         context = context or RoutingContext()
-        expert = self.table[_tasks(self, context, self.num_tasks)]
-        weight = torch.ones(expert.shape, dtype=torch.float32, device=expert.device)
-        return routing_of_choices(
-            expert, weight, self.num_experts, mask=context.mask, capacity=self.capacity, training=self.training
-        )
+        return self.routing(self.table[_tasks(self, context, self.num_tasks)], context)
 
 
 def _check_tasks(num_tasks: int) -> None:
@@ -152,13 +126,10 @@ def _tasks(chooser: ExpertScorer | Router, context: RoutingContext, num_tasks: i
             f"{name} chooses by task, and RoutingContext.task is None. Pass one id per token (task or language), for "
             "example RoutingContext(task=ids)."
         )
-    task = context.task if context.mask is None else context.task.masked_fill(~context.mask, 0)
-    # Looking at the ids makes a GPU wait and breaks a compiled graph; there torch's own index check has to do.
-    if task.device.type == "cpu" and not torch.compiler.is_compiling() and task.numel():
-        low, high = int(task.min()), int(task.max())
-        if low < 0 or high >= num_tasks:
-            raise ValueError(
-                f"{name} knows tasks 0..{num_tasks - 1}: RoutingContext.task holds {low if low < 0 else high}. Build "
-                "the router with as many tasks as the data has."
-            )
-    return task.to(torch.int64)
+    return known_ids(
+        context.task,
+        context.mask,
+        num_tasks,
+        f"{name} knows tasks 0..{num_tasks - 1}: RoutingContext.task holds {{}}. Build the router with as many tasks "
+        "as the data has.",
+    )

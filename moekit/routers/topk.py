@@ -110,11 +110,10 @@ class TopKRouter(ScoredRouter):
     p = softmax(logits) over ALL experts; the k largest are the choices (so k = 1 keeps a gradient to the router);
     arithmetic in float32 ("selective precision").
 
+    `dim`, `num_experts`, `scorer` and `init_scale` are those of `ScoredRouter`.
+
     Args:
-        dim: D.
-        num_experts: E.
         k: choices per token.
-        scorer: how experts are scored; None = `LinearScorer`, logits = x W_r.
         capacity: slots per expert and who is served first; dropless by default. `SequenceCapacity` counts each sequence
             apart.
         renormalise: whether the k weights of a token are scaled to sum to 1: "none", "before_drop" (a dropped choice
@@ -126,7 +125,6 @@ class TopKRouter(ScoredRouter):
         balance: how the load-balancing loss counts.
         residual: adds the scores of the sparse layer before, and hands these scores on; None = layers know nothing of
             each other.
-        init_scale: variance scale of the linear scorer's first weights.
         allow_future: accept priorities that look at later tokens in a causal decoder.
 
     Returns in `Routing.losses`: ``load_balance`` and ``router_z``; in `Routing.statistics`: ``entropy`` (nats, mean
@@ -141,6 +139,8 @@ class TopKRouter(ScoredRouter):
     Differs: later choices take their place after all first choices, kept or not (Algorithm 1 counts
         overflow too). In evaluation nothing is random and, by default, nothing is dropped.
     """
+
+    shown = ("dim", "num_experts", "k", "scorer", "capacity")
 
     def __init__(
         self,
@@ -205,11 +205,6 @@ class TopKRouter(ScoredRouter):
         self.observes = self.balance.scope == "global"
         self._window = LoadWindow(num_experts)
 
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
-        of = f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}"
-        return f"{of}, scorer={self.scorer}, capacity={self.capacity}"
-
     @property
     def expert_dims(self) -> Mapping[str, int] | None:  # type: ignore[override]
         """The scorer's; None beside a residual, whose map has two dimensions that count experts."""
@@ -235,8 +230,7 @@ class TopKRouter(ScoredRouter):
             return Compensation(obstacle="ThresholdChoice compares weights that copies share")
         return Compensation.of_best(self.k, copies, divided=True)
 
-    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Route; see `Router.forward`."""
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:  # noqa: D102
         context = context or RoutingContext()
         x = clear_padding(x, context.mask)
         exploration = self.exploration if self.training else None

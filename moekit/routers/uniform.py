@@ -34,6 +34,7 @@ class UniformRouter(Router):
 
     expert_dims: ClassVar[Mapping[str, int]] = {}
 
+    shown = ("num_experts", "k", "order", "capacity")
     by_position = True
     dim = None
 
@@ -56,16 +57,11 @@ class UniformRouter(Router):
         self.looks_ahead = self.capacity.looks_ahead
         self.allow_future = allow_future
 
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
-        return f"num_experts={self.num_experts}, k={self.k}, order={self.order!r}, capacity={self.capacity}"
-
     def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
         """See `Router.compensation`: a token is dealt copies of the experts that it had."""
         return Compensation()
 
-    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Route; see `Router.forward`."""
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:  # noqa: D102
         t, device = x.shape[0], x.device
         mask = None if context is None else context.mask
         real = torch.ones(t, dtype=torch.bool, device=device) if mask is None else mask

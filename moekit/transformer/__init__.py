@@ -3,10 +3,7 @@
 from moekit.transformer.attention import AttentionPlan, CrossAttention, SelfAttention
 from moekit.transformer.block import Block, RoutedFeedForward
 from moekit.transformer.cache import DecoderCache
-from moekit.transformer.decoder_only import DecoderOnly
 from moekit.transformer.embedding import TokenEmbedding
-from moekit.transformer.encoder_decoder import EncoderDecoder
-from moekit.transformer.encoder_only import EncoderOnly
 from moekit.transformer.feed_forward import (
     GLU,
     MLP,
@@ -18,6 +15,7 @@ from moekit.transformer.feed_forward import (
     pyramid,
 )
 from moekit.transformer.init import init_weights, materialize, materialize_modules
+from moekit.transformer.models import DecoderOnly, EncoderDecoder, EncoderOnly, routed_layers
 from moekit.transformer.norms import LayerNorm, RMSNorm, RMSNormWithoutScale
 from moekit.transformer.output import BlockOutput, DecoderOutput, StackOutput
 from moekit.transformer.positions import (
@@ -27,7 +25,6 @@ from moekit.transformer.positions import (
     SinusoidalPositions,
     SplitSinusoidalPositions,
 )
-from moekit.transformer.routed_layers import routed_layers
 from moekit.transformer.stack import Stack, build_stack
 
 __all__ = [

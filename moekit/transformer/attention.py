@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from moekit.transformer.cache import LayerCache
 from moekit.transformer.padding import check_no_hole, count_real
 from moekit.transformer.positions import Positions, Rotation
-from moekit.transformer.projection import FusedLinear
+from moekit.transformer.projection import FusedLinear, projection
 
 
 @dataclass(frozen=True)
@@ -69,34 +70,10 @@ def plan_attention(
     return AttentionPlan(bias if visible is None else bias.masked_fill(~visible, -torch.inf), False, rotation)
 
 
-def _split(dim: int, heads: int, head_dim: int | None) -> int:
-    """Channels per head."""
-    if head_dim is None and dim % heads:
-        raise ValueError(f"dim must be divisible by heads: got {dim} and {heads}. Change one or give head_dim.")
-    return head_dim or dim // heads
+class _Attention(nn.Module):
+    """Projections into heads, whose numbers of maps `inputs` gives by name, and back."""
 
-
-class SelfAttention(nn.Module):
-    """Multi-head attention of a sequence over itself; queries, keys and values come from one product.
-
-    Args:
-        dim: D.
-        heads: H.
-        head_dim: channels per head; None = D / H.
-        dropout: probability on attention weights.
-        bias: whether projections have biases (T5 and Switch: no).
-        scale: what logits are multiplied by; None = 1 / sqrt(head_dim). T5 and Switch use 1 and leave the rest to the
-            initialisation, as `init_weights` then does.
-
-    Source: arXiv:1706.03762 section 3.2.
-    """
-
-    axes: ClassVar[dict[str, tuple[str, ...]]] = {
-        "qkv.weight": ("part", "heads", "embed"),
-        "qkv.bias": ("part", "heads"),
-        "out.weight": ("embed", "heads"),
-        "out.bias": ("embed",),
-    }
+    inputs: ClassVar[Mapping[str, int]]
 
     def __init__(
         self,
@@ -109,11 +86,51 @@ class SelfAttention(nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.heads, self.head_dim, self.dropout = heads, _split(dim, heads, head_dim), dropout
-        self.scale = scale
+        if head_dim is None and dim % heads:
+            raise ValueError(f"dim must be divisible by heads: got {dim} and {heads}. Change one or give head_dim.")
+        self.heads, self.head_dim, self.dropout, self.scale = heads, head_dim or dim // heads, dropout, scale
         inner = heads * self.head_dim
-        self.qkv = FusedLinear(3, dim, inner, bias=bias)
+        for name, maps in self.inputs.items():
+            self.add_module(name, projection(maps, dim, inner, bias=bias))
         self.out = nn.Linear(inner, dim, bias=bias)
+
+    def _mix(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool = False
+    ) -> Tensor:
+        """Float[B, Q, H * D_head] for Float[B, H, Q, D_head] and the other two Float[B, H, K, D_head]."""
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
+        )
+        return mixed.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(_Attention):
+    """Multi-head attention of a sequence over itself; queries, keys and values come from one product.
+
+    Args:
+        dim: D.
+        heads: H.
+        head_dim: channels per head; None = D / H.
+        dropout: probability on attention weights.
+        bias: whether projections have biases (T5 and Switch: no).
+        scale: what logits are multiplied by; None = 1 / sqrt(head_dim). T5 and Switch use 1 and leave the rest to the
+            initialisation, as `init_weights` then does.
+
+    Raises:
+        ValueError: if `heads` does not divide `dim` and there is no `head_dim`.
+
+    Source: arXiv:1706.03762 section 3.2.
+    """
+
+    inputs: ClassVar[Mapping[str, int]] = {"qkv": 3}
+    qkv: FusedLinear
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "qkv.weight": ("part", "heads", "embed"),
+        "qkv.bias": ("part", "heads"),
+        "out.weight": ("embed", "heads"),
+        "out.bias": ("embed",),
+    }
 
     def forward(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
         """Attend.
@@ -131,35 +148,23 @@ class SelfAttention(nn.Module):
             key, value = cache.append(key, value)
         else:
             key, value = key.transpose(1, 2), value.transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key,
-            value,
-            attn_mask=plan.mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=plan.is_causal,
-            scale=self.scale,
-        )
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(self._mix(query.transpose(1, 2), key, value, plan.mask, is_causal=plan.is_causal))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(_Attention):
     """Multi-head attention of a sequence over a memory; keys and values come from one product.
 
     The sequence may have k times the memory's rows (k beams of one sentence, side by side): they share the keys and
     values of their sentence, which are neither repeated nor computed twice.
 
-    Args:
-        dim: D, of sequence and memory.
-        heads: H.
-        head_dim: channels per head; None = D / H.
-        dropout: probability on attention weights.
-        bias: whether projections have biases.
-        scale: as in `SelfAttention`.
+    Its arguments are those of `SelfAttention`; sequence and memory are both of width D.
 
     Source: arXiv:1706.03762 section 3.2.3.
     """
 
+    inputs: ClassVar[Mapping[str, int]] = {"q": 1, "kv": 2}
+    q: nn.Linear
+    kv: FusedLinear
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
         "q.weight": ("heads", "embed"),
         "q.bias": ("heads",),
@@ -168,24 +173,6 @@ class CrossAttention(nn.Module):
         "out.weight": ("embed", "heads"),
         "out.bias": ("embed",),
     }
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        head_dim: int | None = None,
-        dropout: float = 0.0,
-        bias: bool = False,
-        scale: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.heads, self.head_dim, self.dropout = heads, _split(dim, heads, head_dim), dropout
-        self.scale = scale
-        inner = heads * self.head_dim
-        self.q = nn.Linear(dim, inner, bias=bias)
-        self.kv = FusedLinear(2, dim, inner, bias=bias)
-        self.out = nn.Linear(inner, dim, bias=bias)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         """Attend.
@@ -209,12 +196,5 @@ class CrossAttention(nn.Module):
         queries = rows * length // max(sentences, 1)
         query = self.q(x).unflatten(-1, (-1, self.head_dim))
         query = query.reshape(sentences, queries, *query.shape[2:]).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.scale,
-        )
-        return self.out(mixed.transpose(1, 2).flatten(2).view(rows, length, mixed.shape[1] * self.head_dim))
+        mixed = self._mix(query, key, value, mask)
+        return self.out(mixed.view(rows, length, mixed.shape[2]))

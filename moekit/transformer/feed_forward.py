@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moekit.functional.activation import Activation, activation_function
 from moekit.functional.dropout import dropout
-from moekit.transformer.projection import FusedLinear
+from moekit.transformer.projection import FusedLinear, projection
 
 Side = Literal["encoder", "decoder"]
 
@@ -25,6 +25,9 @@ class SparseDense:
         sparse: a `MoELayer` or the like.
         dense: the extra feed-forward, for example `GLU`.
         order: "after" = the dense one comes after the sparse one, "before" = before it.
+
+    Raises:
+        ValueError: if `order` is neither.
 
     Source: arXiv:2202.08906 appendix C ("sparse-dense" blocks: +0.014 in quality, before or after alike); own norm and
         dropout, after the sparse layer, as in the authors' code.
@@ -46,7 +49,30 @@ class FeedForwardFactory(Protocol):
         """Make the feed-forward of layer number `layer` (0 = first) of the encoder or the decoder."""
 
 
-class MLP(nn.Module):
+class _FeedForward(nn.Module):
+    """Two layers, the first of `maps` linear maps, and dropout between them."""
+
+    maps: ClassVar[int]
+    w_in: nn.Linear | FusedLinear
+
+    def __init__(
+        self, dim: int, hidden_dim: int, *, activation: Activation = "relu", dropout: float = 0.0, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.activation, self.dropout = activation, dropout
+        self._act = activation_function(activation)
+        self.w_in = projection(self.maps, dim, hidden_dim, bias=bias)
+        self.w_out = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute Float[..., D]."""
+        return self.w_out(dropout(self._hidden(self.w_in(x)), self.dropout, training=self.training))
+
+    def _hidden(self, mapped: Tensor) -> Tensor:
+        return self._act(mapped)
+
+
+class MLP(_FeedForward):
     """Two-layer feed-forward, y = activation(x W_in) W_out.
 
     Args:
@@ -66,36 +92,15 @@ class MLP(nn.Module):
         "w_out.bias": ("embed",),
     }
 
-    def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        *,
-        activation: Activation = "relu",
-        dropout: float = 0.0,
-        bias: bool = False,
-    ) -> None:
-        super().__init__()
-        self.activation, self.dropout = activation, dropout
-        self._act = activation_function(activation)
-        self.w_in = nn.Linear(dim, hidden_dim, bias=bias)
-        self.w_out = nn.Linear(hidden_dim, dim, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute Float[..., D]."""
-        hidden = self._act(self.w_in(x))
-        return self.w_out(dropout(hidden, self.dropout, training=self.training))
+    maps = 1
+    w_in: nn.Linear
 
 
-class GLU(nn.Module):
+class GLU(_FeedForward):
     """Gated feed-forward, y = (activation(x W_gate) * x W_up) W_out; gate and up come from one product.
 
-    Args:
-        dim: D.
-        hidden_dim: F; two thirds of an `MLP`'s for the same cost.
-        activation: "gelu" (GEGLU), "silu" (SwiGLU) or "relu" (ReGLU).
-        dropout: probability on the hidden activations.
-        bias: whether both layers have biases.
+    Its arguments are those of `MLP`; of two thirds of an `MLP`'s `hidden_dim` it costs the same. `activation` makes it
+    GEGLU ("gelu"), SwiGLU ("silu") or ReGLU ("relu").
 
     Source: arXiv:2002.05202 eq. 6.
     """
@@ -107,26 +112,17 @@ class GLU(nn.Module):
         "w_out.bias": ("embed",),
     }
 
-    def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        *,
-        activation: Activation = "gelu",
-        dropout: float = 0.0,
-        bias: bool = False,
-    ) -> None:
-        super().__init__()
-        self.activation, self.dropout = activation, dropout
-        self._act = activation_function(activation)
-        self.w_in = FusedLinear(2, dim, hidden_dim, bias=bias)
-        self.w_out = nn.Linear(hidden_dim, dim, bias=bias)
+    maps = 2
+    w_in: FusedLinear
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute Float[..., D]."""
-        gate, up = self.w_in(x).unbind(-2)
-        hidden = self._act(gate) * up
-        return self.w_out(dropout(hidden, self.dropout, training=self.training))
+    def __init__(
+        self, dim: int, hidden_dim: int, *, activation: Activation = "gelu", dropout: float = 0.0, bias: bool = False
+    ) -> None:
+        super().__init__(dim, hidden_dim, activation=activation, dropout=dropout, bias=bias)
+
+    def _hidden(self, mapped: Tensor) -> Tensor:
+        gate, up = mapped.unbind(-2)
+        return self._act(gate) * up
 
 
 def at_layers(
@@ -141,14 +137,8 @@ def at_layers(
         sparse: makes the chosen layers, for example ``lambda layer, side: MoELayer(...)``.
         dense: makes the others.
     """
-
-    def make(layer: int, side: Side, /) -> nn.Module | SparseDense | None:
-        chosen = layers.get(side, ()) if isinstance(layers, Mapping) else layers
-        if layer in chosen:
-            return sparse(layer, side)
-        return None if dense is None else dense(layer, side)
-
-    return make
+    by_side = layers if isinstance(layers, Mapping) else {"encoder": layers, "decoder": layers}
+    return _chosen(lambda layer, side: layer in by_side.get(side, ()), sparse, dense)
 
 
 def every_other(
@@ -158,16 +148,14 @@ def every_other(
 
     Source: GShard and Switch put experts in every other layer, the second first (arXiv:2006.16668 section 2.2,
     arXiv:2101.03961 section 2.5); ``start=3, every=4`` is ST-MoE's (arXiv:2202.08906 table 11).
+
+    Raises:
+        ValueError: if `every` is less than 1 or `start` negative.
     """
     if every < 1 or start < 0:
         raise ValueError(f"every_other needs every >= 1 and start >= 0: got {every} and {start}.")
 
-    def make(layer: int, side: Side, /) -> nn.Module | SparseDense | None:
-        if layer >= start and (layer - start) % every == 0:
-            return sparse(layer, side)
-        return None if dense is None else dense(layer, side)
-
-    return make
+    return _chosen(lambda layer, side: layer >= start and (layer - start) % every == 0, sparse, dense)
 
 
 def pyramid(
@@ -199,15 +187,27 @@ def pyramid(
                 f"pyramid needs numbers of experts of at least 0 (0 = dense): got {list(counts)} ({side})."
             )
 
-    def make(layer: int, side: Side, /) -> nn.Module | SparseDense | None:
+    def at(layer: int, side: Side) -> int:
         counts = lists.get(side)
-        if counts is not None and layer >= len(counts):
+        if counts is None:
+            return 0
+        if layer >= len(counts):
             raise ValueError(
                 f"pyramid needs one number of experts per layer: got {len(counts)} numbers, and the {side} has a layer "
                 f"number {layer}. Give the list a number for every layer, 0 where it is dense."
             )
-        if counts is not None and counts[layer]:
-            return sparse(layer, side, counts[layer])
-        return None if dense is None else dense(layer, side)
+        return counts[layer]
+
+    return _chosen(at, lambda layer, side: sparse(layer, side, at(layer, side)), dense)
+
+
+def _chosen(
+    sparse_at: Callable[[int, Side], object], sparse: FeedForwardFactory, dense: FeedForwardFactory | None
+) -> FeedForwardFactory:
+    """`sparse` where `sparse_at` says something true, elsewhere `dense`, or None where there is none."""
+
+    def make(layer: int, side: Side, /) -> nn.Module | SparseDense | None:
+        factory = sparse if sparse_at(layer, side) else dense
+        return None if factory is None else factory(layer, side)
 
     return make

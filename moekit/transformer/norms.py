@@ -18,6 +18,11 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _beside(x: Tensor, weight: Tensor) -> Tensor:
+    """`x` as it is where `weight` has its type, else wide."""
+    return x if x.dtype == weight.dtype else _wide(x)
+
+
 class LayerNorm(nn.Module):
     """Layer norm, (x - mean) / sqrt(variance + eps) * weight + bias, over the last dimension.
 
@@ -44,9 +49,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise Float[..., D]."""
-        if x.dtype == self.weight.dtype:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        wide = _wide(x)
+        wide = _beside(x, self.weight)
         weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
         return F.layer_norm(wide, weight.shape, weight, bias, self.eps).to(x.dtype)
 
@@ -74,9 +77,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise Float[..., D]."""
-        if x.dtype == self.weight.dtype:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        wide = _wide(x)
+        wide = _beside(x, self.weight)
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 

@@ -53,3 +53,10 @@ class FusedLinear(nn.Module):
             if found is not None and found.ndim == parameter.ndim - 1:
                 state_dict[prefix + name] = found.unflatten(0, (self.parts, -1))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def projection(maps: int, in_features: int, out_features: int, *, bias: bool) -> nn.Linear | FusedLinear:
+    """A plain linear map, or `FusedLinear` for several."""
+    if maps == 1:
+        return nn.Linear(in_features, out_features, bias=bias)
+    return FusedLinear(maps, in_features, out_features, bias=bias)
