@@ -25,7 +25,7 @@ class RecurrentCache(DecoderCache):
     """What LSTMs remember, and what routing needs to know of the past. For inference: it is changed in place.
 
     Attributes:
-        states: of every LSTM that has seen something, by the number of its layer.
+        states: state of every LSTM that has seen something, by the number of its layer.
     """
 
     def __init__(self) -> None:
@@ -170,7 +170,7 @@ class RecurrentLM(TokenModel):
         units: cells of each LSTM; None = D, more are projected to D.
         dropout: probability on the output of every layer but the softmax.
         tied: one table embeds tokens and makes the logits; else two.
-        pad_id: see `RecurrentStack`.
+        pad_id: that of `RecurrentStack`.
 
     Example:
         >>> import torch

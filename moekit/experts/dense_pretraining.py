@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils import _pytree
 
 from moekit.component import Component
 from moekit.experts.base import Experts, copy_first_expert_
@@ -36,8 +36,7 @@ class MaskWeights:
         if not 0 <= self.probability < 1:
             raise ValueError(f"MaskWeights.probability must be in [0, 1): got {self.probability}.")
 
-    def __call__(self, weight: Tensor, generator: torch.Generator) -> Tensor:
-        """Float[E, ...], masked."""
+    def __call__(self, weight: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
         keep = torch.rand(weight.shape, generator=generator) >= self.probability
         return weight * keep.to(weight.device)
 
@@ -58,8 +57,7 @@ class AddNoise:
         if not self.scale >= 0:
             raise ValueError(f"AddNoise.scale must not be negative: got {self.scale}.")
 
-    def __call__(self, weight: Tensor, generator: torch.Generator) -> Tensor:
-        """Float[E, ...], with noise."""
+    def __call__(self, weight: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
         noise = torch.randn(weight.shape, generator=generator).to(weight)
         return weight + self.scale * weight.float().std().to(weight) * noise
 
@@ -167,7 +165,7 @@ class DensePretraining(Component):
     def routing(self, router: Router, x: Tensor, context: RoutingContext | None) -> Routing:
         """The list that says what the layer computed: every real token, weight 1, experts by turns (all are one)."""
         # Asked about no tokens: the names of its losses, gradients of zero, and nothing to observe.
-        empty: Routing = router(x[:0], _nobody(context))
+        empty: Routing = router(x[:0], _pytree.tree_map_only(Tensor, lambda field: field[:0], context))
         nothing = 0.0 * torch.stack([empty.weight.sum(), *empty.losses.values()]).sum()
         t, e = x.shape[0], router.num_experts
         mask = None if context is None else context.mask
@@ -241,11 +239,3 @@ class _Tie:
             else:
                 owner.__dict__[name] = before
         self._before.clear()
-
-
-def _nobody(context: RoutingContext | None) -> RoutingContext | None:
-    """The context of no tokens."""
-    if context is None:
-        return None
-    fields = {f.name: getattr(context, f.name) for f in dataclasses.fields(context)}
-    return RoutingContext(**{name: None if value is None else value[:0] for name, value in fields.items()})

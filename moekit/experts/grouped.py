@@ -25,9 +25,11 @@ class FeedForwardExperts(Experts):
         num_experts: E.
         dim: D.
         hidden_dim: F.
-        activation: "relu", "gelu" or "silu".
-        dropout: probability on the hidden activations.
-        init_scale: variance scale of the truncated normal.
+        activation: "relu" (Switch, GShard), "gelu" or "silu".
+        dropout: probability on the hidden activations ("expert dropout": 0.4 in fine-tuning in arXiv:2101.03961
+            section 2.4, where the rest of the model keeps 0.1).
+        init_scale: variance scale of the truncated normal: 1.0, as dense feed-forwards start; 0.1 in arXiv:2101.03961
+            table 3, for them as well.
     """
 
     outputs: ClassVar[tuple[str, ...]] = ("w_out",)
@@ -56,16 +58,10 @@ class FeedForwardExperts(Experts):
 class GroupedMLP(FeedForwardExperts):
     """E two-layer experts: y = activation(x W_in + b_in) W_out + b_out.
 
+    The arguments that are not here are those of `FeedForwardExperts`.
+
     Args:
-        num_experts: E.
-        dim: D.
-        hidden_dim: F.
-        activation: "relu" (Switch, GShard), "gelu" or "silu".
-        dropout: probability on the hidden activations ("expert dropout": 0.4 in fine-tuning in arXiv:2101.03961
-            section 2.4, where the rest of the model keeps 0.1).
         bias: whether both layers have biases (fairseq and NLLB do; T5, Switch and ST-MoE do not).
-        init_scale: variance scale of the truncated normal: 1.0, as dense feed-forwards start; 0.1 in arXiv:2101.03961
-            table 3, for them as well.
 
     Source: arXiv:2101.03961 section 2. Experts are initialised independently.
     """
@@ -125,15 +121,12 @@ class GroupedGLU(FeedForwardExperts):
     With "gelu" this is GEGLU (ST-MoE), with "silu" SwiGLU. It has three matrices: for the active parameters of a
     two-layer expert of hidden size F choose ``hidden_dim = 2 F / 3``.
 
+    The arguments that are not here are those of `FeedForwardExperts`; the activation is the gate's, and dropout comes
+    after the bias.
+
     Args:
-        num_experts: E.
-        dim: D.
-        hidden_dim: F.
-        activation: activation of the gate.
-        dropout: probability on the hidden activations ("expert dropout"), after the bias.
         hidden_bias: what is done with B, Float[E, F], before W_out: "none", "add" (starts at 0) or "multiply" (starts
             at 1: +0.008 in quality in the paper, where "add" lost 0.002).
-        init_scale: variance scale of the truncated normal, as in `GroupedMLP`.
 
     Raises:
         ValueError: if `hidden_bias` is none of the three.

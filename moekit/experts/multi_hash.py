@@ -22,14 +22,13 @@ class MultiHashMLP(FeedForwardExperts):
 
     which is [B_1; ...; B_K] applied to the concatenation [v_1, ..., v_K].
 
+    The arguments that are not here are those of `FeedForwardExperts`; the output's fan-in is F, as in a whole
+    feed-forward.
+
     Args:
         num_experts: E of each table.
-        dim: D.
         hidden_dim: F, divisible by K.
         num_segments: K.
-        activation: activation of the hidden layer.
-        dropout: probability on the hidden activations.
-        init_scale: variance scale of the truncated normal; the output's fan-in is F, as in a whole feed-forward.
 
     Raises:
         ValueError: if K does not divide F.

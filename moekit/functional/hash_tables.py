@@ -48,15 +48,7 @@ def hash_ids(*ids: Tensor, seed: int = 0) -> Tensor:
 
 
 def random_table(num_keys: int, num_experts: int, *, seed: int = 0) -> Tensor:
-    """Every key to an expert drawn uniformly.
-
-    Args:
-        num_keys: V.
-        num_experts: E.
-        seed: seed of the draw.
-
-    Returns:
-        Int64[V].
+    """Int64[num_keys]: every key to an expert drawn uniformly.
 
     Source: arXiv:2106.04426 (random hash).
     """
@@ -65,15 +57,7 @@ def random_table(num_keys: int, num_experts: int, *, seed: int = 0) -> Tensor:
 
 
 def dealt_table(num_keys: int, num_experts: int, *, seed: int = 0) -> Tensor:
-    """Keys in a random order dealt to the experts in turn: each expert has equally many keys, up to one.
-
-    Args:
-        num_keys: V.
-        num_experts: E.
-        seed: seed of the order.
-
-    Returns:
-        Int64[V].
+    """Int64[num_keys]: keys in a random order dealt to the experts, so that each has equally many, up to one.
 
     Source: ours; balances keys that are equally frequent, as positions are.
     """
@@ -175,16 +159,10 @@ def clustered_table(embeddings: Tensor, num_experts: int, *, seed: int = 0) -> T
 def dispersed_table(embeddings: Tensor, num_experts: int, *, seed: int = 0) -> Tensor:
     """Similar keys to different experts: the members of every k-means cluster are dealt to all experts in turn.
 
-    Args:
-        embeddings: Float[V, D].
-        num_experts: E, also the number of clusters.
-        seed: seed of the clusters and of the order in which members are dealt.
+    Arguments and errors are those of `clustered_table`; the order in which members are dealt is drawn from `seed` too.
 
     Returns:
         Int64[V]; experts have equally many keys, up to one, and so it is within each cluster.
-
-    Raises:
-        ValueError: as `clustered_table`.
 
     Source: arXiv:2106.04426 (dispersed hash).
     """

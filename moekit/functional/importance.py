@@ -82,17 +82,8 @@ def selection_probability(clean: Tensor, noisy: Tensor, scale: Tensor, k: int) -
 def load_loss(clean: Tensor, noisy: Tensor, scale: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
     """Load loss: the squared coefficient of variation of the experts' expected number of tokens.
 
-    Load_i = sum over tokens of `selection_probability`.
-
-    Args:
-        clean: Float[T, E], scores without noise.
-        noisy: Float[T, E], scores with noise.
-        scale: Float[T, E], standard deviation of the noise.
-        k: choices per token.
-        mask: Bool[T], real tokens.
-
-    Returns:
-        Float scalar, unweighted (the paper weighs it with 0.1).
+    Load_i = sum over the real tokens, which ``mask`` Bool[T] names, of `selection_probability`, whose arguments are the
+    others. A float scalar, unweighted (the paper weighs it with 0.1).
 
     Source: arXiv:1701.06538 eq. 8-11. Differs: eq. 11 prints CV(L_load); the text means the CV of Load, as here.
     """

@@ -16,6 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekit.transformer.embedding import Vocabulary
+
 
 class _SumGradient(torch.autograd.Function):
     @staticmethod
@@ -76,7 +78,7 @@ def gather_last(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
-class VocabParallel:
+class VocabParallel(Vocabulary):
     """A table of token vectors of which each partner holds a run of rows; see `TokenEmbedding.vocabulary`.
 
     Args:

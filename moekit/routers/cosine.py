@@ -72,15 +72,7 @@ def temperature_of(logarithm: Tensor) -> Tensor:
 
 
 class CosineRouter(TopKRouter):
-    """`TopKRouter` with a `CosineScorer`.
-
-    Args:
-        dim: D.
-        num_experts: E.
-        k: choices per token.
-        projected_dim: width of the space of comparison; None = E / 2, at least 8.
-        temperature: initial temperature, which is learned.
-        **options: the other arguments of `TopKRouter`.
+    """`TopKRouter` with a `CosineScorer`, whose arguments it takes beside its own.
 
     Raises:
         ValueError: see `CosineScorer` and `TopKRouter`.

@@ -49,8 +49,7 @@ class InputJitter(Exploration):
         if not 0 <= self.epsilon < 1:
             raise ValueError(f"InputJitter.epsilon must be in [0, 1): got {self.epsilon}. The papers use 0.01.")
 
-    def perturb(self, x: Tensor) -> Tensor:
-        """Jittered."""
+    def perturb(self, x: Tensor) -> Tensor:  # noqa: D102
         return x * torch.empty_like(x).uniform_(1 - self.epsilon, 1 + self.epsilon)
 
 
@@ -70,8 +69,7 @@ class InputDropout(Exploration):
         if not 0 <= self.probability < 1:
             raise ValueError(f"InputDropout.probability must be in [0, 1): got {self.probability}.")
 
-    def perturb(self, x: Tensor) -> Tensor:
-        """With entries dropped and the others scaled up."""
+    def perturb(self, x: Tensor) -> Tensor:  # noqa: D102
         return dropout(x, self.probability, training=True)
 
 
@@ -82,6 +80,5 @@ class SampledSoftmax(Exploration):
     Source: arXiv:2101.03961 appendix C, where it is clearly worse than argmax.
     """
 
-    def rank(self, probs: Tensor) -> Tensor:
-        """Scores whose order is a draw."""
+    def rank(self, probs: Tensor) -> Tensor:  # noqa: D102
         return gumbel_topk_scores(probs)

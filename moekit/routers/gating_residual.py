@@ -44,8 +44,7 @@ class GatingResidual(nn.Module):
             bound = self.previous**-0.5
             self.weight.uniform_(-bound, bound)
 
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
+    def extra_repr(self) -> str:  # noqa: D102
         return f"num_experts={self.num_experts}, previous={self.previous}"
 
     def forward(self, context: RoutingContext) -> Tensor | float:

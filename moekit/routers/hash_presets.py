@@ -1,7 +1,7 @@
 """The hashes that the Hash Layers paper compares, as presets of `HashRouter`.
 
-All of them take ``num_experts``, E, and the ``seed`` of what is drawn: a random table, the start of k-means, or the order
-among keys of equal count.
+All of them take ``num_experts``, E, and the ``seed`` of what is drawn: a random table, the start of k-means, or the
+order among keys of equal count.
 """
 
 from __future__ import annotations

@@ -75,15 +75,41 @@ def _enqueue_groups(
     whole, rest = divmod(t, capacity.group_size)
     group = local_groups(t, capacity.group_size, expert.device)
     full, last = (capacity.slots(n, num_experts, k, training=training) or 0 for n in (capacity.group_size, rest))
-    room = torch.where(group < whole, full, last)
+    room = torch.where(group < whole, full, last).repeat(k)
+    slots = capacity.slots(t, num_experts, k, training=training)
+    return queue_apart(expert, requested, num_experts, group, whole + 1, room, order, slots)
+
+
+def queue_apart(
+    expert: Tensor,
+    requested: Tensor,
+    num_experts: int,
+    group: Tensor,
+    num_groups: int,
+    room: Tensor | int,
+    order: Tensor | None = None,
+    slots: int | None = None,
+) -> QueueResult:
+    """Queue choices at the experts of their tokens' groups, which have room of their own, and then at the batch's.
+
+    Args:
+        expert: Int64[T, K].
+        requested: Bool[T, K].
+        num_experts: E.
+        group: Int64[T], the group of each token.
+        num_groups: at least as many as there are.
+        room: how many choices a group's expert takes; or Int64[K * T], by choice.
+        order: order of service of the choice-major list; None = list order.
+        slots: slots per expert of the whole batch; None = packed rows.
+    """
+    t, k = expert.shape
     queued = by_choice(requested)
     apart = by_choice(expert + num_experts * group[:, None])
-    kept = queued & (queue_positions(apart, queued, num_experts * (whole + 1), order) < room.repeat(k))
+    kept = queued & (queue_positions(apart, queued, num_experts * num_groups, order) < room)
     order = torch.arange(t * k, device=expert.device) if order is None else order
     # The kept ones hold the first places of the whole batch's queue: dispatch relies on it.
     order = order[torch.argsort(~kept[order], stable=True)]
     position = queue_positions(by_choice(expert), queued, num_experts, order)
-    slots = capacity.slots(t, num_experts, k, training=training)
     return QueueResult(position.view(k, t).t(), kept.view(k, t).t(), slots, order)
 
 

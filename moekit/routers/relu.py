@@ -49,8 +49,7 @@ class AdaptiveCoefficient(Component):
         """Begin at `start`."""
         self.exponent.zero_()
 
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
+    def extra_repr(self) -> str:  # noqa: D102
         return f"target={self.target}, start={self.start}, factor={self.factor}"
 
     def forward(self) -> Tensor:

@@ -55,21 +55,27 @@ class AllChoices(SecondExpertPolicy):
 
 
 @dataclass(frozen=True)
-class RandomChoice(SecondExpertPolicy):
+class _AboveThreshold(SecondExpertPolicy):
+    threshold: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"{type(self).__name__}.threshold must be in (0, 1]: got {self.threshold}.")
+
+
+class RandomChoice(_AboveThreshold):
     """Send a later choice with probability ``min(1, weight / threshold)``.
 
     Threshold 0.5 is GShard's rule "2 g2 > U(0, 1)" (arXiv:2006.16668 Algorithm 1); 0.2 is ST-MoE's
     (arXiv:2202.08906 appendix C). In training only: in evaluation every choice is sent.
 
+    Raises:
+        ValueError: if `threshold` is not in (0, 1].
+
     Source: arXiv:2006.16668 Algorithm 1; arXiv:2202.08906 appendix C.
     Differs: a choice that is not sent takes no place in its expert's queue. Algorithm 1 raises the expert's counter
     for every second choice, sent or not, and so leaves slots empty.
     """
-
-    threshold: float
-
-    def __post_init__(self) -> None:
-        _check_threshold(self)
 
     def send(self, weight: Tensor, *, training: bool) -> Tensor:  # noqa: D102
         if not training:
@@ -80,17 +86,14 @@ class RandomChoice(SecondExpertPolicy):
         return not training
 
 
-@dataclass(frozen=True)
-class ThresholdChoice(SecondExpertPolicy):
+class ThresholdChoice(_AboveThreshold):
     """Send a later choice where its weight is above a threshold: deterministic, the same in evaluation.
+
+    Raises:
+        ValueError: if `threshold` is not in (0, 1].
 
     Source: the policy "threshold" of Mesh-TensorFlow's top-2 gate (the code of arXiv:2006.16668 and 2202.08906).
     """
-
-    threshold: float
-
-    def __post_init__(self) -> None:
-        _check_threshold(self)
 
     def send(self, weight: Tensor, *, training: bool) -> Tensor:  # noqa: D102
         return weight.detach() > self.threshold
@@ -114,8 +117,3 @@ class SampledChoice(AllChoices):
         first = scores.argmax(-1, keepdim=True)
         later = gumbel_topk_scores(probs).scatter(1, first, -1.0).topk(k - 1, dim=-1).indices
         return torch.cat([first, later], dim=1)
-
-
-def _check_threshold(policy: RandomChoice | ThresholdChoice) -> None:
-    if not 0 < policy.threshold <= 1:
-        raise ValueError(f"{type(policy).__name__}.threshold must be in (0, 1]: got {policy.threshold}.")

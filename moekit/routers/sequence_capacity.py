@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from moekit.functional.assignment import queue_positions
-from moekit.routers.queueing import QueueResult, by_choice
+from moekit.routers.queueing import QueueResult, queue_apart
 
 
 @dataclass(frozen=True)
@@ -61,12 +59,5 @@ class SequenceCapacity:
                 "SequenceCapacity needs to know which sequence a token belongs to: RoutingContext.sequence is None. "
                 "Transformers of moekit set it."
             )
-        t, k = expert.shape
-        chosen, queued = by_choice(expert), by_choice(requested)
-        apart = by_choice(expert + num_experts * sequence[:, None])
         # There are at most as many sequences as tokens; how many, only the device knows.
-        kept = queued & (queue_positions(apart, queued, num_experts * t) < self.limit)
-        # The kept ones hold the first places of the whole batch's queue: dispatch relies on it.
-        order = torch.argsort(~kept, stable=True)
-        position = queue_positions(chosen, queued, num_experts, order)
-        return QueueResult(position.view(k, t).t(), kept.view(k, t).t(), None, None)
+        return queue_apart(expert, requested, num_experts, sequence, len(sequence), self.limit)

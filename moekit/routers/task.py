@@ -56,11 +56,8 @@ class TaskRouter(TopKRouter):
     After training the experts of a task are a small dense model that can be cut out and served alone.
 
     Args:
-        dim: D.
-        num_experts: E.
-        k: choices per task.
         num_tasks: number of tasks; ids in `RoutingContext.task` are 0..num_tasks-1.
-        **options: the other arguments of `TopKRouter`. The paper's top-2 gate is GShard's,
+        **options: those of `TopKRouter`, as are `dim`, `num_experts` and `k`. The paper's top-2 gate is GShard's,
             ``renormalise="before_drop"``.
 
     Raises:

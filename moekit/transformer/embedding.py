@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,27 +11,15 @@ from torch import Tensor, nn
 EmbeddingScale = Literal["input", "output", "none"]
 
 
-class Vocabulary(Protocol):
-    """Looks tokens up in a table, and scores hidden states against it."""
+class Vocabulary:
+    """Looks tokens up in a table, and scores hidden states against it: here in a whole one, subclasses in a part."""
 
     def vectors(self, ids: Tensor, weight: Tensor) -> Tensor:
         """Float[..., D] of ids Int64[...] by ``weight`` Float[V, D]."""
-        ...
-
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Float[..., V] of ``hidden`` Float[..., D]."""
-        ...
-
-
-class WholeVocabulary:
-    """The whole table is here."""
-
-    def vectors(self, ids: Tensor, weight: Tensor) -> Tensor:
-        """See `Vocabulary.vectors`."""
         return F.embedding(ids, weight)
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """See `Vocabulary.logits`."""
+        """Float[..., V] of ``hidden`` Float[..., D]."""
         return F.linear(hidden, weight)
 
 
@@ -52,6 +40,9 @@ class TokenEmbedding(nn.Module):
     Attributes:
         vocabulary: how ids and hidden states meet the table; exchanged where processes hold parts of it.
 
+    Raises:
+        ValueError: if `scale` is none of the three.
+
     Source: arXiv:1706.03762 section 3.4; arXiv:1910.10683 (released code).
     """
 
@@ -62,7 +53,7 @@ class TokenEmbedding(nn.Module):
         if scale not in ("input", "output", "none"):
             raise ValueError(f'embedding scale must be "input", "output" or "none": got {scale!r}.')
         self.scale: EmbeddingScale = scale
-        self.vocabulary: Vocabulary = WholeVocabulary()
+        self.vocabulary = Vocabulary()
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
 
     @property

@@ -61,7 +61,7 @@ Draws = list[tuple[nn.Module, Callable[[], None]]]
 
 def _draws(model: nn.Module, scale: float) -> Draws:
     """Who draws what of its own or of its submodules' weights, in order; `scale` is for what is in no stack."""
-    draws: Draws = [(m, partial(_draw_table, m)) for m in model.modules() if isinstance(m, TokenEmbedding)]
+    draws: Draws = [(m, partial(_draw_table, m, m.std)) for m in model.modules() if isinstance(m, TokenEmbedding)]
     inside: set[nn.Module] = set()
     for stack in model.modules():
         if isinstance(stack, Stack):
@@ -88,13 +88,14 @@ def _stack_draws(stack: Stack) -> Draws:
         elif isinstance(module, Experts):
             draws.append((module, partial(module.scale_outputs_, 1 / max(branches, 1))))
         elif isinstance(module, RelativePositions) and stack.blocks:
-            draws.append((module, partial(_draw_positions, module, stack.blocks[0].self_attention.qkv.in_features)))
+            dim = stack.blocks[0].self_attention.qkv.in_features
+            draws.append((module, partial(_draw_table, module, dim**-0.5)))
     return draws
 
 
-def _draw_table(module: TokenEmbedding) -> None:
+def _draw_table(module: TokenEmbedding | RelativePositions, std: float) -> None:
     if not module.weight.is_meta:
-        nn.init.normal_(module.weight, std=module.std)
+        nn.init.normal_(module.weight, std=std)
 
 
 def _draw_attention(module: SelfAttention | CrossAttention, scale: float, last: float) -> None:
@@ -111,11 +112,6 @@ def _draw_attention(module: SelfAttention | CrossAttention, scale: float, last: 
 def _draw_pair(module: MLP | GLU, scale: float, last: float) -> None:
     _draw(module.w_in, scale)
     _draw(module.w_out, last)
-
-
-def _draw_positions(module: RelativePositions, dim: int) -> None:
-    if not module.weight.is_meta:
-        nn.init.normal_(module.weight, std=dim**-0.5)
 
 
 def _draw(linear: nn.Linear | FusedLinear, scale: float) -> None:
@@ -189,12 +185,7 @@ def _held(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
 
 
 class _Memory:
-    """Tensors with memory in place of others, wide while they are drawn.
-
-    Args:
-        model: whose tensors they are.
-        device: of the memory.
-    """
+    """Tensors with memory on a device in place of a model's own, wide while they are drawn."""
 
     def __init__(self, model: nn.Module, device: torch.device | str) -> None:
         self.device = torch.empty(0, device=device).device
@@ -232,8 +223,7 @@ def _require_drawable(model: nn.Module, draws: Container[nn.Module]) -> None:
     def missing(path: str, module: nn.Module) -> Iterator[str]:
         if callable(getattr(module, "reset_parameters", None)) or module in draws:
             return
-        held = [*module._parameters.items(), *module._buffers.items()]
-        yield from (f"{path}{name}" for name, tensor in held if tensor is not None and tensor.is_meta)
+        yield from (f"{path}{name}" for _, name, tensor in _held(module) if tensor.is_meta)
         for name, child in module.named_children():
             yield from missing(f"{path}{name}.", child)
 

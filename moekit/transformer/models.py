@@ -37,8 +37,8 @@ class TokenModel(Component):
         vocab_size: V.
         dim: D.
         tied: `embedding` embeds all tokens and makes the logits; else `separate_tables` name the other tables.
-        embedding_scale: see `TokenEmbedding`.
-        pad_id: see `Stack`.
+        embedding_scale: scale of `TokenEmbedding`.
+        pad_id: that of `Stack`.
     """
 
     separate_tables: ClassVar[tuple[str, ...]] = ("output",)
@@ -96,9 +96,9 @@ class EncoderOnly(_OneStack):
         layers: number of blocks.
         hidden_dim: F of dense feed-forwards.
         tied: one table embeds tokens and makes the logits; else two.
-        embedding_scale: see `TokenEmbedding`.
-        pad_id: see `Stack`.
-        **options: see `build_stack`.
+        embedding_scale: scale of `TokenEmbedding`.
+        pad_id: that of `Stack`.
+        **options: those of `build_stack`.
 
     Example:
         >>> import torch
@@ -173,9 +173,9 @@ class EncoderDecoder(TokenModel):
         decoder_layers: blocks of the decoder.
         hidden_dim: F of dense feed-forwards.
         tied: one table embeds source and target and makes the logits; else three tables.
-        embedding_scale: see `TokenEmbedding`.
-        pad_id: see `Stack`.
-        **options: see `build_stack`. `positions` with weights are copied, so that each side has its own.
+        embedding_scale: scale of `TokenEmbedding`.
+        pad_id: that of `Stack`.
+        **options: those of `build_stack`. `positions` with weights are copied, so that each side has its own.
 
     Source: arXiv:1706.03762; relative positions, no biases: arXiv:1910.10683. Differs: by default logits of attention
     and embeddings on the way in are scaled and nothing is dropped after the final norm; T5's ways are

@@ -27,11 +27,9 @@ class StackOutput:
 
 
 @dataclass(frozen=True)
-class DecoderOutput:
+class DecoderOutput(StackOutput):
     """Result of a decoder: as `StackOutput`, and the cache that was given, now one step longer, or None."""
 
-    hidden: Tensor
-    routings: tuple[Routing, ...]
     cache: DecoderCache | None = None
 
 

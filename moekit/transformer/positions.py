@@ -53,13 +53,12 @@ class Positions(nn.Module):
 
 
 class SinusoidalPositions(Positions):
-    """Fixed sines and cosines added to the embeddings.
+    """Fixed sin(p / 10000^(2i/D)) in even channels and the cosine in odd ones, added to the embeddings.
 
     Source: arXiv:1706.03762 section 3.5.
     """
 
-    def embed(self, x: Tensor, position: Tensor) -> Tensor:
-        """Add sin(p / 10000^(2i/D)) to even channels and the cosine to odd ones."""
+    def embed(self, x: Tensor, position: Tensor) -> Tensor:  # noqa: D102
         dim = x.shape[-1]
         rate = torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) * (-math.log(10_000.0) / dim)
         angle = position[..., None].to(torch.float32) * rate.exp()
@@ -74,6 +73,9 @@ class SplitSinusoidalPositions(Positions):
 
     Args:
         first: the number of the first token; fairseq counts from ``pad_id + 1``.
+
+    Raises:
+        ValueError: if `first` is negative.
 
     Source: the released code of tensor2tensor, which fairseq, Marian, M2M-100 and NLLB (arXiv:2207.04672) share.
     """
@@ -141,6 +143,9 @@ class RelativePositions(Positions):
         num_buckets: rows of the table.
         max_distance: where the last bucket begins.
 
+    Raises:
+        ValueError: if `num_buckets` is no multiple of 4, or `max_distance` not above its half.
+
     Source: arXiv:1910.10683 section 2.1.
     """
 
@@ -156,8 +161,7 @@ class RelativePositions(Positions):
         self.num_buckets, self.max_distance = num_buckets, max_distance
         self.weight = nn.Parameter(torch.zeros(num_buckets, heads))
 
-    def bias(self, query: Tensor, key: Tensor, *, causal: bool) -> Tensor:
-        """Look the bucket of every (query, key) distance up."""
+    def bias(self, query: Tensor, key: Tensor, *, causal: bool) -> Tensor:  # noqa: D102
         bucket = relative_bucket(
             key[None, :] - query[:, None],
             two_sided=not causal,

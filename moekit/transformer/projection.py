@@ -37,8 +37,7 @@ class FusedLinear(nn.Module):
             if not tensor.is_meta:
                 nn.init.uniform_(tensor, -bound, bound)
 
-    def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
+    def extra_repr(self) -> str:  # noqa: D102
         return f"parts={self.parts}, in_features={self.in_features}, out_features={self.out_features}"
 
     def forward(self, x: Tensor) -> Tensor:

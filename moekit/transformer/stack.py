@@ -197,20 +197,20 @@ def build_stack(
         heads: H.
         hidden_dim: F of the default feed-forward.
         cross_attention: whether blocks attend to a memory.
-        pad_id: see `Stack`.
+        pad_id: that of `Stack`.
         feed_forward: makes the feed-forward of each layer; None, or a factory that returns None = `MLP`.
         positions: the idea of order; None = T5's `RelativePositions`. An object with weights belongs to this stack.
         norm: makes a norm for D.
-        activation: of the default feed-forward.
-        dropout: on embeddings, on branch outputs, and on the hidden activations of the default feed-forward.
-        attention_dropout: on attention weights.
-        attention_scale: see `SelfAttention`.
-        final_dropout: see `Stack`.
+        activation: the one of the default feed-forward.
+        dropout: probability on embeddings, branch outputs and the hidden activations of the default feed-forward.
+        attention_dropout: probability on attention weights.
+        attention_scale: scale of `SelfAttention`.
+        final_dropout: that of `Stack`.
         head_dim: channels per head; None = D / H.
         bias: whether attention and the default feed-forward have biases (T5 and Switch: no).
-        checkpoint: see `Stack`.
-        init_scale: see `Stack`.
-        init_by_depth: see `Stack`.
+        checkpoint: that of `Stack`.
+        init_scale: that of `Stack`.
+        init_by_depth: that of `Stack`.
     """
     attention = {"head_dim": head_dim, "dropout": attention_dropout, "bias": bias, "scale": attention_scale}
     blocks = []
