@@ -89,11 +89,7 @@ class SigmoidFeedForward(Component):
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> BlockOutput:
         """Compute Float[B, S, D]; context fields are ``[B * S]``."""
-        routing = None
-        if self.is_routed:
-            y, routing = self.feed_forward(x, context)
-        else:
-            y = self.feed_forward(x)
+        y, routing = self.feed_forward(x, context) if self.is_routed else (self.feed_forward(x), None)
         return BlockOutput(x + dropout(y.sigmoid(), self.dropout, training=self.training), routing)
 
 

@@ -92,8 +92,7 @@ class BASELayerStack(Experts):
             if bias is not None:
                 bias.zero_()
 
-    def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Compute what every row's expert adds to it; see `Experts.forward`."""
+    def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
         added = torch.zeros_like(rows)
         for gain, shift, w_in, b_in, w_out, b_out in self._blocks():
             normed = F.layer_norm(rows + added, (self.dim,), eps=self.eps)

@@ -142,12 +142,10 @@ class DenseToSparseRouter(ScoredRouter):
         self.step.zero_()
 
     @property
-    def steps_done(self) -> int:
-        """Where the schedule stands."""
+    def steps_done(self) -> int:  # noqa: D102
         return int(self.step)
 
-    def on_step_end(self, step: int) -> None:
-        """Move the schedule."""
+    def on_step_end(self, step: int) -> None:  # noqa: D102
         self.step.fill_(step)
 
     def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:

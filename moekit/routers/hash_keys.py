@@ -48,11 +48,9 @@ class _OneToken:
 
     @property
     def num_keys(self) -> int:
-        """V."""
         return self.vocab_size
 
     def __call__(self, context: RoutingContext) -> Tensor:
-        """Int64[T]."""
         return ids_of(context, self.field, self.vocab_size)
 
 
@@ -91,16 +89,14 @@ class Bigram:
     looks_ahead: ClassVar[bool] = False
 
     @property
-    def num_keys(self) -> int:
-        """The number of buckets."""
+    def num_keys(self) -> int:  # noqa: D102
         return self.buckets
 
     def bucket(self, previous_ids: Tensor, token_ids: Tensor) -> Tensor:
         """Int64: the bucket of each pair."""
         return hash_ids(previous_ids, token_ids, seed=self.seed) % self.buckets
 
-    def __call__(self, context: RoutingContext) -> Tensor:
-        """Int64[T]."""
+    def __call__(self, context: RoutingContext) -> Tensor:  # noqa: D102
         previous = ids_of(context, "previous_ids", self.vocab_size)
         return self.bucket(previous, ids_of(context, "token_ids", self.vocab_size))
 
@@ -117,12 +113,10 @@ class TokenPosition:
     looks_ahead: ClassVar[bool] = False
 
     @property
-    def num_keys(self) -> int:
-        """The longest sequence."""
+    def num_keys(self) -> int:  # noqa: D102
         return self.max_length
 
-    def __call__(self, context: RoutingContext) -> Tensor:
-        """Int64[T]."""
+    def __call__(self, context: RoutingContext) -> Tensor:  # noqa: D102
         return ids_of(context, "position", self.max_length)
 
 

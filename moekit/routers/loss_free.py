@@ -142,8 +142,7 @@ class LossFreeRouter(ScoredRouter):
         self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
 
     @property
-    def expert_dims(self) -> Mapping[str, int] | None:  # type: ignore[override]
-        """The scorer's, and the bias."""
+    def expert_dims(self) -> Mapping[str, int] | None:  # type: ignore[override]  # noqa: D102
         return {**self.scorer.expert_dims, "bias": 0}
 
     def reset_parameters(self) -> None:
@@ -173,8 +172,7 @@ class LossFreeRouter(ScoredRouter):
         self._load.clear()
         self._balance_window.clear()
 
-    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
-        """See `Router.compensation`."""
+    def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:  # noqa: D102
         if self.groups is not None:
             return Compensation(obstacle="GroupLimit would have to limit other groups")
         softmax = self.score == "softmax"
@@ -221,20 +219,11 @@ class LossFreeRouter(ScoredRouter):
 _SEQUENCE_WISE = Balance(count="all", scope="sequence")
 
 
-def loss_free(
-    dim: int,
-    num_experts: int,
-    *,
-    k: int = 2,
-    update_rate: float = 1e-3,
-) -> LossFreeRouter:
+def loss_free(dim: int, num_experts: int, *, k: int = 2, update_rate: float = 1e-3) -> LossFreeRouter:
     """Loss-free balancing: sigmoid scores, a bias that only selects, no loss, dropless.
 
-    Args:
-        dim: D.
-        num_experts: E.
-        k: choices per token; ours (the paper takes 6 of 64 fine-grained experts beside 2 shared ones).
-        update_rate: 0.001, the paper's best.
+    The update rate of 0.001 is the paper's best; ``k=2`` is ours (the paper takes 6 of 64 fine-grained experts beside 2
+    shared ones).
 
     Source: arXiv:2408.15664 section 3 and table 4.
     """

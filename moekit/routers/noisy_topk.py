@@ -119,15 +119,9 @@ def noisy_topk(
     """Sparsely-gated Mixture of Experts: four experts per token by noisy scores, dropless.
 
     Weigh its losses with ``AuxLosses(importance=0.1, load=0.1)``.
+    A capacity factor of None is dropless, as in the paper.
 
-    Args:
-        dim: D.
-        num_experts: E.
-        k: 4, as in the paper's flat models.
-        capacity_factor: None = dropless, as in the paper.
-        eval_capacity_factor: None = dropless.
-
-    Source: arXiv:1701.06538; k and the weights of the losses from its appendix C.
+    Source: arXiv:1701.06538; ``k=4`` of its flat models, and the weights of the losses from its appendix C.
     """
     capacity = Capacity(train=capacity_factor, eval=eval_capacity_factor)
     return NoisyTopKRouter(dim, num_experts, k, capacity=capacity)

@@ -147,11 +147,7 @@ def remoe(dim: int, num_experts: int, *, k: float = 1.0) -> ReLURouter:
     """ReMoE: ReLU routing with an adaptive load-weighted L1 penalty.
 
     Weigh its loss with ``AuxLosses(sparsity=1.0, layers="mean")``.
-
-    Args:
-        dim: D.
-        num_experts: E.
-        k: experts wanted per token on average; 1 in the paper's main comparison.
+    The k experts that are wanted per token on average are 1 in the paper's main comparison.
 
     Source: arXiv:2412.14711.
     """

@@ -107,8 +107,7 @@ class ScoredRouter(Router):
         ScoredRouter.reset_parameters(self)  # a subclass draws its own parameters once it has them
 
     @property
-    def expert_dims(self) -> Mapping[str, int] | None:  # type: ignore[override]
-        """The scorer's."""
+    def expert_dims(self) -> Mapping[str, int] | None:  # type: ignore[override]  # noqa: D102
         return self.scorer.expert_dims
 
     @torch.no_grad()

@@ -220,8 +220,7 @@ class TopKRouter(ScoredRouter):
         """See `Router.moves`: beginning a new count moves nothing where nothing is counted."""
         return self.observes or type(self).on_step_end is not TopKRouter.on_step_end
 
-    def on_step_end(self, step: int) -> None:
-        """Begin a new count."""
+    def on_step_end(self, step: int) -> None:  # noqa: D102
         self._window.clear()
 
     def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:

@@ -165,16 +165,12 @@ class DecoderOnly(_OneStack):
 class EncoderDecoder(TokenModel):
     """A pre-norm encoder-decoder in which any layer's feed-forward may be a Mixture of Experts.
 
+    The arguments that are not here are those of `EncoderOnly`.
+
     Args:
-        vocab_size: V.
-        dim: D.
-        heads: H.
         encoder_layers: blocks of the encoder.
         decoder_layers: blocks of the decoder.
-        hidden_dim: F of dense feed-forwards.
         tied: one table embeds source and target and makes the logits; else three tables.
-        embedding_scale: scale of `TokenEmbedding`.
-        pad_id: that of `Stack`.
         **options: those of `build_stack`. `positions` with weights are copied, so that each side has its own.
 
     Source: arXiv:1706.03762; relative positions, no biases: arXiv:1910.10683. Differs: by default logits of attention
