@@ -99,8 +99,8 @@ class MLP(_FeedForward):
 class GLU(_FeedForward):
     """Gated feed-forward, y = (activation(x W_gate) * x W_up) W_out; gate and up come from one product.
 
-    Its arguments are those of `MLP`; of two thirds of an `MLP`'s `hidden_dim` it costs the same. `activation` makes it
-    GEGLU ("gelu"), SwiGLU ("silu") or ReGLU ("relu").
+    Its arguments are those of `MLP`. With two thirds of an `MLP`'s `hidden_dim` it costs the same. The activation makes
+    it a GEGLU ("gelu"), SwiGLU ("silu") or ReGLU ("relu").
 
     Source: arXiv:2002.05202 eq. 6.
     """
