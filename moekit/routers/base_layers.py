@@ -123,14 +123,9 @@ def base_layers(
 ) -> BASELayerRouter:
     """BASE layers: balanced assignment in training, greedy at test, sigmoid gate, no loss.
 
-    Its bank is `moekit.experts.BASELayerStack`. The paper clips gradients by the norm of shared parameters alone.
-
-    Args:
-        dim: D.
-        num_experts: E; the paper has one per worker.
-        shuffle: ``RankShuffle()`` mixes the tokens of all ranks before the assignment, as the paper does; None = each
-            rank balances its own.
-        allow_future: accept the balanced assignment in a causal decoder, as the paper does.
+    Its bank is `moekit.experts.BASELayerStack`. The paper has one expert per worker, mixes the tokens of all ranks
+    before the assignment (``shuffle=RankShuffle()``), trains causal decoders so (``allow_future=True``), and clips
+    gradients by the norm of shared parameters alone.
 
     Source: arXiv:2103.16716.
 

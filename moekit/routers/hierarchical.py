@@ -119,12 +119,7 @@ class HierarchicalRouter(Router):
         )
 
     def _secondary(self, x: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-        """Float32[R, B] scores and noise scales of each row at the gate of its group.
-
-        Args:
-            x: Float[T, D].
-            group: Int64[R], R = k_groups * T, all first groups, then all second ones.
-        """
+        """Float32[R, B] scores and noise scales of rows, R = k_groups * T, at the gates of their ``group`` Int64[R]."""
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = torch.cat([self.secondary_weight, self.secondary_noise_weight], dim=1).to(wide).transpose(1, 2)
         if x.device.type == "cuda":
@@ -141,6 +136,5 @@ class HierarchicalRouter(Router):
         return self._scaled(both.index_select(0, order.argsort()))
 
     def _scaled(self, both: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and noise scales apart."""
         scores, raw_scale = both.split(self.group_size, dim=1)
         return scores, F.softplus(raw_scale)

@@ -131,16 +131,7 @@ def token_choices(
     losses: Mapping[str, Tensor] | None = None,
     statistics: Mapping[str, Tensor] | None = None,
 ) -> Routing:
-    """The `Routing` of choices by token, listed choice-major.
-
-    Args:
-        expert: Int64[T, K].
-        weight: Float32[T, K].
-        queue: places, as `enqueue` gives them.
-        num_experts: E.
-        losses: unweighted scalars by name.
-        statistics: detached scalars by name.
-    """
+    """The `Routing` of ``expert`` Int64[T, K] and ``weight`` Float32[T, K] by what `enqueue` gave, choice-major."""
     t, k = expert.shape
     return Routing(
         token=torch.arange(t, device=expert.device).repeat(k),

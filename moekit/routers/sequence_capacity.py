@@ -43,13 +43,7 @@ class SequenceCapacity:
         return None
 
     def enqueue(self, expert: Tensor, requested: Tensor, sequence: Tensor | None, num_experts: int) -> QueueResult:
-        """Queue every requested choice.
-
-        Args:
-            expert: Int64[T, K], experts by choice.
-            requested: Bool[T, K], False = takes no place.
-            sequence: Int64[T], the sequence of each token.
-            num_experts: E.
+        """Queue every choice that is ``requested`` Bool[T, K] by the ``sequence`` Int64[T] of its token.
 
         Raises:
             ValueError: if `sequence` is None.
