@@ -49,7 +49,7 @@ class Task(ABC):
         title: heading in reports.
         explanation: one sentence for reports: what the model does.
         samples: how reports present what the model wrote.
-        head: class of its head.
+        head: class of its `Head`.
         pairs: whether it needs pairs of texts, by direction; else it needs text of one language.
         perplexity: whether it predicts tokens of the vocabulary, so that exp(loss) is a perplexity.
         writes: what `moekit.inference.completer.Completer` writes for a sample: the continuation of half a text, the
@@ -60,7 +60,7 @@ class Task(ABC):
     title: ClassVar[str]
     explanation: ClassVar[str]
     samples: ClassVar[SampleWording] = SampleWording()
-    head: ClassVar[type[Head]]
+    head: ClassVar[type[Any]]
     pairs: ClassVar[bool] = False
     perplexity: ClassVar[bool] = True
     writes: ClassVar[Literal["continuation", "text", "spans"] | None] = None
@@ -84,8 +84,8 @@ class Task(ABC):
 
     @classmethod
     def make_head(cls, dim: int, label_smoothing: float) -> Head:
-        """A head for a backbone of `dim` channels."""
-        return cls.head()
+        """A head for a backbone of `dim` channels; by default one that needs to know `label_smoothing` alone."""
+        return cls.head(label_smoothing=label_smoothing)
 
     @property
     def scored(self) -> bool:
@@ -93,11 +93,7 @@ class Task(ABC):
         return bool(self.head.scores)
 
     def check(self, room: int) -> None:  # noqa: B027 (most tasks can use any text)
-        """Refuse texts of up to `room` tokens that the task cannot use.
-
-        Raises:
-            UserError: if there are such texts.
-        """
+        """Raise UserError if there may be texts of up to `room` tokens that the task cannot use."""
 
     def chunk(self, room: int) -> int | None:
         """Tokens of the chunks into which a language's text is cut, so that `room` tokens hold each; None = sentences.

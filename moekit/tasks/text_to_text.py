@@ -81,18 +81,12 @@ class TextToTextHead(SequenceHead):
         "rouge2": "ROUGE-2",
         "rougeL": "ROUGE-L",
     }
-
-    def make_score(self, directions: Sequence[str]) -> TextToTextScore:  # noqa: D102
-        return TextToTextScore(directions)
+    make_score = TextToTextScore
 
 
 @dataclass(frozen=True)
 class TextToTextTask(PairTask):
-    """Input -> target.
-
-    Attributes:
-        sentinel: see `PairTask`.
-    """
+    """Input -> target."""
 
     name: ClassVar[str] = TextToTextHead.task
     title: ClassVar[str] = "Text to text"

@@ -87,18 +87,12 @@ class TranslationHead(SequenceHead):
 
     task: ClassVar[str] = "translation"
     scores: ClassVar[Mapping[str, str]] = {"bleu": "BLEU", "chrf": "chrF"}
-
-    def make_score(self, directions: Sequence[str]) -> TranslationScore:  # noqa: D102
-        return TranslationScore(directions)
+    make_score = TranslationScore
 
 
 @dataclass(frozen=True)
 class TranslationTask(PairTask):
-    """Source sentence with the target's tag -> target sentence.
-
-    Attributes:
-        sentinel: see `PairTask`.
-    """
+    """Source sentence with the target's tag -> target sentence."""
 
     name: ClassVar[str] = TranslationHead.task
     title: ClassVar[str] = "Translation"

@@ -14,6 +14,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from moekit.atomic import replacing
 from moekit.errors import UserError
 from moekit.parallel.checkpoint import is_checkpoint, remove_checkpoint
+from moekit.parallel.checkpoint.checkpointer import PathLike
 from moekit.training.whole_checkpoint import whole_checkpoint
 
 
@@ -28,9 +29,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     checkpoint. It also holds the whole checkpoint in memory a second time; this does not.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
         """Write `checkpoint`; a former one at `path` stays whole until the new one is.
 
         Raises:
@@ -45,7 +44,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 remove_checkpoint(place)
 
     def load_checkpoint(
-        self, path: str | os.PathLike[str], map_location: Any | None = None, weights_only: bool | None = None
+        self, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint to the CPU, without executing anything in it.
 
@@ -57,7 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return load_checkpoint(path, map_location or "cpu", weights_only=weights_only is not False)
 
 
-def local_path(path: str | os.PathLike[str]) -> str:
+def local_path(path: PathLike) -> str:
     """A path of this machine's file systems; a ``file://`` URL becomes one.
 
     Raises:
@@ -73,7 +72,7 @@ def local_path(path: str | os.PathLike[str]) -> str:
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], map_location: Any = "cpu", *, weights_only: bool = True, mmap: bool = False
+    path: PathLike, map_location: Any = "cpu", *, weights_only: bool = True, mmap: bool = False
 ) -> dict[str, Any]:
     """Read a checkpoint; `mmap` reads tensors only when they are used.
 

@@ -25,8 +25,8 @@ _LEAVES = (
 def plain_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint of Lightning that can be read back as data.
 
-    Hyperparameters that are no plain data become text (`text_of`). NumPy's numbers become Python's, everywhere. What
-    else is no plain data is the state of something that wants back what it gave, and is refused.
+    Hyperparameters that are no plain data become text. NumPy's numbers become Python's, everywhere. What else is no
+    plain data is the state of something that wants back what it gave, and is refused.
 
     Raises:
         TypeError: naming the place in the checkpoint, and the type.
@@ -58,17 +58,13 @@ def unplain(hyperparameters: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def text_of(value: Any) -> str:
+def _as_text(value: Any, path: tuple[Any, ...]) -> str:
     """A path as a string, a class or function by its full name, anything else as Python shows it."""
     if isinstance(value, os.PathLike):
         return str(os.fspath(value))
     if isinstance(value, functools.partial) or not hasattr(value, "__qualname__"):
         return repr(value)
     return f"{value.__module__}.{value.__qualname__}"
-
-
-def _as_text(value: Any, path: tuple[Any, ...]) -> str:
-    return text_of(value)
 
 
 def _refuse(value: Any, path: tuple[Any, ...]) -> Any:

@@ -65,11 +65,7 @@ class OptimizerSteps:
                 MasterWeights.of(optimizer, divide=divide, device=device)
 
     def bind_new_groups(self, optimizer: Optimizer, sharded: ShardedModel) -> None:
-        """Bind an optimizer anew if groups of other parameters have joined it.
-
-        Raises:
-            UserError: If the model never had them.
-        """
+        """Bind an optimizer anew if groups of other parameters have joined it; refused as by `prepare`."""
         if any(not isinstance(parameter, DTensor) for parameter in _parameters(optimizer)):
             rebind_optimizer(_unwrapped(optimizer), sharded)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ import torch
 
 from moekit.atomic import replacing
 from moekit.errors import UserError
+from moekit.parallel.checkpoint.checkpointer import PathLike
 from moekit.parallel.checkpoint.optimizer_state import optimizer_state_from
 from moekit.parallel.checkpoint.reader import StoredCheckpoint
-
-PathLike = str | os.PathLike[str]
 
 
 def consolidate_checkpoint(folder: PathLike, path: PathLike) -> None:

@@ -67,17 +67,12 @@ class ComponentBinding(Callback):
         self._bind(trainer, pl_module)
         self._last_step = trainer.global_step
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """From here on forwards are training's; what was returned before is nobody's."""
         for router in self._observing:
             forget(router)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Tell routers what they returned in this batch; call `Component.on_step_end` if an optimizer has stepped."""
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         for router in self._observing:
             tell_routings(router)
         if not self._components or trainer.global_step == self._last_step:
@@ -89,21 +84,17 @@ class ComponentBinding(Callback):
                 component.on_step_end(before + self._last_step)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Release the components: Lightning does not call ``teardown`` after an exception.
-
-        Where a Trainer without the strategy was given a sharded checkpoint, say what to do.
-        """
-        self.teardown(trainer, pl_module, "")
+        self.teardown(trainer, pl_module, "")  # which Lightning does not call after an exception
         if isinstance(exception, IsADirectoryError) and exception.filename:
             _explain(exception)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the components plain modules again."""
         unbind(pl_module)
         self._release()
 
 
 def _explain(refused: IsADirectoryError) -> None:
+    """Where a Trainer without the strategy was given a sharded checkpoint, say what to do."""
     from moekit.parallel.checkpoint import is_checkpoint  # which not every program with a Trainer needs
 
     if is_checkpoint(refused.filename):

@@ -38,7 +38,7 @@ class Resumable(Checkpoint):
         clock: seconds that never go back; for tests.
 
     Raises:
-        ValueError: an interval that is not positive.
+        ValueError: an interval that is not positive; in setup, if a `BestCheckpoint` comes later among the callbacks.
     """
 
     def __init__(
@@ -65,13 +65,11 @@ class Resumable(Checkpoint):
         self._put_off = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the order of the callbacks: last.ckpt must hold what `BestCheckpoint` knows."""
         later = trainer.callbacks[trainer.callbacks.index(self) :]  # type: ignore[attr-defined]
-        if any(isinstance(callback, BestCheckpoint) for callback in later):
+        if any(isinstance(callback, BestCheckpoint) for callback in later):  # last.ckpt must hold what it knows
             raise ValueError("callbacks must have BestCheckpoint before Resumable: got the reverse. Exchange them.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start counting, drop logged rows that this run will write again, take the signals over from Lightning."""
         # A signal that came before the first batch is Lightning's flag; it would stop between two optimizer steps.
         self._signal, self._put_off = (signal.SIGTERM if trainer.received_sigterm else None), False
         trainer._signal_connector.received_sigterm = False
@@ -79,17 +77,14 @@ class Resumable(Checkpoint):
         self._saved_time = self._clock()
         for logger in trainer.loggers:
             if isinstance(logger, CsvLogger):
-                logger.continue_from(trainer.global_step)
+                logger.continue_from(trainer.global_step)  # drops rows that this run will write again
         for number in _SIGNALS:
             try:
                 self._former[number] = signal.signal(number, self._handle)
             except ValueError:  # not in the main thread: signals are somebody else's business
                 return
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save if it is time; after a signal save and stop."""
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = trainer.global_step
@@ -104,21 +99,18 @@ class Resumable(Checkpoint):
             self._save_and_perhaps_stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, or stop, as was put off until after this validation."""
         if self._put_off and not trainer.sanity_checking:
             self._put_off = False
             self._save_and_perhaps_stop(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the end of the run; a signal that came in its last step still stops what would follow."""
         if trainer.global_step > self._saved_step or not self.path.exists():
             self._save(trainer)
-        if self._must_stop(trainer):
+        if self._must_stop(trainer):  # a signal that came in the last step still stops what would follow
             raise SIGTERMException
         self._restore_signals()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """After a signal, set the exit code and tell the user; the last checkpoint stays as it is."""
         self._restore_signals()
         if isinstance(exception, SIGTERMException) and self._signal is not None:
             exception.code = 128 + self._signal
@@ -126,7 +118,6 @@ class Resumable(Checkpoint):
                 print(self._message(trainer), file=sys.stderr, flush=True)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the signals back."""
         self._restore_signals()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
