@@ -33,13 +33,7 @@ class StepWatch:
         self._warned = False
 
     def see(self, module: nn.Module, weights: Iterable[Tensor], state: int) -> None:
-        """Look at the clocks; called by training forwards.
-
-        Args:
-            module: whose step it is, for the message.
-            weights: what an optimizer moves.
-            state: a number that changes with every step that the module is told of.
-        """
+        """Look at the clocks of `weights` in a training forward; `state` changes with every step told to `module`."""
         now = sum(writes(weight) for weight in weights if weight.requires_grad)
         if state != self._state:
             self._state, self._weights, self._updates = state, now, 0

@@ -151,9 +151,8 @@ def train_only(model: nn.Module, chosen: Subset) -> Trained:
         parameter.requires_grad_(name in names)
     for module in model.modules():
         if isinstance(module, Router):
-            module.frozen = any(True for _ in module.parameters()) and not any(
-                parameter.requires_grad for parameter in module.parameters()
-            )
+            own = list(module.parameters())
+            module.frozen = bool(own) and not any(parameter.requires_grad for parameter in own)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return Trained(names, sum(sizes[name] for name in names), sum(sizes.values()))
 

@@ -87,8 +87,7 @@ def check_optimizer(optimizer: Optimizer, *, divided: bool) -> None:
     for name, why in _OPTIMIZERS.items():
         if isinstance(optimizer, getattr(torch.optim, name)):
             raise UserError(f"ExpertParallelStrategy cannot train with torch.optim.{name}: {why}.")
-    muon = getattr(torch.optim, "Muon", None)
-    if muon is not None and isinstance(optimizer, muon):
+    if isinstance(optimizer, torch.optim.Muon):
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             if _is_cut(parameter, divided):
                 raise UserError(

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -20,7 +21,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from moekit.errors import UserError
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
@@ -32,7 +35,6 @@ from moekit.parallel.plan import ShardingPlan
 from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 from moekit.routing import Router
 from moekit.training.lightning_callbacks import divide_averages, on_several_meshes, restore_groups
-from moekit.training.placement import move_unsharded_state
 from moekit.training.plain_data import plain_state
 from moekit.training.refusals import check_batch_norms, check_callbacks, check_precision
 from moekit.training.strategy_checkpoint import StrategyCheckpoints, check_checkpoints
@@ -523,3 +525,25 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         self._checkpoints.load_optimizers(checkpoint, self.optimizers)
+
+
+@torch.no_grad()
+def move_unsharded_state(model: nn.Module, device: torch.device) -> None:
+    """Move to `device` what stays behind where a strategy puts the weights in their places and never calls ``to``.
+
+    That is where weights are kept in host memory, or the model was built on the meta device. Moved are the states of
+    metrics, which are neither parameters nor buffers, and buffers that no unit of `fully_shard` has moved. A shared
+    buffer stays shared. `device` of LightningModules and metrics then says where batches are.
+    """
+    moved: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, Metric):
+            module.to(device)
+        if isinstance(module, _DeviceDtypeModuleMixin):
+            module._device = device
+        for name, buffer in module._buffers.items():
+            if buffer is None or isinstance(buffer, DTensor) or buffer.is_meta or buffer.device == device:
+                continue
+            if buffer not in moved:
+                moved[buffer] = buffer.to(device)
+            module._buffers[name] = moved[buffer]

@@ -48,10 +48,8 @@ class StepSync:
     def start(self, sharded: ShardedModel, mode: Literal["batch", "module"]) -> None:
         """Compare from here on, until `stop`; in a job of one process do nothing.
 
-        Args:
-            sharded: The model; its units and sparse layers are points at which ranks meet.
-            mode: Whether ranks meet at every module that communicates, or compare afterwards which ones they have
-                passed.
+        The units and sparse layers of the model are points at which ranks meet too; or, in the mode "batch", compare
+        afterwards which ones they have passed.
         """
         model, meshes = sharded.module, sharded.meshes
         if self.lockstep is not None or meshes.layout.devices == 1:
@@ -174,15 +172,7 @@ class ManualOptimization:
 
 
 def call_as_forward(module: L.LightningModule, model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Call a method of `module` as the forward of `model`, so that weights are gathered for it.
-
-    Args:
-        module: The LightningModule.
-        model: The module that is called, `module` or a wrapper of it.
-        name: The method, for example "training_step".
-        *args: For the method.
-        **kwargs: For the method.
-    """
+    """Call a method of `module` as the forward of `model`, itself or a wrapper, so that weights are gathered for it."""
     before = module.__dict__.get("forward")
 
     def restore() -> None:
