@@ -24,7 +24,6 @@ class Backbone(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float[..., V] scores of ``hidden`` Float[..., D] over the vocabulary."""
-        ...
 
 
 @dataclass(frozen=True)

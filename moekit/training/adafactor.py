@@ -214,7 +214,8 @@ class _Division:
 
 
 def _dim(place: Placement) -> int | None:
-    return getattr(place, "dim", None)
+    found: int | None = getattr(place, "dim", None)
+    return found
 
 
 def _shifted(place: Placement, dim: int) -> Placement:

@@ -30,7 +30,6 @@ class Objective(Protocol):
 
     def weights(self, step: int) -> Weights:
         """The weights with which step number `step` (from 0) is made."""
-        ...
 
 
 @dataclass(frozen=True)

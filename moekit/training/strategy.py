@@ -78,9 +78,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         cluster_environment: The environment that says which processes there are.
         precision_plugin: The precision of weights and computation.
 
-    Attributes:
-        skipped_steps: The number of optimizer steps that were skipped for their gradients.
-
     Raises:
         TypeError: If `expert_parallel_size` is no number and not "auto".
         ValueError: At construction, for values that no number of processes makes right; in setup, before anything is
@@ -196,11 +193,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     @property
     def meshes(self) -> Meshes:
-        """The meshes of the model.
-
-        Raises:
-            RuntimeError: Before setup.
-        """
+        """The meshes of the model; RuntimeError before setup."""
         return self._divided.meshes
 
     @property
@@ -290,11 +283,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.sharded = self._parallelize(self.model, build_meshes(layout, self.root_device.type, self._world))
 
     def _require_layout(self, there: Layout) -> None:
-        """Refuse to train a model that another strategy has divided in another way.
-
-        Raises:
-            UserError: Naming the first setting that differs.
-        """
+        """Refuse to train a model that another strategy has divided in another way."""
         expert = there.expert_parallel_size if self.expert_parallel_size == "auto" else self.expert_parallel_size
         asked = self._layout(there.devices, expert)
         for name in ("expert_parallel_size", "tensor_parallel_size", "replicas", "zero_stage", "offload"):

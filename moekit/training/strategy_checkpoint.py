@@ -83,12 +83,7 @@ class StrategyCheckpoints:
         """Read a checkpoint, each rank its part of the tensors; nothing is filled, and nothing in it is executed.
 
         Where the module has an `on_load_checkpoint`, tensors that it has not in this shape are read too, whole, so that
-        the hook can rename and resize them.
-
-        Args:
-            path: The checkpoint, a folder of the strategy or a file of Lightning.
-            module: The module for which tensors are sharded.
-            optimizers: The optimizers to go on with; none outside of fit.
+        the hook can rename and resize them. Outside of fit there are no `optimizers` to go on with.
 
         Raises:
             UserError: If it is no checkpoint of the strategy or of Lightning, or is broken.
