@@ -51,7 +51,7 @@ class Adafactor(Optimizer):
         batch_dims: default of the groups.
 
     Raises:
-        ValueError: for values out of range, and sparse gradients.
+        ValueError: for values out of range.
 
     Source: arXiv:1804.04235 algorithm 4, with the decay of section 7.2 and the clipping of section 6; dimensions that
     count separate tensors are t5x's ``FactorDim.BATCH``, which its sparse models use for experts; values of T5.
@@ -102,7 +102,11 @@ class Adafactor(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step."""
+        """Make one step.
+
+        Raises:
+            ValueError: for sparse gradients.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -24,17 +24,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Give it to a Trainer as ``plugins=[AtomicCheckpointIO()]``. Local files only. It also reads the folders of
     `ExpertParallelStrategy`, and a file replaces one in its place.
 
+    Raises:
+        UserError: in saving, if the path is a URL, the disk is full, the folder read-only and the like; in loading, as
+            `load_checkpoint`.
+
     Differs: Lightning 2.6 writes to the system's temporary folder and moves the file. Where that folder is on another
     file system the move is a copy, and a process killed in the middle leaves a torn file in the place of the old
     checkpoint. It also holds the whole checkpoint in memory a second time; this does not.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
-        """Write `checkpoint`; a former one at `path` stays whole until the new one is.
-
-        Raises:
-            UserError: If `path` is a URL, the disk is full, the folder read-only and the like.
-        """
+        """Write `checkpoint`; a former one at `path` stays whole until the new one is."""
         if storage_options is not None:
             raise TypeError("AtomicCheckpointIO takes no storage_options.")
         place = Path(local_path(path))
@@ -46,11 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint to the CPU, without executing anything in it.
-
-        Raises:
-            UserError: If the file is missing or broken, or holds more than plain data and tensors.
-        """
+        """Read a checkpoint to the CPU, without executing anything in it."""
         if is_checkpoint(local_path(path)):
             return whole_checkpoint(path)
         return load_checkpoint(path, map_location or "cpu", weights_only=weights_only is not False)

@@ -202,7 +202,7 @@ def with_slots(
 
     Args:
         make: makes the optimizer of a module.
-        slots: by parameter name, as `moekit.surgery.state_by_name` gives them. Parameters that do not train are passed
+        slots: state by parameter name, as `moekit.surgery.state_by_name` gives them. Parameters that do not train are passed
             over, others begin afresh where they have none or tensors of another shape.
 
     Source: arXiv:2202.08906 (resetting the slots of Adafactor hurts).

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.serialization import get_safe_globals
 
-HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
-"""Where Lightning's checkpoints keep what `save_hyperparameters` has noted of the module and of the data."""
+# What `save_hyperparameters` has noted of module and data, and their classes, which Lightning takes by name too.
+_HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters", "hparams_type", "datamodule_hparams_type")
 
 # What torch reads with ``weights_only``.
 _LEAVES = (
@@ -31,9 +31,8 @@ def plain_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError: naming the place in the checkpoint, and the type.
     """
-    kinds = ("hparams_type", "datamodule_hparams_type")  # a class, which Lightning takes by name too
     return {
-        key: _plain(value, (key,), _as_text if key in (*HYPERPARAMETERS, *kinds) else _refuse)
+        key: _plain(value, (key,), _as_text if key in _HYPERPARAMETERS else _refuse)
         for key, value in checkpoint.items()
     }
 

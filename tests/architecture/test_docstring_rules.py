@@ -26,6 +26,11 @@ ROOMS = (
     "soft_moe",
     "layer",
     "routing",
+    "component",
+    "stepping",
+    "tasks",
+    "heads",
+    "training",
 )
 """Where docstrings are held to these rules; widen it as rooms come to keep them."""
 

@@ -18,9 +18,6 @@ class BestCheckpoint(Checkpoint):
         monitor: a logged metric, for example ``"valid/translation/loss"``.
         mode: whether lower ("min") or higher ("max") is better.
 
-    Raises:
-        ValueError: at the end of a validation that did not log `monitor`; the metrics there are named.
-
     Differs: Lightning's ModelCheckpoint forgets its best when the folder was moved or renamed; this does not.
     """
 
@@ -33,6 +30,7 @@ class BestCheckpoint(Checkpoint):
         self.best: float | None = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Raise ValueError, naming the metrics that there are, if the validation did not log `monitor`."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.monitor not in trainer.callback_metrics:

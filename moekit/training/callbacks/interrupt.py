@@ -38,7 +38,7 @@ class Resumable(Checkpoint):
         clock: seconds that never go back; for tests.
 
     Raises:
-        ValueError: an interval that is not positive; in setup, if a `BestCheckpoint` comes later among the callbacks.
+        ValueError: an interval that is not positive.
     """
 
     def __init__(
@@ -65,8 +65,9 @@ class Resumable(Checkpoint):
         self._put_off = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Raise ValueError if a `BestCheckpoint` comes later: last.ckpt must hold what it knows."""
         later = trainer.callbacks[trainer.callbacks.index(self) :]  # type: ignore[attr-defined]
-        if any(isinstance(callback, BestCheckpoint) for callback in later):  # last.ckpt must hold what it knows
+        if any(isinstance(callback, BestCheckpoint) for callback in later):
             raise ValueError("callbacks must have BestCheckpoint before Resumable: got the reverse. Exchange them.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
