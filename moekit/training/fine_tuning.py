@@ -202,8 +202,8 @@ def with_slots(
 
     Args:
         make: makes the optimizer of a module.
-        slots: state by parameter name, as `moekit.surgery.state_by_name` gives them. Parameters that do not train are passed
-            over, others begin afresh where they have none or tensors of another shape.
+        slots: state by parameter name, as `moekit.surgery.state_by_name` gives it. Parameters that do not train are
+            passed over, others begin afresh where they have none or tensors of another shape.
 
     Source: arXiv:2202.08906 (resetting the slots of Adafactor hurts).
     """

@@ -18,6 +18,9 @@ class BestCheckpoint(Checkpoint):
         monitor: a logged metric, for example ``"valid/translation/loss"``.
         mode: whether lower ("min") or higher ("max") is better.
 
+    Raises:
+        ValueError: if `mode` is another one.
+
     Differs: Lightning's ModelCheckpoint forgets its best when the folder was moved or renamed; this does not.
     """
 
