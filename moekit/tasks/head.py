@@ -187,12 +187,10 @@ class Head(Component, ABC):
         self.log_dict(logs, batch_size=own.source.shape[0])
         return total
 
-    def training_step(self, batch: Batch | Mapping[str, Batch], batch_idx: int) -> Tensor:
-        """Train alone."""
+    def training_step(self, batch: Batch | Mapping[str, Batch], batch_idx: int) -> Tensor:  # noqa: D102
         return self._step(batch, "train")
 
-    def validation_step(self, batch: Batch | Mapping[str, Batch], batch_idx: int) -> None:
-        """Validate alone."""
+    def validation_step(self, batch: Batch | Mapping[str, Batch], batch_idx: int) -> None:  # noqa: D102
         self._step(batch, "valid")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -120,6 +120,5 @@ class MaskedLMTask(Task):
     def make_head(cls, dim: int, label_smoothing: float) -> Head:  # noqa: D102
         return cls.head(dim)
 
-    def collate(self, rows: Sentences) -> Batch:
-        """The batch of masked sentences."""
+    def collate(self, rows: Sentences) -> Batch:  # noqa: D102
         return masked_batch(self.name, self.masking or Masking(), rows)

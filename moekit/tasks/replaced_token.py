@@ -142,6 +142,5 @@ class ReplacedTokenTask(Task):
         """Raise UserError: the model of a recipe that does not make this head itself has no generator."""
         raise UserError(f"the task {cls.name} needs a generator, which this model has not. Leave the task out.")
 
-    def collate(self, rows: Sentences) -> Batch:
-        """The batch of masked sentences."""
+    def collate(self, rows: Sentences) -> Batch:  # noqa: D102
         return masked_batch(self.name, self.masking or ELECTRA, rows)

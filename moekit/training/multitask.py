@@ -287,13 +287,11 @@ class MultitaskModule(L.LightningModule):
             self.test_perplexity.reset()
             self.test_accuracy.reset()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep `steps_before`, where there are any."""
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
         if self.steps_before:
             checkpoint["steps_before"] = self.steps_before
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up `steps_before`."""
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
         self.steps_before = int(checkpoint.get("steps_before", 0))
 
     def configure_optimizers(self) -> Any:

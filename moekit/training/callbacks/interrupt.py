@@ -89,9 +89,7 @@ class Resumable(Checkpoint):
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = trainer.global_step
-        # What each process got by itself, and the first one's clock, in one message.
-        stop, due = agree(trainer, self._signal is not None, trainer.is_global_zero and self._is_due(trainer))
-        self._heed(bool(stop))
+        stop, due = self._agree(trainer, due=trainer.is_global_zero and self._is_due(trainer))
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
         if (stop or due) and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
@@ -107,7 +105,7 @@ class Resumable(Checkpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step > self._saved_step or not self.path.exists():
             self._save(trainer)
-        if self._must_stop(trainer):  # a signal that came in the last step still stops what would follow
+        if self._agree(trainer)[0]:  # a signal that came in the last step still stops what would follow
             raise SIGTERMException
         self._restore_signals()
 
@@ -116,7 +114,9 @@ class Resumable(Checkpoint):
         if isinstance(exception, SIGTERMException) and self._signal is not None:
             exception.code = 128 + self._signal
             if trainer.is_global_zero:
-                print(self._message(trainer), file=sys.stderr, flush=True)
+                stopped = f"Stopped by {signal.Signals(self._signal).name} after step {trainer.global_step}"
+                resume = f" Resume with: {self.how_to_resume}" if self.how_to_resume else ""
+                print(f"{stopped}; everything is in {self.path}.{resume}", file=sys.stderr, flush=True)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._restore_signals()
@@ -132,16 +132,12 @@ class Resumable(Checkpoint):
             signal.signal(number, handler)
         self._former = {}
 
-    def _must_stop(self, trainer: L.Trainer) -> bool:
-        """Whether any process got a signal; all of them agree."""
-        (stop,) = agree(trainer, self._signal is not None)
-        self._heed(bool(stop))
-        return bool(stop)
-
-    def _heed(self, stop: bool) -> None:
-        """Stop for a signal that another process got."""
+    def _agree(self, trainer: L.Trainer, *, due: bool = False) -> tuple[bool, bool]:
+        """Whether any process got a signal, which then is everybody's, and whether for any it is time to save."""
+        stop, save = agree(trainer, self._signal is not None, due)
         if stop:
             self._signal = self._signal or signal.SIGTERM
+        return bool(stop), bool(save)
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         by_steps = self.every_n_steps is not None and (trainer.global_step - self._saved_step >= self.every_n_steps)
@@ -150,7 +146,7 @@ class Resumable(Checkpoint):
 
     def _save_and_perhaps_stop(self, trainer: L.Trainer) -> None:
         self._save(trainer)
-        if self._must_stop(trainer):
+        if self._agree(trainer)[0]:
             # Lightning raises SIGTERMException when this batch is wholly accounted for and its values are logged. Set
             # before a validation the flag would break that off.
             trainer._signal_connector.received_sigterm = True
@@ -160,8 +156,3 @@ class Resumable(Checkpoint):
             logger.save()  # what the checkpoint's step has logged must not be behind it
         trainer.save_checkpoint(self.path)
         self._saved_step, self._saved_time = trainer.global_step, self._clock()
-
-    def _message(self, trainer: L.Trainer) -> str:
-        name = signal.Signals(self._signal or signal.SIGTERM).name
-        resume = f" Resume with: {self.how_to_resume}" if self.how_to_resume else ""
-        return f"Stopped by {name} after step {trainer.global_step}; everything is in {self.path}.{resume}"
