@@ -49,7 +49,7 @@ class Task(ABC):
         title: heading in reports.
         explanation: one sentence for reports: what the model does.
         samples: how reports present what the model wrote.
-        head: class of its `Head`.
+        head: class of its head.
         pairs: whether it needs pairs of texts, by direction; else it needs text of one language.
         perplexity: whether it predicts tokens of the vocabulary, so that exp(loss) is a perplexity.
         writes: what `moekit.inference.completer.Completer` writes for a sample: the continuation of half a text, the
@@ -60,7 +60,7 @@ class Task(ABC):
     title: ClassVar[str]
     explanation: ClassVar[str]
     samples: ClassVar[SampleWording] = SampleWording()
-    head: ClassVar[type[Any]]
+    head: ClassVar[type[Head]]
     pairs: ClassVar[bool] = False
     perplexity: ClassVar[bool] = True
     writes: ClassVar[Literal["continuation", "text", "spans"] | None] = None
@@ -85,7 +85,7 @@ class Task(ABC):
     @classmethod
     def make_head(cls, dim: int, label_smoothing: float) -> Head:
         """A head for a backbone of `dim` channels; by default one that needs to know `label_smoothing` alone."""
-        return cls.head(label_smoothing=label_smoothing)
+        return cls.head(label_smoothing=label_smoothing)  # type: ignore[call-arg]
 
     @property
     def scored(self) -> bool:

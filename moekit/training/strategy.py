@@ -74,9 +74,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             the host runs further ahead of a GPU, and a rank that skips a layer ends by the timeout or by an error of
             the communication library instead.
         accelerator: The kind of device; the Trainer sets it, as all arguments that follow.
-        parallel_devices: The devices of this node.
-        cluster_environment: The environment that says which processes there are.
-        precision_plugin: The precision of weights and computation.
 
     Raises:
         TypeError: If `expert_parallel_size` is no number and not "auto".
@@ -145,12 +142,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Give Lightning the names ``expert_parallel`` and ``expert_parallel_zero0`` to ``3``, also ``_offload``."""
         named: dict[str, dict[str, Any]] = {"expert_parallel": {}}
-        named |= {f"expert_parallel_zero{stage}": {"zero_stage": stage} for stage in range(4)}
-        named |= {
-            "expert_parallel_zero1_offload": {"zero_stage": 1, "offload": "optimizer"},
-            "expert_parallel_zero2_offload": {"zero_stage": 2, "offload": "optimizer"},
-            "expert_parallel_zero3_offload": {"zero_stage": 3, "offload": "parameters"},
-        }
+        for stage in range(4):
+            named[f"expert_parallel_zero{stage}"] = {"zero_stage": stage}
+        for stage, offload in ((1, "optimizer"), (2, "optimizer"), (3, "parameters")):
+            named[f"expert_parallel_zero{stage}_offload"] = {"zero_stage": stage, "offload": offload}
         for name, options in named.items():
             if name not in strategy_registry:
                 strategy_registry.register(name, cls, description=f"{cls.__name__}({options})", **options)

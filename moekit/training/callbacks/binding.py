@@ -35,7 +35,12 @@ class ComponentBinding(Callback):
         self._observing: tuple[Component, ...] = ()
         self._last_step = 0
 
-    def _bind(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Bind what exists already, so that the user's own ``setup`` finds the Trainer."""
+        self.on_fit_start(trainer, pl_module)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Bind what ``setup`` and ``configure_model`` have added; before a validation inside `fit` it is repeated."""
         bind(pl_module)
         first = next((c for c in trainer.callbacks if isinstance(c, ComponentBinding)), self)  # type: ignore[attr-defined]
         if first is not self:
@@ -47,25 +52,16 @@ class ComponentBinding(Callback):
         for router in self._observing:
             listen(router)
 
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
+
     def _release(self) -> None:
         for router in self._observing:
             stop_listening(router)
         self._components = self._observing = ()
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Bind what exists already, so that the user's own ``setup`` finds the Trainer."""
-        self._bind(trainer, pl_module)
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Bind what ``setup`` and ``configure_model`` have added; before a validation inside `fit` it is repeated."""
-        self._bind(trainer, pl_module)
-
-    on_validation_start = on_test_start = on_predict_start = on_fit_start
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember where the run starts: a resumed run has done these steps already."""
-        self._bind(trainer, pl_module)
-        self._last_step = trainer.global_step
+        self.on_fit_start(trainer, pl_module)
+        self._last_step = trainer.global_step  # a resumed run has done these already
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """From here on forwards are training's; what was returned before is nobody's."""
