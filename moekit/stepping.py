@@ -67,14 +67,10 @@ class _Ear:
             for number, hook in list(registered.items()):
                 if hook in (_turn, _hear):  # of a router that this one is a copy of
                     del registered[number]
-        self._handles: tuple[RemovableHandle, ...] = (
+        self.handles: tuple[RemovableHandle, ...] = (
             router.register_forward_pre_hook(_turn),
             router.register_forward_hook(_hear),
         )
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
 
     def backward_passed(self, gradient: Tensor) -> None:
         self.passed = True
@@ -137,7 +133,8 @@ def stop_listening(model: nn.Module) -> None:
     """Undo `listen`; what was heard and not told is forgotten."""
     for router in _observing(model):
         if router._ear is not None:
-            router._ear.close()
+            for handle in router._ear.handles:
+                handle.remove()
             router._ear = None
 
 

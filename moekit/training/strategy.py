@@ -391,20 +391,18 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             return call_as_forward(self._module, self._divided.module, "training_step", *args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.precision_plugin.val_step_context():
-            return self._evaluate("validate", "validation_step", *args, **kwargs)
+        return self._evaluate("validate", "validation_step", self.precision_plugin.val_step_context(), *args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.precision_plugin.test_step_context():
-            return self._evaluate("test", "test_step", *args, **kwargs)
+        return self._evaluate("test", "test_step", self.precision_plugin.test_step_context(), *args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.precision_plugin.predict_step_context():
-            return self._evaluate("predict", "predict_step", *args, **kwargs)
+        return self._evaluate("predict", "predict_step", self.precision_plugin.predict_step_context(), *args, **kwargs)
 
-    def _evaluate(self, stage: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    def _evaluate(self, stage: str, name: str, precision: Any, *args: Any, **kwargs: Any) -> Any:
         self._sync.begin_batch(stage, self._module.trainer)
         with (
+            precision,
             self._sync.watched(self._sync.evaluators),
             torch.inference_mode(False),  # weights gathered in inference mode could not be used in training again
             torch.set_grad_enabled(torch.is_grad_enabled()),
