@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -142,12 +142,12 @@ class Head(Component, ABC):
         task: name of its task.
         scores: scores of the answers that the model writes in the test, labels by name; empty = the test measures the
             loss.
-        make_score: makes the metric of these answers for some directions (``"en-de"``), where there are `scores`.
+        make_score: metric of these answers, made for some directions such as ``"en-de"``, where there are `scores`.
     """
 
     task: ClassVar[str]
     scores: ClassVar[Mapping[str, str]] = {}
-    make_score: ClassVar[Callable[[Sequence[str]], AnswerScore]]
+    make_score: ClassVar[type[AnswerScore]]
 
     def __init__(
         self, backbone: nn.Module | None = None, *, aux: AuxLosses | None = None, learning_rate: float = 1e-3

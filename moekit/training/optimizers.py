@@ -100,7 +100,7 @@ def _with_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | N
     """Every parameter by name, with the number of experts of the bank that it belongs to, or None."""
     experts: dict[nn.Parameter, int] = {}  # the outermost bank comes first; one may wrap another
     for module in model.modules():
-        axes = getattr(module, "axes", None)
+        axes: Any = getattr(module, "axes", None)
         for name, parameter in module.named_parameters() if isinstance(axes, Mapping) else ():
             if isinstance(module, Experts):
                 experts.setdefault(parameter, module.num_experts)
