@@ -11,7 +11,6 @@ get nothing. `bind` walks the whole tree instead; `moekit.training.callbacks.bin
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -37,14 +36,6 @@ def _can_log(root: L.LightningModule) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class _Binding:
-    """Where a component hangs: the outermost LightningModule and the dotted path from it."""
-
-    root: weakref.ReferenceType[L.LightningModule]
-    path: str
-
-
 class Component(L.LightningModule):
     """Base class of routers, experts, MoE layers, transformers and heads.
 
@@ -54,10 +45,12 @@ class Component(L.LightningModule):
     Attributes:
         frozen: a frozen component is not told of steps and of routings, so that nothing in it moves. Its parameters are
             another matter (`requires_grad`).
+        path: dotted path from the outermost LightningModule, empty for the outermost itself or before binding.
     """
 
     frozen: bool = False
-    _binding: _Binding | None = None
+    path: str = ""
+    _root: weakref.ReferenceType[L.LightningModule] | None = None  # the outermost LightningModule, once bound
     _steps_told: int = 0
 
     @property
@@ -65,14 +58,9 @@ class Component(L.LightningModule):
         """Optimizer steps taken so far; 0 where there is no Trainer."""
         return 0 if self._trainer is None and self._fabric is None else int(super().global_step)
 
-    @property
-    def path(self) -> str:
-        """Dotted path from the outermost LightningModule, empty for the outermost itself or before binding."""
-        return "" if self._binding is None else self._binding.path
-
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Log `value` through the outermost LightningModule as ``<path>/<name>``; arguments as in Lightning."""
-        root = self._binding.root() if self._binding is not None else self
+        root = self if self._root is None else self._root()
         if root is not None and _can_log(root):
             if root is self:
                 super().log(name, value, *args, **kwargs)
@@ -99,10 +87,7 @@ class Component(L.LightningModule):
     def __getstate__(self) -> dict[str, Any]:
         # Weak references can be neither pickled nor moved to a copy, and a copy has another root anyway. Nobody has
         # asked to listen to a copy's routers.
-        state = dict(super().__getstate__())
-        state.pop("_binding", None)
-        state.pop("_ear", None)
-        return state
+        return {name: value for name, value in super().__getstate__().items() if name not in ("_root", "path", "_ear")}
 
 
 def components(root: nn.Module) -> dict[str, Component]:
@@ -112,19 +97,14 @@ def components(root: nn.Module) -> dict[str, Component]:
 
 def bind(root: L.LightningModule) -> None:
     """Tell every component under `root`, at any depth, its Trainer, its root and its path."""
-    reference = weakref.ref(root)
     if isinstance(root, Component):
-        root._binding = _Binding(reference, "")
+        root._root, root.path = None, ""
     for path, component in components(root).items():
-        parts = [part for part in path.split(".") if part not in _WRAPPER_NAMES]
-        component._binding = _Binding(reference, ".".join(parts))
-        component._trainer = root._trainer
+        component._root, component._trainer = weakref.ref(root), root._trainer
+        component.path = ".".join(part for part in path.split(".") if part not in _WRAPPER_NAMES)
 
 
 def unbind(root: L.LightningModule) -> None:
     """Undo `bind`: the components are plain modules again."""
-    if isinstance(root, Component):
-        root._binding = None
     for component in components(root).values():
-        component._binding = None
-        component._trainer = None
+        component._root, component.path, component._trainer = None, "", None

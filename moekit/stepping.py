@@ -33,13 +33,7 @@ class StepWatch:
         self._warned = False
 
     def see(self, module: nn.Module, weights: Iterable[Tensor], state: int) -> None:
-        """Look at the clocks; called by training forwards.
-
-        Args:
-            module: whose step it is, for the message.
-            weights: what an optimizer moves.
-            state: a number that changes with every step that the module is told of.
-        """
+        """Look at the clocks of `weights` in a training forward; `state` changes with every step told to `module`."""
         now = sum(writes(weight) for weight in weights if weight.requires_grad)
         if state != self._state:
             self._state, self._weights, self._updates = state, now, 0
@@ -73,14 +67,10 @@ class _Ear:
             for number, hook in list(registered.items()):
                 if hook in (_turn, _hear):  # of a router that this one is a copy of
                     del registered[number]
-        self._handles: tuple[RemovableHandle, ...] = (
+        self.handles: tuple[RemovableHandle, ...] = (
             router.register_forward_pre_hook(_turn),
             router.register_forward_hook(_hear),
         )
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
 
     def backward_passed(self, gradient: Tensor) -> None:
         self.passed = True
@@ -143,7 +133,8 @@ def stop_listening(model: nn.Module) -> None:
     """Undo `listen`; what was heard and not told is forgotten."""
     for router in _observing(model):
         if router._ear is not None:
-            router._ear.close()
+            for handle in router._ear.handles:
+                handle.remove()
             router._ear = None
 
 

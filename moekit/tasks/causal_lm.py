@@ -6,17 +6,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from moekit.data.batch import Batch, Sentences
-from moekit.tasks.head import Head, Scores, TokenHead, name_routings, pick
+from moekit.tasks.head import Scores, TokenHead, name_routings, pick, required
 from moekit.tasks.task import SampleWording, Task
 
 
 class CausalLMHead(TokenHead):
     """Predict each token from those before it, with a decoder-only backbone.
-
-    Args:
-        backbone: see `Head`.
-        label_smoothing: epsilon of the cross-entropy.
-        options: those of `Head`.
 
     Source: arXiv:2112.10684 (sparse), arXiv:2005.14165 (dense).
     """
@@ -24,11 +19,10 @@ class CausalLMHead(TokenHead):
     task: ClassVar[str] = "causal_lm"
 
     def score(self, batch: Batch, backbone: Any) -> Scores:  # noqa: D102
-        if batch.target is None or batch.target_mask is None:
-            raise ValueError(f"a batch of task {batch.task!r} must have a target: got none.")
-        decoded = backbone.decode(batch.target[:, :-1], batch.target_mask[:, 1:], language=batch.target_language)
+        target, mask = (required(part, "a target", batch) for part in (batch.target, batch.target_mask))
+        decoded = backbone.decode(target[:, :-1], mask[:, 1:], language=batch.target_language)
         logits = backbone.logits(pick(decoded.hidden, batch.predicted))
-        return Scores(logits, pick(batch.target[:, 1:], batch.predicted), name_routings(backbone, decoded))
+        return Scores(logits, pick(target[:, 1:], batch.predicted), name_routings(backbone, decoded))
 
 
 @dataclass(frozen=True)
@@ -47,10 +41,6 @@ class CausalLMTask(Task):
     )
     head: ClassVar[type[CausalLMHead]] = CausalLMHead
     writes = "continuation"
-
-    @classmethod
-    def make_head(cls, dim: int, label_smoothing: float) -> Head:  # noqa: D102
-        return cls.head(label_smoothing=label_smoothing)
 
     def collate(self, rows: Sentences) -> Batch:
         """``bos text eos``, which is source and target at once."""

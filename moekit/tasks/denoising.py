@@ -11,8 +11,8 @@ from moekit.data.keyed import Keys
 from moekit.data.noising import SpanLength, drop_words, infill_spans
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
-from moekit.tasks.sequence import SequenceHead, SequenceTask
-from moekit.tasks.task import Lengths, SampleWording
+from moekit.tasks.sequence import SequenceHead
+from moekit.tasks.task import Lengths, SampleWording, Task
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class DenoisingHead(SequenceHead):
 
 
 @dataclass(frozen=True)
-class DenoisingTask(SequenceTask):
+class DenoisingTask(Task):
     """Damaged sentence with its own tag -> the clean sentence.
 
     Attributes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -24,41 +24,55 @@ class Backbone(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float[..., V] scores of ``hidden`` Float[..., D] over the vocabulary."""
-        ...
 
 
 @dataclass(frozen=True)
-class HeadOutput:
-    """What a head returns for a batch.
+class Prediction:
+    """Loss and counts of some predictions.
 
     Attributes:
         loss: float32 scalar to minimise, a mean over predicted tokens.
         nll: float32 scalar, detached: summed negative log-likelihood in nats (no smoothing), for perplexity.
         correct: Int64 scalar, predictions that were right.
         num_predictions: Int64 scalar, predictions made: the denominator of loss, accuracy and perplexity.
-        routings: routings of the sparse layers that ran, by layer name (``encoder.1``).
-        extra: further detached scalars to log, by name.
     """
 
     loss: Tensor
     nll: Tensor
     correct: Tensor
     num_predictions: Tensor
+
+
+@dataclass(frozen=True)
+class HeadOutput(Prediction):
+    """What a head returns for a batch: its predictions, and what else is to be known of them.
+
+    Attributes:
+        routings: routings of the sparse layers that ran, by layer name (``encoder.1``).
+        extra: further detached scalars to log, by name.
+    """
+
     routings: Mapping[str, Routing]
     extra: Mapping[str, Tensor]
+
+    def to_log(self) -> dict[str, Tensor]:
+        """Scalars for a log: the mean ``loss`` in nats, as validation measures it, the ``accuracy``, and `extra`."""
+        predictions = self.num_predictions.clamp_min(1)
+        return {"loss": self.nll / predictions, "accuracy": self.correct / predictions, **self.extra}
 
 
 register_pytree(HeadOutput)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Cross-entropy of some predictions; see `HeadOutput` for the fields."""
+def required(value: Tensor | None, what: str, batch: Batch) -> Tensor:
+    """A tensor of `batch` without which its task can do nothing.
 
-    loss: Tensor
-    nll: Tensor
-    correct: Tensor
-    num_predictions: Tensor
+    Raises:
+        ValueError: if it is None.
+    """
+    if value is None:
+        raise ValueError(f"a batch of task {batch.task!r} must have {what}: got none.")
+    return value
 
 
 def pick(values: Tensor, places: Tensor | None) -> Tensor:
@@ -66,7 +80,7 @@ def pick(values: Tensor, places: Tensor | None) -> Tensor:
 
     The places of a `Batch` are known with it. Indexing by a mask would make a GPU's host wait for their number.
     """
-    assert places is not None
+    assert places is not None, "collated batches have them"
     return values.flatten(0, 1).index_select(0, places)
 
 
@@ -105,7 +119,7 @@ class Scores:
     Attributes:
         logits: Float[N, V], of the N predictions.
         labels: Int64[N], what is right; padding is not among them.
-        routings: of the sparse layers that ran, by layer name.
+        routings: routings of the sparse layers that ran, by layer name.
     """
 
     logits: Tensor
@@ -122,15 +136,18 @@ class Head(Component, ABC):
     Args:
         backbone: the model to train alone with; None where the head is one of several.
         aux: weighs the routers' losses when the head trains alone.
-        learning_rate: of AdamW when the head trains alone.
+        learning_rate: the rate of AdamW when the head trains alone.
 
     Attributes:
         task: name of its task.
-        scores: of the answers that the model writes in the test, labels by name; empty = the test measures the loss.
+        scores: scores of the answers that the model writes in the test, labels by name; empty = the test measures the
+            loss.
+        make_score: metric of these answers, made for some directions such as ``"en-de"``, where there are `scores`.
     """
 
     task: ClassVar[str]
     scores: ClassVar[Mapping[str, str]] = {}
+    make_score: ClassVar[type[AnswerScore]]
 
     def __init__(
         self, backbone: nn.Module | None = None, *, aux: AuxLosses | None = None, learning_rate: float = 1e-3
@@ -139,14 +156,6 @@ class Head(Component, ABC):
         self.backbone = backbone
         self.aux = aux
         self.learning_rate = learning_rate
-
-    def make_score(self, directions: Sequence[str]) -> AnswerScore:
-        """The metric of the answers that the model writes, where the head has `scores`.
-
-        Args:
-            directions: names of the pairs of languages that are tested, such as ``"en-de"``.
-        """
-        raise NotImplementedError(f"{type(self).__name__} scores no answers.")
 
     @abstractmethod
     def compute(self, batch: Batch, backbone: Any) -> HeadOutput:
@@ -170,23 +179,18 @@ class Head(Component, ABC):
         """One step alone: this head's batch out of a mixed one, its loss and the routers'."""
         own = batch if isinstance(batch, Batch) else batch[self.task]
         out = self(own)
-        total, logs = out.loss, {f"{stage}/{self.task}/{name}": value for name, value in out.extra.items()}
+        total, logs = out.loss, {f"{stage}/{self.task}/{name}": value for name, value in out.to_log().items()}
         if self.aux is not None and out.routings:
             extra, terms = self.aux(*out.routings.values())
             total = total + extra
-            logs.update({f"{stage}/aux/{name}": value for name, value in terms.items()})
-        predictions = out.num_predictions.clamp_min(1)
-        logs[f"{stage}/{self.task}/loss"] = out.nll / predictions
-        logs[f"{stage}/{self.task}/accuracy"] = out.correct / predictions
+            logs |= {f"{stage}/aux/{name}": value for name, value in terms.items()}
         self.log_dict(logs, batch_size=own.source.shape[0])
         return total
 
-    def training_step(self, batch: Batch | Mapping[str, Batch], batch_idx: int) -> Tensor:
-        """Train alone."""
+    def training_step(self, batch: Batch | Mapping[str, Batch], batch_idx: int) -> Tensor:  # noqa: D102
         return self._step(batch, "train")
 
-    def validation_step(self, batch: Batch | Mapping[str, Batch], batch_idx: int) -> None:
-        """Validate alone."""
+    def validation_step(self, batch: Batch | Mapping[str, Batch], batch_idx: int) -> None:  # noqa: D102
         self._step(batch, "valid")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -197,10 +201,7 @@ class Head(Component, ABC):
 class TokenHead(Head):
     """A head that predicts tokens of the vocabulary: a subclass says which (`score`), the loss is cross-entropy.
 
-    Args:
-        backbone: see `Head`.
-        label_smoothing: epsilon of the cross-entropy.
-        options: those of `Head`.
+    Args: as of `Head`, and `label_smoothing`, the epsilon of the cross-entropy.
 
     Raises:
         ValueError: if `label_smoothing` is not in [0, 1).
@@ -226,7 +227,7 @@ class TokenHead(Head):
     def judge(self, scores: Scores) -> HeadOutput:
         """Loss and counts of scores."""
         out = predict(scores.logits, scores.labels, self.label_smoothing)
-        return HeadOutput(out.loss, out.nll, out.correct, out.num_predictions, scores.routings, {})
+        return HeadOutput(**vars(out), routings=scores.routings, extra={})
 
 
 def name_routings(backbone: Any, *outputs: Any) -> dict[str, Routing]:

@@ -13,7 +13,7 @@ from moekit.data.keyed import Keys
 from moekit.data.noising import check_ratio, check_shares, mask_tokens
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
-from moekit.tasks.head import Head, Scores, TokenHead, name_routings, pick
+from moekit.tasks.head import Head, Scores, TokenHead, name_routings, pick, required
 from moekit.tasks.task import Task
 
 
@@ -73,10 +73,7 @@ class MaskedLMTransform(nn.Module):
 class MaskedLMHead(TokenHead):
     """Predict the original of masked tokens from the encoder alone; the decoder idles.
 
-    Args:
-        dim: D of the backbone.
-        backbone: see `Head`.
-        options: those of `TokenHead`.
+    Args: as of `TokenHead`, after `dim`, the D of the backbone.
 
     Source: arXiv:1810.04805 section 3.1; as one of the tasks of arXiv:2109.10465.
     """
@@ -88,11 +85,10 @@ class MaskedLMHead(TokenHead):
         self.transform = MaskedLMTransform(dim)
 
     def score(self, batch: Batch, backbone: Any) -> Scores:  # noqa: D102
-        if batch.labels is None:
-            raise ValueError(f"a batch of task {batch.task!r} must have labels: got none.")
+        labels = required(batch.labels, "labels", batch)
         encoded = backbone.encode(batch.source, batch.source_mask, language=batch.source_language)
         logits = backbone.logits(self.transform(pick(encoded.hidden, batch.predicted)))
-        return Scores(logits, pick(batch.labels, batch.predicted), name_routings(backbone, encoded))
+        return Scores(logits, pick(labels, batch.predicted), name_routings(backbone, encoded))
 
 
 def masked_batch(task: str, masking: Masking, rows: Sentences) -> Batch:
@@ -124,6 +120,5 @@ class MaskedLMTask(Task):
     def make_head(cls, dim: int, label_smoothing: float) -> Head:  # noqa: D102
         return cls.head(dim)
 
-    def collate(self, rows: Sentences) -> Batch:
-        """The batch of masked sentences."""
+    def collate(self, rows: Sentences) -> Batch:  # noqa: D102
         return masked_batch(self.name, self.masking or Masking(), rows)

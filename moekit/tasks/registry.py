@@ -32,7 +32,6 @@ _CLASSES: tuple[type[Task], ...] = (
     CausalLMTask,
     TextToTextTask,
 )
-
 TASKS: Mapping[str, type[Task]] = MappingProxyType({task.name: task for task in _CLASSES})
 """Tasks by name."""
 
@@ -42,10 +41,10 @@ class TaskData:
     """The data of one task, of which each task reads what is its own.
 
     Attributes:
-        share: of a step's tokens, relative to the other tasks.
+        share: share of a step's tokens, relative to the other tasks.
         streams: directions (``en-de``) for tasks on pairs such as translation, languages for the others; None = all of
             the source.
-        temperature: of the mixture over streams; None = that of the data module.
+        temperature: temperature of the mixture over streams; None = that of the data module.
         stream_shares: streams that are drawn with a fixed probability, whatever the temperature.
         denoising: how sentences are damaged, for the task denoising.
         span_corruption: how spans are cut out, for the task span_corruption.
@@ -92,7 +91,7 @@ def make_heads(
     Args:
         tasks: their names.
         dim: channels of the backbone.
-        label_smoothing: of the sequence-to-sequence tasks.
+        label_smoothing: epsilon of the sequence-to-sequence tasks.
         own: what makes the heads of tasks that need more than that, by name.
 
     Raises:

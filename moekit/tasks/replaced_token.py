@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moekit.data.batch import Batch, Sentences
 from moekit.errors import UserError
-from moekit.tasks.head import Head, HeadOutput, name_routings, pick, predict
+from moekit.tasks.head import Head, HeadOutput, name_routings, pick, predict, required
 from moekit.tasks.masked_lm import MaskedLMTransform, Masking, masked_batch
 from moekit.tasks.task import Task
 
@@ -33,7 +33,7 @@ class ReplacedTokenHead(Head):
     Args:
         generator: a small masked language model with `encode`, `logits` and `dim`, such as `EncoderOnly`.
         dim: D of the backbone.
-        backbone: see `Head`.
+        backbone: the model to train alone with, or None.
         discriminator_weight: 50 in arXiv:2003.10555 section 3.1.
         options: those of `Head`.
 
@@ -79,11 +79,11 @@ class ReplacedTokenHead(Head):
 
     def fill(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The text with sampled tokens in the masked places Int64[B, S], and the generator's loss."""
-        assert batch.labels is not None
+        labels = required(batch.labels, "labels", batch)
         generator: Any = self.generator
         hidden = generator.encode(batch.source, batch.source_mask, language=batch.source_language).hidden
         logits = generator.logits(self.generator_transform(pick(hidden, batch.predicted)))
-        loss = predict(logits, pick(batch.labels, batch.predicted)).loss
+        loss = predict(logits, pick(labels, batch.predicted)).loss
         with torch.no_grad():
             # In evaluation the same batch gets the same samples every time.
             draw = None if self.training else torch.Generator(logits.device).manual_seed(0)
@@ -94,10 +94,9 @@ class ReplacedTokenHead(Head):
         return batch.source.flatten().index_copy(0, batch.predicted, sampled).view_as(batch.source), loss
 
     def compute(self, batch: Batch, backbone: Any) -> HeadOutput:  # noqa: D102
-        if batch.labels is None:
-            raise ValueError(f"a batch of task {batch.task!r} must have labels: got none.")
+        labels = required(batch.labels, "labels", batch)
         filled, generator_loss = self.fill(batch)
-        original = torch.where(batch.labels >= 0, batch.labels, batch.source)
+        original = torch.where(labels >= 0, labels, batch.source)
         real = batch.source_mask
         replaced = pick(filled != original, batch.real)
         encoded = backbone.encode(filled, real, language=batch.source_language)
@@ -140,16 +139,8 @@ class ReplacedTokenTask(Task):
 
     @classmethod
     def make_head(cls, dim: int, label_smoothing: float) -> Head:
-        """None without a generator.
-
-        Raises:
-            UserError: always.
-        """
+        """Raise UserError: the model of a recipe that does not make this head itself has no generator."""
         raise UserError(f"the task {cls.name} needs a generator, which this model has not. Leave the task out.")
 
-    def collate(self, rows: Sentences) -> Batch:
-        """The batch of masked sentences.
-
-        Source: arXiv:2003.10555 section 2.
-        """
+    def collate(self, rows: Sentences) -> Batch:  # noqa: D102
         return masked_batch(self.name, self.masking or ELECTRA, rows)

@@ -9,58 +9,37 @@ from typing import Any, ClassVar
 from torch import nn
 
 from moekit.data.batch import Batch, Sentences, pair_batch
-from moekit.tasks.head import Head, Scores, TokenHead, name_routings, pick
+from moekit.tasks.head import Scores, TokenHead, name_routings, pick, required
 from moekit.tasks.task import Lengths, Task
 
 
 class SequenceHead(TokenHead):
     """Encode the source, decode the target with teacher forcing, predict every real target token.
 
-    Args:
-        backbone: see `Head`.
-        label_smoothing: epsilon of the cross-entropy (0.1 in arXiv:1706.03762 section 5.4).
-        options: those of `Head`.
+    Args: as of `TokenHead`, with a `label_smoothing` of 0.1 as in arXiv:1706.03762 section 5.4.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module | None = None,
-        *,
-        label_smoothing: float = 0.1,
-        **options: Any,
-    ) -> None:
+    def __init__(self, backbone: nn.Module | None = None, *, label_smoothing: float = 0.1, **options: Any) -> None:
         super().__init__(backbone, label_smoothing=label_smoothing, **options)
 
     def score(self, batch: Batch, backbone: Any) -> Scores:  # noqa: D102
-        if batch.target is None or batch.target_mask is None:
-            raise ValueError(f"a batch of task {batch.task!r} must have a target: got none.")
+        target, mask = (required(part, "a target", batch) for part in (batch.target, batch.target_mask))
         encoded = backbone.encode(batch.source, batch.source_mask, language=batch.source_language)
         decoded = backbone.decode(
-            batch.target[:, :-1],
+            target[:, :-1],
             encoded.hidden,
             batch.source_mask,
-            target_mask=batch.target_mask[:, 1:],
+            target_mask=mask[:, 1:],
             language=batch.target_language,
         )
         # Only real tokens go through the output projection, the largest product of a small model.
         logits = backbone.logits(pick(decoded.hidden, batch.predicted))
-        return Scores(logits, pick(batch.target[:, 1:], batch.predicted), name_routings(backbone, encoded, decoded))
+        return Scores(logits, pick(target[:, 1:], batch.predicted), name_routings(backbone, encoded, decoded))
 
 
 @dataclass(frozen=True)
-class SequenceTask(Task):
-    """A task of an encoder-decoder: tagged source -> target."""
-
-    head: ClassVar[type[SequenceHead]]
-
-    @classmethod
-    def make_head(cls, dim: int, label_smoothing: float) -> Head:  # noqa: D102
-        return cls.head(label_smoothing=label_smoothing)
-
-
-@dataclass(frozen=True)
-class PairTask(SequenceTask):
-    """A task on pairs of texts, whose answers the test scores.
+class PairTask(Task):
+    """A task on pairs of texts, source -> target, whose answers the test scores.
 
     Attributes:
         about: what the pairs are, for the help of recipes.

@@ -15,8 +15,8 @@ from moekit.data.noising import check_spans, choose, everywhere, first_spans, ma
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
-from moekit.tasks.sequence import SequenceHead, SequenceTask
-from moekit.tasks.task import Lengths, SampleWording
+from moekit.tasks.sequence import SequenceHead
+from moekit.tasks.task import Lengths, SampleWording, Task
 
 # Numbers of the independent streams of draws that a key gives.
 _NOISE, _CLEAN = 16, 17
@@ -44,7 +44,7 @@ def span_counts(lengths: Lengths, ratio: float, mean_length: float, most: Length
     Args:
         lengths: Int64[B]. A sentence of one token loses nothing.
         ratio: share of tokens; 0 = none.
-        mean_length: of a span.
+        mean_length: mean length of a span.
         most: spans that a sentence may have; None = any number.
 
     Source: arXiv:1910.10683 section 3.1.4, and ``random_spans_noise_mask`` of the authors' code.
@@ -67,7 +67,7 @@ def noise_mask(lengths: Lengths, keys: Keys, counts: Counts) -> NDArray[np.bool_
     Args:
         lengths: Int64[B].
         keys: UInt64[B].
-        counts: of these lengths.
+        counts: what goes of sentences of these lengths.
 
     Source: ``random_spans_noise_mask`` of the authors' code of arXiv:1910.10683.
     """
@@ -105,7 +105,7 @@ def corrupt_spans(
         text: the sentences.
         keys: UInt64[B].
         ratio: share of tokens that are cut out; see `span_counts`.
-        mean_length: of a span.
+        mean_length: mean length of a span.
         markers: two or more ids: span k of a sentence gets marker k on both sides, and no sentence has more spans.
         protected: Bool[N] of tokens that stay; a span that meets one is two, of which those behind the last marker
             stay.
@@ -202,7 +202,7 @@ class SpanCorruptionHead(SequenceHead):
 
 
 @dataclass(frozen=True)
-class SpanCorruptionTask(SequenceTask):
+class SpanCorruptionTask(Task):
     """Text with spans cut out -> the missing spans.
 
     Attributes:

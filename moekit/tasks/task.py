@@ -84,8 +84,8 @@ class Task(ABC):
 
     @classmethod
     def make_head(cls, dim: int, label_smoothing: float) -> Head:
-        """A head for a backbone of `dim` channels."""
-        return cls.head()
+        """A head for a backbone of `dim` channels; by default one that needs to know `label_smoothing` alone."""
+        return cls.head(label_smoothing=label_smoothing)  # type: ignore[call-arg]
 
     @property
     def scored(self) -> bool:
@@ -93,11 +93,7 @@ class Task(ABC):
         return bool(self.head.scores)
 
     def check(self, room: int) -> None:  # noqa: B027 (most tasks can use any text)
-        """Refuse texts of up to `room` tokens that the task cannot use.
-
-        Raises:
-            UserError: if there are such texts.
-        """
+        """Raise UserError if there may be texts of up to `room` tokens that the task cannot use."""
 
     def chunk(self, room: int) -> int | None:
         """Tokens of the chunks into which a language's text is cut, so that `room` tokens hold each; None = sentences.

@@ -24,11 +24,7 @@ class TextToTextScore(AnswerScore):
     Exact match and F1 compare words as SQuAD does: in lower case, without punctuation and English articles. ROUGE is
     the F-measure over runs of Latin letters and digits in lower case, without stemming: text in other scripts has none.
 
-    Args:
-        directions: names such as ``"en-en"``; `update` refuses others.
-
-    Raises:
-        ValueError: no directions, or one twice.
+    Args: as of `AnswerScore`.
 
     Source: arXiv:1606.05250 section 6.1 and its evaluation script (exact match, F1); W04-1013 (ROUGE); the counting is
         torchmetrics'.
@@ -81,18 +77,12 @@ class TextToTextHead(SequenceHead):
         "rouge2": "ROUGE-2",
         "rougeL": "ROUGE-L",
     }
-
-    def make_score(self, directions: Sequence[str]) -> TextToTextScore:  # noqa: D102
-        return TextToTextScore(directions)
+    make_score = TextToTextScore
 
 
 @dataclass(frozen=True)
 class TextToTextTask(PairTask):
-    """Input -> target.
-
-    Attributes:
-        sentinel: see `PairTask`.
-    """
+    """Input -> target."""
 
     name: ClassVar[str] = TextToTextHead.task
     title: ClassVar[str] = "Text to text"

@@ -25,13 +25,8 @@ class TranslationScore(AnswerScore):
     The state is the sufficient statistics (n-gram counts), summed over batches and processes: the scores equal
     `corpus_score` of all strings together.
 
-    Args:
-        directions: names such as ``"en-de"``; `update` refuses others.
-        tokenize: sacrebleu's tokenizer for BLEU, ``"13a"`` unless the language needs another (``"zh"``,
-            ``"char"``, ``"flores200"``, ...).
-
-    Raises:
-        ValueError: no directions, or one twice.
+    Args: as of `AnswerScore`, and `tokenize`, sacrebleu's tokenizer for BLEU: ``"13a"`` unless the language needs
+    another (``"zh"``, ``"char"``, ``"flores200"``, ...).
 
     Source: BLEU arXiv:1804.08771 (sacrebleu), chrF W15-3049; the counting is sacrebleu's own code.
 
@@ -87,18 +82,12 @@ class TranslationHead(SequenceHead):
 
     task: ClassVar[str] = "translation"
     scores: ClassVar[Mapping[str, str]] = {"bleu": "BLEU", "chrf": "chrF"}
-
-    def make_score(self, directions: Sequence[str]) -> TranslationScore:  # noqa: D102
-        return TranslationScore(directions)
+    make_score = TranslationScore
 
 
 @dataclass(frozen=True)
 class TranslationTask(PairTask):
-    """Source sentence with the target's tag -> target sentence.
-
-    Attributes:
-        sentinel: see `PairTask`.
-    """
+    """Source sentence with the target's tag -> target sentence."""
 
     name: ClassVar[str] = TranslationHead.task
     title: ClassVar[str] = "Translation"

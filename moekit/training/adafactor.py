@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class Adafactor(Optimizer):
         batch_dims: default of the groups.
 
     Raises:
-        ValueError: for values out of range, and sparse gradients.
+        ValueError: for values out of range.
 
     Source: arXiv:1804.04235 algorithm 4, with the decay of section 7.2 and the clipping of section 6; dimensions that
     count separate tensors are t5x's ``FactorDim.BATCH``, which its sparse models use for experts; values of T5.
@@ -102,7 +102,11 @@ class Adafactor(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step."""
+        """Make one step.
+
+        Raises:
+            ValueError: for sparse gradients.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -132,23 +136,13 @@ class Adafactor(Optimizer):
         for parameter, number in zip(parameters, numbers, strict=True):
             for key, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
-                    device = parameter.to_local().device if isinstance(parameter, DTensor) else parameter.device
-                    self.state[parameter][key] = value.to(device, torch.float32, copy=True)
+                    self.state[parameter][key] = value.to(_local(parameter).device, torch.float32, copy=True)
 
 
-@dataclass
-class _Sum:
-    """A sum over a rank's part of some dimensions, which becomes that over all ranks.
-
-    Attributes:
-        value: Float32; changed in place.
-        mesh: over which the summed tensor is divided; None = it is not.
-        axes: the mesh's dimensions that divide what was summed.
-    """
-
-    value: Tensor
-    mesh: DeviceMesh | None
-    axes: tuple[int, ...]
+_Sum = tuple[Tensor, DeviceMesh | None, tuple[int, ...]]
+"""A rank's float32 sum over dimensions of a tensor, to become in place that of all ranks; the mesh that divides the
+tensor, or None; and the dimensions of the mesh that divide what was summed.
+"""
 
 
 def _run_together(updates: Iterable[Generator[list[_Sum], None, None]]) -> None:
@@ -168,9 +162,9 @@ def _run_together(updates: Iterable[Generator[list[_Sum], None, None]]) -> None:
 
 def _add_up(sums: Iterable[_Sum]) -> None:
     together: dict[tuple[DeviceMesh, tuple[int, ...]], list[Tensor]] = {}
-    for found in sums:
-        if found.mesh is not None and found.axes:
-            together.setdefault((found.mesh, found.axes), []).append(found.value)
+    for value, mesh, axes in sums:
+        if mesh is not None and axes:
+            together.setdefault((mesh, axes), []).append(value)
     for (mesh, axes), values in together.items():
         flat = torch.cat([value.flatten() for value in values]).to(mesh.device_type)
         for axis in axes:
@@ -181,17 +175,11 @@ def _add_up(sums: Iterable[_Sum]) -> None:
 
 @dataclass(frozen=True)
 class _Division:
-    """How a parameter is divided.
+    """How a parameter, or a statistic of one, is divided."""
 
-    Attributes:
-        mesh: among which ranks; None = not at all.
-        placements: along which dimensions.
-        shape: of the whole.
-    """
-
-    mesh: DeviceMesh | None
+    mesh: DeviceMesh | None  # None = not at all
     placements: tuple[Placement, ...]
-    shape: torch.Size
+    shape: torch.Size  # the whole's
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Division:
@@ -199,12 +187,12 @@ class _Division:
             return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape)
         return cls(None, (), tensor.shape)
 
-    def axes(self, dims: Iterable[int]) -> tuple[int, ...]:
-        """Dimensions of the mesh that divide dimensions of the tensor."""
-        if self.mesh is None:
-            return ()
-        wanted = set(dims)
-        return tuple(n for n, place in enumerate(self.placements) if _dim(place) in wanted and self.mesh.size(n) > 1)
+    def sum_of(self, value: Tensor, dims: Sequence[int]) -> _Sum:
+        """This rank's sum over dimensions of the tensor, with the dimensions of the mesh that divide these."""
+        mesh = self.mesh
+        if mesh is None:
+            return value, None, ()
+        return value, mesh, tuple(n for n, p in enumerate(self.placements) if _dim(p) in dims and mesh.size(n) > 1)
 
     def without(self, dim: int) -> _Division:
         """That of a tensor in which a dimension was summed away."""
@@ -213,12 +201,12 @@ class _Division:
 
     def piece(self, value: Tensor) -> Tensor:
         """This rank's part of a statistic, however it is laid out (after loading it may be whole)."""
-        if self.mesh is None:
-            return value.full_tensor() if isinstance(value, DTensor) else value
         if isinstance(value, DTensor):
-            if tuple(value.placements) == self.placements:
+            if self.mesh is not None and tuple(value.placements) == self.placements:
                 return value.to_local()
             value = value.full_tensor()
+        if self.mesh is None:
+            return value
         return local_shard(value, self.mesh, self.placements).contiguous()
 
     def dtensor_from_shard(self, piece: Tensor) -> Tensor:
@@ -258,14 +246,11 @@ def _update(parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> 
     if ndim - batch >= 2 and min(parameter.shape[-2:]) >= group["min_factored_size"]:
         rows, columns = division.without(ndim - 1), division.without(ndim - 2)
         row, column = squares.sum(-1), squares.sum(-2)
-        yield [
-            _Sum(row, division.mesh, division.axes([ndim - 1])),
-            _Sum(column, division.mesh, division.axes([ndim - 2])),
-        ]
+        yield [division.sum_of(row, [ndim - 1]), division.sum_of(column, [ndim - 2])]
         row = _moved(state, "row", rows, row / parameter.shape[-1], fresh)
         column = _moved(state, "column", columns, column / parameter.shape[-2], fresh)
         mean = row.sum(-1, keepdim=True)
-        yield [_Sum(mean, division.mesh, rows.axes([ndim - 2]))]
+        yield [rows.sum_of(mean, [ndim - 2])]
         mean /= parameter.shape[-2]
         update = grad * (row / mean).rsqrt_().unsqueeze(-1) * column.rsqrt().unsqueeze(-2)
     else:
@@ -274,7 +259,7 @@ def _update(parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> 
     dims = list(range(batch, ndim))
     count = parameter.shape[batch:].numel()
     of_update, of_weight = _sum_of_squares(update, dims), _sum_of_squares(weight.float(), dims)
-    yield [_Sum(value, division.mesh, division.axes(dims)) for value in (of_update, of_weight)]
+    yield [division.sum_of(of_update, dims), division.sum_of(of_weight, dims)]
     if group["clip_update"] is not None:
         update /= ((of_update / count).sqrt() / group["clip_update"]).clamp_min(1.0)
     if group["scale_by_parameter"]:
@@ -285,10 +270,7 @@ def _update(parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> 
 
 def _moved(state: dict[str, Any], key: str, division: _Division, value: Tensor, fresh: float) -> Tensor:
     """A statistic after its step towards `value`, a new one at `value`; this rank's part."""
-    if key not in state:
-        held = value
-    else:
-        held = division.piece(state[key]).lerp_(value, fresh)
+    held = division.piece(state[key]).lerp_(value, fresh) if key in state else value
     state[key] = division.dtensor_from_shard(held)
     return held
 

@@ -14,6 +14,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from moekit.atomic import replacing
 from moekit.errors import UserError
 from moekit.parallel.checkpoint import is_checkpoint, remove_checkpoint
+from moekit.parallel.checkpoint.checkpointer import PathLike
 from moekit.training.whole_checkpoint import whole_checkpoint
 
 
@@ -23,19 +24,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Give it to a Trainer as ``plugins=[AtomicCheckpointIO()]``. Local files only. It also reads the folders of
     `ExpertParallelStrategy`, and a file replaces one in its place.
 
+    Raises:
+        UserError: in saving, if the path is a URL, the disk is full, the folder read-only and the like; in loading, as
+            `load_checkpoint`.
+
     Differs: Lightning 2.6 writes to the system's temporary folder and moves the file. Where that folder is on another
     file system the move is a copy, and a process killed in the middle leaves a torn file in the place of the old
     checkpoint. It also holds the whole checkpoint in memory a second time; this does not.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
-        """Write `checkpoint`; a former one at `path` stays whole until the new one is.
-
-        Raises:
-            UserError: If `path` is a URL, the disk is full, the folder read-only and the like.
-        """
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
+        """Write `checkpoint`; a former one at `path` stays whole until the new one is."""
         if storage_options is not None:
             raise TypeError("AtomicCheckpointIO takes no storage_options.")
         place = Path(local_path(path))
@@ -45,19 +44,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 remove_checkpoint(place)
 
     def load_checkpoint(
-        self, path: str | os.PathLike[str], map_location: Any | None = None, weights_only: bool | None = None
+        self, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint to the CPU, without executing anything in it.
-
-        Raises:
-            UserError: If the file is missing or broken, or holds more than plain data and tensors.
-        """
+        """Read a checkpoint to the CPU, without executing anything in it."""
         if is_checkpoint(local_path(path)):
             return whole_checkpoint(path)
         return load_checkpoint(path, map_location or "cpu", weights_only=weights_only is not False)
 
 
-def local_path(path: str | os.PathLike[str]) -> str:
+def local_path(path: PathLike) -> str:
     """A path of this machine's file systems; a ``file://`` URL becomes one.
 
     Raises:
@@ -73,7 +68,7 @@ def local_path(path: str | os.PathLike[str]) -> str:
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], map_location: Any = "cpu", *, weights_only: bool = True, mmap: bool = False
+    path: PathLike, map_location: Any = "cpu", *, weights_only: bool = True, mmap: bool = False
 ) -> dict[str, Any]:
     """Read a checkpoint; `mmap` reads tensors only when they are used.
 

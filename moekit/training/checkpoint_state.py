@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from moekit.errors import UserError
 from moekit.mapped import read_safetensors
 from moekit.parallel.checkpoint import is_checkpoint
+from moekit.parallel.checkpoint.checkpointer import PathLike
 from moekit.parallel.checkpoint.reader import StoredCheckpoint
 from moekit.training.checkpoint_io import load_checkpoint
 from moekit.training.whole_checkpoint import rest_of
@@ -38,7 +38,7 @@ class LoadedState:
     rest: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_state(path: str | os.PathLike[str]) -> LoadedState:
+def load_state(path: PathLike) -> LoadedState:
     """Read a checkpoint to the CPU: of Lightning, sharded (a folder), a safetensors file, or a plain state dict.
 
     Tensors of files are mapped into memory and read when they are used. Nothing in a checkpoint is executed.
@@ -73,7 +73,7 @@ def _sharded(folder: Path) -> LoadedState:
     return LoadedState(folder, weights, named_optimizer=slots or None, rest=rest_of(stored))
 
 
-def load_rest(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+def load_rest(path: PathLike) -> Mapping[str, Any]:
     """What a checkpoint of Lightning or of `ExpertParallelStrategy` holds beside weights and optimizer.
 
     Raises:

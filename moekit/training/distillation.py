@@ -30,7 +30,6 @@ class Objective(Protocol):
 
     def weights(self, step: int) -> Weights:
         """The weights with which step number `step` (from 0) is made."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Mixture:
     teacher: float = 0.25
 
     def __post_init__(self) -> None:
+        """Raise ValueError if `teacher` is no share in 0..1."""
         if not 0 <= self.teacher <= 1:
             raise ValueError(f"Mixture.teacher must be a share in 0..1: got {self.teacher}.")
 
@@ -69,6 +69,7 @@ class Added:
     teacher: float = 1.0
 
     def __post_init__(self) -> None:
+        """Raise ValueError if `teacher` is negative."""
         if not self.teacher >= 0:
             raise ValueError(f"Added.teacher must not be negative: got {self.teacher}.")
 
@@ -93,6 +94,7 @@ class Staged:
     until: int
 
     def __post_init__(self) -> None:
+        """Raise ValueError if `until` is negative."""
         if self.until < 0:
             raise ValueError(f"Staged.until must be a number of steps, 0 or more: got {self.until}.")
 
@@ -122,6 +124,7 @@ class Falling:
     form: Literal["linear", "cosine"] = "linear"
 
     def __post_init__(self) -> None:
+        """Raise ValueError if `begin` is not before `until`, or `form` is unknown."""
         if not 0 <= self.begin < self.until:
             raise ValueError(
                 f"Falling needs steps to fall in, from `begin` to a later `until`: got begin={self.begin} and "
@@ -169,7 +172,7 @@ class Teacher:
 
     Args:
         backbone: the model; it is changed (frozen) in place.
-        heads: of its tasks; those that do not predict tokens are left out.
+        heads: heads of its tasks; those that do not predict tokens are left out.
     """
 
     def __init__(self, backbone: nn.Module, heads: Sequence[Head]) -> None:
@@ -233,13 +236,8 @@ class DistillationModule(MultitaskModule):
     and width, encoder-decoder or decoder-only; they share the vocabulary. The step is the optimizer's, so that gradient
     accumulation does not shift a stage.
 
-    Args:
-        student: see `MultitaskModule`.
-        heads: see there; each must predict tokens.
-        teacher: the frozen model.
-        objective: how much labels and teacher count.
-        temperature: T of the soft distributions.
-        **options: of `MultitaskModule`.
+    Args: as of `MultitaskModule`, with heads that predict tokens; the frozen `teacher`; the `objective`, how much
+    labels and teacher count; and the `temperature` T of the soft distributions.
 
     Logs, beside `MultitaskModule`, ``train/<task>/teacher_loss``: what the teacher adds to the loss, 0 after its stage.
 

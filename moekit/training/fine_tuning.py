@@ -151,9 +151,8 @@ def train_only(model: nn.Module, chosen: Subset) -> Trained:
         parameter.requires_grad_(name in names)
     for module in model.modules():
         if isinstance(module, Router):
-            module.frozen = any(True for _ in module.parameters()) and not any(
-                parameter.requires_grad for parameter in module.parameters()
-            )
+            own = list(module.parameters())
+            module.frozen = bool(own) and not any(parameter.requires_grad for parameter in own)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return Trained(names, sum(sizes[name] for name in names), sum(sizes.values()))
 
@@ -203,8 +202,8 @@ def with_slots(
 
     Args:
         make: makes the optimizer of a module.
-        slots: by parameter name, as `moekit.surgery.state_by_name` gives them. Parameters that do not train are passed
-            over, others begin afresh where they have none or tensors of another shape.
+        slots: state by parameter name, as `moekit.surgery.state_by_name` gives it. Parameters that do not train are
+            passed over, others begin afresh where they have none or tensors of another shape.
 
     Source: arXiv:2202.08906 (resetting the slots of Adafactor hurts).
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from torch.distributed.tensor.experimental import register_sharding
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 
+from moekit.parallel.checkpoint.checkpointer import PathLike
 from moekit.parallel.gradients import norm_of, scale_to_norm
 from moekit.parallel.sharding import sharded
 from moekit.training.checkpoint_state import load_rest
@@ -34,7 +34,7 @@ def divide_averages(callbacks: Iterable[Callback], divide: Callable[[nn.Module],
             divide(average)
 
 
-def restore_groups(trainer: L.Trainer, path: str | os.PathLike[str]) -> None:
+def restore_groups(trainer: L.Trainer, path: PathLike) -> None:
     """Give optimizers the parameter groups that a fine-tuning callback had added when the checkpoint was saved.
 
     Lightning's callbacks do it when fit begins, where a strategy that divides the model has not read it yet.

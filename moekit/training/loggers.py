@@ -45,20 +45,14 @@ class CsvLogger(Logger):
         """Unused: the folder says it all."""
         return ""
 
-    @property
-    def version(self) -> str:
-        """Unused: the folder says it all."""
-        return ""
+    version = name
 
     @property
     def save_dir(self) -> str:
         """The run folder."""
         return str(self.path.parent)
 
-    @property
-    def log_dir(self) -> str:
-        """The run folder."""
-        return str(self.path.parent)
+    log_dir = save_dir
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -77,7 +71,9 @@ class CsvLogger(Logger):
         if self._row.get("step") != number:
             self.save()
             self._row, self._offset = {"step": number}, None
-        self._row |= {name: _text(value) for name, value in metrics.items() if name != "step"}
+        values: dict[str, Any] = {name: value for name, value in metrics.items() if name != "step"}
+        # A number so that reading it gives the same number.
+        self._row |= {name: repr(v.item() if hasattr(v, "item") else v) for name, v in values.items()}
         self._unsaved = True
 
     @rank_zero_only
@@ -101,11 +97,6 @@ class CsvLogger(Logger):
             except OSError as error:
                 raise write_error(self.path, error) from error
         self._unsaved = False
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Write what is left."""
-        self.save()
 
     @rank_zero_only
     def continue_from(self, step: float) -> None:
@@ -142,11 +133,6 @@ class CsvLogger(Logger):
         buffer = io.StringIO()
         csv.writer(buffer, lineterminator="\n").writerow(values)
         return buffer.getvalue().encode("utf-8")
-
-
-def _text(value: Any) -> str:
-    """A number so that reading it gives the same number."""
-    return repr(value.item() if hasattr(value, "item") else value)
 
 
 def run_loggers(folder: str | Path) -> list[Logger]:

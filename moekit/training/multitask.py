@@ -28,11 +28,9 @@ class Translate(Protocol):
 
     def batch(self, batch: Batch) -> list[str]:
         """One hypothesis for every row of ``batch.source``."""
-        ...
 
     def text(self, ids: Tensor) -> list[str]:
         """The sentences of Int64[B, T] token ids."""
-        ...
 
 
 class Write(Protocol):
@@ -40,7 +38,6 @@ class Write(Protocol):
 
     def samples(self, batch: Batch, rows: int) -> list[tuple[str, str, str]]:
         """What was given, what is right and what the model writes, for the first `rows` rows."""
-        ...
 
 
 class MultitaskModule(L.LightningModule):
@@ -53,7 +50,7 @@ class MultitaskModule(L.LightningModule):
     Args:
         backbone: the shared model.
         heads: the tasks; each at most once.
-        weights: of the tasks by name; 1.0 where not named.
+        weights: weights of the tasks by name; 1.0 where not named.
         aux: weighs the routers' losses; None where the model is dense.
         languages: names by language id, for load by language.
         directions: directions whose written answers are scored in the test, for example ``["en-de"]``.
@@ -72,7 +69,8 @@ class MultitaskModule(L.LightningModule):
     ``test/<task>/accuracy``, ``test/<task>/perplexity`` and ``test/<task>/perplexity/<language>``.
 
     Raises:
-        ValueError: two heads of one task or with the same score, or a weight for a task that has no head.
+        ValueError: two heads of one task or with the same score, or a weight for a task that has no head; in the test,
+            if there is something to write and `translate` or `directions` were not set.
 
     Source: arXiv:2109.10465 (sum of the losses of translation, denoising, masked LM and ELECTRA).
     """
@@ -134,16 +132,18 @@ class MultitaskModule(L.LightningModule):
 
     def forward(self, batch: Batch) -> HeadOutput:
         """Loss and counts of one task's batch."""
-        output: HeadOutput = self.heads[batch.task](batch, self.backbone)
-        return output
+        return cast(HeadOutput, self.heads[batch.task](batch, self.backbone))
 
     def learn(self, batch: Batch) -> HeadOutput:
         """What `training_step` minimises of one task: by default what validation measures. To be overridden."""
-        output: HeadOutput = self(batch)
-        return output
+        return cast(HeadOutput, self(batch))
 
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> Tensor:
-        """Sum the weighted losses of all tasks in the batch, each a mean over the predictions of all processes."""
+        """Sum the weighted losses of all tasks in the batch, each a mean over the predictions of all processes.
+
+        Raises:
+            ValueError: if it holds none.
+        """
         if not batch:
             raise ValueError(f"a training batch must hold at least one of the tasks {list(self.heads)}: got none.")
         logs: dict[str, Any] = {}
@@ -161,10 +161,7 @@ class MultitaskModule(L.LightningModule):
                 for name, value in terms.items():
                     logs.setdefault(f"train/aux/{name}", []).append(value)
             total = self.weights[task] * loss if total is None else total + self.weights[task] * loss
-            # The same quantity as in validation: nats per prediction, without smoothing and weights.
-            logs[f"train/{task}/loss"] = out.nll / out.num_predictions.clamp_min(1)
-            logs[f"train/{task}/accuracy"] = out.correct / out.num_predictions.clamp_min(1)
-            logs.update({f"train/{task}/{name}": value for name, value in out.extra.items()})
+            logs |= {f"train/{task}/{name}": value for name, value in out.to_log().items()}
             if watch:
                 self._count(self.train_routing, out, batch[task])
         assert total is not None
@@ -221,11 +218,7 @@ class MultitaskModule(L.LightningModule):
         self.valid_accuracy.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Write the answers to one batch of one direction and score them, or measure one batch of another task.
-
-        Raises:
-            ValueError: if there is something to write and `translate` or the directions were not set.
-        """
+        """Write the answers to one batch of one direction and score them, or measure one batch of another task."""
         head: Any = self.heads[batch.task]
         if head.scores:
             self._score(batch)
@@ -267,9 +260,8 @@ class MultitaskModule(L.LightningModule):
         return max(0, self.samples_per_direction - len(same))
 
     def _keep(self, batch: Batch, rows: Sequence[tuple[str, str, str]]) -> None:
-        of = {"task": batch.task, "direction": batch.direction or ""}
-        names = ("source", "reference", "hypothesis")
-        self.samples += [of | dict(zip(names, row, strict=True)) for row in rows]
+        names = ("task", "direction", "source", "reference", "hypothesis")
+        self.samples += [dict(zip(names, (batch.task, batch.direction or "", *row), strict=True)) for row in rows]
 
     def on_test_epoch_end(self) -> None:
         """Log scores by direction and on average, and the perplexity of other tasks by language."""
@@ -295,13 +287,11 @@ class MultitaskModule(L.LightningModule):
             self.test_perplexity.reset()
             self.test_accuracy.reset()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep `steps_before`, where there are any."""
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
         if self.steps_before:
             checkpoint["steps_before"] = self.steps_before
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up `steps_before`."""
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
         self.steps_before = int(checkpoint.get("steps_before", 0))
 
     def configure_optimizers(self) -> Any:

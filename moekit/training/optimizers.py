@@ -28,13 +28,9 @@ def parameter_groups(
     Args:
         model: parameters that do not require a gradient are left out; tied ones are taken once.
         lr: learning rate.
-        weight_decay: of the decayed groups.
-        expert_lr_multiplier: learning rate of expert parameters / `lr`. An expert sees k/E of the tokens, and
-            arXiv:2112.10684 scales its gradient by ``1 / sqrt(E)`` instead of the mean over all workers' ``1 / E``,
-            that is a step ``sqrt(E)`` times larger. Under Adam such a factor on the *gradient* does nothing: the
-            update is ``m / sqrt(v)``, in which a constant cancels (up to epsilon and clipping). This multiplies the
-            *learning rate*, which does act; the factor on gradients is `scale_expert_gradients`. Ours: 1 (no
-            effect); ``sqrt(E)`` is the paper's intent.
+        weight_decay: decoupled weight decay of the decayed groups.
+        expert_lr_multiplier: learning rate of expert parameters / `lr`: 1 = no effect; ``sqrt(E)`` is the intent of
+            arXiv:2112.10684, whose factor on gradients does next to nothing under Adam (`scale_expert_gradients`).
 
     Raises:
         ValueError: if the multiplier is not positive or the model has no trainable parameter.
@@ -68,15 +64,14 @@ def scale_expert_gradients(
 ) -> None:
     """Multiply the gradients of experts by a factor: between the backward and the optimizer's step.
 
-    An expert sees k/E of the tokens, and gradients here are those of the loss of all tokens, so an expert's is about E
-    times smaller than a dense feed-forward's. arXiv:2112.10684 makes it ``sqrt(E)`` times larger: its code divides the
-    sum over workers by ``sqrt(E)`` and not by E.
+    An expert sees k/E of the tokens, so its gradient of the loss of all tokens is about E times smaller than a dense
+    feed-forward's. arXiv:2112.10684 makes it ``sqrt(E)`` times larger: its code divides the sum over workers by
+    ``sqrt(E)`` and not by E.
 
-    What this does and does not do: a step of SGD becomes larger by the factor. A step of Adam or AdamW does not change
-    at all, because their update is ``m / sqrt(v)``, in which a constant factor cancels; only epsilon sees it. What
-    changes is the global gradient norm, and so, with clipping, the step of *all* parameters: experts weigh more in
-    the norm, and the others are cut more. The authors' recipe uses Adam without clipping, where the factor is next to
-    nothing. To let experts learn faster under Adam use ``expert_lr_multiplier`` of `adamw`.
+    A step of SGD becomes larger by the factor. A step of Adam does not change, because a constant factor cancels in
+    its update ``m / sqrt(v)``, up to epsilon. What changes is the global gradient norm, and so, with clipping, the step
+    of *all* parameters: experts weigh more in the norm, and the others are cut more. The authors' recipe uses Adam
+    without clipping. To let experts learn faster under Adam use ``expert_lr_multiplier`` of `adamw`.
 
     Under a Trainer, the callback `moekit.training.callbacks.expert_gradients.ScaleExpertGradients` calls this.
 
@@ -103,18 +98,16 @@ def scale_expert_gradients(
 
 def _with_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | None]]:
     """Every parameter by name, with the number of experts of the bank that it belongs to, or None."""
-    experts: dict[str, int] = {}  # the outermost bank comes first; one may wrap another
-    for path, module in model.named_modules():
-        axes = getattr(module, "axes", None)
-        if not isinstance(axes, Mapping):
-            continue
-        for name, parameter in module.named_parameters():
+    experts: dict[nn.Parameter, int] = {}  # the outermost bank comes first; one may wrap another
+    for module in model.modules():
+        axes: Any = getattr(module, "axes", None)
+        for name, parameter in module.named_parameters() if isinstance(axes, Mapping) else ():
             if isinstance(module, Experts):
-                experts.setdefault(f"{path}.{name}".lstrip("."), module.num_experts)
+                experts.setdefault(parameter, module.num_experts)
             elif "expert" in (dims := axes.get(name, ())):
-                experts.setdefault(f"{path}.{name}".lstrip("."), parameter.shape[dims.index("expert")])
+                experts.setdefault(parameter, parameter.shape[dims.index("expert")])
     for name, parameter in model.named_parameters():
-        yield name, parameter, experts.get(name)
+        yield name, parameter, experts.get(parameter)
 
 
 def adamw(
@@ -131,13 +124,8 @@ def adamw(
     On one CPU core the fused step is ten times faster than the default loop over parameters (4 against 40 ms for a
     small model with two million parameters).
 
-    Args:
-        model: see `parameter_groups`.
-        lr: learning rate.
-        betas: decay of the moments; 0.98 as in arXiv:1706.03762.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled weight decay.
-        expert_lr_multiplier: see `parameter_groups`.
+    Args: as of `parameter_groups`; `betas`, the decay of the moments (0.98 as in arXiv:1706.03762), and `eps`, added to
+    the root of the second moment.
     """
     groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, expert_lr_multiplier=expert_lr_multiplier)
     parameters = [p for group in groups for p in group["params"]]
@@ -159,12 +147,8 @@ def adafactor(
 ) -> Adafactor:
     """`Adafactor` over `parameter_groups`, each expert of a bank for itself.
 
-    Args:
-        model: see `parameter_groups`.
-        lr: learning rate, relative to the size of the weights unless ``scale_by_parameter=False``.
-        weight_decay: decoupled weight decay.
-        expert_lr_multiplier: see `parameter_groups`.
-        options: others of `Adafactor`.
+    Args: as of `parameter_groups`, with an `lr` relative to the size of the weights unless
+    ``scale_by_parameter=False``; and others of `Adafactor`.
 
     Source: arXiv:1804.04235.
     """

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.serialization import get_safe_globals
 
-HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
-"""Where Lightning's checkpoints keep what `save_hyperparameters` has noted of the module and of the data."""
+# What `save_hyperparameters` has noted of module and data, and their classes, which Lightning takes by name too.
+_HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters", "hparams_type", "datamodule_hparams_type")
 
 # What torch reads with ``weights_only``.
 _LEAVES = (
@@ -25,15 +25,14 @@ _LEAVES = (
 def plain_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint of Lightning that can be read back as data.
 
-    Hyperparameters that are no plain data become text (`text_of`). NumPy's numbers become Python's, everywhere. What
-    else is no plain data is the state of something that wants back what it gave, and is refused.
+    Hyperparameters that are no plain data become text. NumPy's numbers become Python's, everywhere. What else is no
+    plain data is the state of something that wants back what it gave, and is refused.
 
     Raises:
         TypeError: naming the place in the checkpoint, and the type.
     """
-    kinds = ("hparams_type", "datamodule_hparams_type")  # a class, which Lightning takes by name too
     return {
-        key: _plain(value, (key,), _as_text if key in (*HYPERPARAMETERS, *kinds) else _refuse)
+        key: _plain(value, (key,), _as_text if key in _HYPERPARAMETERS else _refuse)
         for key, value in checkpoint.items()
     }
 
@@ -58,17 +57,13 @@ def unplain(hyperparameters: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def text_of(value: Any) -> str:
+def _as_text(value: Any, path: tuple[Any, ...]) -> str:
     """A path as a string, a class or function by its full name, anything else as Python shows it."""
     if isinstance(value, os.PathLike):
         return str(os.fspath(value))
     if isinstance(value, functools.partial) or not hasattr(value, "__qualname__"):
         return repr(value)
     return f"{value.__module__}.{value.__qualname__}"
-
-
-def _as_text(value: Any, path: tuple[Any, ...]) -> str:
-    return text_of(value)
 
 
 def _refuse(value: Any, path: tuple[Any, ...]) -> Any:

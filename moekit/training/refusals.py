@@ -27,11 +27,7 @@ _OPTIMIZERS: dict[str, str] = {
 
 
 def check_precision(plugin: Any) -> None:
-    """Refuse a precision whose numbers would be wrong.
-
-    Raises:
-        UserError: For 16-mixed and for plugins of other libraries.
-    """
+    """Raise UserError for 16-mixed and plugins of other libraries, with which numbers would be wrong."""
     if plugin.precision not in _PRECISIONS:
         why = (
             "its loss scale would be lowered by the ranks that see an overflow and not by the others"
@@ -45,11 +41,7 @@ def check_precision(plugin: Any) -> None:
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Refuse callbacks that exchange parameters in the middle of training.
-
-    Raises:
-        UserError: For `ModelPruning`.
-    """
+    """Raise UserError for `ModelPruning`, which exchanges parameters in the middle of training."""
     for callback in callbacks:
         if isinstance(callback, ModelPruning):
             raise UserError(
@@ -60,11 +52,7 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
 
 
 def check_batch_norms(module: nn.Module) -> None:
-    """Refuse what ``sync_batchnorm=True`` would have to convert.
-
-    Raises:
-        UserError: For a batch norm that normalises each rank's batch by itself.
-    """
+    """Raise UserError for a batch norm that ``sync_batchnorm=True`` would have to convert."""
     for name, norm in module.named_modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, nn.SyncBatchNorm):
             raise UserError(
@@ -75,20 +63,14 @@ def check_batch_norms(module: nn.Module) -> None:
 
 
 def check_optimizer(optimizer: Optimizer, *, divided: bool) -> None:
-    """Refuse optimizers of torch that cannot step divided parameters, or would step them otherwise than whole ones.
+    """Raise UserError for optimizers of torch that cannot step divided parameters, or not as they step whole ones.
 
-    Args:
-        optimizer: The optimizer over the sharded parameters.
-        divided: Whether data ranks update slices of what they repeat (ZeRO stage 1).
-
-    Raises:
-        UserError: Naming the optimizer, why, and what to use.
+    `divided` says whether data ranks update slices of what they repeat (ZeRO stage 1).
     """
     for name, why in _OPTIMIZERS.items():
         if isinstance(optimizer, getattr(torch.optim, name)):
             raise UserError(f"ExpertParallelStrategy cannot train with torch.optim.{name}: {why}.")
-    muon = getattr(torch.optim, "Muon", None)
-    if muon is not None and isinstance(optimizer, muon):
+    if isinstance(optimizer, torch.optim.Muon):
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             if _is_cut(parameter, divided):
                 raise UserError(

@@ -46,8 +46,7 @@ class WarmupSchedule(LRScheduler, ABC):
         """Factor of the peak with which step number `step` (from 0) is made."""
         return (step + 1) / self.warmup if step < self.warmup else self.decay(step)
 
-    def get_lr(self) -> list[float | Tensor]:
-        """Learning rate of each group for the coming step."""
+    def get_lr(self) -> list[float | Tensor]:  # noqa: D102
         factor = self.factor(self.last_epoch)
         return [base * factor for base in self.base_lrs]
 
@@ -62,8 +61,7 @@ class ConstantWithWarmup(WarmupSchedule):
     def __init__(self, optimizer: Optimizer, warmup: int = 0) -> None:
         super().__init__(optimizer, warmup)
 
-    def decay(self, step: int) -> float:
-        """Always 1."""
+    def decay(self, step: int) -> float:  # noqa: D102
         return 1.0
 
 
@@ -75,8 +73,7 @@ class InverseSquareRoot(WarmupSchedule):
     Source: arXiv:1706.03762 section 5.3.  Differs: the peak is the optimizer's learning rate, not ``dim ** -0.5``.
     """
 
-    def decay(self, step: int) -> float:
-        """``sqrt(warmup / (step + 1))``."""
+    def decay(self, step: int) -> float:  # noqa: D102
         return math.sqrt(max(self.warmup, 1) / (step + 1))
 
 
@@ -86,11 +83,8 @@ class Cosine(WarmupSchedule):
     With p the part of the budget used since the warm-up ended, the factor is
     ``minimum + (1 - minimum) * (1 + cos(pi * p)) / 2``.
 
-    Args:
-        optimizer: its learning rates are the peaks.
-        budget: steps, or a `Budget` of steps and minutes, which the `MaxMinutes` callback must share.
-        warmup: warm-up steps.
-        minimum: last factor.
+    Args: as of `WarmupSchedule`; `budget`, steps or a `Budget` of steps and minutes, which the `MaxMinutes` callback
+    must share; and `minimum`, the last factor.
 
     Raises:
         UserError: if the warm-up does not fit into the steps.
@@ -112,8 +106,7 @@ class Cosine(WarmupSchedule):
         self._warmup_fraction: float | None = None
         super().__init__(optimizer, warmup)
 
-    def decay(self, step: int) -> float:
-        """The cosine's factor at `step`."""
+    def decay(self, step: int) -> float:  # noqa: D102
         if self.budget.max_minutes is None:
             assert self.budget.max_steps is not None
             used = (step - self.warmup) / (self.budget.max_steps - self.warmup)
@@ -125,8 +118,7 @@ class Cosine(WarmupSchedule):
             used = (fraction - self._warmup_fraction) / max(1 - self._warmup_fraction, 1e-9)
         return self.minimum + (1 - self.minimum) * (1 + math.cos(math.pi * min(max(used, 0.0), 1.0))) / 2
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands: plain data."""
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
         return super().state_dict() | {"_warmup_fraction": self._warmup_fraction}
 
 

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -20,10 +21,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from moekit.errors import UserError
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
+from moekit.parallel.checkpoint.checkpointer import PathLike
 from moekit.parallel.layout import Layout, Offload
 from moekit.parallel.master_weights import model_parameter
 from moekit.parallel.mesh import Meshes, World, build_meshes, forget_groups
@@ -31,10 +35,9 @@ from moekit.parallel.plan import ShardingPlan
 from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 from moekit.routing import Router
 from moekit.training.lightning_callbacks import divide_averages, on_several_meshes, restore_groups
-from moekit.training.placement import move_unsharded_state
 from moekit.training.plain_data import plain_state
 from moekit.training.refusals import check_batch_norms, check_callbacks, check_precision
-from moekit.training.strategy_checkpoint import PathLike, StrategyCheckpoints, check_checkpoints
+from moekit.training.strategy_checkpoint import StrategyCheckpoints, check_checkpoints
 from moekit.training.strategy_optimizers import NonFinite, OptimizerSteps
 from moekit.training.strategy_steps import ManualOptimization, StepSync, call_as_forward
 from moekit.transformer.init import materialize_modules
@@ -71,12 +74,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             the host runs further ahead of a GPU, and a rank that skips a layer ends by the timeout or by an error of
             the communication library instead.
         accelerator: The kind of device; the Trainer sets it, as all arguments that follow.
-        parallel_devices: The devices of this node.
-        cluster_environment: The environment that says which processes there are.
-        precision_plugin: The precision of weights and computation.
-
-    Attributes:
-        skipped_steps: The number of optimizer steps that were skipped for their gradients.
 
     Raises:
         TypeError: If `expert_parallel_size` is no number and not "auto".
@@ -145,12 +142,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Give Lightning the names ``expert_parallel`` and ``expert_parallel_zero0`` to ``3``, also ``_offload``."""
         named: dict[str, dict[str, Any]] = {"expert_parallel": {}}
-        named |= {f"expert_parallel_zero{stage}": {"zero_stage": stage} for stage in range(4)}
-        named |= {
-            "expert_parallel_zero1_offload": {"zero_stage": 1, "offload": "optimizer"},
-            "expert_parallel_zero2_offload": {"zero_stage": 2, "offload": "optimizer"},
-            "expert_parallel_zero3_offload": {"zero_stage": 3, "offload": "parameters"},
-        }
+        for stage in range(4):
+            named[f"expert_parallel_zero{stage}"] = {"zero_stage": stage}
+        for stage, offload in ((1, "optimizer"), (2, "optimizer"), (3, "parameters")):
+            named[f"expert_parallel_zero{stage}_offload"] = {"zero_stage": stage, "offload": offload}
         for name, options in named.items():
             if name not in strategy_registry:
                 strategy_registry.register(name, cls, description=f"{cls.__name__}({options})", **options)
@@ -180,8 +175,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if not joined and self.root_device.type == "cuda":
             atexit.register(_destroy_dist_connection)  # as Lightning does where it is nccl alone
         self._world = World(self.root_device.type, self.tensor_parallel_size, self._timeout)
-        self._device_mesh = self._world.data
-        self._module._device_mesh = self._device_mesh
+        self._device_mesh = self._module._device_mesh = self._world.data
 
     def _configure_launcher(self) -> None:
         """One process needs nobody who starts others, and so may live in a notebook."""
@@ -194,14 +188,14 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     @property
     def meshes(self) -> Meshes:
-        """The meshes of the model.
+        """The meshes of the model; RuntimeError before setup."""
+        return self._divided.meshes
 
-        Raises:
-            RuntimeError: Before setup.
-        """
+    @property
+    def _divided(self) -> ShardedModel:
         if self.sharded is None:
             raise RuntimeError("ExpertParallelStrategy has meshes after its setup: use them from on_fit_start on.")
-        return self.sharded.meshes
+        return self.sharded
 
     def check(self, model: nn.Module, devices: int) -> Layout:
         """The layout of a model over so many processes; nothing is sent, and no process group is needed.
@@ -225,29 +219,22 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         sizes = [note.parameter.shape[note.axes.index("expert")] for note in found if note.of_expert]
         return math.gcd(devices // (self.tensor_parallel_size * self.replicas), *sizes)
 
-    def _model_modules(self) -> list[nn.Module]:
-        assert self.model is not None
-        return list(self.model.modules())
-
     # -- setup ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer) -> None:
         """Divide the model, then make the optimizers."""
-        assert self.model is not None
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
-        if any(isinstance(module, FullyShardedDataParallel) for module in self._model_modules()):
+        if any(isinstance(module, FullyShardedDataParallel) for module in self._module.modules()):
             raise TypeError(
                 "ExpertParallelStrategy divides a model with fully_shard: got modules wrapped in "
                 "FullyShardedDataParallel. Remove the wrapping."
             )
         self._check_trainer(trainer)
         self._divide_model()
-        move_unsharded_state(self.model, self.root_device)
-        assert self.sharded is not None
-        self._sync.start(self.sharded, self.lockstep)
-        meshes = self.sharded.meshes
-        divide_averages(trainer.callbacks, lambda model: self._parallelize(model, meshes))  # type: ignore[attr-defined]
+        move_unsharded_state(self._module, self.root_device)
+        self._sync.start(self._divided, self.lockstep)
+        divide_averages(trainer.callbacks, lambda model: self._parallelize(model, self.meshes))  # type: ignore[attr-defined]
         self.barrier()
         if self._fitting:
             self.setup_optimizers(trainer)
@@ -279,23 +266,19 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         return module
 
     def _divide_model(self) -> None:
-        assert self.model is not None
-        assert self._world is not None
-        self.sharded = sharded(self.model)
+        self.sharded = sharded(self._module)
         if self.sharded is not None:  # a second fit, or a test after it
             if self._fitting:
                 self._require_layout(self.sharded.meshes.layout)
             return
-        layout = self.check(self.model, self.world_size)
+        layout = self.check(self._module, self.world_size)
         self._convert_precision()
+        assert self.model is not None
+        assert self._world is not None
         self.sharded = self._parallelize(self.model, build_meshes(layout, self.root_device.type, self._world))
 
     def _require_layout(self, there: Layout) -> None:
-        """Refuse to train a model that another strategy has divided in another way.
-
-        Raises:
-            UserError: Naming the first setting that differs.
-        """
+        """Refuse to train a model that another strategy has divided in another way."""
         expert = there.expert_parallel_size if self.expert_parallel_size == "auto" else self.expert_parallel_size
         asked = self._layout(there.devices, expert)
         for name in ("expert_parallel_size", "tensor_parallel_size", "replicas", "zero_stage", "offload"):
@@ -321,39 +304,31 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     def _convert_precision(self) -> None:
         """What the precision asks for, except that routers stay in float32 where it is lower."""
-        assert self.model is not None
-        routers = [module for module in self._model_modules() if isinstance(module, Router)]
         kept = [
             (tensor, tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)))
-            for router in routers
+            for router in self._module.modules()
+            if isinstance(router, Router)
             for tensor in [*router.parameters(), *router.buffers()]
             if tensor.is_floating_point()
         ]
-        self.model = self.precision_plugin.convert_module(self.model)
+        self.model = self.precision_plugin.convert_module(self._module)
         for tensor, value in kept:
             if torch.promote_types(tensor.dtype, value.dtype) != tensor.dtype:
                 tensor.data = value
 
     def model_to_device(self) -> None:
-        """Move the model to this process's device; offloaded weights stay where they are."""
-        if self.offload != "parameters":
+        if self.offload != "parameters":  # which stay where they are
             super().model_to_device()
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
-        """Make the optimizers and schedulers, and bind them to the sharded parameters.
-
-        Raises:
-            TypeError: If a scheduler's state is no plain data, and checkpoints are to be saved.
-            UserError: If an optimizer cannot step a sharded model, or has parameters that the model never had.
-        """
-        assert self.sharded is not None
+        """Make the optimizers and schedulers, and bind them to the sharded parameters."""
         self._for_fit.enter_context(on_several_meshes(anomaly=trainer._detect_anomaly))
         super().setup_optimizers(trainer)
         if trainer.checkpoint_callbacks:
             for number, config in enumerate(trainer.lr_scheduler_configs):
                 plain_state(config.scheduler.state_dict(), "lr_schedulers", number)
         device = torch.device("cpu") if self.offload == "optimizer" else None
-        self._optimization.prepare(self.optimizers, self.sharded, divide=self.zero_stage == 1, device=device)
+        self._optimization.prepare(self.optimizers, self._divided, divide=self.zero_stage == 1, device=device)
         self.optimizers = self.optimizers  # Lightning's wrappers hold copies of the attributes
 
     def on_exception(self, exception: BaseException) -> None:
@@ -365,7 +340,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         super().on_exception(exception)
 
     def teardown(self) -> None:
-        """Wait for a checkpoint that is being written; undo what was changed for the fit."""
         self._for_fit.close()
         self._checkpoints.checkpointer.wait()
         self._sync.stop()
@@ -374,23 +348,19 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     # -- collectives ------------------------------------------------------------------------------------------------
 
     def barrier(self, name: str | None = None) -> None:
-        """Wait for all ranks."""
         self._sync.meet("a barrier")
         super().barrier(name)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """What rank `src` has, on all ranks."""
         self._sync.meet("a broadcast")
         return super().broadcast(obj, src)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """The mean (or another reduction) over all ranks, or those of `group`."""
         if group is None and isinstance(tensor, Tensor):
             self._sync.meet("a reduction")
         return super().reduce(tensor, group, reduce_op)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """The tensors of all ranks, or those of `group`."""
         if group is None:
             self._sync.meet("an all-gather")
         return super().all_gather(tensor, group, sync_grads)
@@ -404,83 +374,61 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         return {"num_replicas": mesh.size(), "rank": mesh.get_local_rank()}
 
     def on_train_start(self) -> None:
-        """Refuse data loaders of different lengths before the first step.
-
-        Raises:
-            UserError: Naming ranks and numbers, if the shortest would end before training does.
-        """
         super().on_train_start()
         self._sync.require_equal_batches(self._module.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """No rank has a batch that others do not have."""
         self._sync.begin_batch("train", self._module.trainer)
         super().on_train_batch_start(batch, batch_idx)
 
     def on_train_end(self) -> None:
-        """No rank goes on when others have ended."""
         self._sync.meet("the end of training")
         super().on_train_end()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's step as its forward, so that weights are gathered for it."""
-        module = self._module
-        assert self.model is not None
-        assert self.sharded is not None
-        manual = self._manual.step(module, self.sharded)
+        manual = self._manual.step(self._module, self._divided)
         with self._sync.watched(), manual, self.precision_plugin.train_step_context():
-            return call_as_forward(module, self.model, "training_step", *args, **kwargs)
+            return call_as_forward(self._module, self._divided.module, "training_step", *args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's step as its forward."""
-        with self.precision_plugin.val_step_context():
-            return self._evaluate("validate", "validation_step", *args, **kwargs)
+        return self._evaluate("validate", "validation_step", self.precision_plugin.val_step_context(), *args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's step as its forward."""
-        with self.precision_plugin.test_step_context():
-            return self._evaluate("test", "test_step", *args, **kwargs)
+        return self._evaluate("test", "test_step", self.precision_plugin.test_step_context(), *args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's step as its forward."""
-        with self.precision_plugin.predict_step_context():
-            return self._evaluate("predict", "predict_step", *args, **kwargs)
+        return self._evaluate("predict", "predict_step", self.precision_plugin.predict_step_context(), *args, **kwargs)
 
-    def _evaluate(self, stage: str, name: str, *args: Any, **kwargs: Any) -> Any:
-        assert self.model is not None
-        assert self.sharded is not None
+    def _evaluate(self, stage: str, name: str, precision: Any, *args: Any, **kwargs: Any) -> Any:
         self._sync.begin_batch(stage, self._module.trainer)
         with (
+            precision,
             self._sync.watched(self._sync.evaluators),
             torch.inference_mode(False),  # weights gathered in inference mode could not be used in training again
             torch.set_grad_enabled(torch.is_grad_enabled()),
         ):
-            result = call_as_forward(self._module, self.model, name, *args, **kwargs)
-        self.sharded.release_weights()  # which backward does in training
+            result = call_as_forward(self._module, self._divided.module, name, *args, **kwargs)
+        self._divided.release_weights()  # which backward does in training
         self._sync.end_evaluation_batch()
         return result
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Keep gradients on their rank: all but the last micro-batch of a step run inside."""
-        assert self.sharded is not None
-        self.sharded.communicate_gradients(False)
+        self._divided.communicate_gradients(False)
         try:
             yield
         finally:
-            self.sharded.communicate_gradients(True)
+            self._divided.communicate_gradients(True)
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """No rank computes gradients alone."""
-        assert self.sharded is not None
         self._sync.meet("backward")
-        self._manual.gather_again(self.sharded)  # for the second of two losses
+        self._manual.gather_again(self._divided)  # for the second of two losses
         super().pre_backward(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Backward has released the weights that were gathered for the step."""
         super().post_backward(closure_loss)
-        self._manual.released = True
+        self._manual.released = True  # by backward, the weights that were gathered for the step
 
     def optimizer_step(
         self,
@@ -489,14 +437,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         model: L.LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Compute gradients, inspect their norm on all ranks together, step.
-
-        Raises:
-            FloatingPointError: If the norm is not finite, and the step is not to be skipped.
-        """
+        """Compute gradients, inspect their norm on all ranks together, step."""
         module = self._module
-        assert self.sharded is not None
-        self._optimization.bind_new_groups(optimizer, self.sharded)
+        self._optimization.bind_new_groups(optimizer, self._divided)
 
         def inspected() -> Any:
             result = closure()
@@ -509,7 +452,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         finally:
             self._optimization.forget_norm()
         if not module.automatic_optimization:
-            self.sharded.release_weights()  # what was gathered, perhaps after backward, is that of before the step
+            self._divided.release_weights()  # what was gathered, perhaps after backward, is that of before the step
             self._manual.released = True
         return result
 
@@ -534,55 +477,55 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The sharded weights, for callbacks and hooks to look at and to change; nothing is gathered."""
-        assert self.model is not None
-        return self.model.state_dict()
+        return self._divided.module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Nothing: `save_checkpoint` collects it."""
-        return {}
+        return {}  # `save_checkpoint` collects it
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any = None) -> None:
-        """Save to the folder `filepath`; all ranks write. See `StrategyCheckpoints.save`.
-
-        Raises:
-            TypeError: If `storage_options` are given, or a hook has put something in that cannot be saved.
-            UserError: If `filepath` is a URL, or cannot be written.
-        """
+        """See `StrategyCheckpoints.save`."""
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} writes checkpoints itself and takes no storage_options.")
-        assert self.model is not None
-        self._checkpoints.save(checkpoint, self.broadcast(str(filepath)), self.model, self.optimizers)
+        self._checkpoints.save(checkpoint, self.broadcast(str(filepath)), self._divided.module, self.optimizers)
 
     def remove_checkpoint(self, filepath: PathLike) -> None:
-        """Delete a checkpoint; rank 0 does.
-
-        Raises:
-            UserError: If it cannot be deleted.
-        """
         if self.is_global_zero:
             self._checkpoints.remove(filepath)
 
     def load_checkpoint(self, checkpoint_path: PathLike, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, for optimizers with the groups that they had. See `StrategyCheckpoints.read`.
-
-        Raises:
-            UserError: If it is no checkpoint of this strategy or of Lightning, or is broken.
-        """
+        """Read a checkpoint, for optimizers with the groups that they had. See `StrategyCheckpoints.read`."""
         if self._fitting:
             restore_groups(self._module.trainer, checkpoint_path)
         path = self.broadcast(str(checkpoint_path))
         return self._checkpoints.read(path, self._module, self.optimizers if self._fitting else [])
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Fill the model with ``checkpoint["state_dict"]``, whole or sharded, as `load_state_dict` does.
-
-        Raises:
-            UserError: If it is of another model, or the optimizers' states are; the model is as it was then.
-        """
+        """See `StrategyCheckpoints.load_model`; what the optimizers cannot take is refused before it."""
         if self._fitting:
             self._checkpoints.check_optimizers(checkpoint, self.optimizers)
         self._checkpoints.load_model(checkpoint, self._module, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Fill the optimizers, each with its part; those of an emptied list stay as they are, as in Lightning."""
         self._checkpoints.load_optimizers(checkpoint, self.optimizers)
+
+
+@torch.no_grad()
+def move_unsharded_state(model: nn.Module, device: torch.device) -> None:
+    """Move to `device` what stays behind where a strategy puts the weights in their places and never calls ``to``.
+
+    That is where weights are kept in host memory, or the model was built on the meta device. Moved are the states of
+    metrics, which are neither parameters nor buffers, and buffers that no unit of `fully_shard` has moved. A shared
+    buffer stays shared. `device` of LightningModules and metrics then says where batches are.
+    """
+    moved: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, Metric):
+            module.to(device)
+        if isinstance(module, _DeviceDtypeModuleMixin):
+            module._device = device
+        for name, buffer in module._buffers.items():
+            if buffer is None or isinstance(buffer, DTensor) or buffer.is_meta or buffer.device == device:
+                continue
+            if buffer not in moved:
+                moved[buffer] = buffer.to(device)
+            module._buffers[name] = moved[buffer]

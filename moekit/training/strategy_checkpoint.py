@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ from torch.optim import Optimizer
 
 from moekit.errors import UserError
 from moekit.parallel.checkpoint import Checkpointer, is_checkpoint, remove_checkpoint
+from moekit.parallel.checkpoint.checkpointer import PathLike
 from moekit.parallel.checkpoint.optimizer_state import OtherOptimizersError, shard_optimizer_state
 from moekit.parallel.checkpoint.state import clean, require_same_model
 from moekit.parallel.master_weights import swapped_in
 from moekit.parallel.shards import shard_like
 from moekit.training.checkpoint_io import load_checkpoint, local_path
 from moekit.training.plain_data import plain_checkpoint, plain_state, unplain
-
-PathLike = str | os.PathLike[str]
 
 
 class StrategyCheckpoints:
@@ -46,8 +44,7 @@ class StrategyCheckpoints:
     ) -> None:
         """Save to the folder `path`; all ranks write.
 
-        What hooks have made of ``checkpoint["state_dict"]`` is saved. Of optimizers they may leave none.
-        Hyperparameters that are no plain data are kept as text.
+        Hooks may leave none of the optimizers. Hyperparameters that are no plain data are kept as text.
 
         Raises:
             TypeError: If a hook has added something that is no plain data, changed an optimizer's state, or removed
@@ -86,12 +83,7 @@ class StrategyCheckpoints:
         """Read a checkpoint, each rank its part of the tensors; nothing is filled, and nothing in it is executed.
 
         Where the module has an `on_load_checkpoint`, tensors that it has not in this shape are read too, whole, so that
-        the hook can rename and resize them.
-
-        Args:
-            path: The checkpoint, a folder of the strategy or a file of Lightning.
-            module: The module for which tensors are sharded.
-            optimizers: The optimizers to go on with; none outside of fit.
+        the hook can rename and resize them. Outside of fit there are no `optimizers` to go on with.
 
         Raises:
             UserError: If it is no checkpoint of the strategy or of Lightning, or is broken.
@@ -131,7 +123,7 @@ class StrategyCheckpoints:
         except UserError as error:
             refused = error
         # Hooks of the modules may yet make it fit.
-        former = {} if refused is None else {name: _copy(value) for name, value in own.items()}
+        former = {n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in own.items()} if refused else {}
         try:
             module.load_state_dict(state, strict=strict)
         except RuntimeError:
@@ -212,11 +204,11 @@ def check_checkpoints(trainer: L.Trainer) -> None:
         UserError: If a checkpoint callback saves to a URL.
         TypeError: If the state of a callback or of the data is no plain data.
     """
+    if not trainer.checkpoint_callbacks:
+        return
     for callback in trainer.checkpoint_callbacks:
         if getattr(callback, "dirpath", None):
             local_path(callback.dirpath)  # type: ignore[attr-defined]
-    if not trainer.checkpoint_callbacks:
-        return
     text: dict[str, str] = {}
     for part in (trainer.lightning_module, trainer.datamodule):  # type: ignore[attr-defined]
         text |= unplain(getattr(part, "hparams", None) or {})
@@ -233,7 +225,3 @@ def check_checkpoints(trainer: L.Trainer) -> None:
         except Exception:  # some have a state only when training has begun
             continue
         plain_state(found, *path)
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value

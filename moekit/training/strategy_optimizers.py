@@ -29,9 +29,6 @@ class OptimizerSteps:
     Args:
         nonfinite_gradients: What to do when the gradient norm is NaN or infinite: "raise", or "skip" the step.
 
-    Attributes:
-        skipped: The number of steps that were skipped.
-
     Raises:
         ValueError: If `nonfinite_gradients` is something else.
     """
@@ -40,7 +37,7 @@ class OptimizerSteps:
         if nonfinite_gradients not in ("raise", "skip"):
             raise ValueError(f'nonfinite_gradients must be "raise" or "skip": got {nonfinite_gradients!r}.')
         self.nonfinite_gradients = nonfinite_gradients
-        self.skipped = 0
+        self.skipped = 0  # steps so far
         self._norm: Tensor | None = None  # of the gradients that are about to be clipped
 
     def prepare(
@@ -65,11 +62,7 @@ class OptimizerSteps:
                 MasterWeights.of(optimizer, divide=divide, device=device)
 
     def bind_new_groups(self, optimizer: Optimizer, sharded: ShardedModel) -> None:
-        """Bind an optimizer anew if groups of other parameters have joined it.
-
-        Raises:
-            UserError: If the model never had them.
-        """
+        """Bind an optimizer anew if groups of other parameters have joined it; refused as by `prepare`."""
         if any(not isinstance(parameter, DTensor) for parameter in _parameters(optimizer)):
             rebind_optimizer(_unwrapped(optimizer), sharded)
 

@@ -34,24 +34,18 @@ class StepSync:
     that waits for all ranks, ranks compare what they are about to do: see `Lockstep`. In evaluation only those ranks
     compare whose forwards communicate, so the others may have other numbers of batches. Nothing is compared before
     `start`.
-
-    Attributes:
-        lockstep: The ring of ranks that compare; None before `start`, and in one process.
-        evaluators: The ranks that evaluate together with this one.
     """
 
     def __init__(self) -> None:
-        self.lockstep: Lockstep | None = None
-        self.evaluators: tuple[int, ...] = ()
+        self.lockstep: Lockstep | None = None  # the ring of ranks that compare; none before `start`, and in one process
+        self.evaluators: tuple[int, ...] = ()  # the ranks that evaluate together with this one
         self._hooks: tuple[RemovableHandle, ...] = ()
 
     def start(self, sharded: ShardedModel, mode: Literal["batch", "module"]) -> None:
         """Compare from here on, until `stop`; in a job of one process do nothing.
 
-        Args:
-            sharded: The model; its units and sparse layers are points at which ranks meet.
-            mode: Whether ranks meet at every module that communicates, or compare afterwards which ones they have
-                passed.
+        The units and sparse layers of the model are points at which ranks meet too; or, in the mode "batch", compare
+        afterwards which ones they have passed.
         """
         model, meshes = sharded.module, sharded.meshes
         if self.lockstep is not None or meshes.layout.devices == 1:
@@ -74,11 +68,7 @@ class StepSync:
         self._hooks, self.lockstep = (), None
 
     def meet(self, point: str) -> None:
-        """Compare with all ranks what comes next.
-
-        Raises:
-            OutOfStepError: If another rank is about to do something else, or has stopped.
-        """
+        """Compare with all ranks what comes next; OutOfStepError if another does something else, or has stopped."""
         if self.lockstep is not None:
             self.lockstep.meet(point)
 
@@ -137,14 +127,11 @@ class ManualOptimization:
     """Gathers weights again in a training step that goes forward after a backward or an optimizer step.
 
     Only a module with ``automatic_optimization = False`` does that. It may also toggle optimizers in between.
-
-    Attributes:
-        active: Whether such a training step is running.
-        released: Whether the weights that were gathered for the step have been released since.
     """
 
     def __init__(self) -> None:
-        self.active = self.released = False
+        self.active = False  # whether such a training step is running
+        self.released = False  # whether the weights that were gathered for the step have been released since
 
     @contextmanager
     def step(self, module: L.LightningModule, sharded: ShardedModel) -> Iterator[None]:
@@ -174,15 +161,7 @@ class ManualOptimization:
 
 
 def call_as_forward(module: L.LightningModule, model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Call a method of `module` as the forward of `model`, so that weights are gathered for it.
-
-    Args:
-        module: The LightningModule.
-        model: The module that is called, `module` or a wrapper of it.
-        name: The method, for example "training_step".
-        *args: For the method.
-        **kwargs: For the method.
-    """
+    """Call a method of `module` as the forward of `model`, itself or a wrapper, so that weights are gathered for it."""
     before = module.__dict__.get("forward")
 
     def restore() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ import torch
 
 from moekit.atomic import replacing
 from moekit.errors import UserError
+from moekit.parallel.checkpoint.checkpointer import PathLike
 from moekit.parallel.checkpoint.optimizer_state import optimizer_state_from
 from moekit.parallel.checkpoint.reader import StoredCheckpoint
-
-PathLike = str | os.PathLike[str]
 
 
 def consolidate_checkpoint(folder: PathLike, path: PathLike) -> None:
@@ -22,11 +20,7 @@ def consolidate_checkpoint(folder: PathLike, path: PathLike) -> None:
 
     Everything is in it: weights, optimizers, schedules, loops, callbacks, hyperparameters. ``load_from_checkpoint`` and
     ``Trainer(...).fit(ckpt_path=...)`` without the strategy take it. `moekit.parallel.consolidate` writes the weights
-    alone.
-
-    Args:
-        folder: The checkpoint.
-        path: The file; one that is there is replaced when the new one is whole.
+    alone. A file at `path` is replaced when the new one is whole.
 
     Raises:
         UserError: If the checkpoint is incomplete, cut short or altered, is not one of a Trainer, or the file cannot
@@ -61,11 +55,7 @@ def whole_checkpoint(folder: PathLike) -> dict[str, Any]:
 
 
 def rest_of(stored: StoredCheckpoint) -> Mapping[str, Any]:
-    """What a sharded checkpoint of a Trainer holds beside weights and optimizers; empty if it is of no Trainer.
-
-    Raises:
-        UserError: If the checkpoint is incomplete, cut short or altered.
-    """
+    """What a sharded checkpoint of a Trainer holds beside weights and optimizers; empty if it is of no Trainer."""
     extra = stored.extra
     found: Mapping[str, Any] = extra.get("checkpoint", {}) if isinstance(extra, Mapping) else {}
     return found

@@ -28,6 +28,11 @@ ROOMS = (
     "routing",
     "transformer",
     "recurrent",
+    "component",
+    "stepping",
+    "tasks",
+    "heads",
+    "training",
 )
 """Where docstrings are held to these rules; widen it as rooms come to keep them."""
 

@@ -24,7 +24,7 @@ from moekit.training.callbacks import random_state
 from moekit.training.callbacks.random_state import RandomState
 from moekit.training.metrics.perplexity import TokenPerplexity
 from moekit.training.metrics.routing import RoutingStatistics
-from moekit.training.placement import move_unsharded_state
+from moekit.training.strategy import move_unsharded_state
 
 
 class Counting(L.LightningModule):

@@ -293,7 +293,7 @@ def test_components_are_released_after_an_exception(tmp_path: Path) -> None:
     root = Failing()
     with pytest.raises(RuntimeError, match="broken"):
         trainer(tmp_path).fit(root, data())
-    assert leaf(root)._binding is None
+    assert leaf(root)._root is None
     assert leaf(root)._trainer is None
 
 
@@ -308,7 +308,7 @@ def test_a_bound_module_can_be_copied_and_its_copy_is_unbound(tmp_path: Path, co
     root = CopyingRoot()
     trainer(tmp_path, max_steps=1).fit(root, data())
     (layers,) = copies
-    assert layers[1].inner[0]._binding is None
+    assert layers[1].inner[0]._root is None
     assert layers[1].inner[0]._trainer is None
     for ours, theirs in zip(root.layers.parameters(), layers.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -127,4 +127,4 @@ def test_components_log_and_step_under_both_names_and_are_released(package: str,
     trainer.fit(root, DataLoader(torch.ones(4, 2)))  # type: ignore[arg-type]
     assert root.layers[0].steps == [1, 2]
     assert "layers.0/mean" in trainer.callback_metrics
-    assert root.layers[0]._binding is None
+    assert root.layers[0]._root is None

@@ -19,7 +19,7 @@ class BestCheckpoint(Checkpoint):
         mode: whether lower ("min") or higher ("max") is better.
 
     Raises:
-        ValueError: at the end of a validation that did not log `monitor`; the metrics there are named.
+        ValueError: if `mode` is another one.
 
     Differs: Lightning's ModelCheckpoint forgets its best when the folder was moved or renamed; this does not.
     """
@@ -33,7 +33,7 @@ class BestCheckpoint(Checkpoint):
         self.best: float | None = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save if this is the best so far; NaN never is."""
+        """Raise ValueError, naming the metrics that there are, if the validation did not log `monitor`."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.monitor not in trainer.callback_metrics:
@@ -43,14 +43,12 @@ class BestCheckpoint(Checkpoint):
             )
         value = float(trainer.callback_metrics[self.monitor])
         better = self.best is None or (value < self.best if self.mode == "min" else value > self.best)
-        if better and not math.isnan(value):
+        if better and not math.isnan(value):  # NaN would stay the best for ever
             self.best = value
             trainer.save_checkpoint(self.path)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best value."""
         self.best = state_dict["best"]

@@ -35,7 +35,12 @@ class ComponentBinding(Callback):
         self._observing: tuple[Component, ...] = ()
         self._last_step = 0
 
-    def _bind(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Bind what exists already, so that the user's own ``setup`` finds the Trainer."""
+        self.on_fit_start(trainer, pl_module)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Bind what ``setup`` and ``configure_model`` have added; before a validation inside `fit` it is repeated."""
         bind(pl_module)
         first = next((c for c in trainer.callbacks if isinstance(c, ComponentBinding)), self)  # type: ignore[attr-defined]
         if first is not self:
@@ -47,37 +52,23 @@ class ComponentBinding(Callback):
         for router in self._observing:
             listen(router)
 
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
+
     def _release(self) -> None:
         for router in self._observing:
             stop_listening(router)
         self._components = self._observing = ()
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Bind what exists already, so that the user's own ``setup`` finds the Trainer."""
-        self._bind(trainer, pl_module)
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Bind what ``setup`` and ``configure_model`` have added; before a validation inside `fit` it is repeated."""
-        self._bind(trainer, pl_module)
-
-    on_validation_start = on_test_start = on_predict_start = on_fit_start
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember where the run starts: a resumed run has done these steps already."""
-        self._bind(trainer, pl_module)
-        self._last_step = trainer.global_step
+        self.on_fit_start(trainer, pl_module)
+        self._last_step = trainer.global_step  # a resumed run has done these already
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """From here on forwards are training's; what was returned before is nobody's."""
         for router in self._observing:
             forget(router)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Tell routers what they returned in this batch; call `Component.on_step_end` if an optimizer has stepped."""
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         for router in self._observing:
             tell_routings(router)
         if not self._components or trainer.global_step == self._last_step:
@@ -89,21 +80,17 @@ class ComponentBinding(Callback):
                 component.on_step_end(before + self._last_step)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Release the components: Lightning does not call ``teardown`` after an exception.
-
-        Where a Trainer without the strategy was given a sharded checkpoint, say what to do.
-        """
-        self.teardown(trainer, pl_module, "")
+        self.teardown(trainer, pl_module, "")  # which Lightning does not call after an exception
         if isinstance(exception, IsADirectoryError) and exception.filename:
             _explain(exception)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the components plain modules again."""
         unbind(pl_module)
         self._release()
 
 
 def _explain(refused: IsADirectoryError) -> None:
+    """Where a Trainer without the strategy was given a sharded checkpoint, say what to do."""
     from moekit.parallel.checkpoint import is_checkpoint  # which not every program with a Trainer needs
 
     if is_checkpoint(refused.filename):

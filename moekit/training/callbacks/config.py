@@ -23,5 +23,4 @@ class ConfigInCheckpoints(Callback):
         self.config = dict(config)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the configuration in."""
         checkpoint[CONFIG_KEY] = self.config

@@ -28,5 +28,4 @@ class ScaleExpertGradients(Callback):
         self.factor = factor
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Scale the gradients of the experts that this optimizer steps."""
         scale_expert_gradients(pl_module, self.factor, optimizer=optimizer)

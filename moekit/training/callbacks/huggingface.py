@@ -17,21 +17,16 @@ class StepEndCallback(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to hear what routers return."""
         listen(kwargs["model"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From here on forwards are training's; what was returned before is nobody's."""
-        forget(kwargs["model"])
+        forget(kwargs["model"])  # from here on forwards are training's; what was returned before is nobody's
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell routers what they returned in this micro-batch."""
         tell_routings(kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell routers what they returned, then everything of the step."""
         step_end(kwargs["model"], state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The routers are plain modules again."""
         stop_listening(kwargs["model"])

@@ -65,13 +65,12 @@ class Resumable(Checkpoint):
         self._put_off = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the order of the callbacks: last.ckpt must hold what `BestCheckpoint` knows."""
+        """Raise ValueError if a `BestCheckpoint` comes later: last.ckpt must hold what it knows."""
         later = trainer.callbacks[trainer.callbacks.index(self) :]  # type: ignore[attr-defined]
         if any(isinstance(callback, BestCheckpoint) for callback in later):
             raise ValueError("callbacks must have BestCheckpoint before Resumable: got the reverse. Exchange them.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start counting, drop logged rows that this run will write again, take the signals over from Lightning."""
         # A signal that came before the first batch is Lightning's flag; it would stop between two optimizer steps.
         self._signal, self._put_off = (signal.SIGTERM if trainer.received_sigterm else None), False
         trainer._signal_connector.received_sigterm = False
@@ -79,23 +78,18 @@ class Resumable(Checkpoint):
         self._saved_time = self._clock()
         for logger in trainer.loggers:
             if isinstance(logger, CsvLogger):
-                logger.continue_from(trainer.global_step)
+                logger.continue_from(trainer.global_step)  # drops rows that this run will write again
         for number in _SIGNALS:
             try:
                 self._former[number] = signal.signal(number, self._handle)
             except ValueError:  # not in the main thread: signals are somebody else's business
                 return
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save if it is time; after a signal save and stop."""
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = trainer.global_step
-        # What each process got by itself, and the first one's clock, in one message.
-        stop, due = agree(trainer, self._signal is not None, trainer.is_global_zero and self._is_due(trainer))
-        self._heed(bool(stop))
+        stop, due = self._agree(trainer, due=trainer.is_global_zero and self._is_due(trainer))
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
         if (stop or due) and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
@@ -104,29 +98,27 @@ class Resumable(Checkpoint):
             self._save_and_perhaps_stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, or stop, as was put off until after this validation."""
         if self._put_off and not trainer.sanity_checking:
             self._put_off = False
             self._save_and_perhaps_stop(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the end of the run; a signal that came in its last step still stops what would follow."""
         if trainer.global_step > self._saved_step or not self.path.exists():
             self._save(trainer)
-        if self._must_stop(trainer):
+        if self._agree(trainer)[0]:  # a signal that came in the last step still stops what would follow
             raise SIGTERMException
         self._restore_signals()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """After a signal, set the exit code and tell the user; the last checkpoint stays as it is."""
         self._restore_signals()
         if isinstance(exception, SIGTERMException) and self._signal is not None:
             exception.code = 128 + self._signal
             if trainer.is_global_zero:
-                print(self._message(trainer), file=sys.stderr, flush=True)
+                stopped = f"Stopped by {signal.Signals(self._signal).name} after step {trainer.global_step}"
+                resume = f" Resume with: {self.how_to_resume}" if self.how_to_resume else ""
+                print(f"{stopped}; everything is in {self.path}.{resume}", file=sys.stderr, flush=True)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the signals back."""
         self._restore_signals()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -140,16 +132,12 @@ class Resumable(Checkpoint):
             signal.signal(number, handler)
         self._former = {}
 
-    def _must_stop(self, trainer: L.Trainer) -> bool:
-        """Whether any process got a signal; all of them agree."""
-        (stop,) = agree(trainer, self._signal is not None)
-        self._heed(bool(stop))
-        return bool(stop)
-
-    def _heed(self, stop: bool) -> None:
-        """Stop for a signal that another process got."""
+    def _agree(self, trainer: L.Trainer, *, due: bool = False) -> tuple[bool, bool]:
+        """Whether any process got a signal, which then is everybody's, and whether for any it is time to save."""
+        stop, save = agree(trainer, self._signal is not None, due)
         if stop:
             self._signal = self._signal or signal.SIGTERM
+        return bool(stop), bool(save)
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         by_steps = self.every_n_steps is not None and (trainer.global_step - self._saved_step >= self.every_n_steps)
@@ -158,7 +146,7 @@ class Resumable(Checkpoint):
 
     def _save_and_perhaps_stop(self, trainer: L.Trainer) -> None:
         self._save(trainer)
-        if self._must_stop(trainer):
+        if self._agree(trainer)[0]:
             # Lightning raises SIGTERMException when this batch is wholly accounted for and its values are logged. Set
             # before a validation the flag would break that off.
             trainer._signal_connector.received_sigterm = True
@@ -168,8 +156,3 @@ class Resumable(Checkpoint):
             logger.save()  # what the checkpoint's step has logged must not be behind it
         trainer.save_checkpoint(self.path)
         self._saved_step, self._saved_time = trainer.global_step, self._clock()
-
-    def _message(self, trainer: L.Trainer) -> str:
-        name = signal.Signals(self._signal or signal.SIGTERM).name
-        resume = f" Resume with: {self.how_to_resume}" if self.how_to_resume else ""
-        return f"Stopped by {name} after step {trainer.global_step}; everything is in {self.path}.{resume}"

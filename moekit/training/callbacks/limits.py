@@ -32,15 +32,11 @@ class MaxMinutes(Callback):
         self._start = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock where it was left."""
         self._start = self._clock() - self.budget.seconds
         if self.budget.out_of_time:
             trainer.should_stop = True
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Read the clock, and stop if it is time."""
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         seconds = self._clock() - self._start
         if self.budget.max_minutes is not None:  # else nobody decides by it
             (seconds,) = agree(trainer, seconds if trainer.is_global_zero else 0.0)
@@ -49,9 +45,7 @@ class MaxMinutes(Callback):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Seconds used."""
         return {"seconds": self.budget.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the seconds used."""
         self.budget.seconds = state_dict["seconds"]

@@ -48,7 +48,6 @@ class PeakMemory(Callback):
         return None if self._expected is None else self._expected + self._other
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Begin to watch the device of the training."""
         self._device = trainer.strategy.root_device
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -56,11 +55,9 @@ class PeakMemory(Callback):
             self._other = _peak(self._device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The most so far, and what was expected."""
         return {"bytes": self.bytes, "of": self.of, "forecast": self.forecast}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the largest, if it is of the same kind of memory."""
         self._before = state_dict["bytes"] if state_dict["of"] == self.of else 0
 
     def text(self) -> str:

@@ -49,34 +49,26 @@ class TrainingProgress(ProgressBar):
         self._start = self._start_fraction = 0.0
 
     def disable(self) -> None:
-        """Show nothing (Lightning calls it in all processes but the first)."""
-        self._enabled = False
+        self._enabled = False  # Lightning calls it in all processes but the first
         self._close()
 
     def enable(self) -> None:
-        """Show again."""
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin."""
         self._start = self._clock()
         self._start_fraction = self._fraction(trainer)
         self._open("train")
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Show where training is."""
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         self._show(lambda: self.training_text(trainer), lambda: self._fraction(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the end."""
         self._show(lambda: self.training_text(trainer), lambda: 1.0, force=True)
         self._close()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin, where it is not inside training."""
-        if trainer.state.fn != "fit":
+        if trainer.state.fn != "fit":  # else it is inside training, which goes on being shown
             self._open("test" if trainer.testing else "valid")
 
     def on_validation_batch_end(
@@ -88,7 +80,6 @@ class TrainingProgress(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Show where it is."""
         if trainer.sanity_checking:
             return
         batches: Any = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
@@ -98,18 +89,15 @@ class TrainingProgress(ProgressBar):
         self._show(lambda: text, lambda: done / total if math.isfinite(total) and total else 0.0)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close what is not training's."""
         if trainer.state.fn != "fit":
             self._close()
 
     on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave the terminal as it was."""
         self._close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the terminal as it was."""
         self._close()
 
     def training_text(self, trainer: L.Trainer) -> str:

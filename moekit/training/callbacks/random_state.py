@@ -30,21 +30,15 @@ class RandomState(Callback):
     def __init__(self) -> None:
         self._held: dict[str, Any] | None = None
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Go on where the last batch ended."""
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         if self._held is not None:
             _restore(self._held, trainer.strategy.root_device)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Remember the place."""
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         self._held = _capture(trainer.strategy.root_device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain state of every process, in the order of ranks."""
+        """The state of every process, in the order of ranks."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             states: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(states, self._held)
@@ -53,7 +47,6 @@ class RandomState(Callback):
         return {"processes": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take this process's state."""
         states = state_dict["processes"]
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         if rank < len(states):

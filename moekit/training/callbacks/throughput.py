@@ -59,7 +59,7 @@ class Throughput(Callback):
         self.seconds = 0.0
         self._since = 0.0
         self._pending: list[Tensor | int] = []
-        self._paused: float | None = None
+        self._paused: float | None = None  # since a validation began
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,43 +67,37 @@ class Throughput(Callback):
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
         self._since, self._pending, self._paused = self._clock(), [], None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count; and log where Lightning is about to write."""
         self._pending.append(self._count(batch))
+        # Where Lightning is about to write.
         if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
             rate = self._collect(trainer)
             values = {"train/tokens_per_second": rate, "train/tokens": float(self.tokens)}
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock."""
         self._paused = self._clock()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on."""
         if self._paused is not None:
             self._since += self._clock() - self._paused
             self._paused = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count what was not logged."""
         if self._pending:
             self._collect(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the totals into the checkpoint, batches that were not logged yet included."""
         now = self._clock() if self._paused is None else self._paused
         seconds = self.seconds + (now - self._since if self._pending else 0.0)
         state = {"tokens": self.tokens + self._count_pending(trainer), "seconds": seconds}
         checkpoint["callbacks"][self.state_key] = state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the totals."""
         self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
 
     def _collect(self, trainer: L.Trainer) -> float:

@@ -20,6 +20,9 @@ class TokenPerplexity(WideMetric):
     Args:
         tasks: names such as ``"my_task"``; `update` refuses others.
 
+    Raises:
+        ValueError: no task, or one twice.
+
     Example:
         >>> perplexity = TokenPerplexity(["my_task"])
         >>> perplexity.update("my_task", torch.tensor(6.0), torch.tensor(3))

@@ -73,7 +73,7 @@ class RoutingStatistics(WideMetric):
         """Count one batch.
 
         Args:
-            routings: by layer name; layers may be updated in separate calls (an encoder's with the source
+            routings: routings by layer name; layers may be updated in separate calls (an encoder's with the source
                 language, a decoder's with the target language).
             language: Int[T] or Int[B] language ids, per token or per sequence of equal padded length.
 
