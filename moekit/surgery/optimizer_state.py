@@ -51,8 +51,7 @@ def state_by_number(
         former: The groups of the old one: groups of the same name keep their settings, such as the learning rate.
     """
     settings = {group["name"]: group for group in former if "name" in group}
-    kept = [{**settings.get(str(group.get("name")), {}), **{"params": group["params"]}} for group in groups]
-    joined = [{**group, **old} for group, old in zip(groups, kept, strict=True)]
+    joined = [{**group, **settings.get(str(group.get("name")), {}), "params": group["params"]} for group in groups]
     numbers = {name: number for number, name in enumerate(names)}
     return {"state": {numbers[name]: dict(found) for name, found in slots.items()}, "param_groups": joined}
 

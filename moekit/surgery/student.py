@@ -72,12 +72,13 @@ def initialize_student(
                 f"got {', '.join(map(str, found))}."
             )
         chosen[stack] = found
-    withheld = set() if experts else _of_sparse_layers(student)
+    sparse = {} if experts else sparse_layers(student)
+    withheld = tuple(f"{layer.prefix}{part}." for layer in sparse.values() for part in ("experts", "router"))
     state = dict(student.state_dict())
     inherited = []
     for name, own in state.items():
         given = weights.get(_origin(name, chosen))
-        if given is None or name in withheld:
+        if given is None or name.startswith(withheld):
             continue
         if given.shape != own.shape:
             raise UserError(
@@ -131,9 +132,9 @@ def _stacks(model: nn.Module) -> dict[str, list[bool]]:
     """Of every stack of layers, whether each is sparse."""
     sparse = sparse_layers(model)
     stacks: dict[str, list[bool]] = {}
-    for name, module in model.named_modules():
+    for name, _ in model.named_modules():
         found = _LAYER.match(f"{name}.x")
-        if found and found["rest"] == "x" and isinstance(module, nn.Module):
+        if found and found["rest"] == "x":
             stacks.setdefault(found["stack"], []).append(any(path.startswith(f"{name}.") for path in sparse))
     return stacks
 
@@ -143,13 +144,3 @@ def _origin(name: str, layers: Mapping[str, tuple[int, ...]]) -> str:
     if found is None or found["stack"] not in layers:
         return name
     return f"{found['stack']}.{layers[found['stack']][int(found['number'])]}.{found['rest']}"
-
-
-def _of_sparse_layers(model: nn.Module) -> set[str]:
-    """Tensors of experts and routers."""
-    names = set()
-    for path in sparse_layers(model):
-        prefix = f"{path}." if path else ""
-        parts = (f"{prefix}experts.", f"{prefix}router.")
-        names |= {name for name in model.state_dict() if name.startswith(parts)}
-    return names
