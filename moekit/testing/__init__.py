@@ -25,8 +25,7 @@ from moekit.routing import Router
 from moekit.testing.cases import random_routing, seeded, skewed_tokens, some_context, some_mask, trace
 from moekit.testing.closeness import TOLERANCES, assert_close, assert_same
 from moekit.testing.dispatchers import DISPATCHER_CHECKS
-from moekit.testing.distributed import run_distributed
-from moekit.testing.environment import JoinedProcesses
+from moekit.testing.distributed import JoinedProcesses, run_distributed
 from moekit.testing.experts import EXPERTS_CHECKS
 from moekit.testing.routers import ROUTER_CHECKS, check_routing
 
