@@ -59,11 +59,8 @@ def compensate(state: State, layers: Mapping[str, SparseLayer], copies: float, *
     The scale lies in the experts' output matrices and biases, so nothing has to be known about it when the weights are
     read, trained on or exported.
 
-    Args:
-        state: The tensors by name; those that are not there are left out.
-        layers: The result of `sparse_layers`.
-        copies: The number n of copies of every expert; a fraction undoes it.
-        power: The power of the scale: 1 for weights, -1 and -2 for Adam's first and second moments.
+    Args: as of `compensations`, but `state` may lack tensors, which are left out, and `power` is that of the scale: 1
+    for weights, -1 and -2 for Adam's first and second moments.
 
     Raises:
         UserError: see `compensations`.

@@ -112,20 +112,18 @@ def choose_layers(student: Sequence[bool], teacher: Sequence[bool]) -> tuple[int
     ]
     step = 1 if len(student) <= len(teacher) else 0
     # Best choice for the first layers that ends in each of the teacher's: wrong kinds first, then distance.
-    best: list[tuple[tuple[int, float], tuple[int, ...]]] = [((0, 0.0), ())]
-    ends = [-step]
+    best: dict[int, tuple[tuple[int, float], tuple[int, ...]]] = {-step: ((0, 0.0), ())}
     for i, sparse in enumerate(student):
         room = (len(student) - 1 - i) * step
-        reached, places = [], []
+        reached = {}
         for place in range(len(teacher) - room):
-            before = [cost for cost, end in zip(best, ends, strict=True) if end + step <= place]
+            before = [found for end, found in best.items() if end + step <= place]
             if before:
                 (wrong, far), path = min(before)
                 cost = (wrong + (sparse != teacher[place]), far + abs(place - wanted[i]))
-                reached.append((cost, (*path, place)))
-                places.append(place)
-        best, ends = reached, places
-    return min(best)[1] if best else ()
+                reached[place] = cost, (*path, place)
+        best = reached
+    return min(best.values())[1] if best else ()
 
 
 def _stacks(model: nn.Module) -> dict[str, list[bool]]:
