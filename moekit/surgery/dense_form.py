@@ -35,14 +35,12 @@ class DenseForm:
 
     def dense(self, expert: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A dense feed-forward's tensors from one expert's."""
-        whole: dict[str, Tensor] = {}
-        parts: dict[str, list[Tensor]] = {}
-        for name, (target, part) in self.tensors.items():
-            if name in expert and part is None:
-                whole[target] = expert[name].t()
-            elif name in expert:
-                parts.setdefault(target, []).append(expert[name].t())
-        return whole | {target: torch.stack(found) for target, found in parts.items()}
+        found: dict[str, list[Tensor]] = {}
+        for name, (target, _) in self.tensors.items():
+            if name in expert:
+                found.setdefault(target, []).append(expert[name].t())
+        divided = {target for target, part in self.tensors.values() if part is not None}
+        return {name: torch.stack(parts) if name in divided else parts[0] for name, parts in found.items()}
 
 
 _MLP = DenseForm(

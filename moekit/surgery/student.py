@@ -106,10 +106,8 @@ def choose_layers(student: Sequence[bool], teacher: Sequence[bool]) -> tuple[int
         >>> choose_layers([False, True, False, True], [False, True, False, True, False, True])
         (0, 1, 4, 5)
     """
-    wanted = [
-        i * (len(teacher) - 1) / max(len(student) - 1, 1) if len(student) > 1 else len(teacher) - 1
-        for i in range(len(student))
-    ]
+    last, ends_at = len(student) - 1, len(teacher) - 1
+    wanted = [i * ends_at / last if last else ends_at for i in range(len(student))]
     step = 1 if len(student) <= len(teacher) else 0
     # Best choice for the first layers that ends in each of the teacher's: wrong kinds first, then distance.
     best: dict[int, tuple[tuple[int, float], tuple[int, ...]]] = {-step: ((0, 0.0), ())}

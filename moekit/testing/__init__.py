@@ -63,20 +63,12 @@ def check_router(factory: Callable[[], Router]) -> None:
 
 
 def check_experts(factory: Callable[[], Experts]) -> None:
-    """Run every expert-bank check on what `factory` builds.
-
-    Raises:
-        AssertionError: listing every check that failed, with the rule that was broken.
-    """
+    """Run every expert-bank check on what `factory` builds; raises as `check_router` does."""
     _run_all(EXPERTS_CHECKS, factory)
 
 
 def check_dispatcher(factory: Callable[[], Dispatcher]) -> None:
-    """Run every dispatcher check on what `factory` builds.
-
-    Raises:
-        AssertionError: listing every check that failed, with the rule that was broken.
-    """
+    """Run every dispatcher check on what `factory` builds; raises as `check_router` does."""
     _run_all(DISPATCHER_CHECKS, factory)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torch.utils import _pytree
 
 from moekit.layer import MoEOutput
@@ -82,12 +83,7 @@ def random_routing(
     scores = torch.rand(num_tokens, num_experts, generator=generator)
     expert = scores.topk(k, dim=1).indices.t().reshape(-1)
     weight = torch.rand(num_tokens, k, generator=generator, dtype=torch.float64) + 0.1
-    served = [0] * num_experts
-    position = []
-    for e in expert.tolist():
-        position.append(served[e])
-        served[e] += 1
-    place = torch.tensor(position, dtype=torch.int64)
+    place = one_hot(expert, num_experts).cumsum(0).gather(1, expert[:, None])[:, 0] - 1
     return Routing(
         token=torch.arange(num_tokens).repeat(k),
         expert=expert,

@@ -34,14 +34,10 @@ def _experts(dtype: torch.dtype) -> GroupedMLP:
         return GroupedMLP(E, D, 5, activation="silu", bias=True).to(dtype)
 
 
-def _weighted(routing: Routing, weight: Tensor) -> Routing:
-    return dataclasses.replace(routing, weight=weight)
-
-
 def _compare(dispatcher: Dispatcher, routing: Routing, x: Tensor, what: str) -> None:
     """Output and every gradient (x, weights, experts) against the reference."""
     experts, weight = _experts(x.dtype), nn.Parameter(routing.weight.clone())
-    current = _weighted(routing, weight)
+    current = dataclasses.replace(routing, weight=weight)
     held = nn.ModuleDict({"experts": experts})
     held.register_parameter("weight", weight)
     fast = trace(partial(_through, dispatcher, routing=current, experts=experts), held, x)
@@ -140,7 +136,7 @@ def check_masked_content(factory: Factory) -> None:
     clean = trace(partial(run, routing=routing), experts, x)
     rows = trace(partial(run, routing=routing), experts, x.masked_fill(lost[:, None], float("nan")))
     assert_same(rows, clean, "NaN in rows that are not kept leaks")
-    spoilt = _weighted(routing, routing.weight.masked_fill(lost, float("nan")))
+    spoilt = dataclasses.replace(routing, weight=routing.weight.masked_fill(lost, float("nan")))
     assert_same(trace(partial(run, routing=spoilt), experts, x), clean, "NaN in weights not kept leaks")
 
 

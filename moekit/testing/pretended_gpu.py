@@ -91,7 +91,7 @@ class PretendedGPU:
         try:
             yield waits
         finally:
-            self._waits.remove(waits)
+            self._waits.pop()
 
     def waited(self, what: str) -> None:
         """Write a wait down, at the innermost line of the package (else of Lightning or torchmetrics)."""
