@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from moekit.errors import UserError
 from moekit.huggingface.architecture import NAMES, Architecture, Kind
-from moekit.huggingface.keys import KeyMap, Link, Shape
+from moekit.huggingface.keys import KeyMap, Link
 from moekit.huggingface.settings import Fields, Setting
 from moekit.transformer import LayerNorm, RelativePositions, RMSNorm, Side, SplitSinusoidalPositions
 from moekit.transformer.embedding import EmbeddingScale
@@ -104,9 +106,9 @@ class Family:
             values[f"{side}_step"] = self._step(ours, side)
         return {setting.name: setting.written(values) for setting in self.settings}
 
-    def links(self, ours: Architecture, shapes: Mapping[str, Shape]) -> Iterator[Link]:
-        """A link for every tensor of theirs, from the shapes of our tensors by name; see `KeyMap.links`."""
-        return self.keys.links(ours, shapes, (self.embedding_scale(ours), self.attention_scale))
+    def links(self, ours: Architecture, state: Mapping[str, Tensor]) -> Iterator[Link]:
+        """A link for every tensor of theirs, from our tensors by name; see `KeyMap.links`."""
+        return self.keys.links(ours, self.in_their_form(ours), state)
 
     def _step(self, ours: Architecture, side: Side) -> int:
         layers, sparse = ours.layers[side], ours.sparse[side]
@@ -185,28 +187,26 @@ SWITCH = Family(
     sparse=lambda step, layers: tuple(i for i in range(layers) if step and (step == 1 or i % step == 1)),
     sparse_rule="the second of every n layers sparse (1, 1 + n, ...), or all, or none",
     keys=KeyMap(
-        {
+        of_side={
             "{side}.positions.weight": "{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
             "{side}.norm.weight": "{side}.final_layer_norm.weight",
-        }
-        | {
-            f"{{side}}.layers.{{i}}.{ours}": f"{{side}}.block.{{i}}.layer.{theirs}"
-            for ours, theirs in {
-                "self_attention.qkv.weight": "0.SelfAttention.{q,k,v}.weight",
-                "self_attention.out.weight": "0.SelfAttention.o.weight",
-                "self_attention_norm.weight": "0.layer_norm.weight",
-                "cross_attention.q.weight": "1.EncDecAttention.q.weight",
-                "cross_attention.kv.weight": "1.EncDecAttention.{k,v}.weight",
-                "cross_attention.out.weight": "1.EncDecAttention.o.weight",
-                "cross_attention_norm.weight": "1.layer_norm.weight",
-                "feed_forward_norm.weight": "{1|2}.layer_norm.weight",
-                "feed_forward.w_in.weight": "{1|2}.mlp.wi.weight",
-                "feed_forward.w_out.weight": "{1|2}.mlp.wo.weight",
-                "feed_forward.router.weight": "{1|2}.mlp.router.classifier.weight",
-                "feed_forward.experts.w_in": "{1|2}.mlp.experts.expert_{e}.wi.weight",
-                "feed_forward.experts.w_out": "{1|2}.mlp.experts.expert_{e}.wo.weight",
-            }.items()
-        }
+        },
+        of_layer={
+            "self_attention.qkv.weight": "0.SelfAttention.{q,k,v}.weight",
+            "self_attention.out.weight": "0.SelfAttention.o.weight",
+            "self_attention_norm.weight": "0.layer_norm.weight",
+            "cross_attention.q.weight": "1.EncDecAttention.q.weight",
+            "cross_attention.kv.weight": "1.EncDecAttention.{k,v}.weight",
+            "cross_attention.out.weight": "1.EncDecAttention.o.weight",
+            "cross_attention_norm.weight": "1.layer_norm.weight",
+            "feed_forward_norm.weight": "{1|2}.layer_norm.weight",
+            "feed_forward.w_in.weight": "{1|2}.mlp.wi.weight",
+            "feed_forward.w_out.weight": "{1|2}.mlp.wo.weight",
+            "feed_forward.router.weight": "{1|2}.mlp.router.classifier.weight",
+            "feed_forward.experts.w_in": "{1|2}.mlp.experts.expert_{e}.wi.weight",
+            "feed_forward.experts.w_out": "{1|2}.mlp.experts.expert_{e}.wo.weight",
+        },
+        layer="{side}.block.{i}.layer.",
     ),
     token_defaults={"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1},
 )
@@ -273,27 +273,25 @@ NLLB = Family(
     sparse_rule="the last of every n layers sparse, or none",
     check=_check_nllb,
     keys=KeyMap(
-        {"{side}.norm.{p}": "model.{side}.layer_norm.{p}"}
-        | {
-            f"{{side}}.layers.{{i}}.{ours}": f"model.{{side}}.layers.{{i}}.{theirs}"
-            for ours, theirs in {
-                "self_attention.qkv.{p}": "self_attn.{q,k,v}_proj.{p}",
-                "self_attention.out.{p}": "self_attn.out_proj.{p}",
-                "self_attention_norm.{p}": "self_attn_layer_norm.{p}",
-                "cross_attention.q.{p}": "cross_attention.q_proj.{p}",
-                "cross_attention.kv.{p}": "cross_attention.{k,v}_proj.{p}",
-                "cross_attention.out.{p}": "cross_attention.out_proj.{p}",
-                "cross_attention_norm.{p}": "cross_attention_layer_norm.{p}",
-                "feed_forward_norm.{p}": "ff_layer_norm.{p}",
-                "feed_forward.w_in.{p}": "ffn.fc1.{p}",
-                "feed_forward.w_out.{p}": "ffn.fc2.{p}",
-                "feed_forward.router.weight": "ffn.router.classifier.weight",
-                "feed_forward.experts.w_in": "ffn.experts.expert_{e}.fc1.weight",
-                "feed_forward.experts.b_in": "ffn.experts.expert_{e}.fc1.bias",
-                "feed_forward.experts.w_out": "ffn.experts.expert_{e}.fc2.weight",
-                "feed_forward.experts.b_out": "ffn.experts.expert_{e}.fc2.bias",
-            }.items()
+        of_side={"{side}.norm.{p}": "model.{side}.layer_norm.{p}"},
+        of_layer={
+            "self_attention.qkv.{p}": "self_attn.{q,k,v}_proj.{p}",
+            "self_attention.out.{p}": "self_attn.out_proj.{p}",
+            "self_attention_norm.{p}": "self_attn_layer_norm.{p}",
+            "cross_attention.q.{p}": "cross_attention.q_proj.{p}",
+            "cross_attention.kv.{p}": "cross_attention.{k,v}_proj.{p}",
+            "cross_attention.out.{p}": "cross_attention.out_proj.{p}",
+            "cross_attention_norm.{p}": "cross_attention_layer_norm.{p}",
+            "feed_forward_norm.{p}": "ff_layer_norm.{p}",
+            "feed_forward.w_in.{p}": "ffn.fc1.{p}",
+            "feed_forward.w_out.{p}": "ffn.fc2.{p}",
+            "feed_forward.router.weight": "ffn.router.classifier.weight",
+            "feed_forward.experts.w_in": "ffn.experts.expert_{e}.fc1.weight",
+            "feed_forward.experts.b_in": "ffn.experts.expert_{e}.fc1.bias",
+            "feed_forward.experts.w_out": "ffn.experts.expert_{e}.fc2.weight",
+            "feed_forward.experts.b_out": "ffn.experts.expert_{e}.fc2.bias",
         },
+        layer="model.{side}.layers.{i}.",
         prefix="model.",
     ),
     token_defaults={"pad_token_id": 1, "decoder_start_token_id": 2, "eos_token_id": 2},

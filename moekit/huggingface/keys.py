@@ -12,7 +12,6 @@ from torch import Tensor
 
 from moekit.errors import UserError
 from moekit.huggingface.architecture import NAMES, Architecture
-from moekit.transformer.embedding import EmbeddingScale
 
 Shape = tuple[int, ...]
 
@@ -74,11 +73,15 @@ class KeyMap:
     A row counts where our model has a tensor of that name. Where it has only the weight, their bias is zero.
 
     Attributes:
-        rows: Theirs by ours, in the order in which files are written: first tensors of a side, then those of a layer.
+        of_side: Rows of a side, in the order in which files are written.
+        of_layer: Rows of a layer, likewise, which come after those of its side; without the beginnings of the names.
+        layer: The beginning of their names of a layer's tensors.
         prefix: The beginning of the names of tables of embeddings.
     """
 
-    rows: Mapping[str, str]
+    of_side: Mapping[str, str]
+    of_layer: Mapping[str, str]
+    layer: str
     prefix: str = ""
 
     def tables(self, *, tied: bool) -> dict[str, str]:
@@ -99,30 +102,30 @@ class KeyMap:
         ends = tuple(f"{self.prefix}{side}.embed_tokens.weight" for side in ("encoder", "decoder"))
         return {self.shared: (*ends, "lm_head.weight")} if tied else dict.fromkeys(ends, (self.shared,))
 
-    def links(
-        self, ours: Architecture, shapes: Mapping[str, Shape], scales: tuple[EmbeddingScale, float | None]
-    ) -> Iterator[Link]:
+    def links(self, ours: Architecture, theirs: Architecture, state: Mapping[str, Tensor]) -> Iterator[Link]:
         """A link for every tensor of theirs.
 
         Args:
             ours: Our architecture.
-            shapes: The shapes of our tensors by name.
-            scales: How theirs scale embeddings and attention; see `Architecture`.
+            theirs: The same with their scales.
+            state: Our tensors by name, for their shapes.
 
         Raises:
             UserError: if one table would have to be multiplied by two factors.
         """
-        factors = _factors(ours, *scales)
+        factors = _factors(ours, theirs)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         for mine, yours in self.tables(tied=ours.tied).items():
             yield Link(mine, (yours,), shapes[mine], factor=factors[mine])
         for side, count in ours.layers.items():
-            for of_layer in (False, True):
-                for number in range(count if of_layer else 1):
-                    for mine, yours in self.rows.items():
-                        if ("{i}" in mine) == of_layer:
-                            for part in ("weight", "bias") if "{p}" in mine else ("",):
-                                names = {"side": side, "i": str(number), "p": part}
-                                yield from _link(_fill(mine, names), _fill(yours, names), ours, shapes, factors)
+            rows = list(self.of_side.items())
+            for i in range(count):
+                layer = self.layer.replace("{i}", str(i))
+                rows += [(f"{side}.layers.{i}.{mine}", f"{layer}{yours}") for mine, yours in self.of_layer.items()]
+            for mine, yours in rows:
+                for part in ("weight", "bias") if "{p}" in mine else ("",):
+                    names = {"side": side, "p": part}
+                    yield from _link(_fill(mine, names), _fill(yours, names), ours, shapes, factors)
 
 
 def _link(
@@ -153,26 +156,25 @@ def _fill(pattern: str, names: Mapping[str, str]) -> str:
     return re.sub(r"\{(\w+)\|(\w+)\}", r"\1" if names["side"] == "encoder" else r"\2", pattern)
 
 
-def _factors(ours: Architecture, embedding_scale: EmbeddingScale, attention_scale: float | None) -> dict[str, float]:
+def _factors(ours: Architecture, theirs: Architecture) -> dict[str, float]:
     """What tables and queries are multiplied by, so that theirs, used as theirs are, give the same results."""
-
-    def ends(scale: EmbeddingScale) -> tuple[float, float]:
-        """What vectors are multiplied by on the way in, and hidden states on the way out."""
-        return {"input": (ours.dim**0.5, 1.0), "output": (1.0, ours.dim**-0.5), "none": (1.0, 1.0)}[scale]
 
     def scale(value: float | None) -> float:
         return ours.head_dim**-0.5 if value is None else value
 
-    embedding, output = (a / b for a, b in zip(ends(ours.embedding_scale), ends(embedding_scale), strict=True))
+    # What vectors are multiplied by on the way in, and hidden states on the way out.
+    ends = {"input": (ours.dim**0.5, 1.0), "output": (1.0, ours.dim**-0.5), "none": (1.0, 1.0)}
+    both = zip(ends[ours.embedding_scale], ends[theirs.embedding_scale], strict=True)
+    embedding, output = (mine / yours for mine, yours in both)
     if ours.tied and not math.isclose(embedding, output):
         raise UserError(
             f"transformers' {NAMES[ours.kind]} scales the one table of tied embeddings on the way in or on the way "
             f"out: this model does neither (embedding_scale={ours.embedding_scale!r})."
         )
-    same = ours.attention_scale == attention_scale
+    same = ours.attention_scale == theirs.attention_scale
     return {
         "embedding.weight": embedding,
         "target_embedding.weight": embedding,
         "output.weight": output,
-        "queries": 1.0 if same else scale(ours.attention_scale) / scale(attention_scale),
+        "queries": 1.0 if same else scale(ours.attention_scale) / scale(theirs.attention_scale),
     }

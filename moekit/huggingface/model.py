@@ -148,8 +148,8 @@ class _Description:
         for path, block in self.blocks.items():
             for name, module in block.named_modules():
                 for child, part in module.named_children():
-                    plain = not isinstance(module, SelfAttention | CrossAttention | MLP)
-                    if not plain and type(part) not in (nn.Linear, FusedLinear):
+                    ours = isinstance(module, SelfAttention | CrossAttention | MLP)
+                    if ours and type(part) not in (nn.Linear, FusedLinear):
                         raise self.refuse(type(part).__name__, f"{path}.{name}.{child}", " Merge adapters first.")
         heads = self.one((m.heads for m in attentions), "number of heads")
         head_dim = self.one((m.head_dim for m in attentions), "size of heads")

@@ -118,12 +118,7 @@ def import_model(
 
 
 def open_folder(folder: Path | str, *, dropless: bool = False, form: Architecture | None = None) -> Blueprint:
-    """Find everything of a folder and make sure that it fits, without reading a weight.
-
-    Args:
-        folder: The folder, as in `import_model`.
-        dropless: Whether to leave the capacity out.
-        form: See `import_model`.
+    """Find everything of a folder and make sure that it fits, without reading a weight; arguments as of `import_model`.
 
     Raises:
         UserError: as `import_model`.
@@ -146,7 +141,7 @@ def open_folder(folder: Path | str, *, dropless: bool = False, form: Architectur
                 model = build(ours, pad_id=tokens.pad)
         except ValueError as error:
             raise UserError(f"{where}: {error}") from None
-        return model, list(family.links(ours, _shapes(model)))
+        return model, list(family.links(ours, model.state_dict()))
 
     model, links = linked(architecture)
     absent = [name for link in links if not link.ours for name in link.theirs if name in tensors]
@@ -156,10 +151,6 @@ def open_folder(folder: Path | str, *, dropless: bool = False, form: Architectur
     _check(folder, links, model, tensors)
     exact = read_safetensors(folder / EXACT) if (folder / EXACT).is_file() else {}
     return Blueprint(model, tokens, architecture, {n.ours: n for n in links if n.ours}, tensors, exact)
-
-
-def _shapes(model: EncoderDecoder) -> dict[str, Shape]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _config(folder: Path) -> tuple[dict[str, Any], Family]:
@@ -274,7 +265,7 @@ def _check(folder: Path, links: list[Link], model: EncoderDecoder, tensors: Mapp
     wanted: dict[str, Shape] = {}
     for link in links:
         wanted |= link.shapes()
-    without = _shapes(model).keys() - {link.ours for link in links}
+    without = model.state_dict().keys() - {link.ours for link in links}
     assert not without, f"no link for {sorted(without)}"
     missing = [name for name in wanted if name not in tensors]
     if missing:

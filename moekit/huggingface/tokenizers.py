@@ -41,7 +41,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             "the model without it."
         )
     normalizer = dict(_fields(next((value for number, value in fields if number == 3), b"")))
-    marks = [i for i in range(tokenizer.first_text_id)]
     data = {
         "version": "1.0",
         "truncation": None,
@@ -49,7 +48,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "added_tokens": [
             {"id": i, "content": processor.id_to_piece(i), "single_word": False, "lstrip": False, "rstrip": False,
              "normalized": False, "special": True}
-            for i in marks
+            for i in range(tokenizer.first_text_id)
         ],
         "normalizer": {"type": "Sequence", "normalizers": list(_normalizers(normalizer.get(2, b"")))},
         "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},

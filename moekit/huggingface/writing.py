@@ -77,7 +77,7 @@ def export_model(
         never = [i for i in range(tokenizer.first_text_id) if i != tokens.eos]
     state = model.state_dict()
     family = FAMILIES[architecture.kind]
-    links = list(family.links(architecture, {name: tuple(tensor.shape) for name, tensor in state.items()}))
+    links = list(family.links(architecture, state))
     other = state.keys() ^ {link.ours for link in links if link.ours}
     if other:
         raise UserError(

@@ -109,13 +109,10 @@ def _require_alike(states: Sequence[State], layers: Sequence[Mapping[str, Sparse
                     f"{name}: {path} must be of the kind that it is in {names[0]}: got {layer.router} (k={layer.k:g}) "
                     f"and {layer.experts}, there {other.router} (k={other.k:g}) and {other.experts}."
                 )
-        missing = [key for key in states[0] if key not in state]
-        extra = [key for key in state if key not in states[0]]
-        if missing or extra:
-            key, here, there = (missing[0], "lacks", names[0]) if missing else (extra[0], "has", f"{names[0]} lacks")
-            raise UserError(
-                f"{name} {here} {key}, which {there + ' has' if missing else there}: they are models of another build."
-            )
+        for key in (*states[0], *state):
+            if key not in state or key not in states[0]:
+                here, there = ("has", "lacks") if key in state else ("lacks", "has")
+                raise UserError(f"{name} {here} {key}, which {names[0]} {there}: they are models of another build.")
         dims = {key: dim for key, _, dim in expert_tensors(found)}
         for key, tensor in state.items():
             shapes = [list(tensor.shape), list(states[0][key].shape)]

@@ -8,9 +8,7 @@ from torch import Tensor
 
 from moekit.errors import UserError
 from moekit.routing import Compensation
-from moekit.surgery.sparse_layer import SparseLayer, State
-
-_PLAIN = {"expert", "embed", "mlp"}
+from moekit.surgery.sparse_layer import PLAIN_AXES, SparseLayer, State, below
 
 
 def compensations(
@@ -33,18 +31,18 @@ def compensations(
     """
     found = {}
     for path, layer in layers.items():
-        prefix = f"{path}." if path else ""
         ask = getattr(layer.routing_module, "compensation", None)
         if ask is None:
             answer = Compensation(
                 obstacle=f"{type(layer.routing_module).__name__} does not say what copies of experts do"
             )
         else:
-            answer = ask(copies, None if state is None else _below(state, _inner(layer)))
+            answer = ask(copies, None if state is None else below(state, _inner(layer)))
         obstacle = answer.obstacle
-        if state is not None and not bool(state.get(f"{prefix}phase.done", True)) and answer.scale != 1:
+        if state is not None and not bool(state.get(f"{layer.prefix}phase.done", True)) and answer.scale != 1:
             obstacle = "its dense phase is not over, in which one expert has weight 1"
-        if obstacle is None and answer.scale != 1 and not all(set(axes) <= _PLAIN for axes in layer.bank_axes.values()):
+        plain = all(set(axes) <= PLAIN_AXES for axes in layer.bank_axes.values())
+        if obstacle is None and answer.scale != 1 and not plain:
             obstacle = f"outputs of {layer.experts} cannot be scaled by scaling its matrices"
         if obstacle is not None:
             raise UserError(
@@ -61,11 +59,8 @@ def compensate(state: State, layers: Mapping[str, SparseLayer], copies: float, *
     The scale lies in the experts' output matrices and biases, so nothing has to be known about it when the weights are
     read, trained on or exported.
 
-    Args:
-        state: The tensors by name; those that are not there are left out.
-        layers: The result of `sparse_layers`.
-        copies: The number n of copies of every expert; a fraction undoes it.
-        power: The power of the scale: 1 for weights, -1 and -2 for Adam's first and second moments.
+    Args: as of `compensations`, but `state` may lack tensors, which are left out, and `power` is that of the scale: 1
+    for weights, -1 and -2 for Adam's first and second moments.
 
     Raises:
         UserError: see `compensations`.
@@ -96,9 +91,4 @@ def output_names(layer: SparseLayer) -> list[str]:
 
 def _inner(layer: SparseLayer) -> str:
     """What names of the router's tensors begin with."""
-    prefix = f"{layer.path}." if layer.path else ""
-    return f"{prefix}router." if layer.router else prefix
-
-
-def _below(state: State, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return f"{layer.prefix}router." if layer.router else layer.prefix

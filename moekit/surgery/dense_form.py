@@ -18,63 +18,43 @@ class DenseForm:
 
     Attributes:
         name: The dense feed-forward's name in messages.
-        tensors: What each tensor of the bank is: the dense tensor, its part where several are held in one (None = it is
-            whole), and whether it lies there transposed.
-        output: The bank's matrix that writes the result.
-        output_bias: The bias of that matrix.
+        tensors: What each tensor of the bank is: the dense tensor, in which matrices lie transposed, and its part where
+            several are held in one, in their order (None = it is whole).
     """
 
     name: str
-    tensors: Mapping[str, tuple[str, int | None, bool]]
-    output: str = "w_out"
-    output_bias: str = "b_out"
+    tensors: Mapping[str, tuple[str, int | None]]
 
     def expert(self, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One expert's tensors (without the dimension that counts experts) from a dense feed-forward's; absent ones
-        stay absent.
-        """
-        found = {}
-        for name, (source, part, transposed) in self.tensors.items():
-            if source in dense:
-                tensor = dense[source] if part is None else dense[source][part]
-                found[name] = tensor.t() if transposed else tensor
-        return found
+        """One expert's tensors (without the dimension that counts experts) from those of a dense one that are there."""
+        return {
+            name: (dense[source] if part is None else dense[source][part]).t()
+            for name, (source, part) in self.tensors.items()
+            if source in dense
+        }
 
     def dense(self, expert: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A dense feed-forward's tensors from one expert's."""
-        parts: dict[str, dict[int | None, Tensor]] = {}
-        for name, (target, part, transposed) in self.tensors.items():
+        found: dict[str, list[Tensor]] = {}
+        for name, (target, _) in self.tensors.items():
             if name in expert:
-                parts.setdefault(target, {})[part] = expert[name].t() if transposed else expert[name]
-        return {
-            target: found[None] if None in found else torch.stack([found[n] for n in sorted(found, key=int_of)])
-            for target, found in parts.items()
-        }
-
-
-def int_of(part: int | None) -> int:
-    """The number of a part."""
-    assert part is not None, "a tensor has parts or is whole"
-    return part
+                found.setdefault(target, []).append(expert[name].t())
+        divided = {target for target, part in self.tensors.values() if part is not None}
+        return {name: torch.stack(parts) if name in divided else parts[0] for name, parts in found.items()}
 
 
 _MLP = DenseForm(
     "MLP",
     {
-        "w_in": ("w_in.weight", None, True),
-        "b_in": ("w_in.bias", None, False),
-        "w_out": ("w_out.weight", None, True),
-        "b_out": ("w_out.bias", None, False),
+        "w_in": ("w_in.weight", None),
+        "b_in": ("w_in.bias", None),
+        "w_out": ("w_out.weight", None),
+        "b_out": ("w_out.bias", None),
     },
 )
-_GLU = DenseForm(
-    "GLU",
-    {
-        "w_gate": ("w_in.weight", 0, True),
-        "w_up": ("w_in.weight", 1, True),
-        "w_out": ("w_out.weight", None, True),
-    },
-)
+_GLU = DenseForm("GLU", {"w_gate": ("w_in.weight", 0), "w_up": ("w_in.weight", 1), "w_out": ("w_out.weight", None)})
+OUTPUT, OUTPUT_BIAS = "w_out", "b_out"
+"""The tensors of either bank that write the result."""
 
 
 def dense_form(bank: nn.Module, path: str) -> DenseForm:

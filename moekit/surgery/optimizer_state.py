@@ -51,8 +51,7 @@ def state_by_number(
         former: The groups of the old one: groups of the same name keep their settings, such as the learning rate.
     """
     settings = {group["name"]: group for group in former if "name" in group}
-    kept = [{**settings.get(str(group.get("name")), {}), **{"params": group["params"]}} for group in groups]
-    joined = [{**group, **old} for group, old in zip(groups, kept, strict=True)]
+    joined = [{**group, **settings.get(str(group.get("name")), {}), "params": group["params"]} for group in groups]
     numbers = {name: number for number, name in enumerate(names)}
     return {"state": {numbers[name]: dict(found) for name, found in slots.items()}, "param_groups": joined}
 
@@ -78,22 +77,21 @@ def carry_state(
         wanted: The shapes of the new model's parameters.
         origin: Gives the old parameter that a new one is from, for its numbers.
     """
-    names = [name for name in states[0] if all(name in state for state in states)]
-    regular = {name: dict(states[0][name]) for name in names if _regular(name, states, shapes)}
     moments = {
         name: [kind for kind, value in slots.items() if _is_moment(kind, value, shapes[0][name])]
-        for name, slots in regular.items()
+        for name, slots in states[0].items()
+        if all(name in state for state in states) and _regular(name, states, shapes)
     }
     carried: dict[str, dict[str, Any]] = {}
     for kind in dict.fromkeys(kind for kinds in moments.values() for kind in kinds):
-        holders = [name for name in regular if kind in moments[name]]
+        holders = [name for name, kinds in moments.items() if kind in kinds]
         tensors = [{name: state[name][kind] for name in holders} for state in states]
         for name, tensor in operation(tensors, _POWERS.get(kind, -1)).items():
             if origin(name) in holders and name in wanted and tensor.shape == wanted[name]:
                 carried.setdefault(name, {})[kind] = tensor
     for name, slots in carried.items():
         source = origin(name)
-        for kind in regular[source]:
+        for kind in states[0][source]:
             if kind not in moments[source]:
                 slots[kind] = _largest([state[source][kind] for state in states])
     return carried

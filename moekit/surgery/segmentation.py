@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from moekit.errors import UserError
-from moekit.surgery.sparse_layer import SparseLayer, State, require_separable
-
-_CAN_BE_CUT = {"expert", "embed", "mlp"}
+from moekit.surgery.sparse_layer import PLAIN_AXES, SparseLayer, State, require_separable
 
 
 def split_experts(
@@ -46,7 +44,7 @@ def split_experts(
             raise UserError(f"the experts of {path} cannot be split: {layer.router} names one expert for each key.")
         _require_share(path, layer, parts, divided)
         for name, axes in layer.bank_axes.items():
-            if not set(axes) <= _CAN_BE_CUT:
+            if not set(axes) <= PLAIN_AXES:
                 raise UserError(f"the experts of {path} cannot be split: {name} has the axes {', '.join(axes)}.")
             if name in out:
                 out[name] = _cut(name, out[name], axes, parts, divided, power)

@@ -13,6 +13,9 @@ from moekit.experts.base import is_expert_bank
 State = Mapping[str, Tensor]
 """A state dict, or what an optimizer keeps for each parameter under the same names."""
 
+PLAIN_AXES = {"expert", "embed", "mlp"}
+"""The axes of experts that have one layer of hidden units, which operations on matrices know how to change."""
+
 
 @dataclass(frozen=True)
 class SparseLayer:
@@ -24,8 +27,7 @@ class SparseLayer:
         experts: The class of its expert bank.
         num_experts: The number of experts E.
         k: The number of experts per token; of ReLU routers the average.
-        bank: The tensors of the experts, each with the dimension that counts experts.
-        bank_axes: The logical axes of the same tensors.
+        bank_axes: The tensors of the experts, each with its logical axes.
         scores: The tensors of the router that have an entry, or a block, for each expert; with that dimension.
         ids: The integer tensors whose values are numbers of experts.
         obstacle: The reason why experts cannot be taken out or added here; None = they can.
@@ -37,12 +39,21 @@ class SparseLayer:
     experts: str
     num_experts: int
     k: float
-    bank: Mapping[str, int]
     bank_axes: Mapping[str, tuple[str, ...]]
     scores: Mapping[str, int] = field(default_factory=dict)
     ids: tuple[str, ...] = ()
     obstacle: str | None = None
     routing_module: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the layer's tensors begin with."""
+        return f"{self.path}." if self.path else ""
+
+    @property
+    def bank(self) -> dict[str, int]:
+        """The tensors of the experts, each with the dimension that counts experts."""
+        return {name: axes.index("expert") for name, axes in self.bank_axes.items()}
 
     @property
     def dims(self) -> dict[str, int]:
@@ -83,58 +94,39 @@ def _layer(path: str, module: nn.Module, bank: nn.Module) -> SparseLayer:
     router = getattr(module, "router", None)
     routing_module = router if isinstance(router, nn.Module) else module
     num_experts = int(getattr(bank, "num_experts"))  # noqa: B009 (a Module's attributes have no type)
-    axes: Mapping[str, tuple[str, ...]] = getattr(bank, "axes", {})
-    tensors, notes = {}, {}
-    obstacles = []
     prefix = f"{path}." if path else ""
+    axes: Mapping[str, tuple[str, ...]] = getattr(bank, "axes", {})
+    bank_axes, scores, obstacles = {}, {}, []
     for name, tensor in bank.state_dict().items():
         named = tuple(axes.get(name, ()))
-        full = f"{prefix}experts.{name}"
-        if "expert" not in named or tensor.shape[named.index("expert")] != num_experts:
+        if "expert" in named and tensor.shape[named.index("expert")] == num_experts:
+            bank_axes[f"{prefix}experts.{name}"] = named
+        else:
             obstacles.append(
                 f"{type(bank).__name__}.{name} of shape {tuple(tensor.shape)} does not count all {num_experts} experts"
             )
-        else:
-            tensors[full], notes[full] = named.index("expert"), named
-    scores, ids, obstacle = _scores(prefix, module, routing_module, num_experts)
-    obstacles += obstacle
+    kind = type(routing_module).__name__
+    inner = prefix if routing_module is module else f"{prefix}router."
+    own = routing_module.state_dict()
+    dims: Mapping[str, int] | None = getattr(routing_module, "expert_dims", None)
+    if dims is None:
+        obstacles.append(f"{kind} does not say which of its tensors count experts (expert_dims)")
+    for name, dim in (dims or {}).items():
+        if name not in own or own[name].ndim <= dim or own[name].shape[dim] % num_experts:
+            obstacles.append(f"{kind}.{name} does not count {num_experts} experts in dimension {dim}")
+        scores[f"{inner}{name}"] = dim
     return SparseLayer(
         path=path,
-        router="" if routing_module is module else type(routing_module).__name__,
+        router="" if routing_module is module else kind,
         experts=type(bank).__name__,
         num_experts=num_experts,
         k=float(getattr(routing_module, "k", num_experts if routing_module is module else 1)),
-        bank=tensors,
-        bank_axes=notes,
+        bank_axes=bank_axes,
         scores=scores,
-        ids=ids,
+        ids=tuple(f"{inner}{name}" for name in getattr(routing_module, "expert_ids", ())),
         obstacle=obstacles[0] if obstacles else None,
         routing_module=routing_module,
     )
-
-
-def _scores(
-    prefix: str, module: nn.Module, routing_module: nn.Module, num_experts: int
-) -> tuple[dict[str, int], tuple[str, ...], list[str]]:
-    """What the router has for each expert, its tensors of expert numbers, and what is in the way."""
-    dims: Mapping[str, int] | None = getattr(routing_module, "expert_dims", None)
-    if dims is None:
-        return (
-            {},
-            (),
-            [f"{type(routing_module).__name__} does not say which of its tensors count experts (expert_dims)"],
-        )
-    inner = prefix if routing_module is module else f"{prefix}router."
-    own = dict(routing_module.state_dict())
-    scores, obstacles = {}, []
-    for name, dim in dims.items():
-        if name not in own or own[name].ndim <= dim or own[name].shape[dim] % num_experts:
-            obstacles.append(
-                f"{type(routing_module).__name__}.{name} does not count {num_experts} experts in dimension {dim}"
-            )
-        scores[f"{inner}{name}"] = dim
-    ids = tuple(f"{inner}{name}" for name in getattr(routing_module, "expert_ids", ()))
-    return scores, ids, obstacles
 
 
 def expert_tensors(layers: Mapping[str, SparseLayer]) -> Iterator[tuple[str, SparseLayer, int]]:
@@ -142,3 +134,8 @@ def expert_tensors(layers: Mapping[str, SparseLayer]) -> Iterator[tuple[str, Spa
     for layer in layers.values():
         for name, dim in layer.dims.items():
             yield name, layer, dim
+
+
+def below(state: State, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -72,12 +72,13 @@ def initialize_student(
                 f"got {', '.join(map(str, found))}."
             )
         chosen[stack] = found
-    withheld = set() if experts else _of_sparse_layers(student)
+    sparse = {} if experts else sparse_layers(student)
+    withheld = tuple(f"{layer.prefix}{part}." for layer in sparse.values() for part in ("experts", "router"))
     state = dict(student.state_dict())
     inherited = []
     for name, own in state.items():
         given = weights.get(_origin(name, chosen))
-        if given is None or name in withheld:
+        if given is None or name.startswith(withheld):
             continue
         if given.shape != own.shape:
             raise UserError(
@@ -105,35 +106,31 @@ def choose_layers(student: Sequence[bool], teacher: Sequence[bool]) -> tuple[int
         >>> choose_layers([False, True, False, True], [False, True, False, True, False, True])
         (0, 1, 4, 5)
     """
-    wanted = [
-        i * (len(teacher) - 1) / max(len(student) - 1, 1) if len(student) > 1 else len(teacher) - 1
-        for i in range(len(student))
-    ]
+    last, ends_at = len(student) - 1, len(teacher) - 1
+    wanted = [i * ends_at / last if last else ends_at for i in range(len(student))]
     step = 1 if len(student) <= len(teacher) else 0
     # Best choice for the first layers that ends in each of the teacher's: wrong kinds first, then distance.
-    best: list[tuple[tuple[int, float], tuple[int, ...]]] = [((0, 0.0), ())]
-    ends = [-step]
+    best: dict[int, tuple[tuple[int, float], tuple[int, ...]]] = {-step: ((0, 0.0), ())}
     for i, sparse in enumerate(student):
         room = (len(student) - 1 - i) * step
-        reached, places = [], []
+        reached = {}
         for place in range(len(teacher) - room):
-            before = [cost for cost, end in zip(best, ends, strict=True) if end + step <= place]
+            before = [found for end, found in best.items() if end + step <= place]
             if before:
                 (wrong, far), path = min(before)
                 cost = (wrong + (sparse != teacher[place]), far + abs(place - wanted[i]))
-                reached.append((cost, (*path, place)))
-                places.append(place)
-        best, ends = reached, places
-    return min(best)[1] if best else ()
+                reached[place] = cost, (*path, place)
+        best = reached
+    return min(best.values())[1] if best else ()
 
 
 def _stacks(model: nn.Module) -> dict[str, list[bool]]:
     """Of every stack of layers, whether each is sparse."""
     sparse = sparse_layers(model)
     stacks: dict[str, list[bool]] = {}
-    for name, module in model.named_modules():
+    for name, _ in model.named_modules():
         found = _LAYER.match(f"{name}.x")
-        if found and found["rest"] == "x" and isinstance(module, nn.Module):
+        if found and found["rest"] == "x":
             stacks.setdefault(found["stack"], []).append(any(path.startswith(f"{name}.") for path in sparse))
     return stacks
 
@@ -143,13 +140,3 @@ def _origin(name: str, layers: Mapping[str, tuple[int, ...]]) -> str:
     if found is None or found["stack"] not in layers:
         return name
     return f"{found['stack']}.{layers[found['stack']][int(found['number'])]}.{found['rest']}"
-
-
-def _of_sparse_layers(model: nn.Module) -> set[str]:
-    """Tensors of experts and routers."""
-    names = set()
-    for path in sparse_layers(model):
-        prefix = f"{path}." if path else ""
-        parts = (f"{prefix}experts.", f"{prefix}router.")
-        names |= {name for name in model.state_dict() if name.startswith(parts)}
-    return names

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.experts.dense_pretraining import Perturbation
-from moekit.surgery.dense_form import DenseForm, dense_form
-from moekit.surgery.sparse_layer import State, require_separable, sparse_layers
+from moekit.surgery.dense_form import OUTPUT, OUTPUT_BIAS, DenseForm, dense_form
+from moekit.surgery.sparse_layer import SparseLayer, State, below, require_separable, sparse_layers
 
 
 def upcycle(
@@ -50,21 +50,17 @@ def upcycle(
     out, used = {}, set()
     fresh = target.state_dict()
     for path, layer in layers.items():
-        bank = target.get_submodule(f"{path}.experts" if path else "experts")
-        form = dense_form(bank, path)
-        prefix = f"{path}." if path else ""
-        dense = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
-        expert = form.expert(dense)
-        used |= {f"{prefix}{source}" for source, _, _ in form.tensors.values() if source in dense}
-        for name, tensor in expert.items():
-            full = f"{prefix}experts.{name}"
-            if full not in layer.bank:
+        form = dense_form(target.get_submodule(f"{layer.prefix}experts"), path)
+        dense = below(state, layer.prefix)
+        used |= {f"{layer.prefix}{source}" for source, _ in form.tensors.values() if source in dense}
+        for name, tensor in form.expert(dense).items():
+            full = f"{layer.prefix}experts.{name}"
+            if full not in layer.bank_axes:
                 raise UserError(f"{full} is not in the sparse model, and the dense one has {tensor.shape} for it.")
             tensor = _copies(full, tensor, layer.bank_axes[full], fresh[full])
             if perturb is not None and tensor.ndim > 2:
                 tensor = perturb(tensor, generator)
-            out[full] = tensor * scale if name in (form.output, form.output_bias) and scale != 1 else tensor
-    inside = tuple(f"{path}." if path else "" for path in layers)
+            out[full] = tensor * scale if name in (OUTPUT, OUTPUT_BIAS) and scale != 1 else tensor
     for name, tensor in state.items():
         if name in used:
             continue
@@ -72,8 +68,10 @@ def upcycle(
             there = f"of shape {tuple(fresh[name].shape)}" if name in fresh else "not there"
             raise UserError(f"{name} of the dense model, of shape {tuple(tensor.shape)}, is {there} in the sparse one.")
         out[name] = tensor
+    inside = tuple(layer.prefix for layer in layers.values())
+    banks = {name for layer in layers.values() for name in layer.bank_axes}
     for name, tensor in fresh.items():
-        if name not in out and name.startswith(inside) and not _of_bank(name, layers):
+        if name not in out and name.startswith(inside) and name not in banks:
             out[name] = tensor
     return out
 
@@ -81,10 +79,10 @@ def upcycle(
 def dense_names(target: nn.Module) -> dict[str, str]:
     """Of every tensor of the experts of an upcycled model: the tensor of the dense model that it is from."""
     names: dict[str, str] = {}
-    for path in sparse_layers(target):
-        prefix = f"{path}." if path else ""
+    for path, layer in sparse_layers(target).items():
+        prefix = layer.prefix
         form = dense_form(target.get_submodule(f"{prefix}experts"), path)
-        names |= {f"{prefix}experts.{name}": f"{prefix}{source}" for name, (source, _, _) in form.tensors.items()}
+        names |= {f"{prefix}experts.{name}": f"{prefix}{source}" for name, (source, _) in form.tensors.items()}
     return names
 
 
@@ -137,28 +135,23 @@ def merge(
     out = dict(state)
     wanted = target.state_dict()
     for path, layer in layers.items():
-        prefix = f"{path}." if path else ""
-        bank = source.get_submodule(f"{prefix}experts")
-        form = dense_form(bank, path)
+        prefix = layer.prefix
+        form = dense_form(source.get_submodule(f"{prefix}experts"), path)
         weights = _weights(path, layer.num_experts, load)
-        experts = {name.removeprefix(f"{prefix}experts."): state[name] for name in layer.bank if name in state}
+        experts = below({name: state[name] for name in layer.bank_axes if name in state}, f"{prefix}experts.")
         width = _dense_width(form, prefix, wanted)
-        narrow = experts[form.output].shape[1]
+        narrow = experts[OUTPUT].shape[1]
         if width % narrow or width // narrow > layer.num_experts:
             raise UserError(
                 f"the dense feed-forward in the place of {path} must be 1 to {layer.num_experts} experts wide, each of "
                 f"{narrow} hidden units: got {width}."
             )
-        dense = form.dense(_merged(experts, layer.bank_axes, prefix, form, weights, width // narrow))
+        dense = form.dense(_merged(experts, layer, weights, width // narrow))
         for name in [name for name in out if name.startswith(prefix)]:
             del out[name]
         out |= {f"{prefix}{name}": tensor.contiguous() for name, tensor in dense.items()}
     require_complete(out, target, "the merged model")
     return out
-
-
-def _of_bank(name: str, layers: Mapping[str, object]) -> bool:
-    return any(name.startswith(f"{path}.experts." if path else "experts.") for path in layers)
 
 
 def _copies(name: str, tensor: Tensor, axes: tuple[str, ...], wanted: Tensor) -> Tensor:
@@ -190,36 +183,26 @@ def _weights(path: str, num_experts: int, load: Mapping[str, Tensor] | None) -> 
 
 
 def _dense_width(form: DenseForm, prefix: str, wanted: Mapping[str, Tensor]) -> int:
-    source = form.tensors[form.output][0]
+    source = form.tensors[OUTPUT][0]
     if f"{prefix}{source}" not in wanted:
         raise UserError(f"the dense model must have {form.name} in the place of {prefix[:-1]}: {source} is missing.")
     return wanted[f"{prefix}{source}"].shape[1]
 
 
-def _merged(
-    experts: Mapping[str, Tensor],
-    axes: Mapping[str, tuple[str, ...]],
-    prefix: str,
-    form: DenseForm,
-    weights: Tensor,
-    parts: int,
-) -> dict[str, Tensor]:
+def _merged(experts: Mapping[str, Tensor], layer: SparseLayer, weights: Tensor, parts: int) -> dict[str, Tensor]:
     """The tensors of one wide expert from groups of experts, dealt in turn."""
     groups = [torch.arange(part, len(weights), parts) for part in range(parts)]
     shares = [weights[group].sum() for group in groups]
     merged = {}
     for name, tensor in experts.items():
-        named = axes[f"{prefix}experts.{name}"]
+        axes = layer.bank_axes[f"{layer.prefix}experts.{name}"]
         wide = tensor.to(torch.float64)
         averages = []
         for group, share in zip(groups, shares, strict=True):
             inside = weights[group] / share if share > 0 else torch.full((len(group),), 1 / len(group))
             averages.append(torch.tensordot(inside.to(wide), wide[group], dims=1))
-        if name == form.output:
+        if name == OUTPUT or "mlp" not in axes:
             averages = [share * average for share, average in zip(shares, averages, strict=True)]
-        if "mlp" in named:
-            joined = torch.cat(averages, named.index("mlp") - 1)
-        else:
-            joined = torch.stack([share * average for share, average in zip(shares, averages, strict=True)]).sum(0)
+        joined = torch.cat(averages, axes.index("mlp") - 1) if "mlp" in axes else torch.stack(averages).sum(0)
         merged[name] = joined.to(tensor.dtype)
     return merged

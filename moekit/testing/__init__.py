@@ -25,8 +25,7 @@ from moekit.routing import Router
 from moekit.testing.cases import random_routing, seeded, skewed_tokens, some_context, some_mask, trace
 from moekit.testing.closeness import TOLERANCES, assert_close, assert_same
 from moekit.testing.dispatchers import DISPATCHER_CHECKS
-from moekit.testing.distributed import run_distributed
-from moekit.testing.environment import JoinedProcesses
+from moekit.testing.distributed import JoinedProcesses, run_distributed
 from moekit.testing.experts import EXPERTS_CHECKS
 from moekit.testing.routers import ROUTER_CHECKS, check_routing
 
@@ -64,20 +63,12 @@ def check_router(factory: Callable[[], Router]) -> None:
 
 
 def check_experts(factory: Callable[[], Experts]) -> None:
-    """Run every expert-bank check on what `factory` builds.
-
-    Raises:
-        AssertionError: listing every check that failed, with the rule that was broken.
-    """
+    """Run every expert-bank check on what `factory` builds; raises as `check_router` does."""
     _run_all(EXPERTS_CHECKS, factory)
 
 
 def check_dispatcher(factory: Callable[[], Dispatcher]) -> None:
-    """Run every dispatcher check on what `factory` builds.
-
-    Raises:
-        AssertionError: listing every check that failed, with the rule that was broken.
-    """
+    """Run every dispatcher check on what `factory` builds; raises as `check_router` does."""
     _run_all(DISPATCHER_CHECKS, factory)
 
 

@@ -6,13 +6,13 @@ far as moekit and torch.nn call them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 _LOWER = set(
     """linear matmul __matmul__ __rmatmul__ mm bmm addmm baddbmm addbmm addmv mv einsum conv1d conv2d conv3d lstm
@@ -24,31 +24,11 @@ _FLOAT32 = set(
     binary_cross_entropy_with_logits cosine_similarity exp expm1 log log10 log1p log2 pow __pow__ rpow rsqrt reciprocal
     sum prod cumsum cumprod norm dist cdist logsumexp softplus acos asin cosh sinh tan erfinv renorm""".split()  # noqa: SIM905
 )
-_WIDEST = {
-    "cat",
-    "stack",
-    "addcdiv",
-    "addcmul",
-    "bilinear",
-    "cross",
-    "dot",
-    "vdot",
-    "tensordot",
-    "atan2",
-    "scatter_add",
-}
+_WIDEST = set("cat stack addcdiv addcmul bilinear cross dot vdot tensordot atan2 scatter_add".split())  # noqa: SIM905
 
 
 class AutocastCUDA(TorchFunctionMode):
-    """Casts the arguments of operators while ``torch.autocast("cuda")`` is on.
-
-    Args:
-        ours: whether a tensor is one that says it is on a GPU.
-    """
-
-    def __init__(self, ours: Callable[[Any], bool]) -> None:
-        super().__init__()
-        self._ours = ours
+    """Casts the arguments of operators while ``torch.autocast("cuda")`` is on."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -56,23 +36,22 @@ class AutocastCUDA(TorchFunctionMode):
         """Call `func` with arguments in the type that autocast gives it."""
         kwargs = dict(kwargs or {})
         if torch.is_autocast_enabled("cuda"):
-            dtype = self._dtype(getattr(func, "__name__", ""), args, kwargs)
+            dtype = _dtype(getattr(func, "__name__", ""), args, kwargs)
             if dtype is not None:
-                args, kwargs = tree_map(lambda leaf: leaf.to(dtype) if self._casts(leaf) else leaf, (args, kwargs))
+                args, kwargs = tree_map(lambda leaf: leaf.to(dtype) if _casts(leaf) else leaf, (args, kwargs))
         return func(*args, **kwargs)
 
-    def _casts(self, leaf: Any) -> bool:
-        return (
-            isinstance(leaf, Tensor) and self._ours(leaf) and leaf.is_floating_point() and leaf.dtype != torch.float64
-        )
 
-    def _dtype(self, name: str, args: Any, kwargs: Any) -> torch.dtype | None:
-        if name in _LOWER:
-            return torch.get_autocast_dtype("cuda")
-        if name in _FLOAT32:
-            return torch.float32 if kwargs.get("dtype") is None else None
-        if name in _WIDEST:
-            found: list[torch.dtype] = []
-            tree_map(lambda leaf: found.append(leaf.dtype) if self._casts(leaf) else None, (args, kwargs))
-            return torch.float32 if torch.float32 in found else None
-        return None
+def _casts(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_cuda and leaf.is_floating_point() and leaf.dtype != torch.float64
+
+
+def _dtype(name: str, args: Any, kwargs: Any) -> torch.dtype | None:
+    if name in _LOWER:
+        return torch.get_autocast_dtype("cuda")
+    if name in _FLOAT32:
+        return torch.float32 if kwargs.get("dtype") is None else None
+    if name in _WIDEST:
+        found = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if _casts(leaf)}
+        return torch.float32 if torch.float32 in found else None
+    return None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torch.utils import _pytree
 
 from moekit.layer import MoEOutput
@@ -82,12 +83,7 @@ def random_routing(
     scores = torch.rand(num_tokens, num_experts, generator=generator)
     expert = scores.topk(k, dim=1).indices.t().reshape(-1)
     weight = torch.rand(num_tokens, k, generator=generator, dtype=torch.float64) + 0.1
-    served = [0] * num_experts
-    position = []
-    for e in expert.tolist():
-        position.append(served[e])
-        served[e] += 1
-    place = torch.tensor(position, dtype=torch.int64)
+    place = one_hot(expert, num_experts).cumsum(0).gather(1, expert[:, None])[:, 0] - 1
     return Routing(
         token=torch.arange(num_tokens).repeat(k),
         expert=expert,
@@ -122,13 +118,10 @@ def trace(
         found = {"output": hidden.detach()}
         objective = (hidden * probe_like(hidden)).sum()
         if isinstance(out, MoEOutput):
-            for name, loss in out.routing.losses.items():
-                found[f"loss {name}"] = loss.detach()
-                objective = objective + 0.1 * loss
-            for name, part in out.routing.deviations.items():
-                found[f"deviation {name}"] = part.total.detach()
-                objective = objective + 0.1 * part.total
-            found |= {f"statistic {name}": value.detach() for name, value in out.routing.statistics.items()}
+            for name, value in _reported(out.routing).items():
+                found[name] = value.detach()
+                if not name.startswith("statistic"):
+                    objective = objective + 0.1 * value
         if objective.requires_grad:
             objective.backward()
     leaves = {"x": x, **dict(module.named_parameters())}
@@ -138,12 +131,17 @@ def trace(
     return found
 
 
+def _reported(routing: Routing) -> dict[str, Tensor]:
+    """What a routing has beside its assignments."""
+    found = {f"loss {name}": loss for name, loss in routing.losses.items()}
+    found |= {f"deviation {name}": part.total for name, part in routing.deviations.items()}
+    return found | {f"statistic {name}": value for name, value in routing.statistics.items()}
+
+
 def tensors_of(value: Any) -> dict[str, Tensor]:
     """The tensors in any nest of containers, numbered in a fixed order; for a `Routing`, by field."""
     if isinstance(value, Routing):
-        found = {name: getattr(value, name) for name in ("token", "expert", "weight", "position", "kept")}
-        found |= {f"loss {name}": loss for name, loss in value.losses.items()}
-        found |= {f"deviation {name}": part.total for name, part in value.deviations.items()}
-        return found | {f"statistic {name}": one for name, one in value.statistics.items()}
+        names = ("token", "expert", "weight", "position", "kept")
+        return {name: getattr(value, name) for name in names} | _reported(value)
     leaves = [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     return {f"result {n}": leaf for n, leaf in enumerate(leaves)}

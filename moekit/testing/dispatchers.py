@@ -22,10 +22,11 @@ T, E, D = 19, 4, 6
 ROOMY = T  # a capacity with which nothing can be dropped
 
 
-def _through(dispatcher: Dispatcher, x: Tensor, routing: Routing) -> Tensor:
-    """Dispatch and combine with experts that change nothing."""
+def _through(dispatcher: Dispatcher, x: Tensor, routing: Routing, experts: GroupedMLP | None = None) -> Tensor:
+    """Dispatch and combine; None = experts that change nothing."""
     sent = dispatcher.dispatch(x, routing)
-    return dispatcher.combine(sent.rows, routing, sent.handle)
+    rows = sent.rows if experts is None else experts(sent.rows, sent.counts)
+    return dispatcher.combine(rows, routing, sent.handle)
 
 
 def _experts(dtype: torch.dtype) -> GroupedMLP:
@@ -33,33 +34,15 @@ def _experts(dtype: torch.dtype) -> GroupedMLP:
         return GroupedMLP(E, D, 5, activation="silu", bias=True).to(dtype)
 
 
-def _weighted(routing: Routing, weight: Tensor) -> Routing:
-    return dataclasses.replace(routing, weight=weight)
-
-
-class _Weights(nn.Module):
-    """Holds the combine weights as a parameter, so that their gradient is compared too."""
-
-    def __init__(self, weight: Tensor, experts: nn.Module) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.clone())
-        self.experts = experts
-
-
 def _compare(dispatcher: Dispatcher, routing: Routing, x: Tensor, what: str) -> None:
     """Output and every gradient (x, weights, experts) against the reference."""
-    experts = _experts(x.dtype)
-    held = _Weights(routing.weight, experts)
-
-    def fast(x: Tensor) -> Tensor:
-        current = _weighted(routing, held.weight)
-        sent = dispatcher.dispatch(x, current)
-        return dispatcher.combine(experts(sent.rows, sent.counts), current, sent.handle)
-
-    def slow(x: Tensor) -> Tensor:
-        return moe_reference(x, _weighted(routing, held.weight), experts.reference)
-
-    assert_same(trace(fast, held, x), trace(slow, held, x), what)
+    experts, weight = _experts(x.dtype), nn.Parameter(routing.weight.clone())
+    current = dataclasses.replace(routing, weight=weight)
+    held = nn.ModuleDict({"experts": experts})
+    held.register_parameter("weight", weight)
+    fast = trace(partial(_through, dispatcher, routing=current, experts=experts), held, x)
+    slow = trace(partial(moe_reference, routing=current, expert=experts.reference), held, x)
+    assert_same(fast, slow, what)
 
 
 def check_equals_reference(factory: Factory) -> None:
@@ -148,21 +131,13 @@ def check_masked_content(factory: Factory) -> None:
     routing = random_routing(T, E, 1, capacity=2)
     lost = ~routing.kept
     experts = _experts(torch.float32)
-    dispatcher = factory()
-
-    def run(x: Tensor, routing: Routing = routing) -> Tensor:
-        sent = dispatcher.dispatch(x, routing)
-        return dispatcher.combine(experts(sent.rows, sent.counts), routing, sent.handle)
-
+    run = partial(_through, factory(), experts=experts)
     x = skewed_tokens(T, D)
-    clean = trace(run, experts, x)
-    assert_same(
-        trace(run, experts, x.masked_fill(lost[:, None], float("nan"))), clean, "NaN in rows that are not kept leaks"
-    )
-    weight = routing.weight.masked_fill(lost, float("nan"))
-    assert_same(
-        trace(partial(run, routing=_weighted(routing, weight)), experts, x), clean, "NaN in weights not kept leaks"
-    )
+    clean = trace(partial(run, routing=routing), experts, x)
+    rows = trace(partial(run, routing=routing), experts, x.masked_fill(lost[:, None], float("nan")))
+    assert_same(rows, clean, "NaN in rows that are not kept leaks")
+    spoilt = dataclasses.replace(routing, weight=routing.weight.masked_fill(lost, float("nan")))
+    assert_same(trace(partial(run, routing=spoilt), experts, x), clean, "NaN in weights not kept leaks")
 
 
 def check_edge_sizes(factory: Factory) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from lightning.fabric.plugins import ClusterEnvironment
 
 _GRACE = 5.0  # seconds that the other ranks get to finish or fail by themselves after one has failed
 
@@ -71,6 +72,41 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
                     process.kill()
                 if process.pid is not None:
                     process.join()
+
+
+class JoinedProcesses(ClusterEnvironment):
+    """Tells a Trainer that its processes run already and have joined a process group, all on one node.
+
+    Inside `run_distributed`: ``Trainer(devices=dist.get_world_size(), plugins=[JoinedProcesses()], ...)``.
+    """
+
+    creates_processes_externally = True
+    main_address, main_port = "127.0.0.1", 0  # not needed: they have met
+
+    @staticmethod
+    def detect() -> bool:
+        """Never chosen by itself."""
+        return False
+
+    def world_size(self) -> int:
+        """How many processes."""
+        return dist.get_world_size()
+
+    def set_world_size(self, size: int) -> None:
+        """Nothing to set."""
+
+    def global_rank(self) -> int:
+        """Number of this process."""
+        return dist.get_rank()
+
+    def set_global_rank(self, rank: int) -> None:
+        """Nothing to set."""
+
+    local_rank = global_rank
+
+    def node_rank(self) -> int:
+        """The only node."""
+        return 0
 
 
 def _context() -> Any:

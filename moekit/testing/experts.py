@@ -18,12 +18,12 @@ from moekit.testing.modules import build
 Factory = Callable[[], Experts]
 
 
-def _counts(num_experts: int) -> Tensor:
-    """Unequal loads; the second expert has none (of one expert there is only the first)."""
-    counts = torch.arange(num_experts) % 3 + 2
-    if num_experts > 1:
+def _some_rows(experts: Experts, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Packed rows and unequal counts; the second expert has none (of one expert there is only the first)."""
+    counts = torch.arange(experts.num_experts) % 3 + 2
+    if experts.num_experts > 1:
         counts[1] = 0
-    return counts
+    return skewed_tokens(int(counts.sum()), experts.dim, dtype=dtype), counts
 
 
 def _loop(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
@@ -34,9 +34,7 @@ def _loop(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
 
 def _packed(experts: Experts) -> dict[str, Tensor]:
     """All that a bank computes in evaluation on packed rows, gradients included."""
-    counts = _counts(experts.num_experts)
-    dtype = next(experts.parameters()).dtype
-    rows = skewed_tokens(int(counts.sum()), experts.dim, dtype=dtype)
+    rows, counts = _some_rows(experts, next(experts.parameters()).dtype)
     was = experts.training
     found = trace(lambda x: experts(x, counts), experts.eval(), rows)
     experts.train(was)
@@ -66,8 +64,7 @@ def check_packed_equals_reference(factory: Factory) -> None:
     """Packed rows: outputs and all gradients equal the plain twin, with an expert that has no row."""
     for dtype in (torch.float64, torch.float32):
         experts = build(factory, dtype=dtype, training=False)
-        counts = _counts(experts.num_experts)
-        rows = skewed_tokens(int(counts.sum()), experts.dim, dtype=dtype)
+        rows, counts = _some_rows(experts, dtype)
         fast = trace(partial(experts, counts=counts), experts, rows)
         slow = trace(partial(_loop, experts, counts=counts), experts, rows)
         assert_same(fast, slow, f"packed forward differs from reference() in {dtype}")
@@ -115,8 +112,7 @@ def check_no_rows(factory: Factory) -> None:
 def check_row_independence(factory: Factory) -> None:
     """In evaluation a row's result depends on that row alone, and a second run gives the same."""
     experts = build(factory, training=False)
-    counts = _counts(experts.num_experts)
-    rows = skewed_tokens(int(counts.sum()), experts.dim)
+    rows, counts = _some_rows(experts)
     changed = rows.clone()
     changed[0] += 1.0
     with torch.no_grad():
@@ -131,8 +127,8 @@ def check_low_precision(factory: Factory) -> None:
     with torch.no_grad():
         for tensor in experts.parameters():
             tensor.copy_(tensor.bfloat16())
-    counts = _counts(experts.num_experts)
-    rows = skewed_tokens(int(counts.sum()), experts.dim).bfloat16()
+    rows, counts = _some_rows(experts)
+    rows = rows.bfloat16()
     wide = experts(rows.float(), counts)
     half = copy.deepcopy(experts).bfloat16()
     out = half(rows, counts)
@@ -149,8 +145,8 @@ def check_low_precision(factory: Factory) -> None:
 def check_checkpointing(factory: Factory) -> None:
     """Activation checkpointing (recomputing forward in the backward) changes nothing, dropout included."""
     experts = build(factory, training=True)
-    counts = _counts(experts.num_experts)
-    modules.check_checkpointing(experts, skewed_tokens(int(counts.sum()), experts.dim), counts=counts)
+    rows, counts = _some_rows(experts)
+    modules.check_checkpointing(experts, rows, counts=counts)
 
 
 def check_compiles(factory: Factory) -> None:
@@ -158,31 +154,6 @@ def check_compiles(factory: Factory) -> None:
     experts = build(factory, training=False)
     e, dim = experts.num_experts, experts.dim
     modules.check_compiles(experts, [skewed_tokens(3 * e, dim, seed=seed).view(e, 3, dim) for seed in (0, 1)])
-
-
-def check_has_a_source(factory: Factory) -> None:
-    """The docstring says where the idea comes from."""
-    modules.check_has_a_source(factory)
-
-
-def check_copies(factory: Factory) -> None:
-    """`copy.deepcopy` and pickle give an equal, independent bank."""
-    modules.check_copies(factory, _packed)
-
-
-def check_state_dict(factory: Factory) -> None:
-    """The state dict holds everything."""
-    modules.check_state_dict(factory, _packed)
-
-
-def check_meta_device(factory: Factory) -> None:
-    """A bank built on the meta device can be brought to life."""
-    modules.check_meta_device(factory)
-
-
-def check_forward_stores_nothing(factory: Factory) -> None:
-    """Forward leaves the bank as it was."""
-    modules.check_forward_stores_nothing(factory, _packed)
 
 
 EXPERTS_CHECKS: tuple[Callable[[Factory], None], ...] = (
@@ -194,9 +165,5 @@ EXPERTS_CHECKS: tuple[Callable[[Factory], None], ...] = (
     check_low_precision,
     check_checkpointing,
     check_compiles,
-    check_has_a_source,
-    check_copies,
-    check_state_dict,
-    check_meta_device,
-    check_forward_stores_nothing,
+    *modules.checks_of_any_module(_packed),
 )

@@ -1,6 +1,6 @@
 """Checks that every module of moekit passes, whatever it computes: copies, files, the meta device, memory.
 
-Each takes a module built afresh by the caller and ``run(module)``, which returns tensors that depend on all it does.
+Checks of a factory also take ``run(module)``, which returns tensors that depend on all that the module does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -145,6 +145,25 @@ def check_forward_stores_nothing(factory: Factory[M], run: Run[M]) -> None:
 
 def _size(value: object) -> int | None:
     return len(value) if isinstance(value, list | dict | set) else None
+
+
+def checks_of_any_module(run: Run[M]) -> tuple[Callable[[Factory[M]], None], ...]:
+    """All of the above, as checks that take a factory alone."""
+
+    def bound(check: Callable[[Factory[M], Run[M]], None]) -> Callable[[Factory[M]], None]:
+        @wraps(check)
+        def of_factory(factory: Factory[M]) -> None:
+            check(factory, run)
+
+        return of_factory
+
+    return (
+        check_has_a_source,
+        bound(check_copies),
+        bound(check_state_dict),
+        check_meta_device,
+        bound(check_forward_stores_nothing),
+    )
 
 
 def check_compiles(module: M, inputs: Sequence[Tensor], **arguments: object) -> None:

@@ -18,8 +18,10 @@ from __future__ import annotations
 import contextlib
 import linecache
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -27,38 +29,26 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from moekit.testing.autocast_cuda import AutocastCUDA
 from moekit.testing.grouped_kernel import grouped_mm_as_kernel
 
 _CUDA, _CPU = torch.device("cuda:0"), torch.device("cpu")
+
+
+def _aten(names: str) -> set[str]:
+    return {f"aten.{name}" for name in names.split()}
+
+
 # Operators whose CUDA form reads from the device: sizes of results, or a check of values.
-_READING = {
-    f"aten.{name}"
-    for name in (
-        *(
-            "_local_scalar_dense",
-            "nonzero",
-            "masked_select",
-            "equal",
-            "is_nonzero",
-            "unique_dim",
-            "_unique",
-            "_unique2",
-        ),
-        *("unique_consecutive", "bincount", "multinomial"),
-    )
-}
-_INDEXING = {f"aten.{name}" for name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")}
+_READING = _aten(
+    "_local_scalar_dense nonzero masked_select equal is_nonzero unique_dim _unique _unique2 unique_consecutive"
+    " bincount multinomial"
+)
+_INDEXING = _aten("index index_put index_put_ _index_put_impl_ _unsafe_index")
 # Operators that refuse even a scalar of the CPU beside tensors of a GPU.
-_STRICT = {
-    f"aten.{name}"
-    for name in (
-        *("index_add", "index_add_", "scatter", "scatter_", "gather", "index_select"),
-        *("stack", "cat", "embedding"),
-    )
-}
+_STRICT = _aten("index_add index_add_ scatter scatter_ gather index_select stack cat embedding")
 
 
 class DeviceMixError(RuntimeError):
@@ -92,18 +82,16 @@ class PretendedGPU:
 
     def __init__(self) -> None:
         self._waits: list[Counter[Wait]] = []
-        self.cases = 0
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Counter[Wait]]:
         """Count the places at which the host waits, meanwhile."""
         waits: Counter[Wait] = Counter()
         self._waits.append(waits)
-        self.cases += 1
         try:
             yield waits
         finally:
-            self._waits.remove(waits)
+            self._waits.pop()
 
     def waited(self, what: str) -> None:
         """Write a wait down, at the innermost line of the package (else of Lightning or torchmetrics)."""
@@ -118,14 +106,13 @@ _CURRENT: list[PretendedGPU] = []
 
 
 def _place() -> tuple[str, int]:
-    frame, other = sys._getframe(1), ("?", 0)
-    while frame is not None:
+    other = ("?", 0)
+    for frame, line in traceback.walk_stack(sys._getframe(1)):
         name = frame.f_code.co_filename
         if name.startswith(_PACKAGE) and "/testing/" not in name:
-            return name.removeprefix(_PACKAGE), frame.f_lineno
+            return name.removeprefix(_PACKAGE), line
         if other == ("?", 0) and ("/lightning/" in name or "/torchmetrics/" in name):
-            other = (name.rpartition("site-packages/")[2], frame.f_lineno)
-        frame = frame.f_back  # type: ignore[assignment]
+            other = (name.rpartition("site-packages/")[2], line)
     return other
 
 
@@ -259,24 +246,19 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     _check_devices(gpu, name, args, leaves, bool(ours))
     if name in _READING or (name == "aten.repeat_interleave" and kwargs.get("output_size") is None):
         gpu.waited(name)
-    raw = [
-        leaf.raw if isinstance(leaf, _OnGPU) else _CPU if isinstance(leaf, torch.device) else leaf for leaf in leaves
-    ]
-    raw_args, raw_kwargs = tree_unflatten(raw, spec)
+    raw_args, raw_kwargs = tree_unflatten([_plain(leaf) for leaf in leaves], spec)
     if "pin_memory" in raw_kwargs:
         raw_kwargs["pin_memory"] = False
     with _disable_current_modes():
-        if name == "aten._grouped_mm":
-            result = grouped_mm_as_kernel(*raw_args, **raw_kwargs)
-        else:
-            result = func(*raw_args, **raw_kwargs)
+        result = (grouped_mm_as_kernel if name == "aten._grouped_mm" else func)(*raw_args, **raw_kwargs)
     same = {id(leaf.raw): leaf for leaf in ours}
     on_gpu = bool(ours) if device is None else _is_gpu(device)
-    flat, out = tree_flatten(result)
-    for place, leaf in enumerate(flat):
-        if isinstance(leaf, Tensor):
-            flat[place] = same[id(leaf)] if id(leaf) in same else _OnGPU(leaf) if on_gpu else leaf
-    return tree_unflatten(flat, out)
+
+    def returned(tensor: Tensor) -> Tensor:
+        """What was written in place is the tensor that was given."""
+        return same[id(tensor)] if id(tensor) in same else _OnGPU(tensor) if on_gpu else tensor
+
+    return tree_map_only(Tensor, returned, result)
 
 
 def _plain(leaf: Any) -> Any:
@@ -294,7 +276,7 @@ def _check_devices(gpu: PretendedGPU, name: str, args: tuple[Any, ...], leaves: 
         shapes = [tuple(stranger.shape) for stranger in strangers]
         if indexing and isinstance(args[0], _OnGPU):
             gpu.waited(f"{name} with an index on the CPU")
-        elif any(shape for shape in shapes) or name in _STRICT:
+        elif any(shapes) or name in _STRICT:
             file, line = _place()
             raise DeviceMixError(f"{name}: tensors on cuda:0, and on the CPU of shapes {shapes}, at {file}:{line}.")
     if indexing and any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
@@ -307,9 +289,8 @@ def _copied(gpu: PretendedGPU, func: Any, source: Tensor, kwargs: dict[str, Any]
     to_gpu = isinstance(source, _OnGPU) if device is None else _is_gpu(device)
     _note_copy(gpu, isinstance(source, _OnGPU), to_gpu, source, kwargs.get("non_blocking", False))
     kwargs.pop("pin_memory", None)
-    raw = source.raw if isinstance(source, _OnGPU) else source
     with _disable_current_modes():
-        result = func(raw, **kwargs)
+        result = func(_plain(source), **kwargs)
     return _OnGPU(result) if to_gpu else result
 
 
@@ -317,8 +298,7 @@ def _written(gpu: PretendedGPU, target: Tensor, source: Tensor, non_blocking: bo
     from_gpu, to_gpu = isinstance(source, _OnGPU), isinstance(target, _OnGPU)
     _note_copy(gpu, from_gpu, to_gpu, target if from_gpu else source, non_blocking)
     with _disable_current_modes():
-        to = target.raw if isinstance(target, _OnGPU) else target
-        to.copy_(source.raw if isinstance(source, _OnGPU) else source)
+        _plain(target).copy_(_plain(source))
     return target
 
 
@@ -338,6 +318,11 @@ def pretended_gpu(*, capability: tuple[int, int] = (9, 0)) -> Iterator[Pretended
     Tensors and modules come to it as to a real one: ``.to("cuda")``, ``device="cuda"``.
     """
     gpu = PretendedGPU()
+
+    def synchronize(*_: Any) -> None:
+        """Of the device and of its only stream, on which copies and kernels follow each other."""
+        gpu.waited("synchronize")
+
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
         for target, name, value in (
@@ -345,8 +330,8 @@ def pretended_gpu(*, capability: tuple[int, int] = (9, 0)) -> Iterator[Pretended
             (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "device_count", lambda: 1),
             (torch.cuda, "current_device", lambda: 0),
-            (torch.cuda, "current_stream", lambda *_: _Stream()),
-            (torch.cuda, "synchronize", lambda *_: _Stream().synchronize()),
+            (torch.cuda, "current_stream", lambda *_: SimpleNamespace(synchronize=synchronize)),
+            (torch.cuda, "synchronize", synchronize),
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
             (torch.cuda, "get_device_capability", lambda *_: capability),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
@@ -364,15 +349,8 @@ def pretended_gpu(*, capability: tuple[int, int] = (9, 0)) -> Iterator[Pretended
         _CURRENT.append(gpu)
         stack.callback(_CURRENT.remove, gpu)
         stack.enter_context(_Mode())
-        stack.enter_context(AutocastCUDA(lambda leaf: isinstance(leaf, _OnGPU)))
+        stack.enter_context(AutocastCUDA())
         yield gpu
-
-
-class _Stream:
-    """The only stream, on which copies and kernels follow each other."""
-
-    def synchronize(self) -> None:
-        _now().waited("synchronize")
 
 
 _GENERATOR = torch.Generator
@@ -382,13 +360,12 @@ def _making(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`torch.tensor` and `torch.as_tensor`: numbers of the host come to the device by a copy."""
 
     def make(data: Any, *args: Any, **kwargs: Any) -> Tensor:
-        device = kwargs.pop("device", None)
-        if device is None or not _is_gpu(device):
-            return original(data, *args, **kwargs) if device is None else original(data, *args, device=device, **kwargs)
+        if not _is_gpu(kwargs.get("device")):
+            return original(data, *args, **kwargs)
+        del kwargs["device"]
         if isinstance(data, _OnGPU):
             return data.to(kwargs.get("dtype") or data.dtype)
-        made = original(data, *args, **kwargs)
-        return made.to(_CUDA)
+        return original(data, *args, **kwargs).to(_CUDA)
 
     return make
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor
+from torch.utils._pytree import tree_map, tree_map_only
 
 from moekit.experts.grouped import GroupedMLP
 from moekit.functional.reference import moe_reference
@@ -23,6 +24,7 @@ from moekit.testing.modules import build
 Factory = Callable[[], Router]
 
 T = 48
+PHASES = ((True, "in training"), (False, "in evaluation"))
 
 
 def _dim(router: Router) -> int:
@@ -54,16 +56,11 @@ def _route(router: Router, x: Tensor, context: RoutingContext | None, seed: int 
         return router(x, context)
 
 
-def _phases() -> Iterator[tuple[bool, str]]:
-    yield True, "in training"
-    yield False, "in evaluation"
-
-
 def _summary(router: Router) -> dict[str, Tensor]:
     """All that a router computes in training and evaluation, as tensors by name."""
     found: dict[str, Tensor] = {}
     was = router.training
-    for training, phase in _phases():
+    for training, phase in PHASES:
         router.train(training)
         x, context = _inputs(router, dtype=next((p.dtype for p in router.parameters()), torch.float32))
         found |= {f"{name} {phase}": value.detach() for name, value in tensors_of(_route(router, x, context)).items()}
@@ -83,7 +80,7 @@ def _compare_with_reference(layer: MoELayer, x: Tensor, context: RoutingContext 
 
 def check_invariants(factory: Factory) -> None:
     """The list of assignments is well formed: ranges, types, queues without gaps, capacity, no padding."""
-    for training, phase in _phases():
+    for training, phase in PHASES:
         router = build(factory, training=training)
         for masked in (False, True):
             x, context = _inputs(router, masked=masked)
@@ -162,7 +159,7 @@ def _check_queues(routing: Routing, what: str) -> None:
 def check_equals_reference(factory: Factory) -> None:
     """In a layer: outputs, losses and all gradients equal the loop over assignments, in float64 and float32."""
     for dtype in (torch.float64, torch.float32):
-        for training, phase in _phases():
+        for training, phase in PHASES:
             layer = _layer(factory, dtype=dtype, training=training)
             x, context = _inputs(layer.router, dtype=dtype)
             _compare_with_reference(layer, x, context, f"the layer differs from the reference {phase}, {dtype}")
@@ -170,7 +167,7 @@ def check_equals_reference(factory: Factory) -> None:
 
 def check_edge_batches(factory: Factory) -> None:
     """All tokens to one expert, one token, no token, nothing but padding: right results, finite losses."""
-    for training, phase in _phases():
+    for training, phase in PHASES:
         layer = _layer(factory, dtype=torch.float64, training=training)
         dim = _dim(layer.router)
         for num_tokens in (0, 1):
@@ -191,15 +188,12 @@ def check_edge_batches(factory: Factory) -> None:
 
 def check_padding_content(factory: Factory) -> None:
     """What padding holds, NaN included, changes no output, loss, statistic or gradient."""
-    for training, phase in _phases():
+    real = some_mask(T)
+    for training, phase in PHASES:
         layer = _layer(factory, training=training)
         x, context = _inputs(layer.router)
-        real = some_mask(T)
         other = some_context(layer.router, T, mask=real, seed=5)
-        fields = {}
-        for name in ("token_ids", "previous_ids", "next_ids", "task"):
-            fields[name] = torch.where(real, getattr(context, name), getattr(other, name))
-        changed = dataclasses.replace(context, **fields)
+        changed = tree_map(lambda now, new: None if now is None else torch.where(real, now, new), context, other)
         before = trace(partial(layer, context=context), layer, x)
         for name in ("output", "gradient of x"):
             rule(not before[name][~real].any(), f"padding has a non-zero {name} {phase}.")
@@ -223,17 +217,10 @@ def check_more_padding(factory: Factory) -> None:
     extra = 13
     longer = some_context(layer.router, T + extra, mask=torch.arange(T + extra) < T)
     # The first T tokens as before; the padding belongs to the sequences that are there.
-    joined = {
-        f.name: torch.cat([getattr(context, f.name), getattr(longer, f.name)[:extra]])
-        for f in dataclasses.fields(context)
-        if f.name != "mask" and getattr(context, f.name) is not None
-    }
+    joined = tree_map(lambda now, more: None if now is None else torch.cat([now, more[:extra]]), context, longer)
+    joined = dataclasses.replace(joined, mask=longer.mask)
     short = trace(partial(layer, context=context), layer, x)
-    padded = trace(
-        lambda x: layer(x, RoutingContext(mask=longer.mask, **joined)),
-        layer,
-        torch.cat([x, torch.ones(extra, x.shape[1])]),
-    )
+    padded = trace(partial(layer, context=joined), layer, torch.cat([x, torch.ones(extra, x.shape[1])]))
     padded = {n: v[:T] if n in ("output", "gradient of x") else v for n, v in padded.items()}
     assert_same(padded, short, "adding padding changes results")
 
@@ -248,8 +235,7 @@ def check_order_of_tokens(factory: Factory) -> None:
     if layer.router.by_position or _route(layer.router, x, context).capacity is not None:
         return
     order = torch.randperm(T, generator=torch.Generator().manual_seed(2))
-    given = {f.name: getattr(context, f.name) for f in dataclasses.fields(context)}
-    mixed = RoutingContext(**{name: None if value is None else value[order] for name, value in given.items()})
+    mixed = tree_map_only(Tensor, lambda value: value[order], context)
     with torch.no_grad():
         assert_close(layer(x[order], mixed).hidden, layer(x, context).hidden[order], "tokens in another order")
 
@@ -278,7 +264,7 @@ def check_randomness(factory: Factory) -> None:
 
 def check_future(factory: Factory) -> None:
     """Unless `looks_ahead` says so, the experts that a token asks for do not depend on later tokens."""
-    for training, phase in _phases():
+    for training, phase in PHASES:
         router = build(factory, training=training)
         if router.looks_ahead:
             continue
@@ -302,7 +288,7 @@ def check_low_precision(factory: Factory) -> None:
 
     The bf16 module runs with bf16 as torch's default type, as under Lightning's precision "bf16-true".
     """
-    for training, phase in _phases():
+    for training, phase in PHASES:
         router = build(factory, training=training)
         with torch.no_grad():
             for tensor in router.parameters():
@@ -311,7 +297,7 @@ def check_low_precision(factory: Factory) -> None:
         x = x.bfloat16().float()
         expected = tensors_of(_route(router, x, context))
         half = copy.deepcopy(router).bfloat16()
-        with _default_dtype(torch.bfloat16):
+        with HalfPrecision("bf16-true").forward_context():
             found = tensors_of(_route(half, x.bfloat16(), context))
         hint = (
             "the router computes in low precision: widen x and weights to float32, with autocast off, and say "
@@ -326,16 +312,6 @@ def check_low_precision(factory: Factory) -> None:
         assert_same(cast, expected, f"autocast {phase}: {hint}")
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    was = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(was)
-
-
 def check_checkpointing(factory: Factory) -> None:
     """Activation checkpointing (recomputing forward in the backward) changes nothing, randomness included."""
     layer = _layer(factory, training=True)
@@ -347,37 +323,12 @@ def check_compiles(factory: Factory) -> None:
     """With a capacity the layer compiles to one graph, with the results of eager, once for all values."""
     layer = _layer(factory)
     x, context = _inputs(layer.router)
-    for training, _ in _phases():
+    for training, _ in PHASES:
         layer.train(training)
         if _route(layer.router, x, context).capacity is not None:
             others = [skewed_tokens(T, _dim(layer.router), seed=seed) for seed in (0, 1)]
             modules.check_compiles(layer, others, context=context)
             return
-
-
-def check_has_a_source(factory: Factory) -> None:
-    """The docstring says where the idea comes from."""
-    modules.check_has_a_source(factory)
-
-
-def check_copies(factory: Factory) -> None:
-    """`copy.deepcopy` and pickle give an equal, independent router."""
-    modules.check_copies(factory, _summary)
-
-
-def check_state_dict(factory: Factory) -> None:
-    """The state dict holds everything."""
-    modules.check_state_dict(factory, _summary)
-
-
-def check_meta_device(factory: Factory) -> None:
-    """A router built on the meta device can be brought to life."""
-    modules.check_meta_device(factory)
-
-
-def check_forward_stores_nothing(factory: Factory) -> None:
-    """Forward leaves the router as it was."""
-    modules.check_forward_stores_nothing(factory, _summary)
 
 
 ROUTER_CHECKS: tuple[Callable[[Factory], None], ...] = (
@@ -392,9 +343,5 @@ ROUTER_CHECKS: tuple[Callable[[Factory], None], ...] = (
     check_low_precision,
     check_checkpointing,
     check_compiles,
-    check_has_a_source,
-    check_copies,
-    check_state_dict,
-    check_meta_device,
-    check_forward_stores_nothing,
+    *modules.checks_of_any_module(_summary),
 )
