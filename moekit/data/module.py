@@ -11,8 +11,8 @@ from typing import Any
 
 import lightning as L
 
-from moekit.data.batch import SPECIALS
-from moekit.data.batching import EvaluationBatches, EvaluationLoader, StepLoader, TrainingSteps
+from moekit.data.batch import SPECIALS, Batch
+from moekit.data.batching import EvaluationBatches, Loader, TrainingSteps
 from moekit.data.mixture import Constant, TemperatureSchedule
 from moekit.data.plan import StepPlan
 from moekit.data.store import SIDES, TokenStore, Wanted, cached_store, monolingual_section, parallel_section
@@ -163,11 +163,11 @@ class MultitaskData(L.LightningDataModule):
         """Open what `prepare_data` built (every process does)."""
         log.debug("%s", self.store.folder)
 
-    def train_dataloader(self) -> StepLoader:
+    def train_dataloader(self) -> Loader[dict[str, Batch]]:
         """One item per training step, from the Trainer's current step on."""
         steps = {name: self._planned(name) for name in self.tasks}
         first, plan = next(iter(steps.values()))
-        return StepLoader(
+        return Loader(
             TrainingSteps(steps),
             self.steps_per_epoch or max(1, math.ceil(len(first) / plan.rows_per_step)),
             self._batches_so_far,
@@ -175,11 +175,11 @@ class MultitaskData(L.LightningDataModule):
             pin_memory=self._on_accelerator(),
         )
 
-    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+    def val_dataloader(self) -> Loader[Batch] | list[Any]:
         """Validation batches of all tasks, in order."""
         return self._evaluation(self.tasks, "valid", self.valid_sentences)
 
-    def test_dataloader(self) -> EvaluationLoader | list[Any]:
+    def test_dataloader(self) -> Loader[Batch] | list[Any]:
         """Test batches, in order: of the tasks whose written answers are scored, or of all where there is none."""
         return self._evaluation(self._scored or self.tasks, "test", self.test_sentences)
 
@@ -327,10 +327,10 @@ class MultitaskData(L.LightningDataModule):
         )
         return task, plan
 
-    def _evaluation(self, tasks: Iterable[str], split: Split, limit: int | None) -> EvaluationLoader | list[Any]:
+    def _evaluation(self, tasks: Iterable[str], split: Split, limit: int | None) -> Loader[Batch] | list[Any]:
         streams = (self._streams(name, split, limit) for name in tasks)
         batches = EvaluationBatches(streams, budget=self.evaluation_tokens, seed=self.seed)
-        return EvaluationLoader(batches, pin_memory=self._on_accelerator()) if len(batches) else []
+        return Loader(batches, len(batches), pin_memory=self._on_accelerator()) if len(batches) else []
 
     def _rank(self) -> Rank:
         # The strategy knows which processes share a batch's sentences: with tensor parallelism not all of them do.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from moekit.errors import UserError
-from moekit.source import Direction, LazySequence, Source, Split, choose_directions, digest
+from moekit.source import Direction, LazySequence, Source, Split, choose_directions, digest, languages_of
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,11 @@ class AlignedSource(Source):
         self._blocks = tuple(blocks)
         self._settings = (pivot, None if directions is None else tuple(map(str, directions)), strict)
         self._check_blanks(strict)
-        if directions is not None:
-            everything = _pairs(self._blocks, english_only=False)
-            self.directions = choose_directions(everything, pivot=None if pivot == "auto" else pivot, wanted=directions)
-        else:
-            training = [block for block in self._blocks if block.split == "train"] or self._blocks
-            self.directions = choose_directions(
-                _pairs(training, english_only=pivot == "auto"), pivot=None if pivot == "auto" else pivot
-            )
-        spoken = {code for direction in self.directions for code in (direction.source, direction.target)}
-        order = dict.fromkeys(code for block in self._blocks for code in block.columns)
-        self.languages = tuple(code for code in order if code in spoken)
+        automatic = pivot == "auto"
+        served = [block for block in self._blocks if directions is not None or block.split == "train"] or self._blocks
+        pairs = _pairs(served, english_only=automatic and directions is None)
+        self.directions = choose_directions(pairs, pivot=None if automatic else pivot, wanted=directions)
+        self.languages = languages_of(self.directions, (code for block in self._blocks for code in block.columns))
 
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
         """Pairs of one direction, in the order of the files; pairs with an empty side are left out."""
@@ -142,14 +136,3 @@ def _pairs(blocks: Sequence[AlignedBlock], *, english_only: bool) -> tuple[Direc
                 found.setdefault(Direction(a, b))
                 found.setdefault(Direction(b, a))
     return tuple(found)
-
-
-def check_lengths(columns: Mapping[str, tuple[str, int]]) -> None:
-    """Raise UserError unless all columns, given as (what, lines) by language, are equally long."""
-    first, *others = columns.values()
-    for other in others:
-        if other[1] != first[1]:
-            raise UserError(
-                f"files that translate each other must have equally many lines: got {first[1]:,} in {first[0]} and "
-                f"{other[1]:,} in {other[0]}. Line i of one must translate line i of the other."
-            )
