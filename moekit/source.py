@@ -233,7 +233,7 @@ class Source(ABC):
             )
 
     def check_split(self, split: Split) -> Split:
-        """`split` itself, or UserError if it is none of train, valid, test."""
+        """Raise UserError if `split` is none of train, valid, test; else return it."""
         if split not in SPLITS:
             raise UserError(f"{self.name}: the split must be one of {', '.join(SPLITS)}: got {split!r}.")
         return split
@@ -305,7 +305,7 @@ def open_source(kind: str, path: str | Path | None = None, **settings: Any) -> S
     """Open a corpus of one of the `KINDS`, such as those of `moekit.data.sources`: ``open_source("moses", "folder")``.
 
     Args:
-        kind: as a class of a source names it: babel (generated, needs no path), headlines (paragraphs of babel with
+        kind: The name of a class of a source: babel (generated, needs no path), headlines (paragraphs of babel with
             their headlines), moses, jsonl, tsv, examples (inputs and targets),
             gettext (without a path: the system's catalogs), text, or union.
         path: where the corpus lies. For union the members, as ``moses:path/one,jsonl:path/two``.

@@ -60,7 +60,7 @@ class EvaluationBatches(Dataset[Batch]):
                 cuts = fill(sizes.source[order], target, budget, ranks)
                 if len(cuts) > 2 and cuts[-1] - cuts[-2] < ranks:
                     del cuts[-2]
-                keys = fold(key(seed, "evaluation", task.name, sizes.name), np.arange(len(order)))
+                keys = fold(key(seed, "evaluation", task.task.name, sizes.name), np.arange(len(order)))
                 rows = Rows(np.full(len(order), number), order, keys[order])
                 parts = (rows[a:b] for a, b in itertools.pairwise(cuts))
                 self._batches.extend((task, sizes.name, part) for part in parts)

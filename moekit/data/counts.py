@@ -64,13 +64,8 @@ def bigram_counts(
 ) -> Tensor:
     """How often each bucket of pairs (token before, token) occurs.
 
-    Args:
-        store: the corpus.
-        key: makes buckets of pairs.
-        first: what counts as the token before the first of a sequence: the padding id in transformers of this package.
-        sections: as `token_counts`.
-        before: as `token_counts`.
-        after: as `token_counts`.
+    `key` makes the buckets. `first` counts as the token before the first of a sequence: the padding id in transformers
+    of this package. The other arguments are those of `token_counts`.
 
     Returns:
         Int64[buckets] on the CPU.

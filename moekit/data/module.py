@@ -130,8 +130,7 @@ class MultitaskData(L.LightningDataModule):
     @property
     def directions(self) -> tuple[Direction, ...]:
         """Directions of the tasks on pairs, such as translation; none where there is no such task."""
-        chosen = [name for task in self.tasks if TASKS[task].pairs for name in self._chosen(task)]
-        return tuple(self._direction(name) for name in dict.fromkeys(chosen))
+        return tuple(map(self._direction, self._all_chosen(pairs=True)))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -194,10 +193,9 @@ class MultitaskData(L.LightningDataModule):
     def wanted(self, splits: Sequence[Split] = SPLITS) -> Wanted:
         """What of the source is used in these splits."""
         parallel = [(direction, split) for direction in self.directions for split in splits]
-        names = [n for task in self.tasks if not TASKS[task].pairs for n in self._chosen(task)]
         # Text of one language is tested on only where there are no written answers to score.
         used = [split for split in splits if split != "test" or not self._scored]
-        mono = [(language, split) for language in dict.fromkeys(names) for split in used]
+        mono = [(language, split) for language in self._all_chosen(pairs=False) for split in used]
         return Wanted(tuple(parallel), tuple(mono))
 
     def summary(self) -> dict[str, dict[str, float | int]]:
@@ -288,6 +286,9 @@ class MultitaskData(L.LightningDataModule):
     def _chosen(self, task: str) -> list[str]:
         return list(self.tasks[task].streams or self._stream_names(task))
 
+    def _all_chosen(self, *, pairs: bool) -> dict[str, None]:
+        return dict.fromkeys(name for task in self.tasks if TASKS[task].pairs == pairs for name in self._chosen(task))
+
     def _direction(self, name: Direction | str) -> Direction:
         served = {str(known): known for known in self.source.directions}
         return served.get(str(name)) or Direction.parse(name)
@@ -304,7 +305,8 @@ class MultitaskData(L.LightningDataModule):
                 sections = [parallel_section(direction, split, side) for side in SIDES]
             else:
                 languages, sections = (stream, stream), [monolingual_section(stream, split)]
-            ids = (self.tokenizer.language_id(languages[0]), self.tokenizer.language_id(languages[1]))
+            source, target = map(self.tokenizer.language_id, languages)
+            ids = (source, target)
             if length is not None:
                 found = open_chunks(self.store, stream, sections[0], ids, length=length, limit=limit)
             else:

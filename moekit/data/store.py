@@ -63,11 +63,6 @@ class TokenStore:
         self.offsets: NDArray[np.int64] = read(self.folder / "offsets.bin", np.dtype(np.int64))
         self.tokens: NDArray[Any] = read(self.folder / "tokens.bin", self.dtype)
 
-    @property
-    def num_tokens(self) -> int:
-        """Stored tokens."""
-        return len(self.tokens)
-
     def section(self, name: str) -> Section:
         """Where the section `name` is."""
         if name not in self.sections:
@@ -230,29 +225,25 @@ def _read_header(folder: Path) -> Mapping[str, Any]:
         header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = header["format"]
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CorruptCacheError(
-            f"{folder} must be a token store: {path.name} is missing. Remove the folder to build it again."
-        ) from error
+        raise _damaged(folder, f"{folder} must be a token store: {path.name} is missing.") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise CorruptCacheError(
-            f"{path} must be the header of a token store: it cannot be read ({error}). Remove the folder {folder} to "
-            "build it again."
-        ) from error
+        raise _damaged(folder, f"{path} must be the header of a token store: it cannot be read ({error}).") from error
     if version != _FORMAT:
-        raise CorruptCacheError(
-            f"{path} must have format {_FORMAT}: got {version}. Remove the folder {folder} to build it again."
-        )
+        raise _damaged(folder, f"{path} must have format {_FORMAT}: got {version}.")
     return header
 
 
 def _check_file(path: Path, promised: Mapping[str, int], dtype: np.dtype[Any], checksum: bool) -> None:
-    remedy = f"Remove the folder {path.parent} to build it again."
     size = path.stat().st_size if path.is_file() else -1
     if size != promised["size"] or size % dtype.itemsize:
         got = "it is missing" if size < 0 else f"it has {size:,}"
-        raise CorruptCacheError(f"{path} must have {promised['size']:,} bytes: {got}. {remedy}")
+        raise _damaged(path.parent, f"{path} must have {promised['size']:,} bytes: {got}.")
     if checksum and _checksum(path) != promised["crc32"]:
-        raise CorruptCacheError(f"{path} must be as it was written: its checksum differs. {remedy}")
+        raise _damaged(path.parent, f"{path} must be as it was written: its checksum differs.")
+
+
+def _damaged(folder: Path, how: str) -> CorruptCacheError:
+    return CorruptCacheError(f"{how} Remove the folder {folder} to build it again.")
 
 
 def _checksum(path: Path) -> int:

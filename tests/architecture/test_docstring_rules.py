@@ -26,6 +26,9 @@ ROOMS = (
     "soft_moe",
     "layer",
     "routing",
+    "source",
+    "mapped",
+    "atomic",
 )
 """Where docstrings are held to these rules; widen it as rooms come to keep them."""
 

@@ -95,7 +95,7 @@ def _ask(folder: str, start: Any, answers: Any) -> None:
     source = TinySource()
     tokenizer = train_tokenizer(source, vocab_size=420, cache_dir=folder)
     store = cached_store(source, tokenizer, WANTED, cache_dir=folder)
-    answers.put((tokenizer.fingerprint, store.num_tokens, int(store.tokens.sum())))
+    answers.put((tokenizer.fingerprint, len(store.tokens), int(store.tokens.sum())))
 
 
 def test_processes_that_ask_at_once_get_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

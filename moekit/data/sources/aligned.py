@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from moekit.errors import UserError
-from moekit.source import Direction, LazySequence, Source, Split, choose_directions, digest, languages_of
+from moekit.source import Direction, Source, Split, choose_directions, digest, languages_of
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,13 @@ class AlignedSource(Source):
         """Pairs of one direction, in the order of the files; pairs with an empty side are left out."""
         self.check_direction(direction)
         self.check_split(split)
-        sources: list[str] = []
-        targets: list[str] = []
-        for block in self._blocks:
-            if block.split != split or direction.source not in block.columns or direction.target not in block.columns:
-                continue
-            for left, right in zip(block.columns[direction.source], block.columns[direction.target], strict=True):
-                if left and right:
-                    sources.append(left)
-                    targets.append(right)
-        return LazySequence(len(sources), lambda index: (sources[index], targets[index]))
+        return [
+            pair
+            for block in self._blocks
+            if block.split == split and {direction.source, direction.target} <= block.columns.keys()
+            for pair in zip(block.columns[direction.source], block.columns[direction.target], strict=True)
+            if all(pair)
+        ]
 
     def monolingual(self, language: str, split: Split) -> Sequence[str]:
         """Every sentence of a language in a split, once, in order of appearance."""
