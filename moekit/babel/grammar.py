@@ -72,6 +72,11 @@ class Grammar:
     tense: Literal["suffix", "prefix", "before", "after"] = "suffix"
     negation: Literal["before", "after", "prefix", "suffix"] = "before"
 
+    @property
+    def order(self) -> str:
+        """The letters S, V, O as they stand in a clause, for example SOV."""
+        return "".join(letter for letter in self.clause if letter in "SVO")
+
 
 def _sounds(onsets: str, vowels: str, codas: str = "-", harmony: str = "") -> Phonology:
     """Sounds from lists parted by spaces, where "-" stands for none, and pairs of back and front vowels."""

@@ -92,13 +92,13 @@ def test_training_is_on_chunks_of_the_planned_size(cache: Path) -> None:
 
 def test_sentence_by_sentence_stays_an_option(cache: Path) -> None:
     made = data(cache, packed=False)
-    stored = {
+    whole = {
         tuple(sentence)
         for language in made.languages
         for sentence in stored(made.store, monolingual_section(language, "train"))
     }
     batch = next(iter(made.train_dataloader()))["span_corruption"]
-    assert all(tuple(row) in stored for row in clean(batch, made))
+    assert all(tuple(row) in whole for row in clean(batch, made))
 
 
 def test_too_many_spans_are_refused_when_the_data_are_made(cache: Path) -> None:
