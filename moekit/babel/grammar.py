@@ -80,8 +80,12 @@ class Grammar:
 
 def _sounds(onsets: str, vowels: str, codas: str = "-", harmony: str = "") -> Phonology:
     """Sounds from lists parted by spaces, where "-" stands for none, and pairs of back and front vowels."""
-    heard = (tuple("" if sound == "-" else sound for sound in listed.split()) for listed in (onsets, vowels, codas))
-    return Phonology(*heard, tuple((back, front) for back, front in harmony.split()))
+
+    def heard(listed: str) -> tuple[str, ...]:
+        return tuple("" if sound == "-" else sound for sound in listed.split())
+
+    pairs = tuple((pair[0], pair[1]) for pair in harmony.split())
+    return Phonology(heard(onsets), heard(vowels), heard(codas), pairs)
 
 
 _HANDMADE = (
