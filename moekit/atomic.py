@@ -49,17 +49,12 @@ def writing(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        cause = _cause(error)
-        if cause is not None:
-            raise write_error(path, cause) from error
-        raise
-
-
-def _cause(error: BaseException | None) -> OSError | SafetensorError | None:
-    """The failed write behind an exception: torch turns it into a RuntimeError."""
-    while error is not None and not isinstance(error, OSError | SafetensorError):
-        error = error.__cause__ or error.__context__
-    return error
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError | SafetensorError):
+            cause = cause.__cause__ or cause.__context__  # torch turns a failed write into a RuntimeError
+        if cause is None:
+            raise
+        raise write_error(path, cause) from error
 
 
 def flush(path: Path) -> None:

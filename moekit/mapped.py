@@ -23,19 +23,17 @@ DTYPES = {
 }  # fmt: skip
 """Types of safetensors files by the names that their headers give them."""
 
-_NOTES = "__metadata__"
-
 
 @dataclass(frozen=True)
 class MappedTensor:
     """Where a tensor lies in a file.
 
     Attributes:
-        path: the file.
-        offset: of its first element, in bytes.
-        shape: its shape.
-        stride: in elements.
-        dtype: of its elements.
+        path: The file.
+        offset: The place of its first element, in bytes.
+        shape: Its shape.
+        stride: The steps from entry to entry of each dimension, in elements.
+        dtype: The type of its elements.
     """
 
     path: Path
@@ -101,7 +99,7 @@ def _read_header(path: Path, float8: bool) -> tuple[dict[str, MappedTensor], dic
             if not 2 <= length <= size - 8:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
-        notes = header.pop(_NOTES, {})
+        notes = header.pop("__metadata__", {})
         known = {name: dtype for name, dtype in DTYPES.items() if float8 or not name.startswith("F8")}
         return {name: _entry(path, name, entry, 8 + length, size, known) for name, entry in header.items()}, notes
     except FileNotFoundError:
@@ -122,15 +120,15 @@ def _entry(
     start, end = (int(n) for n in entry["data_offsets"])
     if min((*shape, start), default=0) < 0 or end - start != math.prod(shape) * dtype.itemsize or data + end > size:
         raise ValueError(f"{name} of shape {list(shape)} cannot lie in bytes {start} to {end} of {size - data}")
-    return MappedTensor(path, data + start, shape, _contiguous(shape), dtype)
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return MappedTensor(path, data + start, shape, stride, dtype)
 
 
 def map_fake(path: Path | str, tensors: Mapping[str, Tensor]) -> dict[str, MappedTensor]:
     """Places of tensors that ``torch.load`` gave under a `FakeTensorMode`, which notes where they lie in the file.
 
-    Args:
-        path: the checkpoint that was loaded.
-        tensors: by name.
+    Raises:
+        ValueError: if a tensor was not loaded so.
     """
     found = {}
     for name, tensor in tensors.items():
@@ -140,7 +138,3 @@ def map_fake(path: Path | str, tensors: Mapping[str, Tensor]) -> dict[str, Mappe
         offset = int(start) + int(tensor.storage_offset()) * tensor.dtype.itemsize
         found[name] = MappedTensor(Path(path), offset, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
     return found
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))

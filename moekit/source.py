@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
+from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, overload
 
@@ -75,9 +76,9 @@ class Direction:
         return Direction(self.target, self.source)
 
 
-def all_directions(languages: Sequence[str], pivot: str | None = None) -> tuple[Direction, ...]:
-    """Every ordered pair of different languages; with a `pivot`, those that begin or end in it."""
-    return tuple(Direction(a, b) for a in languages for b in languages if a != b and (pivot is None or pivot in (a, b)))
+def all_directions(languages: Sequence[str]) -> tuple[Direction, ...]:
+    """Every ordered pair of different languages."""
+    return tuple(Direction(a, b) for a, b in permutations(languages, 2))
 
 
 def choose_directions(
@@ -116,6 +117,12 @@ def choose_directions(
     if not chosen:
         raise UserError("at least one direction is required: got none. Name some in `directions`, or leave it out.")
     return chosen
+
+
+def languages_of(directions: Sequence[Direction], known: Iterable[str]) -> tuple[str, ...]:
+    """Those of the `known` languages that `directions` begin or end in, each once."""
+    spoken = {code for direction in directions for code in (direction.source, direction.target)}
+    return tuple(dict.fromkeys(code for code in known if code in spoken))
 
 
 class Source(ABC):
@@ -226,7 +233,7 @@ class Source(ABC):
             )
 
     def check_split(self, split: Split) -> Split:
-        """`split` itself, or UserError if it is none of train, valid, test."""
+        """Raise UserError if `split` is none of train, valid, test; else return it."""
         if split not in SPLITS:
             raise UserError(f"{self.name}: the split must be one of {', '.join(SPLITS)}: got {split!r}.")
         return split
@@ -283,11 +290,39 @@ def register_source(kind: _Kind) -> _Kind:
     return kind
 
 
+def source_class(kind: str) -> type[Source]:
+    """The class of a kind of source.
+
+    Raises:
+        UserError: no such kind, with the nearest name.
+    """
+    if kind not in KINDS:
+        raise UserError(f"the kind of source must be a known one: got {kind!r}. {nearest(kind, KINDS)}")
+    return KINDS[kind]
+
+
+def open_source(kind: str, path: str | Path | None = None, **settings: Any) -> Source:
+    """Open a corpus of one of the `KINDS`, such as those of `moekit.data.sources`: ``open_source("moses", "folder")``.
+
+    Args:
+        kind: The name of a class of a source: babel (generated, needs no path), headlines (paragraphs of babel with
+            their headlines), moses, jsonl, tsv, examples (inputs and targets),
+            gettext (without a path: the system's catalogs), text, or union.
+        path: where the corpus lies. For union the members, as ``moses:path/one,jsonl:path/two``.
+        settings: arguments of that kind's class (`BabelSettings` for babel; for headlines those of `Headlines`, and
+            others for its corpus). For union, a mapping of arguments by kind of member, as ``moses={"pivot": "en"}``.
+
+    Raises:
+        UserError: for an unknown kind or setting, with the nearest name; and for whatever is wrong with the data.
+    """
+    return source_class(kind).open(path, **settings)
+
+
 def digest(*parts: object) -> str:
     """Hex digest of the text forms of `parts`, kept apart from each other; bytes are taken as they are."""
     state = hashlib.sha256()
     for part in parts:
-        data = part if isinstance(part, bytes) else str(part).encode()
+        data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
         state.update(len(data).to_bytes(8, "little"))
         state.update(data)
     return state.hexdigest()

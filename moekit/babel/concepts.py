@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 PERSON, NAME, ANIMAL, FOOD, THING, PLACE = "p", "m", "a", "f", "t", "l"
-KINDS = PERSON + NAME + ANIMAL + FOOD + THING + PLACE
 TENSES = ("past", "present", "future")
 NUMERALS = ("two", "three", "four", "five", "seven")
 DEMONSTRATIVES = ("this", "that")
@@ -47,7 +46,7 @@ _NOUNS = {
     "temple school desert",
 }
 _ANIMATE = PERSON + NAME + ANIMAL
-_ANYTHING = KINDS
+_ANYTHING = _ANIMATE + FOOD + THING + PLACE
 _INTRANSITIVES = (
     ("sleep", _ANIMATE),
     ("walk", _ANIMATE),
@@ -176,11 +175,10 @@ class Concepts:
     adjectives: tuple[Adjective, ...]
 
     def __len__(self) -> int:
-        closed = len(NUMERALS) + len(DEMONSTRATIVES) + len(ADPOSITIONS) + len(ADVERBS)
-        return len(self.nouns) + len(self.verbs) + len(self.adjectives) + closed
+        return len(self.nouns) + len(self.verbs) + len(self.adjectives) + _CLOSED
 
 
-_Entry = TypeVar("_Entry", Verb, Adjective)
+_Entry = TypeVar("_Entry", Noun, Verb, Adjective)
 _OPEN = sum(len(words.split()) for words in _NOUNS.values()) + sum(
     map(len, (_INTRANSITIVES, _TRANSITIVES, _DITRANSITIVES, _ADJECTIVES))
 )
@@ -202,24 +200,18 @@ def concepts(number: int = DEFAULT_CONCEPTS) -> Concepts:
         raise ValueError(f"babel needs at least {MINIMUM_CONCEPTS} concepts: got {number}.")
     scale = (number - _CLOSED) / _OPEN
 
-    def size(n: int) -> int:
-        return max(2, round(n * scale))
-
-    names = {PERSON: "person", NAME: "name", ANIMAL: "animal", FOOD: "food", THING: "thing", PLACE: "place"}
-    nouns = []
-    for kind, words in _NOUNS.items():
-        glosses = words.split()
-        for i in range(size(len(glosses))):
-            nouns.append(Noun(glosses[i] if i < len(glosses) else f"{names[kind]}{i + 1}", kind))
-
     def grow(base: Sequence[_Entry], name: str) -> list[_Entry]:
         return [
             base[i] if i < len(base) else dataclasses.replace(base[i % len(base)], gloss=f"{name}{i + 1}")
-            for i in range(size(len(base)))
+            for i in range(max(2, round(len(base) * scale)))
         ]
 
-    verbs = grow([Verb(gloss, who) for gloss, who in _INTRANSITIVES], "act")
-    verbs += grow([Verb(gloss, who, what) for gloss, who, what in _TRANSITIVES], "affect")
-    verbs += grow([Verb(gloss, who, what, recipient=True) for gloss, who, what in _DITRANSITIVES], "transfer")
-    adjectives = grow([Adjective(gloss, kinds) for gloss, kinds in _ADJECTIVES], "quality")
+    names = {PERSON: "person", NAME: "name", ANIMAL: "animal", FOOD: "food", THING: "thing", PLACE: "place"}
+    nouns: list[Noun] = []
+    for kind, glosses in _NOUNS.items():
+        nouns += grow([Noun(gloss, kind) for gloss in glosses.split()], names[kind])
+    verbs = grow([Verb(*entry) for entry in _INTRANSITIVES], "act")
+    verbs += grow([Verb(*entry) for entry in _TRANSITIVES], "affect")
+    verbs += grow([Verb(*entry, recipient=True) for entry in _DITRANSITIVES], "transfer")
+    adjectives = grow([Adjective(*entry) for entry in _ADJECTIVES], "quality")
     return Concepts(tuple(nouns), tuple(verbs), tuple(adjectives))

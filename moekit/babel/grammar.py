@@ -77,51 +77,33 @@ class Grammar:
         """The letters S, V, O as they stand in a clause, for example SOV."""
         return "".join(letter for letter in self.clause if letter in "SVO")
 
-    def describe(self) -> str:
-        """A line for people, for example "SOV, cases by suffix, postpositions, 2 noun classes"."""
-        parts = [self.order, "prepositions" if self.prepositions else "postpositions"]
-        parts.append("adjective before noun" if self.phrase.index("J") < self.phrase.index("N") else "noun first")
-        parts.append("no case" if self.case == "none" else f"case by {self.case}")
-        if self.noun_classes > 1:
-            parts.append(f"{self.noun_classes} noun classes by {self.class_marker}")
-        else:
-            parts.append(f"plural by {self.number}")
-        if self.article != "none":
-            parts.append("articles" if self.article == "word" else "suffixed article")
-        if self.verb_agrees != "no":
-            parts.append(f"verb agrees in {self.verb_agrees}")
-        parts.append(f"tense by {'particle' if self.tense in ('before', 'after') else self.tense}")
-        if self.sounds.harmony:
-            parts.append("vowel harmony")
-        return ", ".join(parts)
+
+def _sounds(onsets: str, vowels: str, codas: str = "-", harmony: str = "") -> Phonology:
+    """Sounds from lists parted by spaces, where "-" stands for none, and pairs of back and front vowels."""
+
+    def heard(listed: str) -> tuple[str, ...]:
+        return tuple("" if sound == "-" else sound for sound in listed.split())
+
+    pairs = tuple((pair[0], pair[1]) for pair in harmony.split())
+    return Phonology(heard(onsets), heard(vowels), heard(codas), pairs)
 
 
 _HANDMADE = (
     Grammar(
         "avl",
         "Avelin",
-        Phonology(
-            ("l", "v", "r", "m", "t", "s", "n", "d", "c", "b", "p", "f", "br", "fl", "tr", ""),
-            ("a", "e", "i", "o"),
-            ("", "", "n", "l", "r"),
-        ),
+        _sounds("l v r m t s n d c b p f br fl tr -", "a e i o", "- - n l r"),
         clause="SVORPA",
         phrase="DQJNGC",
         noun_classes=2,
         article="word",
         adjective_agrees=True,
         verb_agrees="number",
-        negation="before",
     ),
     Grammar(
         "tnd",
         "Tündrak",
-        Phonology(
-            ("k", "t", "y", "d", "g", "b", "s", "r", "l", "n", "m", "ç", "ş"),
-            ("a", "o", "u", "e", "ö", "ü"),
-            ("", "", "k", "r", "l", "n", "z"),
-            harmony=(("a", "e"), ("o", "ö"), ("u", "ü")),
-        ),
+        _sounds("k t y d g b s r l n m ç ş", "a o u e ö ü", "- - k r l n z", harmony="ae oö uü"),
         clause="SAPROV",
         phrase="CGDQJN",
         prepositions=False,
@@ -133,7 +115,7 @@ _HANDMADE = (
     Grammar(
         "kmb",
         "Kimbazi",
-        Phonology(("mb", "nd", "k", "z", "w", "l", "t", "s", "b", "y", "ng", "h"), ("a", "e", "i", "o", "u")),
+        _sounds("mb nd k z w l t s b y ng h", "a e i o u"),
         clause="VSORPA",
         phrase="NJQDGC",
         noun_classes=3,
@@ -146,26 +128,17 @@ _HANDMADE = (
     Grammar(
         "shl",
         "Shailo",
-        Phonology(
-            ("sh", "x", "zh", "l", "q", "h", "m", "n", "f", "d", "g", "t"),
-            ("ai", "ao", "u", "i", "ei", "o", "ia"),
-            ("", "", "ng", "n"),
-        ),
+        _sounds("sh x zh l q h m n f d g t", "ai ao u i ei o ia", "- - ng n"),
         clause="ASPVRO",
         phrase="CGDQJN",
         number="particle",
         plural_after_numeral=False,
         tense="after",
-        negation="before",
     ),
     Grammar(
         "vrs",
         "Vroska",
-        Phonology(
-            ("vr", "sk", "p", "d", "st", "k", "m", "z", "b", "n", "l", "č", "t", "zd"),
-            ("a", "o", "e", "i", "y"),
-            ("", "", "k", "l", "n", "sh", "t"),
-        ),
+        _sounds("vr sk p d st k m z b n l č t zd", "a o e i y", "- - k l n sh t"),
         clause="APSVRO",
         phrase="DQJNGC",
         case="suffix",
@@ -178,37 +151,28 @@ _HANDMADE = (
     Grammar(
         "nhl",
         "Norhal",
-        Phonology(
-            ("h", "n", "gr", "v", "s", "b", "t", "k", "f", "l", "m", "r", "sv"),
-            ("a", "e", "i", "å", "ø", "u"),
-            ("", "l", "n", "r", "d", "rd"),
-        ),
+        _sounds("h n gr v s b t k f l m r sv", "a e i å ø u", "- l n r d rd"),
         clause="PVSROA",
         phrase="DQJNCG",
         article="suffix",
-        number="suffix",
         adjective_agrees=True,
-        tense="suffix",
         negation="after",
     ),
     Grammar(
         "ori",
         "Oronai",
-        Phonology(("h", "k", "l", "m", "n", "p", "w", "r", ""), ("a", "e", "i", "o", "u", "ā", "ō")),
+        _sounds("h k l m n p w r -", "a e i o u ā ō"),
         clause="VORSPA",
         phrase="QNJDGC",
         case="particle",
         number="reduplication",
         plural_after_numeral=False,
         tense="before",
-        negation="before",
     ),
     Grammar(
         "tsq",
         "Tsaqil",
-        Phonology(
-            ("ts", "q", "t'", "k'", "l", "s", "x", "m", "n", "y", "ch"), ("a", "i", "u"), ("", "l", "q", "s", "n")
-        ),
+        _sounds("ts q t' k' l s x m n y ch", "a i u", "- l q s n"),
         clause="AORPVS",
         phrase="DNJQGC",
         prepositions=False,
@@ -242,20 +206,17 @@ def sample(rng: random.Random, choices: Sequence[_T], number: int) -> list[_T]:
     return [left.pop(int(rng.random() * len(left))) for _ in range(min(number, len(left)))]
 
 
-_ONSETS = (
-    *("p", "b", "t", "d", "k", "g", "m", "n", "l", "r", "s", "v", "f", "z", "h", "w", "y", "j"),
-    *("ch", "sh", "th", "kr", "pl", "st", "tr", "ny", "gw", "dr"),
+_DRAWN = _sounds(
+    "p b t d k g m n l r s v f z h w y j ch sh th kr pl st tr ny gw dr", "e i o u é ô ai ou y", "n l r s k m t th"
 )
-_VOWELS = ("a", "e", "i", "o", "u", "é", "ô", "ai", "ou", "y")
-_CODAS = ("n", "l", "r", "s", "k", "m", "t", "th")
 _CLAUSES = ("SVORPA", "ASVROP", "SAPROV", "PSORAV", "VSORPA", "AVSROP", "VORSPA", "AORPVS", "SVROAP", "APSROV")
 
 
 def _draw(rng: random.Random, taken: set[str]) -> Grammar:
     """A random language whose word order and adpositions go together as they tend to in the world."""
-    onsets = (*sample(rng, _ONSETS, 10 + int(rng.random() * 4)),)
-    vowels = ("a", *sample(rng, [v for v in _VOWELS if v != "a"], 3 + int(rng.random() * 3)))
-    codas = ("", "", *sample(rng, _CODAS, int(rng.random() * 5)))
+    onsets = (*sample(rng, _DRAWN.onsets, 10 + int(rng.random() * 4)),)
+    vowels = ("a", *sample(rng, _DRAWN.vowels, 3 + int(rng.random() * 3)))
+    codas = ("", "", *sample(rng, _DRAWN.codas, int(rng.random() * 5)))
     clause = pick(rng, _CLAUSES)
     verb_final = clause.index("V") > clause.index("O")
     head_final = verb_final if rng.random() < 0.85 else not verb_final

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from inspect import Parameter, signature
 from typing import Any
@@ -11,9 +10,9 @@ import numpy as np
 
 from moekit.babel import meaning as m
 from moekit.babel.meaning import Meaning, MeaningSampler
-from moekit.babel.source import Babel
+from moekit.babel.source import Babel, Blocks
 from moekit.errors import UserError, nearest
-from moekit.source import SPLITS, Direction, LazySequence, Source, Split, digest, register_source
+from moekit.source import SPLITS, Direction, LazySequence, Source, Split, digest, languages_of, register_source
 
 _BLOCK, _POOL = 256, 1024
 _STREAM = 2  # beside babel's parallel and monolingual text
@@ -63,9 +62,8 @@ class Headlines(Source):
     ) -> None:
         if sentences < 3:
             raise UserError(f"headlines: a paragraph must have 3 sentences or more: got {sentences}.")
-        self.sizes: dict[Split, int] = {
-            "train": train_documents, "valid": valid_documents, "test": test_documents,
-        }  # fmt: skip
+        documents = (train_documents, valid_documents, test_documents)
+        self.sizes: dict[Split, int] = dict(zip(SPLITS, documents, strict=True))
         if min(self.sizes.values()) < 0:
             raise UserError(f"headlines: numbers of documents must not be negative: got {self.sizes}.")
         self.corpus, self.sentences = corpus, sentences
@@ -79,12 +77,10 @@ class Headlines(Source):
         if not wanted:
             raise UserError("headlines: at least one direction is required: got none.")
         self.directions = tuple(possible[name] for name in wanted)
-        spoken = {code for direction in self.directions for code in (direction.source, direction.target)}
-        self.languages = tuple(code for code in corpus.languages if code in spoken)
+        self.languages = languages_of(self.directions, corpus.languages)
         settings = corpus.settings
         self._sampler = MeaningSampler(corpus.concepts, complexity=settings.complexity, seed=settings.seed)
-        self._rows: OrderedDict[tuple[Split, int], list[tuple[list[list[int]], list[int]]]] = OrderedDict()
-        self._texts: OrderedDict[tuple[str, Split, int], list[tuple[str, str]]] = OrderedDict()
+        self._rows, self._texts = Blocks(self._draw, _CACHED), Blocks(self._say, _CACHED)
 
     # -- as a kind of source ---------------------------------------------------------------------------------------
 
@@ -127,42 +123,29 @@ class Headlines(Source):
 
     def fingerprint(self) -> str:
         """Digest of the settings and of some of the text."""
-        heard = [text for code in self.languages for pair in self._block(code, "valid", 0)[:8] for text in pair]
+        heard = [text for code in self.languages for pair in self._texts(code, "valid", 0)[:8] for text in pair]
         return digest(self.name, self.corpus.fingerprint(), self.sizes, self.sentences, *self.directions, *heard)
 
     # -- truth -----------------------------------------------------------------------------------------------------
 
     def meanings(self, split: Split, index: int) -> tuple[tuple[Meaning, ...], Meaning]:
         """What the sentences of a paragraph say, in their order, and what its headline says."""
-        document, headline = self._rows_of(split, index // _BLOCK)[index % _BLOCK]
+        document, headline = self._rows(split, index // _BLOCK)[index % _BLOCK]
         read = [Meaning.read(row, self.corpus.concepts) for row in (*document, headline)]
         return tuple(read[:-1]), read[-1]
 
     def text(self, language: str, split: Split, index: int) -> tuple[str, str]:
         """Paragraph and headline in one language."""
-        return self._block(language, split, index // _BLOCK)[index % _BLOCK]
+        return self._texts(language, split, index // _BLOCK)[index % _BLOCK]
 
     # -- blocks ----------------------------------------------------------------------------------------------------
 
-    def _block(self, language: str, split: Split, block: int) -> list[tuple[str, str]]:
-        key = (language, split, block)
-        if key not in self._texts:
-            say = self.corpus.language(language).say
-            self._texts[key] = [
-                (" ".join(f"{say(row)}." for row in document), f"{say(headline)}.")
-                for document, headline in self._rows_of(split, block)
-            ]
-            if len(self._texts) > _CACHED:
-                self._texts.popitem(last=False)
-        return self._texts[key]
-
-    def _rows_of(self, split: Split, block: int) -> list[tuple[list[list[int]], list[int]]]:
-        key = (split, block)
-        if key not in self._rows:
-            self._rows[key] = self._draw(split, block)
-            if len(self._rows) > _CACHED:
-                self._rows.popitem(last=False)
-        return self._rows[key]
+    def _say(self, language: str, split: Split, block: int) -> list[tuple[str, str]]:
+        say = self.corpus.language(language).say
+        return [
+            (" ".join(f"{say(row)}." for row in document), f"{say(headline)}.")
+            for document, headline in self._rows(split, block)
+        ]
 
     def _draw(self, split: Split, block: int) -> list[tuple[list[list[int]], list[int]]]:
         """The documents of a block, of meanings drawn for it."""

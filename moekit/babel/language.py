@@ -9,6 +9,8 @@ from moekit.babel.concepts import NAME, Concepts
 from moekit.babel.grammar import Grammar
 from moekit.babel.lexicon import ACCUSATIVE, DATIVE, GENITIVE, NOMINATIVE, build_forms
 
+_PARTICIPANTS = {"S": (m.SUBJECT, NOMINATIVE), "O": (m.OBJECT, ACCUSATIVE), "R": (m.RECIPIENT, DATIVE)}
+
 
 class Language:
     """A grammar and its words.
@@ -31,31 +33,25 @@ class Language:
     def say(self, row: Sequence[int]) -> str:
         """The sentence for a row of `MeaningSampler` (a list of plain integers is fastest)."""
         out: list[str] = []
+        forms = self.forms
         for letter in self.grammar.clause:
             if letter == "V":
-                subject = row[m.SUBJECT]
-                out.append(
-                    self.forms.verb[row[m.VERB] - 1][self.forms.noun_class[subject - 1]][
-                        self._plural(row[m.SUBJECT + m.COUNT])
-                    ][row[m.TENSE]][row[m.NEGATIVE]]
-                )
-            elif letter == "S":
-                self._phrase(row, m.SUBJECT, NOMINATIVE, out)
-            elif letter == "O":
-                if row[m.OBJECT]:
-                    self._phrase(row, m.OBJECT, ACCUSATIVE, out)
+                agreement, plural = forms.noun_class[row[m.SUBJECT] - 1], self._plural(row[m.SUBJECT + m.COUNT])
+                out.append(forms.verb[row[m.VERB] - 1][agreement][plural][row[m.TENSE]][row[m.NEGATIVE]])
             elif letter == "A":
                 if row[m.ADVERB]:
-                    out.append(self.forms.adverb[row[m.ADVERB] - 1])
-            elif letter == "R":
-                if row[m.RECIPIENT]:
-                    self._phrase(row, m.RECIPIENT, DATIVE, out)
+                    out.append(forms.adverb[row[m.ADVERB] - 1])
+            elif letter in _PARTICIPANTS:
+                start, case = _PARTICIPANTS[letter]
+                if row[start]:
+                    self._phrase(row, start, case, out)
             elif row[m.LOCATION]:
+                adposition = forms.adposition[row[m.ADPOSITION] - 1]
                 if self.grammar.prepositions:
-                    out.append(self.forms.adposition[row[m.ADPOSITION] - 1])
+                    out.append(adposition)
                 self._phrase(row, m.LOCATION, DATIVE, out, governed=True)
                 if not self.grammar.prepositions:
-                    out.append(self.forms.adposition[row[m.ADPOSITION] - 1])
+                    out.append(adposition)
         return " ".join(out)
 
     def _plural(self, count: int) -> int:
@@ -114,16 +110,10 @@ class Language:
 
     def _relative(self, row: Sequence[int], start: int, out: list[str]) -> None:
         verb, other, plural = row[start + m.RELATIVE : start + m.PHRASE]
-        if not self._relative_first:
-            out.append(self.forms.relativizer)
-        if self._verb_first:
-            out.append(self.forms.relative_verb[verb - 1])
+        clause: list[str] = []
         if other:
-            self._bare(other, plural, ACCUSATIVE, out)
-            particle = self.forms.case_particle[ACCUSATIVE]
-            if particle:
-                out.append(particle)
-        if not self._verb_first:
-            out.append(self.forms.relative_verb[verb - 1])
-        if self._relative_first:
-            out.append(self.forms.relativizer)
+            self._bare(other, plural, ACCUSATIVE, clause)
+            clause.extend(filter(None, [self.forms.case_particle[ACCUSATIVE]]))
+        clause.insert(0 if self._verb_first else len(clause), self.forms.relative_verb[verb - 1])
+        clause.insert(len(clause) if self._relative_first else 0, self.forms.relativizer)
+        out += clause

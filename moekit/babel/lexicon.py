@@ -7,10 +7,12 @@ exists. So every sentence can be read back, and translation has one right answer
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from moekit.babel.concepts import ADPOSITIONS, ADVERBS, DEMONSTRATIVES, NAME, NUMERALS, PERSON, Concepts
 from moekit.babel.grammar import Grammar, pick, sample
@@ -151,37 +153,20 @@ class _Builder:
         grammar = self.grammar
 
         def form(noun_class: int, plural: bool, tense: int, negative: bool) -> str:
-            agreement = ""
+            agreement, place = "", grammar.class_marker
             if grammar.verb_agrees == "class":
                 agreement = self.class_affix[noun_class][plural]
-            elif grammar.verb_agrees == "number" and plural:
-                agreement = self.verb_plural
-            tense_affix = self.tense_affix[tense] if grammar.tense in ("prefix", "suffix") else ""
-            negative_affix = self.negative_affix if negative and grammar.negation in ("prefix", "suffix") else ""
-            agrees_before = (
-                grammar.tense == "prefix" if grammar.verb_agrees == "number" else (grammar.class_marker == "prefix")
-            )
-            word = stem
-            if grammar.tense == "prefix":
-                word = tense_affix + word
-            if agrees_before:
-                word = agreement + word
-            if grammar.negation == "prefix":
-                word = negative_affix + word
-            if grammar.tense == "suffix":
-                word = self._end(word, tense_affix)
-            if grammar.negation == "suffix":
-                word = self._end(word, negative_affix)
-            if not agrees_before:
-                word = self._end(word, agreement)
-            if grammar.tense == "before" and self.tense_word[tense]:
-                word = f"{self.tense_word[tense]} {word}"
-            if grammar.tense == "after" and self.tense_word[tense]:
-                word = f"{word} {self.tense_word[tense]}"
-            if negative and grammar.negation == "before":
-                word = f"{self.negative_word} {word}"
-            if negative and grammar.negation == "after":
-                word = f"{word} {self.negative_word}"
+            elif grammar.verb_agrees == "number":
+                agreement = self.verb_plural if plural else ""
+                place = "prefix" if grammar.tense == "prefix" else "suffix"
+            agreed, timed = (agreement, place), (self.tense_affix[tense], grammar.tense)
+            denied = (self.negative_affix if negative else "", grammar.negation)
+            word = "".join(affix for affix, where in (denied, agreed, timed) if where == "prefix") + stem
+            word = self._end(word, *(affix for affix, where in (timed, denied, agreed) if where == "suffix"))
+            negative_word = self.negative_word if negative else ""
+            for particle, where in ((self.tense_word[tense], grammar.tense), (negative_word, grammar.negation)):
+                if particle:
+                    word = f"{particle} {word}" if where == "before" else f"{word} {particle}"
             return word
 
         return [
@@ -232,8 +217,8 @@ class _Builder:
 
     def build(self) -> Forms:
         grammar, concepts, forms = self.grammar, self.concepts, Forms()
-        two = grammar.noun_classes == 1
-        self.plural_word = self.particle("plural") if two and grammar.number == "particle" else ""
+        plural_word = grammar.noun_classes == 1 and grammar.number == "particle"
+        self.plural_word = self.particle("plural") if plural_word else ""
         self.negative_word = self.particle("not") if grammar.negation in ("before", "after") else ""
         self.tense_word = ["", "", ""]
         if grammar.tense in ("before", "after"):
@@ -255,11 +240,8 @@ class _Builder:
         closed = grammar.noun_classes > 1 and grammar.class_marker == "suffix" and grammar.adjective_agrees
         for rank, adjective in enumerate(concepts.adjectives):
             key = f"adj/{adjective.gloss}"
-            stem = self._claim(
-                key,
-                lambda s: ((form, "") for by_number in self.adjective_forms(s) for row in by_number for form in row),
-                self._stems(key, 1 + (rank > 5), closed=closed),
-            )
+            stems = self._stems(key, 1 + (rank > 5), closed=closed)
+            stem = self._claim(key, lambda s: ((form, "") for form in _leaves(self.adjective_forms(s))), stems)
             forms.adjective.append(self.adjective_forms(stem))
         return forms
 
@@ -269,62 +251,51 @@ class _Builder:
         ranks: dict[str, int] = {}
         for noun in self.concepts.nouns:
             rank = ranks[noun.kind] = ranks.get(noun.kind, -1) + 1
-            key = f"noun/{noun.gloss}"
+            key, name = f"noun/{noun.gloss}", noun.kind == NAME
             if grammar.class_marker == "prefix":
                 noun_class = 0 if noun.kind in (PERSON, NAME) else 1 + "aftl".index(noun.kind) // 2
                 noun_class = min(noun_class, grammar.noun_classes - 1)
             else:
                 noun_class = int(self.words.rng(f"class/{key}").random() * grammar.noun_classes)
-
-            def tell(
-                stem: str, noun_class: int = noun_class, name: bool = noun.kind == NAME
-            ) -> Iterable[tuple[str, str]]:
-                table = self.noun_forms(stem, noun_class, name)
-                for plural in range(2):
-                    for definite in range(2):
-                        for case in range(_CASES):
-                            number = "" if name else plural
-                            ending = self.case_ending[case]
-                            yield (
-                                table[plural][definite][case].split(" ")[0],
-                                (f"{number if not self.plural_word else ''}/{ending}"),
-                            )
-
-            shared = noun.gloss if noun.kind == NAME and noun.gloss.isalpha() else ""
-            stem = self._claim(
-                key, tell, self._stems(key, 1 + (rank > 3), closed=suffixed and noun.kind != NAME, shared=shared)
-            )
-            forms.noun.append(self.noun_forms(stem, noun_class, noun.kind == NAME))
+            tell = functools.partial(self._noun_tells, noun_class=noun_class, name=name)
+            shared = noun.gloss if name and noun.gloss.isalpha() else ""
+            stems = self._stems(key, 1 + (rank > 3), closed=suffixed and not name, shared=shared)
+            forms.noun.append(self.noun_forms(self._claim(key, tell, stems), noun_class, name))
             forms.noun_class.append(noun_class)
 
+    def _noun_tells(self, stem: str, noun_class: int, name: bool) -> Iterator[tuple[str, str]]:
+        for plural, by_number in enumerate(self.noun_forms(stem, noun_class, name)):
+            number = "" if name or self.plural_word else plural
+            for by_case in by_number:
+                for form, ending in zip(by_case, self.case_ending, strict=True):
+                    yield form.split(" ")[0], f"{number}/{ending}"
+
     def _build_verbs(self, forms: Forms) -> None:
-        grammar = self.grammar
-        particles = set(self.tense_word) | {self.negative_word}
         for rank, verb in enumerate(self.concepts.verbs):
             key = f"verb/{verb.gloss}"
-
-            def tell(stem: str) -> Iterable[tuple[str, str]]:
-                table = self.verb_forms(stem)
-                for by_number in table:
-                    for by_tense in by_number:
-                        for tense, (positive, negative) in enumerate(by_tense):
-                            for polarity, form in ((0, positive), (1, negative)):
-                                word = next((w for w in form.split(" ") if w not in particles), form)
-                                said = tense if grammar.tense in ("prefix", "suffix") else ""
-                                denied = polarity if grammar.negation in ("prefix", "suffix") else ""
-                                yield word, f"{said}/{denied}"
-
-            # A stem in a relative clause stands bare, and counts as said without tense.
-            def tell_all(
-                stem: str, tell: Callable[[str], Iterable[tuple[str, str]]] = tell
-            ) -> Iterable[tuple[str, str]]:
-                yield from tell(stem)
-                if grammar.tense in ("prefix", "suffix"):
-                    yield stem, "relative"
-
-            stem = self._claim(key, tell_all, self._stems(key, 1 + (rank % 14 > 3)))
+            stem = self._claim(key, self._verb_tells, self._stems(key, 1 + (rank % 14 > 3)))
             forms.verb.append(self.verb_forms(stem))
             forms.relative_verb.append(stem)
+
+    def _verb_tells(self, stem: str) -> Iterator[tuple[str, str]]:
+        particles = {*self.tense_word, self.negative_word}
+        timed, denied = (how in ("prefix", "suffix") for how in (self.grammar.tense, self.grammar.negation))
+        turns = itertools.cycle(itertools.product(range(3), range(2)))
+        for form, (tense, negative) in zip(_leaves(self.verb_forms(stem)), turns, strict=False):
+            word = next((w for w in form.split(" ") if w not in particles), form)
+            yield word, f"{tense if timed else ''}/{negative if denied else ''}"
+        # A stem in a relative clause stands bare, and counts as said without tense.
+        if timed:
+            yield stem, "relative"
+
+
+def _leaves(table: Iterable[Any]) -> Iterator[str]:
+    """The words of nested lists, in order."""
+    for entry in table:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            yield from _leaves(entry)
 
 
 def build_forms(grammar: Grammar, concepts: Concepts, *, seed: int = 0, cognates: float = 0.15) -> Forms:

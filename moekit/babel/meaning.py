@@ -9,13 +9,25 @@ Train, validation and test meanings are disjoint by construction: a row belongs 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from moekit.babel.concepts import ADPOSITIONS, ADVERBS, DEMONSTRATIVES, KINDS, NUMERALS, TENSES, Concepts
+from moekit.babel.concepts import (
+    ADPOSITIONS,
+    ADVERBS,
+    DEMONSTRATIVES,
+    NAME,
+    NUMERALS,
+    PERSON,
+    PLACE,
+    TENSES,
+    Concepts,
+)
 from moekit.errors import UserError
 from moekit.source import SPLITS, Split
 
@@ -27,7 +39,6 @@ VERB, TENSE, NEGATIVE, ADVERB, ADPOSITION, PARTICIPANTS = 0, 1, 2, 3, 4, 5
 NOUN, COUNT, DEMONSTRATIVE, ADJECTIVE, ADJECTIVE_2, POSSESSOR, POSSESSOR_PLURAL = range(7)
 RELATIVE, RELATIVE_OBJECT, RELATIVE_PLURAL = 7, 8, 9
 PHRASE = 10
-ROLES = ("subject", "object", "recipient", "place")
 SUBJECT, OBJECT, RECIPIENT, LOCATION = (PARTICIPANTS + i * PHRASE for i in range(4))
 WIDTH = PARTICIPANTS + 4 * PHRASE
 # COUNT: 0 singular, 1 plural, 2 and up a numeral.
@@ -107,43 +118,32 @@ class Meaning:
     adverb: str | None = None
 
     def __str__(self) -> str:
-        parts = [str(self.subject)]
-        if self.object is not None:
-            parts.append(str(self.object))
-        if self.recipient is not None:
-            parts.append(f"to {self.recipient}")
-        if self.place is not None:
-            parts.append(f"{self.place[0]} {self.place[1]}")
-        if self.adverb is not None:
-            parts.append(self.adverb)
-        return f"{'not ' if self.negative else ''}{self.verb}.{self.tense}({', '.join(parts)})"
+        recipient = f"to {self.recipient}" if self.recipient else None
+        place = "{} {}".format(*self.place) if self.place else None
+        parts = filter(None, (self.subject, self.object, recipient, place, self.adverb))
+        return f"{'not ' if self.negative else ''}{self.verb}.{self.tense}({', '.join(map(str, parts))})"
 
     @classmethod
     def read(cls, row: Rows | list[int], concepts: Concepts) -> Meaning:
         """The tree of a row."""
         cells = [int(cell) for cell in row]
 
+        def bare(noun: int, plural: int) -> Phrase | None:
+            return Phrase(concepts.nouns[noun - 1].gloss, bool(plural)) if noun else None
+
         def phrase(start: int) -> Phrase | None:
             c = cells[start : start + PHRASE]
             if not c[NOUN]:
                 return None
-            relative = None
-            if c[RELATIVE]:
-                other = None
-                if c[RELATIVE_OBJECT]:
-                    other = Phrase(concepts.nouns[c[RELATIVE_OBJECT] - 1].gloss, bool(c[RELATIVE_PLURAL]))
-                relative = (concepts.verbs[c[RELATIVE] - 1].gloss, other)
-            possessor = None
-            if c[POSSESSOR]:
-                possessor = Phrase(concepts.nouns[c[POSSESSOR] - 1].gloss, bool(c[POSSESSOR_PLURAL]))
+            verb, other = c[RELATIVE], bare(c[RELATIVE_OBJECT], c[RELATIVE_PLURAL])
             return Phrase(
                 noun=concepts.nouns[c[NOUN] - 1].gloss,
                 plural=c[COUNT] > 0,
                 numeral=NUMERALS[c[COUNT] - 2] if c[COUNT] > 1 else None,
                 demonstrative=DEMONSTRATIVES[c[DEMONSTRATIVE] - 1] if c[DEMONSTRATIVE] else None,
                 adjectives=tuple(concepts.adjectives[a - 1].gloss for a in c[ADJECTIVE : ADJECTIVE_2 + 1] if a),
-                possessor=possessor,
-                relative=relative,
+                possessor=bare(c[POSSESSOR], c[POSSESSOR_PLURAL]),
+                relative=(concepts.verbs[verb - 1].gloss, other) if verb else None,
             )
 
         subject, place = phrase(SUBJECT), phrase(LOCATION)
@@ -163,7 +163,7 @@ class Meaning:
 class _Choice:
     """Many weighted choices among the same items: `draw(row, uniform)` picks an item (from 1; 0 if none has weight)."""
 
-    def __init__(self, weights: list[list[float]]) -> None:
+    def __init__(self, weights: Sequence[npt.NDArray[Any]]) -> None:
         table = np.asarray(weights, dtype=np.float64)
         total = table.sum(axis=1, keepdims=True)
         self._empty = total[:, 0] == 0
@@ -186,48 +186,28 @@ class MeaningSampler:
         self.concepts = concepts
         self.rates = RATES[complexity]
         self.seed = seed
+        nouns, verbs, adjectives = concepts.nouns, concepts.verbs, concepts.adjectives
         zipf = self.rates.zipf
-        kinds = {kind: [n.kind == kind for n in concepts.nouns] for kind in KINDS}
-        rank: dict[str, int] = {}
-        noun_weight = []
-        for noun in concepts.nouns:
-            rank[noun.kind] = rank.get(noun.kind, 0) + 1
-            noun_weight.append((rank[noun.kind] + 1.0) ** -zipf)
+        noun_weight = _by_rank([noun.kind for noun in nouns], zipf)
+        verb_weight = _by_rank([verb.frame for verb in verbs], zipf)
+        adjective_weight = _by_rank([None for _ in adjectives], zipf)
 
-        def noun_row(allowed: str) -> list[float]:
-            return [w if n.kind in allowed else 0.0 for n, w in zip(concepts.nouns, noun_weight, strict=True)]
+        def kinds(allowed: str) -> npt.NDArray[np.float64]:
+            return noun_weight * [noun.kind in allowed for noun in nouns]
 
-        verbs = concepts.verbs
-        frame_rank: dict[int, int] = {}
-        verb_weight = []
-        for verb in verbs:
-            frame_rank[verb.frame] = frame_rank.get(verb.frame, 0) + 1
-            verb_weight.append((frame_rank[verb.frame] + 1.0) ** -zipf)
-        self._verb = _Choice(
-            [[w if v.frame == frame else 0.0 for v, w in zip(verbs, verb_weight, strict=True)] for frame in range(3)]
-        )
+        self._verb = _Choice([verb_weight * [verb.frame == frame for verb in verbs] for frame in range(3)])
         # Row 0 of each table stands for "no verb" or "no noun": nothing is drawn.
-        none = [0.0] * len(concepts.nouns)
-        self._subject = _Choice([none] + [noun_row(v.subjects) for v in verbs])
-        self._object = _Choice([none] + [noun_row(v.objects) for v in verbs])
-        self._person = _Choice([noun_row("pm")])
-        self._place = _Choice([noun_row("l")])
-        self._adjective = _Choice(
-            [[0.0] * len(concepts.adjectives)]
-            + [
-                [(i + 2.0) ** -zipf if n.kind in a.kinds else 0.0 for i, a in enumerate(concepts.adjectives)]
-                for n in concepts.nouns
-            ]
-        )
-        self._relative = _Choice(
-            [[0.0] * len(verbs)]
-            + [
-                [w if v.frame < 2 and n.kind in v.subjects else 0.0 for v, w in zip(verbs, verb_weight, strict=True)]
-                for n in concepts.nouns
-            ]
-        )
-        self._adverb = _Choice([[float(only in (None, tense)) for _, only in ADVERBS] for tense in TENSES])
-        self._is_name = np.array([False] + kinds["m"])
+        none = 0.0 * noun_weight
+        self._subject = _Choice([none, *(kinds(verb.subjects) for verb in verbs)])
+        self._object = _Choice([none, *(kinds(verb.objects) for verb in verbs)])
+        self._person = _Choice([kinds(PERSON + NAME)])
+        self._place = _Choice([kinds(PLACE)])
+        described = [adjective_weight * [noun.kind in a.kinds for a in adjectives] for noun in nouns]
+        self._adjective = _Choice([0.0 * adjective_weight, *described])
+        doing = [verb_weight * [v.frame < 2 and noun.kind in v.subjects for v in verbs] for noun in nouns]
+        self._relative = _Choice([0.0 * verb_weight, *doing])
+        self._adverb = _Choice([np.array([only in (None, tense) for _, only in ADVERBS]) for tense in TENSES])
+        self._is_name = np.array([False, *(noun.kind == NAME for noun in nouns)])
 
     def block(self, split: Split, number: int, size: int, stream: int = 0) -> Rows:
         """`size` meanings of `split`, all of them different from every meaning of the other splits.
@@ -306,6 +286,16 @@ class MeaningSampler:
         rows[:, start + NOUN] = noun
         for column, values in columns.items():
             rows[:, start + column] = np.where(plain, 0, values)
+
+
+def _by_rank(groups: Sequence[object], zipf: float) -> npt.NDArray[np.float64]:
+    """Weights that fall with the rank within each entry's group: 1/2, 1/3, ... where `zipf` is 1."""
+    seen: Counter[object] = Counter()
+    weights = []
+    for group in groups:
+        seen[group] += 1
+        weights.append((seen[group] + 1.0) ** -zipf)
+    return np.array(weights)
 
 
 def split_of(rows: Rows) -> npt.NDArray[np.str_]:

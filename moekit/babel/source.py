@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from moekit.babel.concepts import DEFAULT_CONCEPTS, MINIMUM_CONCEPTS, concepts
 from moekit.babel.grammar import grammars
 from moekit.babel.language import Language
-from moekit.babel.meaning import RATES, Complexity, Meaning, MeaningSampler
+from moekit.babel.meaning import RATES, Complexity, Meaning, MeaningSampler, Rows
 from moekit.errors import UserError, nearest
 from moekit.source import (
+    SPLITS,
     Direction,
     LazySequence,
     Source,
@@ -22,6 +22,7 @@ from moekit.source import (
     all_directions,
     choose_directions,
     digest,
+    languages_of,
     register_source,
 )
 
@@ -29,6 +30,7 @@ _BLOCK = 1024
 # Rows are ten times as large as sentences.
 _CACHED_ROWS, _CACHED_SENTENCES = 64, 512
 _PARALLEL, _MONOLINGUAL = 0, 1
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +72,13 @@ class BabelSettings:
             raise UserError(f"babel: concepts must be at least {MINIMUM_CONCEPTS}: got {self.concepts}.")
         if self.complexity not in RATES:
             raise UserError(f"babel: complexity must be plain or rich: got {self.complexity!r}.")
-        for name in ("train_sentences", "valid_sentences", "test_sentences", "monolingual_sentences"):
-            if getattr(self, name) < 0:
-                raise UserError(f"babel: {name} must not be negative: got {getattr(self, name)}.")
+        numbers = ("train_sentences", "valid_sentences", "test_sentences", "monolingual_sentences")
+        counts = {name: getattr(self, name) for name in numbers}
+        for name, count in (counts | {f"sizes.{code}": size for code, size in self.sizes.items()}).items():
+            if count < 0:
+                raise UserError(f"babel: {name} must not be negative: got {count}.")
         if not 0 <= self.cognates <= 1:
             raise UserError(f"babel: cognates must be a share between 0 and 1: got {self.cognates}.")
-        for code, size in self.sizes.items():
-            if size < 0:
-                raise UserError(f"babel: sizes.{code} must not be negative: got {size}.")
 
 
 def hard_settings(**changes: Any) -> BabelSettings:
@@ -92,6 +93,22 @@ def hard_settings(**changes: Any) -> BabelSettings:
         monolingual_sentences=20_000,
     )
     return dataclasses.replace(base, **changes)
+
+
+class Blocks(Generic[_T]):
+    """What `make` returned for the last `most` keys; unlike `functools.lru_cache` of a method it can be pickled."""
+
+    def __init__(self, make: Callable[..., _T], most: int) -> None:
+        self._make, self._most = make, most
+        self._made: dict[tuple[Any, ...], _T] = {}
+
+    def __call__(self, *key: Any) -> _T:
+        """What belongs to `key`."""
+        if key not in self._made:
+            self._made[key] = self._make(*key)
+            if len(self._made) > self._most:
+                del self._made[next(iter(self._made))]
+        return self._made[key]
 
 
 @register_source
@@ -118,16 +135,16 @@ class Babel(Source):
                     f"babel: sizes must name languages of the corpus: got {code!r}. {nearest(code, everyone)}"
                 )
         self.directions = choose_directions(all_directions(everyone), pivot=settings.pivot, wanted=settings.directions)
-        spoken = {code for direction in self.directions for code in (direction.source, direction.target)}
-        self.languages = tuple(code for code in everyone if code in spoken)
+        self.languages = languages_of(self.directions, everyone)
         self._speakers = {
             rule.code: Language(rule, self.concepts, seed=settings.seed, cognates=settings.cognates)
             for rule in rules
-            if rule.code in spoken
+            if rule.code in self.languages
         }
         self._sampler = MeaningSampler(self.concepts, complexity=settings.complexity, seed=settings.seed)
-        self._rows: OrderedDict[tuple[Split, int, int], list[list[int]]] = OrderedDict()
-        self._sentences: OrderedDict[tuple[str, Split, int, int], list[str]] = OrderedDict()
+        self._held_out = Blocks(self._draw_held_out, len(SPLITS))
+        self._row_block = Blocks(self._draw, _CACHED_ROWS)
+        self._sentence_block = Blocks(self._say, _CACHED_SENTENCES)
 
     # -- as a kind of source ---------------------------------------------------------------------------------------
 
@@ -180,7 +197,7 @@ class Babel(Source):
         heard = [
             "\n".join(self.sentence(code, split, index) for index in range(min(64, self.size(code, split))))
             for code in self.languages
-            for split in ("train", "valid", "test")
+            for split in SPLITS
         ]
         return digest("babel", dataclasses.asdict(self.settings), *heard)
 
@@ -211,28 +228,17 @@ class Babel(Source):
 
     # -- blocks ----------------------------------------------------------------------------------------------------
 
-    def _row_block(self, split: Split, stream: int, block: int) -> list[list[int]]:
-        key = (split, stream, block)
-        if key not in self._rows and split != "train":
-            # Held-out text is drawn in one go, so that no sentence of it occurs twice.
-            rows = self._sampler.block(split, 0, self.size(self.languages[0], split), stream).tolist()
-            for number, start in enumerate(range(0, len(rows), _BLOCK)):
-                self._rows[split, stream, number] = rows[start : start + _BLOCK]
-            if key not in self._rows:
-                raise IndexError(
-                    f"babel: {split} holds {len(rows):,} sentences: got an index from {block * _BLOCK:,} on."
-                )
-        elif key not in self._rows:
-            self._rows[key] = self._sampler.block(split, block, _BLOCK, stream).tolist()
-            if len(self._rows) > _CACHED_ROWS:
-                self._rows.popitem(last=False)
-        return self._rows[key]
+    def _draw(self, split: Split, stream: int, block: int) -> list[list[int]]:
+        if split == "train":
+            return self._sampler.block(split, block, _BLOCK, stream).tolist()
+        rows, start = self._held_out(split, stream), block * _BLOCK
+        if start >= len(rows):
+            raise IndexError(f"babel: {split} holds {len(rows):,} sentences: got an index from {start:,} on.")
+        return rows[start : start + _BLOCK].tolist()
 
-    def _sentence_block(self, language: str, split: Split, stream: int, block: int) -> list[str]:
-        key = (language, split, stream, block)
-        if key not in self._sentences:
-            say = self._speakers[language].say
-            self._sentences[key] = [say(row) for row in self._row_block(split, stream, block)]
-            if len(self._sentences) > _CACHED_SENTENCES:
-                self._sentences.popitem(last=False)
-        return self._sentences[key]
+    def _draw_held_out(self, split: Split, stream: int) -> Rows:
+        """All of it in one go, so that no sentence occurs twice."""
+        return self._sampler.block(split, 0, self.size(self.languages[0], split), stream)
+
+    def _say(self, language: str, split: Split, stream: int, block: int) -> list[str]:
+        return [self._speakers[language].say(row) for row in self._row_block(split, stream, block)]

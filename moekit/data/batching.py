@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ class EvaluationBatches(Dataset[Batch]):
                 cuts = fill(sizes.source[order], target, budget, ranks)
                 if len(cuts) > 2 and cuts[-1] - cuts[-2] < ranks:
                     del cuts[-2]
-                keys = fold(key(seed, "evaluation", task.name, sizes.name), np.arange(len(order)))
+                keys = fold(key(seed, "evaluation", task.task.name, sizes.name), np.arange(len(order)))
                 rows = Rows(np.full(len(order), number), order, keys[order])
                 parts = (rows[a:b] for a, b in itertools.pairwise(cuts))
                 self._batches.extend((task, sizes.name, part) for part in parts)
@@ -73,76 +73,54 @@ class EvaluationBatches(Dataset[Batch]):
         return task.batch(rows, direction=name)
 
 
-class StepLoader:
-    """Iterates over an epoch of training steps, beginning wherever the trainer stands.
+class Loader(Generic[_T]):
+    """Iterates over items in order, beginning wherever the trainer stands.
 
     Not a `DataLoader` itself, because Lightning would give that a distributed sampler, and ranks are already dealt
     with. It has ``state_dict`` so that Lightning knows that it can resume in the middle of an epoch; the state itself
     is the trainer's own count of batches.
 
     Args:
-        steps: what to load.
-        steps_per_epoch: length of an epoch.
-        first_step: asked at the start of every iteration: the number of batches trained on so far.
+        items: what to load.
+        length: of an epoch, in items.
+        first_step: asked at the start of every iteration: the number of batches trained on so far; None = from the
+            first item on, as in evaluation.
         num_workers: processes that build batches ahead; 0 = built when asked for.
         pin_memory: put batches into page-locked memory.
     """
 
     def __init__(
         self,
-        steps: TrainingSteps,
-        steps_per_epoch: int,
-        first_step: Callable[[], int],
+        items: Dataset[_T],
+        length: int,
+        first_step: Callable[[], int] | None = None,
         *,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self._steps, self._steps_per_epoch, self._first_step = steps, steps_per_epoch, first_step
+        self._items, self._length, self._first_step = items, length, first_step
         self._num_workers, self._pin_memory = num_workers, pin_memory
 
     def __len__(self) -> int:
-        return self._steps_per_epoch
+        return self._length
 
-    def __iter__(self) -> Iterator[dict[str, Batch]]:
+    def __iter__(self) -> Iterator[_T]:
         # Lightning counts the batches of the epoch itself, the ones before a resumption included, and stops in time.
-        first = self._first_step()
-        return _loader(self._steps, range(first, first + len(self)), self._num_workers, self._pin_memory)
-
-    def state_dict(self) -> dict[str, int]:
-        """The step that comes next; kept for people who read checkpoints."""
-        return {"next_step": self._first_step()}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Nothing to do: the trainer's own counters say where to begin."""
-
-
-class EvaluationLoader:
-    """Iterates over evaluation batches in order, each built when it is asked for.
-
-    Args:
-        batches: what to load.
-        pin_memory: put batches into page-locked memory.
-    """
-
-    def __init__(self, batches: EvaluationBatches, *, pin_memory: bool = False) -> None:
-        self.batches, self._pin_memory = batches, pin_memory
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return _loader(self.batches, range(len(self.batches)), 0, self._pin_memory)
-
-
-def _loader(dataset: Dataset[_T], order: range, num_workers: int, pin_memory: bool) -> Iterator[_T]:
-    return iter(
-        DataLoader(
-            dataset,
+        first = self.state_dict()["next_step"]
+        loader = DataLoader(
+            self._items,
             batch_size=None,
-            sampler=order,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
+            sampler=range(first, first + len(self)),
+            num_workers=self._num_workers,
+            pin_memory=self._pin_memory,
             # Its own generator: otherwise every epoch would draw from the generator that dropout uses.
             generator=torch.Generator(),
         )
-    )
+        return iter(loader)
+
+    def state_dict(self) -> dict[str, int]:
+        """The step that comes next; kept for people who read checkpoints."""
+        return {"next_step": self._first_step() if self._first_step else 0}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing to do: the trainer's own counters say where to begin."""

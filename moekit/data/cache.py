@@ -40,14 +40,12 @@ def locked(path: Path) -> Iterator[None]:
     """Hold the exclusive lock of the file `path`, waiting for whoever has it."""
     lock = FileLock(path)
     try:
-        lock.acquire(blocking=False)
+        held = lock.acquire(blocking=False)
     except Timeout:
         log.info("Waiting for another process that builds %s.", path.with_suffix(""))
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def cached_folder(folder: Path, build: Callable[[Path], None], load: Callable[[Path], _T]) -> _T:

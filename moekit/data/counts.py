@@ -64,13 +64,8 @@ def bigram_counts(
 ) -> Tensor:
     """How often each bucket of pairs (token before, token) occurs.
 
-    Args:
-        store: the corpus.
-        key: makes buckets of pairs.
-        first: what counts as the token before the first of a sequence: the padding id in transformers of this package.
-        sections: as `token_counts`.
-        before: as `token_counts`.
-        after: as `token_counts`.
+    `key` makes the buckets. `first` counts as the token before the first of a sequence: the padding id in transformers
+    of this package. The other arguments are those of `token_counts`.
 
     Returns:
         Int64[buckets] on the CPU.
@@ -95,23 +90,10 @@ def _framed(
                 "counting needs sections: the store has none of training, only "
                 f"{', '.join(store.sections) or 'nothing'}."
             )
-    around = (before is not None) + (after is not None)
     for name in sections:
-        where = store.section(name)
-        for low in range(where.first, where.first + where.count, _CHUNK):
-            offsets = store.offsets[low : min(low + _CHUNK, where.first + where.count) + 1]
-            lengths = np.diff(offsets)
-            ends = np.cumsum(lengths + around)
-            starts = ends - lengths - around
-            text = store.tokens[offsets[0] : offsets[-1]].astype(np.int64)
-            if not around:
-                yield text, starts[lengths > 0]
-                continue
-            tokens = np.empty(int(ends[-1]), dtype=np.int64)
-            inside = np.ones(len(tokens), dtype=np.bool_)
-            if before is not None:
-                tokens[starts], inside[starts] = before, False
-            if after is not None:
-                tokens[ends - 1], inside[ends - 1] = after, False
-            tokens[inside] = text
-            yield tokens, starts
+        begins, lengths = store.starts(name), store.lengths(name)
+        for low in range(0, len(begins), _CHUNK):
+            text = store.read(begins[low : low + _CHUNK], lengths[low : low + _CHUNK])
+            text = text if before is None else text.prepend(before)
+            text = text if after is None else text.append(after)
+            yield text.tokens, text.starts[text.lengths > 0]

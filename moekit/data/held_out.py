@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from moekit.data.batching import StepLoader
+from moekit.data.batch import Batch
+from moekit.data.batching import Loader
 from moekit.data.module import MultitaskData
 from moekit.data.store import SIDES, TokenStore, Wanted, monolingual_section, parallel_section, store_in_memory
 from moekit.errors import UserError
@@ -64,12 +65,7 @@ class HeldOut(Source):
 
     @classmethod
     def of(cls, data: MultitaskData, settings: Mapping[str, Any]) -> HeldOut:
-        """What `data` evaluates on.
-
-        Args:
-            data: of a run.
-            settings: see the class.
-        """
+        """What the data module of a run evaluates on; see the class for `settings`."""
         limits = {"valid": data.valid_sentences, "test": data.test_sentences}
         sections = {}
         for texts, _ in data.wanted(_SPLITS).texts(data.source):
@@ -195,7 +191,7 @@ class HeldOutData(MultitaskData):
             self._store = store_in_memory(self.source, self.tokenizer, self.source.wanted(self.wanted(_SPLITS)))
         return self._store
 
-    def train_dataloader(self) -> StepLoader:
+    def train_dataloader(self) -> Loader[dict[str, Batch]]:
         """There is none.
 
         Raises:

@@ -11,8 +11,8 @@ from typing import Any
 
 import lightning as L
 
-from moekit.data.batch import SPECIALS
-from moekit.data.batching import EvaluationBatches, EvaluationLoader, StepLoader, TrainingSteps
+from moekit.data.batch import SPECIALS, Batch
+from moekit.data.batching import EvaluationBatches, Loader, TrainingSteps
 from moekit.data.mixture import Constant, TemperatureSchedule
 from moekit.data.plan import StepPlan
 from moekit.data.store import SIDES, TokenStore, Wanted, cached_store, monolingual_section, parallel_section
@@ -130,8 +130,7 @@ class MultitaskData(L.LightningDataModule):
     @property
     def directions(self) -> tuple[Direction, ...]:
         """Directions of the tasks on pairs, such as translation; none where there is no such task."""
-        chosen = [name for task in self.tasks if TASKS[task].pairs for name in self._chosen(task)]
-        return tuple(self._direction(name) for name in dict.fromkeys(chosen))
+        return tuple(map(self._direction, self._all_chosen(pairs=True)))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -163,11 +162,11 @@ class MultitaskData(L.LightningDataModule):
         """Open what `prepare_data` built (every process does)."""
         log.debug("%s", self.store.folder)
 
-    def train_dataloader(self) -> StepLoader:
+    def train_dataloader(self) -> Loader[dict[str, Batch]]:
         """One item per training step, from the Trainer's current step on."""
         steps = {name: self._planned(name) for name in self.tasks}
         first, plan = next(iter(steps.values()))
-        return StepLoader(
+        return Loader(
             TrainingSteps(steps),
             self.steps_per_epoch or max(1, math.ceil(len(first) / plan.rows_per_step)),
             self._batches_so_far,
@@ -175,11 +174,11 @@ class MultitaskData(L.LightningDataModule):
             pin_memory=self._on_accelerator(),
         )
 
-    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+    def val_dataloader(self) -> Loader[Batch] | list[Any]:
         """Validation batches of all tasks, in order."""
         return self._evaluation(self.tasks, "valid", self.valid_sentences)
 
-    def test_dataloader(self) -> EvaluationLoader | list[Any]:
+    def test_dataloader(self) -> Loader[Batch] | list[Any]:
         """Test batches, in order: of the tasks whose written answers are scored, or of all where there is none."""
         return self._evaluation(self._scored or self.tasks, "test", self.test_sentences)
 
@@ -194,10 +193,9 @@ class MultitaskData(L.LightningDataModule):
     def wanted(self, splits: Sequence[Split] = SPLITS) -> Wanted:
         """What of the source is used in these splits."""
         parallel = [(direction, split) for direction in self.directions for split in splits]
-        names = [n for task in self.tasks if not TASKS[task].pairs for n in self._chosen(task)]
         # Text of one language is tested on only where there are no written answers to score.
         used = [split for split in splits if split != "test" or not self._scored]
-        mono = [(language, split) for language in dict.fromkeys(names) for split in used]
+        mono = [(language, split) for language in self._all_chosen(pairs=False) for split in used]
         return Wanted(tuple(parallel), tuple(mono))
 
     def summary(self) -> dict[str, dict[str, float | int]]:
@@ -288,6 +286,9 @@ class MultitaskData(L.LightningDataModule):
     def _chosen(self, task: str) -> list[str]:
         return list(self.tasks[task].streams or self._stream_names(task))
 
+    def _all_chosen(self, *, pairs: bool) -> dict[str, None]:
+        return dict.fromkeys(name for task in self.tasks if TASKS[task].pairs == pairs for name in self._chosen(task))
+
     def _direction(self, name: Direction | str) -> Direction:
         served = {str(known): known for known in self.source.directions}
         return served.get(str(name)) or Direction.parse(name)
@@ -304,7 +305,8 @@ class MultitaskData(L.LightningDataModule):
                 sections = [parallel_section(direction, split, side) for side in SIDES]
             else:
                 languages, sections = (stream, stream), [monolingual_section(stream, split)]
-            ids = (self.tokenizer.language_id(languages[0]), self.tokenizer.language_id(languages[1]))
+            source, target = map(self.tokenizer.language_id, languages)
+            ids = (source, target)
             if length is not None:
                 found = open_chunks(self.store, stream, sections[0], ids, length=length, limit=limit)
             else:
@@ -327,10 +329,10 @@ class MultitaskData(L.LightningDataModule):
         )
         return task, plan
 
-    def _evaluation(self, tasks: Iterable[str], split: Split, limit: int | None) -> EvaluationLoader | list[Any]:
+    def _evaluation(self, tasks: Iterable[str], split: Split, limit: int | None) -> Loader[Batch] | list[Any]:
         streams = (self._streams(name, split, limit) for name in tasks)
         batches = EvaluationBatches(streams, budget=self.evaluation_tokens, seed=self.seed)
-        return EvaluationLoader(batches, pin_memory=self._on_accelerator()) if len(batches) else []
+        return Loader(batches, len(batches), pin_memory=self._on_accelerator()) if len(batches) else []
 
     def _rank(self) -> Rank:
         # The strategy knows which processes share a batch's sentences: with tensor parallelism not all of them do.

@@ -145,18 +145,10 @@ class StepPlan:
         """Mean number of sentences of a step at the first step's mixture."""
         return float((self._drawn_before(1) - self._drawn_before(0)).sum()) / WINDOW
 
-    def probabilities(self, step: int) -> dict[str, float]:
-        """Chance of each stream at `step`."""
-        (row,) = self._mixture(np.array([step // WINDOW]))
-        return {s.name: float(p) for s, p in zip(self.streams, row, strict=True)}
-
-    def _mixture(self, windows: NDArray[np.int64]) -> NDArray[np.float64]:
-        return sampling_probabilities(self._sizes.tolist(), self._temperature.at(windows * WINDOW), self._shares)
-
     def _drawn_before(self, window: int) -> NDArray[np.float64]:
         while len(self._drawn) <= window:
-            new = np.arange(len(self._drawn) - 1, len(self._drawn) + 1023)
-            mixture = self._mixture(new)
+            steps = WINDOW * np.arange(len(self._drawn) - 1, len(self._drawn) + 1023)
+            mixture = sampling_probabilities(self._sizes.tolist(), self._temperature.at(steps), self._shares)
             rows = WINDOW * self.budget / (mixture @ self._mean * self._overhead)
             rows = np.maximum(rows, WINDOW * self._least + len(self.streams))
             step = np.concatenate([self._drawn[-1:], mixture * rows[:, None]])

@@ -12,11 +12,10 @@ import itertools
 import json
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moekit.data.cache import CorruptCacheError, cached_folder, content_key
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from moekit.source import Direction, Source, Split
+from moekit.source import Direction, Source, Split, digest
 
 _FORMAT = 1
 _CHUNK = 4096
@@ -66,16 +63,6 @@ class TokenStore:
         self.offsets: NDArray[np.int64] = read(self.folder / "offsets.bin", np.dtype(np.int64))
         self.tokens: NDArray[Any] = read(self.folder / "tokens.bin", self.dtype)
 
-    @property
-    def num_sentences(self) -> int:
-        """Stored sentences (those of shared sections counted once)."""
-        return len(self.offsets) - 1
-
-    @property
-    def num_tokens(self) -> int:
-        """Stored tokens."""
-        return len(self.tokens)
-
     def section(self, name: str) -> Section:
         """Where the section `name` is."""
         if name not in self.sections:
@@ -111,11 +98,6 @@ class TokenStore:
         total = int(ends[-1]) if len(ends) else 0
         places = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
         return Ragged(self.tokens[places].astype(np.int64), lengths)
-
-    def sentences(self, name: str) -> Iterator[list[int]]:
-        """Each sentence of a section, in order."""
-        for begin, end in itertools.pairwise(self._edges(name)):
-            yield self.tokens[begin:end].tolist()
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
         if self.in_memory:
@@ -193,7 +175,7 @@ def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Want
     """Encode `wanted` into the existing, empty `folder`. Use `cached_store` unless you move it into place yourself."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     sections: dict[str, Section] = {}
-    seen: dict[bytes, Section] = {}
+    seen: dict[str, Section] = {}
     lengths: list[NDArray[np.int64]] = []
     stored = 0
     with (folder / "tokens.bin").open("wb") as out, _bar(progress) as bar:
@@ -202,9 +184,9 @@ def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Want
             bar.update(task, description=f"Encoding {title}")
             for name, read in texts.items():
                 text = read()
-                digest = _digest(text)
-                if digest not in seen:
-                    seen[digest] = Section(stored, len(text))
+                content = digest(*text)
+                if content not in seen:
+                    seen[content] = Section(stored, len(text))
                     for begin in range(0, len(text), _CHUNK):
                         encoded = tokenizer.encode_batch(text[begin : begin + _CHUNK])
                         sizes = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
@@ -212,7 +194,7 @@ def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Want
                         out.write(np.fromiter(flat, dtype=dtype, count=int(sizes.sum())).tobytes())
                         lengths.append(sizes)
                     stored += len(text)
-                sections[name] = seen[digest]
+                sections[name] = seen[content]
                 bar.advance(task)
     offsets = np.zeros(stored + 1, dtype=np.int64)
     if lengths:
@@ -230,15 +212,6 @@ def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Want
     (folder / "header.json").write_bytes(json.dumps(header, indent=1).encode())
 
 
-def _digest(text: Iterable[str]) -> bytes:
-    state = blake2b(digest_size=16)
-    for line in text:
-        data = line.encode("utf-8", "surrogatepass")
-        state.update(len(data).to_bytes(8, "little"))
-        state.update(data)
-    return state.digest()
-
-
 def _bar(shown: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, transient=True)
@@ -252,29 +225,25 @@ def _read_header(folder: Path) -> Mapping[str, Any]:
         header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = header["format"]
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CorruptCacheError(
-            f"{folder} must be a token store: {path.name} is missing. Remove the folder to build it again."
-        ) from error
+        raise _damaged(folder, f"{folder} must be a token store: {path.name} is missing.") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise CorruptCacheError(
-            f"{path} must be the header of a token store: it cannot be read ({error}). Remove the folder {folder} to "
-            "build it again."
-        ) from error
+        raise _damaged(folder, f"{path} must be the header of a token store: it cannot be read ({error}).") from error
     if version != _FORMAT:
-        raise CorruptCacheError(
-            f"{path} must have format {_FORMAT}: got {version}. Remove the folder {folder} to build it again."
-        )
+        raise _damaged(folder, f"{path} must have format {_FORMAT}: got {version}.")
     return header
 
 
 def _check_file(path: Path, promised: Mapping[str, int], dtype: np.dtype[Any], checksum: bool) -> None:
-    remedy = f"Remove the folder {path.parent} to build it again."
     size = path.stat().st_size if path.is_file() else -1
     if size != promised["size"] or size % dtype.itemsize:
         got = "it is missing" if size < 0 else f"it has {size:,}"
-        raise CorruptCacheError(f"{path} must have {promised['size']:,} bytes: {got}. {remedy}")
+        raise _damaged(path.parent, f"{path} must have {promised['size']:,} bytes: {got}.")
     if checksum and _checksum(path) != promised["crc32"]:
-        raise CorruptCacheError(f"{path} must be as it was written: its checksum differs. {remedy}")
+        raise _damaged(path.parent, f"{path} must be as it was written: its checksum differs.")
+
+
+def _damaged(folder: Path, how: str) -> CorruptCacheError:
+    return CorruptCacheError(f"{how} Remove the folder {folder} to build it again.")
 
 
 def _checksum(path: Path) -> int:

@@ -102,15 +102,9 @@ def open_stream(
 def open_chunks(
     store: TokenStore, name: str, section: str, languages: tuple[int, int], *, length: int, limit: int | None = None
 ) -> Stream:
-    """A section's sentences end to end, cut into chunks of one length; the last one has what is left.
+    """A section's sentences end to end, cut into chunks of `length` tokens; the last one has what is left.
 
-    Args:
-        store: holds the section.
-        name: of the stream.
-        section: of text.
-        languages: ids of source and target language.
-        length: tokens of a chunk.
-        limit: only the first so many sentences.
+    The other arguments are those of `open_stream`.
     """
     first, last = store.bounds(section, limit)
     starts = np.arange(first, last, length)
@@ -149,11 +143,10 @@ class TaskStreams:
         streams: Sequence[Stream],
         store: TokenStore,
         tokenizer: Tokenizer,
-        pad_multiple: int = 1,
-        rank: Rank | None = None,
+        pad_multiple: int,
+        rank: Rank,
     ) -> None:
-        self.task, self.streams = task, tuple(streams)
-        self.rank = rank or Rank()
+        self.task, self.streams, self.rank = task, tuple(streams), rank
         self._store, self._tokenizer, self._pad_multiple = store, tokenizer, pad_multiple
         counts = np.array([len(s) for s in self.streams], dtype=np.int64)
         self._offset = np.cumsum(counts) - counts
@@ -165,11 +158,6 @@ class TaskStreams:
     def __len__(self) -> int:
         """Sentences (or pairs) of all streams."""
         return len(self._index)
-
-    @property
-    def name(self) -> str:
-        """Of the task."""
-        return self.task.name
 
     def sizes(self) -> list[Sizes]:
         """What every sentence costs."""

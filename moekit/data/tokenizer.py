@@ -114,10 +114,6 @@ class Tokenizer:
         text = [int(i) for i in ids if i == self.unk_id or self.first_text_id <= i < self.vocab_size]
         return self._processor.decode(text).strip()
 
-    def pieces(self, ids: Iterable[int]) -> list[str]:
-        """The vocabulary entry of each id, for people to look at."""
-        return [self._processor.id_to_piece(int(i)) for i in ids]
-
     @functools.cached_property
     def starts_word(self) -> NDArray[np.bool_]:
         """Bool[vocab_size]: True where a piece begins a word."""

@@ -33,6 +33,9 @@ ROOMS = (
     "tasks",
     "heads",
     "training",
+    "source",
+    "mapped",
+    "atomic",
 )
 """Where docstrings are held to these rules; widen it as rooms come to keep them."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_corpus import TinySource
+from tiny_corpus import TinySource, stored
 
 from moekit.data.batch import IGNORE, Batch
 from moekit.data.module import MultitaskData, TaskData
@@ -70,8 +70,8 @@ def test_chunks_hold_every_token_of_a_language_in_order(cache: Path) -> None:
         ]
         chunks = [row for _, row in sorted(found)]
         section = monolingual_section(language, "valid")
-        stored = [token for sentence in made.store.sentences(section) for token in sentence]
-        assert [token for chunk in chunks for token in chunk] == stored
+        text = [token for sentence in stored(made.store, section) for token in sentence]
+        assert [token for chunk in chunks for token in chunk] == text
         assert {len(chunk) for chunk in chunks[:-1]} <= {length}
         assert 0 < len(chunks[-1]) <= length
     assert max(batch.source.shape[1] for batch in batches) == ROOM
@@ -92,13 +92,13 @@ def test_training_is_on_chunks_of_the_planned_size(cache: Path) -> None:
 
 def test_sentence_by_sentence_stays_an_option(cache: Path) -> None:
     made = data(cache, packed=False)
-    stored = {
+    whole = {
         tuple(sentence)
         for language in made.languages
-        for sentence in made.store.sentences(monolingual_section(language, "train"))
+        for sentence in stored(made.store, monolingual_section(language, "train"))
     }
     batch = next(iter(made.train_dataloader()))["span_corruption"]
-    assert all(tuple(row) in stored for row in clean(batch, made))
+    assert all(tuple(row) in whole for row in clean(batch, made))
 
 
 def test_too_many_spans_are_refused_when_the_data_are_made(cache: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_corpus import TinySource
+from tiny_corpus import TinySource, stored
 
 from moekit.data.cache import CorruptCacheError
 from moekit.data.store import TokenStore, Wanted, build_store, cached_store
@@ -43,10 +43,10 @@ def test_every_section_holds_its_sentences(store: TokenStore, tokenizer: Tokeniz
         pairs = source.parallel(direction, split)
         for side, name in enumerate(("source", "target")):
             section = f"{split}/{direction}/{name}"
-            assert list(store.sentences(section)) == [tokenizer.encode(pair[side]) for pair in pairs]
+            assert stored(store, section) == [tokenizer.encode(pair[side]) for pair in pairs]
             assert store.lengths(section).tolist() == [len(tokenizer.encode(pair[side])) for pair in pairs]
     for language, split in WANTED.monolingual:
-        decoded = [tokenizer.decode(ids) for ids in store.sentences(f"{split}/{language}")]
+        decoded = [tokenizer.decode(ids) for ids in stored(store, f"{split}/{language}")]
         assert decoded == source.monolingual(language, split)
 
 
@@ -56,12 +56,12 @@ def test_equal_sides_are_stored_once(store: TokenStore) -> None:
         sections[name] for name in ("train/aa-bb/source", "train/bb-aa/target", "train/aa-cc/source", "train/aa")
     }
     assert len(english) == 1
-    assert store.num_sentences == 3 * 400 + 2 * 40
+    assert len(store.offsets) == 3 * 400 + 2 * 40 + 1
 
 
 def test_any_sentences_are_read_in_the_order_asked_for(store: TokenStore) -> None:
     everything = [store.tokens[a:b].tolist() for a, b in zip(store.offsets[:-1], store.offsets[1:], strict=True)]
-    wanted = np.array([5, 900, 5, 0, store.num_sentences - 1])
+    wanted = np.array([5, 900, 5, 0, len(store.offsets) - 2])
     starts, lengths = store.offsets[wanted], np.diff(store.offsets)[wanted]
     rows = store.read(starts, lengths)
     assert [row.tolist() for row in rows] == [everything[i] for i in wanted]
@@ -81,7 +81,7 @@ def test_a_large_vocabulary_takes_wider_numbers(tmp_path: Path, tokenizer: Token
     large: Any = Large()
     wide = cached_store(TinySource(), large, Wanted(monolingual=(("aa", "test"),)), cache_dir=tmp_path)
     assert wide.dtype == np.uint32
-    assert next(wide.sentences("test/aa"))[0] == 69_999
+    assert stored(wide, "test/aa")[0][0] == 69_999
     assert cached_store(TinySource(), tokenizer, WANTED, cache_dir=tmp_path).dtype == np.uint16
 
 
@@ -98,12 +98,12 @@ def test_the_cache_is_used_and_its_key_is_the_content(
 def test_a_store_travels_to_another_process_by_its_path(store: TokenStore) -> None:
     data = pickle.dumps(store)
     assert len(data) < 1000
-    assert pickle.loads(data).num_tokens == store.num_tokens
+    assert len(pickle.loads(data).tokens) == len(store.tokens)
 
 
 def test_sources_without_a_split_make_empty_sections(tmp_path: Path, tokenizer: Tokenizer) -> None:
     empty = cached_store(TinySource(scale=0.0), tokenizer, Wanted(monolingual=(("aa", "train"),)), cache_dir=tmp_path)
-    assert (empty.num_sentences, empty.num_tokens, len(empty.lengths("train/aa"))) == (0, 0, 0)
+    assert (len(empty.offsets), len(empty.tokens), len(empty.lengths("train/aa"))) == (1, 0, 0)
 
 
 def test_an_unknown_section_lists_those_there_are(store: TokenStore) -> None:

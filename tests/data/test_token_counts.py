@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_corpus import TinySource
+from tiny_corpus import TinySource, stored
 
 from moekit import routers
 from moekit.babel import Babel, BabelSettings
@@ -42,7 +42,7 @@ def test_counts_are_the_literal_ones(
     tokens: Counter[int] = Counter()
     buckets: Counter[int] = Counter()
     for name in sections:
-        for sentence in store.sentences(name):
+        for sentence in stored(store, name):
             framed = [*([] if before is None else [before]), *sentence, *([] if after is None else [after])]
             tokens.update(framed)
             for pair in zip([9, *framed], framed, strict=False):
@@ -87,7 +87,7 @@ def test_tables_balance_babel(tmp_path: Path) -> None:
             assert load.max() / load.mean() < 1.01
     # And so says a router about the text itself.
     section = store.section(f"train/{source.languages[0]}")
-    ids = [t for name in wanted.names() for sentence in store.sentences(name) for t in sentence]
+    ids = [t for name in wanted.names() for sentence in stored(store, name) for t in sentence]
     router = routers.hash_layers(8, counts)
     routing = router(torch.zeros(len(ids), 4), RoutingContext(token_ids=torch.tensor(ids)))
     load = routing_stats(routing).load.double()

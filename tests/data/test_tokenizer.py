@@ -35,9 +35,17 @@ def test_special_ids_are_where_the_contract_says(tokenizer: Tokenizer) -> None:
         4,
     )
     assert len(tokenizer.sentinel_ids) == NUM_SENTINELS
-    assert tokenizer.pieces(range(7)) == ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "<extra_0>", "<extra_1>"]
+    assert [tokenizer._processor.id_to_piece(i) for i in range(7)] == [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<mask>",
+        "<extra_0>",
+        "<extra_1>",
+    ]
     tags = [tokenizer.tag_id(language) for language in ("aa", "bb", "cc")]
-    assert tokenizer.pieces(tags) == ["<2aa>", "<2bb>", "<2cc>"]
+    assert [tokenizer._processor.id_to_piece(i) for i in tags] == ["<2aa>", "<2bb>", "<2cc>"]
     assert [tokenizer.language_id(language) for language in ("aa", "bb", "cc")] == [0, 1, 2]
     assert tokenizer.first_text_id == max(tags) + 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from moekit.data.store import TokenStore
 from moekit.source import Direction, Source, Split, all_directions, digest
 
 ONSETS = {"aa": "bdg", "bb": "klm", "cc": "prs"}
@@ -45,3 +46,8 @@ class TinySource(Source):
 
     def fingerprint(self) -> str:
         return digest(self.languages, self.scale, self.seed)
+
+
+def stored(store: TokenStore, section: str) -> list[list[int]]:
+    """Each sentence of a section, in order."""
+    return [row.tolist() for row in store.read(store.starts(section), store.lengths(section))]

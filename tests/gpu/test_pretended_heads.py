@@ -16,7 +16,7 @@ from devices import EVERY, PRECISIONS, autocast, examples, explained, gpu
 from torch import Tensor, nn
 
 from moekit.data.batch import Batch
-from moekit.data.batching import EvaluationBatches, EvaluationLoader
+from moekit.data.batching import EvaluationBatches, Loader
 from moekit.layer import AuxLosses
 from moekit.runs.module import make_module
 from moekit.testing import seeded
@@ -175,11 +175,11 @@ def test_a_batch_is_copied_ahead_from_pinned_memory() -> None:
 
 def test_evaluation_pins_too(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr("moekit.data.batching._loader", lambda *args: asked.append(args[-1]) or iter(()))
+    monkeypatch.setattr("moekit.data.batching.DataLoader", lambda *_, pin_memory, **__: asked.append(pin_memory) or ())
     batches = EvaluationBatches.__new__(EvaluationBatches)
     batches._batches = []
     for pin in (True, False):
-        list(EvaluationLoader(batches, pin_memory=pin))
+        list(Loader(batches, len(batches), pin_memory=pin))
     assert asked == [True, False]
 
 

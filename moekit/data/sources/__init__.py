@@ -11,8 +11,6 @@ from moekit.data.sources.examples import Examples as Examples
 from moekit.data.sources.gettext import Gettext as Gettext
 from moekit.data.sources.jsonl import JsonLines as JsonLines
 from moekit.data.sources.moses import Moses as Moses
-from moekit.data.sources.opening import open_source as open_source
-from moekit.data.sources.opening import source_class as source_class
 from moekit.data.sources.text import Text as Text
 from moekit.data.sources.tsv import Tsv as Tsv
 from moekit.data.sources.union import Union as Union
@@ -21,4 +19,6 @@ from moekit.source import SPLITS as SPLITS
 from moekit.source import Direction as Direction
 from moekit.source import Source as Source
 from moekit.source import Split as Split
+from moekit.source import open_source as open_source
 from moekit.source import register_source as register_source
+from moekit.source import source_class as source_class

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from moekit.errors import UserError
-from moekit.source import Direction, LazySequence, Source, Split, choose_directions, digest
+from moekit.source import Direction, Source, Split, choose_directions, digest, languages_of
 
 
 @dataclass(frozen=True)
@@ -63,32 +63,23 @@ class AlignedSource(Source):
         self._blocks = tuple(blocks)
         self._settings = (pivot, None if directions is None else tuple(map(str, directions)), strict)
         self._check_blanks(strict)
-        if directions is not None:
-            everything = _pairs(self._blocks, english_only=False)
-            self.directions = choose_directions(everything, pivot=None if pivot == "auto" else pivot, wanted=directions)
-        else:
-            training = [block for block in self._blocks if block.split == "train"] or self._blocks
-            self.directions = choose_directions(
-                _pairs(training, english_only=pivot == "auto"), pivot=None if pivot == "auto" else pivot
-            )
-        spoken = {code for direction in self.directions for code in (direction.source, direction.target)}
-        order = dict.fromkeys(code for block in self._blocks for code in block.columns)
-        self.languages = tuple(code for code in order if code in spoken)
+        automatic = pivot == "auto"
+        served = [block for block in self._blocks if directions is not None or block.split == "train"] or self._blocks
+        pairs = _pairs(served, english_only=automatic and directions is None)
+        self.directions = choose_directions(pairs, pivot=None if automatic else pivot, wanted=directions)
+        self.languages = languages_of(self.directions, (code for block in self._blocks for code in block.columns))
 
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
         """Pairs of one direction, in the order of the files; pairs with an empty side are left out."""
         self.check_direction(direction)
         self.check_split(split)
-        sources: list[str] = []
-        targets: list[str] = []
-        for block in self._blocks:
-            if block.split != split or direction.source not in block.columns or direction.target not in block.columns:
-                continue
-            for left, right in zip(block.columns[direction.source], block.columns[direction.target], strict=True):
-                if left and right:
-                    sources.append(left)
-                    targets.append(right)
-        return LazySequence(len(sources), lambda index: (sources[index], targets[index]))
+        return [
+            pair
+            for block in self._blocks
+            if block.split == split and {direction.source, direction.target} <= block.columns.keys()
+            for pair in zip(block.columns[direction.source], block.columns[direction.target], strict=True)
+            if all(pair)
+        ]
 
     def monolingual(self, language: str, split: Split) -> Sequence[str]:
         """Every sentence of a language in a split, once, in order of appearance."""
@@ -142,14 +133,3 @@ def _pairs(blocks: Sequence[AlignedBlock], *, english_only: bool) -> tuple[Direc
                 found.setdefault(Direction(a, b))
                 found.setdefault(Direction(b, a))
     return tuple(found)
-
-
-def check_lengths(columns: Mapping[str, tuple[str, int]]) -> None:
-    """Raise UserError unless all columns, given as (what, lines) by language, are equally long."""
-    first, *others = columns.values()
-    for other in others:
-        if other[1] != first[1]:
-            raise UserError(
-                f"files that translate each other must have equally many lines: got {first[1]:,} in {first[0]} and "
-                f"{other[1]:,} in {other[0]}. Line i of one must translate line i of the other."
-            )

@@ -106,10 +106,7 @@ def check_folder(path: str | Path, kind: str) -> Path:
 
 def split_called(name: str) -> Split | None:
     """The split that people call `name`, if any."""
-    for split, names in SPLIT_NAMES.items():
-        if name.lower() in names:
-            return split
-    return None
+    return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
 def unpacked_name(path: Path) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moekit.data.sources.aligned import AlignedBlock, AlignedSource, check_lengths
+from moekit.data.sources.aligned import AlignedBlock, AlignedSource
 from moekit.data.sources.files import (
     SPLIT_NAMES,
     add_file,
@@ -96,7 +96,14 @@ def _read(split: Split, paths: Mapping[str, Path]) -> AlignedBlock:
         (path,) = paths.values()
         raise UserError(f"{path}: parallel text must have at least two languages: this file has no partner beside it.")
     files = {language: read_lines(path) for language, path in paths.items()}
-    check_lengths({language: (str(file.path), len(file.lines)) for language, file in files.items()})
+    first, *others = files.values()
+    for other in others:
+        if len(other.lines) != len(first.lines):
+            raise UserError(
+                f"files that translate each other must have equally many lines: got {len(first.lines):,} in "
+                f"{first.path} and {len(other.lines):,} in {other.path}. Line i of one must translate line i of the "
+                "other."
+            )
     return AlignedBlock(
         split=split,
         columns={language: [line.strip() for line in file.lines] for language, file in files.items()},

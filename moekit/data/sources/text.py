@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -111,10 +112,4 @@ def _sentences(lines: list[str], unit: str) -> list[str]:
     stripped = [line.strip() for line in lines]
     if unit == "line":
         return [line for line in stripped if line]
-    paragraphs: list[list[str]] = [[]]
-    for line in stripped:
-        if line:
-            paragraphs[-1].append(line)
-        elif paragraphs[-1]:
-            paragraphs.append([])
-    return [" ".join(paragraph) for paragraph in paragraphs if paragraph]
+    return [" ".join(paragraph) for filled, paragraph in itertools.groupby(stripped, key=bool) if filled]

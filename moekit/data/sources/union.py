@@ -9,9 +9,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moekit.data.sources.opening import open_source
 from moekit.errors import UserError, nearest
-from moekit.source import Direction, LazySequence, Source, Split, digest, register_source
+from moekit.source import Direction, LazySequence, Source, Split, digest, open_source, register_source
 
 _T = TypeVar("_T")
 
