@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moekit.inference.interface import Generation, Start, to_device
+from moekit.inference.batching import to_device
+from moekit.inference.interface import Generation, Start
 from moekit.inference.length_penalty import GNMTPenalty, LengthPenalty, best_possible
 from moekit.inference.session import Session
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moekit.inference.interface import Cache, CausalModel, SequenceModel, look_every
+from moekit.inference.interface import Cache, CausalModel, SequenceModel
+
+_LOOK_EVERY = 8
 
 
 class Session:
@@ -40,10 +42,10 @@ class Session:
     def look_every(self, device: torch.device) -> int:
         """Steps between two looks at which texts are finished, once a step was made.
 
-        One where the other rows of the batch decide about a row's experts, as under a capacity in evaluation: texts
-        that have ended would take part.
+        One on a CPU, where looking costs nothing; elsewhere the host waits. One also where the other rows of the batch
+        decide about a row's experts, as under a capacity in evaluation: texts that have ended would take part.
         """
-        return 1 if self._compete else look_every(device)
+        return 1 if self._compete or device.type == "cpu" else _LOOK_EVERY
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits Float[R, V] of the token after each row of `ids` Int64[R, T], in float32 or wider.
