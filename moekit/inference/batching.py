@@ -29,9 +29,7 @@ def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tup
 def by_length(lengths: Sequence[tuple[int, ...]], batch_tokens: int) -> Iterator[list[int]]:
     """Numbers of the rows in batches of like length, of at most `batch_tokens` padded positions.
 
-    Args:
-        lengths: of each row, side by side where it has a source and a target; each side is padded for itself.
-        batch_tokens: a longer row goes alone.
+    A row has one length, or one for each side that is padded for itself; a longer row than that goes alone.
     """
     batch: list[int] = []
     widest: tuple[int, ...] = ()

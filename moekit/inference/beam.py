@@ -27,8 +27,11 @@ class BeamSearch:
         num_return: texts returned per sentence, best first; at most `size`.
         penalty: how texts of different lengths are compared.
 
+    Raises:
+        ValueError: if a number is out of its range.
+
     Source: a beam that narrows is that of arXiv:1409.3215 section 3.2 and of Nematus and Marian; fairseq and Hugging
-    Face refill it and stop by count.
+        Face refill it and stop by count.
     """
 
     size: int = 4
@@ -50,11 +53,7 @@ class BeamSearch:
 class _Finished:
     """The finished texts of B sentences, up to as many as the beam is wide, and a scratch slot behind them.
 
-    Args:
-        start: where the search begins.
-        width: texts of a sentence.
-        end: the longest text, with what is given.
-        dtype: of scores.
+    `end` is the length of the longest text, with what is given.
     """
 
     def __init__(self, start: Start, width: int, end: int, dtype: torch.dtype) -> None:

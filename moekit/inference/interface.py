@@ -59,7 +59,11 @@ class SequenceModel(_Decoded, Protocol):
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """The most tokens written for a source of S tokens, the end token included: constant + ratio * S, at least 1."""
+    """The most tokens written for a source of S tokens, the end token included: constant + ratio * S, at least 1.
+
+    Raises:
+        ValueError: if a number is negative, or both are 0.
+    """
 
     constant: int = 20
     ratio: float = 1.5
@@ -104,19 +108,12 @@ class Start:
 
 
 class Bounds(NamedTuple):
-    """Places of a `Start`.
+    """Places of a `Start`."""
 
-    Attributes:
-        shortest: of what is given; up to here all texts are read at once.
-        longest: of what is given; from here on all tokens are chosen.
-        most: the largest limit.
-        end: the place at which the last text is cut.
-    """
-
-    shortest: int
-    longest: int
-    most: int
-    end: int
+    shortest: int  # of what is given; up to here all texts are read at once
+    longest: int  # of what is given; from here on all tokens are chosen
+    most: int  # the largest limit
+    end: int  # where the last text is cut
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,11 @@ def score_continuations(
 
 @dataclass(frozen=True)
 class Question:
-    """A context, its possible continuations, and which one is right (a number from 0), where that is known."""
+    """A context, its possible continuations, and which one is right (a number from 0), where that is known.
+
+    Raises:
+        ValueError: if there is no continuation, one is empty, or `answer` is the number of none.
+    """
 
     context: str
     continuations: tuple[str, ...]
@@ -177,9 +181,8 @@ class Scorer:
     Args:
         model: such as `moekit.transformer.DecoderOnly` or `EncoderDecoder`.
         tokenizer: the one it was trained with.
-        batch_tokens: see `score_continuations`.
-        sentinel: of an encoder-decoder that was trained with one at the end of sources and the beginning of targets
-            (see `Translator`).
+        batch_tokens: the most padded positions of a batch (`score_continuations`).
+        sentinel: whether an encoder-decoder was trained with one (see `Translator`).
     """
 
     def __init__(

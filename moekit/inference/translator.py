@@ -28,7 +28,7 @@ class Translator:
         search: how tokens are chosen; default a beam of 4.
         limit: the longest translation, by source length.
         batch_tokens: padded source tokens in a batch.
-        sentinel: of a model that was trained with a sentinel at the end of sources and the beginning of targets (see
+        sentinel: whether the model was trained with a sentinel at the end of sources and the beginning of targets (see
             `moekit.tasks.TaskData`).
     """
 

@@ -244,14 +244,10 @@ def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> PageSection:
     if any("valid/bleu/average" in run.metrics for run in runs):
         chart = curves("valid/bleu/average", "Validation BLEU of every run over steps", from_zero=True)
         figures.append(Figure("BLEU", "Average over all directions.", chart=chart))
-    first: dict[str, RunFolder] = {}
-    for run in runs:
-        for column in run.metrics:
-            if column.startswith("valid/") and column.endswith("/loss"):
-                first.setdefault(column, run)
-    for column, run in first.items():
-        named = run.task(column.split("/")[1])
-        chart = curves(column, f"{named.title}: validation loss of every run over steps")
+    first = {task: run for run in reversed(runs) for task in run.by_column("valid", "loss")}
+    for task in dict.fromkeys(task for run in runs for task in run.by_column("valid", "loss")):
+        named = first[task].task(task)
+        chart = curves(f"valid/{task}/loss", f"{named.title}: validation loss of every run over steps")
         figures.append(Figure(named.title, f"{named.explanation} Validation loss.", chart=chart))
     notes = [] if figures else ["No validation loss was logged."]
     return PageSection(*heading("progress", better=better), notes, [[figure] for figure in figures])

@@ -52,8 +52,7 @@ def losses(run: RunFolder) -> PageSection:
 
 def _tasks(run: RunFolder) -> list[str]:
     """Names of the tasks with a logged loss, in the record's order; "" stands for the total where no task has one."""
-    columns = (column.split("/") for column in run.metrics)
-    found = {c[1] for c in columns if len(c) == 3 and c[0] in ("train", "valid") and c[2] == "loss"}
+    found = {*run.by_column("train", "loss"), *run.by_column("valid", "loss")}
     if not found:
         return [""] if {"train/loss", "valid/loss"} & set(run.metrics) else []
     return sorted(found, key=lambda task: task_order(run.summary, task))

@@ -120,7 +120,7 @@ class RunFolder:
         if any(self.scores(metric).average is not None for metric in ("bleu", "chrf")):
             return True
         said = {t for key in ("test", "loss", "perplexity", "accuracy") for t in names_in(dig(self.summary, key))}
-        said |= {task_of(column) for column in self.metrics} - {""}
+        said |= {t for phase in ("train", "valid", "test") for t in self.by_column(phase, "loss")}
         said = said or {sample.task for sample in self.samples}
         return not said or "translation" in said
 
@@ -151,6 +151,12 @@ class RunFolder:
         series = self.metrics.get(column)
         return series if series is not None and len(series.finite.value) >= least else None
 
+    def by_column(self, phase: str, quantity: str) -> dict[str, Series]:
+        """By task, the column ``PHASE/TASK/QUANTITY`` of metrics.csv; what routing logs belongs to no task."""
+        columns = ((column.split("/"), series) for column, series in self.metrics.items())
+        found = {c[1]: series for c, series in columns if len(c) == 3 and (c[0], c[2]) == (phase, quantity)}
+        return {task: series for task, series in found.items() if task not in ("aux", "routing")}
+
     def task(self, name: str) -> TaskWording:
         """What the task is called, and whether a perplexity belongs to it."""
         return task_wording(self.summary, name)
@@ -162,8 +168,7 @@ class RunFolder:
             return given
         if quantity == "perplexity":
             return {t: math.exp(v) for t, v in self.by_task("loss").items() if v < 700 and self.task(t).perplexity}
-        columns = ((column.split("/"), series.last) for column, series in self.metrics.items())
-        return {c[1]: v for c, v in columns if v is not None and len(c) == 3 and (c[0], c[2]) == ("valid", quantity)}
+        return {t: s.last for t, s in self.by_column("valid", quantity).items() if s.last is not None}
 
     def scores(self, metric: str) -> DirectionScores:
         """Scores by `metric`, such as "bleu", of the test, or else of the last validation, or nothing."""
@@ -190,7 +195,6 @@ def read_run(run_dir: Path) -> RunFolder:
     Raises:
         UserError: if `run_dir` is no folder, or holds none of a run's files.
     """
-    run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"A run folder is required: {run_dir} is not a folder. Give the --out folder of a run.")
     if not any((run_dir / name).is_file() for name in FILES):
@@ -199,20 +203,22 @@ def read_run(run_dir: Path) -> RunFolder:
             "Give the --out folder of a run (not its checkpoints)."
         )
     notes: dict[str, str] = {}
-    config, samples = "", _json(run_dir / "samples.json", list, notes)
+    config, samples = "", []
     try:
         config = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         notes["config.yaml"] = _unreadable(run_dir / "config.yaml", error)
+    for entry in _json(run_dir / "samples.json", list, notes):
+        with contextlib.suppress(ValueError):
+            samples.append(Sample.from_json(entry, []))
+    objects = {name: _json(run_dir / f"{name}.json", dict, notes) for name in ("environment", "summary", "routing")}
     return RunFolder(
-        path=run_dir,
-        config=config,
-        environment=_json(run_dir / "environment.json", dict, notes),
+        run_dir,
+        config,
         metrics=_metrics(run_dir / "metrics.csv", notes),
-        summary=_json(run_dir / "summary.json", dict, notes),
-        routing=_json(run_dir / "routing.json", dict, notes),
-        samples=tuple(s for s in map(_sample, samples) if s is not None),
+        samples=tuple(samples),
         notes=notes,
+        **objects,
     )
 
 
@@ -242,13 +248,6 @@ def names_in(tree: Any) -> list[str]:
     return [str(name) for name in tree] if isinstance(tree, Mapping) else []
 
 
-def task_of(column: str) -> str:
-    """Task whose loss a column of metrics.csv holds, or ""."""
-    parts = column.split("/")
-    logged = len(parts) == 3 and parts[0] in ("train", "valid", "test") and parts[2] == "loss"
-    return parts[1] if logged and parts[1] not in ("aux", "routing") else ""
-
-
 def sides(direction: str) -> tuple[str, str]:
     """Source and target of a direction such as "en-de"; the target is "" where it has only one part."""
     source, _, target = direction.partition("-")
@@ -260,7 +259,7 @@ def loads(layer: Any, language: str | None = None) -> list[float]:
     values = dig(layer, "load") if language is None else dig(layer, "load_by_language", language)
     if not isinstance(values, list) or not values:
         return []
-    clean = [v for value in values if (v := number({"x": value}, "x")) is not None and v >= 0]
+    clean = [v for value in values if (v := number(value)) is not None and v >= 0]
     total = sum(clean)
     return [v / total for v in clean] if len(clean) == len(values) and total > 0 else []
 
@@ -282,12 +281,6 @@ def _json(path: Path, kind: type, notes: dict[str, str]) -> Any:
         notes[path.name] = f"{path.name} must hold {required}: got {type(value).__name__}."
         return kind()
     return value
-
-
-def _sample(entry: Any) -> Sample | None:
-    with contextlib.suppress(ValueError):
-        return Sample.from_json(entry, [])
-    return None
 
 
 def _metrics(path: Path, notes: dict[str, str]) -> dict[str, Series]:
