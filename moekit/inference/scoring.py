@@ -72,13 +72,12 @@ def score_continuations(
         for rows in by_length([(len(s), len(i)) for s, i in zip(sources, inputs, strict=True)], batch_tokens):
             ids, mask = padded([inputs[i] for i in rows], special.pad, device)
             spoken = None if target_language is None else torch.full((len(rows),), target_language, device=device)
+            memory: tuple[Tensor, ...] = ()
             if encodes:
                 source, source_mask = padded([sources[i] for i in rows], special.pad, device)
                 heard = None if source_language is None else torch.full_like(source[:, 0], source_language)
-                memory = model.encode(source, source_mask, heard).hidden  # type: ignore[operator]
-                hidden = model.decode(ids, memory, source_mask, mask, spoken).hidden  # type: ignore[operator]
-            else:
-                hidden = model.decode(ids, mask, spoken).hidden  # type: ignore[operator]
+                memory = (model.encode(source, source_mask, heard).hidden, source_mask)  # type: ignore[operator]
+            hidden = model.decode(ids, *memory, mask, spoken).hidden  # type: ignore[operator]
             # Only where something is predicted, row after row: a whole batch of logits would be large.
             places = [range(len(before[i]) - 1, len(before[i]) - 1 + len(continuations[i])) for i in rows]
             asked = to_device([(row, place) for row, wanted in enumerate(places) for place in wanted], device)

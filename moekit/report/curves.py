@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from moekit.report import wording
-from moekit.report.health import layer_health
+from moekit.report.health import by_rule
 from moekit.report.plots import Curves, Line, Unit
 from moekit.report.run_folder import RunFolder, Series
 from moekit.report.series import milestones, smooth, smoothing_window
@@ -117,8 +117,6 @@ def _phase(column: str) -> int:
 
 def routing(run: RunFolder) -> PageSection | None:
     """Entropy, drops, dead experts and router losses over time; nothing for a dense model."""
-    health = layer_health(run)
-    by_rule = bool(health) and all(x.fixed for x in health)
     figures = []
     for quantity, columns in routing_curves(run.metrics).items():
         overall = columns.pop("", None)
@@ -132,7 +130,7 @@ def routing(run: RunFolder) -> PageSection | None:
             columns = {"overall": overall, **columns}
         if not any(len(line.series.value) for line in lines):
             continue
-        words = caption(quantity, group="routing", worry=not (by_rule and quantity in _LOADS))
+        words = caption(quantity, group="routing", worry=not (by_rule(run) and quantity in _LOADS))
         unit: Unit = "percent" if quantity == "drop_rate" else "plain"
         chart = Curves(lines, f"{words[0]} over steps", unit, start_at_zero=quantity in _FROM_ZERO, height=2.2)
         figures.append(Figure(*words, chart, numbers=curve_table(columns)))

@@ -101,6 +101,12 @@ def _layer_health(run: RunFolder, i: int, layer: Mapping[str, Any]) -> LayerHeal
     )
 
 
+def by_rule(run: RunFolder) -> bool:
+    """Whether a rule that nobody trains assigns the tokens of every layer."""
+    health = layer_health(run)
+    return bool(health) and all(x.fixed for x in health)
+
+
 def experts_per_token(run: RunFolder) -> float | None:
     """Mean over the layers that say how many experts a token used, else the summary's; None where nobody says."""
     found = [x.experts_per_token for x in layer_health(run) if x.experts_per_token is not None]
@@ -155,10 +161,10 @@ def _routing(run: RunFolder) -> list[Finding]:
         found.append(Finding(rate <= MAX_DROP_RATE, f"No token was dropped {when}." if rate == 0 else text))
     if not layers:
         return [*found, *_dead_so_far(run)]
-    by_rule, learned = [x for x in layers if x.fixed], [x for x in layers if not x.fixed]
-    if by_rule:
-        busiest = max(x.largest for x in by_rule)
-        which = f"{count(len(by_rule), 'layer')} {'assigns' if len(by_rule) == 1 else 'assign'} tokens by a fixed rule"
+    fixed, learned = [x for x in layers if x.fixed], [x for x in layers if not x.fixed]
+    if fixed:
+        busiest = max(x.largest for x in fixed)
+        which = f"{count(len(fixed), 'layer')} {'assigns' if len(fixed) == 1 else 'assign'} tokens by a fixed rule"
         found.append(Finding(True, f"{which.capitalize()}; the busiest expert got {busiest:.1f} fair shares."))
     return [*found, *_learned(learned)] if learned else found
 
