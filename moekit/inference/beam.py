@@ -128,7 +128,7 @@ class _Run:
     def _step(self, number: int) -> None:
         """Write one more token; only after a look do finished sentences and empty slots leave the batch."""
         width = self.text.shape[1]
-        total, slot, token, score = self._candidates(self.logits, width)
+        total, slot, token, score = self._candidates()
 
         # Finished texts hold their places: only the best of the others go on.
         rank = torch.arange(total.shape[1], device=total.device)
@@ -166,9 +166,9 @@ class _Run:
             first = torch.arange(len(slot), device=slot.device) if keep is None else keep
             self.session.keep((first[:, None] * width + slot).flatten(), keep)
 
-    def _candidates(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _candidates(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The best continuations, best first: sums, slots they continue, tokens, log-probabilities, each [b, c]."""
-        count = self.sentence.numel()
+        logits, (count, width, _) = self.logits, self.text.shape
         partition = logits.logsumexp(-1, keepdim=True)
         each = min(self.search.size, logits.shape[-1])
         values, tokens = _top(logits.index_fill(-1, self.suppress, -torch.inf), each)

@@ -12,7 +12,6 @@ from moekit.report.plots import Curves, Line, Unit
 from moekit.report.run_folder import RunFolder, Series
 from moekit.report.series import milestones, smooth, smoothing_window
 from moekit.report.style import CYCLE
-from moekit.report.tasks import task_order
 from moekit.report.view import Figure, PageSection, Table, caption, heading, texts
 
 _LOADS = ("dead_experts", "load_cv", "load_max_ratio")  # no cause for worry where a fixed rule decides
@@ -55,7 +54,7 @@ def _tasks(run: RunFolder) -> list[str]:
     found = {*run.by_column("train", "loss"), *run.by_column("valid", "loss")}
     if not found:
         return [""] if {"train/loss", "valid/loss"} & set(run.metrics) else []
-    return sorted(found, key=lambda task: task_order(run.summary, task))
+    return sorted(found, key=run.task_order)
 
 
 def _loss(run: RunFolder, task: str) -> Figure:

@@ -12,8 +12,10 @@ import csv
 import json
 import math
 import re
+import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moekit.errors import UserError
-from moekit.report.tasks import TaskWording, task_wording
 from moekit.runs.record import Sample
+from moekit.tasks import SampleWording
 
 FILES = ("config.yaml", "environment.json", "metrics.csv", "summary.json", "routing.json", "samples.json")
+
+_OLDER = tomllib.loads((resources.files("moekit.report") / "tasks.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,16 @@ class DirectionScores:
     directions: Mapping[str, float] = field(default_factory=dict)
     signature: str = ""
     origin: str = "test"
+
+
+@dataclass(frozen=True)
+class TaskWording:
+    """How a task is presented; `perplexity` says whether it predicts tokens, so that exp(loss) has a meaning."""
+
+    title: str
+    explanation: str = "Loss of this task."
+    perplexity: bool = True
+    samples: SampleWording = field(default_factory=SampleWording)
 
 
 @dataclass(frozen=True)
@@ -158,8 +172,20 @@ class RunFolder:
         return {task: series for task, series in found.items() if task not in ("aux", "routing")}
 
     def task(self, name: str) -> TaskWording:
-        """What the task is called, and whether a perplexity belongs to it."""
-        return task_wording(self.summary, name)
+        """How a task is presented, as the summary says; neutrally, what it leaves out."""
+        kinds = {"title": str, "explanation": str, "perplexity": bool}
+        found = TaskWording(name.replace("_", " ").capitalize())
+        for said in (_OLDER.get(name), dig(self.summary, "tasks", name)):
+            given = {key: dig(said, key) for key, kind in kinds.items() if isinstance(dig(said, key), kind)}
+            words = {f.name: dig(said, "samples", f.name) for f in fields(SampleWording)}
+            words = {key: word for key, word in words.items() if isinstance(word, str)}
+            found = replace(found, **given, samples=replace(found.samples, **words))
+        return found
+
+    def task_order(self, task: str) -> tuple[int, str]:
+        """Sorts tasks as the summary names them, a task that nobody names by its name at the end."""
+        order = [*names_in(self.summary.get("tasks")), *_OLDER]
+        return order.index(task) if task in order else len(order), task
 
     def by_task(self, quantity: str) -> dict[str, float]:
         """Final validation loss, perplexity or accuracy (`quantity`) by task: the summary's, else the last logged."""

@@ -1,18 +1,28 @@
-"""What the model wrote: translations, continuations, restored text; agreeing words marked."""
+"""What the model wrote: translations, continuations, restored text.
+
+Words that the reference has too, in the same order (the longest common subsequence of words), are marked.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 from markupsafe import Markup, escape
 
-from moekit.report.agreement import Agreement, agreement
 from moekit.report.run_folder import RunFolder, sides
 from moekit.report.view import TaskSamples
 from moekit.runs.record import Sample
 
 LONGEST = 900  # characters that a page shows of one text
+# Scripts written without spaces are compared letter by letter (a letter keeps its combining marks).
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]"
+)
+MAX_WORDS = 400  # beyond, alignment costs more than it shows
 
 
 def samples(run: RunFolder) -> list[TaskSamples]:
@@ -59,3 +69,70 @@ def rest(text: str) -> str:
     """How much of `text` a page does not show."""
     more = len(text) - LONGEST
     return f" … ({more:,} more characters)" if more > 0 else ""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two texts in pieces; joined, the pieces give the text back.
+
+    Attributes:
+        reference: (piece, agrees) of the reference; `agrees` is None for blanks and punctuation.
+        hypothesis: the same of the hypothesis.
+        matched: words of the hypothesis that agree.
+        num_words: words of the reference.
+    """
+
+    reference: list[tuple[str, bool | None]]
+    hypothesis: list[tuple[str, bool | None]]
+    matched: int
+    num_words: int
+
+
+def agreement(reference: str, hypothesis: str) -> Agreement:
+    """Align the words of two sentences; case and Unicode composition do not matter, punctuation does not count."""
+    left, right = pieces(reference), pieces(hypothesis)
+    left_at = [i for i, piece in enumerate(left) if _is_word(piece)]
+    right_at = [i for i, piece in enumerate(right) if _is_word(piece)]
+    left_good: set[int] = set()
+    right_good: set[int] = set()
+    if max(len(left_at), len(right_at)) <= MAX_WORDS:
+        matcher = SequenceMatcher(
+            None, [_key(left[i]) for i in left_at], [_key(right[i]) for i in right_at], autojunk=False
+        )
+        for block in matcher.get_matching_blocks():
+            left_good |= set(left_at[block.a : block.a + block.size])
+            right_good |= set(right_at[block.b : block.b + block.size])
+    return Agreement(
+        [(piece, i in left_good if _is_word(piece) else None) for i, piece in enumerate(left)],
+        [(piece, i in right_good if _is_word(piece) else None) for i, piece in enumerate(right)],
+        len(right_good),
+        len(left_at),
+    )
+
+
+def pieces(text: str) -> list[str]:
+    """Words, and what lies between them; a combining mark never leaves its letter."""
+    found: list[str] = []
+    previous = ""
+    for letter in text:
+        kind = "mark" if unicodedata.category(letter)[0] == "M" or letter in "\u200c\u200d" else _kind(letter)
+        if found and (kind == "mark" or (kind == previous and kind != "unspaced")):
+            found[-1] += letter
+        else:
+            found.append(letter)
+        previous = previous if kind == "mark" and found else kind
+    return found
+
+
+def _kind(letter: str) -> str:
+    if _UNSPACED.match(letter):
+        return "unspaced"
+    return "word" if unicodedata.category(letter)[0] in "LN" or letter in "'\u2019-" else "between"
+
+
+def _is_word(piece: str) -> bool:
+    return any(unicodedata.category(letter)[0] in "LN" for letter in piece)
+
+
+def _key(word: str) -> str:
+    return unicodedata.normalize("NFC", word).casefold()
