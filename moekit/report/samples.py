@@ -30,9 +30,8 @@ def samples(run: RunFolder) -> list[TaskSamples]:
     found: dict[str, dict[str, list[Sample]]] = {}
     for sample in run.samples:
         heading = sample.direction.replace("-", " → ", 1) if _translated(sample) else sample.direction
-        found.setdefault(sample.task, {}).setdefault(heading or run.task(sample.task).samples.unknown, []).append(
-            sample
-        )
+        heading = heading or run.task(sample.task).samples.unknown
+        found.setdefault(sample.task, {}).setdefault(heading, []).append(sample)
     return [TaskSamples(run.task(t).title, run.task(t).samples, groups) for t, groups in found.items()]
 
 
@@ -90,24 +89,19 @@ class Agreement:
 
 def agreement(reference: str, hypothesis: str) -> Agreement:
     """Align the words of two sentences; case and Unicode composition do not matter, punctuation does not count."""
-    left, right = pieces(reference), pieces(hypothesis)
-    left_at = [i for i, piece in enumerate(left) if _is_word(piece)]
-    right_at = [i for i, piece in enumerate(right) if _is_word(piece)]
-    left_good: set[int] = set()
-    right_good: set[int] = set()
-    if max(len(left_at), len(right_at)) <= MAX_WORDS:
-        matcher = SequenceMatcher(
-            None, [_key(left[i]) for i in left_at], [_key(right[i]) for i in right_at], autojunk=False
-        )
-        for block in matcher.get_matching_blocks():
-            left_good |= set(left_at[block.a : block.a + block.size])
-            right_good |= set(right_at[block.b : block.b + block.size])
-    return Agreement(
-        [(piece, i in left_good if _is_word(piece) else None) for i, piece in enumerate(left)],
-        [(piece, i in right_good if _is_word(piece) else None) for i, piece in enumerate(right)],
-        len(right_good),
-        len(left_at),
-    )
+    texts = pieces(reference), pieces(hypothesis)
+    words = [[i for i, piece in enumerate(text) if _is_word(piece)] for text in texts]
+    good: tuple[set[int], set[int]] = set(), set()
+    if max(map(len, words)) <= MAX_WORDS:
+        keys = ([_key(text[i]) for i in places] for text, places in zip(texts, words, strict=True))
+        for block in SequenceMatcher(None, *keys, autojunk=False).get_matching_blocks():
+            for side, first in enumerate(block[:2]):
+                good[side].update(words[side][first : first + block.size])
+    told = [
+        [(piece, i in agreeing if _is_word(piece) else None) for i, piece in enumerate(text)]
+        for text, agreeing in zip(texts, good, strict=True)
+    ]
+    return Agreement(*told, matched=len(good[1]), num_words=len(words[0]))
 
 
 def pieces(text: str) -> list[str]:
