@@ -12,10 +12,8 @@ import csv
 import json
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,12 @@ from numpy.typing import NDArray
 
 from moekit.errors import UserError
 from moekit.runs.record import Sample
-from moekit.tasks import SampleWording
+from moekit.tasks import TASKS, SampleWording
 
 FILES = ("config.yaml", "environment.json", "metrics.csv", "summary.json", "routing.json", "samples.json")
 
-_OLDER = tomllib.loads((resources.files("moekit.report") / "tasks.toml").read_text(encoding="utf-8"))
+_TOTAL = {"title": "Total", "explanation": "The sum of all tasks and the routers' penalties."}
+_UNSAID = {**{name: task.record() for name, task in TASKS.items()}, "": _TOTAL}  # summaries did not always say it
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class RunFolder:
         """How a task is presented, as the summary says; neutrally, what it leaves out."""
         kinds = {"title": str, "explanation": str, "perplexity": bool}
         found = TaskWording(name.replace("_", " ").capitalize())
-        for said in (_OLDER.get(name), dig(self.summary, "tasks", name)):
+        for said in (_UNSAID.get(name), dig(self.summary, "tasks", name)):
             given = {key: dig(said, key) for key, kind in kinds.items() if isinstance(dig(said, key), kind)}
             words = {f.name: dig(said, "samples", f.name) for f in fields(SampleWording)}
             words = {key: word for key, word in words.items() if isinstance(word, str)}
@@ -184,7 +183,7 @@ class RunFolder:
 
     def task_order(self, task: str) -> tuple[int, str]:
         """Sorts tasks as the summary names them, a task that nobody names by its name at the end."""
-        order = [*names_in(self.summary.get("tasks")), *_OLDER]
+        order = [*names_in(self.summary.get("tasks")), *_UNSAID]
         return order.index(task) if task in order else len(order), task
 
     def by_task(self, quantity: str) -> dict[str, float]:
