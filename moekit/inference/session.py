@@ -54,7 +54,7 @@ class Session:
         With every call the rows grow; what they held before must not change but by `keep`.
         """
         new = ids if self._cache is None else ids[:, self._seen :]
-        output = self._model.decode(new, *self._memory, None, self._language, self._cache)  # type: ignore
+        output = self._model.decode(new, *self._memory, None, self._language, self._cache)  # type: ignore[call-arg,arg-type]
         self._seen = ids.shape[1]
         self._compete |= any(routing.capacity is not None for routing in getattr(output, "routings", ()))
         logits = self._model.logits(output.hidden[:, -1])

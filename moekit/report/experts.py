@@ -43,8 +43,8 @@ def experts(run: RunFolder) -> PageSection:
     if health and len(run.languages) != 1:  # of one language it would be the load map again
         if maps := [_language_map(x) for x in health if x.by_language]:
             width = _map_width(len(maps), max(x.num_experts for x in health if x.by_language))
-            words = caption("language_maps", worry=worry)
-            figures.append(Figure(*words, heats=maps, scale=_SCALE, map_width=width, wide=True))
+            explained = caption("language_maps", worry=worry)
+            figures.append(Figure(*explained, heats=maps, scale=_SCALE, map_width=width, wide=True))
         else:
             notes.append("routing.json has no load by language.")
     words = {"router": "router", "number": "some"} if varies else {"router": "small router", "number": "one or two"}

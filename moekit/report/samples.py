@@ -93,15 +93,15 @@ def agreement(reference: str, hypothesis: str) -> Agreement:
     words = [[i for i, piece in enumerate(text) if _is_word(piece)] for text in texts]
     good: tuple[set[int], set[int]] = set(), set()
     if max(map(len, words)) <= MAX_WORDS:
-        keys = ([_key(text[i]) for i in places] for text, places in zip(texts, words, strict=True))
-        for block in SequenceMatcher(None, *keys, autojunk=False).get_matching_blocks():
+        left, right = ([_key(text[i]) for i in places] for text, places in zip(texts, words, strict=True))
+        for block in SequenceMatcher(None, left, right, autojunk=False).get_matching_blocks():
             for side, first in enumerate(block[:2]):
                 good[side].update(words[side][first : first + block.size])
-    told = [
+    marked_reference, marked_hypothesis = (
         [(piece, i in agreeing if _is_word(piece) else None) for i, piece in enumerate(text)]
         for text, agreeing in zip(texts, good, strict=True)
-    ]
-    return Agreement(*told, matched=len(good[1]), num_words=len(words[0]))
+    )
+    return Agreement(marked_reference, marked_hypothesis, matched=len(good[1]), num_words=len(words[0]))
 
 
 def pieces(text: str) -> list[str]:
