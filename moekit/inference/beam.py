@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from moekit.inference.interface import Generation, Start, to_device
+from moekit.inference.batching import to_device
+from moekit.inference.interface import Generation, Start
 from moekit.inference.length_penalty import GNMTPenalty, LengthPenalty, best_possible
 from moekit.inference.session import Session
 
@@ -26,8 +28,11 @@ class BeamSearch:
         num_return: texts returned per sentence, best first; at most `size`.
         penalty: how texts of different lengths are compared.
 
+    Raises:
+        ValueError: if a number is out of its range.
+
     Source: a beam that narrows is that of arXiv:1409.3215 section 3.2 and of Nematus and Marian; fairseq and Hugging
-    Face refill it and stop by count.
+        Face refill it and stop by count.
     """
 
     size: int = 4
@@ -49,11 +54,7 @@ class BeamSearch:
 class _Finished:
     """The finished texts of B sentences, up to as many as the beam is wide, and a scratch slot behind them.
 
-    Args:
-        start: where the search begins.
-        width: texts of a sentence.
-        end: the longest text, with what is given.
-        dtype: of scores.
+    `end` is the length of the longest text, with what is given.
     """
 
     def __init__(self, start: Start, width: int, end: int, dtype: torch.dtype) -> None:
@@ -110,28 +111,24 @@ class _Run:
         self.sentence = torch.arange(count, device=device)  # [b], the number of each in the whole batch
         self.place = self.bounds.shortest
         self.text = start.prefix[:, None, : self.place]  # [b, w, t]
-        self.total: Tensor | None = None  # [b, w], sums of log-probabilities; -inf = an empty slot
-        self.scores: Tensor | None = None  # [b, w, t], log-probabilities of the tokens in `text`
-        self.done: _Finished | None = None
+        self.logits = session.logits(self.text.flatten(0, 1))  # [b * w, V]
+        self.total = self.logits.new_zeros(self.text.shape[:2])  # sums of log-probabilities; -inf = an empty slot
+        self.scores = self.logits.new_zeros(self.text.shape)  # log-probabilities of the tokens in `text`
+        self.done = _Finished(start, search.size, self.bounds.end, self.logits.dtype)
         self.suppress = start.suppressed()
 
     def finish(self) -> Generation:
-        number = 0
-        while self.sentence.numel() and self.place < self.bounds.end:
-            number += 1
+        for number in itertools.count(1):
             self._step(number)
-        assert self.done is not None
+            if not self.sentence.numel() or self.place == self.bounds.end:
+                break
+            self.logits = self.session.logits(self.text.flatten(0, 1))
         return self.done.best(self.search.num_return)
 
     def _step(self, number: int) -> None:
         """Write one more token; only after a look do finished sentences and empty slots leave the batch."""
         width = self.text.shape[1]
-        logits = self.session.logits(self.text.flatten(0, 1))
-        if self.total is None or self.scores is None or self.done is None:
-            self.total = logits.new_zeros(self.text.shape[:2])
-            self.scores = logits.new_zeros(self.text.shape)
-            self.done = _Finished(self.start, self.search.size, self.bounds.end, logits.dtype)
-        total, slot, token, score = self._candidates(logits, width)
+        total, slot, token, score = self._candidates()
 
         # Finished texts hold their places: only the best of the others go on.
         rank = torch.arange(total.shape[1], device=total.device)
@@ -169,10 +166,9 @@ class _Run:
             first = torch.arange(len(slot), device=slot.device) if keep is None else keep
             self.session.keep((first[:, None] * width + slot).flatten(), keep)
 
-    def _candidates(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _candidates(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The best continuations, best first: sums, slots they continue, tokens, log-probabilities, each [b, c]."""
-        assert self.total is not None
-        count = self.sentence.numel()
+        logits, (count, width, _) = self.logits, self.text.shape
         partition = logits.logsumexp(-1, keepdim=True)
         each = min(self.search.size, logits.shape[-1])
         values, tokens = _top(logits.index_fill(-1, self.suppress, -torch.inf), each)
@@ -192,7 +188,6 @@ class _Run:
 
     def _can_improve(self, best: Tensor, written: Tensor, limit: Tensor) -> Tensor:
         """Bool[b]: whether the best live sum of a sentence can still lead into the texts to be returned."""
-        assert self.done is not None
         reach = best_possible(self.search.penalty, best, written.clamp_min(0), limit)
         return (best > -torch.inf) & (reach > self.done.bar(self.search.num_return)[self.sentence])
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from moekit.data.batch import Batch
 from moekit.data.tokenizer import Tokenizer
+from moekit.inference.batching import to_device
 from moekit.inference.generate import complete, generate
-from moekit.inference.interface import LengthLimit, Search, to_device
+from moekit.inference.interface import LengthLimit, Search
 from moekit.inference.sampling import Greedy
 from moekit.tasks import TASKS
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from moekit.data.tokenizer import SpecialTokens
-from moekit.inference.interface import (
-    CausalModel,
-    Generation,
-    LengthLimit,
-    Search,
-    SequenceModel,
-    Start,
-)
+from moekit.inference.interface import CausalModel, Generation, LengthLimit, Search, SequenceModel, Start
 from moekit.inference.sampling import Greedy
 from moekit.inference.session import Session
 
@@ -86,7 +81,7 @@ def generate(
         found = (search or Greedy()).run(session, start)
         if forced is not None:
             found = _prepend(forced, found)
-    return _ordinary(found)
+    return _pytree.tree_map(torch.clone, found)  # outside of inference mode, so that autograd may use it
 
 
 def complete(
@@ -106,16 +101,12 @@ def complete(
     Prompts of different lengths go through the model together as far as the shortest reaches and then a token at a
     time, so no padding is ever seen; group prompts of very different lengths.
 
-    Args:
+    Args: search, tokens, suppress and use_cache as of `generate`, and
         model: a language model, such as `moekit.transformer.DecoderOnly`.
         prompt_ids: Int64[B, P], with their begin token, at least one token each.
         prompt_mask: Bool[B, P], True = a real token, padding on the right; None = all are.
-        search: as in `generate`.
         max_new_tokens: the most tokens written.
         language: Int64[B], told to routers.
-        tokens: special ids.
-        suppress: ids never written; padding never is.
-        use_cache: False = compute every prefix anew (slow; for tests).
 
     Returns:
         The continuations, without the prompts.
@@ -148,7 +139,7 @@ def complete(
             suppress=suppress,
         )
         found = (search or Greedy()).run(session, start)
-    return _ordinary(found)
+    return _pytree.tree_map(torch.clone, found)
 
 
 @contextmanager
@@ -173,13 +164,11 @@ def _check(rows: int, **fields: tuple[Tensor | None, Sequence[int]]) -> None:
 def _prepend(forced: Tensor, found: Generation) -> Generation:
     """The same texts, beginning with the forced tokens."""
     copies = forced[:, None].expand(-1, found.ids.shape[1], -1)
-    exists = found.lengths > 0
-    return Generation(
+    return replace(
+        found,
         ids=torch.cat((copies, found.ids), dim=-1),
-        lengths=found.lengths + exists * forced.shape[1],
-        scores=found.scores,
+        lengths=found.lengths + (found.lengths > 0) * forced.shape[1],
         token_scores=torch.cat((found.token_scores.new_zeros(copies.shape), found.token_scores), dim=-1),
-        ended=found.ended,
     )
 
 
@@ -191,15 +180,4 @@ def _nothing(ids: Tensor) -> Generation:
         scores=torch.zeros(0, 1, device=ids.device),
         token_scores=torch.zeros(0, 1, 0, device=ids.device),
         ended=torch.zeros(0, 1, dtype=torch.bool, device=ids.device),
-    )
-
-
-def _ordinary(found: Generation) -> Generation:
-    """Copies that autograd may use, made outside of inference mode."""
-    return Generation(
-        ids=found.ids.clone(),
-        lengths=found.lengths.clone(),
-        scores=found.scores.clone(),
-        token_scores=found.token_scores.clone(),
-        ended=found.ended.clone(),
     )

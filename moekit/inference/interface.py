@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from moekit.data.tokenizer import SpecialTokens
+from moekit.inference.batching import to_device
 from moekit.routing import register_pytree
-
-_LOOK_EVERY = 8
 
 
 class Cache(Protocol):
@@ -25,12 +24,7 @@ class Cache(Protocol):
         """Keep what belongs to the encoder memory of `sentences` Int64[B'] (nothing to do without an encoder)."""
 
 
-class CausalModel(Protocol):
-    """A language model; `moekit.transformer.DecoderOnly` is one. What `decode` returns has a `hidden`."""
-
-    def decode(self, ids: Tensor, mask: Tensor | None, language: Tensor | None, cache: Any | None) -> Any:
-        """Hidden states Float[R, T, D] of tokens Int64[R, T]; with a cache, of the tokens it has not seen."""
-
+class _Decoded(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits Float[..., V]."""
 
@@ -38,7 +32,14 @@ class CausalModel(Protocol):
         """An empty cache."""
 
 
-class SequenceModel(Protocol):
+class CausalModel(_Decoded, Protocol):
+    """A language model; `moekit.transformer.DecoderOnly` is one. What `decode` returns has a `hidden`."""
+
+    def decode(self, ids: Tensor, mask: Tensor | None, language: Tensor | None, cache: Any | None) -> Any:
+        """Hidden states Float[R, T, D] of tokens Int64[R, T]; with a cache, of the tokens it has not seen."""
+
+
+class SequenceModel(_Decoded, Protocol):
     """A sequence-to-sequence model; `moekit.transformer.EncoderDecoder` is one."""
 
     def encode(self, source_ids: Tensor, source_mask: Tensor | None, language: Tensor | None) -> Any:
@@ -55,16 +56,14 @@ class SequenceModel(Protocol):
     ) -> Any:
         """As in `CausalModel`. There may be k rows per memory, side by side."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits Float[..., V]."""
-
-    def new_cache(self) -> Cache:
-        """An empty cache."""
-
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """The most tokens written for a source of S tokens, the end token included: constant + ratio * S, at least 1."""
+    """The most tokens written for a source of S tokens, the end token included: constant + ratio * S, at least 1.
+
+    Raises:
+        ValueError: if a number is negative, or both are 0.
+    """
 
     constant: int = 20
     ratio: float = 1.5
@@ -109,33 +108,12 @@ class Start:
 
 
 class Bounds(NamedTuple):
-    """Places of a `Start`.
+    """Places of a `Start`."""
 
-    Attributes:
-        shortest: of what is given; up to here all texts are read at once.
-        longest: of what is given; from here on all tokens are chosen.
-        most: the largest limit.
-        end: the place at which the last text is cut.
-    """
-
-    shortest: int
-    longest: int
-    most: int
-    end: int
-
-
-def to_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """Int64 of numbers, or of rows of them, on `device`.
-
-    It comes from pinned memory where that is a GPU, so that the host need not wait for the copy.
-    """
-    made = torch.tensor(numbers, dtype=torch.int64)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
-
-
-def look_every(device: torch.device) -> int:
-    """Steps between two looks at which texts are finished: looking costs nothing on a CPU, elsewhere the host waits."""
-    return 1 if device.type == "cpu" else _LOOK_EVERY
+    shortest: int  # of what is given; up to here all texts are read at once
+    longest: int  # of what is given; from here on all tokens are chosen
+    most: int  # the largest limit
+    end: int  # where the last text is cut
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,7 @@ class GNMTPenalty:
 
 @dataclass(frozen=True)
 class MeanLogProb:
-    """Divides by length ** alpha; 1 = the mean log-probability of a token, the end token counted.
-
-    Args:
-        alpha: see above.
-    """
+    """Divides by length ** alpha; 1 = the mean log-probability of a token, the end token counted."""
 
     alpha: float = 1.0
 

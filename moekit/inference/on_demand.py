@@ -124,22 +124,17 @@ class ExpertsOnDemand(Component):
 
 
 def open_on_demand(folder: Path | str, *, resident: int, dropless: bool = False) -> Imported:
-    """Open a folder of transformers with its experts left on disk.
+    """Open a folder of transformers with its experts left on disk, at most `resident` of each layer in memory.
 
-    Args:
-        folder: as in `moekit.huggingface.import_model`.
-        resident: the most experts of a layer in memory.
-        dropless: as there.
-
-    Raises:
-        UserError: as there.
+    `folder` and `dropless` are those of `moekit.huggingface.import_model`, which raises the same errors.
     """
     found = open_folder(folder, dropless=dropless)
     state = {name: found.tensor(name) for name in found.links if ".experts." not in name}
     found.model.load_state_dict(state, assign=True, strict=False)
 
-    def reader(path: str, names: tuple[str, ...]) -> Read:
-        return lambda expert: {name: found.entry(f"{path}.experts.{name}", expert) for name in names}
+    def reader(start: str, bank: Experts) -> Read:
+        names = tuple(bank.state_dict())
+        return lambda expert: {name: found.entry(start + name, expert) for name in names}
 
     _exchange(found.model, reader, resident)
     return Imported(found.model.eval(), found.tokens, found.architecture)
@@ -186,16 +181,16 @@ def load_on_demand(model: nn.Module, path: Path | str, *, resident: int, prefix:
             raise UserError(
                 f"{path}: {prefix}{name} must have the shape {list(wanted.shape)}: got {list(mine[name].shape)}."
             )
-    banks = _layers(model)
-    inside = tuple(f"{layer}.experts." if layer else "experts." for layer in banks)
+    inside = tuple(_layers(model))
     state = {n: mine[n].tensor().clone() for n in model.state_dict() if not n.startswith(inside)}
     model.load_state_dict(state, assign=True, strict=False)
 
-    def reader(layer: str, names: tuple[str, ...]) -> Read:
-        start = f"{layer}.experts." if layer else "experts."
-        axis = {name: banks[layer].experts.axes[name].index("expert") for name in names}
-        found = {name: mine[start + name] for name in names}
-        return lambda expert: {name: _take(found[name], axis[name], expert) for name in names}
+    def take(tensor: MappedTensor, axis: int, expert: int) -> Tensor:
+        return tensor[expert].tensor() if axis == 0 else tensor.tensor().select(axis, expert)
+
+    def reader(start: str, bank: Experts) -> Read:
+        found = {name: (mine[start + name], bank.axes[name].index("expert")) for name in bank.state_dict()}
+        return lambda expert: {name: take(*place, expert) for name, place in found.items()}
 
     _exchange(model, reader, resident)
     return model.eval()
@@ -210,38 +205,31 @@ def _read_checkpoint(path: Path) -> dict[str, MappedTensor]:
     return map_fake(path, {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)})
 
 
-def _take(tensor: MappedTensor, axis: int, expert: int) -> Tensor:
-    return tensor[expert].tensor() if axis == 0 else tensor.tensor().select(axis, expert)
-
-
 def _layers(model: nn.Module) -> dict[str, MoELayer]:
+    """The layers by what the names of their banks' tensors begin with."""
     return {
-        name: module
+        f"{name}.experts.".removeprefix("."): module
         for name, module in model.named_modules()
         if isinstance(module, MoELayer) and isinstance(module.experts, Experts)
     }
 
 
-def _exchange(model: nn.Module, reader: Callable[[str, tuple[str, ...]], Read], resident: int) -> None:
+def _exchange(model: nn.Module, reader: Callable[[str, Experts], Read], resident: int) -> None:
     """Put banks on demand in the place of all banks."""
-    for path, layer in _layers(model).items():
+    for start, layer in _layers(model).items():
         bank = layer.experts
-        on_demand = ExpertsOnDemand(bank, reader(path, tuple(bank.state_dict())), resident=resident)
-        layer.experts = on_demand  # type: ignore[assignment]
+        layer.experts = ExpertsOnDemand(bank, reader(start, bank), resident=resident)  # type: ignore[assignment]
         layer.dispatcher = PackedDispatcher()  # with a capacity as well: padded rows would fetch every expert
 
 
 def _single(bank: Experts) -> Experts:
     """The bank's settings with room for one expert and no memory."""
     one = copy.copy(bank)
-    one._parameters = {}
+    one._parameters = {name: None for name, value in bank._parameters.items() if value is None}
     for name, parameter in bank.named_parameters(recurse=False):
         axis = bank.axes[name].index("expert")
         shape = [1 if i == axis else size for i, size in enumerate(parameter.shape)]
         room = torch.empty(shape, dtype=parameter.dtype, device="meta")
         one.register_parameter(name, nn.Parameter(room, requires_grad=False))
-    for name, value in bank._parameters.items():
-        if value is None:
-            one.register_parameter(name, None)
     one.num_experts = 1
     return one.eval()

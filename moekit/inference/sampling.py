@@ -39,6 +39,9 @@ class Sampling:
             arXiv:1904.09751 section 3.1).
         samples: texts per sentence.
         seed: None = drawn from torch's global generator.
+
+    Raises:
+        ValueError: if a number is out of its range.
     """
 
     temperature: float = 1.0

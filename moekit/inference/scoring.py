@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from moekit.data.tokenizer import SpecialTokens, Tokenizer
+from moekit.inference.batching import by_length, padded, to_device
 from moekit.inference.generate import evaluating
-from moekit.inference.interface import to_device
 
 Normalise = Literal["sum", "token", "character"]
 
@@ -69,16 +69,15 @@ def score_continuations(
     device = next(model.parameters()).device
     found: list[Tensor] = [torch.empty(0)] * len(inputs)
     with evaluating(model):
-        for rows in _batches([(len(s), len(i)) for s, i in zip(sources, inputs, strict=True)], batch_tokens):
-            ids, mask = _padded([inputs[i] for i in rows], special.pad, device)
+        for rows in by_length([(len(s), len(i)) for s, i in zip(sources, inputs, strict=True)], batch_tokens):
+            ids, mask = padded([inputs[i] for i in rows], special.pad, device)
             spoken = None if target_language is None else torch.full((len(rows),), target_language, device=device)
+            memory: tuple[Tensor, ...] = ()
             if encodes:
-                source, source_mask = _padded([sources[i] for i in rows], special.pad, device)
+                source, source_mask = padded([sources[i] for i in rows], special.pad, device)
                 heard = None if source_language is None else torch.full_like(source[:, 0], source_language)
-                memory = model.encode(source, source_mask, heard).hidden  # type: ignore[operator]
-                hidden = model.decode(ids, memory, source_mask, mask, spoken).hidden  # type: ignore[operator]
-            else:
-                hidden = model.decode(ids, mask, spoken).hidden  # type: ignore[operator]
+                memory = (model.encode(source, source_mask, heard).hidden, source_mask)  # type: ignore[operator]
+            hidden = model.decode(ids, *memory, mask, spoken).hidden  # type: ignore[operator]
             # Only where something is predicted, row after row: a whole batch of logits would be large.
             places = [range(len(before[i]) - 1, len(before[i]) - 1 + len(continuations[i])) for i in rows]
             asked = to_device([(row, place) for row, wanted in enumerate(places) for place in wanted], device)
@@ -94,7 +93,11 @@ def score_continuations(
 
 @dataclass(frozen=True)
 class Question:
-    """A context, its possible continuations, and which one is right (a number from 0), where that is known."""
+    """A context, its possible continuations, and which one is right (a number from 0), where that is known.
+
+    Raises:
+        ValueError: if there is no continuation, one is empty, or `answer` is the number of none.
+    """
 
     context: str
     continuations: tuple[str, ...]
@@ -177,9 +180,8 @@ class Scorer:
     Args:
         model: such as `moekit.transformer.DecoderOnly` or `EncoderDecoder`.
         tokenizer: the one it was trained with.
-        batch_tokens: see `score_continuations`.
-        sentinel: of an encoder-decoder that was trained with one at the end of sources and the beginning of targets
-            (see `Translator`).
+        batch_tokens: the most padded positions of a batch (`score_continuations`).
+        sentinel: whether an encoder-decoder was trained with one (see `Translator`).
     """
 
     def __init__(
@@ -217,7 +219,7 @@ class Scorer:
         contexts = [[*first, *ids, *last] for ids, q in zip(encoded, questions, strict=True) for _ in q.continuations]
         texts = [text for question in questions for text in question.continuations]
         continuations = [[*ids, *end] if ids else [] for ids in tokenizer.encode_batch(texts)]
-        found = iter(
+        scores = iter(
             score_continuations(
                 self.model,
                 contexts,
@@ -230,43 +232,18 @@ class Scorer:
                 advance=advance,
             )
         )
-        results = []
-        for question in questions:
-            rows = [next(found) for _ in question.continuations]
-            results.append(
-                ContinuationScores(
-                    log_probs=tuple(float(row.double().sum()) for row in rows),
-                    tokens=tuple(len(row) for row in rows),
-                    characters=tuple(len(text) for text in question.continuations),
-                )
+        by_question = [[next(scores) for _ in question.continuations] for question in questions]
+        return [
+            ContinuationScores(
+                log_probs=tuple(float(row.double().sum()) for row in rows),
+                tokens=tuple(map(len, rows)),
+                characters=tuple(map(len, question.continuations)),
             )
-        return results
+            for question, rows in zip(questions, by_question, strict=True)
+        ]
 
 
 def accuracy(questions: Sequence[Question], scores: Sequence[ContinuationScores], by: Normalise = "sum") -> float:
     """Share of the questions with an answer whose likeliest continuation is that one; NaN where there is none."""
     right = [s.best(by) == q.answer for q, s in zip(questions, scores, strict=True) if q.answer is not None]
     return sum(right) / len(right) if right else float("nan")
-
-
-def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Int64[B, longest], padded on the right, and its mask."""
-    width = max(len(row) for row in rows)
-    ids = to_device([[*row, *[pad] * (width - len(row))] for row in rows], device)
-    lengths = to_device([len(row) for row in rows], device)
-    return ids, torch.arange(width, device=device) < lengths[:, None]
-
-
-def _batches(lengths: Sequence[tuple[int, int]], batch_tokens: int) -> Iterable[list[int]]:
-    """Numbers of the rows in batches of like length, of at most `batch_tokens` padded positions."""
-    batch: list[int] = []
-    widest = (0, 0)
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        wider = max(widest[0], lengths[i][0]), max(widest[1], lengths[i][1])
-        if batch and sum(wider) * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch, wider = [], lengths[i]
-        batch.append(i)
-        widest = wider
-    if batch:
-        yield batch

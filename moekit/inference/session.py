@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moekit.inference.interface import Cache, CausalModel, SequenceModel, look_every
+from moekit.inference.interface import Cache, CausalModel, SequenceModel
+
+_LOOK_EVERY = 8
 
 
 class Session:
@@ -31,7 +33,8 @@ class Session:
         use_cache: bool = True,
     ) -> None:
         self.rows = rows
-        self._model, self._memory, self._memory_mask, self._language = model, memory, memory_mask, language
+        self._model, self._language = model, language
+        self._memory: tuple[Tensor | None, ...] = () if memory is None else (memory, memory_mask)
         self._cache: Cache | None = model.new_cache() if use_cache else None
         self._seen = 0
         modules = model.modules() if isinstance(model, nn.Module) else ()
@@ -40,10 +43,10 @@ class Session:
     def look_every(self, device: torch.device) -> int:
         """Steps between two looks at which texts are finished, once a step was made.
 
-        One where the other rows of the batch decide about a row's experts, as under a capacity in evaluation: texts
-        that have ended would take part.
+        One on a CPU, where looking costs nothing; elsewhere the host waits. One also where the other rows of the batch
+        decide about a row's experts, as under a capacity in evaluation: texts that have ended would take part.
         """
-        return 1 if self._compete else look_every(device)
+        return 1 if self._compete or device.type == "cpu" else _LOOK_EVERY
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits Float[R, V] of the token after each row of `ids` Int64[R, T], in float32 or wider.
@@ -51,12 +54,7 @@ class Session:
         With every call the rows grow; what they held before must not change but by `keep`.
         """
         new = ids if self._cache is None else ids[:, self._seen :]
-        if self._memory is None:
-            output = self._model.decode(new, None, self._language, self._cache)  # type: ignore[call-arg,arg-type]
-        else:
-            output = self._model.decode(  # type: ignore[call-arg]
-                new, self._memory, self._memory_mask, None, self._language, self._cache
-            )
+        output = self._model.decode(new, *self._memory, None, self._language, self._cache)  # type: ignore[call-arg,arg-type]
         self._seen = ids.shape[1]
         self._compete |= any(routing.capacity is not None for routing in getattr(output, "routings", ()))
         logits = self._model.logits(output.hidden[:, -1])
@@ -67,10 +65,8 @@ class Session:
 
         Afterwards there must be a whole number of rows per memory, side by side.
         """
-        if sentences is not None and self._memory is not None:
-            self._memory = self._memory.index_select(0, sentences)
-            if self._memory_mask is not None:
-                self._memory_mask = self._memory_mask.index_select(0, sentences)
+        if sentences is not None and self._memory:
+            self._memory = tuple(None if part is None else part.index_select(0, sentences) for part in self._memory)
             if self._cache is not None:
                 self._cache.select_memory(sentences)
         # Whether the rows are all where they were is asked on a CPU alone: elsewhere copying is cheaper than waiting.
@@ -85,5 +81,5 @@ class Session:
 
     def keep_each(self, rows: Tensor) -> None:
         """Continue with `rows` Int64[R'], any of them, each with a memory of its own."""
-        memories = self.rows if self._memory is None else self._memory.shape[0]
+        memories = next((len(part) for part in self._memory if part is not None), self.rows)
         self.keep(rows, rows // (self.rows // memories))

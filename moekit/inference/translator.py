@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from moekit.data.batch import Batch
 from moekit.data.tokenizer import Tokenizer
+from moekit.inference.batching import by_length, padded
 from moekit.inference.beam import BeamSearch
 from moekit.inference.generate import generate
-from moekit.inference.interface import LengthLimit, Search, to_device
+from moekit.inference.interface import LengthLimit, Search
 from moekit.inference.length_penalty import GNMTPenalty
 from moekit.inference.sampling import Greedy
 
@@ -27,7 +28,7 @@ class Translator:
         search: how tokens are chosen; default a beam of 4.
         limit: the longest translation, by source length.
         batch_tokens: padded source tokens in a batch.
-        sentinel: of a model that was trained with a sentinel at the end of sources and the beginning of targets (see
+        sentinel: whether the model was trained with a sentinel at the end of sources and the beginning of targets (see
             `moekit.tasks.TaskData`).
     """
 
@@ -76,24 +77,20 @@ class Translator:
         Raises:
             UserError: if the tokenizer does not know a language.
         """
-        tag, end, pad = self.tokenizer.tag_id(target), self.tokenizer.eos_id, self.tokenizer.pad_id
+        tag, end = self.tokenizer.tag_id(target), self.tokenizer.eos_id
         languages = (self.tokenizer.language_id(source), self.tokenizer.language_id(target))
         device = next(self.model.parameters()).device
         ids = [[tag, *encoded, *self._forced, end] for encoded in self.tokenizer.encode_batch(sentences)]
         results = [""] * len(ids)
-        for rows in _by_length(
-            [len(row) if sentence.strip() else 0 for row, sentence in zip(ids, sentences, strict=True)],
-            self.batch_tokens,
-        ):
-            width = max(len(ids[i]) for i in rows)
-            padded = to_device([ids[i] + [pad] * (width - len(ids[i])) for i in rows], device)
-            length = to_device([len(ids[i]) for i in rows], device)
-            mask = torch.arange(width, device=device) < length[:, None]
+        said = [i for i, sentence in enumerate(sentences) if sentence.strip()]
+        for batch in by_length([(len(ids[i]),) for i in said], self.batch_tokens):
+            rows = [said[i] for i in batch]
+            source_ids, mask = padded([ids[i] for i in rows], self.tokenizer.pad_id, device)
             row_languages = [torch.full((len(rows),), language, device=device) for language in languages]
-            for i, written in zip(rows, self._write(padded, mask, *row_languages), strict=True):
+            for i, written in zip(rows, self._write(source_ids, mask, *row_languages), strict=True):
                 results[i] = written
             advance(len(rows))
-        advance(sum(not sentence.strip() for sentence in sentences))
+        advance(len(sentences) - len(said))
         return results
 
     def _write(self, source: Tensor, mask: Tensor, source_language: Tensor, target_language: Tensor) -> list[str]:
@@ -115,16 +112,3 @@ class Translator:
 def search_for(beam_size: int, length_penalty: float) -> Search:
     """Greedy search for a beam of 1, else a beam search with the penalty ((5 + length) / 6) ** alpha."""
     return Greedy() if beam_size == 1 else BeamSearch(beam_size, penalty=GNMTPenalty(length_penalty))
-
-
-def _by_length(lengths: Sequence[int], batch_tokens: int) -> Iterable[list[int]]:
-    """Numbers of the sentences (length > 0) in batches of like length, of at most `batch_tokens` padded tokens."""
-    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (lengths[i], i))
-    batch: list[int] = []
-    for i in order:
-        if batch and lengths[i] * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def comparison_view(runs: Sequence[RunFolder]) -> View:
             _progress(runs, names),
             PageSection(*heading("cost"), cells=[[Figure(table.title, table=table)] for table in cost]),
         ],
-        notes=_warnings(runs),
+        notes=[*_warnings(runs)],
         tables=[*measured, *cost],
         remark=f"In brackets: the difference from {names[0]}." if measures else "",
     )
@@ -139,26 +139,24 @@ def _names(runs: Sequence[RunFolder]) -> list[str]:
     return next((names for names in candidates if all(names) and len(set(names)) == len(runs)), numbered)
 
 
-def _warnings(runs: Sequence[RunFolder]) -> list[str]:
+def _warnings(runs: Sequence[RunFolder]) -> Iterator[str]:
     """Why the numbers may not be comparable."""
-    found = []
     data = {json.dumps(dig(r.summary, "data"), sort_keys=True, default=str) for r in runs if r.summary.get("data")}
     if len(data) > 1:
-        found.append("These runs used different data, so their scores are not strictly comparable.")
+        yield "These runs used different data, so their scores are not strictly comparable."
     for metric in ("bleu", "chrf"):
         scores = [run.scores(metric) for run in runs]
         if len(signatures := {x.signature for x in scores} - {""}) > 1:
-            found.append(f"The {metric} signatures differ: {', '.join(sorted(signatures))}.")
+            yield f"The {metric} signatures differ: {', '.join(sorted(signatures))}."
         if len({x.origin for x in scores if x.average is not None}) > 1:
-            found.append(f"Some {metric} scores are of the test set, others of the last validation.")
+            yield f"Some {metric} scores are of the test set, others of the last validation."
     texts = [main_task(run) for run in runs if not run.translates]
     if 0 < len(texts) < len(runs):
-        found.append("Some of these runs translate and others do not: they have no score in common.")
+        yield "Some of these runs translate and others do not: they have no score in common."
     if len({x.task for x in texts if x.task}) > 1:
-        found.append("The perplexities are of different tasks, so they are not comparable.")
+        yield "The perplexities are of different tasks, so they are not comparable."
     if len({x.origin for x in texts if x.perplexity is not None}) > 1:
-        found.append("Some perplexities are of the test set, others of the last validation.")
-    return found
+        yield "Some perplexities are of the test set, others of the last validation."
 
 
 def _predictions(runs: Sequence[RunFolder]) -> dict[str, list[TaskScores]]:
@@ -244,14 +242,10 @@ def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> PageSection:
     if any("valid/bleu/average" in run.metrics for run in runs):
         chart = curves("valid/bleu/average", "Validation BLEU of every run over steps", from_zero=True)
         figures.append(Figure("BLEU", "Average over all directions.", chart=chart))
-    first: dict[str, RunFolder] = {}
-    for run in runs:
-        for column in run.metrics:
-            if column.startswith("valid/") and column.endswith("/loss"):
-                first.setdefault(column, run)
-    for column, run in first.items():
-        named = run.task(column.split("/")[1])
-        chart = curves(column, f"{named.title}: validation loss of every run over steps")
+    first = {task: run for run in reversed(runs) for task in run.by_column("valid", "loss")}
+    for task in dict.fromkeys(task for run in runs for task in run.by_column("valid", "loss")):
+        named = first[task].task(task)
+        chart = curves(f"valid/{task}/loss", f"{named.title}: validation loss of every run over steps")
         figures.append(Figure(named.title, f"{named.explanation} Validation loss.", chart=chart))
     notes = [] if figures else ["No validation loss was logged."]
     return PageSection(*heading("progress", better=better), notes, [[figure] for figure in figures])

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from moekit.report import wording
-from moekit.report.health import layer_health
+from moekit.report.health import by_rule
 from moekit.report.plots import Curves, Line, Unit
 from moekit.report.run_folder import RunFolder, Series
 from moekit.report.series import milestones, smooth, smoothing_window
 from moekit.report.style import CYCLE
-from moekit.report.tasks import task_order
 from moekit.report.view import Figure, PageSection, Table, caption, heading, texts
 
 _LOADS = ("dead_experts", "load_cv", "load_max_ratio")  # no cause for worry where a fixed rule decides
@@ -52,11 +51,10 @@ def losses(run: RunFolder) -> PageSection:
 
 def _tasks(run: RunFolder) -> list[str]:
     """Names of the tasks with a logged loss, in the record's order; "" stands for the total where no task has one."""
-    columns = (column.split("/") for column in run.metrics)
-    found = {c[1] for c in columns if len(c) == 3 and c[0] in ("train", "valid") and c[2] == "loss"}
+    found = {*run.by_column("train", "loss"), *run.by_column("valid", "loss")}
     if not found:
         return [""] if {"train/loss", "valid/loss"} & set(run.metrics) else []
-    return sorted(found, key=lambda task: task_order(run.summary, task))
+    return sorted(found, key=run.task_order)
 
 
 def _loss(run: RunFolder, task: str) -> Figure:
@@ -118,8 +116,6 @@ def _phase(column: str) -> int:
 
 def routing(run: RunFolder) -> PageSection | None:
     """Entropy, drops, dead experts and router losses over time; nothing for a dense model."""
-    health = layer_health(run)
-    by_rule = bool(health) and all(x.fixed for x in health)
     figures = []
     for quantity, columns in routing_curves(run.metrics).items():
         overall = columns.pop("", None)
@@ -133,7 +129,7 @@ def routing(run: RunFolder) -> PageSection | None:
             columns = {"overall": overall, **columns}
         if not any(len(line.series.value) for line in lines):
             continue
-        words = caption(quantity, group="routing", worry=not (by_rule and quantity in _LOADS))
+        words = caption(quantity, group="routing", worry=not (by_rule(run) and quantity in _LOADS))
         unit: Unit = "percent" if quantity == "drop_rate" else "plain"
         chart = Curves(lines, f"{words[0]} over steps", unit, start_at_zero=quantity in _FROM_ZERO, height=2.2)
         figures.append(Figure(*words, chart, numbers=curve_table(columns)))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moekit.report import wording
-from moekit.report.health import LayerHealth, layer_health
+from moekit.report.health import LayerHealth, by_rule, layer_health
 from moekit.report.run_folder import RunFolder
 from moekit.report.style import DIVERGING_LEVELS, diverging_class
 from moekit.report.view import Figure, Heat, PageSection, Scale, Table, caption, heading
@@ -32,11 +32,21 @@ def experts(run: RunFolder) -> PageSection:
         notes.append("This model is dense: it has no Mixture-of-Experts layer, so nothing is routed.")
     elif not health:
         notes.append(run.notes.get("routing.json", "routing.json has no layer with a load."))
-    figures = [_load_map(health), _health(run)] if health else []
+    worry, figures = not by_rule(run), []
+    if health:
+        table = health_table(run)
+        used = " Per token: how many experts a token used, on average." if "per token" in table.headers else ""
+        figures = [
+            Figure(*caption("load", worry=worry), heats=[_load_map(health)], scale=_SCALE),
+            Figure(*caption("health", worry=worry, used=used), table=table, wide=bool(used)),
+        ]
     if health and len(run.languages) != 1:  # of one language it would be the load map again
-        maps = _language_maps(health)
-        figures += maps
-        notes += [] if maps else ["routing.json has no load by language."]
+        if maps := [_language_map(x) for x in health if x.by_language]:
+            width = _map_width(len(maps), max(x.num_experts for x in health if x.by_language))
+            explained = caption("language_maps", worry=worry)
+            figures.append(Figure(*explained, heats=maps, scale=_SCALE, map_width=width, wide=True))
+        else:
+            notes.append("routing.json has no load by language.")
     words = {"router": "router", "number": "some"} if varies else {"router": "small router", "number": "one or two"}
     return PageSection(*heading("experts", **words), notes, [[figure] for figure in figures])
 
@@ -64,27 +74,10 @@ def health_table(run: RunFolder) -> Table:
     return Table(headers, rows, "Experts")
 
 
-def _load_map(health: Sequence[LayerHealth]) -> Figure:
+def _load_map(health: Sequence[LayerHealth]) -> Heat:
     most = max(x.num_experts for x in health)
     rows = [(x.name, [_cell(v * x.num_experts) for v in x.load]) for x in health]
-    heat = Heat("layer", [*map(str, range(most))], rows, "dense" if most > 2 * _VISIBLE_TEXT else "", "6rem")
-    return Figure(*caption("load", worry=not all(x.fixed for x in health)), heats=[heat], scale=_SCALE)
-
-
-def _health(run: RunFolder) -> Figure:
-    table = health_table(run)
-    used = " Per token: how many experts a token used, on average." if "per token" in table.headers else ""
-    worry = not all(x.fixed for x in layer_health(run))
-    return Figure(*caption("health", worry=worry, used=used), table=table, wide=bool(used))
-
-
-def _language_maps(health: Sequence[LayerHealth]) -> list[Figure]:
-    told = [x for x in health if x.by_language]
-    if not told:
-        return []
-    width = _map_width(len(told), max(x.num_experts for x in told))
-    words = caption("language_maps", worry=not all(x.fixed for x in health))
-    return [Figure(*words, heats=[*map(_language_map, told)], scale=_SCALE, map_width=width, wide=True)]
+    return Heat("layer", [*map(str, range(most))], rows, "dense" if most > 2 * _VISIBLE_TEXT else "", "6rem")
 
 
 def _language_map(layer: LayerHealth) -> Heat:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,12 @@ def _layer_health(run: RunFolder, i: int, layer: Mapping[str, Any]) -> LayerHeal
     )
 
 
+def by_rule(run: RunFolder) -> bool:
+    """Whether a rule that nobody trains assigns the tokens of every layer."""
+    health = layer_health(run)
+    return bool(health) and all(x.fixed for x in health)
+
+
 def experts_per_token(run: RunFolder) -> float | None:
     """Mean over the layers that say how many experts a token used, else the summary's; None where nobody says."""
     found = [x.experts_per_token for x in layer_health(run) if x.experts_per_token is not None]
@@ -136,50 +142,42 @@ def findings(run: RunFolder) -> list[Finding]:
     return sorted([*_losses(run), *_routing(run)], key=lambda f: f.good)
 
 
-def _losses(run: RunFolder) -> list[Finding]:
+def _losses(run: RunFolder) -> Iterator[Finding]:
     broken = {name: int((~np.isfinite(s.value)).sum()) for name, s in run.metrics.items() if "loss" in name}
     worst = max(broken, key=lambda name: broken[name], default="")
-    if not worst:
-        return []
-    if not broken[worst]:
-        return [Finding(True, "Every logged loss was a number.")]
-    return [Finding(False, f"{worst} was not a number at {count(broken[worst], 'logged step')}.")]
+    if worst and broken[worst]:
+        yield Finding(False, f"{worst} was not a number at {count(broken[worst], 'logged step')}.")
+    elif worst:
+        yield Finding(True, "Every logged loss was a number.")
 
 
-def _routing(run: RunFolder) -> list[Finding]:
+def _routing(run: RunFolder) -> Iterator[Finding]:
     layers, rate = layer_health(run), drop_rate(run)
-    found = []
     if rate is not None:
         when = "late in training" if _logged_drops(run) else "in evaluation"
         text = f"{percent(rate)} of the assignments dropped {when}."
-        found.append(Finding(rate <= MAX_DROP_RATE, f"No token was dropped {when}." if rate == 0 else text))
-    if not layers:
-        return [*found, *_dead_so_far(run)]
-    by_rule, learned = [x for x in layers if x.fixed], [x for x in layers if not x.fixed]
-    if by_rule:
-        busiest = max(x.largest for x in by_rule)
-        which = f"{count(len(by_rule), 'layer')} {'assigns' if len(by_rule) == 1 else 'assign'} tokens by a fixed rule"
-        found.append(Finding(True, f"{which.capitalize()}; the busiest expert got {busiest:.1f} fair shares."))
-    return [*found, *_learned(learned)] if learned else found
+        yield Finding(rate <= MAX_DROP_RATE, f"No token was dropped {when}." if rate == 0 else text)
+    fixed, learned = [x for x in layers if x.fixed], [x for x in layers if not x.fixed]
+    if fixed:
+        busiest = max(x.largest for x in fixed)
+        which = f"{count(len(fixed), 'layer')} {'assigns' if len(fixed) == 1 else 'assign'} tokens by a fixed rule"
+        yield Finding(True, f"{which.capitalize()}; the busiest expert got {busiest:.1f} fair shares.")
+    if learned:
+        yield from _learned(learned)
+    elif not layers:
+        # As logged in training; of routers without an entropy nobody knows whether they learn.
+        dead = run.metrics.get("train/routing/dead_experts")
+        learning = any(name.startswith("train/routing/") and name.endswith("/entropy") for name in run.metrics)
+        if dead is not None and dead.last is not None and (not dead.last or learning):
+            yield Finding(dead.last == 0, f"{count(int(dead.last), 'dead expert').capitalize()} when last counted.")
 
 
-def _dead_so_far(run: RunFolder) -> list[Finding]:
-    """Dead experts as logged in training; of routers without an entropy nobody knows whether they learn."""
-    dead = run.metrics.get("train/routing/dead_experts")
-    learned = any(name.startswith("train/routing/") and name.endswith("/entropy") for name in run.metrics)
-    if dead is None or dead.last is None or (dead.last and not learned):
-        return []
-    return [Finding(dead.last == 0, f"{count(int(dead.last), 'dead expert').capitalize()} when last counted.")]
-
-
-def _learned(layers: list[LayerHealth]) -> list[Finding]:
-    total, dead_now = sum(x.num_experts for x in layers), sum(x.dead for x in layers)
+def _learned(layers: list[LayerHealth]) -> Iterator[Finding]:
+    dead, total = sum(x.dead for x in layers), sum(x.num_experts for x in layers)
     starved = sum(max(0, x.starved - x.dead) for x in layers)
     busiest = max(layers, key=lambda x: x.largest)
-    text = f"{count(dead_now, 'dead expert').capitalize()} of {total} in {count(len(layers), 'layer')}."
-    found = [Finding(dead_now == 0, text)]
+    yield Finding(dead == 0, f"{count(dead, 'dead expert').capitalize()} of {total} in {count(len(layers), 'layer')}.")
     if starved:
-        found.append(Finding(False, f"{count(starved, 'expert').capitalize()} got under a tenth of a fair share."))
+        yield Finding(False, f"{count(starved, 'expert').capitalize()} got under a tenth of a fair share.")
     text = f"The busiest expert got {busiest.largest:.1f} fair shares ({busiest.name})."
-    found.append(Finding(busiest.largest < max(1.6, min(CROWDED, 0.6 * busiest.num_experts)), text))
-    return found
+    yield Finding(busiest.largest < max(1.6, min(CROWDED, 0.6 * busiest.num_experts)), text)

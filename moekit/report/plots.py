@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from markupsafe import Markup
@@ -49,14 +49,6 @@ _LOOKS: dict[str, dict[str, Any]] = {
 }
 
 
-class Chart(Protocol):
-    """What can be drawn on a page."""
-
-    def svg(self) -> Markup:
-        """The chart as inline SVG."""
-        ...
-
-
 @dataclass(frozen=True)
 class Curves:
     """Lines over optimizer steps.
@@ -67,7 +59,7 @@ class Curves:
         unit: how the vertical axis is labelled.
         start_at_zero: whether the vertical axis must contain 0.
         skip_start: cut the first twentieth off at the top where it lies so high that it would squeeze the rest.
-        height: in inches.
+        height: inches.
     """
 
     lines: Sequence[Line]
@@ -183,6 +175,9 @@ class Dots:
                 _perplexity_axis(axes, logarithmic=_spread([v for column in self.columns.values() for v in column]))
             canvas.legend()
             return canvas.svg(self.description)
+
+
+Chart = Curves | Bars | Dots
 
 
 @contextlib.contextmanager

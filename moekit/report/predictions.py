@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moekit.report.run_folder import RunFolder, dig, names_in, number, numbers, task_of
+from moekit.report.run_folder import RunFolder, dig, names_in, number, numbers
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ def predictions(run: RunFolder) -> tuple[TaskScores, ...]:
     tested = dig(run.summary, "test")
     found = [_tested(run, task, tested[task]) for task in names_in(tested) if isinstance(dig(tested, task), Mapping)]
     if not found:
-        tests = [name for name in run.metrics if name.startswith("test/")]
-        for task in dict.fromkeys(filter(None, map(task_of, tests))):
+        for task in run.by_column("test", "loss"):
             prefix = f"test/{task}/"
-            tree: dict[str, Any] = {n.removeprefix(prefix): run.metrics[n].last for n in tests if n.startswith(prefix)}
+            tree: dict[str, Any] = {
+                n.removeprefix(prefix): s.last for n, s in run.metrics.items() if n.startswith(prefix)
+            }
             inner = {n.partition("/")[2]: value for n, value in tree.items() if n.startswith("perplexity/")}
             found.append(_tested(run, task, {**tree, "languages": inner}))
     if not found:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from moekit.report import wording
-from moekit.report.answers import answer_tables, answer_tiles
 from moekit.report.curves import curve_table
 from moekit.report.experts import health_table
-from moekit.report.health import dropped, experts_per_token, layer_health
+from moekit.report.health import by_rule, dropped, experts_per_token
 from moekit.report.plots import Bars, Curves, Line
 from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
-from moekit.report.run_folder import DirectionScores, RunFolder, Series, dig, loads, number, sides
+from moekit.report.run_folder import DirectionScores, RunFolder, Series, dig, loads, names_in, number, sides
 from moekit.report.style import SEQUENTIAL_LEVELS, sequential_class
 from moekit.report.view import Figure, Heat, PageSection, Scale, Table, Tile, caption, heading
 
 ORIGIN = {"test": "test set", "valid": "last validation"}
 _NEAR = 5
+_TRANSLATION = {"BLEU": "bleu", "chrF": "chrf"}  # the scores by label, which have places of their own
 _NOT_TESTED = "These are scores of the last validation, not of the test set."
 
 
@@ -50,11 +50,10 @@ def costs(run: RunFolder) -> dict[str, str]:
 
 def routing_words(run: RunFolder) -> dict[str, str]:
     """How the experts of a run fared, by quantity; a dash where the folder does not say."""
-    health, said = layer_health(run), dig(run.summary, "routing")
-    by_rule = bool(health) and all(x.fixed for x in health)
+    said = dig(run.summary, "routing")
     return {
         "dropped late in training": dropped(run),
-        "dead experts": "fixed rule" if by_rule else wording.fixed(number(said, "dead_experts"), 0),
+        "dead experts": "fixed rule" if by_rule(run) else wording.fixed(number(said, "dead_experts"), 0),
         "load CV": wording.fixed(number(said, "load_cv"), 2),
         "router entropy": wording.fixed(number(said, "entropy"), 2),
         "experts per token": wording.fixed(experts_per_token(run), 2),
@@ -96,12 +95,17 @@ def score_tiles(run: RunFolder) -> list[Tile]:
             Tile("chrF, average", wording.fixed(chrf.average), ORIGIN[chrf.origin]),
             Tile("Perplexity", wording.perplexity(ppl.get(task)), run.task(task).title.lower() if task else ""),
         ]
+    written = [
+        Tile(label, wording.fixed(scored.average), run.task(task).title.lower())
+        for task, scores in answers(run).items()
+        for label, scored in list(scores.items())[:2]
+    ]
     found = main_task(run)
     names = list(found.languages)
     spoken = wording.count(len(names), "language") if len(names) > 1 else "".join(names)
     where = ", ".join(filter(None, (ORIGIN[found.origin], spoken)))
     return [
-        *answer_tiles(run),
+        *written,
         Tile("Perplexity", wording.perplexity(found.perplexity), "not measured" if found.perplexity is None else where),
         Tile("Accuracy", wording.percent(found.accuracy), f"of {run.task(found.task).title.lower()}"),
         Tile("Loss", wording.significant(found.loss), "nats per token"),
@@ -122,16 +126,54 @@ def tables(run: RunFolder) -> list[Table]:
 def rankings(run: RunFolder) -> list[Table]:
     """Scores by direction or by language, best first, and what the test says of each of several tasks."""
     if run.translates:
-        scores = {"BLEU": run.scores("bleu"), "chrF": run.scores("chrf")}
+        scores = {label: run.scores(name) for label, name in _TRANSLATION.items()}
         bleu, chrf = (found.directions for found in scores.values())
         names = sorted(dict.fromkeys([*bleu, *chrf]), key=lambda d: -bleu.get(d, chrf.get(d, 0.0)))
         rows = [(d, wording.fixed(bleu.get(d)), wording.fixed(chrf.get(d))) for d in names]
-        signatures = {name: found.signature for name, found in scores.items() if found.signature}
-        return [Table(["direction", "BLEU", "chrF"], rows, "Translation quality", signatures)]
+        return [Table(["direction", *scores], rows, "Translation quality", _signatures(scores))]
     tested = [x for x in predictions(run) if x.origin == "test"]
     if len(tested) < 2:  # of one task the headline says it all
         return [_by_language(x, "") for x in tested]
     return [_task_scores(run, tested), *(_by_language(x, f": {run.task(x.task).title}") for x in tested)]
+
+
+def answers(run: RunFolder) -> dict[str, dict[str, DirectionScores]]:
+    """Scores by label, as "Exact match", of each task but translation whose written answers were tested, by its name.
+
+    The run's record names them.
+    """
+    tested = {}
+    for task in names_in(dig(run.summary, "tasks")):
+        labels = dig(run.summary, "tasks", task, "scores")
+        scores = {str(labels[n]): run.scores(n) for n in names_in(labels) if n not in _TRANSLATION.values()}
+        if any(found.average is not None for found in scores.values()):
+            tested[task] = scores
+    return tested
+
+
+def answer_tables(run: RunFolder) -> list[Table]:
+    """A table for each such task: a row for each direction, and one of averages where there are several."""
+    tables = []
+    for task, scores in answers(run).items():
+        names = list(dict.fromkeys(d for found in scores.values() for d in found.directions))
+        rows = [(d, *(wording.fixed(found.directions.get(d)) for found in scores.values())) for d in names]
+        if len(names) != 1:
+            rows.append(("average", *(wording.fixed(found.average) for found in scores.values())))
+        tables.append(Table(["direction", *scores], rows, run.task(task).title, _signatures(scores)))
+    return tables
+
+
+def _signatures(scores: Mapping[str, DirectionScores]) -> dict[str, str]:
+    return {label: found.signature for label, found in scores.items() if found.signature}
+
+
+def answer_section(run: RunFolder) -> PageSection | None:
+    """The part of the page with these tables; None where no such answers were tested."""
+    cells = [
+        [Figure(table.title, f"{run.task(task).explanation} In percent, of held-out examples.", table=table)]
+        for task, table in zip(answers(run), answer_tables(run), strict=True)
+    ]
+    return PageSection(*heading("answers"), cells=cells) if cells else None
 
 
 def quality(run: RunFolder) -> PageSection:
@@ -141,7 +183,7 @@ def quality(run: RunFolder) -> PageSection:
 
 def _translation(run: RunFolder) -> PageSection:
     words = heading("translation")
-    scores = {"BLEU": run.scores("bleu"), "chrF": run.scores("chrf")}
+    scores = {label: run.scores(name) for label, name in _TRANSLATION.items()}
     (table,) = rankings(run)
     names = [row[0] for row in table.rows]
     if not names:

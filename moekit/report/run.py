@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from moekit.report import render
-from moekit.report.answers import answer_section
 from moekit.report.curves import losses, routing
 from moekit.report.experts import experts
 from moekit.report.health import findings
 from moekit.report.predictions import main_task
-from moekit.report.results import about, quality, tables, tiles
+from moekit.report.results import about, answer_section, quality, tables, tiles
 from moekit.report.run_folder import RunFolder, read_run
 from moekit.report.samples import samples
 from moekit.report.view import Provenance, View

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moekit.errors import UserError
-from moekit.report.tasks import TaskWording, task_wording
 from moekit.runs.record import Sample
+from moekit.tasks import TASKS, SampleWording
 
 FILES = ("config.yaml", "environment.json", "metrics.csv", "summary.json", "routing.json", "samples.json")
+
+_TOTAL = {"title": "Total", "explanation": "The sum of all tasks and the routers' penalties."}
+_UNSAID = {**{name: task.record() for name, task in TASKS.items()}, "": _TOTAL}  # summaries did not always say it
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,16 @@ class DirectionScores:
     directions: Mapping[str, float] = field(default_factory=dict)
     signature: str = ""
     origin: str = "test"
+
+
+@dataclass(frozen=True)
+class TaskWording:
+    """How a task is presented; `perplexity` says whether it predicts tokens, so that exp(loss) has a meaning."""
+
+    title: str
+    explanation: str = "Loss of this task."
+    perplexity: bool = True
+    samples: SampleWording = field(default_factory=SampleWording)
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ class RunFolder:
         if any(self.scores(metric).average is not None for metric in ("bleu", "chrf")):
             return True
         said = {t for key in ("test", "loss", "perplexity", "accuracy") for t in names_in(dig(self.summary, key))}
-        said |= {task_of(column) for column in self.metrics} - {""}
+        said |= {t for phase in ("train", "valid", "test") for t in self.by_column(phase, "loss")}
         said = said or {sample.task for sample in self.samples}
         return not said or "translation" in said
 
@@ -151,9 +164,27 @@ class RunFolder:
         series = self.metrics.get(column)
         return series if series is not None and len(series.finite.value) >= least else None
 
+    def by_column(self, phase: str, quantity: str) -> dict[str, Series]:
+        """By task, the column ``PHASE/TASK/QUANTITY`` of metrics.csv; what routing logs belongs to no task."""
+        columns = ((column.split("/"), series) for column, series in self.metrics.items())
+        found = {c[1]: series for c, series in columns if len(c) == 3 and (c[0], c[2]) == (phase, quantity)}
+        return {task: series for task, series in found.items() if task not in ("aux", "routing")}
+
     def task(self, name: str) -> TaskWording:
-        """What the task is called, and whether a perplexity belongs to it."""
-        return task_wording(self.summary, name)
+        """How a task is presented, as the summary says; neutrally, what it leaves out."""
+        kinds = {"title": str, "explanation": str, "perplexity": bool}
+        found = TaskWording(name.replace("_", " ").capitalize())
+        for said in (_UNSAID.get(name), dig(self.summary, "tasks", name)):
+            given = {key: dig(said, key) for key, kind in kinds.items() if isinstance(dig(said, key), kind)}
+            words = {f.name: dig(said, "samples", f.name) for f in fields(SampleWording)}
+            words = {key: word for key, word in words.items() if isinstance(word, str)}
+            found = replace(found, **given, samples=replace(found.samples, **words))
+        return found
+
+    def task_order(self, task: str) -> tuple[int, str]:
+        """Sorts tasks as the summary names them, a task that nobody names by its name at the end."""
+        order = [*names_in(self.summary.get("tasks")), *_UNSAID]
+        return order.index(task) if task in order else len(order), task
 
     def by_task(self, quantity: str) -> dict[str, float]:
         """Final validation loss, perplexity or accuracy (`quantity`) by task: the summary's, else the last logged."""
@@ -162,8 +193,7 @@ class RunFolder:
             return given
         if quantity == "perplexity":
             return {t: math.exp(v) for t, v in self.by_task("loss").items() if v < 700 and self.task(t).perplexity}
-        columns = ((column.split("/"), series.last) for column, series in self.metrics.items())
-        return {c[1]: v for c, v in columns if v is not None and len(c) == 3 and (c[0], c[2]) == ("valid", quantity)}
+        return {t: s.last for t, s in self.by_column("valid", quantity).items() if s.last is not None}
 
     def scores(self, metric: str) -> DirectionScores:
         """Scores by `metric`, such as "bleu", of the test, or else of the last validation, or nothing."""
@@ -190,7 +220,6 @@ def read_run(run_dir: Path) -> RunFolder:
     Raises:
         UserError: if `run_dir` is no folder, or holds none of a run's files.
     """
-    run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"A run folder is required: {run_dir} is not a folder. Give the --out folder of a run.")
     if not any((run_dir / name).is_file() for name in FILES):
@@ -199,20 +228,22 @@ def read_run(run_dir: Path) -> RunFolder:
             "Give the --out folder of a run (not its checkpoints)."
         )
     notes: dict[str, str] = {}
-    config, samples = "", _json(run_dir / "samples.json", list, notes)
+    config, samples = "", []
     try:
         config = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         notes["config.yaml"] = _unreadable(run_dir / "config.yaml", error)
+    for entry in _json(run_dir / "samples.json", list, notes):
+        with contextlib.suppress(ValueError):
+            samples.append(Sample.from_json(entry, []))
+    objects = {name: _json(run_dir / f"{name}.json", dict, notes) for name in ("environment", "summary", "routing")}
     return RunFolder(
-        path=run_dir,
-        config=config,
-        environment=_json(run_dir / "environment.json", dict, notes),
+        run_dir,
+        config,
         metrics=_metrics(run_dir / "metrics.csv", notes),
-        summary=_json(run_dir / "summary.json", dict, notes),
-        routing=_json(run_dir / "routing.json", dict, notes),
-        samples=tuple(s for s in map(_sample, samples) if s is not None),
+        samples=tuple(samples),
         notes=notes,
+        **objects,
     )
 
 
@@ -242,13 +273,6 @@ def names_in(tree: Any) -> list[str]:
     return [str(name) for name in tree] if isinstance(tree, Mapping) else []
 
 
-def task_of(column: str) -> str:
-    """Task whose loss a column of metrics.csv holds, or ""."""
-    parts = column.split("/")
-    logged = len(parts) == 3 and parts[0] in ("train", "valid", "test") and parts[2] == "loss"
-    return parts[1] if logged and parts[1] not in ("aux", "routing") else ""
-
-
 def sides(direction: str) -> tuple[str, str]:
     """Source and target of a direction such as "en-de"; the target is "" where it has only one part."""
     source, _, target = direction.partition("-")
@@ -260,7 +284,7 @@ def loads(layer: Any, language: str | None = None) -> list[float]:
     values = dig(layer, "load") if language is None else dig(layer, "load_by_language", language)
     if not isinstance(values, list) or not values:
         return []
-    clean = [v for value in values if (v := number({"x": value}, "x")) is not None and v >= 0]
+    clean = [v for value in values if (v := number(value)) is not None and v >= 0]
     total = sum(clean)
     return [v / total for v in clean] if len(clean) == len(values) and total > 0 else []
 
@@ -282,12 +306,6 @@ def _json(path: Path, kind: type, notes: dict[str, str]) -> Any:
         notes[path.name] = f"{path.name} must hold {required}: got {type(value).__name__}."
         return kind()
     return value
-
-
-def _sample(entry: Any) -> Sample | None:
-    with contextlib.suppress(ValueError):
-        return Sample.from_json(entry, [])
-    return None
 
 
 def _metrics(path: Path, notes: dict[str, str]) -> dict[str, Series]:

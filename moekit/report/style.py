@@ -61,7 +61,7 @@ class Canvas:
     """A figure in the house style: ``with Canvas() as canvas: canvas.axes.plot(...)``, then `svg`.
 
     Args:
-        height: of the figure in inches; the width is fixed, so that texts are of one size on the page.
+        height: inches; the width is fixed, so that texts are of one size on the page.
     """
 
     WIDTH = 4.75

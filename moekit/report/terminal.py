@@ -13,10 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from moekit.report import wording
-from moekit.report.answers import answer_tables
 from moekit.report.health import findings, layer_health
 from moekit.report.predictions import TaskScores, main_task, predictions
-from moekit.report.results import costs, known, rankings, routing_words, score_tiles
+from moekit.report.results import answer_tables, costs, known, rankings, routing_words, score_tiles
 from moekit.report.run_folder import RunFolder, dig, number, read_run, sides
 from moekit.report.view import Table
 

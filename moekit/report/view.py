@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 
-from moekit.report.agreement import Agreement, agreement
 from moekit.report.health import Finding
 from moekit.report.plots import Chart
+from moekit.runs.record import Sample
 from moekit.tasks import SampleWording
-
-LONGEST_SAMPLE = 900  # characters that a page shows of one text
 
 
 @dataclass(frozen=True)
@@ -97,28 +95,12 @@ class PageSection:
 
 
 @dataclass(frozen=True)
-class ShownSample:
-    """What the model was given, what would have been right, and what it wrote; `languages` of source and target."""
-
-    wording: SampleWording
-    languages: tuple[str, str]
-    source: str
-    reference: str
-    hypothesis: str
-
-    @property
-    def agreement(self) -> Agreement:
-        """Which words of what is shown agree."""
-        return agreement(self.reference[:LONGEST_SAMPLE], self.hypothesis[:LONGEST_SAMPLE])
-
-
-@dataclass(frozen=True)
 class TaskSamples:
     """Samples of one task under headings of their directions or languages."""
 
     title: str
     wording: SampleWording
-    groups: Mapping[str, Sequence[ShownSample]]
+    groups: Mapping[str, Sequence[Sample]]
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from rich.console import Console
 from moekit.errors import UserError
 from moekit.report import results_markdown, terminal_summary, wording, write_comparison
 from moekit.report.__main__ import main
-from moekit.report.agreement import agreement, pieces
 from moekit.report.render import literal
-from moekit.report.samples import marked
+from moekit.report.samples import agreement, marked, pieces
 
 
 def screen(run: object, *, encoding: str = "utf-8", width: int = 80) -> list[str]:
