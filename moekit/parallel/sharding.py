@@ -305,7 +305,7 @@ def _join_partners(module: nn.Module, group: dist.ProcessGroup) -> None:
         return tuple(map(into, args)), {name: into(value) for name, value in kwargs.items()}
 
     def into(value: Any) -> Any:
-        return sum_gradient(value, group) if isinstance(value, Tensor) and value.requires_grad else value
+        return sum_gradient(value, [group]) if isinstance(value, Tensor) and value.requires_grad else value
 
     def leave(_: nn.Module, args: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
