@@ -52,9 +52,11 @@ class Exchange(Protocol):
 
     Attributes:
         size: W, ranks in the group.
+        groups: the process groups that together connect these ranks.
     """
 
     size: int
+    groups: tuple[dist.ProcessGroup, ...]
 
     def open(self, counts: Tensor) -> Route:
         """Tell all ranks how many rows this one has for their experts: Int64[W, n]."""
@@ -69,7 +71,13 @@ class Exchange(Protocol):
 
     def largest(self, number: int, device: torch.device) -> int:
         """The largest of the numbers that the ranks of the group hold."""
-        ...
+        # Groups that also work on the host ("cpu:gloo,cuda:nccl") are asked there, and no device waited for.
+        if all("cpu" in dist.get_backend_config(group) for group in self.groups):
+            device = torch.device("cpu")
+        value = torch.tensor(number, device=device)
+        for group in self.groups:
+            dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
+        return int(value)  # host read, where a group has no form on the host
 
 
 def all_to_all(rows: Tensor, received: list[int] | None, sent: list[int] | None, group: dist.ProcessGroup) -> Tensor:
@@ -129,7 +137,7 @@ class _Direct:
         return all_to_all(rows, self.sent_rows, self.received_rows, self.group)
 
 
-class AllToAll:
+class AllToAll(Exchange):
     """Rows go straight to the rank that holds their expert.
 
     Args:
@@ -139,7 +147,7 @@ class AllToAll:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.size = group, group.size()
+        self.group, self.size, self.groups = group, group.size(), (group,)
 
     def open(self, counts: Tensor) -> Route:
         """See `Exchange.open`."""
@@ -153,20 +161,6 @@ class AllToAll:
     def send_equal(self, rows: Tensor) -> Tensor:
         """See `Exchange.send_equal`."""
         return all_to_all(rows, None, None, self.group)
-
-    def largest(self, number: int, device: torch.device) -> int:
-        """See `Exchange.largest`."""
-        return _largest(number, device, self.group)
-
-
-def _largest(number: int, device: torch.device, *groups: dist.ProcessGroup) -> int:
-    # A group that also works on the host ("cpu:gloo,cuda:nccl") is asked there, and no device waited for.
-    if all("cpu" in dist.get_backend_config(group) for group in groups):
-        device = torch.device("cpu")
-    value = torch.tensor(number, device=device)
-    for group in groups:
-        dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
-    return int(value)  # host read, where the group has no form on the host
 
 
 @dataclass(frozen=True)
@@ -192,7 +186,7 @@ class _TwoLevel:
         return transpose_blocks(self.inner.back(here), self.by_rank.t())
 
 
-class TwoLevelAllToAll:
+class TwoLevelAllToAll(Exchange):
     """Rows go first to the rank of the own node that has the number of their destination, then between nodes.
 
     Args:
@@ -205,7 +199,7 @@ class TwoLevelAllToAll:
 
     def __init__(self, inner: dist.ProcessGroup, outer: dist.ProcessGroup) -> None:
         self.inner, self.outer = AllToAll(inner), AllToAll(outer)
-        self.size = inner.size() * outer.size()
+        self.size, self.groups = inner.size() * outer.size(), (inner, outer)
 
     def open(self, counts: Tensor) -> Route:
         """See `Exchange.open`."""
@@ -230,7 +224,3 @@ class TwoLevelAllToAll:
         here = self.inner.send_equal(rows.view(nodes, local, *rest).transpose(0, 1))
         there = self.outer.send_equal(here.transpose(0, 1))
         return there.reshape(self.size, *rest)
-
-    def largest(self, number: int, device: torch.device) -> int:
-        """See `Exchange.largest`."""
-        return _largest(number, device, self.inner.group, self.outer.group)
