@@ -52,17 +52,15 @@ class LocalView:
 
 
 class LocalViews:
-    """Hooks that show the local views of some parameters while a module runs."""
+    """Hooks that show the local views of some parameters whenever `module` is called.
 
-    def __init__(self, views: Sequence[LocalView]) -> None:
+    To be made before `fully_shard` wraps the module: it puts its own hook, which gathers the weights, before the
+    others, and releases them after ours.
+    """
+
+    def __init__(self, module: nn.Module, views: Sequence[LocalView]) -> None:
         self.views = tuple(views)
         self._shown: list[list[LocalView]] = []
-
-    def attach(self, module: nn.Module) -> None:
-        """Show the views whenever `module` is called. To be called before `fully_shard` wraps it.
-
-        `fully_shard` puts its own hook, which gathers the weights, before the others, and releases them after ours.
-        """
         module.register_forward_pre_hook(self._show)
         module.register_forward_hook(self._hide, always_call=True)
 

@@ -28,9 +28,9 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.optim import Optimizer
 
 from moekit.parallel.host_memory import to_host
+from moekit.parallel.layout import zero_dimension
 from moekit.parallel.mesh import REPLICATE
 from moekit.parallel.shards import dtensor_from_shard
-from moekit.parallel.zero import zero_dimension
 
 _BUCKET = 2**24  # entries gathered at once
 

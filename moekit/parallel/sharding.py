@@ -20,13 +20,12 @@ from moekit.errors import UserError
 from moekit.layer import moe_layers
 from moekit.parallel.activations import Activations
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
-from moekit.parallel.fsdp_units import FSDPUnit, choose_fsdp_units, inner_first, zero_dimensions
+from moekit.parallel.fsdp_units import FSDPUnit, choose_fsdp_units, clone_output_views, inner_first, zero_dimensions
 from moekit.parallel.local_views import LocalView, LocalViews
 from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, REPLICATE, SHARD, TENSOR, Meshes, unflatten
-from moekit.parallel.outputs import clone_output_views
 from moekit.parallel.plan import ShardingPlan
 from moekit.parallel.tensor_parallel import VocabParallel, sum_gradient, sum_value
-from moekit.parallel.unused_gradients import reduce_unused_gradients
+from moekit.parallel.unused_gradients import parameter_groups, reduce_unused_gradients
 from moekit.routers.rank_shuffle import RankShuffle
 
 _HANDLE = "_moekit_sharded"
@@ -41,16 +40,12 @@ class ShardedModel:
     Attributes:
         module: The model.
         meshes: The ranks.
-        plan: The plan by which axes and modules were mapped.
-        annotations: The parameters that name their axes.
         units: The modules that gather their weights together, innermost first; the last is the model itself.
         replaced: The parameters that took the place of others, by these, as long as somebody holds them.
     """
 
     module: nn.Module
     meshes: Meshes
-    plan: ShardingPlan
-    annotations: tuple[Annotation, ...]
     units: tuple[FSDPModule, ...]
     replaced: WeakTensorKeyDictionary
 
@@ -72,11 +67,9 @@ class ShardedModel:
         Backward lets go of the weights that the model itself gathered when its forward began. Inner units gather theirs
         whenever they are called. All ranks must call it together.
         """
-        root: Any = self.units[-1]
-        root.unshard()
-        state: Any = fully_shard.state(root)  # type: ignore[attr-defined]
-        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-            for parameter in () if group is None else group.fsdp_params:
+        self.units[-1].unshard()
+        for group in parameter_groups(self.units[-1]):
+            for parameter in group.fsdp_params:
                 # An optimizer may have been toggled since they were gathered.
                 parameter._unsharded_param.requires_grad_(parameter.sharded_param.requires_grad)
         for hook in self.module._forward_pre_hooks.values():
@@ -147,7 +140,7 @@ def parallelize(
         if module in waiting:
             sharder.shard(waiting.pop(module))
     divided = (*theirs, *(unit.module for unit in units))
-    result = ShardedModel(model, meshes, plan, tuple(found), divided, _replaced(model, before))  # type: ignore[arg-type]
+    result = ShardedModel(model, meshes, divided, _replaced(model, before))  # type: ignore[arg-type]
     model.__dict__[_HANDLE] = result
     model.__dict__["__deepcopy__"] = _refuse_to_copy
     return result
@@ -186,9 +179,9 @@ def _connect(model: nn.Module, meshes: Meshes, plan: ShardingPlan, found: list[A
         if isinstance(shuffle, RankShuffle) and shuffle.group is None:
             shuffle.group = meshes.data["data_parallel"].get_group()
     if meshes.layout.expert_parallel_size > 1:
-        exchange, divided = _exchange(meshes, plan), set(map(id, banks(found)))
+        exchange, divided = _exchange(meshes, plan), set(banks(found))
         for _, layer in moe_layers(model):
-            if any(id(module) in divided for module in layer.experts.modules()):
+            if not divided.isdisjoint(layer.experts.modules()):
                 layer.connect(exchange)
 
 
@@ -231,10 +224,10 @@ def _slices(model: nn.Module, meshes: Meshes, found: list[Annotation]) -> list[_
     ) -> tuple[LocalView, ...]:
         return tuple(LocalView(owner, name, scale, gradient_scale, groups) for owner, name in places[id(parameter)])
 
-    sparse, split = set(map(id, banks(found))), {id(n.module) for n in found if TENSOR in n.divided.values()}
+    sparse, split = set(banks(found)), {n.module for n in found if TENSOR in n.divided.values()}
     for note in found:
-        names: tuple[str, ...] = (EXPERT,) if id(note.module) in sparse else ()
-        names += (TENSOR,) if layout.tensor_parallel_size > 1 and id(note.module) in split else ()
+        names: tuple[str, ...] = (EXPERT,) if note.module in sparse else ()
+        names += (TENSOR,) if layout.tensor_parallel_size > 1 and note.module in split else ()
         if not names:
             continue
         mesh = (meshes.sparse if EXPERT in names else meshes.dense)[names]
@@ -273,23 +266,21 @@ def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice
     for unit in units:
         clone_output_views(unit.module)
     tensor = meshes.tensor_group
-    outer = {id(inner): module for module in dict.fromkeys(n.module for n in found) for inner in module.modules()}
-    mine: dict[int, list[LocalView]] = {}
-    holders: dict[int, nn.Module] = {}
-    taken: set[int] = set()
+    annotated = dict.fromkeys(n.module for n in found)
+    outer = {inner: module for module in annotated for inner in module.modules()}
+    views = [view for part in slices for view in part.views]
+    shown: dict[nn.Module, list[LocalView]] = {}
     for unit in units:  # inner ones first: a view belongs to the innermost unit, and to the module that names the axes
         inside = set(unit.module.modules())
-        for view in (view for part in slices for view in part.views):
-            if view.module in inside and id(view) not in taken:
-                taken.add(id(view))
-                for holder in {id(m): m for m in (unit.module, outer.get(id(view.module), view.module))}.values():
-                    mine.setdefault(id(holder), []).append(view)
-                    holders[id(holder)] = holder
-    for key, holder in holders.items():
-        LocalViews(mine[key]).attach(holder)
+        for view in (view for view in views if view.module in inside):
+            for holder in dict.fromkeys((unit.module, outer.get(view.module, view.module))):
+                shown.setdefault(holder, []).append(view)
+        views = [view for view in views if view.module not in inside]
+    for holder, mine in shown.items():
+        LocalViews(holder, mine)
     if tensor.size() == 1:
         return
-    for module in dict.fromkeys(n.module for n in found):
+    for module in annotated:
         notes = [n for n in found if n.module is module]
         split = {n.axes[d] for n in notes for d, name in n.divided.items() if name == TENSOR}
         if "vocab" in split:
@@ -356,9 +347,10 @@ class _Sharder:
         own = list(unit.module.named_parameters(self.paths[unit.module]))
         placed = {parameter: Shard(self.dimensions[name]) for name, parameter in own if name in self.dimensions}
         sparse = unit.module in self.banks
+        mesh, name = (self.meshes.sparse, EXPERT_SHARD) if sparse else (self.meshes.dense, SHARD)
         wrapped = fully_shard(
             unit.module,
-            mesh=_data_mesh(self.meshes, sparse=sparse),
+            mesh=mesh[REPLICATE, name] if mesh[REPLICATE].size() > 1 else mesh[name],
             reshard_after_forward=unit.module is not self.model and self.meshes.layout.zero_stage != 2,
             shard_placement_fn=lambda p: placed[p],
             mp_policy=MixedPrecisionPolicy(
@@ -390,9 +382,3 @@ def _divide(part: _Slice) -> None:
     new = nn.Parameter(divided, requires_grad=parameter.requires_grad)
     for view in part.views:
         view.module._parameters[view.name] = new
-
-
-def _data_mesh(meshes: Meshes, *, sparse: bool) -> DeviceMesh:
-    """The ranks that hold the same weights: replicas, and those that divide them."""
-    mesh, name = (meshes.sparse, EXPERT_SHARD) if sparse else (meshes.dense, SHARD)
-    return mesh[REPLICATE, name] if mesh[REPLICATE].size() > 1 else mesh[name]

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moekit.parallel.layout import Layout, Optimizer, Training
-from moekit.parallel.zero import zero_dimension
+from moekit.parallel.layout import Layout, Optimizer, Training, zero_dimension
 from moekit.planner.census import Census, GatheredUnit, Weight
 
 TENSOR_AXES = frozenset({"heads", "mlp", "vocab"})
