@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moekit.errors import UserError
 from moekit.mapped import DTYPES
@@ -63,6 +64,10 @@ class StoredTensor:
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]
 
+    def empty(self, device: str = "cpu") -> Tensor:
+        """Memory for the whole of it."""
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
 
 @dataclass(frozen=True)
 class Index:
@@ -77,6 +82,10 @@ class Index:
     entries: Mapping[str, StoredTensor]
     plain: tuple[str, str] | None = None
     processes: int = 1
+
+    def under(self, prefix: str) -> dict[str, StoredTensor]:
+        """The tensors whose names begin with `prefix`, by the rest of their names."""
+        return {name.removeprefix(prefix): entry for name, entry in self.entries.items() if name.startswith(prefix)}
 
     def dump(self) -> str:
         """As JSON, with a digest of itself."""
@@ -110,12 +119,13 @@ class Index:
             for chunk in entry.chunks:
                 if not chunk.numel:
                     continue
-                other = seen.setdefault((chunk.file, chunk.key), name)
-                if other != name or sum((c.file, c.key) == (chunk.file, chunk.key) for c in entry.chunks) > 1:
+                place = chunk.file, chunk.key
+                if place in seen:
                     raise UserError(
                         f"the checkpoint {where} gives the same bytes, {chunk.key} of {chunk.file}, to two parts of "
-                        f"{name} or {other}: one of them is missing. Use another checkpoint."
+                        f"{name} or {seen[place]}: one of them is missing. Use another checkpoint."
                     )
+                seen[place] = name
             _check_tiling(name, entry, where)
 
 

@@ -86,14 +86,8 @@ def optimizer_targets(
 ) -> dict[str, Tensor]:
     """Tensors to be filled with the optimizers' statistics, sharded as their parameters are.
 
-    Args:
-        model: The model whose parameters the optimizers have.
-        optimizers: The optimizers to be loaded.
-        index: The index of the checkpoint.
-        plain: What the checkpoint holds that is no tensor.
-        where: The checkpoint, for messages.
-        renamed: Whether parameters may have got other names since: then they are known by their places, as torch knows
-            them, if those whose names are known stand where they stood.
+    Parameters that were `renamed` since are known by their places, as torch knows them, if those whose names are known
+    stand where they stood.
 
     Raises:
         OtherOptimizersError: If the checkpoint is of others.
@@ -116,11 +110,10 @@ def optimizer_targets(
                 f"{_sizes(here)} here. Configure the optimizer as it was."
             )
         parameters = {name: parameter for parameter, name in _named(optimizer, names)}
-        prefix = f"optimizer/{number}/"
-        for key, entry in index.entries.items():
-            if key.startswith(prefix):
-                name, _, statistic = key.removeprefix(prefix).rpartition("/")
-                targets[key] = _empty_statistic(parameters[now[name]], statistic, entry.shape, entry.dtype)
+        for key, entry in index.under(f"optimizer/{number}/").items():
+            name, _, statistic = key.rpartition("/")
+            found = _empty_statistic(parameters[now[name]], statistic, entry.shape, entry.dtype)
+            targets[f"optimizer/{number}/{key}"] = found
     return targets
 
 

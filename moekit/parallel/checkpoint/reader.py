@@ -79,9 +79,9 @@ class StoredCheckpoint:
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Whole tensors, by name without `prefix`, of all whose names begin with it."""
-        found = {n: torch.empty(e.shape, dtype=e.dtype) for n, e in self.index.entries.items() if n.startswith(prefix)}
-        self.fill(found)
-        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        found = {name: entry.empty() for name, entry in self.index.under(prefix).items()}
+        self.fill({prefix + name: tensor for name, tensor in found.items()})
+        return found
 
     @torch.no_grad()
     def fill(self, targets: Mapping[str, Tensor]) -> None:
