@@ -81,13 +81,9 @@ class Exchange(Protocol):
 
 
 def all_to_all(rows: Tensor, received: list[int] | None, sent: list[int] | None, group: dist.ProcessGroup) -> Tensor:
-    """Exchange rows; the gradient travels back the same way.
+    """``rows`` Float[R, ...], `sent` of them for each rank in turn, become those `received` from each.
 
-    Args:
-        rows: Float[R, ...], `sent` rows for each rank one after the other.
-        received: rows from each rank; None = equal shares of everything.
-        sent: rows for each rank.
-        group: the ranks.
+    None = equal shares. The gradient travels back the same way.
     """
     out: Tensor = all_to_all_single_autograd(rows.contiguous(), received, sent, group)
     return wait_tensor(out)
@@ -102,12 +98,7 @@ def _counts_to(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def transpose_blocks(rows: Tensor, sizes: Tensor) -> Tensor:
-    """Rows in blocks ordered by (a, b) become rows in blocks ordered by (b, a).
-
-    Args:
-        rows: Float[R, ...].
-        sizes: Int64[A, B], rows of each block; they sum to R.
-    """
+    """Rows in blocks of `sizes` Int64[A, B], ordered by (a, b), become rows in blocks ordered by (b, a)."""
     flat = sizes.reshape(-1)
     start = (flat.cumsum(0) - flat).view_as(sizes).t().reshape(-1)
     length = sizes.t().reshape(-1)

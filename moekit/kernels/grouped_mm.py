@@ -136,9 +136,7 @@ def _multiplies_in_float32(dtype: torch.dtype) -> bool:
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return False
-    cpu = torch.cpu
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return not any(bool(getattr(cpu, name)()) for name in checks if hasattr(cpu, name))
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _edges(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -15,9 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from moekit.parallel.mesh import EXPERT, TENSOR, Meshes
+from moekit.parallel.plan import AXES
 from moekit.parallel.tensor_parallel import sum_gradient
-
-_AXES = {"batch": EXPERT, "expert": EXPERT, "mlp": TENSOR, "heads": TENSOR, "vocab": TENSOR}
 
 
 class Activations(nn.Module):
@@ -35,6 +34,9 @@ class Activations(nn.Module):
     Args:
         axes: The mesh dimension ("expert" or "tensor") of further axes, by axis.
 
+    Raises:
+        ValueError: If an axis is mapped to another mesh dimension.
+
     Source: the annotations `split` and `replicate` of GShard, arXiv:2006.16668 section 3.2, and its change between
         automatic and manual partitioning (`part`, `local`). Differs: a number of parts is not given, it is that of the
         ranks; a dimension that they do not divide evenly is refused; operations follow DTensor's propagation, and the
@@ -48,7 +50,7 @@ class Activations(nn.Module):
 
     def __init__(self, axes: Mapping[str, str] | None = None) -> None:
         super().__init__()
-        self._axes = {**_AXES, **(axes or {})}
+        self._axes = {"batch": EXPERT, **AXES, **(axes or {})}
         wrong = {name: where for name, where in self._axes.items() if where not in (EXPERT, TENSOR)}
         if wrong:
             raise ValueError(f'Activations maps axes to the mesh dimensions "expert" and "tensor": got {wrong}.')

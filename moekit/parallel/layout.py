@@ -79,12 +79,8 @@ class Layout:
 
     def __str__(self) -> str:
         parts = ["1 device" if self.devices == 1 else f"{self.devices} devices"]
-        if self.expert_parallel_size > 1:
-            parts.append(f"expert {self.expert_parallel_size}")
-        if self.tensor_parallel_size > 1:
-            parts.append(f"tensor {self.tensor_parallel_size}")
-        if self.replicas > 1:
-            parts.append(f"replicas {self.replicas}")
+        sizes = {"expert": self.expert_parallel_size, "tensor": self.tensor_parallel_size, "replicas": self.replicas}
+        parts += [f"{name} {size}" for name, size in sizes.items() if size > 1]
         parts.append(f"ZeRO {self.zero_stage}")
         if self.offload != "none":
             parts.append(f"{self.offload} offloaded")

@@ -201,13 +201,7 @@ def _exchange(meshes: Meshes, plan: ShardingPlan) -> Exchange:
 
 @dataclass(frozen=True)
 class _Slice:
-    """How one parameter is divided among experts' and tensor-parallel ranks, before ZeRO.
-
-    Attributes:
-        views: The views that forward has of it, one for every place where it is held.
-        mesh: The mesh of the ranks.
-        placements: Its placements on the mesh.
-    """
+    """How a parameter, of which there is a view for each place that holds it, is divided before ZeRO divides it."""
 
     views: tuple[LocalView, ...]
     mesh: DeviceMesh

@@ -57,7 +57,7 @@ class GatheredUnit:
         kind: "block", "vocabulary" (table and logits) or "rest".
         name: for tables.
         weights: its parameters.
-        cost: of each, for a micro-batch.
+        cost: what each costs in a micro-batch.
         entry: numbers of the residual stream at its beginning: all that checkpointing keeps of a block.
         logits: numbers of the scores over the vocabulary that it makes.
         count: how many equal ones there are.
@@ -164,13 +164,10 @@ def weights_of(module: nn.Module, taken: set[int]) -> tuple[Weight, ...]:
         if isinstance(owner, MoELayer):
             share = getattr(owner.router, "k", 1) / owner.router.num_experts
             active |= {id(p): share for p in owner.experts.parameters()}
-    found = []
-    for parameter in module.parameters():
-        if id(parameter) not in taken:
-            taken.add(id(parameter))
-            key = id(parameter)
-            found.append(Weight(tuple(parameter.shape), axes.get(key, ()), active.get(key, 1.0)))
-    return tuple(found)
+    found = {id(p): Weight(tuple(p.shape), axes.get(id(p), ()), active.get(id(p), 1.0)) for p in module.parameters()}
+    new = tuple(weight for key, weight in found.items() if key not in taken)
+    taken |= set(found)
+    return new
 
 
 def _units(model: nn.Module, training: Training) -> Iterator[GatheredUnit]:

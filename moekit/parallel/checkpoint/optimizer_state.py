@@ -18,7 +18,7 @@ from moekit.errors import UserError
 from moekit.parallel.checkpoint.index import Index
 from moekit.parallel.checkpoint.state import clean
 from moekit.parallel.master_weights import model_parameter
-from moekit.parallel.shards import empty_like, replicated_like, shard_like
+from moekit.parallel.shards import replicated_like, shard_like
 
 
 class OtherOptimizersError(UserError):
@@ -177,7 +177,7 @@ def _empty_statistic(parameter: Tensor, name: str, shape: tuple[int, ...], dtype
         # As torch's optimizers keep it; `load_state_dict` moves it to the right device.
         return torch.empty(shape, dtype=dtype)
     if shape == tuple(parameter.shape):
-        return empty_like(parameter, dtype)
+        return torch.empty_like(parameter, dtype=dtype)
     device = parameter.to_local().device if isinstance(parameter, DTensor) else parameter.device
     return replicated_like(torch.empty(shape, dtype=dtype, device=device), parameter)
 

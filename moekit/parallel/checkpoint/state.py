@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from moekit.errors import UserError
 from moekit.parallel.checkpoint.index import Index, StoredTensor
-from moekit.parallel.shards import empty_like
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _TENSOR = "__tensor__"
@@ -60,7 +60,9 @@ def extra_targets(model: nn.Module, index: Index) -> dict[str, Tensor]:
 
 def _empty_like(like: Tensor | None, entry: StoredTensor) -> Tensor:
     """Sharded like a tensor of its shape; whole, on the CPU, where there is none."""
-    return empty_like(like, entry.dtype) if like is not None and tuple(like.shape) == entry.shape else entry.empty()
+    if like is None or tuple(like.shape) != entry.shape:
+        return entry.empty()
+    return torch.empty_like(like, dtype=entry.dtype)
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
