@@ -80,6 +80,9 @@ class MasterWeights:
         divide: Whether each data rank updates one slice of the parameters that all of them repeat (ZeRO stage 1).
         device: The device on which the optimizer works; None = the device of the weights.
 
+    Attributes:
+        entries: The master weights, by id of the model's parameter.
+
     Raises:
         ValueError: If the optimizer has master weights already.
     """
@@ -90,7 +93,7 @@ class MasterWeights:
                 f"an optimizer must have one kind of master weights: {type(optimizer).__name__} has some already."
             )
         self.optimizer, self.divide, self.device = optimizer, divide, device
-        self._of: dict[int, MasterWeight] = {}
+        self.entries: dict[int, MasterWeight] = {}
         self._swapped_in = False
         self._adopt()
         optimizer.register_step_pre_hook(self._before_step)
@@ -142,8 +145,8 @@ class MasterWeights:
         """Put the master weights in the place of the model's parameters."""
         self._adopt()
         for group in self.optimizer.param_groups:
-            group["params"] = [self._of[id(p)].tensor if id(p) in self._of else p for p in group["params"]]
-        for entry in self._of.values():
+            group["params"] = [self.entries[id(p)].tensor if id(p) in self.entries else p for p in group["params"]]
+        for entry in self.entries.values():
             state = self.optimizer.state.pop(entry.parameter, None)
             if state is not None:
                 sharded = {key: self._shard_statistic(value, entry) for key, value in state.items()}
@@ -154,7 +157,7 @@ class MasterWeights:
         """Put the model's parameters back."""
         for group in self.optimizer.param_groups:
             group["params"] = [model_parameter(p) for p in group["params"]]
-        for entry in self._of.values():
+        for entry in self.entries.values():
             entry.tensor.grad = None
             if entry.tensor in self.optimizer.state:
                 self.optimizer.state[entry.parameter] = self.optimizer.state.pop(entry.tensor)
@@ -168,8 +171,8 @@ class MasterWeights:
             self.swap_out()
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                if isinstance(parameter, DTensor) and id(parameter) not in self._of:
-                    self._of[id(parameter)] = self._make(parameter)
+                if isinstance(parameter, DTensor) and id(parameter) not in self.entries:
+                    self.entries[id(parameter)] = self._make(parameter)
 
     @torch.no_grad()
     def _make(self, parameter: DTensor) -> MasterWeight:
@@ -211,7 +214,7 @@ class MasterWeights:
         """
         with_gradient: list[MasterWeight] = []
         gradients: list[Tensor] = []
-        for entry in self._of.values():
+        for entry in self.entries.values():
             self._refresh(entry)
             entry.tensor.grad = None
             whole = entry.parameter.grad
@@ -243,19 +246,19 @@ class MasterWeights:
     @torch.no_grad()
     def _update_model(self) -> None:
         """Write the updated master weights into the model's weights, on all ranks."""
-        for entry in self._of.values():
+        for entry in self.entries.values():
             if self.device is not None:
                 # The device reads them while the host goes on; `load_from_model` waits before it writes there again.
                 entry.slice_of(entry.parameter._local_tensor).copy_(entry.tensor._local_tensor, non_blocking=True)
         for bucket in self._buckets():
             _gather(bucket)
-        for entry in self._of.values():
+        for entry in self.entries.values():
             entry.synced = _version(entry.parameter)
 
     def _buckets(self) -> Iterator[list[MasterWeight]]:
         """Divided master weights of one group and type, not too many at once, in an order that all ranks share."""
         kinds: dict[tuple[int, torch.dtype], list[MasterWeight]] = {}
-        for entry in self._of.values():
+        for entry in self.entries.values():
             if entry.group is not None and entry.group.size() > 1:
                 kinds.setdefault((id(entry.group), entry.parameter.dtype), []).append(entry)
         for kind in kinds.values():
