@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,19 +23,6 @@ from moekit.routing import Router
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
-@dataclass(frozen=True)
-class FSDPUnit:
-    """A module that gathers its weights, but for those of units inside it, in one collective.
-
-    Attributes:
-        module: The module.
-        dtype: The type in which it gathers them; None = their own.
-    """
-
-    module: nn.Module
-    dtype: torch.dtype | None = None
-
-
 def inner_first(module: nn.Module, seen: set[nn.Module] | None = None) -> Iterator[nn.Module]:
     """A module and all inside it, each once, those inside before the one around them."""
     seen = set() if seen is None else seen
@@ -49,10 +35,11 @@ def inner_first(module: nn.Module, seen: set[nn.Module] | None = None) -> Iterat
 
 def choose_fsdp_units(
     model: nn.Module, plan: ShardingPlan, found: list[Annotation], compute_dtype: torch.dtype | None = None
-) -> list[FSDPUnit]:
-    """Banks, what the plan wraps, what keeps another type than the modules around it, and the model; inner first.
+) -> dict[nn.Module, torch.dtype | None]:
+    """The modules that gather their weights, but for those of others of them inside, together, and in which type.
 
-    Blocks and banks gather their weights in `compute_dtype`; None = their own.
+    Banks, what the plan wraps, what keeps another type than the modules around it, and the model; inner first. Blocks
+    and banks gather in `compute_dtype`; None = the weights' own.
 
     Raises:
         UserError: If an expert bank shares weights with other modules.
@@ -68,19 +55,19 @@ def choose_fsdp_units(
         apart |= _with_weights((inner for module in narrow for inner in module.modules()), Router, *_NORMS)
     if len({p.dtype for p in model.parameters()}) > 1:  # or in a model of one: weights of one collective have one type
         apart |= _with_weights(model.modules(), Router)
-    units = []
+    units: dict[nn.Module, torch.dtype | None] = {}
     for module in inner_first(model):
         if module not in narrow | apart or module is model or isinstance(module, FSDPModule):
             continue
         inside = set(module.modules())
         shared = any(not owners[parameter] <= inside for parameter in module.parameters())
         if not shared:
-            units.append(FSDPUnit(module, None if module in apart else compute_dtype))
+            units[module] = None if module in apart else compute_dtype
         elif module in sparse:
             raise UserError(
                 f"an expert bank must not share weights with other modules: {type(module).__name__} does. Copy them."
             )
-    return [*units, FSDPUnit(model)]
+    return {**units, model: None}
 
 
 def _with_weights(modules: Iterable[nn.Module], *kinds: type[nn.Module]) -> set[nn.Module]:

@@ -20,7 +20,7 @@ from moekit.errors import UserError
 from moekit.layer import moe_layers
 from moekit.parallel.activations import Activations
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
-from moekit.parallel.fsdp_units import FSDPUnit, choose_fsdp_units, clone_output_views, inner_first, zero_dimensions
+from moekit.parallel.fsdp_units import choose_fsdp_units, clone_output_views, inner_first, zero_dimensions
 from moekit.parallel.local_views import LocalView, LocalViews
 from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, REPLICATE, SHARD, TENSOR, Meshes, unflatten
 from moekit.parallel.plan import ShardingPlan
@@ -135,12 +135,11 @@ def parallelize(
     _connect(model, meshes, plan, found)
     _attach(meshes, found, slices, units)
     sharder = _Sharder(model, meshes, found, slices, dimensions)
-    waiting = {unit.module: unit for unit in units}
+    waiting = dict(units)
     for module in weights if weights is not None else inner_first(model):
         if module in waiting:
-            sharder.shard(waiting.pop(module))
-    divided = (*theirs, *(unit.module for unit in units))
-    result = ShardedModel(model, meshes, divided, _replaced(model, before))  # type: ignore[arg-type]
+            sharder.shard(module, waiting.pop(module))
+    result = ShardedModel(model, meshes, (*theirs, *units), _replaced(model, before))  # type: ignore[arg-type]
     model.__dict__[_HANDLE] = result
     model.__dict__["__deepcopy__"] = _refuse_to_copy
     return result
@@ -211,13 +210,10 @@ class _Slice:
 def _slices(model: nn.Module, meshes: Meshes, found: list[Annotation]) -> list[_Slice]:
     """What becomes of annotated parameters, and of scalars, which fully_shard does not take."""
     layout, slices = meshes.layout, []
-    places = _places(model)
-
-    def views(
-        parameter: Tensor, scale: float, gradient_scale: float, *groups: dist.ProcessGroup
-    ) -> tuple[LocalView, ...]:
-        return tuple(LocalView(owner, name, scale, gradient_scale, groups) for owner, name in places[id(parameter)])
-
+    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}  # of a shared one there are several
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(parameter, []).append((module, name))
     sparse, split = set(banks(found)), {n.module for n in found if TENSOR in n.divided.values()}
     for note in found:
         names: tuple[str, ...] = (EXPERT,) if note.module in sparse else ()
@@ -236,38 +232,30 @@ def _slices(model: nn.Module, meshes: Meshes, found: list[Annotation]) -> list[_
                 scale = 1.0 / layout.tensor_parallel_size
             else:
                 groups.append(meshes.tensor_group)
-        slices.append(_Slice(views(note.parameter, scale, gradient_scale, *groups), mesh, tuple(placements)))
+        views = tuple(LocalView(*place, scale, gradient_scale, tuple(groups)) for place in places[note.parameter])
+        slices.append(_Slice(views, mesh, tuple(placements)))
     mesh = meshes.data["data_parallel"]
     for parameter in model.parameters():
         if parameter.ndim == 0 and not isinstance(parameter, DTensor):
-            seen = views(parameter, 1.0, 1.0 / meshes.data_size, mesh.get_group())
-            slices.append(_Slice(seen, mesh, (Replicate(),)))
+            scale, groups = 1.0 / meshes.data_size, (mesh.get_group(),)
+            views = tuple(LocalView(*place, 1.0, scale, groups) for place in places[parameter])
+            slices.append(_Slice(views, mesh, (Replicate(),)))
     return slices
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Every module and name under which a parameter is held; a shared one has several."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((module, name))
-    return places
-
-
-def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice], units: Sequence[FSDPUnit]) -> None:
+def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice], units: Iterable[nn.Module]) -> None:
     """Hooks that show local views in forward, and those of tensor-parallel layers."""
     for unit in units:
-        clone_output_views(unit.module)
+        clone_output_views(unit)
     tensor = meshes.tensor_group
     annotated = dict.fromkeys(n.module for n in found)
     outer = {inner: module for module in annotated for inner in module.modules()}
     views = [view for part in slices for view in part.views]
     shown: dict[nn.Module, list[LocalView]] = {}
     for unit in units:  # inner ones first: a view belongs to the innermost unit, and to the module that names the axes
-        inside = set(unit.module.modules())
+        inside = set(unit.modules())
         for view in (view for view in views if view.module in inside):
-            for holder in dict.fromkeys((unit.module, outer.get(view.module, view.module))):
+            for holder in dict.fromkeys((unit, outer.get(view.module, view.module))):
                 shown.setdefault(holder, []).append(view)
         views = [view for view in views if view.module not in inside]
     for holder, mine in shown.items():
@@ -330,25 +318,25 @@ class _Sharder:
             else OffloadPolicy()
         )
 
-    def shard(self, unit: FSDPUnit) -> None:
-        """Take the weights of rank 0, slice them, and let `fully_shard` divide the slices."""
-        mine = [module for module in unit.module.modules() if module not in self.sent]
+    def shard(self, unit: nn.Module, dtype: torch.dtype | None) -> None:
+        """Take the weights of rank 0, slice them, and let `fully_shard` divide them, gathered in `dtype`."""
+        mine = [module for module in unit.modules() if module not in self.sent]
         self.sent.update(mine)
         self._take_from_rank_zero(mine)
         for module in mine:
             for part in self.slices.get(module, ()):
                 _divide(part)
-        own = list(unit.module.named_parameters(self.paths[unit.module]))
+        own = list(unit.named_parameters(self.paths[unit]))
         placed = {parameter: Shard(self.dimensions[name]) for name, parameter in own if name in self.dimensions}
-        sparse = unit.module in self.banks
-        mesh, name = (self.meshes.sparse, EXPERT_SHARD) if sparse else (self.meshes.dense, SHARD)
+        bank = unit in self.banks
+        mesh, name = (self.meshes.sparse, EXPERT_SHARD) if bank else (self.meshes.dense, SHARD)
         wrapped = fully_shard(
-            unit.module,
+            unit,
             mesh=mesh[REPLICATE, name] if mesh[REPLICATE].size() > 1 else mesh[name],
-            reshard_after_forward=unit.module is not self.model and self.meshes.layout.zero_stage != 2,
+            reshard_after_forward=unit is not self.model and self.meshes.layout.zero_stage != 2,
             shard_placement_fn=lambda p: placed[p],
             mp_policy=MixedPrecisionPolicy(
-                param_dtype=unit.dtype, reduce_dtype=None if unit.dtype is None else own[0][1].dtype,
+                param_dtype=dtype, reduce_dtype=None if dtype is None else own[0][1].dtype,
                 cast_forward_inputs=False,
             ),
             offload_policy=self.offload,
