@@ -94,7 +94,6 @@ def check_model(model: nn.Module, layout: Layout, plan: ShardingPlan, found: lis
         UserError: Naming the parameter or module, and the nearest layout that would do.
     """
     size = {EXPERT: layout.expert_parallel_size, TENSOR: layout.tensor_parallel_size}
-    option = {EXPERT: "expert_parallel_size", TENSOR: "tensor_parallel_size"}
     for note in found:
         for dimension, mesh in note.divided.items():
             length = note.parameter.shape[dimension]
@@ -104,8 +103,8 @@ def check_model(model: nn.Module, layout: Layout, plan: ShardingPlan, found: lis
             if length % size[mesh]:
                 fits = max(n for n in range(1, size[mesh]) if length % n == 0)
                 raise UserError(
-                    f"the axis {note.axes[dimension]!r} of {note.path} must be divisible by {option[mesh]}: got "
-                    f"{length} and {size[mesh]}. Use {option[mesh]}={fits}, or make it "
+                    f"the axis {note.axes[dimension]!r} of {note.path} must be divisible by {mesh}_parallel_size: got "
+                    f"{length} and {size[mesh]}. Use {mesh}_parallel_size={fits}, or make it "
                     f"{-(-length // size[mesh]) * size[mesh]}."
                 )
         takes = hasattr(note.module, "vocabulary")

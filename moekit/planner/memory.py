@@ -79,16 +79,9 @@ def sharers(weight: Weight, layout: Layout) -> int:
 def optimizer_numbers(shape: tuple[int, ...], optimizer: Optimizer) -> int:
     """Statistics that an optimizer keeps for a weight of that shape."""
     numel = math.prod(shape)
-    match optimizer:
-        case "adamw":
-            return 2 * numel
-        case "momentum":
-            return numel
-        case "sgd":
-            return 0
-        case "adafactor":
-            # One number for each row and one for each column of each matrix.
-            return numel if len(shape) < 2 else numel // max(shape[-1], 1) + numel // max(shape[-2], 1)
+    # Of a matrix Adafactor keeps one number for each row and one for each column.
+    factored = numel if len(shape) < 2 else numel // max(shape[-1], 1) + numel // max(shape[-2], 1)
+    return {"adamw": 2 * numel, "momentum": numel, "sgd": 0, "adafactor": factored}[optimizer]
 
 
 def memory_of(census: Census, layout: Layout, training: Training) -> Memory:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,12 @@ class Index:
             "about": ABOUT,
             "format": FORMAT,
             "processes": self.processes,
-            "plain": list(self.plain) if self.plain else None,
+            "plain": self.plain,
             "tensors": {
                 name: {
-                    "shape": list(entry.shape),
+                    "shape": entry.shape,
                     "dtype": str(entry.dtype),
-                    "chunks": [
-                        [list(c.offsets), list(c.sizes), c.file, c.key, c.digest]
-                        for c in sorted(entry.chunks, key=lambda c: c.offsets)
-                    ],
+                    "chunks": [astuple(chunk) for chunk in sorted(entry.chunks, key=lambda chunk: chunk.offsets)],
                 }
                 for name, entry in sorted(self.entries.items())
             },
