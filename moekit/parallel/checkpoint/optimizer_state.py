@@ -136,12 +136,10 @@ def _sizes(groups: Sequence[Sequence[str]]) -> str:
 def optimizer_state_from(
     saved: Mapping[str, Any], tensors: Mapping[str, Tensor], order: Sequence[Sequence[str]] | None = None
 ) -> dict[str, Any]:
-    """The state dict of an optimizer, in torch's own form.
+    """The state dict of an optimizer, in torch's own form, of its saved groups and plain statistics and its `tensors`.
 
-    Args:
-        saved: Its groups and plain statistics, with parameters by name.
-        tensors: Its statistics that are tensors, by ``<parameter>/<statistic>``.
-        order: The names of the parameters of each group, where the optimizer has them in another order than `saved`.
+    Those are named ``<parameter>/<statistic>``. `order` has the names of the parameters of each group, where the
+    optimizer has them in another order than `saved`.
     """
     order = [group["params"] for group in saved["groups"]] if order is None else order
     numbers = {name: n for n, name in enumerate(name for group in order for name in group)}

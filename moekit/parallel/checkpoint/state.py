@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
 
 from moekit.errors import UserError
 from moekit.parallel.checkpoint.index import Index, StoredTensor
@@ -42,11 +41,13 @@ def extract_dtensors(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
 
 def insert_dtensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The inverse of `extract_dtensors`."""
-
-    def moved(value: Any) -> bool:
-        return isinstance(value, dict) and set(value) == {_TENSOR}
-
-    return tree_map(lambda value: tensors[value[_TENSOR]] if moved(value) else value, tree, is_leaf=moved)
+    if isinstance(tree, dict):
+        if set(tree) == {_TENSOR}:
+            return tensors[tree[_TENSOR]]
+        return {key: insert_dtensors(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, list | tuple) and not hasattr(tree, "_fields"):
+        return type(tree)(insert_dtensors(value, tensors) for value in tree)
+    return tree
 
 
 def extra_targets(model: nn.Module, index: Index) -> dict[str, Tensor]:
