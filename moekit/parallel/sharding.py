@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -127,7 +126,7 @@ def parallelize(
                 f"parallelize needs weights with memory: {name} is on the meta device. Use "
                 "weights=moekit.transformer.materialize_modules(model, device)."
             )
-    before = [(name, weakref.ref(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+    before = WeakTensorKeyDictionary({p: name for name, p in model.named_parameters(remove_duplicate=False)})
     theirs = [module for module in model.modules() if isinstance(module, FSDPModule)]
     units = choose_fsdp_units(model, plan, found, compute_dtype)
     dimensions = zero_dimensions(model, meshes, found)
@@ -139,7 +138,9 @@ def parallelize(
     for module in weights if weights is not None else inner_first(model):
         if module in waiting:
             sharder.shard(module, waiting.pop(module))
-    result = ShardedModel(model, meshes, (*theirs, *units), _replaced(model, before))  # type: ignore[arg-type]
+    now = dict(model.named_parameters(remove_duplicate=False))
+    replaced = WeakTensorKeyDictionary({p: now[name] for p, name in before.items() if p is not now[name]})
+    result = ShardedModel(model, meshes, (*theirs, *units), replaced)  # type: ignore[arg-type]
     model.__dict__[_HANDLE] = result
     model.__dict__["__deepcopy__"] = _refuse_to_copy
     return result
@@ -155,15 +156,6 @@ def _refuse_to_copy(memo: Any) -> NoReturn:
 def sharded(model: nn.Module) -> ShardedModel | None:
     """What `parallelize` returned for `model`; None if it was not sharded."""
     return model.__dict__.get(_HANDLE)
-
-
-def _replaced(model: nn.Module, before: Sequence[tuple[str, weakref.ref[nn.Parameter]]]) -> WeakTensorKeyDictionary:
-    now, found = dict(model.named_parameters(remove_duplicate=False)), WeakTensorKeyDictionary()
-    for name, reference in before:
-        parameter = reference()
-        if parameter is not None and parameter is not now[name]:
-            found[parameter] = now[name]
-    return found
 
 
 # -- before the weights are there --------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import io
 import os
 import pickle
 import shutil
-import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,7 @@ class Checkpointer:
 
     def __init__(self, *, asynchronous: bool = False, timeout: float = 1800.0) -> None:
         self.asynchronous, self.timeout = asynchronous, timeout
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._saving: Future[None] | None = None
 
     def save(
         self,
@@ -129,15 +128,9 @@ class Checkpointer:
             return
         # In host memory, and independent of what training does next.
         tensors = {name: t.clone() if t.device.type == "cpu" else t.cpu() for name, t in tensors.items()}
-
-        def run() -> None:
-            try:
-                _write(tensors, writer, group)
-            except BaseException as error:
-                self._failure = error
-
-        self._thread = threading.Thread(target=run, name=f"checkpoint {place.name}")
-        self._thread.start()
+        executor = ThreadPoolExecutor(1, f"checkpoint {place.name}")
+        self._saving = executor.submit(_write, tensors, writer, group)
+        executor.shutdown(wait=False)
 
     def wait(self) -> None:
         """Wait for a save in a thread.
@@ -145,12 +138,9 @@ class Checkpointer:
         Raises:
             UserError | RuntimeError: If it failed.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def load(self, path: PathLike, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> Any:
         """Load the checkpoint at `path` into the model and its optimizers; return what was saved as `extra`.
