@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -204,7 +204,7 @@ def _slices(model: nn.Module, meshes: Meshes, found: list[Annotation]) -> list[_
     layout, slices = meshes.layout, []
     places: dict[Tensor, list[tuple[nn.Module, str]]] = {}  # of a shared one there are several
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             places.setdefault(parameter, []).append((module, name))
     sparse, split = set(banks(found)), {n.module for n in found if TENSOR in n.divided.values()}
     for note in found:
@@ -229,13 +229,15 @@ def _slices(model: nn.Module, meshes: Meshes, found: list[Annotation]) -> list[_
     mesh = meshes.data["data_parallel"]
     for parameter in model.parameters():
         if parameter.ndim == 0 and not isinstance(parameter, DTensor):
-            scale, groups = 1.0 / meshes.data_size, (mesh.get_group(),)
-            views = tuple(LocalView(*place, 1.0, scale, groups) for place in places[parameter])
+            mean = 1.0 / meshes.data_size
+            views = tuple(LocalView(*place, 1.0, mean, (mesh.get_group(),)) for place in places[parameter])
             slices.append(_Slice(views, mesh, (Replicate(),)))
     return slices
 
 
-def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice], units: Iterable[nn.Module]) -> None:
+def _attach(
+    meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice], units: Collection[nn.Module]
+) -> None:
     """Hooks that show local views in forward, and those of tensor-parallel layers."""
     for unit in units:
         clone_output_views(unit)
