@@ -194,10 +194,6 @@ def _(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(counts.shape[0], x.shape[1], y.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x, weight, counts = ctx.saved_tensors
     grad = grad.contiguous()
@@ -206,4 +202,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     return dx, dw, None
 
 
-_grouped_mm.register_autograd(_backward, setup_context=_save)
+_grouped_mm.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -146,10 +147,7 @@ def _of_shape(shape: TransformerShape, training: Training) -> Census:
 
 def _merge(units: Iterator[GatheredUnit]) -> tuple[GatheredUnit, ...]:
     """Equal units once, with their number."""
-    merged: dict[GatheredUnit, int] = {}
-    for unit in units:
-        merged[unit] = merged.get(unit, 0) + unit.count
-    return tuple(replace(unit, count=count) for unit, count in merged.items())
+    return tuple(replace(unit, count=count) for unit, count in Counter(units).items())
 
 
 def weights_of(module: nn.Module, taken: set[int]) -> tuple[Weight, ...]:
