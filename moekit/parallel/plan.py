@@ -61,11 +61,7 @@ def layers_of(*classes: type[nn.Module]) -> Wrap:
         >>> len(layers_of(nn.Linear)(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
         1
     """
-
-    def find(model: nn.Module) -> list[nn.Module]:
-        return [module for module in model.modules() if isinstance(module, classes)]
-
-    return find
+    return lambda model: [module for module in model.modules() if isinstance(module, classes)]
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,8 @@ FORMAT = 1
 # For whoever looks into the folder because a program that knows files alone has refused it.
 ABOUT = (
     "A checkpoint of moekit's ExpertParallelStrategy, in a folder: Trainer(strategy=ExpertParallelStrategy(...)) reads "
-    "it. "
-    "moekit.training.whole_checkpoint.consolidate_checkpoint(folder, file) makes a file of it, which plain Lightning "
-    "reads (load_from_checkpoint too); moekit.parallel.consolidate(folder, file) one of its weights."
+    "it. moekit.training.whole_checkpoint.consolidate_checkpoint(folder, file) makes a file of it, which plain "
+    "Lightning reads (load_from_checkpoint too); moekit.parallel.consolidate(folder, file) one of its weights."
 )
 
 _TYPES = {str(dtype): dtype for dtype in DTYPES.values()}
