@@ -8,7 +8,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class Checkpointer:
 
     def __init__(self, *, asynchronous: bool = False, timeout: float = 1800.0) -> None:
         self.asynchronous, self.timeout = asynchronous, timeout
-        self._saving: Future[None] | None = None
+        self._saving: futures.Future[None] | None = None
 
     def save(
         self,
@@ -128,7 +128,7 @@ class Checkpointer:
             return
         # In host memory, and independent of what training does next.
         tensors = {name: t.clone() if t.device.type == "cpu" else t.cpu() for name, t in tensors.items()}
-        executor = ThreadPoolExecutor(1, f"checkpoint {place.name}")
+        executor = futures.ThreadPoolExecutor(1, f"checkpoint {place.name}")
         self._saving = executor.submit(_write, tensors, writer, group)
         executor.shutdown(wait=False)
 
@@ -138,8 +138,10 @@ class Checkpointer:
         Raises:
             UserError | RuntimeError: If it failed.
         """
-        saving, self._saving = self._saving, None
+        saving = self._saving
         if saving is not None:
+            futures.wait([saving])  # also again, if this is interrupted
+            self._saving = None
             saving.result()
 
     def load(self, path: PathLike, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> Any:
