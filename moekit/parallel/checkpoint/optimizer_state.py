@@ -25,11 +25,6 @@ class OtherOptimizersError(UserError):
     """A checkpoint has the state of other optimizers than those that are to take it."""
 
 
-def names_of(model: nn.Module) -> dict[int, str]:
-    """The first name of every parameter, by id."""
-    return {id(parameter): clean(name) for name, parameter in model.named_parameters()}
-
-
 def flatten_optimizers(
     model: nn.Module, optimizers: Sequence[Optimizer]
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -38,41 +33,40 @@ def flatten_optimizers(
     Raises:
         ValueError: If an optimizer has a parameter that is not the model's.
     """
-    names = names_of(model)
     tensors: dict[str, Tensor] = {}
     plain: list[dict[str, Any]] = []
     for number, optimizer in enumerate(optimizers):
+        named = _named_groups(model, optimizer)
         values: dict[str, dict[str, Any]] = {}
-        for parameter, name in _named(optimizer, names):
+        for name, parameter in chain.from_iterable(named):
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer/{number}/{name}/{key}"] = value.detach()
                 else:
                     values.setdefault(name, {})[key] = value
-        plain.append({"groups": _groups(optimizer, names), "values": values})
+        settings = zip(optimizer.param_groups, _only_names(named), strict=True)
+        plain.append({"groups": [{**group, "params": names} for group, names in settings], "values": values})
     return tensors, plain
 
 
-def _named(optimizer: Optimizer, names: Mapping[int, str]) -> list[tuple[Tensor, str]]:
-    return [(p, _name(p, names)) for group in optimizer.param_groups for p in group["params"]]
-
-
-def _name(parameter: Tensor, names: Mapping[int, str]) -> str:
-    found = names.get(id(model_parameter(parameter)))
-    if found is None:
-        raise ValueError(
-            f"an optimizer of a checkpoint must work on the model's parameters: got one of shape "
-            f"{tuple(parameter.shape)} that the model does not have. Make the optimizer after parallelizing the model."
-        )
+def _named_groups(model: nn.Module, optimizer: Optimizer) -> list[list[tuple[str, Tensor]]]:
+    """The parameters of each group of an optimizer, with their names in the model."""
+    names = {id(parameter): clean(name) for name, parameter in model.named_parameters()}
+    found = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(model_parameter(parameter)) not in names:
+                raise ValueError(
+                    "an optimizer of a checkpoint must work on the model's parameters: got one of shape "
+                    f"{tuple(parameter.shape)} that the model does not have. Make the optimizer after parallelizing "
+                    "the model."
+                )
+        found.append([(names[id(model_parameter(parameter))], parameter) for parameter in group["params"]])
     return found
 
 
-def _groups(optimizer: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Settings of the groups, with names in place of parameters."""
-    return [
-        {key: [_name(p, names) for p in value] if key == "params" else value for key, value in group.items()}
-        for group in optimizer.param_groups
-    ]
+def _only_names(groups: list[list[tuple[str, Tensor]]]) -> list[list[str]]:
+    return [[name for name, _ in group] for group in groups]
 
 
 def optimizer_targets(
@@ -98,10 +92,10 @@ def optimizer_targets(
             f"the checkpoint {where} must have the state of {len(optimizers)} optimizers: it has that of {len(saved)}. "
             "Load it with the optimizers that it was saved with, or with none."
         )
-    names = names_of(model)
     targets: dict[str, Tensor] = {}
     for number, optimizer in enumerate(optimizers):
-        here = [group["params"] for group in _groups(optimizer, names)]
+        named = _named_groups(model, optimizer)
+        here = _only_names(named)
         there = [group["params"] for group in saved[number]["groups"]]
         now = _pairs(there, here, renamed=renamed)
         if now is None:
@@ -109,7 +103,7 @@ def optimizer_targets(
                 f"the checkpoint {where} groups the parameters of optimizer {number} otherwise: {_sizes(there)} there, "
                 f"{_sizes(here)} here. Configure the optimizer as it was."
             )
-        parameters = {name: parameter for parameter, name in _named(optimizer, names)}
+        parameters = dict(chain.from_iterable(named))
         for key, entry in index.under(f"optimizer/{number}/").items():
             name, _, statistic = key.rpartition("/")
             found = _empty_statistic(parameters[now[name]], statistic, entry.shape, entry.dtype)
@@ -158,12 +152,12 @@ def optimizer_states_from(
     model: nn.Module, optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """State dicts for the optimizers, from filled tensors and what is not a tensor."""
-    names, found = names_of(model), []
+    found = []
     for number, optimizer in enumerate(optimizers):
         prefix = f"optimizer/{number}/"
         of = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         saved = plain["optimizers"][number]
-        order = [group["params"] for group in _groups(optimizer, names)]
+        order = _only_names(_named_groups(model, optimizer))
         by_name = _pairs([group["params"] for group in saved["groups"]], order) is not None
         found.append(optimizer_state_from(saved, of, order if by_name else None))
     return found
