@@ -36,10 +36,10 @@ def inner_first(module: nn.Module, seen: set[nn.Module] | None = None) -> Iterat
 def choose_fsdp_units(
     model: nn.Module, plan: ShardingPlan, found: list[Annotation], compute_dtype: torch.dtype | None = None
 ) -> dict[nn.Module, torch.dtype | None]:
-    """The modules that gather their weights, but for those of others of them inside, together, and in which type.
+    """The units, inner ones first, and the type in which each gathers its weights; None = their own.
 
-    Banks, what the plan wraps, what keeps another type than the modules around it, and the model; inner first. Blocks
-    and banks gather in `compute_dtype`; None = the weights' own.
+    A unit gathers all weights in it but those of units inside, in one collective. Units are banks, what the plan wraps
+    (these two gather in `compute_dtype`), what keeps another type than the modules around it, and the model.
 
     Raises:
         UserError: If an expert bank shares weights with other modules.
@@ -50,10 +50,10 @@ def choose_fsdp_units(
             owners.setdefault(parameter, set()).add(module)
     sparse = set(banks(found))
     narrow = sparse | set(plan.wrap(model))
-    apart: set[nn.Module] = set()  # routers and norms that keep float32, in modules that gather in a lower precision
-    if compute_dtype is not None:
+    apart: set[nn.Module] = set()
+    if compute_dtype is not None:  # routers and norms are not narrowed with the modules around them
         apart |= _with_weights((inner for module in narrow for inner in module.modules()), Router, *_NORMS)
-    if len({p.dtype for p in model.parameters()}) > 1:  # or in a model of one: weights of one collective have one type
+    if len({p.dtype for p in model.parameters()}) > 1:  # routers kept float32; weights of one collective have one type
         apart |= _with_weights(model.modules(), Router)
     units: dict[nn.Module, torch.dtype | None] = {}
     for module in inner_first(model):
