@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -41,3 +42,20 @@ class Dispatcher(Protocol):
     def across(self, exchange: Exchange | None) -> Self:
         """A dispatcher of this kind for experts that are spread over the ranks of `exchange`; None = all are here."""
         ...
+
+
+class ExchangeDispatcher:
+    """What the dispatchers of this room have in common: the exchange.
+
+    Args:
+        exchange: brings rows to the ranks that hold their experts; None = all experts are here.
+    """
+
+    def __init__(self, exchange: Exchange | None = None) -> None:
+        self.exchange = exchange
+
+    def across(self, exchange: Exchange | None) -> Self:
+        """See `Dispatcher.across`."""
+        other = copy.copy(self)
+        other.exchange = exchange
+        return other

@@ -52,9 +52,11 @@ class Exchange(Protocol):
 
     Attributes:
         size: W, ranks in the group.
+        groups: the process groups that together connect these ranks.
     """
 
     size: int
+    groups: tuple[dist.ProcessGroup, ...]
 
     def open(self, counts: Tensor) -> Route:
         """Tell all ranks how many rows this one has for their experts: Int64[W, n]."""
@@ -69,17 +71,19 @@ class Exchange(Protocol):
 
     def largest(self, number: int, device: torch.device) -> int:
         """The largest of the numbers that the ranks of the group hold."""
-        ...
+        # Groups that also work on the host ("cpu:gloo,cuda:nccl") are asked there, and no device waited for.
+        if all("cpu" in dist.get_backend_config(group) for group in self.groups):
+            device = torch.device("cpu")
+        value = torch.tensor(number, device=device)
+        for group in self.groups:
+            dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
+        return int(value)  # host read, where a group has no form on the host
 
 
 def all_to_all(rows: Tensor, received: list[int] | None, sent: list[int] | None, group: dist.ProcessGroup) -> Tensor:
-    """Exchange rows; the gradient travels back the same way.
+    """``rows`` Float[R, ...], `sent` of them for each rank in turn, become those `received` from each.
 
-    Args:
-        rows: Float[R, ...], `sent` rows for each rank one after the other.
-        received: rows from each rank; None = equal shares of everything.
-        sent: rows for each rank.
-        group: the ranks.
+    None = equal shares. The gradient travels back the same way.
     """
     out: Tensor = all_to_all_single_autograd(rows.contiguous(), received, sent, group)
     return wait_tensor(out)
@@ -94,12 +98,7 @@ def _counts_to(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def transpose_blocks(rows: Tensor, sizes: Tensor) -> Tensor:
-    """Rows in blocks ordered by (a, b) become rows in blocks ordered by (b, a).
-
-    Args:
-        rows: Float[R, ...].
-        sizes: Int64[A, B], rows of each block; they sum to R.
-    """
+    """Rows in blocks of `sizes` Int64[A, B], ordered by (a, b), become rows in blocks ordered by (b, a)."""
     flat = sizes.reshape(-1)
     start = (flat.cumsum(0) - flat).view_as(sizes).t().reshape(-1)
     length = sizes.t().reshape(-1)
@@ -129,7 +128,7 @@ class _Direct:
         return all_to_all(rows, self.sent_rows, self.received_rows, self.group)
 
 
-class AllToAll:
+class AllToAll(Exchange):
     """Rows go straight to the rank that holds their expert.
 
     Args:
@@ -139,7 +138,7 @@ class AllToAll:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.size = group, group.size()
+        self.group, self.size, self.groups = group, group.size(), (group,)
 
     def open(self, counts: Tensor) -> Route:
         """See `Exchange.open`."""
@@ -153,20 +152,6 @@ class AllToAll:
     def send_equal(self, rows: Tensor) -> Tensor:
         """See `Exchange.send_equal`."""
         return all_to_all(rows, None, None, self.group)
-
-    def largest(self, number: int, device: torch.device) -> int:
-        """See `Exchange.largest`."""
-        return _largest(number, device, self.group)
-
-
-def _largest(number: int, device: torch.device, *groups: dist.ProcessGroup) -> int:
-    # A group that also works on the host ("cpu:gloo,cuda:nccl") is asked there, and no device waited for.
-    if all("cpu" in dist.get_backend_config(group) for group in groups):
-        device = torch.device("cpu")
-    value = torch.tensor(number, device=device)
-    for group in groups:
-        dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
-    return int(value)  # host read, where the group has no form on the host
 
 
 @dataclass(frozen=True)
@@ -192,7 +177,7 @@ class _TwoLevel:
         return transpose_blocks(self.inner.back(here), self.by_rank.t())
 
 
-class TwoLevelAllToAll:
+class TwoLevelAllToAll(Exchange):
     """Rows go first to the rank of the own node that has the number of their destination, then between nodes.
 
     Args:
@@ -205,7 +190,7 @@ class TwoLevelAllToAll:
 
     def __init__(self, inner: dist.ProcessGroup, outer: dist.ProcessGroup) -> None:
         self.inner, self.outer = AllToAll(inner), AllToAll(outer)
-        self.size = inner.size() * outer.size()
+        self.size, self.groups = inner.size() * outer.size(), (inner, outer)
 
     def open(self, counts: Tensor) -> Route:
         """See `Exchange.open`."""
@@ -230,7 +215,3 @@ class TwoLevelAllToAll:
         here = self.inner.send_equal(rows.view(nodes, local, *rest).transpose(0, 1))
         there = self.outer.send_equal(here.transpose(0, 1))
         return there.reshape(self.size, *rest)
-
-    def largest(self, number: int, device: torch.device) -> int:
-        """See `Exchange.largest`."""
-        return _largest(number, device, self.inner.group, self.outer.group)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moekit.dispatch.base import Dispatched
-from moekit.dispatch.exchange import Exchange, Route, transpose_blocks
+from moekit.dispatch.base import Dispatched, ExchangeDispatcher
+from moekit.dispatch.exchange import Route, transpose_blocks
 from moekit.dispatch.rows import add, take
 from moekit.kernels.host_counts import on_host, remember
 from moekit.routing import Routing
@@ -25,22 +24,11 @@ class _Handle:
     route: Route | None
 
 
-class PackedDispatcher:
+class PackedDispatcher(ExchangeDispatcher):
     """Rows without padding, for any routing, with or without capacity.
 
-    Args:
-        exchange: brings rows to the ranks that hold their experts; None = all experts are here. Every rank sends what
-            it has: loads, batches and numbers of rows may differ, and any of them may be zero.
+    Across ranks each sends what it has: loads, batches and numbers of rows may differ, and any of them may be zero.
     """
-
-    def __init__(self, exchange: Exchange | None = None) -> None:
-        self.exchange = exchange
-
-    def across(self, exchange: Exchange | None) -> Self:
-        """See `Dispatcher.across`."""
-        other = copy.copy(self)
-        other.exchange = exchange
-        return other
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
         """Gather the kept rows, sorted by expert; across ranks, by this rank's experts."""

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moekit.dispatch.base import Dispatched
-from moekit.dispatch.exchange import Exchange
+from moekit.dispatch.base import Dispatched, ExchangeDispatcher
 from moekit.dispatch.rows import add, take
 from moekit.routing import Routing
 
 
-class PaddedDispatcher:
+class PaddedDispatcher(ExchangeDispatcher):
     """C slots for each expert; slots without a token hold zeros.
 
-    Args:
-        exchange: brings slots to the ranks that hold their experts, in equal shares; None = all experts are here.
-            Capacity is that of each rank: an expert has C slots for the tokens of every rank (GShard's groups). Where
-            ranks have different numbers of tokens the largest C of the group is sent.
+    Across ranks capacity is that of each: an expert has C slots for the tokens of every rank (GShard's groups), which
+    are sent in equal shares. Where ranks have different numbers of tokens it is the largest C of the group.
     """
-
-    def __init__(self, exchange: Exchange | None = None) -> None:
-        self.exchange = exchange
-
-    def across(self, exchange: Exchange | None) -> Self:
-        """See `Dispatcher.across`."""
-        other = copy.copy(self)
-        other.exchange = exchange
-        return other
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
         """Scatter the kept rows into their slots: Float[E, C, D]; across W ranks Float[E / W, W * C, D].

@@ -15,22 +15,15 @@ from moekit.functional.ordered_sums import sum_by_index
 def take(x: Tensor, index: Tensor, choices: int | None) -> Tensor:
     """Rows `index` Int64[R] of ``x`` Float[T, D]; their gradients are added up in a fixed order.
 
-    Args:
-        x: Float[T, D].
-        index: Int64[R], each row at most `choices` times.
-        choices: K; None = any number.
+    Each row is there at most `choices` times; None = any number.
     """
     return x[index] if _must_sort(x, choices) else x.index_select(0, index)  # the backward of an index sorts
 
 
 def add(rows: Tensor, index: Tensor, size: int, choices: int | None) -> Tensor:
-    """Float[size, D]: the sum of the rows of each index, in a fixed order.
+    """Float[size, D]: the sum of those ``rows`` Float[R, D] that have each `index` in 0..size-1, in a fixed order.
 
-    Args:
-        rows: Float[R, D].
-        index: Int64[R], in 0..size-1, each at most `choices` times.
-        size: T.
-        choices: K; None = any number.
+    Each index is there at most `choices` times; None = any number.
     """
     if _must_sort(rows, choices):
         return sum_by_index(rows, index, size)

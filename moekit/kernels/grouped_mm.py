@@ -136,9 +136,7 @@ def _multiplies_in_float32(dtype: torch.dtype) -> bool:
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return False
-    cpu = torch.cpu
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return not any(bool(getattr(cpu, name)()) for name in checks if hasattr(cpu, name))
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _edges(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -196,10 +194,6 @@ def _(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(counts.shape[0], x.shape[1], y.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x, weight, counts = ctx.saved_tensors
     grad = grad.contiguous()
@@ -208,4 +202,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     return dx, dw, None
 
 
-_grouped_mm.register_autograd(_backward, setup_context=_save)
+_grouped_mm.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

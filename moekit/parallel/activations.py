@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from moekit.parallel.mesh import EXPERT, TENSOR, Meshes
-
-_AXES = {"batch": EXPERT, "expert": EXPERT, "mlp": TENSOR, "heads": TENSOR, "vocab": TENSOR}
+from moekit.parallel.plan import AXES
+from moekit.parallel.tensor_parallel import sum_gradient
 
 
 class Activations(nn.Module):
@@ -36,6 +34,9 @@ class Activations(nn.Module):
     Args:
         axes: The mesh dimension ("expert" or "tensor") of further axes, by axis.
 
+    Raises:
+        ValueError: If an axis is mapped to another mesh dimension.
+
     Source: the annotations `split` and `replicate` of GShard, arXiv:2006.16668 section 3.2, and its change between
         automatic and manual partitioning (`part`, `local`). Differs: a number of parts is not given, it is that of the
         ranks; a dimension that they do not divide evenly is refused; operations follow DTensor's propagation, and the
@@ -49,7 +50,7 @@ class Activations(nn.Module):
 
     def __init__(self, axes: Mapping[str, str] | None = None) -> None:
         super().__init__()
-        self._axes = {**_AXES, **(axes or {})}
+        self._axes = {"batch": EXPERT, **AXES, **(axes or {})}
         wrong = {name: where for name, where in self._axes.items() if where not in (EXPERT, TENSOR)}
         if wrong:
             raise ValueError(f'Activations maps axes to the mesh dimensions "expert" and "tensor": got {wrong}.')
@@ -101,8 +102,8 @@ class Activations(nn.Module):
             (place,) = x.placements
         # Ranks of an expert group each have a loss of their own: what a whole tensor is worth to all is the sum.
         summed = place.is_replicate() and self._reads_different_tokens(x.device_mesh)
-        out: Tensor = _Leave.apply(x.to_local(), x.device_mesh.get_group() if summed else None)
-        return out
+        # DTensors take the gradient to be contiguous, also where nothing is summed.
+        return sum_gradient(x.to_local(), [x.device_mesh.get_group()] if summed else ())
 
     def _placed(self, x: Tensor, dim: int | None, axis: str) -> Tensor:
         mesh = self._mesh(axis)
@@ -115,7 +116,7 @@ class Activations(nn.Module):
             )
         if not isinstance(x, DTensor):
             scale = 1.0 / mesh.size() if self._reads_different_tokens(mesh) else 1.0
-            x = _Enter.apply(x, mesh, scale)
+            x = DTensor.from_local(sum_gradient(x, (), gradient_scale=scale), mesh, [Replicate()], run_check=False)
         assert isinstance(x, DTensor)
         place: Placement = Replicate() if dim is None else Shard(dim % x.ndim)
         out: Tensor = x.redistribute(mesh, [place])
@@ -134,34 +135,3 @@ class Activations(nn.Module):
     @staticmethod
     def _reads_different_tokens(mesh: DeviceMesh) -> bool:
         return mesh.mesh_dim_names == (EXPERT,)
-
-
-class _Enter(torch.autograd.Function):
-    """A plain tensor that all ranks hold alike becomes a replicated one; its gradient is whole on all ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, scale: float) -> Tensor:
-        ctx.mesh, ctx.scale = mesh, scale
-        return DTensor.from_local(x.detach(), mesh, [Replicate()], run_check=False)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple[Tensor, None, None]:
-        whole = grad.redistribute(ctx.mesh, [Replicate()]).to_local()
-        return whole * ctx.scale, None, None
-
-
-class _Leave(torch.autograd.Function):
-    """The way out, whose gradient comes back contiguous, as DTensors take it to be, and summed over `group`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous()
-        if ctx.group is not None:
-            grad = grad.clone()
-            dist.all_reduce(grad, group=ctx.group)
-        return grad, None

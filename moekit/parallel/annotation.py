@@ -94,7 +94,6 @@ def check_model(model: nn.Module, layout: Layout, plan: ShardingPlan, found: lis
         UserError: Naming the parameter or module, and the nearest layout that would do.
     """
     size = {EXPERT: layout.expert_parallel_size, TENSOR: layout.tensor_parallel_size}
-    option = {EXPERT: "expert_parallel_size", TENSOR: "tensor_parallel_size"}
     for note in found:
         for dimension, mesh in note.divided.items():
             length = note.parameter.shape[dimension]
@@ -104,11 +103,12 @@ def check_model(model: nn.Module, layout: Layout, plan: ShardingPlan, found: lis
             if length % size[mesh]:
                 fits = max(n for n in range(1, size[mesh]) if length % n == 0)
                 raise UserError(
-                    f"the axis {note.axes[dimension]!r} of {note.path} must be divisible by {option[mesh]}: got "
-                    f"{length} and {size[mesh]}. Use {option[mesh]}={fits}, or make it "
+                    f"the axis {note.axes[dimension]!r} of {note.path} must be divisible by {mesh}_parallel_size: got "
+                    f"{length} and {size[mesh]}. Use {mesh}_parallel_size={fits}, or make it "
                     f"{-(-length // size[mesh]) * size[mesh]}."
                 )
-        if "vocab" in note.axes and "vocab" in plan.axes and size[TENSOR] > 1 and not _takes_vocabulary(note.module):
+        takes = hasattr(note.module, "vocabulary")
+        if "vocab" in note.axes and "vocab" in plan.axes and size[TENSOR] > 1 and not takes:
             raise UserError(
                 f"{note.path} has a vocab axis, and {type(note.module).__name__} cannot work on a part of it, without "
                 "an attribute `vocabulary`. Use moekit.transformer.TokenEmbedding, or a ShardingPlan without vocab."
@@ -127,10 +127,6 @@ def _annotates(module: nn.Module) -> bool:
     return any(isinstance(child, Activations) for child in module.children())
 
 
-def _takes_vocabulary(module: nn.Module) -> bool:
-    return hasattr(module, "vocabulary")
-
-
 def _check_banks(model: nn.Module, layout: Layout, found: list[Annotation]) -> None:
     named = {id(note.parameter) for note in found}
     connected = {id(inner) for _, layer in moe_layers(model) for inner in layer.experts.modules()}
@@ -145,12 +141,14 @@ def _check_banks(model: nn.Module, layout: Layout, found: list[Annotation]) -> N
                     f"every parameter of an expert bank must be named in its axes and have a dimension: got {name} of "
                     f"{path}, shape {tuple(parameter.shape)}. Add it to axes."
                 )
-        if layout.expert_parallel_size > 1 and id(bank) not in connected and not _annotates(bank):
+        if layout.expert_parallel_size == 1:
+            continue
+        if id(bank) not in connected and not _annotates(bank):
             raise UserError(
                 f"the experts of {path} are not in a MoELayer, so nobody would bring rows to them: use MoELayer("
                 "router, experts), annotate their rows by Activations, or use expert_parallel_size=1."
             )
-        if layout.expert_parallel_size > 1 and getattr(bank, "requires_whole_bank", False):
+        if getattr(bank, "requires_whole_bank", False):
             raise UserError(f"{path} needs all its experts in one process. Use expert_parallel_size=1.")
     for path, layer in moe_layers(model):
         if layout.expert_parallel_size > 1 and getattr(layer, "requires_whole_bank", False):

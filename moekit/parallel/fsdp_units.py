@@ -1,37 +1,26 @@
-"""Units: which modules gather their weights together, in which type, and along which dimension ZeRO divides them."""
+"""Units: which modules gather their weights together, in which type; how ZeRO divides them, and what they return."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._pytree import tree_map
 
 from moekit.errors import UserError
 from moekit.parallel.annotation import Annotation, banks
+from moekit.parallel.layout import zero_dimension
 from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, SHARD, Meshes
 from moekit.parallel.plan import ShardingPlan
-from moekit.parallel.zero import zero_dimension
 from moekit.routing import Router
 
 # Norms of torch that refuse weights narrower than their input on some devices. Those of this package do not.
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-
-
-@dataclass(frozen=True)
-class FSDPUnit:
-    """A module that gathers its weights, but for those of units inside it, in one collective.
-
-    Attributes:
-        module: The module.
-        dtype: The type in which it gathers them; None = their own.
-    """
-
-    module: nn.Module
-    dtype: torch.dtype | None = None
 
 
 def inner_first(module: nn.Module, seen: set[nn.Module] | None = None) -> Iterator[nn.Module]:
@@ -46,14 +35,11 @@ def inner_first(module: nn.Module, seen: set[nn.Module] | None = None) -> Iterat
 
 def choose_fsdp_units(
     model: nn.Module, plan: ShardingPlan, found: list[Annotation], compute_dtype: torch.dtype | None = None
-) -> list[FSDPUnit]:
-    """Banks, what the policy wraps, what keeps another type than the modules around it, and the model; inner first.
+) -> dict[nn.Module, torch.dtype | None]:
+    """The units, inner ones first, and the type in which each gathers its weights; None = their own.
 
-    Args:
-        model: The model.
-        plan: The plan whose policy chooses modules.
-        found: The annotations of its parameters.
-        compute_dtype: The type in which blocks and banks gather their weights; None = their own.
+    A unit gathers all weights in it but those of units inside, in one collective. Units are banks, what the plan wraps
+    (these two gather in `compute_dtype`), what keeps another type than the modules around it, and the model.
 
     Raises:
         UserError: If an expert bank shares weights with other modules.
@@ -64,34 +50,24 @@ def choose_fsdp_units(
             owners.setdefault(parameter, set()).add(module)
     sparse = set(banks(found))
     narrow = sparse | set(plan.wrap(model))
-    apart = _kept_wide(narrow) if compute_dtype is not None else set()
-    apart |= _of_other_precision(model)
-    units = []
+    apart: set[nn.Module] = set()
+    if compute_dtype is not None:  # routers and norms are not narrowed with the modules around them
+        apart |= _with_weights((inner for module in narrow for inner in module.modules()), Router, *_NORMS)
+    if len({p.dtype for p in model.parameters()}) > 1:  # routers kept float32; weights of one collective have one type
+        apart |= _with_weights(model.modules(), Router)
+    units: dict[nn.Module, torch.dtype | None] = {}
     for module in inner_first(model):
         if module not in narrow | apart or module is model or isinstance(module, FSDPModule):
             continue
         inside = set(module.modules())
         shared = any(not owners[parameter] <= inside for parameter in module.parameters())
         if not shared:
-            units.append(FSDPUnit(module, None if module in apart else compute_dtype))
+            units[module] = None if module in apart else compute_dtype
         elif module in sparse:
             raise UserError(
                 f"an expert bank must not share weights with other modules: {type(module).__name__} does. Copy them."
             )
-    return [*units, FSDPUnit(model)]
-
-
-def _of_other_precision(model: nn.Module) -> set[nn.Module]:
-    """Routers that keep float32 in a model of a lower precision: weights of one collective have one type."""
-    types = {p.dtype for p in model.parameters()}
-    if len(types) == 1:
-        return set()
-    return _with_weights(model.modules(), Router)
-
-
-def _kept_wide(narrow: set[nn.Module]) -> set[nn.Module]:
-    """Routers and norms in modules that gather in a lower precision."""
-    return _with_weights((inner for module in narrow for inner in module.modules()), Router, *_NORMS)
+    return {**units, model: None}
 
 
 def _with_weights(modules: Iterable[nn.Module], *kinds: type[nn.Module]) -> set[nn.Module]:
@@ -130,3 +106,27 @@ def zero_dimensions(model: nn.Module, meshes: Meshes, found: list[Annotation]) -
             )
         dimensions[name] = chosen
     return dimensions
+
+
+def clone_output_views(unit: nn.Module) -> None:
+    """Let `unit` return copies of views. To be called before `fully_shard` wraps it.
+
+    `fully_shard` gathers the weights for backward in a hook on every tensor that a unit returns. Writing to a view in
+    place (``h += x``) gives it a new history without that hook: weights are then not there when backward asks for them.
+    Tensors that are no views keep their hooks.
+    """
+    unit.register_forward_hook(_without_views)
+
+
+def _without_views(module: nn.Module, args: Any, output: Any) -> Any:
+    return tree_map(_owned, output)
+
+
+def _owned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone() if value._is_view() and value.requires_grad else value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # one that is no pytree
+        held = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        owned = tree_map(_owned, held)
+        return value if all(owned[name] is held[name] for name in held) else dataclasses.replace(value, **owned)
+    return value

@@ -52,17 +52,13 @@ def _norm(parts: Iterable[tuple[Tensor, Tensor | None]], norm_type: float) -> Te
     groups: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
     device, dtype = torch.device("cpu"), torch.float32
     for whole, part in parts:
-        dtype = torch.promote_types(dtype, whole.dtype)
+        dtype, device = torch.promote_types(dtype, whole.dtype), whole.device
+        divided: tuple[int, ...] = ()
         if isinstance(whole, DTensor):
-            mesh = whole.device_mesh
+            mesh, places = whole.device_mesh, enumerate(whole.placements)
             device = torch.device(mesh.device_type)
-            divided = tuple(
-                n for n, place in enumerate(whole.placements) if not place.is_replicate() and mesh.size(n) > 1
-            )
-            found = groups.setdefault((mesh, divided) if divided else (None, ()), [])
-        else:
-            device = whole.device
-            found = groups.setdefault((None, ()), [])
+            divided = tuple(n for n, place in places if not place.is_replicate() and mesh.size(n) > 1)
+        found = groups.setdefault((mesh, divided) if divided else (None, ()), [])
         if part is not None and part.numel():
             found.append(part)
     infinite = norm_type == float("inf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,16 +79,28 @@ class Layout:
 
     def __str__(self) -> str:
         parts = ["1 device" if self.devices == 1 else f"{self.devices} devices"]
-        if self.expert_parallel_size > 1:
-            parts.append(f"expert {self.expert_parallel_size}")
-        if self.tensor_parallel_size > 1:
-            parts.append(f"tensor {self.tensor_parallel_size}")
-        if self.replicas > 1:
-            parts.append(f"replicas {self.replicas}")
+        sizes = {"expert": self.expert_parallel_size, "tensor": self.tensor_parallel_size, "replicas": self.replicas}
+        parts += [f"{name} {size}" for name, size in sizes.items() if size > 1]
         parts.append(f"ZeRO {self.zero_stage}")
         if self.offload != "none":
             parts.append(f"{self.offload} offloaded")
         return ", ".join(parts)
+
+
+def zero_dimension(shape: Sequence[int], taken: Collection[int], size: int) -> int | None:
+    """Which dimension ZeRO divides among `size` ranks: an even one, not `taken` by experts or slices if possible.
+
+    The first dimension may be uneven where it is free. None = there is no way.
+    """
+    even = [d for d, length in enumerate(shape) if length % size == 0]
+    free = [d for d in even if d not in taken]
+    if 0 in free:
+        return 0
+    if free:
+        return max(free, key=lambda d: shape[d])
+    if even:
+        return max(even, key=lambda d: shape[d])
+    return None if 0 in taken else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,32 +124,26 @@ class Precision:
     weight: int
     compute: int
     gathered: int
-    converted: int
+    converted: int = 0
     stream: int
     gradient: int
-    master: int
+    master: int = 0
     state: int
 
 
 PRECISIONS: dict[str, Precision] = {
     made.name: made
     for made in (
-        Precision(
-            name="32-true", weight=4, compute=4, gathered=4, converted=0, stream=4, gradient=4, master=0, state=4
-        ),
+        Precision(name="32-true", weight=4, compute=4, gathered=4, stream=4, gradient=4, state=4),
         # Tables stay whole in the step, in float32, and autocast keeps a copy.
-        Precision(
-            name="bf16-mixed", weight=4, compute=2, gathered=2, converted=2, stream=4, gradient=4, master=0, state=4
-        ),
-        Precision(
-            name="bf16-true", weight=2, compute=2, gathered=2, converted=0, stream=2, gradient=2, master=0, state=2
-        ),
+        Precision(name="bf16-mixed", weight=4, compute=2, gathered=2, converted=2, stream=4, gradient=4, state=4),
+        Precision(name="bf16-true", weight=2, compute=2, gathered=2, stream=2, gradient=2, state=2),
     )
 }
 """Lightning's precisions, as the Strategy runs them: the weights that an optimizer sees are what is stored."""
 
 DEEPSPEED_FP16 = Precision(
-    name="fp16 with master", weight=2, compute=2, gathered=2, converted=0, stream=2, gradient=2, master=4, state=4
+    name="fp16 with master", weight=2, compute=2, gathered=2, stream=2, gradient=2, master=4, state=4
 )
 """What DeepSpeed holds: half-precision weights and gradients, and float32 weights beside the optimizer's statistics.
 

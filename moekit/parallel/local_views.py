@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from moekit.parallel.tensor_parallel import sum_gradient
 
 
 @dataclass(frozen=True)
@@ -47,38 +48,19 @@ class LocalView:
         value = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if self.scale == 1.0 and self.gradient_scale == 1.0 and not self.groups:
             return value
-        out: Tensor = _Scaled.apply(value, self.scale, self.gradient_scale, self.groups)
-        return out
-
-
-class _Scaled(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: float, gradient_scale: float, groups: tuple[dist.ProcessGroup, ...]
-    ) -> Tensor:
-        ctx.gradient_scale, ctx.groups = gradient_scale, groups
-        return x.view_as(x) if scale == 1.0 else x * scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        grad = grad * ctx.gradient_scale
-        for group in ctx.groups:
-            dist.all_reduce(grad, group=group)
-        return grad, None, None, None
+        return sum_gradient(value, self.groups, scale=self.scale, gradient_scale=self.gradient_scale)
 
 
 class LocalViews:
-    """Hooks that show the local views of some parameters while a module runs."""
+    """Hooks that show the local views of some parameters whenever `module` is called.
 
-    def __init__(self, views: Sequence[LocalView]) -> None:
+    To be made before `fully_shard` wraps the module: it puts its own hook, which gathers the weights, before the
+    others, and releases them after ours.
+    """
+
+    def __init__(self, module: nn.Module, views: Sequence[LocalView]) -> None:
         self.views = tuple(views)
         self._shown: list[list[LocalView]] = []
-
-    def attach(self, module: nn.Module) -> None:
-        """Show the views whenever `module` is called. To be called before `fully_shard` wraps it.
-
-        `fully_shard` puts its own hook, which gathers the weights, before the others, and releases them after ours.
-        """
         module.register_forward_pre_hook(self._show)
         module.register_forward_hook(self._hide, always_call=True)
 

@@ -8,7 +8,6 @@ it sends: two ranks that differ cannot stand in a ring without two neighbours th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -161,14 +160,13 @@ class Lockstep:
         """
         if self._group is None:
             return
-        found = [torch.empty((), dtype=torch.float64) for _ in range(self.size)]
-        dist.all_gather(found, torch.tensor(number, dtype=torch.float64), group=self._group)
-        numbers = [float(n) for n in found]
+        numbers = [number] * self.size
+        dist.all_gather_object(numbers, number, group=self._group)
         least, most = min(numbers), max(numbers)
         if least != most:
             raise UserError(
-                f"all ranks must have equally many {what}: rank {numbers.index(least)} has {_number(least)}, rank "
-                f"{numbers.index(most)} has {_number(most)}. {advice.format(least=_number(least))}"
+                f"all ranks must have equally many {what}: rank {numbers.index(least)} has {least:.0f}, rank "
+                f"{numbers.index(most)} has {most:.0f}. {advice.format(least=f'{least:.0f}')}"
             )
 
     def _pack(self, point: str) -> Tensor:
@@ -195,7 +193,3 @@ class _Watch:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"lockstep": None, "point": self.point}
-
-
-def _number(value: float) -> str:
-    return f"{value:g}" if math.isinf(value) else str(int(value))

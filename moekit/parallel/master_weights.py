@@ -14,7 +14,8 @@ Source: arXiv:1910.02054 section 5.1 (stage 1); arXiv:2101.06840 section 3 (offl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +28,9 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.optim import Optimizer
 
 from moekit.parallel.host_memory import to_host
+from moekit.parallel.layout import zero_dimension
 from moekit.parallel.mesh import REPLICATE
 from moekit.parallel.shards import dtensor_from_shard
-from moekit.parallel.zero import zero_dimension
 
 _BUCKET = 2**24  # entries gathered at once
 
@@ -47,22 +48,21 @@ class MasterWeight:
     Attributes:
         parameter: The model's parameter.
         tensor: The parameter that the optimizer updates.
-        dimension: The dimension along which ranks hold different slices, or None.
-        group: The ranks that hold the slices, or None.
+        dimension: The dimension along which the ranks of `group` hold different slices.
+        group: The ranks that hold the slices; None = each has the whole.
         synced: Storage and versions of the weights (see `_version`) when a copy was last equal to them.
     """
 
-    parameter: nn.Parameter
-    tensor: nn.Parameter
-    dimension: int | None
+    parameter: DTensor
+    tensor: DTensor
+    dimension: int
     group: dist.ProcessGroup | None
     synced: tuple[int, int, int] | None = None
 
     def slice_of(self, whole: Tensor) -> Tensor:
         """This rank's view of a local tensor of the parameter's shape."""
-        if self.dimension is None:
+        if self.group is None:
             return whole
-        assert self.group is not None
         size, length = self.group.size(), whole.shape[self.dimension]
         step = -(-length // size)
         start = min(self.group.rank() * step, length)
@@ -80,6 +80,9 @@ class MasterWeights:
         divide: Whether each data rank updates one slice of the parameters that all of them repeat (ZeRO stage 1).
         device: The device on which the optimizer works; None = the device of the weights.
 
+    Attributes:
+        entries: The master weights, by id of the model's parameter.
+
     Raises:
         ValueError: If the optimizer has master weights already.
     """
@@ -90,7 +93,7 @@ class MasterWeights:
                 f"an optimizer must have one kind of master weights: {type(optimizer).__name__} has some already."
             )
         self.optimizer, self.divide, self.device = optimizer, divide, device
-        self._of: dict[int, MasterWeight] = {}
+        self.entries: dict[int, MasterWeight] = {}
         self._swapped_in = False
         self._adopt()
         optimizer.register_step_pre_hook(self._before_step)
@@ -110,11 +113,6 @@ class MasterWeights:
         if found is not None and (found.divide, found.device) == (divide, device):
             return found
         return cls(optimizer, divide=divide, device=device)
-
-    @property
-    def entries(self) -> list[MasterWeight]:
-        """One for each parameter, in the order in which they joined."""
-        return list(self._of.values())
 
     # -- around a step ----------------------------------------------------------------------------------------------
 
@@ -147,8 +145,8 @@ class MasterWeights:
         """Put the master weights in the place of the model's parameters."""
         self._adopt()
         for group in self.optimizer.param_groups:
-            group["params"] = [self._of[id(p)].tensor if id(p) in self._of else p for p in group["params"]]
-        for entry in self._of.values():
+            group["params"] = [self.entries[id(p)].tensor if id(p) in self.entries else p for p in group["params"]]
+        for entry in self.entries.values():
             state = self.optimizer.state.pop(entry.parameter, None)
             if state is not None:
                 sharded = {key: self._shard_statistic(value, entry) for key, value in state.items()}
@@ -159,7 +157,7 @@ class MasterWeights:
         """Put the model's parameters back."""
         for group in self.optimizer.param_groups:
             group["params"] = [model_parameter(p) for p in group["params"]]
-        for entry in self._of.values():
+        for entry in self.entries.values():
             entry.tensor.grad = None
             if entry.tensor in self.optimizer.state:
                 self.optimizer.state[entry.parameter] = self.optimizer.state.pop(entry.tensor)
@@ -173,31 +171,30 @@ class MasterWeights:
             self.swap_out()
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                if isinstance(parameter, DTensor) and id(parameter) not in self._of:
-                    self._of[id(parameter)] = self._make(parameter)  # type: ignore[arg-type]
+                if isinstance(parameter, DTensor) and id(parameter) not in self.entries:
+                    self.entries[id(parameter)] = self._make(parameter)
 
     @torch.no_grad()
-    def _make(self, parameter: nn.Parameter) -> MasterWeight:
-        assert isinstance(parameter, DTensor)
+    def _make(self, parameter: DTensor) -> MasterWeight:
         names = parameter.device_mesh.mesh_dim_names or ()
-        dimension, group, placements = None, None, list(parameter.placements)
+        entry, placements = MasterWeight(parameter, parameter, 0, None), list(parameter.placements)
         if self.divide and REPLICATE in names and parameter.ndim:
             at = names.index(REPLICATE)
-            dimension, placements[at] = _slice(parameter, at)
-            group = parameter.device_mesh.get_group(at)
-        entry = MasterWeight(parameter, parameter, dimension, group)
+            cut = _slice(parameter, at)
+            if cut is not None:
+                entry.dimension, placements[at] = cut
+                entry.group = parameter.device_mesh.get_group(at)
         local = entry.slice_of(parameter.to_local())
         if self.device is not None:
             local = self._to_device([local], copy=True)[0]
-        entry.tensor = nn.Parameter(_sharded_as(parameter, local, placements), requires_grad=parameter.requires_grad)
-        entry.tensor.model_parameter = parameter  # type: ignore[attr-defined]
+        made: Any = nn.Parameter(_sharded_as(parameter, local, placements), requires_grad=parameter.requires_grad)
+        made.model_parameter = parameter
+        entry.tensor = made
         return entry
 
     def _shard_statistic(self, value: Any, entry: MasterWeight) -> Any:
         """A statistic of the optimizer sharded like the master weight, where it is sharded like the parameter."""
         master = entry.tensor
-        assert isinstance(master, DTensor)
-        assert isinstance(entry.parameter, DTensor)
         if not isinstance(value, DTensor) or value.shape != master.shape:
             return value
         local = value.to_local()
@@ -207,7 +204,7 @@ class MasterWeights:
             return value
         if self.device is not None:
             local = local.to(self.device)
-        return value if local is value.to_local() else _sharded_as(entry.parameter, local, list(master.placements))
+        return value if local is value.to_local() else _sharded_as(entry.parameter, local, master.placements)
 
     @torch.no_grad()
     def load_from_model(self) -> None:
@@ -217,56 +214,52 @@ class MasterWeights:
         """
         with_gradient: list[MasterWeight] = []
         gradients: list[Tensor] = []
-        for entry in self._of.values():
+        for entry in self.entries.values():
             self._refresh(entry)
             entry.tensor.grad = None
             whole = entry.parameter.grad
-            if whole is not None:
-                assert isinstance(whole, DTensor)
+            if isinstance(whole, DTensor):
                 with_gradient.append(entry)
                 gradients.append(entry.slice_of(whole.to_local()))
         if self.device is not None:
             gradients = self._to_device(gradients)
         for entry, local in zip(with_gradient, gradients, strict=True):
-            assert isinstance(entry.tensor, DTensor)
-            assert isinstance(entry.parameter, DTensor)
-            entry.tensor.grad = _sharded_as(entry.parameter, local, list(entry.tensor.placements))
+            entry.tensor.grad = _sharded_as(entry.parameter, local, entry.tensor.placements)
 
     def _to_device(self, tensors: list[Tensor], *, copy: bool = False) -> list[Tensor]:
-        """Tensors where the optimizer works; `copy` also of those that are there."""
+        """Tensors where the optimizer works; `copy` also if all are there."""
         assert self.device is not None
-        found = {n: tensor for n, tensor in enumerate(tensors) if copy or tensor.device != self.device}
+        if not copy and all(tensor.device == self.device for tensor in tensors):
+            return tensors
         if self.device.type == "cpu":
-            found = dict(zip(found, to_host(list(found.values())), strict=True))
-        else:
-            found = {n: tensor.to(self.device, copy=copy) for n, tensor in found.items()}
-        return [found.get(n, tensor) for n, tensor in enumerate(tensors)]
+            return to_host(tensors)
+        return [tensor.to(self.device, copy=copy) for tensor in tensors]
 
     def _refresh(self, entry: MasterWeight) -> None:
-        weights, held = _local(entry.parameter), _local(entry.tensor)
+        weights, held = entry.slice_of(entry.parameter._local_tensor), entry.tensor._local_tensor
         if self.device is not None and entry.synced != _version(entry.parameter):
-            held.copy_(entry.slice_of(weights))
+            held.copy_(weights)
             entry.synced = _version(entry.parameter)
-        elif self.device is None and held.data_ptr() != entry.slice_of(weights).data_ptr():
-            entry.tensor._local_tensor = entry.slice_of(weights)  # type: ignore[attr-defined]
+        elif self.device is None and held.data_ptr() != weights.data_ptr():
+            entry.tensor._local_tensor = weights
 
     @torch.no_grad()
     def _update_model(self) -> None:
         """Write the updated master weights into the model's weights, on all ranks."""
-        for entry in self._of.values():
+        for entry in self.entries.values():
             if self.device is not None:
                 # The device reads them while the host goes on; `load_from_model` waits before it writes there again.
-                entry.slice_of(_local(entry.parameter)).copy_(_local(entry.tensor), non_blocking=True)
+                entry.slice_of(entry.parameter._local_tensor).copy_(entry.tensor._local_tensor, non_blocking=True)
         for bucket in self._buckets():
             _gather(bucket)
-        for entry in self._of.values():
+        for entry in self.entries.values():
             entry.synced = _version(entry.parameter)
 
     def _buckets(self) -> Iterator[list[MasterWeight]]:
         """Divided master weights of one group and type, not too many at once, in an order that all ranks share."""
         kinds: dict[tuple[int, torch.dtype], list[MasterWeight]] = {}
-        for entry in self._of.values():
-            if entry.dimension is not None and entry.group is not None and entry.group.size() > 1:
+        for entry in self.entries.values():
+            if entry.group is not None and entry.group.size() > 1:
                 kinds.setdefault((id(entry.group), entry.parameter.dtype), []).append(entry)
         for kind in kinds.values():
             bucket: list[MasterWeight] = []
@@ -296,32 +289,25 @@ def swapped_in(*optimizers: Optimizer) -> Iterator[None]:
         yield
 
 
-def _sharded_as(parameter: DTensor, local: Tensor, placements: list[Placement]) -> DTensor:
+def _sharded_as(parameter: DTensor, local: Tensor, placements: Sequence[Placement]) -> DTensor:
     return dtensor_from_shard(local, parameter.device_mesh, placements, parameter.shape, parameter.stride())
 
 
-def _local(parameter: Tensor) -> Tensor:
-    assert isinstance(parameter, DTensor)
-    return parameter._local_tensor
-
-
-def _version(parameter: Tensor) -> tuple[int, int, int]:
+def _version(parameter: DTensor) -> tuple[int, int, int]:
     """What changes when weights are written to: what is written through the parameter counts there, else here."""
-    local = _local(parameter)
+    local = parameter._local_tensor
     return local.data_ptr(), local._version, parameter._version
 
 
-def _slice(parameter: DTensor, at: int) -> tuple[int | None, Placement]:
-    """Along which dimension the ranks of mesh dimension `at` take slices, and how a DTensor says so."""
+def _slice(parameter: DTensor, at: int) -> tuple[int, Placement] | None:
+    """Along which dimension the ranks of mesh dimension `at` take slices, and how a DTensor says so; None = none."""
     mesh, places = parameter.device_mesh, parameter.placements
     others = [(n, place) for n, place in enumerate(places) if isinstance(place, Shard) and mesh.size(n) > 1]
     taken = {place.dim for _, place in others}
     dimension = zero_dimension(parameter.to_local().shape, taken, mesh.size(at))
     if dimension is None:
-        return None, places[at]
-    parts = 1
-    for n, place in others:
-        parts *= mesh.size(n) if n > at and place.dim == dimension else 1
+        return None
+    parts = math.prod(mesh.size(n) for n, place in others if n > at and place.dim == dimension)
     return dimension, _StridedShard(dimension, split_factor=parts) if parts > 1 else Shard(dimension)
 
 
@@ -332,14 +318,12 @@ def _gather(bucket: list[MasterWeight]) -> None:
     size = group.size()
     slices = []
     for entry in bucket:
-        assert entry.dimension is not None
-        weights = _local(entry.parameter)
+        weights = entry.parameter._local_tensor
         mine = entry.slice_of(weights).movedim(entry.dimension, 0)
         step = -(-weights.shape[entry.dimension] // size)
         padded = mine.new_zeros(step, *mine.shape[1:])
         padded[: mine.shape[0]] = mine
         slices.append(padded)
-    assert isinstance(bucket[0].parameter, DTensor)
     # Offloaded weights are in host memory, where a GPU's process group cannot reach them.
     sent = torch.cat([part.reshape(-1) for part in slices]).to(bucket[0].parameter.device_mesh.device_type)
     received = sent.new_empty(size * sent.numel())
@@ -347,8 +331,8 @@ def _gather(bucket: list[MasterWeight]) -> None:
     for rank, flat in enumerate(received.view(size, -1)):
         start = 0
         for entry, part in zip(bucket, slices, strict=True):
-            assert entry.dimension is not None
-            into = _local(entry.parameter).movedim(entry.dimension, 0)[rank * part.shape[0] :][: part.shape[0]]
+            whole = entry.parameter._local_tensor.movedim(entry.dimension, 0)
+            into = whole[rank * part.shape[0] :][: part.shape[0]]
             found = flat[start : start + part.numel()].view_as(part)
             into.copy_(found[: into.shape[0]])
             start += part.numel()

@@ -68,44 +68,35 @@ class Meshes:
         return self.dense.get_group(TENSOR)
 
 
-class _Kept:
+_made: dict[Hashable, Any] = {}  # also the default process group, of whose ranks the rest was made
+
+
+def _kept(key: Hashable, make: Callable[[], _T]) -> _T:
     """What was made of the ranks of the default process group, for whoever asks for the same again.
 
     A group costs threads and connections that torch frees with the process only, and every fit of a sweep, a notebook
     or a test would make its own. All ranks ask in the same order, so all make or all find.
     """
-
-    def __init__(self) -> None:
-        self._of: dist.ProcessGroup | None = None
-        self._made: dict[Hashable, Any] = {}
-
-    def get(self, key: Hashable, make: Callable[[], _T]) -> _T:
-        if dist.group.WORLD is not self._of:
-            self._of, self._made = dist.group.WORLD, {}
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
-
-    def clear(self) -> None:
-        self._made = {}
-
-
-_kept = _Kept()
+    if _made.get("world") is not dist.group.WORLD:
+        _made.clear()
+        _made["world"] = dist.group.WORLD
+    if key not in _made:
+        _made[key] = make()
+    found: _T = _made[key]
+    return found
 
 
 def host_group(purpose: str, timeout: timedelta) -> dist.ProcessGroup:
     """All ranks in a gloo group for values in host memory, one for each purpose, so that none waits in another's turn.
 
-    Args:
-        purpose: The name of what communicates in it.
-        timeout: The time after which a rank that waits for others gives up.
+    A rank that waits for others in it gives up after `timeout`.
     """
-    return _kept.get(("host", purpose, timeout), lambda: dist.new_group(backend="gloo", timeout=timeout))
+    return _kept(("host", purpose, timeout), lambda: dist.new_group(backend="gloo", timeout=timeout))
 
 
 def forget_groups() -> None:
     """Make groups anew from here on: after an error a message may be left in one of the old."""
-    _kept.clear()
+    _made.clear()
 
 
 class World:
@@ -119,19 +110,20 @@ class World:
     Attributes:
         all: ``(world,)``.
         data: ``(data_parallel, tensor_parallel)``, the names that Lightning gives to these two.
-        timeout: The timeout of every group that is made of these ranks.
+        timeout: As given.
     """
 
     def __init__(self, device_type: str, tensor_parallel_size: int, timeout: timedelta | None = None) -> None:
         size = dist.get_world_size()
         self.timeout = timeout
-        self.all = _kept.get((device_type, timeout), lambda: self._row(device_type, size))
+
+        def row() -> DeviceMesh:
+            override = _with_timeout(device_type, (size,), ("world",), timeout)
+            return init_device_mesh(device_type, (size,), mesh_dim_names=("world",), backend_override=override)
+
+        self.all = _kept((device_type, timeout), row)
         shape = (size // tensor_parallel_size, tensor_parallel_size)
         self.data = unflatten(self.all, shape, ("data_parallel", "tensor_parallel"), timeout)
-
-    def _row(self, device_type: str, size: int) -> DeviceMesh:
-        override = _with_timeout(device_type, (size,), ("world",), self.timeout)
-        return init_device_mesh(device_type, (size,), mesh_dim_names=("world",), backend_override=override)
 
 
 def unflatten(
@@ -139,7 +131,7 @@ def unflatten(
 ) -> DeviceMesh:
     """The ranks of a mesh of one dimension as a grid of `shape`, whose groups wait for `timeout`."""
     kind = mesh.device_type
-    return _kept.get(
+    return _kept(
         (mesh, shape, names, timeout),
         lambda: mesh._unflatten(0, shape, names, _with_timeout(kind, shape, names, timeout)),
     )
@@ -193,17 +185,15 @@ def build_meshes(layout: Layout, device_type: str, world: World | None = None) -
             f"{dist.get_world_size()}. Build it with devices={dist.get_world_size()}."
         )
     tensor, expert = layout.tensor_parallel_size, layout.expert_parallel_size
+    dense, sparse = (layout.replicas, layout.shard_size, tensor), (layout.replicas, layout.expert_shard_size)
     if layout.zero_stage < 2:
-        replicate, shard = layout.data_parallel_size, 1
-        sparse = (layout.data_parallel_size // expert, 1, expert, tensor)
-    else:
-        replicate, shard = layout.replicas, layout.shard_size
-        sparse = (layout.replicas, layout.shard_size // expert, expert, tensor)
+        dense, sparse = (layout.data_parallel_size, 1, tensor), (layout.data_parallel_size // expert, 1)
+    names = (REPLICATE, EXPERT_SHARD, EXPERT, TENSOR)
     world = world or World(device_type, tensor)
     return Meshes(
         layout,
-        dense=unflatten(world.all, (replicate, shard, tensor), (REPLICATE, SHARD, TENSOR), world.timeout),
-        sparse=unflatten(world.all, sparse, (REPLICATE, EXPERT_SHARD, EXPERT, TENSOR), world.timeout),
+        dense=unflatten(world.all, dense, (REPLICATE, SHARD, TENSOR), world.timeout),
+        sparse=unflatten(world.all, (*sparse, expert, tensor), names, world.timeout),
         data=world.data,
         timeout=world.timeout,
     )

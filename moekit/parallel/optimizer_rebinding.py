@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,23 +31,21 @@ def rebind_optimizer(optimizer: Optimizer, model: ShardedModel) -> None:
         UserError: Before anything is sent, if the optimizer has a parameter that the model neither has nor had.
     """
     own = {id(parameter) for parameter in model.module.parameters() if isinstance(parameter, DTensor)}
-    found: list[tuple[Tensor, DTensor]] = []
-    for number, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            if id(parameter) not in own:
-                found.append((parameter, _replacement(parameter, model, number, type(optimizer).__name__)))
+    found = [
+        (parameter, _replacement(parameter, model, number, type(optimizer).__name__))
+        for number, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+        if id(parameter) not in own
+    ]
     if not found:
         return
     new = {id(before): after for before, after in found}
     for group in optimizer.param_groups:
         group["params"] = [new.get(id(parameter), parameter) for parameter in group["params"]]
     states = [optimizer.state.pop(before, {}) for before, _ in found]
-    for (_, after), mine, theirs in zip(found, states, _outlines_of_rank_zero(states), strict=True):
-        if theirs:
-            optimizer.state[after] = {
-                key: _shard(key, value.receive(mine.get(key)) if isinstance(value, _Announced) else value, after)
-                for key, value in theirs.items()
-            }
+    for (_, after), state in zip(found, _from_rank_zero(states), strict=True):
+        if state:
+            optimizer.state[after] = {key: _shard(key, value, after) for key, value in state.items()}
 
 
 def _replacement(parameter: Tensor, model: ShardedModel, group: int, name: str) -> DTensor:
@@ -60,31 +59,22 @@ def _replacement(parameter: Tensor, model: ShardedModel, group: int, name: str) 
     return found
 
 
-def _outlines_of_rank_zero(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The states as rank 0 has them, where tensors are announced: they travel one by one."""
+def _from_rank_zero(states: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The states as rank 0 has them, one after the other: each travels when it is asked for."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return states
-    outlines = [{key: _Announced.of(value) for key, value in state.items()} for state in states]
-    sent = [outlines]
-    dist.broadcast_object_list(sent, src=0)
-    return sent[0]
-
-
-class _Announced:
-    """A tensor that rank 0 is about to send."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
-
-    @classmethod
-    def of(cls, value: Any) -> Any:
-        return cls(value) if isinstance(value, Tensor) and value.ndim else value
-
-    def receive(self, mine: Any) -> Tensor:
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        sent = mine.to(device) if dist.get_rank() == 0 else torch.empty(self.shape, dtype=self.dtype, device=device)
-        dist.broadcast(sent, src=0)
-        return sent
+        yield from states
+        return
+    outlines = [
+        [{k: v.to("meta") if isinstance(v, Tensor) and v.ndim else v for k, v in state.items()} for state in states]
+    ]
+    dist.broadcast_object_list(outlines, src=0)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    for mine, theirs in zip(states, outlines[0], strict=True):
+        for key, value in theirs.items():
+            if isinstance(value, Tensor) and value.is_meta:
+                theirs[key] = mine[key].to(device) if dist.get_rank() == 0 else torch.empty_like(value, device=device)
+                dist.broadcast(theirs[key], src=0)
+        yield theirs
 
 
 def _shard(key: str, value: Any, parameter: DTensor) -> Any:

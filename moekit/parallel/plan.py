@@ -28,7 +28,7 @@ from moekit.layer import MoELayer
 
 Wrap = Callable[[nn.Module], Iterable[nn.Module]]
 
-_AXES = MappingProxyType({"expert": "expert", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"})
+AXES = MappingProxyType({"expert": "expert", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"})
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
@@ -61,11 +61,7 @@ def layers_of(*classes: type[nn.Module]) -> Wrap:
         >>> len(layers_of(nn.Linear)(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
         1
     """
-
-    def find(model: nn.Module) -> list[nn.Module]:
-        return [module for module in model.modules() if isinstance(module, classes)]
-
-    return find
+    return lambda model: [module for module in model.modules() if isinstance(module, classes)]
 
 
 @dataclass(frozen=True)
@@ -78,9 +74,12 @@ class ShardingPlan:
             do. Every rank must call these modules equally often and in the same order.
         node_size: The number of ranks of an expert group on one node, next to each other; the all-to-all then goes in
             two levels, inside nodes and between them. None = one level.
+
+    Raises:
+        ValueError: If an axis is mapped to a mesh dimension that cannot divide it, or `node_size` is below 1.
     """
 
-    axes: Mapping[str, str] = field(default_factory=lambda: _AXES)
+    axes: Mapping[str, str] = field(default_factory=lambda: AXES)
     wrap: Wrap = repeated_layers
     node_size: int | None = None
 

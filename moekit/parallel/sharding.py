@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,13 +19,12 @@ from moekit.errors import UserError
 from moekit.layer import moe_layers
 from moekit.parallel.activations import Activations
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
-from moekit.parallel.fsdp_units import FSDPUnit, choose_fsdp_units, inner_first, zero_dimensions
+from moekit.parallel.fsdp_units import choose_fsdp_units, clone_output_views, inner_first, zero_dimensions
 from moekit.parallel.local_views import LocalView, LocalViews
 from moekit.parallel.mesh import EXPERT, EXPERT_SHARD, REPLICATE, SHARD, TENSOR, Meshes, unflatten
-from moekit.parallel.outputs import clone_output_views
 from moekit.parallel.plan import ShardingPlan
 from moekit.parallel.tensor_parallel import VocabParallel, sum_gradient, sum_value
-from moekit.parallel.unused_gradients import reduce_unused_gradients
+from moekit.parallel.unused_gradients import parameter_groups, reduce_unused_gradients
 from moekit.routers.rank_shuffle import RankShuffle
 
 _HANDLE = "_moekit_sharded"
@@ -41,16 +39,12 @@ class ShardedModel:
     Attributes:
         module: The model.
         meshes: The ranks.
-        plan: The plan by which axes and modules were mapped.
-        annotations: The parameters that name their axes.
         units: The modules that gather their weights together, innermost first; the last is the model itself.
         replaced: The parameters that took the place of others, by these, as long as somebody holds them.
     """
 
     module: nn.Module
     meshes: Meshes
-    plan: ShardingPlan
-    annotations: tuple[Annotation, ...]
     units: tuple[FSDPModule, ...]
     replaced: WeakTensorKeyDictionary
 
@@ -72,11 +66,9 @@ class ShardedModel:
         Backward lets go of the weights that the model itself gathered when its forward began. Inner units gather theirs
         whenever they are called. All ranks must call it together.
         """
-        root: Any = self.units[-1]
-        root.unshard()
-        state: Any = fully_shard.state(root)  # type: ignore[attr-defined]
-        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-            for parameter in () if group is None else group.fsdp_params:
+        self.units[-1].unshard()
+        for group in parameter_groups(self.units[-1]):
+            for parameter in group.fsdp_params:
                 # An optimizer may have been toggled since they were gathered.
                 parameter._unsharded_param.requires_grad_(parameter.sharded_param.requires_grad)
         for hook in self.module._forward_pre_hooks.values():
@@ -134,7 +126,7 @@ def parallelize(
                 f"parallelize needs weights with memory: {name} is on the meta device. Use "
                 "weights=moekit.transformer.materialize_modules(model, device)."
             )
-    before = [(name, weakref.ref(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+    before = WeakTensorKeyDictionary({p: name for name, p in model.named_parameters(remove_duplicate=False)})
     theirs = [module for module in model.modules() if isinstance(module, FSDPModule)]
     units = choose_fsdp_units(model, plan, found, compute_dtype)
     dimensions = zero_dimensions(model, meshes, found)
@@ -142,12 +134,13 @@ def parallelize(
     _connect(model, meshes, plan, found)
     _attach(meshes, found, slices, units)
     sharder = _Sharder(model, meshes, found, slices, dimensions)
-    waiting = {unit.module: unit for unit in units}
+    waiting = dict(units)
     for module in weights if weights is not None else inner_first(model):
         if module in waiting:
-            sharder.shard(waiting.pop(module))
-    divided = (*theirs, *(unit.module for unit in units))
-    result = ShardedModel(model, meshes, plan, tuple(found), divided, _replaced(model, before))  # type: ignore[arg-type]
+            sharder.shard(module, waiting.pop(module))
+    now = dict(model.named_parameters(remove_duplicate=False))
+    replaced = WeakTensorKeyDictionary({p: now[name] for p, name in before.items() if p is not now[name]})
+    result = ShardedModel(model, meshes, (*theirs, *units), replaced)  # type: ignore[arg-type]
     model.__dict__[_HANDLE] = result
     model.__dict__["__deepcopy__"] = _refuse_to_copy
     return result
@@ -165,15 +158,6 @@ def sharded(model: nn.Module) -> ShardedModel | None:
     return model.__dict__.get(_HANDLE)
 
 
-def _replaced(model: nn.Module, before: Sequence[tuple[str, weakref.ref[nn.Parameter]]]) -> WeakTensorKeyDictionary:
-    now, found = dict(model.named_parameters(remove_duplicate=False)), WeakTensorKeyDictionary()
-    for name, reference in before:
-        parameter = reference()
-        if parameter is not None and parameter is not now[name]:
-            found[parameter] = now[name]
-    return found
-
-
 # -- before the weights are there --------------------------------------------------------------------------------------
 
 
@@ -186,9 +170,9 @@ def _connect(model: nn.Module, meshes: Meshes, plan: ShardingPlan, found: list[A
         if isinstance(shuffle, RankShuffle) and shuffle.group is None:
             shuffle.group = meshes.data["data_parallel"].get_group()
     if meshes.layout.expert_parallel_size > 1:
-        exchange, divided = _exchange(meshes, plan), set(map(id, banks(found)))
+        exchange, divided = _exchange(meshes, plan), set(banks(found))
         for _, layer in moe_layers(model):
-            if any(id(module) in divided for module in layer.experts.modules()):
+            if not divided.isdisjoint(layer.experts.modules()):
                 layer.connect(exchange)
 
 
@@ -208,13 +192,7 @@ def _exchange(meshes: Meshes, plan: ShardingPlan) -> Exchange:
 
 @dataclass(frozen=True)
 class _Slice:
-    """How one parameter is divided among experts' and tensor-parallel ranks, before ZeRO.
-
-    Attributes:
-        views: The views that forward has of it, one for every place where it is held.
-        mesh: The mesh of the ranks.
-        placements: Its placements on the mesh.
-    """
+    """How a parameter, of which there is a view for each place that holds it, is divided before ZeRO divides it."""
 
     views: tuple[LocalView, ...]
     mesh: DeviceMesh
@@ -224,17 +202,14 @@ class _Slice:
 def _slices(model: nn.Module, meshes: Meshes, found: list[Annotation]) -> list[_Slice]:
     """What becomes of annotated parameters, and of scalars, which fully_shard does not take."""
     layout, slices = meshes.layout, []
-    places = _places(model)
-
-    def views(
-        parameter: Tensor, scale: float, gradient_scale: float, *groups: dist.ProcessGroup
-    ) -> tuple[LocalView, ...]:
-        return tuple(LocalView(owner, name, scale, gradient_scale, groups) for owner, name in places[id(parameter)])
-
-    sparse, split = set(map(id, banks(found))), {id(n.module) for n in found if TENSOR in n.divided.values()}
+    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}  # of a shared one there are several
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(parameter, []).append((module, name))
+    sparse, split = set(banks(found)), {n.module for n in found if TENSOR in n.divided.values()}
     for note in found:
-        names: tuple[str, ...] = (EXPERT,) if id(note.module) in sparse else ()
-        names += (TENSOR,) if layout.tensor_parallel_size > 1 and id(note.module) in split else ()
+        names: tuple[str, ...] = (EXPERT,) if note.module in sparse else ()
+        names += (TENSOR,) if layout.tensor_parallel_size > 1 and note.module in split else ()
         if not names:
             continue
         mesh = (meshes.sparse if EXPERT in names else meshes.dense)[names]
@@ -249,47 +224,39 @@ def _slices(model: nn.Module, meshes: Meshes, found: list[Annotation]) -> list[_
                 scale = 1.0 / layout.tensor_parallel_size
             else:
                 groups.append(meshes.tensor_group)
-        slices.append(_Slice(views(note.parameter, scale, gradient_scale, *groups), mesh, tuple(placements)))
+        views = tuple(LocalView(*place, scale, gradient_scale, tuple(groups)) for place in places[note.parameter])
+        slices.append(_Slice(views, mesh, tuple(placements)))
     mesh = meshes.data["data_parallel"]
     for parameter in model.parameters():
         if parameter.ndim == 0 and not isinstance(parameter, DTensor):
-            seen = views(parameter, 1.0, 1.0 / meshes.data_size, mesh.get_group())
-            slices.append(_Slice(seen, mesh, (Replicate(),)))
+            mean = 1.0 / meshes.data_size
+            views = tuple(LocalView(*place, 1.0, mean, (mesh.get_group(),)) for place in places[parameter])
+            slices.append(_Slice(views, mesh, (Replicate(),)))
     return slices
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Every module and name under which a parameter is held; a shared one has several."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((module, name))
-    return places
-
-
-def _attach(meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice], units: Sequence[FSDPUnit]) -> None:
+def _attach(
+    meshes: Meshes, found: Sequence[Annotation], slices: Sequence[_Slice], units: Collection[nn.Module]
+) -> None:
     """Hooks that show local views in forward, and those of tensor-parallel layers."""
     for unit in units:
-        clone_output_views(unit.module)
+        clone_output_views(unit)
     tensor = meshes.tensor_group
-    outer = {id(inner): module for module in dict.fromkeys(n.module for n in found) for inner in module.modules()}
-    mine: dict[int, list[LocalView]] = {}
-    holders: dict[int, nn.Module] = {}
-    taken: set[int] = set()
+    annotated = dict.fromkeys(n.module for n in found)
+    outer = {inner: module for module in annotated for inner in module.modules()}
+    views = [view for part in slices for view in part.views]
+    shown: dict[nn.Module, list[LocalView]] = {}
     for unit in units:  # inner ones first: a view belongs to the innermost unit, and to the module that names the axes
-        inside = set(unit.module.modules())
-        for view in (view for part in slices for view in part.views):
-            if view.module in inside and id(view) not in taken:
-                taken.add(id(view))
-                for holder in {id(m): m for m in (unit.module, outer.get(id(view.module), view.module))}.values():
-                    mine.setdefault(id(holder), []).append(view)
-                    holders[id(holder)] = holder
-    for key, holder in holders.items():
-        LocalViews(mine[key]).attach(holder)
+        inside = set(unit.modules())
+        for view in (view for view in views if view.module in inside):
+            for holder in dict.fromkeys((unit, outer.get(view.module, view.module))):
+                shown.setdefault(holder, []).append(view)
+        views = [view for view in views if view.module not in inside]
+    for holder, mine in shown.items():
+        LocalViews(holder, mine)
     if tensor.size() == 1:
         return
-    for module in dict.fromkeys(n.module for n in found):
+    for module in annotated:
         notes = [n for n in found if n.module is module]
         split = {n.axes[d] for n in notes for d, name in n.divided.items() if name == TENSOR}
         if "vocab" in split:
@@ -305,7 +272,7 @@ def _join_partners(module: nn.Module, group: dist.ProcessGroup) -> None:
         return tuple(map(into, args)), {name: into(value) for name, value in kwargs.items()}
 
     def into(value: Any) -> Any:
-        return sum_gradient(value, group) if isinstance(value, Tensor) and value.requires_grad else value
+        return sum_gradient(value, [group]) if isinstance(value, Tensor) and value.requires_grad else value
 
     def leave(_: nn.Module, args: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
@@ -345,24 +312,25 @@ class _Sharder:
             else OffloadPolicy()
         )
 
-    def shard(self, unit: FSDPUnit) -> None:
-        """Take the weights of rank 0, slice them, and let `fully_shard` divide the slices."""
-        mine = [module for module in unit.module.modules() if module not in self.sent]
+    def shard(self, unit: nn.Module, dtype: torch.dtype | None) -> None:
+        """Take the weights of rank 0, slice them, and let `fully_shard` divide them, gathered in `dtype`."""
+        mine = [module for module in unit.modules() if module not in self.sent]
         self.sent.update(mine)
         self._take_from_rank_zero(mine)
         for module in mine:
             for part in self.slices.get(module, ()):
                 _divide(part)
-        own = list(unit.module.named_parameters(self.paths[unit.module]))
+        own = list(unit.named_parameters(self.paths[unit]))
         placed = {parameter: Shard(self.dimensions[name]) for name, parameter in own if name in self.dimensions}
-        sparse = unit.module in self.banks
+        bank = unit in self.banks
+        mesh, name = (self.meshes.sparse, EXPERT_SHARD) if bank else (self.meshes.dense, SHARD)
         wrapped = fully_shard(
-            unit.module,
-            mesh=_data_mesh(self.meshes, sparse=sparse),
-            reshard_after_forward=unit.module is not self.model and self.meshes.layout.zero_stage != 2,
+            unit,
+            mesh=mesh[REPLICATE, name] if mesh[REPLICATE].size() > 1 else mesh[name],
+            reshard_after_forward=unit is not self.model and self.meshes.layout.zero_stage != 2,
             shard_placement_fn=lambda p: placed[p],
             mp_policy=MixedPrecisionPolicy(
-                param_dtype=unit.dtype, reduce_dtype=None if unit.dtype is None else own[0][1].dtype,
+                param_dtype=dtype, reduce_dtype=None if dtype is None else own[0][1].dtype,
                 cast_forward_inputs=False,
             ),
             offload_policy=self.offload,
@@ -390,9 +358,3 @@ def _divide(part: _Slice) -> None:
     new = nn.Parameter(divided, requires_grad=parameter.requires_grad)
     for view in part.views:
         view.module._parameters[view.name] = new
-
-
-def _data_mesh(meshes: Meshes, *, sparse: bool) -> DeviceMesh:
-    """The ranks that hold the same weights: replicas, and those that divide them."""
-    mesh, name = (meshes.sparse, EXPERT_SHARD) if sparse else (meshes.dense, SHARD)
-    return mesh[REPLICATE, name] if mesh[REPLICATE].size() > 1 else mesh[name]

@@ -37,11 +37,6 @@ def replicated_like(whole: Tensor, like: Tensor) -> Tensor:
     return dtensor_from_shard(whole, mesh, [Replicate()] * mesh.ndim, whole.shape, whole.stride())
 
 
-def empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor without values, of the same shape and sharded in the same way."""
-    return torch.empty_like(like, dtype=dtype, requires_grad=False)
-
-
 @torch.no_grad()
 def shard_like(value: Any, like: Any) -> Any:
     """`value` sharded as `like`; nothing is sent where it is whole, as in a file that every rank reads.
@@ -56,7 +51,7 @@ def shard_like(value: Any, like: Any) -> Any:
         value = full_tensor(value)
     if not isinstance(like, DTensor):
         return value
-    found: Any = empty_like(like, value.dtype)
+    found: Any = torch.empty_like(like, dtype=value.dtype)
     found.to_local().copy_(local_shard(value, like.device_mesh, like.placements))
     return found
 

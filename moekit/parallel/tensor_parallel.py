@@ -9,6 +9,7 @@ Source: arXiv:1909.08053 section 3 (the conjugate operators f and g).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,19 +22,28 @@ from moekit.transformer.embedding import Vocabulary
 
 class _SumGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
+    def forward(
+        ctx: Any, x: Tensor, groups: Sequence[dist.ProcessGroup], scale: float, gradient_scale: float
+    ) -> Tensor:
+        ctx.groups, ctx.gradient_scale = groups, gradient_scale
+        return x.view_as(x) if scale == 1.0 else x * scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = grad.contiguous()
+        if ctx.groups or ctx.gradient_scale != 1.0:
+            grad = grad * ctx.gradient_scale
+        for group in ctx.groups:
+            dist.all_reduce(grad, group=group)
+        return grad, None, None, None
 
 
 class _SumValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _summed(x, group)
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -41,6 +51,8 @@ class _SumValue(torch.autograd.Function):
 
 
 class _GatherLast(torch.autograd.Function):
+    """Float[..., n] of every partner side by side, Float[..., W * n]."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
@@ -54,27 +66,20 @@ class _GatherLast(torch.autograd.Function):
         return grad.chunk(ctx.group.size(), dim=-1)[ctx.group.rank()].contiguous(), None
 
 
-def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
+def sum_gradient(
+    x: Tensor, groups: Sequence[dist.ProcessGroup], *, scale: float = 1.0, gradient_scale: float = 1.0
+) -> Tensor:
+    """``x * scale``, whose gradient is that of the result times `gradient_scale`, summed over `groups`, contiguous.
 
-
-def sum_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """`x` itself, whose gradient is summed over `group`: what enters a divided layer."""
-    out: Tensor = _SumGradient.apply(x, group)
+    With one group and no factors it is what enters a divided layer.
+    """
+    out: Tensor = _SumGradient.apply(x, groups, scale, gradient_scale)
     return out
 
 
 def sum_value(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of `x` over `group`, whose gradient passes unchanged: what leaves a divided layer."""
     out: Tensor = _SumValue.apply(x, group)
-    return out
-
-
-def gather_last(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Float[..., n] of every partner side by side, Float[..., W * n]."""
-    out: Tensor = _GatherLast.apply(x, group)
     return out
 
 
@@ -100,4 +105,5 @@ class VocabParallel(Vocabulary):
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Float[..., V] of ``hidden`` Float[..., D]."""
-        return gather_last(F.linear(sum_gradient(hidden, self.group), weight), self.group)
+        out: Tensor = _GatherLast.apply(F.linear(sum_gradient(hidden, [self.group]), weight), self.group)
+        return out

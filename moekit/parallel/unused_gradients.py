@@ -24,15 +24,19 @@ _used = WeakTensorKeyDictionary()
 """Of the parameters of wrapped units, whether autograd gave the gradient that they hold, on this rank."""
 
 
-def reduce_unused_gradients(unit: Any) -> None:
-    """Let the weights of a unit that was wrapped by `fully_shard` have gradients on every rank, zeros if need be."""
+def parameter_groups(unit: Any) -> list[Any]:
+    """The groups in which `fully_shard` keeps the parameters of a unit that it has wrapped."""
     state: Any = fully_shard.state(unit)  # type: ignore[attr-defined]
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def reduce_unused_gradients(unit: Any) -> None:
+    """Let the weights of a unit that was wrapped by `fully_shard` have gradients on every rank, zeros if need be."""
     if NATIVE:
         unit.set_reduce_scatter_unused_params(True, recurse=False)
-    for group in groups:
-        if group is not None:
-            _look_before_reducing(group)
+    for group in parameter_groups(unit):
+        _look_before_reducing(group)
 
 
 def _look_before_reducing(group: Any) -> None:

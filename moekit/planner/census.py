@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -55,7 +56,7 @@ class GatheredUnit:
         kind: "block", "vocabulary" (table and logits) or "rest".
         name: for tables.
         weights: its parameters.
-        cost: of each, for a micro-batch.
+        cost: what each costs in a micro-batch.
         entry: numbers of the residual stream at its beginning: all that checkpointing keeps of a block.
         logits: numbers of the scores over the vocabulary that it makes.
         count: how many equal ones there are.
@@ -144,10 +145,7 @@ def _of_shape(shape: TransformerShape, training: Training) -> Census:
 
 def _merge(units: Iterator[GatheredUnit]) -> tuple[GatheredUnit, ...]:
     """Equal units once, with their number."""
-    merged: dict[GatheredUnit, int] = {}
-    for unit in units:
-        merged[unit] = merged.get(unit, 0) + unit.count
-    return tuple(replace(unit, count=count) for unit, count in merged.items())
+    return tuple(replace(unit, count=count) for unit, count in Counter(units).items())
 
 
 def weights_of(module: nn.Module, taken: set[int]) -> tuple[Weight, ...]:
@@ -162,13 +160,10 @@ def weights_of(module: nn.Module, taken: set[int]) -> tuple[Weight, ...]:
         if isinstance(owner, MoELayer):
             share = getattr(owner.router, "k", 1) / owner.router.num_experts
             active |= {id(p): share for p in owner.experts.parameters()}
-    found = []
-    for parameter in module.parameters():
-        if id(parameter) not in taken:
-            taken.add(id(parameter))
-            key = id(parameter)
-            found.append(Weight(tuple(parameter.shape), axes.get(key, ()), active.get(key, 1.0)))
-    return tuple(found)
+    found = {id(p): Weight(tuple(p.shape), axes.get(id(p), ()), active.get(id(p), 1.0)) for p in module.parameters()}
+    new = tuple(weight for key, weight in found.items() if key not in taken)
+    taken |= set(found)
+    return new
 
 
 def _units(model: nn.Module, training: Training) -> Iterator[GatheredUnit]:

@@ -14,7 +14,7 @@ from torch import nn
 from moekit.errors import UserError
 from moekit.parallel.layout import Layout, Training
 from moekit.planner.census import Census, take_census
-from moekit.planner.memory import TENSOR_AXES, Memory, local_shape, memory_of, sharded_shape, zero_cut
+from moekit.planner.memory import TENSOR_AXES, Memory, local_shape, memory_of, sharded_shape, sharers, zero_cut
 from moekit.planner.shape import TransformerShape
 from moekit.planner.traffic import Traffic, traffic_of
 
@@ -160,11 +160,10 @@ def _check_divisions(census: Census, layout: Layout) -> None:
                         f"{length} and {size}. Use {math.ceil(length / size) * size}, or another tensor_parallel_size."
                     )
             if layout.zero_stage >= 2 and weight.shape and zero_cut(weight, layout) is None:
-                among = layout.expert_shard_size if weight.is_expert else layout.shard_size
                 raise UserError(
                     f"ZeRO stage {layout.zero_stage} must divide a weight of shape {local_shape(weight, layout)} of "
-                    f"the {unit.name} among {among} devices, and no dimension is a multiple. Use zero_stage=1, or "
-                    "another number of devices."
+                    f"the {unit.name} among {sharers(weight, layout)} devices, and no dimension is a multiple. Use "
+                    "zero_stage=1, or another number of devices."
                 )
 
 
@@ -208,12 +207,7 @@ def number(value: float) -> str:
 
 
 def compare(plans: dict[str, Forecast], *, markdown: bool = False) -> str:
-    """Several forecasts side by side, under the headings that the dictionary gives.
-
-    Args:
-        plans: by heading.
-        markdown: for a page instead of a terminal.
-    """
+    """Several forecasts side by side, by heading; as `markdown` for a page, else for a terminal."""
     columns = [_cells(made) for made in plans.values()]
     rows = [(label, *(column[label] for column in columns)) for label in columns[0]]
     if markdown:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -34,17 +35,15 @@ def measure(module: nn.Module, *inputs: Any, **named: Any) -> Measured:
 
     Args:
         module: any module; it is not changed.
-        *inputs: of its forward; tensors may be anywhere.
-        **named: the same.
+        *inputs: what its forward takes; tensors may be anywhere.
+        **named: the same, by name.
 
     Example:
         >>> measure(nn.Linear(3, 4), torch.zeros(5, 3))
         Measured(parameters=16, flops=120, kept=60)
     """
-    state: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        state[name] = torch.empty_like(parameter, device="meta").requires_grad_(parameter.requires_grad)
-    state |= {name: torch.empty_like(buffer, device="meta") for name, buffer in module.named_buffers()}
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    state = {name: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) for name, t in tensors.items()}
     own = {tensor.untyped_storage()._cdata for tensor in state.values()}
     kept: dict[int, Tensor] = {}
 
@@ -54,11 +53,8 @@ def measure(module: nn.Module, *inputs: Any, **named: Any) -> Measured:
             kept.setdefault(key, tensor)  # holds it, so that no other storage gets its address
         return tensor
 
-    def meta(value: Any) -> Any:
-        return value.to("meta") if isinstance(value, Tensor) else value
-
-    args, kwargs = torch.utils._pytree.tree_map(meta, (inputs, named))
-    counter = FlopCounterMode(display=False, custom_mapping=_OWN)
+    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (inputs, named))
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.moekit.grouped_mm: _grouped_flops})
     with torch.enable_grad(), counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = torch.func.functional_call(module, state, args, kwargs)
     del output
@@ -72,6 +68,3 @@ def measure(module: nn.Module, *inputs: Any, **named: Any) -> Measured:
 def _grouped_flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
     """2 R D F of the rows, whichever experts they belong to."""
     return 2 * x[0] * weight[1] * weight[2]
-
-
-_OWN: dict[Any, Any] = {torch.ops.moekit.grouped_mm: _grouped_flops}

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moekit.parallel.layout import Layout, Optimizer, Training
-from moekit.parallel.zero import zero_dimension
+from moekit.parallel.layout import Layout, Optimizer, Training, zero_dimension
+from moekit.parallel.plan import AXES
 from moekit.planner.census import Census, GatheredUnit, Weight
 
-TENSOR_AXES = frozenset({"heads", "mlp", "vocab"})
+TENSOR_AXES = {axis for axis, dimension in AXES.items() if dimension == "tensor"}
 """Logical axes that tensor parallelism divides."""
 
 
@@ -23,8 +23,8 @@ class Memory:
     """Bytes of the fullest device, and of its share of host memory.
 
     Attributes:
-        weights: as stored between steps.
-        gradients: as stored between backward and step.
+        weights: those stored between steps.
+        gradients: those stored between backward and step.
         optimizer: the optimizer's statistics and, where there is one, its copy of the weights.
         working: copies of weights, and whole gradients, that exist in a step only: what is gathered and converted.
         activations: kept for backward, with the largest block's second computation under checkpointing.
@@ -60,34 +60,28 @@ def zero_cut(weight: Weight, layout: Layout) -> int | None:
     """The dimension that ZeRO divides; None = it cannot."""
     shape = local_shape(weight, layout)
     taken = {dimension for dimension, length in enumerate(shape) if length != weight.shape[dimension]}
-    return zero_dimension(shape, taken, _sharers(weight, layout)) if shape else None
+    return zero_dimension(shape, taken, sharers(weight, layout)) if shape else None
 
 
 def sharded_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
     """What a device stores where ZeRO divides too; uneven parts up."""
     shape, cut = list(local_shape(weight, layout)), zero_cut(weight, layout)
     if cut is not None:
-        shape[cut] = math.ceil(shape[cut] / _sharers(weight, layout))
+        shape[cut] = math.ceil(shape[cut] / sharers(weight, layout))
     return tuple(shape)
 
 
-def _sharers(weight: Weight, layout: Layout) -> int:
+def sharers(weight: Weight, layout: Layout) -> int:
+    """Devices among which ZeRO divides a weight."""
     return layout.expert_shard_size if weight.is_expert else layout.shard_size
 
 
 def optimizer_numbers(shape: tuple[int, ...], optimizer: Optimizer) -> int:
     """Statistics that an optimizer keeps for a weight of that shape."""
     numel = math.prod(shape)
-    match optimizer:
-        case "adamw":
-            return 2 * numel
-        case "momentum":
-            return numel
-        case "sgd":
-            return 0
-        case "adafactor":
-            # One number for each row and one for each column of each matrix.
-            return numel if len(shape) < 2 else numel // max(shape[-1], 1) + numel // max(shape[-2], 1)
+    # Of a matrix Adafactor keeps one number for each row and one for each column.
+    factored = numel if len(shape) < 2 else numel // max(shape[-1], 1) + numel // max(shape[-2], 1)
+    return {"adamw": 2 * numel, "momentum": numel, "sgd": 0, "adafactor": factored}[optimizer]
 
 
 def memory_of(census: Census, layout: Layout, training: Training) -> Memory:

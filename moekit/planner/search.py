@@ -116,7 +116,7 @@ def fewest_devices(
     """The smallest number of devices on which a model fits, with the expert-parallel size that sends least.
 
     Args:
-        model: see `plan`.
+        model: what `plan` takes.
         training: what a device does in a step.
         memory: bytes of a device that may be used.
         like: tensor-parallel size, replicas, ZeRO stage and offloading of the layouts tried; its number of devices

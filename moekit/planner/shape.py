@@ -43,14 +43,17 @@ class TransformerShape:
         num_experts: E in every sparse layer; 0 = dense.
         k: experts per token.
         capacity_factor: slots of an expert as a multiple of an even share; None = dropless.
-        capacity_share: of what: see `moekit.routing.Capacity`.
+        capacity_share: what that share is of (`moekit.routing.Capacity`).
         sparse_every: distance of sparse layers; the last of each group is sparse.
         expert_hidden_dim: F of an expert; None = `hidden_dim`.
         beside: F of a dense feed-forward that every token of a sparse layer takes too; 0 = none.
         gated: whether feed-forwards and experts are gated linear units (three matrices) or not (two).
-        activation: of feed-forwards and experts.
+        activation: that of feed-forwards and experts.
         norm: "layer" or "rms".
         tied: whether one table embeds tokens and makes the logits.
+
+    Raises:
+        ValueError: if there are no layers, or `sparse_every` is below 1.
     """
 
     name: str = "model"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from moekit.parallel.layout import Layout, Training
 from moekit.planner.census import Census
-from moekit.planner.memory import local_shape, sharded_shape
+from moekit.planner.memory import local_shape, sharded_shape, sharers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +53,15 @@ def traffic_of(census: Census, layout: Layout, training: Training) -> Traffic:
         for weight in unit.weights:
             full = unit.count * math.prod(local_shape(weight, layout))
             part = unit.count * math.prod(sharded_shape(weight, layout))
-            sharers = layout.expert_shard_size if weight.is_expert else layout.shard_size
-            rest = 1 - 1 / sharers
+            among = sharers(weight, layout)
+            rest = 1 - 1 / among
             if stage >= 2:
                 times = micro * (2 if stage == 3 else 1)
                 gather += times * full * (numbers.gathered if unit.kind == "block" else numbers.weight) * rest
                 scatter += full * numbers.gradient * rest
                 reduce += 2 * part * numbers.gradient * (1 - 1 / layout.replicas)
             else:
-                copies = sharers * layout.replicas
+                copies = among * layout.replicas
                 reduce += 2 * full * numbers.gradient * (1 - 1 / copies)
                 gather += full * numbers.weight * rest if stage == 1 else 0.0
     return Traffic(all_to_all=exchange, all_gather=gather, reduce_scatter=scatter, all_reduce=reduce)

@@ -74,7 +74,7 @@ def measure(world: int) -> list[dict[str, int]]:
         rows[-1]["weights"] = sum(local(p).nbytes for p in model.parameters())
         state = [value for values in optimizer.state.values() for value in values.values()]
         rows[-1]["optimizer"] = sum(local(t).nbytes for t in state if isinstance(t, Tensor))
-        copies = master.entries if master is not None and offloaded else []
+        copies = master.entries.values() if master is not None and offloaded else []
         rows[-1]["copies"] = sum(local(entry.tensor).nbytes for entry in copies)
         # What is divided is no view of something whole that is kept.
         rows[-1]["storage"] = held(model.parameters())

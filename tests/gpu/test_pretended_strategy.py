@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moekit import ExpertParallelStrategy
 from moekit.parallel import unused_gradients
 from moekit.parallel.gradients import clip_by_norm, gradient_norm
-from moekit.parallel.host_memory import empty_on_host, to_host
+from moekit.parallel.host_memory import to_host
 from moekit.parallel.mesh import World, unflatten
 from moekit.routers import TopKRouter
 from moekit.training.callbacks import random_state
@@ -150,8 +150,8 @@ def test_copies_to_the_host_wait_once() -> None:
         assert not waits
         for tensor, value in zip(there, values, strict=True):
             assert torch.equal(tensor.cpu(), 2 * value)
-        assert empty_on_host(there[0]).is_pinned()
-        assert not empty_on_host(values[0]).is_pinned()
+        assert copies[0].is_pinned()
+        assert not to_host(values)[0].is_pinned()
         assert to_host([]) == []
 
 

@@ -16,7 +16,7 @@ from moekit import ExpertParallelStrategy
 from moekit.experts import GroupedMLP
 from moekit.parallel import Layout, ShardingPlan, layers_of, no_layers, repeated_layers
 from moekit.parallel.annotation import check_model, read_annotations
-from moekit.parallel.zero import zero_dimension
+from moekit.parallel.layout import zero_dimension
 from moekit.routers import switch
 from moekit.transformer import Block, DecoderOnly, SelfAttention
 

@@ -43,7 +43,7 @@ def test_host_copies_of_weights_on_gpus_are_in_host_memory(divide: bool) -> None
         assert parameter.device.type == "cuda"
         optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
         master = MasterWeights(optimizer, divide=divide, device=torch.device("cpu"))
-        (entry,) = master.entries
+        (entry,) = master.entries.values()
         assert isinstance(entry.tensor, DTensor)
         assert entry.tensor.to_local().device.type == "cpu"
         assert entry.tensor.to_local().shape == ((2, 6) if divide else (4, 6))
@@ -170,7 +170,7 @@ def test_bytes_of_a_gpu_and_of_its_host_are_the_planned(stage: Any, expert: int)
         count(*weights, *(weight.grad for weight in weights))
         master.swap_in()
         master.load_from_model()
-        for entry in master.entries:
+        for entry in master.entries.values():
             count(entry.tensor, entry.tensor.grad, torch.zeros_like(entry.tensor))
     memory = plan(SHAPE, layout, Training(precision="32-true", optimizer="momentum")).memory
     assert memory.optimizer == 0

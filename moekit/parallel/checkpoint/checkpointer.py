@@ -7,8 +7,8 @@ import io
 import os
 import pickle
 import shutil
-import threading
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,7 @@ class Checkpointer:
 
     def __init__(self, *, asynchronous: bool = False, timeout: float = 1800.0) -> None:
         self.asynchronous, self.timeout = asynchronous, timeout
-        self._group: dist.ProcessGroup | None = None
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._saving: futures.Future[None] | None = None
 
     def save(
         self,
@@ -116,7 +114,7 @@ class Checkpointer:
         self.wait()
         tensors, other, shared = model_tensors(model, state)
         statistics, plain = flatten_optimizers(model, optimizers)
-        tensors = {name: tensor.detach() for name, tensor in tensors.items()} | statistics
+        tensors = {f"model/{name}": tensor.detach() for name, tensor in tensors.items()} | statistics
         extra = extract_dtensors(extra, tensors, "extra")
         place = Path(os.path.abspath(path))
         data = _dump({"state": {"model": other, "shared": shared, "optimizers": plain}, "extra": extra})
@@ -128,16 +126,11 @@ class Checkpointer:
         if not self.asynchronous:
             _write(tensors, writer, group)
             return
-        tensors = {name: _copy(tensor) for name, tensor in tensors.items()}
-
-        def run() -> None:
-            try:
-                _write(tensors, writer, group)
-            except BaseException as error:
-                self._failure = error
-
-        self._thread = threading.Thread(target=run, name=f"checkpoint {place.name}")
-        self._thread.start()
+        # In host memory, and independent of what training does next.
+        tensors = {name: t.clone() if t.device.type == "cpu" else t.cpu() for name, t in tensors.items()}
+        executor = futures.ThreadPoolExecutor(1, f"checkpoint {place.name}")
+        self._saving = executor.submit(_write, tensors, writer, group)
+        executor.shutdown(wait=False)
 
     def wait(self) -> None:
         """Wait for a save in a thread.
@@ -145,20 +138,17 @@ class Checkpointer:
         Raises:
             UserError | RuntimeError: If it failed.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+        saving = self._saving
+        if saving is not None:
+            futures.wait([saving])  # also again, if this is interrupted
+            self._saving = None
+            saving.result()
 
     def load(self, path: PathLike, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> Any:
         """Load the checkpoint at `path` into the model and its optimizers; return what was saved as `extra`.
 
-        Args:
-            path: The folder of the checkpoint.
-            model: A model of the shape that was saved, parallelized in any way or plain.
-            optimizers: The optimizers that were saved, or none to load the model alone.
+        The model is of the shape that was saved, parallelized in any way or plain; the optimizers are those that were
+        saved, or none to load the model alone.
 
         Raises:
             UserError: Naming the file, if the checkpoint is missing, incomplete, cut short or altered; naming the
@@ -182,15 +172,9 @@ class Checkpointer:
     ) -> CheckpointContent:
         """What `load` would load, without touching the model: each rank reads its own parts.
 
-        It takes as much memory as the weights, beside them; a training step's gradients take as much.
-
-        Args:
-            path: The folder of the checkpoint.
-            model: The model as whose tensors those of the checkpoint are sharded.
-            optimizers: The optimizers that were saved, or none.
-            strict: Whether names and shapes must be the model's.
-            others: Whether tensors that the model has not, or not in this shape, are read too: whole, on each rank's
-                CPU. Parameters of the optimizers may then have got other names.
+        It takes as much memory as the weights, beside them; a training step's gradients take as much. If it is
+        `strict`, names and shapes must be the model's. With `others`, tensors that the model has not, or not in this
+        shape, are read too: whole, on each rank's CPU; parameters of the optimizers may then have got other names.
 
         Raises:
             UserError: If `load` would raise it.
@@ -207,22 +191,16 @@ class Checkpointer:
         targets |= extra_targets(model, index)
         read_into(targets, stored)
         # What is not read has a shape, so that it can be refused by name.
-        unread = {
-            key: torch.empty(entry.shape, device="meta")
-            for key, entry in index.entries.items()
-            if key.startswith("model/") and key not in targets
-        }
+        unread = {f"model/{name}": entry.empty("meta") for name, entry in index.under("model/").items()}
         return CheckpointContent(
-            state_dict_from(model, targets | unread, plain),
+            state_dict_from(model, unread | targets, plain),
             optimizer_states_from(model, optimizers, targets, plain),
             insert_dtensors(stored.plain["extra"], targets),
         )
 
     def _own_group(self) -> dist.ProcessGroup | None:
         """A group on CPUs for saves alone: they may run beside training's communication."""
-        if self._group is None and _distributed():
-            self._group = host_group("checkpoint", datetime.timedelta(seconds=self.timeout))
-        return self._group
+        return host_group("checkpoint", datetime.timedelta(seconds=self.timeout)) if _distributed() else None
 
 
 def read_extra(path: PathLike) -> Any:
@@ -304,12 +282,6 @@ def _failure(rank: int, error: BaseException) -> Exception:
     if isinstance(error, UserError):
         return UserError(str(error))
     return RuntimeError(f"rank {rank} failed in a checkpoint ({type(error).__name__}): {error}")
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """In host memory, and independent of what training does next."""
-    found: Tensor = tensor.detach()
-    return found.clone() if found.device.type == "cpu" else found.cpu()
 
 
 def _check_repeated(tensors: dict[str, Tensor], model: nn.Module, group: dist.ProcessGroup | None) -> None:

@@ -8,11 +8,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moekit.errors import UserError
 from moekit.mapped import DTYPES
@@ -22,9 +23,8 @@ FORMAT = 1
 # For whoever looks into the folder because a program that knows files alone has refused it.
 ABOUT = (
     "A checkpoint of moekit's ExpertParallelStrategy, in a folder: Trainer(strategy=ExpertParallelStrategy(...)) reads "
-    "it. "
-    "moekit.training.whole_checkpoint.consolidate_checkpoint(folder, file) makes a file of it, which plain Lightning "
-    "reads (load_from_checkpoint too); moekit.parallel.consolidate(folder, file) one of its weights."
+    "it. moekit.training.whole_checkpoint.consolidate_checkpoint(folder, file) makes a file of it, which plain "
+    "Lightning reads (load_from_checkpoint too); moekit.parallel.consolidate(folder, file) one of its weights."
 )
 
 _TYPES = {str(dtype): dtype for dtype in DTYPES.values()}
@@ -63,6 +63,10 @@ class StoredTensor:
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]
 
+    def empty(self, device: str = "cpu") -> Tensor:
+        """Memory for the whole of it."""
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
 
 @dataclass(frozen=True)
 class Index:
@@ -78,21 +82,22 @@ class Index:
     plain: tuple[str, str] | None = None
     processes: int = 1
 
+    def under(self, prefix: str) -> dict[str, StoredTensor]:
+        """The tensors whose names begin with `prefix`, by the rest of their names."""
+        return {name.removeprefix(prefix): entry for name, entry in self.entries.items() if name.startswith(prefix)}
+
     def dump(self) -> str:
         """As JSON, with a digest of itself."""
         body = {
             "about": ABOUT,
             "format": FORMAT,
             "processes": self.processes,
-            "plain": list(self.plain) if self.plain else None,
+            "plain": self.plain,
             "tensors": {
                 name: {
-                    "shape": list(entry.shape),
+                    "shape": entry.shape,
                     "dtype": str(entry.dtype),
-                    "chunks": [
-                        [list(c.offsets), list(c.sizes), c.file, c.key, c.digest]
-                        for c in sorted(entry.chunks, key=lambda c: c.offsets)
-                    ],
+                    "chunks": [astuple(chunk) for chunk in sorted(entry.chunks, key=lambda chunk: chunk.offsets)],
                 }
                 for name, entry in sorted(self.entries.items())
             },
@@ -110,12 +115,13 @@ class Index:
             for chunk in entry.chunks:
                 if not chunk.numel:
                     continue
-                other = seen.setdefault((chunk.file, chunk.key), name)
-                if other != name or sum((c.file, c.key) == (chunk.file, chunk.key) for c in entry.chunks) > 1:
+                place = chunk.file, chunk.key
+                if place in seen:
                     raise UserError(
                         f"the checkpoint {where} gives the same bytes, {chunk.key} of {chunk.file}, to two parts of "
-                        f"{name} or {other}: one of them is missing. Use another checkpoint."
+                        f"{name} or {seen[place]}: one of them is missing. Use another checkpoint."
                     )
+                seen[place] = name
             _check_tiling(name, entry, where)
 
 

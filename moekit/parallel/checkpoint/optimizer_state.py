@@ -18,16 +18,11 @@ from moekit.errors import UserError
 from moekit.parallel.checkpoint.index import Index
 from moekit.parallel.checkpoint.state import clean
 from moekit.parallel.master_weights import model_parameter
-from moekit.parallel.shards import empty_like, replicated_like, shard_like
+from moekit.parallel.shards import replicated_like, shard_like
 
 
 class OtherOptimizersError(UserError):
     """A checkpoint has the state of other optimizers than those that are to take it."""
-
-
-def names_of(model: nn.Module) -> dict[int, str]:
-    """The first name of every parameter, by id."""
-    return {id(parameter): clean(name) for name, parameter in model.named_parameters()}
 
 
 def flatten_optimizers(
@@ -38,41 +33,40 @@ def flatten_optimizers(
     Raises:
         ValueError: If an optimizer has a parameter that is not the model's.
     """
-    names = names_of(model)
     tensors: dict[str, Tensor] = {}
     plain: list[dict[str, Any]] = []
     for number, optimizer in enumerate(optimizers):
+        named = _named_groups(model, optimizer)
         values: dict[str, dict[str, Any]] = {}
-        for parameter, name in _named(optimizer, names):
+        for name, parameter in chain.from_iterable(named):
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer/{number}/{name}/{key}"] = value.detach()
                 else:
                     values.setdefault(name, {})[key] = value
-        plain.append({"groups": _groups(optimizer, names), "values": values})
+        settings = zip(optimizer.param_groups, _only_names(named), strict=True)
+        plain.append({"groups": [{**group, "params": names} for group, names in settings], "values": values})
     return tensors, plain
 
 
-def _named(optimizer: Optimizer, names: Mapping[int, str]) -> list[tuple[Tensor, str]]:
-    return [(p, _name(p, names)) for group in optimizer.param_groups for p in group["params"]]
-
-
-def _name(parameter: Tensor, names: Mapping[int, str]) -> str:
-    found = names.get(id(model_parameter(parameter)))
-    if found is None:
-        raise ValueError(
-            f"an optimizer of a checkpoint must work on the model's parameters: got one of shape "
-            f"{tuple(parameter.shape)} that the model does not have. Make the optimizer after parallelizing the model."
-        )
+def _named_groups(model: nn.Module, optimizer: Optimizer) -> list[list[tuple[str, Tensor]]]:
+    """The parameters of each group of an optimizer, with their names in the model."""
+    names = {id(parameter): clean(name) for name, parameter in model.named_parameters()}
+    found = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(model_parameter(parameter)) not in names:
+                raise ValueError(
+                    "an optimizer of a checkpoint must work on the model's parameters: got one of shape "
+                    f"{tuple(parameter.shape)} that the model does not have. Make the optimizer after parallelizing "
+                    "the model."
+                )
+        found.append([(names[id(model_parameter(parameter))], parameter) for parameter in group["params"]])
     return found
 
 
-def _groups(optimizer: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Settings of the groups, with names in place of parameters."""
-    return [
-        {key: [_name(p, names) for p in value] if key == "params" else value for key, value in group.items()}
-        for group in optimizer.param_groups
-    ]
+def _only_names(groups: list[list[tuple[str, Tensor]]]) -> list[list[str]]:
+    return [[name for name, _ in group] for group in groups]
 
 
 def optimizer_targets(
@@ -86,14 +80,8 @@ def optimizer_targets(
 ) -> dict[str, Tensor]:
     """Tensors to be filled with the optimizers' statistics, sharded as their parameters are.
 
-    Args:
-        model: The model whose parameters the optimizers have.
-        optimizers: The optimizers to be loaded.
-        index: The index of the checkpoint.
-        plain: What the checkpoint holds that is no tensor.
-        where: The checkpoint, for messages.
-        renamed: Whether parameters may have got other names since: then they are known by their places, as torch knows
-            them, if those whose names are known stand where they stood.
+    Parameters that were `renamed` since are known by their places, as torch knows them, if those whose names are known
+    stand where they stood.
 
     Raises:
         OtherOptimizersError: If the checkpoint is of others.
@@ -104,10 +92,10 @@ def optimizer_targets(
             f"the checkpoint {where} must have the state of {len(optimizers)} optimizers: it has that of {len(saved)}. "
             "Load it with the optimizers that it was saved with, or with none."
         )
-    names = names_of(model)
     targets: dict[str, Tensor] = {}
     for number, optimizer in enumerate(optimizers):
-        here = [group["params"] for group in _groups(optimizer, names)]
+        named = _named_groups(model, optimizer)
+        here = _only_names(named)
         there = [group["params"] for group in saved[number]["groups"]]
         now = _pairs(there, here, renamed=renamed)
         if now is None:
@@ -115,12 +103,11 @@ def optimizer_targets(
                 f"the checkpoint {where} groups the parameters of optimizer {number} otherwise: {_sizes(there)} there, "
                 f"{_sizes(here)} here. Configure the optimizer as it was."
             )
-        parameters = {name: parameter for parameter, name in _named(optimizer, names)}
-        prefix = f"optimizer/{number}/"
-        for key, entry in index.entries.items():
-            if key.startswith(prefix):
-                name, _, statistic = key.removeprefix(prefix).rpartition("/")
-                targets[key] = _empty_statistic(parameters[now[name]], statistic, entry.shape, entry.dtype)
+        parameters = dict(chain.from_iterable(named))
+        for key, entry in index.under(f"optimizer/{number}/").items():
+            name, _, statistic = key.rpartition("/")
+            found = _empty_statistic(parameters[now[name]], statistic, entry.shape, entry.dtype)
+            targets[f"optimizer/{number}/{key}"] = found
     return targets
 
 
@@ -143,12 +130,10 @@ def _sizes(groups: Sequence[Sequence[str]]) -> str:
 def optimizer_state_from(
     saved: Mapping[str, Any], tensors: Mapping[str, Tensor], order: Sequence[Sequence[str]] | None = None
 ) -> dict[str, Any]:
-    """The state dict of an optimizer, in torch's own form.
+    """The state dict of an optimizer, in torch's own form, of its saved groups and plain statistics and its `tensors`.
 
-    Args:
-        saved: Its groups and plain statistics, with parameters by name.
-        tensors: Its statistics that are tensors, by ``<parameter>/<statistic>``.
-        order: The names of the parameters of each group, where the optimizer has them in another order than `saved`.
+    Those are named ``<parameter>/<statistic>``. `order` has the names of the parameters of each group, where the
+    optimizer has them in another order than `saved`.
     """
     order = [group["params"] for group in saved["groups"]] if order is None else order
     numbers = {name: n for n, name in enumerate(name for group in order for name in group)}
@@ -167,12 +152,12 @@ def optimizer_states_from(
     model: nn.Module, optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """State dicts for the optimizers, from filled tensors and what is not a tensor."""
-    names, found = names_of(model), []
+    found = []
     for number, optimizer in enumerate(optimizers):
         prefix = f"optimizer/{number}/"
         of = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         saved = plain["optimizers"][number]
-        order = [group["params"] for group in _groups(optimizer, names)]
+        order = _only_names(_named_groups(model, optimizer))
         by_name = _pairs([group["params"] for group in saved["groups"]], order) is not None
         found.append(optimizer_state_from(saved, of, order if by_name else None))
     return found
@@ -184,7 +169,7 @@ def _empty_statistic(parameter: Tensor, name: str, shape: tuple[int, ...], dtype
         # As torch's optimizers keep it; `load_state_dict` moves it to the right device.
         return torch.empty(shape, dtype=dtype)
     if shape == tuple(parameter.shape):
-        return empty_like(parameter, dtype)
+        return torch.empty_like(parameter, dtype=dtype)
     device = parameter.to_local().device if isinstance(parameter, DTensor) else parameter.device
     return replicated_like(torch.empty(shape, dtype=dtype, device=device), parameter)
 

@@ -44,7 +44,11 @@ class StoredCheckpoint:
 
     @functools.cached_property
     def plain(self) -> dict[str, Any]:
-        """Everything that is no tensor: ``state`` of model and optimizers, and ``extra``."""
+        """Everything that is no tensor: ``state`` of model and optimizers, and ``extra``.
+
+        Raises:
+            UserError: If the file is missing, altered, or holds anything else.
+        """
         if self.index.plain is None:
             return {"state": {}, "extra": None}
         file = self.folder / self.index.plain[0]
@@ -79,9 +83,9 @@ class StoredCheckpoint:
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Whole tensors, by name without `prefix`, of all whose names begin with it."""
-        found = {n: torch.empty(e.shape, dtype=e.dtype) for n, e in self.index.entries.items() if n.startswith(prefix)}
-        self.fill(found)
-        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        found = {name: entry.empty() for name, entry in self.index.under(prefix).items()}
+        self.fill({prefix + name: tensor for name, tensor in found.items()})
+        return found
 
     @torch.no_grad()
     def fill(self, targets: Mapping[str, Tensor]) -> None:
@@ -98,7 +102,7 @@ class StoredCheckpoint:
                 ends = zip(starts, local.shape, chunk.offsets, chunk.sizes, strict=True)
                 high = [min(start + length, offset + size) for start, length, offset, size in ends]
                 if chunk.numel and all(first < last for first, last in zip(low, high, strict=True)):
-                    _box(local, low, high, starts).copy_(_box(self.read(chunk), low, high, chunk.offsets))
+                    _box(local, low, high, starts).copy_(_box(self._read(chunk), low, high, chunk.offsets))
 
     def weights(self) -> dict[str, Any]:
         """The model's state dict: shared tensors under each of their names, and what is no tensor."""
@@ -111,10 +115,10 @@ class StoredCheckpoint:
         for entry in self.index.entries.values():
             for chunk in entry.chunks:
                 if chunk.numel:
-                    self.read(chunk)
+                    self._read(chunk)
         _ = self.plain
 
-    def read(self, chunk: Chunk) -> Tensor:
+    def _read(self, chunk: Chunk) -> Tensor:
         """A chunk, mapped from its file; its digest, if it has one, is checked when it is first read."""
         file = self.folder / chunk.file
         if chunk.file not in self._files:

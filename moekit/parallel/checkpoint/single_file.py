@@ -41,19 +41,13 @@ def export_safetensors(model: nn.Module, path: PathLike) -> None:
     for name, tensor in tensors.items():
         full = full_tensor(tensor)
         if writes:
-            whole[name.partition("/")[2]] = full.detach().cpu().contiguous().clone()
+            whole[name] = full.detach().cpu().contiguous().clone()
     if writes:
         _write(whole, shared, Path(os.path.abspath(path)))
 
 
 def consolidate(checkpoint: PathLike, path: PathLike) -> None:
-    """Turn a sharded checkpoint's model into one safetensors file, in one process, without building the model.
-
-    A shared tensor is written under each of its names, so that `load_state_dict` takes the file.
-
-    Args:
-        checkpoint: The folder of the checkpoint.
-        path: The file; one that is there is replaced when the new one is whole.
+    """Turn a sharded checkpoint's model into the file of `export_safetensors`, in one process, without the model.
 
     Raises:
         UserError: If the checkpoint is incomplete, cut short or altered, or the file cannot be written.

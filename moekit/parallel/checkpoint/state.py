@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moekit.errors import UserError
-from moekit.parallel.checkpoint.index import Index
-from moekit.parallel.shards import empty_like
+from moekit.parallel.checkpoint.index import Index, StoredTensor
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_TENSOR = "__tensor__"
 
 
 def clean(name: str) -> str:
@@ -25,9 +25,6 @@ def clean(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
-
-
-_TENSOR = "__tensor__"
 
 
 def extract_dtensors(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
@@ -54,19 +51,19 @@ def insert_dtensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def extra_targets(model: nn.Module, index: Index) -> dict[str, Tensor]:
-    """Empty tensors for what `extract_dtensors` found: sharded like the model's tensor of that name and
-    shape, else whole.
-    """
-    own = {name.partition("/")[2]: tensor for name, tensor in model_tensors(model)[0].items()}
-    targets: dict[str, Tensor] = {}
-    for key, entry in index.entries.items():
-        if key.startswith("extra/"):
-            like = own.get(clean(key.rpartition("/")[2]))
-            if like is not None and tuple(like.shape) == entry.shape:
-                targets[key] = empty_like(like, entry.dtype)
-            else:
-                targets[key] = torch.empty(entry.shape, dtype=entry.dtype)
-    return targets
+    """Empty tensors for what `extract_dtensors` found: sharded like the model's tensor of that name and shape."""
+    own = model_tensors(model)[0]
+    return {
+        f"extra/{name}": _empty_like(own.get(clean(name.rpartition("/")[2])), entry)
+        for name, entry in index.under("extra/").items()
+    }
+
+
+def _empty_like(like: Tensor | None, entry: StoredTensor) -> Tensor:
+    """Sharded like a tensor of its shape; whole, on the CPU, where there is none."""
+    if like is None or tuple(like.shape) != entry.shape:
+        return entry.empty()
+    return torch.empty_like(like, dtype=entry.dtype)
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
@@ -84,15 +81,11 @@ def aliases(model: nn.Module) -> dict[str, str]:
 def model_tensors(
     model: nn.Module, state: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
-    """What a model's state dict holds, by names that no wrapper has changed.
-
-    Args:
-        model: The model whose state it is.
-        state: Its state dict, perhaps edited; None = the model's state dict as it is.
+    """What a model's state dict, or an edited one of it, holds, by names that no wrapper has changed.
 
     Returns:
-        Tensors (``model/<name>``), shared ones once; what a module saves that is no tensor; further names of shared
-        tensors -> the name that they are among the tensors.
+        Tensors, shared ones once; what a module saves that is no tensor; further names of shared tensors -> the name
+        that they are among the tensors.
     """
     state = model.state_dict() if state is None else state  # which also makes fully_shard put its parameters back
     values = {clean(name): value for name, value in state.items()}
@@ -104,7 +97,7 @@ def model_tensors(
         if name in known and _same(value, values.get(known[name])):
             shared[name] = known[name]
         elif isinstance(value, Tensor):
-            tensors[f"model/{name}"] = value
+            tensors[name] = value
         else:
             other[name] = value
     return tensors, other, shared
@@ -121,33 +114,19 @@ def _same(one: Any, other: Any) -> bool:
 def model_targets(model: nn.Module, index: Index, *, others: bool = False) -> dict[str, Tensor]:
     """Empty tensors for a checkpoint's model, sharded as the model's of the same name and shape.
 
-    Args:
-        model: The model, parallelized in any way or plain.
-        index: The index of the checkpoint.
-        others: Whether tensors that the model has not, or not in this shape, are wanted too; whole, on the CPU.
+    With `others` also whole ones, on the CPU, for tensors that the model has not, or not in this shape.
     """
     own, _, shared = model_tensors(model)
     targets: dict[str, Tensor] = {}
-    for key, entry in index.entries.items():
-        if not key.startswith("model/"):
-            continue
-        name = key.removeprefix("model/")
-        like = own.get(f"model/{shared.get(name, name)}")
-        if like is not None and tuple(like.shape) == entry.shape:
-            targets[key] = empty_like(like, entry.dtype)
-        elif others:
-            targets[key] = torch.empty(entry.shape, dtype=entry.dtype)
+    for name, entry in index.under("model/").items():
+        like = own.get(shared.get(name, name))
+        if others or (like is not None and tuple(like.shape) == entry.shape):
+            targets[f"model/{name}"] = _empty_like(like, entry)
     return targets
 
 
 def state_dict_from(model: nn.Module, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict for the model, under the names of its own: tensors, shared ones under each of theirs, and the rest.
-
-    Args:
-        model: The model that it is for.
-        tensors: The filled tensors, by ``model/<name>``.
-        plain: What the checkpoint holds that is no tensor.
-    """
+    """A state dict for the model, under its own names: ``model/<name>`` of `tensors`, and what `plain` has of it."""
     values: dict[str, Any] = {name.removeprefix("model/"): t for name, t in tensors.items() if name[:6] == "model/"}
     values |= plain.get("model", {})
     for name, first in (plain.get("shared", {}) | aliases(model)).items():
@@ -158,13 +137,7 @@ def state_dict_from(model: nn.Module, tensors: Mapping[str, Tensor], plain: Mapp
 
 
 def require_same_model(own: Mapping[str, Any], state: Mapping[str, Any], where: str, *, strict: bool = True) -> None:
-    """Check that a state dict is of a model.
-
-    Args:
-        own: The model's state dict.
-        state: The state dict that it is to load.
-        where: The checkpoint, for the message.
-        strict: Whether all names must be on both sides; else shapes alone are compared.
+    """Check that `state` is a state dict of the model whose own one is `own`; unless `strict`, by shapes alone.
 
     Raises:
         UserError: If it is of another model.
@@ -196,7 +169,7 @@ def require_same_tensors(model: nn.Module, index: Index, plain: Mapping[str, Any
                 f"the checkpoint {where} is of another model: it has {first} and {name} apart, which are one tensor "
                 "here. Build the model that was saved."
             )
-    held = {key: torch.empty(entry.shape, device="meta") for key, entry in index.entries.items()}
+    held = {key: entry.empty("meta") for key, entry in index.entries.items()}
     there = state_dict_from(model, held, {"shared": plain.get("shared", {})})
     require_same_model({n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}, there, where)
 

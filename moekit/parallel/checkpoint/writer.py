@@ -44,10 +44,9 @@ PLAIN = "plain.pt"
 
 @dataclass(frozen=True)
 class _Place:
-    """What the coordinator tells a rank: where to write, and under which name."""
+    """What the coordinator tells a rank: the hidden folder, and the file in it that the rank writes."""
 
     folder: str
-    token: str
     file: str
 
 
@@ -59,16 +58,20 @@ class FolderWriter(StorageWriter):
         plain: The bytes of what is no tensor; those of the coordinator are written.
     """
 
-    def __init__(self, path: Path, plain: bytes | None) -> None:
+    def __init__(self, path: Path, plain: bytes) -> None:
         self.path, self.plain = path, plain
         self.folder: Path | None = None
-        self.token = ""
+        self.data = ""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing: a writer writes one checkpoint."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Make the hidden folder, and remove what killed processes have left."""
+        """Make the hidden folder, and remove what killed processes have left.
+
+        Raises:
+            UserError: If a file is in the place, or it cannot be written to.
+        """
         if not is_coordinator:
             return
         with writing(self.path):
@@ -77,9 +80,9 @@ class FolderWriter(StorageWriter):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for left_over in hidden_folders(self.path):
                 shutil.rmtree(left_over, ignore_errors=True)
-            self.token = secrets.token_hex(4)
-            self.folder = self.path.with_name(f".{self.path.name}.{self.token}.tmp")
-            (self.folder / f"data-{self.token}").mkdir(parents=True)
+            token = secrets.token_hex(4)
+            self.folder, self.data = self.path.with_name(f".{self.path.name}.{token}.tmp"), f"data-{token}"
+            (self.folder / self.data).mkdir(parents=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """As it is."""
@@ -88,14 +91,13 @@ class FolderWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Give every rank the folder and a name for its file."""
         return [
-            replace(plan, storage_data=_Place(str(self.folder), self.token, f"rank_{rank:05d}.safetensors"))
+            replace(plan, storage_data=_Place(str(self.folder), f"{self.data}/rank_{rank:05d}.safetensors"))
             for rank, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's file."""
         place: _Place = plan.storage_data
-        folder = Path(place.folder) / f"data-{place.token}"
         tensors: dict[str, Tensor] = {}
         results = []
         for item in plan.items:
@@ -110,15 +112,16 @@ class FolderWriter(StorageWriter):
             chunk = Chunk(
                 tuple(item.tensor_data.chunk.offsets),
                 tuple(item.tensor_data.chunk.sizes),
-                f"data-{place.token}/{place.file}",
+                place.file,
                 key,
                 digest_of(tensor),
             )
             results.append(WriteResult(item.index, tensor.nbytes, chunk))
         if tensors:
             with writing(self.path):
-                save_file(tensors, folder / place.file)
-                flush(folder / place.file)
+                file = Path(place.folder) / place.file
+                save_file(tensors, file)
+                flush(file)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -136,17 +139,15 @@ class FolderWriter(StorageWriter):
             if isinstance(found, TensorStorageMetadata)
         }
         with writing(self.path):
-            plain = None
-            if self.plain is not None:
-                plain = f"data-{self.token}/{PLAIN}", hashlib.sha256(self.plain).hexdigest()
-                (self.folder / plain[0]).write_bytes(self.plain)
-                flush(self.folder / plain[0])
-            index = Index(entries, plain, len(results))
+            plain = f"{self.data}/{PLAIN}"
+            (self.folder / plain).write_bytes(self.plain)
+            flush(self.folder / plain)
+            index = Index(entries, (plain, hashlib.sha256(self.plain).hexdigest()), len(results))
             index.check(str(self.path))
             (self.folder / INDEX).write_text(index.dump(), encoding="utf-8")
-            for file in (self.folder / INDEX, self.folder / f"data-{self.token}", self.folder):
+            for file in (self.folder / INDEX, self.folder / self.data, self.folder):
                 flush(file)
-            commit(self.folder, self.path, f"data-{self.token}")
+            commit(self.folder, self.path, self.data)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
