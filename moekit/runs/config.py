@@ -14,11 +14,9 @@ from moekit.data.module import MultitaskData
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
 from moekit.runs.settings.data import DataConfig
-from moekit.runs.settings.evaluate import EvaluateConfig
 from moekit.runs.settings.fields import RESUME, SURGERY, setting
-from moekit.runs.settings.strategy import StrategyConfig
-from moekit.runs.settings.tasks import active_tasks
-from moekit.runs.settings.train import TrainConfig
+from moekit.runs.settings.tasks import EvaluateConfig, active_tasks
+from moekit.runs.settings.train import StrategyConfig, TrainConfig
 from moekit.tasks import task_data
 
 _ENDLESS = 100_000_000

@@ -13,7 +13,7 @@ from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom, starting_tokenizer
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
-from moekit.runs.settings.strategy import StrategyConfig
+from moekit.runs.settings.train import StrategyConfig
 from moekit.runs.surgery.optimizer import optimizer_slots
 from moekit.surgery.adapters import Target, add_adapters
 from moekit.training.fine_tuning import set_expert_dropout, set_train_capacity, subset, train_only, with_slots

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -23,7 +22,6 @@ from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.settings.train import quiet
 from moekit.runs.text import require_same_text, text_to_keep, tokenizer_of
-from moekit.training.budget import Budget
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.callbacks.config import ConfigInCheckpoints
 from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
@@ -99,8 +97,14 @@ def fit(
         logger=run_loggers(run.path),
         enable_checkpointing=True,
         callbacks=[
-            *_of_record(recipe, config, {**settings, "vocab_size": data.tokenizer.vocab_size}, budget),
-            *_of_checkpoints(config, run, f"valid/{next(iter(module.heads))}/loss", resume_command),
+            MaxMinutes(budget),
+            Throughput(),
+            RandomState(),
+            ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
+            PeakMemory(expected_bytes(recipe, config)),
+            TrainingProgress(budget),
+            *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
+            *_checkpoints(config, run, f"valid/{next(iter(module.heads))}/loss", resume_command),
         ],
         max_steps=train.max_steps or -1,
         max_epochs=-1 if not train.max_steps else None,
@@ -121,20 +125,7 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _of_record(recipe: Recipe, config: RunConfig, settings: dict[str, Any], budget: Budget) -> list[Callback]:
-    """Callbacks that count and tell, and the one that ends training."""
-    return [
-        MaxMinutes(budget),
-        Throughput(),
-        RandomState(),
-        ConfigInCheckpoints(settings),
-        PeakMemory(expected_bytes(recipe, config)),
-        TrainingProgress(budget),
-        *([ScaleExpertGradients()] if config.train.scale_expert_gradients else []),
-    ]
-
-
-def _of_checkpoints(config: RunConfig, run: Run, monitor: str, resume_command: str) -> list[Callback]:
+def _checkpoints(config: RunConfig, run: Run, monitor: str, resume_command: str) -> list[Callback]:
     """Callbacks that write checkpoints; of several tasks the first is the one that the recipe is about."""
     train = config.train
     return [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from rich.console import Console
 
@@ -36,9 +38,9 @@ def forecast(
     Raises:
         UserError: the layout does not fit the devices or the model, or the model is none that can be planned.
     """
-    model = _network(recipe, config)
-    layout, training = _layout(config), _training(config, sequences, length)
+    model, layout = _network(recipe, config), _layout(config)
     try:
+        training = _training(config, sequences, length or config.data.max_length)
         made = plan(model, layout, training)
         console.print(compare({variant: made}), highlight=False, soft_wrap=True)
         if memory is not None:
@@ -52,20 +54,12 @@ def expected_bytes(recipe: Recipe, config: RunConfig) -> float | None:
 
     The tokens of all tasks are taken for texts of the greatest length. Under offload it is the device's part alone.
     """
-    train, length = config.train, config.data.max_length
+    length = config.data.max_length
     tokens = sum(task.tokens for task in active_tasks(config.tasks).values())
     try:
         model = _network(recipe, config)
         sides = 2 if hasattr(model, "encoder") and hasattr(model, "decoder") else 1
-        training = Training(
-            sequences=max(1, -(-tokens // (sides * length))),
-            source_length=length,
-            target_length=length,
-            accumulate=train.accumulate,
-            precision=train.usable_precision,
-            optimizer=train.optimizer,
-            checkpointing=getattr(config.model, "checkpoint", False),
-        )
+        training = _training(config, max(1, -(-tokens // (sides * length))), length, optimizer=config.train.optimizer)
         return float(plan(model, _layout(config), training).memory.device)
     except (ValueError, TypeError, NotImplementedError):
         return None
@@ -110,17 +104,13 @@ def _layout(config: RunConfig) -> Layout:
         raise UserError(f"strategy: {error}") from None
 
 
-def _training(config: RunConfig, sequences: int, length: int | None) -> Training:
-    train = config.train
-    length = length or config.data.max_length
-    try:
-        return Training(
-            sequences=sequences,
-            source_length=length,
-            target_length=length,
-            accumulate=train.accumulate,
-            precision=train.usable_precision,
-            checkpointing=getattr(config.model, "checkpoint", False),
-        )
-    except ValueError as error:
-        raise UserError(f"plan: {error}") from None
+def _training(config: RunConfig, sequences: int, length: int, **options: Any) -> Training:
+    return Training(
+        sequences=sequences,
+        source_length=length,
+        target_length=length,
+        accumulate=config.train.accumulate,
+        precision=config.train.usable_precision,
+        checkpointing=getattr(config.model, "checkpoint", False),
+        **options,
+    )

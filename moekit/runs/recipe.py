@@ -137,10 +137,9 @@ class Recipe:
             groups = {f.name: values[f.name] for f in dataclasses.fields(RunConfig) if f.name in values}
             for name in ("model", "tasks"):
                 groups[name] = build(type(getattr(self.default, name)), values.get(name, {}))
-            made = build(RunConfig, groups)
+            return build(RunConfig, groups)
         except (KeyError, TypeError) as error:
             raise UserError(f"{where}: not a configuration of this recipe ({error}).") from None
-        return made
 
     def current(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The plain data of a configuration as this version writes it: keys that moved, lists that were text."""

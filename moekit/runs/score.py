@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
-from moekit.atomic import write_text
 from moekit.errors import UserError
 from moekit.inference.scoring import Normalise, Question, Scorer, accuracy, few_shot
 from moekit.runs.config import RunConfig
-from moekit.runs.generate import reading, trained
+from moekit.runs.generate import reading, trained, write_lines
 from moekit.runs.run import Run
 
 _WAYS: tuple[Normalise, ...] = ("sum", "token", "character")
@@ -55,18 +53,10 @@ def score(
         scores = scorer.score(questions, source, target)
     except ValueError as error:
         raise UserError(f"--input {input}: {error}") from None
-    lines = [
-        json.dumps(
-            {"best": {by: s.best(by) for by in _WAYS}, "scores": {by: s.normalised(by) for by in _WAYS}},
-            ensure_ascii=False,
-        )
-        for s in scores
-    ]
-    text = "".join(line + "\n" for line in lines)
-    if output == "-":
-        sys.stdout.write(text)
-    else:
-        write_text(Path(output), text)
+    rows = []
+    for s in scores:
+        rows.append({"best": {by: s.best(by) for by in _WAYS}, "scores": {by: s.normalised(by) for by in _WAYS}})
+    write_lines(output, [json.dumps(row, ensure_ascii=False) for row in rows])
     known = sum(question.answer is not None for question in questions)
     if known:
         shares = ", ".join(f"{accuracy(questions, scores, by):.4f} by {by}" for by in _WAYS)

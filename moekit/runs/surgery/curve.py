@@ -14,7 +14,6 @@ from moekit.data.module import MultitaskData
 from moekit.runs.config import RunConfig
 from moekit.runs.evaluate import trained_module
 from moekit.runs.module import parameters
-from moekit.runs.plain import with_setting
 from moekit.runs.run import Run
 from moekit.runs.settings.tasks import active_tasks
 from moekit.runs.settings.train import quiet
@@ -190,21 +189,14 @@ def _loss(module: MultitaskModule, data: MultitaskData, config: RunConfig) -> fl
 
 
 def _recovered(run: Run, result: Result, recovery: Recovery) -> float:
-    config = result.config
-    for key, value in (
-        ("max_steps", recovery.steps), ("max_minutes", 0.0), ("learning_rate", recovery.learning_rate),
-        ("warmup_steps", recovery.steps // 10),
-    ):  # fmt: skip
-        config = with_setting(config, f"train.{key}", value)
+    rate, steps = recovery.learning_rate, recovery.steps
+    train = {"max_steps": steps, "max_minutes": 0.0, "learning_rate": rate, "warmup_steps": steps // 10}
+    config: RunConfig = result.config.changed(train=train)
     L.seed_everything(config.train.seed, verbose=False)
     data = training_data(run, config)
     module = trained_module(run, data, config, result.weights).train()
     trainer = config.train.elsewhere().trainer(
-        max_steps=recovery.steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        limit_val_batches=0,
+        max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, limit_val_batches=0
     )
     with quiet():
         trainer.fit(module, datamodule=data)
