@@ -10,8 +10,19 @@ from torch import nn
 
 from moekit.experts import Experts, GroupedGLU, GroupedMLP
 from moekit.layer import AuxLosses
-from moekit.runs import RunConfig, Variant
-from moekit.runs.settings import SURGERY, DataConfig, EvaluateConfig, TrainConfig, TranslationTasks, setting
+from moekit.runs import ModelParts, RunConfig, RunText, Variant
+from moekit.runs.settings import (
+    SURGERY,
+    DataConfig,
+    EvaluateConfig,
+    LanguageModelTasks,
+    SpanCorruptionTasks,
+    TrainConfig,
+    TranslationTasks,
+    active_tasks,
+    setting,
+)
+from moekit.tasks import make_heads
 from moekit.transformer import (
     GLU,
     MLP,
@@ -120,15 +131,13 @@ def feed_forward(model: NetworkConfig, hidden_dim: int | None = None) -> nn.Modu
     return kind(model.dim, width, activation=model.activation, dropout=model.dropout)
 
 
-def expert_bank(
-    model: NetworkConfig, num_experts: int | None = None, hidden_dim: int | None = None, **options: Any
-) -> Experts:
-    """Experts of the network's kind, by default as many and as wide as it says; `options` are the bank's own."""
+def expert_bank(model: NetworkConfig, num_experts: int | None = None, **options: Any) -> Experts:
+    """Experts of the network's kind, by default as many as it says; `options` are the bank's own."""
     kind: Any = GroupedGLU if model.gated else GroupedMLP
     bank: Experts = kind(
         model.num_experts if num_experts is None else num_experts,
         model.dim,
-        model.hidden_dim if hidden_dim is None else hidden_dim,
+        model.hidden_dim,
         activation=model.activation,
         dropout=model.dropout,
         init_scale=model.expert_init_scale,
@@ -199,14 +208,23 @@ def _positions(model: NetworkConfig) -> Positions:
             return RelativePositions(model.heads)
 
 
-def aux_losses(model: NetworkConfig, **weights: float) -> AuxLosses | None:
-    """The network's weights of the routers' losses and further ones, those of weight 0 left out; None if none is left.
+def aux_losses(model: NetworkConfig, *, of_zero: bool = False) -> AuxLosses | None:
+    """The network's weights of the routers' losses; None if none is left, and of a dense model.
 
-    Of a dense model None.
+    Args:
+        model: the weights.
+        of_zero: whether losses of weight 0 are left in, so that they are seen in the metrics.
     """
-    wanted = {"load_balance": model.load_balance, "router_z": model.router_z, **weights}
-    wanted = {name: weight for name, weight in wanted.items() if weight}
-    return AuxLosses(layers="sum", **wanted) if wanted and model.num_experts else None
+    wanted = {"load_balance": model.load_balance, "router_z": model.router_z}
+    wanted = {name: weight for name, weight in wanted.items() if weight or of_zero}
+    return AuxLosses(**wanted) if wanted and model.num_experts else None
+
+
+def parts(config: RunConfig, text: RunText, layers: FeedForwardFactory, *, of_zero: bool = False) -> ModelParts:
+    """The network of the configuration with the given feed-forwards, and a head for each task; see `aux_losses`."""
+    model, make = config.model, decoder if isinstance(config.model, DecoderConfig) else encoder_decoder
+    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
+    return ModelParts(make(model, text.vocab_size, layers), heads, aux_losses(model, of_zero=of_zero))
 
 
 def dense(config: RunConfig) -> RunConfig:
@@ -220,13 +238,15 @@ TINY_TEXT = RunConfig(
     data=DataConfig(vocab_size=1600),
     train=TrainConfig(max_minutes=4.0, label_smoothing=0.0, validate_every=300),
     evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
+    tasks=LanguageModelTasks(),
 )
-"""Minutes on two cores, with generated text; the model is to be given."""
+"""Minutes on two cores, with generated text; the model is to be given, here and below."""
 
 SMALL_TEXT = RunConfig(
     data=DataConfig(source="text", vocab_size=4000, temperature=5.0),
     train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, label_smoothing=0.0, validate_every=500),
     evaluate=EvaluateConfig(beam_size=1),
+    tasks=LanguageModelTasks(),
 )
 """Half an hour on a laptop, with text of the user's."""
 
@@ -234,8 +254,14 @@ PAPER_TEXT = RunConfig(
     data=DataConfig(source="text"),
     train=TrainConfig(label_smoothing=0.0, precision="bf16-mixed"),
     evaluate=EvaluateConfig(beam_size=1),
+    tasks=LanguageModelTasks(),
 )
 """A published model that reads text."""
+
+TINY_SPANS, SMALL_SPANS, PAPER_SPANS = (
+    config.changed(data={"packed": True}, tasks=SpanCorruptionTasks()) for config in (TINY_TEXT, SMALL_TEXT, PAPER_TEXT)
+)
+"""The same for a T5."""
 
 TINY_TRANSLATION = RunConfig(
     data=DataConfig(vocab_size=1600),

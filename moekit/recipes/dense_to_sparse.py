@@ -19,22 +19,20 @@ from typing import Literal
 from moekit.cli.recipes import main
 from moekit.errors import UserError
 from moekit.experts import DensePretraining, MaskWeights
-from moekit.heads import CausalLMHead
 from moekit.layer import MoELayer
 from moekit.recipes._networks import (
     PAPER_TEXT,
     SMALL_TEXT,
     TINY_TEXT,
     DecoderConfig,
-    aux_losses,
-    decoder,
     expert_bank,
     feed_forwards,
+    parts,
     with_twins,
 )
 from moekit.routers import DenseToSparseRouter, ExponentialDecay, LinearDecay
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
-from moekit.runs.settings import SURGERY, LanguageModelTasks, TaskConfig, setting
+from moekit.runs.settings import SURGERY, TaskConfig, setting
 from moekit.transformer import Side
 
 DECAYS: Mapping[str, type[ExponentialDecay | LinearDecay]] = {"exponential": ExponentialDecay, "linear": LinearDecay}
@@ -100,20 +98,16 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
         phase = DensePretraining(dense, perturb=MaskWeights(model.masked), seed=config.train.seed + layer)
         return MoELayer(router, expert_bank(model), phase=phase)
 
-    network = decoder(model, text.vocab_size, feed_forwards(model, sparse))
-    head = CausalLMHead(label_smoothing=config.train.label_smoothing)
-    return ModelParts(network, [head], aux_losses(model))
+    return parts(config, text, feed_forwards(model, sparse))
 
 
 TINY = TINY_TEXT.changed(
     model=ModelConfig(activation="gelu"),
-    tasks=LanguageModelTasks(),
     # While all experts run a step costs some three times as much: fewer steps than in the other recipes.
     train={"max_steps": 500, "max_minutes": 5.0, "warmup_steps": 100, "validate_every": 250},
 )
 SMALL = SMALL_TEXT.changed(
     model=ModelConfig(dim=192, heads=6, layers=6, hidden_dim=768, activation="gelu", dropout=0.05),
-    tasks=LanguageModelTasks(),
     train={"max_steps": 3000, "max_minutes": 60.0},
 )
 # The paper names 1.5 billion parameters. Layers and widths are those of GPT-medium in the released code; 12 experts are
@@ -124,7 +118,7 @@ PAPER = PAPER_TEXT.changed(
     model=ModelConfig(
         dim=1024, heads=16, layers=24, hidden_dim=4096, num_experts=12, activation="gelu", dropout=0.1, checkpoint=True
     ),
-    tasks=LanguageModelTasks(causal_lm=TaskConfig(tokens=2**19)),
+    tasks={"causal_lm": TaskConfig(tokens=2**19)},
     train={"max_steps": 100_000, "learning_rate": 3e-4, "warmup_steps": 2000, "weight_decay": 0.1, "clip": 5.0},
 )
 

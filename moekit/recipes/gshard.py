@@ -24,10 +24,9 @@ from moekit.recipes._networks import (
     T5_ADAFACTOR,
     TINY_TRANSLATION,
     EncoderDecoderConfig,
-    aux_losses,
-    encoder_decoder,
     expert_bank,
     feed_forwards,
+    parts,
     with_twins,
 )
 from moekit.routers import (
@@ -41,8 +40,7 @@ from moekit.routers import (
 )
 from moekit.routing import Capacity
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
-from moekit.runs.settings import SURGERY, DataConfig, TaskConfig, TrainConfig, TranslationTasks, active_tasks, setting
-from moekit.tasks import make_heads
+from moekit.runs.settings import SURGERY, DataConfig, TaskConfig, TrainConfig, TranslationTasks, setting
 from moekit.transformer import Side
 
 SECOND: Mapping[str, SecondExpertPolicy] = {
@@ -98,9 +96,7 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
         )
         return MoELayer(router, expert_bank(model))
 
-    network = encoder_decoder(model, text.vocab_size, feed_forwards(model, sparse, model.k))
-    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
-    return ModelParts(network, heads, aux_losses(model))
+    return parts(config, text, feed_forwards(model, sparse, model.k))
 
 
 TINY = TINY_TRANSLATION.changed(

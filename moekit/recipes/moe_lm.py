@@ -16,23 +16,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moekit.cli.recipes import main
-from moekit.heads import CausalLMHead
 from moekit.layer import MoELayer
 from moekit.recipes._networks import (
     PAPER_TEXT,
     SMALL_TEXT,
     TINY_TEXT,
     DecoderConfig,
-    aux_losses,
-    decoder,
     expert_bank,
     feed_forwards,
+    parts,
     with_twins,
 )
 from moekit.routers import SampledChoice, TopKRouter
 from moekit.routing import Capacity
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
-from moekit.runs.settings import SURGERY, LanguageModelTasks, TaskConfig, setting
+from moekit.runs.settings import SURGERY, TaskConfig, setting
 from moekit.transformer import Side
 
 
@@ -73,19 +71,16 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
         )
         return MoELayer(router, expert_bank(model))
 
-    network = decoder(model, text.vocab_size, feed_forwards(model, sparse, model.k))
-    return ModelParts(network, [CausalLMHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
+    return parts(config, text, feed_forwards(model, sparse, model.k))
 
 
 TINY = TINY_TEXT.changed(
     model=ModelConfig(activation="gelu"),
-    tasks=LanguageModelTasks(),
     # The paper trains at twice the learning rate of the dense model of its size; here both use ours.
     train={"max_steps": 900},
 )
 SMALL = SMALL_TEXT.changed(
     model=ModelConfig(dim=192, heads=6, layers=6, hidden_dim=768, activation="gelu", dropout=0.05),
-    tasks=LanguageModelTasks(),
 )
 
 
@@ -102,7 +97,7 @@ def paper(layers: int, dim: int, heads: int, *, learning_rate: float, batch: int
             layers=layers, dim=dim, heads=heads, hidden_dim=4 * dim, num_experts=512, activation="gelu", dropout=0.1,
             checkpoint=True,
         ),
-        tasks=LanguageModelTasks(causal_lm=TaskConfig(tokens=batch)),
+        tasks={"causal_lm": TaskConfig(tokens=batch)},
         train={
             "max_steps": round(300e9 / batch), "learning_rate": learning_rate, "warmup_steps": round(375e6 / batch),
             "clip": 0.0,

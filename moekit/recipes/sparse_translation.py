@@ -27,16 +27,13 @@ from moekit.recipes._networks import (
     SMALL_TRANSLATION,
     TINY_TRANSLATION,
     EncoderDecoderConfig,
-    aux_losses,
-    encoder_decoder,
     expert_bank,
     feed_forwards,
+    parts,
     with_twins,
 )
 from moekit.routers import base_layers
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
-from moekit.runs.settings import active_tasks
-from moekit.tasks import make_heads
 from moekit.transformer import Side
 
 
@@ -63,9 +60,7 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
         phase = DensePretraining(model.dense_steps) if model.dense_steps else None
         return MoELayer(router, expert_bank(model), phase=phase)
 
-    network = encoder_decoder(model, text.vocab_size, feed_forwards(model, sparse))
-    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
-    return ModelParts(network, heads, aux_losses(model))
+    return parts(config, text, feed_forwards(model, sparse))
 
 
 def without_tricks(config: RunConfig) -> RunConfig:

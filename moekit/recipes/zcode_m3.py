@@ -21,11 +21,12 @@ from dataclasses import dataclass, field
 
 from moekit.cli.recipes import main
 from moekit.heads import Head, ReplacedTokenHead
-from moekit.layer import AuxLosses, MoELayer
+from moekit.layer import MoELayer
 from moekit.recipes._networks import (
     SMALL_TRANSLATION,
     TINY_TRANSLATION,
     EncoderDecoderConfig,
+    aux_losses,
     encoder_decoder,
     expert_bank,
     feed_forwards,
@@ -110,8 +111,7 @@ def heads(config: RunConfig, vocab_size: int) -> list[Head]:
 def build(config: RunConfig, text: RunText) -> ModelParts:
     """The parts of a run: backbone, heads, and the weights of the routers' losses."""
     model = config.model
-    aux = AuxLosses(load_balance=model.load_balance, router_z=model.router_z) if model.num_experts else None
-    return ModelParts(backbone(model, text.vocab_size), heads(config, text.vocab_size), aux)
+    return ModelParts(backbone(model, text.vocab_size), heads(config, text.vocab_size), aux_losses(model, of_zero=True))
 
 
 def tasks(translation: int, denoising: int, masked_lm: int, replaced_token: int) -> TasksConfig:
