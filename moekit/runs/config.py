@@ -44,11 +44,7 @@ class RunConfig:
     tasks: Any = setting(None, free=SURGERY)
 
     def changed(self, **groups: Any) -> RunConfig:
-        """This configuration with other settings.
-
-        Args:
-            **groups: by the name of a group, the settings that differ, or the whole group.
-        """
+        """This configuration with other settings: by the name of a group those that differ, or the whole group."""
         made = {
             name: dataclasses.replace(getattr(self, name), **given) if isinstance(given, Mapping) else given
             for name, given in groups.items()

@@ -76,7 +76,11 @@ class Distillation(InitFrom):
         return name, own.changed(data=run.config.data, tasks=tasks)
 
     def make(self, *parts: Any, **options: Any) -> MultitaskModule:
-        """The student with its teacher and, unless it goes on, with the weights that it inherits."""
+        """The student with its teacher and, unless it goes on, with the weights that it inherits.
+
+        Raises:
+            UserError: settings are no objective, or do not suit student and teacher.
+        """
         with torch.random.fork_rng(devices=[]):  # the student's dropout and order do not depend on the teacher
             model: Any = self.run.model(device="cpu")
         weights = self.run.loaded.weights
@@ -99,8 +103,7 @@ class Distillation(InitFrom):
             module.load_state_dict(found.weights)
         return module
 
-    def note(self, module: MultitaskModule) -> str:
-        """Who teaches."""
+    def note(self, module: MultitaskModule) -> str:  # noqa: D102
         count = sum(tensor.numel() for tensor in self.run.loaded.weights.values())
         return f"teacher   {self.source}: {count:,} parameters"
 

@@ -68,7 +68,11 @@ class FineTuning(InitFrom):
 
     @classmethod
     def starting_config(cls, recipe: Recipe, run: Run, variant: str | None) -> tuple[str, RunConfig]:
-        """Those of the run, with a gentler and shorter training; ours."""
+        """Those of the run, with a gentler and shorter training; ours.
+
+        Raises:
+            UserError: it is a run of another recipe or variant.
+        """
         if run.recipe.name != recipe.name:
             raise UserError(
                 f"{run.path} is a run of the recipe {run.recipe.name}: fine-tune it with python -m moekit.recipes."
@@ -88,7 +92,11 @@ class FineTuning(InitFrom):
         )
 
     def make(self, *parts: Any, **options: Any) -> MultitaskModule:
-        """The module with the weights of the run; where the new run goes on, they come from its checkpoint."""
+        """The module with the weights of the run; where the new run goes on, they come from its checkpoint.
+
+        Raises:
+            UserError: networks or settings do not fit.
+        """
         if self.slots:
             options["optimizer"] = with_slots(options["optimizer"], self.slots)
         module = MultitaskModule(*parts, steps_before=self.steps_before, **options)
@@ -100,8 +108,7 @@ class FineTuning(InitFrom):
             raise UserError(f"fine_tune: {error}") from None
         return module
 
-    def note(self, module: MultitaskModule) -> str:
-        """From where, and how many parameters train."""
+    def note(self, module: MultitaskModule) -> str:  # noqa: D102
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         total = sum(p.numel() for p in module.parameters())
         return f"start     {self.source}; {trained:,} of {total:,} parameters train ({_tune(self.chosen)})"

@@ -10,18 +10,19 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
+from moekit.data.held_out import HeldOut
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom
 from moekit.runs.module import make_module, parameters
-from moekit.runs.plain import as_plain
+from moekit.runs.plain import as_plain, plain
 from moekit.runs.plan import expected_bytes
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.settings.train import quiet
-from moekit.runs.text import require_same_text, text_to_keep, tokenizer_of
+from moekit.runs.text import require_same_text, tokenizer_of
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.callbacks.config import ConfigInCheckpoints
 from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
@@ -80,7 +81,7 @@ def fit(
     if going_on:
         run.require_same(settings, free)
     data = _training_text(run if going_on else None, config, init_from)
-    held_out = text_to_keep(config, data)
+    held_out = HeldOut.of(data, plain(config.data.which_text()))  # what it is evaluated on
     L.seed_everything(train.seed, verbose=False)
     module, budget = make_module(
         recipe, config, data, MultitaskModule if init_from is None else init_from.make,

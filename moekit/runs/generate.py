@@ -41,10 +41,10 @@ def generate(
     """Translate a file or standard input, line by line, in order; a language model continues each line.
 
     Args:
-        run: the run.
+        run: a trained run.
         source: language of the input.
         target: language wanted, of runs that translate.
-        config: its settings, where they are not the run's: another beam, for example.
+        config: settings that are not the run's: another beam, for example.
         input: the file; - = standard input.
         output: the file; - = standard output.
         experts_in_memory: so many experts of each layer at most, the others mapped from disk; 0 = all.

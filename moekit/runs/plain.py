@@ -76,10 +76,7 @@ def differences(
 ) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with both values; a missing one is None.
 
-    Args:
-        saved: one configuration.
-        current: the other.
-        free: dotted keys, of settings and of groups of settings, that are left out.
+    Settings that have one of the keys `free`, or are in a group that has, are left out.
     """
     one, other = _flatten(plain(saved)), _flatten(plain(current))
     pairs = {key: (one.get(key), other.get(key)) for key in {**one, **other}}
@@ -91,16 +88,10 @@ def differences(
 
 
 def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], free: Collection[str], what: str) -> None:
-    """Make sure that a run goes on with the configuration that it had.
-
-    Args:
-        saved: the configuration that it had.
-        current: the one that it has now.
-        free: as of `differences`.
-        what: names the run or the checkpoint in the message.
+    """Make sure that a run goes on with the configuration that it had, but for the keys `free`.
 
     Raises:
-        UserError: they differ elsewhere; every differing key is listed.
+        UserError: there are `differences`, all of which are listed; `what` names the run or the checkpoint.
     """
     if different := differences(saved, current, free):
         lines = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in different.items())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from rich.console import Console
 
@@ -28,11 +26,11 @@ def forecast(
 
     Args:
         recipe: whose model it is.
-        variant: names it.
+        variant: name above the numbers.
         config: the settings.
-        console: where it is printed.
+        console: where they are printed.
         memory: GiB of a device: say whether it fits, and where.
-        sequences: in a micro-batch of a device.
+        sequences: their number in a micro-batch of a device.
         length: tokens of a sequence; None = ``data.max_length``.
 
     Raises:
@@ -59,7 +57,7 @@ def expected_bytes(recipe: Recipe, config: RunConfig) -> float | None:
     try:
         model = _network(recipe, config)
         sides = 2 if hasattr(model, "encoder") and hasattr(model, "decoder") else 1
-        training = _training(config, max(1, -(-tokens // (sides * length))), length, optimizer=config.train.optimizer)
+        training = _training(config, max(1, -(-tokens // (sides * length))), length)
         return float(plan(model, _layout(config), training).memory.device)
     except (ValueError, TypeError, NotImplementedError):
         return None
@@ -104,13 +102,13 @@ def _layout(config: RunConfig) -> Layout:
         raise UserError(f"strategy: {error}") from None
 
 
-def _training(config: RunConfig, sequences: int, length: int, **options: Any) -> Training:
+def _training(config: RunConfig, sequences: int, length: int) -> Training:
     return Training(
         sequences=sequences,
         source_length=length,
         target_length=length,
         accumulate=config.train.accumulate,
         precision=config.train.usable_precision,
+        optimizer=config.train.optimizer,
         checkpointing=getattr(config.model, "checkpoint", False),
-        **options,
     )

@@ -28,16 +28,16 @@ def score(
     """Score the continuations of every question, and say how often the likeliest is the answer.
 
     Args:
-        run: the run.
+        run: a trained run with a decoder.
         source: language of the contexts.
         target: language of the continuations; None = `source`.
-        config: its settings, where they are not the run's: other sizes of a batch, for example.
+        config: settings that are not the run's: other sizes of a batch, for example.
         input: JSON lines; - = standard input.
         examples: JSON lines with answers, shown before every context.
         output: file for JSON lines of scores; - = standard output.
 
     Raises:
-        UserError: if a language is missing or unknown, a line is no question, or the run has no decoder.
+        UserError: a language is missing or unknown, a line is no question, or the run has no decoder.
     """
     backbone, data = trained(run)
     if not hasattr(backbone, "decode"):

@@ -1,4 +1,7 @@
-"""The text of a trained run: what its folder keeps for evaluation, and the corpus that it was trained on."""
+"""The text of a trained run: what its folder keeps for evaluation, and the corpus that it was trained on.
+
+`config` gives the settings of the data where they are not the run's.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,11 @@ from moekit.runs.run import Run
 from moekit.runs.settings.tasks import active_tasks
 
 
-def text_to_keep(config: RunConfig, data: MultitaskData) -> HeldOut:
-    """What a run keeps of its text: the sentences that it is evaluated on."""
-    return HeldOut.of(data, plain(config.data.which_text()))
-
-
 def evaluation_data(run: Run, config: RunConfig | None = None) -> MultitaskData:
     """The data of a trained run for everything but training, from its folder; no corpus and no cache is looked at.
 
     Where the folder does not keep what the settings ask for, the corpus is read, and a line says so: in folders of
     former versions, for bare checkpoints, and where surgery has changed the settings of the data.
-
-    Args:
-        run: the run.
-        config: settings for the data where they are not the run's.
 
     Raises:
         UserError: what the folder keeps is damaged; or the corpus is read, and is not there or has changed so that its
@@ -53,10 +47,6 @@ def evaluation_data(run: Run, config: RunConfig | None = None) -> MultitaskData:
 def training_data(run: Run, config: RunConfig | None = None) -> MultitaskData:
     """The data of a trained run with its corpus, for training on.
 
-    Args:
-        run: the run.
-        config: settings for the data where they are not the run's.
-
     Raises:
         UserError: the corpus is not there, or has changed since.
     """
@@ -71,10 +61,6 @@ def tokenizer_of(run: Run, config: RunConfig | None = None) -> Tokenizer:
 
     Folders of former versions, and checkpoints without a folder, have none. It is trained again then, or found in the
     cache, and a line says so.
-
-    Args:
-        run: the run.
-        config: settings for the data where they are not the run's.
 
     Raises:
         UserError: it is another than the one that the checkpoint was trained with.
@@ -108,12 +94,7 @@ def tokenizer_digest(run: Run) -> str | None:
 
 
 def require_same_text(run: Run, data: MultitaskData, config: RunConfig | None = None) -> None:
-    """Make sure that the corpus is that of the run.
-
-    Args:
-        run: the run.
-        data: with the corpus.
-        config: the settings of `data` where they are not the run's.
+    """Make sure that the corpus of `data` is that of the run.
 
     Raises:
         UserError: it is another; what differs is named.

@@ -37,9 +37,9 @@ class Point:
     Attributes:
         keep: share of the experts, or their number.
         order: how they were chosen.
-        seed: of the draw, where they were drawn.
+        seed: seed of the draw, where they were drawn.
         experts: numbers of the kept experts by layer.
-        parameters: of the pruned network.
+        parameters: their number in the pruned network.
         loss: validation loss of the first task, nats per prediction.
         recovered: the same after training on; None where there was none.
     """
@@ -74,7 +74,7 @@ class Curve:
         run: the checkpoint.
         task: whose loss.
         whole: the point of all experts.
-        points: of pruned models.
+        points: those of pruned models.
         recovery: how they were trained on.
     """
 
@@ -103,7 +103,7 @@ def pruning_curve(
         keep: shares or numbers of experts; see `moekit.surgery.count_kept`.
         draws: random choices for each of them.
         recovery: train each pruned model on, and validate again; None = do not.
-        seed: of the first draw; the others have the numbers after it.
+        seed: seed of the first draw; the others have the numbers after it.
         language: utilisation of this language.
         task: utilisation in this task.
         advance: told what has been validated, for a progress bar.

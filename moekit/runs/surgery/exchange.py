@@ -32,15 +32,12 @@ def export_run(
     """Write the model of a run as a folder that transformers opens, its vocabulary beside it.
 
     Args:
-        run: the run.
+        run: whose checkpoint it is.
         out: the folder.
         kind: the family; None = the one that has the model's norms.
         with_tokenizer: whether the vocabulary is written.
-        max_shard_bytes: of a file of weights.
+        max_shard_bytes: greatest size of a file of weights.
         overwrite: replace an earlier export.
-
-    Returns:
-        What was written.
 
     Raises:
         UserError: see `moekit.huggingface.export_model`.
@@ -62,7 +59,7 @@ def import_run(folder: Path, like: Run, *, dropless: bool = False) -> Result:
     """The weights of a folder in a run of the same model: one that was exported, and trained on in transformers.
 
     Args:
-        folder: of transformers.
+        folder: one of transformers.
         like: the run whose recipe, settings, vocabulary and heads the new one has; the optimizer starts afresh.
         dropless: leave the folder's capacity out.
 

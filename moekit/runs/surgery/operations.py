@@ -44,7 +44,7 @@ class Result:
 
     Attributes:
         run: the run whose clock (steps, schedule, callbacks) may go on.
-        config: of the new model.
+        config: configuration of the new model.
         weights: its state dict.
         slots: its optimizer state by parameter names; None = afresh.
         record: what was done, as plain data.
@@ -75,7 +75,7 @@ def aggregate_runs(
         fresh_gates: draw the routers' scores anew instead of putting their rows side by side.
         compensated: keep the parents' function: experts' outputs are scaled, and a token's choices multiplied, by what
             one softmax over all experts takes away; False = the paper's plain form.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
         UserError: see `moekit.surgery.aggregate`; or the runs differ in settings that weights depend on, or the recipe
@@ -138,12 +138,13 @@ def upcycle_run(
     """A dense run with experts that are copies of its feed-forwards; of a sparse run, more experts as copies.
 
     Args:
-        run: the run.
+        run: a run with or without experts.
         num_experts: E of the new model.
-        noise: on matrices of the copies, in standard deviations of theirs; the optimizer starts afresh there.
-        scale: see `moekit.surgery.upcycle`; for a dense run.
-        compensated: of a sparse run, keep its function where every expert is copied as often (see `aggregate_runs`).
-        seed: of noise and routers.
+        noise: noise on matrices of the copies, in standard deviations of theirs; the optimizer starts afresh there.
+        scale: the scale of `moekit.surgery.upcycle`; for a dense run.
+        compensated: whether a sparse run keeps its function where every expert is copied as often (see
+            `aggregate_runs`).
+        seed: seed of noise and routers.
 
     Raises:
         UserError: see `moekit.surgery.upcycle`; or the recipe cannot say such a model.
@@ -171,7 +172,7 @@ def merge_run(run: Run, load: Mapping[str, Tensor] | None = None) -> Result:
     """The dense twin of a run, its feed-forwards averages of the experts; the optimizer starts afresh.
 
     Args:
-        run: the run.
+        run: a run with experts.
         load: weights of the average by layer; None = all alike.
 
     Raises:
@@ -224,12 +225,8 @@ def split_run(run: Run, parts: int, *, divided: bool = True) -> Result:
 def change_run(run: Run, config: Any) -> Result:
     """The same weights under another configuration, with another capacity or number of choices, for example.
 
-    Args:
-        run: the run.
-        config: of the recipe.
-
     Raises:
-        UserError: if it is that of a model with other weights.
+        UserError: it is that of a model with other weights.
     """
     changed = differences(dataclasses.asdict(run.config), dataclasses.asdict(config))
     target = run.model(config)
