@@ -234,50 +234,62 @@ def dense(config: RunConfig) -> RunConfig:
 
 # -- settings that recipes begin with ------------------------------------------------------------------------------
 
-TINY_TEXT = RunConfig(
-    data=DataConfig(vocab_size=1600),
-    train=TrainConfig(max_minutes=4.0, label_smoothing=0.0, validate_every=300),
-    evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
-    tasks=LanguageModelTasks(),
-)
-"""Minutes on two cores, with generated text; the model is to be given, here and below."""
 
-SMALL_TEXT = RunConfig(
-    data=DataConfig(source="text", vocab_size=4000, temperature=5.0),
-    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, label_smoothing=0.0, validate_every=500),
-    evaluate=EvaluateConfig(beam_size=1),
-    tasks=LanguageModelTasks(),
-)
-"""Half an hour on a laptop, with text of the user's."""
+@dataclass(frozen=True)
+class Sizes:
+    """Settings for one kind of text; the model is to be given.
 
-PAPER_TEXT = RunConfig(
-    data=DataConfig(source="text"),
-    train=TrainConfig(label_smoothing=0.0, precision="bf16-mixed"),
-    evaluate=EvaluateConfig(beam_size=1),
-    tasks=LanguageModelTasks(),
-)
-"""A published model that reads text."""
+    Attributes:
+        tiny: minutes on two cores, with generated text.
+        small: half an hour on a laptop, with text of the user's.
+        paper: a published model.
+    """
 
-TINY_SPANS, SMALL_SPANS, PAPER_SPANS = (
-    config.changed(data={"packed": True}, tasks=SpanCorruptionTasks()) for config in (TINY_TEXT, SMALL_TEXT, PAPER_TEXT)
-)
-"""The same for a T5."""
+    tiny: RunConfig
+    small: RunConfig
+    paper: RunConfig
 
-TINY_TRANSLATION = RunConfig(
-    data=DataConfig(vocab_size=1600),
-    train=TrainConfig(max_minutes=4.0, validate_every=250),
-    evaluate=EvaluateConfig(max_sentences=150, valid_sentences=50),
-    tasks=TranslationTasks(),
-)
-"""Minutes on two cores, with generated languages."""
+    def changed(self, **groups: Any) -> Sizes:
+        """`RunConfig.changed`, of all."""
+        return Sizes(self.tiny.changed(**groups), self.small.changed(**groups), self.paper.changed(**groups))
 
-SMALL_TRANSLATION = RunConfig(
-    data=DataConfig(source="moses", vocab_size=4000, temperature=5.0),
-    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, validate_every=500),
-    evaluate=EvaluateConfig(valid_sentences=50),
-    tasks=TranslationTasks(),
-)
-"""Half an hour on a laptop, with parallel text of the user's."""
+
+TEXT = Sizes(
+    tiny=RunConfig(
+        data=DataConfig(vocab_size=1600),
+        train=TrainConfig(max_minutes=4.0, label_smoothing=0.0, validate_every=300),
+        evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
+    ),
+    small=RunConfig(
+        data=DataConfig(source="text", vocab_size=4000, temperature=5.0),
+        train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, label_smoothing=0.0, validate_every=500),
+        evaluate=EvaluateConfig(beam_size=1),
+    ),
+    paper=RunConfig(
+        data=DataConfig(source="text"),
+        train=TrainConfig(label_smoothing=0.0, precision="bf16-mixed"),
+        evaluate=EvaluateConfig(beam_size=1),
+    ),
+).changed(tasks=LanguageModelTasks())
+"""A language model."""
+
+SPANS = TEXT.changed(data={"packed": True}, tasks=SpanCorruptionTasks())
+"""A T5."""
+
+TRANSLATION = Sizes(
+    tiny=RunConfig(
+        data=DataConfig(vocab_size=1600),
+        train=TrainConfig(max_minutes=4.0, validate_every=250),
+        evaluate=EvaluateConfig(max_sentences=150, valid_sentences=50),
+    ),
+    small=RunConfig(
+        data=DataConfig(source="moses", vocab_size=4000, temperature=5.0),
+        train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, validate_every=500),
+        evaluate=EvaluateConfig(valid_sentences=50),
+    ),
+    paper=RunConfig(data=DataConfig(source="moses", temperature=5.0)),
+).changed(tasks=TranslationTasks())
+"""Generated languages, or parallel text of the user's."""
 
 T5_ADAFACTOR: Mapping[str, Any] = {
     "optimizer": "adafactor", "learning_rate": 1e-2, "weight_decay": 0.0, "clip": 0.0,

@@ -20,7 +20,7 @@ from moekit.cli.recipes import main
 from moekit.errors import UserError
 from moekit.experts import BASELayerStack
 from moekit.layer import MoELayer
-from moekit.recipes._networks import PAPER_TEXT, SMALL_TEXT, TINY_TEXT, DecoderConfig, feed_forward, parts, with_twins
+from moekit.recipes._networks import TEXT, DecoderConfig, feed_forward, parts, with_twins
 from moekit.routers import RankShuffle, base_layers
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import TaskConfig
@@ -74,10 +74,10 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
     return parts(config, text, layers)
 
 
-TINY = TINY_TEXT.changed(model=ModelConfig(), train={"max_steps": 800})
-SMALL = SMALL_TEXT.changed(model=ModelConfig(dim=192, heads=6, layers=6, every=3, hidden_dim=768, sublayers=4))
+TINY = TEXT.tiny.changed(model=ModelConfig(), train={"max_steps": 800})
+SMALL = TEXT.small.changed(model=ModelConfig(dim=192, heads=6, layers=6, every=3, hidden_dim=768, sublayers=4))
 # One expert on each of 128 devices, which hold two sequences of 1,024 tokens eight times a step.
-PAPER = PAPER_TEXT.changed(
+PAPER = TEXT.paper.changed(
     data={"vocab_size": 51_200, "max_length": 1024},
     model=ModelConfig(
         dim=2048, heads=16, layers=24, every=12, num_experts=128, sublayers=10,

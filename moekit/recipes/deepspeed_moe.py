@@ -19,17 +19,7 @@ from moekit.cli.recipes import main
 from moekit.experts import copy_first_expert_
 from moekit.layer import MoELayer
 from moekit.mixing import SoftmaxMix
-from moekit.recipes._networks import (
-    PAPER_TEXT,
-    SMALL_TEXT,
-    TINY_TEXT,
-    DecoderConfig,
-    dense_twin_layer,
-    expert_bank,
-    feed_forward,
-    parts,
-    with_twins,
-)
+from moekit.recipes._networks import TEXT, DecoderConfig, dense_twin_layer, expert_bank, feed_forward, parts, with_twins
 from moekit.routers import TopKRouter
 from moekit.routing import Capacity
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
@@ -86,8 +76,8 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
     return parts(config, text, layers)
 
 
-TINY = TINY_TEXT.changed(model=ModelConfig(num_experts=4, activation="gelu"), train={"max_steps": 900})
-SMALL = SMALL_TEXT.changed(
+TINY = TEXT.tiny.changed(model=ModelConfig(num_experts=4, activation="gelu"), train={"max_steps": 900})
+SMALL = TEXT.small.changed(
     model=ModelConfig(dim=192, heads=6, layers=6, hidden_dim=768, num_experts=8, activation="gelu", dropout=0.05),
 )
 
@@ -106,7 +96,7 @@ def paper(
     scripts' cosine ends at 1e-6, ours at a twentieth of the peak.
     """
     tokens = 2048 * batch
-    config = PAPER_TEXT.changed(
+    config = TEXT.paper.changed(
         data={"vocab_size": 50_257, "max_length": 2048},
         model=ModelConfig(
             layers=layers, dim=dim, heads=heads, hidden_dim=4 * dim, num_experts=num_experts, doubled=2,

@@ -20,16 +20,7 @@ from moekit.cli.recipes import main
 from moekit.errors import UserError
 from moekit.experts import DensePretraining, MaskWeights
 from moekit.layer import MoELayer
-from moekit.recipes._networks import (
-    PAPER_TEXT,
-    SMALL_TEXT,
-    TINY_TEXT,
-    DecoderConfig,
-    expert_bank,
-    feed_forwards,
-    parts,
-    with_twins,
-)
+from moekit.recipes._networks import TEXT, DecoderConfig, expert_bank, feed_forwards, parts, with_twins
 from moekit.routers import DenseToSparseRouter, ExponentialDecay, LinearDecay
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import SURGERY, TaskConfig, setting
@@ -101,19 +92,19 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
     return parts(config, text, feed_forwards(model, sparse))
 
 
-TINY = TINY_TEXT.changed(
+TINY = TEXT.tiny.changed(
     model=ModelConfig(activation="gelu"),
     # While all experts run a step costs some three times as much: fewer steps than in the other recipes.
     train={"max_steps": 500, "max_minutes": 5.0, "warmup_steps": 100, "validate_every": 250},
 )
-SMALL = SMALL_TEXT.changed(
+SMALL = TEXT.small.changed(
     model=ModelConfig(dim=192, heads=6, layers=6, hidden_dim=768, activation="gelu", dropout=0.05),
     train={"max_steps": 3000, "max_minutes": 60.0},
 )
 # The paper names 1.5 billion parameters. Layers and widths are those of GPT-medium in the released code; 12 experts are
 # ours, the number that makes 1.5 billion with them in every other layer (16, which we remember, would make 1.9). Adam's
 # betas, weight decay, clipping and dropout are the released code's; steps, rate and phases ours.
-PAPER = PAPER_TEXT.changed(
+PAPER = TEXT.paper.changed(
     data={"vocab_size": 50_257, "max_length": 1024},
     model=ModelConfig(
         dim=1024, heads=16, layers=24, hidden_dim=4096, num_experts=12, activation="gelu", dropout=0.1, checkpoint=True

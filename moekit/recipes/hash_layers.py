@@ -21,16 +21,7 @@ from moekit.cli.recipes import main
 from moekit.errors import UserError
 from moekit.experts import MultiHashMLP
 from moekit.layer import MoELayer
-from moekit.recipes._networks import (
-    SMALL_TEXT,
-    TINY_TEXT,
-    DecoderConfig,
-    dense_twin_layer,
-    expert_bank,
-    feed_forward,
-    parts,
-    with_twins,
-)
+from moekit.recipes._networks import TEXT, DecoderConfig, dense_twin_layer, expert_bank, feed_forward, parts, with_twins
 from moekit.runs import ModelParts, Recipe, Run, RunConfig, RunText, Variant
 from moekit.runs.settings import DataConfig, LanguageModelTasks, TaskConfig, TrainConfig
 from moekit.training.checkpoint_state import load_state
@@ -143,8 +134,8 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
     return parts(config, text, layers)
 
 
-TINY = TINY_TEXT.changed(model=ModelConfig(num_experts=16), train={"max_steps": 900})
-SMALL = SMALL_TEXT.changed(
+TINY = TEXT.tiny.changed(model=ModelConfig(num_experts=16), train={"max_steps": 900})
+SMALL = TEXT.small.changed(
     model=ModelConfig(dim=192, heads=6, layers=6, hidden_dim=768, num_experts=32, layer=3, dropout=0.05),
 )
 

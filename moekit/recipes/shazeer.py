@@ -21,7 +21,7 @@ from moekit.errors import UserError
 from moekit.experts import GroupedMLP
 from moekit.heads import CausalLMHead
 from moekit.layer import AuxLosses, MoELayer
-from moekit.recipes._networks import PAPER_TEXT, SMALL_TEXT, TINY_TEXT, with_twins
+from moekit.recipes._networks import TEXT, with_twins
 from moekit.recurrent import RecurrentLM
 from moekit.routers import HierarchicalRouter, noisy_topk
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
@@ -89,8 +89,8 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
 
 
 C1 = {"schedule": "inverse_square_root", "weight_decay": 0.0}  # appendix C.1; learning rates are ours
-TINY = TINY_TEXT.changed(model=ModelConfig(), train={"max_steps": 800, "learning_rate": 4e-3, **C1})
-SMALL = SMALL_TEXT.changed(model=ModelConfig(dim=256, hidden_dim=512, num_experts=64, dropout=0.1), train=C1)
+TINY = TEXT.tiny.changed(model=ModelConfig(), train={"max_steps": 800, "learning_rate": 4e-3, **C1})
+SMALL = TEXT.small.changed(model=ModelConfig(dim=256, hidden_dim=512, num_experts=64, dropout=0.1), train=C1)
 
 
 def paper(
@@ -103,7 +103,7 @@ def paper(
     Source: arXiv:1701.06538 appendix C.1; two-level gates have 16 groups. Dropout, vocabulary and the cells of the
         143-million-operations model from memory; with them the paper's counts come out to the last digit.
     """
-    return PAPER_TEXT.changed(
+    return TEXT.paper.changed(
         data={"vocab_size": 793_471},
         model=ModelConfig(
             dim=dim, units=units, hidden_dim=hidden_dim, num_experts=num_experts, groups=groups, k=2 if groups else 4,

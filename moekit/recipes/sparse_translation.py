@@ -23,15 +23,7 @@ from dataclasses import dataclass
 from moekit.cli.recipes import main
 from moekit.experts import DensePretraining
 from moekit.layer import MoELayer
-from moekit.recipes._networks import (
-    SMALL_TRANSLATION,
-    TINY_TRANSLATION,
-    EncoderDecoderConfig,
-    expert_bank,
-    feed_forwards,
-    parts,
-    with_twins,
-)
+from moekit.recipes._networks import TRANSLATION, EncoderDecoderConfig, expert_bank, feed_forwards, parts, with_twins
 from moekit.routers import base_layers
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.transformer import Side
@@ -69,7 +61,7 @@ def without_tricks(config: RunConfig) -> RunConfig:
 
 
 # Sizes, steps and the end of heating are ours: the paper's body was not at hand. The form of heating is the paper's.
-TINY = TINY_TRANSLATION.changed(
+TINY = TRANSLATION.tiny.changed(
     data={
         # One language to three and back, with much, little and very little text.
         "directions": ("tnd-avl", "kmb-avl", "shl-avl", "avl-tnd", "avl-kmb", "avl-shl"),
@@ -81,7 +73,7 @@ TINY = TINY_TRANSLATION.changed(
     model=ModelConfig(dense_steps=250),
     evaluate={"max_sentences": 100},
 )
-SMALL = SMALL_TRANSLATION.changed(
+SMALL = TRANSLATION.small.changed(
     data={"heating": "square_root", "heating_steps": 3000},
     model=ModelConfig(encoder_layers=4, decoder_layers=4, dropout=0.05, dense_steps=1000),
 )

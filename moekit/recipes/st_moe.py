@@ -24,10 +24,8 @@ from moekit.cli.recipes import main
 from moekit.errors import UserError
 from moekit.layer import MoELayer
 from moekit.recipes._networks import (
-    PAPER_SPANS,
-    SMALL_SPANS,
+    SPANS,
     T5_ADAFACTOR,
-    TINY_SPANS,
     EncoderDecoderConfig,
     Norm,
     expert_bank,
@@ -113,12 +111,12 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
     return parts(config, text, layers, of_zero=True)  # a z-loss of weight 0 is seen in the metrics
 
 
-TINY = TINY_SPANS.changed(
+TINY = SPANS.tiny.changed(
     # GEGLU has three matrices: 2/3 of 512, rounded. One sparse layer of two on each side, for want of more (ours).
     model=ModelConfig(hidden_dim=336),
     train={"max_steps": 1500},
 )
-SMALL = SMALL_SPANS.changed(
+SMALL = SPANS.small.changed(
     model=ModelConfig(hidden_dim=336, encoder_layers=4, decoder_layers=4, every=4, dropout=0.05),
 )
 
@@ -132,7 +130,7 @@ def paper(dim: int, heads: int, head_dim: int, hidden_dim: int, num_experts: int
 
     Source: arXiv:2202.08906 section 3 and table 11.
     """
-    return PAPER_SPANS.changed(
+    return SPANS.paper.changed(
         data={"vocab_size": 32_128, "max_length": 512},
         model=ModelConfig(
             dim=dim, heads=heads, head_dim=head_dim, hidden_dim=hidden_dim, encoder_layers=24, decoder_layers=24,

@@ -20,10 +20,8 @@ from typing import Literal
 from moekit.cli.recipes import main
 from moekit.layer import MoELayer
 from moekit.recipes._networks import (
-    PAPER_SPANS,
-    SMALL_SPANS,
+    SPANS,
     T5_ADAFACTOR,
-    TINY_SPANS,
     EncoderDecoderConfig,
     Norm,
     expert_bank,
@@ -103,8 +101,8 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
 
 
 # Capacity 1.25, jitter and balance weight as in the paper; sizes and init ours.
-TINY = TINY_SPANS.changed(model=ModelConfig(), train={"max_steps": 1500})
-SMALL = SMALL_SPANS.changed(
+TINY = SPANS.tiny.changed(model=ModelConfig(), train={"max_steps": 1500})
+SMALL = SPANS.small.changed(
     model=ModelConfig(encoder_layers=4, decoder_layers=4, dropout=0.05),
 )
 
@@ -118,7 +116,7 @@ def paper(
 
     Source: arXiv:2101.03961; sizes of C and XXL arXiv:2202.08906 table 11.
     """
-    return PAPER_SPANS.changed(
+    return SPANS.paper.changed(
         data={"vocab_size": 32_128, "max_length": 512},
         model=ModelConfig(
             dim=dim, heads=heads, head_dim=64, hidden_dim=hidden_dim, encoder_layers=layers, decoder_layers=layers,
