@@ -55,7 +55,8 @@ def _main(recipe: Recipe, argv: list[str]) -> None:
     variant = wanted or next(iter(recipe.variants))
     if variant not in recipe.variants:
         raise UserError(f"unknown variant {variant!r}. {nearest(variant, recipe.variants)}")
-    found, base = command.start(recipe, arguments, wanted) or (variant, recipe.variants[variant].config)
+    started = None if command.start is None else command.start(recipe, arguments, wanted)
+    found, base = started or (variant, recipe.variants[variant].config)
     variant = found if found in recipe.variants else variant
     parser = build_parser(recipe, name, variant, base)
     given, config = _parsed(parser, recipe, base, arguments, command.settings)

@@ -54,7 +54,7 @@ Sparse = Callable[[int, Side], nn.Module]
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """Sizes that every recipe's network has.
+    """Presets that every recipe's network has.
 
     Attributes:
         dim: model dimension: the width of the residual stream.
@@ -236,7 +236,7 @@ def dense(config: RunConfig) -> RunConfig:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Presets:
     """Settings for one kind of text; the model is to be given.
 
     Attributes:
@@ -249,12 +249,12 @@ class Sizes:
     small: RunConfig
     paper: RunConfig
 
-    def changed(self, **groups: Any) -> Sizes:
+    def changed(self, **groups: Any) -> Presets:
         """`RunConfig.changed`, of all."""
-        return Sizes(self.tiny.changed(**groups), self.small.changed(**groups), self.paper.changed(**groups))
+        return Presets(self.tiny.changed(**groups), self.small.changed(**groups), self.paper.changed(**groups))
 
 
-TEXT = Sizes(
+TEXT = Presets(
     tiny=RunConfig(
         data=DataConfig(vocab_size=1600),
         train=TrainConfig(max_minutes=4.0, label_smoothing=0.0, validate_every=300),
@@ -276,7 +276,7 @@ TEXT = Sizes(
 SPANS = TEXT.changed(data={"packed": True}, tasks=SpanCorruptionTasks())
 """A T5."""
 
-TRANSLATION = Sizes(
+TRANSLATION = Presets(
     tiny=RunConfig(
         data=DataConfig(vocab_size=1600),
         train=TrainConfig(max_minutes=4.0, validate_every=250),

@@ -102,8 +102,17 @@ class FineTuning(InitFrom):
         module = MultitaskModule(*parts, steps_before=self.steps_before, **options)
         if self.run is not None:
             _load(module, self.run.loaded.weights, self.source)
+        chosen = self.chosen
         try:
-            _prepare(module, self.chosen)
+            wanted = subset(_tune(chosen))
+            if chosen.expert_dropout is not None:
+                set_expert_dropout(module, chosen.expert_dropout)
+            if chosen.train_capacity is not None:
+                set_train_capacity(module, chosen.train_capacity or None)
+            if chosen.rank:
+                targets = cast(list[Target], [name.strip() for name in chosen.adapt.split(",") if name.strip()])
+                add_adapters(module.backbone, rank=chosen.rank, alpha=chosen.alpha, targets=targets)
+            train_only(module, wanted)
         except ValueError as error:
             raise UserError(f"fine_tune: {error}") from None
         return module
@@ -116,19 +125,6 @@ class FineTuning(InitFrom):
 
 def _tune(chosen: FineTuneConfig) -> str:
     return chosen.tune or ("adapters" if chosen.rank else "all")
-
-
-def _prepare(module: MultitaskModule, chosen: FineTuneConfig) -> None:
-    """Adapters, dropout, capacity, and what trains."""
-    wanted = subset(_tune(chosen))
-    if chosen.expert_dropout is not None:
-        set_expert_dropout(module, chosen.expert_dropout)
-    if chosen.train_capacity is not None:
-        set_train_capacity(module, chosen.train_capacity or None)
-    if chosen.rank:
-        targets = cast(list[Target], [name.strip() for name in chosen.adapt.split(",") if name.strip()])
-        add_adapters(module.backbone, rank=chosen.rank, alpha=chosen.alpha, targets=targets)
-    train_only(module, wanted)
 
 
 def _load(module: MultitaskModule, weights: Mapping[str, Tensor], where: str) -> None:

@@ -211,7 +211,10 @@ class Run:
         Raises:
             UserError: they cannot be written.
         """
-        if tokenizer is not None and not self._has(tokenizer):
+        kept = None
+        with contextlib.suppress(UserError):  # a damaged one is replaced
+            kept = self.kept_tokenizer
+        if tokenizer is not None and (kept is None or kept.fingerprint != tokenizer.fingerprint):
             place = self.path / _TOKENIZER
             with writing(place), replacing_folder(place) as draft:
                 tokenizer.save(draft)
@@ -240,12 +243,6 @@ class Run:
             return made(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error}). Write it again: test.") from None
-
-    def _has(self, tokenizer: Tokenizer) -> bool:
-        with contextlib.suppress(UserError):
-            found = self.kept_tokenizer
-            return found is not None and found.fingerprint == tokenizer.fingerprint
-        return False
 
     def require_same(self, config: Mapping[str, Any], free: Collection[str] = ()) -> None:
         """`moekit.runs.plain.require_same` for the folder, before the run goes on.

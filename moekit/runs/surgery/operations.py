@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -342,13 +341,13 @@ def _made(
     *,
     copies: float = 1.0,
     said: str = "",
-    needed: Mapping[str, Compensation] = MappingProxyType({}),
+    needed: Mapping[str, Compensation] | None = None,
     **note: Any,
 ) -> Result:
     """The result, if its configuration describes its weights; `note` is for the record."""
     require_complete(weights, target, f"the recipe {runs[0].recipe.name} has no settings for such a model")
     record = {"operation": operation, "from": [str(run.checkpoint) for run in runs], **note}
-    return Result(runs[0], config, weights, slots, noted(record, copies, needed), said)
+    return Result(runs[0], config, weights, slots, noted(record, copies, needed or {}), said)
 
 
 def _fitting(
