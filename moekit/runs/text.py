@@ -37,10 +37,9 @@ def evaluation_data(run: Run, config: RunConfig | None = None) -> MultitaskData:
     if held_out is None:
         if run.kept_tokenizer is not None:
             _say(f"{run.path} was made before runs kept their held-out text: it is that of its corpus as it is today.")
-        return config.batches(tokenizer)
-    if reasons := _not_kept(held_out, config):
+    elif reasons := _not_kept(held_out, config):
         _say(f"{run.path} keeps held-out text of other settings ({'; '.join(reasons)}): its corpus is read.")
-        return config.batches(tokenizer)
+        held_out = None
     return config.batches(tokenizer, held_out)
 
 
@@ -100,16 +99,12 @@ def require_same_text(run: Run, data: MultitaskData, config: RunConfig | None = 
         UserError: it is another; what differs is named.
     """
     held_out = run.held_out
-    known: str | None
-    then: Mapping[str, int]
-    if held_out is None:
-        known, then = recorded(run, "source"), {}
-    elif _other_settings(held_out, config or run.config):
+    if held_out is not None and _other_settings(held_out, config or run.config):
         return  # surgery gave the run other text
-    else:
-        known, then = held_out.corpus.fingerprint, held_out.corpus.sentences
+    known = recorded(run, "source") if held_out is None else held_out.corpus.fingerprint
     if known is None or data.source.fingerprint().startswith(known):
         return
+    then = {} if held_out is None else held_out.corpus.sentences
     raise UserError(
         f"the text must be the one that {run.path} was trained on: it has changed since then ({_changes(then, data)}). "
         "Put it back as it was, or start a run from this one with the new text: finetune --init_from."
@@ -133,8 +128,7 @@ def corpus_note(run: Run) -> str | None:
 
 def recorded(run: Run, name: str) -> str | None:
     """The beginning of the fingerprint of the source or tokenizer of a run, if its checkpoint has it."""
-    settings = run.rest.get(MultitaskData.__qualname__, {}).get("settings", {})
-    found: str | None = settings.get(name)
+    found: str | None = run.rest.get(MultitaskData.__qualname__, {}).get("settings", {}).get(name)
     return found
 
 
