@@ -217,7 +217,7 @@ def aux_losses(model: NetworkConfig, *, of_zero: bool = False) -> AuxLosses | No
     """
     wanted = {"load_balance": model.load_balance, "router_z": model.router_z}
     wanted = {name: weight for name, weight in wanted.items() if weight or of_zero}
-    return AuxLosses(**wanted) if wanted and model.num_experts else None
+    return AuxLosses(layers="sum", **wanted) if wanted and model.num_experts else None
 
 
 def parts(config: RunConfig, text: RunText, layers: FeedForwardFactory, *, of_zero: bool = False) -> ModelParts:

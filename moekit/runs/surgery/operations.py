@@ -163,7 +163,7 @@ def upcycle_run(
     slots = None
     if not noise and scale == 1:
         slots = _carried([run], [run.model()], lambda states, power: upcycle(states[0], target), target, origins)
-    note = {"experts": num_experts, "noise": noise, "scale": scale, "seed": seed}
+    note: dict[str, Any] = {"experts": num_experts, "noise": noise, "scale": scale, "seed": seed}
     return _made("upcycle", [run], config, target, weights, slots, **note)
 
 
@@ -217,7 +217,7 @@ def split_run(run: Run, parts: int, *, divided: bool = True) -> Result:
         return split_experts(states[0], layers, parts, divided=divided, power=power)
 
     slots = _carried([run], [model], split, target)
-    note = {"parts": parts, "divided": divided}
+    note: dict[str, Any] = {"parts": parts, "divided": divided}
     return _made("split", [run], config, target, weights, slots, copies=copies_of(run), **note)
 
 
