@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jsonargparse
@@ -43,16 +43,14 @@ class RecipeCommand:
         settings: dotted keys of the settings that it uses, which are options of it too; None = all, and a YAML file may
             give them.
         start: from the recipe, the arguments and the variant that they name, the variant and the settings that are the
-            defaults; None = those of the variant.
+            defaults, or None; None = those of the variant.
     """
 
     help: str
     options: Callable[[jsonargparse.ArgumentParser], None]
     run: Callable[[Recipe, RunConfig, Any], None]
     settings: Sequence[str] | None = None
-    start: Callable[[Recipe, Sequence[str], str | None], tuple[str, RunConfig] | None] = field(
-        default=lambda recipe, arguments, variant: None
-    )
+    start: Callable[[Recipe, Sequence[str], str | None], tuple[str, RunConfig] | None] | None = None
 
 
 def execute(command: Callable[[], None]) -> int:

@@ -18,13 +18,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def explain(error: str, parser: ArgumentParser, arguments: Sequence[str]) -> str:
-    """A message that says what is required, what was got and what to do; the parser's own where nothing is found.
-
-    Args:
-        error: what the parser says.
-        parser: of the command.
-        arguments: given to it.
-    """
+    """What is required of `arguments`, what was got and what to do; the parser's own `error` where nothing is found."""
     known = {word.removeprefix("--"): a for a in parser._actions for word in a.option_strings if word != "-h"}
     file = option_value(arguments, "--config") if "config" in known else None
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
-from moekit.cli import distill, finetune, fit, generate, plan, run, score, test
+from moekit.cli import trained, training
 from moekit.cli.command import RecipeCommand, execute, option_value, overview
 from moekit.cli.mistakes import explain
 from moekit.errors import UserError, nearest
@@ -21,14 +21,14 @@ from moekit.runs.recipe import Recipe
 from moekit.runs.settings.fields import check_ranges
 
 COMMANDS: Mapping[str, RecipeCommand] = {
-    "run": run.COMMAND,
-    "fit": fit.COMMAND,
-    "test": test.COMMAND,
-    "generate": generate.COMMAND,
-    "score": score.COMMAND,
-    "finetune": finetune.COMMAND,
-    "distill": distill.COMMAND,
-    "plan": plan.COMMAND,
+    "run": training.RUN,
+    "fit": training.FIT,
+    "test": trained.TEST,
+    "generate": trained.GENERATE,
+    "score": trained.SCORE,
+    "finetune": training.FINETUNE,
+    "distill": training.DISTILL,
+    "plan": training.PLAN,
 }
 """By name; the first is the default."""
 
@@ -55,7 +55,8 @@ def _main(recipe: Recipe, argv: list[str]) -> None:
     variant = wanted or next(iter(recipe.variants))
     if variant not in recipe.variants:
         raise UserError(f"unknown variant {variant!r}. {nearest(variant, recipe.variants)}")
-    found, base = command.start(recipe, arguments, wanted) or (variant, recipe.variants[variant].config)
+    started = None if command.start is None else command.start(recipe, arguments, wanted)
+    found, base = started or (variant, recipe.variants[variant].config)
     variant = found if found in recipe.variants else variant
     parser = build_parser(recipe, name, variant, base)
     given, config = _parsed(parser, recipe, base, arguments, command.settings)

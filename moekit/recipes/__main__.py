@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import sys
 
-import moekit.recipes
+from moekit.runs.recipe import find_recipe, recipe_names
 
 
 def main() -> int:
     """Print the name of every recipe and what it is about; return the exit code: 2 where more was asked."""
-    names = sorted(info.name for info in pkgutil.iter_modules(moekit.recipes.__path__) if not info.name.startswith("_"))
+    names = recipe_names()
     given = sys.argv[1:]
     if given and given[0] not in ("-h", "--help"):
         words = " ".join(given) if given[0] in names else "NAME"
@@ -21,7 +19,7 @@ def main() -> int:
         "usage: python -m moekit.recipes.NAME [command] [--variant NAME] [--config FILE] [--key value ...]\n\nrecipes:"
     )
     for name in names:
-        print(f"  {name:<19} {importlib.import_module(f'moekit.recipes.{name}').RECIPE.about}")
+        print(f"  {name:<19} {find_recipe(name, '').about}")
     print("\npython -m moekit.recipes.NAME --help lists commands, variants and settings.")
     return 0
 

@@ -10,8 +10,19 @@ from torch import nn
 
 from moekit.experts import Experts, GroupedGLU, GroupedMLP
 from moekit.layer import AuxLosses
-from moekit.runs import RunConfig, Variant
-from moekit.runs.settings import SURGERY, DataConfig, EvaluateConfig, TrainConfig, TranslationTasks, setting
+from moekit.runs import ModelParts, RunConfig, RunText, Variant
+from moekit.runs.settings import (
+    SURGERY,
+    DataConfig,
+    EvaluateConfig,
+    LanguageModelTasks,
+    SpanCorruptionTasks,
+    TrainConfig,
+    TranslationTasks,
+    active_tasks,
+    setting,
+)
+from moekit.tasks import make_heads
 from moekit.transformer import (
     GLU,
     MLP,
@@ -43,7 +54,7 @@ Sparse = Callable[[int, Side], nn.Module]
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """Sizes that every recipe's network has.
+    """Presets that every recipe's network has.
 
     Attributes:
         dim: model dimension: the width of the residual stream.
@@ -120,15 +131,13 @@ def feed_forward(model: NetworkConfig, hidden_dim: int | None = None) -> nn.Modu
     return kind(model.dim, width, activation=model.activation, dropout=model.dropout)
 
 
-def expert_bank(
-    model: NetworkConfig, num_experts: int | None = None, hidden_dim: int | None = None, **options: Any
-) -> Experts:
-    """Experts of the network's kind, by default as many and as wide as it says; `options` are the bank's own."""
+def expert_bank(model: NetworkConfig, num_experts: int | None = None, **options: Any) -> Experts:
+    """Experts of the network's kind, by default as many as it says; `options` are the bank's own."""
     kind: Any = GroupedGLU if model.gated else GroupedMLP
     bank: Experts = kind(
         model.num_experts if num_experts is None else num_experts,
         model.dim,
-        model.hidden_dim if hidden_dim is None else hidden_dim,
+        model.hidden_dim,
         activation=model.activation,
         dropout=model.dropout,
         init_scale=model.expert_init_scale,
@@ -199,14 +208,23 @@ def _positions(model: NetworkConfig) -> Positions:
             return RelativePositions(model.heads)
 
 
-def aux_losses(model: NetworkConfig, **weights: float) -> AuxLosses | None:
-    """The network's weights of the routers' losses and further ones, those of weight 0 left out; None if none is left.
+def aux_losses(model: NetworkConfig, *, of_zero: bool = False) -> AuxLosses | None:
+    """The network's weights of the routers' losses; None if none is left, and of a dense model.
 
-    Of a dense model None.
+    Args:
+        model: the weights.
+        of_zero: whether losses of weight 0 are left in, so that they are seen in the metrics.
     """
-    wanted = {"load_balance": model.load_balance, "router_z": model.router_z, **weights}
-    wanted = {name: weight for name, weight in wanted.items() if weight}
+    wanted = {"load_balance": model.load_balance, "router_z": model.router_z}
+    wanted = {name: weight for name, weight in wanted.items() if weight or of_zero}
     return AuxLosses(layers="sum", **wanted) if wanted and model.num_experts else None
+
+
+def parts(config: RunConfig, text: RunText, layers: FeedForwardFactory, *, of_zero: bool = False) -> ModelParts:
+    """The network of the configuration with the given feed-forwards, and a head for each task; see `aux_losses`."""
+    model, make = config.model, decoder if isinstance(config.model, DecoderConfig) else encoder_decoder
+    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
+    return ModelParts(make(model, text.vocab_size, layers), heads, aux_losses(model, of_zero=of_zero))
 
 
 def dense(config: RunConfig) -> RunConfig:
@@ -216,42 +234,62 @@ def dense(config: RunConfig) -> RunConfig:
 
 # -- settings that recipes begin with ------------------------------------------------------------------------------
 
-TINY_TEXT = RunConfig(
-    data=DataConfig(vocab_size=1600),
-    train=TrainConfig(max_minutes=4.0, label_smoothing=0.0, validate_every=300),
-    evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
-)
-"""Minutes on two cores, with generated text; the model is to be given."""
 
-SMALL_TEXT = RunConfig(
-    data=DataConfig(source="text", vocab_size=4000, temperature=5.0),
-    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, label_smoothing=0.0, validate_every=500),
-    evaluate=EvaluateConfig(beam_size=1),
-)
-"""Half an hour on a laptop, with text of the user's."""
+@dataclass(frozen=True)
+class Presets:
+    """Settings for one kind of text; the model is to be given.
 
-PAPER_TEXT = RunConfig(
-    data=DataConfig(source="text"),
-    train=TrainConfig(label_smoothing=0.0, precision="bf16-mixed"),
-    evaluate=EvaluateConfig(beam_size=1),
-)
-"""A published model that reads text."""
+    Attributes:
+        tiny: minutes on two cores, with generated text.
+        small: half an hour on a laptop, with text of the user's.
+        paper: a published model.
+    """
 
-TINY_TRANSLATION = RunConfig(
-    data=DataConfig(vocab_size=1600),
-    train=TrainConfig(max_minutes=4.0, validate_every=250),
-    evaluate=EvaluateConfig(max_sentences=150, valid_sentences=50),
-    tasks=TranslationTasks(),
-)
-"""Minutes on two cores, with generated languages."""
+    tiny: RunConfig
+    small: RunConfig
+    paper: RunConfig
 
-SMALL_TRANSLATION = RunConfig(
-    data=DataConfig(source="moses", vocab_size=4000, temperature=5.0),
-    train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, validate_every=500),
-    evaluate=EvaluateConfig(valid_sentences=50),
-    tasks=TranslationTasks(),
-)
-"""Half an hour on a laptop, with parallel text of the user's."""
+    def changed(self, **groups: Any) -> Presets:
+        """`RunConfig.changed`, of all."""
+        return Presets(self.tiny.changed(**groups), self.small.changed(**groups), self.paper.changed(**groups))
+
+
+TEXT = Presets(
+    tiny=RunConfig(
+        data=DataConfig(vocab_size=1600),
+        train=TrainConfig(max_minutes=4.0, label_smoothing=0.0, validate_every=300),
+        evaluate=EvaluateConfig(beam_size=1, max_sentences=300),
+    ),
+    small=RunConfig(
+        data=DataConfig(source="text", vocab_size=4000, temperature=5.0),
+        train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, label_smoothing=0.0, validate_every=500),
+        evaluate=EvaluateConfig(beam_size=1),
+    ),
+    paper=RunConfig(
+        data=DataConfig(source="text"),
+        train=TrainConfig(label_smoothing=0.0, precision="bf16-mixed"),
+        evaluate=EvaluateConfig(beam_size=1),
+    ),
+).changed(tasks=LanguageModelTasks())
+"""A language model."""
+
+SPANS = TEXT.changed(data={"packed": True}, tasks=SpanCorruptionTasks())
+"""A T5."""
+
+TRANSLATION = Presets(
+    tiny=RunConfig(
+        data=DataConfig(vocab_size=1600),
+        train=TrainConfig(max_minutes=4.0, validate_every=250),
+        evaluate=EvaluateConfig(max_sentences=150, valid_sentences=50),
+    ),
+    small=RunConfig(
+        data=DataConfig(source="moses", vocab_size=4000, temperature=5.0),
+        train=TrainConfig(max_steps=0, max_minutes=30.0, warmup_steps=400, validate_every=500),
+        evaluate=EvaluateConfig(valid_sentences=50),
+    ),
+    paper=RunConfig(data=DataConfig(source="moses", temperature=5.0)),
+).changed(tasks=TranslationTasks())
+"""Generated languages, or parallel text of the user's."""
 
 T5_ADAFACTOR: Mapping[str, Any] = {
     "optimizer": "adafactor", "learning_rate": 1e-2, "weight_decay": 0.0, "clip": 0.0,

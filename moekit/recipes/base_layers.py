@@ -19,21 +19,11 @@ from torch import nn
 from moekit.cli.recipes import main
 from moekit.errors import UserError
 from moekit.experts import BASELayerStack
-from moekit.heads import CausalLMHead
 from moekit.layer import MoELayer
-from moekit.recipes._networks import (
-    PAPER_TEXT,
-    SMALL_TEXT,
-    TINY_TEXT,
-    DecoderConfig,
-    aux_losses,
-    decoder,
-    feed_forward,
-    with_twins,
-)
+from moekit.recipes._networks import TEXT, DecoderConfig, feed_forward, parts, with_twins
 from moekit.routers import RankShuffle, base_layers
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
-from moekit.runs.settings import LanguageModelTasks, TaskConfig
+from moekit.runs.settings import TaskConfig
 from moekit.transformer import Side, SparseDense, at_layers
 
 
@@ -81,16 +71,13 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
     layers = at_layers(
         range(model.every - 1, model.layers - 1, model.every), after_block, lambda layer, side: feed_forward(model)
     )
-    head = CausalLMHead(label_smoothing=config.train.label_smoothing)
-    return ModelParts(decoder(model, text.vocab_size, layers), [head], aux_losses(model))
+    return parts(config, text, layers)
 
 
-TINY = TINY_TEXT.changed(model=ModelConfig(), tasks=LanguageModelTasks(), train={"max_steps": 800})
-SMALL = SMALL_TEXT.changed(
-    model=ModelConfig(dim=192, heads=6, layers=6, every=3, hidden_dim=768, sublayers=4), tasks=LanguageModelTasks()
-)
+TINY = TEXT.tiny.changed(model=ModelConfig(), train={"max_steps": 800})
+SMALL = TEXT.small.changed(model=ModelConfig(dim=192, heads=6, layers=6, every=3, hidden_dim=768, sublayers=4))
 # One expert on each of 128 devices, which hold two sequences of 1,024 tokens eight times a step.
-PAPER = PAPER_TEXT.changed(
+PAPER = TEXT.paper.changed(
     data={"vocab_size": 51_200, "max_length": 1024},
     model=ModelConfig(
         dim=2048, heads=16, layers=24, every=12, num_experts=128, sublayers=10,
@@ -98,7 +85,7 @@ PAPER = PAPER_TEXT.changed(
         # 8,192 makes the 335 M that it names.
         hidden_dim=8096, expert_hidden_dim=8192,
     ),
-    tasks=LanguageModelTasks(causal_lm=TaskConfig(tokens=2**21)),
+    tasks={"causal_lm": TaskConfig(tokens=2**21)},
     train={"max_steps": 48_000, "learning_rate": 7.5e-5, "warmup_steps": 2000, "clip": 0.1},
 )  # fmt: skip
 

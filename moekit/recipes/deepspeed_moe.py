@@ -17,25 +17,13 @@ from typing import Literal
 
 from moekit.cli.recipes import main
 from moekit.experts import copy_first_expert_
-from moekit.heads import CausalLMHead
 from moekit.layer import MoELayer
 from moekit.mixing import SoftmaxMix
-from moekit.recipes._networks import (
-    PAPER_TEXT,
-    SMALL_TEXT,
-    TINY_TEXT,
-    DecoderConfig,
-    aux_losses,
-    decoder,
-    dense_twin_layer,
-    expert_bank,
-    feed_forward,
-    with_twins,
-)
+from moekit.recipes._networks import TEXT, DecoderConfig, dense_twin_layer, expert_bank, feed_forward, parts, with_twins
 from moekit.routers import TopKRouter
 from moekit.routing import Capacity
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
-from moekit.runs.settings import SURGERY, LanguageModelTasks, TaskConfig, setting
+from moekit.runs.settings import SURGERY, TaskConfig, setting
 from moekit.transformer import Side, at_layers, pyramid
 
 
@@ -85,16 +73,12 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
     else:
         twin = dense_twin_layer(model, 1 if model.residual == "none" else 2)
         layers = at_layers(places, twin, lambda layer, side: feed_forward(model))
-    head = CausalLMHead(label_smoothing=config.train.label_smoothing)
-    return ModelParts(decoder(model, text.vocab_size, layers), [head], aux_losses(model))
+    return parts(config, text, layers)
 
 
-TINY = TINY_TEXT.changed(
-    model=ModelConfig(num_experts=4, activation="gelu"), tasks=LanguageModelTasks(), train={"max_steps": 900}
-)
-SMALL = SMALL_TEXT.changed(
+TINY = TEXT.tiny.changed(model=ModelConfig(num_experts=4, activation="gelu"), train={"max_steps": 900})
+SMALL = TEXT.small.changed(
     model=ModelConfig(dim=192, heads=6, layers=6, hidden_dim=768, num_experts=8, activation="gelu", dropout=0.05),
-    tasks=LanguageModelTasks(),
 )
 
 
@@ -112,13 +96,13 @@ def paper(
     scripts' cosine ends at 1e-6, ours at a twentieth of the peak.
     """
     tokens = 2048 * batch
-    config = PAPER_TEXT.changed(
+    config = TEXT.paper.changed(
         data={"vocab_size": 50_257, "max_length": 2048},
         model=ModelConfig(
             layers=layers, dim=dim, heads=heads, hidden_dim=4 * dim, num_experts=num_experts, doubled=2,
             activation="gelu", checkpoint=True,
         ),
-        tasks=LanguageModelTasks(causal_lm=TaskConfig(tokens=tokens)),
+        tasks={"causal_lm": TaskConfig(tokens=tokens)},
         train={
             "max_steps": round(300e9 / tokens), "warmup_steps": round(375e6 / tokens), "learning_rate": learning_rate,
             "weight_decay": 0.1, "betas": (0.9, 0.95),

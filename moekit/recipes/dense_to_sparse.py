@@ -19,22 +19,11 @@ from typing import Literal
 from moekit.cli.recipes import main
 from moekit.errors import UserError
 from moekit.experts import DensePretraining, MaskWeights
-from moekit.heads import CausalLMHead
 from moekit.layer import MoELayer
-from moekit.recipes._networks import (
-    PAPER_TEXT,
-    SMALL_TEXT,
-    TINY_TEXT,
-    DecoderConfig,
-    aux_losses,
-    decoder,
-    expert_bank,
-    feed_forwards,
-    with_twins,
-)
+from moekit.recipes._networks import TEXT, DecoderConfig, expert_bank, feed_forwards, parts, with_twins
 from moekit.routers import DenseToSparseRouter, ExponentialDecay, LinearDecay
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
-from moekit.runs.settings import SURGERY, LanguageModelTasks, TaskConfig, setting
+from moekit.runs.settings import SURGERY, TaskConfig, setting
 from moekit.transformer import Side
 
 DECAYS: Mapping[str, type[ExponentialDecay | LinearDecay]] = {"exponential": ExponentialDecay, "linear": LinearDecay}
@@ -100,31 +89,27 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
         phase = DensePretraining(dense, perturb=MaskWeights(model.masked), seed=config.train.seed + layer)
         return MoELayer(router, expert_bank(model), phase=phase)
 
-    network = decoder(model, text.vocab_size, feed_forwards(model, sparse))
-    head = CausalLMHead(label_smoothing=config.train.label_smoothing)
-    return ModelParts(network, [head], aux_losses(model))
+    return parts(config, text, feed_forwards(model, sparse))
 
 
-TINY = TINY_TEXT.changed(
+TINY = TEXT.tiny.changed(
     model=ModelConfig(activation="gelu"),
-    tasks=LanguageModelTasks(),
     # While all experts run a step costs some three times as much: fewer steps than in the other recipes.
     train={"max_steps": 500, "max_minutes": 5.0, "warmup_steps": 100, "validate_every": 250},
 )
-SMALL = SMALL_TEXT.changed(
+SMALL = TEXT.small.changed(
     model=ModelConfig(dim=192, heads=6, layers=6, hidden_dim=768, activation="gelu", dropout=0.05),
-    tasks=LanguageModelTasks(),
     train={"max_steps": 3000, "max_minutes": 60.0},
 )
 # The paper names 1.5 billion parameters. Layers and widths are those of GPT-medium in the released code; 12 experts are
 # ours, the number that makes 1.5 billion with them in every other layer (16, which we remember, would make 1.9). Adam's
 # betas, weight decay, clipping and dropout are the released code's; steps, rate and phases ours.
-PAPER = PAPER_TEXT.changed(
+PAPER = TEXT.paper.changed(
     data={"vocab_size": 50_257, "max_length": 1024},
     model=ModelConfig(
         dim=1024, heads=16, layers=24, hidden_dim=4096, num_experts=12, activation="gelu", dropout=0.1, checkpoint=True
     ),
-    tasks=LanguageModelTasks(causal_lm=TaskConfig(tokens=2**19)),
+    tasks={"causal_lm": TaskConfig(tokens=2**19)},
     train={"max_steps": 100_000, "learning_rate": 3e-4, "warmup_steps": 2000, "weight_decay": 0.1, "clip": 5.0},
 )
 

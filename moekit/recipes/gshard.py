@@ -20,14 +20,12 @@ from typing import Literal
 from moekit.cli.recipes import main
 from moekit.layer import MoELayer
 from moekit.recipes._networks import (
-    SMALL_TRANSLATION,
     T5_ADAFACTOR,
-    TINY_TRANSLATION,
+    TRANSLATION,
     EncoderDecoderConfig,
-    aux_losses,
-    encoder_decoder,
     expert_bank,
     feed_forwards,
+    parts,
     with_twins,
 )
 from moekit.routers import (
@@ -41,8 +39,7 @@ from moekit.routers import (
 )
 from moekit.routing import Capacity
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
-from moekit.runs.settings import SURGERY, DataConfig, TaskConfig, TrainConfig, TranslationTasks, active_tasks, setting
-from moekit.tasks import make_heads
+from moekit.runs.settings import SURGERY, TaskConfig, setting
 from moekit.transformer import Side
 
 SECOND: Mapping[str, SecondExpertPolicy] = {
@@ -98,17 +95,15 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
         )
         return MoELayer(router, expert_bank(model))
 
-    network = encoder_decoder(model, text.vocab_size, feed_forwards(model, sparse, model.k))
-    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
-    return ModelParts(network, heads, aux_losses(model))
+    return parts(config, text, feed_forwards(model, sparse, model.k))
 
 
-TINY = TINY_TRANSLATION.changed(
+TINY = TRANSLATION.tiny.changed(
     # Many languages to one, of unequal sizes as in the paper; the numbers are ours.
     data={"directions": ("tnd-avl", "kmb-avl", "shl-avl"), "babel_sizes": {"kmb": 10_000, "shl": 3000}},
     model=ModelConfig(),
 )
-SMALL = SMALL_TRANSLATION.changed(model=ModelConfig(encoder_layers=4, decoder_layers=4, dropout=0.05))
+SMALL = TRANSLATION.small.changed(model=ModelConfig(encoder_layers=4, decoder_layers=4, dropout=0.05))
 
 
 def paper(num_experts: int, layers: int, batch_tokens: int, *, every: int = 2) -> RunConfig:
@@ -119,14 +114,14 @@ def paper(num_experts: int, layers: int, batch_tokens: int, *, every: int = 2) -
 
     Source: arXiv:2006.16668 section 4 (table of models and costs).
     """
-    return RunConfig(
-        data=DataConfig(source="moses", vocab_size=64_000, temperature=5.0),
+    return TRANSLATION.paper.changed(
+        data={"vocab_size": 64_000},
         model=ModelConfig(
             dim=1024, heads=16, hidden_dim=8192, encoder_layers=layers // 2, decoder_layers=layers // 2,
             num_experts=num_experts, every=every, dropout=0.1, checkpoint=True,
         ),
-        tasks=TranslationTasks(translation=TaskConfig(tokens=batch_tokens)),
-        train=TrainConfig(max_steps=10**12 // batch_tokens, precision="32-true", **T5_ADAFACTOR),
+        tasks={"translation": TaskConfig(tokens=batch_tokens)},
+        train={"max_steps": 10**12 // batch_tokens, "precision": "32-true", **T5_ADAFACTOR},
     )  # fmt: skip
 
 

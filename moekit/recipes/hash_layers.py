@@ -20,19 +20,8 @@ from moekit import routers
 from moekit.cli.recipes import main
 from moekit.errors import UserError
 from moekit.experts import MultiHashMLP
-from moekit.heads import CausalLMHead
 from moekit.layer import MoELayer
-from moekit.recipes._networks import (
-    SMALL_TEXT,
-    TINY_TEXT,
-    DecoderConfig,
-    aux_losses,
-    decoder,
-    dense_twin_layer,
-    expert_bank,
-    feed_forward,
-    with_twins,
-)
+from moekit.recipes._networks import TEXT, DecoderConfig, dense_twin_layer, expert_bank, feed_forward, parts, with_twins
 from moekit.runs import ModelParts, Recipe, Run, RunConfig, RunText, Variant
 from moekit.runs.settings import DataConfig, LanguageModelTasks, TaskConfig, TrainConfig
 from moekit.training.checkpoint_state import load_state
@@ -142,14 +131,12 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
 
     sparse = experts if model.num_experts else dense_twin_layer(model)
     layers = every_other(sparse, lambda layer, side: feed_forward(model), start=model.layer, every=model.every)
-    head = CausalLMHead(label_smoothing=config.train.label_smoothing)
-    return ModelParts(decoder(model, text.vocab_size, layers), [head], aux_losses(model))
+    return parts(config, text, layers)
 
 
-TINY = TINY_TEXT.changed(model=ModelConfig(num_experts=16), tasks=LanguageModelTasks(), train={"max_steps": 900})
-SMALL = SMALL_TEXT.changed(
+TINY = TEXT.tiny.changed(model=ModelConfig(num_experts=16), train={"max_steps": 900})
+SMALL = TEXT.small.changed(
     model=ModelConfig(dim=192, heads=6, layers=6, hidden_dim=768, num_experts=32, layer=3, dropout=0.05),
-    tasks=LanguageModelTasks(),
 )
 
 

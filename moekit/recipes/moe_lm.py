@@ -16,23 +16,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moekit.cli.recipes import main
-from moekit.heads import CausalLMHead
 from moekit.layer import MoELayer
-from moekit.recipes._networks import (
-    PAPER_TEXT,
-    SMALL_TEXT,
-    TINY_TEXT,
-    DecoderConfig,
-    aux_losses,
-    decoder,
-    expert_bank,
-    feed_forwards,
-    with_twins,
-)
+from moekit.recipes._networks import TEXT, DecoderConfig, expert_bank, feed_forwards, parts, with_twins
 from moekit.routers import SampledChoice, TopKRouter
 from moekit.routing import Capacity
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
-from moekit.runs.settings import SURGERY, LanguageModelTasks, TaskConfig, setting
+from moekit.runs.settings import SURGERY, TaskConfig, setting
 from moekit.transformer import Side
 
 
@@ -73,19 +62,16 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
         )
         return MoELayer(router, expert_bank(model))
 
-    network = decoder(model, text.vocab_size, feed_forwards(model, sparse, model.k))
-    return ModelParts(network, [CausalLMHead(label_smoothing=config.train.label_smoothing)], aux_losses(model))
+    return parts(config, text, feed_forwards(model, sparse, model.k))
 
 
-TINY = TINY_TEXT.changed(
+TINY = TEXT.tiny.changed(
     model=ModelConfig(activation="gelu"),
-    tasks=LanguageModelTasks(),
     # The paper trains at twice the learning rate of the dense model of its size; here both use ours.
     train={"max_steps": 900},
 )
-SMALL = SMALL_TEXT.changed(
+SMALL = TEXT.small.changed(
     model=ModelConfig(dim=192, heads=6, layers=6, hidden_dim=768, activation="gelu", dropout=0.05),
-    tasks=LanguageModelTasks(),
 )
 
 
@@ -96,13 +82,13 @@ def paper(layers: int, dim: int, heads: int, *, learning_rate: float, batch: int
         balance loss of the released training command. Learning rate, tokens a step (`batch`) and 375 M tokens of
         warm-up are GPT-3's for the dense model of that size, from memory.
     """
-    return PAPER_TEXT.changed(
+    return TEXT.paper.changed(
         data={"vocab_size": 50_260, "max_length": 2048},
         model=ModelConfig(
             layers=layers, dim=dim, heads=heads, hidden_dim=4 * dim, num_experts=512, activation="gelu", dropout=0.1,
             checkpoint=True,
         ),
-        tasks=LanguageModelTasks(causal_lm=TaskConfig(tokens=batch)),
+        tasks={"causal_lm": TaskConfig(tokens=batch)},
         train={
             "max_steps": round(300e9 / batch), "learning_rate": learning_rate, "warmup_steps": round(375e6 / batch),
             "clip": 0.0,

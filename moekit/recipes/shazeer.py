@@ -21,11 +21,11 @@ from moekit.errors import UserError
 from moekit.experts import GroupedMLP
 from moekit.heads import CausalLMHead
 from moekit.layer import AuxLosses, MoELayer
-from moekit.recipes._networks import PAPER_TEXT, SMALL_TEXT, TINY_TEXT, with_twins
+from moekit.recipes._networks import TEXT, with_twins
 from moekit.recurrent import RecurrentLM
 from moekit.routers import HierarchicalRouter, noisy_topk
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
-from moekit.runs.settings import SURGERY, LanguageModelTasks, TaskConfig, setting
+from moekit.runs.settings import SURGERY, TaskConfig, setting
 from moekit.transformer import MLP
 
 
@@ -89,12 +89,8 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
 
 
 C1 = {"schedule": "inverse_square_root", "weight_decay": 0.0}  # appendix C.1; learning rates are ours
-TINY = TINY_TEXT.changed(
-    model=ModelConfig(), tasks=LanguageModelTasks(), train={"max_steps": 800, "learning_rate": 4e-3, **C1}
-)
-SMALL = SMALL_TEXT.changed(
-    model=ModelConfig(dim=256, hidden_dim=512, num_experts=64, dropout=0.1), tasks=LanguageModelTasks(), train=C1
-)
+TINY = TEXT.tiny.changed(model=ModelConfig(), train={"max_steps": 800, "learning_rate": 4e-3, **C1})
+SMALL = TEXT.small.changed(model=ModelConfig(dim=256, hidden_dim=512, num_experts=64, dropout=0.1), train=C1)
 
 
 def paper(
@@ -107,13 +103,13 @@ def paper(
     Source: arXiv:1701.06538 appendix C.1; two-level gates have 16 groups. Dropout, vocabulary and the cells of the
         143-million-operations model from memory; with them the paper's counts come out to the last digit.
     """
-    return PAPER_TEXT.changed(
+    return TEXT.paper.changed(
         data={"vocab_size": 793_471},
         model=ModelConfig(
             dim=dim, units=units, hidden_dim=hidden_dim, num_experts=num_experts, groups=groups, k=2 if groups else 4,
             dropout=dropout,
         ),
-        tasks=LanguageModelTasks(causal_lm=TaskConfig(tokens=300_000)),
+        tasks={"causal_lm": TaskConfig(tokens=300_000)},
         train={"max_steps": 27_000, "learning_rate": 1e-3, "warmup_steps": 1000, "precision": "auto", **C1},
     )  # fmt: skip
 

@@ -23,20 +23,9 @@ from dataclasses import dataclass
 from moekit.cli.recipes import main
 from moekit.experts import DensePretraining
 from moekit.layer import MoELayer
-from moekit.recipes._networks import (
-    SMALL_TRANSLATION,
-    TINY_TRANSLATION,
-    EncoderDecoderConfig,
-    aux_losses,
-    encoder_decoder,
-    expert_bank,
-    feed_forwards,
-    with_twins,
-)
+from moekit.recipes._networks import TRANSLATION, EncoderDecoderConfig, expert_bank, feed_forwards, parts, with_twins
 from moekit.routers import base_layers
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
-from moekit.runs.settings import active_tasks
-from moekit.tasks import make_heads
 from moekit.transformer import Side
 
 
@@ -63,9 +52,7 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
         phase = DensePretraining(model.dense_steps) if model.dense_steps else None
         return MoELayer(router, expert_bank(model), phase=phase)
 
-    network = encoder_decoder(model, text.vocab_size, feed_forwards(model, sparse))
-    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
-    return ModelParts(network, heads, aux_losses(model))
+    return parts(config, text, feed_forwards(model, sparse))
 
 
 def without_tricks(config: RunConfig) -> RunConfig:
@@ -74,7 +61,7 @@ def without_tricks(config: RunConfig) -> RunConfig:
 
 
 # Sizes, steps and the end of heating are ours: the paper's body was not at hand. The form of heating is the paper's.
-TINY = TINY_TRANSLATION.changed(
+TINY = TRANSLATION.tiny.changed(
     data={
         # One language to three and back, with much, little and very little text.
         "directions": ("tnd-avl", "kmb-avl", "shl-avl", "avl-tnd", "avl-kmb", "avl-shl"),
@@ -86,7 +73,7 @@ TINY = TINY_TRANSLATION.changed(
     model=ModelConfig(dense_steps=250),
     evaluate={"max_sentences": 100},
 )
-SMALL = SMALL_TRANSLATION.changed(
+SMALL = TRANSLATION.small.changed(
     data={"heating": "square_root", "heating_steps": 3000},
     model=ModelConfig(encoder_layers=4, decoder_layers=4, dropout=0.05, dense_steps=1000),
 )

@@ -22,24 +22,21 @@ from torch import nn
 
 from moekit.cli.recipes import main
 from moekit.errors import UserError
-from moekit.layer import AuxLosses, MoELayer
+from moekit.layer import MoELayer
 from moekit.recipes._networks import (
-    PAPER_TEXT,
-    SMALL_TEXT,
+    SPANS,
     T5_ADAFACTOR,
-    TINY_TEXT,
     EncoderDecoderConfig,
     Norm,
-    encoder_decoder,
     expert_bank,
     feed_forward,
     feed_forwards,
+    parts,
     with_twins,
 )
 from moekit.routers import st_moe
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
-from moekit.runs.settings import SURGERY, SpanCorruptionTasks, TaskConfig, active_tasks, setting
-from moekit.tasks import make_heads
+from moekit.runs.settings import SURGERY, TaskConfig, setting
 from moekit.transformer import Side, SparseDense
 
 
@@ -111,24 +108,16 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
             return made
         return SparseDense(made, feed_forward(model), order=model.extra)
 
-    network = encoder_decoder(model, text.vocab_size, layers)
-    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
-    # A z-loss of weight 0 is left in, so that it is seen in the metrics.
-    aux = AuxLosses(load_balance=model.load_balance, router_z=model.router_z) if model.num_experts else None
-    return ModelParts(network, heads, aux)
+    return parts(config, text, layers, of_zero=True)  # a z-loss of weight 0 is seen in the metrics
 
 
-TINY = TINY_TEXT.changed(
-    data={"packed": True},
+TINY = SPANS.tiny.changed(
     # GEGLU has three matrices: 2/3 of 512, rounded. One sparse layer of two on each side, for want of more (ours).
     model=ModelConfig(hidden_dim=336),
-    tasks=SpanCorruptionTasks(),
     train={"max_steps": 1500},
 )
-SMALL = SMALL_TEXT.changed(
-    data={"packed": True},
+SMALL = SPANS.small.changed(
     model=ModelConfig(hidden_dim=336, encoder_layers=4, decoder_layers=4, every=4, dropout=0.05),
-    tasks=SpanCorruptionTasks(),
 )
 
 
@@ -141,14 +130,14 @@ def paper(dim: int, heads: int, head_dim: int, hidden_dim: int, num_experts: int
 
     Source: arXiv:2202.08906 section 3 and table 11.
     """
-    return PAPER_TEXT.changed(
-        data={"vocab_size": 32_128, "max_length": 512, "packed": True},
+    return SPANS.paper.changed(
+        data={"vocab_size": 32_128, "max_length": 512},
         model=ModelConfig(
             dim=dim, heads=heads, head_dim=head_dim, hidden_dim=hidden_dim, encoder_layers=24, decoder_layers=24,
             num_experts=num_experts, every=4, checkpoint=True,
             init_scale=0.1, expert_init_scale=0.1, init_by_depth=False,  # Switch's, as the paper says
         ),
-        tasks=SpanCorruptionTasks(span_corruption=TaskConfig(tokens=10**6)),
+        tasks={"span_corruption": TaskConfig(tokens=10**6)},
         train={"max_steps": steps, **T5_ADAFACTOR},
     )  # fmt: skip
 

@@ -20,16 +20,13 @@ from typing import Literal
 from moekit.cli.recipes import main
 from moekit.layer import MoELayer
 from moekit.recipes._networks import (
-    PAPER_TEXT,
-    SMALL_TEXT,
+    SPANS,
     T5_ADAFACTOR,
-    TINY_TEXT,
     EncoderDecoderConfig,
     Norm,
-    aux_losses,
-    encoder_decoder,
     expert_bank,
     feed_forwards,
+    parts,
     with_twins,
 )
 from moekit.routers import (
@@ -43,8 +40,7 @@ from moekit.routers import (
 )
 from moekit.routing import Capacity
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
-from moekit.runs.settings import SURGERY, SpanCorruptionTasks, TaskConfig, active_tasks, setting
-from moekit.tasks import make_heads
+from moekit.runs.settings import SURGERY, TaskConfig, setting
 from moekit.transformer import Side
 
 EXPLORATION: Mapping[str, Exploration | None] = {  # compared in appendix C; the rate of dropout is ours
@@ -101,19 +97,13 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
         )
         return MoELayer(router, expert_bank(model))
 
-    network = encoder_decoder(model, text.vocab_size, feed_forwards(model, sparse, model.k))
-    heads = make_heads(active_tasks(config.tasks), model.dim, config.train.label_smoothing)
-    return ModelParts(network, heads, aux_losses(model))
+    return parts(config, text, feed_forwards(model, sparse, model.k))
 
 
 # Capacity 1.25, jitter and balance weight as in the paper; sizes and init ours.
-TINY = TINY_TEXT.changed(
-    data={"packed": True}, model=ModelConfig(), tasks=SpanCorruptionTasks(), train={"max_steps": 1500}
-)
-SMALL = SMALL_TEXT.changed(
-    data={"packed": True},
+TINY = SPANS.tiny.changed(model=ModelConfig(), train={"max_steps": 1500})
+SMALL = SPANS.small.changed(
     model=ModelConfig(encoder_layers=4, decoder_layers=4, dropout=0.05),
-    tasks=SpanCorruptionTasks(),
 )
 
 
@@ -126,14 +116,14 @@ def paper(
 
     Source: arXiv:2101.03961; sizes of C and XXL arXiv:2202.08906 table 11.
     """
-    return PAPER_TEXT.changed(
-        data={"vocab_size": 32_128, "max_length": 512, "packed": True},
+    return SPANS.paper.changed(
+        data={"vocab_size": 32_128, "max_length": 512},
         model=ModelConfig(
             dim=dim, heads=heads, head_dim=64, hidden_dim=hidden_dim, encoder_layers=layers, decoder_layers=layers,
             num_experts=num_experts, every=every, gated=gated, activation="gelu" if gated else "relu", dropout=0.1,
             init_scale=0.1, expert_init_scale=0.1, init_by_depth=False, checkpoint=True,
         ),
-        tasks=SpanCorruptionTasks(span_corruption=TaskConfig(tokens=2**20)),
+        tasks={"span_corruption": TaskConfig(tokens=2**20)},
         train={"max_steps": 550_000, **T5_ADAFACTOR},
     )  # fmt: skip
 

@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 
 from moekit.cli.recipes import main
 from moekit.heads import Head, ReplacedTokenHead
-from moekit.layer import AuxLosses, MoELayer
+from moekit.layer import MoELayer
 from moekit.recipes._networks import (
-    SMALL_TRANSLATION,
-    TINY_TRANSLATION,
+    TRANSLATION,
     EncoderDecoderConfig,
+    aux_losses,
     encoder_decoder,
     expert_bank,
     feed_forwards,
@@ -33,7 +33,7 @@ from moekit.recipes._networks import (
 )
 from moekit.routers import zcode_m3
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
-from moekit.runs.settings import SURGERY, DataConfig, TaskConfig, TrainConfig, active_tasks, setting
+from moekit.runs.settings import SURGERY, TaskConfig, active_tasks, setting
 from moekit.tasks import make_heads, with_pair_tasks
 from moekit.transformer import EncoderDecoder, EncoderOnly, Side, SinusoidalPositions
 
@@ -110,8 +110,7 @@ def heads(config: RunConfig, vocab_size: int) -> list[Head]:
 def build(config: RunConfig, text: RunText) -> ModelParts:
     """The parts of a run: backbone, heads, and the weights of the routers' losses."""
     model = config.model
-    aux = AuxLosses(load_balance=model.load_balance, router_z=model.router_z) if model.num_experts else None
-    return ModelParts(backbone(model, text.vocab_size), heads(config, text.vocab_size), aux)
+    return ModelParts(backbone(model, text.vocab_size), heads(config, text.vocab_size), aux_losses(model, of_zero=True))
 
 
 def tasks(translation: int, denoising: int, masked_lm: int, replaced_token: int) -> TasksConfig:
@@ -128,13 +127,13 @@ def tasks(translation: int, denoising: int, masked_lm: int, replaced_token: int)
     )
 
 
-TINY = TINY_TRANSLATION.changed(
+TINY = TRANSLATION.tiny.changed(
     model=ModelConfig(),
     tasks=tasks(translation=2048, denoising=256, masked_lm=160, replaced_token=160),
     train={"max_steps": 3000, "max_minutes": 9.0, "validate_every": 300},
     evaluate={"valid_sentences": 25},
 )
-SMALL = SMALL_TRANSLATION.changed(
+SMALL = TRANSLATION.small.changed(
     data={"source": "babel"},
     # Half an hour on a laptop is some ten million tokens: few parameters for a token, and many small steps, learn most.
     # Encoder twice as deep as the decoder, as in the paper.
@@ -142,17 +141,17 @@ SMALL = SMALL_TRANSLATION.changed(
     tasks=tasks(translation=1280, denoising=256, masked_lm=128, replaced_token=128),
 )
 # Sizes from memory and secondary sources, which the published count confirms; the whole training is ours.
-PAPER = RunConfig(
-    data=DataConfig(source="moses", vocab_size=250_000, temperature=5.0, max_length=512),
+PAPER = TRANSLATION.paper.changed(
+    data={"vocab_size": 250_000, "max_length": 512},
     model=ModelConfig(
         dim=1024, heads=16, encoder_layers=24, decoder_layers=12, hidden_dim=4096, num_experts=64, dropout=0.1,
         generator_dim=256, generator_layers=12, checkpoint=True,
     ),
     tasks=tasks(translation=16384, denoising=8192, masked_lm=4096, replaced_token=4096),
-    train=TrainConfig(
-        max_steps=300_000, learning_rate=5e-4, warmup_steps=5000, schedule="inverse_square_root",
-        precision="bf16-mixed",
-    ),
+    train={
+        "max_steps": 300_000, "learning_rate": 5e-4, "warmup_steps": 5000, "schedule": "inverse_square_root",
+        "precision": "bf16-mixed",
+    },
 )  # fmt: skip
 
 RECIPE = Recipe(

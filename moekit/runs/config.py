@@ -14,11 +14,9 @@ from moekit.data.module import MultitaskData
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
 from moekit.runs.settings.data import DataConfig
-from moekit.runs.settings.evaluate import EvaluateConfig
 from moekit.runs.settings.fields import RESUME, SURGERY, setting
-from moekit.runs.settings.strategy import StrategyConfig
-from moekit.runs.settings.tasks import active_tasks
-from moekit.runs.settings.train import TrainConfig
+from moekit.runs.settings.tasks import EvaluateConfig, active_tasks
+from moekit.runs.settings.train import StrategyConfig, TrainConfig
 from moekit.tasks import task_data
 
 _ENDLESS = 100_000_000
@@ -46,11 +44,7 @@ class RunConfig:
     tasks: Any = setting(None, free=SURGERY)
 
     def changed(self, **groups: Any) -> RunConfig:
-        """This configuration with other settings.
-
-        Args:
-            **groups: by the name of a group, the settings that differ, or the whole group.
-        """
+        """This configuration with other settings: by the name of a group those that differ, or the whole group."""
         made = {
             name: dataclasses.replace(getattr(self, name), **given) if isinstance(given, Mapping) else given
             for name, given in groups.items()

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
-from moekit.runs.init_from import InitFrom, own_tokenizer, starting_tokenizer
-from moekit.runs.plain import as_plain
+from moekit.runs.init_from import InitFrom, starting_tokenizer
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.surgery.student import initialize_student
@@ -53,39 +51,36 @@ class DistillConfig:
     layers: str | None = None
 
 
-def starting_config(recipe: Recipe, run: Run, variant: str | None) -> tuple[str, RunConfig]:
-    """Variant and settings of the teacher; of one of another recipe its data, and its tasks if this recipe has them."""
-    if run.recipe.name == recipe.name and variant in (None, run.variant):
-        return run.variant, run.config
-    name = variant or next(iter(recipe.variants))
-    own = recipe.variants[name].config
-    tasks = run.config.tasks if type(run.config.tasks) is type(own.tasks) else own.tasks
-    return name, own.changed(data=run.config.data, tasks=tasks)
-
-
 class Distillation(InitFrom):
-    """A trained run as the teacher of another.
+    """A trained run as the teacher of another."""
 
-    Args:
-        source: folder or checkpoint of the teacher.
-        chosen: what the student learns from it.
-        own: the student's run, where it goes on from a checkpoint of its own; else None.
+    command, option, purpose = "distill", "teacher", "a trained run to learn from"
+    group, choices = "distill", DistillConfig
+    chosen: DistillConfig
 
-    Raises:
-        UserError: no teacher, or settings that are no objective.
-    """
-
-    def __init__(self, source: str | None, chosen: DistillConfig, own: Run | None) -> None:
-        if source is None:
-            raise UserError("distill needs a trained run to learn from: give its folder with --teacher.")
-        self.source, self.chosen, self.goes_on = source, chosen, own is not None
-        self.run = Run.load(source)
-        self.tokenizer = starting_tokenizer(self.run) if own is None else own_tokenizer(own)
+    def __init__(self, source: str | None, chosen: DistillConfig, config: RunConfig, own: Run | None) -> None:
+        super().__init__(source, chosen, config, own)
+        self.run = Run.load(self.source)
+        if own is None:
+            self.tokenizer = starting_tokenizer(self.run)
         self.objective = _objective(chosen)
-        self.record = {"teacher": str(Path(source)), "distill": as_plain(chosen)}
+
+    @classmethod
+    def starting_config(cls, recipe: Recipe, run: Run, variant: str | None) -> tuple[str, RunConfig]:
+        """Those of the teacher; of one of another recipe its data, and its tasks if this recipe has them."""
+        if run.recipe.name == recipe.name and variant in (None, run.variant):
+            return run.variant, run.config
+        name = variant or next(iter(recipe.variants))
+        own = recipe.variants[name].config
+        tasks = run.config.tasks if type(run.config.tasks) is type(own.tasks) else own.tasks
+        return name, own.changed(data=run.config.data, tasks=tasks)
 
     def make(self, *parts: Any, **options: Any) -> MultitaskModule:
-        """The student with its teacher and, unless it goes on, with the weights that it inherits."""
+        """The student with its teacher and, unless it goes on, with the weights that it inherits.
+
+        Raises:
+            UserError: settings are no objective, or do not suit student and teacher.
+        """
         with torch.random.fork_rng(devices=[]):  # the student's dropout and order do not depend on the teacher
             model: Any = self.run.model(device="cpu")
         weights = self.run.loaded.weights
@@ -108,8 +103,7 @@ class Distillation(InitFrom):
             module.load_state_dict(found.weights)
         return module
 
-    def note(self, module: MultitaskModule) -> str:
-        """Who teaches."""
+    def note(self, module: MultitaskModule) -> str:  # noqa: D102
         count = sum(tensor.numel() for tensor in self.run.loaded.weights.values())
         return f"teacher   {self.source}: {count:,} parameters"
 

@@ -24,14 +24,7 @@ from moekit.training.multitask import MultitaskModule
 def trained_module(
     run: Run, data: MultitaskData, config: RunConfig | None = None, weights: Mapping[str, Any] | None = None
 ) -> MultitaskModule:
-    """The module of a trained run, whole, ready to validate.
-
-    Args:
-        run: the run.
-        data: of its evaluation.
-        config: its settings where they are not the run's.
-        weights: those of the module where they are not the run's.
-    """
+    """The module of a trained run, ready to validate on `data`; settings and weights are the run's if not given."""
     module, _ = make_module(run.recipe, config or run.config, data, loaded=True)
     module.load_state_dict(dict(run.loaded.weights if weights is None else weights))
     return module.eval()
@@ -41,8 +34,8 @@ def evaluate(run: Run, config: RunConfig | None = None) -> bool:
     """Validate, test, and write the records of the run: summary, routing and samples.
 
     Args:
-        run: the run.
-        config: its settings, where they are not the run's: on other devices, for example.
+        run: where the checkpoint is, and where the records go.
+        config: settings that are not the run's: other devices, for example.
 
     Returns:
         Whether this process wrote them: of several, the first does.

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 from torch import Tensor
 
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
-from moekit.runs.init_from import InitFrom, own_tokenizer, starting_tokenizer
-from moekit.runs.plain import as_plain
+from moekit.runs.init_from import InitFrom, starting_tokenizer
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
-from moekit.runs.settings.strategy import StrategyConfig
+from moekit.runs.settings.train import StrategyConfig
 from moekit.runs.surgery.optimizer import optimizer_slots
 from moekit.surgery.adapters import Target, add_adapters
 from moekit.training.fine_tuning import set_expert_dropout, set_train_capacity, subset, train_only, with_slots
@@ -48,77 +46,78 @@ class FineTuneConfig:
     optimizer: Literal["carried", "fresh"] = "carried"
 
 
-def starting_config(recipe: Recipe, run: Run, variant: str | None) -> tuple[str, RunConfig]:
-    """Variant and settings of the run, with a gentler and shorter training; ours.
-
-    Raises:
-        UserError: it is a run of another recipe, or `variant` is not that of the run.
-    """
-    if run.recipe.name != recipe.name:
-        raise UserError(
-            f"{run.path} is a run of the recipe {run.recipe.name}: fine-tune it with python -m moekit.recipes."
-            f"{run.recipe.name} finetune."
-        )
-    if variant is not None and variant != run.variant:
-        raise UserError(f"settings begin as in {run.path}, a run of {run.variant}: leave out --variant {variant}.")
-    gentle = {
-        "max_steps": 500,
-        "max_minutes": 0.0,
-        "learning_rate": run.config.train.learning_rate / 4,
-        "warmup_steps": 50,
-        "schedule": "constant",
-        "validate_every": 100,
-    }
-    return run.variant, run.config.changed(train=gentle)
-
-
 class FineTuning(InitFrom):
-    """The weights of a run, and what of them trains.
+    """The weights of a run, and what of them trains; a run that goes on has them in its own checkpoint."""
 
-    Args:
-        source: folder or checkpoint of the run to start from.
-        chosen: what trains.
-        config: settings of the new run.
-        own: the new run, where it goes on from a checkpoint of its own: then the other run is not needed; else None.
-
-    Raises:
-        UserError: no run to start from, or an optimizer state that cannot be carried on.
-    """
-
+    command, option, purpose = "finetune", "init_from", "a run to start from"
+    group, choices = "fine_tune", FineTuneConfig
     loaded = True
+    chosen: FineTuneConfig
 
     def __init__(self, source: str | None, chosen: FineTuneConfig, config: RunConfig, own: Run | None) -> None:
-        if source is None:
-            raise UserError("finetune needs a run to start from: give its folder with --init_from.")
-        self.source, self.chosen = source, chosen
+        super().__init__(source, chosen, config, own)
         self.run: Run | None = None
         self.steps_before = 0
         self.slots: Mapping[str, Mapping[str, Any]] = {}
-        if own is not None:
-            self.tokenizer = own_tokenizer(own)
-        else:
-            self.run = Run.load(source)
+        if own is None:
+            self.run = Run.load(self.source)
             rest = self.run.loaded.rest
             self.steps_before = int(rest.get("global_step", 0)) + int(rest.get("steps_before", 0))
             self.slots = _slots(self.run, config, chosen)
             self.tokenizer = starting_tokenizer(self.run)
-        self.record = {"init_from": str(Path(source)), "fine_tune": as_plain(chosen)}
+
+    @classmethod
+    def starting_config(cls, recipe: Recipe, run: Run, variant: str | None) -> tuple[str, RunConfig]:
+        """Those of the run, with a gentler and shorter training; ours.
+
+        Raises:
+            UserError: it is a run of another recipe or variant.
+        """
+        if run.recipe.name != recipe.name:
+            raise UserError(
+                f"{run.path} is a run of the recipe {run.recipe.name}: fine-tune it with python -m moekit.recipes."
+                f"{run.recipe.name} finetune."
+            )
+        if variant is not None and variant != run.variant:
+            raise UserError(f"settings begin as in {run.path}, a run of {run.variant}: leave out --variant {variant}.")
+        return run.variant, run.config.changed(
+            train={
+                "max_steps": 500,
+                "max_minutes": 0.0,
+                "learning_rate": run.config.train.learning_rate / 4,
+                "warmup_steps": 50,
+                "schedule": "constant",
+                "validate_every": 100,
+            }
+        )
 
     def make(self, *parts: Any, **options: Any) -> MultitaskModule:
-        """The module with the weights of the run; where the new run goes on, they come from its checkpoint."""
+        """The module with the weights of the run; where the new run goes on, they come from its checkpoint.
+
+        Raises:
+            UserError: networks or settings do not fit.
+        """
         if self.slots:
             options["optimizer"] = with_slots(options["optimizer"], self.slots)
         module = MultitaskModule(*parts, steps_before=self.steps_before, **options)
         if self.run is not None:
             _load(module, self.run.loaded.weights, self.source)
+        chosen = self.chosen
         try:
-            _prepare(module, self.chosen)
+            wanted = subset(_tune(chosen))
+            if chosen.expert_dropout is not None:
+                set_expert_dropout(module, chosen.expert_dropout)
+            if chosen.train_capacity is not None:
+                set_train_capacity(module, chosen.train_capacity or None)
+            if chosen.rank:
+                targets = cast(list[Target], [name.strip() for name in chosen.adapt.split(",") if name.strip()])
+                add_adapters(module.backbone, rank=chosen.rank, alpha=chosen.alpha, targets=targets)
+            train_only(module, wanted)
         except ValueError as error:
             raise UserError(f"fine_tune: {error}") from None
         return module
 
-    def note(self, module: MultitaskModule) -> str:
-        """From where, and how many parameters train."""
+    def note(self, module: MultitaskModule) -> str:  # noqa: D102
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         total = sum(p.numel() for p in module.parameters())
         return f"start     {self.source}; {trained:,} of {total:,} parameters train ({_tune(self.chosen)})"
@@ -126,19 +125,6 @@ class FineTuning(InitFrom):
 
 def _tune(chosen: FineTuneConfig) -> str:
     return chosen.tune or ("adapters" if chosen.rank else "all")
-
-
-def _prepare(module: MultitaskModule, chosen: FineTuneConfig) -> None:
-    """Adapters, dropout, capacity, and what trains."""
-    wanted = subset(_tune(chosen))
-    if chosen.expert_dropout is not None:
-        set_expert_dropout(module, chosen.expert_dropout)
-    if chosen.train_capacity is not None:
-        set_train_capacity(module, chosen.train_capacity or None)
-    if chosen.rank:
-        targets = cast(list[Target], [name.strip() for name in chosen.adapt.split(",") if name.strip()])
-        add_adapters(module.backbone, rank=chosen.rank, alpha=chosen.alpha, targets=targets)
-    train_only(module, wanted)
 
 
 def _load(module: MultitaskModule, weights: Mapping[str, Tensor], where: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -11,19 +10,19 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
+from moekit.data.held_out import HeldOut
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom
 from moekit.runs.module import make_module, parameters
-from moekit.runs.plain import as_plain
+from moekit.runs.plain import as_plain, plain
 from moekit.runs.plan import expected_bytes
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.settings.train import quiet
-from moekit.runs.text import require_same_text, text_to_keep, tokenizer_of
-from moekit.training.budget import Budget
+from moekit.runs.text import require_same_text, tokenizer_of
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.callbacks.config import ConfigInCheckpoints
 from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
@@ -82,7 +81,7 @@ def fit(
     if going_on:
         run.require_same(settings, free)
     data = _training_text(run if going_on else None, config, init_from)
-    held_out = text_to_keep(config, data)
+    held_out = HeldOut.of(data, plain(config.data.which_text()))  # what it is evaluated on
     L.seed_everything(train.seed, verbose=False)
     module, budget = make_module(
         recipe, config, data, MultitaskModule if init_from is None else init_from.make,
@@ -99,8 +98,14 @@ def fit(
         logger=run_loggers(run.path),
         enable_checkpointing=True,
         callbacks=[
-            *_of_record(recipe, config, {**settings, "vocab_size": data.tokenizer.vocab_size}, budget),
-            *_of_checkpoints(config, run, f"valid/{next(iter(module.heads))}/loss", resume_command),
+            MaxMinutes(budget),
+            Throughput(),
+            RandomState(),
+            ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
+            PeakMemory(expected_bytes(recipe, config)),
+            TrainingProgress(budget),
+            *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
+            *_checkpoints(config, run, f"valid/{next(iter(module.heads))}/loss", resume_command),
         ],
         max_steps=train.max_steps or -1,
         max_epochs=-1 if not train.max_steps else None,
@@ -121,20 +126,7 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _of_record(recipe: Recipe, config: RunConfig, settings: dict[str, Any], budget: Budget) -> list[Callback]:
-    """Callbacks that count and tell, and the one that ends training."""
-    return [
-        MaxMinutes(budget),
-        Throughput(),
-        RandomState(),
-        ConfigInCheckpoints(settings),
-        PeakMemory(expected_bytes(recipe, config)),
-        TrainingProgress(budget),
-        *([ScaleExpertGradients()] if config.train.scale_expert_gradients else []),
-    ]
-
-
-def _of_checkpoints(config: RunConfig, run: Run, monitor: str, resume_command: str) -> list[Callback]:
+def _checkpoints(config: RunConfig, run: Run, monitor: str, resume_command: str) -> list[Callback]:
     """Callbacks that write checkpoints; of several tasks the first is the one that the recipe is about."""
     train = config.train
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -41,10 +41,10 @@ def generate(
     """Translate a file or standard input, line by line, in order; a language model continues each line.
 
     Args:
-        run: the run.
+        run: a trained run.
         source: language of the input.
         target: language wanted, of runs that translate.
-        config: its settings, where they are not the run's: another beam, for example.
+        config: settings that are not the run's: another beam, for example.
         input: the file; - = standard input.
         output: the file; - = standard output.
         experts_in_memory: so many experts of each layer at most, the others mapped from disk; 0 = all.
@@ -78,22 +78,13 @@ def generate(
     with reading(input) as file:
         sentences = [line.rstrip("\r\n") for line in file]
     bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
+    )  # fmt: skip
     with bar:
         task = bar.add_task(what, total=len(sentences))
         lines = write(sentences, advance=lambda n: bar.advance(task, n))
-    text = "".join(line + "\n" for line in lines)
-    if output == "-":
-        sys.stdout.write(text)
-    else:
-        write_text(Path(output), text)
+    write_lines(output, lines)
 
 
 def trained(run: Run, resident: int = 0) -> tuple[nn.Module, MultitaskData]:
@@ -129,9 +120,22 @@ def _language(language: str | None, option: str, tokenizer: Tokenizer) -> str:
     return language
 
 
+def write_lines(name: str, lines: Iterable[str]) -> None:
+    """Lines into a text file, or to standard output for "-"."""
+    text = "".join(line + "\n" for line in lines)
+    if name == "-":
+        sys.stdout.write(text)
+    else:
+        write_text(Path(name), text)
+
+
 @contextlib.contextmanager
 def reading(name: str, option: str = "--input") -> Iterator[TextIO]:
-    """A text file, or standard input for "-"; what is wrong with it is said of `option`."""
+    """A text file, or standard input for "-"; what is wrong with it is said of `option`.
+
+    Raises:
+        UserError: it cannot be read, or is no UTF-8.
+    """
     if name == "-":
         yield sys.stdin
         return

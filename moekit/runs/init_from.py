@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
+from moekit.runs.config import RunConfig
+from moekit.runs.plain import as_plain
+from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.text import tokenizer_of
 from moekit.training.multitask import MultitaskModule
@@ -17,14 +20,52 @@ class InitFrom(ABC):
     """What a run takes from another run.
 
     Attributes:
-        record: further settings, for the run's config.yaml.
-        tokenizer: that of the other run.
+        command: name of the command that makes such a run.
+        option: name of the option for the other run.
+        purpose: what the other run is for, where it is asked for.
+        group: name of the group of settings that say what is taken.
+        choices: type of these settings.
         loaded: whether all weights of the network are taken, so that none are drawn and no text is looked at.
+        tokenizer: that of the other run.
+        record: further settings, for the run's config.yaml.
+
+    Args:
+        source: folder or checkpoint of the other run.
+        chosen: what is taken.
+        config: settings of the new run.
+        own: the new run, where it goes on from a checkpoint of its own; else None.
+
+    Raises:
+        UserError: there is no other run, or settings do not suit it.
     """
 
-    record: Mapping[str, Any]
+    command: ClassVar[str]
+    option: ClassVar[str]
+    purpose: ClassVar[str]
+    group: ClassVar[str]
+    choices: ClassVar[type[Any]]
+    loaded: ClassVar[bool] = False
     tokenizer: Tokenizer
-    loaded: bool = False
+
+    def __init__(self, source: str | None, chosen: Any, config: RunConfig, own: Run | None) -> None:
+        if source is None:
+            raise UserError(f"{self.command} needs {self.purpose}: give its folder with --{self.option}.")
+        self.source, self.chosen, self.goes_on = source, chosen, own is not None
+        self.record = {self.option: str(Path(source)), self.group: as_plain(chosen)}
+        if own is None:
+            return
+        if (tokenizer := own.kept_tokenizer) is None:
+            raise UserError(f"{own.path} must hold the tokenizer of the run that it started from: it has none.")
+        self.tokenizer = tokenizer
+
+    @classmethod
+    @abstractmethod
+    def starting_config(cls, recipe: Recipe, run: Run, variant: str | None) -> tuple[str, RunConfig]:
+        """Variant and settings that the new run begins with, from those of the other.
+
+        Raises:
+            UserError: no run with `recipe` and `variant` can start from it.
+        """
 
     @abstractmethod
     def make(self, *parts: Any, **options: Any) -> MultitaskModule:
@@ -43,7 +84,7 @@ def starting_tokenizer(run: Run) -> Tokenizer:
     """The tokenizer of the run that another starts from.
 
     Raises:
-        UserError: if it is not the one of its model.
+        UserError: it is not the one of its model.
     """
     tokenizer = tokenizer_of(run)
     if tokenizer.vocab_size != run.vocab_size:
@@ -51,16 +92,4 @@ def starting_tokenizer(run: Run) -> Tokenizer:
             f"the tokenizer of {run.path} must have the {run.vocab_size} pieces of its model: it has "
             f"{tokenizer.vocab_size}."
         )
-    return tokenizer
-
-
-def own_tokenizer(run: Run) -> Tokenizer:
-    """The tokenizer of a run that started from another, and goes on without it.
-
-    Raises:
-        UserError: if there is none.
-    """
-    tokenizer = run.kept_tokenizer
-    if tokenizer is None:
-        raise UserError(f"{run.path} must hold the tokenizer of the run that it started from: it has none.")
     return tokenizer

@@ -26,16 +26,11 @@ def make_module(
 ) -> tuple[MultitaskModule, Budget]:
     """The LightningModule of a run, made by `make`, and the budget that its schedule follows.
 
-    Args:
-        recipe: of the run.
-        config: of the run.
-        data: of the run.
-        make: the module around network and heads.
-        empty: whether it is made without memory.
-        loaded: whether weights will be loaded in the place of all that is made here, so that no text is looked at.
+    With `empty` it is made without memory. With `loaded` weights will be loaded in the place of all that is made here,
+    so that no text is looked at.
 
     Raises:
-        UserError: if the model should be made without memory and cannot be, or if its settings do not fit together.
+        UserError: the model should be made without memory and cannot be, or its settings do not fit together.
     """
     if empty and (recipe.reads_text or make is not MultitaskModule):
         source = "text" if recipe.reads_text else "the weights of another"

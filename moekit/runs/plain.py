@@ -71,32 +71,29 @@ def plain(data: Any) -> Any:
     raise TypeError(f"A configuration must be plain data: got {type(data).__name__} ({data!r}).")
 
 
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with both values; a missing one is None."""
-    flat_saved, flat_current = _flatten(plain(saved)), _flatten(plain(current))
-    keys = [*flat_saved, *(key for key in flat_current if key not in flat_saved)]
-    pairs = {key: (flat_saved.get(key), flat_current.get(key)) for key in keys}
-    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
+def differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any], free: Collection[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both values; a missing one is None.
+
+    Settings that have one of the keys `free`, or are in a group that has, are left out.
+    """
+    one, other = _flatten(plain(saved)), _flatten(plain(current))
+    pairs = {key: (one.get(key), other.get(key)) for key in {**one, **other}}
+    return {
+        key: (old, new)
+        for key, (old, new) in pairs.items()
+        if old != new and not any(key == name or key.startswith(f"{name}.") for name in free)
+    }
 
 
 def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], free: Collection[str], what: str) -> None:
-    """Make sure that a run goes on with the configuration that it had.
-
-    Args:
-        saved: the configuration that it had.
-        current: the one that it has now.
-        free: dotted keys, of settings and of groups of settings, that may differ.
-        what: names the run or the checkpoint in the message.
+    """Make sure that a run goes on with the configuration that it had, but for the keys `free`.
 
     Raises:
-        UserError: they differ elsewhere; every differing key is listed.
+        UserError: there are `differences`, all of which are listed; `what` names the run or the checkpoint.
     """
-    different = {
-        key: values
-        for key, values in differences(saved, current).items()
-        if not any(key == name or key.startswith(f"{name}.") for name in free)
-    }
-    if different:
+    if different := differences(saved, current, free):
         lines = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in different.items())
         raise UserError(
             f"the configuration must be that of {what} to resume it. These keys differ:{lines}\n"

@@ -26,19 +26,19 @@ def forecast(
 
     Args:
         recipe: whose model it is.
-        variant: names it.
+        variant: name above the numbers.
         config: the settings.
-        console: where it is printed.
+        console: where they are printed.
         memory: GiB of a device: say whether it fits, and where.
-        sequences: in a micro-batch of a device.
+        sequences: their number in a micro-batch of a device.
         length: tokens of a sequence; None = ``data.max_length``.
 
     Raises:
         UserError: the layout does not fit the devices or the model, or the model is none that can be planned.
     """
-    model = _network(recipe, config)
-    layout, training = _layout(config), _training(config, sequences, length)
+    model, layout = _network(recipe, config), _layout(config)
     try:
+        training = _training(config, sequences, length or config.data.max_length)
         made = plan(model, layout, training)
         console.print(compare({variant: made}), highlight=False, soft_wrap=True)
         if memory is not None:
@@ -52,20 +52,12 @@ def expected_bytes(recipe: Recipe, config: RunConfig) -> float | None:
 
     The tokens of all tasks are taken for texts of the greatest length. Under offload it is the device's part alone.
     """
-    train, length = config.train, config.data.max_length
+    length = config.data.max_length
     tokens = sum(task.tokens for task in active_tasks(config.tasks).values())
     try:
         model = _network(recipe, config)
         sides = 2 if hasattr(model, "encoder") and hasattr(model, "decoder") else 1
-        training = Training(
-            sequences=max(1, -(-tokens // (sides * length))),
-            source_length=length,
-            target_length=length,
-            accumulate=train.accumulate,
-            precision=train.usable_precision,
-            optimizer=train.optimizer,
-            checkpointing=getattr(config.model, "checkpoint", False),
-        )
+        training = _training(config, max(1, -(-tokens // (sides * length))), length)
         return float(plan(model, _layout(config), training).memory.device)
     except (ValueError, TypeError, NotImplementedError):
         return None
@@ -110,17 +102,13 @@ def _layout(config: RunConfig) -> Layout:
         raise UserError(f"strategy: {error}") from None
 
 
-def _training(config: RunConfig, sequences: int, length: int | None) -> Training:
-    train = config.train
-    length = length or config.data.max_length
-    try:
-        return Training(
-            sequences=sequences,
-            source_length=length,
-            target_length=length,
-            accumulate=train.accumulate,
-            precision=train.usable_precision,
-            checkpointing=getattr(config.model, "checkpoint", False),
-        )
-    except ValueError as error:
-        raise UserError(f"plan: {error}") from None
+def _training(config: RunConfig, sequences: int, length: int) -> Training:
+    return Training(
+        sequences=sequences,
+        source_length=length,
+        target_length=length,
+        accumulate=config.train.accumulate,
+        precision=config.train.usable_precision,
+        optimizer=config.train.optimizer,
+        checkpointing=getattr(config.model, "checkpoint", False),
+    )

@@ -43,7 +43,7 @@ class RunText:
 
     Attributes:
         vocab_size: V.
-        data: of the run; None = without text: the weights will be loaded, or are not needed, and what is made of text
+        data: the text; None = there is none: the weights will be loaded, or are not needed, and what is made of text
             has the same shape and other values.
     """
 
@@ -53,9 +53,7 @@ class RunText:
     def token_counts(self, *, shifted: bool = False) -> Tensor:
         """Int64[V]: how often a language model reads each token in training; without text all ones.
 
-        Args:
-            shifted: count what it predicts, with the eos behind a sentence, instead of what it reads, with the bos
-                before it.
+        Read is the bos before a sentence. With `shifted` it is counted what the model predicts: the eos behind it.
         """
         if self.data is None:
             return torch.ones(self.vocab_size, dtype=torch.int64, device="cpu")
@@ -86,7 +84,7 @@ class Recipe:
     """A paper as something that runs.
 
     Attributes:
-        name: as in ``python -m moekit.recipes.<name>``.
+        name: what names it in ``python -m moekit.recipes.<name>``.
         about: one paragraph for the help.
         build: makes the parts of a model from the configuration and the text of a run.
         variants: settings by name; the first is the default. The types of ``model`` and ``tasks`` are those of its
@@ -108,15 +106,10 @@ class Recipe:
         return next(iter(self.variants.values())).config
 
     def parts(self, config: RunConfig, text: RunText, device: str | None = None) -> ModelParts:
-        """The parts of a model.
-
-        Args:
-            config: of the run.
-            text: of the run.
-            device: where weights are made; None = where the caller's are. What is made of text is not made elsewhere.
+        """What `build` makes, on `device`; on the caller's where that is None, or where it is made of text.
 
         Raises:
-            UserError: if the settings do not fit together.
+            UserError: the settings do not fit together.
         """
         looks = self.reads_text and text.data is not None
         with contextlib.nullcontext() if device is None or looks else torch.device(device):
@@ -137,10 +130,9 @@ class Recipe:
             groups = {f.name: values[f.name] for f in dataclasses.fields(RunConfig) if f.name in values}
             for name in ("model", "tasks"):
                 groups[name] = build(type(getattr(self.default, name)), values.get(name, {}))
-            made = build(RunConfig, groups)
+            return build(RunConfig, groups)
         except (KeyError, TypeError) as error:
             raise UserError(f"{where}: not a configuration of this recipe ({error}).") from None
-        return made
 
     def current(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The plain data of a configuration as this version writes it: keys that moved, lists that were text."""

@@ -62,7 +62,7 @@ class DataRecord(Record):
     Attributes:
         source: kinds of data, joined by commas.
         languages: codes, in the order of their ids.
-        directions: of translation; none where the run does not translate.
+        directions: translation directions; none where the run does not translate.
         sentences: on which each task trained.
         vocab_size: pieces of the vocabulary.
     """
@@ -80,16 +80,16 @@ class Summary(Record):
 
     Attributes:
         recipe: its name.
-        variant: of the recipe.
+        variant: the recipe's variant.
         data: the text.
         steps: optimizer steps that were taken.
         evaluated_step: the step of the checkpoint that was tested.
         tokens: real tokens that were trained on.
-        wall_seconds: of training, validation in between included.
-        evaluation_seconds: of the test.
-        tokens_per_second: of training alone.
+        wall_seconds: seconds of training, validation in between included.
+        evaluation_seconds: seconds of the test.
+        tokens_per_second: rate of training alone.
         peak_memory: bytes at the fullest, where they lay and what was forecast; None where it was not measured.
-        parameters: of the network: total, and active for a token.
+        parameters: numbers of the network's: total, and active for a token.
         bleu: average, directions and signature; None where the run does not translate.
         chrf: the same.
         scores: the same of other written answers, by name.
@@ -128,7 +128,7 @@ class LayerRecord(Record):
     """The routing of one sparse layer in validation.
 
     Attributes:
-        name: as in the model's `routed_layers`, for example ``encoder.1``.
+        name: its name in the model's `routed_layers`, for example ``encoder.1``.
         num_experts: E.
         assignments: their number.
         load: Float[E], share of the assignments that each expert got; all 0 where nothing was routed.
@@ -136,7 +136,7 @@ class LayerRecord(Record):
         fixed_load: whether the router learns nothing.
         experts_per_token: where it varies, its mean.
         entropy: mean of the router's distribution, nats; None where it has none.
-        load_entropy: of the load, 1 = even.
+        load_entropy: entropy of the load, 1 = even.
         drop_rate: share of assignments that found no room.
         dead_experts: experts that got next to nothing.
         load_cv: standard deviation of the load over its mean.
@@ -177,7 +177,7 @@ class Sample(Record):
 
     Attributes:
         task: for which it was written; records of former versions, which had no other, leave translation out.
-        direction: of translation, or the language.
+        direction: translation direction, or the language.
         source: what was given.
         reference: what is right.
         hypothesis: what the model wrote.

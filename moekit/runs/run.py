@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from torch import nn
 
-from moekit.atomic import replacing, replacing_folder, write_error, write_json, writing
+from moekit.atomic import replacing, replacing_folder, write_error, write_json, write_text, writing
 from moekit.data.cache import CorruptCacheError
 from moekit.data.held_out import HeldOut
 from moekit.data.tokenizer import Tokenizer
@@ -111,9 +111,7 @@ class Run:
             run.require_same(config, free)
         elif content:
             run.clear()
-        text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
-        with replacing(run.path / _CONFIG) as file:
-            file.write(text.encode())
+        write_text(run.path / _CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
         write_json(run.path / "environment.json", environment())
         try:
             run.checkpoints.mkdir(exist_ok=True)
@@ -138,8 +136,7 @@ class Run:
         """A run whose model is looked at: a folder, a checkpoint, or a plain state dict of one.
 
         Args:
-            path: of a folder the best checkpoint is taken, else the last, as `test` and `generate` do; for another one
-                give the file.
+            path: the file; of a folder the best checkpoint is taken, else the last, as `test` and `generate` do.
             config: a run's config.yaml; needed where the checkpoint holds none and none lies beside it.
 
         Raises:
@@ -214,7 +211,10 @@ class Run:
         Raises:
             UserError: they cannot be written.
         """
-        if tokenizer is not None and not self._has(tokenizer):
+        kept = None
+        with contextlib.suppress(UserError):  # a damaged one is replaced
+            kept = self.kept_tokenizer
+        if tokenizer is not None and (kept is None or kept.fingerprint != tokenizer.fingerprint):
             place = self.path / _TOKENIZER
             with writing(place), replacing_folder(place) as draft:
                 tokenizer.save(draft)
@@ -244,30 +244,16 @@ class Run:
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error}). Write it again: test.") from None
 
-    def _has(self, tokenizer: Tokenizer) -> bool:
-        with contextlib.suppress(UserError):
-            found = self.kept_tokenizer
-            return found is not None and found.fingerprint == tokenizer.fingerprint
-        return False
-
     def require_same(self, config: Mapping[str, Any], free: Collection[str] = ()) -> None:
-        """Make sure that this is the configuration of the run, before it goes on.
-
-        Args:
-            config: plain data.
-            free: dotted keys that may differ.
+        """`moekit.runs.plain.require_same` for the folder, before the run goes on.
 
         Raises:
-            UserError: it is another: every differing key is listed.
+            UserError: its configuration is another.
         """
         require_same(self.settings, config, free, f"the run in {self.path}")
 
     def checkpoint_to_resume(self, config: Mapping[str, Any], free: Collection[str] = ()) -> Path | None:
-        """The last checkpoint, if it is of a run with this configuration; None before the first.
-
-        Args:
-            config: plain data.
-            free: dotted keys that may differ.
+        """The last checkpoint, if it is of a run with this configuration, but for keys `free`; None before the first.
 
         Raises:
             UserError: it cannot be read, or its configuration is another: every differing key is listed.
@@ -365,7 +351,11 @@ class Run:
 
     @cached_property
     def vocab_size(self) -> int:
-        """V, as recorded; of former versions that of the tokenizer in the folder, or the rows of the token table."""
+        """V, as recorded; of former versions that of the tokenizer in the folder, or the rows of the token table.
+
+        Raises:
+            UserError: nothing says it.
+        """
         inside = self.rest.get(CONFIG_KEY)
         if isinstance(inside, Mapping) and "vocab_size" in inside:
             return int(inside["vocab_size"])
@@ -377,11 +367,7 @@ class Run:
         return table.shape[0]
 
     def model(self, config: RunConfig | None = None, *, device: str = "meta") -> nn.ModuleDict:
-        """The network and its heads under the names that a checkpoint has; by another configuration where one is given.
-
-        Raises:
-            UserError: if the recipe cannot build it.
-        """
+        """The network and its heads under the names that a checkpoint has; by `config` in the place of the run's."""
         return self.recipe.parts(config or self.config, RunText(self.vocab_size), device).named()
 
     def layers(self) -> dict[str, SparseLayer]:

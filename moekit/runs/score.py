@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
-from moekit.atomic import write_text
 from moekit.errors import UserError
 from moekit.inference.scoring import Normalise, Question, Scorer, accuracy, few_shot
 from moekit.runs.config import RunConfig
-from moekit.runs.generate import reading, trained
+from moekit.runs.generate import reading, trained, write_lines
 from moekit.runs.run import Run
 
 _WAYS: tuple[Normalise, ...] = ("sum", "token", "character")
@@ -30,16 +28,16 @@ def score(
     """Score the continuations of every question, and say how often the likeliest is the answer.
 
     Args:
-        run: the run.
+        run: a trained run with a decoder.
         source: language of the contexts.
         target: language of the continuations; None = `source`.
-        config: its settings, where they are not the run's: other sizes of a batch, for example.
+        config: settings that are not the run's: other sizes of a batch, for example.
         input: JSON lines; - = standard input.
         examples: JSON lines with answers, shown before every context.
         output: file for JSON lines of scores; - = standard output.
 
     Raises:
-        UserError: if a language is missing or unknown, a line is no question, or the run has no decoder.
+        UserError: a language is missing or unknown, a line is no question, or the run has no decoder.
     """
     backbone, data = trained(run)
     if not hasattr(backbone, "decode"):
@@ -55,18 +53,10 @@ def score(
         scores = scorer.score(questions, source, target)
     except ValueError as error:
         raise UserError(f"--input {input}: {error}") from None
-    lines = [
-        json.dumps(
-            {"best": {by: s.best(by) for by in _WAYS}, "scores": {by: s.normalised(by) for by in _WAYS}},
-            ensure_ascii=False,
-        )
-        for s in scores
-    ]
-    text = "".join(line + "\n" for line in lines)
-    if output == "-":
-        sys.stdout.write(text)
-    else:
-        write_text(Path(output), text)
+    rows = []
+    for s in scores:
+        rows.append({"best": {by: s.best(by) for by in _WAYS}, "scores": {by: s.normalised(by) for by in _WAYS}})
+    write_lines(output, [json.dumps(row, ensure_ascii=False) for row in rows])
     known = sum(question.answer is not None for question in questions)
     if known:
         shares = ", ".join(f"{accuracy(questions, scores, by):.4f} by {by}" for by in _WAYS)

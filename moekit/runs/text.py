@@ -1,4 +1,7 @@
-"""The text of a trained run: what its folder keeps for evaluation, and the corpus that it was trained on."""
+"""The text of a trained run: what its folder keeps for evaluation, and the corpus that it was trained on.
+
+`config` gives the settings of the data where they are not the run's.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,11 @@ from moekit.runs.run import Run
 from moekit.runs.settings.tasks import active_tasks
 
 
-def text_to_keep(config: RunConfig, data: MultitaskData) -> HeldOut:
-    """What a run keeps of its text: the sentences that it is evaluated on."""
-    return HeldOut.of(data, plain(config.data.which_text()))
-
-
 def evaluation_data(run: Run, config: RunConfig | None = None) -> MultitaskData:
     """The data of a trained run for everything but training, from its folder; no corpus and no cache is looked at.
 
     Where the folder does not keep what the settings ask for, the corpus is read, and a line says so: in folders of
     former versions, for bare checkpoints, and where surgery has changed the settings of the data.
-
-    Args:
-        run: the run.
-        config: settings for the data where they are not the run's.
 
     Raises:
         UserError: what the folder keeps is damaged; or the corpus is read, and is not there or has changed so that its
@@ -43,19 +37,14 @@ def evaluation_data(run: Run, config: RunConfig | None = None) -> MultitaskData:
     if held_out is None:
         if run.kept_tokenizer is not None:
             _say(f"{run.path} was made before runs kept their held-out text: it is that of its corpus as it is today.")
-        return config.batches(tokenizer)
-    if reasons := _not_kept(held_out, config):
+    elif reasons := _not_kept(held_out, config):
         _say(f"{run.path} keeps held-out text of other settings ({'; '.join(reasons)}): its corpus is read.")
-        return config.batches(tokenizer)
+        held_out = None
     return config.batches(tokenizer, held_out)
 
 
 def training_data(run: Run, config: RunConfig | None = None) -> MultitaskData:
     """The data of a trained run with its corpus, for training on.
-
-    Args:
-        run: the run.
-        config: settings for the data where they are not the run's.
 
     Raises:
         UserError: the corpus is not there, or has changed since.
@@ -71,10 +60,6 @@ def tokenizer_of(run: Run, config: RunConfig | None = None) -> Tokenizer:
 
     Folders of former versions, and checkpoints without a folder, have none. It is trained again then, or found in the
     cache, and a line says so.
-
-    Args:
-        run: the run.
-        config: settings for the data where they are not the run's.
 
     Raises:
         UserError: it is another than the one that the checkpoint was trained with.
@@ -108,27 +93,18 @@ def tokenizer_digest(run: Run) -> str | None:
 
 
 def require_same_text(run: Run, data: MultitaskData, config: RunConfig | None = None) -> None:
-    """Make sure that the corpus is that of the run.
-
-    Args:
-        run: the run.
-        data: with the corpus.
-        config: the settings of `data` where they are not the run's.
+    """Make sure that the corpus of `data` is that of the run.
 
     Raises:
         UserError: it is another; what differs is named.
     """
     held_out = run.held_out
-    known: str | None
-    then: Mapping[str, int]
-    if held_out is None:
-        known, then = recorded(run, "source"), {}
-    elif _other_settings(held_out, config or run.config):
+    if held_out is not None and _other_settings(held_out, config or run.config):
         return  # surgery gave the run other text
-    else:
-        known, then = held_out.corpus.fingerprint, held_out.corpus.sentences
+    known = recorded(run, "source") if held_out is None else held_out.corpus.fingerprint
     if known is None or data.source.fingerprint().startswith(known):
         return
+    then = {} if held_out is None else held_out.corpus.sentences
     raise UserError(
         f"the text must be the one that {run.path} was trained on: it has changed since then ({_changes(then, data)}). "
         "Put it back as it was, or start a run from this one with the new text: finetune --init_from."
@@ -152,8 +128,7 @@ def corpus_note(run: Run) -> str | None:
 
 def recorded(run: Run, name: str) -> str | None:
     """The beginning of the fingerprint of the source or tokenizer of a run, if its checkpoint has it."""
-    settings = run.rest.get(MultitaskData.__qualname__, {}).get("settings", {})
-    found: str | None = settings.get(name)
+    found: str | None = run.rest.get(MultitaskData.__qualname__, {}).get("settings", {}).get(name)
     return found
 
 

@@ -1,17 +1,16 @@
 """Settings of a run: each dataclass with what it makes, each field with its range and where it may differ."""
 
 from moekit.runs.settings.data import DataConfig
-from moekit.runs.settings.evaluate import EvaluateConfig
 from moekit.runs.settings.fields import RESUME, SURGERY, setting
-from moekit.runs.settings.strategy import StrategyConfig
 from moekit.runs.settings.tasks import (
+    EvaluateConfig,
     LanguageModelTasks,
     SpanCorruptionTasks,
     TaskConfig,
     TranslationTasks,
     active_tasks,
 )
-from moekit.runs.settings.train import TrainConfig
+from moekit.runs.settings.train import StrategyConfig, TrainConfig
 
 __all__ = [
     "RESUME",

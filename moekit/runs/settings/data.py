@@ -132,8 +132,7 @@ class DataConfig:
         given = {
             **{f.name: getattr(self, f.name) for f in fields(self)},
             "pivot": None if self.pivot == "none" else self.pivot,
-            "directions": _listed(self.directions) or None,
-            "babel_sizes": _sizes(self.babel_sizes),
+            "babel_sizes": self.babel_sizes or {},
         }
         opened = [
             made.open(next(remaining) if everything or made.needs_path() else None, **made.settings_from(given))

@@ -1,4 +1,4 @@
-"""How training goes: its length, optimizer, schedule, and the Trainer."""
+"""How training goes: its length, optimizer, schedule, the Trainer, and how the model is spread over processes."""
 
 from __future__ import annotations
 
@@ -180,17 +180,60 @@ class TrainConfig:
         bf16 = self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16-mixed" if bf16 else "32-true"
 
-    def elsewhere(self, here: TrainConfig | None = None) -> TrainConfig:
-        """These settings on the devices of this machine, which need not be the one that the run was trained on.
+    def elsewhere(self) -> TrainConfig:
+        """These settings on one device of this machine; a run that was kept to the CPU stays there."""
+        accelerator: Literal["auto", "cpu"] = "cpu" if self.accelerator == "cpu" else "auto"
+        return dataclasses.replace(self, devices=1, num_nodes=1, accelerator=accelerator)
 
-        A run that was kept to the CPU stays there.
 
-        Args:
-            here: says which devices; None = one, of whatever kind there is.
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    """How a model is spread over processes (see --train.devices).
+
+    Nothing given: every process holds the whole model (distributed data parallel). Anything given: the experts, and
+    more, are divided; what is left open is then as in `moekit.ExpertParallelStrategy`.
+
+    Attributes:
+        expert_parallel_size: number of processes that share the experts of each layer (expert parallelism); "auto" =
+            the largest that fits.
+        tensor_parallel_size: number of processes that share attention heads, hidden channels and the vocabulary (tensor
+            parallelism); they read the same batch, so keep them within a node.
+        replicas: number of copies of the model (hybrid sharding, HSDP): ZeRO shards within each copy. For zero_stage 2
+            and 3.
+        zero_stage: what ZeRO shards over data-parallel processes: 0 = nothing, 1 = optimizer state, 2 = also gradients,
+            3 = also weights.
+        offload: what is kept in host memory: none, optimizer (its state and weight copies), or parameters (with
+            gradients and optimizer state).
+        nonfinite_gradients: reaction to a gradient norm that is NaN or infinite: raise ends the run, skip leaves out
+            the step.
+        asynchronous_save: whether training continues while a checkpoint is being written.
+        empty_init: whether the model is built on the meta device and its weights are drawn block by block, for models
+            too large for one process; the initial weights then differ from those of a run without it.
+    """
+
+    expert_parallel_size: int | Literal["auto"] | None = None
+    tensor_parallel_size: int | None = None
+    replicas: int | None = None
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    offload: Literal["none", "optimizer", "parameters"] | None = None
+    nonfinite_gradients: Literal["raise", "skip"] | None = None
+    asynchronous_save: bool | None = None
+    empty_init: bool | None = None
+
+    def strategy(self) -> ExpertParallelStrategy | Literal["auto"]:
+        """The strategy of training; "auto" where nothing about it is set.
+
+        Raises:
+            UserError: values that do not go together.
         """
-        here = TrainConfig() if here is None else here
-        accelerator = "cpu" if self.accelerator == "cpu" else here.accelerator
-        return dataclasses.replace(self, devices=here.devices, num_nodes=here.num_nodes, accelerator=accelerator)
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if not given:
+            return "auto"
+        given.pop("empty_init", None)  # which says how the model is made
+        try:
+            return ExpertParallelStrategy(**given)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"strategy: {error}") from None
 
 
 def usable_accelerator(wanted: str) -> str:

@@ -21,7 +21,11 @@ COPIES = "compensated_copies"
 
 
 def copies_of(run: Run) -> float:
-    """What a run's `surgery.json` says of its experts; 1 where they are themselves."""
+    """What a run's `surgery.json` says of its experts; 1 where they are themselves.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     file = run.path / SURGERY_FILE
     if not file.is_file():
         return 1.0

@@ -14,7 +14,6 @@ from moekit.data.module import MultitaskData
 from moekit.runs.config import RunConfig
 from moekit.runs.evaluate import trained_module
 from moekit.runs.module import parameters
-from moekit.runs.plain import with_setting
 from moekit.runs.run import Run
 from moekit.runs.settings.tasks import active_tasks
 from moekit.runs.settings.train import quiet
@@ -38,9 +37,9 @@ class Point:
     Attributes:
         keep: share of the experts, or their number.
         order: how they were chosen.
-        seed: of the draw, where they were drawn.
+        seed: seed of the draw, where they were drawn.
         experts: numbers of the kept experts by layer.
-        parameters: of the pruned network.
+        parameters: their number in the pruned network.
         loss: validation loss of the first task, nats per prediction.
         recovered: the same after training on; None where there was none.
     """
@@ -75,7 +74,7 @@ class Curve:
         run: the checkpoint.
         task: whose loss.
         whole: the point of all experts.
-        points: of pruned models.
+        points: those of pruned models.
         recovery: how they were trained on.
     """
 
@@ -104,7 +103,7 @@ def pruning_curve(
         keep: shares or numbers of experts; see `moekit.surgery.count_kept`.
         draws: random choices for each of them.
         recovery: train each pruned model on, and validate again; None = do not.
-        seed: of the first draw; the others have the numbers after it.
+        seed: seed of the first draw; the others have the numbers after it.
         language: utilisation of this language.
         task: utilisation in this task.
         advance: told what has been validated, for a progress bar.
@@ -190,21 +189,14 @@ def _loss(module: MultitaskModule, data: MultitaskData, config: RunConfig) -> fl
 
 
 def _recovered(run: Run, result: Result, recovery: Recovery) -> float:
-    config = result.config
-    for key, value in (
-        ("max_steps", recovery.steps), ("max_minutes", 0.0), ("learning_rate", recovery.learning_rate),
-        ("warmup_steps", recovery.steps // 10),
-    ):  # fmt: skip
-        config = with_setting(config, f"train.{key}", value)
+    rate, steps = recovery.learning_rate, recovery.steps
+    train = {"max_steps": steps, "max_minutes": 0.0, "learning_rate": rate, "warmup_steps": steps // 10}
+    config: RunConfig = result.config.changed(train=train)
     L.seed_everything(config.train.seed, verbose=False)
     data = training_data(run, config)
     module = trained_module(run, data, config, result.weights).train()
     trainer = config.train.elsewhere().trainer(
-        max_steps=recovery.steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        limit_val_batches=0,
+        max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, limit_val_batches=0
     )
     with quiet():
         trainer.fit(module, datamodule=data)

@@ -6,8 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from moekit.errors import UserError
 from moekit.huggingface import Architecture, describe, export_model, import_model
 from moekit.runs.init_from import starting_tokenizer
@@ -34,20 +32,17 @@ def export_run(
     """Write the model of a run as a folder that transformers opens, its vocabulary beside it.
 
     Args:
-        run: the run.
+        run: whose checkpoint it is.
         out: the folder.
         kind: the family; None = the one that has the model's norms.
         with_tokenizer: whether the vocabulary is written.
-        max_shard_bytes: of a file of weights.
+        max_shard_bytes: greatest size of a file of weights.
         overwrite: replace an earlier export.
-
-    Returns:
-        What was written.
 
     Raises:
         UserError: see `moekit.huggingface.export_model`.
     """
-    model = _backbone(run)
+    model = run.model()["backbone"]
     described = describe(model, kind)  # before the weights are read
     tokenizer = starting_tokenizer(run) if with_tokenizer else None
     weights = {
@@ -64,17 +59,16 @@ def import_run(folder: Path, like: Run, *, dropless: bool = False) -> Result:
     """The weights of a folder in a run of the same model: one that was exported, and trained on in transformers.
 
     Args:
-        folder: of transformers.
+        folder: one of transformers.
         like: the run whose recipe, settings, vocabulary and heads the new one has; the optimizer starts afresh.
         dropless: leave the folder's capacity out.
 
     Raises:
         UserError: see `moekit.huggingface.import_model`; or the model is another than that of the run.
     """
-    wanted = describe(_backbone(like))
+    wanted = describe(like.model()["backbone"])
     found = import_model(folder, dropless=dropless, form=wanted)
-    own = {name: getattr(wanted, name) for name in _OF_TRAINING}
-    got = dataclasses.replace(found.architecture, **own)
+    got = dataclasses.replace(found.architecture, **{name: getattr(wanted, name) for name in _OF_TRAINING})
     for field in dataclasses.fields(Architecture):
         here, there = getattr(wanted, field.name), getattr(got, field.name)
         if here != there:
@@ -84,13 +78,7 @@ def import_run(folder: Path, like: Run, *, dropless: bool = False) -> Result:
                 f"{here!r}.{hint}"
             )
     weights = {f"{_BACKBONE}{name}": tensor for name, tensor in found.model.state_dict().items()}
-    heads = {name: t for name, t in like.loaded.weights.items() if not name.startswith(_BACKBONE)}
-    weights |= heads
+    weights |= {name: t for name, t in like.loaded.weights.items() if not name.startswith(_BACKBONE)}
     require_complete(weights, like.model(), str(folder))
     record = {"operation": "import", "from": [str(folder)], "like": str(like.checkpoint)}
     return Result(like, like.config, weights, None, record)
-
-
-def _backbone(run: Run) -> nn.Module:
-    """The network of a run, without memory."""
-    return run.model()["backbone"]

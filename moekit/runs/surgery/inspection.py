@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from moekit.runs.record import LayerRecord
@@ -28,7 +28,7 @@ def inspect(path: str | Path, config: str | Path | None = None) -> dict[str, Any
     Args:
         path: run folder, checkpoint, or plain state dict; of one that does not say what model it is of, only the
             tensors are told.
-        config: see `Run.load`.
+        config: the config of `Run.load`.
 
     Raises:
         UserError: it cannot be read, or its weights are not of the model that its configuration describes.
@@ -47,8 +47,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     console.print(f"[bold]{escape(found['checkpoint'])}[/]", highlight=False, soft_wrap=True)
     if found["recipe"] is None:
         console.print("tensors without a configuration: give that of a run (--config) to see layers and experts")
-        table = Table("part", "tensors", "parameters", "size")
-        _right(table, 1, 2, 3)
+        table = Table("part", *_right("tensors", "parameters", "size"))
         for part in found["parts"]:
             table.add_row(part["name"], f"{part['tensors']:,}", f"{part['parameters']:,}", _size(part["bytes"]))
         console.print(table)
@@ -67,8 +66,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _of_run(run: Run) -> dict[str, Any]:
-    layers, weights = run.layers(), run.loaded.weights
-    rest = run.loaded.rest
+    layers, weights, rest = run.layers(), run.loaded.weights, run.loaded.rest
     used = written_load(run) if layers else None
     names = {path: name for name, path in layer_names(run).items()} if layers else {}
     loads = {} if used is None else {layer.name: layer for layer in used.layers}
@@ -108,8 +106,7 @@ def _row(layer: SparseLayer, name: str, weights: Mapping[str, Tensor], used: Lay
 
 def _layer_table(rows: list[dict[str, Any]]) -> Table:
     used = any(row["load"] for row in rows)
-    table = Table("layer", "router", "k", "experts", "each", "size", *(["use"] if used else []))
-    _right(table, 2, 3, 4, 5)
+    table = Table("layer", "router", *_right("k", "experts", "each", "size"), *(["use"] if used else []))
     for row in rows:
         cells = [row["name"], row["router"], f"{row['k']:g}", str(row["num_experts"])]
         cells += [f"{row['expert_parameters']:,}", _size(row["bytes"])]
@@ -151,6 +148,5 @@ def _size(count: int) -> str:
     return f"{count / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}" if power else f"{count} B"
 
 
-def _right(table: Table, *columns: int) -> None:
-    for column in columns:
-        table.columns[column].justify = "right"
+def _right(*heads: str) -> list[Column]:
+    return [Column(head, justify="right") for head in heads]

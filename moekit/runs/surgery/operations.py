@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.experts import AddNoise
+from moekit.routing import Compensation
+from moekit.runs.config import RunConfig
 from moekit.runs.plain import differences, with_setting
 from moekit.runs.recipe import RunText
 from moekit.runs.run import Run
@@ -41,7 +43,7 @@ class Result:
 
     Attributes:
         run: the run whose clock (steps, schedule, callbacks) may go on.
-        config: of the new model.
+        config: configuration of the new model.
         weights: its state dict.
         slots: its optimizer state by parameter names; None = afresh.
         record: what was done, as plain data.
@@ -72,7 +74,7 @@ def aggregate_runs(
         fresh_gates: draw the routers' scores anew instead of putting their rows side by side.
         compensated: keep the parents' function: experts' outputs are scaled, and a token's choices multiplied, by what
             one softmax over all experts takes away; False = the paper's plain form.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
         UserError: see `moekit.surgery.aggregate`; or the runs differ in settings that weights depend on, or the recipe
@@ -90,11 +92,8 @@ def aggregate_runs(
 
     weights = dict(together([run.loaded.weights for run in runs], 1))
     counts = {path: sum(found[path].num_experts for found in layers) for path in layers[0]}
-    config = _resized(first, layers[0], counts)
-    needed = needs(layers[0], len(runs) if compensated else 1, first.loaded.weights)
-    config = with_choices(first, config, layers[0], needed)
-    target = first.model(config)
-    require_choices(first, target, layers[0], needed)
+    factor = len(runs) if compensated else 1
+    config, target, needed = _fitting(first, layers[0], counts, factor, first.loaded.weights)
     slots = _carried(runs, models, together, target)
     if fresh_gates:
         drawn = _drawn(first, config, seed).state_dict()
@@ -102,11 +101,13 @@ def aggregate_runs(
             weights[name] = drawn[name]
             if slots is not None:
                 slots.pop(name, None)
-    record = {"operation": "aggregate", "from": names, "shared_from": shared_from, "fresh_gates": fresh_gates}
     sizes = [sum(layer.num_experts for layer in found.values()) for found in layers]
     own = sum(size / copies_of(run) for size, run in zip(sizes, runs, strict=True)) / len(runs)
-    record = noted(record, sum(sizes) / own if compensated else copies_of(first), needed)
-    return _checked(Result(first, config, weights, slots, record, describe(layers[0], needed)), target)
+    return _made(
+        "aggregate", runs, config, target, weights, slots,
+        copies=sum(sizes) / own if compensated else copies_of(first), said=describe(layers[0], needed), needed=needed,
+        shared_from=shared_from, fresh_gates=fresh_gates,
+    )  # fmt: skip
 
 
 def prune_run(run: Run, kept: Mapping[str, Tensor], *, compensated: bool = True, **note: Any) -> Result:
@@ -136,12 +137,13 @@ def upcycle_run(
     """A dense run with experts that are copies of its feed-forwards; of a sparse run, more experts as copies.
 
     Args:
-        run: the run.
+        run: a run with or without experts.
         num_experts: E of the new model.
-        noise: on matrices of the copies, in standard deviations of theirs; the optimizer starts afresh there.
-        scale: see `moekit.surgery.upcycle`; for a dense run.
-        compensated: of a sparse run, keep its function where every expert is copied as often (see `aggregate_runs`).
-        seed: of noise and routers.
+        noise: noise on matrices of the copies, in standard deviations of theirs; the optimizer starts afresh there.
+        scale: the scale of `moekit.surgery.upcycle`; for a dense run.
+        compensated: whether a sparse run keeps its function where every expert is copied as often (see
+            `aggregate_runs`).
+        seed: seed of noise and routers.
 
     Raises:
         UserError: see `moekit.surgery.upcycle`; or the recipe cannot say such a model.
@@ -161,18 +163,15 @@ def upcycle_run(
     slots = None
     if not noise and scale == 1:
         slots = _carried([run], [run.model()], lambda states, power: upcycle(states[0], target), target, origins)
-    record = {
-        "operation": "upcycle", "from": [str(run.checkpoint)], "experts": num_experts, "noise": noise, "scale": scale,
-        "seed": seed,
-    }  # fmt: skip
-    return _checked(Result(run, config, weights, slots, record), target)
+    note: dict[str, Any] = {"experts": num_experts, "noise": noise, "scale": scale, "seed": seed}
+    return _made("upcycle", [run], config, target, weights, slots, **note)
 
 
 def merge_run(run: Run, load: Mapping[str, Tensor] | None = None) -> Result:
     """The dense twin of a run, its feed-forwards averages of the experts; the optimizer starts afresh.
 
     Args:
-        run: the run.
+        run: a run with experts.
         load: weights of the average by layer; None = all alike.
 
     Raises:
@@ -186,8 +185,7 @@ def merge_run(run: Run, load: Mapping[str, Tensor] | None = None) -> Result:
     # What made up for smaller weights has no place where there are none.
     experts = compensate(run.loaded.weights, layers, 1 / copies) if copies > 1 else run.loaded.weights
     weights = merge(experts, source, target, load=load)
-    record = {"operation": "merge", "from": [str(run.checkpoint)], "weighted": load is not None}
-    return _checked(Result(run, config, weights, None, record), target)
+    return _made("merge", [run], config, target, weights, None, weighted=load is not None)
 
 
 def split_run(run: Run, parts: int, *, divided: bool = True) -> Result:
@@ -201,7 +199,7 @@ def split_run(run: Run, parts: int, *, divided: bool = True) -> Result:
     layers = sparse_layers(model)
     weights = split_experts(run.loaded.weights, layers, parts, divided=divided)
     config = _resized(run, layers, {path: layer.num_experts * parts for path, layer in layers.items()})
-    settings = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(config.model)}
+    settings = vars(config.model)
     size = "expert_hidden_dim" if "expert_hidden_dim" in settings else "hidden_dim"
     config = with_setting(config, f"model.{size}", (settings[size] or settings["hidden_dim"]) // parts)
     if "k" in settings:
@@ -214,33 +212,26 @@ def split_run(run: Run, parts: int, *, divided: bool = True) -> Result:
                 f"split needs a recipe in which a token's choices are a setting (model.k): {run.recipe.name} has "
                 f"{layer.k:g} in {path}. moekit.surgery.split_experts does it for models of yours."
             )
-    slots = _carried(
-        [run],
-        [model],
-        lambda states, power: split_experts(states[0], layers, parts, divided=divided, power=power),
-        target,
-    )
-    record = {"operation": "split", "from": [str(run.checkpoint)], "parts": parts, "divided": divided}
-    record = noted(record, copies_of(run), {})
-    return _checked(Result(run, config, weights, slots, record), target)
+
+    def split(states: Sequence[Mapping[str, Tensor]], power: int) -> Mapping[str, Tensor]:
+        return split_experts(states[0], layers, parts, divided=divided, power=power)
+
+    slots = _carried([run], [model], split, target)
+    note: dict[str, Any] = {"parts": parts, "divided": divided}
+    return _made("split", [run], config, target, weights, slots, copies=copies_of(run), **note)
 
 
 def change_run(run: Run, config: Any) -> Result:
     """The same weights under another configuration, with another capacity or number of choices, for example.
 
-    Args:
-        run: the run.
-        config: of the recipe.
-
     Raises:
-        UserError: if it is that of a model with other weights.
+        UserError: it is that of a model with other weights.
     """
     changed = differences(dataclasses.asdict(run.config), dataclasses.asdict(config))
     target = run.model(config)
     settings = {key: new for key, (_, new) in changed.items()}
-    record = {"operation": "change", "from": [str(run.checkpoint)], "settings": settings}
-    record = noted(record, copies_of(run), {})
-    return _checked(Result(run, config, dict(run.loaded.weights), optimizer_slots(run), record), target)
+    weights, slots = dict(run.loaded.weights), optimizer_slots(run)
+    return _made("change", [run], config, target, weights, slots, copies=copies_of(run), settings=settings)
 
 
 # -- what they share -----------------------------------------------------------------------------------------------
@@ -258,19 +249,13 @@ def _taken(run: Run, taken: Mapping[str, Tensor], copies: float, note: Mapping[s
 
     weights = dict(take([run.loaded.weights], 1))
     counts = {path: layer.num_experts for path, layer in layers.items()} | {p: n.numel() for p, n in taken.items()}
-    needed = needs(layers, copies, weights)
-    config = with_choices(run, _resized(run, layers, counts), layers, needed)
-    target = run.model(config)
-    require_choices(run, target, layers, needed)
-    record = {
-        "operation": "take experts",
-        "from": [str(run.checkpoint)],
-        "experts": {path: numbers.tolist() for path, numbers in taken.items()},
-        **note,
-    }
+    config, target, needed = _fitting(run, layers, counts, copies, weights)
     slots = _carried([run], [model], take, target)
-    record = noted(record, copies_of(run) * copies, needed)
-    return _checked(Result(run, config, weights, slots, record, describe(layers, needed)), target)
+    return _made(
+        "take experts", [run], config, target, weights, slots,
+        copies=copies_of(run) * copies, said=describe(layers, needed), needed=needed,
+        experts={path: numbers.tolist() for path, numbers in taken.items()}, **note,
+    )  # fmt: skip
 
 
 def _grown(
@@ -346,11 +331,34 @@ def _carried(
     )
 
 
-def _checked(result: Result, target: nn.Module) -> Result:
-    """The result, if its configuration describes its weights."""
-    what = f"the recipe {result.run.recipe.name} has no settings for such a model"
-    require_complete(result.weights, target, what)
-    return result
+def _made(
+    operation: str,
+    runs: Sequence[Run],
+    config: RunConfig,
+    target: nn.Module,
+    weights: dict[str, Tensor],
+    slots: dict[str, dict[str, Any]] | None,
+    *,
+    copies: float = 1.0,
+    said: str = "",
+    needed: Mapping[str, Compensation] | None = None,
+    **note: Any,
+) -> Result:
+    """The result, if its configuration describes its weights; `note` is for the record."""
+    require_complete(weights, target, f"the recipe {runs[0].recipe.name} has no settings for such a model")
+    record = {"operation": operation, "from": [str(run.checkpoint) for run in runs], **note}
+    return Result(runs[0], config, weights, slots, noted(record, copies, needed or {}), said)
+
+
+def _fitting(
+    run: Run, layers: Mapping[str, SparseLayer], counts: Mapping[str, int], copies: float, weights: Mapping[str, Tensor]
+) -> tuple[RunConfig, nn.Module, dict[str, Compensation]]:
+    """Configuration and model with other numbers of experts, and what makes up for `copies` times as many of each."""
+    needed = needs(layers, copies, weights)
+    config = with_choices(run, _resized(run, layers, counts), layers, needed)
+    target = run.model(config)
+    require_choices(run, target, layers, needed)
+    return config, target, needed
 
 
 def _require_same_meaning(first: Run, other: Run) -> None:
@@ -360,13 +368,11 @@ def _require_same_meaning(first: Run, other: Run) -> None:
         )
     # The seed of babel makes its languages; elsewhere it is the order of examples alone.
     free = [*free_keys(first.config, "surgery"), *([] if "babel" in first.config.data.sources else ["data.seed"])]
-    found = differences(dataclasses.asdict(first.config), dataclasses.asdict(other.config))
-    wrong = [key for key in found if not any(key == name or key.startswith(f"{name}.") for name in free)]
-    if wrong:
-        key = wrong[0]
+    if found := differences(dataclasses.asdict(first.config), dataclasses.asdict(other.config), free):
+        key, (here, there) = next(iter(found.items()))
         raise UserError(
             f"{other.path} must have the setting {key} of {first.path}, on which the meaning of weights and vocabulary "
-            f"depends: got {found[key][1]!r} and {found[key][0]!r}."
+            f"depends: got {there!r} and {here!r}."
         )
     digests = (tokenizer_digest(first), tokenizer_digest(other))
     if None not in digests and digests[0] != digests[1]:

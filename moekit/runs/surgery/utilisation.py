@@ -27,10 +27,7 @@ def measured_load(run: Run, *, language: str | None = None, task: str | None = N
 
     The numbers of routing.json are taken where they are of this checkpoint and of all tasks; else the model validates.
 
-    Args:
-        run: the run.
-        language: count this language alone.
-        task: count this task alone.
+    With `language` or `task` this one alone counts.
 
     Raises:
         UserError: an unknown language or task, or one for which nothing was routed.
@@ -58,7 +55,11 @@ def measured_load(run: Run, *, language: str | None = None, task: str | None = N
 
 
 def written_load(run: Run) -> RoutingRecord | None:
-    """What routing.json says, None where there is none or it is of another checkpoint than the one `test` takes."""
+    """What routing.json says, None where there is none or it is of another checkpoint than the one `test` takes.
+
+    Raises:
+        UserError: it is of another model.
+    """
     found = run.routing if run.best_checkpoint == run.checkpoint else None
     if found is None:
         return None

@@ -28,7 +28,7 @@ def write_run(result: Result, out: str | Path, *, restart: bool = False, overwri
     Everything is written to a hidden folder beside `out`, which takes its name when it is whole.
 
     Args:
-        result: of an operation.
+        result: what an operation made.
         out: the folder.
         restart: begin at step 0, with a new schedule and a new order of data; else the run that the result is from goes
             on at its step.
