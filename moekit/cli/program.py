@@ -5,26 +5,39 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from moekit.cli import exchange, recipes, reports
-from moekit.cli import surgery as changes
+from moekit.cli import (
+    aggregate,
+    change,
+    compare,
+    curve,
+    export,
+    import_,
+    inspect,
+    merge,
+    prune,
+    recipes,
+    report,
+    split,
+    upcycle,
+)
 from moekit.cli.command import Command, execute, is_help, option_value, overview, run_command
 from moekit.errors import UserError, nearest
 from moekit.runs.recipe import Recipe, find_recipe, recipe_names
 from moekit.runs.run import Run
 
 SURGERY: Mapping[str, Command] = {
-    "inspect": reports.INSPECT,
-    "aggregate": changes.AGGREGATE,
-    "prune": changes.PRUNE,
-    "upcycle": changes.UPCYCLE,
-    "merge": changes.MERGE,
-    "split": changes.SPLIT,
-    "change": changes.CHANGE,
-    "curve": reports.CURVE,
-    "export": exchange.EXPORT,
-    "import": exchange.IMPORT,
+    "inspect": inspect.INSPECT,
+    "aggregate": aggregate.AGGREGATE,
+    "prune": prune.PRUNE,
+    "upcycle": upcycle.UPCYCLE,
+    "merge": merge.MERGE,
+    "split": split.SPLIT,
+    "change": change.CHANGE,
+    "curve": curve.CURVE,
+    "export": export.EXPORT,
+    "import": import_.IMPORT,
 }
-REPORTS: Mapping[str, Command] = {"report": reports.REPORT, "compare": reports.COMPARE}
+REPORTS: Mapping[str, Command] = {"report": report.REPORT, "compare": compare.COMPARE}
 _RUNS = ("test", "generate", "score")
 """Commands that use a run, whose folder names its recipe."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
-from moekit.cli import trained, training
+from moekit.cli import distill, finetune, fit, generate, plan, run, score, test
 from moekit.cli.command import RecipeCommand, execute, option_value, overview
 from moekit.cli.mistakes import explain
 from moekit.errors import UserError, nearest
@@ -21,14 +21,14 @@ from moekit.runs.recipe import Recipe
 from moekit.runs.settings.fields import check_ranges
 
 COMMANDS: Mapping[str, RecipeCommand] = {
-    "run": training.RUN,
-    "fit": training.FIT,
-    "test": trained.TEST,
-    "generate": trained.GENERATE,
-    "score": trained.SCORE,
-    "finetune": training.FINETUNE,
-    "distill": training.DISTILL,
-    "plan": training.PLAN,
+    "run": run.RUN,
+    "fit": fit.FIT,
+    "test": test.TEST,
+    "generate": generate.GENERATE,
+    "score": score.SCORE,
+    "finetune": finetune.FINETUNE,
+    "distill": distill.DISTILL,
+    "plan": plan.PLAN,
 }
 """By name; the first is the default."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moekit.cli import command, recipes, trained
+from moekit.cli import command, generate, recipes
 from moekit.cli.program import REPORTS, SURGERY, main
 from moekit.recipes import switch
 from moekit.runs.config import RunConfig
@@ -106,7 +106,7 @@ def test_settings_of_a_stored_run_that_are_given_are_used(tmp_path: Path, monkey
     plain = {"recipe": "switch", "variant": "small", **as_plain(config)}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain))
     seen: list[RunConfig] = []
-    monkeypatch.setattr(trained, "generate", lambda *run, config, **options: seen.append(config))
+    monkeypatch.setattr(generate, "generate", lambda *run, config, **options: seen.append(config))
     given = ["generate", "--out", str(tmp_path)]
     assert main(given) == 0
     assert main([*given, "--evaluate.beam_size", "5", "--train.accelerator=auto"]) == 0

@@ -1,4 +1,4 @@
-"""The commands export and import: folders of Hugging Face transformers from runs, and runs from such folders."""
+"""The command export."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from moekit.cli.surgery import config_option, run_option
 from moekit.errors import UserError
 from moekit.huggingface.architecture import NAMES
 from moekit.runs.run import Run
-from moekit.runs.surgery.exchange import export_run, import_run
-from moekit.runs.surgery.writing import require_free, write_run
+from moekit.runs.surgery.exchange import export_run
 
 
-def _export_options(parser: ArgumentParser) -> None:
+def _options(parser: ArgumentParser) -> None:
     run_option(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument(
@@ -58,42 +57,7 @@ def _export(given: Namespace, console: Console) -> None:
 
 EXPORT = Command(
     "Export a run's model to a folder that Hugging Face transformers can load",
-    _export_options,
+    _options,
     _export,
     "  python -m moekit export runs/switch-tiny --out for-transformers",
-)
-
-
-def _import_options(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="Hugging Face folder: config.json and safetensors")
-    parser.add_argument(
-        "--like",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="run of the same model, such as the one exported; it provides recipe, settings and tokenizer",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the new run")
-    parser.add_argument("--dropless", action="store_true", help="drop no tokens: ignore expert capacity")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-
-
-def _import(given: Namespace, console: Console) -> None:
-    require_free(given.out, overwrite=given.overwrite)
-    result = import_run(given.folder, Run.load(given.like), dropless=given.dropless)
-    folder = write_run(result, given.out, restart=True, overwrite=given.overwrite)
-    recipe = f"python -m moekit.recipes.{result.run.recipe.name}"
-    say(
-        console,
-        f"{folder.path}: a run of {result.run.recipe.name} with the weights of {given.folder}\n"
-        f"test it with {recipe} test --out {folder.path}",
-    )
-
-
-IMPORT = Command(
-    "Import weights from a Hugging Face transformers folder as a run of the same model",
-    _import_options,
-    _import,
-    "  python -m moekit import for-transformers --like runs/switch-tiny --out runs/back\n"
-    "Other SwitchTransformers and NllbMoe folders: moekit.huggingface.import_model, in Python.",
 )

@@ -1,0 +1,37 @@
+"""The command inspect."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from rich.console import Console
+
+from moekit.cli.command import Command
+from moekit.cli.surgery import RUN, config_option
+from moekit.runs.surgery.inspection import inspect, show
+
+
+def _options(parser: ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="RUN", help=f"{RUN}, or a state dict file")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    config_option(parser)
+
+
+def _inspect(given: Namespace, console: Console) -> None:
+    found = inspect(given.path, given.config)
+    if given.json:
+        sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    else:
+        show(found, console)
+
+
+INSPECT = Command(
+    "Show the sparse layers of a checkpoint: experts, sizes and utilisation",
+    _options,
+    _inspect,
+    "  python -m moekit inspect runs/zcode_m3-tiny\n"
+    "  python -m moekit inspect runs/zcode_m3-tiny/checkpoints/last.ckpt --json",
+)

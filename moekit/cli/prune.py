@@ -1,0 +1,71 @@
+"""The command prune."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from rich.console import Console
+
+from moekit.cli.command import Command
+from moekit.cli.surgery import (
+    amount,
+    change,
+    output_options,
+    part_options,
+    plain_option,
+    run_option,
+    seed_option,
+)
+from moekit.errors import UserError
+from moekit.runs.run import Run
+from moekit.runs.surgery.operations import (
+    Result,
+    prune_run,
+)
+from moekit.runs.surgery.utilisation import measured_load
+from moekit.surgery import choose_experts, count_kept, require_separable
+
+
+def _options(parser: ArgumentParser) -> None:
+    run_option(parser)
+    parser.add_argument(
+        "--keep",
+        type=amount,
+        required=True,
+        help="amount of experts to keep in each layer: a number (4) or a share (0.5 or 50%%)",
+    )
+    parser.add_argument(
+        "--by",
+        choices=["utilisation", "reversed", "random"],
+        default="utilisation",
+        help="experts to keep: the most used (utilisation, default), the least used (reversed) or random ones",
+    )
+    seed_option(parser, "--by random")
+    plain_option(parser, "even in an aggregated or upcycled run, whose compensation for copies is otherwise reduced")
+    part_options(parser)
+    output_options(parser)
+
+
+def _prune(given: Namespace, console: Console) -> None:
+    if given.by == "random" and (given.language or given.task):
+        raise UserError("--language and --task say whose utilisation counts: leave them out with --by random.")
+
+    def pruned(run: Run) -> Result:
+        layers = run.layers()
+        require_separable(layers, str(run.checkpoint))
+        count_kept(layers, given.keep)  # before anything is measured
+        load = None if given.by == "random" else measured_load(run, language=given.language, task=given.task)
+        kept = choose_experts(layers, given.keep, given.by, load=load, seed=given.seed)
+        note = {name: getattr(given, name) for name in ("keep", "by", "seed", "language", "task")}
+        return prune_run(run, kept, compensated=not given.plain, **note)
+
+    change(given, console, pruned)
+
+
+PRUNE = Command(
+    "Remove experts from each layer, by utilisation or at random",
+    _options,
+    _prune,
+    "  python -m moekit prune runs/tiny --keep 50% --out runs/half\n"
+    "  python -m moekit prune runs/tiny --keep 2 --language avl --out runs/avl",
+)

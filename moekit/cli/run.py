@@ -1,0 +1,17 @@
+"""The command run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moekit.cli.command import RecipeCommand
+from moekit.cli.training import test_and_report, train, training_options
+from moekit.runs.config import RunConfig
+from moekit.runs.recipe import Recipe
+
+
+def _run(recipe: Recipe, config: RunConfig, given: Any) -> None:
+    test_and_report(*train(recipe, config, given))
+
+
+RUN = RecipeCommand("Train a model, test it on held-out text and write the report", training_options, _run)

@@ -1,0 +1,38 @@
+"""The command split."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+
+from moekit.cli.command import Command
+from moekit.cli.surgery import (
+    change,
+    output_options,
+    run_option,
+)
+from moekit.runs.surgery.operations import (
+    split_run,
+)
+
+
+def _options(parser: ArgumentParser) -> None:
+    run_option(parser, "; the recipe must have the setting model.k")
+    parser.add_argument(
+        "--parts", type=int, required=True, help="parts per expert; experts per token (model.k) grow by this factor"
+    )
+    parser.add_argument(
+        "--whole-weights",
+        action="store_true",
+        help="give each part the full routing weight of its expert, for routers with unnormalised sigmoid scores",
+    )
+    output_options(parser)
+
+
+SPLIT = Command(
+    "Split each expert into several smaller ones",
+    _options,
+    lambda given, console: change(
+        given, console, lambda run: split_run(run, given.parts, divided=not given.whole_weights)
+    ),
+    "  python -m moekit split runs/shazeer-tiny --parts 2 --out runs/fine",
+)
