@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
-from moekit.cli import distill, finetune, fit, generate, plan, run, score, test
+from moekit.cli import distill, finetune, fit, generate, plan, run, score, serve, test
 from moekit.cli.command import RecipeCommand, execute, option_value, overview
 from moekit.cli.mistakes import explain
 from moekit.errors import UserError, nearest
@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, RecipeCommand] = {
     "fit": fit.COMMAND,
     "test": test.COMMAND,
     "generate": generate.COMMAND,
+    "serve": serve.COMMAND,
     "score": score.COMMAND,
     "finetune": finetune.COMMAND,
     "distill": distill.COMMAND,
