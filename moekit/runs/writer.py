@@ -159,7 +159,7 @@ class Writer:
         """One line about the lines that were cut; empty where none was."""
         if not cut:
             return ""
-        others = f" {len(cut) - 1} more lines were cut, too." if len(cut) > 1 else ""
+        others = f" It is the first of {len(cut)} such lines." if len(cut) > 1 else ""
         return (
             f"{place}, line {cut[0] + 1} has more than {self.max_input_tokens} tokens and was cut there; "
             f"--max_input_tokens sets the bound.{others}"

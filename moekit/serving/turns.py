@@ -47,7 +47,7 @@ class Turns:
 
     def __init__(self, max_waiting: int, max_seconds: float) -> None:
         self.max_waiting, self.max_seconds = max_waiting, max_seconds
-        self._queue: queue.Queue[_Turn] = queue.Queue()
+        self._queue: queue.Queue[_Turn | None] = queue.Queue()
         self._lock = threading.Lock()
         self._open: list[_Turn] = []
         self._closed = False
@@ -93,12 +93,14 @@ class Turns:
         return turn.result
 
     def run(self) -> None:
-        """Answer until an exception such as `KeyboardInterrupt`; a failure of one answer is that answer's alone."""
+        """Answer until `close`, or an interrupt; a failure of one answer is that answer's alone."""
         while True:
             try:
                 turn = self._queue.get(timeout=1.0)  # an endless wait cannot be interrupted on every system
             except queue.Empty:
                 continue
+            if turn is None:
+                return
             self._answer(turn)
             with self._lock:  # not after an interrupt: `close` refuses it then
                 self._open.remove(turn)
@@ -125,6 +127,7 @@ class Turns:
                 turn.refused = _ending()
                 turn.stopped.set()
                 turn.done.set()
+        self._queue.put(None)
 
 
 def _ending() -> RefusedError:
