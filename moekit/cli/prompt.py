@@ -20,9 +20,9 @@ def converse(writer: Writer, source: str | None, target: str | None) -> None:
     Raises:
         UserError: a language is unknown.
     """
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - lines can be edited then
-
+    if _on_screen():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - lines can be edited then
     if source is None:
         source = _chosen("from", writer.sources)
     if target is None and writer.targets:
@@ -58,7 +58,7 @@ def _chosen(word: str, languages: Sequence[str]) -> str | None:
 def _asked(prompt: str) -> str | None:
     """A line; None = the input has ended."""
     try:
-        if sys.stdout is not None and sys.stdout.isatty():
+        if _on_screen():
             return input(prompt)
         # `input` would write the prompt into the answers.
         print(prompt, end="", file=sys.stderr, flush=True)
@@ -71,6 +71,11 @@ def _asked(prompt: str) -> str | None:
             f"standard input: text must be UTF-8: got the byte 0x{error.object[error.start]:02x}."
         ) from None
     return line.rstrip("\r\n") if line else None
+
+
+def _on_screen() -> bool:
+    """Whether answers go to a terminal, too."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def _say(text: str) -> None:
