@@ -6,7 +6,7 @@ import ipaddress
 from email.message import Message
 from urllib.parse import urlsplit
 
-from moekit.serving.questions import RefusedError
+from moekit.serving.requests import RefusedError
 
 
 def require_own_host(hosts: list[str], listening: str) -> None:

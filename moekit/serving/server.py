@@ -20,7 +20,7 @@ from moekit.errors import UserError
 from moekit.runs.writer import Writer
 from moekit.serving.origins import require_own_host, require_same_origin
 from moekit.serving.page import Page
-from moekit.serving.questions import Limits, RefusedError, parsed
+from moekit.serving.requests import Limits, RefusedError, parsed
 from moekit.serving.turns import GoneError, Turns
 
 _METHODS = {"/": ("GET", "HEAD"), "/health": ("GET", "HEAD"), "/generate": ("POST",)}
@@ -270,13 +270,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _generate(self) -> None:
         server = self.server
         require_same_origin(self.headers)
-        question = parsed(self._body(), server.writer, server.limits)
+        request = parsed(self._body(), server.writer, server.limits)
         written = server.turns.ask(
-            lambda watch: server.writer.write(question.lines, question.source, question.target, watch=watch),
+            lambda watch: server.writer.write(request.lines, request.source, request.target, watch=watch),
             self._has_left,
         )
-        answer = {"lines": written.texts, "cut": [number + 1 for number in written.cut], "from": question.source}
-        self._send_json(200, answer if question.target is None else {**answer, "to": question.target})
+        answer = {"lines": written.texts, "cut": [number + 1 for number in written.cut], "from": request.source}
+        self._send_json(200, answer if request.target is None else {**answer, "to": request.target})
 
     def _body(self) -> bytes:
         if self.headers.get_content_type() != "application/json" or "Content-Type" not in self.headers:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moekit.errors import UserError
-from moekit.serving.questions import RefusedError
+from moekit.serving.requests import RefusedError
 
 _POLL = 0.1  # seconds
 

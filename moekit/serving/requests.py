@@ -59,7 +59,7 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True)
-class Question:
+class Request:
     """Lines to write for.
 
     Attributes:
@@ -73,8 +73,8 @@ class Question:
     target: str | None
 
 
-def parsed(body: bytes, writer: Writer, limits: Limits) -> Question:
-    """The question in a body ``{"text": "one sentence or prompt per line", "from": "en", "to": "de"}``.
+def parsed(body: bytes, writer: Writer, limits: Limits) -> Request:
+    """The request in a body ``{"text": "one sentence or prompt per line", "from": "en", "to": "de"}``.
 
     A language may be left out where the run has one alone.
 
@@ -109,7 +109,7 @@ def parsed(body: bytes, writer: Writer, limits: Limits) -> Question:
         writer.require_languages(source, target)
     except UserError as error:
         raise RefusedError(400, str(error)) from None
-    return Question(lines, source, target)
+    return Request(lines, source, target)
 
 
 def _mapping(body: bytes) -> dict[str, Any]:
