@@ -209,7 +209,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     server: Server
     protocol_version = "HTTP/1.1"
-    server_version, sys_version = "moekit", ""
 
     def setup(self) -> None:
         super().setup()
@@ -219,6 +218,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(bounded)
         self.requestline, self.request_version, self.command = "", "HTTP/1.1", ""
         self._unread = False
+
+    def version_string(self) -> str:
+        """The Server header."""
+        return "moekit"
 
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not logged: they hold the user's text."""
