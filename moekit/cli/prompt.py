@@ -25,8 +25,8 @@ def converse(writer: Writer, source: str | None, target: str | None) -> None:
             import readline  # noqa: F401 - lines can be edited then
     if source is None:
         source = _chosen("from", writer.sources)
-    if target is None and writer.targets:
-        target = _chosen("to", writer.targets)
+    if target is None and writer.targets and source is not None:
+        target = _chosen("to", writer.targets_of(source))
     if source is None or (target is None and writer.targets):
         return
     source, target = writer.require_languages(source, target)

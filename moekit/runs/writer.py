@@ -54,6 +54,7 @@ class Writer:
         title: the title of the task, as in "Translation".
         sources: languages of lines.
         targets: languages that can be written; none where text is continued in its own.
+        directions: pairs of source and target that it was trained on; it can be asked for others.
         max_input_tokens: most tokens of a line.
 
     Raises:
@@ -81,12 +82,13 @@ class Writer:
         continued = [name for name in data.tasks if data.task(name).writes == "continuation"]
         if data.directions:
             self.task = "translation"
-            pairs = [(direction.source, direction.target) for direction in data.directions]
-            self.sources = tuple(language for language in known if language in {pair[0] for pair in pairs})
-            self.targets = tuple(language for language in known if language in {pair[1] for pair in pairs})
+            self.directions = tuple((direction.source, direction.target) for direction in data.directions)
+            sources, targets = ({pair[side] for pair in self.directions} for side in (0, 1))
+            self.sources = tuple(language for language in known if language in sources)
+            self.targets = tuple(language for language in known if language in targets)
             titled = [name for name in data.tasks if TASKS[name].pairs]
         elif continued:
-            self.task, self.sources, self.targets = "continuation", known, ()
+            self.task, self.sources, self.targets, self.directions = "continuation", known, (), ()
             titled = continued
         else:
             raise UserError(
@@ -94,6 +96,10 @@ class Writer:
                 f"{', '.join(data.tasks)} only."
             )
         self.title = ", ".join(TASKS[name].title for name in titled)
+
+    def targets_of(self, source: str) -> tuple[str, ...]:
+        """The targets that it was trained on from a language; all targets for another language."""
+        return tuple(to for to in self.targets if (source, to) in self.directions) or self.targets
 
     def require_languages(self, source: str | None, target: str | None) -> tuple[str, str | None]:
         """The languages, once they are known to be ones that the run knows.

@@ -105,7 +105,7 @@ def parsed(body: bytes, writer: Writer, limits: Limits) -> Request:
         for number, line in enumerate(lines, start=1):
             require_plain(line, f"text, line {number}")
         source = _language(data, "from", writer.sources)
-        target = _language(data, "to", writer.targets) if writer.targets else None
+        target = _language(data, "to", writer.targets_of(source)) if writer.targets else None
         writer.require_languages(source, target)
     except UserError as error:
         raise RefusedError(400, str(error)) from None

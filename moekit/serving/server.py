@@ -137,6 +137,7 @@ class Server(ThreadingHTTPServer):
             "title": self.writer.title,
             "from": list(self.writer.sources),
             "to": list(self.writer.targets),
+            "directions": [f"{source}-{target}" for source, target in self.writer.directions],
             "waiting": self.turns.waiting,
             "max_lines": self.limits.max_lines,
             "max_characters": self.limits.max_characters,

@@ -346,6 +346,9 @@ class Upper:
 
     title, sources, targets = "Text to text", ("en",), ("en",)
 
+    def targets_of(self, source: str) -> tuple[str, ...]:
+        return self.targets
+
     def require_languages(self, source: str, target: str | None) -> tuple[str, str | None]:
         return source, target
 

@@ -33,6 +33,13 @@ class Capitals:
     targets: tuple[str, ...] = ("avl", "tnd")
     max_input_tokens = 1024
 
+    @property
+    def directions(self) -> tuple[tuple[str, str], ...]:
+        return tuple((source, target) for source in self.sources for target in self.targets if source != target)
+
+    def targets_of(self, source: str) -> tuple[str, ...]:
+        return tuple(to for to in self.targets if (source, to) in self.directions) or self.targets
+
     def __init__(self) -> None:
         self.stopped, self.began = threading.Event(), threading.Event()
 
@@ -131,11 +138,17 @@ def test_a_language_alone_may_be_left_out() -> None:
         server.close()
 
 
+def test_a_target_alone_may_be_left_out(server: Server) -> None:
+    """Where one alone was trained on from the language of the text."""
+    assert asked(server, {"text": "a", "from": "tnd"})[1] == {"lines": ["A"], "cut": [], "from": "tnd", "to": "avl"}
+
+
 def test_health(server: Server) -> None:
     status, headers, body = sent(server, request("GET /health?x=1"))
     assert status == 200
     assert headers["content-type"] == "application/json"
     found = json.loads(body)
+    assert found["directions"] == ["avl-tnd", "tnd-avl"]
     assert (found["status"], found["run"], found["from"], found["waiting"]) == ("ok", "my <run>", ["avl", "tnd"], 0)
     assert sent(server, request("HEAD /health"))[2] == b""
 
@@ -147,7 +160,7 @@ GOOD = {"text": "a", "from": "avl", "to": "tnd"}
     ("data", "status", "words"),
     [
         ({**GOOD, "from": "xx"}, 400, "must know the language"),
-        ({"text": "a", "to": "tnd"}, 400, "from must be a language: one of avl, tnd"),
+        ({"text": "a", "to": "kmb"}, 400, "from must be a language: one of avl, tnd"),
         ({**GOOD, "from": ["avl"]}, 400, "from must be a string: got list"),
         ({**GOOD, "text": " \n "}, 400, "text must not be empty"),
         ({"from": "avl", "to": "tnd"}, 400, "text must not be empty"),
