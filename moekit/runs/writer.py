@@ -50,7 +50,7 @@ class Writer:
             more.
 
     Attributes:
-        task: what it writes: "translation" (from text to text, in two languages or in one), or "continuation".
+        writes: "answer" (to a text, in another language or in its own, such as a translation), or "continuation".
         title: the title of the task, as in "Translation".
         sources: languages of lines.
         targets: languages that can be written; none where text is continued in its own.
@@ -61,7 +61,7 @@ class Writer:
         UserError: nothing was trained there, or it writes no text.
     """
 
-    task: Literal["translation", "continuation"]
+    writes: Literal["answer", "continuation"]
 
     def __init__(
         self,
@@ -81,14 +81,14 @@ class Writer:
         known = data.tokenizer.languages
         continued = [name for name in data.tasks if data.task(name).writes == "continuation"]
         if data.directions:
-            self.task = "translation"
+            self.writes = "answer"
             self.directions = tuple((direction.source, direction.target) for direction in data.directions)
             sources, targets = ({pair[side] for pair in self.directions} for side in (0, 1))
             self.sources = tuple(language for language in known if language in sources)
             self.targets = tuple(language for language in known if language in targets)
             titled = [name for name in data.tasks if TASKS[name].pairs]
         elif continued:
-            self.task, self.sources, self.targets, self.directions = "continuation", known, (), ()
+            self.writes, self.sources, self.targets, self.directions = "continuation", known, (), ()
             titled = continued
         else:
             raise UserError(
@@ -108,7 +108,7 @@ class Writer:
             UserError: one is missing, unknown, or not asked for.
         """
         source = self._known(source, "--from")
-        return source, None if self.task == "continuation" else self._known(target, "--to")
+        return source, None if self.writes == "continuation" else self._known(target, "--to")
 
     def _known(self, language: str | None, option: str) -> str:
         if language is None:

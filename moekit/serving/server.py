@@ -133,7 +133,7 @@ class Server(ThreadingHTTPServer):
         return {
             "status": "ok",
             "run": self.name,
-            "task": self.writer.task,
+            "writes": self.writer.writes,
             "title": self.writer.title,
             "from": list(self.writer.sources),
             "to": list(self.writer.targets),

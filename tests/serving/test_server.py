@@ -28,7 +28,7 @@ POST = ("Content-Type: application/json",)
 class Capitals:
     """Stands for a run: capital letters, "slow" until it is stopped, "fail" at once, and a cut line for "long"."""
 
-    task, title = "translation", "Translation"
+    writes, title = "answer", "Translation"
     sources: tuple[str, ...] = ("avl", "tnd")
     targets: tuple[str, ...] = ("avl", "tnd")
     max_input_tokens = 1024
@@ -64,7 +64,7 @@ class Capitals:
 
 
 class Continues(Capitals):
-    task, title, sources, targets = "continuation", "Language modelling", ("en",), ()
+    writes, title, sources, targets = "continuation", "Language modelling", ("en",), ()
 
 
 def started(writer: Capitals, limits: Limits = LIMITS) -> Server:
