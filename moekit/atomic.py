@@ -8,6 +8,9 @@ import json
 import os
 import re
 import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +27,10 @@ _CAUSES = {
     errno.EACCES: "permission denied; choose another folder or change its permissions",
     errno.EPERM: "permission denied; choose another folder or change its permissions",
     errno.ENOTDIR: "a file is in the place of a folder; choose another folder",
+    errno.EISDIR: "a folder is in the place of the file; choose another name",
+    errno.ELOOP: "it is a symbolic link that leads to itself; choose another name",
 }
+_DESCRIPTORS = re.compile(r"/proc/(?:self|thread-self|\d+)(?:/task/\d+)?/fd|/dev/fd")
 
 
 def write_error(path: Path, error: OSError | SafetensorError) -> UserError:
@@ -46,7 +52,7 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, BrokenPipeError):  # the reader of a pipe has left: that is no fault
         raise
     except Exception as error:
         cause: BaseException | None = error
@@ -71,9 +77,18 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing_path(path: Path) -> Iterator[Path]:
-    """The name of a temporary file beside `path`, for libraries that write by name; see `replacing`."""
-    temporary = _beside(path, "tmp")
+    """The name of a temporary file beside `path`, for libraries that write by name; see `replacing`.
+
+    What is no regular file gets the bytes of a temporary file elsewhere.
+    """
     with writing(path):
+        if _is_stream(path):
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder) / path.name
+                with (Path(folder) / path.name).open("rb") as source, _stream(path) as file:
+                    shutil.copyfileobj(source, file)
+            return
+        temporary = _beside(path, "tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             for left_over in _left_over(path, "tmp"):
@@ -94,13 +109,89 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
     The bytes are on the disk before the name is: after a crash the file is the old one or the new one, whole. After
     an exception the old one stays and the temporary file is gone; after a SIGKILL a hidden ``.<name>.<pid>.tmp`` may
-    be left, which the next `replacing` of the same file removes.
+    be left, which the next `replacing` of the same file removes. Pipes, terminals, devices and the descriptors in
+    ``/dev/fd`` are written to, since nothing can take their place. A symbolic link is replaced, so that no run writes
+    into the files of another; `followed` goes to its end.
 
     Raises:
         UserError: full disk, read-only folder and the like, naming the folder.
+        BrokenPipeError: nobody reads the pipe any more.
     """
+    if _is_stream(path):
+        with writing(path), _stream(path) as file:
+            yield file
+        return
     with replacing_path(path) as temporary, temporary.open("wb") as file:
         yield file
+
+
+def followed(path: Path) -> Path:
+    """The end of the symbolic links of a path that a user names, for `replacing` to leave them as they are.
+
+    Raises:
+        UserError: a link leads to itself.
+    """
+    with writing(path):
+        if _is_stream(path) or not path.is_symlink():
+            return path
+        end = Path(os.path.realpath(path))
+        if end.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        return end
+
+
+def require_writable(path: Path) -> None:
+    """Make sure, before work is done for it, that a file can probably be written.
+
+    Raises:
+        UserError: a folder has its name, or its folder takes no files.
+    """
+    place = followed(path)
+    with writing(path):
+        if _is_stream(place):
+            return
+        if place.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        above = next(folder for folder in place.absolute().parents if os.path.lexists(folder))
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path is written to as it is: it names a pipe, a terminal, a device or an open descriptor."""
+    if _descriptor(path) is not None:
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+@contextlib.contextmanager
+def _stream(path: Path) -> Iterator[IO[bytes]]:
+    if sys.stdout is not None:
+        sys.stdout.flush()  # what was printed before comes before
+    entry = _descriptor(path)
+    own = entry is not None and os.path.realpath(entry.parent) == os.path.realpath("/proc/self/fd")
+    # A descriptor of this process goes on where it is; to open its file anew would begin at the first byte.
+    handle = os.dup(int(entry.name)) if entry and own else os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY)
+    with os.fdopen(handle, "wb") as file:
+        yield file
+
+
+def _descriptor(path: Path) -> Path | None:
+    """The entry of a process's open files that a path leads to by its links, as ``/dev/stdout`` does."""
+    for _ in range(40):  # as many links as Linux follows
+        place = Path(os.path.realpath(path.parent)) / path.name
+        if _DESCRIPTORS.fullmatch(str(place.parent)) and place.name.isdigit():
+            return place
+        if not place.is_symlink():
+            return None
+        path = place.parent / os.readlink(place)
+    return None
 
 
 @contextlib.contextmanager

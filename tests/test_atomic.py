@@ -6,6 +6,10 @@ import errno
 import multiprocessing
 import os
 import signal
+import stat
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,16 @@ import pytest
 from safetensors import SafetensorError
 
 from moekit import atomic
-from moekit.atomic import flush, replacing_folder, replacing_path, write_text, writing
+from moekit.atomic import (
+    flush,
+    followed,
+    replacing,
+    replacing_folder,
+    replacing_path,
+    require_writable,
+    write_text,
+    writing,
+)
 from moekit.errors import UserError
 
 
@@ -157,3 +170,94 @@ def test_an_error_of_the_user_is_not_told_twice(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="the text is at fault"):
         write()
+
+
+# -- what is no regular file -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_pipe_is_written_to(tmp_path: Path, by_name: bool) -> None:
+    pipe, found = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    if by_name:
+        with replacing_path(pipe) as temporary:
+            temporary.write_bytes(b"text")
+    else:
+        write_text(pipe, "text")
+    reader.join(10)
+    assert found == [b"text"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert names(tmp_path) == ["pipe"]
+
+
+def test_a_device_stays(tmp_path: Path) -> None:
+    """Through a link too; what a device refuses is the user's error."""
+    link = tmp_path / "null"
+    link.symlink_to("/dev/null")
+    for path in (Path("/dev/null"), link):
+        require_writable(path)
+        write_text(path, "text")
+        assert stat.S_ISCHR(path.stat().st_mode)
+    assert link.is_symlink()
+    if Path("/dev/full").exists():
+        with pytest.raises(UserError, match="cannot write full in the folder /dev: the disk is full"):
+            write_text(Path("/dev/full"), "text")
+
+
+def test_links_are_followed_where_a_user_names_them(tmp_path: Path) -> None:
+    file, link, first = tmp_path / "file", tmp_path / "link", tmp_path / "first"
+    link.symlink_to("file")
+    first.symlink_to(link)
+    for text in ("new", "again"):  # a link to nothing, and to a file
+        write_text(followed(first), text)
+        assert file.read_text() == text
+        assert link.is_symlink()
+    write_text(link, "own")
+    assert (file.read_text(), link.read_text()) == ("again", "own")
+    assert not link.is_symlink(), "a run's file takes the place of a link"
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="leads to itself"):
+        followed(tmp_path / "loop")
+
+
+def test_a_reader_that_has_left_is_no_error_of_the_user(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    try:
+        os.close(reader)
+        with pytest.raises(BrokenPipeError), replacing(Path(f"/dev/fd/{writer}")) as file:
+            file.write(b"text")
+    finally:
+        os.close(writer)
+
+
+_PROGRAM = """
+from pathlib import Path
+from moekit.atomic import write_text
+print("before")
+write_text(Path("/dev/stdout"), "text\\n")
+print("after")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_standard_output_by_name_keeps_what_is_there(tmp_path: Path) -> None:
+    """Where it is a file too, which to open anew would cut off or overwrite."""
+    for mode, beginning in (("w", ""), ("a", "first\n")):
+        out = tmp_path / mode
+        out.write_text(beginning)
+        with out.open(mode) as file:
+            subprocess.run([sys.executable, "-c", _PROGRAM], stdout=file, check=True)
+        assert out.read_text() == f"{beginning}before\ntext\nafter\n"
+    assert names(tmp_path) == ["a", "w"]
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    require_writable(tmp_path / "file")
+    require_writable(tmp_path / "deep" / "er" / "file")
+    for path, words in ((tmp_path, "a folder is in the place"), (tmp_path / "file" / "x", "a file is in the place")):
+        with pytest.raises(UserError, match=words):
+            require_writable(path)
+    assert names(tmp_path) == ["file"]

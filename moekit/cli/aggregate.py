@@ -59,7 +59,7 @@ def _aggregate(given: Namespace, console: Console) -> None:
     write(result, given, console)
 
 
-AGGREGATE = Command(
+COMMAND = Command(
     "Combine the experts of several runs into one model",
     _options,
     _aggregate,

@@ -39,7 +39,7 @@ def _change(given: Namespace, console: Console) -> None:
     change(given, console, lambda run: change_run(run, reconfigured(run.recipe, run.config, options)))
 
 
-CHANGE = Command(
+COMMAND = Command(
     "Change settings that need no new weights, such as the capacity factor",
     _options,
     _change,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,10 +57,18 @@ class RecipeCommand:
 
 
 def execute(command: Callable[[], None]) -> int:
-    """Run a command and return its exit code: 0, or 2 where the input is at fault, which one message says."""
+    """Run a command and return its exit code: 0, or 2 where the input is at fault, which one message says.
+
+    130 = it was interrupted. 141 = nobody reads its output any more, as shells count it; nothing is said then.
+    """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         command()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        return 141
     except UserError as error:
         console.print("[bold red]error:[/] " + str(error).replace("[", r"\["))
         return 2
@@ -65,6 +76,14 @@ def execute(command: Callable[[], None]) -> int:
         console.print("interrupted")
         return 130
     return 0
+
+
+def _discard_output() -> None:
+    """Let what is still to be printed go nowhere: the interpreter flushes standard output when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def build_parser(program: str, name: str, command: Command) -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ def _compare(given: Namespace, console: Console) -> None:
     write_compared(given)
 
 
-COMPARE = Command(
+COMMAND = Command(
     "Compare several runs with the first one",
     lambda parser: runs_options(parser, "two or more run folders, baseline first", "to write"),
     _compare,

@@ -73,7 +73,7 @@ def _curve(given: Namespace, console: Console) -> None:
     say(console, table(curve))
 
 
-CURVE = Command(
+COMMAND = Command(
     "Measure quality against model size: prune in several ways and validate each model",
     _options,
     _curve,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moekit.cli.training import starting_command
 from moekit.runs.distill import Distillation
 
-DISTILL = starting_command(
+COMMAND = starting_command(
     "Train a smaller model on text and the predictions of a trained run, then test and report",
     Distillation,
     "the student's",

@@ -55,7 +55,7 @@ def _export(given: Namespace, console: Console) -> None:
     say(console, "\n".join(lines))
 
 
-EXPORT = Command(
+COMMAND = Command(
     "Export a run's model to a folder that Hugging Face transformers can load",
     _options,
     _export,

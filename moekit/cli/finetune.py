@@ -5,7 +5,7 @@ from __future__ import annotations
 from moekit.cli.training import starting_command
 from moekit.runs.finetune import FineTuning
 
-FINETUNE = starting_command(
+COMMAND = starting_command(
     "Fine-tune a trained run, wholly, partly or with adapters, then test and report",
     FineTuning,
     "the new",

@@ -19,4 +19,4 @@ def _fit(recipe: Recipe, config: RunConfig, given: Any) -> None:
         Console().print(f"trained; test it with: python -m moekit.recipes.{recipe.name} test --out {run.path}")
 
 
-FIT = RecipeCommand("Train a model, without test and report", training_options, _fit)
+COMMAND = RecipeCommand("Train a model, without test and report", training_options, _fit)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from moekit.cli.command import RecipeCommand
-from moekit.cli.trained import SEARCH, stored_run, stored_settings, text_given, text_options
+from moekit.cli.prompt import converse
+from moekit.cli.trained import (
+    WRITER_SETTINGS,
+    stored_run,
+    stored_settings,
+    text_given,
+    text_options,
+    writer_given,
+    writer_options,
+)
+from moekit.data.lines import STANDARD
 from moekit.runs.config import RunConfig
 from moekit.runs.generate import generate
 from moekit.runs.recipe import Recipe
+from moekit.runs.writer import Writer
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -18,24 +30,22 @@ def _options(parser: ArgumentParser) -> None:
         parser,
         "the input",
         "target language code; only for translation",
-        "input file, with one sentence or prompt per line; - = standard input",
+        "input file, with one sentence or prompt per line, plain or .gz, .xz, .bz2, .zst; - = standard input. "
+        "Without it standard input is read; on a terminal lines are answered one by one",
+        None,
     )
-    parser.add_argument("--output", type=str, default="-", help="output file, one line each; - = standard output")
-    parser.add_argument(
-        "--experts_in_memory",
-        type=int,
-        default=0,
-        help="maximum number of experts per layer kept in memory; others are mapped from disk when tokens need them. "
-        "0 = keep all",
-    )
+    parser.add_argument("--output", type=str, default=STANDARD, help="output file, one line each; - = standard output")
+    writer_options(parser)
 
 
 def _generate(recipe: Recipe, config: RunConfig, given: Any) -> None:
     run = stored_run(recipe, given)
-    generate(run, config=config, experts_in_memory=given.experts_in_memory, **text_given(given))
+    if given.input is None and given.output == STANDARD and sys.stdin is not None and sys.stdin.isatty():
+        converse(Writer(run, config, **writer_given(given)), given.source_language, given.target_language)
+    else:
+        generate(run, config=config, **text_given(given), **writer_given(given))
 
 
-GENERATE = RecipeCommand(
-    "Translate or continue text with a trained run", _options, _generate, ("train.accelerator", *SEARCH),
-    stored_settings,
-)  # fmt: skip
+COMMAND = RecipeCommand(
+    "Translate or continue text with a trained run", _options, _generate, WRITER_SETTINGS, stored_settings
+)

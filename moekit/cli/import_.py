@@ -39,7 +39,7 @@ def _import(given: Namespace, console: Console) -> None:
     )
 
 
-IMPORT = Command(
+COMMAND = Command(
     "Import weights from a Hugging Face transformers folder as a run of the same model",
     _options,
     _import,

@@ -28,7 +28,7 @@ def _inspect(given: Namespace, console: Console) -> None:
         show(found, console)
 
 
-INSPECT = Command(
+COMMAND = Command(
     "Show the sparse layers of a checkpoint: experts, sizes and utilisation",
     _options,
     _inspect,

@@ -39,7 +39,7 @@ def _merge(given: Namespace, console: Console) -> None:
     change(given, console, merged)
 
 
-MERGE = Command(
+COMMAND = Command(
     "Average the experts of each layer into a dense model",
     _options,
     _merge,

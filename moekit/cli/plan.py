@@ -26,4 +26,4 @@ def _plan(recipe: Recipe, config: RunConfig, given: Any) -> None:
     forecast(recipe, given.variant, config, Console(), **sizes)
 
 
-PLAN = RecipeCommand("Estimate memory, FLOPs and communication without running the model", _options, _plan)
+COMMAND = RecipeCommand("Estimate memory, FLOPs and communication without running the model", _options, _plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -26,19 +27,19 @@ from moekit.runs.recipe import Recipe, find_recipe, recipe_names
 from moekit.runs.run import Run
 
 SURGERY: Mapping[str, Command] = {
-    "inspect": inspect.INSPECT,
-    "aggregate": aggregate.AGGREGATE,
-    "prune": prune.PRUNE,
-    "upcycle": upcycle.UPCYCLE,
-    "merge": merge.MERGE,
-    "split": split.SPLIT,
-    "change": change.CHANGE,
-    "curve": curve.CURVE,
-    "export": export.EXPORT,
-    "import": import_.IMPORT,
+    "inspect": inspect.COMMAND,
+    "aggregate": aggregate.COMMAND,
+    "prune": prune.COMMAND,
+    "upcycle": upcycle.COMMAND,
+    "merge": merge.COMMAND,
+    "split": split.COMMAND,
+    "change": change.COMMAND,
+    "curve": curve.COMMAND,
+    "export": export.COMMAND,
+    "import": import_.COMMAND,
 }
-REPORTS: Mapping[str, Command] = {"report": report.REPORT, "compare": compare.COMPARE}
-_RUNS = ("test", "generate", "score")
+REPORTS: Mapping[str, Command] = {"report": report.COMMAND, "compare": compare.COMMAND}
+_RUNS = ("test", "generate", "serve", "score")
 """Commands that use a run, whose folder names its recipe."""
 
 
@@ -46,9 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 0, or 2 where the input is at fault."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if is_help(given):
-        print(_about())
-        return 0
+        return execute(lambda: print(_about()))
     name, *rest = given
+    if name in _RUNS and _names_folder(rest):
+        rest = ["--out", *rest]
     runs = {**SURGERY, **REPORTS}
     if name in runs:
         return run_command("python -m moekit", runs, name, rest)
@@ -81,6 +83,12 @@ def _recipe(command: str, arguments: Sequence[str]) -> Recipe:
     raise UserError(f"{command} needs a recipe{folder}: python -m moekit {command} NAME. {nearest('', recipe_names())}")
 
 
+def _names_folder(arguments: Sequence[str]) -> bool:
+    """Whether the first argument is the folder of a run, or meant to be one, and no recipe."""
+    first = arguments[0] if arguments else "-"
+    return not first.startswith("-") and first not in recipe_names() and (os.path.lexists(first) or os.sep in first)
+
+
 def _unknown(name: str, known: Mapping[str, object]) -> None:
     raise UserError(f"unknown command {name!r}. {nearest(name, known)}")
 
@@ -96,7 +104,8 @@ def _about() -> str:
     return (
         "usage: python -m moekit COMMAND [RECIPE] [--option value ...]\n\n"
         f"{lists}\n\n"
-        "Commands on recipes are followed by a recipe; test, generate and score also find it from --out FOLDER.\n"
+        "Commands on recipes are followed by a recipe. test, generate, serve and score also take the folder of a run:\n"
+        "python -m moekit generate FOLDER.\n"
         "To list the options, add --help after the command (and its recipe, if it needs one).\n"
         "python -m moekit.recipes.RECIPE COMMAND is the same as python -m moekit COMMAND RECIPE."
     )

@@ -62,7 +62,7 @@ def _prune(given: Namespace, console: Console) -> None:
     change(given, console, pruned)
 
 
-PRUNE = Command(
+COMMAND = Command(
     "Remove experts from each layer, by utilisation or at random",
     _options,
     _prune,

@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
-from moekit.cli import distill, finetune, fit, generate, plan, run, score, test
+from moekit.cli import distill, finetune, fit, generate, plan, run, score, serve, test
 from moekit.cli.command import RecipeCommand, execute, option_value, overview
 from moekit.cli.mistakes import explain
 from moekit.errors import UserError, nearest
@@ -21,14 +21,15 @@ from moekit.runs.recipe import Recipe
 from moekit.runs.settings.fields import check_ranges
 
 COMMANDS: Mapping[str, RecipeCommand] = {
-    "run": run.RUN,
-    "fit": fit.FIT,
-    "test": test.TEST,
-    "generate": generate.GENERATE,
-    "score": score.SCORE,
-    "finetune": finetune.FINETUNE,
-    "distill": distill.DISTILL,
-    "plan": plan.PLAN,
+    "run": run.COMMAND,
+    "fit": fit.COMMAND,
+    "test": test.COMMAND,
+    "generate": generate.COMMAND,
+    "serve": serve.COMMAND,
+    "score": score.COMMAND,
+    "finetune": finetune.COMMAND,
+    "distill": distill.COMMAND,
+    "plan": plan.COMMAND,
 }
 """By name; the first is the default."""
 

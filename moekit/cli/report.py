@@ -50,7 +50,7 @@ def _report(given: Namespace, console: Console) -> None:
         terminal_summary(first, console)
 
 
-REPORT = Command(
+COMMAND = Command(
     "Write the report of a run, finished or not; compare several runs with the first",
     _options,
     _report,

@@ -14,4 +14,4 @@ def _run(recipe: Recipe, config: RunConfig, given: Any) -> None:
     test_and_report(*train(recipe, config, given))
 
 
-RUN = RecipeCommand("Train a model, test it on held-out text and write the report", training_options, _run)
+COMMAND = RecipeCommand("Train a model, test it on held-out text and write the report", training_options, _run)

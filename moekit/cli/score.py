@@ -29,7 +29,7 @@ def _score(recipe: Recipe, config: RunConfig, given: Any) -> None:
     score(stored_run(recipe, given), config=config, examples=given.examples, **text_given(given))
 
 
-SCORE = RecipeCommand(
+COMMAND = RecipeCommand(
     "Answer multiple-choice questions by the most likely continuation", _options, _score,
     ("evaluate.batch_tokens",), stored_settings,
 )  # fmt: skip

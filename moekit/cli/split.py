@@ -28,7 +28,7 @@ def _options(parser: ArgumentParser) -> None:
     output_options(parser)
 
 
-SPLIT = Command(
+COMMAND = Command(
     "Split each expert into several smaller ones",
     _options,
     lambda given, console: change(

@@ -22,7 +22,7 @@ def _test(recipe: Recipe, config: RunConfig, given: Any) -> None:
     test_and_report(run, config)
 
 
-TEST = RecipeCommand(
+COMMAND = RecipeCommand(
     "Test a trained run and rewrite its report", folder_option, _test,
     ("train.devices", "train.num_nodes", "train.accelerator", *SEARCH, "evaluate.samples"), stored_settings,
 )  # fmt: skip

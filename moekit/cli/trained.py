@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from moekit.cli.command import option_value
 from moekit.cli.training import FOLDER, folder
+from moekit.data.lines import STANDARD
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
@@ -40,12 +41,12 @@ def folder_option(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str, help=FOLDER)
 
 
-def text_options(parser: ArgumentParser, source: str, target: str, input: str) -> None:
-    """The run, its languages, and what it reads; the texts are their help."""
+def text_options(parser: ArgumentParser, source: str, target: str, input: str, default: str | None = STANDARD) -> None:
+    """The run, its languages, and what it reads by `default`; the texts are their help."""
     folder_option(parser)
     parser.add_argument("--from", type=str, dest="source_language", help=f"language code of {source}")
     parser.add_argument("--to", type=str, dest="target_language", help=target)
-    parser.add_argument("--input", type=str, default="-", help=input)
+    parser.add_argument("--input", type=str, default=default, help=input)
 
 
 def text_given(given: Any) -> dict[str, Any]:
@@ -53,9 +54,32 @@ def text_given(given: Any) -> dict[str, Any]:
     return {
         "source": given.source_language,
         "target": given.target_language,
-        "input": given.input,
+        "input": STANDARD if given.input is None else given.input,
         "output": given.output,
     }
 
 
+def writer_options(parser: ArgumentParser) -> None:
+    """The bounds of commands that write text with a run."""
+    parser.add_argument(
+        "--experts_in_memory",
+        type=int,
+        default=0,
+        help="maximum number of experts per layer kept in memory; others are mapped from disk when tokens need them. "
+        "0 = keep all",
+    )
+    parser.add_argument(
+        "--max_input_tokens",
+        type=int,
+        help="maximum number of tokens of an input line; longer lines are cut, and a message says so (default: 1024, "
+        "or data.max_length if that is more)",
+    )
+
+
+def writer_given(given: Any) -> dict[str, Any]:
+    """The bounds as `Writer` takes them."""
+    return {"experts_in_memory": given.experts_in_memory, "max_input_tokens": given.max_input_tokens}
+
+
 SEARCH = ("evaluate.beam_size", "evaluate.length_penalty", "evaluate.batch_tokens")
+WRITER_SETTINGS = ("train.accelerator", *SEARCH)

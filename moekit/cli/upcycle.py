@@ -48,7 +48,7 @@ def _upcycle(given: Namespace, console: Console) -> None:
     change(given, console, lambda run: upcycle_run(run, given.experts, **options))
 
 
-UPCYCLE = Command(
+COMMAND = Command(
     "Turn the feed-forward layers of a dense model into experts, or copy experts of a sparse one",
     _options,
     _upcycle,

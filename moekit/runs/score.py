@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
+from moekit.atomic import require_writable
+from moekit.data.lines import STANDARD, read_lines, require_plain, write_lines
 from moekit.errors import UserError
 from moekit.inference.scoring import Normalise, Question, Scorer, accuracy, few_shot
 from moekit.runs.config import RunConfig
-from moekit.runs.generate import reading, trained, write_lines
 from moekit.runs.run import Run
+from moekit.runs.writer import trained
 
 _WAYS: tuple[Normalise, ...] = ("sum", "token", "character")
 
@@ -28,17 +31,19 @@ def score(
     """Score the continuations of every question, and say how often the likeliest is the answer.
 
     Args:
-        run: a trained run with a decoder.
+        run: the run.
         source: language of the contexts.
         target: language of the continuations; None = `source`.
-        config: settings that are not the run's: other sizes of a batch, for example.
+        config: its settings, where they are not the run's: other sizes of a batch, for example.
         input: JSON lines; - = standard input.
         examples: JSON lines with answers, shown before every context.
         output: file for JSON lines of scores; - = standard output.
 
     Raises:
-        UserError: a language is missing or unknown, a line is no question, or the run has no decoder.
+        UserError: if a language is missing or unknown, a line is no question, or the run has no decoder.
     """
+    if output != STANDARD:
+        require_writable(Path(output))
     backbone, data = trained(run)
     if not hasattr(backbone, "decode"):
         raise UserError(f"score needs a run with a decoder: {run.path} has a {type(backbone).__name__}.")
@@ -53,10 +58,14 @@ def score(
         scores = scorer.score(questions, source, target)
     except ValueError as error:
         raise UserError(f"--input {input}: {error}") from None
-    rows = []
-    for s in scores:
-        rows.append({"best": {by: s.best(by) for by in _WAYS}, "scores": {by: s.normalised(by) for by in _WAYS}})
-    write_lines(output, [json.dumps(row, ensure_ascii=False) for row in rows])
+    lines = [
+        json.dumps(
+            {"best": {by: s.best(by) for by in _WAYS}, "scores": {by: s.normalised(by) for by in _WAYS}},
+            ensure_ascii=False,
+        )
+        for s in scores
+    ]
+    write_lines(output, lines)
     known = sum(question.answer is not None for question in questions)
     if known:
         shares = ", ".join(f"{accuracy(questions, scores, by):.4f} by {by}" for by in _WAYS)
@@ -64,8 +73,7 @@ def score(
 
 
 def _questions(name: str, option: str, *, answered: bool = False) -> list[Question]:
-    with reading(name, option) as file:
-        return list(_parsed(file, f"{option} {name}", answered=answered))
+    return list(_parsed(read_lines(name, option), f"{option} {name}", answered=answered))
 
 
 def _parsed(lines: Iterable[str], where: str, *, answered: bool) -> Iterable[Question]:
@@ -75,7 +83,7 @@ def _parsed(lines: Iterable[str], where: str, *, answered: bool) -> Iterable[Que
         place = f"{where}, line {number}"
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{place} must be JSON: {error}.") from None
         texts = entry.get("continuations") if isinstance(entry, dict) else None
         answer = entry.get("answer") if isinstance(entry, dict) else None
@@ -89,6 +97,8 @@ def _parsed(lines: Iterable[str], where: str, *, answered: bool) -> Iterable[Que
                 f'{place} must be {{"context": text, "continuations": [text, ...], "answer": number}}'
                 f"{'' if answered else ', the answer may be left out'}: got {line.strip()[:80]}"
             )
+        for text in (entry["context"], *texts):
+            require_plain(text, place)
         try:
             yield Question(entry["context"], tuple(texts), answer)
         except ValueError as error:

@@ -46,6 +46,7 @@ FLOORS = {
     "inference": 5,
     "runs": 6,
     "report": 7,
+    "serving": 7,
     "cli": 8,
     "recipes": 9,
     # The programs, ``python -m moekit.<room>``: nothing imports them, so a room's own may use the floors above it.

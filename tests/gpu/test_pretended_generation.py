@@ -30,7 +30,7 @@ from moekit.inference.translator import Translator as Translator_
 from moekit.layer import MoELayer
 from moekit.recurrent import RecurrentLM
 from moekit.routing import Capacity
-from moekit.runs.generate import to_gpu
+from moekit.runs.writer import to_gpu
 from moekit.testing import seeded
 from moekit.transformer import (
     DecoderOnly,

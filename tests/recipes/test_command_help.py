@@ -57,7 +57,7 @@ def test_fragments_are_found() -> None:
     assert is_whole("number of attention heads.")
 
 
-@pytest.mark.parametrize("chosen", ["test", "generate", "score"])
+@pytest.mark.parametrize("chosen", ["test", "generate", "serve", "score"])
 def test_a_command_shows_only_the_options_that_it_uses(chosen: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = texts(recipes.build_parser(switch.RECIPE, chosen, "tiny"))
     settings = {option for option in shown if "." in option}

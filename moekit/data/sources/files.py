@@ -1,4 +1,4 @@
-"""Reading lines of text from files, plain or gzipped, with errors that name file, line and byte.
+"""Reading lines of text from files, plain or compressed, with errors that name file, line and byte.
 
 A line ends at a line feed (a carriage return before it goes away) and nowhere else: U+2028, U+0085 and their kin occur
 inside sentences of published corpora, where `str.splitlines` would tear the two sides apart.
@@ -6,10 +6,13 @@ inside sentences of published corpora, where `str.splitlines` would tear the two
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
+import importlib
+import lzma
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +28,35 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "valid": ("valid", "dev", "val", "validation", "devel"),
     "test": ("test", "tst"),
 }
+
+
+def _zstd(data: bytes) -> bytes:
+    for module in ("compression.zstd", "backports.zstd"):  # Python's own from 3.14 on, and the package of older ones
+        try:
+            decoder = importlib.import_module(module)
+        except ImportError:
+            continue
+        try:
+            return decoder.decompress(data)
+        except decoder.ZstdError as error:
+            raise OSError(str(error)) from None
+    raise LookupError
+
+
+_UNPACK: Mapping[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".xz": lzma.decompress,
+    ".bz2": bz2.decompress,
+    ".zst": _zstd,
+}
+_PROGRAMS = {".gz": "gzip", ".xz": "xz", ".bz2": "bzip2", ".zst": "zstd"}
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte order marks; that of UTF-32 begins with that of UTF-16."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +75,7 @@ class TextFile:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file, unpacked if its name ends in ``.gz``.
+    """The bytes of a file, unpacked if its name ends so, that must not be empty; see `unpacked`.
 
     Raises:
         UserError: if the file is missing, unreadable, empty, or a broken archive.
@@ -52,19 +84,36 @@ def read_bytes(path: Path) -> bytes:
         packed = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: the file must be readable: {error.strerror or error}.") from error
-    if path.suffix == ".gz":
-        try:
-            packed = gzip.decompress(packed) if packed else b""
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(
-                f"{path}: a file named .gz must be a whole gzip archive: {error}. Fetch it again, or rename it."
-            ) from error
-    if not packed:
+    data = unpacked(packed, path)
+    if not data:
         raise UserError(f"{path}: a file must hold at least one line: got an empty file. Fill it or remove it.")
-    return packed
+    return data
 
 
-def decode(data: bytes, path: Path) -> str:
+def unpacked(data: bytes, path: Path) -> bytes:
+    """The bytes of a file after unpacking, if its name ends in ``.gz``, ``.xz``, ``.bz2`` or ``.zst``.
+
+    Raises:
+        UserError: if it is a broken archive, or nothing here unpacks it.
+    """
+    if path.suffix not in _UNPACK or not data:
+        return data
+    program = _PROGRAMS[path.suffix]
+    try:
+        return _UNPACK[path.suffix](data)
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(
+            f"{path}: a file named {path.suffix} must be a whole {program} archive: {error}. Fetch it again, or rename "
+            "it."
+        ) from error
+    except LookupError:
+        raise UserError(
+            f"{path}: a file named {path.suffix} needs Python 3.14 or the package backports.zstd, and neither is here. "
+            f"Unpack it first: {program} -d {path.name}."
+        ) from None
+
+
+def decode(data: bytes, path: Path | str) -> str:
     """`data` as text, without a byte order mark.
 
     Raises:
@@ -76,9 +125,11 @@ def decode(data: bytes, path: Path) -> str:
     except UnicodeDecodeError as error:
         line = text.count(b"\n", 0, error.start) + 1
         byte = error.start - text.rfind(b"\n", 0, error.start)
+        encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "latin1")
+        reason = error.reason if encoding == "latin1" else f"the text begins as {encoding.upper()} does"
         raise UserError(
             f"{path}, line {line}, byte {byte} of the line: text must be UTF-8: got the byte 0x{text[error.start]:02x} "
-            f"({error.reason}). Convert the file, for example with iconv -f latin1 -t utf-8."
+            f"({reason}). Convert the file, for example with iconv -f {encoding} -t utf-8."
         ) from error
 
 

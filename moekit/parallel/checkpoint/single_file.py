@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moekit.atomic import replacing_path
+from moekit.atomic import followed, replacing_path
 from moekit.mapped import read_notes, read_safetensors
 from moekit.parallel.checkpoint.checkpointer import PathLike, read_into
 from moekit.parallel.checkpoint.index import Chunk, Index, StoredTensor
@@ -77,7 +77,7 @@ def import_safetensors(path: PathLike, model: nn.Module) -> None:
 
 def _write(tensors: Mapping[str, Tensor], shared: Mapping[str, str], path: Path) -> None:
     copies = {name: tensors[first].clone() for name, first in shared.items() if first in tensors}
-    with replacing_path(path) as temporary:
+    with replacing_path(followed(path)) as temporary:
         save_file({**tensors, **copies}, temporary, metadata={"format": "pt", _SHARED: json.dumps(dict(shared))})
 
 

@@ -1,0 +1,198 @@
+"""`Writer`: a trained run that writes text, opened once and used for any number of lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from moekit.data.module import MultitaskData
+from moekit.errors import UserError
+from moekit.inference.completer import Completer
+from moekit.inference.interface import Search
+from moekit.inference.on_demand import load_on_demand
+from moekit.inference.translator import Translator, search_for
+from moekit.inference.watched import Watched
+from moekit.runs.config import RunConfig
+from moekit.runs.evaluate import trained_module
+from moekit.runs.recipe import RunText
+from moekit.runs.run import Run
+from moekit.runs.text import evaluation_data
+from moekit.tasks import TASKS
+
+_MAX_INPUT_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        texts: one for every line, in their order; they may hold line breaks.
+        cut: numbers, from 0, of the lines that were longer than `Writer.max_input_tokens` and were cut.
+    """
+
+    texts: list[str]
+    cut: list[int]
+
+
+class Writer:
+    """Translates or continues lines with a trained run.
+
+    Args:
+        run: the run.
+        config: its settings, where they are not the run's: another beam, for example.
+        experts_in_memory: so many experts of each layer at most, the others mapped from disk; 0 = all.
+        max_input_tokens: most tokens of a line, which is cut there; None = 1024, or ``data.max_length`` if that is
+            more.
+
+    Attributes:
+        writes: "answer" (to a text, in another language or in its own, such as a translation), or "continuation".
+        title: the title of the task, as in "Translation".
+        sources: languages of lines.
+        targets: languages that can be written; none where text is continued in its own.
+        directions: pairs of source and target that it was trained on; it can be asked for others.
+        max_input_tokens: most tokens of a line.
+
+    Raises:
+        UserError: nothing was trained there, or it writes no text.
+    """
+
+    writes: Literal["answer", "continuation"]
+
+    def __init__(
+        self,
+        run: Run,
+        config: RunConfig | None = None,
+        *,
+        experts_in_memory: int = 0,
+        max_input_tokens: int | None = None,
+    ) -> None:
+        config = config or run.config
+        if max_input_tokens is not None and max_input_tokens < 1:
+            raise UserError(f"--max_input_tokens must be at least 1: got {max_input_tokens}.")
+        self.max_input_tokens = max_input_tokens or max(_MAX_INPUT_TOKENS, config.data.max_length)
+        backbone, data = trained(run, experts_in_memory)
+        self._config, self._backbone = config, to_gpu(backbone, config.train.accelerator)
+        self._tokenizer = data.tokenizer
+        known = data.tokenizer.languages
+        continued = [name for name in data.tasks if data.task(name).writes == "continuation"]
+        if data.directions:
+            self.writes = "answer"
+            self.directions = tuple((direction.source, direction.target) for direction in data.directions)
+            sources, targets = ({pair[side] for pair in self.directions} for side in (0, 1))
+            self.sources = tuple(language for language in known if language in sources)
+            self.targets = tuple(language for language in known if language in targets)
+            titled = [name for name in data.tasks if TASKS[name].pairs]
+        elif continued:
+            self.writes, self.sources, self.targets, self.directions = "continuation", known, (), ()
+            titled = continued
+        else:
+            raise UserError(
+                f"generate needs a run that translates or continues text: {run.path} was trained on "
+                f"{', '.join(data.tasks)} only."
+            )
+        self.title = ", ".join(TASKS[name].title for name in titled)
+
+    def targets_of(self, source: str) -> tuple[str, ...]:
+        """The targets that it was trained on from a language; all targets for another language."""
+        return tuple(to for to in self.targets if (source, to) in self.directions) or self.targets
+
+    def require_languages(self, source: str | None, target: str | None) -> tuple[str, str | None]:
+        """The languages, once they are known to be ones that the run knows.
+
+        Raises:
+            UserError: one is missing, unknown, or not asked for.
+        """
+        source = self._known(source, "--from")
+        return source, None if self.writes == "continuation" else self._known(target, "--to")
+
+    def _known(self, language: str | None, option: str) -> str:
+        if language is None:
+            raise UserError(f"generate needs {option}: one of {', '.join(self._tokenizer.languages)}.")
+        self._tokenizer.language_id(language)
+        return language
+
+    def write(
+        self,
+        lines: Sequence[str],
+        source: str,
+        target: str | None = None,
+        *,
+        advance: Callable[[int], None] = lambda done: None,
+        watch: Callable[[], None] | None = None,
+    ) -> Written:
+        """Translate or continue lines.
+
+        Args:
+            lines: one sentence or prompt each.
+            source: language of the lines.
+            target: language wanted, of runs that translate.
+            advance: told, after every batch, how many lines it held.
+            watch: called before each token; what it raises ends the writing.
+
+        Raises:
+            UserError: a language is missing or unknown.
+        """
+        source, target = self.require_languages(source, target)
+        shortened = [self._shortened(line) for line in lines]
+        cut = [number for number, text in enumerate(shortened) if text is not None]
+        given = [line if text is None else text for line, text in zip(lines, shortened, strict=True)]
+        evaluate, data = self._config.evaluate, self._config.data
+        search: Search = search_for(evaluate.beam_size, evaluate.length_penalty)
+        search = search if watch is None else Watched(search, watch)
+        if target is None:
+            completer = Completer(self._backbone, self._tokenizer, search=search, max_new_tokens=data.max_length)
+            return Written(completer.complete(given, language=source, advance=advance), cut)
+        translator = Translator(
+            self._backbone,
+            self._tokenizer,
+            search=search,
+            batch_tokens=evaluate.batch_tokens,
+            sentinel=data.sentinel,
+        )
+        return Written(translator.translate(given, source=source, target=target, advance=advance), cut)
+
+    def _shortened(self, line: str) -> str | None:
+        """The beginning of a line that is too long, else None."""
+        ids = self._tokenizer.encode(line)
+        return self._tokenizer.decode(ids[: self.max_input_tokens]) if len(ids) > self.max_input_tokens else None
+
+    def warning(self, cut: Sequence[int], place: str) -> str:
+        """One line about the lines that were cut; empty where none was."""
+        if not cut:
+            return ""
+        others = f" It is the first of {len(cut)} such lines." if len(cut) > 1 else ""
+        return (
+            f"{place}, line {cut[0] + 1} has more than {self.max_input_tokens} tokens and was cut there; "
+            f"--max_input_tokens sets the bound.{others}"
+        )
+
+
+def trained(run: Run, resident: int = 0) -> tuple[nn.Module, MultitaskData]:
+    """The network of a run with all of its experts in memory (`resident` 0), or so many of each layer, and its data.
+
+    Raises:
+        UserError: nothing was trained there, or its checkpoint is of several processes.
+    """
+    if resident < 0:
+        raise UserError(f"--experts_in_memory must be at least 0, which means all: got {resident}.")
+    path = run.checkpoint
+    if not resident:
+        data = evaluation_data(run)
+        return trained_module(run, data).backbone, data
+    if path.is_dir():
+        raise UserError(f"--experts_in_memory needs a checkpoint in one file: {path} is of several processes.")
+    data = evaluation_data(run)
+    built = run.recipe.parts(run.config, RunText(data.tokenizer.vocab_size), "meta")
+    return load_on_demand(built.backbone, path, resident=resident, prefix="backbone."), data
+
+
+def to_gpu(model: nn.Module, accelerator: str) -> nn.Module:
+    """The model on a GPU where there is one, unless the run keeps to the CPU."""
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return model
+    return model.to(torch.device("cuda", torch.cuda.current_device()))
