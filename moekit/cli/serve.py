@@ -20,7 +20,6 @@ from moekit.runs.recipe import Recipe
 from moekit.runs.writer import Writer
 from moekit.serving import Limits, serve
 
-
 _COUNTS = {
     "max_lines": "maximum number of lines of a request",
     "max_characters": "maximum number of characters of a line",
