@@ -182,7 +182,7 @@ def test_a_written_line_is_one_line(run: Path, tmp_path: Path, monkeypatch: pyte
 def test_pieces_of_bytes_are_read_as_text(run: Path) -> None:
     tokenizer = Run.open(run).kept_tokenizer
     assert tokenizer is not None
-    newline = next(i for i in range(tokenizer.vocab_size) if tokenizer.pieces([i]) == ["<0x0A>"])
+    newline = next(i for i in range(tokenizer.vocab_size) if tokenizer._processor.id_to_piece(i) == "<0x0A>")
     word = tokenizer.encode("ba")
     assert tokenizer.decode([*word, newline, *word]) == "ba\n ba"
 
