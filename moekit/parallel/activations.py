@@ -43,6 +43,7 @@ class Activations(nn.Module):
         places where ranks talk are where an annotation changes.
 
     Example:
+        >>> import torch
         >>> annotate = Activations()
         >>> annotate.local(annotate.split(torch.ones(4, 2), 0, "expert")).shape  # one process
         torch.Size([4, 2])
