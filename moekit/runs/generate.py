@@ -50,7 +50,7 @@ def generate(
         experts_in_memory: so many experts of each layer at most, the others mapped from disk; 0 = all.
 
     Raises:
-        UserError: a language is missing or unknown, the input cannot be read, or the run writes no text.
+        UserError: a language is missing, unknown or without use, the input cannot be read, or the run writes no text.
     """
     config = config or run.config
     backbone, data = trained(run, experts_in_memory)
@@ -67,6 +67,10 @@ def generate(
         )
         write = partial(translator.translate, source=source, target=target)
     elif any(data.task(name).writes == "continuation" for name in data.tasks):
+        if target is not None:
+            raise UserError(
+                f"--to is for runs that translate: {run.path} continues text in the language of --from. Leave --to out."
+            )
         what = source
         completer = Completer(backbone, tokenizer, search=search, max_new_tokens=config.data.max_length)
         write = partial(completer.complete, language=source)
