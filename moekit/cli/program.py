@@ -54,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = {**SURGERY, **REPORTS}
     if name in runs:
         return run_command("python -m moekit", runs, name, rest)
+    if rest and is_help(rest) and name in recipes.COMMANDS:
+        print(_about_command(name))
+        return 0
     found: list[Recipe] = []
     return execute(lambda: found.append(_recipe(name, rest))) or recipes.main(
         found[0], [name, *rest[rest[:1] == [found[0].name] :]]
@@ -108,6 +111,16 @@ def _about() -> str:
         "python -m moekit generate FOLDER.\n"
         "To list the options, add --help after the command (and its recipe, if it needs one).\n"
         "python -m moekit.recipes.RECIPE COMMAND is the same as python -m moekit COMMAND RECIPE."
+    )
+
+
+def _about_command(name: str) -> str:
+    """Help of a command on recipes without a recipe, whose settings are the options."""
+    return (
+        f"usage: python -m moekit {name} RECIPE [--variant NAME] [--option value ...]\n\n"
+        f"{recipes.COMMANDS[name].help}.\n\n"
+        f"recipes:\n{overview({each: find_recipe(each, name).about for each in recipe_names()})}\n\n"
+        f"python -m moekit {name} RECIPE --help lists the options and the variants of a recipe."
     )
 
 

@@ -75,7 +75,7 @@ class LinearScorer(ExpertScorer):
 
 
 class ScoredRouter(Router):
-    """A router that begins with logits of a `ExpertScorer`.
+    """A router that begins with logits of an `ExpertScorer`.
 
     Args:
         dim: D.

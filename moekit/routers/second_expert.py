@@ -69,6 +69,9 @@ class RandomChoice(_AboveThreshold):
     Threshold 0.5 is GShard's rule "2 g2 > U(0, 1)" (arXiv:2006.16668 Algorithm 1); 0.2 is ST-MoE's
     (arXiv:2202.08906 appendix C). In training only: in evaluation every choice is sent.
 
+    Attributes:
+        threshold: weight from which a choice is always sent.
+
     Raises:
         ValueError: if `threshold` is not in (0, 1].
 
@@ -88,6 +91,9 @@ class RandomChoice(_AboveThreshold):
 
 class ThresholdChoice(_AboveThreshold):
     """Send a later choice where its weight is above a threshold: deterministic, the same in evaluation.
+
+    Attributes:
+        threshold: weight that a choice must exceed.
 
     Raises:
         ValueError: if `threshold` is not in (0, 1].

@@ -105,10 +105,16 @@ class Writer:
         """The languages, once they are known to be ones that the run knows.
 
         Raises:
-            UserError: one is missing, unknown, or not asked for.
+            UserError: one is missing, unknown, or without use.
         """
         source = self._known(source, "--from")
-        return source, None if self.writes == "continuation" else self._known(target, "--to")
+        if self.writes != "continuation":
+            return source, self._known(target, "--to")
+        if target is not None:
+            raise UserError(
+                "--to is for runs that translate: this one continues text in the language of --from. Leave --to out."
+            )
+        return source, None
 
     def _known(self, language: str | None, option: str) -> str:
         if language is None:

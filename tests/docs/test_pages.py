@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pkgutil
 import re
 import sys
 from dataclasses import dataclass
@@ -99,6 +100,18 @@ def test_commands_exist(page: Path) -> None:
         if module.startswith("moekit.recipes") and not any((ROOT / "moekit/recipes").glob("[!_]*.py")):
             pytest.skip("no recipe yet")
         assert importlib.util.find_spec(module), f"{name(page)}: no module {module}"
+
+
+def test_every_package_with_public_names_has_a_page() -> None:
+    pages = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs/api").glob("*.md"))}
+    shown = set(re.findall(r"^::: (\S+)", "\n".join(pages.values()), re.M))
+    assert all(pkgutil.resolve_name(name) for name in shown)
+    inits = sorted((ROOT / "moekit").glob("*/__init__.py"))
+    public = {f"moekit.{path.parent.name}" for path in inits if "__all__" in path.read_text(encoding="utf-8")}
+    assert len(public) > 10
+    assert not public - shown, "docs/api has no page for them"
+    listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert not [path.name for path in pages if f": api/{path.name}\n" not in listed], "mkdocs.yml does not list them"
 
 
 def test_blocks_are_found() -> None:

@@ -46,6 +46,8 @@ def test_what_it_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     prompts = tmp_path / "prompts"
     prompts.write_text("ba\n")
     given = ["generate", "--out", str(run), "--from", "avl", "--input", str(prompts), "--experts_in_memory"]
+    assert main(moe_lm.RECIPE, [*given, "0", "--to", "tnd"]) == 2
+    assert "continues text in the language of --from. Leave --to out." in capsys.readouterr().err
     assert main(moe_lm.RECIPE, [*given, "-1"]) == 2
     assert "must be at least 0, which means all: got -1" in capsys.readouterr().err
     checkpoint = run / "checkpoints" / "last.ckpt"

@@ -86,6 +86,16 @@ def test_one_program(capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("chosen", recipes.COMMANDS)
+def test_help_before_a_recipe_is_chosen_lists_them(chosen: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([chosen, "--help"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"usage: python -m moekit {chosen} RECIPE ")
+    assert recipes.COMMANDS[chosen].help in shown.out
+    assert all(f"\n  {name} " in shown.out for name in recipe_names())
+    assert not shown.err
+
+
 def test_a_recipe_gets_the_same_arguments_by_either_name(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[object, Namespace]] = []
     chosen = command.RecipeCommand("x", lambda parser: None, lambda recipe, config, given: seen.append((config, given)))
