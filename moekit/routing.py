@@ -254,7 +254,7 @@ class Capacity:
         if factor is None:
             return None
         if self.group_size is not None and self.group_size < num_tokens:
-            whole, rest = divmod(num_tokens, self.group_size)
+            whole, rest = num_tokens // self.group_size, num_tokens % self.group_size
             alone = dataclasses.replace(self, group_size=None)
             sizes = [self.group_size] * bool(whole) + [rest] * bool(rest)
             slots = [alone.slots(size, num_experts, k, training=training) or 0 for size in sizes]
