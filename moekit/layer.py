@@ -18,6 +18,9 @@ from moekit.experts.dense_pretraining import DensePretraining
 from moekit.mixing import ExpertOutputMasking, Mix, Mixed
 from moekit.routing import Router, Routing, RoutingContext, deviation_loss, register_pytree
 
+MOST_SLOTS = 8
+"""Slots for each assignment up to which a `MoELayer` pads by itself: as many as eight experts without a limit have."""
+
 
 @dataclass(frozen=True)
 class MoEOutput:
@@ -46,7 +49,9 @@ class MoELayer(Component):
     Args:
         router: chooses experts.
         experts: computes them; must have as many as the router chooses from.
-        dispatcher: None = padded where the routing has a capacity, packed where it is dropless.
+        dispatcher: None = padded where the routing has a capacity, packed where it is dropless, and where padding would
+            make more than `MOST_SLOTS` slots for each assignment (as a capacity factor that amounts to no limit does).
+            Experts that are spread over processes keep their slots, so that all ranks do the same.
         shared: an optional branch that every token takes: DeepSeek's shared experts (several are one wider
             feed-forward, see `moekit.experts.fine_grained`), the fixed branch of residual MoE, NLLB's dense branch.
         mix: how the shared branch and the experts are joined; None = added (arXiv:2401.06066, and arXiv:2201.05596 as
@@ -92,6 +97,10 @@ class MoELayer(Component):
     def num_experts(self) -> int:
         """E."""
         return self.router.num_experts
+
+    def extra_repr(self) -> str:  # noqa: D102
+        told = "" if self.dispatcher is None else f", dispatcher={type(self.dispatcher).__name__}"
+        return f"num_experts={self.num_experts}{told}"
 
     @property
     def requires_whole_bank(self) -> bool:
@@ -148,10 +157,16 @@ class MoELayer(Component):
             routing = self.output_masking(routing)
         dispatcher = self.dispatcher
         if dispatcher is None:
-            dispatcher = self._packed if routing.capacity is None else self._padded
+            dispatcher = self._packed if routing.capacity is None or self._mostly_empty(routing) else self._padded
         sent = dispatcher.dispatch(x, routing)
         computed = self.experts(sent.rows, sent.counts)
         return dispatcher.combine(computed, routing, sent.handle), routing
+
+    def _mostly_empty(self, routing: Routing) -> bool:
+        """Whether slots would be empty but for a few, whatever the router did."""
+        slots = routing.num_experts * (routing.capacity or 0)
+        compiled = torch.compiler.is_compiling()  # sizes may be symbols there
+        return not compiled and self._packed.exchange is None and slots > MOST_SLOTS * routing.token.numel()
 
     def _dense(self, phase: DensePretraining, x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Routing]:
         routing = phase.routing(self.router, x, context)

@@ -7,6 +7,7 @@ D model dimension, F hidden dimension of an expert, B sequences, S source positi
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
+from torch.utils._pytree import tree_map_only
 
 from moekit.component import Component, components
 from moekit.stepping import StepWatch, _Ear, writes
@@ -125,7 +127,7 @@ def deviation_loss(parts: Sequence[Deviation]) -> Tensor:
     return total.abs() / torch.stack([part.count for part in parts]).sum().clamp_min(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Routing:
     """A list of N assignments: which token goes to which expert, with what weight, and whether there was room.
 
@@ -172,11 +174,43 @@ class Routing:
         """Bool[N]: assignments that asked for a place, kept or dropped."""
         return self.position >= 0
 
+    def __repr__(self) -> str:
+        return f"Routing({', '.join(f'{name}={value}' for name, value in self._sizes().items())})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: sizes, losses and the load of every expert. Waits for the device that holds them."""
+        host = tree_map_only(Tensor, lambda leaf: leaf.detach().cpu(), self)  # host read: to be shown
+        values = {**host.losses, **host.statistics}
+        told = {**host._sizes(), **{name: f"{float(value):.4g}" for name, value in values.items() if not value.ndim}}
+        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in told.items())
+        load = routing_stats(host).load.tolist()
+        total, most = max(sum(load), 1), max(load, default=0) or 1
+        bars = "".join(
+            f'<span title="expert {e}: {n:,} ({n / total:.1%})" style="display:inline-block;width:8px;margin-right:1px;'
+            f'background:#0067a5;height:{max(1, round(40 * n / most))}px"></span>'
+            for e, n in enumerate(load)
+        )
+        return f"<table>{rows}<tr><th>load by expert</th><td>{bars}</td></tr></table>"
+
+    def _sizes(self) -> dict[str, object]:
+        """What can be said without a wait for a device: what was dropped, only of a list that the host holds."""
+        found: dict[str, object] = {"tokens": self.num_tokens, "experts": self.num_experts}
+        found["assignments"] = self.token.numel()
+        if self.choices is not None:
+            found["k"] = self.choices
+        found["capacity"] = self.capacity
+        if self.capacity is None or self.all_kept:
+            found["dropped"] = "0.0%"
+        elif type(self.kept) is Tensor and self.kept.device.type == "cpu":
+            asked = int(self.queued.sum())
+            found["dropped"] = f"{1 - int((self.kept & self.queued).sum()) / max(asked, 1) if asked else 0:.1%}"
+        return found
+
 
 register_pytree(Routing, static=("num_tokens", "num_experts", "capacity", "choices", "all_kept"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Capacity:
     """How many tokens an expert takes and who is served first when more ask.
 
@@ -222,6 +256,12 @@ class Capacity:
     share: Share = "choices"
     group_size: int | None = None
 
+    def __repr__(self) -> str:
+        told = [
+            f for f in dataclasses.fields(self) if f.name in ("train", "eval") or getattr(self, f.name) != f.default
+        ]
+        return f"Capacity({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in told)})"
+
     def __post_init__(self) -> None:
         for name in ("train", "eval"):
             factor = getattr(self, name)
@@ -254,7 +294,7 @@ class Capacity:
         if factor is None:
             return None
         if self.group_size is not None and self.group_size < num_tokens:
-            whole, rest = divmod(num_tokens, self.group_size)
+            whole, rest = num_tokens // self.group_size, num_tokens % self.group_size
             alone = dataclasses.replace(self, group_size=None)
             sizes = [self.group_size] * bool(whole) + [rest] * bool(rest)
             slots = [alone.slots(size, num_experts, k, training=training) or 0 for size in sizes]

@@ -61,6 +61,9 @@ class SoftMoELayer(Component):
         self.scale = nn.Parameter(torch.empty(()))
         self.reset_parameters()
 
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"dim={self.dim}, num_experts={self.num_experts}, slots={self.slots}"
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the slot vectors anew (normal, of length about 1); the scale becomes 1."""

@@ -81,7 +81,7 @@ class _Ear:
             router.observe(routing)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether this is the second forward of activation checkpointing."""
     return torch._C._current_graph_task_id() != -1
 
@@ -90,7 +90,7 @@ def _in_backward() -> bool:
 def _turn(router: Any, arguments: Any) -> None:
     """Before the first forward after a backward: nothing of the last micro-batch will be computed again."""
     ear: _Ear | None = router._ear
-    if ear is not None and ear.passed and router.training and not _in_backward():
+    if ear is not None and ear.passed and router.training and not in_backward():
         ear.tell(router)
 
 
@@ -100,7 +100,7 @@ def _hear(router: Any, arguments: Any, routing: Any) -> None:
     ear: _Ear | None = router._ear
     if ear is None or not router.training or router.frozen:
         return
-    if _in_backward():
+    if in_backward():
         ear.passed = True
         return
     ear.pending.append(_pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, routing))

@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import moekit as mk
 from moekit import routers
 from moekit.dispatch import Dispatched, PackedDispatcher, PaddedDispatcher
 from moekit.experts import GroupedMLP
 from moekit.functional import moe_reference
 from moekit.layer import AuxLosses, MoELayer, MoEOutput
 from moekit.routing import Capacity, Routing, RoutingContext
-from moekit.testing import assert_close
+from moekit.testing import assert_close, assert_same, trace
 
 D, E = 6, 4
 
@@ -203,3 +206,50 @@ def test_aux_losses_print() -> None:
     assert repr(AuxLosses(load_balance=1e-2, router_z=1e-3)) == (
         "AuxLosses(load_balance=0.01, router_z=0.001, layers='sum')"
     )
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most bytes that one operation made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self.bytes = max(self.bytes, leaf.numel() * leaf.element_size())
+        return made
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_a_capacity_without_a_limit_takes_no_more_than_the_tokens(padding: bool) -> None:
+    """All tokens at one of 64 experts: 64 slots for each token, of which rows of tokens are a 64th."""
+    tokens, dim, num_experts = 512, 16, 64
+    router = mk.routers.switch(dim, num_experts, jitter=0.0, capacity_factor=64.0)
+    layer = mk.MoELayer(router, mk.experts.GroupedMLP(num_experts, dim, 32, bias=True))
+    slow = mk.MoELayer(router, layer.experts, mk.PaddedDispatcher())
+    with torch.no_grad():
+        (scores,) = router.parameters()
+        scores.zero_()[:, 0] = 1.0
+    x = torch.rand(tokens, dim)
+    context = mk.RoutingContext(mask=torch.arange(tokens) % 3 > 0) if padding else None
+    assert router(x, context).capacity == tokens
+    assert_same(
+        trace(lambda x: layer(x, context), layer, x), trace(lambda x: slow(x, context), slow, x), "packed instead"
+    )
+    with torch.no_grad(), Largest() as packed:
+        _, routing = layer(x, context)
+    with torch.no_grad(), Largest() as padded:
+        slow(x, context)
+    assert padded.bytes == num_experts * tokens * 32 * 4
+    assert packed.bytes <= tokens * num_experts * 4  # scores of all experts, or rows of twice the width
+    stats = mk.routing_stats(routing)
+    assert stats.load.tolist() == stats.kept.tolist() == [int(routing.kept.sum())] + [0] * (num_experts - 1)
+
+
+def test_slots_stay_where_they_are_not_mostly_empty() -> None:
+    layer = mk.MoELayer(mk.routers.switch(4, 16, capacity_factor=8.0), mk.experts.GroupedMLP(16, 4, 5))
+    x = torch.randn(64, 4)
+    assert not layer._mostly_empty(layer.router(x))
+    more = mk.MoELayer(mk.routers.switch(4, 16, capacity_factor=8.3), layer.experts)
+    assert more._mostly_empty(more.router(x))

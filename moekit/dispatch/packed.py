@@ -17,17 +17,24 @@ from moekit.routing import Routing
 
 @dataclass(frozen=True)
 class _Handle:
-    """Which assignment and which token each row of this rank is, and the route to the experts."""
+    """Which assignment and which token each row of this rank is, the route to the experts, and whether rows are empty.
+
+    The rows of what is not kept stand behind the others where the number of rows must not depend on data.
+    """
 
     assignment: Tensor
     token: Tensor
     route: Route | None
+    padded: bool = False
 
 
 class PackedDispatcher(ExchangeDispatcher):
     """Rows without padding, for any routing, with or without capacity.
 
     Across ranks each sends what it has: loads, batches and numbers of rows may differ, and any of them may be zero.
+
+    In a graph of `torch.compile` or `torch.export` the number of rows must be known without a look at data. There every
+    assignment has a row: those that are not kept are zeros, which follow the last expert's rows and weigh nothing.
     """
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
@@ -40,10 +47,15 @@ class PackedDispatcher(ExchangeDispatcher):
         # An expert's kept assignments hold the places 0..n-1 of its queue, so the row of each is known without a sort.
         row = start[routing.expert] + routing.position
         listed = routing.token.numel()
+        padded = False
         if route is not None:
             total = route.rows
         elif routing.all_kept or x.device.type == "meta":
             total = listed
+        elif torch.compiler.is_compiling():
+            total, padded = listed, True
+            row = torch.where(kept, row, counts.sum() + (~kept).cumsum(0) - 1)
+            counts = torch.cat([counts[:-1], listed - counts[:-1].sum(0, keepdim=True)])
         else:
             total = int(on_host(counts).sum())
         number = torch.arange(listed, device=x.device)
@@ -56,7 +68,9 @@ class PackedDispatcher(ExchangeDispatcher):
         token = routing.token[assignment]
         rows = take(x, token, routing.choices)
         if route is None:
-            return Dispatched(rows, counts, _Handle(assignment, token, None))
+            if padded:
+                rows = rows.masked_fill(~kept[assignment][:, None], 0.0)
+            return Dispatched(rows, counts, _Handle(assignment, token, None, padded))
         rows = transpose_blocks(route.send(rows), route.received)
         counts = remember(route.received.sum(0), on_host(route.received).sum(0))  # read with the messages' sizes
         return Dispatched(rows, counts, _Handle(assignment, token, route))
@@ -65,6 +79,7 @@ class PackedDispatcher(ExchangeDispatcher):
         """Add every row, times its weight, to its token."""
         if handle.route is not None:
             y = handle.route.back(transpose_blocks(y, handle.route.received.t()))
-        weight = routing.weight.index_select(0, handle.assignment)
+        weight = torch.where(routing.kept, routing.weight, 0.0) if handle.padded else routing.weight
+        weight = weight.index_select(0, handle.assignment)
         wide = torch.promote_types(y.dtype, torch.float32)
         return add(y.to(wide) * weight.to(wide)[:, None], handle.token, routing.num_tokens, routing.choices)

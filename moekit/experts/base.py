@@ -32,15 +32,21 @@ class Experts(Component, ABC):
             must respect it.
         requires_whole_bank: whether forward needs all experts in one process, so that the bank must not be spread over
             several (expert parallelism refuses it).
+        shown: names of the attributes that ``print(model)`` shows; those that a bank lacks or has as None are left out.
     """
 
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     matrices: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[tuple[str, ...]] = ()
     requires_whole_bank: ClassVar[bool] = False
+    shown: ClassVar[tuple[str, ...]] = ("num_experts", "dim", "hidden_dim", "activation", "dropout")
     num_experts: int
     dim: int
     depth_scale: float = 1.0
+
+    def extra_repr(self) -> str:  # noqa: D102
+        found = {name: getattr(self, name, None) for name in self.shown}
+        return ", ".join(f"{name}={value!r}" for name, value in found.items() if value is not None)
 
     @torch.no_grad()
     def scale_outputs_(self, depth_scale: float) -> None:

@@ -49,6 +49,8 @@ class BASELayerStack(Experts):
         "b_out": ("expert", "layer", "embed"),
     }
 
+    shown: ClassVar[tuple[str, ...]] = (*Experts.shown, "num_layers")
+
     def __init__(
         self,
         num_experts: int,

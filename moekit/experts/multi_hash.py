@@ -43,6 +43,7 @@ class MultiHashMLP(FeedForwardExperts):
         "w_out": ("expert", "mlp", "embed"),
     }
     matrices: ClassVar[tuple[str, ...]] = ("w_in", "w_out")
+    shown: ClassVar[tuple[str, ...]] = (*FeedForwardExperts.shown, "num_segments")
 
     def __init__(
         self,

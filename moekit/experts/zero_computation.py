@@ -47,6 +47,7 @@ class ZeroComputationExperts(Experts):
     """
 
     requires_whole_bank: ClassVar[bool] = True
+    shown: ClassVar[tuple[str, ...]] = (*Experts.shown, "zero", "copy", "constant")
 
     def __init__(self, experts: Experts, *, zero: int = 1, copy: int = 1, constant: int = 2) -> None:
         super().__init__()

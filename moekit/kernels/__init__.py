@@ -4,12 +4,14 @@ from moekit.kernels.balanced_assignment import balanced_assignment
 from moekit.kernels.grouped_mm import grouped_mm, grouped_mm_reference
 from moekit.kernels.grouped_rows import repeat_rows
 from moekit.kernels.host_counts import on_host, remember, split_counts
+from moekit.kernels.onnx_translations import onnx_translations
 
 __all__ = [
     "balanced_assignment",
     "grouped_mm",
     "grouped_mm_reference",
     "on_host",
+    "onnx_translations",
     "remember",
     "repeat_rows",
     "split_counts",

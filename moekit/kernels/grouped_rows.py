@@ -21,6 +21,9 @@ def repeat_rows(values: Tensor, counts: Tensor, num_rows: int) -> Tensor:
         `torch.repeat_interleave` is a scattered addition there, in any order and in the type of `values`, where bf16
         stops growing at 256 times a summand.
     """
+    if torch.compiler.is_exporting():  # in operations that every format has
+        expert = (torch.arange(num_rows, device=values.device)[:, None] >= counts.cumsum(0)).sum(1)
+        return values[expert]
     if values.device.type != "cuda":
         return values.repeat_interleave(counts, dim=0, output_size=num_rows)
     repeated: Tensor = _Repeat.apply(values, counts, num_rows)

@@ -3,12 +3,16 @@
 `write_report` makes report.html, `terminal_summary` prints one screen, `write_comparison` sets runs side by side,
 `results_markdown` is for committing. ``python -m moekit.report RUN`` does the same from a shell.
 
+`figures` draws the routing of any module, without a run folder, and `RoutingReport` is a callback that writes a page
+of it.
+
 What is shown stands in the classes of `view`, which results, curves, experts, samples and comparison fill from run
 folders. page.html, run.md and terminal lay it out; texts.toml holds the prose of the pages.
 """
 
 from moekit.report.comparison import write_comparison
+from moekit.report.own_module import RoutingReport, figures
 from moekit.report.run import results_markdown, write_report
 from moekit.report.terminal import terminal_summary
 
-__all__ = ["results_markdown", "terminal_summary", "write_comparison", "write_report"]
+__all__ = ["RoutingReport", "figures", "results_markdown", "terminal_summary", "write_comparison", "write_report"]

@@ -13,6 +13,7 @@ from moekit.report.style import DIVERGING_LEVELS, diverging_class
 from moekit.report.view import Figure, Heat, PageSection, Scale, Table, caption, heading
 
 _SCALE = Scale([f"d{i}" for i in range(DIVERGING_LEVELS)], "\u00bc or less", "4 or more", "(middle: fair share)")
+_HELD_OUT = "Measured on held-out text."
 _VISIBLE_TEXT = 8  # experts: with more, numbers do not fit into the cells
 _NAMED_COLUMNS = 24
 
@@ -38,9 +39,15 @@ def experts(run: RunFolder) -> PageSection:
         used = " Per token: how many experts a token used, on average." if "per token" in table.headers else ""
         figures = [
             Figure(*caption("load", worry=worry), heats=[_load_map(health)], scale=_SCALE),
-            Figure(*caption("health", worry=worry, used=used), table=table, wide=bool(used)),
+            Figure(
+                *caption("health", worry=worry, used=used, measured=run.routing.get("measured", _HELD_OUT)),
+                table=table,
+                wide=bool(used),
+            ),
         ]
-    if health and len(run.languages) != 1:  # of one language it would be the load map again
+    if (
+        health and "measured" not in run.routing and len(run.languages) != 1
+    ):  # of one language it would be the load map again
         if maps := [_language_map(x) for x in health if x.by_language]:
             width = _map_width(len(maps), max(x.num_experts for x in health if x.by_language))
             explained = caption("language_maps", worry=worry)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
@@ -71,6 +72,17 @@ class Curves:
 
     def svg(self) -> Markup:
         """The chart as inline SVG."""
+        with self._drawn() as canvas:
+            return canvas.svg(self.description)
+
+    def figure(self) -> Figure:
+        """The chart as a figure of Matplotlib, under its description."""
+        with self._drawn() as canvas:
+            canvas.axes.set_title(drawable(self.description), fontsize=9)
+            return canvas.figure
+
+    @contextlib.contextmanager
+    def _drawn(self) -> Iterator[Canvas]:
         with Canvas(self.height) as canvas:
             axes = canvas.axes
             shown = []
@@ -101,7 +113,7 @@ class Curves:
             if formatter := _FORMATS[self.unit]:
                 axes.yaxis.set_major_formatter(formatter)
             canvas.legend()
-            return canvas.svg(self.description)
+            yield canvas
 
 
 @dataclass(frozen=True)

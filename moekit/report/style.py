@@ -45,6 +45,8 @@ _DIVERGING = {
     "dark": ("#3579a8", "#2a5d82", "#23425a", "#262d36", "#74431d", "#d27528", "#ffc99a"),
 }
 
+DIVERGING = _DIVERGING["light"]
+
 _PAINTED = {
     "rule": ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"),
     "muted": ("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"),

@@ -72,7 +72,7 @@ def _enqueue_groups(
     """`enqueue` in local groups: a queue for every expert and group, then one for the batch."""
     t, k = expert.shape
     assert capacity.group_size is not None
-    whole, rest = divmod(t, capacity.group_size)
+    whole, rest = t // capacity.group_size, t % capacity.group_size
     group = local_groups(t, capacity.group_size, expert.device)
     full, last = (capacity.slots(n, num_experts, k, training=training) or 0 for n in (capacity.group_size, rest))
     room = torch.where(group < whole, full, last).repeat(k)

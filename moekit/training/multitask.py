@@ -19,6 +19,7 @@ from moekit.parallel.gradients import global_weights
 from moekit.tasks.head import Head, HeadOutput
 from moekit.tasks.score import AnswerScore
 from moekit.training.metrics import RoutingStatistics, TokenPerplexity
+from moekit.training.metrics.routing import learns
 from moekit.training.schedules import per_step
 from moekit.transformer import routed_layers
 
@@ -118,7 +119,7 @@ class MultitaskModule(L.LightningModule):
         self.valid_accuracy = MetricCollection({task: _mean() for task in tasks}, compute_groups=False)
         sparse: dict[str, Any] = routed_layers(backbone)
         layers = {name: int(layer.num_experts) for name, layer in sparse.items()}
-        fixed = [name for name, layer in sparse.items() if not _learns(layer)]
+        fixed = [name for name, layer in sparse.items() if not learns(layer)]
         self.train_routing = RoutingStatistics(layers, self.languages, fixed) if layers else None
         self.valid_routing = RoutingStatistics(layers, self.languages, fixed) if layers else None
         scored = [head for head in heads if head.scores]
@@ -304,9 +305,3 @@ class MultitaskModule(L.LightningModule):
 def _mean() -> MeanMetric:
     """A mean of numbers that are never NaN: looking for one would wait for the device at every update."""
     return MeanMetric(nan_strategy="disable")
-
-
-def _learns(layer: nn.Module) -> bool:
-    """Whether the layer's router has parameters; one that is no `MoELayer` is taken to learn."""
-    router = getattr(layer, "router", None)
-    return router is None or any(True for _ in router.parameters())

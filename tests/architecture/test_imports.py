@@ -83,7 +83,11 @@ SAME_FLOOR = {
 CIRCLES: list[set[str]] = []
 
 # Rooms that must run with nothing but torch and the standard library (and lower rooms of moekit).
-TORCH_ONLY = {"functional": {"torch"}, "kernels": {"torch", "triton", "numpy", "numba"}, "dispatch": {"torch"}}
+TORCH_ONLY = {
+    "functional": {"torch"},
+    "kernels": {"torch", "triton", "numpy", "numba", "onnxscript"},
+    "dispatch": {"torch"},
+}
 
 # The root package and the test harness stand outside the floors.
 ROOT, TESTING = "", "testing"

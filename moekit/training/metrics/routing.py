@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moekit.parallel.host_memory import to_host
 from moekit.routing import Routing, routing_stats
@@ -178,6 +178,12 @@ class RoutingStatistics(WideMetric):
             "load_cv": share.std(correction=0).item() * num_experts,
             "load_max_ratio": share.max().item() * num_experts,
         }
+
+
+def learns(layer: nn.Module) -> bool:
+    """Whether the layer's router has parameters; one that is no `MoELayer` is taken to learn."""
+    router = getattr(layer, "router", None)
+    return router is None or any(True for _ in router.parameters())
 
 
 def _routed_tokens(routing: Routing) -> Tensor:
