@@ -329,12 +329,12 @@ def test_where_it_is_written(tmp_path: Path) -> None:
 
 
 def test_no_partial_output_when_the_disk_says_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moekit.huggingface import writing
+    from moekit import mapped
 
     def full(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "save_file", full)
+    monkeypatch.setattr(mapped, "save_file", full)
     with pytest.raises(UserError, match=r"cannot write model in the folder .*: the disk is full"):
         export_model(like_t5(), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
