@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from moekit.huggingface.keys import Link, Shape
 from moekit.huggingface.model import build
 from moekit.huggingface.settings import Fields, Setting
 from moekit.mapped import MappedTensor, read_safetensors
+from moekit.stored import parse_json
 from moekit.transformer import EncoderDecoder
 
 WEIGHTS, INDEX, EXACT = "model.safetensors", "model.safetensors.index.json", "moekit.safetensors"
@@ -171,7 +171,7 @@ def _config(folder: Path) -> tuple[dict[str, Any], Family]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} must be readable JSON: {error}.") from None
     if not isinstance(data, dict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -26,6 +25,7 @@ from moekit.runs.environment import environment
 from moekit.runs.plain import plain, require_same
 from moekit.runs.recipe import Recipe, RunText, find_recipe
 from moekit.runs.record import RoutingRecord, Sample, Summary
+from moekit.stored import parse_json, parse_yaml
 from moekit.surgery import SparseLayer, require_complete, sparse_layers
 from moekit.surgery.adapters import merged_state
 from moekit.training.callbacks.config import CONFIG_KEY
@@ -240,8 +240,8 @@ class Run:
     def _record(self, name: str, made: Callable[[Any], R]) -> R | None:
         path = self.path / name
         try:
-            return made(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-        except (OSError, ValueError, TypeError) as error:
+            return made(parse_json(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        except (OSError, ValueError, TypeError, OverflowError) as error:
             raise UserError(f"{path} cannot be read ({error}). Write it again: test.") from None
 
     def require_same(self, config: Mapping[str, Any], free: Collection[str] = ()) -> None:
@@ -284,8 +284,8 @@ class Run:
         if self.described_by is None and not path.is_file():
             raise UserError(f"{self.path} does not say what model it is of: give the config.yaml of a run (--config).")
         try:
-            return path, yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            return path, parse_yaml(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise UserError(f"{path} must be readable YAML: {' '.join(str(error).split())}.") from None
 
     @property
