@@ -24,7 +24,10 @@ _CAUSES = {
     errno.EACCES: "permission denied; choose another folder or change its permissions",
     errno.EPERM: "permission denied; choose another folder or change its permissions",
     errno.ENOTDIR: "a file is in the place of a folder; choose another folder",
+    errno.EEXIST: "a file, or a link to nothing, is in the place of a folder; move it away",
+    errno.EISDIR: "a folder is in the place of a file; move it away",
 }
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def write_error(path: Path, error: OSError | SafetensorError) -> UserError:
@@ -35,6 +38,19 @@ def write_error(path: Path, error: OSError | SafetensorError) -> UserError:
 def reason(error: OSError | SafetensorError) -> str:
     """Why a write failed, and what to do, in the user's words."""
     return _CAUSES.get(getattr(error, "errno", None) or 0, str(getattr(error, "strerror", None) or error))
+
+
+def disk_trouble(error: BaseException, place: Path) -> OSError | None:
+    """The failed write to a disk, full for example, or to a file below `place`, that `error` is or came of, if any."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and (
+            found.errno in _FULL
+            or (isinstance(found.filename, str) and place.absolute() in Path(found.filename).absolute().parents)
+        ):
+            return found
+        found = found.__cause__ or found.__context__
+    return None
 
 
 @contextlib.contextmanager

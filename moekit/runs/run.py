@@ -168,15 +168,21 @@ class Run:
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from, None before the first."""
-        path = self.checkpoints / "last.ckpt"
-        return path if path.exists() else None  # a file, or the folder of a sharded one
+        """The checkpoint to resume from, a file or the folder of a sharded one; None before the first.
+
+        Raises:
+            UserError: it is a link to nothing.
+        """
+        return _present(self.checkpoints / "last.ckpt")
 
     @property
     def best_checkpoint(self) -> Path | None:
-        """The best checkpoint, else the last, None before the first."""
-        path = self.checkpoints / "best.ckpt"
-        return path if path.exists() else self.last_checkpoint
+        """The best checkpoint, else the last, None before the first.
+
+        Raises:
+            UserError: it is a link to nothing.
+        """
+        return _present(self.checkpoints / "best.ckpt") or self.last_checkpoint
 
     @property
     def kept_tokenizer(self) -> Tokenizer | None:
@@ -267,9 +273,14 @@ class Run:
         return last
 
     def clear(self) -> None:
-        """Remove what a run writes, and nothing else."""
+        """Remove what a run writes, and nothing else.
+
+        Raises:
+            UserError: it cannot be removed.
+        """
         for name in _FILES:
-            (self.path / name).unlink(missing_ok=True)
+            with writing(self.path / name):
+                (self.path / name).unlink(missing_ok=True)
         for name in _FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
@@ -373,3 +384,10 @@ class Run:
     def layers(self) -> dict[str, SparseLayer]:
         """Its sparse layers by dotted path."""
         return sparse_layers(self.model())
+
+
+def _present(path: Path) -> Path | None:
+    """The path, if something is there; a run must not begin anew where its checkpoint is on a disk that is not."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} must be a checkpoint: it is a link to {os.readlink(path)}, where nothing is.")
+    return path if path.exists() else None

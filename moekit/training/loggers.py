@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from moekit.atomic import replacing, write_error
+from moekit.atomic import replacing, write_error, writing
 
 _FIRST = ("step", "epoch")
 
@@ -136,8 +136,14 @@ class CsvLogger(Logger):
 
 
 def run_loggers(folder: str | Path) -> list[Logger]:
-    """The loggers of a run folder: `CsvLogger`, and TensorBoard events in ``tensorboard/`` where it is installed."""
+    """The loggers of a run folder: `CsvLogger`, and TensorBoard events in ``tensorboard/`` where it is installed.
+
+    Raises:
+        UserError: the folder for TensorBoard cannot be made.
+    """
     loggers: list[Logger] = [CsvLogger(folder)]
     if importlib.util.find_spec("tensorboard") is not None:
+        with writing(Path(folder) / "tensorboard"):  # its own error would come in the middle of training
+            (Path(folder) / "tensorboard").mkdir(parents=True, exist_ok=True)
         loggers.append(TensorBoardLogger(save_dir=str(folder), name="tensorboard", version=""))
     return loggers
