@@ -18,7 +18,8 @@ SEEDS = {
     "token store, unchecked": 500,
     "tokenizer": 600,
     "held-out text": 500,
-    "run folder": 2000,
+    "configuration of a run": 600,
+    "records of a run": 1400,
 }
 FEW = 40
 
