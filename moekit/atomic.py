@@ -26,6 +26,9 @@ _CAUSES = {
     errno.ENOTDIR: "a file is in the place of a folder; choose another folder",
     errno.EEXIST: "a file, or a link to nothing, is in the place of a folder; move it away",
     errno.EISDIR: "a folder is in the place of a file; move it away",
+    errno.ENAMETOOLONG: "the name is longer than the system allows; choose a shorter one",
+    errno.ELOOP: "links lead in a circle; mend them",
+    errno.EIO: "the disk cannot be read; use a copy",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -33,6 +36,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def write_error(path: Path, error: OSError | SafetensorError) -> UserError:
     """The user's view of a failed write: what could not be written, in which folder, and what to do."""
     return UserError(f"cannot write {path.name} in the folder {path.parent}: {reason(error)}.")
+
+
+def path_error(error: OSError) -> UserError | None:
+    """The user's view of a path that cannot be used, for who meets it where nobody asks; None for other troubles."""
+    if error.filename is None or error.errno not in _CAUSES:
+        return None
+    return UserError(f"cannot use {os.fsdecode(error.filename)}: {reason(error)}.")
 
 
 def reason(error: OSError | SafetensorError) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import jsonargparse
 from rich.console import Console
 
+from moekit.atomic import path_error
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
@@ -57,7 +58,12 @@ def execute(command: Callable[[], None]) -> int:
     """Run a command and return its exit code: 0, or 2 where the input is at fault, which one message says."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        command()
+        try:
+            command()
+        except OSError as error:
+            if (said := path_error(error)) is None:
+                raise
+            raise said from error
     except UserError as error:
         console.print("[bold red]error:[/] " + str(error).replace("[", r"\["))
         return 2

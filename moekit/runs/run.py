@@ -192,7 +192,7 @@ class Run:
             UserError: it is not as it was written.
         """
         place = self.path / _TOKENIZER
-        if not place.is_dir():
+        if _present(place) is None:
             return None
         try:
             return Tokenizer.load(place)
@@ -209,7 +209,7 @@ class Run:
             UserError: they are not as they were written.
         """
         path = self.path / _HELD_OUT
-        return HeldOut.read(path) if path.exists() else None
+        return None if _present(path) is None else HeldOut.read(path)
 
     def keep(self, tokenizer: Tokenizer | None, held_out: HeldOut | None) -> None:
         """Write the tokenizer and the sentences for evaluation; of None nothing is written.
@@ -387,7 +387,7 @@ class Run:
 
 
 def _present(path: Path) -> Path | None:
-    """The path, if something is there; a run must not begin anew where its checkpoint is on a disk that is not."""
+    """The path, if something is there: what lies on a disk that is away today is no reason to do without it."""
     if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} must be a checkpoint: it is a link to {os.readlink(path)}, where nothing is.")
+        raise UserError(f"{path} must be what the run has written: it is a link to {os.readlink(path)}, which is away.")
     return path if path.exists() else None

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from moekit.atomic import replacing, write_error, writing
+from moekit.errors import UserError
 
 _FIRST = ("step", "epoch")
 
@@ -106,19 +107,26 @@ class CsvLogger(Logger):
         if not self.path.exists():
             return
         rows = self._read()
-        kept = [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < step]
+        kept = [row for row in rows if row.get("step", "").isdecimal() and int(row["step"]) < step]
         if rows:
             self._columns += [name for name in rows[0] if name not in _FIRST]
         self._rewrite(kept)
         self._offset = None
 
     def _read(self) -> list[dict[str, str]]:
-        """The whole rows of the file; one that is torn at the end is left out."""
+        """The whole rows of the file; one that is torn at the end is left out, as are those that are no rows.
+
+        Raises:
+            UserError: it cannot be read.
+        """
         if not self.path.exists():
             return []
         text = self.path.read_bytes().decode("utf-8", errors="replace")
         whole = text[: text.rfind("\n") + 1]
-        return [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values()]
+        try:
+            return [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values() and None not in row]
+        except csv.Error as error:
+            raise UserError(f"{self.path} must hold rows of numbers: {error}. Mend it, or move it away.") from None
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         assert self._columns is not None

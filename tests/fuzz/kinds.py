@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import yaml
-from mutations import BYTES, Damage, change_value, odd_yaml
+from mutations import BYTES, Damage, change_value, odd_yaml, quote
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "data"))
@@ -38,6 +38,7 @@ from moekit.runs.surgery.compensating import copies_of
 from moekit.source import Direction
 from moekit.training.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 from moekit.training.checkpoint_state import load_state
+from moekit.training.loggers import CsvLogger
 
 WANTED = Wanted(((Direction("aa", "bb"), "train"), (Direction("aa", "bb"), "test")), (("cc", "train"),))
 
@@ -51,12 +52,14 @@ class Kind:
         read: reads it all; what it returns is compared with what the right one gave.
         damage: what is done to the bytes of one of its files.
         known: whether changed bytes are known: content is right then, or refused. Else nothing but crashes counts.
+        least: the share of damaged ones that must be refused, since else the damage would be none.
     """
 
     make: Callable[[Path], None]
     read: Callable[[Path], Any]
     damage: Sequence[Damage] = BYTES
     known: bool = True
+    least: float = 0.1
 
 
 @dataclass
@@ -274,6 +277,22 @@ def _read_records(place: Path) -> None:
         raise wrong[0]
 
 
+def _make_metrics(place: Path) -> None:
+    place.mkdir()
+    logger = CsvLogger(place)
+    logger.continue_from(0)
+    for step in range(900):
+        logger.log_metrics({"epoch": step // 300, "train/loss": 9 / (step + 1), "valid/loss": 1e-3 * step}, step)
+    logger.save()
+
+
+def _read_metrics(place: Path) -> None:
+    """As the report does, and as a run that goes on does, which writes them again."""
+    read_run(place)
+    CsvLogger(place).continue_from(700)
+    read_run(place)
+
+
 KINDS = {
     "checkpoint of one file": Kind(_make_file, _read_file),
     "sharded checkpoint": Kind(_make_folder, _read_folder, (*BYTES, change_value)),
@@ -285,5 +304,6 @@ KINDS = {
     "configuration of a run": Kind(
         _make_configuration, lambda p: Run.open(p).config, (*BYTES, *[odd_yaml] * 12), known=False
     ),
+    "metrics of a run": Kind(_make_metrics, _read_metrics, (*BYTES, *[quote] * 2), known=False, least=0),
     "records of a run": Kind(_make_records, _read_records, (*BYTES, *[change_value] * 12), known=False),
 }

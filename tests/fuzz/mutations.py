@@ -59,6 +59,16 @@ def append(data: bytes, chance: random.Random) -> bytes:
     return data + chance.randbytes(chance.randrange(1, 200))
 
 
+def quote(data: bytes, chance: random.Random) -> bytes:
+    """A mark of CSV somewhere, which may make one field of all that follows; of files that are long enough."""
+    place = chance.randrange(len(data))
+    return (
+        data[:place]
+        + chance.choice([b'"', b',"', b"\n", b",,,", "²,".encode()])
+        + data[place:] * chance.choice([1, 20])
+    )
+
+
 def replace(data: bytes, chance: random.Random) -> bytes:
     """Another file altogether."""
     return chance.choice([b"", b"\0" * 64, chance.randbytes(300), b"[" * 100_000, b'{"a":' * 100_000, b"PK\3\4" + data])

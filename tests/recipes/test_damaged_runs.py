@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from moekit.cli.program import main as program
 from moekit.cli.program import surgery
 from moekit.cli.recipes import main
 from moekit.parallel import verify_checkpoint
@@ -151,8 +152,8 @@ def test_what_is_in_the_place_of_folders_is_named(
         capsys.readouterr()
         assert fit(run, room / "cache", "--resume", "--train.max_steps", "3") == 2
         line = error_of(capsys)
-        assert name in line
-        assert "in the place of" in line
+        assert str(run / name) in line or f"{name} in the folder {run}" in line
+        assert ("in the place of" in line) != (name == "tokenizer")
 
 
 def test_a_run_whose_checkpoint_is_a_link_to_nothing_does_not_begin_anew(
@@ -167,3 +168,21 @@ def test_a_run_whose_checkpoint_is_a_link_to_nothing_does_not_begin_anew(
     assert fit(run, room / "cache", "--resume", "--train.max_steps", "3") == 2
     assert "it is a link to" in error_of(capsys)
     assert Run.open(run).summary is None
+
+
+def test_paths_that_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = tmp_path / ("x" * 300)
+    assert program(["report", str(long)]) == 2
+    assert error_of(capsys) == (
+        f"error: cannot use {long}: the name is longer than the system allows; choose a shorter one."
+    )
+
+    def closed(path: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "stat", closed)
+    for command in (["report", "a"], ["inspect", "a"], ["test", "--out", "a"]):
+        assert program(command) == 2
+        assert "cannot use a" in error_of(capsys)
