@@ -340,6 +340,19 @@ def test_no_partial_output_when_the_disk_says_no(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_altered_export_is_refused(tmp_path: Path) -> None:
+    """A number of it is another: transformers would take it, and so would we without the digests in its header."""
+    file = export_model(like_t5(), tmp_path / "model") / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    assert load_file(file)
+    with pytest.raises(
+        UserError, match=r"model\.safetensors was altered after it was written: .* is not what was saved"
+    ):
+        import_model(tmp_path / "model")
+
+
 def test_sentences_are_long_enough_to_drop() -> None:
     """Of the model with a capacity by sequence, so that the comparison sees it."""
     source, mask, target = sentences(0)
