@@ -118,7 +118,9 @@ def import_model(
 
 
 def open_folder(folder: Path | str, *, dropless: bool = False, form: Architecture | None = None) -> Blueprint:
-    """Find everything of a folder and make sure that it fits, without reading a weight; arguments as of `import_model`.
+    """Find everything of a folder and make sure that it fits, and is as it was written where that is known.
+
+    Weights stay in their files; arguments as of `import_model`.
 
     Raises:
         UserError: as `import_model`.

@@ -29,6 +29,7 @@ from moekit.data.held_out import Corpus, HeldOut
 from moekit.data.store import TokenStore, Wanted, cached_store
 from moekit.data.tokenizer import Tokenizer, train_tokenizer
 from moekit.errors import UserError
+from moekit.huggingface import export_model, import_model
 from moekit.parallel import Checkpointer, export_safetensors, import_safetensors
 from moekit.report.run_folder import read_run
 from moekit.runs import Run
@@ -39,6 +40,7 @@ from moekit.source import Direction
 from moekit.training.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 from moekit.training.checkpoint_state import load_state
 from moekit.training.loggers import CsvLogger
+from moekit.transformer import EncoderDecoder, RMSNorm
 
 WANTED = Wanted(((Direction("aa", "bb"), "train"), (Direction("aa", "bb"), "test")), (("cc", "train"),))
 
@@ -52,6 +54,7 @@ class Kind:
         read: reads it all; what it returns is compared with what the right one gave.
         damage: what is done to the bytes of one of its files.
         known: whether changed bytes are known: content is right then, or refused. Else nothing but crashes counts.
+        only: which files are damaged.
         least: the share of damaged ones that must be refused, since else the damage would be none.
     """
 
@@ -60,6 +63,7 @@ class Kind:
     damage: Sequence[Damage] = BYTES
     known: bool = True
     least: float = 0.1
+    only: str = "*"
 
 
 @dataclass
@@ -84,7 +88,7 @@ def fuzz(name: str, room: Path, seeds: range) -> Outcome:
         place = room / f"damaged-{seed}" / right.name
         place.parent.mkdir()
         shutil.copytree(right, place) if right.is_dir() else shutil.copy(right, place)
-        files = sorted(f for f in place.rglob("*") if f.is_file()) if place.is_dir() else [place]
+        files = sorted(f for f in place.rglob(kind.only) if f.is_file()) if place.is_dir() else [place]
         file, damage = chance.choice(files), chance.choice(kind.damage)
         if damage is change_value and file.suffix != ".json":
             damage = BYTES[0]
@@ -167,6 +171,15 @@ def _read_weights(place: Path) -> Any:
     place.with_suffix(".safetensors").rename(place)
     assert _plain(state.weights) == _plain(dict(net.state_dict()))
     return _plain(state.weights)
+
+
+def _make_exchange(place: Path) -> None:
+    torch.manual_seed(0)
+    export_model(EncoderDecoder(40, 8, 2, 1, 1, 16, norm=RMSNorm), place)
+
+
+def _read_exchange(place: Path) -> Any:
+    return _plain(dict(import_model(place).model.state_dict()))
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -297,6 +310,10 @@ KINDS = {
     "checkpoint of one file": Kind(_make_file, _read_file),
     "sharded checkpoint": Kind(_make_folder, _read_folder, (*BYTES, change_value)),
     "weights of one file": Kind(_make_weights, _read_weights),
+    "weights of an exchange folder": Kind(_make_exchange, _read_exchange, only="*.safetensors"),
+    "settings of an exchange folder": Kind(
+        _make_exchange, _read_exchange, (*BYTES, *[change_value] * 12), known=False, only="*.json"
+    ),
     "token store": Kind(_make_store, _read_store, (*BYTES, *[change_value] * 6)),
     "token store, unchecked": Kind(_make_store, _read_store_unchecked, (*BYTES, *[change_value] * 9), known=False),
     "tokenizer": Kind(_make_tokenizer, _read_tokenizer, (*BYTES, *[change_value] * 4)),

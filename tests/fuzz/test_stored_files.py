@@ -14,6 +14,8 @@ SEEDS = {
     "checkpoint of one file": 1000,
     "sharded checkpoint": 700,
     "weights of one file": 500,
+    "weights of an exchange folder": 300,
+    "settings of an exchange folder": 500,
     "token store": 900,
     "token store, unchecked": 500,
     "tokenizer": 600,

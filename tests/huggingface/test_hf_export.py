@@ -347,9 +347,7 @@ def test_an_altered_export_is_refused(tmp_path: Path) -> None:
     data[-2] ^= 1
     file.write_bytes(data)
     assert load_file(file)
-    with pytest.raises(
-        UserError, match=r"model\.safetensors was altered after it was written: .* is not what was saved"
-    ):
+    with pytest.raises(UserError, match=r"model\.safetensors was altered after it was written: .* is not"):
         import_model(tmp_path / "model")
 
 
