@@ -27,9 +27,13 @@ _CAUSES = {
     errno.EACCES: "permission denied; choose another folder or change its permissions",
     errno.EPERM: "permission denied; choose another folder or change its permissions",
     errno.ENOTDIR: "a file is in the place of a folder; choose another folder",
+    errno.EEXIST: "a file, or a link to nothing, is in the place of a folder; move it away",
     errno.EISDIR: "a folder is in the place of the file; choose another name",
+    errno.ENAMETOOLONG: "the name is longer than the system allows; choose a shorter one",
     errno.ELOOP: "it is a symbolic link that leads to itself; choose another name",
+    errno.EIO: "the disk cannot be read; use a copy",
 }
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _DESCRIPTORS = re.compile(r"/proc/(?:self|thread-self|\d+)(?:/task/\d+)?/fd|/dev/fd")
 
 
@@ -38,9 +42,29 @@ def write_error(path: Path, error: OSError | SafetensorError) -> UserError:
     return UserError(f"cannot write {path.name} in the folder {path.parent}: {reason(error)}.")
 
 
+def path_error(error: OSError) -> UserError | None:
+    """The user's view of a path that cannot be used, for who meets it where nobody asks; None for other troubles."""
+    if error.filename is None or error.errno not in _CAUSES:
+        return None
+    return UserError(f"cannot use {os.fsdecode(error.filename)}: {reason(error)}.")
+
+
 def reason(error: OSError | SafetensorError) -> str:
     """Why a write failed, and what to do, in the user's words."""
     return _CAUSES.get(getattr(error, "errno", None) or 0, str(getattr(error, "strerror", None) or error))
+
+
+def disk_trouble(error: BaseException, place: Path) -> OSError | None:
+    """The failed write to a disk, full for example, or to a file below `place`, that `error` is or came of, if any."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and (
+            found.errno in _FULL
+            or (isinstance(found.filename, str) and place.absolute() in Path(found.filename).absolute().parents)
+        ):
+            return found
+        found = found.__cause__ or found.__context__
+    return None
 
 
 @contextlib.contextmanager

@@ -1,8 +1,13 @@
-"""Tensors that stay in their files: mapped into memory when they are asked for, read by the page when they are used."""
+"""Tensors that stay in their files: mapped into memory when they are asked for, read by the page when they are used.
+
+safetensors has no checksums. Files that moekit writes hold digests among the notes of their headers, where other
+programs do not mind them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -12,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moekit.errors import UserError
+from moekit.stored import parse_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -22,6 +29,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 """Types of safetensors files by the names that their headers give them."""
+
+_DIGESTS, _HEADER = "moekit_digests", "moekit_header"  # notes: SHA-256 of each tensor, and of all that a header says
 
 
 @dataclass(frozen=True)
@@ -69,17 +78,50 @@ class MappedTensor:
         return torch.from_numpy(raw).view(self.dtype).as_strided(self.shape, self.stride)
 
 
-def read_safetensors(path: Path | str, *, float8: bool = False) -> dict[str, MappedTensor]:
-    """The tensors of a safetensors file by name; nothing but its header is read.
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256 of a CPU tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, str] | None = None) -> None:
+    """Write CPU tensors with digests, by which `read_safetensors` knows damage.
+
+    Args:
+        tensors: The tensors by name; none shares memory with another.
+        path: A draft that its caller moves into place: see `moekit.atomic.replacing_path`.
+        notes: Text entries of the header.
+    """
+    notes = {"format": "pt", **(notes or {}), _DIGESTS: json.dumps({n: digest_of(t) for n, t in tensors.items()})}
+    types = {dtype: name for name, dtype in DTYPES.items()}
+    entries = {
+        name: [types.get(tensor.dtype, str(tensor.dtype)), list(tensor.shape)] for name, tensor in tensors.items()
+    }
+    save_file(dict(tensors), path, metadata={**notes, _HEADER: _header_digest(entries, notes)})
+
+
+def read_safetensors(path: Path | str, *, float8: bool = False, verify: bool = True) -> dict[str, MappedTensor]:
+    """The tensors of a safetensors file by name.
 
     Args:
         path: The file.
         float8: Whether tensors of float8 types, which can be stored but not computed with, are accepted.
+        verify: Whether every tensor is read now and compared with its digest, where the file has digests: those of
+            `write_safetensors` have, those of other programs have not. Else nothing but the header is read.
 
     Raises:
-        UserError: If there is no such file, it is cut off or broken, or a tensor has another type.
+        UserError: If there is no such file, it is cut off, broken or altered, or a tensor has another type.
     """
-    return _read_header(Path(path), float8)[0]
+    tensors, notes = _read_header(Path(path), float8)
+    for name, digest in digests_in(notes).items() if verify else ():
+        if digest_of(tensors[name].tensor()) != digest:
+            raise UserError(f"{path} was altered after it was written: {name} is not what was saved.")
+    return tensors
+
+
+def digests_in(notes: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of each tensor's bytes by its name, of the notes of a file; none where another program wrote it."""
+    found: dict[str, str] = parse_json(notes.get(_DIGESTS, "{}"))
+    return found
 
 
 def read_notes(path: Path | str) -> dict[str, str]:
@@ -98,16 +140,25 @@ def _read_header(path: Path, float8: bool) -> tuple[dict[str, MappedTensor], dic
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= size - 8:
                 raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         notes = header.pop("__metadata__", {})
+        if _HEADER in notes or _DIGESTS in notes:
+            entries = {name: [entry["dtype"], entry["shape"]] for name, entry in header.items()}
+            said = {name: text for name, text in notes.items() if name != _HEADER}
+            if notes.get(_HEADER) != _header_digest(entries, said) or set(digests_in(notes)) != set(header):
+                raise ValueError("its header was altered after it was written")
         known = {name: dtype for name, dtype in DTYPES.items() if float8 or not name.startswith("F8")}
         return {name: _entry(path, name, entry, 8 + length, size, known) for name, entry in header.items()}, notes
     except FileNotFoundError:
         raise UserError(f"there is no file {path}.") from None
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} must be a whole safetensors file: {error}.") from None
+
+
+def _header_digest(entries: Mapping[str, Any], notes: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps([entries, notes], sort_keys=True).encode()).hexdigest()
 
 
 def _entry(

@@ -13,6 +13,7 @@ from typing import Any
 import jsonargparse
 from rich.console import Console
 
+from moekit.atomic import path_error
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
@@ -63,12 +64,17 @@ def execute(command: Callable[[], None]) -> int:
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        command()
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        _discard_output()
-        return 141
+        try:
+            command()
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            _discard_output()
+            return 141
+        except OSError as error:
+            if (said := path_error(error)) is None:
+                raise
+            raise said from error
     except UserError as error:
         console.print("[bold red]error:[/] " + str(error).replace("[", r"\["))
         return 2

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from moekit.cli.command import option_value
 from moekit.errors import nearest
+from moekit.stored import parse_yaml
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
@@ -22,8 +22,8 @@ def explain(error: str, parser: ArgumentParser, arguments: Sequence[str]) -> str
     known = {word.removeprefix("--"): a for a in parser._actions for word in a.option_strings if word != "-h"}
     file = option_value(arguments, "--config") if "config" in known else None
     try:
-        stored = {} if file is None else yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as wrong:
+        stored = {} if file is None else parse_yaml(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as wrong:
         return f"--config must be a readable YAML file: got {file} ({' '.join(str(wrong).split())})."
     if not isinstance(stored, Mapping):
         return f"--config must be a file that holds a mapping: {file} holds {type(stored).__name__}."

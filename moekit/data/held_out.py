@@ -17,6 +17,7 @@ from moekit.data.module import MultitaskData
 from moekit.data.store import SIDES, TokenStore, Wanted, monolingual_section, parallel_section, store_in_memory
 from moekit.errors import UserError
 from moekit.source import Direction, Source, Split
+from moekit.stored import parse_json
 
 _FORMAT = 1
 _SPLITS: tuple[Split, ...] = ("valid", "test")
@@ -119,7 +120,7 @@ class HeldOut(Source):
             UserError: if it cannot be read, or is not as it was written.
         """
         try:
-            content = json.loads(gzip.decompress(path.read_bytes()))
+            content = parse_json(gzip.decompress(path.read_bytes()))
             if content["format"] != _FORMAT:
                 raise ValueError(f"format {content['format']} instead of {_FORMAT}")
             texts = content["texts"]
@@ -135,7 +136,7 @@ class HeldOut(Source):
             )
             if found.fingerprint() != content["digest"]:
                 raise ValueError("its digest differs")
-        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path} must hold the sentences that the run is evaluated on, as they were written: it cannot be read "
                 f"({error}). Take it from a copy of the run."

@@ -11,8 +11,7 @@ import functools
 import itertools
 import json
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +24,11 @@ from moekit.data.cache import CorruptCacheError, cached_folder, content_key
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
 from moekit.source import Direction, Source, Split, digest
+from moekit.stored import parse_json
 
 _FORMAT = 1
 _CHUNK = 4096
+_TYPES = ("uint16", "uint32")
 SIDES: tuple[Literal["source", "target"], ...] = ("source", "target")
 
 
@@ -43,22 +44,22 @@ class TokenStore:
     """Reads a store written by `build_store`; cheap to open and to send to another process.
 
     Args:
-        folder: holds ``tokens.bin``, ``offsets.bin`` and ``header.json``.
-        verify: also compare the checksum of all tokens (reads the whole file); sizes are always compared.
+        folder: holds ``tokens.bin``, ``offsets.bin`` and ``header.json``; that they are as they were written is
+            compared by `cached_store`.
         in_memory: read everything now; the folder is not needed any more, and other processes do not get the store.
 
     Raises:
-        CorruptCacheError: if a file is missing, cut short or changed.
+        CorruptCacheError: if a file is missing or cut short, or the header is of no store of these files.
     """
 
-    def __init__(self, folder: Path | str, *, verify: bool = False, in_memory: bool = False) -> None:
+    def __init__(self, folder: Path | str, *, in_memory: bool = False) -> None:
         self.folder = Path(folder)
         self.in_memory = in_memory
         header = _read_header(self.folder)
-        self.sections: dict[str, Section] = {name: Section(*where) for name, where in header["sections"].items()}
-        self.dtype = np.dtype(header["dtype"])
-        for name, kind in (("offsets.bin", np.dtype(np.int64)), ("tokens.bin", self.dtype)):
-            _check_file(self.folder / name, header["files"][name], kind, verify or name == "offsets.bin")
+        self.sections = header.sections
+        self.dtype = header.dtype
+        for name, size in header.sizes.items():
+            _check_size(self.folder / name, size)
         read = np.fromfile if in_memory else _mapped
         self.offsets: NDArray[np.int64] = read(self.folder / "offsets.bin", np.dtype(np.int64))
         self.tokens: NDArray[Any] = read(self.folder / "tokens.bin", self.dtype)
@@ -160,7 +161,7 @@ def cached_store(
     return cached_folder(
         Path(cache_dir) / "stores" / key,
         lambda folder: build_store(folder, source, tokenizer, wanted, progress=progress),
-        lambda folder: TokenStore(folder, verify=True),
+        TokenStore,
     )
 
 
@@ -204,10 +205,7 @@ def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Want
         "format": _FORMAT,
         "dtype": dtype.name,
         "sections": {name: [where.first, where.count] for name, where in sections.items()},
-        "files": {
-            name: {"size": (folder / name).stat().st_size, "crc32": _checksum(folder / name)}
-            for name in ("tokens.bin", "offsets.bin")
-        },
+        "files": {name: {"size": (folder / name).stat().st_size} for name in ("tokens.bin", "offsets.bin")},
     }
     (folder / "header.json").write_bytes(json.dumps(header, indent=1).encode())
 
@@ -219,39 +217,49 @@ def _bar(shown: bool) -> Progress:
     return bar
 
 
-def _read_header(folder: Path) -> Mapping[str, Any]:
+@dataclass(frozen=True)
+class _Header:
+    dtype: np.dtype[Any]
+    sections: dict[str, Section]
+    sizes: dict[str, int]  # of files, in bytes
+
+
+def _read_header(folder: Path) -> _Header:
     path = folder / "header.json"
     try:
-        header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        header: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         version = header["format"]
+        if version != _FORMAT:
+            raise _damaged(folder, f"{path} must have format {_FORMAT}: got {version}.")
+        if header["dtype"] not in _TYPES:
+            raise ValueError(f"tokens are of type {' or '.join(_TYPES)}, not {header['dtype']!r}")
+        dtype = np.dtype(header["dtype"])
+        sizes = {name: int(header["files"][name]["size"]) for name in ("tokens.bin", "offsets.bin")}
+        sentences = sizes["offsets.bin"] // 8 - 1
+        if sizes["tokens.bin"] % dtype.itemsize or sizes["offsets.bin"] != 8 * (sentences + 1) or sentences < 0:
+            raise ValueError(f"files of {sizes} bytes hold no whole numbers")
+        sections = {name: Section(int(first), int(count)) for name, (first, count) in header["sections"].items()}
+        for name, where in sections.items():
+            if not 0 <= where.first <= where.first + where.count <= sentences:
+                raise ValueError(f"section {name} lies outside of {sentences} sentences")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _damaged(folder, f"{folder} must be a token store: {path.name} is missing.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except CorruptCacheError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _damaged(folder, f"{path} must be the header of a token store: it cannot be read ({error}).") from error
-    if version != _FORMAT:
-        raise _damaged(folder, f"{path} must have format {_FORMAT}: got {version}.")
-    return header
+    return _Header(dtype, sections, sizes)
 
 
-def _check_file(path: Path, promised: Mapping[str, int], dtype: np.dtype[Any], checksum: bool) -> None:
+def _check_size(path: Path, promised: int) -> None:
     size = path.stat().st_size if path.is_file() else -1
-    if size != promised["size"] or size % dtype.itemsize:
+    if size != promised:
         got = "it is missing" if size < 0 else f"it has {size:,}"
-        raise _damaged(path.parent, f"{path} must have {promised['size']:,} bytes: {got}.")
-    if checksum and _checksum(path) != promised["crc32"]:
-        raise _damaged(path.parent, f"{path} must be as it was written: its checksum differs.")
+        raise _damaged(path.parent, f"{path} must have {promised:,} bytes: {got}.")
 
 
 def _damaged(folder: Path, how: str) -> CorruptCacheError:
     return CorruptCacheError(f"{how} Remove the folder {folder} to build it again.")
-
-
-def _checksum(path: Path) -> int:
-    found = 0
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 22):
-            found = zlib.crc32(block, found)
-    return found
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:

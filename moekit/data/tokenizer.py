@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from moekit.data.cache import CorruptCacheError, cached_folder, content_key
 from moekit.errors import UserError, nearest
 from moekit.source import Source
+from moekit.stored import parse_json
 
 Model = Literal["unigram", "bpe"]
 
@@ -123,7 +124,7 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hexadecimal digest of the model and the languages."""
-        return hashlib.sha256(self._model + json.dumps(self.languages).encode()).hexdigest()
+        return _digest(self._model, self.languages)
 
     def save(self, folder: Path | str) -> None:
         """Write ``tokenizer.model`` and ``tokenizer.json`` into `folder`; `replacing_folder` makes it whole."""
@@ -147,32 +148,36 @@ class Tokenizer:
         """
         folder = Path(folder)
         try:
-            header: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            header: dict[str, Any] = parse_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
             if header["format"] != _FORMAT:
                 raise CorruptCacheError(f"{folder}/tokenizer.json must have format {_FORMAT}: got {header['format']}.")
-            tokenizer = cls((folder / "tokenizer.model").read_bytes(), header["languages"])
+            model, languages = (folder / "tokenizer.model").read_bytes(), [str(code) for code in header["languages"]]
+            if _digest(model, languages) != header["fingerprint"]:  # before sentencepiece, which trusts what it parses
+                raise CorruptCacheError(
+                    f"{folder}/tokenizer.model must be as it was written: its checksum differs from tokenizer.json."
+                )
+            return cls(model, languages)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CorruptCacheError(
                 f"The tokenizer folder {folder} must hold tokenizer.model and tokenizer.json: {error.filename} is "
                 "missing."
             ) from error
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, CorruptCacheError):
-                raise
+        except CorruptCacheError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise CorruptCacheError(
                 f"The tokenizer in {folder} must be as it was written: it cannot be read ({error})."
             ) from error
-        if tokenizer.fingerprint != header["fingerprint"]:
-            raise CorruptCacheError(
-                f"{folder}/tokenizer.model must be as it was written: its checksum differs from tokenizer.json."
-            )
-        return tokenizer
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes, tuple[str, ...]]]:
         return (Tokenizer, (self._model, self.languages))
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, languages={','.join(self.languages)})"
+
+
+def _digest(model: bytes, languages: Sequence[str]) -> str:
+    return hashlib.sha256(model + json.dumps(languages).encode()).hexdigest()
 
 
 def _control_symbols(languages: Sequence[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from moekit.huggingface.keys import Link, Shape
 from moekit.huggingface.model import build
 from moekit.huggingface.settings import Fields, Setting
 from moekit.mapped import MappedTensor, read_safetensors
+from moekit.stored import parse_json
 from moekit.transformer import EncoderDecoder
 
 WEIGHTS, INDEX, EXACT = "model.safetensors", "model.safetensors.index.json", "moekit.safetensors"
@@ -118,7 +118,9 @@ def import_model(
 
 
 def open_folder(folder: Path | str, *, dropless: bool = False, form: Architecture | None = None) -> Blueprint:
-    """Find everything of a folder and make sure that it fits, without reading a weight; arguments as of `import_model`.
+    """Find everything of a folder and make sure that it fits, and is as it was written where that is known.
+
+    Weights stay in their files; arguments as of `import_model`.
 
     Raises:
         UserError: as `import_model`.
@@ -171,7 +173,7 @@ def _config(folder: Path) -> tuple[dict[str, Any], Family]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} must be readable JSON: {error}.") from None
     if not isinstance(data, dict):

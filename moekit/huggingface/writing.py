@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moekit.atomic import replacing_folder, write_json, writing
@@ -21,6 +20,7 @@ from moekit.huggingface.keys import Link
 from moekit.huggingface.model import describe
 from moekit.huggingface.reading import EXACT, FORM, FORM_FIELDS, INDEX, TOKEN_FIELDS, WEIGHTS
 from moekit.huggingface.tokenizers import write_tokenizer
+from moekit.mapped import write_safetensors
 
 
 def export_model(
@@ -94,7 +94,7 @@ def export_model(
         _write_weights(draft, _theirs(state, links, unused), max_shard_bytes)
         kept = {link.ours: _on_host(state[link.ours]) for link in links if _is_rounded(link, state)}
         if kept:
-            save_file(kept, str(draft / EXACT))
+            write_safetensors(kept, draft / EXACT)
         if tokenizer is not None:
             write_tokenizer(tokenizer, draft)
     return folder
@@ -164,7 +164,7 @@ def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: i
 
     def flush() -> None:
         nonlocal held, size
-        save_file(held, str(folder / f"part-{len(files)}"), metadata={"format": "pt"})
+        write_safetensors(held, folder / f"part-{len(files)}")
         files.append(list(held))
         held, size = {}, 0
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from moekit.errors import UserError
 from moekit.runs.record import Sample
+from moekit.stored import parse_json
 from moekit.tasks import TASKS, SampleWording
 
 FILES = ("config.yaml", "environment.json", "metrics.csv", "summary.json", "routing.json", "samples.json")
@@ -297,8 +297,8 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 def _json(path: Path, kind: type, notes: dict[str, str]) -> Any:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         notes[path.name] = _unreadable(path, error)
         return kind()
     if not isinstance(value, kind):

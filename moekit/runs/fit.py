@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
@@ -10,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
+from moekit.atomic import disk_trouble, write_error
 from moekit.data.held_out import HeldOut
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
@@ -116,9 +120,34 @@ def fit(
     if trainer.is_global_zero and console is not None:
         lines = [_said(recipe, config, module, data, run), *([] if init_from is None else [init_from.note(module)])]
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    with quiet():
+    with quiet(), _disk_trouble(run, resume_command):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return run
+
+
+@contextlib.contextmanager
+def _disk_trouble(run: Run, resume_command: str) -> Iterator[None]:
+    """Where training ends because nothing more can be written, say so in one line, and what is left."""
+    others = threading.excepthook
+
+    def silent(args: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread: what it meets there is raised at the next value that is logged.
+        if args.exc_value is None or disk_trouble(args.exc_value, run.path) is None:
+            others(args)
+
+    threading.excepthook = silent
+    try:
+        yield
+    except Exception as error:
+        trouble = disk_trouble(error, run.path)
+        if trouble is None:
+            raise
+        said = error if isinstance(error, UserError) else write_error(Path(trouble.filename or run.path), trouble)
+        last = run.last_checkpoint
+        resume = f" Resume with: {resume_command}" if resume_command else ""
+        raise UserError(f"{said}" if last is None else f"{said} {last} is whole.{resume}") from error
+    finally:
+        threading.excepthook = others
 
 
 def is_first_process() -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -26,6 +25,7 @@ from moekit.runs.environment import environment
 from moekit.runs.plain import plain, require_same
 from moekit.runs.recipe import Recipe, RunText, find_recipe
 from moekit.runs.record import RoutingRecord, Sample, Summary
+from moekit.stored import parse_json, parse_yaml
 from moekit.surgery import SparseLayer, require_complete, sparse_layers
 from moekit.surgery.adapters import merged_state
 from moekit.training.callbacks.config import CONFIG_KEY
@@ -168,15 +168,21 @@ class Run:
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from, None before the first."""
-        path = self.checkpoints / "last.ckpt"
-        return path if path.exists() else None  # a file, or the folder of a sharded one
+        """The checkpoint to resume from, a file or the folder of a sharded one; None before the first.
+
+        Raises:
+            UserError: it is a link to nothing.
+        """
+        return _present(self.checkpoints / "last.ckpt")
 
     @property
     def best_checkpoint(self) -> Path | None:
-        """The best checkpoint, else the last, None before the first."""
-        path = self.checkpoints / "best.ckpt"
-        return path if path.exists() else self.last_checkpoint
+        """The best checkpoint, else the last, None before the first.
+
+        Raises:
+            UserError: it is a link to nothing.
+        """
+        return _present(self.checkpoints / "best.ckpt") or self.last_checkpoint
 
     @property
     def kept_tokenizer(self) -> Tokenizer | None:
@@ -186,7 +192,7 @@ class Run:
             UserError: it is not as it was written.
         """
         place = self.path / _TOKENIZER
-        if not place.is_dir():
+        if _present(place) is None:
             return None
         try:
             return Tokenizer.load(place)
@@ -203,7 +209,7 @@ class Run:
             UserError: they are not as they were written.
         """
         path = self.path / _HELD_OUT
-        return HeldOut.read(path) if path.exists() else None
+        return None if _present(path) is None else HeldOut.read(path)
 
     def keep(self, tokenizer: Tokenizer | None, held_out: HeldOut | None) -> None:
         """Write the tokenizer and the sentences for evaluation; of None nothing is written.
@@ -240,8 +246,8 @@ class Run:
     def _record(self, name: str, made: Callable[[Any], R]) -> R | None:
         path = self.path / name
         try:
-            return made(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-        except (OSError, ValueError, TypeError) as error:
+            return made(parse_json(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        except (OSError, ValueError, TypeError, OverflowError) as error:
             raise UserError(f"{path} cannot be read ({error}). Write it again: test.") from None
 
     def require_same(self, config: Mapping[str, Any], free: Collection[str] = ()) -> None:
@@ -267,9 +273,14 @@ class Run:
         return last
 
     def clear(self) -> None:
-        """Remove what a run writes, and nothing else."""
+        """Remove what a run writes, and nothing else.
+
+        Raises:
+            UserError: it cannot be removed.
+        """
         for name in _FILES:
-            (self.path / name).unlink(missing_ok=True)
+            with writing(self.path / name):
+                (self.path / name).unlink(missing_ok=True)
         for name in _FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
@@ -284,8 +295,8 @@ class Run:
         if self.described_by is None and not path.is_file():
             raise UserError(f"{self.path} does not say what model it is of: give the config.yaml of a run (--config).")
         try:
-            return path, yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            return path, parse_yaml(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise UserError(f"{path} must be readable YAML: {' '.join(str(error).split())}.") from None
 
     @property
@@ -373,3 +384,10 @@ class Run:
     def layers(self) -> dict[str, SparseLayer]:
         """Its sparse layers by dotted path."""
         return sparse_layers(self.model())
+
+
+def _present(path: Path) -> Path | None:
+    """The path, if something is there: what lies on a disk that is away today is no reason to do without it."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} must be what the run has written: it is a link to {os.readlink(path)}, which is away.")
+    return path if path.exists() else None

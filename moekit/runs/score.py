@@ -14,6 +14,7 @@ from moekit.inference.scoring import Normalise, Question, Scorer, accuracy, few_
 from moekit.runs.config import RunConfig
 from moekit.runs.run import Run
 from moekit.runs.writer import trained
+from moekit.stored import parse_json
 
 _WAYS: tuple[Normalise, ...] = ("sum", "token", "character")
 
@@ -82,8 +83,8 @@ def _parsed(lines: Iterable[str], where: str, *, answered: bool) -> Iterable[Que
             continue
         place = f"{where}, line {number}"
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            entry = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{place} must be JSON: {error}.") from None
         texts = entry.get("continuations") if isinstance(entry, dict) else None
         answer = entry.get("answer") if isinstance(entry, dict) else None

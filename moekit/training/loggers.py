@@ -13,7 +13,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from moekit.atomic import replacing, write_error
+from moekit.atomic import replacing, write_error, writing
+from moekit.errors import UserError
 
 _FIRST = ("step", "epoch")
 
@@ -106,19 +107,26 @@ class CsvLogger(Logger):
         if not self.path.exists():
             return
         rows = self._read()
-        kept = [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < step]
+        kept = [row for row in rows if row.get("step", "").isdecimal() and int(row["step"]) < step]
         if rows:
             self._columns += [name for name in rows[0] if name not in _FIRST]
         self._rewrite(kept)
         self._offset = None
 
     def _read(self) -> list[dict[str, str]]:
-        """The whole rows of the file; one that is torn at the end is left out."""
+        """The whole rows of the file; one that is torn at the end is left out, as are those that are no rows.
+
+        Raises:
+            UserError: it cannot be read.
+        """
         if not self.path.exists():
             return []
         text = self.path.read_bytes().decode("utf-8", errors="replace")
         whole = text[: text.rfind("\n") + 1]
-        return [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values()]
+        try:
+            return [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values() and None not in row]
+        except csv.Error as error:
+            raise UserError(f"{self.path} must hold rows of numbers: {error}. Mend it, or move it away.") from None
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         assert self._columns is not None
@@ -136,8 +144,14 @@ class CsvLogger(Logger):
 
 
 def run_loggers(folder: str | Path) -> list[Logger]:
-    """The loggers of a run folder: `CsvLogger`, and TensorBoard events in ``tensorboard/`` where it is installed."""
+    """The loggers of a run folder: `CsvLogger`, and TensorBoard events in ``tensorboard/`` where it is installed.
+
+    Raises:
+        UserError: the folder for TensorBoard cannot be made.
+    """
     loggers: list[Logger] = [CsvLogger(folder)]
     if importlib.util.find_spec("tensorboard") is not None:
+        with writing(Path(folder) / "tensorboard"):  # its own error would come in the middle of training
+            (Path(folder) / "tensorboard").mkdir(parents=True, exist_ok=True)
         loggers.append(TensorBoardLogger(save_dir=str(folder), name="tensorboard", version=""))
     return loggers

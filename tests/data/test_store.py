@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_corpus import TinySource, stored
 
-from moekit.data.cache import CorruptCacheError
+from moekit.data.cache import CorruptCacheError, check_contents
 from moekit.data.store import TokenStore, Wanted, build_store, cached_store
 from moekit.data.tokenizer import Tokenizer, train_tokenizer
 from moekit.source import Direction
@@ -150,15 +151,55 @@ def _other_format(folder: Path) -> None:
     (folder / "header.json").write_text(json.dumps({**header, "format": 0}))
 
 
+def _swap_sections(folder: Path) -> None:
+    """Other text, of as many sentences: nothing but the list of contents can tell."""
+    header = json.loads((folder / "header.json").read_text())
+    sections = header["sections"]
+    sections["train/aa-bb/source"], sections["train/aa-bb/target"] = (
+        sections["train/aa-bb/target"],
+        sections["train/aa-bb/source"],
+    )
+    (folder / "header.json").write_text(json.dumps(header))
+
+
+def _type_of_pointers(folder: Path) -> None:
+    header = json.loads((folder / "header.json").read_text())
+    (folder / "header.json").write_text(json.dumps({**header, "dtype": "O"}))
+
+
+def _no_list(folder: Path) -> None:
+    (folder / "contents.json").unlink()
+
+
+def _list_of_nothing(folder: Path) -> None:
+    (folder / "contents.json").write_text(json.dumps({"folder": folder.name, "files": {}}))
+
+
+def _folder_for_file(folder: Path) -> None:
+    (folder / "tokens.bin").unlink()
+    (folder / "tokens.bin").mkdir()
+
+
+def _dangling_link(folder: Path) -> None:
+    (folder / "tokens.bin").unlink()
+    (folder / "tokens.bin").symlink_to(folder / "nowhere")
+
+
 DAMAGE = {
-    _cut_tokens: r"tokens\.bin must have [\d,]+ bytes: it has [\d,]+",
-    _cut_offsets: r"offsets\.bin must have [\d,]+ bytes: it has [\d,]+",
-    _flip_offset: r"offsets\.bin must be as it was written: its checksum differs",
-    _flip_token: r"tokens\.bin must be as it was written: its checksum differs",
-    _no_tokens: r"tokens\.bin must have [\d,]+ bytes: it is missing",
-    _no_header: r"must be a token store: header\.json is missing",
-    _broken_header: r"header\.json must be the header of a token store: it cannot be read",
-    _other_format: r"header\.json must have format 1: got 0",
+    _cut_tokens: "tokens.bin",
+    _cut_offsets: "offsets.bin",
+    _flip_offset: "offsets.bin",
+    _flip_token: "tokens.bin",
+    _no_tokens: "tokens.bin",
+    _no_header: "header.json",
+    _broken_header: "header.json",
+    _other_format: "header.json",
+    _swap_sections: "header.json",
+    _type_of_pointers: "header.json",
+    _no_list: "contents.json",
+    _list_of_nothing: "header.json",
+    _folder_for_file: "tokens.bin",
+    _dangling_link: "tokens.bin",
 }
 
 
@@ -168,11 +209,54 @@ def test_a_damaged_store_is_refused_by_name_and_rebuilt_in_the_cache(
 ) -> None:
     own = cached_store(TinySource(), tokenizer, WANTED, cache_dir=tmp_path)
     damage(own.folder)
-    with pytest.raises(CorruptCacheError, match=re.escape(str(own.folder)) + ".*" + DAMAGE[damage].lstrip("^")):
-        TokenStore(own.folder, verify=True)
+    with pytest.raises(CorruptCacheError, match=re.escape(str(own.folder)) + ".*" + re.escape(DAMAGE[damage])):
+        check_contents(own.folder)
     again = cached_store(TinySource(), tokenizer, WANTED, cache_dir=tmp_path)
     assert "built again" in caplog.text
+    assert again.sections == store.sections
     np.testing.assert_array_equal(again.tokens, store.tokens)
+
+
+def test_a_store_under_the_name_of_another_is_built_again(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a copied cache may have it: whole, and of the test set, where training text belongs."""
+    train, test = (Wanted(monolingual=(("aa", split),)) for split in ("train", "test"))
+    right = cached_store(TinySource(), tokenizer, train, cache_dir=tmp_path)
+    tokens = np.array(right.tokens)
+    other = cached_store(TinySource(), tokenizer, test, cache_dir=tmp_path)
+    shutil.rmtree(right.folder)
+    shutil.copytree(other.folder, right.folder)
+    again = cached_store(TinySource(), tokenizer, train, cache_dir=tmp_path)
+    assert "built under another name. It is built again." in caplog.text
+    np.testing.assert_array_equal(again.tokens, tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "O"}, "tokens are of type uint16 or uint32, not 'O'"),
+        ({"dtype": ["uint16"]}, "tokens are of type uint16 or uint32"),
+        ({"sections": {"train/aa": [0, 10**6]}}, "section train/aa lies outside of"),
+        ({"sections": {"train/aa": [-1, 1]}}, "section train/aa lies outside of"),
+        ({"sections": {"train/aa": 3}}, "it cannot be read"),
+        ({"sections": 3}, "it cannot be read"),
+        ({"files": {}}, "it cannot be read"),
+        ({"files": {"tokens.bin": {"size": 2}, "offsets.bin": {"size": 9}}}, "hold no whole numbers"),
+        ({"files": {"tokens.bin": {"size": 2}, "offsets.bin": {"size": 16}}}, "lies outside of 1 sentences"),
+        (
+            {"files": {"tokens.bin": {"size": 2}, "offsets.bin": {"size": 16}}, "sections": {}},
+            r"tokens\.bin must have 2 bytes: it has [\d,]+",
+        ),
+        ({"format": 0}, "must have format 1: got 0"),
+    ],
+)
+def test_a_header_of_no_store_is_refused(change: Any, message: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    build_store(tmp_path, TinySource(), tokenizer, WANTED, progress=False)
+    header = json.loads((tmp_path / "header.json").read_text())
+    (tmp_path / "header.json").write_text(json.dumps({**header, **change}))
+    with pytest.raises(CorruptCacheError, match=message):
+        TokenStore(tmp_path)
 
 
 def test_building_reports_progress_only_on_a_terminal(

@@ -329,15 +329,26 @@ def test_where_it_is_written(tmp_path: Path) -> None:
 
 
 def test_no_partial_output_when_the_disk_says_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moekit.huggingface import writing
+    from moekit import mapped
 
     def full(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "save_file", full)
+    monkeypatch.setattr(mapped, "save_file", full)
     with pytest.raises(UserError, match=r"cannot write model in the folder .*: the disk is full"):
         export_model(like_t5(), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_altered_export_is_refused(tmp_path: Path) -> None:
+    """A number of it is another: transformers would take it, and so would we without the digests in its header."""
+    file = export_model(like_t5(), tmp_path / "model") / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    assert load_file(file)
+    with pytest.raises(UserError, match=r"model\.safetensors was altered after it was written: .* is not"):
+        import_model(tmp_path / "model")
 
 
 def test_sentences_are_long_enough_to_drop() -> None:

@@ -84,7 +84,7 @@ def _json_lines(lines: Sequence[str], path: Path) -> Iterator[tuple[str, str]]:
         where = f"{path}, line {number}"
         try:
             row: Any = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: the line must be JSON: {error}. Mend the line.") from error
         source, target = (row.get(name) if isinstance(row, dict) else None for name in _FIELDS)
         if not isinstance(source, str) or not isinstance(target, str):

@@ -92,6 +92,8 @@ def _texts(line: str, where: str) -> dict[str, str]:
         raise UserError(f"{where}, column {error.colno}: the line must be JSON: {error.msg}. Mend the line.") from error
     except RecursionError as error:
         raise UserError(f"{where}: the line must be JSON of few levels: it is nested too deeply.") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{where}: the line must be JSON: {error}. Mend the line.") from error
     texts = row.get("translation") if isinstance(row, dict) else None
     if not isinstance(texts, dict):
         got = f"the keys {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else type(row).__name__

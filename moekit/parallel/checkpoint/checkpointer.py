@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from moekit.atomic import flush, writing
 from moekit.errors import UserError
+from moekit.mapped import read_safetensors
 from moekit.parallel.checkpoint.disk import hidden_folders
 from moekit.parallel.checkpoint.index import INDEX
 from moekit.parallel.checkpoint.optimizer_state import flatten_optimizers, optimizer_states_from, optimizer_targets
@@ -40,6 +41,7 @@ from moekit.parallel.checkpoint.state import (
 from moekit.parallel.checkpoint.writer import FolderWriter
 from moekit.parallel.master_weights import swapped_in
 from moekit.parallel.mesh import host_group
+from moekit.stored import check_archive
 
 PathLike = str | os.PathLike[str]
 
@@ -238,12 +240,24 @@ def is_checkpoint(path: PathLike) -> bool:
 
 
 def verify_checkpoint(path: PathLike) -> None:
-    """Read all of a checkpoint and compare every part with its digest; for one process.
+    """Read all of a checkpoint, a folder or a file, and compare every part with its digest; for one process.
+
+    moekit does so itself before it uses a checkpoint. It is for what others are to read, as Lightning's
+    ``load_from_checkpoint``. A safetensors file of another program has no digests, and passes.
 
     Raises:
         UserError: Naming the file that is missing, cut short or altered, or the tensor that is not complete.
     """
-    StoredCheckpoint(path).verify()
+    place = Path(path)
+    if place.suffix == ".safetensors":
+        read_safetensors(place, float8=True)
+    elif not place.is_file():
+        StoredCheckpoint(path).verify()
+    else:
+        try:
+            check_archive(place)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{place} is broken: {error}. Use another checkpoint.") from None
 
 
 def remove_checkpoint(path: PathLike) -> None:

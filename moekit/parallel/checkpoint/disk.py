@@ -1,24 +1,15 @@
-"""A checkpoint's place: how a finished folder comes into it, what killed saves leave beside it; digests."""
+"""A checkpoint's place: how a finished folder comes into it, what killed saves leave beside it."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
 import zipfile
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from moekit.atomic import flush
 from moekit.parallel.checkpoint.index import INDEX
-
-
-def digest_of(tensor: Tensor) -> str:
-    """SHA-256 of a CPU tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def commit(folder: Path, path: Path, data: str) -> None:

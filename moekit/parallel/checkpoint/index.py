@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moekit.errors import UserError
 from moekit.mapped import DTYPES
+from moekit.stored import parse_json
 
 INDEX = "index.json"
 FORMAT = 1
@@ -183,12 +184,12 @@ def read_index(path: Path) -> Index:
     """
     file = path / INDEX
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         what = "no checkpoint at" if not path.exists() else f"no {INDEX}, so no checkpoint, in"
         hint = " It holds a .metadata file, a pickle of torch's own format, which is not read: loading one runs code."
         raise UserError(f"There is {what} {path}.{hint if (path / '.metadata').exists() else ''}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}). The checkpoint is broken; use another one.") from None
     index = _parse(raw, file)
     index.check(str(path))
@@ -219,7 +220,7 @@ def _parse(raw: Any, file: Path) -> Index:
                 raise ValueError(f"{name} has parts of another number of dimensions")
         plain = raw["plain"]
         return Index(entries, None if plain is None else (_file(plain[0]), str(plain[1])), int(raw["processes"]))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file} is not a checkpoint's index ({error!r}).") from None
 
 

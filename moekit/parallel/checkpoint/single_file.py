@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moekit.atomic import followed, replacing_path
-from moekit.mapped import read_notes, read_safetensors
+from moekit.errors import UserError
+from moekit.mapped import digests_in, read_notes, read_safetensors, write_safetensors
 from moekit.parallel.checkpoint.checkpointer import PathLike, read_into
 from moekit.parallel.checkpoint.index import Chunk, Index, StoredTensor
 from moekit.parallel.checkpoint.reader import StoredCheckpoint
 from moekit.parallel.checkpoint.state import model_targets, model_tensors, require_same_tensors, state_dict_from
 from moekit.parallel.shards import full_tensor
+from moekit.stored import parse_json
 
 _SHARED = "moekit_shared"  # in a file's metadata: further names of shared tensors, as JSON
 
@@ -78,16 +79,22 @@ def import_safetensors(path: PathLike, model: nn.Module) -> None:
 def _write(tensors: Mapping[str, Tensor], shared: Mapping[str, str], path: Path) -> None:
     copies = {name: tensors[first].clone() for name, first in shared.items() if first in tensors}
     with replacing_path(followed(path)) as temporary:
-        save_file({**tensors, **copies}, temporary, metadata={"format": "pt", _SHARED: json.dumps(dict(shared))})
+        write_safetensors({**tensors, **copies}, temporary, {_SHARED: json.dumps(dict(shared))})
 
 
 def _index_of(file: Path) -> tuple[Index, dict[str, str]]:
     """The header of a safetensors file as an index of one chunk for each tensor, and further names of shared ones."""
-    tensors = read_safetensors(file, float8=True)
-    shared: dict[str, str] = json.loads(read_notes(file).get(_SHARED, "{}"))
+    tensors, notes = read_safetensors(file, float8=True, verify=False), read_notes(file)
+    digests = digests_in(notes)
+    try:
+        shared = dict(parse_json(notes.get(_SHARED, "{}")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} must say which tensors are shared: {error}. Use another file.") from None
     entries = {
         f"model/{name}": StoredTensor(
-            stored.shape, stored.dtype, (Chunk((0,) * len(stored.shape), stored.shape, file.name, name, None),)
+            stored.shape,
+            stored.dtype,
+            (Chunk((0,) * len(stored.shape), stored.shape, file.name, name, digests.get(name)),),
         )
         for name, stored in tensors.items()
         if name not in shared

@@ -36,7 +36,8 @@ from torch.futures import Future
 
 from moekit.atomic import flush, writing
 from moekit.errors import UserError
-from moekit.parallel.checkpoint.disk import commit, digest_of, hidden_folders, is_file_checkpoint
+from moekit.mapped import digest_of
+from moekit.parallel.checkpoint.disk import commit, hidden_folders, is_file_checkpoint
 from moekit.parallel.checkpoint.index import INDEX, Chunk, Index, StoredTensor
 
 PLAIN = "plain.pt"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from moekit.routing import Compensation
 from moekit.runs.config import RunConfig
 from moekit.runs.plain import with_setting
 from moekit.runs.run import SURGERY_FILE, Run
+from moekit.stored import parse_json
 from moekit.surgery import SparseLayer, compensations, sparse_layers
 
 COPIES = "compensated_copies"
@@ -30,8 +30,8 @@ def copies_of(run: Run) -> float:
     if not file.is_file():
         return 1.0
     try:
-        return float(json.loads(file.read_text(encoding="utf-8")).get(COPIES, 1.0))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return float(parse_json(file.read_text(encoding="utf-8")).get(COPIES, 1.0))
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{file} must be what moekit.surgery wrote: {error}. Restore it, or remove it.") from None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from moekit.atomic import replacing, write_error, write_json
+from moekit.atomic import flush, replacing, write_error, write_json
 from moekit.errors import UserError
 from moekit.parallel.checkpoint import Checkpointer
 from moekit.runs.plain import as_plain
@@ -59,8 +59,10 @@ def write_run(result: Result, out: str | Path, *, restart: bool = False, overwri
             for item in sorted(temporary.iterdir()):
                 os.replace(item, place / item.name)
             temporary.rmdir()
+            flush(place)
         else:
             os.replace(temporary, place)
+        flush(place.absolute().parent)
     except OSError as error:
         raise write_error(place, error) from error
     finally:

@@ -1,0 +1,89 @@
+"""What is read back from files: plain data of any shape, and archives that are as they were written."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_LARGEST = 1 << 63
+_BLOCK = 1 << 22
+
+
+def _whole_number(digits: str) -> int:
+    number = int(digits)  # of more than 4,300 digits Python raises ValueError
+    if not -_LARGEST <= number < 2 * _LARGEST:
+        raise ValueError(f"a number has {len(digits)} digits, and whole numbers must fit into 64 bits")
+    return number
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole_number)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The data in a JSON text.
+
+    Raises:
+        ValueError: It is no JSON, is not UTF-8, is nested too deeply, or holds a whole number of more than 64 bits.
+    """
+    try:
+        return _DECODER.decode(text if isinstance(text, str) else text.decode("utf-8", "surrogatepass"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """The data in a YAML text: what JSON can hold, and dates.
+
+    Raises:
+        ValueError: It is no YAML, or nested too deeply.
+    """
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    # Values such as `!!bool x` and `!!int` make PyYAML look into tables and empty texts.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def check_archive(path: Path) -> None:
+    """Compare every record of a file that ``torch.save`` wrote with its CRC-32, which torch does not look at.
+
+    The whole file is read, once. Its records are stored as they are, so that they can be mapped.
+
+    Raises:
+        ValueError: It is no such archive, or is not as it was written.
+        OSError: It cannot be read.
+    """
+    name = ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                name = record.filename
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise zipfile.BadZipFile("it is compressed")
+                with archive.open(record) as file:
+                    while file.read(_BLOCK):
+                        pass
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, OverflowError, struct.error) as error:
+        part = f" in its record {name!r}" if name else ""
+        raise ValueError(f"it is not as it was written{part}: {error}") from None
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            found = zlib.crc32(block, found)
+    return found
