@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moekit.data.mixture import TemperatureSchedule, heating
-from moekit.data.sources import Source, Union, source_class
+from moekit.data.sources import KINDS, Source, Union, source_class
+from moekit.data.sources.names import LanguageNames
 from moekit.errors import UserError
 from moekit.runs.settings.fields import RESUME, SURGERY, setting
 from moekit.runs.settings.train import TrainConfig
 
 _WHICH_TEXT = (
-    "source", "pivot", "directions", "max_languages", "babel_languages", "babel_sentences", "babel_sizes",
+    "source", "pivot", "directions", "languages", "columns", "max_languages", "babel_languages", "babel_sentences",
+    "babel_sizes",
 )  # fmt: skip
 _MAX_WORKERS = 4  # beside each GPU
 
@@ -37,6 +39,11 @@ class DataConfig:
         pivot: language that every direction must start or end with, where the text is parallel in more than two
             languages: a language code, "auto" (English if the corpus has it) or "none" (keep all pairs).
         directions: translation directions to train on, such as en-de,de-en or a list; not given = all.
+        languages: languages to read, such as en,de or a list; not given = all whose names in the data look like
+            language codes (en, eng, zh-CN, eng_Latn). Names that are none are mapped to codes: src=en,tgt=de or
+            {src: en, tgt: de}.
+        columns: languages of the columns of TSV files that have no header, in order, such as en,de,- or a list; a
+            hyphen stands for a column that is not text. Not given = the first line of the files is the header.
         max_languages: number of languages to read from gettext catalogs; those with the most text are taken.
         vocab_size: size of the SentencePiece vocabulary that is trained on the data, in pieces: 1,000 to 4,000 for
             small models, 32,000 for large ones.
@@ -76,6 +83,8 @@ class DataConfig:
     path: str | tuple[str, ...] | None = setting(None, free=RESUME)
     pivot: str = "auto"
     directions: tuple[str, ...] | str | None = None
+    languages: tuple[str, ...] | dict[str, str] | str | None = None
+    columns: tuple[str, ...] | str | None = None
     max_languages: int = setting(10, at_least=1)
     vocab_size: int = setting(1024, at_least=1)
     tokenizer: str | None = setting(None, free=RESUME)
@@ -99,8 +108,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         structured = {
             "source": _word_or_list(self.source),
-            "path": _word_or_list(self.path),
+            "path": _paths(self.path),
             "directions": _listed(self.directions) or None,
+            "languages": _names(self.languages),
+            "columns": _listed(self.columns) or None,
             "babel_sizes": _sizes(self.babel_sizes) or None,
         }
         for name, value in structured.items():
@@ -117,7 +128,7 @@ class DataConfig:
         Raises:
             UserError: wrong number of paths, an unknown kind, or whatever is wrong with the data.
         """
-        kinds, paths = self.sources, _listed(self.path)
+        kinds, paths = self.sources, _list_of_paths(self.path)
         if not kinds:
             raise UserError("data.source must name at least one kind of data, such as babel or moses: got nothing.")
         classes = [source_class(kind) for kind in kinds]
@@ -134,15 +145,26 @@ class DataConfig:
             "pivot": None if self.pivot == "none" else self.pivot,
             "babel_sizes": self.babel_sizes or {},
         }
+        for name in ("languages", "columns"):
+            # Where text is generated, a parameter of that name is another.
+            takes = [made.name for made in KINDS.values() if {"path", name} <= made.parameters().keys()]
+            if given[name] is not None and not set(takes) & set(kinds):
+                raise UserError(
+                    f"data.{name} is for text of the kinds {', '.join(takes)}: got data.source {','.join(kinds)}. "
+                    "Leave it out."
+                )
         opened = [
             made.open(next(remaining) if everything or made.needs_path() else None, **made.settings_from(given))
             for made in classes
         ]
-        return opened[0] if len(opened) == 1 else Union(opened)
+        found = opened[0] if len(opened) == 1 else Union(opened)
+        for code in LanguageNames(self.languages).codes:  # each of them may be in one of several corpora
+            found.check_language(code)
+        return found
 
     def missing_paths(self) -> list[str]:
         """Those of the paths where nothing is."""
-        return [path for path in _listed(self.path) if not Path(path).exists()]
+        return [path for path in _list_of_paths(self.path) if not Path(path).exists()]
 
     def which_text(self) -> dict[str, Any]:
         """The settings that say which text is read; where it lies does not matter."""
@@ -174,6 +196,26 @@ def _word_or_list(given: tuple[str, ...] | list[str] | str | None) -> str | tupl
     """A list of one as its word; None for an empty one."""
     found = _listed(given)
     return found if len(found) > 1 else next(iter(found), None)
+
+
+def _paths(given: tuple[str, ...] | list[str] | str | None) -> str | tuple[str, ...] | None:
+    """As `_word_or_list`; a path that has a comma is a list, so that it is never taken for two."""
+    found = _list_of_paths(given)
+    return found if len(found) > 1 or any("," in path for path in found) else next(iter(found), None)
+
+
+def _list_of_paths(given: tuple[str, ...] | list[str] | str | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) and "," in given and Path(given).exists() else _listed(given)
+
+
+def _names(given: tuple[str, ...] | Mapping[str, str] | str | None) -> tuple[str, ...] | dict[str, str] | None:
+    """Languages as a list, or by their names in the data, as ``src=en,tgt=de`` says."""
+    if isinstance(given, Mapping):
+        return dict(given) or None
+    parts = [part.partition("=") for part in _listed(given)]
+    if not any(equals for _, equals, _ in parts):
+        return tuple(name for name, _, _ in parts) or None
+    return {name.strip(): (code if equals else name).strip() for name, equals, code in parts}
 
 
 def _sizes(given: Mapping[str, int] | str | None) -> dict[str, int]:
