@@ -14,6 +14,7 @@ from typing import IO, Any
 from moekit.data.batch import Batch
 from moekit.data.batching import Loader
 from moekit.data.module import MultitaskData
+from moekit.data.overlap import also_in_training
 from moekit.data.store import SIDES, TokenStore, Wanted, monolingual_section, parallel_section, store_in_memory
 from moekit.errors import UserError
 from moekit.source import Direction, Source, Split
@@ -30,11 +31,13 @@ class Corpus:
         fingerprint: of its source.
         sentences: their number by section, as ``train/en-de/source``.
         training: what each task trained on; see `MultitaskData.summary`.
+        repeated: what of the held-out text stands in it too; see `also_in_training`. None in files of former versions.
     """
 
     fingerprint: str
     sentences: Mapping[str, int]
     training: Mapping[str, Mapping[str, float | int]]
+    repeated: Mapping[str, Mapping[str, Sequence[int]]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -79,7 +82,7 @@ class HeldOut(Source):
             tasks=tuple(data.tasks),
             limits=limits,
             settings=dict(settings),
-            corpus=Corpus(data.source.fingerprint(), counts, data.summary()),
+            corpus=Corpus(data.source.fingerprint(), counts, data.summary(), also_in_training(data.store, limits)),
             sections=sections,
         )
 
@@ -152,6 +155,7 @@ class HeldOut(Source):
 
     def _plain(self) -> dict[str, Any]:
         """Everything as plain data; sections with the same sentences share one list."""
+        corpus = {name: value for name, value in asdict(self.corpus).items() if value is not None}
         numbers: dict[tuple[str, ...], int] = {}
         sections = {name: numbers.setdefault(tuple(text), len(numbers)) for name, text in self.sections.items()}
         return {
@@ -161,7 +165,7 @@ class HeldOut(Source):
             "tasks": list(self.tasks),
             "limits": self.limits,
             "settings": self.settings,
-            "corpus": asdict(self.corpus),
+            "corpus": corpus,
             "sections": sections,
             "texts": [list(text) for text in numbers],
         }

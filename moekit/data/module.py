@@ -198,6 +198,12 @@ class MultitaskData(L.LightningDataModule):
         mono = [(language, split) for language in self._all_chosen(pairs=False) for split in used]
         return Wanted(tuple(parallel), tuple(mono))
 
+    def evaluated(self, split: Split) -> dict[str, int]:
+        """How many sentences of validation or test text each task is measured on: of tests those that take part."""
+        limit = self.valid_sentences if split == "valid" else self.test_sentences
+        tasks = self.tasks if split == "valid" else self._scored or self.tasks
+        return {name: len(self._streams(name, split, limit)) for name in tasks}
+
     def summary(self) -> dict[str, dict[str, float | int]]:
         """What each task trains on: sentences used, dropped and truncated, sentences per step, share of padding."""
         rows: dict[str, dict[str, float | int]] = {}

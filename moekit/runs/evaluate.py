@@ -15,7 +15,7 @@ from moekit.runs.module import make_module, parameters
 from moekit.runs.record import DataRecord, RoutingRecord, Sample, Summary
 from moekit.runs.run import ROUTING, SAMPLES, SUMMARY, Run
 from moekit.runs.settings.train import quiet
-from moekit.runs.text import evaluation_data, require_same_text
+from moekit.runs.text import evaluation_data, held_out_record, require_same_text
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.checkpoint_state import load_rest
 from moekit.training.multitask import MultitaskModule
@@ -63,7 +63,7 @@ def evaluate(run: Run, config: RunConfig | None = None) -> bool:
     module.originals = originals
     trainer = config.train.trainer(logger=False, enable_checkpointing=False, callbacks=[TrainingProgress()])
     with quiet():
-        valid = trainer.validate(module, datamodule=data, verbose=False)[0]
+        valid = next(iter(trainer.validate(module, datamodule=data, verbose=False)), {})  # none where no text is
         trainer.test(module, datamodule=data, verbose=False)
     if not trainer.is_global_zero:
         return False
@@ -111,6 +111,7 @@ def _write(
         test=module.tested,
         routing=module.routing_summary,
         tasks={name: data.task(name).record() for name in data.tasks},
+        held_out=held_out_record(data, run.held_out),
     )
     routing = None if module.routing is None else RoutingRecord.from_json(module.routing)
     write_json(run.path / SAMPLES, [Sample.from_json(sample).to_json() for sample in module.samples])

@@ -22,7 +22,7 @@ from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.settings.train import quiet
-from moekit.runs.text import require_same_text, tokenizer_of
+from moekit.runs.text import held_out_record, require_same_text, tokenizer_of
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.callbacks.config import ConfigInCheckpoints
 from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
@@ -93,6 +93,8 @@ def fit(
         run = Run.create(out, settings, resume=resume, overwrite=overwrite, free=free)
         run.keep(data.tokenizer, held_out)
     checkpoint = run.checkpoint_to_resume(settings, free) if resume else None
+    evaluated = held_out_record(data, held_out)
+    validated = next((task for task, sentences in evaluated.valid.items() if sentences), next(iter(module.heads)))
     trainer = train.trainer(
         strategy=strategy,
         logger=run_loggers(run.path),
@@ -105,7 +107,7 @@ def fit(
             PeakMemory(expected_bytes(recipe, config)),
             TrainingProgress(budget),
             *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
-            *_checkpoints(config, run, f"valid/{next(iter(module.heads))}/loss", resume_command),
+            *_checkpoints(config, run, f"valid/{validated}/loss", resume_command),
         ],
         max_steps=train.max_steps or -1,
         max_epochs=-1 if not train.max_steps else None,
@@ -114,7 +116,8 @@ def fit(
         limit_val_batches=1.0 if train.validate_every else 0,
     )
     if trainer.is_global_zero and console is not None:
-        lines = [_said(recipe, config, module, data, run), *([] if init_from is None else [init_from.note(module)])]
+        lines = [_said(recipe, config, module, data, run), *(f"[yellow]![/] {text}" for text in evaluated.remarks)]
+        lines += [] if init_from is None else [init_from.note(module)]
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
     with quiet():
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -127,7 +130,7 @@ def is_first_process() -> bool:
 
 
 def _checkpoints(config: RunConfig, run: Run, monitor: str, resume_command: str) -> list[Callback]:
-    """Callbacks that write checkpoints; of several tasks the first is the one that the recipe is about."""
+    """Callbacks that write checkpoints; of several tasks the first that is validated decides."""
     train = config.train
     return [
         *([BestCheckpoint(run.checkpoints, monitor=monitor)] if train.validate_every else []),

@@ -135,7 +135,7 @@ class Recipe:
             raise UserError(f"{where}: not a configuration of this recipe ({error}).") from None
 
     def current(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The plain data of a configuration as this version writes it: keys that moved or are new, lists that were text."""
+        """The plain data of a configuration as this version writes it: keys that moved or are new, lists once text."""
         now = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
         for old, new in self.renamed.items():
             group, _, key = new.partition(".")
