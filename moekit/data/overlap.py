@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from moekit.data.keyed import Keys, fold
+from moekit.data.keyed import Keys, fold, mix
 from moekit.data.store import Section, TokenStore
 
 _CHUNK = 1 << 14  # sentences
-_SEED: Keys = np.zeros(1, dtype=np.uint64)
 
 
 def also_in_training(store: TokenStore, limits: Mapping[str, int | None]) -> dict[str, dict[str, tuple[int, int]]]:
@@ -32,7 +31,9 @@ def also_in_training(store: TokenStore, limits: Mapping[str, int | None]) -> dic
     for split, limit in limits.items():
         for language in dict.fromkeys(_language(name) for name in store.sections):
             evaluated = {Section(w.first, min(w.count, limit or w.count)) for w in _sections(store, split, language)}
-            hashes = np.concatenate([_SEED[:0], *(h for where in evaluated for h in _hashes(store, where))])
+            hashes = np.concatenate(
+                [np.zeros(0, np.uint64), *(h for where in evaluated for h in _hashes(store, where))]
+            )
             known = np.unique(hashes)
             if not len(known):
                 continue
@@ -66,7 +67,7 @@ def _hashes(store: TokenStore, where: Section) -> Iterator[Keys]:
         if not len(lengths):
             continue
         starts = np.cumsum(lengths) - lengths
-        tokens = np.asarray(store.tokens[edges[0] : edges[-1]]).astype(np.int64)
+        tokens = np.asarray(store.tokens[edges[0] : edges[-1]]).astype(np.uint64)
         place = np.arange(len(tokens)) - np.repeat(starts, lengths)
-        words = fold(fold(_SEED, place), tokens)
+        words = mix((place.astype(np.uint64) << np.uint64(32)) + tokens)  # a token of 32 bits at a place of 32
         yield fold(np.add.reduceat(words, starts), lengths)

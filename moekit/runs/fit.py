@@ -22,7 +22,7 @@ from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.settings.train import quiet
-from moekit.runs.text import held_out_record, require_same_text, tokenizer_of
+from moekit.runs.text import held_out_record, left_out, require_same_text, tokenizer_of
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.callbacks.config import ConfigInCheckpoints
 from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
@@ -116,7 +116,8 @@ def fit(
         limit_val_batches=1.0 if train.validate_every else 0,
     )
     if trainer.is_global_zero and console is not None:
-        lines = [_said(recipe, config, module, data, run), *(f"[yellow]![/] {text}" for text in evaluated.remarks)]
+        remarks = [*left_out(held_out.corpus.training, data.max_length), *evaluated.remarks]
+        lines = [_said(recipe, config, module, data, run), *(f"[yellow]![/] {text}" for text in remarks)]
         lines += [] if init_from is None else [init_from.note(module)]
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
     with quiet():

@@ -146,6 +146,17 @@ def held_out_record(data: MultitaskData, held_out: HeldOut | None) -> HeldOutRec
     return HeldOutRecord(valid=valid, test=test, repeated=repeated, remarks=remarks)
 
 
+def left_out(training: Mapping[str, Mapping[str, float | int]], max_length: int) -> list[str]:
+    """A sentence for each task that cannot use more than one in a hundred training sentences, too long or empty."""
+    counts = {name: (int(row["dropped"]), int(row["dropped"] + row["sentences"])) for name, row in training.items()}
+    return [
+        f"{name}: {dropped:,} of {total:,} training sentences are left out: they are empty, or longer than "
+        f"data.max_length, {max_length} pieces (see data.too_long)."
+        for name, (dropped, total) in counts.items()
+        if dropped > total / 100
+    ]
+
+
 def recorded(run: Run, name: str) -> str | None:
     """The beginning of the fingerprint of the source or tokenizer of a run, if its checkpoint has it."""
     found: str | None = run.rest.get(MultitaskData.__qualname__, {}).get("settings", {}).get(name)

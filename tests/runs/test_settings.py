@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from moekit.data.module import TokenizerOptions
 from moekit.data.sources import open_source
 from moekit.errors import UserError
 from moekit.recipes import gshard, zcode_m3
@@ -17,6 +18,7 @@ from moekit.runs.plain import as_plain
 from moekit.runs.recipe import recipe_names, structured
 from moekit.runs.settings import DataConfig, setting
 from moekit.runs.settings.fields import check_ranges, free_keys, settings_of
+from moekit.runs.text import left_out
 from moekit.training.callbacks.config import CONFIG_KEY
 
 
@@ -166,3 +168,22 @@ def test_settings_that_came_later_have_their_default() -> None:
         del values["data"][name]
     current = zcode_m3.RECIPE.current(values)["data"]
     assert (current["languages"], current["max_length"], current["vocab_size"]) == (None, 128, 77)
+
+
+def test_settings_of_text_reach_the_data_module(tmp_path: Path) -> None:
+    given = {"character_coverage": 0.99, "byte_fallback": False, "normalization_rule_name": "identity"}
+    config = zcode_m3.RECIPE.default.changed(data={**given, "too_long": "error", "cache": str(tmp_path)})
+    made = config.batches()
+    assert made.too_long == "error"
+    assert made.tokenizer_options == TokenizerOptions(
+        character_coverage=0.99, byte_fallback=False, normalization="identity"
+    )
+    default = zcode_m3.RECIPE.default.batches()
+    assert (default.tokenizer_options, default.too_long) == (TokenizerOptions(), "drop"), "as it always was"
+
+
+def test_much_that_is_left_out_is_said() -> None:
+    rows = {"translation": {"sentences": 980, "dropped": 20}, "denoising": {"sentences": 1990, "dropped": 10}}
+    (line,) = left_out(rows, 50)
+    assert line.startswith("translation: 20 of 1,000 training sentences are left out: they are empty, or longer than ")
+    assert "data.max_length, 50 pieces" in line

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from moekit.data.mixture import TemperatureSchedule, heating
 from moekit.data.sources import KINDS, Source, Union, source_class
 from moekit.data.sources.names import LanguageNames
+from moekit.data.streams import TooLong
+from moekit.data.tokenizer import Normalization
 from moekit.errors import UserError
 from moekit.runs.settings.fields import RESUME, SURGERY, setting
 from moekit.runs.settings.train import TrainConfig
@@ -47,6 +49,13 @@ class DataConfig:
         max_languages: number of languages to read from gettext catalogs; those with the most text are taken.
         vocab_size: size of the SentencePiece vocabulary that is trained on the data, in pieces: 1,000 to 4,000 for
             small models, 32,000 for large ones.
+        character_coverage: share of the characters of the text that the vocabulary must hold, from 0.98 to 1: 0.9995
+            for scripts with many characters such as Chinese, 1 for small alphabets; rarer characters are spelled in
+            bytes.
+        byte_fallback: whether characters that are not in the vocabulary are spelled in bytes, for which 256 pieces are
+            set aside; otherwise they become the unknown token.
+        normalization_rule_name: SentencePiece's rule for normalizing text before it is tokenized: nmt_nfkc, nfkc,
+            nmt_nfkc_cf or nfkc_cf (case-folded), or identity (none).
         tokenizer: folder of an existing tokenizer to use instead of training one; it must know all languages of the
             data.
         sentinel: whether, in tasks on text pairs such as translation, the first sentinel token ends the source and
@@ -63,8 +72,10 @@ class DataConfig:
         heating: shape of the rise of the sampling temperature: linear, square_root or step (a single jump).
         heating_steps: optimizer steps over which the sampling temperature rises from 1 to `temperature`; 0 = constant
             temperature.
-        max_length: maximum length of a training sequence, in pieces including special tokens; longer sentences are
-            dropped. 128 is enough for single sentences.
+        max_length: maximum length of a training sequence, in pieces including special tokens; see `too_long` for what
+            happens to longer sentences. 128 is enough for single sentences.
+        too_long: what happens to training sentences longer than `max_length`: drop, truncate or error (stop before
+            training). Pairs of which one side is longer count as longer; evaluation always truncates.
         cache: folder of tokenizers and tokenized text, shared by all runs.
         num_workers: number of data loader processes for each training process; 0 = load in the training process itself;
             auto = none on a CPU, up to four beside each GPU.
@@ -87,6 +98,9 @@ class DataConfig:
     columns: tuple[str, ...] | str | None = None
     max_languages: int = setting(10, at_least=1)
     vocab_size: int = setting(1024, at_least=1)
+    character_coverage: float = setting(0.9995, at_least=0.98)
+    byte_fallback: bool = True
+    normalization_rule_name: Normalization = "nmt_nfkc"
     tokenizer: str | None = setting(None, free=RESUME)
     sentinel: bool = False
     mask_shares: tuple[float, float, float] = setting((0.8, 0.1, 0.1), free=SURGERY)
@@ -97,6 +111,7 @@ class DataConfig:
     heating: Literal["linear", "square_root", "step"] = setting("linear", free=SURGERY)
     heating_steps: int = setting(0, at_least=0, free=SURGERY)
     max_length: int = setting(128, free=SURGERY)
+    too_long: TooLong = setting("drop", free=SURGERY)
     cache: str = setting(".cache/moekit", free=RESUME + SURGERY)
     num_workers: int | Literal["auto"] = setting("auto", at_least=0, free=RESUME + SURGERY)
     babel_languages: int = 4
