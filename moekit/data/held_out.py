@@ -209,5 +209,36 @@ class HeldOutData(MultitaskData):
         return {name: dict(training[name]) for name in self.tasks if name in training}
 
 
+def remarks(data: MultitaskData, corpus: Corpus | None) -> list[str]:
+    """What one should know of the held-out text before one reads scores on it, in sentences; of most runs nothing."""
+    found = []
+    for split, what, therefore in (
+        ("valid", "validation", "the last checkpoint is the result"),
+        ("test", "test", "nothing is tested"),
+    ):
+        numbers = data.evaluated("valid" if split == "valid" else "test")
+        lacking = [task for task, sentences in numbers.items() if not sentences]
+        if len(lacking) == len(numbers):
+            found.append(f"No {what} text: {therefore}.")
+        elif lacking:
+            found.append(f"No {what} text for {', '.join(lacking)}.")
+        repeated = (corpus.repeated or {}).get(split, {}) if corpus else {}
+        counts = [f"{number:,} of {total:,} in {code}" for code, (number, total) in repeated.items()]
+        if counts:
+            found.append(f"{what.capitalize()} sentences also in the training text: {', '.join(counts)}.")
+    return found
+
+
+def left_out(training: Mapping[str, Mapping[str, float | int]], max_length: int) -> list[str]:
+    """A sentence for each task that cannot use more than one in a hundred training sentences, too long or empty."""
+    counts = {name: (int(row["dropped"]), int(row["dropped"] + row["sentences"])) for name, row in training.items()}
+    return [
+        f"{name}: {dropped:,} of {total:,} training sentences are left out: they are empty, or longer than "
+        f"data.max_length, {max_length} pieces (see data.too_long)."
+        for name, (dropped, total) in counts.items()
+        if dropped > total / 100
+    ]
+
+
 def _canonical(data: Any) -> bytes:
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from moekit.atomic import write_json
+from moekit.data.held_out import remarks
 from moekit.data.module import MultitaskData
 from moekit.inference.completer import Completer
 from moekit.inference.translator import Translator, search_for
 from moekit.runs.config import RunConfig
 from moekit.runs.module import make_module, parameters
-from moekit.runs.record import DataRecord, RoutingRecord, Sample, Summary
+from moekit.runs.record import DataRecord, HeldOutRecord, RoutingRecord, Sample, Summary
 from moekit.runs.run import ROUTING, SAMPLES, SUMMARY, Run
 from moekit.runs.settings.train import quiet
-from moekit.runs.text import evaluation_data, held_out_record, require_same_text
+from moekit.runs.text import evaluation_data, require_same_text
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.checkpoint_state import load_rest
 from moekit.training.multitask import MultitaskModule
@@ -84,6 +85,7 @@ def _write(
     used = last.get("callbacks", {})
     trained = used.get("Throughput", {})
     scores = module.scores or {}
+    corpus = None if run.held_out is None else run.held_out.corpus
     summary = Summary(
         recipe=run.recipe.name,
         variant=run.variant,
@@ -111,7 +113,12 @@ def _write(
         test=module.tested,
         routing=module.routing_summary,
         tasks={name: data.task(name).record() for name in data.tasks},
-        held_out=held_out_record(data, run.held_out),
+        held_out=HeldOutRecord(
+            valid=data.evaluated("valid"),
+            test=data.evaluated("test"),
+            repeated=corpus and corpus.repeated,
+            remarks=remarks(data, corpus),
+        ),
     )
     routing = None if module.routing is None else RoutingRecord.from_json(module.routing)
     write_json(run.path / SAMPLES, [Sample.from_json(sample).to_json() for sample in module.samples])

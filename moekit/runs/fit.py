@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from moekit.data.held_out import HeldOut
+from moekit.data.held_out import HeldOut, left_out, remarks
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
@@ -22,7 +22,7 @@ from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.settings.train import quiet
-from moekit.runs.text import held_out_record, left_out, require_same_text, tokenizer_of
+from moekit.runs.text import require_same_text, tokenizer_of
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.callbacks.config import ConfigInCheckpoints
 from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
@@ -93,8 +93,9 @@ def fit(
         run = Run.create(out, settings, resume=resume, overwrite=overwrite, free=free)
         run.keep(data.tokenizer, held_out)
     checkpoint = run.checkpoint_to_resume(settings, free) if resume else None
-    evaluated = held_out_record(data, held_out)
-    validated = next((task for task, sentences in evaluated.valid.items() if sentences), next(iter(module.heads)))
+    validated = next(
+        (task for task, sentences in data.evaluated("valid").items() if sentences), next(iter(module.heads))
+    )
     trainer = train.trainer(
         strategy=strategy,
         logger=run_loggers(run.path),
@@ -116,8 +117,8 @@ def fit(
         limit_val_batches=1.0 if train.validate_every else 0,
     )
     if trainer.is_global_zero and console is not None:
-        remarks = [*left_out(held_out.corpus.training, data.max_length), *evaluated.remarks]
-        lines = [_said(recipe, config, module, data, run), *(f"[yellow]![/] {text}" for text in remarks)]
+        notes = [*left_out(held_out.corpus.training, data.max_length), *remarks(data, held_out.corpus)]
+        lines = [_said(recipe, config, module, data, run), *(f"[yellow]![/] {text}" for text in notes)]
         lines += [] if init_from is None else [init_from.note(module)]
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
     with quiet():

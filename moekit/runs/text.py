@@ -17,7 +17,6 @@ from moekit.errors import UserError
 from moekit.runs.config import RunConfig
 from moekit.runs.plain import differences, plain
 from moekit.runs.recipe import structured
-from moekit.runs.record import HeldOutRecord
 from moekit.runs.run import Run
 from moekit.runs.settings.tasks import active_tasks
 
@@ -125,36 +124,6 @@ def corpus_note(run: Run) -> str | None:
     if source.fingerprint() == held_out.corpus.fingerprint:
         return None
     return f"{tested}; the corpus is not what it was when the run was trained: its fingerprint differs"
-
-
-def held_out_record(data: MultitaskData, held_out: HeldOut | None) -> HeldOutRecord:
-    """What `data` are evaluated on, and what one should know of it."""
-    valid, test = data.evaluated("valid"), data.evaluated("test")
-    repeated = None if held_out is None else held_out.corpus.repeated
-    remarks = []
-    if lacking := [task for task, sentences in valid.items() if not sentences]:
-        which = "" if len(lacking) == len(valid) else f" for {', '.join(lacking)}"
-        remarks.append(
-            f"No validation text{which}: {'not measured' if which else 'the last checkpoint is the result'}."
-        )
-    if lacking := [task for task, sentences in test.items() if not sentences]:
-        which = "" if len(lacking) == len(test) else f" for {', '.join(lacking)}"
-        remarks.append(f"No test text{which}: not tested.")
-    for split, languages in sorted((repeated or {}).items()):
-        counts = ", ".join(f"{number:,} of {total:,} in {code}" for code, (number, total) in languages.items())
-        remarks.append(f"{'Test' if split == 'test' else 'Validation'} sentences also in the training text: {counts}.")
-    return HeldOutRecord(valid=valid, test=test, repeated=repeated, remarks=remarks)
-
-
-def left_out(training: Mapping[str, Mapping[str, float | int]], max_length: int) -> list[str]:
-    """A sentence for each task that cannot use more than one in a hundred training sentences, too long or empty."""
-    counts = {name: (int(row["dropped"]), int(row["dropped"] + row["sentences"])) for name, row in training.items()}
-    return [
-        f"{name}: {dropped:,} of {total:,} training sentences are left out: they are empty, or longer than "
-        f"data.max_length, {max_length} pieces (see data.too_long)."
-        for name, (dropped, total) in counts.items()
-        if dropped > total / 100
-    ]
 
 
 def recorded(run: Run, name: str) -> str | None:

@@ -312,8 +312,8 @@ def test_impossible_settings_name_their_key(change: dict[str, Any], message: str
 
 def test_long_sentences_can_be_an_error(cache: Path) -> None:
     message = (
-        r"data\.max_length must hold every sentence.*got 20, and of the 400 of train/aa-bb \d+ are longer: the first is "
-        r"number \d+, of \d+ pieces.*set data\.too_long to drop or truncate"
+        r"data\.max_length must hold every sentence.*got 20, and of the 400 of train/aa-bb \d+ are longer: the first "
+        r"is number \d+, of \d+ pieces.*set data\.too_long to drop or truncate"
     )
     with pytest.raises(UserError, match=message):
         data(cache, max_length=20, too_long="error").summary()

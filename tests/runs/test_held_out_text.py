@@ -35,7 +35,7 @@ def write(path: Path, lines: list[str]) -> None:
 def test_a_corpus_without_held_out_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "text" / "en.txt", LINES[:300:15])
     summary, run = trained(moe_lm.RECIPE, tmp_path, **{"data.source": "text", "data.path": tmp_path / "text"})
-    remarks = ["No validation text: the last checkpoint is the result.", "No test text: not tested."]
+    remarks = ["No validation text: the last checkpoint is the result.", "No test text: nothing is tested."]
     assert summary["held_out"] == {
         "valid": {"causal_lm": 0}, "test": {"causal_lm": 0}, "repeated": {}, "remarks": remarks
     }  # fmt: skip
@@ -55,7 +55,7 @@ def test_one_task_without_validation_text(tmp_path: Path, capsys: pytest.Capture
         write(tmp_path / "text" / f"valid.{code}", LINES[250:])
     paths = f"{tmp_path / 'pairs'},{tmp_path / 'text'}"
     summary, run = trained(zcode_m3.RECIPE, tmp_path, **{"data.source": "moses,text", "data.path": paths})
-    assert "No validation text for translation: not measured." in summary["held_out"]["remarks"]
+    assert "No validation text for translation." in summary["held_out"]["remarks"]
     assert (run / "checkpoints" / "best.ckpt").exists(), "the best by the first task that is validated"
     assert set(summary["loss"]) == {"denoising", "masked_lm", "replaced_token"}
     assert summary["held_out"]["repeated"]["valid"] == {"en": [50, 50], "de": [50, 50]}

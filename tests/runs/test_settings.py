@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from moekit.data.held_out import left_out
 from moekit.data.module import TokenizerOptions
 from moekit.data.sources import open_source
 from moekit.errors import UserError
@@ -18,7 +19,6 @@ from moekit.runs.plain import as_plain
 from moekit.runs.recipe import recipe_names, structured
 from moekit.runs.settings import DataConfig, setting
 from moekit.runs.settings.fields import check_ranges, free_keys, settings_of
-from moekit.runs.text import left_out
 from moekit.training.callbacks.config import CONFIG_KEY
 
 

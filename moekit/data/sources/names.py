@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from moekit.errors import UserError
-from moekit.source import language_code
+from moekit.source import Source, language_code
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,11 @@ class LanguageNames:
         self.leave_out(name for name in given if name not in chosen)
         return chosen
 
+    def check(self, source: Source) -> None:
+        """Raise UserError, with the nearest name, if a language that was named is none of a corpus."""
+        for code in self.codes:
+            source.check_language(code)
+
     def leave_out(self, names: Iterable[str]) -> None:
         """Remember what is not read, for `say`."""
         self._left_out.update(dict.fromkeys(names))
@@ -101,6 +106,17 @@ class LanguageNames:
             "%s: left out of %s, as no text of a language: %s. --data.languages names those that are.",
             kind, where, shown,
         )  # fmt: skip
+
+
+def named_languages(given: Sequence[str] | Mapping[str, str] | str | None) -> tuple[str, ...] | dict[str, str] | None:
+    """Languages as settings give them: a list or mapping, or text such as ``en,de`` and ``src=en,tgt=de``."""
+    if isinstance(given, Mapping):
+        return dict(given) or None
+    listed = given.split(",") if isinstance(given, str) else given or ()
+    parts = [part.partition("=") for part in listed if part.strip()]
+    if not any(equals for _, equals, _ in parts):
+        return tuple(name.strip() for name, _, _ in parts) or None
+    return {name.strip(): (code if equals else name).strip() for name, equals, code in parts}
 
 
 def _plain(name: str) -> str:

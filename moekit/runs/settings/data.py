@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moekit.data.mixture import TemperatureSchedule, heating
-from moekit.data.sources import KINDS, Source, Union, source_class
-from moekit.data.sources.names import LanguageNames
+from moekit.data.sources import Source, Union, require_parameter, source_class
+from moekit.data.sources.names import LanguageNames, named_languages
 from moekit.data.streams import TooLong
 from moekit.data.tokenizer import Normalization
 from moekit.errors import UserError
@@ -125,7 +125,7 @@ class DataConfig:
             "source": _word_or_list(self.source),
             "path": _paths(self.path),
             "directions": _listed(self.directions) or None,
-            "languages": _names(self.languages),
+            "languages": named_languages(self.languages),
             "columns": _listed(self.columns) or None,
             "babel_sizes": _sizes(self.babel_sizes) or None,
         }
@@ -143,7 +143,7 @@ class DataConfig:
         Raises:
             UserError: wrong number of paths, an unknown kind, or whatever is wrong with the data.
         """
-        kinds, paths = self.sources, _list_of_paths(self.path)
+        kinds, paths = self.sources, _listed(self.path)
         if not kinds:
             raise UserError("data.source must name at least one kind of data, such as babel or moses: got nothing.")
         classes = [source_class(kind) for kind in kinds]
@@ -161,25 +161,19 @@ class DataConfig:
             "babel_sizes": self.babel_sizes or {},
         }
         for name in ("languages", "columns"):
-            # Where text is generated, a parameter of that name is another.
-            takes = [made.name for made in KINDS.values() if {"path", name} <= made.parameters().keys()]
-            if given[name] is not None and not set(takes) & set(kinds):
-                raise UserError(
-                    f"data.{name} is for text of the kinds {', '.join(takes)}: got data.source {','.join(kinds)}. "
-                    "Leave it out."
-                )
+            if given[name] is not None:
+                require_parameter(kinds, name)
         opened = [
             made.open(next(remaining) if everything or made.needs_path() else None, **made.settings_from(given))
             for made in classes
         ]
         found = opened[0] if len(opened) == 1 else Union(opened)
-        for code in LanguageNames(self.languages).codes:  # each of them may be in one of several corpora
-            found.check_language(code)
+        LanguageNames(self.languages).check(found)
         return found
 
     def missing_paths(self) -> list[str]:
         """Those of the paths where nothing is."""
-        return [path for path in _list_of_paths(self.path) if not Path(path).exists()]
+        return [path for path in _listed(self.path) if not Path(path).exists()]
 
     def which_text(self) -> dict[str, Any]:
         """The settings that say which text is read; where it lies does not matter."""
@@ -214,23 +208,9 @@ def _word_or_list(given: tuple[str, ...] | list[str] | str | None) -> str | tupl
 
 
 def _paths(given: tuple[str, ...] | list[str] | str | None) -> str | tuple[str, ...] | None:
-    """As `_word_or_list`; a path that has a comma is a list, so that it is never taken for two."""
-    found = _list_of_paths(given)
-    return found if len(found) > 1 or any("," in path for path in found) else next(iter(found), None)
-
-
-def _list_of_paths(given: tuple[str, ...] | list[str] | str | None) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) and "," in given and Path(given).exists() else _listed(given)
-
-
-def _names(given: tuple[str, ...] | Mapping[str, str] | str | None) -> tuple[str, ...] | dict[str, str] | None:
-    """Languages as a list, or by their names in the data, as ``src=en,tgt=de`` says."""
-    if isinstance(given, Mapping):
-        return dict(given) or None
-    parts = [part.partition("=") for part in _listed(given)]
-    if not any(equals for _, equals, _ in parts):
-        return tuple(name for name, _, _ in parts) or None
-    return {name.strip(): (code if equals else name).strip() for name, equals, code in parts}
+    """As `_word_or_list`; a path with a comma, which exists or is given as a list, stays a list: it is one."""
+    found = (given,) if isinstance(given, str) and "," in given and Path(given).exists() else _listed(given)
+    return found if any("," in path for path in found) else _word_or_list(found)
 
 
 def _sizes(given: Mapping[str, int] | str | None) -> dict[str, int]:
