@@ -301,6 +301,20 @@ def source_class(kind: str) -> type[Source]:
     return KINDS[kind]
 
 
+def require_parameter(kinds: Iterable[str], name: str) -> None:
+    """Make sure that one of some kinds of source reads text by the setting `name`; what is generated has none.
+
+    Raises:
+        UserError: none does; those that do are named.
+    """
+    chosen, takes = list(kinds), [kind for kind, made in KINDS.items() if {"path", name} <= made.parameters().keys()]
+    if not set(takes) & set(chosen):
+        raise UserError(
+            f"data.{name} is for text of the kinds {', '.join(takes)}: got data.source {','.join(chosen)}. Leave "
+            "it out."
+        )
+
+
 def open_source(kind: str, path: str | Path | None = None, **settings: Any) -> Source:
     """Open a corpus of one of the `KINDS`, such as those of `moekit.data.sources`: ``open_source("moses", "folder")``.
 

@@ -14,6 +14,7 @@ from typing import IO, Any
 from moekit.data.batch import Batch
 from moekit.data.batching import Loader
 from moekit.data.module import MultitaskData
+from moekit.data.overlap import also_in_training
 from moekit.data.store import SIDES, TokenStore, Wanted, monolingual_section, parallel_section, store_in_memory
 from moekit.errors import UserError
 from moekit.source import Direction, Source, Split
@@ -31,11 +32,13 @@ class Corpus:
         fingerprint: of its source.
         sentences: their number by section, as ``train/en-de/source``.
         training: what each task trained on; see `MultitaskData.summary`.
+        repeated: what of the held-out text stands in it too; see `also_in_training`. None in files of former versions.
     """
 
     fingerprint: str
     sentences: Mapping[str, int]
     training: Mapping[str, Mapping[str, float | int]]
+    repeated: Mapping[str, Mapping[str, Sequence[int]]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -80,7 +83,7 @@ class HeldOut(Source):
             tasks=tuple(data.tasks),
             limits=limits,
             settings=dict(settings),
-            corpus=Corpus(data.source.fingerprint(), counts, data.summary()),
+            corpus=Corpus(data.source.fingerprint(), counts, data.summary(), also_in_training(data.store, limits)),
             sections=sections,
         )
 
@@ -153,6 +156,7 @@ class HeldOut(Source):
 
     def _plain(self) -> dict[str, Any]:
         """Everything as plain data; sections with the same sentences share one list."""
+        corpus = {name: value for name, value in asdict(self.corpus).items() if value is not None}
         numbers: dict[tuple[str, ...], int] = {}
         sections = {name: numbers.setdefault(tuple(text), len(numbers)) for name, text in self.sections.items()}
         return {
@@ -162,7 +166,7 @@ class HeldOut(Source):
             "tasks": list(self.tasks),
             "limits": self.limits,
             "settings": self.settings,
-            "corpus": asdict(self.corpus),
+            "corpus": corpus,
             "sections": sections,
             "texts": [list(text) for text in numbers],
         }
@@ -204,6 +208,37 @@ class HeldOutData(MultitaskData):
         """What each task was trained on, as it was recorded then."""
         training = self.source.corpus.training
         return {name: dict(training[name]) for name in self.tasks if name in training}
+
+
+def remarks(data: MultitaskData, corpus: Corpus | None) -> list[str]:
+    """What one should know of the held-out text before one reads scores on it, in sentences; of most runs nothing."""
+    found = []
+    for split, what, therefore in (
+        ("valid", "validation", "the last checkpoint is the result"),
+        ("test", "test", "nothing is tested"),
+    ):
+        numbers = data.evaluated("valid" if split == "valid" else "test")
+        lacking = [task for task, sentences in numbers.items() if not sentences]
+        if len(lacking) == len(numbers):
+            found.append(f"No {what} text: {therefore}.")
+        elif lacking:
+            found.append(f"No {what} text for {', '.join(lacking)}.")
+        repeated = (corpus.repeated or {}).get(split, {}) if corpus else {}
+        counts = [f"{number:,} of {total:,} in {code}" for code, (number, total) in repeated.items()]
+        if counts:
+            found.append(f"{what.capitalize()} sentences also in the training text: {', '.join(counts)}.")
+    return found
+
+
+def left_out(training: Mapping[str, Mapping[str, float | int]], max_length: int) -> list[str]:
+    """A sentence for each task that cannot use more than one in a hundred training sentences, too long or empty."""
+    counts = {name: (int(row["dropped"]), int(row["dropped"] + row["sentences"])) for name, row in training.items()}
+    return [
+        f"{name}: {dropped:,} of {total:,} training sentences are left out: they are empty, or longer than "
+        f"data.max_length, {max_length} pieces (see data.too_long)."
+        for name, (dropped, total) in counts.items()
+        if dropped > total / 100
+    ]
 
 
 def _canonical(data: Any) -> bytes:

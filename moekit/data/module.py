@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
+import numpy as np
 
 from moekit.data.batch import SPECIALS, Batch
 from moekit.data.batching import EvaluationBatches, Loader, TrainingSteps
@@ -65,7 +66,7 @@ class MultitaskData(L.LightningDataModule):
         evaluation_tokens: padded positions of an evaluation batch over all ranks; None = tokens_per_step.
         temperature: of the mixture over directions or languages within a task.
         max_length: most positions of a sentence, its two special tokens included.
-        too_long: whether longer training sentences are dropped or cut. Evaluation cuts.
+        too_long: whether longer training sentences are dropped, cut or an error. Evaluation cuts.
         pad_multiple: padded lengths are rounded up to a multiple of this.
         steps_per_epoch: None = as many as show each sentence of the first task once, at the first step's mixture.
         valid_sentences: at most so many of each direction (or language) are used in validation; None = all.
@@ -198,6 +199,12 @@ class MultitaskData(L.LightningDataModule):
         mono = [(language, split) for language in self._all_chosen(pairs=False) for split in used]
         return Wanted(tuple(parallel), tuple(mono))
 
+    def evaluated(self, split: Split) -> dict[str, int]:
+        """How many sentences of validation or test text each task is measured on: of tests those that take part."""
+        limit = self.valid_sentences if split == "valid" else self.test_sentences
+        tasks = self.tasks if split == "valid" else self._scored or self.tasks
+        return {name: len(self._streams(name, split, limit)) for name in tasks}
+
     def summary(self) -> dict[str, dict[str, float | int]]:
         """What each task trains on: sentences used, dropped and truncated, sentences per step, share of padding."""
         rows: dict[str, dict[str, float | int]] = {}
@@ -273,8 +280,8 @@ class MultitaskData(L.LightningDataModule):
             )
         for name in self.tasks:
             self.task(name).check(self.max_length - SPECIALS)
-        if self.too_long not in ("drop", "truncate"):
-            raise UserError(f'data.too_long must be "drop" or "truncate": got {self.too_long!r}.')
+        if self.too_long not in get_args(TooLong):
+            raise UserError(f"data.too_long must be one of {', '.join(get_args(TooLong))}: got {self.too_long!r}.")
 
     @property
     def _scored(self) -> list[str]:
@@ -293,20 +300,21 @@ class MultitaskData(L.LightningDataModule):
         served = {str(known): known for known in self.source.directions}
         return served.get(str(name)) or Direction.parse(name)
 
+    def _sections(self, task: str, stream: str, split: Split) -> list[str]:
+        """What of the store a stream is made of."""
+        if not TASKS[task].pairs:
+            return [monolingual_section(stream, split)]
+        return [parallel_section(self._direction(stream), split, side) for side in SIDES]
+
     def _streams(self, name: str, split: Split, limit: int | None = None) -> TaskStreams:
         task = self.task(name)
         length = task.chunk(self.max_length - SPECIALS)
         too_long: TooLong = self.too_long if split == "train" else "truncate"
         streams = []
         for stream in self._chosen(name):
-            if task.pairs:
-                direction = self._direction(stream)
-                languages = (direction.source, direction.target)
-                sections = [parallel_section(direction, split, side) for side in SIDES]
-            else:
-                languages, sections = (stream, stream), [monolingual_section(stream, split)]
-            source, target = map(self.tokenizer.language_id, languages)
-            ids = (source, target)
+            direction = self._direction(stream) if task.pairs else Direction(stream, stream)
+            sections = self._sections(name, stream, split)
+            ids = (self.tokenizer.language_id(direction.source), self.tokenizer.language_id(direction.target))
             if length is not None:
                 found = open_chunks(self.store, stream, sections[0], ids, length=length, limit=limit)
             else:
@@ -317,6 +325,8 @@ class MultitaskData(L.LightningDataModule):
 
     def _planned(self, name: str) -> tuple[TaskStreams, StepPlan]:
         task, data = self._streams(name, "train"), self.tasks[name]
+        if not len(task):
+            raise self._nothing_to_train_on(name)
         total = sum(t.share for t in self.tasks.values())
         plan = StepPlan(
             name,
@@ -328,6 +338,26 @@ class MultitaskData(L.LightningDataModule):
             least_rows=task.rank.count,
         )
         return task, plan
+
+    def _nothing_to_train_on(self, name: str) -> UserError:
+        chosen = self._chosen(name)
+        shown = ", ".join(chosen[:6]) + (" and others" if len(chosen) > 6 else "")
+        sides = [[self.store.lengths(section) for section in self._sections(name, x, "train")] for x in chosen]
+        filled = [lengths for lengths in (np.stack(side) for side in sides) if lengths.shape[1]]
+        if not filled:
+            return UserError(
+                f"the task {name} needs training text: the source {self.source.name} has none for it in {shown}. Give "
+                f"some, or leave the task out (tasks.{name}.tokens 0)."
+            )
+        # Of pairs the longer side counts; one with an empty side cannot be used, however short the other is.
+        longest = np.concatenate([np.where(x.min(axis=0) > 0, x.max(axis=0), 0) for x in filled])
+        used = longest[longest > 0]
+        found = f"the shortest has {used.min() + SPECIALS:,}" if len(used) else "all are empty"
+        return UserError(
+            f"the task {name} needs training sentences of at most data.max_length pieces, special tokens included: got "
+            f"{self.max_length}, and of the {len(longest):,} sentences of {shown} {found}. "
+            + ("Raise data.max_length, or set data.too_long to truncate." if len(used) else "Give text.")
+        )
 
     def _evaluation(self, tasks: Iterable[str], split: Split, limit: int | None) -> Loader[Batch] | list[Any]:
         streams = (self._streams(name, split, limit) for name in tasks)

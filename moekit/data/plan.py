@@ -114,8 +114,8 @@ class StepPlan:
         if longest > budget:
             raise UserError(
                 f"The token budget of the task {name} must hold its longest sentence: got {budget:,} for sentences of "
-                f"up to {longest:,} positions. Raise data.tokens_per_step (or the task's share), or lower "
-                "data.max_length."
+                f"up to {longest:,} positions. Raise it (tasks.{name}.tokens; of MultitaskData tokens_per_step, or the "
+                "task's share), or lower data.max_length."
             )
         self._two_sided = any(s.target is not None for s in self.streams)
         self._source = np.concatenate([s.source for s in self.streams])

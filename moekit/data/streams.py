@@ -14,8 +14,9 @@ from moekit.data.batch import SPECIALS, Batch, Sentences, padded_length
 from moekit.data.plan import Rows, Sizes
 from moekit.data.store import TokenStore
 from moekit.data.tokenizer import Tokenizer
+from moekit.errors import UserError
 
-TooLong = Literal["drop", "truncate"]
+TooLong = Literal["drop", "truncate", "error"]
 
 
 class Collator(Protocol):
@@ -81,9 +82,21 @@ def open_stream(
         max_length: most positions of a sentence, its two special tokens included.
         too_long: what happens to longer ones (of a pair: if either side is longer). Empty ones are always dropped.
         limit: only the first so many sentences.
+
+    Raises:
+        UserError: one is longer, and `too_long` is "error".
     """
     lengths = np.stack([store.lengths(section)[:limit] for section in sections])
     longer = np.asarray((lengths > max_length - SPECIALS).any(axis=0))
+    if too_long == "error" and longer.any():
+        first = int(longer.argmax())
+        raise UserError(
+            f"data.max_length must hold every sentence, as data.too_long is error: got {max_length}, and of the "
+            f"{len(longer):,} of {sections[0].rpartition('/')[0] if len(sections) > 1 else sections[0]} "
+            f"{int(longer.sum()):,} are longer: the first is number {first + 1:,}, of "
+            f"{int(lengths[:, first].max()) + SPECIALS:,} pieces with special tokens, the longest has "
+            f"{int(lengths.max()) + SPECIALS:,}. Raise data.max_length, or set data.too_long to drop or truncate."
+        )
     usable = np.asarray((lengths > 0).all(axis=0))
     if too_long == "drop":
         usable &= ~longer

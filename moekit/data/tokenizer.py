@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import sentencepiece
@@ -26,6 +26,7 @@ from moekit.source import Source
 from moekit.stored import parse_json
 
 Model = Literal["unigram", "bpe"]
+Normalization = Literal["nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity"]
 
 NUM_SENTINELS = 32
 _FORMAT = 1
@@ -210,15 +211,22 @@ def train_tokenizer(
         temperature: 1 = languages by size, large = all equal.
         max_sentences: at most so many sentences are read by the trainer.
         byte_fallback: spell unknown characters in bytes (costs 256 ids) instead of making them unk.
-        character_coverage: share of character occurrences that must have a piece of their own.
+        character_coverage: share of character occurrences that must have a piece of their own, from 0.98 to 1.
         normalization: SentencePiece's rule name, for example ``nmt_nfkc`` or ``identity``.
         seed: of the choice of sentences.
 
     Raises:
-        UserError: if the corpus cannot fill (or does not fit) `vocab_size`, or the cache cannot be written.
+        UserError: if the corpus cannot fill (or does not fit) `vocab_size`, if there is no such rule or coverage, or
+            the cache cannot be written.
 
     Source: arXiv:1808.06226 (SentencePiece); arXiv:1907.05019 section 3 (temperature sampling).
     """
+    if not 0.98 <= character_coverage <= 1:
+        raise UserError(f"data.character_coverage must be a share from 0.98 to 1: got {character_coverage}.")
+    if normalization not in get_args(Normalization):
+        raise UserError(
+            f"data.normalization_rule_name must be one of {', '.join(get_args(Normalization))}: got {normalization!r}."
+        )
     options: dict[str, Any] = {
         "vocab_size": vocab_size,
         "model_type": model,
@@ -297,7 +305,7 @@ def _too_large_or_small(error: RuntimeError, vocab_size: int, specials: int, sen
     if found := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
         return UserError(
             f"data.vocab_size must be at least {int(found[1]) + 1} for this corpus, whose characters and {specials} "
-            f"special tokens need that many: got {vocab_size}. Raise data.vocab_size, or lower the character coverage."
+            f"special tokens need that many: got {vocab_size}. Raise data.vocab_size, or lower data.character_coverage."
         )
     if vocab_size <= specials:
         return UserError(

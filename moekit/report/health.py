@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moekit.report.run_folder import RunFolder, Series, loads, number
+from moekit.report.run_folder import RunFolder, Series, dig, loads, number
 from moekit.report.series import specialisation
 from moekit.report.wording import count, percent
 
@@ -139,7 +139,9 @@ def dropped(run: RunFolder) -> str:
 
 def findings(run: RunFolder) -> list[Finding]:
     """Everything worth a sentence, troubles first."""
-    return sorted([*_losses(run), *_routing(run)], key=lambda f: f.good)
+    said = dig(run.summary, "held_out", "remarks")
+    held_out = [Finding(False, str(text)) for text in said] if isinstance(said, list) else []
+    return sorted([*held_out, *_losses(run), *_routing(run)], key=lambda f: f.good)
 
 
 def _losses(run: RunFolder) -> Iterator[Finding]:

@@ -125,7 +125,9 @@ class RunFolder:
     def dense(self) -> bool:
         """Whether the model has no Mixture-of-Experts layer, as far as a finished run tells."""
         broken = "routing.json" in self.notes and (self.path / "routing.json").exists()
-        return bool(self.summary) and not self.layers and not self.summary.get("routing") and not broken
+        validated = numbers(self.summary, "held_out", "valid")  # where routing is measured
+        measured = not validated or any(validated.values())
+        return bool(self.summary) and measured and not self.layers and not self.summary.get("routing") and not broken
 
     @property
     def translates(self) -> bool:
@@ -134,8 +136,15 @@ class RunFolder:
             return True
         said = {t for key in ("test", "loss", "perplexity", "accuracy") for t in names_in(dig(self.summary, key))}
         said |= {t for phase in ("train", "valid", "test") for t in self.by_column(phase, "loss")}
+        said = said or {*names_in(dig(self.summary, "held_out", "valid"))}
         said = said or {sample.task for sample in self.samples}
         return not said or "translation" in said
+
+    @property
+    def untestable(self) -> bool:
+        """Whether the summary says that there was no text to test on."""
+        tested = numbers(self.summary, "held_out", "test")
+        return bool(tested) and not any(tested.values())
 
     @property
     def languages(self) -> list[str]:

@@ -86,6 +86,8 @@ def _quality(run: RunFolder) -> list[Text]:
     written = [line for table in answer_tables(run) for line in _answer_lines(table)]
     if written and not run.translates:
         return written
+    if run.untestable:
+        return []  # which a finding says
     if not run.translates and (main_task(run).origin == "valid" or not main_task(run).task):
         return [Text("Not tested yet: the `test` command measures held-out perplexity.", "yellow"), Text()]
     table = next((table for table in rankings(run) if table.headers[0] in ("direction", "language")), None)

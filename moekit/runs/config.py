@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moekit.data.held_out import HeldOut, HeldOutData
-from moekit.data.module import MultitaskData
+from moekit.data.module import MultitaskData, TokenizerOptions
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
 from moekit.runs.settings.data import DataConfig
@@ -74,10 +74,16 @@ class RunConfig:
             "tokenizer": tokenizer,
             "cache": data.cache,
             "vocab_size": data.vocab_size,
+            "tokenizer_options": TokenizerOptions(
+                byte_fallback=data.byte_fallback,
+                character_coverage=data.character_coverage,
+                normalization=data.normalization_rule_name,
+            ),
             "tokens_per_step": readers * sum(task.tokens for task in active.values()),
             "evaluation_tokens": readers * evaluate.batch_tokens,
             "temperature": data.temperature_schedule(),
             "max_length": data.max_length,
+            "too_long": data.too_long,
             "steps_per_epoch": train.max_steps * train.accumulate or _ENDLESS,
             "valid_sentences": evaluate.valid_sentences or None,
             "test_sentences": evaluate.max_sentences or None,

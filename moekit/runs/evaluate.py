@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from moekit.atomic import write_json
+from moekit.data.held_out import remarks
 from moekit.data.module import MultitaskData
 from moekit.inference.completer import Completer
 from moekit.inference.translator import Translator, search_for
 from moekit.runs.config import RunConfig
 from moekit.runs.module import make_module, parameters
-from moekit.runs.record import DataRecord, RoutingRecord, Sample, Summary
+from moekit.runs.record import DataRecord, HeldOutRecord, RoutingRecord, Sample, Summary
 from moekit.runs.run import ROUTING, SAMPLES, SUMMARY, Run
 from moekit.runs.settings.train import quiet
 from moekit.runs.text import evaluation_data, require_same_text
@@ -63,7 +64,7 @@ def evaluate(run: Run, config: RunConfig | None = None) -> bool:
     module.originals = originals
     trainer = config.train.trainer(logger=False, enable_checkpointing=False, callbacks=[TrainingProgress()])
     with quiet():
-        valid = trainer.validate(module, datamodule=data, verbose=False)[0]
+        valid = next(iter(trainer.validate(module, datamodule=data, verbose=False)), {})  # none where no text is
         trainer.test(module, datamodule=data, verbose=False)
     if not trainer.is_global_zero:
         return False
@@ -84,6 +85,7 @@ def _write(
     used = last.get("callbacks", {})
     trained = used.get("Throughput", {})
     scores = module.scores or {}
+    corpus = None if run.held_out is None else run.held_out.corpus
     summary = Summary(
         recipe=run.recipe.name,
         variant=run.variant,
@@ -111,6 +113,12 @@ def _write(
         test=module.tested,
         routing=module.routing_summary,
         tasks={name: data.task(name).record() for name in data.tasks},
+        held_out=HeldOutRecord(
+            valid=data.evaluated("valid"),
+            test=data.evaluated("test"),
+            repeated=corpus and corpus.repeated,
+            remarks=remarks(data, corpus),
+        ),
     )
     routing = None if module.routing is None else RoutingRecord.from_json(module.routing)
     write_json(run.path / SAMPLES, [Sample.from_json(sample).to_json() for sample in module.samples])

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from moekit.atomic import disk_trouble, write_error
-from moekit.data.held_out import HeldOut
+from moekit.data.held_out import HeldOut, left_out, remarks
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
@@ -97,6 +97,9 @@ def fit(
         run = Run.create(out, settings, resume=resume, overwrite=overwrite, free=free)
         run.keep(data.tokenizer, held_out)
     checkpoint = run.checkpoint_to_resume(settings, free) if resume else None
+    validated = next(
+        (task for task, sentences in data.evaluated("valid").items() if sentences), next(iter(module.heads))
+    )
     trainer = train.trainer(
         strategy=strategy,
         logger=run_loggers(run.path),
@@ -109,7 +112,7 @@ def fit(
             PeakMemory(expected_bytes(recipe, config)),
             TrainingProgress(budget),
             *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
-            *_checkpoints(config, run, f"valid/{next(iter(module.heads))}/loss", resume_command),
+            *_checkpoints(config, run, f"valid/{validated}/loss", resume_command),
         ],
         max_steps=train.max_steps or -1,
         max_epochs=-1 if not train.max_steps else None,
@@ -118,7 +121,9 @@ def fit(
         limit_val_batches=1.0 if train.validate_every else 0,
     )
     if trainer.is_global_zero and console is not None:
-        lines = [_said(recipe, config, module, data, run), *([] if init_from is None else [init_from.note(module)])]
+        notes = [*left_out(held_out.corpus.training, data.max_length), *remarks(data, held_out.corpus)]
+        lines = [_said(recipe, config, module, data, run), *(f"[yellow]![/] {text}" for text in notes)]
+        lines += [] if init_from is None else [init_from.note(module)]
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
     with quiet(), _disk_trouble(run, resume_command):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -156,7 +161,7 @@ def is_first_process() -> bool:
 
 
 def _checkpoints(config: RunConfig, run: Run, monitor: str, resume_command: str) -> list[Callback]:
-    """Callbacks that write checkpoints; of several tasks the first is the one that the recipe is about."""
+    """Callbacks that write checkpoints; of several tasks the first that is validated decides."""
     train = config.train
     return [
         *([BestCheckpoint(run.checkpoints, monitor=monitor)] if train.validate_every else []),

@@ -20,7 +20,7 @@ from moekit.heads import Head
 from moekit.layer import AuxLosses
 from moekit.routers.hash_keys import Bigram
 from moekit.runs.config import RunConfig
-from moekit.runs.plain import as_plain, build
+from moekit.runs.plain import as_plain, build, plain
 from moekit.runs.settings.data import DataConfig
 
 
@@ -135,13 +135,18 @@ class Recipe:
             raise UserError(f"{where}: not a configuration of this recipe ({error}).") from None
 
     def current(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The plain data of a configuration as this version writes it: keys that moved, lists that were text."""
+        """The plain data of a configuration as this version writes it: keys that moved or are new, lists once text."""
         now = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
         for old, new in self.renamed.items():
             group, _, key = new.partition(".")
             if old in now:
                 value = now.pop(old)
                 now[group] = {**now.get(group, {}), **({} if value is None else {key: value})}
+        for group in dataclasses.fields(RunConfig):
+            if isinstance(given := now.get(group.name), dict):
+                known = dataclasses.fields(type(getattr(self.default, group.name)))
+                later = {f.name: plain(f.default) for f in known if f.default is not dataclasses.MISSING}
+                now[group.name] = {**{name: value for name, value in later.items() if name not in given}, **given}
         if isinstance(now.get("data"), dict):
             now["data"] |= structured(now["data"])
         return now
@@ -149,7 +154,8 @@ class Recipe:
 
 def structured(data: Mapping[str, Any]) -> dict[str, Any]:
     """Those settings of data that are lists or mappings, as plain data; former versions wrote them as text."""
-    names = [name for name in ("source", "path", "directions", "babel_sizes") if name in data]
+    lists = ("source", "path", "directions", "languages", "columns", "babel_sizes")
+    names = [name for name in lists if name in data]
     made = as_plain(DataConfig(**{name: data[name] for name in names}))
     return {name: made[name] for name in names}
 

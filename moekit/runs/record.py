@@ -75,6 +75,24 @@ class DataRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOutRecord(Record):
+    """The text that a run was evaluated on.
+
+    Attributes:
+        valid: numbers of validation sentences by task.
+        test: numbers of test sentences by task, of the tasks that the test measures.
+        repeated: numbers of sentences that are training sentences too, and of all, by split and language. Languages
+            without any are left out; None where nobody looked.
+        remarks: what one should know before one reads the scores, in sentences.
+    """
+
+    valid: Mapping[str, int] = field(default_factory=dict)
+    test: Mapping[str, int] = field(default_factory=dict)
+    repeated: Mapping[str, Any] | None = None
+    remarks: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary(Record):
     """What a run came to: summary.json.
 
@@ -99,6 +117,7 @@ class Summary(Record):
         test: loss, perplexity, accuracy and languages by task, of those that do not translate.
         routing: means over sparse layers, and each layer by name; None of a dense model.
         tasks: what reports say of each task: see `moekit.tasks.Task.record`.
+        held_out: the text of the evaluation.
     """
 
     recipe: str | None = None
@@ -121,6 +140,7 @@ class Summary(Record):
     test: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     routing: Mapping[str, Any] | None = None
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    held_out: HeldOutRecord = field(default_factory=HeldOutRecord)
 
 
 @dataclass(frozen=True, kw_only=True)

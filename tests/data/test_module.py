@@ -17,6 +17,7 @@ from moekit.data.mixture import LinearHeating
 from moekit.data.module import MultitaskData, TaskData, TokenizerOptions, default_cache
 from moekit.data.streams import Rank
 from moekit.errors import UserError
+from moekit.source import Direction
 from moekit.tasks import Denoising, Masking
 
 TASKS = ("translation", "denoising", "span_corruption", "masked_lm", "replaced_token", "causal_lm")
@@ -301,12 +302,53 @@ def test_a_tasks_own_noise_and_temperature_are_used(cache: Path) -> None:
         ({"tasks": {"translation": TaskData(streams=("aa-dd",))}}, r"tasks\.translation\.streams .*got 'aa-dd'"),
         ({"max_length": 2}, r"data\.max_length must leave room for text beside 2 special tokens: got 2"),
         ({"tokens_per_step": 0}, r"data\.tokens_per_step must be at least 1: got 0"),
-        ({"too_long": "ignore"}, r'data\.too_long must be "drop" or "truncate": got \'ignore\''),
+        ({"too_long": "ignore"}, r"data\.too_long must be one of drop, truncate, error: got 'ignore'"),
     ],
 )
 def test_impossible_settings_name_their_key(change: dict[str, Any], message: str, cache: Path) -> None:
     with pytest.raises(UserError, match=message):
         data(cache, **change)
+
+
+def test_long_sentences_can_be_an_error(cache: Path) -> None:
+    message = (
+        r"data\.max_length must hold every sentence.*got 20, and of the 400 of train/aa-bb \d+ are longer: the first "
+        r"is number \d+, of \d+ pieces.*set data\.too_long to drop or truncate"
+    )
+    with pytest.raises(UserError, match=message):
+        data(cache, max_length=20, too_long="error").summary()
+    made, dropping = data(cache, max_length=500, too_long="error"), data(cache, max_length=500)
+    assert made.summary() == dropping.summary()
+    assert list(data(cache, max_length=20, too_long="error").val_dataloader()), "evaluation truncates"
+
+
+@pytest.mark.parametrize("tasks", [["translation"], ["denoising"]])
+def test_when_nothing_is_left_the_setting_is_named(tasks: list[str], tmp_path: Path) -> None:
+    class Texts(TinySource):
+        texts = ("one two three four five six", "seven eight nine ten one two")
+
+        def parallel(self, direction: Direction, split: str) -> list[tuple[str, str]]:
+            return [(text, text) for text in self.texts] if split == "train" else []
+
+        def monolingual(self, language: str, split: str) -> list[str]:
+            return list(self.texts) if split == "train" else []
+
+    chosen = {name: TaskData() for name in tasks}
+    options: dict[str, Any] = {"tasks": chosen, "cache": tmp_path, "vocab_size": 312, "progress": False}
+    made = MultitaskData(Texts(), max_length=4, **options)
+    least = 2 + min(len(made.tokenizer.encode(text)) for text in Texts.texts)
+    message = (
+        rf"the task {tasks[0]} needs .* at most data\.max_length pieces.*got 4, and of the \d+ sentences of aa.* the "
+        rf"shortest has {least}\. Raise data\.max_length, or set data\.too_long to truncate"
+    )
+    with pytest.raises(UserError, match=message):
+        made.train_dataloader()
+    assert len(MultitaskData(Texts(), max_length=4, too_long="truncate", **options).train_dataloader())
+    Texts.texts = ()
+    with pytest.raises(
+        UserError, match=rf"the task {tasks[0]} needs training text: the source tiny has none for it in aa"
+    ):
+        MultitaskData(Texts(seed=1), tokenizer=made.tokenizer, **options).train_dataloader()
 
 
 def test_a_vocabulary_too_large_reaches_the_user_as_such(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_white_space_is_one_space(tmp_path: Path) -> None:
         ("train.jsonl", '{"input": "a", "target": "b"}\n{"input": "a"}\n', r"train\.jsonl, line 2: .*input and target"),
         ("train.jsonl", '{"input": "a", "target": 3}\n', r"line 1: .*texts input and target"),
         ("train.jsonl", '[{"input": "a"}]\n', r"line 1: .*must be an object"),
-        ("train.jsonl", '{"input": \n', r"line 1: the line must be JSON"),
+        ("train.jsonl", '{"input": \n', r"line 1, column 11: the line must be JSON"),
         ("train.jsonl", '{"input": "a", "target": " "}\n', r"line 1: input and target must not be empty"),
         ("train.jsonl", "\n", "at least one example"),
         ("train.tsv", "input\toutput\na\tb\n", r"train\.tsv, line 1: .*input and target once each"),

@@ -114,6 +114,30 @@ def test_broken_catalogs_say_why(tmp_path, damage, message):
         read_catalog(tmp_path / "no.mo")
 
 
+@pytest.mark.parametrize(
+    "charset",
+    ["undefined", "idna", "punycode", "unicode_escape", "raw_unicode_escape", "utf-7", "hex", "rot13", "no" * 4000],
+)
+def test_charsets_that_are_none(tmp_path, charset):
+    path = install(tmp_path, "de", "a", compile_catalog({"": f"charset={charset}\n", "File": "Datei"}))
+    with pytest.raises(UserError, match=r"a\.mo: the charset must be a known one: got"):
+        read_catalog(path)
+    install(tmp_path, "de", "b", {"Open file": "Datei \u00f6ffnen"})
+    with pytest.warns(UserWarning, match="1 broken catalog skipped"):
+        assert everything(Gettext(tmp_path, min_pairs=1, valid_share=0, test_share=0), "en-de") == {
+            "Open file": "Datei \u00f6ffnen"
+        }
+
+
+def test_messages_that_overlap_without_end(tmp_path):
+    data = bytearray(compile_catalog({f"m{number:03}": "x" for number in range(200)}))
+    for row in range(2 * 201):
+        struct.pack_into("<2I", data, 28 + 8 * row, len(data), 0)
+    (tmp_path / "a.mo").write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.mo: a catalog must be whole: .*its messages overlap"):
+        read_catalog(tmp_path / "a.mo")
+
+
 def test_undecodable_messages_are_left_out(tmp_path):
     path = tmp_path / "x.mo"
     path.write_bytes(compile_catalog({"Yes": "Ja", "No": "Nein"}).replace(b"Nein", b"N\xffin"))

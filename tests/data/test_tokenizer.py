@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_corpus import TinySource
@@ -202,3 +203,17 @@ def test_a_damaged_tokenizer_is_refused_by_name_and_rebuilt_in_the_cache(
 def test_a_model_of_another_maker_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="must begin with the special tokens of moekit for aa, zz"):
         Tokenizer(tokenizer._model, ["aa", "zz"])
+
+
+def test_settings_of_the_trainer_are_part_of_the_cache_key(tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [
+        {}, {"byte_fallback": False}, {"character_coverage": 0.99}, {"normalization": "nmt_nfkc_cf"}
+    ]  # fmt: skip
+    made = [train_tokenizer(TinySource(), vocab_size=350, cache_dir=tmp_path, **change) for change in changes]
+    assert len([path for path in (tmp_path / "tokenizers").iterdir() if path.is_dir()]) == len(changes)
+    assert made[3].decode(made[3].encode("BADA")) == "bada"
+    assert made[0].decode(made[0].encode("BADA")) == "BADA"
+    with pytest.raises(UserError, match=r"data\.character_coverage must be a share from 0\.98 to 1: got 1\.5"):
+        train_tokenizer(TinySource(), vocab_size=SIZE, cache_dir=tmp_path, character_coverage=1.5)
+    with pytest.raises(UserError, match=r"data\.normalization_rule_name must be one of nmt_nfkc, .*: got 'nfd'"):
+        train_tokenizer(TinySource(), vocab_size=SIZE, cache_dir=tmp_path, normalization="nfd")

@@ -82,15 +82,15 @@ def test_lines(tmp_path: Path, standard_input: Callable[[bytes], None], data: by
         (b"ok\ncaf\xe9\n", "line 2, byte 4 of the line: text must be UTF-8: got the byte 0xe9"),
         (
             "a\n".encode("utf-16"),
-            "line 1, byte 1 of the line: text must be UTF-8: got the byte 0xff (the text begins as",
+            "line 1: text must be UTF-8: it begins as UTF-16 does",
         ),
         (
             "a\n".encode("utf-32"),
-            "line 1, byte 1 of the line: text must be UTF-8: got the byte 0xff (the text begins as UTF-32 does)",
+            "line 1: text must be UTF-8: it begins as UTF-32 does",
         ),
         (b"\xef\xbb\xbf", "line 1: a file must hold text: got a byte order mark and nothing else"),
         (b"a\nb\xed\xa0\x80\n", "line 2, byte 2 of the line: text must be UTF-8: got the byte 0xed"),
-        (b"a\n\nbc\0d\n", "line 3, character 3: text must be without NUL"),
+        (b"a\n\nbc\0d\n", "line 3, byte 3 of the line: text must be without NUL"),
     ],
 )
 def test_input_that_is_no_text(

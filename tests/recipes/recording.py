@@ -22,8 +22,8 @@ CLOCK = re.compile(r"second|minute|memory|bytes|signature")
 LOSS = re.compile(r"\bloss\b")
 """Names of the values that are compared on other machines too."""
 MAX_SHOWN = 12
-LATER = ("tasks", "scores")
-"""Keys of summary.json that are younger than the records: words for reports, and scores of tasks that they lack."""
+LATER = ("tasks", "scores", "held_out")
+"""Keys of summary.json that are younger than the records: what reports say, and scores of tasks that they lack."""
 
 
 def machine() -> dict[str, str]:

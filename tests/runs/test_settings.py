@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from moekit.data.held_out import left_out
+from moekit.data.module import TokenizerOptions
+from moekit.data.sources import open_source
 from moekit.errors import UserError
 from moekit.recipes import gshard, zcode_m3
 from moekit.runs import Run, RunConfig, RunText
@@ -115,3 +118,72 @@ def test_the_size_of_the_vocabulary_is_recorded(recorded: bool, tmp_path: Path) 
     run = Run.load(tmp_path / "x.ckpt")
     assert (run.vocab_size, run.recipe.name, run.variant) == (77, "gshard", "tiny")
     assert run.config == config
+
+
+@pytest.mark.parametrize("languages", ["src=en, tgt = de", {"src": "en", "tgt": "de"}])
+def test_languages_and_columns_are_taken_as_text_too(languages: Any) -> None:
+    found = DataConfig(languages=languages, columns="en, de,-")
+    assert (found.languages, found.columns) == ({"src": "en", "tgt": "de"}, ("en", "de", "-"))
+    assert structured(as_plain(found))["languages"] == {"src": "en", "tgt": "de"}
+    assert DataConfig(languages="en,de") == DataConfig(languages=["en", "de"])  # type: ignore[arg-type]
+    assert DataConfig(languages="pt_BR=pt,de").languages == {"pt_BR": "pt", "de": "de"}
+    assert DataConfig(languages="", columns="") == DataConfig()
+
+
+def test_languages_that_are_named_are_those_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "src-train.txt").write_text("a\n", encoding="utf-8")
+    (tmp_path / "tgt-train.txt").write_text("A\n", encoding="utf-8")
+    (tmp_path / "train.tsv").write_text("a\tA\n", encoding="utf-8")
+    moses = {"source": "moses", "path": str(tmp_path)}
+    assert DataConfig(**moses, languages="src=en,tgt=de").open().languages == ("en", "de")
+    both = DataConfig(
+        source="moses,tsv", path=(str(tmp_path), str(tmp_path)), languages="src=en,tgt=de,en,fr", columns="en,fr"
+    )
+    assert both.open().languages == ("en", "de", "fr")
+    with pytest.raises(UserError, match=r"the language must be one of the data: got 'fr'\. .*There are: de, en"):
+        DataConfig(**moses, languages="src=en,tgt=de,fr").open()
+    with pytest.raises(UserError, match=r"data\.columns is for text of the kinds tsv: got data\.source moses"):
+        DataConfig(**moses, columns="en,de").open()
+    with pytest.raises(UserError, match=r"data\.languages is for text of the kinds .*moses.*: got data\.source babel"):
+        DataConfig(languages="en,de").open()
+
+
+def test_a_path_with_a_comma(tmp_path: Path) -> None:
+    folder = tmp_path / "news, 2014"
+    folder.mkdir()
+    for code in ("en", "de"):
+        (folder / f"train.{code}").write_text(f"{code}\n", encoding="utf-8")
+    for path in (str(folder), [str(folder)], (str(folder),)):
+        data = DataConfig(source="moses", path=path)  # type: ignore[arg-type]
+        assert data.open().languages == ("de", "en")
+        assert structured(as_plain(data))["path"] == [str(folder)]
+    assert DataConfig(source="moses,jsonl", path=f"{folder},b").path == (f"{tmp_path}/news", "2014", "b")
+    assert open_source("union", f"moses:{folder},babel:").languages[:2] == ("de", "en")
+    assert DataConfig(source="moses", path=[str(folder) + "x"]).missing_paths() == [str(folder) + "x"]  # type: ignore[arg-type]
+
+
+def test_settings_that_came_later_have_their_default() -> None:
+    values = as_plain(zcode_m3.RECIPE.default.changed(data={"vocab_size": 77}))
+    for name in ("languages", "max_length"):
+        del values["data"][name]
+    current = zcode_m3.RECIPE.current(values)["data"]
+    assert (current["languages"], current["max_length"], current["vocab_size"]) == (None, 128, 77)
+
+
+def test_settings_of_text_reach_the_data_module(tmp_path: Path) -> None:
+    given = {"character_coverage": 0.99, "byte_fallback": False, "normalization_rule_name": "identity"}
+    config = zcode_m3.RECIPE.default.changed(data={**given, "too_long": "error", "cache": str(tmp_path)})
+    made = config.batches()
+    assert made.too_long == "error"
+    assert made.tokenizer_options == TokenizerOptions(
+        character_coverage=0.99, byte_fallback=False, normalization="identity"
+    )
+    default = zcode_m3.RECIPE.default.batches()
+    assert (default.tokenizer_options, default.too_long) == (TokenizerOptions(), "drop"), "as it always was"
+
+
+def test_much_that_is_left_out_is_said() -> None:
+    rows = {"translation": {"sentences": 980, "dropped": 20}, "denoising": {"sentences": 1990, "dropped": 10}}
+    (line,) = left_out(rows, 50)
+    assert line.startswith("translation: 20 of 1,000 training sentences are left out: they are empty, or longer than ")
+    assert "data.max_length, 50 pieces" in line

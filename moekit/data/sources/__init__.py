@@ -21,4 +21,5 @@ from moekit.source import Source as Source
 from moekit.source import Split as Split
 from moekit.source import open_source as open_source
 from moekit.source import register_source as register_source
+from moekit.source import require_parameter as require_parameter
 from moekit.source import source_class as source_class

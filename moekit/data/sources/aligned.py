@@ -14,6 +14,8 @@ from itertools import combinations
 from moekit.errors import UserError
 from moekit.source import Direction, Source, Split, choose_directions, digest, languages_of
 
+_ENGLISH = ("en", "eng", "eng_Latn")
+
 
 @dataclass(frozen=True)
 class AlignedBlock:
@@ -127,9 +129,10 @@ def _pairs(blocks: Sequence[AlignedBlock], *, english_only: bool) -> tuple[Direc
     """The directions that the blocks hold, in order of appearance."""
     found: dict[Direction, None] = {}
     for block in blocks:
-        pivoted = english_only and len(block.columns) > 2 and "en" in block.columns
+        english = next((code for code in _ENGLISH if code in block.columns), None)
+        pivoted = english_only and len(block.columns) > 2 and english is not None
         for a, b in combinations(block.columns, 2):
-            if not pivoted or "en" in (a, b):
+            if not pivoted or english in (a, b):
                 found.setdefault(Direction(a, b))
                 found.setdefault(Direction(b, a))
     return tuple(found)

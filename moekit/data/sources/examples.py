@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from moekit.data.sources.files import find_split_files, read_lines, unpacked_name
+from moekit.data.sources.files import find_split_files, read_json, read_lines, unpacked_name
 from moekit.errors import UserError
 from moekit.source import Direction, Source, Split, digest, language_code, register_source
 
@@ -22,10 +20,10 @@ class Examples(Source):
     They are pairs of one direction, as ``en-en``: an input in English, and a target in English.
 
     Args:
-        path: a folder with train, valid (or dev, val, validation) and test files, plain or .gz; or a folder of such
-            folders; or one file, which is training text. Files that end in .jsonl (or .json, .ndjson) hold JSON lines
-            with the keys input and target, and may hold others; files that end in .tsv (or .tab) have a first line that
-            names the columns, input and target among them.
+        path: a folder with train, valid (or dev, val, validation) and test files, plain or compressed; or a folder of
+            such folders; or one file, which is training text. Files that end in .jsonl (or .json, .ndjson) hold JSON
+            lines with the keys input and target, and may hold others; files that end in .tsv (or .tab) have a first
+            line that names the columns, input and target among them.
         directions: one, as ``en-en`` (the default) or ``en-de``: the languages of inputs and targets, which a tokenizer
             that exists already must know.
 
@@ -82,10 +80,7 @@ def _json_lines(lines: Sequence[str], path: Path) -> Iterator[tuple[str, str]]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            row: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: the line must be JSON: {error}. Mend the line.") from error
+        row = read_json(line, where)
         source, target = (row.get(name) if isinstance(row, dict) else None for name in _FIELDS)
         if not isinstance(source, str) or not isinstance(target, str):
             raise UserError(

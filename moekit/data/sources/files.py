@@ -10,15 +10,17 @@ import bz2
 import codecs
 import gzip
 import importlib
+import json
 import lzma
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from moekit.errors import UserError
 from moekit.source import Split, digest
+from moekit.stored import parse_json
 
 _Key = TypeVar("_Key")
 
@@ -74,11 +76,15 @@ class TextFile:
     digest: str
 
 
+PACKED = "plain or .gz, .xz, .bz2 or .zst"
+"""How text may lie on disk, for messages."""
+
+
 def read_bytes(path: Path) -> bytes:
     """The bytes of a file, unpacked if its name ends so, that must not be empty; see `unpacked`.
 
     Raises:
-        UserError: if the file is missing, unreadable, empty, or a broken archive.
+        UserError: if the file is missing, unreadable, empty, or a broken archive; if nothing here decompresses it.
     """
     try:
         packed = path.read_bytes()
@@ -86,7 +92,7 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: the file must be readable: {error.strerror or error}.") from error
     data = unpacked(packed, path)
     if not data:
-        raise UserError(f"{path}: a file must hold at least one line: got an empty file. Fill it or remove it.")
+        raise _empty(path)
     return data
 
 
@@ -113,24 +119,41 @@ def unpacked(data: bytes, path: Path) -> bytes:
         ) from None
 
 
+def _empty(path: Path) -> UserError:
+    return UserError(f"{path}: a file must hold at least one line: got an empty file. Fill it or remove it.")
+
+
 def decode(data: bytes, path: Path | str) -> str:
     """`data` as text, without a byte order mark.
 
     Raises:
-        UserError: if it is not UTF-8; the message names line and byte.
+        UserError: if it is not UTF-8, or holds a NUL; the message names line and byte.
     """
     text = data.removeprefix(codecs.BOM_UTF8)
-    try:
-        return text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = text.count(b"\n", 0, error.start) + 1
-        byte = error.start - text.rfind(b"\n", 0, error.start)
-        encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "latin1")
-        reason = error.reason if encoding == "latin1" else f"the text begins as {encoding.upper()} does"
+    nul = text.find(b"\0")
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
+    if encoding is None and data[:4].count(0) > 1:
+        encoding = "utf-32" if data[:4].count(0) > 2 else "utf-16"
+    if encoding is not None:
         raise UserError(
-            f"{path}, line {line}, byte {byte} of the line: text must be UTF-8: got the byte 0x{text[error.start]:02x} "
-            f"({reason}). Convert the file, for example with iconv -f {encoding} -t utf-8."
+            f"{path}, line 1: text must be UTF-8: it begins as {encoding.upper()} does ({data[:4].hex(' ')}). "
+            f"Convert it, for example with iconv -f {encoding} -t utf-8."
+        )
+    try:
+        decoded = text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{_place(text, error.start, path)}: text must be UTF-8: got the byte 0x{text[error.start]:02x} "
+            f"({error.reason}). Convert the file, for example with iconv -f latin1 -t utf-8."
         ) from error
+    if nul >= 0:
+        raise UserError(f"{_place(text, nul, path)}: text must be without NUL characters: got one. Remove it.")
+    return decoded
+
+
+def _place(text: bytes, at: int, path: Path | str) -> str:
+    line, byte = text.count(b"\n", 0, at) + 1, at - text.rfind(b"\n", 0, at)
+    return f"{path}, line {line}, byte {byte} of the line"
 
 
 def read_lines(path: Path) -> TextFile:
@@ -143,7 +166,32 @@ def read_lines(path: Path) -> TextFile:
     lines = decode(data, path).split("\n")
     if not lines[-1]:
         lines.pop()
+    if not lines:  # a byte order mark alone
+        raise _empty(path)
     return TextFile(path, [line.removesuffix("\r") for line in lines], digest(data))
+
+
+def read_json(line: str, where: str) -> Any:
+    """What a line of JSON holds.
+
+    Raises:
+        UserError: it is no JSON, is nested too deeply or holds a number too long to read; half a character (a lone
+            surrogate, as of a text cut between two escapes) stands in it. `where` begins the message.
+    """
+    try:
+        found = parse_json(line)
+        if "\\u" in line:
+            json.dumps(found, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}, column {error.colno}: the line must be JSON: {error.msg}. Mend the line.") from error
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise UserError(
+            f"{where}: text must be whole characters: got half a surrogate pair, {half}. Mend it."
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{where}: the line must be JSON: {error}. Mend the line.") from error
+    return found
 
 
 def check_folder(path: str | Path, kind: str) -> Path:
@@ -161,8 +209,20 @@ def split_called(name: str) -> Split | None:
 
 
 def unpacked_name(path: Path) -> str:
-    """The file's name without ``.gz``."""
-    return path.name.removesuffix(".gz")
+    """The file's name without ``.gz``, ``.xz``, ``.bz2`` or ``.zst``."""
+    return path.stem if path.suffix in _UNPACK else path.name
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, in the order of the names.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: the folder must be readable: {error.strerror or error}.") from error
 
 
 def add_file(found: dict[_Key, Path], key: _Key, path: Path, what: str) -> None:
@@ -190,9 +250,9 @@ def find_split_files(path: Path, kind: str, endings: Sequence[str]) -> list[tupl
     if not path.is_dir():
         raise UserError(f"{kind}: the path must be a file or a folder: there is nothing at {path}.")
     found: list[tuple[Split, Path]] = []
-    for folder in (path, *sorted(entry for entry in path.iterdir() if entry.is_dir())):
+    for folder in (path, *(entry for entry in entries(path) if entry.is_dir())):
         here: dict[Split, Path] = {}
-        for file in sorted(folder.iterdir()):
+        for file in entries(folder):
             name = unpacked_name(file)
             ending = next((ending for ending in endings if name.endswith(ending)), None)
             split = split_called(name.removesuffix(ending)) if ending and file.is_file() else None
@@ -203,7 +263,7 @@ def find_split_files(path: Path, kind: str, endings: Sequence[str]) -> list[tupl
     if not found:
         names = ", ".join(f"{name}{endings[0]}" for name in ("train", *SPLIT_NAMES["valid"][:3], "test"))
         raise UserError(
-            f"{path}: files must be named {names} (or {', '.join(endings[1:] or endings)}; or .gz), here or in folders "
-            "one below: found none."
+            f"{path}: files must be named {names} (or {', '.join(endings[1:] or endings)}; {PACKED}), here or in "
+            "folders one below: found none."
         )
     return found

@@ -5,12 +5,13 @@ Source: the GNU gettext manual, "The Format of GNU MO Files".
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import re
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moekit.data.sources.aligned import AlignedBlock, AlignedSource
@@ -21,6 +22,10 @@ from moekit.source import SPLITS, Direction, Split, chance, digest, language_cod
 DEFAULT_FOLDER = "/usr/share/locale"
 _BYTE_ORDERS = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}
 _CHARSET = re.compile(rb"charset=([\w.:-]+)", re.IGNORECASE)
+# Codecs that decode bytes to text, and are none of a text's characters.
+_NO_CHARSETS = frozenset(["idna", "punycode", "unicode-escape", "raw-unicode-escape", "utf-7"])
+# Tables that name the same bytes again and again would fill the memory: messages have room beside each other.
+_MAX_SHARING = 4
 _NOT_LETTERS = re.compile(r"[\W\d_]+")
 # Messages over several lines are texts, not sentences.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -64,7 +69,7 @@ class Gettext(AlignedSource):
         self,
         path: str | Path = DEFAULT_FOLDER,
         *,
-        languages: Sequence[str] | None = None,
+        languages: Sequence[str] | Mapping[str, str] | None = None,
         max_languages: int = 10,
         min_pairs: int = 1_000,
         min_chars: int = 2,
@@ -76,6 +81,8 @@ class Gettext(AlignedSource):
         directions: Sequence[str | Direction] | None = None,
         strict: bool = False,
     ) -> None:
+        if isinstance(languages, Mapping):
+            raise UserError("gettext: languages must be a list of codes: catalogs have no other names for them.")
         if max_languages < 1 or min_pairs < 1:
             raise UserError(
                 f"gettext: max_languages and min_pairs must be at least 1: got {max_languages}, {min_pairs}."
@@ -183,6 +190,8 @@ def read_catalog(path: Path) -> list[tuple[str, str]]:
         order = _BYTE_ORDERS[data[:4]]
         revision, count, *tables = struct.unpack_from(f"{order}4I", data, 4)
         numbers = [struct.unpack_from(f"{order}{2 * count}I", data, table) for table in tables]
+        if sum(sum(row[::2]) for row in numbers) > _MAX_SHARING * len(data):
+            raise struct.error("its messages overlap")
         keys, values = (
             [struct.unpack_from(f"{size}s", data, start)[0] for size, start in zip(row[::2], row[1::2], strict=True)]
             for row in numbers
@@ -199,21 +208,30 @@ def read_catalog(path: Path) -> list[tuple[str, str]]:
         raise UserError(f"{path}: the format must be of major revision 0 or 1: got {revision >> 16}.")
     declared = _CHARSET.search(dict(zip(keys, values, strict=True)).get(b"", b""))
     charset = declared[1].decode("ascii", "replace") if declared else "utf-8"
+    if not _is_charset(charset):
+        raise UserError(f"{path}: the charset must be a known one: got {charset[:40]!r}.")
     pairs = []
     for key, value in zip(keys, values, strict=True):
         try:
             english = key.decode(charset).rpartition("\4")[2].split("\0")
             forms = value.decode(charset).split("\0")
-        except UnicodeDecodeError:
+        except UnicodeError:
             continue
-        except LookupError as error:
-            raise UserError(f"{path}: the charset must be a known one: got {charset!r}.") from error
         if key and all(forms):
             if len(english) == 1 or len(forms) > 1:
                 pairs.append((english[0], forms[0]))
             if len(english) > 1:
                 pairs.append((english[1], forms[-1]))
     return pairs
+
+
+def _is_charset(name: str) -> bool:
+    """Whether it encodes text as bytes, one after the other; Python has codecs for much else."""
+    try:
+        b"a".decode(name)
+    except (LookupError, ValueError, OSError):
+        return False
+    return codecs.lookup(name).name not in _NO_CHARSETS
 
 
 def clean(english: str, translation: str) -> tuple[str, str]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moekit.data.sources.aligned import AlignedBlock, AlignedSource
-from moekit.data.sources.files import find_split_files, read_lines
+from moekit.data.sources.files import find_split_files, read_json, read_lines
+from moekit.data.sources.names import LanguageNames
 from moekit.errors import UserError
-from moekit.source import Direction, Split, language_code, register_source
+from moekit.source import Direction, Split, register_source
 
 _ENDINGS = (".jsonl", ".json", ".ndjson")
 
@@ -21,8 +21,9 @@ class JsonLines(AlignedSource):
 
     Args:
         path: a folder with train, valid (or dev, val, validation) and test files ending in .json or .jsonl, plain or
-            .gz; or a folder of such folders, as en-hau, en-ibo, fr-bam; or one file, which is training text.
+            compressed; or a folder of such folders, as en-hau, en-ibo, fr-bam; or one file, which is training text.
         pivot, directions, strict: see `AlignedSource`.
+        languages: which keys are languages; see `LanguageNames`. Other keys are left out.
 
     Raises:
         UserError: on bad input, naming file, line and column.
@@ -37,12 +38,15 @@ class JsonLines(AlignedSource):
         pivot: str | None = "auto",
         directions: Sequence[str | Direction] | None = None,
         strict: bool = False,
+        languages: Sequence[str] | Mapping[str, str] | None = None,
     ) -> None:
-        blocks = [_read(split, file) for split, file in find_split_files(Path(path), "jsonl", _ENDINGS)]
+        names = LanguageNames(languages)
+        blocks = [_read(split, file, names) for split, file in find_split_files(Path(path), "jsonl", _ENDINGS)]
+        names.say("jsonl", Path(path))
         super().__init__(blocks, pivot=pivot, directions=directions, strict=strict)
 
 
-def _read(split: Split, path: Path) -> AlignedBlock:
+def _read(split: Split, path: Path, names: LanguageNames) -> AlignedBlock:
     file = read_lines(path)
     if file.lines[0].startswith("["):
         raise UserError(
@@ -50,7 +54,7 @@ def _read(split: Split, path: Path) -> AlignedBlock:
             'object a line, as {"translation": {"en": "...", "de": "..."}}.'
         )
     columns: dict[str, list[str]] = {}
-    keys: tuple[str, ...] = ()
+    codes: dict[str, str] = {}
     for number, line in enumerate(file.lines, start=1):
         where = f"{path}, line {number}"
         if not line.strip():
@@ -60,24 +64,23 @@ def _read(split: Split, path: Path) -> AlignedBlock:
             continue
         texts = _texts(line, where)
         if not columns:
-            keys = tuple(texts)
-            columns = {language_code(key, where): [""] * (number - 1) for key in keys}
-            if len(columns) < 2:
-                raise UserError(
-                    f"{where}: a translation must have at least two languages: got {', '.join(keys) or 'none'}."
-                )
-        if texts.keys() != set(keys):
-            missing = [key for key in keys if key not in texts]
-            unknown = [key for key in texts if key not in keys]
+            codes = names.choose(texts, where)
+            columns = {code: [""] * (number - 1) for code in codes.values()}
+        missing = [key for key in codes if key not in texts]
+        unknown = [key for key in texts if key not in codes and names.code(key) is not None]
+        if missing or unknown:
             wrong = {"missing": missing, "unknown": unknown}
             found = "; ".join(f"{what} {', '.join(these)}" for what, these in wrong.items() if these)
             raise UserError(
-                f"{where}: every line of a file must have the same languages ({', '.join(keys)}): {found}. Give "
+                f"{where}: every line of a file must have the same languages ({', '.join(codes)}): {found}. Give "
                 '"" where a sentence has no translation.'
             )
-        for column, key in zip(columns.values(), keys, strict=True):
+        for key, code in codes.items():
+            text = texts[key]
+            if not isinstance(text, str):
+                raise UserError(f"{where}: the text of language {key!r} must be a string: got {type(text).__name__}.")
             # A line feed inside a sentence would become two sentences in any file of lines.
-            column.append(texts[key].replace("\r", " ").replace("\n", " ").strip())
+            columns[code].append(text.replace("\r", " ").replace("\n", " ").strip())
     if not columns:
         raise UserError(
             f"{path}: the file must hold translations: got {len(file.lines)} empty lines. Fill it or remove it."
@@ -85,15 +88,8 @@ def _read(split: Split, path: Path) -> AlignedBlock:
     return AlignedBlock(split, columns, dict.fromkeys(columns, str(path)), file.digest)
 
 
-def _texts(line: str, where: str) -> dict[str, str]:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}, column {error.colno}: the line must be JSON: {error.msg}. Mend the line.") from error
-    except RecursionError as error:
-        raise UserError(f"{where}: the line must be JSON of few levels: it is nested too deeply.") from error
-    except ValueError as error:  # a number of thousands of digits
-        raise UserError(f"{where}: the line must be JSON: {error}. Mend the line.") from error
+def _texts(line: str, where: str) -> dict[str, Any]:
+    row = read_json(line, where)
     texts = row.get("translation") if isinstance(row, dict) else None
     if not isinstance(texts, dict):
         got = f"the keys {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else type(row).__name__
@@ -101,7 +97,4 @@ def _texts(line: str, where: str) -> dict[str, str]:
             f'{where}: the line must be an object with the key "translation" that holds texts by language, as '
             f'{{"translation": {{"en": "...", "de": "..."}}}}: got {got}.'
         )
-    for key, text in texts.items():
-        if not isinstance(text, str):
-            raise UserError(f"{where}: the text of language {key!r} must be a string: got {type(text).__name__}.")
     return texts

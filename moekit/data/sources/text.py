@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from moekit.data.sources.files import add_file, check_folder, read_lines, split_called, unpacked_name
+from moekit.data.sources.files import PACKED, add_file, check_folder, entries, read_lines, split_called, unpacked_name
+from moekit.data.sources.names import LanguageNames, looks_like_language
 from moekit.errors import UserError
 from moekit.source import SPLITS, Direction, Source, Split, chance, digest, language_code, register_source
 
 
 @register_source
 class Text(Source):
-    """A folder with ``train.en`` (and ``valid.en``, ``test.en``), or ``en.txt``; plain or ``.gz``.
+    """A folder with ``train.en`` (and ``valid.en``, ``test.en``), or ``en.txt``; plain or compressed.
+
+    ``train.txt``, ``valid.txt`` and ``test.txt`` are the splits of one language: the one that the folder is named
+    after, or the one of `languages`.
 
     Args:
         path: the folder.
@@ -22,6 +27,7 @@ class Text(Source):
         valid_share: of a language without a validation file, this share is held out for validation, chosen by the
             hash of the sentence, so that it does not change when the file grows and no sentence is on both sides.
         test_share: likewise of a language without a test file, for testing.
+        languages: which names are languages; see `LanguageNames`. Other files are left out, which is said.
 
     Raises:
         UserError: on bad input, naming file and line.
@@ -36,6 +42,7 @@ class Text(Source):
         unit: Literal["line", "paragraph"] = "line",
         valid_share: float = 0.01,
         test_share: float = 0.01,
+        languages: Sequence[str] | Mapping[str, str] | None = None,
     ) -> None:
         if unit not in ("line", "paragraph"):
             raise UserError(f"text: unit must be line or paragraph: got {unit!r}.")
@@ -43,7 +50,9 @@ class Text(Source):
             if not 0 <= share < 0.5:
                 raise UserError(f"text: {name} must be at least 0 and below 0.5: got {share}.")
         folder = check_folder(path, "text")
-        files = _find(folder)
+        names = LanguageNames(languages)
+        files = _find(folder, names)
+        names.say("text", folder)
         self.languages = tuple(dict.fromkeys(language for language, _ in files))
         self.directions: tuple[Direction, ...] = ()
         self._sentences: dict[tuple[str, Split], list[str]] = {}
@@ -87,25 +96,53 @@ class Text(Source):
         return self._fingerprint
 
 
-def _find(folder: Path) -> dict[tuple[str, Split], Path]:
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
+def _find(folder: Path, names: LanguageNames) -> dict[tuple[str, Split], Path]:
     found: dict[tuple[str, Split], Path] = {}
+    paths = [path for path in entries(folder) if path.is_file()]
     for path in paths:
         stem, dot, ending = unpacked_name(path).rpartition(".")
-        split = split_called(stem)
+        split, language = split_called(stem), names.code(ending)
         if dot and ending == "txt":
-            language, split = language_code(stem, str(path)), "train"
-        elif split is not None:
-            language = language_code(ending, str(path))
-        else:
+            split, language = (split, _only(folder, path, names)) if split else _split_and_language(stem, names)
+        if split is None or language is None:
+            if dot and (split or ending == "txt"):
+                names.leave_out([path.name])
             continue
         add_file(found, (language, split), path, f"{split} text of {language!r}")
     if not found:
+        names.say("text", folder)
         raise UserError(
-            f"{folder}: text files must be named {SPLITS[0]}.LANGUAGE, as train.en, or LANGUAGE.txt, as en.txt, plain "
-            f"or .gz: found none among {len(paths)} files."
+            f"{folder}: text files must be named {SPLITS[0]}.LANGUAGE, as train.en, or LANGUAGE.txt, as en.txt, "
+            f"{PACKED}, or train.txt in a folder named after its language: found none among {len(paths)} files. "
+            "Languages with names that are no codes are named with --data.languages."
         )
     return found
+
+
+def _only(folder: Path, path: Path, names: LanguageNames) -> str:
+    """The language of ``train.txt``."""
+    name = folder.resolve().name
+    if names.codes:
+        code = names.codes[0] if len(names.codes) == 1 else names.code(name)
+    else:
+        code = language_code(name) if looks_like_language(name) else None
+    if code is None:
+        raise UserError(
+            f"{path}: it must be known which language this is: the folder, {name}, is not named after one"
+            f"{' of ' + ', '.join(names.codes) if names.codes else ''}. Name it, as --data.languages en, or rename the "
+            f"file, as {split_called(path.name.partition('.')[0])}.en."
+        )
+    return code
+
+
+def _split_and_language(stem: str, names: LanguageNames) -> tuple[Split, str | None]:
+    """Of ``en``, ``train.en`` and ``en-train``, where ``.txt`` follows: text without a split is training text."""
+    for separator in re.finditer(r"[._-]", stem):
+        sides = stem[: separator.start()], stem[separator.end() :]
+        for name, language in (sides, sides[::-1]):
+            if split := split_called(name):
+                return split, names.code(language)
+    return "train", names.code(stem)
 
 
 def _sentences(lines: list[str], unit: str) -> list[str]:

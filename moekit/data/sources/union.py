@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Mapping, Sequence
 from inspect import Parameter, signature
 from itertools import accumulate
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moekit.errors import UserError, nearest
-from moekit.source import Direction, LazySequence, Source, Split, digest, open_source, register_source
+from moekit.source import KINDS, Direction, LazySequence, Source, Split, digest, open_source, register_source
 
 _T = TypeVar("_T")
 
@@ -51,7 +52,9 @@ class Union(Source):
         Raises:
             UserError: no members, or settings of something else; whatever is wrong with a member.
         """
-        members = [part.partition(":") for part in str(path or "").split(",") if part.strip()]
+        # A comma ends a member where the name of a kind follows; others are part of a path.
+        comma = re.compile(rf",(?=\s*(?:{'|'.join(map(re.escape, KINDS))})\s*(?:[:,]|$))")
+        members = [part.partition(":") for part in comma.split(str(path or "")) if part.strip()]
         kinds = [kind.strip() for kind, _, _ in members]
         if not members or not all(kinds):
             raise UserError(

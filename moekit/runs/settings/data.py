@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moekit.data.mixture import TemperatureSchedule, heating
-from moekit.data.sources import Source, Union, source_class
+from moekit.data.sources import Source, Union, require_parameter, source_class
+from moekit.data.sources.names import LanguageNames, named_languages
+from moekit.data.streams import TooLong
+from moekit.data.tokenizer import Normalization
 from moekit.errors import UserError
 from moekit.runs.settings.fields import RESUME, SURGERY, setting
 from moekit.runs.settings.train import TrainConfig
 
 _WHICH_TEXT = (
-    "source", "pivot", "directions", "max_languages", "babel_languages", "babel_sentences", "babel_sizes",
+    "source", "pivot", "directions", "languages", "columns", "max_languages", "babel_languages", "babel_sentences",
+    "babel_sizes",
 )  # fmt: skip
 _MAX_WORKERS = 4  # beside each GPU
 
@@ -37,9 +41,21 @@ class DataConfig:
         pivot: language that every direction must start or end with, where the text is parallel in more than two
             languages: a language code, "auto" (English if the corpus has it) or "none" (keep all pairs).
         directions: translation directions to train on, such as en-de,de-en or a list; not given = all.
+        languages: languages to read, such as en,de or a list; not given = all whose names in the data look like
+            language codes (en, eng, zh-CN, eng_Latn). Names that are none are mapped to codes: src=en,tgt=de or
+            {src: en, tgt: de}.
+        columns: languages of the columns of TSV files that have no header, in order, such as en,de,- or a list; a
+            hyphen stands for a column that is not text. Not given = the first line of the files is the header.
         max_languages: number of languages to read from gettext catalogs; those with the most text are taken.
         vocab_size: size of the SentencePiece vocabulary that is trained on the data, in pieces: 1,000 to 4,000 for
             small models, 32,000 for large ones.
+        character_coverage: share of the characters of the text that the vocabulary must hold, from 0.98 to 1: 0.9995
+            for scripts with many characters such as Chinese, 1 for small alphabets; rarer characters are spelled in
+            bytes.
+        byte_fallback: whether characters that are not in the vocabulary are spelled in bytes, for which 256 pieces are
+            set aside; otherwise they become the unknown token.
+        normalization_rule_name: SentencePiece's rule for normalizing text before it is tokenized: nmt_nfkc, nfkc,
+            nmt_nfkc_cf or nfkc_cf (case-folded), or identity (none).
         tokenizer: folder of an existing tokenizer to use instead of training one; it must know all languages of the
             data.
         sentinel: whether, in tasks on text pairs such as translation, the first sentinel token ends the source and
@@ -56,8 +72,10 @@ class DataConfig:
         heating: shape of the rise of the sampling temperature: linear, square_root or step (a single jump).
         heating_steps: optimizer steps over which the sampling temperature rises from 1 to `temperature`; 0 = constant
             temperature.
-        max_length: maximum length of a training sequence, in pieces including special tokens; longer sentences are
-            dropped. 128 is enough for single sentences.
+        max_length: maximum length of a training sequence, in pieces including special tokens; see `too_long` for what
+            happens to longer sentences. 128 is enough for single sentences.
+        too_long: what happens to training sentences longer than `max_length`: drop, truncate or error (stop before
+            training). Pairs of which one side is longer count as longer; evaluation always truncates.
         cache: folder of tokenizers and tokenized text, shared by all runs.
         num_workers: number of data loader processes for each training process; 0 = load in the training process itself;
             auto = none on a CPU, up to four beside each GPU.
@@ -76,8 +94,13 @@ class DataConfig:
     path: str | tuple[str, ...] | None = setting(None, free=RESUME)
     pivot: str = "auto"
     directions: tuple[str, ...] | str | None = None
+    languages: tuple[str, ...] | dict[str, str] | str | None = None
+    columns: tuple[str, ...] | str | None = None
     max_languages: int = setting(10, at_least=1)
     vocab_size: int = setting(1024, at_least=1)
+    character_coverage: float = setting(0.9995, at_least=0.98)
+    byte_fallback: bool = True
+    normalization_rule_name: Normalization = "nmt_nfkc"
     tokenizer: str | None = setting(None, free=RESUME)
     sentinel: bool = False
     mask_shares: tuple[float, float, float] = setting((0.8, 0.1, 0.1), free=SURGERY)
@@ -88,6 +111,7 @@ class DataConfig:
     heating: Literal["linear", "square_root", "step"] = setting("linear", free=SURGERY)
     heating_steps: int = setting(0, at_least=0, free=SURGERY)
     max_length: int = setting(128, free=SURGERY)
+    too_long: TooLong = setting("drop", free=SURGERY)
     cache: str = setting(".cache/moekit", free=RESUME + SURGERY)
     num_workers: int | Literal["auto"] = setting("auto", at_least=0, free=RESUME + SURGERY)
     babel_languages: int = 4
@@ -99,8 +123,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         structured = {
             "source": _word_or_list(self.source),
-            "path": _word_or_list(self.path),
+            "path": _paths(self.path),
             "directions": _listed(self.directions) or None,
+            "languages": named_languages(self.languages),
+            "columns": _listed(self.columns) or None,
             "babel_sizes": _sizes(self.babel_sizes) or None,
         }
         for name, value in structured.items():
@@ -134,11 +160,16 @@ class DataConfig:
             "pivot": None if self.pivot == "none" else self.pivot,
             "babel_sizes": self.babel_sizes or {},
         }
+        for name in ("languages", "columns"):
+            if given[name] is not None:
+                require_parameter(kinds, name)
         opened = [
             made.open(next(remaining) if everything or made.needs_path() else None, **made.settings_from(given))
             for made in classes
         ]
-        return opened[0] if len(opened) == 1 else Union(opened)
+        found = opened[0] if len(opened) == 1 else Union(opened)
+        LanguageNames(self.languages).check(found)
+        return found
 
     def missing_paths(self) -> list[str]:
         """Those of the paths where nothing is."""
@@ -174,6 +205,12 @@ def _word_or_list(given: tuple[str, ...] | list[str] | str | None) -> str | tupl
     """A list of one as its word; None for an empty one."""
     found = _listed(given)
     return found if len(found) > 1 else next(iter(found), None)
+
+
+def _paths(given: tuple[str, ...] | list[str] | str | None) -> str | tuple[str, ...] | None:
+    """As `_word_or_list`; a path with a comma, which exists or is given as a list, stays a list: it is one."""
+    found = (given,) if isinstance(given, str) and "," in given and Path(given).exists() else _listed(given)
+    return found if any("," in path for path in found) else _word_or_list(found)
 
 
 def _sizes(given: Mapping[str, int] | str | None) -> dict[str, int]:
