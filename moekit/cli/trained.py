@@ -109,7 +109,8 @@ _SEARCH = ("evaluate.beam_size", "evaluate.length_penalty", "evaluate.batch_toke
 
 TEST = RecipeCommand(
     "Test a trained run and rewrite its report", _folder_option, _test,
-    ("train.devices", "train.num_nodes", "train.accelerator", *_SEARCH, "evaluate.samples"), _stored_settings,
+    ("train.devices", "train.num_nodes", "train.accelerator", *_SEARCH, "evaluate.samples", "evaluate.bleu_tokenizer"),
+    _stored_settings,
 )  # fmt: skip
 GENERATE = RecipeCommand(
     "Translate or continue text with a trained run", _generate_options, _generate, ("train.accelerator", *_SEARCH),

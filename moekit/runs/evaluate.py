@@ -46,6 +46,7 @@ def evaluate(run: Run, config: RunConfig | None = None) -> bool:
     """
     started = time.monotonic()
     config = config or run.config
+    config.evaluate.check()
     data = evaluation_data(run, config)
     if run.held_out is None:
         require_same_text(run, data, config)

@@ -72,6 +72,7 @@ def fit(
     """
     train = config.train
     train.check()
+    config.evaluate.check()
     strategy = config.strategy.strategy()
     settings = {"recipe": recipe.name, "variant": variant, **as_plain(config)}
     settings |= {} if init_from is None else init_from.record

@@ -51,6 +51,7 @@ def make_module(
         schedule=lambda optimizer: train.make_schedule(optimizer, budget),
         log_routing_every=train.log_every,
         samples=config.evaluate.samples,
+        tokenize=config.evaluate.bleu_tokenizer,
     )
     return module, budget
 

@@ -58,6 +58,7 @@ class MultitaskModule(L.LightningModule):
         schedule: makes the learning rate schedule; it moves per optimizer step.
         log_routing_every: steps between updates of the routing statistics in training.
         samples: translations of each direction (or texts of each language) kept for a report, in `samples`.
+        tokenize: how BLEU splits text into words: see `moekit.tasks.TranslationScore`.
         steps_before: optimizer steps of the run that the weights are from, of which components with schedules are told;
             kept in checkpoints.
 
@@ -88,6 +89,7 @@ class MultitaskModule(L.LightningModule):
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         log_routing_every: int = 10,
         samples: int = 5,
+        tokenize: str = "auto",
         steps_before: int = 0,
     ) -> None:
         super().__init__()
@@ -124,7 +126,9 @@ class MultitaskModule(L.LightningModule):
         scored = [head for head in heads if head.scores]
         if len({name for head in scored for name in head.scores}) < sum(len(head.scores) for head in scored):
             raise ValueError(f"heads must have different scores: got {[list(head.scores) for head in scored]}.")
-        self.test_scores = nn.ModuleDict({head.task: head.make_score(directions) for head in scored if directions})
+        self.test_scores = nn.ModuleDict(
+            {head.task: head.make_score(directions, tokenize=tokenize) for head in scored if directions}
+        )
         texts = [head.task for head in heads if not head.scores]
         streams = [*texts, *(f"{task}/{language}" for task in texts for language in self.languages)]
         self.test_perplexity = TokenPerplexity(streams) if streams else None

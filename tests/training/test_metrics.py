@@ -16,7 +16,10 @@ import torch.distributed as dist
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
+from moekit.errors import UserError
 from moekit.routing import Routing
+from moekit.runs.settings import EvaluateConfig
+from moekit.tasks.bleu import bleu, tokenizer_of
 from moekit.training.metrics import RoutingStatistics, TokenPerplexity, TranslationScore
 
 TEXT = "the a small old house dog sees eats runs under over river , . ! Straße über été 2,5 (no)"
@@ -87,6 +90,49 @@ def test_translation_score_follows_the_tokenizer() -> None:
     metric = BLEU(tokenize="char", force=True)
     assert score.compute()["bleu"]["average"] == metric.corpus_score(hypothesis, [reference]).score
     assert "tok:char" in score.compute()["bleu"]["signature"]
+
+
+# The target, and sacrebleu's tokenizer where no analyser of Japanese and Korean is installed.
+TOKENIZERS = {
+    "zh": "zh", "zh_TW": "zh", "zho_Hans": "zh", "cmn": "zh", "yue_Hant": "zh", "ja": "char", "jpn_Jpan": "char",
+    "ko": "char", "kor_Hang": "char", "th": "char", "tha_Thai": "char", "lo": "char", "km": "char", "mya_Mymr": "char",
+    "bo": "char", "dz": "char", "zho_Latn": "13a", "de": "13a", "eng_Latn": "13a", "kmb": "13a", "vi": "13a",
+}  # fmt: skip
+
+
+def test_bleu_splits_words_as_the_language_of_the_target_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moekit.tasks.bleu.find_spec", lambda name: None)
+    assert {language: tokenizer_of(language) for language in TOKENIZERS} == TOKENIZERS
+    monkeypatch.setattr("moekit.tasks.bleu.find_spec", lambda name: name)
+    assert [tokenizer_of(x) for x in ("ja", "ko_KR", "zh")] == ["ja-mecab", "ko-mecab", "zh"]
+
+
+def test_bleu_of_text_without_spaces_is_not_zero_and_its_signature_says_how_it_was_computed() -> None:
+    said = {
+        "en-zh": ("我今天和朋友一起去了北京大学。", "我今天和朋友去了北京大学。", "zh"),
+        "en-tha_Thai": ("ฉันไปโรงเรียนทุกวัน", "ฉันไปโรงเรียนทุกวันแล้ว", "char"),
+        "zh-en": ("the cat sat on the mat .", "the cat sat on a mat .", "13a"),
+    }
+    score = TranslationScore([*said, "en-ja"])
+    for direction, (hypothesis, reference, _) in said.items():
+        score.update(direction, [hypothesis], [reference])
+    found = score.compute()["bleu"]
+    for direction, (hypothesis, reference, tokenizer) in said.items():
+        metric = BLEU(tokenize=tokenizer, force=True)
+        assert found["directions"][direction] == metric.corpus_score([hypothesis], [[reference]]).score > 35
+    plain, thai, chinese = found["signature"].split("; ")
+    assert plain == "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:" + plain.rpartition(":")[2]
+    assert thai == plain.replace("13a", "char") + " (into tha_Thai)"
+    assert chinese == plain.replace("13a", "zh") + " (into zh)"
+
+
+def test_a_bleu_tokenizer_that_is_not_installed_is_refused_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sacrebleu.tokenizers.tokenizer_ko_mecab.MeCab", None)
+    bleu.cache_clear()
+    with pytest.raises(UserError, match=r"ko-mecab is not installed: pip install 'sacrebleu\[ko\]'"):
+        EvaluateConfig(bleu_tokenizer="ko-mecab").check()
 
 
 def test_translation_score_refuses_bad_input() -> None:

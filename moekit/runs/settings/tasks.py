@@ -7,6 +7,7 @@ from typing import Any
 
 from moekit.runs.settings.fields import RESUME, setting
 from moekit.tasks import with_pair_tasks
+from moekit.tasks.bleu import BleuTokenizer, bleu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,9 @@ class EvaluateConfig:
             fast.
         batch_tokens: number of source tokens in an evaluation batch; lower it if memory runs out.
         samples: number of sample translations per direction that the report shows.
+        bleu_tokenizer: how BLEU splits text into words, as sacrebleu names it: auto = by the target language (zh for
+            Chinese, ja-mecab and ko-mecab where installed, char for Thai, Lao, Khmer, Burmese and Tibetan, else 13a),
+            or 13a, intl, char, zh, ja-mecab, ko-mecab, flores200 or spm for all directions.
     """
 
     beam_size: int = setting(4, at_least=1, free=RESUME)
@@ -84,3 +88,13 @@ class EvaluateConfig:
     valid_sentences: int = setting(100, at_least=0)
     batch_tokens: int = setting(4096, at_least=1)
     samples: int = setting(5, at_least=0, free=RESUME)
+    bleu_tokenizer: BleuTokenizer = setting("auto", free=RESUME)
+
+    def check(self) -> None:
+        """Make sure that a tokenizer that was chosen is there.
+
+        Raises:
+            UserError: it is not.
+        """
+        if self.bleu_tokenizer != "auto":
+            bleu(self.bleu_tokenizer)
