@@ -15,13 +15,13 @@ from moekit.runs.config import RunConfig
 from moekit.runs.fit import is_first_process
 from moekit.runs.generate import generate
 from moekit.runs.recipe import Recipe
-from moekit.runs.run import Run
+from moekit.runs.run import CHECKPOINTS, Run
 from moekit.runs.score import score
 from moekit.runs.text import corpus_note
 
 
 def _stored_run(recipe: Recipe, given: Any) -> Run:
-    return _own(recipe, Run.open(folder(recipe, given.variant, given.out)))
+    return _own(recipe, Run.open(folder(recipe, given.variant, given.out), given.checkpoint))
 
 
 def _own(recipe: Recipe, run: Run) -> Run:
@@ -41,6 +41,12 @@ def _stored_settings(recipe: Recipe, arguments: Sequence[str], variant: str | No
 
 def _folder_option(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str, help=FOLDER)
+    parser.add_argument(
+        "--checkpoint",
+        choices=CHECKPOINTS,
+        help="which weights are used (default: the average of the last ones if there is one, else the best, else the "
+        "last)",
+    )
 
 
 def _text_options(parser: ArgumentParser, source: str, target: str, input: str) -> None:

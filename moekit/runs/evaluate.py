@@ -56,12 +56,7 @@ def evaluate(run: Run, config: RunConfig | None = None) -> bool:
         module.translate = Translator(module.backbone, data.tokenizer, search=search, sentinel=config.data.sentinel)
     else:
         module.write = Completer(module.backbone, data.tokenizer, search=search)
-
-    def originals(direction: str, numbers: list[int]) -> tuple[list[str], list[str]]:
-        pairs = data.pairs(direction, "test")
-        return [pairs[i][0] for i in numbers], [pairs[i][1] for i in numbers]
-
-    module.originals = originals
+    module.originals = data.originals("test")
     trainer = config.train.trainer(logger=False, enable_checkpointing=False, callbacks=[TrainingProgress()])
     with quiet():
         valid = trainer.validate(module, datamodule=data, verbose=False)[0]

@@ -142,6 +142,9 @@ class Recipe:
             if old in now:
                 value = now.pop(old)
                 now[group] = {**now.get(group, {}), **({} if value is None else {key: value})}
+        for f in dataclasses.fields(RunConfig):  # former versions lack the settings that came later
+            if isinstance(now.get(f.name), dict) and callable(f.default_factory):
+                now[f.name] = as_plain(f.default_factory()) | now[f.name]
         if isinstance(now.get("data"), dict):
             now["data"] |= structured(now["data"])
         return now
