@@ -70,9 +70,10 @@ class MultitaskModule(L.LightningModule):
     Logs ``train/loss`` (the objective), ``train/<task>/loss`` (nats per prediction, without smoothing, weights and
     routers' losses), ``train/<task>/accuracy``, ``train/aux/<name>``, ``train/routing/<name>`` and ``lr``; in
     validation ``valid/<task>/loss``, ``valid/<task>/accuracy``, ``valid/<task>/perplexity`` and
-    ``valid/routing/<name>``, and with `score_valid` the scores of heads that have some as in the test; in the test, of heads with scores, ``test/<score>/<direction>`` and
-    ``test/<score>/average``, such as ``test/bleu/en-de``, and of others ``test/<task>/loss``,
-    ``test/<task>/accuracy``, ``test/<task>/perplexity`` and ``test/<task>/perplexity/<language>``.
+    ``valid/routing/<name>``, and with `score_valid` the scores of the test; in the test, of heads with scores,
+    ``test/<score>/<direction>`` and ``test/<score>/average``, such as ``test/bleu/en-de``, and of others
+    ``test/<task>/loss``, ``test/<task>/accuracy``, ``test/<task>/perplexity`` and
+    ``test/<task>/perplexity/<language>``.
 
     Raises:
         ValueError: two heads of one task or with the same score, or a weight for a task that has no head; in the test,
@@ -257,13 +258,12 @@ class MultitaskModule(L.LightningModule):
         Raises:
             UserError: validation logs none of that name, or not in each validation.
         """
-        by_task = {f"valid/{task}/{what}" for task in self.heads for what in ("loss", "accuracy", "perplexity")}
+        measures, first = ("loss", "accuracy", "perplexity"), next(iter(self.heads))
+        by_task = {f"valid/{task}/{what}" for task in self.heads for what in measures}
         heads: Iterable[Any] = (self.heads[task] for task in self.valid_scores)
         scores = [f"valid/{score}" for head in heads for score in head.scores]
         written = {f"{score}/{where}" for score in scores for where in ("average", *self.directions)}
-        short = {
-            f"valid/{what}": f"valid/{next(iter(self.heads))}/{what}" for what in ("loss", "accuracy", "perplexity")
-        }
+        short = {f"valid/{what}": f"valid/{first}/{what}" for what in measures}
         short |= {score: f"{score}/average" for score in scores}
         wanted = f"valid/{name.removeprefix('val/')}" if name.startswith("val/") else name or "valid/loss"
         found = short.get(wanted, wanted)

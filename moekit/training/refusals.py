@@ -46,9 +46,9 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
     for callback in callbacks:
         if isinstance(callback, WeightAveraging | AverageOfLast):
             raise UserError(
-                f"ExpertParallelStrategy cannot train with {type(callback).__name__}, which averages whole weights, and "
-                "here they are divided among processes. Leave it out (train.ema 0, train.average_last 0), or train "
-                "without the settings under strategy."
+                f"ExpertParallelStrategy cannot train with {type(callback).__name__}, which averages whole weights; "
+                "here they are divided. Leave it out (train.ema 0, train.average_last 0), or train without "
+                "the settings of strategy."
             )
         if isinstance(callback, ModelPruning):
             raise UserError(
