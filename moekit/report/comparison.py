@@ -174,7 +174,12 @@ def _predictions(runs: Sequence[RunFolder]) -> dict[str, list[TaskScores]]:
 def _accuracies(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
     """By title of the task, where a run measured it."""
     rows = {_title(runs, t): [wording.percent(x.accuracy) for x in found] for t, found in _predictions(runs).items()}
-    return {title: row for title, row in rows.items() if set(row) != {wording.MISSING}}
+    for name in ("majority", "chance"):
+        rows |= {
+            f"{_title(runs, t)}: {name}": [wording.percent(getattr(x, name)) for x in found]
+            for t, found in _predictions(runs).items()
+        }
+    return {title: rows[title] for title in sorted(rows) if set(rows[title]) != {wording.MISSING}}
 
 
 def _title(runs: Sequence[RunFolder], task: str) -> str:

@@ -20,7 +20,7 @@ from moekit.parallel.gradients import global_weights
 from moekit.tasks.head import Head, HeadOutput
 from moekit.tasks.score import AnswerScore
 from moekit.training.agreement import agree
-from moekit.training.metrics import RoutingStatistics, TokenPerplexity
+from moekit.training.metrics import LabelCounts, RoutingStatistics, TokenPerplexity
 from moekit.training.schedules import per_step
 from moekit.transformer import routed_layers
 
@@ -141,6 +141,13 @@ class MultitaskModule(L.LightningModule):
         self.valid_scores = nn.ModuleDict(
             {t: make(directions, tokenize=tokenize) for t, make in kinds.items() if score_valid}
         )
+        # What copying the source would score.
+        self.copy_scores = nn.ModuleDict({t: make(directions, tokenize=tokenize) for t, make in kinds.items()})
+        self.copied: dict[str, Any] = {}
+        vocabulary = int(getattr(backbone, "vocab_size", 0))  # of a model that does not say it nobody counts labels
+        self.labels = LabelCounts(tasks, vocabulary) if vocabulary else None
+        self.chance = {head.task: 1 / (head.choices or vocabulary) for head in heads if vocabulary}
+        self.majority: dict[str, float] = {}
         texts = [head.task for head in heads if not head.scores]
         streams = [*texts, *(f"{task}/{language}" for task in texts for language in self.languages)]
         self.test_perplexity = TokenPerplexity(streams) if streams else None
@@ -215,11 +222,24 @@ class MultitaskModule(L.LightningModule):
         self.valid_perplexity.update(batch.task, out.nll, out.num_predictions)
         self.valid_accuracy[batch.task].update(out.correct / out.num_predictions.clamp_min(1), out.num_predictions)
         self._count(self.valid_routing, out, batch)
+        self._count_labels(out, batch)
         if batch.task in self.valid_scores and self._scores_this_validation:
             numbers = [] if batch.index is None else batch.index.tolist()  # host read: which sentences they are
             rows = [row for row, number in enumerate(numbers) if number < self.score_valid]
             if agree(self.trainer, bool(rows))[0]:  # then all processes write, whatever they have
                 self._score(batch.rows(rows), cast(AnswerScore, self.valid_scores[batch.task]))
+
+    def _count_labels(self, out: HeadOutput, batch: Batch) -> None:
+        if self.labels is not None and out.labels is not None and self.trainer.state.fn != "fit":
+            self.labels.update(batch.task, out.labels)
+
+    def _majorities(self) -> dict[str, float]:
+        """Accuracy by task of always giving the most frequent answer, of an evaluation that is not of training."""
+        if self.labels is None or not self.labels.update_called:
+            return {}
+        found = self.labels.compute()
+        self.labels.reset()
+        return found
 
     @property
     def _scores_this_validation(self) -> bool:
@@ -244,6 +264,7 @@ class MultitaskModule(L.LightningModule):
             for metric in cast(Iterable[AnswerScore], self.valid_scores.values()):
                 logs |= {f"valid/{name}": value for name, value in metric.log_values().items()}
                 metric.reset()
+        self.majority = self._majorities()
         self._validations += self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
         self.log_dict(logs)
         self.valid_perplexity.reset()
@@ -286,6 +307,8 @@ class MultitaskModule(L.LightningModule):
         if head.scores:
             score: Any = dict(self.test_scores.items()).get(batch.task)
             rows = self._score(batch, score)
+            copies = cast(AnswerScore, self.copy_scores[batch.task])
+            copies.update(cast(str, batch.direction), [row[0] for row in rows], [row[1] for row in rows])
             self._keep(batch, rows[: self._samples_wanted(batch)])
         else:
             self._measure(batch)
@@ -312,6 +335,7 @@ class MultitaskModule(L.LightningModule):
         out = self(batch)
         assert self.test_perplexity is not None, "made where the answers of a task are not scored"
         self.test_perplexity.update(batch.task, out.nll, out.num_predictions)
+        self._count_labels(out, batch)
         if batch.direction in self.languages:
             self.test_perplexity.update(f"{batch.task}/{batch.direction}", out.nll, out.num_predictions)
         self.test_accuracy[batch.task].update(out.correct / out.num_predictions.clamp_min(1), out.num_predictions)
@@ -333,8 +357,12 @@ class MultitaskModule(L.LightningModule):
             self.scores = {**(self.scores or {}), **metric.compute()}
             self.log_dict({f"test/{name}": value for name, value in metric.log_values().items()})
             metric.reset()
+        for metric in cast(Iterable[AnswerScore], self.copy_scores.values()):
+            scores = metric.compute().items()
+            self.copied |= {name: {key: found[key] for key in ("average", "directions")} for name, found in scores}
+            metric.reset()
         if self.test_perplexity is not None and self.test_perplexity.update_called:
-            found = self.test_perplexity.compute()
+            found, majorities = self.test_perplexity.compute(), self._majorities()
             for task in self.test_accuracy:
                 if task not in found:
                     continue
@@ -344,6 +372,8 @@ class MultitaskModule(L.LightningModule):
                     "accuracy": float(self.test_accuracy[task].compute()),  # host read: once for a test
                     "languages": {x: found[f"{task}/{x}"] for x in self.languages if f"{task}/{x}" in found},
                 }
+                if task in majorities:
+                    self.tested[task] |= {"majority": majorities[task], "chance": self.chance[task]}
                 for name in ("loss", "perplexity", "accuracy"):
                     self.log(f"test/{task}/{name}", self.tested[task][name])
                 languages = self.tested[task]["languages"]

@@ -35,7 +35,7 @@ def test_names(given: str | tuple[str, ...], names: list[str], tmp_path: Path) -
 def test_without_tensorboard_auto_is_the_file_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert logger_names("auto") == ["csv"]
-    with pytest.raises(UserError, match="tensorboard needs a package that is not installed: pip install tensorboard$"):
+    with pytest.raises(UserError, match=r"tensorboard needs a package that is not installed: pip install tensorboard$"):
         logger_names("tensorboard")
 
 

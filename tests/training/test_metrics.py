@@ -20,7 +20,7 @@ from moekit.errors import UserError
 from moekit.routing import Routing
 from moekit.runs.settings import EvaluateConfig
 from moekit.tasks.bleu import bleu, tokenizer_of
-from moekit.training.metrics import RoutingStatistics, TokenPerplexity, TranslationScore
+from moekit.training.metrics import LabelCounts, RoutingStatistics, TokenPerplexity, TranslationScore
 
 TEXT = "the a small old house dog sees eats runs under over river , . ! Straße über été 2,5 (no)"
 WORDS = TEXT.split()
@@ -245,7 +245,7 @@ def test_routing_statistics_refuses_bad_input() -> None:
 
 def _update(metrics: tuple[Any, ...], part: int) -> None:
     """What process `part` sees; the first sees nothing of de-en and less routing."""
-    translation, perplexity, statistics = metrics
+    translation, perplexity, statistics, labels = metrics
     hypotheses, references = corpus(7, 30)
     half = slice(0, 9) if part == 0 else slice(9, None)
     translation.update("en-de", hypotheses[half], references[half])
@@ -253,6 +253,8 @@ def _update(metrics: tuple[Any, ...], part: int) -> None:
     if part:
         translation.update("de-en", *corpus(8, 5))
         perplexity.update("masked_lm", 2.0, 1)
+        labels.update("masked_lm", torch.tensor([0, 1, 1, 1, 8]))
+    labels.update("translation", torch.tensor([[2, 2, 3], [4, 4, 4]][part]))
     entropy = {"entropy": torch.tensor(0.1 + part)}
     experts = [[0, 1]] if part == 0 else [[1, 2], [0, 2]]
     statistics.update({"a": routing(experts, 3, dropped=[0], statistics=entropy)}, torch.tensor([part]))
@@ -263,6 +265,7 @@ def _metrics() -> tuple[Any, ...]:
         TranslationScore(["en-de", "de-en"]),
         TokenPerplexity(["translation", "masked_lm"]),
         RoutingStatistics({"a": 3}, ["en", "de"]),
+        LabelCounts(["translation", "masked_lm", "never"], 9),
     )
 
 
@@ -286,6 +289,7 @@ def test_two_processes_give_what_one_gives(tmp_path: Path, forkserver: ForkServe
     alone = _metrics()
     for part in (0, 1):
         _update(alone, part)
+    assert alone[-1].compute() == {"translation": 3 / 6, "masked_lm": 3 / 5}
     expected = json.loads(json.dumps([metric.compute() for metric in alone]))
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
