@@ -95,6 +95,10 @@ def written(out: Path) -> list[dict[str, float]]:
     return [scores for scores in scored if scores]
 
 
+SCORED = [
+    "--evaluate.score_valid", "5", "--train.best", "valid/chrf", "--data.babel_languages", "2",
+    "--train.learning_rate", "1e-4",
+]  # fmt: skip
 LAYOUTS = [
     ["--strategy.expert_parallel_size", "2", "--strategy.zero_stage", "3"],
     pytest.param(["--strategy.tensor_parallel_size", "2"], marks=pytest.mark.slow),
@@ -106,17 +110,14 @@ LAYOUTS = [
 def scored(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A run on one process with five sentences of a direction translated in validation: long, short and no texts."""
     out = tmp_path_factory.mktemp("scored") / "one"
-    losses(out, cache, *tokens(512, 0), "--evaluate.score_valid", "5", "--train.best", "valid/chrf")
+    losses(out, cache, *tokens(512, 0), *SCORED)
     return out
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["experts and ZeRO", "tensors", "copies"])
 def test_processes_write_together_what_one_writes(tmp_path: Path, cache: Path, scored: Path, layout: list[str]) -> None:
     readers = 1 if "--strategy.tensor_parallel_size" in layout else 2
-    losses(
-        tmp_path / "two", cache, *tokens(512 // readers, 0), "--devices", "2", "--evaluate.score_valid", "5",
-        "--train.best", "valid/chrf", *layout,
-    )  # fmt: skip
+    losses(tmp_path / "two", cache, *tokens(512 // readers, 0), "--devices", "2", *SCORED, *layout)
     one, two = written(scored), written(tmp_path / "two")
     assert len(one) == 3
     assert max(scores["valid/chrf/average"] for scores in one) > 0.1
