@@ -123,3 +123,14 @@ def test_processes_write_together_what_one_writes(tmp_path: Path, cache: Path, s
     assert max(scores["valid/chrf/average"] for scores in one) > 0.1
     assert two == [pytest.approx(scores, rel=1e-6) for scores in one]
     assert (tmp_path / "two" / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_processes_stop_together_when_patience_ends_and_go_on_with_more(tmp_path: Path, cache: Path) -> None:
+    """Without a learning rate nothing is ever better than in the first validation."""
+    more = [
+        *tokens(256, 0), *SCORED, "--train.learning_rate", "0", "--train.max_steps", "9", "--devices", "2",
+        "--strategy.expert_parallel_size", "2",
+    ]  # fmt: skip
+    assert len(losses(tmp_path / "run", cache, *more, "--train.patience", "2")) == 3
+    assert len(losses(tmp_path / "run", cache, *more, "--train.patience", "3", "--resume")) == 4

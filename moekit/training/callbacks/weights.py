@@ -15,6 +15,9 @@ from moekit.errors import UserError
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.checkpoint_io import load_checkpoint
 
+AVERAGING = ("current_model_state", "averaging_state")
+"""What a checkpoint with a `MovingAverage` holds beside the average: the weights of training, and a count."""
+
 
 class Monitored(Protocol):
     """A module that knows the metrics of its validation; `moekit.training.multitask.MultitaskModule` does."""
