@@ -114,9 +114,8 @@ class Batch:
         """The batch of the rows of these numbers, padded as it is."""
         parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         chosen = torch.tensor(numbers, dtype=torch.int64, device=self.source.device)
-        return dataclasses.replace(
-            self, **{name: value[chosen] for name, value in parts.items() if isinstance(value, Tensor)}
-        )
+        taken: dict[str, Any] = {name: part[chosen] for name, part in parts.items() if isinstance(part, Tensor)}
+        return dataclasses.replace(self, **taken)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (asked for by `DataLoader(pin_memory=True)`)."""

@@ -53,8 +53,9 @@ def predictions(run: RunFolder) -> tuple[TaskScores, ...]:
     if not found:
         losses, perplexities, accuracies = map(run.by_task, ("loss", "perplexity", "accuracy"))
         for t in dict.fromkeys([*losses, *perplexities]):
-            said = (number(run.summary, key, t) for key in ("majority", "chance"))
-            found.append(TaskScores(t, losses.get(t), perplexities.get(t), accuracies.get(t), *said, origin="valid"))
+            majority, chance = (number(run.summary, key, t) for key in ("majority", "chance"))
+            shares = (accuracies.get(t), majority, chance)
+            found.append(TaskScores(t, losses.get(t), perplexities.get(t), *shares, origin="valid"))
     return tuple(sorted((x for x in found if x.task != "translation"), key=lambda x: x.perplexity is None))
 
 
@@ -69,7 +70,8 @@ def languages_by_perplexity(scores: TaskScores) -> list[str]:
 
 
 def _tested(run: RunFolder, task: str, tree: Mapping[str, Any]) -> TaskScores:
-    loss, perplexity, *shares = (number(tree, x) for x in ("loss", "perplexity", "accuracy", "majority", "chance"))
+    loss, perplexity = number(tree, "loss"), number(tree, "perplexity")
+    shares = (number(tree, "accuracy"), number(tree, "majority"), number(tree, "chance"))
     if not run.task(task).perplexity:
         return TaskScores(task, loss, None, *shares)
     if perplexity is None and loss is not None and loss < 700:

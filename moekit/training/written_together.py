@@ -46,6 +46,7 @@ class WrittenTogether:
 class _InStep(nn.Module):
     """The backbone as `moekit.inference` sees it."""
 
+    module: L.LightningModule
     inference_mode = False  # weights gathered in inference mode could not be used in training again
 
     def __init__(self, module: L.LightningModule) -> None:
