@@ -24,5 +24,6 @@ def _test(recipe: Recipe, config: RunConfig, given: Any) -> None:
 
 COMMAND = RecipeCommand(
     "Test a trained run and rewrite its report", folder_option, _test,
-    ("train.devices", "train.num_nodes", "train.accelerator", *SEARCH, "evaluate.samples"), stored_settings,
+    ("train.devices", "train.num_nodes", "train.accelerator", *SEARCH, "evaluate.samples", "evaluate.bleu_tokenizer"),
+    stored_settings,
 )  # fmt: skip

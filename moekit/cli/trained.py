@@ -13,12 +13,12 @@ from moekit.data.lines import STANDARD
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
-from moekit.runs.run import Run
+from moekit.runs.run import CHECKPOINTS, Run
 
 
 def stored_run(recipe: Recipe, given: Any) -> Run:
     """The run of the options."""
-    return _own(recipe, Run.open(folder(recipe, given.variant, given.out)))
+    return _own(recipe, Run.open(folder(recipe, given.variant, given.out), given.checkpoint))
 
 
 def _own(recipe: Recipe, run: Run) -> Run:
@@ -39,6 +39,12 @@ def stored_settings(recipe: Recipe, arguments: Sequence[str], variant: str | Non
 def folder_option(parser: ArgumentParser) -> None:
     """Where the run lies."""
     parser.add_argument("--out", type=str, help=FOLDER)
+    parser.add_argument(
+        "--checkpoint",
+        choices=CHECKPOINTS,
+        help="which weights are used (default: the average of the last ones if there is one, else the best, else the "
+        "last)",
+    )
 
 
 def text_options(parser: ArgumentParser, source: str, target: str, input: str, default: str | None = STANDARD) -> None:

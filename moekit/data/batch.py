@@ -7,6 +7,7 @@ language tag, bos and eos, pad, and build the masks. Which of them a batch needs
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +109,13 @@ class Batch:
             return tensor.to(target, non_blocking=ahead)
 
         return _pytree.tree_map_only(Tensor, move, self)
+
+    def rows(self, numbers: Sequence[int]) -> Batch:
+        """The batch of the rows of these numbers, padded as it is."""
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        chosen = torch.tensor(numbers, dtype=torch.int64, device=self.source.device)
+        taken: dict[str, Any] = {name: part[chosen] for name, part in parts.items() if isinstance(part, Tensor)}
+        return dataclasses.replace(self, **taken)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (asked for by `DataLoader(pin_memory=True)`)."""

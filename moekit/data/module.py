@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -190,6 +190,15 @@ class MultitaskData(L.LightningDataModule):
     def pairs(self, direction: Direction | str, split: Split) -> Sequence[tuple[str, str]]:
         """The original sentences: `Batch.index` of an evaluation batch says which of them its rows are."""
         return self.source.parallel(self._direction(direction), split)
+
+    def originals(self, split: Split) -> Callable[[str, list[int]], tuple[list[str], list[str]]]:
+        """What gives the original sources and references of sentences by direction and number."""
+
+        def found(direction: str, numbers: list[int]) -> tuple[list[str], list[str]]:
+            pairs = self.pairs(direction, split)
+            return [pairs[i][0] for i in numbers], [pairs[i][1] for i in numbers]
+
+        return found
 
     def wanted(self, splits: Sequence[Split] = SPLITS) -> Wanted:
         """What of the source is used in these splits."""

@@ -61,7 +61,7 @@ def generate(
     prefix = begin if forced is None else torch.cat((begin, forced), dim=1)
     if not rows:
         return _nothing(source_ids)
-    with torch.inference_mode(), evaluating(model):
+    with _without_gradients(model), evaluating(model):
         length = source_ids.new_full((rows,), source_ids.shape[1]) if source_mask is None else source_mask.sum(1)
         session = Session(
             model,
@@ -129,7 +129,7 @@ def complete(
         raise ValueError("A prompt needs at least one token, its begin token: got an empty one.")
     if padded_left:
         raise ValueError("Prompts are padded on the right: got a mask with a real token after padding.")
-    with torch.inference_mode(), evaluating(model):
+    with _without_gradients(model), evaluating(model):
         session = Session(model, rows=rows, language=language, use_cache=use_cache)
         start = Start(
             prefix=prompt_ids,
@@ -140,6 +140,13 @@ def complete(
         )
         found = (search or Greedy()).run(session, start)
     return _pytree.tree_map(torch.clone, found)
+
+
+@contextmanager
+def _without_gradients(model: object) -> Iterator[None]:
+    """Inference mode, unless the model says that it must not be."""
+    with torch.inference_mode(getattr(model, "inference_mode", True)), torch.no_grad():
+        yield
 
 
 @contextmanager

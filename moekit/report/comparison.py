@@ -76,11 +76,16 @@ class _Measure:
     kind: str
     rows: Mapping[str, Sequence[float | None]]
     say: Callable[[float | None], str]
+    signatures: Sequence[str] = ()
 
     def table(self, names: Sequence[str]) -> Table:
-        """Every value, and in brackets how it differs from the first run's."""
-        every = self.rows.items()
-        cells = {name: [self.say(first), *(self._told(first, v) for v in rest)] for name, (first, *rest) in every}
+        """Every value, and in brackets how it differs from the first run's where both were computed alike."""
+        known = [own for own in self.signatures[:1] if own]
+        firsts = [not known or own in ("", *known) for own in self.signatures or names][1:]
+        cells = {
+            name: [self.say(first), *(self._told(first if s else None, v) for v, s in zip(rest, firsts, strict=True))]
+            for name, (first, *rest) in self.rows.items()
+        }
         return _table(self.title, names, cells, self.kind)
 
     def cells(self, names: Sequence[str]) -> list[list[Figure]]:
@@ -108,7 +113,7 @@ def _measures(runs: Sequence[RunFolder]) -> list[_Measure]:
     for title in ("BLEU", "chrF"):
         scores = [run.scores(title.lower()) for run in runs]
         rows = {"average": [x.average for x in scores]} | _side_by_side([x.directions for x in scores], best=max)
-        found.append(_Measure(title, "direction", rows, wording.fixed))
+        found.append(_Measure(title, "direction", rows, wording.fixed, [x.signature for x in scores]))
     for task, predicted in _predictions(runs).items():
         rows = {"all text": [x.perplexity for x in predicted]}
         languages = _side_by_side([x.languages for x in predicted], best=min)
@@ -147,7 +152,7 @@ def _warnings(runs: Sequence[RunFolder]) -> Iterator[str]:
     for metric in ("bleu", "chrf"):
         scores = [run.scores(metric) for run in runs]
         if len(signatures := {x.signature for x in scores} - {""}) > 1:
-            yield f"The {metric} signatures differ: {', '.join(sorted(signatures))}."
+            yield f"The {metric} signatures differ, so no difference is given: {', '.join(sorted(signatures))}."
         if len({x.origin for x in scores if x.average is not None}) > 1:
             yield f"Some {metric} scores are of the test set, others of the last validation."
     texts = [main_task(run) for run in runs if not run.translates]
@@ -169,7 +174,12 @@ def _predictions(runs: Sequence[RunFolder]) -> dict[str, list[TaskScores]]:
 def _accuracies(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
     """By title of the task, where a run measured it."""
     rows = {_title(runs, t): [wording.percent(x.accuracy) for x in found] for t, found in _predictions(runs).items()}
-    return {title: row for title, row in rows.items() if set(row) != {wording.MISSING}}
+    for name in ("majority", "chance"):
+        rows |= {
+            f"{_title(runs, t)}: {name}": [wording.percent(getattr(x, name)) for x in found]
+            for t, found in _predictions(runs).items()
+        }
+    return {title: rows[title] for title in sorted(rows) if set(rows[title]) != {wording.MISSING}}
 
 
 def _title(runs: Sequence[RunFolder], task: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from moekit.report import wording
 from moekit.report.health import by_rule
 from moekit.report.plots import Curves, Line, Unit
-from moekit.report.run_folder import RunFolder, Series
+from moekit.report.run_folder import RunFolder, Series, number
 from moekit.report.series import milestones, smooth, smoothing_window
 from moekit.report.style import CYCLE
 from moekit.report.view import Figure, PageSection, Table, caption, heading, texts
@@ -89,6 +89,13 @@ def _accuracy(run: RunFolder) -> list[Figure]:
         Line(title, series, colours[i % len(colours)], "points" if len(series.value) < 60 else "line")
         for i, (title, series) in enumerate(found.items())
     ]
+    for task in _tasks(run):  # beside each what always the most frequent answer would get
+        share, title = number(run.summary, "majority", task), run.task(task).title
+        if title in found and share is not None:
+            level = Series(found[title].step[[0, -1]], np.full(2, share))
+            colour = colours[[*found].index(title) % len(colours)]
+            label = "" if any(line.look == "faint" for line in lines) else "most frequent answer"
+            lines.append(Line(label, level, colour, "faint"))
     chart = Curves(lines, "Accuracy of every task over steps", "percent", start_at_zero=True)
     return [Figure(*caption("accuracy"), chart, numbers=curve_table(found))]
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from moekit.report.predictions import main_task, predictions
 from moekit.report.run_folder import RunFolder, Series, dig, loads, number
 from moekit.report.series import specialisation
-from moekit.report.wording import count, percent
+from moekit.report.wording import count, fixed, percent
 
 # Where we begin to worry. Ours: a dropped token loses its expert in that layer, and papers train at a few percent;
 # an expert with under a tenth of its fair share hardly learns, one with four times as much is a bottleneck, and one
@@ -138,10 +139,32 @@ def dropped(run: RunFolder) -> str:
 
 
 def findings(run: RunFolder) -> list[Finding]:
-    """Everything worth a sentence, troubles first."""
+    """Everything worth a sentence, troubles first; of a run that has learned nothing, the troubles alone."""
+    translation, guessed = [*_translation(run)], _guessed(run)
     said = dig(run.summary, "held_out", "remarks")
     held_out = [Finding(False, str(text)) for text in said] if isinstance(said, list) else []
-    return sorted([*held_out, *_losses(run), *_routing(run)], key=lambda f: f.good)
+    found = [*translation, *guessed.values(), *held_out, *_losses(run), *_routing(run)]
+    nothing_learned = bool(translation) or (not run.translates and main_task(run).task in guessed)
+    return sorted((f for f in found if not (f.good and nothing_learned)), key=lambda f: f.good)
+
+
+def _translation(run: RunFolder) -> Iterator[Finding]:
+    """A BLEU that says that nothing was translated."""
+    bleu, copied = run.scores("bleu"), number(run.summary, "copied", "bleu", "average")
+    if bleu.average is not None and not max(bleu.directions.values(), default=bleu.average):
+        yield Finding(False, "BLEU is 0 in every direction: nothing of the references was written.")
+    elif bleu.average is not None and bleu.origin == "test" and copied is not None and bleu.average <= copied:
+        yield Finding(False, f"BLEU {fixed(bleu.average)} is not above that of copying the source, {fixed(copied)}.")
+
+
+def _guessed(run: RunFolder) -> dict[str, Finding]:
+    """By task, an accuracy that needs no look at the text."""
+    found = {}
+    for x in predictions(run):
+        if x.accuracy is not None and x.majority is not None and x.accuracy <= x.majority:
+            text = f"{run.task(x.task).title}: accuracy {percent(x.accuracy)}; always the most frequent answer would "
+            found[x.task] = Finding(False, f"{text}get {percent(x.majority)}.")
+    return found
 
 
 def _losses(run: RunFolder) -> Iterator[Finding]:

@@ -19,6 +19,8 @@ class TaskScores:
         loss: nats per predicted token.
         perplexity: exp(loss); None for a task that does not predict tokens of a vocabulary.
         accuracy: share of predictions that are right.
+        majority: what that share would be if the most frequent answer were always given.
+        chance: what it would be if answers were drawn evenly.
         languages: perplexity by language, in the run's order.
         origin: "test", or "valid" where it is the last validation's.
     """
@@ -27,6 +29,8 @@ class TaskScores:
     loss: float | None = None
     perplexity: float | None = None
     accuracy: float | None = None
+    majority: float | None = None
+    chance: float | None = None
     languages: Mapping[str, float] = field(default_factory=dict)
     origin: str = "test"
 
@@ -49,7 +53,9 @@ def predictions(run: RunFolder) -> tuple[TaskScores, ...]:
     if not found:
         losses, perplexities, accuracies = map(run.by_task, ("loss", "perplexity", "accuracy"))
         for t in dict.fromkeys([*losses, *perplexities]):
-            found.append(TaskScores(t, losses.get(t), perplexities.get(t), accuracies.get(t), origin="valid"))
+            majority, chance = (number(run.summary, key, t) for key in ("majority", "chance"))
+            shares = (accuracies.get(t), majority, chance)
+            found.append(TaskScores(t, losses.get(t), perplexities.get(t), *shares, origin="valid"))
     return tuple(sorted((x for x in found if x.task != "translation"), key=lambda x: x.perplexity is None))
 
 
@@ -64,9 +70,10 @@ def languages_by_perplexity(scores: TaskScores) -> list[str]:
 
 
 def _tested(run: RunFolder, task: str, tree: Mapping[str, Any]) -> TaskScores:
-    loss, perplexity, accuracy = (number(tree, key) for key in ("loss", "perplexity", "accuracy"))
+    loss, perplexity = number(tree, "loss"), number(tree, "perplexity")
+    shares = (number(tree, "accuracy"), number(tree, "majority"), number(tree, "chance"))
     if not run.task(task).perplexity:
-        return TaskScores(task, loss, None, accuracy)
+        return TaskScores(task, loss, None, *shares)
     if perplexity is None and loss is not None and loss < 700:
         perplexity = math.exp(loss)
-    return TaskScores(task, loss, perplexity, accuracy, numbers(tree, "languages"))
+    return TaskScores(task, loss, perplexity, *shares, numbers(tree, "languages"))

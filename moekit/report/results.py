@@ -107,7 +107,12 @@ def score_tiles(run: RunFolder) -> list[Tile]:
     return [
         *written,
         Tile("Perplexity", wording.perplexity(found.perplexity), "not measured" if found.perplexity is None else where),
-        Tile("Accuracy", wording.percent(found.accuracy), f"of {run.task(found.task).title.lower()}"),
+        Tile(
+            "Accuracy",
+            wording.percent(found.accuracy),
+            f"of {run.task(found.task).title.lower()}"
+            f"{known(wording.percent(found.majority), ', {} by always the most frequent answer')}",
+        ),
         Tile("Loss", wording.significant(found.loss), "nats per token"),
     ]
 
@@ -194,8 +199,15 @@ def _translation(run: RunFolder) -> PageSection:
     chart = Bars(names, bars, description, dots, ("BLEU", "chrF"))
     left = [Figure(*caption("directions"), chart, numbers=table), *_growth(run)]
     right = [figure for name, found in scores.items() for figure in _matrix(name, found, run.languages)]
-    remark = _NOT_TESTED if scores["BLEU"].origin == "valid" else ""
+    remark = _NOT_TESTED if scores["BLEU"].origin == "valid" else _copied(run)
     return PageSection(*words, cells=[left, right], remark=remark, signatures=table.signatures)
+
+
+def _copied(run: RunFolder) -> str:
+    """What copying the source would score, where the test measured it."""
+    said = ((x, wording.fixed(number(run.summary, "copied", name, "average"))) for x, name in _TRANSLATION.items())
+    parts = [f"{label} {value}" for label, value in said if known(value)]
+    return f"Copying the source would score {' and '.join(parts)}." if parts else ""
 
 
 def _matrix(metric: str, found: DirectionScores, order: list[str]) -> list[Figure]:
@@ -227,8 +239,12 @@ def _growth(run: RunFolder) -> list[Figure]:
     found = [s for n, s in run.metrics.items() if n.startswith("valid/bleu/") and s is not average]
     lines = [Line("" if i else "one direction", s, "muted", "faint") for i, s in enumerate(found)]
     lines.append(Line("average", average, "blue", "points"))
+    numbers = {"average BLEU": average}
+    if (chrf := run.logged("valid/chrf/average", least=2)) is not None:
+        numbers["average chrF"] = chrf
+        lines.append(Line("average chrF", chrf, "red", "points"))
     chart = Curves(lines, "Validation BLEU over steps", start_at_zero=True)
-    return [Figure(*caption("bleu_growth"), chart, numbers=curve_table({"average BLEU": average}))]
+    return [Figure(*caption("bleu_growth"), chart, numbers=curve_table(numbers))]
 
 
 def _prediction(run: RunFolder) -> PageSection:
@@ -248,9 +264,17 @@ def _prediction(run: RunFolder) -> PageSection:
 
 
 def _task_scores(run: RunFolder, found: Sequence[TaskScores]) -> Table:
-    said = ((x, wording.significant(x.loss), wording.perplexity(x.perplexity)) for x in found)
-    rows = [(run.task(x.task).title, loss, perplexity, wording.percent(x.accuracy)) for x, loss, perplexity in said]
-    return Table(["task", "loss", "perplexity", "accuracy"], rows, "Test")
+    known_shares = [name for name in ("majority", "chance") if any(getattr(x, name) is not None for x in found)]
+    rows = [
+        (
+            run.task(x.task).title,
+            wording.significant(x.loss),
+            wording.perplexity(x.perplexity),
+            *(wording.percent(getattr(x, name)) for name in ("accuracy", *known_shares)),
+        )
+        for x in found
+    ]
+    return Table(["task", "loss", "perplexity", "accuracy", *known_shares], rows, "Test")
 
 
 def _by_language(found: TaskScores, task: str) -> Table:

@@ -47,6 +47,7 @@ def evaluate(run: Run, config: RunConfig | None = None) -> bool:
     """
     started = time.monotonic()
     config = config or run.config
+    config.evaluate.check()
     data = evaluation_data(run, config)
     if run.held_out is None:
         require_same_text(run, data, config)
@@ -56,12 +57,7 @@ def evaluate(run: Run, config: RunConfig | None = None) -> bool:
         module.translate = Translator(module.backbone, data.tokenizer, search=search, sentinel=config.data.sentinel)
     else:
         module.write = Completer(module.backbone, data.tokenizer, search=search)
-
-    def originals(direction: str, numbers: list[int]) -> tuple[list[str], list[str]]:
-        pairs = data.pairs(direction, "test")
-        return [pairs[i][0] for i in numbers], [pairs[i][1] for i in numbers]
-
-    module.originals = originals
+    module.originals = data.originals("test")
     trainer = config.train.trainer(logger=False, enable_checkpointing=False, callbacks=[TrainingProgress()])
     with quiet():
         valid = next(iter(trainer.validate(module, datamodule=data, verbose=False)), {})  # none where no text is
@@ -110,6 +106,9 @@ def _write(
         perplexity={t: x for t, x in _by_task(valid, "perplexity").items() if data.task(t).perplexity},
         loss=_by_task(valid, "loss"),
         accuracy=_by_task(valid, "accuracy"),
+        majority=module.majority,
+        chance={task: module.chance[task] for task in module.majority},
+        copied=module.copied,
         test=module.tested,
         routing=module.routing_summary,
         tasks={name: data.task(name).record() for name in data.tasks},

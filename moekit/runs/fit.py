@@ -9,7 +9,6 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
@@ -17,6 +16,7 @@ from moekit.atomic import disk_trouble, write_error
 from moekit.data.held_out import HeldOut, left_out, remarks
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
+from moekit.inference.translator import Translator, search_for
 from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom
 from moekit.runs.module import make_module, parameters
@@ -27,7 +27,6 @@ from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.settings.train import quiet
 from moekit.runs.text import require_same_text, tokenizer_of
-from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.callbacks.config import ConfigInCheckpoints
 from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
 from moekit.training.callbacks.interrupt import Resumable
@@ -36,9 +35,12 @@ from moekit.training.callbacks.memory import PeakMemory
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.callbacks.random_state import RandomState
 from moekit.training.callbacks.throughput import Throughput
+from moekit.training.callbacks.weights import kept_weights
 from moekit.training.loggers import run_loggers
 from moekit.training.multitask import MultitaskModule
+from moekit.training.refusals import check_callbacks
 from moekit.training.strategy import ExpertParallelStrategy
+from moekit.training.written_together import WrittenTogether
 
 _FREE_RECORDS = ("vocab_size", "init_from", "teacher")
 """What is recorded beside the settings and may differ on resume; the first follows from the tokenizer."""
@@ -76,6 +78,7 @@ def fit(
     """
     train = config.train
     train.check()
+    config.evaluate.check()
     strategy = config.strategy.strategy()
     settings = {"recipe": recipe.name, "variant": variant, **as_plain(config)}
     settings |= {} if init_from is None else init_from.record
@@ -91,18 +94,21 @@ def fit(
         recipe, config, data, MultitaskModule if init_from is None else init_from.make,
         empty=bool(config.strategy.empty_init), loaded=init_from is not None and init_from.loaded,
     )  # fmt: skip
+    validated = next((task for task, sentences in data.evaluated("valid").items() if sentences), None)
+    kept = kept_weights(
+        module, run.checkpoints, task=validated, validates=bool(train.validate_every), best=train.best,
+        patience=train.patience, ema=train.ema, average_last=train.average_last,
+    )  # fmt: skip
     if isinstance(strategy, ExpertParallelStrategy):
         strategy.check(module, train.devices * train.num_nodes)
+        check_callbacks(kept)
     if is_first_process():  # which starts the others, if there are others
         run = Run.create(out, settings, resume=resume, overwrite=overwrite, free=free)
         run.keep(data.tokenizer, held_out)
     checkpoint = run.checkpoint_to_resume(settings, free) if resume else None
-    validated = next(
-        (task for task, sentences in data.evaluated("valid").items() if sentences), next(iter(module.heads))
-    )
     trainer = train.trainer(
         strategy=strategy,
-        logger=run_loggers(run.path),
+        logger=run_loggers(run.path, train.loggers),
         enable_checkpointing=True,
         callbacks=[
             MaxMinutes(budget),
@@ -112,7 +118,13 @@ def fit(
             PeakMemory(expected_bytes(recipe, config)),
             TrainingProgress(budget),
             *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
-            *_checkpoints(config, run, f"valid/{validated}/loss", resume_command),
+            *kept,
+            Resumable(
+                run.checkpoints,
+                every_n_steps=train.checkpoint_steps or None,
+                every_n_minutes=train.checkpoint_minutes or None,
+                how_to_resume=resume_command,
+            ),
         ],
         max_steps=train.max_steps or -1,
         max_epochs=-1 if not train.max_steps else None,
@@ -120,6 +132,8 @@ def fit(
         check_val_every_n_epoch=None if train.validate_every else 1,
         limit_val_batches=1.0 if train.validate_every else 0,
     )
+    if config.evaluate.score_valid and data.directions:
+        module.translate, module.originals = _writer(config, module, data), data.originals("valid")
     if trainer.is_global_zero and console is not None:
         notes = [*left_out(held_out.corpus.training, data.max_length), *remarks(data, held_out.corpus)]
         lines = [_said(recipe, config, module, data, run), *(f"[yellow]![/] {text}" for text in notes)]
@@ -160,18 +174,11 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _checkpoints(config: RunConfig, run: Run, monitor: str, resume_command: str) -> list[Callback]:
-    """Callbacks that write checkpoints; of several tasks the first that is validated decides."""
-    train = config.train
-    return [
-        *([BestCheckpoint(run.checkpoints, monitor=monitor)] if train.validate_every else []),
-        Resumable(
-            run.checkpoints,
-            every_n_steps=train.checkpoint_steps or None,
-            every_n_minutes=train.checkpoint_minutes or None,
-            how_to_resume=resume_command,
-        ),
-    ]
+def _writer(config: RunConfig, module: MultitaskModule, data: MultitaskData) -> WrittenTogether:
+    """What writes answers in validation."""
+    search = search_for(config.evaluate.score_valid_beam, config.evaluate.length_penalty)
+    sentinel = config.data.sentinel
+    return WrittenTogether(module, lambda model: Translator(model, data.tokenizer, search=search, sentinel=sentinel))
 
 
 def _training_text(run: Run | None, config: RunConfig, init_from: InitFrom | None) -> MultitaskData:

@@ -51,6 +51,9 @@ def make_module(
         schedule=lambda optimizer: train.make_schedule(optimizer, budget),
         log_routing_every=train.log_every,
         samples=config.evaluate.samples,
+        tokenize=config.evaluate.bleu_tokenizer,
+        score_valid=config.evaluate.score_valid,
+        score_valid_every=config.evaluate.score_valid_every,
     )
     return module, budget
 

@@ -20,7 +20,7 @@ from moekit.heads import Head
 from moekit.layer import AuxLosses
 from moekit.routers.hash_keys import Bigram
 from moekit.runs.config import RunConfig
-from moekit.runs.plain import as_plain, build, plain
+from moekit.runs.plain import as_plain, build
 from moekit.runs.settings.data import DataConfig
 
 
@@ -142,11 +142,9 @@ class Recipe:
             if old in now:
                 value = now.pop(old)
                 now[group] = {**now.get(group, {}), **({} if value is None else {key: value})}
-        for group in dataclasses.fields(RunConfig):
-            if isinstance(given := now.get(group.name), dict):
-                known = dataclasses.fields(type(getattr(self.default, group.name)))
-                later = {f.name: plain(f.default) for f in known if f.default is not dataclasses.MISSING}
-                now[group.name] = {**{name: value for name, value in later.items() if name not in given}, **given}
+        for f in dataclasses.fields(RunConfig):  # former versions lack the settings that came later
+            if isinstance(now.get(f.name), dict) and callable(f.default_factory):
+                now[f.name] = as_plain(f.default_factory()) | now[f.name]
         if isinstance(now.get("data"), dict):
             now["data"] |= structured(now["data"])
         return now

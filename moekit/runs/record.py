@@ -114,7 +114,11 @@ class Summary(Record):
         perplexity: validation perplexity by task.
         loss: validation loss by task, nats per prediction.
         accuracy: validation accuracy by task.
-        test: loss, perplexity, accuracy and languages by task, of those that do not translate.
+        majority: validation accuracy by task of always giving the most frequent answer.
+        chance: accuracy by task of answers drawn evenly from all possible ones.
+        copied: what written answers would have scored that copy the source: average and directions by score.
+        test: loss, perplexity, accuracy, its majority and chance, and languages by task, of those that do not
+            translate.
         routing: means over sparse layers, and each layer by name; None of a dense model.
         tasks: what reports say of each task: see `moekit.tasks.Task.record`.
         held_out: the text of the evaluation.
@@ -137,6 +141,9 @@ class Summary(Record):
     perplexity: Mapping[str, float] = field(default_factory=dict)
     loss: Mapping[str, float] = field(default_factory=dict)
     accuracy: Mapping[str, float] = field(default_factory=dict)
+    majority: Mapping[str, float] = field(default_factory=dict)
+    chance: Mapping[str, float] = field(default_factory=dict)
+    copied: Mapping[str, Any] = field(default_factory=dict)
     test: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     routing: Mapping[str, Any] | None = None
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -36,6 +36,9 @@ R = TypeVar("R")
 SURGERY_FILE = "surgery.json"
 """What was done to other runs to make this one, where it was made so."""
 
+CHECKPOINTS = ("average", "best", "last")
+"""Names of a run's checkpoints; the first that is there is used."""
+
 _CONFIG = "config.yaml"
 _TOKENIZER = "tokenizer"
 _HELD_OUT = "held_out.json.gz"
@@ -43,7 +46,7 @@ SUMMARY, ROUTING, SAMPLES = "summary.json", "routing.json", "samples.json"
 _FILES = (
     _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, "environment.json", "metrics.csv", "report.html",
 )  # fmt: skip
-_FOLDERS = ("checkpoints", "tensorboard", _TOKENIZER)
+_FOLDERS = ("checkpoints", "tensorboard", "wandb", "mlflow", _TOKENIZER)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Run:
 
     Attributes:
         path: the folder; of a checkpoint that lies in none, the checkpoint.
-        chosen: the checkpoint that was asked for; None = the best, else the last.
+        chosen: the checkpoint that was asked for; None = the average of the last weights, else the best, else the last.
         described_by: config.yaml of a run with such a model, for a checkpoint that does not say what it is of.
     """
 
@@ -120,8 +123,8 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, path: str | Path) -> Run:
-        """The run in a folder.
+    def open(cls, path: str | Path, checkpoint: str | None = None) -> Run:
+        """The run in a folder, with one of its checkpoints by name, such as "last"; None = see `chosen`.
 
         Raises:
             UserError: there is none.
@@ -129,7 +132,12 @@ class Run:
         run = cls(Path(path))
         if not run.in_folder:
             raise UserError(f"{run.path} holds no run: there is no config.yaml. Give the folder of a run.")
-        return run
+        if checkpoint is None:
+            return run
+        names = [name for name in CHECKPOINTS if (run.checkpoints / f"{name}.ckpt").exists()]
+        if checkpoint not in names:
+            raise UserError(f"{run.path} has no checkpoint {checkpoint}: it has {', '.join(names) or 'none'}.")
+        return cls(run.path, run.checkpoints / f"{checkpoint}.ckpt")
 
     @classmethod
     def load(cls, path: str | Path, config: str | Path | None = None) -> Run:
@@ -177,12 +185,12 @@ class Run:
 
     @property
     def best_checkpoint(self) -> Path | None:
-        """The best checkpoint, else the last, None before the first.
+        """The average of the last weights, else the best checkpoint, else the last, None before the first.
 
         Raises:
-            UserError: it is a link to nothing.
+            UserError: one is a link to nothing.
         """
-        return _present(self.checkpoints / "best.ckpt") or self.last_checkpoint
+        return next(filter(None, (_present(self.checkpoints / f"{name}.ckpt") for name in CHECKPOINTS)), None)
 
     @property
     def kept_tokenizer(self) -> Tokenizer | None:

@@ -50,10 +50,13 @@ class HeadOutput(Prediction):
     Attributes:
         routings: routings of the sparse layers that ran, by layer name (``encoder.1``).
         extra: further detached scalars to log, by name.
+        labels: Int64[N], what is right in each prediction, one of the numbers below that of possible answers; None =
+            nobody counts them.
     """
 
     routings: Mapping[str, Routing]
     extra: Mapping[str, Tensor]
+    labels: Tensor | None = None
 
     def to_log(self) -> dict[str, Tensor]:
         """Scalars for a log: the mean ``loss`` in nats, as validation measures it, the ``accuracy``, and `extra`."""
@@ -142,11 +145,13 @@ class Head(Component, ABC):
         task: name of its task.
         scores: scores of the answers that the model writes in the test, labels by name; empty = the test measures the
             loss.
+        choices: number of possible answers to a prediction; None = the vocabulary's.
         make_score: metric of these answers, made for some directions such as ``"en-de"``, where there are `scores`.
     """
 
     task: ClassVar[str]
     scores: ClassVar[Mapping[str, str]] = {}
+    choices: ClassVar[int | None] = None
     make_score: ClassVar[type[AnswerScore]]
 
     def __init__(
@@ -227,7 +232,7 @@ class TokenHead(Head):
     def judge(self, scores: Scores) -> HeadOutput:
         """Loss and counts of scores."""
         out = predict(scores.logits, scores.labels, self.label_smoothing)
-        return HeadOutput(**vars(out), routings=scores.routings, extra={})
+        return HeadOutput(**vars(out), routings=scores.routings, extra={}, labels=scores.labels)
 
 
 def name_routings(backbone: Any, *outputs: Any) -> dict[str, Routing]:

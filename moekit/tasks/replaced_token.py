@@ -49,6 +49,7 @@ class ReplacedTokenHead(Head):
     """
 
     task: ClassVar[str] = "replaced_token"
+    choices: ClassVar[int | None] = 2  # the original, or not
 
     def __init__(
         self,
@@ -118,6 +119,7 @@ class ReplacedTokenHead(Head):
             num_predictions=n,
             routings=name_routings(backbone, encoded),
             extra=extra,
+            labels=replaced.long(),
         )
 
 

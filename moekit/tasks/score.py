@@ -19,6 +19,7 @@ class AnswerScore(Metric, ABC):
 
     Args:
         directions: names such as ``"en-de"``; `update` refuses others.
+        tokenize: how BLEU splits text into words, of scores that have it.
 
     Raises:
         ValueError: no directions, or one twice.
@@ -30,8 +31,9 @@ class AnswerScore(Metric, ABC):
 
     sentences: Tensor
 
-    def __init__(self, directions: Sequence[str], **kwargs: Any) -> None:
+    def __init__(self, directions: Sequence[str], *, tokenize: str = "auto", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.tokenize = tokenize
         names = tuple(str(d) for d in directions)
         if not names or len(set(names)) != len(names):
             raise ValueError(f"{type(self).__name__} needs one or more different directions: got {list(names)}.")

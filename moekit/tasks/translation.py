@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from torch import Tensor
 
+from moekit.tasks.bleu import bleu, tokenizer_of
 from moekit.tasks.score import AnswerScore
 from moekit.tasks.sequence import PairTask, SequenceHead
 from moekit.tasks.task import SampleWording
@@ -20,13 +20,14 @@ _CHRF_COUNTS = 18  # for each of six orders: n-grams of the hypothesis, of the r
 
 
 class TranslationScore(AnswerScore):
-    """Corpus BLEU and chrF for each translation direction, with sacrebleu's signature.
+    """Corpus BLEU and chrF for each translation direction, with sacrebleu's signatures.
 
     The state is the sufficient statistics (n-gram counts), summed over batches and processes: the scores equal
-    `corpus_score` of all strings together.
+    `corpus_score` of all strings together. Where the directions have different tokenizers, the signature of BLEU is
+    those of all, the second and later ones with the target languages that they are of.
 
-    Args: as of `AnswerScore`, and `tokenize`, sacrebleu's tokenizer for BLEU: ``"13a"`` unless the language needs
-    another (``"zh"``, ``"char"``, ``"flores200"``, ...).
+    Args: as of `AnswerScore`; `tokenize` names sacrebleu's tokenizer for BLEU, and ``"auto"`` is that of the target
+    language (`moekit.tasks.bleu.tokenizer_of`), ``"13a"`` for most.
 
     Source: BLEU arXiv:1804.08771 (sacrebleu), chrF W15-3049; the counting is sacrebleu's own code.
 
@@ -40,38 +41,52 @@ class TranslationScore(AnswerScore):
     bleu_counts: Tensor
     chrf_counts: Tensor
 
-    def __init__(self, directions: Sequence[str], *, tokenize: str = "13a", **kwargs: Any) -> None:
+    def __init__(self, directions: Sequence[str], **kwargs: Any) -> None:
         super().__init__(directions, **kwargs)
-        self._bleu = BLEU(tokenize=tokenize, force=True)
+        targets = [name.rpartition("-")[2] for name in self.directions]
+        self._tokenizers = [tokenizer_of(target) if self.tokenize == "auto" else self.tokenize for target in targets]
         self._chrf = CHRF()
-        # The signature reports one reference; sacrebleu learns it from the first corpus it sees.
-        self._bleu.num_refs = self._chrf.num_refs = 1
+        self._chrf.num_refs = 1  # for the signature
         zeros = torch.zeros(len(self.directions), _BLEU_COUNTS, dtype=torch.int64)
         self.add_state("bleu_counts", zeros, dist_reduce_fx="sum")
         self.add_state("chrf_counts", zeros.new_zeros(len(self.directions), _CHRF_COUNTS), dist_reduce_fx="sum")
 
     def count(self, row: int, hypotheses: Sequence[str], references: Sequence[str]) -> None:
-        """Add the n-gram counts of one batch to row `row`."""
-        for counts, metric in ((self.bleu_counts, self._bleu), (self.chrf_counts, self._chrf)):
+        """Add the n-gram counts of one batch to row `row`.
+
+        Raises:
+            UserError: the tokenizer is not installed.
+        """
+        metrics = bleu(self._tokenizers[row]), self._chrf
+        for counts, metric in zip((self.bleu_counts, self.chrf_counts), metrics, strict=True):
             statistics = metric._extract_corpus_statistics(list(hypotheses), [list(references)])
             found = torch.tensor(statistics, dtype=torch.int64).sum(0)
             counts[row] += found.to(counts.device)  # host read: none, but a copy that waits
 
     def compute(self) -> dict[str, dict[str, Any]]:
         """The scores ``"bleu"`` and ``"chrf"`` in the form of summary.json (see `summary`)."""
+        rows = zip(self._tokenizers, self.bleu_counts.tolist(), strict=True)  # host read: once for an evaluation
+        bleus = [_score(bleu(tokenizer), row) for tokenizer, row in rows]
+        chrfs = [_score(self._chrf, row) for row in self.chrf_counts.tolist()]  # host read: once for an evaluation
         return {
-            name: self.summary(
-                [
-                    float(metric._compute_score_from_stats(row).score)
-                    for row in counts.tolist()  # host read: once for a test
-                ],
-                str(metric.get_signature()),
-            )
-            for name, metric, counts in (
-                ("bleu", self._bleu, self.bleu_counts),
-                ("chrf", self._chrf, self.chrf_counts),
-            )
+            "bleu": self.summary(bleus, self._signature()),
+            "chrf": self.summary(chrfs, str(self._chrf.get_signature())),
         }
+
+    def _signature(self) -> str:
+        """That of most directions, then each of the others with its languages."""
+        seen = self.sentences.tolist()  # host read: once for an evaluation
+        languages: dict[str, dict[str, None]] = {}
+        for name, tokenizer, number in zip(self.directions, self._tokenizers, seen, strict=True):
+            if number or not any(seen):
+                languages.setdefault(tokenizer, {})[name.rpartition("-")[2]] = None
+        first, *others = sorted(languages, key=lambda tokenizer: (tokenizer != "13a", tokenizer))
+        said = [f"{bleu(other).get_signature()} (into {', '.join(languages[other])})" for other in others]
+        return "; ".join([str(bleu(first).get_signature()), *said])
+
+
+def _score(metric: Any, counts: Sequence[int]) -> float:
+    return float(metric._compute_score_from_stats(counts).score)
 
 
 class TranslationHead(SequenceHead):

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.csv, which a resume continues, and TensorBoard where it is installed."""
+"""Where a run's numbers go: metrics.csv, which a resume continues, and the loggers that Lightning has."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import importlib.util
 import io
 import math
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from moekit.atomic import replacing, write_error, writing
-from moekit.errors import UserError
+from moekit.errors import UserError, nearest
 
 _FIRST = ("step", "epoch")
 
@@ -143,15 +144,40 @@ class CsvLogger(Logger):
         return buffer.getvalue().encode("utf-8")
 
 
-def run_loggers(folder: str | Path) -> list[Logger]:
-    """The loggers of a run folder: `CsvLogger`, and TensorBoard events in ``tensorboard/`` where it is installed.
+def logger_names(given: str | Sequence[str]) -> list[str]:
+    """The loggers that are meant: ``csv`` first, and of ``auto`` TensorBoard where it is installed.
 
     Raises:
-        UserError: the folder for TensorBoard cannot be made.
+        UserError: one is unknown, or its package is not installed.
     """
-    loggers: list[Logger] = [CsvLogger(folder)]
-    if importlib.util.find_spec("tensorboard") is not None:
-        with writing(Path(folder) / "tensorboard"):  # its own error would come in the middle of training
-            (Path(folder) / "tensorboard").mkdir(parents=True, exist_ok=True)
-        loggers.append(TensorBoardLogger(save_dir=str(folder), name="tensorboard", version=""))
-    return loggers
+    names = given.split(",") if isinstance(given, str) else given
+    wanted = [name.strip() for name in names if name.strip()]
+    if wanted == ["auto"]:
+        return ["csv", *(["tensorboard"] if importlib.util.find_spec("tensorboard") else [])]
+    for name in wanted:
+        if name not in ("csv", *_MAKERS):
+            raise UserError(f"train.loggers has an unknown logger {name!r}. {nearest(name, ('auto', 'csv', *_MAKERS))}")
+        if name != "csv" and importlib.util.find_spec(name) is None:
+            raise UserError(f"train.loggers {name} needs a package that is not installed: pip install {name}")
+    return list(dict.fromkeys(["csv", *wanted]))
+
+
+def run_loggers(folder: str | Path, names: str | Sequence[str] = "auto") -> list[Logger]:
+    """The loggers of a run: `CsvLogger` and those of `names`, which are Lightning's; see `logger_names`.
+
+    Raises:
+        UserError: see `logger_names`; the folder for TensorBoard cannot be made.
+    """
+    place = Path(folder)
+    if "tensorboard" in logger_names(names):
+        with writing(place / "tensorboard"):  # its own error would come in the middle of training
+            (place / "tensorboard").mkdir(parents=True, exist_ok=True)
+    return [CsvLogger(place) if name == "csv" else _MAKERS[name](place) for name in logger_names(names)]
+
+
+# What they write goes into a folder of their name in the run's, or where the user has told the package to send it.
+_MAKERS: dict[str, Callable[[Path], Logger]] = {
+    "tensorboard": lambda place: TensorBoardLogger(save_dir=str(place), name="tensorboard", version=""),
+    "wandb": lambda place: WandbLogger(save_dir=place, project="moekit", name=place.name, group=place.name),
+    "mlflow": lambda place: MLFlowLogger("moekit", run_name=place.name, save_dir=str(place / "mlflow")),
+}

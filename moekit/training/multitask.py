@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import lightning as L
 import torch
@@ -14,11 +14,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
 
 from moekit.data.batch import Batch
+from moekit.errors import UserError, nearest
 from moekit.layer import AuxLosses
 from moekit.parallel.gradients import global_weights
 from moekit.tasks.head import Head, HeadOutput
 from moekit.tasks.score import AnswerScore
-from moekit.training.metrics import RoutingStatistics, TokenPerplexity
+from moekit.training.agreement import agree
+from moekit.training.metrics import LabelCounts, RoutingStatistics, TokenPerplexity
 from moekit.training.metrics.routing import learns
 from moekit.training.schedules import per_step
 from moekit.transformer import routed_layers
@@ -59,15 +61,20 @@ class MultitaskModule(L.LightningModule):
         schedule: makes the learning rate schedule; it moves per optimizer step.
         log_routing_every: steps between updates of the routing statistics in training.
         samples: translations of each direction (or texts of each language) kept for a report, in `samples`.
+        tokenize: how BLEU splits text into words: see `moekit.tasks.TranslationScore`.
+        score_valid: validation sentences of each direction, the first ones, whose written answers are scored in
+            validations of training; 0 = none. All processes write together: see `WrittenTogether`.
+        score_valid_every: validations between them; 1 = each.
         steps_before: optimizer steps of the run that the weights are from, of which components with schedules are told;
             kept in checkpoints.
 
     Logs ``train/loss`` (the objective), ``train/<task>/loss`` (nats per prediction, without smoothing, weights and
     routers' losses), ``train/<task>/accuracy``, ``train/aux/<name>``, ``train/routing/<name>`` and ``lr``; in
     validation ``valid/<task>/loss``, ``valid/<task>/accuracy``, ``valid/<task>/perplexity`` and
-    ``valid/routing/<name>``; in the test, of heads with scores, ``test/<score>/<direction>`` and
-    ``test/<score>/average``, such as ``test/bleu/en-de``, and of others ``test/<task>/loss``,
-    ``test/<task>/accuracy``, ``test/<task>/perplexity`` and ``test/<task>/perplexity/<language>``.
+    ``valid/routing/<name>``, and with `score_valid` the scores of the test; in the test, of heads with scores,
+    ``test/<score>/<direction>`` and ``test/<score>/average``, such as ``test/bleu/en-de``, and of others
+    ``test/<task>/loss``, ``test/<task>/accuracy``, ``test/<task>/perplexity`` and
+    ``test/<task>/perplexity/<language>``.
 
     Raises:
         ValueError: two heads of one task or with the same score, or a weight for a task that has no head; in the test,
@@ -89,6 +96,9 @@ class MultitaskModule(L.LightningModule):
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         log_routing_every: int = 10,
         samples: int = 5,
+        tokenize: str = "auto",
+        score_valid: int = 0,
+        score_valid_every: int = 1,
         steps_before: int = 0,
     ) -> None:
         super().__init__()
@@ -103,8 +113,10 @@ class MultitaskModule(L.LightningModule):
         self.weights = {task: float((weights or {}).get(task, 1.0)) for task in tasks}
         self.aux = aux
         self.languages, self.log_routing_every = tuple(languages), log_routing_every
+        self.directions = tuple(directions)
         self._optimizer, self._schedule = optimizer, schedule
         self.samples_per_direction, self.steps_before = samples, steps_before
+        self.score_valid, self.score_valid_every, self._validations = score_valid, score_valid_every, 0
         self.samples: list[dict[str, str]] = []
         self.routing: dict[str, Any] | None = None
         self.routing_summary: dict[str, Any] | None = None
@@ -125,7 +137,18 @@ class MultitaskModule(L.LightningModule):
         scored = [head for head in heads if head.scores]
         if len({name for head in scored for name in head.scores}) < sum(len(head.scores) for head in scored):
             raise ValueError(f"heads must have different scores: got {[list(head.scores) for head in scored]}.")
-        self.test_scores = nn.ModuleDict({head.task: head.make_score(directions) for head in scored if directions})
+        kinds = {head.task: head.make_score for head in scored if directions}
+        self.test_scores = nn.ModuleDict({t: make(directions, tokenize=tokenize) for t, make in kinds.items()})
+        self.valid_scores = nn.ModuleDict(
+            {t: make(directions, tokenize=tokenize) for t, make in kinds.items() if score_valid}
+        )
+        # What copying the source would score.
+        self.copy_scores = nn.ModuleDict({t: make(directions, tokenize=tokenize) for t, make in kinds.items()})
+        self.copied: dict[str, Any] = {}
+        vocabulary = int(getattr(backbone, "vocab_size", 0))  # of a model that does not say it nobody counts labels
+        self.labels = LabelCounts(tasks, vocabulary) if vocabulary else None
+        self.chance = {head.task: 1 / (head.choices or vocabulary) for head in heads if vocabulary}
+        self.majority: dict[str, float] = {}
         texts = [head.task for head in heads if not head.scores]
         streams = [*texts, *(f"{task}/{language}" for task in texts for language in self.languages)]
         self.test_perplexity = TokenPerplexity(streams) if streams else None
@@ -200,6 +223,30 @@ class MultitaskModule(L.LightningModule):
         self.valid_perplexity.update(batch.task, out.nll, out.num_predictions)
         self.valid_accuracy[batch.task].update(out.correct / out.num_predictions.clamp_min(1), out.num_predictions)
         self._count(self.valid_routing, out, batch)
+        self._count_labels(out, batch)
+        if batch.task in self.valid_scores and self._scores_this_validation:
+            numbers = [] if batch.index is None else batch.index.tolist()  # host read: which sentences they are
+            rows = [row for row, number in enumerate(numbers) if number < self.score_valid]
+            if agree(self.trainer, bool(rows))[0]:  # then all processes write, whatever they have
+                self._score(batch.rows(rows), cast(AnswerScore, self.valid_scores[batch.task]))
+
+    def _count_labels(self, out: HeadOutput, batch: Batch) -> None:
+        if self.labels is not None and out.labels is not None and self.trainer.state.fn != "fit":
+            self.labels.update(batch.task, out.labels)
+
+    def _majorities(self) -> dict[str, float]:
+        """Accuracy by task of always giving the most frequent answer, of an evaluation that is not of training."""
+        if self.labels is None or not self.labels.update_called:
+            return {}
+        found = self.labels.compute()
+        self.labels.reset()
+        return found
+
+    @property
+    def _scores_this_validation(self) -> bool:
+        """Whether it is one of training in which written answers are scored."""
+        state = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        return state and (self._validations + 1) % self.score_valid_every == 0
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, perplexity and accuracy by task, and the routing statistics."""
@@ -214,27 +261,68 @@ class MultitaskModule(L.LightningModule):
             self.routing = self.valid_routing.compute()
             self.routing_summary = self.valid_routing.summary()
             self.valid_routing.reset()
+        if self._scores_this_validation:
+            for metric in cast(Iterable[AnswerScore], self.valid_scores.values()):
+                logs |= {f"valid/{name}": value for name, value in metric.log_values().items()}
+                metric.reset()
+        self.majority = self._majorities()
+        self._validations += self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
         self.log_dict(logs)
         self.valid_perplexity.reset()
         self.valid_accuracy.reset()
+
+    def monitor(self, name: str = "", task: str | None = None) -> tuple[str, Literal["min", "max"]]:
+        """The metric of validation that is meant by a name, and whether less or more of it is better.
+
+        ``valid/loss`` is the loss of `task`, else of the first one, which is also meant by "", and ``valid/bleu`` the average
+        over directions; others are named as they are logged. ``val/`` means ``valid/``.
+
+        Raises:
+            UserError: validation logs none of that name, or not in each validation.
+        """
+        measures, first = ("loss", "accuracy", "perplexity"), task or next(iter(self.heads))
+        by_task = {f"valid/{task}/{what}" for task in self.heads for what in measures}
+        heads: Iterable[Any] = (self.heads[task] for task in self.valid_scores)
+        scores = [f"valid/{score}" for head in heads for score in head.scores]
+        written = {f"{score}/{where}" for score in scores for where in ("average", *self.directions)}
+        short = {f"valid/{what}": f"valid/{first}/{what}" for what in measures}
+        short |= {score: f"{score}/average" for score in scores}
+        wanted = f"valid/{name.removeprefix('val/')}" if name.startswith("val/") else name or "valid/loss"
+        found = short.get(wanted, wanted)
+        if found not in by_task | written:
+            off = "" if scores or not self.test_scores else " Scores of written answers need evaluate.score_valid."
+            raise UserError(
+                f"the metric to choose weights by must be one that validation logs: got {name!r}. "
+                f"{nearest(wanted, by_task | written | set(short))}{off}"
+            )
+        if found in written and self.score_valid_every > 1:
+            raise UserError(
+                f"{found} must be measured in each validation to choose weights by it: got evaluate.score_valid_every "
+                f"{self.score_valid_every}. Set it to 1, and train.validate_every higher."
+            )
+        return found, "max" if found in written or found.endswith("/accuracy") else "min"
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Write the answers to one batch of one direction and score them, or measure one batch of another task."""
         head: Any = self.heads[batch.task]
         if head.scores:
-            self._score(batch)
+            score: Any = dict(self.test_scores.items()).get(batch.task)
+            rows = self._score(batch, score)
+            copies = cast(AnswerScore, self.copy_scores[batch.task])
+            copies.update(cast(str, batch.direction), [row[0] for row in rows], [row[1] for row in rows])
+            self._keep(batch, rows[: self._samples_wanted(batch)])
         else:
             self._measure(batch)
 
-    def _score(self, batch: Batch) -> None:
-        score: Any = dict(self.test_scores.items()).get(batch.task)
+    def _score(self, batch: Batch, score: AnswerScore | None) -> list[tuple[str, str, str]]:
+        """Write the answers to a batch and count them; sources, references and answers."""
         if self.translate is None or score is None:
             raise ValueError(
                 "the test scores what is written, so MultitaskModule needs `directions` and `translate`: set "
                 "module.translate = moekit.inference.Translator(backbone, tokenizer)."
             )
         assert batch.target is not None, "batches of pairs have a target"
-        assert batch.direction is not None, "test batches hold one direction each"
+        assert batch.direction is not None, "evaluation batches hold one direction each"
         hypotheses = self.translate.batch(batch)
         if self.originals is not None and batch.index is not None:
             numbers = batch.index.tolist()  # host read: which sentences they are
@@ -242,13 +330,13 @@ class MultitaskModule(L.LightningModule):
         else:
             sources, references = self.translate.text(batch.source), self.translate.text(batch.target)
         score.update(batch.direction, hypotheses, references)
-        rows = list(zip(sources, references, hypotheses, strict=True))[: self._samples_wanted(batch)]
-        self._keep(batch, rows)
+        return list(zip(sources, references, hypotheses, strict=True))
 
     def _measure(self, batch: Batch) -> None:
         out = self(batch)
         assert self.test_perplexity is not None, "made where the answers of a task are not scored"
         self.test_perplexity.update(batch.task, out.nll, out.num_predictions)
+        self._count_labels(out, batch)
         if batch.direction in self.languages:
             self.test_perplexity.update(f"{batch.task}/{batch.direction}", out.nll, out.num_predictions)
         self.test_accuracy[batch.task].update(out.correct / out.num_predictions.clamp_min(1), out.num_predictions)
@@ -270,8 +358,12 @@ class MultitaskModule(L.LightningModule):
             self.scores = {**(self.scores or {}), **metric.compute()}
             self.log_dict({f"test/{name}": value for name, value in metric.log_values().items()})
             metric.reset()
+        for metric in cast(Iterable[AnswerScore], self.copy_scores.values()):
+            scores = metric.compute().items()
+            self.copied |= {name: {key: found[key] for key in ("average", "directions")} for name, found in scores}
+            metric.reset()
         if self.test_perplexity is not None and self.test_perplexity.update_called:
-            found = self.test_perplexity.compute()
+            found, majorities = self.test_perplexity.compute(), self._majorities()
             for task in self.test_accuracy:
                 if task not in found:
                     continue
@@ -281,6 +373,8 @@ class MultitaskModule(L.LightningModule):
                     "accuracy": float(self.test_accuracy[task].compute()),  # host read: once for a test
                     "languages": {x: found[f"{task}/{x}"] for x in self.languages if f"{task}/{x}" in found},
                 }
+                if task in majorities:
+                    self.tested[task] |= {"majority": majorities[task], "chance": self.chance[task]}
                 for name in ("loss", "perplexity", "accuracy"):
                     self.log(f"test/{task}/{name}", self.tested[task][name])
                 languages = self.tested[task]["languages"]
@@ -291,9 +385,12 @@ class MultitaskModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
         if self.steps_before:
             checkpoint["steps_before"] = self.steps_before
+        if self.score_valid:
+            checkpoint["validations"] = self._validations
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
         self.steps_before = int(checkpoint.get("steps_before", 0))
+        self._validations = int(checkpoint.get("validations", 0))
 
     def configure_optimizers(self) -> Any:
         """The optimizer and the schedule that were given."""

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback, ModelPruning
+from lightning.pytorch.callbacks import Callback, ModelPruning, WeightAveraging
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moekit.errors import UserError
+from moekit.training.callbacks.weights import AverageOfLast
 
 _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true", "64-true")
 _OPTIMIZERS: dict[str, str] = {
@@ -41,8 +42,14 @@ def check_precision(plugin: Any) -> None:
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Raise UserError for `ModelPruning`, which exchanges parameters in the middle of training."""
+    """Raise UserError for `ModelPruning`, which exchanges parameters in training, and for averages of weights."""
     for callback in callbacks:
+        if isinstance(callback, WeightAveraging | AverageOfLast):
+            raise UserError(
+                f"ExpertParallelStrategy cannot train with {type(callback).__name__}, which averages whole weights; "
+                "here they are divided. Leave it out (train.ema 0, train.average_last 0), or train without "
+                "the settings of strategy."
+            )
         if isinstance(callback, ModelPruning):
             raise UserError(
                 f"ExpertParallelStrategy cannot train with {type(callback).__name__}, which puts masked copies in the "

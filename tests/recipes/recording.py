@@ -22,8 +22,10 @@ CLOCK = re.compile(r"second|minute|memory|bytes|signature")
 LOSS = re.compile(r"\bloss\b")
 """Names of the values that are compared on other machines too."""
 MAX_SHOWN = 12
-LATER = ("tasks", "scores", "held_out")
-"""Keys of summary.json that are younger than the records: what reports say, and scores of tasks that they lack."""
+LATER = ("tasks", "scores", "held_out", "majority", "chance", "copied")
+"""Keys of summary.json, and of the tasks in its test, that are younger than the records: words for reports, scores of
+tasks that they lack, and what guessing and copying would score.
+"""
 
 
 def machine() -> dict[str, str]:
@@ -106,7 +108,9 @@ def _without_later(found: Mapping[str, Any]) -> Mapping[str, Any]:
     summary = found.get("summary")
     if not isinstance(summary, Mapping):
         return found
-    return {**found, "summary": {name: value for name, value in summary.items() if name not in LATER}}
+    summary = {name: value for name, value in summary.items() if name not in LATER}
+    tested = {task: {k: v for k, v in said.items() if k not in LATER} for task, said in summary.get("test", {}).items()}
+    return {**found, "summary": summary | ({"test": tested} if "test" in summary else {})}
 
 
 def shown(lines: list[str]) -> str:

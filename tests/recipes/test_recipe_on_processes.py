@@ -85,3 +85,52 @@ def test_tables_of_text_need_memory(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(hash_layers.RECIPE, ["fit", *given]) == 2
     assert "strategy.empty_init needs a model whose weights are drawn" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def written(out: Path) -> list[dict[str, float]]:
+    """Scores of the answers written in each validation."""
+    with (out / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    scored = [{k: float(v) for k, v in row.items() if k.startswith(("valid/bleu", "valid/chrf")) and v} for row in rows]
+    return [scores for scores in scored if scores]
+
+
+SCORED = [
+    "--evaluate.score_valid", "5", "--train.best", "valid/chrf", "--data.babel_languages", "2",
+    "--train.learning_rate", "1e-4",
+]  # fmt: skip
+LAYOUTS = [
+    ["--strategy.expert_parallel_size", "2", "--strategy.zero_stage", "3"],
+    pytest.param(["--strategy.tensor_parallel_size", "2"], marks=pytest.mark.slow),
+    pytest.param([], marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A run on one process with five sentences of a direction translated in validation: long, short and no texts."""
+    out = tmp_path_factory.mktemp("scored") / "one"
+    losses(out, cache, *tokens(512, 0), *SCORED)
+    return out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["experts and ZeRO", "tensors", "copies"])
+def test_processes_write_together_what_one_writes(tmp_path: Path, cache: Path, scored: Path, layout: list[str]) -> None:
+    readers = 1 if "--strategy.tensor_parallel_size" in layout else 2
+    losses(tmp_path / "two", cache, *tokens(512 // readers, 0), "--devices", "2", *SCORED, *layout)
+    one, two = written(scored), written(tmp_path / "two")
+    assert len(one) == 3
+    assert max(scores["valid/chrf/average"] for scores in one) > 0.1
+    assert two == [pytest.approx(scores, rel=1e-6) for scores in one]
+    assert (tmp_path / "two" / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_processes_stop_together_when_patience_ends_and_go_on_with_more(tmp_path: Path, cache: Path) -> None:
+    """Without a learning rate nothing is ever better than in the first validation."""
+    more = [
+        *tokens(256, 0), *SCORED, "--train.learning_rate", "0", "--train.max_steps", "9", "--devices", "2",
+        "--strategy.expert_parallel_size", "2",
+    ]  # fmt: skip
+    assert len(losses(tmp_path / "run", cache, *more, "--train.patience", "2")) == 3
+    assert len(losses(tmp_path / "run", cache, *more, "--train.patience", "3", "--resume")) == 4

@@ -11,6 +11,7 @@ from fake_runs import BABEL, WORLD, edit, make_run, make_text_run, summary_of, w
 from shown_text import screen, words
 
 from moekit.report import results_markdown, write_comparison, write_report
+from moekit.report.health import findings
 from moekit.report.predictions import languages_by_perplexity, main_task, predictions
 from moekit.report.run_folder import read_run
 from moekit.report.wording import MISSING
@@ -140,6 +141,54 @@ def test_scores_of_a_validation_say_so(tmp_path: Path) -> None:
     text = words(write_report(make_text_run(tmp_path, steps=30, without=("summary.json",))).read_text())
     assert "not of the test set" in text
     assert "Scores of the last validation" in text
+
+
+def test_accuracies_stand_beside_what_always_the_most_frequent_answer_gets(tmp_path: Path) -> None:
+    run = make_text_run(tmp_path / "a", steps=30)
+    test = summary_of(run)["test"]
+    test["causal_lm"] |= {"majority": 0.061, "chance": 0.0009}
+    edit(run, "summary.json", test=test, majority={"causal_lm": 0.0625}, chance={"causal_lm": 0.0009})
+    text = words(write_report(run).read_text())
+    assert "Accuracy 47.5 % of next word, 6.1 % by always the most frequent answer" in text
+    assert "task loss perplexity accuracy majority chance" in text
+    assert "47.5 % 6.1 % 0.1 %" in text
+    assert "most frequent answer" in write_report(run).read_text().partition("Accuracy of every task over steps")[2]
+    assert not any("accuracy" in finding.text for finding in findings(read_run(run)))
+    other = make_text_run(tmp_path / "b", steps=30)
+    table = write_comparison([run, other], tmp_path / "x.html").with_suffix(".md").read_text()
+    assert "| Next word: majority | 6.1 % | – |" in table  # noqa: RUF001 (the dash of a missing number)
+
+
+def test_a_run_that_guesses_has_no_green_ticks(tmp_path: Path) -> None:
+    run = make_text_run(tmp_path, steps=30)
+    test = summary_of(run)["test"]
+    test["causal_lm"] |= {"accuracy": 0.05, "majority": 0.061}
+    found = findings(read_run(edit(run, "summary.json", test=test)))
+    assert found[0].text == "Next word: accuracy 5.0 %; always the most frequent answer would get 6.1 %."
+    assert not any(finding.good for finding in found)
+
+
+@pytest.mark.parametrize(
+    ("average", "copied", "message"),
+    [
+        (0.0, 0.0, "BLEU is 0 in every direction"),
+        (3.0, 3.5, "BLEU 3.0 is not above that of copying the source, 3.5."),
+        (3.0, 2.5, None),
+        (3.0, None, None),
+    ],
+)
+def test_a_bleu_of_nothing_has_no_green_ticks(
+    tmp_path: Path, average: float, copied: float | None, message: str | None
+) -> None:
+    run = make_run(tmp_path, steps=30)
+    bleu = {**summary_of(run)["bleu"], "average": average}
+    bleu["directions"] = dict.fromkeys(bleu["directions"], average)
+    more = {} if copied is None else {"copied": {"bleu": {"average": copied, "directions": {}}}}
+    found = findings(read_run(edit(run, "summary.json", bleu=bleu, **more)))
+    assert any(finding.good for finding in found) == (message is None)
+    assert message is None or found[0].text.startswith(message)
+    page = words(write_report(run).read_text())
+    assert (f"Copying the source would score BLEU {copied}." in page) == (copied is not None)
 
 
 def test_one_language_has_no_bars_and_no_language_map(tmp_path: Path) -> None:

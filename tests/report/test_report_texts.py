@@ -236,6 +236,10 @@ def test_comparison_warns_of_different_data_and_signatures(tmp_path: Path) -> No
     text = write_comparison([first, second], tmp_path / "x.html").with_suffix(".md").read_text()
     assert "different data" in text
     assert "bleu signatures differ" in text
+    bleu, chrf = (text.partition(f"{title}\n")[2].partition("\n\n\n")[0].split("\n#")[0] for title in ("BLEU", "chrF"))
+    assert "(" in chrf  # differences from the first run, where both were computed alike
+    assert "| average |" in bleu
+    assert "(" not in bleu
 
 
 def test_comparison_of_unfinished_runs(tmp_path: Path) -> None:

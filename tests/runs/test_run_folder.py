@@ -22,8 +22,10 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 from moekit.atomic import replacing, write_json, write_text
 from moekit.errors import UserError
+from moekit.recipes.switch import RECIPE as SWITCH
 from moekit.runs import Run
-from moekit.runs.plain import differences, plain
+from moekit.runs.plain import as_plain, differences, plain
+from moekit.runs.settings import TrainConfig
 from moekit.training.callbacks.config import ConfigInCheckpoints
 from moekit.training.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 from moekit.training.loggers import CsvLogger, run_loggers
@@ -40,6 +42,26 @@ def small_files() -> Iterator[None]:
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_checkpoint_is_asked_for_by_name_and_else_the_average_comes_before_the_best_and_the_last(
+    tmp_path: Path,
+) -> None:
+    folder = Run.create(tmp_path, CONFIG)
+    for name in ("last", "best", "average"):
+        (folder.checkpoints / f"{name}.ckpt").touch()
+        assert folder.best_checkpoint == Run.open(tmp_path).checkpoint == folder.checkpoints / f"{name}.ckpt"
+    assert Run.open(tmp_path, "last").checkpoint == folder.checkpoints / "last.ckpt"
+    (folder.checkpoints / "best.ckpt").unlink()
+    with pytest.raises(UserError, match="has no checkpoint best: it has average, last"):
+        Run.open(tmp_path, "best")
+
+
+def test_settings_that_a_former_version_lacks_have_their_defaults() -> None:
+    now = SWITCH.current({"recipe": "switch", "train": {"max_steps": 7}, "evaluate": {}})
+    assert now["train"] == {**as_plain(TrainConfig()), "max_steps": 7}
+    assert (now["evaluate"]["score_valid"], now["evaluate"]["bleu_tokenizer"]) == (0, "auto")
+    assert "data" not in now
 
 
 def test_a_new_run_has_configuration_and_environment(tmp_path: Path) -> None:

@@ -16,8 +16,11 @@ import torch.distributed as dist
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
+from moekit.errors import UserError
 from moekit.routing import Routing
-from moekit.training.metrics import RoutingStatistics, TokenPerplexity, TranslationScore
+from moekit.runs.settings import EvaluateConfig
+from moekit.tasks.bleu import bleu, tokenizer_of
+from moekit.training.metrics import LabelCounts, RoutingStatistics, TokenPerplexity, TranslationScore
 
 TEXT = "the a small old house dog sees eats runs under over river , . ! Straße über été 2,5 (no)"
 WORDS = TEXT.split()
@@ -87,6 +90,49 @@ def test_translation_score_follows_the_tokenizer() -> None:
     metric = BLEU(tokenize="char", force=True)
     assert score.compute()["bleu"]["average"] == metric.corpus_score(hypothesis, [reference]).score
     assert "tok:char" in score.compute()["bleu"]["signature"]
+
+
+# The target, and sacrebleu's tokenizer where no analyser of Japanese and Korean is installed.
+TOKENIZERS = {
+    "zh": "zh", "zh_TW": "zh", "zho_Hans": "zh", "cmn": "zh", "yue_Hant": "zh", "ja": "char", "jpn_Jpan": "char",
+    "ko": "char", "kor_Hang": "char", "th": "char", "tha_Thai": "char", "lo": "char", "km": "char", "mya_Mymr": "char",
+    "bo": "char", "dz": "char", "zho_Latn": "13a", "de": "13a", "eng_Latn": "13a", "kmb": "13a", "vi": "13a",
+}  # fmt: skip
+
+
+def test_bleu_splits_words_as_the_language_of_the_target_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moekit.tasks.bleu.find_spec", lambda name: None)
+    assert {language: tokenizer_of(language) for language in TOKENIZERS} == TOKENIZERS
+    monkeypatch.setattr("moekit.tasks.bleu.find_spec", lambda name: name)
+    assert [tokenizer_of(x) for x in ("ja", "ko_KR", "zh")] == ["ja-mecab", "ko-mecab", "zh"]
+
+
+def test_bleu_of_text_without_spaces_is_not_zero_and_its_signature_says_how_it_was_computed() -> None:
+    said = {
+        "en-zh": ("我今天和朋友一起去了北京大学。", "我今天和朋友去了北京大学。", "zh"),
+        "en-tha_Thai": ("ฉันไปโรงเรียนทุกวัน", "ฉันไปโรงเรียนทุกวันแล้ว", "char"),
+        "zh-en": ("the cat sat on the mat .", "the cat sat on a mat .", "13a"),
+    }
+    score = TranslationScore([*said, "en-ja"])
+    for direction, (hypothesis, reference, _) in said.items():
+        score.update(direction, [hypothesis], [reference])
+    found = score.compute()["bleu"]
+    for direction, (hypothesis, reference, tokenizer) in said.items():
+        metric = BLEU(tokenize=tokenizer, force=True)
+        assert found["directions"][direction] == metric.corpus_score([hypothesis], [[reference]]).score > 35
+    plain, thai, chinese = found["signature"].split("; ")
+    assert plain == "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:" + plain.rpartition(":")[2]
+    assert thai == plain.replace("13a", "char") + " (into tha_Thai)"
+    assert chinese == plain.replace("13a", "zh") + " (into zh)"
+
+
+def test_a_bleu_tokenizer_that_is_not_installed_is_refused_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sacrebleu.tokenizers.tokenizer_ko_mecab.MeCab", None)
+    bleu.cache_clear()
+    with pytest.raises(UserError, match=r"ko-mecab is not installed: pip install 'sacrebleu\[ko\]'"):
+        EvaluateConfig(bleu_tokenizer="ko-mecab").check()
 
 
 def test_translation_score_refuses_bad_input() -> None:
@@ -199,7 +245,7 @@ def test_routing_statistics_refuses_bad_input() -> None:
 
 def _update(metrics: tuple[Any, ...], part: int) -> None:
     """What process `part` sees; the first sees nothing of de-en and less routing."""
-    translation, perplexity, statistics = metrics
+    translation, perplexity, statistics, labels = metrics
     hypotheses, references = corpus(7, 30)
     half = slice(0, 9) if part == 0 else slice(9, None)
     translation.update("en-de", hypotheses[half], references[half])
@@ -207,6 +253,8 @@ def _update(metrics: tuple[Any, ...], part: int) -> None:
     if part:
         translation.update("de-en", *corpus(8, 5))
         perplexity.update("masked_lm", 2.0, 1)
+        labels.update("masked_lm", torch.tensor([0, 1, 1, 1, 8]))
+    labels.update("translation", torch.tensor([[2, 2, 3], [4, 4, 4]][part]))
     entropy = {"entropy": torch.tensor(0.1 + part)}
     experts = [[0, 1]] if part == 0 else [[1, 2], [0, 2]]
     statistics.update({"a": routing(experts, 3, dropped=[0], statistics=entropy)}, torch.tensor([part]))
@@ -217,6 +265,7 @@ def _metrics() -> tuple[Any, ...]:
         TranslationScore(["en-de", "de-en"]),
         TokenPerplexity(["translation", "masked_lm"]),
         RoutingStatistics({"a": 3}, ["en", "de"]),
+        LabelCounts(["translation", "masked_lm", "never"], 9),
     )
 
 
@@ -240,6 +289,7 @@ def test_two_processes_give_what_one_gives(tmp_path: Path, forkserver: ForkServe
     alone = _metrics()
     for part in (0, 1):
         _update(alone, part)
+    assert alone[-1].compute() == {"translation": 3 / 6, "masked_lm": 3 / 5}
     expected = json.loads(json.dumps([metric.compute() for metric in alone]))
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected

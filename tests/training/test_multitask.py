@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from sacrebleu.metrics.chrf import CHRF
 from torch.utils.data import DataLoader
 
 import moekit as mk
@@ -148,6 +150,8 @@ def test_scores_are_of_the_original_text_where_it_is_known(tmp_path: Path) -> No
     values = trainer(tmp_path).test(model, DataLoader([batch], batch_size=None), verbose=False)[0]
     assert values["test/chrf/aa-bb"] == pytest.approx(100)
     assert model.samples[0]["source"] == "source"
+    copying = CHRF().corpus_score(["source"] * 2, [written]).score
+    assert model.copied["chrf"] == {"average": copying, "directions": {"aa-bb": copying}}
 
 
 def test_the_test_measures_tasks_that_do_not_translate(tmp_path: Path) -> None:
@@ -169,6 +173,43 @@ def test_the_test_measures_tasks_that_do_not_translate(tmp_path: Path) -> None:
         ("denoising", "aa", "heard"), ("denoising", "bb", "heard"), ("masked_lm", "bb", "heard"),
     ]  # fmt: skip
     assert model.scores is None
+    # Beside the accuracy: always the most frequent answer, and one of the 60 pieces.
+    said = torch.cat([model.heads["denoising"].score(batch, model.backbone).labels for batch in batches[:2]])
+    most, _ = Counter(said.tolist()).most_common(1)[0][::-1]
+    assert model.tested["denoising"]["majority"] == most / len(said)
+    assert model.tested["denoising"]["chance"] == 1 / VOCAB
+
+
+def test_validation_in_training_scores_the_first_sentences_that_are_written(tmp_path: Path) -> None:
+    model = module(directions=["aa-bb", "bb-aa"], score_valid=2, score_valid_every=2)
+    batches = [make_batch("translation", 1, "aa-bb"), make_batch("translation", 2, "bb-aa"), make_batch("denoising", 3)]
+    batches[0].index, batches[1].index = torch.tensor([5, 1]), torch.tensor([0, 2])
+    asked: list[tuple[str, list[int]]] = []
+
+    def originals(direction: str, numbers: list[int]) -> tuple[list[str], list[str]]:
+        asked.append((direction, numbers))
+        return ["s"] * len(numbers), ["wrong words here"] * len(numbers)
+
+    model.translate, model.originals = Echo(), originals
+    seen: list[float | None] = []
+
+    class Record(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            seen.append(trainer.logged_metrics.get("valid/chrf/average"))
+
+    fit = trainer(tmp_path, val_check_interval=1, max_steps=4, check_val_every_n_epoch=None, callbacks=[Record()])
+    fit.fit(model, DataLoader([STEP] * 4, batch_size=None), DataLoader(batches, batch_size=None))
+    assert asked == [("aa-bb", [1]), ("bb-aa", [0])] * 2  # in the second and the fourth
+    assert seen[0] is None
+    assert seen[1] == seen[3] == 100
+    checkpoint: dict[str, object] = {}
+    model.on_save_checkpoint(checkpoint)
+    again = module(directions=["aa-bb", "bb-aa"], score_valid=2, score_valid_every=2)
+    again.on_load_checkpoint(checkpoint)
+    assert checkpoint == {"validations": 4}
+    assert again._validations == 4
+    trainer(tmp_path).validate(model, DataLoader(batches, batch_size=None), verbose=False)
+    assert len(asked) == 4  # an evaluation that is not of training writes nothing
 
 
 class Parrot:

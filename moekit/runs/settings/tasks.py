@@ -7,6 +7,7 @@ from typing import Any
 
 from moekit.runs.settings.fields import RESUME, setting
 from moekit.tasks import with_pair_tasks
+from moekit.tasks.bleu import BleuTokenizer, bleu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +75,33 @@ class EvaluateConfig:
         max_sentences: maximum number of test sentences per direction that are translated; 0 = all.
         valid_sentences: maximum number of validation sentences per direction or language; 0 = all. 100 keeps validation
             fast.
+        score_valid: number of validation sentences per direction, at most valid_sentences, that are translated and
+            scored (valid/bleu/..., valid/chrf/...) in validations during training; 0 = none, 50 shows how BLEU grows.
+        score_valid_every: number of validations from one with such scores to the next; 1 = in each.
+        score_valid_beam: number of hypotheses that beam search keeps in these; 1 = greedy search, which is fastest.
         batch_tokens: number of source tokens in an evaluation batch; lower it if memory runs out.
         samples: number of sample translations per direction that the report shows.
+        bleu_tokenizer: how BLEU splits text into words, as sacrebleu names it: auto = by the target language (zh for
+            Chinese, ja-mecab and ko-mecab where installed, char for Thai, Lao, Khmer, Burmese and Tibetan, else 13a),
+            or 13a, intl, char, zh, ja-mecab, ko-mecab, flores200 or spm for all directions.
     """
 
     beam_size: int = setting(4, at_least=1, free=RESUME)
     length_penalty: float = setting(0.6, free=RESUME)
     max_sentences: int = setting(0, at_least=0)
     valid_sentences: int = setting(100, at_least=0)
+    score_valid: int = setting(0, at_least=0)
+    score_valid_every: int = setting(1, at_least=1)
+    score_valid_beam: int = setting(1, at_least=1)
     batch_tokens: int = setting(4096, at_least=1)
     samples: int = setting(5, at_least=0, free=RESUME)
+    bleu_tokenizer: BleuTokenizer = setting("auto", free=RESUME)
+
+    def check(self) -> None:
+        """Make sure that a tokenizer that was chosen is there.
+
+        Raises:
+            UserError: it is not.
+        """
+        if self.bleu_tokenizer != "auto":
+            bleu(self.bleu_tokenizer)

@@ -18,6 +18,7 @@ from moekit.errors import UserError
 from moekit.runs.settings.fields import RESUME, setting
 from moekit.training.budget import Budget
 from moekit.training.checkpoint_io import AtomicCheckpointIO
+from moekit.training.loggers import logger_names
 from moekit.training.optimizers import adafactor, adamw
 from moekit.training.schedules import ConstantWithWarmup, Cosine, InverseSquareRoot
 from moekit.training.strategy import ExpertParallelStrategy
@@ -54,6 +55,16 @@ class TrainConfig:
         scale_expert_gradients: whether gradients of experts are multiplied by the square root of the number of experts
             before clipping (arXiv:2112.10684). With adamw only the clipping is affected.
         validate_every: number of optimizer steps between validations; 0 = validate only at the end.
+        best: validation metric by which the best checkpoint is chosen, as metrics.csv names it, such as valid/loss (of
+            the first task, the default), valid/causal_lm/accuracy, or valid/bleu (which needs evaluate.score_valid).
+        patience: number of validations in a row without a better value of that metric after which training ends; 0 =
+            train to the end, 5 to 10 is usual.
+        ema: decay of an exponential moving average of the weights, which is validated, tested and used in their place;
+            0 = none, 0.999 is usual, 0.9999 for long training.
+        average_last: number of validations, the last ones, whose weights are averaged at the end of training; the
+            average is tested and used; 0 = none, 5 is usual in translation.
+        loggers: where metrics go, as a list or joined by commas: csv (metrics.csv, always written), tensorboard, wandb
+            and mlflow; auto = csv, and tensorboard where it is installed.
         checkpoint_minutes: minutes between checkpoints; 0 = by steps only. A checkpoint is also written on SIGTERM and
             at the end.
         checkpoint_steps: number of optimizer steps between checkpoints; 0 = by minutes only.
@@ -81,6 +92,11 @@ class TrainConfig:
     expert_lr_multiplier: float = setting(1.0, above=0)
     scale_expert_gradients: bool = False
     validate_every: int = setting(0, at_least=0)
+    best: str = ""
+    patience: int = setting(0, at_least=0, free=RESUME)
+    ema: float = setting(0.0, at_least=0, below=1)
+    average_last: int = setting(0, at_least=0)
+    loggers: str | tuple[str, ...] = setting("auto", free=RESUME)
     checkpoint_minutes: float = setting(5.0, at_least=0, free=RESUME)
     checkpoint_steps: int = setting(0, at_least=0, free=RESUME)
     log_every: int = setting(10, at_least=1)
@@ -92,11 +108,16 @@ class TrainConfig:
     # -- what training is made of --------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Make sure that training ends, and that a cosine has steps left when the warm-up ends.
+        """Make sure that training ends, that a cosine has steps left when the warm-up ends, and of the loggers.
 
         Raises:
-            UserError: there is no limit, or the warm-up takes all steps.
+            UserError: there is no limit, the warm-up takes all steps, or a logger is unknown or not installed.
         """
+        logger_names(self.loggers)
+        if self.ema and self.precision == "bf16-true":
+            raise UserError(
+                "train.ema needs weights in float32: got bf16-true, which rounds its steps away. Leave it out."
+            )
         if not self.max_steps and not self.max_minutes:
             raise UserError("training needs an end: set train.max_steps or train.max_minutes (both are 0).")
         if self.schedule == "cosine" and 0 < self.max_steps <= self.warmup_steps:

@@ -19,6 +19,7 @@ from moekit.runs.surgery.operations import Result
 from moekit.runs.surgery.optimizer import optimizer_names
 from moekit.surgery import state_by_number
 from moekit.training.callbacks.config import CONFIG_KEY
+from moekit.training.callbacks.weights import AVERAGING
 
 
 def write_run(result: Result, out: str | Path, *, restart: bool = False, overwrite: bool = False) -> Run:
@@ -95,8 +96,9 @@ def _checkpoint(result: Result, settings: dict[str, Any], *, restart: bool) -> d
         rest["lr_schedulers"] = [schedule.state_dict()]
         former = []
     else:
-        # The best value of another model is none to be compared with.
-        rest["callbacks"] = {k: v for k, v in rest.get("callbacks", {}).items() if not k.startswith("BestCheckpoint")}
+        # The best value of another model is none to be compared with, and its other weights are none to go on with.
+        kept = {k: v for k, v in rest.get("callbacks", {}).items() if not k.startswith(("BestCheckpoint", "Patience"))}
+        rest = {k: v for k, v in rest.items() if k not in AVERAGING} | {"callbacks": kept}
     # On the meta device, where this optimizer is, nothing is fused; where the run goes on, it is.
     groups = [{**group, "fused": True} for group in optimizer.state_dict()["param_groups"]]
     names = optimizer_names(result.run, result.config)

@@ -1,7 +1,8 @@
 """torchmetrics metrics of a run; every state is a sum, so that they are right over any number of processes."""
 
 from moekit.tasks.translation import TranslationScore
+from moekit.training.metrics.labels import LabelCounts
 from moekit.training.metrics.perplexity import TokenPerplexity
 from moekit.training.metrics.routing import RoutingStatistics
 
-__all__ = ["RoutingStatistics", "TokenPerplexity", "TranslationScore"]
+__all__ = ["LabelCounts", "RoutingStatistics", "TokenPerplexity", "TranslationScore"]
