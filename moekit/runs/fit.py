@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -9,12 +12,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from torch.distributed import DistNetworkError
 
 from moekit.data.held_out import HeldOut
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom
+from moekit.runs.lock import held
 from moekit.runs.module import make_module, parameters
 from moekit.runs.plain import as_plain, plain
 from moekit.runs.plan import expected_bytes
@@ -54,7 +59,8 @@ def fit(
 ) -> Run:
     """Train, and leave a run folder.
 
-    Everything is read and planned before the folder is made: settings and data that do not fit leave nothing behind.
+    The folder is held from the beginning (`moekit.runs.lock.held`). Everything is read and planned before it is filled,
+    and a new run that ends before its first batch leaves nothing behind.
 
     Args:
         recipe: whose model is trained.
@@ -77,48 +83,77 @@ def fit(
     settings |= {} if init_from is None else init_from.record
     free = [*free_keys(config, "resume"), *_FREE_RECORDS]
     run = Run(out)
-    going_on = resume and not overwrite and run.in_folder
-    if going_on:
-        run.require_same(settings, free)
-    data = _training_text(run if going_on else None, config, init_from)
-    held_out = HeldOut.of(data, plain(config.data.which_text()))  # what it is evaluated on
-    L.seed_everything(train.seed, verbose=False)
-    module, budget = make_module(
-        recipe, config, data, MultitaskModule if init_from is None else init_from.make,
-        empty=bool(config.strategy.empty_init), loaded=init_from is not None and init_from.loaded,
-    )  # fmt: skip
-    if isinstance(strategy, ExpertParallelStrategy):
-        strategy.check(module, train.devices * train.num_nodes)
-    if is_first_process():  # which starts the others, if there are others
-        run = Run.create(out, settings, resume=resume, overwrite=overwrite, free=free)
-        run.keep(data.tokenizer, held_out)
-    checkpoint = run.checkpoint_to_resume(settings, free) if resume else None
-    trainer = train.trainer(
-        strategy=strategy,
-        logger=run_loggers(run.path),
-        enable_checkpointing=True,
-        callbacks=[
-            MaxMinutes(budget),
-            Throughput(),
-            RandomState(),
-            ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
-            PeakMemory(expected_bytes(recipe, config)),
-            TrainingProgress(budget),
-            *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
-            *_checkpoints(config, run, f"valid/{next(iter(module.heads))}/loss", resume_command),
-        ],
-        max_steps=train.max_steps or -1,
-        max_epochs=-1 if not train.max_steps else None,
-        val_check_interval=train.validate_every * train.accumulate or None,
-        check_val_every_n_epoch=None if train.validate_every else 1,
-        limit_val_batches=1.0 if train.validate_every else 0,
-    )
-    if trainer.is_global_zero and console is not None:
-        lines = [_said(recipe, config, module, data, run), *([] if init_from is None else [init_from.note(module)])]
-        console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    with quiet():
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    with ExitStack() as stack:
+        if is_first_process():  # which starts the others, if there are others
+            run.require_free(resume=resume, overwrite=overwrite)
+            stack.enter_context(held(run.path))
+            run.require_free(resume=resume, overwrite=overwrite)  # which another process may have filled meanwhile
+        going_on = resume and not overwrite and run.in_folder
+        if going_on:
+            run.require_same(settings, free)
+        data = _training_text(run if going_on else None, config, init_from)
+        held_out = HeldOut.of(data, plain(config.data.which_text()))  # what it is evaluated on
+        L.seed_everything(train.seed, verbose=False)
+        module, budget = make_module(
+            recipe, config, data, MultitaskModule if init_from is None else init_from.make,
+            empty=bool(config.strategy.empty_init), loaded=init_from is not None and init_from.loaded,
+        )  # fmt: skip
+        if isinstance(strategy, ExpertParallelStrategy):
+            strategy.check(module, train.devices * train.num_nodes)
+        trainer = train.trainer(
+            strategy=strategy,
+            logger=run_loggers(run.path),
+            enable_checkpointing=True,
+            callbacks=[
+                MaxMinutes(budget),
+                Throughput(),
+                RandomState(),
+                ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
+                PeakMemory(expected_bytes(recipe, config)),
+                TrainingProgress(budget),
+                *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
+                *_checkpoints(config, run, f"valid/{next(iter(module.heads))}/loss", resume_command),
+            ],
+            max_steps=train.max_steps or -1,
+            max_epochs=-1 if not train.max_steps else None,
+            val_check_interval=train.validate_every * train.accumulate or None,
+            check_val_every_n_epoch=None if train.validate_every else 1,
+            limit_val_batches=1.0 if train.validate_every else 0,
+        )
+        if is_first_process():
+            if not going_on:
+                stack.callback(_clear_if_nothing_began, run, trainer)
+            Run.create(out, settings, resume=resume, overwrite=overwrite, free=free)
+            run.keep(data.tokenizer, held_out)
+        checkpoint = run.checkpoint_to_resume(settings, free) if resume else None
+        if trainer.is_global_zero and console is not None:
+            lines = [_said(recipe, config, module, data, run), *([] if init_from is None else [init_from.note(module)])]
+            console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        with quiet(), _taken_port(trainer):
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return run
+
+
+def _clear_if_nothing_began(run: Run, trainer: L.Trainer) -> None:
+    """Remove what was written of a run whose training failed before its first batch."""
+    if trainer.fit_loop.total_batch_idx < 0:
+        run.clear()
+
+
+@contextmanager
+def _taken_port(trainer: L.Trainer) -> Iterator[None]:
+    """Say it in the user's words where processes cannot meet at the port that they were told."""
+    try:
+        yield
+    except DistNetworkError as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            if trainer.strategy.launcher is not None:  # the others would try to meet there until the timeout
+                trainer.strategy.launcher.kill(signal.SIGTERM)
+            raise UserError(
+                "the port at which the processes meet must be free: another program has it. Leave MASTER_PORT out, or "
+                "name another port (torchrun --master-port)."
+            ) from error
+        raise
 
 
 def is_first_process() -> bool:

@@ -13,6 +13,7 @@ import torch
 from moekit.atomic import replacing, write_error, write_json
 from moekit.errors import UserError
 from moekit.parallel.checkpoint import Checkpointer
+from moekit.runs.lock import held
 from moekit.runs.plain import as_plain
 from moekit.runs.run import SURGERY_FILE, Run
 from moekit.runs.surgery.operations import Result
@@ -53,11 +54,11 @@ def write_run(result: Result, out: str | Path, *, restart: bool = False, overwri
                 torch.save(checkpoint, file)
         else:
             _save_sharded(result, checkpoint, last)
-        if overwrite and (place / "config.yaml").is_file():
-            Run(place).clear()
-        if place.is_dir() and any(place.iterdir()):
-            for item in sorted(temporary.iterdir()):
-                os.replace(item, place / item.name)
+        if (place / "config.yaml").is_file():
+            with held(place):
+                Run(place).clear()
+                for item in sorted(temporary.iterdir()):
+                    os.replace(item, place / item.name)
             temporary.rmdir()
         else:
             os.replace(temporary, place)
