@@ -6,15 +6,16 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jsonargparse
 from rich.console import Console
 
-from moekit.errors import UserError
+from moekit.errors import NonFiniteError, TrainingStoppedError, UserError
 from moekit.runs.config import RunConfig
+from moekit.runs.processes import is_first_process
 from moekit.runs.recipe import Recipe
 
 
@@ -47,6 +48,7 @@ class RecipeCommand:
             give them.
         start: from the recipe, the arguments and the variant that they name, the variant and the settings that are the
             defaults, or None; None = those of the variant.
+        lasting: whether it goes on where nobody reads its output any more.
     """
 
     help: str
@@ -54,14 +56,20 @@ class RecipeCommand:
     run: Callable[[Recipe, RunConfig, Any], None]
     settings: Sequence[str] | None = None
     start: Callable[[Recipe, Sequence[str], str | None], tuple[str, RunConfig] | None] | None = None
+    lasting: bool = False
 
 
 def execute(command: Callable[[], None]) -> int:
     """Run a command and return its exit code: 0, or 2 where the input is at fault, which one message says.
 
-    130 = it was interrupted. 141 = nobody reads its output any more, as shells count it; nothing is said then.
+    1 = training stopped, which one message says too. 130 = it was interrupted.
+    141 = nobody reads its output any more, as shells count it; nothing is said then.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def tell(text: str) -> None:
+        with lasting_output():
+            Console(stderr=True, highlight=False, soft_wrap=True).print(text)
+
     try:
         command()
         if sys.stdout is not None:
@@ -70,20 +78,66 @@ def execute(command: Callable[[], None]) -> int:
         _discard_output()
         return 141
     except UserError as error:
-        console.print("[bold red]error:[/] " + str(error).replace("[", r"\["))
+        tell("[bold red]error:[/] " + str(error).replace("[", r"\["))
         return 2
+    except TrainingStoppedError as error:
+        if is_first_process() or not isinstance(error, NonFiniteError):  # which all raise alike
+            tell("[bold red]stopped:[/] " + str(error).replace("[", r"\["))
+        return 1
     except KeyboardInterrupt:
-        console.print("interrupted")
+        tell("interrupted")
         return 130
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # in training, where Lightning makes 1 of it
+            tell("interrupted")
+            return 130
+        raise
     return 0
 
 
-def _discard_output() -> None:
+def _discard_output(stream: Any = None) -> None:
     """Let what is still to be printed go nowhere: the interpreter flushes standard output when it ends."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, (stream or sys.stdout).fileno())
         os.close(nowhere)
+
+
+class _Lasting:
+    """A stream that goes quiet where nobody reads it any more: ``| head``, a terminal that was closed."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, name: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._stream, name)(*arguments)
+        except (OSError, ValueError):  # ValueError: it is closed
+            _discard_output(self._stream)
+        return None
+
+    def write(self, text: str) -> int:
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Inside, work goes on although what it prints can no longer be written."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (None if stream is None else _Lasting(stream) for stream in before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        sys.stdout, sys.stderr = before
 
 
 def build_parser(program: str, name: str, command: Command) -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from moekit.cli.command import RecipeCommand, say
 from moekit.cli.trained import SEARCH, folder_option, stored_run, stored_settings
 from moekit.cli.training import test_and_report
 from moekit.runs.config import RunConfig
-from moekit.runs.fit import is_first_process
+from moekit.runs.processes import is_first_process
 from moekit.runs.recipe import Recipe
 from moekit.runs.text import corpus_note
 
@@ -23,6 +23,10 @@ def _test(recipe: Recipe, config: RunConfig, given: Any) -> None:
 
 
 COMMAND = RecipeCommand(
-    "Test a trained run and rewrite its report", folder_option, _test,
-    ("train.devices", "train.num_nodes", "train.accelerator", *SEARCH, "evaluate.samples"), stored_settings,
-)  # fmt: skip
+    "Test a trained run and rewrite its report",
+    folder_option,
+    _test,
+    ("train.devices", "train.num_nodes", "train.accelerator", *SEARCH, "evaluate.samples"),
+    stored_settings,
+    lasting=True,
+)

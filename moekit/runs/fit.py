@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from torch.distributed import DistNetworkError
 
 from moekit.data.held_out import HeldOut
 from moekit.data.module import MultitaskData
@@ -23,6 +19,7 @@ from moekit.runs.lock import held
 from moekit.runs.module import make_module, parameters
 from moekit.runs.plain import as_plain, plain
 from moekit.runs.plan import expected_bytes
+from moekit.runs.processes import explained, is_first_process, shared_facts
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
@@ -34,8 +31,10 @@ from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
 from moekit.training.callbacks.interrupt import Resumable
 from moekit.training.callbacks.limits import MaxMinutes
 from moekit.training.callbacks.memory import PeakMemory
+from moekit.training.callbacks.non_finite import NonFinite, Reaction
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.callbacks.random_state import RandomState
+from moekit.training.callbacks.same_ranks import SameOnRanks
 from moekit.training.callbacks.throughput import Throughput
 from moekit.training.loggers import run_loggers
 from moekit.training.multitask import MultitaskModule
@@ -43,6 +42,9 @@ from moekit.training.strategy import ExpertParallelStrategy
 
 _FREE_RECORDS = ("vocab_size", "init_from", "teacher")
 """What is recorded beside the settings and may differ on resume; the first follows from the tokenizer."""
+
+_REACTIONS: dict[str | None, Reaction] = {"raise": "stop", "skip": "skip"}
+"""What ``strategy.nonfinite_gradients`` says in the words of ``train.on_non_finite``."""
 
 
 def fit(
@@ -105,6 +107,7 @@ def fit(
             logger=run_loggers(run.path),
             enable_checkpointing=True,
             callbacks=[
+                SameOnRanks(shared_facts(recipe, settings, data) if train.devices * train.num_nodes > 1 else {}),
                 MaxMinutes(budget),
                 Throughput(),
                 RandomState(),
@@ -112,6 +115,7 @@ def fit(
                 PeakMemory(expected_bytes(recipe, config)),
                 TrainingProgress(budget),
                 *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
+                NonFinite(_REACTIONS.get(config.strategy.nonfinite_gradients, train.on_non_finite)),
                 *_checkpoints(config, run, f"valid/{next(iter(module.heads))}/loss", resume_command),
             ],
             max_steps=train.max_steps or -1,
@@ -129,7 +133,7 @@ def fit(
         if trainer.is_global_zero and console is not None:
             lines = [_said(recipe, config, module, data, run), *([] if init_from is None else [init_from.note(module)])]
             console.print("\n".join(lines), highlight=False, soft_wrap=True)
-        with quiet(), _taken_port(trainer):
+        with quiet(), explained(trainer):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return run
 
@@ -138,27 +142,6 @@ def _clear_if_nothing_began(run: Run, trainer: L.Trainer) -> None:
     """Remove what was written of a run whose training failed before its first batch."""
     if trainer.fit_loop.total_batch_idx < 0:
         run.clear()
-
-
-@contextmanager
-def _taken_port(trainer: L.Trainer) -> Iterator[None]:
-    """Say it in the user's words where processes cannot meet at the port that they were told."""
-    try:
-        yield
-    except DistNetworkError as error:
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
-            if trainer.strategy.launcher is not None:  # the others would try to meet there until the timeout
-                trainer.strategy.launcher.kill(signal.SIGTERM)
-            raise UserError(
-                "the port at which the processes meet must be free: another program has it. Leave MASTER_PORT out, or "
-                "name another port (torchrun --master-port)."
-            ) from error
-        raise
-
-
-def is_first_process() -> bool:
-    """Whether this process makes folders and speaks: the one that starts the others, if there are others."""
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _checkpoints(config: RunConfig, run: Run, monitor: str, resume_command: str) -> list[Callback]:

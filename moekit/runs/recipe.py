@@ -144,6 +144,8 @@ class Recipe:
                 now[group] = {**now.get(group, {}), **({} if value is None else {key: value})}
         if isinstance(now.get("data"), dict):
             now["data"] |= structured(now["data"])
+        if isinstance(now.get("train"), dict):
+            now["train"].setdefault("on_non_finite", "stop")
         return now
 
 
