@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +12,10 @@ import jsonargparse
 from rich.console import Console
 
 from moekit.errors import NonFiniteError, TrainingStoppedError, UserError
+from moekit.output import discard, lasting_output
 from moekit.runs.config import RunConfig
-from moekit.runs.processes import is_first_process
 from moekit.runs.recipe import Recipe
+from moekit.training.processes import is_first_process
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def execute(command: Callable[[], None]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        _discard_output()
+        discard(sys.stdout)
         return 141
     except UserError as error:
         tell("[bold red]error:[/] " + str(error).replace("[", r"\["))
@@ -93,51 +92,6 @@ def execute(command: Callable[[], None]) -> int:
             return 130
         raise
     return 0
-
-
-def _discard_output(stream: Any = None) -> None:
-    """Let what is still to be printed go nowhere: the interpreter flushes standard output when it ends."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, (stream or sys.stdout).fileno())
-        os.close(nowhere)
-
-
-class _Lasting:
-    """A stream that goes quiet where nobody reads it any more: ``| head``, a terminal that was closed."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def _try(self, name: str, *arguments: Any) -> Any:
-        try:
-            return getattr(self._stream, name)(*arguments)
-        except (OSError, ValueError):  # ValueError: it is closed
-            _discard_output(self._stream)
-        return None
-
-    def write(self, text: str) -> int:
-        self._try("write", text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._try("flush")
-
-
-@contextlib.contextmanager
-def lasting_output() -> Iterator[None]:
-    """Inside, work goes on although what it prints can no longer be written."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (None if stream is None else _Lasting(stream) for stream in before)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        sys.stdout, sys.stderr = before
 
 
 def build_parser(program: str, name: str, command: Command) -> argparse.ArgumentParser:

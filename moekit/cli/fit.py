@@ -9,8 +9,8 @@ from rich.console import Console
 from moekit.cli.command import RecipeCommand
 from moekit.cli.training import train, training_options
 from moekit.runs.config import RunConfig
-from moekit.runs.processes import is_first_process
 from moekit.runs.recipe import Recipe
+from moekit.training.processes import is_first_process
 
 
 def _fit(recipe: Recipe, config: RunConfig, given: Any) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from moekit.cli import distill, finetune, fit, generate, plan, run, score, serve, test
-from moekit.cli.command import RecipeCommand, execute, lasting_output, option_value, overview
+from moekit.cli.command import RecipeCommand, execute, option_value, overview
 from moekit.cli.mistakes import explain
 from moekit.errors import UserError, nearest
+from moekit.output import lasting_output
 from moekit.runs.config import RunConfig
 from moekit.runs.plain import as_plain, with_setting
 from moekit.runs.recipe import Recipe

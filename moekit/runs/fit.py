@@ -13,13 +13,13 @@ from rich.console import Console
 from moekit.data.held_out import HeldOut
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
+from moekit.lock import held
 from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom
-from moekit.runs.lock import held
 from moekit.runs.module import make_module, parameters
 from moekit.runs.plain import as_plain, plain
 from moekit.runs.plan import expected_bytes
-from moekit.runs.processes import explained, is_first_process, shared_facts
+from moekit.runs.processes import shared_facts
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
@@ -38,6 +38,7 @@ from moekit.training.callbacks.same_ranks import SameOnRanks
 from moekit.training.callbacks.throughput import Throughput
 from moekit.training.loggers import run_loggers
 from moekit.training.multitask import MultitaskModule
+from moekit.training.processes import explained, is_first_process
 from moekit.training.strategy import ExpertParallelStrategy
 
 _FREE_RECORDS = ("vocab_size", "init_from", "teacher")
@@ -61,7 +62,7 @@ def fit(
 ) -> Run:
     """Train, and leave a run folder.
 
-    The folder is held from the beginning (`moekit.runs.lock.held`). Everything is read and planned before it is filled,
+    The folder is held from the beginning (`moekit.lock.held`). Everything is read and planned before it is filled,
     and a new run that ends before its first batch leaves nothing behind.
 
     Args:

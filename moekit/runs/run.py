@@ -22,9 +22,9 @@ from moekit.data.cache import CorruptCacheError
 from moekit.data.held_out import HeldOut
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
+from moekit.lock import LOCK_FILES
 from moekit.runs.config import RunConfig
 from moekit.runs.environment import environment
-from moekit.runs.lock import LOCK_FILES
 from moekit.runs.plain import plain, require_same
 from moekit.runs.recipe import Recipe, RunText, find_recipe
 from moekit.runs.record import RoutingRecord, Sample, Summary

@@ -18,14 +18,14 @@ from filelock import FileLock
 
 from moekit.cli.recipes import main
 from moekit.errors import UserError
+from moekit.lock import held
 from moekit.recipes import switch
 from moekit.runs import Run
-from moekit.runs.lock import held
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from moekit.runs.lock import held
+from moekit.lock import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -12,8 +12,8 @@ import torch
 
 from moekit.atomic import replacing, write_error, write_json
 from moekit.errors import UserError
+from moekit.lock import held
 from moekit.parallel.checkpoint import Checkpointer
-from moekit.runs.lock import held
 from moekit.runs.plain import as_plain
 from moekit.runs.run import SURGERY_FILE, Run
 from moekit.runs.surgery.operations import Result
