@@ -92,6 +92,6 @@ def test_a_process_that_dies_is_named_and_what_it_left_goes(layout: list[str], t
     draft = tmp_path / "run" / "checkpoints" / ".last.ckpt.0123abcd.tmp"
     draft.mkdir(parents=True, exist_ok=True)
     (draft / "half").write_text("written")
-    resumed = start(tmp_path, 1, "--devices=2", "--resume", *layout)  # more steps were made: nothing is trained
+    resumed = start(tmp_path, 2, "--devices=2", "--resume", *layout)  # more steps were made: nothing is trained
     assert resumed.wait(timeout=240) == 0
     assert not draft.exists()

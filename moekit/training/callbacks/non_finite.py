@@ -182,11 +182,13 @@ def _infinite(tensors: Iterable[Tensor | None], device: torch.device) -> list[Te
 
 
 def _not_finite(named: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """Those of `named` whose part in `tensors` on this process is not finite; the host waits for each."""
+    """Those of `named` whose part in `tensors` on this process is not finite."""
     found = []
     for owner, tensor in zip(named, tensors, strict=True):
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if local is not None and local.is_floating_point() and not bool(local.isfinite().all()):
+        if local is None or not local.is_floating_point():
+            continue
+        if not bool(local.isfinite().all()):  # host read: in a step that is lost, and before a checkpoint
             found.append(owner)
     return found
 
@@ -196,7 +198,7 @@ def _bad_terms(output: Any) -> list[str]:
     if not isinstance(output, Mapping):
         return []
     terms = {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    return [name for name, value in terms.items() if not bool(value.isfinite().all())]
+    return [name for name, v in terms.items() if not bool(v.isfinite().all())]  # host read: in a step that is lost
 
 
 def _listed(names: Sequence[str]) -> str:

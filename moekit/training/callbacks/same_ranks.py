@@ -26,6 +26,7 @@ class SameOnRanks(Callback):
         self.facts = dict(facts)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Raise UserError on all processes if facts differ."""
         if trainer.world_size == 1 or stage != "fit":
             return
         first, *others = everybody(trainer, self.facts)
