@@ -88,8 +88,8 @@ class OptimizerSteps:
         module.log("train/grad_norm", norm, batch_size=1)
         # No weight may become NaN, and an optimizer leaves alone what has no gradient.
         *some, finite = torch.cat([flags, norm.isfinite().to(flags)[None]]).tolist()  # host read: the one of a step
-        if loss is not None:
-            finite = finite and not some.pop()
+        if loss is not None and some.pop():  # the loss of a rank is not finite
+            finite = 0.0
         drop_unused_gradients(parameters, some)
         if not finite and watch is not None:
             watch.react(module, parameters)

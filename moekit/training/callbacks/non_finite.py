@@ -149,7 +149,7 @@ class NonFinite(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse to save weights that are not finite: they would take the place of the last good ones."""
-        if self.reaction == "ignore" or not trainer.training:
+        if self.reaction == "ignore" or trainer.state.fn != "fit":
             return
         weights = list(pl_module.named_parameters())
         spoilt = set(map(id, _not_finite([p for _, p in weights], [p.detach() for _, p in weights])))
