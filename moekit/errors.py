@@ -1,4 +1,4 @@
-"""The exception that means: the user's input is at fault, and here is what to do; and the hint after a wrong name."""
+"""Exceptions that are told in one message, with what to do; and the hint after a wrong name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ class UserError(ValueError):
     The message says what is required, what was got (file and line, or key) and what to do. Command lines print it
     without a traceback and exit with code 2.
     """
+
+
+class TrainingStoppedError(RuntimeError):
+    """Training cannot go on, and the input is not known to be at fault.
+
+    Command lines print it without a traceback and exit with code 1.
+    """
+
+
+class NonFiniteError(TrainingStoppedError, FloatingPointError):
+    """Training has come to numbers that are not finite."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

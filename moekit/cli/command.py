@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +12,11 @@ import jsonargparse
 from rich.console import Console
 
 from moekit.atomic import path_error
-from moekit.errors import UserError
+from moekit.errors import NonFiniteError, TrainingStoppedError, UserError
+from moekit.output import discard, lasting_output
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
+from moekit.training.processes import is_first_process
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class RecipeCommand:
             give them.
         start: from the recipe, the arguments and the variant that they name, the variant and the settings that are the
             defaults, or None; None = those of the variant.
+        lasting: whether it goes on where nobody reads its output any more.
     """
 
     help: str
@@ -55,41 +56,48 @@ class RecipeCommand:
     run: Callable[[Recipe, RunConfig, Any], None]
     settings: Sequence[str] | None = None
     start: Callable[[Recipe, Sequence[str], str | None], tuple[str, RunConfig] | None] | None = None
+    lasting: bool = False
 
 
 def execute(command: Callable[[], None]) -> int:
     """Run a command and return its exit code: 0, or 2 where the input is at fault, which one message says.
 
-    130 = it was interrupted. 141 = nobody reads its output any more, as shells count it; nothing is said then.
+    1 = training stopped, which one message says too. 130 = it was interrupted.
+    141 = nobody reads its output any more, as shells count it; nothing is said then.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def tell(text: str) -> None:
+        with lasting_output():
+            Console(stderr=True, highlight=False, soft_wrap=True).print(text)
+
     try:
         try:
             command()
             if sys.stdout is not None:
                 sys.stdout.flush()
         except BrokenPipeError:
-            _discard_output()
+            discard(sys.stdout)
             return 141
         except OSError as error:
             if (said := path_error(error)) is None:
                 raise
             raise said from error
     except UserError as error:
-        console.print("[bold red]error:[/] " + str(error).replace("[", r"\["))
+        tell("[bold red]error:[/] " + str(error).replace("[", r"\["))
         return 2
+    except TrainingStoppedError as error:
+        if is_first_process() or not isinstance(error, NonFiniteError):  # which all raise alike
+            tell("[bold red]stopped:[/] " + str(error).replace("[", r"\["))
+        return 1
     except KeyboardInterrupt:
-        console.print("interrupted")
+        tell("interrupted")
         return 130
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # in training, where Lightning makes 1 of it
+            tell("interrupted")
+            return 130
+        raise
     return 0
-
-
-def _discard_output() -> None:
-    """Let what is still to be printed go nowhere: the interpreter flushes standard output when it ends."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
 
 
 def build_parser(program: str, name: str, command: Command) -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import reduce
 from typing import Any
@@ -15,6 +16,7 @@ from moekit.cli import distill, finetune, fit, generate, plan, run, score, serve
 from moekit.cli.command import RecipeCommand, execute, option_value, overview
 from moekit.cli.mistakes import explain
 from moekit.errors import UserError, nearest
+from moekit.output import lasting_output
 from moekit.runs.config import RunConfig
 from moekit.runs.plain import as_plain, with_setting
 from moekit.runs.recipe import Recipe
@@ -62,7 +64,8 @@ def _main(recipe: Recipe, argv: list[str]) -> None:
     parser = build_parser(recipe, name, variant, base)
     given, config = _parsed(parser, recipe, base, arguments, command.settings)
     given.variant, given.arguments = given.get("variant") or variant, argv
-    command.run(recipe, config, given)
+    with lasting_output() if command.lasting else nullcontext():
+        command.run(recipe, config, given)
 
 
 def _spelled_out(argument: str) -> str:

@@ -10,9 +10,9 @@ from moekit.cli.command import RecipeCommand, say
 from moekit.cli.trained import SEARCH, folder_option, stored_run, stored_settings
 from moekit.cli.training import test_and_report
 from moekit.runs.config import RunConfig
-from moekit.runs.fit import is_first_process
 from moekit.runs.recipe import Recipe
 from moekit.runs.text import corpus_note
+from moekit.training.processes import is_first_process
 
 
 def _test(recipe: Recipe, config: RunConfig, given: Any) -> None:
@@ -23,7 +23,10 @@ def _test(recipe: Recipe, config: RunConfig, given: Any) -> None:
 
 
 COMMAND = RecipeCommand(
-    "Test a trained run and rewrite its report", folder_option, _test,
+    "Test a trained run and rewrite its report",
+    folder_option,
+    _test,
     ("train.devices", "train.num_nodes", "train.accelerator", *SEARCH, "evaluate.samples", "evaluate.bleu_tokenizer"),
     stored_settings,
-)  # fmt: skip
+    lasting=True,
+)

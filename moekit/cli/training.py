@@ -90,7 +90,7 @@ def starting_command(help: str, start: type[InitFrom], whose: str, other: str) -
         own = _resumed(path, arguments) if path else None
         return found if own is None else (own.variant, own.config)
 
-    return RecipeCommand(help, options, run, start=defaults)
+    return RecipeCommand(help, options, run, start=defaults, lasting=True)
 
 
 def _resumed(path: str | Path, arguments: Sequence[str]) -> Run | None:

@@ -58,9 +58,10 @@ def _look_before_reducing(group: Any) -> None:
     group.post_backward = post_backward
 
 
-def used_somewhere(parameters: Sequence[Tensor]) -> Tensor:
+def used_somewhere(parameters: Sequence[Tensor], flag: Tensor | None = None) -> Tensor:
     """Which parameters got their gradient from autograd on some rank: Float32[len(parameters)] of zeros and ones.
 
+    A further `flag` of this rank, Float32[1], travels with them: the last entry is whether any rank has it set.
     All ranks must ask, after the backward of a step. What is not divided by `fully_shard` counts as used.
     """
     local = [bool(_used.get(parameter, True)) for parameter in parameters]
@@ -69,6 +70,8 @@ def used_somewhere(parameters: Sequence[Tensor]) -> Tensor:
     if meshes and meshes[0].device_type == "cuda":
         # From pinned memory: the host goes on, and the norm is under way when it waits for both.
         flags = flags.pin_memory().to("cuda", non_blocking=True)
+    if flag is not None:
+        flags = torch.cat([flags, flag.to(flags)])
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
     return flags

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from moekit.atomic import disk_trouble, write_error
@@ -17,11 +16,13 @@ from moekit.data.held_out import HeldOut, left_out, remarks
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.inference.translator import Translator, search_for
+from moekit.lock import held
 from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom
 from moekit.runs.module import make_module, parameters
 from moekit.runs.plain import as_plain, plain
 from moekit.runs.plan import expected_bytes
+from moekit.runs.processes import shared_facts
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
@@ -32,18 +33,24 @@ from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
 from moekit.training.callbacks.interrupt import Resumable
 from moekit.training.callbacks.limits import MaxMinutes
 from moekit.training.callbacks.memory import PeakMemory
+from moekit.training.callbacks.non_finite import NonFinite, Reaction
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.callbacks.random_state import RandomState
+from moekit.training.callbacks.same_ranks import SameOnRanks
 from moekit.training.callbacks.throughput import Throughput
 from moekit.training.callbacks.weights import kept_weights
-from moekit.training.loggers import run_loggers
+from moekit.training.loggers import make_logger_folders, run_loggers
 from moekit.training.multitask import MultitaskModule
+from moekit.training.processes import explained, is_first_process
 from moekit.training.refusals import check_callbacks
 from moekit.training.strategy import ExpertParallelStrategy
 from moekit.training.written_together import WrittenTogether
 
 _FREE_RECORDS = ("vocab_size", "init_from", "teacher")
 """What is recorded beside the settings and may differ on resume; the first follows from the tokenizer."""
+
+_REACTIONS: dict[str | None, Reaction] = {"raise": "stop", "skip": "skip"}
+"""What ``strategy.nonfinite_gradients`` says in the words of ``train.on_non_finite``."""
 
 
 def fit(
@@ -60,7 +67,8 @@ def fit(
 ) -> Run:
     """Train, and leave a run folder.
 
-    Everything is read and planned before the folder is made: settings and data that do not fit leave nothing behind.
+    The folder is held from the beginning (`moekit.lock.held`). Everything is read and planned before it is filled,
+    and a new run that ends before its first batch leaves nothing behind.
 
     Args:
         recipe: whose model is trained.
@@ -84,64 +92,80 @@ def fit(
     settings |= {} if init_from is None else init_from.record
     free = [*free_keys(config, "resume"), *_FREE_RECORDS]
     run = Run(out)
-    going_on = resume and not overwrite and run.in_folder
-    if going_on:
-        run.require_same(settings, free)
-    data = _training_text(run if going_on else None, config, init_from)
-    held_out = HeldOut.of(data, plain(config.data.which_text()))  # what it is evaluated on
-    L.seed_everything(train.seed, verbose=False)
-    module, budget = make_module(
-        recipe, config, data, MultitaskModule if init_from is None else init_from.make,
-        empty=bool(config.strategy.empty_init), loaded=init_from is not None and init_from.loaded,
-    )  # fmt: skip
-    validated = next((task for task, sentences in data.evaluated("valid").items() if sentences), None)
-    kept = kept_weights(
-        module, run.checkpoints, task=validated, validates=bool(train.validate_every), best=train.best,
-        patience=train.patience, ema=train.ema, average_last=train.average_last,
-    )  # fmt: skip
-    if isinstance(strategy, ExpertParallelStrategy):
-        strategy.check(module, train.devices * train.num_nodes)
-        check_callbacks(kept)
-    if is_first_process():  # which starts the others, if there are others
-        run = Run.create(out, settings, resume=resume, overwrite=overwrite, free=free)
-        run.keep(data.tokenizer, held_out)
-    checkpoint = run.checkpoint_to_resume(settings, free) if resume else None
-    trainer = train.trainer(
-        strategy=strategy,
-        logger=run_loggers(run.path, train.loggers),
-        enable_checkpointing=True,
-        callbacks=[
-            MaxMinutes(budget),
-            Throughput(),
-            RandomState(),
-            ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
-            PeakMemory(expected_bytes(recipe, config)),
-            TrainingProgress(budget),
-            *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
-            *kept,
-            Resumable(
-                run.checkpoints,
-                every_n_steps=train.checkpoint_steps or None,
-                every_n_minutes=train.checkpoint_minutes or None,
-                how_to_resume=resume_command,
-            ),
-        ],
-        max_steps=train.max_steps or -1,
-        max_epochs=-1 if not train.max_steps else None,
-        val_check_interval=train.validate_every * train.accumulate or None,
-        check_val_every_n_epoch=None if train.validate_every else 1,
-        limit_val_batches=1.0 if train.validate_every else 0,
-    )
-    if config.evaluate.score_valid and data.directions:
-        module.translate, module.originals = _writer(config, module, data), data.originals("valid")
-    if trainer.is_global_zero and console is not None:
-        notes = [*left_out(held_out.corpus.training, data.max_length), *remarks(data, held_out.corpus)]
-        lines = [_said(recipe, config, module, data, run), *(f"[yellow]![/] {text}" for text in notes)]
-        lines += [] if init_from is None else [init_from.note(module)]
-        console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    with quiet(), _disk_trouble(run, resume_command):
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    with contextlib.ExitStack() as stack:
+        if is_first_process():  # which starts the others, if there are others
+            run.require_free(resume=resume, overwrite=overwrite)
+            stack.enter_context(held(run.path))
+            run.require_free(resume=resume, overwrite=overwrite)  # which another process may have filled meanwhile
+        going_on = resume and not overwrite and run.in_folder
+        if going_on:
+            run.require_same(settings, free)
+        data = _training_text(run if going_on else None, config, init_from)
+        held_out = HeldOut.of(data, plain(config.data.which_text()))  # what it is evaluated on
+        L.seed_everything(train.seed, verbose=False)
+        module, budget = make_module(
+            recipe, config, data, MultitaskModule if init_from is None else init_from.make,
+            empty=bool(config.strategy.empty_init), loaded=init_from is not None and init_from.loaded,
+        )  # fmt: skip
+        validated = next((task for task, sentences in data.evaluated("valid").items() if sentences), None)
+        kept = kept_weights(
+            module, run.checkpoints, task=validated, validates=bool(train.validate_every), best=train.best,
+            patience=train.patience, ema=train.ema, average_last=train.average_last,
+        )  # fmt: skip
+        if isinstance(strategy, ExpertParallelStrategy):
+            strategy.check(module, train.devices * train.num_nodes)
+            check_callbacks(kept)
+        trainer = train.trainer(
+            strategy=strategy,
+            logger=run_loggers(run.path, train.loggers),
+            enable_checkpointing=True,
+            callbacks=[
+                SameOnRanks(shared_facts(recipe, settings, data) if train.devices * train.num_nodes > 1 else {}),
+                MaxMinutes(budget),
+                Throughput(),
+                RandomState(),
+                ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
+                PeakMemory(expected_bytes(recipe, config)),
+                TrainingProgress(budget),
+                *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
+                NonFinite(_REACTIONS.get(config.strategy.nonfinite_gradients, train.on_non_finite)),
+                *kept,
+                Resumable(
+                    run.checkpoints,
+                    every_n_steps=train.checkpoint_steps or None,
+                    every_n_minutes=train.checkpoint_minutes or None,
+                    how_to_resume=resume_command,
+                ),
+            ],
+            max_steps=train.max_steps or -1,
+            max_epochs=-1 if not train.max_steps else None,
+            val_check_interval=train.validate_every * train.accumulate or None,
+            check_val_every_n_epoch=None if train.validate_every else 1,
+            limit_val_batches=1.0 if train.validate_every else 0,
+        )
+        if is_first_process():
+            if not going_on:
+                stack.callback(_clear_if_nothing_began, run, trainer)
+            Run.create(out, settings, resume=resume, overwrite=overwrite, free=free)
+            run.keep(data.tokenizer, held_out)
+            make_logger_folders(run.path, train.loggers)
+        checkpoint = run.checkpoint_to_resume(settings, free) if resume else None
+        if config.evaluate.score_valid and data.directions:
+            module.translate, module.originals = _writer(config, module, data), data.originals("valid")
+        if trainer.is_global_zero and console is not None:
+            notes = [*left_out(held_out.corpus.training, data.max_length), *remarks(data, held_out.corpus)]
+            lines = [_said(recipe, config, module, data, run), *(f"[yellow]![/] {text}" for text in notes)]
+            lines += [] if init_from is None else [init_from.note(module)]
+            console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        with quiet(), explained(trainer), _disk_trouble(run, resume_command):
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return run
+
+
+def _clear_if_nothing_began(run: Run, trainer: L.Trainer) -> None:
+    """Remove what was written of a run whose training failed before its first batch."""
+    if trainer.fit_loop.total_batch_idx < 0:
+        run.clear()
 
 
 @contextlib.contextmanager
@@ -167,11 +191,6 @@ def _disk_trouble(run: Run, resume_command: str) -> Iterator[None]:
         raise UserError(f"{said}" if last is None else f"{said} {last} is whole.{resume}") from error
     finally:
         threading.excepthook = others
-
-
-def is_first_process() -> bool:
-    """Whether this process makes folders and speaks: the one that starts the others, if there are others."""
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _writer(config: RunConfig, module: MultitaskModule, data: MultitaskData) -> WrittenTogether:

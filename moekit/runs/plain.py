@@ -78,7 +78,7 @@ def differences(
 
     Settings that have one of the keys `free`, or are in a group that has, are left out.
     """
-    one, other = _flatten(plain(saved)), _flatten(plain(current))
+    one, other = flatten(plain(saved)), flatten(plain(current))
     pairs = {key: (one.get(key), other.get(key)) for key in {**one, **other}}
     return {
         key: (old, new)
@@ -101,11 +101,12 @@ def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], free: Col
         )
 
 
-def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested plain data by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

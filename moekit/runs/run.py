@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from moekit.data.cache import CorruptCacheError
 from moekit.data.held_out import HeldOut
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
+from moekit.lock import LOCK_FILES
 from moekit.runs.config import RunConfig
 from moekit.runs.environment import environment
 from moekit.runs.plain import plain, require_same
@@ -47,6 +49,8 @@ _FILES = (
     _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, "environment.json", "metrics.csv", "report.html",
 )  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "wandb", "mlflow", _TOKENIZER)
+_DRAFT = re.compile(r"\.(best|last)\.ckpt\.[0-9a-f]+\.tmp")
+"""A checkpoint that a killed process had not written to its end."""
 
 
 @dataclass(frozen=True)
@@ -94,22 +98,7 @@ class Run:
                 resume is another (every differing key is listed), or the folder cannot be written.
         """
         run = cls(Path(path))
-        if resume and overwrite:
-            raise UserError("--resume and --overwrite exclude each other: give one of them.")
-        if run.path.exists() and not run.path.is_dir():
-            raise UserError(f"the run folder {run.path} must be a folder: it is a file. Choose another --out.")
-        content = sorted(os.listdir(run.path)) if run.path.is_dir() else []
-        if content and _CONFIG not in content:
-            raise UserError(
-                f"the folder {run.path} must be empty or hold a run: it has {content[0]!r} and no config.yaml. Choose "
-                "another --out."
-            )
-        if content and not (resume or overwrite):
-            state = "a finished" if (run.path / SUMMARY).is_file() else "an unfinished"
-            raise UserError(
-                f"the folder {run.path} must be empty: it holds {state} run. Go on with it (--resume), replace it "
-                "(--overwrite), or choose another --out."
-            )
+        content = run.require_free(resume=resume, overwrite=overwrite)
         if content and resume:
             run.require_same(config, free)
         elif content:
@@ -118,6 +107,8 @@ class Run:
         write_json(run.path / "environment.json", environment())
         try:
             run.checkpoints.mkdir(exist_ok=True)
+            for draft in filter(lambda found: _DRAFT.fullmatch(found.name), list(run.checkpoints.iterdir())):
+                shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
         except OSError as error:
             raise write_error(run.checkpoints, error) from error
         return run
@@ -168,6 +159,30 @@ class Run:
     def in_folder(self) -> bool:
         """Whether there is a folder of the run, and not a checkpoint alone."""
         return (self.path / _CONFIG).is_file()
+
+    def require_free(self, *, resume: bool, overwrite: bool) -> bool:
+        """Make sure that the folder can become that of a run; whether there is a run already.
+
+        Raises:
+            UserError: as `create`.
+        """
+        if resume and overwrite:
+            raise UserError("--resume and --overwrite exclude each other: give one of them.")
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"the run folder {self.path} must be a folder: it is a file. Choose another --out.")
+        content = sorted({*os.listdir(self.path)} - {*LOCK_FILES}) if self.path.is_dir() else []
+        if content and _CONFIG not in content:
+            raise UserError(
+                f"the folder {self.path} must be empty or hold a run: it has {content[0]!r} and no config.yaml. Choose "
+                "another --out."
+            )
+        if content and not (resume or overwrite):
+            state = "a finished" if (self.path / SUMMARY).is_file() else "an unfinished"
+            raise UserError(
+                f"the folder {self.path} must be empty: it holds {state} run. Go on with it (--resume), replace it "
+                "(--overwrite), or choose another --out."
+            )
+        return bool(content)
 
     @property
     def checkpoints(self) -> Path:

@@ -166,13 +166,22 @@ def run_loggers(folder: str | Path, names: str | Sequence[str] = "auto") -> list
     """The loggers of a run: `CsvLogger` and those of `names`, which are Lightning's; see `logger_names`.
 
     Raises:
-        UserError: see `logger_names`; the folder for TensorBoard cannot be made.
+        UserError: see `logger_names`.
     """
     place = Path(folder)
-    if "tensorboard" in logger_names(names):
-        with writing(place / "tensorboard"):  # its own error would come in the middle of training
-            (place / "tensorboard").mkdir(parents=True, exist_ok=True)
     return [CsvLogger(place) if name == "csv" else _MAKERS[name](place) for name in logger_names(names)]
+
+
+def make_logger_folders(folder: str | Path, names: str | Sequence[str] = "auto") -> None:
+    """Make the folder of TensorBoard, whose own error would come in the middle of training.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    place = Path(folder) / "tensorboard"
+    if place.name in logger_names(names):
+        with writing(place):
+            place.mkdir(parents=True, exist_ok=True)
 
 
 # What they write goes into a folder of their name in the run's, or where the user has told the package to send it.

@@ -162,8 +162,11 @@ class MultitaskModule(L.LightningModule):
         """What `training_step` minimises of one task: by default what validation measures. To be overridden."""
         return cast(HeadOutput, self(batch))
 
-    def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> dict[str, Tensor]:
         """Sum the weighted losses of all tasks in the batch, each a mean over the predictions of all processes.
+
+        Returns:
+            The sum as ``loss``, and its terms without gradient: ``<task>/loss``, and routers' ``<task>/aux/<name>``.
 
         Raises:
             ValueError: if it holds none.
@@ -171,6 +174,7 @@ class MultitaskModule(L.LightningModule):
         if not batch:
             raise ValueError(f"a training batch must hold at least one of the tasks {list(self.heads)}: got none.")
         logs: dict[str, Any] = {}
+        parts: dict[str, Tensor] = {}
         total: Tensor | None = None
         watch = self.train_routing is not None and self.global_step % self.log_routing_every == 0
         outputs = {task: self.learn(part) for task, part in batch.items()}
@@ -179,11 +183,13 @@ class MultitaskModule(L.LightningModule):
         shares = global_weights(counts) if self.trainer.world_size > 1 else torch.ones_like(counts)
         for (task, out), share in zip(outputs.items(), shares, strict=True):
             loss = share * out.loss
+            parts[f"{task}/loss"] = out.loss.detach()
             if self.aux is not None and out.routings:
                 extra, terms = self.aux(*out.routings.values())
                 loss = loss + extra
                 for name, value in terms.items():
                     logs.setdefault(f"train/aux/{name}", []).append(value)
+                    parts[f"{task}/aux/{name}"] = value.detach()
             total = self.weights[task] * loss if total is None else total + self.weights[task] * loss
             logs |= {f"train/{task}/{name}": value for name, value in out.to_log().items()}
             if watch:
@@ -199,7 +205,7 @@ class MultitaskModule(L.LightningModule):
             if self.train_routing is not None and self.train_routing.update_called:
                 self.log_dict({f"train/{n}": v for n, v in self.train_routing.log_values().items()}, batch_size=1)
                 self.train_routing.reset()
-        return total
+        return {"loss": total, **parts}
 
     def _learning_rate(self) -> float:
         """That of the first parameter group."""
@@ -274,8 +280,8 @@ class MultitaskModule(L.LightningModule):
     def monitor(self, name: str = "", task: str | None = None) -> tuple[str, Literal["min", "max"]]:
         """The metric of validation that is meant by a name, and whether less or more of it is better.
 
-        ``valid/loss`` is the loss of `task`, else of the first one, which is also meant by "", and ``valid/bleu`` the average
-        over directions; others are named as they are logged. ``val/`` means ``valid/``.
+        ``valid/loss`` is the loss of `task`, else of the first one, which is also meant by "", and ``valid/bleu`` the
+        average over directions; others are named as they are logged. ``val/`` means ``valid/``.
 
         Raises:
             UserError: validation logs none of that name, or not in each validation.

@@ -38,7 +38,7 @@ from moekit.training.lightning_callbacks import divide_averages, on_several_mesh
 from moekit.training.plain_data import plain_state
 from moekit.training.refusals import check_batch_norms, check_callbacks, check_precision
 from moekit.training.strategy_checkpoint import StrategyCheckpoints, check_checkpoints
-from moekit.training.strategy_optimizers import NonFinite, OptimizerSteps
+from moekit.training.strategy_optimizers import OnNonFinite, OptimizerSteps
 from moekit.training.strategy_steps import ManualOptimization, StepSync, call_as_forward
 from moekit.transformer.init import materialize_modules
 
@@ -64,7 +64,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             "parameters" (with gradients and optimizer).
         plan: Which axes are divided, which modules gather together, whether the all-to-all goes in two levels.
         nonfinite_gradients: What to do when the gradient norm is NaN or infinite, on all ranks together: "raise", or
-            "skip" the step.
+            "skip" the step. A `NonFinite` callback of the Trainer decides in its place.
         asynchronous_save: Whether training goes on while a checkpoint's files are written.
         process_group_backend: The communication library; None = gloo on CPUs, and "cpu:gloo,cuda:nccl" on GPUs, so
             that ranks exchange host memory without waiting for a device.
@@ -99,7 +99,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         zero_stage: ZeroStage = 3,
         offload: Offload = "none",
         plan: ShardingPlan | None = None,
-        nonfinite_gradients: NonFinite = "raise",
+        nonfinite_gradients: OnNonFinite = "raise",
         asynchronous_save: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -132,6 +132,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._optimization = OptimizerSteps(nonfinite_gradients)
         patience = (timeout or default_pg_timeout).total_seconds()
         self._checkpoints = StrategyCheckpoints(asynchronous=asynchronous_save, timeout=patience)
+
+    inspects_gradients = True  # so that the callback `NonFinite` need not look for itself
 
     @property
     def skipped_steps(self) -> int:

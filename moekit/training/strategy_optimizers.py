@@ -18,9 +18,10 @@ from moekit.parallel.master_weights import MasterWeights
 from moekit.parallel.optimizer_rebinding import rebind_optimizer
 from moekit.parallel.sharding import ShardedModel
 from moekit.parallel.unused_gradients import drop_unused_gradients, used_somewhere
+from moekit.training.callbacks.non_finite import NonFinite
 from moekit.training.refusals import check_optimizer
 
-NonFinite = Literal["raise", "skip"]
+OnNonFinite = Literal["raise", "skip"]
 
 
 class OptimizerSteps:
@@ -33,7 +34,7 @@ class OptimizerSteps:
         ValueError: If `nonfinite_gradients` is something else.
     """
 
-    def __init__(self, nonfinite_gradients: NonFinite) -> None:
+    def __init__(self, nonfinite_gradients: OnNonFinite) -> None:
         if nonfinite_gradients not in ("raise", "skip"):
             raise ValueError(f'nonfinite_gradients must be "raise" or "skip": got {nonfinite_gradients!r}.')
         self.nonfinite_gradients = nonfinite_gradients
@@ -74,15 +75,25 @@ class OptimizerSteps:
     def inspect_gradients(self, optimizer: Optimizer, module: L.LightningModule) -> None:
         """Log the gradient norm, and drop gradients of parameters that no rank has used; all ranks call it together.
 
+        Where the Trainer has a `NonFinite` callback, that decides what becomes of a step that is not finite.
+
         Raises:
             FloatingPointError: If the norm is not finite, and the step is not to be skipped.
         """
         parameters = _parameters(optimizer)
-        used, norm = used_somewhere(parameters), gradient_norm(parameters)
+        callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+        watch = next((callback for callback in callbacks if isinstance(callback, NonFinite)), None)
+        loss = None if watch is None else watch.loss_flag()
+        flags, norm = used_somewhere(parameters, loss), gradient_norm(parameters)
         module.log("train/grad_norm", norm, batch_size=1)
         # No weight may become NaN, and an optimizer leaves alone what has no gradient.
-        *some, finite = torch.cat([used, norm.isfinite().to(used)[None]]).tolist()  # host read: the one of a step
+        *some, finite = torch.cat([flags, norm.isfinite().to(flags)[None]]).tolist()  # host read: the one of a step
+        if loss is not None and some.pop():  # the loss of a rank is not finite
+            finite = 0.0
         drop_unused_gradients(parameters, some)
+        if not finite and watch is not None:
+            watch.react(module, parameters)
+            return
         if finite:
             self._norm = None if _hooks_may_change_gradients(module) else norm
             return
@@ -111,7 +122,8 @@ def _hooks_may_change_gradients(module: L.LightningModule) -> bool:
     """Whether a hook may change gradients between the look at their norm and their clipping; so on all ranks."""
     hook, clipping = "on_before_optimizer_step", "configure_gradient_clipping"
     callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
-    return any(is_overridden(hook, callback, parent=L.Callback) for callback in callbacks) or any(
+    changing = [callback for callback in callbacks if not isinstance(callback, NonFinite)]
+    return any(is_overridden(hook, callback, parent=L.Callback) for callback in changing) or any(
         is_overridden(name, module, parent=L.LightningModule) for name in (hook, clipping)
     )
 

@@ -32,8 +32,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from moekit import ExpertParallelStrategy
+from moekit.errors import NonFiniteError
 from moekit.parallel import ShardingPlan, layers_of, no_layers, unused_gradients
 from moekit.testing import run_distributed
+from moekit.training.callbacks.non_finite import NonFinite
 from moekit.transformer import Block
 
 STEPS = 3
@@ -236,6 +238,12 @@ def a_gradient_that_is_not_finite() -> None:
             "weights": got["weights"],
         }
         close(kept, expected)
+        watch = NonFinite("skip")
+        again = fit(NaNOnce("sgd"), ExpertParallelStrategy(**layout), DATA, callbacks=[watch])
+        assert watch.skipped == 1
+        close({**kept, "weights": again["weights"]}, expected)
+        with pytest.raises(NonFiniteError, match=r"step 2 is not .*: terms of the loss: loss; grad"):
+            fit(NaNOnce("sgd"), ExpertParallelStrategy(**layout), DATA, callbacks=[NonFinite()])
 
 
 def clipping_by_value() -> None:

@@ -21,6 +21,7 @@ from moekit.parallel.host_memory import to_host
 from moekit.parallel.mesh import World, unflatten
 from moekit.routers import TopKRouter
 from moekit.training.callbacks import random_state
+from moekit.training.callbacks.non_finite import NonFinite
 from moekit.training.callbacks.random_state import RandomState
 from moekit.training.metrics.perplexity import TokenPerplexity
 from moekit.training.metrics.routing import RoutingStatistics
@@ -214,6 +215,28 @@ def test_who_was_used_is_told_without_a_wait(monkeypatch: pytest.MonkeyPatch) ->
         assert flags.tolist() == [1.0, 0.0]
 
 
+def test_the_look_for_what_is_not_finite_is_one_read_a_step() -> None:
+    trainer: Any = SimpleNamespace(strategy=None, precision_plugin=None, world_size=1)
+    values = {"finite": 1.0, "infinite": float("inf")}
+    for name, value in values.items():
+        with gpu() as found:
+            module: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)).to("cuda")
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+            watch = NonFinite("skip")
+            for _ in range(2):  # micro-batches
+                loss = module(torch.ones(2, 4, device="cuda")).sum()
+                watch.on_before_backward(trainer, module, loss)
+                loss.backward()
+            module[1].bias.grad.fill_(value)
+            with found.watch() as waits:
+                watch.on_before_optimizer_step(trainer, module, optimizer)
+            assert explained(waits)
+            if name == "finite":
+                assert sum(waits.values()) == 1
+            assert watch._found == (None if name == "finite" else ["1.bias"])
+            assert all((parameter.grad is None) == (name != "finite") for parameter in module.parameters())
+
+
 # -- the norm, once ----------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +273,8 @@ def test_the_norm_is_found_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
             return torch.optim.SGD(self.parameters(), lr=1.0)
 
     # Gradients of 0.3 in four places have the norm 0.6; halved, 0.3, which needs no clipping.
-    for callbacks, times, step in (([], 1, 0.3 * 0.5 / 0.6), ([Halves()], 2, 0.15)):
+    cases: list[Any] = [([], 1, 0.3 * 0.5 / 0.6), ([NonFinite()], 1, 0.3 * 0.5 / 0.6), ([Halves()], 2, 0.15)]
+    for callbacks, times, step in cases:
         calls.clear()
         module = Model()
         trainer = L.Trainer(

@@ -82,6 +82,7 @@ def same(run: Run, end: str, whole: Whole) -> None:
         ("epochs", Strike("INT", 9, "validation"), 10),  # in a validation after which no checkpoint was due
         ("epochs", Strike("TERM", 18, "validation"), 18),  # in one after which a checkpoint was due
         ("epochs", Strike("TERM", STEPS, "first batch"), STEPS),  # all steps are done, what follows them is not
+        ("epochs", Strike("HUP", 5, "first batch"), 5),
         ("endless", Strike("TERM", 7, "first batch"), 7),
         ("endless", Strike("TERM", 9, "second batch"), 9),
         ("endless", Strike("TERM", STEPS, "first batch"), STEPS),
@@ -93,7 +94,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_resume(
 ) -> None:
     run = Run(tmp_path / "run", loader)
     code, errors = run.end(run.start(strike=strike))
-    assert code == {"TERM": 143, "INT": 130}[strike.name], errors
+    assert code == {"TERM": 143, "INT": 130, "HUP": 129}[strike.name], errors
     assert f"Stopped by SIG{strike.name} after step {saved}; everything is in" in errors
     assert "Resume with: program --resume" in errors
     assert not (run.folder / "end.txt").exists()

@@ -23,6 +23,7 @@ from moekit.training.optimizers import adafactor, adamw
 from moekit.training.schedules import ConstantWithWarmup, Cosine, InverseSquareRoot
 from moekit.training.strategy import ExpertParallelStrategy
 
+_OBSERVER = "lightning.fabric.strategies.launchers.subprocess_script"
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 
 
@@ -68,6 +69,8 @@ class TrainConfig:
         checkpoint_minutes: minutes between checkpoints; 0 = by steps only. A checkpoint is also written on SIGTERM and
             at the end.
         checkpoint_steps: number of optimizer steps between checkpoints; 0 = by minutes only.
+        on_non_finite: reaction to a loss or gradient that is NaN or infinite: stop ends the run and keeps the last good
+            checkpoint, skip leaves out the step and stops after 10 of them in a row, ignore trains on.
         log_every: number of optimizer steps between rows of metrics.csv.
         seed: random seed of initial weights, dropout, noise and routing.
         devices: number of processes on each node, one per GPU; --devices is the short form.
@@ -99,6 +102,7 @@ class TrainConfig:
     loggers: str | tuple[str, ...] = setting("auto", free=RESUME)
     checkpoint_minutes: float = setting(5.0, at_least=0, free=RESUME)
     checkpoint_steps: int = setting(0, at_least=0, free=RESUME)
+    on_non_finite: Literal["stop", "skip", "ignore"] = setting("stop", free=RESUME)
     log_every: int = setting(10, at_least=1)
     seed: int = setting(1, at_least=0)
     devices: int = setting(1, at_least=1, free=RESUME)
@@ -225,8 +229,8 @@ class StrategyConfig:
             3 = also weights.
         offload: what is kept in host memory: none, optimizer (its state and weight copies), or parameters (with
             gradients and optimizer state).
-        nonfinite_gradients: reaction to a gradient norm that is NaN or infinite: raise ends the run, skip leaves out
-            the step.
+        nonfinite_gradients: reaction to a gradient norm that is NaN or infinite, in the place of train.on_non_finite:
+            raise ends the run, skip leaves out the step.
         asynchronous_save: whether training continues while a checkpoint is being written.
         empty_init: whether the model is built on the meta device and its weights are drawn block by block, for models
             too large for one process; the initial weights then differ from those of a run without it.
@@ -279,11 +283,15 @@ def usable_accelerator(wanted: str) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without Lightning's messages, which say nothing that the run's own lines do not."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    """Without Lightning's messages, which say nothing that the run's own lines do not: but for one.
+
+    That tells which process has ended, before all others of the node are killed.
+    """
+    names = {"lightning.pytorch": logging.ERROR, "lightning.fabric": logging.ERROR, _OBSERVER: logging.INFO}
+    loggers = {logging.getLogger(name): level for name, level in names.items()}
     levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning.*")

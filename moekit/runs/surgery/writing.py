@@ -12,6 +12,7 @@ import torch
 
 from moekit.atomic import flush, replacing, write_error, write_json
 from moekit.errors import UserError
+from moekit.lock import held
 from moekit.parallel.checkpoint import Checkpointer
 from moekit.runs.plain import as_plain
 from moekit.runs.run import SURGERY_FILE, Run
@@ -54,11 +55,11 @@ def write_run(result: Result, out: str | Path, *, restart: bool = False, overwri
                 torch.save(checkpoint, file)
         else:
             _save_sharded(result, checkpoint, last)
-        if overwrite and (place / "config.yaml").is_file():
-            Run(place).clear()
-        if place.is_dir() and any(place.iterdir()):
-            for item in sorted(temporary.iterdir()):
-                os.replace(item, place / item.name)
+        if (place / "config.yaml").is_file():
+            with held(place):
+                Run(place).clear()
+                for item in sorted(temporary.iterdir()):
+                    os.replace(item, place / item.name)
             temporary.rmdir()
             flush(place)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -18,16 +19,17 @@ from moekit.training.agreement import agree
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.loggers import CsvLogger
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 
 class Resumable(Checkpoint):
-    """Keeps ``last.ckpt`` so that the run can be resumed, and ends it in order on SIGTERM and SIGINT.
+    """Keeps ``last.ckpt`` so that the run can be resumed, and ends it in order on SIGTERM, SIGINT and SIGHUP.
 
     A signal lets the optimizer step under way come to its end (a validation that is due as well), writes
-    ``last.ckpt``, says how to resume, and exits with 128 + the signal's number (143 for SIGTERM, 130 for Ctrl-C). A
-    second Ctrl-C stops at once. A checkpoint is only ever taken between optimizer steps, so that no accumulated
-    gradient is lost, and after a validation that is due, so that a resumed run does not miss it. It needs
+    ``last.ckpt``, says how to resume, and exits with 128 + the signal's number (143 for SIGTERM, 130 for Ctrl-C, 129
+    where the terminal is gone). A SIGHUP that ``nohup`` holds off is held off here too. A second Ctrl-C stops at once.
+    A checkpoint is only ever taken between optimizer steps, so that no accumulated gradient is lost, and after a
+    validation that is due, so that a resumed run does not miss it. It needs
     `AtomicCheckpointIO` for a kill in the middle of a save to leave the former checkpoint whole.
 
     Args:
@@ -80,6 +82,8 @@ class Resumable(Checkpoint):
             if isinstance(logger, CsvLogger):
                 logger.continue_from(trainer.global_step)  # drops rows that this run will write again
         for number in _SIGNALS:
+            if number not in (signal.SIGTERM, signal.SIGINT) and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # of nohup
             try:
                 self._former[number] = signal.signal(number, self._handle)
             except ValueError:  # not in the main thread: signals are somebody else's business
@@ -116,7 +120,8 @@ class Resumable(Checkpoint):
             if trainer.is_global_zero:
                 stopped = f"Stopped by {signal.Signals(self._signal).name} after step {trainer.global_step}"
                 resume = f" Resume with: {self.how_to_resume}" if self.how_to_resume else ""
-                print(f"{stopped}; everything is in {self.path}.{resume}", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    print(f"{stopped}; everything is in {self.path}.{resume}", file=sys.stderr, flush=True)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._restore_signals()

@@ -1,0 +1,65 @@
+"""What is said when the processes of a run cannot meet, or one of them has ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed import DistNetworkError
+
+from moekit.errors import TrainingStoppedError, UserError
+
+
+def is_first_process() -> bool:
+    """Whether this process makes folders and speaks: the one that starts the others, if there are others."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+@contextmanager
+def explained(trainer: L.Trainer) -> Iterator[None]:
+    """Say in the user's words that the port is taken, or which of the processes has ended.
+
+    Raises:
+        UserError: another program has the port.
+        TrainingStoppedError: a process that this one has started, or the one that has started it, has ended.
+    """
+    parent = os.getppid()
+    try:
+        yield
+    except UserError:
+        raise
+    except RuntimeError as error:
+        launcher: Any = trainer.strategy.launcher
+        if isinstance(error, DistNetworkError) and "EADDRINUSE" in str(error):
+            if launcher is not None:  # the others would try to meet there until the timeout
+                launcher.kill(signal.SIGTERM)
+            raise UserError(
+                "the port at which the processes meet must be free: another program has it. Leave MASTER_PORT out, or "
+                "name another port (torchrun --master-port)."
+            ) from error
+        if trainer.world_size > 1 and not isinstance(error, TrainingStoppedError):
+            ended = _ended(getattr(launcher, "procs", []), parent, trainer)
+            if ended:
+                raise TrainingStoppedError(
+                    f"{ended}, and the others cannot train without it. Go on from the last checkpoint with --resume."
+                ) from error
+        raise
+
+
+def _ended(children: list[Any], parent: int, trainer: L.Trainer) -> str:
+    """Which process of this node has ended; nothing if none has. A connection may break before its process is gone."""
+    first = trainer.global_rank - trainer.local_rank
+    for _ in range(20):
+        for number, child in enumerate(children, start=1):
+            if child.poll():
+                return f"rank {first + number} (process {child.pid}) has ended with code {child.returncode}"
+        if trainer.local_rank and os.getppid() != parent:
+            return f"rank {first} (process {parent}) has ended"
+        time.sleep(0.1)
+    return ""

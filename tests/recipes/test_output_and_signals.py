@@ -1,0 +1,97 @@
+"""Runs from the command line whose terminal goes away, whose output nobody reads, or that are told twice to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL = [
+    "--model.dim=16", "--model.heads=2", "--model.hidden_dim=32", "--model.num_experts=2", "--data.babel_sentences=60",
+    "--data.vocab_size=400", "--train.warmup_steps=1", "--train.accelerator=cpu", "--train.log_every=1",
+]  # fmt: skip
+
+
+def start(folder: Path, steps: int, *more: str, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "moekit.recipes.switch", "fit", *SMALL, f"--train.max_steps={steps}", *more]
+    places = ["--out", str(folder / "run"), "--data.cache", str(folder / "cache")]
+    return subprocess.Popen([*command, *places], text=True, **options)
+
+
+def wait_for_steps(process: subprocess.Popen[str], folder: Path) -> None:
+    """Until some rows are written, which is when a second row begins."""
+    path = folder / "run" / "metrics.csv"
+    while not path.exists() or path.read_text().count("\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("closed", ["read by nobody", "closed"])
+def test_training_goes_on_without_output(closed: str, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    options: dict[str, Any] = {"stdout": writer, "stderr": writer}
+    if closed == "closed":
+        options = {"preexec_fn": lambda: (os.close(1), os.close(2))}
+    process = start(tmp_path, 12, **options)
+    os.close(writer)
+    assert process.wait(timeout=240) == 0
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    assert (tmp_path / "run" / "metrics.csv").read_text().count("\n") == 13
+
+
+def test_a_terminal_that_goes_away_is_a_signal_to_save(tmp_path: Path) -> None:
+    """As a shell does it: SIGHUP, and from then on no output."""
+    process = start(tmp_path, 1_000_000, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for_steps(process, tmp_path)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 129
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_nohup_and_two_ctrl_c(tmp_path: Path) -> None:
+    """A SIGHUP that is held off stays held off; a second Ctrl-C does not wait for the step's end."""
+    held_off: Any = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    process = start(
+        tmp_path, 1_000_000, "--tasks.span_corruption.tokens=100000", stderr=subprocess.PIPE, preexec_fn=held_off
+    )
+    wait_for_steps(process, tmp_path)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    time.sleep(2)  # the first one is dealt with, and the step under way takes several seconds more
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.endswith("interrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], ["--strategy.expert_parallel_size=2"]], ids=["whole", "divided"])
+def test_a_process_that_dies_is_named_and_what_it_left_goes(layout: list[str], tmp_path: Path) -> None:
+    process = start(tmp_path, 1_000_000, "--devices=2", "--train.checkpoint_steps=5", *layout, stderr=subprocess.PIPE)
+    wait_for_steps(process, tmp_path)
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert f"stopped: rank 1 (process {child}) has ended with code -9" in errors
+    assert "Traceback" not in errors
+    draft = tmp_path / "run" / "checkpoints" / ".last.ckpt.0123abcd.tmp"
+    draft.mkdir(parents=True, exist_ok=True)
+    (draft / "half").write_text("written")
+    resumed = start(tmp_path, 2, "--devices=2", "--resume", *layout)  # more steps were made: nothing is trained
+    assert resumed.wait(timeout=240) == 0
+    assert not draft.exists()
