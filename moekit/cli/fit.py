@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from moekit.cli.command import RecipeCommand
-from moekit.cli.training import train, training_options
+from moekit.cli.training import smoke_option, smoke_settings, train
 from moekit.runs.config import RunConfig
 from moekit.runs.fit import is_first_process
 from moekit.runs.recipe import Recipe
@@ -19,4 +19,4 @@ def _fit(recipe: Recipe, config: RunConfig, given: Any) -> None:
         Console().print(f"trained; test it with: python -m moekit.recipes.{recipe.name} test --out {run.path}")
 
 
-COMMAND = RecipeCommand("Train a model, without test and report", training_options, _fit)
+COMMAND = RecipeCommand("Train a model, without test and report", smoke_option, _fit, start=smoke_settings)

@@ -62,6 +62,7 @@ def _main(recipe: Recipe, argv: list[str]) -> None:
     parser = build_parser(recipe, name, variant, base)
     given, config = _parsed(parser, recipe, base, arguments, command.settings)
     given.variant, given.arguments = given.get("variant") or variant, argv
+    given.chose = lambda key: key in parser.parse_args(arguments, defaults=False)
     command.run(recipe, config, given)
 
 

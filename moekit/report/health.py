@@ -12,6 +12,7 @@ import numpy as np
 from moekit.report.run_folder import RunFolder, Series, loads, number
 from moekit.report.series import specialisation
 from moekit.report.wording import count, percent
+from moekit.runs.smoke import WARNING
 
 # Where we begin to worry. Ours: a dropped token loses its expert in that layer, and papers train at a few percent;
 # an expert with under a tenth of its fair share hardly learns, one with four times as much is a bottleneck, and one
@@ -139,7 +140,8 @@ def dropped(run: RunFolder) -> str:
 
 def findings(run: RunFolder) -> list[Finding]:
     """Everything worth a sentence, troubles first."""
-    return sorted([*_losses(run), *_routing(run)], key=lambda f: f.good)
+    smoke = [Finding(False, f"This was a {WARNING}.")] if run.smoke else []
+    return [*smoke, *sorted([*_losses(run), *_routing(run)], key=lambda f: f.good)]
 
 
 def _losses(run: RunFolder) -> Iterator[Finding]:

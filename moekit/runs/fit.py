@@ -22,6 +22,7 @@ from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.settings.train import quiet
+from moekit.runs.smoke import WARNING
 from moekit.runs.text import require_same_text, tokenizer_of
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.callbacks.config import ConfigInCheckpoints
@@ -49,6 +50,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     init_from: InitFrom | None = None,
+    smoke: bool = False,
     resume_command: str = "",
     console: Console | None = None,
 ) -> Run:
@@ -64,6 +66,7 @@ def fit(
         resume: go on with the run that is there, if any.
         overwrite: replace it.
         init_from: another run that this one starts from.
+        smoke: whether it is a smoke test, which the record says.
         resume_command: what the user is told when training is interrupted.
         console: says what is trained.
 
@@ -74,6 +77,7 @@ def fit(
     train.check()
     strategy = config.strategy.strategy()
     settings = {"recipe": recipe.name, "variant": variant, **as_plain(config)}
+    settings |= {"smoke": True} if smoke else {}
     settings |= {} if init_from is None else init_from.record
     free = [*free_keys(config, "resume"), *_FREE_RECORDS]
     run = Run(out)
@@ -115,7 +119,7 @@ def fit(
     )
     if trainer.is_global_zero and console is not None:
         lines = [_said(recipe, config, module, data, run), *([] if init_from is None else [init_from.note(module)])]
-        console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        console.print("\n".join([*lines, *([f"[bold yellow]{WARNING}[/]"] if smoke else [])]), highlight=False, soft_wrap=True)
     with quiet():
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return run

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +36,8 @@ class TrainConfig:
         optimizer: optimizer: adamw, or adafactor (used by T5; its steps are relative to the size of the weights).
         learning_rate: peak learning rate: 1e-3 to 3e-3 for small models with adamw; with adafactor T5 reaches 0.01 at
             the end of a warm-up of 10,000 steps.
-        warmup_steps: optimizer steps over which the learning rate rises linearly to its peak.
+        warmup_steps: optimizer steps over which the learning rate rises linearly to its peak. Not given, and no less
+            than max_steps: a fifth of max_steps.
         schedule: shape of the learning rate after the warm-up: cosine (down to 5 percent of the peak),
             inverse_square_root or constant.
         weight_decay: weight decay, applied to matrices only; 0.01 to 0.1 is usual.
@@ -104,6 +105,16 @@ class TrainConfig:
                 f"train.warmup_steps must be less than train.max_steps: got {self.warmup_steps} of {self.max_steps}. "
                 "Give a shorter warm-up or more steps."
             )
+
+    def fitting_warmup(self, kept: Mapping[str, Any] | None = None) -> int:
+        """The warm-up where the user gave none: that of the run that goes on, or a fifth of the steps if it takes all.
+
+        Args:
+            kept: the configuration in the folder of the run that goes on.
+        """
+        if (recorded := (kept or {}).get("train", {}).get("warmup_steps")) is not None:
+            return int(recorded)
+        return self.max_steps // 5 if 0 < self.max_steps <= self.warmup_steps else self.warmup_steps
 
     def budget(self) -> Budget:
         """The limits, which the schedule follows."""
