@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import jsonargparse
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.console import Console
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
+from moekit.runs.settings.fields import missed_range
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,32 @@ def _discard_output() -> None:
         os.close(nowhere)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are the user's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. {self.prog} --help lists the options.")
+
+
+def number(kind: type[int] | type[float], **known: float) -> Callable[[str], float]:
+    """The type of an option that is a number in a range; see `moekit.runs.settings.setting`."""
+
+    def parse(text: str) -> float:
+        what = "a whole number" if kind is int else "a number"
+        try:
+            found = kind(text)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"must be {what}: got {text!r}") from None
+        if words := missed_range(found, known):
+            raise argparse.ArgumentTypeError(f"must be {what}, {words}: got {text}")
+        return found
+
+    return parse
+
+
 def build_parser(program: str, name: str, command: Command) -> argparse.ArgumentParser:
     """The parser of a command on runs."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"{program} {name}",
         description=f"{command.help}.",
         epilog=f"examples:\n{command.examples}" if command.examples else None,
@@ -101,8 +125,8 @@ def build_parser(program: str, name: str, command: Command) -> argparse.Argument
 
 def run_command(program: str, commands: Mapping[str, Command], name: str, arguments: Sequence[str]) -> int:
     """Parse the options of a command on runs, and run it; returns the exit code."""
-    given = build_parser(program, name, commands[name]).parse_args(arguments)
-    return execute(lambda: commands[name].run(given, Console()))
+    parser = build_parser(program, name, commands[name])
+    return execute(lambda: commands[name].run(parser.parse_args(arguments), Console()))
 
 
 def option_value(arguments: Sequence[str], option: str) -> str | None:

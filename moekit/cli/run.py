@@ -14,4 +14,6 @@ def _run(recipe: Recipe, config: RunConfig, given: Any) -> None:
     test_and_report(*train(recipe, config, given))
 
 
-COMMAND = RecipeCommand("Train a model, test it on held-out text and write the report", smoke_option, _run, start=smoke_settings)
+COMMAND = RecipeCommand(
+    "Train a model, test it on held-out text and write the report", smoke_option, _run, start=smoke_settings
+)

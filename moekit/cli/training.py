@@ -55,7 +55,11 @@ def smoke_settings(recipe: Recipe, arguments: Sequence[str], variant: str | None
 def training_options(parser: ArgumentParser, out: str = FOLDER) -> None:
     """Where the run goes, and whether it goes on or begins again."""
     parser.add_argument("--out", type=str, help=out)
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint; begin anew where there is none")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out from its last checkpoint; begin anew where there is none",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing run in --out")
 
 
@@ -68,7 +72,9 @@ def train(recipe: Recipe, config: RunConfig, given: Any, start: type[InitFrom] |
     kept = own.settings if resumed else None
     config, notes = config.settled(kept), []
     if given.resume and own.last_checkpoint is None:
-        notes.append(f"{own.path}: {'the run has no checkpoint yet' if resumed else 'no run is there'}; it begins anew.")
+        notes.append(
+            f"{own.path}: {'the run has no checkpoint yet' if resumed else 'no run is there'}; it begins anew."
+        )
     warmup, was = config.train.fitting_warmup(kept), config.train.warmup_steps
     if warmup != was and not given.chose("train.warmup_steps"):
         why = "as the run began" if resumed else f"of the {config.train.max_steps} steps of training"

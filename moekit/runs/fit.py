@@ -119,7 +119,8 @@ def fit(
     )
     if trainer.is_global_zero and console is not None:
         lines = [_said(recipe, config, module, data, run), *([] if init_from is None else [init_from.note(module)])]
-        console.print("\n".join([*lines, *([f"[bold yellow]{WARNING}[/]"] if smoke else [])]), highlight=False, soft_wrap=True)
+        lines += [f"[bold yellow]{WARNING}[/]"] if smoke else []
+        console.print("\n".join(lines), highlight=False, soft_wrap=True)
     with quiet():
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return run

@@ -21,7 +21,7 @@ _AT_MOST: Mapping[str, Mapping[str, Any]] = {
     "train": {"warmup_steps": 2, "accumulate": 2},
     "evaluate": {"max_sentences": 2, "valid_sentences": 2, "batch_tokens": 512, "samples": 1, "beam_size": 2},
 }  # fmt: skip
-"""Sizes that a smoke test lowers, by group and setting, where a recipe has them; 0, which often means all, is raised."""
+"""Sizes that a smoke test lowers, by group and setting, where a recipe has them."""
 _ZERO_IS_ALL = ("max_sentences", "valid_sentences")
 _STEPS = 6
 _TOKENS = 128

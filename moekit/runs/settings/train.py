@@ -85,7 +85,7 @@ class TrainConfig:
     checkpoint_minutes: float = setting(5.0, at_least=0, free=RESUME)
     checkpoint_steps: int = setting(0, at_least=0, free=RESUME)
     log_every: int = setting(10, at_least=1)
-    seed: int = setting(1, at_least=0)
+    seed: int = setting(1, at_least=0, at_most=2**32 - 1)
     devices: int = setting(1, at_least=1, free=RESUME)
     num_nodes: int = setting(1, at_least=1, free=RESUME)
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -222,9 +222,9 @@ class StrategyConfig:
             too large for one process; the initial weights then differ from those of a run without it.
     """
 
-    expert_parallel_size: int | Literal["auto"] | None = None
-    tensor_parallel_size: int | None = None
-    replicas: int | None = None
+    expert_parallel_size: int | Literal["auto"] | None = setting(None, at_least=1)
+    tensor_parallel_size: int | None = setting(None, at_least=1)
+    replicas: int | None = setting(None, at_least=1)
     zero_stage: Literal[0, 1, 2, 3] | None = None
     offload: Literal["none", "optimizer", "parameters"] | None = None
     nonfinite_gradients: Literal["raise", "skip"] | None = None
