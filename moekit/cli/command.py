@@ -135,14 +135,19 @@ def option_value(arguments: Sequence[str], option: str) -> str | None:
     Raises:
         UserError: it has no value.
     """
-    found = None
+    return next(reversed(option_values(arguments, option)), None)
+
+
+def option_values(arguments: Sequence[str], option: str) -> list[str]:
+    """All values of `option_value`, in their order."""
+    found = []
     for place, item in enumerate(arguments):
         if item == option:
             if place + 1 == len(arguments):
                 raise UserError(f"{option} needs a value.")
-            found = arguments[place + 1]
+            found.append(arguments[place + 1])
         elif item.startswith(f"{option}="):
-            found = item.partition("=")[2]
+            found.append(item.partition("=")[2])
     return found
 
 

@@ -8,30 +8,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from moekit.cli.command import option_value
-from moekit.errors import nearest
+from moekit.cli.command import option_value, option_values
+from moekit.errors import UserError, nearest
+from moekit.runs.yaml_file import read_mapping
 
+_MAX_SHOWN = 120
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 def explain(error: str, parser: ArgumentParser, arguments: Sequence[str]) -> str:
     """What is required of `arguments`, what was got and what to do; the parser's own `error` where nothing is found."""
-    known = {word.removeprefix("--"): a for a in parser._actions for word in a.option_strings if word != "-h"}
+    known = _known(parser)
     file = option_value(arguments, "--config") if "config" in known else None
-    try:
-        stored = {} if file is None else yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as wrong:
-        return f"--config must be a readable YAML file: got {file} ({' '.join(str(wrong).split())})."
-    if not isinstance(stored, Mapping):
-        return f"--config must be a file that holds a mapping: {file} holds {type(stored).__name__}."
-    for key, value in _flat(stored, known):
+    for key, value in _flat({} if file is None else read_mapping(Path(file), "--config"), known):
         if key not in known:
             return f"{file}: unknown key {key} in the configuration. {_hint(key, known)}"
         if not _fits(parser, key, value):
-            return f"{file}: {key} must be {_required(known[key])}: got {value!r}."
+            return f"{file}: {key} must be {_required(known[key])}: got {_shown(value)}."
     rest = iter(arguments)
     for item in rest:
         key, equals, value = item.removeprefix("--").partition("=")
@@ -45,8 +40,36 @@ def explain(error: str, parser: ArgumentParser, arguments: Sequence[str]) -> str
         if value.startswith("--") and not equals:
             return f"--{key} needs a value: {_required(action)}."
         if key in known and action.dest != "config" and not _fits(parser, key, value):
-            return f"{key} must be {_required(action)}: got {value!r}."
+            return f"{key} must be {_required(action)}: got {_shown(value)}."
     return " ".join(error.split())
+
+
+def require_settings(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    """Look at what the parser would stumble over: files that are no plain YAML, and groups of settings that are none.
+
+    Raises:
+        UserError: one is given.
+    """
+    known = _known(parser)
+    groups = {key for key in known if any(other.startswith(f"{key}.") for other in known)}
+    for item in arguments:
+        if (key := item.removeprefix("--").partition("=")[0]) in groups and item.startswith("--"):
+            raise UserError(f"--{key} is a group of settings: give them one by one (--{key}.NAME), or with --config.")
+    for file in option_values(arguments, "--config") if "config" in known else ():
+        stored = read_mapping(Path(file), "--config")
+        for key in sorted(groups, key=lambda key: key.count(".")):
+            value: Any = stored
+            for name in key.split("."):
+                value = value.get(name, {})
+            if not isinstance(value, Mapping):
+                raise UserError(
+                    f"{file}: {key} must be a mapping of settings: got {_shown(value)}. Leave it out for none."
+                )
+
+
+def _known(parser: ArgumentParser) -> dict[str, Any]:
+    """The options by name."""
+    return {word.removeprefix("--"): a for a in parser._actions for word in a.option_strings if word != "-h"}
 
 
 def _flat(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -88,6 +111,12 @@ def _required(action: Any) -> str:
     if action.choices:
         return _words(typing.Literal[tuple(action.choices)], None)
     return _words(getattr(action, "_typehint", action.type), action.default)
+
+
+def _shown(value: Any) -> str:
+    """A value as it was written, but for the middle of a long one."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN // 2]}...{text[-_MAX_SHOWN // 2 :]}"
 
 
 def _words(kind: Any, example: Any) -> str:

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from moekit.cli import distill, finetune, fit, generate, plan, run, score, serve, test
 from moekit.cli.command import RecipeCommand, execute, option_value, overview
-from moekit.cli.mistakes import explain
+from moekit.cli.mistakes import explain, require_settings
 from moekit.errors import UserError, nearest
 from moekit.runs.config import RunConfig
 from moekit.runs.plain import as_plain, with_setting
@@ -110,6 +110,7 @@ def _parsed(
     parser: ArgumentParser, recipe: Recipe, base: RunConfig, arguments: Sequence[str], settings: Sequence[str] | None
 ) -> tuple[Any, RunConfig]:
     """All options, and the settings with those of the options."""
+    require_settings(parser, arguments)
     try:
         given = parser.parse_args(list(arguments))
     except ArgumentError as error:

@@ -59,7 +59,7 @@ def settings_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[
     """Dotted key, value and what is known, of every setting of a configuration and of every group of them."""
     for f in fields(config):
         key, value = f"{prefix}{f.name}", getattr(config, f.name)
-        yield key, value, known_of(config, f.name)
+        yield key, value, known_of(config, f.name) | {"optional": f.default is None or "None" in str(f.type)}
         if is_dataclass(value):
             yield from settings_of(value, f"{key}.")
 
@@ -82,6 +82,8 @@ def check_ranges(config: Any, prefix: str = "") -> None:
         UserError: one is out of its range; the message has the key, its range and what was given.
     """
     for key, value, known in settings_of(config, prefix):
+        if value is None and not known["optional"]:
+            raise UserError(f"{key} must have a value: got null. Leave it out for the default.")
         several = isinstance(value, tuple | Mapping)
         for one in (value.values() if isinstance(value, Mapping) else value) if several else (value,):
             if isinstance(one, str) and not one.strip():
@@ -90,7 +92,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
                 continue
             if words := missed_range(one, known):
                 given = list(value) if isinstance(value, tuple) else value
-                raise UserError(f"{key} must be {'numbers of ' if several else ''}{words}: got {given}.")
+                raise UserError(f"{key} must be {'numbers of ' if several else ''}{words}: got {given!s:.80}.")
 
 
 def missed_range(number: float, known: Mapping[str, Any]) -> str:
