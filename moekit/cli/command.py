@@ -12,11 +12,13 @@ from typing import Any, NoReturn
 
 import jsonargparse
 from rich.console import Console
+from rich.text import Text
 
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
 from moekit.runs.settings.fields import missed_range
+from moekit.terminal import Terminal, visible
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def execute(command: Callable[[], None]) -> int:
 
     130 = it was interrupted. 141 = nobody reads its output any more, as shells count it; nothing is said then.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Terminal(stderr=True, soft_wrap=True)
     try:
         command()
         if sys.stdout is not None:
@@ -71,7 +73,7 @@ def execute(command: Callable[[], None]) -> int:
         _discard_output()
         return 141
     except UserError as error:
-        console.print("[bold red]error:[/] " + str(error).replace("[", r"\["))
+        console.print(Text.assemble(("error: ", "bold red"), visible(str(error))))
         return 2
     except KeyboardInterrupt:
         console.print("interrupted")
@@ -126,7 +128,7 @@ def build_parser(program: str, name: str, command: Command) -> argparse.Argument
 def run_command(program: str, commands: Mapping[str, Command], name: str, arguments: Sequence[str]) -> int:
     """Parse the options of a command on runs, and run it; returns the exit code."""
     parser = build_parser(program, name, commands[name])
-    return execute(lambda: commands[name].run(parser.parse_args(arguments), Console()))
+    return execute(lambda: commands[name].run(parser.parse_args(arguments), Terminal()))
 
 
 def option_value(arguments: Sequence[str], option: str) -> str | None:
@@ -164,4 +166,4 @@ def overview(lines: Mapping[str, str]) -> str:
 
 def say(console: Console, text: str) -> None:
     """Print text as it is."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(visible(text), highlight=False, markup=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from moekit.errors import UserError
 from moekit.report.pruning import write_curve
 from moekit.runs.run import Run
 from moekit.runs.surgery.curve import Recovery, pruning_curve, table
+from moekit.terminal import Terminal
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -54,8 +55,8 @@ def _curve(given: Namespace, console: Console) -> None:
     run = Run.load(given.run, given.config)
     rate = given.recover_rate or run.config.train.learning_rate / 10
     bar = Progress(
-        TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
+        TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=Terminal(stderr=True), transient=True, disable=not sys.stderr.isatty(),
     )  # fmt: skip
     with bar:
         task = bar.add_task("validating", total=1 + len(given.keep) * (2 + given.draws))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from rich.console import Console
 
 from moekit.cli.command import RecipeCommand, number
 from moekit.runs.config import RunConfig
 from moekit.runs.plan import forecast
 from moekit.runs.recipe import Recipe
+from moekit.terminal import Terminal
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def _options(parser: ArgumentParser) -> None:
 
 def _plan(recipe: Recipe, config: RunConfig, given: Any) -> None:
     sizes = {name: given[name] for name in ("memory", "sequences", "length")}
-    forecast(recipe, given.variant, config, Console(), **sizes)
+    forecast(recipe, given.variant, config, Terminal(), **sizes)
 
 
 COMMAND = RecipeCommand("Estimate memory, FLOPs and communication without running the model", _options, _plan)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from rich.console import Console
 
 from moekit.cli.command import RecipeCommand, option_value, say
 from moekit.report import terminal_summary, write_report
@@ -19,6 +18,7 @@ from moekit.runs.init_from import InitFrom
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.smoke import smoke
+from moekit.terminal import Terminal
 
 FOLDER = "folder of the run (default: runs/RECIPE-VARIANT)"
 
@@ -32,7 +32,7 @@ def test_and_report(run: Run, config: RunConfig) -> None:
     """Test a run and write its report; of several processes the first writes."""
     if evaluate(run, config):
         write_report(run.path)
-        terminal_summary(run.path, Console())
+        terminal_summary(run.path, Terminal())
 
 
 def smoke_option(parser: ArgumentParser) -> None:
@@ -81,7 +81,7 @@ def train(recipe: Recipe, config: RunConfig, given: Any, start: type[InitFrom] |
         notes.append(f"train.warmup_steps is {warmup} {why}, not {was}; give it to choose another.")
         config = config.changed(train={"warmup_steps": warmup})
     if notes and is_first_process():
-        say(Console(), "\n".join(notes))
+        say(Terminal(), "\n".join(notes))
     again = own if given.resume and own.last_checkpoint is not None else None
     init_from = start(given[start.option], start.choices(**vars(given[start.group])), config, again) if start else None
     arguments = [argument for argument in given.arguments if argument not in ("--resume", "--overwrite")]
@@ -95,7 +95,7 @@ def train(recipe: Recipe, config: RunConfig, given: Any, start: type[InitFrom] |
         init_from=init_from,
         smoke=smoke_test,
         resume_command=shlex.join(["python", "-m", f"moekit.recipes.{recipe.name}", *arguments, "--resume"]),
-        console=Console(),
+        console=Terminal(),
     )
     return run, config
 

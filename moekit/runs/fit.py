@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from rich.text import Text
 
 from moekit.data.held_out import HeldOut
 from moekit.data.module import MultitaskData
@@ -24,6 +25,7 @@ from moekit.runs.settings.fields import free_keys
 from moekit.runs.settings.train import quiet
 from moekit.runs.smoke import WARNING
 from moekit.runs.text import require_same_text, tokenizer_of
+from moekit.terminal import visible
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.callbacks.config import ConfigInCheckpoints
 from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
@@ -118,9 +120,10 @@ def fit(
         limit_val_batches=1.0 if train.validate_every else 0,
     )
     if trainer.is_global_zero and console is not None:
-        lines = [_said(recipe, config, module, data, run), *([] if init_from is None else [init_from.note(module)])]
-        lines += [f"[bold yellow]{WARNING}[/]"] if smoke else []
-        console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        lines = [_said(config, module, data, run), *([] if init_from is None else [init_from.note(module)])]
+        warning = f"\n{WARNING}" if smoke else ""
+        said = [(recipe.name, "bold"), " ", visible("\n".join(lines)), (warning, "bold yellow")]
+        console.print(Text.assemble(*said), soft_wrap=True)
     with quiet():
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return run
@@ -164,7 +167,7 @@ def _training_text(run: Run | None, config: RunConfig, init_from: InitFrom | Non
     return data
 
 
-def _said(recipe: Recipe, config: RunConfig, module: MultitaskModule, data: MultitaskData, run: Run) -> str:
+def _said(config: RunConfig, module: MultitaskModule, data: MultitaskData, run: Run) -> str:
     """What is about to be trained, in three lines."""
     counts, train = parameters(module.backbone), config.train
     sparse = f", {counts['active']:,} active for a token" if counts["active"] != counts["total"] else ""
@@ -172,7 +175,7 @@ def _said(recipe: Recipe, config: RunConfig, module: MultitaskModule, data: Mult
     ends += [f"{train.max_minutes:g} minutes"] if train.max_minutes else []
     tf32 = train.on_gpu and torch.get_float32_matmul_precision() != "highest"
     return (
-        f"[bold]{recipe.name}[/] {run.path}\n"
+        f"{run.path}\n"
         f"data      {','.join(config.data.sources)}: {len(data.languages)} languages ({', '.join(data.languages)}), "
         f"{f'{len(data.directions)} directions, ' if data.directions else ''}"
         f"vocabulary {data.tokenizer.vocab_size:,}\n"

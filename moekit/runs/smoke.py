@@ -17,7 +17,7 @@ _AT_MOST: Mapping[str, Mapping[str, Any]] = {
         "encoder_layers": 2, "decoder_layers": 2, "every": 2, "layer": 2, "num_experts": 8, "groups": 2, "sublayers": 2,
         "generator_dim": 16, "generator_layers": 1, "dense_steps": 2,
     },
-    "data": {"vocab_size": 600, "max_length": 32, "heating_steps": 4, "babel_sentences": 200},
+    "data": {"vocab_size": 1000, "max_length": 32, "heating_steps": 4, "babel_sentences": 200},
     "train": {"warmup_steps": 2, "accumulate": 2},
     "evaluate": {"max_sentences": 2, "valid_sentences": 2, "batch_tokens": 512, "samples": 1, "beam_size": 2},
 }  # fmt: skip
@@ -44,8 +44,8 @@ def smoke(config: RunConfig) -> RunConfig:
         "max_steps": _STEPS, "validate_every": _STEPS // 2, "checkpoint_steps": _STEPS // 2, "log_every": 2,
         "precision": "auto",
     }  # fmt: skip
-    if sizes := config.data.babel_sizes:
-        groups["data"]["babel_sizes"] = {code: min(size, 100) for code, size in dict(sizes).items()}
+    if isinstance(sizes := config.data.babel_sizes, dict):
+        groups["data"]["babel_sizes"] = {code: min(size, 100) for code, size in sizes.items()}
     tasks = {
         f.name: dataclasses.replace(task, tokens=min(task.tokens, _TOKENS))
         for f in dataclasses.fields(config.tasks)

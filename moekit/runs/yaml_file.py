@@ -65,9 +65,7 @@ def _require_plain(node: yaml.Node | None) -> None:
             keys: set[Any] = set()
             for key, value in node.value:
                 if isinstance(key, yaml.ScalarNode) and key.value in keys:
-                    raise ValueError(
-                        f"the key {key.value!r} stands there twice, again in line {key.start_mark.line + 1}"
-                    )
+                    raise ValueError(f"the key {key.value!r} is there twice, again in line {key.start_mark.line + 1}")
                 keys.add(key.value if isinstance(key, yaml.ScalarNode) else None)
                 visit(value, (*above, node))
         elif isinstance(node, yaml.SequenceNode):

@@ -126,7 +126,7 @@ def test_processes_must_have_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
     replace(cpu, devices=16).check()
     with pytest.raises(UserError, match=r"train.devices must be at most 16 on this machine \(2 cores.*: got 2000"):
         replace(cpu, devices=2000).check()
-    with pytest.raises(UserError, match="train.num_nodes 16 needs a process on every machine.*srun or torchrun"):
+    with pytest.raises(UserError, match=r"train.num_nodes 16 needs a process on every machine.*srun or torchrun"):
         replace(cpu, num_nodes=16).trainer()
     monkeypatch.setenv("MASTER_ADDR", "node0")
     replace(cpu, num_nodes=16).check()

