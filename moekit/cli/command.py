@@ -96,20 +96,27 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. {self.prog} --help lists the options.")
 
 
-def number(kind: type[int] | type[float], **known: float) -> Callable[[str], float]:
-    """The type of an option that is a number in a range; see `moekit.runs.settings.setting`."""
+class _NumberError(argparse.ArgumentTypeError, ValueError):
+    """A number that is none, or out of its range; argparse and jsonargparse each know one of the bases."""
 
-    def parse(text: str) -> float:
-        what = "a whole number" if kind is int else "a number"
+
+class number:  # noqa: N801 - the type of an option, as int and float are
+    """The type of an option that is a number in a range, which is given as in `moekit.runs.settings.setting`."""
+
+    def __init__(self, kind: type[int] | type[float], **known: float) -> None:
+        self.kind, self.known = kind, known
+        self.words = "a whole number" if kind is int else "a number"
+
+    def __call__(self, text: str) -> float:
+        """The number that the text is."""
         try:
-            found = kind(text)
+            found = self.kind(text)
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f"must be {what}: got {text!r}") from None
-        if words := missed_range(found, known):
-            raise argparse.ArgumentTypeError(f"must be {what}, {words}: got {text}")
+            raise _NumberError(f"must be {self.words}: got {text!r}") from None
+        if missed := missed_range(found, self.known):
+            range_words = f", {missed}" if self.known else ""
+            raise _NumberError(f"must be {self.words}{range_words}: got {text}")
         return found
-
-    return parse
 
 
 def build_parser(program: str, name: str, command: Command) -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +11,9 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from moekit.cli.command import option_value, option_values
+from moekit.cli.command import number, option_value, option_values
 from moekit.errors import UserError, nearest
+from moekit.runs.settings.fields import missed_range
 from moekit.runs.yaml_file import read_mapping
 
 _MAX_SHOWN = 120
@@ -110,6 +112,8 @@ def _hint(key: str, known: Mapping[str, Any], dashes: str = "") -> str:
 def _required(action: Any) -> str:
     if action.choices:
         return _words(typing.Literal[tuple(action.choices)], None)
+    if isinstance(action.type, number):
+        return f"{action.type.words}, {missed_range(math.nan, action.type.known)}"
     return _words(getattr(action, "_typehint", action.type), action.default)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from moekit.runs.config import RunConfig
 
-WARNING = "smoke test: a tiny model and a few steps; its numbers are no results"
+WARNING = "smoke test: tiny and short; its numbers are no results"
 """What is said wherever such a run is shown."""
 
 _AT_MOST: Mapping[str, Mapping[str, Any]] = {
