@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from moekit.cli.command import number, option_value, option_values
+from moekit.cli.command import number, option_value
 from moekit.errors import UserError, nearest
 from moekit.runs.settings.fields import missed_range
 from moekit.runs.yaml_file import read_mapping
@@ -46,27 +46,22 @@ def explain(error: str, parser: ArgumentParser, arguments: Sequence[str]) -> str
     return " ".join(error.split())
 
 
-def require_settings(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    """Look at what the parser would stumble over: files that are no plain YAML, and groups of settings that are none.
+def require_settings(parser: ArgumentParser, files: Sequence[str]) -> None:
+    """Look at files of settings for what the parser would stumble over.
 
     Raises:
-        UserError: one is given.
+        UserError: one is no plain YAML, or has a value where a group of settings must be.
     """
     known = _known(parser)
     groups = {key for key in known if any(other.startswith(f"{key}.") for other in known)}
-    for item in arguments:
-        if (key := item.removeprefix("--").partition("=")[0]) in groups and item.startswith("--"):
-            raise UserError(f"--{key} is a group of settings: give them one by one (--{key}.NAME), or with --config.")
-    for file in option_values(arguments, "--config") if "config" in known else ():
+    for file in files:
         stored = read_mapping(Path(file), "--config")
         for key in sorted(groups, key=lambda key: key.count(".")):
             value: Any = stored
             for name in key.split("."):
                 value = value.get(name, {})
             if not isinstance(value, Mapping):
-                raise UserError(
-                    f"{file}: {key} must be a mapping of settings: got {_shown(value)}. Leave it out for none."
-                )
+                raise UserError(f"{file}: {key} must be a mapping of settings: got {_shown(value)}. Leave it out.")
 
 
 def _known(parser: ArgumentParser) -> dict[str, Any]:
@@ -112,6 +107,8 @@ def _hint(key: str, known: Mapping[str, Any], dashes: str = "") -> str:
 def _required(action: Any) -> str:
     if action.choices:
         return _words(typing.Literal[tuple(action.choices)], None)
+    if action.type is None and not hasattr(action, "_typehint"):
+        return "a mapping of settings"
     if isinstance(action.type, number):
         return f"{action.type.words}, {missed_range(math.nan, action.type.known)}"
     return _words(getattr(action, "_typehint", action.type), action.default)

@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from moekit.cli import distill, finetune, fit, generate, plan, run, score, serve, test
-from moekit.cli.command import RecipeCommand, execute, option_value, overview
+from moekit.cli.command import RecipeCommand, execute, option_value, option_values, overview
 from moekit.cli.mistakes import explain, require_settings
 from moekit.errors import UserError, nearest
 from moekit.runs.config import RunConfig
@@ -110,10 +110,11 @@ def _parsed(
     parser: ArgumentParser, recipe: Recipe, base: RunConfig, arguments: Sequence[str], settings: Sequence[str] | None
 ) -> tuple[Any, RunConfig]:
     """All options, and the settings with those of the options."""
-    require_settings(parser, arguments)
+    if settings is None and (files := option_values(arguments, "--config")):
+        require_settings(parser, files)
     try:
         given = parser.parse_args(list(arguments))
-    except ArgumentError as error:
+    except (ArgumentError, UnicodeError, RecursionError) as error:
         raise UserError(explain(str(error), parser, arguments)) from None
     if settings is None:
         for old, new in recipe.renamed.items():

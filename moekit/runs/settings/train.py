@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,22 +12,16 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.plugins import environments
 from torch import nn
 
 from moekit.errors import UserError
 from moekit.runs.settings.fields import RESUME, setting
 from moekit.training.budget import Budget
 from moekit.training.checkpoint_io import AtomicCheckpointIO
+from moekit.training.machine import require_machine
 from moekit.training.optimizers import adafactor, adamw
 from moekit.training.schedules import ConstantWithWarmup, Cosine, InverseSquareRoot
 from moekit.training.strategy import ExpertParallelStrategy
-
-_PROCESSES_A_CORE = 8
-"""More processes than that on a CPU are a mistake."""
-_LAUNCHERS = ("TorchElasticEnvironment", "SLURMEnvironment", "LSFEnvironment", "MPIEnvironment")
-"""What Lightning looks for, and what tells a process of the others."""
-_THIS_MACHINE = "127.0.0.1"
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 
@@ -106,33 +99,13 @@ class TrainConfig:
         Raises:
             UserError: there is no limit, the warm-up takes all steps, or there is no such machine.
         """
-        self.check_machine()
+        require_machine(self.devices, self.num_nodes, on_gpu=self.on_gpu)
         if not self.max_steps and not self.max_minutes:
             raise UserError("training needs an end: set train.max_steps or train.max_minutes (both are 0).")
         if self.schedule == "cosine" and 0 < self.max_steps <= self.warmup_steps:
             raise UserError(
                 f"train.warmup_steps must be less than train.max_steps: got {self.warmup_steps} of {self.max_steps}. "
                 "Give a shorter warm-up or more steps."
-            )
-
-    def check_machine(self) -> None:
-        """Make sure that the processes of this machine have a place, and those of others will be there.
-
-        Raises:
-            UserError: there are too few GPUs or cores, or nothing starts processes on the other machines.
-        """
-        gpus = torch.cuda.device_count() if self.on_gpu else 0
-        cores = os.cpu_count() or 1
-        most = gpus or _PROCESSES_A_CORE * cores
-        if self.devices > most:
-            what = f"{gpus} GPUs" if gpus else f"{cores} cores, with {_PROCESSES_A_CORE} processes on each at most"
-            raise UserError(f"train.devices must be at most {most} on this machine ({what}): got {self.devices}.")
-        alone: Any = vars(environments)["LightningEnvironment"]()
-        managed = alone.creates_processes_externally or alone.main_address != _THIS_MACHINE
-        if self.num_nodes > 1 and not managed and not any(vars(environments)[kind].detect() for kind in _LAUNCHERS):
-            raise UserError(
-                f"train.num_nodes {self.num_nodes} needs a process on every machine, and here nothing starts them: use "
-                "srun or torchrun (docs/guides/cluster.md), or train on this machine alone with train.num_nodes 1."
             )
 
     def fitting_warmup(self, kept: Mapping[str, Any] | None = None) -> int:
@@ -186,9 +159,9 @@ class TrainConfig:
             **options: further arguments of the Trainer.
 
         Raises:
-            UserError: if a GPU is asked for and there is none, or as `check_machine`.
+            UserError: if a GPU is asked for and there is none, or as `require_machine`.
         """
-        self.check_machine()
+        require_machine(self.devices, self.num_nodes, on_gpu=self.on_gpu)
         divided = isinstance(options.get("strategy"), ExpertParallelStrategy)  # saves its checkpoints itself
         with quiet():
             return L.Trainer(
