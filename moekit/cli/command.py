@@ -148,7 +148,11 @@ def option_value(arguments: Sequence[str], option: str) -> str | None:
 
 
 def option_values(arguments: Sequence[str], option: str) -> list[str]:
-    """All values of `option_value`, in their order."""
+    """All values of `option_value`, in their order.
+
+    Raises:
+        UserError: one is missing.
+    """
     found = []
     for place, item in enumerate(arguments):
         if item == option:
