@@ -10,6 +10,7 @@ get nothing. `bind` walks the whole tree instead; `moekit.training.callbacks.bin
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any
 
@@ -36,7 +37,26 @@ def _can_log(root: L.LightningModule) -> bool:
     )
 
 
-class Component(L.LightningModule):
+class LoadedFromFile(L.LightningModule):
+    """A LightningModule that says what to do where `load_from_checkpoint` is given a folder."""
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As Lightning's.
+
+        Raises:
+            ValueError: `checkpoint_path` is a folder.
+        """
+        if isinstance(checkpoint_path, str | os.PathLike) and os.path.isdir(checkpoint_path):
+            raise ValueError(
+                f"load_from_checkpoint needs a file: {os.fspath(checkpoint_path)} is a folder. Of a run's folder give "
+                "checkpoints/best.ckpt, or open it with moekit.runs.Run.load; of a sharded checkpoint make a file with "
+                "moekit.training.whole_checkpoint.consolidate_checkpoint(folder, file)."
+            )
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+
+class Component(LoadedFromFile):
     """Base class of routers, experts, MoE layers, transformers and heads.
 
     Adds nothing to `LightningModule` but the way home: `log` from any depth. Without a Trainer, in a hook

@@ -60,8 +60,9 @@ class MoELayer(Component):
         phase: until a step, compute all experts as one dense feed-forward.
 
     Raises:
-        ValueError: if router and experts disagree on the number of experts, if there is a mix and nothing to mix with,
-            or if the experts cannot be one.
+        ValueError: if router and experts disagree on the number of experts, if router, experts, shared branch and mix
+            are not of one width as far as they say it (``dim``, or ``in_features``), if there is a mix and nothing to
+            mix with, or if the experts cannot be one.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class MoELayer(Component):
                 f"MoELayer's mix joins the experts with a shared branch: got {type(mix).__name__} and no `shared`. "
                 "Give a feed-forward as `shared`, or leave `mix` out."
             )
+        _require_one_width({"router": router, "experts": experts, "shared branch": shared, "mix": mix})
         if phase is not None:
             phase.begin(experts)
         self.router, self.experts, self.shared = router, experts, shared
@@ -173,6 +175,25 @@ class MoELayer(Component):
         padding = ~routing.kept[:, None]
         hidden = phase(self.experts, x.masked_fill(padding, 0.0)) * routing.weight.to(x.dtype)[:, None]
         return hidden.masked_fill(padding, 0.0), routing
+
+
+def _require_one_width(parts: Mapping[str, nn.Module | None]) -> None:
+    widths = {name: found for name, part in parts.items() if (found := _width(part)) is not None}
+    first = next(iter(widths), "")
+    for name, width in widths.items():
+        if width != widths[first]:
+            raise ValueError(
+                f"the {first} and the {name} of a MoELayer must be of one width, that of its tokens: the {first} has "
+                f"dim {widths[first]}, the {name} {width}. Build both with the same dim."
+            )
+
+
+def _width(part: nn.Module | None) -> int | None:
+    """Channels of the tokens that a part reads; None where it does not say them, as a table of experts by token."""
+    if isinstance(part, nn.Sequential):
+        return next((found for inner in part if (found := _width(inner)) is not None), None)
+    said = (getattr(part, name, None) for name in ("dim", "in_features"))
+    return next((width for width in said if isinstance(width, int)), None)
 
 
 def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:

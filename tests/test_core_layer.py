@@ -16,8 +16,10 @@ from moekit.dispatch import Dispatched, PackedDispatcher, PaddedDispatcher
 from moekit.experts import GroupedMLP
 from moekit.functional import moe_reference
 from moekit.layer import AuxLosses, MoELayer, MoEOutput
+from moekit.mixing import SoftmaxMix
 from moekit.routing import Capacity, Routing, RoutingContext
 from moekit.testing import assert_close, assert_same, trace
+from moekit.transformer import MLP
 
 D, E = 6, 4
 
@@ -33,6 +35,31 @@ def layer(**options: Any) -> MoELayer:
 def test_numbers_of_experts_must_agree() -> None:
     with pytest.raises(ValueError, match="the router chooses from 4, the bank has 3"):
         MoELayer(routers.switch(D, 4), GroupedMLP(3, D, 8))
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"experts": GroupedMLP(E, D + 2, 8)}, "the router and the experts .* router has dim 6, the experts 8"),
+        ({"shared": nn.Linear(D + 1, D)}, "router and the shared branch .* has dim 6, the shared branch 7"),
+        ({"shared": MLP(D - 1, 8)}, "router and the shared branch .* has dim 6, the shared branch 5"),
+        ({"shared": nn.Sequential(nn.Dropout(), nn.Linear(3, D))}, "dim 6, the shared branch 3"),
+        ({"shared": MLP(D, 8), "mix": SoftmaxMix(4)}, "router and the mix .* has dim 6, the mix 4"),
+        ({"router": routers.hash_random(E, 50), "shared": MLP(5, 8)}, "experts has dim 6, the shared branch 5"),
+        ({"router": routers.noisy_topk(9, E, k=2)}, "router has dim 9, the experts 6"),
+        ({"router": routers.HierarchicalRouter(9, 2, 2)}, "router has dim 9, the experts 6"),
+        ({"router": routers.base_layers(9, E)}, "router has dim 9, the experts 6"),
+    ],
+)
+def test_widths_must_agree(parts: dict[str, Any], words: str) -> None:
+    """A part of another width would fail in its first product, in torch's words."""
+    fitting = {"router": routers.switch(D, E), "experts": GroupedMLP(E, D, 8)}
+    with pytest.raises(ValueError, match=words):
+        MoELayer(**{**fitting, **parts})
+
+
+def test_a_part_that_says_no_width_is_taken() -> None:
+    assert MoELayer(routers.switch(D, E), GroupedMLP(E, D, 8), shared=nn.Identity()).num_experts == E
 
 
 @pytest.mark.parametrize("shape", [(D,), (7, D), (2, 5, D), (2, 3, 2, D), (0, D), (2, 0, D)], ids=str)

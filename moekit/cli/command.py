@@ -6,16 +6,19 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import jsonargparse
 from rich.console import Console
+from rich.text import Text
 
 from moekit.atomic import path_error
 from moekit.errors import NonFiniteError, TrainingStoppedError, UserError
 from moekit.output import discard, lasting_output
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
+from moekit.runs.settings.fields import missed_range
+from moekit.terminal import Terminal, visible
 from moekit.training.processes import is_first_process
 
 
@@ -66,9 +69,9 @@ def execute(command: Callable[[], None]) -> int:
     141 = nobody reads its output any more, as shells count it; nothing is said then.
     """
 
-    def tell(text: str) -> None:
+    def tell(*text: str | tuple[str, str]) -> None:
         with lasting_output():
-            Console(stderr=True, highlight=False, soft_wrap=True).print(text)
+            Terminal(stderr=True, soft_wrap=True).print(Text.assemble(*text))
 
     try:
         try:
@@ -83,11 +86,11 @@ def execute(command: Callable[[], None]) -> int:
                 raise
             raise said from error
     except UserError as error:
-        tell("[bold red]error:[/] " + str(error).replace("[", r"\["))
+        tell(("error: ", "bold red"), visible(str(error)))
         return 2
     except TrainingStoppedError as error:
         if is_first_process() or not isinstance(error, NonFiniteError):  # which all raise alike
-            tell("[bold red]stopped:[/] " + str(error).replace("[", r"\["))
+            tell(("stopped: ", "bold red"), visible(str(error)))
         return 1
     except KeyboardInterrupt:
         tell("interrupted")
@@ -100,9 +103,39 @@ def execute(command: Callable[[], None]) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are the user's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. {self.prog} --help lists the options.")
+
+
+class _NumberError(argparse.ArgumentTypeError, ValueError):
+    """A number that is none, or out of its range; argparse and jsonargparse each know one of the bases."""
+
+
+class number:  # noqa: N801 - the type of an option, as int and float are
+    """The type of an option that is a number in a range, which is given as in `moekit.runs.settings.setting`."""
+
+    def __init__(self, kind: type[int] | type[float], **known: float) -> None:
+        self.kind, self.known = kind, known
+        self.words = "a whole number" if kind is int else "a number"
+
+    def __call__(self, text: str) -> float:
+        """The number that the text is."""
+        try:
+            found = self.kind(text)
+        except (ValueError, OverflowError):
+            raise _NumberError(f"must be {self.words}: got {text!r}") from None
+        if missed := missed_range(found, self.known):
+            range_words = f", {missed}" if self.known else ""
+            raise _NumberError(f"must be {self.words}{range_words}: got {text}")
+        return found
+
+
 def build_parser(program: str, name: str, command: Command) -> argparse.ArgumentParser:
     """The parser of a command on runs."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"{program} {name}",
         description=f"{command.help}.",
         epilog=f"examples:\n{command.examples}" if command.examples else None,
@@ -115,8 +148,8 @@ def build_parser(program: str, name: str, command: Command) -> argparse.Argument
 
 def run_command(program: str, commands: Mapping[str, Command], name: str, arguments: Sequence[str]) -> int:
     """Parse the options of a command on runs, and run it; returns the exit code."""
-    given = build_parser(program, name, commands[name]).parse_args(arguments)
-    return execute(lambda: commands[name].run(given, Console()))
+    parser = build_parser(program, name, commands[name])
+    return execute(lambda: commands[name].run(parser.parse_args(arguments), Terminal()))
 
 
 def option_value(arguments: Sequence[str], option: str) -> str | None:
@@ -125,14 +158,23 @@ def option_value(arguments: Sequence[str], option: str) -> str | None:
     Raises:
         UserError: it has no value.
     """
-    found = None
+    return next(reversed(option_values(arguments, option)), None)
+
+
+def option_values(arguments: Sequence[str], option: str) -> list[str]:
+    """All values of `option_value`, in their order.
+
+    Raises:
+        UserError: one is missing.
+    """
+    found = []
     for place, item in enumerate(arguments):
         if item == option:
             if place + 1 == len(arguments):
                 raise UserError(f"{option} needs a value.")
-            found = arguments[place + 1]
+            found.append(arguments[place + 1])
         elif item.startswith(f"{option}="):
-            found = item.partition("=")[2]
+            found.append(item.partition("=")[2])
     return found
 
 
@@ -149,4 +191,4 @@ def overview(lines: Mapping[str, str]) -> str:
 
 def say(console: Console, text: str) -> None:
     """Print text as it is."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(visible(text), highlight=False, markup=False, soft_wrap=True)

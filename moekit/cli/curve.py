@@ -9,12 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moekit.cli.command import Command, say
+from moekit.cli.command import Command, number, say
 from moekit.cli.surgery import amount, config_option, part_options, run_option, seed_option
 from moekit.errors import UserError
 from moekit.report.pruning import write_curve
 from moekit.runs.run import Run
 from moekit.runs.surgery.curve import Recovery, pruning_curve, table
+from moekit.terminal import Terminal
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -26,18 +27,20 @@ def _options(parser: ArgumentParser) -> None:
         default=[0.75, 0.5, 0.25],
         help="amounts of experts to keep in each layer, as numbers or shares (default: 75%% 50%% 25%%)",
     )
-    parser.add_argument("--draws", type=int, default=20, help="random selections for each amount (default: 20)")
+    parser.add_argument(
+        "--draws", type=number(int, at_least=0), default=20, help="random selections for each amount (default: 20)"
+    )
     seed_option(parser, "the first random selection")
     parser.add_argument(
         "--recover",
-        type=int,
+        type=number(int, at_least=0),
         default=0,
         metavar="STEPS",
         help="number of optimizer steps of further training of each pruned model (default: 0, no training)",
     )
     parser.add_argument(
         "--recover-rate",
-        type=float,
+        type=number(float, at_least=0),
         default=0.0,
         help="peak learning rate of the further training (default: a tenth of the run's)",
     )
@@ -47,15 +50,13 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _curve(given: Namespace, console: Console) -> None:
-    if given.draws < 0 or given.recover < 0:
-        raise UserError("--draws and --recover must not be negative.")
     if given.out.exists() and not given.out.is_dir():
         raise UserError(f"--out must be a folder: {given.out} is a file.")
     run = Run.load(given.run, given.config)
     rate = given.recover_rate or run.config.train.learning_rate / 10
     bar = Progress(
-        TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
+        TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=Terminal(stderr=True), transient=True, disable=not sys.stderr.isatty(),
     )  # fmt: skip
     with bar:
         task = bar.add_task("validating", total=1 + len(given.keep) * (2 + given.draws))

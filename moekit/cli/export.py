@@ -7,9 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moekit.cli.command import Command, say
+from moekit.cli.command import Command, number, say
 from moekit.cli.surgery import config_option, run_option
-from moekit.errors import UserError
 from moekit.huggingface.architecture import NAMES
 from moekit.runs.run import Run
 from moekit.runs.surgery.exchange import export_run
@@ -26,15 +25,16 @@ def _options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="do not write the tokenizer")
     parser.add_argument(
-        "--max-shard-gb", type=float, default=5.0, help="maximum size of a weights file, in gigabytes (default: 5)"
+        "--max-shard-gb",
+        type=number(float, above=0),
+        default=5.0,
+        help="maximum size of a weights file, in gigabytes (default: 5)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
     config_option(parser)
 
 
 def _export(given: Namespace, console: Console) -> None:
-    if not given.max_shard_gb > 0:
-        raise UserError(f"--max-shard-gb must be positive: got {given.max_shard_gb:g}.")
     written = export_run(
         Run.load(given.run, given.config),
         given.out,

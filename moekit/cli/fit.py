@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-
-from moekit.cli.command import RecipeCommand
-from moekit.cli.training import train, training_options
+from moekit.cli.command import RecipeCommand, say
+from moekit.cli.training import smoke_option, smoke_settings, train
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
+from moekit.terminal import Terminal
 from moekit.training.processes import is_first_process
 
 
 def _fit(recipe: Recipe, config: RunConfig, given: Any) -> None:
     run, _ = train(recipe, config, given)
     if is_first_process():
-        Console().print(f"trained; test it with: python -m moekit.recipes.{recipe.name} test --out {run.path}")
+        say(Terminal(), f"trained; test it with: python -m moekit.recipes.{recipe.name} test --out {run.path}")
 
 
-COMMAND = RecipeCommand("Train a model, without test and report", training_options, _fit, lasting=True)
+COMMAND = RecipeCommand(
+    "Train a model, without test and report", smoke_option, _fit, start=smoke_settings, lasting=True
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,28 +11,24 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from moekit.cli.command import option_value
-from moekit.errors import nearest
-from moekit.stored import parse_yaml
+from moekit.cli.command import number, option_value
+from moekit.errors import UserError, nearest
+from moekit.runs.settings.fields import missed_range
+from moekit.runs.yaml_file import read_mapping
 
+_MAX_SHOWN = 120
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 def explain(error: str, parser: ArgumentParser, arguments: Sequence[str]) -> str:
     """What is required of `arguments`, what was got and what to do; the parser's own `error` where nothing is found."""
-    known = {word.removeprefix("--"): a for a in parser._actions for word in a.option_strings if word != "-h"}
+    known = _known(parser)
     file = option_value(arguments, "--config") if "config" in known else None
-    try:
-        stored = {} if file is None else parse_yaml(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as wrong:
-        return f"--config must be a readable YAML file: got {file} ({' '.join(str(wrong).split())})."
-    if not isinstance(stored, Mapping):
-        return f"--config must be a file that holds a mapping: {file} holds {type(stored).__name__}."
-    for key, value in _flat(stored, known):
+    for key, value in _flat({} if file is None else read_mapping(Path(file), "--config"), known):
         if key not in known:
             return f"{file}: unknown key {key} in the configuration. {_hint(key, known)}"
         if not _fits(parser, key, value):
-            return f"{file}: {key} must be {_required(known[key])}: got {value!r}."
+            return f"{file}: {key} must be {_required(known[key])}: got {_shown(value)}."
     rest = iter(arguments)
     for item in rest:
         key, equals, value = item.removeprefix("--").partition("=")
@@ -45,8 +42,31 @@ def explain(error: str, parser: ArgumentParser, arguments: Sequence[str]) -> str
         if value.startswith("--") and not equals:
             return f"--{key} needs a value: {_required(action)}."
         if key in known and action.dest != "config" and not _fits(parser, key, value):
-            return f"{key} must be {_required(action)}: got {value!r}."
+            return f"{key} must be {_required(action)}: got {_shown(value)}."
     return " ".join(error.split())
+
+
+def require_settings(parser: ArgumentParser, files: Sequence[str]) -> None:
+    """Look at files of settings for what the parser would stumble over.
+
+    Raises:
+        UserError: one is no plain YAML, or has a value where a group of settings must be.
+    """
+    known = _known(parser)
+    groups = {key for key in known if any(other.startswith(f"{key}.") for other in known)}
+    for file in files:
+        stored = read_mapping(Path(file), "--config")
+        for key in sorted(groups, key=lambda key: key.count(".")):
+            value: Any = stored
+            for name in key.split("."):
+                value = value.get(name, {})
+            if not isinstance(value, Mapping):
+                raise UserError(f"{file}: {key} must be a mapping of settings: got {_shown(value)}. Leave it out.")
+
+
+def _known(parser: ArgumentParser) -> dict[str, Any]:
+    """The options by name."""
+    return {word.removeprefix("--"): a for a in parser._actions for word in a.option_strings if word != "-h"}
 
 
 def _flat(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -87,7 +107,17 @@ def _hint(key: str, known: Mapping[str, Any], dashes: str = "") -> str:
 def _required(action: Any) -> str:
     if action.choices:
         return _words(typing.Literal[tuple(action.choices)], None)
+    if action.type is None and not hasattr(action, "_typehint"):
+        return "a mapping of settings"
+    if isinstance(action.type, number):
+        return f"{action.type.words}, {missed_range(math.nan, action.type.known)}"
     return _words(getattr(action, "_typehint", action.type), action.default)
+
+
+def _shown(value: Any) -> str:
+    """A value as it was written, but for the middle of a long one."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN // 2]}...{text[-_MAX_SHOWN // 2 :]}"
 
 
 def _words(kind: Any, example: Any) -> str:

@@ -5,25 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from rich.console import Console
 
-from moekit.cli.command import RecipeCommand
+from moekit.cli.command import RecipeCommand, number
 from moekit.runs.config import RunConfig
 from moekit.runs.plan import forecast
 from moekit.runs.recipe import Recipe
+from moekit.terminal import Terminal
 
 
 def _options(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--memory", type=float, help="device memory in GiB; shows if the model fits and the fewest devices"
+        "--memory",
+        type=number(float, above=0),
+        help="device memory in GiB; shows if the model fits and the fewest devices",
     )
-    parser.add_argument("--sequences", type=int, default=8, help="number of sequences in a device's micro-batch")
-    parser.add_argument("--length", type=int, help="tokens in a sequence (default: data.max_length)")
+    parser.add_argument(
+        "--sequences", type=number(int, at_least=1), default=8, help="number of sequences in a device's micro-batch"
+    )
+    parser.add_argument(
+        "--length", type=number(int, at_least=1), help="tokens in a sequence (default: data.max_length)"
+    )
 
 
 def _plan(recipe: Recipe, config: RunConfig, given: Any) -> None:
     sizes = {name: given[name] for name in ("memory", "sequences", "length")}
-    forecast(recipe, given.variant, config, Console(), **sizes)
+    forecast(recipe, given.variant, config, Terminal(), **sizes)
 
 
 COMMAND = RecipeCommand("Estimate memory, FLOPs and communication without running the model", _options, _plan)

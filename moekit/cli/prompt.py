@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from moekit.data.lines import one_line, require_plain
 from moekit.errors import UserError
 from moekit.runs.writer import Writer
+from moekit.terminal import visible
 
 
 def converse(writer: Writer, source: str | None, target: str | None) -> None:
@@ -43,7 +44,8 @@ def converse(writer: Writer, source: str | None, target: str | None) -> None:
             continue
         if warning := writer.warning([number - 1 for _ in written.cut], "standard input"):
             _say(warning)
-        print(one_line(written.texts[0]), flush=True)
+        answer = one_line(written.texts[0])
+        print(visible(answer) if _on_screen() else answer, flush=True)
 
 
 def _chosen(word: str, languages: Sequence[str]) -> str | None:
@@ -79,4 +81,4 @@ def _on_screen() -> bool:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)

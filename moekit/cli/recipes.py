@@ -13,8 +13,8 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from moekit.cli import distill, finetune, fit, generate, plan, run, score, serve, test
-from moekit.cli.command import RecipeCommand, execute, option_value, overview
-from moekit.cli.mistakes import explain
+from moekit.cli.command import RecipeCommand, execute, option_value, option_values, overview
+from moekit.cli.mistakes import explain, require_settings
 from moekit.errors import UserError, nearest
 from moekit.output import lasting_output
 from moekit.runs.config import RunConfig
@@ -64,6 +64,7 @@ def _main(recipe: Recipe, argv: list[str]) -> None:
     parser = build_parser(recipe, name, variant, base)
     given, config = _parsed(parser, recipe, base, arguments, command.settings)
     given.variant, given.arguments = given.get("variant") or variant, argv
+    given.chose = lambda key: key in parser.parse_args(arguments, defaults=False)
     with lasting_output() if command.lasting else nullcontext():
         command.run(recipe, config, given)
 
@@ -112,9 +113,11 @@ def _parsed(
     parser: ArgumentParser, recipe: Recipe, base: RunConfig, arguments: Sequence[str], settings: Sequence[str] | None
 ) -> tuple[Any, RunConfig]:
     """All options, and the settings with those of the options."""
+    if settings is None and (files := option_values(arguments, "--config")):
+        require_settings(parser, files)
     try:
         given = parser.parse_args(list(arguments))
-    except ArgumentError as error:
+    except (ArgumentError, UnicodeError, RecursionError) as error:
         raise UserError(explain(str(error), parser, arguments)) from None
     if settings is None:
         for old, new in recipe.renamed.items():

@@ -11,6 +11,7 @@ from rich.console import Console
 from moekit.cli.command import Command
 from moekit.errors import UserError
 from moekit.report import results_markdown, terminal_summary, write_comparison, write_report
+from moekit.terminal import visible
 
 
 def runs_options(parser: ArgumentParser, runs: str, page: str) -> None:
@@ -27,7 +28,7 @@ def runs_options(parser: ArgumentParser, runs: str, page: str) -> None:
 def write_compared(given: Namespace) -> None:
     """Write a page and a markdown file that compare the runs, and say where they are."""
     path = write_comparison(given.runs, given.out or Path("comparison.html"))
-    print(f"{path}\n{path.with_suffix('.md')}")
+    print(visible(f"{path}\n{path.with_suffix('.md')}"))
 
 
 def _options(parser: ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moekit.cli.command import RecipeCommand
-from moekit.cli.training import test_and_report, train, training_options
+from moekit.cli.training import smoke_option, smoke_settings, test_and_report, train
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
 
@@ -15,5 +15,9 @@ def _run(recipe: Recipe, config: RunConfig, given: Any) -> None:
 
 
 COMMAND = RecipeCommand(
-    "Train a model, test it on held-out text and write the report", training_options, _run, lasting=True
+    "Train a model, test it on held-out text and write the report",
+    smoke_option,
+    _run,
+    start=smoke_settings,
+    lasting=True,
 )

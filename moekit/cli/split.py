@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 
-from moekit.cli.command import Command
+from moekit.cli.command import Command, number
 from moekit.cli.surgery import (
     change,
     output_options,
@@ -18,7 +18,10 @@ from moekit.runs.surgery.operations import (
 def _options(parser: ArgumentParser) -> None:
     run_option(parser, "; the recipe must have the setting model.k")
     parser.add_argument(
-        "--parts", type=int, required=True, help="parts per expert; experts per token (model.k) grow by this factor"
+        "--parts",
+        type=number(int, at_least=1),
+        required=True,
+        help="parts per expert; experts per token (model.k) grow by this factor",
     )
     parser.add_argument(
         "--whole-weights",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moekit.cli.command import say
+from moekit.cli.command import number, say
 from moekit.runs.run import Run
 from moekit.runs.surgery.operations import (
     Result,
@@ -43,7 +43,9 @@ def part_options(parser: ArgumentParser) -> None:
 
 def seed_option(parser: ArgumentParser, what: str) -> None:
     """The seed of what is drawn."""
-    parser.add_argument("--seed", type=int, default=0, help=f"random seed of {what} (default: 0)")
+    parser.add_argument(
+        "--seed", type=number(int, at_least=0, at_most=2**32 - 1), default=0, help=f"random seed of {what} (default: 0)"
+    )
 
 
 def output_options(parser: ArgumentParser) -> None:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-
 from moekit.cli.command import RecipeCommand, say
 from moekit.cli.trained import SEARCH, folder_option, stored_run, stored_settings
 from moekit.cli.training import test_and_report
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
 from moekit.runs.text import corpus_note
+from moekit.terminal import Terminal
 from moekit.training.processes import is_first_process
 
 
 def _test(recipe: Recipe, config: RunConfig, given: Any) -> None:
     run = stored_run(recipe, given)
     if is_first_process() and (note := corpus_note(run)):
-        say(Console(), f"{run.path}: {note}")
+        say(Terminal(), f"{run.path}: {note}")
     test_and_report(run, config)
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from rich.console import Console
 
-from moekit.cli.command import RecipeCommand, option_value
+from moekit.cli.command import RecipeCommand, option_value, say
 from moekit.report import terminal_summary, write_report
 from moekit.runs.config import RunConfig
 from moekit.runs.evaluate import evaluate
@@ -18,6 +17,9 @@ from moekit.runs.fit import fit
 from moekit.runs.init_from import InitFrom
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
+from moekit.runs.smoke import smoke
+from moekit.terminal import Terminal
+from moekit.training.processes import is_first_process
 
 FOLDER = "folder of the run (default: runs/RECIPE-VARIANT)"
 
@@ -31,21 +33,56 @@ def test_and_report(run: Run, config: RunConfig) -> None:
     """Test a run and write its report; of several processes the first writes."""
     if evaluate(run, config):
         write_report(run.path)
-        terminal_summary(run.path, Console())
+        terminal_summary(run.path, Terminal())
+
+
+def smoke_option(parser: ArgumentParser) -> None:
+    """Options of the commands that train a recipe from its beginning."""
+    training_options(parser)
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="smoke test: do everything in seconds, with a tiny model and a few steps, to see that it works with your "
+        "data and machine; settings that you give count. The numbers are no results, and are labelled so",
+    )
+
+
+def smoke_settings(recipe: Recipe, arguments: Sequence[str], variant: str | None) -> tuple[str, RunConfig] | None:
+    """The settings of a smoke test, where one is asked for."""
+    name = variant or next(iter(recipe.variants))
+    return (name, smoke(recipe.variants[name].config)) if "--smoke" in arguments else None
 
 
 def training_options(parser: ArgumentParser, out: str = FOLDER) -> None:
     """Where the run goes, and whether it goes on or begins again."""
     parser.add_argument("--out", type=str, help=out)
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out from its last checkpoint; begin anew where there is none",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing run in --out")
 
 
 def train(recipe: Recipe, config: RunConfig, given: Any, start: type[InitFrom] | None = None) -> tuple[Run, RunConfig]:
     """Train into the folder of the options; the run, and the settings as they are on this machine."""
-    own = Run(folder(recipe, given.variant, given.out, start.command if start else ""))
+    smoke_test = given.get("smoke", False)
+    command = start.command if start else "smoke" if smoke_test else ""
+    own = Run(folder(recipe, given.variant, given.out, command))
     resumed = given.resume and not given.overwrite and own.in_folder
-    config = config.settled(own.settings if resumed else None)
+    kept = own.settings if resumed else None
+    config, notes = config.settled(kept), []
+    if given.resume and own.last_checkpoint is None:
+        notes.append(
+            f"{own.path}: {'the run has no checkpoint yet' if resumed else 'no run is there'}; it begins anew."
+        )
+    warmup, was = config.train.fitting_warmup(kept), config.train.warmup_steps
+    if warmup != was and not given.chose("train.warmup_steps"):
+        why = "as the run began" if resumed else f"of the {config.train.max_steps} steps of training"
+        notes.append(f"train.warmup_steps is {warmup} {why}, not {was}; give it to choose another.")
+        config = config.changed(train={"warmup_steps": warmup})
+    if notes and is_first_process():
+        say(Terminal(), "\n".join(notes))
     again = own if given.resume and own.last_checkpoint is not None else None
     init_from = start(given[start.option], start.choices(**vars(given[start.group])), config, again) if start else None
     arguments = [argument for argument in given.arguments if argument not in ("--resume", "--overwrite")]
@@ -57,8 +94,9 @@ def train(recipe: Recipe, config: RunConfig, given: Any, start: type[InitFrom] |
         resume=given.resume,
         overwrite=given.overwrite,
         init_from=init_from,
+        smoke=smoke_test,
         resume_command=shlex.join(["python", "-m", f"moekit.recipes.{recipe.name}", *arguments, "--resume"]),
-        console=Console(),
+        console=Terminal(),
     )
     return run, config
 

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 
 from rich.console import Console
 
-from moekit.cli.command import Command
+from moekit.cli.command import Command, number
 from moekit.cli.surgery import (
     change,
     output_options,
@@ -14,7 +14,6 @@ from moekit.cli.surgery import (
     run_option,
     seed_option,
 )
-from moekit.errors import UserError
 from moekit.runs.surgery.operations import (
     upcycle_run,
 )
@@ -22,16 +21,18 @@ from moekit.runs.surgery.operations import (
 
 def _options(parser: ArgumentParser) -> None:
     run_option(parser, "; dense, or sparse to add more experts")
-    parser.add_argument("--experts", type=int, required=True, help="number of experts in each new sparse layer")
+    parser.add_argument(
+        "--experts", type=number(int, at_least=1), required=True, help="number of experts in each new sparse layer"
+    )
     parser.add_argument(
         "--noise",
-        type=float,
+        type=number(float, at_least=0),
         default=0.0,
         help="noise added to the copies, in standard deviations of the weights (default: 0; 0.1 makes experts differ)",
     )
     parser.add_argument(
         "--scale",
-        type=float,
+        type=number(float),
         default=1.0,
         help="factor on the output of experts of a dense run (default: 1); the number of experts roughly keeps the "
         "function with a new top-1 softmax router",
@@ -42,8 +43,6 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _upcycle(given: Namespace, console: Console) -> None:
-    if given.noise < 0:
-        raise UserError(f"--noise must not be negative: got {given.noise:g}.")
     options = {"noise": given.noise, "scale": given.scale, "compensated": not given.plain, "seed": given.seed}
     change(given, console, lambda run: upcycle_run(run, given.experts, **options))
 

@@ -25,6 +25,7 @@ from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
 from moekit.source import Direction, Source, Split, digest
 from moekit.stored import parse_json
+from moekit.terminal import Terminal
 
 _FORMAT = 1
 _CHUNK = 4096
@@ -211,8 +212,8 @@ def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Want
 
 
 def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, transient=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Terminal(), transient=True)
     bar.disable = not (shown and bar.console.is_terminal)
     return bar
 

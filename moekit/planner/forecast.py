@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -17,6 +16,7 @@ from moekit.planner.census import Census, take_census
 from moekit.planner.memory import TENSOR_AXES, Memory, local_shape, memory_of, sharded_shape, sharers, zero_cut
 from moekit.planner.shape import TransformerShape
 from moekit.planner.traffic import Traffic, traffic_of
+from moekit.terminal import Terminal
 
 GIB = 2**30
 """Bytes of a GiB."""
@@ -220,5 +220,5 @@ def compare(plans: dict[str, Forecast], *, markdown: bool = False) -> str:
     for row in rows:
         table.add_row(*row)
     file = io.StringIO()
-    Console(file=file, width=_COLUMN_WIDTH * (1 + len(plans)), color_system=None).print(table)
+    Terminal(file=file, width=_COLUMN_WIDTH * (1 + len(plans)), color_system=None).print(table)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines() if line.strip())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from moekit.runs.recipe import find_recipe, recipe_names
+from moekit.terminal import visible
 
 
 def main() -> int:
@@ -13,7 +14,7 @@ def main() -> int:
     given = sys.argv[1:]
     if given and given[0] not in ("-h", "--help"):
         words = " ".join(given) if given[0] in names else "NAME"
-        print(f"error: a recipe is a module of its own: python -m moekit.recipes.{words}", file=sys.stderr)
+        print(f"error: a recipe is a module of its own: python -m moekit.recipes.{visible(words)}", file=sys.stderr)
         return 2
     print(
         "usage: python -m moekit.recipes.NAME [command] [--variant NAME] [--config FILE] [--key value ...]\n\nrecipes:"

@@ -80,22 +80,22 @@ class NetworkConfig:
             which saves memory and costs time.
     """
 
-    dim: int = 128
-    heads: int = 4
-    head_dim: int = 0
-    hidden_dim: int = 512
+    dim: int = setting(128, at_least=1)
+    heads: int = setting(4, at_least=1)
+    head_dim: int = setting(0, at_least=0)
+    hidden_dim: int = setting(512, at_least=1)
     num_experts: int = setting(8, at_least=0, free=SURGERY)
-    every: int = 2
-    load_balance: float = setting(1e-2, free=SURGERY)
-    router_z: float = setting(0.0, free=SURGERY)
+    every: int = setting(2, at_least=1)
+    load_balance: float = setting(1e-2, at_least=0, free=SURGERY)
+    router_z: float = setting(0.0, at_least=0, free=SURGERY)
     dropout: float = setting(0.0, at_least=0, below=1, free=SURGERY)
     activation: Literal["relu", "gelu", "silu"] = "relu"
     gated: bool = False
     norm: Norm = "layer"
     positions: Literal["sinusoidal", "rotary", "relative"] = "sinusoidal"
     tied: bool = True
-    init_scale: float = setting(1.0, free=SURGERY)
-    expert_init_scale: float = setting(1.0, free=SURGERY)
+    init_scale: float = setting(1.0, above=0, free=SURGERY)
+    expert_init_scale: float = setting(1.0, above=0, free=SURGERY)
     init_by_depth: bool = setting(True, free=SURGERY)
     checkpoint: bool = setting(False, free=SURGERY)
 
@@ -108,7 +108,7 @@ class DecoderConfig(NetworkConfig):
         layers: number of transformer blocks.
     """
 
-    layers: int = 4
+    layers: int = setting(4, at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,8 @@ class EncoderDecoderConfig(NetworkConfig):
         decoder_layers: number of transformer blocks in the decoder.
     """
 
-    encoder_layers: int = 2
-    decoder_layers: int = 2
+    encoder_layers: int = setting(2, at_least=1)
+    decoder_layers: int = setting(2, at_least=1)
 
 
 def feed_forward(model: NetworkConfig, hidden_dim: int | None = None) -> nn.Module:

@@ -23,7 +23,7 @@ from moekit.layer import MoELayer
 from moekit.recipes._networks import TEXT, DecoderConfig, feed_forward, parts, with_twins
 from moekit.routers import RankShuffle, base_layers
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
-from moekit.runs.settings import TaskConfig
+from moekit.runs.settings import TaskConfig, setting
 from moekit.transformer import Side, SparseDense, at_layers
 
 
@@ -41,8 +41,8 @@ class ModelConfig(DecoderConfig):
             balanced assignment cost less quality; no effect on one process.
     """
 
-    sublayers: int = 3
-    expert_hidden_dim: int = 0
+    sublayers: int = setting(3, at_least=1)
+    expert_hidden_dim: int = setting(0, at_least=0)
     shuffle: bool = True
     load_balance: float = 0.0  # there is nothing to balance
 

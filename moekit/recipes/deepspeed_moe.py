@@ -42,10 +42,10 @@ class ModelConfig(DecoderConfig):
     """
 
     half: Literal["both", "first", "second"] = "both"
-    doubled: int = 1
+    doubled: int = setting(1, at_least=0)
     residual: Literal["none", "add", "softmax"] = "add"  # the paper adds, the released code mixes
     expert_init: Literal["independent", "copied"] = "independent"  # the released code copies
-    capacity_factor: float = setting(1.0, free=SURGERY)
+    capacity_factor: float = setting(1.0, at_least=0, free=SURGERY)
 
 
 def build(config: RunConfig, text: RunText) -> ModelParts:

@@ -48,13 +48,13 @@ class ModelConfig(DecoderConfig):
             softmax of the logits).
     """
 
-    diversify: float = 0.1
-    masked: float = 0.1
-    sparsify: float = 0.4
+    diversify: float = setting(0.1, at_least=0, at_most=1)
+    masked: float = setting(0.1, at_least=0, below=1)
+    sparsify: float = setting(0.4, at_least=0, at_most=1)
     decay: Literal["exponential", "linear"] = "exponential"
-    start: float = 2.0
-    end: float = 0.3
-    threshold: float = setting(1e-3, free=SURGERY)
+    start: float = setting(2.0, above=0)
+    end: float = setting(0.3, above=0)
+    threshold: float = setting(1e-3, at_least=0, below=1, free=SURGERY)
     weights: Literal["gumbel", "plain"] = "gumbel"
     load_balance: float = 0.0  # the gate is said to need none
 

@@ -67,11 +67,12 @@ class ModelConfig(EncoderDecoderConfig):
             process.
     """
 
-    k: int = 2
-    capacity_factor: float = setting(1.0, free=SURGERY)  # C = 2 T / E (section 2.2)
-    eval_capacity_factor: float = setting(0.0, free=SURGERY)  # ours: dropless
+    k: int = setting(2, at_least=1)
+    capacity_factor: float = setting(1.0, at_least=0, free=SURGERY)  # C = 2 T / E (section 2.2)
+    eval_capacity_factor: float = setting(0.0, at_least=0, free=SURGERY)  # ours: dropless
     second_expert: Literal["random", "always", "threshold", "sampled"] = "random"
-    group_size: int = 0  # section 2.2: groups are served apart; the paper gives no size but that of a device's batch
+    # Section 2.2: groups are served apart; the paper gives no size but that of a device's batch.
+    group_size: int = setting(0, at_least=0)
 
 
 def build(config: RunConfig, text: RunText) -> ModelParts:

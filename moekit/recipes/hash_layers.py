@@ -23,7 +23,7 @@ from moekit.experts import MultiHashMLP
 from moekit.layer import MoELayer
 from moekit.recipes._networks import TEXT, DecoderConfig, dense_twin_layer, expert_bank, feed_forward, parts, with_twins
 from moekit.runs import ModelParts, Recipe, Run, RunConfig, RunText, Variant
-from moekit.runs.settings import DataConfig, LanguageModelTasks, TaskConfig, TrainConfig
+from moekit.runs.settings import DataConfig, LanguageModelTasks, TaskConfig, TrainConfig, setting
 from moekit.training.checkpoint_state import load_state
 from moekit.transformer import Side, every_other
 
@@ -50,11 +50,11 @@ class ModelConfig(DecoderConfig):
     """
 
     hash: Hash = "balanced"
-    tables: int = 1
-    hash_seed: int = 0
+    tables: int = setting(1, at_least=1)
+    hash_seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     embeddings: str | None = None
-    layer: int = 2
-    every: int = 100  # one layer in all
+    layer: int = setting(2, at_least=0)
+    every: int = setting(100, at_least=1)  # one layer in all
     load_balance: float = 0.0  # a table has no losses
 
 

@@ -40,10 +40,10 @@ class ModelConfig(DecoderConfig):
             from the router probabilities.
     """
 
-    k: int = 2
+    k: int = setting(2, at_least=1)
     # fairseq's top-2 gate takes 2 * ceil(S / E) tokens an expert: a factor of 1 for k = 2.
-    capacity_factor: float = setting(1.0, free=SURGERY)
-    eval_capacity_factor: float = setting(0.0, free=SURGERY)  # ours: dropless
+    capacity_factor: float = setting(1.0, at_least=0, free=SURGERY)
+    eval_capacity_factor: float = setting(0.0, at_least=0, free=SURGERY)  # ours: dropless
     second_expert: Literal["always", "sampled"] = "always"  # the released command; sampled is its code's default
 
 

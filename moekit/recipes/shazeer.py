@@ -47,14 +47,14 @@ class ModelConfig:
         tied: whether input embeddings and output layer share their weights.
     """
 
-    dim: int = 128
-    units: int = 0
-    hidden_dim: int = 256  # the paper's 512 and 1,024, by four
-    num_experts: int = setting(32, free=SURGERY)
-    groups: int = 0
-    k: int = 4
-    importance: float = 0.1  # appendix C.1, as `load` and `k`
-    load: float = 0.1
+    dim: int = setting(128, at_least=1)
+    units: int = setting(0, at_least=0)
+    hidden_dim: int = setting(256, at_least=1)  # the paper's 512 and 1,024, by four
+    num_experts: int = setting(32, at_least=0, free=SURGERY)
+    groups: int = setting(0, at_least=0)
+    k: int = setting(4, at_least=1)
+    importance: float = setting(0.1, at_least=0)  # appendix C.1, as `load` and `k`
+    load: float = setting(0.1, at_least=0)
     dropout: float = setting(0.0, at_least=0, below=1, free=SURGERY)
     tied: bool = False
 

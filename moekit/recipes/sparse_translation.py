@@ -26,6 +26,7 @@ from moekit.layer import MoELayer
 from moekit.recipes._networks import TRANSLATION, EncoderDecoderConfig, expert_bank, feed_forwards, parts, with_twins
 from moekit.routers import base_layers
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
+from moekit.runs.settings import setting
 from moekit.transformer import Side
 
 
@@ -39,7 +40,7 @@ class ModelConfig(EncoderDecoderConfig):
     """
 
     load_balance: float = 0.0  # the assignment balances
-    dense_steps: int = 0
+    dense_steps: int = setting(0, at_least=0)
 
 
 def build(config: RunConfig, text: RunText) -> ModelParts:

@@ -68,12 +68,13 @@ class ModelConfig(EncoderDecoderConfig):
     norm: Norm = "rms"
     positions: Literal["sinusoidal", "rotary", "relative"] = "relative"
     router_z: float = 1e-3  # eq. 6
-    k: int = 2  # section 4.2, which compares 1, 2 and 3, with the factors
-    capacity_factor: float = setting(1.25, free=SURGERY)
-    eval_capacity_factor: float = setting(2.0, free=SURGERY)
+    k: int = setting(2, at_least=1)  # section 4.2, which compares 1, 2 and 3, with the factors
+    capacity_factor: float = setting(1.25, at_least=0, free=SURGERY)
+    eval_capacity_factor: float = setting(2.0, at_least=0, free=SURGERY)
     capacity_share: Literal["tokens", "choices"] = setting("tokens", free=SURGERY)
-    threshold: float = setting(0.2, free=SURGERY)  # appendix C
-    jitter: float = setting(0.0, free=SURGERY)  # section 3: 1e-2 makes training stable, and is worse
+    threshold: float = setting(0.2, at_least=0, at_most=1, free=SURGERY)  # appendix C
+    # Section 3: 1e-2 makes training stable, and is worse.
+    jitter: float = setting(0.0, at_least=0, below=1, free=SURGERY)
     batch_prioritised: bool = False
     extra: Literal["after", "before", "none"] = "after"
     expert_bias: Literal["none", "add", "multiply"] = "none"

@@ -70,9 +70,9 @@ class ModelConfig(EncoderDecoderConfig):
 
     norm: Norm = "rms"  # norm, positions and activation as in T5
     positions: Literal["sinusoidal", "rotary", "relative"] = "relative"
-    k: int = 1
-    capacity_factor: float = setting(1.25, free=SURGERY)
-    eval_capacity_factor: float = setting(0.0, free=SURGERY)  # ours: dropless
+    k: int = setting(1, at_least=1)
+    capacity_factor: float = setting(1.25, at_least=0, free=SURGERY)
+    eval_capacity_factor: float = setting(0.0, at_least=0, free=SURGERY)  # ours: dropless
     exploration: Literal["jitter", "dropout", "sample", "none"] = "jitter"
     overflow: Literal["drop", "reroute"] = "drop"
 

@@ -52,11 +52,11 @@ class ModelConfig(EncoderDecoderConfig):
         discriminator_weight: weight of the detection loss relative to the generator's loss; 50 in ELECTRA.
     """
 
-    capacity_factor: float = setting(1.0, free=SURGERY)
-    jitter: float = setting(1e-2, free=SURGERY)
-    generator_dim: int = 64
-    generator_layers: int = 1
-    discriminator_weight: float = 50.0  # ELECTRA's
+    capacity_factor: float = setting(1.0, at_least=0, free=SURGERY)
+    jitter: float = setting(1e-2, at_least=0, below=1, free=SURGERY)
+    generator_dim: int = setting(64, at_least=1)
+    generator_layers: int = setting(1, at_least=1)
+    discriminator_weight: float = setting(50.0, at_least=0)  # ELECTRA's
 
 
 @with_pair_tasks(TaskConfig)

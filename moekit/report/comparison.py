@@ -17,6 +17,7 @@ from moekit.report.results import costs, routing_words
 from moekit.report.run_folder import RunFolder, dig, read_run
 from moekit.report.style import CYCLE
 from moekit.report.view import Figure, PageSection, Table, Tile, View, caption, heading
+from moekit.runs.smoke import WARNING
 
 MAX_RUNS = 8
 _KEPT = ("parameters", "active parameters", "steps", "tokens", "tokens per second", "time")
@@ -146,6 +147,8 @@ def _names(runs: Sequence[RunFolder]) -> list[str]:
 
 def _warnings(runs: Sequence[RunFolder]) -> Iterator[str]:
     """Why the numbers may not be comparable."""
+    if tests := [run.path.resolve().name for run in runs if run.smoke]:
+        yield f"{', '.join(tests)}: {WARNING}."
     data = {json.dumps(dig(r.summary, "data"), sort_keys=True, default=str) for r in runs if r.summary.get("data")}
     if len(data) > 1:
         yield "These runs used different data, so their scores are not strictly comparable."

@@ -13,6 +13,7 @@ from moekit.report.predictions import main_task, predictions
 from moekit.report.run_folder import RunFolder, Series, dig, loads, number
 from moekit.report.series import specialisation
 from moekit.report.wording import count, fixed, percent
+from moekit.runs.smoke import WARNING
 
 # Where we begin to worry. Ours: a dropped token loses its expert in that layer, and papers train at a few percent;
 # an expert with under a tenth of its fair share hardly learns, one with four times as much is a bottleneck, and one
@@ -145,7 +146,8 @@ def findings(run: RunFolder) -> list[Finding]:
     held_out = [Finding(False, str(text)) for text in said] if isinstance(said, list) else []
     found = [*translation, *guessed.values(), *held_out, *_losses(run), *_routing(run)]
     nothing_learned = bool(translation) or (not run.translates and main_task(run).task in guessed)
-    return sorted((f for f in found if not (f.good and nothing_learned)), key=lambda f: f.good)
+    smoke = [Finding(False, f"This was a {WARNING}.")] if run.smoke else []
+    return [*smoke, *sorted((f for f in found if not (f.good and nothing_learned)), key=lambda f: f.good)]
 
 
 def _translation(run: RunFolder) -> Iterator[Finding]:

@@ -113,7 +113,13 @@ class RunFolder:
     @property
     def name(self) -> str:
         """Recipe and variant, or the folder's name where neither is known."""
-        return " · ".join(filter(None, (self.recipe, self.variant))) or self.path.resolve().name
+        known = (self.recipe, self.variant, "smoke test" if self.smoke else "")
+        return " · ".join(filter(None, known)) or self.path.resolve().name
+
+    @property
+    def smoke(self) -> bool:
+        """Whether this was a smoke test, whose numbers are no results."""
+        return self._said("smoke").lower() == "true"
 
     @property
     def layers(self) -> tuple[Mapping[str, Any], ...]:

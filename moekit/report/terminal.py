@@ -18,6 +18,7 @@ from moekit.report.predictions import TaskScores, main_task, predictions
 from moekit.report.results import answer_tables, costs, known, rankings, routing_words, score_tiles
 from moekit.report.run_folder import RunFolder, dig, number, read_run, sides
 from moekit.report.view import Table
+from moekit.terminal import Terminal
 
 WIDTH = 80
 HEIGHT = 24
@@ -36,7 +37,7 @@ def terminal_summary(run: Path | Mapping[str, Any], console: Console | None = No
     Raises:
         UserError: if `run` is a path but not a run folder.
     """
-    console = console or Console()
+    console = console or Terminal()
     folder = RunFolder(Path(), summary=run) if isinstance(run, Mapping) else read_run(Path(run))
     title = "run" if isinstance(run, Mapping) and not folder.recipe else folder.name
     commands = [] if isinstance(run, Mapping) else _next(folder)

@@ -13,6 +13,7 @@ from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom, starting_tokenizer
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
+from moekit.runs.settings.fields import setting
 from moekit.surgery.student import initialize_student
 from moekit.training.distillation import Added, DistillationModule, Falling, Mixture, Objective, Staged, Teacher
 from moekit.training.multitask import MultitaskModule
@@ -42,11 +43,11 @@ class DistillConfig:
     """
 
     objective: Literal["mixture", "added"] = "mixture"
-    weight: float = 0.25
-    until: int = 0
+    weight: float = setting(0.25, at_least=0)
+    until: int = setting(0, at_least=0)
     fall: Literal["stop", "linear", "cosine"] = "stop"
-    fall_from: int = 0
-    temperature: float = 1.0
+    fall_from: int = setting(0, at_least=0)
+    temperature: float = setting(1.0, above=0)
     inherit: Literal["everything", "non_moe", "none"] = "non_moe"
     layers: str | None = None
 

@@ -85,6 +85,7 @@ def _write(
     summary = Summary(
         recipe=run.recipe.name,
         variant=run.variant,
+        smoke=run.settings.get("smoke") or None,
         data=DataRecord(
             source=",".join(config.data.sources),
             languages=data.languages,

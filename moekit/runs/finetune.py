@@ -13,6 +13,7 @@ from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom, starting_tokenizer
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
+from moekit.runs.settings.fields import setting
 from moekit.runs.settings.train import StrategyConfig
 from moekit.runs.surgery.optimizer import optimizer_slots
 from moekit.surgery.adapters import Target, add_adapters
@@ -38,11 +39,11 @@ class FineTuneConfig:
     """
 
     tune: str | None = None
-    rank: int = 0
-    alpha: float = 16.0
+    rank: int = setting(0, at_least=0)
+    alpha: float = setting(16.0, above=0)
     adapt: str = "experts,attention,feed_forward"
-    expert_dropout: float | None = None
-    train_capacity: float | None = None
+    expert_dropout: float | None = setting(None, at_least=0, below=1)
+    train_capacity: float | None = setting(None, at_least=0)
     optimizer: Literal["carried", "fresh"] = "carried"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from moekit.atomic import disk_trouble, write_error
 from moekit.data.held_out import HeldOut, left_out, remarks
@@ -27,7 +28,9 @@ from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.settings.train import quiet
+from moekit.runs.smoke import WARNING
 from moekit.runs.text import require_same_text, tokenizer_of
+from moekit.terminal import visible
 from moekit.training.callbacks.config import ConfigInCheckpoints
 from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
 from moekit.training.callbacks.interrupt import Resumable
@@ -62,6 +65,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     init_from: InitFrom | None = None,
+    smoke: bool = False,
     resume_command: str = "",
     console: Console | None = None,
 ) -> Run:
@@ -78,6 +82,7 @@ def fit(
         resume: go on with the run that is there, if any.
         overwrite: replace it.
         init_from: another run that this one starts from.
+        smoke: whether it is a smoke test, which the record says.
         resume_command: what the user is told when training is interrupted.
         console: says what is trained.
 
@@ -89,6 +94,7 @@ def fit(
     config.evaluate.check()
     strategy = config.strategy.strategy()
     settings = {"recipe": recipe.name, "variant": variant, **as_plain(config)}
+    settings |= {"smoke": True} if smoke else {}
     settings |= {} if init_from is None else init_from.record
     free = [*free_keys(config, "resume"), *_FREE_RECORDS]
     run = Run(out)
@@ -153,10 +159,12 @@ def fit(
         if config.evaluate.score_valid and data.directions:
             module.translate, module.originals = _writer(config, module, data), data.originals("valid")
         if trainer.is_global_zero and console is not None:
-            notes = [*left_out(held_out.corpus.training, data.max_length), *remarks(data, held_out.corpus)]
-            lines = [_said(recipe, config, module, data, run), *(f"[yellow]![/] {text}" for text in notes)]
-            lines += [] if init_from is None else [init_from.note(module)]
-            console.print("\n".join(lines), highlight=False, soft_wrap=True)
+            said: list[str | tuple[str, str]] = [(recipe.name, "bold"), f" {visible(_said(config, module, data, run))}"]
+            for note in (*left_out(held_out.corpus.training, data.max_length), *remarks(data, held_out.corpus)):
+                said += [("\n! ", "yellow"), visible(note)]
+            said += [] if init_from is None else [f"\n{visible(init_from.note(module))}"]
+            said += [(f"\n{WARNING}", "bold yellow")] if smoke else []
+            console.print(Text.assemble(*said), soft_wrap=True)
         with quiet(), explained(trainer), _disk_trouble(run, resume_command):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return run
@@ -219,7 +227,7 @@ def _training_text(run: Run | None, config: RunConfig, init_from: InitFrom | Non
     return data
 
 
-def _said(recipe: Recipe, config: RunConfig, module: MultitaskModule, data: MultitaskData, run: Run) -> str:
+def _said(config: RunConfig, module: MultitaskModule, data: MultitaskData, run: Run) -> str:
     """What is about to be trained, in three lines."""
     counts, train = parameters(module.backbone), config.train
     sparse = f", {counts['active']:,} active for a token" if counts["active"] != counts["total"] else ""
@@ -227,7 +235,7 @@ def _said(recipe: Recipe, config: RunConfig, module: MultitaskModule, data: Mult
     ends += [f"{train.max_minutes:g} minutes"] if train.max_minutes else []
     tf32 = train.on_gpu and torch.get_float32_matmul_precision() != "highest"
     return (
-        f"[bold]{recipe.name}[/] {run.path}\n"
+        f"{run.path}\n"
         f"data      {','.join(config.data.sources)}: {len(data.languages)} languages ({', '.join(data.languages)}), "
         f"{f'{len(data.directions)} directions, ' if data.directions else ''}"
         f"vocabulary {data.tokenizer.vocab_size:,}\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moekit.atomic import require_writable
@@ -13,6 +12,7 @@ from moekit.data.lines import STANDARD, one_line, read_lines, write_lines
 from moekit.runs.config import RunConfig
 from moekit.runs.run import Run
 from moekit.runs.writer import Writer
+from moekit.terminal import Terminal, visible
 
 
 def generate(
@@ -50,11 +50,11 @@ def generate(
     source, target = writer.require_languages(source, target)
     lines = read_lines(input)
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Terminal(stderr=True),
         transient=True,
         disable=not sys.stderr.isatty(),
     )
@@ -62,5 +62,5 @@ def generate(
         task = bar.add_task(source if target is None else f"{source} to {target}", total=len(lines))
         written = writer.write(lines, source, target, advance=lambda n: bar.advance(task, n))
     if warning := writer.warning(written.cut, "standard input" if input == STANDARD else f"--input {input}"):
-        print(warning, file=sys.stderr)
+        print(visible(warning), file=sys.stderr)
     write_lines(output, map(one_line, written.texts))

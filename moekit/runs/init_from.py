@@ -12,6 +12,7 @@ from moekit.runs.config import RunConfig
 from moekit.runs.plain import as_plain
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
+from moekit.runs.settings.fields import check_ranges
 from moekit.runs.text import tokenizer_of
 from moekit.training.multitask import MultitaskModule
 
@@ -50,6 +51,7 @@ class InitFrom(ABC):
     def __init__(self, source: str | None, chosen: Any, config: RunConfig, own: Run | None) -> None:
         if source is None:
             raise UserError(f"{self.command} needs {self.purpose}: give its folder with --{self.option}.")
+        check_ranges(chosen, f"{self.group}.")
         self.source, self.chosen, self.goes_on = source, chosen, own is not None
         self.record = {self.option: str(Path(source)), self.group: as_plain(chosen)}
         if own is None:

@@ -99,6 +99,7 @@ class Summary(Record):
     Attributes:
         recipe: its name.
         variant: the recipe's variant.
+        smoke: true for a smoke test, whose numbers are no results; else not written.
         data: the text.
         steps: optimizer steps that were taken.
         evaluated_step: the step of the checkpoint that was tested.
@@ -126,6 +127,7 @@ class Summary(Record):
 
     recipe: str | None = None
     variant: str | None = None
+    smoke: bool | None = field(default=None, metadata={"optional": True})
     data: DataRecord = field(default_factory=DataRecord)
     steps: int | None = None
     evaluated_step: int | None = None

@@ -27,7 +27,8 @@ from moekit.runs.environment import environment
 from moekit.runs.plain import plain, require_same
 from moekit.runs.recipe import Recipe, RunText, find_recipe
 from moekit.runs.record import RoutingRecord, Sample, Summary
-from moekit.stored import parse_json, parse_yaml
+from moekit.runs.yaml_file import read_mapping
+from moekit.stored import parse_json
 from moekit.surgery import SparseLayer, require_complete, sparse_layers
 from moekit.surgery.adapters import merged_state
 from moekit.training.callbacks.config import CONFIG_KEY
@@ -317,10 +318,7 @@ class Run:
         path = self.described_by or self.path / _CONFIG
         if self.described_by is None and not path.is_file():
             raise UserError(f"{self.path} does not say what model it is of: give the config.yaml of a run (--config).")
-        try:
-            return path, parse_yaml(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} must be readable YAML: {' '.join(str(error).split())}.") from None
+        return path, read_mapping(path, str(path))
 
     @property
     def settings(self) -> dict[str, Any]:

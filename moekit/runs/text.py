@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
-
 from moekit.data.held_out import HeldOut
 from moekit.data.module import MultitaskData
 from moekit.data.tokenizer import Tokenizer
@@ -19,6 +17,7 @@ from moekit.runs.plain import differences, plain
 from moekit.runs.recipe import structured
 from moekit.runs.run import Run
 from moekit.runs.settings.tasks import active_tasks
+from moekit.terminal import Terminal
 
 
 def evaluation_data(run: Run, config: RunConfig | None = None) -> MultitaskData:
@@ -161,4 +160,4 @@ def _changes(then: Mapping[str, int], data: MultitaskData) -> str:
 
 def _say(line: str) -> None:
     """To standard error: standard output may be what a command was asked for."""
-    Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(line)
+    Terminal(stderr=True, soft_wrap=True).print(line)

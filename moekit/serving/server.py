@@ -22,6 +22,7 @@ from moekit.serving.origins import require_own_host, require_same_origin
 from moekit.serving.page import Page
 from moekit.serving.requests import Limits, RefusedError, parsed
 from moekit.serving.turns import GoneError, Turns
+from moekit.terminal import visible
 
 _METHODS = {"/": ("GET", "HEAD"), "/health": ("GET", "HEAD"), "/generate": ("POST",)}
 _HEADER_BYTES = 1 << 16
@@ -61,7 +62,7 @@ def serve(
         writer = opened()
         server.open(writer, name)
         languages = f"{', '.join(writer.sources)}{' to ' + ', '.join(writer.targets) if writer.targets else ''}"
-        print(f"{name} ({writer.title}: {languages}) answers at {server.url}", flush=True)
+        print(f"{visible(name)} ({writer.title}: {languages}) answers at {server.url}", flush=True)
         if not _is_loopback(server.server_address[0]):
             print("Whoever reaches this machine can use it: --host 127.0.0.1 keeps it to this machine.", flush=True)
         print("Ctrl-C ends it.", flush=True)
@@ -181,7 +182,9 @@ class Server(ThreadingHTTPServer):
         """Say in one line what went wrong; a client that has left did nothing wrong."""
         error = sys.exc_info()[1]
         if not isinstance(error, ConnectionError | TimeoutError):
-            print(f"error: a request failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            print(
+                f"error: a request failed: {type(error).__name__}: {visible(str(error))}", file=sys.stderr, flush=True
+            )
 
 
 class _Bounded(io.RawIOBase):

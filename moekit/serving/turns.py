@@ -11,6 +11,7 @@ from typing import Any
 
 from moekit.errors import UserError
 from moekit.serving.requests import RefusedError
+from moekit.terminal import visible
 
 _POLL = 0.1  # seconds
 
@@ -116,7 +117,7 @@ class Turns:
             turn.refused = RefusedError(400, str(error))
         except Exception as error:
             what = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"error: an answer failed: {what}", file=sys.stderr, flush=True)
+            print(f"error: an answer failed: {visible(what)}", file=sys.stderr, flush=True)
             turn.refused = RefusedError(500, "the answer failed; the server's standard error says why.")
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ def count_kept(layers: Mapping[str, SparseLayer], keep: int | float) -> dict[str
         UserError: if a layer has not so many, a token chooses more, the number or share is not positive, or the share
             is over 1.
     """
-    if keep <= 0 or (isinstance(keep, float) and keep > 1):
+    if not keep > 0 or (isinstance(keep, float) and keep > 1):  # NaN is not greater than anything
         raise UserError(f"keep must be a number of experts, or a share of them above 0 and up to 1.0: got {keep}.")
     counts = {}
     for path, layer in layers.items():

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, cast
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
 
+from moekit.component import LoadedFromFile
 from moekit.data.batch import Batch
 from moekit.errors import UserError, nearest
 from moekit.layer import AuxLosses
@@ -43,7 +43,7 @@ class Write(Protocol):
         """What was given, what is right and what the model writes, for the first `rows` rows."""
 
 
-class MultitaskModule(L.LightningModule):
+class MultitaskModule(LoadedFromFile):
     """Train several heads over one backbone.
 
     A training batch is a mapping from task to `Batch`; the objective is

@@ -59,7 +59,7 @@ class _FeedForward(nn.Module):
         self, dim: int, hidden_dim: int, *, activation: Activation = "relu", dropout: float = 0.0, bias: bool = False
     ) -> None:
         super().__init__()
-        self.activation, self.dropout = activation, dropout
+        self.dim, self.activation, self.dropout = dim, activation, dropout
         self._act = activation_function(activation)
         self.w_in = projection(self.maps, dim, hidden_dim, bias=bias)
         self.w_out = nn.Linear(hidden_dim, dim, bias=bias)

@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "moekit"
 FLOORS = {
     "component": 0,
     "errors": 0,
+    "terminal": 0,
     "atomic": 0,
     "lock": 0,
     "output": 0,

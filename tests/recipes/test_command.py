@@ -71,6 +71,13 @@ def test_mistakes_are_explained(arguments: list[str], words: list[str], capsys: 
         ("train.betas", "[0.9,1.5]"),
         ("train.devices", "0"),
         ("model.dropout", "2"),
+        ("model.encoder_layers", "0"),
+        ("model.heads", "0"),
+        ("model.capacity_factor", "-1"),
+        ("model.load_balance", ".nan"),
+        ("model.hidden_dim", "100000000000000000000"),
+        ("data.mask_shares", "[0.8,0.1,1e30]"),
+        ("strategy.expert_parallel_size", "0"),
         ("model.num_experts", "-1"),
         ("tasks.translation.tokens", "-1"),
         ("tasks.denoising.weight", "-1"),
@@ -91,13 +98,7 @@ def test_numbers_out_of_range_are_refused_by_key(
         reconfigured(zcode_m3.RECIPE, zcode_m3.RECIPE.variants["tiny"].config, [f"--{key}={value}"])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--model.heads", "3"], "dim must be divisible by heads"),
-        (["--model.capacity_factor", "-1"], "positive factor"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "words"), [(["--model.heads", "3"], "dim must be divisible by heads")])
 def test_a_model_that_cannot_be_built_leaves_nothing(
     arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moekit.recipes import gshard, zcode_m3
 from moekit.runs import Run, RunConfig, RunText
 from moekit.runs.plain import as_plain
 from moekit.runs.recipe import recipe_names, structured
-from moekit.runs.settings import DataConfig, setting
+from moekit.runs.settings import DataConfig, TrainConfig, setting
 from moekit.runs.settings.fields import check_ranges, free_keys, settings_of
 from moekit.training.callbacks.config import CONFIG_KEY
 
@@ -187,3 +188,39 @@ def test_much_that_is_left_out_is_said() -> None:
     (line,) = left_out(rows, 50)
     assert line.startswith("translation: 20 of 1,000 training sentences are left out: they are empty, or longer than ")
     assert "data.max_length, 50 pieces" in line
+
+
+def test_processes_must_have_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    cpu = TrainConfig(accelerator="cpu")
+    replace(cpu, devices=16).check()
+    with pytest.raises(UserError, match=r"train.devices must be at most 16 on this machine \(2 cores.*: got 2000"):
+        replace(cpu, devices=2000).check()
+    with pytest.raises(UserError, match=r"train.num_nodes 16 needs a process on every machine.*srun or torchrun"):
+        replace(cpu, num_nodes=16).trainer()
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    replace(cpu, num_nodes=16).check()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    TrainConfig(devices=3).check()
+    with pytest.raises(UserError, match=r"at most 3 on this machine \(3 GPUs\): got 4"):
+        TrainConfig(devices=4).check()
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "kept", "fits"),
+    [
+        (20, 200, None, 4),
+        (200, 200, None, 40),
+        (201, 200, None, 200),
+        (1, 200, None, 0),
+        (0, 200, None, 200),
+        (20, 4, None, 4),
+        (2000, 200, {"train": {"warmup_steps": 4}}, 4),
+        (20, 200, {"train": {}}, 4),
+    ],
+)
+def test_a_warmup_that_fits(steps: int, warmup: int, kept: Any, fits: int) -> None:
+    assert TrainConfig(max_steps=steps, warmup_steps=warmup).fitting_warmup(kept) == fits

@@ -139,7 +139,10 @@ def test_bad_input(runs: Path, tmp_path: Path) -> None:
         (["aggregate", one, str(runs / "wide")], "setting model.dim"),
         (["aggregate", one, str(runs / "two"), "--shared", "3"], "--shared must be mean or the number of a run"),
         (["upcycle", str(runs / "dense"), "--experts", "3"], "divides the number of experts"),
-        (["upcycle", str(runs / "dense"), "--experts", "4", "--noise", "-1"], "--noise must not be negative"),
+        (
+            ["upcycle", str(runs / "dense"), "--experts", "4", "--noise", "-1"],
+            "--noise: must be a number, 0 or more: got -1",
+        ),
     ):
         assert fails(arguments, out, message)
 
@@ -201,7 +204,5 @@ def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
             main([name, "--help"])
         assert done.value.code == 0
         assert "examples:" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as done:
-        main(["prune", "somewhere", "--keep", "half", "--out", "x"])
-    assert done.value.code == 2
+    assert main(["prune", "somewhere", "--keep", "half", "--out", "x"]) == 2
     assert "a number of experts (4), or a share of them" in capsys.readouterr().err

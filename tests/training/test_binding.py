@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from moekit.component import Component, bind, components
 from moekit.training.callbacks.binding import ComponentBinding
+from moekit.training.multitask import MultitaskModule
 from moekit_binding import lightning_callbacks
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
@@ -353,3 +354,23 @@ def test_a_model_without_components_is_left_alone(tmp_path: Path) -> None:
     run.fit(root, data())
     assert not run.callback_metrics
     assert components(root) == {}
+
+
+def test_a_folder_is_no_checkpoint_file(tmp_path: Path) -> None:
+    """Lightning alone would end in an IsADirectoryError, which names no way out."""
+
+    class Counting(Component):
+        def __init__(self, size: int = 2) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.layer = torch.nn.Linear(size, size)
+
+    for kind in (Counting, MultitaskModule):
+        with pytest.raises(ValueError, match=r"load_from_checkpoint needs a file: .* is a folder.*best.ckpt"):
+            kind.load_from_checkpoint(tmp_path)
+    made = Counting(3)
+    plain = trainer(tmp_path, max_steps=1)
+    plain.strategy.connect(made)
+    plain.save_checkpoint(tmp_path / "a.ckpt")
+    found = Counting.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert torch.equal(found.layer.weight, made.layer.weight)

@@ -103,22 +103,22 @@ class DataConfig:
     normalization_rule_name: Normalization = "nmt_nfkc"
     tokenizer: str | None = setting(None, free=RESUME)
     sentinel: bool = False
-    mask_shares: tuple[float, float, float] = setting((0.8, 0.1, 0.1), free=SURGERY)
-    span_ratio: float = setting(0.15, free=SURGERY)
-    mean_span: float = setting(3.0, free=SURGERY)
+    mask_shares: tuple[float, float, float] = setting((0.8, 0.1, 0.1), at_least=0, at_most=1, free=SURGERY)
+    span_ratio: float = setting(0.15, above=0, below=1, free=SURGERY)
+    mean_span: float = setting(3.0, at_least=1, free=SURGERY)
     packed: bool = setting(False, free=SURGERY)
     temperature: float = setting(1.0, above=0, free=SURGERY)
     heating: Literal["linear", "square_root", "step"] = setting("linear", free=SURGERY)
     heating_steps: int = setting(0, at_least=0, free=SURGERY)
-    max_length: int = setting(128, free=SURGERY)
+    max_length: int = setting(128, at_least=3, free=SURGERY)
     too_long: TooLong = setting("drop", free=SURGERY)
     cache: str = setting(".cache/moekit", free=RESUME + SURGERY)
-    num_workers: int | Literal["auto"] = setting("auto", at_least=0, free=RESUME + SURGERY)
-    babel_languages: int = 4
-    babel_sentences: int = 30_000
-    babel_sizes: dict[str, int] | str | None = None
-    seed: int = setting(1, at_least=0)
-    order_seed: int | None = setting(None, at_least=0, free=SURGERY)
+    num_workers: int | Literal["auto"] = setting("auto", at_least=0, at_most=128, free=RESUME + SURGERY)
+    babel_languages: int = setting(4, at_least=1)
+    babel_sentences: int = setting(30_000, at_least=1)
+    babel_sizes: dict[str, int] | str | None = setting(None, at_least=1)
+    seed: int = setting(1, at_least=0, at_most=2**32 - 1)
+    order_seed: int | None = setting(None, at_least=0, at_most=2**32 - 1, free=SURGERY)
 
     def __post_init__(self) -> None:
         structured = {

@@ -87,7 +87,7 @@ class EvaluateConfig:
     """
 
     beam_size: int = setting(4, at_least=1, free=RESUME)
-    length_penalty: float = setting(0.6, free=RESUME)
+    length_penalty: float = setting(0.6, at_least=0, free=RESUME)
     max_sentences: int = setting(0, at_least=0)
     valid_sentences: int = setting(100, at_least=0)
     score_valid: int = setting(0, at_least=0)

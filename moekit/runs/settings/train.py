@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from moekit.runs.settings.fields import RESUME, setting
 from moekit.training.budget import Budget
 from moekit.training.checkpoint_io import AtomicCheckpointIO
 from moekit.training.loggers import logger_names
+from moekit.training.machine import require_machine
 from moekit.training.optimizers import adafactor, adamw
 from moekit.training.schedules import ConstantWithWarmup, Cosine, InverseSquareRoot
 from moekit.training.strategy import ExpertParallelStrategy
@@ -38,7 +39,8 @@ class TrainConfig:
         optimizer: optimizer: adamw, or adafactor (used by T5; its steps are relative to the size of the weights).
         learning_rate: peak learning rate: 1e-3 to 3e-3 for small models with adamw; with adafactor T5 reaches 0.01 at
             the end of a warm-up of 10,000 steps.
-        warmup_steps: optimizer steps over which the learning rate rises linearly to its peak.
+        warmup_steps: optimizer steps over which the learning rate rises linearly to its peak. Not given, and no less
+            than max_steps: a fifth of max_steps.
         schedule: shape of the learning rate after the warm-up: cosine (down to 5 percent of the peak),
             inverse_square_root or constant.
         weight_decay: weight decay, applied to matrices only; 0.01 to 0.1 is usual.
@@ -104,7 +106,7 @@ class TrainConfig:
     checkpoint_steps: int = setting(0, at_least=0, free=RESUME)
     on_non_finite: Literal["stop", "skip", "ignore"] = setting("stop", free=RESUME)
     log_every: int = setting(10, at_least=1)
-    seed: int = setting(1, at_least=0)
+    seed: int = setting(1, at_least=0, at_most=2**32 - 1)
     devices: int = setting(1, at_least=1, free=RESUME)
     num_nodes: int = setting(1, at_least=1, free=RESUME)
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -115,8 +117,10 @@ class TrainConfig:
         """Make sure that training ends, that a cosine has steps left when the warm-up ends, and of the loggers.
 
         Raises:
-            UserError: there is no limit, the warm-up takes all steps, or a logger is unknown or not installed.
+            UserError: there is no limit, the warm-up takes all steps, there is no such machine, or a logger is
+                unknown or not installed.
         """
+        require_machine(self.devices, self.num_nodes, on_gpu=self.on_gpu)
         logger_names(self.loggers)
         if self.ema and self.precision == "bf16-true":
             raise UserError(
@@ -129,6 +133,16 @@ class TrainConfig:
                 f"train.warmup_steps must be less than train.max_steps: got {self.warmup_steps} of {self.max_steps}. "
                 "Give a shorter warm-up or more steps."
             )
+
+    def fitting_warmup(self, kept: Mapping[str, Any] | None = None) -> int:
+        """The warm-up where the user gave none: that of the run that goes on, or a fifth of the steps if it takes all.
+
+        Args:
+            kept: the configuration in the folder of the run that goes on.
+        """
+        if (recorded := (kept or {}).get("train", {}).get("warmup_steps")) is not None:
+            return int(recorded)
+        return self.max_steps // 5 if 0 < self.max_steps <= self.warmup_steps else self.warmup_steps
 
     def budget(self) -> Budget:
         """The limits, which the schedule follows."""
@@ -171,8 +185,9 @@ class TrainConfig:
             **options: further arguments of the Trainer.
 
         Raises:
-            UserError: if a GPU is asked for and there is none.
+            UserError: if a GPU is asked for and there is none, or as `require_machine`.
         """
+        require_machine(self.devices, self.num_nodes, on_gpu=self.on_gpu)
         divided = isinstance(options.get("strategy"), ExpertParallelStrategy)  # saves its checkpoints itself
         with quiet():
             return L.Trainer(
@@ -236,9 +251,9 @@ class StrategyConfig:
             too large for one process; the initial weights then differ from those of a run without it.
     """
 
-    expert_parallel_size: int | Literal["auto"] | None = None
-    tensor_parallel_size: int | None = None
-    replicas: int | None = None
+    expert_parallel_size: int | Literal["auto"] | None = setting(None, at_least=1)
+    tensor_parallel_size: int | None = setting(None, at_least=1)
+    replicas: int | None = setting(None, at_least=1)
     zero_stage: Literal[0, 1, 2, 3] | None = None
     offload: Literal["none", "optimizer", "parameters"] | None = None
     nonfinite_gradients: Literal["raise", "skip"] | None = None

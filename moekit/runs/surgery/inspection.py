@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 from torch import Tensor
 
 from moekit.runs.record import LayerRecord
 from moekit.runs.run import Run
 from moekit.runs.surgery.utilisation import layer_names, written_load
 from moekit.surgery import SparseLayer
+from moekit.terminal import visible
 from moekit.training.callbacks.config import CONFIG_KEY
 from moekit.training.checkpoint_state import load_state
 
@@ -44,7 +45,7 @@ def inspect(path: str | Path, config: str | Path | None = None) -> dict[str, Any
 
 def show(found: Mapping[str, Any], console: Console) -> None:
     """Print what `inspect` found."""
-    console.print(f"[bold]{escape(found['checkpoint'])}[/]", highlight=False, soft_wrap=True)
+    console.print(Text(visible(found["checkpoint"]), style="bold"), soft_wrap=True)
     if found["recipe"] is None:
         console.print("tensors without a configuration: give that of a run (--config) to see layers and experts")
         table = Table("part", *_right("tensors", "parameters", "size"))

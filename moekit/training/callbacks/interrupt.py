@@ -15,6 +15,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from moekit.terminal import visible
 from moekit.training.agreement import agree
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.loggers import CsvLogger
@@ -121,7 +122,7 @@ class Resumable(Checkpoint):
                 stopped = f"Stopped by {signal.Signals(self._signal).name} after step {trainer.global_step}"
                 resume = f" Resume with: {self.how_to_resume}" if self.how_to_resume else ""
                 with contextlib.suppress(OSError):  # the terminal may be gone
-                    print(f"{stopped}; everything is in {self.path}.{resume}", file=sys.stderr, flush=True)
+                    print(visible(f"{stopped}; everything is in {self.path}.{resume}"), file=sys.stderr, flush=True)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._restore_signals()

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from moekit.terminal import Terminal
 from moekit.training.budget import Budget
 from moekit.training.callbacks.memory import PeakMemory
 
@@ -41,7 +42,7 @@ class TrainingProgress(ProgressBar):
         super().__init__()
         self.budget = budget
         self.line_seconds = line_seconds
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or Terminal(stderr=True)
         self._clock = clock
         self._enabled = True
         self._bar: Progress | None = None
@@ -139,7 +140,7 @@ class TrainingProgress(ProgressBar):
     def _open(self, name: str) -> None:
         self._shown = -math.inf
         if self._enabled and self._console.is_terminal and self._bar is None:
-            columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
+            columns = (BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
             self._bar = Progress(*columns, console=self._console, transient=False, auto_refresh=False)
             self._bar.start()
             self._bar.add_task(name, total=1.0)

@@ -1,0 +1,43 @@
+"""What a terminal is sent: text as text. Nothing in a path, a name or a sample moves the cursor or becomes a style."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+# Control characters but line feed and tab, among them ESC, BEL and CR; what turns the direction of writing; separators
+# of lines and paragraphs; bytes of a path that are no text.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    r"""`text` with the characters that would act on a terminal as escapes, such as ``\x1b``."""
+    return _UNSEEN.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
+
+
+class Terminal(Console):
+    """A console that prints strings as they are: `rich.text.Text` brings styles, brackets in a string do not.
+
+    Whatever is printed goes through `visible`, and characters that the terminal's encoding lacks become escapes.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's; of strings also those characters are shown that it would drop."""
+        super().print(*(visible(item) if isinstance(item, str) else item for item in objects), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich's, all text visible."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=self._shown(segment.text))
+
+    def _shown(self, text: str) -> str:
+        return visible(text).encode(self.encoding, "backslashreplace").decode(self.encoding)
