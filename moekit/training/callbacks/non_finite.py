@@ -171,7 +171,9 @@ class NonFinite(Callback):
 def _infinite(tensors: Iterable[Tensor | None], device: torch.device) -> list[Tensor]:
     """Whether the norm of this process's part of any is not finite: flags on `device`, one for each kind of tensor."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in filter(lambda some: some is not None, tensors):
+    for tensor in tensors:
+        if tensor is None:
+            continue
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         local = local.coalesce().values() if local.is_sparse else local
         if local.numel():
