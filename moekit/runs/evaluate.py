@@ -116,7 +116,7 @@ def _write(
         held_out=HeldOutRecord(
             valid=data.evaluated("valid"),
             test=data.evaluated("test"),
-            repeated=corpus and corpus.repeated,
+            repeated=None if corpus is None else corpus.repeated,
             remarks=remarks(data, corpus),
         ),
     )

@@ -142,11 +142,11 @@ class Recipe:
             if old in now:
                 value = now.pop(old)
                 now[group] = {**now.get(group, {}), **({} if value is None else {key: value})}
-        for group in dataclasses.fields(RunConfig):
-            if isinstance(given := now.get(group.name), dict):
-                known = dataclasses.fields(type(getattr(self.default, group.name)))
+        for part in dataclasses.fields(RunConfig):
+            if isinstance(given := now.get(part.name), dict):
+                known = dataclasses.fields(type(getattr(self.default, part.name)))
                 later = {f.name: plain(f.default) for f in known if f.default is not dataclasses.MISSING}
-                now[group.name] = {**{name: value for name, value in later.items() if name not in given}, **given}
+                now[part.name] = {**{name: value for name, value in later.items() if name not in given}, **given}
         if isinstance(now.get("data"), dict):
             now["data"] |= structured(now["data"])
         return now
