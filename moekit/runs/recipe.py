@@ -147,8 +147,6 @@ class Recipe:
                 now[f.name] = as_plain(f.default_factory()) | now[f.name]
         if isinstance(now.get("data"), dict):
             now["data"] |= structured(now["data"])
-        if isinstance(now.get("train"), dict):
-            now["train"].setdefault("on_non_finite", "stop")
         return now
 
 
