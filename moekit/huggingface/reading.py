@@ -141,8 +141,8 @@ def open_folder(folder: Path | str, *, dropless: bool = False, form: Architectur
         try:
             with torch.device("meta"):
                 model = build(ours, pad_id=tokens.pad)
-        except ValueError as error:
-            raise UserError(f"{where}: {error}") from None
+        except (ValueError, RuntimeError) as error:  # torch's, of sizes whose product it cannot count
+            raise UserError(f"{where}: {next(iter(str(error).splitlines()), '')}") from None
         return model, list(family.links(ours, model.state_dict()))
 
     model, links = linked(architecture)
@@ -166,7 +166,7 @@ def _config(folder: Path) -> tuple[dict[str, Any], Family]:
     if kind not in list(NAMES):
         raise UserError(f"{path}: model_type must be one of {', '.join(NAMES)}: got {kind!r}.")
     names = config.get("architectures") or [NAMES[kind]]
-    if NAMES[kind] not in names:
+    if not isinstance(names, list) or NAMES[kind] not in names:
         raise UserError(f"{path}: architectures must name {NAMES[kind]}: got {names}. Only whole models are read.")
     return config, FAMILIES[kind]
 

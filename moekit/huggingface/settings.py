@@ -8,6 +8,8 @@ from typing import Any
 
 from moekit.errors import UserError
 
+_TOO_LARGE = 1 << 31  # for a size, and for its product with another
+
 
 @dataclass(frozen=True)
 class Fields:
@@ -69,7 +71,9 @@ class Setting:
             case bool():
                 good, required = isinstance(value, bool), "true or false"
             case int():
-                good, required = type(value) is int and value >= self.least, f"a whole number of at least {self.least}"
+                good = type(value) is int and self.least <= value < _TOO_LARGE
+                above = type(value) is int and value >= _TOO_LARGE
+                required = f"a whole number {f'below {_TOO_LARGE:,}' if above else f'of at least {self.least}'}"
             case float():
                 good, required = type(value) in (int, float) and 0 <= value < float("inf"), "a number of at least 0"
             case _:

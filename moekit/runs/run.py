@@ -351,7 +351,11 @@ class Run:
     @cached_property
     def config(self) -> RunConfig:
         """The configuration."""
-        return self.recipe.config(self.settings, str(self._described[0]))
+        where = str(self._described[0])
+        try:
+            return self.recipe.config(self.settings, where)
+        except UserError as error:  # of a setting by itself, which knows no file
+            raise UserError(str(error) if where in str(error) else f"{where}: {error}") from None
 
     # -- the model -----------------------------------------------------------------------------------------------------
 

@@ -198,6 +198,8 @@ def _listed(given: tuple[str, ...] | list[str] | str | None) -> tuple[str, ...]:
     """A list as it is; of text its parts between commas."""
     if isinstance(given, str):
         return tuple(part.strip() for part in given.split(",") if part.strip())
+    if not isinstance(given, list | tuple | None):
+        raise UserError(f"data.source, data.path and data.directions must be text or lists of it: got {given!r}.")
     return tuple(given or ())
 
 
@@ -215,6 +217,8 @@ def _paths(given: tuple[str, ...] | list[str] | str | None) -> str | tuple[str, 
 
 def _sizes(given: Mapping[str, int] | str | None) -> dict[str, int]:
     """Sizes by language, also from ``kmb=2000,shl=500``."""
+    if not isinstance(given, str | Mapping | None):
+        raise UserError(f"data.babel_sizes must be like kmb=2000,shl=500: got {given!r}.")
     if not isinstance(given, str):
         return dict(given or {})
     sizes = {}
