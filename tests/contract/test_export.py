@@ -108,6 +108,7 @@ def sentences(rows: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randint(3, V, (rows, length)), torch.arange(length) < torch.randint(2, length + 1, (rows, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "strict"), [(EncoderOnly, True), (DecoderOnly, False)])
 def test_exported_models_equal_eager(kind: type, strict: bool) -> None:
     """Batch and length may both differ."""
