@@ -131,7 +131,8 @@ def _load_map(layers: Sequence[Mapping[str, Any]]) -> Figure:
         canvas.axes.grid(visible=False)
         for (row, expert), share in np.ndenumerate(shares):
             if most <= _LABELLED and math.isfinite(share):
-                canvas.axes.text(expert, row, f"{share:.1f}", ha="center", va="center", fontsize=7)
+                ink = style.COLOURS["paper" if abs(math.log2(max(share, 2**-9))) > 1.5 else "ink"]
+                canvas.axes.text(expert, row, f"{share:.1f}", ha="center", va="center", fontsize=7, color=ink)
         bar = canvas.figure.colorbar(picture, ticks=[-2, -1, 0, 1, 2])
         bar.ax.set_yticklabels(["¼", "½", "1", "2", "4"])
         return canvas.figure

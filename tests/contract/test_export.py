@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import moekit as mk
 from moekit.kernels import onnx_translations
-from moekit.testing import skewed_tokens, some_context, some_mask
+from moekit.testing import assert_same, skewed_tokens, some_context, some_mask, trace
 from moekit.transformer import DecoderOnly, EncoderOnly
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -108,6 +108,7 @@ def sentences(rows: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randint(3, V, (rows, length)), torch.arange(length) < torch.randint(2, length + 1, (rows, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "strict"), [(EncoderOnly, True), (DecoderOnly, False)])
 def test_exported_models_equal_eager(kind: type, strict: bool) -> None:
     """Batch and length may both differ."""
@@ -140,3 +141,15 @@ def test_onnx_model_equals_eager(tmp_path: Path) -> None:
         feed = {slot.name: value.numpy() for slot, value in zip(session.get_inputs(), batch, strict=True)}
         (found,) = session.run(None, feed)
         torch.testing.assert_close(torch.from_numpy(found), model(*batch), atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_a_compiled_dropless_layer_with_padding_equal_eager() -> None:
+    """Rows that stand in for padding leave no trace in the last expert's gradients."""
+    router = mk.routers.TopKRouter(D, E, k=2, init_scale=1.0)
+    layer = mk.MoELayer(router, mk.experts.GroupedMLP(E, D, 5, bias=True, activation="silu")).train()
+    context = mk.RoutingContext(mask=some_mask(37))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
+    x = skewed_tokens(37, D)
+    with torch.enable_grad():
+        fast = trace(lambda x: compiled(x, context), layer, x)
+        assert_same(fast, trace(lambda x: layer(x, context), layer, x), "compiled")
