@@ -45,7 +45,7 @@ class _Lasting:
 def lasting_output() -> Iterator[None]:
     """Inside, work goes on although what it prints can no longer be written."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (None if stream is None else _Lasting(stream) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (None if stream is None else _Lasting(stream) for stream in before)
     try:
         yield
     finally:
