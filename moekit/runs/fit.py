@@ -122,8 +122,8 @@ def fit(
     if trainer.is_global_zero and console is not None:
         lines = [_said(config, module, data, run), *([] if init_from is None else [init_from.note(module)])]
         warning = f"\n{WARNING}" if smoke else ""
-        said = [(recipe.name, "bold"), " ", visible("\n".join(lines)), (warning, "bold yellow")]
-        console.print(Text.assemble(*said), soft_wrap=True)
+        text = Text.assemble((recipe.name, "bold"), " ", visible("\n".join(lines)), (warning, "bold yellow"))
+        console.print(text, soft_wrap=True)
     with quiet():
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return run
