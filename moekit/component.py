@@ -41,7 +41,7 @@ class LoadedFromFile(L.LightningModule):
     """A LightningModule that says what to do where `load_from_checkpoint` is given a folder."""
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As Lightning's.
 
         Raises:
