@@ -70,7 +70,7 @@ def _headline(run: RunFolder) -> list[Text]:
     scores, cost, (main, *_) = Text(), costs(run), score_tiles(run)
     for tile in score_tiles(run):
         label = tile.label.removesuffix(", average")
-        scores.append(f"{label.lower() if label.istitle() else label} ", "dim")
+        scores.append(f"{label.lower() if label.istitle() and label.isalpha() else label} ", "dim")
         scores.append(f"{tile.value}   ", "bold cyan" if tile == main else "bold")
     scores.append(main.remark if known(main.value) else "", "dim")
     work = [

@@ -236,8 +236,9 @@ def _said(config: RunConfig, module: MultitaskModule, data: MultitaskData, run: 
     tf32 = train.on_gpu and torch.get_float32_matmul_precision() != "highest"
     return (
         f"{run.path}\n"
-        f"data      {','.join(config.data.sources)}: {len(data.languages)} languages ({', '.join(data.languages)}), "
-        f"{f'{len(data.directions)} directions, ' if data.directions else ''}"
+        f"data      {','.join(config.data.sources)}: {_number(len(data.languages), 'language', 'languages')} "
+        f"({', '.join(data.languages)}), "
+        f"{_number(len(data.directions), 'direction', 'directions') + ', ' if data.directions else ''}"
         f"vocabulary {data.tokenizer.vocab_size:,}\n"
         f"model     {counts['total']:,} parameters{sparse}; tasks {', '.join(module.heads)}\n"
         f"training  at most {' or '.join(ends)} on {_number(train.devices, 'process', 'processes')} with "

@@ -71,11 +71,11 @@ def test_the_registry_is_short() -> None:
 
 
 def test_a_task_is_its_file_and_two_lines() -> None:
-    """Counted for one that no recipe has of its own."""
+    """Counted for one that no recipe has of its own; files of other tasks may build on it."""
     lines = [
         line
         for path in sorted(PACKAGE.rglob("*.py"))
-        if path != PACKAGE / "tasks" / "text_to_text.py"
+        if path not in {PACKAGE / "tasks" / f"{name}.py" for name in TASKS}
         for line in path.read_text(encoding="utf-8").splitlines()
         if re.search("text_to_text|TextToText", line)
     ]

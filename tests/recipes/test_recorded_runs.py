@@ -3,7 +3,7 @@
 `recorded/NAME.json` holds what a short run of each recipe left, and the machine that it ran on. On such a machine every
 number must be the same to the last digit. On others losses may differ by 2 %: sums are taken in another order there.
 
-A change that is meant to compute something else records anew, on the machine of the records::
+A new recipe (``-k NAME``), and a change that is meant to compute something else, record on the machine of the records::
 
     pytest tests/recipes/test_recorded_runs.py -m slow --record-runs
 """
@@ -72,5 +72,6 @@ def test_a_run_computes_what_was_recorded(name: str, tmp_path: Path, request: py
     assert not lines, shown(lines)
 
 
-def test_every_record_is_of_a_recipe() -> None:
-    assert sorted(path.stem for path in RECORDS.glob("*.json")) == NAMES
+def test_every_recipe_has_its_record() -> None:
+    recorded = sorted(path.stem for path in RECORDS.glob("*.json"))
+    assert recorded == NAMES, "record the run of a new recipe: see the top of this file"

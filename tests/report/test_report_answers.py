@@ -57,3 +57,10 @@ def test_a_record_that_makes_no_sense_is_passed_over(tmp_path: Path) -> None:
         run = folder(tmp_path / "run", tasks=tasks)
         assert answers(read_run(run)) == {}
         assert 'id="answers"' not in write_report(run).read_text()
+
+
+def test_the_headline_keeps_the_names_of_scores(tmp_path: Path) -> None:
+    record = RECORD | {"scores": {"exact_match": "F1"}}
+    console = Console(record=True, width=100)
+    terminal_summary(folder(tmp_path / "run", tasks={"riddles": record}), console)
+    assert console.export_text().splitlines()[1].startswith("F1 40.0 ")
