@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from rich.console import Console
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
+from moekit.runs.shell import NAME, command_line, program
+
+EXAMPLE = re.compile(rf"(?<=^  ){NAME}\b", re.MULTILINE)
+"""Where a line of `Command.examples` names the program."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Command:
         help: one line, a sentence without its period.
         options: adds the options to the command's own parser.
         run: does it. A `moekit.errors.UserError` becomes a message and exit code 2; nothing may have been written then.
-        examples: lines for the end of the command's help.
+        examples: lines for the end of the command's help; those that begin with "  moekit" are commands.
     """
 
     help: str
@@ -86,12 +91,12 @@ def _discard_output() -> None:
         os.close(nowhere)
 
 
-def build_parser(program: str, name: str, command: Command) -> argparse.ArgumentParser:
+def build_parser(name: str, command: Command) -> argparse.ArgumentParser:
     """The parser of a command on runs."""
     parser = argparse.ArgumentParser(
-        prog=f"{program} {name}",
+        prog=command_line(name),
         description=f"{command.help}.",
-        epilog=f"examples:\n{command.examples}" if command.examples else None,
+        epilog=f"examples:\n{EXAMPLE.sub(program(), command.examples)}" if command.examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -99,9 +104,9 @@ def build_parser(program: str, name: str, command: Command) -> argparse.Argument
     return parser
 
 
-def run_command(program: str, commands: Mapping[str, Command], name: str, arguments: Sequence[str]) -> int:
+def run_command(commands: Mapping[str, Command], name: str, arguments: Sequence[str]) -> int:
     """Parse the options of a command on runs, and run it; returns the exit code."""
-    given = build_parser(program, name, commands[name]).parse_args(arguments)
+    given = build_parser(name, commands[name]).parse_args(arguments)
     return execute(lambda: commands[name].run(given, Console()))
 
 

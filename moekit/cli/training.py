@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from moekit.runs.fit import fit
 from moekit.runs.init_from import InitFrom
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
+from moekit.runs.shell import recipe_command
 
 FOLDER = "folder of the run (default: runs/RECIPE-VARIANT)"
 
@@ -57,7 +57,7 @@ def train(recipe: Recipe, config: RunConfig, given: Any, start: type[InitFrom] |
         resume=given.resume,
         overwrite=given.overwrite,
         init_from=init_from,
-        resume_command=shlex.join(["python", "-m", f"moekit.recipes.{recipe.name}", *arguments, "--resume"]),
+        resume_command=recipe_command(recipe.name, [*arguments, "--resume"]),
         console=Console(),
     )
     return run, config

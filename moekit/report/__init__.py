@@ -1,7 +1,7 @@
 """Pictures and tables of a run, from the files of its folder alone.
 
 `write_report` makes report.html, `terminal_summary` prints one screen, `write_comparison` sets runs side by side,
-`results_markdown` is for committing. ``python -m moekit.report RUN`` does the same from a shell.
+`results_markdown` is for committing. ``moekit report RUN`` does the same from a shell.
 
 What is shown stands in the classes of `view`, which results, curves, experts, samples and comparison fill from run
 folders. page.html, run.md and terminal lay it out; texts.toml holds the prose of the pages.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from moekit.report.run_folder import RunFolder, read_run
 from moekit.report.samples import samples
 from moekit.report.view import Provenance, View
 from moekit.report.wording import MISSING, nearby
+from moekit.runs.shell import command_line, typed_again
 
 _COMMANDS = ("command", "argv")
 _UNFINISHED = "This run is not finished (it has no summary.json): numbers come from its metrics."
@@ -64,7 +64,7 @@ def run_view(run: RunFolder) -> View:
         samples_note=run.notes.get("samples.json", "samples.json holds no samples."),
         provenance=Provenance(
             _command(run),
-            f"python -m moekit.report {shlex.quote(nearby(run.path))}",
+            command_line("report", nearby(run.path)),
             run.config,
             {k: v for k, v in flat(run.environment).items() if k not in _COMMANDS},
             run.notes,
@@ -77,17 +77,17 @@ def _command(run: RunFolder) -> str:
     """The command that was typed, where it is recorded, else one that repeats the configuration; "" if neither."""
     command = next((run.environment[k] for k in _COMMANDS if run.environment.get(k)), None)
     if isinstance(command, list) and command:
-        return shlex.join(map(str, command))
+        return typed_again([*map(str, command)])
     if isinstance(command, str) and command.strip():
         return command.strip()
     if not run.recipe:
         return ""
-    parts = ["python", "-m", f"moekit.recipes.{run.recipe}", "run"]
+    parts = []
     if run.config.strip():
         parts += ["--config", nearby(run.path / "config.yaml")]
     elif run.variant:
         parts += ["--variant", run.variant]
-    return shlex.join([*parts, "--out", f"{nearby(run.path)}-again"])
+    return command_line("run", run.recipe, *parts, "--out", f"{nearby(run.path)}-again")
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -18,6 +17,7 @@ from moekit.report.predictions import TaskScores, main_task, predictions
 from moekit.report.results import answer_tables, costs, known, rankings, routing_words, score_tiles
 from moekit.report.run_folder import RunFolder, dig, number, read_run, sides
 from moekit.report.view import Table
+from moekit.runs.shell import command_line
 
 WIDTH = 80
 HEIGHT = 24
@@ -208,24 +208,21 @@ def _dead(run: RunFolder) -> str:
 
 def _next(run: RunFolder) -> list[Text]:
     """Commands for what one may want now: the report, the model at work, a comparison."""
-    folder, page = shlex.quote(wording.nearby(run.path)), run.path / "report.html"
-    command = f"python -m moekit.report {folder}"
-    lines = [_labelled("report", wording.nearby(page) if page.is_file() else command, "bold")]
-    generate = f"python -m moekit.recipes.{run.recipe} generate \\"
+    folder, page = wording.nearby(run.path), run.path / "report.html"
+    shown = wording.nearby(page) if page.is_file() else command_line("report", folder)
+    lines = [_labelled("report", shown, "bold")]
     if run.recipe and (run.path / "checkpoints").is_dir():
         best = run.scores("bleu").directions
         speaks = next(([*x.languages] for x in predictions(run) if x.task == "causal_lm"), None)
         if run.translates and best:
             source, target = sides(max(best, key=lambda d: best[d]))
-            ends = f"  --out {folder} --from {source} --to {target}"
-            lines += [_labelled("translate", generate), _labelled("", ends)]
+            lines.append(_labelled("translate", command_line("generate", folder, "--from", source, "--to", target)))
         elif not run.translates and speaks is not None and (spoken := speaks or run.languages):
             lines += [
-                _labelled("continue", generate),
-                _labelled("", f"  --out {folder} --from {shlex.quote(spoken[0])}"),
+                _labelled("continue", command_line("generate", folder, "--from", spoken[0])),
                 _labelled("", "reads prompts from standard input, one a line", "dim"),
             ]
-    return [*lines, _labelled("compare", f"{command} OTHER_RUN")]
+    return [*lines, _labelled("compare", command_line("compare", folder, "OTHER_RUN"))]
 
 
 def _joined(parts: Sequence[str]) -> str:
