@@ -8,6 +8,7 @@ from typing import Any
 
 from moekit.report import render
 from moekit.report.curves import losses, routing
+from moekit.report.ending import cut
 from moekit.report.experts import experts
 from moekit.report.health import findings
 from moekit.report.predictions import main_task
@@ -50,6 +51,7 @@ def results_markdown(run_dir: Path, *, samples_per_direction: int = 2) -> str:
 
 def run_view(run: RunFolder) -> View:
     """Everything that is shown of a run."""
+    was_cut = cut(run)
     return View(
         kind="moekit run report",
         title=run.name,
@@ -57,7 +59,8 @@ def run_view(run: RunFolder) -> View:
         tiles=tiles(run),
         sections=[s for s in (quality(run), answer_section(run), losses(run), experts(run), routing(run)) if s],
         findings=findings(run),
-        notes=[] if run.summary else [_UNFINISHED],
+        go_on=was_cut.command if was_cut else "",
+        notes=[*([was_cut.text] if was_cut else []), *([] if run.summary else [_UNFINISHED])],
         tables=tables(run),
         samples=samples(run),
         no_samples=run.task("translation" if run.translates else main_task(run).task).samples,

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moekit.report import wording
+from moekit.report.ending import cut
 from moekit.report.health import findings, layer_health
 from moekit.report.predictions import TaskScores, main_task, predictions
 from moekit.report.results import answer_tables, costs, known, rankings, routing_words, score_tiles
@@ -40,7 +41,9 @@ def terminal_summary(run: Path | Mapping[str, Any], console: Console | None = No
     folder = RunFolder(Path(), summary=run) if isinstance(run, Mapping) else read_run(Path(run))
     title = "run" if isinstance(run, Mapping) and not folder.recipe else folder.name
     commands = [] if isinstance(run, Mapping) else _next(folder)
-    top = [_rule(title), *_headline(folder), Text(), *_quality(folder), *_tasks(folder)]
+    was_cut = cut(folder)
+    warned = [] if was_cut is None else [Text(f"! {line}", "bold yellow") for line in was_cut.lines]
+    top = [_rule(title), *_headline(folder), *warned, Text(), *_quality(folder), *_tasks(folder)]
     troubles = [Text(f"! {f.text}", "yellow") for f in findings(folder) if not f.good][:2]
     room = HEIGHT - len(top) - len(troubles) - len(commands) - bool(commands)
     for line in [*top, *_routing(folder)[: max(0, room)], *troubles, *([Text()] if commands else [])]:
@@ -211,6 +214,8 @@ def _next(run: RunFolder) -> list[Text]:
     folder, page = wording.nearby(run.path), run.path / "report.html"
     shown = wording.nearby(page) if page.is_file() else command_line("report", folder)
     lines = [_labelled("report", shown, "bold")]
+    if (was_cut := cut(run)) is not None and was_cut.command:
+        lines.insert(0, _labelled("go on", was_cut.command, "bold"))
     if run.recipe and (run.path / "checkpoints").is_dir():
         best = run.scores("bleu").directions
         speaks = next(([*x.languages] for x in predictions(run) if x.task == "causal_lm"), None)

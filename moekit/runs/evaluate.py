@@ -11,6 +11,7 @@ from moekit.data.module import MultitaskData
 from moekit.inference.completer import Completer
 from moekit.inference.translator import Translator, search_for
 from moekit.runs.config import RunConfig
+from moekit.runs.ending import ending_of
 from moekit.runs.module import make_module, parameters
 from moekit.runs.record import DataRecord, RoutingRecord, Sample, Summary
 from moekit.runs.run import ROUTING, SAMPLES, SUMMARY, Run
@@ -110,6 +111,7 @@ def _write(
         accuracy=_by_task(valid, "accuracy"),
         test=module.tested,
         routing=module.routing_summary,
+        ending=ending_of(config.train, last),
         tasks={name: data.task(name).record() for name in data.tasks},
     )
     routing = None if module.routing is None else RoutingRecord.from_json(module.routing)

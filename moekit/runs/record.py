@@ -75,6 +75,36 @@ class DataRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ending(Record):
+    """Where training ended.
+
+    Attributes:
+        by: "steps" or "minutes" at its end; else "clock": max_minutes ended it before max_steps; "interrupted": a
+            signal did, as Ctrl-C or a time limit of the cluster; "stopped": another cause, as an error or a callback.
+        signal: name of the signal that interrupted it.
+        steps: optimizer steps that were taken.
+        minutes: of training, validation in between included.
+        max_steps: where the schedule ends; None = at max_minutes.
+        max_minutes: the limit of time; None = none.
+        done: share of the schedule that was done, 0 to 1.
+        learning_rate: the last learning rate, as a share of the peak.
+        rising: whether it ended in the warm-up.
+        last_learning_rate: the one that the schedule was to end with, as a share of the peak.
+    """
+
+    by: str
+    signal: str | None = None
+    steps: int
+    minutes: float = 0.0
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    done: float = 1.0
+    learning_rate: float | None = None
+    rising: bool = False
+    last_learning_rate: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary(Record):
     """What a run came to: summary.json.
 
@@ -99,6 +129,7 @@ class Summary(Record):
         test: loss, perplexity, accuracy and languages by task, of those that do not translate.
         routing: means over sparse layers, and each layer by name; None of a dense model.
         tasks: what reports say of each task: see `moekit.tasks.Task.record`.
+        ending: where training ended, and why; None where nothing was trained, or nobody wrote it down.
     """
 
     recipe: str | None = None
@@ -121,6 +152,7 @@ class Summary(Record):
     test: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     routing: Mapping[str, Any] | None = None
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    ending: Ending | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,13 +41,19 @@ def recipe_command(recipe: str, arguments: Sequence[str]) -> str:
 
 def typed_again(recorded: Sequence[str]) -> str:
     """A recorded command as it can be typed here and now; one that is no command of moekit stays what it is."""
-    words = list(recorded)
+    words = moekit_words(recorded) or list(recorded)
+    start = program() if words[:1] == [NAME] else " ".join(map(_quoted, words[:1]))
+    return " ".join([start, *map(_quoted, words[1:])])
+
+
+def moekit_words(recorded: Sequence[str]) -> list[str]:
+    """A recorded command in the form of the console script: program, command, recipe and so on; [] if it is none."""
+    words = [*map(str, recorded)]
     if words[1:2] == ["-m"] and words[2:3] == [NAME]:
         words = [NAME, *words[3:]]
     elif words[1:2] == ["-m"] and words[2:] and words[2].startswith(RECIPES):
         words = [NAME, *_by_name(words[2].removeprefix(RECIPES), words[3:])]
-    start = program() if words[:1] == [NAME] else " ".join(map(_quoted, words[:1]))
-    return " ".join([start, *map(_quoted, words[1:])])
+    return words if words[:1] == [NAME] else []
 
 
 def _by_name(recipe: str, arguments: Sequence[str]) -> list[str]:

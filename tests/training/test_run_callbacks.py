@@ -208,6 +208,23 @@ def test_progress_of_a_run_limited_by_minutes(tmp_path: Path) -> None:
     assert "0:40/2:00 used  1:20 left" in "".join(lines)
 
 
+def test_progress_says_once_how_far_the_minutes_reach(tmp_path: Path) -> None:
+    """Ten seconds a step: 12 steps in two minutes, known after the sixth."""
+    lines = lines_of(tmp_path, Budget(max_steps=100, max_minutes=2), limit_val_batches=0)
+    said = " ".join(line for line in lines if not line.startswith(("step", "testing")))
+    assert said == (
+        "At this speed train.max_minutes=2 ends the run at about step 12 of 100: 12 % of its schedule. All of it takes "
+        "about 19 minutes."
+    )
+    lines = lines_of(tmp_path, Budget(max_minutes=2), limit_val_batches=0)
+    assert lines.count("At this speed 2 minutes are about 12 steps.") == 1
+
+
+def test_progress_says_nothing_of_minutes_that_suffice(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, Budget(max_steps=10, max_minutes=2), limit_val_batches=0)
+    assert all(line.startswith(("step", "testing")) for line in lines)
+
+
 def test_progress_shows_validation_and_epochs(tmp_path: Path) -> None:
     lines = lines_of(tmp_path, None, max_epochs=2, check_val_every_n_epoch=1)
     assert "validating 1/2" in lines

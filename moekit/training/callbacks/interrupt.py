@@ -118,6 +118,10 @@ class Resumable(Checkpoint):
                 resume = f" Resume with: {self.how_to_resume}" if self.how_to_resume else ""
                 print(f"{stopped}; everything is in {self.path}.{resume}", file=sys.stderr, flush=True)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The signal that stops the run behind this checkpoint, by its name; None = none came."""
+        return {"signal": None if self._signal is None else signal.Signals(self._signal).name}
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._restore_signals()
 
