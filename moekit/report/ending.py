@@ -58,7 +58,7 @@ def _rate(end: Ending) -> str:
     if end.rising:
         return f"The learning rate was still rising, at {percent(now, 0)} of its peak"
     had = "had not fallen from" if now > 0.995 else f"had fallen only to {percent(now, 0)} of"
-    return f"The learning rate {had} its peak; the schedule ends at {percent(last, 0)}"
+    return f"The learning rate {had} its peak; it ends at {percent(last, 0)}"
 
 
 def _command(run: RunFolder, end: Ending) -> str:

@@ -213,10 +213,10 @@ def _matrix(metric: str, found: DirectionScores, order: list[str]) -> list[Figur
         rows, columns = ([x for x in names if any(pair[side] == x for pair in pairs)] for side in (0, 1))
         values = [[pairs.get((s, t)) for t in columns] for s in rows]
         words, corner, least = caption("matrix", metric=metric), "from \\ to", f"{3 + 2.4 * len(columns):.1f}rem"
-    low, high = min(found.directions.values()), max(found.directions.values())
+    low, high = 0.0, 100.0  # of the score, not of this run: the same shade is the same score everywhere
     cells = [[(sequential_class(v, low, high), known(wording.fixed(v))) for v in line] for line in values]
     heat = Heat(corner, columns, [*zip(rows, cells, strict=True)], "matrix", least=least)
-    scale = Scale([f"s{i}" for i in range(SEQUENTIAL_LEVELS)], wording.fixed(low), wording.fixed(high))
+    scale = Scale([f"s{i}" for i in range(SEQUENTIAL_LEVELS)], f"{low:g}", f"{high:g}")
     return [Figure(*words, heats=[heat], scale=scale)]
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from moekit.report import render
 from moekit.report.curves import losses, routing
@@ -13,10 +11,10 @@ from moekit.report.experts import experts
 from moekit.report.health import findings
 from moekit.report.predictions import main_task
 from moekit.report.results import about, answer_section, quality, tables, tiles
-from moekit.report.run_folder import RunFolder, read_run
+from moekit.report.run_folder import RunFolder, flat, read_run
 from moekit.report.samples import samples
 from moekit.report.view import Provenance, View
-from moekit.report.wording import MISSING, nearby
+from moekit.report.wording import nearby
 from moekit.runs.shell import command_line, typed_again
 
 _COMMANDS = ("command", "argv")
@@ -91,17 +89,3 @@ def _command(run: RunFolder) -> str:
     elif run.variant:
         parts += ["--variant", run.variant]
     return command_line("run", run.recipe, *parts, "--out", f"{nearby(run.path)}-again")
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Leaves of a nested mapping by dotted name."""
-    found: dict[str, str] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{name}.")
-        elif isinstance(value, list):
-            found[name] = ", ".join(map(str, value))
-        else:
-            found[name] = MISSING if value is None else str(value)
-    return found

@@ -13,7 +13,7 @@ from moekit.inference.translator import Translator, search_for
 from moekit.runs.config import RunConfig
 from moekit.runs.ending import ending_of
 from moekit.runs.module import make_module, parameters
-from moekit.runs.record import DataRecord, RoutingRecord, Sample, Summary
+from moekit.runs.record import TRANSLATIONS, DataRecord, RoutingRecord, Sample, Summary, write_written
 from moekit.runs.run import ROUTING, SAMPLES, SUMMARY, Run
 from moekit.runs.settings.train import quiet
 from moekit.runs.text import evaluation_data, require_same_text
@@ -118,6 +118,8 @@ def _write(
     write_json(run.path / SAMPLES, [Sample.from_json(sample).to_json() for sample in module.samples])
     if routing is not None:
         write_json(run.path / ROUTING, routing.to_json())
+    if module.written:
+        write_written(run.path / TRANSLATIONS, module.written)
     write_json(run.path / SUMMARY, summary.to_json())
 
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
 import typing
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
+from moekit.atomic import replacing
 from moekit.tasks import TranslationTask
+
+TRANSLATIONS = "translations.json.gz"
+"""Everything that a model wrote in the test, by task and direction: for each sentence a `Written`."""
+Written = tuple[int, str, str]
+"""Number of the test sentence, reference, and what the model wrote."""
 
 VERSION = 1
 """Of the records, by their key ``version``; one without it is of version 1."""
@@ -220,6 +230,25 @@ class Sample(Record):
     source: str = ""
     reference: str = ""
     hypothesis: str
+
+
+def write_written(path: Path, written: Mapping[str, Mapping[str, Sequence[Written]]]) -> None:
+    """Keep what was written, by task and direction; the same bytes for the same text."""
+    content = json.dumps({"version": VERSION, "tasks": written}, ensure_ascii=False, separators=(",", ":"))
+    with replacing(path) as file:
+        file.write(gzip.compress(content.encode(), mtime=0))
+
+
+def read_written(path: Path) -> dict[str, dict[str, list[Written]]]:
+    """What was written, by task and direction; {} where the file is missing or broken."""
+    try:
+        tasks = json.loads(gzip.decompress(path.read_bytes()))["tasks"]
+        return {
+            task: {direction: [(int(n), str(r), str(h)) for n, r, h in rows] for direction, rows in found.items()}
+            for task, found in tasks.items()
+        }
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, AttributeError):
+        return {}
 
 
 def _made(hint: Any, value: Any, name: str, notes: list[str] | None) -> Any:

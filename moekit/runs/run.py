@@ -25,7 +25,7 @@ from moekit.runs.config import RunConfig
 from moekit.runs.environment import environment
 from moekit.runs.plain import plain, require_same
 from moekit.runs.recipe import Recipe, RunText, find_recipe
-from moekit.runs.record import RoutingRecord, Sample, Summary
+from moekit.runs.record import TRANSLATIONS, RoutingRecord, Sample, Summary
 from moekit.surgery import SparseLayer, require_complete, sparse_layers
 from moekit.surgery.adapters import merged_state
 from moekit.training.callbacks.config import CONFIG_KEY
@@ -41,7 +41,8 @@ _TOKENIZER = "tokenizer"
 _HELD_OUT = "held_out.json.gz"
 SUMMARY, ROUTING, SAMPLES = "summary.json", "routing.json", "samples.json"
 _FILES = (
-    _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, "environment.json", "metrics.csv", "report.html",
+    _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, TRANSLATIONS, "environment.json", "metrics.csv",
+    "report.html",
 )  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", _TOKENIZER)
 

@@ -28,13 +28,13 @@ def run_that_ended(folder: Path, **ending: Any) -> Path:
         (
             {**CUT, **RATES},
             ["Cut by its clock after 40 of 250 steps, 16 % of the schedule",
-             "The learning rate had fallen only to 98 % of its peak; the schedule ends at 5 %"],
+             "The learning rate had fallen only to 98 % of its peak; it ends at 5 %"],
             "--resume --train.max_minutes 14",  # 2 minutes * 250 / 40, and a tenth
         ),
         (
             {**CUT, **RATES, "learning_rate": 0.999},
             ["Cut by its clock after 40 of 250 steps, 16 % of the schedule",
-             "The learning rate had not fallen from its peak; the schedule ends at 5 %"],
+             "The learning rate had not fallen from its peak; it ends at 5 %"],
             "--resume --train.max_minutes 14",
         ),
         (
