@@ -23,7 +23,7 @@ from moekit.report.view import Figure, PageSection, Table, Tile, View, caption, 
 
 MAX_RUNS = 8
 _UNFOLDED = 20  # rows
-_KEPT = ("parameters", "active parameters", "steps", "tokens", "tokens per second", "time")
+_KEPT = ("parameters", "active parameters", "steps", "tokens", "tokens per second", "step time", "work", "time")
 
 
 def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:

@@ -43,9 +43,25 @@ def costs(run: RunFolder) -> dict[str, str]:
         "tokens": wording.short(number(run.summary, "tokens")),
         "tokens per second": wording.short(run.tokens_per_second),
         "time": wording.duration(number(run.summary, "wall_seconds")),
+        "work": known(wording.short(number(run.summary, "speed", "flops_per_second")), "{} FLOP/s") or wording.MISSING,
+        "share": _share(run),
+        "step time": wording.seconds(number(run.summary, "speed", "step_seconds")),
         "peak memory": wording.memory(number(run.summary, "peak_memory", "bytes")),
         "forecast": wording.memory(number(run.summary, "peak_memory", "forecast")),
     }
+
+
+def _share(run: RunFolder) -> str:
+    """What of the machine's rate the model used, in the planner's arithmetic."""
+    share, rate = number(run.summary, "speed", "share"), number(run.summary, "speed", "product_rate")
+    of = f"{wording.percent(share, 0)} of " if share is not None else "of "
+    return f"{of}{wording.short(rate)} FLOP/s of a large matrix product" if rate else "by the planner's arithmetic"
+
+
+def _planned(run: RunFolder) -> list[str]:
+    """The planner's forecast of the time: all operations at the machine's own rate."""
+    planned = number(run.summary, "speed", "forecast_seconds")
+    return [f"{wording.duration(planned)} at the machine's full rate"] if planned else []
 
 
 def routing_words(run: RunFolder) -> dict[str, str]:
@@ -74,10 +90,11 @@ def tiles(run: RunFolder) -> list[Tile]:
     found = [
         *score_tiles(run),
         Tile("Speed", cost["tokens per second"], "tokens per second"),
+        Tile("Work", cost["work"], cost["share"]),
         Tile("Memory", cost["peak memory"], f"of a process at its fullest{known(cost['forecast'], ', forecast {}')}"),
         Tile("Parameters", cost["parameters"], "in total"),
         Tile("Active", cost["active parameters"], f"{share}for a token"),
-        Tile("Time", cost["time"], ", ".join(filter(None, steps)))
+        Tile("Time", cost["time"], ", ".join([*filter(None, steps), *_planned(run)]))
         if known(cost["time"])
         else Tile("Steps", cost["steps"], "taken so far"),
     ]

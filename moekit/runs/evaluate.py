@@ -16,6 +16,7 @@ from moekit.runs.module import make_module, parameters
 from moekit.runs.record import TRANSLATIONS, DataRecord, RoutingRecord, Sample, Summary, write_written
 from moekit.runs.run import ROUTING, SAMPLES, SUMMARY, Run
 from moekit.runs.settings.train import quiet
+from moekit.runs.speed import speed_of
 from moekit.runs.text import evaluation_data, require_same_text
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.checkpoint_state import load_rest
@@ -102,6 +103,7 @@ def _write(
         evaluation_seconds=seconds,
         tokens_per_second=trained.get("tokens", 0) / max(trained.get("seconds", 0.0), 1e-9),
         peak_memory=used.get("PeakMemory"),
+        speed=speed_of(run.recipe, run.config, run.path, trained, int(last["global_step"])),
         parameters=parameters(module.backbone),
         bleu=scores.get("bleu"),
         chrf=scores.get("chrf"),

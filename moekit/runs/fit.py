@@ -13,11 +13,12 @@ from rich.console import Console
 from moekit.data.held_out import HeldOut
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
+from moekit.planner.measure import product_rate
 from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom
 from moekit.runs.module import make_module, parameters
 from moekit.runs.plain import as_plain, plain
-from moekit.runs.plan import expected_bytes
+from moekit.runs.plan import expected
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
@@ -26,6 +27,7 @@ from moekit.runs.text import require_same_text, tokenizer_of
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.callbacks.config import ConfigInCheckpoints
 from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
+from moekit.training.callbacks.gradient_norm import GradientNorm
 from moekit.training.callbacks.interrupt import Resumable
 from moekit.training.callbacks.limits import MaxMinutes
 from moekit.training.callbacks.memory import PeakMemory
@@ -89,8 +91,10 @@ def fit(
     )  # fmt: skip
     if isinstance(strategy, ExpertParallelStrategy):
         strategy.check(module, train.devices * train.num_nodes)
+    rate = product_rate("cuda" if train.on_gpu else "cpu", train.product_type)
+    forecast = expected(recipe, config)
     if is_first_process():  # which starts the others, if there are others
-        run = Run.create(out, settings, resume=resume, overwrite=overwrite, free=free)
+        run = Run.create(out, settings, resume=resume, overwrite=overwrite, free=free, measured={"product_rate": rate})
         run.keep(data.tokenizer, held_out)
     checkpoint = run.checkpoint_to_resume(settings, free) if resume else None
     trainer = train.trainer(
@@ -99,10 +103,14 @@ def fit(
         enable_checkpointing=True,
         callbacks=[
             MaxMinutes(budget),
-            Throughput(),
+            Throughput(
+                flops_per_token=forecast.flops_per_token if forecast else None,
+                product_rate=rate * train.devices * train.num_nodes,
+            ),
+            GradientNorm(),
             RandomState(),
             ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
-            PeakMemory(expected_bytes(recipe, config)),
+            PeakMemory(forecast.memory.device if forecast else None),
             TrainingProgress(budget),
             *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
             *_checkpoints(config, run, f"valid/{next(iter(module.heads))}/loss", resume_command),

@@ -129,6 +129,8 @@ class Summary(Record):
         evaluation_seconds: seconds of the test.
         tokens_per_second: rate of training alone.
         peak_memory: bytes at the fullest, where they lay and what was forecast; None where it was not measured.
+        speed: step time, operations a second, their share of the machine's rate and their forecast; see
+            `moekit.runs.speed.speed_of`.
         parameters: numbers of the network's: total, and active for a token.
         bleu: average, directions and signature; None where the run does not translate.
         chrf: the same.
@@ -152,6 +154,7 @@ class Summary(Record):
     evaluation_seconds: float | None = None
     tokens_per_second: float | None = None
     peak_memory: Mapping[str, Any] | None = None
+    speed: Mapping[str, Any] | None = None
     parameters: Mapping[str, int] = field(default_factory=dict)
     bleu: Mapping[str, Any] | None = None
     chrf: Mapping[str, Any] | None = None

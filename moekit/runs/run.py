@@ -77,6 +77,7 @@ class Run:
         resume: bool = False,
         overwrite: bool = False,
         free: Collection[str] = (),
+        measured: Mapping[str, Any] | None = None,
     ) -> Run:
         """Make the folder, or take up an existing one, and write ``config.yaml`` and ``environment.json``.
 
@@ -86,6 +87,7 @@ class Run:
             resume: go on with the run that is there, if any; its configuration must be the same.
             overwrite: remove the run that is there (its own files only), and start afresh.
             free: dotted keys that a resumed run may change, for example ``"train.max_minutes"``.
+            measured: what was measured of the machine, for ``environment.json``.
 
         Raises:
             UserError: a run or foreign files are there and neither option was given, the configuration of the run to
@@ -113,7 +115,7 @@ class Run:
         elif content:
             run.clear()
         write_text(run.path / _CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-        write_json(run.path / "environment.json", environment())
+        write_json(run.path / "environment.json", environment() | dict(measured or {}))
         try:
             run.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
