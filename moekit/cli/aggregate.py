@@ -63,6 +63,6 @@ COMMAND = Command(
     "Combine the experts of several runs into one model",
     _options,
     _aggregate,
-    "  python -m moekit aggregate runs/one runs/two --out runs/both\n"
-    "  python -m moekit aggregate runs/one runs/two --shared 1 --gates fresh --restart --out runs/both",
+    "  moekit aggregate runs/one runs/two --out runs/both\n"
+    "  moekit aggregate runs/one runs/two --shared 1 --gates fresh --restart --out runs/both",
 )

@@ -43,5 +43,5 @@ COMMAND = Command(
     "Change settings that need no new weights, such as the capacity factor",
     _options,
     _change,
-    "  python -m moekit change runs/tiny --set model.capacity_factor=2.0 --out runs/roomy",
+    "  moekit change runs/tiny --set model.capacity_factor=2.0 --out runs/roomy",
 )

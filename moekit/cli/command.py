@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,12 @@ from moekit.output import discard, lasting_output
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
 from moekit.runs.settings.fields import missed_range
+from moekit.runs.shell import NAME, command_line, program
 from moekit.terminal import Terminal, visible
 from moekit.training.processes import is_first_process
+
+EXAMPLE = re.compile(rf"(?<=^  ){NAME}\b", re.MULTILINE)
+"""Where a line of `Command.examples` names the program."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Command:
         help: one line, a sentence without its period.
         options: adds the options to the command's own parser.
         run: does it. A `moekit.errors.UserError` becomes a message and exit code 2; nothing may have been written then.
-        examples: lines for the end of the command's help.
+        examples: lines for the end of the command's help; those that begin with "  moekit" are commands.
     """
 
     help: str
@@ -133,12 +138,12 @@ class number:  # noqa: N801 - the type of an option, as int and float are
         return found
 
 
-def build_parser(program: str, name: str, command: Command) -> argparse.ArgumentParser:
+def build_parser(name: str, command: Command) -> argparse.ArgumentParser:
     """The parser of a command on runs."""
     parser = _Parser(
-        prog=f"{program} {name}",
+        prog=command_line(name),
         description=f"{command.help}.",
-        epilog=f"examples:\n{command.examples}" if command.examples else None,
+        epilog=f"examples:\n{EXAMPLE.sub(program(), command.examples)}" if command.examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -146,9 +151,9 @@ def build_parser(program: str, name: str, command: Command) -> argparse.Argument
     return parser
 
 
-def run_command(program: str, commands: Mapping[str, Command], name: str, arguments: Sequence[str]) -> int:
+def run_command(commands: Mapping[str, Command], name: str, arguments: Sequence[str]) -> int:
     """Parse the options of a command on runs, and run it; returns the exit code."""
-    parser = build_parser(program, name, commands[name])
+    parser = build_parser(name, commands[name])
     return execute(lambda: commands[name].run(parser.parse_args(arguments), Terminal()))
 
 

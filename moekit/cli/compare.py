@@ -9,11 +9,13 @@ from rich.console import Console
 from moekit.cli.command import Command
 from moekit.cli.report import runs_options, write_compared
 from moekit.errors import UserError
+from moekit.runs.shell import command_line
 
 
 def _compare(given: Namespace, console: Console) -> None:
     if len(given.runs) < 2:
-        raise UserError("compare needs two or more runs: got one. For one run: python -m moekit report RUN.")
+        one = command_line("report", given.runs[0])
+        raise UserError(f"compare needs two or more runs: got one. For one run: {one}")
     write_compared(given)
 
 
@@ -21,5 +23,5 @@ COMMAND = Command(
     "Compare several runs with the first one",
     lambda parser: runs_options(parser, "two or more run folders, baseline first", "to write"),
     _compare,
-    "  python -m moekit compare runs/tiny runs/tiny_dense --out results/comparison.html",
+    "  moekit compare runs/tiny runs/tiny_dense --out results/comparison.html",
 )

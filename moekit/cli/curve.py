@@ -78,6 +78,5 @@ COMMAND = Command(
     "Measure quality against model size: prune in several ways and validate each model",
     _options,
     _curve,
-    "  python -m moekit curve runs/tiny --out results\n"
-    "  python -m moekit curve runs/tiny --keep 50% --draws 3 --recover 300 --out results",
+    "  moekit curve runs/tiny --out results\n  moekit curve runs/tiny --keep 50% --draws 3 --recover 300 --out results",
 )

@@ -59,5 +59,5 @@ COMMAND = Command(
     "Export a run's model to a folder that Hugging Face transformers can load",
     _options,
     _export,
-    "  python -m moekit export runs/switch-tiny --out for-transformers",
+    "  moekit export runs/switch-tiny --out for-transformers",
 )

@@ -8,6 +8,7 @@ from moekit.cli.command import RecipeCommand, say
 from moekit.cli.training import smoke_option, smoke_settings, train
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
+from moekit.runs.shell import command_line
 from moekit.terminal import Terminal
 from moekit.training.processes import is_first_process
 
@@ -15,7 +16,7 @@ from moekit.training.processes import is_first_process
 def _fit(recipe: Recipe, config: RunConfig, given: Any) -> None:
     run, _ = train(recipe, config, given)
     if is_first_process():
-        say(Terminal(), f"trained; test it with: python -m moekit.recipes.{recipe.name} test --out {run.path}")
+        say(Terminal(), f"trained; test it with: {command_line('test', run.path)}")
 
 
 COMMAND = RecipeCommand(

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from moekit.cli.command import Command, say
 from moekit.runs.run import Run
+from moekit.runs.shell import command_line
 from moekit.runs.surgery.exchange import import_run
 from moekit.runs.surgery.writing import require_free, write_run
 
@@ -31,11 +32,10 @@ def _import(given: Namespace, console: Console) -> None:
     require_free(given.out, overwrite=given.overwrite)
     result = import_run(given.folder, Run.load(given.like), dropless=given.dropless)
     folder = write_run(result, given.out, restart=True, overwrite=given.overwrite)
-    recipe = f"python -m moekit.recipes.{result.run.recipe.name}"
     say(
         console,
         f"{folder.path}: a run of {result.run.recipe.name} with the weights of {given.folder}\n"
-        f"test it with {recipe} test --out {folder.path}",
+        f"test it with {command_line('test', folder.path)}",
     )
 
 
@@ -43,6 +43,6 @@ COMMAND = Command(
     "Import weights from a Hugging Face transformers folder as a run of the same model",
     _options,
     _import,
-    "  python -m moekit import for-transformers --like runs/switch-tiny --out runs/back\n"
+    "  moekit import for-transformers --like runs/switch-tiny --out runs/back\n"
     "Other SwitchTransformers and NllbMoe folders: moekit.huggingface.import_model, in Python.",
 )

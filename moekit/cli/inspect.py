@@ -32,6 +32,5 @@ COMMAND = Command(
     "Show the sparse layers of a checkpoint: experts, sizes and utilisation",
     _options,
     _inspect,
-    "  python -m moekit inspect runs/zcode_m3-tiny\n"
-    "  python -m moekit inspect runs/zcode_m3-tiny/checkpoints/last.ckpt --json",
+    "  moekit inspect runs/zcode_m3-tiny\n  moekit inspect runs/zcode_m3-tiny/checkpoints/last.ckpt --json",
 )

@@ -43,5 +43,5 @@ COMMAND = Command(
     "Average the experts of each layer into a dense model",
     _options,
     _merge,
-    "  python -m moekit merge runs/tiny --by-load --restart --out runs/dense",
+    "  moekit merge runs/tiny --by-load --restart --out runs/dense",
 )

@@ -1,4 +1,4 @@
-"""One program: every command under ``python -m moekit``."""
+"""One program: every command under ``moekit``, which is ``python -m moekit``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from moekit.cli.command import Command, execute, is_help, option_value, overview
 from moekit.errors import UserError, nearest
 from moekit.runs.recipe import Recipe, find_recipe, recipe_names
 from moekit.runs.run import Run
+from moekit.runs.shell import command_line, program
 
 SURGERY: Mapping[str, Command] = {
     "inspect": inspect.COMMAND,
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rest = ["--out", *rest]
     runs = {**SURGERY, **REPORTS}
     if name in runs:
-        return run_command("python -m moekit", runs, name, rest)
+        return run_command(runs, name, rest)
     if rest and is_help(rest) and name in recipes.COMMANDS:
         print(_about_command(name))
         return 0
@@ -71,7 +72,7 @@ def surgery(arguments: Sequence[str] | None = None) -> int:
         return 0 if given else 2
     if given[0] not in SURGERY:
         return execute(lambda: _unknown(given[0], SURGERY))
-    return run_command("python -m moekit.surgery", SURGERY, given[0], given[1:])
+    return run_command(SURGERY, given[0], given[1:])
 
 
 def _recipe(command: str, arguments: Sequence[str]) -> Recipe:
@@ -83,7 +84,7 @@ def _recipe(command: str, arguments: Sequence[str]) -> Recipe:
     if command in _RUNS and (out := option_value(arguments, "--out")):
         return Run.open(out).recipe
     folder = " or --out FOLDER" if command in _RUNS else ""
-    raise UserError(f"{command} needs a recipe{folder}: python -m moekit {command} NAME. {nearest('', recipe_names())}")
+    raise UserError(f"{command} needs a recipe{folder}: {command_line(command, 'NAME')}. {nearest('', recipe_names())}")
 
 
 def _names_folder(arguments: Sequence[str]) -> bool:
@@ -105,35 +106,34 @@ def _about() -> str:
     }
     lists = "\n\n".join(f"{title}:\n{overview(lines)}" for title, lines in rows.items())
     return (
-        "usage: python -m moekit COMMAND [RECIPE] [--option value ...]\n\n"
+        f"usage: {program()} COMMAND [RECIPE] [--option value ...]\n\n"
         f"{lists}\n\n"
         "Commands on recipes are followed by a recipe. test, generate, serve and score also take the folder of a run:\n"
-        "python -m moekit generate FOLDER.\n"
-        "To list the options, add --help after the command (and its recipe, if it needs one).\n"
-        "python -m moekit.recipes.RECIPE COMMAND is the same as python -m moekit COMMAND RECIPE."
+        f"{command_line('generate', 'FOLDER')}.\n"
+        "To list the options, add --help after the command (and its recipe, if it needs one)."
     )
 
 
 def _about_command(name: str) -> str:
     """Help of a command on recipes without a recipe, whose settings are the options."""
     return (
-        f"usage: python -m moekit {name} RECIPE [--variant NAME] [--option value ...]\n\n"
+        f"usage: {command_line(name)} RECIPE [--variant NAME] [--option value ...]\n\n"
         f"{recipes.COMMANDS[name].help}.\n\n"
         f"recipes:\n{overview({each: find_recipe(each, name).about for each in recipe_names()})}\n\n"
-        f"python -m moekit {name} RECIPE --help lists the options and the variants of a recipe."
+        f"{command_line(name)} RECIPE --help lists the options and the variants of a recipe."
     )
 
 
 def _surgery_about() -> str:
-    return f"""usage: python -m moekit.surgery COMMAND ...
+    return f"""usage: {program()} COMMAND ...
 
 Inspect trained models and change them. A changed model is written as a run folder that recipe commands can use:
 
-  python -m moekit.recipes.NAME test --out FOLDER
-  python -m moekit.recipes.NAME generate --out FOLDER ...
-  python -m moekit.recipes.NAME fit --config FOLDER/config.yaml --out FOLDER --resume --train.max_steps 4000
+  {program()} test FOLDER
+  {program()} generate FOLDER
+  {program()} fit NAME --config FOLDER/config.yaml --out FOLDER --resume --train.max_steps 4000
 
 commands:
 {overview({name: command.help for name, command in SURGERY.items()})}
 
-python -m moekit.surgery COMMAND --help lists the options of that command."""
+{program()} COMMAND --help lists the options of that command."""

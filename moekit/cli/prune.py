@@ -66,6 +66,6 @@ COMMAND = Command(
     "Remove experts from each layer, by utilisation or at random",
     _options,
     _prune,
-    "  python -m moekit prune runs/tiny --keep 50% --out runs/half\n"
-    "  python -m moekit prune runs/tiny --keep 2 --language avl --out runs/avl",
+    "  moekit prune runs/tiny --keep 50% --out runs/half\n"
+    "  moekit prune runs/tiny --keep 2 --language avl --out runs/avl",
 )

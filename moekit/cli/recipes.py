@@ -21,6 +21,7 @@ from moekit.runs.config import RunConfig
 from moekit.runs.plain import as_plain, with_setting
 from moekit.runs.recipe import Recipe
 from moekit.runs.settings.fields import check_ranges
+from moekit.runs.shell import command_line, program
 
 COMMANDS: Mapping[str, RecipeCommand] = {
     "run": run.COMMAND,
@@ -80,8 +81,8 @@ def build_parser(recipe: Recipe, command: str, variant: str, config: RunConfig |
     config = recipe.variants[variant].config if config is None else config
     chosen = COMMANDS[command]
     parser = ArgumentParser(
-        prog=f"python -m moekit.recipes.{recipe.name} {command}",
-        usage=f"python -m moekit.recipes.{recipe.name} [command] [--variant NAME] [--key value ...]",
+        prog=command_line(command, recipe.name),
+        usage=f"{program()} COMMAND {recipe.name} [--variant NAME] [--key value ...]",
         description=f"{recipe.about}\n\ncommands:\n{overview({name: c.help for name, c in COMMANDS.items()})}\n\n"
         f"variants:\n{overview({name: v.note for name, v in recipe.variants.items()})}\n\n{command}: {chosen.help}.",
         exit_on_error=False,

@@ -55,7 +55,7 @@ COMMAND = Command(
     "Write the report of a run, finished or not; compare several runs with the first",
     _options,
     _report,
-    "  python -m moekit.report runs/tiny                       write runs/tiny/report.html, print the summary\n"
-    "  python -m moekit.report runs/tiny runs/tiny_dense       compare: comparison.html and comparison.md\n"
-    "  python -m moekit.report runs/tiny --markdown > tiny.md  numbers and samples, to commit",
+    "  moekit report runs/tiny                       write runs/tiny/report.html, print the summary\n"
+    "  moekit report runs/tiny runs/tiny_dense       compare: comparison.html and comparison.md\n"
+    "  moekit report runs/tiny --markdown > tiny.md  numbers and samples, to commit",
 )

@@ -37,5 +37,5 @@ COMMAND = Command(
     lambda given, console: change(
         given, console, lambda run: split_run(run, given.parts, divided=not given.whole_weights)
     ),
-    "  python -m moekit split runs/shazeer-tiny --parts 2 --out runs/fine",
+    "  moekit split runs/shazeer-tiny --parts 2 --out runs/fine",
 )

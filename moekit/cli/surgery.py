@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from moekit.cli.command import number, say
 from moekit.runs.run import Run
+from moekit.runs.shell import command_line
 from moekit.runs.surgery.operations import (
     Result,
 )
@@ -94,13 +94,12 @@ def write(result: Result, given: Namespace, console: Console) -> None:
     layers = {layer.num_experts for layer in Run.load(folder.path).layers().values()}
     experts = f"{', '.join(str(n) for n in sorted(layers))} experts in a layer" if layers else "dense"
     count = sum(tensor.numel() for tensor in result.weights.values())
-    recipe = f"python -m moekit.recipes.{result.run.recipe.name}"
     minutes = " --train.max_minutes MINUTES" if result.config.train.max_minutes and not given.restart else ""
-    out = shlex.quote(str(folder.path))
+    fit = command_line("fit", result.run.recipe.name, "--config", folder.path / "config.yaml", "--out", folder.path)
     said = f"{result.said}\n" if result.said else ""
     say(
         console,
         f"{folder.path}: {count:,} parameters, {experts}\n{said}"
-        f"test it      {recipe} test --out {out}\n"
-        f"train it on  {recipe} fit --config {out}/config.yaml --out {out} --resume --train.max_steps STEPS{minutes}",
+        f"test it      {command_line('test', folder.path)}\n"
+        f"train it on  {fit} --resume --train.max_steps STEPS{minutes}",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from moekit.runs.fit import fit
 from moekit.runs.init_from import InitFrom
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
+from moekit.runs.shell import recipe_command
 from moekit.runs.smoke import smoke
 from moekit.terminal import Terminal
 from moekit.training.processes import is_first_process
@@ -95,7 +95,7 @@ def train(recipe: Recipe, config: RunConfig, given: Any, start: type[InitFrom] |
         overwrite=given.overwrite,
         init_from=init_from,
         smoke=smoke_test,
-        resume_command=shlex.join(["python", "-m", f"moekit.recipes.{recipe.name}", *arguments, "--resume"]),
+        resume_command=recipe_command(recipe.name, [*arguments, "--resume"]),
         console=Terminal(),
     )
     return run, config

@@ -51,5 +51,5 @@ COMMAND = Command(
     "Turn the feed-forward layers of a dense model into experts, or copy experts of a sparse one",
     _options,
     _upcycle,
-    "  python -m moekit upcycle runs/dense --experts 8 --noise 0.1 --scale 8 --restart --out runs/sparse",
+    "  moekit upcycle runs/dense --experts 8 --noise 0.1 --scale 8 --restart --out runs/sparse",
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
+
+_MEASURED = 0.3  # seconds
+_FEWEST = 4  # products, the first of which warms up
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,29 @@ class Measured:
     parameters: int
     flops: int
     kept: int
+
+
+@functools.cache
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product here, the median of some; measured once, in under a second.
+
+    Args:
+        device: "cpu" or "cuda".
+        dtype: number format of both factors.
+    """
+    size = 8192 if device == "cuda" else 768
+    a = torch.full((size, size), 0.5, device=device, dtype=dtype)  # draws no random number: a run's are its own
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times: list[float] = []
+    end = time.perf_counter() + _MEASURED
+    with torch.no_grad():
+        while len(times) < _FEWEST or time.perf_counter() < end:
+            wait()
+            start = time.perf_counter()
+            torch.mm(a, a)
+            wait()
+            times.append(time.perf_counter() - start)
+    return 2.0 * size**3 / statistics.median(times[1:])
 
 
 def measure(module: nn.Module, *inputs: Any, **named: Any) -> Measured:

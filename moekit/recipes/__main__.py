@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from moekit.runs.recipe import find_recipe, recipe_names
+from moekit.runs.shell import command_line, program, recipe_command
 from moekit.terminal import visible
 
 
@@ -13,15 +14,13 @@ def main() -> int:
     names = recipe_names()
     given = sys.argv[1:]
     if given and given[0] not in ("-h", "--help"):
-        words = " ".join(given) if given[0] in names else "NAME"
-        print(f"error: a recipe is a module of its own: python -m moekit.recipes.{visible(words)}", file=sys.stderr)
+        words = recipe_command(given[0] if given[0] in names else "NAME", given[1:])
+        print(f"error: a recipe is started by its name: {visible(words)}", file=sys.stderr)
         return 2
-    print(
-        "usage: python -m moekit.recipes.NAME [command] [--variant NAME] [--config FILE] [--key value ...]\n\nrecipes:"
-    )
+    print(f"usage: {program()} COMMAND NAME [--variant NAME] [--config FILE] [--key value ...]\n\nrecipes:")
     for name in names:
         print(f"  {name:<19} {find_recipe(name, '').about}")
-    print("\npython -m moekit.recipes.NAME --help lists commands, variants and settings.")
+    print(f"\n{command_line('run', 'NAME', '--help')} lists commands, variants and settings.")
     return 0
 
 

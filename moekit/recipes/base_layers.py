@@ -5,8 +5,8 @@ a decoder stands one layer of experts, each a stack of residual feed-forward blo
 same number of tokens, so that the sum of scores is the largest possible; evaluation sends a token where its score is
 best. A sigmoid of the score weighs what the expert adds. No balance loss, no capacity, no drops.
 
-    python -m moekit.recipes.base_layers                  # minutes on a laptop, nothing to download
-    python -m moekit.recipes.base_layers run --variant small --data.source text --data.path FOLDER
+    moekit run base_layers                  # minutes on a laptop, nothing to download
+    moekit run base_layers --variant small --data.source text --data.path FOLDER
 """
 
 from __future__ import annotations

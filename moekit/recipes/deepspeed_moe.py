@@ -5,8 +5,8 @@ Scale" (arXiv:2201.05596). A GPT with experts in every other layer, one per toke
 feed-forward beside its expert, and the two are added. Pyramid: the last two layers of experts have twice as many. The
 balance loss has weight 0.01, summed over layers; an expert takes an even share of the tokens.
 
-    python -m moekit.recipes.deepspeed_moe                # minutes on a laptop, nothing to download
-    python -m moekit.recipes.deepspeed_moe run --variant small --data.source text --data.path FOLDER
+    moekit run deepspeed_moe                # minutes on a laptop, nothing to download
+    moekit run deepspeed_moe --variant small --data.source text --data.path FOLDER
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Nie et al. 2021, "EvoMoE: An Evolutional Mixture-of-Experts Training Framework v
 as shares of the optimizer steps: the experts are one (and then differ by randomly masked weights); every expert runs
 whose Gumbel-softmax probability passes a threshold, while the temperature falls; the most probable one alone runs.
 
-    python -m moekit.recipes.dense_to_sparse              # minutes on a laptop, nothing to download
-    python -m moekit.recipes.dense_to_sparse run --variant small --data.source text --data.path FOLDER
+    moekit run dense_to_sparse              # minutes on a laptop, nothing to download
+    moekit run dense_to_sparse --variant small --data.source text --data.path FOLDER
 """
 
 from __future__ import annotations

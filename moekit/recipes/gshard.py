@@ -6,8 +6,8 @@ probability min(1, 2 g), to the second one of weight g; the two weights sum to 1
 choices are served first, an expert takes 2 T / E assignments, and what finds no room is carried by the residual. The
 balance loss has weight 0.01. The paper makes models deeper (12 or 36 layers) and wider (128 to 2,048 experts).
 
-    python -m moekit.recipes.gshard                       # minutes on a laptop, nothing to download
-    python -m moekit.recipes.gshard run --variant small --data.source moses --data.path FOLDER
+    moekit run gshard                       # minutes on a laptop, nothing to download
+    moekit run gshard --variant small --data.source moses --data.path FOLDER
 """
 
 from __future__ import annotations

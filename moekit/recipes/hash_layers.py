@@ -4,8 +4,8 @@ Roller et al. 2021, "Hash Layers For Large Sparse Models" (arXiv:2106.04426). A 
 in the middle is a bank of experts; the token's id alone chooses, by a table that is made before training from how often
 each token occurs, so that experts are equally busy. No gate, no weight, no balance loss.
 
-    python -m moekit.recipes.hash_layers                  # minutes on a laptop, nothing to download
-    python -m moekit.recipes.hash_layers run --variant small --data.source text --data.path FOLDER
+    moekit run hash_layers                  # minutes on a laptop, nothing to download
+    moekit run hash_layers --variant small --data.source text --data.path FOLDER
 """
 
 from __future__ import annotations

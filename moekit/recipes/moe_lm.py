@@ -5,8 +5,8 @@ a pre-norm decoder; every other feed-forward is replaced by experts of the same 
 in GShard; the balance loss has weight 0.01, summed over layers; the router runs in float32; both experts of a token
 are always sent, and an expert takes up to an even share of these assignments: twice as many as tokens by experts.
 
-    python -m moekit.recipes.moe_lm                       # minutes on a laptop, nothing to download
-    python -m moekit.recipes.moe_lm run --variant small --data.source text --data.path FOLDER
+    moekit run moe_lm                       # minutes on a laptop, nothing to download
+    moekit run moe_lm --variant small --data.source text --data.path FOLDER
 """
 
 from __future__ import annotations

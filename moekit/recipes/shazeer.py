@@ -5,8 +5,8 @@ Shazeer et al. 2017, "Outrageously Large Neural Networks: The Sparsely-Gated Mix
 token passes the four experts with the largest noisy scores, weighted by a softmax over those four; with two levels, two
 experts in each of two groups. Importance and load losses, 0.1 each, keep the experts equally busy; nothing is dropped.
 
-    python -m moekit.recipes.shazeer                      # minutes on a laptop, nothing to download
-    python -m moekit.recipes.shazeer run --variant small --data.source text --data.path FOLDER
+    moekit run shazeer                      # minutes on a laptop, nothing to download
+    moekit run shazeer --variant small --data.source text --data.path FOLDER
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ assignment in training, a sigmoid gate, no loss) in an encoder-decoder:
 
 The arms: `tiny` has both tricks, `tiny_sparse` none, `tiny_dense` no experts; YAML files have one trick alone.
 
-    python -m moekit.recipes.sparse_translation           # minutes on a laptop, nothing to download
-    python -m moekit.recipes.sparse_translation run --variant small --data.source moses --data.path FOLDER
+    moekit run sparse_translation           # minutes on a laptop, nothing to download
+    moekit run sparse_translation --variant small --data.source moses --data.path FOLDER
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ evaluation. The loss is cross-entropy + 0.01 balance + 0.001 z, where z keeps th
 feed-forward, a branch with a norm of its own, follows each sparse layer. The arms of the paper's stability study are in
 recipes/st_moe/ablations/.
 
-    python -m moekit.recipes.st_moe                       # minutes on a laptop, nothing to download
-    python -m moekit.recipes.st_moe run --variant small --data.source text --data.path FOLDER
+    moekit run st_moe                       # minutes on a laptop, nothing to download
+    moekit run st_moe --variant small --data.source text --data.path FOLDER
 """
 
 from __future__ import annotations

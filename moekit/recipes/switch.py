@@ -6,8 +6,8 @@ float32 softmax router finds most probable, times its probability. An expert tak
 share of the tokens, in their order; the others are carried by the residual. Training perturbs the router's input by
 1e-2, adds 1e-2 times the balance loss of every layer, and begins with a tenth of the usual variance.
 
-    python -m moekit.recipes.switch                       # minutes on a laptop, nothing to download
-    python -m moekit.recipes.switch run --variant small --data.source text --data.path FOLDER
+    moekit run switch                       # minutes on a laptop, nothing to download
+    moekit run switch --variant small --data.source text --data.path FOLDER
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ holds a batch of each task and minimises the weighted sum of their losses:
 
 Routers are top-1 with input jitter, capacity factor 1 and random token selection.
 
-    python -m moekit.recipes.zcode_m3                     # ten minutes on a laptop, nothing to download
-    python -m moekit.recipes.zcode_m3 run --variant small --data.source moses --data.path FOLDER
+    moekit run zcode_m3                     # ten minutes on a laptop, nothing to download
+    moekit run zcode_m3 --variant small --data.source moses --data.path FOLDER
 """
 
 from __future__ import annotations

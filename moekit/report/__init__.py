@@ -1,7 +1,7 @@
 """Pictures and tables of a run, from the files of its folder alone.
 
 `write_report` makes report.html, `terminal_summary` prints one screen, `write_comparison` sets runs side by side,
-`results_markdown` is for committing. ``python -m moekit.report RUN`` does the same from a shell.
+`results_markdown` is for committing. ``moekit report RUN`` does the same from a shell.
 
 `figures` draws the routing of any module, without a run folder, and `RoutingReport` is a callback that writes a page
 of it.

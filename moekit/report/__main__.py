@@ -11,7 +11,7 @@ from moekit.cli.program import REPORTS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 where the input is at fault."""
-    return run_command("python -m moekit", REPORTS, "report", sys.argv[1:] if arguments is None else arguments)
+    return run_command(REPORTS, "report", sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

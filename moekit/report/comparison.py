@@ -8,19 +8,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from moekit.errors import UserError
 from moekit.report import render, wording
 from moekit.report.health import experts_per_token
 from moekit.report.plots import Curves, Dots, Line
 from moekit.report.predictions import TaskScores, main_task, predictions
 from moekit.report.results import costs, routing_words
-from moekit.report.run_folder import RunFolder, dig, read_run
+from moekit.report.run_folder import RunFolder, dig, flat, read_run
+from moekit.report.significance import significance
 from moekit.report.style import CYCLE
 from moekit.report.view import Figure, PageSection, Table, Tile, View, caption, heading
 from moekit.runs.smoke import WARNING
 
 MAX_RUNS = 8
-_KEPT = ("parameters", "active parameters", "steps", "tokens", "tokens per second", "time")
+_UNFOLDED = 20  # rows
+_KEPT = ("parameters", "active parameters", "steps", "tokens", "tokens per second", "step time", "work", "time")
 
 
 def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -50,7 +54,9 @@ def comparison_view(runs: Sequence[RunFolder]) -> View:
     """Everything that is shown of several runs."""
     names = _names(runs)
     measures, accuracy = _measures(runs), _table("Accuracy", names, _accuracies(runs), "task")
+    paired, untested = significance(runs, names) if all(run.translates for run in runs) else ([], [])
     costly = {"Cost": _costs(runs), "Tasks (validation)": _tasks(runs), "Routing": _routing(runs)}
+    settings = _table("Settings that differ", names, _settings(runs), "setting")
     cost = [_table(title, names, rows) for title, rows in costly.items() if rows]
     measured = [*(measure.table(names) for measure in measures), *([accuracy] if accuracy.rows else [])]
     return View(
@@ -60,11 +66,17 @@ def comparison_view(runs: Sequence[RunFolder]) -> View:
         tiles=[_tile(name, run) for name, run in zip(names, runs, strict=True)],
         sections=[
             *_quality(runs, names, measures, accuracy),
+            *(
+                [PageSection(*heading("paired"), untested, [[Figure(t.title, table=t)] for t in paired])]
+                if paired or untested
+                else []
+            ),
             _progress(runs, names),
+            PageSection(*heading("settings"), *_shown(settings)),
             PageSection(*heading("cost"), cells=[[Figure(table.title, table=table)] for table in cost]),
         ],
         notes=[*_warnings(runs)],
-        tables=[*measured, *cost],
+        tables=[*measured, *paired, *([settings] if settings.rows else []), *cost],
         remark=f"In brackets: the difference from {names[0]}." if measures else "",
     )
 
@@ -183,6 +195,37 @@ def _accuracies(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
             for t, found in _predictions(runs).items()
         }
     return {title: rows[title] for title in sorted(rows) if set(rows[title]) != {wording.MISSING}}
+
+
+def _paired(tables: Sequence[Table], notes: Sequence[str]) -> list[PageSection]:
+    """Whether the runs that translate differ by luck; nothing where none was asked."""
+    cells = [[Figure(table.title, table=table)] for table in tables]
+    return [PageSection(*heading("paired"), notes, cells)] if tables or notes else []
+
+
+def _settings(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
+    """By dotted name the settings that are not the same in all runs; a dash where a run has none of that name."""
+    columns = [_configuration(run) for run in runs]
+    rows = {key: [c.get(key, wording.MISSING) for c in columns] for key in dict.fromkeys(k for c in columns for k in c)}
+    return {key: row for key, row in rows.items() if len(set(row)) > 1}
+
+
+def _configuration(run: RunFolder) -> dict[str, str]:
+    """What config.yaml says; nothing where it is missing or broken."""
+    try:
+        said = yaml.safe_load(run.config)
+    except yaml.YAMLError:
+        return {}
+    return flat(said) if isinstance(said, Mapping) else {}
+
+
+def _shown(settings: Table) -> tuple[list[str], list[list[Figure]]]:
+    """Notes and cells of the section on settings; many rows lie behind a fold."""
+    if not settings.rows:
+        return ["All runs have the same settings, or do not say."], []
+    many = len(settings.rows) > _UNFOLDED
+    count = wording.count(len(settings.rows), "setting")
+    return [], [[Figure(count, table=None if many else settings, numbers=settings if many else None, wide=True)]]
 
 
 def _title(runs: Sequence[RunFolder], task: str) -> str:

@@ -32,7 +32,7 @@ def curve_table(columns: Mapping[str, Series], say: Callable[[float | None], str
 
 
 def losses(run: RunFolder) -> PageSection:
-    """Losses by task, their accuracy, learning rate and speed."""
+    """Losses by task, their accuracy, learning rate, speed and gradient norm."""
     figures = [_loss(run, task) for task in _tasks(run)] + _accuracy(run)
     rates = ("lr", "train/lr", "learning_rate", "train/learning_rate")
     rate = run.logged(next((n for n in run.metrics if n in rates or n.startswith("lr-")), ""))
@@ -45,6 +45,11 @@ def losses(run: RunFolder) -> PageSection:
         chart = Curves(lines, "Tokens per second over steps", "short", start_at_zero=True, height=2.1)
         numbers = curve_table({"tokens per second": smooth(speed)})
         figures.append(Figure(*caption("speed"), chart, numbers=numbers))
+    norm = run.logged("train/grad_norm")
+    if norm is not None:
+        lines = [Line("logged", norm, look="raw"), Line("smoothed", smooth(norm))]
+        chart = Curves(lines, "Gradient norm over steps", start_at_zero=True, skip_start=True, height=2.1)
+        figures.append(Figure(*caption("grad_norm"), chart, numbers=curve_table({"gradient norm": smooth(norm)})))
     note = run.notes.get("metrics.csv", "" if figures else "No loss was logged.")
     return PageSection(*heading("losses"), [note] if note else [], [[figure] for figure in figures])
 

@@ -43,9 +43,25 @@ def costs(run: RunFolder) -> dict[str, str]:
         "tokens": wording.short(number(run.summary, "tokens")),
         "tokens per second": wording.short(run.tokens_per_second),
         "time": wording.duration(number(run.summary, "wall_seconds")),
+        "work": known(wording.short(number(run.summary, "speed", "flops_per_second")), "{} FLOP/s") or wording.MISSING,
+        "share": _share(run),
+        "step time": wording.seconds(number(run.summary, "speed", "step_seconds")),
         "peak memory": wording.memory(number(run.summary, "peak_memory", "bytes")),
         "forecast": wording.memory(number(run.summary, "peak_memory", "forecast")),
     }
+
+
+def _share(run: RunFolder) -> str:
+    """What of the machine's rate the model used, in the planner's arithmetic."""
+    share, rate = number(run.summary, "speed", "share"), number(run.summary, "speed", "product_rate")
+    of = f"{wording.percent(share, 0)} of " if share is not None else "of "
+    return f"{of}{wording.short(rate)} FLOP/s of a large matrix product" if rate else "by the planner's arithmetic"
+
+
+def _planned(run: RunFolder) -> list[str]:
+    """The planner's forecast of the time: all operations at the machine's own rate."""
+    planned = number(run.summary, "speed", "forecast_seconds")
+    return [f"{wording.duration(planned)} at the machine's full rate"] if planned else []
 
 
 def routing_words(run: RunFolder) -> dict[str, str]:
@@ -74,10 +90,11 @@ def tiles(run: RunFolder) -> list[Tile]:
     found = [
         *score_tiles(run),
         Tile("Speed", cost["tokens per second"], "tokens per second"),
+        Tile("Work", cost["work"], cost["share"]),
         Tile("Memory", cost["peak memory"], f"of a process at its fullest{known(cost['forecast'], ', forecast {}')}"),
         Tile("Parameters", cost["parameters"], "in total"),
         Tile("Active", cost["active parameters"], f"{share}for a token"),
-        Tile("Time", cost["time"], ", ".join(filter(None, steps)))
+        Tile("Time", cost["time"], ", ".join([*filter(None, steps), *_planned(run)]))
         if known(cost["time"])
         else Tile("Steps", cost["steps"], "taken so far"),
     ]
@@ -225,10 +242,10 @@ def _matrix(metric: str, found: DirectionScores, order: list[str]) -> list[Figur
         rows, columns = ([x for x in names if any(pair[side] == x for pair in pairs)] for side in (0, 1))
         values = [[pairs.get((s, t)) for t in columns] for s in rows]
         words, corner, least = caption("matrix", metric=metric), "from \\ to", f"{3 + 2.4 * len(columns):.1f}rem"
-    low, high = min(found.directions.values()), max(found.directions.values())
+    low, high = 0.0, 100.0  # of the score, not of this run: the same shade is the same score everywhere
     cells = [[(sequential_class(v, low, high), known(wording.fixed(v))) for v in line] for line in values]
     heat = Heat(corner, columns, [*zip(rows, cells, strict=True)], "matrix", least=least)
-    scale = Scale([f"s{i}" for i in range(SEQUENTIAL_LEVELS)], wording.fixed(low), wording.fixed(high))
+    scale = Scale([f"s{i}" for i in range(SEQUENTIAL_LEVELS)], f"{low:g}", f"{high:g}")
     return [Figure(*words, heats=[heat], scale=scale)]
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from moekit.report import render
 from moekit.report.curves import losses, routing
+from moekit.report.ending import cut
 from moekit.report.experts import experts
 from moekit.report.health import findings
 from moekit.report.predictions import main_task
 from moekit.report.results import about, answer_section, quality, tables, tiles
-from moekit.report.run_folder import RunFolder, read_run
+from moekit.report.run_folder import RunFolder, flat, read_run
 from moekit.report.samples import samples
 from moekit.report.view import Provenance, View
-from moekit.report.wording import MISSING, nearby
+from moekit.report.wording import nearby
+from moekit.runs.shell import command_line, typed_again
 
 _COMMANDS = ("command", "argv")
 _UNFINISHED = "This run is not finished (it has no summary.json): numbers come from its metrics."
@@ -50,6 +49,7 @@ def results_markdown(run_dir: Path, *, samples_per_direction: int = 2) -> str:
 
 def run_view(run: RunFolder) -> View:
     """Everything that is shown of a run."""
+    was_cut = cut(run)
     return View(
         kind="moekit run report",
         title=run.name,
@@ -57,14 +57,15 @@ def run_view(run: RunFolder) -> View:
         tiles=tiles(run),
         sections=[s for s in (quality(run), answer_section(run), losses(run), experts(run), routing(run)) if s],
         findings=findings(run),
-        notes=[] if run.summary else [_UNFINISHED],
+        go_on=was_cut.command if was_cut else "",
+        notes=[*([was_cut.text] if was_cut else []), *([] if run.summary else [_UNFINISHED])],
         tables=tables(run),
         samples=samples(run),
         no_samples=run.task("translation" if run.translates else main_task(run).task).samples,
         samples_note=run.notes.get("samples.json", "samples.json holds no samples."),
         provenance=Provenance(
             _command(run),
-            f"python -m moekit.report {shlex.quote(nearby(run.path))}",
+            command_line("report", nearby(run.path)),
             run.config,
             {k: v for k, v in flat(run.environment).items() if k not in _COMMANDS},
             run.notes,
@@ -77,28 +78,14 @@ def _command(run: RunFolder) -> str:
     """The command that was typed, where it is recorded, else one that repeats the configuration; "" if neither."""
     command = next((run.environment[k] for k in _COMMANDS if run.environment.get(k)), None)
     if isinstance(command, list) and command:
-        return shlex.join(map(str, command))
+        return typed_again([*map(str, command)])
     if isinstance(command, str) and command.strip():
         return command.strip()
     if not run.recipe:
         return ""
-    parts = ["python", "-m", f"moekit.recipes.{run.recipe}", "run"]
+    parts = []
     if run.config.strip():
         parts += ["--config", nearby(run.path / "config.yaml")]
     elif run.variant:
         parts += ["--variant", run.variant]
-    return shlex.join([*parts, "--out", f"{nearby(run.path)}-again"])
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Leaves of a nested mapping by dotted name."""
-    found: dict[str, str] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{name}.")
-        elif isinstance(value, list):
-            found[name] = ", ".join(map(str, value))
-        else:
-            found[name] = MISSING if value is None else str(value)
-    return found
+    return command_line("run", run.recipe, *parts, "--out", f"{nearby(run.path)}-again")

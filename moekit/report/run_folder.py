@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moekit.errors import UserError
+from moekit.report.wording import MISSING
 from moekit.runs.record import Sample
 from moekit.stored import parse_json
 from moekit.tasks import TASKS, SampleWording
@@ -286,6 +287,20 @@ def numbers(tree: Any, *keys: str) -> dict[str, float]:
 def names_in(tree: Any) -> list[str]:
     """The names in a mapping, in its order; [] where it is none."""
     return [str(name) for name in tree] if isinstance(tree, Mapping) else []
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Leaves of a nested mapping by dotted name."""
+    found: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{name}.")
+        elif isinstance(value, list):
+            found[name] = ", ".join(map(str, value))
+        else:
+            found[name] = MISSING if value is None else str(value)
+    return found
 
 
 def sides(direction: str) -> tuple[str, str]:

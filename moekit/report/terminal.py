@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -13,11 +12,13 @@ from rich.console import Console
 from rich.text import Text
 
 from moekit.report import wording
+from moekit.report.ending import cut
 from moekit.report.health import findings, layer_health
 from moekit.report.predictions import TaskScores, main_task, predictions
 from moekit.report.results import answer_tables, costs, known, rankings, routing_words, score_tiles
 from moekit.report.run_folder import RunFolder, dig, number, read_run, sides
 from moekit.report.view import Table
+from moekit.runs.shell import command_line
 from moekit.terminal import Terminal
 
 WIDTH = 80
@@ -41,7 +42,9 @@ def terminal_summary(run: Path | Mapping[str, Any], console: Console | None = No
     folder = RunFolder(Path(), summary=run) if isinstance(run, Mapping) else read_run(Path(run))
     title = "run" if isinstance(run, Mapping) and not folder.recipe else folder.name
     commands = [] if isinstance(run, Mapping) else _next(folder)
-    top = [_rule(title), *_headline(folder), Text(), *_quality(folder), *_tasks(folder)]
+    was_cut = cut(folder)
+    warned = [] if was_cut is None else [Text(f"! {line}", "bold yellow") for line in was_cut.lines]
+    top = [_rule(title), *_headline(folder), *warned, Text(), *_quality(folder), *_tasks(folder)]
     troubles = [Text(f"! {f.text}", "yellow") for f in findings(folder) if not f.good][:2]
     room = HEIGHT - len(top) - len(troubles) - len(commands) - bool(commands)
     for line in [*top, *_routing(folder)[: max(0, room)], *troubles, *([Text()] if commands else [])]:
@@ -211,24 +214,23 @@ def _dead(run: RunFolder) -> str:
 
 def _next(run: RunFolder) -> list[Text]:
     """Commands for what one may want now: the report, the model at work, a comparison."""
-    folder, page = shlex.quote(wording.nearby(run.path)), run.path / "report.html"
-    command = f"python -m moekit.report {folder}"
-    lines = [_labelled("report", wording.nearby(page) if page.is_file() else command, "bold")]
-    generate = f"python -m moekit.recipes.{run.recipe} generate \\"
+    folder, page = wording.nearby(run.path), run.path / "report.html"
+    shown = wording.nearby(page) if page.is_file() else command_line("report", folder)
+    lines = [_labelled("report", shown, "bold")]
+    if (was_cut := cut(run)) is not None and was_cut.command:
+        lines.insert(0, _labelled("go on", was_cut.command, "bold"))
     if run.recipe and (run.path / "checkpoints").is_dir():
         best = run.scores("bleu").directions
         speaks = next(([*x.languages] for x in predictions(run) if x.task == "causal_lm"), None)
         if run.translates and best:
             source, target = sides(max(best, key=lambda d: best[d]))
-            ends = f"  --out {folder} --from {source} --to {target}"
-            lines += [_labelled("translate", generate), _labelled("", ends)]
+            lines.append(_labelled("translate", command_line("generate", folder, "--from", source, "--to", target)))
         elif not run.translates and speaks is not None and (spoken := speaks or run.languages):
             lines += [
-                _labelled("continue", generate),
-                _labelled("", f"  --out {folder} --from {shlex.quote(spoken[0])}"),
+                _labelled("continue", command_line("generate", folder, "--from", spoken[0])),
                 _labelled("", "reads prompts from standard input, one a line", "dim"),
             ]
-    return [*lines, _labelled("compare", f"{command} OTHER_RUN")]
+    return [*lines, _labelled("compare", command_line("compare", folder, "OTHER_RUN"))]
 
 
 def _joined(parts: Sequence[str]) -> str:

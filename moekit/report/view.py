@@ -118,6 +118,8 @@ class Provenance:
 class View:
     """A page, and what of it a text shows: tiles, findings, notes, `tables`, samples, the command, the remark.
 
+    `go_on` is the command that trains the rest of a run that was cut.
+
     A page without a section of samples has None; where a run has no samples, `no_samples` words the section and
     `samples_note` says why.
     """
@@ -129,6 +131,7 @@ class View:
     sections: Sequence[PageSection]
     findings: Sequence[Finding] = ()
     notes: Sequence[str] = ()
+    go_on: str = ""
     tables: Sequence[Table] = ()
     samples: Sequence[TaskSamples] | None = None
     no_samples: SampleWording = field(default_factory=SampleWording)

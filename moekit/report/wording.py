@@ -29,6 +29,13 @@ def memory(value: float | None) -> str:
     return MISSING if value is None or not math.isfinite(value) else f"{value / 2**30:.2f} GiB"
 
 
+def seconds(value: float | None) -> str:
+    """``12.3 ms`` or ``1.23 s``; a dash where there is no number."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     """A fraction as ``1.2 %``; a value that is small but not nothing says so."""
     if value is None or not math.isfinite(value):

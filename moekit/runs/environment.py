@@ -13,12 +13,15 @@ from typing import Any
 import torch
 
 import moekit
+from moekit.runs import shell
 
 
 def environment() -> dict[str, Any]:
     """What the run ran on: versions, machine, threads, commit, command; neither user nor host name."""
     home = os.path.expanduser("~")
     command = ["python", *sys.orig_argv[1:]]
+    if Path("".join(command[1:2])).stem == shell.NAME:
+        command = [shell.NAME, *command[2:]]  # the console script, by whatever path
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "command": [part.replace(home, "~") if len(home) > 1 else part for part in command],

@@ -12,10 +12,20 @@ from moekit.data.module import MultitaskData
 from moekit.inference.completer import Completer
 from moekit.inference.translator import Translator, search_for
 from moekit.runs.config import RunConfig
+from moekit.runs.ending import ending_of
 from moekit.runs.module import make_module, parameters
-from moekit.runs.record import DataRecord, HeldOutRecord, RoutingRecord, Sample, Summary
+from moekit.runs.record import (
+    TRANSLATIONS,
+    DataRecord,
+    HeldOutRecord,
+    RoutingRecord,
+    Sample,
+    Summary,
+    write_written,
+)
 from moekit.runs.run import ROUTING, SAMPLES, SUMMARY, Run
 from moekit.runs.settings.train import quiet
+from moekit.runs.speed import speed_of
 from moekit.runs.text import evaluation_data, require_same_text
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.checkpoint_state import load_rest
@@ -100,6 +110,7 @@ def _write(
         evaluation_seconds=seconds,
         tokens_per_second=trained.get("tokens", 0) / max(trained.get("seconds", 0.0), 1e-9),
         peak_memory=used.get("PeakMemory"),
+        speed=speed_of(run.recipe, run.config, run.path, trained, int(last["global_step"])),
         parameters=parameters(module.backbone),
         bleu=scores.get("bleu"),
         chrf=scores.get("chrf"),
@@ -112,6 +123,7 @@ def _write(
         copied=module.copied,
         test=module.tested,
         routing=module.routing_summary,
+        ending=ending_of(config.train, last),
         tasks={name: data.task(name).record() for name in data.tasks},
         held_out=HeldOutRecord(
             valid=data.evaluated("valid"),
@@ -124,6 +136,8 @@ def _write(
     write_json(run.path / SAMPLES, [Sample.from_json(sample).to_json() for sample in module.samples])
     if routing is not None:
         write_json(run.path / ROUTING, routing.to_json())
+    if module.written:
+        write_written(run.path / TRANSLATIONS, module.written)
     write_json(run.path / SUMMARY, summary.to_json())
 
 

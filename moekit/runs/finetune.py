@@ -15,6 +15,7 @@ from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import setting
 from moekit.runs.settings.train import StrategyConfig
+from moekit.runs.shell import command_line
 from moekit.runs.surgery.optimizer import optimizer_slots
 from moekit.surgery.adapters import Target, add_adapters
 from moekit.training.fine_tuning import set_expert_dropout, set_train_capacity, subset, train_only, with_slots
@@ -76,8 +77,8 @@ class FineTuning(InitFrom):
         """
         if run.recipe.name != recipe.name:
             raise UserError(
-                f"{run.path} is a run of the recipe {run.recipe.name}: fine-tune it with python -m moekit.recipes."
-                f"{run.recipe.name} finetune."
+                f"{run.path} is a run of the recipe {run.recipe.name}: fine-tune it with "
+                f"{command_line('finetune', run.recipe.name, '--init_from', run.path)}"
             )
         if variant is not None and variant != run.variant:
             raise UserError(f"settings begin as in {run.path}, a run of {run.variant}: leave out --variant {variant}.")

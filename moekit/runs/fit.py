@@ -18,11 +18,12 @@ from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.inference.translator import Translator, search_for
 from moekit.lock import held
+from moekit.planner.measure import product_rate
 from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom
 from moekit.runs.module import make_module, parameters
 from moekit.runs.plain import as_plain, plain
-from moekit.runs.plan import expected_bytes
+from moekit.runs.plan import expected
 from moekit.runs.processes import shared_facts
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
@@ -33,6 +34,7 @@ from moekit.runs.text import require_same_text, tokenizer_of
 from moekit.terminal import visible
 from moekit.training.callbacks.config import ConfigInCheckpoints
 from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
+from moekit.training.callbacks.gradient_norm import GradientNorm
 from moekit.training.callbacks.interrupt import Resumable
 from moekit.training.callbacks.limits import MaxMinutes
 from moekit.training.callbacks.memory import PeakMemory
@@ -121,6 +123,8 @@ def fit(
         if isinstance(strategy, ExpertParallelStrategy):
             strategy.check(module, train.devices * train.num_nodes)
             check_callbacks(kept)
+        rate = product_rate("cuda" if train.on_gpu else "cpu", train.product_type)
+        forecast = expected(recipe, config)
         trainer = train.trainer(
             strategy=strategy,
             logger=run_loggers(run.path, train.loggers),
@@ -128,10 +132,14 @@ def fit(
             callbacks=[
                 SameOnRanks(shared_facts(recipe, settings, data) if train.devices * train.num_nodes > 1 else {}),
                 MaxMinutes(budget),
-                Throughput(),
+                Throughput(
+                    flops_per_token=forecast.flops_per_token if forecast else None,
+                    product_rate=rate * train.devices * train.num_nodes,
+                ),
+                GradientNorm(),
                 RandomState(),
                 ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
-                PeakMemory(expected_bytes(recipe, config)),
+                PeakMemory(forecast.memory.device if forecast else None),
                 TrainingProgress(budget),
                 *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
                 NonFinite(_REACTIONS.get(config.strategy.nonfinite_gradients, train.on_non_finite)),
@@ -152,7 +160,8 @@ def fit(
         if is_first_process():
             if not going_on:
                 stack.callback(_clear_if_nothing_began, run, trainer)
-            Run.create(out, settings, resume=resume, overwrite=overwrite, free=free)
+            measured = {"product_rate": rate}
+            Run.create(out, settings, resume=resume, overwrite=overwrite, free=free, measured=measured)
             run.keep(data.tokenizer, held_out)
             make_logger_folders(run.path, train.loggers)
         checkpoint = run.checkpoint_to_resume(settings, free) if resume else None

@@ -47,10 +47,10 @@ def forecast(
         raise UserError(f"plan: {error}") from None
 
 
-def expected_bytes(recipe: Recipe, config: RunConfig) -> float | None:
-    """What a process of this run should need at its fullest, in bytes; None if the model is none that can be planned.
+def expected(recipe: Recipe, config: RunConfig) -> Forecast | None:
+    """What a process of this run should need; None if the model is none that can be planned.
 
-    The tokens of all tasks are taken for texts of the greatest length. Under offload it is the device's part alone.
+    The tokens of all tasks are taken for texts of the greatest length, and heads of their own are left out.
     """
     length = config.data.max_length
     tokens = sum(task.tokens for task in active_tasks(config.tasks).values())
@@ -58,7 +58,7 @@ def expected_bytes(recipe: Recipe, config: RunConfig) -> float | None:
         model = _network(recipe, config)
         sides = 2 if hasattr(model, "encoder") and hasattr(model, "decoder") else 1
         training = _training(config, max(1, -(-tokens // (sides * length))), length)
-        return float(plan(model, _layout(config), training).memory.device)
+        return plan(model, _layout(config), training)
     except (ValueError, TypeError, NotImplementedError):
         return None
 

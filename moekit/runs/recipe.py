@@ -84,7 +84,7 @@ class Recipe:
     """A paper as something that runs.
 
     Attributes:
-        name: what names it in ``python -m moekit.recipes.<name>``.
+        name: what names it in ``moekit run <name>`` and ``python -m moekit.recipes.<name>``.
         about: one paragraph for the help.
         build: makes the parts of a model from the configuration and the text of a run.
         variants: settings by name; the first is the default. The types of ``model`` and ``tasks`` are those of its

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
 import typing
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
+from moekit.atomic import replacing
 from moekit.tasks import TranslationTask
+
+TRANSLATIONS = "translations.json.gz"
+"""Everything that a model wrote in the test, by task and direction: for each sentence a `Written`."""
+Written = tuple[int, str, str]
+"""Number of the test sentence, reference, and what the model wrote."""
 
 VERSION = 1
 """Of the records, by their key ``version``; one without it is of version 1."""
@@ -93,6 +103,36 @@ class HeldOutRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ending(Record):
+    """Where training ended.
+
+    Attributes:
+        by: "steps" or "minutes" at its end; else "clock": max_minutes ended it before max_steps; "interrupted": a
+            signal did, as Ctrl-C or a time limit of the cluster; "stopped": another cause, as an error or a callback.
+        signal: name of the signal that interrupted it.
+        steps: optimizer steps that were taken.
+        minutes: of training, validation in between included.
+        max_steps: where the schedule ends; None = at max_minutes.
+        max_minutes: the limit of time; None = none.
+        done: share of the schedule that was done, 0 to 1.
+        learning_rate: the last learning rate, as a share of the peak.
+        rising: whether it ended in the warm-up.
+        last_learning_rate: the one that the schedule was to end with, as a share of the peak.
+    """
+
+    by: str
+    signal: str | None = None
+    steps: int
+    minutes: float = 0.0
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    done: float = 1.0
+    learning_rate: float | None = None
+    rising: bool = False
+    last_learning_rate: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary(Record):
     """What a run came to: summary.json.
 
@@ -108,6 +148,8 @@ class Summary(Record):
         evaluation_seconds: seconds of the test.
         tokens_per_second: rate of training alone.
         peak_memory: bytes at the fullest, where they lay and what was forecast; None where it was not measured.
+        speed: step time, operations a second, their share of the machine's rate and their forecast; see
+            `moekit.runs.speed.speed_of`.
         parameters: numbers of the network's: total, and active for a token.
         bleu: average, directions and signature; None where the run does not translate.
         chrf: the same.
@@ -123,6 +165,7 @@ class Summary(Record):
         routing: means over sparse layers, and each layer by name; None of a dense model.
         tasks: what reports say of each task: see `moekit.tasks.Task.record`.
         held_out: the text of the evaluation.
+        ending: where training ended, and why; None where nothing was trained, or nobody wrote it down.
     """
 
     recipe: str | None = None
@@ -136,6 +179,7 @@ class Summary(Record):
     evaluation_seconds: float | None = None
     tokens_per_second: float | None = None
     peak_memory: Mapping[str, Any] | None = None
+    speed: Mapping[str, Any] | None = None
     parameters: Mapping[str, int] = field(default_factory=dict)
     bleu: Mapping[str, Any] | None = None
     chrf: Mapping[str, Any] | None = None
@@ -150,6 +194,7 @@ class Summary(Record):
     routing: Mapping[str, Any] | None = None
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     held_out: HeldOutRecord = field(default_factory=HeldOutRecord)
+    ending: Ending | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +262,25 @@ class Sample(Record):
     source: str = ""
     reference: str = ""
     hypothesis: str
+
+
+def write_written(path: Path, written: Mapping[str, Mapping[str, Sequence[Written]]]) -> None:
+    """Keep what was written, by task and direction; the same bytes for the same text."""
+    content = json.dumps({"version": VERSION, "tasks": written}, ensure_ascii=False, separators=(",", ":"))
+    with replacing(path) as file:
+        file.write(gzip.compress(content.encode(), mtime=0))
+
+
+def read_written(path: Path) -> dict[str, dict[str, list[Written]]]:
+    """What was written, by task and direction; {} where the file is missing or broken."""
+    try:
+        tasks = json.loads(gzip.decompress(path.read_bytes()))["tasks"]
+        return {
+            task: {direction: [(int(n), str(r), str(h)) for n, r, h in rows] for direction, rows in found.items()}
+            for task, found in tasks.items()
+        }
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, AttributeError):
+        return {}
 
 
 def _made(hint: Any, value: Any, name: str, notes: list[str] | None) -> Any:

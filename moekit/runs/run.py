@@ -26,7 +26,7 @@ from moekit.runs.config import RunConfig
 from moekit.runs.environment import environment
 from moekit.runs.plain import plain, require_same
 from moekit.runs.recipe import Recipe, RunText, find_recipe
-from moekit.runs.record import RoutingRecord, Sample, Summary
+from moekit.runs.record import TRANSLATIONS, RoutingRecord, Sample, Summary
 from moekit.runs.yaml_file import read_mapping
 from moekit.stored import parse_json
 from moekit.surgery import SparseLayer, require_complete, sparse_layers
@@ -47,7 +47,8 @@ _TOKENIZER = "tokenizer"
 _HELD_OUT = "held_out.json.gz"
 SUMMARY, ROUTING, SAMPLES = "summary.json", "routing.json", "samples.json"
 _FILES = (
-    _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, "environment.json", "metrics.csv", "report.html",
+    _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, TRANSLATIONS, "environment.json", "metrics.csv",
+    "report.html",
 )  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "wandb", "mlflow", _TOKENIZER)
 _DRAFT = re.compile(r"\.(best|last)\.ckpt\.[0-9a-f]+\.tmp")
@@ -84,6 +85,7 @@ class Run:
         resume: bool = False,
         overwrite: bool = False,
         free: Collection[str] = (),
+        measured: Mapping[str, Any] | None = None,
     ) -> Run:
         """Make the folder, or take up an existing one, and write ``config.yaml`` and ``environment.json``.
 
@@ -93,6 +95,7 @@ class Run:
             resume: go on with the run that is there, if any; its configuration must be the same.
             overwrite: remove the run that is there (its own files only), and start afresh.
             free: dotted keys that a resumed run may change, for example ``"train.max_minutes"``.
+            measured: what was measured of the machine, for ``environment.json``.
 
         Raises:
             UserError: a run or foreign files are there and neither option was given, the configuration of the run to
@@ -105,7 +108,7 @@ class Run:
         elif content:
             run.clear()
         write_text(run.path / _CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-        write_json(run.path / "environment.json", environment())
+        write_json(run.path / "environment.json", environment() | dict(measured or {}))
         try:
             run.checkpoints.mkdir(exist_ok=True)
             for draft in filter(lambda found: _DRAFT.fullmatch(found.name), list(run.checkpoints.iterdir())):

@@ -4,7 +4,7 @@
     kept = choose_experts(layers, keep=0.5, order="utilisation", load=load)
     smaller = take_experts(model.state_dict(), layers, kept)
 
-``python -m moekit.surgery`` does it to the runs of recipes, on disk.
+The commands of ``moekit`` do it to the runs of recipes, on disk.
 """
 
 from moekit.surgery.adapters import add_adapters, merge_adapters, merged_state

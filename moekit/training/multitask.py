@@ -125,6 +125,7 @@ class MultitaskModule(LoadedFromFile):
         self.translate: Translate | None = None
         self.write: Write | None = None
         # The sentences as they were before tokenization, by direction and number: what BLEU is to be computed on.
+        self.written: dict[str, dict[str, list[tuple[int, str, str]]]] = {}
         self.originals: Callable[[str, list[int]], tuple[list[str], list[str]]] | None = None
 
         self.valid_perplexity = TokenPerplexity(tasks)
@@ -313,15 +314,15 @@ class MultitaskModule(LoadedFromFile):
         head: Any = self.heads[batch.task]
         if head.scores:
             score: Any = dict(self.test_scores.items()).get(batch.task)
-            rows = self._score(batch, score)
+            rows = self._score(batch, score, keep=True)
             copies = cast(AnswerScore, self.copy_scores[batch.task])
             copies.update(cast(str, batch.direction), [row[0] for row in rows], [row[1] for row in rows])
             self._keep(batch, rows[: self._samples_wanted(batch)])
         else:
             self._measure(batch)
 
-    def _score(self, batch: Batch, score: AnswerScore | None) -> list[tuple[str, str, str]]:
-        """Write the answers to a batch and count them; sources, references and answers."""
+    def _score(self, batch: Batch, score: AnswerScore | None, *, keep: bool = False) -> list[tuple[str, str, str]]:
+        """Write the answers to a batch, count them and maybe keep them; sources, references and answers."""
         if self.translate is None or score is None:
             raise ValueError(
                 "the test scores what is written, so MultitaskModule needs `directions` and `translate`: set "
@@ -333,6 +334,9 @@ class MultitaskModule(LoadedFromFile):
         if self.originals is not None and batch.index is not None:
             numbers = batch.index.tolist()  # host read: which sentences they are
             sources, references = self.originals(batch.direction, numbers)
+            if keep:
+                rows = self.written.setdefault(batch.task, {}).setdefault(batch.direction, [])
+                rows += zip(numbers, references, hypotheses, strict=True)
         else:
             sources, references = self.translate.text(batch.source), self.translate.text(batch.target)
         score.update(batch.direction, hypotheses, references)
@@ -360,6 +364,7 @@ class MultitaskModule(LoadedFromFile):
 
     def on_test_epoch_end(self) -> None:
         """Log scores by direction and on average, and the perplexity of other tasks by language."""
+        self._share_written()
         for metric in cast(Iterable[AnswerScore], self.test_scores.values()):
             self.scores = {**(self.scores or {}), **metric.compute()}
             self.log_dict({f"test/{name}": value for name, value in metric.log_values().items()})
@@ -387,6 +392,22 @@ class MultitaskModule(LoadedFromFile):
                 self.log_dict({f"test/{task}/perplexity/{x}": value for x, value in languages.items()})
             self.test_perplexity.reset()
             self.test_accuracy.reset()
+
+    def _share_written(self) -> None:
+        """Bring together what all processes have written, each sentence once and in the order of the text."""
+        parts: list[Any] = [self.written]
+        if self.trainer.world_size > 1:
+            parts = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, self.written)
+        found: dict[str, dict[str, dict[int, tuple[int, str, str]]]] = {}
+        for part in parts:
+            for task, directions in part.items():
+                for direction, rows in directions.items():
+                    found.setdefault(task, {}).setdefault(direction, {}).update({row[0]: row for row in rows})
+        self.written = {
+            task: {direction: [rows[n] for n in sorted(rows)] for direction, rows in sorted(directions.items())}
+            for task, directions in found.items()
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
         if self.steps_before:

@@ -14,6 +14,7 @@ from moekit.recipes import switch
 from moekit.runs.config import RunConfig
 from moekit.runs.plain import as_plain
 from moekit.runs.recipe import find_recipe, recipe_names
+from moekit.runs.shell import command_line
 
 FRAGMENTS = {"of", "in", "as", "on", "by", "to", "into", "with", "from", "its", "their", "so", "the", "at"}
 """Words with which a text begins that goes on with a thing that is not there."""
@@ -45,7 +46,7 @@ def test_help_texts_of_recipes_are_whole_phrases(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "chosen"), {**SURGERY, **REPORTS}.items(), ids=[*SURGERY, *REPORTS])
 def test_help_texts_of_commands_on_runs_are_whole_phrases(name: str, chosen: command.Command) -> None:
-    shown = texts(command.build_parser("moekit", name, chosen))
+    shown = texts(command.build_parser(name, chosen))
     assert len(shown) > 1
     assert not {option: text for option, text in shown.items() if not is_whole(text)}
 
@@ -75,7 +76,7 @@ def test_one_program(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["prunee"], "unknown command 'prunee'. Did you mean 'prune'?"),
         (["run", "swich"], "got 'swich'"),
-        (["run", "--variant", "tiny"], "run needs a recipe: python -m moekit run NAME"),
+        (["run", "--variant", "tiny"], f"run needs a recipe: {command_line('run', 'NAME')}"),
         (["test"], "test needs a recipe or --out FOLDER"),
         (["test", "--out", "nowhere"], "nowhere holds no run"),
         (["compare", "nowhere"], "compare needs two or more runs"),

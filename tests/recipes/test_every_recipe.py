@@ -31,6 +31,7 @@ from moekit.data.sources import open_source
 from moekit.runs import Recipe
 from moekit.runs.settings import active_tasks
 from moekit.runs.settings.fields import check_ranges
+from moekit.runs.shell import command_line
 from moekit.source import Direction
 from moekit.training.multitask import MultitaskModule
 
@@ -104,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_recipe_trains_tests_and_reports(
     name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`python -m moekit.recipes.NAME` with nothing but a smaller model and budget."""
+    """`moekit run NAME` with nothing but a smaller model and budget."""
     monkeypatch.chdir(tmp_path)
     found = recipe(name)
     assert next(iter(found.variants)) == "tiny"
@@ -201,7 +202,7 @@ def commands(readme: Path) -> list[str]:
     for line in text.splitlines():
         if line.startswith("```"):
             inside = line.strip() == "```bash"
-        elif inside and "python -m moekit.recipes." in line:
+        elif inside and line.startswith("moekit "):
             found.append(line.split("#")[0].strip())
     return found
 
@@ -223,9 +224,8 @@ def test_commands_of_the_readme_work(
     assert found, f"recipes/{name}/README.md shows no command"
     for command in found:
         words = shlex.split(command)
-        module = words[words.index("-m") + 1]
-        assert module == f"moekit.recipes.{name}", command
-        argv = [",".join(str(folder.get(part, part)) for part in w.split(",")) for w in words[words.index("-m") + 2 :]]
+        assert words[2] == name, command
+        argv = [",".join(str(folder.get(part, part)) for part in w.split(",")) for w in [words[1], *words[3:]]]
         assert execute(recipe(name), argv, cache) == 0, f"{command}\n{capsys.readouterr().err}"
 
 
@@ -293,4 +293,4 @@ def test_the_package_says_which_recipes_there_are(
     assert all(f"  {name} " in listed for name in NAMES)
     monkeypatch.setattr("sys.argv", ["moekit.recipes", "switch", "--help"])
     assert start() == 2
-    assert "python -m moekit.recipes.switch --help" in capsys.readouterr().err
+    assert command_line("run", "switch", "--help") in capsys.readouterr().err

@@ -18,6 +18,7 @@ from moekit.cli.recipes import main
 from moekit.data.tokenizer import Tokenizer
 from moekit.recipes import gshard, sparse_translation, switch
 from moekit.runs import Run
+from moekit.runs.shell import command_line
 from moekit.runs.surgery.optimizer import optimizer_slots
 from moekit.surgery.adapters import is_adapter
 
@@ -217,7 +218,7 @@ def test_a_student_of_another_recipe(work: Path, tmp_path: Path) -> None:
         (gshard, "finetune", ["--init_from", "BASE", "--data.babel_languages", "3", "--data.directions", "kmb-avl"],
          "must know the language 'kmb'"),
         (gshard, "finetune", ["--init_from", "nowhere"], "nowhere"),
-        (switch, "finetune", ["--init_from", "BASE"], "python -m moekit.recipes.gshard finetune"),
+        (switch, "finetune", ["--init_from", "BASE"], command_line("finetune", "gshard")),
         (gshard, "distill", ["--teacher", "BASE", "--model.dim", "32"], "must have the teacher's sizes"),
         (gshard, "distill", ["--teacher", "BASE", "--distill.weight", "2"], "distill: Mixture.teacher"),
         (gshard, "distill", ["--teacher", "BASE", "--distill.layers", "x=y"], "must be as decoder.layers=0,1,4,5"),

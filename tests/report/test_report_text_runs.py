@@ -15,6 +15,7 @@ from moekit.report.health import findings
 from moekit.report.predictions import languages_by_perplexity, main_task, predictions
 from moekit.report.run_folder import read_run
 from moekit.report.wording import MISSING
+from moekit.runs.shell import command_line
 
 FOREIGN = re.compile("translat|bleu|chrf", flags=re.IGNORECASE)
 CASES: dict[str, dict[str, Any]] = {
@@ -252,7 +253,7 @@ def test_one_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) 
     assert max(map(len, lines)) <= 80
     assert len(lines) <= 24
     assert lines[1].startswith("perplexity ")
-    assert "python -m moekit.report runs" in "\n".join(lines)
+    assert command_line("compare", "runs") in "\n".join(lines)
 
 
 def test_terminal_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,9 +266,9 @@ def test_terminal_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     rows = re.findall(r"^(\w\w) +([\d.]+)$", text, flags=re.MULTILINE)
     assert rows == [(x, f"{v:.2f}") for x, v in sorted(test["languages"].items(), key=lambda item: item[1])]
     assert "validation  causal_lm perplexity 12.43" in text
-    command = re.search(r"continue +(.*) \\\n +(.*)\n +reads prompts from standard input", text)
+    command = re.search(r"continue +(.*)\n +reads prompts from standard input", text)
     assert command is not None
-    assert command.groups() == ("python -m moekit.recipes.moe_lm generate", "--out r --from en")
+    assert command.group(1) == command_line("generate", "r", "--from", "en")
 
 
 def test_only_what_can_generate_offers_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from moekit.report import results_markdown, terminal_summary, wording, write_com
 from moekit.report.__main__ import main
 from moekit.report.render import literal
 from moekit.report.samples import agreement, marked, pieces
+from moekit.runs.shell import command_line
 
 
 def screen(run: object, *, encoding: str = "utf-8", width: int = 80) -> list[str]:
@@ -126,7 +127,7 @@ def test_one_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) 
         assert max(map(len, lines)) <= 80
     assert len(lines) <= 24
     assert "BLEU" in "\n".join(lines)
-    assert "python -m moekit.report runs" in "\n".join(lines)
+    assert command_line("compare", "runs") in "\n".join(lines)
 
 
 def test_terminal_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +202,7 @@ def test_results_markdown(tmp_path: Path) -> None:
     assert all(f"| {d} | {v:.1f} |" in text for d, v in summary["bleu"]["directions"].items())
     assert summary["bleu"]["signature"] in text
     assert text.count("source:") == len(summary["bleu"]["directions"])
-    assert "python -m moekit.recipes.zcode_m3 run --out 'runs/a name'" in text
+    assert command_line("run", "zcode_m3", "--out", "runs/a name") in text
     assert all(line.count("|") == 9 for line in text.splitlines() if line.startswith("| encoder."))
 
 

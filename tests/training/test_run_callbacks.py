@@ -20,8 +20,10 @@ from torch.utils.data import DataLoader
 from moekit.data.batch import Batch
 from moekit.training.budget import Budget
 from moekit.training.callbacks.best import BestCheckpoint
+from moekit.training.callbacks.gradient_norm import GradientNorm
 from moekit.training.callbacks.interrupt import Resumable
 from moekit.training.callbacks.limits import MaxMinutes
+from moekit.training.callbacks.memory import PeakMemory
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.callbacks.random_state import RandomState
 from moekit.training.callbacks.throughput import Throughput, count_tokens
@@ -179,6 +181,58 @@ def test_throughput_in_the_middle_of_a_window_is_in_the_checkpoint(tmp_path: Pat
     assert states["Throughput"] == {"tokens": 150, "seconds": 30.0}
 
 
+def test_the_norm_is_that_before_clipping_and_clipping_is_what_it_was(tmp_path: Path) -> None:
+    class Seen(Callback):
+        def __init__(self) -> None:
+            self.norms: list[float] = []
+            self.logged: list[float] = []
+
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            grads = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+            self.norms.append(float(torch.cat(grads).double().norm()))
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            self.logged.append(float(trainer.callback_metrics["train/grad_norm"]))
+
+    weights = []
+    for extra in ([GradientNorm()], []):
+        torch.manual_seed(7)
+        model, seen, batches = Model(), Seen(), data(6)
+        callbacks = [*extra, *([seen] if extra else [])]
+        trainer(tmp_path, *callbacks, max_steps=6, limit_val_batches=0, gradient_clip_val=0.05).fit(model, batches)
+        weights.append([p.detach().clone() for p in model.parameters()])
+        if extra:
+            assert seen.logged == pytest.approx(seen.norms, rel=1e-6)
+            assert max(seen.norms) > 0.05
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_without_clipping_there_is_no_norm(tmp_path: Path) -> None:
+    run = trainer(tmp_path, GradientNorm(), max_steps=2, limit_val_batches=0)
+    run.fit(Model(), data())
+    assert "train/grad_norm" not in run.callback_metrics
+
+
+def test_throughput_in_operations(tmp_path: Path) -> None:
+    """Ten seconds a step of 50 tokens, at 3 operations a token, on a machine that makes 60 in a second."""
+    clock = Clock()
+    meter = Throughput(lambda batch: 50, flops_per_token=3.0, product_rate=60.0, clock=clock)
+    run = trainer(tmp_path, meter, max_steps=4, limit_val_batches=0, accumulate_grad_batches=2, log_every_n_steps=2)
+    run.fit(Model(clock), data(8))
+    logged = {name: float(value) for name, value in run.callback_metrics.items()}
+    assert logged["train/tokens_per_second"] == 5.0
+    assert logged["train/step_seconds"] == 20.0
+    assert logged["train/flops_per_second"] == 15.0
+    assert logged["train/flops_share"] == 0.25
+
+
+def test_peak_memory_is_logged(tmp_path: Path) -> None:
+    memory = PeakMemory()
+    run = trainer(tmp_path, memory, max_steps=2, limit_val_batches=0)
+    run.fit(Model(), data())
+    assert 2**26 < float(run.callback_metrics["train/peak_memory"]) <= 1.001 * memory.bytes
+
+
 def lines_of(tmp_path: Path, budget: Budget | None, **kwargs: Any) -> list[str]:
     clock, stream = Clock(), io.StringIO()
     progress = TrainingProgress(budget, line_seconds=25, console=Console(file=stream), clock=clock)
@@ -206,6 +260,23 @@ def test_progress_of_a_run_limited_by_minutes(tmp_path: Path) -> None:
     assert lines[-3].startswith("step 12  loss ")
     assert lines[-3].endswith("2:00/2:00 used  0:00 left")
     assert "0:40/2:00 used  1:20 left" in "".join(lines)
+
+
+def test_progress_says_once_how_far_the_minutes_reach(tmp_path: Path) -> None:
+    """Ten seconds a step: 12 steps in two minutes, known after the sixth."""
+    lines = lines_of(tmp_path, Budget(max_steps=100, max_minutes=2), limit_val_batches=0)
+    said = " ".join(line for line in lines if not line.startswith(("step", "testing")))
+    assert said == (
+        "At this speed train.max_minutes=2 ends the run at about step 12 of 100: 12 % of its schedule. All of it takes "
+        "about 19 minutes."
+    )
+    lines = lines_of(tmp_path, Budget(max_minutes=2), limit_val_batches=0)
+    assert lines.count("At this speed 2 minutes are about 12 steps.") == 1
+
+
+def test_progress_says_nothing_of_minutes_that_suffice(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, Budget(max_steps=10, max_minutes=2), limit_val_batches=0)
+    assert all(line.startswith(("step", "testing")) for line in lines)
 
 
 def test_progress_shows_validation_and_epochs(tmp_path: Path) -> None:

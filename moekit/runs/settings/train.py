@@ -205,6 +205,12 @@ class TrainConfig:
                 **options,
             )
 
+    @property
+    def product_type(self) -> torch.dtype:
+        """The number format of most products of a run with these settings."""
+        name = str(self.usable_precision)
+        return torch.bfloat16 if "bf16" in name else torch.float16 if name.startswith("16") else torch.float32
+
     # -- what "auto" is on this machine --------------------------------------------------------------------------------
 
     @property

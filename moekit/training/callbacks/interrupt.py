@@ -124,6 +124,10 @@ class Resumable(Checkpoint):
                 with contextlib.suppress(OSError):  # the terminal may be gone
                     print(visible(f"{stopped}; everything is in {self.path}.{resume}"), file=sys.stderr, flush=True)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The signal that stops the run behind this checkpoint, by its name; None = none came."""
+        return {"signal": None if self._signal is None else signal.Signals(self._signal).name}
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._restore_signals()
 

@@ -18,6 +18,8 @@ except ImportError:  # Windows has none
 class PeakMemory(Callback):
     """Keeps the most memory that this process has held: of its GPU, allocated by torch; on a CPU, resident.
 
+    Logged as ``train/peak_memory``, in bytes.
+
     Asking costs the GPU nothing. The resident set counts Python, torch and the data, too. Over stops and resumes the
     largest is kept in checkpoints, those of the first process.
 
@@ -53,6 +55,12 @@ class PeakMemory(Callback):
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
             self._other = _peak(self._device)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer._logger_connector.should_update_logs and self.bytes:
+            pl_module.log("train/peak_memory", float(self.bytes), batch_size=1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"bytes": self.bytes, "of": self.of, "forecast": self.forecast}

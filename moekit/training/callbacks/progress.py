@@ -17,12 +17,18 @@ from moekit.terminal import Terminal
 from moekit.training.budget import Budget
 from moekit.training.callbacks.memory import PeakMemory
 
+_SPEED_IS_KNOWN = 30.0  # seconds
+_FEW_STEPS = 5
+_MARGIN = 1.1  # validations and checkpoints take time, too
+
 
 class TrainingProgress(ProgressBar):
     """Shows step, loss, tokens per second, time used and time left of training, and batches of evaluation.
 
     On a terminal it is a bar; elsewhere (a file, a CI log) a plain line every `line_seconds`, at the start of each
     evaluation, and at the end.
+
+    Where minutes end the run it says once how far they will reach, as soon as the speed is known.
 
     Args:
         budget: what the run may use; without it the Trainer's ``max_steps`` or ``max_epochs`` tell the end.
@@ -48,6 +54,8 @@ class TrainingProgress(ProgressBar):
         self._bar: Progress | None = None
         self._shown = -math.inf
         self._start = self._start_fraction = 0.0
+        self._timed: tuple[float, int] | None = None  # time and step from which the speed is measured
+        self._foretold = False
 
     def disable(self) -> None:
         self._enabled = False  # Lightning calls it in all processes but the first
@@ -59,10 +67,40 @@ class TrainingProgress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = self._clock()
         self._start_fraction = self._fraction(trainer)
+        self._timed, self._foretold = None, False
         self._open("train")
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         self._show(lambda: self.training_text(trainer), lambda: self._fraction(trainer))
+        if not self._foretold and self._enabled and self.budget is not None and self.budget.max_minutes is not None:
+            self._foretell(trainer, self.budget, 60 * self.budget.max_minutes)
+
+    def _foretell(self, trainer: L.Trainer, budget: Budget, limit: float) -> None:
+        """Say once how far the minutes will reach, when the speed is known: in the first minute, or a tenth of them.
+
+        The first step is not counted: it pays for what is done once.
+        """
+        now, step = self._clock(), trainer.global_step
+        if self._timed is None:
+            self._timed = (now, step) if step else None
+            return
+        seconds, steps = now - self._timed[0], step - self._timed[1]
+        if seconds < min(_SPEED_IS_KNOWN, limit / 10) or steps < _FEW_STEPS:
+            return
+        self._foretold = True
+        reached = round(step + max(0.0, limit - budget.seconds) * steps / seconds)
+        if budget.max_steps is None:
+            said = f"At this speed {budget.max_minutes:g} minutes are about {reached:,} steps."
+        elif reached >= budget.max_steps:
+            return
+        else:
+            minutes = math.ceil((budget.seconds + (budget.max_steps - step) * seconds / steps) * _MARGIN / 60)
+            said = (
+                f"At this speed train.max_minutes={budget.max_minutes:g} ends the run at about step {reached:,} of "
+                f"{budget.max_steps:,}: {100 * reached / budget.max_steps:.0f} % of its schedule. All of it takes "
+                f"about {minutes} minutes."
+            )
+        self._console.print(said, style="yellow", soft_wrap=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._show(lambda: self.training_text(trainer), lambda: 1.0, force=True)

@@ -37,13 +37,18 @@ def count_tokens(batch: Any) -> Tensor | int:
 
 
 class Throughput(Callback):
-    """Logs ``train/tokens_per_second`` and ``train/tokens``: real tokens, all processes together.
+    """Logs ``train/tokens_per_second``, ``train/tokens`` (real ones, all processes together), ``train/step_seconds``.
+
+    With `flops_per_token` also ``train/flops_per_second``, the model's operations, and with `product_rate` their share
+    of it, ``train/flops_share``. Nothing is computed for them: they are the rate of tokens in another unit.
 
     The rate is over the time since it was logged last, with data loading and checkpoints, without validation. Tokens
     and seconds of the whole run are kept in checkpoints; `tokens`, `seconds` and `tokens_per_second` tell them.
 
     Args:
         count: number of tokens of a batch.
+        flops_per_token: operations of forward and backward for a token; None = not known.
+        product_rate: operations per second that the machine is able to do, all processes together; None = not known.
         clock: seconds that never go back; for tests.
     """
 
@@ -51,9 +56,13 @@ class Throughput(Callback):
         self,
         count: Callable[[Any], Tensor | int] = count_tokens,
         *,
+        flops_per_token: float | None = None,
+        product_rate: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._count = count
+        self._flops_per_token, self._product_rate = flops_per_token, product_rate
+        self._logged_step = 0
         self._clock = clock
         self.tokens = 0
         self.seconds = 0.0
@@ -68,6 +77,7 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since, self._pending, self._paused = self._clock(), [], None
+        self._logged_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -75,8 +85,16 @@ class Throughput(Callback):
         self._pending.append(self._count(batch))
         # Where Lightning is about to write.
         if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+            before, steps = self.seconds, trainer.global_step - self._logged_step
             rate = self._collect(trainer)
+            self._logged_step = trainer.global_step
             values = {"train/tokens_per_second": rate, "train/tokens": float(self.tokens)}
+            if steps > 0:
+                values["train/step_seconds"] = (self.seconds - before) / steps
+            if self._flops_per_token is not None:
+                values["train/flops_per_second"] = rate * self._flops_per_token
+                if self._product_rate:
+                    values["train/flops_share"] = rate * self._flops_per_token / self._product_rate
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,0 +1,74 @@
+"""A run that ended before its schedule did: how far it came, why, and how it goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moekit.report.run_folder import RunFolder, dig
+from moekit.report.wording import nearby, percent
+from moekit.runs.record import Ending
+from moekit.runs.shell import command_line, moekit_words, typed_again
+
+_TRAINS = ("run", "fit", "finetune", "distill")
+_MARGIN = 1.1  # of the time that the rest should take: machines are not always as fast
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is said of a run that was cut: in full, in two lines of a terminal, and the command that goes on."""
+
+    text: str
+    lines: Sequence[str]
+    command: str
+
+
+def cut(run: RunFolder) -> Cut | None:
+    """What is said where training ended before its schedule; None where it did not, or nobody wrote it down."""
+    try:
+        end = Ending.from_json(dig(run.summary, "ending"))
+    except ValueError:
+        return None
+    if end.by not in _CAUSES:
+        return None
+    whole = f" of {end.max_steps:,}" if end.max_steps else ""
+    cause = _CAUSES[end.by].format(signal=end.signal or "a signal")
+    limit = f" (train.max_minutes={end.max_minutes or 0:g})" if end.by == "clock" else ""
+    far = f"after {end.steps:,}{whole} steps, {percent(end.done, 0)} of the schedule"
+    rate = _rate(end)
+    command = _command(run, end)
+    text = f"{cause}{limit} {far}.{f' {rate}.' if rate else ''}"
+    return Cut(text, [f"{cause} {far}", *([rate] if rate else [])], command)
+
+
+_CAUSES = {
+    "clock": "Cut by its clock",
+    "interrupted": "Interrupted by {signal}",
+    "stopped": "Stopped by an error or a callback",
+}
+"""What ended a run before the end of its schedule."""
+
+
+def _rate(end: Ending) -> str:
+    """Where the learning rate was, which decides much of what a run comes to; "" where it was to stay."""
+    now, last = end.learning_rate, end.last_learning_rate
+    if now is None or last is None or last >= 1:
+        return ""
+    if end.rising:
+        return f"The learning rate was still rising, at {percent(now, 0)} of its peak"
+    had = "had not fallen from" if now > 0.995 else f"had fallen only to {percent(now, 0)} of"
+    return f"The learning rate {had} its peak; it ends at {percent(last, 0)}"
+
+
+def _command(run: RunFolder, end: Ending) -> str:
+    """What trains the rest of the schedule; "" where nobody knows the recipe."""
+    more = ["--resume"]
+    if end.by == "clock" and end.max_steps:
+        more += ["--train.max_minutes", str(math.ceil(_MARGIN * end.minutes * end.max_steps / end.steps))]
+    recorded = run.environment.get("command")
+    words = moekit_words(recorded) if isinstance(recorded, list) else []
+    if words[1:2] and words[1] in _TRAINS:
+        return typed_again([*(word for word in words if word not in ("--resume", "--overwrite")), *more])
+    config, folder = nearby(run.path / "config.yaml"), nearby(run.path)
+    return command_line("run", run.recipe, "--config", config, "--out", folder, *more) if run.recipe else ""

@@ -1,0 +1,38 @@
+"""The norm of all gradients, as clipping finds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class GradientNorm(Callback):
+    """Logs ``train/grad_norm``: the norm before clipping, which clipping computes and throws away.
+
+    Nothing is computed for it, so a run that does not clip has none. `ExpertParallelStrategy` logs it by itself.
+    """
+
+    def __init__(self) -> None:
+        self._norm: Tensor | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        plugin: Any = trainer.precision_plugin
+        if "clip_grad_by_norm" in vars(plugin):
+            return  # the strategy clips
+
+        def clip(optimizer: Optimizer, clip_val: float) -> None:
+            self._norm = torch.nn.utils.clip_grad_norm_(plugin.main_params(optimizer), clip_val)
+
+        plugin.clip_grad_by_norm = clip
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._norm is not None and trainer._logger_connector.should_update_logs:
+            pl_module.log("train/grad_norm", self._norm, batch_size=1)
+            self._norm = None
