@@ -71,7 +71,7 @@ def figures(routings: Step | Mapping[int, Step] | RoutingStatistics) -> dict[str
         now = RoutingStatistics(sizes).to(device)
         now.update(found)
         whole.update(found)
-        points.add(step, now)
+        points.add(int(step), now)
     return _drawn(whole, points.series() if keyed else {})
 
 
