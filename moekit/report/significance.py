@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.significance import PairedTest
@@ -46,10 +47,10 @@ def paired_bootstrap(
 
     Source: W04-3250, as in sacrebleu.
     """
-    systems = [("first", list(first)), ("other", list(other))]
+    systems: list[tuple[str, Sequence[str]]] = [("first", list(first)), ("other", list(other))]
     metrics = {"BLEU": BLEU(tokenize=tokenize, force=True)}
     _, found = PairedTest(systems, metrics, [list(references)], test_type="bs", n_samples=DRAWS)()
-    a, b = found["BLEU"]
+    a, b = (cast(Any, result) for result in found["BLEU"])
     return Paired((a.score, b.score), (a.mean, b.mean), (a.ci, b.ci), 1.0 if a.score == b.score else b.p_value)
 
 
@@ -67,7 +68,7 @@ def significance(runs: Sequence[RunFolder], names: Sequence[str]) -> tuple[list[
     return tables, notes
 
 
-def _rows(first: RunFolder, other: RunFolder) -> Iterator[tuple[str, str, str, str]]:
+def _rows(first: RunFolder, other: RunFolder) -> Iterator[tuple[str, ...]]:
     """A row for all sentences together, and one for each direction that both runs were tested in."""
     written = [_written(run) for run in (first, other)]
     signatures = [run.scores("bleu").signature for run in (first, other)]
@@ -87,7 +88,7 @@ def _rows(first: RunFolder, other: RunFolder) -> Iterator[tuple[str, str, str, s
             yield name, *["more than " + f"{MAX_SENTENCES:,} sentences"] * 2, fixed(None)
             continue
         references, hypotheses = [row[1] for row in rows[0]], [[row[2] for row in one] for one in rows]
-        found = paired_bootstrap(references, *hypotheses, tokenize[1] if tokenize else "13a")
+        found = paired_bootstrap(references, hypotheses[0], hypotheses[1], tokenize[1] if tokenize else "13a")
         told = [f"{fixed(s)} ± {fixed(w)}" for s, w in zip(found.scores, found.intervals, strict=True)]
         yield name, *told, f"{found.p:.3f}"
 
