@@ -117,7 +117,7 @@ def fit(
         )  # fmt: skip
         validated = next((task for task, sentences in data.evaluated("valid").items() if sentences), None)
         kept = kept_weights(
-            module, run.checkpoints, task=validated, validates=bool(train.validate_every), best=train.best,
+            module, run.checkpoints, task=validated, validates=bool(train.validate_every), best=train.best or "",
             patience=train.patience, ema=train.ema, average_last=train.average_last,
         )  # fmt: skip
         if isinstance(strategy, ExpertParallelStrategy):

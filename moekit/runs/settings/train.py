@@ -97,7 +97,7 @@ class TrainConfig:
     expert_lr_multiplier: float = setting(1.0, above=0)
     scale_expert_gradients: bool = False
     validate_every: int = setting(0, at_least=0)
-    best: str = ""
+    best: str | None = None
     patience: int = setting(0, at_least=0, free=RESUME)
     ema: float = setting(0.0, at_least=0, below=1)
     average_last: int = setting(0, at_least=0)
