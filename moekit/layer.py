@@ -20,6 +20,8 @@ from moekit.routing import Router, Routing, RoutingContext, deviation_loss, regi
 
 MOST_SLOTS = 8
 """Slots for each assignment up to which a `MoELayer` pads by itself: as many as eight experts without a limit have."""
+FEW_SLOTS = 8192
+"""Slots that are padded in any case: they take little memory, and rows would have to be counted on the host."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class MoELayer(Component):
         router: chooses experts.
         experts: computes them; must have as many as the router chooses from.
         dispatcher: None = padded where the routing has a capacity, packed where it is dropless, and where padding would
-            make more than `MOST_SLOTS` slots for each assignment (as a capacity factor that amounts to no limit does).
+            make more than `MOST_SLOTS` slots for each assignment and more than `FEW_SLOTS` in all (as a capacity factor
+            that amounts to no limit does).
             Experts that are spread over processes keep their slots, so that all ranks do the same.
         shared: an optional branch that every token takes: DeepSeek's shared experts (several are one wider
             feed-forward, see `moekit.experts.fine_grained`), the fixed branch of residual MoE, NLLB's dense branch.
@@ -168,7 +171,8 @@ class MoELayer(Component):
         """Whether slots would be empty but for a few, whatever the router did."""
         slots = routing.num_experts * (routing.capacity or 0)
         compiled = torch.compiler.is_compiling()  # sizes may be symbols there
-        return not compiled and self._packed.exchange is None and slots > MOST_SLOTS * routing.token.numel()
+        most = max(FEW_SLOTS, MOST_SLOTS * routing.token.numel())
+        return not compiled and self._packed.exchange is None and slots > most
 
     def _dense(self, phase: DensePretraining, x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Routing]:
         routing = phase.routing(self.router, x, context)

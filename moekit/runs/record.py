@@ -111,7 +111,7 @@ class Ending(Record):
             signal did, as Ctrl-C or a time limit of the cluster; "stopped": another cause, as an error or a callback.
         signal: name of the signal that interrupted it.
         steps: optimizer steps that were taken.
-        minutes: of training, validation in between included.
+        minutes: the time of training in minutes, validation in between included.
         max_steps: where the schedule ends; None = at max_minutes.
         max_minutes: the limit of time; None = none.
         done: share of the schedule that was done, 0 to 1.

@@ -353,7 +353,11 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        """The configuration."""
+        """The configuration.
+
+        Raises:
+            UserError: there is none, or it does not fit the recipe.
+        """
         where = str(self._described[0])
         try:
             return self.recipe.config(self.settings, where)

@@ -18,7 +18,7 @@ def speed_of(recipe: Recipe, config: RunConfig, folder: Path, trained: Mapping[s
     Args:
         recipe: whose model was trained.
         config: the settings of training.
-        folder: of the run; its environment.json has the machine's rate.
+        folder: the run's; its environment.json has the machine's rate.
         trained: tokens and seconds of the whole training.
         steps: optimizer steps of it.
 

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback, ModelPruning, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelPruning
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moekit.errors import UserError
-from moekit.training.callbacks.weights import AverageOfLast
+from moekit.training.callbacks.weights import AverageOfLast, MovingAverage
 
 _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true", "64-true")
 _OPTIMIZERS: dict[str, str] = {
@@ -42,9 +42,9 @@ def check_precision(plugin: Any) -> None:
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Raise UserError for `ModelPruning`, which exchanges parameters in training, and for averages of weights."""
+    """Raise UserError for `ModelPruning`, which exchanges parameters in training, and for averages of recipes."""
     for callback in callbacks:
-        if isinstance(callback, WeightAveraging | AverageOfLast):
+        if isinstance(callback, MovingAverage | AverageOfLast):
             raise UserError(
                 f"ExpertParallelStrategy cannot train with {type(callback).__name__}, which averages whole weights; "
                 "here they are divided. Leave it out (train.ema 0, train.average_last 0), or train without "

@@ -93,7 +93,7 @@ def test_steps_of_a_module_and_every_wait_says_why(kind: str, monkeypatch: pytes
         optimizer = Adafactor(module.parameters(), 0.01, min_factored_size=8)
         losses = []
         for _ in range(2):
-            loss = module.training_step(batches, 0)
+            loss = module.training_step(batches, 0)["loss"]
             loss.backward()
             scale_expert_gradients(module)
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)

@@ -91,7 +91,7 @@ def test_one_program(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_before_a_recipe_is_chosen_lists_them(chosen: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([chosen, "--help"]) == 0
     shown = capsys.readouterr()
-    assert shown.out.startswith(f"usage: python -m moekit {chosen} RECIPE ")
+    assert shown.out.startswith(f"usage: {command_line(chosen)} RECIPE ")
     assert recipes.COMMANDS[chosen].help in shown.out
     assert all(f"\n  {name} " in shown.out for name in recipe_names())
     assert not shown.err

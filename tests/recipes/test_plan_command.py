@@ -38,7 +38,7 @@ def test_without_a_strategy_every_device_holds_everything(capsys: pytest.Capture
         (zcode_m3.RECIPE, ["--devices", "3", "--strategy.expert_parallel_size", "2"], "must divide the number"),
         (zcode_m3.RECIPE, ["--devices", "6", "--strategy.expert_parallel_size", "6"], "experts"),
         (zcode_m3.RECIPE, ["--strategy.expert_parallel_size", "auto"], "plan needs a number"),
-        (zcode_m3.RECIPE, ["--sequences", "0"], "sequences must be at least 1"),
+        (zcode_m3.RECIPE, ["--sequences", "0"], "sequences must be a whole number, 1 or more: got '0'"),
         (shazeer.RECIPE, [], "transformer"),
     ],
 )

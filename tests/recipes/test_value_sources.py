@@ -25,16 +25,20 @@ NAMES = sorted(info.name for info in pkgutil.iter_modules(moekit.recipes.__path_
 OPERATION = {
     "data": {
         "source", "path", "pivot", "directions", "max_languages", "tokenizer", "sentinel", "cache", "num_workers",
-        "babel_languages", "babel_sentences", "babel_sizes", "seed", "order_seed",
+        "babel_languages", "babel_sentences", "babel_sizes", "seed", "order_seed", "languages", "columns", "too_long",
+        "character_coverage", "byte_fallback", "normalization_rule_name",
     },
     "model": {"checkpoint", "embeddings"},
     "train": {
         "max_minutes", "accumulate", "validate_every", "checkpoint_minutes", "checkpoint_steps", "log_every", "seed",
-        "devices", "num_nodes", "accelerator",
+        "devices", "num_nodes", "accelerator", "loggers", "on_non_finite", "best", "patience", "ema", "average_last",
     },
-    "evaluate": {"max_sentences", "valid_sentences", "batch_tokens", "samples"},
+    "evaluate": {
+        "max_sentences", "valid_sentences", "batch_tokens", "samples", "bleu_tokenizer", "score_valid",
+        "score_valid_every", "score_valid_beam",
+    },
 }  # fmt: skip
-"""Settings of where, how long and how often: which text, which machine, which rhythm."""
+"""Settings of where, how long and how often: which text, which machine, which rhythm; and what no variant turns on."""
 
 ONLY_FOR = {
     "data.mask_shares": "masked_lm",
