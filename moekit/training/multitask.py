@@ -237,8 +237,13 @@ class MultitaskModule(LoadedFromFile):
             if agree(self.trainer, bool(rows))[0]:  # then all processes write, whatever they have
                 self._score(batch.rows(rows), cast(AnswerScore, self.valid_scores[batch.task]))
 
+    @property
+    def _fitting(self) -> bool:
+        """Whether a Trainer trains it, now perhaps in validation."""
+        return self._trainer is not None and self._trainer.state.fn == "fit"
+
     def _count_labels(self, out: HeadOutput, batch: Batch) -> None:
-        if self.labels is not None and out.labels is not None and self.trainer.state.fn != "fit":
+        if self.labels is not None and out.labels is not None and not self._fitting:
             self.labels.update(batch.task, out.labels)
 
     def _majorities(self) -> dict[str, float]:
@@ -252,7 +257,7 @@ class MultitaskModule(LoadedFromFile):
     @property
     def _scores_this_validation(self) -> bool:
         """Whether it is one of training in which written answers are scored."""
-        state = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        state = self._fitting and not self.trainer.sanity_checking
         return state and (self._validations + 1) % self.score_valid_every == 0
 
     def on_validation_epoch_end(self) -> None:

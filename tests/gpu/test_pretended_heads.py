@@ -84,7 +84,10 @@ def test_steps_of_a_module_and_every_wait_says_why(kind: str, monkeypatch: pytes
 
     def begin(module: Any, where: str) -> Any:
         strategy = SimpleNamespace(root_device=torch.device(where))
-        module._trainer = SimpleNamespace(world_size=1, log_every_n_steps=2, global_step=0, strategy=strategy)
+        state = SimpleNamespace(fn="fit")
+        module._trainer = SimpleNamespace(
+            world_size=1, log_every_n_steps=2, global_step=0, strategy=strategy, state=state, sanity_checking=False
+        )
         module.train().setup("fit")
         module.on_fit_start()
         return module
