@@ -121,7 +121,10 @@ def test_mistakes(run: Path, exported: Path, tmp_path: Path, capsys: pytest.Capt
             ["export", str(run), "--out", str(tmp_path / "new"), "--as", "nllb-moe"],
             "no norm but LayerNorm: this model has RMSNorm",
         ),
-        (["export", str(run), "--out", str(tmp_path / "new"), "--max-shard-gb", "0"], "must be positive: got 0"),
+        (
+            ["export", str(run), "--out", str(tmp_path / "new"), "--max-shard-gb", "0"],
+            "must be a number, greater than 0: got 0",
+        ),
         (["export", str(tmp_path), "--out", str(tmp_path / "new")], ""),
     ):
         capsys.readouterr()
