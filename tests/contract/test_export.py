@@ -75,7 +75,14 @@ def test_every_router_exported_equals_eager(name: str) -> None:
     check_exported(layer_of(name), strict=False)
 
 
-@pytest.mark.parametrize("name", ["TopKRouter", "gshard, local groups", "hash_layers"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TopKRouter",
+        pytest.param("gshard, local groups", marks=pytest.mark.slow),
+        pytest.param("hash_layers", marks=pytest.mark.slow),
+    ],
+)
 def test_exported_strictly_and_compiled_in_one_graph_equal_eager(name: str) -> None:
     layer = layer_of(name)
     check_exported(layer, strict=True)

@@ -64,7 +64,13 @@ def test_commands_are_found() -> None:
     assert commands(page) == [["moekit", "run", "a", "--b", "c"]]
 
 
-@pytest.mark.parametrize("page", SHOWN, ids=name)
+FIRST = ("README.md", "docs/index.md", "docs/guides/quickstart.md", "docs/guides/use-a-run.md")
+"""Pages whose commands the fast suite tries."""
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=() if name(page) in FIRST else pytest.mark.slow, id=name(page)) for page in SHOWN]
+)
 def test_commands_of_a_page_are_understood(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

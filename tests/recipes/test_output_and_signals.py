@@ -59,6 +59,7 @@ def test_a_terminal_that_goes_away_is_a_signal_to_save(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_nohup_and_two_ctrl_c(tmp_path: Path) -> None:
     """A SIGHUP that is held off stays held off; a second Ctrl-C does not wait for the step's end."""
     held_off: Any = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
