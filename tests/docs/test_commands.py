@@ -5,6 +5,7 @@ Those of pages are parsed, and their settings checked; a tiny run is made for re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 import os
@@ -145,9 +146,9 @@ def test_commands_of_the_first_page_work(tmp_path: Path, monkeypatch: pytest.Mon
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder in which a run was made by a shell, and what was printed."""
     work = tmp_path_factory.mktemp("a first hour")
-    return work, in_shell(
-        shell.command_line("run", "zcode_m3", "--data.cache", str(work / "cache"), *SIZES, *TINY), work
-    )
+    with contextlib.chdir(work):  # from where the program's path is given
+        line = shell.command_line("run", "zcode_m3", "--data.cache", str(work / "cache"), *SIZES, *TINY)
+    return work, in_shell(line, work)
 
 
 def in_shell(line: str, folder: Path, text: str = "") -> str:
@@ -161,7 +162,8 @@ def in_shell(line: str, folder: Path, text: str = "") -> str:
 
 def test_commands_that_a_run_prints_work(made: tuple[Path, str]) -> None:
     work, said = made
-    start = re.escape(shell.program())
+    with contextlib.chdir(work):
+        start = re.escape(shell.program())
     shown = dict(re.findall(rf"^(\w+) +({start} .*)$", said, flags=re.MULTILINE))
     assert [*shown] == ["translate", "compare"]
     assert "report      runs/zcode_m3-tiny/report.html" in said

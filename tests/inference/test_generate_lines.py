@@ -244,7 +244,7 @@ def test_a_reader_that_leaves_ends_it_quietly(
 
     standard_input(b"ba\n")
     monkeypatch.setattr("moekit.runs.generate.write_lines", left)
-    monkeypatch.setattr("moekit.cli.command._discard_output", lambda: None)
+    monkeypatch.setattr("moekit.cli.command.discard", lambda stream: None)
     assert main(["generate", str(run), "--from", "avl"]) == 141
     assert capsys.readouterr().err == ""
 

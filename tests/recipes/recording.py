@@ -17,14 +17,16 @@ import yaml
 
 from moekit.runs.recipe import find_recipe
 
-CLOCK = re.compile(r"second|minute|memory|bytes|signature")
-"""Names of values that depend on the clock, on what else runs, or on a package's version."""
+CLOCK = re.compile(r"second|minute|memory|bytes|signature|flops|train/grad_norm")
+"""Names of values that depend on the clock, on what else runs, or on a package's version; and the norm of gradients,
+which is younger than the records.
+"""
 LOSS = re.compile(r"\bloss\b")
 """Names of the values that are compared on other machines too."""
 MAX_SHOWN = 12
-LATER = ("tasks", "scores", "held_out", "majority", "chance", "copied")
+LATER = ("tasks", "scores", "held_out", "majority", "chance", "copied", "ending", "speed")
 """Keys of summary.json, and of the tasks in its test, that are younger than the records: words for reports, scores of
-tasks that they lack, and what guessing and copying would score.
+tasks that they lack, what guessing and copying would score, where training ended, and how fast it was.
 """
 
 
