@@ -174,10 +174,10 @@ def test_commands_that_a_run_prints_work(made: tuple[Path, str]) -> None:
 def test_commands_of_a_report_work(made: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     work, _ = made
     page = html.unescape((work / "runs/zcode_m3-tiny/report.html").read_text(encoding="utf-8"))
+    monkeypatch.chdir(work)
     start = re.escape(shell.program())
     shown = re.findall(rf">({start} [^<]*)</", page)
     assert len(shown) == 2, shown
-    monkeypatch.chdir(work)
     for line in shown:
         words = shlex.split(line.removeprefix(shell.program()))
         assert words[0] in ("run", "report")
