@@ -112,8 +112,8 @@ def own(made: Made, tmp_path: Path) -> Made:
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """What `test` writes, but for how long it took and how much memory the process had."""
-    timed = ("evaluation_seconds", "wall_seconds", "tokens_per_second", "peak_memory", "speed", "ending")
+    """What `test` writes, but for time, memory, and what it says of the text, which former versions did not keep."""
+    timed = ("evaluation_seconds", "wall_seconds", "tokens_per_second", "peak_memory", "speed", "ending", "held_out")
     found = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "samples", "routing")}
     return {**found, "summary": {k: v for k, v in found["summary"].items() if k not in timed}}
 
