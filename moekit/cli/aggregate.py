@@ -8,18 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from moekit.cli.command import Command
-from moekit.cli.surgery import (
-    RUN,
-    output_options,
-    plain_option,
-    seed_option,
-    write,
-)
+from moekit.cli.surgery import RUN, output_options, plain_option, seed_option, write
 from moekit.errors import UserError
 from moekit.runs.run import Run
-from moekit.runs.surgery.operations import (
-    aggregate_runs,
-)
+from moekit.runs.surgery.operations import aggregate_runs
 from moekit.runs.surgery.writing import require_free
 
 

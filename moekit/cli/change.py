@@ -8,15 +8,9 @@ from rich.console import Console
 
 from moekit.cli.command import Command
 from moekit.cli.recipes import reconfigured
-from moekit.cli.surgery import (
-    change,
-    output_options,
-    run_option,
-)
+from moekit.cli.surgery import change, output_options, run_option
 from moekit.errors import UserError
-from moekit.runs.surgery.operations import (
-    change_run,
-)
+from moekit.runs.surgery.operations import change_run
 
 
 def _options(parser: ArgumentParser) -> None:

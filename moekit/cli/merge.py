@@ -7,18 +7,10 @@ from argparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from moekit.cli.command import Command
-from moekit.cli.surgery import (
-    change,
-    output_options,
-    part_options,
-    run_option,
-)
+from moekit.cli.surgery import change, output_options, part_options, run_option
 from moekit.errors import UserError
 from moekit.runs.run import Run
-from moekit.runs.surgery.operations import (
-    Result,
-    merge_run,
-)
+from moekit.runs.surgery.operations import Result, merge_run
 from moekit.runs.surgery.utilisation import measured_load
 
 

@@ -7,21 +7,10 @@ from argparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from moekit.cli.command import Command
-from moekit.cli.surgery import (
-    amount,
-    change,
-    output_options,
-    part_options,
-    plain_option,
-    run_option,
-    seed_option,
-)
+from moekit.cli.surgery import amount, change, output_options, part_options, plain_option, run_option, seed_option
 from moekit.errors import UserError
 from moekit.runs.run import Run
-from moekit.runs.surgery.operations import (
-    Result,
-    prune_run,
-)
+from moekit.runs.surgery.operations import Result, prune_run
 from moekit.runs.surgery.utilisation import measured_load
 from moekit.surgery import choose_experts, count_kept, require_separable
 

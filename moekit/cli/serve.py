@@ -7,14 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from moekit.cli.command import RecipeCommand
-from moekit.cli.trained import (
-    WRITER_SETTINGS,
-    folder_option,
-    stored_run,
-    stored_settings,
-    writer_given,
-    writer_options,
-)
+from moekit.cli.trained import WRITER_SETTINGS, folder_option, stored_run, stored_settings, writer_given, writer_options
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
 from moekit.runs.writer import Writer

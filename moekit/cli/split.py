@@ -5,14 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser
 
 from moekit.cli.command import Command, number
-from moekit.cli.surgery import (
-    change,
-    output_options,
-    run_option,
-)
-from moekit.runs.surgery.operations import (
-    split_run,
-)
+from moekit.cli.surgery import change, output_options, run_option
+from moekit.runs.surgery.operations import split_run
 
 
 def _options(parser: ArgumentParser) -> None:

@@ -7,16 +7,8 @@ from argparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from moekit.cli.command import Command, number
-from moekit.cli.surgery import (
-    change,
-    output_options,
-    plain_option,
-    run_option,
-    seed_option,
-)
-from moekit.runs.surgery.operations import (
-    upcycle_run,
-)
+from moekit.cli.surgery import change, output_options, plain_option, run_option, seed_option
+from moekit.runs.surgery.operations import upcycle_run
 
 
 def _options(parser: ArgumentParser) -> None:
