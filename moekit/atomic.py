@@ -267,6 +267,16 @@ def _left_over(path: Path, ending: str) -> list[Path]:
     return [found for found in path.parent.iterdir() if name.fullmatch(found.name)]
 
 
+def clear_drafts(folder: Path) -> None:
+    """Remove what killed processes had not written to its end, in a folder that nobody else writes to.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    for draft in [found for found in folder.iterdir() if re.fullmatch(r"\..+\.[0-9a-f]+\.tmp", found.name)]:
+        shutil.rmtree(draft) if draft.is_dir() and not draft.is_symlink() else draft.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` in UTF-8, all or nothing."""
     with replacing(path) as file:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -19,7 +20,7 @@ from moekit.output import discard, lasting_output
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
 from moekit.runs.settings.fields import missed_range
-from moekit.runs.shell import NAME, command_line, program
+from moekit.shell import NAME, command_line, program
 from moekit.terminal import Terminal, visible
 from moekit.training.processes import is_first_process
 
@@ -158,29 +159,21 @@ def run_command(commands: Mapping[str, Command], name: str, arguments: Sequence[
 
 
 def option_value(arguments: Sequence[str], option: str) -> str | None:
-    """The value of ``--option V`` or ``--option=V``, the last one given; None = it is not given.
-
-    Raises:
-        UserError: it has no value.
-    """
+    """The last one of `option_values`; None = it is not given."""
     return next(reversed(option_values(arguments, option)), None)
 
 
 def option_values(arguments: Sequence[str], option: str) -> list[str]:
-    """All values of `option_value`, in their order.
+    """The values of ``--option V`` and ``--option=V``, in their order.
 
     Raises:
         UserError: one is missing.
     """
-    found = []
-    for place, item in enumerate(arguments):
-        if item == option:
-            if place + 1 == len(arguments):
-                raise UserError(f"{option} needs a value.")
-            found.append(arguments[place + 1])
-        elif item.startswith(f"{option}="):
-            found.append(item.partition("=")[2])
-    return found
+    pairs = zip_longest(arguments, arguments[1:])
+    given = [(item, after) for item, after in pairs if item == option or item.startswith(f"{option}=")]
+    if (option, None) in given:
+        raise UserError(f"{option} needs a value.")
+    return [str(after) if item == option else item.partition("=")[2] for item, after in given]
 
 
 def is_help(arguments: Sequence[str]) -> bool:

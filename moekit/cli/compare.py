@@ -9,7 +9,7 @@ from rich.console import Console
 from moekit.cli.command import Command
 from moekit.cli.report import runs_options, write_compared
 from moekit.errors import UserError
-from moekit.runs.shell import command_line
+from moekit.shell import command_line
 
 
 def _compare(given: Namespace, console: Console) -> None:

@@ -8,7 +8,7 @@ from moekit.cli.command import RecipeCommand, say
 from moekit.cli.training import smoke_option, smoke_settings, train
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
-from moekit.runs.shell import command_line
+from moekit.shell import command_line
 from moekit.terminal import Terminal
 from moekit.training.processes import is_first_process
 

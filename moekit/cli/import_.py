@@ -9,9 +9,9 @@ from rich.console import Console
 
 from moekit.cli.command import Command, say
 from moekit.runs.run import Run
-from moekit.runs.shell import command_line
 from moekit.runs.surgery.exchange import import_run
 from moekit.runs.surgery.writing import require_free, write_run
+from moekit.shell import command_line
 
 
 def _options(parser: ArgumentParser) -> None:

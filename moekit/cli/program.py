@@ -25,7 +25,7 @@ from moekit.cli.command import Command, execute, is_help, option_value, overview
 from moekit.errors import UserError, nearest
 from moekit.runs.recipe import Recipe, find_recipe, recipe_names
 from moekit.runs.run import Run
-from moekit.runs.shell import command_line, program
+from moekit.shell import command_line, program
 
 SURGERY: Mapping[str, Command] = {
     "inspect": inspect.COMMAND,

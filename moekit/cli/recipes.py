@@ -21,7 +21,7 @@ from moekit.runs.config import RunConfig
 from moekit.runs.plain import as_plain, with_setting
 from moekit.runs.recipe import Recipe
 from moekit.runs.settings.fields import check_ranges
-from moekit.runs.shell import command_line, program
+from moekit.shell import command_line, program
 
 COMMANDS: Mapping[str, RecipeCommand] = {
     "run": run.COMMAND,

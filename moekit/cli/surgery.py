@@ -11,9 +11,9 @@ from rich.console import Console
 
 from moekit.cli.command import number, say
 from moekit.runs.run import Run
-from moekit.runs.shell import command_line
 from moekit.runs.surgery.operations import Result
 from moekit.runs.surgery.writing import require_free, write_run
+from moekit.shell import command_line
 
 RUN = "folder of a run (its best checkpoint is used, else its last), or a checkpoint"
 

@@ -16,8 +16,8 @@ from moekit.runs.fit import fit
 from moekit.runs.init_from import InitFrom
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
-from moekit.runs.shell import recipe_command
 from moekit.runs.smoke import smoke
+from moekit.shell import recipe_command
 from moekit.terminal import Terminal
 from moekit.training.processes import is_first_process
 

@@ -216,3 +216,15 @@ def _vocabulary(model: EncoderDecoder | DecoderOnly | EncoderOnly, training: Tra
     summed = {"summed_forward": float(read * d), "summed_backward": float(t * d)}
     cost = Cost(flops=2.0 * t * d * v, compute=float(t * d), **summed)
     return GatheredUnit("vocabulary", "tables and logits", weights, cost, logits=float(t * v))
+
+
+def parameters(backbone: nn.Module) -> dict[str, int]:
+    """Parameters of a network: all, and those that one token passes (k of an expert bank's E experts)."""
+    total = sum(p.numel() for p in backbone.parameters())
+    idle = 0
+    for layer in backbone.modules():
+        experts, router = getattr(layer, "experts", None), getattr(layer, "router", None)
+        if isinstance(experts, nn.Module) and router is not None:
+            share = getattr(router, "k", 1) / router.num_experts
+            idle += round(sum(p.numel() for p in experts.parameters()) * (1 - share))
+    return {"total": total, "active": total - idle}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from moekit.runs.recipe import find_recipe, recipe_names
-from moekit.runs.shell import command_line, program, recipe_command
+from moekit.shell import command_line, program, recipe_command
 from moekit.terminal import visible
 
 

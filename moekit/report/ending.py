@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from moekit.report.run_folder import RunFolder, dig
 from moekit.report.wording import nearby, percent
 from moekit.runs.record import Ending
-from moekit.runs.shell import command_line, moekit_words, typed_again
+from moekit.shell import command_line, moekit_words, typed_again
 
 _TRAINS = ("run", "fit", "finetune", "distill")
 _MARGIN = 1.1  # of the time that the rest should take: machines are not always as fast

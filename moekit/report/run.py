@@ -15,7 +15,7 @@ from moekit.report.run_folder import RunFolder, flat, read_run
 from moekit.report.samples import samples
 from moekit.report.view import Provenance, View
 from moekit.report.wording import nearby
-from moekit.runs.shell import command_line, typed_again
+from moekit.shell import command_line, typed_again
 
 _COMMANDS = ("command", "argv")
 _UNFINISHED = "This run is not finished (it has no summary.json): numbers come from its metrics."

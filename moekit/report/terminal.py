@@ -18,7 +18,7 @@ from moekit.report.predictions import TaskScores, main_task, predictions
 from moekit.report.results import answer_tables, costs, known, rankings, routing_words, score_tiles
 from moekit.report.run_folder import RunFolder, dig, number, read_run, sides
 from moekit.report.view import Table
-from moekit.runs.shell import command_line
+from moekit.shell import command_line
 from moekit.terminal import Terminal
 
 WIDTH = 80

@@ -11,9 +11,10 @@ from moekit.data.held_out import remarks
 from moekit.data.module import MultitaskData
 from moekit.inference.completer import Completer
 from moekit.inference.translator import Translator, search_for
+from moekit.planner.census import parameters
 from moekit.runs.config import RunConfig
 from moekit.runs.ending import ending_of
-from moekit.runs.module import make_module, parameters
+from moekit.runs.module import make_module
 from moekit.runs.record import (
     TRANSLATIONS,
     DataRecord,
@@ -24,12 +25,12 @@ from moekit.runs.record import (
     write_written,
 )
 from moekit.runs.run import ROUTING, SAMPLES, SUMMARY, Run
-from moekit.runs.settings.train import quiet
 from moekit.runs.speed import speed_of
 from moekit.runs.text import evaluation_data, require_same_text
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.checkpoint_state import load_rest
 from moekit.training.multitask import MultitaskModule
+from moekit.training.quiet import quiet
 
 
 def trained_module(

@@ -15,8 +15,8 @@ from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import setting
 from moekit.runs.settings.train import StrategyConfig
-from moekit.runs.shell import command_line
 from moekit.runs.surgery.optimizer import optimizer_slots
+from moekit.shell import command_line
 from moekit.surgery.adapters import Target, add_adapters
 from moekit.training.fine_tuning import set_expert_dropout, set_train_capacity, subset, train_only, with_slots
 from moekit.training.multitask import MultitaskModule

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.text import Text
 
-from moekit.atomic import disk_trouble, write_error
 from moekit.data.held_out import HeldOut, left_out, remarks
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.inference.translator import Translator, search_for
 from moekit.lock import held
+from moekit.planner import Forecast
+from moekit.planner.census import parameters
 from moekit.planner.measure import product_rate
 from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom
-from moekit.runs.module import make_module, parameters
+from moekit.runs.module import make_module
 from moekit.runs.plain import as_plain, plain
 from moekit.runs.plan import expected
 from moekit.runs.processes import shared_facts
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
-from moekit.runs.settings.train import quiet
 from moekit.runs.smoke import WARNING
 from moekit.runs.text import require_same_text, tokenizer_of
 from moekit.terminal import visible
+from moekit.training.budget import Budget
 from moekit.training.callbacks.config import ConfigInCheckpoints
 from moekit.training.callbacks.expert_gradients import ScaleExpertGradients
 from moekit.training.callbacks.gradient_norm import GradientNorm
@@ -44,9 +44,11 @@ from moekit.training.callbacks.random_state import RandomState
 from moekit.training.callbacks.same_ranks import SameOnRanks
 from moekit.training.callbacks.throughput import Throughput
 from moekit.training.callbacks.weights import kept_weights
+from moekit.training.full_disk import full_disk_explained
 from moekit.training.loggers import make_logger_folders, run_loggers
 from moekit.training.multitask import MultitaskModule
 from moekit.training.processes import explained, is_first_process
+from moekit.training.quiet import quiet
 from moekit.training.refusals import check_callbacks
 from moekit.training.strategy import ExpertParallelStrategy
 from moekit.training.written_together import WrittenTogether
@@ -104,7 +106,6 @@ def fit(
         if is_first_process():  # which starts the others, if there are others
             run.require_free(resume=resume, overwrite=overwrite)
             stack.enter_context(held(run.path))
-            run.require_free(resume=resume, overwrite=overwrite)  # which another process may have filled meanwhile
         going_on = resume and not overwrite and run.in_folder
         if going_on:
             run.require_same(settings, free)
@@ -124,25 +125,14 @@ def fit(
             strategy.check(module, train.devices * train.num_nodes)
             check_callbacks(kept)
         rate = product_rate("cuda" if train.on_gpu else "cpu", train.product_type)
-        forecast = expected(recipe, config)
         trainer = train.trainer(
             strategy=strategy,
             logger=run_loggers(run.path, train.loggers),
             enable_checkpointing=True,
             callbacks=[
                 SameOnRanks(shared_facts(recipe, settings, data) if train.devices * train.num_nodes > 1 else {}),
-                MaxMinutes(budget),
-                Throughput(
-                    flops_per_token=forecast.flops_per_token if forecast else None,
-                    product_rate=rate * train.devices * train.num_nodes,
-                ),
-                GradientNorm(),
-                RandomState(),
                 ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
-                PeakMemory(forecast.memory.device if forecast else None),
-                TrainingProgress(budget),
-                *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
-                NonFinite(_REACTIONS.get(config.strategy.nonfinite_gradients, train.on_non_finite)),
+                *_callbacks(config, budget, rate, expected(recipe, config)),
                 *kept,
                 Resumable(
                     run.checkpoints,
@@ -168,46 +158,39 @@ def fit(
         if config.evaluate.score_valid and data.directions:
             module.translate, module.originals = _writer(config, module, data), data.originals("valid")
         if trainer.is_global_zero and console is not None:
-            said: list[str | tuple[str, str]] = [(recipe.name, "bold"), f" {visible(_said(config, module, data, run))}"]
-            for note in (*left_out(held_out.corpus.training, data.max_length), *remarks(data, held_out.corpus)):
-                said += [("\n! ", "yellow"), visible(note)]
+            notes = [*left_out(held_out.corpus.training, data.max_length), *remarks(data, held_out.corpus)]
+            said = [(recipe.name, "bold"), f" {visible(_said(config, module, data, run))}"]
+            said += [part for note in notes for part in (("\n! ", "yellow"), visible(note))]
             said += [] if init_from is None else [f"\n{visible(init_from.note(module))}"]
             said += [(f"\n{WARNING}", "bold yellow")] if smoke else []
             console.print(Text.assemble(*said), soft_wrap=True)
-        with quiet(), explained(trainer), _disk_trouble(run, resume_command):
+        with quiet(), explained(trainer), full_disk_explained(run.path, resume_command):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return run
+
+
+def _callbacks(config: RunConfig, budget: Budget, rate: float, forecast: Forecast | None) -> list[Callback]:
+    """What ends, measures and watches training."""
+    train = config.train
+    return [
+        MaxMinutes(budget),
+        Throughput(
+            flops_per_token=forecast.flops_per_token if forecast else None,
+            product_rate=rate * train.devices * train.num_nodes,
+        ),
+        GradientNorm(),
+        RandomState(),
+        PeakMemory(forecast.memory.device if forecast else None),
+        TrainingProgress(budget),
+        *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
+        NonFinite(_REACTIONS.get(config.strategy.nonfinite_gradients, train.on_non_finite)),
+    ]
 
 
 def _clear_if_nothing_began(run: Run, trainer: L.Trainer) -> None:
     """Remove what was written of a run whose training failed before its first batch."""
     if trainer.fit_loop.total_batch_idx < 0:
         run.clear()
-
-
-@contextlib.contextmanager
-def _disk_trouble(run: Run, resume_command: str) -> Iterator[None]:
-    """Where training ends because nothing more can be written, say so in one line, and what is left."""
-    others = threading.excepthook
-
-    def silent(args: threading.ExceptHookArgs) -> None:
-        # TensorBoard writes in a thread: what it meets there is raised at the next value that is logged.
-        if args.exc_value is None or disk_trouble(args.exc_value, run.path) is None:
-            others(args)
-
-    threading.excepthook = silent
-    try:
-        yield
-    except Exception as error:
-        trouble = disk_trouble(error, run.path)
-        if trouble is None:
-            raise
-        said = error if isinstance(error, UserError) else write_error(Path(trouble.filename or run.path), trouble)
-        last = run.last_checkpoint
-        resume = f" Resume with: {resume_command}" if resume_command else ""
-        raise UserError(f"{said}" if last is None else f"{said} {last} is whole.{resume}") from error
-    finally:
-        threading.excepthook = others
 
 
 def _writer(config: RunConfig, module: MultitaskModule, data: MultitaskData) -> WrittenTogether:

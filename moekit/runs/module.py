@@ -1,10 +1,8 @@
-"""The LightningModule of a run, and what is said of its size."""
+"""The LightningModule of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from torch import nn
 
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
@@ -56,15 +54,3 @@ def make_module(
         score_valid_every=config.evaluate.score_valid_every,
     )
     return module, budget
-
-
-def parameters(backbone: nn.Module) -> dict[str, int]:
-    """Parameters of a network: all, and those that one token passes (k of an expert bank's E experts)."""
-    total = sum(p.numel() for p in backbone.parameters())
-    idle = 0
-    for layer in backbone.modules():
-        experts, router = getattr(layer, "experts", None), getattr(layer, "router", None)
-        if isinstance(experts, nn.Module) and router is not None:
-            share = getattr(router, "k", 1) / router.num_experts
-            idle += round(sum(p.numel() for p in experts.parameters()) * (1 - share))
-    return {"total": total, "active": total - idle}

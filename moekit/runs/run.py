@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -16,14 +15,14 @@ from typing import Any, TypeVar
 import yaml
 from torch import nn
 
-from moekit.atomic import replacing, replacing_folder, write_error, write_json, write_text, writing
+from moekit.atomic import clear_drafts, replacing, replacing_folder, write_error, write_json, write_text, writing
 from moekit.data.cache import CorruptCacheError
 from moekit.data.held_out import HeldOut
 from moekit.data.tokenizer import Tokenizer
+from moekit.environment import environment
 from moekit.errors import UserError
 from moekit.lock import LOCK_FILES
 from moekit.runs.config import RunConfig
-from moekit.runs.environment import environment
 from moekit.runs.plain import plain, require_same
 from moekit.runs.recipe import Recipe, RunText, find_recipe
 from moekit.runs.record import TRANSLATIONS, RoutingRecord, Sample, Summary
@@ -51,8 +50,6 @@ _FILES = (
     "report.html",
 )  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "wandb", "mlflow", _TOKENIZER)
-_DRAFT = re.compile(r"\.(best|last)\.ckpt\.[0-9a-f]+\.tmp")
-"""A checkpoint that a killed process had not written to its end."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +108,7 @@ class Run:
         write_json(run.path / "environment.json", environment() | dict(measured or {}))
         try:
             run.checkpoints.mkdir(exist_ok=True)
-            for draft in filter(lambda found: _DRAFT.fullmatch(found.name), list(run.checkpoints.iterdir())):
-                shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+            clear_drafts(run.checkpoints)
         except OSError as error:
             raise write_error(run.checkpoints, error) from error
         return run
@@ -228,6 +224,12 @@ class Run:
                 f"{error} The weights of the run mean nothing without it: take the folder from a copy of the run."
             ) from error
 
+    def _keeps(self, tokenizer: Tokenizer) -> bool:
+        with contextlib.suppress(UserError):  # a damaged one is replaced
+            kept = self.kept_tokenizer
+            return kept is not None and kept.fingerprint == tokenizer.fingerprint
+        return False
+
     @property
     def held_out(self) -> HeldOut | None:
         """The sentences that the run is evaluated on; None where a former version did not keep them.
@@ -244,11 +246,8 @@ class Run:
         Raises:
             UserError: they cannot be written.
         """
-        kept = None
-        with contextlib.suppress(UserError):  # a damaged one is replaced
-            kept = self.kept_tokenizer
-        if tokenizer is not None and (kept is None or kept.fingerprint != tokenizer.fingerprint):
-            place = self.path / _TOKENIZER
+        place = self.path / _TOKENIZER
+        if tokenizer is not None and not (place.exists() and self._keeps(tokenizer)):
             with writing(place), replacing_folder(place) as draft:
                 tokenizer.save(draft)
         if held_out is not None:

@@ -1,4 +1,4 @@
-"""Whether the processes of a run have a place: on this machine, and on others that something starts them on."""
+"""What this machine has for a run: its GPU, a place for each process, and the start of processes on other machines."""
 
 from __future__ import annotations
 
@@ -42,3 +42,23 @@ def require_machine(devices: int, num_nodes: int, *, on_gpu: bool) -> None:
             f"train.num_nodes {num_nodes} needs a process on every machine, and here nothing starts them: use srun or "
             "torchrun (docs/guides/cluster.md), or train on this machine alone with train.num_nodes 1."
         )
+
+
+def usable_accelerator(wanted: str) -> str:
+    """What the Trainer is told for ``train.accelerator``: "auto" is a GPU of CUDA or ROCm where there is one, else the
+    CPU.
+
+    Left to Lightning, "auto" and "gpu" would be Apple's MPS on a Mac, which has no float64: statistics over a run could
+    not be kept there.
+
+    Raises:
+        UserError: if a GPU is asked for and there is none.
+    """
+    if torch.cuda.is_available():
+        return wanted
+    if wanted == "gpu":
+        has = "Apple's MPS, which has no float64, is not supported" if torch.backends.mps.is_available() else "got none"
+        raise UserError(
+            f"train.accelerator gpu needs a GPU that torch sees through torch.cuda (CUDA or ROCm): {has}. Say cpu."
+        )
+    return "cpu"

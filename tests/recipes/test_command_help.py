@@ -14,7 +14,7 @@ from moekit.recipes import switch
 from moekit.runs.config import RunConfig
 from moekit.runs.plain import as_plain
 from moekit.runs.recipe import find_recipe, recipe_names
-from moekit.runs.shell import command_line
+from moekit.shell import command_line
 
 FRAGMENTS = {"of", "in", "as", "on", "by", "to", "into", "with", "from", "its", "their", "so", "the", "at"}
 """Words with which a text begins that goes on with a thing that is not there."""

@@ -18,6 +18,7 @@ from moekit.errors import UserError
 from moekit.experts import BASELayerStack, GroupedMLP, MultiHashMLP
 from moekit.layer import MoELayer
 from moekit.mixing import SoftmaxMix
+from moekit.planner.census import parameters
 from moekit.recipes import base_layers, deepspeed_moe, dense_to_sparse, hash_layers, moe_lm, shazeer
 from moekit.recipes.hash_layers import Hash, ModelConfig, hash_router
 from moekit.routers import (
@@ -33,7 +34,7 @@ from moekit.routers import (
 )
 from moekit.routing import RoutingContext
 from moekit.runs import RunText
-from moekit.runs.module import make_module, parameters
+from moekit.runs.module import make_module
 
 KINDS: tuple[Hash, ...] = get_args(Hash)
 

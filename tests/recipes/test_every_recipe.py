@@ -31,7 +31,7 @@ from moekit.data.sources import open_source
 from moekit.runs import Recipe
 from moekit.runs.settings import active_tasks
 from moekit.runs.settings.fields import check_ranges
-from moekit.runs.shell import command_line
+from moekit.shell import command_line
 from moekit.source import Direction
 from moekit.training.multitask import MultitaskModule
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from moekit.errors import UserError
 from moekit.runs import RunConfig
 from moekit.runs.settings import DataConfig, TrainConfig
-from moekit.runs.settings.train import usable_accelerator
 from moekit.training.callbacks.memory import PeakMemory
+from moekit.training.machine import usable_accelerator
 from moekit.training.metrics.perplexity import TokenPerplexity
 from moekit.training.metrics.routing import RoutingStatistics
 

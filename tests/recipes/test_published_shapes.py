@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moekit.recipes
 from moekit.component import components
+from moekit.planner.census import parameters
 from moekit.routing import Capacity, Router
 from moekit.runs import RunText
-from moekit.runs.module import parameters
 from moekit.transformer.embedding import TokenEmbedding
 
 NAMES = sorted(info.name for info in pkgutil.iter_modules(moekit.recipes.__path__) if not info.name.startswith("_"))

@@ -18,8 +18,8 @@ from moekit.cli.recipes import main
 from moekit.data.tokenizer import Tokenizer
 from moekit.recipes import gshard, sparse_translation, switch
 from moekit.runs import Run
-from moekit.runs.shell import command_line
 from moekit.runs.surgery.optimizer import optimizer_slots
+from moekit.shell import command_line
 from moekit.surgery.adapters import is_adapter
 
 SMALL = {

@@ -18,8 +18,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moekit.cli.recipes import main
+from moekit.planner.census import parameters
 from moekit.recipes import zcode_m3
-from moekit.runs.module import parameters
 
 SMALL = [
     "--data.babel_languages", "2", "--data.babel_sentences", "600", "--data.vocab_size", "700",

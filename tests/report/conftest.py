@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moekit.runs import shell
+from moekit import shell
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -15,7 +15,7 @@ from moekit.report.health import findings
 from moekit.report.predictions import languages_by_perplexity, main_task, predictions
 from moekit.report.run_folder import read_run
 from moekit.report.wording import MISSING
-from moekit.runs.shell import command_line
+from moekit.shell import command_line
 
 FOREIGN = re.compile("translat|bleu|chrf", flags=re.IGNORECASE)
 CASES: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from moekit.report import results_markdown, terminal_summary, wording, write_com
 from moekit.report.__main__ import main
 from moekit.report.render import literal
 from moekit.report.samples import agreement, marked, pieces
-from moekit.runs.shell import command_line
+from moekit.shell import command_line
 
 
 def screen(run: object, *, encoding: str = "utf-8", width: int = 80) -> list[str]:

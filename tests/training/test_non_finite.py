@@ -180,7 +180,7 @@ def test_a_recipe_stops_and_says_why(
     ]  # fmt: skip
     calls: list[int] = []
     if case == "steps too large":
-        small.append("--train.learning_rate=1e37")
+        small.append("--train.learning_rate=2e9")
     else:
         weigh = AuxLosses.__call__
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,12 +16,12 @@ from moekit.runs.settings.fields import RESUME, setting
 from moekit.training.budget import Budget
 from moekit.training.checkpoint_io import AtomicCheckpointIO
 from moekit.training.loggers import logger_names
-from moekit.training.machine import require_machine
+from moekit.training.machine import require_machine, usable_accelerator
 from moekit.training.optimizers import adafactor, adamw
+from moekit.training.quiet import quiet
 from moekit.training.schedules import ConstantWithWarmup, Cosine, InverseSquareRoot
 from moekit.training.strategy import ExpertParallelStrategy
 
-_OBSERVER = "lightning.fabric.strategies.launchers.subprocess_script"
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 
 
@@ -280,44 +277,3 @@ class StrategyConfig:
             return ExpertParallelStrategy(**given)
         except (ValueError, TypeError) as error:
             raise UserError(f"strategy: {error}") from None
-
-
-def usable_accelerator(wanted: str) -> str:
-    """What the Trainer is told for ``train.accelerator``: "auto" is a GPU of CUDA or ROCm where there is one, else the
-    CPU.
-
-    Left to Lightning, "auto" and "gpu" would be Apple's MPS on a Mac, which has no float64: statistics over a run could
-    not be kept there.
-
-    Raises:
-        UserError: if a GPU is asked for and there is none.
-    """
-    if torch.cuda.is_available():
-        return wanted
-    if wanted == "gpu":
-        has = "Apple's MPS, which has no float64, is not supported" if torch.backends.mps.is_available() else "got none"
-        raise UserError(
-            f"train.accelerator gpu needs a GPU that torch sees through torch.cuda (CUDA or ROCm): {has}. Say cpu."
-        )
-    return "cpu"
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without Lightning's messages, which say nothing that the run's own lines do not: but for one.
-
-    That tells which process has ended, before all others of the node are killed.
-    """
-    names = {"lightning.pytorch": logging.ERROR, "lightning.fabric": logging.ERROR, _OBSERVER: logging.INFO}
-    loggers = {logging.getLogger(name): level for name, level in names.items()}
-    levels = [logger.level for logger in loggers]
-    for logger, level in loggers.items():
-        logger.setLevel(level)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning.*")
-            warnings.filterwarnings("ignore", module="torch.*")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

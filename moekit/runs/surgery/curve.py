@@ -11,18 +11,18 @@ import lightning as L
 from torch import Tensor
 
 from moekit.data.module import MultitaskData
+from moekit.planner.census import parameters
 from moekit.runs.config import RunConfig
 from moekit.runs.evaluate import trained_module
-from moekit.runs.module import parameters
 from moekit.runs.run import Run
 from moekit.runs.settings.tasks import active_tasks
-from moekit.runs.settings.train import quiet
 from moekit.runs.surgery.operations import Result, prune_run
 from moekit.runs.surgery.utilisation import measured_load, validate
 from moekit.runs.text import evaluation_data, training_data
 from moekit.surgery import choose_experts, require_separable
 from moekit.surgery.pruning import Order
 from moekit.training.multitask import MultitaskModule
+from moekit.training.quiet import quiet
 
 LABELS: Mapping[Order, str] = {
     "utilisation": "the most used", "random": "at random", "reversed": "the least used",

@@ -16,9 +16,9 @@ from moekit.runs.plain import with_setting
 from moekit.runs.record import RoutingRecord
 from moekit.runs.run import Run
 from moekit.runs.settings.tasks import active_tasks
-from moekit.runs.settings.train import quiet
 from moekit.runs.text import evaluation_data
 from moekit.training.multitask import MultitaskModule
+from moekit.training.quiet import quiet
 from moekit.transformer import routed_layers
 
 

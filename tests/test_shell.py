@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moekit.runs import shell
+from moekit import shell
 
 
 @pytest.fixture

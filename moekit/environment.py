@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import moekit
-from moekit.runs import shell
+from moekit import shell
 
 
 def environment() -> dict[str, Any]:
