@@ -143,8 +143,8 @@ class Recipe:
                 value = now.pop(old)
                 now[group] = {**now.get(group, {}), **({} if value is None else {key: value})}
         for f in dataclasses.fields(RunConfig):  # former versions lack the settings that came later
-            if isinstance(now.get(f.name), dict) and callable(f.default_factory):
-                now[f.name] = as_plain(f.default_factory()) | now[f.name]
+            if isinstance(now.get(f.name), dict) and f.name != "tasks":  # only those that take part are written
+                now[f.name] = as_plain(type(getattr(self.default, f.name))()) | now[f.name]
         if isinstance(now.get("data"), dict):
             now["data"] |= structured(now["data"])
         return now

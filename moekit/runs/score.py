@@ -9,12 +9,12 @@ from pathlib import Path
 
 from moekit.atomic import require_writable
 from moekit.data.lines import STANDARD, read_lines, require_plain, write_lines
+from moekit.data.sources.files import read_json
 from moekit.errors import UserError
 from moekit.inference.scoring import Normalise, Question, Scorer, accuracy, few_shot
 from moekit.runs.config import RunConfig
 from moekit.runs.run import Run
 from moekit.runs.writer import trained
-from moekit.stored import parse_json
 
 _WAYS: tuple[Normalise, ...] = ("sum", "token", "character")
 
@@ -82,10 +82,7 @@ def _parsed(lines: Iterable[str], where: str, *, answered: bool) -> Iterable[Que
         if not line.strip():
             continue
         place = f"{where}, line {number}"
-        try:
-            entry = parse_json(line)
-        except ValueError as error:
-            raise UserError(f"{place} must be JSON: {error}.") from None
+        entry = read_json(line, place)
         texts = entry.get("continuations") if isinstance(entry, dict) else None
         answer = entry.get("answer") if isinstance(entry, dict) else None
         if (

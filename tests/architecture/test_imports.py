@@ -143,7 +143,6 @@ def imports(package: Path) -> Iterator[Import]:
         base = name if path.stem == "__init__" else name.rpartition(".")[0]
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
-            where = f"{path.relative_to(package.parent)}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Import):
                 targets = [
                     alias.name
@@ -161,6 +160,7 @@ def imports(package: Path) -> Iterator[Import]:
                 ]
             else:
                 continue
+            where = f"{path.relative_to(package.parent)}:{node.lineno}"
             for target in dict.fromkeys(targets):
                 yield Import(room_of(name), target, where, name)
 

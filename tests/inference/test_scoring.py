@@ -212,7 +212,7 @@ def test_the_command_answers_questions(tmp_path: Path, capsys: pytest.CaptureFix
     few = scored("--examples", str(shown))
     assert few[0]["scores"] != zero[0]["scores"]
     for wrong, message in (
-        ("{", "line 1 must be JSON"),
+        ("{", "line 1, column 2: the line must be JSON"),
         ('{"context": "a", "continuations": "b"}', "line 1 must be {"),
         ('{"context": "a", "continuations": ["b"], "answer": true}', "line 1 must be {"),
         ('{"context": "a", "continuations": ["b"], "answer": 4}', "0..0: got 4"),

@@ -62,6 +62,8 @@ def test_settings_that_a_former_version_lacks_have_their_defaults() -> None:
     assert now["train"] == {**as_plain(TrainConfig()), "max_steps": 7}
     assert (now["evaluate"]["score_valid"], now["evaluate"]["bleu_tokenizer"]) == (0, "auto")
     assert "data" not in now
+    model = as_plain(type(SWITCH.default.model)())
+    assert SWITCH.current({"recipe": "switch", "model": {"dim": 8}})["model"] == {**model, "dim": 8}
 
 
 def test_a_new_run_has_configuration_and_environment(tmp_path: Path) -> None:
