@@ -60,6 +60,10 @@ class Exchange(Protocol):
 
     def open(self, counts: Tensor) -> Route:
         """Tell all ranks how many rows this one has for their experts: Int64[W, n]."""
+        return self.open_together(counts)[0]
+
+    def open_together(self, *counts: Tensor) -> list[Route]:
+        """As many routes as tables of counts, Int64[W, n] each; all are told at once."""
         ...
 
     def send_equal(self, rows: Tensor) -> Tensor:
@@ -140,14 +144,17 @@ class AllToAll(Exchange):
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.size, self.groups = group, group.size(), (group,)
 
-    def open(self, counts: Tensor) -> Route:
-        """See `Exchange.open`."""
-        received = _counts_to(counts, self.group)
+    def open_together(self, *counts: Tensor) -> list[Route]:
+        """See `Exchange.open_together`."""
+        told = torch.cat(counts, 1)
+        received = _counts_to(told, self.group)
         # One copy for all that is asked of them.
-        numbers = torch.cat([counts.sum(1), received.flatten()]).cpu()  # host read: the sizes of messages
-        known = numbers[self.size :].view_as(received)
-        remember(received, known)
-        return _Direct(received, self.group, numbers[: self.size].tolist(), known.sum(1).tolist())
+        numbers = torch.stack([told, received]).cpu()  # host read: the sizes of messages
+        widths = [table.shape[1] for table in counts]
+        routes: list[Route] = []
+        for came, sent, known in zip(received.split(widths, 1), *(n.split(widths, 1) for n in numbers), strict=True):
+            routes.append(_Direct(remember(came, known), self.group, sent.sum(1).tolist(), known.sum(1).tolist()))
+        return routes
 
     def send_equal(self, rows: Tensor) -> Tensor:
         """See `Exchange.send_equal`."""
@@ -192,21 +199,24 @@ class TwoLevelAllToAll(Exchange):
         self.inner, self.outer = AllToAll(inner), AllToAll(outer)
         self.size, self.groups = inner.size() * outer.size(), (inner, outer)
 
-    def open(self, counts: Tensor) -> Route:
-        """See `Exchange.open`."""
-        nodes, local, n = self.outer.size, self.inner.size, counts.shape[1]
-        by_node = counts.view(nodes, local, n)
+    def open_together(self, *counts: Tensor) -> list[Route]:
+        """See `Exchange.open_together`."""
+        nodes, local = self.outer.size, self.inner.size
+        by_node = torch.cat(counts, 1).unflatten(0, (nodes, local))
         held = _counts_to(by_node.transpose(0, 1), self.inner.group)  # [rank of origin, node of destination, n]
-        forwarded = held.transpose(0, 1)  # [node of destination, rank of origin, n]
-        arrived = _counts_to(forwarded, self.outer.group)  # [node of origin, rank of origin, n]
-        received = arrived.reshape(self.size, n)
-        sizes = [by_node.sum((0, 2)), held.sum((1, 2)), forwarded.sum((1, 2)), received.flatten()]
-        numbers = torch.cat(sizes).cpu()  # host read: the sizes of messages
-        first, second, third, rest = numbers.split([local, local, nodes, received.numel()])
-        known = rest.view_as(received)
-        remember(received, known)
-        inner = _Direct(held, self.inner.group, first.tolist(), second.tolist())
-        outer = _Direct(arrived, self.outer.group, third.tolist(), known.view(nodes, -1).sum(1).tolist())
+        arrived = _counts_to(held.transpose(0, 1), self.outer.group)  # [node of origin, rank of origin, n]
+        tables = (by_node, held, arrived)
+        numbers = torch.stack([table.flatten() for table in tables]).cpu()  # host read: the sizes of messages
+        known = [number.view(table.shape) for number, table in zip(numbers, tables, strict=True)]
+        widths = [table.shape[1] for table in counts]
+        parts = zip(*(table.split(widths, 2) for table in (*tables, *known)), strict=True)
+        return [self._route(*part) for part in parts]
+
+    def _route(self, by_node: Tensor, held: Tensor, arrived: Tensor, *known: Tensor) -> Route:
+        sent, here, there = known
+        inner = _Direct(held, self.inner.group, sent.sum((0, 2)).tolist(), here.sum((1, 2)).tolist())
+        outer = _Direct(arrived, self.outer.group, here.sum((0, 2)).tolist(), there.sum((1, 2)).tolist())
+        received = remember(arrived.flatten(0, 1), there.flatten(0, 1))
         return _TwoLevel(received, inner, outer, by_node.sum(2), held.sum(2))
 
     def send_equal(self, rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.dispatch import once_per_rank
 from moekit.dispatch.base import Dispatched, ExchangeDispatcher
 from moekit.dispatch.exchange import Route, transpose_blocks
 from moekit.dispatch.rows import add, take
@@ -32,6 +33,7 @@ class PackedDispatcher(ExchangeDispatcher):
     """Rows without padding, for any routing, with or without capacity.
 
     Across ranks each sends what it has: loads, batches and numbers of rows may differ, and any of them may be zero.
+    Where tokens have several choices, a token travels once to a rank (`moekit.dispatch.once_per_rank`).
 
     In a graph of `torch.compile` or `torch.export` the number of rows must be known without a look at data. There every
     assignment has a row: those that are not kept are zeros, which follow the last expert's rows and weigh nothing.
@@ -39,6 +41,8 @@ class PackedDispatcher(ExchangeDispatcher):
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
         """Gather the kept rows, sorted by expert; across ranks, by this rank's experts."""
+        if self.exchange is not None and routing.choices != 1:
+            return once_per_rank.dispatch(x, routing, self.exchange)
         kept, e = routing.kept, routing.num_experts
         counts = torch.zeros(e, dtype=torch.int64, device=x.device)
         counts = counts.index_add(0, routing.expert, kept.to(torch.int64))
@@ -77,6 +81,8 @@ class PackedDispatcher(ExchangeDispatcher):
 
     def combine(self, y: Tensor, routing: Routing, handle: Any) -> Tensor:
         """Add every row, times its weight, to its token."""
+        if isinstance(handle, once_per_rank.Parcels):
+            return once_per_rank.combine(y, routing, handle)
         if handle.route is not None:
             y = handle.route.back(transpose_blocks(y, handle.route.received.t()))
         weight = torch.where(routing.kept, routing.weight, 0.0) if handle.padded else routing.weight

@@ -85,8 +85,19 @@ def compare(exchange: Exchange) -> None:
                 assert_close(parameter.grad, whole[first : first + E // size], f"{what}: {parameter_name}")
 
 
+def a_token_travels_once_to_a_rank(exchange: Exchange) -> None:
+    """As many rows are sent as there are pairs of a token and a rank that has one of its experts."""
+    size = dist.get_world_size()
+    routing = random_routing(6, E, 3, capacity=3, dtype=torch.float64, seed=4)
+    sent = PackedDispatcher(exchange).dispatch(torch.randn(6, D, dtype=torch.float64), routing)
+    rank = routing.expert[routing.kept] // (E // size)
+    pairs = set(zip(routing.token[routing.kept].tolist(), rank.tolist(), strict=True))
+    assert sent.handle.route.rows == len(sent.handle.token) == len(pairs) < int(routing.kept.sum())
+
+
 def one_level() -> None:
     compare(AllToAll(dist.group.WORLD))
+    a_token_travels_once_to_a_rank(AllToAll(dist.group.WORLD))
 
 
 def both_levels() -> None:
