@@ -54,7 +54,8 @@ class MoELayer(Component):
         dispatcher: None = padded where the routing has a capacity, packed where it is dropless, and where padding would
             make more than `MOST_SLOTS` slots for each assignment and more than `FEW_SLOTS` in all (as a capacity factor
             that amounts to no limit does).
-            Experts that are spread over processes keep their slots, so that all ranks do the same.
+            Of experts that are spread over processes only the slots that are used are sent on CPUs; GPUs send all of
+            them, which needs no look at a device.
         shared: an optional branch that every token takes: DeepSeek's shared experts (several are one wider
             feed-forward, see `moekit.experts.fine_grained`), the fixed branch of residual MoE, NLLB's dense branch.
         mix: how the shared branch and the experts are joined; None = added (arXiv:2401.06066, and arXiv:2201.05596 as
@@ -162,17 +163,22 @@ class MoELayer(Component):
             routing = self.output_masking(routing)
         dispatcher = self.dispatcher
         if dispatcher is None:
-            dispatcher = self._packed if routing.capacity is None or self._mostly_empty(routing) else self._padded
+            dispatcher = self._packed if routing.capacity is None or self._without_slots(x, routing) else self._padded
         sent = dispatcher.dispatch(x, routing)
         computed = self.experts(sent.rows, sent.counts)
         return dispatcher.combine(computed, routing, sent.handle), routing
 
-    def _mostly_empty(self, routing: Routing) -> bool:
-        """Whether slots would be empty but for a few, whatever the router did."""
+    def _without_slots(self, x: Tensor, routing: Routing) -> bool:
+        """Whether slots would be empty but for a few, whatever the router did, or would be sent for nothing.
+
+        Of ranks all must do the same, so there it is the device that decides: a GPU would wait for the numbers of rows.
+        """
+        if torch.compiler.is_compiling():  # sizes may be symbols there
+            return False
+        if self._packed.exchange is not None:
+            return x.device.type == "cpu"
         slots = routing.num_experts * (routing.capacity or 0)
-        compiled = torch.compiler.is_compiling()  # sizes may be symbols there
-        most = max(FEW_SLOTS, MOST_SLOTS * routing.token.numel())
-        return not compiled and self._packed.exchange is None and slots > most
+        return slots > max(FEW_SLOTS, MOST_SLOTS * routing.token.numel())
 
     def _dense(self, phase: DensePretraining, x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Routing]:
         routing = phase.routing(self.router, x, context)

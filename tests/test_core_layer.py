@@ -277,7 +277,7 @@ def test_a_capacity_without_a_limit_takes_no_more_than_the_tokens(padding: bool)
 def test_slots_stay_where_they_are_not_mostly_empty() -> None:
     layer = mk.MoELayer(mk.routers.switch(4, 16, capacity_factor=8.0), mk.experts.GroupedMLP(16, 4, 5))
     x = torch.randn(1024, 4)
-    assert not layer._mostly_empty(layer.router(x))
+    assert not layer._without_slots(x, layer.router(x))
     more = mk.MoELayer(mk.routers.switch(4, 16, capacity_factor=8.3), layer.experts)
-    assert more._mostly_empty(more.router(x))
-    assert not more._mostly_empty(more.router(x[:64])), "so few that the host need not count"
+    assert more._without_slots(x, more.router(x))
+    assert not more._without_slots(x[:64], more.router(x[:64])), "so few that the host need not count"
