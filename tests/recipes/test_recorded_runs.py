@@ -1,7 +1,7 @@
 """Every recipe computes what it computed when its run was recorded: losses, validation, test, routing, translations.
 
 `recorded/NAME.json` holds what a short run of each recipe left, and the machine that it ran on. On such a machine every
-number must be the same to the last digit. On others losses may differ by 2 %: sums are taken in another order there.
+number must be the same to the last digit. On others losses may differ by 5 %: sums are taken in another order there.
 
 A new recipe (``-k NAME``), and a change that is meant to compute something else, record on the machine of the records::
 
@@ -25,7 +25,7 @@ import moekit.recipes
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = Path(__file__).with_name("recorded")
 NAMES = sorted(info.name for info in pkgutil.iter_modules(moekit.recipes.__path__) if not info.name.startswith("_"))
-TOLERANCE = 0.02
+TOLERANCE = 0.05
 
 OPTIONS = [
     "--variant", "tiny", "--train.max_steps", "40", "--train.max_minutes", "0", "--train.warmup_steps", "10",
