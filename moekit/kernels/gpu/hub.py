@@ -36,11 +36,7 @@ def sonic_feed_forward(
     Raises:
         UserError: if device, type or kernel are not there.
     """
-    if x.device.type != "cuda" or x.dtype not in (torch.float16, torch.bfloat16):
-        raise UserError(
-            f'backend="sonicmoe" computes fp16 and bf16 on GPUs of Hopper and Blackwell: got {x.dtype} on '
-            f'{x.device.type}. Use bf16 there, or backend="auto".'
-        )
+    _require(x)
     kernel = _kernel()
     assert routing.choices is not None
     shape = (routing.choices, routing.num_tokens)
@@ -56,6 +52,14 @@ def sonic_feed_forward(
     )  # fmt: skip
     out: Tensor = hidden
     return out
+
+
+def _require(x: Tensor) -> None:
+    if x.device.type != "cuda" or x.dtype not in (torch.float16, torch.bfloat16):
+        raise UserError(
+            f'backend="sonicmoe" computes fp16 and bf16 on GPUs of Hopper and Blackwell: got {x.dtype} on '
+            f'{x.device.type}. Use bf16 there, or backend="auto".'
+        )
 
 
 @cache
