@@ -43,6 +43,8 @@ from moekit.inference import complete
 from moekit.kernels import grouped_mm_reference
 from moekit.kernels.gpu import feed_forward, products, router, rows
 from moekit.kernels.gpu.backend import choose
+from moekit.kernels.gpu.hidden import hidden_units
+from moekit.kernels.gpu.tiles import Blocks
 from moekit.planner.measure import product_rate
 from moekit.routers import TopKRouter
 from moekit.routing import Routing
@@ -430,15 +432,15 @@ def tiles(options: Options) -> Iterator[dict[str, Any]]:
     order, bank = rows.row_order(routing), bank_of(shape, options, options.dtype)
     x = torch.randn(shape.tokens, shape.dim, device=options.device).to(options.dtype)
     wide = torch.randn(shape.tokens * shape.k, shape.hidden, device=options.device).to(options.dtype)
-    forms: dict[str, tuple[int, Callable[[products.Blocks], Any]]] = {
-        "hidden_units": (2, lambda b: products.hidden_units(
+    forms: dict[str, tuple[int, Callable[[Blocks], Any]]] = {
+        "hidden_units": (2, lambda b: hidden_units(
             x, bank.w_gate, bank.w_up, order.counts, order.token, "silu", keep=True, blocks=b)),
         "product": (1, lambda b: products.product(wide, bank.w_out, order.counts, blocks=b)),
         "matrix_grad": (1, lambda b: products.matrix_grad(x, wide, order.counts, x_source=order.token, blocks=b)),
     }  # fmt: skip
-    small = [products.Blocks(16, 64, 16, 4, 2)]
+    small = [Blocks(16, 64, 16, 4, 2)]
     large = [
-        products.Blocks(rows_, columns, 64, warps, stages)
+        Blocks(rows_, columns, 64, warps, stages)
         for rows_, columns, warps in ((128, 128, 8), (128, 256, 8), (64, 256, 8), (128, 64, 4), (64, 128, 4))
         for stages in (3, 4)
     ]

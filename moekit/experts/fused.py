@@ -24,7 +24,7 @@ def weighted_sum(bank: Experts, x: Tensor, routing: Routing) -> Tensor | None:
     Args:
         bank: all of whose experts are here.
         x: Float[T, D].
-        routing: of any kind; only a choice-major list is fused.
+        routing: the assignments; only a choice-major list is fused.
 
     Raises:
         UserError: if the backend was named and cannot compute this.

@@ -21,7 +21,7 @@ from torch import Tensor
 from moekit.experts import GroupedGLU, GroupedMLP
 from moekit.functional.activation import activation_function
 from moekit.kernels import grouped_mm, grouped_mm_reference
-from moekit.kernels.gpu import feed_forward, products, proof, router, rows
+from moekit.kernels.gpu import feed_forward, hidden, products, proof, router, rows, tiles
 from moekit.kernels.gpu.backend import choose, use_backend
 from moekit.kernels.gpu.language import is_interpreted
 from moekit.layer import MoELayer
@@ -306,9 +306,10 @@ def main() -> int:
     assert is_interpreted(), "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
     poison()
-    products.blocks_for = lambda *_: products.Blocks(16, 64, 16, 4, 2)  # few programs: each is slow
+    for module in (hidden, products):
+        module.blocks_for = lambda *_: tiles.Blocks(16, 64, 16, 4, 2)  # few programs: each is slow
     proof._TOKENS, proof._DIM, proof._HIDDEN = 9, 12, 20
-    for module in (products, rows, router):
+    for module in (hidden, products, rows, router):
         launch = module.launch
 
         def noted(kernel: Any, *arguments: Any, launch: Any = launch, **options: Any) -> None:

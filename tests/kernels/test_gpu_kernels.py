@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.kernels.gpu import feed_forward, language, products, router, rows
+from moekit.kernels.gpu import feed_forward, hidden, language, products, router, rows, tiles
 
 PROGRAM = Path(__file__).with_name("interpreted.py")
 NEEDS_TRITON = pytest.mark.skipif(not language.PRESENT, reason="needs triton: pip install triton (Linux)")
@@ -93,9 +93,10 @@ class Compiled:
 @pytest.fixture(params=[80, 90])
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiled]:
     launch = Compiled(request.param)
-    for module in (products, rows, router):
+    for module in (hidden, products, rows, router):
         monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(products, "capability", lambda device: divmod(launch.arch, 10))
+    for module in (hidden, tiles):
+        monkeypatch.setattr(module, "capability", lambda device: divmod(launch.arch, 10))
     yield launch
     for key, kernel in launch.made.items():
         ptx = kernel.asm["ptx"]
@@ -137,9 +138,9 @@ def run_rows() -> None:
 def test_the_largest_kernel_compiles_without_a_gpu(compiled: Compiled) -> None:
     """Backward of gated experts: the one whose epilogue has the most to hold."""
     units = torch.zeros(T, F, dtype=torch.bfloat16)
-    kept = products.Hidden(units, units, units)
+    kept = hidden.Hidden(units, units, units)
     grad, w_out = torch.zeros(T, D, dtype=torch.bfloat16), torch.zeros(E, F, D, dtype=torch.bfloat16)
-    products.hidden_grads(grad, w_out, torch.zeros(T), kept, order(1).counts, order(1).token, "silu")
+    hidden.hidden_grads(grad, w_out, torch.zeros(T), kept, order(1).counts, order(1).token, "silu")
     assert [key[0] for key in compiled.made] == ["_hidden_grad_kernel"]
 
 

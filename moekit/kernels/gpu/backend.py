@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from moekit.errors import UserError, nearest
 from moekit.kernels.gpu.language import PRESENT, is_interpreted
-from moekit.kernels.gpu.products import capability
 from moekit.kernels.gpu.proof import failure
+from moekit.kernels.gpu.tiles import capability
 
 Backend = Literal["auto", "torch", "triton", "sonicmoe"]
 """A backend by name; see `use_backend`."""

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekit.kernels.gpu.products import Blocks, Hidden, hidden_grads, hidden_units, matrix_grad, product
+from moekit.kernels.gpu.hidden import Hidden, hidden_grads, hidden_units
+from moekit.kernels.gpu.products import matrix_grad, product
 from moekit.kernels.gpu.rows import RowOrder, gather_rows
+from moekit.kernels.gpu.tiles import Blocks
 
 
 def feed_forward(
@@ -37,9 +39,9 @@ def feed_forward(
         w_in: Float[E, D, F], of the type of `x`.
         w_up: Float[E, D, F] of experts with a gate, whose gate is `w_in`; None of two-layer ones.
         w_out: Float[E, F, D].
-        order: of the assignments; see `moekit.kernels.gpu.rows.row_order`.
+        order: places of the assignments; see `moekit.kernels.gpu.rows.row_order`.
         activation: "relu", "gelu" (tanh form) or "silu".
-        dtype: of the result; None = that of `x`.
+        dtype: type of the result; None = that of `x`.
         blocks: shape of tiles; None = by sizes.
 
     Returns:

@@ -55,9 +55,9 @@ def launch(
 
     Args:
         kernel: made by `jit`.
-        grid: programs in up to three dimensions.
+        grid: number of programs in up to three dimensions.
         *arguments: tensors and numbers, in the kernel's order.
-        warps: warps of a program.
+        warps: number of warps of a program.
         stages: how many tiles a loop loads ahead.
         **constants: its ``tl.constexpr`` arguments.
     """

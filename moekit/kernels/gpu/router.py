@@ -16,6 +16,7 @@ from torch import Tensor
 from moekit.functional.assignment import queue_positions
 from moekit.functional.means import masked_mean
 from moekit.kernels.gpu.language import ceil_div, jit, launch, power_of_two, tl
+from moekit.kernels.gpu.tiles import pointer
 
 MOST_EXPERTS = 4096
 """A program holds this many logits: those of one token at least."""
@@ -89,13 +90,13 @@ class _TopK(torch.autograd.Function):
         sums = torch.empty(blocks, e + 3, dtype=torch.float32, device=device)
         real = None if mask is None else mask.contiguous().view(torch.uint8)
         launch(
-            _choose_kernel, (blocks,), logits, _or(real, lse), expert, weight, lse, chosen, sums, t, e, blocks,
+            _choose_kernel, (blocks,), logits, pointer(real, lse), expert, weight, lse, chosen, sums, t, e, blocks,
             K=k, MASKED=mask is not None, BT=height, E2=e2,
         )  # fmt: skip
         before = chosen.view(-1, e).cumsum(0).view_as(chosen) - chosen
         position = torch.empty_like(expert)
         launch(
-            _place_kernel, (blocks, k), expert, _or(real, lse), position, before, t, e, blocks,
+            _place_kernel, (blocks, k), expert, pointer(real, lse), position, before, t, e, blocks,
             MASKED=mask is not None, BT=height, E2=e2,
         )  # fmt: skip
         tokens = lse.new_full((), t) if mask is None else mask.sum().to(torch.float32)
@@ -118,7 +119,7 @@ class _TopK(torch.autograd.Function):
         height = max(1, min(128, MOST_EXPERTS // e2))
         out = torch.empty_like(logits)
         launch(
-            _scores_grad_kernel, (ceil_div(t, height),), logits, lse, expert, _or(real, lse), d_weight.contiguous(),
+            _scores_grad_kernel, (ceil_div(t, height),), logits, lse, expert, pointer(real, lse), d_weight.contiguous(),
             (d_mean / tokens).contiguous(), (d_z / tokens).contiguous(), out, t, e,
             K=k, MASKED=real is not None, BT=height, E2=e2,
         )  # fmt: skip
@@ -205,8 +206,3 @@ def _scores_grad_kernel(
         d_probs += tl.where(e[None, :] == chosen[:, None], grad[:, None], 0.0)
     grads = probs * (d_probs - tl.sum(d_probs * probs, 1)[:, None] + 2.0 * tl.load(d_z) * z[:, None])
     tl.store(out + at, tl.where(real[:, None], grads, 0.0), mask=both)
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer for a kernel that will not follow it."""
-    return other if tensor is None else tensor

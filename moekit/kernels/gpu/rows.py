@@ -80,7 +80,7 @@ def gather_rows(
         index: Int64[choices * S]; -1 = nothing, whatever `weight` holds there.
         weight: Float32[choices * S]; None = 1.
         choices: summands of each row.
-        dtype: of the result; None = that of `rows`.
+        dtype: type of the result; None = that of `rows`.
     """
     size, dim = index.shape[0] // choices, rows.shape[1]
     out = rows.new_empty(size, dim, dtype=dtype or rows.dtype)
@@ -169,7 +169,7 @@ def unpermute(y: Tensor, weight: Tensor, order: RowOrder, *, dtype: torch.dtype 
         y: Float[R, D], the experts' rows.
         weight: Float32[N] of the assignments.
         order: where their rows are.
-        dtype: of the result; None = float32.
+        dtype: type of the result; None = float32.
     """
     out: Tensor = _Unpermute.apply(y, weight, order, dtype or torch.float32)
     return out
