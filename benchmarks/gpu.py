@@ -12,7 +12,7 @@ Parts, in this order; each has a share of --seconds, and the file is written aft
   `torch.nn.functional.grouped_mm`, and ScatterMoE and SonicMoE where they are installed. Arms take turns in every
   round; TFLOP/s are those of the products, from the median. An arm whose output or input gradient is not that of
   torch's arm is named and gets no number.
-- tiles: Triton's products of the first shape by several shapes of tiles, for the table in `blocks_for`.
+- tiles: Triton's products of the first shape by several shapes of tiles, for the table in `tiles_for`.
 - step: a training step of a sparse language model by Triton and by torch, beside its dense twin.
 - generate: greedy continuation by the same models.
 """
@@ -44,7 +44,7 @@ from moekit.kernels import grouped_mm_reference
 from moekit.kernels.gpu import feed_forward, products, router, rows
 from moekit.kernels.gpu.backend import choose
 from moekit.kernels.gpu.hidden import hidden_units
-from moekit.kernels.gpu.tiles import Blocks
+from moekit.kernels.gpu.tiles import Tiles
 from moekit.planner.measure import product_rate
 from moekit.routers import TopKRouter
 from moekit.routing import Routing
@@ -422,7 +422,7 @@ def timed(
 
 
 def tiles(options: Options) -> Iterator[dict[str, Any]]:
-    """TFLOP/s of products by shape of tiles: which one `blocks_for` should name."""
+    """TFLOP/s of products by shape of tiles: which one `tiles_for` should name."""
     shape = TOY[0] if options.toy else SHAPES[0]
     reason = obstacle(options, options.dtype)
     if reason:
@@ -432,28 +432,28 @@ def tiles(options: Options) -> Iterator[dict[str, Any]]:
     order, bank = rows.row_order(routing), bank_of(shape, options, options.dtype)
     x = torch.randn(shape.tokens, shape.dim, device=options.device).to(options.dtype)
     wide = torch.randn(shape.tokens * shape.k, shape.hidden, device=options.device).to(options.dtype)
-    forms: dict[str, tuple[int, Callable[[Blocks], Any]]] = {
+    forms: dict[str, tuple[int, Callable[[Tiles], Any]]] = {
         "hidden_units": (2, lambda b: hidden_units(
-            x, bank.w_gate, bank.w_up, order.counts, order.token, "silu", keep=True, blocks=b)),
-        "product": (1, lambda b: products.product(wide, bank.w_out, order.counts, blocks=b)),
-        "matrix_grad": (1, lambda b: products.matrix_grad(x, wide, order.counts, x_source=order.token, blocks=b)),
+            x, bank.w_gate, bank.w_up, order.counts, order.token, "silu", keep=True, tiles=b)),
+        "product": (1, lambda b: products.product(wide, bank.w_out, order.counts, tiles=b)),
+        "matrix_grad": (1, lambda b: products.matrix_grad(x, wide, order.counts, x_source=order.token, tiles=b)),
     }  # fmt: skip
-    small = [Blocks(16, 64, 16, 4, 2)]
+    small = [Tiles(16, 64, 16, 4, 2)]
     large = [
-        Blocks(rows_, columns, 64, warps, stages)
+        Tiles(rows_, columns, 64, warps, stages)
         for rows_, columns, warps in ((128, 128, 8), (128, 256, 8), (64, 256, 8), (128, 64, 4), (64, 128, 4))
         for stages in (3, 4)
     ]
     for name, (matrices, form) in forms.items():
-        for blocks in small if options.toy else large:
-            row: dict[str, Any] = {"operation": name, "blocks": blocks}
+        for one in small if options.toy else large:
+            row: dict[str, Any] = {"operation": name, "tiles": one}
             try:
                 with torch.no_grad():
-                    form(blocks)
+                    form(one)
                     times = []
                     for _ in range(options.rounds):
                         begin = options.clock.mark()
-                        form(blocks)
+                        form(one)
                         times.append(options.clock.between(begin, options.clock.mark()))
                 row["tflops"] = matrices * shape.flops / 3 / statistics.median(times) / 1e12
             except Exception as error:  # too much shared memory, too few registers

@@ -38,7 +38,7 @@ def fused_routing(
         mask: Bool[T], real tokens.
         k: choices per token.
         capacity: slots per expert.
-        renormalise: as the router's argument.
+        renormalise: the router's argument of that name.
         count_all: whether the balance loss counts all choices, or the first alone.
         training: the phase.
     """

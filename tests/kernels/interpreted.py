@@ -307,7 +307,7 @@ def main() -> int:
     torch.set_num_threads(1)
     poison()
     for module in (hidden, products):
-        module.blocks_for = lambda *_: tiles.Blocks(16, 64, 16, 4, 2)  # few programs: each is slow
+        module.tiles_for = lambda *_: tiles.Tiles(16, 64, 16, 4, 2)  # few programs: each is slow
     proof._TOKENS, proof._DIM, proof._HIDDEN = 9, 12, 20
     for module in (hidden, products, rows, router):
         launch = module.launch

@@ -16,7 +16,7 @@ from torch import Tensor
 from moekit.kernels.gpu.hidden import Hidden, hidden_grads, hidden_units
 from moekit.kernels.gpu.products import matrix_grad, product
 from moekit.kernels.gpu.rows import RowOrder, gather_rows
-from moekit.kernels.gpu.tiles import Blocks
+from moekit.kernels.gpu.tiles import Tiles
 
 
 def feed_forward(
@@ -29,7 +29,7 @@ def feed_forward(
     activation: str,
     *,
     dtype: torch.dtype | None = None,
-    blocks: Blocks | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """y_t = sum over kept assignments n of token t of weight_n (activation(x_t w_in[e_n]) [x_t w_up[e_n]]) w_out[e_n].
 
@@ -42,12 +42,12 @@ def feed_forward(
         order: places of the assignments; see `moekit.kernels.gpu.rows.row_order`.
         activation: "relu", "gelu" (tanh form) or "silu".
         dtype: type of the result; None = that of `x`.
-        blocks: shape of tiles; None = by sizes.
+        tiles: shape of tiles; None = by sizes.
 
     Returns:
         Float[T, D], zeros for a token of which nothing was kept. Sums over choices are float32.
     """
-    out: Tensor = _FeedForward.apply(x, weight, w_in, w_up, w_out, order, activation, dtype or x.dtype, blocks)
+    out: Tensor = _FeedForward.apply(x, weight, w_in, w_up, w_out, order, activation, dtype or x.dtype, tiles)
     return out
 
 
@@ -86,57 +86,57 @@ class _FeedForward(torch.autograd.Function):
         order: RowOrder,
         activation: str,
         dtype: torch.dtype,
-        blocks: Blocks | None,
+        tiles: Tiles | None,
     ) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         w_in, w_up = _alike(w_in, w_up)
         keep = any(ctx.needs_input_grad)
-        units = hidden_units(x, w_in, w_up, order.counts, order.token, activation, keep=keep, blocks=blocks)
+        units = hidden_units(x, w_in, w_up, order.counts, order.token, activation, keep=keep, tiles=tiles)
         scale = weight[order.assignment]
         rows = order.row.shape[0]
         if order.choices == 1:
             out = x.new_zeros(x.shape, dtype=dtype)  # a token whose choice was dropped has no row
             product(
                 units.hidden, w_out, order.counts, num_rows=rows, target=order.token, scale=scale, out=out,
-                blocks=blocks,
+                tiles=tiles,
             )  # fmt: skip
         else:
-            y = product(units.hidden, w_out, order.counts, num_rows=rows, blocks=blocks)
+            y = product(units.hidden, w_out, order.counts, num_rows=rows, tiles=tiles)
             out = gather_rows(y, order.row, weight, choices=order.choices, dtype=dtype)
         if keep:
             ctx.save_for_backward(x, scale, w_in, w_up, w_out, units.pre, units.up)
-            ctx.order, ctx.activation, ctx.blocks = order, activation, blocks
+            ctx.order, ctx.activation, ctx.tiles = order, activation, tiles
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, w_in, w_up, w_out, pre, up = ctx.saved_tensors
-        order, blocks = ctx.order, ctx.blocks
+        order, tiles = ctx.order, ctx.tiles
         grad = grad.to(x.dtype).contiguous()
         counts, token, rows = order.counts, order.token, order.row.shape[0]
         kept = Hidden(pre, pre, up)
-        g = hidden_grads(grad, w_out, scale, kept, counts, token, ctx.activation, blocks=blocks)
+        g = hidden_grads(grad, w_out, scale, kept, counts, token, ctx.activation, tiles=tiles)
         needs_x, needs_weight, needs_in, needs_up, needs_out = ctx.needs_input_grad[:5]
         dx = d_weight = d_in = d_up = d_out = None
         if needs_weight:
             d_weight = torch.where(order.row >= 0, g.d_scale[order.row.clamp_min(0)], 0.0)
         if needs_out:
-            d_out = matrix_grad(g.weighed, grad, counts, y_source=token, dtype=w_out.dtype, blocks=blocks)
+            d_out = matrix_grad(g.weighed, grad, counts, y_source=token, dtype=w_out.dtype, tiles=tiles)
         if needs_x:
             second = None
             if g.d_up is not None:
                 second = (g.d_up, w_up.transpose(1, 2))
             where: dict[str, Any] = {"target": token, "out": torch.zeros_like(x)} if order.choices == 1 else {}
             dx = product(
-                g.d_pre, w_in.transpose(1, 2), counts, num_rows=rows, pair=second, blocks=blocks, **where
+                g.d_pre, w_in.transpose(1, 2), counts, num_rows=rows, pair=second, tiles=tiles, **where
             )  # fmt: skip
             if order.choices > 1:
                 dx = gather_rows(dx, order.row, choices=order.choices)
         if needs_in:
-            d_in = matrix_grad(x, g.d_pre, counts, x_source=token, dtype=w_in.dtype, blocks=blocks)
+            d_in = matrix_grad(x, g.d_pre, counts, x_source=token, dtype=w_in.dtype, tiles=tiles)
         if needs_up and g.d_up is not None:
-            d_up = matrix_grad(x, g.d_up, counts, x_source=token, dtype=w_in.dtype, blocks=blocks)
+            d_up = matrix_grad(x, g.d_up, counts, x_source=token, dtype=w_in.dtype, tiles=tiles)
         return dx, d_weight, d_in, d_up, d_out, None, None, None, None
 
 

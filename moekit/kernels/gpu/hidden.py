@@ -12,8 +12,7 @@ from torch import Tensor
 
 from moekit.kernels.gpu.language import ceil_div, jit, launch, tl
 from moekit.kernels.gpu.tiles import (
-    Blocks,
-    blocks_for,
+    Tiles,
     capability,
     common,
     dot,
@@ -24,6 +23,7 @@ from moekit.kernels.gpu.tiles import (
     rows_times_matrix,
     swizzled,
     tile_of,
+    tiles_for,
 )
 
 
@@ -124,7 +124,7 @@ def hidden_units(
     activation: str,
     *,
     keep: bool,
-    blocks: Blocks | None = None,
+    tiles: Tiles | None = None,
 ) -> Hidden:
     """activation(x[source] w_in), times x[source] w_up where there is one.
 
@@ -136,14 +136,14 @@ def hidden_units(
         source: Int64[R], where each row lies in `x`.
         activation: "relu", "gelu" or "silu".
         keep: whether what backward needs is written.
-        blocks: shape of tiles; None = `blocks_for`.
+        tiles: shape of tiles; None = `tiles_for`.
     """
     (experts, inner, outer), rows = w_in.shape, source.shape[0]
     hidden = x.new_empty(rows, outer)
     keep = keep and not (activation == "relu" and w_up is None)
     pre = torch.empty_like(hidden) if keep else hidden
     up = None if w_up is None else torch.empty_like(hidden) if keep else hidden
-    b = blocks or blocks_for(x, rows, experts)
+    b = tiles or tiles_for(x, rows, experts)
     if w_up is not None:
         b = b if capability(x.device)[0] >= 9 else narrow(b)  # wgmma keeps the factors out of registers
         assert w_up.stride() == w_in.stride()
@@ -220,7 +220,7 @@ def hidden_grads(
     source: Tensor,
     activation: str,
     *,
-    blocks: Blocks | None = None,
+    tiles: Tiles | None = None,
 ) -> HiddenGrads:
     """Backward through ``scale (activation(pre) up) w_out``, up to the hidden units.
 
@@ -232,10 +232,10 @@ def hidden_grads(
         counts: Int64[E], rows of each expert.
         source: Int64[R], the token of each row.
         activation: "relu", "gelu" or "silu".
-        blocks: shape of tiles; None = `blocks_for`.
+        tiles: shape of tiles; None = `tiles_for`.
     """
     (experts, outer, inner), rows = w_out.shape, source.shape[0]
-    b = narrow(blocks or blocks_for(grad, rows, experts))
+    b = narrow(tiles or tiles_for(grad, rows, experts))
     tiles_m, tiles_n = row_tiles(rows, experts, b.rows), ceil_div(outer, b.columns)
     d_pre, weighed = torch.empty_like(kept.pre), torch.empty_like(kept.pre)
     d_up = None if kept.up is None else torch.empty_like(kept.pre)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from moekit.kernels.gpu.language import ceil_div, jit, launch, tl
 from moekit.kernels.gpu.tiles import (
-    Blocks,
-    blocks_for,
+    Tiles,
     common,
     dot,
     even,
@@ -24,6 +23,7 @@ from moekit.kernels.gpu.tiles import (
     rows_times_matrix,
     swizzled,
     tile_of,
+    tiles_for,
 )
 
 
@@ -72,7 +72,7 @@ def product(
     scale: Tensor | None = None,
     pair: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
-    blocks: Blocks | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """out[target[r]] = scale[r] (x[source[r]] w_e + x2[source[r]] w2_e), for each row r of expert e.
 
@@ -86,14 +86,14 @@ def product(
         scale: Float32[R]; None = 1.
         pair: a second `x` and `weight` of the same shapes and strides, whose product is added.
         out: Float[S, O], contiguous; None = a new one Float[R, O] of the type of `x`.
-        blocks: shape of tiles; None = `blocks_for`.
+        tiles: shape of tiles; None = `tiles_for`.
 
     Returns:
         `out`.
     """
     (experts, inner, outer), rows = weight.shape, x.shape[0] if num_rows is None else num_rows
     out = x.new_empty(rows, outer) if out is None else out
-    b = blocks or blocks_for(x, rows, experts)
+    b = tiles or tiles_for(x, rows, experts)
     x2, w2 = pair or (x, weight)
     assert weight.stride() == w2.stride()
     tiles_m, tiles_n = row_tiles(rows, experts, b.rows), ceil_div(outer, b.columns)
@@ -142,7 +142,7 @@ def matrix_grad(
     x_source: Tensor | None = None,
     y_source: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    blocks: Blocks | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """Float[E, I, O]: for each expert the sum over its rows of x[x_source[r]] (outer product) y[y_source[r]].
 
@@ -155,11 +155,11 @@ def matrix_grad(
         x_source: Int64[R], where each row lies in `x`; None = in order.
         y_source: Int64[R], where each row lies in `y`; None = in order.
         dtype: type of the result; None = that of `x`.
-        blocks: shape of tiles; None = `blocks_for` of many rows.
+        tiles: shape of tiles; None = `tiles_for` of many rows.
     """
     experts, left, right = counts.shape[0], x.shape[1], y.shape[1]
     out = x.new_empty(experts, left, right, dtype=dtype or x.dtype)
-    b = blocks or blocks_for(x, 128 * experts, experts)
+    b = tiles or tiles_for(x, 128 * experts, experts)
     tiles_m, tiles_n = ceil_div(left, b.rows), ceil_div(right, b.columns)
     launch(
         _matrix_grad_kernel, (tiles_m * tiles_n, experts),
@@ -170,19 +170,19 @@ def matrix_grad(
     return out
 
 
-def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, *, blocks: Blocks | None = None) -> Tensor:
+def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, *, tiles: Tiles | None = None) -> Tensor:
     """`moekit.kernels.grouped_mm` by these kernels; its reference is `moekit.kernels.grouped_mm_reference`."""
-    out: Tensor = _GroupedProduct.apply(x, weight, counts, blocks)
+    out: Tensor = _GroupedProduct.apply(x, weight, counts, tiles)
     return out
 
 
 class _GroupedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor, blocks: Blocks | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor, tiles: Tiles | None) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x, weight, counts)
-        ctx.blocks = blocks
-        return product(x, weight, counts, blocks=blocks)
+        ctx.tiles = tiles
+        return product(x, weight, counts, tiles=tiles)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -191,7 +191,7 @@ class _GroupedProduct(torch.autograd.Function):
         grad = grad.contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = product(grad, weight.transpose(1, 2), counts, blocks=ctx.blocks)
+            dx = product(grad, weight.transpose(1, 2), counts, tiles=ctx.tiles)
         if ctx.needs_input_grad[1]:
-            dw = matrix_grad(x, grad, counts, dtype=weight.dtype, blocks=ctx.blocks)
+            dw = matrix_grad(x, grad, counts, dtype=weight.dtype, tiles=ctx.tiles)
         return dx, dw, None, None

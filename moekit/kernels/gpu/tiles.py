@@ -16,12 +16,12 @@ from moekit.kernels.gpu.language import ceil_div, float32_products, jit, power_o
 _GROUP = 8  # tiles of rows that share their matrices' tiles in the cache
 
 
-class Blocks(NamedTuple):
+class Tiles(NamedTuple):
     """Shape of the tiles of a kernel.
 
     Attributes:
-        rows: of a tile.
-        columns: of a tile.
+        rows: number of rows of a tile.
+        columns: number of columns of a tile.
         inner: how many numbers of a row and a column a step multiplies.
         warps: number of warps of a program.
         stages: how many steps are loaded ahead.
@@ -34,7 +34,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def blocks_for(x: Tensor, num_rows: int, num_experts: int) -> Blocks:
+def tiles_for(x: Tensor, num_rows: int, num_experts: int) -> Tiles:
     """Tiles for rows of that type and number.
 
     As high as an expert's even share, between 16 and 128: what a tile has more than the expert has rows is computed for
@@ -44,13 +44,13 @@ def blocks_for(x: Tensor, num_rows: int, num_experts: int) -> Blocks:
     rows = min(128, power_of_two(num_rows // max(num_experts, 1), 16))
     stages = 3 if capability(x.device) in ((8, 0), (9, 0), (10, 0), (10, 3)) else 2
     if x.dtype == torch.float32:
-        return Blocks(min(rows, 64), 64, 32, 4, stages)
-    return Blocks(rows, 128, 64, 8 if rows == 128 else 4, stages)
+        return Tiles(min(rows, 64), 64, 32, 4, stages)
+    return Tiles(rows, 128, 64, 8 if rows == 128 else 4, stages)
 
 
-def narrow(blocks: Blocks) -> Blocks:
+def narrow(tiles: Tiles) -> Tiles:
     """Half as wide, where an epilogue holds several tiles: ptxas spilled registers of whole ones."""
-    return blocks._replace(columns=min(blocks.columns, 64))
+    return tiles._replace(columns=min(tiles.columns, 64))
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -116,12 +116,12 @@ def row_tiles(rows: int, experts: int, height: int) -> int:
     return min(rows, ceil_div(rows, height) + experts - 1)
 
 
-def even(inner: int, outer: int, blocks: Blocks) -> bool:
+def even(inner: int, outer: int, tiles: Tiles) -> bool:
     """Whether no tile of a matrix reaches beyond it, so that nothing need be masked."""
-    return inner % blocks.inner == 0 and outer % blocks.columns == 0
+    return inner % tiles.inner == 0 and outer % tiles.columns == 0
 
 
-def common(experts: int, b: Blocks) -> dict[str, Any]:
+def common(experts: int, b: Tiles) -> dict[str, Any]:
     """Constants that all kernels of products have."""
     return {
         "WIDEN": widened(), "PRECISION": float32_products(), "E2": power_of_two(experts),
