@@ -242,7 +242,7 @@ class TopKRouter(ScoredRouter):
         logits = self.logits(x, context)
         if self.residual is not None:
             logits = logits + self.residual(context)
-        if self._is_plain(exploration) and choose(self.backend, logits, "router").name == "triton":
+        if choose(self.backend, logits, "router").name == "triton" and self._is_plain(exploration):
             return self._fused(logits, context)
         probs = logits.softmax(-1)
         likely = probs.detach()
