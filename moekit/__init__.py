@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from moekit import experts, mixing, routers
 from moekit.component import Component
 from moekit.dispatch import Dispatched, Dispatcher, PackedDispatcher, PaddedDispatcher
+from moekit.kernels.gpu.backend import use_backend
 from moekit.layer import AuxLosses, MoELayer, MoEOutput
 from moekit.routing import Capacity, Router, Routing, RoutingContext, RoutingStats, routing_stats
 from moekit.soft_moe import SoftMoELayer
@@ -46,4 +47,5 @@ __all__ = [
     "routers",
     "routing_stats",
     "step_end",
+    "use_backend",
 ]

@@ -15,6 +15,8 @@ from moekit.dispatch import Dispatcher, Exchange, PackedDispatcher, PaddedDispat
 from moekit.errors import nearest
 from moekit.experts.base import Experts
 from moekit.experts.dense_pretraining import DensePretraining
+from moekit.experts.fused import weighted_sum
+from moekit.kernels.gpu.backend import Backend, use_backend
 from moekit.mixing import ExpertOutputMasking, Mix, Mixed
 from moekit.routing import Router, Routing, RoutingContext, deviation_loss, register_pytree
 
@@ -62,8 +64,10 @@ class MoELayer(Component):
             in the paper). See `moekit.mixing`.
         output_masking: zeroes some experts' outputs in training (NLLB).
         phase: until a step, compute all experts as one dense feed-forward.
+        backend: who computes router and experts; None = as they say themselves. See `moekit.use_backend`.
 
     Raises:
+        UserError: if there is no such backend, or if what it needs is not installed.
         ValueError: if router and experts disagree on the number of experts, if router, experts, shared branch and mix
             are not of one width as far as they say it (``dim``, or ``in_features``), if there is a mix and nothing to
             mix with, or if the experts cannot be one.
@@ -79,6 +83,7 @@ class MoELayer(Component):
         mix: Mix | None = None,
         output_masking: ExpertOutputMasking | None = None,
         phase: DensePretraining | None = None,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__()
         if router.num_experts != experts.num_experts:
@@ -98,6 +103,8 @@ class MoELayer(Component):
         self.dispatcher = dispatcher
         self.mix, self.output_masking, self.phase = mix, output_masking, phase
         self._packed, self._padded = PackedDispatcher(), PaddedDispatcher()
+        if backend is not None:
+            use_backend(self, backend)
 
     @property
     def num_experts(self) -> int:
@@ -164,6 +171,10 @@ class MoELayer(Component):
         dispatcher = self.dispatcher
         if dispatcher is None:
             dispatcher = self._packed if routing.capacity is None or self._without_slots(x, routing) else self._padded
+        if type(dispatcher) in (PackedDispatcher, PaddedDispatcher) and getattr(dispatcher, "exchange", None) is None:
+            whole = weighted_sum(self.experts, x, routing)
+            if whole is not None:
+                return whole, routing
         sent = dispatcher.dispatch(x, routing)
         computed = self.experts(sent.rows, sent.counts)
         return dispatcher.combine(computed, routing, sent.handle), routing

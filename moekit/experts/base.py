@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.component import Component
+from moekit.kernels.gpu.backend import Backend
 from moekit.kernels.grouped_mm import grouped_mm
 from moekit.kernels.grouped_rows import repeat_rows
 
@@ -32,6 +33,7 @@ class Experts(Component, ABC):
             must respect it.
         requires_whole_bank: whether forward needs all experts in one process, so that the bank must not be spread over
             several (expert parallelism refuses it).
+        backend: who computes; see `moekit.use_backend`.
         shown: names of the attributes that ``print(model)`` shows; those that a bank lacks or has as None are left out.
     """
 
@@ -43,6 +45,7 @@ class Experts(Component, ABC):
     num_experts: int
     dim: int
     depth_scale: float = 1.0
+    backend: Backend = "auto"
 
     def extra_repr(self) -> str:  # noqa: D102
         found = {name: getattr(self, name, None) for name in self.shown}
@@ -67,7 +70,7 @@ class Experts(Component, ABC):
 
         See `moekit.surgery.adapters`.
         """
-        out = product(rows, getattr(self, name), counts)
+        out = product(rows, getattr(self, name), counts, self.backend)
         adapter = self._adapter(name)
         return out if adapter is None else out + adapter(rows, counts)
 
@@ -128,6 +131,6 @@ def rows_of(bias: Tensor, rows: Tensor, counts: Tensor | None) -> Tensor:
     return repeat_rows(bias, counts, rows.shape[0])
 
 
-def product(rows: Tensor, weight: Tensor, counts: Tensor | None) -> Tensor:
+def product(rows: Tensor, weight: Tensor, counts: Tensor | None, backend: Backend = "auto") -> Tensor:
     """Rows times their expert's matrix, packed or padded."""
-    return torch.bmm(rows, weight) if counts is None else grouped_mm(rows, weight, counts)
+    return torch.bmm(rows, weight) if counts is None else grouped_mm(rows, weight, counts, backend)

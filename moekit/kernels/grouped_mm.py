@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekit.kernels.gpu import products
+from moekit.kernels.gpu.backend import Backend, choose, is_one_kernel
 from moekit.kernels.host_counts import on_host
 
 _ALIGNED = 8  # bf16 numbers in 16 bytes: what the rows of a matrix must be a multiple of in torch's kernel
@@ -29,13 +31,14 @@ def grouped_mm_reference(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([block @ w for block, w in zip(blocks, weight.unbind(0), strict=True)])
 
 
-def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, backend: Backend = "auto") -> Tensor:
     """Multiply the e-th block of rows by the e-th matrix.
 
     Args:
         x: Float[R, D], rows sorted by expert.
         weight: Float[E, D, F].
         counts: Int64[E], rows of each expert; they sum to R. Experts may have none.
+        backend: who multiplies; see `moekit.use_backend`.
 
     Returns:
         Float[R, F], in the autocast type where autocast is on, else in the type of `x`.
@@ -43,23 +46,21 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Raises:
         ValueError: if `counts` does not sum to R or has not one entry per matrix, where they are read: on a CPU, and
             on a GPU without a kernel for the type.
+        UserError: if `backend` is "triton" and it cannot compute these.
     """
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
+    few = kind == "cuda" and _are_few(x, weight)
+    wanted = x.dtype == weight.dtype and (backend == "triton" or not few)
+    if wanted and choose(backend, x, "product").name == "triton":
+        return products.grouped_mm(x, weight, counts)
     if is_one_kernel(x.device, x.dtype):
         return _one_kernel(x, weight, counts)
-    if kind == "cuda" and _are_few(x, weight):
+    if few:
         return _few_rows(x, weight, counts)
     return _grouped_mm(x, weight, on_host(counts))
-
-
-def is_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a grouped product of that type is one kernel there, which needs no count on the host."""
-    if device.type != "cuda" or dtype != torch.bfloat16 or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)  # as in aten's own choice
 
 
 def _one_kernel(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from moekit.functional.losses import BalanceScope, load_balance, router_z
+from moekit.kernels.gpu.backend import Backend, choose
 from moekit.routers.exploration import Exploration
+from moekit.routers.fused_topk import fused_routing, is_in_order
 from moekit.routers.gating_residual import GatingResidual
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.overflow import NoTokenLeftBehind
@@ -141,6 +143,8 @@ class TopKRouter(ScoredRouter):
     """
 
     shown = ("dim", "num_experts", "k", "scorer", "capacity")
+    backend: Backend = "auto"
+    """Who computes; see `moekit.use_backend`."""
 
     def __init__(
         self,
@@ -238,6 +242,8 @@ class TopKRouter(ScoredRouter):
         logits = self.logits(x, context)
         if self.residual is not None:
             logits = logits + self.residual(context)
+        if choose(self.backend, logits, "router").name == "triton" and self._is_plain(exploration):
+            return self._fused(logits, context)
         probs = logits.softmax(-1)
         likely = probs.detach()
         ranked = likely if exploration is None else exploration.rank(likely)
@@ -279,6 +285,32 @@ class TopKRouter(ScoredRouter):
         statistics = score_statistics(logits, probs, context.mask)
         routing = token_choices(expert, weight, queue, self.num_experts, losses, statistics)
         return routing if self.residual is None else dataclasses.replace(routing, logits=logits)
+
+    def _is_plain(self, exploration: Exploration | None) -> bool:
+        """Whether there is nothing in this phase but what `fused_routing` does."""
+        return (
+            type(self)._losses is TopKRouter._losses
+            and type(self)._weights is TopKRouter._weights
+            and self.residual is None
+            and self.overflow is None
+            and type(self.second_expert) is AllChoices
+            and (exploration is None or type(exploration).rank is Exploration.rank)
+            and is_in_order(self.capacity, self.num_experts, training=self.training)
+            and self.balance.when == "before_drop"
+            and (self.balance.scope == "batch" or (self.balance.scope == "global" and not self.training))
+        )
+
+    def _fused(self, logits: Tensor, context: RoutingContext) -> Routing:
+        assert isinstance(self.capacity, Capacity)
+        return fused_routing(
+            logits,
+            context.mask,
+            self.k,
+            self.capacity,
+            self.renormalise,
+            count_all=self.balance.count == "all",
+            training=self.training,
+        )
 
     def _weights(self, probs: Tensor, expert: Tensor) -> Tensor:
         """Float32[T, K]: combine weights of ``expert`` Int64[T, K], before what "after_drop" does."""

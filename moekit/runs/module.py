@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
+from moekit.kernels.gpu.backend import use_backend
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe, RunText
 from moekit.runs.settings.tasks import active_tasks
@@ -38,6 +39,8 @@ def make_module(
     text = RunText(data.tokenizer.vocab_size, None if loaded else data)
     parts = recipe.parts(config, text, "meta" if empty else None)
     train, budget = config.train, config.train.budget()
+    if train.on_gpu:  # elsewhere, as where a trained run is tested on a CPU, torch computes
+        use_backend(parts.backbone, train.backend)
     module = make(
         parts.backbone,
         parts.heads,

@@ -56,6 +56,37 @@ def test_grouped_products_at_real_sizes(dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @NEEDS_GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["gated", "two-layer", "biases"])
+def test_layers_by_triton_at_real_sizes(kind: str, dtype: torch.dtype) -> None:
+    """Against torch: outputs, losses, gradients; and two runs of them are equal to the last bit."""
+    bank: Any = {
+        "gated": lambda: experts.GroupedGLU(16, 520, 682, activation="silu"),
+        "two-layer": lambda: experts.GroupedMLP(16, 520, 1030, activation="gelu"),
+        "biases": lambda: experts.GroupedMLP(16, 520, 1030, bias=True),
+    }[kind]
+    torch.manual_seed(0)
+    capacity = None if kind == "biases" else Capacity(1.0, 1.0)
+    layer = mk.MoELayer(routers.TopKRouter(520, 16, 3, capacity=capacity), bank()).to("cuda", dtype)
+    x = torch.randn(2048, 520, device="cuda", dtype=dtype)
+    found = []
+    for backend in ("triton", "triton", "torch"):
+        mk.use_backend(layer, backend)  # type: ignore[arg-type]
+        rows = x.clone().requires_grad_()
+        hidden, routing = layer(rows)
+        loss = hidden.float().square().sum() + routing.losses["router_z"] + routing.losses["load_balance"]
+        grads = torch.autograd.grad(loss, [rows, *layer.parameters()])
+        found.append(
+            [hidden.detach(), routing.expert, routing.position, routing.losses["load_balance"].detach(), *grads]
+        )
+    assert all(torch.equal(one, other) for one, other in zip(found[0], found[1], strict=True))
+    tolerance = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}[dtype]
+    for one, other in zip(found[0], found[2], strict=True):
+        assert float((one.double() - other.double()).norm() / other.double().norm()) < tolerance
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
 @pytest.mark.parametrize("kind", ["packed", "padded", "expert choice"])
 def test_two_runs_are_equal_to_the_last_bit(kind: str) -> None:
     made: Any = {

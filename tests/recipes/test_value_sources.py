@@ -31,7 +31,8 @@ OPERATION = {
     "model": {"checkpoint", "embeddings"},
     "train": {
         "max_minutes", "accumulate", "validate_every", "checkpoint_minutes", "checkpoint_steps", "log_every", "seed",
-        "devices", "num_nodes", "accelerator", "loggers", "on_non_finite", "best", "patience", "ema", "average_last",
+        "devices", "num_nodes", "accelerator", "backend", "loggers", "on_non_finite", "best", "patience", "ema",
+        "average_last",
     },
     "evaluate": {
         "max_sentences", "valid_sentences", "batch_tokens", "samples", "bleu_tokenizer", "score_valid",

@@ -14,6 +14,7 @@ from moekit.data.held_out import left_out
 from moekit.data.module import TokenizerOptions
 from moekit.data.sources import open_source
 from moekit.errors import UserError
+from moekit.kernels.gpu import backend
 from moekit.recipes import gshard, zcode_m3
 from moekit.runs import Run, RunConfig, RunText
 from moekit.runs.plain import as_plain
@@ -207,6 +208,18 @@ def test_processes_must_have_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
     TrainConfig(devices=3).check()
     with pytest.raises(UserError, match=r"at most 3 on this machine \(3 GPUs\): got 4"):
         TrainConfig(devices=4).check()
+
+
+def test_a_backend_must_be_there_and_have_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = TrainConfig(accelerator="cpu")
+    for fine in ("auto", "torch"):
+        replace(cpu, backend=fine).check()
+    monkeypatch.setattr(backend, "PRESENT", True)
+    with pytest.raises(UserError, match=r"train.backend=triton computes on a GPU: this run trains on a CPU"):
+        replace(cpu, backend="triton").check()
+    monkeypatch.setattr(backend, "PRESENT", False)
+    with pytest.raises(UserError, match="needs the package triton, which is not installed"):
+        replace(cpu, backend="triton").check()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moekit.errors import UserError
+from moekit.kernels.gpu.backend import Backend, check_backend
 from moekit.runs.settings.fields import RESUME, setting
 from moekit.training.budget import Budget
 from moekit.training.checkpoint_io import AtomicCheckpointIO
@@ -76,6 +77,8 @@ class TrainConfig:
         num_nodes: number of machines (nodes); --nodes is the short form.
         accelerator: hardware to train on: cpu, gpu, or auto = a CUDA or ROCm GPU if there is one, else the CPU. Apple's
             MPS is never used.
+        backend: who computes sparse layers on a GPU: torch, triton, sonicmoe (a kernel of the Hugging Face hub, for
+            gated experts in bf16), or auto = Triton where it is installed and expected to be faster.
     """
 
     max_steps: int = setting(1000, at_least=0, free=RESUME)
@@ -107,18 +110,25 @@ class TrainConfig:
     devices: int = setting(1, at_least=1, free=RESUME)
     num_nodes: int = setting(1, at_least=1, free=RESUME)
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    backend: Backend = setting("auto", free=RESUME)
 
     # -- what training is made of --------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Make sure that training ends, that a cosine has steps left when the warm-up ends, and of the loggers.
+        """Make sure that training ends, that a cosine has steps left when the warm-up ends, and of what is installed.
 
         Raises:
-            UserError: there is no limit, the warm-up takes all steps, there is no such machine, or a logger is
-                unknown or not installed.
+            UserError: there is no limit, the warm-up takes all steps, there is no such machine, or a logger or a
+                backend is unknown, not installed or not for this machine.
         """
         require_machine(self.devices, self.num_nodes, on_gpu=self.on_gpu)
         logger_names(self.loggers)
+        check_backend(self.backend)
+        if self.backend in ("triton", "sonicmoe") and not self.on_gpu:
+            raise UserError(
+                f"train.backend={self.backend} computes on a GPU: this run trains on a CPU. Leave it out, or give "
+                "--train.accelerator gpu on a machine that has one."
+            )
         if self.ema and self.precision == "bf16-true":
             raise UserError(
                 "train.ema needs weights in float32: got bf16-true, which rounds its steps away. Leave it out."

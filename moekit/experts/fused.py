@@ -1,0 +1,86 @@
+"""A bank and a routing as one operation, without rows in between, where the bank's backend has one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moekit.errors import UserError
+from moekit.experts.base import Experts
+from moekit.experts.grouped import GroupedGLU, GroupedMLP
+from moekit.kernels.gpu.backend import choose
+from moekit.kernels.gpu.feed_forward import feed_forward
+from moekit.kernels.gpu.hub import sonic_feed_forward
+from moekit.kernels.gpu.rows import permute, row_order, unpermute
+from moekit.routing import Routing
+
+
+def weighted_sum(bank: Experts, x: Tensor, routing: Routing) -> Tensor | None:
+    """Float[T, D]: for each token the weighted sum of its experts; None where dispatcher, bank and sum are apart.
+
+    Triton computes banks of two-layer and gated experts as a whole. Those with biases, adapters, dropout or hooks and
+    other banks compute rows; these are sorted and summed by kernels where nothing was dropped.
+
+    Args:
+        bank: all of whose experts are here.
+        x: Float[T, D].
+        routing: the assignments; only a choice-major list is fused.
+
+    Raises:
+        UserError: if the backend was named and cannot compute this.
+    """
+    if bank.backend == "torch" or (bank.backend == "auto" and x.device.type != "cuda"):  # asked in every forward
+        return None
+    if routing.choices is None or torch.compiler.is_compiling():
+        return None
+    matrices, kind = _whole_matrices(bank), _kind(x)
+    if bank.backend == "sonicmoe":
+        if matrices is None or not isinstance(bank, GroupedGLU):
+            raise UserError(
+                f'backend="sonicmoe" computes GroupedGLU without bias, adapters, dropout and hooks, whose weights are '
+                f'not divided: got {type(bank).__name__}({bank.extra_repr()}). Use backend="auto".'
+            )
+        whole = sonic_feed_forward(
+            x.to(kind), routing, bank.w_gate.to(kind), bank.w_up.to(kind), bank.w_out.to(kind), bank.activation
+        )
+        return whole.to(x.dtype)
+    if choose(bank.backend, x, "layer", kind).name != "triton":
+        return None
+    order = row_order(routing)
+    if matrices is None:
+        if not routing.all_kept:
+            return None
+        rows = bank(permute(x, order), order.counts)
+        return unpermute(rows, routing.weight, order)
+    w_in, second, w_out = (None if matrix is None else matrix.to(kind) for matrix in matrices)
+    assert w_in is not None
+    assert w_out is not None
+    assert isinstance(bank, GroupedMLP | GroupedGLU)
+    return feed_forward(x.to(kind), routing.weight, w_in, second, w_out, order, bank.activation, dtype=x.dtype)
+
+
+def _kind(x: Tensor) -> torch.dtype:
+    """The type in which products of `x` are made: that of autocast where it is on."""
+    device = x.device.type
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
+def _whole_matrices(bank: Experts) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """Input, second and output matrices of a bank that is these and an activation, and nothing else now."""
+    if type(bank) not in (GroupedMLP, GroupedGLU) or "adapters" in bank._modules:
+        return None
+    assert isinstance(bank, GroupedMLP | GroupedGLU)
+    if (bank.dropout and bank.training) or bank._forward_hooks or bank._forward_pre_hooks or bank._backward_hooks:
+        return None
+    found: tuple[Tensor, Tensor | None, Tensor]
+    if isinstance(bank, GroupedGLU):
+        if bank.b_hidden is not None:
+            return None
+        found = bank.w_gate, bank.w_up, bank.w_out
+    else:
+        if bank.b_in is not None or bank.b_out is not None:
+            return None
+        found = bank.w_in, None, bank.w_out
+    # Divided weights, and those that a parametrization or a hook makes in forward, are the bank's own affair.
+    return found if all(matrix is None or type(matrix) in (Tensor, nn.Parameter) for matrix in found) else None
