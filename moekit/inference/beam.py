@@ -16,7 +16,6 @@ from moekit.inference.length_penalty import GNMTPenalty, LengthPenalty, best_pos
 from moekit.inference.ranking import Ranking, top
 from moekit.inference.session import Session
 
-
 EarlyStopping = Literal[False, True, "never"]
 
 

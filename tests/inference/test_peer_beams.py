@@ -19,7 +19,7 @@ DIM = 16
 
 
 def make(seed: int) -> EncoderDecoder:
-    """A small Switch Transformer that writes texts of many lengths: every vocabulary is small, and so the end likely."""
+    """A small Switch Transformer; its vocabulary is small, and so the end of a text likely."""
     torch.manual_seed(seed)
     vocab = 6 + seed % 11
 
