@@ -205,6 +205,7 @@ class Products:
             self._made.append((self._rows.setdefault(shape, torch.randn(shape)), weight.detach()))
 
     def __call__(self) -> None:
+        """Compute them."""
         with torch.inference_mode():
             for rows, weight in self._made:
                 size = rows.shape[0], weight.shape[1]
@@ -254,23 +255,20 @@ def speed(size: Size, folder: Path, rounds: int, beams: Sequence[int]) -> dict[s
 
 def table(found: dict[str, Any]) -> str:
     """The speeds as lines of text."""
+    clocks = [(key, clock) for key in ("median_ratio", "ratio_of_least") for clock in ("processor", "wall")]
     lines = [
-        "                        time / moekit's: processor, wall (medians, then minima)   sentences/s   share of rate   peak MB"
+        "time as a multiple of moekit's: medians of processor and wall time, minima of both; then sentences per second,",
+        "share of the machine's product rate, and megabytes of memory",
     ]
     for name, group in found.items():
         if not name.startswith("beams"):
             continue
         lines.append(f"{name}: {group['same_texts']:.0%} of the texts agree, none of moekit's scores lower")
         for arm, values in group["arms"].items():
-            ratios = [
-                values[clock][key] for key in ("median_ratio", "ratio_of_least") for clock in ("processor", "wall")
-            ]
-            lines.append(
-                f"  {arm:22}"
-                + "".join(f"{ratio:9.2f}" for ratio in ratios)
-                + f"{values['wall']['sentences_per_second']:30.1f}{values['share_of_product_rate']:16.0%}"
-                + f"{values['peak_megabytes']:10.1f}"
-            )
+            ratios = "".join(f"{values[clock][key]:7.2f}" for key, clock in clocks)
+            wall = values["wall"]["sentences_per_second"]
+            share, peak = values["share_of_product_rate"], values["peak_megabytes"]
+            lines.append(f"  {arm:16}{ratios}{wall:9.1f}{share:7.0%}{peak:8.1f}")
     return "\n".join(lines)
 
 
