@@ -257,7 +257,7 @@ def table(found: dict[str, Any]) -> str:
     """The speeds as lines of text."""
     clocks = [(key, clock) for key in ("median_ratio", "ratio_of_least") for clock in ("processor", "wall")]
     lines = [
-        "time as a multiple of moekit's: medians of processor and wall time, minima of both; then sentences per second,",
+        "time as a multiple of moekit's: medians of processor and wall time, then minima; sentences per second,",
         "share of the machine's product rate, and megabytes of memory",
     ]
     for name, group in found.items():
