@@ -394,7 +394,7 @@ def memory(options: argparse.Namespace, size: Size, folder: Path) -> dict[str, A
     return result
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small", choices=list(SIZES))
@@ -406,7 +406,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the result, with environment and commit, to this file")
     for name in ("--child", "--folder", "--resident", "--spare-mb"):
         parser.add_argument(name, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.quick:
