@@ -55,7 +55,8 @@ def generate(
         require_writable(Path(output))
     writer = Writer(run, config, experts_in_memory=experts_in_memory, max_input_tokens=max_input_tokens)
     source, target = writer.require_languages(source, target)
-    writer.require_n_best(1 if n_best is None else n_best)
+    if n_best is not None:
+        writer.require_n_best(n_best)
     lines = read_lines(input)
     bar = Progress(
         TextColumn("{task.description}", markup=False),
@@ -69,7 +70,7 @@ def generate(
     with bar:
         task = bar.add_task(source if target is None else f"{source} to {target}", total=len(lines))
         advance = partial(bar.advance, task)
-        written = writer.write(lines, source, target, n_best=1 if n_best is None else n_best, advance=advance)
+        written = writer.write(lines, source, target, n_best=n_best, advance=advance)
     if warning := writer.warning(written.cut, "standard input" if input == STANDARD else f"--input {input}"):
         print(visible(warning), file=sys.stderr)
     write_lines(output, map(one_line, written.texts) if n_best is None else n_best_lines(written.hypotheses))

@@ -33,7 +33,7 @@ class Written:
     Attributes:
         texts: one for every line, in their order; they may hold line breaks.
         cut: numbers, from 0, of the lines that were longer than `Writer.max_input_tokens` and were cut.
-        hypotheses: the texts that were asked for of every line, with their scores, best first; the first are `texts`.
+        hypotheses: where several texts of each line were asked for, these with their scores, best first.
     """
 
     texts: list[str]
@@ -130,7 +130,7 @@ class Writer:
         source: str,
         target: str | None = None,
         *,
-        n_best: int = 1,
+        n_best: int | None = None,
         advance: Callable[[int], None] = lambda done: None,
         watch: Callable[[], None] | None = None,
     ) -> Written:
@@ -140,7 +140,8 @@ class Writer:
             lines: one sentence or prompt each.
             source: language of the lines.
             target: language wanted, of runs that translate.
-            n_best: texts wanted of each line, at most the width of the beam; a search may find fewer.
+            n_best: texts wanted of each line with their scores, at most the width of the beam; a search may find fewer.
+                None = the best one alone.
             advance: told, after every batch, how many lines it held.
             watch: called before each token; what it raises ends the writing.
 
@@ -148,7 +149,7 @@ class Writer:
             UserError: a language is missing or unknown, or more texts are wanted than the beam is wide.
         """
         source, target = self.require_languages(source, target)
-        search = self._search(n_best)
+        search = self._search(1 if n_best is None else n_best)
         shortened = [self._shortened(line) for line in lines]
         cut = [number for number, text in enumerate(shortened) if text is not None]
         given = [line if text is None else text for line, text in zip(lines, shortened, strict=True)]
@@ -156,6 +157,8 @@ class Writer:
         search = search if watch is None else Watched(search, watch)
         if target is None:
             completer = Completer(self._backbone, self._tokenizer, search=search, max_new_tokens=data.max_length)
+            if n_best is None:
+                return Written(completer.complete(given, language=source, advance=advance), cut)
             found = completer.hypotheses(given, language=source, advance=advance)
             return Written([texts[0].text for texts in found], cut, found)
         translator = Translator(
@@ -165,6 +168,8 @@ class Writer:
             batch_tokens=evaluate.batch_tokens,
             sentinel=data.sentinel,
         )
+        if n_best is None:
+            return Written(translator.translate(given, source=source, target=target, advance=advance), cut)
         found = translator.hypotheses(given, source=source, target=target, advance=advance)
         return Written([texts[0].text for texts in found], cut, found)
 
