@@ -1,8 +1,10 @@
 """Sentences per second beside Hugging Face transformers, and the memory of whole, pruned and on-demand models.
 
 Speed: one model with random weights, exported and opened by transformers, so both have the same weights. Both write
-exactly as many tokens for each sentence, the same ones (else nothing is reported), greedily and with a beam; they take
-turns in one process, and the figure is the median over rounds of the ratio of neighbouring runs.
+exactly as many tokens for each sentence, greedily and with a beam; they take turns in one process with the floor: the
+products of moekit's run with weights (projections, experts, vocabulary) and nothing else, into memory that is kept.
+All texts are scored by one model, given whole; where one of moekit's scores below that of transformers, or greedy texts
+differ, nothing is reported.
 
 Memory: each kind answers the same sentences in a process of its own, and its peak resident memory is taken. The
 sentences are of one of four languages, whose words have a direction in common that routers turn into a quarter of the
@@ -10,7 +12,8 @@ experts: a stand-in for a trained multilingual model, whose languages prefer exp
 less than the weights need: the whole model fails to load, the one on demand answers.
 
     python benchmarks/generate.py                      # both, a model of 540 MB
-    python benchmarks/generate.py --size tiny          # seconds, to see that it works
+    python benchmarks/generate.py --only speed --threads 1 --rounds 9
+    python benchmarks/generate.py --quick              # toy size, seconds, to see that it works
 
 transformers is needed: pip install -e ".[bench]".
 """
@@ -20,9 +23,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,16 +34,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from interleaved import Step, compared, interleaved, peak_bytes, refuse, write_json
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moekit import MoELayer, routers
 from moekit.experts import GroupedMLP
+from moekit.experts.base import Experts
 from moekit.huggingface import export_model
 from moekit.inference import BeamSearch, ExpertsOnDemand, Greedy, LengthLimit, MeanLogProb, Search, load_on_demand
 from moekit.inference import generate as write
+from moekit.planner.measure import product_rate
 from moekit.surgery import choose_experts, sparse_layers, take_experts
 from moekit.transformer import EncoderDecoder, RMSNorm, every_other
+from moekit.transformer.projection import FusedLinear
 
 PAD, FIRST = 0, 4
 LANGUAGES = 4
@@ -155,33 +160,116 @@ def open_theirs(folder: Path) -> Any:
 # -- speed ---------------------------------------------------------------------------------------------------------
 
 
+class Products:
+    """The products with weights of one run, with factors of the same shapes and the same weights, and their work."""
+
+    def __init__(self, model: EncoderDecoder, run: Callable[[], object]) -> None:
+        self.flops = 0
+        self._made: list[tuple[Tensor, Tensor]] = []  # rows and weight of each product
+        self._rows: dict[tuple[int, int], Tensor] = {}
+        hooks = [
+            module.register_forward_pre_hook(self._projection)
+            for module in model.modules()
+            if isinstance(module, nn.Linear | FusedLinear)
+        ]
+        hooks += [m.register_forward_pre_hook(self._bank) for m in model.modules() if isinstance(m, Experts)]
+        score = model.logits
+
+        def logits(hidden: Tensor) -> Tensor:
+            table = model.embedding if model.output is None else model.output
+            self._note(hidden.numel() // hidden.shape[-1], table.weight.t())
+            return score(hidden)
+
+        model.__dict__["logits"] = logits
+        run()
+        del model.__dict__["logits"]
+        for hook in hooks:
+            hook.remove()
+        self._room = torch.empty(max(rows.shape[0] * weight.shape[1] for rows, weight in self._made))
+
+    def _projection(self, module: nn.Linear | FusedLinear, inputs: tuple[Tensor, ...]) -> None:
+        weight = module.weight.detach()
+        self._note(inputs[0].numel() // inputs[0].shape[-1], weight.flatten(0, -2).t())
+
+    def _bank(self, bank: Experts, inputs: tuple[Tensor, ...]) -> None:
+        rows, counts = inputs
+        numbers = [rows.shape[1]] * bank.num_experts if counts is None else counts.tolist()
+        for name in bank.matrices:
+            for number, weight in zip(numbers, getattr(bank, name).detach().unbind(0), strict=True):
+                self._note(number, weight)
+
+    def _note(self, rows: int, weight: Tensor) -> None:
+        if rows:
+            shape = (rows, weight.shape[0])
+            self.flops += 2 * rows * weight.numel()
+            self._made.append((self._rows.setdefault(shape, torch.randn(shape)), weight.detach()))
+
+    def __call__(self) -> None:
+        """Compute them."""
+        with torch.inference_mode():
+            for rows, weight in self._made:
+                size = rows.shape[0], weight.shape[1]
+                torch.mm(rows, weight, out=self._room[: size[0] * size[1]].view(size))
+
+
+@torch.inference_mode()
+def scores(model: EncoderDecoder, size: Size, texts: Tensor) -> Tensor:
+    """Float[B]: mean log-probability of a token of each text, of the whole text at once."""
+    source, mask = sentences(size, None)
+    given = torch.cat((torch.ones_like(texts[:, :1]), texts[:, :-1]), 1)
+    logits = model.logits(model.decode(given, model.encode(source, mask).hidden, mask).hidden)
+    return logits.log_softmax(-1).gather(-1, texts[..., None])[..., 0].double().mean(1)
+
+
 def speed(size: Size, folder: Path, rounds: int, beams: Sequence[int]) -> dict[str, Any]:
-    """Sentences per second of both, in turn."""
+    """Sentences per second of both, and of the products alone, in turn."""
     model = whole(size, folder)
     peer = open_theirs(folder / "theirs")
-    result: dict[str, Any] = {}
+    rate = product_rate("cpu", torch.float32)
+    result: dict[str, Any] = {"product_rate": rate}
     for count in beams:
-        arms: dict[str, Callable[[], Tensor]] = {
-            "moekit": lambda count=count: ours(model, size, count),  # type: ignore[misc]
-            "transformers": lambda count=count: theirs(peer, size, count),  # type: ignore[misc]
+        texts = [ours(model, size, count), theirs(peer, size, count)]
+        if texts[0].shape != texts[1].shape:
+            refuse(f"with {count} beams texts have the shapes {[tuple(t.shape) for t in texts]}")
+        same = float((texts[0] == texts[1]).all(1).double().mean())
+        lower = int((scores(model, size, texts[0]) < scores(model, size, texts[1]) - 1e-4).sum())
+        if lower or (count == 1 and same < 0.9):
+            refuse(f"with {count} beams {same:.0%} of the texts agree, and {lower} of moekit's score lower")
+        products = Products(model, lambda count=count: ours(model, size, count))  # type: ignore[misc]
+        arms: dict[str, Step] = {
+            "products alone": products,
+            "moekit": lambda count=count: ours(model, size, count),  # type: ignore[misc, return-value]
+            "transformers": lambda count=count: theirs(peer, size, count),  # type: ignore[misc, return-value]
         }
-        texts = [arm() for arm in arms.values()]
-        same = float((texts[0] == texts[1]).all(1).double().mean()) if texts[0].shape == texts[1].shape else 0.0
-        if same < 0.9:
-            raise SystemExit(f"refusing to report: only {same:.0%} of the texts agree with {count} beams")
-        seconds: dict[str, list[float]] = {name: [] for name in arms}
-        for _ in range(rounds):
-            for name, arm in arms.items():
-                start = time.perf_counter()
-                arm()
-                seconds[name].append(time.perf_counter() - start)
-        ratios = [b / a for a, b in zip(seconds["moekit"], seconds["transformers"], strict=True)]
-        result[f"beams {count}"] = {
-            "same_texts": same,
-            "sentences_per_second": {name: size.sentences / statistics.median(v) for name, v in seconds.items()},
-            "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-        }
+        seconds = interleaved(arms, rounds, warm_up=1)
+        found = compared(seconds, "moekit")
+        for name, clocks in found.items():
+            for clock in clocks.values():
+                clock["sentences_per_second"] = size.sentences / clock["median_seconds"]
+            found[name]["teraflops"] = products.flops / clocks["wall"]["least_seconds"] / 1e12
+            found[name]["share_of_product_rate"] = products.flops / clocks["wall"]["least_seconds"] / rate
+            found[name]["peak_megabytes"] = peak_bytes(arms[name]) / 2**20
+        result[f"beams {count}"] = {"same_texts": same, "lower_scores": lower, "arms": found}
     return result
+
+
+def table(found: dict[str, Any]) -> str:
+    """The speeds as lines of text."""
+    clocks = [(key, clock) for key in ("median_ratio", "ratio_of_least") for clock in ("processor", "wall")]
+    lines = [
+        "time as a multiple of moekit's: medians of processor and wall time, then minima; sentences per second,",
+        "share of the machine's product rate, and megabytes of memory",
+    ]
+    for name, group in found.items():
+        if not name.startswith("beams"):
+            continue
+        lines.append(f"{name}: {group['same_texts']:.0%} of the texts agree, none of moekit's scores lower")
+        for arm, values in group["arms"].items():
+            ratios = "".join(f"{values[clock][key]:7.2f}" for key, clock in clocks)
+            wall = values["wall"]["sentences_per_second"]
+            share, peak = values["share_of_product_rate"], values["peak_megabytes"]
+            lines.append(f"  {arm:16}{ratios}{wall:9.1f}{share:7.0%}{peak:8.1f}")
+    return "\n".join(lines)
 
 
 # -- memory --------------------------------------------------------------------------------------------------------
@@ -268,7 +356,7 @@ def child(
     if done.returncode:
         if spare_mb and any(word in done.stderr for word in ("MemoryError", "allocate memory", "Cannot allocate")):
             return None
-        raise SystemExit(f"refusing to report: {kind} failed\n{done.stderr}")
+        refuse(f"{kind} failed\n{done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -292,7 +380,7 @@ def memory(options: argparse.Namespace, size: Size, folder: Path) -> dict[str, A
         if texts and own:
             found["same_texts"] = sum(a == b for a, b in zip(own, texts, strict=True)) / len(texts)
         if kind == "on demand" and found["same_texts"] < 1:
-            raise SystemExit("refusing to report: on demand writes other texts than the whole model")
+            refuse("on demand writes other texts than the whole model")
         found["sha"] = None if own is None else hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]
         result["kinds"][name] = found
     # Half of what the experts need, beside what the rest and the answering take.
@@ -302,24 +390,27 @@ def memory(options: argparse.Namespace, size: Size, folder: Path) -> dict[str, A
         found = child(kind, options, folder, max(1, kept // 4), spare)
         result["limited"][kind] = "out of memory" if found is None else "answers"
         if found is not None and found["texts"] != texts:
-            raise SystemExit("refusing to report: with little memory the texts are others")
+            refuse("with little memory the texts are others")
     return result
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small", choices=list(SIZES))
     parser.add_argument("--only", choices=["speed", "memory"], default=None)
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default 5)")
+    parser.add_argument("--rounds", type=int, default=9, help="counted rounds (default 9)")
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--quick", action="store_true", help="toy size, one round, no memory: does it run?")
+    parser.add_argument("--json", type=Path, help="write the result, with environment and commit, to this file")
     for name in ("--child", "--folder", "--resident", "--spare-mb"):
         parser.add_argument(name, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.quick:
+        options.size, options.rounds, options.only = "tiny", 1, "speed"
     size = SIZES[options.size]
     if options.child:
         found = answer(options.child, size, Path(options.folder), int(options.resident), int(options.spare_mb))
@@ -336,17 +427,17 @@ def main() -> int:
             "size": options.size,
             "parameters": sum(p.numel() for p in model.parameters()),
             "threads": options.threads,
-            "cpu": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
         }
         del model
         if options.only != "memory":
             result["speed"] = speed(size, folder, options.rounds, options.beams)
         if options.only != "speed":
             result["memory"] = memory(options, size, folder)
-    print(json.dumps(result, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if "speed" in result:
+        print(table(result["speed"]))
+    if "memory" in result:
+        print(json.dumps(result["memory"], indent=2))
+    write_json(options.json, result)
     return 0
 
 

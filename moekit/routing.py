@@ -89,10 +89,18 @@ class RoutingContext:
                     f"{num_tokens} tokens. Give it the leading shape of the hidden states."
                 )
             flat[f.name] = None if value is None else value.reshape(num_tokens, *own)
-        return RoutingContext(**flat)
+        return type(self)(**flat)
 
 
 register_pytree(RoutingContext)
+
+
+@dataclass(frozen=True)
+class DecodingContext(RoutingContext):
+    """The context of a step of decoding, in which nobody reads losses and statistics: a router may leave them out."""
+
+
+register_pytree(DecodingContext)
 
 
 @dataclass(frozen=True)

@@ -35,15 +35,22 @@ def _options(parser: ArgumentParser) -> None:
         None,
     )
     parser.add_argument("--output", type=str, default=STANDARD, help="output file, one line each; - = standard output")
+    parser.add_argument(
+        "--n_best",
+        type=int,
+        help="number of texts per line that are written, best first, each as 'number ||| text ||| score', the number "
+        "of the input line from 0; at most evaluate.beam_size (default: the best text alone, without a score)",
+    )
     writer_options(parser)
 
 
 def _generate(recipe: Recipe, config: RunConfig, given: Any) -> None:
     run = stored_run(recipe, given)
     if given.input is None and given.output == STANDARD and sys.stdin is not None and sys.stdin.isatty():
-        converse(Writer(run, config, **writer_given(given)), given.source_language, given.target_language)
+        writer = Writer(run, config, **writer_given(given))
+        converse(writer, given.source_language, given.target_language, given.n_best)
     else:
-        generate(run, config=config, **text_given(given), **writer_given(given))
+        generate(run, config=config, n_best=given.n_best, **text_given(given), **writer_given(given))
 
 
 COMMAND = RecipeCommand(

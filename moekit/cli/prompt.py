@@ -12,15 +12,17 @@ from moekit.runs.writer import Writer
 from moekit.terminal import visible
 
 
-def converse(writer: Writer, source: str | None, target: str | None) -> None:
+def converse(writer: Writer, source: str | None, target: str | None, n_best: int | None = None) -> None:
     """Answer lines until an empty one, or the end of the input (Ctrl-D).
 
     Languages that are not given are asked for, unless there is one alone. What is wrong with a line is said of it, and
-    the next one is read.
+    the next one is read. With `n_best` the best texts are shown below each other, each behind its score.
 
     Raises:
-        UserError: a language is unknown.
+        UserError: a language is unknown, or more texts are wanted than the beam is wide.
     """
+    if n_best is not None:
+        writer.require_n_best(n_best)
     if _on_screen():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - lines can be edited then
@@ -38,14 +40,17 @@ def converse(writer: Writer, source: str | None, target: str | None) -> None:
         number += 1
         try:
             require_plain(line, f"line {number}")
-            written = writer.write([line], source, target)
+            written = writer.write([line], source, target, **({} if n_best is None else {"n_best": n_best}))
         except UserError as error:
             _say(f"error: {error}")
             continue
         if warning := writer.warning([number - 1 for _ in written.cut], "standard input"):
             _say(warning)
-        answer = one_line(written.texts[0])
-        print(visible(answer) if _on_screen() else answer, flush=True)
+        answers = [one_line(written.texts[0])]
+        if n_best is not None:
+            answers = [f"{found.score:.6g}\t{one_line(found.text)}" for found in written.hypotheses[0]]
+        for answer in answers:
+            print(visible(answer) if _on_screen() else answer, flush=True)
 
 
 def _chosen(word: str, languages: Sequence[str]) -> str | None:

@@ -3,7 +3,7 @@
 from moekit.data.tokenizer import SpecialTokens
 from moekit.inference.beam import BeamSearch
 from moekit.inference.generate import complete, generate
-from moekit.inference.interface import CausalModel, Generation, LengthLimit, Search, SequenceModel
+from moekit.inference.interface import CausalModel, Generation, Hypothesis, LengthLimit, Search, SequenceModel
 from moekit.inference.length_penalty import GNMTPenalty, LengthPenalty, MeanLogProb
 from moekit.inference.on_demand import ExpertsOnDemand, load_on_demand, open_on_demand
 from moekit.inference.sampling import Greedy, Sampling
@@ -18,6 +18,7 @@ __all__ = [
     "GNMTPenalty",
     "Generation",
     "Greedy",
+    "Hypothesis",
     "LengthLimit",
     "LengthPenalty",
     "MeanLogProb",

@@ -4,40 +4,53 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.inference.batching import to_device
 from moekit.inference.interface import Generation, Start
 from moekit.inference.length_penalty import GNMTPenalty, LengthPenalty, best_possible
+from moekit.inference.ranking import Ranking, top
 from moekit.inference.session import Session
+
+EarlyStopping = Literal[False, True, "never"]
 
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """Keeps the `size` most probable beginnings of each sentence.
+    """Keeps the `size` most probable unfinished beginnings of each sentence.
 
-    A text that ends keeps its place, so the beam narrows; a beam of one is greedy search, and a beam that never has to
-    drop anything finds the best text there is. Texts are ranked by penalised score, those that ended before those
-    that were cut at the limit. A sentence stops when none of its live beginnings can still enter the `num_return`
-    best, which never changes the result.
+    At each step the continuations of all beginnings are ranked by their sums of log-probabilities. Those among the
+    first `size` that end, or that are cut at the limit, are set aside, with the length penalty applied; the beam goes
+    on with the `size` best that do not end, so it stays full. The `size` best texts that were set aside are kept, and
+    the best `num_return` of them returned, whether they ended or were cut. A beam of one is greedy search.
 
     Args:
         size: width of the beam.
         num_return: texts returned per sentence, best first; at most `size`.
         penalty: how texts of different lengths are compared.
+        early_stopping: when a sentence stops. True = as soon as `size` texts are set aside. False = when moreover the
+            best beginning, its penalty that of its present length, does not score above the worst of them. "never" =
+            when no beginning can still lead into the `num_return` best, whatever its length becomes, so that stopping
+            changes nothing.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of its range, or `early_stopping` is unknown.
 
-    Source: a beam that narrows is that of arXiv:1409.3215 section 3.2 and of Nematus and Marian; fairseq and Hugging
-        Face refill it and stop by count.
+    Source: the search of fairseq and of transformers, whose names for the three rules these are; penalties applied to
+        finished texts arXiv:1609.08144 section 7. With the same scores, width, penalty and rule the texts are those of
+        transformers.
+    Differs: fairseq forces the end upon what reaches the limit, here such a text competes as it is, as in transformers.
+        transformers' "never" compares with the worst of `size` texts, and its bound holds for its own penalty.
     """
 
     size: int = 4
     num_return: int = 1
     penalty: LengthPenalty = field(default_factory=GNMTPenalty)
+    early_stopping: EarlyStopping = False
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 1 <= self.num_return <= self.size:
@@ -45,60 +58,77 @@ class BeamSearch:
                 "BeamSearch needs size >= 1 and num_return from 1 to size: "
                 f"got size {self.size} and num_return {self.num_return}."
             )
+        if self.early_stopping not in (False, True, "never"):
+            raise ValueError(f'BeamSearch.early_stopping must be False, True or "never": got {self.early_stopping!r}.')
 
     def run(self, session: Session, start: Start) -> Generation:
         """Search all sentences at once; finished ones leave the batch."""
         return _Run(self, session, start).finish()
 
 
+class _Texts(NamedTuple):
+    """c texts of each of b sentences: a token behind a slot of the beam.
+
+    Attributes:
+        total: Float[b, c], sums of log-probabilities; -inf = there is none.
+        slot: Int64[b, c], of the beginning.
+        token: Int64[b, c].
+        score: Float[b, c], log-probability of the token.
+    """
+
+    total: Tensor
+    slot: Tensor
+    token: Tensor
+    score: Tensor
+
+
 class _Finished:
-    """The finished texts of B sentences, up to as many as the beam is wide, and a scratch slot behind them.
+    """The best texts of B sentences that were set aside, as many as the beam is wide, best first.
 
     `end` is the length of the longest text, with what is given.
     """
 
     def __init__(self, start: Start, width: int, end: int, dtype: torch.dtype) -> None:
-        shape, device = (start.prefix.shape[0], width + 1), start.prefix.device
+        shape, device = (start.prefix.shape[0], width), start.prefix.device
         self.start, self.width = start, width
         self.ids = torch.full((*shape, end), start.tokens.pad, dtype=torch.int64, device=device)  # what is given too
         self.scores = torch.zeros((*shape, end), dtype=dtype, device=device)
         self.length = torch.zeros(shape, dtype=torch.int64, device=device)  # without what is given; 0 = no text
         self.key = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
         self.ended = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.used = torch.zeros(shape[0], dtype=torch.int64, device=device)
 
-    def add(self, sentence: Tensor, finished: Tensor, ended: Tensor, text: Tensor, scores: Tensor, key: Tensor) -> None:
-        """Note texts [b, c] of `sentence` Int64[b], where `finished`."""
-        row, used = sentence[:, None], self.used[sentence]
-        slot = torch.where(finished, used[:, None] + finished.cumsum(1) - 1, self.width)
-        length = text.shape[-1]
-        self.ids[row, slot, :length], self.scores[row, slot, :length] = text, scores
-        self.length[row, slot] = (length - self.start.length[sentence])[:, None].expand_as(slot)
-        self.key[row, slot], self.ended[row, slot] = key, ended
-        self.used[sentence] = used + finished.sum(1)
+    def add(self, sentence: Tensor, key: Tensor, ended: Tensor, text: Tensor, scores: Tensor) -> None:
+        """Set texts [b, c] of `sentence` Int64[b] aside: those whose `key` Float64[b, c] is above -inf."""
+        after = self.ids.shape[-1] - text.shape[-1]
+        keys = torch.cat((self.key[sentence], key), dim=1)
+        order = keys.argsort(dim=1, descending=True, stable=True)[:, : self.width]
+        length = (text.shape[-1] - self.start.length[sentence])[:, None].expand_as(key)
+        self.key[sentence] = keys.gather(1, order)
+        self.ended[sentence] = torch.cat((self.ended[sentence], ended), dim=1).gather(1, order)
+        self.length[sentence] = torch.cat((self.length[sentence], length), dim=1).gather(1, order)
+        text = F.pad(text, (0, after), value=self.start.tokens.pad)
+        self.ids[sentence] = _pick(torch.cat((self.ids[sentence], text), dim=1), order)
+        self.scores[sentence] = _pick(torch.cat((self.scores[sentence], F.pad(scores, (0, after))), dim=1), order)
 
-    def bar(self, wanted: int) -> Tensor:
-        """Float64[B]: the key of the wanted-th best text that ended; -inf where there are fewer."""
-        key = self.key[:, :-1].masked_fill(~self.ended[:, :-1], -torch.inf)
-        return key.topk(wanted, dim=1).values[:, -1]
+    def bar(self, sentence: Tensor, wanted: int) -> Tensor:
+        """Float64[b]: the key of the wanted-th best text of each sentence; -inf where there are fewer."""
+        return self.key[sentence, wanted - 1]
 
     def best(self, wanted: int) -> Generation:
-        """The best texts of every sentence, padded: those that ended before those that were cut."""
-        key, ended, length = self.key[:, :-1], self.ended[:, :-1], self.length[:, :-1]
-        order = key.argsort(dim=1, descending=True, stable=True)
-        order = order.gather(1, ended.gather(1, order).long().argsort(dim=1, descending=True, stable=True))[:, :wanted]
-        key, ended, length = key.gather(1, order), ended.gather(1, order), length.gather(1, order)
+        """The best texts of every sentence, padded."""
+        key, ended = self.key[:, :wanted], self.ended[:, :wanted]
+        length = self.length[:, :wanted].masked_fill(key == -torch.inf, 0)
         longest = int(length.max())  # host read: once for a search
-        column = torch.arange(longest, device=order.device)
+        column = torch.arange(longest, device=key.device)
         real = column < length[..., None]
         place = (self.start.length[:, None, None] + column).clamp_max(self.ids.shape[-1] - 1).expand(real.shape)
-        ids, scores = _pick(self.ids, order).gather(2, place), _pick(self.scores, order).gather(2, place)
+        ids, scores = self.ids[:, :wanted].gather(2, place), self.scores[:, :wanted].gather(2, place)
         return Generation(
             ids=torch.where(real, ids, self.start.tokens.pad),
             lengths=length,
             scores=key.to(scores.dtype),
             token_scores=scores.masked_fill(~real, 0.0),
-            ended=ended,
+            ended=ended & (length > 0),
         )
 
 
@@ -115,7 +145,9 @@ class _Run:
         self.total = self.logits.new_zeros(self.text.shape[:2])  # sums of log-probabilities; -inf = an empty slot
         self.scores = self.logits.new_zeros(self.text.shape)  # log-probabilities of the tokens in `text`
         self.done = _Finished(start, search.size, self.bounds.end, self.logits.dtype)
-        self.suppress = start.suppressed()
+        end, never = start.tokens.eos, start.suppressed()
+        self.may_end = end != start.tokens.pad and end not in start.suppress
+        self.ranking = Ranking(torch.cat((never, never.new_full((1,), end))))
 
     def finish(self) -> Generation:
         for number in itertools.count(1):
@@ -128,51 +160,43 @@ class _Run:
     def _step(self, number: int) -> None:
         """Write one more token; only after a look do finished sentences and empty slots leave the batch."""
         width = self.text.shape[1]
-        total, slot, token, score = self._candidates()
-
-        # Finished texts hold their places: only the best of the others go on.
-        rank = torch.arange(total.shape[1], device=total.device)
-        total = total.masked_fill(rank >= self.search.size - self.done.used[self.sentence][:, None], -torch.inf)
-        alive = total > -torch.inf
+        going_on, ending = self._candidates()
         written = self.place + 1 - self.start.length[self.sentence]  # [b], not positive while tokens are given
         limit = self.start.limit[self.sentence]
-        stop = alive & (written > 0)[:, None] & (token == self.start.tokens.eos)
-        over = stop | (alive & (written >= limit)[:, None])
-
-        text = torch.cat((_pick(self.text, slot), token[..., None]), dim=-1)
-        scores = torch.cat((_pick(self.scores, slot), score[..., None]), dim=-1)
-        if over.device.type != "cpu" or bool(over.any()):
-            key = total.double() / self.search.penalty.divisor(written.clamp_min(1))[:, None]
-            self.done.add(self.sentence, over, stop, text, scores, key)
-            total = total.masked_fill(over, -torch.inf)
-
-        # Live slots come first (they are already sorted), so that the beam can be cut to the widest that is left.
-        order = (total == -torch.inf).long().argsort(dim=1, stable=True)
-        total, slot = total.gather(1, order), slot.gather(1, order)
-        going = self._can_improve(total[:, 0], written, limit)
-        total = total.masked_fill(~going[:, None], -torch.inf)
+        going_on = self._set_aside(going_on, ending, written, limit)
         self.place += 1
+
+        total, slot, token, score = going_on
+        goes = self._goes_on(total[:, 0], written, limit)
+        total = total.masked_fill(~goes[:, None], -torch.inf)
         keep: Tensor | None = None
+        before, before_scores = self.text, self.scores
         if number % self.session.look_every(total.device) == 0:
             live = (total > -torch.inf).sum(1).tolist()  # host read: how many go on, at every look
             widest = max(live, default=0)
-            total, order, slot = total[:, :widest], order[:, :widest], slot[:, :widest]
+            total, slot, token, score = (t[:, :widest] for t in (total, slot, token, score))
             if not all(live):
                 keep = to_device([row for row, slots in enumerate(live) if slots], total.device)
-                total, order, slot, text, scores = (t[keep] for t in (total, order, slot, text, scores))
+                total, slot, token, score, before, before_scores = (
+                    t[keep] for t in (total, slot, token, score, before, before_scores)
+                )
                 self.sentence = self.sentence[keep]
-        self.total, self.text, self.scores = total, _pick(text, order), _pick(scores, order)
+        self.total = total
+        self.text = torch.cat((_pick(before, slot), token[..., None]), dim=-1)
+        self.scores = torch.cat((_pick(before_scores, slot), score[..., None]), dim=-1)
         if self.sentence.numel():
             first = torch.arange(len(slot), device=slot.device) if keep is None else keep
             self.session.keep((first[:, None] * width + slot).flatten(), keep)
 
-    def _candidates(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The best continuations, best first: sums, slots they continue, tokens, log-probabilities, each [b, c]."""
+    def _candidates(self) -> tuple[_Texts, _Texts]:
+        """The best continuations that do not end, best first, and the ends of all slots."""
         logits, (count, width, _) = self.logits, self.text.shape
-        partition = logits.logsumexp(-1, keepdim=True)
         each = min(self.search.size, logits.shape[-1])
-        values, tokens = _top(logits.index_fill(-1, self.suppress, -torch.inf), each)
-        values, tokens = (values - partition).view(count, width, each), tokens.view(count, width, each)
+        values, tokens, partition = self.ranking(logits, each)
+        values, tokens = values.view(count, width, each), tokens.view(count, width, each)
+        end = (logits[:, self.start.tokens.eos, None] - partition).view(count, width)
+        if not self.may_end:
+            end = torch.full_like(end, -torch.inf)
         if self.place < self.bounds.longest:
             given = self.place < self.start.length[self.sentence]
             # A given token costs nothing, and a sentence has one beginning until its prefix ends.
@@ -182,23 +206,44 @@ class _Run:
             only = torch.full_like(values, -torch.inf)
             only[:, 0, 0] = 0.0
             values = torch.where(given[:, None, None], only, values)
+            end = end.masked_fill(given[:, None], -torch.inf)
         sums = (self.total[:, :, None] + values).flatten(1)
-        total, index = _top(sums, min(self.search.size, sums.shape[1]))
-        return total, index // each, tokens.flatten(1).gather(1, index), values.flatten(1).gather(1, index)
+        total, index = top(sums, min(self.search.size, sums.shape[1]))
+        going_on = _Texts(total, index // each, tokens.flatten(1).gather(1, index), values.flatten(1).gather(1, index))
+        slots = torch.arange(width, device=end.device).expand_as(end)
+        return going_on, _Texts(self.total + end, slots, torch.full_like(slots, self.start.tokens.eos), end)
 
-    def _can_improve(self, best: Tensor, written: Tensor, limit: Tensor) -> Tensor:
-        """Bool[b]: whether the best live sum of a sentence can still lead into the texts to be returned."""
-        reach = best_possible(self.search.penalty, best, written.clamp_min(0), limit)
-        return (best > -torch.inf) & (reach > self.done.bar(self.search.num_return)[self.sentence])
+    def _set_aside(self, going_on: _Texts, ending: _Texts, written: Tensor, limit: Tensor) -> _Texts:
+        """Set aside what ends or is cut, if it is among the best of all; returns what goes on."""
+        both = torch.cat((going_on.total, ending.total), dim=1)
+        least = both.topk(min(self.search.size, both.shape[1]), dim=1).values[:, -1:]
+        cut = (written >= limit)[:, None]
+        ends = (ending.total >= least) & (ending.total > -torch.inf)
+        over = torch.cat((cut & (going_on.total >= least) & (going_on.total > -torch.inf), ends), dim=1)
+        if over.device.type == "cpu" and not bool(over.any()):
+            return going_on
+        key = (both.double() / self.search.penalty.divisor(written.clamp_min(1))[:, None]).masked_fill(
+            ~over, -torch.inf
+        )
+        slot, token, score = (torch.cat(pair, dim=1) for pair in zip(going_on[1:], ending[1:], strict=True))
+        text = torch.cat((_pick(self.text, slot), token[..., None]), dim=-1)
+        scores = torch.cat((_pick(self.scores, slot), score[..., None]), dim=-1)
+        is_end = torch.arange(over.shape[1], device=over.device) >= going_on.total.shape[1]
+        self.done.add(self.sentence, key, is_end.expand_as(over), text, scores)
+        return going_on._replace(total=going_on.total.masked_fill(cut, -torch.inf))
 
-
-def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, largest first; for k = 1 the first of equals, as greedy search takes it."""
-    if k == 1:
-        best, index = values.max(-1, keepdim=True)
-        return best, index
-    best, index = values.topk(k, dim=-1)
-    return best, index
+    def _goes_on(self, best: Tensor, written: Tensor, limit: Tensor) -> Tensor:
+        """Bool[b]: whether a sentence whose best live sum is `best` is searched further."""
+        search = self.search
+        if search.early_stopping == "never":
+            reach = best_possible(search.penalty, best, written.clamp_min(0), limit)
+            improves = reach > self.done.bar(self.sentence, search.num_return)
+        else:
+            worst = self.done.bar(self.sentence, search.size)
+            improves = worst == -torch.inf  # fewer texts than the beam is wide
+            if not search.early_stopping:
+                improves |= best.double() / search.penalty.divisor(written.clamp_min(1)) > worst
+        return (best > -torch.inf) & improves
 
 
 def _pick(values: Tensor, slot: Tensor) -> Tensor:

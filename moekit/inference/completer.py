@@ -11,7 +11,7 @@ from moekit.data.batch import Batch
 from moekit.data.tokenizer import Tokenizer
 from moekit.inference.batching import to_device
 from moekit.inference.generate import complete, generate
-from moekit.inference.interface import LengthLimit, Search
+from moekit.inference.interface import Generation, Hypothesis, LengthLimit, Search
 from moekit.inference.sampling import Greedy
 from moekit.tasks import TASKS
 
@@ -50,18 +50,25 @@ class Completer:
         Raises:
             UserError: if the tokenizer does not know the language.
         """
+        return [found[0].text for found in self.hypotheses(prompts, language, advance=advance)]
+
+    def hypotheses(
+        self, prompts: Sequence[str], language: str, *, advance: Callable[[int], None] = lambda done: None
+    ) -> list[list[Hypothesis]]:
+        """All texts that the search returns for each prompt, best first; arguments as of `complete`."""
         number, device = self.tokenizer.language_id(language), next(self.model.parameters()).device
         rows = [[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_batch(prompts)]
         # Prompts of one length at a time: `complete` feeds those that are longer a token at a time.
         groups: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
             groups.setdefault(len(row), []).append(i)
-        written = [""] * len(rows)
+        written: list[list[Hypothesis]] = [[]] * len(rows)
         for _, members in sorted(groups.items()):
             ids = to_device([rows[i] for i in members], device)
             languages = torch.full((len(members),), number, device=device)
-            for i, text in zip(members, self._continue(ids, languages), strict=True):
-                written[i] = text
+            found = self._continue(ids, languages).hypotheses(self.tokenizer.decode)
+            for i, texts in zip(members, found, strict=True):
+                written[i] = texts
             advance(len(members))
         return written
 
@@ -101,11 +108,12 @@ class Completer:
         ids = batch.target[row][batch.target_mask[row]].tolist()  # host read: the text
         cut = max(1, len(ids) // 2)  # bos is always given
         prompt = to_device([ids[:cut]], batch.target.device)
-        wrote = self._continue(prompt, batch.target_language[row : row + 1])[0]
+        found = self._continue(prompt, batch.target_language[row : row + 1])
+        wrote = found.hypotheses(self.tokenizer.decode)[0][0].text
         return self.tokenizer.decode(ids[:cut]), self.tokenizer.decode(ids[cut:]), wrote
 
-    def _continue(self, ids: Tensor, language: Tensor) -> list[str]:
-        found = complete(
+    def _continue(self, ids: Tensor, language: Tensor) -> Generation:
+        return complete(
             self.model,  # type: ignore[arg-type]
             ids,
             search=self.search,
@@ -113,7 +121,6 @@ class Completer:
             language=language,
             suppress=self._suppress,
         )
-        return [self.tokenizer.decode(text) for text in found.best()]
 
     def _with_gaps(self, ids: Sequence[int]) -> str:
         """The text between sentinels and masks, with a mark where each stood."""

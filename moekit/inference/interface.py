@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -142,12 +142,33 @@ class Generation:
             for texts, counts in zip(rows, lengths, strict=True)
         ]
 
+    def hypotheses(self, decode: Callable[[list[int]], str]) -> list[list[Hypothesis]]:
+        """The texts with their scores, best first: ``[sentence][rank]``; a sentence has at least an empty one."""
+        scores = self.scores.tolist()  # host read: with the texts
+        return [
+            [Hypothesis(decode(ids), score) for ids, score in zip(texts, row, strict=False)] or [Hypothesis("", 0.0)]
+            for texts, row in zip(self.lists(), scores, strict=True)
+        ]
+
     def best(self) -> list[list[int]]:
         """The first text of each sentence."""
         return [texts[0] if texts else [] for texts in self.lists()]
 
 
 register_pytree(Generation)
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One of the texts that a search found for a sentence.
+
+    Attributes:
+        text: the text.
+        score: what it was ranked by (`Generation.scores`).
+    """
+
+    text: str
+    score: float
 
 
 class Search(Protocol):

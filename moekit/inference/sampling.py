@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from moekit.inference.interface import Generation, Start
+from moekit.inference.ranking import Ranking
 from moekit.inference.session import Session
 
-# Chooses Int64[R] from logits Float[R, V] (suppressed ids at -inf) for rows Int64[R] of [B * N] at a step.
-_Choose = Callable[[Tensor, Tensor, int], Tensor]
+# Chooses tokens Int64[R] by logits Float[R, V] for rows Int64[R] of [B * N] at a step; with their log-probabilities.
+_Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,13 @@ class Greedy:
 
     def run(self, session: Session, start: Start) -> Generation:
         """Write one text per sentence."""
-        return _write(session, start, 1, lambda logits, rows, step: logits.argmax(-1))
+        ranking = Ranking(start.suppressed())
+
+        def choose(logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+            found = ranking(logits, 1)
+            return found.tokens[:, 0], found.values[:, 0]
+
+        return _write(session, start, 1, choose)
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,11 @@ class Sampling:
     def run(self, session: Session, start: Start) -> Generation:
         """Write `samples` texts per sentence, in the order drawn."""
         seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
+        suppress = start.suppressed()
 
-        def choose(logits: Tensor, rows: Tensor, step: int) -> Tensor:
-            return self.pick(logits, _uniform(seed, rows, step))
+        def choose(logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+            token = self.pick(logits.index_fill(-1, suppress, -torch.inf), _uniform(seed, rows, step))
+            return token, logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
 
         return _write(session, start, self.samples, choose)
 
@@ -117,7 +126,7 @@ def _write(session: Session, start: Start, samples: int, choose: _Choose) -> Gen
     """
     tokens, device = start.tokens, start.prefix.device
     sentences = start.prefix.shape[0]
-    suppress, bounds = start.suppressed(), start.bounds()
+    bounds = start.bounds()
 
     # What every sentence has been given is read once, before its samples part.
     place = bounds.shortest
@@ -138,13 +147,12 @@ def _write(session: Session, start: Start, samples: int, choose: _Choose) -> Gen
     going = torch.ones_like(ended)
     for step in itertools.count(1):
         written = place - given
-        token = choose(logits.index_fill(-1, suppress, -torch.inf), live, place)
+        token, score = choose(logits, live, place)
         writes = going
         if place < bounds.longest:
             free = written >= 0
             token = torch.where(free, token, prefix[:, min(place, prefix.shape[1] - 1)])
             writes = going & free
-        score = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
         column = torch.where(writes, written, bounds.most)
         ids[live, column], scores[live, column] = token, score
         lengths[live] += writes

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from moekit.data.batch import Batch
 from moekit.data.tokenizer import Tokenizer
+from moekit.errors import UserError
 from moekit.inference.batching import by_length, padded
 from moekit.inference.beam import BeamSearch
 from moekit.inference.generate import generate
-from moekit.inference.interface import LengthLimit, Search
+from moekit.inference.interface import Generation, Hypothesis, LengthLimit, Search
 from moekit.inference.length_penalty import GNMTPenalty
 from moekit.inference.sampling import Greedy
 
@@ -52,7 +53,8 @@ class Translator:
 
     def batch(self, batch: Batch) -> list[str]:
         """One translation for every row of ``batch.source``."""
-        return self._write(batch.source, batch.source_mask, batch.source_language, batch.target_language)
+        found = self._write(batch.source, batch.source_mask, batch.source_language, batch.target_language)
+        return [self.tokenizer.decode(ids) for ids in found.best()]
 
     def text(self, ids: Tensor) -> list[str]:
         """The sentences of Int64[B, T] token ids; special tokens are dropped."""
@@ -77,25 +79,37 @@ class Translator:
         Raises:
             UserError: if the tokenizer does not know a language.
         """
+        return [found[0].text for found in self.hypotheses(sentences, source, target, advance=advance)]
+
+    def hypotheses(
+        self,
+        sentences: Sequence[str],
+        source: str,
+        target: str,
+        *,
+        advance: Callable[[int], None] = lambda done: None,
+    ) -> list[list[Hypothesis]]:
+        """All texts that the search returns for each sentence, best first; arguments as of `translate`."""
         tag, end = self.tokenizer.tag_id(target), self.tokenizer.eos_id
         languages = (self.tokenizer.language_id(source), self.tokenizer.language_id(target))
         device = next(self.model.parameters()).device
         ids = [[tag, *encoded, *self._forced, end] for encoded in self.tokenizer.encode_batch(sentences)]
-        results = [""] * len(ids)
+        results = [[Hypothesis("", 0.0)]] * len(ids)
         said = [i for i, sentence in enumerate(sentences) if sentence.strip()]
         for batch in by_length([(len(ids[i]),) for i in said], self.batch_tokens):
             rows = [said[i] for i in batch]
             source_ids, mask = padded([ids[i] for i in rows], self.tokenizer.pad_id, device)
             row_languages = [torch.full((len(rows),), language, device=device) for language in languages]
-            for i, written in zip(rows, self._write(source_ids, mask, *row_languages), strict=True):
-                results[i] = written
+            written = self._write(source_ids, mask, *row_languages)
+            for i, texts in zip(rows, written.hypotheses(self.tokenizer.decode), strict=True):
+                results[i] = texts
             advance(len(rows))
         advance(len(sentences) - len(said))
         return results
 
-    def _write(self, source: Tensor, mask: Tensor, source_language: Tensor, target_language: Tensor) -> list[str]:
+    def _write(self, source: Tensor, mask: Tensor, source_language: Tensor, target_language: Tensor) -> Generation:
         forced = source.new_tensor(self._forced).expand(len(source), -1) if self._forced else None
-        output = generate(
+        return generate(
             self.model,  # type: ignore[arg-type]
             source,
             mask,
@@ -106,9 +120,19 @@ class Translator:
             target_language=target_language,
             suppress=self._suppress,
         )
-        return [self.tokenizer.decode(ids) for ids in output.best()]
 
 
-def search_for(beam_size: int, length_penalty: float) -> Search:
-    """Greedy search for a beam of 1, else a beam search with the penalty ((5 + length) / 6) ** alpha."""
-    return Greedy() if beam_size == 1 else BeamSearch(beam_size, penalty=GNMTPenalty(length_penalty))
+def search_for(beam_size: int, length_penalty: float, n_best: int = 1) -> Search:
+    """Greedy search for a beam of 1, else a beam search with the penalty ((5 + length) / 6) ** alpha.
+
+    Raises:
+        UserError: if more texts are wanted than the beam is wide.
+    """
+    if not 1 <= n_best <= beam_size:
+        raise UserError(
+            f"--n_best must be from 1 to the width of the beam: got {n_best} and evaluate.beam_size {beam_size}. "
+            f"Give --evaluate.beam_size {max(n_best, 1)} or more, or a smaller --n_best."
+        )
+    if beam_size == 1:
+        return Greedy()
+    return BeamSearch(beam_size, num_return=n_best, penalty=GNMTPenalty(length_penalty))

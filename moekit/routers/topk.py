@@ -21,7 +21,7 @@ from moekit.routers.queueing import clear_padding, enqueue, local_groups, mask_c
 from moekit.routers.scorers import ExpertScorer, ScoredRouter
 from moekit.routers.second_expert import AllChoices, SecondExpertPolicy, ThresholdChoice
 from moekit.routers.sequence_capacity import SequenceCapacity
-from moekit.routing import Capacity, Compensation, Routing, RoutingContext
+from moekit.routing import Capacity, Compensation, DecodingContext, Routing, RoutingContext
 
 Renormalise = Literal["none", "before_drop", "after_drop"]
 
@@ -130,7 +130,8 @@ class TopKRouter(ScoredRouter):
         allow_future: accept priorities that look at later tokens in a causal decoder.
 
     Returns in `Routing.losses`: ``load_balance`` and ``router_z``; in `Routing.statistics`: ``entropy`` (nats, mean
-    over real tokens) and ``logsumexp``. Assignments are listed choice-major: all first choices, then all second.
+    over real tokens) and ``logsumexp``; nothing in a step of decoding (`DecodingContext`). Assignments are listed
+    choice-major: all first choices, then all second.
 
     Raises:
         ValueError: if `k` is not in 1..E; if `renormalise` is unknown, or meets k = 1; if `overflow` meets a capacity
@@ -278,11 +279,12 @@ class TopKRouter(ScoredRouter):
         if self.renormalise == "after_drop":
             surviving = weight * queue.kept
             weight = surviving / surviving.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
-        if self.balance.when == "after_drop":
-            losses = self._losses(logits, probs, expert, queue.kept, context)
-        else:
-            losses = self._losses(logits, probs, tried, requested, context)
-        statistics = score_statistics(logits, probs, context.mask)
+        losses, statistics = {}, {}
+        if not isinstance(context, DecodingContext):
+            after = self.balance.when == "after_drop"
+            counted = (expert, queue.kept) if after else (tried, requested)
+            losses = self._losses(logits, probs, *counted, context)
+            statistics = score_statistics(logits, probs, context.mask)
         routing = token_choices(expert, weight, queue, self.num_experts, losses, statistics)
         return routing if self.residual is None else dataclasses.replace(routing, logits=logits)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moekit.atomic import require_writable
 from moekit.data.lines import STANDARD, one_line, read_lines, write_lines
+from moekit.inference.interface import Hypothesis
 from moekit.runs.config import RunConfig
 from moekit.runs.run import Run
 from moekit.runs.writer import Writer
@@ -25,10 +28,13 @@ def generate(
     output: str = STANDARD,
     experts_in_memory: int = 0,
     max_input_tokens: int | None = None,
+    n_best: int | None = None,
 ) -> None:
     """Translate a file or standard input, line by line, in order; a language model continues each line.
 
-    A line break that is written stands as a space, so that line n of the output belongs to line n of the input.
+    A line break that is written stands as a space, so that line n of the output belongs to line n of the input. With
+    `n_best` a line of the output is ``number ||| text ||| score``, the number of the input's line from 0, as in the
+    n-best lists of Moses and Marian; a line of the input has as many as were found, best first.
 
     Args:
         run: the run.
@@ -39,15 +45,18 @@ def generate(
         output: the file; - = standard output.
         experts_in_memory: so many experts of each layer at most, the others mapped from disk; 0 = all.
         max_input_tokens: most tokens of a line; see `Writer`.
+        n_best: texts of each line, with their scores; None = the best one alone.
 
     Raises:
-        UserError: a language is missing or unknown, the input cannot be read, the output cannot be written, or the run
-            writes no text.
+        UserError: more texts are wanted than the beam is wide, a language is missing or unknown, the input cannot be
+            read, the output cannot be written, or the run writes no text.
     """
     if output != STANDARD:
         require_writable(Path(output))
     writer = Writer(run, config, experts_in_memory=experts_in_memory, max_input_tokens=max_input_tokens)
     source, target = writer.require_languages(source, target)
+    if n_best is not None:
+        writer.require_n_best(n_best)
     lines = read_lines(input)
     bar = Progress(
         TextColumn("{task.description}", markup=False),
@@ -60,7 +69,17 @@ def generate(
     )
     with bar:
         task = bar.add_task(source if target is None else f"{source} to {target}", total=len(lines))
-        written = writer.write(lines, source, target, advance=lambda n: bar.advance(task, n))
+        advance = partial(bar.advance, task)
+        written = writer.write(lines, source, target, n_best=n_best, advance=advance)
     if warning := writer.warning(written.cut, "standard input" if input == STANDARD else f"--input {input}"):
         print(visible(warning), file=sys.stderr)
-    write_lines(output, map(one_line, written.texts))
+    write_lines(output, map(one_line, written.texts) if n_best is None else n_best_lines(written.hypotheses))
+
+
+def n_best_lines(hypotheses: Sequence[Sequence[Hypothesis]]) -> list[str]:
+    """Lines ``number ||| text ||| score``: see `generate`."""
+    return [
+        f"{number} ||| {one_line(found.text)} ||| {found.score:.6g}"
+        for number, texts in enumerate(hypotheses)
+        for found in texts
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.inference.completer import Completer
-from moekit.inference.interface import Search
+from moekit.inference.interface import Hypothesis, Search
 from moekit.inference.on_demand import load_on_demand
 from moekit.inference.translator import Translator, search_for
 from moekit.inference.watched import Watched
@@ -33,10 +33,12 @@ class Written:
     Attributes:
         texts: one for every line, in their order; they may hold line breaks.
         cut: numbers, from 0, of the lines that were longer than `Writer.max_input_tokens` and were cut.
+        hypotheses: where several texts of each line were asked for, these with their scores, best first.
     """
 
     texts: list[str]
     cut: list[int]
+    hypotheses: list[list[Hypothesis]] = field(default_factory=list)
 
 
 class Writer:
@@ -128,6 +130,7 @@ class Writer:
         source: str,
         target: str | None = None,
         *,
+        n_best: int | None = None,
         advance: Callable[[int], None] = lambda done: None,
         watch: Callable[[], None] | None = None,
     ) -> Written:
@@ -137,22 +140,27 @@ class Writer:
             lines: one sentence or prompt each.
             source: language of the lines.
             target: language wanted, of runs that translate.
+            n_best: texts wanted of each line with their scores, at most the width of the beam; a search may find fewer.
+                None = the best one alone.
             advance: told, after every batch, how many lines it held.
             watch: called before each token; what it raises ends the writing.
 
         Raises:
-            UserError: a language is missing or unknown.
+            UserError: a language is missing or unknown, or more texts are wanted than the beam is wide.
         """
         source, target = self.require_languages(source, target)
+        search = self._search(1 if n_best is None else n_best)
         shortened = [self._shortened(line) for line in lines]
         cut = [number for number, text in enumerate(shortened) if text is not None]
         given = [line if text is None else text for line, text in zip(lines, shortened, strict=True)]
         evaluate, data = self._config.evaluate, self._config.data
-        search: Search = search_for(evaluate.beam_size, evaluate.length_penalty)
         search = search if watch is None else Watched(search, watch)
         if target is None:
             completer = Completer(self._backbone, self._tokenizer, search=search, max_new_tokens=data.max_length)
-            return Written(completer.complete(given, language=source, advance=advance), cut)
+            if n_best is None:
+                return Written(completer.complete(given, language=source, advance=advance), cut)
+            found = completer.hypotheses(given, language=source, advance=advance)
+            return Written([texts[0].text for texts in found], cut, found)
         translator = Translator(
             self._backbone,
             self._tokenizer,
@@ -160,7 +168,22 @@ class Writer:
             batch_tokens=evaluate.batch_tokens,
             sentinel=data.sentinel,
         )
-        return Written(translator.translate(given, source=source, target=target, advance=advance), cut)
+        if n_best is None:
+            return Written(translator.translate(given, source=source, target=target, advance=advance), cut)
+        found = translator.hypotheses(given, source=source, target=target, advance=advance)
+        return Written([texts[0].text for texts in found], cut, found)
+
+    @property
+    def beam_size(self) -> int:
+        """The width of the beam: the most texts of a line that can be asked for."""
+        return self._config.evaluate.beam_size
+
+    def require_n_best(self, n_best: int) -> None:
+        """Raise UserError if more texts of a line are wanted than the beam is wide."""
+        self._search(n_best)
+
+    def _search(self, n_best: int) -> Search:
+        return search_for(self._config.evaluate.beam_size, self._config.evaluate.length_penalty, n_best)
 
     def _shortened(self, line: str) -> str | None:
         """The beginning of a line that is too long, else None."""

@@ -66,17 +66,19 @@ class Request:
         lines: one sentence or prompt each.
         source: their language.
         target: language wanted; None where text is continued.
+        n_best: texts wanted of each line, with their scores; None = the best one alone.
     """
 
     lines: list[str]
     source: str
     target: str | None
+    n_best: int | None = None
 
 
 def parsed(body: bytes, writer: Writer, limits: Limits) -> Request:
     """The request in a body ``{"text": "one sentence or prompt per line", "from": "en", "to": "de"}``.
 
-    A language may be left out where the run has one alone.
+    A language may be left out where the run has one alone. With ``"n_best": 3`` three texts of each line are wanted.
 
     Raises:
         RefusedError: 400 or 413, with what is wrong.
@@ -84,8 +86,8 @@ def parsed(body: bytes, writer: Writer, limits: Limits) -> Request:
     data = _mapping(body)
     known = {"text", "from", "to"} if writer.targets else {"text", "from"}
     for key in data:
-        if key not in known:
-            raise RefusedError(400, f"unknown key {_short(key)}. {nearest(key, known)}")
+        if key not in known | {"n_best"}:
+            raise RefusedError(400, f"unknown key {_short(key)}. {nearest(key, known | {'n_best'})}")
     for key in known:
         if not isinstance(data.get(key, ""), str):
             raise RefusedError(400, f"{key} must be a string: got {type(data[key]).__name__}.")
@@ -107,9 +109,22 @@ def parsed(body: bytes, writer: Writer, limits: Limits) -> Request:
         source = _language(data, "from", writer.sources)
         target = _language(data, "to", writer.targets_of(source)) if writer.targets else None
         writer.require_languages(source, target)
+        n_best = _n_best(data, writer)
     except UserError as error:
         raise RefusedError(400, str(error)) from None
-    return Request(lines, source, target)
+    return Request(lines, source, target, n_best)
+
+
+def _n_best(data: Mapping[str, Any], writer: Writer) -> int | None:
+    if "n_best" not in data:
+        return None
+    wanted = data["n_best"]
+    if type(wanted) is not int or not 1 <= wanted <= writer.beam_size:
+        got = wanted if type(wanted) is int and abs(wanted) < 10**9 else _kind(wanted)
+        raise RefusedError(
+            400, f"n_best must be a whole number from 1 to {writer.beam_size}, the width of the beam: got {got}."
+        )
+    return wanted
 
 
 def _mapping(body: bytes) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -44,7 +45,8 @@ def serve(
 
     ``GET /`` is a page, ``GET /health`` says what is served, and ``POST /generate`` answers ``{"text": ...,
     "from": ..., "to": ...}`` with ``{"lines": [...], "cut": [...]}``: a text for each line, with its line breaks, and
-    the numbers of the lines that were too long and were cut.
+    the numbers of the lines that were too long and were cut. With ``"n_best": 3`` there are ``"hypotheses"`` too: for
+    each line a list of ``{"text": ..., "score": ...}``, best first.
 
     Args:
         opened: opens the run; called once the port is known to be free.
@@ -278,11 +280,14 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         require_same_origin(self.headers)
         request = parsed(self._body(), server.writer, server.limits)
+        more = {} if request.n_best is None else {"n_best": request.n_best}
         written = server.turns.ask(
-            lambda watch: server.writer.write(request.lines, request.source, request.target, watch=watch),
+            lambda watch: server.writer.write(request.lines, request.source, request.target, watch=watch, **more),
             self._has_left,
         )
         answer = {"lines": written.texts, "cut": [number + 1 for number in written.cut], "from": request.source}
+        if request.n_best is not None:
+            answer["hypotheses"] = [[asdict(found) for found in texts] for texts in written.hypotheses]
         self._send_json(200, answer if request.target is None else {**answer, "to": request.target})
 
     def _body(self) -> bytes:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moekit.transformer import few_queries
 from moekit.transformer.cache import LayerCache
 from moekit.transformer.padding import check_no_hole, count_real
 from moekit.transformer.positions import Positions, Rotation
@@ -99,6 +100,8 @@ class _Attention(nn.Module):
     ) -> Tensor:
         """Float[B, Q, H * D_head] for Float[B, H, Q, D_head] and the other two Float[B, H, K, D_head]."""
         dropout = self.dropout if self.training else 0.0
+        if few_queries.suits(query) and not dropout and not is_causal:
+            return few_queries.attend(query, key, value, mask, self.scale).transpose(1, 2).flatten(2)
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
         )
@@ -191,7 +194,9 @@ class CrossAttention(_Attention):
             pair = self.kv(memory).unflatten(-1, (-1, self.head_dim))
             key, value = pair.permute(2, 0, 3, 1, 4).unbind(0)
             if cache is not None:
-                cache.memory = key, value
+                # As few queries read them: channels of a key lie apart, places side by side.
+                key = key.transpose(2, 3).contiguous().transpose(2, 3)
+                cache.memory = key, value.contiguous()
         # Nothing here depends on order, so the queries of all beams of a sentence are simply more queries.
         queries = rows * length // max(sentences, 1)
         query = self.q(x).unflatten(-1, (-1, self.head_dim))

@@ -12,11 +12,12 @@ class LayerCache:
     """One layer's keys and values: of its own earlier tokens, and of the memory it attends to.
 
     The buffer is ``[place, 2, row, head, channel]``, so that appending a token writes one contiguous piece and
-    reordering rows copies only the places in use.
+    reordering rows copies only the places in use. Two buffers take turns, so that reordering needs no new memory.
     """
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
+        self._spare: Tensor | None = None  # what the buffer was before the last reordering
         self._length = 0
         self.memory: tuple[Tensor, Tensor] | None = None
 
@@ -39,15 +40,18 @@ class LayerCache:
     def reorder(self, rows: Tensor) -> None:
         """Keep rows `rows` Int64[R'], in that order."""
         if self._buffer is not None:
-            old = self._buffer
-            self._buffer = old.new_empty(old.shape[0], 2, rows.numel(), *old.shape[3:])
+            old, spare = self._buffer, self._spare
+            shape = (old.shape[0], 2, rows.numel(), *old.shape[3:])
+            self._buffer = spare if spare is not None and spare.shape == shape else old.new_empty(shape)
             torch.index_select(old[: self._length], 2, rows, out=self._buffer[: self._length])
+            self._spare = old
 
     def select_memory(self, sentences: Tensor) -> None:
         """Keep the memory of `sentences` Int64[B']."""
         if self.memory is not None:
             keys, values = self.memory
-            self.memory = keys.index_select(0, sentences), values.index_select(0, sentences)
+            keys = keys.transpose(2, 3).index_select(0, sentences).transpose(2, 3)  # as they lay: see `CrossAttention`
+            self.memory = keys, values.index_select(0, sentences)
 
 
 class DecoderCache:

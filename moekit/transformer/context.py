@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekit.routing import RoutingContext
+from moekit.routing import DecodingContext, RoutingContext
 from moekit.transformer.cache import DecoderCache
 from moekit.transformer.padding import count_real, next_real, previous_real
 
@@ -39,7 +39,8 @@ def routing_context(
     start = 0 if cache is None else cache.length
     place = torch.arange(start, start + length, device=ids.device).expand(rows, length)
     row = torch.arange(rows, device=ids.device)
-    return RoutingContext(
+    kind = RoutingContext if cache is None else DecodingContext
+    return kind(
         mask=mask,
         token_ids=ids,
         previous_ids=previous_real(ids, mask, first),

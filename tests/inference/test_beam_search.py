@@ -77,53 +77,84 @@ PENALTIES = [
 @pytest.mark.parametrize("seed", range(4))
 def test_a_wide_beam_finds_the_best_texts_there_are(seed: int, penalty: object) -> None:
     limit, model = 4, Table(seed)
-    ranked = sorted(every_text(limit), key=lambda t: -slow_score(penalty, model.log_prob(t), len(t)))
+    texts = [*every_text(limit), *itertools.product(range(3, WORDS), repeat=limit)]  # the last are cut
+    ranked = sorted(texts, key=lambda t: -slow_score(penalty, model.log_prob(t), len(t)))
     prompt = torch.ones(1, 1, dtype=torch.int64)
-    search = BeamSearch(4**limit, num_return=5, penalty=penalty)
+    search = BeamSearch(4**limit, num_return=5, penalty=penalty, early_stopping="never")
     found = complete(model, prompt, search=search, max_new_tokens=limit, use_cache=False)
     assert found.lists()[0] == [list(text) for text in ranked[:5]]
+    assert found.ended[0].tolist() == [text[-1] == EOS for text in ranked[:5]]
     expected = [slow_score(penalty, model.log_prob(t), len(t)) for t in ranked[:5]]
     torch.testing.assert_close(found.scores[0], torch.tensor(expected, dtype=torch.float64))
 
 
-def slow_beam_search(model: Table, size: int, limit: int, penalty: object) -> list[tuple[bool, float, tuple[int, ...]]]:
-    """The narrowing beam written out: no early stop, no batch, no tensors."""
-    live, done = [()], []
-    for _ in range(limit):
+def slow_beam_search(
+    model: Table, size: int, limit: int, penalty: object, early_stopping: object
+) -> list[tuple[float, tuple[int, ...]]]:
+    """The full beam written out: no batch, no tensors; "never" goes to the limit."""
+    live: list[tuple[int, ...]] = [()]
+    done: list[tuple[float, tuple[int, ...]]] = []
+    for length in range(1, limit + 1):
         grown = [(*text, token) for text in live for token in range(2, WORDS)]
-        grown = sorted(grown, key=lambda t: -model.log_prob(t))[: size - len(done)]
-        done += [(True, slow_score(penalty, model.log_prob(t), len(t)), t) for t in grown if t[-1] == EOS]
-        live = [t for t in grown if t[-1] != EOS]
-    done += [(False, slow_score(penalty, model.log_prob(t), len(t)), t) for t in live]
-    return sorted(done, reverse=True)
+        grown = sorted(grown, key=lambda t: -model.log_prob(t))
+        over = [t for t in grown[:size] if t[-1] == EOS or length == limit]
+        done = sorted(done + [(slow_score(penalty, model.log_prob(t), length), t) for t in over], reverse=True)[:size]
+        live = [t for t in grown if t[-1] != EOS][:size]
+        if early_stopping != "never" and len(done) == size:
+            best = slow_score(penalty, model.log_prob(live[0]), length)
+            if early_stopping is True or best <= done[-1][0]:
+                break
+    return done
 
 
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_narrow_beams_against_a_slow_twin(size: int, penalty: object) -> None:
-    """Stopping early must never change what is returned."""
-    for seed, limit, num_return in itertools.product(range(6), (1, 3, 6), {1, size}):
+def test_narrow_beams_against_a_slow_twin(size: int, penalty: object, early_stopping: object) -> None:
+    for seed, limit, num_return in itertools.product(range(4), (1, 3, 6), {1, size}):
         model = Table(seed)
-        expected = slow_beam_search(model, size, limit, penalty)[:num_return]
-        search = BeamSearch(size, num_return=num_return, penalty=penalty)
+        expected = slow_beam_search(model, size, limit, penalty, early_stopping)[:num_return]
+        search = BeamSearch(size, num_return=num_return, penalty=penalty, early_stopping=early_stopping)
         prompt = torch.ones(1, 1, dtype=torch.int64)
         found = complete(model, prompt, search=search, max_new_tokens=limit, use_cache=False)
-        assert found.lists()[0] == [list(text) for _, _, text in expected]
-        assert found.ended[0, : len(expected)].tolist() == [ended for ended, _, _ in expected]
+        assert found.lists()[0] == [list(text) for _, text in expected]
+        assert found.ended[0, : len(expected)].tolist() == [text[-1] == EOS for _, text in expected]
+        scores = torch.tensor([score for score, _ in expected], dtype=torch.float64)
+        torch.testing.assert_close(found.scores[0, : len(expected)], scores)
 
 
-def test_a_sentence_stops_as_soon_as_nothing_can_improve() -> None:
+def test_the_beam_stays_full_and_rules_stop_it() -> None:
     model = Table(0)
     model.table[...] = torch.tensor([-torch.inf, -torch.inf, 5.0, 0.0, 0.0, 0.0])  # the end is all but certain
     prompt = torch.ones(3, 1, dtype=torch.int64)
-    complete(model, prompt, search=BeamSearch(4), max_new_tokens=50, use_cache=False)
-    assert model.rows_seen == [3]
-    model.rows_seen.clear()
-    complete(model, prompt, search=BeamSearch(4, num_return=4), max_new_tokens=50, use_cache=False)
-    assert model.rows_seen[:2] == [3, 9]  # one text of the four has ended, three live beams are left
+
+    def rows(**options: object) -> list[int]:
+        model.rows_seen.clear()
+        complete(model, prompt, search=BeamSearch(2, **options), max_new_tokens=50, use_cache=False)
+        return list(model.rows_seen)
+
+    # The first step sets one text aside, the second the next; the beam of two is not narrower for it.
+    assert rows(early_stopping=True) == rows() == [3, 6]
+    # Nothing live can lead to a better one than the first: one look is enough for the best, two for both.
+    assert rows(early_stopping="never") == [3]
+    assert rows(early_stopping="never", num_return=2)[:2] == [3, 6]
     model.rows_seen.clear()
     complete(model, prompt, search=Greedy(), max_new_tokens=50, use_cache=False)
     assert model.rows_seen == [3]
+
+
+@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
+def test_never_stopping_early_finds_what_going_to_the_limit_finds(penalty: object) -> None:
+    prompt = torch.ones(1, 1, dtype=torch.int64)
+    for seed, size in itertools.product(range(3), (2, 4)):
+        best = [
+            complete(
+                Table(seed), prompt, search=BeamSearch(size, penalty=penalty, early_stopping=rule), max_new_tokens=12,
+                use_cache=False,
+            ).scores[0, 0]
+            for rule in ("never", False, True)
+        ]  # fmt: skip
+        assert best[0] >= best[1] >= best[2]
 
 
 def test_finished_sentences_leave_the_batch() -> None:

@@ -18,6 +18,9 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+LISTS = ["--evaluate.beam_size", "3", "--n_best", "3"]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
@@ -40,6 +43,24 @@ def test_the_same_text_with_experts_on_disk(run: Path, tmp_path: Path) -> None:
     assert whole.count("\n") == 5
     assert len(set(whole.splitlines())) > 1
     assert written(run, prompts, "--experts_in_memory", "1") == whole
+
+
+def test_n_best_lists(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.write_text("ba\n\nto na ri\n")
+    best = written(run, prompts, "--evaluate.beam_size", "3").splitlines()
+    listed = [line.split(" ||| ") for line in written(run, prompts, *LISTS).splitlines()]
+    assert [number for number, _, _ in listed] == ["0", "0", "0", "1", "1", "1", "2", "2", "2"]
+    assert [text for _, text, _ in listed[::3]] == best
+    scores = [float(score) for _, _, score in listed]
+    assert all(scores[i : i + 3] == sorted(scores[i : i + 3], reverse=True) for i in (0, 3, 6))
+    assert len(set(scores)) > 3
+    single = written(run, prompts, "--evaluate.beam_size", "1", "--n_best", "1").splitlines()
+    assert [line.split(" ||| ")[0] for line in single] == ["0", "1", "2"]
+    for wanted in ("4", "0"):
+        given = ["generate", "--out", str(run), "--from", "avl", "--input", str(prompts), *LISTS[:2]]
+        assert main(moe_lm.RECIPE, [*given, "--n_best", wanted]) == 2
+        assert f"must be from 1 to the width of the beam: got {wanted} and evaluate.beam" in capsys.readouterr().err
 
 
 def test_what_it_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

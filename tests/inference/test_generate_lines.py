@@ -27,6 +27,7 @@ from moekit.data.lines import one_line, read_lines, write_lines
 from moekit.data.sources import files
 from moekit.errors import UserError
 from moekit.inference.completer import Completer
+from moekit.inference.interface import Hypothesis
 from moekit.recipes import moe_lm
 from moekit.runs.run import Run
 from moekit.runs.writer import Writer, Written
@@ -352,8 +353,14 @@ class Upper:
     def require_languages(self, source: str, target: str | None) -> tuple[str, str | None]:
         return source, target
 
-    def write(self, given: list[str], source: str, target: str | None) -> Written:
-        return Written([line.upper() + "\n!" for line in given], [0] if len(given[0]) > 5 else [])
+    def write(self, given: list[str], source: str, target: str | None, n_best: int = 1) -> Written:
+        texts = [line.upper() + "\n!" for line in given]
+        found = [[Hypothesis(text, -rank / 2) for rank in range(n_best)] for text in texts]
+        return Written(texts, [0] if len(given[0]) > 5 else [], found)
+
+    def require_n_best(self, n_best: int) -> None:
+        if n_best > 2:
+            raise UserError("too many")
 
     warning = Writer.warning
     max_input_tokens = 5
@@ -366,6 +373,14 @@ def test_a_language_alone_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, caps
     assert out == "A !\nBBBBBB !\n"
     assert "Text to text, en to en." in err
     assert "standard input, line 2 has more than 5 tokens" in err
+
+
+def test_n_best_at_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal("a\n"))
+    converse(Upper(), None, None, 2)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "0\tA !\n-0.5\tA !\n"
+    with pytest.raises(UserError, match="too many"):
+        converse(Upper(), None, None, 3)  # type: ignore[arg-type]
 
 
 def test_a_folder_may_be_named_without_an_option(

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from moekit.errors import UserError
+from moekit.inference.interface import Hypothesis
 from moekit.runs.writer import Written
 from moekit.serving import Limits, serve
 from moekit.serving.page import Page
@@ -31,7 +32,7 @@ class Capitals:
     writes, title = "answer", "Translation"
     sources: tuple[str, ...] = ("avl", "tnd")
     targets: tuple[str, ...] = ("avl", "tnd")
-    max_input_tokens = 1024
+    max_input_tokens, beam_size = 1024, 3
 
     @property
     def directions(self) -> tuple[tuple[str, str], ...]:
@@ -47,7 +48,9 @@ class Capitals:
         if source not in self.sources or target not in (self.targets or (None,)):
             raise UserError("The tokenizer must know the language.")
 
-    def write(self, lines: Sequence[str], source: str, target: str | None, *, watch: Callable[[], None]) -> Written:
+    def write(
+        self, lines: Sequence[str], source: str, target: str | None, *, n_best: int = 1, watch: Callable[[], None]
+    ) -> Written:
         self.began.set()
         if "fail" in lines:
             raise RuntimeError("out of\nmemory")
@@ -58,9 +61,9 @@ class Capitals:
         except BaseException:
             self.stopped.set()
             raise
-        return Written(
-            [line.upper().replace("|", "\n") for line in lines], [i for i, x in enumerate(lines) if x == "long"]
-        )
+        texts = [line.upper().replace("|", "\n") for line in lines]
+        found = [[Hypothesis(text + "!" * rank, -rank / 2) for rank in range(n_best)] for text in texts]
+        return Written(texts, [i for i, x in enumerate(lines) if x == "long"], found)
 
 
 class Continues(Capitals):
@@ -125,6 +128,18 @@ def test_answers(server: Server) -> None:
     status, answer = asked(server, {"text": "one <b>|two\r\n\nlong\n", "from": "avl", "to": "tnd"})
     assert status == 200
     assert answer == {"lines": ["ONE <B>\nTWO", "", "LONG"], "cut": [3], "from": "avl", "to": "tnd"}
+
+
+def test_n_best(server: Server) -> None:
+    status, answer = asked(server, {"text": "a\nb", "from": "avl", "to": "tnd", "n_best": 2})
+    assert status == 200
+    assert answer["lines"] == ["A", "B"]
+    assert answer["hypotheses"][1] == [{"text": "B", "score": 0.0}, {"text": "B!", "score": -0.5}]
+    for wrong, said in ((4, "got 4"), (0, "got 0"), (True, "got a bool"), ("2", "got a string"), (1.5, "got a float")):
+        status, answer = asked(server, {"text": "a", "from": "avl", "to": "tnd", "n_best": wrong})
+        assert status == 400
+        assert "n_best must be a whole number from 1 to 3, the width of the beam" in answer["error"]
+        assert said in answer["error"]
 
 
 def test_a_language_alone_may_be_left_out() -> None:
