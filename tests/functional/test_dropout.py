@@ -42,7 +42,7 @@ def test_share_scale_and_gradient(dtype: torch.dtype, probability: float) -> Non
 
 @pytest.mark.parametrize("probability", [1 / 1024, 0.05, 0.1, 0.3, 0.5, 0.77, 1023 / 1024])
 def test_the_rate_is_exact_over_all_random_numbers(probability: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every number of 16 bits once, in each lane: the dropped ones are counted, and the mean of an entry is its value."""
+    """Every number of 16 bits once, in each lane: as many are dropped as asked for, and the mean is kept."""
     levels = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16)
 
     def all_numbers(self: torch.Tensor, low: int, high: int | None) -> torch.Tensor:
