@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,6 +45,32 @@ def add_dropped(x: Tensor, update: Tensor, probability: float, *, training: bool
     return x + dropout(update, probability, training=training)
 
 
+def relu_dropout(x: Tensor, probability: float, *, training: bool) -> Tensor:
+    """``dropout(relu(x))``, which keeps only its result for the backward where `dropout` draws packed bits.
+
+    The result is positive exactly where the entry was positive and stayed, so that neither the activation nor the
+    random factor has to be kept: of a feed-forward these are its two largest tensors.
+    """
+    if not training or probability == 0.0 or not _packed(x, probability):
+        return dropout(F.relu(x), probability, training=training)
+    out: Tensor = _ReluDropout.apply(x, probability)
+    return out
+
+
+class _ReluDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
+        out = dropout_factor(x, probability).mul_(x).relu_()
+        ctx.save_for_backward(out)
+        ctx.scale = _scale(probability)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (out,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(grad, out, 0) * ctx.scale, None
+
+
 def dropout_factor(x: Tensor, probability: float) -> Tensor:
     """What `dropout` multiplies `x` by, in its type and shape: 0, or one over the share of entries that stay.
 
@@ -50,11 +78,20 @@ def dropout_factor(x: Tensor, probability: float) -> Tensor:
         x: only its shape, type and device matter.
         probability: the rate; rounded to 1/65536.
     """
-    dropped = round(probability * _LEVELS)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
     # Comparing in place and then widening takes a third of the time that a comparison into booleans does.
-    kept = words.view(torch.int16)[: x.numel()].ge_(dropped - _LEVELS // 2)
-    return kept.view(x.shape).to(x.dtype).mul_(_LEVELS / (_LEVELS - dropped))
+    kept = words.view(torch.int16)[: x.numel()].ge_(_dropped(probability) - _LEVELS // 2)
+    return kept.view(x.shape).to(x.dtype).mul_(_scale(probability))
+
+
+def _dropped(probability: float) -> int:
+    """How many of the random numbers drop an entry."""
+    return round(probability * _LEVELS)
+
+
+def _scale(probability: float) -> float:
+    """What the entries that stay are multiplied by."""
+    return _LEVELS / (_LEVELS - _dropped(probability))
 
 
 def _packed(x: Tensor, probability: float) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moekit.functional.dropout import add_dropped, dropout, dropout_factor
+from moekit.functional.dropout import add_dropped, dropout, dropout_factor, relu_dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -92,6 +92,38 @@ def test_the_residual_form_in_mixed_precision_and_without_dropout() -> None:
     assert add_dropped(x, y, 0.3, training=True).dtype == torch.float32
     torch.testing.assert_close(add_dropped(x, y, 0.3, training=False), x + y)
     torch.testing.assert_close(add_dropped(x, y, 0.0, training=True), x + y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_after_a_relu_it_equals_the_plain_form(dtype: torch.dtype) -> None:
+    draws = []
+    for form in (relu_dropout, lambda x, p, training: dropout(F.relu(x), p, training=training)):
+        torch.manual_seed(3)
+        x = torch.randn(31, 7, dtype=dtype, requires_grad=True)
+        out = form(x, 0.3, training=True)
+        out.square().sum().backward()
+        draws.append((out.detach(), x.grad))
+    torch.testing.assert_close(draws[0], draws[1])
+
+
+def test_after_a_relu_two_derivatives_and_no_dropout() -> None:
+    x = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(relu_dropout(x, 0.3, training=False), F.relu(x))
+    assert torch.equal(relu_dropout(x, 0.0, training=True), F.relu(x))
+
+    def fixed(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return relu_dropout(x, 0.25, training=True)
+
+    assert torch.autograd.gradcheck(fixed, (x,))
+    assert torch.autograd.gradgradcheck(fixed, (x,))
+
+
+def test_after_a_relu_only_the_result_is_kept() -> None:
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = relu_dropout(torch.randn(8, 5, requires_grad=True), 0.4, training=True)
+    assert [t.data_ptr() for t in kept] == [out.data_ptr()]
 
 
 def test_gradients_by_differences() -> None:
