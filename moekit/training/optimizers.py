@@ -135,7 +135,7 @@ def fused_adamw(groups: Sequence[dict[str, Any]], **options: Any) -> torch.optim
     """Torch's AdamW over groups of parameters, fused where torch has a fused step for all of them.
 
     Args:
-        groups: as AdamW takes them.
+        groups: dictionaries of parameters and their options, as torch's AdamW takes them.
         **options: its other arguments.
     """
     parameters = [p for group in groups for p in group["params"]]
