@@ -2,7 +2,7 @@
 
 from moekit.tasks.causal_lm import CausalLMHead
 from moekit.tasks.denoising import DenoisingHead
-from moekit.tasks.head import Backbone, Head, HeadOutput, Prediction, Scores, TokenHead, predict
+from moekit.tasks.head import Backbone, Head, HeadOutput, Prediction, Scores, States, TokenHead, predict
 from moekit.tasks.masked_lm import MaskedLMHead
 from moekit.tasks.replaced_token import ReplacedTokenHead
 from moekit.tasks.sequence import SequenceHead
@@ -21,6 +21,7 @@ __all__ = [
     "Scores",
     "SequenceHead",
     "SpanCorruptionHead",
+    "States",
     "TokenHead",
     "TranslationHead",
     "predict",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moekit.component import Component
-from moekit.functional.dropout import dropout
+from moekit.functional.dropout import add_dropped, dropout
 from moekit.routing import Routing, RoutingContext
 from moekit.transformer.cache import DecoderCache
 from moekit.transformer.context import routing_context
@@ -64,7 +64,7 @@ class RecurrentLayer(Component):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Float[B, S, D] and the state after the last token, from the state before the first (None = zeros)."""
         y, after = self.lstm(x, state)
-        return x + dropout(y, self.dropout, training=self.training), after
+        return add_dropped(x, y, self.dropout, training=self.training), after
 
 
 class SigmoidFeedForward(Component):
@@ -90,7 +90,7 @@ class SigmoidFeedForward(Component):
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> BlockOutput:
         """Compute Float[B, S, D]; context fields are ``[B * S]``."""
         y, routing = self.feed_forward(x, context) if self.is_routed else (self.feed_forward(x), None)
-        return BlockOutput(x + dropout(y.sigmoid(), self.dropout, training=self.training), routing)
+        return BlockOutput(add_dropped(x, y.sigmoid(), self.dropout, training=self.training), routing)
 
 
 class RecurrentStack(Component):

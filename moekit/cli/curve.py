@@ -12,7 +12,6 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from moekit.cli.command import Command, number, say
 from moekit.cli.surgery import amount, config_option, part_options, run_option, seed_option
 from moekit.errors import UserError
-from moekit.report.pruning import write_curve
 from moekit.runs.run import Run
 from moekit.runs.surgery.curve import Recovery, pruning_curve, table
 from moekit.terminal import Terminal
@@ -70,6 +69,8 @@ def _curve(given: Namespace, console: Console) -> None:
             task=given.task,
             advance=lambda what: bar.update(task, advance=1, description=what),
         )
+    from moekit.report.pruning import write_curve  # where it is used: a help text draws nothing
+
     write_curve(curve, given.out)
     say(console, table(curve))
 

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from moekit.cli.command import Command
 from moekit.errors import UserError
-from moekit.report import results_markdown, terminal_summary, write_comparison, write_report
 from moekit.terminal import visible
 
 
@@ -27,6 +26,8 @@ def runs_options(parser: ArgumentParser, runs: str, page: str) -> None:
 
 def write_compared(given: Namespace) -> None:
     """Write a page and a markdown file that compare the runs, and say where they are."""
+    from moekit.report import write_comparison  # where it is used: a help text draws nothing
+
     path = write_comparison(given.runs, given.out or Path("comparison.html"))
     print(visible(f"{path}\n{path.with_suffix('.md')}"))
 
@@ -42,6 +43,8 @@ def _report(given: Namespace, console: Console) -> None:
         raise UserError("--out is for comparisons: the report of one run is always RUN/report.html.")
     if others and given.markdown:
         raise UserError("--markdown prints one run: a comparison writes its markdown beside the page.")
+    from moekit.report import results_markdown, terminal_summary, write_report  # a help text draws nothing
+
     if others:
         write_compared(given)
     elif given.markdown:

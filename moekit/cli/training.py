@@ -9,7 +9,6 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from moekit.cli.command import RecipeCommand, option_value, say
-from moekit.report import terminal_summary, write_report
 from moekit.runs.config import RunConfig
 from moekit.runs.evaluate import evaluate
 from moekit.runs.fit import fit
@@ -31,6 +30,8 @@ def folder(recipe: Recipe, variant: str, out: str | None, command: str = "") -> 
 
 def test_and_report(run: Run, config: RunConfig) -> None:
     """Test a run and write its report; of several processes the first writes."""
+    from moekit.report import terminal_summary, write_report  # where it is used: a help text draws nothing
+
     if evaluate(run, config):
         write_report(run.path)
         terminal_summary(run.path, Terminal())

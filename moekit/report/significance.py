@@ -7,9 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sacrebleu.metrics.bleu import BLEU
-from sacrebleu.significance import PairedTest
-
 from moekit.errors import UserError
 from moekit.report.run_folder import RunFolder
 from moekit.report.view import Table
@@ -47,6 +44,9 @@ def paired_bootstrap(
 
     Source: W04-3250, as in sacrebleu.
     """
+    from sacrebleu.metrics.bleu import BLEU  # where it is used: few pages compare translations
+    from sacrebleu.significance import PairedTest
+
     systems: list[tuple[str, Sequence[str]]] = [("first", list(first)), ("other", list(other))]
     metrics = {"BLEU": BLEU(tokenize=tokenize, force=True)}
     _, found = PairedTest(systems, metrics, [list(references)], test_type="bs", n_samples=DRAWS)()

@@ -25,7 +25,7 @@ from moekit.runs.module import make_module
 from moekit.runs.plain import as_plain, plain
 from moekit.runs.plan import expected
 from moekit.runs.processes import shared_facts
-from moekit.runs.recipe import Recipe
+from moekit.runs.recipe import Recipe, RunText
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.smoke import WARNING
@@ -96,6 +96,7 @@ def fit(
     train = config.train
     train.check()
     config.evaluate.check()
+    recipe.parts(config, RunText(config.data.vocab_size), "meta")  # refuses what does not fit, before text is read
     strategy = config.strategy.strategy()
     settings = {"recipe": recipe.name, "variant": variant, **as_plain(config)}
     settings |= {"smoke": True} if smoke else {}

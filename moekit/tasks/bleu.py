@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
-
-from sacrebleu.metrics.bleu import BLEU
+from typing import TYPE_CHECKING, Literal
 
 from moekit.errors import UserError
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics.bleu import BLEU
 
 BleuTokenizer = Literal["auto", "13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "flores200", "spm"]
 """A tokenizer of sacrebleu by name; "auto" = by the target language (see `tokenizer_of`)."""
@@ -51,6 +52,8 @@ def bleu(tokenizer: str) -> BLEU:
     Raises:
         UserError: the tokenizer is not installed, or its model cannot be fetched.
     """
+    from sacrebleu.metrics.bleu import BLEU  # where it is used: a help text scores nothing
+
     try:
         metric = BLEU(tokenize=_SACREBLEU.get(tokenizer, tokenizer), force=True)
     except (RuntimeError, ImportError):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from moekit.data.batch import Batch, Sentences
-from moekit.tasks.head import Scores, TokenHead, name_routings, pick, required
+from moekit.tasks.head import States, TokenHead, name_routings, pick, required
 from moekit.tasks.task import SampleWording, Task
 
 
@@ -18,11 +18,11 @@ class CausalLMHead(TokenHead):
 
     task: ClassVar[str] = "causal_lm"
 
-    def score(self, batch: Batch, backbone: Any) -> Scores:  # noqa: D102
+    def states(self, batch: Batch, backbone: Any) -> States:  # noqa: D102
         target, mask = (required(part, "a target", batch) for part in (batch.target, batch.target_mask))
         decoded = backbone.decode(target[:, :-1], mask[:, 1:], language=batch.target_language)
-        logits = backbone.logits(pick(decoded.hidden, batch.predicted))
-        return Scores(logits, pick(target[:, 1:], batch.predicted), name_routings(backbone, decoded))
+        hidden, labels = (pick(part, batch.predicted) for part in (decoded.hidden, target[:, 1:]))
+        return States(hidden, labels, name_routings(backbone, decoded))
 
 
 @dataclass(frozen=True)

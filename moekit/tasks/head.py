@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.component import Component
 from moekit.data.batch import Batch
+from moekit.kernels.vocabulary_loss import TokenLoss, logits_loss
 from moekit.layer import AuxLosses
 from moekit.routing import Routing, register_pytree
 from moekit.tasks.score import AnswerScore
@@ -20,7 +20,10 @@ from moekit.transformer.output import DecoderOutput
 
 
 class Backbone(Protocol):
-    """What heads ask of a model; `moekit.transformer.EncoderDecoder` and `DecoderOnly` answer."""
+    """What heads ask of a model; `moekit.transformer.EncoderDecoder` and `DecoderOnly` answer.
+
+    One that also has their `cross_entropy` is asked for that where only the loss is wanted.
+    """
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float[..., V] scores of ``hidden`` Float[..., D] over the vocabulary."""
@@ -101,18 +104,26 @@ def predict(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Pre
 
     Source: arXiv:1512.00567 section 7.
     """
-    n = labels.numel()
-    if n == 0:
-        zero = logits.new_zeros((), dtype=torch.float32)
-        count = torch.zeros((), dtype=torch.int64, device=logits.device)
-        return Prediction(logits.float().sum() * 0.0, zero, count, count)
-    log_probs = F.log_softmax(logits.float(), dim=-1)
-    nll = -log_probs.gather(1, labels[:, None]).sum()
-    loss = nll / n
-    if label_smoothing > 0:
-        loss = (1 - label_smoothing) * loss - label_smoothing * log_probs.mean()
-    correct = (logits.detach().argmax(-1) == labels).sum()
-    return Prediction(loss, nll.detach(), correct, torch.full_like(correct, n))
+    return _prediction(logits_loss(logits, labels, label_smoothing), labels)
+
+
+def _prediction(found: TokenLoss, labels: Tensor) -> Prediction:
+    return Prediction(*found, num_predictions=torch.full_like(found.correct, labels.numel()))
+
+
+@dataclass(frozen=True)
+class States:
+    """What a model knows where a batch asks for tokens, before it is compared with the vocabulary.
+
+    Attributes:
+        hidden: Float[N, D], of the N predictions.
+        labels: Int64[N], what is right; padding is not among them.
+        routings: routings of the sparse layers that ran, by layer name.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    routings: Mapping[str, Routing]
 
 
 @dataclass(frozen=True)
@@ -204,7 +215,7 @@ class Head(Component, ABC):
 
 
 class TokenHead(Head):
-    """A head that predicts tokens of the vocabulary: a subclass says which (`score`), the loss is cross-entropy.
+    """A head that predicts tokens of the vocabulary: a subclass says which (`states`), the loss is cross-entropy.
 
     Args: as of `Head`, and `label_smoothing`, the epsilon of the cross-entropy.
 
@@ -219,20 +230,32 @@ class TokenHead(Head):
         self.label_smoothing = label_smoothing
 
     @abstractmethod
-    def score(self, batch: Batch, backbone: Any) -> Scores:
-        """Logits and labels of everything that is predicted in `batch`, in an order that is the same for every model.
+    def states(self, batch: Batch, backbone: Any) -> States:
+        """States and labels of everything that is predicted in `batch`, in an order that is the same for every model.
 
         Raises:
             ValueError: if the batch lacks what the task needs.
         """
 
-    def compute(self, batch: Batch, backbone: Any) -> HeadOutput:  # noqa: D102
-        return self.judge(self.score(batch, backbone))
+    def score(self, batch: Batch, backbone: Any) -> Scores:
+        """Logits and labels of everything that is predicted in `batch`, in the order of `states`."""
+        found = self.states(batch, backbone)
+        return Scores(backbone.logits(found.hidden), found.labels, found.routings)
+
+    def compute(self, batch: Batch, backbone: Any) -> HeadOutput:
+        """Loss and counts: from the backbone's `cross_entropy`, or from its `logits` where it has none."""
+        if not hasattr(backbone, "cross_entropy"):
+            return self.judge(self.score(batch, backbone))
+        found = self.states(batch, backbone)
+        loss = backbone.cross_entropy(found.hidden, found.labels, self.label_smoothing)
+        return self._output(_prediction(loss, found.labels), found)
 
     def judge(self, scores: Scores) -> HeadOutput:
         """Loss and counts of scores."""
-        out = predict(scores.logits, scores.labels, self.label_smoothing)
-        return HeadOutput(**vars(out), routings=scores.routings, extra={}, labels=scores.labels)
+        return self._output(predict(scores.logits, scores.labels, self.label_smoothing), scores)
+
+    def _output(self, made: Prediction, of: States | Scores) -> HeadOutput:
+        return HeadOutput(**vars(made), routings=of.routings, extra={}, labels=of.labels)
 
 
 def name_routings(backbone: Any, *outputs: Any) -> dict[str, Routing]:

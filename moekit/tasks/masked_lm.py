@@ -13,7 +13,7 @@ from moekit.data.keyed import Keys
 from moekit.data.noising import check_ratio, check_shares, mask_tokens
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
-from moekit.tasks.head import Head, Scores, TokenHead, name_routings, pick, required
+from moekit.tasks.head import Head, States, TokenHead, name_routings, pick, required
 from moekit.tasks.task import Task
 
 
@@ -84,11 +84,11 @@ class MaskedLMHead(TokenHead):
         super().__init__(backbone, **options)
         self.transform = MaskedLMTransform(dim)
 
-    def score(self, batch: Batch, backbone: Any) -> Scores:  # noqa: D102
+    def states(self, batch: Batch, backbone: Any) -> States:  # noqa: D102
         labels = required(batch.labels, "labels", batch)
         encoded = backbone.encode(batch.source, batch.source_mask, language=batch.source_language)
-        logits = backbone.logits(self.transform(pick(encoded.hidden, batch.predicted)))
-        return Scores(logits, pick(labels, batch.predicted), name_routings(backbone, encoded))
+        hidden, labels = (pick(part, batch.predicted) for part in (encoded.hidden, labels))
+        return States(self.transform(hidden), labels, name_routings(backbone, encoded))
 
 
 def masked_batch(task: str, masking: Masking, rows: Sentences) -> Batch:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from moekit.data.batch import Batch, Sentences, pair_batch
-from moekit.tasks.head import Scores, TokenHead, name_routings, pick, required
+from moekit.tasks.head import States, TokenHead, name_routings, pick, required
 from moekit.tasks.task import Lengths, Task
 
 
@@ -22,7 +22,7 @@ class SequenceHead(TokenHead):
     def __init__(self, backbone: nn.Module | None = None, *, label_smoothing: float = 0.1, **options: Any) -> None:
         super().__init__(backbone, label_smoothing=label_smoothing, **options)
 
-    def score(self, batch: Batch, backbone: Any) -> Scores:  # noqa: D102
+    def states(self, batch: Batch, backbone: Any) -> States:  # noqa: D102
         target, mask = (required(part, "a target", batch) for part in (batch.target, batch.target_mask))
         encoded = backbone.encode(batch.source, batch.source_mask, language=batch.source_language)
         decoded = backbone.decode(
@@ -33,8 +33,8 @@ class SequenceHead(TokenHead):
             language=batch.target_language,
         )
         # Only real tokens go through the output projection, the largest product of a small model.
-        logits = backbone.logits(pick(decoded.hidden, batch.predicted))
-        return Scores(logits, pick(target[:, 1:], batch.predicted), name_routings(backbone, encoded, decoded))
+        hidden, labels = (pick(part, batch.predicted) for part in (decoded.hidden, target[:, 1:]))
+        return States(hidden, labels, name_routings(backbone, encoded, decoded))
 
 
 @dataclass(frozen=True)

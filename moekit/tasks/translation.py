@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from sacrebleu.metrics.chrf import CHRF
 from torch import Tensor
 
 from moekit.tasks.bleu import bleu, tokenizer_of
@@ -42,6 +41,8 @@ class TranslationScore(AnswerScore):
     chrf_counts: Tensor
 
     def __init__(self, directions: Sequence[str], **kwargs: Any) -> None:
+        from sacrebleu.metrics.chrf import CHRF  # where it is used: a help text scores nothing
+
         super().__init__(directions, **kwargs)
         targets = [name.rpartition("-")[2] for name in self.directions]
         self._tokenizers = [tokenizer_of(target) if self.tokenize == "auto" else self.tokenize for target in targets]

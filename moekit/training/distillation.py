@@ -285,13 +285,13 @@ class DistillationModule(MultitaskModule):
     def learn(self, batch: Batch) -> HeadOutput:
         """Loss of labels and teacher; without the teacher where its weight is 0. Without a Trainer the step is 0."""
         weights = self.objective.weights(0 if self._trainer is None else self.global_step)
-        head: Any = self.heads[batch.task]
-        scores: Scores = head.score(batch, self.backbone)
-        out: HeadOutput = head.judge(scores)
-        loss = weights.label * out.loss
-        heard = torch.zeros((), device=loss.device)
-        if weights.teacher:
-            kl = kl_divergence(scores.logits, self.teacher.score(batch).logits, self.temperature)
-            heard = weights.teacher * kl
-            loss = loss + heard
+        if not weights.teacher:  # nobody asks for all scores, which are then never held at once
+            out: HeadOutput = self(batch)
+            loss, heard = weights.label * out.loss, torch.zeros((), device=out.loss.device)
+        else:
+            head: Any = self.heads[batch.task]
+            scores: Scores = head.score(batch, self.backbone)
+            out = head.judge(scores)
+            heard = weights.teacher * kl_divergence(scores.logits, self.teacher.score(batch).logits, self.temperature)
+            loss = weights.label * out.loss + heard
         return dataclasses.replace(out, loss=loss, extra={**out.extra, "teacher_loss": heard.detach()})

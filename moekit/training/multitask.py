@@ -22,6 +22,7 @@ from moekit.tasks.score import AnswerScore
 from moekit.training.agreement import agree
 from moekit.training.metrics import LabelCounts, RoutingStatistics, TokenPerplexity
 from moekit.training.metrics.routing import learns
+from moekit.training.optimizers import fused_adamw
 from moekit.training.schedules import per_step
 from moekit.transformer import routed_layers
 
@@ -177,6 +178,9 @@ class MultitaskModule(LoadedFromFile):
         logs: dict[str, Any] = {}
         parts: dict[str, Tensor] = {}
         total: Tensor | None = None
+        trainer: Any = self.trainer
+        # Neither computed nor handed over where nobody will write it: log_dict takes some 50 microseconds a value.
+        reports = (self.global_step + 1) % trainer.log_every_n_steps == 0
         watch = self.train_routing is not None and self.global_step % self.log_routing_every == 0
         outputs = {task: self.learn(part) for task, part in batch.items()}
         counts = torch.stack([out.num_predictions for out in outputs.values()])
@@ -189,20 +193,19 @@ class MultitaskModule(LoadedFromFile):
                 extra, terms = self.aux(*out.routings.values())
                 loss = loss + extra
                 for name, value in terms.items():
-                    logs.setdefault(f"train/aux/{name}", []).append(value)
+                    if reports:
+                        logs.setdefault(f"train/aux/{name}", []).append(value)
                     parts[f"{task}/aux/{name}"] = value.detach()
             total = self.weights[task] * loss if total is None else total + self.weights[task] * loss
-            logs |= {f"train/{task}/{name}": value for name, value in out.to_log().items()}
+            if reports:
+                logs |= {f"train/{task}/{name}": value for name, value in out.to_log().items()}
             if watch:
                 self._count(self.train_routing, out, batch[task])
         assert total is not None
-        logs = {name: torch.stack(v).mean() if isinstance(v, list) else v for name, v in logs.items()}
-        logs["lr"] = self._learning_rate()
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=1)
-        # log_dict takes some 50 microseconds a value; values nobody will write are not handed over.
-        trainer: Any = self.trainer
-        if (self.global_step + 1) % trainer.log_every_n_steps == 0:
-            self.log_dict(logs, batch_size=1)
+        if reports:
+            logs = {name: torch.stack(v).mean() if isinstance(v, list) else v for name, v in logs.items()}
+            self.log_dict({**logs, "lr": self._learning_rate()}, batch_size=1)
             if self.train_routing is not None and self.train_routing.update_called:
                 self.log_dict({f"train/{n}": v for n, v in self.train_routing.log_values().items()}, batch_size=1)
                 self.train_routing.reset()
@@ -426,9 +429,13 @@ class MultitaskModule(LoadedFromFile):
 
     def configure_optimizers(self) -> Any:
         """The optimizer and the schedule that were given."""
-        make = self._optimizer or (lambda module: torch.optim.AdamW(module.parameters(), lr=1e-3))
+        make = self._optimizer or _adamw
         optimizer = make(self)
         return optimizer if self._schedule is None else per_step(optimizer, self._schedule(optimizer))
+
+
+def _adamw(module: nn.Module) -> Optimizer:
+    return fused_adamw([{"params": list(module.parameters())}], lr=1e-3)
 
 
 def _mean() -> MeanMetric:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,9 +128,19 @@ def adamw(
     the root of the second moment.
     """
     groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, expert_lr_multiplier=expert_lr_multiplier)
+    return fused_adamw(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def fused_adamw(groups: Sequence[dict[str, Any]], **options: Any) -> torch.optim.AdamW:
+    """Torch's AdamW over groups of parameters, fused where torch has a fused step for all of them.
+
+    Args:
+        groups: dictionaries of parameters and their options, as torch's AdamW takes them.
+        **options: its other arguments.
+    """
     parameters = [p for group in groups for p in group["params"]]
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(groups, fused=fused, **options)
     # Fused AdamW can unscale gradients itself, wherefore Lightning refuses to clip them under mixed precision, bf16
     # included, where nothing is scaled. Left to a GradScaler, unscaling happens before clipping, as it should.
     optimizer._step_supports_amp_scaling = False

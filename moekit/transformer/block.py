@@ -7,7 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from moekit.component import Component
-from moekit.functional.dropout import dropout
+from moekit.functional.dropout import add_dropped
 from moekit.layer import MoEOutput
 from moekit.routing import Routing, RoutingContext
 from moekit.transformer.attention import AttentionPlan, CrossAttention, SelfAttention
@@ -105,17 +105,17 @@ class Block(Component):
             memory_mask: Bool[B', 1, 1, S], True = visible.
             cache: this layer's keys and values of earlier tokens.
         """
-        x = x + self._drop(self.self_attention(self.self_attention_norm(x), plan, cache))
+        x = self._add(x, self.self_attention(self.self_attention_norm(x), plan, cache))
         if self.cross_attention is not None:
             if memory is None:
                 raise ValueError("A block with cross-attention needs a memory: give the encoder's hidden states.")
-            x = x + self._drop(self.cross_attention(self.cross_attention_norm(x), memory, memory_mask, cache))
+            x = self._add(x, self.cross_attention(self.cross_attention_norm(x), memory, memory_mask, cache))
         if self.extra is not None and self.extra_order == "before":
-            x = x + self._drop(self.extra(self.extra_norm(x)))
+            x = self._add(x, self.extra(self.extra_norm(x)))
         update, routing = self._feed(self.feed_forward_norm(x), context)
-        x = x + self._drop(update)
+        x = self._add(x, update)
         if self.extra is not None and self.extra_order == "after":
-            x = x + self._drop(self.extra(self.extra_norm(x)))
+            x = self._add(x, self.extra(self.extra_norm(x)))
         return BlockOutput(x, routing)
 
     @property
@@ -135,5 +135,5 @@ class Block(Component):
             )
         return output, None
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return dropout(x, self.dropout, training=self.training)
+    def _add(self, x: Tensor, update: Tensor) -> Tensor:
+        return add_dropped(x, update, self.dropout, training=self.training)

@@ -7,6 +7,9 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moekit.kernels.vocabulary_loss import TokenLoss, logits_loss, vocabulary_loss
 
 EmbeddingScale = Literal["input", "output", "none"]
 
@@ -21,6 +24,13 @@ class Vocabulary:
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Float[..., V] of ``hidden`` Float[..., D]."""
         return F.linear(hidden, weight)
+
+    def cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float) -> TokenLoss:
+        """Loss of the logits of ``hidden`` Float[N, D] where `labels` Int64[N] are right."""
+        if type(self).logits is not Vocabulary.logits or isinstance(weight, DTensor):
+            # A divided table has its own way to its logits, which are gathered.
+            return logits_loss(self.logits(hidden, weight), labels, label_smoothing)
+        return vocabulary_loss(hidden, weight, labels, label_smoothing)
 
 
 class TokenEmbedding(nn.Module):
@@ -68,6 +78,15 @@ class TokenEmbedding(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits Float[..., V] of hidden states Float[..., D]."""
-        if self.scale == "output":
-            hidden = hidden * self.weight.shape[1] ** -0.5
-        return self.vocabulary.logits(hidden, self.weight)
+        return self.vocabulary.logits(self._scaled(hidden), self.weight)
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> TokenLoss:
+        """Cross-entropy of the logits of hidden states Float[N, D] where `labels` Int64[N] are right.
+
+        It equals `moekit.kernels.logits_loss` of `logits`, and never holds all of them: see
+        `moekit.kernels.vocabulary_loss`.
+        """
+        return self.vocabulary.cross_entropy(self._scaled(hidden), self.weight, labels, label_smoothing)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        return hidden * self.weight.shape[1] ** -0.5 if self.scale == "output" else hidden

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Protocol
 from torch import Tensor, nn
 
 from moekit.functional.activation import Activation, activation_function
-from moekit.functional.dropout import dropout
+from moekit.functional.dropout import dropout, relu_dropout
 from moekit.transformer.projection import FusedLinear, projection
 
 Side = Literal["encoder", "decoder"]
@@ -66,7 +66,10 @@ class _FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute Float[..., D]."""
-        return self.w_out(dropout(self._hidden(self.w_in(x)), self.dropout, training=self.training))
+        mapped = self.w_in(x)
+        if self.activation == "relu" and self.maps == 1:
+            return self.w_out(relu_dropout(mapped, self.dropout, training=self.training))
+        return self.w_out(dropout(self._hidden(mapped), self.dropout, training=self.training))
 
     def _hidden(self, mapped: Tensor) -> Tensor:
         return self._act(mapped)

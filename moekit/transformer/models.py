@@ -8,6 +8,7 @@ from typing import ClassVar, Unpack
 from torch import Tensor, nn
 
 from moekit.component import Component
+from moekit.kernels.vocabulary_loss import TokenLoss, logits_loss
 from moekit.transformer.cache import DecoderCache
 from moekit.transformer.embedding import EmbeddingScale, TokenEmbedding
 from moekit.transformer.feed_forward import Side
@@ -60,7 +61,20 @@ class TokenModel(Component):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits Float[..., V] of hidden states Float[..., D]: give it the places that matter, flattened or not."""
-        return (self.embedding if self.output is None else self.output).logits(hidden)
+        return self._scorer.logits(hidden)
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> TokenLoss:
+        """Cross-entropy of the `logits` of ``hidden`` Float[N, D] where `labels` Int64[N] are right.
+
+        A model with logits of its own gets the loss of those; else they are never all held at once.
+        """
+        if getattr(self.logits, "__func__", None) is not TokenModel.logits:
+            return logits_loss(self.logits(hidden), labels, label_smoothing)
+        return self._scorer.cross_entropy(hidden, labels, label_smoothing)
+
+    @property
+    def _scorer(self) -> TokenEmbedding:
+        return self.embedding if self.output is None else self.output
 
 
 class _OneStack(TokenModel):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from moekit.training.optimizers import adamw, parameter_groups
+from moekit.training.optimizers import adamw, fused_adamw, parameter_groups
 
 
 class Bank(nn.Module):
@@ -149,3 +149,9 @@ def test_gradient_clipping_works_in_every_precision(tmp_path: Path, precision: s
         enable_model_summary=False,
     ).fit(module, DataLoader(torch.randn(16, 4), batch_size=4))  # type: ignore[arg-type]
     assert module.norm <= 0.51
+
+
+def test_fused_where_all_parameters_can_be() -> None:
+    here, nowhere = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, device="meta"))
+    assert fused_adamw([{"params": [here]}], lr=0.1).param_groups[0]["fused"]
+    assert not fused_adamw([{"params": [here]}, {"params": [nowhere]}], lr=0.1).param_groups[0]["fused"]

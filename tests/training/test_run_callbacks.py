@@ -24,6 +24,7 @@ from moekit.training.callbacks.gradient_norm import GradientNorm
 from moekit.training.callbacks.interrupt import Resumable
 from moekit.training.callbacks.limits import MaxMinutes
 from moekit.training.callbacks.memory import PeakMemory
+from moekit.training.callbacks.non_finite import NonFinite
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.callbacks.random_state import RandomState
 from moekit.training.callbacks.throughput import Throughput, count_tokens
@@ -181,7 +182,8 @@ def test_throughput_in_the_middle_of_a_window_is_in_the_checkpoint(tmp_path: Pat
     assert states["Throughput"] == {"tokens": 150, "seconds": 30.0}
 
 
-def test_the_norm_is_that_before_clipping_and_clipping_is_what_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [0.05, 0.3, 1e3])
+def test_the_norm_is_that_before_clipping_and_clipping_is_what_it_was(limit: float, tmp_path: Path) -> None:
     class Seen(Callback):
         def __init__(self) -> None:
             self.norms: list[float] = []
@@ -195,16 +197,46 @@ def test_the_norm_is_that_before_clipping_and_clipping_is_what_it_was(tmp_path: 
             self.logged.append(float(trainer.callback_metrics["train/grad_norm"]))
 
     weights = []
-    for extra in ([GradientNorm()], []):
+    for extra in ([GradientNorm()], [], [GradientNorm(), NonFinite()]):
         torch.manual_seed(7)
         model, seen, batches = Model(), Seen(), data(6)
         callbacks = [*extra, *([seen] if extra else [])]
-        trainer(tmp_path, *callbacks, max_steps=6, limit_val_batches=0, gradient_clip_val=0.05).fit(model, batches)
+        trainer(tmp_path, *callbacks, max_steps=6, limit_val_batches=0, gradient_clip_val=limit).fit(model, batches)
         weights.append([p.detach().clone() for p in model.parameters()])
         if extra:
             assert seen.logged == pytest.approx(seen.norms, rel=1e-6)
-            assert max(seen.norms) > 0.05
-    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+            assert max(seen.norms) > limit or limit == 1e3
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*weights, strict=True))
+
+
+def test_a_norm_that_was_found_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the gradients were changed since."""
+    computed: list[int] = []
+    plain = torch.nn.utils.clip_grad_norm_
+
+    def count(*arguments: Any, **named: Any) -> Any:
+        computed.append(1)
+        return plain(*arguments, **named)
+
+    class Doubles(Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            for parameter in pl_module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(2)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", count)
+    norms = []
+    for others in ([NonFinite()], [NonFinite(), Doubles()], [Doubles(), NonFinite()], []):
+        torch.manual_seed(7)
+        callbacks, computed[:] = [GradientNorm(), *others], []
+        run = trainer(
+            tmp_path, *callbacks, max_steps=1, limit_val_batches=0, gradient_clip_val=0.05, log_every_n_steps=1
+        )
+        run.fit(Model(), data(2))
+        norms.append((float(run.callback_metrics["train/grad_norm"]), len(computed)))
+    assert [calls for _, calls in norms] == [0, 1, 0, 1]
+    one, two, three, four = (norm for norm, _ in norms)
+    assert (two, three, four) == pytest.approx((2 * one, 2 * one, one), rel=1e-6)
 
 
 def test_without_clipping_there_is_no_norm(tmp_path: Path) -> None:

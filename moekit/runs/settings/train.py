@@ -118,8 +118,8 @@ class TrainConfig:
         """Make sure that training ends, that a cosine has steps left when the warm-up ends, and of what is installed.
 
         Raises:
-            UserError: there is no limit, the warm-up takes all steps, there is no such machine, or a logger or a
-                backend is unknown, not installed or not for this machine.
+            UserError: there is no limit, the warm-up takes all steps, there is no such machine, a logger or a backend
+                is unknown, not installed or not for this machine, or a setting of adafactor is given without it.
         """
         require_machine(self.devices, self.num_nodes, on_gpu=self.on_gpu)
         logger_names(self.loggers)
@@ -140,6 +140,7 @@ class TrainConfig:
                 f"train.warmup_steps must be less than train.max_steps: got {self.warmup_steps} of {self.max_steps}. "
                 "Give a shorter warm-up or more steps."
             )
+        self._check_optimizer()
 
     def fitting_warmup(self, kept: Mapping[str, Any] | None = None) -> int:
         """The warm-up where the user gave none: that of the run that goes on, or a fifth of the steps if it takes all.
@@ -168,9 +169,12 @@ class TrainConfig:
         }
         if self.optimizer == "adafactor":
             return adafactor(module, clip_update=self.clip_update or None, **shared)
-        if self.clip_update != 1.0:
-            raise UserError(f"train.clip_update={self.clip_update} is of adafactor. Use --train.optimizer adafactor.")
+        self._check_optimizer()
         return adamw(module, betas=self.betas, **shared)
+
+    def _check_optimizer(self) -> None:
+        if self.optimizer != "adafactor" and self.clip_update != 1.0:
+            raise UserError(f"train.clip_update={self.clip_update} is of adafactor. Use --train.optimizer adafactor.")
 
     def make_schedule(self, optimizer: torch.optim.Optimizer, budget: Budget) -> torch.optim.lr_scheduler.LRScheduler:
         """The learning rate schedule of a run, which follows its budget."""

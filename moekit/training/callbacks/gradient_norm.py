@@ -10,11 +10,16 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+from moekit.training.callbacks.non_finite import NonFinite
+
+_EPS = 1e-6  # what torch's clipping adds to a norm before it divides by it
+
 
 class GradientNorm(Callback):
     """Logs ``train/grad_norm``: the norm before clipping, which clipping computes and throws away.
 
-    Nothing is computed for it, so a run that does not clip has none. `ExpertParallelStrategy` logs it by itself.
+    Nothing is computed for it, so a run that does not clip has none. Where `NonFinite` has just found the norm,
+    clipping takes that, and the gradients are read once. `ExpertParallelStrategy` logs it by itself.
     """
 
     def __init__(self) -> None:
@@ -25,8 +30,18 @@ class GradientNorm(Callback):
         if "clip_grad_by_norm" in vars(plugin):
             return  # the strategy clips
 
+        watch = next((one for one in trainer.callbacks if isinstance(one, NonFinite)), None)  # type: ignore[attr-defined]
+
         def clip(optimizer: Optimizer, clip_val: float) -> None:
-            self._norm = torch.nn.utils.clip_grad_norm_(plugin.main_params(optimizer), clip_val)
+            parameters = list(plugin.main_params(optimizer))
+            norm = None if watch is None else watch.norm_of(parameters)
+            if norm is None:
+                self._norm = torch.nn.utils.clip_grad_norm_(parameters, clip_val)
+                return
+            self._norm = norm
+            # On a device nobody looks, and gradients that are small enough are multiplied by 1.
+            if norm.device.type != "cpu" or not bool(norm + _EPS <= clip_val):  # host read: in host memory alone
+                torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, norm)
 
         plugin.clip_grad_by_norm = clip
 

@@ -59,6 +59,7 @@ class NonFinite(Callback):
         self._loss: Tensor | None = None  # the sum of this step's losses
         self._terms: list[Any] = []  # what its batches before the last returned
         self._found: list[str] | None = None  # parameters whose gradients are not finite, in a step that is not
+        self._norm: tuple[list[tuple[int, int]], Tensor] | None = None  # gradients and their versions, and their norm
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -81,11 +82,21 @@ class NonFinite(Callback):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # which leaves out infinite gradients
         gradients = [] if scaled else [parameter.grad for parameter in parameters]
-        bad = torch.stack([flag[0], *_infinite(gradients, flag.device)]).amax()
+        norms = _norms(gradients)
+        if len(norms) == 1 and all(g is not None and _is_plain(g) for g in gradients):
+            self._norm = _versions(parameters), torch.linalg.vector_norm(norms[0])
+        # host read: of gradients in host memory alone, whose flags then go to the device
+        flags = [(~found.isfinite()).any().float().to(flag.device) for found in norms]
+        bad = torch.stack([flag[0], *flags]).amax()
         if trainer.world_size > 1:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         if bool(bad):  # host read: the one of a step
             self.react(pl_module, parameters)
+
+    def norm_of(self, parameters: Sequence[Tensor]) -> Tensor | None:
+        """The norm of the gradients of `parameters`, if it has just been found and they are what they were then."""
+        found, self._norm = self._norm, None
+        return found[1] if found is not None and found[0] == _versions(parameters) else None
 
     def react(self, module: L.LightningModule, parameters: Sequence[Tensor]) -> None:
         """In a step that is not finite: drop the gradients of `parameters`, and note which of them are not finite."""
@@ -168,8 +179,13 @@ class NonFinite(Callback):
         self.skipped = state_dict["skipped"]
 
 
-def _infinite(tensors: Iterable[Tensor | None], device: torch.device) -> list[Tensor]:
-    """Whether the norm of this process's part of any is not finite: flags on `device`, one for each kind of tensor."""
+def _versions(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Which gradients the parameters have, and how often each was changed."""
+    return [(id(p.grad), p.grad._version) for p in parameters if p.grad is not None]
+
+
+def _norms(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """The norm of this process's part of each, Float[n] for each kind of tensor, where it lies."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         if tensor is None:
@@ -178,9 +194,12 @@ def _infinite(tensors: Iterable[Tensor | None], device: torch.device) -> list[Te
         local = local.coalesce().values() if local.is_sparse else local
         if local.numel():
             groups.setdefault((local.device, torch.promote_types(torch.float32, local.dtype)), []).append(local)
-    norms = [torch.stack(torch._foreach_norm(some, 2, dtype=dtype)) for (_, dtype), some in groups.items()]
-    # host read: of gradients in host memory alone, whose flags then go to the device
-    return [(~found.isfinite()).any().float().to(device) for found in norms]
+    return [torch.stack(torch._foreach_norm(some, 2, dtype=dtype)) for (_, dtype), some in groups.items()]
+
+
+def _is_plain(gradient: Tensor) -> bool:
+    """Whether all of it is here, entry by entry."""
+    return not isinstance(gradient, DTensor) and gradient.layout == torch.strided
 
 
 def _not_finite(named: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> list[Tensor]:
