@@ -20,7 +20,7 @@ from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
 from moekit.runs.settings.fields import missed_range
 from moekit.runs.shell import NAME, command_line, program
-from moekit.terminal import Terminal, visible
+from moekit.terminal import Terminal, visible, visible_remarks
 from moekit.training.processes import is_first_process
 
 EXAMPLE = re.compile(rf"(?<=^  ){NAME}\b", re.MULTILINE)
@@ -80,7 +80,8 @@ def execute(command: Callable[[], None]) -> int:
 
     try:
         try:
-            command()
+            with visible_remarks():
+                command()
             if sys.stdout is not None:
                 sys.stdout.flush()
         except BrokenPipeError:

@@ -12,6 +12,7 @@ import gzip
 import importlib
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ _UNPACK: Mapping[str, Callable[[bytes], bytes]] = {
     ".bz2": bz2.decompress,
     ".zst": _zstd,
 }
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+"""The escape of a NUL in JSON: a backslash that is none of a pair, and u0000."""
 _PROGRAMS = {".gz": "gzip", ".xz": "xz", ".bz2": "bzip2", ".zst": "zstd"}
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -176,12 +179,15 @@ def read_json(line: str, where: str) -> Any:
 
     Raises:
         UserError: it is no JSON, is nested too deeply or holds a number too long to read; half a character (a lone
-            surrogate, as of a text cut between two escapes) stands in it. `where` begins the message.
+            surrogate, as of a text cut between two escapes) or a NUL stands in it. `where` begins the message.
     """
     try:
         found = parse_json(line)
         if "\\u" in line:
-            json.dumps(found, ensure_ascii=False).encode()
+            plain = json.dumps(found, ensure_ascii=False)
+            plain.encode()
+            if _NUL.search(plain):
+                raise UserError(f"{where}: text must be without NUL characters: got one. Remove it.")
     except json.JSONDecodeError as error:
         raise UserError(f"{where}, column {error.colno}: the line must be JSON: {error.msg}. Mend the line.") from error
     except UnicodeEncodeError as error:
@@ -189,6 +195,8 @@ def read_json(line: str, where: str) -> Any:
         raise UserError(
             f"{where}: text must be whole characters: got half a surrogate pair, {half}. Mend it."
         ) from error
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{where}: the line must be JSON: {error}. Mend the line.") from error
     return found
