@@ -28,18 +28,19 @@ from test_sources_gettext import compile_catalog
 
 from moekit.data.lines import read_lines
 from moekit.data.sources.gettext import count_messages, read_catalog
-from moekit.source import SPLITS, Direction, open_source
+from moekit.source import SPLITS, open_source
 
 _WORDS = ("tree", "stone", "Wäsche", "лес", "木", "house", "ran", "the", "green", "it's", "3.5", "—")
 
 ODD_TEXT = (
-    b"", b" ", b"\t", b"\r", b"\r\n", b"\n\n\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\xff\xfea\x00", b"\0", b"\xe4", b"\xed\xa0\x80",
-    "\u2028".encode(), "\u0085".encode(), "\u202e".encode(), "\ufeff".encode(), b"\x1b[31m", b"\x0b\x0c\x1c",
+    b"", b" ", b"\t", b"\r", b"\r\n", b"\n\n\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\xff\xfea\x00", b"\0", b"\xe4",
+    b"\xed\xa0\x80",    "\u2028".encode(), "\u0085".encode(), "\u202e".encode(), "\ufeff".encode(), b"\x1b[31m", b"\x0b\x0c\x1c",
     b"__NULL__", b"\t\t\t\t", b'"', b"en\tde", b"src\ttgt", b"de\tde", b"{}", b"[]", b"null", b"1", b'"x"',
     b'{"translation": {}}', b'{"translation": {"en": 1, "de": null}}', b'{"translation": {"en": "a"}}',
     b'{"translation": {"en": "\\ud800", "de": "b"}}', b'{"translation": {"en": "a\\u0000b", "de": "b"}}',
     b'{"translation": {"en": "a\\nb\\u2028c", "de": "\\r"}}', b'{"translation": {"en": "a", "de": "b", "en": "c"}}',
-    b'{"input": "a"}', b'{"input": "a", "target": 1}', b'{"input": "\\ud800", "target": "b"}', b'{"input": "a\\u0000", "target": "b"}',
+    b'{"input": "a"}', b'{"input": "a", "target": 1}', b'{"input": "\\ud800", "target": "b"}',
+    b'{"input": "a\\u0000", "target": "b"}',
     b"9" * 5_000, b"[" * 20_000, b"x" * 300_000, b"input\ttarget", b"<0x0A>", b"\\u0000",
 )  # fmt: skip
 
