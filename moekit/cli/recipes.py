@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from moekit.cli import distill, finetune, fit, generate, plan, run, score, serve, test
 from moekit.cli.command import RecipeCommand, execute, option_value, option_values, overview
 from moekit.cli.mistakes import explain, require_settings
+from moekit.cli.values import MODE
 from moekit.errors import UserError, nearest
 from moekit.output import lasting_output
 from moekit.runs.config import RunConfig
@@ -87,6 +88,7 @@ def build_parser(recipe: Recipe, command: str, variant: str, config: RunConfig |
         f"variants:\n{overview({name: v.note for name, v in recipe.variants.items()})}\n\n{command}: {chosen.help}.",
         exit_on_error=False,
         default_env=False,
+        parser_mode=MODE,
         allow_abbrev=False,  # an abbreviation that works now would be a typo after the next new option
     )
     parser.formatter_class = _Help

@@ -34,7 +34,8 @@ _WORDS = ("tree", "stone", "Wäsche", "лес", "木", "house", "ran", "the", "g
 
 ODD_TEXT = (
     b"", b" ", b"\t", b"\r", b"\r\n", b"\n\n\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\xff\xfea\x00", b"\0", b"\xe4",
-    b"\xed\xa0\x80",    "\u2028".encode(), "\u0085".encode(), "\u202e".encode(), "\ufeff".encode(), b"\x1b[31m", b"\x0b\x0c\x1c",
+    b"\xed\xa0\x80", "\u2028".encode(), "\u0085".encode(), "\u202e".encode(), "\ufeff".encode(), b"\x1b[31m",
+    b"\x0b\x0c\x1c",
     b"__NULL__", b"\t\t\t\t", b'"', b"en\tde", b"src\ttgt", b"de\tde", b"{}", b"[]", b"null", b"1", b'"x"',
     b'{"translation": {}}', b'{"translation": {"en": 1, "de": null}}', b'{"translation": {"en": "a"}}',
     b'{"translation": {"en": "\\ud800", "de": "b"}}', b'{"translation": {"en": "a\\u0000b", "de": "b"}}',

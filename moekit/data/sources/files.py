@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import errno
 import gzip
 import importlib
 import json
 import lzma
+import os
 import re
+import stat
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,13 +93,27 @@ def read_bytes(path: Path) -> bytes:
         UserError: if the file is missing, unreadable, empty, or a broken archive; if nothing here decompresses it.
     """
     try:
-        packed = path.read_bytes()
+        packed = read_to_end(path)
     except OSError as error:
         raise UserError(f"{path}: the file must be readable: {error.strerror or error}.") from error
     data = unpacked(packed, path)
     if not data:
         raise _empty(path)
     return data
+
+
+def read_to_end(path: Path) -> bytes:
+    """The bytes of a file or a pipe.
+
+    Raises:
+        OSError: it cannot be read, or is a device such as /dev/zero, which has no end.
+    """
+    found = path.stat()
+    if stat.S_ISCHR(found.st_mode) and found.st_rdev != os.stat(os.devnull).st_rdev:
+        with path.open("rb") as file:
+            if not file.isatty():
+                raise OSError(errno.EINVAL, "It is a device without an end")
+    return path.read_bytes()
 
 
 def unpacked(data: bytes, path: Path) -> bytes:
