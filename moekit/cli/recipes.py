@@ -10,12 +10,11 @@ from dataclasses import fields
 from functools import reduce
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from moekit.cli import distill, finetune, fit, generate, plan, run, score, serve, test
 from moekit.cli.command import RecipeCommand, execute, option_value, option_values, overview
-from moekit.cli.mistakes import explain, require_settings
-from moekit.cli.values import MODE
+from moekit.cli.mistakes import NOT_PARSED, explain, require_settings
 from moekit.errors import UserError, nearest
 from moekit.output import lasting_output
 from moekit.runs.config import RunConfig
@@ -88,7 +87,6 @@ def build_parser(recipe: Recipe, command: str, variant: str, config: RunConfig |
         f"variants:\n{overview({name: v.note for name, v in recipe.variants.items()})}\n\n{command}: {chosen.help}.",
         exit_on_error=False,
         default_env=False,
-        parser_mode=MODE,
         allow_abbrev=False,  # an abbreviation that works now would be a typo after the next new option
     )
     parser.formatter_class = _Help
@@ -120,7 +118,9 @@ def _parsed(
         require_settings(parser, files)
     try:
         given = parser.parse_args(list(arguments))
-    except (ArgumentError, UnicodeError, RecursionError) as error:
+    except UserError:
+        raise
+    except NOT_PARSED as error:
         raise UserError(explain(str(error), parser, arguments)) from None
     if settings is None:
         for old, new in recipe.renamed.items():

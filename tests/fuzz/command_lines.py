@@ -1,7 +1,7 @@
-"""Command lines as people mistype them: for each command right ones, which are changed by a seed and given to the program.
+"""Command lines as people mistype them: of each command right ones, changed by a seed and given to the program.
 
-A command line is right and done, or refused in one line with exit code 2, and then nothing has been written. Whatever is
-written lies where an option says. Training ends where its first step would begin, and serving where it would answer.
+A command line is right and done, or refused in one line with exit code 2, and then nothing has been written. Whatever
+is written lies where an option says. Training ends where its first step would begin, and serving where it would answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,22 +72,24 @@ LINES: Mapping[str, Sequence[Sequence[str]]] = {
 """Right command lines. They are given in a folder that has a run, an export of it, and text."""
 
 ODD_WORDS = (
-    "", " ", "-", "--", "-1", "0", "1", "2", "7", "1.5", "-0.0", "1e400", "1e-400", ".nan", ".inf", "-.inf", "nan", "inf",
-    "1_000", "0x10", "٣", "²", "9" * 25, "9" * 5_000, "true", "False", "null", "None", "[]", "{}", "[1,2]", "[[[]]]", "{a: 1}",
-    "{1: 2}", "[0.9,1.5]", "a", "tiny", "en", "en-de", "avl", "avl-tnd", "zh-CN", "auto", "all", "cpu", "x=1", "=", "=x",
-    "model.k", "model.k=", "model.dim=8", "train.max_steps=x", "nan%", "-50%", "200%", "0%", "1e9%", "%", "%s", "{0}",
-    "run", "run/", "./run", "run/config.yaml", "run/checkpoints", "run/checkpoints/last.ckpt", "run/summary.json",
-    "text", "text/train.en", "text.gz", "nowhere", "nowhere/at/all", "new/..", ".", "..", "../cache", "/dev/null", "/dev/full",
-    "a,b", "moses:text,text", "moses,babel", "babel", "jsonl", "a\nb", "a\0b", "\x1b[31mred", "[/b]", "é" * 300, "\udc80",
-    "&a [*a]", "!!python/object:os.system x", "!!int", "*x", "- a", "'", '"', "a: b: c", "@", "`", "https://x.org/y", "~", "$HOME",
-    "2020-99-99", "1:99:99", "[" * 3_000, "--help", "--version", "-h", "--config", "--resume", "--overwrite", "--smoke",
+    "", " ", "-", "--", "-1", "0", "1", "2", "7", "1.5", "-0.0", "1e400", "1e-400", ".nan", ".inf", "-.inf", "nan",
+    "inf", "1_000", "0x10", "٣", "²", "9" * 25, "9" * 5_000, "true", "False", "null", "None", "[]", "{}", "[1,2]",
+    "[[[]]]", "{a: 1}", "{1: 2}", "[0.9,1.5]", "a", "tiny", "en", "en-de", "avl", "avl-tnd", "zh-CN", "auto",
+    "all", "cpu", "x=1", "=", "=x", "model.k", "model.k=", "model.dim=8", "train.max_steps=x", "nan%", "-50%",
+    "200%", "0%", "1e9%", "%", "%s", "{0}", "run", "run/", "./run", "run/config.yaml", "run/checkpoints",
+    "run/checkpoints/last.ckpt", "run/summary.json", "text", "text/train.en", "text.gz", "nowhere",
+    "nowhere/at/all", "new/..", ".", "..", "../cache", "/dev/null", "/dev/full", "a,b", "moses:text,text",
+    "moses,babel", "babel", "jsonl", "a\nb", "a\0b", "\x1b[31mred", "[/b]", "é" * 300, "\udc80", "&a [*a]",
+    "!!python/object:os.system x", "!!int", "*x", "- a", "'", '"', "a: b: c", "@", "`", "https://x.org/y", "~",
+    "$HOME", "2020-99-99", "1:99:99", "[" * 3_000, "--help", "--version", "-h", "--config", "--resume",
+    "--overwrite", "--smoke",
 )  # fmt: skip
 
 _LIMIT_SECONDS = 120
 _ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-class Began(BaseException):  # noqa: N818 - what was asked for would begin
+class Began(BaseException):
     """Training or serving would begin."""
 
 
@@ -175,7 +177,9 @@ def furnish(room: Path) -> None:
 def _options(command: str, recipe: str) -> list[str]:
     """All options of a command."""
     if command in COMMANDS:
-        parser: Any = build_recipe_parser(find_recipe(recipe, ""), command, next(iter(find_recipe(recipe, "").variants)))
+        parser: Any = build_recipe_parser(
+            find_recipe(recipe, ""), command, next(iter(find_recipe(recipe, "").variants))
+        )
     else:
         parser = build_parser(command, {**program.SURGERY, **program.REPORTS}[command])
     return [word for action in parser._actions for word in action.option_strings if word.startswith("--")]
@@ -261,6 +265,7 @@ def ended(words: Sequence[str]) -> Ended:
 def _given_places(words: Sequence[str]) -> list[str]:
     """What the words name, were they paths; and the places of commands that are given none."""
     values = [value for word in words for value in (word, word.partition("=")[2]) if value and "\0" not in value]
+    values += [str(Path(value).with_suffix(".md")) for value in values if value.strip("./")]  # beside a comparison
     defaults = ["runs", "comparison.html", "comparison.md"]
     return [os.path.realpath(value) for value in (*values, *defaults)]
 
@@ -333,4 +338,6 @@ def fuzz_lines(command: str, room: Path, seeds: range) -> Outcome:
 
 
 def _shown(words: Sequence[str]) -> str:
-    return " ".join(ascii(word[:60]) if not word.isprintable() or " " in word or not word else word[:60] for word in words)
+    return " ".join(
+        ascii(word[:60]) if not word.isprintable() or " " in word or not word else word[:60] for word in words
+    )
