@@ -106,7 +106,10 @@ def _as_now(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _without_later(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A record without what summaries have said only since the first records were made."""
+    """A record without what summaries and routing have said only since the first records were made."""
+    if isinstance(routing := found.get("routing"), Mapping):
+        layers = [{k: v for k, v in layer.items() if k != "typical"} for layer in routing["layers"]]
+        found = {**found, "routing": {**routing, "layers": layers}}
     summary = found.get("summary")
     if not isinstance(summary, Mapping):
         return found

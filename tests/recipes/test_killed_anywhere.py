@@ -83,23 +83,31 @@ class Killed:
             return None
         processes[rank].kill()
         stage, others = self.stage(), [process for process in processes if process is not processes[rank]]
-        if stage == "before the first step":
-            # They may still wait for each other to come, half an hour by default. Who started them ends them, as
-            # torchrun does.
-            for process in others:
-                process.terminate()
-                process.join(timeout=5)
-                process.kill()
         for process in others:
-            process.join(timeout=60)  # which they notice by themselves
-            if process.exitcode is None:
-                assert process.pid is not None
-                os.kill(process.pid, signal.SIGUSR1)
-                time.sleep(1)
-                process.kill()
-                raise AssertionError(f"a process outlives a killed one by a minute, {stage}:\n{self.logs()}")
+            self._wait_for_survivor(process, stage)
         processes[rank].join()
         return stage
+
+    def _wait_for_survivor(self, process: BaseProcess, stage: str) -> None:
+        """Until it ends, which it does by itself once the processes have met.
+
+        Before, it waits for the killed one to come, half an hour by default. Who started it ends it then, as torchrun
+        does.
+        """
+        assert process.pid is not None
+        for seconds in range(60):
+            process.join(timeout=1)
+            if process.exitcode is not None:
+                return
+            if seconds % 10 == 4:
+                os.kill(process.pid, signal.SIGUSR1)
+                time.sleep(0.5)
+                if "in _create_c10d_store" in self.logs():
+                    process.kill()
+                    process.join()
+                    return
+        process.kill()
+        raise AssertionError(f"a process outlives a killed one by a minute, {stage}:\n{self.logs()}")
 
     def stage(self) -> str:
         """By what lies in the folder."""
