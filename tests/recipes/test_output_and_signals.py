@@ -104,6 +104,7 @@ def test_ctrl_c_again_and_again(signals: int, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         time.sleep(0.002)
     reader.join()
+    process.stderr.close()
     assert process.returncode == 130, said
     assert "Traceback" not in "".join(said), said
 
