@@ -43,6 +43,10 @@ _SHORT = {"--devices": "--train.devices", "--nodes": "--train.num_nodes"}
 class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """jsonargparse's help with the description's own line breaks."""
 
+    def format_help(self) -> str:
+        """The help, without the backspaces by which jsonargparse joins an option and its value on a terminal."""
+        return super().format_help().replace(" \b", "")
+
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     """Run the command line of a recipe; returns the exit code: 0, or 2 where the input is at fault."""
