@@ -143,7 +143,8 @@ def _write(
         ),
     )
     routing = None if module.routing is None else _routing(module.routing, module.piece_counts, data)
-    write_json(run.path / SAMPLES, [Sample.from_json(sample).to_json() for sample in module.samples])
+    samples = _glossed([Sample.from_json(sample) for sample in module.samples], config)
+    write_json(run.path / SAMPLES, [sample.to_json() for sample in samples])
     if routing is not None:
         write_json(run.path / ROUTING, routing.to_json())
     if module.written:
@@ -172,6 +173,21 @@ def _typical(counts: Tensor, tokenizer: Tokenizer) -> list[ExpertRecord]:
         for expert, pieces in enumerate(found)
         if pieces
     ]
+
+
+def _glossed(samples: list[Sample], config: RunConfig) -> list[Sample]:
+    """Samples with English, word by word, where a source knows their languages."""
+    known = config.data.glossary() if samples else None
+    if known is None:
+        return samples
+    found = []
+    for sample in samples:
+        source, hyphen, target = sample.direction.partition("-")
+        places = {"source": source, "reference": target, "hypothesis": target} if hyphen else {}
+        places = places or dict.fromkeys(("source", "reference", "hypothesis"), source)
+        glosses = {f"{name}_gloss": known.word_by_word(code, getattr(sample, name)) for name, code in places.items()}
+        found.append(dataclasses.replace(sample, **glosses))
+    return found
 
 
 def _by_task(values: Mapping[str, float], what: str) -> dict[str, float]:

@@ -287,6 +287,7 @@ class Sample(Record):
         source: what was given.
         reference: what is right.
         hypothesis: what the model wrote.
+        source_gloss, reference_gloss, hypothesis_gloss: English for them, word by word; None where nobody knows it.
     """
 
     task: str = TranslationTask.name
@@ -294,6 +295,9 @@ class Sample(Record):
     source: str = ""
     reference: str = ""
     hypothesis: str
+    source_gloss: str | None = field(default=None, metadata={"optional": True})
+    reference_gloss: str | None = field(default=None, metadata={"optional": True})
+    hypothesis_gloss: str | None = field(default=None, metadata={"optional": True})
 
 
 def write_written(path: Path, written: Mapping[str, Mapping[str, Sequence[Written]]]) -> None:

@@ -54,7 +54,10 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         rows = [{name: value for name, value in row.items() if not CLOCK.search(name)} for row in csv.DictReader(file)]
-    samples = data("samples.json") or []
+    samples = [
+        {name: text for name, text in sample.items() if not name.endswith("_gloss")}  # younger than the records
+        for sample in data("samples.json") or []
+    ]
     whole = json.dumps(samples, sort_keys=True, ensure_ascii=False)
     return {
         "config": yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
