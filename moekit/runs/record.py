@@ -202,7 +202,7 @@ class TypicalPiece(Record):
     """A piece of the vocabulary that an expert gets more often than its frequency explains.
 
     Attributes:
-        piece: as the tokenizer writes it; U+2581 stands where a word begins.
+        piece: its text as the tokenizer writes it; U+2581 stands where a word begins.
         count: its assignments to the expert.
         lift: how many times as many they are as of independent pieces and experts; see
             `moekit.training.metrics.PieceCounts`.

@@ -51,7 +51,7 @@ def explained(trainer: L.Trainer) -> Iterator[None]:
         if trainer.world_size > 1 and not isinstance(error, TrainingStoppedError):
             ended = _ended(getattr(launcher, "procs", []), parent, trainer)
             if ended and launcher is not None:  # those that wait for it in vain
-                launcher.kill(signal.SIGKILL)
+                launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows has no SIGKILL
             if ended:
                 raise TrainingStoppedError(
                     f"{ended}, and the others cannot train without it. Go on from the last checkpoint with --resume."
