@@ -164,6 +164,18 @@ def followed(path: Path) -> Path:
         return end
 
 
+def require_text(path: Path, what: str) -> None:
+    """Make sure that a path is text, as torch and SentencePiece want the paths of their files.
+
+    Raises:
+        UserError: some of its bytes are none in UTF-8; `what` begins the message.
+    """
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{what} {path} must have a path in UTF-8: some of its bytes are none. Rename it.") from None
+
+
 def require_writable(path: Path) -> None:
     """Make sure, before work is done for it, that a file can probably be written.
 

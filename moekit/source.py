@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from inspect import Parameter, signature
 from itertools import permutations
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, overload
+from typing import Any, ClassVar, Literal, TypeVar, get_args, overload
 
 from moekit.errors import UserError, nearest
 
@@ -136,11 +136,13 @@ class Source(ABC):
         name: the kind, as `open_source` knows it.
         languages: codes, in an order that does not change from run to run.
         directions: everything that `parallel` serves, both ways where both are asked for.
+        knows_words: whether `word_by_word` says something, which needs none of the text.
     """
 
     name: str
     languages: tuple[str, ...]
     directions: tuple[Direction, ...]
+    knows_words: ClassVar[bool] = False
 
     @abstractmethod
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
@@ -165,6 +167,10 @@ class Source(ABC):
             elif direction.target == language and direction.reverse not in self.directions:
                 seen.update(dict.fromkeys(pair[1] for pair in self.parallel(direction, split)))
         return list(seen)
+
+    def word_by_word(self, language: str, text: str) -> str | None:
+        """English for a text in a language, word by word, where the source knows it; else None."""
+        return None
 
     @classmethod
     def parameters(cls) -> Mapping[str, Parameter]:

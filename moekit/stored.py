@@ -62,6 +62,8 @@ def check_archive(path: Path) -> None:
         OSError: It cannot be read.
     """
     name = ""
+    if not path.is_file():  # a device may have no end
+        raise ValueError("it is no regular file")
     try:
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -19,6 +22,33 @@ _UNSEEN = re.compile(
 def visible(text: str) -> str:
     r"""`text` with the characters that would act on a terminal as escapes, such as ``\x1b``."""
     return _UNSEEN.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
+
+
+class _VisibleFormatter(logging.Formatter):
+    """A formatter of log records that sends them through `visible`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+@contextlib.contextmanager
+def visible_remarks() -> Iterator[None]:
+    """Inside, warnings and log records that nobody handles reach standard error through `visible`."""
+    before, last = warnings.formatwarning, logging.lastResort
+
+    def formatted(*given: Any, **more: Any) -> str:
+        return visible(before(*given, **more))
+
+    warnings.formatwarning = formatted
+    formatter = None if last is None else last.formatter
+    if last is not None:
+        last.setFormatter(_VisibleFormatter())
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+        if last is not None:
+            last.setFormatter(formatter)
 
 
 class Terminal(Console):

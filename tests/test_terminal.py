@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moekit.cli import program
-from moekit.cli.command import say
+from moekit.cli.command import execute, say
 from moekit.cli.recipes import COMMANDS
 from moekit.terminal import Terminal, visible
 
@@ -63,6 +65,25 @@ def test_everything_is_printed_by_it() -> None:
             assert not re.search(r"(?<![\w.])Console\(", text), path
             assert not re.search(r"""["']\[(bold|red|yellow|green|dim)\b""", text), path
         assert "TextColumn(" not in text.replace('TextColumn("{task.description}", markup=False)', ""), path
+
+
+def test_remarks_of_a_command_are_shown_as_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names of files and columns, which warnings and log records hold."""
+    logger = logging.getLogger("moekit.nobody_handles_it")
+    monkeypatch.setattr(logger, "propagate", False)
+
+    def remark() -> None:
+        logger.warning("left out: %s", HOSTILE)
+        sys.stderr.write(warnings.formatwarning(HOSTILE, UserWarning, "file.py", 3))  # as showwarning does
+
+    assert execute(remark) == 0
+    err = capsys.readouterr().err
+    assert err.count(SHOWN) == 2
+    assert not ACTS.search(err), err
+    remark()
+    assert ACTS.search(capsys.readouterr().err), "outside of a command everything is as it was"
 
 
 ABOUT_RUNS = [*program.SURGERY, *program.REPORTS]

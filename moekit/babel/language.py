@@ -54,6 +54,11 @@ class Language:
                     out.append(adposition)
         return " ".join(out)
 
+    def word_by_word(self, text: str) -> str:
+        """English for a text, word by word; what is no word of the language stands in brackets: ``[word?]``."""
+        known = self.forms.glosses
+        return " ".join(known.get(word, f"[{word}?]") if any(map(str.isalpha, word)) else word for word in text.split())
+
     def _plural(self, count: int) -> int:
         return int(count == 1 or (count > 1 and self.grammar.plural_after_numeral))
 

@@ -37,6 +37,7 @@ class Forms:
         article: ``[class][plural]``, empty where there is none.
         case_particle: ``[case]``, empty where there is none.
         relativizer: the word that joins a relative clause to its noun.
+        glosses: English by word, with what its form tells: ``dog.PL``, ``sleep.PAST.NOT``.
     """
 
     noun: list[list[list[list[str]]]] = field(default_factory=list)
@@ -51,6 +52,7 @@ class Forms:
     article: list[list[str]] = field(default_factory=list)
     case_particle: list[str] = field(default_factory=list)
     relativizer: str = ""
+    glosses: dict[str, str] = field(default_factory=dict)
 
 
 class _ClashingAffixes(Exception):  # noqa: N818
@@ -243,6 +245,7 @@ class _Builder:
             stems = self._stems(key, 1 + (rank > 5), closed=closed)
             stem = self._claim(key, lambda s: ((form, "") for form in _leaves(self.adjective_forms(s))), stems)
             forms.adjective.append(self.adjective_forms(stem))
+        forms.glosses = {word: _gloss(*owner.split("/")) for word, owner in self.owner.items()}
         return forms
 
     def _build_nouns(self, forms: Forms) -> None:
@@ -287,6 +290,25 @@ class _Builder:
         # A stem in a relative clause stands bare, and counts as said without tense.
         if timed:
             yield stem, "relative"
+
+
+_PARTICLES = {"that": "that", "plural": "PL", "not": "NOT", "past": "PAST", "future": "FUT", "acc": "ACC", "dat": "to",
+              "gen": "of"}  # fmt: skip
+
+
+def _gloss(kind: str, *told: str) -> str:
+    """English for the owner of a word, as `_Builder._claim` names it."""
+    if kind.startswith("article"):
+        return "the"
+    if kind in _PARTICLES:
+        return _PARTICLES[kind]
+    gloss, *more = told
+    if kind == "noun":
+        return f"{gloss}.PL" if more[0] == "1" else gloss
+    if kind == "verb" and more[0] != "relative":
+        marks = {"0": ".PAST", "2": ".FUT"}.get(more[0], ""), ".NOT" if more[1] == "1" else ""
+        return gloss + "".join(marks)
+    return gloss
 
 
 def _leaves(table: Iterable[Any]) -> Iterator[str]:

@@ -169,6 +169,15 @@ class Babel(Source):
             "directions": given["directions"],
         }
 
+    # -- what is known of its sentences ------------------------------------------------------------------------------
+
+    knows_words = True
+
+    def word_by_word(self, language: str, text: str) -> str | None:
+        """English for a text in a language, word by word; see `Language.word_by_word`."""
+        speaker = self._speakers.get(language)
+        return None if speaker is None else speaker.word_by_word(text)
+
     # -- the Source interface --------------------------------------------------------------------------------------
 
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import re
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, NoReturn
@@ -21,7 +25,7 @@ from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
 from moekit.runs.settings.fields import missed_range
 from moekit.shell import NAME, command_line, program
-from moekit.terminal import Terminal, visible
+from moekit.terminal import Terminal, visible, visible_remarks
 from moekit.training.processes import is_first_process
 
 EXAMPLE = re.compile(rf"(?<=^  ){NAME}\b", re.MULTILINE)
@@ -81,7 +85,8 @@ def execute(command: Callable[[], None]) -> int:
 
     try:
         try:
-            command()
+            with visible_remarks():
+                command()
             if sys.stdout is not None:
                 sys.stdout.flush()
         except BrokenPipeError:
@@ -99,14 +104,42 @@ def execute(command: Callable[[], None]) -> int:
             tell(("stopped: ", "bold red"), visible(str(error)))
         return 1
     except KeyboardInterrupt:
-        tell("interrupted")
+        with _last_words():
+            tell("interrupted")
         return 130
     except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # in training, where Lightning makes 1 of it
+        with _last_words():
+            if not isinstance(end.__context__, KeyboardInterrupt):  # in training, where Lightning makes 1 of it
+                raise
             tell("interrupted")
-            return 130
-        raise
+        return 130
     return 0
+
+
+@contextlib.contextmanager
+def _last_words() -> Iterator[None]:
+    """Inside, and while the interpreter shuts down, no further Ctrl-C breaks in.
+
+    Shutting down takes a second with torch, and a signal then would end the process as if nobody had dealt with it.
+    """
+    former = _hold_off_interrupts()
+    atexit.register(_hold_off_interrupts)
+    try:
+        yield
+    finally:
+        if former is not None:
+            signal.signal(signal.SIGINT, former)
+
+
+def _hold_off_interrupts() -> Any:
+    """Ignore SIGINT from now on; what was done with it before, or None where that is somebody else's business."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    while True:
+        try:
+            return signal.signal(signal.SIGINT, signal.SIG_IGN)
+        except KeyboardInterrupt:  # one that was on its way
+            continue
 
 
 class _Parser(argparse.ArgumentParser):

@@ -16,6 +16,9 @@ from moekit.errors import UserError, nearest
 from moekit.runs.settings.fields import missed_range
 from moekit.runs.yaml_file import read_mapping
 
+NOT_PARSED = (ArgumentError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What the parser raises of values. Some, such as `!!int`, make PyYAML look into tables and empty texts."""
+
 _MAX_SHOWN = 120
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
@@ -41,8 +44,10 @@ def explain(error: str, parser: ArgumentParser, arguments: Sequence[str]) -> str
         value = value if equals else next(rest, "--")
         if value.startswith("--") and not equals:
             return f"--{key} needs a value: {_required(action)}."
-        if key in known and action.dest != "config" and not _fits(parser, key, value):
-            return f"{key} must be {_required(action)}: got {_shown(value)}."
+        key = key.removesuffix("+")
+        if action.dest != "config" and not _fits(parser, key, value):
+            whole, _, part = (key, "", "") if key in known else key.rpartition(".")
+            return f"{whole} must be {_required(action)}: got {part and part + ': '}{_shown(value)}."
     return " ".join(error.split())
 
 
@@ -90,7 +95,7 @@ def _fits(parser: ArgumentParser, key: str, value: Any) -> bool:
         nested = {name: nested}
     try:
         parser.parse_object(nested)
-    except ArgumentError:
+    except NOT_PARSED:
         return False
     return True
 

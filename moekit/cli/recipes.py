@@ -10,11 +10,11 @@ from dataclasses import fields
 from functools import reduce
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from moekit.cli import distill, finetune, fit, generate, plan, run, score, serve, test
 from moekit.cli.command import RecipeCommand, execute, option_value, option_values, overview
-from moekit.cli.mistakes import explain, require_settings
+from moekit.cli.mistakes import NOT_PARSED, explain, require_settings
 from moekit.errors import UserError, nearest
 from moekit.output import lasting_output
 from moekit.runs.config import RunConfig
@@ -42,6 +42,10 @@ _SHORT = {"--devices": "--train.devices", "--nodes": "--train.num_nodes"}
 
 class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """jsonargparse's help with the description's own line breaks."""
+
+    def format_help(self) -> str:
+        """The help, without the backspaces by which jsonargparse joins an option and its value on a terminal."""
+        return super().format_help().replace(" \b", "")
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
@@ -118,7 +122,9 @@ def _parsed(
         require_settings(parser, files)
     try:
         given = parser.parse_args(list(arguments))
-    except (ArgumentError, UnicodeError, RecursionError) as error:
+    except UserError:
+        raise
+    except NOT_PARSED as error:
         raise UserError(explain(str(error), parser, arguments)) from None
     if settings is None:
         for old, new in recipe.renamed.items():

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moekit.atomic import followed, reason, replacing
-from moekit.data.sources.files import decode, unpacked
+from moekit.data.sources.files import decode, read_to_end, unpacked
 from moekit.errors import UserError
 
 STANDARD = "-"
@@ -30,7 +30,7 @@ def read_lines(name: str, option: str = "--input") -> list[str]:
     """
     place = "standard input" if name == STANDARD else f"{option} {name}"
     try:
-        data = _standard_input() if name == STANDARD else unpacked(Path(name).read_bytes(), Path(name))
+        data = _standard_input() if name == STANDARD else unpacked(read_to_end(Path(name)), Path(name))
     except OSError as error:
         raise UserError(f"cannot read {place}: {error.strerror or error}.") from None
     except ValueError as error:

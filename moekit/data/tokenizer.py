@@ -103,6 +103,10 @@ class Tokenizer:
         """Token id of ``<2language>``."""
         return self.first_tag_id + self.language_id(language)
 
+    def piece(self, id: int) -> str:
+        """The piece of the vocabulary with this id, as SentencePiece writes it: U+2581 stands where a word begins."""
+        return str(self._processor.id_to_piece(id))
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any special token."""
         return self._processor.encode(text)

@@ -10,6 +10,7 @@ from moekit.report import wording
 from moekit.report.health import LayerHealth, by_rule, layer_health
 from moekit.report.run_folder import RunFolder
 from moekit.report.style import DIVERGING_LEVELS, diverging_class
+from moekit.report.typical import typical_figure
 from moekit.report.view import Figure, Heat, PageSection, Scale, Table, caption, heading
 
 _SCALE = Scale([f"d{i}" for i in range(DIVERGING_LEVELS)], "\u00bc or less", "4 or more", "(middle: fair share)")
@@ -19,7 +20,7 @@ _NAMED_COLUMNS = 24
 
 
 def experts(run: RunFolder) -> PageSection:
-    """Load of every expert by layer and by language, and the health of each layer."""
+    """Load of every expert by layer and by language, the health of each layer, and what experts like."""
     health = layer_health(run)
     fixed = [x.name for x in health if x.fixed]
     varies = any(x.fixed or x.experts_per_token is not None for x in health)
@@ -54,6 +55,8 @@ def experts(run: RunFolder) -> PageSection:
             figures.append(Figure(*explained, heats=maps, scale=_SCALE, map_width=width, wide=True))
         else:
             notes.append("routing.json has no load by language.")
+    if health and (liked := typical_figure(run)) is not None:
+        figures.append(liked)
     words = {"router": "router", "number": "some"} if varies else {"router": "small router", "number": "one or two"}
     return PageSection(*heading("experts", **words), notes, [[figure] for figure in figures])
 

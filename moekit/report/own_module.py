@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from moekit.report.run_folder import RunFolder, Series
 from moekit.report.view import View
 from moekit.routing import Routing
 from moekit.stepping import in_backward
+from moekit.training.metrics.pieces import PieceCounts, typical_pieces
 from moekit.training.metrics.routing import RoutingStatistics, learns
 
 Step = Mapping[str, Routing] | Sequence[Routing] | Routing
@@ -33,16 +34,24 @@ _SHOWN = {"drop_rate": "Share of assignments dropped", "entropy": "Router entrop
 _LABELLED = 16  # experts: with more, numbers do not fit into the cells
 
 
-def figures(routings: Step | Mapping[int, Step] | RoutingStatistics) -> dict[str, Figure]:
+def figures(
+    routings: Step | Mapping[int, Step] | RoutingStatistics,
+    *,
+    pieces: PieceCounts | None = None,
+    named: Callable[[int], str] = str,
+) -> dict[str, Figure]:
     """Figures of Matplotlib on what routers did: show them in a notebook, or ``figures(...)["load"].savefig(...)``.
 
     Args:
         routings: the `Routing` of one layer; those of several layers, by name or in order; for curves, any of these by
             step; or a `moekit.training.metrics.routing.RoutingStatistics` that has counted.
+        pieces: a `moekit.training.metrics.PieceCounts` that has counted, for "typical".
+        named: gives the text of a piece by its id, as a tokenizer does.
 
     Returns:
         "load": the load of every expert (columns) of every layer (rows) in fair shares, over all steps together.
         "drop_rate" and "entropy": one line a layer over the steps, where layers have them.
+        "typical": the most typical pieces of the vocabulary for every expert, where `pieces` are given.
 
     Raises:
         UserError: if there is no routing, or the layers differ between steps.
@@ -53,13 +62,14 @@ def figures(routings: Step | Mapping[int, Step] | RoutingStatistics) -> dict[str
         >>> sorted(figures({step: moe(torch.randn(32, 8)).routing for step in range(3)}))
         ['drop_rate', 'entropy', 'load']
     """
+    liked = {} if pieces is None else {"typical": _typical(pieces, named)}
     if isinstance(routings, RoutingStatistics):
-        return _drawn(routings, {})
+        return _drawn(routings, {}) | liked
     keyed = isinstance(routings, Mapping) and bool(routings) and all(isinstance(key, int) for key in routings)
-    named = {step: _by_name(given) for step, given in (routings.items() if keyed else [(0, routings)])}  # type: ignore[union-attr]
-    first = next(iter(named.values()), {})
+    steps = {step: _by_name(given) for step, given in (routings.items() if keyed else [(0, routings)])}  # type: ignore[union-attr]
+    first = next(iter(steps.values()), {})
     sizes = {name: routing.num_experts for name, routing in first.items()}
-    for step, found in named.items():
+    for step, found in steps.items():
         if (here := {name: routing.num_experts for name, routing in found.items()}) != sizes or not sizes:
             raise UserError(
                 f"figures needs the routings of the same layers at every step, and at least one: got {here} at step "
@@ -67,12 +77,12 @@ def figures(routings: Step | Mapping[int, Step] | RoutingStatistics) -> dict[str
             )
     device = next(iter(first.values())).token.device
     whole, points = RoutingStatistics(sizes).to(device), _Points()
-    for step, found in named.items():
+    for step, found in steps.items():
         now = RoutingStatistics(sizes).to(device)
         now.update(found)
         whole.update(found)
         points.add(int(step), now)
-    return _drawn(whole, points.series() if keyed else {})
+    return _drawn(whole, points.series() if keyed else {}) | liked
 
 
 def _by_name(given: Any) -> dict[str, Routing]:
@@ -113,6 +123,24 @@ def _drawn(statistics: RoutingStatistics, metrics: Mapping[str, Series]) -> dict
             unit = "percent" if quantity == "drop_rate" else "plain"
             found[quantity] = Curves(lines, description, unit, start_at_zero=True).figure()  # type: ignore[arg-type]
     return found
+
+
+def _typical(pieces: PieceCounts, named: Callable[[int], str]) -> Figure:
+    """A line of text for each expert that likes something."""
+    lines = [
+        (f"{layer}, expert {expert}", "  ".join(f"{named(piece)} \u00d7{lift:.1f}" for piece, _, lift in found[:5]))
+        for layer, counts in pieces.compute().items()
+        for expert, found in enumerate(typical_pieces(counts))
+        if found
+    ]
+    with style.Canvas(0.6 + 0.18 * len(lines)) as canvas:
+        canvas.axes.set_axis_off()
+        canvas.axes.set_title("Typical pieces of the vocabulary", fontsize=9)
+        canvas.axes.set_ylim(len(lines), -1)
+        for row, (expert, liked) in enumerate(lines):
+            canvas.axes.text(0, row, style.drawable(expert), fontsize=7, color=style.COLOURS["ink"], parse_math=False)
+            canvas.axes.text(0.3, row, style.drawable(liked), fontsize=7, color=style.COLOURS["ink"], parse_math=False)
+        return canvas.figure
 
 
 def _load_map(layers: Sequence[Mapping[str, Any]]) -> Figure:

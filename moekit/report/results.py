@@ -15,6 +15,7 @@ from moekit.report.plots import Bars, Curves, Line
 from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
 from moekit.report.run_folder import DirectionScores, RunFolder, Series, dig, loads, names_in, number, sides
 from moekit.report.style import SEQUENTIAL_LEVELS, sequential_class
+from moekit.report.typical import typical_table
 from moekit.report.view import Figure, Heat, PageSection, Scale, Table, Tile, caption, heading
 
 ORIGIN = {"test": "test set", "valid": "last validation"}
@@ -142,7 +143,11 @@ def tables(run: RunFolder) -> list[Table]:
         for t in dict.fromkeys([*losses, *perplexities])
     ]
     tasks = Table(["task", "validation loss", "perplexity"], validated, "Tasks")
-    return [table for table in (*rankings(run), *answer_tables(run), tasks, health_table(run)) if table.rows]
+    return [
+        table
+        for table in (*rankings(run), *answer_tables(run), tasks, health_table(run), typical_table(run))
+        if table.rows
+    ]
 
 
 def rankings(run: RunFolder) -> list[Table]:

@@ -17,6 +17,7 @@ from moekit.report.health import findings, layer_health
 from moekit.report.predictions import TaskScores, main_task, predictions
 from moekit.report.results import answer_tables, costs, known, rankings, routing_words, score_tiles
 from moekit.report.run_folder import RunFolder, dig, number, read_run, sides
+from moekit.report.typical import typical_line
 from moekit.report.view import Table
 from moekit.shell import command_line
 from moekit.terminal import Terminal
@@ -198,6 +199,8 @@ def _routing(run: RunFolder) -> list[Text]:
         best = max(special, key=lambda name: special[name])
         text = f"{fmean(special.values()):.2f} of 1 by language; most in {best} ({special[best]:.2f})"
         lines.append(_labelled("specialised", text))
+    if liked := typical_line(run):
+        lines.append(_labelled("typical", liked))
     return lines
 
 

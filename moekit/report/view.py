@@ -25,12 +25,16 @@ class Tile:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of words, the first of which names the row; how scores in it were computed say `signatures`."""
+    """Rows of words, the first of which names the row; how scores in it were computed say `signatures`.
+
+    The kind is "n" (numbers) or "text".
+    """
 
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
     signatures: Mapping[str, str] = field(default_factory=dict)
+    kind: str = "n"
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from moekit.atomic import write_json
 from moekit.data.held_out import remarks
 from moekit.data.module import MultitaskData
+from moekit.data.tokenizer import Tokenizer
 from moekit.inference.completer import Completer
 from moekit.inference.translator import Translator, search_for
 from moekit.planner.census import parameters
@@ -18,10 +22,12 @@ from moekit.runs.module import make_module
 from moekit.runs.record import (
     TRANSLATIONS,
     DataRecord,
+    ExpertRecord,
     HeldOutRecord,
     RoutingRecord,
     Sample,
     Summary,
+    TypicalPiece,
     write_written,
 )
 from moekit.runs.run import ROUTING, SAMPLES, SUMMARY, Run
@@ -29,6 +35,8 @@ from moekit.runs.speed import speed_of
 from moekit.runs.text import evaluation_data, require_same_text
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.checkpoint_state import load_rest
+from moekit.training.metrics import PieceCounts
+from moekit.training.metrics.pieces import typical_pieces
 from moekit.training.multitask import MultitaskModule
 from moekit.training.quiet import quiet
 
@@ -69,6 +77,8 @@ def evaluate(run: Run, config: RunConfig | None = None) -> bool:
     else:
         module.write = Completer(module.backbone, data.tokenizer, search=search)
     module.originals = data.originals("test")
+    if module.valid_routing is not None:
+        module.pieces = PieceCounts(module.valid_routing.layers, data.tokenizer.vocab_size)
     trainer = config.train.trainer(logger=False, enable_checkpointing=False, callbacks=[TrainingProgress()])
     with quiet():
         valid = next(iter(trainer.validate(module, datamodule=data, verbose=False)), {})  # none where no text is
@@ -133,13 +143,52 @@ def _write(
             remarks=remarks(data, corpus),
         ),
     )
-    routing = None if module.routing is None else RoutingRecord.from_json(module.routing)
-    write_json(run.path / SAMPLES, [Sample.from_json(sample).to_json() for sample in module.samples])
+    routing = None if module.routing is None else _routing(module.routing, module.piece_counts, data)
+    samples = _glossed([Sample.from_json(sample) for sample in module.samples], config)
+    write_json(run.path / SAMPLES, [sample.to_json() for sample in samples])
     if routing is not None:
         write_json(run.path / ROUTING, routing.to_json())
     if module.written:
         write_written(run.path / TRANSLATIONS, module.written)
     write_json(run.path / SUMMARY, summary.to_json())
+
+
+def _routing(found: Mapping[str, Any], counts: Mapping[str, Tensor], data: MultitaskData) -> RoutingRecord:
+    """The record, with the typical pieces of experts where they were counted."""
+    record, tokenizer = RoutingRecord.from_json(found), data.tokenizer
+    layers = [
+        dataclasses.replace(layer, typical=_typical(counts[layer.name], tokenizer)) if layer.name in counts else layer
+        for layer in record.layers
+    ]
+    return dataclasses.replace(record, layers=layers)
+
+
+def _typical(counts: Tensor, tokenizer: Tokenizer) -> list[ExpertRecord]:
+    """Of a layer with counts Int64[V, E]."""
+    found = typical_pieces(counts, first=tokenizer.first_text_id)
+    return [
+        ExpertRecord(
+            expert=expert,
+            pieces=[TypicalPiece(piece=tokenizer.piece(p), count=n, lift=round(lift, 4)) for p, n, lift in pieces],
+        )
+        for expert, pieces in enumerate(found)
+        if pieces
+    ]
+
+
+def _glossed(samples: list[Sample], config: RunConfig) -> list[Sample]:
+    """Samples with English, word by word, where a source knows their languages."""
+    known = config.data.glossary() if samples else None
+    if known is None:
+        return samples
+    found = []
+    for sample in samples:
+        source, hyphen, target = sample.direction.partition("-")
+        places = {"source": source, "reference": target, "hypothesis": target} if hyphen else {}
+        places = places or dict.fromkeys(("source", "reference", "hypothesis"), source)
+        glosses = {f"{name}_gloss": known.word_by_word(code, getattr(sample, name)) for name, code in places.items()}
+        found.append(dataclasses.replace(sample, **glosses))
+    return found
 
 
 def _by_task(values: Mapping[str, float], what: str) -> dict[str, float]:

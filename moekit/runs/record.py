@@ -198,6 +198,35 @@ class Summary(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TypicalPiece(Record):
+    """A piece of the vocabulary that an expert gets more often than its frequency explains.
+
+    Attributes:
+        piece: its text as the tokenizer writes it; U+2581 stands where a word begins.
+        count: its assignments to the expert.
+        lift: how many times as many they are as of independent pieces and experts; see
+            `moekit.training.metrics.PieceCounts`.
+    """
+
+    piece: str
+    count: int
+    lift: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertRecord(Record):
+    """What an expert likes.
+
+    Attributes:
+        expert: its number, from 0.
+        pieces: its most typical pieces, the most typical first.
+    """
+
+    expert: int
+    pieces: Sequence[TypicalPiece] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerRecord(Record):
     """The routing of one sparse layer in validation.
 
@@ -215,6 +244,8 @@ class LayerRecord(Record):
         dead_experts: experts that got next to nothing.
         load_cv: standard deviation of the load over its mean.
         load_max_ratio: largest load over an even share.
+        typical: the most typical pieces of experts, of those that have some; None where nobody counted them, as former
+            versions did not.
     """
 
     name: str
@@ -230,6 +261,7 @@ class LayerRecord(Record):
     dead_experts: int | None = None
     load_cv: float | None = None
     load_max_ratio: float | None = None
+    typical: Sequence[ExpertRecord] | None = field(default=None, metadata={"optional": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +287,7 @@ class Sample(Record):
         source: what was given.
         reference: what is right.
         hypothesis: what the model wrote.
+        source_gloss, reference_gloss, hypothesis_gloss: English for them, word by word; None where nobody knows it.
     """
 
     task: str = TranslationTask.name
@@ -262,6 +295,9 @@ class Sample(Record):
     source: str = ""
     reference: str = ""
     hypothesis: str
+    source_gloss: str | None = field(default=None, metadata={"optional": True})
+    reference_gloss: str | None = field(default=None, metadata={"optional": True})
+    hypothesis_gloss: str | None = field(default=None, metadata={"optional": True})
 
 
 def write_written(path: Path, written: Mapping[str, Mapping[str, Sequence[Written]]]) -> None:

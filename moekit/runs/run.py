@@ -15,7 +15,16 @@ from typing import Any, TypeVar
 import yaml
 from torch import nn
 
-from moekit.atomic import clear_drafts, replacing, replacing_folder, write_error, write_json, write_text, writing
+from moekit.atomic import (
+    clear_drafts,
+    replacing,
+    replacing_folder,
+    require_text,
+    write_error,
+    write_json,
+    write_text,
+    writing,
+)
 from moekit.data.cache import CorruptCacheError
 from moekit.data.held_out import HeldOut
 from moekit.data.tokenizer import Tokenizer
@@ -168,6 +177,7 @@ class Run:
         """
         if resume and overwrite:
             raise UserError("--resume and --overwrite exclude each other: give one of them.")
+        require_text(self.path, "the run folder")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"the run folder {self.path} must be a folder: it is a file. Choose another --out.")
         content = sorted({*os.listdir(self.path)} - {*LOCK_FILES}) if self.path.is_dir() else []

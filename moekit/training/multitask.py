@@ -20,7 +20,7 @@ from moekit.parallel.gradients import global_weights
 from moekit.tasks.head import Head, HeadOutput
 from moekit.tasks.score import AnswerScore
 from moekit.training.agreement import agree
-from moekit.training.metrics import LabelCounts, RoutingStatistics, TokenPerplexity
+from moekit.training.metrics import LabelCounts, PieceCounts, RoutingStatistics, TokenPerplexity
 from moekit.training.metrics.routing import learns
 from moekit.training.optimizers import fused_adamw
 from moekit.training.schedules import per_step
@@ -121,6 +121,9 @@ class MultitaskModule(LoadedFromFile):
         self.samples: list[dict[str, str]] = []
         self.routing: dict[str, Any] | None = None
         self.routing_summary: dict[str, Any] | None = None
+        # Counted in validations that are not of training, where somebody wants it: the tables are large.
+        self.pieces: PieceCounts | None = None
+        self.piece_counts: dict[str, Tensor] = {}
         self.scores: dict[str, Any] | None = None
         self.tested: dict[str, dict[str, Any]] = {}
         self.translate: Translate | None = None
@@ -227,12 +230,30 @@ class MultitaskModule(LoadedFromFile):
             if routings:
                 metric.update(routings, language if self.languages else None)
 
+    def _count_pieces(self, out: HeadOutput, batch: Batch) -> None:
+        """Count which expert got which piece: of the encoder's layers the source's, of the decoder's the target's.
+
+        Where a task gives its layers other tokens than those of the batch, they count as those they stand for.
+        """
+        if self.pieces is None or self._fitting:
+            return
+        sides = {"encoder": batch.source, "decoder": None if batch.target is None else batch.target[:, :-1]}
+        for side, tokens in sides.items():
+            routings = {
+                name: routing
+                for name, routing in out.routings.items()
+                if name.startswith(side) and tokens is not None and tokens.numel() == routing.num_tokens
+            }
+            if tokens is not None and routings:
+                self.pieces.update(routings, tokens)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one batch of one task to the sums."""
         out = self(batch)
         self.valid_perplexity.update(batch.task, out.nll, out.num_predictions)
         self.valid_accuracy[batch.task].update(out.correct / out.num_predictions.clamp_min(1), out.num_predictions)
         self._count(self.valid_routing, out, batch)
+        self._count_pieces(out, batch)
         self._count_labels(out, batch)
         if batch.task in self.valid_scores and self._scores_this_validation:
             numbers = [] if batch.index is None else batch.index.tolist()  # host read: which sentences they are
@@ -276,6 +297,9 @@ class MultitaskModule(LoadedFromFile):
             self.routing = self.valid_routing.compute()
             self.routing_summary = self.valid_routing.summary()
             self.valid_routing.reset()
+        if self.pieces is not None and self.pieces.update_called:
+            self.piece_counts = self.pieces.compute()
+            self.pieces.reset()
         if self._scores_this_validation:
             for metric in cast(Iterable[AnswerScore], self.valid_scores.values()):
                 logs |= {f"valid/{name}": value for name, value in metric.log_values().items()}

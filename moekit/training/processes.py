@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed import DistNetworkError
 
 from moekit.errors import TrainingStoppedError, UserError
+
+_SECONDS_TO_TELL = 20.0
 
 
 def is_first_process() -> bool:
@@ -45,11 +50,29 @@ def explained(trainer: L.Trainer) -> Iterator[None]:
             ) from error
         if trainer.world_size > 1 and not isinstance(error, TrainingStoppedError):
             ended = _ended(getattr(launcher, "procs", []), parent, trainer)
+            if ended and launcher is not None:  # those that wait for it in vain
+                launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows has no SIGKILL
             if ended:
                 raise TrainingStoppedError(
                     f"{ended}, and the others cannot train without it. Go on from the last checkpoint with --resume."
                 ) from error
         raise
+
+
+def let_survivors_tell() -> None:
+    """Have Lightning wait before it kills this process because one that it started has ended.
+
+    Lightning looks every five seconds, and kills all others of the node with SIGKILL. This process may be about to say
+    which one has ended; what waits where it will never be told still ends.
+    """
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver):
+            thread._terminate_all = functools.partial(_later, thread._terminate_all)  # type: ignore[method-assign]
+
+
+def _later(terminate: Callable[[], None]) -> None:
+    time.sleep(_SECONDS_TO_TELL)
+    terminate()
 
 
 def _ended(children: list[Any], parent: int, trainer: L.Trainer) -> str:

@@ -52,6 +52,47 @@ def test_no_two_words_of_a_language_are_written_alike(number):
                 assert owner.setdefault(word, what) == what, f"{code}: {word} is {what} and {owner[word]}"
 
 
+@pytest.mark.parametrize("complexity", ["plain", "rich"])
+def test_a_gloss_has_the_words_of_the_meaning(complexity):
+    corpus = Babel(BabelSettings(languages=12, complexity=complexity, train_sentences=60))
+    known, sampler = corpus.concepts, MeaningSampler(corpus.concepts, complexity=complexity, seed=0)
+    for meaning in sampler.draw(np.random.default_rng(1), 60).tolist():
+        said = Meaning.read(meaning, known)
+        for code in corpus.languages:
+            sentence = corpus.language(code).say(meaning)
+            gloss = corpus.word_by_word(code, sentence)
+            words = [word.split(".")[0] for word in gloss.split()]
+            assert len(words) == len(sentence.split())
+            assert "?" not in gloss
+            assert known.verbs[meaning[m.VERB] - 1].gloss in words, (said, gloss)
+            assert known.nouns[meaning[m.SUBJECT] - 1].gloss in words, (said, gloss)
+            if meaning[m.ADVERB]:
+                assert ADVERBS[meaning[m.ADVERB] - 1][0] in words, (said, gloss)
+
+
+def test_a_gloss_tells_number_tense_and_negation_where_the_word_does():
+    corpus = Babel(BabelSettings(languages=4))
+    for code in corpus.languages:
+        language = corpus.language(code)
+        glosses = set(language.forms.glosses.values())
+        grammar = language.grammar
+        if grammar.number in ("prefix", "suffix", "reduplication") or grammar.noun_classes > 1:
+            assert {"dog", "dog.PL"} <= glosses, code
+        if grammar.tense in ("prefix", "suffix"):
+            assert {"sleep.PAST", "sleep", "sleep.FUT"} <= glosses, code
+        else:
+            assert {"PAST", "FUT", "sleep"} <= glosses, code
+    assert corpus.word_by_word(corpus.languages[0], "") == ""
+
+
+def test_what_is_no_word_is_shown_as_such():
+    corpus = Babel(BabelSettings(languages=2))
+    code = corpus.languages[0]
+    word = next(word for word, gloss in corpus.language(code).forms.glosses.items() if gloss == "dog")
+    assert corpus.word_by_word(code, f"{word} xyzzy ___ <unk> .") == "dog [xyzzy?] ___ [<unk>?] ."
+    assert corpus.word_by_word("none", word) is None
+
+
 def _leaves(table) -> list[str]:
     return [table] if isinstance(table, str) else [leaf for part in table for leaf in _leaves(part)]
 

@@ -140,6 +140,8 @@ def test_headings_and_keys_that_are_named(tmp_path):
         (Tsv, "en\tzh-CN\tzh_CN\na\tb\tc\n", "line 1: .* got zh-CN and zh_CN, which"),
         (JsonLines, '{"translation": {"en": "a\\ud800", "de": "b"}}', r"line 1: text must be whole.* \\ud800"),
         (Examples, '{"input": "a\\ud800", "target": "b"}', r"line 1: text must be whole.* \\ud800"),
+        (JsonLines, '{"translation": {"en": "a\\u0000b", "de": "b"}}', "line 1: text must be without NUL"),
+        (Examples, '{"input": "a", "target": "\\\\\\u0000"}', "line 1: text must be without NUL"),
         (JsonLines, '{"a": ' * 10**6, "line 1: .*nested too deeply"),
         (Examples, "[" * 10**6, "line 1: .*nested too deeply"),
         (JsonLines, '{"n": ' + "9" * 5000 + "}", "line 1: .*must be JSON: .*digits"),
@@ -156,6 +158,11 @@ def test_lines_that_cannot_be_meant(tmp_path, kind, content, message):
 def test_whole_surrogate_pairs_are_characters(tmp_path):
     write(tmp_path, {"train.jsonl": '{"translation": {"en": "\\ud83d\\ude00 a", "de": "\\\\ud800"}}'})
     assert list(JsonLines(tmp_path).parallel(EN_DE, "train")) == [("\U0001f600 a", "\\ud800")]
+
+
+def test_a_backslash_before_u0000_is_a_backslash(tmp_path):
+    write(tmp_path, {"train.jsonl": '{"translation": {"en": "\\\\u0000 a", "de": "b"}}'})
+    assert list(JsonLines(tmp_path).parallel(EN_DE, "train")) == [("\\u0000 a", "b")]
 
 
 @pytest.mark.parametrize(

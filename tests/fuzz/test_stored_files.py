@@ -23,6 +23,17 @@ SEEDS = {
     "configuration of a run": 600,
     "metrics of a run": 300,
     "records of a run": 1400,
+    "moses": 1400,
+    "text": 800,
+    "tsv": 1500,
+    "jsonl": 1500,
+    "examples": 1100,
+    "catalogs": 800,
+    "catalog": 800,
+    "lines of an input": 600,
+    "moses, .gz": 500,
+    "moses, .xz": 500,
+    "moses, .bz2": 500,
 }
 FEW = 40
 

@@ -54,7 +54,10 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         rows = [{name: value for name, value in row.items() if not CLOCK.search(name)} for row in csv.DictReader(file)]
-    samples = data("samples.json") or []
+    samples = [
+        {name: text for name, text in sample.items() if not name.endswith("_gloss")}  # younger than the records
+        for sample in data("samples.json") or []
+    ]
     whole = json.dumps(samples, sort_keys=True, ensure_ascii=False)
     return {
         "config": yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
@@ -106,7 +109,10 @@ def _as_now(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _without_later(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A record without what summaries have said only since the first records were made."""
+    """A record without what summaries and routing have said only since the first records were made."""
+    if isinstance(routing := found.get("routing"), Mapping):
+        layers = [{k: v for k, v in layer.items() if k != "typical"} for layer in routing["layers"]]
+        found = {**found, "routing": {**routing, "layers": layers}}
     summary = found.get("summary")
     if not isinstance(summary, Mapping):
         return found

@@ -41,6 +41,11 @@ def run(*arguments: str) -> int:
         (["--data.path", "--overwrite"], ["--data.path needs a value: text"]),
         (["--data.num_workers", "few"], ["data.num_workers must be a whole number or auto: got 'few'"]),
         (["--data.babel_sizes.kmb", "few"], ["data.babel_sizes", "few"]),
+        (["--tasks.denoising.weight=!!int"], ["tasks.denoising.weight must be a number: got '!!int'"]),
+        (["--train.max_steps", "!!bool x"], ["train.max_steps must be a whole number: got '!!bool x'"]),
+        (["--data.cache", "!!timestamp x"], ["data.cache must be text: got '!!timestamp x'"]),
+        (["--data.babel_sizes.kmb=!!int"], ["data.babel_sizes must be a mapping", "got kmb: '!!int'"]),
+        (["--out", "runs/\udc80"], [r"the run folder runs/\udc80 must have a path in UTF-8"]),
         (["--recipe", "switch"], ["recipe must be zcode_m3: got 'switch'"]),
     ],
 )
@@ -142,6 +147,7 @@ def test_help_speaks_to_a_newcomer(capsys: pytest.CaptureFixture[str]) -> None:
         "--train.max_minutes",
     ):
         assert name in text
+    assert "\b" not in text
 
 
 @pytest.mark.parametrize("variant", zcode_m3.RECIPE.variants)

@@ -6,11 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+
+from moekit.training import processes
 
 SMALL = [
     "--model.dim=16", "--model.heads=2", "--model.hidden_dim=32", "--model.num_experts=2", "--data.babel_sentences=60",
@@ -77,6 +81,51 @@ def test_nohup_and_two_ctrl_c(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert errors.endswith("interrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [2, 1], ids=["at once", "after the step"])
+def test_ctrl_c_again_and_again(signals: int, tmp_path: Path) -> None:
+    """However often, also while the interpreter shuts down: the process ends once, with the code of the first."""
+    more = ["--tasks.span_corruption.tokens=100000"] if signals == 2 else []
+    process = start(tmp_path, 1_000_000, *more, stderr=subprocess.PIPE)
+    wait_for_steps(process, tmp_path)
+    assert process.stderr is not None
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.extend(process.stderr))  # type: ignore[arg-type]
+    reader.start()
+    for _ in range(signals):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    while not any("interrupted" in line or "Stopped by SIGINT" in line for line in said):
+        assert process.poll() is None, said
+        time.sleep(0.001)
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.002)
+    reader.join()
+    process.stderr.close()
+    assert process.returncode == 130, said
+    assert "Traceback" not in "".join(said), said
+
+
+def test_lightning_waits_until_survivors_have_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would kill this process within five seconds, in the middle of what it says."""
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda process, number: killed.append(process))
+    monkeypatch.setattr(processes, "_SECONDS_TO_TELL", 0.5)
+    child = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    child.wait()
+    observer = _ChildProcessObserver(main_pid=1234, child_processes=[child], sleep_period=0)
+    release = threading.Event()
+    monkeypatch.setattr(observer, "_run", lambda: release.wait(60) and _ChildProcessObserver._run(observer))
+    observer.start()
+    processes.let_survivors_tell()
+    release.set()
+    time.sleep(0.2)
+    assert not killed
+    observer.join(timeout=60)
+    assert killed == [1234]
 
 
 @pytest.mark.slow

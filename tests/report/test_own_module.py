@@ -17,7 +17,7 @@ import moekit as mk
 from moekit.errors import UserError
 from moekit.report import RoutingReport, figures
 from moekit.testing import JoinedProcesses, run_distributed
-from moekit.training.metrics import RoutingStatistics
+from moekit.training.metrics import PieceCounts, RoutingStatistics
 
 D, E = 8, 4
 
@@ -153,3 +153,17 @@ def test_figures_of_routings_and_of_statistics() -> None:
 def test_what_is_no_routing_is_refused(given: Any) -> None:
     with pytest.raises(UserError, match="figures needs"):
         figures(given)
+
+
+def test_figures_show_what_experts_like() -> None:
+    own, tokens = Own(capacity=8.0), torch.arange(40) % 4
+    routing = own.moe(torch.eye(4, D).repeat(10, 1)).routing
+    counts = PieceCounts({"layer 0": 2}, vocab_size=4)
+    counts.update({"layer 0": routing}, tokens)
+    assert "typical" not in figures(routing)
+    counts.counts_0.copy_(torch.tensor([[9, 1], [9, 1], [0, 20], [1, 1]]))
+    figure = figures(routing, pieces=counts, named="ab$\x07".__getitem__)["typical"]
+    assert [text.get_text() for text in figure.axes[0].texts] == [
+        "layer 0, expert 0", "a \u00d72.0  b \u00d72.0", "layer 0, expert 1", "$ \u00d71.8",
+    ]  # fmt: skip
+    figure.canvas.draw()

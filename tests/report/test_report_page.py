@@ -238,6 +238,19 @@ def hostile_run(folder: Path, text: str) -> Path:
     return folder
 
 
+def test_glosses_stand_below_their_texts_where_they_are_known(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "<i>gloss</i>" not in write_report(run).read_text()
+    said = {"source_gloss": "dog.PL sleep <b>", "reference_gloss": "the dog", "hypothesis_gloss": "[xyz?] dog"}
+    samples = json.loads((run / "samples.json").read_text())
+    glossed = [{**samples[0], **said}, *samples[1:], {**samples[1], "source_gloss": 3}]
+    (run / "samples.json").write_text(json.dumps(glossed))
+    page = write_report(run).read_text()
+    Page(page)
+    shown = re.findall(r'<small class="gloss"[^>]*><i>gloss</i> (.*?)</small></dd>', page)
+    assert shown == ["dog.PL sleep &lt;b&gt;", "the dog", "[xyz?] dog"]
+
+
 def test_texts_are_escaped_everywhere(tmp_path: Path) -> None:
     page = report(hostile_run(tmp_path, NASTY))
     assert not page.all("script")

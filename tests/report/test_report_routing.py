@@ -85,3 +85,31 @@ def test_experts_per_token_of_the_summary_and_over_time(tmp_path: Path) -> None:
     html = write_report(run).read_text()
     assert "decoder.3 8 2.50" in words(html)
     assert 'aria-label="Experts per token over steps' in html
+
+
+def test_what_experts_like_is_shown_where_it_was_counted(tmp_path: Path) -> None:
+    run = make_text_run(tmp_path / "run", steps=3)
+    assert "What experts like" not in write_report(run).read_text()
+    assert "typical" not in screen(run)
+
+    pieces = [{"piece": "\u2581<b>", "count": 9, "lift": 3.21}, {"piece": "x", "count": 7, "lift": 1.5}]
+    liked = [{"expert": 2, "pieces": pieces}, {"expert": "none"}, {"expert": 0, "pieces": []}]
+    layers = json.loads((run / "routing.json").read_text())["layers"]
+    edit(run, "routing.json", layers=[{**layer, "typical": liked} for layer in layers])
+    name = max(layer["name"] for layer in layers)
+    page = write_report(run).read_text()
+    assert "\u2581&lt;b&gt; \u00d73.2 x \u00d71.5" in " ".join(page.split())
+    assert f"{name}, expert 2" in page
+    assert f"{name}, expert 2 |" in results_markdown(run)
+    assert f"typical {name}/2 \u2581<b>" in " ".join(screen(run).split())
+
+
+def test_of_many_experts_the_keenest_are_shown(tmp_path: Path) -> None:
+    run = make_text_run(tmp_path / "run", steps=3)
+
+    liked = [{"expert": n, "pieces": [{"piece": f"p{n}", "count": 9, "lift": 2 + n / 100}]} for n in range(100)]
+    layers = json.loads((run / "routing.json").read_text())["layers"][:2]
+    edit(run, "routing.json", layers=[{**layer, "typical": liked} for layer in layers])
+    page = write_report(run).read_text()
+    assert "Shown are 64 of 200 experts." in page
+    assert [f", expert {n}<" in page for n in (67, 68, 99)] == [False, True, True]

@@ -153,6 +153,15 @@ class Strike(Callback):
                 self.send(trainer, "save", self.step)
 
             torch.save = torn
+        if (self.where, self.step) == ("saved", trainer.global_step):
+            save = trainer.save_checkpoint
+
+            def saved(path: Any, *given: Any, **more: Any) -> None:
+                save(path, *given, **more)
+                if Path(path).name == "last.ckpt":
+                    self.send(trainer, "saved", self.step)
+
+            trainer.save_checkpoint = saved  # type: ignore[method-assign]
 
 
 def main(folder: Path, loader: str, resume: bool, strike: Strike | None) -> None:

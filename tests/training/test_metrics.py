@@ -20,7 +20,14 @@ from moekit.errors import UserError
 from moekit.routing import Routing
 from moekit.runs.settings import EvaluateConfig
 from moekit.tasks.bleu import bleu, tokenizer_of
-from moekit.training.metrics import LabelCounts, RoutingStatistics, TokenPerplexity, TranslationScore
+from moekit.training.metrics import (
+    LabelCounts,
+    PieceCounts,
+    RoutingStatistics,
+    TokenPerplexity,
+    TranslationScore,
+    pieces,
+)
 
 TEXT = "the a small old house dog sees eats runs under over river , . ! Straße über été 2,5 (no)"
 WORDS = TEXT.split()
@@ -54,6 +61,45 @@ def routing(experts: list[list[int]], num_experts: int, **kwargs: Any) -> Routin
         num_experts=num_experts,
         **kwargs,
     )
+
+
+def test_pieces_are_counted_by_expert_as_by_hand() -> None:
+    """Dropped assignments count, padding does not, and a token with two experts counts for both."""
+    rng = random.Random(5)
+    counts, by_hand = PieceCounts({"a": 3, "b": 2}, vocab_size=7), [[[0] * 3 for _ in range(7)], [[0] * 2] * 7]
+    for _ in range(4):
+        tokens = torch.tensor([[rng.randrange(7) for _ in range(5)] for _ in range(2)])
+        chosen = [rng.sample(range(3), 2) for _ in range(10)]
+        counts.update({"a": routing(chosen, 3, padding=[0, 1], dropped=[7, 8])}, tokens)
+        for place, (token, experts) in enumerate(zip(tokens.flatten().tolist(), chosen, strict=True)):
+            for expert in experts if place else []:
+                by_hand[0][token][expert] += 1
+    found = counts.compute()
+    assert found["a"].tolist() == by_hand[0]
+    assert found["b"].tolist() == by_hand[1]
+    total = sum(map(sum, by_hand[0]))
+    for expert, liked in enumerate(pieces.typical_pieces(found["a"], number=3, least=4, first=1)):
+        lifts = {}
+        for piece in range(1, 7):
+            together, of_expert = by_hand[0][piece][expert], sum(row[expert] for row in by_hand[0])
+            lift = together * total / (sum(by_hand[0][piece]) * of_expert)
+            if together >= 4 and lift > 1:
+                lifts[piece] = (together, pytest.approx(lift))
+        best = sorted(lifts, key=lambda p: (-round(lifts[p][1].expected, 6), -lifts[p][0], p))[:3]
+        assert liked == [(piece, *lifts[piece]) for piece in best]
+    with pytest.raises(ValueError, match="tokens must be those of the routing: got 3 and 10"):
+        counts.update({"a": routing(chosen, 3)}, torch.tensor([1, 2, 3]))
+
+
+def test_tables_of_pieces_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "MAX_CELLS", 20)
+    counts = PieceCounts({"a": 4}, vocab_size=100)
+    counts.update({"a": routing([[0], [1], [1]], 4)}, torch.tensor([2, 4, 99]))
+    assert counts.compute()["a"].tolist() == [[0] * 4, [0] * 4, [1, 0, 0, 0], [0] * 4, [0, 1, 0, 0]]
+
+
+def test_experts_of_nothing_like_nothing() -> None:
+    assert pieces.typical_pieces(torch.zeros(5, 2, dtype=torch.int64)) == [[], []]
 
 
 def test_translation_score_equals_sacrebleu_on_the_whole_corpus() -> None:

@@ -110,6 +110,8 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_resume(
         ("epochs", Strike("KILL", 15, "validation")),
         ("epochs", Strike("KILL", 1, "first batch")),  # before any checkpoint
         ("endless", Strike("KILL", 13, "first batch")),
+        ("epochs", Strike("KILL", 8, "saved")),  # before the values of the checkpoint's own step are logged
+        ("epochs", Strike("KILL", 10, "saved")),
     ],
     ids=str,
 )

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import errno
 import gzip
 import importlib
 import json
 import lzma
+import os
+import re
+import stat
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +55,8 @@ _UNPACK: Mapping[str, Callable[[bytes], bytes]] = {
     ".bz2": bz2.decompress,
     ".zst": _zstd,
 }
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+"""The escape of a NUL in JSON: a backslash that is none of a pair, and u0000."""
 _PROGRAMS = {".gz": "gzip", ".xz": "xz", ".bz2": "bzip2", ".zst": "zstd"}
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -87,13 +93,27 @@ def read_bytes(path: Path) -> bytes:
         UserError: if the file is missing, unreadable, empty, or a broken archive; if nothing here decompresses it.
     """
     try:
-        packed = path.read_bytes()
+        packed = read_to_end(path)
     except OSError as error:
         raise UserError(f"{path}: the file must be readable: {error.strerror or error}.") from error
     data = unpacked(packed, path)
     if not data:
         raise _empty(path)
     return data
+
+
+def read_to_end(path: Path) -> bytes:
+    """The bytes of a file or a pipe.
+
+    Raises:
+        OSError: it cannot be read, or is a device such as /dev/zero, which has no end.
+    """
+    found = path.stat()
+    if stat.S_ISCHR(found.st_mode) and found.st_rdev != os.stat(os.devnull).st_rdev:
+        with path.open("rb") as file:
+            if not file.isatty():
+                raise OSError(errno.EINVAL, "It is a device without an end")
+    return path.read_bytes()
 
 
 def unpacked(data: bytes, path: Path) -> bytes:
@@ -176,12 +196,15 @@ def read_json(line: str, where: str) -> Any:
 
     Raises:
         UserError: it is no JSON, is nested too deeply or holds a number too long to read; half a character (a lone
-            surrogate, as of a text cut between two escapes) stands in it. `where` begins the message.
+            surrogate, as of a text cut between two escapes) or a NUL stands in it. `where` begins the message.
     """
     try:
         found = parse_json(line)
         if "\\u" in line:
-            json.dumps(found, ensure_ascii=False).encode()
+            plain = json.dumps(found, ensure_ascii=False)
+            plain.encode()
+            if _NUL.search(plain):
+                raise UserError(f"{where}: text must be without NUL characters: got one. Remove it.")
     except json.JSONDecodeError as error:
         raise UserError(f"{where}, column {error.colno}: the line must be JSON: {error.msg}. Mend the line.") from error
     except UnicodeEncodeError as error:
@@ -189,6 +212,8 @@ def read_json(line: str, where: str) -> Any:
         raise UserError(
             f"{where}: text must be whole characters: got half a surrogate pair, {half}. Mend it."
         ) from error
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{where}: the line must be JSON: {error}. Mend the line.") from error
     return found

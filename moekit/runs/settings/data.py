@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,6 +170,13 @@ class DataConfig:
         found = opened[0] if len(opened) == 1 else Union(opened)
         LanguageNames(self.languages).check(found)
         return found
+
+    def glossary(self) -> Source | None:
+        """The first of the sources that can say its sentences in English, with nothing read; None if none can."""
+        kinds = [kind for kind in self.sources if source_class(kind).knows_words]
+        if not kinds:
+            return None
+        return replace(self, source=kinds[0], path=None, directions=None, languages=None, columns=None).open()
 
     def missing_paths(self) -> list[str]:
         """Those of the paths where nothing is."""

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from moekit.atomic import flush, replacing, write_error, write_json
+from moekit.atomic import flush, replacing, require_text, write_error, write_json
 from moekit.errors import UserError
 from moekit.lock import held
 from moekit.parallel.checkpoint import Checkpointer
@@ -74,6 +74,7 @@ def write_run(result: Result, out: str | Path, *, restart: bool = False, overwri
 
 def require_free(place: Path, *, overwrite: bool) -> None:
     """Raise UserError if `place` cannot become a run folder: before anything is computed."""
+    require_text(place, "the run folder")
     if place.exists() and not place.is_dir():
         raise UserError(f"the run folder {place} must be a folder: it is a file. Choose another --out.")
     if not place.is_dir() or not any(place.iterdir()):

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -100,6 +101,7 @@ class Resumable(Checkpoint):
         if (stop or due) and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
             self._put_off = True  # saved now, a resumed run would leave this validation out
         elif stop or due:
+            _log_this_step(trainer)
             self._save_and_perhaps_stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -166,3 +168,19 @@ class Resumable(Checkpoint):
             logger.save()  # what the checkpoint's step has logged must not be behind it
         trainer.save_checkpoint(self.path)
         self._saved_step, self._saved_time = trainer.global_step, self._clock()
+
+
+def _log_this_step(trainer: L.Trainer) -> None:
+    """Put the values of this optimizer step into metrics.csv, which Lightning does after `on_train_batch_end`.
+
+    A run that is killed in between goes on behind this step, whose row nobody would write. Lightning's values, the same
+    ones, then fill the same row.
+    """
+    connector = trainer._logger_connector
+    if not connector.should_update_logs:
+        return
+    values = convert_tensors_to_scalars(connector.metrics["log"])  # host read: once for a checkpoint
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    for logger in trainer.loggers:
+        if isinstance(logger, CsvLogger) and values:
+            logger.log_metrics({"epoch": trainer.current_epoch, **values}, step)

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from moekit.errors import UserError
 from moekit.training.agreement import everybody
+from moekit.training.processes import let_survivors_tell
 
 
 class SameOnRanks(Callback):
@@ -29,6 +30,7 @@ class SameOnRanks(Callback):
         """Raise UserError on all processes if facts differ."""
         if trainer.world_size == 1 or stage != "fit":
             return
+        let_survivors_tell()
         first, *others = everybody(trainer, self.facts)
         lines = [
             f"\n  {name}: {first.get(name)!r} on rank 0, {facts.get(name)!r} on rank {rank}"

@@ -3,6 +3,7 @@
 from moekit.tasks.translation import TranslationScore
 from moekit.training.metrics.labels import LabelCounts
 from moekit.training.metrics.perplexity import TokenPerplexity
+from moekit.training.metrics.pieces import PieceCounts
 from moekit.training.metrics.routing import RoutingStatistics
 
-__all__ = ["LabelCounts", "RoutingStatistics", "TokenPerplexity", "TranslationScore"]
+__all__ = ["LabelCounts", "PieceCounts", "RoutingStatistics", "TokenPerplexity", "TranslationScore"]
