@@ -56,9 +56,7 @@ class Ours(nn.Module):
     def __init__(self, dim: int, hidden: int, experts: int, k: int, factor: float | None, how: Dispatcher | None):
         super().__init__()
         evaluation = None if factor is None else float(experts)  # room for all
-        router = (switch if k == 1 else gshard)(
-            dim, experts, capacity_factor=factor, eval_capacity_factor=evaluation
-        )
+        router = (switch if k == 1 else gshard)(dim, experts, capacity_factor=factor, eval_capacity_factor=evaluation)
         self.layer = MoELayer(router, GroupedMLP(experts, dim, hidden), how)
         self.losses = AuxLosses(load_balance=1e-2)
 

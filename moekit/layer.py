@@ -51,8 +51,8 @@ class MoELayer(Component):
     Args:
         router: chooses experts.
         experts: computes them; must have as many as the router chooses from.
-        dispatcher: None = padded where the routing has a capacity, packed where it is dropless, and where padding would
-            make more than `MOST_SLOTS` slots for each assignment and more than `FEW_SLOTS` in all (as a capacity factor
+        dispatcher: None = padded where the routing has a capacity, packed where it is dropless, on a CPU, which need not
+            wait for the number of rows and would multiply empty slots, and where padding would make more than `MOST_SLOTS` slots for each assignment and more than `FEW_SLOTS` in all (as a capacity factor
             that amounts to no limit does).
             Experts that are spread over processes keep their slots, so that all ranks do the same.
         shared: an optional branch that every token takes: DeepSeek's shared experts (several are one wider
@@ -162,17 +162,21 @@ class MoELayer(Component):
             routing = self.output_masking(routing)
         dispatcher = self.dispatcher
         if dispatcher is None:
-            dispatcher = self._packed if routing.capacity is None or self._mostly_empty(routing) else self._padded
+            dispatcher = self._packed if self._packs(x, routing) else self._padded
         sent = dispatcher.dispatch(x, routing)
         computed = self.experts(sent.rows, sent.counts)
         return dispatcher.combine(computed, routing, sent.handle), routing
 
-    def _mostly_empty(self, routing: Routing) -> bool:
-        """Whether slots would be empty but for a few, whatever the router did."""
-        slots = routing.num_experts * (routing.capacity or 0)
-        compiled = torch.compiler.is_compiling()  # sizes may be symbols there
-        most = max(FEW_SLOTS, MOST_SLOTS * routing.token.numel())
-        return not compiled and self._packed.exchange is None and slots > most
+    def _packs(self, x: Tensor, routing: Routing) -> bool:
+        """Whether rows are packed where nobody said which dispatcher to take."""
+        if routing.capacity is None:
+            return True
+        if torch.compiler.is_compiling() or self._packed.exchange is not None:  # sizes may be symbols there
+            return False
+        if x.device.type == "cpu" and type(x) is Tensor:  # counting costs nothing there, empty slots do
+            return True
+        slots = routing.num_experts * routing.capacity
+        return slots > max(FEW_SLOTS, MOST_SLOTS * routing.token.numel())
 
     def _dense(self, phase: DensePretraining, x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Routing]:
         routing = phase.routing(self.router, x, context)

@@ -238,6 +238,8 @@ class TopKRouter(ScoredRouter):
         logits = self.logits(x, context)
         if self.residual is not None:
             logits = logits + self.residual(context)
+        # Once for loss and statistics. What a residual adds to padding may be NaN, which the loss clears for itself.
+        logsumexp = logits.logsumexp(-1) if self.residual is None else None
         probs = logits.softmax(-1)
         likely = probs.detach()
         ranked = likely if exploration is None else exploration.rank(likely)
@@ -273,10 +275,10 @@ class TopKRouter(ScoredRouter):
             surviving = weight * queue.kept
             weight = surviving / surviving.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         if self.balance.when == "after_drop":
-            losses = self._losses(logits, probs, expert, queue.kept, context)
+            losses = self._losses(logits, logsumexp, probs, expert, queue.kept, context)
         else:
-            losses = self._losses(logits, probs, tried, requested, context)
-        statistics = score_statistics(logits, probs, context.mask)
+            losses = self._losses(logits, logsumexp, probs, tried, requested, context)
+        statistics = score_statistics(logits, probs, context.mask, logsumexp)
         routing = token_choices(expert, weight, queue, self.num_experts, losses, statistics)
         return routing if self.residual is None else dataclasses.replace(routing, logits=logits)
 
@@ -286,7 +288,13 @@ class TopKRouter(ScoredRouter):
         return weight / weight.sum(-1, keepdim=True) if self.renormalise == "before_drop" else weight
 
     def _losses(
-        self, logits: Tensor, probs: Tensor, expert: Tensor, counted: Tensor, context: RoutingContext
+        self,
+        logits: Tensor,
+        logsumexp: Tensor | None,
+        probs: Tensor,
+        expert: Tensor,
+        counted: Tensor,
+        context: RoutingContext,
     ) -> dict[str, Tensor]:
         balance = self.balance.loss(
             probs,
@@ -297,4 +305,4 @@ class TopKRouter(ScoredRouter):
             training=self.training,
             group_size=getattr(self.capacity, "group_size", None),
         )
-        return {"load_balance": balance, "router_z": router_z(logits, context.mask)}
+        return {"load_balance": balance, "router_z": router_z(logits, context.mask, logsumexp)}

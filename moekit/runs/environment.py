@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import moekit
+from moekit.performance import keeps_memory
 from moekit.runs import shell
 
 
@@ -36,6 +37,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "keeps_freed_memory": keeps_memory(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "accelerator": accelerator,
     }

@@ -18,6 +18,7 @@ from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.inference.translator import Translator, search_for
 from moekit.lock import held
+from moekit.performance import keep_memory
 from moekit.planner.measure import product_rate
 from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom
@@ -93,6 +94,7 @@ def fit(
     """
     train = config.train
     train.check()
+    keep_memory(train.keep_memory)
     config.evaluate.check()
     strategy = config.strategy.strategy()
     settings = {"recipe": recipe.name, "variant": variant, **as_plain(config)}

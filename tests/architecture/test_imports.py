@@ -22,6 +22,7 @@ FLOORS = {
     "atomic": 0,
     "lock": 0,
     "output": 0,
+    "performance": 0,
     "mapped": 0,
     "stored": 0,
     "source": 0,
