@@ -1,4 +1,4 @@
-"""What the benchmarks share: arms that take turns in one process, their times, their memory, and how it is written down.
+"""What benchmarks share: arms that take turns in one process, their times, their memory, and how it is written down.
 
 Other programs and the machine's own clock change from second to second, so arms run in turn, round after round, and
 what is reported are ratios to the first arm of the same round, the floor.

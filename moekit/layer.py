@@ -51,9 +51,10 @@ class MoELayer(Component):
     Args:
         router: chooses experts.
         experts: computes them; must have as many as the router chooses from.
-        dispatcher: None = padded where the routing has a capacity, packed where it is dropless, on a CPU, which need not
-            wait for the number of rows and would multiply empty slots, and where padding would make more than `MOST_SLOTS` slots for each assignment and more than `FEW_SLOTS` in all (as a capacity factor
-            that amounts to no limit does).
+        dispatcher: None = packed where the routing is dropless, and on a CPU, where the number of rows is known
+            and empty slots would be multiplied; elsewhere padded where the routing has a capacity, unless that would make
+            more than `MOST_SLOTS` slots for each assignment and more than `FEW_SLOTS` in all (as a capacity factor that
+            amounts to no limit does).
             Experts that are spread over processes keep their slots, so that all ranks do the same.
         shared: an optional branch that every token takes: DeepSeek's shared experts (several are one wider
             feed-forward, see `moekit.experts.fine_grained`), the fixed branch of residual MoE, NLLB's dense branch.
@@ -173,9 +174,12 @@ class MoELayer(Component):
             return True
         if torch.compiler.is_compiling() or self._packed.exchange is not None:  # sizes may be symbols there
             return False
-        if x.device.type == "cpu" and type(x) is Tensor:  # counting costs nothing there, empty slots do
-            return True
-        slots = routing.num_experts * routing.capacity
+        # On a CPU counting costs nothing, and empty slots do.
+        return (x.device.type == "cpu" and type(x) is Tensor) or self._mostly_empty(routing)
+
+    def _mostly_empty(self, routing: Routing) -> bool:
+        """Whether slots would be empty but for a few, whatever the router did."""
+        slots = routing.num_experts * (routing.capacity or 0)
         return slots > max(FEW_SLOTS, MOST_SLOTS * routing.token.numel())
 
     def _dense(self, phase: DensePretraining, x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Routing]:

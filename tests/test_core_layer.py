@@ -130,7 +130,7 @@ def test_the_given_dispatcher_is_used() -> None:
 
 
 def test_the_default_dispatcher_follows_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padded where the routing has a capacity, packed where it is dropless."""
+    """Padded where the routing has a capacity, packed where it is dropless, and always packed on a CPU."""
     used: list[str] = []
     for cls in (PackedDispatcher, PaddedDispatcher):
         original = cls.dispatch
@@ -140,10 +140,12 @@ def test_the_default_dispatcher_follows_the_phase(monkeypatch: pytest.MonkeyPatc
             return _original(self, x, routing)
 
         monkeypatch.setattr(cls, "dispatch", dispatch)
-    moe, x = layer(), torch.randn(9, D)
-    moe.train()(x)
-    moe.eval()(x)
-    assert used == ["PaddedDispatcher", "PackedDispatcher"]
+    for device, wanted in (("cpu", "PackedDispatcher"), ("meta", "PaddedDispatcher")):
+        moe, x = layer().to(device), torch.randn(9, D, device=device)
+        moe.train()(x)
+        moe.eval()(x)
+        assert used == [wanted, "PackedDispatcher"]
+        used.clear()
 
 
 def test_output_unpacks() -> None:

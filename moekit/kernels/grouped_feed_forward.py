@@ -271,7 +271,7 @@ def _backward(
     dropout: float,
 ) -> list[Tensor | None]:
     """Gradients of ``(rows, w_in, w_up, w_out, b_in, b_out)``, those `wanted`."""
-    rows, w_in, w_up, w_out, b_in, b_out = parts
+    rows, w_in, w_up, w_out = parts[:4]
     hidden, pre, up, drops = saved
     assert rows is not None
     assert w_in is not None
@@ -370,10 +370,10 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad, *_), settings = grads, ctx.settings
-        parts, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        wanted = ctx.needs_input_grad[:6]
         if grad is None:
             return (None,) * 9
+        tensors = ctx.saved_tensors  # asked for once: checkpointing gives them no second time
+        parts, saved, wanted = tensors[:6], tensors[6:], ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():  # somebody wants to differentiate these gradients
             found = _by_autograd(grad, parts, saved, wanted, *settings)
         else:

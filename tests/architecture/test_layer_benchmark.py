@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from tests.script_module import module_of
+from script_module import module_of
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "layer.py"
 

@@ -1,4 +1,4 @@
-"""The bank's feed-forward as one operation against its reference: outputs, gradients of any order, dropout, odd shapes."""
+"""The bank's feed-forward as one operation against its reference: outputs, gradients, dropout, odd shapes."""
 
 from __future__ import annotations
 
