@@ -48,7 +48,7 @@ from moekit.kernels.gpu.tiles import Tiles
 from moekit.planner.measure import product_rate
 from moekit.routers import TopKRouter
 from moekit.routing import Routing
-from moekit.runs.environment import environment
+from moekit.environment import environment
 from moekit.transformer import GLU, DecoderOnly, every_other
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from moekit.runs.environment import environment
+from moekit.environment import environment
 
 Step = Callable[[], None]
 

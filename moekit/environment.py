@@ -14,6 +14,7 @@ import torch
 
 import moekit
 from moekit import shell
+from moekit.performance import keeps_memory
 
 
 def environment() -> dict[str, Any]:
@@ -36,6 +37,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "keeps_freed_memory": keeps_memory(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "accelerator": accelerator,
     }

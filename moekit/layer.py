@@ -53,11 +53,11 @@ class MoELayer(Component):
     Args:
         router: chooses experts.
         experts: computes them; must have as many as the router chooses from.
-        dispatcher: None = padded where the routing has a capacity, packed where it is dropless, and where padding would
-            make more than `MOST_SLOTS` slots for each assignment and more than `FEW_SLOTS` in all (as a capacity factor
-            that amounts to no limit does).
-            Of experts that are spread over processes only the slots that are used are sent on CPUs; GPUs send all of
-            them, which needs no look at a device.
+        dispatcher: None = packed where the routing is dropless, and on a CPU, where the number of rows is known and empty
+            slots would be multiplied, and sent to other ranks; elsewhere padded where the routing has a capacity, unless
+            that would make more than `MOST_SLOTS` slots for each assignment and more than `FEW_SLOTS` in all (as a
+            capacity factor that amounts to no limit does). Experts that are spread over GPUs keep their slots, which
+            needs no look at a device.
         shared: an optional branch that every token takes: DeepSeek's shared experts (several are one wider
             feed-forward, see `moekit.experts.fine_grained`), the fixed branch of residual MoE, NLLB's dense branch.
         mix: how the shared branch and the experts are joined; None = added (arXiv:2401.06066, and arXiv:2201.05596 as
@@ -170,7 +170,7 @@ class MoELayer(Component):
             routing = self.output_masking(routing)
         dispatcher = self.dispatcher
         if dispatcher is None:
-            dispatcher = self._packed if routing.capacity is None or self._without_slots(x, routing) else self._padded
+            dispatcher = self._packed if self._packs(x, routing) else self._padded
         if type(dispatcher) in (PackedDispatcher, PaddedDispatcher) and getattr(dispatcher, "exchange", None) is None:
             whole = weighted_sum(self.experts, x, routing)
             if whole is not None:
@@ -179,15 +179,15 @@ class MoELayer(Component):
         computed = self.experts(sent.rows, sent.counts)
         return dispatcher.combine(computed, routing, sent.handle), routing
 
-    def _without_slots(self, x: Tensor, routing: Routing) -> bool:
-        """Whether slots would be empty but for a few, whatever the router did, or would be sent for nothing.
-
-        Of ranks all must do the same, so there it is the device that decides: a GPU would wait for the numbers of rows.
-        """
+    def _packs(self, x: Tensor, routing: Routing) -> bool:
+        """Whether rows are packed where nobody said which dispatcher to take; the same on all ranks."""
+        if routing.capacity is None:
+            return True
         if torch.compiler.is_compiling():  # sizes may be symbols there
             return False
-        if self._packed.exchange is not None:
-            return x.device.type == "cpu"
+        on_cpu = x.device.type == "cpu" and type(x) is Tensor  # where counting costs nothing, and empty slots do
+        if on_cpu or self._packed.exchange is not None:
+            return on_cpu
         slots = routing.num_experts * (routing.capacity or 0)
         return slots > max(FEW_SLOTS, MOST_SLOTS * routing.token.numel())
 

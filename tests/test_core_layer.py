@@ -130,7 +130,7 @@ def test_the_given_dispatcher_is_used() -> None:
 
 
 def test_the_default_dispatcher_follows_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padded where the routing has a capacity, packed where it is dropless."""
+    """Padded where the routing has a capacity, packed where it is dropless, and always packed on a CPU."""
     used: list[str] = []
     for cls in (PackedDispatcher, PaddedDispatcher):
         original = cls.dispatch
@@ -140,10 +140,12 @@ def test_the_default_dispatcher_follows_the_phase(monkeypatch: pytest.MonkeyPatc
             return _original(self, x, routing)
 
         monkeypatch.setattr(cls, "dispatch", dispatch)
-    moe, x = layer(), torch.randn(9, D)
-    moe.train()(x)
-    moe.eval()(x)
-    assert used == ["PaddedDispatcher", "PackedDispatcher"]
+    for device, wanted in (("cpu", "PackedDispatcher"), ("meta", "PaddedDispatcher")):
+        moe, x = layer().to(device), torch.randn(9, D, device=device)
+        moe.train()(x)
+        moe.eval()(x)
+        assert used == [wanted, "PackedDispatcher"]
+        used.clear()
 
 
 def test_output_unpacks() -> None:
@@ -277,7 +279,9 @@ def test_a_capacity_without_a_limit_takes_no_more_than_the_tokens(padding: bool)
 def test_slots_stay_where_they_are_not_mostly_empty() -> None:
     layer = mk.MoELayer(mk.routers.switch(4, 16, capacity_factor=8.0), mk.experts.GroupedMLP(16, 4, 5))
     x = torch.randn(1024, 4)
-    assert not layer._without_slots(x, layer.router(x))
+    elsewhere = x.to("meta")
+    assert layer._packs(x, layer.router(x)), "a CPU counts for nothing"
+    assert not layer._packs(elsewhere, layer.router(x))
     more = mk.MoELayer(mk.routers.switch(4, 16, capacity_factor=8.3), layer.experts)
-    assert more._without_slots(x, more.router(x))
-    assert not more._without_slots(x[:64], more.router(x[:64])), "so few that the host need not count"
+    assert more._packs(elsewhere, more.router(x))
+    assert not more._packs(elsewhere[:64], more.router(x[:64])), "so few that the host need not count"

@@ -21,6 +21,7 @@ from rich.text import Text
 from moekit.atomic import path_error
 from moekit.errors import NonFiniteError, TrainingStoppedError, UserError
 from moekit.output import discard, lasting_output
+from moekit.performance import keep_memory
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
 from moekit.runs.settings.fields import missed_range
@@ -83,6 +84,7 @@ def execute(command: Callable[[], None]) -> int:
         with lasting_output():
             Terminal(stderr=True, soft_wrap=True).print(Text.assemble(*text))
 
+    keep_memory()
     try:
         try:
             with visible_remarks():

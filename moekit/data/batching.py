@@ -18,6 +18,7 @@ from moekit.data.batch import Batch
 from moekit.data.keyed import fold, key
 from moekit.data.plan import Rows, StepPlan, fill
 from moekit.data.streams import TaskStreams
+from moekit.performance import keep_memory_in_worker, keeps_memory
 
 _T = TypeVar("_T")
 
@@ -115,6 +116,7 @@ class Loader(Generic[_T]):
             pin_memory=self._pin_memory,
             # Its own generator: otherwise every epoch would draw from the generator that dropout uses.
             generator=torch.Generator(),
+            worker_init_fn=keep_memory_in_worker if keeps_memory() else None,
         )
         return iter(loader)
 

@@ -6,7 +6,6 @@ change from run to run, and a resumed run is no longer the one that was interrup
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moekit.functional.ordered_sums import sum_by_index
@@ -27,7 +26,7 @@ def add(rows: Tensor, index: Tensor, size: int, choices: int | None) -> Tensor:
     """
     if _must_sort(rows, choices):
         return sum_by_index(rows, index, size)
-    return torch.zeros(size, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add(0, index, rows)
+    return rows.new_zeros(size, rows.shape[1]).index_add_(0, index, rows)
 
 
 def _must_sort(rows: Tensor, choices: int | None) -> bool:

@@ -107,7 +107,7 @@ def _by_sequence(probs: Tensor, expert: Tensor, hit: Tensor, real: Tensor, seque
     return per_sequence.sum() / (length > 0).sum().clamp_min(1)
 
 
-def router_z(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+def router_z(logits: Tensor, mask: Tensor | None = None, logsumexp: Tensor | None = None) -> Tensor:
     """Router z-loss of ST-MoE: the mean over real tokens of logsumexp(logits) squared.
 
     Keeps logits small, where float rounding in the softmax does little harm.
@@ -115,12 +115,15 @@ def router_z(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     Args:
         logits: Float[T, E].
         mask: Bool[T], real tokens.
+        logsumexp: Float[T], that of `logits`, where it is known and no row of `logits` holds a NaN.
 
     Returns:
         Float scalar, unweighted (the paper weighs it with 1e-3). 0 where there is no real token.
 
     Source: arXiv:2202.08906 eq. 5.
     """
-    # Filled here too, so that no NaN of padding enters the gradient.
-    filled = logits if mask is None else logits.masked_fill(~mask[:, None], 0.0)
-    return masked_mean(torch.logsumexp(filled, dim=-1).square(), mask)
+    if logsumexp is None:
+        # Filled here too, so that no NaN of padding enters the gradient.
+        filled = logits if mask is None else logits.masked_fill(~mask[:, None], 0.0)
+        logsumexp = torch.logsumexp(filled, dim=-1)
+    return masked_mean(logsumexp.square(), mask)

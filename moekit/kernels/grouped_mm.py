@@ -9,7 +9,9 @@ offsets back in each product, forward and backward, and loops too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -147,7 +149,15 @@ def _edges(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-def _checked(counts: Tensor, num_rows: int, num_experts: int) -> list[int]:
+def zero_unused(stacked: Tensor, counts: Sequence[int]) -> None:
+    """Zero the parts of ``stacked`` [E, ...] that belong to experts without rows, neighbours at once."""
+    used = (e for e, n in enumerate(counts) if n)
+    for before, after in pairwise([-1, *used, len(counts)]):
+        if after - before > 1:
+            stacked[before + 1 : after].zero_()
+
+
+def checked_counts(counts: Tensor, num_rows: int, num_experts: int) -> list[int]:
     """The counts as numbers, if they fit: rows that no expert computes would hold whatever memory held."""
     numbers = [int(n) for n in counts.tolist()]
     if len(numbers) != num_experts or sum(numbers) != num_rows or min(numbers, default=0) < 0:
@@ -162,11 +172,10 @@ def _checked(counts: Tensor, num_rows: int, num_experts: int) -> list[int]:
 def _grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     a, w = _edges(x, weight)
     out = a.new_empty(a.shape[0], w.shape[2])
-    start = 0
-    for e, n in enumerate(_checked(counts, a.shape[0], w.shape[0])):
-        if n:
-            torch.mm(a[start : start + n], w[e], out=out[start : start + n])
-            start += n
+    numbers = checked_counts(counts, a.shape[0], w.shape[0])
+    for block, matrix, into in zip(a.split(numbers), w.unbind(0), out.split(numbers), strict=True):
+        if block.shape[0]:
+            torch.mm(block, matrix, out=into)
     return out.to(x.dtype)
 
 
@@ -180,13 +189,11 @@ def _grouped_outer(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     """The e-th block of x, transposed, times the e-th block of y: Float[E, D, F]."""
     a, b = _edges(x, y)
     out = a.new_empty(counts.numel(), a.shape[1], b.shape[1])
-    start = 0
-    for e, n in enumerate(counts.tolist()):  # checked in the forward
-        if n:
-            torch.mm(a[start : start + n].t(), b[start : start + n], out=out[e])
-            start += n
-        else:
-            out[e].zero_()
+    numbers = counts.tolist()  # checked in the forward
+    zero_unused(out, numbers)
+    for left, right, into in zip(a.split(numbers), b.split(numbers), out.unbind(0), strict=True):
+        if left.shape[0]:
+            torch.mm(left.t(), right, out=into)
     return out.to(x.dtype)
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moekit.functional.dropout import dropout
+from moekit.functional.random_bits import jitter
 from moekit.functional.sampling import gumbel_topk_scores
 
 
@@ -50,7 +50,7 @@ class InputJitter(Exploration):
             raise ValueError(f"InputJitter.epsilon must be in [0, 1): got {self.epsilon}. The papers use 0.01.")
 
     def perturb(self, x: Tensor) -> Tensor:  # noqa: D102
-        return x * torch.empty_like(x).uniform_(1 - self.epsilon, 1 + self.epsilon)
+        return jitter(x, self.epsilon)
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,17 @@ def mask_choices(requested: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def score_statistics(logits: Tensor, probs: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-    """``entropy`` (nats) and ``logsumexp``, means over real tokens of ``logits`` and ``probs`` Float[T, E]."""
-    entropy = torch.special.entr(probs).sum(-1)
-    return {"entropy": masked_mean(entropy, mask), "logsumexp": masked_mean(torch.logsumexp(logits, dim=-1), mask)}
+def score_statistics(
+    logits: Tensor, probs: Tensor, mask: Tensor | None, logsumexp: Tensor | None = None
+) -> dict[str, Tensor]:
+    """``entropy`` (nats) and ``logsumexp``, means over real tokens of ``logits`` and ``probs`` Float[T, E].
+
+    `logsumexp` is given, Float[T], where it is known and `probs` is the softmax of `logits`. The entropy is then
+    logsumexp - sum p * logit, without a logarithm for every probability.
+    """
+    if logsumexp is None:
+        logsumexp, entropy = torch.logsumexp(logits, dim=-1), torch.special.entr(probs).sum(-1)
+    else:
+        # A logit of -inf has probability 0 and adds nothing; rounding may leave a certain choice just below 0.
+        entropy = (logsumexp - (probs * logits).nansum(-1)).clamp_min(0.0)
+    return {"entropy": masked_mean(entropy, mask), "logsumexp": masked_mean(logsumexp, mask)}

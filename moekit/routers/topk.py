@@ -245,6 +245,9 @@ class TopKRouter(ScoredRouter):
             logits = logits + self.residual(context)
         if choose(self.backend, logits, "router").name == "triton" and self._is_plain(exploration):
             return self._fused(logits, context)
+        # Once for loss and statistics. What a residual adds to padding may be NaN, which the loss clears for itself.
+        decoding = isinstance(context, DecodingContext)
+        logsumexp = logits.logsumexp(-1) if self.residual is None and not decoding else None
         probs = logits.softmax(-1)
         likely = probs.detach()
         ranked = likely if exploration is None else exploration.rank(likely)
@@ -280,11 +283,11 @@ class TopKRouter(ScoredRouter):
             surviving = weight * queue.kept
             weight = surviving / surviving.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         losses, statistics = {}, {}
-        if not isinstance(context, DecodingContext):
+        if not decoding:
             after = self.balance.when == "after_drop"
             counted = (expert, queue.kept) if after else (tried, requested)
-            losses = self._losses(logits, probs, *counted, context)
-            statistics = score_statistics(logits, probs, context.mask)
+            losses = self._losses(logits, logsumexp, probs, *counted, context)
+            statistics = score_statistics(logits, probs, context.mask, logsumexp)
         routing = token_choices(expert, weight, queue, self.num_experts, losses, statistics)
         return routing if self.residual is None else dataclasses.replace(routing, logits=logits)
 
@@ -320,7 +323,13 @@ class TopKRouter(ScoredRouter):
         return weight / weight.sum(-1, keepdim=True) if self.renormalise == "before_drop" else weight
 
     def _losses(
-        self, logits: Tensor, probs: Tensor, expert: Tensor, counted: Tensor, context: RoutingContext
+        self,
+        logits: Tensor,
+        logsumexp: Tensor | None,
+        probs: Tensor,
+        expert: Tensor,
+        counted: Tensor,
+        context: RoutingContext,
     ) -> dict[str, Tensor]:
         balance = self.balance.loss(
             probs,
@@ -331,4 +340,4 @@ class TopKRouter(ScoredRouter):
             training=self.training,
             group_size=getattr(self.capacity, "group_size", None),
         )
-        return {"load_balance": balance, "router_z": router_z(logits, context.mask)}
+        return {"load_balance": balance, "router_z": router_z(logits, context.mask, logsumexp)}

@@ -16,6 +16,7 @@ from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.inference.translator import Translator, search_for
 from moekit.lock import held
+from moekit.performance import keep_memory
 from moekit.planner import Forecast
 from moekit.planner.census import parameters
 from moekit.planner.measure import product_rate
@@ -95,6 +96,7 @@ def fit(
     """
     train = config.train
     train.check()
+    keep_memory(train.keep_memory)
     config.evaluate.check()
     recipe.parts(config, RunText(config.data.vocab_size), "meta")  # refuses what does not fit, before text is read
     strategy = config.strategy.strategy()

@@ -23,6 +23,7 @@ FLOORS = {
     "lock": 0,
     "output": 0,
     "shell": 0,
+    "performance": 0,
     "mapped": 0,
     "stored": 0,
     "source": 0,

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moekit import Capacity, MoELayer, routers
+from moekit.dispatch import PaddedDispatcher
 from moekit.experts import FineGrained, GroupedGLU, fine_grained
 from moekit.testing import assert_close
 from moekit.transformer import GLU
@@ -18,7 +19,7 @@ D = 8
 def flops_of_experts(num_experts: int, hidden_dim: int, k: int, shared: nn.Module | None = None) -> float:
     """Per token, in padded form with a capacity factor of 1 and 2 E tokens, which makes exactly k rows a token."""
     router = routers.TopKRouter(D, num_experts, k, capacity=Capacity(eval=1.0, minimum=1))
-    layer = MoELayer(router, GroupedGLU(num_experts, D, hidden_dim), shared=shared).eval()
+    layer = MoELayer(router, GroupedGLU(num_experts, D, hidden_dim), PaddedDispatcher(), shared).eval()
     tokens = 2 * num_experts
     with FlopCounterMode(display=False) as counter:
         layer(torch.randn(tokens, D))

@@ -72,6 +72,8 @@ class TrainConfig:
         on_non_finite: reaction to a loss or gradient that is NaN or infinite: stop ends the run and keeps the last good
             checkpoint, skip leaves out the step and stops after 10 of them in a row, ignore trains on.
         log_every: number of optimizer steps between rows of metrics.csv.
+        keep_memory: whether memory that tensors have freed is kept in the process, which saves page faults in
+            every step on a CPU (glibc alone); false gives it back to the system.
         seed: random seed of initial weights, dropout, noise and routing.
         devices: number of processes on each node, one per GPU; --devices is the short form.
         num_nodes: number of machines (nodes); --nodes is the short form.
@@ -106,6 +108,7 @@ class TrainConfig:
     checkpoint_steps: int = setting(0, at_least=0, free=RESUME)
     on_non_finite: Literal["stop", "skip", "ignore"] = setting("stop", free=RESUME)
     log_every: int = setting(10, at_least=1)
+    keep_memory: bool = setting(True, free=RESUME)
     seed: int = setting(1, at_least=0, at_most=2**32 - 1)
     devices: int = setting(1, at_least=1, free=RESUME)
     num_nodes: int = setting(1, at_least=1, free=RESUME)

@@ -1,0 +1,27 @@
+"""Random integers of few bits, of which a CPU draws several at once."""
+
+from __future__ import annotations
+
+import torch
+
+LEVELS = 1 << 16
+"""How many values an entry of `random_int16` has."""
+
+
+def jitter(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """``x`` times U(1 - epsilon, 1 + epsilon), each entry by a draw of its own.
+
+    On a CPU the factor is one of 65,536 equally spaced values: drawing them four at a time takes a quarter of the time.
+    """
+    if x.device.type != "cpu" or type(x) is not torch.Tensor or torch.compiler.is_compiling():
+        return x * torch.empty_like(x).uniform_(1 - epsilon, 1 + epsilon)
+    step = 2 * epsilon / LEVELS
+    factor = random_int16(x.numel(), x.device).to(x.dtype).mul_(step).add_(1 + step / 2)  # the middle of each step
+    return x * factor.view(x.shape)
+
+
+def random_int16(count: int, device: torch.device) -> torch.Tensor:
+    """Int16[count], uniform over all 65,536 values, drawn four at a time from the generator of `device`."""
+    # A CPU draws 64 bits about as fast as it draws the 24 of a float.
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
+    return words.random_(-(1 << 63), None).view(torch.int16)[:count]
