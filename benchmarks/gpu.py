@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from moekit import MoELayer, use_backend
 from moekit.dispatch import PackedDispatcher
+from moekit.environment import environment
 from moekit.errors import UserError
 from moekit.experts import GroupedGLU
 from moekit.experts.fused import weighted_sum
@@ -48,7 +49,6 @@ from moekit.kernels.gpu.tiles import Tiles
 from moekit.planner.measure import product_rate
 from moekit.routers import TopKRouter
 from moekit.routing import Routing
-from moekit.environment import environment
 from moekit.transformer import GLU, DecoderOnly, every_other
 
 

@@ -53,10 +53,10 @@ class MoELayer(Component):
     Args:
         router: chooses experts.
         experts: computes them; must have as many as the router chooses from.
-        dispatcher: None = packed where the routing is dropless, and on a CPU, where the number of rows is known and empty
-            slots would be multiplied, and sent to other ranks; elsewhere padded where the routing has a capacity, unless
-            that would make more than `MOST_SLOTS` slots for each assignment and more than `FEW_SLOTS` in all (as a
-            capacity factor that amounts to no limit does). Experts that are spread over GPUs keep their slots, which
+        dispatcher: None = packed where the routing is dropless, and on a CPU, where the number of rows is known and
+            empty slots would be multiplied, and sent to other ranks; elsewhere padded where the routing has a capacity,
+            unless that would make more than `MOST_SLOTS` slots for each assignment and more than `FEW_SLOTS` in all (as
+            a capacity factor that amounts to no limit does). Experts that are spread over GPUs keep their slots, which
             needs no look at a device.
         shared: an optional branch that every token takes: DeepSeek's shared experts (several are one wider
             feed-forward, see `moekit.experts.fine_grained`), the fixed branch of residual MoE, NLLB's dense branch.

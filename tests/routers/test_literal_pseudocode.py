@@ -14,6 +14,7 @@ from paper_loops import best, softmax
 from torch import Tensor
 
 from moekit import routers
+from moekit.functional.random_bits import jitter
 from moekit.routing import Capacity, Router, Routing
 from moekit.testing import assert_close, seeded, skewed_tokens
 
@@ -145,7 +146,7 @@ def test_switch_noise_of_the_pseudocode_is_another() -> None:
     with seeded(0):
         ours = router(x).weight
     with seeded(0):
-        jittered = x * torch.empty_like(x).uniform_(0.9, 1.1)
+        jittered = jitter(x, 0.1)
     assert_close(ours, (jittered @ weight.t()).softmax(-1).amax(-1))
     off = [float((added[s] / clean[s].amax() - 1).detach().abs()) for s in range(T)]
     assert max(off) < 0.25
