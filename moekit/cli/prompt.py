@@ -40,7 +40,7 @@ def converse(writer: Writer, source: str | None, target: str | None, n_best: int
         number += 1
         try:
             require_plain(line, f"line {number}")
-            written = writer.write([line], source, target, **({} if n_best is None else {"n_best": n_best}))
+            written = writer.write([line], source, target, n_best=n_best)
         except UserError as error:
             _say(f"error: {error}")
             continue

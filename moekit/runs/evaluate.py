@@ -186,7 +186,9 @@ def _glossed(samples: list[Sample], config: RunConfig) -> list[Sample]:
         source, hyphen, target = sample.direction.partition("-")
         places = {"source": source, "reference": target, "hypothesis": target} if hyphen else {}
         places = places or dict.fromkeys(("source", "reference", "hypothesis"), source)
-        glosses = {f"{name}_gloss": known.word_by_word(code, getattr(sample, name)) for name, code in places.items()}
+        glosses: dict[str, Any] = {
+            f"{name}_gloss": known.word_by_word(code, getattr(sample, name)) for name, code in places.items()
+        }
         found.append(dataclasses.replace(sample, **glosses))
     return found
 

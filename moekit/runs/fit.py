@@ -162,8 +162,9 @@ def fit(
             module.translate, module.originals = _writer(config, module, data), data.originals("valid")
         if trainer.is_global_zero and console is not None:
             notes = [*left_out(held_out.corpus.training, data.max_length), *remarks(data, held_out.corpus)]
-            said = [(recipe.name, "bold"), f" {visible(_said(config, module, data, run))}"]
-            said += [part for note in notes for part in (("\n! ", "yellow"), visible(note))]
+            said: list[str | tuple[str, str]] = [(recipe.name, "bold"), f" {visible(_said(config, module, data, run))}"]
+            for note in notes:
+                said += [("\n! ", "yellow"), visible(note)]
             said += [] if init_from is None else [f"\n{visible(init_from.note(module))}"]
             said += [(f"\n{WARNING}", "bold yellow")] if smoke else []
             console.print(Text.assemble(*said), soft_wrap=True)

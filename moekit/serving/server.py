@@ -280,9 +280,10 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         require_same_origin(self.headers)
         request = parsed(self._body(), server.writer, server.limits)
-        more = {} if request.n_best is None else {"n_best": request.n_best}
         written = server.turns.ask(
-            lambda watch: server.writer.write(request.lines, request.source, request.target, watch=watch, **more),
+            lambda watch: server.writer.write(
+                request.lines, request.source, request.target, watch=watch, n_best=request.n_best
+            ),
             self._has_left,
         )
         answer = {"lines": written.texts, "cut": [number + 1 for number in written.cut], "from": request.source}

@@ -49,7 +49,7 @@ class Capitals:
             raise UserError("The tokenizer must know the language.")
 
     def write(
-        self, lines: Sequence[str], source: str, target: str | None, *, n_best: int = 1, watch: Callable[[], None]
+        self, lines: Sequence[str], source: str, target: str | None, *, n_best: int | None = None, watch: Callable[[], None]
     ) -> Written:
         self.began.set()
         if "fail" in lines:
@@ -62,7 +62,7 @@ class Capitals:
             self.stopped.set()
             raise
         texts = [line.upper().replace("|", "\n") for line in lines]
-        found = [[Hypothesis(text + "!" * rank, -rank / 2) for rank in range(n_best)] for text in texts]
+        found = [[Hypothesis(text + "!" * rank, -rank / 2) for rank in range(n_best or 1)] for text in texts]
         return Written(texts, [i for i, x in enumerate(lines) if x == "long"], found)
 
 
