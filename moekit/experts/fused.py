@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moekit.errors import UserError
 from moekit.experts.base import Experts
 from moekit.experts.grouped import GroupedGLU, GroupedMLP
-from moekit.kernels.gpu.backend import choose
+from moekit.kernels.gpu.backend import Backend, choose
 from moekit.kernels.gpu.feed_forward import feed_forward
 from moekit.kernels.gpu.hub import sonic_feed_forward
 from moekit.kernels.gpu.rows import permute, row_order, unpermute
@@ -29,7 +29,7 @@ def weighted_sum(bank: Experts, x: Tensor, routing: Routing) -> Tensor | None:
     Raises:
         UserError: if the backend was named and cannot compute this.
     """
-    backend = getattr(bank, "backend", "torch")  # what only looks like a bank computes by itself
+    backend: Backend = getattr(bank, "backend", "torch")  # what only looks like a bank computes by itself
     if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):  # asked in every forward
         return None
     if routing.choices is None or torch.compiler.is_compiling():
