@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moekit.errors import UserError
 from moekit.experts.base import Experts
 from moekit.experts.grouped import GroupedGLU, GroupedMLP
-from moekit.kernels.gpu.backend import choose
+from moekit.kernels.gpu.backend import Backend, choose
 from moekit.kernels.gpu.feed_forward import feed_forward
 from moekit.kernels.gpu.hub import sonic_feed_forward
 from moekit.kernels.gpu.rows import permute, row_order, unpermute
@@ -29,12 +29,13 @@ def weighted_sum(bank: Experts, x: Tensor, routing: Routing) -> Tensor | None:
     Raises:
         UserError: if the backend was named and cannot compute this.
     """
-    if bank.backend == "torch" or (bank.backend == "auto" and x.device.type != "cuda"):  # asked in every forward
+    backend: Backend = getattr(bank, "backend", "torch")  # what only looks like a bank computes by itself
+    if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):  # asked in every forward
         return None
     if routing.choices is None or torch.compiler.is_compiling():
         return None
     matrices, kind = _whole_matrices(bank), _kind(x)
-    if bank.backend == "sonicmoe":
+    if backend == "sonicmoe":
         if matrices is None or not isinstance(bank, GroupedGLU):
             raise UserError(
                 f'backend="sonicmoe" computes GroupedGLU without bias, adapters, dropout and hooks, whose weights are '
@@ -44,7 +45,7 @@ def weighted_sum(bank: Experts, x: Tensor, routing: Routing) -> Tensor | None:
             x.to(kind), routing, bank.w_gate.to(kind), bank.w_up.to(kind), bank.w_out.to(kind), bank.activation
         )
         return whole.to(x.dtype)
-    if choose(bank.backend, x, "layer", kind).name != "triton":
+    if choose(backend, x, "layer", kind).name != "triton":
         return None
     order = row_order(routing)
     if matrices is None:
