@@ -9,64 +9,77 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moekit.functional.dropout import add_dropped, dropout, dropout_factor, relu_dropout
+from moekit.functional.dropout import add_dropped, dropout, relu_dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("probability", [0.01, 0.1, 0.5, 0.9])
 def test_share_scale_and_gradient(dtype: torch.dtype, probability: float) -> None:
     torch.manual_seed(0)
     x = torch.full((200, 300), 2.0, dtype=dtype, requires_grad=True)
     kept = dropout(x, probability, training=True)
     assert kept.dtype == dtype
     zero = kept == 0
-    share = float(zero.double().mean())
-    assert abs(share - probability) < 6 * math.sqrt(probability * (1 - probability) / x.numel())
-    scale = 1 / (1 - probability)
-    expected = torch.full_like(kept[~zero], 2 * scale)
-    torch.testing.assert_close(kept[~zero], expected, rtol=2e-4 if dtype != torch.bfloat16 else 8e-3, atol=0)
+    variance = probability * (1 - probability)
+    step = 1 / 256 if probability > 0.05 else 1 / 65536  # between the two rates of a call
+    assert abs(float(zero.double().mean()) - probability) < step + 6 * math.sqrt(variance / x.numel())
+    (value,) = kept[~zero].unique().tolist()
+    rate = 1 - 2 / value  # of this call
+    rounding = 2**-7 if dtype == torch.bfloat16 else 1e-6
+    assert abs(rate - probability) < step + rounding
+    assert abs(rate / step - round(rate / step)) < rounding / step
     kept.sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad == 0, zero)
     torch.testing.assert_close(x.grad[~zero], kept[~zero].detach() / 2)
-    # Entries are independent of their neighbours in both directions, and of those three away, in the same word.
-    centred = zero.double() - probability
-    variance = probability * (1 - probability)
-    for a, b in ((centred[1:], centred[:-1]), (centred[:, 1:], centred[:, :-1]), (centred[:, 3:], centred[:, :-3])):
-        assert abs(float((a * b).mean()) / variance) < 6 / math.sqrt(a.numel())
-    # Each of the four lanes of a word drops its share.
-    for lane in range(4):
-        part = zero.flatten()[lane::4].double()
-        assert abs(float(part.mean()) - probability) < 6 * math.sqrt(variance / part.numel())
+    # Entries are independent of their neighbours in both directions, and of those that share a word with them.
+    share = zero.double().mean()
+    centred = zero.double() - share
+    for far in (1, 3, 7):
+        for a, b in ((centred[far:], centred[:-far]), (centred[:, far:], centred[:, :-far])):
+            assert abs(float((a * b).mean()) / variance) < 6 / math.sqrt(a.numel())
+    # Each of the lanes of a word drops its share.
+    for lane in range(8):
+        part = zero.flatten()[lane::8].double()
+        assert abs(float(part.mean() - share)) < 6 * math.sqrt(variance / part.numel())
 
 
-@pytest.mark.parametrize("probability", [1 / 1024, 0.05, 0.1, 0.3, 0.5, 0.77, 1023 / 1024])
-def test_the_rate_is_exact_over_all_random_numbers(probability: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every number of 16 bits once, in each lane: as many are dropped as asked for, and the mean is kept."""
-    levels = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16)
+@pytest.mark.parametrize("probability", [1 / 1024, 0.01, 1 / 32, 0.05, 0.1, 0.3, 0.5, 0.77, 0.99, 1023 / 1024])
+def test_the_rate_is_exact(probability: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every random number once in each lane, and choices between two rates: their mean is the one asked for."""
+    bits, dtype = (8, torch.int8) if 1 / 32 <= probability <= 31 / 32 else (16, torch.int16)
+    numbers = torch.arange(-(1 << bits - 1), 1 << bits - 1).to(dtype)
+    lanes = 64 // bits
+    choices = torch.linspace(0, 2**53 - 1, 1001 if bits == 8 else 11, dtype=torch.float64).long()
+    rates = []
+    for choice in choices.tolist():
 
-    def all_numbers(self: torch.Tensor, low: int, high: int | None) -> torch.Tensor:
-        assert (low, high, self.dtype) == (-(1 << 63), None, torch.int64)
-        return self.copy_(levels.repeat_interleave(4).view(torch.int64))
+        def all_numbers(self: torch.Tensor, low: int, high: int | None, choice: int = choice) -> torch.Tensor:
+            assert (low, high, self.dtype) == (-(1 << 63), None, torch.int64)
+            self[:-1] = numbers.repeat_interleave(lanes).view(torch.int64)
+            self[-1] = choice
+            return self
 
-    monkeypatch.setattr(torch.Tensor, "random_", all_numbers)
-    factor = dropout_factor(torch.empty(1 << 16, 4, dtype=torch.float64), probability)
-    for lane in range(4):
-        dropped = int((factor[:, lane] == 0).sum())
-        assert abs(dropped / (1 << 16) - probability) <= 2**-17
-        assert float(factor[:, lane].mean()) == pytest.approx(1.0, abs=1e-12)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "random_", all_numbers)
+            kept = dropout(torch.ones(len(numbers), lanes, dtype=torch.float64), probability, training=True)
+        by_lane = (kept == 0).double().mean(0)
+        assert by_lane.unique().numel() == 1
+        rates.append(float(by_lane[0]))
+        assert float(kept.mean()) == pytest.approx(1.0, abs=1e-12)
+        assert abs(rates[-1] - probability) < 2**-bits
+    assert sum(rates) / len(rates) == pytest.approx(probability, abs=1.5 * 2**-bits / len(rates))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (0, 4), (2, 3, 9)])
 def test_odd_shapes(shape: tuple[int, ...]) -> None:
     torch.manual_seed(1)
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    y = dropout(x, 0.4, training=True)
-    assert y.shape == shape
-    torch.manual_seed(1)
-    torch.randn(shape, dtype=torch.float64)
-    factor = dropout_factor(x, 0.4)
-    assert torch.equal(y, x * factor)
+    x = 1 + torch.rand(shape, dtype=torch.float64)
+    for probability in (0.4, 0.01):
+        y = dropout(x, probability, training=True)
+        assert y.shape == shape
+        stayed = y[y != 0] / x[y != 0]
+        assert stayed.numel() == 0 or float(stayed.max() - stayed.min()) < 1e-12
 
 
 def test_rows_that_are_not_contiguous() -> None:
@@ -74,6 +87,7 @@ def test_rows_that_are_not_contiguous() -> None:
     y = dropout(x, 0.5, training=True)
     assert y.shape == (8, 6)
     assert set(y.unique().tolist()) <= {0.0, 2.0}
+    assert y.unique().numel() == 2
 
 
 def test_the_residual_form_equals_the_plain_one() -> None:
