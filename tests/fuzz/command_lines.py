@@ -281,7 +281,8 @@ def _faults(result: Ended, words: Sequence[str], cache: Path, before: dict[str, 
         yield f"exit code {result.how}: {result.err[-300:]}"
     if (result.how == 2) != (len(errors) == 1):
         yield f"exit code {result.how} and {len(errors)} errors: {result.err[-300:]}"
-    if errors and not result.err.rstrip("\n").endswith(errors[0].rstrip("\n")):
+    whole = not any("\n" in word for word in words)  # a name with a line break is shown with it
+    if errors and whole and not result.err.rstrip("\n").endswith(errors[0].rstrip("\n")):
         yield f"the error must be one line: {result.err[-300:]!r}"
     if "Traceback" in result.err + result.out:
         yield f"a traceback: {result.err[-300:]}"
