@@ -67,7 +67,8 @@ def let_survivors_tell() -> None:
     """
     for thread in threading.enumerate():
         if isinstance(thread, _ChildProcessObserver):
-            thread._terminate_all = functools.partial(_later, thread._terminate_all)  # type: ignore[method-assign]
+            observer: Any = thread
+            observer._terminate_all = functools.partial(_later, observer._terminate_all)
 
 
 def _later(terminate: Callable[[], None]) -> None:

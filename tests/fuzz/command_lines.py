@@ -16,6 +16,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,28 +46,29 @@ CACHE = "--data.cache=../cache"
 NEW = ("--out", "new")
 
 LINES: Mapping[str, Sequence[Sequence[str]]] = {
-    "run": [["switch", *SMALL, CACHE, *NEW], ["--smoke", CACHE, *NEW]],
-    "fit": [["switch", *SMALL, CACHE, *NEW], ["switch", *SMALL, CACHE, "--out", "run", "--resume"],
-            ["switch", "--config", "run/config.yaml", CACHE, *NEW],
-            ["switch", "--smoke", CACHE, *NEW, "--data.source=moses", "--data.path=text"]],
-    "test": [["run", "--evaluate.beam_size", "2"], ["switch", "--out", "run", "--checkpoint", "last"]],
+    "run": [["gshard", *SMALL, CACHE, *NEW], ["--smoke", CACHE, *NEW]],
+    "fit": [["gshard", *SMALL, CACHE, *NEW], ["gshard", *SMALL, CACHE, "--out", "run", "--resume"],
+            ["gshard", "--config", "run/config.yaml", CACHE, *NEW],
+            ["gshard", "--smoke", CACHE, *NEW, "--data.vocab_size=320", "--data.source=moses",
+             "--data.directions=en-de", "--data.path=text"]],
+    "test": [["run", "--evaluate.beam_size", "2"], ["gshard", "--out", "run", "--checkpoint", "last"]],
     "generate": [["run", "--from", "avl", "--to", "tnd", "--input", "text/train.en", "--output", "new"],
-                 ["switch", "--out", "run", "--from=avl", "--to=tnd", "--max_input_tokens", "9"]],
+                 ["gshard", "--out", "run", "--from=avl", "--to=tnd", "--max_input_tokens", "9"]],
     "serve": [["run", "--port", "0", "--max_lines", "3", "--max_seconds", "9.5"], ["run", "--host", "localhost"]],
     "score": [["run", "--from", "avl", "--input", "score.jsonl", "--output", "new"]],
-    "finetune": [["switch", "--init_from", "run", CACHE, *NEW, "--train.max_steps", "3"]],
-    "distill": [["switch", "--teacher", "run", CACHE, *NEW, "--train.max_steps", "3"]],
-    "plan": [["switch", "--memory", "2", "--sequences", "4"], ["switch", "--devices", "4", "--length=32"]],
+    "finetune": [["gshard", "--init_from", "run", CACHE, *NEW, "--train.max_steps", "3"]],
+    "distill": [["gshard", "--teacher", "run", CACHE, *NEW, "--train.max_steps", "3"]],
+    "plan": [["gshard", "--memory", "2", "--sequences", "4"], ["gshard", "--devices", "4", "--length=32"]],
     "inspect": [["run"], ["run/checkpoints/last.ckpt", "--json"]],
     "aggregate": [["run", "run", *NEW, "--shared", "1", "--gates", "fresh", "--seed", "3"]],
     "prune": [["run", "--keep", "50%", "--by", "random", *NEW], ["run", "--keep", "2", *NEW, "--overwrite"]],
-    "upcycle": [["run", "--experts", "8", "--noise", "0.1", "--scale", "2", *NEW, "--restart"]],
+    "upcycle": [["run", "--experts", "8", "--noise", "0.1", *NEW, "--restart"]],
     "merge": [["run", *NEW, "--restart"], ["run", "--by-load", *NEW, "--language", "avl"]],
     "split": [["run", "--parts", "2", *NEW]],
     "change": [["run", "--set", "model.capacity_factor=2.0", *NEW]],
-    "curve": [["run", "--keep", "50%", "1", "--draws", "1", "--out", "new"]],
-    "export": [["run", *NEW, "--max-shard-gb", "1"]],
-    "import": [["exported", "--like", "run", *NEW]],
+    "curve": [["run", "--keep", "50%", "3", "--draws", "1", "--out", "new"]],
+    "export": [["other", *NEW, "--max-shard-gb", "1"]],
+    "import": [["exported", "--like", "other", *NEW]],
     "report": [["run"], ["run", "run", "--out", "new.html"], ["run", "--markdown"]],
     "compare": [["run", "run", "--out", "new.html"]],
 }  # fmt: skip
@@ -169,8 +171,9 @@ def furnish(room: Path) -> None:
     (here / "text.gz").write_bytes(gzip.compress(b"one line\n"))
     (here / "score.jsonl").write_text('{"context": "a", "continuations": ["b", "c d"], "answer": 1}\n')
     with contextlib.chdir(here), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        assert program.main(["run", "switch", *SMALL, "--model.k=1", CACHE, "--out", "run"]) == 0
-        assert program.main(["export", "run", "--out", "exported"]) == 0
+        assert program.main(["run", "gshard", *SMALL, CACHE, "--out", "run"]) == 0
+        assert program.main(["fit", "switch", *SMALL, "--model.k=1", CACHE, "--out", "other"]) == 0
+        assert program.main(["export", "other", "--out", "exported"]) == 0
 
 
 # -- changes -----------------------------------------------------------------------------------------------------------
@@ -278,7 +281,8 @@ def _faults(result: Ended, words: Sequence[str], cache: Path, before: dict[str, 
         yield f"exit code {result.how}: {result.err[-300:]}"
     if (result.how == 2) != (len(errors) == 1):
         yield f"exit code {result.how} and {len(errors)} errors: {result.err[-300:]}"
-    if errors and not result.err.rstrip("\n").endswith(errors[0].rstrip("\n")):
+    whole = not any("\n" in word for word in words)  # a name with a line break is shown with it
+    if errors and whole and not result.err.rstrip("\n").endswith(errors[0].rstrip("\n")):
         yield f"the error must be one line: {result.err[-300:]!r}"
     if "Traceback" in result.err + result.out:
         yield f"a traceback: {result.err[-300:]}"
@@ -311,37 +315,51 @@ def fuzz_lines(command: str, room: Path, seeds: range) -> Outcome:
     for name in ("home", "temporary", "matplotlib"):
         (room / name).mkdir(parents=True, exist_ok=True)
     places = {"HOME": room / "home", "TMPDIR": room / "temporary", "MPLCONFIGDIR": room / "matplotlib"}
-    with mock.patch.dict(os.environ, {key: str(value) for key, value in places.items()}):
+    with (
+        mock.patch.dict(os.environ, {key: str(value) for key, value in places.items()}),
+        mock.patch.object(tempfile, "tempdir", str(room / "temporary")),
+    ):
         if not (room / "right").exists():
             furnish(room)
         outcome = Outcome(Counter(), [])
         options: dict[str, list[str]] = {}
+        for line in LINES[command]:
+            words = [command, *(["gshard"] if line[0] == "--smoke" else []), *line]
+            how, faults = _tried(words, room)
+            if faults or (how == "refused" and command != "split"):  # the recipe has no size of experts of their own
+                outcome.faults.append(f"a right line must be done: {_shown(words)}: {how}, {faults}")
         for seed in seeds:
             (room / "seed").write_text(str(seed))
             chance = random.Random(f"{command} {seed}")
             words = list(chance.choice(LINES[command]))
-            recipe = "switch"
+            recipe = "gshard"
             if words[0] == "--smoke":  # of any recipe
                 recipe = chance.choice(recipe_names())
                 words.insert(0, recipe)
             if recipe not in options:
                 options[recipe] = _options(command, recipe)
             words = [command, *changed(words, options[recipe], chance)]
-            here = room / "here"
-            shutil.copytree(room / "right", here)
-            try:
-                with contextlib.chdir(here):
-                    before = _tree(here)
-                    result = ended(words)
-                    faults = list(_faults(result, words, room / "cache", before))
-                outcome.counts[{0: "done", 2: "refused"}.get(result.how, str(result.how))] += 1  # type: ignore[call-overload]
-            except Exception as error:
-                outcome.counts["failed"] += 1
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                faults = [f"{type(error).__name__}: {str(error)[:300]} ({where.filename}:{where.lineno})"]
-            shutil.rmtree(here)
+            how, faults = _tried(words, room)
+            outcome.counts[how] += 1
             outcome.faults += [f"seed {seed}: {_shown(words)}: {fault}" for fault in faults]
     return outcome
+
+
+def _tried(words: Sequence[str], room: Path) -> tuple[str, list[str]]:
+    """What came of a command line in a fresh folder, and the faults."""
+    here = room / "here"
+    shutil.copytree(room / "right", here)
+    try:
+        with contextlib.chdir(here):
+            before = _tree(here)
+            result = ended(words)
+            how = {0: "done", 2: "refused"}.get(result.how, str(result.how))  # type: ignore[call-overload]
+            return how, list(_faults(result, words, room / "cache", before))
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return "failed", [f"{type(error).__name__}: {str(error)[:300]} ({where.filename}:{where.lineno})"]
+    finally:
+        shutil.rmtree(here)
 
 
 def _shown(words: Sequence[str]) -> str:
