@@ -52,7 +52,7 @@ class MoELayer(Component):
         router: chooses experts.
         experts: computes them; must have as many as the router chooses from.
         dispatcher: None = packed where the routing is dropless, and on a CPU, where the number of rows is known
-            and empty slots would be multiplied; elsewhere padded where the routing has a capacity, unless that would make
+            and empty slots would be multiplied; elsewhere padded where the routing has a capacity, unless that makes
             more than `MOST_SLOTS` slots for each assignment and more than `FEW_SLOTS` in all (as a capacity factor that
             amounts to no limit does).
             Experts that are spread over processes keep their slots, so that all ranks do the same.
