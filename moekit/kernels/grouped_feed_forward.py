@@ -57,7 +57,7 @@ def takes(rows: Tensor, *parameters: Tensor | None) -> bool:
     """
     if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.float64):
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or torch.is_autocast_enabled("cpu"):
         return False
     tensors = [t for t in parameters if t is not None]
     plain = type(rows) is Tensor and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
@@ -347,7 +347,7 @@ def _backward(
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         rows: Tensor,
         w_in: Tensor,
         w_up: Tensor | None,
