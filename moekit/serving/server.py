@@ -280,12 +280,16 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         require_same_origin(self.headers)
         request = parsed(self._body(), server.writer, server.limits)
-        more = {} if request.n_best is None else {"n_best": request.n_best}
+        more: dict[str, Any] = {} if request.n_best is None else {"n_best": request.n_best}
         written = server.turns.ask(
             lambda watch: server.writer.write(request.lines, request.source, request.target, watch=watch, **more),
             self._has_left,
         )
-        answer = {"lines": written.texts, "cut": [number + 1 for number in written.cut], "from": request.source}
+        answer: dict[str, Any] = {
+            "lines": written.texts,
+            "cut": [number + 1 for number in written.cut],
+            "from": request.source,
+        }
         if request.n_best is not None:
             answer["hypotheses"] = [[asdict(found) for found in texts] for texts in written.hypotheses]
         self._send_json(200, answer if request.target is None else {**answer, "to": request.target})
