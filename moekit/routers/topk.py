@@ -282,7 +282,8 @@ class TopKRouter(ScoredRouter):
         if self.renormalise == "after_drop":
             surviving = weight * queue.kept
             weight = surviving / surviving.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
-        losses, statistics = {}, {}
+        losses: dict[str, Tensor] = {}
+        statistics: dict[str, Tensor] = {}
         if not decoding:
             after = self.balance.when == "after_drop"
             counted = (expert, queue.kept) if after else (tried, requested)

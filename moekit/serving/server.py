@@ -286,7 +286,11 @@ class _Handler(BaseHTTPRequestHandler):
             ),
             self._has_left,
         )
-        answer = {"lines": written.texts, "cut": [number + 1 for number in written.cut], "from": request.source}
+        answer: dict[str, Any] = {
+            "lines": written.texts,
+            "cut": [number + 1 for number in written.cut],
+            "from": request.source,
+        }
         if request.n_best is not None:
             answer["hypotheses"] = [[asdict(found) for found in texts] for texts in written.hypotheses]
         self._send_json(200, answer if request.target is None else {**answer, "to": request.target})

@@ -111,7 +111,7 @@ def slow_beam_search(
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_narrow_beams_against_a_slow_twin(size: int, penalty: object, early_stopping: object) -> None:
-    for seed, limit, num_return in itertools.product(range(4), (1, 3, 6), {1, size}):
+    for seed, limit, num_return in itertools.product(range(2), (1, 3, 6), {1, size}):
         model = Table(seed)
         expected = slow_beam_search(model, size, limit, penalty, early_stopping)[:num_return]
         search = BeamSearch(size, num_return=num_return, penalty=penalty, early_stopping=early_stopping)
@@ -144,7 +144,7 @@ def test_the_beam_stays_full_and_rules_stop_it() -> None:
 
 
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
-def test_never_stopping_early_finds_what_going_to_the_limit_finds(penalty: object) -> None:
+def test_the_later_a_search_stops_the_better_its_best_text(penalty: object) -> None:
     prompt = torch.ones(1, 1, dtype=torch.int64)
     for seed, size in itertools.product(range(3), (2, 4)):
         best = [

@@ -246,6 +246,23 @@ def test_modes_are_restored_and_results_are_ordinary_tensors() -> None:
     assert_same(found, generate(model, ids, mask, limit=LIMIT))
 
 
+def test_a_step_of_decoding_measures_no_routing() -> None:
+    """Nobody reads the router's losses there; what is computed is the same."""
+    model = make("moe").eval()
+    ids, mask = sources(LENGTHS)
+    with torch.no_grad():
+        memory = model.encode(ids, mask).hidden
+        target = torch.full((len(LENGTHS), 1), 1)
+        whole = model.decode(target, memory, mask)
+        step = model.decode(target, memory, mask, None, None, model.new_cache())
+    torch.testing.assert_close(step.hidden, whole.hidden, rtol=1e-10, atol=1e-10)
+    for found, expected in zip(step.routings, whole.routings, strict=True):
+        assert not found.losses
+        assert not found.statistics
+        assert {"load_balance", "router_z"} <= set(expected.losses)
+        assert torch.equal(found.expert, expected.expert)
+
+
 def test_modes_are_restored_after_an_error() -> None:
     model = make("dense").train()
     with pytest.raises(IndexError):

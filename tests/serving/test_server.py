@@ -49,7 +49,13 @@ class Capitals:
             raise UserError("The tokenizer must know the language.")
 
     def write(
-        self, lines: Sequence[str], source: str, target: str | None, *, n_best: int | None = None, watch: Callable[[], None]
+        self,
+        lines: Sequence[str],
+        source: str,
+        target: str | None,
+        *,
+        n_best: int | None = None,
+        watch: Callable[[], None],
     ) -> Written:
         self.began.set()
         if "fail" in lines:
