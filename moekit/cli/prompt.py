@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from moekit.data.lines import one_line, require_plain
 from moekit.errors import UserError
@@ -34,7 +33,6 @@ def converse(writer: Writer, source: str | None, target: str | None, n_best: int
     if source is None or (target is None and writer.targets):
         return
     source, target = writer.require_languages(source, target)
-    more: dict[str, Any] = {} if n_best is None else {"n_best": n_best}
     what = f"{source} to {target}" if target else source
     _say(f"{writer.title}, {what}. One line at a time; an empty line or Ctrl-D ends it.")
     number = 0
