@@ -44,6 +44,7 @@ from moekit.experts.base import Experts
 from moekit.huggingface import export_model
 from moekit.inference import BeamSearch, ExpertsOnDemand, Greedy, LengthLimit, MeanLogProb, Search, load_on_demand
 from moekit.inference import generate as write
+from moekit.performance import keep_memory
 from moekit.planner.measure import product_rate
 from moekit.surgery import choose_experts, sparse_layers, take_experts
 from moekit.transformer import EncoderDecoder, RMSNorm, every_other
@@ -406,7 +407,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the result, with environment and commit, to this file")
     for name in ("--child", "--folder", "--resident", "--spare-mb"):
         parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--no-keep-memory", action="store_true", help="leave the C library as it is")
     options = parser.parse_args(arguments)
+    kept = False if options.no_keep_memory else keep_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.quick:
@@ -437,7 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(table(result["speed"]))
     if "memory" in result:
         print(json.dumps(result["memory"], indent=2))
-    write_json(options.json, result)
+    write_json(options.json, {**result, "keeps_memory": kept})
     return 0
 
 

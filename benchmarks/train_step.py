@@ -31,6 +31,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moekit.data.batch import Batch
+from moekit.performance import keep_memory
 from moekit.planner.measure import product_rate
 from moekit.recipes import zcode_m3
 from moekit.runs import RunConfig, RunText
@@ -221,7 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="print where moekit's step spends its time")
     parser.add_argument("--quick", action="store_true", help="the tiny variant, few tokens and two rounds")
     parser.add_argument("--json", type=Path, help="write the result as JSON")
+    parser.add_argument("--no-keep-memory", action="store_true", help="leave the C library as it is")
     options = parser.parse_args(arguments)
+    kept = False if options.no_keep_memory else keep_memory()
     if options.quick:
         options.variant, options.tokens, options.rounds = "tiny", 96, 2
     torch.set_num_threads(options.threads)
@@ -282,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(traces["moekit"])
     asked = {name: getattr(options, name) for name in ("variant", "rounds", "threads", "device", "precision")}
     sizes = {"tokens": batch.num_tokens, "positions": batch.num_positions, "product_rate": rate}
-    write_json(options.json, {**asked, **sizes, "arms": table, "speed_over_transformers": speed})
+    write_json(options.json, {**asked, "keeps_memory": kept, **sizes, "arms": table, "speed_over_transformers": speed})
     return 0
 
 
