@@ -92,7 +92,7 @@ def test_what_is_no_archive_of_torch_is_refused(tmp_path: Path) -> None:
         archive.writestr("data.pkl", "x" * 999)
     with pytest.raises(UserError, match="it is compressed"):
         load_checkpoint(path)
-    with pytest.raises(UserError, match="Is a directory"):
+    with pytest.raises(UserError, match="it is no regular file"):
         load_checkpoint(tmp_path)
 
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from moekit.experts.base import Experts, rows_of
 from moekit.functional.activation import Activation, activation_function
-from moekit.functional.dropout import dropout
+from moekit.functional.dropout import dropout, relu_dropout
 from moekit.functional.init import truncated_normal_
-from moekit.kernels.grouped_feed_forward import grouped_feed_forward, takes
 
 HiddenBias = Literal["none", "add", "multiply"]
 
@@ -55,26 +54,11 @@ class FeedForwardExperts(Experts):
     def _drop(self, hidden: Tensor) -> Tensor:
         return dropout(hidden, self.dropout, training=self.training)
 
-    def _at_once(
-        self,
-        rows: Tensor,
-        counts: Tensor | None,
-        w_in: Tensor,
-        w_out: Tensor,
-        *,
-        w_up: Tensor | None = None,
-        b_in: Tensor | None = None,
-        b_out: Tensor | None = None,
-    ) -> Tensor | None:
-        """The whole bank as one operation; None where its parts must be computed apart."""
-        drop = self.dropout if self.training else 0.0
-        if counts is None or drop >= 1.0 or "adapters" in self._modules:
-            return None
-        if not takes(rows, w_in, w_up, w_out, b_in, b_out):
-            return None
-        return grouped_feed_forward(
-            rows, w_in, w_out, counts, activation=self.activation, w_up=w_up, b_in=b_in, b_out=b_out, dropout=drop
-        )
+    def _act_and_drop(self, hidden: Tensor) -> Tensor:
+        """What the activation leaves of `hidden`, with dropout."""
+        if self.activation == "relu":  # of which nothing but the result is kept
+            return relu_dropout(hidden, self.dropout, training=self.training)
+        return self._drop(self._act(hidden))
 
 
 class GroupedMLP(FeedForwardExperts):
@@ -122,13 +106,10 @@ class GroupedMLP(FeedForwardExperts):
                 bias.zero_()
 
     def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
-        whole = self._at_once(rows, counts, self.w_in, self.w_out, b_in=self.b_in, b_out=self.b_out)
-        if whole is not None:
-            return whole
         hidden = self.times(rows, "w_in", counts)
         if self.b_in is not None:
             hidden = hidden + rows_of(self.b_in, rows, counts)
-        hidden = self._drop(self._act(hidden))
+        hidden = self._act_and_drop(hidden)
         out = self.times(hidden, "w_out", counts)
         return out if self.b_out is None else out + rows_of(self.b_out, rows, counts)
 
@@ -195,10 +176,6 @@ class GroupedGLU(FeedForwardExperts):
             self.b_hidden.fill_(1.0 if self.hidden_bias == "multiply" else 0.0)
 
     def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
-        if self.b_hidden is None:
-            whole = self._at_once(rows, counts, self.w_gate, self.w_out, w_up=self.w_up)
-            if whole is not None:
-                return whole
         hidden = self._act(self.times(rows, "w_gate", counts)) * self.times(rows, "w_up", counts)
         if self.b_hidden is not None:
             hidden = self._biased(hidden, rows_of(self.b_hidden, rows, counts))

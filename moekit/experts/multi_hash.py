@@ -70,11 +70,8 @@ class MultiHashMLP(FeedForwardExperts):
         self.reset_parameters()
 
     def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
-        whole = self._at_once(rows, counts, self.w_in, self.w_out)
-        if whole is not None:
-            return whole
-        hidden = self._act(self.times(rows, "w_in", counts))
-        return self.times(self._drop(hidden), "w_out", counts)
+        hidden = self._act_and_drop(self.times(rows, "w_in", counts))
+        return self.times(hidden, "w_out", counts)
 
     def reference(self, expert: int, x: Tensor) -> Tensor:  # noqa: D102
         return self._act(x @ self.matrix(expert, "w_in")) @ self.matrix(expert, "w_out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+_LEAST = -(1 << 63)
 LEVELS = 1 << 16
 """How many values an entry of `random_int16` has."""
 
@@ -21,5 +22,9 @@ def jitter(x: torch.Tensor, epsilon: float) -> torch.Tensor:
 def random_int16(count: int, device: torch.device) -> torch.Tensor:
     """Int16[count], uniform over all 65,536 values, drawn four at a time from the generator of `device`."""
     # A CPU draws 64 bits about as fast as it draws the 24 of a float.
-    words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
-    return words.random_(-(1 << 63), None).view(torch.int16)[:count]
+    number = -(-count // 4)
+    if torch.compiler.is_compiling():  # graphs have no `random_`; this is the same draw, but for the sign
+        words = torch.randint(_LEAST, -(_LEAST + 1), (number,), device=device).bitwise_xor(_LEAST)
+    else:
+        words = torch.empty(number, dtype=torch.int64, device=device).random_(_LEAST, None)
+    return words.view(torch.int16)[:count]

@@ -1,7 +1,6 @@
 """Fused paths, each with its reference and its backward in one file."""
 
 from moekit.kernels.balanced_assignment import balanced_assignment
-from moekit.kernels.grouped_feed_forward import grouped_feed_forward, grouped_feed_forward_reference
 from moekit.kernels.grouped_mm import grouped_mm, grouped_mm_reference
 from moekit.kernels.grouped_rows import repeat_rows
 from moekit.kernels.host_counts import on_host, remember, split_counts
@@ -11,8 +10,6 @@ from moekit.kernels.vocabulary_loss import TokenLoss, logits_loss, vocabulary_lo
 __all__ = [
     "TokenLoss",
     "balanced_assignment",
-    "grouped_feed_forward",
-    "grouped_feed_forward_reference",
     "grouped_mm",
     "grouped_mm_reference",
     "logits_loss",

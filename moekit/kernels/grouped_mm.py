@@ -149,7 +149,7 @@ def _edges(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-def zero_unused(stacked: Tensor, counts: Sequence[int]) -> None:
+def _zero_unused(stacked: Tensor, counts: Sequence[int]) -> None:
     """Zero the parts of ``stacked`` [E, ...] that belong to experts without rows, neighbours at once."""
     used = (e for e, n in enumerate(counts) if n)
     for before, after in pairwise([-1, *used, len(counts)]):
@@ -157,7 +157,7 @@ def zero_unused(stacked: Tensor, counts: Sequence[int]) -> None:
             stacked[before + 1 : after].zero_()
 
 
-def checked_counts(counts: Tensor, num_rows: int, num_experts: int) -> list[int]:
+def _checked(counts: Tensor, num_rows: int, num_experts: int) -> list[int]:
     """The counts as numbers, if they fit: rows that no expert computes would hold whatever memory held."""
     numbers = [int(n) for n in counts.tolist()]
     if len(numbers) != num_experts or sum(numbers) != num_rows or min(numbers, default=0) < 0:
@@ -172,7 +172,7 @@ def checked_counts(counts: Tensor, num_rows: int, num_experts: int) -> list[int]
 def _grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     a, w = _edges(x, weight)
     out = a.new_empty(a.shape[0], w.shape[2])
-    numbers = checked_counts(counts, a.shape[0], w.shape[0])
+    numbers = _checked(counts, a.shape[0], w.shape[0])
     for block, matrix, into in zip(a.split(numbers), w.unbind(0), out.split(numbers), strict=True):
         if block.shape[0]:
             torch.mm(block, matrix, out=into)
@@ -190,7 +190,7 @@ def _grouped_outer(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     a, b = _edges(x, y)
     out = a.new_empty(counts.numel(), a.shape[1], b.shape[1])
     numbers = counts.tolist()  # checked in the forward
-    zero_unused(out, numbers)
+    _zero_unused(out, numbers)
     for left, right, into in zip(a.split(numbers), b.split(numbers), out.unbind(0), strict=True):
         if left.shape[0]:
             torch.mm(left.t(), right, out=into)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.functional.dropout import dropout
 from moekit.functional.random_bits import jitter
 from moekit.functional.sampling import gumbel_topk_scores
 
@@ -70,7 +70,7 @@ class InputDropout(Exploration):
             raise ValueError(f"InputDropout.probability must be in [0, 1): got {self.probability}.")
 
     def perturb(self, x: Tensor) -> Tensor:  # noqa: D102
-        return dropout(x, self.probability, training=True)
+        return F.dropout(x, self.probability)
 
 
 @dataclass(frozen=True)

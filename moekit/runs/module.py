@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.kernels.gpu.backend import use_backend
@@ -39,7 +41,7 @@ def make_module(
     text = RunText(data.tokenizer.vocab_size, None if loaded else data)
     parts = recipe.parts(config, text, "meta" if empty else None)
     train, budget = config.train, config.train.budget()
-    if train.on_gpu:  # elsewhere, as where a trained run is tested on a CPU, torch computes
+    if train.accelerator != "cpu" and torch.cuda.is_available():  # elsewhere torch computes
         use_backend(parts.backbone, train.backend)
     module = make(
         parts.backbone,

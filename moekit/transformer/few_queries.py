@@ -13,8 +13,10 @@ def suits(query: Tensor) -> bool:
 
     Torch's kernel for the CPU calls a product for each row and head, which costs more than these small products take.
     """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # in a graph the number of queries may be a symbol
+        return False
     exact = query.dtype in (torch.float32, torch.float64)
-    return query.device.type == "cpu" and exact and query.shape[2] <= _MOST and not torch.is_grad_enabled()
+    return query.device.type == "cpu" and exact and query.shape[2] <= _MOST
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

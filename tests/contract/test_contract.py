@@ -236,8 +236,18 @@ def exemplified(examples: dict[str, Any]) -> set[str]:
     return {name.partition(",")[0] for name in examples}
 
 
-@pytest.mark.parametrize("check", ROUTER_CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("name", ROUTERS)
+def router_cases() -> Iterator[Any]:
+    """Every example by every check; compiling takes a second, so among the fast tests once for each class or preset."""
+    seen: set[str] = set()
+    for name in ROUTERS:
+        kind = name.partition(",")[0]
+        for check in ROUTER_CHECKS:
+            slow = check.__name__ == "check_compiles" and kind in seen
+            yield pytest.param(name, check, id=f"{name}-{check.__name__}", marks=[pytest.mark.slow] if slow else [])
+        seen.add(kind)
+
+
+@pytest.mark.parametrize(("name", "check"), router_cases())
 def test_router(name: str, check: Callable[[Callable[[], Router]], None]) -> None:
     check(ROUTERS[name])
 

@@ -20,9 +20,10 @@ import pytest
 import yaml
 from test_pages import PAGES, ROOT, blocks, name
 
+from moekit import shell
 from moekit.cli import program, recipes
 from moekit.cli.program import main
-from moekit.runs import Run, shell
+from moekit.runs import Run
 from moekit.runs.plain import as_plain
 from moekit.runs.recipe import find_recipe, recipe_names
 

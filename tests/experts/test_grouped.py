@@ -93,7 +93,8 @@ def test_dropout_is_on_the_hidden_activations_in_training(cls: type, counts: tor
     out = experts.train()(rows, counts)
     dropped = out == 0
     assert 0.35 < float(dropped.float().mean()) < 0.45
-    assert_close(out[~dropped], torch.full_like(out[~dropped], 1 / 0.6))
+    (scale,) = out[~dropped].unique().tolist()  # one rate for a call: of packed bits a multiple of 1 / 256
+    assert scale == pytest.approx(1 / 0.6, rel=0.01)
     assert torch.equal(experts.eval()(rows, counts), rows)
 
 

@@ -25,7 +25,7 @@ import pytest
 import torch
 
 import moekit.recipes
-from moekit.cli import training as cli_training
+import moekit.report
 from moekit.cli.recipes import build_parser, main
 from moekit.data.sources import open_source
 from moekit.runs import Recipe
@@ -218,7 +218,7 @@ def test_commands_of_the_readme_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # Reports of such runs are looked at above; here they would take a third of the time.
-    monkeypatch.setattr(cli_training, "write_report", lambda folder: None)
+    monkeypatch.setattr(moekit.report, "write_report", lambda folder: None)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     found = commands(ROOT / "recipes" / name / "README.md")
     assert found, f"recipes/{name}/README.md shows no command"

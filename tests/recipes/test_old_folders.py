@@ -24,7 +24,8 @@ HERE = Path(__file__).with_name("old_folders")
 EXPECTED = json.loads((HERE / "expected.json").read_text(encoding="utf-8"))
 TOLERANCE = 0.001
 """Of losses on another machine: weights are given, so that only the order of sums differs."""
-AFTER_TRAINING = 0.02
+AFTER_TRAINING = 0.05
+"""Of a few steps: dropout draws other numbers now."""
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,10 @@ def test_a_run_is_tested_inspected_and_reported(name: str) -> None:
     check(f"{name} test", read_folder(folder))
     assert read_folder(folder)["metrics"] == before["metrics"]
     check(f"{name} inspect", using.inspected(folder))
-    written = using.command("moekit.report", name, "--markdown").splitlines()
+    text = using.command("moekit.report", name, "--markdown")
+    written = re.sub(
+        r"## What experts like\n.*?(?=\n## )\n", "", text, flags=re.DOTALL
+    ).splitlines()  # not in the records
     later = [line for line in written if not line.startswith("| Work |")]  # a tile that the records lack, and a remark
     check(f"{name} markdown", [re.sub(r", \S+ % by always the most frequent answer", "", line) for line in later])
     (folder / "report.html").unlink()

@@ -32,7 +32,7 @@ OPERATION = {
     "train": {
         "max_minutes", "accumulate", "validate_every", "checkpoint_minutes", "checkpoint_steps", "log_every", "seed",
         "devices", "num_nodes", "accelerator", "backend", "loggers", "on_non_finite", "best", "patience", "ema",
-        "average_last",
+        "average_last", "keep_memory",
     },
     "evaluate": {
         "max_sentences", "valid_sentences", "batch_tokens", "samples", "bleu_tokenizer", "score_valid",

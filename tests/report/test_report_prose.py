@@ -34,4 +34,16 @@ def test_places_are_filled_in() -> None:
         heading("prediction")
     prose = [text for parts in texts()["figures"].values() for text in parts]
     fields = {name for text in prose for _, name, _, _ in string.Formatter().parse(text)}
-    assert fields - {None} == {"metric", "pivot", "task", "origin", "cut", "used", "title", "kind", "side", "measured"}
+    assert fields - {None} == {
+        "metric",
+        "pivot",
+        "task",
+        "origin",
+        "cut",
+        "used",
+        "title",
+        "kind",
+        "side",
+        "measured",
+        "left_out",
+    }

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moekit.experts import GroupedMLP
 from moekit.functional import gumbel_topk_scores
+from moekit.functional.random_bits import jitter
 from moekit.layer import MoELayer
 from moekit.routers import (
     AllChoices,
@@ -106,8 +107,9 @@ def test_jitter_is_on_the_routers_input_in_training_only() -> None:
     router = TopKRouter(D, E, exploration=InputJitter(0.3), init_scale=1.0)
     x = torch.randn(T, D)
     with seeded(4):
-        noise = torch.empty(T, D).uniform_(0.7, 1.3)
-    for training, expected in ((True, x * noise), (False, x)):
+        noisy = jitter(x, 0.3)
+    assert 0.69 < float((noisy / x).min()) < float((noisy / x).max()) < 1.31
+    for training, expected in ((True, noisy), (False, x)):
         with seeded(4):
             routing = router.train(training)(x)
         probs = (expected @ router.weight.t()).softmax(-1)

@@ -51,14 +51,19 @@ def use_backend(model: nn.Module, backend: Backend) -> None:
             module.backend = backend  # type: ignore[assignment]
 
 
-def check_backend(backend: str) -> None:
-    """Raise UserError where a backend does not exist, or needs a package that is not installed."""
+def check_backend(backend: str, *, on_gpu: bool = True) -> None:
+    """Raise UserError where a backend does not exist, or needs a GPU or a package that is not there."""
     if backend not in get_args(Backend):
         raise UserError(f"There is no backend {backend!r}. {nearest(backend, get_args(Backend))}")
     if backend == "triton" and not PRESENT:
         raise UserError(
             'backend="triton" needs the package triton, which is not installed. It comes with torch\'s CUDA build on '
             'Linux, and by `pip install triton`; backend="auto" does without it.'
+        )
+    if backend in ("triton", "sonicmoe") and not on_gpu:
+        raise UserError(
+            f"train.backend={backend} computes on a GPU: this run trains on a CPU. Leave it out, or give "
+            "--train.accelerator gpu on a machine that has one."
         )
     if backend == "sonicmoe" and importlib.util.find_spec("kernels") is None:
         raise UserError(

@@ -127,7 +127,7 @@ class DataConfig:
             "directions": _listed(self.directions) or None,
             "languages": named_languages(self.languages),
             "columns": _listed(self.columns) or None,
-            "babel_sizes": _sizes(self.babel_sizes) or None,
+            "babel_sizes": (self.babel_sizes and _sizes(self.babel_sizes)) or None,
         }
         for name, value in structured.items():
             object.__setattr__(self, name, value)

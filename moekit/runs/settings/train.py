@@ -126,12 +126,7 @@ class TrainConfig:
         """
         require_machine(self.devices, self.num_nodes, on_gpu=self.on_gpu)
         logger_names(self.loggers)
-        check_backend(self.backend)
-        if self.backend in ("triton", "sonicmoe") and not self.on_gpu:
-            raise UserError(
-                f"train.backend={self.backend} computes on a GPU: this run trains on a CPU. Leave it out, or give "
-                "--train.accelerator gpu on a machine that has one."
-            )
+        check_backend(self.backend, on_gpu=self.on_gpu)
         if self.ema and self.precision == "bf16-true":
             raise UserError(
                 "train.ema needs weights in float32: got bf16-true, which rounds its steps away. Leave it out."
