@@ -241,6 +241,7 @@ print("after")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_standard_output_by_name_keeps_what_is_there(tmp_path: Path) -> None:
     """Where it is a file too, which to open anew would cut off or overwrite."""

@@ -59,6 +59,7 @@ def test_the_page_names_every_router() -> None:
     assert {cls.__name__ for cls in classes() - through_presets} <= table
 
 
+@pytest.mark.slow
 def test_it_trains_them_all_and_draws_four_panels(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,6 +102,12 @@ def _near(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @EVERY
+def _one_of_each(examples: Iterable[str]) -> Iterator[Any]:
+    """The names of examples, of which the further ones of a class are slow tests."""
+    for name in examples:
+        yield pytest.param(name, marks=[pytest.mark.slow] if "," in name else [])
+
+
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routers(name: str, device: str) -> None:
     """In both phases, with and without padding, in every precision."""
@@ -142,7 +148,7 @@ EXTREMES: dict[str, Callable[[], Router]] = {
 
 
 @EVERY
-@pytest.mark.parametrize("name", [*ROUTERS, *EXTREMES])
+@pytest.mark.parametrize("name", [*_one_of_each(ROUTERS), *EXTREMES])
 def test_odd_batches(name: str, device: str) -> None:
     """In both phases: the CPU's results, finite, and no more waits than with other batches."""
     with seeded(0):

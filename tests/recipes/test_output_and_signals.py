@@ -36,7 +36,7 @@ def wait_for_steps(process: subprocess.Popen[str], folder: Path) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("closed", ["read by nobody", "closed"])
+@pytest.mark.parametrize("closed", ["closed", pytest.param("read by nobody", marks=pytest.mark.slow)])
 def test_training_goes_on_without_output(closed: str, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)

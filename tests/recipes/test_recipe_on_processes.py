@@ -54,6 +54,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path, cache: Path) -> None:
     assert two == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_drawn_block_by_block(tmp_path: Path, cache: Path) -> None:
     found = losses(tmp_path / "run", cache, *tokens(256, 64), "--devices", "2", "--strategy.empty_init", "true")
     assert found[-1] < found[0]
@@ -114,6 +115,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["experts and ZeRO", "tensors", "copies"])
 def test_processes_write_together_what_one_writes(tmp_path: Path, cache: Path, scored: Path, layout: list[str]) -> None:
     readers = 1 if "--strategy.tensor_parallel_size" in layout else 2

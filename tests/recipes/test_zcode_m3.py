@@ -216,7 +216,7 @@ def uninterrupted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return _losses(out)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_stopped_run_resumes_step_for_step(
     how: signal.Signals, uninterrupted: dict[int, str], cache: Path, tmp_path: Path
 ) -> None:
