@@ -113,9 +113,9 @@ def _cpu_generator() -> torch.Generator:
     ("kind", "dtype"),
     [
         ("translator", torch.float32),
-        ("translator", torch.bfloat16),
+        pytest.param("translator", torch.bfloat16, marks=pytest.mark.slow),
         ("language", torch.float32),
-        ("language", torch.float16),
+        pytest.param("language", torch.float16, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -162,7 +162,7 @@ COMPETING: dict[str, Any] = {
 
 @EVERY
 @pytest.mark.parametrize("kind", COMPETING)
-@pytest.mark.parametrize("name", ["sampling", "beam"])
+@pytest.mark.parametrize("name", [pytest.param("sampling", marks=pytest.mark.slow), "beam"])
 def test_texts_that_have_ended_take_no_room(name: str, kind: str, device: str) -> None:
     """Where rows compete for experts, those that ended leave at once, as on a CPU."""
     with seeded(0):

@@ -92,7 +92,9 @@ def train(kind: Kind, home: Path, *, seed: int = 0) -> Made:
     return made
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(
+    scope="module", params=["four tasks on pairs", pytest.param("tables of the text", marks=pytest.mark.slow)]
+)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return train(KINDS[request.param], tmp_path_factory.mktemp("made"))
 
