@@ -101,13 +101,13 @@ def _near(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value if name == "kept" else value.bfloat16() for name, value in found.items()}
 
 
-@EVERY
 def _one_of_each(examples: Iterable[str]) -> Iterator[Any]:
     """The names of examples, of which the further ones of a class are slow tests."""
     for name in examples:
         yield pytest.param(name, marks=[pytest.mark.slow] if "," in name else [])
 
 
+@EVERY
 @pytest.mark.parametrize("name", list(_one_of_each(ROUTERS)))
 def test_routers(name: str, device: str) -> None:
     """In both phases, with and without padding, in every precision."""
