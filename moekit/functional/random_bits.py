@@ -1,12 +1,12 @@
-"""Random integers of few bits, of which a CPU draws several at once."""
+"""Noise of few random bits an entry, of which a CPU draws several at once."""
 
 from __future__ import annotations
 
 import torch
 
 _LEAST = -(1 << 63)
-LEVELS = 1 << 16
-"""How many values an entry of `random_int16` has."""
+_LEVELS = 1 << 16
+"""How many values an entry of `_random_int16` has."""
 
 
 def jitter(x: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -14,12 +14,12 @@ def jitter(x: torch.Tensor, epsilon: float) -> torch.Tensor:
 
     The factor is one of 65,536 equally spaced values: drawing them four at a time takes a CPU a quarter of the time.
     """
-    step = 2 * epsilon / LEVELS
-    factor = random_int16(x.numel(), x.device).to(x.dtype).mul_(step).add_(1 + step / 2)  # the middle of each step
+    step = 2 * epsilon / _LEVELS
+    factor = _random_int16(x.numel(), x.device).to(x.dtype).mul_(step).add_(1 + step / 2)  # the middle of each step
     return x * factor.view(x.shape)
 
 
-def random_int16(count: int, device: torch.device) -> torch.Tensor:
+def _random_int16(count: int, device: torch.device) -> torch.Tensor:
     """Int16[count], uniform over all 65,536 values, drawn four at a time from the generator of `device`."""
     # A CPU draws 64 bits about as fast as it draws the 24 of a float.
     number = -(-count // 4)
