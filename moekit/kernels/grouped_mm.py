@@ -96,7 +96,9 @@ class _GroupedKernel(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = F.grouped_mm(grad, weight.transpose(1, 2), offs=ends)
         if ctx.needs_input_grad[1]:
-            dw = F.grouped_mm(_whole(x).t(), grad, offs=ends).masked_fill((counts == 0)[:, None, None], 0.0)
+            left, right = (grad, _whole(x)) if _is_turned(weight) else (_whole(x), grad)
+            dw = F.grouped_mm(left.t(), right, offs=ends).masked_fill((counts == 0)[:, None, None], 0.0)
+            dw = dw.transpose(1, 2) if _is_turned(weight) else dw
         return dx, dw, None
 
 
@@ -111,6 +113,15 @@ def _fits(weight: Tensor) -> bool:
     _, down, right = weight.stride()
     lies = (right == 1 and down % _ALIGNED == 0) or (down == 1 and right % _ALIGNED == 0)
     return lies and weight.storage_offset() % _ALIGNED == 0
+
+
+def _is_turned(weight: Tensor) -> bool:
+    """Whether the matrices lie column by column, as the transposed view of a parameter does.
+
+    Their gradient is then made as it will lie in the parameter's own: autograd would copy it otherwise.
+    """
+    _, down, right = weight.stride()
+    return down == 1 and right != 1
 
 
 def _are_few(x: Tensor, weight: Tensor) -> bool:
@@ -206,7 +217,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     x, weight, counts = ctx.saved_tensors
     grad = grad.contiguous()
     dx = _grouped_mm(grad, weight.transpose(1, 2), counts) if ctx.needs_input_grad[0] else None
-    dw = _grouped_outer(x, grad, counts) if ctx.needs_input_grad[1] else None
+    dw = None
+    if ctx.needs_input_grad[1]:
+        turned = _is_turned(weight)
+        dw = _grouped_outer(grad, x, counts).transpose(1, 2) if turned else _grouped_outer(x, grad, counts)
     return dx, dw, None
 
 

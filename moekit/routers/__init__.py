@@ -27,10 +27,11 @@ from moekit.routers.presets import gshard, st_moe, switch, zcode_m3
 from moekit.routers.queueing import clear_padding, routing_of_choices
 from moekit.routers.rank_shuffle import RankShuffle
 from moekit.routers.relu import AdaptiveCoefficient, ReLURouter, remoe
-from moekit.routers.scorers import ExpertScorer, LinearScorer, ScoredRouter
+from moekit.routers.scorers import BiasedLinearScorer, ExpertScorer, LinearScorer, ScoredRouter
 from moekit.routers.second_expert import AllChoices, RandomChoice, SampledChoice, SecondExpertPolicy, ThresholdChoice
 from moekit.routers.sequence_capacity import SequenceCapacity
 from moekit.routers.sinkhorn import SinkhornRouter
+from moekit.routers.sparse_mixer import SparseMixerRouter
 from moekit.routers.task import TaskRouter, TaskScorer, TaskTableRouter
 from moekit.routers.topk import Balance, TopKRouter
 from moekit.routers.uniform import UniformRouter
@@ -40,6 +41,7 @@ __all__ = [
     "AllChoices",
     "BASELayerRouter",
     "Balance",
+    "BiasedLinearScorer",
     "Bigram",
     "CosineRouter",
     "CosineScorer",
@@ -72,6 +74,7 @@ __all__ = [
     "SecondExpertPolicy",
     "SequenceCapacity",
     "SinkhornRouter",
+    "SparseMixerRouter",
     "TaskRouter",
     "TaskScorer",
     "TaskTableRouter",

@@ -74,6 +74,28 @@ class LinearScorer(ExpertScorer):
         return float32_linear(x, parameters["weight"])
 
 
+@dataclass(frozen=True)
+class BiasedLinearScorer(LinearScorer):
+    """logits = x W_r + b, in float32; b begins at 0.
+
+    Source: the released code of GPT-OSS.
+    """
+
+    expert_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
+
+    def shapes(self, dim: int, num_experts: int) -> dict[str, tuple[int, ...]]:  # noqa: D102
+        return {**super().shapes(dim, num_experts), "bias": (num_experts,)}
+
+    def draw_(self, parameters: Mapping[str, Tensor]) -> None:  # noqa: D102
+        super().draw_(parameters)
+        if not parameters["bias"].is_meta:
+            parameters["bias"].zero_()
+
+    def __call__(self, x: Tensor, context: RoutingContext, parameters: Mapping[str, Tensor]) -> Tensor:  # noqa: D102
+        logits = super().__call__(x, context, parameters)
+        return logits + parameters["bias"].to(logits.dtype)
+
+
 class ScoredRouter(Router):
     """A router that begins with logits of an `ExpertScorer`.
 

@@ -1,0 +1,187 @@
+"""`adopt`: the sparse language models of transformers with a `MoELayer` in the place of every sparse block.
+
+    model = adopt(AutoModelForCausalLM.from_pretrained(folder))
+    loss = model(input_ids, attention_mask, labels=labels).loss   # balance losses included, in training
+    model.save_pretrained("again")                                # the files that the original writes
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from moekit.errors import UserError
+from moekit.huggingface.adopted_layer import AdoptedLayer, Hearing
+from moekit.huggingface.sparse_blocks import SPARSE_BLOCKS, adopted
+from moekit.layer import AuxLosses
+from moekit.routing import Routing
+
+Model = TypeVar("Model", bound=nn.Module)
+DEFAULT = "default"
+_LOG = logging.getLogger(__name__)
+
+
+def adopt(model: Model, aux: AuxLosses | str | None = DEFAULT) -> Model:
+    """Put a `MoELayer` in the place of every sparse block of a model of transformers, in place.
+
+    Logits and gradients are those of the original, parameters are the same objects under the same names, and
+    `save_pretrained` writes the same files. What moekit does with a `MoELayer` it then does with the model: the
+    Strategy divides its experts, reports draw its routing, routers take a capacity. Padding that a two-dimensional
+    `attention_mask` tells is not routed: hidden states there, which nobody reads, are others.
+
+    In training a forward that is given labels adds the routers' weighted losses to the loss, and reports their
+    unweighted mean over layers as ``aux_loss``. `routings` gives all that the routers returned.
+
+    Args:
+        model: such as `AutoModelForCausalLM.from_pretrained` gives; its sparse blocks are some of
+            `moekit.huggingface.SPARSE_BLOCKS`.
+        aux: weights of the routers' losses; None = none. By default ``load_balance`` alone, with the configuration's
+            router_aux_loss_coef times k, the mean over layers.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: no block is sparse, one is of an unknown kind, quantized or loaded by parts, the model was adopted
+            before, or its configuration asks for output_router_logits. The model is as it was then.
+
+    Source: ours. Differs: from transformers, routers compute in float32 whatever the model's type, and the balance loss
+        is of each layer by itself, where transformers multiplies load and probability of all layers together.
+    """
+    found = _sparse_blocks(model)
+    hearing = Hearing()
+    layers = {path: adopted(block, hearing) for path, block in found.items()}
+    for path, layer in layers.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer)
+    weights = _default_losses(model, next(iter(found.values())), next(iter(layers.values()))) if aux == DEFAULT else aux
+    adoption = Adoption(hearing, cast("AuxLosses | None", weights))
+    model.register_forward_pre_hook(adoption.begin, with_kwargs=True)
+    model.register_forward_hook(adoption.end, with_kwargs=True, always_call=True)
+    if aux == DEFAULT:
+        _LOG.warning("%s: %d sparse layers adopted; training adds %r to its loss.", type(model).__name__, len(layers), weights)
+    return model
+
+
+class Adoption:
+    """What is done around each forward of an adopted model.
+
+    Args:
+        hearing: shared by its layers.
+        aux: weights of the routers' losses; None = they are not added.
+    """
+
+    def __init__(self, hearing: Hearing, aux: AuxLosses | None) -> None:
+        self.hearing, self.aux = hearing, aux
+        self.asked: list[list[Routing]] = []
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward: take the mask, and begin to listen."""
+        if kwargs.get("output_router_logits"):
+            raise UserError(
+                "an adopted model returns no router_logits: got output_router_logits=True. Leave it out; "
+                "moekit.huggingface.routings(model) gives what routers returned."
+            )
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        self.hearing.mask = _real(mask)
+        self.hearing.routings = []
+
+    def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """After a forward, also one that raised: stop listening, and add the losses."""
+        heard, self.hearing.routings, self.hearing.mask = self.hearing.routings or [], None, None
+        for asked in self.asked:
+            asked.extend(heard)
+        loss = getattr(output, "loss", None)
+        if self.aux is None or not model.training or not isinstance(loss, Tensor) or not heard:
+            return None
+        total, terms = self.aux(*heard)
+        output.loss = loss + total.to(loss.device, loss.dtype)
+        if "aux_loss" in type(output).__dataclass_fields__:
+            output.aux_loss = terms.get("load_balance")
+        return output
+
+
+@contextmanager
+def routings(model: nn.Module) -> Iterator[list[Routing]]:
+    """What the routers of an adopted model return inside the block, forward by forward, layer by layer.
+
+    With gradient, so that a loss of one's own may be made of them.
+
+    Example::
+
+        with routings(model) as heard:
+            logits = model(input_ids).logits
+        loss = my_loss(logits) + AuxLosses(load_balance=0.01)(*heard)[0]
+
+    Raises:
+        UserError: the model was not adopted.
+    """
+    adoption = _adoption(model)
+    if adoption is None:
+        raise UserError(f"routings are those of an adopted model: got {type(model).__name__}. Call adopt(model) first.")
+    heard: list[Routing] = []
+    adoption.asked.append(heard)
+    try:
+        yield heard
+    finally:
+        adoption.asked = [asked for asked in adoption.asked if asked is not heard]
+
+
+def _adoption(model: nn.Module) -> Adoption | None:
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((owner for owner in owners if isinstance(owner, Adoption)), None)
+
+
+def _real(mask: Any) -> Tensor | None:
+    """Bool[B, S], True = a real token; None where there is no padding, or nothing that says so for each token."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    real = mask.bool()
+    return None if real.device.type == "cpu" and bool(real.all()) else real  # not asked on a device: it would wait
+
+
+def _sparse_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks to replace, by path.
+
+    Raises:
+        UserError: as `adopt`.
+    """
+    name = type(model).__name__
+    if any(isinstance(module, AdoptedLayer) for module in model.modules()):
+        raise UserError(f"{name} has been adopted already.")
+    config = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        raise UserError(
+            f"{name}'s configuration has output_router_logits: an adopted model adds its routers' losses by itself. "
+            "Set model.config.output_router_logits = False first."
+        )
+    known = {path: module for path, module in model.named_modules() if type(module).__name__ in SPARSE_BLOCKS}
+    inside = tuple(f"{path}." for path in known)
+    others = {
+        path: type(module).__name__
+        for path, module in model.named_modules()
+        if not f"{path}.".startswith(inside) and type(module).__name__.endswith(("Experts", "SparseMLP"))
+    }
+    kinds = ", ".join(sorted(SPARSE_BLOCKS))
+    if others:
+        path, kind = next(iter(others.items()))
+        hint = " moekit.huggingface.import_model reads it." if kind.startswith(("SwitchTransformers", "NllbMoe")) else ""
+        raise UserError(f"{name}: {path} ({kind}) is in a sparse block of an unknown kind. Known are {kinds}.{hint}")
+    if "" in known:
+        raise UserError(f"adopt takes a model: got the sparse block {name} itself. Give the model that holds it.")
+    if not known:
+        raise UserError(f"{name} has no sparse block to adopt. Known are {kinds}.")
+    return known
+
+
+def _default_losses(model: nn.Module, block: nn.Module, layer: AdoptedLayer) -> AuxLosses:
+    given = getattr(getattr(model, "config", None), "router_aux_loss_coef", None)
+    if given is None:
+        return AuxLosses(layers="mean", load_balance=SPARSE_BLOCKS[type(block).__name__].coefficient)
+    return AuxLosses(layers="mean", load_balance=given * layer.router.k)

@@ -1,0 +1,109 @@
+"""A `MoELayer` in the place of a sparse block of transformers: its names, its argument, its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekit.experts import Experts
+from moekit.functional.precision import float32_linear
+from moekit.huggingface.renamed import Renamed
+from moekit.layer import MoELayer, MoEOutput
+from moekit.mixing import Mix, Mixed
+from moekit.routing import Router, Routing, RoutingContext
+
+
+class Hearing:
+    """What the layers of a model share during one of its forwards.
+
+    Attributes:
+        routings: those of the layers so far, in their order; None outside of a forward, so that a recomputation by
+            activation checkpointing adds nothing.
+        mask: Bool[B, S'], True = a real token; None = all are.
+    """
+
+    def __init__(self) -> None:
+        self.routings: list[Routing] | None = None
+        self.mask: Tensor | None = None
+
+    def context(self, hidden: Tensor) -> RoutingContext:
+        """What routers may know about ``hidden`` Float[B, S, D]: the last S positions of the mask are its own."""
+        batch, length = hidden.shape[:2]
+        mask = self.mask
+        if mask is not None:
+            mask = mask[:, -length:] if mask.shape[0] == batch and mask.shape[1] >= length else None
+        sequence = torch.arange(batch, device=hidden.device)[:, None].expand(batch, length)
+        return RoutingContext(mask=mask, sequence=sequence)
+
+
+class SigmoidGate(Mix):
+    """y = routed + sigmoid(w x) shared: the weight of Qwen2-MoE's shared expert.
+
+    Args:
+        dim: D.
+
+    Source: the released code of Qwen1.5-MoE.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.weight = nn.Parameter(torch.empty(1, dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the gate's weights anew, as `torch.nn.Linear` does."""
+        self.weight.uniform_(-(self.dim**-0.5), self.dim**-0.5)
+
+    def forward(  # noqa: D102
+        self, x: Tensor, routed: Tensor, shared: Tensor, context: RoutingContext | None = None
+    ) -> Mixed:
+        return Mixed(routed + float32_linear(x, self.weight).sigmoid().to(shared.dtype) * shared)
+
+
+class AdoptedLayer(Renamed, MoELayer):
+    """A `MoELayer` whose parts bear the names that a block of transformers has for them.
+
+    So what `save_pretrained` writes has the same keys, and ``layer.router`` is the router all the same. Called, it takes
+    hidden states alone and gives the tensor that the block gave; hooks on it get a `MoEOutput`, as those of any layer.
+
+    Args:
+        router: chooses experts.
+        experts: computes them.
+        shared: the branch that every token takes.
+        mix: how the shared branch and the experts are joined; None = added.
+        renamed: names of ``router``, ``shared`` and ``mix`` there.
+        jitters: rates with which training multiplies the hidden states, one after the other, by what is uniform in
+            1 - rate to 1 + rate; router and experts both see the product.
+        answers_pair: whether the caller takes a second value, of which it makes no use.
+        hearing: shared by the layers of a model.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        shared: nn.Module | None,
+        mix: Mix | None,
+        *,
+        renamed: Mapping[str, str],
+        jitters: tuple[float, ...],
+        answers_pair: bool,
+        hearing: Hearing,
+    ) -> None:
+        object.__setattr__(self, "renamed", dict(renamed))
+        super().__init__(router, experts, shared=shared, mix=mix)
+        self.jitters, self.answers_pair, self.hearing = jitters, answers_pair, hearing
+
+    def __call__(self, hidden_states: Tensor) -> Any:
+        """Float[B, S, D] to the same, as the block that was here."""
+        for rate in self.jitters if self.training else ():
+            hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(1 - rate, 1 + rate)
+        output: MoEOutput = super().__call__(hidden_states, self.hearing.context(hidden_states))
+        if self.hearing.routings is not None:
+            self.hearing.routings.append(output.routing)
+        return (output.hidden, None) if self.answers_pair else output.hidden
