@@ -58,7 +58,11 @@ def adopt(model: Model, aux: AuxLosses | str | None = DEFAULT) -> Model:
     layers = {path: adopted(block, hearing) for path, block in found.items()}
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer)
+        block = model.get_submodule(parent)
+        setattr(block, name, layer)
+        for part in block.children():
+            if part is not layer:
+                part.register_forward_pre_hook(hearing.enter, with_kwargs=True)
     weights = _default_losses(model, next(iter(found.values())), next(iter(layers.values()))) if aux == DEFAULT else aux
     adoption = Adoption(hearing, cast("AuxLosses | None", weights))
     model.register_forward_pre_hook(adoption.begin, with_kwargs=True)

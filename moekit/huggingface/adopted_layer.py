@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moekit.experts import Experts
 from moekit.functional.precision import float32_linear
@@ -28,6 +29,7 @@ class Hearing:
     def __init__(self) -> None:
         self.routings: list[Routing] | None = None
         self.mask: Tensor | None = None
+        self._masks = WeakTensorKeyDictionary()
 
     def context(self, hidden: Tensor) -> RoutingContext:
         """What routers may know about ``hidden`` Float[B, S, D]: the last S positions of the mask are its own."""
@@ -37,6 +39,28 @@ class Hearing:
             mask = mask[:, -length:] if mask.shape[0] == batch and mask.shape[1] >= length else None
         sequence = torch.arange(batch, device=hidden.device)[:, None].expand(batch, length)
         return RoutingContext(mask=mask, sequence=sequence)
+
+    def enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a part of a transformer block: note the mask of this forward, or find that of a recomputed one.
+
+        Parts are recomputed with the very tensors that they were given, and each forward makes cosines of its
+        positions. So several forwards may come before the backward.
+        """
+        angles = kwargs.get("position_embeddings")
+        cosines = angles[0] if isinstance(angles, tuple) else angles
+        if not isinstance(cosines, Tensor) or not torch.is_grad_enabled():
+            return
+        if self.routings is None:
+            self.mask = self._masks.get(cosines)
+        elif self.mask is not None:
+            self._masks[cosines] = self.mask
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hear a forward of their own."""
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
 
 
 class SigmoidGate(Mix):
