@@ -1,22 +1,31 @@
-"""Exchange with Hugging Face transformers: SwitchTransformers and NllbMoe folders in, ours out, safetensors only.
+"""Hugging Face transformers: its sparse language models adopted in place, and folders in and out, safetensors only.
 
-found = import_model("switch-base-8")
+model = adopt(AutoModelForCausalLM.from_pretrained(folder))   # Mixtral, OLMoE, Qwen, DeepSeek, GPT-OSS, ...
+
+found = import_model("switch-base-8")                         # as a model of ours
 export_model(found.model, "again", tokens=found.tokens)
 """
 
+from moekit.huggingface.adopt import adopt, routings
+from moekit.huggingface.adopted_layer import AdoptedLayer
 from moekit.huggingface.architecture import Architecture
 from moekit.huggingface.model import describe
 from moekit.huggingface.reading import Blueprint, Imported, import_model, open_folder
+from moekit.huggingface.sparse_blocks import SPARSE_BLOCKS
 from moekit.huggingface.tokenizers import read_tokenizer
 from moekit.huggingface.writing import export_model
 
 __all__ = [
+    "SPARSE_BLOCKS",
+    "AdoptedLayer",
     "Architecture",
     "Blueprint",
     "Imported",
+    "adopt",
     "describe",
     "export_model",
     "import_model",
     "open_folder",
     "read_tokenizer",
+    "routings",
 ]

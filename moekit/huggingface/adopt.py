@@ -1,8 +1,8 @@
 """`adopt`: the sparse language models of transformers with a `MoELayer` in the place of every sparse block.
 
-    model = adopt(AutoModelForCausalLM.from_pretrained(folder))
-    loss = model(input_ids, attention_mask, labels=labels).loss   # balance losses included, in training
-    model.save_pretrained("again")                                # the files that the original writes
+model = adopt(AutoModelForCausalLM.from_pretrained(folder))
+loss = model(input_ids, attention_mask, labels=labels).loss   # balance losses included, in training
+model.save_pretrained("again")                                # the files that the original writes
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from moekit.errors import UserError
@@ -68,7 +67,9 @@ def adopt(model: Model, aux: AuxLosses | str | None = DEFAULT) -> Model:
     model.register_forward_pre_hook(adoption.begin, with_kwargs=True)
     model.register_forward_hook(adoption.end, with_kwargs=True, always_call=True)
     if aux == DEFAULT:
-        _LOG.warning("%s: %d sparse layers adopted; training adds %r to its loss.", type(model).__name__, len(layers), weights)
+        _LOG.warning(
+            "%s: %d sparse layers adopted; training adds %r to its loss.", type(model).__name__, len(layers), weights
+        )
     return model
 
 
@@ -175,7 +176,9 @@ def _sparse_blocks(model: nn.Module) -> dict[str, nn.Module]:
     kinds = ", ".join(sorted(SPARSE_BLOCKS))
     if others:
         path, kind = next(iter(others.items()))
-        hint = " moekit.huggingface.import_model reads it." if kind.startswith(("SwitchTransformers", "NllbMoe")) else ""
+        hint = (
+            " moekit.huggingface.import_model reads it." if kind.startswith(("SwitchTransformers", "NllbMoe")) else ""
+        )
         raise UserError(f"{name}: {path} ({kind}) is in a sparse block of an unknown kind. Known are {kinds}.{hint}")
     if "" in known:
         raise UserError(f"adopt takes a model: got the sparse block {name} itself. Give the model that holds it.")

@@ -92,8 +92,9 @@ class SigmoidGate(Mix):
 class AdoptedLayer(Renamed, MoELayer):
     """A `MoELayer` whose parts bear the names that a block of transformers has for them.
 
-    So what `save_pretrained` writes has the same keys, and ``layer.router`` is the router all the same. Called, it takes
-    hidden states alone and gives the tensor that the block gave; hooks on it get a `MoEOutput`, as those of any layer.
+    So what `save_pretrained` writes has the same keys, and ``layer.router`` is the router all the same. Called, it
+    takes hidden states alone and gives the tensor that the block gave; hooks on it get a `MoEOutput`, as those of any
+    layer.
 
     Args:
         router: chooses experts.

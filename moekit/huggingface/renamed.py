@@ -19,14 +19,14 @@ class Renamed(nn.Module):
 
     renamed: Mapping[str, str] = {}
 
-    def __setattr__(self, name: str, value: Any) -> None:  # noqa: D105
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(self.renamed.get(name, name), value)
 
-    def __getattr__(self, name: str) -> Any:  # noqa: D105
+    def __getattr__(self, name: str) -> Any:
         found = self.__dict__.get("renamed", type(self).renamed)
         return super().__getattr__(found.get(name, name))
 
-    def __delattr__(self, name: str) -> None:  # noqa: D105
+    def __delattr__(self, name: str) -> None:
         super().__delattr__(self.renamed.get(name, name))
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:  # noqa: D102

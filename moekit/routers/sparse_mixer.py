@@ -36,8 +36,8 @@ class SparseMixerRouter(ScoredRouter):
         capacity: slots per expert and who is served first; dropless by default.
         allow_future: accept priorities that look at later tokens in a causal decoder.
 
-    Returns in `Routing.losses` ``load_balance``, of the softmax over all scores; in `Routing.statistics` its ``entropy``
-    and ``logsumexp``.
+    Returns in `Routing.losses` ``load_balance`` of the softmax over all scores; in `Routing.statistics` ``entropy`` and
+    ``logsumexp`` of the same.
 
     Raises:
         ValueError: if `k` is not in 1..E, or `tolerance` is negative.

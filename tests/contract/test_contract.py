@@ -17,11 +17,22 @@ import torch
 
 import moekit
 from moekit import dispatch, experts, routers
-from moekit.experts import BASELayerStack, Experts, GroupedGLU, GroupedMLP, MultiHashMLP, ZeroComputationExperts
+from moekit.experts import (
+    BASELayerStack,
+    ClampedGate,
+    Experts,
+    GateUpExperts,
+    GroupedGLU,
+    GroupedMLP,
+    MultiHashMLP,
+    ZeroComputationExperts,
+)
 from moekit.functional.hash_tables import random_table
+from moekit.huggingface.sparse_blocks import CorrectionBiasRouter
 from moekit.routers import (
     Balance,
     BASELayerRouter,
+    BiasedLinearScorer,
     Bigram,
     CosineRouter,
     CosineScorer,
@@ -35,6 +46,7 @@ from moekit.routers import (
     SampledChoice,
     SampledSoftmax,
     SinkhornRouter,
+    SparseMixerRouter,
     TaskRouter,
     TaskScorer,
     TaskTableRouter,
@@ -160,6 +172,11 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     ),
     "dense_to_sparse": lambda: dense_to_sparse(D, E),
     "LossFreeRouter": lambda: LossFreeRouter(D, E, 2, init_scale=1.0),
+    "CorrectionBiasRouter": lambda: CorrectionBiasRouter(D, E, 2, init_scale=1.0),
+    "SparseMixerRouter": lambda: SparseMixerRouter(D, E, init_scale=1.0),
+    "SparseMixerRouter, three choices of many that are near, capacity": lambda: SparseMixerRouter(
+        D, E, 3, tolerance=1.0, scorer=BiasedLinearScorer(1.0), capacity=Capacity(train=0.6, eval=0.8, minimum=1)
+    ),
     "LossFreeRouter, softmax, global balance, capacity": lambda: LossFreeRouter(
         D,
         E,
@@ -196,6 +213,10 @@ EXPERTS: dict[str, Callable[[], Experts]] = {
     "GroupedGLU, silu, dropout": lambda: GroupedGLU(3, D, 5, activation="silu", dropout=0.2),
     "GroupedGLU, additive bias": lambda: GroupedGLU(E, D, 6, hidden_bias="add"),
     "GroupedGLU, multiplicative bias": lambda: GroupedGLU(E, D, 6, hidden_bias="multiply"),
+    "GateUpExperts": lambda: GateUpExperts(E, D, 6),
+    "GateUpExperts, clamped gate, biases, inputs first": lambda: GateUpExperts(
+        E, D, 6, gate=ClampedGate(limit=0.5), bias=True, outputs_first=False
+    ),
     "ZeroComputationExperts": lambda: ZeroComputationExperts(GroupedMLP(3, D, 6, init_scale=1.0)),
     "ZeroComputationExperts, no constant": lambda: ZeroComputationExperts(GroupedGLU(2, D, 6), copy=0, constant=0),
 }

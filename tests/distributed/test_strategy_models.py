@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import moekit as mk
 from moekit.experts import Experts
+from moekit.huggingface import adopt, routings
 from moekit.mixing import ConditionalMix, SoftmaxMix
 from moekit.routers import Balance, TopKRouter
 from moekit.soft_moe import SoftMoELayer
@@ -100,6 +101,41 @@ class Llama(Step):
 
     def logits(self, ids: Tensor) -> tuple[Tensor, list[Any]]:
         return self.model(input_ids=ids, use_cache=False).logits, []
+
+
+class Adopted(Step):
+    """DeepSeek-V3 as transformers has it, adopted: grouped choice, a shared expert, a loss of each sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        transformers = pytest.importorskip("transformers", minversion="5.0")
+        config = transformers.DeepseekV3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=DIM,
+            intermediate_size=12,
+            moe_intermediate_size=6,
+            num_hidden_layers=3,
+            first_k_dense_replace=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            n_routed_experts=EXPERTS,
+            num_experts_per_tok=2,
+            n_group=2,
+            topk_group=1,
+            kv_lora_rank=4,
+            q_lora_rank=None,
+            qk_nope_head_dim=4,
+            qk_rope_head_dim=4,
+            v_head_dim=4,
+            max_position_embeddings=16,
+            pad_token_id=None,
+            initializer_range=0.5,
+        )
+        self.model = adopt(transformers.DeepseekV3ForCausalLM(config), aux=None)
+
+    def logits(self, ids: Tensor) -> tuple[Tensor, list[Any]]:
+        with routings(self.model) as heard:
+            return self.model(input_ids=ids, use_cache=False).logits, heard
 
 
 class LowRankExperts(Experts):
@@ -212,10 +248,14 @@ class Soft(SparseLM):
 
 
 MODELS: dict[str, Callable[[], Step]] = {
-    c.__name__: c for c in (SparseLM, Llama, OwnBank, TwoTasks, Residual, Conditional, Soft)
+    c.__name__: c for c in (SparseLM, Llama, Adopted, OwnBank, TwoTasks, Residual, Conditional, Soft)
 }
 # Llama's own layers name no axes to slice; mixtures of tokens need all experts.
-OTHER_LAYOUTS = {"Llama": LAYOUTS[:2], "Soft": ({"expert_parallel_size": "auto"}, *LAYOUTS[2:])}
+OTHER_LAYOUTS = {
+    "Llama": LAYOUTS[:2],
+    "Adopted": LAYOUTS[:2],
+    "Soft": ({"expert_parallel_size": "auto"}, *LAYOUTS[2:]),
+}
 
 
 def build(name: str) -> Step:
