@@ -167,6 +167,8 @@ def _sparse_blocks(model: nn.Module) -> dict[str, nn.Module]:
             "Set model.config.output_router_logits = False first."
         )
     known = {path: module for path, module in model.named_modules() if type(module).__name__ in SPARSE_BLOCKS}
+    if "" in known:
+        raise UserError(f"adopt takes a model: got the sparse block {name} itself. Give the model that holds it.")
     inside = tuple(f"{path}." for path in known)
     others = {
         path: type(module).__name__
@@ -180,8 +182,6 @@ def _sparse_blocks(model: nn.Module) -> dict[str, nn.Module]:
             " moekit.huggingface.import_model reads it." if kind.startswith(("SwitchTransformers", "NllbMoe")) else ""
         )
         raise UserError(f"{name}: {path} ({kind}) is in a sparse block of an unknown kind. Known are {kinds}.{hint}")
-    if "" in known:
-        raise UserError(f"adopt takes a model: got the sparse block {name} itself. Give the model that holds it.")
     if not known:
         raise UserError(f"{name} has no sparse block to adopt. Known are {kinds}.")
     return known
