@@ -222,8 +222,14 @@ def test_losses_of_routers_are_added_in_training_alone() -> None:
     assert total.item() > 0
     assert (out.loss - total).item() == pytest.approx(plain(ids, labels=ids).loss.item(), rel=1e-6)
     assert out.aux_loss.item() == pytest.approx(terms["load_balance"].item())
-    (grad,) = torch.autograd.grad(out.aux_loss, [ours.get_parameter("model.layers.0.mlp.gate.weight")])
-    assert grad.abs().sum().item() > 0
+    gate = [ours.get_parameter("model.layers.0.mlp.gate.weight")]
+    (whole,) = torch.autograd.grad(out.loss, gate, retain_graph=True)
+    (of_losses,) = torch.autograd.grad(total, gate)
+    torch.testing.assert_close(
+        whole - of_losses,
+        torch.autograd.grad(plain(ids, labels=ids).loss, [plain.get_parameter("model.layers.0.mlp.gate.weight")])[0],
+    )
+    assert of_losses.abs().sum().item() > 0
 
 
 def test_losses_of_ones_own() -> None:
@@ -232,9 +238,8 @@ def test_losses_of_ones_own() -> None:
     with routings(ours) as heard:
         loss = ours(ids, labels=ids).loss
     plain = adopt(model(), aux=None).train()
-    assert float(loss - plain(ids, labels=ids).loss) == pytest.approx(
-        AuxLosses(load_balance=0.5)(*heard)[0].item(), rel=1e-3
-    )
+    expected = AuxLosses(load_balance=0.5)(*heard)[0]
+    assert (loss - plain(ids, labels=ids).loss).item() == pytest.approx(expected.item(), rel=1e-3)
     assert ours(ids).loss is None, "without labels there is no loss to add to"
 
 
