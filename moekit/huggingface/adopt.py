@@ -86,7 +86,11 @@ class Adoption:
         self.asked: list[list[Routing]] = []
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward: take the mask, and begin to listen."""
+        """Before a forward: take the mask, and begin to listen.
+
+        Raises:
+            UserError: router_logits are asked for.
+        """
         if kwargs.get("output_router_logits"):
             raise UserError(
                 "an adopted model returns no router_logits: got output_router_logits=True. Leave it out; "

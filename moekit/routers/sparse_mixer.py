@@ -31,7 +31,8 @@ class SparseMixerRouter(ScoredRouter):
 
     Args:
         k: choices per token.
-        tolerance: as a share of the score; 0.01 in the released model, where it bears the name of a jitter.
+        tolerance: half the distance from the best, as a share of the score, within which experts are near; 0.01 in the
+            released model, whose code calls it a jitter.
         balance: how the load-balancing loss counts.
         capacity: slots per expert and who is served first; dropless by default.
         allow_future: accept priorities that look at later tokens in a causal decoder.
@@ -42,7 +43,7 @@ class SparseMixerRouter(ScoredRouter):
     Raises:
         ValueError: if `k` is not in 1..E, or `tolerance` is negative.
 
-    Source: arXiv:2310.00811; arXiv:2409.12136 section 2.2 (GRIN, k = 2). Differs: any k.
+    Source: arXiv:2409.12136 section 2.2 (GRIN, k = 2). Differs: any k.
     """
 
     shown = ("dim", "num_experts", "k", "tolerance")
