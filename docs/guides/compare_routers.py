@@ -88,6 +88,7 @@ def routers(batches: Sequence[Batch]) -> dict[str, Entry]:
         "HierarchicalRouter": Entry(lambda: r.HierarchicalRouter(DIM, EXPERTS // 2, 2)),
         "loss_free": Entry(lambda: r.loss_free(*size)),
         "deepseek_v3": Entry(lambda: r.deepseek_v3(*size, k=4), weights={"load_balance": 1e-4}),
+        "SparseMixerRouter": Entry(lambda: r.SparseMixerRouter(*size)),
         # A token takes as many as it needs.
         "dense_to_sparse": Entry(
             lambda: r.dense_to_sparse(*size, decay_steps=max(steps // 2, 1), hard_from=3 * steps // 4)

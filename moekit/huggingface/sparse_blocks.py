@@ -117,12 +117,12 @@ def adopted(block: nn.Module, hearing: Hearing) -> AdoptedLayer:
         router, experts = _router(block, entry), _experts(block, entry)
     gate: Any = None
     if entry.shared_gate is not None:
-        linear = getattr(block, entry.shared_gate)
+        linear: Any = getattr(block, entry.shared_gate)
         with torch.device("meta"):
             gate = SigmoidGate(linear.in_features)
         _take_tensors(gate, linear)
-    _take_tensors(router, getattr(block, entry.router))
-    _take_tensors(experts, block.experts)
+    _take_tensors(router, block.get_submodule(entry.router))
+    _take_tensors(experts, block.get_submodule("experts"))
     names = {"router": entry.router, "shared": entry.shared, "mix": entry.shared_gate}
     layer = AdoptedLayer(
         router,
@@ -213,7 +213,11 @@ def _experts(block: nn.Module, entry: SparseBlock) -> GateUpExperts:
 def _take_tensors(ours: nn.Module, theirs: nn.Module) -> None:
     """Move parameters and buffers, which stay the same objects."""
     kept = ours._non_persistent_buffers_set
-    for mine, given in ((ours._parameters, theirs._parameters), (ours._buffers, theirs._buffers)):
+    pairs: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+        (ours._parameters, theirs._parameters),
+        (ours._buffers, theirs._buffers),
+    )
+    for mine, given in pairs:
         for name, tensor in mine.items():
             if tensor is not None and name not in kept:
                 assert given[name].shape == tensor.shape, f"{name}: {tuple(given[name].shape)}, {tuple(tensor.shape)}"
