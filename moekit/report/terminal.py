@@ -210,11 +210,8 @@ def _troubles(run: RunFolder) -> list[Text]:
     """The first troubles, and how many more there are."""
     found = [finding.text for finding in findings(run) if not finding.good]
     more = len(found) - _TROUBLES
-    if more > 0:
-        found = [
-            *found[:_TROUBLES],
-            f"and {wording.count(more, 'further finding')}, at the top of the report",
-        ]
+    if more > 1:  # the line on one could as well be that one
+        found[_TROUBLES:] = [f"and {more} more such findings, at the top of the report"]
     return [Text(f"! {text}", "yellow") for text in found]
 
 
