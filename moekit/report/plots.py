@@ -61,7 +61,8 @@ class Curves:
         unit: how the vertical axis is labelled.
         start_at_zero: whether the vertical axis must contain 0.
         skip_start: cut the first twentieth off at the top where it lies so high that it would squeeze the rest.
-        log_beyond: the vertical axis is logarithmic where the greatest value is more than so many times the least; 0 = never.
+        log_beyond: the vertical axis is logarithmic where the greatest value is more than so many times the least
+            (0 = never).
         height: inches.
     """
 
