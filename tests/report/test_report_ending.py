@@ -120,3 +120,11 @@ def test_the_terminal_says_how_many_findings_it_leaves_out(remarks: int, tmp_pat
     assert shown == [*bad[:2], *left]
     page = words(write_report(run).read_text(encoding="utf-8"))
     assert all(finding in page for finding in bad)
+
+
+def test_what_is_worse_than_blind_guessing_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", steps=40)
+    assert not any("blind" in finding.text for finding in findings(read_run(run)))
+    edit(run, "summary.json", data={"vocab_size": 1600}, perplexity={"translation": 1600.5, "denoising": 1599.0})
+    told = [finding for finding in findings(read_run(run)) if "blind" in finding.text]
+    assert [(f.good, f.text) for f in told] == [(False, "Translation: perplexity above 1,600, that of blind guessing.")]
