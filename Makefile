@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-slow check format docs bench clean
+.PHONY: help run test test-slow check format docs sample bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -53,6 +53,12 @@ format: $(VENV)/.ready-test ## Let ruff mend what it can
 
 docs: $(VENV)/.ready-docs ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# From a folder of its own, so that the commands on the page name nothing of this one; one thread, as results depend on it.
+sample: $(VENV)/.ready-run ## Train the run of docs/sample-report.html and draw it anew
+	@mkdir -p build/sample
+	cd build/sample && PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 moekit run gshard --train.max_minutes 60 --overwrite
+	cp build/sample/runs/gshard-tiny/report.html docs/sample-report.html
 
 bench: $(VENV)/.ready-bench ## Time a training step beside Hugging Face transformers
 	$(BIN)/python benchmarks/train_step.py $(ARGS)

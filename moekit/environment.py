@@ -35,12 +35,18 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
-        "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus_usable": usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "keeps_freed_memory": keeps_memory(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "accelerator": accelerator,
     }
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on, which a scheduler or a container can make fewer than the machine has."""
+    # Python 3.13 counts them by itself, as process_cpu_count; macOS and Windows cannot say.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(name: str) -> str | None:

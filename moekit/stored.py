@@ -22,17 +22,33 @@ def _whole_number(digits: str) -> int:
     return number
 
 
-_DECODER = json.JSONDecoder(parse_int=_whole_number)
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
-def parse_json(text: str | bytes) -> Any:
+_LINES = json.JSONDecoder(parse_int=_whole_number)
+_DECODER = json.JSONDecoder(parse_int=_whole_number, object_pairs_hook=_each_once)
+
+
+def parse_json(text: str | bytes, *, repeated: bool = False) -> Any:
     """The data in a JSON text.
 
+    Args:
+        text: The text.
+        repeated: Whether a key may be in an object several times, of which the last counts: lines of other programs.
+
     Raises:
-        ValueError: It is no JSON, is not UTF-8, is nested too deeply, or holds a whole number of more than 64 bits.
+        ValueError: It is no JSON, is not UTF-8, is nested too deeply, holds a whole number of more than 64 bits, or a
+            key twice in an object.
     """
     try:
-        return _DECODER.decode(text if isinstance(text, str) else text.decode("utf-8", "surrogatepass"))
+        return (_LINES if repeated else _DECODER).decode(
+            text if isinstance(text, str) else text.decode("utf-8", "surrogatepass")
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -139,3 +139,13 @@ def test_safetensors_of_other_programs_have_no_digests_and_are_read(tmp_path: Pa
 def test_checksum_is_that_of_zlib(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"123456789")
     assert checksum(tmp_path / "x") == 0xCBF43926  # the check value of CRC-32
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": 1, "a": 2}', '{"b": [{"x": {}, "a": 1, "a": 1}]}', b'{"a": null, "\\u0061": 0}']
+)
+def test_a_key_that_is_there_twice_is_refused_but_in_lines_of_text(text: str | bytes) -> None:
+    with pytest.raises(ValueError, match="the key 'a' is there twice"):
+        parse_json(text)
+    assert parse_json(text, repeated=True) == json.loads(text)
+    assert parse_json('{"a": {"b": 1}, "b": 1}') == {"a": {"b": 1}, "b": 1}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import types
 import typing
+from argparse import Action
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -20,11 +21,26 @@ NOT_PARSED = (ArgumentError, ValueError, LookupError, TypeError, AttributeError,
 """What the parser raises of values. Some, such as `!!int`, make PyYAML look into tables and empty texts."""
 
 _MAX_SHOWN = 120
+_MAX_NAMES = 12  # more are no help in a message
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+class OtherCommandsOption(Action):
+    """An option of other commands, named in `const`: files of settings may hold it, and the command line may not."""
+
+    def __call__(self, parser: Any, *_: Any) -> NoReturn:
+        """Refuse it."""
+        raise ArgumentError(self, self.said)
+
+    @property
+    def said(self) -> str:
+        """Whose option it is."""
+        return f"{self.option_strings[0]} is an option of {', '.join(self.const)}, not of this command. Leave it out."
 
 
 def explain(error: str, parser: ArgumentParser, arguments: Sequence[str]) -> str:
     """What is required of `arguments`, what was got and what to do; the parser's own `error` where nothing is found."""
+    vars(parser).pop("print_config", None)  # what --print_config left, which would print each value that is tried here
     known = _known(parser)
     file = option_value(arguments, "--config") if "config" in known else None
     for key, value in _flat({} if file is None else read_mapping(Path(file), "--config"), known):
@@ -39,6 +55,8 @@ def explain(error: str, parser: ArgumentParser, arguments: Sequence[str]) -> str
             return f"unexpected argument {item!r}. Options begin with --; see --help."
         if (action := known.get(key.removesuffix("+")) or _parent(key, known)) is None:
             return f"unknown option --{key}. {_hint(key, known, '--')}"
+        if isinstance(action, OtherCommandsOption):
+            return action.said
         if action.nargs == 0:
             continue
         value = value if equals else next(rest, "--")
@@ -103,9 +121,14 @@ def _fits(parser: ArgumentParser, key: str, value: Any) -> bool:
 def _hint(key: str, known: Mapping[str, Any], dashes: str = "") -> str:
     """The nearest of all names; else all, but for groups of settings and what only prints."""
     names = [
-        name for name in known if not name.startswith("print_") and not any(k.startswith(f"{name}.") for k in known)
+        name
+        for name, action in known.items()
+        if not name.startswith("print_") and not isinstance(action, OtherCommandsOption)
+        if not any(k.startswith(f"{name}.") for k in known)
     ]
     hint, _, every = nearest(f"{dashes}{key}", [f"{dashes}{name}" for name in names]).partition("There ")
+    if len(names) > _MAX_NAMES and not hint:
+        return f"There are {len(names)}: --help lists them."
     return hint.replace("'", "").strip() or f"There {every}"
 
 

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from moekit.cli import distill, finetune, fit, generate, plan, run, score, serve, test
 from moekit.cli.command import RecipeCommand, execute, option_value, option_values, overview
-from moekit.cli.mistakes import NOT_PARSED, explain, require_settings
+from moekit.cli.mistakes import NOT_PARSED, OtherCommandsOption, explain, require_settings
 from moekit.errors import UserError, nearest
 from moekit.output import lasting_output
 from moekit.runs.config import RunConfig
@@ -102,6 +102,8 @@ def build_parser(recipe: Recipe, command: str, variant: str, config: RunConfig |
             parser.add_argument(f"--{key}", type=Any, default=None, help=SUPPRESS)
         parser.add_argument("--config", action="config", help="YAML file with settings; options after it override it")
     chosen.options(parser)
+    if chosen.settings is None:
+        _tolerate_other_commands(parser)
     values = as_plain(config)
     for group in fields(config):
         kind = type(getattr(config, group.name))
@@ -112,6 +114,20 @@ def build_parser(recipe: Recipe, command: str, variant: str, config: RunConfig |
             stored = values[group.name]  # without the tasks on offer that none chose
             parser.set_defaults({key: stored[name] for key, name in used.items() if name in stored})
     return parser
+
+
+def _tolerate_other_commands(parser: ArgumentParser) -> None:
+    """Let files of settings hold the options of other commands, which ``--print_config`` writes beside the settings."""
+    own = {action.dest for action in parser._actions}
+    owners: dict[str, list[str]] = {}
+    for name, command in COMMANDS.items():
+        if command.settings is None:
+            other = ArgumentParser(exit_on_error=False)
+            command.options(other)
+            for option in {action.dest.partition(".")[0] for action in other._actions} - own:
+                owners.setdefault(option, []).append(name)
+    for option, names in owners.items():
+        parser.add_argument(f"--{option}", action=OtherCommandsOption, const=names, help=SUPPRESS)
 
 
 def _parsed(

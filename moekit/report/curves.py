@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from moekit.report.view import Figure, PageSection, Table, caption, heading, tex
 
 _LOADS = ("dead_experts", "load_cv", "load_max_ratio")  # no cause for worry where a fixed rule decides
 _FROM_ZERO = ("drop_rate", "dead_experts", "load_cv", "entropy")
+_UNITS: Mapping[str, Unit] = {"drop_rate": "percent", "dead_experts": "count"}
+_ORDERS = 1e3  # of a norm that jumps so far a linear scale would show the jump alone
 _SIDE_COLOURS = {"decoder": "red", "encoder": "blue"}
 _PHASES = ("train", "valid", "test")
 
@@ -48,7 +51,8 @@ def losses(run: RunFolder) -> PageSection:
     norm = run.logged("train/grad_norm")
     if norm is not None:
         lines = [Line("logged", norm, look="raw"), Line("smoothed", smooth(norm))]
-        chart = Curves(lines, "Gradient norm over steps", start_at_zero=True, skip_start=True, height=2.1)
+        shape: Any = {"start_at_zero": True, "skip_start": True, "log_beyond": _ORDERS, "height": 2.1}
+        chart = Curves(lines, "Gradient norm over steps", **shape)
         figures.append(Figure(*caption("grad_norm"), chart, numbers=curve_table({"gradient norm": smooth(norm)})))
     note = run.notes.get("metrics.csv", "" if figures else "No loss was logged.")
     return PageSection(*heading("losses"), [note] if note else [], [[figure] for figure in figures])
@@ -142,7 +146,7 @@ def routing(run: RunFolder) -> PageSection | None:
         if not any(len(line.series.value) for line in lines):
             continue
         words = caption(quantity, group="routing", worry=not (by_rule(run) and quantity in _LOADS))
-        unit: Unit = "percent" if quantity == "drop_rate" else "plain"
+        unit = _UNITS.get(quantity, "plain")
         chart = Curves(lines, f"{words[0]} over steps", unit, start_at_zero=quantity in _FROM_ZERO, height=2.2)
         figures.append(Figure(*words, chart, numbers=curve_table(columns)))
     if not figures and run.dense:

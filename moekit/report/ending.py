@@ -69,6 +69,20 @@ def _command(run: RunFolder, end: Ending) -> str:
     recorded = run.environment.get("command")
     words = moekit_words(recorded) if isinstance(recorded, list) else []
     if words[1:2] and words[1] in _TRAINS:
-        return typed_again([*(word for word in words if word not in ("--resume", "--overwrite")), *more])
+        return typed_again([*_without(words, more), *more])
     config, folder = nearby(run.path / "config.yaml"), nearby(run.path)
     return command_line("run", run.recipe, "--config", config, "--out", folder, *more) if run.recipe else ""
+
+
+def _without(words: Sequence[str], more: Sequence[str]) -> list[str]:
+    """A recorded command without what `more` says anew, and without what begins anew."""
+    kept, skipped = [], False
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if skipped:
+            skipped = False
+        elif option in more and option != "--resume":
+            skipped = not equals  # its value
+        elif word not in ("--resume", "--overwrite"):
+            kept.append(word)
+    return kept

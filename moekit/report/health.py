@@ -144,7 +144,7 @@ def findings(run: RunFolder) -> list[Finding]:
     translation, guessed = [*_translation(run)], _guessed(run)
     said = dig(run.summary, "held_out", "remarks")
     held_out = [Finding(False, str(text)) for text in said] if isinstance(said, list) else []
-    found = [*translation, *guessed.values(), *held_out, *_losses(run), *_routing(run)]
+    found = [*translation, *guessed.values(), *held_out, *_blind(run), *_losses(run), *_routing(run)]
     nothing_learned = bool(translation) or (not run.translates and main_task(run).task in guessed)
     smoke = [Finding(False, f"This was a {WARNING}.")] if run.smoke else []
     return [*smoke, *sorted((f for f in found if not (f.good and nothing_learned)), key=lambda f: f.good)]
@@ -167,6 +167,14 @@ def _guessed(run: RunFolder) -> dict[str, Finding]:
             text = f"{run.task(x.task).title}: accuracy {percent(x.accuracy)}; always the most frequent answer would "
             found[x.task] = Finding(False, f"{text}get {percent(x.majority)}.")
     return found
+
+
+def _blind(run: RunFolder) -> Iterator[Finding]:
+    """Tasks that guess worse than somebody who knows nothing but the vocabulary."""
+    size = number(run.summary, "data", "vocab_size")
+    worse = [run.task(task).title for task, found in run.by_task("perplexity").items() if size and found > size]
+    if worse and size:
+        yield Finding(False, f"{', '.join(worse)}: perplexity above {size:,.0f}, that of blind guessing.")
 
 
 def _losses(run: RunFolder) -> Iterator[Finding]:

@@ -20,7 +20,8 @@ from moekit.report.series import limits, thin
 from moekit.report.style import COLOURS, CYCLE, Canvas, drawable
 from moekit.report.wording import perplexity, short
 
-Unit = Literal["plain", "percent", "short"]
+Unit = Literal["plain", "percent", "short", "count"]
+_LARGE = 1e4  # from here on numbers are shortened
 MAX_BROKEN_MARKS = 40
 
 
@@ -60,6 +61,8 @@ class Curves:
         unit: how the vertical axis is labelled.
         start_at_zero: whether the vertical axis must contain 0.
         skip_start: cut the first twentieth off at the top where it lies so high that it would squeeze the rest.
+        log_beyond: the vertical axis is logarithmic where the greatest value is more than so many times the least
+            (0 = never).
         height: inches.
     """
 
@@ -68,6 +71,7 @@ class Curves:
     unit: Unit = "plain"
     start_at_zero: bool = False
     skip_start: bool = False
+    log_beyond: float = 0.0
     height: float = 2.7
 
     def svg(self) -> Markup:
@@ -101,7 +105,14 @@ class Curves:
             for i, step in enumerate(sorted(broken)[:MAX_BROKEN_MARKS]):
                 label = "not a number" if i == 0 else None
                 axes.axvline(step, color=COLOURS["red"], linewidth=0.8, linestyle=(0, (2, 2)), label=label)
-            axes.set_ylim(*limits(np.concatenate(shown or [np.zeros(0)]), start_at_zero=self.start_at_zero))
+            values = np.concatenate(shown or [np.zeros(0)])
+            logarithmic = len(values) > 0 and 0 < self.log_beyond * float(values.min()) < float(values.max())
+            if logarithmic:
+                axes.set_yscale("log")
+                axes.set_ylim(values.min() / 1.5, values.max() * 1.5)
+            else:
+                axes.set_ylim(*limits(values, start_at_zero=self.start_at_zero))
+                axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=self.unit == "count"))
             axes.set_xlabel("optimizer step")
             axes.margins(x=0.012)
             steps = {float(step) for line in self.lines for step in line.series.step}
@@ -109,8 +120,8 @@ class Curves:
                 axes.set_xlim(min(steps) - 1, min(steps) + 1)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-            axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-            if formatter := _FORMATS[self.unit]:
+            large = len(values) > 0 and np.abs(values).max() >= _LARGE
+            if formatter := _FORMATS["short" if large and self.unit == "plain" else self.unit]:
                 axes.yaxis.set_major_formatter(formatter)
             canvas.legend()
             yield canvas
@@ -230,6 +241,7 @@ def _informative(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 _FORMATS: dict[Unit, Callable[[float, object], str] | None] = {
     "plain": None,
+    "count": lambda value, _: f"{value:,.0f}",
     "percent": lambda value, _: f"{100 * value:.4g} %",
     "short": lambda value, _: short(value).replace(".0 ", " ").replace(".00 ", " ") if value else "0",
 }

@@ -55,8 +55,9 @@ def costs(run: RunFolder) -> dict[str, str]:
 def _share(run: RunFolder) -> str:
     """What of the machine's rate the model used, in the planner's arithmetic."""
     share, rate = number(run.summary, "speed", "share"), number(run.summary, "speed", "product_rate")
-    of = f"{wording.percent(share, 0)} of " if share is not None else "of "
-    return f"{of}{wording.short(rate)} FLOP/s of a large matrix product" if rate else "by the planner's arithmetic"
+    if not rate:
+        return "FLOP/s, by the planner's arithmetic"
+    return f"FLOP/s{known(wording.percent(share, 0), ', {} of')} the {wording.short(rate)} of a large matrix product"
 
 
 def _planned(run: RunFolder) -> list[str]:
@@ -91,7 +92,7 @@ def tiles(run: RunFolder) -> list[Tile]:
     found = [
         *score_tiles(run),
         Tile("Speed", cost["tokens per second"], "tokens per second"),
-        Tile("Work", cost["work"], cost["share"]),
+        Tile("Work", cost["work"].removesuffix(" FLOP/s"), cost["share"]),
         Tile("Memory", cost["peak memory"], f"of a process at its fullest{known(cost['forecast'], ', forecast {}')}"),
         Tile("Parameters", cost["parameters"], "in total"),
         Tile("Active", cost["active parameters"], f"{share}for a token"),
@@ -234,8 +235,8 @@ def _copied(run: RunFolder) -> str:
 
 def _matrix(metric: str, found: DirectionScores, order: list[str]) -> list[Figure]:
     pairs = {sides(d): v for d, v in found.directions.items() if "-" in d}
-    if not pairs:
-        return []
+    if min(len({pair[side] for pair in pairs}) for side in (0, 1)) < 2:
+        return []  # the bars say it all
     spoken = {x for pair in pairs for x in pair}
     names = sorted(spoken, key=lambda x: (order.index(x) if x in order else len(order), x))
     pivot = next((x for x in names if all(x in p for p in pairs)), None) if len(names) > 6 else None

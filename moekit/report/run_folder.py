@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moekit.errors import UserError
-from moekit.report.wording import MISSING
-from moekit.runs.record import Sample
+from moekit.report.wording import MISSING, short
+from moekit.runs.record import STOPPED, Sample
 from moekit.stored import parse_json
 from moekit.tasks import TASKS, SampleWording
 
@@ -89,6 +89,7 @@ class RunFolder:
         summary: summary.json.
         routing: routing.json.
         samples: samples.json.
+        stopped: why training stopped by itself, where it did.
         notes: for every file that is missing, broken or partly unreadable, one sentence by file name.
     """
 
@@ -99,6 +100,7 @@ class RunFolder:
     summary: Mapping[str, Any] = field(default_factory=dict)
     routing: Mapping[str, Any] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
+    stopped: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -252,12 +254,14 @@ def read_run(run_dir: Path) -> RunFolder:
     for entry in _json(run_dir / "samples.json", list, notes):
         with contextlib.suppress(ValueError):
             samples.append(Sample.from_json(entry, []))
+    stopped = _json(run_dir / STOPPED, dict, {}).get("why")
     objects = {name: _json(run_dir / f"{name}.json", dict, notes) for name in ("environment", "summary", "routing")}
     return RunFolder(
         run_dir,
         config,
         metrics=_metrics(run_dir / "metrics.csv", notes),
         samples=tuple(samples),
+        stopped=f"Training stopped: {stopped}" if isinstance(stopped, str) else "",
         notes=notes,
         **objects,
     )
@@ -299,7 +303,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         elif isinstance(value, list):
             found[name] = ", ".join(map(str, value))
         else:
-            found[name] = MISSING if value is None else str(value)
+            long = isinstance(value, float) and abs(value) >= 1e6
+            found[name] = short(value) if long else MISSING if value is None else str(value)
     return found
 
 

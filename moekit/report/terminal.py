@@ -26,6 +26,7 @@ WIDTH = 80
 HEIGHT = 24
 _ALL = 12  # directions shown one by one: two columns of six
 _EXTREMES = 4  # of more directions, the best and the worst
+_TROUBLES = 2  # findings that are shown, the worst first; the page has all
 _PLAIN = str.maketrans({"\u2500": "-", "\u2013": "-", "\u2026": "~", "\u00b7": "|"})
 
 
@@ -44,9 +45,10 @@ def terminal_summary(run: Path | Mapping[str, Any], console: Console | None = No
     title = "run" if isinstance(run, Mapping) and not folder.recipe else folder.name
     commands = [] if isinstance(run, Mapping) else _next(folder)
     was_cut = cut(folder)
-    warned = [] if was_cut is None else [Text(f"! {line}", "bold yellow") for line in was_cut.lines]
+    ended = [*filter(None, [folder.stopped]), *(was_cut.lines if was_cut else [])]
+    warned = [Text(f"! {line}", "bold yellow") for line in ended]
     top = [_rule(title), *_headline(folder), *warned, Text(), *_quality(folder), *_tasks(folder)]
-    troubles = [Text(f"! {f.text}", "yellow") for f in findings(folder) if not f.good][:2]
+    troubles = _troubles(folder)
     room = HEIGHT - len(top) - len(troubles) - len(commands) - bool(commands)
     for line in [*top, *_routing(folder)[: max(0, room)], *troubles, *([Text()] if commands else [])]:
         shown = _printable(line, console)
@@ -202,6 +204,15 @@ def _routing(run: RunFolder) -> list[Text]:
     if liked := typical_line(run):
         lines.append(_labelled("typical", liked))
     return lines
+
+
+def _troubles(run: RunFolder) -> list[Text]:
+    """The first troubles, and how many more there are."""
+    found = [finding.text for finding in findings(run) if not finding.good]
+    more = len(found) - _TROUBLES
+    if more > 1:  # the line on one could as well be that one
+        found[_TROUBLES:] = [f"and {more} more such findings, at the top of the report"]
+    return [Text(f"! {text}", "yellow") for text in found]
 
 
 def _dead(run: RunFolder) -> str:

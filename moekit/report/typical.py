@@ -33,7 +33,7 @@ def typical_table(run: RunFolder) -> Table:
         keenest = sorted(experts, key=lambda expert: -max((piece.lift for piece in expert.pieces), default=0))
         shown = keenest[: max(1, _MAX_ROWS // len(layers))]
         rows += [
-            (f"{name}, expert {expert.expert}", "  ".join(map(_said, expert.pieces[:_MAX_PIECES])))
+            (f"{name}, expert {expert.expert}", " \u00b7 ".join(map(_said, expert.pieces[:_MAX_PIECES])))
             for expert in sorted(shown, key=lambda expert: expert.expert)
         ]
     return Table(["expert", "typical pieces"], rows, "What experts like", kind="text")

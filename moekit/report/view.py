@@ -122,7 +122,7 @@ class Provenance:
 class View:
     """A page, and what of it a text shows: tiles, findings, notes, `tables`, samples, the command, the remark.
 
-    `go_on` is the command that trains the rest of a run that was cut.
+    `ended` says why a run ended before its schedule did, and `go_on` is the command that trains the rest of it.
 
     A page without a section of samples has None; where a run has no samples, `no_samples` words the section and
     `samples_note` says why.
@@ -135,6 +135,7 @@ class View:
     sections: Sequence[PageSection]
     findings: Sequence[Finding] = ()
     notes: Sequence[str] = ()
+    ended: Sequence[str] = ()
     go_on: str = ""
     tables: Sequence[Table] = ()
     samples: Sequence[TaskSamples] | None = None

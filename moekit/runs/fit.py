@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.text import Text
 
+from moekit.atomic import write_json
 from moekit.data.held_out import HeldOut, left_out, remarks
 from moekit.data.module import MultitaskData
-from moekit.errors import UserError
+from moekit.errors import NonFiniteError, UserError
 from moekit.inference.translator import Translator, search_for
 from moekit.lock import held
 from moekit.performance import keep_memory
@@ -27,6 +28,7 @@ from moekit.runs.plain import as_plain, plain
 from moekit.runs.plan import expected
 from moekit.runs.processes import shared_facts
 from moekit.runs.recipe import Recipe, RunText
+from moekit.runs.record import STOPPED
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.smoke import WARNING
@@ -169,7 +171,12 @@ def fit(
             said += [(f"\n{WARNING}", "bold yellow")] if smoke else []
             console.print(Text.assemble(*said), soft_wrap=True)
         with quiet(), explained(trainer), full_disk_explained(run.path, resume_command):
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            try:
+                trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            except NonFiniteError as error:
+                if trainer.is_global_zero:
+                    write_json(run.path / STOPPED, {"step": trainer.global_step, "why": str(error)})
+                raise
     return run
 
 
@@ -228,7 +235,7 @@ def _said(config: RunConfig, module: MultitaskModule, data: MultitaskData, run: 
     counts, train = parameters(module.backbone), config.train
     sparse = f", {counts['active']:,} active for a token" if counts["active"] != counts["total"] else ""
     ends = [f"{train.max_steps:,} steps"] if train.max_steps else []
-    ends += [f"{train.max_minutes:g} minutes"] if train.max_minutes else []
+    ends += [f"{train.max_minutes:g} minute{'' if train.max_minutes == 1 else 's'}"] if train.max_minutes else []
     tf32 = train.on_gpu and torch.get_float32_matmul_precision() != "highest"
     return (
         f"{run.path}\n"

@@ -17,6 +17,8 @@ from moekit.tasks import TranslationTask
 
 TRANSLATIONS = "translations.json.gz"
 """Everything that a model wrote in the test, by task and direction: for each sentence a `Written`."""
+STOPPED = "stopped.json"
+"""Why training stopped by itself, and at which step; of a run that did not, there is none."""
 Written = tuple[int, str, str]
 """Number of the test sentence, reference, and what the model wrote."""
 

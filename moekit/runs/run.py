@@ -34,7 +34,7 @@ from moekit.lock import LOCK_FILES
 from moekit.runs.config import RunConfig
 from moekit.runs.plain import plain, require_same
 from moekit.runs.recipe import Recipe, RunText, find_recipe
-from moekit.runs.record import TRANSLATIONS, RoutingRecord, Sample, Summary
+from moekit.runs.record import STOPPED, TRANSLATIONS, RoutingRecord, Sample, Summary
 from moekit.runs.yaml_file import read_mapping
 from moekit.stored import parse_json
 from moekit.surgery import SparseLayer, require_complete, sparse_layers
@@ -55,8 +55,8 @@ _TOKENIZER = "tokenizer"
 _HELD_OUT = "held_out.json.gz"
 SUMMARY, ROUTING, SAMPLES = "summary.json", "routing.json", "samples.json"
 _FILES = (
-    _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, TRANSLATIONS, "environment.json", "metrics.csv",
-    "report.html",
+    _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, TRANSLATIONS, STOPPED, "environment.json",
+    "metrics.csv", "report.html",
 )  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "wandb", "mlflow", _TOKENIZER)
 
@@ -116,6 +116,7 @@ class Run:
         write_text(run.path / _CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
         write_json(run.path / "environment.json", environment() | dict(measured or {}))
         try:
+            (run.path / STOPPED).unlink(missing_ok=True)  # of a run that goes on
             run.checkpoints.mkdir(exist_ok=True)
             clear_drafts(run.checkpoints)
         except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed import DistNetworkError
@@ -19,6 +21,7 @@ from torch.distributed import DistNetworkError
 from moekit.errors import TrainingStoppedError, UserError
 
 _SECONDS_TO_TELL = 20.0
+_SECONDS_TO_JOIN = 15.0  # until the first word; the next come ever later
 
 
 def is_first_process() -> bool:
@@ -36,7 +39,8 @@ def explained(trainer: L.Trainer) -> Iterator[None]:
     """
     parent = os.getppid()
     try:
-        yield
+        with _says_that_it_waits(trainer):
+            yield
     except UserError:
         raise
     except RuntimeError as error:
@@ -57,6 +61,38 @@ def explained(trainer: L.Trainer) -> Iterator[None]:
                     f"{ended}, and the others cannot train without it. Go on from the last checkpoint with --resume."
                 ) from error
         raise
+
+
+@contextmanager
+def _says_that_it_waits(trainer: L.Trainer) -> Iterator[None]:
+    """Say now and then that the others have not joined, in one process of each machine, until all have."""
+    over, number = threading.Event(), trainer.num_devices * trainer.num_nodes
+
+    def watch() -> None:
+        began, pause = time.monotonic(), _SECONDS_TO_JOIN
+        while not over.wait(pause) and not dist.is_initialized():
+            _say_waiting(trainer, number, time.monotonic() - began)
+            pause *= 2
+
+    if number > 1 and trainer.local_rank == 0:
+        threading.Thread(target=watch, name="waits for others", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _say_waiting(trainer: L.Trainer, number: int, seconds: float) -> None:
+    met: Any = trainer.strategy.cluster_environment
+    timeout = getattr(trainer.strategy, "_timeout", None)
+    end = f" and gives up after {timeout.total_seconds() / 60:.0f} minutes" if timeout else ""
+    print(
+        f"note: rank {trainer.global_rank} of {number} has waited {seconds:.0f} seconds for the others to join at "
+        f"{met.main_address}, port {met.main_port}{end}. Each must be started, see the same address, and reach that "
+        "port.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def let_survivors_tell() -> None:

@@ -46,6 +46,10 @@ def run(*arguments: str) -> int:
         (["--data.cache", "!!timestamp x"], ["data.cache must be text: got '!!timestamp x'"]),
         (["--data.babel_sizes.kmb=!!int"], ["data.babel_sizes must be a mapping", "got kmb: '!!int'"]),
         (["--out", "runs/\udc80"], [r"the run folder runs/\udc80 must have a path in UTF-8"]),
+        (["plan", "--resume"], ["--resume is an option of run, fit, finetune, distill, not of this command"]),
+        (["plan", "--out=runs/x"], ["--out is an option of run"]),
+        (["run", "--fine_tune.rank", "4"], ["unknown option --fine_tune.rank"]),
+        (["run", "--memory", "4"], ["--memory is an option of plan, not of this command"]),
         (["--recipe", "switch"], ["recipe must be zcode_m3: got 'switch'"]),
     ],
 )
@@ -160,6 +164,41 @@ def test_printed_configuration_is_the_variant(variant: str, capsys: pytest.Captu
     parsed = build_parser(zcode_m3.RECIPE, "run", variant).parse_args(["--config", str(file)])
     config = as_plain(zcode_m3.RECIPE.variants[variant].config)
     assert as_plain(zcode_m3.RECIPE.config(parsed, "printed")) == config
+
+
+@pytest.mark.parametrize("maker", ["run", "fit", "finetune", "distill", "plan"])
+def test_printed_configuration_is_read_by_every_command(
+    maker: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Options of the command that printed it are no settings of another: they are left alone."""
+    with pytest.raises(SystemExit):
+        run(maker, "--variant", "small", "--model.dim", "48", "--print_config")
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    for reader in ("run", "fit", "finetune", "distill", "plan"):
+        with pytest.raises(SystemExit) as end:
+            run(reader, "--config", str(file), "--print_config")
+        assert end.value.code in (0, None)
+        again = capsys.readouterr().out
+        assert "variant: small" in again
+        assert "dim: 48" in again
+        assert ("\nout:" in again) == (reader != "plan")
+        assert ("\nsequences:" in again) == (reader == "plan")
+
+
+def test_mistakes_in_a_configuration_are_explained_where_one_is_to_be_printed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text("variant: tiny\ntrain:\n  max_step: 3\n")
+    assert run("--config", str(file), "--print_config") == 2
+    assert "unknown key train.max_step in the configuration. Did you mean train.max_steps?" in capsys.readouterr().err
+    file.write_text("colour: green\n")
+    assert run("--config", str(file)) == 2
+    message = capsys.readouterr().err
+    assert "unknown key colour" in message
+    assert "--help lists them" in message
+    assert len(message) < 300
 
 
 def test_settings_that_came_later_have_their_default() -> None:

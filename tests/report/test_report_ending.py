@@ -10,6 +10,8 @@ from fake_runs import edit, make_run
 from shown_text import screen, words
 
 from moekit.report import results_markdown, write_report
+from moekit.report.health import findings
+from moekit.report.run_folder import read_run
 
 CUT = {"by": "clock", "steps": 40, "minutes": 2.0, "max_steps": 250, "max_minutes": 2.0, "done": 0.16}
 RATES = {"learning_rate": 0.98, "last_learning_rate": 0.05}
@@ -80,3 +82,49 @@ def test_a_run_of_another_program_goes_on_by_its_configuration(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     edit(run, "environment.json", command=["python", "-m", "moekit", "prune", "runs/x", "--out", "r"])
     assert "moekit run zcode_m3 --config r/config.yaml --out r --resume --train.max_minutes 14" in screen(Path("r"))
+
+
+def test_options_that_the_command_gives_anew_are_given_once(tmp_path: Path) -> None:
+    run = run_that_ended(tmp_path / "r", **CUT)
+    for given in (["--train.max_minutes", "2"], ["--train.max_minutes=2"]):
+        edit(run, "environment.json", command=["moekit", "run", "zcode_m3", *given, "--out", "r", "--resume"])
+        assert "go on       moekit run zcode_m3 --out r --resume --train.max_minutes 14" in screen(run).splitlines()
+
+
+def test_a_run_that_stopped_by_itself_says_why(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", steps=40, without=("summary.json", "routing.json"))
+    (run / "stopped.json").write_text('{"step": 41, "why": "step 41 is not finite: <b>the gradient norm</b>."}')
+    said = "Training stopped: step 41 is not finite: <b>the gradient norm</b>."
+    assert f"! {said}" in screen(run).splitlines()
+    page = write_report(run).read_text(encoding="utf-8")
+    assert words(page).index("Training stopped: step 41") < words(page).index("This run is not finished")
+    assert "<b>the gradient" not in page
+    assert "&lt;b&gt;the gradient norm" in results_markdown(run)
+    for wrong in ("[]", "{", '{"why": 3}', ""):
+        (run / "stopped.json").write_text(wrong)
+        assert "Training stopped" not in screen(run)
+        assert "stopped.json" not in words(write_report(run).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("remarks", [0, 1, 2, 5])
+def test_the_terminal_says_how_many_findings_it_leaves_out(remarks: int, tmp_path: Path) -> None:
+    """Two and one more are shown; of more than that their number."""
+    run = make_run(tmp_path / "r", steps=40)
+    edit(run, "routing.json", layers=[{"name": "decoder.1", "load": [1.0, *[0.0] * 7], "dead_experts": 7}])
+    edit(run, "summary.json", held_out={"remarks": [f"remark {i}." for i in range(remarks)]})
+    bad = [finding.text for finding in findings(read_run(run)) if not finding.good]
+    assert len(bad) >= remarks + 2
+    more = len(bad) - 2
+    left = [f"and {more} more such findings, at the top of the report"] if more > 1 else bad[2:]
+    shown = [line.removeprefix("! ") for line in screen(run).splitlines() if line.startswith("! ")]
+    assert shown == [*bad[:2], *left]
+    page = words(write_report(run).read_text(encoding="utf-8"))
+    assert all(finding in page for finding in bad)
+
+
+def test_what_is_worse_than_blind_guessing_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", steps=40)
+    assert not any("blind" in finding.text for finding in findings(read_run(run)))
+    edit(run, "summary.json", data={"vocab_size": 1600}, perplexity={"translation": 1600.5, "denoising": 1599.0})
+    told = [finding for finding in findings(read_run(run)) if "blind" in finding.text]
+    assert [(f.good, f.text) for f in told] == [(False, "Translation: perplexity above 1,600, that of blind guessing.")]

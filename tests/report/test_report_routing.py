@@ -98,9 +98,12 @@ def test_what_experts_like_is_shown_where_it_was_counted(tmp_path: Path) -> None
     edit(run, "routing.json", layers=[{**layer, "typical": liked} for layer in layers])
     name = max(layer["name"] for layer in layers)
     page = write_report(run).read_text()
-    assert "\u2581&lt;b&gt; \u00d73.2 x \u00d71.5" in " ".join(page.split())
+    assert "\u2581&lt;b&gt; \u00d73.2 \u00b7 x \u00d71.5" in " ".join(page.split())
     assert f"{name}, expert 2" in page
-    assert f"{name}, expert 2 |" in results_markdown(run)
+    text = results_markdown(run)
+    assert f"{name}, expert 2 |" in text
+    assert "| expert | typical pieces |\n|:---|:---|\n" in text  # words, which begin where the column does
+    assert re.search(r"\| layer \| experts \|.*\n\|:---\|---:\|", text)
     assert f"typical {name}/2 \u2581<b>" in " ".join(screen(run).split())
 
 

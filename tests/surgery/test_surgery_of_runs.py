@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from small_runs import E, equal, fails, network, resumed, slots, weights
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from moekit.runs.surgery.utilisation import measured_load
 from moekit.runs.surgery.writing import write_run
 from moekit.surgery import choose_experts, sparse_layers
 from moekit.surgery.__main__ import main
+from moekit.training.callbacks.config import CONFIG_KEY
 
 # -- aggregate -----------------------------------------------------------------------------------------------------
 
@@ -185,8 +187,32 @@ def test_split_keeps_the_function(fine_grained: Path, runs: Path, tmp_path: Path
     write_run(result, tmp_path / "fine")
     assert Run.load(tmp_path / "fine").layers().popitem()[1].k == 4
     # Its dense layers are as wide as its experts: one setting for both.
-    with pytest.raises(UserError, match="moe_lm has no settings for such a model"):
+    with pytest.raises(UserError, match=r"in moe_lm the setting model.hidden_dim is that of dense layers too"):
         split_run(Run.load(runs / "one"), 2)
+
+
+@pytest.mark.parametrize("operation", ["change", "prune", "aggregate"])
+def test_what_is_made_of_a_smoke_test_is_called_one(operation: str, runs: Path, tmp_path: Path) -> None:
+    """The label of no result goes with the weights, through a test and further training."""
+    smoke, out = tmp_path / "smoke", tmp_path / "new"
+    shutil.copytree(runs / "one", smoke)
+    assert "smoke" not in Run.load(smoke).settings
+    settings = Run.load(smoke).settings | {"smoke": True}
+    for file in (smoke / "checkpoints").glob("*.ckpt"):
+        checkpoint = torch.load(file, weights_only=True)
+        torch.save(checkpoint | {CONFIG_KEY: checkpoint[CONFIG_KEY] | {"smoke": True}}, file)
+    (smoke / "config.yaml").write_text(yaml.safe_dump(settings))
+    options = {
+        "change": [str(smoke), "--set", "model.capacity_factor=2.0"],
+        "prune": [str(smoke), "--keep", "2"],
+        "aggregate": [str(runs / "two"), str(smoke)],
+    }
+    assert main([operation, *options[operation], "--out", str(out)]) == 0
+    assert Run.load(out).settings["smoke"] is True
+    again = ["--config", str(out / "config.yaml"), "--out", str(out), "--resume", "--train.max_steps", "4"]
+    assert recipe_main(moe_lm.RECIPE, ["fit", *again]) == 0
+    assert recipe_main(moe_lm.RECIPE, ["test", "--out", str(out)]) == 0
+    assert json.loads((out / "summary.json").read_text())["smoke"] is True
 
 
 def test_change(runs: Path, fine_grained: Path, tmp_path: Path) -> None:

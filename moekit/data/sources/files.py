@@ -199,7 +199,7 @@ def read_json(line: str, where: str) -> Any:
             surrogate, as of a text cut between two escapes) or a NUL stands in it. `where` begins the message.
     """
     try:
-        found = parse_json(line)
+        found = parse_json(line, repeated=True)
         if "\\u" in line:
             plain = json.dumps(found, ensure_ascii=False)
             plain.encode()

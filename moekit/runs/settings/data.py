@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from moekit.data.sources import Source, Union, require_parameter, source_class
 from moekit.data.sources.names import LanguageNames, named_languages
 from moekit.data.streams import TooLong
 from moekit.data.tokenizer import Normalization
+from moekit.environment import usable_cores
 from moekit.errors import UserError
 from moekit.runs.settings.fields import RESUME, SURGERY, setting
 from moekit.runs.settings.train import TrainConfig
@@ -197,8 +197,7 @@ class DataConfig:
             return self.num_workers
         if not train.on_gpu:
             return 0
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(0, min(_MAX_WORKERS, cores // max(train.devices, 1) - 1))
+        return max(0, min(_MAX_WORKERS, usable_cores() // max(train.devices, 1) - 1))
 
 
 def _listed(given: tuple[str, ...] | list[str] | str | None) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ class Result:
         slots: its optimizer state by parameter names; None = afresh.
         record: what was done, as plain data.
         said: lines for whoever asked.
+        smoke: whether one of the runs was a smoke test, so that the numbers of the new one are no results either.
     """
 
     run: Run
@@ -56,6 +57,7 @@ class Result:
     slots: dict[str, dict[str, Any]] | None
     record: Mapping[str, Any]
     said: str = ""
+    smoke: bool = False
 
 
 def aggregate_runs(
@@ -205,6 +207,7 @@ def split_run(run: Run, parts: int, *, divided: bool = True) -> Result:
     if "k" in settings:
         config = with_setting(config, "model.k", settings["k"] * parts)
     target = run.model(config)
+    _require_same_dense(run, target, layers, size)
     found = sparse_layers(target)
     for path, layer in layers.items():
         if path in found and found[path].k != layer.k * parts:
@@ -286,6 +289,23 @@ def _grown(
     return dataclasses.replace(result, weights=weights, slots=slots if result.slots is not None else None)
 
 
+def _require_same_dense(run: Run, target: nn.Module, layers: Mapping[str, SparseLayer], size: str) -> None:
+    """Make sure that a setting by which experts become smaller leaves everything else as it is.
+
+    Raises:
+        UserError: it is that of dense layers, too.
+    """
+    own = {name for layer in layers.values() for name in layer.dims}
+    was = run.loaded.weights
+    others = {name: now.shape for name, now in target.state_dict().items() if name not in own and name in was}
+    if cut := next((name for name, shape in others.items() if shape != was[name].shape), None):
+        raise UserError(
+            f"split needs a recipe with a size of experts alone: in {run.recipe.name} the setting model.{size} is that "
+            f"of dense layers too, and {cut} would be cut with the experts. Recipes that have no dense feed-forward "
+            "beside the experts can be split, such as shazeer; moekit.surgery.split_experts splits models of yours."
+        )
+
+
 def _set_experts(run: Run, num_experts: int) -> Any:
     if not hasattr(run.config.model, "num_experts"):
         raise UserError(f"the recipe {run.recipe.name} has no setting model.num_experts.")
@@ -347,7 +367,8 @@ def _made(
     """The result, if its configuration describes its weights; `note` is for the record."""
     require_complete(weights, target, f"the recipe {runs[0].recipe.name} has no settings for such a model")
     record = {"operation": operation, "from": [str(run.checkpoint) for run in runs], **note}
-    return Result(runs[0], config, weights, slots, noted(record, copies, needed or {}), said)
+    smoke = any(run.settings.get("smoke") for run in runs)
+    return Result(runs[0], config, weights, slots, noted(record, copies, needed or {}), said, smoke)
 
 
 def _fitting(

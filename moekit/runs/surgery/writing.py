@@ -43,6 +43,7 @@ def write_run(result: Result, out: str | Path, *, restart: bool = False, overwri
     require_free(place, overwrite=overwrite)
     source = result.run
     settings = {"recipe": source.recipe.name, "variant": source.variant, **as_plain(result.config)}
+    settings |= {"smoke": True} if result.smoke else {}
     checkpoint = _checkpoint(result, settings, restart=restart)
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
