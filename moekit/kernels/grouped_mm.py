@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moekit.kernels.gpu import products
 from moekit.kernels.gpu.backend import Backend, choose, is_one_kernel
@@ -62,6 +62,9 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, backend: Backend = "au
         return _one_kernel(x, weight, counts)
     if few:
         return _few_rows(x, weight, counts)
+    if not torch.is_grad_enabled() and kind == "cpu" and not torch.compiler.is_compiling():
+        if type(x) is Tensor and type(weight) in (Tensor, nn.Parameter):  # what an operation's registration costs
+            return _multiply(x, weight, counts)
     return _grouped_mm(x, weight, on_host(counts))
 
 
@@ -168,15 +171,20 @@ def _checked(counts: Tensor, num_rows: int, num_experts: int) -> list[int]:
     return numbers
 
 
-@torch.library.custom_op("moekit::grouped_mm", mutates_args=())
-def _grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def _multiply(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     a, w = _edges(x, weight)
     out = a.new_empty(a.shape[0], w.shape[2])
     numbers = _checked(counts, a.shape[0], w.shape[0])
-    for block, matrix, into in zip(a.split(numbers), w.unbind(0), out.split(numbers), strict=True):
-        if block.shape[0]:
-            torch.mm(block, matrix, out=into)
+    used = [e for e, n in enumerate(numbers) if n]
+    sizes = [numbers[e] for e in used]
+    for block, e, into in zip(a.split(sizes), used, out.split(sizes), strict=True):
+        torch.mm(block, w[e], out=into)
     return out.to(x.dtype)
+
+
+@torch.library.custom_op("moekit::grouped_mm", mutates_args=())
+def _grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return _multiply(x, weight, counts)
 
 
 @_grouped_mm.register_fake

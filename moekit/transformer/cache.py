@@ -20,19 +20,19 @@ class LayerCache:
         self._spare: Tensor | None = None  # what the buffer was before the last reordering
         self._length = 0
         self.memory: tuple[Tensor, Tensor] | None = None
+        self.memory_mask: Tensor | None = None  # what is added for hidden places, Float[B, H, 1, S]
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values Float[R, Q, H, D_head]; returns all so far as Float[R, H, K, D_head] views."""
-        rows, new, heads, channels = key.shape
+    def append(self, pair: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values, Float[R, Q, 2, H, D_head]; returns all so far as Float[R, H, K, D_head] views."""
+        rows, new, _, heads, channels = pair.shape
         end = self._length + new
         if self._buffer is None or end > self._buffer.shape[0]:
             room = end + max(self._length, _GROWTH)
-            grown = key.new_empty(room, 2, rows, heads, channels)
+            grown = pair.new_empty(room, 2, rows, heads, channels)
             if self._buffer is not None:
                 grown[: self._length] = self._buffer[: self._length]
             self._buffer = grown
-        self._buffer[self._length : end, 0] = key.transpose(0, 1)
-        self._buffer[self._length : end, 1] = value.transpose(0, 1)
+        self._buffer[self._length : end] = pair.permute(1, 2, 0, 3, 4)
         self._length = end
         keys, values = self._buffer[:end].permute(1, 2, 3, 0, 4).unbind(0)
         return keys, values
@@ -52,6 +52,8 @@ class LayerCache:
             keys, values = self.memory
             keys = keys.transpose(2, 3).index_select(0, sentences).transpose(2, 3)  # as they lay: see `CrossAttention`
             self.memory = keys, values.index_select(0, sentences)
+        if self.memory_mask is not None:
+            self.memory_mask = self.memory_mask.index_select(0, sentences)
 
 
 class DecoderCache:
