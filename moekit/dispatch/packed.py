@@ -111,9 +111,11 @@ def _dispatch_few(x: Tensor, routing: Routing) -> Dispatched:
     for place, assignment in enumerate(order):
         row[assignment] = place
         counts[experts[assignment]] += 1
-    token = torch.tensor([assignment % routing.num_tokens for assignment in order], dtype=torch.int64)
-    handle = _Few(torch.tensor(row, dtype=torch.int64))
-    return Dispatched(x.index_select(0, token), torch.tensor(counts, dtype=torch.int64), handle)
+    tokens = [assignment % routing.num_tokens for assignment in order]
+    token, place, count = (
+        torch.tensor(numbers, dtype=torch.int64, device=x.device) for numbers in (tokens, row, counts)
+    )
+    return Dispatched(x.index_select(0, token), count, _Few(place))
 
 
 def _combine_few(y: Tensor, routing: Routing, row: Tensor) -> Tensor:

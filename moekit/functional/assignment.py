@@ -96,4 +96,4 @@ def _positions_on_host(expert: Tensor, queued: Tensor, num_experts: int, order: 
             at = experts[number]
             position[number] = taken[at]
             taken[at] += 1
-    return torch.tensor(position, dtype=torch.int64)
+    return torch.tensor(position, dtype=torch.int64, device=expert.device)

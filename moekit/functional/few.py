@@ -11,11 +11,11 @@ _MOST = 512  # beyond it a sort in Python takes as long as the operations that i
 def is_few(tensor: Tensor, count: int | None = None) -> bool:
     """Whether `count` numbers (None = those of `tensor`) that lie beside `tensor` may be read and counted one by one.
 
-    So it is in a step of decoding on a CPU. An operation on a few numbers takes as long as Python takes to count a hundred of them, longer where products with
-    many weights have emptied the caches. Only without gradients, and where a read neither waits nor is recorded.
+    So it is in a step of decoding on a CPU. An operation on a few numbers takes as long as Python takes to count a
+    hundred of them, longer where products with many weights have emptied the caches. Only without gradients, and where
+    a read neither waits nor is recorded.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return (
-        tensor.device.type == "cpu" and type(tensor) is Tensor and (tensor.numel() if count is None else count) <= _MOST
-    )
+    number = tensor.numel() if count is None else count
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and number <= _MOST

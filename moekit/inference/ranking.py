@@ -88,7 +88,7 @@ def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     chunk = top(peaks, min(k, peaks.shape[1]))[1]
     if k > 1:
         chunk = chunk.sort(-1).values  # in order, so that the first of equals is found first
-    columns = (chunk[..., None] * width + torch.arange(width)).flatten(1)
+    columns = (chunk[..., None] * width + torch.arange(width, device=chunk.device)).flatten(1)
     if whole < size:
         shown = logits.gather(1, columns.clamp_max(size - 1)).masked_fill_(columns >= size, -torch.inf)
         columns = columns.clamp_max_(size - 1)

@@ -62,9 +62,9 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, backend: Backend = "au
         return _one_kernel(x, weight, counts)
     if few:
         return _few_rows(x, weight, counts)
-    if not torch.is_grad_enabled() and kind == "cpu" and not torch.compiler.is_compiling():
-        if type(x) is Tensor and type(weight) in (Tensor, nn.Parameter):  # what an operation's registration costs
-            return _multiply(x, weight, counts)
+    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    if plain and kind == "cpu" and not torch.is_grad_enabled():
+        return _multiply(x, weight, counts)  # what autograd and compilers must be told takes longer than few rows
     return _grouped_mm(x, weight, on_host(counts))
 
 

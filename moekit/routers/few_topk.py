@@ -21,8 +21,8 @@ def few_routing(logits: Tensor, k: int, renormalise: str) -> Routing:
     weight, expert = logits.softmax(-1).topk(k, dim=-1)
     if renormalise != "none":
         weight = weight / weight.sum(-1, keepdim=True)
-    token = torch.arange(t)
-    listed, kept = expert.t().reshape(-1), torch.ones(t * k, dtype=torch.bool)
+    token = torch.arange(t, device=logits.device)
+    listed, kept = expert.t().reshape(-1), torch.ones(t * k, dtype=torch.bool, device=logits.device)
     return Routing(
         token=token if k == 1 else token.repeat(k),
         expert=listed,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.transformer import few_queries
-from moekit.transformer.cache import LayerCache
+from moekit.transformer.cache import DecoderCache, LayerCache
 from moekit.transformer.padding import check_no_hole, count_real
 from moekit.transformer.positions import Positions, Rotation
 from moekit.transformer.projection import FusedLinear, projection
@@ -33,7 +33,14 @@ class AttentionPlan:
 
 
 def plan_attention(
-    x: Tensor, positions: Positions, head_dim: int, *, offset: int, causal: bool, key_mask: Tensor | None = None
+    x: Tensor,
+    positions: Positions,
+    head_dim: int,
+    *,
+    offset: int,
+    causal: bool,
+    key_mask: Tensor | None = None,
+    cache: DecoderCache | None = None,
 ) -> AttentionPlan:
     """Plan self-attention of `x` Float[B, Q, D], whose first token is at place `offset` behind cached keys.
 
@@ -44,6 +51,7 @@ def plan_attention(
         offset: number of cached keys.
         causal: whether later keys are hidden.
         key_mask: Bool[B, K], True = a real token, nothing cached; None = all are.
+        cache: where the cached keys are; it remembers what a bias is.
 
     Raises:
         ValueError: if there is padding between the tokens of a row and `positions` adds a bias by distance.
@@ -51,7 +59,10 @@ def plan_attention(
     key = torch.arange(offset + x.shape[1], device=x.device)
     query = key[offset:]
     rotation = positions.rotation(query if key_mask is None else count_real(key_mask), head_dim)
-    bias = positions.bias(query, key, causal=causal)
+    if cache is not None and causal and x.shape[1] == 1 and not torch.is_grad_enabled():
+        bias = cache.bias(positions, x)
+    else:
+        bias = positions.bias(query, key, causal=causal)
     if bias is not None:
         check_no_hole(key_mask, positions)
     visible = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekit.transformer.positions import Positions
+
 _GROWTH = 32  # a full buffer grows by its own length, at least by this much
 
 
@@ -69,6 +71,22 @@ class DecoderCache:
         self.layers = [LayerCache() for _ in range(num_layers)]
         self.length = 0
         self.last_ids: Tensor | None = None
+        self._biases: Tensor | None = None  # of distances, the largest first
+
+    def bias(self, positions: Positions, x: Tensor) -> Tensor | None:
+        """What `positions` add to the logits of the one token that comes next, Float[H, 1, length + 1]; or None.
+
+        A bias depends on distances only, so those of many steps are worked out at once.
+
+        Args:
+            positions: the idea of order; the same in all calls.
+            x: only its device matters.
+        """
+        known = 0 if self._biases is None else self._biases.shape[-1]
+        if known <= self.length:
+            place = torch.arange(max(2 * self.length, _GROWTH), device=x.device)
+            self._biases = positions.bias(place[-1:], place, causal=True)
+        return None if self._biases is None else self._biases[..., -self.length - 1 :]
 
     def advance(self, ids: Tensor) -> None:
         """Note that tokens Int64[R, Q] have been seen; the decoder calls this after its blocks."""
