@@ -14,6 +14,7 @@ from moekit.dispatch.exchange import Route, transpose_blocks
 from moekit.dispatch.rows import add, take
 from moekit.functional.few import is_few
 from moekit.kernels.host_counts import on_host, remember
+from moekit.kernels.listed_rows import sum_rows, take_rows
 from moekit.routing import Routing
 
 
@@ -28,6 +29,8 @@ class _Handle:
     token: Tensor
     route: Route | None
     padded: bool = False
+    row: Tensor | None = None
+    """The row of each assignment, where the list is choice-major, all are kept and a CPU computes."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,11 @@ class PackedDispatcher(ExchangeDispatcher):
             row = torch.where(kept, row, total)
             assignment = torch.empty(total + 1, dtype=torch.int64, device=x.device).scatter(0, row, number)[:total]
         token = routing.token[assignment]
+        plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if plain and route is None and total == listed and routing.choices:
+            return Dispatched(
+                take_rows(x, token, row, routing.choices), counts, _Handle(assignment, token, None, row=row)
+            )
         rows = take(x, token, routing.choices)
         if route is None:
             if padded:
@@ -97,9 +105,12 @@ class PackedDispatcher(ExchangeDispatcher):
             return _combine_few(y, routing, handle.row)
         if handle.route is not None:
             y = handle.route.back(transpose_blocks(y, handle.route.received.t()))
+        wide = torch.promote_types(y.dtype, torch.float32)
+        if handle.row is not None:
+            assert routing.choices is not None
+            return sum_rows(y.to(wide), routing.weight.to(wide), handle.token, handle.row, routing.choices)
         weight = torch.where(routing.kept, routing.weight, 0.0) if handle.padded else routing.weight
         weight = weight.index_select(0, handle.assignment)
-        wide = torch.promote_types(y.dtype, torch.float32)
         return add(y.to(wide) * weight.to(wide)[:, None], handle.token, routing.num_tokens, routing.choices)
 
 
