@@ -21,7 +21,13 @@ from moekit.routers.load_window import LoadWindow
 from moekit.routers.overflow import NoTokenLeftBehind
 from moekit.routers.queueing import clear_padding, enqueue, local_groups, mask_choices, score_statistics, token_choices
 from moekit.routers.scorers import ExpertScorer, ScoredRouter
-from moekit.routers.second_expert import AllChoices, SecondExpertPolicy, ThresholdChoice
+from moekit.routers.second_expert import (
+    AllChoices,
+    RandomChoice,
+    SampledChoice,
+    SecondExpertPolicy,
+    ThresholdChoice,
+)
 from moekit.routers.sequence_capacity import SequenceCapacity
 from moekit.routing import Capacity, Compensation, DecodingContext, Routing, RoutingContext
 
@@ -317,7 +323,7 @@ class TopKRouter(ScoredRouter):
             and type(self)._weights is TopKRouter._weights
             and self.residual is None
             and self.overflow is None
-            and type(self.second_expert) is AllChoices
+            and type(self.second_expert) in (AllChoices, RandomChoice, SampledChoice)  # one and the same in evaluation
             and isinstance(self.capacity, Capacity)
             and self.capacity.eval is None
         )

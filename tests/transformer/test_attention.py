@@ -184,6 +184,18 @@ def test_cache_grows_reorders_and_multiplies_rows() -> None:
     torch.testing.assert_close(values, all_values[rows].transpose(1, 2), rtol=0, atol=0)
 
 
+@torch.no_grad()
+def test_a_cache_knows_the_bias_of_each_step() -> None:
+    positions, cache, x = RelativePositions(H), DecoderCache(1), torch.randn(2, 1, D)
+    positions.weight.normal_()
+    for step in range(70):
+        plans = [plan_attention(x, positions, D // H, offset=step, causal=True, cache=known) for known in (cache, None)]
+        assert plans[0].mask is not None
+        torch.testing.assert_close(plans[0].mask, plans[1].mask, rtol=0, atol=0)
+        cache.advance(torch.zeros(2, 1, dtype=torch.int64))
+    assert DecoderCache(1).bias(Positions(), x) is None
+
+
 def test_a_new_cache_may_be_reordered() -> None:
     cache = DecoderCache(2)
     cache.reorder(torch.tensor([0, 0]))
