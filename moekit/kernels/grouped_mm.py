@@ -162,7 +162,7 @@ def _zero_unused(stacked: Tensor, counts: Sequence[int]) -> None:
 
 def _checked(counts: Tensor, num_rows: int, num_experts: int) -> list[int]:
     """The counts as numbers, if they fit: rows that no expert computes would hold whatever memory held."""
-    numbers = [int(n) for n in counts.tolist()]
+    numbers: list[int] = counts.tolist()
     if len(numbers) != num_experts or sum(numbers) != num_rows or min(numbers, default=0) < 0:
         raise ValueError(
             f"grouped_mm needs one count per matrix, none negative, that sum to the number of rows: got {numbers} for "
@@ -177,8 +177,9 @@ def _multiply(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     numbers = _checked(counts, a.shape[0], w.shape[0])
     used = [e for e, n in enumerate(numbers) if n]
     sizes = [numbers[e] for e in used]
-    for block, e, into in zip(a.split(sizes), used, out.split(sizes), strict=True):
-        torch.mm(block, w[e], out=into)
+    # Of the ways to name a part these take least; there are as many products as experts have rows.
+    for block, e, into in zip(a.split_with_sizes(sizes), used, out.split_with_sizes(sizes), strict=True):
+        torch.mm(block, w.select(0, e), out=into)
     return out.to(x.dtype)
 
 
