@@ -9,7 +9,7 @@ import torch
 
 from moekit.dispatch import PackedDispatcher, PaddedDispatcher
 from moekit.experts import GroupedMLP
-from moekit.testing import assert_same, random_routing, trace
+from moekit.testing import assert_close, assert_same, random_routing, trace
 
 T, E, D = 25, 4, 6
 
@@ -66,3 +66,24 @@ def test_packed_traces_on_the_meta_device() -> None:
     sent = PackedDispatcher().dispatch(torch.empty(T, D, device="meta"), routing)
     assert sent.rows.shape == (2 * T, D)
     assert PackedDispatcher().combine(sent.rows, routing, sent.handle).shape == (T, D)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_few_rows_without_gradients_are_those_of_the_rest(tokens: int, k: int, dtype: torch.dtype) -> None:
+    """A step of decoding sorts its rows one by one."""
+    routing = random_routing(tokens, 5, k)
+    routing = dataclasses.replace(routing, choices=k, all_kept=True)
+    x = torch.randn(tokens, D).to(dtype)
+    packed, found = PackedDispatcher(), []
+    for without in (False, True):
+        with torch.set_grad_enabled(not without):
+            sent = packed.dispatch(x, routing)
+            assert type(sent.handle).__name__ == ("_Few" if without else "_Handle")
+            factor = torch.arange(1.0, 6).repeat_interleave(sent.counts)[:, None].to(dtype)
+            found.append((sent.counts, packed.combine(sent.rows * factor, routing, sent.handle)))
+    (counts, output), (few_counts, few_output) = found
+    assert torch.equal(few_counts, counts)
+    assert few_output.dtype == output.dtype
+    assert_close(few_output, output)

@@ -12,7 +12,9 @@ from moekit.dispatch import once_per_rank
 from moekit.dispatch.base import Dispatched, ExchangeDispatcher
 from moekit.dispatch.exchange import Route, transpose_blocks
 from moekit.dispatch.rows import add, take
+from moekit.functional.few import is_few
 from moekit.kernels.host_counts import on_host, remember
+from moekit.kernels.listed_rows import sum_rows, take_rows
 from moekit.routing import Routing
 
 
@@ -27,6 +29,15 @@ class _Handle:
     token: Tensor
     route: Route | None
     padded: bool = False
+    row: Tensor | None = None
+    """The row of each assignment, where the list is choice-major, all are kept and a CPU computes."""
+
+
+@dataclass(frozen=True)
+class _Few:
+    """The row of each assignment of a choice-major list, all of which are kept."""
+
+    row: Tensor
 
 
 class PackedDispatcher(ExchangeDispatcher):
@@ -43,6 +54,8 @@ class PackedDispatcher(ExchangeDispatcher):
         """Gather the kept rows, sorted by expert; across ranks, by this rank's experts."""
         if self.exchange is not None and routing.choices != 1:
             return once_per_rank.dispatch(x, routing, self.exchange)
+        if self.exchange is None and routing.choices and routing.all_kept and is_few(routing.expert):
+            return _dispatch_few(x, routing)
         kept, e = routing.kept, routing.num_experts
         counts = torch.zeros(e, dtype=torch.int64, device=x.device)
         counts = counts.index_add(0, routing.expert, kept.to(torch.int64))
@@ -70,6 +83,11 @@ class PackedDispatcher(ExchangeDispatcher):
             row = torch.where(kept, row, total)
             assignment = torch.empty(total + 1, dtype=torch.int64, device=x.device).scatter(0, row, number)[:total]
         token = routing.token[assignment]
+        plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if plain and route is None and total == listed and routing.choices:
+            return Dispatched(
+                take_rows(x, token, row, routing.choices), counts, _Handle(assignment, token, None, row=row)
+            )
         rows = take(x, token, routing.choices)
         if route is None:
             if padded:
@@ -83,9 +101,38 @@ class PackedDispatcher(ExchangeDispatcher):
         """Add every row, times its weight, to its token."""
         if isinstance(handle, once_per_rank.Parcels):
             return once_per_rank.combine(y, routing, handle)
+        if isinstance(handle, _Few):
+            return _combine_few(y, routing, handle.row)
         if handle.route is not None:
             y = handle.route.back(transpose_blocks(y, handle.route.received.t()))
+        wide = torch.promote_types(y.dtype, torch.float32)
+        if handle.row is not None:
+            assert routing.choices is not None
+            return sum_rows(y.to(wide), routing.weight.to(wide), handle.token, handle.row, routing.choices)
         weight = torch.where(routing.kept, routing.weight, 0.0) if handle.padded else routing.weight
         weight = weight.index_select(0, handle.assignment)
-        wide = torch.promote_types(y.dtype, torch.float32)
         return add(y.to(wide) * weight.to(wide)[:, None], handle.token, routing.num_tokens, routing.choices)
+
+
+def _dispatch_few(x: Tensor, routing: Routing) -> Dispatched:
+    """`PackedDispatcher.dispatch` of few assignments, sorted and counted one by one."""
+    experts = routing.expert.tolist()
+    order = sorted(range(len(experts)), key=experts.__getitem__)
+    counts, row = [0] * routing.num_experts, [0] * len(experts)
+    for place, assignment in enumerate(order):
+        row[assignment] = place
+        counts[experts[assignment]] += 1
+    tokens = [assignment % routing.num_tokens for assignment in order]
+    token, place, count = (
+        torch.tensor(numbers, dtype=torch.int64, device=x.device) for numbers in (tokens, row, counts)
+    )
+    return Dispatched(x.index_select(0, token), count, _Few(place))
+
+
+def _combine_few(y: Tensor, routing: Routing, row: Tensor) -> Tensor:
+    """The weighted sum by a gather: rows come back into the order of the list."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    listed = y.index_select(0, row).to(wide).mul_(routing.weight.to(wide)[:, None])
+    if routing.choices == 1:
+        return listed
+    return listed.view(routing.choices or 1, routing.num_tokens, y.shape[1]).sum(0)

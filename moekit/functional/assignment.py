@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moekit.functional.few import is_few
+
 # Up to so many experts, counting along a one-hot [E, N] beats a stable sort (two to four times at 8 experts, for 2,000
 # to 16,000 assignments on a CPU); beyond 64 its memory traffic makes it many times slower.
 _COUNT_UP_TO = 32
@@ -60,6 +62,8 @@ def queue_positions(expert: Tensor, queued: Tensor, num_experts: int, order: Ten
     Returns:
         Int64[N]; -1 where not queued.
     """
+    if is_few(expert):
+        return _positions_on_host(expert, queued, num_experts, order)
     n = expert.numel()
     # Assignments that ask for nothing queue at a scratch expert behind the real ones, so no shape depends on data.
     slot = torch.where(queued, expert, num_experts)
@@ -80,3 +84,16 @@ def queue_positions(expert: Tensor, queued: Tensor, num_experts: int, order: Ten
     destination = by_expert if order is None else order[by_expert]
     position = torch.empty_like(slot).scatter(0, destination, rank)
     return torch.where(queued, position, -1)
+
+
+def _positions_on_host(expert: Tensor, queued: Tensor, num_experts: int, order: Tensor | None) -> Tensor:
+    """`queue_positions`, counted one by one."""
+    experts, asks = expert.tolist(), queued.tolist()
+    served = range(len(experts)) if order is None else order.tolist()
+    taken, position = [0] * num_experts, [-1] * len(experts)
+    for number in served:
+        if asks[number]:
+            at = experts[number]
+            position[number] = taken[at]
+            taken[at] += 1
+    return torch.tensor(position, dtype=torch.int64, device=expert.device)

@@ -29,5 +29,7 @@ def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
     Source: arXiv:2101.03961 section 2.4 ("selective precision").
     """
     wide = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):  # entering the context takes longer than asking
+        return F.linear(x.to(wide), weight.to(wide))
     with without_autocast(x.device):
         return F.linear(x.to(wide), weight.to(wide))

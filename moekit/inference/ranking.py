@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_CHUNK = 80  # tokens of which the best is found first: about the root of usual vocabularies
+_CHUNK = 160  # tokens of which the best is found first,
+_CHUNK_OF_ONE = 320  # and where only one is looked for
 _FEWEST = 1024  # tokens up to which the plain form is as fast
+_TOGETHER = 1 << 18  # logits that stay in a core's cache while they are read several times
 
 
 class Ranked(NamedTuple):
@@ -47,35 +49,53 @@ class Ranking:
         self._room: Tensor | None = None
 
     def __call__(self, logits: Tensor, k: int) -> Ranked:
-        """The k best tokens of `logits` Float[R, V]; for k = 1 the first of equals. The logits are not changed."""
+        """The k best tokens of `logits` Float[R, V]; for k = 1 the first of equals. Afterwards they are as before."""
         rows, size = logits.shape
         if logits.device.type != "cpu" or size < _FEWEST or k > _CHUNK or not rows:
             return ranked_reference(logits, k, self._left_out)
-        room = self._kept(logits)
-        own = room[:, :size]
-        own.copy_(logits)
-        own.index_fill_(1, self._left_out, -torch.inf)
-        chunks = room.view(rows, -1, _CHUNK)
-        # The k best are in the k chunks of the largest maxima.
-        chunk = top(chunks.amax(-1), min(k, chunks.shape[1]))[1].sort(-1).values  # in order: the first of equals
-        shown = chunks.gather(1, chunk[..., None].expand(-1, -1, _CHUNK)).flatten(1)
-        values, place = top(shown, k)
-        tokens = (chunk.gather(1, place // _CHUNK) * _CHUNK + place % _CHUNK).clamp_max(size - 1)
-        peak = torch.maximum(values[:, :1], logits.index_select(1, self._left_out).amax(-1, keepdim=True))
+        logits = logits.contiguous()
+        left_out = logits.index_select(1, self._left_out)
+        logits.index_fill_(1, self._left_out, -torch.inf)
+        values, tokens = _best(logits, k)
+        logits.index_copy_(1, self._left_out, left_out)
+        peak = torch.maximum(values[:, :1], left_out.amax(-1, keepdim=True))
         peak = peak.masked_fill(peak.isinf(), 0.0)
-        torch.sub(logits, peak, out=own)
-        partition = own.exp_().sum(-1, keepdim=True).log_() + peak
+        partition = self._sums(logits, peak).log_() + peak
         return Ranked(values - partition, tokens, partition)
 
-    def _kept(self, logits: Tensor) -> Tensor:
-        """Float[R, whole chunks], -inf behind the vocabulary; what it holds else is of the last step."""
+    def _sums(self, logits: Tensor, peak: Tensor) -> Tensor:
+        """Float[R, 1]: the sum of exp(logits - peak) of each row, of few rows at a time."""
         rows, size = logits.shape
-        width = -(-size // _CHUNK) * _CHUNK
-        room = self._room
-        if room is None or room.shape[0] < rows or room.shape[1] != width or room.dtype != logits.dtype:
-            room = logits.new_full((rows, width), -torch.inf)
-            self._room = room
-        return room[:rows]
+        together = max(_TOGETHER // size, 1)
+        if self._room is None or self._room.shape != (together, size) or self._room.dtype != logits.dtype:
+            self._room = logits.new_empty(together, size)
+        sums = torch.empty_like(peak)
+        for start in range(0, rows, together):
+            part = slice(start, start + together)
+            room = torch.sub(logits[part], peak[part], out=self._room[: min(together, rows - start)])
+            torch.sum(room.exp_(), -1, keepdim=True, out=sums[part])
+        return sums
+
+
+def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What `top` finds in rows that are long: the k best are in the k chunks of the largest maxima."""
+    size = logits.shape[1]
+    width = _CHUNK_OF_ONE if k == 1 else _CHUNK
+    whole = size // width * width
+    peaks = logits[:, :whole].unflatten(1, (-1, width)).amax(-1)
+    if whole < size:
+        peaks = torch.cat((peaks, logits[:, whole:].amax(-1, keepdim=True)), 1)
+    chunk = top(peaks, min(k, peaks.shape[1]))[1]
+    if k > 1:
+        chunk = chunk.sort(-1).values  # in order, so that the first of equals is found first
+    columns = (chunk[..., None] * width + torch.arange(width, device=chunk.device)).flatten(1)
+    if whole < size:
+        shown = logits.gather(1, columns.clamp_max(size - 1)).masked_fill_(columns >= size, -torch.inf)
+        columns = columns.clamp_max_(size - 1)
+    else:
+        shown = logits.gather(1, columns)
+    values, place = top(shown, k)
+    return values, columns.gather(1, place)
 
 
 def top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

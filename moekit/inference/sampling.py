@@ -142,23 +142,19 @@ def _write(session: Session, start: Start, samples: int, choose: _Choose) -> Gen
 
     ids = torch.full((live.numel(), bounds.most + 1), tokens.pad, dtype=torch.int64, device=device)
     scores = torch.zeros(ids.shape, dtype=logits.dtype, device=device)
-    lengths = torch.zeros_like(live)
-    ended = torch.zeros_like(live, dtype=torch.bool)
-    going = torch.ones_like(ended)
+    wrote = torch.zeros(ids.shape, dtype=torch.bool, device=device)
+    last = given + limit  # where a text is cut
+    going = torch.ones_like(live, dtype=torch.bool)
     for step in itertools.count(1):
-        written = place - given
         token, score = choose(logits, live, place)
-        writes = going
+        writes, stop = going, token == tokens.eos
         if place < bounds.longest:
-            free = written >= 0
+            free = given <= place
             token = torch.where(free, token, prefix[:, min(place, prefix.shape[1] - 1)])
-            writes = going & free
-        column = torch.where(writes, written, bounds.most)
-        ids[live, column], scores[live, column] = token, score
-        lengths[live] += writes
-        stop = writes & (token == tokens.eos)
-        ended[live] |= stop
-        going = going & ~stop & (written + 1 < limit)
+            writes, stop = going & free, free & stop
+        column = torch.where(writes, place - given, bounds.most)
+        ids[live, column], scores[live, column], wrote[live, column] = token, score, writes
+        going = going & ~stop & (last > place + 1)
         place += 1
         if place == bounds.end:
             break
@@ -169,16 +165,17 @@ def _write(session: Session, start: Start, samples: int, choose: _Choose) -> Gen
                 break
             if keep.numel() < live.numel():
                 live, text, going = live[keep], text[keep], going[keep]
-                prefix, given, limit = prefix[keep], given[keep], limit[keep]
+                prefix, given, last = prefix[keep], given[keep], last[keep]
                 session.keep_each(keep)
         logits = session.logits(text)
+    ids, scores, wrote = ids[:, : bounds.most], scores[:, : bounds.most], wrote[:, : bounds.most]
+    lengths = wrote.sum(1)
     longest = int(lengths.max())  # host read: once for a search
     shape = (sentences, samples)
-    scores = scores[:, : bounds.most]
     return Generation(
         ids=ids[:, :longest].reshape(*shape, -1),
         lengths=lengths.reshape(shape),
         scores=scores.sum(-1).reshape(shape),
         token_scores=scores[:, :longest].reshape(*shape, -1),
-        ended=ended.reshape(shape),
+        ended=(wrote & (ids == tokens.eos)).any(1).reshape(shape),
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moekit.kernels.gpu import products
 from moekit.kernels.gpu.backend import Backend, choose, is_one_kernel
@@ -62,6 +62,9 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, backend: Backend = "au
         return _one_kernel(x, weight, counts)
     if few:
         return _few_rows(x, weight, counts)
+    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    if plain and kind == "cpu" and not torch.is_grad_enabled():
+        return _multiply(x, weight, counts)  # what autograd and compilers must be told takes longer than few rows
     return _grouped_mm(x, weight, on_host(counts))
 
 
@@ -170,7 +173,7 @@ def _zero_unused(stacked: Tensor, counts: Sequence[int]) -> None:
 
 def _checked(counts: Tensor, num_rows: int, num_experts: int) -> list[int]:
     """The counts as numbers, if they fit: rows that no expert computes would hold whatever memory held."""
-    numbers = [int(n) for n in counts.tolist()]
+    numbers: list[int] = counts.tolist()
     if len(numbers) != num_experts or sum(numbers) != num_rows or min(numbers, default=0) < 0:
         raise ValueError(
             f"grouped_mm needs one count per matrix, none negative, that sum to the number of rows: got {numbers} for "
@@ -179,15 +182,21 @@ def _checked(counts: Tensor, num_rows: int, num_experts: int) -> list[int]:
     return numbers
 
 
-@torch.library.custom_op("moekit::grouped_mm", mutates_args=())
-def _grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def _multiply(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     a, w = _edges(x, weight)
     out = a.new_empty(a.shape[0], w.shape[2])
     numbers = _checked(counts, a.shape[0], w.shape[0])
-    for block, matrix, into in zip(a.split(numbers), w.unbind(0), out.split(numbers), strict=True):
-        if block.shape[0]:
-            torch.mm(block, matrix, out=into)
+    used = [e for e, n in enumerate(numbers) if n]
+    sizes = [numbers[e] for e in used]
+    # Of the ways to name a part these take least; there are as many products as experts have rows.
+    for block, e, into in zip(a.split_with_sizes(sizes), used, out.split_with_sizes(sizes), strict=True):
+        torch.mm(block, w.select(0, e), out=into)
     return out.to(x.dtype)
+
+
+@torch.library.custom_op("moekit::grouped_mm", mutates_args=())
+def _grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return _multiply(x, weight, counts)
 
 
 @_grouped_mm.register_fake

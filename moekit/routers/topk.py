@@ -10,16 +10,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moekit.functional.few import is_few
 from moekit.functional.losses import BalanceScope, load_balance, router_z
 from moekit.kernels.gpu.backend import Backend, choose
 from moekit.routers.exploration import Exploration
+from moekit.routers.few_topk import few_routing
 from moekit.routers.fused_topk import fused_routing, is_in_order
 from moekit.routers.gating_residual import GatingResidual
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.overflow import NoTokenLeftBehind
 from moekit.routers.queueing import clear_padding, enqueue, local_groups, mask_choices, score_statistics, token_choices
 from moekit.routers.scorers import ExpertScorer, ScoredRouter
-from moekit.routers.second_expert import AllChoices, SecondExpertPolicy, ThresholdChoice
+from moekit.routers.second_expert import (
+    AllChoices,
+    RandomChoice,
+    SampledChoice,
+    SecondExpertPolicy,
+    ThresholdChoice,
+)
 from moekit.routers.sequence_capacity import SequenceCapacity
 from moekit.routing import Capacity, Compensation, DecodingContext, Routing, RoutingContext
 
@@ -245,8 +253,10 @@ class TopKRouter(ScoredRouter):
             logits = logits + self.residual(context)
         if choose(self.backend, logits, "router").name == "triton" and self._is_plain(exploration):
             return self._fused(logits, context)
-        # Once for loss and statistics. What a residual adds to padding may be NaN, which the loss clears for itself.
         decoding = isinstance(context, DecodingContext)
+        if decoding and context.mask is None and is_few(logits, logits.shape[0] * self.k) and self._is_plain_choice():
+            return few_routing(logits, self.k, self.renormalise)
+        # Once for loss and statistics. What a residual adds to padding may be NaN, which the loss clears for itself.
         logsumexp = logits.logsumexp(-1) if self.residual is None and not decoding else None
         probs = logits.softmax(-1)
         likely = probs.detach()
@@ -304,6 +314,18 @@ class TopKRouter(ScoredRouter):
             and is_in_order(self.capacity, self.num_experts, training=self.training)
             and self.balance.when == "before_drop"
             and (self.balance.scope == "batch" or (self.balance.scope == "global" and not self.training))
+        )
+
+    def _is_plain_choice(self) -> bool:
+        """Whether evaluation sends the k most probable experts of each token, drops nothing and hands nothing on."""
+        return (
+            not self.training
+            and type(self)._weights is TopKRouter._weights
+            and self.residual is None
+            and self.overflow is None
+            and type(self.second_expert) in (AllChoices, RandomChoice, SampledChoice)  # one and the same in evaluation
+            and isinstance(self.capacity, Capacity)
+            and self.capacity.eval is None
         )
 
     def _fused(self, logits: Tensor, context: RoutingContext) -> Routing:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from moekit.experts.grouped import GroupedMLP
 from moekit.functional.reference import moe_reference
 from moekit.layer import MoELayer, MoEOutput
-from moekit.routing import Router, Routing, RoutingContext
+from moekit.routing import DecodingContext, Router, Routing, RoutingContext
 from moekit.testing import modules
 from moekit.testing.cases import seeded, skewed_tokens, some_context, some_mask, tensors_of, trace
 from moekit.testing.closeness import assert_close, assert_same, rule
@@ -240,6 +240,24 @@ def check_order_of_tokens(factory: Factory) -> None:
         assert_close(layer(x[order], mixed).hidden, layer(x, context).hidden[order], "tokens in another order")
 
 
+def check_decoding(factory: Factory) -> None:
+    """A step of decoding, which wants no gradients and may leave losses out, is routed as in evaluation."""
+    layer = _layer(factory, dtype=torch.float64, training=False)
+    for masked in (False, True):
+        x, context = _inputs(layer.router, dtype=torch.float64, masked=masked)
+        step = DecodingContext(**{f.name: getattr(context, f.name) for f in dataclasses.fields(context)})
+        expected = layer(x, context)
+        with torch.no_grad():
+            found = layer(x, step)
+        for name in ("token", "expert", "position", "kept"):
+            same = torch.equal(getattr(found.routing, name), getattr(expected.routing, name))
+            rule(
+                same, f"a step of decoding changes the routing's `{name}`: without gradients it must be the same list."
+            )
+        assert_close(found.routing.weight, expected.routing.weight, "weights in a step of decoding")
+        assert_close(found.hidden, expected.hidden, "the output in a step of decoding")
+
+
 def check_randomness(factory: Factory) -> None:
     """Evaluation is deterministic and draws nothing; training follows `torch.manual_seed`."""
     router = build(factory, training=False)
@@ -338,6 +356,7 @@ ROUTER_CHECKS: tuple[Callable[[Factory], None], ...] = (
     check_padding_content,
     check_more_padding,
     check_order_of_tokens,
+    check_decoding,
     check_randomness,
     check_future,
     check_low_precision,

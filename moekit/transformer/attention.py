@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.transformer import few_queries
-from moekit.transformer.cache import LayerCache
+from moekit.transformer.cache import DecoderCache, LayerCache
 from moekit.transformer.padding import check_no_hole, count_real
 from moekit.transformer.positions import Positions, Rotation
 from moekit.transformer.projection import FusedLinear, projection
@@ -33,7 +33,14 @@ class AttentionPlan:
 
 
 def plan_attention(
-    x: Tensor, positions: Positions, head_dim: int, *, offset: int, causal: bool, key_mask: Tensor | None = None
+    x: Tensor,
+    positions: Positions,
+    head_dim: int,
+    *,
+    offset: int,
+    causal: bool,
+    key_mask: Tensor | None = None,
+    cache: DecoderCache | None = None,
 ) -> AttentionPlan:
     """Plan self-attention of `x` Float[B, Q, D], whose first token is at place `offset` behind cached keys.
 
@@ -44,6 +51,7 @@ def plan_attention(
         offset: number of cached keys.
         causal: whether later keys are hidden.
         key_mask: Bool[B, K], True = a real token, nothing cached; None = all are.
+        cache: where the cached keys are; it remembers what a bias is.
 
     Raises:
         ValueError: if there is padding between the tokens of a row and `positions` adds a bias by distance.
@@ -51,7 +59,10 @@ def plan_attention(
     key = torch.arange(offset + x.shape[1], device=x.device)
     query = key[offset:]
     rotation = positions.rotation(query if key_mask is None else count_real(key_mask), head_dim)
-    bias = positions.bias(query, key, causal=causal)
+    if cache is not None and causal and x.shape[1] == 1 and not torch.is_grad_enabled():
+        bias = cache.bias(positions, x)
+    else:
+        bias = positions.bias(query, key, causal=causal)
     if bias is not None:
         check_no_hole(key_mask, positions)
     visible = None
@@ -67,7 +78,8 @@ def plan_attention(
     kind = x.device.type
     bias = bias.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
     # Heads stood innermost in the table. Copied once, or the attention kernel of a GPU copies it in every layer.
-    bias = bias.contiguous()
+    # Where few queries are few products, all rows have it side by side, as these take it.
+    bias = bias.expand(len(x), -1, -1, -1).contiguous() if few_queries.suits(x[:, None]) else bias.contiguous()
     return AttentionPlan(bias if visible is None else bias.masked_fill(~visible, -torch.inf), False, rotation)
 
 
@@ -144,11 +156,12 @@ class SelfAttention(_Attention):
             cache: earlier keys and values; the new ones are added to it.
         """
         # The number of heads is taken from the weights: in tensor parallelism a process holds some of them.
-        query, key, value = self.qkv(x).unflatten(-1, (-1, self.head_dim)).unbind(2)
+        parts = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        query, key, value = parts.unbind(2)
         if plan.rotation is not None:
             query, key = plan.rotation.apply(query), plan.rotation.apply(key)
         if cache is not None:
-            key, value = cache.append(key, value)
+            key, value = cache.append(parts[:, :, 1:] if plan.rotation is None else torch.stack((key, value), 2))
         else:
             key, value = key.transpose(1, 2), value.transpose(1, 2)
         return self.out(self._mix(query.transpose(1, 2), key, value, plan.mask, is_causal=plan.is_causal))
@@ -195,11 +208,15 @@ class CrossAttention(_Attention):
             key, value = pair.permute(2, 0, 3, 1, 4).unbind(0)
             if cache is not None:
                 # As few queries read them: channels of a key lie apart, places side by side.
-                key = key.transpose(2, 3).contiguous().transpose(2, 3)
-                cache.memory = key, value.contiguous()
+                key, value = key.transpose(2, 3).contiguous().transpose(2, 3), value.contiguous()
+                if mask is not None and few_queries.suits(x[:, None, :1]):
+                    cache.memory_mask, value = few_queries.added_mask(mask, key.shape[1], value)
+                cache.memory = key, value
         # Nothing here depends on order, so the queries of all beams of a sentence are simply more queries.
         queries = rows * length // max(sentences, 1)
         query = self.q(x).unflatten(-1, (-1, self.head_dim))
         query = query.reshape(sentences, queries, *query.shape[2:]).transpose(1, 2)
+        if cache is not None and cache.memory_mask is not None and few_queries.suits(query):
+            mask = cache.memory_mask
         mixed = self._mix(query, key, value, mask)
         return self.out(mixed.view(rows, length, mixed.shape[2]))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekit.transformer.positions import Positions
+
 _GROWTH = 32  # a full buffer grows by its own length, at least by this much
 
 
@@ -20,19 +22,19 @@ class LayerCache:
         self._spare: Tensor | None = None  # what the buffer was before the last reordering
         self._length = 0
         self.memory: tuple[Tensor, Tensor] | None = None
+        self.memory_mask: Tensor | None = None  # what is added for hidden places, Float[B, H, 1, S]
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values Float[R, Q, H, D_head]; returns all so far as Float[R, H, K, D_head] views."""
-        rows, new, heads, channels = key.shape
+    def append(self, pair: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values, Float[R, Q, 2, H, D_head]; returns all so far as Float[R, H, K, D_head] views."""
+        rows, new, _, heads, channels = pair.shape
         end = self._length + new
         if self._buffer is None or end > self._buffer.shape[0]:
             room = end + max(self._length, _GROWTH)
-            grown = key.new_empty(room, 2, rows, heads, channels)
+            grown = pair.new_empty(room, 2, rows, heads, channels)
             if self._buffer is not None:
                 grown[: self._length] = self._buffer[: self._length]
             self._buffer = grown
-        self._buffer[self._length : end, 0] = key.transpose(0, 1)
-        self._buffer[self._length : end, 1] = value.transpose(0, 1)
+        self._buffer[self._length : end] = pair.permute(1, 2, 0, 3, 4)
         self._length = end
         keys, values = self._buffer[:end].permute(1, 2, 3, 0, 4).unbind(0)
         return keys, values
@@ -52,6 +54,8 @@ class LayerCache:
             keys, values = self.memory
             keys = keys.transpose(2, 3).index_select(0, sentences).transpose(2, 3)  # as they lay: see `CrossAttention`
             self.memory = keys, values.index_select(0, sentences)
+        if self.memory_mask is not None:
+            self.memory_mask = self.memory_mask.index_select(0, sentences)
 
 
 class DecoderCache:
@@ -67,6 +71,22 @@ class DecoderCache:
         self.layers = [LayerCache() for _ in range(num_layers)]
         self.length = 0
         self.last_ids: Tensor | None = None
+        self._biases: Tensor | None = None  # of distances, the largest first
+
+    def bias(self, positions: Positions, x: Tensor) -> Tensor | None:
+        """What `positions` add to the logits of the one token that comes next, Float[H, 1, length + 1]; or None.
+
+        A bias depends on distances only, so those of many steps are worked out at once.
+
+        Args:
+            positions: the idea of order; the same in all calls.
+            x: only its device matters.
+        """
+        known = 0 if self._biases is None else self._biases.shape[-1]
+        if known <= self.length:
+            place = torch.arange(max(2 * self.length, _GROWTH), device=x.device)
+            self._biases = positions.bias(place[-1:], place, causal=True)
+        return None if self._biases is None else self._biases[..., -self.length - 1 :]
 
     def advance(self, ids: Tensor) -> None:
         """Note that tokens Int64[R, Q] have been seen; the decoder calls this after its blocks."""

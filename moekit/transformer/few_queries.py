@@ -33,12 +33,35 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     Returns:
         Float[B, H, Q, C].
     """
-    scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scale is None else scale), key.transpose(-1, -2))
-    if mask is None:
-        return torch.matmul(scores.softmax(-1), value)
-    if mask.dtype != torch.bool:
-        scores += mask
-        return torch.matmul(scores.softmax(-1), value)
-    hidden = ~mask
-    weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
-    return torch.matmul(weights.masked_fill_(hidden, 0.0), value)
+    rows, heads, queries, _ = query.shape
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    flat, keys = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
+    if mask is not None and mask.dtype != torch.bool:
+        added = mask.expand(rows, heads, queries, key.shape[2]).flatten(0, 1)
+        weights = torch.baddbmm(added, flat, keys, alpha=scale).softmax(-1)
+    else:
+        scores = torch.bmm(flat * scale, keys)
+        if mask is None:
+            weights = scores.softmax(-1)
+        else:
+            hidden = (~mask).expand(rows, heads, queries, key.shape[2]).flatten(0, 1)
+            weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1).masked_fill_(hidden, 0.0)
+    return torch.bmm(weights, value.flatten(0, 1)).view(rows, heads, queries, value.shape[3])
+
+
+def added_mask(mask: Tensor, heads: int, value: Tensor) -> tuple[Tensor, Tensor]:
+    """A mask as what `attend` adds, for many calls; and the values with zeros for what sees nothing.
+
+    Args:
+        mask: Bool[B, 1, 1, K], True = visible.
+        heads: H.
+        value: Float[B, H, K, C].
+
+    Returns:
+        Float[B, H, 1, K] and Float[B, H, K, C].
+    """
+    blind = ~mask.any(-1, keepdim=True)
+    added = value.new_zeros(mask.shape).masked_fill_(~(mask | blind), -torch.inf)
+    if bool(blind.any()):
+        value = value.masked_fill(blind, 0.0)
+    return added.expand(-1, heads, -1, -1).contiguous(), value

@@ -6,6 +6,7 @@ differ (bf16 activations, float32 weights) both are widened.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -21,6 +22,26 @@ def _wide(x: Tensor) -> Tensor:
 def _beside(x: Tensor, weight: Tensor) -> Tensor:
     """`x` as it is where `weight` has its type, else wide."""
     return x if x.dtype == weight.dtype else _wide(x)
+
+
+def _is_quick(x: Tensor, weight: Tensor) -> bool:
+    """Whether `_quick_rms_norm` may be taken: on a CPU, without gradients, of numbers that are squared as they are."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    plain = type(x) is Tensor and type(weight) is nn.Parameter
+    return plain and x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+
+
+def _quick_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`torch.nn.functional.rms_norm`, for which torch has no kernel on a CPU, by half as many operations."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = torch.addcmul(_scalar(eps, x.dtype), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return (x * inverse).mul_(weight)
+
+
+@cache
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 class LayerNorm(nn.Module):
@@ -77,6 +98,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise Float[..., D]."""
+        if _is_quick(x, self.weight):
+            return _quick_rms_norm(x, self.weight, self.eps)
         wide = _beside(x, self.weight)
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 

@@ -123,6 +123,7 @@ class Stack(Component):
             offset=offset,
             causal=self.causal,
             key_mask=None if self.causal else mask,
+            cache=cache,
         )
         context = None
         if any(block.is_routed for block in blocks):

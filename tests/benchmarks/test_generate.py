@@ -52,3 +52,17 @@ def test_products_are_those_of_the_run(script: ModuleType) -> None:
     decoder = written * (size.layers * (own + wide) + size.dim * size.vocab)
     assert products.flops == 2 * (encoder + cross + decoder)
     products()
+
+
+def test_parts_are_those_of_the_run(script: ModuleType) -> None:
+    """Every part is timed, none twice, and the model is as before."""
+    size = script.SIZES["tiny"]
+    model = script.build(size).eval()
+    script.give_languages(model, size)
+    before = script.ours(model, size, 1)
+    found = script.parts(model, lambda: script.ours(model, size, 1), rounds=1)
+    assert {"encoder", "experts", "routers", "logits", "search", "norms", "self-attention"} <= set(found)
+    assert min(found.values()) >= 0
+    assert not any(module._forward_hooks for module in model.modules())
+    assert "logits" not in model.__dict__
+    assert torch.equal(script.ours(model, size, 1), before)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moekit.dispatch import Dispatched, PackedDispatcher, PaddedDispatcher
 from moekit.experts import GroupedMLP
 from moekit.routers import TopKRouter
-from moekit.routing import Capacity, Router, Routing, RoutingContext
+from moekit.routing import Capacity, DecodingContext, Router, Routing, RoutingContext
 
 D, E = 8, 4
 TIGHT = Capacity(train=0.6, eval=None)
@@ -109,6 +109,15 @@ class PrefersEarly(Sound):
 
     def change(self, routing: Routing, x: Tensor, context: RoutingContext | None) -> Routing:
         return dataclasses.replace(routing, weight=routing.weight / (1 + routing.token))
+
+
+class DecodesOtherwise(Sound):
+    """Takes other experts where nobody reads losses. Source: ours."""
+
+    def change(self, routing: Routing, x: Tensor, context: RoutingContext | None) -> Routing:
+        if not isinstance(context, DecodingContext):
+            return routing
+        return dataclasses.replace(routing, expert=(routing.expert + 1) % E)
 
 
 class NoisyEvaluation(Sound):

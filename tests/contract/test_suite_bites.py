@@ -26,6 +26,7 @@ ROUTERS = [
     (broken.MultipliesByMask, "check_padding_content", "with NaN in the padding"),
     (broken.CountsPadding, "check_more_padding", "adding padding changes results: loss mine"),
     (broken.PrefersEarly, "check_order_of_tokens", "tokens in another order"),
+    (broken.DecodesOtherwise, "check_decoding", "changes the routing's `expert`"),
     (broken.NoisyEvaluation, "check_randomness", "evaluation draws random numbers"),
     (broken.OwnGenerator, "check_randomness", "training does not follow torch.manual_seed"),
     (broken.PeeksAhead, "check_future", "set looks_ahead = True"),
@@ -95,7 +96,7 @@ def test_what_is_sound_passes() -> None:
 
 
 def test_all_at_once_lists_what_is_broken() -> None:
-    with pytest.raises(AssertionError, match=r"1 of 16 checks failed.\ncheck_has_a_source: NoSource has no `Source:`"):
+    with pytest.raises(AssertionError, match=r"1 of 17 checks failed.\ncheck_has_a_source: NoSource has no `Source:`"):
         check_router(broken.NoSource)
     with pytest.raises(AssertionError, match=r"(?s)2 of 13 checks failed.\ncheck_low_precision.*\ncheck_has_a_source"):
         check_experts(_Both)

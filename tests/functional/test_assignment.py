@@ -59,6 +59,10 @@ def test_positions_equal_the_loop(num_experts: int, n: int, share_queued: float,
     found = queue_positions(expert, queued, num_experts, order)
     assert found.dtype == torch.int64
     assert found.tolist() == literal_positions(expert, queued, num_experts, order)
+    with torch.no_grad():  # counted one by one
+        counted = queue_positions(expert, queued, num_experts, order)
+    assert counted.dtype == torch.int64
+    assert torch.equal(counted, found)
 
 
 @pytest.mark.parametrize(("k", "t"), itertools.product([1, 2, 3], [0, 1, 17]))

@@ -11,8 +11,18 @@ from torch import Tensor
 from moekit.experts import GroupedMLP
 from moekit.functional import load_balance
 from moekit.layer import MoELayer
-from moekit.routers import Balance, NoTokenLeftBehind, RandomChoice, TopKRouter, presets
-from moekit.routing import Capacity, RoutingContext
+from moekit.routers import (
+    AllChoices,
+    Balance,
+    NoTokenLeftBehind,
+    RandomChoice,
+    SampledChoice,
+    ThresholdChoice,
+    TopKRouter,
+    presets,
+    topk,
+)
+from moekit.routing import Capacity, DecodingContext, RoutingContext
 from moekit.testing import assert_close, skewed_tokens, some_mask
 
 T, D, E = 36, 6, 4
@@ -123,6 +133,47 @@ def test_evaluation_is_dropless_by_default_and_serves_by_position_with_a_capacit
     for e in range(E):
         places = routing.position[routing.expert == e]
         assert places.tolist() == list(range(places.numel()))
+
+
+DECODING: dict[str, tuple[bool, dict[str, object]]] = {
+    "one choice": (True, {"k": 1}),
+    "two": (True, {"k": 2}),
+    "weights that sum to 1": (True, {"k": 2, "renormalise": "before_drop"}),
+    "after drops": (True, {"k": 3, "renormalise": "after_drop", "capacity": Capacity(train=0.5)}),
+    "a second choice by chance": (True, {"k": 2, "second_expert": RandomChoice(0.9)}),
+    "one that is drawn": (True, {"k": 2, "second_expert": SampledChoice()}),
+    "all": (True, {"k": 4, "second_expert": AllChoices()}),
+    "a threshold": (False, {"k": 2, "second_expert": ThresholdChoice(0.3)}),
+    "drops in evaluation": (False, {"k": 2, "capacity": Capacity(eval=0.5, minimum=1)}),
+}
+
+
+@pytest.mark.parametrize(("short", "options"), DECODING.values(), ids=DECODING)
+def test_a_step_of_decoding_gives_the_same_list(
+    short: bool, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By fewer operations where nothing is dropped or left out; with padding by those of every evaluation."""
+    called = []
+    form = topk.few_routing
+    monkeypatch.setattr(topk, "few_routing", lambda *a: called.append(a) or form(*a))
+    router = spread(TopKRouter(D, E, **options)).eval()
+    x, mask = tokens(), some_mask(T)
+    for masked in (None, mask):
+        expected = router(x, RoutingContext(mask=masked))
+        called.clear()
+        with torch.no_grad():
+            found = router(x, DecodingContext(mask=masked))
+        assert bool(called) == (short and masked is None)
+        for name in ("token", "expert", "position", "kept"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert_close(found.weight, expected.weight, "weights")
+        assert (found.choices, found.capacity, found.all_kept) == (
+            expected.choices,
+            expected.capacity,
+            expected.all_kept,
+        )
+    with torch.no_grad():
+        router(tokens()[:0], DecodingContext())  # no token
 
 
 def test_statistics() -> None:

@@ -174,14 +174,26 @@ def test_cache_grows_reorders_and_multiplies_rows() -> None:
     cache, all_keys, all_values = LayerCache(), torch.randn(2, 100, H, 3), torch.randn(2, 100, H, 3)
     keys = values = torch.empty(0)
     for step in range(70):
-        keys, values = cache.append(all_keys[:, step : step + 1], all_values[:, step : step + 1])
+        keys, values = cache.append(torch.stack((all_keys, all_values), 2)[:, step : step + 1])
     torch.testing.assert_close(keys, all_keys[:, :70].transpose(1, 2), rtol=0, atol=0)
     torch.testing.assert_close(values, all_values[:, :70].transpose(1, 2), rtol=0, atol=0)
     rows = torch.tensor([1, 0, 1])
     cache.reorder(rows)
-    keys, values = cache.append(all_keys[rows, 70:], all_values[rows, 70:])
+    keys, values = cache.append(torch.stack((all_keys, all_values), 2)[rows, 70:])
     torch.testing.assert_close(keys, all_keys[rows].transpose(1, 2), rtol=0, atol=0)
     torch.testing.assert_close(values, all_values[rows].transpose(1, 2), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_cache_knows_the_bias_of_each_step() -> None:
+    positions, cache, x = RelativePositions(H), DecoderCache(1), torch.randn(2, 1, D)
+    positions.weight.normal_()
+    for step in range(70):
+        plans = [plan_attention(x, positions, D // H, offset=step, causal=True, cache=known) for known in (cache, None)]
+        assert plans[0].mask is not None
+        torch.testing.assert_close(plans[0].mask, plans[1].mask, rtol=0, atol=0)
+        cache.advance(torch.zeros(2, 1, dtype=torch.int64))
+    assert DecoderCache(1).bias(Positions(), x) is None
 
 
 def test_a_new_cache_may_be_reordered() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.transformer.few_queries import attend, suits
+from moekit.transformer.few_queries import added_mask, attend, suits
 
 
 def masks(rows: int, heads: int, queries: int, keys: int) -> dict[str, Tensor | None]:
@@ -34,6 +34,19 @@ def test_it_equals_the_kernel(sizes: tuple[int, ...], scale: float | None) -> No
         found = attend(query, key, value, mask, scale)
         expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_mask_that_is_added(queries: int) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(4, 2, n, 8, dtype=torch.float64) for n in (queries, 5, 5))
+    mask = torch.rand(4, 1, 1, 5) > 0.5
+    mask[1], mask[2] = True, False  # one row sees all, one nothing
+    added, shown = added_mask(mask, 2, value)
+    assert added.shape == (4, 2, 1, 5)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    torch.testing.assert_close(attend(query, key, shown, added, None), expected, rtol=1e-10, atol=1e-10)
+    assert not expected[2].any()
 
 
 def test_where_it_is_used() -> None:

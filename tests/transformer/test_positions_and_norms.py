@@ -164,3 +164,18 @@ def test_norm_statistics_are_float32_under_bf16() -> None:
         torch.testing.assert_close(norm.float()(x), expected.bfloat16(), rtol=8e-3, atol=1e-3)
     with torch.autocast("cpu", torch.bfloat16):
         assert LayerNorm(512)(exact).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_norms_without_gradients_are_the_same(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 16, dtype=dtype) * torch.tensor([1e-4, 1.0, 1e3])[:, None, None].to(dtype)
+    x[0, 0] = 0.0
+    norm = RMSNorm(16).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    expected = norm(x)
+    assert expected.requires_grad
+    with torch.no_grad():
+        found = norm(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected.detach())
