@@ -18,9 +18,17 @@ from moekit.runs.settings.fields import RESUME, SURGERY, setting
 from moekit.runs.settings.train import TrainConfig
 
 _WHICH_TEXT = (
-    "source", "pivot", "directions", "languages", "columns", "max_languages", "babel_languages", "babel_sentences",
+    "source",
+    "pivot",
+    "directions",
+    "languages",
+    "columns",
+    "max_languages",
+    "babel_languages",
+    "babel_sentences",
     "babel_sizes",
-)  # fmt: skip
+)
+_WHICH_FACTS = ("facts_entities", "facts_relations", "facts_values", "facts_power", "facts_one_language")  # fmt: skip
 _MAX_WORKERS = 4  # beside each GPU
 
 
@@ -83,6 +91,12 @@ class DataConfig:
         babel_sentences: number of training sentences to generate in each babel language; for headlines, of paragraphs.
         babel_sizes: numbers of training sentences of individual babel languages, to make some low-resource:
             kmb=2000,shl=500 or {kmb: 2000, shl: 500}.
+        facts_entities: number of entities of the facts corpus, of whom something is told.
+        facts_relations: number of relations of an entity to a value in the facts corpus; each entity has one value in
+            each of them, and is linked to one other entity.
+        facts_values: number of values of each relation of the facts corpus; a fact holds ln(values) nats.
+        facts_power: exponent of the power law by which the frequencies of facts fall; 0 = all facts are as frequent.
+        facts_one_language: share of the facts that are told in one language only.
         seed: random seed of the babel corpus and of the order of examples.
         order_seed: random seed of the order of examples and of the noise in them; not given = `seed`.
 
@@ -117,6 +131,11 @@ class DataConfig:
     babel_languages: int = setting(4, at_least=1)
     babel_sentences: int = setting(30_000, at_least=1)
     babel_sizes: dict[str, int] | str | None = setting(None, at_least=1)
+    facts_entities: int = setting(2_000, at_least=4)
+    facts_relations: int = setting(4, at_least=1)
+    facts_values: int = setting(64, at_least=2)
+    facts_power: float = setting(0.7, at_least=0)
+    facts_one_language: float = setting(0.1, at_least=0, below=1)
     seed: int = setting(1, at_least=0, at_most=2**32 - 1)
     order_seed: int | None = setting(None, at_least=0, at_most=2**32 - 1, free=SURGERY)
 
@@ -178,6 +197,11 @@ class DataConfig:
             return None
         return replace(self, source=kinds[0], path=None, directions=None, languages=None, columns=None).open()
 
+    def knowledge(self) -> Source | None:
+        """The first of the sources that knows the facts of its text, with nothing read; None if none does."""
+        kinds = [kind for kind in self.sources if source_class(kind).knows_facts]
+        return replace(self, source=kinds[0], path=None, languages=None, columns=None).open() if kinds else None
+
     def missing_paths(self) -> list[str]:
         """Those of the paths where nothing is."""
         return [path for path in _listed(self.path) if not Path(path).exists()]
@@ -185,7 +209,8 @@ class DataConfig:
     def which_text(self) -> dict[str, Any]:
         """The settings that say which text is read; where it lies does not matter."""
         generated = any("path" not in source_class(kind).parameters() for kind in self.sources)
-        return {f"data.{name}": getattr(self, name) for name in (*_WHICH_TEXT, *(["seed"] if generated else []))}
+        more = [*(_WHICH_FACTS if "facts" in self.sources else ()), *(["seed"] if generated else [])]
+        return {f"data.{name}": getattr(self, name) for name in (*_WHICH_TEXT, *more)}
 
     def temperature_schedule(self) -> TemperatureSchedule:
         """The temperature of the mixture over directions and languages."""
