@@ -383,8 +383,8 @@ def open_source(kind: str, path: str | Path | None = None, **settings: Any) -> S
     """Open a corpus of one of the `KINDS`, such as those of `moekit.data.sources`: ``open_source("moses", "folder")``.
 
     Args:
-        kind: The name of a class of a source: babel (generated, needs no path), headlines (paragraphs of babel with
-            their headlines), moses, jsonl, tsv, examples (inputs and targets),
+        kind: The name of a class of a source: babel (generated, needs no path), facts (facts in languages of babel),
+            headlines (paragraphs of babel with their headlines), moses, jsonl, tsv, examples (inputs and targets),
             gettext (without a path: the system's catalogs), text, or union.
         path: where the corpus lies. For union the members, as ``moses:path/one,jsonl:path/two``.
         settings: arguments of that kind's class (`BabelSettings` for babel; for headlines those of `Headlines`, and

@@ -143,11 +143,18 @@ ALIGNED = {"pivot": "auto", "directions": ("avl-tnd",)}
         (
             "facts",
             {
-                "languages": 3, "train_sentences": 40, "seed": 4, "directions": ("avl-tnd",),
-                "entities": 50, "relations": 3, "values": 10, "power": 1.0, "one_language": 0.2,
+                "languages": 3,
+                "train_sentences": 40,
+                "seed": 4,
+                "directions": ("avl-tnd",),
+                "entities": 50,
+                "relations": 3,
+                "values": 10,
+                "power": 1.0,
+                "one_language": 0.2,
             },
             False,
-        ),  # fmt: skip
+        ),
         ("gettext", {**ALIGNED, "max_languages": 7}, False),
         ("moses", ALIGNED, True),
         ("jsonl", ALIGNED, True),

@@ -100,7 +100,9 @@ def models() -> dict[str, tuple[Any, Any]]:
 
 
 @torch.no_grad()
-def one_sentence(task: str, model: Any, head: Any, tokenizer: Tokenizer, language: str, parts: tuple[str, ...]) -> float:
+def one_sentence(
+    task: str, model: Any, head: Any, tokenizer: Tokenizer, language: str, parts: tuple[str, ...]
+) -> float:
     """The score of one sentence, without batches and padding, token after token."""
     before, gap, after = (tokenizer.encode(part) for part in parts)
     whole, tag, eos = tokenizer.encode(" ".join(filter(None, parts))), tokenizer.tag_id(language), tokenizer.eos_id
@@ -148,9 +150,7 @@ def test_tasks_without_a_likelihood_are_refused(tokenizer: Tokenizer, questions:
         scorer.score("translation", questions[:1])
 
 
-def test_words_are_encoded_alike_in_parts_and_in_whole(
-    tokenizer: Tokenizer, questions: list[FactQuestion]
-) -> None:
+def test_words_are_encoded_alike_in_parts_and_in_whole(tokenizer: Tokenizer, questions: list[FactQuestion]) -> None:
     for question in questions:
         for sentence, parts in zip(question.sentences, parted(question.sentences), strict=True):
             assert [token for part in parts for token in tokenizer.encode(part)] == tokenizer.encode(sentence)

@@ -13,6 +13,7 @@ from rich.console import Console
 from moekit.report import results_markdown, terminal_summary, write_comparison, write_report
 from moekit.report.recall import above_floor, floors, recall_table, recalls
 from moekit.report.run_folder import read_run
+from moekit.report.wording import MISSING
 
 FLOORS = [
     {"task": "causal_lm", "split": "valid", "knowing": 1.5, "guessing": 2.1},
@@ -24,7 +25,13 @@ KNOWN = [0.9, 0.85, 0.8, 0.7, 0.66, 0.6, 0.5, 0.4, 0.3, None]
 def asked(known: float = 0.625) -> list[dict[str, Any]]:
     kinds = [
         {"kind": "known", "recall": known, "questions": 900, "deciles": KNOWN, "languages": {"en": 0.75, "de": 0.5}},
-        {"kind": "composed", "recall": 0.25, "questions": 40, "deciles": [None] * 9 + [0.25], "languages": {"en": 0.25}},
+        {
+            "kind": "composed",
+            "recall": 0.25,
+            "questions": 40,
+            "deciles": [None] * 9 + [0.25],
+            "languages": {"en": 0.25},
+        },
         {"kind": "unknowable", "recall": 0.13, "questions": 500, "deciles": [None] * 10, "languages": {"en": 0.13}},
     ]
     return [{"task": "causal_lm", "choices": 8, "chance": 0.125, "kinds": kinds}]
@@ -46,7 +53,7 @@ def test_what_is_read(run: Path) -> None:
     assert above_floor(folder, "causal_lm", None) is None
     table = recall_table(folder)
     assert table.headers == ["facts", "recall", "en", "de", "chance", "questions"]
-    assert [row[:4] for row in table.rows][0] == ("known", "62.5 %", "75.0 %", "50.0 %")
+    assert table.rows[0][:4] == ("known", "62.5 %", "75.0 %", "50.0 %")
     assert [row[4:] for row in table.rows] == [("12.5 %", "900"), ("12.5 %", "40"), ("12.5 %", "500")]
 
 
@@ -63,8 +70,8 @@ def test_broken_records_are_left_out(run: Path, broken: Any) -> None:
 def test_the_page_draws_recall_and_the_floor(run: Path) -> None:
     page = write_report(run).read_text(encoding="utf-8")
     for text in (
-        "Recall of facts by frequency", 'aria-label="Recall by decile of frequency"', "decile of frequency", "unknowable",
-        "62.5 %", "guessing facts", "above the floor", "of known facts, 12.5 % by chance",
+        "Recall of facts by frequency", 'aria-label="Recall by decile of frequency"', "decile of frequency",
+        "unknowable", "62.5 %", "guessing facts", "above the floor", "of known facts, 12.5 % by chance",
     ):  # fmt: skip
         assert text in page, text
     plain = make_text_run(run.parent / "plain", steps=60)
@@ -93,5 +100,5 @@ def test_a_comparison_has_both(run: Path, tmp_path: Path) -> None:
     (known,) = [line for line in text.splitlines() if "known |" in line and "unknowable" not in line]
     assert "62.5 %" in known
     assert "37.5 %" in known
-    assert known.rstrip(" |").endswith("–")
+    assert known.rstrip(" |").endswith(MISSING)
     assert "recall" not in write_comparison([plain, plain], tmp_path / "d").read_text(encoding="utf-8").lower()

@@ -37,15 +37,16 @@ class DataConfig:
     """Where text comes from and how it becomes batches.
 
     Attributes:
-        source: kind of corpus: babel (generated languages, nothing to download), headlines (babel paragraphs and their
-            headlines, a summarisation task; directions such as avl-avl), moses (parallel line files such as train.en
+        source: kind of corpus: babel (generated languages, nothing to download), facts (facts about entities told in
+            these languages, with a known entropy), headlines (babel paragraphs and their headlines, a summarisation
+            task; directions such as avl-avl), moses (parallel line files such as train.en
             and train.de, plain or gz), jsonl ({"translation": {"en": ..., "de": ...}} on each line), tsv (one column
             per language, with a header), examples ({"input": ..., "target": ...} on each line, or a TSV with these
             columns; directions such as en-en, the default), gettext (the software translation catalogs installed on
             this machine) or text (one file per language). Several kinds, given as moses,jsonl or as a list, are read as
             one corpus.
         path: folder or file of the corpus; for several kinds one path each, joined by commas or as a list. babel,
-            headlines and gettext need none.
+            facts, headlines and gettext need none.
         pivot: language that every direction must start or end with, where the text is parallel in more than two
             languages: a language code, "auto" (English if the corpus has it) or "none" (keep all pairs).
         directions: translation directions to train on, such as en-de,de-en or a list; not given = all.
@@ -87,8 +88,9 @@ class DataConfig:
         cache: folder of tokenizers and tokenized text, shared by all runs.
         num_workers: number of data loader processes for each training process; 0 = load in the training process itself;
             auto = none on a CPU, up to four beside each GPU.
-        babel_languages: number of languages to generate, for babel and headlines.
-        babel_sentences: number of training sentences to generate in each babel language; for headlines, of paragraphs.
+        babel_languages: number of languages to generate, for babel, facts and headlines.
+        babel_sentences: number of training sentences to generate in each language of babel or facts; for headlines, of
+            paragraphs.
         babel_sizes: numbers of training sentences of individual babel languages, to make some low-resource:
             kmb=2000,shl=500 or {kmb: 2000, shl: 500}.
         facts_entities: number of entities of the facts corpus, of whom something is told.
