@@ -7,7 +7,7 @@ from functools import partial
 
 from moekit.data.batch import SPECIALS
 from moekit.data.module import MultitaskData
-from moekit.inference.recall import FactScorer, recall
+from moekit.inference.facts import FactScorer, recall
 from moekit.runs.config import RunConfig
 from moekit.runs.record import FloorRecord, RecallOf, RecallRecord
 from moekit.source import FactQuestion, Source, Split

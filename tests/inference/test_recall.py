@@ -12,7 +12,7 @@ import torch
 from moekit.babel import Facts
 from moekit.data.tokenizer import Tokenizer, train_tokenizer
 from moekit.heads import CausalLMHead, DenoisingHead, MaskedLMHead, SpanCorruptionHead
-from moekit.inference.recall import FactScorer, parted, recall
+from moekit.inference.facts import FactScorer, parted, recall
 from moekit.source import DECILES, FactQuestion
 from moekit.transformer import DecoderOnly, EncoderDecoder
 
