@@ -137,7 +137,7 @@ class FactQuestion:
     Attributes:
         kind: "known" = a fact that training told in other forms; "composed" = two facts that it told, put together as
             it did not; "unknowable" = of an entity of whom it told nothing.
-        language: of the sentences.
+        language: what the sentences are in.
         sentences: the sentence with each of the values; they differ in nothing else but what agrees with the value.
         answer: number of the true one, from 0.
         decile: 0 = among the tenth of the facts that are told most often, to 9; of a composition that of its rarer

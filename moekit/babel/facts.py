@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ from moekit.source import (
     register_source,
 )
 
-_BLOCK, _DRAW, _PATIENCE = 1024, 1280, 100
+_BLOCK, _DRAW = 1024, 1280
 _CACHED_ROWS, _CACHED_SENTENCES = 64, 512
 _PARALLEL, _ALONE = 0, 1  # streams of draws: parallel text, and from here on a language's own
 _TEXT, _QUESTIONS = 2, 3
@@ -75,12 +76,12 @@ class Facts(Source):
         one_language: share of the facts that are told in one language only.
         unknowable: entities of whom nothing is told.
         train_sentences: training sentences of each language, and as many pairs of each direction.
-        valid_sentences, test_sentences: held-out ones, likewise.
+        valid_sentences, test_sentences: held-out ones, likewise; fewer where there are fewer forms.
         directions: only these, as "avl-tnd".
         seed: other seeds give other facts, words and sentences.
 
     Raises:
-        UserError: a setting that is out of its range; or, when held-out text is read, more of it than there is.
+        UserError: a setting that is out of its range.
 
     Source: ours. That mixtures of experts hold facts like dense models of all their parameters: arXiv:2410.19034; facts
         told in many forms so that they can be extracted: arXiv:2309.14316; two-hop questions: arXiv:2405.15071.
@@ -163,18 +164,19 @@ class Facts(Source):
         def pair(index: int) -> tuple[str, str]:
             return self._sentence(direction.source, split, index), self._sentence(direction.target, split, index)
 
-        return LazySequence(self.sizes[split], pair)
+        return LazySequence(self._size(None, split), pair)
 
     def monolingual(self, language: str, split: Split) -> Sequence[str]:
         """Sentences of one language, drawn apart from the parallel ones."""
         self.check_language(language)
         self.check_split(split)
-        return LazySequence(self.sizes[split], lambda index: self._sentence(language, split, index, language))
+        size = self._size(language, split)
+        return LazySequence(size, lambda index: self._sentence(language, split, index, language))
 
     def fingerprint(self) -> str:
         """Digest of the settings and of what the languages sound like, so that a changed generator shows."""
         heard = [
-            "\n".join(self._sentence(code, split, index, code) for index in range(min(64, self.sizes[split])))
+            "\n".join(self._sentence(code, split, index, code) for index in range(min(64, self._size(code, split))))
             for code in self.languages
             for split in SPLITS
         ]
@@ -246,13 +248,10 @@ class Facts(Source):
         return found
 
     def _known(self, deciles: Ints, each: int, generator: np.random.Generator) -> Iterator[_Row]:
-        knowledge, forms = self.knowledge, len(self.knowledge.forms)
-        facts = np.repeat(np.flatnonzero(deciles >= 0), 2 * forms)
-        way = np.arange(len(facts)) % (2 * forms)
-        rows = knowledge.tell(facts, np.where(way < forms, k.STATEMENT, k.QUESTION), way % forms)
-        held_out = _shuffled(np.flatnonzero(knowledge.split(rows) == "test"), generator)
-        _, first = np.unique(facts[held_out], return_index=True)
-        chosen = held_out[np.sort(first)]
+        rows = _shuffled(self._forms(np.flatnonzero(deciles >= 0), "test"), generator)
+        facts = self.knowledge.fact(rows)
+        _, first = np.unique(facts, return_index=True)
+        chosen = np.sort(first)
         return _of_each(rows[chosen], deciles[facts[chosen]], "known", each)
 
     def _composed(self, language: str, deciles: Ints, each: int, generator: np.random.Generator) -> Iterator[_Row]:
@@ -289,6 +288,9 @@ class Facts(Source):
 
     # -- blocks; text of one language has its code, parallel text None ---------------------------------------------
 
+    def _size(self, alone: str | None, split: Split) -> int:
+        return self.sizes[split] if split == "train" else len(self._held_out(split, alone))
+
     def _sentence(self, language: str, split: Split, index: int, alone: str | None = None) -> str:
         return self._sentences(language, split, alone, index // _BLOCK)[index % _BLOCK]
 
@@ -310,24 +312,23 @@ class Facts(Source):
         return kept[:_BLOCK]
 
     def _draw_held_out(self, split: Split, alone: str | None) -> Ints:
-        """All of it in one go, so that no sentence occurs twice."""
-        generator, number = self._generator(split, alone, 0), None if alone is None else self._number[alone]
-        told, size = self._told(alone) > 0, self.sizes[split]
-        kept = np.empty((0, k.WIDTH), dtype=np.int64)
-        barren = 0
-        while len(kept) < size:
-            rows = self.knowledge.draw(generator, 10 * _DRAW, number)
-            rows = rows[(rows[:, k.KIND] != k.COMPOSITION) & (self.knowledge.split(rows) == split)]
-            rows = np.concatenate([kept, rows[told[self.knowledge.fact(rows)]]])
-            _, first = np.unique(rows, axis=0, return_index=True)
-            barren = barren + 1 if len(first) == len(kept) else 0
-            if barren == _PATIENCE:
-                raise UserError(
-                    f"facts: {split} sentences must be fewer than the held-out forms of facts that training tells: got "
-                    f"{size} wanted, {len(kept)} found. Ask for fewer, for more training sentences, or for more facts."
-                )
-            kept = rows[np.sort(first)]
-        return kept[:size]
+        """Of all forms that there are, each at most once: drawn one after the other by their probabilities."""
+        number = None if alone is None else self._number[alone]
+        rows = self._forms(np.flatnonzero(self._told(alone)), split)
+        if not len(rows):
+            return rows
+        uniform = self._generator(split, alone, 0).random(len(rows))
+        # Of exponential clocks the first to ring is drawn by its rate, and so is each that rings after it.
+        waits = -np.log1p(-uniform) * np.exp(self.knowledge.information(rows, number).knowing)
+        return rows[np.argsort(waits, kind="stable")[: self.sizes[split]]]
+
+    def _forms(self, facts: Ints, split: Split) -> Ints:
+        """All forms of facts that belong to a split."""
+        found = [np.empty((0, k.WIDTH), dtype=np.int64)]
+        for kind, form in itertools.product((k.STATEMENT, k.QUESTION), range(len(self.knowledge.forms))):
+            rows = self.knowledge.tell(facts, kind, np.full(len(facts), form))
+            found.append(rows[self.knowledge.split(rows) == split])
+        return np.concatenate(found)
 
     def _count(self, alone: str | None) -> Ints:
         blocks = [self._draw("train", alone, block) for block in range(-(-self.sizes["train"] // _BLOCK))]

@@ -29,7 +29,7 @@ class FactScorer:
 
     Args:
         backbone: the model.
-        heads: of its tasks, by name.
+        heads: the heads of its tasks, by name.
         tokenizer: the one it was trained with.
         batch_tokens: the most padded positions of a batch.
     """
@@ -163,7 +163,7 @@ def recall(questions: Sequence[FactQuestion], scores: Sequence[Sequence[float]])
 
     Args:
         questions: with as many sentences each.
-        scores: of their sentences.
+        scores: what a model says of each of their sentences.
 
     Returns:
         Plain data of the `kinds` of a `moekit.runs.record.RecallRecord`.

@@ -195,7 +195,7 @@ class Shares:
     """Shares of 1 over classes that have an order, one line for each of several groups; NaN draws nothing.
 
     Attributes:
-        names: of the classes.
+        names: what the classes are called.
         lines: Float[classes] by name of the group.
         description: for those who cannot see the picture.
         levels: shares to compare with, by name: dotted lines.

@@ -107,10 +107,10 @@ class FloorRecord(Record):
     """What a model as good as can be would lose on held-out text, nats per prediction, where that is known.
 
     Attributes:
-        task: of which it is known.
+        task: name of the task.
         split: "valid" or "test".
-        knowing: of a model that knows every fact that the training text tells.
-        guessing: of one that knows grammar and frequencies, and no fact.
+        knowing: loss of a model that knows every fact that the training text tells.
+        guessing: loss of one that knows grammar and frequencies, and no fact.
     """
 
     task: str

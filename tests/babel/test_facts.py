@@ -248,17 +248,39 @@ def test_the_same_seed_says_the_same() -> None:
         ({"power": -1.0}, "power must not be negative"),
         ({"one_language": 1.0}, "one_language must be a share"),
         ({"train_sentences": -1}, "train_sentences must not be negative"),
-        ({"valid_sentences": 10**6}, "valid sentences must be fewer"),
         ({"languages": 1}, "languages must be at least 2: got 1"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, float], said: str) -> None:
-    def read() -> None:
-        corpus = Facts(**{**SMALL, "train_sentences": 500, **settings})  # type: ignore[arg-type]
-        list(corpus.monolingual(corpus.languages[0], "valid"))
-
     with pytest.raises(UserError, match=said):
-        read()
+        Facts(**{**SMALL, "train_sentences": 500, **settings})  # type: ignore[arg-type]
+
+
+def test_there_is_no_more_held_out_text_than_there_are_forms() -> None:
+    corpus = Facts(**SMALL, train_sentences=50, valid_sentences=10**6)
+    for code in (*corpus.languages, None):
+        told = np.flatnonzero(corpus.told(code))
+        knowledge, forms = corpus.knowledge, range(len(corpus.knowledge.forms))
+        every = [
+            knowledge.tell(told, kind, np.full(len(told), form))
+            for kind, form in itertools.product((k.STATEMENT, k.QUESTION), forms)
+        ]
+        rows = np.concatenate(every)
+        expected = rows[knowledge.split(rows) == "valid"].tolist()
+        assert 0 < len(expected) < 200
+        assert sorted(corpus.held_out(code, "valid").tolist()) == sorted(expected)
+    code = corpus.languages[0]
+    assert len(corpus.monolingual(code, "valid")) == len(corpus.held_out(code, "valid"))
+    nothing = Facts(**SMALL, train_sentences=0)
+    assert list(nothing.monolingual(code, "train")) == list(nothing.monolingual(code, "test")) == []
+    assert {question.kind for question in nothing.questions(code, each=1, choices=2)} == {"unknowable"}
+
+
+def test_held_out_text_is_drawn_by_frequency() -> None:
+    corpus = Facts(**{**SMALL, "power": 2.0, "one_language": 0.0}, train_sentences=20_000, test_sentences=60)
+    knowledge, told = corpus.knowledge, np.flatnonzero(corpus.told(None))
+    taken = knowledge.weight[knowledge.fact(corpus.held_out(None, "test"))]
+    assert np.median(taken) > 3 * np.median(knowledge.weight[told])
 
 
 def test_more_choices_than_values_are_refused(corpus: Facts) -> None:
