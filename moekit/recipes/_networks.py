@@ -307,11 +307,12 @@ def knowing(tiny: RunConfig, **model: Any) -> RunConfig:
     """
     return tiny.changed(
         data={
-            "source": "facts", "babel_languages": 2, "babel_sentences": 120_000, "facts_entities": 600,
-            "facts_relations": 12, "vocab_size": 1600, "byte_fallback": False,
+            "source": "facts", "babel_languages": 2, "babel_sentences": 120_000, "facts_entities": 240,
+            "facts_relations": 12, "facts_power": 0.4, "vocab_size": 1200, "byte_fallback": False,
         },
-        model={"dim": 64, "hidden_dim": 128, "num_experts": 16, **model},
-        train={"max_steps": 1500, "max_minutes": 10.0, "learning_rate": 3e-3},
+        model={"dim": 32, "hidden_dim": 64, "num_experts": 32, **model},
+        tasks={task: {"tokens": 1024} for task in active_tasks(tiny.tasks)},
+        train={"max_steps": 3000, "max_minutes": 10.0, "learning_rate": 3e-3, "validate_every": 500},
     )  # fmt: skip
 
 

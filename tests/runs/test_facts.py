@@ -17,7 +17,7 @@ from moekit.runs.record import Summary
 
 def trained(recipe: Recipe, folder: Path, **given: Any) -> dict[str, Any]:
     options = {
-        "variant": "tiny", "model.dim": 16, "model.hidden_dim": 16, "model.num_experts": 2, "data.vocab_size": 300,
+        "variant": "tiny", "model.dim": 16, "model.hidden_dim": 16, "model.num_experts": 2, "data.vocab_size": 280,
         "data.byte_fallback": False, "data.cache": folder / "cache", "data.source": "facts", "data.babel_languages": 2,
         "data.babel_sentences": 1_500, "data.facts_entities": 40, "data.facts_relations": 2, "data.facts_values": 12,
         "train.accelerator": "cpu", "train.max_steps": 2, "train.warmup_steps": 1, "train.max_minutes": 0,
