@@ -14,6 +14,7 @@ from moekit.cli.recipes import main
 from moekit.recipes import moe_lm, zcode_m3
 from moekit.runs import Recipe, Run
 from moekit.runs.record import Summary
+from moekit.runs.settings import DataConfig
 
 
 def trained(recipe: Recipe, folder: Path, **given: Any) -> dict[str, Any]:
@@ -75,3 +76,19 @@ def test_text_that_is_another_is_not_asked_for(tmp_path: Path, monkeypatch: pyte
     assert found.test
     assert found.recall is None
     assert found.floors is None
+
+
+def test_the_source_that_knows_facts_is_found_among_others(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.en").write_text("a b\n", encoding="utf-8")
+        (tmp_path / f"{split}.de").write_text("c d\n", encoding="utf-8")
+    sizes: dict[str, Any] = {"babel_languages": 3, "facts_entities": 9, "babel_sentences": 10}
+    assert DataConfig(source="babel").knowledge() is None
+    alone = DataConfig(source="facts", directions="avl-tnd", **sizes).knowledge()
+    assert alone is not None
+    assert alone.languages == ("avl", "tnd")
+    both = DataConfig(source="moses,facts", path=str(tmp_path), **sizes)
+    assert both.open().languages == ("de", "en", "avl", "tnd", "kmb")
+    among = both.knowledge()
+    assert isinstance(among, Facts)
+    assert among.languages == ("avl", "tnd", "kmb")
