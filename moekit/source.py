@@ -125,6 +125,45 @@ def languages_of(directions: Sequence[Direction], known: Iterable[str]) -> tuple
     return tuple(dict.fromkeys(code for code in known if code in spoken))
 
 
+FactKind = Literal["known", "composed", "unknowable"]
+FACT_KINDS: tuple[FactKind, ...] = get_args(FactKind)
+DECILES = 10
+
+
+@dataclass(frozen=True)
+class FactQuestion:
+    """One sentence with several values, of which one is true: multiple choice.
+
+    Attributes:
+        kind: "known" = a fact that training told in other forms; "composed" = two facts that it told, put together as
+            it did not; "unknowable" = of an entity of whom it told nothing.
+        language: what the sentences are in.
+        sentences: the sentence with each of the values; they differ in nothing else but what agrees with the value.
+        answer: number of the true one, from 0.
+        decile: 0 = among the tenth of the facts that are told most often, to 9; of a composition that of its rarer
+            fact. None of what is not told.
+    """
+
+    kind: FactKind
+    language: str
+    sentences: tuple[str, ...]
+    answer: int
+    decile: int | None = None
+
+
+@dataclass(frozen=True)
+class Information:
+    """-ln of the probability of sentences, in nats: what they cost a model that is as good as can be.
+
+    Attributes:
+        knowing: to one that knows all facts that training told.
+        guessing: to one that knows grammar and frequencies, and not which value belongs to which entity.
+    """
+
+    knowing: Sequence[float]
+    guessing: Sequence[float]
+
+
 class Source(ABC):
     """A corpus: pairs of sentences by direction and split, and sentences by language.
 
@@ -137,12 +176,14 @@ class Source(ABC):
         languages: codes, in an order that does not change from run to run.
         directions: everything that `parallel` serves, both ways where both are asked for.
         knows_words: whether `word_by_word` says something, which needs none of the text.
+        knows_facts: whether there are `questions`, and `information` about the text of a language.
     """
 
     name: str
     languages: tuple[str, ...]
     directions: tuple[Direction, ...]
     knows_words: ClassVar[bool] = False
+    knows_facts: ClassVar[bool] = False
 
     @abstractmethod
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
@@ -170,6 +211,23 @@ class Source(ABC):
 
     def word_by_word(self, language: str, text: str) -> str | None:
         """English for a text in a language, word by word, where the source knows it; else None."""
+        return None
+
+    def questions(self, language: str, *, each: int, choices: int) -> list[FactQuestion]:
+        """Questions about facts in a language, of sentences that are in no text; none where nothing is known of it.
+
+        Args:
+            language: one of the source's.
+            each: at most so many of each decile of each kind; of unknowable facts ten times as many.
+            choices: values to choose from.
+        """
+        return []
+
+    def information(self, language: str, split: Split) -> Information | None:
+        """What each held-out sentence of a language costs, in the order of `monolingual`; None where nobody knows.
+
+        Its language is not given: that is told by the first word.
+        """
         return None
 
     @classmethod
@@ -325,8 +383,8 @@ def open_source(kind: str, path: str | Path | None = None, **settings: Any) -> S
     """Open a corpus of one of the `KINDS`, such as those of `moekit.data.sources`: ``open_source("moses", "folder")``.
 
     Args:
-        kind: The name of a class of a source: babel (generated, needs no path), headlines (paragraphs of babel with
-            their headlines), moses, jsonl, tsv, examples (inputs and targets),
+        kind: The name of a class of a source: babel (generated, needs no path), facts (facts in languages of babel),
+            headlines (paragraphs of babel with their headlines), moses, jsonl, tsv, examples (inputs and targets),
             gettext (without a path: the system's catalogs), text, or union.
         path: where the corpus lies. For union the members, as ``moses:path/one,jsonl:path/two``.
         settings: arguments of that kind's class (`BabelSettings` for babel; for headlines those of `Headlines`, and

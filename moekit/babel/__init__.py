@@ -1,5 +1,6 @@
 """The embedded corpus: generated languages with real grammar differences and known truth."""
 
+from moekit.babel.facts import Facts as Facts
 from moekit.babel.grammar import Grammar as Grammar
 from moekit.babel.headlines import Headlines as Headlines
 from moekit.babel.language import Language as Language

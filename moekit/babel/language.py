@@ -54,6 +54,13 @@ class Language:
                     out.append(adposition)
         return " ".join(out)
 
+    def object_alone(self, noun: int) -> str:
+        """One noun (counted from 1) as the object of a clause that is left out: the answer to a question."""
+        row, out = [0] * m.WIDTH, list[str]()
+        row[m.OBJECT + m.NOUN] = noun
+        self._phrase(row, m.OBJECT, ACCUSATIVE, out)
+        return " ".join(out)
+
     def word_by_word(self, text: str) -> str:
         """English for a text, word by word; what is no word of the language stands in brackets: ``[word?]``."""
         known = self.forms.glosses

@@ -2,6 +2,7 @@
 
 from moekit.data.tokenizer import SpecialTokens
 from moekit.inference.beam import BeamSearch
+from moekit.inference.facts import FactScorer, recall
 from moekit.inference.generate import complete, generate
 from moekit.inference.interface import CausalModel, Generation, Hypothesis, LengthLimit, Search, SequenceModel
 from moekit.inference.length_penalty import GNMTPenalty, LengthPenalty, MeanLogProb
@@ -15,6 +16,7 @@ __all__ = [
     "CausalModel",
     "ContinuationScores",
     "ExpertsOnDemand",
+    "FactScorer",
     "GNMTPenalty",
     "Generation",
     "Greedy",
@@ -35,5 +37,6 @@ __all__ = [
     "generate",
     "load_on_demand",
     "open_on_demand",
+    "recall",
     "score_continuations",
 ]

@@ -297,14 +297,34 @@ T5_ADAFACTOR: Mapping[str, Any] = {
 }  # fmt: skip
 """Training by Adafactor at T5's rate."""
 
+
+def knowing(tiny: RunConfig, **model: Any) -> RunConfig:
+    """A recipe's tiny variant on text that knows more than its dense twin can hold: narrow, with many experts.
+
+    Args:
+        tiny: on babel, where there is nothing to know.
+        model: sizes that differ.
+    """
+    return tiny.changed(
+        data={
+            "source": "facts", "babel_languages": 2, "babel_sentences": 120_000, "facts_entities": 240,
+            "facts_relations": 12, "facts_power": 0.4, "vocab_size": 1200, "byte_fallback": False,
+        },
+        model={"dim": 32, "hidden_dim": 64, "num_experts": 32, **model},
+        tasks={task: {"tokens": 1024} for task in active_tasks(tiny.tasks)},
+        train={"max_steps": 3000, "max_minutes": 10.0, "learning_rate": 3e-3, "validate_every": 500},
+    )  # fmt: skip
+
+
 _NOTES = {
     "tiny": "minutes on two cores, on generated languages, nothing to download (default)",
+    "facts": "minutes on two cores, on facts in generated languages: more to know than its dense twin can hold",
     "small": "half an hour on a laptop, on your own text: give --data.source and --data.path",
 }
 
 
 def with_twins(**configs: RunConfig) -> dict[str, Variant]:
-    """The variants tiny and small as far as they are given, each followed by its dense twin ``NAME_dense``."""
+    """The variants tiny, facts and small as far as they are given, each followed by its dense twin ``NAME_dense``."""
     variants = {}
     for name, config in configs.items():
         variants[name] = Variant(config, _NOTES[name])

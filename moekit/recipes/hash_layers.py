@@ -21,7 +21,16 @@ from moekit.cli.recipes import main
 from moekit.errors import UserError
 from moekit.experts import MultiHashMLP
 from moekit.layer import MoELayer
-from moekit.recipes._networks import TEXT, DecoderConfig, dense_twin_layer, expert_bank, feed_forward, parts, with_twins
+from moekit.recipes._networks import (
+    TEXT,
+    DecoderConfig,
+    dense_twin_layer,
+    expert_bank,
+    feed_forward,
+    knowing,
+    parts,
+    with_twins,
+)
 from moekit.runs import ModelParts, Recipe, Run, RunConfig, RunText, Variant
 from moekit.runs.settings import DataConfig, LanguageModelTasks, TaskConfig, TrainConfig, setting
 from moekit.training.checkpoint_state import load_state
@@ -163,7 +172,7 @@ RECIPE = Recipe(
     reads_text=True,
     variants={
         # Test, one seed: 2.339 nats, its dense twin 2.360 (recipes/hash_layers/results).
-        **with_twins(tiny=TINY),
+        **with_twins(tiny=TINY, facts=knowing(TINY)),
         "tiny_random": Variant(TINY.changed(model={"hash": "random"}), "a random table instead of a balanced one"),
         "tiny_previous": Variant(TINY.changed(model={"hash": "previous"}), "the previous token selects the expert"),
         "tiny_bigram": Variant(

@@ -17,7 +17,7 @@ from typing import Literal
 
 from moekit.cli.recipes import main
 from moekit.layer import MoELayer
-from moekit.recipes._networks import TEXT, DecoderConfig, expert_bank, feed_forwards, parts, with_twins
+from moekit.recipes._networks import TEXT, DecoderConfig, expert_bank, feed_forwards, knowing, parts, with_twins
 from moekit.routers import SampledChoice, TopKRouter
 from moekit.routing import Capacity
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
@@ -102,7 +102,7 @@ RECIPE = Recipe(
     build=build,
     variants={
         # Test, one seed: 2.327 nats, its dense twin 2.341 (recipes/moe_lm/results).
-        **with_twins(tiny=TINY, small=SMALL),
+        **with_twins(tiny=TINY, facts=knowing(TINY), small=SMALL),
         "paper_15b": Variant(
             paper(12, 768, 12, learning_rate=6e-4, batch=2**19),
             "12 layers, dimension 768, 512 experts: 15 billion parameters",

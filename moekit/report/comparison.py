@@ -15,6 +15,7 @@ from moekit.report import render, wording
 from moekit.report.health import experts_per_token
 from moekit.report.plots import Curves, Dots, Line
 from moekit.report.predictions import TaskScores, main_task, predictions
+from moekit.report.recall import above_floor, recall_rows
 from moekit.report.results import costs, routing_words
 from moekit.report.run_folder import RunFolder, dig, flat, read_run
 from moekit.report.significance import significance
@@ -55,10 +56,11 @@ def comparison_view(runs: Sequence[RunFolder]) -> View:
     names = _names(runs)
     measures, accuracy = _measures(runs), _table("Accuracy", names, _accuracies(runs), "task")
     paired, untested = significance(runs, names) if all(run.translates for run in runs) else ([], [])
+    facts = [table for table in (_facts(runs, names), _above_floor(runs, names)) if table.rows]
     costly = {"Cost": _costs(runs), "Tasks (validation)": _tasks(runs), "Routing": _routing(runs)}
     settings = _table("Settings that differ", names, _settings(runs), "setting")
     cost = [_table(title, names, rows) for title, rows in costly.items() if rows]
-    measured = [*(measure.table(names) for measure in measures), *([accuracy] if accuracy.rows else [])]
+    measured = [*(measure.table(names) for measure in measures), *([accuracy] if accuracy.rows else []), *facts]
     return View(
         kind="moekit comparison",
         title=" vs ".join(names),
@@ -66,6 +68,7 @@ def comparison_view(runs: Sequence[RunFolder]) -> View:
         tiles=[_tile(name, run) for name, run in zip(names, runs, strict=True)],
         sections=[
             *_quality(runs, names, measures, accuracy),
+            *([PageSection(*heading("recall"), cells=[[Figure(x.title, table=x)] for x in facts])] if facts else []),
             *(
                 [PageSection(*heading("paired"), untested, [[Figure(t.title, table=t)] for t in paired])]
                 if paired or untested
@@ -195,6 +198,22 @@ def _accuracies(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
             for t, found in _predictions(runs).items()
         }
     return {title: rows[title] for title in sorted(rows) if set(rows[title]) != {wording.MISSING}}
+
+
+def _facts(runs: Sequence[RunFolder], names: Sequence[str]) -> Table:
+    """Recall of facts by task and kind, and chance."""
+    rows = {title: [wording.percent(share) for share in row] for title, row in recall_rows(runs).items()}
+    return _table("Recall of facts", names, rows, "facts")
+
+
+def _above_floor(runs: Sequence[RunFolder], names: Sequence[str]) -> Table:
+    """How far the loss of each task is above the floor of its text, nats per prediction."""
+    rows = {}
+    for task, found in _predictions(runs).items():
+        above = [above_floor(run, task, x.loss, x.origin) for run, x in zip(runs, found, strict=True)]
+        if any(value is not None for value in above):
+            rows[_title(runs, task)] = [wording.fixed(value, 3) for value in above]
+    return _table("Loss above the floor", names, rows, "task")
 
 
 def _paired(tables: Sequence[Table], notes: Sequence[str]) -> list[PageSection]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -33,14 +33,14 @@ class Line:
         label: its name in the legend; "" keeps it out of the legend.
         series: the points, NaN and infinities included (they are marked, not hidden).
         colour: a name of `style.COLOURS`.
-        look: "line", "raw" (pale: the unsmoothed values), "points" (a line with a mark at each measurement) or
-            "faint" (one of many).
+        look: "line", "raw" (pale: the unsmoothed values), "points" (a line with a mark at each measurement), "faint"
+            (one of many) or "level" (dotted: a value to compare with).
     """
 
     label: str
     series: Series
     colour: str = "blue"
-    look: Literal["line", "raw", "points", "faint"] = "line"
+    look: Literal["line", "raw", "points", "faint", "level"] = "line"
 
 
 _LOOKS: dict[str, dict[str, Any]] = {
@@ -48,6 +48,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "raw": {"linewidth": 0.7, "alpha": 0.3, "zorder": 2},
     "points": {"linewidth": 1.5, "marker": "o", "markersize": 3.2, "zorder": 4},
     "faint": {"linewidth": 0.8, "alpha": 0.55, "zorder": 2},
+    "level": {"linewidth": 1.2, "linestyle": ":", "zorder": 2},
 }
 
 
@@ -200,7 +201,44 @@ class Dots:
             return canvas.svg(self.description)
 
 
-Chart = Curves | Bars | Dots
+@dataclass(frozen=True)
+class Shares:
+    """Shares of 1 over classes that have an order, one line for each of several groups; NaN draws nothing.
+
+    Attributes:
+        names: what the classes are called.
+        lines: Float[classes] by name of the group.
+        description: for those who cannot see the picture.
+        levels: shares to compare with, by name: dotted lines.
+        axis: what the classes are.
+    """
+
+    names: Sequence[str]
+    lines: Mapping[str, Sequence[float]]
+    description: str
+    levels: Mapping[str, float] = field(default_factory=dict)
+    axis: str = ""
+
+    def svg(self) -> Markup:
+        """The chart as inline SVG."""
+        with Canvas(2.7) as canvas:
+            axes, places = canvas.axes, range(len(self.names))
+            for number, (label, line) in enumerate(self.lines.items()):
+                colour, look = COLOURS[CYCLE[number % len(CYCLE)]], _LOOKS["points"]
+                axes.plot(places[: len(line)], line, color=colour, label=drawable(label), **look)
+            for label, level in self.levels.items():
+                axes.axhline(level, color=COLOURS["ink"], label=drawable(label), **_LOOKS["level"])
+            axes.set_ylim(0, 1.02)
+            axes.set_xticks(places, [*map(drawable, self.names)])
+            axes.set_xlabel(drawable(self.axis))
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+            if formatter := _FORMATS["percent"]:
+                axes.yaxis.set_major_formatter(formatter)
+            canvas.legend()
+            return canvas.svg(self.description)
+
+
+Chart = Curves | Bars | Dots | Shares
 
 
 @contextlib.contextmanager

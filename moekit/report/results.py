@@ -13,6 +13,7 @@ from moekit.report.experts import health_table
 from moekit.report.health import by_rule, dropped, experts_per_token
 from moekit.report.plots import Bars, Curves, Line
 from moekit.report.predictions import TaskScores, languages_by_perplexity, main_task, predictions
+from moekit.report.recall import above_floor, recall_table, recall_tiles
 from moekit.report.run_folder import DirectionScores, RunFolder, Series, dig, loads, names_in, number, sides
 from moekit.report.style import SEQUENTIAL_LEVELS, sequential_class
 from moekit.report.typical import typical_table
@@ -100,6 +101,7 @@ def tiles(run: RunFolder) -> list[Tile]:
         if known(cost["time"])
         else Tile("Steps", cost["steps"], "taken so far"),
     ]
+    found[3:3] = recall_tiles(run)
     return [tile for i, tile in enumerate(found) if i == 0 or known(tile.value)]
 
 
@@ -132,8 +134,14 @@ def score_tiles(run: RunFolder) -> list[Tile]:
             f"of {run.task(found.task).title.lower()}"
             f"{known(wording.percent(found.majority), ', {} by always the most frequent answer')}",
         ),
-        Tile("Loss", wording.significant(found.loss), "nats per token"),
+        Tile("Loss", wording.significant(found.loss), f"nats per token{_above(run, found)}"),
     ]
+
+
+def _above(run: RunFolder, found: TaskScores) -> str:
+    """How far a loss is above the floor, where that is known."""
+    above = above_floor(run, found.task, found.loss, found.origin)
+    return "" if above is None else f", {wording.fixed(above, 3)} above the floor"
 
 
 def tables(run: RunFolder) -> list[Table]:
@@ -146,7 +154,14 @@ def tables(run: RunFolder) -> list[Table]:
     tasks = Table(["task", "validation loss", "perplexity"], validated, "Tasks")
     return [
         table
-        for table in (*rankings(run), *answer_tables(run), tasks, health_table(run), typical_table(run))
+        for table in (
+            *rankings(run),
+            *answer_tables(run),
+            tasks,
+            recall_table(run),
+            health_table(run),
+            typical_table(run),
+        )
         if table.rows
     ]
 
@@ -287,17 +302,20 @@ def _prediction(run: RunFolder) -> PageSection:
 
 
 def _task_scores(run: RunFolder, found: Sequence[TaskScores]) -> Table:
+    above = [above_floor(run, x.task, x.loss, x.origin) for x in found]
+    floored = ["above floor"] if any(value is not None for value in above) else []
     known_shares = [name for name in ("majority", "chance") if any(getattr(x, name) is not None for x in found)]
     rows = [
         (
             run.task(x.task).title,
             wording.significant(x.loss),
+            *([wording.fixed(over, 3)] if floored else []),
             wording.perplexity(x.perplexity),
             *(wording.percent(getattr(x, name)) for name in ("accuracy", *known_shares)),
         )
-        for x in found
+        for x, over in zip(found, above, strict=True)
     ]
-    return Table(["task", "loss", "perplexity", "accuracy", *known_shares], rows, "Test")
+    return Table(["task", "loss", *floored, "perplexity", "accuracy", *known_shares], rows, "Test")
 
 
 def _by_language(found: TaskScores, task: str) -> Table:

@@ -10,6 +10,7 @@ from moekit.report.ending import cut
 from moekit.report.experts import experts
 from moekit.report.health import findings
 from moekit.report.predictions import main_task
+from moekit.report.recall import recall_section
 from moekit.report.results import about, answer_section, quality, tables, tiles
 from moekit.report.run_folder import RunFolder, flat, read_run
 from moekit.report.samples import samples
@@ -55,7 +56,11 @@ def run_view(run: RunFolder) -> View:
         title=run.name,
         lead=about(run),
         tiles=tiles(run),
-        sections=[s for s in (quality(run), answer_section(run), losses(run), experts(run), routing(run)) if s],
+        sections=[
+            s
+            for s in (quality(run), answer_section(run), recall_section(run), losses(run), experts(run), routing(run))
+            if s
+        ],
         findings=findings(run),
         go_on=was_cut.command if was_cut else "",
         ended=[*filter(None, [run.stopped, was_cut.text if was_cut else ""])],

@@ -15,6 +15,7 @@ from moekit.report import wording
 from moekit.report.ending import cut
 from moekit.report.health import findings, layer_health
 from moekit.report.predictions import TaskScores, main_task, predictions
+from moekit.report.recall import above_floor, recall_words
 from moekit.report.results import answer_tables, costs, known, rankings, routing_words, score_tiles
 from moekit.report.run_folder import RunFolder, dig, number, read_run, sides
 from moekit.report.typical import typical_line
@@ -47,7 +48,7 @@ def terminal_summary(run: Path | Mapping[str, Any], console: Console | None = No
     was_cut = cut(folder)
     ended = [*filter(None, [folder.stopped]), *(was_cut.lines if was_cut else [])]
     warned = [Text(f"! {line}", "bold yellow") for line in ended]
-    top = [_rule(title), *_headline(folder), *warned, Text(), *_quality(folder), *_tasks(folder)]
+    top = [_rule(title), *_headline(folder), *warned, Text(), *_quality(folder), *_tasks(folder), *_knowledge(folder)]
     troubles = _troubles(folder)
     room = HEIGHT - len(top) - len(troubles) - len(commands) - bool(commands)
     for line in [*top, *_routing(folder)[: max(0, room)], *troubles, *([Text()] if commands else [])]:
@@ -168,6 +169,14 @@ def _tasks(run: RunFolder) -> list[Text]:
         said = not rest and main_task(run).origin == "valid"  # the headline has it
         rows = {"also tested": tested, "validation": [] if said else told + others}
     return [_labelled(label, _joined(parts)) for label, parts in rows.items() if parts]
+
+
+def _knowledge(run: RunFolder) -> list[Text]:
+    """How far the loss is above the floor, and recall of facts."""
+    found = main_task(run)
+    above = above_floor(run, found.task, found.loss, found.origin)
+    floor = [] if above is None else [f"loss {wording.significant(found.loss)}, {wording.fixed(above, 3)} above it"]
+    return [_labelled("floor", line) for line in floor] + [_labelled("recall", line) for line in recall_words(run)]
 
 
 def _score(found: TaskScores) -> str:

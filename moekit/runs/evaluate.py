@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,11 +18,13 @@ from moekit.inference.translator import Translator, search_for
 from moekit.planner.census import parameters
 from moekit.runs.config import RunConfig
 from moekit.runs.ending import ending_of
+from moekit.runs.facts import ask_facts, floors
 from moekit.runs.module import make_module
 from moekit.runs.record import (
     TRANSLATIONS,
     DataRecord,
     ExpertRecord,
+    FloorRecord,
     HeldOutRecord,
     RoutingRecord,
     Sample,
@@ -77,6 +79,8 @@ def evaluate(run: Run, config: RunConfig | None = None) -> bool:
     else:
         module.write = Completer(module.backbone, data.tokenizer, search=search)
     module.originals = data.originals("test")
+    if (facts := config.data.knowledge()) is not None:
+        ask_facts(module, config, data, facts)
     if module.valid_routing is not None:
         module.pieces = PieceCounts(module.valid_routing.layers, data.tokenizer.vocab_size)
     trainer = config.train.trainer(logger=False, enable_checkpointing=False, callbacks=[TrainingProgress()])
@@ -85,7 +89,8 @@ def evaluate(run: Run, config: RunConfig | None = None) -> bool:
         trainer.test(module, datamodule=data, verbose=False)
     if not trainer.is_global_zero:
         return False
-    _write(run, config, module, data, valid, time.monotonic() - started)
+    known = None if facts is None else floors(data, facts)
+    _write(run, config, module, data, valid, known, time.monotonic() - started)
     return True
 
 
@@ -95,6 +100,7 @@ def _write(
     module: MultitaskModule,
     data: MultitaskData,
     valid: Mapping[str, float],
+    known: Sequence[FloorRecord] | None,
     seconds: float,
 ) -> None:
     checkpoint = run.loaded.rest
@@ -142,6 +148,8 @@ def _write(
             repeated=None if corpus is None else corpus.repeated,
             remarks=remarks(data, corpus),
         ),
+        floors=known or None,
+        recall=[found for found in module.recalled.values() if found is not None] or None,
     )
     routing = None if module.routing is None else _routing(module.routing, module.piece_counts, data)
     samples = _glossed([Sample.from_json(sample) for sample in module.samples], config)

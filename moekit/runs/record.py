@@ -105,6 +105,60 @@ class HeldOutRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FloorRecord(Record):
+    """What a model as good as can be would lose on held-out text, nats per prediction, where that is known.
+
+    Attributes:
+        task: name of the task.
+        split: "valid" or "test".
+        knowing: loss of a model that knows every fact that the training text tells.
+        guessing: loss of one that knows grammar and frequencies, and no fact.
+    """
+
+    task: str
+    split: str
+    knowing: float
+    guessing: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallOf(Record):
+    """How many questions of one kind were answered right.
+
+    Attributes:
+        kind: "known", "composed" or "unknowable", see `moekit.source.FactQuestion`.
+        recall: share of the questions, 0 to 1.
+        questions: their number.
+        deciles: the share by frequency, of the tenth of the facts that are told most often first; None where no
+            question is.
+        languages: the share by language.
+    """
+
+    kind: str
+    recall: float
+    questions: int
+    deciles: Sequence[float | None] = ()
+    languages: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallRecord(Record):
+    """Multiple choice about facts, asked of one task.
+
+    Attributes:
+        task: whose scores of sentences were compared.
+        choices: sentences of a question.
+        chance: the share that a blind choice has right.
+        kinds: the shares by kind of question.
+    """
+
+    task: str
+    choices: int
+    chance: float
+    kinds: Sequence[RecallOf] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ending(Record):
     """Where training ended.
 
@@ -168,6 +222,8 @@ class Summary(Record):
         tasks: what reports say of each task: see `moekit.tasks.Task.record`.
         held_out: the text of the evaluation.
         ending: where training ended, and why; None where nothing was trained, or nobody wrote it down.
+        floors: what the best of models would lose on the held-out text; None where nobody knows.
+        recall: facts that are known, by task; None where the text tells none.
     """
 
     recipe: str | None = None
@@ -197,6 +253,8 @@ class Summary(Record):
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     held_out: HeldOutRecord = field(default_factory=HeldOutRecord)
     ending: Ending | None = None
+    floors: Sequence[FloorRecord] | None = field(default=None, metadata={"optional": True})
+    recall: Sequence[RecallRecord] | None = field(default=None, metadata={"optional": True})
 
 
 @dataclass(frozen=True, kw_only=True)

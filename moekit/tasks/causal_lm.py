@@ -41,6 +41,7 @@ class CausalLMTask(Task):
     )
     head: ClassVar[type[CausalLMHead]] = CausalLMHead
     writes = "continuation"
+    recalls = "sentence"
 
     def collate(self, rows: Sentences) -> Batch:
         """``bos text eos``, which is source and target at once."""

@@ -82,6 +82,7 @@ class DenoisingTask(Task):
     )
     head = DenoisingHead
     writes = "text"
+    recalls = "restored"
 
     denoising: Denoising = field(default_factory=Denoising)
 

@@ -109,6 +109,7 @@ class MaskedLMTask(Task):
     title: ClassVar[str] = "Masked words"
     explanation: ClassVar[str] = "Guess the words hidden in a sentence, in the encoder alone."
     head: ClassVar[type[MaskedLMHead]] = MaskedLMHead
+    recalls = "masked"
 
     masking: Masking | None = None
 

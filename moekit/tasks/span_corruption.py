@@ -221,6 +221,7 @@ class SpanCorruptionTask(Task):
     )
     head = SpanCorruptionHead
     writes = "spans"
+    recalls = "span"
 
     span_corruption: SpanCorruption = field(default_factory=SpanCorruption)
 

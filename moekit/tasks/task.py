@@ -54,6 +54,9 @@ class Task(ABC):
         perplexity: whether it predicts tokens of the vocabulary, so that exp(loss) is a perplexity.
         writes: what `moekit.inference.completer.Completer` writes for a sample: the continuation of half a text, the
             text that was damaged, or the spans that it lacks; None = nothing.
+        recalls: how `moekit.inference.facts.FactScorer` asks for a fact: by the likelihood of the sentence, of the
+            missing span, of the sentence given its other words, or of masked words; None = it has none, or its input
+            would say the answer.
     """
 
     name: ClassVar[str]
@@ -64,6 +67,7 @@ class Task(ABC):
     pairs: ClassVar[bool] = False
     perplexity: ClassVar[bool] = True
     writes: ClassVar[Literal["continuation", "text", "spans"] | None] = None
+    recalls: ClassVar[Literal["sentence", "span", "restored", "masked"] | None] = None
 
     @classmethod
     def of(cls, settings: Any) -> Self:

@@ -128,6 +128,9 @@ class MultitaskModule(LoadedFromFile):
         self.tested: dict[str, dict[str, Any]] = {}
         self.translate: Translate | None = None
         self.write: Write | None = None
+        # Asked at the end of the test, while all processes have their weights.
+        self.ask: Callable[[str], Any] | None = None
+        self.recalled: dict[str, Any] = {}
         # The sentences as they were before tokenization, by direction and number: what BLEU is to be computed on.
         self.written: dict[str, dict[str, list[tuple[int, str, str]]]] = {}
         self.originals: Callable[[str, list[int]], tuple[list[str], list[str]]] | None = None
@@ -395,8 +398,10 @@ class MultitaskModule(LoadedFromFile):
         self.samples += [dict(zip(names, (batch.task, batch.direction or "", *row), strict=True)) for row in rows]
 
     def on_test_epoch_end(self) -> None:
-        """Log scores by direction and on average, and the perplexity of other tasks by language."""
+        """Log scores by direction and on average, and the perplexity of other tasks by language; ask for facts."""
         self._share_written()
+        if self.ask is not None:
+            self.recalled = {task: self.ask(task) for task in self.heads}
         for metric in cast(Iterable[AnswerScore], self.test_scores.values()):
             self.scores = {**(self.scores or {}), **metric.compute()}
             self.log_dict({f"test/{name}": value for name, value in metric.log_values().items()})

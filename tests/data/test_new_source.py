@@ -125,6 +125,7 @@ def test_two_kinds_of_one_name_are_refused() -> None:
 GIVEN: dict[str, Any] = {
     "source": "any", "path": "somewhere", "pivot": "auto", "directions": ("avl-tnd",), "max_languages": 7,
     "babel_languages": 3, "babel_sentences": 40, "babel_sizes": {"kmb": 20}, "seed": 5, "vocab_size": 100,
+    "facts_entities": 50, "facts_relations": 3, "facts_values": 10, "facts_power": 1.0, "facts_one_language": 0.2,
 }  # fmt: skip
 """Settings of a run by their names."""
 ALIGNED = {"pivot": "auto", "directions": ("avl-tnd",)}
@@ -139,6 +140,21 @@ ALIGNED = {"pivot": "auto", "directions": ("avl-tnd",)}
             False,
         ),
         ("headlines", {"languages": 3, "train_documents": 40, "seed": 4, "directions": ("avl-tnd",)}, False),
+        (
+            "facts",
+            {
+                "languages": 3,
+                "train_sentences": 40,
+                "seed": 4,
+                "directions": ("avl-tnd",),
+                "entities": 50,
+                "relations": 3,
+                "values": 10,
+                "power": 1.0,
+                "one_language": 0.2,
+            },
+            False,
+        ),
         ("gettext", {**ALIGNED, "max_languages": 7}, False),
         ("moses", ALIGNED, True),
         ("jsonl", ALIGNED, True),

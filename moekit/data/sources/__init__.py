@@ -5,6 +5,7 @@ A class with `register_source` is a kind of source as soon as its file is import
 
 from moekit.babel import Babel as Babel
 from moekit.babel import BabelSettings as BabelSettings
+from moekit.babel import Facts as Facts
 from moekit.babel import Headlines as Headlines
 from moekit.data.sources.aligned import AlignedSource as AlignedSource
 from moekit.data.sources.examples import Examples as Examples

@@ -18,9 +18,17 @@ from moekit.runs.settings.fields import RESUME, SURGERY, setting
 from moekit.runs.settings.train import TrainConfig
 
 _WHICH_TEXT = (
-    "source", "pivot", "directions", "languages", "columns", "max_languages", "babel_languages", "babel_sentences",
+    "source",
+    "pivot",
+    "directions",
+    "languages",
+    "columns",
+    "max_languages",
+    "babel_languages",
+    "babel_sentences",
     "babel_sizes",
-)  # fmt: skip
+)
+_WHICH_FACTS = ("facts_entities", "facts_relations", "facts_values", "facts_power", "facts_one_language")  # fmt: skip
 _MAX_WORKERS = 4  # beside each GPU
 
 
@@ -29,15 +37,16 @@ class DataConfig:
     """Where text comes from and how it becomes batches.
 
     Attributes:
-        source: kind of corpus: babel (generated languages, nothing to download), headlines (babel paragraphs and their
-            headlines, a summarisation task; directions such as avl-avl), moses (parallel line files such as train.en
+        source: kind of corpus: babel (generated languages, nothing to download), facts (facts about entities told in
+            these languages, with a known entropy), headlines (babel paragraphs and their headlines, a summarisation
+            task; directions such as avl-avl), moses (parallel line files such as train.en
             and train.de, plain or gz), jsonl ({"translation": {"en": ..., "de": ...}} on each line), tsv (one column
             per language, with a header), examples ({"input": ..., "target": ...} on each line, or a TSV with these
             columns; directions such as en-en, the default), gettext (the software translation catalogs installed on
             this machine) or text (one file per language). Several kinds, given as moses,jsonl or as a list, are read as
             one corpus.
         path: folder or file of the corpus; for several kinds one path each, joined by commas or as a list. babel,
-            headlines and gettext need none.
+            facts, headlines and gettext need none.
         pivot: language that every direction must start or end with, where the text is parallel in more than two
             languages: a language code, "auto" (English if the corpus has it) or "none" (keep all pairs).
         directions: translation directions to train on, such as en-de,de-en or a list; not given = all.
@@ -79,10 +88,17 @@ class DataConfig:
         cache: folder of tokenizers and tokenized text, shared by all runs.
         num_workers: number of data loader processes for each training process; 0 = load in the training process itself;
             auto = none on a CPU, up to four beside each GPU.
-        babel_languages: number of languages to generate, for babel and headlines.
-        babel_sentences: number of training sentences to generate in each babel language; for headlines, of paragraphs.
+        babel_languages: number of languages to generate, for babel, facts and headlines.
+        babel_sentences: number of training sentences to generate in each language of babel or facts; for headlines, of
+            paragraphs.
         babel_sizes: numbers of training sentences of individual babel languages, to make some low-resource:
             kmb=2000,shl=500 or {kmb: 2000, shl: 500}.
+        facts_entities: number of entities of the facts corpus, of whom something is told.
+        facts_relations: number of relations of an entity to a value in the facts corpus; each entity has one value in
+            each of them, and is linked to one other entity.
+        facts_values: number of values of each relation of the facts corpus; a fact holds ln(values) nats.
+        facts_power: exponent of the power law by which the frequencies of facts fall; 0 = all facts are as frequent.
+        facts_one_language: share of the facts that are told in one language only.
         seed: random seed of the babel corpus and of the order of examples.
         order_seed: random seed of the order of examples and of the noise in them; not given = `seed`.
 
@@ -117,6 +133,11 @@ class DataConfig:
     babel_languages: int = setting(4, at_least=1)
     babel_sentences: int = setting(30_000, at_least=1)
     babel_sizes: dict[str, int] | str | None = setting(None, at_least=1)
+    facts_entities: int = setting(2_000, at_least=4)
+    facts_relations: int = setting(4, at_least=1)
+    facts_values: int = setting(64, at_least=2)
+    facts_power: float = setting(0.7, at_least=0)
+    facts_one_language: float = setting(0.1, at_least=0, below=1)
     seed: int = setting(1, at_least=0, at_most=2**32 - 1)
     order_seed: int | None = setting(None, at_least=0, at_most=2**32 - 1, free=SURGERY)
 
@@ -178,6 +199,11 @@ class DataConfig:
             return None
         return replace(self, source=kinds[0], path=None, directions=None, languages=None, columns=None).open()
 
+    def knowledge(self) -> Source | None:
+        """The first of the sources that knows the facts of its text, with nothing read; None if none does."""
+        kinds = [kind for kind in self.sources if source_class(kind).knows_facts]
+        return replace(self, source=kinds[0], path=None, languages=None, columns=None).open() if kinds else None
+
     def missing_paths(self) -> list[str]:
         """Those of the paths where nothing is."""
         return [path for path in _listed(self.path) if not Path(path).exists()]
@@ -185,7 +211,8 @@ class DataConfig:
     def which_text(self) -> dict[str, Any]:
         """The settings that say which text is read; where it lies does not matter."""
         generated = any("path" not in source_class(kind).parameters() for kind in self.sources)
-        return {f"data.{name}": getattr(self, name) for name in (*_WHICH_TEXT, *(["seed"] if generated else []))}
+        more = [*(_WHICH_FACTS if "facts" in self.sources else ()), *(["seed"] if generated else [])]
+        return {f"data.{name}": getattr(self, name) for name in (*_WHICH_TEXT, *more)}
 
     def temperature_schedule(self) -> TemperatureSchedule:
         """The temperature of the mixture over directions and languages."""

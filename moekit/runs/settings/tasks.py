@@ -81,6 +81,9 @@ class EvaluateConfig:
         score_valid_beam: number of hypotheses that beam search keeps in these; 1 = greedy search, which is fastest.
         batch_tokens: number of source tokens in an evaluation batch; lower it if memory runs out.
         samples: number of sample translations per direction that the report shows.
+        facts: for the facts corpus: number of questions of each decile of frequency, kind and language that the test
+            asks to measure recall; 0 = it asks none.
+        choices: for the facts corpus: number of values that a question gives to choose from; chance is 1 / choices.
         bleu_tokenizer: how BLEU splits text into words, as sacrebleu names it: auto = by the target language (zh for
             Chinese, ja-mecab and ko-mecab where installed, char for Thai, Lao, Khmer, Burmese and Tibetan, else 13a),
             or 13a, intl, char, zh, ja-mecab, ko-mecab, flores200 or spm for all directions.
@@ -95,6 +98,8 @@ class EvaluateConfig:
     score_valid_beam: int = setting(1, at_least=1)
     batch_tokens: int = setting(4096, at_least=1)
     samples: int = setting(5, at_least=0, free=RESUME)
+    facts: int = setting(50, at_least=0, free=RESUME)
+    choices: int = setting(8, at_least=2, free=RESUME)
     bleu_tokenizer: BleuTokenizer = setting("auto", free=RESUME)
 
     def check(self) -> None:

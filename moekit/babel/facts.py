@@ -1,0 +1,380 @@
+"""A corpus that knows things: facts about entities, told in every language in many forms; some of it is held out."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moekit.babel import knowledge as k
+from moekit.babel import meaning as m
+from moekit.babel.concepts import ANIMAL, FOOD, NAME, PERSON, PLACE, THING, Concepts, Noun, Verb
+from moekit.babel.grammar import grammars, pick
+from moekit.babel.knowledge import Ints, Knowledge, KnowledgeSettings
+from moekit.babel.language import Language
+from moekit.babel.source import Blocks
+from moekit.errors import UserError
+from moekit.source import (
+    DECILES,
+    SPLITS,
+    Direction,
+    FactKind,
+    FactQuestion,
+    Information,
+    LazySequence,
+    Source,
+    Split,
+    all_directions,
+    choose_directions,
+    digest,
+    languages_of,
+    register_source,
+)
+
+_BLOCK, _DRAW = 1024, 1280
+_CACHED_ROWS, _CACHED_SENTENCES = 64, 512
+_PARALLEL, _ALONE = 0, 1  # streams of draws: parallel text, and from here on a language's own
+_TEXT, _QUESTIONS = 2, 3
+_SETTINGS = ("entities", "relations", "values", "power", "one_language")
+# Numbers of nouns, from 1: the head of a relative clause, what is asked for, and from here on the names.
+_SOMEBODY, _WHAT, _NAMES = 1, 2, 3
+# Values of the relations in turn: kinds of noun, and the verbs that lead to them.
+_VALUES = ((THING, "thing"), (PLACE, "place"), (FOOD, "food"), (ANIMAL, "animal"))
+_VERBS = {THING: "own build paint", PLACE: "visit guard leave", FOOD: "eat cook grow", ANIMAL: "feed ride fear"}
+_LINK = "know"
+
+_Row = tuple[FactKind, list[int], int | None]
+"""Kind of a question, the true telling, and its decile."""
+
+
+@register_source
+class Facts(Source):
+    """Facts about entities in generated languages: what a model knows of them can be measured, and is bounded.
+
+    A fact says that an entity has a value in a relation; one further relation, the link, leads from each entity to
+    another. Each language tells facts in the forms of its grammar: a tense, an adverb or none, as a statement or as a
+    question with its answer; and one sentence in ten puts two facts together, by a relative clause: who is linked to
+    somebody who has a value. Sentence `index` of a split is a function of the settings and the index alone.
+
+    Held out by hash are single forms of facts, a fiftieth for validation and as much for the test, and whole
+    compositions. Validation and test text have the forms, of facts that the training text of the language tells in
+    others; no sentence occurs twice in it. `questions` asks for these, for compositions, and for entities of whom no
+    text tells anything.
+
+    The text of one language tells the facts that all languages tell and those that it tells alone; parallel text tells
+    the former. So a run on both is told of them twice as often.
+
+    Args:
+        languages: how many. The first eight are hand-made, the rest drawn, as babel's.
+        entities: of whom something is told.
+        relations: to values; each entity has one value in each.
+        values: of each relation, all as likely: a fact holds ``ln(values)`` nats.
+        power: the frequency of facts falls with their rank as ``1 / (rank + 10) ** power``; 0 = all alike.
+        one_language: share of the facts that are told in one language only.
+        unknowable: entities of whom nothing is told.
+        train_sentences: training sentences of each language, and as many pairs of each direction.
+        valid_sentences, test_sentences: held-out ones, likewise; fewer where there are fewer forms.
+        directions: only these, as "avl-tnd".
+        seed: other seeds give other facts, words and sentences.
+
+    Raises:
+        UserError: a setting that is out of its range.
+
+    Source: ours. That mixtures of experts hold facts like dense models of all their parameters: arXiv:2410.19034; facts
+        told in many forms so that they can be extracted: arXiv:2309.14316; two-hop questions: arXiv:2405.15071.
+    """
+
+    name = "facts"
+    knows_words = True
+    knows_facts = True
+
+    def __init__(
+        self,
+        *,
+        languages: int = 4,
+        entities: int = 2_000,
+        relations: int = 4,
+        values: int = 64,
+        power: float = 0.7,
+        one_language: float = 0.1,
+        unknowable: int = 200,
+        train_sentences: int = 30_000,
+        valid_sentences: int = 500,
+        test_sentences: int = 500,
+        directions: tuple[str, ...] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if languages < 2:
+            raise UserError(f"facts: languages must be at least 2: got {languages}.")
+        sizes = (train_sentences, valid_sentences, test_sentences)
+        self.sizes: dict[Split, int] = dict(zip(SPLITS, sizes, strict=True))
+        for split, size in self.sizes.items():
+            if size < 0:
+                raise UserError(f"facts: {split}_sentences must not be negative: got {size}.")
+        settings = KnowledgeSettings(
+            entities=entities,
+            relations=relations,
+            values=values,
+            power=power,
+            one_language=one_language,
+            unknowable=unknowable,
+        )
+        rules = grammars(languages, seed)
+        everyone = tuple(rule.code for rule in rules)
+        self.directions = choose_directions(all_directions(everyone), wanted=directions)
+        self.languages = languages_of(self.directions, everyone)
+        self.seed, self.knowledge = seed, Knowledge(settings, languages, seed)
+        self.concepts = _concepts(settings, seed)
+        self._number = {code: number for number, code in enumerate(everyone)}
+        self._speakers = {
+            rule.code: Language(rule, self.concepts, seed=seed) for rule in rules if rule.code in self.languages
+        }
+        self._told = Blocks(self._count, languages + 1)
+        self._held_out = Blocks(self._draw_held_out, len(SPLITS) * (languages + 1))
+        self._rows = Blocks(self._draw, _CACHED_ROWS)
+        self._sentences = Blocks(self._say, _CACHED_SENTENCES)
+
+    # -- as a kind of source ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def settings_from(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those that begin with ``facts_``, and babel's number of languages and of sentences; the first seed is 1."""
+        return {name: given[f"facts_{name}"] for name in _SETTINGS} | {
+            "seed": given["seed"] - 1,
+            "languages": given["babel_languages"],
+            "train_sentences": given["babel_sentences"],
+            "directions": given["directions"],
+        }
+
+    def word_by_word(self, language: str, text: str) -> str | None:
+        """English for a text in a language, word by word; see `Language.word_by_word`."""
+        speaker = self._speakers.get(language)
+        return None if speaker is None else speaker.word_by_word(text)
+
+    # -- the Source interface --------------------------------------------------------------------------------------
+
+    def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
+        """Pairs of one direction; both sides tell the same in the same form."""
+        self.check_direction(direction)
+        self.check_split(split)
+
+        def pair(index: int) -> tuple[str, str]:
+            return self._sentence(direction.source, split, index), self._sentence(direction.target, split, index)
+
+        return LazySequence(self._size(None, split), pair)
+
+    def monolingual(self, language: str, split: Split) -> Sequence[str]:
+        """Sentences of one language, drawn apart from the parallel ones."""
+        self.check_language(language)
+        self.check_split(split)
+        size = self._size(language, split)
+        return LazySequence(size, lambda index: self._sentence(language, split, index, language))
+
+    def fingerprint(self) -> str:
+        """Digest of the settings and of what the languages sound like, so that a changed generator shows."""
+        heard = [
+            "\n".join(self._sentence(code, split, index, code) for index in range(min(64, self._size(code, split))))
+            for code in self.languages
+            for split in SPLITS
+        ]
+        settings = self.knowledge.settings
+        return digest("facts", settings, self.sizes, len(self._number), *self.directions, self.seed, *heard)
+
+    # -- truth -----------------------------------------------------------------------------------------------------
+
+    def say(self, language: str, row: Sequence[int]) -> str:
+        """The sentence of a language for a telling, a row of `moekit.babel.knowledge`."""
+        self.check_language(language)
+        kind, entity, relation, value, second, tense, adverb = row
+        speaker, cells = self._speakers[language], [0] * m.WIDTH
+        cells[m.VERB], cells[m.TENSE], cells[m.ADVERB] = relation + 1, tense, adverb
+        cells[m.SUBJECT + m.NOUN] = _NAMES + entity
+        if kind == k.COMPOSITION:
+            cells[m.OBJECT + m.NOUN], cells[m.OBJECT + m.RELATIVE] = _SOMEBODY, second + 1
+            cells[m.OBJECT + m.RELATIVE_OBJECT] = self._noun(second, value)
+            return speaker.say(cells)
+        noun = self._noun(relation, value)
+        cells[m.OBJECT + m.NOUN] = _WHAT if kind == k.QUESTION else noun
+        said = speaker.say(cells)
+        return said if kind == k.STATEMENT else f"{said} ? {speaker.object_alone(noun)}"
+
+    def told(self, language: str | None) -> Ints:
+        """Int64[facts], how often a language's training text tells each fact by itself; of None, the parallel text."""
+        return self._told(language)
+
+    def held_out(self, language: str | None, split: Split) -> Ints:
+        """Int64[n, columns], the tellings of validation or test text of a language; of None, of the parallel text."""
+        return self._held_out(split, language)
+
+    def information(self, language: str, split: Split) -> Information | None:
+        """What each held-out sentence of a language costs one who knows the frequencies of what is told in training."""
+        self.check_language(language)
+        if self.check_split(split) == "train":
+            return None
+        rows, told = self.held_out(language, split), self.told(language) > 0
+        found, which = self.knowledge.information(rows, self._number[language], told), np.log(len(self.languages))
+        return Information((found.knowing + which).tolist(), (found.guessing + which).tolist())
+
+    def questions(self, language: str, *, each: int, choices: int) -> list[FactQuestion]:
+        """Questions about facts in a language: known ones, composed ones, and of entities that nobody knows.
+
+        Known facts are asked in forms of the test, one each, whatever is in the test's text; compositions are those of
+        the test. Wrong values are others of the relation.
+
+        Raises:
+            UserError: an unknown language, or more choices than values.
+        """
+        self.check_language(language)
+        values = self.knowledge.settings.values
+        if not 2 <= choices <= values:
+            raise UserError(f"facts: choices must be from 2 to the number of values, {values}: got {choices}.")
+        generator = np.random.default_rng([self.seed, self._number[language], _QUESTIONS])
+        deciles = self._deciles(language)
+        asked = [*self._known(deciles, each, generator), *self._composed(language, deciles, each, generator)]
+        asked += self._unknowable(each, generator)
+        return [self._question(language, row, choices, generator) for row in asked]
+
+    # -- questions -------------------------------------------------------------------------------------------------
+
+    def _deciles(self, language: str) -> Ints:
+        """Int64[facts], the decile of each fact that a language tells in training, by its probability; else -1."""
+        order = np.argsort(-self.knowledge.probs(self._number[language]), kind="stable")
+        order = order[self.told(language)[order] > 0]
+        found = np.full(len(self.knowledge.value), -1)
+        found[order] = np.arange(len(order)) * DECILES // max(len(order), 1)
+        return found
+
+    def _known(self, deciles: Ints, each: int, generator: np.random.Generator) -> Iterator[_Row]:
+        rows = _shuffled(self._forms(np.flatnonzero(deciles >= 0), "test"), generator)
+        facts = self.knowledge.fact(rows)
+        _, first = np.unique(facts, return_index=True)
+        chosen = np.sort(first)
+        return _of_each(rows[chosen], deciles[facts[chosen]], "known", each)
+
+    def _composed(self, language: str, deciles: Ints, each: int, generator: np.random.Generator) -> Iterator[_Row]:
+        knowledge = self.knowledge
+        entity, second = knowledge.compositions(self._number[language]).T
+        parts = np.stack([deciles[knowledge.first_fact(entity)], deciles[knowledge.second_fact(entity, second)]])
+        rows = knowledge.compose(entity, second, _drawn(generator, len(knowledge.forms), len(entity)))
+        usable = np.flatnonzero((parts >= 0).all(axis=0) & (knowledge.split(rows) == "test"))
+        chosen = _shuffled(usable, generator)
+        return _of_each(rows[chosen], parts.max(axis=0)[chosen], "composed", each)
+
+    def _unknowable(self, each: int, generator: np.random.Generator) -> Iterator[_Row]:
+        knowledge, settings, number = self.knowledge, self.knowledge.settings, DECILES * each
+        rows = np.zeros((number, k.WIDTH), dtype=np.int64)
+        rows[:, k.KIND] = np.where(_drawn(generator, 2, number), k.STATEMENT, k.QUESTION)
+        rows[:, k.ENTITY] = settings.entities + _drawn(generator, settings.unknowable, number)
+        rows[:, k.RELATION] = _drawn(generator, settings.relations, number)
+        rows[:, k.VALUE] = _drawn(generator, settings.values, number)
+        rows[:, [k.TENSE, k.ADVERB]] = knowledge.forms[_drawn(generator, len(knowledge.forms), number)]
+        for row in rows.tolist():
+            yield "unknowable", row, None
+
+    def _question(self, language: str, asked: _Row, choices: int, generator: np.random.Generator) -> FactQuestion:
+        kind, row, decile = asked
+        relation = row[k.SECOND] if row[k.KIND] == k.COMPOSITION else row[k.RELATION]
+        linked = relation == self.knowledge.link
+        others = np.arange(self.knowledge.entities if linked else self.knowledge.settings.values)
+        wrong = others[(others != row[k.VALUE]) & ~(linked & (others == row[k.ENTITY]))]
+        values = _shuffled(wrong, generator)[: choices - 1].tolist()
+        answer = int(_drawn(generator, choices, 1)[0])
+        values.insert(answer, row[k.VALUE])
+        sentences = [self.say(language, [*row[: k.VALUE], value, *row[k.VALUE + 1 :]]) for value in values]
+        return FactQuestion(kind, language, tuple(sentences), answer, decile)
+
+    # -- blocks; text of one language has its code, parallel text None ---------------------------------------------
+
+    def _size(self, alone: str | None, split: Split) -> int:
+        return self.sizes[split] if split == "train" else len(self._held_out(split, alone))
+
+    def _sentence(self, language: str, split: Split, index: int, alone: str | None = None) -> str:
+        return self._sentences(language, split, alone, index // _BLOCK)[index % _BLOCK]
+
+    def _say(self, language: str, split: Split, alone: str | None, block: int) -> list[str]:
+        return [self.say(language, row) for row in self._rows(split, alone, block).tolist()]
+
+    def _generator(self, split: Split, alone: str | None, block: int) -> np.random.Generator:
+        stream = _PARALLEL if alone is None else _ALONE + self._number[alone]
+        return np.random.default_rng([self.seed, SPLITS.index(split), stream, block, _TEXT])
+
+    def _draw(self, split: Split, alone: str | None, block: int) -> Ints:
+        if split != "train":
+            return self._held_out(split, alone)[block * _BLOCK : (block + 1) * _BLOCK]
+        generator, number = self._generator(split, alone, block), None if alone is None else self._number[alone]
+        kept = np.empty((0, k.WIDTH), dtype=np.int64)
+        while len(kept) < _BLOCK:
+            rows = self.knowledge.draw(generator, _DRAW, number)
+            kept = np.concatenate([kept, rows[self.knowledge.split(rows) == "train"]])
+        return kept[:_BLOCK]
+
+    def _draw_held_out(self, split: Split, alone: str | None) -> Ints:
+        """Of all forms that there are, each at most once: drawn one after the other by their probabilities."""
+        number = None if alone is None else self._number[alone]
+        rows = self._forms(np.flatnonzero(self._told(alone)), split)
+        if not len(rows):
+            return rows
+        uniform = self._generator(split, alone, 0).random(len(rows))
+        # Of exponential clocks the first to ring is drawn by its rate, and so is each that rings after it.
+        waits = -np.log1p(-uniform) * np.exp(self.knowledge.information(rows, number).knowing)
+        return rows[np.argsort(waits, kind="stable")[: self.sizes[split]]]
+
+    def _forms(self, facts: Ints, split: Split) -> Ints:
+        """All forms of facts that belong to a split."""
+        found = [np.empty((0, k.WIDTH), dtype=np.int64)]
+        for kind, form in itertools.product((k.STATEMENT, k.QUESTION), range(len(self.knowledge.forms))):
+            rows = self.knowledge.tell(facts, kind, np.full(len(facts), form))
+            found.append(rows[self.knowledge.split(rows) == split])
+        return np.concatenate(found)
+
+    def _count(self, alone: str | None) -> Ints:
+        blocks = [self._draw("train", alone, block) for block in range(-(-self.sizes["train"] // _BLOCK))]
+        rows = np.concatenate([np.empty((0, k.WIDTH), dtype=np.int64), *blocks])[: self.sizes["train"]]
+        facts = self.knowledge.fact(rows[rows[:, k.KIND] != k.COMPOSITION])
+        return np.bincount(facts, minlength=len(self.knowledge.value))
+
+    def _noun(self, relation: int, value: int) -> int:
+        """Number of the noun for a value of a relation, from 1."""
+        settings = self.knowledge.settings
+        if relation == self.knowledge.link:
+            return _NAMES + value
+        return _NAMES + settings.entities + settings.unknowable + relation % len(_VALUES) * settings.values + value
+
+
+def _concepts(settings: KnowledgeSettings, seed: int) -> Concepts:
+    """Names of three syllables, which a tokenizer cuts into several pieces, values of each kind, and the relations."""
+    rng = random.Random(f"facts/{seed}/names")
+    names: dict[str, None] = {}
+    while len(names) < settings.entities + settings.unknowable:
+        syllables = "".join(pick(rng, "ptkbdgmnlrsvf") + pick(rng, "aeiou") for _ in range(3))
+        names[syllables + pick(rng, "nlrs")] = None
+    nouns = [Noun("somebody", PERSON), Noun("what?", NAME), *(Noun(name, NAME) for name in names)]
+    for kind, gloss in _VALUES[: settings.relations]:
+        nouns += [Noun(f"{gloss}{number + 1}", kind) for number in range(settings.values)]
+    verbs = []
+    for number in range(settings.relations):
+        turn, (kind, _) = number // len(_VALUES), _VALUES[number % len(_VALUES)]
+        glosses = _VERBS[kind].split()
+        verbs.append(Verb(glosses[turn] if turn < len(glosses) else f"{glosses[0]}{turn + 1}", NAME, kind))
+    return Concepts(tuple(nouns), (*verbs, Verb(_LINK, NAME, NAME)), ())
+
+
+def _of_each(rows: Ints, deciles: Ints, kind: FactKind, each: int) -> Iterator[_Row]:
+    """The first rows of each decile."""
+    for decile in range(DECILES):
+        for row in rows[deciles == decile][:each].tolist():
+            yield kind, row, decile
+
+
+# Only `random` is drawn from: the streams of the other methods may change between numpy versions.
+
+
+def _shuffled(items: Ints, generator: np.random.Generator) -> Ints:
+    return items[np.argsort(generator.random(len(items)))]
+
+
+def _drawn(generator: np.random.Generator, below: int, size: int) -> Ints:
+    return (generator.random(size) * below).astype(np.int64)

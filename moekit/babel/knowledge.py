@@ -1,0 +1,267 @@
+"""What there is to know: facts about entities, how often each is told, and the probability of every way to tell one.
+
+A fact is (entity, relation) -> value. Every value relation draws its values evenly from values of its own kind; one
+further relation, the link, leads from each entity to another and is a bijection. Facts are told by a power law of their
+rank. A telling is a row of integers, and its probability is known; so the entropy of the text is a sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moekit.babel.concepts import ADVERBS, TENSES
+from moekit.babel.meaning import split_of
+from moekit.errors import UserError
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+# Columns of a telling; ids count from 0, ADVERB from 1 (0 = none). SECOND is 0 but for a composition.
+KIND, ENTITY, RELATION, VALUE, SECOND, TENSE, ADVERB = range(7)
+WIDTH = 7
+STATEMENT, QUESTION, COMPOSITION = range(3)
+
+_COMPOSED, _ASKED, _ADVERB = 0.1, 0.25, 0.5
+_KIND_PROBS = np.array([(1 - _COMPOSED) * (1 - _ASKED), (1 - _COMPOSED) * _ASKED, _COMPOSED])
+_COMPOSED_BUCKETS = 10  # so many compositions are held out that they can be asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnowledgeSettings:
+    """How much there is to know, and how it is told.
+
+    Attributes:
+        entities: of whom something is told.
+        relations: beside the link; an entity has a value in each of them.
+        values: of each relation; they are drawn evenly.
+        power: a fact's probability falls with its rank as ``1 / (rank + 10) ** power``; 0 = all alike.
+        one_language: share of the facts that are told in one language only.
+        unknowable: entities of whom nothing is told.
+    """
+
+    entities: int = 2_000
+    relations: int = 4
+    values: int = 64
+    power: float = 0.7
+    one_language: float = 0.1
+    unknowable: int = 200
+
+    def __post_init__(self) -> None:
+        least = {"entities": 4, "relations": 1, "values": 2, "unknowable": 1}
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise UserError(f"facts: {name} must be at least {lowest}: got {getattr(self, name)}.")
+        if self.power < 0:
+            raise UserError(f"facts: power must not be negative: got {self.power}.")
+        if not 0 <= self.one_language < 1:
+            raise UserError(f"facts: one_language must be a share from 0 to below 1: got {self.one_language}.")
+
+
+@dataclass(frozen=True)
+class Nats:
+    """Information in nats: of one who knows all facts that are told, and of one who knows grammar and frequencies.
+
+    The second knows how often each entity, relation and value are told, and not which value belongs to which entity.
+
+    Attributes:
+        knowing: Float64[n], or a mean.
+        guessing: of the same shape.
+    """
+
+    knowing: Any
+    guessing: Any
+
+
+class Knowledge:
+    """All facts of a corpus, by fact: number ``relation * entities + entity``, the link being the last relation.
+
+    Args:
+        settings: how much there is to know.
+        languages: how many tell it.
+        seed: other seeds give other facts.
+
+    Attributes:
+        value: Int64[F], the value of each fact; of a link the other entity.
+        weight: Float64[F], probability of each fact where all are told.
+        only: Int64[F], the language that alone tells it; -1 = all do.
+        forms: Int64[M, 2], tense and adverb of every form of a telling.
+        form_probs: Float64[M], their probabilities.
+    """
+
+    def __init__(self, settings: KnowledgeSettings, languages: int, seed: int) -> None:
+        self.settings, self.languages, self.seed = settings, languages, seed
+        self.entities, self.relations = settings.entities, settings.relations + 1
+        self.link = settings.relations
+        # Only `random` is drawn from: the streams of the other methods may change between numpy versions.
+        generator = np.random.default_rng([seed, 7])
+        count = self.entities * self.relations
+        values = (generator.random((settings.relations, self.entities)) * settings.values).astype(np.int64)
+        # One cycle through all entities: nobody is linked to himself.
+        cycle = np.argsort(generator.random(self.entities))
+        link = np.empty(self.entities, dtype=np.int64)
+        link[cycle] = np.roll(cycle, -1)
+        self.value: Ints = np.concatenate([values.ravel(), link])
+        rank = np.argsort(np.argsort(generator.random(count)))
+        weight = (rank + 10.0) ** -settings.power
+        self.weight: Floats = weight / weight.sum()
+        alone, which = generator.random((2, count))
+        self.only: Ints = np.where(alone < settings.one_language, (which * languages).astype(np.int64), -1)
+        forms = [(t, a) for t, tense in enumerate(TENSES) for a in _adverbs(tense)]
+        self.forms: Ints = np.array(forms, dtype=np.int64)
+        spoken = np.array([sum(other == t for other, _ in forms) - 1 for t, _ in forms])
+        self.form_probs: Floats = np.where(self.forms[:, 1] > 0, _ADVERB / spoken, 1 - _ADVERB) / len(TENSES)
+        self._steps = {number: _steps(self.probs(number)) for number in (None, *range(languages))}
+        self._pairs = {number: self._composable(number) for number in (None, *range(languages))}
+        if not all(map(len, self._pairs.values())):
+            raise UserError(
+                "facts: every language must tell an entity's link and a value of who it is linked to: got too few of "
+                f"{count} facts. Raise entities, or lower one_language."
+            )
+
+    # -- how often what is told ------------------------------------------------------------------------------------
+
+    def allowed(self, language: int | None) -> npt.NDArray[np.bool_]:
+        """Bool[F], which facts a language tells; of None, those that all languages tell."""
+        return (self.only == -1) | (self.only == (-2 if language is None else language))
+
+    def probs(self, language: int | None) -> Floats:
+        """Float64[F], the probability of each fact in text of a language; of None, in parallel text."""
+        weight = self.weight * self.allowed(language)
+        return np.asarray(weight / weight.sum())
+
+    def compositions(self, language: int | None) -> Ints:
+        """Int64[C, 2], entity and second relation of all compositions of facts that a language tells, all as likely."""
+        return self._pairs[language]
+
+    def _composable(self, language: int | None) -> Ints:
+        allowed = self.allowed(language).reshape(self.relations, self.entities)
+        other = self.value[self.link * self.entities :]
+        second, entity = np.nonzero(allowed[self.link] & allowed[: self.link, other])
+        return np.stack([entity, second], axis=1)
+
+    # -- tellings --------------------------------------------------------------------------------------------------
+
+    def draw(self, generator: np.random.Generator, size: int, language: int | None) -> Ints:
+        """Int64[size, WIDTH], independent tellings of any split."""
+        u = generator.random((5, size))
+        kind = np.where(u[0] < _COMPOSED, COMPOSITION, np.where(u[1] < _ASKED, QUESTION, STATEMENT))
+        steps, composed = self._steps[language], self._pairs[language]
+        fact = np.searchsorted(steps, u[2], side="right")
+        form = np.searchsorted(_steps(self.form_probs), u[3], side="right")
+        rows = self.tell(fact, kind, form)
+        chosen = composed[(u[4] * len(composed)).astype(np.int64)]
+        return np.where((kind == COMPOSITION)[:, None], self.compose(chosen[:, 0], chosen[:, 1], form), rows)
+
+    def tell(self, fact: Ints, kind: Ints | int, form: Ints) -> Ints:
+        """Int64[n, WIDTH], tellings of facts."""
+        relation, entity = np.divmod(fact, self.entities)
+        rows = np.zeros((len(fact), WIDTH), dtype=np.int64)
+        rows[:, KIND], rows[:, ENTITY], rows[:, RELATION], rows[:, VALUE] = kind, entity, relation, self.value[fact]
+        rows[:, [TENSE, ADVERB]] = self.forms[form]
+        return rows
+
+    def compose(self, entity: Ints, second: Ints, form: Ints) -> Ints:
+        """Int64[n, WIDTH]: an entity is linked to somebody who has a value in the second relation."""
+        rows = np.zeros((len(entity), WIDTH), dtype=np.int64)
+        rows[:, KIND], rows[:, ENTITY], rows[:, RELATION] = COMPOSITION, entity, self.link
+        rows[:, SECOND], rows[:, VALUE] = second, self.value[self.second_fact(entity, second)]
+        rows[:, [TENSE, ADVERB]] = self.forms[form]
+        return rows
+
+    def first_fact(self, entity: Ints) -> Ints:
+        """Int64[n], the link of entities."""
+        return self.link * self.entities + entity
+
+    def second_fact(self, entity: Ints, second: Ints) -> Ints:
+        """Int64[n], the fact of whom the entities are linked to."""
+        return second * self.entities + self.value[self.first_fact(entity)]
+
+    def fact(self, rows: Ints) -> Ints:
+        """Int64[n], the facts that statements and questions tell."""
+        return np.asarray(rows[:, RELATION] * self.entities + rows[:, ENTITY])
+
+    @staticmethod
+    def split(rows: Ints) -> npt.NDArray[np.str_]:
+        """The split of each telling by its hash: of a fact each form has its own, of a composition all have one."""
+        composed, keys = rows[:, KIND] == COMPOSITION, rows.copy()
+        keys[:, [TENSE, ADVERB]] *= ~composed[:, None]
+        return np.where(composed, split_of(keys, _COMPOSED_BUCKETS), split_of(keys))
+
+    # -- information -----------------------------------------------------------------------------------------------
+
+    def information(self, rows: Ints, language: int | None, told: npt.NDArray[np.bool_] | None = None) -> Nats:
+        """-ln of the probability of each telling in text of a language, in the order of `rows`.
+
+        Args:
+            rows: Int64[n, WIDTH].
+            language: whose text.
+            told: Bool[F], the facts that can be meant, where it is known that they are these.
+        """
+        probs = self.probs(language)
+        if told is not None:
+            probs = probs * told / (probs * told).sum()
+        composed = rows[:, KIND] == COMPOSITION
+        fact = np.where(composed, 0, self.fact(rows))
+        tense_adverb = np.zeros((len(TENSES), len(ADVERBS) + 1))
+        tense_adverb[tuple(self.forms.T)] = self.form_probs
+        form = _KIND_PROBS[rows[:, KIND]] * tense_adverb[rows[:, TENSE], rows[:, ADVERB]]
+        what = np.where(composed, 1 / len(self.compositions(language)), probs[fact])
+        # That an entity has this value, to one who does not know it: how often the relation has it.
+        single, double = self._marginal(probs), self._composed_marginal(language)
+        value = np.where(composed, double[rows[:, SECOND], rows[:, VALUE] % double.shape[1]], single[fact])
+        known = -np.log(form) - np.log(what)
+        return Nats(known, known - np.log(value))
+
+    def entropy(self, language: int | None) -> Nats:
+        """Mean nats of a telling of any split.
+
+        Held-out forms are chosen by hash and not by what they say, so text of a split has this mean but for chance:
+        with n tellings an error of about the standard deviation of `information` over the root of n.
+        """
+        probs, alone = self.probs(language), 1 - _COMPOSED
+        told = probs > 0
+        known = _entropy(self.form_probs) + _entropy(_KIND_PROBS) + alone * _entropy(probs)
+        known += _COMPOSED * np.log(len(self.compositions(language)))
+        value = -alone * (probs[told] * np.log(self._marginal(probs)[told])).sum()
+        value -= _COMPOSED * np.log(self._composed_marginal(language)[self._composed(language)]).mean()
+        return Nats(known, known + value)
+
+    def _marginal(self, probs: Floats) -> Floats:
+        """Float64[F], the probability of each fact's value where its relation alone is known."""
+        relation = np.repeat(np.arange(self.relations), self.entities)
+        width = int(self.value.max()) + 1
+        table = np.bincount(relation * width + self.value, weights=probs, minlength=self.relations * width)
+        table = table.reshape(self.relations, width)
+        total = table.sum(axis=1, keepdims=True)
+        return np.asarray((table / np.where(total == 0, 1, total))[relation, self.value])
+
+    def _composed(self, language: int | None) -> tuple[Ints, Ints]:
+        """Second relations and values of all compositions."""
+        entity, second = self.compositions(language).T
+        return second, self.value[self.second_fact(entity, second)]
+
+    def _composed_marginal(self, language: int | None) -> Floats:
+        """Float64[R, V], the probability of each value in compositions where the second relation alone is known."""
+        table = np.zeros((self.link, self.settings.values))
+        np.add.at(table, self._composed(language), 1.0)
+        return np.asarray(table / np.maximum(table.sum(axis=1, keepdims=True), 1))
+
+
+def _adverbs(tense: str) -> list[int]:
+    """Numbers of the adverbs that go with a tense; 0 = none."""
+    return [0, *(number for number, (_, only) in enumerate(ADVERBS, start=1) if only in (None, tense))]
+
+
+def _steps(probs: Floats) -> Floats:
+    """Cumulative probabilities that end at exactly 1, so that no rounding can choose what has none."""
+    steps = np.cumsum(probs)
+    return np.asarray(steps / steps[-1])
+
+
+def _entropy(probs: Floats) -> float:
+    used = probs[probs > 0]
+    return float(-(used * np.log(used)).sum())

@@ -1,0 +1,203 @@
+"""Does a model know facts? Multiple choice: is the sentence with the true value likelier than those with others?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from moekit.data.tokenizer import SpecialTokens, Tokenizer
+from moekit.inference.batching import by_length, padded
+from moekit.inference.generate import evaluating
+from moekit.inference.scoring import score_continuations
+from moekit.source import DECILES, FACT_KINDS, FactQuestion
+from moekit.tasks import TASKS
+
+
+class FactScorer:
+    """Scores the sentences of questions as a task makes it possible (`moekit.tasks.Task.recalls`).
+
+    ========  ==================================================================================================
+    sentence  log-probability of the sentence, its end included
+    span      of the words that differ between the sentences, given the others around a sentinel
+    restored  of the sentence, given the words that do not differ around a mask
+    masked    mean over the pieces of the words that differ, all of which are masked; how many pieces there are is
+              given, so that a sum would favour short words
+    ========  ==================================================================================================
+
+    Args:
+        backbone: the model.
+        heads: the heads of its tasks, by name.
+        tokenizer: the one it was trained with.
+        batch_tokens: the most padded positions of a batch.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, heads: nn.ModuleDict, tokenizer: Tokenizer, *, batch_tokens: int = 4096
+    ) -> None:
+        self.backbone, self.heads, self.tokenizer, self.batch_tokens = backbone, heads, tokenizer, batch_tokens
+        self._ways: dict[str, Callable[[str, Sequence[FactQuestion]], list[float]]] = {
+            "sentence": self._sentences,
+            "span": self._spans,
+            "restored": self._restored,
+        }
+
+    def score(self, task: str, questions: Sequence[FactQuestion]) -> list[list[float]]:
+        """The score of every sentence of every question, the higher the likelier; all of one task's way.
+
+        Raises:
+            ValueError: the task has none.
+        """
+        way = TASKS[task].recalls
+        if way is None:
+            raise ValueError(f"facts are asked of tasks that score sentences: got {task}, which does not.")
+        found: list[list[float]] = [[] for _ in questions]
+        for language in dict.fromkeys(question.language for question in questions):
+            own = [i for i, question in enumerate(questions) if question.language == language]
+            asked = [questions[i] for i in own]
+            scores = iter(
+                self._masked(language, asked, self.heads[task]) if way == "masked" else self._ways[way](language, asked)
+            )
+            for i in own:
+                found[i] = [next(scores) for _ in questions[i].sentences]
+        return found
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer.encode_batch(texts)
+
+    def _sentences(self, language: str, questions: Sequence[FactQuestion]) -> list[float]:
+        ids = self._encode([sentence for question in questions for sentence in question.sentences])
+        return self._continued(language, [[self.tokenizer.bos_id]] * len(ids), ids)
+
+    def _spans(self, language: str, questions: Sequence[FactQuestion]) -> list[float]:
+        mark = self.tokenizer.sentinel_ids[0]
+        before, gaps, after = self._parted(questions)
+        sources = [self._framed(language, [*b, mark, *a]) for b, a in zip(before, after, strict=True)]
+        return self._continued(language, sources, gaps, forced=(mark,))
+
+    def _restored(self, language: str, questions: Sequence[FactQuestion]) -> list[float]:
+        before, gaps, after = self._parted(questions)
+        parts = list(zip(before, gaps, after, strict=True))
+        sources = [self._framed(language, [*b, self.tokenizer.mask_id, *a]) for b, _, a in parts]
+        return self._continued(language, sources, [[*b, *gap, *a] for b, gap, a in parts])
+
+    @torch.no_grad()
+    def _masked(self, language: str, questions: Sequence[FactQuestion], head: Any) -> list[float]:
+        backbone: Any = self.backbone
+        tokenizer, device = self.tokenizer, next(self.backbone.parameters()).device
+        before, gaps, after = self._parted(questions)
+        rows = [
+            self._framed(language, [*b, *[tokenizer.mask_id] * len(gap), *a])
+            for b, gap, a in zip(before, gaps, after, strict=True)
+        ]
+        found = [0.0] * len(rows)
+        with evaluating(self.backbone), evaluating(head):
+            for batch in by_length([(len(row),) for row in rows], self.batch_tokens):
+                ids, mask = padded([rows[i] for i in batch], tokenizer.pad_id, device)
+                spoken = torch.full_like(ids[:, 0], tokenizer.language_id(language))
+                hidden = head.transform(backbone.encode(ids, mask, language=spoken).hidden)
+                places = [(n, 1 + len(before[i]) + j) for n, i in enumerate(batch) for j in range(len(gaps[i]))]
+                answers = torch.tensor([token for i in batch for token in gaps[i]], device=device)
+                row, column = torch.tensor(places, device=device).T
+                logits = backbone.logits(hidden[row, column]).float()
+                scores = logits.log_softmax(-1).gather(1, answers[:, None])[:, 0].cpu()  # host read: the scores
+                for i, own in zip(batch, scores.split([len(gaps[i]) for i in batch]), strict=True):
+                    found[i] = float(own.double().mean())
+        return found
+
+    def _continued(
+        self,
+        language: str,
+        contexts: Sequence[Sequence[int]],
+        continuations: Sequence[Sequence[int]],
+        forced: Sequence[int] = (),
+    ) -> list[float]:
+        tokenizer, number = self.tokenizer, self.tokenizer.language_id(language)
+        scores = score_continuations(
+            self.backbone,
+            contexts,
+            [[*ids, tokenizer.eos_id] for ids in continuations],
+            batch_tokens=self.batch_tokens,
+            tokens=SpecialTokens(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id),
+            forced=forced,
+            source_language=number,
+            target_language=number,
+        )
+        return [float(row.double().sum()) for row in scores]
+
+    def _framed(self, language: str, ids: Sequence[int]) -> list[int]:
+        return [self.tokenizer.tag_id(language), *ids, self.tokenizer.eos_id]
+
+    def _parted(self, questions: Sequence[FactQuestion]) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        """Ids before, of and after the words that differ, of every sentence."""
+        parts = [part for question in questions for part in parted(question.sentences)]
+        before, gaps, after = zip(*parts, strict=True)
+        return self._encode(before), self._encode(gaps), self._encode(after)
+
+
+def parted(sentences: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Each sentence as the words that all begin with, those that differ, and those that all end with.
+
+    Example:
+        >>> parted(["he eats the pear now", "he eats an apple now"])
+        [('he eats', 'the pear', 'now'), ('he eats', 'an apple', 'now')]
+    """
+    words = [sentence.split() for sentence in sentences]
+    shortest = min(map(len, words)) - 1  # of each at least one word is its own
+    first = next((i for i in range(shortest) if len({row[i] for row in words}) > 1), shortest)
+    room = shortest - first
+    last = next((i for i in range(room) if len({row[-1 - i] for row in words}) > 1), room)
+    ends = [len(row) - last for row in words]
+    return [
+        (" ".join(row[:first]), " ".join(row[first:end]), " ".join(row[end:]))
+        for row, end in zip(words, ends, strict=True)
+    ]
+
+
+def recall(questions: Sequence[FactQuestion], scores: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """The share of the questions whose true sentence has the highest score, by kind, decile and language.
+
+    Of n sentences that share the highest score each is as good as a n-th of the choice.
+
+    Args:
+        questions: with as many sentences each.
+        scores: what a model says of each of their sentences.
+
+    Returns:
+        Plain data of the `kinds` of a `moekit.runs.record.RecallRecord`.
+
+    Raises:
+        ValueError: a score is no number, or questions have different numbers of sentences.
+    """
+    numbers = {len(question.sentences) for question in questions}
+    if len(numbers) > 1:
+        raise ValueError(f"all questions must have as many sentences: got {sorted(numbers)}.")
+    right = [_right(question, own) for question, own in zip(questions, scores, strict=True)]
+    kinds: list[dict[str, Any]] = []
+    for kind in FACT_KINDS:
+        own = [(question, share) for question, share in zip(questions, right, strict=True) if question.kind == kind]
+        if not own:
+            continue
+        languages = dict.fromkeys(question.language for question, _ in own)
+        found = {
+            "kind": kind,
+            "recall": _mean([share for _, share in own]),
+            "questions": len(own),
+            "deciles": [_mean([s for q, s in own if q.decile == decile]) for decile in range(DECILES)],
+            "languages": {code: _mean([s for q, s in own if q.language == code]) for code in languages},
+        }
+        kinds.append(found)
+    return kinds
+
+
+def _right(question: FactQuestion, scores: Sequence[float]) -> float:
+    best = [i for i, score in enumerate(scores) if score == max(scores)]
+    if not best or any(score != score for score in scores):
+        raise ValueError(f"a model must give numbers: it scores sentences {list(scores)}. Its weights may be NaN.")
+    return (question.answer in best) / len(best)
+
+
+def _mean(shares: Sequence[float]) -> float | None:
+    return sum(shares) / len(shares) if shares else None

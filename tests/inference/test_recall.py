@@ -1,0 +1,156 @@
+"""Recall of facts: what is asked, each task's score beside a plain loop, and what oracles and guessers reach."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moekit.babel import Facts
+from moekit.data.tokenizer import Tokenizer, train_tokenizer
+from moekit.heads import CausalLMHead, DenoisingHead, MaskedLMHead, SpanCorruptionHead
+from moekit.inference.facts import FactScorer, parted, recall
+from moekit.source import DECILES, FactQuestion
+from moekit.transformer import DecoderOnly, EncoderDecoder
+
+D = 16
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Facts:
+    sizes = {"train_sentences": 2_000, "valid_sentences": 5, "test_sentences": 5}
+    return Facts(languages=2, entities=60, relations=3, values=12, unknowable=20, **sizes)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus: Facts, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tokenizer(corpus, vocab_size=260, cache_dir=tmp_path_factory.mktemp("cache"), byte_fallback=False)
+
+
+@pytest.fixture(scope="module")
+def questions(corpus: Facts) -> list[FactQuestion]:
+    return [question for code in corpus.languages for question in corpus.questions(code, each=1, choices=4)]
+
+
+@pytest.mark.parametrize(
+    ("sentences", "parts"),
+    [
+        (["a b c", "a d c"], [("a", "b", "c"), ("a", "d", "c")]),
+        (["b c", "d c"], [("", "b", "c"), ("", "d", "c")]),
+        (["a b", "a d"], [("a", "b", ""), ("a", "d", "")]),
+        (["a le b c", "a la d c", "a le e c"], [("a", "le b", "c"), ("a", "la d", "c"), ("a", "le e", "c")]),
+        (["a a b", "a b"], [("a", "a b", ""), ("a", "b", "")]),
+        (["x", "y"], [("", "x", ""), ("", "y", "")]),
+    ],
+)
+def test_sentences_are_parted_where_they_differ(sentences: list[str], parts: list[tuple[str, str, str]]) -> None:
+    assert parted(sentences) == parts
+
+
+def test_an_oracle_recalls_all_and_a_guesser_what_chance_gives(corpus: Facts) -> None:
+    asked = [question for code in corpus.languages for question in corpus.questions(code, each=40, choices=5)]
+    oracle = recall(asked, [[float(i == q.answer) for i in range(5)] for q in asked])
+    assert [kind["kind"] for kind in oracle] == ["known", "composed", "unknowable"]
+    for kind in oracle:
+        assert kind["recall"] == 1
+        assert set(kind["languages"].values()) == {1}
+        assert set(kind["deciles"]) <= {1, None}
+    rng = random.Random(0)
+    for kind in recall(asked, [[rng.random() for _ in range(5)] for _ in asked]):
+        assert kind["recall"] == pytest.approx(0.2, abs=4 * (0.16 / kind["questions"]) ** 0.5)
+    # Whoever cannot tell sentences apart has chance exactly, and not all or nothing.
+    for kind in recall(asked, [[0.0] * 5 for _ in asked]):
+        assert kind["recall"] == pytest.approx(0.2)
+
+
+def test_a_model_that_prefers_a_value_is_at_chance_of_what_nobody_knows(corpus: Facts) -> None:
+    """The true value of unknowable facts is as any other, whatever a model prefers: length, letters, frequency."""
+    asked = [q for code in corpus.languages for q in corpus.questions(code, each=100, choices=4) if q.decile is None]
+    preferences: list[Callable[[str], float]] = [len, lambda s: -len(s), lambda s: float(sum(map(ord, s)))]
+    for prefers in preferences:
+        (found,) = recall(asked, [[prefers(sentence) for sentence in q.sentences] for q in asked])
+        assert found["recall"] == pytest.approx(0.25, abs=4 * (0.19 / found["questions"]) ** 0.5)
+
+
+def test_recall_is_counted_by_decile_and_language() -> None:
+    def ask(language: str, decile: int) -> FactQuestion:
+        return FactQuestion("known", language, ("a", "b"), 1, decile)
+
+    asked = [ask("en", 0), ask("en", 0), ask("de", 0), ask("de", 9)]
+    (found,) = recall(asked, [[0, 1], [1, 0], [0, 1], [2, 1]])
+    assert found["deciles"] == [pytest.approx(2 / 3), *[None] * (DECILES - 2), 0]
+    assert found["languages"] == {"en": 0.5, "de": 0.5}
+    assert (found["recall"], found["questions"]) == (0.5, 4)
+    with pytest.raises(ValueError, match="a model must give numbers"):
+        recall(asked[:1], [[float("nan"), 1.0]])
+
+
+def models() -> dict[str, tuple[Any, Any]]:
+    torch.manual_seed(0)
+    decoder, pair = DecoderOnly(260, D, 4, 2, 24), EncoderDecoder(260, D, 4, 2, 2, 24)
+    return {
+        "causal_lm": (decoder, CausalLMHead()),
+        "span_corruption": (pair, SpanCorruptionHead()),
+        "denoising": (pair, DenoisingHead()),
+        "masked_lm": (pair, MaskedLMHead(D)),
+    }
+
+
+@torch.no_grad()
+def one_sentence(
+    task: str, model: Any, head: Any, tokenizer: Tokenizer, language: str, parts: tuple[str, ...]
+) -> float:
+    """The score of one sentence, without batches and padding, token after token."""
+    before, gap, after = (tokenizer.encode(part) for part in parts)
+    whole, tag, eos = tokenizer.encode(" ".join(filter(None, parts))), tokenizer.tag_id(language), tokenizer.eos_id
+
+    def likely(hidden: torch.Tensor, token: int) -> float:
+        return float(model.logits(hidden).double().log_softmax(-1)[token])
+
+    if task == "masked_lm":
+        row = torch.tensor([[tag, *before, *[tokenizer.mask_id] * len(gap), *after, eos]])
+        hidden = head.transform(model.encode(row, torch.ones_like(row, dtype=torch.bool)).hidden[0])
+        return sum(likely(hidden[1 + len(before) + i], token) for i, token in enumerate(gap)) / len(gap)
+    mark = {"span_corruption": tokenizer.sentinel_ids[0], "denoising": tokenizer.mask_id}.get(task)
+    forced = [mark] if task == "span_corruption" else []
+    answer = [*(gap if task == "span_corruption" else whole), eos]
+    memory: tuple[Any, ...] = ()
+    if task != "causal_lm":
+        source = torch.tensor([[tag, *before, mark, *after, eos]])
+        source_mask = torch.ones_like(source, dtype=torch.bool)
+        memory = (model.encode(source, source_mask).hidden, source_mask)
+    score = 0.0
+    for i, token in enumerate(answer):
+        given = torch.tensor([[tokenizer.bos_id, *forced, *answer[:i]]])
+        score += likely(model.decode(given, *memory).hidden[0, -1], token)
+    return score
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "span_corruption", "denoising", "masked_lm"])
+def test_each_task_scores_as_a_plain_loop_does(task: str, tokenizer: Tokenizer, questions: list[FactQuestion]) -> None:
+    model, head = models()[task]
+    model.eval(), head.eval()
+    asked = questions[::7]
+    scorer = FactScorer(model, torch.nn.ModuleDict({task: head}), tokenizer, batch_tokens=300)
+    for question, scores in zip(asked, scorer.score(task, asked), strict=True):
+        expected = [
+            one_sentence(task, model, head, tokenizer, question.language, parts) for parts in parted(question.sentences)
+        ]
+        assert scores == pytest.approx(expected, abs=1e-4)
+        assert len({round(score, 3) for score in scores}) > 1
+
+
+def test_tasks_without_a_likelihood_are_refused(tokenizer: Tokenizer, questions: list[FactQuestion]) -> None:
+    model, head = models()["causal_lm"]
+    scorer = FactScorer(model, torch.nn.ModuleDict({"causal_lm": head}), tokenizer)
+    with pytest.raises(ValueError, match="got translation, which does not"):
+        scorer.score("translation", questions[:1])
+
+
+def test_words_are_encoded_alike_in_parts_and_in_whole(tokenizer: Tokenizer, questions: list[FactQuestion]) -> None:
+    for question in questions:
+        for sentence, parts in zip(question.sentences, parted(question.sentences), strict=True):
+            assert [token for part in parts for token in tokenizer.encode(part)] == tokenizer.encode(sentence)

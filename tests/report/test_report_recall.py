@@ -1,0 +1,104 @@
+"""Recall of facts and the floor of the loss: on the page, in the terminal, in markdown and beside other runs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_runs import edit, make_text_run
+from rich.console import Console
+
+from moekit.report import results_markdown, terminal_summary, write_comparison, write_report
+from moekit.report.recall import above_floor, floors, recall_table, recalls
+from moekit.report.run_folder import read_run
+from moekit.report.wording import MISSING
+
+FLOORS = [
+    {"task": "causal_lm", "split": "valid", "knowing": 1.5, "guessing": 2.1},
+    {"task": "causal_lm", "split": "test", "knowing": 1.25, "guessing": 2.0},
+]
+KNOWN = [0.9, 0.85, 0.8, 0.7, 0.66, 0.6, 0.5, 0.4, 0.3, None]
+
+
+def asked(known: float = 0.625) -> list[dict[str, Any]]:
+    kinds = [
+        {"kind": "known", "recall": known, "questions": 900, "deciles": KNOWN, "languages": {"en": 0.75, "de": 0.5}},
+        {
+            "kind": "composed",
+            "recall": 0.25,
+            "questions": 40,
+            "deciles": [None] * 9 + [0.25],
+            "languages": {"en": 0.25},
+        },
+        {"kind": "unknowable", "recall": 0.13, "questions": 500, "deciles": [None] * 10, "languages": {"en": 0.13}},
+    ]
+    return [{"task": "causal_lm", "choices": 8, "chance": 0.125, "kinds": kinds}]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return edit(make_text_run(tmp_path / "run", steps=60), "summary.json", floors=FLOORS, recall=asked())
+
+
+def test_what_is_read(run: Path) -> None:
+    folder = read_run(run)
+    assert {key: found.guessing for key, found in floors(folder).items()} == {
+        ("causal_lm", "valid"): 2.1, ("causal_lm", "test"): 2.0
+    }  # fmt: skip
+    assert above_floor(folder, "causal_lm", 1.75) == 0.5
+    assert above_floor(folder, "causal_lm", 1.75, "valid") == 0.25
+    assert above_floor(folder, "denoising", 1.75) is None
+    assert above_floor(folder, "causal_lm", None) is None
+    table = recall_table(folder)
+    assert table.headers == ["facts", "recall", "en", "de", "chance", "questions"]
+    assert table.rows[0][:4] == ("known", "62.5 %", "75.0 %", "50.0 %")
+    assert [row[4:] for row in table.rows] == [("12.5 %", "900"), ("12.5 %", "40"), ("12.5 %", "500")]
+
+
+@pytest.mark.parametrize(
+    "broken", [None, "text", {"task": 3}, [3], [{"task": "causal_lm"}], [{"task": "causal_lm", "kinds": "x"}]]
+)
+def test_broken_records_are_left_out(run: Path, broken: Any) -> None:
+    folder = read_run(edit(run, "summary.json", floors=broken, recall=broken))
+    assert floors(folder) == {}
+    assert recalls(folder) == []
+    assert "Recall of facts" not in write_report(run).read_text(encoding="utf-8")
+
+
+def test_the_page_draws_recall_and_the_floor(run: Path) -> None:
+    page = write_report(run).read_text(encoding="utf-8")
+    for text in (
+        "Recall of facts by frequency", 'aria-label="Recall by decile of frequency"', "decile of frequency",
+        "unknowable", "62.5 %", "guessing facts", "above the floor", "of known facts, 12.5 % by chance",
+    ):  # fmt: skip
+        assert text in page, text
+    plain = make_text_run(run.parent / "plain", steps=60)
+    without = write_report(plain).read_text(encoding="utf-8")
+    assert not any(text in without for text in ("Recall of facts", "guessing facts", "above the floor"))
+
+
+def test_the_terminal_and_the_text_say_it(run: Path) -> None:
+    loss = next(float(x["loss"]) for x in [read_run(run).summary["test"]["causal_lm"]])
+    console = Console(file=io.StringIO(), width=80)
+    terminal_summary(run, console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"loss {loss:.4g}, {loss - 1.25:.3f} above it" in said
+    assert "recall      known 62.5 % · composed 25.0 % · unknowable 13.0 % · chance 12.5 %" in said
+    assert len(said.splitlines()) <= 24
+    text = results_markdown(run)
+    assert "Recall of facts" in text
+    assert "| known | 62.5 % | 75.0 % | 50.0 % | 12.5 % | 900 |" in text
+
+
+def test_a_comparison_has_both(run: Path, tmp_path: Path) -> None:
+    other = edit(make_text_run(tmp_path / "dense", steps=60), "summary.json", floors=FLOORS, recall=asked(0.375))
+    plain = make_text_run(tmp_path / "plain", steps=60)
+    text = write_comparison([run, other, plain], tmp_path / "c").with_suffix(".md").read_text(encoding="utf-8")
+    assert "Loss above the floor" in text
+    (known,) = [line for line in text.splitlines() if "known |" in line and "unknowable" not in line]
+    assert "62.5 %" in known
+    assert "37.5 %" in known
+    assert known.rstrip(" |").endswith(MISSING)
+    assert "recall" not in write_comparison([plain, plain], tmp_path / "d").read_text(encoding="utf-8").lower()

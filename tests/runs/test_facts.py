@@ -1,0 +1,94 @@
+"""A run on text whose facts are known: its floor is that of its very sentences, and the test asks for facts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moekit.babel import Facts, facts
+from moekit.cli import program
+from moekit.cli.recipes import main
+from moekit.recipes import moe_lm, zcode_m3
+from moekit.runs import Recipe, Run
+from moekit.runs.record import Summary
+from moekit.runs.settings import DataConfig
+
+
+def trained(recipe: Recipe, folder: Path, **given: Any) -> dict[str, Any]:
+    options = {
+        "variant": "tiny", "model.dim": 16, "model.hidden_dim": 16, "model.num_experts": 2, "data.vocab_size": 280,
+        "data.byte_fallback": False, "data.cache": folder / "cache", "data.source": "facts", "data.babel_languages": 2,
+        "data.babel_sentences": 1_500, "data.facts_entities": 40, "data.facts_relations": 2, "data.facts_values": 12,
+        "train.accelerator": "cpu", "train.max_steps": 2, "train.warmup_steps": 1, "train.max_minutes": 0,
+        "train.validate_every": 1, "evaluate.beam_size": 1, "evaluate.max_sentences": 40,
+        "evaluate.valid_sentences": 30, "evaluate.samples": 1, "evaluate.facts": 1, "evaluate.choices": 4,
+        "out": folder / "run", **given,
+    }  # fmt: skip
+    assert main(recipe, ["run", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    return json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
+
+
+def test_a_language_model_has_its_floor_and_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = Summary.from_json(trained(moe_lm.RECIPE, tmp_path))
+    source = Facts(languages=2, entities=40, relations=2, values=12, train_sentences=1_500)
+    tokenizer = Run.open(tmp_path / "run").kept_tokenizer
+    assert tokenizer is not None
+    assert found.floors is not None
+    for split, number, floor in zip(("valid", "test"), (30, 40), found.floors, strict=True):
+        cost = tokens = 0.0
+        for code in source.languages:
+            known = source.information(code, split)  # type: ignore[arg-type]
+            assert known is not None
+            texts = source.monolingual(code, split)[:number]  # type: ignore[arg-type]
+            cost += sum(known.knowing[:number])
+            tokens += sum(len(tokenizer.encode(text)) + 1 for text in texts)
+        assert (floor.task, floor.split) == ("causal_lm", split)
+        assert floor.knowing == pytest.approx(cost / tokens)
+        assert floor.guessing > floor.knowing
+    assert found.test["causal_lm"]["loss"] > found.floors[1].guessing, "after two steps a model knows nothing"
+    (record,) = found.recall or ()
+    assert (record.task, record.choices, record.chance) == ("causal_lm", 4, 0.25)
+    assert {kind.kind for kind in record.kinds} == {"known", "composed", "unknowable"}
+    for kind in record.kinds:
+        assert kind.recall < 0.7
+    said = capsys.readouterr().out
+    assert "chance 25.0 %" in said
+    assert "above it" in said
+
+
+def test_tasks_of_an_encoder_decoder_are_asked_their_ways(tmp_path: Path) -> None:
+    found = Summary.from_json(trained(zcode_m3.RECIPE, tmp_path, **{"model.generator_dim": 8}))
+    assert found.floors is None, "no task of this run scores whole sentences"
+    assert [record.task for record in found.recall or ()] == ["denoising", "masked_lm"]
+    for record in found.recall or ():
+        assert all(kind.questions for kind in record.kinds)
+
+
+def test_text_that_is_another_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose text the source does not make any more, as after a change of its code: no questions and no floor."""
+    trained(moe_lm.RECIPE, tmp_path)
+    monkeypatch.setattr(facts, "_TEXT", 9)  # which draws begin with
+    assert program.main(["test", str(tmp_path / "run")]) == 0
+    found = Summary.from_json(json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8")))
+    assert found.test
+    assert found.recall is None
+    assert found.floors is None
+
+
+def test_the_source_that_knows_facts_is_found_among_others(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.en").write_text("a b\n", encoding="utf-8")
+        (tmp_path / f"{split}.de").write_text("c d\n", encoding="utf-8")
+    sizes: dict[str, Any] = {"babel_languages": 3, "facts_entities": 9, "babel_sentences": 10}
+    assert DataConfig(source="babel").knowledge() is None
+    alone = DataConfig(source="facts", directions="avl-tnd", **sizes).knowledge()
+    assert alone is not None
+    assert alone.languages == ("avl", "tnd")
+    both = DataConfig(source="moses,facts", path=str(tmp_path), **sizes)
+    assert both.open().languages == ("de", "en", "avl", "tnd", "kmb")
+    among = both.knowledge()
+    assert isinstance(among, Facts)
+    assert among.languages == ("avl", "tnd", "kmb")
