@@ -11,6 +11,7 @@ from moekit.ablation.pages import MISSING, asked, ours
 from moekit.ablation.table import Part
 from moekit.ablation.verdict import VERDICTS, count_verdicts
 from moekit.runs.yaml_file import read_mapping
+from moekit.shell import NAME
 
 Tier = Literal["A", "B", "C", "D"]
 
@@ -69,7 +70,7 @@ def read_claims(path: Path) -> list[Claim]:
             )
             part.end()
             if any(id == other.id for other in found):
-                raise part.fault("", f"{id!r} is there twice")
+                raise part.fault("claim", f"{id!r} is there twice")
             found.append(claim)
     return found
 
@@ -194,7 +195,7 @@ def _row(claim: Claim, answers: Mapping[str, Any]) -> list[str]:
 
 def _link(result: Mapping[str, Any]) -> str:
     recipe, _, name = result["table"].partition("/")
-    return f"[`{result['table']}`](../recipes/{recipe}/results/ablations/{name}.md)"
+    return f"[`{NAME} ablate {result['table']}`](../recipes/{recipe}/results/ablations/{name}.md)"
 
 
 def _others(claims: Sequence[Claim], results: Mapping[str, Mapping[str, Any]]) -> str:

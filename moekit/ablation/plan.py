@@ -138,13 +138,14 @@ class Plan:
         if rates is None:
             return []
         wanted = {self.table.arms[arm].of or arm for arm in (self.table.arms if arms is None else arms)}
-        return [
+        found = (
             self.job(arm, seed, rate)
             for seed in rates.seeds
             for rate in rates.values
             for arm in self.trained
             if arm in wanted
-        ]
+        )
+        return list({job.digest: job for job in found}.values())  # equal arms have the same runs
 
     def jobs(
         self, rates: Mapping[str, float], arms: Sequence[str] | None = None, seeds: Sequence[int] | None = None

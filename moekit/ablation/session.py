@@ -145,7 +145,8 @@ class Estimate:
             rates = {arm: found["chosen"] for arm, found in chosen_rates(plan, runs).items()}
         every = [*tuning, *plan.jobs(rates)]
         # Without chosen rates no run of the second part is known to be there.
-        left = [job for job in every if not (known or job in tuning) or not RunRecord.of(job.folder(runs)).final]
+        asked = {job.digest for job in (every if known else tuning)}
+        left = [job for job in every if job.digest not in asked or not RunRecord.of(job.folder(runs)).final]
         earlier = _committed_minutes(plan)
         minutes, sure = 0.0, True
         for job in left:
@@ -218,7 +219,10 @@ def _rates(plan: Plan, runs: Path, only: Sequence[str] | None) -> dict[str, floa
             f"{len(unfinished)} runs that choose learning rates have failed, as {unfinished[0].label}: {said} "
             f"Its log: {unfinished[0].folder(runs)}.log"
         )
-    return {arm: found["chosen"] for arm, found in chosen_rates(plan, runs, sorted(wanted)).items()}
+    return {
+        arm: found["chosen"]
+        for arm, found in chosen_rates(plan, runs, [arm for arm in plan.trained if arm in wanted]).items()
+    }
 
 
 def _left(plan: Plan, runs: Path) -> list[Job]:
