@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moekit.ablation.pages import MISSING, asked, ours
-from moekit.ablation.table import Part
+from moekit.ablation.part import Part
 from moekit.ablation.verdict import VERDICTS, count_verdicts
 from moekit.runs.yaml_file import read_mapping
 from moekit.shell import NAME

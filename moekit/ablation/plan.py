@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,12 @@ class Job:
     of: Job | None = None
     prune: tuple[tuple[str, Any], ...] = ()
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of what the run computes: equal for runs that compute the same, whatever table they are of."""
         return self._digest(())
 
-    @property
+    @cached_property
     def kin(self) -> str:
         """The same for all seeds and learning rates, which take the same time."""
         return self._digest((*_SEEDS, RATE))

@@ -136,7 +136,7 @@ def run_all(
         running: list[_Running] = []
         try:
             while waiting or running:
-                while len(running) < at_once and (job := _next(waiting, running, runs)) is not None:
+                while len(running) < at_once and (job := _next(waiting, runs)) is not None:
                     waiting.remove(job)
                     running.append(_begin(job, runs, make, watcher))
                 if not running:  # what is left is of runs that have failed
@@ -183,7 +183,7 @@ def _borrow(job: Job, trained: Path, folder: Path) -> None:
     write_text(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
-def _next(waiting: Sequence[Job], running: Sequence[_Running], runs: Path) -> Job | None:
+def _next(waiting: Sequence[Job], runs: Path) -> Job | None:
     """The first run that can begin: that of a trained model waits for it, and is left out where that has failed."""
     for job in waiting:
         if job.of is None or RunRecord.of(job.of.folder(runs)).state == "done":

@@ -71,8 +71,8 @@ class Progress:
 
     def minutes_left(self) -> float:
         """Until all runs are done, if each has a processor."""
-        under_way = [self._left(job, step) for job, step in self.running.values() if job.digest in self.expected]
-        waiting = [minutes for digest, minutes in self.expected.items() if digest not in self.running]
+        under_way = [self._left(job, step) for job, step in list(self.running.values()) if job.digest in self.expected]
+        waiting = [minutes for digest, minutes in list(self.expected.items()) if digest not in self.running]
         return (sum(under_way) + sum(waiting)) / max(1, min(self.at_once, len(self.expected)))
 
     def _left(self, job: Job, step: int) -> float:
