@@ -131,7 +131,7 @@ def run_all(
         KeyboardInterrupt: after an orderly end.
     """
     make = moekit_commands if commands is None else commands
-    with held(runs), _signals_interrupt():
+    with _held(runs), _signals_interrupt():
         waiting = [job for job in jobs if not RunRecord.of(job.folder(runs)).final]
         running: list[_Running] = []
         try:
@@ -150,6 +150,22 @@ def run_all(
         finally:
             _stop(running)
     return {job.digest: RunRecord.of(job.folder(runs)) for job in jobs}
+
+
+@contextlib.contextmanager
+def _held(runs: Path) -> Iterator[None]:
+    """`moekit.lock.held` for the folder of all runs."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(runs))
+        except UserError as error:
+            if "in use" not in str(error):
+                raise
+            raise UserError(
+                f"the runs in {runs} are made by another ablate: wait until it ends, stop it, or give another folder "
+                "with --runs."
+            ) from error
+        yield
 
 
 def moekit_commands(job: Job, folder: Path) -> list[list[str]]:

@@ -17,6 +17,7 @@ from moekit.ablation.session import Estimate, list_tables
 from moekit.ablation.table import read_table
 from moekit.ablation.view import Progress
 from moekit.errors import UserError
+from moekit.lock import held
 from moekit.terminal import Terminal
 
 
@@ -181,6 +182,11 @@ def test_a_rate_that_diverges_is_not_chosen(tmp_path: Path) -> None:
 def test_a_run_that_refuses_its_settings_ends_the_session(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the run many, seed 101, rate 0\.001 was refused: model\.heads must divide"):
         run(write_table(tmp_path), tmp_path / "runs", fake(lambda job: formula(job) | {"end": "refused"}), at_once=1)
+
+
+def test_two_sessions_do_not_share_a_folder(tmp_path: Path) -> None:
+    with held(tmp_path / "runs"), pytest.raises(UserError, match="made by another ablate: wait until it ends"):
+        run(write_table(tmp_path), tmp_path / "runs")
 
 
 def test_a_metric_that_no_run_has_is_named(tmp_path: Path) -> None:
