@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedDifferences:
     """Differences, one for each seed.
 
     Attributes:

@@ -116,9 +116,14 @@ def _arms(found: Mapping[str, Any]) -> str:
     rows = []
     for name, arm in found["arms"].items():
         settings = ", ".join(f"{key} {value}" for key, value in arm["settings"].items())
-        settings = ", ".join(filter(None, [arm["of"] and f"models of {arm['of']}", settings]))
-        settings += f", pruned: {arm['prune']}" if arm["prune"] else ""
-        settings += f", seeds + {arm['seed_offset']}" if arm["seed_offset"] else ""
+        pruned = ", ".join(f"{key} {value}" for key, value in (arm["prune"] or {}).items())
+        parts = {
+            f"models of {arm['of']}": arm["of"],
+            f"pruned: {pruned}": pruned,
+            settings: settings,
+            f"seeds + {arm['seed_offset']}": arm["seed_offset"],
+        }
+        settings = ", ".join(words for words, there in parts.items() if there)
         cost, minutes = arm["costs"], found["made"]["minutes_by_arm"].get(name)
         rows.append(
             [

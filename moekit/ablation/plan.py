@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moekit.ablation.table import Arm, Table
+from moekit.ablation.table import AblationTable, Arm
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
 from moekit.runs.plain import as_plain, flatten
@@ -96,11 +96,11 @@ class Plan:
         configs: of each arm, without seeds.
     """
 
-    table: Table
+    table: AblationTable
     configs: Mapping[str, RunConfig]
 
     @classmethod
-    def of(cls, table: Table, configure: Configure) -> Plan:
+    def of(cls, table: AblationTable, configure: Configure) -> Plan:
         """Resolve the settings of every arm, and build every model without memory.
 
         Raises:

@@ -29,6 +29,7 @@ State = Literal["done", "diverged", "failed", "unfinished"]
 _POLL = 0.2  # seconds
 _PATIENCE = 120.0
 """Seconds for runs to write their checkpoints once they are told to end."""
+_ONE_THREAD = ("env", "OMP_NUM_THREADS=1", "MKL_NUM_THREADS=1")
 _BORROWED = ("checkpoints", "tokenizer", "held_out.json.gz", "environment.json")
 """What a run that only evaluates another's model has of it."""
 
@@ -232,9 +233,8 @@ def _wait_until_free(folder: Path) -> None:
 
 
 def _start(one: _Running) -> None:
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     one.process = subprocess.Popen(
-        one.left.pop(0), stdin=subprocess.DEVNULL, stdout=one.log, stderr=one.log, env={**os.environ, **threads},
+        [*_ONE_THREAD, *one.left.pop(0)], stdin=subprocess.DEVNULL, stdout=one.log, stderr=one.log,
         start_new_session=True,  # a Ctrl-C is this process's to pass on
     )  # fmt: skip
 

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moekit.ablation.comparison import Paired
+from moekit.ablation.comparison import PairedDifferences
 from moekit.ablation.ladder import compute_factor, log_factors
 from moekit.ablation.measures import COSTS, MECHANISMS, costs, measure
 from moekit.ablation.plan import Job, Plan
 from moekit.ablation.processes import RunRecord
-from moekit.ablation.table import Question, Table
+from moekit.ablation.table import AblationTable, TestedClaim
 from moekit.ablation.verdict import Evidence, Judged, judge
 from moekit.environment import environment
 from moekit.errors import UserError
@@ -151,7 +151,7 @@ def read_result(path: Path) -> dict[str, Any]:
 # -- one run -----------------------------------------------------------------------------------------------------------
 
 
-def _run(table: Table, arm: str, job: Job, runs: Path) -> dict[str, Any]:
+def _run(table: AblationTable, arm: str, job: Job, runs: Path) -> dict[str, Any]:
     """State, digest, numbers and costs of a run."""
     folder = job.folder(runs)
     record = RunRecord.of(folder)
@@ -177,7 +177,7 @@ def _mean_costs(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, float | None
     }
 
 
-def _grid(table: Table, rates: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+def _grid(table: AblationTable, rates: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     grid = table.learning_rates
     return None if grid is None else {**asdict(grid), "arms": dict(rates)}
 
@@ -188,7 +188,7 @@ Measured = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """By arm and seed: what `_run` makes."""
 
 
-def _evidence(question: Question, measured: Measured, seeds: Sequence[int]) -> Evidence:
+def _evidence(question: TestedClaim, measured: Measured, seeds: Sequence[int]) -> Evidence:
     """The differences of a claim, by seed, of the runs that have its metric."""
     values = _values(question, measured, seeds)
     whole = [seed for seed in seeds if all(got[seed] is not None for got in values.values())]
@@ -203,15 +203,15 @@ def _evidence(question: Question, measured: Measured, seeds: Sequence[int]) -> E
         if question.kind == "mechanism":
             smallest = 0.0  # beyond the bound
         differences = [side * (_effect(question, values, seed) - question.bound) for seed in whole]
-    effect = Paired(differences) if len(differences) > 1 else None
+    effect = PairedDifferences(differences) if len(differences) > 1 else None
     return Evidence(effect, smallest, equality, failed, censored)
 
 
-def _values(question: Question, measured: Measured, seeds: Sequence[int]) -> dict[str, dict[int, float | None]]:
+def _values(question: TestedClaim, measured: Measured, seeds: Sequence[int]) -> dict[str, dict[int, float | None]]:
     return {arm: {seed: measured[arm][seed]["metrics"].get(question.metric) for seed in seeds} for arm in question.arms}
 
 
-def _effect(question: Question, values: Mapping[str, Mapping[int, float | None]], seed: int) -> float:
+def _effect(question: TestedClaim, values: Mapping[str, Mapping[int, float | None]], seed: int) -> float:
     """The metric of the arm, less that of what it is compared with."""
     value = values[question.arm][seed]
     other = values[question.against][seed] if question.against else 0.0
@@ -220,7 +220,7 @@ def _effect(question: Question, values: Mapping[str, Mapping[int, float | None]]
     return value - other
 
 
-def _factor(question: Question, measured: Measured, seed: int) -> Any:
+def _factor(question: TestedClaim, measured: Measured, seed: int) -> Any:
     def point(arm: str) -> tuple[float, float]:
         run = measured[arm][seed]
         if not run["costs"]["work"]:
@@ -232,8 +232,8 @@ def _factor(question: Question, measured: Measured, seed: int) -> Any:
 
 
 def _answer(
-    table: Table,
-    question: Question,
+    table: AblationTable,
+    question: TestedClaim,
     evidence: Evidence,
     judged: Judged,
     measured: Measured,
@@ -254,7 +254,7 @@ def _answer(
     return found
 
 
-def _numbers(question: Question, evidence: Evidence) -> dict[str, Any]:
+def _numbers(question: TestedClaim, evidence: Evidence) -> dict[str, Any]:
     """Pairs, difference, deviation and interval in the metric's own unit; of a factor, the factor and its interval."""
     effect = evidence.effect
     if effect is None:
@@ -273,7 +273,7 @@ def _numbers(question: Question, evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def _not_matched(table: Table, question: Question, measured: Measured) -> list[str]:
+def _not_matched(table: AblationTable, question: TestedClaim, measured: Measured) -> list[str]:
     """What the table says is matched in the arms of a claim, and is not, in words."""
     if not question.against:
         return []

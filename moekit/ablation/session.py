@@ -15,7 +15,7 @@ from moekit.ablation.claims import claims_page, listed_words, read_claims
 from moekit.ablation.plan import Configure, Job, Plan
 from moekit.ablation.processes import Commands, RunRecord, measured_minutes, run_all
 from moekit.ablation.result import chosen_rates, read_result, result
-from moekit.ablation.table import RECIPES, Table, find_table, read_table, table_files
+from moekit.ablation.table import RECIPES, AblationTable, find_table, read_table, table_files
 from moekit.ablation.verdict import count_verdicts
 from moekit.ablation.view import Progress
 from moekit.atomic import require_writable, write_text
@@ -179,7 +179,7 @@ def committed_results(recipes: Path) -> dict[str, dict[str, Any]]:
 # -- parts of a table --------------------------------------------------------------------------------------------------
 
 
-def _check_choice(table: Table, seeds: Sequence[int] | None, only: Sequence[str] | None) -> None:
+def _check_choice(table: AblationTable, seeds: Sequence[int] | None, only: Sequence[str] | None) -> None:
     for seed in seeds or ():
         if seed not in table.seeds:
             raise UserError(f"--seeds must be of the table: {seed} is none of {', '.join(map(str, table.seeds))}.")

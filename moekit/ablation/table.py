@@ -44,7 +44,7 @@ class Arm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class TestedClaim:
     """A claim, or what the negative control must show, as something that numbers answer.
 
     Attributes:
@@ -99,7 +99,7 @@ class LearningRates:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class AblationTable:
     """What a file of ablations/ says.
 
     Attributes:
@@ -128,8 +128,8 @@ class Table:
     minutes: float
     learning_rates: LearningRates | None
     arms: Mapping[str, Arm]
-    claims: Mapping[str, Question]
-    control: Question | None
+    claims: Mapping[str, TestedClaim]
+    control: TestedClaim | None
     no_control: str
 
     @property
@@ -138,7 +138,7 @@ class Table:
         return f"{self.recipe}/{self.path.stem}"
 
     @property
-    def questions(self) -> list[Question]:
+    def questions(self) -> list[TestedClaim]:
         """The claims and the control."""
         return [*self.claims.values(), *([self.control] if self.control else [])]
 
@@ -181,7 +181,7 @@ def find_table(given: str, recipes: Path | None = None) -> Path:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> AblationTable:
     """The table in a file.
 
     Raises:
@@ -194,7 +194,7 @@ def read_table(path: Path) -> Table:
     if variant not in recipe.variants:
         raise top.fault("variant", f"unknown variant {variant!r}. {nearest(variant, recipe.variants)}")
     arms = {name: _arm(name, part) for name, part in top.parts("arms").items()}
-    table = Table(
+    table = AblationTable(
         path=path,
         title=top.text("title"),
         recipe=recipe.name,
@@ -227,8 +227,8 @@ def _arm(name: str, part: Part) -> Arm:
     return arm
 
 
-def _claims(top: Part) -> dict[str, Question]:
-    found: dict[str, Question] = {}
+def _claims(top: Part) -> dict[str, TestedClaim]:
+    found: dict[str, TestedClaim] = {}
     for part in top.listed("claims"):
         question = _question(part, part.text("id"))
         if question.id in found:
@@ -239,10 +239,10 @@ def _claims(top: Part) -> dict[str, Question]:
     return found
 
 
-def _question(part: Part, id: str) -> Question:
+def _question(part: Part, id: str) -> TestedClaim:
     kind: Kind = part.one_of("kind", part.text("kind"), Kind)
     needs_bound, equality = kind == "mechanism", kind == "no difference"
-    made = Question(
+    made = TestedClaim(
         id=id,
         kind=kind,
         hypothesis=part.text("hypothesis"),
@@ -272,7 +272,7 @@ def _learning_rates(part: Part | None) -> LearningRates | None:
     return found
 
 
-def _check(table: Table) -> None:
+def _check(table: AblationTable) -> None:
     """What several keys say together."""
 
     def fault(key: str, why: str) -> UserError:

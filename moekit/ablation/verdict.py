@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from moekit.ablation.comparison import Paired, holm
+from moekit.ablation.comparison import PairedDifferences, holm
 
 Verdict = Literal["reproduced", "direction only", "inconclusive", "contradicted", "not testable here"]
 VERDICTS: tuple[Verdict, ...] = ("reproduced", "direction only", "inconclusive", "contradicted", "not testable here")
@@ -28,7 +28,7 @@ class Evidence:
         censored: why the effect is only known to be less than what is given, if so; nothing is reproduced then.
     """
 
-    effect: Paired | None
+    effect: PairedDifferences | None
     smallest: float
     equality: bool = False
     failed: int = 0
@@ -102,7 +102,7 @@ def _judged(found: Evidence, p_for: float, p_against: float, controlled: str) ->
     return Judged(verdict, why, p, p_for)
 
 
-def _by_rule(found: Evidence, effect: Paired, p_for: float, p_against: float) -> tuple[Verdict, str]:
+def _by_rule(found: Evidence, effect: PairedDifferences, p_for: float, p_against: float) -> tuple[Verdict, str]:
     if found.equality:
         if p_for < LEVEL:
             return "reproduced", f"the difference is within plus and minus {found.smallest:g}."

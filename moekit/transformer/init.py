@@ -136,7 +136,7 @@ def init_weights_by_name(model: nn.Module, seed: int) -> None:
     Args:
         model: any module in memory; what has neither `reset_parameters` nor weights that `init_weights` draws keeps
             what it has.
-        seed: of all streams.
+        seed: random seed from which all streams follow.
     """
     draws, seen = dict(_draws(model, 1.0)), set[nn.Module]()
     copied = [bank for bank in model.modules() if isinstance(bank, Experts) and _are_copies(bank)]

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from moekit.ablation.comparison import Paired, holm
+from moekit.ablation.comparison import PairedDifferences, holm
 from moekit.ablation.ladder import Factor, compute_factor, log_factors
 from moekit.ablation.student import t_cdf, t_quantile
 from moekit.ablation.verdict import Evidence, count_verdicts, judge
@@ -33,7 +33,7 @@ def test_paired_is_scipys() -> None:
     draw = random.Random(0)
     for n in (2, 5, 8, 20):
         found = [draw.gauss(0.3, 1) for _ in range(n)]
-        paired = Paired(found)
+        paired = PairedDifferences(found)
         low, high = paired.interval()
         peer = stats.t.interval(0.95, n - 1, loc=paired.mean, scale=stats.sem(found))
         assert (low, high) == pytest.approx(peer, rel=1e-9)
@@ -49,7 +49,7 @@ def test_paired_is_scipys() -> None:
 def test_an_interval_and_its_p_say_the_same() -> None:
     draw = random.Random(1)
     for _ in range(200):
-        paired = Paired([draw.gauss(draw.choice((0.0, 0.5)), 0.5) for _ in range(5)])
+        paired = PairedDifferences([draw.gauss(draw.choice((0.0, 0.5)), 0.5) for _ in range(5)])
         low, high = paired.interval()
         assert (low > 0.1) == (paired.p_above(0.1) < 0.05)
         assert (high < 0) == (paired.p_below(0) < 0.05)
@@ -59,13 +59,13 @@ def test_an_interval_and_its_p_say_the_same() -> None:
 
 def test_one_number_again_and_again() -> None:
     """Equal runs differ by nothing, and that is no division by nothing."""
-    same = Paired([0.0] * 5)
+    same = PairedDifferences([0.0] * 5)
     assert (same.mean, same.interval()) == (0.0, (0.0, 0.0))
     assert (same.p_equivalent(0.01), same.p_equivalent(0.0), same.p_above(0.0), same.p_below(0.0)) == (0, 1, 1, 1)
-    off = Paired([0.5] * 5)
+    off = PairedDifferences([0.5] * 5)
     assert (off.p_above(0.1), off.p_below(0.1), off.p_equivalent(0.1)) == (0, 1, 1)
     with pytest.raises(ValueError, match="at least two differences: got 1"):
-        Paired([1.0])
+        PairedDifferences([1.0])
 
 
 def test_holm_by_hand() -> None:
@@ -76,7 +76,7 @@ def test_holm_by_hand() -> None:
 
 
 def evidence(values: list[float], smallest: float = 0.1, **more: object) -> Evidence:
-    return Evidence(Paired(values), smallest, **more)  # type: ignore[arg-type]
+    return Evidence(PairedDifferences(values), smallest, **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -180,5 +180,5 @@ def test_bounds_support_nothing_that_they_do_not_say() -> None:
     assert logs == pytest.approx([math.log(2), 0.0])
     assert why == ""
     logs, why = log_factors({1: Factor(3.0, "at most"), 2: Factor(3.1), 3: Factor(3.2)}, 1.0)
-    assert judge({"a": Evidence(Paired(logs), 0.0, censored=why)})["a"].verdict == "inconclusive"
+    assert judge({"a": Evidence(PairedDifferences(logs), 0.0, censored=why)})["a"].verdict == "inconclusive"
     assert "1 of 3 seeds" in why
