@@ -86,7 +86,7 @@ def test_remarks_of_a_command_are_shown_as_text(
     assert ACTS.search(capsys.readouterr().err), "outside of a command everything is as it was"
 
 
-ABOUT_RUNS = [*program.SURGERY, *program.REPORTS]
+ABOUT_RUNS = [*program.SURGERY, *program.REPORTS, *program.STUDIES]
 OPTIONS = {
     "aggregate": ["--out", "x"], "prune": ["--keep", "2", "--out", "x"], "upcycle": ["--experts", "4", "--out", "x"],
     "merge": ["--out", "x"], "split": ["--parts", "2", "--out", "x"], "change": ["--set", "model.k=1", "--out", "x"],

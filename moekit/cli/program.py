@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from moekit.cli import (
+    ablate,
     aggregate,
     change,
     compare,
@@ -40,6 +41,7 @@ SURGERY: Mapping[str, Command] = {
     "import": import_.COMMAND,
 }
 REPORTS: Mapping[str, Command] = {"report": report.COMMAND, "compare": compare.COMMAND}
+STUDIES: Mapping[str, Command] = {"ablate": ablate.COMMAND}
 _RUNS = ("test", "generate", "serve", "score")
 """Commands that use a run, whose folder names its recipe."""
 
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = given
     if name in _RUNS and _names_folder(rest):
         rest = ["--out", *rest]
-    runs = {**SURGERY, **REPORTS}
+    runs = {**SURGERY, **REPORTS, **STUDIES}
     if name in runs:
         return run_command(runs, name, rest)
     if rest and is_help(rest) and name in recipes.COMMANDS:
@@ -78,7 +80,7 @@ def surgery(arguments: Sequence[str] | None = None) -> int:
 def _recipe(command: str, arguments: Sequence[str]) -> Recipe:
     """The recipe that the arguments begin with, or that of the run that is used."""
     if command not in recipes.COMMANDS:
-        _unknown(command, {**recipes.COMMANDS, **SURGERY, **REPORTS})
+        _unknown(command, {**recipes.COMMANDS, **SURGERY, **REPORTS, **STUDIES})
     if arguments and not arguments[0].startswith("-"):
         return find_recipe(arguments[0], command)
     if command in _RUNS and (out := option_value(arguments, "--out")):
@@ -102,6 +104,7 @@ def _about() -> str:
         "commands on recipes": {name: command.help for name, command in recipes.COMMANDS.items()},
         "commands on trained models": {name: command.help for name, command in SURGERY.items()},
         "reports": {name: command.help for name, command in REPORTS.items()},
+        "studies": {name: command.help for name, command in STUDIES.items()},
         "recipes": {name: find_recipe(name, "").about for name in recipe_names()},
     }
     lists = "\n\n".join(f"{title}:\n{overview(lines)}" for title, lines in rows.items())

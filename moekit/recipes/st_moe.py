@@ -5,8 +5,8 @@ encoder-decoder learns to restore cut-out spans; feed-forwards and experts are G
 best expert and, with probability min(1, g / 0.2), to the second one of weight g; the two weights sum to 1. An expert
 takes 1.25 T / E assignments in training, so that of the choices of a batch a third or more find no room, and 2 T / E in
 evaluation. The loss is cross-entropy + 0.01 balance + 0.001 z, where z keeps the router's logits small. One more dense
-feed-forward, a branch with a norm of its own, follows each sparse layer. The arms of the paper's stability study are in
-recipes/st_moe/ablations/.
+feed-forward, a branch with a norm of its own, follows each sparse layer. The paper's stability study is a table,
+recipes/st_moe/ablations/stability.yaml.
 
     moekit run st_moe                       # minutes on a laptop, nothing to download
     moekit run st_moe --variant small --data.source text --data.path FOLDER

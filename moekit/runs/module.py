@@ -14,6 +14,7 @@ from moekit.runs.recipe import Recipe, RunText
 from moekit.runs.settings.tasks import active_tasks
 from moekit.training.budget import Budget
 from moekit.training.multitask import MultitaskModule
+from moekit.transformer import init_weights_by_name
 
 
 def make_module(
@@ -41,6 +42,8 @@ def make_module(
     text = RunText(data.tokenizer.vocab_size, None if loaded else data)
     parts = recipe.parts(config, text, "meta" if empty else None)
     train, budget = config.train, config.train.budget()
+    if train.init_by_name and not (empty or loaded):
+        init_weights_by_name(parts.named(), train.seed)
     if train.accelerator != "cpu" and torch.cuda.is_available():  # elsewhere torch computes
         use_backend(parts.backbone, train.backend)
     module = make(

@@ -14,7 +14,7 @@ from moekit.transformer.feed_forward import (
     every_other,
     pyramid,
 )
-from moekit.transformer.init import init_weights, materialize, materialize_modules
+from moekit.transformer.init import init_weights, init_weights_by_name, materialize, materialize_modules
 from moekit.transformer.models import DecoderOnly, EncoderDecoder, EncoderOnly, routed_layers
 from moekit.transformer.norms import LayerNorm, RMSNorm, RMSNormWithoutScale
 from moekit.transformer.output import BlockOutput, DecoderOutput, StackOutput
@@ -59,6 +59,7 @@ __all__ = [
     "build_stack",
     "every_other",
     "init_weights",
+    "init_weights_by_name",
     "materialize",
     "materialize_modules",
     "pyramid",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.errors import UserError
-from moekit.experts.base import Experts
+from moekit.experts.base import Experts, copy_first_expert_
 from moekit.functional.init import truncated_normal_
 from moekit.transformer.attention import CrossAttention, SelfAttention
 from moekit.transformer.embedding import TokenEmbedding
@@ -123,6 +124,50 @@ def _draw(linear: nn.Linear | FusedLinear, scale: float) -> None:
 def _rescale(queries: Tensor, attention: SelfAttention | CrossAttention) -> None:
     if attention.scale is not None and not queries.is_meta:
         queries.mul_(attention.head_dim**-0.5 / attention.scale)
+
+
+def init_weights_by_name(model: nn.Module, seed: int) -> None:
+    """Draw the first weights of every module anew, each from a random stream of its own: that of `seed` and its name.
+
+    Two models that differ in some modules then begin alike in all others, which have the same names, as paired runs of
+    an ablation should; drawn one after the other, everything behind the first difference would differ. Experts that
+    were copies of one stay so. Afterwards torch's generators are as `seed` sets them.
+
+    Args:
+        model: any module in memory; what has neither `reset_parameters` nor weights that `init_weights` draws keeps
+            what it has.
+        seed: random seed from which all streams follow.
+    """
+    draws, seen = dict(_draws(model, 1.0)), set[nn.Module]()
+    copied = [bank for bank in model.modules() if isinstance(bank, Experts) and _are_copies(bank)]
+
+    def stream(name: str) -> None:
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
+
+    def visit(name: str, module: nn.Module) -> None:
+        seen.add(module)
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            stream(name)
+            reset()
+        for key, child in module.named_children():
+            if child not in seen:
+                visit(f"{name}.{key}", child)
+        if module in draws:  # after those inside it, whose weights it draws
+            stream(name)
+            draws[module]()
+
+    with torch.no_grad():
+        visit("", model)
+        for bank in copied:
+            copy_first_expert_(bank)
+    torch.manual_seed(seed)
+
+
+def _are_copies(bank: Experts) -> bool:
+    """Whether all experts of a bank are the same."""
+    of_experts = {name: axes.index("expert") for name, axes in bank.axes.items() if "expert" in axes}
+    tables = [(p, of_experts[name]) for name, p in bank.named_parameters() if name in of_experts]
+    return bool(tables) and all(torch.equal(p, p.narrow(dim, 0, 1).expand_as(p)) for p, dim in tables)
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:

@@ -83,6 +83,7 @@ def unsafe_loads(tree: ast.AST) -> Iterator[int]:
 
 
 WRITERS = {
+    "moekit/ablation/processes.py": "opens the logs that runs append to",
     "moekit/atomic.py": "it is the writer",
     "moekit/data/cache.py": "into the draft of replacing_folder",
     "moekit/data/store.py": "into the draft of replacing_folder, by cached_folder",

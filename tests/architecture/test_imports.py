@@ -53,6 +53,7 @@ FLOORS = {
     "inference": 5,
     "runs": 6,
     "report": 7,
+    "ablation": 7,
     "serving": 7,
     "cli": 8,
     "recipes": 9,
@@ -85,6 +86,7 @@ SAME_FLOOR = {
     ("surgery", "moekit.layer"): "surgery builds and reads sparse layers",
     ("surgery", "moekit.transformer"): "adapters sit on its projections",
     ("surgery", "moekit.data.tokenizer"): "a vocabulary is written beside the model it belongs to",
+    ("ablation", "moekit.report.style"): "pictures of results look as those of reports",
     ("inference", "moekit.training.checkpoint_io"): "experts on demand are mapped from a run's checkpoint",
     ("data.module", "moekit.tasks"): "the data module asks its tasks what they make of text",
 }

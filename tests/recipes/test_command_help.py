@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from moekit.cli import command, generate, recipes
-from moekit.cli.program import REPORTS, SURGERY, main
+from moekit.cli.program import REPORTS, STUDIES, SURGERY, main
 from moekit.recipes import switch
 from moekit.runs.config import RunConfig
 from moekit.runs.plain import as_plain
@@ -44,7 +44,9 @@ def test_help_texts_of_recipes_are_whole_phrases(name: str) -> None:
         assert not {option: text for option, text in shown.items() if not is_whole(text)}, chosen
 
 
-@pytest.mark.parametrize(("name", "chosen"), {**SURGERY, **REPORTS}.items(), ids=[*SURGERY, *REPORTS])
+@pytest.mark.parametrize(
+    ("name", "chosen"), {**SURGERY, **REPORTS, **STUDIES}.items(), ids=[*SURGERY, *REPORTS, *STUDIES]
+)
 def test_help_texts_of_commands_on_runs_are_whole_phrases(name: str, chosen: command.Command) -> None:
     shown = texts(command.build_parser(name, chosen))
     assert len(shown) > 1
@@ -71,7 +73,7 @@ def test_a_command_shows_only_the_options_that_it_uses(chosen: str, capsys: pyte
 def test_one_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     listed = capsys.readouterr().out
-    for name in [*recipes.COMMANDS, *SURGERY, *REPORTS, *recipe_names()]:
+    for name in [*recipes.COMMANDS, *SURGERY, *REPORTS, *STUDIES, *recipe_names()]:
         assert f"\n  {name} " in listed
     for arguments, message in (
         (["prunee"], "unknown command 'prunee'. Did you mean 'prune'?"),

@@ -23,12 +23,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import moekit.recipes
 import moekit.report
-from moekit.cli.recipes import build_parser, main
+from moekit.ablation.plan import Plan
+from moekit.ablation.table import read_table, table_files
+from moekit.cli.recipes import build_parser, main, reconfigured
 from moekit.data.sources import open_source
 from moekit.runs import Recipe
+from moekit.runs.plain import as_plain
 from moekit.runs.settings import active_tasks
 from moekit.runs.settings.fields import check_ranges
 from moekit.shell import command_line
@@ -37,8 +41,9 @@ from moekit.training.multitask import MultitaskModule
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(info.name for info in pkgutil.iter_modules(moekit.recipes.__path__) if not info.name.startswith("_"))
-YAML = sorted(path.relative_to(ROOT) for path in ROOT.glob("recipes/**/*.y*ml"))
-NUM_YAML = 21
+YAML = sorted(path.relative_to(ROOT) for path in ROOT.glob("recipes/*/*.y*ml"))
+NUM_YAML = 14
+TABLES = table_files()
 STATEFUL = {
     "sparse_translation": ["--model.dense_steps", "3", "--data.heating_steps", "10"],
     "dense_to_sparse": [],
@@ -261,21 +266,35 @@ def test_yaml_loads_and_changes_something(path: Path) -> None:
     assert changed.as_dict() != default.as_dict()
 
 
-@pytest.mark.parametrize("path", [path for path in YAML if path.parent.name == "ablations"], ids=str)
-def test_an_arm_of_a_study_trains(path: Path, cache: Path, tmp_path: Path) -> None:
-    """Those that no command of a README runs: a few steps, with a finite loss."""
-    found = recipe(path.parts[1])
-    options = ["--config", str(ROOT / path), "--out", str(tmp_path / "run"), "--train.validate_every", "0"]
-    options += tiny(found.variants["tiny"].config, options, cache)
-    assert main(found, ["fit", *options]) == 0
+ARMS = [
+    (table, arm)
+    for table, path in TABLES.items()
+    for number, (arm, made) in enumerate(read_table(path).arms.items())
+    if not made.of and (made.settings or number == 0)
+]
+
+
+@pytest.mark.parametrize(("table", "arm"), ARMS, ids="-".join)
+def test_an_arm_of_a_table_trains(table: str, arm: str, cache: Path, tmp_path: Path) -> None:
+    """A few steps, with a finite loss."""
+    job = Plan.of(read_table(TABLES[table]), reconfigured).job(arm, 1)
+    settings = tmp_path / "arm.yaml"
+    settings.write_text(yaml.safe_dump(as_plain(job.config)), encoding="utf-8")
+    options = ["--config", str(settings), "--out", str(tmp_path / "run"), "--train.validate_every", "0"]
+    options += tiny(job.config, options, cache)
+    assert main(recipe(job.recipe), ["fit", *options]) == 0
     values = [float(value) for value in losses(tmp_path / "run").values()]
     assert len(values) == SETTINGS["train.max_steps"]
     assert all(0 < value < 20 for value in values)
 
 
-@pytest.mark.parametrize("path", [path for path in YAML if path.parent.name == "ablations"], ids=str)
-def test_an_arm_of_a_study_has_a_row(path: Path) -> None:
-    assert f"| `{path.name}` |" in (ROOT / path.parent.parent / "README.md").read_text(encoding="utf-8")
+def test_the_stability_study_has_its_rows() -> None:
+    """Of its README, which says what the paper measured."""
+    page = (ROOT / "recipes/st_moe/README.md").read_text(encoding="utf-8")
+    table = read_table(TABLES["st_moe/stability"])
+    arms = [arm for arm, made in table.arms.items() if not made.seed_offset]
+    assert len(arms) == 7
+    assert all(f"| `{arm}` |" in page for arm in arms)
 
 
 def test_every_yaml_is_found() -> None:

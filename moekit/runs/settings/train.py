@@ -75,6 +75,8 @@ class TrainConfig:
         keep_memory: whether memory that tensors have freed is kept in the process, which saves page faults in
             every step on a CPU (glibc alone); false gives it back to the system.
         seed: random seed of initial weights, dropout, noise and routing.
+        init_by_name: whether each module draws its initial weights from a random stream of its own, so that runs whose
+            models differ in some modules begin alike in all others; for paired runs, as `ablate` makes them.
         devices: number of processes on each node, one per GPU; --devices is the short form.
         num_nodes: number of machines (nodes); --nodes is the short form.
         accelerator: hardware to train on: cpu, gpu, or auto = a CUDA or ROCm GPU if there is one, else the CPU. Apple's
@@ -110,6 +112,7 @@ class TrainConfig:
     log_every: int = setting(10, at_least=1)
     keep_memory: bool = setting(True, free=RESUME)
     seed: int = setting(1, at_least=0, at_most=2**32 - 1)
+    init_by_name: bool = False
     devices: int = setting(1, at_least=1, free=RESUME)
     num_nodes: int = setting(1, at_least=1, free=RESUME)
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"

@@ -1,0 +1,81 @@
+"""The compute-equivalent factor: how much more work a dense model needs to reach a sparse model's loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+FEWEST_SIZES = 4
+"""Dense models of a ladder."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Work of the dense model with the sparse model's loss, as a multiple of the sparse model's work.
+
+    Attributes:
+        value: the factor, or the bound of it.
+        bound: "at least" where the sparse model is better than the best of the ladder, "at most" where it is worse than
+            the worst, else "". Nothing is extrapolated.
+    """
+
+    value: float
+    bound: Literal["", "at least", "at most"] = ""
+
+
+def compute_factor(ladder: Sequence[tuple[float, float]], work: float, loss: float) -> Factor:
+    """The factor of one sparse model, by linear interpolation of the ladder's loss in the logarithm of work.
+
+    Losses of a ladder that rise with work, as noise makes them, are pooled first (isotonic regression).
+
+    Args:
+        ladder: work and loss of dense models, at least four of different work.
+        work: of the sparse model, in the same unit.
+        loss: of the sparse model.
+
+    Raises:
+        ValueError: there are fewer sizes.
+
+    Example:
+        >>> compute_factor([(1, 4.0), (2, 3.0), (4, 2.0), (8, 1.0)], work=1.0, loss=2.5).value  # sqrt(2 * 4)
+        2.82842712474619
+    """
+    if len({size for size, _ in ladder}) < FEWEST_SIZES:
+        raise ValueError(f"a ladder needs {FEWEST_SIZES} or more dense models of different work: got {len(ladder)}.")
+    sizes, losses = zip(*sorted(ladder), strict=True)
+    falling = _falling(losses)
+    if loss < falling[-1]:
+        return Factor(sizes[-1] / work, "at least")
+    if loss > falling[0]:
+        return Factor(sizes[0] / work, "at most")
+    for (small, worse), (large, better) in zip(
+        zip(sizes, falling, strict=True), zip(sizes[1:], falling[1:], strict=True), strict=False
+    ):
+        if better <= loss <= worse:
+            share = 0.0 if worse == better else (worse - loss) / (worse - better)
+            return Factor(math.exp((1 - share) * math.log(small) + share * math.log(large)) / work)
+    raise AssertionError("a loss between the first and the last of a falling sequence lies between two neighbours")
+
+
+def _falling(values: Sequence[float]) -> list[float]:
+    """The sequence that never rises and is nearest by squares: neighbours that rise are pooled into their mean."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] < pools[-1][0]:
+            (b, n), (a, m) = pools.pop(), pools.pop()
+            pools.append(((a * m + b * n) / (m + n), m + n))
+    return [value for value, count in pools for _ in range(count)]
+
+
+def log_factors(found: Mapping[int, Factor], smallest: float) -> tuple[list[float], str]:
+    """Logarithms of factors by seed over the smallest one of interest, and what is to be said of bounds.
+
+    A factor that is "at least" a bound counts as the bound, which is less than it claims. One that is "at most" a bound
+    is not known well enough to support a claim.
+    """
+    logs = [math.log(factor.value / smallest) for factor in found.values()]
+    most = sum(factor.bound == "at most" for factor in found.values())
+    return logs, f"in {most} of {len(found)} seeds the sparse model is worse than the whole ladder" if most else ""

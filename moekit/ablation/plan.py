@@ -1,0 +1,195 @@
+"""The runs of a table: settings resolved, paired by seed, and named by what they compute, so that tables share them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moekit.ablation.table import AblationTable, Arm
+from moekit.errors import UserError
+from moekit.runs.config import RunConfig
+from moekit.runs.plain import as_plain, flatten
+from moekit.runs.recipe import Recipe, RunText, find_recipe
+
+Configure = Callable[[Recipe, RunConfig, Sequence[str]], RunConfig]
+"""Applies options such as ``--model.dim=64`` to a configuration, as `moekit.cli.recipes.reconfigured` does."""
+
+OF_EVERY_RUN: Mapping[str, Any] = {
+    "train.max_minutes": 0,
+    "train.init_by_name": True,
+    "train.accelerator": "cpu",
+    "train.precision": "32-true",
+    "train.loggers": "csv",
+    "train.checkpoint_minutes": 1,
+    "data.num_workers": 0,
+}
+"""Settings of every run of a table that does not say otherwise: numbers that depend on no clock, weights in pairs."""
+
+_WITHOUT_EFFECT = (
+    "data.cache", "data.num_workers", "train.loggers", "train.checkpoint_minutes", "train.checkpoint_steps",
+    "train.keep_memory",
+)  # fmt: skip
+"""Settings on which no number of a run depends."""
+
+_SEEDS = ("train.seed", "data.order_seed")
+RATE = "train.learning_rate"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of an arm with one seed.
+
+    Attributes:
+        recipe: its name.
+        variant: the variant that the settings began with.
+        config: all settings.
+        label: whose run it is, for the view.
+        of: the run whose trained model is evaluated; None = it trains.
+        prune: options of the command prune, which is done first.
+    """
+
+    recipe: str
+    variant: str
+    config: RunConfig
+    label: str
+    of: Job | None = None
+    prune: tuple[tuple[str, Any], ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what the run computes: equal for runs that compute the same, whatever table they are of."""
+        return self._digest(())
+
+    @cached_property
+    def kin(self) -> str:
+        """The same for all seeds and learning rates, which take the same time."""
+        return self._digest((*_SEEDS, RATE))
+
+    def _digest(self, without: Sequence[str]) -> str:
+        settings = flatten(as_plain(self.config))
+        kept = {key: value for key, value in settings.items() if key not in (*_WITHOUT_EFFECT, *without)}
+        of = None if self.of is None else self.of._digest(without)
+        text = json.dumps([self.recipe, kept, of, self.prune], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of its own."""
+        return 0 if self.of else int(self.config.train.max_steps)
+
+    def folder(self, runs: Path) -> Path:
+        """Where it lies."""
+        return runs / f"{self.recipe}-{self.digest}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table with the settings of its arms.
+
+    Attributes:
+        table: the table.
+        configs: of each arm, without seeds.
+    """
+
+    table: AblationTable
+    configs: Mapping[str, RunConfig]
+
+    @classmethod
+    def of(cls, table: AblationTable, configure: Configure) -> Plan:
+        """Resolve the settings of every arm, and build every model without memory.
+
+        Raises:
+            UserError: naming the file and the arm: a setting is unknown, out of its range, or does not fit.
+        """
+        recipe = find_recipe(table.recipe, str(table.path))
+        base = _configured(recipe, recipe.variants[table.variant].config, OF_EVERY_RUN, configure, f"{table.path}")
+        base = _configured(recipe, base, table.settings, configure, f"{table.path}: settings")
+        configs: dict[str, RunConfig] = {}
+        for arm in sorted(table.arms.values(), key=lambda arm: bool(arm.of)):
+            where = f"{table.path}: arms.{arm.name}.settings"
+            config = _configured(recipe, configs[arm.of] if arm.of else base, arm.settings, configure, where)
+            _check(recipe, arm, config, where)
+            configs[arm.name] = config
+        return cls(table, {name: configs[name] for name in table.arms})
+
+    def job(self, arm: str, seed: int, rate: float | None = None) -> Job:
+        """The run of an arm; `rate` is its learning rate, None = the settings'."""
+        made, owner = self.table.arms[arm], self.table.arms[arm].of
+        train: dict[str, Any] = {"seed": seed + made.seed_offset}
+        if rate is not None:
+            train["learning_rate"] = rate
+        config = self.configs[arm].changed(train=train, data={"order_seed": seed + made.seed_offset})
+        label = f"{arm}, seed {seed}" + ("" if rate is None else f", rate {rate:g}")
+        of = self.job(owner, seed, rate) if owner else None
+        return Job(self.table.recipe, self.table.variant, config, label, of, tuple(sorted(made.prune.items())))
+
+    @property
+    def trained(self) -> list[str]:
+        """The arms that train."""
+        return [name for name, arm in self.table.arms.items() if not arm.of]
+
+    def tuning_jobs(self, arms: Sequence[str] | None = None) -> list[Job]:
+        """The runs that choose learning rates: every rate of the grid for every arm that trains."""
+        rates = self.table.learning_rates
+        if rates is None:
+            return []
+        wanted = {self.table.arms[arm].of or arm for arm in (self.table.arms if arms is None else arms)}
+        found = (
+            self.job(arm, seed, rate)
+            for seed in rates.seeds
+            for rate in rates.values
+            for arm in self.trained
+            if arm in wanted
+        )
+        return list({job.digest: job for job in found}.values())  # equal arms have the same runs
+
+    def jobs(
+        self, rates: Mapping[str, float], arms: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+    ) -> list[Job]:
+        """The runs of the table, seed by seed; each stands behind the run that it is of.
+
+        Args:
+            rates: learning rates by arm that trains; none where the table has no grid.
+            arms: only these.
+            seeds: only these.
+        """
+        found: dict[str, Job] = {}
+        for seed in self.table.seeds if seeds is None else seeds:
+            for arm in self.table.arms if arms is None else arms:
+                job = self.job(arm, seed, rates.get(self.table.arms[arm].of or arm))
+                for each in [job.of, job] if job.of else [job]:
+                    if each is not None:
+                        found.setdefault(each.digest, each)
+        return list(found.values())
+
+
+def _configured(
+    recipe: Recipe, config: RunConfig, settings: Mapping[str, Any], configure: Configure, where: str
+) -> RunConfig:
+    try:
+        options = [
+            f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
+        ]
+        return configure(recipe, config, options) if options else config
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _check(recipe: Recipe, arm: Arm, config: RunConfig, where: str) -> None:
+    """What a run would refuse only once it is its turn."""
+    if not config.train.max_steps:
+        raise UserError(f"{where}: train.max_steps must be given: minutes would make numbers depend on the machine.")
+    for key in _SEEDS:
+        if key in arm.settings:
+            raise UserError(f"{where}: {key} is given by the seeds of the table. Give seed_offset to the arm instead.")
+    try:
+        config.train.check()
+        config.evaluate.check()
+        recipe.parts(config, RunText(config.data.vocab_size), "meta")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

@@ -1,0 +1,282 @@
+"""What `ablate` does: lists tables, runs one from where it stands to its result, and writes the page of claims."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as Rows
+from rich.text import Text
+
+from moekit.ablation.claims import claims_page, listed_words, read_claims
+from moekit.ablation.plan import Configure, Job, Plan
+from moekit.ablation.processes import Commands, RunRecord, measured_minutes, run_all
+from moekit.ablation.result import chosen_rates, read_result, result
+from moekit.ablation.table import RECIPES, AblationTable, find_table, read_table, table_files
+from moekit.ablation.verdict import count_verdicts
+from moekit.ablation.view import Progress
+from moekit.atomic import require_writable, write_text
+from moekit.errors import UserError, nearest
+from moekit.shell import command_line
+from moekit.terminal import visible
+
+CLAIMS = "claims.yaml"
+"""Beside the recipes: all claims, whether a table asks them or not."""
+
+
+def run_table(
+    name: str,
+    configure: Configure,
+    console: Console,
+    *,
+    runs: Path,
+    at_once: int,
+    seeds: Sequence[int] | None = None,
+    only: Sequence[str] | None = None,
+    out: Path | None = None,
+    commands: Commands | None = None,
+) -> dict[str, Any] | None:
+    """Make the runs of a table that are missing, and its result once all are there.
+
+    Args:
+        name: of the table, or its file.
+        configure: applies options to a configuration.
+        console: where it is told.
+        runs: the folder of all runs.
+        at_once: processes.
+        seeds: only these seeds of the table.
+        only: only these arms.
+        out: folder of the result; None = that of the recipe's results.
+        commands: that make a run; None = ordinary runs.
+
+    Returns:
+        The result; None where runs are left to be made.
+
+    Raises:
+        UserError: the table, an option or a setting is at fault, which is said before anything is run.
+        KeyboardInterrupt: it was interrupted; the same command goes on.
+    """
+    plan = Plan.of(read_table(find_table(name)), configure)
+    table, folder = plan.table, out or results_folder(plan.table.path)
+    _check_choice(table, seeds, only)
+    require_writable(folder / f"{table.path.stem}.json")
+    try:
+        tuning = plan.tuning_jobs(only)
+        _make(tuning, plan, runs, at_once, console, commands, "choosing learning rates")
+        rates = _rates(plan, runs, only)
+        _make(plan.jobs(rates, only, seeds), plan, runs, at_once, console, commands, "runs")
+    except KeyboardInterrupt:
+        _say(console, f"What has been done is kept. To go on: {command_line('ablate', name)}")
+        raise
+    left = _left(plan, runs)
+    if left:
+        _say(console, f"{len(left)} runs of the table are not done: no result yet. To make them: "
+             f"{command_line('ablate', name)}")  # fmt: skip
+        return None
+    from moekit.ablation.pages import write_result  # where it is used: a help text draws nothing
+
+    found = result(plan, runs, _words())
+    paths = write_result(found, folder)
+    console.print(_verdicts(found))
+    _say(console, "\n".join(map(str, paths)))
+    return found
+
+
+def results_folder(path: Path) -> Path:
+    """Where the result of a table goes: ``results/ablations`` of its recipe, else ``results`` beside the file."""
+    folder = path.parent
+    return folder.parent / "results" / "ablations" if folder.name == "ablations" else folder / "results"
+
+
+def list_tables(runs: Path, configure: Configure, console: Console) -> None:
+    """Print every table of the checkout: claims, arms and seeds, minutes, and what is done.
+
+    Raises:
+        UserError: a table is at fault, or there are none.
+    """
+    files = table_files()
+    if not files:
+        raise UserError(
+            "tables are in recipes/ of moekit's checkout, which this installation has not. Run one of yours by its "
+            f"path: {command_line('ablate', 'TABLE.yaml')}"
+        )
+    words = {id: said["claim"] for id, said in _words().items()}
+    measured, total = measured_minutes(runs), 0.0
+    for name, path in files.items():
+        plan = Plan.of(read_table(path), configure)
+        cost = Estimate.of(plan, runs, measured)
+        total += cost.minutes
+        grid = len(plan.tuning_jobs())
+        rates = f", {grid} more for learning rates" if grid else ""
+        left = f"{cost.minutes:.0f} processor minutes left, {cost.basis}" if cost.minutes else "nothing left to run"
+        console.print(Text.assemble((name, "bold"), f"  {visible(plan.table.title)}"), soft_wrap=True)
+        arms = f"{len(plan.table.arms)} arms x {len(plan.table.seeds)} seeds{rates}"
+        done = f"{cost.done} of {cost.runs} runs done"
+        _say(console, f"  {arms}: {done}, {left}; result: {_said_of(path)}")
+        for claim in plan.table.claims.values():
+            _say(console, f"  {claim.id} ({claim.kind}): {claim.claim or words.get(claim.id, claim.hypothesis)}")
+    _say(console, f"{total:.0f} processor minutes for all that is left. Run one: "
+         f"{command_line('ablate', next(iter(files)))}")  # fmt: skip
+
+
+class Estimate:
+    """What a table costs yet.
+
+    Attributes:
+        runs: all of them, those that choose learning rates included.
+        done: those that need not be made.
+        minutes: processor minutes of the others.
+        basis: "measured", where runs alike were, in this folder or for the committed result; else "estimated".
+    """
+
+    def __init__(self, runs: int, done: int, minutes: float, basis: str) -> None:
+        self.runs, self.done, self.minutes, self.basis = runs, done, minutes, basis
+
+    @classmethod
+    def of(cls, plan: Plan, runs: Path, measured: Mapping[str, float]) -> Estimate:
+        """Of a table; `measured` has minutes by `Job.kin`."""
+        rates = {}
+        tuning = plan.tuning_jobs()
+        known = not [job for job in tuning if not RunRecord.of(job.folder(runs)).final]
+        if plan.table.learning_rates and known:
+            rates = {arm: found["chosen"] for arm, found in chosen_rates(plan, runs).items()}
+        every = [*tuning, *plan.jobs(rates)]
+        # Without chosen rates no run of the second part is known to be there.
+        asked = {job.digest for job in (every if known else tuning)}
+        left = [job for job in every if job.digest not in asked or not RunRecord.of(job.folder(runs)).final]
+        earlier = _committed_minutes(plan)
+        minutes, sure = 0.0, True
+        for job in left:
+            found = measured.get(job.kin, earlier.get(job.kin))
+            sure &= found is not None
+            minutes += plan.table.minutes if found is None else found
+        return cls(len(every), len(every) - len(left), minutes, "measured" if sure else "estimated")
+
+
+def write_claims_page(recipes: Path | None = None) -> Path:
+    """Write docs/claims.md of the checkout; returns its path.
+
+    Raises:
+        UserError: there is no list of claims, or it, or a result, is at fault.
+    """
+    folder = RECIPES if recipes is None else recipes
+    if not (folder / CLAIMS).is_file():
+        raise UserError(f"--claims needs moekit's checkout: there is no {folder / CLAIMS}.")
+    path = folder.parent / "docs" / "claims.md"
+    write_text(path, claims_page(read_claims(folder / CLAIMS), committed_results(folder)))
+    return path
+
+
+def committed_results(recipes: Path) -> dict[str, dict[str, Any]]:
+    """Results of the checkout by ``RECIPE/TABLE``."""
+    found = (read_result(path) for path in sorted(recipes.glob("*/results/ablations/*.json")))
+    return {each["table"]: each for each in found}
+
+
+# -- parts of a table --------------------------------------------------------------------------------------------------
+
+
+def _check_choice(table: AblationTable, seeds: Sequence[int] | None, only: Sequence[str] | None) -> None:
+    for seed in seeds or ():
+        if seed not in table.seeds:
+            raise UserError(f"--seeds must be of the table: {seed} is none of {', '.join(map(str, table.seeds))}.")
+    for arm in only or ():
+        if arm not in table.arms:
+            raise UserError(f"--only must name arms of the table: {arm!r} is none. {nearest(arm, table.arms)}")
+
+
+def _make(
+    jobs: Sequence[Job],
+    plan: Plan,
+    runs: Path,
+    at_once: int,
+    console: Console,
+    commands: Commands | None,
+    what: str,
+) -> None:
+    left = [job for job in jobs if not RunRecord.of(job.folder(runs)).final]
+    if not jobs:
+        return
+    minutes = _committed_minutes(plan) | measured_minutes(runs)
+    progress = Progress(console, left, minutes, plan.table.minutes, at_once)
+    about = f", about {progress.minutes_left():.0f} minutes" if left else ""
+    _say(console, f"{plan.table.name}, {what}: {len(jobs) - len(left)} of {len(jobs)} done{about}")
+    if left:
+        with progress.shown():
+            run_all(jobs, runs, at_once=at_once, watcher=progress, commands=commands)
+
+
+def _rates(plan: Plan, runs: Path, only: Sequence[str] | None) -> dict[str, float]:
+    """Chosen learning rates of the arms that are run."""
+    wanted = {plan.table.arms[arm].of or arm for arm in (plan.table.arms if only is None else only)}
+    unfinished = [job for job in plan.tuning_jobs(only) if not RunRecord.of(job.folder(runs)).final]
+    if unfinished:
+        said = RunRecord.of(unfinished[0].folder(runs)).said
+        raise UserError(
+            f"{len(unfinished)} runs that choose learning rates have failed, as {unfinished[0].label}: {said} "
+            f"Its log: {unfinished[0].folder(runs)}.log"
+        )
+    return {
+        arm: found["chosen"]
+        for arm, found in chosen_rates(plan, runs, [arm for arm in plan.trained if arm in wanted]).items()
+    }
+
+
+def _left(plan: Plan, runs: Path) -> list[Job]:
+    """Runs of the whole table that have not ended; one that failed, or is of one that did, has ended this time."""
+    if any(not RunRecord.of(job.folder(runs)).final for job in plan.tuning_jobs()):
+        return plan.tuning_jobs()
+    rates = {arm: found["chosen"] for arm, found in chosen_rates(plan, runs).items()}
+    return [job for job in plan.jobs(rates) if not _has_ended(job, runs)]
+
+
+def _has_ended(job: Job, runs: Path) -> bool:
+    if RunRecord.of(job.folder(runs)).state != "unfinished":
+        return True
+    return job.of is not None and RunRecord.of(job.of.folder(runs)).state in ("failed", "diverged")
+
+
+def _committed_minutes(plan: Plan) -> dict[str, float]:
+    """Minutes by `Job.kin` that the committed result of the table has."""
+    path = results_folder(plan.table.path) / f"{plan.table.path.stem}.json"
+    if not path.is_file():
+        return {}
+    by_arm = read_result(path)["made"]["minutes_by_arm"]
+    return {plan.job(arm, plan.table.seeds[0]).kin: by_arm[arm] for arm in plan.table.arms if arm in by_arm}
+
+
+def _words() -> dict[str, dict[str, str]]:
+    """Of the claims of the checkout's list."""
+    path = RECIPES / CLAIMS
+    return listed_words(read_claims(path)) if path.is_file() else {}
+
+
+def _said_of(path: Path) -> str:
+    """The verdicts of a table's committed result, in words."""
+    stored = results_folder(path) / f"{path.stem}.json"
+    if not stored.is_file():
+        return "none yet"
+    counts = count_verdicts([claim["verdict"] for claim in read_result(stored)["claims"]])
+    return ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+
+
+def _verdicts(found: Mapping[str, Any]) -> Rows:
+    from moekit.ablation.pages import asked, ours
+
+    rows = Rows(box=SIMPLE_HEAD)
+    for name in ("claim", "asked", "measured, 95 % interval", "pairs", "verdict"):
+        rows.add_column(name)
+    for claim in found["claims"]:
+        words = [claim["id"], asked(claim), ours(claim), str(claim["pairs"]), claim["verdict"]]
+        rows.add_row(*map(visible, words))
+    if "none" not in (control := found["control"]):
+        words = ["negative control", asked(control), ours(control), str(control["pairs"])]
+        rows.add_row(*map(visible, words), "holds" if control["verdict"] == "reproduced" else "does not hold")
+    return rows
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(visible(text), highlight=False, markup=False, soft_wrap=True)

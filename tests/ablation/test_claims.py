@@ -1,0 +1,145 @@
+"""The list of claims, and the page that is made of it and of the committed results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_tables import TABLE, changed, run, write_table
+
+from moekit.ablation.claims import claims_page, read_claims
+from moekit.ablation.pages import markdown
+from moekit.ablation.session import CLAIMS, committed_results, write_claims_page
+from moekit.ablation.table import RECIPES, read_table, table_files
+from moekit.ablation.verdict import VERDICTS
+from moekit.errors import UserError
+
+LISTED = read_claims(RECIPES / CLAIMS)
+RESULTS = committed_results(RECIPES)
+LIST = """
+"A paper (2020)":
+  many-better: {section: table 1, claim: More experts are better., published: "0.4", tier: A}
+  unasked: {claim: Fewer layers | are worse., tier: B}
+"Another (2021)":
+  too-large: {claim: A trillion parameters are better., published: "7", tier: D, reason: a trillion parameters}
+"""
+
+
+def test_the_page_is_what_list_and_results_make() -> None:
+    """`moekit ablate --claims` writes it; nothing is typed in."""
+    page = RECIPES.parent / "docs" / "claims.md"
+    assert page.read_text(encoding="utf-8") == claims_page(LISTED, RESULTS)
+
+
+def test_the_list_holds_every_paper_and_tier() -> None:
+    assert len(LISTED) >= 60
+    assert {claim.tier for claim in LISTED} == {"A", "B", "C", "D"}
+    assert len({claim.paper for claim in LISTED}) >= 11
+    for claim in LISTED:
+        assert claim.claim.endswith("."), claim.id
+        assert (claim.tier == "D") == bool(claim.reason), claim.id
+
+
+def test_tables_ask_what_is_listed_or_say_it_themselves() -> None:
+    known = {claim.id: claim for claim in LISTED}
+    for path in table_files().values():
+        for question in read_table(path).claims.values():
+            assert question.id in known or question.claim, f"{path}: {question.id}"
+            assert question.id not in known or known[question.id].tier != "D", question.id
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_committed_results_are_of_the_tables_as_they_stand(name: str) -> None:
+    """The hypothesis, the arms and the question are those that were written before the run."""
+    found, table = RESULTS[name], read_table(table_files()[name])
+    assert found["seeds"] == list(table.seeds)
+    assert found["settings"] == dict(table.settings)
+    assert {arm: got["settings"] for arm, got in found["arms"].items()} == {
+        arm: dict(made.settings) for arm, made in table.arms.items()
+    }
+    assert [claim["id"] for claim in found["claims"]] == list(table.claims)
+    for claim in found["claims"]:
+        asked = table.claims[claim["id"]]
+        for key in ("kind", "hypothesis", "metric", "arm", "smallest"):
+            assert claim[key] == getattr(asked, key), (claim["id"], key)
+        assert claim["verdict"] in VERDICTS
+    page = RECIPES / found["recipe"] / "results" / "ablations" / f"{name.partition('/')[2]}.md"
+    assert page.read_text(encoding="utf-8") == markdown(found)
+
+
+def test_results_are_there() -> None:
+    """So that no test above passes for want of them."""
+    assert RESULTS
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder of recipes with a list of three claims."""
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    (tmp_path / "docs").mkdir()
+    (recipes / CLAIMS).write_text(LIST)
+    return recipes
+
+
+def test_a_claim_from_list_to_page(checkout: Path, tmp_path: Path) -> None:
+    write_claims_page(checkout)
+    page = (tmp_path / "docs" / "claims.md").read_text()
+    assert "| not measured yet | 2 |" in page
+    assert "| not testable here | 1 |" in page
+    assert "A trillion parameters are better. Tier D. | 7 |" in page
+    assert "a trillion parameters |" in page
+    assert r"Fewer layers \| are worse." in page
+    folder = checkout / "moe_lm" / "ablations"
+    extra: dict[str, Any] = TABLE["claims"][0] | {"id": "of-the-method", "claim": "Ours alone."}
+    path = write_table(folder, changed(claims=[TABLE["claims"][0], extra]), "size")
+    found, _ = run(path, tmp_path / "runs", out=checkout / "moe_lm" / "results" / "ablations")
+    assert found is not None
+    write_claims_page(checkout)
+    page = (tmp_path / "docs" / "claims.md").read_text()
+    assert "| reproduced | 1 | many-better |" in page
+    assert "Believe, for small models:\n\n- More experts are better. (many-better)" in page
+    row = next(line for line in page.splitlines() if line.startswith("| many-better "))
+    assert "More experts are better. (table 1) Tier A." in row
+    assert "-0.1414 [-0.1414, -0.1414]" in row
+    assert "../recipes/moe_lm/results/ablations/size.md" in row
+    assert "| of-the-method | Ours alone. |" in page
+
+
+def test_the_better_founded_of_two_answers_counts(checkout: Path) -> None:
+    def answer(pairs: int, verdict: str) -> dict[str, Any]:
+        claim = {
+            "id": "many-better", "claim": "", "hypothesis": "h", "kind": "better", "metric": "m", "arm": "a",
+            "against": "b", "direction": "lower", "smallest": 0.1, "bound": None, "pairs": pairs, "verdict": verdict,
+            "difference": -1.0, "interval": [-2.0, -0.5],
+        }  # fmt: skip
+        return {"table": f"moe_lm/t{pairs}", "recipe": "moe_lm", "claims": [claim], "made": {"minutes": 3.0}}
+
+    results = {str(pairs): answer(pairs, verdict) for pairs, verdict in ((8, "contradicted"), (5, "reproduced"))}
+    page = claims_page(read_claims(checkout / CLAIMS), results)
+    assert "| contradicted | 1 | many-better |" in page
+    assert "Do not believe, for small models:" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('"P":\n  a: {claim: X., tier: E}', r"P\.a\.tier: must be one of A, B, C, D: got 'E'"),
+        ('"P":\n  a: {claim: X., tier: D}', r"P\.a\.reason: is missing"),
+        ('"P":\n  a: {claim: X., tier: A, reason: none}', r"P\.a\.reason: unknown key"),
+        ('"P":\n  a: {claim: X., tier: A}\n"Q":\n  a: {claim: Y., tier: A}', r"'a' is there twice"),
+        ('"P":\n  a: [1]', r"P\.a: must be a mapping"),
+    ],
+)
+def test_bad_lists_are_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / CLAIMS
+    path.write_text(text)
+    with pytest.raises(UserError, match=said) as refused:
+        read_claims(path)
+    assert str(path) in str(refused.value)
+
+
+def test_without_a_checkout_there_is_no_page(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--claims needs moekit's checkout"):
+        write_claims_page(tmp_path / "wheel")

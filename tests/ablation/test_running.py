@@ -1,0 +1,330 @@
+"""Running a table: what is made once, what goes on, what fails, and what comes of it; runs follow a formula."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_tables import NOISE, TABLE, changed, fake, formula, plainly, run, write_table
+
+from moekit.ablation.pages import drawing, markdown
+from moekit.ablation.plan import Job, Plan
+from moekit.ablation.processes import RunRecord, last_step, measured_minutes
+from moekit.ablation.result import comparable, read_result
+from moekit.ablation.session import Estimate, list_tables
+from moekit.ablation.table import read_table
+from moekit.ablation.view import Progress
+from moekit.errors import UserError
+from moekit.lock import held
+from moekit.terminal import Terminal
+
+
+def began(runs: Path) -> int:
+    """How often a run has begun or gone on."""
+    return sum(len(path.read_text().splitlines()) for path in runs.glob("*/began"))
+
+
+def test_a_table_from_file_to_verdict(tmp_path: Path) -> None:
+    path, runs = write_table(tmp_path), tmp_path / "runs"
+    found, said = run(path, runs)
+    assert found is not None
+    # Three arms at two rates and two seeds, then three at five; nothing is made twice.
+    assert began(runs) == 3 * 2 * 2 + 3 * 5
+    assert {arm: got["chosen"] for arm, got in found["learning_rates"]["arms"].items()} == {
+        "many": 0.004, "few": 0.004, "again": 0.004,
+    }  # fmt: skip
+    claim = found["claims"][0]
+    assert claim["verdict"] == "reproduced"
+    assert claim["difference"] == pytest.approx(0.1 * 2**0.5 - 0.1 * 8**0.5)  # by the formula, noise being paired
+    assert claim["interval"] == pytest.approx([claim["difference"]] * 2)
+    assert (claim["pairs"], claim["failed"], claim["not_matched"]) == (5, 0, [])
+    assert found["control"]["verdict"] == "reproduced"
+    assert found["arms"]["many"]["runs"]["2"]["metrics"]["test.causal_lm.loss"] == pytest.approx(
+        3 - 0.1 * 8**0.5 + NOISE[2]
+    )
+    assert found["arms"]["many"]["costs"] == {"work": 1e9, "parameters": 100, "active_parameters": 50, "tokens": 1000}
+    assert found["made"]["minutes"] > 0
+    assert "reproduced" in said
+    # The files, of which the page and the drawing are made of the JSON alone.
+    stored = read_result(tmp_path / "results" / "table.json")
+    assert comparable(stored) == comparable(found)
+    page = (tmp_path / "results" / "table.md").read_text()
+    assert page == markdown(stored)
+    for words in (
+        "many-better: reproduced",
+        "More experts are better",
+        "The paper: 0.4",
+        "| few | two experts |",
+        "0.004",
+    ):
+        assert words in page
+    picture = (tmp_path / "results" / "table.svg").read_bytes()
+    assert picture == drawing(stored) == drawing(json.loads(json.dumps(stored)))
+
+
+def test_a_second_time_nothing_is_run_and_the_numbers_are_the_same(tmp_path: Path) -> None:
+    path, runs = write_table(tmp_path), tmp_path / "runs"
+    first, _ = run(path, runs)
+    before = began(runs)
+    again, _ = run(path, runs)
+    assert began(runs) == before
+    elsewhere, _ = run(path, tmp_path / "other runs")
+    assert first is not None
+    assert again is not None
+    assert elsewhere is not None
+    assert comparable(first) == comparable(again) == comparable(elsewhere)
+
+
+def test_tables_share_runs(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    run(write_table(tmp_path), runs)
+    before = began(runs)
+    other = changed(title="The same arms, another question")
+    other["claims"][0] |= {"id": "other", "kind": "no difference", "smallest": 0.5}
+    other["claims"][0].pop("direction")
+    found, said = run(write_table(tmp_path / "b", other), runs)
+    assert began(runs) == before
+    assert "15 of 15 done" in said
+    assert found is not None
+    assert found["claims"][0]["verdict"] == "reproduced"
+
+
+class StopError(Exception):
+    """Ends a session as a fault would."""
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, pytest.param(StopError, marks=pytest.mark.slow)])
+def test_what_was_stopped_goes_on_to_the_same_result(
+    stop: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the choice of rates, and in the midst of runs, whose own checkpoints they go on from."""
+    path, runs = write_table(tmp_path), tmp_path / "runs"
+    slow = fake(lambda job: formula(job) | {"steps": 15})
+    whole, _ = run(path, tmp_path / "whole")  # a run's steps change nothing of what it comes to
+    step = Progress.step
+
+    def done() -> list[str]:
+        return [folder.name for folder in runs.glob("*-*/") if RunRecord.of(folder).state == "done"]
+
+    for enough in (3, 14):
+
+        def watched(self: Progress, running: Any, enough: int = enough) -> None:
+            step(self, running)
+            if len(done()) >= enough and any(3 < last < 12 for _, last in running.values()):
+                raise stop
+
+        monkeypatch.setattr(Progress, "step", watched)
+        with pytest.raises(stop):
+            run(path, runs, slow)
+    monkeypatch.setattr(Progress, "step", step)
+    untouched = {name: (runs / name / "began").read_text() for name in done()}
+    stopped = {
+        path.parent: path.read_text() for path in runs.glob("*-*/checkpoint") if path.parent.name not in untouched
+    }
+    assert any(int(step) > 0 for step in stopped.values())
+    found, said = run(path, runs, slow)
+    assert found is not None
+    assert whole is not None
+    assert comparable(found) == comparable(whole)
+    assert "goes on" in said
+    assert {folder: (folder / "began").read_text().split()[-1] for folder in stopped} == stopped
+    assert {name: (runs / name / "began").read_text() for name in untouched} == untouched
+
+
+def test_runs_that_end_badly_are_results(tmp_path: Path) -> None:
+    """One diverges, which is final; one breaks, which is tried again next time; the table goes on and says so."""
+    path, runs = write_table(tmp_path, changed(learning_rates=None)), tmp_path / "runs"
+
+    def ending(job: Job) -> dict[str, Any]:
+        ends = {("few", 2): "diverged", ("few", 4): "broken"}
+        arm, _, seed = job.label.split(",")[0], "", int(job.label.split()[-1])
+        return formula(job) | {"end": ends.get((arm, seed), "done")}
+
+    found, said = run(path, runs, fake(ending))
+    assert found is not None
+    claim = found["claims"][0]
+    assert (claim["verdict"], claim["failed"], claim["pairs"]) == ("inconclusive", 2, 3)
+    assert "2 runs diverged or failed" in claim["why"]
+    states = {seed: one["state"] for seed, one in found["arms"]["few"]["runs"].items()}
+    assert states == {"1": "done", "2": "diverged", "3": "done", "4": "failed", "5": "done"}
+    assert "not finite" in found["arms"]["few"]["runs"]["2"]["said"]
+    assert "ZeroDivisionError" in (tmp_path / "results" / "table.md").read_text()
+    assert "few, seed 2: diverged" in said
+    before = began(runs)
+    again, _ = run(path, runs)
+    assert began(runs) == before + 1, "the broken one alone"
+    assert again is not None
+    assert again["claims"][0]["failed"] == 1
+
+
+def test_divergence_can_be_what_is_measured(tmp_path: Path) -> None:
+    diverging = TABLE["claims"][0] | {"metric": "diverged", "smallest": 0.3}
+    path = write_table(tmp_path, changed(learning_rates=None, claims=[diverging]))
+    found, _ = run(path, tmp_path / "runs", fake(lambda job: formula(job) | {
+        "end": "diverged" if job.label.startswith("few") else "done"}))  # fmt: skip
+    assert found is not None
+    assert found["claims"][0]["verdict"] == "reproduced"
+    assert found["claims"][0]["means"] == {"many": 0.0, "few": 1.0}
+
+
+def test_a_rate_that_diverges_is_not_chosen(tmp_path: Path) -> None:
+    def ending(job: Job) -> dict[str, Any]:
+        return formula(job) | {"end": "diverged" if job.config.train.learning_rate == 0.004 else "done"}
+
+    found, _ = run(write_table(tmp_path), tmp_path / "runs", fake(ending))
+    assert found is not None
+    many = found["learning_rates"]["arms"]["many"]
+    assert (many["chosen"], many["on_edge"], many["tried"]["0.004"]) == (0.001, True, [None, None])
+    with pytest.raises(UserError, match="every learning rate of the grid diverged or failed for the arm many"):
+        run(write_table(tmp_path), tmp_path / "b", fake(lambda job: formula(job) | {"end": "diverged"}))
+
+
+def test_a_run_that_refuses_its_settings_ends_the_session(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the run many, seed 101, rate 0\.001 was refused: model\.heads must divide"):
+        run(write_table(tmp_path), tmp_path / "runs", fake(lambda job: formula(job) | {"end": "refused"}), at_once=1)
+
+
+def test_two_sessions_do_not_share_a_folder(tmp_path: Path) -> None:
+    with held(tmp_path / "runs"), pytest.raises(UserError, match="made by another ablate: wait until it ends"):
+        run(write_table(tmp_path), tmp_path / "runs")
+
+
+def test_a_metric_that_no_run_has_is_named(tmp_path: Path) -> None:
+    bad = TABLE["claims"][0] | {"metric": "test.causal_lm.bleu"}
+    with pytest.raises(UserError, match=r"has no number 'test.causal_lm.bleu'. It has test.causal_lm.loss"):
+        run(write_table(tmp_path, changed(claims=[bad])), tmp_path / "runs")
+
+
+def test_parts_of_a_table_make_no_result(tmp_path: Path) -> None:
+    path, runs = write_table(tmp_path), tmp_path / "runs"
+    found, said = run(path, runs, only=["many"], seeds=[1, 2])
+    assert found is None
+    assert began(runs) == 4 + 2
+    assert not (tmp_path / "results").exists()
+    assert "no result yet" in said
+    found, _ = run(path, runs)
+    assert found is not None
+    assert began(runs) == 3 * 4 + 3 * 5
+    for options, words in (({"seeds": [9]}, "9 is none of 1, 2"), ({"only": ["man"]}, "Did you mean 'many'")):
+        with pytest.raises(UserError, match=words):
+            run(path, runs, **options)
+
+
+def test_a_control_that_does_not_hold_spoils_the_table(tmp_path: Path) -> None:
+    def seeds_matter(job: Job) -> dict[str, Any]:
+        found = formula(job)
+        return found | {"loss": found["loss"] + (0.5 if job.config.train.seed > 1000 else 0)}
+
+    found, _ = run(write_table(tmp_path), tmp_path / "runs", fake(seeds_matter))
+    assert found is not None
+    assert found["claims"][0]["verdict"] == "inconclusive"
+    assert "the negative control does not hold" in found["claims"][0]["why"]
+
+
+def test_arms_that_are_equal_do_not_differ(tmp_path: Path) -> None:
+    equal = TABLE["claims"][0] | {"kind": "no difference", "smallest": 0.01}
+    equal.pop("direction")
+    arms = {"many": {}, "few": {"settings": {"model.num_experts": 8}}, "again": {"seed_offset": 1000}}
+    found, _ = run(write_table(tmp_path, changed(arms=arms, claims=[equal])), tmp_path / "runs")
+    assert found is not None
+    claim = found["claims"][0]
+    assert (claim["verdict"], claim["difference"], claim["interval"]) == ("reproduced", 0.0, [0.0, 0.0])
+
+
+def test_one_checkpoint_under_several_settings(tmp_path: Path) -> None:
+    """The evaluated arm has no training of its own, and waits for that of which it is."""
+    arms = {"many": {}, "few": {"of": "many", "settings": {"model.eval_capacity_factor": 2.0}}, "again": {"of": "many"}}
+    claim = TABLE["claims"][0] | {"kind": "within checkpoint", "arm": "few", "against": "many", "direction": "higher"}
+
+    def evaluated(job: Job) -> dict[str, Any]:
+        if job.of is not None:
+            assert RunRecord.of(job.of.folder(runs)).state == "done"
+            assert job.config.train == job.of.config.train
+        found = formula(job)
+        return found | {"loss": found["loss"] + 0.2 * job.config.model.eval_capacity_factor}
+
+    path, runs = write_table(tmp_path, changed(arms=arms, claims=[claim])), tmp_path / "runs"
+    found, _ = run(path, runs, fake(evaluated))
+    assert found is not None
+    assert found["claims"][0]["difference"] == pytest.approx(0.4)
+    assert found["claims"][0]["verdict"] == "reproduced"
+    assert began(runs) == 4 + 5 * 3, "the grid of the one arm that trains, and three arms by five seeds"
+
+
+def test_the_compute_factor_of_a_ladder(tmp_path: Path) -> None:
+    """Dense loss falls by 0.1 for each doubling of work; the sparse model has that of four times its work."""
+    arms = {f"dense{d}": {"settings": {"model": {"num_experts": 0, "hidden_dim": d}}} for d in (16, 32, 64, 128)}
+    claim = {
+        "id": "factor", "kind": "compute factor", "claim": "Sparse models save work.", "hypothesis": "They do.",
+        "metric": "test.causal_lm.loss", "arm": "many", "ladder": list(arms), "smallest": 1.5,
+    }  # fmt: skip
+
+    def ladder(job: Job) -> dict[str, Any]:
+        dense = {16: 0, 32: 1, 64: 2, 128: 3}[job.config.model.hidden_dim]
+        sparse = job.config.model.num_experts > 0
+        noise = 0.1 * NOISE[job.config.train.seed % 5]
+        return formula(job) | {
+            "loss": 3 - 0.1 * (2 if sparse else dense) + noise,
+            "work": 1e9 * 2 ** (0 if sparse else dense),
+        }
+
+    table = changed(arms={"many": {}} | arms, claims=[claim], control=None, no_control="a test", learning_rates=None)
+    found, _ = run(write_table(tmp_path, table), tmp_path / "runs", fake(ladder))
+    assert found is not None
+    answer = found["claims"][0]
+    assert answer["difference"] == pytest.approx(4.0, rel=0.02)
+    assert answer["verdict"] == "reproduced"
+    assert "over its own, above 1.5" in (tmp_path / "results" / "table.md").read_text()
+
+
+def test_what_a_table_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, runs = write_table(tmp_path), tmp_path / "runs"
+    plan = Plan.of(read_table(path), plainly)
+    before = Estimate.of(plan, runs, measured_minutes(runs))
+    assert (before.runs, before.done, before.minutes, before.basis) == (27, 0, 13.5, "estimated")
+    run(path, runs, only=["many"])
+    half = Estimate.of(plan, runs, measured_minutes(runs))
+    assert half.done >= 4
+    assert half.minutes < 13.5
+    run(path, runs)
+    after = Estimate.of(plan, runs, measured_minutes(runs))
+    assert (after.done, after.minutes) == (27, 0)
+
+
+def test_the_list_of_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = tmp_path / "recipes"
+    path = write_table(recipes / "moe_lm" / "ablations", name="size")
+    monkeypatch.setattr("moekit.ablation.table.RECIPES", recipes)
+    list_tables(tmp_path / "runs", plainly, Terminal())
+    said = capsys.readouterr().out
+    for words in (
+        "moe_lm/size",
+        "Many experts against few",
+        "3 arms x 5 seeds, 12 more for learning rates",
+        "0 of 27",
+        "14 processor minutes left, estimated",
+        "many-better (better): More experts are better.",
+        "none yet",
+    ):
+        assert words in said
+    run(path, tmp_path / "runs", out=recipes / "moe_lm" / "results" / "ablations")
+    list_tables(tmp_path / "runs", plainly, Terminal())
+    said = capsys.readouterr().out
+    assert "27 of 27 runs done, nothing left to run; result: 1 reproduced" in said
+    monkeypatch.setattr("moekit.ablation.table.RECIPES", tmp_path / "wheel")
+    with pytest.raises(UserError, match="which this installation has not"):
+        list_tables(tmp_path / "runs", plainly, Terminal())
+
+
+def test_the_last_step_of_a_run(tmp_path: Path) -> None:
+    assert last_step(tmp_path) == 0
+    (tmp_path / "metrics.csv").write_text("step,epoch\n")
+    assert last_step(tmp_path) == 0
+    (tmp_path / "metrics.csv").write_text("step,epoch,loss\n9,0,1\n19,0,1\n2")
+    assert last_step(tmp_path) == 19, "a row that is being written is none"
+    (tmp_path / "metrics.csv").write_text("step,epoch,loss\n" + "".join(f"{i},0,{'1' * 50}\n" for i in range(900)))
+    assert last_step(tmp_path) == 899
