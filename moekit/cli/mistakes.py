@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from moekit.cli.command import number, option_value
+from moekit.cli.command import location, number, option_value
 from moekit.errors import UserError, nearest
 from moekit.runs.settings.fields import missed_range
 from moekit.runs.yaml_file import read_mapping
@@ -20,7 +20,10 @@ NOT_PARSED = (ArgumentError, ValueError, LookupError, TypeError, AttributeError,
 """What the parser raises of values. Some, such as `!!int`, make PyYAML look into tables and empty texts."""
 
 _MAX_SHOWN = 120
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+_WORDS = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null",
+    location: "the name of a file or a folder",
+}  # fmt: skip
 
 
 def explain(error: str, parser: ArgumentParser, arguments: Sequence[str]) -> str:
