@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from rich.console import Console
 
-from moekit.cli.command import Command
+from moekit.cli.command import Command, path
 from moekit.cli.surgery import RUN, output_options, plain_option, seed_option, write
 from moekit.errors import UserError
 from moekit.runs.run import Run
@@ -16,7 +15,7 @@ from moekit.runs.surgery.writing import require_free
 
 
 def _options(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=RUN)
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help=RUN)
     parser.add_argument(
         "--shared",
         default="mean",

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -151,8 +152,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. {self.prog} --help lists the options.")
 
 
-class _NumberError(argparse.ArgumentTypeError, ValueError):
-    """A number that is none, or out of its range; argparse and jsonargparse each know one of the bases."""
+class _ValueError(argparse.ArgumentTypeError, ValueError):
+    """A value that an option cannot have; argparse and jsonargparse each know one of the bases."""
 
 
 class number:  # noqa: N801 - the type of an option, as int and float are
@@ -167,11 +168,23 @@ class number:  # noqa: N801 - the type of an option, as int and float are
         try:
             found = self.kind(text)
         except (ValueError, OverflowError):
-            raise _NumberError(f"must be {self.words}: got {text!r}") from None
+            raise _ValueError(f"must be {self.words}: got {text!r}") from None
         if missed := missed_range(found, self.known):
             range_words = f", {missed}" if self.known else ""
-            raise _NumberError(f"must be {self.words}{range_words}: got {text}")
+            raise _ValueError(f"must be {self.words}{range_words}: got {text}")
         return found
+
+
+def location(text: str) -> str:
+    """The type of an option that names a file or a folder: an empty text would be the folder of the shell."""
+    if not text or "\0" in text:
+        raise _ValueError(f"must name a file or a folder: got {text!r}")
+    return text
+
+
+def path(text: str) -> Path:
+    """As `location`."""
+    return Path(location(text))
 
 
 def build_parser(name: str, command: Command) -> argparse.ArgumentParser:
@@ -206,9 +219,10 @@ def option_values(arguments: Sequence[str], option: str) -> list[str]:
     """
     pairs = zip_longest(arguments, arguments[1:])
     given = [(item, after) for item, after in pairs if item == option or item.startswith(f"{option}=")]
-    if (option, None) in given:
+    values = [after if item == option else item.partition("=")[2] for item, after in given]
+    if not all(values):
         raise UserError(f"{option} needs a value.")
-    return [str(after) if item == option else item.partition("=")[2] for item, after in given]
+    return [str(value) for value in values]
 
 
 def is_help(arguments: Sequence[str]) -> bool:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moekit.cli.command import Command, number, say
+from moekit.cli.command import Command, number, path, say
 from moekit.cli.surgery import amount, config_option, part_options, run_option, seed_option
 from moekit.errors import UserError
 from moekit.runs.run import Run
@@ -45,7 +44,7 @@ def _options(parser: ArgumentParser) -> None:
     )
     part_options(parser)
     config_option(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the results, pruning.*")
+    parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="folder for the results, pruning.*")
 
 
 def _curve(given: Namespace, console: Console) -> None:

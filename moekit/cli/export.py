@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from rich.console import Console
 
-from moekit.cli.command import Command, number, say
+from moekit.cli.command import Command, number, path, say
 from moekit.cli.surgery import config_option, run_option
 from moekit.huggingface.architecture import NAMES
 from moekit.runs.run import Run
@@ -16,7 +15,7 @@ from moekit.runs.surgery.exchange import export_run
 
 def _options(parser: ArgumentParser) -> None:
     run_option(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument(
         "--as",
         dest="kind",

@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from moekit.cli.command import RecipeCommand
+from moekit.cli.command import RecipeCommand, location
 from moekit.cli.prompt import converse
 from moekit.cli.trained import (
     WRITER_SETTINGS,
@@ -34,7 +34,9 @@ def _options(parser: ArgumentParser) -> None:
         "Without it standard input is read; on a terminal lines are answered one by one",
         None,
     )
-    parser.add_argument("--output", type=str, default=STANDARD, help="output file, one line each; - = standard output")
+    parser.add_argument(
+        "--output", type=location, default=STANDARD, help="output file, one line each; - = standard output"
+    )
     parser.add_argument(
         "--n_best",
         type=int,

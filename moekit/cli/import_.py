@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from rich.console import Console
 
-from moekit.cli.command import Command, say
+from moekit.cli.command import Command, path, say
 from moekit.runs.run import Run
 from moekit.runs.surgery.exchange import import_run
 from moekit.runs.surgery.writing import require_free, write_run
@@ -15,15 +14,15 @@ from moekit.shell import command_line
 
 
 def _options(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="Hugging Face folder: config.json and safetensors")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="Hugging Face folder: config.json and safetensors")
     parser.add_argument(
         "--like",
-        type=Path,
+        type=path,
         required=True,
         metavar="RUN",
         help="run of the same model, such as the one exported; it provides recipe, settings and tokenizer",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the new run")
+    parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="folder of the new run")
     parser.add_argument("--dropless", action="store_true", help="drop no tokens: ignore expert capacity")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
 

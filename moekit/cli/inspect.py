@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from rich.console import Console
 
-from moekit.cli.command import Command
+from moekit.cli.command import Command, path
 from moekit.cli.surgery import RUN, config_option
 from moekit.runs.surgery.inspection import inspect, show
 
 
 def _options(parser: ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="RUN", help=f"{RUN}, or a state dict file")
+    parser.add_argument("path", type=path, metavar="RUN", help=f"{RUN}, or a state dict file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     config_option(parser)
 

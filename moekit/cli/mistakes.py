@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from moekit.cli.command import number, option_value
+from moekit.cli.command import location, number, option_value
 from moekit.errors import UserError, nearest
 from moekit.runs.settings.fields import missed_range
 from moekit.runs.yaml_file import read_mapping
@@ -22,7 +22,10 @@ NOT_PARSED = (ArgumentError, ValueError, LookupError, TypeError, AttributeError,
 
 _MAX_SHOWN = 120
 _MAX_NAMES = 12  # more are no help in a message
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+_WORDS = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null",
+    location: "the name of a file or a folder",
+}  # fmt: skip
 
 
 class OtherCommandsOption(Action):

@@ -8,17 +8,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moekit.cli.command import Command
+from moekit.cli.command import Command, path
 from moekit.errors import UserError
 from moekit.terminal import visible
 
 
 def runs_options(parser: ArgumentParser, runs: str, page: str) -> None:
     """Runs, and the page that compares them."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=runs)
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help=runs)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path,
         metavar="FILE",
         help=f"HTML file {page} (default: comparison.html); a markdown file is written beside it",
     )

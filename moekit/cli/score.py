@@ -6,7 +6,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from moekit.cli.command import RecipeCommand
+from moekit.cli.command import RecipeCommand, location
 from moekit.cli.trained import stored_run, stored_settings, text_given, text_options
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
@@ -21,8 +21,10 @@ def _options(parser: ArgumentParser) -> None:
         'file of JSON lines {"context": text, "continuations": [text, ...], "answer": index from 0 (optional)}; '
         "- = standard input",
     )
-    parser.add_argument("--examples", type=str, help="JSON lines with answers, put before every context (few-shot)")
-    parser.add_argument("--output", type=str, default="-", help="output file of JSON lines; - = standard output")
+    parser.add_argument(
+        "--examples", type=location, help="JSON lines with answers, put before every context (few-shot)"
+    )
+    parser.add_argument("--output", type=location, default="-", help="output file of JSON lines; - = standard output")
 
 
 def _score(recipe: Recipe, config: RunConfig, given: Any) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
-from pathlib import Path
 
 from rich.console import Console
 
-from moekit.cli.command import number, say
+from moekit.cli.command import number, path, say
 from moekit.runs.run import Run
 from moekit.runs.surgery.operations import Result
 from moekit.runs.surgery.writing import require_free, write_run
@@ -20,14 +19,14 @@ RUN = "folder of a run (its best checkpoint is used, else its last), or a checkp
 
 def run_option(parser: ArgumentParser, more: str = "") -> None:
     """The run that is changed."""
-    parser.add_argument("run", type=Path, metavar="RUN", help=RUN + more)
+    parser.add_argument("run", type=path, metavar="RUN", help=RUN + more)
 
 
 def config_option(parser: ArgumentParser) -> None:
     """What says of which model a checkpoint is."""
     parser.add_argument(
         "--config",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="config.yaml of a run of the same model, for a checkpoint without its own configuration",
     )
@@ -48,7 +47,7 @@ def seed_option(parser: ArgumentParser, what: str) -> None:
 
 def output_options(parser: ArgumentParser) -> None:
     """Where the new run goes, and how it goes on."""
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the new run")
+    parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="folder of the new run")
     parser.add_argument(
         "--restart",
         action="store_true",

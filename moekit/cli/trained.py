@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from moekit.cli.command import option_value
+from moekit.cli.command import location, option_value
 from moekit.cli.training import FOLDER, folder
 from moekit.data.lines import STANDARD
 from moekit.errors import UserError
@@ -38,7 +38,7 @@ def stored_settings(recipe: Recipe, arguments: Sequence[str], variant: str | Non
 
 def folder_option(parser: ArgumentParser) -> None:
     """Where the run lies."""
-    parser.add_argument("--out", type=str, help=FOLDER)
+    parser.add_argument("--out", type=location, help=FOLDER)
     parser.add_argument(
         "--checkpoint",
         choices=CHECKPOINTS,
@@ -52,7 +52,7 @@ def text_options(parser: ArgumentParser, source: str, target: str, input: str, d
     folder_option(parser)
     parser.add_argument("--from", type=str, dest="source_language", help=f"language code of {source}")
     parser.add_argument("--to", type=str, dest="target_language", help=target)
-    parser.add_argument("--input", type=str, default=default, help=input)
+    parser.add_argument("--input", type=location, default=default, help=input)
 
 
 def text_given(given: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from moekit.cli.command import RecipeCommand, option_value, say
+from moekit.cli.command import RecipeCommand, location, option_value, say
 from moekit.errors import NonFiniteError
 from moekit.runs.config import RunConfig
 from moekit.runs.evaluate import evaluate
@@ -57,7 +57,7 @@ def smoke_settings(recipe: Recipe, arguments: Sequence[str], variant: str | None
 
 def training_options(parser: ArgumentParser, out: str = FOLDER) -> None:
     """Where the run goes, and whether it goes on or begins again."""
-    parser.add_argument("--out", type=str, help=out)
+    parser.add_argument("--out", type=location, help=out)
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -120,7 +120,7 @@ def starting_command(help: str, start: type[InitFrom], whose: str, other: str) -
 
     def options(parser: ArgumentParser) -> None:
         training_options(parser, f"folder of {whose} run (default: runs/RECIPE-VARIANT-{start.command})")
-        parser.add_argument(f"--{start.option}", type=str, metavar="RUN", help=other)
+        parser.add_argument(f"--{start.option}", type=location, metavar="RUN", help=other)
         parser.add_class_arguments(start.choices, start.group)
 
     def run(recipe: Recipe, config: RunConfig, given: Any) -> None:

@@ -94,10 +94,10 @@ def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], free: Col
         UserError: there are `differences`, all of which are listed; `what` names the run or the checkpoint.
     """
     if different := differences(saved, current, free):
-        lines = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in different.items())
+        listed = ", ".join(f"{key} ({old!r} there, {new!r} now)" for key, (old, new) in different.items())
         raise UserError(
-            f"the configuration must be that of {what} to resume it. These keys differ:{lines}\n"
-            "Give the same values, or start a new run in another folder."
+            f"the configuration must be that of {what} to resume it. These keys differ: {listed}. Give the same "
+            "values, or start a new run in another folder."
         )
 
 

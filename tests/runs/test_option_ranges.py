@@ -1,4 +1,4 @@
-"""Options of commands that are numbers: a range each, refused in one line, before anything is read or made."""
+"""Options of commands that are numbers or places: refused in one line, before anything is read or made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from moekit.cli.program import main
 
-OPTIONS = {
+OPTIONS: dict[tuple[str, ...], dict[str, list[str]]] = {
     ("curve", "x", "--out", "y"): {
         "--draws": ["-1", "nan", "1.5"], "--recover": ["-1", str(10**20)], "--recover-rate": ["-1", "inf", "nan"],
         "--seed": ["-1", str(10**20), "word"], "--keep": ["word"],
@@ -22,11 +22,14 @@ OPTIONS = {
         "--memory": ["0", "nan", "inf", "word"], "--sequences": ["0", str(10**20)], "--length": ["-1", "0", "1e30"],
     },
 }  # fmt: skip
+# An empty text, as of a variable of the shell that is not set, would be the folder of the shell.
+OPTIONS |= {(c, "x"): {"--out": ["", "a\0b"]} for c in ("curve", "prune", "export", "report")}
+OPTIONS |= {("run", "gshard"): {"--out": [""]}, ("score", "gshard"): {"--examples": [""]}}
 CASES = [(c, option, value) for c, options in OPTIONS.items() for option, values in options.items() for value in values]
 
 
 @pytest.mark.parametrize(("command", "option", "value"), CASES, ids=[f"{c[0]}{o}={v}" for c, o, v in CASES])
-def test_senseless_numbers_are_refused_by_option(
+def test_senseless_values_are_refused_by_option(
     command: tuple[str, ...],
     option: str,
     value: str,
