@@ -123,10 +123,10 @@ def _dispatch_few(x: Tensor, routing: Routing) -> Dispatched:
         row[assignment] = place
         counts[experts[assignment]] += 1
     tokens = [assignment % routing.num_tokens for assignment in order]
-    token, place, count = (
+    token, back, count = (
         torch.tensor(numbers, dtype=torch.int64, device=x.device) for numbers in (tokens, row, counts)
     )
-    return Dispatched(x.index_select(0, token), count, _Few(place))
+    return Dispatched(x.index_select(0, token), count, _Few(back))
 
 
 def _combine_few(y: Tensor, routing: Routing, row: Tensor) -> Tensor:
