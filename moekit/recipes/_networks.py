@@ -299,7 +299,7 @@ T5_ADAFACTOR: Mapping[str, Any] = {
 
 
 def knowing(tiny: RunConfig, **model: Any) -> RunConfig:
-    """A recipe's tiny variant on text that knows more than its dense twin can hold: narrow, with many experts.
+    """A recipe's tiny variant on text that knows things, narrow and with many experts.
 
     Args:
         tiny: on babel, where there is nothing to know.
@@ -318,7 +318,7 @@ def knowing(tiny: RunConfig, **model: Any) -> RunConfig:
 
 _NOTES = {
     "tiny": "minutes on two cores, on generated languages, nothing to download (default)",
-    "facts": "minutes on two cores, on facts in generated languages: more to know than its dense twin can hold",
+    "facts": "minutes on two cores, on facts in generated languages: narrow, with many experts",
     "small": "half an hour on a laptop, on your own text: give --data.source and --data.path",
 }
 
