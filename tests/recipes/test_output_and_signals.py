@@ -68,14 +68,14 @@ def test_nohup_and_two_ctrl_c(tmp_path: Path) -> None:
     """A SIGHUP that is held off stays held off; a second Ctrl-C does not wait for the step's end."""
     held_off: Any = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
     process = start(
-        tmp_path, 1_000_000, "--tasks.span_corruption.tokens=100000", stderr=subprocess.PIPE, preexec_fn=held_off
+        tmp_path, 1_000_000, "--tasks.span_corruption.tokens=200000", stderr=subprocess.PIPE, preexec_fn=held_off
     )
     wait_for_steps(process, tmp_path)
     process.send_signal(signal.SIGHUP)
     time.sleep(1)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    time.sleep(2)  # the first one is dealt with, and the step under way takes several seconds more
+    time.sleep(0.5)  # the first one is dealt with, and the step under way takes several seconds more
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
