@@ -80,6 +80,7 @@ def test_a_killed_table_goes_on_to_the_same_result(tmp_path: Path) -> None:
     assert stopped.wait(timeout=200) == 130
     said = (tmp_path / "stopped.log").read_text()
     assert "What has been done is kept. To go on:" in said
+    assert f"{path} --jobs 2 --runs stopped --out stopped-result" in said
     assert "Traceback" not in said
     for runs in ("stopped", "whole"):
         process = start(tmp_path, path, runs)
