@@ -103,7 +103,7 @@ COMMAND = Command(
     _options,
     _ablate,
     "  moekit ablate --list                       tables, cost, and what is done\n"
-    "  moekit ablate shazeer/balance_losses       make what is missing; Ctrl-C stops, the same command goes on\n"
+    "  moekit ablate shazeer/balance_losses       run what is missing; Ctrl-C stops, the same command goes on\n"
     "  moekit ablate my/table.yaml --jobs 4       a table of yours\n"
     "  moekit ablate --claims                     docs/claims.md from the results that are there",
 )
