@@ -29,15 +29,15 @@ ARMS = {
 def start(folder: Path, table: Path, runs: str) -> subprocess.Popen[bytes]:
     options = ["--runs", runs, "--out", f"{runs}-result", "--jobs", "2"]
     command = [sys.executable, "-m", "moekit", "ablate", str(table), *options]
-    log = (folder / f"{runs}.log").open("ab")
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
+    with (folder / f"{runs}.log").open("ab") as log:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def until_a_run_is_in_its_middle(runs: Path, process: subprocess.Popen[bytes], steps: int, done: int) -> None:
