@@ -200,9 +200,9 @@ def _evidence(question: TestedClaim, measured: Measured, seeds: Sequence[int]) -
         smallest = 0.0  # of the logarithm of the factor over the smallest of interest
     else:
         side = 1.0 if question.direction == "higher" or equality else -1.0
-        if question.kind == "mechanism":
-            smallest = 0.0  # beyond the bound
-        differences = [side * (_effect(question, values, seed) - question.bound) for seed in whole]
+        if question.kind == "mechanism":  # a bound of a difference is its smallest effect; its other side is zero's
+            smallest = side * (question.bound - _origin(question))
+        differences = [side * (_effect(question, values, seed) - _origin(question)) for seed in whole]
     effect = PairedDifferences(differences) if len(differences) > 1 else None
     return Evidence(effect, smallest, equality, failed, censored)
 
@@ -218,6 +218,12 @@ def _effect(question: TestedClaim, values: Mapping[str, Mapping[int, float | Non
     assert value is not None
     assert other is not None
     return value - other
+
+
+def _origin(question: TestedClaim) -> float:
+    """Where the claimed side begins: at zero for a difference, at the bound for a number by itself."""
+    is_difference = question.against and (question.bound >= 0) == (question.direction == "higher")
+    return 0.0 if is_difference else question.bound
 
 
 def _factor(question: TestedClaim, measured: Measured, seed: int) -> Any:
@@ -264,10 +270,10 @@ def _numbers(question: TestedClaim, evidence: Evidence) -> dict[str, Any]:
         mean, low, high = (question.smallest * math.exp(x) for x in (effect.mean, low, high))
         return {"pairs": len(effect.differences), "difference": mean, "deviation": None, "interval": [low, high]}
     side = 1.0 if question.direction == "higher" or evidence.equality else -1.0
-    ends = sorted(side * end + question.bound for end in (low, high))
+    ends = sorted(side * end + _origin(question) for end in (low, high))
     return {
         "pairs": len(effect.differences),
-        "difference": side * effect.mean + question.bound,
+        "difference": side * effect.mean + _origin(question),
         "deviation": effect.deviation,
         "interval": ends,
     }

@@ -38,6 +38,7 @@ def run_table(
     only: Sequence[str] | None = None,
     out: Path | None = None,
     commands: Commands | None = None,
+    again: str = "",
 ) -> dict[str, Any] | None:
     """Make the runs of a table that are missing, and its result once all are there.
 
@@ -51,6 +52,7 @@ def run_table(
         only: only these arms.
         out: folder of the result; None = that of the recipe's results.
         commands: that make a run; None = ordinary runs.
+        again: what a user types to go on; "" = the table's name alone.
 
     Returns:
         The result; None where runs are left to be made.
@@ -69,7 +71,7 @@ def run_table(
         rates = _rates(plan, runs, only)
         _make(plan.jobs(rates, only, seeds), plan, runs, at_once, console, commands, "runs")
     except KeyboardInterrupt:
-        _say(console, f"What has been done is kept. To go on: {command_line('ablate', name)}")
+        _say(console, f"What has been done is kept. To go on: {again or command_line('ablate', name)}")
         raise
     left = _left(plan, runs)
     if left:

@@ -10,6 +10,10 @@ from rich.console import Console
 
 from moekit.cli.command import Command, number, say
 from moekit.errors import UserError
+from moekit.shell import command_line
+
+RUNS = Path("runs/ablations")
+"""Where runs go."""
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -49,7 +53,7 @@ def _options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--runs",
         type=Path,
-        default=Path("runs/ablations"),
+        default=RUNS,
         metavar="FOLDER",
         help="folder of the runs, which all tables share (default: runs/ablations)",
     )
@@ -74,10 +78,19 @@ def _ablate(given: Namespace, console: Console) -> None:
     elif given.claims:
         say(console, str(write_claims_page()))
     else:
+        again = command_line("ablate", given.table, *_typed(given))
         run_table(
             given.table, reconfigured, console, runs=given.runs, at_once=given.jobs or _processors(),
-            seeds=given.seeds, only=given.only, out=given.out,
+            seeds=given.seeds, only=given.only, out=given.out, again=again,
         )  # fmt: skip
+
+
+def _typed(given: Namespace) -> list[str]:
+    """The options that say which runs are made, and where, as they were typed."""
+    single = {"--jobs": given.jobs, "--runs": given.runs if given.runs != RUNS else None, "--out": given.out}
+    several = {"--seeds": given.seeds or (), "--only": given.only or ()}
+    words = [word for option, value in single.items() if value is not None for word in (option, str(value))]
+    return words + [str(word) for option, values in several.items() if values for word in (option, *values)]
 
 
 def _processors() -> int:
@@ -90,7 +103,7 @@ COMMAND = Command(
     _options,
     _ablate,
     "  moekit ablate --list                       tables, cost, and what is done\n"
-    "  moekit ablate shazeer/balance_losses       make what is missing; Ctrl-C stops, the same command goes on\n"
+    "  moekit ablate shazeer/balance_losses       run what is missing; Ctrl-C stops, the same command goes on\n"
     "  moekit ablate my/table.yaml --jobs 4       a table of yours\n"
     "  moekit ablate --claims                     docs/claims.md from the results that are there",
 )

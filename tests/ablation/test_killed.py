@@ -29,15 +29,15 @@ ARMS = {
 def start(folder: Path, table: Path, runs: str) -> subprocess.Popen[bytes]:
     options = ["--runs", runs, "--out", f"{runs}-result", "--jobs", "2"]
     command = [sys.executable, "-m", "moekit", "ablate", str(table), *options]
-    log = (folder / f"{runs}.log").open("ab")
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
+    with (folder / f"{runs}.log").open("ab") as log:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def until_a_run_is_in_its_middle(runs: Path, process: subprocess.Popen[bytes], steps: int, done: int) -> None:
@@ -80,6 +80,7 @@ def test_a_killed_table_goes_on_to_the_same_result(tmp_path: Path) -> None:
     assert stopped.wait(timeout=200) == 130
     said = (tmp_path / "stopped.log").read_text()
     assert "What has been done is kept. To go on:" in said
+    assert f"{path} --jobs 2 --runs stopped --out stopped-result" in said
     assert "Traceback" not in said
     for runs in ("stopped", "whole"):
         process = start(tmp_path, path, runs)
