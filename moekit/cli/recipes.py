@@ -140,8 +140,7 @@ def _parsed(
     except UserError:
         raise
     except NOT_PARSED as error:
-        if settings is None:
-            _tolerate_other_commands(parser)  # to name whose option it is
+        _tolerate_other_commands(parser)  # to name whose option it is
         raise UserError(explain(str(error), parser, arguments)) from None
     if settings is None:
         for old, new in recipe.renamed.items():
