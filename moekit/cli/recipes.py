@@ -102,8 +102,6 @@ def build_parser(recipe: Recipe, command: str, variant: str, config: RunConfig |
             parser.add_argument(f"--{key}", type=Any, default=None, help=SUPPRESS)
         parser.add_argument("--config", action="config", help="YAML file with settings; options after it override it")
     chosen.options(parser)
-    if chosen.settings is None:
-        _tolerate_other_commands(parser)
     values = as_plain(config)
     for group in fields(config):
         kind = type(getattr(config, group.name))
@@ -136,11 +134,13 @@ def _parsed(
     """All options, and the settings with those of the options."""
     if settings is None and (files := option_values(arguments, "--config")):
         require_settings(parser, files)
+        _tolerate_other_commands(parser)
     try:
         given = parser.parse_args(list(arguments))
     except UserError:
         raise
     except NOT_PARSED as error:
+        _tolerate_other_commands(parser)  # to name whose option it is
         raise UserError(explain(str(error), parser, arguments)) from None
     if settings is None:
         for old, new in recipe.renamed.items():

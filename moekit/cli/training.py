@@ -9,7 +9,6 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from moekit.cli.command import RecipeCommand, location, option_value, say
-from moekit.errors import NonFiniteError
 from moekit.runs.config import RunConfig
 from moekit.runs.evaluate import evaluate
 from moekit.runs.fit import fit
@@ -17,7 +16,7 @@ from moekit.runs.init_from import InitFrom
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.smoke import smoke
-from moekit.shell import command_line, recipe_command
+from moekit.shell import recipe_command
 from moekit.terminal import Terminal
 from moekit.training.processes import is_first_process
 
@@ -88,23 +87,18 @@ def train(recipe: Recipe, config: RunConfig, given: Any, start: type[InitFrom] |
     again = own if given.resume and own.last_checkpoint is not None else None
     init_from = start(given[start.option], start.choices(**vars(given[start.group])), config, again) if start else None
     arguments = [argument for argument in given.arguments if argument not in ("--resume", "--overwrite")]
-    try:
-        run = fit(
-            recipe,
-            given.variant,
-            config,
-            own.path,
-            resume=given.resume,
-            overwrite=given.overwrite,
-            init_from=init_from,
-            smoke=smoke_test,
-            resume_command=recipe_command(recipe.name, [*arguments, "--resume"]),
-            console=Terminal(),
-        )
-    except NonFiniteError:
-        if is_first_process():
-            say(Terminal(), f"what was logged  {command_line('report', own.path)}")
-        raise
+    run = fit(
+        recipe,
+        given.variant,
+        config,
+        own.path,
+        resume=given.resume,
+        overwrite=given.overwrite,
+        init_from=init_from,
+        smoke=smoke_test,
+        resume_command=recipe_command(recipe.name, [*arguments, "--resume"]),
+        console=Terminal(),
+    )
     return run, config
 
 

@@ -11,10 +11,9 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.text import Text
 
-from moekit.atomic import write_json
 from moekit.data.held_out import HeldOut, left_out, remarks
 from moekit.data.module import MultitaskData
-from moekit.errors import NonFiniteError, UserError
+from moekit.errors import UserError
 from moekit.inference.translator import Translator, search_for
 from moekit.lock import held
 from moekit.performance import keep_memory
@@ -33,6 +32,7 @@ from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.smoke import WARNING
 from moekit.runs.text import require_same_text, tokenizer_of
+from moekit.shell import command_line
 from moekit.terminal import visible
 from moekit.training.budget import Budget
 from moekit.training.callbacks.config import ConfigInCheckpoints
@@ -50,7 +50,7 @@ from moekit.training.callbacks.weights import kept_weights
 from moekit.training.full_disk import full_disk_explained
 from moekit.training.loggers import make_logger_folders, run_loggers
 from moekit.training.multitask import MultitaskModule
-from moekit.training.processes import explained, is_first_process
+from moekit.training.processes import explained, is_first_process, stop_noted
 from moekit.training.quiet import quiet
 from moekit.training.refusals import check_callbacks
 from moekit.training.strategy import ExpertParallelStrategy
@@ -170,13 +170,9 @@ def fit(
             said += [] if init_from is None else [f"\n{visible(init_from.note(module))}"]
             said += [(f"\n{WARNING}", "bold yellow")] if smoke else []
             console.print(Text.assemble(*said), soft_wrap=True)
-        with quiet(), explained(trainer), full_disk_explained(run.path, resume_command):
-            try:
-                trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-            except NonFiniteError as error:
-                if trainer.is_global_zero:
-                    write_json(run.path / STOPPED, {"step": trainer.global_step, "why": str(error)})
-                raise
+        noted = stop_noted(trainer, run.path / STOPPED, command_line("report", run.path))
+        with quiet(), explained(trainer), full_disk_explained(run.path, resume_command), noted:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return run
 
 

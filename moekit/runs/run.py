@@ -116,7 +116,6 @@ class Run:
         write_text(run.path / _CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
         write_json(run.path / "environment.json", environment() | dict(measured or {}))
         try:
-            (run.path / STOPPED).unlink(missing_ok=True)  # of a run that goes on
             run.checkpoints.mkdir(exist_ok=True)
             clear_drafts(run.checkpoints)
         except OSError as error:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,7 +19,8 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed import DistNetworkError
 
-from moekit.errors import TrainingStoppedError, UserError
+from moekit.atomic import write_json
+from moekit.errors import NonFiniteError, TrainingStoppedError, UserError
 
 _SECONDS_TO_TELL = 20.0
 _SECONDS_TO_JOIN = 15.0  # until the first word; the next come ever later
@@ -83,7 +85,7 @@ def _says_that_it_waits(trainer: L.Trainer) -> Iterator[None]:
 
 
 def _say_waiting(trainer: L.Trainer, number: int, seconds: float) -> None:
-    met: Any = trainer.strategy.cluster_environment
+    met: Any = getattr(trainer.strategy, "cluster_environment", None)  # every strategy of several processes has one
     timeout = getattr(trainer.strategy, "_timeout", None)
     end = f" and gives up after {timeout.total_seconds() / 60:.0f} minutes" if timeout else ""
     print(
@@ -93,6 +95,26 @@ def _say_waiting(trainer: L.Trainer, number: int, seconds: float) -> None:
         file=sys.stderr,
         flush=True,
     )
+
+
+@contextmanager
+def stop_noted(trainer: L.Trainer, file: Path, report: str) -> Iterator[None]:
+    """Keep in a file why training stopped at numbers that are not finite; of a run that does not stop, none.
+
+    Args:
+        trainer: whose training it is.
+        file: gets the step and what was said of it.
+        report: the command that draws what was logged, which is printed.
+    """
+    if trainer.is_global_zero:
+        file.unlink(missing_ok=True)  # of a run that goes on
+    try:
+        yield
+    except NonFiniteError as error:
+        if trainer.is_global_zero:
+            write_json(file, {"step": trainer.global_step, "why": str(error)})
+            print(f"what was logged  {report}", flush=True)
+        raise
 
 
 def let_survivors_tell() -> None:

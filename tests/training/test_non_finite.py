@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,9 @@ def test_a_recipe_stops_and_says_why(
     saved = load_checkpoint(out / "checkpoints" / "last.ckpt")
     assert saved["global_step"] == 1
     assert all(bool(value.isfinite().all()) for value in saved["state_dict"].values())
+    stopped = json.loads((out / "stopped.json").read_text())
+    assert stopped["step"] == 2
+    assert " ".join(stopped["why"].split()) in message
+    if calls:  # only the second step was spoilt: the run goes on, and is one that did not stop
+        assert main(switch.RECIPE, ["fit", *small, "--out", str(out), "--resume"]) == 0
+        assert not (out / "stopped.json").exists()
