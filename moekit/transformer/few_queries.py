@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekit.functional.eager import is_eager
+
 _MOST = 8  # queries of a row and head up to which the plain form was faster
 
 
@@ -13,7 +15,7 @@ def suits(query: Tensor) -> bool:
 
     Torch's kernel for the CPU calls a product for each row and head, which costs more than these small products take.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # in a graph the number of queries may be a symbol
+    if torch.is_grad_enabled() or not is_eager():  # in a graph the number of queries may be a symbol
         return False
     exact = query.dtype in (torch.float32, torch.float64)
     return query.device.type == "cpu" and exact and query.shape[2] <= _MOST
