@@ -41,6 +41,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     if mask is not None and mask.dtype != torch.bool:
         added = mask.expand(rows, heads, queries, key.shape[2]).flatten(0, 1)
         weights = torch.baddbmm(added, flat, keys, alpha=scale).softmax(-1)
+        if queries == key.shape[2]:  # nothing is cached: a row may be all padding
+            weights = weights.masked_fill_(added.isneginf().all(-1, keepdim=True), 0.0)
     else:
         scores = torch.bmm(flat * scale, keys)
         if mask is None:
