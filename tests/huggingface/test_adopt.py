@@ -395,7 +395,7 @@ def test_low_precision_keeps_scores_in_float32() -> None:
         logits = ours(tokens()).logits
     assert logits.dtype == torch.bfloat16
     assert heard[0].weight.dtype == torch.float32
-    assert float((logits.float() - theirs(tokens()).logits).abs().max()) < 0.2
+    assert float((logits.float() - theirs(tokens()).logits).detach().abs().max()) < 0.2
 
 
 def test_compiles_in_one_graph() -> None:
