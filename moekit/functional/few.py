@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekit.functional.eager import is_eager
+
 _MOST = 512  # beyond it a sort in Python takes as long as the operations that it spares
 
 
@@ -15,7 +17,7 @@ def is_few(tensor: Tensor, count: int | None = None) -> bool:
     hundred of them, longer where products with many weights have emptied the caches. Only without gradients, and where
     a read neither waits nor is recorded.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or not is_eager():
         return False
     number = tensor.numel() if count is None else count
     return tensor.device.type == "cpu" and type(tensor) is Tensor and number <= _MOST

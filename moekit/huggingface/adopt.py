@@ -8,10 +8,12 @@ model.save_pretrained("again")                                # the files that t
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from moekit.errors import UserError
@@ -83,7 +85,7 @@ class Adoption:
 
     def __init__(self, hearing: Hearing, aux: AuxLosses | None) -> None:
         self.hearing, self.aux = hearing, aux
-        self.asked: list[list[Routing]] = []
+        self.asked: list[tuple[int, list[Routing]]] = []  # by which thread, and where to
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward: take the mask, and begin to listen.
@@ -97,19 +99,27 @@ class Adoption:
                 "moekit.huggingface.routings(model) gives what routers returned."
             )
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self.hearing.mask = _real(mask)
-        self.hearing.routings = []
+        forward = self.hearing.forward
+        forward.mask, forward.routings, forward.with_gradient = _real(mask), [], torch.is_grad_enabled()
 
     def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """After a forward, also one that raised: stop listening, and add the losses."""
-        heard, self.hearing.routings, self.hearing.mask = self.hearing.routings or [], None, None
-        for asked in self.asked:
-            asked.extend(heard)
-        loss = getattr(output, "loss", None)
+        forward = self.hearing.forward
+        heard, forward.routings, forward.mask = forward.routings or [], None, None
+        for thread, asked in self.asked:
+            if thread == threading.get_ident():
+                asked.extend(heard)
+        as_tuple = isinstance(output, tuple) and len(output) > 0  # by return_dict=False: a loss, if any, comes first
+        loss = output[0] if as_tuple else getattr(output, "loss", None)
+        if as_tuple and isinstance(loss, Tensor) and loss.ndim:
+            return None
         if self.aux is None or not model.training or not isinstance(loss, Tensor) or not heard:
             return None
         total, terms = self.aux(*heard)
-        output.loss = loss + total.to(loss.device, loss.dtype)
+        loss = loss + total.to(loss.device, loss.dtype)
+        if as_tuple:
+            return (loss, *output[1:])
+        output.loss = loss
         if "aux_loss" in type(output).__dataclass_fields__:
             output.aux_loss = terms.get("load_balance")
         return output
@@ -119,7 +129,7 @@ class Adoption:
 def routings(model: nn.Module) -> Iterator[list[Routing]]:
     """What the routers of an adopted model return inside the block, forward by forward, layer by layer.
 
-    With gradient, so that a loss of one's own may be made of them.
+    With gradient, so that a loss of one's own may be made of them. Forwards of other threads are not heard.
 
     Example::
 
@@ -134,11 +144,11 @@ def routings(model: nn.Module) -> Iterator[list[Routing]]:
     if adoption is None:
         raise UserError(f"routings are those of an adopted model: got {type(model).__name__}. Call adopt(model) first.")
     heard: list[Routing] = []
-    adoption.asked.append(heard)
+    adoption.asked.append((threading.get_ident(), heard))
     try:
         yield heard
     finally:
-        adoption.asked = [asked for asked in adoption.asked if asked is not heard]
+        adoption.asked = [asked for asked in adoption.asked if asked[1] is not heard]
 
 
 def _adoption(model: nn.Module) -> Adoption | None:

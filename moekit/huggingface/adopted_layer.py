@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from moekit.errors import UserError
 from moekit.experts import Experts
 from moekit.functional.precision import float32_linear
 from moekit.huggingface.renamed import Renamed
@@ -17,24 +19,53 @@ from moekit.mixing import Mix, Mixed
 from moekit.routing import Router, Routing, RoutingContext
 
 
-class Hearing:
-    """What the layers of a model share during one of its forwards.
+class Forward:
+    """A forward of a model.
 
     Attributes:
         routings: those of the layers so far, in their order; None outside of a forward, so that a recomputation by
             activation checkpointing adds nothing.
         mask: Bool[B, S'], True = a real token; None = all are.
+        with_gradient: whether it began with gradients.
     """
 
     def __init__(self) -> None:
         self.routings: list[Routing] | None = None
         self.mask: Tensor | None = None
+        self.with_gradient = False
+
+
+class _OfThisThread(threading.local):
+    def __init__(self) -> None:  # called in each thread
+        self.forward = Forward()
+
+
+class Hearing:
+    """What the layers of a model share during one of its forwards, of which several threads may run one each."""
+
+    def __init__(self) -> None:
+        self._own = _OfThisThread()
         self._masks = WeakTensorKeyDictionary()
 
-    def context(self, hidden: Tensor) -> RoutingContext:
-        """What routers may know about ``hidden`` Float[B, S, D]: the last S positions of the mask are its own."""
+    @property
+    def forward(self) -> Forward:
+        """That of this thread."""
+        return self._own.forward
+
+    def context(self, hidden: Tensor, *, training: bool) -> RoutingContext:
+        """What routers may know about ``hidden`` Float[B, S, D]: the last S positions of the mask are its own.
+
+        Raises:
+            UserError: training checkpoints with use_reentrant, which hides what layers return from the loss.
+        """
+        forward = self.forward
+        if training and forward.routings is not None and forward.with_gradient and not torch.is_grad_enabled():
+            raise UserError(
+                "an adopted model needs activation checkpointing that keeps the gradient of routers' losses: got "
+                "use_reentrant=True. Call model.gradient_checkpointing_enable({'use_reentrant': False})."
+            )
         batch, length = hidden.shape[:2]
-        mask = self.mask
+        mask = forward.mask
         if mask is not None:
             mask = mask[:, -length:] if mask.shape[0] == batch and mask.shape[1] >= length else None
         sequence = torch.arange(batch, device=hidden.device)[:, None].expand(batch, length)
@@ -48,12 +79,12 @@ class Hearing:
         """
         angles = kwargs.get("position_embeddings")
         cosines = angles[0] if isinstance(angles, tuple) else angles
-        if not isinstance(cosines, Tensor) or not torch.is_grad_enabled():
+        if not isinstance(cosines, Tensor):
             return
-        if self.routings is None:
-            self.mask = self._masks.get(cosines)
-        elif self.mask is not None:
-            self._masks[cosines] = self.mask
+        if self.forward.routings is None:  # or the base model is called by itself, whose mask nobody knows
+            self.forward.mask = self._masks.get(cosines)
+        elif self.forward.mask is not None and torch.is_grad_enabled():
+            self._masks[cosines] = self.forward.mask
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hear a forward of their own."""
@@ -128,7 +159,7 @@ class AdoptedLayer(Renamed, MoELayer):
         """Float[B, S, D] to the same, as the block that was here."""
         for rate in self.jitters if self.training else ():
             hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(1 - rate, 1 + rate)
-        output: MoEOutput = super().__call__(hidden_states, self.hearing.context(hidden_states))
-        if self.hearing.routings is not None:
-            self.hearing.routings.append(output.routing)
+        output: MoEOutput = super().__call__(hidden_states, self.hearing.context(hidden_states, training=self.training))
+        if self.hearing.forward.routings is not None:
+            self.hearing.forward.routings.append(output.routing)
         return (output.hidden, None) if self.answers_pair else output.hidden

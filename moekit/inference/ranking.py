@@ -51,7 +51,7 @@ class Ranking:
     def __call__(self, logits: Tensor, k: int) -> Ranked:
         """The k best tokens of `logits` Float[R, V]; for k = 1 the first of equals. Afterwards they are as before."""
         rows, size = logits.shape
-        if logits.device.type != "cpu" or size < _FEWEST or k > _CHUNK or not rows:
+        if logits.device.type != "cpu" or size < _FEWEST or k > _CHUNK or not rows or not _may_be_written(logits):
             return ranked_reference(logits, k, self._left_out)
         logits = logits.contiguous()
         left_out = logits.index_select(1, self._left_out)
@@ -67,14 +67,20 @@ class Ranking:
         """Float[R, 1]: the sum of exp(logits - peak) of each row, of few rows at a time."""
         rows, size = logits.shape
         together = max(_TOGETHER // size, 1)
-        if self._room is None or self._room.shape != (together, size) or self._room.dtype != logits.dtype:
-            self._room = logits.new_empty(together, size)
+        room = self._room
+        if room is None or room.shape != (together, size) or room.dtype != logits.dtype or not _may_be_written(room):
+            room = self._room = logits.new_empty(together, size)
         sums = torch.empty_like(peak)
         for start in range(0, rows, together):
             part = slice(start, start + together)
-            room = torch.sub(logits[part], peak[part], out=self._room[: min(together, rows - start)])
-            torch.sum(room.exp_(), -1, keepdim=True, out=sums[part])
+            shifted = torch.sub(logits[part], peak[part], out=room[: min(together, rows - start)])
+            torch.sum(shifted.exp_(), -1, keepdim=True, out=sums[part])
         return sums
+
+
+def _may_be_written(tensor: Tensor) -> bool:
+    """Whether torch lets it be changed for a moment: a backward may want it, and inference mode keeps its own."""
+    return not tensor.requires_grad and (torch.is_inference_mode_enabled() or not tensor.is_inference())
 
 
 def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moekit.functional.eager import is_eager
 from moekit.kernels.gpu import products
 from moekit.kernels.gpu.backend import Backend, choose, is_one_kernel
 from moekit.kernels.host_counts import on_host
@@ -62,8 +63,8 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, backend: Backend = "au
         return _one_kernel(x, weight, counts)
     if few:
         return _few_rows(x, weight, counts)
-    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
-    if plain and kind == "cpu" and not torch.is_grad_enabled():
+    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and kind == "cpu"
+    if plain and not torch.is_grad_enabled() and is_eager():
         return _multiply(x, weight, counts)  # what autograd and compilers must be told takes longer than few rows
     return _grouped_mm(x, weight, on_host(counts))
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _PIECE = 1 << 17  # numbers of a piece: half a megabyte of float32
 
@@ -91,9 +90,15 @@ class _Take(torch.autograd.Function):
         ctx.save_for_backward(row)
 
     @staticmethod
-    @once_differentiable
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        return torch.vmap(take_rows_reference, in_dims[:2], randomness=info.randomness)(*inputs[:2]), 0
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (row,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated
+            by_choice = grad.index_select(0, row).view(ctx.choices, len(row) // ctx.choices, grad.shape[1])
+            return by_choice.sum(0), None, None, None
         return _gathered(grad, row, ctx.choices, None), None, None, None
 
 
@@ -107,9 +112,17 @@ class _Sum(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:4])
 
     @staticmethod
-    @once_differentiable
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        return torch.vmap(sum_rows_reference, in_dims, randomness=info.randomness)(*inputs), 0
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         y, weight, token, row = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated
+            assignment = torch.empty_like(row).scatter(0, row, torch.arange(len(row)))
+            taken = grad.index_select(0, token)
+            dots = (taken * y).sum(1).index_select(0, row)
+            return taken * weight.index_select(0, assignment)[:, None], dots, None, None, None
         by_row = weight.new_empty(weight.shape).scatter_(0, row, weight)[:, None]
         dy, dots = y.new_empty(y.shape), weight.new_empty(weight.shape)
         room = y.new_empty(min(len(y), max(_PIECE // max(y.shape[1], 1), 1)), y.shape[1])

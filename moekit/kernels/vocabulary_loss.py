@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _FEWEST_ROWS = 256  # products of fewer rows lose more time than smaller scores gain
 _SCORES = {"cpu": 1 << 20}  # scores at a time: few enough to stay in a cache
@@ -120,8 +119,13 @@ class _VocabularyLoss(torch.autograd.Function):
         return loss, sums.nll, sums.correct
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        # Torch's `once_differentiable` says nothing where other paths lead to the same tensor: this one is left out.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the gradient of vocabulary_loss has no gradient: got create_graph=True. Take "
+                "moekit.kernels.vocabulary_loss_reference, by autograd."
+            )
         found = (None if g is None else (g * grad).to(t) for g, t in zip(ctx.saved_tensors, ctx.types, strict=True))
         return *found, None, None, None, None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekit.functional.eager import is_eager
+
 _MOST = 8  # queries of a row and head up to which the plain form was faster
 
 
@@ -13,7 +15,7 @@ def suits(query: Tensor) -> bool:
 
     Torch's kernel for the CPU calls a product for each row and head, which costs more than these small products take.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # in a graph the number of queries may be a symbol
+    if torch.is_grad_enabled() or not is_eager():  # in a graph the number of queries may be a symbol
         return False
     exact = query.dtype in (torch.float32, torch.float64)
     return query.device.type == "cpu" and exact and query.shape[2] <= _MOST
@@ -39,6 +41,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     if mask is not None and mask.dtype != torch.bool:
         added = mask.expand(rows, heads, queries, key.shape[2]).flatten(0, 1)
         weights = torch.baddbmm(added, flat, keys, alpha=scale).softmax(-1)
+        if queries == key.shape[2]:  # nothing is cached: a row may be all padding
+            weights = weights.masked_fill_(added.isneginf().all(-1, keepdim=True), 0.0)
     else:
         scores = torch.bmm(flat * scale, keys)
         if mask is None:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moekit.functional.eager import is_eager
+
 
 def _wide(x: Tensor) -> Tensor:
     """`x` in float32, or in its own type where that is wider; no copy where nothing changes."""
@@ -26,7 +28,7 @@ def _beside(x: Tensor, weight: Tensor) -> Tensor:
 
 def _is_quick(x: Tensor, weight: Tensor) -> bool:
     """Whether `_quick_rms_norm` may be taken: on a CPU, without gradients, of numbers that are squared as they are."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or not is_eager():
         return False
     plain = type(x) is Tensor and type(weight) is nn.Parameter
     return plain and x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.inference.ranking import Ranking, ranked_reference
+from moekit.inference.ranking import Ranked, Ranking, ranked_reference
 
 LEFT_OUT = torch.tensor([0, 2, 1500])
 
@@ -56,3 +56,22 @@ def test_equals_and_infinities(k: int) -> None:
     assert ranking(spoilt, k).values.isnan().any()
     after, twin = ranking(logits_of(2, 1700, 1), k), ranked_reference(logits_of(2, 1700, 1), k, LEFT_OUT)
     torch.testing.assert_close(after.values, twin.values)  # nothing is left of the NaN
+
+
+def test_logits_that_must_not_be_written() -> None:
+    ranking, left_out = Ranking(torch.tensor([0])), torch.tensor([0])
+    weight = torch.randn(2, 2000, requires_grad=True)
+    kept = weight.exp()
+    for logits in (weight, kept):
+        assert_same(ranking(logits, 2), ranked_reference(logits, 2, left_out))
+    kept.sum().backward()  # what the backward saved is as it was
+    with torch.inference_mode():
+        logits = torch.randn(2, 2000)
+        found = ranking(logits, 2)
+    for again in (ranking(logits, 2), ranking(logits.clone(), 2)):
+        assert_same(again, found)
+
+
+def assert_same(found: Ranked, expected: Ranked) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

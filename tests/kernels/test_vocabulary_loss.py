@@ -221,3 +221,10 @@ def test_a_model_and_a_table_with_logits_of_their_own_get_the_loss_of_those() ->
     assert not torch.allclose(
         table.cross_entropy(hidden, labels).loss, vocabulary_loss(hidden, table.weight, labels).loss
     )
+
+
+def test_a_gradient_of_the_gradient_is_refused() -> None:
+    hidden = torch.randn(5, 8, requires_grad=True)
+    loss = vocabulary_loss(hidden * hidden, torch.randn(11, 8), torch.arange(5)).loss
+    with pytest.raises(RuntimeError, match="vocabulary_loss_reference"):
+        torch.autograd.grad(loss, hidden, create_graph=True)

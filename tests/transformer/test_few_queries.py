@@ -49,6 +49,18 @@ def test_a_mask_that_is_added(queries: int) -> None:
     assert not expected[2].any()
 
 
+@pytest.mark.parametrize("places", [1, 3])
+def test_a_row_of_padding_beside_a_bias(places: int) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, 2, places, 8, dtype=torch.float64) for _ in range(3))
+    bias = torch.randn(3, 2, places, places, dtype=torch.float64)
+    bias[1] = -torch.inf
+    bias[2, ..., 1:] = -torch.inf
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    torch.testing.assert_close(attend(query, key, value, bias, None), expected, rtol=1e-10, atol=1e-10)
+    assert not expected[1].any()
+
+
 def test_where_it_is_used() -> None:
     query = torch.zeros(2, 2, 4, 8)
     assert not suits(query)  # gradients may be wanted

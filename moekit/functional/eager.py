@@ -1,0 +1,17 @@
+"""Whether operations are merely run, so that another way to the same numbers may be taken."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_eager() -> bool:
+    """Whether nobody compiles, transforms or records the operations that follow.
+
+    False in a graph of `torch.compile` or `torch.export`, inside a transformation of `torch.func`, whose batched
+    tensors have no numbers to be read, and under a dispatch mode: `make_fx` would keep numbers that are read as
+    constants, and a counter of operations must see the same ones with and without gradients.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
