@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekit.kernels.first_order import refuse_second_order
+
 _FEWEST_ROWS = 256  # products of fewer rows lose more time than smaller scores gain
 _SCORES = {"cpu": 1 << 20}  # scores at a time: few enough to stay in a cache
 _SCORES_ELSEWHERE = 1 << 27  # on an accelerator, enough to hide the start of a kernel
@@ -120,12 +122,7 @@ class _VocabularyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        # Torch's `once_differentiable` says nothing where other paths lead to the same tensor: this one is left out.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the gradient of vocabulary_loss has no gradient: got create_graph=True. Take "
-                "moekit.kernels.vocabulary_loss_reference, by autograd."
-            )
+        refuse_second_order("vocabulary_loss", "moekit.kernels.vocabulary_loss_reference, by autograd")
         found = (None if g is None else (g * grad).to(t) for g, t in zip(ctx.saved_tensors, ctx.types, strict=True))
         return *found, None, None, None, None
 

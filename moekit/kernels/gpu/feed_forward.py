@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.kernels.first_order import refuse_second_order
 from moekit.kernels.gpu.hidden import Hidden, hidden_grads, hidden_units
 from moekit.kernels.gpu.products import matrix_grad, product
 from moekit.kernels.gpu.rows import RowOrder, gather_rows
@@ -109,8 +110,8 @@ class _FeedForward(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order("Triton's sparse layer", 'backend="torch"')
         x, scale, w_in, w_up, w_out, pre, up = ctx.saved_tensors
         order, tiles = ctx.order, ctx.tiles
         grad = grad.to(x.dtype).contiguous()

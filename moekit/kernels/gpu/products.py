@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.kernels.first_order import refuse_second_order
 from moekit.kernels.gpu.language import ceil_div, jit, launch, tl
 from moekit.kernels.gpu.tiles import (
     Tiles,
@@ -185,8 +186,8 @@ class _GroupedProduct(torch.autograd.Function):
         return product(x, weight, counts, tiles=tiles)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        refuse_second_order("Triton's grouped product", 'backend="torch"')
         x, weight, counts = ctx.saved_tensors
         grad = grad.contiguous()
         dx = dw = None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moekit.functional.assignment import queue_positions
 from moekit.functional.means import masked_mean
+from moekit.kernels.first_order import refuse_second_order
 from moekit.kernels.gpu.language import ceil_div, jit, launch, power_of_two, tl
 from moekit.kernels.gpu.tiles import pointer
 
@@ -110,8 +111,8 @@ class _TopK(torch.autograd.Function):
         return expert, position, counts, entropy, logsumexp, weight, mean_probs, router_z
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second_order("Triton's top-k router", 'backend="torch"')
         logits, lse, expert, real, tokens = ctx.saved_tensors
         d_weight, d_mean, d_z = grads[-3:]
         (t, e), k = logits.shape, expert.shape[0]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moekit.kernels.first_order import refuse_second_order
 from moekit.kernels.gpu.language import ceil_div, jit, launch, power_of_two, tl
 from moekit.routing import Routing
 
@@ -157,8 +158,8 @@ class _Permute(torch.autograd.Function):
         return gather_rows(x.contiguous(), order.token)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        refuse_second_order("Triton's permuted rows", 'backend="torch"')
         return gather_rows(grad.contiguous(), ctx.order.row, choices=ctx.order.choices), None
 
 
@@ -190,8 +191,8 @@ class _Unpermute(torch.autograd.Function):
         return gather_rows(y, order.row, weight, choices=order.choices, dtype=dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        refuse_second_order("Triton's weighted sum of rows", 'backend="torch"')
         y, weight = ctx.saved_tensors
         order, grad = ctx.order, grad.contiguous()
         dy = dw = None
