@@ -148,7 +148,10 @@ def _believe(claims: Sequence[Claim], answers: Mapping[str, Any]) -> str:
     for verdict, heading in (
         ("reproduced", "Believe, for small models:"),
         ("contradicted", "Do not believe, for small models:"),
-        ("direction only", "Likely, and not shown to be large enough to matter:"),
+        (
+            "direction only",
+            "On the claimed side, and no more; half of all claims without effect would be here:",
+        ),
     ):
         said = [claim for claim in claims if verdict_of(claim, answers) == verdict]
         if said:

@@ -17,7 +17,7 @@ from moekit.ablation.processes import Commands, RunRecord, measured_minutes, run
 from moekit.ablation.result import chosen_rates, read_result, result
 from moekit.ablation.table import RECIPES, AblationTable, find_table, read_table, table_files
 from moekit.ablation.verdict import count_verdicts
-from moekit.ablation.view import Progress
+from moekit.ablation.view import Progress, spoken_minutes
 from moekit.atomic import require_writable, write_text
 from moekit.errors import UserError, nearest
 from moekit.shell import command_line
@@ -204,7 +204,7 @@ def _make(
         return
     minutes = _committed_minutes(plan) | measured_minutes(runs)
     progress = Progress(console, left, minutes, plan.table.minutes, at_once)
-    about = f", about {progress.minutes_left():.0f} minutes" if left else ""
+    about = f", {spoken_minutes(progress.minutes_left())}" if left else ""
     _say(console, f"{plan.table.name}, {what}: {len(jobs) - len(left)} of {len(jobs)} done{about}")
     if left:
         with progress.shown():

@@ -66,7 +66,7 @@ class Progress:
         self.ended += 1
         del self.expected[job.digest]
         said = f": {record.said}" if record.said else ""
-        left = f"; {len(self.expected)} to go, about {self.minutes_left():.0f} minutes" if self.expected else ""
+        left = f"; {len(self.expected)} to go, {spoken_minutes(self.minutes_left())}" if self.expected else ""
         self._say(f"{job.label}: {record.state}, {record.minutes:.1f} processor minutes{said}{left}")
 
     def minutes_left(self) -> float:
@@ -95,3 +95,10 @@ class Progress:
 
     def _say(self, text: str) -> None:
         self.console.print(visible(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def spoken_minutes(minutes: float) -> str:
+    """``about 12 minutes``, ``about 1 minute`` or ``less than 1 minute``."""
+    if minutes < 0.5:
+        return "less than 1 minute"
+    return "about 1 minute" if minutes < 1.5 else f"about {minutes:.0f} minutes"

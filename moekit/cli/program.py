@@ -82,6 +82,11 @@ def _recipe(command: str, arguments: Sequence[str]) -> Recipe:
     if command not in recipes.COMMANDS:
         _unknown(command, {**recipes.COMMANDS, **SURGERY, **REPORTS, **STUDIES})
     if arguments and not arguments[0].startswith("-"):
+        if command in _RUNS and arguments[0] not in recipe_names():
+            raise UserError(
+                f"{command} needs a recipe or the folder of a run: {arguments[0]!r} is neither. "
+                f"{nearest(arguments[0], recipe_names())}"
+            )
         return find_recipe(arguments[0], command)
     if command in _RUNS and (out := option_value(arguments, "--out")):
         return Run.open(out).recipe

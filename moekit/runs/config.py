@@ -44,9 +44,12 @@ class RunConfig:
     tasks: Any = setting(None, free=SURGERY)
 
     def changed(self, **groups: Any) -> RunConfig:
-        """This configuration with other settings: by the name of a group those that differ, or the whole group."""
+        """This configuration with other settings: by the name of a group those that differ, or the whole group.
+
+        What differs in a group within a group, such as a task, is given in the same way.
+        """
         made = {
-            name: dataclasses.replace(getattr(self, name), **given) if isinstance(given, Mapping) else given
+            name: _changed(getattr(self, name), given) if isinstance(given, Mapping) else given
             for name, given in groups.items()
         }
         return dataclasses.replace(self, **made)
@@ -106,3 +109,12 @@ class RunConfig:
                 torch.set_float32_matmul_precision("high")
         train = dataclasses.replace(train, precision=train.usable_precision)
         return self.changed(train=train, data={"num_workers": self.data.workers(train)})
+
+
+def _changed(group: Any, given: Mapping[str, Any]) -> Any:
+    """A dataclass with other fields; a mapping is what differs in the dataclass that the field holds."""
+    made = {}
+    for name, value in given.items():
+        held = getattr(group, name, None)
+        made[name] = _changed(held, value) if isinstance(value, Mapping) and dataclasses.is_dataclass(held) else value
+    return dataclasses.replace(group, **made)

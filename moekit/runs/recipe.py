@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moekit.data.counts import bigram_counts, token_counts
 from moekit.data.module import MultitaskData
-from moekit.errors import UserError
+from moekit.errors import UserError, nearest
 from moekit.heads import Head
 from moekit.layer import AuxLosses
 from moekit.routers.hash_keys import Bigram
@@ -173,6 +173,6 @@ def find_recipe(name: Any, where: str) -> Recipe:
     """
     known = recipe_names()
     if name not in known:
-        raise UserError(f"{where}: recipe must be one of {', '.join(known)}: got {name!r}.")
+        raise UserError(f"{where}: recipe must be a known one: got {name!r}. {nearest(str(name), known)}")
     found: Recipe = importlib.import_module(f"moekit.recipes.{name}").RECIPE
     return found

@@ -17,12 +17,14 @@ _AT_MOST: Mapping[str, Mapping[str, Any]] = {
         "encoder_layers": 2, "decoder_layers": 2, "every": 2, "layer": 2, "num_experts": 8, "groups": 2, "sublayers": 2,
         "generator_dim": 16, "generator_layers": 1, "dense_steps": 2,
     },
-    "data": {"vocab_size": 1000, "max_length": 32, "heating_steps": 4, "babel_sentences": 200},
+    "data": {"vocab_size": 1000, "max_length": 32, "heating_steps": 4},
     "train": {"warmup_steps": 2, "accumulate": 2},
     "evaluate": {"max_sentences": 2, "valid_sentences": 2, "batch_tokens": 512, "samples": 1, "beam_size": 2},
 }  # fmt: skip
 """Sizes that a smoke test lowers, by group and setting, where a recipe has them."""
 _ZERO_IS_ALL = ("max_sentences", "valid_sentences")
+_SENTENCES, _LANGUAGES = 200, 4
+"""Generated sentences of each of so many languages, of which a vocabulary of that size can be made."""
 _STEPS = 6
 _TOKENS = 128
 
@@ -44,6 +46,9 @@ def smoke(config: RunConfig) -> RunConfig:
         "max_steps": _STEPS, "validate_every": _STEPS // 2, "checkpoint_steps": _STEPS // 2, "log_every": 2,
         "precision": "auto",
     }  # fmt: skip
+    # Fewer languages must have more words each for the same vocabulary, and words grow as about the root of the text.
+    scarce = max(1, _LANGUAGES / config.data.babel_languages) ** 2
+    groups["data"]["babel_sentences"] = min(config.data.babel_sentences, round(_SENTENCES * scarce))
     if isinstance(sizes := config.data.babel_sizes, dict):
         groups["data"]["babel_sizes"] = {code: min(size, 100) for code, size in sizes.items()}
     tasks = {

@@ -15,7 +15,7 @@ from moekit.ablation.processes import RunRecord, last_step, measured_minutes
 from moekit.ablation.result import comparable, read_result
 from moekit.ablation.session import Estimate, list_tables
 from moekit.ablation.table import read_table
-from moekit.ablation.view import Progress
+from moekit.ablation.view import Progress, spoken_minutes
 from moekit.errors import UserError
 from moekit.lock import held
 from moekit.terminal import Terminal
@@ -318,6 +318,21 @@ def test_the_list_of_tables(
     monkeypatch.setattr("moekit.ablation.table.RECIPES", tmp_path / "wheel")
     with pytest.raises(UserError, match="which this installation has not"):
         list_tables(tmp_path / "runs", plainly, Terminal())
+
+
+@pytest.mark.parametrize(
+    ("minutes", "words"),
+    [
+        (0.0, "less than 1 minute"),
+        (0.4, "less than 1 minute"),
+        (0.6, "about 1 minute"),
+        (1.4, "about 1 minute"),
+        (1.6, "about 2 minutes"),
+        (127.6, "about 128 minutes"),
+    ],
+)
+def test_minutes_left_are_spoken(minutes: float, words: str) -> None:
+    assert spoken_minutes(minutes) == words
 
 
 def test_the_last_step_of_a_run(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ CONTROL: dict[str, Any] = TABLE["control"]
     [
         ({"titel": "x"}, r"table\.yaml: titel: unknown key\. Did you mean 'title'"),
         ({"title": None}, r"title: is missing: text"),
-        ({"recipe": "swich"}, r"recipe must be one of"),
+        ({"recipe": "swich"}, r"recipe must be a known one: got 'swich'. Did you mean 'switch'\?"),
         ({"variant": "tine"}, r"variant: unknown variant 'tine'\. Did you mean 'tiny'"),
         ({"seeds": [1, 1]}, r"seeds: must be different whole numbers from 0: got \[1, 1\]"),
         ({"seeds": [1.5]}, r"seeds: must be different whole numbers"),

@@ -140,7 +140,7 @@ def test_commands_of_the_first_page_work(tmp_path: Path, monkeypatch: pytest.Mon
         if words[1] not in ("generate", "serve") and not {"FOLDER", "--devices"} & set(words):
             assert main([*words[1:], *more.get(words[1], [])]) == 0, words
             done.append(words[1])
-    assert done == ["run", "report", "finetune", "distill", "prune", "export", "run"]
+    assert done == ["run", "report", "ablate", "finetune", "distill", "prune", "export", "run"]
 
 
 @pytest.fixture(scope="module")

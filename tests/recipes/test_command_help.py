@@ -77,9 +77,10 @@ def test_one_program(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n  {name} " in listed
     for arguments, message in (
         (["prunee"], "unknown command 'prunee'. Did you mean 'prune'?"),
-        (["run", "swich"], "got 'swich'"),
+        (["run", "swich"], "got 'swich'. Did you mean 'switch'?"),
         (["run", "--variant", "tiny"], f"run needs a recipe: {command_line('run', 'NAME')}"),
         (["test"], "test needs a recipe or --out FOLDER"),
+        (["generate", "nowhere"], "generate needs a recipe or the folder of a run: 'nowhere' is neither"),
         (["test", "--out", "nowhere"], "nowhere holds no run"),
         (["compare", "nowhere"], "compare needs two or more runs"),
         (["report", "nowhere"], "nowhere"),

@@ -64,6 +64,13 @@ def test_it_is_small_in_every_variant(name: str) -> None:
         assert config.train.optimizer == variant.config.train.optimizer
         assert config.data.source == variant.config.data.source
         assert config.evaluate.max_sentences == 2
+        assert config.data.babel_sentences * config.data.babel_languages >= 800
+
+
+def test_two_languages_have_text_enough_for_the_vocabulary(tmp_path: Path) -> None:
+    options = ["--data.cache", str(tmp_path / "cache"), "--train.accelerator", "cpu", "--out", str(tmp_path / "run")]
+    assert main(["fit", "moe_lm", "--variant", "facts_dense", "--smoke", *options]) == 0
+    assert settings(tmp_path / "run")["data"]["babel_languages"] == 2
 
 
 def test_settings_of_the_user_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +100,7 @@ def test_settings_of_the_user_win(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "begins anew" not in said
     again += ["--train.warmup_steps", "1"]
     assert recipe_main(find_recipe("moe_lm", ""), again) == 2
-    assert re.search(r"train.warmup_steps: 0 there, 1 now", capsys.readouterr().err)
+    assert re.search(r"train.warmup_steps \(0 there, 1 now\)", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("how", ["options", "file"])

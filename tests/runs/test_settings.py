@@ -18,9 +18,10 @@ from moekit.kernels.gpu import backend
 from moekit.recipes import gshard, zcode_m3
 from moekit.runs import Run, RunConfig, RunText
 from moekit.runs.plain import as_plain
-from moekit.runs.recipe import recipe_names, structured
+from moekit.runs.recipe import find_recipe, recipe_names, structured
 from moekit.runs.settings import DataConfig, TrainConfig, setting
 from moekit.runs.settings.fields import check_ranges, free_keys, settings_of
+from moekit.runs.settings.tasks import active_tasks
 from moekit.training.callbacks.config import CONFIG_KEY
 
 
@@ -35,6 +36,22 @@ def test_lists_and_mappings_are_taken_as_text_too(sizes: Any, directions: Any) -
         "babel_sizes": {"kmb": 2000, "shl": 500},
         "directions": ["en-de", "de-en"],
     }
+
+
+def test_what_differs_in_a_task_is_given_as_in_any_group() -> None:
+    tiny = zcode_m3.TINY
+    found = tiny.changed(tasks={"replaced_token": {"tokens": 32}}, data={"babel_sizes": {"kmb": 2000}})
+    assert found.tasks == replace(tiny.tasks, replaced_token=replace(tiny.tasks.replaced_token, tokens=32))
+    assert found.tasks.replaced_token.weight == tiny.tasks.replaced_token.weight != 1
+    assert found.data == replace(tiny.data, babel_sizes={"kmb": 2000})
+    with pytest.raises(TypeError, match="token_s"):
+        tiny.changed(tasks={"translation": {"token_s": 32}})
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_the_tasks_of_every_variant_are_settings(recipe: str) -> None:
+    for name, variant in find_recipe(recipe, "").variants.items():
+        assert active_tasks(variant.config.tasks), name
 
 
 def test_a_list_of_one_is_its_word() -> None:
