@@ -217,8 +217,7 @@ def option_values(arguments: Sequence[str], option: str) -> list[str]:
     Raises:
         UserError: one is missing.
     """
-    pairs = zip_longest(arguments, arguments[1:])
-    given = [(item, after) for item, after in pairs if item == option or item.startswith(f"{option}=")]
+    given = [(item, after) for item, after in zip_longest(arguments, arguments[1:]) if item.partition("=")[0] == option]
     values = [after if item == option else item.partition("=")[2] for item, after in given]
     if not all(values):
         raise UserError(f"{option} needs a value.")

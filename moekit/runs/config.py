@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -44,15 +44,8 @@ class RunConfig:
     tasks: Any = setting(None, free=SURGERY)
 
     def changed(self, **groups: Any) -> RunConfig:
-        """This configuration with other settings: by the name of a group those that differ, or the whole group.
-
-        What differs in a group within a group, such as a task, is given in the same way.
-        """
-        made = {
-            name: _changed(getattr(self, name), given) if isinstance(given, Mapping) else given
-            for name, given in groups.items()
-        }
-        return dataclasses.replace(self, **made)
+        """This configuration with other settings: by the names of groups, and of groups in them, those that differ."""
+        return cast(RunConfig, _changed(self, groups))
 
     def batches(self, tokenizer: Tokenizer | None = None, held_out: HeldOut | None = None) -> MultitaskData:
         """The data module of the run; its one epoch is as long as the run may be, so that every stop is in its middle.

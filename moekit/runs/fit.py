@@ -102,8 +102,7 @@ def fit(
     config.evaluate.check()
     recipe.parts(config, RunText(config.data.vocab_size), "meta")  # refuses what does not fit, before text is read
     strategy = config.strategy.strategy()
-    settings = {"recipe": recipe.name, "variant": variant, **as_plain(config)}
-    settings |= {"smoke": True} if smoke else {}
+    settings = {"recipe": recipe.name, "variant": variant, **as_plain(config), **({"smoke": True} if smoke else {})}
     settings |= {} if init_from is None else init_from.record
     free = [*free_keys(config, "resume"), *_FREE_RECORDS]
     run = Run(out)
@@ -133,7 +132,6 @@ def fit(
         trainer = train.trainer(
             strategy=strategy,
             logger=run_loggers(run.path, train.loggers),
-            enable_checkpointing=True,
             callbacks=[
                 SameOnRanks(shared_facts(recipe, settings, data) if train.devices * train.num_nodes > 1 else {}),
                 ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
@@ -155,8 +153,8 @@ def fit(
         if is_first_process():
             if not going_on:
                 stack.callback(_clear_if_nothing_began, run, trainer)
-            measured = {"product_rate": rate}
-            Run.create(out, settings, resume=resume, overwrite=overwrite, free=free, measured=measured)
+            rates = {"product_rate": rate}
+            Run.create(out, settings, resume=resume, overwrite=overwrite, free=free, measured=rates)
             run.keep(data.tokenizer, held_out)
             make_logger_folders(run.path, train.loggers)
         checkpoint = run.checkpoint_to_resume(settings, free) if resume else None

@@ -47,18 +47,11 @@ def make_module(
     if train.accelerator != "cpu" and torch.cuda.is_available():  # elsewhere torch computes
         use_backend(parts.backbone, train.backend)
     module = make(
-        parts.backbone,
-        parts.heads,
+        parts.backbone, parts.heads, aux=parts.aux,
         weights={name: task.weight for name, task in active_tasks(config.tasks).items()},
-        aux=parts.aux,
-        languages=data.tokenizer.languages,
-        directions=[str(direction) for direction in data.directions],
-        optimizer=train.make_optimizer,
-        schedule=lambda optimizer: train.make_schedule(optimizer, budget),
-        log_routing_every=train.log_every,
-        samples=config.evaluate.samples,
-        tokenize=config.evaluate.bleu_tokenizer,
-        score_valid=config.evaluate.score_valid,
-        score_valid_every=config.evaluate.score_valid_every,
-    )
+        languages=data.tokenizer.languages, directions=[str(direction) for direction in data.directions],
+        optimizer=train.make_optimizer, schedule=lambda optimizer: train.make_schedule(optimizer, budget),
+        log_routing_every=train.log_every, samples=config.evaluate.samples, tokenize=config.evaluate.bleu_tokenizer,
+        score_valid=config.evaluate.score_valid, score_valid_every=config.evaluate.score_valid_every,
+    )  # fmt: skip
     return module, budget
