@@ -15,6 +15,7 @@ from moekit.experts import AddNoise, GroupedGLU, GroupedMLP, MultiHashMLP, ZeroC
 from moekit.layer import MoELayer
 from moekit.routers import (
     BASELayerRouter,
+    BiasedLinearScorer,
     CosineRouter,
     CosineScorer,
     ExpertChoiceRouter,
@@ -24,6 +25,7 @@ from moekit.routers import (
     NoisyTopKRouter,
     ReLURouter,
     SinkhornRouter,
+    SparseMixerRouter,
     TaskRouter,
     TaskScorer,
     TaskTableRouter,
@@ -138,6 +140,7 @@ def with_experts(router: Router) -> MoELayer:
 
 PERMUTED: dict[str, Callable[[], nn.Module]] = {
     "TopKRouter": lambda: with_experts(TopKRouter(D, E, 2, init_scale=1.0)),
+    "SparseMixerRouter": lambda: with_experts(SparseMixerRouter(D, E, scorer=BiasedLinearScorer(1.0), tolerance=1.0)),
     "CosineRouter": lambda: MoELayer(CosineRouter(D, E, 2), GroupedGLU(E, D, F, hidden_bias="multiply")),
     "TaskRouter": lambda: with_experts(TaskRouter(D, E, num_tasks=3)),
     "TaskTableRouter": lambda: with_experts(TaskTableRouter(E, table=[3, 0, 2, 1, 1])),
