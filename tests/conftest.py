@@ -51,6 +51,8 @@ RANKS = (
     "GROUP_RANK",
     "WORLD_SIZE",
     "LOCAL_WORLD_SIZE",
+    "PL_GLOBAL_SEED",  # which Lightning seeds processes with that are started later
+    "PL_SEED_WORKERS",
 )
 """What Lightning tells the processes that it starts. A fit in a test's own process leaves it behind, and a program that
 a later test starts would meet at a port that is taken."""

@@ -11,7 +11,7 @@ from tiny_shape import TINY
 from torch import nn
 
 from moekit.experts import GroupedGLU, GroupedMLP
-from moekit.layer import MoELayer
+from moekit.layer import MoELayer, moe_layers
 from moekit.planner import (
     DEEPSPEED_3_5T,
     ST_MOE_32B,
@@ -120,6 +120,10 @@ def test_activations_of_a_real_forward(precision: str) -> None:
     del out
     census = take_census(model, training)
     expected = kept(census, training) + (2 * census.parameters if mixed else 0)
+    # What is kept on a GPU and not here: the experts' results of a dropless layer, once they are weighed.
+    tokens = {"encoder": 4 * 64, "decoder": 4 * 48}
+    weighed = sum(2 * tokens[path.partition(".")[0]] * 256 * 4 for path, _ in moe_layers(model))
+    expected -= 0 if mixed else weighed
     assert measured == pytest.approx(expected, rel=0.03)
 
 
