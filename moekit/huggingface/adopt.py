@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,10 @@ from moekit.layer import AuxLosses
 from moekit.routing import Routing
 
 Model = TypeVar("Model", bound=nn.Module)
-DEFAULT = "default"
 _LOG = logging.getLogger(__name__)
 
 
-def adopt(model: Model, aux: AuxLosses | str | None = DEFAULT) -> Model:
+def adopt(model: Model, aux: AuxLosses | Literal["default"] | None = "default") -> Model:
     """Put a `MoELayer` in the place of every sparse block of a model of transformers, in place.
 
     Logits and gradients are those of the original, parameters are the same objects under the same names, and
@@ -64,14 +63,14 @@ def adopt(model: Model, aux: AuxLosses | str | None = DEFAULT) -> Model:
         for part in block.children():
             if part is not layer:
                 part.register_forward_pre_hook(hearing.enter, with_kwargs=True)
-    weights = _default_losses(model, next(iter(found.values())), next(iter(layers.values()))) if aux == DEFAULT else aux
-    adoption = Adoption(hearing, cast("AuxLosses | None", weights))
+    if isinstance(aux, str):
+        aux = _default_losses(model, next(iter(found.values())), next(iter(layers.values())))
+        _LOG.warning(
+            "%s: %d sparse layers adopted; training adds %r to its loss.", type(model).__name__, len(layers), aux
+        )
+    adoption = Adoption(hearing, aux)
     model.register_forward_pre_hook(adoption.begin, with_kwargs=True)
     model.register_forward_hook(adoption.end, with_kwargs=True, always_call=True)
-    if aux == DEFAULT:
-        _LOG.warning(
-            "%s: %d sparse layers adopted; training adds %r to its loss.", type(model).__name__, len(layers), weights
-        )
     return model
 
 

@@ -85,8 +85,8 @@ def _says_that_it_waits(trainer: L.Trainer) -> Iterator[None]:
 
 
 def _say_waiting(trainer: L.Trainer, number: int, seconds: float) -> None:
-    met: Any = getattr(trainer.strategy, "cluster_environment", None)  # every strategy of several processes has one
-    timeout = getattr(trainer.strategy, "_timeout", None)
+    strategy: Any = trainer.strategy  # of several processes, which has an environment
+    met, timeout = strategy.cluster_environment, getattr(strategy, "_timeout", None)
     end = f" and gives up after {timeout.total_seconds() / 60:.0f} minutes" if timeout else ""
     print(
         f"note: rank {trainer.global_rank} of {number} has waited {seconds:.0f} seconds for the others to join at "
