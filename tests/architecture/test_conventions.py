@@ -7,6 +7,7 @@ import re
 import subprocess
 import tomllib
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -191,6 +192,12 @@ def test_no_long_file(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines > MAX_LINES or relative(path) not in LONG, f"{relative(path)} needs no reason in LONG"
     warn_of_length(relative(path), lines)
+
+
+def test_no_two_test_files_of_one_name() -> None:
+    """Pytest imports a test file by its name alone, so the second of two in one run is an error of collection."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not (twins := sorted(name for name, count in names.items() if count > 1)), f"name one of each anew: {twins}"
 
 
 def test_recipes_have_code_and_evidence() -> None:
