@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,12 @@ from moekit.babel.concepts import ANIMAL, FOOD, NAME, PERSON, PLACE, THING, Conc
 from moekit.babel.grammar import grammars, pick
 from moekit.babel.knowledge import Ints, Knowledge, KnowledgeSettings
 from moekit.babel.language import Language
+from moekit.babel.questions import Questions
 from moekit.babel.source import Blocks
 from moekit.errors import UserError
 from moekit.source import (
-    DECILES,
     SPLITS,
     Direction,
-    FactKind,
     FactQuestion,
     Information,
     LazySequence,
@@ -45,9 +44,6 @@ _SOMEBODY, _WHAT, _NAMES = 1, 2, 3
 _VALUES = ((THING, "thing"), (PLACE, "place"), (FOOD, "food"), (ANIMAL, "animal"))
 _VERBS = {THING: "own build paint", PLACE: "visit guard leave", FOOD: "eat cook grow", ANIMAL: "feed ride fear"}
 _LINK = "know"
-
-_Row = tuple[FactKind, list[int], int | None]
-"""Kind of a question, the true telling, and its decile."""
 
 
 @register_source
@@ -222,7 +218,8 @@ class Facts(Source):
         """Questions about facts in a language: known ones, composed ones, and of entities that nobody knows.
 
         Known facts are asked in forms of the test, one each, whatever is in the test's text; compositions are those of
-        the test. Wrong values are others of the relation.
+        the test. Wrong values are those of other facts of the same relation and decile, as often as these have them,
+        so that frequencies alone give nothing away.
 
         Raises:
             UserError: an unknown language, or more choices than values.
@@ -231,60 +228,14 @@ class Facts(Source):
         values = self.knowledge.settings.values
         if not 2 <= choices <= values:
             raise UserError(f"facts: choices must be from 2 to the number of values, {values}: got {choices}.")
-        generator = np.random.default_rng([self.seed, self._number[language], _QUESTIONS])
-        deciles = self._deciles(language)
-        asked = [*self._known(deciles, each, generator), *self._composed(language, deciles, each, generator)]
-        asked += self._unknowable(each, generator)
-        return [self._question(language, row, choices, generator) for row in asked]
-
-    # -- questions -------------------------------------------------------------------------------------------------
-
-    def _deciles(self, language: str) -> Ints:
-        """Int64[facts], the decile of each fact that a language tells in training, by its probability; else -1."""
-        order = np.argsort(-self.knowledge.probs(self._number[language]), kind="stable")
-        order = order[self.told(language)[order] > 0]
-        found = np.full(len(self.knowledge.value), -1)
-        found[order] = np.arange(len(order)) * DECILES // max(len(order), 1)
+        number = self._number[language]
+        generator = np.random.default_rng([self.seed, number, _QUESTIONS])
+        questions = Questions(self.knowledge, number, self.told(language), generator)
+        found = []
+        for kind, decile, rows, answer in questions.ask(each, choices):
+            sentences = tuple(self.say(language, row) for row in rows)
+            found.append(FactQuestion(kind, language, sentences, answer, decile))
         return found
-
-    def _known(self, deciles: Ints, each: int, generator: np.random.Generator) -> Iterator[_Row]:
-        rows = _shuffled(self._forms(np.flatnonzero(deciles >= 0), "test"), generator)
-        facts = self.knowledge.fact(rows)
-        _, first = np.unique(facts, return_index=True)
-        chosen = np.sort(first)
-        return _of_each(rows[chosen], deciles[facts[chosen]], "known", each)
-
-    def _composed(self, language: str, deciles: Ints, each: int, generator: np.random.Generator) -> Iterator[_Row]:
-        knowledge = self.knowledge
-        entity, second = knowledge.compositions(self._number[language]).T
-        parts = np.stack([deciles[knowledge.first_fact(entity)], deciles[knowledge.second_fact(entity, second)]])
-        rows = knowledge.compose(entity, second, _drawn(generator, len(knowledge.forms), len(entity)))
-        usable = np.flatnonzero((parts >= 0).all(axis=0) & (knowledge.split(rows) == "test"))
-        chosen = _shuffled(usable, generator)
-        return _of_each(rows[chosen], parts.max(axis=0)[chosen], "composed", each)
-
-    def _unknowable(self, each: int, generator: np.random.Generator) -> Iterator[_Row]:
-        knowledge, settings, number = self.knowledge, self.knowledge.settings, DECILES * each
-        rows = np.zeros((number, k.WIDTH), dtype=np.int64)
-        rows[:, k.KIND] = np.where(_drawn(generator, 2, number), k.STATEMENT, k.QUESTION)
-        rows[:, k.ENTITY] = settings.entities + _drawn(generator, settings.unknowable, number)
-        rows[:, k.RELATION] = _drawn(generator, settings.relations, number)
-        rows[:, k.VALUE] = _drawn(generator, settings.values, number)
-        rows[:, [k.TENSE, k.ADVERB]] = knowledge.forms[_drawn(generator, len(knowledge.forms), number)]
-        for row in rows.tolist():
-            yield "unknowable", row, None
-
-    def _question(self, language: str, asked: _Row, choices: int, generator: np.random.Generator) -> FactQuestion:
-        kind, row, decile = asked
-        relation = row[k.SECOND] if row[k.KIND] == k.COMPOSITION else row[k.RELATION]
-        linked = relation == self.knowledge.link
-        others = np.arange(self.knowledge.entities if linked else self.knowledge.settings.values)
-        wrong = others[(others != row[k.VALUE]) & ~(linked & (others == row[k.ENTITY]))]
-        values = _shuffled(wrong, generator)[: choices - 1].tolist()
-        answer = int(_drawn(generator, choices, 1)[0])
-        values.insert(answer, row[k.VALUE])
-        sentences = [self.say(language, [*row[: k.VALUE], value, *row[k.VALUE + 1 :]]) for value in values]
-        return FactQuestion(kind, language, tuple(sentences), answer, decile)
 
     # -- blocks; text of one language has its code, parallel text None ---------------------------------------------
 
@@ -360,21 +311,3 @@ def _concepts(settings: KnowledgeSettings, seed: int) -> Concepts:
         glosses = _VERBS[kind].split()
         verbs.append(Verb(glosses[turn] if turn < len(glosses) else f"{glosses[0]}{turn + 1}", NAME, kind))
     return Concepts(tuple(nouns), (*verbs, Verb(_LINK, NAME, NAME)), ())
-
-
-def _of_each(rows: Ints, deciles: Ints, kind: FactKind, each: int) -> Iterator[_Row]:
-    """The first rows of each decile."""
-    for decile in range(DECILES):
-        for row in rows[deciles == decile][:each].tolist():
-            yield kind, row, decile
-
-
-# Only `random` is drawn from: the streams of the other methods may change between numpy versions.
-
-
-def _shuffled(items: Ints, generator: np.random.Generator) -> Ints:
-    return items[np.argsort(generator.random(len(items)))]
-
-
-def _drawn(generator: np.random.Generator, below: int, size: int) -> Ints:
-    return (generator.random(size) * below).astype(np.int64)
