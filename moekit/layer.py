@@ -238,6 +238,7 @@ class AuxLosses:
     objective, and the unweighted values by name (mean over the layers that have them), detached, to log.
 
     Raises:
+        TypeError: in the call, if it is given anything but routings, one by one.
         ValueError: in the call, if a weight names a loss that no routing returned.
 
     Source: arXiv:2101.03961 section 2.2 (1e-2); arXiv:2202.08906 eq. 6 (1e-3).
@@ -257,6 +258,8 @@ class AuxLosses:
         """Weigh the losses of `routings`; see the class."""
         if not routings:
             return torch.zeros(()), {}
+        if wrong := [type(routing).__name__ for routing in routings if not isinstance(routing, Routing)]:
+            raise TypeError(f"AuxLosses takes routings one by one, as in aux(*output.routings): got a {wrong[0]}.")
         total = routings[0].weight.new_zeros((), dtype=torch.float32)
         terms: dict[str, Tensor] = {}
         for name, weight in self.weights.items():

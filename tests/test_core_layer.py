@@ -217,6 +217,8 @@ def test_aux_losses_name_the_nearest() -> None:
         AuxLosses(load_balanse=1.0)(routing)
     with pytest.raises(ValueError, match=r"weighs 'importance', but no router returned .* There are: none\.$"):
         AuxLosses(importance=1.0)(routing_with())
+    with pytest.raises(TypeError, match=r"one by one, as in aux\(\*output.routings\): got a list\.$"):
+        AuxLosses(load_balance=0.01)([])  # type: ignore[arg-type]
 
 
 def test_aux_losses_refuse() -> None:
