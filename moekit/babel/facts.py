@@ -34,10 +34,11 @@ from moekit.source import (
 )
 
 _BLOCK, _DRAW = 1024, 1280
+_PATIENCE = 20
 _CACHED_ROWS, _CACHED_SENTENCES = 64, 512
 _PARALLEL, _ALONE = 0, 1  # streams of draws: parallel text, and from here on a language's own
 _TEXT, _QUESTIONS = 2, 3
-_SETTINGS = ("entities", "relations", "values", "power", "one_language")
+_SETTINGS = ("entities", "relations", "values", "power", "one_language", "profiles")
 # Numbers of nouns, from 1: the head of a relative clause, what is asked for, and from here on the names.
 _SOMEBODY, _WHAT, _NAMES = 1, 2, 3
 # Values of the relations in turn: kinds of noun, and the verbs that lead to them.
@@ -71,6 +72,7 @@ class Facts(Source):
         power: the frequency of facts falls with their rank as ``1 / (rank + 10) ** power``; 0 = all alike.
         one_language: share of the facts that are told in one language only.
         unknowable: entities of whom nothing is told.
+        profiles: share of the sentences that are profiles: an entity and several of its facts in a row.
         train_sentences: training sentences of each language, and as many pairs of each direction.
         valid_sentences, test_sentences: held-out ones, likewise; fewer where there are fewer forms.
         directions: only these, as "avl-tnd".
@@ -97,6 +99,7 @@ class Facts(Source):
         power: float = 0.7,
         one_language: float = 0.1,
         unknowable: int = 200,
+        profiles: float = 0.0,
         train_sentences: int = 30_000,
         valid_sentences: int = 500,
         test_sentences: int = 500,
@@ -117,6 +120,7 @@ class Facts(Source):
             power=power,
             one_language=one_language,
             unknowable=unknowable,
+            profiles=profiles,
         )
         rules = grammars(languages, seed)
         everyone = tuple(rule.code for rule in rules)
@@ -184,7 +188,9 @@ class Facts(Source):
     def say(self, language: str, row: Sequence[int]) -> str:
         """The sentence of a language for a telling, a row of `moekit.babel.knowledge`."""
         self.check_language(language)
-        kind, entity, relation, value, second, tense, adverb = row
+        kind, entity, relation, value, second, tense, adverb, *profiled = row
+        if kind == k.PROFILE:
+            return self._profile(language, entity, [number - 1 for number in profiled if number])
         speaker, cells = self._speakers[language], [0] * m.WIDTH
         cells[m.VERB], cells[m.TENSE], cells[m.ADVERB] = relation + 1, tense, adverb
         cells[m.SUBJECT + m.NOUN] = _NAMES + entity
@@ -197,8 +203,16 @@ class Facts(Source):
         said = speaker.say(cells)
         return said if kind == k.STATEMENT else f"{said} ? {speaker.object_alone(noun)}"
 
+    def _profile(self, language: str, entity: int, relations: list[int]) -> str:
+        values = self.knowledge.value[np.array(relations) * self.knowledge.entities + entity].tolist()
+        told = [(relation + 1, self._noun(relation, value)) for relation, value in zip(relations, values, strict=True)]
+        return self._speakers[language].entry(_NAMES + entity, told)
+
     def told(self, language: str | None) -> Ints:
-        """Int64[facts], how often a language's training text tells each fact by itself; of None, the parallel text."""
+        """Int64[facts], how often a language's training text tells each fact, compositions not counted.
+
+        Of None, the parallel text.
+        """
         return self._told(language)
 
     def held_out(self, language: str | None, split: Split) -> Ints:
@@ -264,14 +278,30 @@ class Facts(Source):
 
     def _draw_held_out(self, split: Split, alone: str | None) -> Ints:
         """Of all forms that there are, each at most once: drawn one after the other by their probabilities."""
-        number = None if alone is None else self._number[alone]
-        rows = self._forms(np.flatnonzero(self._told(alone)), split)
+        number, share = None if alone is None else self._number[alone], self.knowledge.settings.profiles
+        rows, generator = self._forms(np.flatnonzero(self._told(alone)), split), self._generator(split, alone, 0)
         if not len(rows):
             return rows
-        uniform = self._generator(split, alone, 0).random(len(rows))
         # Of exponential clocks the first to ring is drawn by its rate, and so is each that rings after it.
-        waits = -np.log1p(-uniform) * np.exp(self.knowledge.information(rows, number).knowing)
-        return rows[np.argsort(waits, kind="stable")[: self.sizes[split]]]
+        waits = -np.log1p(-generator.random(len(rows))) * np.exp(self.knowledge.information(rows, number).knowing)
+        rows = rows[np.argsort(waits, kind="stable")[: round((1 - share) * self.sizes[split])]]
+        profiles = (
+            self._held_out_profiles(split, alone, generator, self.sizes[split] - len(rows)) if share else rows[:0]
+        )
+        both = np.concatenate([rows, profiles])
+        return both[np.argsort(generator.random(len(both)))] if share else both
+
+    def _held_out_profiles(self, split: Split, alone: str | None, generator: np.random.Generator, wanted: int) -> Ints:
+        """Profiles of a split, each once, of facts that training tells; fewer where there are few."""
+        number, told = None if alone is None else self._number[alone], np.append(self._told(alone) > 0, True)
+        found: dict[tuple[int, ...], None] = {}
+        for _ in range(_PATIENCE):
+            if len(found) >= wanted:
+                break
+            rows = self.knowledge.draw_profiles(generator, 100 * wanted, number)
+            rows = rows[(self.knowledge.split(rows) == split) & told[self.knowledge.profiled(rows)].all(axis=1)]
+            found |= dict.fromkeys(map(tuple, rows.tolist()))
+        return np.array(list(found)[:wanted], dtype=np.int64).reshape(-1, k.WIDTH)
 
     def _forms(self, facts: Ints, split: Split) -> Ints:
         """All forms of facts that belong to a split."""
@@ -284,8 +314,7 @@ class Facts(Source):
     def _count(self, alone: str | None) -> Ints:
         blocks = [self._draw("train", alone, block) for block in range(-(-self.sizes["train"] // _BLOCK))]
         rows = np.concatenate([np.empty((0, k.WIDTH), dtype=np.int64), *blocks])[: self.sizes["train"]]
-        facts = self.knowledge.fact(rows[rows[:, k.KIND] != k.COMPOSITION])
-        return np.bincount(facts, minlength=len(self.knowledge.value))
+        return self.knowledge.times_told(rows)
 
     def _noun(self, relation: int, value: int) -> int:
         """Number of the noun for a value of a relation, from 1."""

@@ -15,18 +15,21 @@ import numpy.typing as npt
 
 from moekit.babel.concepts import ADVERBS, TENSES
 from moekit.babel.meaning import split_of
+from moekit.babel.profiles import LENGTH, Profiles
 from moekit.errors import UserError
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# Columns of a telling; ids count from 0, ADVERB from 1 (0 = none). SECOND is 0 but for a composition.
+# Columns of a telling; ids count from 0, ADVERB from 1 (0 = none). SECOND is 0 but for a composition. A profile has an
+# entity and, in the columns behind, relations from 1 (0 = no more).
 KIND, ENTITY, RELATION, VALUE, SECOND, TENSE, ADVERB = range(7)
-WIDTH = 7
-STATEMENT, QUESTION, COMPOSITION = range(3)
+PROFILED = slice(7, 7 + LENGTH)
+WIDTH = 7 + LENGTH
+STATEMENT, QUESTION, COMPOSITION, PROFILE = range(4)
 
 _COMPOSED, _ASKED, _ADVERB = 0.1, 0.25, 0.5
-_KIND_PROBS = np.array([(1 - _COMPOSED) * (1 - _ASKED), (1 - _COMPOSED) * _ASKED, _COMPOSED])
+_SINGLE = np.array([(1 - _COMPOSED) * (1 - _ASKED), (1 - _COMPOSED) * _ASKED, _COMPOSED])  # kinds but for profiles
 _COMPOSED_BUCKETS = 10  # so many compositions are held out that they can be asked
 
 
@@ -41,6 +44,7 @@ class KnowledgeSettings:
         power: a fact's probability falls with its rank as ``1 / (rank + 10) ** power``; 0 = all alike.
         one_language: share of the facts that are told in one language only.
         unknowable: entities of whom nothing is told.
+        profiles: share of the tellings that are profiles, an entity and several of its facts in a row.
     """
 
     entities: int = 2_000
@@ -49,6 +53,7 @@ class KnowledgeSettings:
     power: float = 0.7
     one_language: float = 0.1
     unknowable: int = 200
+    profiles: float = 0.0
 
     def __post_init__(self) -> None:
         least = {"entities": 4, "relations": 1, "values": 2, "unknowable": 1}
@@ -59,6 +64,8 @@ class KnowledgeSettings:
             raise UserError(f"facts: power must not be negative: got {self.power}.")
         if not 0 <= self.one_language < 1:
             raise UserError(f"facts: one_language must be a share from 0 to below 1: got {self.one_language}.")
+        if not 0 <= self.profiles <= 1:
+            raise UserError(f"facts: profiles must be a share from 0 to 1: got {self.profiles}.")
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ class Knowledge:
         only: Int64[F], the language that alone tells it; -1 = all do.
         forms: Int64[M, 2], tense and adverb of every form of a telling.
         form_probs: Float64[M], their probabilities.
+        kind_probs: Float64[4], the probabilities of the kinds of tellings.
     """
 
     def __init__(self, settings: KnowledgeSettings, languages: int, seed: int) -> None:
@@ -114,8 +122,10 @@ class Knowledge:
         self.forms: Ints = np.array(forms, dtype=np.int64)
         spoken = np.array([sum(other == t for other, _ in forms) - 1 for t, _ in forms])
         self.form_probs: Floats = np.where(self.forms[:, 1] > 0, _ADVERB / spoken, 1 - _ADVERB) / len(TENSES)
+        self.kind_probs: Floats = np.array([*(1 - settings.profiles) * _SINGLE, settings.profiles])
         self._steps = {number: _steps(self.probs(number)) for number in (None, *range(languages))}
         self._pairs = {number: self._composable(number) for number in (None, *range(languages))}
+        self._profiles = {number: self._profiled(self.probs(number)) for number in (None, *range(languages))}
         if not all(map(len, self._pairs.values())):
             raise UserError(
                 "facts: every language must tell an entity's link and a value of who it is linked to: got too few of "
@@ -154,7 +164,18 @@ class Knowledge:
         form = np.searchsorted(_steps(self.form_probs), u[3], side="right")
         rows = self.tell(fact, kind, form)
         chosen = composed[(u[4] * len(composed)).astype(np.int64)]
-        return np.where((kind == COMPOSITION)[:, None], self.compose(chosen[:, 0], chosen[:, 1], form), rows)
+        rows = np.where((kind == COMPOSITION)[:, None], self.compose(chosen[:, 0], chosen[:, 1], form), rows)
+        if not self.settings.profiles:
+            return rows
+        profile = generator.random(size) < self.settings.profiles
+        return np.where(profile[:, None], self.draw_profiles(generator, size, language), rows)
+
+    def draw_profiles(self, generator: np.random.Generator, size: int, language: int | None) -> Ints:
+        """Int64[size, WIDTH], independent profiles of any split."""
+        rows = np.zeros((size, WIDTH), dtype=np.int64)
+        rows[:, KIND] = PROFILE
+        rows[:, ENTITY], rows[:, PROFILED] = self._profiles[language].draw(generator, size)
+        return rows
 
     def tell(self, fact: Ints, kind: Ints | int, form: Ints) -> Ints:
         """Int64[n, WIDTH], tellings of facts."""
@@ -184,12 +205,26 @@ class Knowledge:
         """Int64[n], the facts that statements and questions tell."""
         return np.asarray(rows[:, RELATION] * self.entities + rows[:, ENTITY])
 
+    def profiled(self, rows: Ints) -> Ints:
+        """Int64[n, LENGTH], the facts that profiles tell; -1 = no more."""
+        relation = rows[:, PROFILED] - 1
+        return np.where(relation < 0, -1, relation * self.entities + rows[:, ENTITY, None])
+
+    def times_told(self, rows: Ints) -> Ints:
+        """Int64[F], how often tellings tell each fact by itself or in a profile, and not in a composition."""
+        kind = rows[:, KIND]
+        single, listed = rows[(kind != COMPOSITION) & (kind != PROFILE)], self.profiled(rows[kind == PROFILE])
+        facts = np.concatenate([self.fact(single), listed[listed >= 0]])
+        return np.bincount(facts, minlength=len(self.value))
+
     @staticmethod
     def split(rows: Ints) -> npt.NDArray[np.str_]:
         """The split of each telling by its hash: of a fact each form has its own, of a composition all have one."""
-        composed, keys = rows[:, KIND] == COMPOSITION, rows.copy()
+        kind, keys = rows[:, KIND], rows[:, : PROFILED.start].copy()
+        composed = kind == COMPOSITION
         keys[:, [TENSE, ADVERB]] *= ~composed[:, None]
-        return np.where(composed, split_of(keys, _COMPOSED_BUCKETS), split_of(keys))
+        single = np.where(composed, split_of(keys, _COMPOSED_BUCKETS), split_of(keys))
+        return np.where(kind == PROFILE, split_of(rows), single) if (kind == PROFILE).any() else single
 
     # -- information -----------------------------------------------------------------------------------------------
 
@@ -204,17 +239,32 @@ class Knowledge:
         probs = self.probs(language)
         if told is not None:
             probs = probs * told / (probs * told).sum()
+        profile = rows[:, KIND] == PROFILE
+        known, guessed = np.empty((2, len(rows)))
+        known[~profile], guessed[~profile] = self._information_of_one(rows[~profile], probs, language)
+        known[profile], guessed[profile] = self._information_of_profiles(rows[profile], probs)
+        kind = np.log(self.kind_probs[rows[:, KIND]])
+        return Nats(known - kind, guessed - kind)
+
+    def _information_of_one(self, rows: Ints, probs: Floats, language: int | None) -> tuple[Floats, Floats]:
+        """Nats of statements, questions and compositions but for which of these they are: knowing, guessing."""
         composed = rows[:, KIND] == COMPOSITION
         fact = np.where(composed, 0, self.fact(rows))
         tense_adverb = np.zeros((len(TENSES), len(ADVERBS) + 1))
         tense_adverb[tuple(self.forms.T)] = self.form_probs
-        form = _KIND_PROBS[rows[:, KIND]] * tense_adverb[rows[:, TENSE], rows[:, ADVERB]]
         what = np.where(composed, 1 / len(self.compositions(language)), probs[fact])
         # That an entity has this value, to one who does not know it: how often the relation has it.
         single, double = self._marginal(probs), self._composed_marginal(language)
         value = np.where(composed, double[rows[:, SECOND], rows[:, VALUE] % double.shape[1]], single[fact])
-        known = -np.log(form) - np.log(what)
-        return Nats(known, known - np.log(value))
+        known = -np.log(tense_adverb[rows[:, TENSE], rows[:, ADVERB]]) - np.log(what)
+        return known, known - np.log(value)
+
+    def _information_of_profiles(self, rows: Ints, probs: Floats) -> tuple[Floats, Floats]:
+        """Nats of profiles but for that they are some: knowing, guessing."""
+        profiles, listed = self._profiled(probs), self.profiled(rows)
+        known = profiles.information(rows[:, ENTITY])
+        share = np.append(self._marginal(self._padded(profiles.told)), 1.0)  # the last is that of no fact, -1
+        return known, known - np.log(share[listed]).sum(axis=1)
 
     def entropy(self, language: int | None) -> Nats:
         """Mean nats of a telling of any split.
@@ -222,13 +272,26 @@ class Knowledge:
         Held-out forms are chosen by hash and not by what they say, so text of a split has this mean but for chance:
         with n tellings an error of about the standard deviation of `information` over the root of n.
         """
-        probs, alone = self.probs(language), 1 - _COMPOSED
-        told = probs > 0
-        known = _entropy(self.form_probs) + _entropy(_KIND_PROBS) + alone * _entropy(probs)
-        known += _COMPOSED * np.log(len(self.compositions(language)))
-        value = -alone * (probs[told] * np.log(self._marginal(probs)[told])).sum()
-        value -= _COMPOSED * np.log(self._composed_marginal(language)[self._composed(language)]).mean()
+        probs, profiles, share = self.probs(language), self._profiles[language], self.settings.profiles
+        alone, composed = (1 - share) * (1 - _COMPOSED), (1 - share) * _COMPOSED
+        known = _entropy(self.kind_probs) + (1 - share) * _entropy(self.form_probs) + alone * _entropy(probs)
+        known += composed * np.log(len(self.compositions(language))) + share * profiles.entropy()
+        value = alone * self._guesses(probs) + share * self._guesses(self._padded(profiles.told))
+        value -= composed * np.log(self._composed_marginal(language)[self._composed(language)]).mean()
         return Nats(known, known + value)
+
+    def _profiled(self, probs: Floats) -> Profiles:
+        """Profiles of the facts that are told with these probabilities, but for links."""
+        return Profiles(probs.reshape(self.relations, self.entities)[: self.link])
+
+    def _padded(self, by_relation: Floats) -> Floats:
+        """Float64[F], numbers by relation and entity for all facts: none for links."""
+        return np.append(by_relation.ravel(), np.zeros(self.entities))
+
+    def _guesses(self, told: Floats) -> float:
+        """Nats of all values that are told so often, to one who knows how often each relation has each."""
+        used = told > 0
+        return float(-(told[used] * np.log(self._marginal(told)[used])).sum())
 
     def _marginal(self, probs: Floats) -> Floats:
         """Float64[F], the probability of each fact's value where its relation alone is known."""

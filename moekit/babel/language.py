@@ -61,6 +61,14 @@ class Language:
         self._phrase(row, m.OBJECT, ACCUSATIVE, out)
         return " ".join(out)
 
+    def entry(self, noun: int, told: Sequence[tuple[int, int]]) -> str:
+        """An entry of an encyclopedia: a noun, a colon, and verbs with their objects, all bare (counted from 1)."""
+        forms = self.forms
+        out = [forms.noun[noun - 1][0][False][NOMINATIVE], ":"]
+        for verb, value in told:
+            out += [forms.relative_verb[verb - 1], forms.noun[value - 1][0][False][NOMINATIVE]]
+        return " ".join(out)
+
     def word_by_word(self, text: str) -> str:
         """English for a text, word by word; what is no word of the language stands in brackets: ``[word?]``."""
         known = self.forms.glosses

@@ -126,6 +126,7 @@ GIVEN: dict[str, Any] = {
     "source": "any", "path": "somewhere", "pivot": "auto", "directions": ("avl-tnd",), "max_languages": 7,
     "babel_languages": 3, "babel_sentences": 40, "babel_sizes": {"kmb": 20}, "seed": 5, "vocab_size": 100,
     "facts_entities": 50, "facts_relations": 3, "facts_values": 10, "facts_power": 1.0, "facts_one_language": 0.2,
+    "facts_profiles": 0.5,
 }  # fmt: skip
 """Settings of a run by their names."""
 ALIGNED = {"pivot": "auto", "directions": ("avl-tnd",)}
@@ -152,6 +153,7 @@ ALIGNED = {"pivot": "auto", "directions": ("avl-tnd",)}
                 "values": 10,
                 "power": 1.0,
                 "one_language": 0.2,
+                "profiles": 0.5,
             },
             False,
         ),

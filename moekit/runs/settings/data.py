@@ -28,7 +28,9 @@ _WHICH_TEXT = (
     "babel_sentences",
     "babel_sizes",
 )
-_WHICH_FACTS = ("facts_entities", "facts_relations", "facts_values", "facts_power", "facts_one_language")  # fmt: skip
+_WHICH_FACTS = (
+    "facts_entities", "facts_relations", "facts_values", "facts_power", "facts_one_language", "facts_profiles",
+)  # fmt: skip
 _MAX_WORKERS = 4  # beside each GPU
 
 
@@ -99,6 +101,8 @@ class DataConfig:
         facts_values: number of values of each relation of the facts corpus; a fact holds ln(values) nats.
         facts_power: exponent of the power law by which the frequencies of facts fall; 0 = all facts are as frequent.
         facts_one_language: share of the facts that are told in one language only.
+        facts_profiles: share of the sentences of the facts corpus that are profiles, an entity and six of its facts in
+            a row; the rest tell one fact, or two.
         seed: random seed of the babel corpus and of the order of examples.
         order_seed: random seed of the order of examples and of the noise in them; not given = `seed`.
 
@@ -138,6 +142,7 @@ class DataConfig:
     facts_values: int = setting(64, at_least=2)
     facts_power: float = setting(0.7, at_least=0)
     facts_one_language: float = setting(0.1, at_least=0, below=1)
+    facts_profiles: float = setting(0.0, at_least=0, at_most=1)
     seed: int = setting(1, at_least=0, at_most=2**32 - 1)
     order_seed: int | None = setting(None, at_least=0, at_most=2**32 - 1, free=SURGERY)
 
