@@ -69,7 +69,7 @@ class Facts(Source):
         entities: of whom something is told.
         relations: to values; each entity has one value in each.
         values: of each relation, all as likely: a fact holds ``ln(values)`` nats.
-        power: the frequency of facts falls with their rank as ``1 / (rank + 10) ** power``; 0 = all alike.
+        power: the frequency of an entity's facts falls with its rank as ``1 / (rank + 10) ** power``; 0 = all alike.
         one_language: share of the facts that are told in one language only.
         unknowable: entities of whom nothing is told.
         profiles: share of the sentences that are profiles: an entity and several of its facts in a row.

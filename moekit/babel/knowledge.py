@@ -1,8 +1,8 @@
 """What there is to know: facts about entities, how often each is told, and the probability of every way to tell one.
 
 A fact is (entity, relation) -> value. Every value relation draws its values evenly from values of its own kind; one
-further relation, the link, leads from each entity to another and is a bijection. Facts are told by a power law of their
-rank. A telling is a row of integers, and its probability is known; so the entropy of the text is a sum.
+further relation, the link, leads from each entity to another and is a bijection. Entities are told of by a power law of
+their rank. A telling is a row of integers, and its probability is known; so the entropy of the text is a sum.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class KnowledgeSettings:
         entities: of whom something is told.
         relations: beside the link; an entity has a value in each of them.
         values: of each relation; they are drawn evenly.
-        power: a fact's probability falls with its rank as ``1 / (rank + 10) ** power``; 0 = all alike.
+        power: the probability of an entity's facts falls with its rank as ``1 / (rank + 10) ** power``; 0 = all alike.
         one_language: share of the facts that are told in one language only.
         unknowable: entities of whom nothing is told.
         profiles: share of the tellings that are profiles, an entity and several of its facts in a row.
@@ -113,8 +113,8 @@ class Knowledge:
         link = np.empty(self.entities, dtype=np.int64)
         link[cycle] = np.roll(cycle, -1)
         self.value: Ints = np.concatenate([values.ravel(), link])
-        rank = np.argsort(np.argsort(generator.random(count)))
-        weight = (rank + 10.0) ** -settings.power
+        rank = np.argsort(np.argsort(generator.random(self.entities)))
+        weight = np.tile((rank + 10.0) ** -settings.power, self.relations)
         self.weight: Floats = weight / weight.sum()
         alone, which = generator.random((2, count))
         self.only: Ints = np.where(alone < settings.one_language, (which * languages).astype(np.int64), -1)

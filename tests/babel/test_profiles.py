@@ -128,13 +128,3 @@ def test_what_they_tell_is_counted(corpus: Facts) -> None:
 def test_a_share_out_of_range_is_refused() -> None:
     with pytest.raises(UserError, match=r"profiles must be a share from 0 to 1: got 1\.5\."):
         Facts(profiles=1.5)
-
-
-def test_without_profiles_nothing_changes() -> None:
-    """Text of a corpus without them is that of before there were any."""
-    corpus = Facts(languages=2, entities=60, relations=3, values=12, train_sentences=3)
-    assert list(corpus.monolingual("avl", "train")) == [
-        "mifepos celon va labari",
-        "mifepos roloron tol parlaso",
-        "tinatal palisme forepos mager",
-    ]

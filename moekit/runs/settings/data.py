@@ -99,7 +99,7 @@ class DataConfig:
         facts_relations: number of relations of an entity to a value in the facts corpus; each entity has one value in
             each of them, and is linked to one other entity.
         facts_values: number of values of each relation of the facts corpus; a fact holds ln(values) nats.
-        facts_power: exponent of the power law by which the frequencies of facts fall; 0 = all facts are as frequent.
+        facts_power: exponent of the power law by which the frequencies of entities fall; 0 = all are as frequent.
         facts_one_language: share of the facts that are told in one language only.
         facts_profiles: share of the sentences of the facts corpus that are profiles, an entity and six of its facts in
             a row; the rest tell one fact, or two.
