@@ -76,6 +76,11 @@ def _record(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.json")
 
 
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Write what is known of a run beside its folder."""
+    write_json(_record(folder), vars(record))
+
+
 def measured_minutes(runs: Path) -> dict[str, float]:
     """Processor minutes of finished runs in a folder by `Job.kin`: the mean."""
     found: dict[str, list[float]] = {}
@@ -278,7 +283,7 @@ def _reap(one: _Running) -> int | None:
 
 def _write(one: _Running, state: State, said: str = "") -> None:
     one.record = RunRecord(state, one.record.minutes + one.minutes, one.job.kin, said)
-    write_json(_record(one.folder), vars(one.record))
+    write_record(one.folder, one.record)
     one.log.close()
 
 

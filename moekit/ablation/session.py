@@ -12,6 +12,7 @@ from rich.table import Table as Rows
 from rich.text import Text
 
 from moekit.ablation.claims import claims_page, listed_words, read_claims
+from moekit.ablation.kept import keep, restore
 from moekit.ablation.plan import Configure, Job, Plan
 from moekit.ablation.processes import Commands, RunRecord, measured_minutes, run_all
 from moekit.ablation.result import chosen_rates, read_result, result
@@ -25,6 +26,8 @@ from moekit.terminal import visible
 
 CLAIMS = "claims.yaml"
 """Beside the recipes: all claims, whether a table asks them or not."""
+KEPT = "runs"
+"""Beside the results: the numbers of each run."""
 
 
 def run_table(
@@ -65,11 +68,19 @@ def run_table(
     table, folder = plan.table, out or results_folder(plan.table.path)
     _check_choice(table, seeds, only)
     require_writable(folder / f"{table.path.stem}.json")
+
+    def make(jobs: Sequence[Job], what: str) -> None:
+        restore(jobs, runs, folder / KEPT)
+        try:
+            _make(jobs, plan, runs, at_once, console, commands, what)
+        finally:
+            keep(jobs, runs, folder / KEPT)
+
     try:
-        tuning = plan.tuning_jobs(only)
-        _make(tuning, plan, runs, at_once, console, commands, "choosing learning rates")
+        make(plan.tuning_jobs(only), "choosing learning rates")
         rates = _rates(plan, runs, only)
-        _make(plan.jobs(rates, only, seeds), plan, runs, at_once, console, commands, "runs")
+        restore(plan.jobs(rates), runs, folder / KEPT)
+        make(plan.jobs(rates, only, seeds), "runs")
     except KeyboardInterrupt:
         _say(console, f"What has been done is kept. To go on: {again or command_line('ablate', name)}")
         raise

@@ -86,15 +86,16 @@ def fake(settings: Callable[[Job], dict[str, Any]] = formula) -> Commands:
 
 
 def run(path: Path, runs: Path, commands: Commands | None = None, **options: Any) -> tuple[dict[str, Any] | None, str]:
-    """The result of a table, and what was said."""
+    """The result of a table, and what was said; other runs have results of their own, since those keep runs."""
     said = io.StringIO()
+    results = path.parent / ("results" if runs.name == "runs" else f"results of {runs.name}")
     found = run_table(
         str(path),
         plainly,
         Terminal(file=said, width=200),
         runs=runs,
         at_once=options.pop("at_once", 4),
-        out=options.pop("out", path.parent / "results"),
+        out=options.pop("out", results),
         commands=fake() if commands is None else commands,
         **options,
     )

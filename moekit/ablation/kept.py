@@ -1,0 +1,118 @@
+"""The numbers of finished runs in small files beside the results, so that work on a table goes on elsewhere.
+
+Run folders are large and stay where they were made. What a result asks of them is kept in a file each, which can be
+committed: whoever makes the table then, on any machine, makes only the runs that nobody has made.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moekit.ablation.plan import Job
+from moekit.ablation.processes import RunRecord, write_record
+from moekit.atomic import write_json, write_text
+from moekit.errors import UserError
+from moekit.runs.run import SUMMARY
+from moekit.stored import parse_json
+
+VERSION = 1
+_ENVIRONMENT, _METRICS = "environment.json", "metrics.csv"
+_TOLD = ("summary", "last", "commit")
+
+
+def keep(jobs: Sequence[Job], runs: Path, kept: Path) -> None:
+    """Keep the numbers of the jobs that have ended with a result, unless they are kept already.
+
+    Args:
+        jobs: of a table.
+        runs: the folder of all run folders.
+        kept: the folder of the small files.
+    """
+    for job in jobs:
+        record, path = RunRecord.of(job.folder(runs)), _path(job, kept)
+        if record.final and not path.is_file():
+            folder = job.folder(runs)
+            environment = _read(folder / _ENVIRONMENT)
+            found = {
+                "summary": _read(folder / SUMMARY),
+                "last": _last_values(folder / _METRICS),
+                "commit": environment.get("commit"),
+            }
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"version": VERSION, "record": vars(record), **found})
+
+
+def restore(jobs: Sequence[Job], runs: Path, kept: Path) -> int:
+    """Put the numbers of kept runs where a table looks for them; returns of how many.
+
+    A run whose trained model another job of the table evaluates is left out, unless that one is kept too: its numbers
+    alone do not replace its checkpoint.
+
+    Raises:
+        UserError: a file is damaged or of a later version.
+    """
+    missing = [job for job in jobs if not RunRecord.of(job.folder(runs)).final]
+    without = {job.of.digest for job in missing if job.of is not None and not _path(job, kept).is_file()}
+    found = [job for job in missing if _path(job, kept).is_file() and job.digest not in without]
+    for job in found:
+        path = _path(job, kept)
+        known = _checked(path)
+        folder = job.folder(runs)
+        folder.mkdir(parents=True, exist_ok=True)
+        if known["summary"]:
+            write_json(folder / SUMMARY, known["summary"])
+        write_text(folder / _METRICS, _table(known["last"]))
+        write_json(folder / _ENVIRONMENT, {"commit": known["commit"]})
+        write_record(folder, RunRecord(**known["record"]))
+    return len(found)
+
+
+def _path(job: Job, kept: Path) -> Path:
+    return kept / f"{job.folder(kept).name}.json"
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    """A kept file."""
+    try:
+        known = parse_json(path.read_text(encoding="utf-8"))
+        if known["version"] == VERSION and {"record", *_TOLD} <= set(known):
+            RunRecord(**known["record"])
+            return dict(known)
+        problem = f"it must be of version {VERSION}, with {', '.join(('record', *_TOLD))}"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        problem = str(error)
+    raise UserError(f"{path} cannot be used: {problem}. Delete it to run it again, or update moekit.")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file of a run; empty where a run that diverged has none."""
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _last_values(path: Path) -> dict[str, str]:
+    """The last value of every column of metrics.csv, as it is written there."""
+    found: dict[str, str] = {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                found |= {name: value for name, value in row.items() if name and value}
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _table(last: Mapping[str, str]) -> str:
+    """A metrics.csv of one row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(last))
+    writer.writeheader()
+    writer.writerow(last)
+    return text.getvalue()
