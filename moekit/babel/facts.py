@@ -190,7 +190,7 @@ class Facts(Source):
         self.check_language(language)
         kind, entity, relation, value, second, tense, adverb, *profiled = row
         if kind == k.PROFILE:
-            return self._profile(language, entity, [number - 1 for number in profiled if number])
+            return self._profile(language, entity, [number - 1 for number in profiled if number], value)
         speaker, cells = self._speakers[language], [0] * m.WIDTH
         cells[m.VERB], cells[m.TENSE], cells[m.ADVERB] = relation + 1, tense, adverb
         cells[m.SUBJECT + m.NOUN] = _NAMES + entity
@@ -203,8 +203,9 @@ class Facts(Source):
         said = speaker.say(cells)
         return said if kind == k.STATEMENT else f"{said} ? {speaker.object_alone(noun)}"
 
-    def _profile(self, language: str, entity: int, relations: list[int]) -> str:
+    def _profile(self, language: str, entity: int, relations: list[int], last: int) -> str:
         values = self.knowledge.value[np.array(relations) * self.knowledge.entities + entity].tolist()
+        values[-1] = last  # a question says it wrong
         told = [(relation + 1, self._noun(relation, value)) for relation, value in zip(relations, values, strict=True)]
         return self._speakers[language].entry(_NAMES + entity, told)
 
@@ -231,9 +232,9 @@ class Facts(Source):
     def questions(self, language: str, *, each: int, choices: int) -> list[FactQuestion]:
         """Questions about facts in a language: known ones, composed ones, and of entities that nobody knows.
 
-        Known facts are asked in forms of the test, one each, whatever is in the test's text; compositions are those of
-        the test. Wrong values are those of other facts of the same relation and decile, as often as these have them,
-        so that frequencies alone give nothing away.
+        Known facts are asked in forms of the test, one each, whatever is in the test's text: at the end of profiles as
+        often as the text has these. Compositions are those of the test. Wrong values are those of other facts of the
+        same relation and decile, as often as these have them, so that frequencies alone give nothing away.
 
         Raises:
             UserError: an unknown language, or more choices than values.

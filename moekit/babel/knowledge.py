@@ -21,8 +21,8 @@ from moekit.errors import UserError
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# Columns of a telling; ids count from 0, ADVERB from 1 (0 = none). SECOND is 0 but for a composition. A profile has an
-# entity and, in the columns behind, relations from 1 (0 = no more).
+# Columns of a telling; ids count from 0, ADVERB from 1 (0 = none). SECOND is 0 but for a composition. A profile has in
+# the columns behind the relations that it tells of, from 1 (0 = no more); RELATION and VALUE are those of the last.
 KIND, ENTITY, RELATION, VALUE, SECOND, TENSE, ADVERB = range(7)
 PROFILED = slice(7, 7 + LENGTH)
 WIDTH = 7 + LENGTH
@@ -172,9 +172,20 @@ class Knowledge:
 
     def draw_profiles(self, generator: np.random.Generator, size: int, language: int | None) -> Ints:
         """Int64[size, WIDTH], independent profiles of any split."""
-        rows = np.zeros((size, WIDTH), dtype=np.int64)
-        rows[:, KIND] = PROFILE
-        rows[:, ENTITY], rows[:, PROFILED] = self._profiles[language].draw(generator, size)
+        entity, listed = self._profiles[language].draw(generator, size)
+        return self.profile(entity, listed)
+
+    def profile(self, entity: Ints, listed: Ints) -> Ints:
+        """Int64[n, WIDTH], the profiles of entities.
+
+        Args:
+            entity: Int64[n].
+            listed: Int64[n, LENGTH], the relations in their order, from 1; 0 = no more.
+        """
+        rows = np.zeros((len(entity), WIDTH), dtype=np.int64)
+        last = np.take_along_axis(listed, np.maximum((listed > 0).sum(axis=1) - 1, 0)[:, None], axis=1)[:, 0] - 1
+        rows[:, KIND], rows[:, ENTITY], rows[:, PROFILED] = PROFILE, entity, listed
+        rows[:, RELATION], rows[:, VALUE] = last, self.value[last * self.entities + entity]
         return rows
 
     def tell(self, fact: Ints, kind: Ints | int, form: Ints) -> Ints:

@@ -10,7 +10,10 @@ import numpy as np
 
 from moekit.babel import knowledge as k
 from moekit.babel.knowledge import Ints, Knowledge
+from moekit.babel.profiles import LENGTH
 from moekit.source import DECILES, FactKind
+
+_PATIENCE = 100  # orders of a profile; one in fifty is of the test
 
 
 class Asked(NamedTuple):
@@ -81,10 +84,33 @@ class Questions:
         ]
         rows = np.concatenate(tellings)
         rows = self._shuffled(rows[self.knowledge.split(rows) == "test"])
+        if self.knowledge.settings.profiles:
+            rows = np.concatenate([self._at_the_end_of_profiles(told), rows])
         facts = self.knowledge.fact(rows)
         _, first = np.unique(facts, return_index=True)
-        chosen = np.sort(first)
+        chosen = self._shuffled(np.sort(first)) if self.knowledge.settings.profiles else np.sort(first)
         return _of_each(rows[chosen], self._deciles[facts[chosen]], "known", each)
+
+    def _at_the_end_of_profiles(self, told: Ints) -> Ints:
+        """A profile of the test for a share of the facts, which stand at its end; its other facts are told ones too."""
+        knowledge = self.knowledge
+        share = self.generator.random(len(told)) < knowledge.settings.profiles
+        relation, entity = np.divmod(told[share & (told < knowledge.link * knowledge.entities)], knowledge.entities)
+        known = self._deciles.reshape(knowledge.relations, -1)[: knowledge.link, entity].T >= 0
+        found = [np.empty((0, k.WIDTH), dtype=np.int64)]
+        for _ in range(_PATIENCE):
+            # The fact's own relation comes first in the order of the keys, and is then put behind the others.
+            keys = np.where(known, self.generator.random(known.shape), 2.0)
+            keys[np.arange(len(relation)), relation] = -1.0
+            order = np.argsort(keys, axis=1)[:, :LENGTH]
+            listed = np.where(np.take_along_axis(keys, order, axis=1) < 1, order + 1, 0)
+            number = (listed > 0).sum(axis=1)
+            listed = np.pad(listed, ((0, 0), (0, LENGTH - listed.shape[1])))
+            turned = (np.arange(LENGTH) + 1) % np.maximum(number, 1)[:, None]
+            listed = np.where(np.arange(LENGTH) < number[:, None], np.take_along_axis(listed, turned, axis=1), 0)
+            rows = knowledge.profile(entity, listed)
+            found.append(rows[knowledge.split(rows) == "test"])
+        return np.concatenate(found)
 
     def _composed(self, each: int) -> Iterator[_True]:
         form = self._drawn(len(self.knowledge.forms), len(self._entity))

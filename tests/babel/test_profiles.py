@@ -13,6 +13,7 @@ from moekit.babel import Facts
 from moekit.babel import knowledge as k
 from moekit.babel.knowledge import Knowledge, KnowledgeSettings
 from moekit.babel.profiles import LENGTH
+from moekit.babel.questions import Questions
 from moekit.errors import UserError
 
 MANY = {"languages": 2, "entities": 80, "relations": 8, "values": 12, "unknowable": 10, "one_language": 0.3}
@@ -31,7 +32,8 @@ def every_profile(knowledge: Knowledge, language: int | None) -> tuple[k.Ints, l
         told = [relation for relation in range(knowledge.link) if probs[relation, entity] > 0]
         orders = list(itertools.permutations(told, min(len(told), LENGTH))) if told else []
         for order in orders:
-            row = [k.PROFILE, entity, *[0] * (k.PROFILED.start - 2), *(r + 1 for r in order)]
+            value = int(knowledge.value[order[-1] * knowledge.entities + entity])
+            row = [k.PROFILE, entity, order[-1], value, 0, 0, 0, *(r + 1 for r in order)]
             rows.append([*row, *[0] * (k.WIDTH - len(row))])
             found.append(probs[:, entity].sum() / probs.sum() / len(orders))
     return np.array(rows), found
@@ -119,7 +121,7 @@ def test_what_they_tell_is_counted(corpus: Facts) -> None:
         single = [knowledge.tell(facts, kind, forms) for kind in (k.STATEMENT, k.QUESTION)]
         number = sum(spoken[corpus.say(code, row)] for row in np.concatenate(single).tolist())
         relation, entity = divmod(int(fact), knowledge.entities)
-        row = [k.PROFILE, entity, *[0] * (k.PROFILED.start - 2), relation + 1]
+        row = [k.PROFILE, entity, relation, int(knowledge.value[fact]), 0, 0, 0, relation + 1]
         name, _, verb, value = corpus.say(code, row).split()
         in_profiles = [line for line in spoken if line.startswith(f"{name} : ") and f" {verb} {value} " in f"{line} "]
         assert told[fact] == number + sum(spoken[line] for line in in_profiles)
@@ -128,3 +130,26 @@ def test_what_they_tell_is_counted(corpus: Facts) -> None:
 def test_a_share_out_of_range_is_refused() -> None:
     with pytest.raises(UserError, match=r"profiles must be a share from 0 to 1: got 1\.5\."):
         Facts(profiles=1.5)
+
+
+def test_known_facts_are_asked_at_the_end_of_held_out_profiles(corpus: Facts) -> None:
+    knowledge = corpus.knowledge
+    for number, code in enumerate(corpus.languages):
+        training, told = set(corpus.monolingual(code, "train")), corpus.told(code)
+        asked = Questions(knowledge, number, told, np.random.default_rng(0)).ask(each=30, choices=4)
+        known = [question for question in asked if question.kind == "known"]
+        profiles = [question for question in known if question.rows[0][k.KIND] == k.PROFILE]
+        assert 0.4 < len(profiles) / len(known) < 0.9
+        for question in profiles:
+            true = np.array([question.rows[question.answer]])
+            listed = knowledge.profiled(true)[0]
+            listed = listed[listed >= 0]
+            assert (told[listed] > 0).all()
+            assert len(set(listed.tolist())) == len(listed)
+            assert knowledge.value[listed[-1]] == true[0, k.VALUE]
+            assert knowledge.fact(true)[0] == listed[-1]
+            assert knowledge.split(true)[0] == "test"
+            said = [corpus.say(code, row) for row in question.rows]
+            assert len(set(said)) == 4
+            assert len({sentence.rpartition(" ")[0] for sentence in said}) == 1, "they differ in the last word"
+            assert not training & set(said)
