@@ -20,7 +20,7 @@ from moekit.cli.recipes import main
 from moekit.errors import UserError
 from moekit.experts import BASELayerStack
 from moekit.layer import MoELayer
-from moekit.recipes._networks import TEXT, DecoderConfig, feed_forward, parts, with_twins
+from moekit.recipes._networks import TEXT, DecoderConfig, feed_forward, knowing, parts, with_twins
 from moekit.routers import RankShuffle, base_layers
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import TaskConfig, setting
@@ -95,7 +95,7 @@ RECIPE = Recipe(
     build=build,
     variants={
         # Test, one seed: 2.488 nats, its dense twin 2.417 (recipes/base_layers/results).
-        **with_twins(tiny=TINY),
+        **with_twins(tiny=TINY, facts=knowing(TINY)),
         "tiny_x3": Variant(
             TINY.changed(model=ModelConfig(every=1, sublayers=1)),
             "three expert layers of one block instead of one layer of three blocks",

@@ -19,7 +19,16 @@ from moekit.cli.recipes import main
 from moekit.experts import copy_first_expert_
 from moekit.layer import MoELayer
 from moekit.mixing import SoftmaxMix
-from moekit.recipes._networks import TEXT, DecoderConfig, dense_twin_layer, expert_bank, feed_forward, parts, with_twins
+from moekit.recipes._networks import (
+    TEXT,
+    DecoderConfig,
+    dense_twin_layer,
+    expert_bank,
+    feed_forward,
+    knowing,
+    parts,
+    with_twins,
+)
 from moekit.routers import TopKRouter
 from moekit.routing import Capacity
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
@@ -117,7 +126,7 @@ RECIPE = Recipe(
     build=build,
     variants={
         # Test, one seed: 2.339 nats, its dense twin 2.341 (recipes/deepspeed_moe/results).
-        **with_twins(tiny=TINY),
+        **with_twins(tiny=TINY, facts=knowing(TINY)),
         "tiny_moe": Variant(plain(TINY, 8), "plain MoE with 8 experts in each sparse layer, no dense branch"),
         **with_twins(small=SMALL),
         "paper_125m_moe_64": Variant(

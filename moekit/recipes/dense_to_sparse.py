@@ -20,7 +20,7 @@ from moekit.cli.recipes import main
 from moekit.errors import UserError
 from moekit.experts import DensePretraining, MaskWeights
 from moekit.layer import MoELayer
-from moekit.recipes._networks import TEXT, DecoderConfig, expert_bank, feed_forwards, parts, with_twins
+from moekit.recipes._networks import TEXT, DecoderConfig, expert_bank, feed_forwards, knowing, parts, with_twins
 from moekit.routers import DenseToSparseRouter, ExponentialDecay, LinearDecay
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import SURGERY, TaskConfig, setting
@@ -119,7 +119,7 @@ RECIPE = Recipe(
     build=build,
     variants={
         # Test, one seed: 2.477 nats, its dense twin 2.501 at fewer computations (recipes/dense_to_sparse/results).
-        **with_twins(tiny=TINY),
+        **with_twins(tiny=TINY, facts=knowing(TINY)),
         "tiny_gate_only": Variant(
             TINY.changed(model={"diversify": 0.0}), "without the first phase: the dense-to-sparse gate from the start"
         ),

@@ -21,7 +21,7 @@ from moekit.errors import UserError
 from moekit.experts import GroupedMLP
 from moekit.heads import CausalLMHead
 from moekit.layer import AuxLosses, MoELayer
-from moekit.recipes._networks import TEXT, with_twins
+from moekit.recipes._networks import TEXT, knowing, with_twins
 from moekit.recurrent import RecurrentLM
 from moekit.routers import HierarchicalRouter, noisy_topk
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
@@ -120,7 +120,7 @@ RECIPE = Recipe(
     build=build,
     variants={
         # Test, one seed: perplexity 11.51, its dense twin 11.50 (recipes/shazeer/results).
-        **with_twins(tiny=TINY),
+        **with_twins(tiny=TINY, facts=knowing(TINY)),
         "tiny_hierarchical": Variant(
             TINY.changed(model=ModelConfig(num_experts=64, groups=8, k=2)),
             "64 experts in 8 groups behind a two-level gate",

@@ -31,6 +31,7 @@ from moekit.recipes._networks import (
     expert_bank,
     feed_forward,
     feed_forwards,
+    knowing,
     parts,
     with_twins,
 )
@@ -149,7 +150,7 @@ RECIPE = Recipe(
     build=build,
     variants={
         # Test, one seed: 1.785 nats, its dense twin 1.627 (recipes/st_moe/results).
-        **with_twins(tiny=TINY, small=SMALL),
+        **with_twins(tiny=TINY, facts=knowing(TINY, hidden_dim=84), small=SMALL),
         "paper_l": Variant(  # 500 B tokens
             paper(1024, 16, 64, 2816, 32, steps=500_000), "ST-MoE-L, 32 experts: 4.1 billion parameters"
         ),
