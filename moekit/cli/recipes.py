@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
@@ -17,11 +17,13 @@ from moekit.cli.command import RecipeCommand, execute, option_value, option_valu
 from moekit.cli.mistakes import NOT_PARSED, OtherCommandsOption, explain, require_settings
 from moekit.errors import UserError, nearest
 from moekit.output import lasting_output
-from moekit.runs.config import RunConfig
 from moekit.runs.plain import as_plain, with_setting
-from moekit.runs.recipe import Recipe
 from moekit.runs.settings.fields import check_ranges
 from moekit.shell import command_line, program
+
+if TYPE_CHECKING:
+    from moekit.runs.config import RunConfig
+    from moekit.runs.recipe import Recipe
 
 COMMANDS: Mapping[str, RecipeCommand] = {
     "run": run.COMMAND,
@@ -142,6 +144,8 @@ def _parsed(
     except NOT_PARSED as error:
         _tolerate_other_commands(parser)  # to name whose option it is
         raise UserError(explain(str(error), parser, arguments)) from None
+    from moekit.runs.config import RunConfig  # a list of commands needs none of it
+
     if settings is None:
         for old, new in recipe.renamed.items():
             if given.get(old) is not None:

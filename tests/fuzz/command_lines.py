@@ -32,7 +32,8 @@ from moekit.cli import program
 from moekit.cli.command import build_parser
 from moekit.cli.recipes import COMMANDS
 from moekit.cli.recipes import build_parser as build_recipe_parser
-from moekit.runs.recipe import find_recipe, recipe_names
+from moekit.runs.known import recipe_names
+from moekit.runs.recipe import find_recipe
 from moekit.serving.turns import Turns
 
 SMALL = (
