@@ -110,7 +110,7 @@ arms:
 claims:
   - {id: many, kind: better, claim: More are better., paper: Ours, published: "1", hypothesis: They hold more.,
      metric: loss.translation, arm: many, against: few, direction: lower, smallest: 0.05}
-control: {none: It is of this test.}
+no_control: It is of this test.
 """
 """A table of an ablation, which lies by itself and among the recipes of a checkout."""
 
