@@ -144,14 +144,12 @@ def _parsed(
     except NOT_PARSED as error:
         _tolerate_other_commands(parser)  # to name whose option it is
         raise UserError(explain(str(error), parser, arguments)) from None
-    from moekit.runs.config import RunConfig  # a list of commands needs none of it
-
     if settings is None:
         for old, new in recipe.renamed.items():
             if given.get(old) is not None:
                 given[new] = given[old]
         made = parser.instantiate(given)
-        config = RunConfig(**{group.name: made[group.name] for group in fields(RunConfig)})
+        config = type(base)(**{group.name: made[group.name] for group in fields(base)})
     else:
         config = reduce(lambda config, key: with_setting(config, key, given[key]), settings, base)
     check_ranges(config)

@@ -92,17 +92,9 @@ def train(recipe: Recipe, config: RunConfig, given: Any, start: type[InitFrom] |
     init_from = start(given[start.option], start.choices(**vars(given[start.group])), config, again) if start else None
     arguments = [argument for argument in given.arguments if argument not in ("--resume", "--overwrite")]
     run = fit(
-        recipe,
-        given.variant,
-        config,
-        own.path,
-        resume=given.resume,
-        overwrite=given.overwrite,
-        init_from=init_from,
-        smoke=smoke_test,
-        resume_command=recipe_command(recipe.name, [*arguments, "--resume"]),
-        console=Terminal(),
-    )
+        recipe, given.variant, config, own.path, resume=given.resume, overwrite=given.overwrite, init_from=init_from,
+        smoke=smoke_test, resume_command=recipe_command(recipe.name, [*arguments, "--resume"]), console=Terminal(),
+    )  # fmt: skip
     return run, config
 
 
