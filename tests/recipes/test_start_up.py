@@ -85,31 +85,27 @@ def test_what_is_said_of_a_recipe_is_what_it_says() -> None:
         assert recipe_about(name) == find_recipe(name, "").about
 
 
-_ORDERS = ["import moekit, lightning as L", "import lightning as L, moekit", "import lightning.pytorch as L, moekit"]
+_NAMES = """
+import sys
+assert "moekit.training.strategy" not in sys.modules
+trainer = L.Trainer(strategy="expert_parallel_zero2", devices=1, accelerator="cpu", logger=False,
+                    enable_checkpointing=False)
+assert type(trainer.strategy) is moekit.ExpertParallelStrategy
+assert trainer.strategy.zero_stage == 2
+assert not [finder for finder in sys.meta_path if "moekit" in type(finder).__module__]
+import moekit.runs, moekit.runs.settings
+for package in (moekit, moekit.runs, moekit.runs.settings):
+    assert not [name for name in package.__all__ if getattr(package, name) is None]
+assert {*moekit.__all__} <= {*dir(moekit)}
+assert moekit.surgery.__name__ == "moekit.surgery"
+assert not hasattr(moekit, "nothing") and not hasattr(moekit, "_nothing")
+"""
 
 
-@pytest.mark.parametrize("order", _ORDERS)
-def test_lightning_knows_the_strategy_whichever_is_imported_first(order: str) -> None:
-    program = (
-        f"{order}\nimport sys\nassert 'moekit.training.strategy' not in sys.modules\n"
-        "trainer = L.Trainer(strategy='expert_parallel_zero2', devices=1, accelerator='cpu', logger=False,"
-        " enable_checkpointing=False)\n"
-        "assert type(trainer.strategy) is moekit.ExpertParallelStrategy\nassert trainer.strategy.zero_stage == 2\n"
-        "assert not [finder for finder in sys.meta_path if 'moekit' in type(finder).__module__]\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-def test_names_of_the_package_are_there_when_they_are_used() -> None:
-    program = (
-        "import moekit, moekit.runs, moekit.runs.settings\n"
-        "for package in (moekit, moekit.runs, moekit.runs.settings):\n"
-        "    assert {*package.__all__} == {name for name in package.__all__ if getattr(package, name) is not None}\n"
-        "assert {*moekit.__all__} <= {*dir(moekit)}\n"
-        "assert moekit.surgery.__name__ == 'moekit.surgery'\n"
-        "assert not hasattr(moekit, 'nothing') and not hasattr(moekit, '_nothing')\n"
-    )
+@pytest.mark.parametrize("order", ["import moekit, lightning as L", "import lightning.pytorch as L, moekit"])
+def test_names_are_known_whichever_is_imported_first(order: str) -> None:
+    """Those of the strategy to Lightning, and those of moekit, which are imported when they are used."""
+    program = order + _NAMES
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
 
