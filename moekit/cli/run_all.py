@@ -17,7 +17,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.text import Text
 
 from moekit.cli import recipes
-from moekit.cli.command import execute, location, option_value, say
+from moekit.cli.command import execute, option_value, say
 from moekit.errors import UserError
 from moekit.runs.known import recipe_names
 from moekit.runs.smoke import WARNING
@@ -55,6 +55,7 @@ def _run_all(arguments: Sequence[str]) -> list[str]:
 
     console = Terminal(file=sys.stdout)  # not what standard output is while a recipe runs
     found = [find_recipe(name, "run") for name in recipe_names()]
+    recipes.reconfigured(found[0], found[0].default, given)  # refuses, once, what no recipe has
     failed, began = [], time.monotonic()
     say(console, WARNING)
     with contextlib.ExitStack() as stack:
@@ -92,7 +93,7 @@ def _checked(arguments: Sequence[str]) -> list[str]:
         if option_value(arguments, option) is not None:
             raise UserError(f"run {ALL} takes no {option}: {why}. Leave it out, or name a recipe.")
     out = option_value(arguments, "--out")
-    if out is not None and Path(location(out)).exists() and not Path(out).is_dir():
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"--out must be a folder: {out} is a file.")
     given, words = [], iter(arguments)
     for word in words:
@@ -109,7 +110,7 @@ def _smoke_test(recipe: Recipe, options: Sequence[str], folder: Path) -> tuple[l
     Raises:
         KeyboardInterrupt: it was interrupted, which ends all.
     """
-    said, errors = io.StringIO(), io.StringIO()
+    said, errors, began = io.StringIO(), io.StringIO(), time.time()
     code: object = 1
     fault: str | None = None
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
@@ -128,11 +129,11 @@ def _smoke_test(recipe: Recipe, options: Sequence[str], folder: Path) -> tuple[l
         fault = next(reversed(errors.getvalue().strip().splitlines()), f"exit code {code}")
     if fault is not None and "Traceback" in errors.getvalue():
         print(visible(errors.getvalue()), file=sys.stderr)
-    return _stages(folder), fault
+    return _stages(folder, began), fault
 
 
-def _stages(folder: Path) -> list[str]:
-    """What a run has behind it, by what lies in its folder."""
+def _stages(folder: Path, began: float) -> list[str]:
+    """What a run has behind it, by what was written into its folder since it began."""
     from moekit.runs.run import REPORT, SUMMARY, Run
 
     run = Run(folder)
@@ -142,7 +143,7 @@ def _stages(folder: Path) -> list[str]:
         "tested": run.path / SUMMARY,
         "reported": run.path / REPORT,
     }
-    return [stage for stage, path in left.items() if path.exists()]
+    return [stage for stage, path in left.items() if path.exists() and path.stat().st_mtime >= began - 1]
 
 
 def _line(name: str, stages: Sequence[str], seconds: float, fault: str | None) -> Text:

@@ -127,6 +127,7 @@ def test_a_recipe_that_fails_stops_no_other(
         (["--smoke", "--devices=2"], "run all takes no --devices: all recipes share this one process"),
         (["--smoke", "--out"], "--out needs a value"),
         (["--smoke", "--out", __file__], "--out must be a folder"),
+        (["--smoke", "--lerning_rate", "1"], "unknown option --lerning_rate. Did you mean --train.learning_rate?"),
     ],
 )
 def test_what_all_recipes_cannot_do(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
