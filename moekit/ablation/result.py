@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,7 @@ def _made(plan: Plan, jobs: Mapping[str, Mapping[int, Job]], runs: Path) -> dict
     minutes = {digest: RunRecord.of(job.folder(runs)).minutes for digest, job in every.items()}
     here = environment()
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "minutes": sum(minutes.values()),
         "minutes_by_arm": {
             arm: sum(minutes[job.digest] for job in found.values()) / len(found) for arm, found in jobs.items()

@@ -105,7 +105,9 @@ def results_folder(path: Path) -> Path:
 
 
 def list_tables(runs: Path, configure: Configure, console: Console) -> None:
-    """Print every table of the checkout: claims, arms and seeds, minutes, and what is done.
+    """Print every table of the checkout: claims, arms and seeds, what its result says, and which runs lie here.
+
+    A result is in the checkout, whoever measured it; runs are only where they were made.
 
     Raises:
         UserError: a table is at fault, or there are none.
@@ -124,15 +126,16 @@ def list_tables(runs: Path, configure: Configure, console: Console) -> None:
         total += cost.minutes
         grid = len(plan.tuning_jobs())
         rates = f", {grid} more for learning rates" if grid else ""
-        left = f"{cost.minutes:.0f} processor minutes left, {cost.basis}" if cost.minutes else "nothing left to run"
+        missing = f"{cost.minutes:.0f} processor minutes for the others, {cost.basis}"
+        left = "none missing" if cost.done == cost.runs else missing
         console.print(Text.assemble((name, "bold"), f"  {visible(plan.table.title)}"), soft_wrap=True)
         arms = f"{len(plan.table.arms)} arms x {len(plan.table.seeds)} seeds{rates}"
-        done = f"{cost.done} of {cost.runs} runs done"
-        _say(console, f"  {arms}: {done}, {left}; result: {_said_of(path)}")
+        _say(console, f"  {arms}; result: {_said_of(path)}")
+        _say(console, f"  runs on this machine, in {runs}: {cost.done} of {cost.runs} done, {left}")
         for claim in plan.table.claims.values():
             _say(console, f"  {claim.id} ({claim.kind}): {claim.claim or words.get(claim.id, claim.hypothesis)}")
-    _say(console, f"{total:.0f} processor minutes for all that is left. Run one: "
-         f"{command_line('ablate', next(iter(files)))}")  # fmt: skip
+    _say(console, f"{total:.0f} processor minutes for all runs that are not on this machine; results that are there do "
+         f"not need them. Run a table: {command_line('ablate', next(iter(files)))}")  # fmt: skip
 
 
 class Estimate:
@@ -268,12 +271,15 @@ def _words() -> dict[str, dict[str, str]]:
 
 
 def _said_of(path: Path) -> str:
-    """The verdicts of a table's committed result, in words."""
+    """The verdicts of a table's result, the seeds that they are of, and when it was measured."""
     stored = results_folder(path) / f"{path.stem}.json"
     if not stored.is_file():
         return "none yet"
-    counts = count_verdicts([claim["verdict"] for claim in read_result(stored)["claims"]])
-    return ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+    found = read_result(stored)
+    counts = count_verdicts([claim["verdict"] for claim in found["claims"]])
+    verdicts = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+    when = f", measured on {date}" if (date := found["made"].get("date")) else ""  # former versions did not write it
+    return f"{verdicts} (seeds {', '.join(map(str, found['seeds']))}{when})"
 
 
 def _verdicts(found: Mapping[str, Any]) -> Rows:

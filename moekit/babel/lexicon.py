@@ -320,8 +320,9 @@ def _leaves(table: Iterable[Any]) -> Iterator[str]:
             yield from _leaves(entry)
 
 
+@functools.lru_cache(maxsize=32)  # a run opens its corpus for training, for its test and to gloss samples
 def build_forms(grammar: Grammar, concepts: Concepts, *, seed: int = 0, cognates: float = 0.15) -> Forms:
-    """All words of a language.
+    """All words of a language; whoever asks again gets the same object, which nobody changes.
 
     Args:
         grammar: its rules and sounds.

@@ -9,9 +9,6 @@ from rich.console import Console
 from moekit.cli.command import Command, path
 from moekit.cli.surgery import RUN, output_options, plain_option, seed_option, write
 from moekit.errors import UserError
-from moekit.runs.run import Run
-from moekit.runs.surgery.operations import aggregate_runs
-from moekit.runs.surgery.writing import require_free
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -34,6 +31,10 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _aggregate(given: Namespace, console: Console) -> None:
+    from moekit.runs.run import Run  # where it is used: a help text needs none of it
+    from moekit.runs.surgery.operations import aggregate_runs
+    from moekit.runs.surgery.writing import require_free
+
     require_free(given.out, overwrite=given.overwrite)
     count = len(given.runs)
     if count < 2:

@@ -7,10 +7,8 @@ from argparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from moekit.cli.command import Command
-from moekit.cli.recipes import reconfigured
 from moekit.cli.surgery import change, output_options, run_option
 from moekit.errors import UserError
-from moekit.runs.surgery.operations import change_run
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -26,6 +24,9 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _change(given: Namespace, console: Console) -> None:
+    from moekit.cli.recipes import reconfigured  # where it is used: a help text needs none of it
+    from moekit.runs.surgery.operations import change_run
+
     for item in given.set:
         if "=" not in item.lstrip("="):
             raise UserError(f"--set must be KEY=VALUE: got {item!r}.")

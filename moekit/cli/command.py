@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import jsonargparse
 from rich.console import Console
 from rich.text import Text
 
@@ -23,12 +22,15 @@ from moekit.atomic import path_error
 from moekit.errors import NonFiniteError, TrainingStoppedError, UserError
 from moekit.output import discard, lasting_output
 from moekit.performance import keep_memory
-from moekit.runs.config import RunConfig
-from moekit.runs.recipe import Recipe
 from moekit.runs.settings.fields import missed_range
 from moekit.shell import NAME, command_line, program
 from moekit.terminal import Terminal, visible, visible_remarks
-from moekit.training.processes import is_first_process
+
+if TYPE_CHECKING:
+    import jsonargparse
+
+    from moekit.runs.config import RunConfig
+    from moekit.runs.recipe import Recipe
 
 EXAMPLE = re.compile(rf"(?<=^  ){NAME}\b", re.MULTILINE)
 """Where a line of `Command.examples` names the program."""
@@ -103,6 +105,8 @@ def execute(command: Callable[[], None]) -> int:
         tell(("error: ", "bold red"), visible(str(error)))
         return 2
     except TrainingStoppedError as error:
+        from moekit.training.processes import is_first_process  # training has imported it
+
         if is_first_process() or not isinstance(error, NonFiniteError):  # which all raise alike
             tell(("stopped: ", "bold red"), visible(str(error)))
         return 1

@@ -11,8 +11,6 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from moekit.cli.command import Command, number, path, say
 from moekit.cli.surgery import amount, config_option, part_options, run_option, seed_option
 from moekit.errors import UserError
-from moekit.runs.run import Run
-from moekit.runs.surgery.curve import Recovery, pruning_curve, table
 from moekit.terminal import Terminal
 
 
@@ -48,6 +46,10 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _curve(given: Namespace, console: Console) -> None:
+    from moekit.report.pruning import write_curve  # where it is used: a help text needs none of it
+    from moekit.runs.run import Run
+    from moekit.runs.surgery.curve import Recovery, pruning_curve, table
+
     if given.out.exists() and not given.out.is_dir():
         raise UserError(f"--out must be a folder: {given.out} is a file.")
     run = Run.load(given.run, given.config)
@@ -68,8 +70,6 @@ def _curve(given: Namespace, console: Console) -> None:
             task=given.task,
             advance=lambda what: bar.update(task, advance=1, description=what),
         )
-    from moekit.report.pruning import write_curve  # where it is used: a help text draws nothing
-
     write_curve(curve, given.out)
     say(console, table(curve))
 

@@ -8,12 +8,11 @@ from rich.console import Console
 
 from moekit.cli.command import Command, number, path, say
 from moekit.cli.surgery import config_option, run_option
-from moekit.huggingface.architecture import NAMES
-from moekit.runs.run import Run
-from moekit.runs.surgery.exchange import export_run
 
 
 def _options(parser: ArgumentParser) -> None:
+    from moekit.huggingface.architecture import NAMES  # a list of commands needs none of it
+
     run_option(parser)
     parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument(
@@ -34,6 +33,10 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _export(given: Namespace, console: Console) -> None:
+    from moekit.huggingface.architecture import NAMES
+    from moekit.runs.run import Run
+    from moekit.runs.surgery.exchange import export_run
+
     written = export_run(
         Run.load(given.run, given.config),
         given.out,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
-
-from jsonargparse import ArgumentParser
+from typing import TYPE_CHECKING, Any
 
 from moekit.cli.command import RecipeCommand, location
 from moekit.cli.prompt import converse
@@ -19,10 +17,12 @@ from moekit.cli.trained import (
     writer_options,
 )
 from moekit.data.lines import STANDARD
-from moekit.runs.config import RunConfig
-from moekit.runs.generate import generate
-from moekit.runs.recipe import Recipe
-from moekit.runs.writer import Writer
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from moekit.runs.config import RunConfig
+    from moekit.runs.recipe import Recipe
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -47,6 +47,9 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _generate(recipe: Recipe, config: RunConfig, given: Any) -> None:
+    from moekit.runs.generate import generate  # a list of commands needs none of it
+    from moekit.runs.writer import Writer
+
     run = stored_run(recipe, given)
     if given.input is None and given.output == STANDARD and sys.stdin is not None and sys.stdin.isatty():
         writer = Writer(run, config, **writer_given(given))

@@ -7,9 +7,6 @@ from argparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from moekit.cli.command import Command, path, say
-from moekit.runs.run import Run
-from moekit.runs.surgery.exchange import import_run
-from moekit.runs.surgery.writing import require_free, write_run
 from moekit.shell import command_line
 
 
@@ -28,6 +25,10 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _import(given: Namespace, console: Console) -> None:
+    from moekit.runs.run import Run  # where it is used: a help text needs none of it
+    from moekit.runs.surgery.exchange import import_run
+    from moekit.runs.surgery.writing import require_free, write_run
+
     require_free(given.out, overwrite=given.overwrite)
     result = import_run(given.folder, Run.load(given.like), dropless=given.dropless)
     folder = write_run(result, given.out, restart=True, overwrite=given.overwrite)

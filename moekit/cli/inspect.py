@@ -10,7 +10,6 @@ from rich.console import Console
 
 from moekit.cli.command import Command, path
 from moekit.cli.surgery import RUN, config_option
-from moekit.runs.surgery.inspection import inspect, show
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -20,6 +19,8 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _inspect(given: Namespace, console: Console) -> None:
+    from moekit.runs.surgery.inspection import inspect, show  # where it is used: a help text needs none of it
+
     found = inspect(given.path, given.config)
     if given.json:
         sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from moekit.cli.command import Command
 from moekit.cli.surgery import change, output_options, part_options, run_option
 from moekit.errors import UserError
-from moekit.runs.run import Run
-from moekit.runs.surgery.operations import Result, merge_run
-from moekit.runs.surgery.utilisation import measured_load
+
+if TYPE_CHECKING:
+    from moekit.runs.run import Run
+    from moekit.runs.surgery.operations import Result
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -22,6 +24,9 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _merge(given: Namespace, console: Console) -> None:
+    from moekit.runs.surgery.operations import merge_run  # where it is used: a help text needs none of it
+    from moekit.runs.surgery.utilisation import measured_load
+
     if not given.by_load and (given.language or given.task):
         raise UserError("--language and --task say whose utilisation counts: give --by-load with them.")
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from jsonargparse import ArgumentParser
+from typing import TYPE_CHECKING, Any
 
 from moekit.cli.command import RecipeCommand, number
-from moekit.runs.config import RunConfig
-from moekit.runs.plan import forecast
-from moekit.runs.recipe import Recipe
 from moekit.terminal import Terminal
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from moekit.runs.config import RunConfig
+    from moekit.runs.recipe import Recipe
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -28,6 +29,8 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _plan(recipe: Recipe, config: RunConfig, given: Any) -> None:
+    from moekit.runs.plan import forecast  # a list of commands needs none of it
+
     sizes = {name: given[name] for name in ("memory", "sequences", "length")}
     forecast(recipe, given.variant, config, Terminal(), **sizes)
 

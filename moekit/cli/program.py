@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from moekit.cli import (
     ablate,
@@ -19,14 +20,17 @@ from moekit.cli import (
     prune,
     recipes,
     report,
+    run_all,
     split,
     upcycle,
 )
 from moekit.cli.command import Command, execute, is_help, option_value, overview, run_command
 from moekit.errors import UserError, nearest
-from moekit.runs.recipe import Recipe, find_recipe, recipe_names
-from moekit.runs.run import Run
+from moekit.runs.known import recipe_about, recipe_names, require_known
 from moekit.shell import command_line, program
+
+if TYPE_CHECKING:
+    from moekit.runs.recipe import Recipe
 
 SURGERY: Mapping[str, Command] = {
     "inspect": inspect.COMMAND,
@@ -57,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = {**SURGERY, **REPORTS, **STUDIES}
     if name in runs:
         return run_command(runs, name, rest)
+    if name == "run" and rest[:1] == [run_all.ALL]:
+        return run_all.run_all(rest[1:])
     if rest and is_help(rest) and name in recipes.COMMANDS:
         print(_about_command(name))
         return 0
@@ -87,8 +93,13 @@ def _recipe(command: str, arguments: Sequence[str]) -> Recipe:
                 f"{command} needs a recipe or the folder of a run: {arguments[0]!r} is neither. "
                 f"{nearest(arguments[0], recipe_names())}"
             )
+        require_known(arguments[0], command)
+        from moekit.runs.recipe import find_recipe  # a refusal needs none of it
+
         return find_recipe(arguments[0], command)
     if command in _RUNS and (out := option_value(arguments, "--out")):
+        from moekit.runs.run import Run
+
         return Run.open(out).recipe
     folder = " or --out FOLDER" if command in _RUNS else ""
     raise UserError(f"{command} needs a recipe{folder}: {command_line(command, 'NAME')}. {nearest('', recipe_names())}")
@@ -110,14 +121,15 @@ def _about() -> str:
         "commands on trained models": {name: command.help for name, command in SURGERY.items()},
         "reports": {name: command.help for name, command in REPORTS.items()},
         "studies": {name: command.help for name, command in STUDIES.items()},
-        "recipes": {name: find_recipe(name, "").about for name in recipe_names()},
+        "recipes": {name: recipe_about(name) for name in recipe_names()},
     }
     lists = "\n\n".join(f"{title}:\n{overview(lines)}" for title, lines in rows.items())
     return (
         f"usage: {program()} COMMAND [RECIPE] [--option value ...]\n\n"
         f"{lists}\n\n"
         "Commands on recipes are followed by a recipe. test, generate, serve and score also take the folder of a run:\n"
-        f"{command_line('generate', 'FOLDER')}.\n"
+        f"{command_line('generate', 'FOLDER')}. {command_line('run', run_all.ALL, '--smoke')} tries every recipe in "
+        "seconds.\n"
         "To list the options, add --help after the command (and its recipe, if it needs one)."
     )
 
@@ -127,7 +139,7 @@ def _about_command(name: str) -> str:
     return (
         f"usage: {command_line(name)} RECIPE [--variant NAME] [--option value ...]\n\n"
         f"{recipes.COMMANDS[name].help}.\n\n"
-        f"recipes:\n{overview({each: find_recipe(each, name).about for each in recipe_names()})}\n\n"
+        f"recipes:\n{overview({each: recipe_about(each) for each in recipe_names()})}\n\n"
         f"{command_line(name)} RECIPE --help lists the options and the variants of a recipe."
     )
 

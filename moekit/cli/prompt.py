@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moekit.data.lines import one_line, require_plain
 from moekit.errors import UserError
-from moekit.runs.writer import Writer
 from moekit.terminal import visible
+
+if TYPE_CHECKING:
+    from moekit.runs.writer import Writer
 
 
 def converse(writer: Writer, source: str | None, target: str | None, n_best: int | None = None) -> None:

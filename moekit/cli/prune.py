@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from moekit.cli.command import Command
 from moekit.cli.surgery import amount, change, output_options, part_options, plain_option, run_option, seed_option
 from moekit.errors import UserError
-from moekit.runs.run import Run
-from moekit.runs.surgery.operations import Result, prune_run
-from moekit.runs.surgery.utilisation import measured_load
-from moekit.surgery import choose_experts, count_kept, require_separable
+
+if TYPE_CHECKING:
+    from moekit.runs.run import Run
+    from moekit.runs.surgery.operations import Result
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -36,6 +37,10 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _prune(given: Namespace, console: Console) -> None:
+    from moekit.runs.surgery.operations import prune_run  # where it is used: a help text needs none of it
+    from moekit.runs.surgery.utilisation import measured_load
+    from moekit.surgery import choose_experts, count_kept, require_separable
+
     if given.by == "random" and (given.language or given.task):
         raise UserError("--language and --task say whose utilisation counts: leave them out with --by random.")
 

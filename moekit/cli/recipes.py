@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
@@ -17,11 +17,13 @@ from moekit.cli.command import RecipeCommand, execute, option_value, option_valu
 from moekit.cli.mistakes import NOT_PARSED, OtherCommandsOption, explain, require_settings
 from moekit.errors import UserError, nearest
 from moekit.output import lasting_output
-from moekit.runs.config import RunConfig
 from moekit.runs.plain import as_plain, with_setting
-from moekit.runs.recipe import Recipe
 from moekit.runs.settings.fields import check_ranges
 from moekit.shell import command_line, program
+
+if TYPE_CHECKING:
+    from moekit.runs.config import RunConfig
+    from moekit.runs.recipe import Recipe
 
 COMMANDS: Mapping[str, RecipeCommand] = {
     "run": run.COMMAND,
@@ -147,7 +149,7 @@ def _parsed(
             if given.get(old) is not None:
                 given[new] = given[old]
         made = parser.instantiate(given)
-        config = RunConfig(**{group.name: made[group.name] for group in fields(RunConfig)})
+        config = type(base)(**{group.name: made[group.name] for group in fields(base)})
     else:
         config = reduce(lambda config, key: with_setting(config, key, given[key]), settings, base)
     check_ranges(config)

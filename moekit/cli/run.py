@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moekit.cli.command import RecipeCommand
 from moekit.cli.training import smoke_option, smoke_settings, test_and_report, train
-from moekit.runs.config import RunConfig
-from moekit.runs.recipe import Recipe
+
+if TYPE_CHECKING:
+    from moekit.runs.config import RunConfig
+    from moekit.runs.recipe import Recipe
 
 
 def _run(recipe: Recipe, config: RunConfig, given: Any) -> None:

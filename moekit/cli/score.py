@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from jsonargparse import ArgumentParser
+from typing import TYPE_CHECKING, Any
 
 from moekit.cli.command import RecipeCommand, location
 from moekit.cli.trained import stored_run, stored_settings, text_given, text_options
-from moekit.runs.config import RunConfig
-from moekit.runs.recipe import Recipe
-from moekit.runs.score import score
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from moekit.runs.config import RunConfig
+    from moekit.runs.recipe import Recipe
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -28,6 +29,8 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _score(recipe: Recipe, config: RunConfig, given: Any) -> None:
+    from moekit.runs.score import score  # a list of commands needs none of it
+
     score(stored_run(recipe, given), config=config, examples=given.examples, **text_given(given))
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from jsonargparse import ArgumentParser
+from typing import TYPE_CHECKING, Any
 
 from moekit.cli.command import RecipeCommand
 from moekit.cli.trained import WRITER_SETTINGS, folder_option, stored_run, stored_settings, writer_given, writer_options
-from moekit.runs.config import RunConfig
-from moekit.runs.recipe import Recipe
-from moekit.runs.writer import Writer
-from moekit.serving import Limits, serve
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from moekit.runs.config import RunConfig
+    from moekit.runs.recipe import Recipe
 
 _COUNTS = {
     "max_lines": "maximum number of lines of a request",
@@ -21,6 +21,8 @@ _COUNTS = {
 
 
 def _options(parser: ArgumentParser) -> None:
+    from moekit.serving import Limits  # a list of commands needs none of it
+
     limits = Limits()
     folder_option(parser)
     parser.add_argument(
@@ -39,6 +41,9 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _serve(recipe: Recipe, config: RunConfig, given: Any) -> None:
+    from moekit.runs.writer import Writer
+    from moekit.serving import Limits, serve
+
     limits = Limits(**{name: given[name] for name in ("max_seconds", *_COUNTS)})
     run = stored_run(recipe, given)
     name = run.path.resolve().name.encode("utf-8", errors="replace").decode("utf-8")

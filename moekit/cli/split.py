@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
+
+from rich.console import Console
 
 from moekit.cli.command import Command, number
 from moekit.cli.surgery import change, output_options, run_option
-from moekit.runs.surgery.operations import split_run
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -25,11 +26,15 @@ def _options(parser: ArgumentParser) -> None:
     output_options(parser)
 
 
+def _split(given: Namespace, console: Console) -> None:
+    from moekit.runs.surgery.operations import split_run  # where it is used: a help text needs none of it
+
+    change(given, console, lambda run: split_run(run, given.parts, divided=not given.whole_weights))
+
+
 COMMAND = Command(
     "Split each expert into several smaller ones",
     _options,
-    lambda given, console: change(
-        given, console, lambda run: split_run(run, given.parts, divided=not given.whole_weights)
-    ),
+    _split,
     "  moekit split runs/shazeer-tiny --parts 2 --out runs/fine",
 )

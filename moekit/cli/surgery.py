@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from moekit.cli.command import number, path, say
-from moekit.runs.run import Run
-from moekit.runs.surgery.operations import Result
-from moekit.runs.surgery.writing import require_free, write_run
 from moekit.shell import command_line
+
+if TYPE_CHECKING:
+    from moekit.runs.run import Run
+    from moekit.runs.surgery.operations import Result
 
 RUN = "folder of a run (its best checkpoint is used, else its last), or a checkpoint"
 
@@ -79,12 +81,18 @@ def amount(text: str) -> int | float:
 
 def change(given: Namespace, console: Console, operation: Callable[[Run], Result]) -> None:
     """Write what the operation makes of the run of the options, unless something is in the way."""
+    from moekit.runs.run import Run  # where it is used: a help text needs none of it
+    from moekit.runs.surgery.writing import require_free
+
     require_free(given.out, overwrite=given.overwrite)
     write(operation(Run.load(given.run, given.config)), given, console)
 
 
 def write(result: Result, given: Namespace, console: Console) -> None:
     """Write the new run, and say what can be done with it."""
+    from moekit.runs.run import Run
+    from moekit.runs.surgery.writing import write_run
+
     if given.fresh_optimizer:
         result = dataclasses.replace(result, slots=None)
     folder = write_run(result, given.out, restart=given.restart, overwrite=given.overwrite)

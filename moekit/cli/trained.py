@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from jsonargparse import ArgumentParser
+from typing import TYPE_CHECKING, Any
 
 from moekit.cli.command import location, option_value
 from moekit.cli.training import FOLDER, folder
 from moekit.data.lines import STANDARD
 from moekit.errors import UserError
-from moekit.runs.config import RunConfig
-from moekit.runs.recipe import Recipe
-from moekit.runs.run import CHECKPOINTS, Run
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from moekit.runs.config import RunConfig
+    from moekit.runs.recipe import Recipe
+    from moekit.runs.run import Run
 
 
 def stored_run(recipe: Recipe, given: Any) -> Run:
     """The run of the options."""
+    from moekit.runs.run import Run  # where it is used: a list of commands needs none of it
+
     return _own(recipe, Run.open(folder(recipe, given.variant, given.out), given.checkpoint))
 
 
@@ -29,6 +33,8 @@ def _own(recipe: Recipe, run: Run) -> Run:
 
 def stored_settings(recipe: Recipe, arguments: Sequence[str], variant: str | None) -> tuple[str, RunConfig] | None:
     """Variant and settings of the run that a command uses, on one device of this machine; None where there is none."""
+    from moekit.runs.run import Run
+
     run = Run(folder(recipe, variant or next(iter(recipe.variants)), option_value(arguments, "--out")))
     if not run.in_folder:
         return None
@@ -38,6 +44,8 @@ def stored_settings(recipe: Recipe, arguments: Sequence[str], variant: str | Non
 
 def folder_option(parser: ArgumentParser) -> None:
     """Where the run lies."""
+    from moekit.runs.run import CHECKPOINTS
+
     parser.add_argument("--out", type=location, help=FOLDER)
     parser.add_argument(
         "--checkpoint",

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-from jsonargparse import ArgumentParser
+from typing import TYPE_CHECKING, Any
 
 from moekit.cli.command import RecipeCommand, location, option_value, say
-from moekit.runs.config import RunConfig
-from moekit.runs.evaluate import evaluate
-from moekit.runs.fit import fit
-from moekit.runs.init_from import InitFrom
-from moekit.runs.recipe import Recipe
-from moekit.runs.run import Run
 from moekit.runs.smoke import smoke
 from moekit.shell import recipe_command
 from moekit.terminal import Terminal
-from moekit.training.processes import is_first_process
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from moekit.runs.config import RunConfig
+    from moekit.runs.init_from import InitFrom
+    from moekit.runs.recipe import Recipe
+    from moekit.runs.run import Run
 
 FOLDER = "folder of the run (default: runs/RECIPE-VARIANT)"
 
@@ -31,6 +30,7 @@ def folder(recipe: Recipe, variant: str, out: str | None, command: str = "") -> 
 def test_and_report(run: Run, config: RunConfig) -> None:
     """Test a run and write its report; of several processes the first writes."""
     from moekit.report import terminal_summary, write_report  # where it is used: a help text draws nothing
+    from moekit.runs.evaluate import evaluate
 
     if evaluate(run, config):
         write_report(run.path)
@@ -67,6 +67,10 @@ def training_options(parser: ArgumentParser, out: str = FOLDER) -> None:
 
 def train(recipe: Recipe, config: RunConfig, given: Any, start: type[InitFrom] | None = None) -> tuple[Run, RunConfig]:
     """Train into the folder of the options; the run, and the settings as they are on this machine."""
+    from moekit.runs.fit import fit  # where it is used: a help text trains nothing
+    from moekit.runs.run import Run
+    from moekit.training.processes import is_first_process
+
     smoke_test = given.get("smoke", False)
     command = start.command if start else "smoke" if smoke_test else ""
     own = Run(folder(recipe, given.variant, given.out, command))
@@ -88,44 +92,40 @@ def train(recipe: Recipe, config: RunConfig, given: Any, start: type[InitFrom] |
     init_from = start(given[start.option], start.choices(**vars(given[start.group])), config, again) if start else None
     arguments = [argument for argument in given.arguments if argument not in ("--resume", "--overwrite")]
     run = fit(
-        recipe,
-        given.variant,
-        config,
-        own.path,
-        resume=given.resume,
-        overwrite=given.overwrite,
-        init_from=init_from,
-        smoke=smoke_test,
-        resume_command=recipe_command(recipe.name, [*arguments, "--resume"]),
-        console=Terminal(),
-    )
+        recipe, given.variant, config, own.path, resume=given.resume, overwrite=given.overwrite, init_from=init_from,
+        smoke=smoke_test, resume_command=recipe_command(recipe.name, [*arguments, "--resume"]), console=Terminal(),
+    )  # fmt: skip
     return run, config
 
 
-def starting_command(help: str, start: type[InitFrom], whose: str, other: str) -> RecipeCommand:
+def starting_command(help: str, start: Callable[[], type[InitFrom]], whose: str, other: str) -> RecipeCommand:
     """A command that trains a run which starts from another one, then tests and reports.
 
     Args:
         help: what it does.
-        start: what is taken from the other run.
+        start: what is taken from the other run; called where it is needed, which a list of commands does not.
         whose: run it makes.
         other: help of the option that names the other run.
     """
 
     def options(parser: ArgumentParser) -> None:
-        training_options(parser, f"folder of {whose} run (default: runs/RECIPE-VARIANT-{start.command})")
-        parser.add_argument(f"--{start.option}", type=location, metavar="RUN", help=other)
-        parser.add_class_arguments(start.choices, start.group)
+        made = start()
+        training_options(parser, f"folder of {whose} run (default: runs/RECIPE-VARIANT-{made.command})")
+        parser.add_argument(f"--{made.option}", type=location, metavar="RUN", help=other)
+        parser.add_class_arguments(made.choices, made.group)
 
     def run(recipe: Recipe, config: RunConfig, given: Any) -> None:
-        test_and_report(*train(recipe, config, given, start))
+        test_and_report(*train(recipe, config, given, start()))
 
     def defaults(recipe: Recipe, arguments: Sequence[str], variant: str | None) -> tuple[str, RunConfig] | None:
-        source, out = option_value(arguments, f"--{start.option}"), option_value(arguments, "--out")
+        from moekit.runs.run import Run
+
+        made = start()
+        source, out = option_value(arguments, f"--{made.option}"), option_value(arguments, "--out")
         found = None
         if source is not None and not (out and _resumed(out, arguments)):
-            found = start.starting_config(recipe, Run.load(source), variant)
-        path = out or (folder(recipe, found[0], None, start.command) if found else None)
+            found = made.starting_config(recipe, Run.load(source), variant)
+        path = out or (folder(recipe, found[0], None, made.command) if found else None)
         own = _resumed(path, arguments) if path else None
         return found if own is None else (own.variant, own.config)
 
@@ -134,5 +134,7 @@ def starting_command(help: str, start: type[InitFrom], whose: str, other: str) -
 
 def _resumed(path: str | Path, arguments: Sequence[str]) -> Run | None:
     """The run in a folder, if it is there and goes on."""
+    from moekit.runs.run import Run
+
     run = Run(Path(path))
     return run if "--resume" in arguments and run.in_folder else None

@@ -8,7 +8,6 @@ from rich.console import Console
 
 from moekit.cli.command import Command, number
 from moekit.cli.surgery import change, output_options, plain_option, run_option, seed_option
-from moekit.runs.surgery.operations import upcycle_run
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -35,6 +34,8 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _upcycle(given: Namespace, console: Console) -> None:
+    from moekit.runs.surgery.operations import upcycle_run  # where it is used: a help text needs none of it
+
     options = {"noise": given.noise, "scale": given.scale, "compensated": not given.plain, "seed": given.seed}
     change(given, console, lambda run: upcycle_run(run, given.experts, **options))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from moekit.runs.recipe import find_recipe, recipe_names
+from moekit.runs.known import recipe_about, recipe_names
 from moekit.shell import command_line, program, recipe_command
 from moekit.terminal import visible
 
@@ -19,7 +19,7 @@ def main() -> int:
         return 2
     print(f"usage: {program()} COMMAND NAME [--variant NAME] [--config FILE] [--key value ...]\n\nrecipes:")
     for name in names:
-        print(f"  {name:<19} {find_recipe(name, '').about}")
+        print(f"  {name:<19} {recipe_about(name)}")
     print(f"\n{command_line('run', 'NAME', '--help')} lists commands, variants and settings.")
     return 0
 

@@ -42,6 +42,9 @@ from moekit.training.metrics.pieces import typical_pieces
 from moekit.training.multitask import MultitaskModule
 from moekit.training.quiet import quiet
 
+_LONGEST_SAMPLE = 64
+"""Tokens of a continuation that is shown."""
+
 
 def trained_module(
     run: Run, data: MultitaskData, config: RunConfig | None = None, weights: Mapping[str, Any] | None = None
@@ -77,7 +80,8 @@ def evaluate(run: Run, config: RunConfig | None = None) -> bool:
     if data.directions:
         module.translate = Translator(module.backbone, data.tokenizer, search=search, sentinel=config.data.sentinel)
     else:
-        module.write = Completer(module.backbone, data.tokenizer, search=search)
+        longest = min(_LONGEST_SAMPLE, config.data.max_length)  # no longer than what it was trained on
+        module.write = Completer(module.backbone, data.tokenizer, search=search, max_new_tokens=longest)
     module.originals = data.originals("test")
     if (facts := config.data.knowledge()) is not None:
         ask_facts(module, config, data, facts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 
 from moekit.data.counts import bigram_counts, token_counts
 from moekit.data.module import MultitaskData
-from moekit.errors import UserError, nearest
+from moekit.errors import UserError
 from moekit.heads import Head
 from moekit.layer import AuxLosses
 from moekit.routers.hash_keys import Bigram
 from moekit.runs.config import RunConfig
+from moekit.runs.known import require_known
 from moekit.runs.plain import as_plain, build
 from moekit.runs.settings.data import DataConfig
 
@@ -158,21 +158,12 @@ def structured(data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: made[name] for name in names}
 
 
-def recipe_names() -> list[str]:
-    """The recipes of the package; a module whose name begins with an underscore is none."""
-    # By name, as a run's configuration has it: recipes import this module and are not imported by it.
-    package = importlib.import_module("moekit.recipes")
-    return sorted(info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_"))
-
-
 def find_recipe(name: Any, where: str) -> Recipe:
     """The recipe with that name.
 
     Raises:
         UserError: there is none; `where` begins the message.
     """
-    known = recipe_names()
-    if name not in known:
-        raise UserError(f"{where}: recipe must be a known one: got {name!r}. {nearest(str(name), known)}")
+    require_known(name, where)
     found: Recipe = importlib.import_module(f"moekit.recipes.{name}").RECIPE
     return found

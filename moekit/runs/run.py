@@ -53,10 +53,10 @@ CHECKPOINTS = ("average", "best", "last")
 _CONFIG = "config.yaml"
 _TOKENIZER = "tokenizer"
 _HELD_OUT = "held_out.json.gz"
-SUMMARY, ROUTING, SAMPLES = "summary.json", "routing.json", "samples.json"
+SUMMARY, ROUTING, SAMPLES, REPORT = "summary.json", "routing.json", "samples.json", "report.html"
 _FILES = (
     _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, TRANSLATIONS, STOPPED, "environment.json",
-    "metrics.csv", "report.html",
+    "metrics.csv", REPORT,
 )  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "wandb", "mlflow", _TOKENIZER)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moekit.runs.config import RunConfig
+if TYPE_CHECKING:
+    from moekit.runs.config import RunConfig
 
 WARNING = "smoke test: tiny and short; its numbers are no results"
 """What is said wherever such a run is shown."""

@@ -34,6 +34,7 @@ from moekit.parallel.mesh import Meshes, World, build_meshes, forget_groups
 from moekit.parallel.plan import ShardingPlan
 from moekit.parallel.sharding import ShardedModel, parallelize, sharded
 from moekit.routing import Router
+from moekit.strategy_names import enter
 from moekit.training.lightning_callbacks import divide_averages, on_several_meshes, restore_groups
 from moekit.training.plain_data import plain_state
 from moekit.training.refusals import check_batch_norms, check_callbacks, check_precision
@@ -143,14 +144,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Give Lightning the names ``expert_parallel`` and ``expert_parallel_zero0`` to ``3``, also ``_offload``."""
-        named: dict[str, dict[str, Any]] = {"expert_parallel": {}}
-        for stage in range(4):
-            named[f"expert_parallel_zero{stage}"] = {"zero_stage": stage}
-        for stage, offload in ((1, "optimizer"), (2, "optimizer"), (3, "parameters")):
-            named[f"expert_parallel_zero{stage}_offload"] = {"zero_stage": stage, "offload": offload}
-        for name, options in named.items():
-            if name not in strategy_registry:
-                strategy_registry.register(name, cls, description=f"{cls.__name__}({options})", **options)
+        enter(strategy_registry, cls)
 
     # -- processes and meshes ---------------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "moekit"
 # docs/architecture.md.
 FLOORS = {
     "component": 0,
+    "lazy": 0,
+    "strategy_names": 0,
     "errors": 0,
     "terminal": 0,
     "atomic": 0,

@@ -1,7 +1,8 @@
 """Command lines as people mistype them: of each command right ones, changed by a seed and given to the program.
 
 A command line is right and done, or refused in one line with exit code 2, and then nothing has been written. Whatever
-is written lies where an option says. Training ends where its first step would begin, and serving where it would answer.
+is written lies where an option says. Training ends where its first step would begin, serving where it would answer, and
+a table of an ablation where its first run would be started.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ from unittest import mock
 import lightning as L
 from harness import Outcome
 
+from moekit.ablation import session, table
+from moekit.ablation.session import CLAIMS
+from moekit.ablation.table import RECIPES
 from moekit.cli import program
 from moekit.cli.command import build_parser
 from moekit.cli.recipes import COMMANDS
 from moekit.cli.recipes import build_parser as build_recipe_parser
-from moekit.runs.recipe import find_recipe, recipe_names
+from moekit.runs.known import recipe_names
+from moekit.runs.recipe import find_recipe
 from moekit.serving.turns import Turns
 
 SMALL = (
@@ -58,7 +63,9 @@ LINES: Mapping[str, Sequence[Sequence[str]]] = {
     "score": [["run", "--from", "avl", "--input", "score.jsonl", "--output", "new"]],
     "finetune": [["gshard", "--init_from", "run", CACHE, *NEW, "--train.max_steps", "3"]],
     "distill": [["gshard", "--teacher", "run", CACHE, *NEW, "--train.max_steps", "3"]],
-    "plan": [["gshard", "--memory", "2", "--sequences", "4"], ["gshard", "--devices", "4", "--length=32"]],
+    "plan": [["gshard", "--memory", "2", "--sequences", "4"], ["gshard", "--devices", "4", "--length=32"],
+             ["gshard", "--config", "run/config.yaml", "--memory=2"],
+             ["gshard", "--config=my.yaml", "--model.dim", "24", "--devices", "2"]],
     "inspect": [["run"], ["run/checkpoints/last.ckpt", "--json"]],
     "aggregate": [["run", "run", *NEW, "--shared", "1", "--gates", "fresh", "--seed", "3"]],
     "prune": [["run", "--keep", "50%", "--by", "random", *NEW], ["run", "--keep", "2", *NEW, "--overwrite"]],
@@ -71,6 +78,8 @@ LINES: Mapping[str, Sequence[Sequence[str]]] = {
     "import": [["exported", "--like", "other", *NEW]],
     "report": [["run"], ["run", "run", "--out", "new.html"], ["run", "--markdown"]],
     "compare": [["run", "run", "--out", "new.html"]],
+    "ablate": [["table.yaml", "--runs", "new", "--jobs", "1", "--seeds", "1", "2"], ["--list", "--runs", "new"],
+               ["gshard/size", "--only", "few", "--out", "new"], ["size", "--jobs=2"], ["--claims"]],
 }  # fmt: skip
 """Right command lines. They are given in a folder that has a run, an export of it, and text."""
 
@@ -87,6 +96,23 @@ ODD_WORDS = (
     "$HOME", "2020-99-99", "1:99:99", "[" * 3_000, "--help", "--version", "-h", "--config", "--resume",
     "--overwrite", "--smoke",
 )  # fmt: skip
+
+TABLE = """
+title: Many experts against few
+recipe: gshard
+settings: {model.dim: 16, model.heads: 2, model.hidden_dim: 32, train.max_steps: 20, train.warmup_steps: 4}
+seeds: [1, 2]
+matched: [tokens]
+minutes: 0.5
+arms:
+  many: {about: four experts, settings: {model.num_experts: 4}}
+  few: {about: two experts, settings: {model.num_experts: 2}}
+claims:
+  - {id: many, kind: better, claim: More are better., paper: Ours, published: "1", hypothesis: They hold more.,
+     metric: loss.translation, arm: many, against: few, direction: lower, smallest: 0.05}
+no_control: It is of this test.
+"""
+"""A table of an ablation, which lies by itself and among the recipes of a checkout."""
 
 _LIMIT_SECONDS = 300
 _MAX_BYTES = 16 << 30
@@ -169,6 +195,13 @@ def furnish(room: Path) -> None:
             lines = "".join(f"{language} {split} line {n} of this\n" for n in range(number))
             (here / "text" / f"{split}.{language}").write_text(lines)
     (here / "text.gz").write_bytes(gzip.compress(b"one line\n"))
+    (here / "my.yaml").write_text("model: {num_experts: 4}\ntrain: {max_steps: 3, warmup_steps: 1}\n")
+    tables = here / "recipes" / "gshard" / "ablations"
+    tables.mkdir(parents=True)
+    (here / "docs").mkdir()
+    for place in (here / "table.yaml", tables / "size.yaml"):
+        place.write_text(TABLE)
+    shutil.copy(RECIPES / CLAIMS, here / "recipes" / CLAIMS)
     (here / "score.jsonl").write_text('{"context": "a", "continuations": ["b", "c d"], "answer": 1}\n')
     with contextlib.chdir(here), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         assert program.main(["run", "gshard", *SMALL, CACHE, "--out", "run"]) == 0
@@ -186,7 +219,7 @@ def _options(command: str, recipe: str) -> list[str]:
             find_recipe(recipe, ""), command, next(iter(find_recipe(recipe, "").variants))
         )
     else:
-        parser = build_parser(command, {**program.SURGERY, **program.REPORTS}[command])
+        parser = build_parser(command, {**program.SURGERY, **program.REPORTS, **program.STUDIES}[command])
     return [word for action in parser._actions for word in action.option_strings if word.startswith("--")]
 
 
@@ -248,6 +281,9 @@ def ended(words: Sequence[str]) -> Ended:
         with (
             mock.patch.object(L.Trainer, "fit", _began),
             mock.patch.object(Turns, "run", _began),
+            mock.patch.object(session, "run_all", _began),
+            mock.patch.object(session, "RECIPES", Path.cwd() / "recipes"),
+            mock.patch.object(table, "RECIPES", Path.cwd() / "recipes"),
             mock.patch.object(sys, "stdin", io.StringIO("a line\nanother\n")),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
@@ -271,7 +307,7 @@ def _given_places(words: Sequence[str]) -> list[str]:
     """What the words name, were they paths; and the places of commands that are given none."""
     values = [value for word in words for value in (word, word.partition("=")[2]) if value and "\0" not in value]
     values += [str(Path(value).with_suffix(".md")) for value in values if value.strip("./")]  # beside a comparison
-    defaults = ["runs", "comparison.html", "comparison.md"]
+    defaults = ["runs", "comparison.html", "comparison.md", "docs/claims.md"]
     return [os.path.realpath(value) for value in (*values, *defaults)]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from adopted import make_adopted, odd_setting, read_adopted
 from data_files import DATA_FILES
 from harness import Kind, Outcome
 from mutations import BYTES, change_value, odd_yaml, quote
@@ -286,6 +287,9 @@ KINDS = {
     "weights of an exchange folder": Kind(_make_exchange, _read_exchange, only="*.safetensors"),
     "settings of an exchange folder": Kind(
         _make_exchange, _read_exchange, (*BYTES, *[change_value] * 12), known=False, only="*.json"
+    ),
+    "settings of an adopted model": Kind(
+        make_adopted, read_adopted, (change_value, *[odd_setting] * 4), known=False, only="config.json"
     ),
     "token store": Kind(_make_store, _read_store, (*BYTES, *[change_value] * 6)),
     "token store, unchecked": Kind(_make_store, _read_store_unchecked, (*BYTES, *[change_value] * 9), known=False),

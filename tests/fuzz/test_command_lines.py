@@ -11,10 +11,13 @@ import pytest
 from command_lines import LINES, fuzz_lines
 from harness import Outcome
 
-from moekit.cli.program import REPORTS, SURGERY
+from moekit.cli.program import REPORTS, STUDIES, SURGERY
 from moekit.cli.recipes import COMMANDS
 
-SEEDS = {**dict.fromkeys(SURGERY, 200), **dict.fromkeys(REPORTS, 200), **dict.fromkeys(COMMANDS, 100)}
+SEEDS = {
+    **dict.fromkeys(SURGERY, 200), **dict.fromkeys(REPORTS, 200), **dict.fromkeys(STUDIES, 100),
+    **dict.fromkeys(COMMANDS, 100),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ SEEDS = {
     "weights of one file": 500,
     "weights of an exchange folder": 300,
     "settings of an exchange folder": 500,
+    "settings of an adopted model": 300,
     "token store": 900,
     "token store, unchecked": 500,
     "tokenizer": 600,

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from moekit.cli import generate as command
 from moekit.cli.program import main
 from moekit.cli.prompt import converse
 from moekit.cli.recipes import main as recipe_main
@@ -384,7 +383,7 @@ def test_a_folder_may_be_named_without_an_option(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[Path] = []
-    monkeypatch.setattr(command, "generate", lambda found, *_, **__: seen.append(found.path))
+    monkeypatch.setattr("moekit.runs.generate.generate", lambda found, *_, **__: seen.append(found.path))
     assert main(["generate", str(run), "--input", "x"]) == main(["generate", "--out", str(run), "--input", "x"]) == 0
     assert seen == [run, run]
     assert main(["generate", str(run / "nowhere"), "--input", "x"]) == 2

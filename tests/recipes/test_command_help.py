@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moekit.cli import command, generate, recipes
+from moekit.cli import command, recipes
 from moekit.cli.program import REPORTS, STUDIES, SURGERY, main
 from moekit.recipes import switch
 from moekit.runs.config import RunConfig
+from moekit.runs.known import recipe_names
 from moekit.runs.plain import as_plain
-from moekit.runs.recipe import find_recipe, recipe_names
+from moekit.runs.recipe import find_recipe
 from moekit.shell import command_line
 
 FRAGMENTS = {"of", "in", "as", "on", "by", "to", "into", "with", "from", "its", "their", "so", "the", "at"}
@@ -120,7 +121,7 @@ def test_settings_of_a_stored_run_that_are_given_are_used(tmp_path: Path, monkey
     plain = {"recipe": "switch", "variant": "small", **as_plain(config)}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain))
     seen: list[RunConfig] = []
-    monkeypatch.setattr(generate, "generate", lambda *run, config, **options: seen.append(config))
+    monkeypatch.setattr("moekit.runs.generate.generate", lambda *run, config, **options: seen.append(config))
     given = ["generate", "--out", str(tmp_path)]
     assert main(given) == 0
     assert main([*given, "--evaluate.beam_size", "5", "--train.accelerator=auto"]) == 0

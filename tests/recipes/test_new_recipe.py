@@ -12,7 +12,8 @@ import pytest
 
 import moekit.recipes
 from moekit.cli import program
-from moekit.runs.recipe import find_recipe, recipe_names
+from moekit.runs.known import recipe_names
+from moekit.runs.recipe import find_recipe
 
 PACKAGE = Path(moekit.__file__).parent
 ROOMS = ("cli", "runs", "report", "training", "data", "tasks", "inference", "surgery", "planner", "parallel")

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
+from moekit.cli import run_all
 from moekit.cli.program import main
 from moekit.cli.recipes import main as recipe_main
+from moekit.errors import UserError
 from moekit.report import results_markdown, write_comparison
-from moekit.runs import Run
+from moekit.runs import Run, fit
+from moekit.runs.known import recipe_names
 from moekit.runs.plain import as_plain
-from moekit.runs.recipe import find_recipe, recipe_names
+from moekit.runs.recipe import Recipe, find_recipe
 from moekit.runs.smoke import WARNING, smoke
 
 FAST = "shazeer"  # an LSTM: the cheapest of all
@@ -65,6 +68,71 @@ def test_it_is_small_in_every_variant(name: str) -> None:
         assert config.data.source == variant.config.data.source
         assert config.evaluate.max_sentences == 2
         assert config.data.babel_sentences * config.data.babel_languages >= 800
+
+
+def lines_by_recipe(said: str) -> dict[str, str]:
+    """What `run all` says of each recipe."""
+    return {line.split()[0]: line for line in said.splitlines() if re.match(r"\w+ +(passed|failed) ", line)}
+
+
+@pytest.mark.slow
+def test_all_recipes_in_one_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "all", "--smoke", "--train.accelerator", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert WARNING in said.out
+    assert [*lines_by_recipe(said.out)] == recipe_names()
+    for line in lines_by_recipe(said.out).values():
+        assert re.search(r" passed  trained, validated, tested, reported +\d+\.\d s$", line)
+    assert f"all {len(recipe_names())} passed" in said.out
+    assert not said.err
+    assert not list(tmp_path.iterdir()), "runs and cache lie elsewhere, and are gone"
+
+
+def test_a_recipe_that_fails_stops_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is refused, one stops at an error that is not the user's, and the last one passes."""
+    names, train = ["gshard", "switch", FAST], fit.fit
+
+    def broken(recipe: Recipe, *given: Any, **more: Any) -> Run:
+        if recipe.name == "gshard":
+            raise UserError("not\x1b[2J today")
+        if recipe.name == "switch":
+            raise ZeroDivisionError("of this test")
+        return train(recipe, *given, **more)
+
+    monkeypatch.setattr(run_all, "recipe_names", lambda: names)
+    monkeypatch.setattr(fit, "fit", broken)
+    options = ["--train.accelerator", "cpu", "--data.cache", str(tmp_path / "cache")]
+    assert main(["run", "all", "--smoke", *options, "--out", str(tmp_path / "kept")]) == 1
+    said = capsys.readouterr()
+    found = lines_by_recipe(said.out)
+    assert [*found] == names
+    assert re.search(r"failed  nothing done .* error: not\\x1b\[2J today$", found["gshard"])
+    assert found["switch"].endswith("ZeroDivisionError: of this test")
+    assert "passed  trained, validated, tested, reported" in found[FAST]
+    assert "2 of 3 failed: gshard, switch" in said.out
+    assert said.err.count("Traceback") == 1, "of the error that is not the user's"
+    assert settings(tmp_path / "kept" / FAST)["smoke"] is True
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "run all needs --smoke: "),
+        (["--smoke", "--variant", "tiny"], "run all takes no --variant"),
+        (["--smoke", "--devices=2"], "run all takes no --devices: all recipes share this one process"),
+        (["--smoke", "--out"], "--out needs a value"),
+        (["--smoke", "--out", __file__], "--out must be a folder"),
+        (["--smoke", "--lerning_rate", "1"], "unknown option --lerning_rate. Did you mean --train.learning_rate?"),
+    ],
+)
+def test_what_all_recipes_cannot_do(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "all", *given]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_two_languages_have_text_enough_for_the_vocabulary(tmp_path: Path) -> None:
@@ -125,7 +193,7 @@ def test_resume_without_a_run_begins_and_says_so(
     """A job that is queued again has --resume from the first time on (docs/guides/cluster.md)."""
     out = tmp_path / "run"
 
-    monkeypatch.setattr("moekit.cli.training.fit", lambda *given, **options: Run(out))
+    monkeypatch.setattr("moekit.runs.fit.fit", lambda *given, **options: Run(out))
     assert main(["fit", "gshard", "--resume", "--out", str(out)]) == 0
     assert f"{out}: no run is there; it begins anew." in capsys.readouterr().out
     assert main(["fit", "gshard", "--out", str(out)]) == 0

@@ -13,7 +13,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from moekit.cli import training as cli_training
 from moekit.cli.recipes import main
 from moekit.data.tokenizer import Tokenizer
 from moekit.recipes import gshard, sparse_translation, switch
@@ -53,7 +52,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def untested(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the test and the report after training, which other tests have."""
-    monkeypatch.setattr(cli_training, "evaluate", lambda *given: None)
+    monkeypatch.setattr("moekit.runs.evaluate.evaluate", lambda *given: None)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

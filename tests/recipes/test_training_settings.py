@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from moekit.cli import training as cli_training
 from moekit.cli.recipes import main
 from moekit.errors import UserError
 from moekit.experts import GroupedMLP
@@ -66,7 +65,7 @@ def test_a_run_scales_the_gradients_of_experts_where_it_is_told_to(
         step(self, trainer, module, optimizer)
 
     monkeypatch.setattr(ScaleExpertGradients, "on_before_optimizer_step", seen)
-    monkeypatch.setattr(cli_training, "evaluate", lambda *given: None)
+    monkeypatch.setattr("moekit.runs.evaluate.evaluate", lambda *given: None)
     given = TINY | {"data.cache": tmp_path / "cache", "train.optimizer": "adafactor"}
     given |= {"train.scale_expert_gradients": scaled}
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]

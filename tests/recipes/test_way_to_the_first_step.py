@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import moekit.runs.fit  # noqa: F401 - before it is needed: the bodies of classes are no functions on the way
 from moekit.cli.recipes import main
 from moekit.recipes import switch
 

@@ -14,8 +14,9 @@ from moekit.errors import UserError
 from moekit.runs import RunConfig, RunText
 from moekit.runs.distill import DistillConfig
 from moekit.runs.finetune import FineTuneConfig
+from moekit.runs.known import recipe_names
 from moekit.runs.plain import with_setting
-from moekit.runs.recipe import find_recipe, recipe_names
+from moekit.runs.recipe import find_recipe
 from moekit.runs.settings import setting
 from moekit.runs.settings.fields import check_ranges, known_of, missed_range
 from moekit.runs.smoke import smoke

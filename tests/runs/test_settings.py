@@ -17,8 +17,9 @@ from moekit.errors import UserError
 from moekit.kernels.gpu import backend
 from moekit.recipes import gshard, zcode_m3
 from moekit.runs import Run, RunConfig, RunText
+from moekit.runs.known import recipe_names
 from moekit.runs.plain import as_plain
-from moekit.runs.recipe import find_recipe, recipe_names, structured
+from moekit.runs.recipe import find_recipe, structured
 from moekit.runs.settings import DataConfig, TrainConfig, setting
 from moekit.runs.settings.fields import check_ranges, free_keys, settings_of
 from moekit.runs.settings.tasks import active_tasks

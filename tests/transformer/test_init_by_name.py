@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from moekit.experts import GroupedMLP, copy_first_expert_
 from moekit.runs import RunText
-from moekit.runs.recipe import find_recipe, recipe_names
+from moekit.runs.known import recipe_names
+from moekit.runs.recipe import find_recipe
 from moekit.transformer import EncoderDecoder, init_weights_by_name
 
 VOCABULARY = 120

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from moekit.terminal import visible
 from moekit.training.agreement import agree
 from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.loggers import CsvLogger
+from moekit.training.processes import is_first_process
 
 _SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
@@ -29,7 +31,8 @@ class Resumable(Checkpoint):
 
     A signal lets the optimizer step under way come to its end (a validation that is due as well), writes
     ``last.ckpt``, says how to resume, and exits with 128 + the signal's number (143 for SIGTERM, 130 for Ctrl-C, 129
-    where the terminal is gone). A SIGHUP that ``nohup`` holds off is held off here too. A second Ctrl-C stops at once.
+    where the terminal is gone). A SIGHUP that ``nohup`` holds off is held off here too. Ctrl-C is answered with a line;
+    a second one stops at once. Two that come while one product runs are one to Python, which is why there is the line.
     A checkpoint is only ever taken between optimizer steps, so that no accumulated gradient is lost, and after a
     validation that is due, so that a resumed run does not miss it. It needs
     `AtomicCheckpointIO` for a kill in the middle of a save to leave the former checkpoint whole.
@@ -138,6 +141,8 @@ class Resumable(Checkpoint):
             self._restore_signals()
             raise KeyboardInterrupt
         self._signal = number
+        if number == signal.SIGINT and is_first_process():
+            _answer("Ctrl-C: the step under way is finished and saved. Press it again to stop at once.")
 
     def _restore_signals(self) -> None:
         for number, handler in self._former.items():
@@ -168,6 +173,12 @@ class Resumable(Checkpoint):
             logger.save()  # what the checkpoint's step has logged must not be behind it
         trainer.save_checkpoint(self.path)
         self._saved_step, self._saved_time = trainer.global_step, self._clock()
+
+
+def _answer(line: str) -> None:
+    """Say something in a signal handler, where `sys.stderr` may be in the middle of a line, or locked."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # there may be no such stream any more
+        os.write(sys.__stderr__.fileno(), f"\n{line}\n".encode())  # type: ignore[union-attr]
 
 
 def _log_this_step(trainer: L.Trainer) -> None:
