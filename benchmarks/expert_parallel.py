@@ -7,11 +7,15 @@ to one rank, and a hot expert that moves every round. Both take turns; where the
 Of the wall time, "compute" is the experts' work of the busiest process alone, "exchange" the same messages without it;
 "rest" is waiting and what routing and gathering take.
 
+Overlap (--overlap, instead of the layer): a layer with a shared branch of an expert's size, balanced load, whose rows
+travel while that branch is computed, beside the same layer that waits for them first.
+
 Trainer (--trainer, instead of the layer): steps of a small language model under `ExpertParallelStrategy` with ZeRO 0 to
 3, beside Lightning's DDP and FSDP2 of its dense twin, and one process: see `expert_parallel_steps.py`.
 
     python benchmarks/expert_parallel.py                        # the layer, 2 processes
     python benchmarks/expert_parallel.py --processes 4 --loads balanced
+    python benchmarks/expert_parallel.py --overlap
     python benchmarks/expert_parallel.py --trainer              # steps
     python benchmarks/expert_parallel.py --quick                # toy sizes: does it run?
 """
@@ -42,6 +46,7 @@ from moekit.performance import keep_memory
 from moekit.routers.queueing import routing_of_choices
 from moekit.routing import Router, Routing, RoutingContext
 from moekit.testing import run_distributed
+from moekit.transformer import MLP
 
 LOADS = ("balanced", "hot expert", "hot rank", "empty rank", "moving hotspot")
 
@@ -120,6 +125,44 @@ def slowest(value: float) -> float:
     number = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return float(number)
+
+
+def overlap(sizes: Sizes) -> list[dict[str, Any]]:
+    """Milliseconds of a step that overlaps and of one that waits, in turn; a rank of the group."""
+    keep_memory()
+    rank, ranks, rows = dist.get_rank(), dist.get_world_size(), []
+    here, own = sizes.experts // ranks, slice(rank * sizes.tokens // ranks, (rank + 1) * sizes.tokens // ranks)
+    x = torch.randn(sizes.tokens, sizes.dim, generator=torch.Generator().manual_seed(1))[own]
+    assert dist.group.WORLD is not None
+    for k in (1, 2):
+        arms = {}
+        for name, asynchronous in (("waits", False), ("overlaps", True)):
+            layer, router = layer_of(sizes, rank * here, here)
+            torch.manual_seed(0)
+            layer.shared = MLP(sizes.dim, sizes.hidden)
+            layer.connect(AllToAll(dist.group.WORLD, overlap=asynchronous))
+            router.expert = prescribed("balanced", 0, sizes, k, ranks)[own]
+            arms[name] = layer
+        took: dict[str, list[float]] = {name: [] for name in arms}
+        outputs: dict[str, Tensor] = {}
+        for _ in range(sizes.rounds + 2):
+            for name, layer in arms.items():
+                layer.zero_grad()
+                batch = x.detach().requires_grad_()
+                dist.barrier()
+                start = time.perf_counter()
+                out = layer(batch).hidden
+                out.sum().backward()
+                took[name].append(slowest(time.perf_counter() - start))
+                outputs[name] = out.detach()
+        if not torch.equal(*outputs.values()):
+            raise SystemExit("refusing to report: what overlaps and what waits differ")
+        waits, overlaps = took["waits"][2:], took["overlaps"][2:]
+        ratio = statistics.median(b / a for a, b in zip(waits, overlaps, strict=True))
+        rows.append(
+            {"k": k, "waits": statistics.median(waits), "overlaps": statistics.median(overlaps), "ratio": ratio}
+        )
+    return rows
 
 
 class Rank:
@@ -216,6 +259,7 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="processes that share the experts (default 2)")
+    parser.add_argument("--overlap", action="store_true", help="a layer with a shared branch, not the layer alone")
     parser.add_argument("--trainer", action="store_true", help="steps of a model under the strategy, not the layer")
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=LOADS, help="only these loads of the layer")
     parser.add_argument("--quick", action="store_true", help="toy sizes: does it run?")
@@ -227,15 +271,22 @@ def main() -> int:
         parser.error(f"--rounds must be 1 or more: got {options.rounds}")
     if options.processes < 2 or sizes.experts % options.processes:
         parser.error(f"--processes must be 2 or more and divide {sizes.experts} experts: got {options.processes}")
+    if options.rounds:
+        sizes = dataclasses.replace(sizes, rounds=options.rounds)
     found: dict[str, Any] = {"environment": environment(), "processes": options.processes}
     if options.trainer:
         rounds = [round_of(shape, options.processes) for _ in range(options.rounds or (1 if options.quick else 3))]
         found |= {"shape": dataclasses.asdict(shape), "trainer": merged(rounds)}
         print(f"{options.processes} processes with one thread each, {shape}")
         print(table(found["trainer"]))
+    elif options.overlap:
+        rows = run_distributed(overlap, options.processes, sizes, timeout=1800)[0]
+        found |= {"sizes": dataclasses.asdict(sizes), "overlap": rows}
+        print(f"{options.processes} processes with one thread each, a layer with a shared branch, balanced")
+        print("k  waits, ms  overlaps, ms  ratio")
+        for row in rows:
+            print(f"{row['k']}  {row['waits'] * 1e3:9.1f}  {row['overlaps'] * 1e3:12.1f}  {row['ratio']:5.2f}")
     else:
-        if options.rounds:
-            sizes = dataclasses.replace(sizes, rounds=options.rounds)
         rows = run_distributed(layers, options.processes, sizes, options.loads, timeout=1800)[0]
         found |= {"sizes": dataclasses.asdict(sizes), "layer": rows}
         print_layers(rows, options.processes)
