@@ -263,7 +263,7 @@ def main() -> int:
     parser.add_argument("--trainer", action="store_true", help="steps of a model under the strategy, not the layer")
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=LOADS, help="only these loads of the layer")
     parser.add_argument("--quick", action="store_true", help="toy sizes: does it run?")
-    parser.add_argument("--rounds", type=int, help=f"counted rounds (default {Sizes.rounds} of the layer, 3 of steps)")
+    parser.add_argument("--rounds", type=int, help=f"counted rounds (default {Sizes.rounds} of the layer, 2 of steps)")
     parser.add_argument("--json", type=Path, help="write the results, environment and commit too")
     options = parser.parse_args()
     sizes, shape = (QUICK, QUICK_STEPS) if options.quick else (Sizes(), STEPS)
@@ -275,7 +275,7 @@ def main() -> int:
         sizes = dataclasses.replace(sizes, rounds=options.rounds)
     found: dict[str, Any] = {"environment": environment(), "processes": options.processes}
     if options.trainer:
-        rounds = [round_of(shape, options.processes) for _ in range(options.rounds or (1 if options.quick else 3))]
+        rounds = [round_of(shape, options.processes) for _ in range(options.rounds or (1 if options.quick else 2))]
         found |= {"shape": dataclasses.asdict(shape), "trainer": merged(rounds)}
         print(f"{options.processes} processes with one thread each, {shape}")
         print(table(found["trainer"]))

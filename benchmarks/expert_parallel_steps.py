@@ -59,7 +59,7 @@ class Shape:
     hidden: int
     experts: int
     layers: int = 4
-    steps: int = 8
+    steps: int = 6
 
 
 class Network(nn.Module):
