@@ -1,9 +1,10 @@
 """A sparse feed-forward layer, forward and backward, beside one dense feed-forward of the same active work.
 
 The dense feed-forward (hidden size k F) is the floor. "products alone" are the six products of each expert under a
-random router's loads, written over the last ones: what so many experts take if nothing else does. moekit's layers have
-their router, its noise, losses and statistics; what the others leave out is said where they are defined. All take turns
-in one process. Where an arm's output differs from that of a loop over experts with its weights, nothing is reported.
+random router's loads, one expert after the other and written over the last ones: what they take if nothing else does.
+moekit's layers have their router, its noise, losses and statistics; what the others leave out is said where they are
+defined. All take turns in one process. Where an arm's output differs from that of a loop over experts with its weights,
+nothing is reported.
 
     python benchmarks/layer.py                                  # 8, 32 and 128 experts, top-1 and top-2; 256 x 512
     python benchmarks/layer.py --case 4096x32x1 --rounds 20     # tokens x experts x choices
