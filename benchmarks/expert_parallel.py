@@ -7,11 +7,16 @@ to one rank, and a hot expert that moves every round. Both take turns; where the
 Of the wall time, "compute" is the experts' work of the busiest process alone, "exchange" the same messages without it;
 "rest" is waiting and what routing and gathering take.
 
-Trainer (--trainer): steps of a small language model under `ExpertParallelStrategy` with ZeRO 0 to 3, beside Lightning's
-DDP and FSDP2 of its dense twin, and one process.
+Overlap (--overlap, instead of the layer): a layer with a shared branch of an expert's size, balanced load, whose rows
+travel while that branch is computed, beside the same layer that waits for them first.
+
+Trainer (--trainer, instead of the layer): steps of a small language model under `ExpertParallelStrategy` with ZeRO 0 to
+3, beside Lightning's DDP and FSDP2 of its dense twin, and one process: see `expert_parallel_steps.py`.
 
     python benchmarks/expert_parallel.py                        # the layer, 2 processes
-    python benchmarks/expert_parallel.py --processes 4 --trainer
+    python benchmarks/expert_parallel.py --processes 4 --loads balanced
+    python benchmarks/expert_parallel.py --overlap
+    python benchmarks/expert_parallel.py --trainer              # steps
     python benchmarks/expert_parallel.py --quick                # toy sizes: does it run?
 """
 
@@ -23,30 +28,25 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from lightning.pytorch.strategies import ModelParallelStrategy
+from expert_parallel_steps import Shape, merged, round_of, table
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader, Dataset
 
-from moekit import ExpertParallelStrategy, MoELayer
+from moekit import MoELayer
 from moekit.dispatch import AllToAll, PackedDispatcher
 from moekit.environment import environment
 from moekit.experts import GroupedMLP
-from moekit.routers import switch
+from moekit.performance import keep_memory
 from moekit.routers.queueing import routing_of_choices
 from moekit.routing import Router, Routing, RoutingContext
-from moekit.testing import JoinedProcesses, run_distributed
-from moekit.training.quiet import quiet
-from moekit.transformer import MLP, DecoderOnly
+from moekit.testing import run_distributed
+from moekit.transformer import MLP
 
 LOADS = ("balanced", "hot expert", "hot rank", "empty rank", "moving hotspot")
 
@@ -60,10 +60,11 @@ class Sizes:
     hidden: int = 2048
     experts: int = 8
     rounds: int = 8
-    steps: int = 12
 
 
-QUICK = Sizes(tokens=64, dim=8, hidden=16, experts=4, rounds=2, steps=2)
+STEPS = Shape(tokens=4096, dim=256, hidden=1024, experts=8)
+QUICK_STEPS = Shape(tokens=256, dim=16, hidden=32, experts=4, steps=2)
+QUICK = Sizes(tokens=64, dim=8, hidden=16, experts=4, rounds=2)
 
 
 class Prescribed(Router):
@@ -124,6 +125,44 @@ def slowest(value: float) -> float:
     number = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return float(number)
+
+
+def overlap(sizes: Sizes) -> list[dict[str, Any]]:
+    """Milliseconds of a step that overlaps and of one that waits, in turn; a rank of the group."""
+    keep_memory()
+    rank, ranks, rows = dist.get_rank(), dist.get_world_size(), []
+    here, own = sizes.experts // ranks, slice(rank * sizes.tokens // ranks, (rank + 1) * sizes.tokens // ranks)
+    x = torch.randn(sizes.tokens, sizes.dim, generator=torch.Generator().manual_seed(1))[own]
+    assert dist.group.WORLD is not None
+    for k in (1, 2):
+        arms = {}
+        for name, asynchronous in (("waits", False), ("overlaps", True)):
+            layer, router = layer_of(sizes, rank * here, here)
+            torch.manual_seed(0)
+            layer.shared = MLP(sizes.dim, sizes.hidden)
+            layer.connect(AllToAll(dist.group.WORLD, overlap=asynchronous))
+            router.expert = prescribed("balanced", 0, sizes, k, ranks)[own]
+            arms[name] = layer
+        took: dict[str, list[float]] = {name: [] for name in arms}
+        outputs: dict[str, Tensor] = {}
+        for _ in range(sizes.rounds + 2):
+            for name, layer in arms.items():
+                layer.zero_grad()
+                batch = x.detach().requires_grad_()
+                dist.barrier()
+                start = time.perf_counter()
+                out = layer(batch).hidden
+                out.sum().backward()
+                took[name].append(slowest(time.perf_counter() - start))
+                outputs[name] = out.detach()
+        if not torch.equal(*outputs.values()):
+            raise SystemExit("refusing to report: what overlaps and what waits differ")
+        waits, overlaps = took["waits"][2:], took["overlaps"][2:]
+        ratio = statistics.median(b / a for a, b in zip(waits, overlaps, strict=True))
+        rows.append(
+            {"k": k, "waits": statistics.median(waits), "overlaps": statistics.median(overlaps), "ratio": ratio}
+        )
+    return rows
 
 
 class Rank:
@@ -192,172 +231,65 @@ class Rank:
         return took
 
 
-def layers(sizes: Sizes) -> list[dict[str, Any]]:
+def layers(sizes: Sizes, loads: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of the table; a rank of the group."""
+    keep_memory()
     group, rows = Rank(sizes), []
     for k in (1, 2):
-        for load in LOADS:
+        for load in loads:
             rounds = [group.round(prescribed(load, n, sizes, k, group.ranks)) for n in range(sizes.rounds + 1)]
             median = {name: statistics.median(took[name] for took in rounds[1:]) for name in rounds[0]}
             rows.append({"k": k, "load": load, **median})
     return rows
 
 
-class Network(nn.Module):
-    """Logits of the tokens that follow; a module whose forward is everything, as FSDP2 wants it."""
-
-    def __init__(self, model: DecoderOnly) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Float[B, T, V] of Int64[B, T]."""
-        return self.model.logits(self.model.decode(ids).hidden)
-
-
-class Model(L.LightningModule):
-    """A language model, sparse in every other block or dense; steps on random tokens, whose times it keeps."""
-
-    def __init__(self, sizes: Sizes, *, sparse: bool, shard: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        dim, hidden, self.shard = sizes.dim // 2, sizes.hidden // 2, shard
-
-        def feed_forward(layer: int, side: Any) -> nn.Module:
-            if not sparse or layer % 2 == 0:
-                return MLP(dim, hidden)
-            return MoELayer(switch(dim, sizes.experts, capacity_factor=None), GroupedMLP(sizes.experts, dim, hidden))
-
-        self.network = Network(DecoderOnly(512, dim, 4, 4, hidden, feed_forward=feed_forward))
-        self.times: list[float] = []
-
-    def configure_model(self) -> None:
-        """Divide the dense twin as FSDP2 does."""
-        if self.shard:
-            assert self.device_mesh is not None
-            mesh = self.device_mesh["data_parallel"]
-            for block in self.network.model.decoder.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(self.network, mesh=mesh)
-            self.shard = False
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Predict the next token."""
-        return F.cross_entropy(self.network(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW."""
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Begin the clock."""
-        self.started = time.perf_counter()
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop it."""
-        self.times.append(time.perf_counter() - self.started)
-
-
-class Tokens(Dataset[Tensor]):
-    """Sequences of random tokens."""
-
-    def __init__(self, number: int) -> None:
-        self.ids = torch.randint(1, 512, (number, 65), generator=torch.Generator().manual_seed(2))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.ids[index]
-
-
-def step_seconds(model: Model, sizes: Sizes, batch: int, **options: Any) -> float:
-    """The median step of a short training."""
-    with quiet():
-        trainer = L.Trainer(
-            max_steps=sizes.steps, accelerator="cpu", logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, **options,
-        )  # fmt: skip
-        trainer.fit(model, DataLoader(Tokens(batch * sizes.steps), batch_size=batch))
-    return statistics.median(model.times[1:])
-
-
-def trainers(sizes: Sizes) -> list[dict[str, Any]]:
-    """Seconds of a step by arm, each twice in turn; a rank of the group."""
-    ranks = dist.get_world_size()
-    sequences = max(sizes.tokens // 64, ranks)
-    many: dict[str, Any] = {"devices": ranks, "plugins": [JoinedProcesses()]}
-    arms: dict[str, Callable[[], float]] = {
-        "dense twin, DDP": lambda: step_seconds(
-            Model(sizes, sparse=False), sizes, sequences // ranks, strategy="ddp", **many
-        ),
-        "dense twin, FSDP2": lambda: step_seconds(
-            Model(sizes, sparse=False, shard=True),
-            sizes,
-            sequences // ranks,
-            strategy=ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1),
-            **many,
-        ),
-    }
-    for stage in (0, 1, 2, 3):
-        arms[f"experts divided, ZeRO {stage}"] = lambda stage=stage: step_seconds(  # type: ignore[misc]
-            Model(sizes, sparse=True),
-            sizes,
-            sequences // ranks,
-            strategy=ExpertParallelStrategy(ranks, zero_stage=stage),
-            **many,
+def print_layers(found: list[dict[str, Any]], processes: int) -> None:
+    """The layer's table."""
+    print(f"{processes} processes with one thread each, over one process with {processes} threads")
+    print(f"{'load':<15} k  rows of busiest  one, ms  all, ms  ratio  compute  exchange   rest")
+    for row in found:
+        one, every, compute, exchange = (row[name] * 1e3 for name in ("one", "all", "compute", "exchange"))
+        print(
+            f"{row['load']:<15} {row['k']}  {row['rows']:>15,}  {one:7.1f}  {every:7.1f}  {every / one:5.2f}"
+            f"  {compute / every:6.0%}  {exchange / every:7.0%}  {1 - (compute + exchange) / every:5.0%}"
         )
-    found: dict[str, list[float]] = {}
-    for _ in range(2):
-        for name, arm in arms.items():
-            found.setdefault(name, []).append(slowest(arm()))
-    return [{"arm": name, "seconds": min(values)} for name, values in found.items()]
-
-
-def alone(sizes: Sizes, threads: int) -> dict[str, float]:
-    """Seconds of a step of one process with as many threads, sparse and dense."""
-    torch.set_num_threads(threads)
-    sequences = max(sizes.tokens // 64, threads)
-    found: dict[str, list[float]] = {}
-    for _ in range(2):
-        for name, sparse in (("one process", True), ("one process, dense twin", False)):
-            found.setdefault(name, []).append(step_seconds(Model(sizes, sparse=sparse), sizes, sequences, devices=1))
-    return {name: min(values) for name, values in found.items()}
 
 
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="processes that share the experts (default 2)")
-    parser.add_argument("--trainer", action="store_true", help="also steps of a model under the strategy")
+    parser.add_argument("--overlap", action="store_true", help="a layer with a shared branch, not the layer alone")
+    parser.add_argument("--trainer", action="store_true", help="steps of a model under the strategy, not the layer")
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=LOADS, help="only these loads of the layer")
     parser.add_argument("--quick", action="store_true", help="toy sizes: does it run?")
-    parser.add_argument("--rounds", type=int, help=f"counted rounds (default {Sizes.rounds})")
+    parser.add_argument("--rounds", type=int, help=f"counted rounds (default {Sizes.rounds} of the layer, 2 of steps)")
     parser.add_argument("--json", type=Path, help="write the results, environment and commit too")
     options = parser.parse_args()
-    sizes = QUICK if options.quick else Sizes()
-    if options.rounds:
-        sizes = dataclasses.replace(sizes, rounds=options.rounds)
+    sizes, shape = (QUICK, QUICK_STEPS) if options.quick else (Sizes(), STEPS)
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds must be 1 or more: got {options.rounds}")
     if options.processes < 2 or sizes.experts % options.processes:
         parser.error(f"--processes must be 2 or more and divide {sizes.experts} experts: got {options.processes}")
-    found: dict[str, Any] = {
-        "environment": environment(), "processes": options.processes, "sizes": dataclasses.asdict(sizes),
-    }  # fmt: skip
-    found["layer"] = run_distributed(layers, options.processes, sizes, timeout=1800)[0]
-    print(f"{options.processes} processes with one thread each, over one process with {options.processes} threads")
-    print(f"{'load':<15} k  rows of busiest  one, ms  all, ms  ratio  compute  exchange   rest")
-    for row in found["layer"]:
-        one, every, compute, exchange = (row[name] * 1e3 for name in ("one", "all", "compute", "exchange"))
-        print(
-            f"{row['load']:<15} {row['k']}  {row['rows']:>15,}  {one:7.1f}  {every:7.1f}  {every / one:5.2f}"
-            f"  {compute / every:6.0%}  {exchange / every:7.0%}  {1 - (compute + exchange) / every:5.0%}"
-        )
+    if options.rounds:
+        sizes = dataclasses.replace(sizes, rounds=options.rounds)
+    found: dict[str, Any] = {"environment": environment(), "processes": options.processes}
     if options.trainer:
-        found["trainer"] = run_distributed(trainers, options.processes, sizes, timeout=1800)[0]
-        found["alone"] = run_distributed(alone, 1, sizes, options.processes, timeout=600)[0]
-        for name, value in found["alone"].items():
-            print(f"{name:<28} {value * 1e3:8.1f} ms a step")
-        for row in found["trainer"]:
-            print(f"{row['arm']:<28} {row['seconds'] * 1e3:8.1f} ms a step")
+        rounds = [round_of(shape, options.processes) for _ in range(options.rounds or (1 if options.quick else 2))]
+        found |= {"shape": dataclasses.asdict(shape), "trainer": merged(rounds)}
+        print(f"{options.processes} processes with one thread each, {shape}")
+        print(table(found["trainer"]))
+    elif options.overlap:
+        rows = run_distributed(overlap, options.processes, sizes, timeout=1800)[0]
+        found |= {"sizes": dataclasses.asdict(sizes), "overlap": rows}
+        print(f"{options.processes} processes with one thread each, a layer with a shared branch, balanced")
+        print("k  waits, ms  overlaps, ms  ratio")
+        for row in rows:
+            print(f"{row['k']}  {row['waits'] * 1e3:9.1f}  {row['overlaps'] * 1e3:12.1f}  {row['ratio']:5.2f}")
+    else:
+        rows = run_distributed(layers, options.processes, sizes, options.loads, timeout=1800)[0]
+        found |= {"sizes": dataclasses.asdict(sizes), "layer": rows}
+        print_layers(rows, options.processes)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return 0

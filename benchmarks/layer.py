@@ -1,8 +1,10 @@
 """A sparse feed-forward layer, forward and backward, beside one dense feed-forward of the same active work.
 
-The dense feed-forward (hidden size k F) is the floor. moekit's layers have their router, its noise, losses and
-statistics; what the others leave out is said in `ARMS`. All take turns in one process. Where an arm's output differs
-from that of a loop over experts with its weights, nothing is reported.
+The dense feed-forward (hidden size k F) is the floor. "products alone" are the six products of each expert under a
+random router's loads, one expert after the other and written over the last ones: what they take if nothing else does.
+moekit's layers have their router, its noise, losses and statistics; what the others leave out is said where they are
+defined. All take turns in one process. Where an arm's output differs from that of a loop over experts with its weights,
+nothing is reported.
 
     python benchmarks/layer.py                                  # 8, 32 and 128 experts, top-1 and top-2; 256 x 512
     python benchmarks/layer.py --case 4096x32x1 --rounds 20     # tokens x experts x choices
@@ -66,6 +68,51 @@ class Ours(nn.Module):
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         return self.layer.experts.reference(e, x)  # type: ignore[no-any-return, operator]
+
+
+class Products(nn.Module):
+    """The products of a sparse layer and nothing else: rows stand sorted, results are written over the last ones.
+
+    Without activation, and without autograd for the weights, whose gradients are computed all the same.
+    """
+
+    def __init__(self, hidden: int, experts: int, k: int, x: Tensor) -> None:
+        super().__init__()
+        dim = x.shape[1]
+        chosen = (x @ torch.randn(dim, experts)).topk(k, dim=-1).indices
+        counts = torch.bincount(chosen.flatten(), minlength=experts).tolist()
+        rows = x.repeat(k, 1)
+        w_in, w_out = torch.randn(experts, dim, hidden) * dim**-0.5, torch.randn(experts, hidden, dim) * hidden**-0.5
+        wide = torch.empty(len(rows), hidden)
+        grad = rows / len(x)
+        self.forwards: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.backwards: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.out, d_wide, d_rows = torch.empty_like(rows), torch.empty_like(wide), torch.empty_like(rows)
+        blocks = (tensor.split(counts) for tensor in (rows, wide, self.out, grad, d_wide, d_rows))
+        matrices = (w.unbind(0) for w in (w_in, w_out, torch.empty_like(w_in), torch.empty_like(w_out)))
+        for r, h, o, g, dh, dr, v, w, dv, dw in zip(*blocks, *matrices, strict=True):
+            if len(r):
+                self.forwards += [(r, v, h), (h, w, o)]
+                self.backwards += [(g, w.t(), dh), (h.t(), g, dw), (dh, v.t(), dr), (r.t(), dh, dv)]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out: Tensor = _ProductsAlone.apply(x, self)
+        return out, x.new_zeros(())
+
+
+class _ProductsAlone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, products: Products) -> Tensor:
+        ctx.products = products
+        for left, right, into in products.forwards:
+            torch.mm(left, right, out=into)
+        return products.out[: len(x)].detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        for left, right, into in ctx.products.backwards:
+            torch.mm(left, right, out=into)
+        return grads[0], None
 
 
 class Plain(nn.Module):
@@ -175,10 +222,12 @@ class DeepSpeed(nn.Module):
         return hidden[0], 1e-2 * loss
 
 
-def arms_of(dim: int, hidden: int, tokens: int, experts: int, k: int) -> dict[str, Callable[[], nn.Module]]:
+def arms_of(hidden: int, experts: int, k: int, x: Tensor) -> dict[str, Callable[[], nn.Module]]:
     """How each arm is built, by name."""
+    tokens, dim = x.shape
     found: dict[str, Callable[[], nn.Module]] = {
         FLOOR: lambda: Dense(dim, k * hidden),
+        "products alone": lambda: Products(hidden, experts, k, x),
         "moekit packed": lambda: Ours(dim, hidden, experts, k, None, PackedDispatcher()),
         "moekit capacity": lambda: Ours(dim, hidden, experts, k, _PADDED[k], None),
         "moekit padded": lambda: Ours(dim, hidden, experts, k, _PADDED[k], PaddedDispatcher()),
@@ -241,7 +290,7 @@ def measure(case: tuple[int, int, int], dim: int, hidden: int, options: argparse
     torch.manual_seed(0)
     x, grad = torch.randn(tokens, dim), torch.randn(tokens, dim) / tokens
     steps, peaks = {}, {}
-    for name, build in arms_of(dim, hidden, tokens, experts, k).items():
+    for name, build in arms_of(hidden, experts, k, x).items():
         if options.arms and name != FLOOR and not any(part in name for part in options.arms):
             continue
         arm = build().train()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moekit.component import Component
 from moekit.dispatch import Dispatcher, Exchange, PackedDispatcher, PaddedDispatcher
+from moekit.dispatch.base import ExchangeDispatcher
 from moekit.errors import nearest
 from moekit.experts.base import Experts
 from moekit.experts.dense_pretraining import DensePretraining
@@ -60,6 +61,8 @@ class MoELayer(Component):
             needs no look at a device.
         shared: an optional branch that every token takes: DeepSeek's shared experts (several are one wider
             feed-forward, see `moekit.experts.fine_grained`), the fixed branch of residual MoE, NLLB's dense branch.
+            Where experts are spread over processes, it is computed while tokens travel to them, and its gradients
+            while the tokens' gradients travel back.
         mix: how the shared branch and the experts are joined; None = added (arXiv:2401.06066, and arXiv:2201.05596 as
             in the paper). See `moekit.mixing`.
         output_masking: zeroes some experts' outputs in training (NLLB).
@@ -145,14 +148,17 @@ class MoELayer(Component):
         flat = x.reshape(-1, x.shape[-1])
         if context is not None:
             context = context.flatten(flat.shape[0])
+        shared: Tensor | None = None
         if self.phase is not None and self.phase.active:
             hidden, routing = self._dense(self.phase, flat, context)
         else:
-            hidden, routing = self._sparse(flat, context)
+            hidden, routing, shared = self._sparse(flat, context)
         hidden = hidden.to(x.dtype)
+        if self.shared is not None and shared is None:
+            shared = self.shared(flat)
         if self.mix is not None:
-            assert self.shared is not None
-            mixed: Mixed = self.mix(flat, hidden, self.shared(flat), context)
+            assert shared is not None
+            mixed: Mixed = self.mix(flat, hidden, shared, context)
             hidden = mixed.hidden
             routing = dataclasses.replace(
                 routing,
@@ -160,24 +166,33 @@ class MoELayer(Component):
                 statistics={**routing.statistics, **mixed.statistics},
                 deviations={**routing.deviations, **mixed.deviations},
             )
-        elif self.shared is not None:
-            hidden = hidden + self.shared(flat)
+        elif shared is not None:
+            hidden = hidden + shared
         return MoEOutput(hidden.view(x.shape), routing)
 
-    def _sparse(self, x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Routing]:
+    def _sparse(self, x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Routing, Tensor | None]:
+        """The experts' sum, the routing, and the shared branch where it was computed while rows travelled."""
         routing: Routing = self.router(x, context)
         if self.output_masking is not None:
             routing = self.output_masking(routing)
         dispatcher = self.dispatcher
         if dispatcher is None:
             dispatcher = self._packed if self._packs(x, routing) else self._padded
-        if type(dispatcher) in (PackedDispatcher, PaddedDispatcher) and getattr(dispatcher, "exchange", None) is None:
+        shared: Tensor | None = None
+        ours = _whose_steps_are_known(dispatcher)
+        if ours is not None and ours.exchange is None:
             whole = weighted_sum(self.experts, x, routing)
             if whole is not None:
-                return whole, routing
-        sent = dispatcher.dispatch(x, routing)
+                return whole, routing, None
+        if ours is not None and ours.exchange is not None and self.shared is not None:
+            wait = ours.dispatch_async(x, routing)
+            shared = self.shared(x)
+            sent = wait()
+            del wait  # and with it the rows as they came
+        else:
+            sent = dispatcher.dispatch(x, routing)
         computed = self.experts(sent.rows, sent.counts)
-        return dispatcher.combine(computed, routing, sent.handle), routing
+        return dispatcher.combine(computed, routing, sent.handle), routing, shared
 
     def _packs(self, x: Tensor, routing: Routing) -> bool:
         """Whether rows are packed where nobody said which dispatcher to take; the same on all ranks."""
@@ -196,6 +211,11 @@ class MoELayer(Component):
         padding = ~routing.kept[:, None]
         hidden = phase(self.experts, x.masked_fill(padding, 0.0)) * routing.weight.to(x.dtype)[:, None]
         return hidden.masked_fill(padding, 0.0), routing
+
+
+def _whose_steps_are_known(dispatcher: Dispatcher) -> ExchangeDispatcher | None:
+    """The dispatcher, if it is one of `moekit.dispatch`; one derived from these may do something else."""
+    return dispatcher if type(dispatcher) is PackedDispatcher or type(dispatcher) is PaddedDispatcher else None
 
 
 def _require_one_width(parts: Mapping[str, nn.Module | None]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -44,8 +46,8 @@ class Dispatcher(Protocol):
         ...
 
 
-class ExchangeDispatcher:
-    """What the dispatchers of this room have in common: the exchange.
+class ExchangeDispatcher(ABC):
+    """What the dispatchers of this room have in common: the exchange, and that rows travel while others compute.
 
     Args:
         exchange: brings rows to the ranks that hold their experts; None = all experts are here.
@@ -53,6 +55,18 @@ class ExchangeDispatcher:
 
     def __init__(self, exchange: Exchange | None = None) -> None:
         self.exchange = exchange
+
+    def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
+        """See `Dispatcher.dispatch`."""
+        return self.dispatch_async(x, routing)()
+
+    @abstractmethod
+    def dispatch_async(self, x: Tensor, routing: Routing) -> Callable[[], Dispatched]:
+        """Send the rows of ``x`` Float[T, D] on their way; what is returned waits for them, and is to be called once.
+
+        What is computed between the two calls overlaps with the sending, and its backward with that of the gradients:
+        see `moekit.dispatch.exchange`.
+        """
 
     def across(self, exchange: Exchange | None) -> Self:
         """See `Dispatcher.across`."""

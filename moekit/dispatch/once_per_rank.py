@@ -9,6 +9,7 @@ Source: DeepSpeed's DeepEP transport measures 1.29 times for this alone under 16
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +43,8 @@ class Parcels:
     ranks: int
 
 
-def dispatch(x: Tensor, routing: Routing, exchange: Exchange) -> Dispatched:
-    """Rows for this rank's experts, sorted by expert: see `moekit.dispatch.Dispatcher.dispatch`."""
+def dispatch_async(x: Tensor, routing: Routing, exchange: Exchange) -> Callable[[], Dispatched]:
+    """Rows for this rank's experts, sorted by expert: see `moekit.dispatch.base.ExchangeDispatcher.dispatch_async`."""
     kept, tokens, device = routing.kept, routing.num_tokens, x.device
     here = routing.num_experts // exchange.size
     rank = routing.expert // here
@@ -71,7 +72,6 @@ def dispatch(x: Tensor, routing: Routing, exchange: Exchange) -> Dispatched:
     read = number[place[order]] - first[rank[order]]  # within the parcels for that rank
     notes = torch.stack([routing.weight[order].to(_wide(x)), read.to(_wide(x))], 1)
 
-    came = on_host(by_parcel.received)
     notes = by_expert.send(notes)
     begin = by_parcel.received.flatten().cumsum(0) - by_parcel.received.flatten()
     size = int(on_host(by_expert.received).sum())
@@ -79,9 +79,15 @@ def dispatch(x: Tensor, routing: Routing, exchange: Exchange) -> Dispatched:
     parcel = notes[:, 1].detach().to(torch.int64) + offset
     parcel = transpose_blocks(parcel, by_expert.received)
     weight = transpose_blocks(notes[:, 0], by_expert.received)
-    rows = take(by_parcel.send(take(x, token, exchange.size)), parcel, routing.choices)
-    counts = remember(by_expert.received.sum(0), on_host(by_expert.received).sum(0))
-    return Dispatched(rows, counts, Parcels(token, by_parcel, parcel, weight, int(came.sum()), exchange.size))
+    wait = by_parcel.send_async(take(x, token, exchange.size))
+
+    def arrived() -> Dispatched:
+        rows = take(wait(), parcel, routing.choices)
+        counts = remember(by_expert.received.sum(0), on_host(by_expert.received).sum(0))
+        came = int(on_host(by_parcel.received).sum())
+        return Dispatched(rows, counts, Parcels(token, by_parcel, parcel, weight, came, exchange.size))
+
+    return arrived
 
 
 def combine(y: Tensor, routing: Routing, handle: Parcels) -> Tensor:

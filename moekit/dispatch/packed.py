@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +51,25 @@ class PackedDispatcher(ExchangeDispatcher):
     assignment has a row: those that are not kept are zeros, which follow the last expert's rows and weigh nothing.
     """
 
-    def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
+    def dispatch_async(self, x: Tensor, routing: Routing) -> Callable[[], Dispatched]:
         """Gather the kept rows, sorted by expert; across ranks, by this rank's experts."""
         if self.exchange is not None and routing.choices != 1:
-            return once_per_rank.dispatch(x, routing, self.exchange)
+            return once_per_rank.dispatch_async(x, routing, self.exchange)
+        leaving = self._sorted(x, routing)
+        if self.exchange is None:
+            return lambda: leaving
+        handle, route = leaving.handle, leaving.handle.route
+        wait = route.send_async(leaving.rows)
+
+        def arrived() -> Dispatched:
+            rows = transpose_blocks(wait(), route.received)
+            counts = remember(route.received.sum(0), on_host(route.received).sum(0))  # read with the messages' sizes
+            return Dispatched(rows, counts, handle)
+
+        return arrived
+
+    def _sorted(self, x: Tensor, routing: Routing) -> Dispatched:
+        """The kept rows sorted by expert, before they are sent."""
         if self.exchange is None and routing.choices and routing.all_kept and is_few(routing.expert):
             return _dispatch_few(x, routing)
         kept, e = routing.kept, routing.num_experts
@@ -89,13 +105,9 @@ class PackedDispatcher(ExchangeDispatcher):
                 take_rows(x, token, row, routing.choices), counts, _Handle(assignment, token, None, row=row)
             )
         rows = take(x, token, routing.choices)
-        if route is None:
-            if padded:
-                rows = rows.masked_fill(~kept[assignment][:, None], 0.0)
-            return Dispatched(rows, counts, _Handle(assignment, token, None, padded))
-        rows = transpose_blocks(route.send(rows), route.received)
-        counts = remember(route.received.sum(0), on_host(route.received).sum(0))  # read with the messages' sizes
-        return Dispatched(rows, counts, _Handle(assignment, token, route))
+        if padded:
+            rows = rows.masked_fill(~kept[assignment][:, None], 0.0)
+        return Dispatched(rows, counts, _Handle(assignment, token, route, padded))
 
     def combine(self, y: Tensor, routing: Routing, handle: Any) -> Tensor:
         """Add every row, times its weight, to its token."""

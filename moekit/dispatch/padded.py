@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class PaddedDispatcher(ExchangeDispatcher):
     are sent in equal shares. Where ranks have different numbers of tokens it is the largest C of the group.
     """
 
-    def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
+    def dispatch_async(self, x: Tensor, routing: Routing) -> Callable[[], Dispatched]:
         """Scatter the kept rows into their slots: Float[E, C, D]; across W ranks Float[E / W, W * C, D].
 
         Raises:
@@ -40,11 +41,11 @@ class PaddedDispatcher(ExchangeDispatcher):
         source = source.scatter(0, slot, routing.token)[:slots]
         padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
         rows = take(padded, source, routing.choices).view(routing.num_experts, capacity, x.shape[1])
-        if self.exchange is not None:
-            w, dim = self.exchange.size, x.shape[1]
-            arrived = self.exchange.send_equal(rows.view(w, routing.num_experts // w, capacity, dim))
-            rows = arrived.transpose(0, 1).reshape(routing.num_experts // w, w * capacity, dim)
-        return Dispatched(rows, None, slot)
+        if self.exchange is None:
+            return lambda: Dispatched(rows, None, slot)
+        w, here, dim = self.exchange.size, routing.num_experts // self.exchange.size, x.shape[1]
+        wait = self.exchange.send_equal_async(rows.view(w, here, capacity, dim))
+        return lambda: Dispatched(wait().transpose(0, 1).reshape(here, w * capacity, dim), None, slot)
 
     def combine(self, y: Tensor, routing: Routing, handle: Any) -> Tensor:
         """Gather each assignment's slot, weigh it, add it to its token."""

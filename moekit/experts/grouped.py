@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moekit.experts.base import Experts, rows_of
 from moekit.functional.activation import Activation, activation_function
-from moekit.functional.dropout import dropout, relu_dropout
+from moekit.functional.dropout import activation_dropout, dropout
 from moekit.functional.init import truncated_normal_
 
 HiddenBias = Literal["none", "add", "multiply"]
@@ -55,10 +55,7 @@ class FeedForwardExperts(Experts):
         return dropout(hidden, self.dropout, training=self.training)
 
     def _act_and_drop(self, hidden: Tensor) -> Tensor:
-        """What the activation leaves of `hidden`, with dropout."""
-        if self.activation == "relu":  # of which nothing but the result is kept
-            return relu_dropout(hidden, self.dropout, training=self.training)
-        return self._drop(self._act(hidden))
+        return activation_dropout(hidden, self.activation, self.dropout, training=self.training)
 
 
 class GroupedMLP(FeedForwardExperts):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekit.functional.activation import Activation, activation_function
+
 _COARSE = 1 / 32  # rates nearer to 0 or 1 take 16 random bits for an entry, others 8
 _COARSEST = 1 / 1024  # rates nearer still are left to torch
 _CHOICE = 53  # bits that choose between two rates
@@ -47,6 +49,17 @@ def add_dropped(x: Tensor, update: Tensor, probability: float, *, training: bool
         kept, scale = _draw(update, probability)
         return torch.addcmul(x, update, kept.mul_(scale))
     return x + dropout(update, probability, training=training)
+
+
+def activation_dropout(x: Tensor, activation: Activation, probability: float, *, training: bool) -> Tensor:
+    """``dropout(activation(x))``, which keeps as little for the backward as the activation allows.
+
+    Raises:
+        ValueError: if there is no such activation, or `probability` is not in [0, 1].
+    """
+    if activation == "relu":  # of which nothing but the result is kept
+        return relu_dropout(x, probability, training=training)
+    return dropout(activation_function(activation)(x), probability, training=training)
 
 
 def relu_dropout(x: Tensor, probability: float, *, training: bool) -> Tensor:

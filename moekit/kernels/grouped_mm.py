@@ -186,13 +186,17 @@ def _checked(counts: Tensor, num_rows: int, num_experts: int) -> list[int]:
 def _multiply(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     a, w = _edges(x, weight)
     out = a.new_empty(a.shape[0], w.shape[2])
-    numbers = _checked(counts, a.shape[0], w.shape[0])
-    used = [e for e, n in enumerate(numbers) if n]
-    sizes = [numbers[e] for e in used]
+    used, sizes = _used(_checked(counts, a.shape[0], w.shape[0]))
     # Of the ways to name a part these take least; there are as many products as experts have rows.
     for block, e, into in zip(a.split_with_sizes(sizes), used, out.split_with_sizes(sizes), strict=True):
         torch.mm(block, w.select(0, e), out=into)
     return out.to(x.dtype)
+
+
+def _used(numbers: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The experts that have rows, and how many."""
+    used = [e for e, n in enumerate(numbers) if n]
+    return used, [numbers[e] for e in used]
 
 
 @torch.library.custom_op("moekit::grouped_mm", mutates_args=())
@@ -212,9 +216,9 @@ def _grouped_outer(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     out = a.new_empty(counts.numel(), a.shape[1], b.shape[1])
     numbers = counts.tolist()  # checked in the forward
     _zero_unused(out, numbers)
-    for left, right, into in zip(a.split(numbers), b.split(numbers), out.unbind(0), strict=True):
-        if left.shape[0]:
-            torch.mm(left.t(), right, out=into)
+    used, sizes = _used(numbers)
+    for left, right, e in zip(a.split_with_sizes(sizes), b.split_with_sizes(sizes), used, strict=True):
+        torch.mm(left.t(), right, out=out.select(0, e))
     return out.to(x.dtype)
 
 

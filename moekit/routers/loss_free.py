@@ -161,8 +161,8 @@ class LossFreeRouter(ScoredRouter):
     def observe(self, routing: Routing) -> None:
         """Count what was asked for; see `Router.observe`."""
         self._load.add(Balance(count="all").load(routing))
-        if self.balance is not None and self.balance.scope == "global":
-            self._balance_window.add(self.balance.load(routing))
+        if self.balance is not None:
+            self.balance.observe(routing, self._balance_window)
 
     @torch.no_grad()
     def on_step_end(self, step: int) -> None:

@@ -75,8 +75,7 @@ class SparseMixerRouter(ScoredRouter):
 
     def observe(self, routing: Routing) -> None:
         """Count load for the balance loss of the micro-batches that follow in this step; see `Router.observe`."""
-        if self.observes:
-            self._window.add(self.balance.load(routing))
+        self.balance.observe(routing, self._window)
 
     @property
     def moves(self) -> bool:

@@ -74,6 +74,11 @@ class Balance:
         counts = torch.zeros(routing.num_experts, dtype=torch.int64, device=hit.device)
         return counts.index_add(0, routing.expert[:choices], hit[:choices].to(torch.int64))
 
+    def observe(self, routing: Routing, window: LoadWindow) -> None:
+        """Add the load to what later micro-batches of the step count as well, for scope "global"."""
+        if self.scope == "global":
+            window.add(self.load(routing))
+
     def loss(
         self,
         probs: Tensor,
@@ -92,7 +97,7 @@ class Balance:
             expert: Int64[T, K].
             counted: Bool[T, K], the choices that count.
             context: mask, and `sequence` for scope "sequence".
-            window: what `load` gave for the earlier micro-batches of this step; used for scope "global" in training.
+            window: what `observe` added of the earlier micro-batches of this step; for scope "global" in training.
             training: the phase.
             group_size: tokens of a local group, for scope "group"; None = all.
         """
@@ -225,8 +230,7 @@ class TopKRouter(ScoredRouter):
 
     def observe(self, routing: Routing) -> None:
         """Count load for the balance loss of the micro-batches that follow in this step; see `Router.observe`."""
-        if self.observes:
-            self._window.add(self.balance.load(routing))
+        self.balance.observe(routing, self._window)
 
     @property
     def moves(self) -> bool:

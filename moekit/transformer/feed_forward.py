@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Protocol
 from torch import Tensor, nn
 
 from moekit.functional.activation import Activation, activation_function
-from moekit.functional.dropout import dropout, relu_dropout
+from moekit.functional.dropout import activation_dropout, dropout
 from moekit.transformer.projection import FusedLinear, projection
 
 Side = Literal["encoder", "decoder"]
@@ -66,13 +66,11 @@ class _FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute Float[..., D]."""
-        mapped = self.w_in(x)
-        if self.activation == "relu" and self.maps == 1:
-            return self.w_out(relu_dropout(mapped, self.dropout, training=self.training))
-        return self.w_out(dropout(self._hidden(mapped), self.dropout, training=self.training))
+        return self.w_out(self._hidden(self.w_in(x)))
 
     def _hidden(self, mapped: Tensor) -> Tensor:
-        return self._act(mapped)
+        """What activation and dropout leave of the linear maps' results."""
+        return activation_dropout(mapped, self.activation, self.dropout, training=self.training)
 
 
 class MLP(_FeedForward):
@@ -125,7 +123,7 @@ class GLU(_FeedForward):
 
     def _hidden(self, mapped: Tensor) -> Tensor:
         gate, up = mapped.unbind(-2)
-        return self._act(gate) * up
+        return dropout(self._act(gate) * up, self.dropout, training=self.training)
 
 
 def at_layers(

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moekit.functional.dropout import add_dropped, dropout, relu_dropout
+from moekit.functional.activation import Activation, activation_function
+from moekit.functional.dropout import activation_dropout, add_dropped, dropout, relu_dropout
+from moekit.testing import seeded
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -188,3 +190,16 @@ def test_nothing_happens_outside_of_training() -> None:
     assert dropout(x, 0.5, training=False) is x
     assert dropout(x, 0.0, training=True) is x
     assert not dropout(x, 1.0, training=True).any()
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_an_activation_with_dropout(activation: Activation) -> None:
+    x = torch.randn(6, 50)
+    plain = activation_function(activation)(x)
+    assert torch.equal(activation_dropout(x, activation, 0.3, training=False), plain)
+    with seeded(1):
+        dropped = activation_dropout(x, activation, 0.3, training=True)
+    with seeded(1):
+        torch.testing.assert_close(dropped, dropout(plain, 0.3, training=True))
+    with pytest.raises(ValueError, match="activation must be one of relu, gelu, silu: got 'tanh'"):
+        activation_dropout(x, "tanh", 0.0, training=False)  # type: ignore[arg-type]

@@ -354,7 +354,11 @@ def test_counts_of_divided_experts_are_read_with_the_sizes_of_messages(
     levels: int, precision: str, rank_of_one: Any
 ) -> None:
     """Once for a layer: a product that needs the counts on the host finds them there."""
-    exchange: Any = AllToAll(rank_of_one) if levels == 1 else TwoLevelAllToAll(rank_of_one, rank_of_one)
+    exchange: Any = (
+        AllToAll(rank_of_one, overlap=False)
+        if levels == 1
+        else TwoLevelAllToAll(rank_of_one, rank_of_one, overlap=False)
+    )
     dtype, amp = PRECISIONS[precision]
     with seeded(0):
         layer = _with().to(dtype).train()
