@@ -2,10 +2,11 @@
 
 from moekit.mechanisms.gradients import expert_gradients
 from moekit.mechanisms.information import Information, mutual_information
-from moekit.mechanisms.measured import LayerMechanisms, Mechanisms, mechanisms
+from moekit.mechanisms.measured import LABELS, LayerMechanisms, Mechanisms, mechanisms
 from moekit.mechanisms.quantities import active_experts, coactivation, drops_by_place, effective_experts, saturation
 
 __all__ = [
+    "LABELS",
     "Information",
     "LayerMechanisms",
     "Mechanisms",

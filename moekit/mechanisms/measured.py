@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,7 +182,13 @@ class _Layer:
         for name, counts in zip(known.tolist(), cells.reshape(-1, self.num_experts), strict=True):
             table[name] = table[name] + counts if name in table else counts
 
-    def made(self, steps: Sequence[int], *, compared: bool) -> LayerMechanisms:
+    def add_saturation(self, found: Sequence[tuple[int, int, int]]) -> None:
+        """Choices of one forward that are those of the last step, and all of them, by step."""
+        for step, same, choices in found:
+            self.steps[step].same += same
+            self.steps[step].compared += choices
+
+    def made(self, steps: Sequence[int]) -> LayerMechanisms:
         none = _AtStep(torch.zeros(self.num_experts, dtype=torch.int64))
         over = [self.steps.get(step, none) for step in steps]
         load = over[-1].load.double()
@@ -202,7 +207,9 @@ class _Layer:
             effective_experts=[effective_experts(at.load) for at in over],
             information={what: mutual_information(table) for what, table in tables.items()},
             coactivation=(self.together / own[:, None]).tolist(),
-            saturation=[at.same / at.compared if at.compared else None for at in over] if compared else None,
+            saturation=[at.same / at.compared if at.compared else None for at in over]
+            if any(at.compared for at in over)
+            else None,
             logits=[sum(at.logits) / len(at.logits) if at.logits else None for at in over],
             gradients=[None if found is None else float(found.mean()) for found in gradients],
             gradient_spread=[
@@ -216,10 +223,11 @@ def mechanisms(trace: RoutingTrace) -> Mechanisms:
     """All mechanisms of a trace.
 
     Saturation compares the n-th forward of each step with the n-th of the last step, so it needs the same text at every
-    step, as validation is, and at least two steps. Where the tokens' ids or numbers differ it is left out.
+    step, as validation is, and at least two steps. Forwards whose tokens are not the same at all steps do not count,
+    such as those of text that the model has written.
 
     Args:
-        trace: of one or more steps; forwards in evaluation mode are those that count where there are both kinds.
+        trace: of one or more steps.
 
     Raises:
         UserError: no forward is in it, or the file is damaged.
@@ -227,34 +235,25 @@ def mechanisms(trace: RoutingTrace) -> Mechanisms:
     if not len(trace):
         raise UserError("mechanisms need a trace with at least one forward: this one has none.")
     steps, tasks = sorted(set(trace.steps)), sorted(set(trace.tasks))
-    last = {n: number for n, number in enumerate(_numbers(trace, steps[-1]))}
     layers = {name: _Layer(experts) for name, experts in trace.layers.items()}
-    compared = len(steps) > 1
-    # Forwards of all steps side by side: of the last step one is in memory at a time.
-    turns: dict[int, list[int]] = defaultdict(list)
-    for step in steps:
-        for turn, number in enumerate(_numbers(trace, step)):
-            turns[turn].append(number)
-    for turn, numbers in sorted(turns.items()):
-        final = trace[last[turn]] if turn in last else None
-        compared = compared and final is not None and len(numbers) == len(steps)
-        for number in numbers:
+    # The n-th forwards of all steps side by side, the last step's first: one of them is in memory beside it.
+    by_step = {step: [number for number, at in enumerate(trace.steps) if at == step] for step in reversed(steps)}
+    for turn in range(max(map(len, by_step.values()))):
+        side_by_side = [numbers[turn] for numbers in by_step.values() if turn < len(numbers)]
+        last, compared = trace[side_by_side[0]], len(side_by_side) == len(steps) > 1
+        same: dict[str, list[tuple[int, int, int]]] = {name: [] for name in last.layers}
+        for number in side_by_side:
             batch = trace[number]
             for name, layer in batch.layers.items():
                 layers[name].count(batch.step, layer, batch.gradients.get(name))
                 if batch.step == steps[-1]:
                     layers[name].count_last(layer, tasks.index(batch.task))
-                if compared:
-                    compared = final is not None and name in final.layers and _same_tokens(layer, final.layers[name])
-                if compared and final is not None:
-                    same, all_of_them = saturation(layer.routing, final.layers[name].routing)
-                    layers[name].steps[batch.step].same += same
-                    layers[name].steps[batch.step].compared += all_of_them
-    return Mechanisms(steps, {name: layer.made(steps, compared=compared) for name, layer in layers.items()})
-
-
-def _numbers(trace: RoutingTrace, step: int) -> list[int]:
-    return [number for number, at in enumerate(trace.steps) if at == step]
+                if compared and name in same and _same_tokens(layer, last.layers[name]):
+                    same[name].append((batch.step, *saturation(layer.routing, last.layers[name].routing)))
+        for name, found in same.items():
+            if len(found) == len(steps) > 1:
+                layers[name].add_saturation(found)
+    return Mechanisms(steps, {name: layer.made(steps) for name, layer in layers.items()})
 
 
 def _same_tokens(one: TracedLayer, other: TracedLayer) -> bool:

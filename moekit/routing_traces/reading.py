@@ -132,8 +132,8 @@ class _File:
 class RoutingTrace:
     """A trace that can be read again and again: ``for batch in trace``, ``trace[3]``.
 
-    A folder holds a file for every recorded step; forwards of several processes are joined, in the order of their
-    ranks. One part of a file is in memory at a time.
+    A folder holds a file for every recorded step. The forwards of several processes are joined, in the order of their
+    ranks, where all of them made as many; else each stands by itself. One part of a file is in memory at a time.
 
     Attributes:
         layers: number of experts by name of each sparse layer.
@@ -201,13 +201,14 @@ def read_trace(path: str | Path, *, verify: bool = True) -> RoutingTrace:
             raise UserError(
                 f"{place}: the trace of step {key} must have a file of each of {whole} processes: got {len(files)}."
             )
-        if len({len(file.batches) for file in files}) > 1:
-            told = [len(file.batches) for file in files]
-            raise UserError(f"{place}: processes must have recorded the same forwards of step {key}: got {told}.")
         if verify:
             for file in files:
                 file.verify()
-    return RoutingTrace(list(groups.values()))
+    whole_groups: list[list[_File]] = []
+    for files in groups.values():
+        equal = len({len(file.batches) for file in files}) == 1
+        whole_groups += [files] if equal else [[file] for file in files]
+    return RoutingTrace(whole_groups)
 
 
 def _joined(batches: Sequence[TracedBatch]) -> TracedBatch:

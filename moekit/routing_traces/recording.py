@@ -49,8 +49,8 @@ def named_layers(model: nn.Module) -> dict[str, MoELayer]:
 class Recording:
     """Hears every router of a model and writes what it returned, forward by forward.
 
-    A forward of the model ends where the model, a head (a module that names its ``task``) or one of its layers is called
-    again. What activation checkpointing computes again in backward is not heard. `record` makes one.
+    A forward of the model ends where the model, a head (a module that names its ``task``) or one of its layers is
+    called again. What activation checkpointing computes again in backward is not heard. `record` makes one.
 
     Args:
         model: any module with `MoELayer` inside.
@@ -146,8 +146,8 @@ class Recording:
                 continue
             if values.numel() != count:
                 raise UserError(
-                    f"the recording was told {what} of {values.numel()} tokens, and {name} routes {count}: tell those of "
-                    "the next forward, one for each token, padding included."
+                    f"the recording was told {what} of {values.numel()} tokens, and {name} routes {count}: tell those "
+                    "of the next forward, one for each token, padding included."
                 )
             host[what] = values.detach().reshape(-1).to("cpu", torch.int64, copy=True)  # host read: to be written
         mask = None if context.mask is None else context.mask.detach().cpu()  # host read: to be written

@@ -48,8 +48,8 @@ class _Played:
             self._recent, self._backward = [], False
         if not self.left:
             raise UserError(
-                f"the trace has ended: {self.layer} was recorded in {len(self._forwards)} forwards, and is asked for one "
-                "more. Play as many forwards as were recorded."
+                f"the trace has ended: {self.layer} was recorded in {len(self._forwards)} forwards, and is asked for "
+                "one more. Play as many forwards as were recorded."
             )
         number = self._forwards[self._next]
         self._next += 1
@@ -83,7 +83,7 @@ class ReplayRouter(Router):
             random numbers are drawn as they were, and is asked for weights.
         weights: "router" = the combine weights of the recorded experts by the router's scores of today, with its
             losses, so that it gets a gradient (rollout routing replay); "recorded" = those of the trace, which have no
-            gradient, with the recorded losses.
+            gradient, with the recorded losses: forwards are the same, but training is not.
         share: rank and number of processes among which the tokens of each recorded batch were divided, in equal parts
             that follow each other. (0, 1) = they were not.
 
@@ -212,8 +212,8 @@ def _play(
     choice = layer.routing
     if choice.num_tokens != x.shape[0]:
         raise UserError(
-            f"{played.layer} routes {x.shape[0]} tokens, and this forward of the trace was of {choice.num_tokens}. Play "
-            "it on the batches that were recorded, in their order."
+            f"{played.layer} routes {x.shape[0]} tokens, and this forward of the trace was of {choice.num_tokens}. "
+            "Play it on the batches that were recorded, in their order."
         )
     choice = _moved(choice, x.device)
     if played.weights == "router":
@@ -252,8 +252,8 @@ def _require_fit(played: _Played, router: Router | None) -> None:
     experts = played.trace.layers[played.layer]
     if router is not None and router.num_experts != experts:
         raise UserError(
-            f"{played.layer} has {router.num_experts} experts, and its trace is of {experts}. Play it on a model of the "
-            "same experts."
+            f"{played.layer} has {router.num_experts} experts, and its trace is of {experts}. Play it on a model of "
+            "the same experts."
         )
     if played.weights == "router" and not (router is not None and weighs_choices(router)):
         told = "no router" if router is None else type(router).__name__

@@ -15,7 +15,9 @@ from moekit.data.module import MultitaskData
 from moekit.data.tokenizer import Tokenizer
 from moekit.inference.completer import Completer
 from moekit.inference.translator import Translator, search_for
+from moekit.mechanisms import mechanisms
 from moekit.planner.census import parameters
+from moekit.routing_traces import read_trace
 from moekit.runs.config import RunConfig
 from moekit.runs.ending import ending_of
 from moekit.runs.facts import ask_facts, floors
@@ -32,7 +34,7 @@ from moekit.runs.record import (
     TypicalPiece,
     write_written,
 )
-from moekit.runs.run import ROUTING, SAMPLES, SUMMARY, Run
+from moekit.runs.run import MECHANISMS, ROUTING, ROUTING_TRACE, SAMPLES, SUMMARY, Run
 from moekit.runs.speed import speed_of
 from moekit.runs.text import evaluation_data, require_same_text
 from moekit.training.callbacks.progress import TrainingProgress
@@ -158,6 +160,9 @@ def _write(
         write_json(run.path / ROUTING, routing.to_json())
     if module.written:
         write_written(run.path / TRANSLATIONS, module.written)
+    if (run.path / ROUTING_TRACE).is_dir():
+        found = mechanisms(read_trace(run.path / ROUTING_TRACE))
+        write_json(run.path / MECHANISMS, {"of": "validation", **found.to_json()})
     write_json(run.path / SUMMARY, summary.to_json())
 
 

@@ -54,11 +54,17 @@ _CONFIG = "config.yaml"
 _TOKENIZER = "tokenizer"
 _HELD_OUT = "held_out.json.gz"
 SUMMARY, ROUTING, SAMPLES = "summary.json", "routing.json", "samples.json"
+ROUTING_TRACE = "routing_trace"
+"""Folder of the routing of validation text that was recorded in training."""
+TEST_TRACE = "routing_test.npz"
+"""The routing of the test text."""
+MECHANISMS = "mechanisms.json"
+"""What was computed from one of them, see `moekit.mechanisms`."""
 _FILES = (
     _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, TRANSLATIONS, STOPPED, "environment.json",
-    "metrics.csv", "report.html",
+    "metrics.csv", "report.html", TEST_TRACE, MECHANISMS,
 )  # fmt: skip
-_FOLDERS = ("checkpoints", "tensorboard", "wandb", "mlflow", _TOKENIZER)
+_FOLDERS = ("checkpoints", "tensorboard", "wandb", "mlflow", _TOKENIZER, ROUTING_TRACE)
 
 
 @dataclass(frozen=True)
