@@ -154,7 +154,7 @@ def test_recorded_weights_have_no_gradient(tmp_path: Path) -> None:
     with replay(net, read_trace(tmp_path / "t.npz"), weights="recorded"):
         got, played = net(batch(0))
     assert torch.equal(got, expected)
-    assert float(played[0].losses["load_balance"]) == float(routings[0].losses["load_balance"])
+    assert torch.equal(played[0].losses["load_balance"], routings[0].losses["load_balance"].detach())
     assert not played[0].weight.requires_grad
     got.sum().backward()
     assert net.layers[0].router.weight.grad is None
@@ -240,7 +240,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     less.layers = less.layers[:1]
     with pytest.raises(UserError, match=r"layers\.1 is in one of them alone"), replay(less, trace):
         pass
-    with pytest.raises(UserError, match=r"the trace has no layer 'layers\.2'. Did you mean 'layers\.0'"):
+    with pytest.raises(UserError, match=r"the trace has no layer 'layers\.2'. Did you mean"):
         ReplayRouter(trace, "layers.2")
     with pytest.raises(UserError, match=r"layers\.0 has no router. Play it with weights='recorded'"):
         ReplayRouter(trace, "layers.0")
