@@ -32,8 +32,8 @@ def measure(folder: Path, key: str) -> float:
         folder: of the run.
         key: dotted, of summary.json, such as ``test.causal_lm.loss`` or ``routing.layers.encoder.1.load_cv``; or the
             name of a column of metrics.csv, such as ``train/load_balance``, whose last value is taken; or
-            ``mechanisms.`` and a key of mechanisms.json, such as ``mechanisms.saturation`` or
-            ``mechanisms.mutual_information.language``, of runs with train.record_routing.
+            ``mechanisms.`` and a key of mechanisms.json, such as ``mechanisms.valid.saturation`` or
+            ``mechanisms.valid.mutual_information.language``, of runs with train.record_routing.
 
     Raises:
         UserError: the run has no such number; those of the nearest level are listed.

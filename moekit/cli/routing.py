@@ -12,10 +12,15 @@ from jsonargparse import ArgumentParser
 from moekit.atomic import replacing, require_writable
 from moekit.cli.command import RecipeCommand, location, say
 from moekit.cli.trained import folder_option, stored_run, stored_settings
+from moekit.mechanisms import mechanisms
+from moekit.routing_traces import read_trace
 from moekit.runs.config import RunConfig
 from moekit.runs.recipe import Recipe
-from moekit.runs.run import ROUTING_TRACE
+from moekit.runs.routed_text import record_test
+from moekit.runs.routing import recorded, write_mechanisms
 from moekit.terminal import Terminal
+
+_TEXTS = {"valid": "of validation text", "train": "in training", "test": "of the test text"}
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -29,30 +34,27 @@ def _options(parser: ArgumentParser) -> None:
 
 def _routing(recipe: Recipe, config: RunConfig, given: Any) -> None:
     from moekit.report import mechanism_figures, mechanism_table  # where it is used: a help text draws nothing
-    from moekit.runs.routing import measured, record_test, write_mechanisms
 
     run = stored_run(recipe, given)
     output = None if given.output is None else Path(given.output)
     if output is not None:
         require_writable(output)
     trace = record_test(run, config, output)
-    trained = run.path / ROUTING_TRACE
-    over_time = trained.exists()
-    found = measured(run, trained if over_time else trace)
-    of = "validation" if over_time else "test"
-    content = write_mechanisms(run, found, of)
+    found = {**recorded(run), "test": mechanisms(read_trace(trace))}
+    write_mechanisms(run, found)
     if given.json:
-        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        sys.stdout.write(json.dumps({kind: one.to_json() for kind, one in found.items()}, indent=2) + "\n")
     else:
-        Terminal().print(mechanism_table(found))
-        told = "validation text at every recorded step" if over_time else "test text"
-        say(Terminal(), f"of the {told}; {trace} holds the routing of the test text")
-    for name, figure in mechanism_figures(found).items() if given.figures else ():
-        path = Path(given.figures) / f"{name}.png"
-        with replacing(path) as file:
-            figure.savefig(file, format="png", dpi=200, facecolor="white")
-        if not given.json:
-            say(Terminal(), str(path))
+        for kind, one in found.items():
+            Terminal().print(mechanism_table(one, of=_TEXTS[kind]))
+        say(Terminal(), str(trace))
+    for kind, one in found.items() if given.figures else ():
+        for name, figure in mechanism_figures(one).items():
+            path = Path(given.figures) / f"{kind}-{name}.png"
+            with replacing(path) as file:
+                figure.savefig(file, format="png", dpi=200, facecolor="white")
+            if not given.json:
+                say(Terminal(), str(path))
 
 
 COMMAND = RecipeCommand(

@@ -59,8 +59,13 @@ def mechanism_figures(found: Mechanisms) -> dict[str, Figure]:
     return figures
 
 
-def mechanism_table(found: Mechanisms) -> Table:
-    """A row for each layer: what is known at the last step, and the saturation at the first."""
+def mechanism_table(found: Mechanisms, *, of: str = "") -> Table:
+    """A row for each layer: what is known at the last step, and the saturation at the first.
+
+    Args:
+        found: the mechanisms.
+        of: which routing it is, for the title: "of the test text".
+    """
     last, first = found.steps[-1], found.steps[0]
     columns: dict[str, Callable[[LayerMechanisms], str]] = {
         "active": lambda m: f"{m.active_experts[-1]} of {m.num_experts}",
@@ -68,13 +73,14 @@ def mechanism_table(found: Mechanisms) -> Table:
         "drops": lambda m: _share(m.drop_rate[-1]),
         "by place": lambda m: _bars(m.drops_by_place),
         **{label: partial(_informed, label=label) for label in LABELS},
+        "gradient": lambda m: "" if m.gradients[-1] is None else f"{m.gradients[-1]:.2g}",
         "logits": lambda m: "" if m.logits[-1] is None else f"{m.logits[-1]:.2f}",
         f"at {first:,}": lambda m: _share(m.saturation[0]) if m.saturation else "",
     }
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left"
     )
-    table.title = f"Routing at step {last:,}" if last else "Routing"
+    table.title = " ".join(["Routing", *([of] if of else []), *([f"at step {last:,}"] if last else [])])
     table.add_column("layer", no_wrap=True)
     cells = {name: [said(m) for m in found.layers.values()] for name, said in columns.items()}
     cells = {name: column for name, column in cells.items() if any(column)}

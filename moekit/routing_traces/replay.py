@@ -40,7 +40,7 @@ class _Played:
 
     def next(self, x: Tensor, *, training: bool) -> TracedLayer:
         """What was recorded for these tokens."""
-        mark = x.detach().double().sum() if torch.is_grad_enabled() else None
+        mark = x.detach().double().nan_to_num().sum() if torch.is_grad_enabled() else None
         if in_backward():
             self._backward = True
             return self._found(self._again(mark))

@@ -28,7 +28,8 @@ from moekit.runs.plan import expected
 from moekit.runs.processes import shared_facts
 from moekit.runs.recipe import Recipe, RunText
 from moekit.runs.record import STOPPED
-from moekit.runs.run import ROUTING_TRACE, Run
+from moekit.runs.routing import recorders
+from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.smoke import WARNING
 from moekit.runs.text import require_same_text, tokenizer_of
@@ -44,7 +45,6 @@ from moekit.training.callbacks.memory import PeakMemory
 from moekit.training.callbacks.non_finite import NonFinite, Reaction
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.callbacks.random_state import RandomState
-from moekit.training.callbacks.routing_recorder import RoutingRecorder
 from moekit.training.callbacks.same_ranks import SameOnRanks
 from moekit.training.callbacks.throughput import Throughput
 from moekit.training.callbacks.weights import kept_weights
@@ -137,7 +137,7 @@ def fit(
                 SameOnRanks(shared_facts(recipe, settings, data) if train.devices * train.num_nodes > 1 else {}),
                 ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
                 *_callbacks(config, budget, rate, expected(recipe, config)),
-                *_recorder(config, module, run),
+                *recorders(run, config, module),
                 *kept,
                 Resumable(
                     run.checkpoints,
@@ -192,13 +192,6 @@ def _callbacks(config: RunConfig, budget: Budget, rate: float, forecast: Forecas
         *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
         NonFinite(_REACTIONS.get(config.strategy.nonfinite_gradients, train.on_non_finite)),
     ]
-
-
-def _recorder(config: RunConfig, module: MultitaskModule, run: Run) -> list[Callback]:
-    """What keeps the routing of validations, where that is asked for and there is any."""
-    every = config.train.record_routing
-    sparse = every and module.valid_routing is not None
-    return [RoutingRecorder(run.path / ROUTING_TRACE, every=every, of="valid", weights=False)] if sparse else []
 
 
 def _clear_if_nothing_began(run: Run, trainer: L.Trainer) -> None:

@@ -1,79 +1,50 @@
-"""Routing of a run as traces and mechanisms: of its test text by command, of validation text while it trains."""
+"""Routing that a run records while it trains, and the mechanisms of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-import torch
+from lightning.pytorch.callbacks import Callback
 
 from moekit.atomic import write_json
-from moekit.errors import UserError
 from moekit.mechanisms import Mechanisms, mechanisms
-from moekit.routing_traces import read_trace, record
+from moekit.routing_traces import read_trace
 from moekit.runs.config import RunConfig
-from moekit.runs.evaluate import trained_module
-from moekit.runs.run import MECHANISMS, ROUTING_TRACE, TEST_TRACE, Run
-from moekit.runs.text import evaluation_data
+from moekit.runs.run import MECHANISMS, ROUTING_TRACE, Run
+from moekit.training.callbacks.routing_recorder import RoutingRecorder
+from moekit.training.multitask import MultitaskModule
+
+KINDS = ("valid", "train")
+"""Folders of `ROUTING_TRACE`, and what is recorded in each: the same text at every step, and the batches trained on."""
 
 
-def record_test(run: Run, config: RunConfig | None = None, file: Path | None = None) -> Path:
-    """Write the routing of a trained run's test text: all of its tasks, with the right answers given.
-
-    Args:
-        run: the run.
-        config: its settings, where they are not the run's: other sizes of a batch, for example.
-        file: where to; None = ``routing_test.npz`` in the run's folder.
-
-    Returns:
-        The file.
-
-    Raises:
-        UserError: nothing was trained there, the model is dense, or the file cannot be written.
-    """
-    config = config or run.config
-    data = evaluation_data(run, config)
-    module = trained_module(run, data, config)
-    data.prepare_data()
-    data.setup("test")
-    place = file or run.path / TEST_TRACE
-    notes = {"of": "test", "run": run.path.name, "languages": ",".join(data.tokenizer.languages)}
-    with torch.no_grad(), record(module, place, notes=notes) as recording:
-        recording.tell(step=int(run.loaded.rest.get("global_step", 0)))
-        for batch in data.test_dataloader():
-            module(batch)
-    return place
+def recorders(run: Run, config: RunConfig, module: MultitaskModule) -> list[Callback]:
+    """What keeps routing while a run trains, where that is asked for and the model is sparse."""
+    every = config.train.record_routing
+    if not every or module.valid_routing is None:
+        return []
+    place = run.path / ROUTING_TRACE
+    return [
+        RoutingRecorder(place / "valid", every=every, of="valid", weights=False),
+        RoutingRecorder(place / "train", every=every, of="train", weights=False),
+    ]
 
 
-def measured(run: Run, trace: Path | None = None) -> Mechanisms:
-    """The mechanisms of a trace of a run.
-
-    Args:
-        run: the run.
-        trace: a trace; None = what was recorded in training, else of its test text.
+def recorded(run: Run) -> dict[str, Mechanisms]:
+    """Mechanisms of what was recorded in training: of "valid" and "train", as far as they are there.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: a file is damaged, or missing.
     """
-    places = [trace] if trace is not None else [run.path / ROUTING_TRACE, run.path / TEST_TRACE]
-    place = next((found for found in places if found.exists()), None)
-    if place is None:
-        raise UserError(
-            f"{run.path} keeps no routing: train with --train.record_routing STEPS, or record its test text with the "
-            "command routing."
-        )
-    return mechanisms(read_trace(place))
+    places = {kind: run.path / ROUTING_TRACE / kind for kind in KINDS}
+    return {kind: mechanisms(read_trace(place)) for kind, place in places.items() if place.is_dir()}
 
 
-def write_mechanisms(run: Run, found: Mechanisms, of: str) -> Mapping[str, Any]:
+def write_mechanisms(run: Run, found: Mapping[str, Mechanisms]) -> None:
     """Keep mechanisms as ``mechanisms.json`` in the run's folder, where tables of an ablation find them.
 
     Args:
         run: the run.
-        found: the mechanisms.
-        of: the text that was routed.
+        found: Mechanisms by what was routed, "valid", "train" or "test".
     """
-    content = {"of": of, **found.to_json()}
-    write_json(run.path / MECHANISMS, content)
-    return content
+    write_json(run.path / MECHANISMS, {kind: one.to_json() for kind, one in found.items()})

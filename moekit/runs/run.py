@@ -55,11 +55,11 @@ _TOKENIZER = "tokenizer"
 _HELD_OUT = "held_out.json.gz"
 SUMMARY, ROUTING, SAMPLES = "summary.json", "routing.json", "samples.json"
 ROUTING_TRACE = "routing_trace"
-"""Folder of the routing of validation text that was recorded in training."""
+"""Folder of the routing that was recorded in training."""
 TEST_TRACE = "routing_test.npz"
 """The routing of the test text."""
 MECHANISMS = "mechanisms.json"
-"""What was computed from one of them, see `moekit.mechanisms`."""
+"""What was computed of them, see `moekit.mechanisms`."""
 _FILES = (
     _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, TRANSLATIONS, STOPPED, "environment.json",
     "metrics.csv", "report.html", TEST_TRACE, MECHANISMS,

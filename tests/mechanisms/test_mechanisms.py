@@ -265,14 +265,16 @@ def test_tables_of_an_ablation_find_mechanisms(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"mechanisms\.json cannot be read .*train\.record_routing and train\.validate_ev"
     ):
-        measure(tmp_path, "mechanisms.saturation")
+        measure(tmp_path, "mechanisms.valid.saturation")
     found = traced(tmp_path / "t.npz")
-    (tmp_path / "mechanisms.json").write_text(json.dumps(found.to_json()))
-    assert measure(tmp_path, "mechanisms.saturation") == found.means["saturation"]
+    (tmp_path / "mechanisms.json").write_text(json.dumps({"valid": found.to_json()}))
+    assert measure(tmp_path, "mechanisms.valid.saturation") == found.means["saturation"]
     language = found.means["mutual_information"]["language"]
-    assert measure(tmp_path, "mechanisms.mutual_information.language") == language
+    assert measure(tmp_path, "mechanisms.valid.mutual_information.language") == language
     token = found.layers["a"].information["token"].above
-    assert measure(tmp_path, "mechanisms.layers.a.information.token.above") == token
+    assert measure(tmp_path, "mechanisms.valid.layers.a.information.token.above") == token
     assert measure(tmp_path, "loss.lm") == 1.0
-    with pytest.raises(UserError, match=r"no number 'mechanisms\.saturated'.*It has mechanisms\.active_experts"):
-        measure(tmp_path, "mechanisms.saturated")
+    with pytest.raises(
+        UserError, match=r"no number 'mechanisms\.valid\.saturated'.*It has mechanisms\.valid\.active_experts"
+    ):
+        measure(tmp_path, "mechanisms.valid.saturated")

@@ -32,7 +32,7 @@ def test_a_run_keeps_its_routing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out, cache = tmp_path / "run", ["--data.cache", str(tmp_path / "cache")]
     record = ["--train.validate_every", "2", "--train.record_routing", "2"]
     assert main(["run", "zcode_m3", *SIZES, *TINY, *cache, *record, "--out", str(out)]) == 0
-    trace = read_trace(out / "routing_trace")
+    trace = read_trace(out / "routing_trace" / "valid")
     assert trace.layers == {"encoder.1": 4, "decoder.1": 4}
     assert sorted(set(trace.steps)) == [2, 4]
     assert set(trace.tasks) == {"translation", "denoising", "masked_lm", "replaced_token"}
@@ -40,30 +40,42 @@ def test_a_run_keeps_its_routing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert first.tokens.ids is not None
     assert first.tokens.language is not None
     assert not first.weighed
-    assert 0 < measure(out, "mechanisms.saturation") < 1
-    assert measure(out, "mechanisms.mutual_information.token") > measure(out, "mechanisms.mutual_information.language")
+    assert 0 < measure(out, "mechanisms.valid.saturation") < 1
+    information = "mechanisms.valid.mutual_information"
+    assert measure(out, f"{information}.token") > measure(out, f"{information}.language")
+    batches = read_trace(out / "routing_trace" / "train")
+    assert sorted(set(batches.steps)) == [0, 2]
+    assert all(batch.training for batch in batches)
+    assert measure(out, "mechanisms.train.drop_rate") > 0, "training has a capacity"
+    assert measure(out, "mechanisms.train.gradient_spread") >= 1
     capsys.readouterr()
     # Of the test text; a table, figures, and the same as JSON.
     assert main(["routing", str(out), "--figures", str(tmp_path / "figures")]) == 0
     said = capsys.readouterr().out
-    assert "Routing at step 4" in said
+    assert "Routing of validation text at step 4" in said
+    assert "Routing in training at step 2" in said
+    assert "Routing of the test text at step 4" in said
     assert "encoder.1" in said
-    assert "of the validation text at every recorded step" in said
-    assert (tmp_path / "figures" / "saturation.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "figures" / "valid-saturation.png").read_bytes()[:4] == b"\x89PNG"
     test = read_trace(out / "routing_test.npz")
     assert set(test.tasks) == {"translation"}, "the task that its test measures"
     assert test.notes["languages"].count(",") > 1
     assert test[0].layers["encoder.1"].weighed
     assert main(["routing", str(out), "--json", "--output", str(tmp_path / "own.npz")]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert content["of"] == "validation"
+    assert [*content] == ["valid", "train", "test"]
     assert content == json.loads((out / "mechanisms.json").read_text())
     assert (tmp_path / "own.npz").read_bytes() == (out / "routing_test.npz").read_bytes()
+    # What is damaged spoils no test of the run.
+    damaged = next((out / "routing_trace" / "valid").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert main(["test", str(out)]) == 0
+    assert "mechanisms of routing are not measured" in capsys.readouterr().err
     # A run without it has the test text alone; a new run leaves nothing of the old one.
     assert main(["fit", "zcode_m3", *SIZES, *TINY, *cache, "--out", str(out), "--overwrite"]) == 0
     assert not {"routing_trace", "routing_test.npz", "mechanisms.json"} & {path.name for path in out.iterdir()}
     assert main(["routing", "--out", str(out), "--json"]) == 0
-    assert json.loads((out / "mechanisms.json").read_text())["of"] == "test"
+    assert [*json.loads((out / "mechanisms.json").read_text())] == ["test"]
 
 
 def test_nothing_to_record_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,9 +72,9 @@ class TrainConfig:
         on_non_finite: reaction to a loss or gradient that is NaN or infinite: stop ends the run and keeps the last good
             checkpoint, skip leaves out the step and stops after 10 of them in a row, ignore trains on.
         log_every: number of optimizer steps between rows of metrics.csv.
-        record_routing: number of optimizer steps between records of the routing of validation text, which are kept in
-            the folder routing_trace of the run and measured in its test, see `moekit routing`; 0 = none. They are made
-            in validations, so it needs validate_every.
+        record_routing: number of optimizer steps between records of routing, of validation text and of the batch that
+            is trained on, which are kept in the folder routing_trace of the run and measured in its test, see `moekit
+            routing`; 0 = none. The former are made in validations, so it needs validate_every.
         keep_memory: whether memory that tensors have freed is kept in the process, which saves page faults in
             every step on a CPU (glibc alone); false gives it back to the system.
         seed: random seed of initial weights, dropout, noise and routing.
