@@ -11,7 +11,7 @@ SHUFFLES = 10
 
 
 @dataclass(frozen=True)
-class Information:
+class MutualInformation:
     """Mutual information of a label and the expert, over assignments.
 
     Attributes:
@@ -30,7 +30,7 @@ class Information:
     assignments: int
 
 
-def mutual_information(counts: NDArray[np.int64], *, shuffles: int = SHUFFLES, seed: int = 0) -> Information:
+def mutual_information(counts: NDArray[np.int64], *, shuffles: int = SHUFFLES, seed: int = 0) -> MutualInformation:
     """Mutual information in nats, above a shuffled baseline.
 
     The baseline takes away the bias of the plug-in estimate, also where most cells of the table are empty, as those of
@@ -61,7 +61,7 @@ def mutual_information(counts: NDArray[np.int64], *, shuffles: int = SHUFFLES, s
     share = columns[columns > 0] / max(total, 1)
     entropy = float(-(share * np.log(share)).sum())
     above = nats - chance
-    return Information(nats, chance, above, above / entropy if entropy > 0 else 0.0, total)
+    return MutualInformation(nats, chance, above, above / entropy if entropy > 0 else 0.0, total)
 
 
 def _plug_in(table: NDArray[np.int64]) -> float:

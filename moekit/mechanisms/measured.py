@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moekit.errors import UserError
-from moekit.mechanisms.information import Information, mutual_information
+from moekit.mechanisms.information import MutualInformation, mutual_information
 from moekit.mechanisms.quantities import (
     active_experts,
     coactivation,
@@ -60,7 +60,7 @@ class LayerMechanisms:
     drops_by_place: Sequence[float | None]
     active_experts: Sequence[int]
     effective_experts: Sequence[float]
-    information: Mapping[str, Information]
+    information: Mapping[str, MutualInformation]
     coactivation: Sequence[Sequence[float]]
     saturation: Sequence[float | None] | None
     logits: Sequence[float | None]

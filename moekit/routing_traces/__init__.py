@@ -3,6 +3,7 @@
 from moekit.routing_traces.reading import RoutingTrace, read_trace
 from moekit.routing_traces.recording import Recording, record
 from moekit.routing_traces.replay import ReplayRouter, replay
+from moekit.routing_traces.rollouts import join_rollout
 from moekit.routing_traces.trace import TracedBatch, TracedLayer, TracedTokens
 from moekit.routing_traces.writing import TraceWriter
 
@@ -14,6 +15,7 @@ __all__ = [
     "TracedBatch",
     "TracedLayer",
     "TracedTokens",
+    "join_rollout",
     "read_trace",
     "record",
     "replay",

@@ -230,7 +230,8 @@ def _joined_tokens(parts: Sequence[TracedTokens]) -> TracedTokens:
         return None if any(value is None for value in values) else torch.cat(values)
 
     masks = [torch.ones(p.num_tokens, dtype=torch.bool) if p.mask is None else p.mask for p in parts]
-    sequence, start = [], 0
+    sequence: list[Tensor] = []
+    start = 0
     for part in parts:
         if part.sequence is None:
             sequence = []
