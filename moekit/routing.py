@@ -430,6 +430,24 @@ class Router(Component, ABC):
         """
         return Compensation(obstacle=f"{type(self).__name__} does not say what copies of experts do (compensation)")
 
+    def imposed(self, x: Tensor, context: RoutingContext | None, choice: Routing) -> Routing:
+        """The assignments of `choice`, with weights, losses and statistics by this router's scores.
+
+        Replays ask (`moekit.routing_traces`), and reinforcement learning whose rollouts chose the experts. Everything
+        random is drawn as in `forward`, so that imposing what `forward` returned gives the same to the last digit.
+        A router without an answer cannot be asked.
+
+        Args:
+            x: Float[T, D].
+            context: fields ``[T]``.
+            choice: which token goes to which expert, its place, and what is kept; its weights and losses do not matter.
+
+        Raises:
+            NotImplementedError: this kind of router does not say.
+            UserError: `choice` is no list that this router could have made.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not weigh a choice that is not its own (imposed)")
+
     @abstractmethod
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route ``x`` Float[T, D]; `context` fields are ``[T]``."""

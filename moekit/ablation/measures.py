@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.errors import UserError
+from moekit.runs.run import MECHANISMS as MECHANISMS_FILE
 from moekit.runs.run import SUMMARY
 from moekit.stored import parse_json
 
@@ -16,6 +17,9 @@ MECHANISMS = (
     "routing.load_cv", "routing.load_max_ratio", "routing.dead_experts", "routing.drop_rate", "routing.entropy",
 )  # fmt: skip
 """What is recorded of every sparse run, whatever its claims ask for."""
+
+_MECHANISMS = "mechanisms"
+"""What keys of mechanisms.json begin with."""
 
 COSTS = ("work", "parameters", "active_parameters", "tokens")
 """What of a run's cost depends on no clock."""
@@ -27,12 +31,16 @@ def measure(folder: Path, key: str) -> float:
     Args:
         folder: of the run.
         key: dotted, of summary.json, such as ``test.causal_lm.loss`` or ``routing.layers.encoder.1.load_cv``; or the
-            name of a column of metrics.csv, such as ``train/load_balance``, whose last value is taken.
+            name of a column of metrics.csv, such as ``train/load_balance``, whose last value is taken; or
+            ``mechanisms.`` and a key of mechanisms.json, such as ``mechanisms.valid.saturation`` or
+            ``mechanisms.valid.mutual_information.language``, of runs with train.record_routing.
 
     Raises:
         UserError: the run has no such number; those of the nearest level are listed.
     """
     values = _summary(folder)
+    if key.startswith(f"{_MECHANISMS}."):
+        values = {_MECHANISMS: _mechanisms(folder)}
     found, missed = _dig(values, key)
     if found is None and "/" in key:
         found = _last(folder / "metrics.csv", key)
@@ -67,6 +75,18 @@ def _summary(folder: Path) -> dict[str, Any]:
         found = parse_json((folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / SUMMARY} cannot be read ({error}). Delete {folder} to run it again.") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _mechanisms(folder: Path) -> dict[str, Any]:
+    """What was measured of the routing that a run has recorded."""
+    try:
+        found = parse_json((folder / MECHANISMS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder / MECHANISMS_FILE} cannot be read ({error}): mechanisms are measured of sparse runs with "
+            "train.record_routing and train.validate_every. Set both in the table."
+        ) from None
     return found if isinstance(found, dict) else {}
 
 

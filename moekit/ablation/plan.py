@@ -36,6 +36,9 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 """Settings on which no number of a run depends."""
 
+_SINCE = {"train.record_routing": 0}
+"""Settings that digests of earlier runs do not know, with the value at which a run computes what it did before."""
+
 _SEEDS = ("train.seed", "data.order_seed")
 RATE = "train.learning_rate"
 
@@ -72,7 +75,8 @@ class Job:
 
     def _digest(self, without: Sequence[str]) -> str:
         settings = flatten(as_plain(self.config))
-        kept = {key: value for key, value in settings.items() if key not in (*_WITHOUT_EFFECT, *without)}
+        left_out = {*_WITHOUT_EFFECT, *without, *(key for key, value in _SINCE.items() if settings.get(key) == value)}
+        kept = {key: value for key, value in settings.items() if key not in left_out}
         of = None if self.of is None else self.of._digest(without)
         text = json.dumps([self.recipe, kept, of, self.prune], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -46,7 +46,7 @@ SURGERY: Mapping[str, Command] = {
 }
 REPORTS: Mapping[str, Command] = {"report": report.COMMAND, "compare": compare.COMMAND}
 STUDIES: Mapping[str, Command] = {"ablate": ablate.COMMAND}
-_RUNS = ("test", "generate", "serve", "score")
+_RUNS = ("test", "generate", "serve", "score", "routing")
 """Commands that use a run, whose folder names its recipe."""
 
 
@@ -127,9 +127,9 @@ def _about() -> str:
     return (
         f"usage: {program()} COMMAND [RECIPE] [--option value ...]\n\n"
         f"{lists}\n\n"
-        "Commands on recipes are followed by a recipe. test, generate, serve and score also take the folder of a run:\n"
-        f"{command_line('generate', 'FOLDER')}. {command_line('run', run_all.ALL, '--smoke')} tries every recipe in "
-        "seconds.\n"
+        "Commands on recipes are followed by a recipe. test, generate, serve, score and routing also take the folder "
+        f"of a run: {command_line('generate', 'FOLDER')}. {command_line('run', run_all.ALL, '--smoke')} tries every "
+        "recipe in seconds.\n"
         "To list the options, add --help after the command (and its recipe, if it needs one)."
     )
 

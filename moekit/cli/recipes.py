@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from moekit.cli import distill, finetune, fit, generate, plan, run, score, serve, test
+from moekit.cli import distill, finetune, fit, generate, plan, routing, run, score, serve, test
 from moekit.cli.command import RecipeCommand, execute, option_value, option_values, overview
 from moekit.cli.mistakes import NOT_PARSED, OtherCommandsOption, explain, require_settings
 from moekit.errors import UserError, nearest
@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, RecipeCommand] = {
     "generate": generate.COMMAND,
     "serve": serve.COMMAND,
     "score": score.COMMAND,
+    "routing": routing.COMMAND,
     "finetune": finetune.COMMAND,
     "distill": distill.COMMAND,
     "plan": plan.COMMAND,

@@ -4,15 +4,25 @@
 `results_markdown` is for committing. ``moekit report RUN`` does the same from a shell.
 
 `figures` draws the routing of any module, without a run folder, and `RoutingReport` is a callback that writes a page
-of it.
+of it. `mechanism_figures` and `mechanism_table` show what `moekit.mechanisms` has found in a trace.
 
 What is shown stands in the classes of `view`, which results, curves, experts, samples and comparison fill from run
 folders. page.html, run.md and terminal lay it out; texts.toml holds the prose of the pages.
 """
 
 from moekit.report.comparison import write_comparison
+from moekit.report.mechanisms import mechanism_figures, mechanism_table
 from moekit.report.own_module import RoutingReport, figures
 from moekit.report.run import results_markdown, write_report
 from moekit.report.terminal import terminal_summary
 
-__all__ = ["RoutingReport", "figures", "results_markdown", "terminal_summary", "write_comparison", "write_report"]
+__all__ = [
+    "RoutingReport",
+    "figures",
+    "mechanism_figures",
+    "mechanism_table",
+    "results_markdown",
+    "terminal_summary",
+    "write_comparison",
+    "write_report",
+]

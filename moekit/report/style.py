@@ -45,7 +45,7 @@ _DIVERGING = {
     "dark": ("#3579a8", "#2a5d82", "#23425a", "#262d36", "#74431d", "#d27528", "#ffc99a"),
 }
 
-DIVERGING = _DIVERGING["light"]
+DIVERGING, SEQUENTIAL = _DIVERGING["light"], _SEQUENTIAL["light"]
 
 _PAINTED = {
     "rule": ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"),

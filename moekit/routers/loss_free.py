@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moekit.routers.load_window import LoadWindow
-from moekit.routers.queueing import clear_padding, routing_of_choices, score_statistics
+from moekit.routers.queueing import clear_padding, queue_of, routing_of_choices, score_statistics, token_choices
 from moekit.routers.scorers import ExpertScorer, ScoredRouter
 from moekit.routers.topk import Balance
 from moekit.routing import Capacity, Compensation, Routing, RoutingContext
@@ -181,6 +181,12 @@ class LossFreeRouter(ScoredRouter):
         return replace(needed, own={"bias": 1 / copies}) if softmax else needed
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:  # noqa: D102
+        return self._route(x, context)
+
+    def imposed(self, x: Tensor, context: RoutingContext | None, choice: Routing) -> Routing:  # noqa: D102
+        return self._route(x, context, choice)
+
+    def _route(self, x: Tensor, context: RoutingContext | None, choice: Routing | None = None) -> Routing:
         context = context or RoutingContext()
         x = clear_padding(x, context.mask)
         logits = self.logits(x, context)
@@ -189,6 +195,9 @@ class LossFreeRouter(ScoredRouter):
         if self.groups is not None:
             biased = self.groups(biased)
         expert = biased.topk(self.k, dim=-1).indices
+        own = expert
+        if choice is not None:
+            expert, imposed = queue_of(choice, self.k)
         chosen = score.gather(1, expert)
         weight = chosen
         if self.renormalise:
@@ -199,7 +208,7 @@ class LossFreeRouter(ScoredRouter):
         statistics = score_statistics(logits, probs.detach(), context.mask)
         statistics["bias_range"] = (self.bias.max() - self.bias.min()).to(logits.dtype)
         routing = routing_of_choices(
-            expert,
+            own,
             weight,
             self.num_experts,
             mask=context.mask,
@@ -208,6 +217,8 @@ class LossFreeRouter(ScoredRouter):
             scores=chosen,
             statistics=statistics,
         )
+        if choice is not None:  # after what the queue has drawn
+            routing = token_choices(expert, weight, imposed, self.num_experts, statistics=statistics)
         if self.balance is None:
             return routing
         counted = routing.kept if self.balance.when == "after_drop" else routing.queued

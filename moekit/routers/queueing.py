@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moekit.errors import UserError
 from moekit.functional.assignment import queue_positions, service_order
 from moekit.functional.means import masked_mean
 from moekit.routing import Capacity, Routing
@@ -147,6 +148,25 @@ def token_choices(
         choices=k,
         all_kept=queue.all_kept,
     )
+
+
+def queue_of(routing: Routing, k: int) -> tuple[Tensor, QueueResult]:
+    """The experts Int64[T, K] and the queue that `token_choices` made `routing` of.
+
+    Raises:
+        UserError: it is no list of K choices of every token.
+    """
+    if routing.choices != k:
+        raise UserError(
+            f"a router of k={k} needs a choice-major routing of {k} experts for every token: got one of "
+            f"{routing.choices or 'no fixed number of'} choices."
+        )
+
+    def by_token(values: Tensor) -> Tensor:
+        return values.view(k, routing.num_tokens).t()
+
+    queue = QueueResult(by_token(routing.position), by_token(routing.kept), routing.capacity, None, routing.all_kept)
+    return by_token(routing.expert), queue
 
 
 def routing_of_choices(

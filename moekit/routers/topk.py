@@ -19,7 +19,15 @@ from moekit.routers.fused_topk import fused_routing, is_in_order
 from moekit.routers.gating_residual import GatingResidual
 from moekit.routers.load_window import LoadWindow
 from moekit.routers.overflow import NoTokenLeftBehind
-from moekit.routers.queueing import clear_padding, enqueue, local_groups, mask_choices, score_statistics, token_choices
+from moekit.routers.queueing import (
+    clear_padding,
+    enqueue,
+    local_groups,
+    mask_choices,
+    queue_of,
+    score_statistics,
+    token_choices,
+)
 from moekit.routers.scorers import ExpertScorer, ScoredRouter
 from moekit.routers.second_expert import (
     AllChoices,
@@ -247,6 +255,13 @@ class TopKRouter(ScoredRouter):
         return Compensation.of_best(self.k, copies, divided=True)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:  # noqa: D102
+        return self._route(x, context)
+
+    def imposed(self, x: Tensor, context: RoutingContext | None, choice: Routing) -> Routing:
+        """See `Router.imposed`; with `overflow` a loss that counts first tries counts this router's own."""
+        return self._route(x, context, choice)
+
+    def _route(self, x: Tensor, context: RoutingContext | None, choice: Routing | None = None) -> Routing:
         context = context or RoutingContext()
         x = clear_padding(x, context.mask)
         exploration = self.exploration if self.training else None
@@ -255,10 +270,17 @@ class TopKRouter(ScoredRouter):
         logits = self.logits(x, context)
         if self.residual is not None:
             logits = logits + self.residual(context)
-        if choose(self.backend, logits, "router").name == "triton" and self._is_plain(exploration):
+        own = choice is None
+        if own and choose(self.backend, logits, "router").name == "triton" and self._is_plain(exploration):
             return self._fused(logits, context)
         decoding = isinstance(context, DecodingContext)
-        if decoding and context.mask is None and is_few(logits, logits.shape[0] * self.k) and self._is_plain_choice():
+        if (
+            own
+            and decoding
+            and context.mask is None
+            and is_few(logits, logits.shape[0] * self.k)
+            and self._is_plain_choice()
+        ):
             return few_routing(logits, self.k, self.renormalise)
         # Once for loss and statistics. What a residual adds to padding may be NaN, which the loss clears for itself.
         logsumexp = logits.logsumexp(-1) if self.residual is None and not decoding else None
@@ -291,6 +313,10 @@ class TopKRouter(ScoredRouter):
         tried = expert
         if self.overflow is not None:
             expert, queue = self.overflow(expert, requested, likely, queue)
+        if choice is not None:
+            expert, queue = queue_of(choice, self.k)
+            if self.overflow is None:
+                tried, requested = expert, queue.position >= 0
 
         weight = self._weights(probs, expert)
         if self.renormalise == "after_drop":

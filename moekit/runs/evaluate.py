@@ -13,6 +13,7 @@ from moekit.atomic import write_json
 from moekit.data.held_out import remarks
 from moekit.data.module import MultitaskData
 from moekit.data.tokenizer import Tokenizer
+from moekit.errors import UserError
 from moekit.inference.completer import Completer
 from moekit.inference.translator import Translator, search_for
 from moekit.planner.census import parameters
@@ -32,9 +33,11 @@ from moekit.runs.record import (
     TypicalPiece,
     write_written,
 )
+from moekit.runs.routing import recorded, write_mechanisms
 from moekit.runs.run import ROUTING, SAMPLES, SUMMARY, Run
 from moekit.runs.speed import speed_of
 from moekit.runs.text import evaluation_data, require_same_text
+from moekit.terminal import Terminal, visible
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.checkpoint_state import load_rest
 from moekit.training.metrics import PieceCounts
@@ -163,6 +166,16 @@ def _write(
     if module.written:
         write_written(run.path / TRANSLATIONS, module.written)
     write_json(run.path / SUMMARY, summary.to_json())
+    _measure_routing(run)
+
+
+def _measure_routing(run: Run) -> None:
+    """Write the mechanisms of what was recorded in training; a file of it that is gone spoils no test."""
+    try:
+        if found := recorded(run):
+            write_mechanisms(run, found)
+    except UserError as error:
+        Terminal(stderr=True, soft_wrap=True).print(visible(f"mechanisms of routing are not measured: {error}"))
 
 
 def _routing(found: Mapping[str, Any], counts: Mapping[str, Tensor], data: MultitaskData) -> RoutingRecord:

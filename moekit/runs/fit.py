@@ -28,6 +28,7 @@ from moekit.runs.plan import expected
 from moekit.runs.processes import shared_facts
 from moekit.runs.recipe import Recipe, RunText
 from moekit.runs.record import STOPPED
+from moekit.runs.routing import recorders
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.smoke import WARNING
@@ -136,6 +137,7 @@ def fit(
                 SameOnRanks(shared_facts(recipe, settings, data) if train.devices * train.num_nodes > 1 else {}),
                 ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
                 *_callbacks(config, budget, rate, expected(recipe, config)),
+                *recorders(run, config, module),
                 *kept,
                 Resumable(
                     run.checkpoints,

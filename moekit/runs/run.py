@@ -54,11 +54,17 @@ _CONFIG = "config.yaml"
 _TOKENIZER = "tokenizer"
 _HELD_OUT = "held_out.json.gz"
 SUMMARY, ROUTING, SAMPLES, REPORT = "summary.json", "routing.json", "samples.json", "report.html"
+ROUTING_TRACE = "routing_trace"
+"""Folder of the routing that was recorded in training."""
+TEST_TRACE = "routing_test.npz"
+"""The routing of the test text."""
+MECHANISMS = "mechanisms.json"
+"""What was computed of them, see `moekit.mechanisms`."""
 _FILES = (
     _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, TRANSLATIONS, STOPPED, "environment.json",
-    "metrics.csv", REPORT,
+    "metrics.csv", REPORT, TEST_TRACE, MECHANISMS,
 )  # fmt: skip
-_FOLDERS = ("checkpoints", "tensorboard", "wandb", "mlflow", _TOKENIZER)
+_FOLDERS = ("checkpoints", "tensorboard", "wandb", "mlflow", _TOKENIZER, ROUTING_TRACE)
 
 
 @dataclass(frozen=True)

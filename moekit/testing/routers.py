@@ -16,6 +16,7 @@ from moekit.experts.grouped import GroupedMLP
 from moekit.functional.reference import moe_reference
 from moekit.layer import MoELayer, MoEOutput
 from moekit.routing import DecodingContext, Router, Routing, RoutingContext
+from moekit.routing_traces.replay import weighs_choices
 from moekit.testing import modules
 from moekit.testing.cases import seeded, skewed_tokens, some_context, some_mask, tensors_of, trace
 from moekit.testing.closeness import assert_close, assert_same, rule
@@ -280,6 +281,52 @@ def check_randomness(factory: Factory) -> None:
         )
 
 
+def check_imposed(factory: Factory) -> None:
+    """A router that weighs given choices (`Router.imposed`) weighs its own as `forward` does, to the last digit.
+
+    Also what else it draws and computes is the same, and the gradients. Other choices than its own are kept as they
+    are.
+    """
+    if not weighs_choices(build(factory)):
+        return
+    for training, phase in PHASES:
+        for masked in (True, False):
+            router = build(factory, training=training)
+            x, context = _inputs(router, masked=masked)
+            own = _route(router, x, context)
+            choice = tree_map_only(Tensor, Tensor.detach, own)
+
+            def again(x: Tensor) -> Routing:
+                with seeded(1):
+                    return router.imposed(x, context, dataclasses.replace(choice, weight=torch.zeros(())))  # noqa: B023
+
+            def forward(x: Tensor) -> Routing:
+                return _route(router, x, context)  # noqa: B023
+
+            name = type(router).__name__
+            expected, got = (_with_gradients(route, router, x) for route in (forward, again))
+            for part, value in expected.items():
+                same = torch.equal(value, got[part])
+                rule(same, f"{name} {phase}: imposing its own choice must give the same `{part}` to the last digit.")
+            turned = dataclasses.replace(choice, expert=(choice.expert + 1) % router.num_experts)
+            found = router.imposed(x, context, turned)
+            for part in ("token", "expert", "position", "kept"):
+                same = torch.equal(getattr(found, part), getattr(turned, part))
+                rule(same, f"{name} {phase}: imposed must keep the `{part}` of the choice that it is given.")
+
+
+def _with_gradients(route: Callable[[Tensor], Routing], router: Router, x: Tensor) -> dict[str, Tensor]:
+    """All of a routing, and the gradients of a sum of it."""
+    x = x.clone().requires_grad_()
+    router.zero_grad()
+    found = tensors_of(route(x))
+    scalars = [value.double().square().sum() for value in found.values() if value.requires_grad]
+    if scalars:
+        torch.stack(scalars).sum().backward()
+    gradients = {f"gradient of {n}": p.grad for n, p in [("x", x), *router.named_parameters()] if p.grad is not None}
+    return {**{name: value.detach() for name, value in found.items()}, **gradients}
+
+
 def check_future(factory: Factory) -> None:
     """Unless `looks_ahead` says so, the experts that a token asks for do not depend on later tokens."""
     for training, phase in PHASES:
@@ -358,6 +405,7 @@ ROUTER_CHECKS: tuple[Callable[[Factory], None], ...] = (
     check_order_of_tokens,
     check_decoding,
     check_randomness,
+    check_imposed,
     check_future,
     check_low_precision,
     check_checkpointing,

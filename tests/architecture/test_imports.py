@@ -49,6 +49,8 @@ FLOORS = {
     "data.module": 4,
     "parallel": 4,
     "huggingface": 4,
+    "routing_traces": 4,
+    "mechanisms": 4,
     "heads": 5,
     "planner": 5,
     "training": 5,
@@ -89,6 +91,7 @@ SAME_FLOOR = {
     ("surgery", "moekit.transformer"): "adapters sit on its projections",
     ("surgery", "moekit.data.tokenizer"): "a vocabulary is written beside the model it belongs to",
     ("ablation", "moekit.report.style"): "pictures of results look as those of reports",
+    ("mechanisms", "moekit.routing_traces"): "mechanisms are computed from traces",
     ("inference", "moekit.training.checkpoint_io"): "experts on demand are mapped from a run's checkpoint",
     ("data.module", "moekit.tasks"): "the data module asks its tasks what they make of text",
 }

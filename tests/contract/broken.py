@@ -75,6 +75,20 @@ class LosesGradient(Sound):
         return dataclasses.replace(routing, statistics={**routing.statistics, "mass": routing.weight.sum()})
 
 
+class ImposesItself(Sound):
+    """Chooses again where a choice is given. Source: ours."""
+
+    def imposed(self, x: Tensor, context: RoutingContext | None, choice: Routing) -> Routing:
+        return self(x, context)
+
+
+class ImposesOtherWeights(Sound):
+    """Weighs what is given by halves. Source: ours."""
+
+    def imposed(self, x: Tensor, context: RoutingContext | None, choice: Routing) -> Routing:
+        return dataclasses.replace(choice, weight=self(x, context).weight / 2)
+
+
 class VectorLoss(Sound):
     """Returns a loss per token. Source: ours."""
 

@@ -29,6 +29,8 @@ ROUTERS = [
     (broken.DecodesOtherwise, "check_decoding", "changes the routing's `expert`"),
     (broken.NoisyEvaluation, "check_randomness", "evaluation draws random numbers"),
     (broken.OwnGenerator, "check_randomness", "training does not follow torch.manual_seed"),
+    (broken.ImposesItself, "check_imposed", "imposed must keep the `expert` of the choice"),
+    (broken.ImposesOtherWeights, "check_imposed", "must give the same `weight` to the last digit"),
     (broken.PeeksAhead, "check_future", "set looks_ahead = True"),
     (broken.LowPrecision, "check_low_precision", "the router computes in low precision"),
     (broken.Recomputed, "check_checkpointing", "checkpointing"),
@@ -96,7 +98,7 @@ def test_what_is_sound_passes() -> None:
 
 
 def test_all_at_once_lists_what_is_broken() -> None:
-    with pytest.raises(AssertionError, match=r"1 of 17 checks failed.\ncheck_has_a_source: NoSource has no `Source:`"):
+    with pytest.raises(AssertionError, match=r"1 of 18 checks failed.\ncheck_has_a_source: NoSource has no `Source:`"):
         check_router(broken.NoSource)
     with pytest.raises(AssertionError, match=r"(?s)2 of 13 checks failed.\ncheck_low_precision.*\ncheck_has_a_source"):
         check_experts(_Both)

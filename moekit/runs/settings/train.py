@@ -72,6 +72,9 @@ class TrainConfig:
         on_non_finite: reaction to a loss or gradient that is NaN or infinite: stop ends the run and keeps the last good
             checkpoint, skip leaves out the step and stops after 10 of them in a row, ignore trains on.
         log_every: number of optimizer steps between rows of metrics.csv.
+        record_routing: number of optimizer steps between records of routing, of validation text and of the batch that
+            is trained on, which are kept in the folder routing_trace of the run and measured in its test, see `moekit
+            routing`; 0 = none. The former are made in validations, so it needs validate_every.
         keep_memory: whether memory that tensors have freed is kept in the process, which saves page faults in
             every step on a CPU (glibc alone); false gives it back to the system.
         seed: random seed of initial weights, dropout, noise and routing.
@@ -110,6 +113,7 @@ class TrainConfig:
     checkpoint_steps: int = setting(0, at_least=0, free=RESUME)
     on_non_finite: Literal["stop", "skip", "ignore"] = setting("stop", free=RESUME)
     log_every: int = setting(10, at_least=1)
+    record_routing: int = setting(0, at_least=0, free=RESUME)
     keep_memory: bool = setting(True, free=RESUME)
     seed: int = setting(1, at_least=0, at_most=2**32 - 1)
     init_by_name: bool = False
@@ -125,7 +129,8 @@ class TrainConfig:
 
         Raises:
             UserError: there is no limit, the warm-up takes all steps, there is no such machine, a logger or a backend
-                is unknown, not installed or not for this machine, or a setting of adafactor is given without it.
+                is unknown, not installed or not for this machine, a setting of adafactor is given without it, or
+                routing is to be recorded and nothing is validated.
         """
         require_machine(self.devices, self.num_nodes, on_gpu=self.on_gpu)
         logger_names(self.loggers)
@@ -140,6 +145,11 @@ class TrainConfig:
             raise UserError(
                 f"train.warmup_steps must be less than train.max_steps: got {self.warmup_steps} of {self.max_steps}. "
                 "Give a shorter warm-up or more steps."
+            )
+        if self.record_routing and not self.validate_every:
+            raise UserError(
+                f"train.record_routing keeps the routing of validations: got {self.record_routing} without "
+                "train.validate_every. Set both."
             )
         self._check_optimizer()
 
