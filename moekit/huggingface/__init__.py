@@ -13,10 +13,12 @@ from moekit.huggingface.model import describe
 from moekit.huggingface.reading import Blueprint, Imported, import_model, open_folder
 from moekit.huggingface.sparse_blocks import SPARSE_BLOCKS
 from moekit.huggingface.tokenizers import read_tokenizer
+from moekit.huggingface.upcycling import UPCYCLED, upcycle
 from moekit.huggingface.writing import export_model
 
 __all__ = [
     "SPARSE_BLOCKS",
+    "UPCYCLED",
     "AdoptedLayer",
     "Architecture",
     "Blueprint",
@@ -28,4 +30,5 @@ __all__ = [
     "open_folder",
     "read_tokenizer",
     "routings",
+    "upcycle",
 ]

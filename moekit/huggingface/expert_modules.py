@@ -1,4 +1,4 @@
-"""SwitchTransformers' and NllbMoe's sparse blocks, whose experts are modules: their routers, their bank, their names."""
+"""The sparse blocks of SwitchTransformers and NllbMoe, whose experts are modules: routers, bank and names."""
 
 from __future__ import annotations
 
