@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.stored import parse_json
@@ -76,6 +77,17 @@ class MappedTensor:
         if raw.ctypes.data % self.dtype.itemsize:
             raw = np.array(raw)  # a file may begin with an odd number of bytes
         return torch.from_numpy(raw).view(self.dtype).as_strided(self.shape, self.stride)
+
+
+class StoredWeights(ABC):
+    """Where the weights of a module on the meta device lie, who has it as its attribute ``stored_weights``.
+
+    Who divides such a model gives it memory, divides it, and then has it filled, each rank its part.
+    """
+
+    @abstractmethod
+    def fill_module(self, module: nn.Module) -> None:
+        """Read the module's weights, of divided ones this rank's part. All ranks call it together."""
 
 
 def digest_of(tensor: Tensor) -> str:

@@ -9,7 +9,9 @@ export_model(found.model, "again", tokens=found.tokens)
 from moekit.huggingface.adopt import adopt, routings
 from moekit.huggingface.adopted_layer import AdoptedLayer
 from moekit.huggingface.architecture import Architecture
+from moekit.huggingface.folder import adopt_folder, consolidate_folder
 from moekit.huggingface.model import describe
+from moekit.huggingface.peft_adapters import read_adapters, write_adapters
 from moekit.huggingface.reading import Blueprint, Imported, import_model, open_folder
 from moekit.huggingface.sparse_blocks import SPARSE_BLOCKS
 from moekit.huggingface.tokenizers import read_tokenizer
@@ -24,11 +26,15 @@ __all__ = [
     "Blueprint",
     "Imported",
     "adopt",
+    "adopt_folder",
+    "consolidate_folder",
     "describe",
     "export_model",
     "import_model",
     "open_folder",
+    "read_adapters",
     "read_tokenizer",
     "routings",
     "upcycle",
+    "write_adapters",
 ]

@@ -74,6 +74,7 @@ class ModuleExperts(GroupedMLP):
         activation: a name that `GroupedMLP` knows, or a module that is the activation.
         dropout: probability on the hidden activations.
         bias: whether both layers have biases.
+        layer_names: what the two linear layers of an expert are called there.
         output_dropout: p: in training, entries of an expert's output are zero with it and the others divided by 1 - p;
             in evaluation all are multiplied by 1 - p.
 
@@ -90,13 +91,14 @@ class ModuleExperts(GroupedMLP):
         activation: Activation | nn.Module,
         dropout: float,
         bias: bool,
+        layer_names: tuple[str, str],
         output_dropout: float = 0.0,
     ) -> None:
         named: Activation = "silu" if isinstance(activation, nn.Module) else activation
         super().__init__(num_experts, dim, hidden_dim, activation=named, dropout=dropout, bias=bias)
         if isinstance(activation, nn.Module):
             self._act = activation
-        self.output_dropout = output_dropout
+        self.layer_names, self.output_dropout = layer_names, output_dropout
 
     def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
         out = super().forward(rows, counts)
@@ -206,6 +208,7 @@ def bank_of_modules(experts: Any, names: tuple[str, str]) -> ModuleExperts:
         activation=kind or first.act,
         dropout=first.dropout.p,
         bias=w_in.bias is not None,
+        layer_names=names,
         output_dropout=float(getattr(experts, "moe_token_dropout", 0.0)),
     )
 

@@ -109,7 +109,8 @@ def parallelize(
             to no block: embeddings enter the residual stream in full. None = the type of the weights.
         weights: For a model on the meta device, an iterable that gives modules their weights and yields each, inner
             ones first, as `moekit.transformer.materialize_modules` does. Each block is divided before the next one is
-            drawn, so that no rank ever holds the whole model.
+            drawn, so that no rank ever holds the whole model. Modules with `stored_weights`
+            (`moekit.mapped.StoredWeights`) are filled when all is divided, by each rank for itself.
 
     The model's state dict is divided too, and `copy.deepcopy` refuses it: `moekit.parallel.gather_state_dict` gives a
     whole one, which a model that is not parallelized loads.
@@ -138,6 +139,8 @@ def parallelize(
     for module in weights if weights is not None else inner_first(model):
         if module in waiting:
             sharder.shard(module, waiting.pop(module))
+    for module in list(sharder.stored):
+        module.__dict__.pop("stored_weights").fill_module(module)
     now = dict(model.named_parameters(remove_duplicate=False))
     replaced = WeakTensorKeyDictionary({p: now[name] for p, name in before.items() if p is not now[name]})
     result = ShardedModel(model, meshes, (*theirs, *units), replaced)  # type: ignore[arg-type]
@@ -305,7 +308,10 @@ class _Sharder:
         self.slices: dict[nn.Module, list[_Slice]] = {}
         for part in slices:
             self.slices.setdefault(part.views[0].module, []).append(part)
-        self.sent: set[nn.Module] = set()
+        # What ranks read by themselves comes from no other rank.
+        self.stored = [module for module in model.modules() if "stored_weights" in module.__dict__]
+        self.divided: set[nn.Module] = set()
+        self.sent = {inner for module in self.stored for inner in module.modules()}
         self.offload = (
             CPUOffloadPolicy(pin_memory=meshes.dense.device_type == "cuda")
             if meshes.layout.offload == "parameters"
@@ -314,9 +320,9 @@ class _Sharder:
 
     def shard(self, unit: nn.Module, dtype: torch.dtype | None) -> None:
         """Take the weights of rank 0, slice them, and let `fully_shard` divide them, gathered in `dtype`."""
-        mine = [module for module in unit.modules() if module not in self.sent]
-        self.sent.update(mine)
-        self._take_from_rank_zero(mine)
+        mine = [module for module in unit.modules() if module not in self.divided]
+        self.divided.update(mine)
+        self._take_from_rank_zero([module for module in mine if module not in self.sent])
         for module in mine:
             for part in self.slices.get(module, ()):
                 _divide(part)

@@ -142,4 +142,8 @@ class ScoredRouter(Router):
         return self.scorer(x, context or RoutingContext(), self._score_parameters())
 
     def _score_parameters(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self._scored}
+        found = {name: getattr(self, name) for name in self._scored}
+        adapter = self._modules.get("adapter")  # see `moekit.surgery.adapters`
+        if adapter is not None:
+            found["weight"] = found["weight"] + adapter.product().transpose(0, 1)
+        return found
