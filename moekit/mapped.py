@@ -79,11 +79,37 @@ class MappedTensor:
         return torch.from_numpy(raw).view(self.dtype).as_strided(self.shape, self.stride)
 
 
-class StoredWeights(ABC):
-    """Where the weights of a module on the meta device lie, who has it as its attribute ``stored_weights``.
+_STORED = "stored_weights"
 
-    Who divides such a model gives it memory, divides it, and then has it filled, each rank its part.
+
+class StoredWeights(ABC):
+    """Where the weights of a module on the meta device lie, until they are needed.
+
+    Who divides such a model gives it memory, divides it, and then has it filled, each rank its part. What is added to
+    the module later, as adapters are, is drawn as ever.
     """
+
+    def mark(self, module: nn.Module) -> None:
+        """Say of a module, and of all that are in it now, that their weights are here."""
+        for inner in module.modules():
+            inner.__dict__[_STORED] = self if inner is module else None
+
+    @staticmethod
+    def roots(model: nn.Module) -> list[tuple[nn.Module, StoredWeights]]:
+        """The modules of a model that were marked, each with where its weights are."""
+        found = ((module, module.__dict__.get(_STORED)) for module in model.modules())
+        return [(module, stored) for module, stored in found if stored is not None]
+
+    @staticmethod
+    def has(module: nn.Module) -> bool:
+        """Whether the tensors that a module holds itself are stored, and not yet read."""
+        return _STORED in module.__dict__
+
+    def fill(self, module: nn.Module) -> None:
+        """`fill_module`, after which nothing is marked."""
+        self.fill_module(module)
+        for inner in module.modules():
+            inner.__dict__.pop(_STORED, None)
 
     @abstractmethod
     def fill_module(self, module: nn.Module) -> None:

@@ -30,9 +30,11 @@ def adopt(model: Model, aux: AuxLosses | Literal["default"] | None = "default") 
     """Put a `MoELayer` in the place of every sparse block of a model of transformers, in place.
 
     Logits and gradients are those of the original, parameters are the same objects under the same names, and
-    `save_pretrained` writes the same files. What moekit does with a `MoELayer` it then does with the model: the
-    Strategy divides its experts, reports draw its routing, routers take a capacity. Padding that a two-dimensional
-    `attention_mask` tells is not routed: hidden states there, which nobody reads, are others.
+    `save_pretrained` writes the same files. (Experts of SwitchTransformers and NllbMoe are modules there: each layer's
+    become one tensor for each matrix here, and are written as modules again.) What moekit does with a `MoELayer` it
+    then does with the model: the Strategy divides its experts, reports draw its routing, routers take a capacity.
+    Padding that a two-dimensional `attention_mask` tells is not routed: hidden states there, which nobody reads, are
+    others.
 
     In training a forward that is given labels adds the routers' weighted losses to the loss, and reports their
     unweighted mean over layers as ``aux_loss``. `routings` gives all that the routers returned.

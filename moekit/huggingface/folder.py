@@ -14,13 +14,14 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from moekit.atomic import replacing_folder, writing
 from moekit.errors import UserError
 from moekit.huggingface.adopt import adopt
 from moekit.layer import AuxLosses
@@ -65,7 +66,7 @@ def adopt_folder(
     stored = FolderWeights(place, model, files)
     model.eval()
     if torch.device(device).type == "meta":
-        model.__dict__["stored_weights"] = stored
+        stored.mark(model)
         return model
     _give_memory(model, torch.device(device))
     stored.fill_module(model)
@@ -102,8 +103,9 @@ def consolidate_folder(checkpoint: PathLike, like: PathLike, out: PathLike) -> N
         found = {n: entries[prefix + n].shape for n in wanted if prefix + n in entries}
         if found == shapes:
             stored.fill({f"model/{prefix}{name}": tensor for name, tensor in wanted.items()})
-            model.save_pretrained(target)
-            _copy_beside(place, target)
+            with writing(target), replacing_folder(target) as draft:
+                model.save_pretrained(draft)
+                _copy_beside(place, draft)
             return
     raise UserError(
         f"the checkpoint {stored.folder} must hold the tensors of {place}, an adopted {type(model).__name__}: it does "
@@ -111,7 +113,7 @@ def consolidate_folder(checkpoint: PathLike, like: PathLike, out: PathLike) -> N
     )
 
 
-class FolderWeights(StoredCheckpoint, StoredWeights):
+class FolderWeights(StoredWeights):
     """The tensors of an adopted model in the files of its folder.
 
     Args:
@@ -124,26 +126,25 @@ class FolderWeights(StoredCheckpoint, StoredWeights):
     """
 
     def __init__(self, folder: Path, model: nn.Module, files: Mapping[str, MappedTensor]) -> None:
-        self._places, self._transposed = files, set[str]()
-        super().__init__(folder, self._index_of(folder, model))
+        self._transposed: set[str] = set()
+        self._stored = _Files(folder, self._index_of(folder, model, files), files, self._transposed)
 
     def fill_module(self, module: nn.Module) -> None:
         """Read the tensors of the adopted model, divided or whole; all ranks call it together."""
         tensors, _, shared = model_tensors(module)
         names = {**{name: name for name in tensors}, **shared}
-        read_into({f"model/{name}": tensors[first] for name, first in names.items() if self._has(name)}, self)
+        targets = {f"model/{name}": tensors[first] for name, first in names.items()}
+        there = self._stored.index.entries
+        read_into({name: tensor for name, tensor in targets.items() if name in there}, self._stored)
 
-    def _has(self, name: str) -> bool:
-        return f"model/{name}" in self.index.entries
-
-    def _index_of(self, folder: Path, model: nn.Module) -> Index:
+    def _index_of(self, folder: Path, model: nn.Module, files: Mapping[str, MappedTensor]) -> Index:
         wanted = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
         chunks: dict[str, list[Chunk]] = {}
-        for name, parts in _by_target(model, self._places, wanted).items():
+        for name, parts in _by_target(model, files, wanted).items():
             if name not in wanted:
                 continue  # a tensor that the model does not use, as checkpoints often have
             chunks[name] = [
-                Chunk(part.offsets, part.sizes, self._places[part.key].path.name, part.key, None) for part in parts
+                Chunk(part.offsets, part.sizes, files[part.key].path.name, part.key, None) for part in parts
             ]
             self._transposed.update(part.key for part in parts if part.transposed)
         known = aliases(model)
@@ -160,6 +161,16 @@ class FolderWeights(StoredCheckpoint, StoredWeights):
             for name, found in chunks.items()
         }
         return Index(entries)
+
+
+class _Files(StoredCheckpoint):
+    """Files of transformers, whose tensors are boxes of the model's, some of them transposed."""
+
+    def __init__(
+        self, folder: Path, index: Index, places: Mapping[str, MappedTensor], transposed: Collection[str]
+    ) -> None:
+        super().__init__(folder, index)
+        self._places, self._transposed = places, transposed
 
     def _read(self, chunk: Chunk) -> Tensor:
         whole = self._places[chunk.key].tensor()

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from moekit.dispatch import AllToAll, Exchange, TwoLevelAllToAll
 from moekit.errors import UserError
 from moekit.layer import moe_layers
+from moekit.mapped import StoredWeights
 from moekit.parallel.activations import Activations
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
 from moekit.parallel.fsdp_units import choose_fsdp_units, clone_output_views, inner_first, zero_dimensions
@@ -139,8 +140,8 @@ def parallelize(
     for module in weights if weights is not None else inner_first(model):
         if module in waiting:
             sharder.shard(module, waiting.pop(module))
-    for module in list(sharder.stored):
-        module.__dict__.pop("stored_weights").fill_module(module)
+    for module, stored in StoredWeights.roots(model):
+        stored.fill(module)
     now = dict(model.named_parameters(remove_duplicate=False))
     replaced = WeakTensorKeyDictionary({p: now[name] for p, name in before.items() if p is not now[name]})
     result = ShardedModel(model, meshes, (*theirs, *units), replaced)  # type: ignore[arg-type]
@@ -309,9 +310,8 @@ class _Sharder:
         for part in slices:
             self.slices.setdefault(part.views[0].module, []).append(part)
         # What ranks read by themselves comes from no other rank.
-        self.stored = [module for module in model.modules() if "stored_weights" in module.__dict__]
+        self.stored = {module for module in model.modules() if StoredWeights.has(module)}
         self.divided: set[nn.Module] = set()
-        self.sent = {inner for module in self.stored for inner in module.modules()}
         self.offload = (
             CPUOffloadPolicy(pin_memory=meshes.dense.device_type == "cuda")
             if meshes.layout.offload == "parameters"
@@ -322,7 +322,7 @@ class _Sharder:
         """Take the weights of rank 0, slice them, and let `fully_shard` divide them, gathered in `dtype`."""
         mine = [module for module in unit.modules() if module not in self.divided]
         self.divided.update(mine)
-        self._take_from_rank_zero([module for module in mine if module not in self.sent])
+        self._take_from_rank_zero([module for module in mine if module not in self.stored])
         for module in mine:
             for part in self.slices.get(module, ()):
                 _divide(part)

@@ -75,6 +75,7 @@ class LowRank(nn.Module):
     def reset_parameters(self) -> None:
         """Draw `down` anew; `up` becomes zero."""
         if not self.down.is_meta:
+            self.scale.fill_(self.alpha / self.rank)  # which has no value yet where it was built without memory
             self.down.normal_(std=self.down.shape[-2] ** -0.5)
             self.up.zero_()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moekit.errors import UserError
 from moekit.experts.base import Experts, copy_first_expert_
 from moekit.functional.init import truncated_normal_
+from moekit.mapped import StoredWeights
 from moekit.transformer.attention import CrossAttention, SelfAttention
 from moekit.transformer.embedding import TokenEmbedding
 from moekit.transformer.feed_forward import GLU, MLP
@@ -238,7 +239,7 @@ class _Memory:
         # Shared tensors have several places, and one that stands for them until the last has it: no longer, so that
         # what the caller takes away is gone.
         self.places = Counter(tensor for module in model.modules() for _, _, tensor in _held(module))
-        self.stored = {inner for m in model.modules() if "stored_weights" in m.__dict__ for inner in m.modules()}
+        self.stored = {module for module in model.modules() if StoredWeights.has(module)}
         self.made: dict[Tensor, Tensor] = {}
         self.types: dict[Tensor, torch.dtype] = {}
 

@@ -16,12 +16,21 @@ from torch import Tensor, nn
 
 import moekit as mk
 from moekit.errors import UserError
-from moekit.huggingface import AdoptedLayer, adopt, adopt_folder, consolidate_folder
-from moekit.huggingface.folder import FolderWeights
-from moekit.parallel import build_meshes, parallelize
+from moekit.huggingface import (
+    AdoptedLayer,
+    adopt,
+    adopt_folder,
+    consolidate_folder,
+    read_adapters,
+    write_adapters,
+)
+from moekit.huggingface.folder import _Files
+from moekit.parallel import build_meshes, gather_state_dict, parallelize
 from moekit.parallel.layout import Layout
 from moekit.parallel.mesh import World
-from moekit.testing import run_distributed
+from moekit.surgery import add_adapters
+from moekit.testing import run_distributed, seeded
+from moekit.training.fine_tuning import subset, train_only
 from moekit.transformer.init import materialize_modules
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="folders are those of transformers 5")
@@ -66,13 +75,18 @@ def written(room: Path) -> None:
 class FineTune(L.LightningModule):
     """A folder as a LightningModule, built on the meta device when the Trainer asks for it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "meta", *, adapters: bool = False) -> None:
         super().__init__()
-        self.folder, self.model = folder, None
+        self.folder, self.device_of_model, self.adapters, self.model = folder, device, adapters, None
 
     def configure_model(self) -> None:
-        if self.model is None:
-            self.model = adopt_folder(self.folder, device="meta", aux=mk.AuxLosses(layers="mean", load_balance=0.0))
+        if self.model is not None:
+            return
+        self.model = adopt_folder(self.folder, device=self.device_of_model, aux=None)
+        if self.adapters:
+            with seeded(3):
+                add_adapters(self.model, rank=2, targets=("experts", "routers", "attention"))
+            train_only(self, subset("adapters"))
 
     def loss(self, ids: Tensor) -> Tensor:
         assert self.model is not None
@@ -87,10 +101,11 @@ class FineTune(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-def in_one_process(folder: Path) -> dict[str, Tensor]:
-    """Weights of plain PyTorch, and a folder of them beside the first."""
-    module = FineTune(folder)
-    module.model = adopt_folder(folder, aux=None).train()
+def in_one_process(folder: Path, *, adapters: bool = False) -> dict[str, Tensor]:
+    """Weights of plain PyTorch."""
+    module = FineTune(folder, "cpu", adapters=adapters)
+    module.configure_model()
+    module.train()
     optimizer = module.configure_optimizers()
     for ids in sentences(STEPS).split(GLOBAL_BATCH):
         optimizer.zero_grad()
@@ -109,13 +124,13 @@ def peak(memory: str = "VmHWM") -> int:
 def memory_of_dividing(folder: str) -> tuple[int, int, list[str], bool]:
     """KiB of the model, KiB of the peak while it is divided and read, keys read, and whether what is held is right."""
     read: list[str] = []
-    former = FolderWeights._read
+    former = _Files._read
 
-    def noted(self: FolderWeights, chunk: Any) -> Tensor:
+    def noted(self: _Files, chunk: Any) -> Tensor:
         read.append(chunk.key)
         return former(self, chunk)
 
-    FolderWeights._read = noted  # type: ignore[method-assign]
+    _Files._read = noted  # type: ignore[method-assign]
     model = adopt_folder(folder, device="meta", aux=None)
     size = sum(p.numel() * p.element_size() for p in model.parameters()) // 1024
     meshes = build_meshes(Layout(devices=2, expert_parallel_size=2, zero_stage=3), "cpu", World("cpu", 1, None))
@@ -170,6 +185,36 @@ def train_all(room: str, expected: dict[str, dict[str, Tensor]]) -> dict[str, st
     return wrong
 
 
+def train_adapters(room: str, expected: dict[str, Tensor]) -> str:
+    """What went wrong with adapters of a divided model."""
+    try:
+        place = Path(room)
+        module = FineTune(place / "mixtral", "cpu", adapters=True)
+        with quiet():
+            trainer = trainer_for(mk.ExpertParallelStrategy(**LAYOUTS[0]))
+            trainer.fit(module, datamodule=Sentences(sentences(STEPS)))
+        for key, value in whole_weights(module).items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}")
+        write_adapters(module.model, place / "adapter", base="mixtral")
+
+        drawn = adopt_folder(place / "mixtral", device="meta", aux=None)
+        add_adapters(drawn, rank=2, alpha=6.0, targets=("experts", "routers"))
+        meshes = build_meshes(Layout(devices=2, expert_parallel_size=2, zero_stage=3), "cpu", World("cpu", 1, None))
+        parallelize(drawn, meshes, weights=materialize_modules(drawn, "cpu"))
+        state = gather_state_dict(drawn)
+        plain = adopt_folder(place / "mixtral", aux=None).state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in plain.items()), "what was read"
+        pairs = {name: tensor for name, tensor in state.items() if name not in plain}
+        assert len(pairs) == 2 * 3 * 3
+        for name, tensor in pairs.items():
+            assert {"down": tensor.std() > 0, "up": not tensor.any(), "scale": float(tensor.max()) == 3}[
+                name.rpartition(".")[2]
+            ], name
+    except BaseException:
+        return traceback.format_exc()
+    return ""
+
+
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("folders")
@@ -180,7 +225,8 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(room: Path) -> dict[str, dict[str, Tensor]]:
-    return {name: in_one_process(room / name) for name in ("mixtral", "switch")}
+    found = {name: in_one_process(room / name) for name in ("mixtral", "switch")}
+    return {**found, "adapters": in_one_process(room / "mixtral", adapters=True)}
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +234,13 @@ def outcome(room: Path, expected: dict[str, dict[str, Tensor]]) -> list[Any]:
     return run_distributed(all_cases, 2, str(room), expected, timeout=110.0)
 
 
-def all_cases(room: str, expected: dict[str, dict[str, Tensor]]) -> tuple[Any, Any]:
-    return memory_of_dividing(f"{room}/large"), train_all(room, expected)
+def all_cases(room: str, expected: dict[str, dict[str, Tensor]]) -> tuple[Any, Any, str]:
+    whole = {name: weights for name, weights in expected.items() if name != "adapters"}
+    return memory_of_dividing(f"{room}/large"), train_all(room, whole), train_adapters(room, expected["adapters"])
 
 
 def test_no_rank_holds_the_whole_model(outcome: list[Any]) -> None:
-    (size, first, keys, right), (_, second, other, also) = (memory for memory, _ in outcome)
+    (size, first, keys, right), (_, second, other, also) = (memory for memory, _, _ in outcome)
     assert size > 190_000
     assert right
     assert also
@@ -205,7 +252,7 @@ def test_no_rank_holds_the_whole_model(outcome: list[Any]) -> None:
 
 @pytest.mark.parametrize("name", ["mixtral", "switch"])
 def test_trains_as_in_one_process(name: str, outcome: list[Any]) -> None:
-    for rank, (_, wrong) in enumerate(outcome):
+    for rank, (_, wrong, _) in enumerate(outcome):
         assert name not in wrong, f"on rank {rank}: {wrong[name]}"
 
 
@@ -226,3 +273,12 @@ def test_a_checkpoint_becomes_a_folder_again(
         consolidate_folder(room / f"{name}-0.ckpt", room / name, tmp_path)
     with pytest.raises(UserError, match="must hold the tensors"):
         consolidate_folder(room / f"{name}-0.ckpt", room / "large", tmp_path / "other")
+
+
+def test_adapters_of_a_divided_model(room: Path, outcome: list[Any], expected: dict[str, dict[str, Tensor]]) -> None:
+    assert [wrong for _, _, wrong in outcome] == ["", ""]
+    whole = adopt_folder(room / "mixtral", aux=None)
+    for name in read_adapters(whole, room / "adapter"):
+        torch.testing.assert_close(
+            whole.get_parameter(name), expected["adapters"][f"model.{name}"], rtol=1e-4, atol=2e-6
+        )
