@@ -1,6 +1,9 @@
-"""Hugging Face transformers: its sparse language models adopted in place, and folders in and out, safetensors only.
+"""Hugging Face transformers: its sparse models adopted in place, and folders in and out, safetensors only.
 
-model = adopt(AutoModelForCausalLM.from_pretrained(folder))   # Mixtral, OLMoE, Qwen, DeepSeek, GPT-OSS, ...
+model = adopt(AutoModelForCausalLM.from_pretrained(folder))   # Mixtral, OLMoE, Qwen, DeepSeek, GPT-OSS, Switch, ...
+model = adopt_folder(folder, device="meta")                   # divided before it is read
+model = upcycle(AutoModelForCausalLM.from_pretrained(dense))  # a dense one made sparse
+write_adapters(model, "adapter")                              # of moekit.surgery.add_adapters, for PEFT
 
 found = import_model("switch-base-8")                         # as a model of ours
 export_model(found.model, "again", tokens=found.tokens)
