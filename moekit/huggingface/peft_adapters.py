@@ -8,7 +8,6 @@ read_adapters(adopt(base), "adapter")    # or merge_adapters afterwards
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -18,15 +17,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moekit.atomic import replacing_path
+from moekit.atomic import replacing_path, write_json, writing
 from moekit.errors import UserError
 from moekit.experts import Experts
 from moekit.huggingface.adopted_layer import AdoptedLayer
 from moekit.huggingface.expert_modules import ModuleExperts
-from moekit.mapped import read_safetensors
+from moekit.mapped import read_safetensors, write_safetensors
 from moekit.parallel.checkpoint.checkpointer import PathLike
 from moekit.parallel.shards import full_tensor
 from moekit.routing import Router
@@ -127,11 +125,11 @@ def write_adapters(model: Any, folder: PathLike, *, base: str | None = None) -> 
         **_PLAIN,
     }
     target = Path(os.path.abspath(folder))
-    target.mkdir(parents=True, exist_ok=True)
-    with replacing_path(target / WEIGHTS) as draft:
-        save_file(tensors, draft, metadata={"format": "pt"})
-    with replacing_path(target / CONFIG) as draft:
-        draft.write_text(json.dumps(config, indent=2) + "\n")
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        with replacing_path(target / WEIGHTS) as draft:
+            write_safetensors(tensors, draft)
+        write_json(target / CONFIG, config)
 
 
 @torch.no_grad()

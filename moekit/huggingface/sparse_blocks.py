@@ -171,6 +171,7 @@ def take_tensors(layer: AdoptedLayer, block: nn.Module) -> None:
     """Give a layer of `adopted` the tensors of its block: the same objects, or stacked where experts are modules."""
     entry = SPARSE_BLOCKS[type(block).__name__]
     if entry.shared_gate is not None:
+        assert layer.mix is not None
         _move(layer.mix, getattr(block, entry.shared_gate))
     router = block.get_submodule(entry.router)
     if entry.expert_layers is None:
@@ -178,7 +179,8 @@ def take_tensors(layer: AdoptedLayer, block: nn.Module) -> None:
         _move(layer.experts, block.get_submodule("experts"))
     else:
         _move(layer.router, router.get_submodule("classifier"))
-        stack_modules(layer.experts, block.get_submodule("experts"), entry.expert_layers)
+        bank: Any = layer.experts
+        stack_modules(bank, block.get_submodule("experts"), entry.expert_layers)
 
 
 def weight_conversions(block: nn.Module, name: str) -> list[Any]:

@@ -256,7 +256,8 @@ def _fill(
     up = copies(torch.cat(inner), num_experts)
     down = copies(outer, num_experts) * scale if scale != 1 else copies(outer, num_experts)
     if isinstance(block.experts, nn.ModuleDict):
-        for number, expert in enumerate(block.experts.values()):
+        experts: list[Any] = list(block.experts.values())
+        for number, expert in enumerate(experts):
             expert.wi.weight, expert.wo.weight = nn.Parameter(up[number]), nn.Parameter(down[number])
     else:
         block.experts.gate_up_proj, block.experts.down_proj = nn.Parameter(up), nn.Parameter(down)

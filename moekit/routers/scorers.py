@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ class ScoredRouter(Router):
 
     def _score_parameters(self) -> dict[str, Tensor]:
         found = {name: getattr(self, name) for name in self._scored}
-        adapter = self._modules.get("adapter")  # see `moekit.surgery.adapters`
+        adapter: Any = self._modules.get("adapter")  # see `moekit.surgery.adapters`
         if adapter is not None:
             found["weight"] = found["weight"] + adapter.product().transpose(0, 1)
         return found

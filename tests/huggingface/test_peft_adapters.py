@@ -165,6 +165,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another rank": (lambda f: edit(f, r=4), "must have shapes"),
     "half a pair": (lambda f: edit_weights(f, lambda t: t.pop(first(t))), "half a pair"),
     "unknown": (lambda f: edit_weights(f, lambda t: t.update({"x.lora_A.weight": torch.ones(2)})), "none of them"),
+    "altered": (
+        lambda f: (f / "adapter_model.safetensors").write_bytes(
+            (f / "adapter_model.safetensors").read_bytes()[:-4] + b"abcd"
+        ),
+        "altered",
+    ),
     "no parameters named": (lambda f: edit(f, target_parameters=None), "none of them"),
 }
 
