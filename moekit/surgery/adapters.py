@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moekit.experts.base import Experts, product
-from moekit.routers.scorers import LinearScorer, ScoredRouter
+from moekit.routers.scorers import BiasedLinearScorer, LinearScorer, ScoredRouter
 from moekit.routing import Router
 from moekit.transformer.attention import CrossAttention, SelfAttention
 from moekit.transformer.feed_forward import GLU, MLP
@@ -135,8 +135,8 @@ def add_adapters(
         Names of the new parameters.
 
     Raises:
-        ValueError: an unknown target, no matrix found, adapters already there, a bank that takes none, or a rank
-            that does not fit.
+        ValueError: an unknown target, no matrix found, adapters already there, a bank or router that takes none, or a
+            rank that does not fit.
 
     Source: arXiv:2106.09685.
     """
@@ -252,9 +252,14 @@ def _matrices(model: nn.Module, targets: Collection[str]) -> Iterator[tuple[nn.M
                 )
             for name in module.matrices:
                 yield module, name
-        elif isinstance(module, ScoredRouter) and "routers" in targets:
-            if isinstance(module.scorer, LinearScorer):
+        elif isinstance(module, Router) and "routers" in targets:
+            if isinstance(module, ScoredRouter) and type(module.scorer) in (LinearScorer, BiasedLinearScorer):
                 yield module, "weight"
+            elif next(module.parameters(), None) is not None:
+                raise ValueError(
+                    f"the router {type(module).__name__} takes no adapters: its scores must be one matrix times the "
+                    "token. Leave routers out of the targets."
+                )
         elif isinstance(module, dense) or _is_of_transformers(module, targets):
             for path, inner in module.named_children():
                 if isinstance(inner, nn.Linear | FusedLinear) and id(inner) not in seen:
