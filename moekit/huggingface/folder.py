@@ -50,7 +50,8 @@ def adopt_folder(
 
     Args:
         folder: as `save_pretrained` or a download makes it: config.json and safetensors files.
-        device: where the weights are; "meta" in `configure_model` under the Strategy.
+        device: where the weights are; "meta" in `configure_model` under the Strategy. The model evaluates, as that of
+            `from_pretrained` does: call ``train()``, which a Trainer does not.
         aux: as in `adopt`.
         dtype: the type of the weights; None = what the configuration says.
 
@@ -78,7 +79,8 @@ def consolidate_folder(checkpoint: PathLike, like: PathLike, out: PathLike) -> N
 
     Args:
         checkpoint: a folder that `ExpertParallelStrategy` or `moekit.parallel.Checkpointer` wrote.
-        like: the folder of `adopt_folder` that training began with; its tokenizer goes along.
+        like: the folder of `adopt_folder` that training began with; its tokenizer goes along, and its type of weights
+            stays.
         out: a new or empty folder.
 
     Raises:
@@ -132,17 +134,20 @@ class FolderWeights(StoredWeights):
     def fill_module(self, module: nn.Module) -> None:
         """Read the tensors of the adopted model, divided or whole; all ranks call it together."""
         tensors, _, shared = model_tensors(module)
-        names = {**{name: name for name in tensors}, **shared}
-        targets = {f"model/{name}": tensors[first] for name, first in names.items()}
         there = self._stored.index.entries
-        read_into({name: tensor for name, tensor in targets.items() if name in there}, self._stored)
+        targets = {name: tensor for name, tensor in tensors.items() if f"model/{name}" in there}
+        for name, first in shared.items():  # of a shared tensor a file may have any of the names
+            if first not in targets and f"model/{name}" in there:
+                targets[name] = tensors[first]
+        read_into({f"model/{name}": tensor for name, tensor in targets.items()}, self._stored)
 
     def _index_of(self, folder: Path, model: nn.Module, files: Mapping[str, MappedTensor]) -> Index:
         wanted = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
         chunks: dict[str, list[Chunk]] = {}
         for name, parts in _by_target(model, files, wanted).items():
             if name not in wanted:
-                continue  # a tensor that the model does not use, as checkpoints often have
+                _require_unused(folder, model, name, parts[0].key)
+                continue
             chunks[name] = [
                 Chunk(part.offsets, part.sizes, files[part.key].path.name, part.key, None) for part in parts
             ]
@@ -247,6 +252,16 @@ def _joined(name: str, given: list[list[_Part]], operations: Iterable[Any]) -> l
                     "from_pretrained, and give it to adopt."
                 )
     return [part for parts in given for part in parts]
+
+
+def _require_unused(folder: Path, model: Any, name: str, key: str) -> None:
+    """Raise UserError unless transformers knows a tensor as one that the model makes no use of."""
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    computed = name in {buffer for buffer, _ in model.named_buffers()}
+    if not computed and not any(re.search(pattern, name) for pattern in ignored):
+        raise UserError(
+            f"{folder} has a tensor {key}, and {type(model).__name__} as config.json describes it has no place for it."
+        )
 
 
 def _require_whole(folder: Path, name: str, shape: tuple[int, ...], chunks: Sequence[Chunk]) -> None:

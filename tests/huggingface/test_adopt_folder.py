@@ -83,6 +83,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "another size": (lambda folder: edited(folder, moe_intermediate_size=24), "must have shape"),
     "more experts": (lambda folder: edited(folder, num_experts=9, num_local_experts=9), "must have shape"),
     "more layers": (lambda folder: edited(folder, num_hidden_layers=3), "has no tensor"),
+    "fewer layers": (lambda folder: edited(folder, num_hidden_layers=1), "has no place for it"),
     "another class": (lambda folder: edited(folder, architectures=["Linear"]), "architecture"),
     "quantized": (lambda folder: edited(folder, quantization_config={"quant_method": "fp8"}), "quantized"),
     "unknown": (lambda folder: edited(folder, model_type="nobody"), "no configuration that transformers knows"),
