@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.stored import parse_json
@@ -76,6 +77,43 @@ class MappedTensor:
         if raw.ctypes.data % self.dtype.itemsize:
             raw = np.array(raw)  # a file may begin with an odd number of bytes
         return torch.from_numpy(raw).view(self.dtype).as_strided(self.shape, self.stride)
+
+
+_STORED = "stored_weights"
+
+
+class StoredWeights(ABC):
+    """Where the weights of a module on the meta device lie, until they are needed.
+
+    Who divides such a model gives it memory, divides it, and then has it filled, each rank its part. What is added to
+    the module later, as adapters are, is drawn as ever.
+    """
+
+    def mark(self, module: nn.Module) -> None:
+        """Say of a module, and of all that are in it now, that their weights are here."""
+        for inner in module.modules():
+            inner.__dict__[_STORED] = self if inner is module else None
+
+    @staticmethod
+    def roots(model: nn.Module) -> list[tuple[nn.Module, StoredWeights]]:
+        """The modules of a model that were marked, each with where its weights are."""
+        found = ((module, module.__dict__.get(_STORED)) for module in model.modules())
+        return [(module, stored) for module, stored in found if stored is not None]
+
+    @staticmethod
+    def has(module: nn.Module) -> bool:
+        """Whether the tensors that a module holds itself are stored, and not yet read."""
+        return _STORED in module.__dict__
+
+    def fill(self, module: nn.Module) -> None:
+        """`fill_module`, after which nothing is marked."""
+        self.fill_module(module)
+        for inner in module.modules():
+            inner.__dict__.pop(_STORED, None)
+
+    @abstractmethod
+    def fill_module(self, module: nn.Module) -> None:
+        """Read the module's weights, of divided ones this rank's part. All ranks call it together."""
 
 
 def digest_of(tensor: Tensor) -> str:

@@ -25,6 +25,7 @@ class Experts(Component, ABC):
         axes: logical axes of each parameter, outermost first (``expert``, ``embed``, ``mlp``).
         matrices: names of the parameters Float[E, I, O] that `forward` multiplies with through `times` alone: these can
             be given low-rank adapters.
+        outputs_first: whether `matrices` lie as Float[E, O, I].
         outputs: names of the parameters, all of them drawn at random, in which the bank's output is linear: those
             whose first draw `depth_scale` scales.
         depth_scale: variance of the first draw of `outputs` as a multiple of the bank's own: 1 / the number of residual
@@ -40,6 +41,7 @@ class Experts(Component, ABC):
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     matrices: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[tuple[str, ...]] = ()
+    outputs_first: bool = False
     requires_whole_bank: ClassVar[bool] = False
     shown: ClassVar[tuple[str, ...]] = ("num_experts", "dim", "hidden_dim", "activation", "dropout")
     num_experts: int
@@ -70,18 +72,28 @@ class Experts(Component, ABC):
 
         See `moekit.surgery.adapters`.
         """
-        out = product(rows, getattr(self, name), counts, self.backend)
+        out = product(rows, self.inputs_first(name), counts, self.backend)
         adapter = self._adapter(name)
         return out if adapter is None else out + adapter(rows, counts)
 
     def matrix(self, expert: int, name: str) -> Tensor:
         """One expert's matrix of that name, its adapter included: what `reference` multiplies with."""
-        weight: Tensor = getattr(self, name)[expert]
+        weight = self.inputs_first(name)[expert]
         adapter = self._adapter(name)
         return weight if adapter is None else weight + adapter.product()[expert]
 
+    def inputs_first(self, name: str) -> Tensor:
+        """Float[E, I, O]: the matrices of that name, as they are or as a view."""
+        matrices: Tensor = getattr(self, name)
+        return matrices.transpose(1, 2) if self.outputs_first else matrices
+
+    @property
+    def adapters_name(self) -> str:
+        """Where the adapters of `matrices` are kept; the name tells how these lie, which merging needs to know."""
+        return "transposed_adapters" if self.outputs_first else "adapters"
+
     def _adapter(self, name: str) -> Any:
-        adapters = self._modules.get("adapters")
+        adapters = self._modules.get(self.adapters_name)
         return adapters[name] if isinstance(adapters, nn.ModuleDict) and name in adapters else None
 
     @abstractmethod

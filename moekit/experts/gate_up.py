@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moekit.experts.base import Experts, product, rows_of
+from moekit.experts.base import Experts, rows_of
 from moekit.functional.init import truncated_normal_
 
 
@@ -79,6 +80,8 @@ class GateUpExperts(Experts):
         that a slice of it would be no slice of the hidden units. Tensor parallelism leaves these experts whole.
     """
 
+    matrices: ClassVar[tuple[str, ...]] = ("gate_up_proj", "down_proj")
+
     def __init__(
         self,
         num_experts: int,
@@ -113,6 +116,7 @@ class GateUpExperts(Experts):
             "down_proj": ("expert", *down),
             "gate_up_proj_bias": ("expert", "gate_up"),
             "down_proj_bias": ("expert", "embed"),
+            **self.__dict__.get("axes", {}),  # of adapters
         }
 
     def extra_repr(self) -> str:  # noqa: D102
@@ -128,18 +132,15 @@ class GateUpExperts(Experts):
                 bias.zero_()
 
     def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
-        hidden = product(rows, self._inputs_first(self.gate_up_proj), counts, self.backend)
+        hidden = self.times(rows, "gate_up_proj", counts)
         if self.gate_up_proj_bias is not None:
             hidden = hidden + rows_of(self.gate_up_proj_bias, rows, counts)
-        out = product(self.gate(hidden), self._inputs_first(self.down_proj), counts, self.backend)
+        out = self.times(self.gate(hidden), "down_proj", counts)
         return out if self.down_proj_bias is None else out + rows_of(self.down_proj_bias, rows, counts)
 
     def reference(self, expert: int, x: Tensor) -> Tensor:  # noqa: D102
-        hidden = x @ self._inputs_first(self.gate_up_proj)[expert]
+        hidden = x @ self.matrix(expert, "gate_up_proj")
         if self.gate_up_proj_bias is not None:
             hidden = hidden + self.gate_up_proj_bias[expert]
-        out = self.gate(hidden) @ self._inputs_first(self.down_proj)[expert]
+        out = self.gate(hidden) @ self.matrix(expert, "down_proj")
         return out if self.down_proj_bias is None else out + self.down_proj_bias[expert]
-
-    def _inputs_first(self, matrices: Tensor) -> Tensor:
-        return matrices.transpose(1, 2) if self.outputs_first else matrices

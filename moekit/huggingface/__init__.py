@@ -1,6 +1,9 @@
-"""Hugging Face transformers: its sparse language models adopted in place, and folders in and out, safetensors only.
+"""Hugging Face transformers: its sparse models adopted in place, and folders in and out, safetensors only.
 
-model = adopt(AutoModelForCausalLM.from_pretrained(folder))   # Mixtral, OLMoE, Qwen, DeepSeek, GPT-OSS, ...
+model = adopt(AutoModelForCausalLM.from_pretrained(folder))   # Mixtral, OLMoE, Qwen, DeepSeek, GPT-OSS, Switch, ...
+model = adopt_folder(folder, device="meta")                   # divided before it is read
+model = upcycle(AutoModelForCausalLM.from_pretrained(dense))  # a dense one made sparse
+write_adapters(model, "adapter")                              # of moekit.surgery.add_adapters, for PEFT
 
 found = import_model("switch-base-8")                         # as a model of ours
 export_model(found.model, "again", tokens=found.tokens)
@@ -9,23 +12,32 @@ export_model(found.model, "again", tokens=found.tokens)
 from moekit.huggingface.adopt import adopt, routings
 from moekit.huggingface.adopted_layer import AdoptedLayer
 from moekit.huggingface.architecture import Architecture
+from moekit.huggingface.folder import adopt_folder, consolidate_folder
 from moekit.huggingface.model import describe
+from moekit.huggingface.peft_adapters import read_adapters, write_adapters
 from moekit.huggingface.reading import Blueprint, Imported, import_model, open_folder
 from moekit.huggingface.sparse_blocks import SPARSE_BLOCKS
 from moekit.huggingface.tokenizers import read_tokenizer
+from moekit.huggingface.upcycling import UPCYCLED, upcycle
 from moekit.huggingface.writing import export_model
 
 __all__ = [
     "SPARSE_BLOCKS",
+    "UPCYCLED",
     "AdoptedLayer",
     "Architecture",
     "Blueprint",
     "Imported",
     "adopt",
+    "adopt_folder",
+    "consolidate_folder",
     "describe",
     "export_model",
     "import_model",
     "open_folder",
+    "read_adapters",
     "read_tokenizer",
     "routings",
+    "upcycle",
+    "write_adapters",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from moekit.errors import UserError
-from moekit.huggingface.adopted_layer import AdoptedLayer, Hearing
-from moekit.huggingface.sparse_blocks import SPARSE_BLOCKS, adopted
+from moekit.huggingface.adopted_layer import AdoptedLayer, Hearing, real_tokens
+from moekit.huggingface.sparse_blocks import SPARSE_BLOCKS, SparseBlock, adopted, take_tensors, weight_conversions
 from moekit.layer import AuxLosses
 from moekit.routing import Routing
 
@@ -30,9 +30,11 @@ def adopt(model: Model, aux: AuxLosses | Literal["default"] | None = "default") 
     """Put a `MoELayer` in the place of every sparse block of a model of transformers, in place.
 
     Logits and gradients are those of the original, parameters are the same objects under the same names, and
-    `save_pretrained` writes the same files. What moekit does with a `MoELayer` it then does with the model: the
-    Strategy divides its experts, reports draw its routing, routers take a capacity. Padding that a two-dimensional
-    `attention_mask` tells is not routed: hidden states there, which nobody reads, are others.
+    `save_pretrained` writes the same files. (Experts of SwitchTransformers and NllbMoe are modules there: each layer's
+    become one tensor for each matrix here, and are written as modules again.) What moekit does with a `MoELayer` it
+    then does with the model: the Strategy divides its experts, reports draw its routing, routers take a capacity.
+    Padding that a two-dimensional `attention_mask` tells is not routed: hidden states there, which nobody reads, are
+    others.
 
     In training a forward that is given labels adds the routers' weighted losses to the loss, and reports their
     unweighted mean over layers as ``aux_loss``. `routings` gives all that the routers returned.
@@ -55,16 +57,25 @@ def adopt(model: Model, aux: AuxLosses | Literal["default"] | None = "default") 
     """
     found = _sparse_blocks(model)
     hearing = Hearing()
-    layers = {path: adopted(block, hearing) for path, block in found.items()}
+    config = getattr(model, "config", None)
+    layers = {path: adopted(block, hearing, config) for path, block in found.items()}
+    entry = SPARSE_BLOCKS[type(next(iter(found.values()))).__name__]
+    _convert_when_saved(model, found)
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
-        block = model.get_submodule(parent)
-        setattr(block, name, layer)
-        for part in block.children():
-            if part is not layer:
-                part.register_forward_pre_hook(hearing.enter, with_kwargs=True)
+        holder = model.get_submodule(parent)
+        take_tensors(layer, found.pop(path))
+        setattr(holder, name, layer)
+        if entry.entered is None:
+            for part in holder.children():
+                if part is not layer:
+                    part.register_forward_pre_hook(hearing.enter, with_kwargs=True)
+    if entry.entered is not None:
+        _hear_stacks(model, hearing, entry.entered, layers)
+    if entry.fault is not None:
+        _LOG.warning("%s: %s.", type(model).__name__, entry.fault)
     if isinstance(aux, str):
-        aux = _default_losses(model, next(iter(found.values())), next(iter(layers.values())))
+        aux = _default_losses(model, entry, next(iter(layers.values())))
         _LOG.warning(
             "%s: %d sparse layers adopted; training adds %r to its loss.", type(model).__name__, len(layers), aux
         )
@@ -99,7 +110,7 @@ class Adoption:
             )
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         forward = self.hearing.forward
-        forward.mask, forward.routings, forward.with_gradient = _real(mask), [], torch.is_grad_enabled()
+        forward.mask, forward.routings, forward.with_gradient = real_tokens(mask), [], torch.is_grad_enabled()
 
     def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """After a forward, also one that raised: stop listening, and add the losses."""
@@ -156,14 +167,6 @@ def _adoption(model: nn.Module) -> Adoption | None:
     return next((owner for owner in owners if isinstance(owner, Adoption)), None)
 
 
-def _real(mask: Any) -> Tensor | None:
-    """Bool[B, S], True = a real token; None where there is no padding, or nothing that says so for each token."""
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return None
-    real = mask.bool()
-    return None if real.device.type == "cpu" and bool(real.all()) else real  # not asked on a device: it would wait
-
-
 def _sparse_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The blocks to replace, by path.
 
@@ -191,17 +194,41 @@ def _sparse_blocks(model: nn.Module) -> dict[str, nn.Module]:
     kinds = ", ".join(sorted(SPARSE_BLOCKS))
     if others:
         path, kind = next(iter(others.items()))
-        hint = (
-            " moekit.huggingface.import_model reads it." if kind.startswith(("SwitchTransformers", "NllbMoe")) else ""
-        )
-        raise UserError(f"{name}: {path} ({kind}) is in a sparse block of an unknown kind. Known are {kinds}.{hint}")
+        raise UserError(f"{name}: {path} ({kind}) is in a sparse block of an unknown kind. Known are {kinds}.")
     if not known:
         raise UserError(f"{name} has no sparse block to adopt. Known are {kinds}.")
     return known
 
 
-def _default_losses(model: nn.Module, block: nn.Module, layer: AdoptedLayer) -> AuxLosses:
+def _convert_when_saved(model: Any, found: Mapping[str, nn.Module]) -> None:
+    """Let `save_pretrained` write experts that were modules as such."""
+    made: dict[str, list[Any]] = {}
+    for path, block in found.items():
+        name = path.rpartition(".")[2]
+        made.setdefault(name, weight_conversions(block, name))
+    ours = [conversion for of_name in made.values() for conversion in of_name]
+    if ours:
+        # What it has none of by itself: no conversion of transformers is of these models.
+        model._weight_conversions = [*(getattr(model, "_weight_conversions", None) or ()), *ours]
+
+
+def _hear_stacks(model: nn.Module, hearing: Hearing, entered: str, layers: Iterable[str]) -> None:
+    """Take the masks of encoder and decoder from each, which is also called by itself, and find those of recomputed
+    blocks.
+    """
+    stacks: dict[nn.Module, None] = {}
+    for path in layers:
+        above = [model.get_submodule(".".join(path.split(".")[:n])) for n in range(path.count(".") + 1)]
+        block = next(module for module in reversed(above) if hasattr(module, "gradient_checkpointing"))
+        block.get_submodule(entered).register_forward_pre_hook(hearing.enter_states, with_kwargs=True)
+        stacks[next(m for m in reversed(above[: above.index(block)]) if hasattr(m, "embed_tokens"))] = None
+    for stack in stacks:
+        stack.register_forward_pre_hook(hearing.begin_stack, with_kwargs=True)
+        stack.register_forward_hook(hearing.end_stack, with_kwargs=True, always_call=True)
+
+
+def _default_losses(model: nn.Module, entry: SparseBlock, layer: AdoptedLayer) -> AuxLosses:
     given = getattr(getattr(model, "config", None), "router_aux_loss_coef", None)
     if given is None:
-        return AuxLosses(layers="mean", load_balance=SPARSE_BLOCKS[type(block).__name__].coefficient)
+        return AuxLosses(layers="mean", load_balance=entry.coefficient)
     return AuxLosses(layers="mean", load_balance=given * layer.router.k)

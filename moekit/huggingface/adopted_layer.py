@@ -27,12 +27,14 @@ class Forward:
             activation checkpointing adds nothing.
         mask: Bool[B, S'], True = a real token; None = all are.
         with_gradient: whether it began with gradients.
+        in_stack: whether an encoder or decoder is at work, in a forward of the model or called by itself.
     """
 
     def __init__(self) -> None:
         self.routings: list[Routing] | None = None
         self.mask: Tensor | None = None
         self.with_gradient = False
+        self.in_stack = False
 
 
 class _OfThisThread(threading.local):
@@ -78,13 +80,30 @@ class Hearing:
         positions. So several forwards may come before the backward.
         """
         angles = kwargs.get("position_embeddings")
-        cosines = angles[0] if isinstance(angles, tuple) else angles
-        if not isinstance(cosines, Tensor):
+        self._note(angles[0] if isinstance(angles, tuple) else angles)
+
+    def enter_states(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """`enter` by the hidden states of a transformer block, before the first part that it calls with them."""
+        self._note(args[0] if args else kwargs.get("hidden_states"))
+
+    def begin_stack(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before an encoder or a decoder: its mask is that of the layers inside."""
+        self.forward.mask = real_tokens(kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
+        self.forward.in_stack = True
+
+    def end_stack(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After it."""
+        self.forward.mask, self.forward.in_stack = None, False
+
+    def _note(self, key: Any) -> None:
+        if not isinstance(key, Tensor):
             return
-        if self.forward.routings is None:  # or the base model is called by itself, whose mask nobody knows
-            self.forward.mask = self._masks.get(cosines)
+        if (
+            self.forward.routings is None and not self.forward.in_stack
+        ):  # or the base model is called by itself, whose mask nobody knows
+            self.forward.mask = self._masks.get(key)
         elif self.forward.mask is not None and torch.is_grad_enabled():
-            self._masks[cosines] = self.forward.mask
+            self._masks[key] = self.forward.mask
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hear a forward of their own."""
@@ -92,6 +111,14 @@ class Hearing:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
+
+
+def real_tokens(mask: Any) -> Tensor | None:
+    """Bool[B, S], True = a real token; None where there is no padding, or nothing that says so for each token."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    real = mask.bool()
+    return None if real.device.type == "cpu" and bool(real.all()) else real  # not asked on a device: it would wait
 
 
 class SigmoidGate(Mix):
@@ -155,8 +182,8 @@ class AdoptedLayer(Renamed, MoELayer):
         super().__init__(router, experts, shared=shared, mix=mix)
         self.jitters, self.answers_pair, self.hearing = jitters, answers_pair, hearing
 
-    def __call__(self, hidden_states: Tensor) -> Any:
-        """Float[B, S, D] to the same, as the block that was here."""
+    def __call__(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Any:
+        """Float[B, S, D] to the same, as the block that was here; the mask that some are given is known already."""
         for rate in self.jitters if self.training else ():
             hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(1 - rate, 1 + rate)
         output: MoEOutput = super().__call__(hidden_states, self.hearing.context(hidden_states, training=self.training))

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from moekit.dispatch import AllToAll, Exchange, TwoLevelAllToAll
 from moekit.errors import UserError
 from moekit.layer import moe_layers
+from moekit.mapped import StoredWeights
 from moekit.parallel.activations import Activations
 from moekit.parallel.annotation import Annotation, banks, check_model, read_annotations
 from moekit.parallel.fsdp_units import choose_fsdp_units, clone_output_views, inner_first, zero_dimensions
@@ -109,7 +110,8 @@ def parallelize(
             to no block: embeddings enter the residual stream in full. None = the type of the weights.
         weights: For a model on the meta device, an iterable that gives modules their weights and yields each, inner
             ones first, as `moekit.transformer.materialize_modules` does. Each block is divided before the next one is
-            drawn, so that no rank ever holds the whole model.
+            drawn, so that no rank ever holds the whole model. Modules with `stored_weights`
+            (`moekit.mapped.StoredWeights`) are filled when all is divided, by each rank for itself.
 
     The model's state dict is divided too, and `copy.deepcopy` refuses it: `moekit.parallel.gather_state_dict` gives a
     whole one, which a model that is not parallelized loads.
@@ -138,6 +140,8 @@ def parallelize(
     for module in weights if weights is not None else inner_first(model):
         if module in waiting:
             sharder.shard(module, waiting.pop(module))
+    for module, stored in StoredWeights.roots(model):
+        stored.fill(module)
     now = dict(model.named_parameters(remove_duplicate=False))
     replaced = WeakTensorKeyDictionary({p: now[name] for p, name in before.items() if p is not now[name]})
     result = ShardedModel(model, meshes, (*theirs, *units), replaced)  # type: ignore[arg-type]
@@ -305,7 +309,9 @@ class _Sharder:
         self.slices: dict[nn.Module, list[_Slice]] = {}
         for part in slices:
             self.slices.setdefault(part.views[0].module, []).append(part)
-        self.sent: set[nn.Module] = set()
+        # What ranks read by themselves comes from no other rank.
+        self.stored = {module for module in model.modules() if StoredWeights.has(module)}
+        self.divided: set[nn.Module] = set()
         self.offload = (
             CPUOffloadPolicy(pin_memory=meshes.dense.device_type == "cuda")
             if meshes.layout.offload == "parameters"
@@ -314,9 +320,9 @@ class _Sharder:
 
     def shard(self, unit: nn.Module, dtype: torch.dtype | None) -> None:
         """Take the weights of rank 0, slice them, and let `fully_shard` divide them, gathered in `dtype`."""
-        mine = [module for module in unit.modules() if module not in self.sent]
-        self.sent.update(mine)
-        self._take_from_rank_zero(mine)
+        mine = [module for module in unit.modules() if module not in self.divided]
+        self.divided.update(mine)
+        self._take_from_rank_zero([module for module in mine if module not in self.stored])
         for module in mine:
             for part in self.slices.get(module, ()):
                 _divide(part)

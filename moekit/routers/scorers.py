@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -142,4 +142,8 @@ class ScoredRouter(Router):
         return self.scorer(x, context or RoutingContext(), self._score_parameters())
 
     def _score_parameters(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self._scored}
+        found = {name: getattr(self, name) for name in self._scored}
+        adapter: Any = self._modules.get("adapter")  # see `moekit.surgery.adapters`
+        if adapter is not None:
+            found["weight"] = found["weight"] + adapter.product().transpose(0, 1)
+        return found

@@ -31,7 +31,7 @@ class FineTuneConfig:
             them with + and -, as in all-routers. Not given = adapters if rank is above 0, else all.
         rank: rank of the low-rank adapters (LoRA); 4 to 16 is usual, 0 = no adapters.
         alpha: scaling of the adapters: their output is multiplied by alpha / rank.
-        adapt: modules that get adapters: experts, attention, feed_forward, or several joined by commas.
+        adapt: modules that get adapters: experts, routers, attention, feed_forward, or several joined by commas.
         expert_dropout: dropout on the hidden activations of experts; 0.4 with a model.dropout of 0.1 in
             arXiv:2101.03961. Not given = model.dropout.
         train_capacity: capacity factor during fine-tuning, which decides how many tokens are dropped; 0 = no token is

@@ -6,7 +6,8 @@
 
 The adapted model's tensors keep their names; pairs are added to them: ``...experts.adapters.w_in.down`` beside
 ``...experts.w_in``, ``...qkv.adapter.down`` beside ``...qkv.weight``. So a checkpoint from before loads into the model
-(`load_state_dict` before `add_adapters`), and `merged_state` gives one without adapters back.
+(`load_state_dict` before `add_adapters`), and `merged_state` gives one without adapters back. Those of experts whose
+matrices lie outputs first are ``...experts.transposed_adapters.gate_up_proj.down``.
 """
 
 from __future__ import annotations
@@ -19,16 +20,23 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moekit.experts.base import Experts, product
+from moekit.routers.scorers import BiasedLinearScorer, LinearScorer, ScoredRouter
+from moekit.routing import Router
 from moekit.transformer.attention import CrossAttention, SelfAttention
 from moekit.transformer.feed_forward import GLU, MLP
 from moekit.transformer.projection import FusedLinear
 
-Target = Literal["experts", "attention", "feed_forward"]
+Target = Literal["experts", "routers", "attention", "feed_forward"]
 
 _DENSE: Mapping[str, tuple[type[nn.Module], ...]] = {
     "attention": (SelfAttention, CrossAttention),
     "feed_forward": (MLP, GLU),
 }
+_OF_TRANSFORMERS: Mapping[str, tuple[str, ...]] = {
+    "attention": ("Attention",),
+    "feed_forward": ("MLP", "DenseActDense"),
+}
+"""Ends of the names of classes of transformers, whose `torch.nn.Linear` layers count as those of this package do."""
 
 
 class LowRank(nn.Module):
@@ -67,6 +75,7 @@ class LowRank(nn.Module):
     def reset_parameters(self) -> None:
         """Draw `down` anew; `up` becomes zero."""
         if not self.down.is_meta:
+            self.scale.fill_(self.alpha / self.rank)  # which has no value yet where it was built without memory
             self.down.normal_(std=self.down.shape[-2] ** -0.5)
             self.up.zero_()
 
@@ -119,14 +128,15 @@ def add_adapters(
         rank: r; a multiple of 8 suits grouped products on accelerators.
         alpha: the pair's product counts alpha / r.
         targets: "experts" = matrices of all expert banks, "attention" = its projections, "feed_forward" = dense
-            feed-forwards, shared branches of sparse layers included. Embeddings, norms, routers and heads get none.
+            feed-forwards, shared branches of sparse layers included, both also in adopted models of transformers;
+            "routers" = the scores of routers with one matrix for them. Embeddings, norms and heads get none.
 
     Returns:
         Names of the new parameters.
 
     Raises:
-        ValueError: an unknown target, no matrix found, adapters already there, a bank that takes none, or a rank
-            that does not fit.
+        ValueError: an unknown target, no matrix found, adapters already there, a bank or router that takes none, or a
+            rank that does not fit.
 
     Source: arXiv:2106.09685.
     """
@@ -139,26 +149,45 @@ def add_adapters(
     if not found:
         raise ValueError(f"the model must have a matrix of {' or '.join(targets)}: it has none.")
     for layer, path in found:
-        # The module that names a matrix's axes names its adapter's: what divides the layer divides them together.
-        named: Mapping[str, tuple[str, ...]] = layer.axes  # type: ignore[assignment]
-        axes = named[path]
-        if isinstance(layer, Experts):
-            pair: LowRank = ExpertAdapter(layer.get_parameter(path), rank, alpha)
-            if "adapters" not in layer._modules:
-                layer.add_module("adapters", nn.ModuleDict())
-            layer.get_submodule("adapters").add_module(path, pair)
-            where = f"adapters.{path}"
-        else:
-            where = f"{path.removesuffix('.weight')}.adapter"
-            linear = layer.get_submodule(path.removesuffix(".weight"))
-            pair = LinearAdapter(linear.get_parameter("weight").transpose(-1, -2), rank, alpha)
-            axes = (*axes[:-2], axes[-1], axes[-2])
-            linear.add_module("adapter", pair)
+        attach(layer, path, rank, alpha)
+    return [name for name, _ in model.named_parameters() if is_adapter(name)]
+
+
+def attach(layer: nn.Module, path: str, rank: int, alpha: float) -> LowRank:
+    """Give one matrix its pair: the function stays the same until it is trained.
+
+    Args:
+        layer: a bank, a router, or a module that holds a linear layer.
+        path: the matrix, by its name in `layer`.
+        rank: r.
+        alpha: the pair's product counts alpha / r.
+
+    Raises:
+        ValueError: the rank does not fit.
+    """
+    # The module that names a matrix's axes names its adapter's: what divides the layer divides them together.
+    named: Mapping[str, tuple[str, ...]] = getattr(layer, "axes", {})
+    axes = tuple(named.get(path, ()))
+    pair: LowRank
+    if isinstance(layer, Experts):
+        pair = ExpertAdapter(layer.inputs_first(path), rank, alpha)
+        if layer.adapters_name not in layer._modules:
+            layer.add_module(layer.adapters_name, nn.ModuleDict())
+        layer.get_submodule(layer.adapters_name).add_module(path, pair)
+        where, transposed = f"{layer.adapters_name}.{path}", layer.outputs_first
+    else:
+        stem = path.removesuffix("weight").removesuffix(".")
+        where, transposed = f"{stem}.adapter".lstrip("."), True
+        linear = layer.get_submodule(stem)
+        pair = LinearAdapter(linear.get_parameter("weight").transpose(-1, -2), rank, alpha)
+        linear.add_module("adapter", pair)
+        if not isinstance(linear, Router):  # which asks for its pair itself
             linear.__dict__["_adapter_hook"] = linear.register_forward_hook(_add)
-        *front, inner, outer = axes
+    if axes:
+        *front, inner, outer = (*axes[:-2], axes[-1], axes[-2]) if transposed else axes
         pairs = {f"{where}.down": (*front, inner, "rank"), f"{where}.up": (*front, "rank", outer)}
         layer.__dict__["axes"] = {**named, **pairs}
-    return [name for name, _ in model.named_parameters() if is_adapter(name)]
+    return pair
 
 
 @torch.no_grad()
@@ -170,11 +199,12 @@ def merge_adapters(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module.__dict__.get("axes"), Mapping):
             module.__dict__["axes"] = {n: axes for n, axes in module.__dict__["axes"].items() if not is_adapter(n)}
-        if isinstance(module, Experts) and "adapters" in module._modules:
-            del module._modules["adapters"]
+        if isinstance(module, Experts) and module.adapters_name in module._modules:
+            del module._modules[module.adapters_name]
         elif isinstance(module._modules.get("adapter"), LowRank):
-            handle: RemovableHandle = module.__dict__.pop("_adapter_hook")
-            handle.remove()
+            handle: RemovableHandle | None = module.__dict__.pop("_adapter_hook", None)
+            if handle is not None:
+                handle.remove()
             del module._modules["adapter"]
     for name in changed:
         state[name].copy_(merged[name])
@@ -197,6 +227,7 @@ def merged_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             matrix, added = ".".join([*parts[:-1], "weight"]), added.transpose(-1, -2)
         else:
             matrix = ".".join([*parts[:-2], parts[-1]])
+            added = added.transpose(-1, -2) if parts[-2] == "transposed_adapters" else added
         merged[matrix] = (merged[matrix].float() + added).to(merged[matrix].dtype)
     return merged
 
@@ -204,7 +235,8 @@ def merged_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def is_adapter(name: str) -> bool:
     """Whether a tensor of that name is part of an adapter."""
     parts = name.split(".")
-    return parts[-1] in ("down", "up", "scale") and ("adapter" in parts[-2:-1] or "adapters" in parts[-3:-2])
+    banks = ("adapters", "transposed_adapters")
+    return parts[-1] in ("down", "up", "scale") and (parts[-2:-1] == ["adapter"] or "".join(parts[-3:-2]) in banks)
 
 
 def _matrices(model: nn.Module, targets: Collection[str]) -> Iterator[tuple[nn.Module, str]]:
@@ -220,8 +252,22 @@ def _matrices(model: nn.Module, targets: Collection[str]) -> Iterator[tuple[nn.M
                 )
             for name in module.matrices:
                 yield module, name
-        elif isinstance(module, dense):
+        elif isinstance(module, Router) and "routers" in targets:
+            if isinstance(module, ScoredRouter) and type(module.scorer) in (LinearScorer, BiasedLinearScorer):
+                yield module, "weight"
+            elif next(module.parameters(), None) is not None:
+                raise ValueError(
+                    f"the router {type(module).__name__} takes no adapters: its scores must be one matrix times the "
+                    "token. Leave routers out of the targets."
+                )
+        elif isinstance(module, dense) or _is_of_transformers(module, targets):
             for path, inner in module.named_children():
                 if isinstance(inner, nn.Linear | FusedLinear) and id(inner) not in seen:
                     seen.add(id(inner))
                     yield module, f"{path}.weight"
+
+
+def _is_of_transformers(module: nn.Module, targets: Collection[str]) -> bool:
+    kind = type(module)
+    ends = tuple(end for target in targets for end in _OF_TRANSFORMERS.get(target, ()))
+    return bool(ends) and kind.__module__.startswith("transformers.") and kind.__name__.endswith(ends)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moekit.errors import UserError
 from moekit.experts.base import Experts, copy_first_expert_
 from moekit.functional.init import truncated_normal_
+from moekit.mapped import StoredWeights
 from moekit.transformer.attention import CrossAttention, SelfAttention
 from moekit.transformer.embedding import TokenEmbedding
 from moekit.transformer.feed_forward import GLU, MLP
@@ -185,7 +186,8 @@ def materialize_modules(model: nn.Module, device: torch.device | str) -> Iterato
 
     Who takes each module's weights away before asking for the next one (divides them among processes, as
     `moekit.parallel.parallelize` does) never holds the whole model. Weights are drawn in float32 and then take the type
-    they had on the meta device; what is shared stays so.
+    they had on the meta device; what is shared stays so. Nothing is drawn in a module with `stored_weights`
+    (`moekit.mapped.StoredWeights`): it has memory, which is filled when it has been divided.
 
     Raises:
         UserError: before anything is drawn, if a module has tensors and no `reset_parameters` to draw them with.
@@ -197,7 +199,7 @@ def materialize_modules(model: nn.Module, device: torch.device | str) -> Iterato
     def visit(module: nn.Module, held: bool = False) -> Iterator[nn.Module]:
         """`held`: one around it will draw for it yet."""
         seen.add(module)
-        reset = getattr(module, "reset_parameters", None)
+        reset = None if module in memory.stored else getattr(module, "reset_parameters", None)
         # One that draws may draw for those inside it too.
         for needed in module.modules() if callable(reset) else (module,):
             memory.give(needed)
@@ -237,6 +239,7 @@ class _Memory:
         # Shared tensors have several places, and one that stands for them until the last has it: no longer, so that
         # what the caller takes away is gone.
         self.places = Counter(tensor for module in model.modules() for _, _, tensor in _held(module))
+        self.stored = {module for module in model.modules() if StoredWeights.has(module)}
         self.made: dict[Tensor, Tensor] = {}
         self.types: dict[Tensor, torch.dtype] = {}
 
@@ -245,8 +248,12 @@ class _Memory:
         for holder, name, tensor in _held(module):
             if tensor.device == self.device:
                 continue
+            if module in self.stored and not tensor.is_meta:  # a table that was computed
+                holder[name] = tensor.to(self.device)
+                continue
             if tensor not in self.made:
                 wide = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+                wide = tensor.dtype if module in self.stored else wide  # which would touch memory that is not kept
                 memory = torch.empty(tensor.shape, dtype=wide, device=self.device)
                 if isinstance(tensor, nn.Parameter):
                     memory = nn.Parameter(memory, requires_grad=tensor.requires_grad)
@@ -266,7 +273,11 @@ class _Memory:
 
 def _require_drawable(model: nn.Module, draws: Container[nn.Module]) -> None:
     def missing(path: str, module: nn.Module) -> Iterator[str]:
-        if callable(getattr(module, "reset_parameters", None)) or module in draws:
+        if (
+            callable(getattr(module, "reset_parameters", None))
+            or module in draws
+            or "stored_weights" in module.__dict__
+        ):
             return
         yield from (f"{path}{name}" for _, name, tensor in _held(module) if tensor.is_meta)
         for name, child in module.named_children():

@@ -90,6 +90,8 @@ SAME_FLOOR = {
     ("surgery", "moekit.layer"): "surgery builds and reads sparse layers",
     ("surgery", "moekit.transformer"): "adapters sit on its projections",
     ("surgery", "moekit.data.tokenizer"): "a vocabulary is written beside the model it belongs to",
+    ("huggingface", "moekit.parallel.checkpoint"): "folders are read as checkpoints are, each rank its part",
+    ("huggingface", "moekit.parallel.shards"): "adapters of a divided model are gathered to be written",
     ("ablation", "moekit.report.style"): "pictures of results look as those of reports",
     ("mechanisms", "moekit.routing_traces"): "mechanisms are computed from traces",
     ("inference", "moekit.training.checkpoint_io"): "experts on demand are mapped from a run's checkpoint",

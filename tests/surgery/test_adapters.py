@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import moekit as mk
-from moekit.experts import Experts, GroupedGLU, GroupedMLP, ZeroComputationExperts
+from moekit.experts import Experts, GateUpExperts, GroupedGLU, GroupedMLP, ZeroComputationExperts
 from moekit.experts.base_layers import BASELayerStack
 from moekit.experts.multi_hash import MultiHashMLP
 from moekit.parallel.annotation import read_annotations
@@ -26,6 +26,8 @@ BANKS: dict[str, Callable[[], Experts]] = {
     "mlp": lambda: GroupedMLP(E, D, F, bias=True),
     "glu": lambda: GroupedGLU(E, D, F, hidden_bias="multiply"),
     "multi_hash": lambda: MultiHashMLP(E, D, F, num_segments=2),
+    "gate_up": lambda: GateUpExperts(E, D, F, bias=True),
+    "gate_up, inputs first": lambda: GateUpExperts(E, D, F, outputs_first=False),
 }
 COUNTS = torch.tensor([3, 0, 4])
 
@@ -79,10 +81,11 @@ def test_an_adapted_bank_is_the_bank_with_added_products(kind: str, packed: bool
         for name, parameter in literal.named_parameters():
             parameter.copy_(bank.get_parameter(name))
             if name in bank.matrices:
-                pair = bank.get_submodule(f"adapters.{name}")
+                pair = bank.get_submodule(f"{bank.adapters_name}.{name}")
                 down, up = pair.get_parameter("down"), pair.get_parameter("up")
                 for n in range(e):
-                    parameter[n] += 3.0 / 2 * down[n] @ up[n]
+                    added = 3.0 / 2 * down[n] @ up[n]
+                    parameter[n] += added.t() if bank.outputs_first else added
     out, expected = bank(rows, counts), literal(rows, counts)
     assert not torch.allclose(out, plain)
     torch.testing.assert_close(out, expected)
@@ -207,7 +210,7 @@ def test_a_wrapped_bank_is_adapted_inside() -> None:
 
 
 def test_bad_requests_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"some of experts, attention, feed_forward: got .'router'"):
+    with pytest.raises(ValueError, match=r"some of experts, routers, attention, feed_forward: got .'router'"):
         add_adapters(network(), targets=("router",))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got none"):
         add_adapters(network(), targets=())
@@ -223,3 +226,21 @@ def test_bad_requests_are_refused() -> None:
     add_adapters(model, rank=2)
     with pytest.raises(ValueError, match="has adapters already"):
         add_adapters(model)
+
+
+def test_routers_are_adapted_where_one_matrix_scores() -> None:
+    torch.manual_seed(0)
+    router, x = mk.routers.TopKRouter(D, E, 2), torch.randn(5, D)
+    layer = mk.MoELayer(router, GroupedMLP(E, D, F))
+    add_adapters(layer, rank=2, alpha=3.0, targets=("routers",))
+    stirred(layer)
+    pair = router.get_submodule("adapter")
+    literal = router.weight + (1.5 * pair.get_parameter("down") @ pair.get_parameter("up")).t()
+    torch.testing.assert_close(router.logits(x), x @ literal.t())
+    changed = layer(x).hidden
+    merge_adapters(layer)
+    torch.testing.assert_close(router.weight, literal)
+    torch.testing.assert_close(layer(x).hidden, changed)
+    noisy = mk.MoELayer(mk.routers.NoisyTopKRouter(D, E, 2), GroupedMLP(E, D, F))
+    with pytest.raises(ValueError, match="NoisyTopKRouter takes no adapters"):
+        add_adapters(noisy, targets=("routers",))
