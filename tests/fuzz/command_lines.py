@@ -97,21 +97,7 @@ ODD_WORDS = (
     "--overwrite", "--smoke",
 )  # fmt: skip
 
-TABLE = """
-title: Many experts against few
-recipe: gshard
-settings: {model.dim: 16, model.heads: 2, model.hidden_dim: 32, train.max_steps: 20, train.warmup_steps: 4}
-seeds: [1, 2]
-matched: [tokens]
-minutes: 0.5
-arms:
-  many: {about: four experts, settings: {model.num_experts: 4}}
-  few: {about: two experts, settings: {model.num_experts: 2}}
-claims:
-  - {id: many, kind: better, claim: More are better., paper: Ours, published: "1", hypothesis: They hold more.,
-     metric: loss.translation, arm: many, against: few, direction: lower, smallest: 0.05}
-no_control: It is of this test.
-"""
+TABLE = Path(__file__).with_name("small_ablation.yaml")
 """A table of an ablation, which lies by itself and among the recipes of a checkout."""
 
 _LIMIT_SECONDS = 300
@@ -200,7 +186,7 @@ def furnish(room: Path) -> None:
     tables.mkdir(parents=True)
     (here / "docs").mkdir()
     for place in (here / "table.yaml", tables / "size.yaml"):
-        place.write_text(TABLE)
+        shutil.copy(TABLE, place)
     shutil.copy(RECIPES / CLAIMS, here / "recipes" / CLAIMS)
     (here / "score.jsonl").write_text('{"context": "a", "continuations": ["b", "c d"], "answer": 1}\n')
     with contextlib.chdir(here), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
