@@ -284,7 +284,7 @@ class TwoLevelAllToAll(Exchange):
         inner: the ranks of this node that belong to the group, in order.
         outer: the ranks with this one's number in all nodes, in order. Rank (node, number) of the whole group is
             ``node * inner.size() + number``.
-        overlap: see `AllToAll`; it is the way between nodes that overlaps.
+        overlap: whether the way between nodes overlaps, as that of `AllToAll`.
 
     Source: the hierarchical all-to-all of arXiv:2201.05596 section 5.2.
     """
