@@ -140,6 +140,9 @@ def test_the_choice_is_played_whatever_the_router_says(tmp_path: Path) -> None:
         both = [int(e) for t, e in zip(now.token, now.expert, strict=True) if int(t) == token]
         expected = float(probs[token, expert] / probs[token, both].sum())
         assert float(now.weight.detach()[place]) == pytest.approx(expected, abs=1e-6)
+    first = torch.bincount(now.expert[:TOKENS], minlength=E) / TOKENS  # of the played choice, not of the router's own
+    balance = E * float((first * probs.mean(0)).sum())
+    assert float(now.losses["load_balance"].detach()) == pytest.approx(balance, abs=1e-5)
     y.sum().backward()
     assert router.weight.grad is not None
     assert bool(router.weight.grad.abs().sum() > 0)
