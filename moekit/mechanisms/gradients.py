@@ -14,28 +14,30 @@ def expert_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Norm of the gradient of every expert, over all tensors of its bank: between backward and the optimizer's step.
 
     Args:
-        model: any module with `MoELayer` inside. Experts that other processes hold are not among them: of a layer that
-            does not hold all of its experts nothing is returned.
+        model: any module with `MoELayer` inside. Where its parameters are divided among processes, all of these call it
+            together, and each gets the norms of all experts.
 
     Returns:
-        Float32[E] by layer, in host memory; layers without a gradient are left out.
+        Float32[E] by layer, in host memory. Layers without a gradient are left out, and so are tensors that not all
+        experts have.
     """
     found = {}
     for name, layer in named_layers(model).items():
         squares = torch.zeros(layer.num_experts, dtype=torch.float64)
-        seen, whole = False, True
+        seen = False
         for bank in layer.experts.modules():
             axes = getattr(bank, "axes", {})
             for own, parameter in bank.named_parameters(recurse=False):
                 gradient, names = parameter.grad, axes.get(own, ())
                 if gradient is None or "expert" not in names:
                     continue
-                if isinstance(gradient, DTensor) or gradient.shape[names.index("expert")] != layer.num_experts:
-                    whole = False
-                    continue
-                rows = gradient.movedim(names.index("expert"), 0).flatten(1)
-                squares += rows.float().square().sum(1).double().cpu()  # host read: to be written
-                seen = True
-        if seen and whole:
+                others = [dimension for dimension, axis in enumerate(names) if axis != "expert"]
+                rows = gradient.float().square()
+                rows = rows.sum(others) if others else rows
+                rows = rows.full_tensor() if isinstance(rows, DTensor) else rows
+                if rows.numel() == layer.num_experts:
+                    squares += rows.double().cpu()  # host read: to be written
+                    seen = True
+        if seen:
             found[name] = squares.sqrt().float()
     return found

@@ -46,7 +46,7 @@ class LayerMechanisms:
         effective_experts: exp of the entropy of the load, over time.
         information: mutual information of the expert with language, task and token at the last step, of those that are
             known and not all the same.
-        coactivation: [E][E], share of the tokens of an expert (row) that another (column) has too, at the last step.
+        coactivation: E rows of E, share of an expert's tokens (row) that another (column) has too, at the last step.
         saturation: share of a token's choices at the last step that were made before, over time; None where the same
             tokens were not recorded at other steps.
         logits: mean of the logsumexp of the router's logits, over time.

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
@@ -152,8 +153,8 @@ def _drops(columns: Mapping[str, Sequence[float | None]]) -> Figure:
             canvas.axes.plot(at, known, "o-", color=style.COLOURS[colour], label=shown, linewidth=width, markersize=3.2)
         canvas.axes.set_xlim(0, 1)
         canvas.axes.set_ylim(bottom=0)
-        canvas.axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-        canvas.axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+        canvas.axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.4g} %")
+        canvas.axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.4g} %")
         canvas.axes.set_xlabel("place of the token in its batch")
         canvas.axes.set_title("Share of assignments dropped, by place", fontsize=9)
         canvas.legend()
@@ -192,9 +193,11 @@ def _map(name: str, shares: NDArray[np.float64]) -> Figure:
         colours = LinearSegmentedColormap.from_list("", style.SEQUENTIAL)
         picture = canvas.axes.imshow(shown, colours, vmin=0, vmax=float(shares.max()))
         canvas.axes.set_xlabel("other expert")
+        for axis in (canvas.axes.xaxis, canvas.axes.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         canvas.axes.set_ylabel("expert")
         canvas.axes.grid(visible=False)
         canvas.axes.set_title(style.drawable(f"{name}: share of an expert's tokens that another has too"), fontsize=9)
         bar = canvas.figure.colorbar(picture)
-        bar.ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+        bar.ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.4g} %")
         return canvas.figure

@@ -206,8 +206,8 @@ def record(
         ...     with record(moe, f"{folder}/routing.npz"):
         ...         _ = moe(torch.randn(32, 8))
         ...     trace = read_trace(f"{folder}/routing.npz")
-        >>> len(trace), trace[0].layers["layer"].routing
-        (1, Routing(tokens=32, experts=4, assignments=32, k=1, capacity=8, dropped=...))
+        >>> len(trace), trace[0].layers["layer"].routing.num_tokens
+        (1, 32)
     """
     with TraceWriter(file, notes) as writer:
         recording = Recording(model, writer, weights=weights)

@@ -148,7 +148,7 @@ def replay(
     Example:
         >>> import tempfile, torch, moekit as mk
         >>> from moekit.routing_traces import read_trace, record
-        >>> moe, x = mk.MoELayer(mk.routers.switch(8, 4), mk.experts.GroupedMLP(4, 8, 16)), torch.randn(32, 8)
+        >>> moe, x = mk.MoELayer(mk.routers.TopKRouter(8, 4), mk.experts.GroupedMLP(4, 8, 16)), torch.randn(32, 8)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with record(moe, f"{folder}/routing.npz"):
         ...         first = moe(x).hidden

@@ -125,7 +125,7 @@ def fit(
         kept = kept_weights(
             module, run.checkpoints, task=validated, validates=bool(train.validate_every), best=train.best or "",
             patience=train.patience, ema=train.ema, average_last=train.average_last,
-        )  # fmt: skip
+        ) + (recorders(run, config, module) if train.record_routing else [])  # fmt: skip
         if isinstance(strategy, ExpertParallelStrategy):
             strategy.check(module, train.devices * train.num_nodes)
             check_callbacks(kept)
@@ -137,7 +137,6 @@ def fit(
                 SameOnRanks(shared_facts(recipe, settings, data) if train.devices * train.num_nodes > 1 else {}),
                 ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
                 *_callbacks(config, budget, rate, expected(recipe, config)),
-                *recorders(run, config, module),
                 *kept,
                 Resumable(
                     run.checkpoints,

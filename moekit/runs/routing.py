@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from lightning.pytorch.callbacks import Callback
 
 from moekit.atomic import write_json
+from moekit.errors import UserError
 from moekit.mechanisms import Mechanisms, mechanisms
 from moekit.routing_traces import read_trace
 from moekit.runs.config import RunConfig
@@ -19,11 +20,16 @@ KINDS = ("valid", "train")
 
 
 def recorders(run: Run, config: RunConfig, module: MultitaskModule) -> list[Callback]:
-    """What keeps routing while a run trains, where that is asked for and the model is sparse."""
-    every = config.train.record_routing
-    if not every or module.valid_routing is None:
+    """What keeps routing while a run trains, of a model that is sparse.
+
+    Raises:
+        UserError: nothing is validated.
+    """
+    if not config.train.validate_every:
+        raise UserError("train.record_routing needs validations: train.validate_every is 0. Set both, or none.")
+    if module.valid_routing is None:
         return []
-    place = run.path / ROUTING_TRACE
+    place, every = run.path / ROUTING_TRACE, config.train.record_routing
     return [
         RoutingRecorder(place / "valid", every=every, of="valid", weights=False),
         RoutingRecorder(place / "train", every=every, of="train", weights=False),

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moekit as mk
 from moekit.errors import UserError
+from moekit.mechanisms import expert_gradients
 from moekit.parallel import Layout, build_meshes, parallelize
 from moekit.routers import (
     GatingResidual,
@@ -139,6 +140,9 @@ def test_the_choice_is_played_whatever_the_router_says(tmp_path: Path) -> None:
         both = [int(e) for t, e in zip(now.token, now.expert, strict=True) if int(t) == token]
         expected = float(probs[token, expert] / probs[token, both].sum())
         assert float(now.weight.detach()[place]) == pytest.approx(expected, abs=1e-6)
+    first = torch.bincount(now.expert[:TOKENS], minlength=E) / TOKENS  # of the played choice, not of the router's own
+    balance = E * float((first * probs.mean(0)).sum())
+    assert float(now.losses["load_balance"].detach()) == pytest.approx(balance, abs=1e-5)
     y.sum().backward()
     assert router.weight.grad is not None
     assert bool(router.weight.grad.abs().sum() > 0)
@@ -294,8 +298,8 @@ def smooth() -> Net:
     return net
 
 
-def steps(net: Net, rank: int = 0, size: int = 1) -> list[float]:
-    """Losses of one process's part of every batch, trained by plain SGD."""
+def steps(net: Net, rank: int = 0, size: int = 1) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of one process's part of every batch, trained by plain SGD, and the last gradient norms of experts."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.2)
     losses = []
     for step in range(STEPS):
@@ -305,12 +309,12 @@ def steps(net: Net, rank: int = 0, size: int = 1) -> list[float]:
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    return losses
+    return losses, expert_gradients(net)
 
 
-def on_two(folder: str) -> dict[str, list[float]]:
+def on_two(folder: str) -> dict[str, Any]:
     """Losses under expert parallelism of one process's trace, without it, and what is recorded here."""
-    rank, found = dist.get_rank(), {}
+    rank, found = dist.get_rank(), dict[str, Any]()
 
     def divided() -> Net:
         net = smooth()
@@ -319,11 +323,11 @@ def on_two(folder: str) -> dict[str, list[float]]:
 
     net = divided()
     with replay(net, read_trace(f"{folder}/one.npz"), share=(rank, 2)):
-        found["replayed"] = steps(net, rank, 2)
+        found["replayed"], found["gradients"] = steps(net, rank, 2)
     net = divided()
     file = f"{folder}/two/000000000.rank{rank:05d}.npz"
     with record(net, file, notes={"processes": "2"}):
-        found["own"] = steps(net, rank, 2)
+        found["own"], _ = steps(net, rank, 2)
     return found
 
 
@@ -331,13 +335,17 @@ def test_a_trace_plays_under_another_layout(tmp_path: Path) -> None:
     """One process's trace on two that share the experts, and theirs on one: the same losses but for rounding."""
     one = smooth()
     with record(one, tmp_path / "one.npz"):
-        losses = torch.tensor(steps(one))
+        found, gradients = steps(one)
+    losses = torch.tensor(found)
     ranks = run_distributed(on_two, 2, str(tmp_path))
     replayed = torch.tensor([rank["replayed"] for rank in ranks]).mean(0)
     own = torch.tensor([rank["own"] for rank in ranks]).mean(0)
     assert (replayed - losses).abs().max() < 1e-6 * losses.max()
     assert (own - losses).abs().max() > 1e-3, "each drops by a capacity of its own"
+    for rank in ranks:
+        for name, norms in gradients.items():
+            torch.testing.assert_close(rank["gradients"][name], norms)
     back = smooth()
     with replay(back, read_trace(tmp_path / "two")) as playing:
-        assert (torch.tensor(steps(back)) - own).abs().max() < 1e-6 * own.max()
+        assert (torch.tensor(steps(back)[0]) - own).abs().max() < 1e-6 * own.max()
         assert playing.left == 0

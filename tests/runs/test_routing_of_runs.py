@@ -84,7 +84,7 @@ def test_nothing_to_record_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
         main(["fit", "zcode_m3", *SIZES, *TINY, *out, "--train.validate_every", "0", "--train.record_routing", "2"])
         == 2
     )
-    assert "got 2 without train.validate_every. Set both" in capsys.readouterr().err
+    assert "train.validate_every is 0. Set both" in capsys.readouterr().err
     dense = ["--model.num_experts", "0", "--train.validate_every", "2", "--train.record_routing", "2"]
     assert main(["fit", "zcode_m3", *SIZES, *TINY, *out, *dense]) == 0
     assert not (tmp_path / "run" / "routing_trace").exists()

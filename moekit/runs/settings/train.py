@@ -129,8 +129,7 @@ class TrainConfig:
 
         Raises:
             UserError: there is no limit, the warm-up takes all steps, there is no such machine, a logger or a backend
-                is unknown, not installed or not for this machine, a setting of adafactor is given without it, or
-                routing is to be recorded and nothing is validated.
+                is unknown, not installed or not for this machine, or a setting of adafactor is given without it.
         """
         require_machine(self.devices, self.num_nodes, on_gpu=self.on_gpu)
         logger_names(self.loggers)
@@ -145,11 +144,6 @@ class TrainConfig:
             raise UserError(
                 f"train.warmup_steps must be less than train.max_steps: got {self.warmup_steps} of {self.max_steps}. "
                 "Give a shorter warm-up or more steps."
-            )
-        if self.record_routing and not self.validate_every:
-            raise UserError(
-                f"train.record_routing keeps the routing of validations: got {self.record_routing} without "
-                "train.validate_every. Set both."
             )
         self._check_optimizer()
 
