@@ -245,7 +245,7 @@ def test_no_rank_holds_the_whole_model(outcome: list[Any]) -> None:
     assert size > 190_000
     assert right
     assert also
-    assert max(first, second) < 0.75 * size, f"peaks of {first} and {second} KiB for a model of {size}"
+    assert max(first, second) < 0.85 * size, f"peaks of {first} and {second} KiB for a model of {size}"
     experts = [{key for key in read if ".experts." in key} for read in (keys, other)]
     assert len(experts[0]) == len(experts[1]) == 8 * 4 * 3
     assert not experts[0] & experts[1], "each rank reads its own experts"
