@@ -16,12 +16,12 @@ from moekit.ablation.plan import Job
 from moekit.ablation.processes import RunRecord, write_record
 from moekit.atomic import write_json, write_text
 from moekit.errors import UserError
-from moekit.runs.run import SUMMARY
+from moekit.runs.run import MECHANISMS, SUMMARY
 from moekit.stored import parse_json
 
 VERSION = 1
 _ENVIRONMENT, _METRICS = "environment.json", "metrics.csv"
-_TOLD = ("summary", "last", "commit")
+_TOLD = ("summary", "mechanisms", "last", "commit")
 
 
 def keep(jobs: Sequence[Job], runs: Path, kept: Path) -> None:
@@ -39,6 +39,7 @@ def keep(jobs: Sequence[Job], runs: Path, kept: Path) -> None:
             environment = _read(folder / _ENVIRONMENT)
             found = {
                 "summary": _read(folder / SUMMARY),
+                "mechanisms": _read(folder / MECHANISMS),
                 "last": _last_values(folder / _METRICS),
                 "commit": environment.get("commit"),
             }
@@ -63,8 +64,9 @@ def restore(jobs: Sequence[Job], runs: Path, kept: Path) -> int:
         known = _checked(path)
         folder = job.folder(runs)
         folder.mkdir(parents=True, exist_ok=True)
-        if known["summary"]:
-            write_json(folder / SUMMARY, known["summary"])
+        for name, values in ((SUMMARY, known["summary"]), (MECHANISMS, known["mechanisms"])):
+            if values:
+                write_json(folder / name, values)
         write_text(folder / _METRICS, _table(known["last"]))
         write_json(folder / _ENVIRONMENT, {"commit": known["commit"]})
         write_record(folder, RunRecord(**known["record"]))

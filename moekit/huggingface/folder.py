@@ -49,10 +49,10 @@ def adopt_folder(
     model, and none sends weights to another.
 
     Args:
-        folder: as `save_pretrained` or a download makes it: config.json and safetensors files.
+        folder: config.json and safetensors files, as `save_pretrained` or a download makes them.
         device: where the weights are; "meta" in `configure_model` under the Strategy. The model evaluates, as that of
             `from_pretrained` does: call ``train()``, which a Trainer does not.
-        aux: as in `adopt`.
+        aux: weights of the routers' losses, as `adopt` takes them.
         dtype: the type of the weights; None = what the configuration says.
 
     Raises:

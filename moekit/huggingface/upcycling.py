@@ -147,8 +147,8 @@ def upcycle(
         perturb: changes the matrices of the copies, for example `moekit.experts.AddNoise`; None = equal copies, which
             only the router tells apart.
         scale: multiplies what an expert writes.
-        seed: of the routers' first weights and the perturbation.
-        aux: as in `adopt`.
+        seed: random seed of the routers' first weights and of the perturbation.
+        aux: weights of the routers' losses, as `adopt` takes them.
 
     Returns:
         A model of the sparse class, adopted: `save_pretrained` writes a folder of that class.

@@ -305,17 +305,16 @@ def knowing(tiny: RunConfig, **model: Any) -> RunConfig:
         tiny: on babel, where there is nothing to know.
         model: sizes that differ.
     """
-    tasks = active_tasks(tiny.tasks)
     # Questions about facts are single sentences, so that chunks of text must not be much longer.
-    spans = {"max_length": 32, "span_ratio": 0.25, "mean_span": 2.0} if "span_corruption" in tasks else {}
+    spans: dict[str, Any] = {"max_length": 32, "span_ratio": 0.25, "mean_span": 2.0}
     return tiny.changed(
         data={
             "source": "facts", "babel_languages": 2, "babel_sentences": 100_000, "facts_entities": 600,
             "facts_relations": 12, "facts_power": 0.5, "facts_profiles": 0.9, "vocab_size": 700, "byte_fallback": False,
-            **spans,
+            **(spans if isinstance(tiny.tasks, SpanCorruptionTasks) else {}),
         },
         model={"dim": 64, "hidden_dim": 128, "num_experts": 16, **model},
-        tasks={task: {"tokens": 2048} for task in tasks},
+        tasks={task: {"tokens": 2048} for task in active_tasks(tiny.tasks)},
         train={"max_steps": 2000, "max_minutes": 10.0, "learning_rate": 8e-3, "validate_every": 500},
     )  # fmt: skip
 
