@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from moekit.cli import run_all
 from moekit.cli.program import main
@@ -117,6 +118,17 @@ def test_a_recipe_that_fails_stops_no_other(
     assert "2 of 3 failed: gshard, switch" in said.out
     assert said.err.count("Traceback") == 1, "of the error that is not the user's"
     assert settings(tmp_path / "kept" / FAST)["smoke"] is True
+
+
+@pytest.mark.parametrize("number", [1, 143])
+def test_a_signal_ends_all_recipes(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(*given: Any, **more: Any) -> Run:
+        raise SIGTERMException(number)
+
+    monkeypatch.setattr(fit, "fit", ended)
+    with pytest.raises(SIGTERMException) as end:
+        main(["run", "all", "--smoke", "--out", str(tmp_path / "kept"), "--data.cache", str(tmp_path)])
+    assert end.value.code == number
 
 
 @pytest.mark.parametrize(
