@@ -30,7 +30,8 @@ def measure(folder: Path, key: str) -> float:
 
     Args:
         folder: of the run.
-        key: dotted, of summary.json, such as ``test.causal_lm.loss`` or ``routing.layers.encoder.1.load_cv``; or the
+        key: dotted, of summary.json, such as ``test.causal_lm.loss``, ``routing.layers.encoder.1.load_cv``,
+            ``recall.causal_lm.known`` (share of the questions) or ``floors.causal_lm.test.knowing``; or the
             name of a column of metrics.csv, such as ``train/load_balance``, whose last value is taken; or
             ``mechanisms.`` and a key of mechanisms.json, such as ``mechanisms.valid.saturation`` or
             ``mechanisms.valid.mutual_information.language``, of runs with train.record_routing.
@@ -75,7 +76,18 @@ def _summary(folder: Path) -> dict[str, Any]:
         found = parse_json((folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / SUMMARY} cannot be read ({error}). Delete {folder} to run it again.") from None
-    return found if isinstance(found, dict) else {}
+    return _by_name(found) if isinstance(found, dict) else {}
+
+
+def _by_name(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary with its lists as mappings: recall by task and kind, floors by task and split."""
+    recall = {
+        of["task"]: {kind["kind"]: kind["recall"] for kind in of["kinds"]} for of in summary.get("recall") or ()
+    }
+    floors: dict[str, dict[str, Any]] = {}
+    for of in summary.get("floors") or ():
+        floors.setdefault(of["task"], {})[of["split"]] = {name: of[name] for name in ("knowing", "guessing")}
+    return {**summary, "recall": recall, "floors": floors}
 
 
 def _mechanisms(folder: Path) -> dict[str, Any]:

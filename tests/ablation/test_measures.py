@@ -1,0 +1,46 @@
+"""Numbers of a run by key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moekit.ablation.measures import measure
+from moekit.errors import UserError
+
+SUMMARY = {
+    "test": {"causal_lm": {"loss": 1.5}},
+    "recall": [
+        {
+            "task": "causal_lm", "choices": 4, "chance": 0.25,
+            "kinds": [{"kind": "known", "recall": 0.75, "questions": 8}, {"kind": "composed", "recall": 0.5}],
+        }
+    ],
+    "floors": [
+        {"task": "causal_lm", "split": "valid", "knowing": 1.0, "guessing": 2.0},
+        {"task": "causal_lm", "split": "test", "knowing": 1.25, "guessing": 2.5},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("test.causal_lm.loss", 1.5),
+        ("recall.causal_lm.known", 0.75),
+        ("recall.causal_lm.composed", 0.5),
+        ("floors.causal_lm.valid.guessing", 2.0),
+        ("floors.causal_lm.test.knowing", 1.25),
+    ],
+)
+def test_numbers_of_a_summary(key: str, value: float, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    assert measure(tmp_path, key) == value
+
+
+def test_a_run_without_recall_says_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"recall": None, "floors": None, "loss": {"causal_lm": 1.0}}))
+    with pytest.raises(UserError, match=r"has no number 'recall\.causal_lm\.known'.*It has loss\.causal_lm\."):
+        measure(tmp_path, "recall.causal_lm.known")
