@@ -100,6 +100,10 @@ class ModuleExperts(GroupedMLP):
             self._act = activation
         self.layer_names, self.output_dropout = layer_names, output_dropout
 
+    def _act_and_drop(self, hidden: Tensor) -> Tensor:
+        # The fused way knows activations by their names, which a module has none of.
+        return self._drop(self._act(hidden)) if isinstance(self._act, nn.Module) else super()._act_and_drop(hidden)
+
     def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:  # noqa: D102
         out = super().forward(rows, counts)
         if not self.output_dropout:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import moekit
 from moekit import dispatch, experts, routers
@@ -28,6 +29,7 @@ from moekit.experts import (
     ZeroComputationExperts,
 )
 from moekit.functional.hash_tables import random_table
+from moekit.huggingface.expert_modules import ModuleExperts
 from moekit.huggingface.sparse_blocks import CorrectionBiasRouter
 from moekit.routers import (
     Balance,
@@ -216,6 +218,9 @@ EXPERTS: dict[str, Callable[[], Experts]] = {
     "GateUpExperts": lambda: GateUpExperts(E, D, 6),
     "GateUpExperts, clamped gate, biases, inputs first": lambda: GateUpExperts(
         E, D, 6, gate=ClampedGate(limit=0.5), bias=True, outputs_first=False
+    ),
+    "ModuleExperts, an activation that is a module, output dropout": lambda: ModuleExperts(
+        E, D, 6, activation=nn.Tanh(), dropout=0.2, bias=True, layer_names=("fc1", "fc2"), output_dropout=0.3
     ),
     "ZeroComputationExperts": lambda: ZeroComputationExperts(GroupedMLP(3, D, 6, init_scale=1.0)),
     "ZeroComputationExperts, no constant": lambda: ZeroComputationExperts(GroupedGLU(2, D, 6), copy=0, constant=0),
