@@ -61,6 +61,7 @@ LINES: Mapping[str, Sequence[Sequence[str]]] = {
                  ["gshard", "--out", "run", "--from=avl", "--to=tnd", "--max_input_tokens", "9"]],
     "serve": [["run", "--port", "0", "--max_lines", "3", "--max_seconds", "9.5"], ["run", "--host", "localhost"]],
     "score": [["run", "--from", "avl", "--input", "score.jsonl", "--output", "new"]],
+    "routing": [["run", "--output", "new", "--json"], ["gshard", "--out", "run", "--figures", "new"]],
     "finetune": [["gshard", "--init_from", "run", CACHE, *NEW, "--train.max_steps", "3"]],
     "distill": [["gshard", "--teacher", "run", CACHE, *NEW, "--train.max_steps", "3"]],
     "plan": [["gshard", "--memory", "2", "--sequences", "4"], ["gshard", "--devices", "4", "--length=32"],
