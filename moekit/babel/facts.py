@@ -16,7 +16,7 @@ from moekit.babel.grammar import grammars, pick
 from moekit.babel.knowledge import Ints, Knowledge, KnowledgeSettings
 from moekit.babel.language import Language
 from moekit.babel.questions import Questions
-from moekit.babel.source import Blocks
+from moekit.babel.spoken import Blocks, Spoken
 from moekit.errors import UserError
 from moekit.source import (
     SPLITS,
@@ -24,7 +24,6 @@ from moekit.source import (
     FactQuestion,
     Information,
     LazySequence,
-    Source,
     Split,
     all_directions,
     choose_directions,
@@ -48,7 +47,7 @@ _LINK = "know"
 
 
 @register_source
-class Facts(Source):
+class Facts(Spoken):
     """Facts about entities in generated languages: what a model knows of them can be measured, and is bounded.
 
     A fact says that an entity has a value in a relation; one further relation, the link, leads from each entity to
@@ -86,7 +85,6 @@ class Facts(Source):
     """
 
     name = "facts"
-    knows_words = True
     knows_facts = True
 
     def __init__(
@@ -149,11 +147,6 @@ class Facts(Source):
             "directions": given["directions"],
         }
 
-    def word_by_word(self, language: str, text: str) -> str | None:
-        """English for a text in a language, word by word; see `Language.word_by_word`."""
-        speaker = self._speakers.get(language)
-        return None if speaker is None else speaker.word_by_word(text)
-
     # -- the Source interface --------------------------------------------------------------------------------------
 
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
@@ -175,11 +168,7 @@ class Facts(Source):
 
     def fingerprint(self) -> str:
         """Digest of the settings and of what the languages sound like, so that a changed generator shows."""
-        heard = [
-            "\n".join(self._sentence(code, split, index, code) for index in range(min(64, self._size(code, split))))
-            for code in self.languages
-            for split in SPLITS
-        ]
+        heard = self._heard(self._size, lambda code, split, index: self._sentence(code, split, index, code))
         settings = self.knowledge.settings
         return digest("facts", settings, self.sizes, len(self._number), *self.directions, self.seed, *heard)
 

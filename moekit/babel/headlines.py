@@ -10,7 +10,8 @@ import numpy as np
 
 from moekit.babel import meaning as m
 from moekit.babel.meaning import Meaning, MeaningSampler
-from moekit.babel.source import Babel, Blocks
+from moekit.babel.source import Babel
+from moekit.babel.spoken import Blocks
 from moekit.errors import UserError, nearest
 from moekit.source import SPLITS, Direction, LazySequence, Source, Split, digest, languages_of, register_source
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from moekit.babel.concepts import DEFAULT_CONCEPTS, MINIMUM_CONCEPTS, concepts
 from moekit.babel.grammar import grammars
 from moekit.babel.language import Language
 from moekit.babel.meaning import RATES, Complexity, Meaning, MeaningSampler, Rows
+from moekit.babel.spoken import Blocks, Spoken
 from moekit.errors import UserError, nearest
 from moekit.source import (
     SPLITS,
     Direction,
     LazySequence,
-    Source,
     Split,
     all_directions,
     choose_directions,
@@ -30,7 +30,6 @@ _BLOCK = 1024
 # Rows are ten times as large as sentences.
 _CACHED_ROWS, _CACHED_SENTENCES = 64, 512
 _PARALLEL, _MONOLINGUAL = 0, 1
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,24 +94,8 @@ def hard_settings(**changes: Any) -> BabelSettings:
     return dataclasses.replace(base, **changes)
 
 
-class Blocks(Generic[_T]):
-    """What `make` returned for the last `most` keys; unlike `functools.lru_cache` of a method it can be pickled."""
-
-    def __init__(self, make: Callable[..., _T], most: int) -> None:
-        self._make, self._most = make, most
-        self._made: dict[tuple[Any, ...], _T] = {}
-
-    def __call__(self, *key: Any) -> _T:
-        """What belongs to `key`."""
-        if key not in self._made:
-            self._made[key] = self._make(*key)
-            if len(self._made) > self._most:
-                del self._made[next(iter(self._made))]
-        return self._made[key]
-
-
 @register_source
-class Babel(Source):
+class Babel(Spoken):
     """Generated languages with real differences of grammar, and known truth.
 
     One meaning is put into words by each language's own rules, so every pair of languages is parallel. Sentence
@@ -171,13 +154,6 @@ class Babel(Source):
 
     # -- what is known of its sentences ------------------------------------------------------------------------------
 
-    knows_words = True
-
-    def word_by_word(self, language: str, text: str) -> str | None:
-        """English for a text in a language, word by word; see `Language.word_by_word`."""
-        speaker = self._speakers.get(language)
-        return None if speaker is None else speaker.word_by_word(text)
-
     # -- the Source interface --------------------------------------------------------------------------------------
 
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
@@ -203,12 +179,7 @@ class Babel(Source):
 
     def fingerprint(self) -> str:
         """Digest of the settings and of what the languages sound like, so that a changed generator shows."""
-        heard = [
-            "\n".join(self.sentence(code, split, index) for index in range(min(64, self.size(code, split))))
-            for code in self.languages
-            for split in SPLITS
-        ]
-        return digest("babel", dataclasses.asdict(self.settings), *heard)
+        return digest("babel", dataclasses.asdict(self.settings), *self._heard(self.size, self.sentence))
 
     # -- truth -----------------------------------------------------------------------------------------------------
 
