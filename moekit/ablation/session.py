@@ -68,6 +68,7 @@ def run_table(
     table, folder = plan.table, out or results_folder(plan.table.path)
     _check_choice(table, seeds, only)
     require_writable(folder / f"{table.path.stem}.json")
+    _restore(plan, runs, folder)
 
     def make(jobs: Sequence[Job], what: str) -> None:
         restore(jobs, runs, folder / KEPT)
@@ -79,7 +80,6 @@ def run_table(
     try:
         make(plan.tuning_jobs(only), "choosing learning rates")
         rates = _rates(plan, runs, only)
-        restore(plan.jobs(rates), runs, folder / KEPT)
         make(plan.jobs(rates, only, seeds), "runs")
     except KeyboardInterrupt:
         _say(console, f"What has been done is kept. To go on: {again or command_line('ablate', name)}")
@@ -107,7 +107,8 @@ def results_folder(path: Path) -> Path:
 def list_tables(runs: Path, configure: Configure, console: Console) -> None:
     """Print every table of the checkout: claims, arms and seeds, what its result says, and which runs lie here.
 
-    A result is in the checkout, whoever measured it; runs are only where they were made.
+    A result is in the checkout, whoever measured it, and so are the numbers of kept runs, which are put among the runs
+    of this machine; all others are only where they were made.
 
     Raises:
         UserError: a table is at fault, or there are none.
@@ -122,6 +123,7 @@ def list_tables(runs: Path, configure: Configure, console: Console) -> None:
     measured, total = measured_minutes(runs), 0.0
     for name, path in files.items():
         plan = Plan.of(read_table(path), configure)
+        _restore(plan, runs, results_folder(path))
         cost = Estimate.of(plan, runs, measured)
         total += cost.minutes
         grid = len(plan.tuning_jobs())
@@ -202,6 +204,14 @@ def _check_choice(table: AblationTable, seeds: Sequence[int] | None, only: Seque
     for arm in only or ():
         if arm not in table.arms:
             raise UserError(f"--only must name arms of the table: {arm!r} is none. {nearest(arm, table.arms)}")
+
+
+def _restore(plan: Plan, runs: Path, results: Path) -> None:
+    """Put the kept runs of a whole table among the runs, as far as its learning rates are known."""
+    restore(plan.tuning_jobs(), runs, results / KEPT)
+    if all(RunRecord.of(job.folder(runs)).final for job in plan.tuning_jobs()):
+        rates = {arm: float(found["chosen"]) for arm, found in chosen_rates(plan, runs).items()}
+        restore(plan.jobs(rates), runs, results / KEPT)
 
 
 def _make(

@@ -16,7 +16,7 @@ from moekit.ablation.pages import drawing, markdown
 from moekit.ablation.plan import Job, Plan
 from moekit.ablation.processes import RunRecord, last_step, measured_minutes
 from moekit.ablation.result import comparable, read_result
-from moekit.ablation.session import Estimate, list_tables
+from moekit.ablation.session import Estimate, _restore, list_tables
 from moekit.ablation.table import read_table
 from moekit.ablation.view import Progress, spoken_minutes
 from moekit.errors import UserError
@@ -367,6 +367,10 @@ def test_kept_runs_are_made_nowhere_again(tmp_path: Path) -> None:
     assert again is not None
     assert comparable(again) == comparable(found)
     assert again["made"]["minutes"] == found["made"]["minutes"]
+    plan, listed = Plan.of(read_table(path), plainly), tmp_path / "listed"
+    _restore(plan, listed, results)
+    cost = Estimate.of(plan, listed, {})
+    assert (cost.done, cost.runs, cost.minutes) == (27, 27, 0.0)
     for lost in kept[:3]:
         lost.unlink()
     third = tmp_path / "third"
