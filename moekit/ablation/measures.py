@@ -81,9 +81,7 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 def _by_name(summary: dict[str, Any]) -> dict[str, Any]:
     """The summary with its lists as mappings: recall by task and kind, floors by task and split."""
-    recall = {
-        of["task"]: {kind["kind"]: kind["recall"] for kind in of["kinds"]} for of in summary.get("recall") or ()
-    }
+    recall = {of["task"]: {kind["kind"]: kind["recall"] for kind in of["kinds"]} for of in summary.get("recall") or ()}
     floors: dict[str, dict[str, Any]] = {}
     for of in summary.get("floors") or ():
         floors.setdefault(of["task"], {})[of["split"]] = {name: of[name] for name in ("knowing", "guessing")}

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
-
-from jsonargparse import ArgumentParser
+from typing import TYPE_CHECKING, Any
 
 from moekit.atomic import replacing, require_writable
 from moekit.cli.command import RecipeCommand, location, say
 from moekit.cli.trained import folder_option, stored_run, stored_settings
-from moekit.mechanisms import mechanisms
-from moekit.routing_traces import read_trace
-from moekit.runs.config import RunConfig
-from moekit.runs.recipe import Recipe
-from moekit.runs.routed_text import record_test
-from moekit.runs.routing import recorded, write_mechanisms
 from moekit.terminal import Terminal
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from moekit.runs.config import RunConfig
+    from moekit.runs.recipe import Recipe
 
 _TEXTS = {"valid": "of validation text", "train": "in training", "test": "of the test text"}
 
@@ -33,7 +31,12 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _routing(recipe: Recipe, config: RunConfig, given: Any) -> None:
-    from moekit.report import mechanism_figures, mechanism_table  # where it is used: a help text draws nothing
+    # A list of commands needs none of it.
+    from moekit.mechanisms import mechanisms
+    from moekit.report import mechanism_figures, mechanism_table
+    from moekit.routing_traces import read_trace
+    from moekit.runs.routed_text import record_test
+    from moekit.runs.routing import recorded, write_mechanisms
 
     run = stored_run(recipe, given)
     output = None if given.output is None else Path(given.output)

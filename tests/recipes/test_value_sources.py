@@ -33,7 +33,7 @@ OPERATION = {
     "train": {
         "max_minutes", "accumulate", "validate_every", "checkpoint_minutes", "checkpoint_steps", "log_every", "seed",
         "devices", "num_nodes", "accelerator", "backend", "loggers", "on_non_finite", "best", "patience", "ema",
-        "average_last", "keep_memory",
+        "average_last", "keep_memory", "record_routing",
     },
     "evaluate": {
         "max_sentences", "valid_sentences", "batch_tokens", "samples", "bleu_tokenizer", "score_valid",
