@@ -130,7 +130,7 @@ def tasks(translation: int, denoising: int, masked_lm: int, replaced_token: int)
 TINY = TRANSLATION.tiny.changed(
     model=ModelConfig(),
     tasks=tasks(translation=2048, denoising=256, masked_lm=160, replaced_token=160),
-    train={"max_steps": 3000, "max_minutes": 9.0, "validate_every": 300},
+    train={"max_steps": 3000, "max_minutes": 11.0, "validate_every": 300},
     evaluate={"valid_sentences": 25},
 )
 SMALL = TRANSLATION.small.changed(

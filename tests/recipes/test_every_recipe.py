@@ -131,12 +131,12 @@ def test_a_recipe_trains_tests_and_reports(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_short_and_its_default_is_brief(name: str) -> None:
-    """Under 200 lines, and an end in minutes: six with the test, on two cores (zcode_m3: its README says ten)."""
+    """Under 200 lines, and an end in minutes: six with the test, on two cores (zcode_m3: twelve)."""
     path = ROOT / "moekit" / "recipes" / f"{name}.py"
     assert len(path.read_text(encoding="utf-8").splitlines()) < 200
     train = recipe(name).variants["tiny"].config.train
     assert train.max_steps > 0
-    assert 0 < train.max_minutes <= (9 if name == "zcode_m3" else 5)
+    assert 0 < train.max_minutes <= (11 if name == "zcode_m3" else 5)
 
 
 @pytest.mark.parametrize("name", NAMES)
