@@ -87,7 +87,7 @@ def check(cases: list[Case], world: int, steps: int, timeout: float) -> None:
     print(f"\n{len(cases)} cases on {world} processes, largest relative difference {worst:.1e}")
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_covering_layouts_equal_one_process(world: int) -> None:
     check(covering(world), world, steps=3, timeout=400.0)
 

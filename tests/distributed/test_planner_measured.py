@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -102,6 +103,7 @@ def local(tensor: Any) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_measured_bytes_are_the_planned() -> None:
     """Every ZeRO stage and expert-parallel size, every rank: within 1 % (they differ by AdamW's step counters)."""
     number = 0

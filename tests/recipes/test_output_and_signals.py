@@ -47,7 +47,8 @@ def answer_to_ctrl_c(process: subprocess.Popen[str], stderr: IO[str]) -> str:
     return said
 
 
-@pytest.mark.parametrize("closed", ["closed", pytest.param("read by nobody", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["closed", "read by nobody"])
 def test_training_goes_on_without_output(closed: str, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
