@@ -226,12 +226,16 @@ class Facts(Spoken):
         same relation and decile, as often as these have them, so that frequencies alone give nothing away.
 
         Raises:
-            UserError: an unknown language, or more choices than values.
+            UserError: an unknown language, more choices than values or than other entities, or fewer than no questions.
         """
         self.check_language(language)
-        values = self.knowledge.settings.values
+        values, others = self.knowledge.settings.values, self.knowledge.entities - 1
         if not 2 <= choices <= values:
             raise UserError(f"facts: choices must be from 2 to the number of values, {values}: got {choices}.")
+        if choices > others:  # of who an entity is linked to
+            raise UserError(f"facts: choices must be fewer than entities, {others + 1}: got {choices}.")
+        if each < 0:
+            raise UserError(f"facts: there must be 0 or more questions of each decile and kind: got {each}.")
         number = self._number[language]
         generator = np.random.default_rng([self.seed, number, _QUESTIONS])
         questions = Questions(self.knowledge, number, self.told(language), generator)
