@@ -222,7 +222,8 @@ class Facts(Spoken):
         """Questions about facts in a language: known ones, composed ones, and of entities that nobody knows.
 
         Known facts are asked in forms of the test, one each, whatever is in the test's text: at the end of profiles as
-        often as the text has these. Compositions are those of the test. Wrong values are those of other facts of the
+        often as the text has these, or less often where few of their orders are held out; nowhere else if the text has
+        nothing else. Compositions are those of the test. Wrong values are those of other facts of the
         same relation and decile, as often as these have them, so that frequencies alone give nothing away.
 
         Raises:

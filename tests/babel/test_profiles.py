@@ -141,6 +141,8 @@ def test_text_may_be_profiles_alone(relations: int) -> None:
         assert np.isfinite([information.knowing, information.guessing]).all()
         other = corpus.knowledge.tell(np.array([0]), k.STATEMENT, np.array([0]))
         assert np.isinf(corpus.knowledge.information(other, number).knowing).all()
+        asked = Questions(corpus.knowledge, number, corpus.told(code), np.random.default_rng(0)).ask(9, 2)
+        assert {one.rows[0][k.KIND] for one in asked if one.kind == "known"} <= {k.PROFILE}
 
 
 def test_a_share_out_of_range_is_refused() -> None:
