@@ -32,6 +32,7 @@ class _Played:
         self._forwards = trace.forwards_of(layer)
         self._next = 0
         self._recent: list[tuple[Tensor, int]] = []
+        self._repeated: set[int] = set()
         self._backward = False
 
     @property
@@ -47,7 +48,7 @@ class _Played:
             self._backward = True
             return self._found(self._again(mark))
         if self._backward:  # nothing of the micro-batches before is computed again
-            self._recent, self._backward = [], False
+            self._recent, self._repeated, self._backward = [], set(), False
         if not self.left:
             raise UserError(
                 f"the trace has ended: {self.layer} was recorded in {len(self._forwards)} forwards, and is asked for "
@@ -67,7 +68,10 @@ class _Played:
                 f"{self.layer} is computed again in backward with other tokens than in its forward: a trace cannot be "
                 "played then."
             )
-        return same[-1]
+        # Of forwards of equal tokens backward comes to the last one first.
+        number = next((number for number in reversed(same) if number not in self._repeated), same[-1])
+        self._repeated.add(number)
+        return number
 
     def _found(self, number: int) -> TracedLayer:
         layer = self.trace[number].layers[self.layer]

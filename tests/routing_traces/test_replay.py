@@ -215,6 +215,31 @@ def test_a_forward_without_gradient_or_training_is_played_again_too(
     assert torch.equal(got, expected)
 
 
+def test_equal_micro_batches_are_played_again_each_as_it_was(tmp_path: Path) -> None:
+    """Their routing differs by what was drawn."""
+    layer = mk.MoELayer(TopKRouter(D, E, 2, exploration=InputJitter(0.5)), mk.experts.GroupedMLP(E, D, 8))
+
+    def gradients() -> list[Tensor | None]:
+        torch.manual_seed(2)
+        layer.zero_grad()
+        total = torch.zeros(())
+        for factor in (1, 2):
+            x = batch(0).requires_grad_()
+            total = total + factor * checkpoint(lambda x: layer(x).hidden, x, use_reentrant=False).square().sum()
+        total.backward()
+        return [parameter.grad for parameter in layer.parameters()]
+
+    with record(layer, tmp_path / "t.npz"):
+        expected = gradients()
+    trace = read_trace(tmp_path / "t.npz")
+    assert not torch.equal(*(one.layers["layer"].routing.expert for one in trace))
+    with replay(layer, trace):
+        for got, wanted in zip(gradients(), expected, strict=True):
+            assert got is not None
+            assert wanted is not None
+            assert torch.equal(got, wanted)
+
+
 def test_a_copy_of_the_model_plays_nothing(tmp_path: Path) -> None:
     """And a model that is written as a whole meanwhile plays nothing where it is read."""
     net = Net().eval()
