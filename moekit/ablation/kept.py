@@ -21,6 +21,8 @@ from moekit.stored import parse_json
 
 VERSION = 1
 _ENVIRONMENT, _METRICS = "environment.json", "metrics.csv"
+_RUN = "run"
+"""The name of the run, which that of the file begins with; not there in the first files."""
 _TOLD = ("summary", "mechanisms", "last", "commit")
 
 
@@ -44,7 +46,7 @@ def keep(jobs: Sequence[Job], runs: Path, kept: Path) -> None:
                 "commit": environment.get("commit"),
             }
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"version": VERSION, "record": vars(record), **found})
+            write_json(path, {"version": VERSION, _RUN: folder.name, "record": vars(record), **found})
 
 
 def restore(jobs: Sequence[Job], runs: Path, kept: Path) -> int:
@@ -54,14 +56,14 @@ def restore(jobs: Sequence[Job], runs: Path, kept: Path) -> int:
     alone do not replace its checkpoint.
 
     Raises:
-        UserError: a file is damaged or of a later version.
+        UserError: a file is damaged, of a later version, or has the numbers of another run.
     """
     missing = [job for job in jobs if not RunRecord.of(job.folder(runs)).final]
     without = {job.of.digest for job in missing if job.of is not None and not _path(job, kept).is_file()}
     found = [job for job in missing if _path(job, kept).is_file() and job.digest not in without]
     for job in found:
         path = _path(job, kept)
-        known = _checked(path)
+        known = _checked(path, job)
         folder = job.folder(runs)
         folder.mkdir(parents=True, exist_ok=True)
         for name, values in ((SUMMARY, known["summary"]), (MECHANISMS, known["mechanisms"])):
@@ -77,17 +79,30 @@ def _path(job: Job, kept: Path) -> Path:
     return kept / f"{job.folder(kept).name}.json"
 
 
-def _checked(path: Path) -> dict[str, Any]:
-    """A kept file."""
+def _checked(path: Path, job: Job) -> dict[str, Any]:
+    """The kept file of a job."""
     try:
         known = parse_json(path.read_text(encoding="utf-8"))
-        if known["version"] == VERSION and {"record", *_TOLD} <= set(known):
-            RunRecord(**known["record"])
+        if known["version"] != VERSION or not {"record", *_TOLD} <= set(known):
+            problem = f"it must be of version {VERSION}, with {', '.join(('record', *_TOLD))}"
+        elif not _has_result(record := RunRecord(**known["record"]), known):
+            problem = "it must have the numbers of a run that is done, or has diverged"
+        elif known.get(_RUN, path.stem) != path.stem or record.kin != job.kin:
+            problem = "it has the numbers of another run"
+        else:
             return dict(known)
-        problem = f"it must be of version {VERSION}, with {', '.join(('record', *_TOLD))}"
     except (OSError, ValueError, TypeError, KeyError) as error:
         problem = str(error)
     raise UserError(f"{path} cannot be used: {problem}. Delete it to run it again, or update moekit.")
+
+
+def _has_result(record: RunRecord, known: Mapping[str, Any]) -> bool:
+    """Whether what is said of a run is of the types that are written, and is a result."""
+    typed = all(isinstance(known[name], dict) for name in ("summary", "mechanisms", "last"))
+    typed = typed and isinstance(known["commit"], dict | None) and isinstance(record.minutes, int | float)
+    return (
+        typed and record.final and isinstance(record.said, str) and (record.state != "done" or known["summary"] != {})
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

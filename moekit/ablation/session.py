@@ -67,7 +67,8 @@ def run_table(
     plan = Plan.of(read_table(find_table(name)), configure)
     table, folder = plan.table, out or results_folder(plan.table.path)
     _check_choice(table, seeds, only)
-    require_writable(folder / f"{table.path.stem}.json")
+    for path in (folder, folder / KEPT):
+        require_writable(path / f"{table.path.stem}.json")
     _restore(plan, runs, folder)
 
     def make(jobs: Sequence[Job], what: str) -> None:

@@ -222,16 +222,21 @@ class Facts(Spoken):
         """Questions about facts in a language: known ones, composed ones, and of entities that nobody knows.
 
         Known facts are asked in forms of the test, one each, whatever is in the test's text: at the end of profiles as
-        often as the text has these. Compositions are those of the test. Wrong values are those of other facts of the
+        often as the text has these, or less often where few of their orders are held out; nowhere else if the text has
+        nothing else. Compositions are those of the test. Wrong values are those of other facts of the
         same relation and decile, as often as these have them, so that frequencies alone give nothing away.
 
         Raises:
-            UserError: an unknown language, or more choices than values.
+            UserError: an unknown language, more choices than values or than other entities, or fewer than no questions.
         """
         self.check_language(language)
-        values = self.knowledge.settings.values
+        values, others = self.knowledge.settings.values, self.knowledge.entities - 1
         if not 2 <= choices <= values:
             raise UserError(f"facts: choices must be from 2 to the number of values, {values}: got {choices}.")
+        if choices > others:  # of who an entity is linked to
+            raise UserError(f"facts: choices must be fewer than entities, {others + 1}: got {choices}.")
+        if each < 0:
+            raise UserError(f"facts: there must be 0 or more questions of each decile and kind: got {each}.")
         number = self._number[language]
         generator = np.random.default_rng([self.seed, number, _QUESTIONS])
         questions = Questions(self.knowledge, number, self.told(language), generator)

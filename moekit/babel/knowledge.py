@@ -30,6 +30,7 @@ STATEMENT, QUESTION, COMPOSITION, PROFILE = range(4)
 
 _COMPOSED, _ASKED, _ADVERB = 0.1, 0.25, 0.5
 _SINGLE = np.array([(1 - _COMPOSED) * (1 - _ASKED), (1 - _COMPOSED) * _ASKED, _COMPOSED])  # kinds but for profiles
+_STEEPEST = 40.0  # with ten million entities the rarest fact still has a probability above 0
 _COMPOSED_BUCKETS = 10  # so many compositions are held out that they can be asked
 
 
@@ -62,6 +63,8 @@ class KnowledgeSettings:
                 raise UserError(f"facts: {name} must be at least {lowest}: got {getattr(self, name)}.")
         if self.power < 0:
             raise UserError(f"facts: power must not be negative: got {self.power}.")
+        if not self.power <= _STEEPEST:
+            raise UserError(f"facts: power must be a number up to {_STEEPEST:g}: got {self.power}.")
         if not 0 <= self.one_language < 1:
             raise UserError(f"facts: one_language must be a share from 0 to below 1: got {self.one_language}.")
         if not 0 <= self.profiles <= 1:
@@ -249,12 +252,13 @@ class Knowledge:
         """
         probs = self.probs(language)
         if told is not None:
-            probs = probs * told / (probs * told).sum()
+            probs = probs * told / max((probs * told).sum(), np.finfo(float).tiny)
         profile = rows[:, KIND] == PROFILE
         known, guessed = np.empty((2, len(rows)))
         known[~profile], guessed[~profile] = self._information_of_one(rows[~profile], probs, language)
         known[profile], guessed[profile] = self._information_of_profiles(rows[profile], probs)
-        kind = np.log(self.kind_probs[rows[:, KIND]])
+        with np.errstate(divide="ignore"):  # of what is never told infinitely much
+            kind = np.log(self.kind_probs[rows[:, KIND]])
         return Nats(known - kind, guessed - kind)
 
     def _information_of_one(self, rows: Ints, probs: Floats, language: int | None) -> tuple[Floats, Floats]:

@@ -85,7 +85,8 @@ class Questions:
         rows = np.concatenate(tellings)
         rows = self._shuffled(rows[self.knowledge.split(rows) == "test"])
         if self.knowledge.settings.profiles:
-            rows = np.concatenate([self._at_the_end_of_profiles(told), rows])
+            alone = self.knowledge.settings.profiles == 1  # a text that tells nothing otherwise teaches no other form
+            rows = np.concatenate([self._at_the_end_of_profiles(told), rows[:0] if alone else rows])
         facts = self.knowledge.fact(rows)
         _, first = np.unique(facts, return_index=True)
         chosen = self._shuffled(np.sort(first)) if self.knowledge.settings.profiles else np.sort(first)

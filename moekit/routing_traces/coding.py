@@ -76,21 +76,29 @@ def decode(said: Mapping[str, Any], tokens: TracedTokens, take: Take) -> TracedL
     has = set(said["has"])
 
     def whole(name: str) -> Tensor:
-        return torch.from_numpy(take(name, n).astype(np.int64))
+        found = take(name, n)
+        if found.dtype.kind not in "iu":
+            raise ValueError(f"{name} must be whole numbers")
+        return torch.from_numpy(found.astype(np.int64))
 
     def flags(name: str) -> Tensor:
         return torch.from_numpy(np.unpackbits(take(name, -(-n // 8)), count=n).astype(bool))
 
-    expert = whole("expert")
+    expert = _within("expert", whole("expert"), 0, experts)
     if "position" in has:
         position = whole("position")
     else:
         queued = flags("queued") if "queued" in has else torch.ones(n, dtype=torch.bool)
         position = queue_positions(expert, queued, experts)
+    listed = tokens.num_tokens * (said["choices"] or 1)
+    if "token" not in has and n != listed:  # before as many are made as somebody says
+        raise ValueError(f"it lists {n} assignments, and {listed} follow from its tokens")
     weighed = "weight" in has
     weight = torch.from_numpy(take("weight", n).copy()) if weighed else torch.full((n,), float("nan"))
     routing = Routing(
-        token=whole("token") if "token" in has else _tokens(tokens.num_tokens, said["choices"]),
+        token=_within("token", whole("token"), 0, tokens.num_tokens)
+        if "token" in has
+        else _tokens(tokens.num_tokens, said["choices"]),
         expert=expert,
         weight=weight,
         position=position,
@@ -107,7 +115,17 @@ def decode(said: Mapping[str, Any], tokens: TracedTokens, take: Take) -> TracedL
         choices=said["choices"],
         all_kept=bool(said["all_kept"]),
     )
+    _within("position", routing.position[routing.kept], 0, n)
+    if routing.all_kept and not bool(routing.kept.all()):
+        raise ValueError("it says that all assignments are kept")
     return TracedLayer(routing, tokens, weighed)
+
+
+def _within(name: str, values: Tensor, low: int, high: int) -> Tensor:
+    """The values, if they are what a router can have returned: others would fail far from here."""
+    if values.numel() and not (low <= int(values.min()) and int(values.max()) < high):
+        raise ValueError(f"{name} is not in {low}..{high - 1} everywhere")
+    return values
 
 
 def encode_tokens(tokens: TracedTokens) -> tuple[dict[str, Any], dict[str, Array]]:

@@ -23,9 +23,12 @@ from moekit.stored import parse_json
 
 _FAULTS = (
     zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, TypeError, KeyError, IndexError,
-    AttributeError, OverflowError, RuntimeError, NotImplementedError, StopIteration,
+    AttributeError, OverflowError, RuntimeError, NotImplementedError, StopIteration, MemoryError,
 )  # fmt: skip
 """What Python and NumPy raise of an archive that is not as it was written."""
+
+PROCESSES = "processes"
+"""The note that says how many processes have a file each of a step."""
 
 
 class _File:
@@ -49,9 +52,10 @@ class _File:
             if archive.comment != comment(content):
                 raise ValueError("its index was altered after it was written")
             index = parse_json(content)
-            self.notes: dict[str, str] = dict(index["notes"])
+            self.notes = {str(name): str(text) for name, text in index["notes"].items()}
             self.batches: list[Mapping[str, Any]] = index["batches"]
             self.parts: list[Mapping[str, Any]] = index["parts"]
+            self.said = [_said(batch) for batch in self.batches]
         except UserError:
             raise
         except _FAULTS as error:
@@ -71,12 +75,13 @@ class _File:
 
     def batch(self, number: int) -> TracedBatch:
         """A forward of the file."""
-        part = next(n for n, part in enumerate(self.parts) if part["begin"] <= number < part["end"])
-        self._open(part)
-        said = self.batches[number]
-        places = dict(self._places[number - self.parts[part]["begin"]])
         try:
-            return self._decoded(said, places)
+            part = next(n for n, part in enumerate(self.parts) if part["begin"] <= number < part["end"])
+            self._open(part)
+            places = dict(self._places[number - self.parts[part]["begin"]])
+            return self._decoded(self.batches[number], places)
+        except UserError:
+            raise
         except _FAULTS as error:
             raise self._refused(error, f"forward {number}") from None
 
@@ -146,13 +151,13 @@ class RoutingTrace:
         self._files = files
         self.notes = files[0][0].notes
         self._where = [(group, number) for group in files for number in range(len(group[0].batches))]
-        said = [group[0].batches[number] for group, number in self._where]
-        self.steps = [int(one["step"]) for one in said]
-        self.tasks = [str(one["task"]) for one in said]
+        said = [group[0].said[number] for group, number in self._where]
+        self.steps = [step for step, _, _ in said]
+        self.tasks = [task for _, task, _ in said]
         self.layers: dict[str, int] = {}
-        for one in said:
-            for name, about in one["layers"].items():
-                if self.layers.setdefault(name, int(about["experts"])) != about["experts"]:
+        for _, _, layers in said:
+            for name, experts in layers.items():
+                if self.layers.setdefault(name, experts) != experts:
                     raise UserError(f"{files[0][0].path}: {name} must have one number of experts in the whole trace.")
 
     def __len__(self) -> int:
@@ -196,7 +201,10 @@ def read_trace(path: str | Path, *, verify: bool = True) -> RoutingTrace:
     for name in names:
         groups.setdefault(name.name.partition(".")[0] if place.is_dir() else "", []).append(_File(name))
     for key, files in groups.items():
-        whole = int(files[0].notes.get("processes", 1))
+        told = files[0].notes.get(PROCESSES, "1")
+        if not told.isdecimal():
+            raise UserError(f"{files[0].path}: the note {PROCESSES!r} must be the number of processes: got {told!r}.")
+        whole = int(told)
         if len(files) != whole:
             raise UserError(
                 f"{place}: the trace of step {key} must have a file of each of {whole} processes: got {len(files)}."
@@ -211,8 +219,17 @@ def read_trace(path: str | Path, *, verify: bool = True) -> RoutingTrace:
     return RoutingTrace(whole_groups)
 
 
+def _said(batch: Mapping[str, Any]) -> tuple[int, str, dict[str, int]]:
+    """Step, task, and numbers of experts by layer of a forward, as the index has them."""
+    layers = {str(name): int(about["experts"]) for name, about in batch["layers"].items()}
+    return int(batch["step"]), str(batch["task"]), layers
+
+
 def _joined(batches: Sequence[TracedBatch]) -> TracedBatch:
     first = batches[0]
+    if any(batch.layers.keys() != first.layers.keys() for batch in batches):
+        told = [", ".join(batch.layers) for batch in batches]
+        raise UserError(f"processes must have recorded the same layers in a forward: got {told} at step {first.step}.")
     layers = {
         name: TracedLayer(
             joined([batch.layers[name].routing for batch in batches]),

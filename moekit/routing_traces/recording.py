@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,21 @@ def named_layers(model: nn.Module) -> dict[str, MoELayer]:
     return found
 
 
+def require_own_routers(layers: Mapping[str, MoELayer]) -> None:
+    """Check that every layer has a router of its own.
+
+    Raises:
+        UserError: two layers share one, whose calls do not say which layer made them.
+    """
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        if (other := owners.setdefault(id(layer.router), name)) != name:
+            raise UserError(
+                f"routing is recorded and played by router: {other} and {name} share one. Give each layer a router of "
+                "its own."
+            )
+
+
 class Recording:
     """Hears every router of a model and writes what it returned, forward by forward.
 
@@ -63,6 +79,7 @@ class Recording:
 
     def __init__(self, model: nn.Module, writer: TraceWriter, *, weights: bool = True) -> None:
         self.layers, self._writer, self._weights = named_layers(model), writer, weights
+        require_own_routers(self.layers)
         self._step, self._task, self.paused = 0, "", False
         self._told: dict[str, Tensor] = {}
         self._found: dict[str, TracedLayer] = {}
@@ -73,7 +90,7 @@ class Recording:
         for part in model.modules():
             task = getattr(part, "task", None)
             if part is model or isinstance(task, str):
-                self._handles.append(part.register_forward_pre_hook(self._begins(task)))
+                self._handles.append(part.register_forward_pre_hook(self._begins(part, task)))
 
     def tell(self, *, step: int | None = None, task: str | None = None, **tokens: Tensor) -> None:
         """Say what the model does not tell its routers, of the forwards to come.
@@ -85,13 +102,17 @@ class Recording:
                 the place of what a `RoutingContext` says.
 
         Raises:
-            UserError: an unknown name.
+            UserError: an unknown name, or a step that is no whole number.
         """
         unknown = sorted(set(tokens) - {"ids", "language", "place", "sequence"})
         if unknown:
             raise UserError(f"a recording can be told ids, language, place and sequence of tokens: got {unknown}.")
+        try:
+            step = self._step if step is None else operator.index(step)
+        except TypeError:
+            raise UserError(f"the step of a recording must be a whole number: got {step!r}.") from None
         self.end_forward()
-        self._step = self._step if step is None else step
+        self._step = step
         self._task = self._task if task is None else task
         self._told |= tokens
 
@@ -112,10 +133,10 @@ class Recording:
             handle.remove()
         self._handles = []
 
-    def _begins(self, task: str | None) -> Any:
+    def _begins(self, part: nn.Module, task: str | None) -> Any:
         @torch.compiler.disable
         def begins(module: nn.Module, arguments: Any) -> None:
-            if not in_backward():
+            if module is part and not in_backward():  # a copy of the part has a copy of its hooks
                 self.end_forward()
                 self._task = task if isinstance(task, str) else self._task
 
@@ -125,7 +146,7 @@ class Recording:
         @torch.compiler.disable
         @torch.no_grad()
         def heard(router: nn.Module, arguments: Any, named: Mapping[str, Any], routing: Routing) -> None:
-            if self.paused or in_backward():
+            if self.paused or router is not self.layers[name].router or in_backward():
                 return
             if name in self._found:
                 self.end_forward()
@@ -196,7 +217,8 @@ def record(
         notes: text to keep beside it, by name.
 
     Raises:
-        UserError: the model has no sparse layer, or the file cannot be written.
+        UserError: the model has no sparse layer, two of them share a router, a note is no text, or the file cannot be
+            written.
 
     Example:
         >>> import tempfile, torch, moekit as mk

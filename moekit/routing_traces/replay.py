@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from moekit.errors import UserError, nearest
 from moekit.routing import Deviation, Router, Routing, RoutingContext
 from moekit.routing_traces.reading import RoutingTrace
-from moekit.routing_traces.recording import named_layers
+from moekit.routing_traces.recording import named_layers, require_own_routers
 from moekit.routing_traces.trace import TracedLayer, part_of
 from moekit.stepping import in_backward
 
@@ -31,6 +32,7 @@ class _Played:
         self._forwards = trace.forwards_of(layer)
         self._next = 0
         self._recent: list[tuple[Tensor, int]] = []
+        self._repeated: set[int] = set()
         self._backward = False
 
     @property
@@ -40,12 +42,13 @@ class _Played:
 
     def next(self, x: Tensor, *, training: bool) -> TracedLayer:
         """What was recorded for these tokens."""
-        mark = x.detach().double().nan_to_num().sum() if torch.is_grad_enabled() else None
+        # Reentrant checkpointing makes its forward without a gradient, and a model in evaluation may learn too.
+        mark = x.detach().double().nan_to_num().sum() if training or torch.is_grad_enabled() else None
         if in_backward():
             self._backward = True
             return self._found(self._again(mark))
         if self._backward:  # nothing of the micro-batches before is computed again
-            self._recent, self._backward = [], False
+            self._recent, self._repeated, self._backward = [], set(), False
         if not self.left:
             raise UserError(
                 f"the trace has ended: {self.layer} was recorded in {len(self._forwards)} forwards, and is asked for "
@@ -53,7 +56,7 @@ class _Played:
             )
         number = self._forwards[self._next]
         self._next += 1
-        if mark is not None and training:
+        if mark is not None:
             self._recent.append((mark, number))
         return self._found(number)
 
@@ -65,7 +68,10 @@ class _Played:
                 f"{self.layer} is computed again in backward with other tokens than in its forward: a trace cannot be "
                 "played then."
             )
-        return same[-1]
+        # Of forwards of equal tokens backward comes to the last one first.
+        number = next((number for number in reversed(same) if number not in self._repeated), same[-1])
+        self._repeated.add(number)
+        return number
 
     def _found(self, number: int) -> TracedLayer:
         layer = self.trace[number].layers[self.layer]
@@ -138,12 +144,13 @@ def replay(
 ) -> Iterator[Replaying]:
     """Have all sparse layers of a model play a trace, as long as the block lasts.
 
-    Modules, parameters and their names stay as they are, so optimizers, strategies and checkpoints work as before.
-    Arguments are those of `ReplayRouter`. With the same weights, data and seed as in the recorded run losses are the
-    same to the last digit; under another layout they differ by rounding.
+    Modules, parameters and their names stay as they are, so optimizers, strategies and checkpoints work as before. A
+    copy of the model that is made meanwhile plays nothing. Arguments are those of `ReplayRouter`. With the same
+    weights, data and seed as in the recorded run losses are the same to the last digit; under another layout they
+    differ by rounding.
 
     Raises:
-        UserError: layers of the model and of the trace are not the same; and as `ReplayRouter`.
+        UserError: layers of the model and of the trace are not the same, or two share a router; and as `ReplayRouter`.
 
     Example:
         >>> import tempfile, torch, moekit as mk
@@ -157,10 +164,12 @@ def replay(
         True
     """
     layers = named_layers(model)
+    require_own_routers(layers)
     if missing := sorted(set(trace.layers) ^ set(layers)):
         raise UserError(
             f"the model and the trace must have the same sparse layers: {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} in one of them alone. The trace has {', '.join(trace.layers)}."
+            f"{'is' if len(missing) == 1 else 'are'} in one of them alone. The trace has "
+            f"{', '.join(trace.layers) or 'none: nothing was recorded'}."
         )
     playing: dict[str, _Played] = {}
     for name, layer in layers.items():
@@ -197,12 +206,14 @@ class Replaying:
         return max(played.left for played in self.layers.values())
 
 
-def _player(played: _Played, router: Router, forward: Forward) -> Forward:
-    @torch.compiler.disable
-    def plays(x: Tensor, context: RoutingContext | None = None) -> Routing:
-        return _play(played, router, forward, x, context)
+def _player(played: _Played, router: Router, own: Forward) -> Forward:
+    """The forward of a router that plays; a method, so that a copy of the router has a copy's, which does not."""
 
-    return plays
+    @torch.compiler.disable
+    def forward(of: Router, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        return _play(played, router, own, x, context) if of is router else type(of).forward(of, x, context)
+
+    return types.MethodType(forward, router)
 
 
 def _play(

@@ -11,7 +11,7 @@ import torch
 
 from moekit.errors import UserError
 from moekit.routing import Routing
-from moekit.routing_traces.reading import RoutingTrace, read_trace
+from moekit.routing_traces.reading import PROCESSES, RoutingTrace, read_trace
 from moekit.routing_traces.trace import TracedBatch, TracedLayer, TracedTokens, joined, requeued
 from moekit.routing_traces.writing import TraceWriter
 
@@ -28,10 +28,13 @@ def join_rollout(trace: RoutingTrace, file: str | Path, *, rows: int) -> Routing
         rows: number of sequences, which are the same in all forwards.
 
     Raises:
-        UserError: the trace is empty, a forward is not of as many tokens of every row, or the file cannot be written.
+        UserError: there are no rows, the trace is empty, a forward is not of as many tokens of every row, or the file
+            cannot be written.
 
     Source: arXiv:2510.11370, which gives training the experts of inference.
     """
+    if rows < 1:
+        raise UserError(f"a rollout must be of one or more rows: got {rows}.")
     batches = list(trace)
     if not batches or any(batch.layers.keys() != batches[0].layers.keys() for batch in batches):
         raise UserError("a rollout must be of one or more forwards of the same layers: record one generation.")
@@ -40,7 +43,8 @@ def join_rollout(trace: RoutingTrace, file: str | Path, *, rows: int) -> Routing
         found = [batch.layers[name] for batch in batches]
         whole = in_one_forward([layer.routing for layer in found], rows)
         layers[name] = TracedLayer(whole, TracedTokens(whole.num_tokens), all(layer.weighed for layer in found))
-    with TraceWriter(file, trace.notes) as writer:
+    notes = {name: text for name, text in trace.notes.items() if name != PROCESSES}  # theirs are joined in this file
+    with TraceWriter(file, notes) as writer:
         writer.add(TracedBatch(batches[0].step, batches[0].task, False, layers))
     return read_trace(file)
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from moekit.atomic import replacing
+from moekit.errors import UserError
 from moekit.routing_traces.coding import Array, encode, encode_tokens
 from moekit.routing_traces.trace import TracedBatch, TracedTokens
 
@@ -50,13 +51,18 @@ class TraceWriter:
         part_bytes: bytes of arrays, before they are packed, after which a part is written.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or a note is no text.
     """
 
     def __init__(
         self, path: str | Path, notes: Mapping[str, str] | None = None, *, part_bytes: int = _PART_BYTES
     ) -> None:
         self.path, self.notes, self._part_bytes = Path(path), dict(notes or {}), part_bytes
+        if wrong := [name for name, value in self.notes.items() if not isinstance(value, str)]:
+            raise UserError(
+                f"notes of a routing trace must be text: {wrong[0]} is a {type(self.notes[wrong[0]]).__name__}. Write "
+                "str(...) around it."
+            )
         self._batches: list[dict[str, Any]] = []
         self._parts: list[dict[str, Any]] = []
         self._waiting: dict[str, list[Array]] = {}
@@ -129,7 +135,7 @@ class TraceWriter:
     def _finish(self) -> None:
         self._write_part()
         index = {"version": VERSION, "notes": self.notes, "batches": self._batches, "parts": self._parts}
-        content = json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode()
+        content = json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
         self._put(INDEX, content, packed=True)
         assert self._archive is not None
         self._archive.comment = comment(content)

@@ -403,6 +403,20 @@ def test_a_run_that_diverged_is_kept_and_one_that_failed_is_not(tmp_path: Path) 
         (lambda text: text[:-5], "cannot be used: "),
         (lambda text: text.replace('"version": 1', '"version": 9'), "it must be of version 1, with record, summary"),
         (lambda text: text.replace('"minutes"', '"minuten"'), "cannot be used: "),
+        *(
+            (lambda text, damage=damage: json.dumps(json.loads(text) | damage), "must have the numbers of a run that")
+            for damage in (
+                {"summary": [1]},
+                {"summary": {}},
+                {"mechanisms": "x"},
+                {"last": None},
+                {"commit": 7},
+                {"record": {"state": "failed"}},
+                {"record": {"state": "done", "minutes": "x"}},
+            )
+        ),
+        (lambda text: re.sub('"run": "[^"]*"', '"run": "moe_lm-1"', text), "it has the numbers of another run"),
+        (lambda text: re.sub('"kin": "[^"]*"', '"kin": "1"', text), "it has the numbers of another run"),
     ],
 )
 def test_a_damaged_kept_run_is_refused_by_name(damage: Callable[[str], str], said: str, tmp_path: Path) -> None:
@@ -413,6 +427,26 @@ def test_a_damaged_kept_run_is_refused_by_name(damage: Callable[[str], str], sai
     with pytest.raises(UserError, match=f"{kept.name} cannot be used: ") as caught:
         run(path, tmp_path / "more", out=tmp_path / "results")
     assert said in str(caught.value)
+
+
+def test_kept_runs_that_do_not_say_their_name_are_taken(tmp_path: Path) -> None:
+    path = write_table(tmp_path)
+    run(path, tmp_path / "runs")
+    for kept in (tmp_path / "results" / "runs").glob("*.json"):
+        known = json.loads(kept.read_text())
+        assert known.pop("run") == kept.stem
+        kept.write_text(json.dumps(known))
+    run(path, tmp_path / "more", out=tmp_path / "results")
+    assert began(tmp_path / "more") == 0
+
+
+def test_runs_that_cannot_be_kept_are_not_made(tmp_path: Path) -> None:
+    path = write_table(tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "runs").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*a file is in the place of a folder"):
+        run(path, tmp_path / "runs")
+    assert began(tmp_path / "runs") == 0
 
 
 def test_a_trained_run_is_not_taken_from_its_numbers_where_its_model_is_wanted(tmp_path: Path) -> None:

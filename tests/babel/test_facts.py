@@ -270,6 +270,8 @@ def test_the_same_seed_says_the_same() -> None:
         ({"values": 1}, "values must be at least 2: got 1"),
         ({"relations": 0}, "relations must be at least 1: got 0"),
         ({"power": -1.0}, "power must not be negative"),
+        ({"power": math.nan}, "power must be a number up to 40: got nan"),
+        ({"power": math.inf}, "power must be a number up to 40: got inf"),
         ({"one_language": 1.0}, "one_language must be a share"),
         ({"train_sentences": -1}, "train_sentences must not be negative"),
         ({"languages": 1}, "languages must be at least 2: got 1"),
@@ -305,6 +307,25 @@ def test_held_out_text_is_drawn_by_frequency() -> None:
     knowledge, told = corpus.knowledge, np.flatnonzero(corpus.told(None))
     taken = knowledge.weight[knowledge.fact(corpus.held_out(None, "test"))]
     assert np.median(taken) > 2 * np.median(knowledge.weight[told])
+
+
+def test_more_choices_than_there_are_others_to_link_to_are_refused() -> None:
+    corpus = Facts(**{**SMALL, "entities": 6, "one_language": 0.0}, train_sentences=500)  # type: ignore[arg-type]
+    code = corpus.languages[0]
+    for question in corpus.questions(code, each=9, choices=5):
+        assert len(question.sentences) == 5
+        assert question.answer < 5
+    with pytest.raises(UserError, match="choices must be fewer than entities, 6: got 6"):
+        corpus.questions(code, each=9, choices=6)
+    with pytest.raises(UserError, match="there must be 0 or more questions of each decile and kind: got -1"):
+        corpus.questions(code, each=-1, choices=2)
+
+
+def test_nobody_is_told_anything_by_no_text() -> None:
+    corpus = Facts(**{**SMALL, "profiles": 0.5}, train_sentences=0)  # type: ignore[arg-type]
+    found = corpus.information(corpus.languages[0], "test")
+    assert found is not None
+    assert (len(found.knowing), len(found.guessing)) == (0, 0)
 
 
 def test_more_choices_than_values_are_refused(corpus: Facts) -> None:

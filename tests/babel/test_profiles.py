@@ -127,6 +127,24 @@ def test_what_they_tell_is_counted(corpus: Facts) -> None:
         assert told[fact] == number + sum(spoken[line] for line in in_profiles)
 
 
+@pytest.mark.parametrize("relations", [1, 3, 8])
+def test_text_may_be_profiles_alone(relations: int) -> None:
+    corpus = Facts(
+        languages=2, entities=60, relations=relations, values=2, unknowable=1, one_language=0.3, profiles=1.0,
+        train_sentences=2_000, valid_sentences=20, test_sentences=20,
+    )  # fmt: skip
+    for number, code in enumerate(corpus.languages):
+        rows = corpus.held_out(code, "test")
+        assert (rows[:, k.KIND] == k.PROFILE).all()
+        information = corpus.information(code, "test")
+        assert information is not None
+        assert np.isfinite([information.knowing, information.guessing]).all()
+        other = corpus.knowledge.tell(np.array([0]), k.STATEMENT, np.array([0]))
+        assert np.isinf(corpus.knowledge.information(other, number).knowing).all()
+        asked = Questions(corpus.knowledge, number, corpus.told(code), np.random.default_rng(0)).ask(9, 2)
+        assert {one.rows[0][k.KIND] for one in asked if one.kind == "known"} <= {k.PROFILE}
+
+
 def test_a_share_out_of_range_is_refused() -> None:
     with pytest.raises(UserError, match=r"profiles must be a share from 0 to 1: got 1\.5\."):
         Facts(profiles=1.5)

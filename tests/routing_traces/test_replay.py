@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from moekit.routers import (
     deepseek_v3,
 )
 from moekit.routing import Capacity, Router, Routing, RoutingContext
-from moekit.routing_traces import ReplayRouter, RoutingTrace, read_trace, record, replay
+from moekit.routing_traces import ReplayRouter, RoutingTrace, join_rollout, read_trace, record, replay
 from moekit.testing import random_routing, run_distributed
 
 D, E, STEPS, TOKENS = 8, 4, 3, 32
@@ -189,6 +190,83 @@ def test_what_is_computed_again_in_backward_is_played_again(parts: int, tmp_path
     with replay(again, trace) as playing:
         assert trained(again, parts=parts) == losses
         assert playing.left == 0
+
+
+@pytest.mark.parametrize(("training", "reentrant"), [(False, False), (True, True)])
+def test_a_forward_without_gradient_or_training_is_played_again_too(
+    training: bool, reentrant: bool, tmp_path: Path
+) -> None:
+    """A policy that learns in evaluation mode, and checkpointing whose forward has no gradient."""
+    layer = mk.MoELayer(TopKRouter(D, E, 2), mk.experts.GroupedMLP(E, D, 8)).train(training)
+
+    def gradient() -> Tensor | None:
+        layer.zero_grad()
+        x = batch(0).requires_grad_()
+        checkpoint(lambda x: layer(x).hidden, x, use_reentrant=reentrant).sum().backward()
+        return layer.router.weight.grad
+
+    with record(layer, tmp_path / "t.npz"):
+        expected = gradient()
+    with replay(layer, read_trace(tmp_path / "t.npz")) as playing:
+        got = gradient()
+    assert playing.left == 0
+    assert expected is not None
+    assert got is not None
+    assert torch.equal(got, expected)
+
+
+def test_equal_micro_batches_are_played_again_each_as_it_was(tmp_path: Path) -> None:
+    """Their routing differs by what was drawn."""
+    layer = mk.MoELayer(TopKRouter(D, E, 2, exploration=InputJitter(0.5)), mk.experts.GroupedMLP(E, D, 8))
+
+    def gradients() -> list[Tensor | None]:
+        torch.manual_seed(2)
+        layer.zero_grad()
+        total = torch.zeros(())
+        for factor in (1, 2):
+            x = batch(0).requires_grad_()
+            total = total + factor * checkpoint(lambda x: layer(x).hidden, x, use_reentrant=False).square().sum()
+        total.backward()
+        return [parameter.grad for parameter in layer.parameters()]
+
+    with record(layer, tmp_path / "t.npz"):
+        expected = gradients()
+    trace = read_trace(tmp_path / "t.npz")
+    assert not torch.equal(*(one.layers["layer"].routing.expert for one in trace))
+    with replay(layer, trace):
+        for got, wanted in zip(gradients(), expected, strict=True):
+            assert got is not None
+            assert wanted is not None
+            assert torch.equal(got, wanted)
+
+
+def test_a_copy_of_the_model_plays_nothing(tmp_path: Path) -> None:
+    """And a model that is written as a whole meanwhile plays nothing where it is read."""
+    net = Net().eval()
+    with record(net, tmp_path / "t.npz"):
+        expected, _ = net(batch(0))
+    with replay(net, read_trace(tmp_path / "t.npz")) as playing:
+        other = copy.deepcopy(net)
+        assert torch.equal(other(batch(0))[0], expected)
+        assert playing.left == 1
+        torch.save(net, tmp_path / "net.pt")
+    assert torch.equal(other(batch(0))[0], expected)
+    assert torch.equal(torch.load(tmp_path / "net.pt", weights_only=False)(batch(0))[0], expected)
+
+
+def test_processes_that_generated_are_one_rollout(tmp_path: Path) -> None:
+    layer = mk.MoELayer(TopKRouter(D, E, 2, capacity=Capacity(eval=0.6)), mk.experts.GroupedMLP(E, D, 8)).eval()
+    written, expected = torch.randn(4, 7, D), []
+    for rank, rows in enumerate(written.chunk(2)):
+        file = tmp_path / f"0.rank{rank}.npz"
+        with record(layer, file, notes={"processes": "2", "of": "a test"}), torch.no_grad():
+            expected.append(torch.cat([layer(part).hidden for part in rows.split([5, 1, 1], 1)], 1))
+    trace = join_rollout(read_trace(tmp_path), tmp_path / "whole.npz", rows=4)
+    assert trace.notes == {"of": "a test"}
+    with replay(layer, trace):
+        torch.testing.assert_close(layer(written).hidden, torch.cat(expected))
+    with pytest.raises(UserError, match="one or more rows: got 0"):
+        join_rollout(trace, tmp_path / "whole.npz", rows=0)
 
 
 def test_any_router_plays_by_recorded_weights(tmp_path: Path) -> None:

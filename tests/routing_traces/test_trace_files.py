@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import io
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,19 @@ from moekit.routers import (
     UniformRouter,
 )
 from moekit.routing import Capacity, Routing, RoutingContext
-from moekit.routing_traces import RoutingTrace, TracedBatch, TracedLayer, TracedTokens, TraceWriter, read_trace, record
+from moekit.routing_traces import (
+    RoutingTrace,
+    TracedBatch,
+    TracedLayer,
+    TracedTokens,
+    TraceWriter,
+    read_trace,
+    record,
+    replay,
+)
 from moekit.routing_traces.recording import on_host
 from moekit.routing_traces.trace import joined, part_of
+from moekit.routing_traces.writing import comment, digest
 from moekit.testing.cases import skewed_tokens, some_context, some_mask
 from moekit.testing.routers import check_routing
 from moekit.training.callbacks.routing_recorder import RoutingRecorder
@@ -212,6 +225,71 @@ def test_what_is_changed_on_purpose_is_refused(written: Path) -> None:
         lazy[1]
 
 
+def resealed(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
+    """The trace with another index and other arrays, under digests that fit: what its author made so."""
+    with zipfile.ZipFile(path) as archive:
+        index = json.loads(archive.read("index.json"))
+        arrays = {name: np.load(archive.open(name)) for name in archive.namelist() if name.endswith(".npy")}
+    change(index, arrays)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            part, _, key = name.partition("/")
+            index["parts"][int(part)]["digests"][key.removesuffix(".npy")] = digest(array)
+            with archive.open(name, "w") as file:
+                np.save(file, array)
+        content = json.dumps(index).encode()
+        archive.writestr("index.json", content)
+        archive.comment = comment(content)
+
+
+def test_what_no_router_returned_is_refused(written: Path) -> None:
+    """Under digests that fit: numbers out of range, huge ones, and an index of another shape."""
+    whole = written.read_bytes()
+
+    def layer(**changed: Any) -> Any:
+        return lambda index, arrays: index["batches"][0]["layers"]["a"].update(changed)
+
+    def tokens(count: int) -> Any:
+        return lambda index, arrays: index["batches"][0]["tokens"][0].update(n=count)
+
+    def array(name: str, change: Callable[[Any], Any]) -> Any:
+        def changed(index: dict[str, Any], arrays: dict[str, Any]) -> None:
+            arrays[f"0/a/{name}.npy"] = change(arrays[f"0/a/{name}.npy"])
+
+        return changed
+
+    for change, words in (
+        (array("expert", lambda found: found.astype(np.int8) - 1), r"forward 0 \(expert is not in 0\.\.3 everywhere"),
+        (array("expert", lambda found: found + 1), "expert is not in"),
+        (array("expert", lambda found: found + 0.5), "expert must be whole numbers"),
+        (layer(capacity=-1), "it says that all assignments are kept"),
+        (layer(capacity="x"), "damaged in forward 0"),
+        (layer(n=10**15), "a/expert is too short"),
+        (layer(choices=10**15), r"it lists 128 assignments, and \d+ follow"),
+        (tokens(10**15), r"it lists 128 assignments, and \d+ follow"),
+        (layer(experts="many"), "it is damaged"),
+        (lambda index, arrays: index.update(batches=[1]), "it is damaged"),
+        (lambda index, arrays: index.update(notes=[1]), "it is damaged"),
+        (lambda index, arrays: index["batches"][0].update(step=None), "it is damaged"),
+        (lambda index, arrays: index["parts"][0].update(begin=7, end=8), "damaged in forward 0"),
+    ):
+        written.write_bytes(whole)
+        resealed(written, change)
+        with pytest.raises(UserError, match=words):
+            list(read_trace(written))
+
+
+def test_an_array_that_says_to_be_huge_is_refused(written: Path) -> None:
+    def huge(entries: dict[str, bytes], comment: bytes) -> Any:
+        file = io.BytesIO()
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (10**17,)})
+        return {**entries, "0/a/expert.npy": file.getvalue()}, comment
+
+    rewritten(written, huge)
+    with pytest.raises(UserError, match="damaged in 0/a/expert"):
+        read_trace(written)
+
+
 def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no routing trace .*missing"):
         read_trace(tmp_path / "missing")
@@ -297,6 +375,47 @@ def test_what_routers_are_not_told_can_be_told(tmp_path: Path) -> None:
     assert torch.equal(tokens.language, torch.zeros(6, dtype=torch.int64))
 
 
+def test_what_cannot_be_written_is_refused_before_anything_is_recorded(tmp_path: Path) -> None:
+    """And not when the file is finished, at the end of a long run."""
+    model = Two()
+    with (
+        pytest.raises(UserError, match="must be text: place is a PosixPath"),
+        record(model, tmp_path / "t.npz", notes={"place": tmp_path}),  # type: ignore[dict-item]
+    ):
+        pass
+    with record(model, tmp_path / "t.npz", notes={"file": "\udcff.txt", "processes": "all"}) as recording:
+        with pytest.raises(UserError, match=r"must be a whole number: got 1\.5"):
+            recording.tell(step=1.5)  # type: ignore[arg-type]
+        recording.tell(step=np.int64(7))
+        model(torch.randn(2, D))
+    with pytest.raises(UserError, match="'processes' must be the number of processes: got 'all'"):
+        read_trace(tmp_path / "t.npz")
+
+
+def test_a_copy_of_the_model_is_not_heard(tmp_path: Path) -> None:
+    model = Two()
+    with record(model, tmp_path / "t.npz") as recording:
+        other = copy.deepcopy(model)
+        model(torch.randn(2, D))
+        other(torch.randn(3, D))
+    other(torch.randn(3, D))
+    assert not recording._found
+    assert [batch.layers["layers.0"].routing.num_tokens for batch in read_trace(tmp_path / "t.npz")] == [2]
+
+
+def test_layers_that_share_a_router_are_refused(tmp_path: Path) -> None:
+    """Its calls do not say which layer made them."""
+    model = Two()
+    with record(model, tmp_path / "t.npz"):
+        model(torch.randn(2, D))
+    model.layers[1].router = model.layers[0].router
+    with pytest.raises(UserError, match=r"layers\.0 and layers\.1 share one"), record(model, tmp_path / "u.npz"):
+        pass
+    with pytest.raises(UserError, match="share one"), replay(model, read_trace(tmp_path / "t.npz")):
+        pass
+    assert "forward" not in model.layers[0].router.__dict__
+
+
 def test_a_dense_model_has_no_routing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Linear has no MoELayer"), record(nn.Linear(2, 2), tmp_path / "t.npz"):
         pass
@@ -344,6 +463,16 @@ def test_processes_that_recorded_are_one_trace(tmp_path: Path) -> None:
     (tmp_path / "000000005.rank00001.npz").unlink()
     with pytest.raises(UserError, match="step 000000005 must have a file of each of 2 processes: got 1"):
         read_trace(tmp_path)
+
+
+def test_processes_that_recorded_other_layers_are_refused(tmp_path: Path) -> None:
+    routing = on_host(TopKRouter(D, E)(torch.randn(4, D)))
+    for rank in range(2):
+        with TraceWriter(tmp_path / f"0.rank{rank}.npz", {"processes": "2"}) as writer:
+            writer.add(TracedBatch(3, "", True, {"ab"[rank]: TracedLayer(routing, TracedTokens(4))}))
+    trace = read_trace(tmp_path)
+    with pytest.raises(UserError, match=r"must have recorded the same layers in a forward: got \['a', 'b'\] at step 3"):
+        trace[0]
 
 
 # -- the callback ------------------------------------------------------------------------------------------------------
