@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -320,6 +321,11 @@ def test_the_list_of_tables(
     assert result in said
     assert f"in {tmp_path / 'runs'}: 27 of 27 done, none missing" in said
     list_tables(tmp_path / "another machine", plainly, Terminal())
+    said = capsys.readouterr().out
+    assert result in said
+    assert "27 of 27 done, none missing" in said, "kept runs are put among those of this machine"
+    shutil.rmtree(recipes / "moe_lm" / "results" / "ablations" / "runs")
+    list_tables(tmp_path / "a third machine", plainly, Terminal())
     said = capsys.readouterr().out
     assert result in said
     assert re.search(r"0 of 27 done, \d+ processor minutes for the others", said)
