@@ -274,13 +274,14 @@ ARMS = [
 ]
 
 
-@pytest.mark.parametrize(("table", "arm"), ARMS, ids="-".join)
+@pytest.mark.parametrize(("table", "arm"), ARMS, ids=["-".join(each) for each in ARMS])
 def test_an_arm_of_a_table_trains(table: str, arm: str, cache: Path, tmp_path: Path) -> None:
     """A few steps, with a finite loss."""
     job = Plan.of(read_table(TABLES[table]), reconfigured).job(arm, 1)
     settings = tmp_path / "arm.yaml"
     settings.write_text(yaml.safe_dump(as_plain(job.config)), encoding="utf-8")
     options = ["--config", str(settings), "--out", str(tmp_path / "run"), "--train.validate_every", "0"]
+    options += ["--evaluate.samples", str(job.config.evaluate.samples)]  # an oracle has none
     options += tiny(job.config, options, cache)
     assert main(recipe(job.recipe), ["fit", *options]) == 0
     values = [float(value) for value in losses(tmp_path / "run").values()]
