@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from moekit.babel.concepts import ADVERBS, TENSES
 from moekit.babel.meaning import split_of
-from moekit.babel.profiles import LENGTH, Profiles
+from moekit.babel.profiles import LENGTH, Profiles, steps
 from moekit.errors import UserError
 
 Ints = npt.NDArray[np.int64]
@@ -126,7 +126,7 @@ class Knowledge:
         spoken = np.array([sum(other == t for other, _ in forms) - 1 for t, _ in forms])
         self.form_probs: Floats = np.where(self.forms[:, 1] > 0, _ADVERB / spoken, 1 - _ADVERB) / len(TENSES)
         self.kind_probs: Floats = np.array([*(1 - settings.profiles) * _SINGLE, settings.profiles])
-        self._steps = {number: _steps(self.probs(number)) for number in (None, *range(languages))}
+        self._steps = {number: steps(self.probs(number)) for number in (None, *range(languages))}
         self._pairs = {number: self._composable(number) for number in (None, *range(languages))}
         self._profiles = {number: self._profiled(self.probs(number)) for number in (None, *range(languages))}
         if not all(map(len, self._pairs.values())):
@@ -162,9 +162,9 @@ class Knowledge:
         """Int64[size, WIDTH], independent tellings of any split."""
         u = generator.random((5, size))
         kind = np.where(u[0] < _COMPOSED, COMPOSITION, np.where(u[1] < _ASKED, QUESTION, STATEMENT))
-        steps, composed = self._steps[language], self._pairs[language]
-        fact = np.searchsorted(steps, u[2], side="right")
-        form = np.searchsorted(_steps(self.form_probs), u[3], side="right")
+        composed = self._pairs[language]
+        fact = np.searchsorted(self._steps[language], u[2], side="right")
+        form = np.searchsorted(steps(self.form_probs), u[3], side="right")
         rows = self.tell(fact, kind, form)
         chosen = composed[(u[4] * len(composed)).astype(np.int64)]
         rows = np.where((kind == COMPOSITION)[:, None], self.compose(chosen[:, 0], chosen[:, 1], form), rows)
@@ -332,12 +332,6 @@ class Knowledge:
 def _adverbs(tense: str) -> list[int]:
     """Numbers of the adverbs that go with a tense; 0 = none."""
     return [0, *(number for number, (_, only) in enumerate(ADVERBS, start=1) if only in (None, tense))]
-
-
-def _steps(probs: Floats) -> Floats:
-    """Cumulative probabilities that end at exactly 1, so that no rounding can choose what has none."""
-    steps = np.cumsum(probs)
-    return np.asarray(steps / steps[-1])
 
 
 def _entropy(probs: Floats) -> float:

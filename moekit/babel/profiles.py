@@ -13,6 +13,20 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 LENGTH = 6  # facts of a profile; fewer where fewer are known
+NOT_TOLD = 2.0  # the key of a relation that stands in no profile of the entity
+
+
+def steps(probs: Floats) -> Floats:
+    """Cumulative probabilities that end at exactly 1, so that no rounding can choose what has none."""
+    found = np.cumsum(probs)
+    return np.asarray(found / found[-1])
+
+
+def in_order(keys: Floats) -> Ints:
+    """Int64[n, LENGTH], from 1, the first relations by their keys Float64[n, R] below 1; 0 = no more."""
+    relation = np.argsort(keys, axis=1)[:, :LENGTH]
+    listed = np.where(np.take_along_axis(keys, relation, axis=1) < 1, relation + 1, 0)
+    return np.pad(listed, ((0, 0), (0, LENGTH - listed.shape[1])))
 
 
 class Profiles:
@@ -46,13 +60,9 @@ class Profiles:
     def draw(self, generator: np.random.Generator, size: int) -> tuple[Ints, Ints]:
         """Entities Int64[size], and the relations of each profile from 1, Int64[size, LENGTH]; 0 = no more."""
         # Only `random` is drawn from: the streams of the other methods may change between numpy versions.
-        steps = np.cumsum(self.entity_probs)
-        entity = np.searchsorted(steps / steps[-1], generator.random(size), side="right")
+        entity = np.searchsorted(steps(self.entity_probs), generator.random(size), side="right")
         keys = generator.random((size, self.relations))
-        keys[~self._allowed[:, entity].T] = 2.0
-        relation = np.argsort(keys, axis=1)[:, :LENGTH]
-        listed = np.where(np.take_along_axis(keys, relation, axis=1) < 1, relation + 1, 0)
-        return entity, np.pad(listed, ((0, 0), (0, LENGTH - listed.shape[1])))
+        return entity, in_order(np.where(self._allowed[:, entity].T, keys, NOT_TOLD))
 
     def information(self, entity: Ints) -> Floats:
         """-ln of the probability of profiles of these entities, to one who knows their facts."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from moekit.babel import knowledge as k
 from moekit.babel.knowledge import Ints, Knowledge
-from moekit.babel.profiles import LENGTH
+from moekit.babel.profiles import LENGTH, NOT_TOLD, in_order
 from moekit.source import DECILES, FactKind
 
 _PATIENCE = 100  # orders of a profile; one in fifty is of the test
@@ -51,7 +51,7 @@ class Questions:
     Args:
         knowledge: all facts.
         language: number of the language.
-        told: Int64[F], how often its training text tells each fact by itself.
+        told: Int64[F], how often its training text tells each fact, compositions not counted.
         generator: where draws come from.
     """
 
@@ -101,12 +101,10 @@ class Questions:
         found = [np.empty((0, k.WIDTH), dtype=np.int64)]
         for _ in range(_PATIENCE):
             # The fact's own relation comes first in the order of the keys, and is then put behind the others.
-            keys = np.where(known, self.generator.random(known.shape), 2.0)
+            keys = np.where(known, self.generator.random(known.shape), NOT_TOLD)
             keys[np.arange(len(relation)), relation] = -1.0
-            order = np.argsort(keys, axis=1)[:, :LENGTH]
-            listed = np.where(np.take_along_axis(keys, order, axis=1) < 1, order + 1, 0)
+            listed = in_order(keys)
             number = (listed > 0).sum(axis=1)
-            listed = np.pad(listed, ((0, 0), (0, LENGTH - listed.shape[1])))
             turned = (np.arange(LENGTH) + 1) % np.maximum(number, 1)[:, None]
             listed = np.where(np.arange(LENGTH) < number[:, None], np.take_along_axis(listed, turned, axis=1), 0)
             rows = knowledge.profile(entity, listed)
