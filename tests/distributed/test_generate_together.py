@@ -1,0 +1,169 @@
+"""`generate` with experts over processes: to the letter what one process writes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moekit.cli.recipes import main
+from moekit.inference.sampling import Sampling
+from moekit.layer import MoELayer
+from moekit.recipes import moe_lm, zcode_m3
+from moekit.runs.generate import generate
+from moekit.runs.run import Run
+from moekit.runs.spread import _Together
+from moekit.runs.writer import Writer
+from moekit.testing import run_distributed
+
+SIZES = [
+    "--data.babel_languages", "2", "--data.babel_sentences", "300", "--data.vocab_size", "400",
+    "--data.max_length", "24", "--train.max_steps", "2", "--train.warmup_steps", "1", "--train.validate_every", "0",
+    "--train.accelerator", "cpu", "--evaluate.max_sentences", "2", "--evaluate.valid_sentences", "4",
+    "--evaluate.samples", "0", "--model.dim", "16", "--model.heads", "2", "--model.hidden_dim", "8",
+    "--model.num_experts", "4",
+]  # fmt: skip
+TASKS = {
+    moe_lm: ["--tasks.causal_lm.tokens", "128"],
+    zcode_m3: [
+        "--tasks.translation.tokens", "128", "--tasks.denoising.tokens", "0", "--tasks.masked_lm.tokens", "0",
+        "--tasks.replaced_token.tokens", "0",
+    ],
+}  # fmt: skip
+PROMPTS = "ba\n\nto na ri ba so ke\nx\nto na\nba ke to ri ba so ke na\n"
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"beam_size": 1},
+    "beam": {"beam_size": 3, "n_best": 2, "batch_tokens": 24},
+    "sampling": {"beam_size": 1, "sampling": Sampling(1.3, top_p=0.9, seed=5)},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "prompts").write_text(PROMPTS)
+    for recipe, tasks in TASKS.items():
+        options = [*SIZES, *tasks, "--data.cache", str(folder / "cache"), "--out", str(folder / recipe.RECIPE.name)]
+        assert main(recipe.RECIPE, ["fit", *options]) == 0
+    return folder
+
+
+def texts(folder: str, devices: int) -> dict[str, str]:
+    """What each run writes in each way; of the processes that write nothing, nothing."""
+    found = {}
+    for recipe in TASKS:
+        run = Run.open(Path(folder) / recipe.RECIPE.name)
+        for way, options in WAYS.items():
+            out = Path(folder) / f"{recipe.RECIPE.name}-{way}-{devices}"
+            given = dict(options)
+            evaluate = {name: given.pop(name) for name in ("beam_size", "batch_tokens") if name in given}
+            train = {"devices": devices, "accelerator": "cpu"}
+            config = run.config.changed(train=train, evaluate=evaluate)
+            target = "tnd" if recipe is zcode_m3 else None
+            generate(run, "avl", target, config=config, input=f"{folder}/prompts", output=str(out), **given)
+            if not dist.is_initialized() or not dist.get_rank():
+                found[out.name.rpartition("-")[0]] = out.read_text()
+    return found
+
+
+def together(folder: str) -> tuple[dict[str, str], list[int]]:
+    held: list[int] = []
+    start = _Together.__init__
+
+    def noted(self: Any, backbone: Any) -> None:
+        start(self, backbone)
+        banks = [m.experts for m in backbone.modules() if isinstance(m, MoELayer)]
+        held.extend(next(iter(bank.parameters())).to_local().shape[0] for bank in banks)
+
+    _Together.__init__ = noted  # type: ignore[method-assign]
+    return texts(folder, 2), held
+
+
+@pytest.mark.slow  # starts two processes
+def test_two_processes_write_what_one_writes(folder: Path) -> None:
+    alone = texts(str(folder), 1)
+    (first, held), (second, _) = run_distributed(together, 2, str(folder))
+    assert first == alone
+    assert second == {}
+    assert set(held) == {2}  # of four: the experts were divided
+    assert len(alone) == 6
+    for name, text in alone.items():
+        lines = text.splitlines()
+        assert len(lines) == (12 if "beam" in name else 6)
+        assert len(set(lines)) > 2, name
+    assert len({len(line) for line in alone["moe_lm-sampling"].splitlines()}) > 2
+
+
+COMMAND = [sys.executable, "-m", "moekit.recipes.moe_lm", "generate", "--from", "avl"]
+
+
+def children(process: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.slow  # starts two processes, twice
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes in /proc")
+def test_the_command_writes_once_and_ends_with_any_process(folder: Path) -> None:
+    run = folder / "moe_lm"
+    command = [*COMMAND, "--out", str(run), "--devices", "2"]
+    done = subprocess.run(command, input=PROMPTS, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    alone = folder / "alone"
+    generate(Run.open(run), "avl", input=str(folder / "prompts"), output=str(alone))
+    assert done.stdout == alone.read_text()
+
+    endless = "".join(f"{'ba ' * (i % 50)}\n" for i in range(20_000))
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as going:  # fmt: skip
+        assert going.stdin is not None
+        going.stdin.write(endless)
+        going.stdin.close()
+        going.stdin = None
+        end = time.monotonic() + 100
+        while not (others := children(going.pid)) and time.monotonic() < end:
+            time.sleep(0.2)
+        time.sleep(10)
+        os.kill(others[0], signal.SIGKILL)
+        out, said = going.communicate(timeout=100)
+    assert (going.returncode, out) == (1, "")
+    assert "rank 1" in said
+    assert "has ended with code -9" in said
+    assert "the others cannot write without it. Start again." in said
+
+
+def test_what_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["generate", "--out", str(folder / "moe_lm"), "--from", "avl", "--input", str(folder / "prompts")]
+    for options, message in (
+        (["--devices", "2", "--experts_in_memory", "1"], "--experts_in_memory is for one process: got --devices"),
+        (["--top_k", "3"], "--top_k is for drawing tokens: got it without --temperature"),
+        (["--temperature", "0"], "Sampling.temperature must be positive: got 0.0"),
+        (["--temperature", "1", "--n_best", "2", "--evaluate.beam_size", "2"], "--n_best must be 1 where tokens"),
+    ):
+        assert main(moe_lm.RECIPE, [*given, *options]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_drawn_text_follows_the_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def drawn(*more: str) -> str:
+        given = ["generate", "--out", str(folder / "moe_lm"), "--from", "avl", "--input", str(folder / "prompts")]
+        assert main(moe_lm.RECIPE, [*given, *more]) == 0
+        return capsys.readouterr().out
+
+    assert drawn("--temperature", "1", "--seed", "1") == drawn("--temperature", "1", "--seed", "1")
+    assert drawn("--temperature", "1", "--seed", "1") != drawn("--temperature", "1", "--seed", "2")
+    assert drawn("--temperature", "1", "--top_k", "1") == drawn("--evaluate.beam_size", "1")
+
+
+def test_the_model_of_a_writer_stays_where_a_strategy_takes_it(folder: Path) -> None:
+    run = Run.open(folder / "moe_lm")
+    writer = Writer(run, run.config.changed(train={"devices": 2}))
+    assert {p.device for p in writer.model.parameters()} == {torch.device("cpu")}
