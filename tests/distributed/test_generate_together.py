@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from generate_program import RUNS, WAYS, write
 
 from moekit.cli.recipes import main
-from moekit.inference.sampling import Sampling
-from moekit.layer import MoELayer
 from moekit.recipes import moe_lm, zcode_m3
 from moekit.runs.generate import generate
 from moekit.runs.run import Run
-from moekit.runs.spread import _Together
 from moekit.runs.writer import Writer
-from moekit.testing import run_distributed
 
 SIZES = [
     "--data.babel_languages", "2", "--data.babel_sentences", "300", "--data.vocab_size", "400",
@@ -39,11 +35,6 @@ TASKS = {
     ],
 }  # fmt: skip
 PROMPTS = "ba\n\nto na ri ba so ke\nx\nto na\nba ke to ri ba so ke na\n"
-WAYS: dict[str, dict[str, Any]] = {
-    "greedy": {"beam_size": 1},
-    "beam": {"beam_size": 3, "n_best": 2, "batch_tokens": 24},
-    "sampling": {"beam_size": 1, "sampling": Sampling(1.3, top_p=0.9, seed=5)},
-}
 
 
 @pytest.fixture(scope="module")
@@ -56,49 +47,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def texts(folder: str, devices: int) -> dict[str, str]:
-    """What each run writes in each way; of the processes that write nothing, nothing."""
-    found = {}
-    for recipe in TASKS:
-        run = Run.open(Path(folder) / recipe.RECIPE.name)
-        for way, options in WAYS.items():
-            out = Path(folder) / f"{recipe.RECIPE.name}-{way}-{devices}"
-            given = dict(options)
-            evaluate = {name: given.pop(name) for name in ("beam_size", "batch_tokens") if name in given}
-            train = {"devices": devices, "accelerator": "cpu"}
-            config = run.config.changed(train=train, evaluate=evaluate)
-            target = "tnd" if recipe is zcode_m3 else None
-            generate(run, "avl", target, config=config, input=f"{folder}/prompts", output=str(out), **given)
-            if not dist.is_initialized() or not dist.get_rank():
-                found[out.name.rpartition("-")[0]] = out.read_text()
-    return found
-
-
-def together(folder: str) -> tuple[dict[str, str], list[int]]:
-    held: list[int] = []
-    start = _Together.__init__
-
-    def noted(self: Any, backbone: Any) -> None:
-        start(self, backbone)
-        banks = [m.experts for m in backbone.modules() if isinstance(m, MoELayer)]
-        held.extend(next(iter(bank.parameters())).to_local().shape[0] for bank in banks)
-
-    _Together.__init__ = noted  # type: ignore[method-assign]
-    return texts(folder, 2), held
+def texts(folder: Path, devices: int) -> dict[str, str]:
+    """What was written by so many processes, by run and way."""
+    return {f"{name}-{way}": (folder / f"{name}-{way}-{devices}").read_text() for name in RUNS for way in WAYS}
 
 
 @pytest.mark.slow  # starts two processes
 def test_two_processes_write_what_one_writes(folder: Path) -> None:
-    alone = texts(str(folder), 1)
-    (first, held), (second, _) = run_distributed(together, 2, str(folder))
-    assert first == alone
-    assert second == {}
-    assert set(held) == {2}  # of four: the experts were divided
-    assert len(alone) == 6
+    program = Path(__file__).with_name("generate_program.py")
+    done = subprocess.run([sys.executable, str(program), str(folder), "2"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    write(folder, 1)
+    alone, together = texts(folder, 1), texts(folder, 2)
     for name, text in alone.items():
+        assert together[name] == text, name
         lines = text.splitlines()
         assert len(lines) == (12 if "beam" in name else 6)
         assert len(set(lines)) > 2, name
+    assert set(json.loads((folder / "held").read_text())) == {2}  # of four: the experts were divided
     assert len({len(line) for line in alone["moe_lm-sampling"].splitlines()}) > 2
 
 
