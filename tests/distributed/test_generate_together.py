@@ -62,7 +62,7 @@ def test_two_processes_write_what_one_writes(folder: Path) -> None:
     for name, text in alone.items():
         assert together[name] == text, name
         lines = text.splitlines()
-        assert len(lines) == (12 if "beam" in name else 6)
+        assert len(lines) == {"moe_lm-beam": 12, "zcode_m3-beam": 11}.get(name, 6)  # nothing is one translation
         assert len(set(lines)) > 2, name
     assert set(json.loads((folder / "held").read_text())) == {2}  # of four: the experts were divided
     assert len({len(line) for line in alone["moe_lm-sampling"].splitlines()}) > 2
