@@ -26,7 +26,7 @@ _STRIP = 1.2  # sentences whose first sides differ by less than this factor are 
 _ORDER, _BATCH, _ROW, _PHASE, _NOISE = range(5)
 
 
-class Measured(Protocol):
+class SentenceCosts(Protocol):
     """What the sentences of a stream cost.
 
     Attributes:
@@ -132,7 +132,7 @@ class StepPlan:
     def __init__(
         self,
         name: str,
-        streams: Sequence[Measured],
+        streams: Sequence[SentenceCosts],
         *,
         budget: int,
         temperature: TemperatureSchedule,
@@ -198,7 +198,7 @@ class StepPlan:
         return self._drawn[window]
 
     def _measured(self) -> tuple[float, float]:
-        """Measured on the first windows: budget needed per real position, and the padded share of all positions."""
+        """SentenceCosts on the first windows: budget needed per real position, and the padded share of all positions."""
         needed, positions, real = 1.0, 0.0, 0.0
         for window in range(2):
             sizes = [self._positions(rows) for rows in self._batches(window)]

@@ -224,7 +224,7 @@ def open_chunks(
 
 
 class StreamSizes:
-    """What the texts of a stream cost in the batches of a task; see `moekit.data.plan.Measured`.
+    """What the texts of a stream cost in the batches of a task; see `moekit.data.plan.SentenceCosts`.
 
     Args:
         stream: the texts.

@@ -28,7 +28,7 @@ def write_together(
     the first one's scores, so they take the same steps, and write what one process would.
 
     Args:
-        writer: of this process; the strategy divides its model.
+        writer: what writes in this process, whose model the strategy divides.
         config: says how many processes, and by its strategy what they divide; without one the experts, and all weights
             by ZeRO stage 3.
         lines: what is written for; those of the first process count.

@@ -37,7 +37,7 @@ def explained(trainer: L.Trainer, lost: str = _LOST) -> Iterator[None]:
     """Say in the user's words that the port is taken, or which of the processes has ended.
 
     Args:
-        trainer: of the processes.
+        trainer: whose processes they are.
         lost: what it means for the others, and what to do.
 
     Raises:
