@@ -51,13 +51,15 @@ def _options(parser: ArgumentParser) -> None:
         help="draw tokens from the model's distribution, sharpened by this temperature (1 = as it is), instead of "
         "searching for the most probable text",
     )
-    parser.add_argument("--top_k", type=int, help="with --temperature: draw from the k most probable tokens only")
+    parser.add_argument(
+        "--top_k", type=int, help="number of most probable tokens to draw from, with --temperature (default: all)"
+    )
     parser.add_argument(
         "--top_p",
         type=float,
-        help="with --temperature: draw from the fewest tokens that reach this probability",
+        help="draw from the fewest tokens that reach this probability together, with --temperature (default: 1)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="with --temperature: seed of the draws")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the draws, with --temperature")
     writer_options(parser)
 
 

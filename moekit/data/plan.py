@@ -198,7 +198,7 @@ class StepPlan:
         return self._drawn[window]
 
     def _measured(self) -> tuple[float, float]:
-        """SentenceCosts on the first windows: budget needed per real position, and the padded share of all positions."""
+        """Measured on the first windows: budget needed per real position, and the padded share of all positions."""
         needed, positions, real = 1.0, 0.0, 0.0
         for window in range(2):
             sizes = [self._positions(rows) for rows in self._batches(window)]
