@@ -87,6 +87,8 @@ WRITERS = {
     "moekit/ablation/processes.py": "opens the logs that runs append to",
     "moekit/atomic.py": "it is the writer",
     "moekit/data/cache.py": "into the draft of replacing_folder",
+    "moekit/data/sources/first_seen.py": "hashes, into a draft or a temporary folder, where they are removed",
+    "moekit/data/sources/streamed.py": "into the draft of replacing_folder, by cached_folder",
     "moekit/data/store.py": "into the draft of replacing_folder, by cached_folder",
     "moekit/data/tokenizer.py": "into the draft of replacing_folder, as its docstring asks for",
     "moekit/huggingface/folder.py": "into the draft of replacing_folder",
