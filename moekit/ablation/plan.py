@@ -38,7 +38,7 @@ _WITHOUT_EFFECT = (
 
 _SINCE = {
     "train.record_routing": 0, "data.facts_profiles": 0.0, "model.router": "table", "model.balance_scope": "batch",
-    "model.shared": False, "model.selection": "random",
+    "model.shared": False, "model.selection": "random", "data.unit": "line", "data.text_field": "text",
 }  # fmt: skip
 """Settings that digests of earlier runs do not know, with the value at which a run computes what it did before."""
 
