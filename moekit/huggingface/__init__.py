@@ -13,8 +13,10 @@ from moekit.huggingface.adopt import adopt, routings
 from moekit.huggingface.adopted_layer import AdoptedLayer
 from moekit.huggingface.architecture import Architecture
 from moekit.huggingface.folder import adopt_folder, consolidate_folder
+from moekit.huggingface.merging import merge
 from moekit.huggingface.model import describe
 from moekit.huggingface.peft_adapters import read_adapters, write_adapters
+from moekit.huggingface.pruning import choose_kept, prune
 from moekit.huggingface.reading import Blueprint, Imported, import_model, open_folder
 from moekit.huggingface.sparse_blocks import SPARSE_BLOCKS
 from moekit.huggingface.tokenizers import read_tokenizer
@@ -30,11 +32,14 @@ __all__ = [
     "Imported",
     "adopt",
     "adopt_folder",
+    "choose_kept",
     "consolidate_folder",
     "describe",
     "export_model",
     "import_model",
+    "merge",
     "open_folder",
+    "prune",
     "read_adapters",
     "read_tokenizer",
     "routings",

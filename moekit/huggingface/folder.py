@@ -60,10 +60,10 @@ def adopt_folder(
             is not adopted.
     """
     place = Path(os.path.abspath(folder))
-    files = _files(place)
-    model = _on_meta(place, dtype)
+    files = folder_files(place)
+    model = on_meta(place, dtype)
     adopt(model, aux=aux)
-    _compute_buffers(model)
+    compute_buffers(model)
     stored = FolderWeights(place, model, files)
     model.eval()
     if torch.device(device).type == "meta":
@@ -91,10 +91,10 @@ def consolidate_folder(checkpoint: PathLike, like: PathLike, out: PathLike) -> N
         raise UserError(f"{target} must be a new or empty folder. Choose another.")
     stored = StoredCheckpoint(checkpoint)
     place = Path(os.path.abspath(like))
-    _files(place)
-    model = _on_meta(place, None)
+    folder_files(place)
+    model = on_meta(place, None)
     adopt(model, aux=None)
-    _compute_buffers(model)
+    compute_buffers(model)
     _give_memory(model, torch.device("cpu"))
     wanted, _, _ = model_tensors(model)
     first = next(iter(wanted))
@@ -107,7 +107,7 @@ def consolidate_folder(checkpoint: PathLike, like: PathLike, out: PathLike) -> N
             stored.fill({f"model/{prefix}{name}": tensor for name, tensor in wanted.items()})
             with writing(target), replacing_folder(target) as draft:
                 model.save_pretrained(draft)
-                _copy_beside(place, draft)
+                copy_beside(place, draft)
             return
     raise UserError(
         f"the checkpoint {stored.folder} must hold the tensors of {place}, an adopted {type(model).__name__}: it does "
@@ -276,7 +276,7 @@ def _require_whole(folder: Path, name: str, shape: tuple[int, ...], chunks: Sequ
         raise UserError(f"{folder}: {name} must have shape {shape}: got {len(chunks)} parts, {parts}, ...")
 
 
-def _files(place: Path) -> dict[str, MappedTensor]:
+def folder_files(place: Path) -> dict[str, MappedTensor]:
     """All tensors of a folder by the names that they have there."""
     if not (place / "config.json").is_file():
         raise UserError(f"{place} must be a folder of transformers: it has no config.json.")
@@ -300,7 +300,7 @@ def _files(place: Path) -> dict[str, MappedTensor]:
     return found
 
 
-def _on_meta(place: Path, dtype: torch.dtype | None) -> Any:
+def on_meta(place: Path, dtype: torch.dtype | None) -> Any:
     """The model that a folder's config.json describes, without memory. Nothing in the folder is executed."""
     import transformers
 
@@ -325,7 +325,7 @@ def _on_meta(place: Path, dtype: torch.dtype | None) -> Any:
 
 
 @torch.no_grad()
-def _compute_buffers(model: Any) -> None:
+def compute_buffers(model: Any) -> None:
     """Give memory and values to buffers that are in no file: tables of positions, a bias that stays zero."""
     for module in model.modules():
         own = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
@@ -350,7 +350,7 @@ def _give_memory(model: nn.Module, device: torch.device) -> None:
                 holder[name] = made[tensor]  # type: ignore[assignment]
 
 
-def _copy_beside(place: Path, target: Path) -> None:
+def copy_beside(place: Path, target: Path) -> None:
     """The tokenizer and other small files of a folder."""
     for file in sorted(place.iterdir()):
         weights = re.search(r"\.(safetensors|bin|pt|pth|h5|msgpack|index\.json|py)$", file.name)
