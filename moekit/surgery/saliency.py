@@ -39,7 +39,7 @@ class ExpertUse:
 
     @property
     def saliency(self) -> Tensor:
-        """Float64[E]: REAP, the mean of weight times norm over the tokens that were sent to an expert; 0 where none was.
+        """Float64[E]: REAP, the mean of weight times norm over the tokens that were sent to each; 0 where none was.
 
         Source: arXiv:2510.13999, the criterion of router-weighted expert activation pruning. Differs: its text was not
             at hand, only its abstract and public implementations; the weight is the one that the model multiplies the

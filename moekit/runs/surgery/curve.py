@@ -25,7 +25,7 @@ from moekit.training.multitask import MultitaskModule
 from moekit.training.quiet import quiet
 
 LABELS: Mapping[Order, str] = {
-    "utilisation": "the most used", "random": "at random", "reversed": "the least used",
+    "utilisation": "the most used", "random": "at random", "reversed": "the least used", "reap": "by REAP saliency",
 }  # fmt: skip
 """Ways to choose experts, in words."""
 
@@ -149,7 +149,7 @@ def table(curve: Curve) -> str:
     kinds: list[tuple[str, Callable[[Point], float | None]]] = [("", lambda p: p.loss)]
     if curve.recovery is not None:
         kinds.append((", trained on", lambda p: p.recovered))
-    orders: list[Order] = ["utilisation", "random", "reversed"]
+    orders = [order for order in LABELS if any(point.order == order for point in curve.points)]
     head = ["kept", "parameters", *(f"{LABELS[order]}{suffix}" for suffix, _ in kinds for order in orders)]
     lines = [_cells(head), _cells(["---:"] * len(head))]
     whole = [_summary([value(curve.whole)]) for _, value in kinds for _ in orders]
