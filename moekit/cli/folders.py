@@ -86,8 +86,11 @@ def of_folder(given: Namespace, **only: Any) -> bool:
 
 def write_changed(given: Namespace, console: Console, make: Callable[[], Any]) -> None:
     """Make the changed model of a folder, and say what was written and how it opens."""
+    import transformers  # where it is used: a help text needs none of it
+
     from moekit.runs.folders.changing import size_of
 
+    transformers.utils.logging.disable_progress_bar()
     model = make()
     kind = type(model).__name__
     say(console, f"{given.out}: {kind}, {size_of(model)}\nopen it with {kind}.from_pretrained('{given.out}')")

@@ -49,9 +49,7 @@ def seed_option(parser: ArgumentParser, what: str) -> None:
 
 def output_options(parser: ArgumentParser) -> None:
     """Where the new run goes, and how it goes on."""
-    parser.add_argument(
-        "--out", type=path, required=True, metavar="FOLDER", help="folder of the new run, or of the new model"
-    )
+    parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="folder of the new run or model")
     parser.add_argument(
         "--restart",
         action="store_true",

@@ -10,7 +10,7 @@ import torch
 
 from moekit.errors import UserError
 from moekit.experts import AddNoise
-from moekit.huggingface import UPCYCLED, adopt_folder, choose_kept, merge, prune, upcycle, write_folder
+from moekit.huggingface import UPCYCLED, adopt_folder, choose_kept, layout_of, merge, prune, upcycle, write_folder
 from moekit.huggingface.folder import folder_files, on_meta
 from moekit.huggingface.pruning import adopted_layers
 from moekit.huggingface.saving import require_free
@@ -137,8 +137,8 @@ def upcycle_folder(
     layer = next(iter(adopted_layers(sparse).values()))
     noisy = f", with noise of {noise:g} standard deviations" if noise else ""
     change = (
-        f"Feed-forwards became {num_experts} experts each that are copies of them{noisy}, {layer.k:g} for a token, with "
-        "routers drawn at random. The model has not been trained since."
+        f"Feed-forwards became {num_experts} experts each, copies of them{noisy}, {layer.k:g} for a token; routers are "
+        "drawn at random. The model has not been trained since."
     )
     write_folder(sparse, out, like=folder, overwrite=overwrite, changes=[change], tags=["upcycled"])
     return sparse
@@ -146,7 +146,6 @@ def upcycle_folder(
 
 def size_of(model: torch.nn.Module) -> str:
     """Parameters and experts, in a line."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    layers = [module for module in model.modules() if hasattr(module, "experts") and hasattr(module, "router")]
-    experts = sorted({int(layer.num_experts) for layer in layers})
-    return f"{count:,} parameters, " + (f"{', '.join(map(str, experts))} experts in a layer" if experts else "dense")
+    layout = layout_of(model)
+    experts = ", ".join(str(count) for count in sorted({layer.num_experts for layer in layout.layers}))
+    return f"{layout.parameters:,} parameters, {f'{experts} experts in a layer' if experts else 'dense'}"

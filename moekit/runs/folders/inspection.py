@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def inspect_folder(folder: Path, choice: TextChoice | None = None) -> dict[str, 
     each = size / max(sum(mapped.numel for mapped in files.values()), 1)
     rows = [
         {
-            "name": layer.path,
+            "name": name,
             "path": layer.path,
             "router": layer.router,
             "experts": layout.architecture,
@@ -40,7 +40,7 @@ def inspect_folder(folder: Path, choice: TextChoice | None = None) -> dict[str, 
             "load": use[layer.path].load.tolist() if layer.path in use else None,
             "saliency": use[layer.path].saliency.tolist() if layer.path in use else None,
         }
-        for layer in layout.layers
+        for name, layer in zip(_names([layer.path for layer in layout.layers]), layout.layers, strict=True)
     ]
     return {
         "folder": str(folder),
@@ -52,6 +52,14 @@ def inspect_folder(folder: Path, choice: TextChoice | None = None) -> dict[str, 
         "types": sorted({str(mapped.dtype).removeprefix("torch.") for mapped in files.values()}),
         "layers": rows,
     }
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Paths without what all of them begin and end with: short enough for a table."""
+    parts = [path.split(".") for path in paths]
+    first = next((i for i, same in enumerate(zip(*parts, strict=False)) if len(set(same)) > 1), 0)
+    last = next((i for i, same in enumerate(zip(*(p[::-1] for p in parts), strict=False)) if len(set(same)) > 1), 0)
+    return [".".join(part[max(first - 1, 0) : len(part) - last]) for part in parts]
 
 
 def show_folder(found: Mapping[str, Any], console: Console) -> None:

@@ -15,6 +15,7 @@ from moekit.data.sources import Source, Split, open_source, source_class
 from moekit.errors import UserError
 from moekit.stored import parse_json
 
+_SPLITS: Mapping[Split, str] = {"train": "training", "valid": "validation", "test": "test"}
 IGNORED = -100
 """The label of padding, which no loss counts."""
 
@@ -87,7 +88,9 @@ def folder_text(folder: Path, choice: TextChoice, split: Split) -> FolderText:
         )
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     languages = ", ".join(source.languages)
-    return FolderText(batches, predictions, f"{tokens:,} tokens of {split} text ({choice.source}: {languages})")
+    return FolderText(
+        batches, predictions, f"{tokens:,} tokens of {_SPLITS[split]} text ({choice.source}: {languages})"
+    )
 
 
 def _tokenizer(folder: Path) -> Any:
