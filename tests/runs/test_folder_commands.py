@@ -20,7 +20,8 @@ from moekit.runs.folders.measuring import held_out_loss, measured_use  # noqa: E
 from moekit.runs.folders.text import IGNORED, TextChoice, folder_text  # noqa: E402
 from moekit.surgery import watch_experts  # noqa: E402
 
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", *["a", "dog", "cat", "runs", "sleeps", "and", "the", "old", "small", "sees", "ein", "hund", "katze"]]
+PLAIN = "a dog cat runs sleeps and the old small sees ein hund katze"
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *PLAIN.split(" ")]
 SIZES = {
     "vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
