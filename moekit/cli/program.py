@@ -140,8 +140,8 @@ def _about() -> str:
         "Commands on recipes are followed by a recipe. test, generate, serve, score and routing also take the folder "
         f"of a run: {command_line('generate', 'FOLDER')}. {command_line('run', run_all.ALL, '--smoke')} tries every "
         "recipe in seconds.\n"
-        f"inspect, prune, merge, upcycle, curve and {command_line('plan', '--model', 'FOLDER')} also take the folder of a "
-        "transformers model.\n"
+        "inspect, prune, merge, upcycle and curve also take the folder of a transformers model, as "
+        f"{command_line('plan', '--model', 'FOLDER')} does.\n"
         "To list the options, add --help after the command (and its recipe, if it needs one)."
     )
 

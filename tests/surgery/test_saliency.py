@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +14,10 @@ from moekit.experts import GroupedMLP
 from moekit.layer import MoELayer
 from moekit.routers import TopKRouter
 from moekit.routing import Capacity, RoutingContext
+from moekit.runs import Run
+from moekit.runs.surgery.utilisation import measured_load, measured_saliency
 from moekit.surgery import choose_experts, sparse_layers, watch_experts
+from moekit.surgery.__main__ import main
 
 
 def layer(**router: object) -> MoELayer:
@@ -45,7 +51,8 @@ def test_reap_is_the_mean_over_an_experts_tokens(capacity: Capacity | None) -> N
     assert sum(tokens) < 36 if capacity else sum(tokens) == 36
     torch.testing.assert_close(use[""].saliency, torch.tensor(saliency, dtype=torch.float64), rtol=1e-5, atol=1e-6)
     assert float(use[""].load.sum()) == pytest.approx(1)
-    assert torch.equal(made(x).hidden, before)
+    with torch.no_grad():
+        assert torch.equal(made(x).hidden, before)
     assert use[""].tokens.sum() == 2 * sum(tokens), "nothing is measured outside"
 
 
@@ -75,3 +82,18 @@ def test_choice_by_saliency_and_in_groups() -> None:
         choose_experts(layers, 3, "random", groups=2)
     with pytest.raises(UserError, match="3 equal groups"):
         choose_experts(layers, 3, "random", groups=3)
+
+
+def test_a_run_is_pruned_by_saliency(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run.load(runs / "one")
+    saliency, load = measured_saliency(run), measured_load(run)
+    assert list(saliency) == list(run.layers()) == list(load)
+    for path, score in saliency.items():
+        assert torch.equal(score > 0, load[path] > 0), "who is used at all matters at all"
+    out = tmp_path / "half"
+    assert main(["prune", str(run.path), "--keep", "2", "--by", "reap", "--out", str(out)]) == 0
+    kept = json.loads((out / "surgery.json").read_text())["experts"]
+    assert kept == {path: sorted(score.argsort(descending=True)[:2].tolist()) for path, score in saliency.items()}
+    words = ["prune", str(run.path), "--keep", "2", "--by", "reap", "--language", "aa", "--out", str(tmp_path / "no")]
+    assert main(words) == 2
+    assert "--by reap measures the text of all languages" in capsys.readouterr().err
