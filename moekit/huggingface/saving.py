@@ -15,7 +15,7 @@ def write_folder(model: Any, out: Path | str, *, like: Path | str, overwrite: bo
     """Write a model of transformers, whole or not at all: config.json, safetensors, the tokenizer's files, a card.
 
     Args:
-        model: of any class of transformers, adopted or not.
+        model: a model of any class of transformers, adopted or not.
         out: a path that does not exist, an empty folder, or with `overwrite` a folder of transformers.
         like: the folder that it was made of, whose tokenizer and other small files go along.
         overwrite: replace what is there.

@@ -124,11 +124,11 @@ def test_refusals(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("from /home/me/my-model, and/or more", "from my-model, and/or more"),
+        ("from /srv/me/my-model, and/or more", "from my-model, and/or more"),
         ("~/data/x.txt", "x.txt"),
         ("C:\\Users\\me\\model", "model"),
         ("https://huggingface.co/a/b and a/b", "https://huggingface.co/a/b and a/b"),
-        ("3 / 4 of `/tmp/a/b`", "3 / 4 of `b`"),
+        ("3 / 4 of `/srv/a/b`", "3 / 4 of `b`"),
     ],
 )
 def test_paths_are_cut(text: str, found: str) -> None:

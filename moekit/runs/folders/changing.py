@@ -37,12 +37,12 @@ def prune_folder(
     """Write a folder of transformers with fewer experts of another.
 
     Args:
-        folder: of an architecture that is adopted.
+        folder: one of an architecture that is adopted.
         out: the new folder.
         keep: the number or share of experts to keep in each layer.
         order: how they are chosen.
         choice: the text on which they are; needed unless at random.
-        seed: of a random choice.
+        seed: the seed of a random choice.
         overwrite: replace what is there.
 
     Returns:
@@ -80,7 +80,7 @@ def merge_folder(
     """Write the dense folder whose feed-forwards are averages of another's experts.
 
     Args:
-        folder: of an architecture that `moekit.huggingface.merge` takes.
+        folder: one of an architecture that `moekit.huggingface.merge` takes.
         out: the new folder.
         choice: the text by whose load experts are weighed; None = all alike.
         scale: multiplies what the averages write.

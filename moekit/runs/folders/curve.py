@@ -28,7 +28,7 @@ def folder_curve(
     Experts are chosen on the training text, and the loss is of the validation text.
 
     Args:
-        folder: of transformers, of an architecture that is adopted.
+        folder: one of transformers, of an architecture that is adopted.
         keep: shares or numbers of experts.
         choice: the text.
         draws: random choices for each of them.

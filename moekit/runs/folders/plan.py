@@ -26,7 +26,7 @@ class FolderPlan:
 
     Attributes:
         what: what is trained.
-        parameters: of the model, shared ones once.
+        parameters: those of the model, shared ones once.
         best: forecasts, the least traffic first; layouts than which another needs less memory and less traffic are
             left out.
         fitting: those of them that fit into the devices' memory; all where nobody said how much that is.
@@ -50,11 +50,11 @@ def folder_plan(
     """Plan the training of a folder's model; no weights are read.
 
     Args:
-        folder: of transformers, of an architecture that is adopted.
+        folder: one of transformers, of an architecture that is adopted.
         devices: their number.
         training: micro-batch, precision, optimizer, checkpointing.
         memory: bytes of a device; None = not known.
-        rank: of adapters, all else being frozen; 0 = everything is trained.
+        rank: that of adapters, all else being frozen; 0 = everything is trained.
         targets: what has adapters, as `moekit.surgery.add_adapters` takes it.
 
     Raises:
