@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -111,6 +112,30 @@ def _inputs(model: Any, training: Training, *, decoder: bool) -> dict[str, Any]:
     return given
 
 
+class _FusedAttention(torch.autograd.Function):
+    """What a fused kernel keeps: its inputs, its result, and the logarithm of each softmax's denominator."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, heads, length, _ = q.shape
+        out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)  # as the kernels lay it
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+
+class _Attention:
+    """Stands in for torch's attention, which on the meta device would keep its probabilities; counts operations."""
+
+    def __init__(self) -> None:
+        self.flops = 0.0
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = math.prod(query.shape[:-1])
+        self.flops += 2.0 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        out: Tensor = _FusedAttention.apply(query, key, value)
+        return out
+
+
 def _measure(model: Any, parts: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> dict[str, _Part]:
     """What torch counts of one forward, by part; "" = outside of all."""
     found = {path: _Part() for path in ("", *parts)}
@@ -132,24 +157,34 @@ def _measure(model: Any, parts: Mapping[str, nn.Module], inputs: Mapping[str, An
     def enter_of(path: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any) -> None:
             inside.append(path)
-            began[path] = counter.get_total_flops()
+            began[path] = counter.get_total_flops() + attention.flops
 
         return enter
 
     def leave_of(path: str) -> Callable[..., None]:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             inside.pop()
-            found[path].flops += counter.get_total_flops() - began[path]
+            found[path].flops += counter.get_total_flops() + attention.flops - began[path]
 
         return leave
 
+    from transformers.integrations import sdpa_attention
+
+    attention = _Attention()
     with ExitStack() as hooks:
+        # Heads that share keys and values are not repeated for a kernel: with a mask they would be.
+        for owner, name, stand_in in (
+            (nn.functional, "scaled_dot_product_attention", attention),
+            (sdpa_attention, "use_gqa_in_sdpa", lambda *given: True),
+        ):
+            hooks.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, stand_in)
         for path, part in parts.items():
             hooks.callback(part.register_forward_pre_hook(enter_of(path)).remove)
             hooks.callback(part.register_forward_hook(leave_of(path)).remove)
         with torch.enable_grad(), counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(**inputs, use_cache=False)
-    found[""].flops = counter.get_total_flops() - sum(part.flops for part in found.values())
+    found[""].flops = counter.get_total_flops() + attention.flops - sum(part.flops for part in found.values())
     return found
 
 

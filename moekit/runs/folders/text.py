@@ -16,6 +16,9 @@ from moekit.errors import UserError
 from moekit.stored import parse_json
 
 _SPLITS: Mapping[Split, str] = {"train": "training", "valid": "validation", "test": "test"}
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
 IGNORED = -100
 """The label of padding, which no loss counts."""
 
@@ -84,7 +87,8 @@ def folder_text(folder: Path, choice: TextChoice, split: Split) -> FolderText:
         predictions = [batch["labels"][:, 1:].numel() for batch in batches]  # nothing comes before the first token
     if not batches:
         raise UserError(
-            f"{choice.source} must have {split} text, more than a token of it: it has none. Give text with this split."
+            f"{choice.source} must have {_SPLITS[split]} text, more than a token of it: it has none. Give text with "
+            "this split."
         )
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     languages = ", ".join(source.languages)
@@ -96,6 +100,10 @@ def folder_text(folder: Path, choice: TextChoice, split: Split) -> FolderText:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    if not any((folder / file).is_file() for file in _TOKENIZERS):  # it would make an empty one
+        raise UserError(
+            f"{folder} must hold a tokenizer, by which text is read: there is none of {', '.join(_TOKENIZERS)}."
+        )
     try:
         words = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
