@@ -76,6 +76,7 @@ class Curve:
         whole: the point of all experts.
         points: those of pruned models.
         recovery: how they were trained on.
+        text: what was read, where the run does not say it.
     """
 
     run: str
@@ -83,6 +84,7 @@ class Curve:
     whole: Point
     points: Sequence[Point]
     recovery: Recovery | None
+    text: str = ""
 
 
 def pruning_curve(
@@ -161,7 +163,8 @@ def table(curve: Curve) -> str:
             row += [_summary([value(point) for point in here if point.order == order]) for order in orders]
         lines.append(_cells(row))
     draws = len({point.seed for point in curve.points if point.seed is not None})
-    note = f"Validation loss of {curve.task}, nats per prediction; at random: mean ± standard deviation, {draws} draws."
+    read = f", of {curve.text}" if curve.text else ""
+    note = f"Validation loss of {curve.task}, nats per prediction{read}; at random: mean ± standard deviation, {draws} draws."
     if curve.recovery is not None:
         note += f" Trained on: {curve.recovery.steps:,} steps at a peak rate of {curve.recovery.learning_rate:g}."
     return "\n".join([*lines, "", note, ""])
