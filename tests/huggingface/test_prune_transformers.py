@@ -86,7 +86,7 @@ def test_what_cannot_be_pruned_is_refused() -> None:
     whole = adopt(model("Qwen3MoeSparseMoeBlock"), aux=None)
     first, second = adopted_layers(whole)
     uneven = {first: torch.arange(4), second: torch.arange(3)}
-    with pytest.raises(UserError, match=r"one number of experts for all layers \(num_experts\): got 3 for .* and 4"):
+    with pytest.raises(UserError, match=r"one number of experts for all layers \(num_\w+\): got 3 for .* and 4"):
         prune(whole, uneven)
     with pytest.raises(UserError, match="chosen for every sparse layer"):
         prune(whole, {first: torch.arange(4)})

@@ -164,7 +164,8 @@ def table(curve: Curve) -> str:
         lines.append(_cells(row))
     draws = len({point.seed for point in curve.points if point.seed is not None})
     read = f", of {curve.text}" if curve.text else ""
-    note = f"Validation loss of {curve.task}, nats per prediction{read}; at random: mean ± standard deviation, {draws} draws."
+    note = f"Validation loss of {curve.task}, nats per prediction{read}; "
+    note += f"at random: mean ± standard deviation, {draws} draws."
     if curve.recovery is not None:
         note += f" Trained on: {curve.recovery.steps:,} steps at a peak rate of {curve.recovery.learning_rate:g}."
     return "\n".join([*lines, "", note, ""])
