@@ -37,7 +37,7 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 """Settings on which no number of a run depends."""
 
-_SINCE = {"train.record_routing": 0, "data.facts_profiles": 0.0}
+_SINCE = {"train.record_routing": 0, "data.facts_profiles": 0.0, "evaluate.domains": None}
 """Settings that digests of earlier runs do not know, with the value at which a run computes what it did before."""
 
 _SEEDS = ("train.seed", "data.order_seed")
