@@ -83,7 +83,9 @@ def test_a_ladder_has_four_sizes(tmp_path: Path) -> None:
 def test_pairs_differ_by_the_arm_alone(tmp_path: Path) -> None:
     """Same seed, same order of the text, first weights by name; no clock ends a run."""
     made = plan(tmp_path)
-    many, few, again = (made.job(arm, 3, {"many": 0.002, "few": 0.002, "again": 0.002}) for arm in ("many", "few", "again"))
+    many, few, again = (
+        made.job(arm, 3, {"many": 0.002, "few": 0.002, "again": 0.002}) for arm in ("many", "few", "again")
+    )
     assert many.config == few.config.changed(model={"num_experts": many.config.model.num_experts})
     for job in (many, few):
         assert (job.config.train.seed, job.config.data.order_seed) == (3, 3)
