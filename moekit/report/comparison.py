@@ -12,6 +12,7 @@ import yaml
 
 from moekit.errors import UserError
 from moekit.report import render, wording
+from moekit.report.domains import compared_domains
 from moekit.report.health import experts_per_token
 from moekit.report.pair import pair_section
 from moekit.report.plots import Curves, Dots, Line
@@ -59,12 +60,16 @@ def comparison_view(runs: Sequence[RunFolder], known: Sequence[str] = ()) -> Vie
     measures, accuracy = _measures(runs), _table("Accuracy", names, _accuracies(runs), "task")
     paired, untested = significance(runs, names) if all(run.translates for run in runs) else ([], [])
     facts = [table for table in (_facts(runs, names), _above_floor(runs, names)) if table.rows]
+    domains = _table("Loss on text of other domains", names, compared_domains(runs), "domain")
     costly = {"Cost": _costs(runs), "Tasks (validation)": _tasks(runs), "Routing": _routing(runs)}
     different = _settings(runs)
     settings = _table("Settings that differ", names, different, "setting")
     pair = pair_section(different, known) if len(runs) == 2 else None
     cost = [_table(title, names, rows) for title, rows in costly.items() if rows]
-    measured = [*(measure.table(names) for measure in measures), *([accuracy] if accuracy.rows else []), *facts]
+    measured = [
+        *(measure.table(names) for measure in measures),
+        *(table for table in (accuracy, *facts, domains) if table.rows),
+    ]
     return View(
         kind="moekit comparison",
         title=" vs ".join(names),
@@ -73,6 +78,11 @@ def comparison_view(runs: Sequence[RunFolder], known: Sequence[str] = ()) -> Vie
         sections=[
             *_quality(runs, names, measures, accuracy),
             *_knowledge(runs, names, facts),
+            *(
+                [PageSection(*heading("domains"), cells=[[Figure(domains.title, table=domains)]])]
+                if domains.rows
+                else []
+            ),
             *([pair] if pair else []),
             *(
                 [PageSection(*heading("paired"), untested, [[Figure(t.title, table=t)] for t in paired])]

@@ -35,24 +35,28 @@ def test_two_runs_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     page = tmp_path / "a" / twin.PAGE
     assert f"side by side {page}" in " ".join(said.split())
     assert "What one pair can say" in page.read_text(encoding="utf-8")
+    assert "pairs of seeds" not in said, "a committed result is of other settings, and is not told"
     settings = [yaml.safe_load((tmp_path / name / "config.yaml").read_text("utf-8")) for name in ("a", "a-dense")]
     assert differences(*settings) == {"variant": ("facts", "facts_dense"), "model.num_experts": (2, 0)}
     assert flatten(settings[0])["train.max_minutes"] == 0, "no clock may end one of them"
     assert [Run.open(tmp_path / name).rest["global_step"] for name in ("a", "a-dense")] == [2, 2]
-    # Settings are not those of the committed result, which is not told.
-    assert "pairs of seeds" not in said
-    # A folder that is there is refused before the first one trains; with --resume both are gone on with.
-    assert run(tmp_path) == 2
+    assert run(tmp_path) == 2, "a folder that is there is refused before the first one trains"
+
+
+@pytest.mark.slow
+def test_both_are_gone_on_with(tmp_path: Path) -> None:
+    assert run(tmp_path) == 0
     weights = Run.open(tmp_path / "a-dense").loaded.weights
     assert run(tmp_path, "--resume") == 0
     again = Run.open(tmp_path / "a-dense").loaded.weights
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
+@pytest.mark.slow
 def test_first_weights_are_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a rate of next to nothing, what both models have stays as both began."""
     monkeypatch.setattr(twin, "_compare", lambda *_: None)
-    assert run(tmp_path, **{"train.learning_rate": 1e-30, "train.weight_decay": 0, "train.max_steps": 1}) == 0
+    assert run(tmp_path, **{"train.learning_rate": 1e-30, "train.weight_decay": 0}) == 0
     one, other = (Run.open(tmp_path / name).loaded.weights for name in ("a", "a-dense"))
     shared = [name for name in one if name in other and one[name].shape == other[name].shape]
     assert any("attention" in name for name in shared)

@@ -137,3 +137,21 @@ def test_a_floor_is_drawn_where_all_runs_have_the_same(run: Path, tmp_path: Path
         lines = floor_lines([read_run(run), read_run(dense)], "causal_lm", [Series(np.arange(3.0), np.arange(3.0))])
         assert [line.series.value[0] for line in lines] == ([2.1, 1.5] if drawn else [])
     assert floor_lines([read_run(run)], "causal_lm", []) == []
+
+
+def test_text_of_other_domains_is_told(run: Path, tmp_path: Path) -> None:
+    of = {"task": "causal_lm", "sentences": 1200, "guessing": 2.0}
+    told = [
+        {**of, "name": "talks", "loss": 2.25, "above_test": 0.5, "knowing": 1.0},
+        {**of, "name": "letters", "loss": 3.0, "above_test": None, "knowing": None},
+        {"name": "broken"},
+    ]
+    edit(run, "summary.json", domains=told)
+    text = results_markdown(run)
+    assert "| talks | 2.25 | 0.500 | 1.250 | 1,200 |" in text
+    assert f"| letters | 3 | {MISSING} | {MISSING} | 1,200 |" in text
+    assert "Text of other domains" in write_report(run).read_text(encoding="utf-8")
+    plain = make_text_run(tmp_path / "plain", steps=60)
+    assert "other domains" not in write_report(plain).read_text(encoding="utf-8")
+    both = write_comparison([run, plain], tmp_path / "c").with_suffix(".md").read_text(encoding="utf-8")
+    assert f"| talks | 2.25 | {MISSING} |" in both
