@@ -13,7 +13,8 @@ from moekit.report import wording
 from moekit.report.plots import Line, Shares
 from moekit.report.run_folder import RunFolder, Series
 from moekit.report.view import Figure, PageSection, Table, Tile, caption, heading, texts
-from moekit.runs.record import FloorRecord, RecallOf, RecallRecord, Record
+from moekit.runs.record import FloorRecord, RecallOf, RecallRecord
+from moekit.runs.stored_record import Record
 
 _T = TypeVar("_T", bound=Record)
 
