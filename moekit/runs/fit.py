@@ -116,7 +116,8 @@ def fit(
         if going_on:
             run.require_same(settings, free)
         data = _training_text(run if going_on else None, config, init_from)
-        domain_data(config, data.tokenizer)  # refused now, not when training has ended
+        if config.evaluate.domains:
+            domain_data(config, data.tokenizer)  # refused now, not when training has ended
         held_out = HeldOut.of(data, plain(config.data.which_text()))  # what it is evaluated on
         L.seed_everything(train.seed, verbose=False)
         module, budget = make_module(
