@@ -10,7 +10,7 @@ import numpy as np
 from moekit.report import wording
 from moekit.report.health import by_rule
 from moekit.report.plots import Curves, Line, Unit
-from moekit.report.recall import floors
+from moekit.report.recall import floor_lines, floor_words, floors
 from moekit.report.run_folder import RunFolder, Series, number
 from moekit.report.series import milestones, smooth, smoothing_window
 from moekit.report.style import CYCLE
@@ -79,15 +79,10 @@ def _loss(run: RunFolder, task: str) -> Figure:
     if valid is not None:
         lines.append(Line("validation", valid, "red", "points"))
         columns["validation"] = valid
-    floor, logged = floors(run).get((task, "valid")), [s.finite for s in (train, valid) if s is not None]
-    steps = np.concatenate([s.step for s in logged] or [np.zeros(0)])
-    if floor is not None and len(steps):
-        ends = np.array([steps.min(), steps.max()])
-        lines.append(Line("guessing facts", Series(ends, np.full(2, floor.guessing)), "muted", "level"))
-        lines.append(Line("floor", Series(ends, np.full(2, floor.knowing)), "green", "level"))
+    levels = floor_lines([run], task, [series for series in (train, valid) if series is not None])
     named = run.task(task)
-    chart = Curves(lines, f"{named.title}: training and validation loss over steps", skip_start=True)
-    known = "" if floor is None else f" {texts()['words']['floor'][0]}"
+    chart = Curves([*lines, *levels], f"{named.title}: training and validation loss over steps", skip_start=True)
+    known = f" {floor_words()}" if floors(run).get((task, "valid")) else ""
     return Figure(named.title, f"{named.explanation}{known}", chart=chart, numbers=curve_table(columns))
 
 

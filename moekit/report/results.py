@@ -9,6 +9,7 @@ import numpy as np
 
 from moekit.report import wording
 from moekit.report.curves import curve_table
+from moekit.report.domains import domain_table
 from moekit.report.experts import health_table
 from moekit.report.health import by_rule, dropped, experts_per_token
 from moekit.report.plots import Bars, Curves, Line
@@ -159,6 +160,7 @@ def tables(run: RunFolder) -> list[Table]:
             *answer_tables(run),
             tasks,
             recall_table(run),
+            domain_table(run),
             health_table(run),
             typical_table(run),
         )
