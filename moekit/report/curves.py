@@ -17,7 +17,7 @@ from moekit.report.style import CYCLE
 from moekit.report.view import Figure, PageSection, Table, caption, heading, texts
 
 _LOADS = ("dead_experts", "load_cv", "load_max_ratio")  # no cause for worry where a fixed rule decides
-_FROM_ZERO = ("drop_rate", "dead_experts", "load_cv", "entropy")
+_FROM_ZERO = ("drop_rate", "dead_experts", "load_cv", "entropy", "expert_gradient_norm")
 _UNITS: Mapping[str, Unit] = {"drop_rate": "percent", "dead_experts": "count"}
 _ORDERS = 1e3  # of a norm that jumps so far a linear scale would show the jump alone
 _SIDE_COLOURS = {"decoder": "red", "encoder": "blue"}

@@ -27,7 +27,7 @@ from moekit.runs.plain import as_plain, plain
 from moekit.runs.plan import expected
 from moekit.runs.processes import shared_facts
 from moekit.runs.recipe import Recipe, RunText
-from moekit.runs.record import STOPPED
+from moekit.runs.record import STOPPED, WARNINGS
 from moekit.runs.routing import recorders
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
@@ -136,7 +136,7 @@ def fit(
             callbacks=[
                 SameOnRanks(shared_facts(recipe, settings, data) if train.devices * train.num_nodes > 1 else {}),
                 ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
-                *_callbacks(config, budget, rate, expected(recipe, config)),
+                *_callbacks(config, budget, rate, expected(recipe, config), run.path / WARNINGS),
                 *kept,
                 Resumable(
                     run.checkpoints,
@@ -175,9 +175,11 @@ def fit(
     return run
 
 
-def _callbacks(config: RunConfig, budget: Budget, rate: float, forecast: Forecast | None) -> list[Callback]:
-    """What ends, measures and watches training."""
-    train = config.train
+def _callbacks(
+    config: RunConfig, budget: Budget, rate: float, forecast: Forecast | None, warnings: Path
+) -> list[Callback]:
+    """What ends, measures and watches training; `warnings` is the file of what it warns of."""
+    train, progress = config.train, TrainingProgress(budget)
     return [
         MaxMinutes(budget),
         Throughput(
@@ -187,9 +189,10 @@ def _callbacks(config: RunConfig, budget: Budget, rate: float, forecast: Forecas
         GradientNorm(),
         RandomState(),
         PeakMemory(forecast.memory.device if forecast else None),
-        TrainingProgress(budget),
+        progress,
         *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
         NonFinite(_REACTIONS.get(config.strategy.nonfinite_gradients, train.on_non_finite)),
+        train.monitor.callback(warnings, progress.say),  # after `NonFinite`, whose norm it reads
     ]
 
 

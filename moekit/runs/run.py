@@ -34,7 +34,7 @@ from moekit.lock import LOCK_FILES
 from moekit.runs.config import RunConfig
 from moekit.runs.plain import plain, require_same
 from moekit.runs.recipe import Recipe, RunText, find_recipe
-from moekit.runs.record import STOPPED, TRANSLATIONS, RoutingRecord, Sample, Summary
+from moekit.runs.record import STOPPED, TRANSLATIONS, WARNINGS, RoutingRecord, Sample, Summary
 from moekit.runs.yaml_file import read_mapping
 from moekit.stored import parse_json
 from moekit.surgery import SparseLayer, require_complete, sparse_layers
@@ -61,8 +61,8 @@ TEST_TRACE = "routing_test.npz"
 MECHANISMS = "mechanisms.json"
 """What was computed of them, see `moekit.mechanisms`."""
 _FILES = (
-    _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, TRANSLATIONS, STOPPED, "environment.json",
-    "metrics.csv", REPORT, TEST_TRACE, MECHANISMS,
+    _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, TRANSLATIONS, STOPPED, WARNINGS,
+    "environment.json", "metrics.csv", REPORT, TEST_TRACE, MECHANISMS,
 )  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "wandb", "mlflow", _TOKENIZER, ROUTING_TRACE)
 
