@@ -98,7 +98,7 @@ class RoutingMonitor(Callback):
         self.watch = TrainingWatch(
             pl_module,
             self.thresholds,
-            every=self.every_n_steps or max(1, int(trainer.log_every_n_steps)),
+            every=self.every_n_steps or max(1, int(getattr(trainer, "log_every_n_steps", 50))),
             on_spike=self.on_spike,
             on_dead=self.on_dead,
             on_collapse=self.on_collapse,

@@ -67,8 +67,8 @@ class Thresholds:
         max_drop_rate: share of the assignments that may be dropped for capacity.
         max_logsumexp: mean logsumexp of the router's logits, in nats, that is allowed. Logits of 50 leave a softmax in
             bfloat16 no digits.
-        loss_spike: spreads above the running median from which on a loss is a spike; the spread is a tenth of the median
-            or more.
+        loss_spike: spreads above the running median from which on a loss is a spike. The spread is a tenth of the
+            median or more.
         gradient_spike: the same of the gradient norm, whose spread is half of the median or more.
         spike_window: steps that median and spread are of.
 

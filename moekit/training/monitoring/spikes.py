@@ -28,7 +28,8 @@ class Spikes:
     """Tells spikes of one quantity over the steps of training.
 
     A value is a spike above ``median + factor * spread``. The spread is the median absolute deviation times 1.4826, at
-    least a part of the median: values that hardly move have no spread to be measured in. A spike joins the values too, so that a level that stays is the median in the end.
+    least a part of the median: values that hardly move have no spread to be measured in. A spike joins the values too,
+    so that a level that stays is the median in the end.
 
     Args:
         factor: spreads above the median.
