@@ -110,7 +110,9 @@ def _figure(run: RunFolder, record: RecallRecord, task: str) -> Figure:
         names, lines, f"Recall by decile of frequency{task}", {"chance": record.chance}, "decile of frequency"
     )
     rows = [(name, *(wording.percent(_known(line, i)) for line in lines.values())) for i, name in enumerate(names)]
-    return Figure(*caption("recall", task=task), chart, numbers=Table(["decile", *lines], rows))
+    return Figure(
+        *caption("recall", task=task), chart, numbers=Table(["decile", *lines], rows), name=f"recall/{record.task}"
+    )
 
 
 def _by_decile(of: RecallOf) -> list[float]:

@@ -145,7 +145,7 @@ def test_what_is_wrong_is_said_once_logged_and_kept(case: str, tmp_path: Path) -
     file = tmp_path / "run" / "warnings.json"
     file.parent.mkdir()
     monitor = RoutingMonitor(SHORT, file=file, say=said.append)
-    fit(Model(**given), monitor, logger=CSVLogger(tmp_path, version="")), 
+    (fit(Model(**given), monitor, logger=CSVLogger(tmp_path, version="")),)
     assert kinds(monitor) == wanted
     assert len(said) == len(wanted)
     assert all(any(text in line for line in said) for text in texts), said
