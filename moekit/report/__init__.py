@@ -13,8 +13,8 @@ folders. page.html, run.md and terminal lay it out; texts.toml holds the prose o
 """
 
 from moekit.report.comparison import write_comparison
-from moekit.report.named_figures import figure, figure_names
 from moekit.report.mechanisms import mechanism_figures, mechanism_table
+from moekit.report.named_figures import figure, figure_names
 from moekit.report.own_module import RoutingReport, figures
 from moekit.report.run import results_markdown, write_report
 from moekit.report.terminal import terminal_summary

@@ -107,9 +107,9 @@ def _counted(of: Any) -> Any:
 
 
 def _called(of: Any) -> str:
-    return f"the run {of.path if isinstance(of, Run | RunFolder) else of}" if isinstance(
-        of, str | PathLike | Run | RunFolder
-    ) else type(of).__name__  # fmt: skip
+    if isinstance(of, str | PathLike):
+        return f"the run {of}"
+    return f"the run {of.path}" if isinstance(of, Run | RunFolder) else type(of).__name__
 
 
 def _heats(heats: Sequence[Heat], title: str) -> Figure:
@@ -119,9 +119,8 @@ def _heats(heats: Sequence[Heat], title: str) -> Figure:
         drawn.delaxes(canvas.axes)
         drawn.suptitle(drawable(title), fontsize=9)
         heights = [2 + len(heat.rows) for heat in heats]
-        for axes, heat in zip(
-            drawn.subplots(len(heats), 1, squeeze=False, height_ratios=heights)[:, 0], heats, strict=True
-        ):
+        places = drawn.subplots(len(heats), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, heat in zip(places, heats, strict=True):
             for row, (_, cells) in enumerate(heat.rows):
                 for column, (kind, text) in enumerate(cells):
                     if (colours := shade(kind)) is None:

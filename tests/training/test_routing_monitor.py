@@ -145,7 +145,7 @@ def test_what_is_wrong_is_said_once_logged_and_kept(case: str, tmp_path: Path) -
     file = tmp_path / "run" / "warnings.json"
     file.parent.mkdir()
     monitor = RoutingMonitor(SHORT, file=file, say=said.append)
-    (fit(Model(**given), monitor, logger=CSVLogger(tmp_path, version="")),)
+    fit(Model(**given), monitor, logger=CSVLogger(tmp_path, version=""))
     assert kinds(monitor) == wanted
     assert len(said) == len(wanted)
     assert all(any(text in line for line in said) for text in texts), said
@@ -163,13 +163,14 @@ def test_what_is_wrong_is_said_once_logged_and_kept(case: str, tmp_path: Path) -
 
 
 def test_without_anybody_to_say_it_is_a_warning_and_the_bar_shows_it() -> None:
+    monitor, progress = RoutingMonitor(QUIET), TrainingProgress(line_seconds=1e9)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=12, logger=False, enable_checkpointing=False, enable_model_summary=False,
+        callbacks=[monitor, progress], log_every_n_steps=5,
+    )  # fmt: skip
+    text: Any = torch.utils.data.DataLoader(batches(12), batch_size=None)  # type: ignore[arg-type]
     with pytest.warns(MonitorWarning, match="step 10: moe: 1 of 4 experts is dead"):
-        monitor, progress = RoutingMonitor(QUIET), TrainingProgress(line_seconds=1e9)
-        trainer = L.Trainer(
-            accelerator="cpu", max_steps=12, logger=False, enable_checkpointing=False, enable_model_summary=False,
-            callbacks=[monitor, progress], log_every_n_steps=5,
-        )  # fmt: skip
-        trainer.fit(Model(scores=(0.0, 0.0, 0.0, -9.0)), torch.utils.data.DataLoader(batches(12), batch_size=None))  # type: ignore[arg-type]
+        trainer.fit(Model(scores=(0.0, 0.0, 0.0, -9.0)), text)
     assert monitor.text().startswith("1 dead  busiest 1.")
     assert monitor.text() in progress.training_text(trainer)
     assert trainer.progress_bar_metrics["dead_experts"] == 1
@@ -214,7 +215,7 @@ def test_counts_are_those_of_every_training_batch_once() -> None:
     routings: list[Any] = []
     layer.register_forward_hook(lambda *given: routings.append(given[2].routing) if torch.is_grad_enabled() else None)
     for step in (1, 2, 3):
-        for number in range(2):
+        for _ in range(2):
             x = torch.randn(11, D, requires_grad=True)
             recomputed(lambda y: layer(y).hidden, x, use_reentrant=False).sum().backward()  # type: ignore[no-untyped-call]
             plain.update({"layer": routings[0]})
