@@ -201,9 +201,9 @@ def crowded(num_experts: int, experts_per_token: float = 1.0, most: float = CROW
     """Fair shares from which on the busiest expert of a layer does too much.
 
     An expert can have E / K fair shares at most, where it is chosen by every token. Of that it is three fifths, not
-    less than 1.6 and not more than `most`.
+    less than 1.6, and not more than `most`.
     """
-    return max(1.6, min(most, 0.6 * num_experts / max(1.0, experts_per_token)))
+    return min(most, max(1.6, 0.6 * num_experts / max(1.0, experts_per_token)))
 
 
 def learns(layer: nn.Module) -> bool:
