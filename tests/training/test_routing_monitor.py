@@ -52,7 +52,7 @@ class Model(L.LightningModule):
         self.out = nn.Linear(D, 1)
         if scores is not None:
             with torch.no_grad():
-                router.weight[:, 0] += torch.tensor(scores)
+                router.weight[:, 0] = torch.tensor(scores)
         self.aux = mk.AuxLosses(load_balance=0.01 if weigh else 0.0)
         self.boost, self.pull, self.only = loss or {}, gradient or {}, rank
         self.seen: list[dict[str, Tensor]] = []
