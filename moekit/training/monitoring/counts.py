@@ -51,10 +51,10 @@ class LayerCounts:
             raise UserError(
                 "RoutingMonitor needs a device with float64, a CPU or a GPU of CUDA or ROCm: got Apple's MPS."
             )
-        self._statistics: RoutingStatistics | None = None
+        self._statistics = self._empty().to(device) if found else None
         # Of each layer: sum of logsumexp * assignments, and these assignments; losses for balance with a graph, and the
         # sum of the absolute gradients that came back to them.
-        self._own = torch.zeros(len(found), _OWN, dtype=torch.float64)
+        self._own = torch.zeros(len(found), _OWN, dtype=torch.float64).to(device)
         self._handles: list[RemovableHandle] = [
             layer.register_forward_hook(self._hear(number, name)) for number, (name, layer) in enumerate(found.items())
         ]
@@ -68,8 +68,9 @@ class LayerCounts:
         return hook
 
     def _count(self, number: int, name: str, routing: Routing) -> None:
-        if self._statistics is None or self._own.device != routing.token.device:
-            self._statistics = self._empty().to(routing.token.device)
+        assert self._statistics is not None
+        if self._own.device != routing.token.device:  # weights may wait in host memory
+            self._statistics = self._statistics.to(routing.token.device)
             self._own = self._own.to(routing.token.device)
         with torch.no_grad():
             self._statistics.update({name: routing})
@@ -98,11 +99,10 @@ class LayerCounts:
 
     def take(self) -> Tensor | None:
         """Float64[n], what was counted since the last call, where it lies; None without sparse layers."""
-        if not self.layers:
+        if self._statistics is None:
             return None
-        statistics = self._statistics or self._empty().to(self._own.device)
-        packed = torch.cat([statistics.packed(), self._own.reshape(-1)])
-        statistics.reset()
+        packed = torch.cat([self._statistics.packed(), self._own.reshape(-1)])
+        self._statistics.reset()
         self._own.zero_()
         return packed
 
