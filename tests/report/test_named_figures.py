@@ -127,20 +127,26 @@ def test_a_healthy_recipe_is_told_nothing_and_another_stops(
     looks: list[int] = []
     original = TrainingWatch._look
     monkeypatch.setattr(TrainingWatch, "_look", lambda self, step: (looks.append(step), original(self, step))[1])
-    small = [*SMALL, "--data.cache", str(tmp_path / "cache"), "--train.monitor.window=20"]
+    small = [*SMALL, "--data.cache", str(tmp_path / "cache"), "--train.monitor.every=5"]
     out, other = tmp_path / "healthy", tmp_path / "other"
-    assert main(switch.RECIPE, ["fit", *small, "--train.max_steps=60", "--out", str(out)]) == 0
+    assert (
+        main(switch.RECIPE, ["fit", *small, "--train.monitor.window=20", "--train.max_steps=60", "--out", str(out)])
+        == 0
+    )
     assert looks == list(range(5, 61, 5))
     assert not (out / "warnings.json").exists()
     assert "step 20:" not in capsys.readouterr().err
-    strict = [*small, "--train.max_steps=25", "--train.monitor.min_evenness=1", "--train.monitor.on_collapse=stop"]
+    strict = [
+        *small, "--train.max_steps=7", "--train.monitor.window=5", "--train.monitor.min_evenness=1",
+        "--train.monitor.on_collapse=stop",
+    ]  # fmt: skip
     assert main(switch.RECIPE, ["fit", *strict, "--out", str(other)]) == 1
     said = " ".join(capsys.readouterr().err.split())
-    assert "step 20: encoder.1: routing has collapsed: expert" in said
-    assert "stopped: training stopped after step 20: encoder.1: routing has collapsed" in said
+    assert "step 5: encoder.1: routing has collapsed: expert" in said
+    assert "stopped: training stopped after step 5: encoder.1: routing has collapsed" in said
     kept = json.loads((other / "warnings.json").read_text())["warnings"]
-    assert {(one["step"], one["kind"]) for one in kept} == {(20, "collapse")}
-    assert json.loads((other / "stopped.json").read_text())["step"] == 20
+    assert {(one["step"], one["kind"]) for one in kept} == {(5, "collapse")}
+    assert json.loads((other / "stopped.json").read_text())["step"] == 5
     assert any("routing has collapsed" in finding.text for finding in findings(read_run(other)))
     columns = (other / "metrics.csv").read_text().splitlines()[0].split(",")
     assert "train/routing/encoder.1/load_max_ratio" in columns

@@ -39,10 +39,10 @@ QUIET = Thresholds(window=10, max_drop_rate=1.0)
 
 
 class Model(L.LightningModule):
-    """A sparse layer of four experts; `scores` of the experts are the same for every token, where they are given."""
+    """A sparse layer of four experts; `scores` of the experts are added for every token. Its data are by number."""
 
     def __init__(
-        self, scores: tuple[float, ...] | None = None, *, weigh: bool = True, loss: dict[int, float] | None = None,
+        self, scores: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0), *, weigh: bool = True, loss: dict[int, float] | None = None,
         gradient: dict[int, float] | None = None, rank: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -50,14 +50,14 @@ class Model(L.LightningModule):
         router = mk.routers.TopKRouter(D, E, 1, capacity=Capacity(2.0, None))
         self.moe = mk.MoELayer(router, mk.experts.GroupedMLP(E, D, 16))
         self.out = nn.Linear(D, 1)
-        if scores is not None:
-            with torch.no_grad():
-                router.weight[:, 0] = torch.tensor(scores)
+        with torch.no_grad():
+            router.weight[:, 0] = torch.tensor(scores)
         self.aux = mk.AuxLosses(load_balance=0.01 if weigh else 0.0)
         self.boost, self.pull, self.only = loss or {}, gradient or {}, rank
         self.seen: list[dict[str, Tensor]] = []
 
     def training_step(self, batch: Tensor, number: int) -> Tensor:
+        batch = batches(1, number)[0]  # that of the step, also where the loader begins anew
         here = self.only is None or self.global_rank == self.only
         hidden, routing = self.moe(batch)
         loss = (self.out(hidden) - batch.sum(-1, keepdim=True)).square().mean() + self.aux(routing)[0]
@@ -73,9 +73,9 @@ class Model(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def batches(steps: int) -> list[Tensor]:
+def batches(steps: int, first: int = 0) -> list[Tensor]:
     found = []
-    for number in range(steps):
+    for number in range(first, first + steps):
         batch = torch.randn(32, D, generator=torch.Generator().manual_seed(number))
         batch[:, 0] = 1.0
         found.append(batch)
@@ -84,11 +84,16 @@ def batches(steps: int) -> list[Tensor]:
 
 def fit(model: L.LightningModule, *callbacks: Any, steps: int = 40, **options: Any) -> L.Trainer:
     path = options.pop("ckpt_path", None)
-    options = {"logger": False, "enable_checkpointing": any(isinstance(c, Resumable) for c in callbacks), **options}
+    options = {
+        "logger": False,
+        "max_steps": steps // options.get("accumulate_grad_batches", 1),
+        "enable_checkpointing": any(isinstance(c, Resumable) for c in callbacks),
+        **options,
+    }
     strategy = options.get("strategy", "auto")
     plugins = [*options.pop("plugins", []), *([AtomicCheckpointIO()] if isinstance(strategy, str) else [])]
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=5,
+        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=5,
         callbacks=list(callbacks), plugins=plugins, use_distributed_sampler=False, **options,
     )  # fmt: skip
     with warnings.catch_warnings():
