@@ -42,8 +42,8 @@ class Model(L.LightningModule):
     """A sparse layer of four experts; `scores` of the experts are added for every token. Its data are by number."""
 
     def __init__(
-        self, scores: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0), *, weigh: bool = True, loss: dict[int, float] | None = None,
-        gradient: dict[int, float] | None = None, rank: int | None = None,
+        self, scores: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0), *, weigh: bool = True,
+        loss: dict[int, float] | None = None, gradient: dict[int, float] | None = None, rank: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         torch.manual_seed(0)
@@ -85,11 +85,9 @@ def batches(steps: int, first: int = 0) -> list[Tensor]:
 def fit(model: L.LightningModule, *callbacks: Any, steps: int = 40, **options: Any) -> L.Trainer:
     path = options.pop("ckpt_path", None)
     options = {
-        "logger": False,
-        "max_steps": steps // options.get("accumulate_grad_batches", 1),
-        "enable_checkpointing": any(isinstance(c, Resumable) for c in callbacks),
-        **options,
-    }
+        "logger": False, "max_steps": steps // options.get("accumulate_grad_batches", 1),
+        "enable_checkpointing": any(isinstance(c, Resumable) for c in callbacks), **options,
+    }  # fmt: skip
     strategy = options.get("strategy", "auto")
     plugins = [*options.pop("plugins", []), *([AtomicCheckpointIO()] if isinstance(strategy, str) else [])]
     trainer = L.Trainer(
