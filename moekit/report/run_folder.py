@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from moekit.errors import UserError
 from moekit.report.wording import MISSING, short
-from moekit.runs.record import STOPPED, WARNINGS, Sample
+from moekit.runs.record import STOPPED, Sample
 from moekit.stored import parse_json
 from moekit.tasks import TASKS, SampleWording
-from moekit.training.monitoring.rules import Warned
+from moekit.training.monitoring.rules import WARNINGS, Warned
 
 FILES = ("config.yaml", "environment.json", "metrics.csv", "summary.json", "routing.json", "samples.json")
 

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 from markupsafe import Markup
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
@@ -66,7 +67,7 @@ class ShownFigure(Figure):
         file = io.BytesIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing")
-            self.savefig(file, format="png", dpi=144)
+            FigureCanvasAgg(self).print_figure(file, format="png", dpi=144)
         return file.getvalue()
 
 

@@ -27,7 +27,7 @@ from moekit.runs.plain import as_plain, plain
 from moekit.runs.plan import expected
 from moekit.runs.processes import shared_facts
 from moekit.runs.recipe import Recipe, RunText
-from moekit.runs.record import STOPPED, WARNINGS
+from moekit.runs.record import STOPPED
 from moekit.runs.routing import recorders
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
@@ -50,6 +50,7 @@ from moekit.training.callbacks.throughput import Throughput
 from moekit.training.callbacks.weights import kept_weights
 from moekit.training.full_disk import full_disk_explained
 from moekit.training.loggers import make_logger_folders, run_loggers
+from moekit.training.monitoring.rules import WARNINGS
 from moekit.training.multitask import MultitaskModule
 from moekit.training.processes import explained, is_first_process, stop_noted
 from moekit.training.quiet import quiet

@@ -19,8 +19,6 @@ TRANSLATIONS = "translations.json.gz"
 """Everything that a model wrote in the test, by task and direction: for each sentence a `Written`."""
 STOPPED = "stopped.json"
 """Why training stopped by itself, and at which step; of a run that did not, there is none."""
-WARNINGS = "warnings.json"
-"""What training was warned of, in the order of steps; of a run without warnings there is none."""
 Written = tuple[int, str, str]
 """Number of the test sentence, reference, and what the model wrote."""
 

@@ -34,13 +34,14 @@ from moekit.lock import LOCK_FILES
 from moekit.runs.config import RunConfig
 from moekit.runs.plain import plain, require_same
 from moekit.runs.recipe import Recipe, RunText, find_recipe
-from moekit.runs.record import STOPPED, TRANSLATIONS, WARNINGS, RoutingRecord, Sample, Summary
+from moekit.runs.record import STOPPED, TRANSLATIONS, RoutingRecord, Sample, Summary
 from moekit.runs.yaml_file import read_mapping
 from moekit.stored import parse_json
 from moekit.surgery import SparseLayer, require_complete, sparse_layers
 from moekit.surgery.adapters import merged_state
 from moekit.training.callbacks.config import CONFIG_KEY
 from moekit.training.checkpoint_state import LoadedState, load_rest, load_state
+from moekit.training.monitoring.rules import WARNINGS
 
 R = TypeVar("R")
 

@@ -12,6 +12,8 @@ from moekit.training.metrics.routing import CROWDED, DEAD_SHARE, MAX_DROP_RATE, 
 from moekit.training.monitoring.spikes import Spike
 
 Kind = Literal["dead", "collapse", "drops", "logits", "balance_loss", "loss_spike", "gradient_spike"]
+WARNINGS = "warnings.json"
+"""What training was warned of, in the folder of a run; of a run without warnings there is none."""
 _NAMED = 8  # experts of a list
 
 
@@ -109,8 +111,8 @@ class LayerFigures:
         learned: whether its router has parameters.
         experts_per_token: K, assignments for each token that has one.
         drop_rate: share of the assignments dropped.
-        entropy: of the router, in nats; None where it reports none.
-        logsumexp: mean of its logits'; None where it reports none.
+        entropy: mean entropy of the router's probabilities, in nats; None where it reports none.
+        logsumexp: mean logsumexp of the router's logits; None where it reports none.
         balance_losses: names of its losses for balance.
         balance_gradient: sum of the absolute gradients that came back to these; None where no gradient could.
     """
