@@ -45,6 +45,7 @@ from moekit.training.callbacks.memory import PeakMemory
 from moekit.training.callbacks.non_finite import NonFinite, Reaction
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.callbacks.random_state import RandomState
+from moekit.training.callbacks.routing_monitor import RoutingMonitor
 from moekit.training.callbacks.same_ranks import SameOnRanks
 from moekit.training.callbacks.throughput import Throughput
 from moekit.training.callbacks.weights import kept_weights
@@ -193,7 +194,7 @@ def _callbacks(
         progress,
         *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
         NonFinite(_REACTIONS.get(config.strategy.nonfinite_gradients, train.on_non_finite)),
-        train.monitor.callback(warnings, progress.say),  # after `NonFinite`, whose norm it reads
+        RoutingMonitor.of(vars(train.monitor), warnings, progress.say),  # after `NonFinite`, whose norm it reads
     ]
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 from moekit.runs.settings.fields import setting
-from moekit.training.callbacks.routing_monitor import RoutingMonitor
 from moekit.training.monitoring import Thresholds
 
 _ALLOWED = Thresholds()
@@ -50,15 +47,3 @@ class MonitorConfig:
     loss_spike: float = setting(_ALLOWED.loss_spike, at_least=0)
     gradient_spike: float = setting(_ALLOWED.gradient_spike, at_least=0)
     spike_window: int = setting(_ALLOWED.spike_window, at_least=2)
-
-    def callback(self, file: Path | None = None, say: Callable[[str], None] | None = None) -> RoutingMonitor:
-        """The callback of a run with these settings; see `RoutingMonitor`."""
-        return RoutingMonitor(
-            Thresholds(**{field.name: getattr(self, field.name) for field in fields(Thresholds)}),
-            every_n_steps=self.every or None,
-            on_spike=self.on_spike,
-            on_dead=self.on_dead,
-            on_collapse=self.on_collapse,
-            file=file,
-            say=say,
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,14 @@ class RoutingMonitor(Callback):
         self.watch: TrainingWatch | None = None
         self._loaded: dict[str, Any] | None = None
         self._left_out = False
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], file: Path, say: Callable[[str], None]) -> RoutingMonitor:
+        """From settings by name: those of `Thresholds`, the reactions, and ``every``, where 0 = as the Trainer logs."""
+        given = dict(settings)
+        every = given.pop("every") or None
+        reactions = {name: given.pop(name) for name in ("on_spike", "on_dead", "on_collapse")}
+        return cls(Thresholds(**given), every_n_steps=every, file=file, say=say, **reactions)
 
     @property
     def warned(self) -> list[Warned]:
