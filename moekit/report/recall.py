@@ -133,20 +133,24 @@ def compared_recall(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Fig
             _, _, lines = found.setdefault(record.task, (run.task(record.task).title, record.chance, {}))
             lines[name] = _by_decile(first)
     several = len(found) > 1
-    return [_by_frequency(lines, chance, f": {title}" if several else "") for title, chance, lines in found.values()]
+    return [
+        _by_frequency(lines, chance, f": {title}" if several else "", f"recall/{task}")
+        for task, (title, chance, lines) in found.items()
+    ]
 
 
 def _figure(run: RunFolder, record: RecallRecord, task: str) -> Figure:
-    return _by_frequency({of.kind: _by_decile(of) for of in record.kinds}, record.chance, task)
+    lines = {of.kind: _by_decile(of) for of in record.kinds}
+    return _by_frequency(lines, record.chance, task, f"recall/{record.task}")
 
 
-def _by_frequency(lines: Mapping[str, Sequence[float]], chance: float, task: str) -> Figure:
+def _by_frequency(lines: Mapping[str, Sequence[float]], chance: float, task: str, name: str) -> Figure:
     """Recall by decile, a line for each name."""
     deciles = max(map(len, lines.values()))
     names = [f"{number}" for number in range(1, deciles + 1)]
     chart = Shares(names, lines, f"Recall by decile of frequency{task}", {"chance": chance}, "decile of frequency")
     rows = [(name, *(wording.percent(_known(line, i)) for line in lines.values())) for i, name in enumerate(names)]
-    return Figure(*caption("recall", task=task), chart, numbers=Table(["decile", *lines], rows))
+    return Figure(*caption("recall", task=task), chart, numbers=Table(["decile", *lines], rows), name=name)
 
 
 def _by_decile(of: RecallOf) -> list[float]:

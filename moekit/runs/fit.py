@@ -46,11 +46,13 @@ from moekit.training.callbacks.memory import PeakMemory
 from moekit.training.callbacks.non_finite import NonFinite, Reaction
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.callbacks.random_state import RandomState
+from moekit.training.callbacks.routing_monitor import RoutingMonitor
 from moekit.training.callbacks.same_ranks import SameOnRanks
 from moekit.training.callbacks.throughput import Throughput
 from moekit.training.callbacks.weights import kept_weights
 from moekit.training.full_disk import full_disk_explained
 from moekit.training.loggers import make_logger_folders, run_loggers
+from moekit.training.monitoring.rules import WARNINGS
 from moekit.training.multitask import MultitaskModule
 from moekit.training.processes import explained, is_first_process, stop_noted
 from moekit.training.quiet import quiet
@@ -139,7 +141,7 @@ def fit(
             callbacks=[
                 SameOnRanks(shared_facts(recipe, settings, data) if train.devices * train.num_nodes > 1 else {}),
                 ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
-                *_callbacks(config, budget, rate, expected(recipe, config)),
+                *_callbacks(config, budget, rate, expected(recipe, config), run.path / WARNINGS),
                 *kept,
                 Resumable(
                     run.checkpoints,
@@ -178,9 +180,11 @@ def fit(
     return run
 
 
-def _callbacks(config: RunConfig, budget: Budget, rate: float, forecast: Forecast | None) -> list[Callback]:
-    """What ends, measures and watches training."""
-    train = config.train
+def _callbacks(
+    config: RunConfig, budget: Budget, rate: float, forecast: Forecast | None, warnings: Path
+) -> list[Callback]:
+    """What ends, measures and watches training; `warnings` is the file of what it warns of."""
+    train, progress = config.train, TrainingProgress(budget)
     return [
         MaxMinutes(budget),
         Throughput(
@@ -190,9 +194,10 @@ def _callbacks(config: RunConfig, budget: Budget, rate: float, forecast: Forecas
         GradientNorm(),
         RandomState(),
         PeakMemory(forecast.memory.device if forecast else None),
-        TrainingProgress(budget),
+        progress,
         *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
         NonFinite(_REACTIONS.get(config.strategy.nonfinite_gradients, train.on_non_finite)),
+        RoutingMonitor.of(vars(train.monitor), warnings, progress.say),  # after `NonFinite`, whose norm it reads
     ]
 
 

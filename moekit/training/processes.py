@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed import DistNetworkError
 
 from moekit.atomic import write_json
-from moekit.errors import NonFiniteError, TrainingStoppedError, UserError
+from moekit.errors import TrainingStoppedError, UserError
 
 _LOST = "the others cannot train without it. Go on from the last checkpoint with --resume."
 _SECONDS_TO_TELL = 20.0
@@ -102,7 +102,7 @@ def _say_waiting(trainer: L.Trainer, number: int, seconds: float) -> None:
 
 @contextmanager
 def stop_noted(trainer: L.Trainer, file: Path, report: str) -> Iterator[None]:
-    """Keep in a file why training stopped at numbers that are not finite; of a run that does not stop, none.
+    """Keep in a file why training stopped by itself; of a run that does not stop, none.
 
     Args:
         trainer: whose training it is.
@@ -113,7 +113,7 @@ def stop_noted(trainer: L.Trainer, file: Path, report: str) -> Iterator[None]:
         file.unlink(missing_ok=True)  # of a run that goes on
     try:
         yield
-    except NonFiniteError as error:
+    except TrainingStoppedError as error:
         if trainer.is_global_zero:
             write_json(file, {"step": trainer.global_step, "why": str(error)})
             print(f"what was logged  {report}", flush=True)
