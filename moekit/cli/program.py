@@ -14,6 +14,7 @@ from moekit.cli import (
     compare,
     curve,
     export,
+    finetune_folder,
     import_,
     inspect,
     merge,
@@ -46,6 +47,11 @@ SURGERY: Mapping[str, Command] = {
 }
 REPORTS: Mapping[str, Command] = {"report": report.COMMAND, "compare": compare.COMMAND}
 STUDIES: Mapping[str, Command] = {"ablate": ablate.COMMAND}
+_FOLDERS = {
+    "finetune": f"\n\nOf a folder of transformers: {command_line('finetune', '--model', 'FOLDER', '--help')}. "
+    f"{finetune_folder.HELP}."
+}
+"""What the help of a command on recipes says of folders."""
 _RUNS = ("test", "generate", "serve", "score", "routing")
 """Commands that use a run, whose folder names its recipe."""
 
@@ -61,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = {**SURGERY, **REPORTS, **STUDIES}
     if name in runs:
         return run_command(runs, name, rest)
+    if name == "finetune" and finetune_folder.is_meant(rest):
+        return finetune_folder.main(rest)
     if name == "run" and rest[:1] == [run_all.ALL]:
         return run_all.run_all(rest[1:])
     if rest and is_help(rest) and name in recipes.COMMANDS:
@@ -141,6 +149,7 @@ def _about_command(name: str) -> str:
         f"{recipes.COMMANDS[name].help}.\n\n"
         f"recipes:\n{overview({each: recipe_about(each) for each in recipe_names()})}\n\n"
         f"{command_line(name)} RECIPE --help lists the options and the variants of a recipe."
+        f"{_FOLDERS.get(name, '')}"
     )
 
 

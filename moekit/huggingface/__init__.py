@@ -9,10 +9,11 @@ found = import_model("switch-base-8")                         # as a model of ou
 export_model(found.model, "again", tokens=found.tokens)
 """
 
-from moekit.huggingface.adopt import adopt, routings
+from moekit.huggingface.adopt import added_losses, adopt, packed, routings
 from moekit.huggingface.adopted_layer import AdoptedLayer
 from moekit.huggingface.architecture import Architecture
-from moekit.huggingface.folder import adopt_folder, consolidate_folder
+from moekit.huggingface.folder import adopt_folder
+from moekit.huggingface.folder_writing import consolidate_folder, write_folder
 from moekit.huggingface.model import describe
 from moekit.huggingface.peft_adapters import read_adapters, write_adapters
 from moekit.huggingface.reading import Blueprint, Imported, import_model, open_folder
@@ -28,6 +29,7 @@ __all__ = [
     "Architecture",
     "Blueprint",
     "Imported",
+    "added_losses",
     "adopt",
     "adopt_folder",
     "consolidate_folder",
@@ -35,9 +37,11 @@ __all__ = [
     "export_model",
     "import_model",
     "open_folder",
+    "packed",
     "read_adapters",
     "read_tokenizer",
     "routings",
     "upcycle",
     "write_adapters",
+    "write_folder",
 ]

@@ -1,0 +1,29 @@
+"""Which models keep the texts of a packed row apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moekit.errors import UserError
+
+PACKABLE = frozenset(
+    (
+        "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM", "GraniteMoeForCausalLM",
+        "MixtralForCausalLM", "OlmoeForCausalLM", "PhimoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM",
+    )
+)  # fmt: skip
+"""Classes of transformers whose masks follow position_ids that begin anew; every one of them is tested to do so."""
+
+
+def require_packable(model: Any) -> None:
+    """Make sure that a model keeps texts of a row apart.
+
+    Raises:
+        UserError: naming the class: it is not known to do so.
+    """
+    name = type(model).__name__
+    if name not in PACKABLE:
+        raise UserError(
+            f"data.pack needs a model whose attention keeps the texts of a row apart: of {name} that is not known. "
+            f"Give --data.pack false. Known are {', '.join(sorted(PACKABLE))}."
+        )
