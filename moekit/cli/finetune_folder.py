@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
 from moekit.cli.command import execute, location, option_value, say
 from moekit.cli.mistakes import NOT_PARSED, explain
+from moekit.cli.recipes import Help
 from moekit.errors import UserError
 from moekit.output import lasting_output
 from moekit.runs.plain import as_plain
@@ -20,8 +22,20 @@ from moekit.terminal import Terminal
 if TYPE_CHECKING:
     from moekit.folders.settings import FolderConfig
 
-HELP = "Fine-tune a folder of transformers with experts, wholly, partly or with adapters"
 _SHORT = {"--devices": "--train.devices", "--nodes": "--train.num_nodes"}
+
+
+@dataclass(frozen=True)
+class FolderCommand:
+    """A command on folders of transformers.
+
+    Attributes:
+        help: one line, a sentence without its period.
+        run: does it with the settings, all options, and the arguments that they are from.
+    """
+
+    help: str
+    run: Callable[[FolderConfig, Any, Sequence[str]], None]
 
 
 def is_meant(arguments: Sequence[str]) -> bool:
@@ -30,9 +44,9 @@ def is_meant(arguments: Sequence[str]) -> bool:
     return not named and any(argument.partition("=")[0] == "--model" for argument in arguments)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(command: FolderCommand, arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code: 0, or 2 where the input is at fault."""
-    return execute(lambda: _main([_spelled_out(argument) for argument in arguments]))
+    return execute(lambda: _main(command, [_spelled_out(argument) for argument in arguments]))
 
 
 def _spelled_out(argument: str) -> str:
@@ -40,7 +54,7 @@ def _spelled_out(argument: str) -> str:
     return _SHORT.get(option, option) + equals + value
 
 
-def _main(arguments: list[str]) -> None:
+def _main(command: FolderCommand, arguments: list[str]) -> None:
     from moekit.folders.settings import ADAPTER_RATE, FolderConfig  # a help text of others needs none of it
 
     base = FolderConfig(model="")
@@ -60,7 +74,7 @@ def _main(arguments: list[str]) -> None:
     if "train.warmup_steps" not in parser.parse_args(arguments, defaults=False):
         config = config.with_train(warmup_steps=config.train.fitting_warmup())
     with lasting_output():
-        _run(config, given, arguments)
+        command.run(config, given, arguments)
 
 
 def build_parser(base: FolderConfig) -> ArgumentParser:
@@ -70,11 +84,12 @@ def build_parser(base: FolderConfig) -> ArgumentParser:
     parser = ArgumentParser(
         prog=command_line("finetune"),
         usage=f"{command_line('finetune', '--model')} FOLDER --data.path FILE --out FOLDER [--key value ...]",
-        description=f"{HELP}.",
+        description=f"{COMMAND.help}.",
         exit_on_error=False,
         default_env=False,
         allow_abbrev=False,
     )
+    parser.formatter_class = Help
     parser.add_argument("--model", type=location, required=True, help="folder of transformers, with its tokenizer")
     parser.add_argument("--out", type=location, required=True, help="folder for settings, metrics, and what is trained")
     parser.add_argument("--resume", action="store_true", help="continue in --out from the last checkpoint, if any")
@@ -111,3 +126,6 @@ def _run(config: FolderConfig, given: Any, arguments: Sequence[str]) -> None:
             + "\n".join(f"written  {folder}" for folder in found.exported)
             + f"\nrouting  {found.path / 'routing.html'}",
         )
+
+
+COMMAND = FolderCommand("Fine-tune a folder of transformers with experts, wholly, partly or with adapters", _run)

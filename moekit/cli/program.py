@@ -47,11 +47,8 @@ SURGERY: Mapping[str, Command] = {
 }
 REPORTS: Mapping[str, Command] = {"report": report.COMMAND, "compare": compare.COMMAND}
 STUDIES: Mapping[str, Command] = {"ablate": ablate.COMMAND}
-_FOLDERS = {
-    "finetune": f"\n\nOf a folder of transformers: {command_line('finetune', '--model', 'FOLDER', '--help')}. "
-    f"{finetune_folder.HELP}."
-}
-"""What the help of a command on recipes says of folders."""
+FOLDERS: Mapping[str, finetune_folder.FolderCommand] = {"finetune": finetune_folder.COMMAND}
+"""Commands on recipes that take a folder of transformers, too: ``--model FOLDER`` in the place of a recipe."""
 _RUNS = ("test", "generate", "serve", "score", "routing")
 """Commands that use a run, whose folder names its recipe."""
 
@@ -67,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = {**SURGERY, **REPORTS, **STUDIES}
     if name in runs:
         return run_command(runs, name, rest)
-    if name == "finetune" and finetune_folder.is_meant(rest):
-        return finetune_folder.main(rest)
+    if name in FOLDERS and finetune_folder.is_meant(rest):
+        return finetune_folder.main(FOLDERS[name], rest)
     if name == "run" and rest[:1] == [run_all.ALL]:
         return run_all.run_all(rest[1:])
     if rest and is_help(rest) and name in recipes.COMMANDS:
@@ -136,7 +133,8 @@ def _about() -> str:
         f"usage: {program()} COMMAND [RECIPE] [--option value ...]\n\n"
         f"{lists}\n\n"
         "Commands on recipes are followed by a recipe. test, generate, serve, score and routing also take the folder "
-        f"of a run: {command_line('generate', 'FOLDER')}. {command_line('run', run_all.ALL, '--smoke')} tries every "
+        f"of a run: {command_line('generate', 'FOLDER')}. finetune also takes a folder of transformers: "
+        f"{command_line('finetune', '--model', 'FOLDER')}. {command_line('run', run_all.ALL, '--smoke')} tries every "
         "recipe in seconds.\n"
         "To list the options, add --help after the command (and its recipe, if it needs one)."
     )
@@ -144,12 +142,15 @@ def _about() -> str:
 
 def _about_command(name: str) -> str:
     """Help of a command on recipes without a recipe, whose settings are the options."""
+    folders = (
+        f"\n\n{FOLDERS[name].help}:\n{command_line(name, '--model', 'FOLDER', '--help')}" if name in FOLDERS else ""
+    )
     return (
         f"usage: {command_line(name)} RECIPE [--variant NAME] [--option value ...]\n\n"
         f"{recipes.COMMANDS[name].help}.\n\n"
         f"recipes:\n{overview({each: recipe_about(each) for each in recipe_names()})}\n\n"
         f"{command_line(name)} RECIPE --help lists the options and the variants of a recipe."
-        f"{_FOLDERS.get(name, '')}"
+        f"{folders}"
     )
 
 

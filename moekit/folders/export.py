@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -68,7 +69,22 @@ def write_model(
         return
     if target.exists():
         shutil.rmtree(target)  # of the same training, before it was resumed
-    if divided:
-        consolidate_folder(tuned.last, like, target)
-    else:
-        write_folder(module.model, like, target)
+    with _without_bar():
+        if divided:
+            consolidate_folder(tuned.last, like, target)
+        else:
+            write_folder(module.model, like, target)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Without transformers' bar, which is one more line in a log for each file."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def adapted_model(folder: Path, tune: TuneConfig, *, device: str, dtype: torch.d
     Raises:
         UserError: as `adopt_folder`; or the model has no such parameters.
     """
-    model = adopt_folder(folder, device=device, dtype=dtype)
+    with _unsaid():
+        model = adopt_folder(folder, device=device, dtype=dtype)
     if model.config.is_encoder_decoder:
         raise UserError(
             f"finetune --model takes models that go on with a text: {folder} is an encoder-decoder, "
@@ -141,3 +143,15 @@ def adapted_model(folder: Path, tune: TuneConfig, *, device: str, dtype: torch.d
     except ValueError as error:
         raise UserError(f"fine_tune: {error}") from None
     return model
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Without the line that adoption logs of its losses: `finetune_folder` says it once, for all processes."""
+    log = logging.getLogger("moekit.huggingface.adopt")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
