@@ -56,6 +56,7 @@ def _spelled_out(argument: str) -> str:
 
 def _main(command: FolderCommand, arguments: list[str]) -> None:
     from moekit.folders.settings import ADAPTER_RATE, FolderConfig  # a help text of others needs none of it
+    from moekit.folders.tuned import TunedFolder
 
     base = FolderConfig(model="")
     if option_value(arguments, "--fine_tune.rank") not in (None, "0"):
@@ -72,7 +73,8 @@ def _main(command: FolderCommand, arguments: list[str]) -> None:
     config = FolderConfig(model=given.model, **groups)
     check_ranges(config)
     if "train.warmup_steps" not in parser.parse_args(arguments, defaults=False):
-        config = config.with_train(warmup_steps=config.train.fitting_warmup())
+        kept = TunedFolder(given.out).settings if given.resume else None
+        config = config.with_train(warmup_steps=config.train.fitting_warmup(kept))
     with lasting_output():
         command.run(config, given, arguments)
 

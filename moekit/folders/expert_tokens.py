@@ -58,6 +58,7 @@ class ExpertTokens(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self._before, self._counts = dict(state_dict["counts"]), {}
+        self.at_end = self._before  # where there is nothing left to train
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
         self.at_end = self.counts()

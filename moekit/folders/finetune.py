@@ -101,13 +101,16 @@ def finetune_folder(
         UserError: settings, text, model or folder are at fault.
     """
     config.check()
-    train, tuned = config.train, TunedFolder(out)
-    keep_memory(train.keep_memory)
-    tokenizer = load_tokenizer(config.model)
+    tuned = TunedFolder(out)
     with contextlib.ExitStack() as stack:
         if is_first_process():  # which starts the others, if there are others
             tuned.require_free(resume=resume, overwrite=overwrite)
             stack.enter_context(held(tuned.path))
+        going_on = resume and bool(tuned.settings)
+        config = config.settled(tuned.settings if going_on else {})
+        train = config.train
+        keep_memory(train.keep_memory)
+        tokenizer = load_tokenizer(config.model)
         checkpoint = tuned.checkpoint_to_resume(config) if resume else None
         dtype = torch.bfloat16 if train.usable_precision == "bf16-true" else torch.float32
         plan = adapted_model(Path(config.model), config.fine_tune, device="meta", dtype=dtype)
@@ -118,7 +121,6 @@ def finetune_folder(
         strategy = _strategy(config, plan, checkpoint)
         wanted = exports(tuned, config.fine_tune, merge=merge)
         module, trainer, tokens = _made(config, tuned, data, strategy, dtype, resume_command, callbacks(tuned))
-        going_on = resume and bool(tuned.settings)
         if is_first_process():
             tuned.create(config, overwrite=overwrite)
             if not going_on:
@@ -126,6 +128,8 @@ def finetune_folder(
             make_logger_folders(tuned.path, train.loggers)
             if console is not None:
                 console.print(_said(config, data, plan, tuned), soft_wrap=True)
+                if resume and checkpoint is None:
+                    _warn(console, [f"{tuned.path} has no checkpoint to go on from: it begins anew."])
                 _warn(console, warnings)
         before = tuned.results.get("before") if going_on else None
         noted = stop_noted(trainer, tuned.stopped, f"see {tuned.path / 'metrics.csv'}")

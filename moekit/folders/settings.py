@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
+from moekit.data.lines import STANDARD
 from moekit.errors import UserError, nearest
 from moekit.runs.settings.fields import RESUME, setting
 from moekit.runs.settings.train import StrategyConfig, TrainConfig
@@ -135,6 +137,10 @@ class FolderConfig:
         self.train.check()
         if not self.data.path:
             raise UserError("data.path must name a file of training examples: got none. Give --data.path FILE.")
+        if STANDARD in (self.data.path, self.data.valid_path) and self.processes > 1:
+            raise UserError(
+                f"data.path must name a file where {self.processes} processes read it: got standard input. Write a file."
+            )
         _ = self.fine_tune.targets
         if self.fine_tune.subset == "adapters" and not self.fine_tune.rank:
             raise UserError("fine_tune.tune adapters needs a rank: got 0. Give --fine_tune.rank 8.")
@@ -148,6 +154,15 @@ class FolderConfig:
     def processes(self) -> int:
         """Of all machines together."""
         return self.train.devices * self.train.num_nodes
+
+    def settled(self, kept: Mapping[str, Any]) -> FolderConfig:
+        """The settings with the number format that "auto" is here; what goes on keeps the one it began with.
+
+        Args:
+            kept: the settings in the folder that goes on; nothing where none does.
+        """
+        recorded = kept.get("train", {}).get("precision", self.train.usable_precision)
+        return self.with_train(precision=recorded) if self.train.precision == "auto" else self
 
     def with_train(self, **changes: object) -> FolderConfig:
         """The settings with others of training."""

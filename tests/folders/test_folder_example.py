@@ -1,4 +1,4 @@
-"""The example of the guide, by commands: an OLMoE trained from scratch, fine-tuned on two processes, opened elsewhere."""
+"""The example of the guide, by commands: an OLMoE trained from scratch, fine-tuned on two processes, opened again."""
 
 from __future__ import annotations
 

@@ -134,6 +134,8 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(room: Path, tmp_path: 
     again = finetune_folder(config, cut.path, resume=True, merge=True)
     assert metrics(cut.path) == metrics(whole.path)
     assert len(metrics(whole.path)) == 7
+    assert finetune_folder(config, cut.path, resume=True, merge=True) == again  # nothing is left to train
+    assert metrics(cut.path) == metrics(whole.path)
     assert (again.before, again.after) == (whole.before, whole.after)
     assert cut.results == TunedFolder(whole.path).results
     for name, tensor in weights(whole.path / "model").items():
