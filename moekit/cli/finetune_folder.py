@@ -68,6 +68,9 @@ def _main(command: FolderCommand, arguments: list[str]) -> None:
         raise
     except NOT_PARSED as error:
         raise UserError(explain(str(error), parser, arguments)) from None
+    for name, what in (("model", "a folder of transformers"), ("out", "a folder to write")):
+        if given[name] is None:
+            raise UserError(f"finetune --model needs --{name}, {what}: got none. Give --{name} FOLDER.")
     made = parser.instantiate(given)
     groups = {f.name: made[f.name] for f in dataclasses.fields(base) if f.name != "model"}
     config = FolderConfig(model=given.model, **groups)
@@ -92,8 +95,9 @@ def build_parser(base: FolderConfig) -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.formatter_class = Help
-    parser.add_argument("--model", type=location, required=True, help="folder of transformers, with its tokenizer")
-    parser.add_argument("--out", type=location, required=True, help="folder for settings, metrics, and what is trained")
+    # Not required by the parser, which is asked for single values when it explains what is wrong.
+    parser.add_argument("--model", type=location, help="folder of transformers, with its tokenizer; required")
+    parser.add_argument("--out", type=location, help="folder for settings, metrics and what is trained; required")
     parser.add_argument("--resume", action="store_true", help="continue in --out from the last checkpoint, if any")
     parser.add_argument("--overwrite", action="store_true", help="replace a former fine-tuning in --out")
     parser.add_argument("--merge", action="store_true", help="of adapters, also write a folder with merged weights")

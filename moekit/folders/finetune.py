@@ -131,7 +131,8 @@ def finetune_folder(
                 if resume and checkpoint is None:
                     _warn(console, [f"{tuned.path} has no checkpoint to go on from: it begins anew."])
                 _warn(console, warnings)
-        before = tuned.results.get("before") if going_on else None
+        kept = tuned.results if going_on else {}
+        before, after = kept.get("before"), kept.get("after")
         noted = stop_noted(trainer, tuned.stopped, f"see {tuned.path / 'metrics.csv'}")
         with quiet(), explained(trainer), full_disk_explained(tuned.path, resume_command), noted:
             if before is None:
@@ -139,7 +140,8 @@ def finetune_folder(
                 if trainer.is_global_zero:
                     tuned.add_results({"before": before})
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-            after = _held_out_loss(trainer, module, data)
+            if after is None or kept.get("steps") != trainer.global_step:  # else nothing was left to train
+                after = _held_out_loss(trainer, module, data)
         found = tokens.idle_at_end
         if config.fine_tune.rank and "experts" in config.fine_tune.targets:
             found = [f"{line}: what their adapters do there is not learned." for line in found]

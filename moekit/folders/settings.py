@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
+import torch
+
 from moekit.data.lines import STANDARD
 from moekit.errors import UserError, nearest
 from moekit.runs.settings.fields import RESUME, setting
@@ -139,7 +141,7 @@ class FolderConfig:
             raise UserError("data.path must name a file of training examples: got none. Give --data.path FILE.")
         if STANDARD in (self.data.path, self.data.valid_path) and self.processes > 1:
             raise UserError(
-                f"data.path must name a file where {self.processes} processes read it: got standard input. Write a file."
+                f"data.path must name a file, which {self.processes} processes read: got standard input. Write a file."
             )
         _ = self.fine_tune.targets
         if self.fine_tune.subset == "adapters" and not self.fine_tune.rank:
@@ -161,8 +163,12 @@ class FolderConfig:
         Args:
             kept: the settings in the folder that goes on; nothing where none does.
         """
-        recorded = kept.get("train", {}).get("precision", self.train.usable_precision)
-        return self.with_train(precision=recorded) if self.train.precision == "auto" else self
+        if self.train.precision != "auto":
+            return self
+        found = self.with_train(precision=kept.get("train", {}).get("precision", self.train.usable_precision))
+        if found.train.on_gpu and found.train.precision == "32-true":
+            torch.set_float32_matmul_precision("high")
+        return found
 
     def with_train(self, **changes: object) -> FolderConfig:
         """The settings with others of training."""

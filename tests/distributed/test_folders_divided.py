@@ -62,6 +62,9 @@ class Rows(L.LightningDataModule):
         batches = TrainingBatches(rows(), Dealing(ROWS // ranks, rank, ranks), pad=0, seed=1)
         return torch.utils.data.DataLoader([batches[n] for n in range(STEPS)], batch_size=None)  # type: ignore[arg-type]
 
+    def val_dataloader(self) -> Any:
+        return self.train_dataloader()
+
 
 def written(place: Path) -> None:
     torch.manual_seed(0)

@@ -117,8 +117,9 @@ def test_a_packed_row_is_its_examples_one_by_one(block: str) -> None:
         (torch.stack(alone).sum() + extra).backward()
         torch.testing.assert_close(nll, torch.stack(alone).sum(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(aux, extra, rtol=1e-5, atol=1e-6)
+        largest = max(float(expected.abs().max()) for expected in gradients(made).values())
         for name, expected in gradients(made).items():
-            most = max(float(expected.abs().max()), 1e-3)
+            most = max(float(expected.abs().max()), 1e-2 * largest)  # one choice renormalised has none but rounding
             torch.testing.assert_close(together[name], expected, rtol=1e-4, atol=1e-5 * most, msg=name)
         assert torch.stack(alone).sum() > 1
 
