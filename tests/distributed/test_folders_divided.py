@@ -111,7 +111,11 @@ def train_all(room: str, expected: dict[str, dict[str, Tensor]]) -> dict[str, st
             tokens = ExpertTokens()
             more = [AdaptersAtEnd(place / "adapter", str(place / "base"))] if tune.rank else []
             with quiet():
-                trainer = trainer_for(mk.ExpertParallelStrategy(**layout), callbacks=[tokens, RandomState(), *more])
+                trainer = trainer_for(
+                    mk.ExpertParallelStrategy(**layout),
+                    callbacks=[tokens, RandomState(), *more],
+                    use_distributed_sampler=False,  # rows are dealt already
+                )
                 trainer.fit(module, datamodule=Rows())
                 trainer.save_checkpoint(place / f"{name}.ckpt")
             found = whole_weights(module)
@@ -150,7 +154,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         folders[name] = tmp_path / f"{name} whole"
         write_folder(module.model, base, folders[name])
     outcome = run_distributed(train_all, 2, str(tmp_path), expected, timeout=240.0)
-    assert outcome == [{}, {}]
+    assert outcome == [{}, {}], "\n".join(text for found in outcome for text in found.values())
     for name, folder in folders.items():
         consolidate_folder(tmp_path / f"{name}.ckpt", base, tmp_path / name)
         one, other = (transformers.AutoModelForCausalLM.from_pretrained(f) for f in (folder, tmp_path / name))
