@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import traceback
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from moekit.folders.export import AdaptersAtEnd
 from moekit.folders.module import FolderModule
 from moekit.folders.settings import FolderConfig, TextConfig, TuneConfig
 from moekit.huggingface import adopt_folder, consolidate_folder, read_adapters, write_folder
+from moekit.runs.settings.train import StrategyConfig
 from moekit.surgery import merge_adapters
 from moekit.testing import run_distributed
 from moekit.training.callbacks.random_state import RandomState
@@ -160,6 +162,10 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         one, other = (transformers.AutoModelForCausalLM.from_pretrained(f) for f in (folder, tmp_path / name))
         for (key, value), after in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
             torch.testing.assert_close(after, value, rtol=1e-4, atol=2e-6, msg=f"{name}: {key}")
+    with pytest.raises(UserError, match="must be a new or empty folder"):
+        write_folder(module.model, base, folder)
+    with pytest.raises(UserError, match=r"must be that of .* an adopted MixtralForCausalLM: it has no "):
+        write_folder(module.model.model, base, tmp_path / "other")
     read_adapters(tuned := adopt_folder(base, aux=None), tmp_path / "adapter")
     merge_adapters(tuned)
     for key, value in tuned.state_dict().items():
@@ -169,4 +175,10 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 def test_rows_of_processes_must_be_even() -> None:
     config = FolderConfig(model="", data=TextConfig(path="x", batch_size=3)).with_train(devices=2, accelerator="cpu")
     with pytest.raises(UserError, match=r"data\.batch_size must be divisible by 2, the processes that read .* got 3"):
+        config.check()
+    config = dataclasses.replace(config, data=TextConfig(path="-", batch_size=4))
+    with pytest.raises(UserError, match=r"must name a file, which 2 processes read: got standard input"):
+        config.check()
+    config = dataclasses.replace(config, data=TextConfig(path="x"), strategy=StrategyConfig(empty_init=True))
+    with pytest.raises(UserError, match="empty_init is of runs of recipes"):
         config.check()

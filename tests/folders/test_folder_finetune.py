@@ -172,6 +172,14 @@ def test_what_does_not_go_together(room: Path, tmp_path: Path) -> None:
         (settings(room, data={"max_length": 4, "path": long}), {}, "must have something to learn within"),
         (settings(room, data={"path": str(room / "none.jsonl")}), {}, "cannot read --data.path"),
     ]  # fmt: skip
+    transformers.SwitchTransformersForConditionalGeneration(
+        transformers.SwitchTransformersConfig(
+            vocab_size=300, d_model=8, d_kv=4, d_ff=8, num_heads=2, num_layers=2, num_decoder_layers=2, num_experts=2
+        )
+    ).save_pretrained(tmp_path / "switch")
+    tokenizer().save_pretrained(tmp_path / "switch")
+    switch = dataclasses.replace(settings(room), model=str(tmp_path / "switch"))
+    cases.append((switch, {}, "is an encoder-decoder, SwitchTransformersForConditionalGeneration"))
     for config, options, said in cases:
         with pytest.raises(UserError, match=said):
             finetune_folder(config, out, **options)
@@ -184,6 +192,12 @@ def test_what_does_not_go_together(room: Path, tmp_path: Path) -> None:
     TunedFolder(finished).create(settings(room), overwrite=False)
     with pytest.raises(UserError, match="it holds a fine-tuned folder"):
         finetune_folder(settings(room), finished)
+    (finished / "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"results\.json must be readable JSON"):
+        finetune_folder(settings(room), finished, resume=True)
+    torch.save({"state_dict": {}, "optimizer_states": []}, finished / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match="must hold the settings of its training: it has none"):
+        finetune_folder(settings(room), finished, resume=True)
 
 
 def test_the_command(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
