@@ -61,7 +61,7 @@ def collate(rows: Sequence[Row], *, pad: int, predictions: float, counted: Seque
     Args:
         rows: at least one.
         pad: the id of padding.
-        predictions: see `FolderBatch`.
+        predictions: the number of `FolderBatch`.
         counted: which rows have labels; None = all.
     """
     length = max(sum(map(len, row)) for row in rows)
@@ -96,8 +96,8 @@ class Dealing:
     """Who reads what of a step.
 
     Attributes:
-        rows: of a batch.
-        rank: of this process among those that read different rows.
+        rows: rows of a batch.
+        rank: the number of this process among those that read different rows.
         ranks: how many those are.
         accumulate: batches of a step, for each.
     """
@@ -123,7 +123,7 @@ class TrainingBatches(Dataset[FolderBatch]):
         rows: at least one.
         dealing: who reads what.
         pad: the id of padding.
-        seed: of the order.
+        seed: random seed of the order.
     """
 
     def __init__(self, rows: Sequence[Row], dealing: Dealing, *, pad: int, seed: int) -> None:

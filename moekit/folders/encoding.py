@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moekit.errors import UserError
 from moekit.folders.chat import ChatTemplate
-from moekit.folders.examples import Completion, Conversation, Example, Text
+from moekit.folders.examples import Completion, Conversation, Example, PlainText
 
 IGNORED = -100
 """The label of a token that is not learned, as in transformers."""
@@ -89,8 +89,8 @@ class Encoder:
 
     Args:
         tokenizer: fast, of transformers.
-        max_length: most tokens of a row.
-        vocab_size: of the model, which ids must be below.
+        max_length: the most tokens of a row.
+        vocab_size: the rows of the model's vocabulary, which ids must be below.
 
     Raises:
         UserError: the tokenizer has ids that the model has not; in use, as `ChatTemplate`.
@@ -119,7 +119,7 @@ class Encoder:
                 )
             whole = np.array(ids, dtype=np.int64)
             labels = np.where(np.array(learned, dtype=bool), whole, IGNORED)
-            if isinstance(example, Text):
+            if isinstance(example, PlainText):
                 parts = [slice(n, n + self.max_length) for n in range(0, len(ids), self.max_length)]
             else:
                 parts, cut = [slice(0, self.max_length)], cut + (len(ids) > self.max_length)
@@ -140,7 +140,7 @@ class Encoder:
             case Completion():
                 whole = example.prompt + example.completion
                 ids, learned = self._aligned(whole, [(len(example.prompt), len(whole))], special=True)
-            case Text():
+            case PlainText():
                 ids, learned = self._aligned(example.text, [(0, len(example.text))], special=True)
         end = self.tokenizer.eos_token_id
         if end is not None and (not ids or ids[-1] != end):

@@ -17,7 +17,7 @@ _NUMBERED = 3  # keys that a message shows
 
 
 @dataclass(frozen=True)
-class Text:
+class PlainText:
     """A text, of which every token is learned."""
 
     where: str
@@ -48,7 +48,7 @@ class Conversation:
     tools: Any = None
 
 
-Example = Text | Completion | Conversation
+Example = PlainText | Completion | Conversation
 
 
 def read_examples(name: str, source: Literal["jsonl", "text"], option: str = "--data.path") -> list[Example]:
@@ -66,7 +66,7 @@ def read_examples(name: str, source: Literal["jsonl", "text"], option: str = "--
     for number, line in enumerate(read_lines(name, option), start=1):
         where = f"{name}, line {number}"
         if line.strip():
-            found.append(Text(where, line) if source == "text" else _parsed(read_json(line, where), where))
+            found.append(PlainText(where, line) if source == "text" else _parsed(read_json(line, where), where))
     if not found:
         raise UserError(f"{name} must hold at least one example: got none. Fill it, or give another file.")
     return found
@@ -98,7 +98,7 @@ def _parsed(row: Any, where: str) -> Example:
     if not row[kinds[0]].strip():
         raise UserError(f"{where}: {kinds[0]} must not be empty. Fill it, or remove the line.")
     if kinds == ["text"]:
-        return Text(where, row["text"])
+        return PlainText(where, row["text"])
     return Completion(where, row["prompt"], row["completion"])
 
 

@@ -55,7 +55,7 @@ def write_model(
     """Write the folder of transformers, if one is wanted, in one process; adapters are merged there.
 
     Args:
-        wanted: as of `exports`.
+        wanted: what `exports` gives.
         module: trained.
         like: the folder that training began with.
         tuned: which has the last checkpoint.

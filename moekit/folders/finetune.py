@@ -60,7 +60,7 @@ class FineTuned:
         path: the folder of settings, metrics and checkpoints.
         exported: folders for transformers and PEFT.
         before: held-out loss in nats for a learned token, before training.
-        after: and after it.
+        after: the same after it.
         warnings: what the user should know of adapters and experts.
     """
 
@@ -92,7 +92,7 @@ def finetune_folder(
         out: the folder to write.
         resume: go on from the last checkpoint there, if any.
         overwrite: replace what is there.
-        merge: of adapters, write a folder with merged weights too.
+        merge: whether a folder with merged weights is written beside adapters.
         callbacks: made of the folder, for the Trainer.
         resume_command: what the user is told when training is interrupted.
         console: says what is trained.

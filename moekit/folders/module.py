@@ -34,11 +34,11 @@ class FolderModule(L.LightningModule):
     losses of routers) and ``lr``; in validation ``valid/loss``, of all held-out tokens together.
 
     Args:
-        folder: of transformers.
+        folder: the folder of transformers.
         tune: what trains.
         optimizer: makes the optimizer from this module.
         schedule: makes the learning rate schedule.
-        dtype: of the weights.
+        dtype: the type of the weights.
         divided: whether a strategy divides the model, which is then built without memory.
     """
 

@@ -12,8 +12,8 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     Examples come the longest first, of equal ones the first first; the rows are a function of the lengths alone.
 
     Args:
-        lengths: of the examples, in tokens; each from 1 to `max_length`.
-        max_length: of a row.
+        lengths: the tokens of the examples; each from 1 to `max_length`.
+        max_length: the tokens of a row.
 
     Returns:
         Rows, in the order in which they were begun; every example is in one of them.

@@ -18,7 +18,7 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedPart:
     """Trained parameters of one place.
 
     Attributes:
@@ -39,7 +39,7 @@ class Trained:
         return f"{self.kind} {self.num_experts} x {self.count // self.num_experts:,}"
 
 
-def trained_parameters(model: nn.Module) -> list[Trained]:
+def trained_parameters(model: nn.Module) -> list[TrainedPart]:
     """What trains, in the order of the layers; a model on the meta device will do."""
     owners = dict(_owners(model))
     found: dict[tuple[int | None, str, int | None], int] = {}
@@ -49,7 +49,7 @@ def trained_parameters(model: nn.Module) -> list[Trained]:
             at = _LAYER.search(name)
             place = (int(at[1]) if at else None, kind, experts)
             found[place] = found.get(place, 0) + parameter.numel()
-    made = [Trained(layer, kind, count, experts) for (layer, kind, experts), count in found.items()]
+    made = [TrainedPart(layer, kind, count, experts) for (layer, kind, experts), count in found.items()]
     return sorted(made, key=lambda one: (one.layer is None, one.layer or 0, KINDS.index(one.kind)))
 
 

@@ -235,7 +235,11 @@ def _require_whole(folder: Path, name: str, shape: tuple[int, ...], chunks: Sequ
 
 
 def folder_files(place: Path) -> dict[str, MappedTensor]:
-    """All tensors of a folder by the names that they have there."""
+    """All tensors of a folder by the names that they have there.
+
+    Raises:
+        UserError: it is no folder of transformers, or its weights are no safetensors, or not whole.
+    """
     if not (place / "config.json").is_file():
         raise UserError(f"{place} must be a folder of transformers: it has no config.json.")
     if (place / _WEIGHTS).is_file():
@@ -259,7 +263,11 @@ def folder_files(place: Path) -> dict[str, MappedTensor]:
 
 
 def on_meta(place: Path, dtype: torch.dtype | None) -> Any:
-    """The model that a folder's config.json describes, without memory. Nothing in the folder is executed."""
+    """The model that a folder's config.json describes, without memory. Nothing in the folder is executed.
+
+    Raises:
+        UserError: transformers does not know it, or it is quantized.
+    """
     import transformers
 
     try:

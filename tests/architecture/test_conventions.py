@@ -90,6 +90,7 @@ WRITERS = {
     "moekit/data/store.py": "into the draft of replacing_folder, by cached_folder",
     "moekit/data/tokenizer.py": "into the draft of replacing_folder, as its docstring asks for",
     "moekit/huggingface/folder.py": "into the draft of replacing_folder",
+    "moekit/huggingface/folder_writing.py": "into the draft of replacing_folder",
     "moekit/huggingface/tokenizers.py": "into the draft of replacing_folder, by export_model",
     "moekit/huggingface/writing.py": "moves shards in the draft of replacing_folder",
     "moekit/mapped.py": "into drafts of replacing_path and replacing_folder",

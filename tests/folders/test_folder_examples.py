@@ -10,7 +10,7 @@ from small_folder import MIXED, TEMPLATE, chat, lines, tokenizer
 
 from moekit.errors import UserError
 from moekit.folders.encoding import Encoder, load_tokenizer
-from moekit.folders.examples import Completion, Conversation, Example, Text, fingerprint, read_examples
+from moekit.folders.examples import Completion, Conversation, Example, PlainText, fingerprint, read_examples
 
 # Of later Qwens: what was thought before is left out, and an empty thought is written before the last turn.
 THINKING = (
@@ -48,7 +48,7 @@ def conversation(*turns: str, **more: Any) -> Conversation:
     ("example", "template", "whole", "parts"),
     [
         # The first token is predicted by none.
-        (Text("", "hé there"), None, "hé there</s>", ["é there</s>"]),
+        (PlainText("", "hé there"), None, "hé there</s>", ["é there</s>"]),
         (Completion("", "2 + 2 = ", "4"), None, "2 + 2 = 4</s>", ["4</s>"]),
         (
             conversation("a", "b", "c", "d e", system="s"), TEMPLATE,
@@ -79,7 +79,7 @@ def test_what_is_learned(example: Example, template: str | None, whole: str, par
 def test_long_examples() -> None:
     own = tokenizer()
     encoder = Encoder(own, max_length=6, vocab_size=len(own))
-    found = encoder.encode([Text("", "abcdefghij"), Completion("", "abcdefgh", "i"), conversation("a", "bcdefg")])
+    found = encoder.encode([PlainText("", "abcdefghij"), Completion("", "abcdefgh", "i"), conversation("a", "bcdefg")])
     assert [own.decode(one.ids) for one in found.examples] == ["abcdef", "ghij</s>", "<|user|>a<|assistant|>bcd"]
     assert (found.cut, found.empty) == (2, 1)
 
@@ -112,9 +112,19 @@ def test_bad_lines_are_named(line: str, said: str, tmp_path: Path) -> None:
 def test_files_of_examples(tmp_path: Path) -> None:
     name = lines(tmp_path / "mixed.jsonl", [*MIXED, {"text": "x", "id": 7}])
     found = read_examples(name, "jsonl")
-    kinds = (Conversation, Text, Completion, Conversation, Text, Completion, Text, Conversation, Text)
+    kinds = (
+        Conversation,
+        PlainText,
+        Completion,
+        Conversation,
+        PlainText,
+        Completion,
+        PlainText,
+        Conversation,
+        PlainText,
+    )
     assert [type(example) for example in found] == list(kinds)
-    assert found[-1] == Text(f"{name}, line 9", "x")
+    assert found[-1] == PlainText(f"{name}, line 9", "x")
     other = lines(tmp_path / "other.jsonl", MIXED)
     assert fingerprint(read_examples(other, "jsonl")) == fingerprint(found[:-1]) != fingerprint(found)
     (tmp_path / "plain.txt").write_text("one\n\n two\n")
@@ -149,4 +159,4 @@ def test_tokenizers_that_do_not_do(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     own = tokenizer()
     with pytest.raises(UserError, match=r"line 3: the tokenizer writes the token \d+ .* and the model has 10 rows"):
-        Encoder(own, max_length=9, vocab_size=10).encode([Text("line 3", "abc")])
+        Encoder(own, max_length=9, vocab_size=10).encode([PlainText("line 3", "abc")])
