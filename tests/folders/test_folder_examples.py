@@ -112,23 +112,14 @@ def test_bad_lines_are_named(line: str, said: str, tmp_path: Path) -> None:
 def test_files_of_examples(tmp_path: Path) -> None:
     name = lines(tmp_path / "mixed.jsonl", [*MIXED, {"text": "x", "id": 7}])
     found = read_examples(name, "jsonl")
-    kinds = (
-        Conversation,
-        PlainText,
-        Completion,
-        Conversation,
-        PlainText,
-        Completion,
-        PlainText,
-        Conversation,
-        PlainText,
-    )
-    assert [type(example) for example in found] == list(kinds)
+    kinds = {"messages": Conversation, "text": PlainText, "completion": Completion}
+    expected = [kinds[next(name for name in kinds if name in row)] for row in [*MIXED, {"text": "x"}]]
+    assert [type(example) for example in found] == expected
     assert found[-1] == PlainText(f"{name}, line 9", "x")
     other = lines(tmp_path / "other.jsonl", MIXED)
     assert fingerprint(read_examples(other, "jsonl")) == fingerprint(found[:-1]) != fingerprint(found)
     (tmp_path / "plain.txt").write_text("one\n\n two\n")
-    assert [e.text for e in read_examples(str(tmp_path / "plain.txt"), "text") if isinstance(e, Text)] == [
+    assert [e.text for e in read_examples(str(tmp_path / "plain.txt"), "text") if isinstance(e, PlainText)] == [
         "one",
         " two",
     ]
