@@ -174,7 +174,16 @@ def test_what_does_not_go_together(room: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     transformers.SwitchTransformersForConditionalGeneration(
         transformers.SwitchTransformersConfig(
-            vocab_size=300, d_model=8, d_kv=4, d_ff=8, num_heads=2, num_layers=2, num_decoder_layers=2, num_experts=2
+            vocab_size=300,
+            d_model=8,
+            d_kv=4,
+            d_ff=8,
+            num_heads=2,
+            num_layers=2,
+            num_decoder_layers=2,
+            num_experts=2,
+            num_sparse_encoder_layers=1,
+            num_sparse_decoder_layers=1,
         )
     ).save_pretrained(tmp_path / "switch")
     tokenizer().save_pretrained(tmp_path / "switch")
