@@ -100,7 +100,9 @@ def build_parser(base: FolderConfig) -> ArgumentParser:
     parser.add_argument("--out", type=location, help="folder for settings, metrics and what is trained; required")
     parser.add_argument("--resume", action="store_true", help="continue in --out from the last checkpoint, if any")
     parser.add_argument("--overwrite", action="store_true", help="replace a former fine-tuning in --out")
-    parser.add_argument("--merge", action="store_true", help="of adapters, also write a folder with merged weights")
+    parser.add_argument(
+        "--merge", action="store_true", help="also write a folder with the merged weights, where adapters train"
+    )
     parser.add_argument("--config", action="config", help="YAML file with settings; options after it override it")
     values = as_plain(base)
     for group in dataclasses.fields(base):
