@@ -30,7 +30,6 @@ def held_out_loss(model: Any, tokenizer: Any, lines: list[str]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_small_olmoe_learns_another_language(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="the adapter is opened by PEFT")
     with module_of(GUIDES / "small_olmoe.py") as script:
