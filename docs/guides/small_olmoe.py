@@ -61,7 +61,7 @@ def train(model: OlmoeForCausalLM, tokenizer: Any, lines: Sequence[str], steps: 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def make(out: Path, *, steps: int = 300, examples: int = 400, seed: int = 1) -> float:
