@@ -88,7 +88,10 @@ class FolderModule(L.LightningModule):
         """
         nll, self.heard = self.negative_log_likelihood(batch)
         loss = nll / batch.predictions
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=self._reports)
+        shown = loss.detach()
+        if self._reports and self.trainer.world_size > 1:  # not by Lightning, which would do it at every step or never
+            shown = self.trainer.strategy.reduce(shown, reduce_op="mean")
+        self.log("train/loss", shown, prog_bar=True, batch_size=1)
         aux = added_losses(self.model)
         if aux is not None and self.heard:
             extra, terms = aux(*self.heard)
