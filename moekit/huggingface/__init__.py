@@ -9,11 +9,11 @@ found = import_model("switch-base-8")                         # as a model of ou
 export_model(found.model, "again", tokens=found.tokens)
 """
 
-from moekit.huggingface.adopt import adopt, routings
+from moekit.huggingface.adopt import added_losses, adopt, packed, routings
 from moekit.huggingface.adopted_layer import AdoptedLayer
 from moekit.huggingface.architecture import Architecture
 from moekit.huggingface.card import write_card
-from moekit.huggingface.consolidating import consolidate_folder
+from moekit.huggingface.consolidating import consolidate_folder, consolidate_model
 from moekit.huggingface.expert_layout import ExpertLayer, ExpertLayout, folder_layout, layout_of
 from moekit.huggingface.folder import adopt_folder
 from moekit.huggingface.merging import merge
@@ -36,10 +36,12 @@ __all__ = [
     "ExpertLayer",
     "ExpertLayout",
     "Imported",
+    "added_losses",
     "adopt",
     "adopt_folder",
     "choose_kept",
     "consolidate_folder",
+    "consolidate_model",
     "describe",
     "export_model",
     "folder_layout",
@@ -47,6 +49,7 @@ __all__ = [
     "layout_of",
     "merge",
     "open_folder",
+    "packed",
     "prune",
     "read_adapters",
     "read_tokenizer",

@@ -3,6 +3,8 @@
 class FineTune(lightning.LightningModule):
     def configure_model(self):
         self.model = adopt_folder("OLMoE-1B-7B", device="meta")   # the Strategy divides it and then reads it
+
+`moekit.huggingface.consolidating` makes such a folder again of what was trained.
 """
 
 from __future__ import annotations
@@ -236,7 +238,7 @@ def folder_files(place: Path) -> dict[str, MappedTensor]:
     """All tensors of a folder by the names that they have there.
 
     Raises:
-        UserError: there is no config.json, no safetensors, or a file is broken.
+        UserError: it is no folder of transformers, or its weights are no safetensors, or not whole.
     """
     if not (place / "config.json").is_file():
         raise UserError(f"{place} must be a folder of transformers: it has no config.json.")

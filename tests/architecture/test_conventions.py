@@ -91,7 +91,6 @@ WRITERS = {
     "moekit/data/sources/streamed.py": "into the draft of replacing_folder, by cached_folder",
     "moekit/data/store.py": "into the draft of replacing_folder, by cached_folder",
     "moekit/data/tokenizer.py": "into the draft of replacing_folder, as its docstring asks for",
-    "moekit/huggingface/consolidating.py": "into the draft of replacing_folder",
     "moekit/huggingface/folder.py": "into the draft of replacing_folder",
     "moekit/huggingface/saving.py": "into the draft of replacing_folder",
     "moekit/huggingface/tokenizers.py": "into the draft of replacing_folder, by export_model",
