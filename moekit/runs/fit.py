@@ -192,9 +192,7 @@ def _callbacks(config: RunConfig, budget: Budget, rate: float, forecast: Forecas
         progress,
         *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
         NonFinite(_REACTIONS.get(config.strategy.nonfinite_gradients, train.on_non_finite)),
-        RoutingMonitor.of(
-            vars(train.monitor), run.path / WARNINGS, progress.say
-        ),  # after `NonFinite`, whose norm it reads
+        RoutingMonitor.of(vars(train.monitor), run.path / WARNINGS, progress.say),  # reads the norm of `NonFinite`
     ]
 
 
