@@ -141,7 +141,7 @@ def fit(
             callbacks=[
                 SameOnRanks(shared_facts(recipe, settings, data) if train.devices * train.num_nodes > 1 else {}),
                 ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
-                *_callbacks(config, budget, rate, expected(recipe, config), run.path / WARNINGS),
+                *_callbacks(config, budget, rate, expected(recipe, config), run),
                 *kept,
                 Resumable(
                     run.checkpoints,
@@ -180,10 +180,8 @@ def fit(
     return run
 
 
-def _callbacks(
-    config: RunConfig, budget: Budget, rate: float, forecast: Forecast | None, warnings: Path
-) -> list[Callback]:
-    """What ends, measures and watches training; `warnings` is the file of what it warns of."""
+def _callbacks(config: RunConfig, budget: Budget, rate: float, forecast: Forecast | None, run: Run) -> list[Callback]:
+    """What ends, measures and watches training."""
     train, progress = config.train, TrainingProgress(budget)
     return [
         MaxMinutes(budget),
@@ -197,7 +195,7 @@ def _callbacks(
         progress,
         *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
         NonFinite(_REACTIONS.get(config.strategy.nonfinite_gradients, train.on_non_finite)),
-        RoutingMonitor.of(vars(train.monitor), warnings, progress.say),  # after `NonFinite`, whose norm it reads
+        RoutingMonitor.of(vars(train.monitor), run.path / WARNINGS, progress.say),  # reads the norm of `NonFinite`
     ]
 
 
