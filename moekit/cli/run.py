@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from moekit.runs.recipe import Recipe
 
 
+_TWIN = (
+    "then train the variant's dense twin with the same seeds and steps, into a folder of its own, and write one page "
+    "on both, twin.html in the folder of the first"
+)
+
+
 def _options(parser: ArgumentParser) -> None:
     smoke_option(parser)
-    parser.add_argument(
-        "--twin",
-        action="store_true",
-        help="then train the variant's dense twin with the same seeds and steps, into a folder of its own, and write "
-        "one page on both, twin.html in the folder of the first",
-    )
+    parser.add_argument("--twin", action="store_true", help=_TWIN)
 
 
 def _run(recipe: Recipe, config: RunConfig, given: Any) -> None:
