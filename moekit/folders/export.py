@@ -12,10 +12,11 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from moekit.errors import UserError
+from moekit.folders.data import FolderData, num_tokens
 from moekit.folders.module import FolderModule
-from moekit.folders.settings import TuneConfig
+from moekit.folders.settings import FolderConfig, TuneConfig
 from moekit.folders.tuned import TunedFolder
-from moekit.huggingface import consolidate_folder, consolidate_model, write_adapters
+from moekit.huggingface import consolidate_folder, consolidate_model, write_adapters, write_card
 
 
 def exports(tuned: TunedFolder, tune: TuneConfig, *, merge: bool) -> dict[str, Path]:
@@ -74,6 +75,39 @@ def write_model(
             consolidate_folder(tuned.last, like, target)
         else:
             consolidate_model(module.model, like, target)
+
+
+def write_cards(wanted: Mapping[str, Path], config: FolderConfig, data: FolderData, tuned: TunedFolder) -> None:
+    """Write what is known of the training into the card of each folder, in one process.
+
+    Args:
+        wanted: what `exports` gives.
+        config: the settings.
+        data: the text.
+        tuned: whose results are told.
+
+    Raises:
+        UserError: a card cannot be written.
+    """
+    found, train = tuned.results, config.train
+    examples, valid = data.train.examples.examples, data.valid.examples.examples
+    metrics = {
+        "held-out loss before training, nats for a learned token": found["before"],
+        "held-out loss, nats for a learned token": found["after"],
+    }
+    settings = {"optimizer steps": found["steps"], "learning rate": train.learning_rate, "seed": train.seed}
+    tune = config.fine_tune
+    what = f"adapters of rank {tune.rank} on {', '.join(tune.targets)}" if tune.rank else tune.subset
+    for kind, folder in wanted.items():
+        write_card(
+            folder,
+            base=config.model,
+            relation="adapter" if kind == "adapter" else "finetune",
+            changes=[f"Fine-tuned with moekit from {Path(config.model).absolute().name}: {what}."],
+            data=[f"{len(examples):,} examples of {num_tokens(examples):,} tokens; {len(valid):,} more were held out."],
+            metrics=metrics,
+            settings=settings,
+        )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import moekit
 from moekit.folders.data import FolderData, num_tokens
 from moekit.folders.encoding import Encoder, load_tokenizer
 from moekit.folders.expert_tokens import ExpertTokens
-from moekit.folders.export import AdaptersAtEnd, exports, write_model
+from moekit.folders.export import AdaptersAtEnd, exports, write_cards, write_model
 from moekit.folders.module import FolderModule, adapted_model
 from moekit.folders.packable import require_packable
 from moekit.folders.parameters import said_of, unreached
@@ -40,6 +40,7 @@ from moekit.training.callbacks.memory import PeakMemory
 from moekit.training.callbacks.non_finite import NonFinite, Reaction
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.callbacks.random_state import RandomState
+from moekit.training.callbacks.routing_monitor import RoutingMonitor
 from moekit.training.callbacks.same_ranks import SameOnRanks
 from moekit.training.callbacks.throughput import Throughput
 from moekit.training.full_disk import full_disk_explained
@@ -153,6 +154,7 @@ def finetune_folder(
                  "warnings": [*warnings, *found]}
             )  # fmt: skip
             write_model(wanted, module, config.model, tuned, divided=isinstance(strategy, ExpertParallelStrategy))
+            write_cards(wanted, config, data, tuned)
             if console is not None:
                 _warn(console, found)
     return FineTuned(tuned.path, tuple(wanted.values()), before, after, (*warnings, *found))
@@ -186,7 +188,7 @@ def _made(
         callbacks=[
             SameOnRanks(_facts(config, data) if config.processes > 1 else {}),
             ConfigInCheckpoints(as_settings(config)),
-            *_callbacks(config, budget),
+            *_callbacks(config, budget, tuned),
             tokens,
             *more,
             Resumable(
@@ -205,18 +207,19 @@ def _made(
     return module, trainer, tokens
 
 
-def _callbacks(config: FolderConfig, budget: Budget) -> list[Callback]:
+def _callbacks(config: FolderConfig, budget: Budget, tuned: TunedFolder) -> list[Callback]:
     """What ends, measures and watches training."""
-    train = config.train
+    train, progress = config.train, TrainingProgress(budget)
     return [
         MaxMinutes(budget),
         Throughput(lambda batch: batch.num_tokens()),
         GradientNorm(),
         RandomState(),
         PeakMemory(),
-        TrainingProgress(budget),
+        progress,
         *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
         NonFinite(_REACTIONS.get(config.strategy.nonfinite_gradients, train.on_non_finite)),
+        RoutingMonitor.of(vars(train.monitor), tuned.warnings, progress.say),  # reads the norm of `NonFinite`
     ]
 
 

@@ -22,6 +22,7 @@ from moekit.runs.yaml_file import read_mapping
 from moekit.stored import parse_json
 from moekit.training.callbacks.config import CONFIG_KEY
 from moekit.training.checkpoint_state import load_rest
+from moekit.training.monitoring.rules import WARNINGS
 
 _CONFIG, _RESULTS, _ENVIRONMENT, _STOPPED = "config.yaml", "results.json", "environment.json", "stopped.json"
 _FREE = ("model", "data.path", "data.valid_path")
@@ -41,6 +42,7 @@ class TunedFolder:
         self.last = self.checkpoints / "last.ckpt"
         self.stopped = self.path / _STOPPED
         self.page = self.path / "routing.html"
+        self.warnings = self.path / WARNINGS
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
 
@@ -143,7 +145,7 @@ class TunedFolder:
             UserError: it cannot be removed.
         """
         for path in (self.path / _CONFIG, self.path / _RESULTS, self.path / _ENVIRONMENT, self.page, self.stopped,
-                     self.path / "metrics.csv"):  # fmt: skip
+                     self.warnings, self.path / "metrics.csv"):  # fmt: skip
             with writing(path):
                 path.unlink(missing_ok=True)
         for path in (self.checkpoints, self.adapter, self.model, self.path / "tensorboard", self.path / "wandb",

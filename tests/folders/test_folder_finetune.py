@@ -23,6 +23,7 @@ from moekit.folders.data import FolderData
 from moekit.folders.encoding import Encoder
 from moekit.folders.tuned import TunedFolder
 from moekit.huggingface import adopt_folder, read_adapters
+from moekit.runs.settings.monitor import MonitorConfig
 from moekit.surgery import merge_adapters
 
 MEASURED = ("tokens_per_second", "step_seconds", "peak_memory")
@@ -228,6 +229,11 @@ def test_the_command(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert json.loads((out / "results.json").read_text())["steps"] == 1
     assert "rank: 2" in (out / "config.yaml").read_text()
     assert "learning_rate: 0.0002" in (out / "config.yaml").read_text()
+    card = (out / "adapter" / "README.md").read_text()
+    after = json.loads((out / "results.json").read_text())["after"]
+    assert f"{after:.4g}"[:5] in card
+    assert "Fine-tuned with moekit from base: adapters of rank 2 on attention, feed_forward." in card
+    assert str(tmp_path) not in card
     for more, words in (
         ([], "it holds a fine-tuned folder"),
         (["--model", ""], "model must be the name of a file or a folder"),
@@ -253,7 +259,10 @@ def test_experts_without_a_token_are_named(room: Path, tmp_path: Path) -> None:
     made.save_pretrained(place)
     config = settings(room, fine_tune={"rank": 2, "adapt": "experts"}, train={"max_steps": 1})
     config = dataclasses.replace(config, model=str(place))
+    config = config.with_train(max_steps=2, monitor=MonitorConfig(every=1, window=1))
     found = finetune_folder(config, tmp_path / "out")
+    warned = json.loads((found.path / "warnings.json").read_text())["warnings"]
+    assert ("dead", "model.model.layers.1.mlp") in {(each["kind"], each["layer"]) for each in warned}
     counts = TunedFolder(found.path).results["expert_tokens"]
     idle = [expert for expert, count in enumerate(counts["model.layers.1.mlp"]) if not count]
     assert len(idle) == 2
