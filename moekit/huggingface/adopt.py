@@ -111,7 +111,9 @@ class Adoption:
             )
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         forward = self.hearing.forward
-        real, sequence = self.told.get(threading.get_ident(), (mask, None))
+        real, sequence = mask, None
+        if self.told:  # seldom; torch.compile cannot ask for the thread
+            real, sequence = self.told.get(threading.get_ident(), (mask, None))
         forward.mask, forward.sequence = real_tokens(real), sequence
         forward.routings, forward.with_gradient = [], torch.is_grad_enabled()
 

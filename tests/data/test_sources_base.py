@@ -124,7 +124,12 @@ def test_open_source_opens_unions(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "path", "settings", "message"),
     [
-        ("mozes", "x", {}, r"kind.*got 'mozes'\. Did you mean 'moses'\? There are: babel, datasets, documents, examples"),
+        (
+            "mozes",
+            "x",
+            {},
+            r"kind.*got 'mozes'\. Did you mean 'moses'\? There are: babel, datasets, documents, examples",
+        ),
         ("babel", "x", {}, "babel: the corpus is generated and has no path: got x"),
         ("babel", None, {"langauges": 3}, r"babel: settings.*got 'langauges'\. Did you mean 'languages'\?"),
         ("moses", None, {}, "moses: a path is required"),

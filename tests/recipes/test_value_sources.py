@@ -33,10 +33,10 @@ OPERATION = {
     "train": {
         "max_minutes", "accumulate", "validate_every", "checkpoint_minutes", "checkpoint_steps", "log_every", "seed",
         "devices", "num_nodes", "accelerator", "backend", "loggers", "on_non_finite", "best", "patience", "ema",
-        "average_last", "keep_memory", "record_routing",
+        "average_last", "keep_memory", "record_routing", "monitor",
     },
     "evaluate": {
-        "max_sentences", "valid_sentences", "batch_tokens", "samples", "bleu_tokenizer", "score_valid",
+        "max_sentences", "valid_sentences", "batch_tokens", "samples", "bleu_tokenizer", "score_valid", "domains",
         "score_valid_every", "score_valid_beam", "facts", "choices",
     },
 }  # fmt: skip

@@ -30,7 +30,7 @@ class MonitorConfig:
         max_drop_rate: share of the assignments of a layer that may be dropped for capacity.
         max_logsumexp: mean logsumexp of a router's logits that is allowed.
         loss_spike: spreads above its running median from which on a loss is a spike.
-        gradient_spike: the same of the gradient norm.
+        gradient_spike: spreads above its running median from which on a gradient norm is a spike.
         spike_window: number of optimizer steps that median and spread are of.
     """
 
