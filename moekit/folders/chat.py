@@ -62,10 +62,7 @@ class ChatTemplate:
                 )
             )
         except Exception as error:  # whatever a template raises
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(
-                f"{conversation.where}: the chat template of the model refuses the messages: {reason}."
-            ) from None
+            raise _refused(conversation, error) from None
 
     def _marked(self, messages: list[dict[str, Any]], conversation: Conversation) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -79,10 +76,7 @@ class ChatTemplate:
                 **self.tokenizer.special_tokens_map,
             )
         except Exception as error:  # whatever a template raises
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(
-                f"{conversation.where}: the chat template of the model refuses the messages: {reason}."
-            ) from None
+            raise _refused(conversation, error) from None
         (text,), (spans,) = rendered
         return str(text), [(int(start), int(end)) for start, end in spans]
 
@@ -112,4 +106,6 @@ class ChatTemplate:
 
 def _refused(conversation: Conversation, error: Exception) -> UserError:
     reason = next(iter(str(error).splitlines()), type(error).__name__)
-    return UserError(f"{conversation.where}: the chat template of the model refuses the messages: {reason}.")
+    return UserError(
+        f"{conversation.where}: the chat template of the model refuses the messages: {reason.rstrip('.')}."
+    )

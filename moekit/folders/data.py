@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,6 +19,7 @@ from moekit.folders.encoding import Encoded, EncodedExamples, Encoder
 from moekit.folders.examples import Example, fingerprint, read_examples
 from moekit.folders.packing import pack
 from moekit.folders.settings import FolderConfig
+from moekit.huggingface.folder import weights_digest
 from moekit.source import digest
 
 
@@ -44,8 +47,10 @@ class FolderData(L.LightningDataModule):
         text = config.data
         self.config, self.encoder = config, encoder
         training, held_out = _divided(config)
-        self.digest = digest(fingerprint(training), fingerprint(held_out))[:16]
         self.train, self.valid = (self._split(examples) for examples in (training, held_out))
+        read = [part.tobytes() for split in (self.train, self.valid) for one in split.examples.examples
+                for part in (one.ids, one.labels)]  # fmt: skip
+        self.digest = digest(fingerprint(training), fingerprint(held_out), *read)[:16]
         for split, option in ((self.train, "data.path"), (self.valid, "data.valid_path or data.held_out")):
             if not split.rows:
                 raise UserError(
@@ -78,19 +83,28 @@ class FolderData(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What the order of training depends on."""
-        return {"text": self.digest, "examples": len(self.train.examples.examples)}
+        return {"text": self.digest, "examples": len(self.train.examples.examples), "model": self._model}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with other text.
+        """Refuse to go on with another model or other text.
 
         Raises:
-            UserError: the text differs from the checkpoint's.
+            UserError: model, text or its tokens differ from the checkpoint's.
         """
+        if state_dict.get("model", self._model) != self._model:
+            raise UserError(
+                f"a resumed run must have the model that it began with: {self.config.model} has other weights. Give "
+                "that one, or start a new run."
+            )
         if state_dict.get("text") != self.digest:
             raise UserError(
-                f"a resumed run must have the text of its checkpoint: {self.config.data.path} or the held-out text has "
-                "changed. Restore it, or start a new run."
+                f"a resumed run must have the text of its checkpoint: {self.config.data.path}, the held-out text, or "
+                "what the tokenizer makes of them has changed. Restore it, or start a new run."
             )
+
+    @cached_property
+    def _model(self) -> str:
+        return weights_digest(Path(self.config.model))
 
     def _dealing(self) -> Dealing:
         # The strategy knows which processes read the same rows: with tensor parallelism some do.

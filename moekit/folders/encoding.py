@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from moekit.errors import UserError
 from moekit.folders.chat import ChatTemplate
 from moekit.folders.examples import Completion, Conversation, Example, PlainText
+from moekit.huggingface.folder import TOKENIZER_FILES
 
 IGNORED = -100
 """The label of a token that is not learned, as in transformers."""
@@ -68,6 +69,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     place = Path(os.path.abspath(folder))
     if not place.is_dir():
         raise UserError(f"--model must name a folder of transformers: there is none at {place}.")
+    if not any((place / file).is_file() for file in TOKENIZER_FILES):  # transformers would make an empty one
+        raise UserError(f"{place} must have a tokenizer: it has none of {', '.join(TOKENIZER_FILES)}.")
     try:
         found = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

@@ -43,6 +43,7 @@ from moekit.training.callbacks.random_state import RandomState
 from moekit.training.callbacks.routing_monitor import RoutingMonitor
 from moekit.training.callbacks.same_ranks import SameOnRanks
 from moekit.training.callbacks.throughput import Throughput
+from moekit.training.checkpoint_state import load_rest
 from moekit.training.full_disk import full_disk_explained
 from moekit.training.loggers import make_logger_folders, run_loggers
 from moekit.training.processes import explained, is_first_process, stop_noted
@@ -106,6 +107,7 @@ def finetune_folder(
     with contextlib.ExitStack() as stack:
         if is_first_process():  # which starts the others, if there are others
             tuned.require_free(resume=resume, overwrite=overwrite)
+            tuned.require_apart(config)
             stack.enter_context(held(tuned.path))
         going_on = resume and bool(tuned.settings)
         config = config.settled(tuned.settings if going_on else {})
@@ -118,6 +120,8 @@ def finetune_folder(
         if config.data.pack:
             require_packable(plan)
         data = FolderData(config, Encoder(tokenizer, max_length=config.data.max_length, vocab_size=_vocabulary(plan)))
+        if checkpoint is not None:  # before its weights are read, which may be of other shapes
+            data.load_state_dict(load_rest(checkpoint).get(FolderData.__qualname__, {}))
         warnings = unreached(plan, config.fine_tune.targets) if config.fine_tune.rank else []
         strategy = _strategy(config, plan, checkpoint)
         wanted = exports(tuned, config.fine_tune, merge=merge)
@@ -285,6 +289,11 @@ def _said(config: FolderConfig, data: FolderData, plan: Any, tuned: TunedFolder)
             notes.append(f"{split.examples.cut:,} {name} examples are cut to data.max_length tokens.")
         if split.examples.empty:
             notes.append(f"{split.examples.empty:,} {name} examples have nothing to learn in a row, and are left out.")
+    positions = getattr(plan.config, "max_position_embeddings", None) or math.inf
+    if long := sum(len(one) > positions for split in (data.train, data.valid) for one in split.examples.examples):
+        notes.append(
+            f"{long:,} examples are longer than the {positions:,} positions of the model: see data.max_length."
+        )
     said: list[str | tuple[str, str]] = [
         ("finetune", "bold"),
         f" {visible(config.model)} -> {visible(str(tuned.path))}",

@@ -22,7 +22,7 @@ from moekit.folders.encoding import IGNORED
 from moekit.folders.settings import TuneConfig
 from moekit.huggingface import added_losses, adopt_folder, packed, routings
 from moekit.routing import Routing
-from moekit.surgery.adapters import add_adapters
+from moekit.surgery.adapters import add_adapters, is_adapter
 from moekit.training.fine_tuning import subset, train_only
 from moekit.training.schedules import per_step
 
@@ -145,6 +145,11 @@ def adapted_model(folder: Path, tune: TuneConfig, *, device: str, dtype: torch.d
         train_only(model, subset(tune.subset))
     except ValueError as error:
         raise UserError(f"fine_tune: {error}") from None
+    if tune.rank and not any(tensor.requires_grad for name, tensor in model.named_parameters() if is_adapter(name)):
+        raise UserError(
+            f"fine_tune.rank {tune.rank} makes adapters, and fine_tune.tune {tune.tune} leaves them as they are. Leave "
+            f"one of them out, or give --fine_tune.tune {tune.tune}+adapters."
+        )
     return model
 
 

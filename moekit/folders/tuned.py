@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from moekit.atomic import clear_drafts, require_text, write_error, write_json, write_text, writing
+from moekit.atomic import clear_drafts, require_apart, require_text, write_error, write_json, write_text, writing
+from moekit.data.lines import STANDARD
 from moekit.environment import environment
 from moekit.errors import UserError
 from moekit.folders.settings import FolderConfig
@@ -74,6 +75,16 @@ class TunedFolder:
                 "(--overwrite), or choose another."
             )
 
+    def require_apart(self, config: FolderConfig) -> None:
+        """Make sure that neither model nor text lie in what training writes anew.
+
+        Raises:
+            UserError: one does.
+        """
+        text = {"--data.path": config.data.path, "--data.valid_path": config.data.valid_path}
+        files = {option: name for option, name in text.items() if name != STANDARD}
+        require_apart({"--model": config.model, **files}, [*self._files, *self._folders])
+
     @property
     def settings(self) -> dict[str, Any]:
         """Those of the folder, as plain data; nothing where there are none."""
@@ -128,7 +139,11 @@ class TunedFolder:
             found = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(f"{path} must be readable JSON: {error}. Remove it.") from None
-        return found if isinstance(found, dict) else {}
+        found = found if isinstance(found, dict) else {}
+        for name in ("before", "after", "steps"):
+            if not isinstance(found.get(name), float | int | None):  # null = it was not finite
+                raise UserError(f"{path}: {name} must be a number: got {found[name]!r}. Remove the file.")
+        return found
 
     def add_results(self, found: Mapping[str, Any]) -> None:
         """Keep results beside those that are there.
@@ -144,13 +159,23 @@ class TunedFolder:
         Raises:
             UserError: it cannot be removed.
         """
-        for path in (self.path / _CONFIG, self.path / _RESULTS, self.path / _ENVIRONMENT, self.page, self.stopped,
-                     self.warnings, self.path / "metrics.csv"):  # fmt: skip
+        for path in self._files:
             with writing(path):
                 path.unlink(missing_ok=True)
-        for path in (self.checkpoints, self.adapter, self.model, self.path / "tensorboard", self.path / "wandb",
-                     self.path / "mlflow"):  # fmt: skip
+        for path in self._folders:
             shutil.rmtree(path, ignore_errors=True)
+
+    @property
+    def _files(self) -> list[Path]:
+        """Those that fine-tuning writes."""
+        names = [self.path / name for name in (_CONFIG, _RESULTS, _ENVIRONMENT, "metrics.csv")]
+        return [*names, self.page, self.stopped, self.warnings]
+
+    @property
+    def _folders(self) -> list[Path]:
+        """Those that fine-tuning writes."""
+        loggers = [self.path / name for name in ("tensorboard", "wandb", "mlflow")]
+        return [self.checkpoints, self.adapter, self.model, *loggers]
 
 
 def as_settings(config: FolderConfig) -> dict[str, Any]:

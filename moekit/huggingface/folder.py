@@ -29,9 +29,17 @@ from moekit.parallel.checkpoint.checkpointer import PathLike, read_into
 from moekit.parallel.checkpoint.index import Chunk, Index, StoredTensor
 from moekit.parallel.checkpoint.reader import StoredCheckpoint
 from moekit.parallel.checkpoint.state import aliases, model_tensors
+from moekit.source import digest
 from moekit.stored import parse_json
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_SAMPLED, _BYTES = 512, 4096
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
+"""One of them is in a folder with a tokenizer; of a folder without, transformers makes an empty one."""
 
 
 def adopt_folder(
@@ -260,6 +268,25 @@ def folder_files(place: Path) -> dict[str, MappedTensor]:
     if absent := next((key for key in named if key not in found), None):
         raise UserError(f"{place} has no tensor {absent}, which its index names.")
     return found
+
+
+def weights_digest(place: Path) -> str:
+    """Hex digest that tells folders of weights apart: by names, types and shapes of all, and some bytes of many.
+
+    Not of all bytes, which are gigabytes: of `_SAMPLED` tensors at equal distances in the order of their names, those
+    in the middle.
+
+    Raises:
+        UserError: as `folder_files`.
+    """
+    files = sorted(folder_files(place).items())
+    parts: list[object] = [(name, mapped.dtype, mapped.shape) for name, mapped in files]
+    for _, mapped in files[:: -(-len(files) // _SAMPLED) or 1]:
+        size = mapped.numel * mapped.dtype.itemsize
+        with mapped.path.open("rb") as file:
+            file.seek(mapped.offset + max(size - _BYTES, 0) // 2)
+            parts.append(file.read(min(size, _BYTES)))
+    return digest(*parts)[:16]
 
 
 def on_meta(place: Path, dtype: torch.dtype | None) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moekit.atomic import replacing_folder, writing
+from moekit.atomic import replacing_folder, require_apart, writing
 from moekit.errors import UserError
 from moekit.huggingface.card import write_card
 from moekit.huggingface.folder import copy_beside
@@ -33,8 +34,10 @@ def write_folder(model: Any, out: Path | str, *, like: Path | str, overwrite: bo
     return target
 
 
-def require_free(target: Path, *, like: Path | str, overwrite: bool) -> None:
-    """Raise UserError unless a folder can be written: before anything is computed."""
+def require_free(
+    target: Path, *, like: Path | str, overwrite: bool, inputs: Mapping[str, str | None] | None = None
+) -> None:
+    """Raise UserError unless a folder can be written, and nothing that is read is lost: before anything is computed."""
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} must be a folder: it is a file. Choose another --out.")
     if not target.is_dir() or not any(target.iterdir()):
@@ -47,3 +50,4 @@ def require_free(target: Path, *, like: Path | str, overwrite: bool) -> None:
         )
     if not overwrite:
         raise UserError(f"{target} holds a model. Replace it (--overwrite), or choose another --out.")
+    require_apart({"the folder": like, **(inputs or {})}, [target])

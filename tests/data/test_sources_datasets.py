@@ -83,9 +83,13 @@ def test_what_is_wrong_with_rows(rows: Any, settings: dict[str, Any], message: s
 
 
 def test_what_is_wrong_with_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "scans" / "one.pdf").write_bytes(b"%PDF-1.4")  # rows of it need packages to be read
     for given, message in (
+        (tmp_path / "scans", "in the column 'text': got the columns pdf"),
         (tmp_path / "away", "must be a folder: got nothing there"),
-        (tmp_path, "must hold a dataset"),
+        (tmp_path / "nothing", "must hold a dataset"),
         ({"unsupervised": datasets.Dataset.from_dict({"text": ["x"]})}, "splits must be called .* got 'unsupervised'"),
         ({"train": ["x"]}, "got 'train', list"),
         ({}, "must have a split: got none"),

@@ -132,6 +132,14 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(room: Path, tmp_path: 
             finetune_folder(config, cut.path, resume=True)
     finally:
         file.write_text(text)
+    shutil.copytree(room / "base", tmp_path / "other")
+    other = dataclasses.replace(config, model=str(tmp_path / "other"))
+    (tmp_path / "other" / "chat_template.jinja").write_text(TEMPLATE.replace("content }}", "content }} "))
+    with pytest.raises(UserError, match="what the tokenizer makes of them has changed"):
+        finetune_folder(other, cut.path, resume=True)
+    write_small_folder(tmp_path / "other", num_experts=8)
+    with pytest.raises(UserError, match=r"must have the model that it began with: .*other has other weights"):
+        finetune_folder(other, cut.path, resume=True)
     again = finetune_folder(config, cut.path, resume=True, merge=True)
     assert metrics(cut.path) == metrics(whole.path)
     assert len(metrics(whole.path)) == 7
@@ -167,6 +175,7 @@ def test_what_does_not_go_together(room: Path, tmp_path: Path) -> None:
         (settings(room, fine_tune={"tune": "router"}), {}, "Did you mean 'routers'"),
         (settings(room, fine_tune={"rank": 99}), {}, "fine_tune: rank must be in 1..16"),
         (settings(room, fine_tune={"tune": "feed_forward"}), {}, "it has none that are feed_forward"),
+        (settings(room, fine_tune={"rank": 2, "tune": "routers"}), {}, r"makes adapters, and .* routers\+adapters"),
         (settings(room), {"merge": True}, "--merge is of adapters"),
         (settings(room), {"resume": True, "overwrite": True}, "exclude each other"),
         (settings(room, data={"held_out": 0.01, "path": lines(tmp_path / "one.jsonl", MIXED[:1])}), {}, "at least two"),
@@ -189,6 +198,9 @@ def test_what_does_not_go_together(room: Path, tmp_path: Path) -> None:
     ).save_pretrained(tmp_path / "switch")
     tokenizer().save_pretrained(tmp_path / "switch")
     switch = dataclasses.replace(settings(room), model=str(tmp_path / "switch"))
+    shutil.copytree(room / "base", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    mute = dataclasses.replace(settings(room), model=str(tmp_path / "mute"))
+    cases.append((mute, {}, r"must have a tokenizer: it has none of tokenizer\.json"))
     cases.append((switch, {}, "is an encoder-decoder, SwitchTransformersForConditionalGeneration"))
     for config, options, said in cases:
         with pytest.raises(UserError, match=said):
@@ -205,9 +217,36 @@ def test_what_does_not_go_together(room: Path, tmp_path: Path) -> None:
     (finished / "results.json").write_text("{")
     with pytest.raises(UserError, match=r"results\.json must be readable JSON"):
         finetune_folder(settings(room), finished, resume=True)
+    (finished / "results.json").write_text('{"before": "low"}')
+    with pytest.raises(UserError, match=r"results\.json: before must be a number: got 'low'"):
+        finetune_folder(settings(room), finished, resume=True)
     torch.save({"state_dict": {}, "optimizer_states": []}, finished / "checkpoints" / "last.ckpt")
     with pytest.raises(UserError, match="must hold the settings of its training: it has none"):
         finetune_folder(settings(room), finished, resume=True)
+
+
+def test_nothing_that_is_read_is_replaced(room: Path, tmp_path: Path) -> None:
+    """Model and text in what a former training wrote are refused while they are whole; text beside it is kept."""
+    tuned = TunedFolder(tmp_path / "out")
+    tuned.create(settings(room), overwrite=False)
+    shutil.copytree(room / "base", tuned.model)
+    shutil.copy(room / "mixed.jsonl", tuned.model)
+    mine = shutil.copy(room / "mixed.jsonl", tuned.path)
+    (tmp_path / "link").symlink_to(tuned.path)
+    theirs = str(tmp_path / "link" / "model" / "mixed.jsonl")
+    read = sorted(tuned.path.rglob("*"))
+    for config, option in (
+        (dataclasses.replace(settings(room), model=str(tuned.model)), "--model"),
+        (settings(room, data={"path": theirs}), "--data.path"),
+        (settings(room, data={"valid_path": theirs}), "--data.valid_path"),
+    ):
+        for how in ("resume", "overwrite"):
+            with pytest.raises(UserError, match=f"{option} .*out/model, which is replaced: it would be lost"):
+                finetune_folder(config, tuned.path, **{how: True})
+            assert sorted(tuned.path.rglob("*")) == read
+    tuned.require_apart(settings(room, data={"path": str(mine), "valid_path": "-"}))
+    tuned.clear()
+    assert Path(mine).is_file()
 
 
 def test_the_command(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,15 @@ def test_prune_by_saliency(room: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert transformers.AutoTokenizer.from_pretrained(out)("a dog")["input_ids"] == [4, 5]
     assert main(["prune", str(room / "olmoe"), "--keep", "50%", "--by", "reap", *options]) == 2
     assert "Replace it (--overwrite)" in capsys.readouterr().err
+    for inner in ("six", "text"):  # what is read, in the folder that would be replaced
+        shutil.copytree(room / ("text" if inner == "text" else "olmoe"), out / inner)
+    by_text = ["--by", "reap", "--data.path", str(out / "text")]
+    for source, by, said in ((out / "six", ["--by", "random"], "the folder"), (room / "olmoe", by_text, "--data.path")):
+        assert main(["prune", str(source), "--keep", "3", *by, "--out", str(out), "--overwrite"]) == 2
+        assert f"error: {said} {out}/" in (shown := " ".join(capsys.readouterr().err.split()))
+        assert "which is replaced: it would be lost" in shown
+        assert (out / "six" / "config.json").is_file()
+        assert (out / "text").is_dir()
 
 
 def test_inspect_and_curve(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import statistics
@@ -29,7 +30,7 @@ from moekit.training.callbacks.non_finite import NonFinite
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 from moekit.training.metrics import RoutingStatistics
-from moekit.training.monitoring.rules import LayerFigures, Said, troubles
+from moekit.training.monitoring.rules import LayerFigures, Said, troubles, unweighed
 from moekit.training.monitoring.spikes import Spikes
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
@@ -432,3 +433,10 @@ def test_thresholds_out_of_range_are_refused() -> None:
         Thresholds(window=0)
     with pytest.raises(ValueError, match=r"Thresholds.max_drop_rate must be from 0 to 1: got 1.5"):
         Thresholds(max_drop_rate=1.5)
+
+
+def test_a_single_expert_needs_no_balance() -> None:
+    """Its loss is a constant: a gradient of 0 says nothing there."""
+    two = LayerFigures("moe", (0.5, 0.5), True, 1, 0.0, None, None, ("load_balance",), 0.0)
+    assert "weighs nothing" in str(unweighed(two))
+    assert unweighed(dataclasses.replace(two, load=(1.0,))) is None

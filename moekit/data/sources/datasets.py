@@ -87,14 +87,18 @@ class _Walk:
         for text in self._texts():
             yield from units(text.split("\n"), unit)
 
+    def _require(self, columns: Sequence[str] | None) -> None:
+        if columns is not None and self._field not in columns:
+            raise UserError(
+                f"datasets: rows must have text in the column {self._field!r}: got the columns {', '.join(columns)}. "
+                "data.text_field names another."
+            )
+
     def _texts(self) -> Iterator[str]:
         state, number = hashlib.sha256(), 0
+        self._require(self._rows.column_names)  # a streamed dataset may not know them
         for batch in self._rows.iter(_ROWS):
-            if self._field not in batch:
-                raise UserError(
-                    f"datasets: rows must have text in the column {self._field!r}: got the columns {', '.join(batch)}. "
-                    "data.text_field names another."
-                )
+            self._require(list(batch))
             for text in batch[self._field]:
                 number += 1
                 state.update(_bytes(text, f"datasets: row {number} of {self._split}"))

@@ -51,7 +51,7 @@ def prune_folder(
     Raises:
         UserError: see `moekit.huggingface.choose_kept`, `folder_text` and `moekit.huggingface.write_folder`.
     """
-    require_free(out, like=folder, overwrite=overwrite)
+    require_free(out, like=folder, overwrite=overwrite, inputs={"--data.path": choice.path if choice else None})
     if order != "random" and choice is None:
         raise UserError(f"--by {order} needs text: give --data.source and --data.path, or --by random.")
     if order == "random" and choice is not None:
@@ -92,7 +92,7 @@ def merge_folder(
     Raises:
         UserError: see `moekit.huggingface.merge`, `folder_text` and `moekit.huggingface.write_folder`.
     """
-    require_free(out, like=folder, overwrite=overwrite)
+    require_free(out, like=folder, overwrite=overwrite, inputs={"--data.path": choice.path if choice else None})
     model = adopt_folder(folder, aux=None)
     data, load = [], None
     if choice is not None:

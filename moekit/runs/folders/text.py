@@ -13,12 +13,10 @@ from torch import Tensor
 
 from moekit.data.sources import Source, Split, open_source, source_class
 from moekit.errors import UserError
+from moekit.huggingface.folder import TOKENIZER_FILES
 from moekit.stored import parse_json
 
 _SPLITS: Mapping[Split, str] = {"train": "training", "valid": "validation", "test": "test"}
-_TOKENIZERS = (
-    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
-)  # fmt: skip
 IGNORED = -100
 """The label of padding, which no loss counts."""
 
@@ -100,9 +98,9 @@ def folder_text(folder: Path, choice: TextChoice, split: Split) -> FolderText:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    if not any((folder / file).is_file() for file in _TOKENIZERS):  # it would make an empty one
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):  # it would make an empty one
         raise UserError(
-            f"{folder} must hold a tokenizer, by which text is read: there is none of {', '.join(_TOKENIZERS)}."
+            f"{folder} must hold a tokenizer, by which text is read: there is none of {', '.join(TOKENIZER_FILES)}."
         )
     try:
         words = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -188,6 +188,8 @@ def unweighed(layer: LayerFigures) -> str | None:
     """What is said of a balance loss that exists and weighs nothing."""
     if layer.balance_gradient != 0 or not layer.balance_losses:  # NaN is none either
         return None
+    if len(layer.load) == 1:  # one expert is always balanced
+        return None
     names = ", ".join(layer.balance_losses)
     return (
         f"{layer.name}: the router returns a balance loss ({names}) that weighs nothing: its gradient was 0 "
