@@ -122,7 +122,7 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[int, str]], list[str]]] = {
         ["moe: 1 of 4 experts is dead (3): each got under 0.01 of a fair share over the last 10 steps. Raise"],
     ),
     "collapse": (
-        {"scores": (0.0, 9.0, 0.0, 0.0)}, [(10, "dead"), (10, "collapse"), (10, "drops")],
+        {"scores": (0.0, 9.0, 0.0, 0.0)}, [(10, "dead"), (10, "collapse"), (20, "drops")],
         [
             "moe: 3 of 4 experts are dead (0, 2, 3)",
             "moe: routing has collapsed: expert 1 of 4 got 4.00 fair shares (threshold 2.4), evenness of the load 0.00",

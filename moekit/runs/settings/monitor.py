@@ -27,7 +27,7 @@ class MonitorConfig:
         max_load: fair shares of the busiest expert from which on a layer has collapsed; less where a layer cannot have
             so many.
         min_evenness: entropy of the load (1 = even, 0 = few experts get all tokens) under which a layer has collapsed.
-        max_drop_rate: share of the assignments of a layer that may be dropped for capacity.
+        max_drop_rate: share of the assignments of a layer that may be dropped for capacity, from the second window on.
         max_logsumexp: mean logsumexp of a router's logits that is allowed.
         loss_spike: spreads above its running median from which on a loss is a spike.
         gradient_spike: spreads above its running median from which on a gradient norm is a spike.

@@ -66,7 +66,7 @@ class Thresholds:
             have as many, see `moekit.training.metrics.routing.crowded`.
         min_evenness: entropy of the load under which a layer has collapsed; 1 = even, 0 = all tokens go to the same
             experts.
-        max_drop_rate: share of the assignments that may be dropped for capacity.
+        max_drop_rate: share of the assignments that may be dropped for capacity, from the second window on.
         max_logsumexp: mean logsumexp of the router's logits, in nats, that is allowed. Logits of 50 leave a softmax in
             bfloat16 no digits.
         loss_spike: spreads above the running median from which on a loss is a spike. The spread is a tenth of the

@@ -260,6 +260,8 @@ class TrainingWatch:
             self._say(step, "balance_loss", layer.name, unweighed(layer))
             if full:
                 found = dict(troubles(layer, self.thresholds))
+                if step < 2 * self.thresholds.window:  # a healthy router is uneven too before it has learned to balance
+                    found.pop("drops", None)
                 for kind in _LAYER_KINDS:
                     self._say(step, kind, layer.name, found.get(kind), self.thresholds.window)
         self.statistics = self._counts.statistics(since)
