@@ -146,7 +146,7 @@ def test_templates_that_do_not_do(template: str | None, said: str) -> None:
 def test_tokenizers_that_do_not_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is none at"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="must have a tokenizer: it has none of tokenizer.json"):
+    with pytest.raises(UserError, match="must have a tokenizer: it has none of"):
         load_tokenizer(tmp_path)
     own = tokenizer()
     with pytest.raises(UserError, match=r"line 3: the tokenizer writes the token \d+ .* and the model has 10 rows"):
