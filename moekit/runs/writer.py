@@ -110,21 +110,23 @@ class Writer:
         return tuple(to for to in self.targets if (source, to) in self.directions) or self.targets
 
     def require_languages(self, source: str | None, target: str | None) -> tuple[str, str | None]:
-        """The languages, once they are known to be ones that the run knows.
+        """The languages, once they are known to be ones that the run knows; one that is the only one may be left out.
 
         Raises:
             UserError: one is missing, unknown, or without use.
         """
-        source = self._known(source, "--from")
+        source = self._known(source, "--from", self.sources)
         if self.writes != "continuation":
-            return source, self._known(target, "--to")
+            return source, self._known(target, "--to", self.targets_of(source))
         if target is not None:
             raise UserError(
                 "--to is for runs that translate: this one continues text in the language of --from. Leave --to out."
             )
         return source, None
 
-    def _known(self, language: str | None, option: str) -> str:
+    def _known(self, language: str | None, option: str, possible: tuple[str, ...]) -> str:
+        if language is None and len(possible) == 1:
+            return possible[0]
         if language is None:
             raise UserError(f"generate needs {option}: one of {', '.join(self._tokenizer.languages)}.")
         self._tokenizer.language_id(language)

@@ -19,6 +19,7 @@ from moekit.huggingface import adopt_folder  # noqa: E402
 from moekit.huggingface.pruning import adopted_layers  # noqa: E402
 from moekit.runs.folders.measuring import held_out_loss, measured_use  # noqa: E402
 from moekit.runs.folders.text import IGNORED, TextChoice, folder_text  # noqa: E402
+from moekit.runs.surgery.curve import Curve, Point, table  # noqa: E402
 from moekit.surgery import watch_experts  # noqa: E402
 
 PLAIN = "a dog cat runs sleeps and the old small sees ein hund katze"
@@ -163,6 +164,16 @@ def test_inspect_and_curve(room: Path, tmp_path: Path, capsys: pytest.CaptureFix
     table = (tmp_path / "pruning.md").read_text()
     assert "Validation loss of next tokens, nats per prediction, of 10 tokens of validation text (text: en);" in table
     assert (tmp_path / "pruning.svg").is_file()
+    assert "equally many" not in table
+
+
+def test_shares_of_the_same_number_of_experts_are_said() -> None:
+    def point(keep: float, kept: int) -> Point:
+        return Point(keep, "utilisation", None, {"layers.0": list(range(kept))}, 10, 1.0)
+
+    found = table(Curve("run", "next tokens", point(1.0, 4), [point(0.75, 3), point(0.5, 2), point(0.25, 2)], None))
+    said = "50% and 25% keep equally many experts: shares are rounded, to no fewer than a token chooses."
+    assert found.endswith(f" {said}\n")
 
 
 def test_upcycle_and_merge(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,7 +168,18 @@ def table(curve: Curve) -> str:
     note += f"at random: mean ± standard deviation, {draws} draws."
     if curve.recovery is not None:
         note += f" Trained on: {curve.recovery.steps:,} steps at a peak rate of {curve.recovery.learning_rate:g}."
-    return "\n".join([*lines, "", note, ""])
+    return "\n".join([*lines, "", note + _same_sizes(curve), ""])
+
+
+def _same_sizes(curve: Curve) -> str:
+    """Says of shares that come to as many experts as another one, which a reader takes for another size."""
+    sizes: dict[tuple[int, ...], list[str]] = {}
+    for keep, point in {point.keep: point for point in curve.points}.items():
+        named = f"{keep:.0%}" if isinstance(keep, float) else str(keep)
+        sizes.setdefault(tuple(map(len, point.experts.values())), []).append(named)
+    same = [" and ".join(names) for names in sizes.values() if len(names) > 1]
+    why = "shares are rounded, to no fewer than a token chooses"
+    return "".join(f" {names} keep equally many experts: {why}." for names in same)
 
 
 def _cells(row: Sequence[str]) -> str:
