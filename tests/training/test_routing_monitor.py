@@ -116,6 +116,21 @@ def test_a_healthy_run_is_told_nothing() -> None:
     assert kinds(monitor) == []
 
 
+def test_a_layer_that_routed_nothing_has_no_figures_of_routing() -> None:
+    """As adopted layers that were left in evaluation: zeros would read as a collapse."""
+
+    class Evaluated(Model):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.moe.eval()
+
+    monitor = RoutingMonitor(SHORT, say=lambda _: None)
+    fit(Evaluated(), monitor, steps=10)
+    assert monitor.watch is not None
+    assert {name for name in monitor.watch.values if "routing" in name} <= {
+        "routing/moe/expert_gradient_norm", "routing/moe/expert_gradient_max_ratio"
+    }  # fmt: skip
+
+
 CASES: dict[str, tuple[dict[str, Any], list[tuple[int, str]], list[str]]] = {
     "dead": (
         {"scores": (0.0, 0.0, 0.0, -9.0)}, [(10, "dead")],

@@ -157,18 +157,19 @@ class RoutingMonitor(Callback):
         theirs = own.log_names() if isinstance(own, RoutingStatistics) else frozenset()
         values = {f"train/{name}": value for name, value in watch.values.items() if name not in theirs}
         module.log_dict(values, batch_size=1)
-        short = {"dead_experts": watch.values["routing/dead_experts"]}
-        short["max_load"] = max(v for name, v in watch.values.items() if name.endswith("/load_max_ratio"))
-        module.log_dict(short, prog_bar=True, logger=False, batch_size=1)
+        if "routing/dead_experts" in watch.values:
+            short = {"dead_experts": watch.values["routing/dead_experts"]}
+            short["max_load"] = max(v for name, v in watch.values.items() if name.endswith("/load_max_ratio"))
+            module.log_dict(short, prog_bar=True, logger=False, batch_size=1)
         if not trainer._logger_connector.should_update_logs:  # Lightning writes at other steps
             for logger in trainer.loggers:
                 logger.log_metrics(values, step - 1)
 
     def text(self) -> str:
         """For a progress bar, such as ``2 dead  busiest 3.1x``; "" before the first look, and for dense models."""
-        if self.watch is None or not self.watch.values:
+        values = {} if self.watch is None else self.watch.values
+        if "routing/dead_experts" not in values:
             return ""
-        values = self.watch.values
         dead, most = values["routing/dead_experts"], max(v for n, v in values.items() if n.endswith("/load_max_ratio"))
         return f"{f'{dead:.0f} dead  ' if dead else ''}busiest {most:.1f}x"
 

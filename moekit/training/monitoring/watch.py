@@ -314,14 +314,18 @@ def check_reactions(every: int, on_spike: str, on_dead: str, on_collapse: str) -
 def _values(
     statistics: RoutingStatistics, layers: Sequence[LayerFigures], gradients: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """What is logged of a look: that of `RoutingStatistics.log_values`, and more of every layer."""
-    values = statistics.log_values()
+    """What is logged of a look: that of `RoutingStatistics.log_values`, and more of every layer.
+
+    Of a layer that routed nothing, as one in evaluation mode, no figures of routing: they would read as a collapse.
+    """
+    idle = tuple(f"routing/{layer.name}/" for layer in layers if not layer.routed)
+    shown = statistics.log_values() if len(idle) < len(layers) else {}
+    values = {name: value for name, value in shown.items() if not name.startswith(idle)}
     summary = statistics.summary()["layers"]
     for layer in layers:
-        found: dict[str, float | None] = {
-            name: summary[layer.name][name] for name in ("dead_experts", "load_entropy", "load_max_ratio")
-        }
-        found["logsumexp"] = layer.logsumexp
+        found: dict[str, float | None] = {"logsumexp": layer.logsumexp}
+        if layer.routed:
+            found |= {name: summary[layer.name][name] for name in ("dead_experts", "load_entropy", "load_max_ratio")}
         if (norms := gradients.get(layer.name)) is not None:
             found["expert_gradient_norm"] = float(norms.square().sum().sqrt())
             found["expert_gradient_max_ratio"] = float(norms.max() / norms.mean()) if bool(norms.mean() > 0) else None
