@@ -18,6 +18,7 @@ MECHANISMS = (
 )  # fmt: skip
 """What is recorded of every sparse run, whatever its claims ask for."""
 
+_OF_A_DOMAIN = ("loss", "above_test", "knowing", "guessing")
 _MECHANISMS = "mechanisms"
 """What keys of mechanisms.json begin with."""
 
@@ -31,8 +32,8 @@ def measure(folder: Path, key: str) -> float:
     Args:
         folder: of the run.
         key: dotted, of summary.json, such as ``test.causal_lm.loss``, ``routing.layers.encoder.1.load_cv``,
-            ``recall.causal_lm.known`` (share of the questions) or ``floors.causal_lm.test.knowing``; or the
-            name of a column of metrics.csv, such as ``train/load_balance``, whose last value is taken; or
+            ``recall.causal_lm.known`` (share of the questions), ``floors.causal_lm.test.knowing`` or
+            ``domains.NAME.causal_lm.above_test``; or the name of a column of metrics.csv, such as ``train/load_balance``, whose last value is taken; or
             ``mechanisms.`` and a key of mechanisms.json, such as ``mechanisms.valid.saturation`` or
             ``mechanisms.valid.mutual_information.language``, of runs with train.record_routing.
 
@@ -85,7 +86,10 @@ def _by_name(summary: dict[str, Any]) -> dict[str, Any]:
     floors: dict[str, dict[str, Any]] = {}
     for of in summary.get("floors") or ():
         floors.setdefault(of["task"], {})[of["split"]] = {name: of[name] for name in ("knowing", "guessing")}
-    return {**summary, "recall": recall, "floors": floors}
+    domains: dict[str, dict[str, Any]] = {}
+    for of in summary.get("domains") or ():
+        domains.setdefault(of["name"], {})[of["task"]] = {name: of[name] for name in _OF_A_DOMAIN}
+    return {**summary, "recall": recall, "floors": floors, "domains": domains}
 
 
 def _mechanisms(folder: Path) -> dict[str, Any]:

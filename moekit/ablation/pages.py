@@ -46,6 +46,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         _arms(found),
         _matched(found),
         _rates(found["learning_rates"]),
+        _fine_tuning_rates(found.get("fine_tuning_rates")),
         "## Runs",
         _runs(found),
         f"![Every run of the claims' metrics]({name}.svg)",
@@ -116,9 +117,11 @@ def _arms(found: Mapping[str, Any]) -> str:
     rows = []
     for name, arm in found["arms"].items():
         settings = ", ".join(f"{key} {value}" for key, value in arm["settings"].items())
+        tuned = arm.get("fine_tune")
         pruned = ", ".join(f"{key} {value}" for key, value in (arm["prune"] or {}).items())
         parts = {
-            f"models of {arm['of']}": arm["of"],
+            f"{'models' if tuned is None else 'fine-tuned'} of {arm['of']}": arm["of"],
+            ", ".join(f"fine_tune.{key} {value}" for key, value in (tuned or {}).items()): tuned,
             f"pruned: {pruned}": pruned,
             settings: settings,
             f"seeds + {arm['seed_offset']}": arm["seed_offset"],
@@ -147,6 +150,15 @@ def _matched(found: Mapping[str, Any]) -> str:
 def _rates(grid: Mapping[str, Any] | None) -> str:
     if grid is None:
         return "All arms train at the settings' own learning rate."
+    return _tried("Learning rates", grid)
+
+
+def _fine_tuning_rates(grid: Mapping[str, Any] | None) -> str:
+    return "" if grid is None else _tried("Learning rates of fine-tuning", grid)
+
+
+def _tried(what: str, grid: Mapping[str, Any]) -> str:
+    """What each rate came to."""
     rates = [repr(rate) for rate in sorted(grid["values"])]
     rows = [
         [
@@ -157,7 +169,7 @@ def _rates(grid: Mapping[str, Any] | None) -> str:
         for arm, got in grid["arms"].items()
     ]
     seeds = ", ".join(map(str, grid["seeds"]))
-    return f"Learning rates, by `{grid['metric']}` of seeds {seeds}:\n\n" + _table(["arm", *rates, "chosen"], rows)
+    return f"{what}, by `{grid['metric']}` of seeds {seeds}:\n\n" + _table(["arm", *rates, "chosen"], rows)
 
 
 def _runs(found: Mapping[str, Any]) -> str:

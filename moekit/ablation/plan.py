@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moekit.ablation.table import AblationTable, Arm
+from moekit.ablation.table import RATE, AblationTable, Arm
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
+from moekit.runs.finetune import fine_tune_config, gentler, prepare
 from moekit.runs.plain import as_plain, flatten
 from moekit.runs.recipe import Recipe, RunText, find_recipe
 
@@ -36,11 +37,10 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 """Settings on which no number of a run depends."""
 
-_SINCE = {"train.record_routing": 0, "data.facts_profiles": 0.0}
+_SINCE = {"train.record_routing": 0, "data.facts_profiles": 0.0, "evaluate.domains": None}
 """Settings that digests of earlier runs do not know, with the value at which a run computes what it did before."""
 
 _SEEDS = ("train.seed", "data.order_seed")
-RATE = "train.learning_rate"
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ class Job:
         variant: the variant that the settings began with.
         config: all settings.
         label: whose run it is, for the view.
-        of: the run whose trained model is evaluated; None = it trains.
+        of: the run whose trained model is evaluated, or gone on with; None = it begins from scratch.
         prune: options of the command prune, which is done first.
+        fine_tune: options of the group fine_tune, of a run that goes on with the model; None = it does not.
     """
 
     recipe: str
@@ -62,6 +63,12 @@ class Job:
     label: str
     of: Job | None = None
     prune: tuple[tuple[str, Any], ...] = ()
+    fine_tune: tuple[tuple[str, Any], ...] | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether it takes optimizer steps of its own."""
+        return self.of is None or self.fine_tune is not None
 
     @cached_property
     def digest(self) -> str:
@@ -78,13 +85,14 @@ class Job:
         left_out = {*_WITHOUT_EFFECT, *without, *(key for key, value in _SINCE.items() if settings.get(key) == value)}
         kept = {key: value for key, value in settings.items() if key not in left_out}
         of = None if self.of is None else self.of._digest(without)
-        text = json.dumps([self.recipe, kept, of, self.prune], sort_keys=True, default=str)
+        fine_tuned = [] if self.fine_tune is None else [{"fine_tune": self.fine_tune}]
+        text = json.dumps([self.recipe, kept, of, self.prune, *fine_tuned], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def steps(self) -> int:
         """Optimizer steps of its own."""
-        return 0 if self.of else int(self.config.train.max_steps)
+        return int(self.config.train.max_steps) if self.trains else 0
 
     def folder(self, runs: Path) -> Path:
         """Where it lies."""
@@ -116,41 +124,60 @@ class Plan:
         configs: dict[str, RunConfig] = {}
         for arm in sorted(table.arms.values(), key=lambda arm: bool(arm.of)):
             where = f"{table.path}: arms.{arm.name}.settings"
-            config = _configured(recipe, configs[arm.of] if arm.of else base, arm.settings, configure, where)
+            begun = configs[arm.of] if arm.of else base
+            begun = begun if arm.fine_tune is None else gentler(begun)
+            config = _configured(recipe, begun, arm.settings, configure, where)
             _check(recipe, arm, config, where)
             configs[arm.name] = config
         return cls(table, {name: configs[name] for name in table.arms})
 
-    def job(self, arm: str, seed: int, rate: float | None = None) -> Job:
-        """The run of an arm; `rate` is its learning rate, None = the settings'."""
+    def job(self, arm: str, seed: int, rates: Mapping[str, float] | None = None) -> Job:
+        """The run of an arm; `rates` are learning rates by arm that trains, where they are not the settings'."""
         made, owner = self.table.arms[arm], self.table.arms[arm].of
+        rate = (rates or {}).get(arm if made.trains else owner)
         train: dict[str, Any] = {"seed": seed + made.seed_offset}
         if rate is not None:
             train["learning_rate"] = rate
         config = self.configs[arm].changed(train=train, data={"order_seed": seed + made.seed_offset})
         label = f"{arm}, seed {seed}" + ("" if rate is None else f", rate {rate:g}")
-        of = self.job(owner, seed, rate) if owner else None
-        return Job(self.table.recipe, self.table.variant, config, label, of, tuple(sorted(made.prune.items())))
+        of = self.job(owner, seed, rates) if owner else None
+        tuned = None if made.fine_tune is None else tuple(sorted(made.fine_tune.items()))
+        return Job(self.table.recipe, self.table.variant, config, label, of, tuple(sorted(made.prune.items())), tuned)
 
-    @property
-    def trained(self) -> list[str]:
-        """The arms that train."""
-        return [name for name, arm in self.table.arms.items() if not arm.of]
+    def trained(self, arms: Sequence[str] | None = None) -> list[str]:
+        """The arms that train from scratch; only those whose models `arms` ask for."""
+        wanted = {self.table.arms[arm].of or arm for arm in (self.table.arms if arms is None else arms)}
+        return [name for name, arm in self.table.arms.items() if not arm.of and name in wanted]
+
+    def fine_tuned(self, arms: Sequence[str] | None = None) -> list[str]:
+        """The arms that go on with others' models; only those of `arms`."""
+        return [
+            name
+            for name, arm in self.table.arms.items()
+            if arm.fine_tune is not None and (arms is None or name in arms)
+        ]
 
     def tuning_jobs(self, arms: Sequence[str] | None = None) -> list[Job]:
-        """The runs that choose learning rates: every rate of the grid for every arm that trains."""
-        rates = self.table.learning_rates
-        if rates is None:
+        """The runs that choose learning rates: every rate of the grid for every arm that trains from scratch."""
+        grid = self.table.learning_rates
+        if grid is None:
             return []
-        wanted = {self.table.arms[arm].of or arm for arm in (self.table.arms if arms is None else arms)}
-        found = (
-            self.job(arm, seed, rate)
-            for seed in rates.seeds
-            for rate in rates.values
-            for arm in self.trained
-            if arm in wanted
-        )
-        return list({job.digest: job for job in found}.values())  # equal arms have the same runs
+        every = ((seed, rate, arm) for seed in grid.seeds for rate in grid.values for arm in self.trained(arms))
+        # Equal arms have the same runs.
+        return list({job.digest: job for job in (self.job(arm, seed, {arm: x}) for seed, x, arm in every)}.values())
+
+    def fine_tuning_jobs(self, rates: Mapping[str, float], arms: Sequence[str] | None = None) -> list[Job]:
+        """The runs that choose rates of fine-tuning, each behind the run that it goes on with.
+
+        Args:
+            rates: learning rates by arm that trains from scratch; none where the table has no grid of them.
+            arms: only these.
+        """
+        grid = self.table.fine_tuning_rates
+        if grid is None:
+            return []
+        every = ((seed, rate, arm) for seed in grid.seeds for rate in grid.values for arm in self.fine_tuned(arms))
+        return _each_behind_its_own(self.job(arm, seed, {**rates, arm: rate}) for seed, rate, arm in every)
 
     def jobs(
         self, rates: Mapping[str, float], arms: Sequence[str] | None = None, seeds: Sequence[int] | None = None
@@ -162,14 +189,21 @@ class Plan:
             arms: only these.
             seeds: only these.
         """
-        found: dict[str, Job] = {}
-        for seed in self.table.seeds if seeds is None else seeds:
-            for arm in self.table.arms if arms is None else arms:
-                job = self.job(arm, seed, rates.get(self.table.arms[arm].of or arm))
-                for each in [job.of, job] if job.of else [job]:
-                    if each is not None:
-                        found.setdefault(each.digest, each)
-        return list(found.values())
+        return _each_behind_its_own(
+            self.job(arm, seed, rates)
+            for seed in (self.table.seeds if seeds is None else seeds)
+            for arm in (self.table.arms if arms is None else arms)
+        )
+
+
+def _each_behind_its_own(jobs: Iterable[Job]) -> list[Job]:
+    """Each once, behind the run that it is of."""
+    found: dict[str, Job] = {}
+    for job in jobs:
+        for each in (job.of, job):
+            if each is not None:
+                found.setdefault(each.digest, each)
+    return list(found.values())
 
 
 def _configured(
@@ -194,6 +228,11 @@ def _check(recipe: Recipe, arm: Arm, config: RunConfig, where: str) -> None:
     try:
         config.train.check()
         config.evaluate.check()
-        recipe.parts(config, RunText(config.data.vocab_size), "meta")
+        made = recipe.parts(config, RunText(config.data.vocab_size), "meta")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    if arm.fine_tune is not None:
+        try:
+            prepare(made.backbone, fine_tune_config(arm.fine_tune))
+        except UserError as error:
+            raise UserError(f"{where.removesuffix('settings')}{error}") from None

@@ -175,16 +175,18 @@ def _held(runs: Path) -> Iterator[None]:
 
 
 def moekit_commands(job: Job, folder: Path) -> list[list[str]]:
-    """The commands of an ordinary run, or of the test of another's model."""
+    """The commands of an ordinary run, of one that goes on with another's model, or of the test of that."""
     program = [sys.executable, "-m", "moekit"]
-    if job.of is None:
+    if job.trains:
         settings = folder.with_name(f"{folder.name}.yaml")
         plain = {"recipe": job.recipe, **as_plain(job.config)}
         write_text(settings, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-        return [
-            [*program, "run", job.recipe, "--variant", job.variant, "--config", str(settings), "--out", str(folder),
-             "--resume"],
-        ]  # fmt: skip
+        begin = ["run", job.recipe, "--variant", job.variant]
+        if job.of is not None:
+            tuned = [f"--fine_tune.{key}={value}" for key, value in job.fine_tune or ()]
+            begin = ["finetune", job.recipe, "--init_from", str(job.of.folder(folder.parent)), *tuned]
+        return [[*program, *begin, "--config", str(settings), "--out", str(folder), "--resume"]]
+    assert job.of is not None, "what does not train has another's model"
     trained, test = job.of.folder(folder.parent), [*program, "test", "--out", str(folder)]
     if job.prune:
         options = [word for key, value in job.prune for word in (f"--{key}", str(value))]

@@ -15,7 +15,7 @@ from moekit.ablation.ladder import compute_factor, log_factors
 from moekit.ablation.measures import COSTS, MECHANISMS, costs, measure
 from moekit.ablation.plan import Job, Plan
 from moekit.ablation.processes import RunRecord
-from moekit.ablation.table import AblationTable, TestedClaim
+from moekit.ablation.table import AblationTable, LearningRates, TestedClaim
 from moekit.ablation.verdict import Evidence, Judged, judge
 from moekit.environment import environment
 from moekit.errors import UserError
@@ -29,7 +29,7 @@ _SAME = 0.02
 
 
 def chosen_rates(plan: Plan, runs: Path, arms: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """By arm that trains the learning rate that was chosen, and what each rate came to.
+    """By arm that trains from scratch the learning rate that was chosen, and what each rate came to.
 
     The rate with the least mean over the grid's seeds is taken, the smaller one of equals; a run that diverged counts
     as the worst.
@@ -37,19 +37,31 @@ def chosen_rates(plan: Plan, runs: Path, arms: Sequence[str] | None = None) -> d
     Args:
         plan: the table, whose runs of the grid have all ended.
         runs: the folder of its runs.
-        arms: only these; None = all that train.
+        arms: only those whose models these ask for; None = all.
 
     Raises:
         UserError: all rates of an arm diverged, or the metric is none.
     """
-    grid = plan.table.learning_rates
+    return _chosen(plan, plan.table.learning_rates, plan.trained(arms), {}, runs)
+
+
+def chosen_fine_tuning_rates(
+    plan: Plan, rates: Mapping[str, float], runs: Path, arms: Sequence[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """The same of the arms that fine-tune; `rates` are those of the arms that train from scratch."""
+    return _chosen(plan, plan.table.fine_tuning_rates, plan.fine_tuned(arms), rates, runs)
+
+
+def _chosen(
+    plan: Plan, grid: LearningRates | None, arms: Sequence[str], others: Mapping[str, float], runs: Path
+) -> dict[str, dict[str, Any]]:
     if grid is None:
         return {}
     found: dict[str, dict[str, Any]] = {}
-    for arm in plan.trained if arms is None else arms:
+    for arm in arms:
         values: dict[float, list[float | None]] = {}
         for rate in sorted(grid.values):
-            folders = [plan.job(arm, seed, rate).folder(runs) for seed in grid.seeds]
+            folders = [plan.job(arm, seed, {**others, arm: rate}).folder(runs) for seed in grid.seeds]
             values[rate] = [
                 measure(folder, grid.metric) if RunRecord.of(folder).state == "done" else None for folder in folders
             ]
@@ -84,10 +96,9 @@ def result(plan: Plan, runs: Path, words: Mapping[str, Mapping[str, Any]] | None
     table = plan.table
     rates = chosen_rates(plan, runs)
     chosen = {arm: float(found["chosen"]) for arm, found in rates.items()}
-    jobs = {
-        arm: {seed: plan.job(arm, seed, chosen.get(made.of or arm)) for seed in table.seeds}
-        for arm, made in table.arms.items()
-    }
+    fine_tuning = chosen_fine_tuning_rates(plan, chosen, runs)
+    chosen |= {arm: float(found["chosen"]) for arm, found in fine_tuning.items()}
+    jobs = {arm: {seed: plan.job(arm, seed, chosen) for seed in table.seeds} for arm in table.arms}
     measured = {arm: {seed: _run(table, arm, job, runs) for seed, job in found.items()} for arm, found in jobs.items()}
     evidence = {q.id: _evidence(q, measured, table.seeds) for q in table.claims.values()}
     control, controlled = None, ""
@@ -106,13 +117,15 @@ def result(plan: Plan, runs: Path, words: Mapping[str, Mapping[str, Any]] | None
         "settings": dict(table.settings),
         "seeds": list(table.seeds),
         "matched": list(table.matched),
-        "learning_rates": _grid(table, rates),
+        "learning_rates": _grid(table.learning_rates, rates),
+        **({"fine_tuning_rates": _grid(grid, fine_tuning)} if (grid := table.fine_tuning_rates) else {}),
         "arms": {
             arm: {
                 "about": made.about,
                 "settings": dict(made.settings),
                 "of": made.of or None,
                 "prune": dict(made.prune) or None,
+                **({} if made.fine_tune is None else {"fine_tune": dict(made.fine_tune)}),
                 "seed_offset": made.seed_offset,
                 "learning_rate": jobs[arm][table.seeds[0]].config.train.learning_rate,
                 "costs": _mean_costs(measured[arm]),
@@ -125,7 +138,7 @@ def result(plan: Plan, runs: Path, words: Mapping[str, Mapping[str, Any]] | None
             for q in table.claims.values()
         ],
         "control": control if control is not None else {"none": table.no_control},
-        "made": _made(plan, jobs, runs),
+        "made": _made(plan, jobs, chosen, runs),
     }
 
 
@@ -178,8 +191,7 @@ def _mean_costs(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, float | None
     }
 
 
-def _grid(table: AblationTable, rates: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    grid = table.learning_rates
+def _grid(grid: LearningRates | None, rates: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     return None if grid is None else {**asdict(grid), "arms": dict(rates)}
 
 
@@ -301,9 +313,11 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _made(plan: Plan, jobs: Mapping[str, Mapping[int, Job]], runs: Path) -> dict[str, Any]:
+def _made(
+    plan: Plan, jobs: Mapping[str, Mapping[int, Job]], rates: Mapping[str, float], runs: Path
+) -> dict[str, Any]:
     """When, where and how fast: nothing of it is compared."""
-    grid = {job.digest: job for job in plan.tuning_jobs()}
+    grid = {job.digest: job for job in (*plan.tuning_jobs(), *plan.fine_tuning_jobs(rates))}
     every = {job.digest: job for found in jobs.values() for job in found.values()} | grid
     minutes = {digest: RunRecord.of(job.folder(runs)).minutes for digest, job in every.items()}
     here = environment()

@@ -15,7 +15,7 @@ from moekit.ablation.claims import claims_page, listed_words, read_claims
 from moekit.ablation.kept import keep, restore
 from moekit.ablation.plan import Configure, Job, Plan
 from moekit.ablation.processes import Commands, RunRecord, measured_minutes, run_all
-from moekit.ablation.result import chosen_rates, read_result, result
+from moekit.ablation.result import chosen_fine_tuning_rates, chosen_rates, read_result, result
 from moekit.ablation.table import RECIPES, AblationTable, find_table, read_table, table_files
 from moekit.ablation.verdict import count_verdicts
 from moekit.ablation.view import Progress, spoken_minutes
@@ -81,6 +81,8 @@ def run_table(
     try:
         make(plan.tuning_jobs(only), "choosing learning rates")
         rates = _rates(plan, runs, only)
+        make(plan.fine_tuning_jobs(rates, only), "choosing rates of fine-tuning")
+        rates |= _fine_tuning_rates(plan, rates, runs, only)
         make(plan.jobs(rates, only, seeds), "runs")
     except KeyboardInterrupt:
         _say(console, f"What has been done is kept. To go on: {again or command_line('ablate', name)}")
@@ -127,7 +129,7 @@ def list_tables(runs: Path, configure: Configure, console: Console) -> None:
         _restore(plan, runs, results_folder(path))
         cost = Estimate.of(plan, runs, measured)
         total += cost.minutes
-        grid = len(plan.tuning_jobs())
+        grid = len(_tuning(plan, runs)[0])
         rates = f", {grid} more for learning rates" if grid else ""
         missing = f"{cost.minutes:.0f} processor minutes for the others, {cost.basis}"
         left = "none missing" if cost.done == cost.runs else missing
@@ -157,11 +159,7 @@ class Estimate:
     @classmethod
     def of(cls, plan: Plan, runs: Path, measured: Mapping[str, float]) -> Estimate:
         """Of a table; `measured` has minutes by `Job.kin`."""
-        rates = {}
-        tuning = plan.tuning_jobs()
-        known = not [job for job in tuning if not RunRecord.of(job.folder(runs)).final]
-        if plan.table.learning_rates and known:
-            rates = {arm: found["chosen"] for arm, found in chosen_rates(plan, runs).items()}
+        tuning, rates, known = _tuning(plan, runs)
         every = [*tuning, *plan.jobs(rates)]
         # Without chosen rates no run of the second part is known to be there.
         asked = {job.digest for job in (every if known else tuning)}
@@ -210,9 +208,29 @@ def _check_choice(table: AblationTable, seeds: Sequence[int] | None, only: Seque
 def _restore(plan: Plan, runs: Path, results: Path) -> None:
     """Put the kept runs of a whole table among the runs, as far as its learning rates are known."""
     restore(plan.tuning_jobs(), runs, results / KEPT)
-    if all(RunRecord.of(job.folder(runs)).final for job in plan.tuning_jobs()):
-        rates = {arm: float(found["chosen"]) for arm, found in chosen_rates(plan, runs).items()}
+    restore(_tuning(plan, runs)[0], runs, results / KEPT)
+    _, rates, known = _tuning(plan, runs)
+    if known:
         restore(plan.jobs(rates), runs, results / KEPT)
+
+
+def _tuning(plan: Plan, runs: Path) -> tuple[list[Job], dict[str, float], bool]:
+    """All runs that choose rates, the rates by arm as far as these have ended, and whether all have.
+
+    Those of fine-tuning begin with the rates chosen before; until these are known their number alone is right.
+    """
+
+    def ended(jobs: Sequence[Job]) -> bool:
+        return all(RunRecord.of(job.folder(runs)).final for job in jobs)
+
+    first, rates = plan.tuning_jobs(), dict[str, float]()
+    if known := ended(first):
+        rates = {arm: float(found["chosen"]) for arm, found in chosen_rates(plan, runs).items()}
+    second = plan.fine_tuning_jobs(rates)
+    if known and (known := ended(second)):
+        found = chosen_fine_tuning_rates(plan, rates, runs)
+        rates |= {arm: float(each["chosen"]) for arm, each in found.items()}
+    return list({job.digest: job for job in (*first, *second)}.values()), rates, known
 
 
 def _make(
@@ -238,26 +256,33 @@ def _make(
 
 def _rates(plan: Plan, runs: Path, only: Sequence[str] | None) -> dict[str, float]:
     """Chosen learning rates of the arms that are run."""
-    wanted = {plan.table.arms[arm].of or arm for arm in (plan.table.arms if only is None else only)}
-    unfinished = [job for job in plan.tuning_jobs(only) if not RunRecord.of(job.folder(runs)).final]
+    _require_ended(plan.tuning_jobs(only), runs)
+    return {arm: float(found["chosen"]) for arm, found in chosen_rates(plan, runs, only).items()}
+
+
+def _fine_tuning_rates(
+    plan: Plan, rates: Mapping[str, float], runs: Path, only: Sequence[str] | None
+) -> dict[str, float]:
+    """Chosen rates of the arms that fine-tune, and are run; `rates` are those of the others."""
+    _require_ended(plan.fine_tuning_jobs(rates, only), runs)
+    return {arm: float(found["chosen"]) for arm, found in chosen_fine_tuning_rates(plan, rates, runs, only).items()}
+
+
+def _require_ended(jobs: Sequence[Job], runs: Path) -> None:
+    """Make sure that runs that choose learning rates have a result."""
+    unfinished = [job for job in jobs if not RunRecord.of(job.folder(runs)).final]
     if unfinished:
         said = RunRecord.of(unfinished[0].folder(runs)).said
         raise UserError(
             f"{len(unfinished)} runs that choose learning rates have failed, as {unfinished[0].label}: {said} "
             f"Its log: {unfinished[0].folder(runs)}.log"
         )
-    return {
-        arm: found["chosen"]
-        for arm, found in chosen_rates(plan, runs, [arm for arm in plan.trained if arm in wanted]).items()
-    }
 
 
 def _left(plan: Plan, runs: Path) -> list[Job]:
     """Runs of the whole table that have not ended; one that failed, or is of one that did, has ended this time."""
-    if any(not RunRecord.of(job.folder(runs)).final for job in plan.tuning_jobs()):
-        return plan.tuning_jobs()
-    rates = {arm: found["chosen"] for arm, found in chosen_rates(plan, runs).items()}
-    return [job for job in plan.jobs(rates) if not _has_ended(job, runs)]
+    tuning, rates, known = _tuning(plan, runs)
+    return [job for job in plan.jobs(rates) if not _has_ended(job, runs)] if known else tuning
 
 
 def _has_ended(job: Job, runs: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,8 @@ Kind = Literal["better", "no difference", "mechanism", "within checkpoint", "com
 Direction = Literal["higher", "lower"]
 Matched = Literal["work", "parameters", "tokens", "time"]
 
+RATE = "train.learning_rate"
+
 RECIPES = Path(moekit.__file__).parent.parent / "recipes"
 """Tables by name lie below it, ``NAME/ablations/TABLE.yaml``, in a checkout; an installed package has none."""
 
@@ -31,8 +33,11 @@ class Arm:
         about: one line about it.
         settings: by dotted key, over those of the table.
         seed_offset: number added to every seed, for an arm that should not begin like the others.
-        of: the arm whose trained models this one evaluates under its own settings; "" = it trains its own.
+        of: the arm whose trained models this one evaluates under its own settings, or goes on with; "" = it trains its
+            own.
         prune: for an arm `of` another: options of the command prune, which is done first.
+        fine_tune: for an arm `of` another: the group `fine_tune` of the command finetune, by which its models are
+            trained on under the arm's settings; None = they are not.
     """
 
     name: str
@@ -41,6 +46,12 @@ class Arm:
     seed_offset: int = 0
     of: str = ""
     prune: Mapping[str, Any] = field(default_factory=dict)
+    fine_tune: Mapping[str, Any] | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether its runs take steps of their own."""
+        return not self.of or self.fine_tune is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +122,8 @@ class AblationTable:
         seeds: of the runs of each arm, in pairs across arms.
         matched: what is the same in the arms of a claim.
         minutes: the estimate of processor minutes for a run, for who has no measured ones.
-        learning_rates: the grid; None = all arms train at the settings' own rate.
+        learning_rates: the grid of arms that begin from scratch; None = these train at the settings' own rate.
+        fine_tuning_rates: that of arms that fine-tune; None = each gives its own rate.
         arms: by name.
         claims: by id.
         control: the negative control; None only where `no_control` says why.
@@ -127,6 +139,7 @@ class AblationTable:
     matched: Sequence[Matched]
     minutes: float
     learning_rates: LearningRates | None
+    fine_tuning_rates: LearningRates | None
     arms: Mapping[str, Arm]
     claims: Mapping[str, TestedClaim]
     control: TestedClaim | None
@@ -204,6 +217,7 @@ def read_table(path: Path) -> AblationTable:
         matched=[top.one_of("matched", value, Matched) for value in top.texts("matched")],
         minutes=top.number("minutes", above=0),
         learning_rates=_learning_rates(top.part("learning_rates")),
+        fine_tuning_rates=_learning_rates(top.part("fine_tuning_rates")),
         arms=arms,
         claims=_claims(top),
         control=_question(found, "control") if (found := top.part("control")) else None,
@@ -222,6 +236,7 @@ def _arm(name: str, part: Part) -> Arm:
         seed_offset=int(part.number("seed_offset", 0, at_least=0)),
         of=part.text("of", ""),
         prune=part.mapping("prune"),
+        fine_tune=part.mapping("fine_tune") if "fine_tune" in part.values else None,
     )
     part.end()
     return arm
@@ -283,21 +298,30 @@ def _check(table: AblationTable) -> None:
         if arm.of and (trained is None or trained.of):
             known = [name for name, other in table.arms.items() if not other.of]
             raise fault(
-                f"arms.{arm.name}.of", f"must name an arm that trains: got {arm.of!r}. {nearest(arm.of, known)}"
+                f"arms.{arm.name}.of",
+                f"must name an arm that trains from scratch: got {arm.of!r}. {nearest(arm.of, known)}",
             )
         if arm.prune and not arm.of:
             raise fault(f"arms.{arm.name}.prune", "is for an arm that says whose models it prunes: give `of` too")
         if arm.prune and arm.settings:
             raise fault(f"arms.{arm.name}.settings", "a pruned model is evaluated as it is: leave settings out")
         if arm.of and arm.seed_offset:
-            raise fault(f"arms.{arm.name}.seed_offset", f"is of an arm that trains: this one is of {arm.of!r}")
+            raise fault(
+                f"arms.{arm.name}.seed_offset", f"is of an arm that trains from scratch: this one is of {arm.of!r}"
+            )
+        if arm.fine_tune is not None:
+            _check_fine_tuned(table, arm, fault)
+    if table.fine_tuning_rates and all(arm.fine_tune is None for arm in table.arms.values()):
+        raise fault("fine_tuning_rates", "are of arms that fine-tune: no arm has fine_tune")
     for question in table.questions:
         where = "control" if question is table.control else f"claims.{question.id}"
         for name in question.arms:
             if name not in table.arms:
                 raise fault(where, f"unknown arm {name!r}. {nearest(name, table.arms)}")
         if question.kind == "within checkpoint":
-            owners = {table.arms[name].of or name for name in (question.arm, question.against)}
+            owners = {
+                name if table.arms[name].trains else table.arms[name].of for name in (question.arm, question.against)
+            }
             if len(owners) > 1:
                 raise fault(
                     where, f"both arms must be of the same trained models: got those of {', '.join(sorted(owners))}"
@@ -309,7 +333,21 @@ def _check(table: AblationTable) -> None:
                 )
             if question.smallest <= 0:
                 raise fault(f"{where}.smallest", f"must be a factor above 0: got {question.smallest:g}")
-    if (rates := table.learning_rates) is not None and (shared := sorted({*rates.seeds} & {*table.seeds})):
-        raise fault("learning_rates.seeds", f"must be other seeds than those of the table: {shared} are in both")
+    for key, rates in (("learning_rates", table.learning_rates), ("fine_tuning_rates", table.fine_tuning_rates)):
+        if rates is not None and (shared := sorted({*rates.seeds} & {*table.seeds})):
+            raise fault(f"{key}.seeds", f"must be other seeds than those of the table: {shared} are in both")
     if (table.control is None) == (not table.no_control):
         raise fault("control", "give a negative control, or say under `no_control` why there is none")
+
+
+def _check_fine_tuned(table: AblationTable, arm: Arm, fault: Callable[[str, str], UserError]) -> None:
+    """What an arm that fine-tunes needs beside."""
+    if not arm.of:
+        raise fault(f"arms.{arm.name}.fine_tune", "is for an arm that says whose models it goes on with: give `of` too")
+    if arm.prune:
+        raise fault(f"arms.{arm.name}.prune", "a model is pruned or fine-tuned, not both: leave one out")
+    if table.fine_tuning_rates is None and RATE not in arm.settings:
+        raise fault(
+            f"arms.{arm.name}.fine_tune",
+            f"needs a learning rate: give fine_tuning_rates to the table, or {RATE} to the arm's settings",
+        )

@@ -89,7 +89,7 @@ class Progress:
             rows.add_column(name, justify=side)  # type: ignore[arg-type]
         for job, step in list(self.running.values()):
             said = f"{step:,} of {job.steps:,}" if step else _STARTING
-            rows.add_row(visible(job.label), "test" if job.of else said, f"{self._left(job, step):.1f}")
+            rows.add_row(visible(job.label), said if job.trains else "test", f"{self._left(job, step):.1f}")
         rows.add_row(f"{self.ended} of {self.total} runs", "", f"{self.minutes_left():.0f}", style="bold")
         return rows
 

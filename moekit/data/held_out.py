@@ -210,6 +210,35 @@ class HeldOutData(MultitaskData):
         return {name: dict(training[name]) for name in self.tasks if name in training}
 
 
+class TestTextData(MultitaskData):
+    """Test batches of a source alone, as validation batches of the tasks that a test measures, so that all have losses.
+
+    They are tokenized when they are first asked for, in memory; no training text is read or counted.
+
+    Args:
+        source: the text.
+        options: as `MultitaskData`; `tokenizer` is required.
+    """
+
+    __test__ = False  # pytest takes names that begin so for tests
+
+    def __init__(self, source: Source, **options: Any) -> None:
+        if options.get("tokenizer") is None:
+            raise TypeError("TestTextData needs a tokenizer: there is no training text here to train one on.")
+        super().__init__(source, **options)
+
+    @property
+    def store(self) -> TokenStore:
+        """The tokens of the test text."""
+        if self._store is None:
+            self._store = store_in_memory(self.source, self.tokenizer, self.wanted(("test",)))
+        return self._store
+
+    def val_dataloader(self) -> Loader[Batch] | list[Any]:
+        """The batches of the test text."""
+        return self.test_dataloader()
+
+
 def remarks(data: MultitaskData, corpus: Corpus | None) -> list[str]:
     """What one should know of the held-out text before one reads scores on it, in sentences; of most runs nothing."""
     found = []

@@ -47,12 +47,18 @@ class RunConfig:
         """This configuration with other settings: by the names of groups, and of groups in them, those that differ."""
         return cast(RunConfig, _changed(self, groups))
 
-    def batches(self, tokenizer: Tokenizer | None = None, held_out: HeldOut | None = None) -> MultitaskData:
+    def batches(
+        self,
+        tokenizer: Tokenizer | None = None,
+        held_out: HeldOut | None = None,
+        make: type[MultitaskData] = MultitaskData,
+    ) -> MultitaskData:
         """The data module of the run; its one epoch is as long as the run may be, so that every stop is in its middle.
 
         Args:
             tokenizer: one that exists already; None = that of ``data.tokenizer``, or trained on the text.
             held_out: what the run kept for evaluation, which is then all there is; None = the corpus of the settings.
+            make: what is made of the corpus.
 
         Raises:
             UserError: no task takes part, or something is wrong with the data.
@@ -87,7 +93,7 @@ class RunConfig:
             "order_seed": data.order_seed,
             "num_workers": data.workers(train),
         }
-        return MultitaskData(data.open(), **options) if held_out is None else HeldOutData(held_out, **options)
+        return make(data.open(), **options) if held_out is None else HeldOutData(held_out, **options)
 
     def settled(self, kept: Mapping[str, Any] | None = None) -> RunConfig:
         """The configuration with what "auto" is on this machine, or was when the run began.

@@ -18,12 +18,14 @@ from moekit.inference.completer import Completer
 from moekit.inference.translator import Translator, search_for
 from moekit.planner.census import parameters
 from moekit.runs.config import RunConfig
+from moekit.runs.domains import measure_domains
 from moekit.runs.ending import ending_of
 from moekit.runs.facts import ask_facts, floors
 from moekit.runs.module import make_module
 from moekit.runs.record import (
     TRANSLATIONS,
     DataRecord,
+    DomainRecord,
     ExpertRecord,
     FloorRecord,
     HeldOutRecord,
@@ -94,10 +96,11 @@ def evaluate(run: Run, config: RunConfig | None = None) -> bool:
     with quiet():
         valid = next(iter(trainer.validate(module, datamodule=data, verbose=False)), {})  # none where no text is
         trainer.test(module, datamodule=data, verbose=False)
+    elsewhere = measure_domains(run, config, data.tokenizer, module.tested)
     if not trainer.is_global_zero:
         return False
     known = None if facts is None else floors(data, facts)
-    _write(run, config, module, data, valid, known, time.monotonic() - started)
+    _write(run, config, module, data, valid, known, elsewhere, time.monotonic() - started)
     return True
 
 
@@ -108,6 +111,7 @@ def _write(
     data: MultitaskData,
     valid: Mapping[str, float],
     known: Sequence[FloorRecord] | None,
+    elsewhere: Sequence[DomainRecord],
     seconds: float,
 ) -> None:
     checkpoint = run.loaded.rest
@@ -157,6 +161,7 @@ def _write(
         ),
         floors=known or None,
         recall=[found for found in module.recalled.values() if found is not None] or None,
+        domains=elsewhere or None,
     )
     routing = None if module.routing is None else _routing(module.routing, module.piece_counts, data)
     samples = _glossed([Sample.from_json(sample) for sample in module.samples], config)

@@ -51,12 +51,16 @@ def floors(data: MultitaskData, source: Source) -> list[FloorRecord]:
     splits: tuple[Split, ...] = ("valid", "test")
     for task in (name for name in data.tasks if TASKS[name].recalls == "sentence"):
         for split in splits:
-            if task in data.evaluated(split) and (known := _floor(data, source, split)) is not None:
+            if task in data.evaluated(split) and (known := floor(data, source, split)) is not None:
                 found.append(FloorRecord(task=task, split=split, knowing=known[0], guessing=known[1]))
     return found
 
 
-def _floor(data: MultitaskData, source: Source, split: Split) -> tuple[float, float] | None:
+def floor(data: MultitaskData, source: Source, split: Split) -> tuple[float, float] | None:
+    """Loss of a model that knows all that `source` tells, and of one that knows no fact, on a split of `data`.
+
+    Nats per prediction of a language model; None where the sentences are not all the source's, or are cut.
+    """
     knowing = guessing = 0.0
     predictions = 0
     for language in data.languages:

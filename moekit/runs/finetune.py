@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from moekit.errors import UserError
+from moekit.errors import UserError, nearest
 from moekit.runs.config import RunConfig
 from moekit.runs.init_from import InitFrom, starting_tokenizer
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
-from moekit.runs.settings.fields import setting
+from moekit.runs.settings.fields import check_ranges, setting
 from moekit.runs.settings.train import StrategyConfig
 from moekit.runs.surgery.optimizer import optimizer_slots
 from moekit.shell import command_line
@@ -82,16 +82,7 @@ class FineTuning(InitFrom):
             )
         if variant is not None and variant != run.variant:
             raise UserError(f"settings begin as in {run.path}, a run of {run.variant}: leave out --variant {variant}.")
-        return run.variant, run.config.changed(
-            train={
-                "max_steps": 500,
-                "max_minutes": 0.0,
-                "learning_rate": run.config.train.learning_rate / 4,
-                "warmup_steps": 50,
-                "schedule": "constant",
-                "validate_every": 100,
-            }
-        )
+        return run.variant, gentler(run.config)
 
     def make(self, *parts: Any, **options: Any) -> MultitaskModule:
         """The module with the weights of the run; where the new run goes on, they come from its checkpoint.
@@ -104,25 +95,68 @@ class FineTuning(InitFrom):
         module = MultitaskModule(*parts, steps_before=self.steps_before, **options)
         if self.run is not None:
             _load(module, self.run.loaded.weights, self.source)
-        chosen = self.chosen
-        try:
-            wanted = subset(_tune(chosen))
-            if chosen.expert_dropout is not None:
-                set_expert_dropout(module, chosen.expert_dropout)
-            if chosen.train_capacity is not None:
-                set_train_capacity(module, chosen.train_capacity or None)
-            if chosen.rank:
-                targets = cast(list[Target], [name.strip() for name in chosen.adapt.split(",") if name.strip()])
-                add_adapters(module.backbone, rank=chosen.rank, alpha=chosen.alpha, targets=targets)
-            train_only(module, wanted)
-        except ValueError as error:
-            raise UserError(f"fine_tune: {error}") from None
+        prepare(module, self.chosen, module.backbone)
         return module
 
     def note(self, module: MultitaskModule) -> str:  # noqa: D102
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         total = sum(p.numel() for p in module.parameters())
         return f"start     {self.source}; {trained:,} of {total:,} parameters train ({_tune(self.chosen)})"
+
+
+def gentler(config: RunConfig) -> RunConfig:
+    """Settings of fine-tuning from those of the run that it starts from: fewer steps at a lower rate; ours."""
+    return config.changed(
+        train={
+            "max_steps": 500,
+            "max_minutes": 0.0,
+            "learning_rate": config.train.learning_rate / 4,
+            "warmup_steps": 50,
+            "schedule": "constant",
+            "validate_every": 100,
+        }
+    )
+
+
+def fine_tune_config(given: Mapping[str, Any]) -> FineTuneConfig:
+    """The settings from plain data.
+
+    Raises:
+        UserError: one is unknown, or out of its range.
+    """
+    known = [f.name for f in fields(FineTuneConfig)]
+    for key in given:
+        if key not in known:
+            raise UserError(f"fine_tune.{key}: unknown setting. {nearest(key, known)}")
+    found = FineTuneConfig(**given)
+    check_ranges(found, "fine_tune.")
+    return found
+
+
+def prepare(module: nn.Module, chosen: FineTuneConfig, backbone: nn.Module | None = None) -> None:
+    """Set, in place, what of a model trains, and how: dropout, capacity, adapters, and the parameters that move.
+
+    Args:
+        module: the model.
+        chosen: what is wanted.
+        backbone: the part of it that adapters are added to; None = all.
+
+    Raises:
+        UserError: the model has not what is asked for.
+    """
+    try:
+        wanted = subset(_tune(chosen))
+        if chosen.expert_dropout is not None:
+            set_expert_dropout(module, chosen.expert_dropout)
+        if chosen.train_capacity is not None:
+            set_train_capacity(module, chosen.train_capacity or None)
+        if chosen.rank:
+            targets = cast(list[Target], [name.strip() for name in chosen.adapt.split(",") if name.strip()])
+            where = module if backbone is None else backbone
+            add_adapters(where, rank=chosen.rank, alpha=chosen.alpha, targets=targets)
+        train_only(module, wanted)
+    except ValueError as error:
+        raise UserError(f"fine_tune: {error}") from None
 
 
 def _tune(chosen: FineTuneConfig) -> str:

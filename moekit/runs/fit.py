@@ -21,6 +21,7 @@ from moekit.planner import Forecast
 from moekit.planner.census import parameters
 from moekit.planner.measure import product_rate
 from moekit.runs.config import RunConfig
+from moekit.runs.domains import domain_data
 from moekit.runs.init_from import InitFrom
 from moekit.runs.module import make_module
 from moekit.runs.plain import as_plain, plain
@@ -115,6 +116,7 @@ def fit(
         if going_on:
             run.require_same(settings, free)
         data = _training_text(run if going_on else None, config, init_from)
+        domain_data(config, data.tokenizer)  # refused now, not when training has ended
         held_out = HeldOut.of(data, plain(config.data.which_text()))  # what it is evaluated on
         L.seed_everything(train.seed, verbose=False)
         module, budget = make_module(

@@ -159,6 +159,29 @@ class RecallRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DomainRecord(Record):
+    """The loss of a task on test text of another domain, nats per prediction.
+
+    Attributes:
+        name: of the domain.
+        task: name of the task.
+        sentences: their number.
+        loss: the loss.
+        above_test: how far it is above that on the run's own test text; None where the test measures no loss. Between
+            two runs the difference of these numbers is that of their advantages, at home and there.
+        knowing, guessing: the floors, as of `FloorRecord`; None where nobody knows.
+    """
+
+    name: str
+    task: str
+    sentences: int
+    loss: float
+    above_test: float | None = None
+    knowing: float | None = None
+    guessing: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ending(Record):
     """Where training ended.
 
@@ -224,6 +247,7 @@ class Summary(Record):
         ending: where training ended, and why; None where nothing was trained, or nobody wrote it down.
         floors: what the best of models would lose on the held-out text; None where nobody knows.
         recall: facts that are known, by task; None where the text tells none.
+        domains: losses on other text; None where none was asked for.
     """
 
     recipe: str | None = None
@@ -255,6 +279,7 @@ class Summary(Record):
     ending: Ending | None = None
     floors: Sequence[FloorRecord] | None = field(default=None, metadata={"optional": True})
     recall: Sequence[RecallRecord] | None = field(default=None, metadata={"optional": True})
+    domains: Sequence[DomainRecord] | None = field(default=None, metadata={"optional": True})
 
 
 @dataclass(frozen=True, kw_only=True)

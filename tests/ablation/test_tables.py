@@ -38,7 +38,7 @@ CONTROL: dict[str, Any] = TABLE["control"]
         ({"arms": {}}, r"arms: must have at least one arm"),
         ({"arms": {"many": 3}}, r"arms\.many: must be a mapping: got 3"),
         ({"arms": {"many": {"setting": {}}}}, r"arms\.many\.setting: unknown key\. Did you mean 'settings'"),
-        ({"arms": {"many": {"of": "none"}}}, r"arms\.many\.of: must name an arm that trains: got 'none'"),
+        ({"arms": {"many": {"of": "none"}}}, r"arms\.many\.of: must name an arm that trains from scratch: got 'none'"),
         ({"arms": {"many": {"prune": {"keep": 2}}}}, r"arms\.many\.prune: is for an arm"),
         ({"claims": []}, r"claims: a table needs at least one claim"),
         ({"claims": [CLAIM, CLAIM]}, r"claims\[1\]\.id: 'many-better' is there twice"),
@@ -83,7 +83,7 @@ def test_a_ladder_has_four_sizes(tmp_path: Path) -> None:
 def test_pairs_differ_by_the_arm_alone(tmp_path: Path) -> None:
     """Same seed, same order of the text, first weights by name; no clock ends a run."""
     made = plan(tmp_path)
-    many, few, again = (made.job(arm, 3, 0.002) for arm in ("many", "few", "again"))
+    many, few, again = (made.job(arm, 3, {"many": 0.002, "few": 0.002, "again": 0.002}) for arm in ("many", "few", "again"))
     assert many.config == few.config.changed(model={"num_experts": many.config.model.num_experts})
     for job in (many, few):
         assert (job.config.train.seed, job.config.data.order_seed) == (3, 3)
@@ -105,7 +105,7 @@ def test_a_run_is_named_by_what_it_computes(tmp_path: Path) -> None:
     digest = made.job("many", 1).digest
     assert other.job("x", 1).digest == digest, "tables share runs"
     assert other.job("y", 1).digest == digest, "a cache changes no number"
-    different = [made.job("many", 2), made.job("few", 1), made.job("again", 1), made.job("many", 1, 0.01)]
+    different = [made.job("many", 2), made.job("few", 1), made.job("again", 1), made.job("many", 1, {"many": 0.01})]
     assert len({digest, *(job.digest for job in different)}) == 5
     assert {job.kin for job in different if job.label.startswith(("many", "again"))} == {made.job("many", 1).kin}
 

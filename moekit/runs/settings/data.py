@@ -31,6 +31,10 @@ _WHICH_TEXT = (
 _WHICH_FACTS = (
     "facts_entities", "facts_relations", "facts_values", "facts_power", "facts_one_language", "facts_profiles",
 )  # fmt: skip
+DOMAIN_SETTINGS = (*_WHICH_TEXT, *_WHICH_FACTS, "path", "seed")
+"""What says which text another domain is."""
+_OF_ONE_SOURCE = ("path", "directions", "languages", "columns")
+"""What says nothing of a corpus of another kind."""
 _MAX_WORKERS = 4  # beside each GPU
 
 
@@ -196,6 +200,11 @@ class DataConfig:
         found = opened[0] if len(opened) == 1 else Union(opened)
         LanguageNames(self.languages).check(found)
         return found
+
+    def of_domain(self, given: Mapping[str, Any]) -> DataConfig:
+        """These settings for other text: with those of `DOMAIN_SETTINGS` that are given, read by this process."""
+        others = dict.fromkeys(_OF_ONE_SOURCE) if "source" in given else {}
+        return replace(self, **{**others, "num_workers": 0, **given})
 
     def glossary(self) -> Source | None:
         """The first of the sources that can say its sentences in English, with nothing read; None if none can."""

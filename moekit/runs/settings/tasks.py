@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from moekit.errors import UserError, nearest
+from moekit.runs.settings.data import DOMAIN_SETTINGS
 from moekit.runs.settings.fields import RESUME, setting
 from moekit.tasks import with_pair_tasks
 from moekit.tasks.bleu import BleuTokenizer, bleu
@@ -84,6 +87,9 @@ class EvaluateConfig:
         facts: for the facts corpus: number of questions of each decile of frequency, kind and language that the test
             asks to measure recall; 0 = it asks none.
         choices: for the facts corpus: number of values that a question gives to choose from; chance is 1 / choices.
+        domains: test text of other domains on which the loss is measured too, by a name of your choice: settings of the
+            group data over those of the run, as {talks: {source: text, path: my/talks}}. Text is cut into the run's
+            pieces, so its languages must be among the run's.
         bleu_tokenizer: how BLEU splits text into words, as sacrebleu names it: auto = by the target language (zh for
             Chinese, ja-mecab and ko-mecab where installed, char for Thai, Lao, Khmer, Burmese and Tibetan, else 13a),
             or 13a, intl, char, zh, ja-mecab, ko-mecab, flores200 or spm for all directions.
@@ -100,13 +106,26 @@ class EvaluateConfig:
     samples: int = setting(5, at_least=0, free=RESUME)
     facts: int = setting(50, at_least=0, free=RESUME)
     choices: int = setting(8, at_least=2, free=RESUME)
+    domains: dict[str, dict[str, Any]] | None = setting(None, free=RESUME)
     bleu_tokenizer: BleuTokenizer = setting("auto", free=RESUME)
 
     def check(self) -> None:
-        """Make sure that a tokenizer that was chosen is there.
+        """Make sure that a tokenizer that was chosen is there, and that domains are given by settings of data.
 
         Raises:
-            UserError: it is not.
+            UserError: it is not, or they are not.
         """
+        for name, given in (self.domains or {}).items():
+            if not name or not isinstance(given, Mapping):
+                raise UserError(
+                    "evaluate.domains must be settings of data by name, as {talks: {source: text, path: my/talks}}: "
+                    f"got {name!r}: {given!r:.60}."
+                )
+            for key in given:
+                if key not in DOMAIN_SETTINGS:
+                    raise UserError(
+                        f"evaluate.domains.{name}.{key} must be a setting of data that says which text is read. "
+                        f"{nearest(key, DOMAIN_SETTINGS)}"
+                    )
         if self.bleu_tokenizer != "auto":
             bleu(self.bleu_tokenizer)
