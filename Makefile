@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-slow check format docs sample bench clean
+.PHONY: help run twin test test-slow check format docs sample bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,6 +35,9 @@ help: ## List these commands
 
 run: $(VENV)/.ready-run ## Train the tiny Z-code M3 model, translate, write runs/.../report.html
 	$(BIN)/python -m moekit.recipes.zcode_m3 run $(ARGS)
+
+twin: $(VENV)/.ready-run ## Train a sparse model and its dense twin on text that knows things, and compare them
+	$(BIN)/python -m moekit run moe_lm --variant facts --twin $(ARGS)
 
 test: $(VENV)/.ready-test ## Run every fast test
 	$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE) $(ARGS)

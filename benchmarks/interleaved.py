@@ -44,9 +44,15 @@ def peak_bytes(step: Step) -> int:
     return most
 
 
-def interleaved(arms: Mapping[str, Step], rounds: int, warm_up: int = 2) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each arm, round by round: ``{name: {"processor": [...], "wall": [...]}}``."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+def interleaved(
+    arms: Mapping[str, Step], rounds: int, warm_up: int = 2, wait: Callable[[], object] | None = None
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each arm, round by round: ``{name: {"processor": [...], "wall": [...]}}``.
+
+    A step begins and ends with `wait`: until all that was begun is done, by default on the GPU if there is one.
+    """
+    if wait is None:
+        wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds: dict[str, dict[str, list[float]]] = {name: {"processor": [], "wall": []} for name in arms}
     for _ in range(warm_up):
         for step in arms.values():

@@ -11,7 +11,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -174,6 +174,27 @@ def require_text(path: Path, what: str) -> None:
         os.fspath(path).encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(f"{what} {path} must have a path in UTF-8: some of its bytes are none. Rename it.") from None
+
+
+def require_apart(inputs: Mapping[str, str | os.PathLike[str] | None], replaced: Iterable[Path]) -> None:
+    """Make sure that nothing that is read lies in what will be removed or replaced.
+
+    Args:
+        inputs: paths by the option that names them; None = it was not given.
+        replaced: files and folders.
+
+    Raises:
+        UserError: something does.
+    """
+    places = [Path(os.path.realpath(place)) for place in replaced]
+    for option, given in inputs.items():
+        found = None if given is None else Path(os.path.realpath(given))
+        for place in places:
+            if found is not None and (found == place or place in found.parents):
+                raise UserError(
+                    f"{option} {os.fspath(given or '')} lies in {place}, which is replaced: it would be lost. Move it, "
+                    "or choose another --out."
+                )
 
 
 def require_writable(path: Path) -> None:

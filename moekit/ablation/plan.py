@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from moekit.runs.config import RunConfig
 from moekit.runs.finetune import fine_tune_config, gentler, prepare
 from moekit.runs.plain import as_plain, flatten
 from moekit.runs.recipe import Recipe, RunText, find_recipe
+from moekit.runs.settings.monitor import MonitorConfig
 
 Configure = Callable[[Recipe, RunConfig, Sequence[str]], RunConfig]
 """Applies options such as ``--model.dim=64`` to a configuration, as `moekit.cli.recipes.reconfigured` does."""
@@ -37,7 +38,11 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 """Settings on which no number of a run depends."""
 
-_SINCE = {"train.record_routing": 0, "data.facts_profiles": 0.0, "evaluate.domains": None}
+_SINCE = {
+    "train.record_routing": 0, "data.facts_profiles": 0.0, "model.router": "table", "model.balance_scope": "batch",
+    "model.shared": False, "model.selection": "random", "data.unit": "line", "data.text_field": "text",
+    "evaluate.domains": None, **{f"train.monitor.{field.name}": field.default for field in fields(MonitorConfig)},
+}  # fmt: skip
 """Settings that digests of earlier runs do not know, with the value at which a run computes what it did before."""
 
 _SEEDS = ("train.seed", "data.order_seed")

@@ -313,9 +313,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _made(
-    plan: Plan, jobs: Mapping[str, Mapping[int, Job]], rates: Mapping[str, float], runs: Path
-) -> dict[str, Any]:
+def _made(plan: Plan, jobs: Mapping[str, Mapping[int, Job]], rates: Mapping[str, float], runs: Path) -> dict[str, Any]:
     """When, where and how fast: nothing of it is compared."""
     grid = {job.digest: job for job in (*plan.tuning_jobs(), *plan.fine_tuning_jobs(rates))}
     every = {job.digest: job for found in jobs.values() for job in found.values()} | grid

@@ -118,10 +118,12 @@ def _by_rule(found: Evidence, effect: PairedDifferences, p_for: float, p_against
         return "contradicted", "the interval lies on the other side of zero."
     if found.censored:
         return "inconclusive", f"{found.censored}."
+    low, high = effect.interval()
+    no_more = f", and rules out an effect of {found.smallest:g}" if high < found.smallest else ""
     if effect.mean > 0:
-        said = "includes zero" if effect.interval()[0] <= 0 else f"does not lie beyond {found.smallest:g}"
-        return "direction only", f"the mean is on the claimed side, its interval {said}."
-    return "inconclusive", "the mean is not on the claimed side, and its interval includes zero."
+        said = "includes zero" if low <= 0 else f"does not lie beyond {found.smallest:g}"
+        return "direction only", f"the mean is on the claimed side, its interval {said}{no_more}."
+    return "inconclusive", f"the mean is not on the claimed side, and its interval includes zero{no_more}."
 
 
 def _not_counted(why: str) -> str:

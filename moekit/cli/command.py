@@ -179,11 +179,21 @@ class number:  # noqa: N801 - the type of an option, as int and float are
         return found
 
 
-def location(text: str) -> str:
+class _Location:
     """The type of an option that names a file or a folder: an empty text would be the folder of the shell."""
-    if not text or "\0" in text:
-        raise _ValueError(f"must name a file or a folder: got {text!r}")
-    return text
+
+    def __call__(self, text: str) -> str:
+        """The name, if it can be one."""
+        if not text or "\0" in text:
+            raise _ValueError(f"must name a file or a folder: got {text!r}")
+        return text
+
+    def __repr__(self) -> str:
+        """Shown in help texts."""
+        return "path"
+
+
+location = _Location()
 
 
 def path(text: str) -> Path:

@@ -14,9 +14,11 @@ from moekit.cli import (
     compare,
     curve,
     export,
+    finetune_folder,
     import_,
     inspect,
     merge,
+    plan,
     prune,
     recipes,
     report,
@@ -46,6 +48,11 @@ SURGERY: Mapping[str, Command] = {
 }
 REPORTS: Mapping[str, Command] = {"report": report.COMMAND, "compare": compare.COMMAND}
 STUDIES: Mapping[str, Command] = {"ablate": ablate.COMMAND}
+FOLDERS: Mapping[str, Command | finetune_folder.FolderCommand] = {
+    "plan": plan.FOLDER_COMMAND,
+    "finetune": finetune_folder.COMMAND,
+}
+"""Commands on recipes that take a folder of transformers, too: ``--model FOLDER`` in the place of a recipe."""
 _RUNS = ("test", "generate", "serve", "score", "routing")
 """Commands that use a run, whose folder names its recipe."""
 
@@ -61,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = {**SURGERY, **REPORTS, **STUDIES}
     if name in runs:
         return run_command(runs, name, rest)
+    if name in FOLDERS and _names_model(rest):
+        of = FOLDERS[name]
+        return run_command({name: of}, name, rest) if isinstance(of, Command) else finetune_folder.main(of, rest)
     if name == "run" and rest[:1] == [run_all.ALL]:
         return run_all.run_all(rest[1:])
     if rest and is_help(rest) and name in recipes.COMMANDS:
@@ -111,6 +121,12 @@ def _names_folder(arguments: Sequence[str]) -> bool:
     return not first.startswith("-") and first not in recipe_names() and (os.path.lexists(first) or os.sep in first)
 
 
+def _names_model(arguments: Sequence[str]) -> bool:
+    """Whether ``--model`` stands in the place of a recipe; settings of a recipe's model have a name behind it."""
+    named = bool(arguments) and not arguments[0].startswith("-")
+    return not named and any(argument.partition("=")[0] == "--model" for argument in arguments)
+
+
 def _unknown(name: str, known: Mapping[str, object]) -> None:
     raise UserError(f"unknown command {name!r}. {nearest(name, known)}")
 
@@ -128,19 +144,26 @@ def _about() -> str:
         f"usage: {program()} COMMAND [RECIPE] [--option value ...]\n\n"
         f"{lists}\n\n"
         "Commands on recipes are followed by a recipe. test, generate, serve, score and routing also take the folder "
-        f"of a run: {command_line('generate', 'FOLDER')}. {command_line('run', run_all.ALL, '--smoke')} tries every "
+        f"of a run: {command_line('generate', 'FOLDER')}. finetune also takes a folder of transformers: "
+        f"{command_line('finetune', '--model', 'FOLDER')}. {command_line('run', run_all.ALL, '--smoke')} tries every "
         "recipe in seconds.\n"
+        "inspect, prune, merge, upcycle and curve also take the folder of a transformers model, as "
+        f"{command_line('plan', '--model', 'FOLDER')} does.\n"
         "To list the options, add --help after the command (and its recipe, if it needs one)."
     )
 
 
 def _about_command(name: str) -> str:
     """Help of a command on recipes without a recipe, whose settings are the options."""
+    folders = (
+        f"\n\n{FOLDERS[name].help}:\n{command_line(name, '--model', 'FOLDER', '--help')}" if name in FOLDERS else ""
+    )
     return (
         f"usage: {command_line(name)} RECIPE [--variant NAME] [--option value ...]\n\n"
         f"{recipes.COMMANDS[name].help}.\n\n"
         f"recipes:\n{overview({each: recipe_about(each) for each in recipe_names()})}\n\n"
         f"{command_line(name)} RECIPE --help lists the options and the variants of a recipe."
+        f"{folders}"
     )
 
 

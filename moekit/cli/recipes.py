@@ -43,7 +43,7 @@ _SHORT = {"--devices": "--train.devices", "--nodes": "--train.num_nodes"}
 """Options that have a short name, as in ``torchrun``."""
 
 
-class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+class Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """jsonargparse's help with the description's own line breaks."""
 
     def format_help(self) -> str:
@@ -96,7 +96,7 @@ def build_parser(recipe: Recipe, command: str, variant: str, config: RunConfig |
         default_env=False,
         allow_abbrev=False,  # an abbreviation that works now would be a typo after the next new option
     )
-    parser.formatter_class = _Help
+    parser.formatter_class = Help
     parser.add_argument("--variant", default=variant, choices=list(recipe.variants), help="named preset of settings")
     if chosen.settings is None:
         # A run's config.yaml names its recipe; given with --config it must be of this one.

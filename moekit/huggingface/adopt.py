@@ -96,6 +96,7 @@ class Adoption:
     def __init__(self, hearing: Hearing, aux: AuxLosses | None) -> None:
         self.hearing, self.aux = hearing, aux
         self.asked: list[tuple[int, list[Routing]]] = []  # by which thread, and where to
+        self.told: dict[int, tuple[Tensor, Tensor]] = {}  # by which thread, see `packed`
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward: take the mask, and begin to listen.
@@ -110,12 +111,16 @@ class Adoption:
             )
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         forward = self.hearing.forward
-        forward.mask, forward.routings, forward.with_gradient = real_tokens(mask), [], torch.is_grad_enabled()
+        real, sequence = mask, None
+        if self.told:  # seldom; torch.compile cannot ask for the thread
+            real, sequence = self.told.get(threading.get_ident(), (mask, None))
+        forward.mask, forward.sequence = real_tokens(real), sequence
+        forward.routings, forward.with_gradient = [], torch.is_grad_enabled()
 
     def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """After a forward, also one that raised: stop listening, and add the losses."""
         forward = self.hearing.forward
-        heard, forward.routings, forward.mask = forward.routings or [], None, None
+        heard, forward.routings, forward.mask, forward.sequence = forward.routings or [], None, None, None
         for thread, asked in self.asked:
             if thread == threading.get_ident():
                 asked.extend(heard)
@@ -150,15 +155,64 @@ def routings(model: nn.Module) -> Iterator[list[Routing]]:
     Raises:
         UserError: the model was not adopted.
     """
-    adoption = _adoption(model)
-    if adoption is None:
-        raise UserError(f"routings are those of an adopted model: got {type(model).__name__}. Call adopt(model) first.")
+    adoption = _require_adopted(model, "routings")
     heard: list[Routing] = []
     adoption.asked.append((threading.get_ident(), heard))
     try:
         yield heard
     finally:
         adoption.asked = [asked for asked in adoption.asked if asked[1] is not heard]
+
+
+@contextmanager
+def packed(model: nn.Module, real: Tensor, sequence: Tensor) -> Iterator[None]:
+    """Tell what the rows of the forwards inside the block are made of, where no attention mask can say it.
+
+    Several texts share a row. The model is given no ``attention_mask``, and ``position_ids`` that begin anew with each
+    text, by which transformers keep the attention of texts apart.
+
+    Example::
+
+        with packed(model, real, sequence):
+            logits = model(input_ids, position_ids=position_ids, use_cache=False).logits
+
+    Args:
+        model: adopted.
+        real: Bool[B, S], True = a real token; others are not routed and in no loss.
+        sequence: Int64[B, S], which text a token belongs to, from 0 to below B x S.
+
+    Raises:
+        UserError: the model was not adopted.
+    """
+    adoption = _require_adopted(model, "packed rows")
+    thread = threading.get_ident()
+    former = adoption.told.get(thread)
+    adoption.told[thread] = real, sequence
+    try:
+        yield
+    finally:
+        if former is None:
+            del adoption.told[thread]
+        else:
+            adoption.told[thread] = former
+
+
+def added_losses(model: nn.Module) -> AuxLosses | None:
+    """What an adopted model adds to its loss: the weights of its routers' losses; None = nothing.
+
+    For a loss that is made of the logits: ``added_losses(model)(*heard)[0]``, with what `routings` has heard.
+
+    Raises:
+        UserError: the model was not adopted.
+    """
+    return _require_adopted(model, "losses of routers").aux
+
+
+def _require_adopted(model: nn.Module, what: str) -> Adoption:
+    adoption = _adoption(model)
+    if adoption is None:
+        raise UserError(f"{what} are those of an adopted model: got {type(model).__name__}. Call adopt(model) first.")
+    return adoption
 
 
 def _adoption(model: nn.Module) -> Adoption | None:

@@ -26,6 +26,7 @@ class Forward:
         routings: those of the layers so far, in their order; None outside of a forward, so that a recomputation by
             activation checkpointing adds nothing.
         mask: Bool[B, S'], True = a real token; None = all are.
+        sequence: Int64[B, S], which sequence a token belongs to; None = each row is one.
         with_gradient: whether it began with gradients.
         in_stack: whether an encoder or decoder is at work, in a forward of the model or called by itself.
     """
@@ -33,6 +34,7 @@ class Forward:
     def __init__(self) -> None:
         self.routings: list[Routing] | None = None
         self.mask: Tensor | None = None
+        self.sequence: Tensor | None = None
         self.with_gradient = False
         self.in_stack = False
 
@@ -70,7 +72,9 @@ class Hearing:
         mask = forward.mask
         if mask is not None:
             mask = mask[:, -length:] if mask.shape[0] == batch and mask.shape[1] >= length else None
-        sequence = torch.arange(batch, device=hidden.device)[:, None].expand(batch, length)
+        sequence = forward.sequence
+        if sequence is None or tuple(sequence.shape) != (batch, length):
+            sequence = torch.arange(batch, device=hidden.device)[:, None].expand(batch, length)
         return RoutingContext(mask=mask, sequence=sequence)
 
     def enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,9 +105,9 @@ class Hearing:
         if (
             self.forward.routings is None and not self.forward.in_stack
         ):  # or the base model is called by itself, whose mask nobody knows
-            self.forward.mask = self._masks.get(key)
-        elif self.forward.mask is not None and torch.is_grad_enabled():
-            self._masks[key] = self.forward.mask
+            self.forward.mask, self.forward.sequence = self._masks.get(key, (None, None))
+        elif (self.forward.mask is not None or self.forward.sequence is not None) and torch.is_grad_enabled():
+            self._masks[key] = self.forward.mask, self.forward.sequence
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hear a forward of their own."""

@@ -21,10 +21,8 @@ def expert_gradients(model: nn.Module) -> dict[str, Tensor]:
         Float32[E] by layer, in host memory. Layers without a gradient are left out, and so are tensors that not all
         experts have.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, layer in named_layers(model).items():
-        squares = torch.zeros(layer.num_experts, dtype=torch.float64)
-        seen = False
         for bank in layer.experts.modules():
             axes = getattr(bank, "axes", {})
             for own, parameter in bank.named_parameters(recurse=False):
@@ -36,8 +34,10 @@ def expert_gradients(model: nn.Module) -> dict[str, Tensor]:
                 rows = rows.sum(others) if others else rows
                 rows = rows.full_tensor() if isinstance(rows, DTensor) else rows
                 if rows.numel() == layer.num_experts:
-                    squares += rows.double().cpu()  # host read: to be written
-                    seen = True
-        if seen:
-            found[name] = squares.sqrt().float()
-    return found
+                    there = found.get(name)
+                    found[name] = rows.double() if there is None else there + rows.double()
+    if not found:
+        return {}
+    device = next(iter(found.values())).device
+    norms = torch.cat([squares.to(device) for squares in found.values()]).sqrt().float().cpu()  # host read: all at once
+    return dict(zip(found, norms.split([len(squares) for squares in found.values()]), strict=True))

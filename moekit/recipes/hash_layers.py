@@ -14,8 +14,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
-
 from moekit import routers
 from moekit.cli.recipes import main
 from moekit.errors import UserError
@@ -31,11 +29,10 @@ from moekit.recipes._networks import (
     parts,
     with_twins,
 )
-from moekit.recipes._routers import LEARNED, Learned
+from moekit.recipes._routers import LEARNED, Learned, token_embeddings
 from moekit.routing import Router
-from moekit.runs import ModelParts, Recipe, Run, RunConfig, RunText, Variant
+from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import DataConfig, LanguageModelTasks, TaskConfig, TrainConfig, setting
-from moekit.training.checkpoint_state import load_state
 from moekit.transformer import Side, every_other
 
 Hash = Literal["balanced", "random", "previous", "bigram", "position", "clustered", "dispersed", "oracle"]
@@ -109,25 +106,6 @@ def hash_router(model: ModelConfig, text: RunText) -> routers.HashRouter:
             return routers.hash_dispersed(experts, token_embeddings(model.embeddings, text.vocab_size), seed=seed)
         case "oracle":
             return routers.hash_oracle(experts, text.token_counts(shifted=True), seed=seed, allow_future=True)
-
-
-def token_embeddings(run: str | None, vocab_size: int) -> Tensor:
-    """Float[V, D], the token embeddings of the best checkpoint of a run.
-
-    Raises:
-        UserError: there is none, or it has another vocabulary.
-    """
-    checkpoint = None if run is None else Run.open(run).best_checkpoint
-    if checkpoint is None:
-        raise UserError(
-            f"model.hash clustered and dispersed need model.embeddings, the folder of a trained run: got {run}. For "
-            "example train --variant tiny_dense and give its folder."
-        )
-    table = load_state(checkpoint).weights.get("backbone.embedding.weight")
-    if table is None or table.shape[0] != vocab_size:
-        found = "no token embeddings" if table is None else f"a vocabulary of {table.shape[0]}"
-        raise UserError(f"model.embeddings must be of a run with this one's vocabulary of {vocab_size}: got {found}.")
-    return table
 
 
 def build(config: RunConfig, text: RunText) -> ModelParts:

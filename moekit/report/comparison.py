@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from moekit.errors import UserError
 from moekit.report import render, wording
+from moekit.report.domains import compared_domains
 from moekit.report.health import experts_per_token
+from moekit.report.pair import pair_section
 from moekit.report.plots import Curves, Dots, Line
 from moekit.report.predictions import TaskScores, main_task, predictions
-from moekit.report.recall import above_floor, recall_rows
+from moekit.report.recall import above_floor, compared_recall, floor_lines, floor_words, recall_rows
 from moekit.report.results import costs, routing_words
 from moekit.report.run_folder import RunFolder, dig, flat, read_run
 from moekit.report.significance import significance
@@ -28,13 +30,14 @@ _UNFOLDED = 20  # rows
 _KEPT = ("parameters", "active parameters", "steps", "tokens", "tokens per second", "step time", "work", "time")
 
 
-def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
+def write_comparison(run_dirs: Sequence[Path], out: Path, *, known: Sequence[str] = ()) -> Path:
     """Write a page that compares runs, and the same tables as markdown beside it.
 
     Args:
         run_dirs: two to eight run folders; differences are against the first.
         out: the HTML file to write; the markdown file has the same name and the suffix ``.md``. A folder (or a name
             without a suffix) gets ``comparison.html`` and ``comparison.md``.
+        known: what is known of a run and its dense twin over several seeds, in sentences; see `pair.pair_section`.
 
     Returns:
         Path of the HTML file.
@@ -44,23 +47,29 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     """
     if not 2 <= len(run_dirs) <= MAX_RUNS:
         raise UserError(f"A comparison takes 2 to {MAX_RUNS} runs: got {len(run_dirs)}.")
-    view = comparison_view([read_run(Path(d)) for d in run_dirs])
+    view = comparison_view([read_run(Path(d)) for d in run_dirs], known)
     out = Path(out)
     path = out if out.suffix in (".html", ".htm") else out / "comparison.html"
     render.save(path.with_suffix(".md"), render.markdown(view))
     return render.save(path, render.html(view))
 
 
-def comparison_view(runs: Sequence[RunFolder]) -> View:
+def comparison_view(runs: Sequence[RunFolder], known: Sequence[str] = ()) -> View:
     """Everything that is shown of several runs."""
     names = _names(runs)
     measures, accuracy = _measures(runs), _table("Accuracy", names, _accuracies(runs), "task")
     paired, untested = significance(runs, names) if all(run.translates for run in runs) else ([], [])
     facts = [table for table in (_facts(runs, names), _above_floor(runs, names)) if table.rows]
+    domains = _table("Loss on text of other domains", names, compared_domains(runs), "domain")
     costly = {"Cost": _costs(runs), "Tasks (validation)": _tasks(runs), "Routing": _routing(runs)}
-    settings = _table("Settings that differ", names, _settings(runs), "setting")
+    different = _settings(runs)
+    settings = _table("Settings that differ", names, different, "setting")
+    pair = pair_section(different, known) if len(runs) == 2 else None
     cost = [_table(title, names, rows) for title, rows in costly.items() if rows]
-    measured = [*(measure.table(names) for measure in measures), *([accuracy] if accuracy.rows else []), *facts]
+    measured = [
+        *(measure.table(names) for measure in measures),
+        *(table for table in (accuracy, *facts, domains) if table.rows),
+    ]
     return View(
         kind="moekit comparison",
         title=" vs ".join(names),
@@ -68,7 +77,13 @@ def comparison_view(runs: Sequence[RunFolder]) -> View:
         tiles=[_tile(name, run) for name, run in zip(names, runs, strict=True)],
         sections=[
             *_quality(runs, names, measures, accuracy),
-            *([PageSection(*heading("recall"), cells=[[Figure(x.title, table=x)] for x in facts])] if facts else []),
+            *_knowledge(runs, names, facts),
+            *(
+                [PageSection(*heading("domains"), cells=[[Figure(domains.title, table=domains)]])]
+                if domains.rows
+                else []
+            ),
+            *([pair] if pair else []),
             *(
                 [PageSection(*heading("paired"), untested, [[Figure(t.title, table=t)] for t in paired])]
                 if paired or untested
@@ -78,7 +93,7 @@ def comparison_view(runs: Sequence[RunFolder]) -> View:
             PageSection(*heading("settings"), *_shown(settings)),
             PageSection(*heading("cost"), cells=[[Figure(table.title, table=table)] for table in cost]),
         ],
-        notes=[*_warnings(runs)],
+        notes=[*_warnings(runs), *(pair.notes if pair else [])],
         tables=[*measured, *paired, *([settings] if settings.rows else []), *cost],
         remark=f"In brackets: the difference from {names[0]}." if measures else "",
     )
@@ -216,10 +231,11 @@ def _above_floor(runs: Sequence[RunFolder], names: Sequence[str]) -> Table:
     return _table("Loss above the floor", names, rows, "task")
 
 
-def _paired(tables: Sequence[Table], notes: Sequence[str]) -> list[PageSection]:
-    """Whether the runs that translate differ by luck; nothing where none was asked."""
-    cells = [[Figure(table.title, table=table)] for table in tables]
-    return [PageSection(*heading("paired"), notes, cells)] if tables or notes else []
+def _knowledge(runs: Sequence[RunFolder], names: Sequence[str], tables: Sequence[Table]) -> list[PageSection]:
+    """Recall by frequency with a line for each run, and the tables on facts; nothing where no text tells any."""
+    curves = compared_recall(runs, names)
+    cells = [*([curves] if curves else []), *([Figure(table.title, table=table)] for table in tables)]
+    return [PageSection(*heading("recall"), cells=cells)] if cells else []
 
 
 def _settings(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
@@ -321,6 +337,8 @@ def _progress(runs: Sequence[RunFolder], names: Sequence[str]) -> PageSection:
     for task in dict.fromkeys(task for run in runs for task in run.by_column("valid", "loss")):
         named = first[task].task(task)
         chart = curves(f"valid/{task}/loss", f"{named.title}: validation loss of every run over steps")
-        figures.append(Figure(named.title, f"{named.explanation} Validation loss.", chart=chart))
+        levels = floor_lines(runs, task, [line.series for line in chart.lines])
+        words = f"{named.explanation} Validation loss.{f' {floor_words()}' if levels else ''}"
+        figures.append(Figure(named.title, words, chart=replace(chart, lines=[*chart.lines, *levels])))
     notes = [] if figures else ["No validation loss was logged."]
     return PageSection(*heading("progress", better=better), notes, [[figure] for figure in figures])

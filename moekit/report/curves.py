@@ -10,14 +10,14 @@ import numpy as np
 from moekit.report import wording
 from moekit.report.health import by_rule
 from moekit.report.plots import Curves, Line, Unit
-from moekit.report.recall import floors
+from moekit.report.recall import floor_lines, floor_words, floors
 from moekit.report.run_folder import RunFolder, Series, number
 from moekit.report.series import milestones, smooth, smoothing_window
 from moekit.report.style import CYCLE
 from moekit.report.view import Figure, PageSection, Table, caption, heading, texts
 
 _LOADS = ("dead_experts", "load_cv", "load_max_ratio")  # no cause for worry where a fixed rule decides
-_FROM_ZERO = ("drop_rate", "dead_experts", "load_cv", "entropy")
+_FROM_ZERO = ("drop_rate", "dead_experts", "load_cv", "entropy", "expert_gradient_norm")
 _UNITS: Mapping[str, Unit] = {"drop_rate": "percent", "dead_experts": "count"}
 _ORDERS = 1e3  # of a norm that jumps so far a linear scale would show the jump alone
 _SIDE_COLOURS = {"decoder": "red", "encoder": "blue"}
@@ -42,19 +42,23 @@ def losses(run: RunFolder) -> PageSection:
     rate = run.logged(next((n for n in run.metrics if n in rates or n.startswith("lr-")), ""))
     if rate is not None:
         chart = Curves([Line("", rate)], "Learning rate over steps", start_at_zero=True, height=2.1)
-        figures.append(Figure(*caption("learning_rate"), chart, numbers=curve_table({"learning rate": rate})))
+        figures.append(
+            Figure(*caption("learning_rate"), chart, numbers=curve_table({"learning rate": rate}), name="learning_rate")
+        )
     speed = run.logged("train/tokens_per_second")
     if speed is not None:
         lines = [Line("logged", speed, look="raw"), Line("smoothed", smooth(speed))]
         chart = Curves(lines, "Tokens per second over steps", "short", start_at_zero=True, height=2.1)
         numbers = curve_table({"tokens per second": smooth(speed)})
-        figures.append(Figure(*caption("speed"), chart, numbers=numbers))
+        figures.append(Figure(*caption("speed"), chart, numbers=numbers, name="speed"))
     norm = run.logged("train/grad_norm")
     if norm is not None:
         lines = [Line("logged", norm, look="raw"), Line("smoothed", smooth(norm))]
         shape: Any = {"start_at_zero": True, "skip_start": True, "log_beyond": _ORDERS, "height": 2.1}
         chart = Curves(lines, "Gradient norm over steps", **shape)
-        figures.append(Figure(*caption("grad_norm"), chart, numbers=curve_table({"gradient norm": smooth(norm)})))
+        figures.append(
+            Figure(*caption("grad_norm"), chart, numbers=curve_table({"gradient norm": smooth(norm)}), name="grad_norm")
+        )
     note = run.notes.get("metrics.csv", "" if figures else "No loss was logged.")
     return PageSection(*heading("losses"), [note] if note else [], [[figure] for figure in figures])
 
@@ -79,16 +83,12 @@ def _loss(run: RunFolder, task: str) -> Figure:
     if valid is not None:
         lines.append(Line("validation", valid, "red", "points"))
         columns["validation"] = valid
-    floor, logged = floors(run).get((task, "valid")), [s.finite for s in (train, valid) if s is not None]
-    steps = np.concatenate([s.step for s in logged] or [np.zeros(0)])
-    if floor is not None and len(steps):
-        ends = np.array([steps.min(), steps.max()])
-        lines.append(Line("guessing facts", Series(ends, np.full(2, floor.guessing)), "muted", "level"))
-        lines.append(Line("floor", Series(ends, np.full(2, floor.knowing)), "green", "level"))
+    levels = floor_lines([run], task, [series for series in (train, valid) if series is not None])
     named = run.task(task)
-    chart = Curves(lines, f"{named.title}: training and validation loss over steps", skip_start=True)
-    known = "" if floor is None else f" {texts()['words']['floor'][0]}"
-    return Figure(named.title, f"{named.explanation}{known}", chart=chart, numbers=curve_table(columns))
+    chart = Curves([*lines, *levels], f"{named.title}: training and validation loss over steps", skip_start=True)
+    known = f" {floor_words()}" if floors(run).get((task, "valid")) else ""
+    name = f"loss/{task}" if task else "loss"
+    return Figure(named.title, f"{named.explanation}{known}", chart=chart, numbers=curve_table(columns), name=name)
 
 
 def _accuracy(run: RunFolder) -> list[Figure]:
@@ -114,7 +114,7 @@ def _accuracy(run: RunFolder) -> list[Figure]:
             label = "" if any(line.look == "faint" for line in lines) else "most frequent answer"
             lines.append(Line(label, level, colour, "faint"))
     chart = Curves(lines, "Accuracy of every task over steps", "percent", start_at_zero=True)
-    return [Figure(*caption("accuracy"), chart, numbers=curve_table(found))]
+    return [Figure(*caption("accuracy"), chart, numbers=curve_table(found), name="accuracy")]
 
 
 def routing_curves(metrics: Mapping[str, Series]) -> dict[str, dict[str, Series]]:
@@ -156,7 +156,7 @@ def routing(run: RunFolder) -> PageSection | None:
         words = caption(quantity, group="routing", worry=not (by_rule(run) and quantity in _LOADS))
         unit = _UNITS.get(quantity, "plain")
         chart = Curves(lines, f"{words[0]} over steps", unit, start_at_zero=quantity in _FROM_ZERO, height=2.2)
-        figures.append(Figure(*words, chart, numbers=curve_table(columns)))
+        figures.append(Figure(*words, chart, numbers=curve_table(columns), name=quantity))
     if not figures and run.dense:
         return None
     why = run.notes.get("metrics.csv", "No routing statistics were logged during this run.")

@@ -39,7 +39,7 @@ def experts(run: RunFolder) -> PageSection:
         table = health_table(run)
         used = " Per token: how many experts a token used, on average." if "per token" in table.headers else ""
         figures = [
-            Figure(*caption("load", worry=worry), heats=[_load_map(health)], scale=_SCALE),
+            Figure(*caption("load", worry=worry), heats=[_load_map(health)], scale=_SCALE, name="load"),
             Figure(
                 *caption("health", worry=worry, used=used, measured=run.routing.get("measured", _HELD_OUT)),
                 table=table,
@@ -52,7 +52,9 @@ def experts(run: RunFolder) -> PageSection:
         if maps := [_language_map(x) for x in health if x.by_language]:
             width = _map_width(len(maps), max(x.num_experts for x in health if x.by_language))
             explained = caption("language_maps", worry=worry)
-            figures.append(Figure(*explained, heats=maps, scale=_SCALE, map_width=width, wide=True))
+            figures.append(
+                Figure(*explained, heats=maps, scale=_SCALE, map_width=width, wide=True, name="load_by_language")
+            )
         else:
             notes.append("routing.json has no load by language.")
     if health and (liked := typical_figure(run)) is not None:

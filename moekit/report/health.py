@@ -14,14 +14,11 @@ from moekit.report.run_folder import RunFolder, Series, dig, loads, number
 from moekit.report.series import specialisation
 from moekit.report.wording import count, fixed, percent
 from moekit.runs.smoke import WARNING
+from moekit.training.metrics.routing import DEAD_SHARE, MAX_DROP_RATE, crowded
+from moekit.training.monitoring.rules import Warned
 
-# Where we begin to worry. Ours: a dropped token loses its expert in that layer, and papers train at a few percent;
-# an expert with under a tenth of its fair share hardly learns, one with four times as much is a bottleneck, and one
-# with under a hundredth is dead (where the run did not count the dead itself).
-MAX_DROP_RATE = 0.10
 STARVED = 0.10
-CROWDED = 4.0
-DEAD = 0.01
+"""Part of a fair share under which an expert hardly learns. Ours, as the other bounds, which training warns by too."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ def _layer_health(run: RunFolder, i: int, layer: Mapping[str, Any]) -> LayerHeal
         largest=float(shares.max() * size),
         router_entropy=entropy / math.log(size) if entropy is not None and size > 1 else None,
         drop_rate=number(layer, "drop_rate"),
-        dead=int((shares * size < DEAD).sum() if dead is None else dead),
+        dead=int((shares * size < DEAD_SHARE).sum() if dead is None else dead),
         starved=int((shares * size < STARVED).sum()),
         specialisation=specialisation([*by_language.values()]),
         # A layer of an older record does not say: a router that has no entropy to report is not learned.
@@ -144,7 +141,7 @@ def findings(run: RunFolder) -> list[Finding]:
     translation, guessed = [*_translation(run)], _guessed(run)
     said = dig(run.summary, "held_out", "remarks")
     held_out = [Finding(False, str(text)) for text in said] if isinstance(said, list) else []
-    found = [*translation, *guessed.values(), *held_out, *_blind(run), *_losses(run), *_routing(run)]
+    found = [*translation, *guessed.values(), *held_out, *_blind(run), *_losses(run), *_routing(run), *_warned(run)]
     nothing_learned = bool(translation) or (not run.translates and main_task(run).task in guessed)
     smoke = [Finding(False, f"This was a {WARNING}.")] if run.smoke else []
     return [*smoke, *sorted((f for f in found if not (f.good and nothing_learned)), key=lambda f: f.good)]
@@ -186,6 +183,20 @@ def _losses(run: RunFolder) -> Iterator[Finding]:
         yield Finding(True, "Every logged loss was a number.")
 
 
+def _warned(run: RunFolder) -> Iterator[Finding]:
+    """What training was warned of: of each kind the last time, how often, and where."""
+    kinds: dict[str, list[Warned]] = {}
+    for one in run.warned:
+        kinds.setdefault(one.kind, []).append(one)
+    for warnings in kinds.values():
+        last, often = warnings[-1], ""
+        if len(warnings) > 1:
+            layers = [*dict.fromkeys(one.layer for one in warnings if one.layer)]
+            where = f" in {', '.join(layers)}" if len(layers) > 1 else ""
+            often = f" Training was warned of it {len(warnings)} times{where}, first after step {warnings[0].step:,}."
+        yield Finding(False, f"After step {last.step:,}, {last.text}{often}")
+
+
 def _routing(run: RunFolder) -> Iterator[Finding]:
     layers, rate = layer_health(run), drop_rate(run)
     if rate is not None:
@@ -215,4 +226,4 @@ def _learned(layers: list[LayerHealth]) -> Iterator[Finding]:
     if starved:
         yield Finding(False, f"{count(starved, 'expert').capitalize()} got under a tenth of a fair share.")
     text = f"The busiest expert got {busiest.largest:.1f} fair shares ({busiest.name})."
-    yield Finding(busiest.largest < max(1.6, min(CROWDED, 0.6 * busiest.num_experts)), text)
+    yield Finding(busiest.largest < crowded(busiest.num_experts), text)

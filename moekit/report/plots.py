@@ -25,6 +25,30 @@ _LARGE = 1e4  # from here on numbers are shortened
 MAX_BROKEN_MARKS = 40
 
 
+class Drawing:
+    """What a chart is to a page and to a notebook.
+
+    Attributes:
+        description: for those who cannot see the picture.
+    """
+
+    description: str
+
+    def svg(self) -> Markup:
+        """The chart as inline SVG."""
+        with self._drawn() as canvas:
+            return canvas.svg(self.description)
+
+    def figure(self, title: str = "") -> Figure:
+        """The chart as a figure of Matplotlib, under `title`, or else its description."""
+        with self._drawn() as canvas:
+            canvas.axes.set_title(drawable(title or self.description), fontsize=9)
+            return canvas.figure
+
+    def _drawn(self) -> contextlib.AbstractContextManager[Canvas]:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Line:
     """One line of a plot.
@@ -53,7 +77,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Curves:
+class Curves(Drawing):
     """Lines over optimizer steps.
 
     Attributes:
@@ -74,17 +98,6 @@ class Curves:
     skip_start: bool = False
     log_beyond: float = 0.0
     height: float = 2.7
-
-    def svg(self) -> Markup:
-        """The chart as inline SVG."""
-        with self._drawn() as canvas:
-            return canvas.svg(self.description)
-
-    def figure(self) -> Figure:
-        """The chart as a figure of Matplotlib, under its description."""
-        with self._drawn() as canvas:
-            canvas.axes.set_title(drawable(self.description), fontsize=9)
-            return canvas.figure
 
     @contextlib.contextmanager
     def _drawn(self) -> Iterator[Canvas]:
@@ -129,7 +142,7 @@ class Curves:
 
 
 @dataclass(frozen=True)
-class Bars:
+class Bars(Drawing):
     """Horizontal bars by name.
 
     Scores from 0 to 100, a second score as a dot beside each; or perplexities, which begin at 1, the best there is, on
@@ -143,8 +156,8 @@ class Bars:
     labels: tuple[str, str] = ("", "")
     perplexity: bool = False
 
-    def svg(self) -> Markup:
-        """The chart as inline SVG."""
+    @contextlib.contextmanager
+    def _drawn(self) -> Iterator[Canvas]:
         with _rows(self.names) as canvas:
             axes = canvas.axes
             finite = [v for v in (*self.values, *self.dots) if math.isfinite(v)]
@@ -171,11 +184,11 @@ class Bars:
                 look = {"ha": side, "va": "center", "fontsize": 7.5, "color": COLOURS[colour]}
                 axes.annotate(said, (end, i), xytext=(shift, 0), textcoords="offset points", **look)
             canvas.legend(last=self.labels[1:])
-            return canvas.svg(self.description)
+            yield canvas
 
 
 @dataclass(frozen=True)
-class Dots:
+class Dots(Drawing):
     """For each name one dot per run, joined by a rule: who is ahead, and by how much."""
 
     names: Sequence[str]
@@ -183,8 +196,8 @@ class Dots:
     description: str
     perplexity: bool = False
 
-    def svg(self) -> Markup:
-        """The chart as inline SVG."""
+    @contextlib.contextmanager
+    def _drawn(self) -> Iterator[Canvas]:
         with _rows(self.names) as canvas:
             axes = canvas.axes
             for i in range(len(self.names)):
@@ -198,11 +211,11 @@ class Dots:
             if self.perplexity:
                 _perplexity_axis(axes, logarithmic=_spread([v for column in self.columns.values() for v in column]))
             canvas.legend()
-            return canvas.svg(self.description)
+            yield canvas
 
 
 @dataclass(frozen=True)
-class Shares:
+class Shares(Drawing):
     """Shares of 1 over classes that have an order, one line for each of several groups; NaN draws nothing.
 
     Attributes:
@@ -219,8 +232,8 @@ class Shares:
     levels: Mapping[str, float] = field(default_factory=dict)
     axis: str = ""
 
-    def svg(self) -> Markup:
-        """The chart as inline SVG."""
+    @contextlib.contextmanager
+    def _drawn(self) -> Iterator[Canvas]:
         with Canvas(2.7) as canvas:
             axes, places = canvas.axes, range(len(self.names))
             for number, (label, line) in enumerate(self.lines.items()):
@@ -235,7 +248,7 @@ class Shares:
             if formatter := _FORMATS["percent"]:
                 axes.yaxis.set_major_formatter(formatter)
             canvas.legend()
-            return canvas.svg(self.description)
+            yield canvas
 
 
 Chart = Curves | Bars | Dots | Shares

@@ -7,11 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+import numpy as np
+
 from moekit.report import wording
-from moekit.report.plots import Shares
-from moekit.report.run_folder import RunFolder
-from moekit.report.view import Figure, PageSection, Table, Tile, caption, heading
-from moekit.runs.record import FloorRecord, RecallOf, RecallRecord, Record
+from moekit.report.plots import Line, Shares
+from moekit.report.run_folder import RunFolder, Series
+from moekit.report.view import Figure, PageSection, Table, Tile, caption, heading, texts
+from moekit.runs.record import FloorRecord, RecallOf, RecallRecord
+from moekit.runs.stored_record import Record
 
 _T = TypeVar("_T", bound=Record)
 
@@ -25,6 +28,25 @@ def above_floor(run: RunFolder, task: str, loss: float | None, split: str = "tes
     """How many nats a loss of a task is above that of a model that knows every fact; None where nobody knows."""
     floor = floors(run).get((task, split))
     return None if floor is None or loss is None else loss - floor.knowing
+
+
+def floor_lines(runs: Sequence[RunFolder], task: str, drawn: Sequence[Series]) -> list[Line]:
+    """Dotted lines at the floors of validation, as long as what is drawn; none where the runs have others, or none."""
+    known = {floors(run).get((task, "valid")) for run in runs}
+    steps = np.concatenate([series.finite.step for series in drawn] or [np.zeros(0)])
+    if len(known) != 1 or None in known or not len(steps):
+        return []
+    floor, ends = next(iter(known)), np.array([steps.min(), steps.max()])
+    assert floor is not None, "None is not in it"
+    return [
+        Line("guessing facts", Series(ends, np.full(2, floor.guessing)), "muted", "level"),
+        Line("floor", Series(ends, np.full(2, floor.knowing)), "green", "level"),
+    ]
+
+
+def floor_words() -> str:
+    """What these lines are."""
+    return texts()["words"]["floor"][0]
 
 
 def recalls(run: RunFolder) -> list[RecallRecord]:
@@ -102,15 +124,33 @@ def recall_rows(runs: Sequence[RunFolder]) -> dict[str, list[float | None]]:
     return rows
 
 
+def compared_recall(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Figure]:
+    """Recall of known facts by decile of frequency, a figure for each task with a line for each run that was asked."""
+    found: dict[str, tuple[str, float, dict[str, list[float]]]] = {}
+    for name, run in zip(names, runs, strict=True):
+        for record in recalls(run):
+            first = record.kinds[0]
+            _, _, lines = found.setdefault(record.task, (run.task(record.task).title, record.chance, {}))
+            lines[name] = _by_decile(first)
+    several = len(found) > 1
+    return [
+        _by_frequency(lines, chance, f": {title}" if several else "", f"recall/{task}")
+        for task, (title, chance, lines) in found.items()
+    ]
+
+
 def _figure(run: RunFolder, record: RecallRecord, task: str) -> Figure:
     lines = {of.kind: _by_decile(of) for of in record.kinds}
+    return _by_frequency(lines, record.chance, task, f"recall/{record.task}")
+
+
+def _by_frequency(lines: Mapping[str, Sequence[float]], chance: float, task: str, name: str) -> Figure:
+    """Recall by decile, a line for each name."""
     deciles = max(map(len, lines.values()))
     names = [f"{number}" for number in range(1, deciles + 1)]
-    chart = Shares(
-        names, lines, f"Recall by decile of frequency{task}", {"chance": record.chance}, "decile of frequency"
-    )
+    chart = Shares(names, lines, f"Recall by decile of frequency{task}", {"chance": chance}, "decile of frequency")
     rows = [(name, *(wording.percent(_known(line, i)) for line in lines.values())) for i, name in enumerate(names)]
-    return Figure(*caption("recall", task=task), chart, numbers=Table(["decile", *lines], rows))
+    return Figure(*caption("recall", task=task), chart, numbers=Table(["decile", *lines], rows), name=name)
 
 
 def _by_decile(of: RecallOf) -> list[float]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from moekit.report import wording
 from moekit.report.curves import curve_table
+from moekit.report.domains import domain_table
 from moekit.report.experts import health_table
 from moekit.report.health import by_rule, dropped, experts_per_token
 from moekit.report.plots import Bars, Curves, Line
@@ -159,6 +160,7 @@ def tables(run: RunFolder) -> list[Table]:
             *answer_tables(run),
             tasks,
             recall_table(run),
+            domain_table(run),
             health_table(run),
             typical_table(run),
         )
@@ -235,7 +237,7 @@ def _translation(run: RunFolder) -> PageSection:
     bars, dots = ([found.directions.get(n, math.nan) for n in names] for found in scores.values())
     description = f"BLEU and chrF of {len(names)} directions; the numbers are in the table below"
     chart = Bars(names, bars, description, dots, ("BLEU", "chrF"))
-    left = [Figure(*caption("directions"), chart, numbers=table), *_growth(run)]
+    left = [Figure(*caption("directions"), chart, numbers=table, name="directions"), *_growth(run)]
     right = [figure for name, found in scores.items() for figure in _matrix(name, found, run.languages)]
     remark = _NOT_TESTED if scores["BLEU"].origin == "valid" else _copied(run)
     return PageSection(*words, cells=[left, right], remark=remark, signatures=table.signatures)
@@ -267,7 +269,7 @@ def _matrix(metric: str, found: DirectionScores, order: list[str]) -> list[Figur
     cells = [[(sequential_class(v, low, high), known(wording.fixed(v))) for v in line] for line in values]
     heat = Heat(corner, columns, [*zip(rows, cells, strict=True)], "matrix", least=least)
     scale = Scale([f"s{i}" for i in range(SEQUENTIAL_LEVELS)], f"{low:g}", f"{high:g}")
-    return [Figure(*words, heats=[heat], scale=scale)]
+    return [Figure(*words, heats=[heat], scale=scale, name=f"{metric.lower()}_matrix")]
 
 
 def _growth(run: RunFolder) -> list[Figure]:
@@ -282,7 +284,7 @@ def _growth(run: RunFolder) -> list[Figure]:
         numbers["average chrF"] = chrf
         lines.append(Line("average chrF", chrf, "red", "points"))
     chart = Curves(lines, "Validation BLEU over steps", start_at_zero=True)
-    return [Figure(*caption("bleu_growth"), chart, numbers=curve_table(numbers))]
+    return [Figure(*caption("bleu_growth"), chart, numbers=curve_table(numbers), name="bleu")]
 
 
 def _prediction(run: RunFolder) -> PageSection:
@@ -327,7 +329,9 @@ def _language_bars(found: TaskScores, task: str) -> Figure:
     names = languages_by_perplexity(found)
     description = f"Perplexity of {len(names)} languages; the numbers are in the table below"
     chart = Bars(names, [found.languages[name] for name in names], description, perplexity=True)
-    return Figure(*caption("languages", task=task), chart, numbers=_by_language(found, task))
+    return Figure(
+        *caption("languages", task=task), chart, numbers=_by_language(found, task), name=f"languages/{found.task}"
+    )
 
 
 def _decline(run: RunFolder, task: str, named: str) -> list[Figure]:
@@ -342,4 +346,6 @@ def _decline(run: RunFolder, task: str, named: str) -> list[Figure]:
     cut = "" if near.all() else f", without the first steps, where it was over {_NEAR} times that of the end"
     chart = Curves([Line("", series, "blue", "points")], "Validation perplexity over steps")
     numbers = curve_table({"perplexity": series}, wording.perplexity)
-    return [Figure(*caption("perplexity_growth", task=named, cut=cut), chart, numbers=numbers)]
+    return [
+        Figure(*caption("perplexity_growth", task=named, cut=cut), chart, numbers=numbers, name=f"perplexity/{task}")
+    ]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moekit.report import render
 from moekit.report.curves import losses, routing
+from moekit.report.domains import domain_section
 from moekit.report.ending import cut
 from moekit.report.experts import experts
 from moekit.report.health import findings
@@ -58,7 +59,15 @@ def run_view(run: RunFolder) -> View:
         tiles=tiles(run),
         sections=[
             s
-            for s in (quality(run), answer_section(run), recall_section(run), losses(run), experts(run), routing(run))
+            for s in (
+                quality(run),
+                answer_section(run),
+                recall_section(run),
+                domain_section(run),
+                losses(run),
+                experts(run),
+                routing(run),
+            )
             if s
         ],
         findings=findings(run),

@@ -24,6 +24,7 @@ from moekit.report.wording import MISSING, short
 from moekit.runs.record import STOPPED, Sample
 from moekit.stored import parse_json
 from moekit.tasks import TASKS, SampleWording
+from moekit.training.monitoring.rules import WARNINGS, Warned
 
 FILES = ("config.yaml", "environment.json", "metrics.csv", "summary.json", "routing.json", "samples.json")
 
@@ -90,6 +91,7 @@ class RunFolder:
         routing: routing.json.
         samples: samples.json.
         stopped: why training stopped by itself, where it did.
+        warned: what training was warned of, in the order of steps.
         notes: for every file that is missing, broken or partly unreadable, one sentence by file name.
     """
 
@@ -101,6 +103,7 @@ class RunFolder:
     routing: Mapping[str, Any] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
     stopped: str = ""
+    warned: tuple[Warned, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -255,6 +258,11 @@ def read_run(run_dir: Path) -> RunFolder:
         with contextlib.suppress(ValueError):
             samples.append(Sample.from_json(entry, []))
     stopped = _json(run_dir / STOPPED, dict, {}).get("why")
+    warned = []
+    said = _json(run_dir / WARNINGS, dict, {}).get("warnings")
+    for entry in said if isinstance(said, list) else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            warned.append(Warned.of(entry))
     objects = {name: _json(run_dir / f"{name}.json", dict, notes) for name in ("environment", "summary", "routing")}
     return RunFolder(
         run_dir,
@@ -262,6 +270,7 @@ def read_run(run_dir: Path) -> RunFolder:
         metrics=_metrics(run_dir / "metrics.csv", notes),
         samples=tuple(samples),
         stopped=f"Training stopped: {stopped}" if isinstance(stopped, str) else "",
+        warned=tuple(warned),
         notes=notes,
         **objects,
     )

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 from markupsafe import Markup
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
@@ -59,6 +60,17 @@ _SVG = {"font.sans-serif": ["DejaVu Sans"]}  # to measure with: page.css names t
 _LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
 
 
+class ShownFigure(Figure):
+    """A figure that a notebook shows by itself, where it is the last value of a cell; pyplot need not be there."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            FigureCanvasAgg(self).print_figure(file, format="png", dpi=144)
+        return file.getvalue()
+
+
 class Canvas:
     """A figure in the house style: ``with Canvas() as canvas: canvas.axes.plot(...)``, then `svg`.
 
@@ -74,7 +86,7 @@ class Canvas:
 
     def __enter__(self) -> Canvas:
         self._context.__enter__()
-        self.figure = Figure(figsize=(self.WIDTH, self._height), layout="constrained")
+        self.figure = ShownFigure(figsize=(self.WIDTH, self._height), layout="constrained")
         self.axes = self.figure.add_subplot()
         return self
 
@@ -146,6 +158,16 @@ def sequential_class(value: float | None, low: float, high: float) -> str:
         return "na"
     place = (value - low) / (high - low) if high > low else 0.5
     return f"s{min(SEQUENTIAL_LEVELS - 1, max(0, int(place * SEQUENTIAL_LEVELS)))}"
+
+
+def shade(name: str) -> tuple[str, str] | None:
+    """Colours of a cell's CSS class and of the ink on it, by day; None of "na"."""
+    letter, level = name[:1], name[1:]
+    if letter not in ("s", "d") or not level.isdecimal():
+        return None
+    anchors, count = (SEQUENTIAL, SEQUENTIAL_LEVELS) if letter == "s" else (DIVERGING, DIVERGING_LEVELS)
+    colour = to_hex(LinearSegmentedColormap.from_list("", anchors)(int(level) / (count - 1)))
+    return colour, _ink_on(colour)
 
 
 def diverging_class(ratio: float | None) -> str:

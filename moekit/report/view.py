@@ -69,7 +69,8 @@ class Scale:
 class Figure:
     """A drawing, heat maps or a table, with a sentence on what to see and one on what would be bad ("" for none).
 
-    Several maps stand side by side, each at least `map_width` pixels wide. `numbers` lie behind a fold.
+    Several maps stand side by side, each at least `map_width` pixels wide. `numbers` lie behind a fold. `name` is what
+    `moekit.report.figure` knows a drawing or heat maps by; "" = not drawn there.
     """
 
     title: str
@@ -82,6 +83,7 @@ class Figure:
     table: Table | None = None
     numbers: Table | None = None
     wide: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ def domain_data(config: RunConfig, tokenizer: Tokenizer) -> dict[str, TestTextDa
         for language in data.languages:
             if language not in tokenizer.languages:
                 raise UserError(
-                    f"{where} must be in languages of the run: got {language}. "
-                    f"{nearest(language, tokenizer.languages)}"
+                    f"{where} must be in languages of the run: got {language}. {nearest(language, tokenizer.languages)}"
                 )
         if not any(data.evaluated("test").values()):
             raise UserError(f"{where} must have test text for {', '.join(data.tasks)}: it has none.")

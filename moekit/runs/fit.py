@@ -46,11 +46,13 @@ from moekit.training.callbacks.memory import PeakMemory
 from moekit.training.callbacks.non_finite import NonFinite, Reaction
 from moekit.training.callbacks.progress import TrainingProgress
 from moekit.training.callbacks.random_state import RandomState
+from moekit.training.callbacks.routing_monitor import RoutingMonitor
 from moekit.training.callbacks.same_ranks import SameOnRanks
 from moekit.training.callbacks.throughput import Throughput
 from moekit.training.callbacks.weights import kept_weights
 from moekit.training.full_disk import full_disk_explained
 from moekit.training.loggers import make_logger_folders, run_loggers
+from moekit.training.monitoring.rules import WARNINGS
 from moekit.training.multitask import MultitaskModule
 from moekit.training.processes import explained, is_first_process, stop_noted
 from moekit.training.quiet import quiet
@@ -116,7 +118,8 @@ def fit(
         if going_on:
             run.require_same(settings, free)
         data = _training_text(run if going_on else None, config, init_from)
-        domain_data(config, data.tokenizer)  # refused now, not when training has ended
+        if config.evaluate.domains:
+            domain_data(config, data.tokenizer)  # refused now, not when training has ended
         held_out = HeldOut.of(data, plain(config.data.which_text()))  # what it is evaluated on
         L.seed_everything(train.seed, verbose=False)
         module, budget = make_module(
@@ -138,7 +141,7 @@ def fit(
             callbacks=[
                 SameOnRanks(shared_facts(recipe, settings, data) if train.devices * train.num_nodes > 1 else {}),
                 ConfigInCheckpoints({**settings, "vocab_size": data.tokenizer.vocab_size}),
-                *_callbacks(config, budget, rate, expected(recipe, config)),
+                *_callbacks(config, budget, rate, expected(recipe, config), run),
                 *kept,
                 Resumable(
                     run.checkpoints,
@@ -177,9 +180,9 @@ def fit(
     return run
 
 
-def _callbacks(config: RunConfig, budget: Budget, rate: float, forecast: Forecast | None) -> list[Callback]:
+def _callbacks(config: RunConfig, budget: Budget, rate: float, forecast: Forecast | None, run: Run) -> list[Callback]:
     """What ends, measures and watches training."""
-    train = config.train
+    train, progress = config.train, TrainingProgress(budget)
     return [
         MaxMinutes(budget),
         Throughput(
@@ -189,9 +192,10 @@ def _callbacks(config: RunConfig, budget: Budget, rate: float, forecast: Forecas
         GradientNorm(),
         RandomState(),
         PeakMemory(forecast.memory.device if forecast else None),
-        TrainingProgress(budget),
+        progress,
         *([ScaleExpertGradients()] if train.scale_expert_gradients else []),
         NonFinite(_REACTIONS.get(config.strategy.nonfinite_gradients, train.on_non_finite)),
+        RoutingMonitor.of(vars(train.monitor), run.path / WARNINGS, progress.say),  # reads the norm of `NonFinite`
     ]
 
 

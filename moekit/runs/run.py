@@ -41,6 +41,7 @@ from moekit.surgery import SparseLayer, require_complete, sparse_layers
 from moekit.surgery.adapters import merged_state
 from moekit.training.callbacks.config import CONFIG_KEY
 from moekit.training.checkpoint_state import LoadedState, load_rest, load_state
+from moekit.training.monitoring.rules import WARNINGS
 
 R = TypeVar("R")
 
@@ -61,8 +62,8 @@ TEST_TRACE = "routing_test.npz"
 MECHANISMS = "mechanisms.json"
 """What was computed of them, see `moekit.mechanisms`."""
 _FILES = (
-    _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, TRANSLATIONS, STOPPED, "environment.json",
-    "metrics.csv", REPORT, TEST_TRACE, MECHANISMS,
+    _CONFIG, _HELD_OUT, SURGERY_FILE, SUMMARY, ROUTING, SAMPLES, TRANSLATIONS, STOPPED, WARNINGS,
+    "environment.json", "metrics.csv", REPORT, TEST_TRACE, MECHANISMS,
 )  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "wandb", "mlflow", _TOKENIZER, ROUTING_TRACE)
 

@@ -33,7 +33,7 @@ def score(
 
     Args:
         run: the run.
-        source: language of the contexts.
+        source: language of the contexts; None = the only one that the run knows.
         target: language of the continuations; None = `source`.
         config: its settings, where they are not the run's: other sizes of a batch, for example.
         input: JSON lines; - = standard input.
@@ -48,6 +48,8 @@ def score(
     backbone, data = trained(run)
     if not hasattr(backbone, "decode"):
         raise UserError(f"score needs a run with a decoder: {run.path} has a {type(backbone).__name__}.")
+    if source is None and len(data.tokenizer.languages) == 1:
+        source = data.tokenizer.languages[0]
     if source is None:
         raise UserError(f"score needs --from: one of {', '.join(data.tokenizer.languages)}.")
     shown = [] if examples is None else _questions(examples, "--examples", answered=True)

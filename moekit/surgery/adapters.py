@@ -242,7 +242,6 @@ def is_adapter(name: str) -> bool:
 def _matrices(model: nn.Module, targets: Collection[str]) -> Iterator[tuple[nn.Module, str]]:
     """Every matrix to adapt once: the module that names its axes, and its name there."""
     seen: set[int] = set()
-    dense = tuple(kind for target in targets for kind in _DENSE.get(target, ()))
     for module in model.modules():
         if isinstance(module, Experts) and "experts" in targets:
             if not module.matrices and not any(isinstance(inner, Experts) for inner in module.children()):
@@ -260,14 +259,16 @@ def _matrices(model: nn.Module, targets: Collection[str]) -> Iterator[tuple[nn.M
                     f"the router {type(module).__name__} takes no adapters: its scores must be one matrix times the "
                     "token. Leave routers out of the targets."
                 )
-        elif isinstance(module, dense) or _is_of_transformers(module, targets):
+        elif any(is_dense_part(module, target) for target in targets):
             for path, inner in module.named_children():
                 if isinstance(inner, nn.Linear | FusedLinear) and id(inner) not in seen:
                     seen.add(id(inner))
                     yield module, f"{path}.weight"
 
 
-def _is_of_transformers(module: nn.Module, targets: Collection[str]) -> bool:
+def is_dense_part(module: nn.Module, target: str) -> bool:
+    """Whether a module counts as "attention" or "feed_forward", those of transformers by the ends of their names."""
     kind = type(module)
-    ends = tuple(end for target in targets for end in _OF_TRANSFORMERS.get(target, ()))
-    return bool(ends) and kind.__module__.startswith("transformers.") and kind.__name__.endswith(ends)
+    if isinstance(module, _DENSE.get(target, ())):
+        return True
+    return kind.__module__.startswith("transformers.") and kind.__name__.endswith(_OF_TRANSFORMERS.get(target, ()))

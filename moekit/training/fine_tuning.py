@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,8 @@ from torch.optim import Optimizer
 from moekit.errors import nearest
 from moekit.experts import is_expert_bank
 from moekit.routing import Capacity, Router
-from moekit.surgery.adapters import is_adapter
+from moekit.surgery.adapters import is_adapter, is_dense_part
 from moekit.surgery.sparse_layer import sparse_layers
-from moekit.transformer.attention import CrossAttention, SelfAttention
-from moekit.transformer.feed_forward import GLU, MLP
 
 Names = frozenset[str]
 """Names of parameters, as `named_parameters` gives them."""
@@ -58,16 +56,21 @@ def _below(model: nn.Module, prefixes: tuple[str, ...]) -> Names:
 
 
 def _of_layers(*parts: str) -> Callable[[nn.Module], Names]:
-    """Parameters of the named parts of sparse layers."""
-    return lambda model: _below(
-        model, tuple(f"{path}.{part}.".lstrip(".") for path in sparse_layers(model) for part in parts)
-    )
+    """Parameters of the named parts of sparse layers, which an adopted layer has under other names."""
+
+    def found(model: nn.Module) -> Names:
+        layers = {path: model.get_submodule(path) for path in sparse_layers(model)}
+        wanted = {id(getattr(layer, part, None)) for layer in layers.values() for part in parts}
+        named = ((path, name, inner) for path, layer in layers.items() for name, inner in layer.named_modules())
+        return _below(model, tuple(f"{path}.{name}.".lstrip(".") for path, name, m in named if id(m) in wanted))
+
+    return found
 
 
-def _of_types(*kinds: type[nn.Module]) -> Callable[[nn.Module], Names]:
-    """Parameters of modules of these types."""
+def _of_kind(kind: Literal["attention", "feed_forward"]) -> Callable[[nn.Module], Names]:
+    """Parameters of modules that count as this kind, also those of transformers."""
     return lambda model: _below(
-        model, tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, kinds))
+        model, tuple(f"{path}." for path, module in model.named_modules() if is_dense_part(module, kind))
     )
 
 
@@ -81,9 +84,9 @@ MOE = Subset("moe", _of_layers("experts", "router"))
 """Experts and routers. A shared branch, which every token takes, is a dense feed-forward."""
 NON_MOE = Subset("non_moe", (ALL - MOE).find)
 """All but experts and routers."""
-ATTENTION = Subset("attention", _of_types(SelfAttention, CrossAttention))
+ATTENTION = Subset("attention", _of_kind("attention"))
 """Projections of self-attention and cross-attention."""
-FEED_FORWARD = Subset("feed_forward", _of_types(MLP, GLU))
+FEED_FORWARD = Subset("feed_forward", _of_kind("feed_forward"))
 """Dense feed-forwards, shared branches of sparse layers included."""
 ADAPTERS = Subset("adapters", lambda model: frozenset(name for name in _everything(model) if is_adapter(name)))
 """Low-rank adapters, see `moekit.surgery.adapters`."""

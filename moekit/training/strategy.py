@@ -137,6 +137,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     inspects_gradients = True  # so that the callback `NonFinite` need not look for itself
 
     @property
+    def gradient_norm(self) -> Tensor | None:
+        """The norm of the gradients of the optimizer that is about to step, on all ranks; None outside of a step."""
+        return self._optimization.norm
+
+    @property
     def skipped_steps(self) -> int:
         """The number of optimizer steps that were skipped for their gradients."""
         return self._optimization.skipped

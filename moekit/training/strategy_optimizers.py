@@ -40,6 +40,7 @@ class OptimizerSteps:
         self.nonfinite_gradients = nonfinite_gradients
         self.skipped = 0  # steps so far
         self._norm: Tensor | None = None  # of the gradients that are about to be clipped
+        self.norm: Tensor | None = None  # of those that were inspected, until the step is done
 
     def prepare(
         self, optimizers: Iterable[Any], sharded: ShardedModel, *, divide: bool, device: torch.device | None
@@ -85,6 +86,7 @@ class OptimizerSteps:
         watch = next((callback for callback in callbacks if isinstance(callback, NonFinite)), None)
         loss = None if watch is None else watch.loss_flag()
         flags, norm = used_somewhere(parameters, loss), gradient_norm(parameters)
+        self.norm = norm
         module.log("train/grad_norm", norm, batch_size=1)
         # No weight may become NaN, and an optimizer leaves alone what has no gradient.
         *some, finite = torch.cat([flags, norm.isfinite().to(flags)[None]]).tolist()  # host read: the one of a step
@@ -109,7 +111,7 @@ class OptimizerSteps:
 
     def forget_norm(self) -> None:
         """After a step: the next gradients have another norm."""
-        self._norm = None
+        self._norm = self.norm = None
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         clip_by_norm(_parameters(optimizer), clip_val, norm=self._norm)
@@ -122,7 +124,7 @@ def _hooks_may_change_gradients(module: L.LightningModule) -> bool:
     """Whether a hook may change gradients between the look at their norm and their clipping; so on all ranks."""
     hook, clipping = "on_before_optimizer_step", "configure_gradient_clipping"
     callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
-    changing = [callback for callback in callbacks if not isinstance(callback, NonFinite)]
+    changing = [callback for callback in callbacks if not getattr(callback, "keeps_gradients", False)]
     return any(is_overridden(hook, callback, parent=L.Callback) for callback in changing) or any(
         is_overridden(name, module, parent=L.LightningModule) for name in (hook, clipping)
     )

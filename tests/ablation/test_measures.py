@@ -22,6 +22,10 @@ SUMMARY = {
         {"task": "causal_lm", "split": "valid", "knowing": 1.0, "guessing": 2.0},
         {"task": "causal_lm", "split": "test", "knowing": 1.25, "guessing": 2.5},
     ],
+    "domains": [
+        {"name": "talks", "task": "causal_lm", "sentences": 9, "loss": 2.0, "above_test": 0.5, "knowing": None,
+         "guessing": None},
+    ],
 }  # fmt: skip
 
 
@@ -33,6 +37,7 @@ SUMMARY = {
         ("recall.causal_lm.composed", 0.5),
         ("floors.causal_lm.valid.guessing", 2.0),
         ("floors.causal_lm.test.knowing", 1.25),
+        ("domains.talks.causal_lm.above_test", 0.5),
     ],
 )
 def test_numbers_of_a_summary(key: str, value: float, tmp_path: Path) -> None:

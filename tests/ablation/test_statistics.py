@@ -103,6 +103,13 @@ def test_the_rule(values: list[float], equality: bool, verdict: str) -> None:
     assert found.verdict == verdict, found.why
 
 
+def test_an_effect_that_is_ruled_out_is_said() -> None:
+    """Else "direction only" of next to nothing reads as weak support."""
+    assert judge({"a": evidence([0.05, 0.06, 0.05, 0.04, 0.05])})["a"].why.endswith("and rules out an effect of 0.1.")
+    assert judge({"a": evidence([-0.01, 0.005, -0.002, 0.001, -0.003])})["a"].why.endswith("an effect of 0.1.")
+    assert "rules out" not in judge({"a": evidence([0.9, -0.4, 0.8, -0.3, 0.5])})["a"].why
+
+
 def test_claims_of_a_table_share_the_level() -> None:
     """p = 0.03 is enough alone, and not beside three others that say nothing."""
     alone = evidence([0.20, 0.35, 0.15, 0.30, 0.25], smallest=0.12)

@@ -83,7 +83,9 @@ def test_a_ladder_has_four_sizes(tmp_path: Path) -> None:
 def test_pairs_differ_by_the_arm_alone(tmp_path: Path) -> None:
     """Same seed, same order of the text, first weights by name; no clock ends a run."""
     made = plan(tmp_path)
-    many, few, again = (made.job(arm, 3, {"many": 0.002, "few": 0.002, "again": 0.002}) for arm in ("many", "few", "again"))
+    many, few, again = (
+        made.job(arm, 3, {"many": 0.002, "few": 0.002, "again": 0.002}) for arm in ("many", "few", "again")
+    )
     assert many.config == few.config.changed(model={"num_experts": many.config.model.num_experts})
     for job in (many, few):
         assert (job.config.train.seed, job.config.data.order_seed) == (3, 3)
@@ -152,6 +154,13 @@ def test_committed_tables_can_be_run(name: str) -> None:
     assert len(made.table.seeds) >= 5
     trained = [job for job in made.jobs({}) if job.of is None]
     assert len(trained) >= len(made.table.seeds)
+
+
+def test_new_settings_leave_the_kept_runs_their_names() -> None:
+    """Else all that is committed would be run again."""
+    made = Plan.of(read_table(table_files()["moe_lm/facts"]), reconfigured)
+    kept = {path.stem for path in (RECIPES / "moe_lm" / "results" / "ablations" / "runs").glob("*.json")}
+    assert {f"{job.recipe}-{job.digest}" for job in made.tuning_jobs()} <= kept
 
 
 def test_tables_are_there() -> None:

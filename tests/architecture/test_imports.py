@@ -59,6 +59,7 @@ FLOORS = {
     "report": 7,
     "ablation": 7,
     "serving": 7,
+    "folders": 7,
     "cli": 8,
     "recipes": 9,
     # The programs, ``python -m moekit.<room>``: nothing imports them, so a room's own may use the floors above it.

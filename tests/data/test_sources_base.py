@@ -118,13 +118,18 @@ def test_open_source_opens_unions(tmp_path):
     (tmp_path / "en.txt").write_text("one\ntwo\n")
     source = open_source("union", f"babel:,text:{tmp_path}", babel={"languages": 2}, text={"valid_share": 0})
     assert source.languages == ("avl", "tnd", "en")
-    assert source.monolingual("en", "train") == ["one", "two"]
+    assert list(source.monolingual("en", "train")) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
     ("kind", "path", "settings", "message"),
     [
-        ("mozes", "x", {}, r"kind.*got 'mozes'\. Did you mean 'moses'\? There are: babel, examples, facts, gettext"),
+        (
+            "mozes",
+            "x",
+            {},
+            r"kind.*got 'mozes'\. Did you mean 'moses'\? There are: babel, datasets, documents, examples",
+        ),
         ("babel", "x", {}, "babel: the corpus is generated and has no path: got x"),
         ("babel", None, {"langauges": 3}, r"babel: settings.*got 'langauges'\. Did you mean 'languages'\?"),
         ("moses", None, {}, "moses: a path is required"),

@@ -180,7 +180,7 @@ def test_a_disk_that_fills_while_tokens_are_written(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(TinySource(), vocab_size=420, cache_dir=tmp_path)
 
     class Full(type(tokenizer)):  # type: ignore[misc]
-        def encode_batch(self, texts: Any) -> Any:
+        def encode_batch(self, texts: Any, **threads: Any) -> Any:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(UserError, match=r"stores: the disk is full"):

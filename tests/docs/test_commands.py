@@ -79,7 +79,7 @@ def test_commands_of_a_page_are_understood(
 ) -> None:
     """Each with its options, in folders that hold what the page has made before."""
     done: list[str] = []
-    for known in (recipes.COMMANDS, program.SURGERY, program.REPORTS, program.STUDIES):
+    for known in (recipes.COMMANDS, program.SURGERY, program.REPORTS, program.STUDIES, program.FOLDERS):
         for command, made in known.items():
             changes: dict[str, Any] = {"run": lambda *given, command=command: done.append(command)}
             monkeypatch.setitem(known, command, dataclasses.replace(made, **changes))  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def test_commands_of_a_page_are_understood(
 
 def recipes_of(words: list[str]) -> Iterator[tuple[str, str]]:
     """The runs of a command on a recipe, and that recipe."""
-    if words[1:2] and words[1] in ("run", "fit", "finetune", "distill"):
+    if words[1:2] and words[1] in ("run", "fit", "finetune", "distill") and not words[2].startswith("-"):
         yield from ((folder, words[2]) for folder in re.findall(r"runs/[\w.-]+", " ".join(words)))
 
 

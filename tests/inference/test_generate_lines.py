@@ -371,6 +371,19 @@ def test_a_language_alone_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, caps
     assert "standard input, line 2 has more than 5 tokens" in err
 
 
+def test_the_only_language_may_be_left_out() -> None:
+    writer = Writer.__new__(Writer)
+    writer.writes, writer.sources, writer.targets, writer.directions = "continuation", ("en",), (), ()
+    assert writer.require_languages(None, None) == ("en", None)
+    writer.writes, writer.sources, writer.targets = "answer", ("de",), ("en",)
+    writer.directions = (("de", "en"),)
+    assert writer.require_languages(None, None) == ("de", "en")
+    writer._tokenizer = SimpleNamespace(languages=("de", "en", "fr"))  # type: ignore[assignment]
+    writer.sources = ("de", "fr")
+    with pytest.raises(UserError, match="generate needs --from: one of de, en, fr"):
+        writer.require_languages(None, None)
+
+
 def test_n_best_at_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", Terminal("a\n"))
     converse(Upper(), None, None, 2)  # type: ignore[arg-type]

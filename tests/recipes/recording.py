@@ -17,9 +17,11 @@ import yaml
 
 from moekit.runs.recipe import find_recipe
 
-CLOCK = re.compile(r"second|minute|memory|bytes|signature|flops|train/grad_norm")
-"""Names of values that depend on the clock, on what else runs, or on a package's version; and the norm of gradients,
-which is younger than the records.
+CLOCK = re.compile(
+    r"second|minute|memory|bytes|signature|flops|train/grad_norm|train/routing/[^/]+/(?!drop_rate|entropy|experts_per_token)"
+)
+"""Names of values that depend on the clock, on what else runs, or on a package's version; and the norm of gradients and
+what is watched of every layer, which are younger than the records.
 """
 LOSS = re.compile(r"\bloss\b")
 """Names of the values that are compared on other machines too."""

@@ -27,16 +27,16 @@ OPERATION = {
         "source", "path", "pivot", "directions", "max_languages", "tokenizer", "sentinel", "cache", "num_workers",
         "babel_languages", "babel_sentences", "babel_sizes", "seed", "order_seed", "languages", "columns", "too_long",
         "facts_entities", "facts_relations", "facts_values", "facts_power", "facts_one_language", "facts_profiles",
-        "character_coverage", "byte_fallback", "normalization_rule_name",
+        "unit", "text_field", "character_coverage", "byte_fallback", "normalization_rule_name",
     },
     "model": {"checkpoint", "embeddings"},
     "train": {
         "max_minutes", "accumulate", "validate_every", "checkpoint_minutes", "checkpoint_steps", "log_every", "seed",
         "devices", "num_nodes", "accelerator", "backend", "loggers", "on_non_finite", "best", "patience", "ema",
-        "average_last", "keep_memory", "record_routing",
+        "average_last", "keep_memory", "record_routing", "monitor",
     },
     "evaluate": {
-        "max_sentences", "valid_sentences", "batch_tokens", "samples", "bleu_tokenizer", "score_valid",
+        "max_sentences", "valid_sentences", "batch_tokens", "samples", "bleu_tokenizer", "score_valid", "domains",
         "score_valid_every", "score_valid_beam", "facts", "choices",
     },
 }  # fmt: skip

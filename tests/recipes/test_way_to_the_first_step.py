@@ -19,7 +19,7 @@ from moekit.recipes import switch
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("cli", "runs")
 """Where the way lies; what it leads to is models, data and training, which have pages of their own."""
-AT_MOST = 900
+AT_MOST = 920
 ABOUT = 12
 """By how many lines a row of the table may be wrong: it is rounded."""
 ROW = re.compile(r"^\| `((?:cli|runs)/\S+\.py)` \| (\d+) \|", re.M)

@@ -6,13 +6,15 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 from fake_runs import edit, make_text_run
 from rich.console import Console
 
 from moekit.report import results_markdown, terminal_summary, write_comparison, write_report
-from moekit.report.recall import above_floor, floors, recall_table, recalls
-from moekit.report.run_folder import read_run
+from moekit.report.recall import above_floor, floor_lines, floors, recall_table, recalls
+from moekit.report.run_folder import Series, read_run
 from moekit.report.wording import MISSING
 
 FLOORS = [
@@ -102,3 +104,54 @@ def test_a_comparison_has_both(run: Path, tmp_path: Path) -> None:
     assert "37.5 %" in known
     assert known.rstrip(" |").endswith(MISSING)
     assert "recall" not in write_comparison([plain, plain], tmp_path / "d").read_text(encoding="utf-8").lower()
+
+
+def as_twins(sparse: Path, dense: Path, **dense_model: object) -> list[Path]:
+    """Two runs whose settings say that they differ in their experts, and in what else is given."""
+    for folder, model in ((sparse, {"num_experts": 4}), (dense, {"num_experts": 0, **dense_model})):
+        said = {"recipe": "moe_lm", "variant": folder.name, "model": {"dim": 8, **model}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(said), encoding="utf-8")
+    return [sparse, dense]
+
+
+def test_a_run_beside_its_twin_says_what_one_pair_can(run: Path, tmp_path: Path) -> None:
+    """Both curves of recall and of the loss, the floor they have in common, and that it is one pair."""
+    dense = edit(make_text_run(tmp_path / "dense", steps=60), "summary.json", floors=FLOORS, recall=asked(0.375))
+    page = write_comparison(as_twins(run, dense), tmp_path / "twin.html", known=["Over 5 pairs."])
+    text = page.read_text(encoding="utf-8")
+    for words in ("What one pair can say", "with one seed", "Over 5 pairs.", "Recall of facts by frequency", "floor</"):
+        assert words in text, words
+    assert "> Over 5 pairs." in page.with_suffix(".md").read_text(encoding="utf-8")
+    unknown = write_comparison([run, dense], tmp_path / "unknown.html").read_text(encoding="utf-8")
+    assert "No result of several pairs is known" in unknown
+    plain = make_text_run(tmp_path / "plain", steps=60)
+    for runs in ([run, plain], as_twins(run, dense, dim=16)):
+        other = write_comparison(runs, tmp_path / "other.html", known=["Over 5 pairs."])
+        assert "one pair" not in other.read_text(encoding="utf-8").lower()
+
+
+def test_a_floor_is_drawn_where_all_runs_have_the_same(run: Path, tmp_path: Path) -> None:
+    other = [{**floor, "knowing": 1.0} for floor in FLOORS]
+    for floors_of, drawn in ((FLOORS, True), (other, False), (None, False)):
+        dense = edit(make_text_run(tmp_path / f"dense {drawn}", steps=60), "summary.json", floors=floors_of)
+        lines = floor_lines([read_run(run), read_run(dense)], "causal_lm", [Series(np.arange(3.0), np.arange(3.0))])
+        assert [line.series.value[0] for line in lines] == ([2.1, 1.5] if drawn else [])
+    assert floor_lines([read_run(run)], "causal_lm", []) == []
+
+
+def test_text_of_other_domains_is_told(run: Path, tmp_path: Path) -> None:
+    of = {"task": "causal_lm", "sentences": 1200, "guessing": 2.0}
+    told = [
+        {**of, "name": "talks", "loss": 2.25, "above_test": 0.5, "knowing": 1.0},
+        {**of, "name": "letters", "loss": 3.0, "above_test": None, "knowing": None},
+        {"name": "broken"},
+    ]
+    edit(run, "summary.json", domains=told)
+    text = results_markdown(run)
+    assert "| talks | 2.25 | 0.500 | 1.250 | 1,200 |" in text
+    assert f"| letters | 3 | {MISSING} | {MISSING} | 1,200 |" in text
+    assert "Text of other domains" in write_report(run).read_text(encoding="utf-8")
+    plain = make_text_run(tmp_path / "plain", steps=60)
+    assert "other domains" not in write_report(plain).read_text(encoding="utf-8")
+    both = write_comparison([run, plain], tmp_path / "c").with_suffix(".md").read_text(encoding="utf-8")
+    assert f"| talks | 2.25 | {MISSING} |" in both

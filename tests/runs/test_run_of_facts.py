@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 from moekit.babel import Facts, facts
 from moekit.cli import program
 from moekit.cli.recipes import main
+from moekit.errors import UserError
 from moekit.recipes import moe_lm, zcode_m3
 from moekit.runs import Recipe, Run
 from moekit.runs.record import Summary
-from moekit.runs.settings import DataConfig
+from moekit.runs.settings import DataConfig, EvaluateConfig
 
 
 def trained(recipe: Recipe, folder: Path, **given: Any) -> dict[str, Any]:
@@ -57,6 +59,47 @@ def test_a_language_model_has_its_floor_and_recall(tmp_path: Path, capsys: pytes
     said = capsys.readouterr().out
     assert "chance 25.0 %" in said
     assert "above it" in said
+
+
+def test_domains_have_losses_and_floors(tmp_path: Path) -> None:
+    """Text of the run under another name costs what the test costs; other text is compared with it."""
+    domains = {"home": {}, "plain": {"source": "babel"}, "even": {"facts_power": 0}}
+    found = Summary.from_json(trained(moe_lm.RECIPE, tmp_path, **{"evaluate.domains": json.dumps(domains)}))
+    home, plain, even = found.domains or ()
+    test, floors = found.test["causal_lm"], found.floors or ()
+    assert home.loss == pytest.approx(test["loss"], rel=1e-6)
+    assert home.above_test == pytest.approx(0, abs=1e-5)
+    assert (home.knowing, home.guessing) == (pytest.approx(floors[1].knowing), pytest.approx(floors[1].guessing))
+    assert [each.sentences for each in (home, plain, even)] == [80, 80, 80]
+    assert (plain.name, plain.knowing) == ("plain", None)
+    assert plain.above_test == pytest.approx(plain.loss - test["loss"])
+    assert even.knowing not in (None, home.knowing)
+    # The same from the folder, and no other number changes.
+    before = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert program.main(["test", str(tmp_path / "run")]) == 0
+    after = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert {key for key in before if before[key] != after[key]} <= {"evaluation_seconds"}
+
+
+def test_domains_that_cannot_be_measured_are_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for domains, said in (
+        ({"x": {"vocab_size": 3}}, r"domains\.x\.vocab_size must be a setting of data that says which text is read"),
+        ({"x": 3}, r"domains must be settings of data by name, as .*got 'x': 3"),
+        ({"": {}}, r"domains must be settings of data by name"),
+    ):
+        with pytest.raises(UserError, match=said):
+            EvaluateConfig(domains=domains).check()  # type: ignore[arg-type]
+    for given, said in (
+        ({"babel_languages": 3}, "evaluate.domains.x must be in languages of the run: got kmb"),
+        ({"source": "text", "path": "nowhere"}, "evaluate.domains.x: .*nowhere"),
+        ({"source": "babbel"}, "evaluate.domains.x: .*babbel"),
+    ):
+        with pytest.raises(AssertionError):
+            trained(moe_lm.RECIPE, tmp_path, **{"evaluate.domains": json.dumps({"x": given})})
+        assert re.search(said, " ".join(capsys.readouterr().err.split()))
+        assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_tasks_of_an_encoder_decoder_are_asked_their_ways(tmp_path: Path) -> None:

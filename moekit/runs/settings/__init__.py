@@ -7,6 +7,7 @@ from moekit.lazy import lazy_names
 if TYPE_CHECKING:
     from moekit.runs.settings.data import DataConfig
     from moekit.runs.settings.fields import RESUME, SURGERY, setting
+    from moekit.runs.settings.monitor import MonitorConfig
     from moekit.runs.settings.tasks import (
         EvaluateConfig,
         LanguageModelTasks,
@@ -23,6 +24,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "LanguageModelTasks",
+    "MonitorConfig",
     "SpanCorruptionTasks",
     "StrategyConfig",
     "TaskConfig",
@@ -37,6 +39,7 @@ if not TYPE_CHECKING:  # where every name would be one
         __name__,
         {
             "DataConfig": "data",
+            "MonitorConfig": "monitor",
             **dict.fromkeys(("RESUME", "SURGERY", "setting"), "fields"),
             **dict.fromkeys(("EvaluateConfig", "LanguageModelTasks", "SpanCorruptionTasks", "TaskConfig"), "tasks"),
             **dict.fromkeys(("TranslationTasks", "active_tasks"), "tasks"),

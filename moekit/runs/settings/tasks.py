@@ -115,17 +115,23 @@ class EvaluateConfig:
         Raises:
             UserError: it is not, or they are not.
         """
-        for name, given in (self.domains or {}).items():
-            if not name or not isinstance(given, Mapping):
-                raise UserError(
-                    "evaluate.domains must be settings of data by name, as {talks: {source: text, path: my/talks}}: "
-                    f"got {name!r}: {given!r:.60}."
-                )
-            for key in given:
-                if key not in DOMAIN_SETTINGS:
-                    raise UserError(
-                        f"evaluate.domains.{name}.{key} must be a setting of data that says which text is read. "
-                        f"{nearest(key, DOMAIN_SETTINGS)}"
-                    )
+        if self.domains:
+            _check_domains(self.domains)
         if self.bleu_tokenizer != "auto":
             bleu(self.bleu_tokenizer)
+
+
+def _check_domains(domains: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make sure that domains are given by settings of data that say which text is read."""
+    for name, given in domains.items():
+        if not name or not isinstance(given, Mapping):
+            raise UserError(
+                "evaluate.domains must be settings of data by name, as {talks: {source: text, path: my/talks}}: "
+                f"got {name!r}: {given!r:.60}."
+            )
+        for key in given:
+            if key not in DOMAIN_SETTINGS:
+                raise UserError(
+                    f"evaluate.domains.{name}.{key} must be a setting of data that says which text is read. "
+                    f"{nearest(key, DOMAIN_SETTINGS)}"
+                )

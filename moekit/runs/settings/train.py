@@ -14,6 +14,7 @@ from torch import nn
 from moekit.errors import UserError
 from moekit.kernels.gpu.backend import Backend, check_backend
 from moekit.runs.settings.fields import RESUME, setting
+from moekit.runs.settings.monitor import MonitorConfig
 from moekit.training.budget import Budget
 from moekit.training.checkpoint_io import AtomicCheckpointIO
 from moekit.training.loggers import logger_names
@@ -71,6 +72,7 @@ class TrainConfig:
         checkpoint_steps: number of optimizer steps between checkpoints; 0 = by minutes only.
         on_non_finite: reaction to a loss or gradient that is NaN or infinite: stop ends the run and keeps the last good
             checkpoint, skip leaves out the step and stops after 10 of them in a row, ignore trains on.
+        monitor: what is watched in training, and what a warning leads to.
         log_every: number of optimizer steps between rows of metrics.csv.
         record_routing: number of optimizer steps between records of routing, of validation text and of the batch that
             is trained on, which are kept in the folder routing_trace of the run and measured in its test, see `moekit
@@ -112,6 +114,7 @@ class TrainConfig:
     checkpoint_minutes: float = setting(5.0, at_least=0, free=RESUME)
     checkpoint_steps: int = setting(0, at_least=0, free=RESUME)
     on_non_finite: Literal["stop", "skip", "ignore"] = setting("stop", free=RESUME)
+    monitor: MonitorConfig = setting(default_factory=MonitorConfig, free=RESUME)
     log_every: int = setting(10, at_least=1)
     record_routing: int = setting(0, at_least=0, free=RESUME)
     keep_memory: bool = setting(True, free=RESUME)

@@ -46,6 +46,8 @@ class NonFinite(Callback):
         NonFiniteError: in training, on all processes.
     """
 
+    keeps_gradients = True  # of a step that is made: their norm stays what it is
+
     def __init__(self, reaction: Reaction = "stop", *, most_in_a_row: int = 10) -> None:
         if reaction not in get_args(Reaction):
             raise ValueError(f"NonFinite.reaction must be one of {', '.join(get_args(Reaction))}: got {reaction!r}.")
@@ -93,10 +95,16 @@ class NonFinite(Callback):
         if bool(bad):  # host read: the one of a step
             self.react(pl_module, parameters)
 
+    def seen_norm(self, parameters: Sequence[Tensor]) -> Tensor | None:
+        """As `norm_of`, which may be asked once, afterwards."""
+        found = self._norm
+        return found[1] if found is not None and found[0] == _versions(parameters) else None
+
     def norm_of(self, parameters: Sequence[Tensor]) -> Tensor | None:
         """The norm of the gradients of `parameters`, if it has just been found and they are what they were then."""
-        found, self._norm = self._norm, None
-        return found[1] if found is not None and found[0] == _versions(parameters) else None
+        found = self.seen_norm(parameters)
+        self._norm = None
+        return found
 
     def react(self, module: L.LightningModule, parameters: Sequence[Tensor]) -> None:
         """In a step that is not finite: drop the gradients of `parameters`, and note which of them are not finite."""
@@ -152,7 +160,7 @@ class NonFinite(Callback):
         row = f", like the {self._in_a_row - 1} before it," if self._in_a_row > 1 else ""
         return (
             f"step {trainer.global_step}{row} is not finite (NaN or infinite): "
-            f"{'; '.join(said) or 'the gradient norm'}. {_kept(trainer)}Lower the learning rate, lengthen the warm-up, "
+            f"{'; '.join(said) or 'the gradient norm'}. {kept(trainer)}Lower the learning rate, lengthen the warm-up, "
             "or look at the data of that step."
         )
 
@@ -169,7 +177,7 @@ class NonFinite(Callback):
             names = list(dict.fromkeys(name for some in everybody(trainer, own) for name in some))
             raise NonFiniteError(
                 f"the weights after step {trainer.global_step} are not finite (NaN or infinite) and are not saved: "
-                f"{_listed(names)}. {_kept(trainer)}Lower the learning rate or lengthen the warm-up."
+                f"{_listed(names)}. {kept(trainer)}Lower the learning rate or lengthen the warm-up."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -232,7 +240,7 @@ def _say(text: str) -> None:
     print(f"note: {text}.", file=sys.stderr, flush=True)
 
 
-def _kept(trainer: L.Trainer) -> str:
+def kept(trainer: L.Trainer) -> str:
     """Which checkpoint there is."""
     paths = [getattr(callback, "path", None) for callback in reversed(trainer.checkpoint_callbacks)]
     there = next((path for path in paths if path is not None and path.exists()), None)

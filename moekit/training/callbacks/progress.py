@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from moekit.terminal import Terminal
 from moekit.training.budget import Budget
 from moekit.training.callbacks.memory import PeakMemory
+from moekit.training.callbacks.routing_monitor import RoutingMonitor
 
 _SPEED_IS_KNOWN = 30.0  # seconds
 _FEW_STEPS = 5
@@ -100,7 +101,7 @@ class TrainingProgress(ProgressBar):
                 f"{budget.max_steps:,}: {100 * reached / budget.max_steps:.0f} % of its schedule. All of it takes "
                 f"about {minutes} minutes."
             )
-        self._console.print(said, style="yellow", soft_wrap=True)
+        self.say(said)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._show(lambda: self.training_text(trainer), lambda: 1.0, force=True)
@@ -140,7 +141,7 @@ class TrainingProgress(ProgressBar):
         self._close()
 
     def training_text(self, trainer: L.Trainer) -> str:
-        """For example ``step 120/2000  loss 5.123  8,400 tokens/s  1:02 used  16:02 left``, and the `PeakMemory`."""
+        """For example ``step 120/2000  loss 5.123  8,400 tokens/s  1:02 used  16:02 left``, and what callbacks add."""
         metrics = trainer.callback_metrics
         limit = self._max_steps(trainer)
         parts = [f"step {trainer.global_step:,}" + (f"/{limit:,}" if limit else "")]
@@ -155,10 +156,16 @@ class TrainingProgress(ProgressBar):
         parts.append(f"{_duration(used)}{'/' + _duration(60 * minutes) if minutes else ''} used")
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         parts += [callback.text() for callback in callbacks if isinstance(callback, PeakMemory) and callback.bytes]
+        parts += [text for callback in callbacks if isinstance(callback, RoutingMonitor) and (text := callback.text())]
         done = self._fraction(trainer)
         if (made := done - self._start_fraction) > 0:
             parts.append(f"{_duration((self._clock() - self._start) * (1 - done) / made)} left")
         return "  ".join(parts)
+
+    def say(self, text: str) -> None:
+        """A line that somebody should read, above the bar."""
+        if self._enabled:
+            self._console.print(text, style="yellow", soft_wrap=True)
 
     def _max_steps(self, trainer: L.Trainer) -> int | None:
         if self.budget is not None and self.budget.max_steps is not None:

@@ -14,9 +14,15 @@ from moekit.routing import Routing, routing_stats
 from moekit.training.metrics.wide import WideMetric
 
 _STATES = ("load", "kept", "tokens", "entropy")  # of each layer
+_MEANS = ("drop_rate", "entropy", "load_entropy", "load_cv", "load_max_ratio")  # over layers
+_OF_LAYERS = ("drop_rate", "entropy", "experts_per_token")  # logged of each that has them
 
 DEAD_SHARE = 0.01
 """An expert is dead if it gets less than this part of an even share (1 / num_experts) of all assignments."""
+CROWDED = 4.0
+"""Fair shares from which on an expert is a bottleneck. Ours."""
+MAX_DROP_RATE = 0.10
+"""Share of dropped assignments from which on somebody should look. Ours: papers train at a few percent."""
 
 
 class RoutingStatistics(WideMetric):
@@ -103,6 +109,20 @@ class RoutingStatistics(WideMetric):
                 weighted = torch.where(count > 0, entropy * count, torch.zeros_like(count))
                 getattr(self, f"entropy_{index}").add_(torch.stack([weighted, count]))
 
+    def packed(self) -> Tensor:
+        """Float64[n], all that was counted here, where it lies: may be added to that of others (`unpack`)."""
+        return torch.cat([state.reshape(-1).double() for state in self._states()])
+
+    def unpack(self, packed: Tensor) -> None:
+        """Take the place of what was counted by Float64[n], which `packed` or a sum of several made."""
+        sizes = [state.numel() for state in self._states()]
+        for state, values in zip(self._states(), packed.split(sizes), strict=True):
+            state.copy_(values.view(state.shape))
+        self._update_count, self._computed = 1, None
+
+    def _states(self) -> list[Tensor]:
+        return [getattr(self, f"{state}_{n}") for n in range(len(self.layers)) for state in _STATES]
+
     def compute(self) -> dict[str, Any]:
         """The form of routing.json: plain data.
 
@@ -112,8 +132,7 @@ class RoutingStatistics(WideMetric):
             "dead_experts", "load_cv", "load_max_ratio", "assignments"}]}``. Loads sum to 1, or are all 0 where nothing
             was routed.
         """
-        states = [getattr(self, f"{state}_{n}") for n in range(len(self.layers)) for state in _STATES]
-        found = to_host(states)  # waits for the device once
+        found = to_host(self._states())  # waits for the device once
         rows = zip(*[iter(found)] * len(_STATES), strict=True)
         return {
             "languages": list(self.languages),
@@ -131,15 +150,13 @@ class RoutingStatistics(WideMetric):
             values = [layer[name] for layer in layers.values() if layer[name] is not None]
             return sum(values) / len(values) if values else None
 
-        return {
-            "drop_rate": mean("drop_rate"),
-            "entropy": mean("entropy"),
-            "load_entropy": mean("load_entropy"),
-            "dead_experts": sum(layer["dead_experts"] for layer in layers.values()),
-            "load_cv": mean("load_cv"),
-            "load_max_ratio": mean("load_max_ratio"),
-            "layers": layers,
-        }
+        dead = sum(layer["dead_experts"] for layer in layers.values())
+        return {**{name: mean(name) for name in _MEANS}, "dead_experts": dead, "layers": layers}
+
+    def log_names(self) -> frozenset[str]:
+        """All names that `log_values` may have."""
+        names = {*_MEANS, "dead_experts", *(f"{layer}/{name}" for layer in self.layers for name in _OF_LAYERS)}
+        return frozenset(f"routing/{name}" for name in names)
 
     def log_values(self) -> dict[str, float]:
         """For `log_dict`: means over the layers, ``routing/drop_rate``, ..., and ``routing/<layer>/drop_rate``,
@@ -148,7 +165,7 @@ class RoutingStatistics(WideMetric):
         summary = self.summary()
         values = {name: value for name, value in summary.items() if name != "layers"}
         for layer, found in summary["layers"].items():
-            values |= {f"{layer}/{name}": found.get(name) for name in ("drop_rate", "entropy", "experts_per_token")}
+            values |= {f"{layer}/{name}": found.get(name) for name in _OF_LAYERS}
         return {f"routing/{name}": float(value) for name, value in values.items() if value is not None}
 
     def _layer(self, name: str, *states: Tensor) -> dict[str, Any]:
@@ -178,6 +195,15 @@ class RoutingStatistics(WideMetric):
             "load_cv": share.std(correction=0).item() * num_experts,
             "load_max_ratio": share.max().item() * num_experts,
         }
+
+
+def crowded(num_experts: int, experts_per_token: float = 1.0, most: float = CROWDED) -> float:
+    """Fair shares from which on the busiest expert of a layer does too much.
+
+    An expert can have E / K fair shares at most, where it is chosen by every token. Of that it is three fifths, not
+    less than 1.6, and not more than `most`.
+    """
+    return min(most, max(1.6, 0.6 * num_experts / max(1.0, experts_per_token)))
 
 
 def learns(layer: nn.Module) -> bool:

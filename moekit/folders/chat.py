@@ -1,0 +1,111 @@
+"""Conversations as a folder's own chat template writes them, and where in the text the assistant speaks."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from moekit.errors import UserError
+from moekit.folders.examples import Conversation
+
+Span = tuple[int, int]
+"""The first character, and that behind the last one."""
+
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_STAND_IN = "qxzassistantspeaksherezxq"
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    What is learned is what the assistant has to write: from the end of the prompt for its turn to the end of the turn,
+    the token that ends it included. Where the template marks it (``{% generation %}``), the marks count.
+
+    Args:
+        tokenizer: fast, of transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The text of a conversation, and the assistant's spans in it.
+
+        Raises:
+            UserError: naming file and line: the tokenizer has no chat template, the template refuses the messages, or
+                writes them so that the assistant's turns cannot be found.
+        """
+        where = conversation.where
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"{where}: messages need a chat template, and the tokenizer of the model has none "
+                f"(chat_template.jinja). Use a model that was made for chat, add a template, or give prompt and "
+                "completion."
+            )
+        messages = [dict(message) for message in conversation.messages]
+        if _MARKED.search(str(self.tokenizer.chat_template)):
+            return self._marked(messages, conversation)
+        text = self._write(messages, conversation)
+        spans = [
+            self._turn(text, messages, number, conversation)
+            for number, message in enumerate(messages)
+            if message["role"] == "assistant" and message["content"].strip()
+        ]
+        return text, spans
+
+    def _write(self, messages: list[dict[str, Any]], conversation: Conversation, *, prompt: bool = False) -> str:
+        """The template's text of some messages; transformers runs the template in a sandbox."""
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=conversation.tools, tokenize=False, add_generation_prompt=prompt
+                )
+            )
+        except Exception as error:  # whatever a template raises
+            raise _refused(conversation, error) from None
+
+    def _marked(self, messages: list[dict[str, Any]], conversation: Conversation) -> tuple[str, list[Span]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[messages],
+                tools=conversation.tools,
+                chat_template=self.tokenizer.get_chat_template(tools=conversation.tools),
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # whatever a template raises
+            raise _refused(conversation, error) from None
+        (text,), (spans,) = rendered
+        return str(text), [(int(start), int(end)) for start, end in spans]
+
+    def _turn(self, text: str, messages: list[dict[str, Any]], number: int, conversation: Conversation) -> Span:
+        """Where the assistant's message `number` stands in the text of all messages.
+
+        A word in the place of what it says tells where that begins and ends, whatever the template does with other
+        turns. The turn begins before it, where the prompt for it ends; and ends behind it with what the template writes
+        after a last turn, blanks left out.
+        """
+        told = [*messages[:number], {**messages[number], "content": _STAND_IN}]
+        stood_in = self._write([*told, *messages[number + 1 :]], conversation)
+        before, _, after = stood_in.partition(_STAND_IN)
+        prompt = self._write(messages[:number], conversation, prompt=True) if number else None
+        # What it thinks before it speaks may be elsewhere in the text than in that of the stand-in.
+        begin = next((len(start) for start in (prompt, before) if start is not None and text.startswith(start)), -1)
+        end = len(text) - len(after)
+        if _STAND_IN not in stood_in or not text.endswith(after) or not 0 <= begin <= end:
+            raise UserError(
+                f"{conversation.where}: the chat template of the model writes message {number + 1} so that it cannot "
+                "be found in the text. Give prompt and completion, or mark in the template what is learned "
+                "({% generation %})."
+            )
+        closings = (self._write(told, conversation).partition(_STAND_IN)[2].rstrip(), self.tokenizer.eos_token or "")
+        return begin, end + next((len(closing) for closing in closings if closing and text.startswith(closing, end)), 0)
+
+
+def _refused(conversation: Conversation, error: Exception) -> UserError:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return UserError(
+        f"{conversation.where}: the chat template of the model refuses the messages: {reason.rstrip('.')}."
+    )

@@ -1,0 +1,147 @@
+"""The text of fine-tuning as a data module: read, encoded, held out in part, packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+
+from moekit.data.batching import Loader
+from moekit.data.keyed import key, permute
+from moekit.errors import UserError
+from moekit.folders.batches import Dealing, FolderBatch, HeldOutBatches, Row, TrainingBatches
+from moekit.folders.encoding import Encoded, EncodedExamples, Encoder
+from moekit.folders.examples import Example, fingerprint, read_examples
+from moekit.folders.packing import pack
+from moekit.folders.settings import FolderConfig
+from moekit.huggingface.folder import weights_digest
+from moekit.source import digest
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of training or of held-out text, and what was made of the examples."""
+
+    examples: EncodedExamples
+    rows: list[Row]
+
+
+class FolderData(L.LightningDataModule):
+    """Batches of a file of examples.
+
+    Args:
+        config: the settings.
+        encoder: makes tokens of examples.
+
+    Raises:
+        UserError: the text is at fault, or there is not enough of it.
+    """
+
+    def __init__(self, config: FolderConfig, encoder: Encoder) -> None:
+        super().__init__()
+        text = config.data
+        self.config, self.encoder = config, encoder
+        training, held_out = _divided(config)
+        self.train, self.valid = (self._split(examples) for examples in (training, held_out))
+        read = [part.tobytes() for split in (self.train, self.valid) for one in split.examples.examples
+                for part in (one.ids, one.labels)]  # fmt: skip
+        self.digest = digest(fingerprint(training), fingerprint(held_out), *read)[:16]
+        for split, option in ((self.train, "data.path"), (self.valid, "data.valid_path or data.held_out")):
+            if not split.rows:
+                raise UserError(
+                    f"the text of {option} must have something to learn within data.max_length tokens: got "
+                    f"{text.max_length}, and of {split.examples.empty} examples nothing is left. Raise it."
+                )
+        tokenizer = encoder.tokenizer
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad = int(next(pad for pad in pads if pad is not None and pad < encoder.vocab_size))
+
+    def _split(self, examples: Sequence[Example]) -> Split:
+        encoded = self.encoder.encode(examples)
+        if not self.config.data.pack:
+            return Split(encoded, [[example] for example in encoded.examples])
+        rows = pack([len(example) for example in encoded.examples], self.config.data.max_length)
+        return Split(encoded, [[encoded.examples[number] for number in row] for row in rows])
+
+    def train_dataloader(self) -> Loader[FolderBatch]:
+        """Batches from the Trainer's current one on."""
+        batches = TrainingBatches(self.train.rows, self._dealing(), pad=self.pad, seed=self.config.data.seed)
+        length = batches.steps_per_pass * self.config.train.accumulate
+        return Loader(batches, length, self._batches_so_far, pin_memory=self._on_accelerator())
+
+    def val_dataloader(self) -> Loader[FolderBatch] | list[Any]:
+        """Held-out batches; in training none unless it is to be validated."""
+        if self.trainer is not None and self.trainer.state.fn == "fit" and not self.config.train.validate_every:
+            return []
+        batches = HeldOutBatches(self.valid.rows, self._dealing(), pad=self.pad)
+        return Loader(batches, len(batches), pin_memory=self._on_accelerator())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of training depends on."""
+        return {"text": self.digest, "examples": len(self.train.examples.examples), "model": self._model}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with another model or other text.
+
+        Raises:
+            UserError: model, text or its tokens differ from the checkpoint's.
+        """
+        if state_dict.get("model", self._model) != self._model:
+            raise UserError(
+                f"a resumed run must have the model that it began with: {self.config.model} has other weights. Give "
+                "that one, or start a new run."
+            )
+        if state_dict.get("text") != self.digest:
+            raise UserError(
+                f"a resumed run must have the text of its checkpoint: {self.config.data.path}, the held-out text, or "
+                "what the tokenizer makes of them has changed. Restore it, or start a new run."
+            )
+
+    @cached_property
+    def _model(self) -> str:
+        return weights_digest(Path(self.config.model))
+
+    def _dealing(self) -> Dealing:
+        # The strategy knows which processes read the same rows: with tensor parallelism some do.
+        sharing = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        ranks, rank = (sharing["num_replicas"], sharing["rank"]) if sharing else (1, 0)
+        rows = self.config.rows_of_a_rank(ranks)
+        return Dealing(rows, rank, ranks, self.config.train.accumulate)
+
+    def _batches_so_far(self) -> int:
+        # `processed`: a batch whose training was cut off must be done again.
+        if self.trainer is None:
+            return 0
+        return int(getattr(self.trainer.fit_loop.epoch_loop.batch_progress.total, "processed"))  # noqa: B009
+
+    def _on_accelerator(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+
+def _divided(config: FolderConfig) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples."""
+    text = config.data
+    found = read_examples(text.path, text.source)
+    if text.valid_path is not None:
+        return found, read_examples(text.valid_path, text.source, "--data.valid_path")
+    if len(found) < 2:
+        raise UserError(
+            f"{text.path} must hold at least two examples, of which one is held out: got {len(found)}. Give "
+            "data.valid_path, or more examples."
+        )
+    count = min(len(found) - 1, max(1, round(len(found) * text.held_out)))
+    places = permute(np.arange(len(found)), len(found), key(text.seed, "held out"))
+    return (
+        [example for example, place in zip(found, places, strict=True) if place >= count],
+        [example for example, place in zip(found, places, strict=True) if place < count],
+    )
+
+
+def num_tokens(examples: Sequence[Encoded]) -> int:
+    """Tokens of all examples."""
+    return sum(map(len, examples))
