@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -186,7 +187,12 @@ class MoELayer(Component):
                 return whole, routing, None
         if ours is not None and ours.exchange is not None and self.shared is not None:
             wait = ours.dispatch_async(x, routing)
-            shared = self.shared(x)
+            try:
+                shared = self.shared(x)
+            except Exception:
+                with contextlib.suppress(Exception):  # the branch's own error is the one to tell
+                    wait()  # or the message would be nobody's, and come after the next ones
+                raise
             sent = wait()
             del wait  # and with it the rows as they came
         else:

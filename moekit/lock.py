@@ -20,6 +20,10 @@ LOCK_FILES = (_LOCK, _OWNER)
 """What lies in a folder while it is held, and after its owner was killed."""
 
 
+class InUseError(UserError):
+    """Another process holds the folder."""
+
+
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold a run folder, which is made if need be, against other processes that would write to it.
@@ -29,7 +33,8 @@ def held(folder: Path) -> Iterator[None]:
     are removed.
 
     Raises:
-        UserError: another process holds it, which is named with its host; or the folder cannot be made.
+        InUseError: another process holds it, which is named with its host.
+        UserError: the folder cannot be made.
     """
     made = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
     with contextlib.ExitStack() as stack:
@@ -50,7 +55,7 @@ def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
     try:
         stack.enter_context(FileLock(folder / _LOCK).acquire(blocking=False))
     except Timeout:
-        raise UserError(
+        raise InUseError(
             f"the run folder {folder} is in use by {_named(pid, host)}: two processes would destroy each other's "
             "files. Wait until it ends, stop it, or choose another --out."
         ) from None
@@ -59,7 +64,7 @@ def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
             raise  # the folder cannot be written
         # No locks here: what is left is whether somebody began and has not ended in order.
         if pid is not None and (abroad or _runs(pid)):
-            raise UserError(
+            raise InUseError(
                 f"the run folder {folder} was taken by {_named(pid, host)}, and its file system has no locks that say "
                 f"whether that still runs ({reason(error)}). If it does not, delete {folder / _OWNER}."
             ) from error

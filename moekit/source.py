@@ -209,6 +209,14 @@ class Source(ABC):
                 seen.update(dict.fromkeys(pair[1] for pair in self.parallel(direction, split)))
         return list(seen)
 
+    def prepare(self, cache: Path, *, progress: bool = True) -> None:  # noqa: B027 (most sources need nothing)
+        """Do what is done once for all processes that read the text; several may ask at once.
+
+        Args:
+            cache: a folder that stays.
+            progress: show a bar, if on a terminal.
+        """
+
     def word_by_word(self, language: str, text: str) -> str | None:
         """English for a text in a language, word by word, where the source knows it; else None."""
         return None

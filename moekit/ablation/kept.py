@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.ablation.plan import Job
-from moekit.ablation.processes import RunRecord, write_record
+from moekit.ablation.processes import RunRecord, runs_held, write_record
 from moekit.atomic import write_json, write_text
 from moekit.errors import UserError
 from moekit.runs.run import MECHANISMS, SUMMARY
@@ -53,26 +53,39 @@ def restore(jobs: Sequence[Job], runs: Path, kept: Path) -> int:
     """Put the numbers of kept runs where a table looks for them; returns of how many.
 
     A run whose trained model another job of the table evaluates is left out, unless that one is kept too: its numbers
-    alone do not replace its checkpoint.
+    alone do not replace its checkpoint. The folder of the runs is held where there is something to put there.
 
     Raises:
+        InUseError: another process holds that folder.
         UserError: a file is damaged, of a later version, or has the numbers of another run.
     """
+    if not _found(jobs, runs, kept):
+        return 0
+    with runs_held(runs):
+        found = _found(jobs, runs, kept)  # what was made until the folder was held stays
+        for job in found:
+            _put(job, runs, _path(job, kept))
+    return len(found)
+
+
+def _found(jobs: Sequence[Job], runs: Path, kept: Path) -> list[Job]:
+    """Jobs without a result here that have a kept one."""
     missing = [job for job in jobs if not RunRecord.of(job.folder(runs)).final]
     without = {job.of.digest for job in missing if job.of is not None and not _path(job, kept).is_file()}
-    found = [job for job in missing if _path(job, kept).is_file() and job.digest not in without]
-    for job in found:
-        path = _path(job, kept)
-        known = _checked(path, job)
-        folder = job.folder(runs)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, values in ((SUMMARY, known["summary"]), (MECHANISMS, known["mechanisms"])):
-            if values:
-                write_json(folder / name, values)
-        write_text(folder / _METRICS, _table(known["last"]))
-        write_json(folder / _ENVIRONMENT, {"commit": known["commit"]})
-        write_record(folder, RunRecord(**known["record"]))
-    return len(found)
+    return [job for job in missing if _path(job, kept).is_file() and job.digest not in without]
+
+
+def _put(job: Job, runs: Path, path: Path) -> None:
+    """Write a run folder of what its kept file has."""
+    known = _checked(path, job)
+    folder = job.folder(runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in ((SUMMARY, known["summary"]), (MECHANISMS, known["mechanisms"])):
+        if values:
+            write_json(folder / name, values)
+    write_text(folder / _METRICS, _table(known["last"]))
+    write_json(folder / _ENVIRONMENT, {"commit": known["commit"]})
+    write_record(folder, RunRecord(**known["record"]))
 
 
 def _path(job: Job, kept: Path) -> Path:

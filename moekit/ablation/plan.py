@@ -36,7 +36,10 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 """Settings on which no number of a run depends."""
 
-_SINCE = {"train.record_routing": 0, "data.facts_profiles": 0.0}
+_SINCE = {
+    "train.record_routing": 0, "data.facts_profiles": 0.0, "model.router": "table", "model.balance_scope": "batch",
+    "model.shared": False, "model.selection": "random", "data.unit": "line", "data.text_field": "text",
+}  # fmt: skip
 """Settings that digests of earlier runs do not know, with the value at which a run computes what it did before."""
 
 _SEEDS = ("train.seed", "data.order_seed")

@@ -19,7 +19,7 @@ import yaml
 from moekit.ablation.plan import Job
 from moekit.atomic import write_json, write_text, writing
 from moekit.errors import UserError
-from moekit.lock import held
+from moekit.lock import InUseError, held
 from moekit.runs.plain import as_plain
 from moekit.runs.run import SUMMARY
 from moekit.stored import parse_json
@@ -137,7 +137,7 @@ def run_all(
         KeyboardInterrupt: after an orderly end.
     """
     make = moekit_commands if commands is None else commands
-    with _held(runs), _signals_interrupt():
+    with runs_held(runs), _signals_interrupt():
         waiting = [job for job in jobs if not RunRecord.of(job.folder(runs)).final]
         running: list[_Running] = []
         try:
@@ -159,15 +159,17 @@ def run_all(
 
 
 @contextlib.contextmanager
-def _held(runs: Path) -> Iterator[None]:
-    """`moekit.lock.held` for the folder of all runs."""
+def runs_held(runs: Path) -> Iterator[None]:
+    """`moekit.lock.held` for the folder of all runs.
+
+    Raises:
+        InUseError: another process holds it.
+    """
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(held(runs))
-        except UserError as error:
-            if "in use" not in str(error):
-                raise
-            raise UserError(
+        except InUseError as error:
+            raise InUseError(
                 f"the runs in {runs} are made by another ablate: wait until it ends, stop it, or give another folder "
                 "with --runs."
             ) from error

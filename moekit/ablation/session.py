@@ -21,6 +21,7 @@ from moekit.ablation.verdict import count_verdicts
 from moekit.ablation.view import Progress, spoken_minutes
 from moekit.atomic import require_writable, write_text
 from moekit.errors import UserError, nearest
+from moekit.lock import InUseError
 from moekit.shell import command_line
 from moekit.terminal import visible
 
@@ -109,7 +110,8 @@ def list_tables(runs: Path, configure: Configure, console: Console) -> None:
     """Print every table of the checkout: claims, arms and seeds, what its result says, and which runs lie here.
 
     A result is in the checkout, whoever measured it, and so are the numbers of kept runs, which are put among the runs
-    of this machine; all others are only where they were made.
+    of this machine; all others are only where they were made. While another process makes runs here, nothing is put
+    among them, which is said.
 
     Raises:
         UserError: a table is at fault, or there are none.
@@ -121,10 +123,13 @@ def list_tables(runs: Path, configure: Configure, console: Console) -> None:
             f"path: {command_line('ablate', 'TABLE.yaml')}"
         )
     words = {id: said["claim"] for id, said in _words().items()}
-    measured, total = measured_minutes(runs), 0.0
+    measured, total, busy = measured_minutes(runs), 0.0, False
     for name, path in files.items():
         plan = Plan.of(read_table(path), configure)
-        _restore(plan, runs, results_folder(path))
+        try:
+            _restore(plan, runs, results_folder(path))
+        except InUseError:
+            busy = True
         cost = Estimate.of(plan, runs, measured)
         total += cost.minutes
         grid = len(plan.tuning_jobs())
@@ -139,6 +144,8 @@ def list_tables(runs: Path, configure: Configure, console: Console) -> None:
             _say(console, f"  {claim.id} ({claim.kind}): {claim.claim or words.get(claim.id, claim.hypothesis)}")
     _say(console, f"{total:.0f} processor minutes for all runs that are not on this machine; results that are there do "
          f"not need them. Run a table: {command_line('ablate', next(iter(files)))}")  # fmt: skip
+    if busy:
+        _say(console, f"Another ablate makes runs in {runs}: kept runs that are not there yet are counted as missing.")
 
 
 class Estimate:

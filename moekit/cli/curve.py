@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moekit.cli.command import Command, number, path, say
+from moekit.cli.folders import FOLDER, of_folder, text_given, text_options
 from moekit.cli.surgery import amount, config_option, part_options, run_option, seed_option
 from moekit.errors import UserError
 from moekit.terminal import Terminal
 
 
 def _options(parser: ArgumentParser) -> None:
-    run_option(parser)
+    run_option(parser, FOLDER)
     parser.add_argument(
         "--keep",
         type=amount,
@@ -43,33 +44,46 @@ def _options(parser: ArgumentParser) -> None:
     part_options(parser)
     config_option(parser)
     parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="folder for the results, pruning.*")
+    text_options(parser, "on which experts are chosen (training split) and judged (validation split)")
 
 
 def _curve(given: Namespace, console: Console) -> None:
     from moekit.report.pruning import write_curve  # where it is used: a help text needs none of it
+    from moekit.runs.folders.curve import folder_curve
     from moekit.runs.run import Run
     from moekit.runs.surgery.curve import Recovery, pruning_curve, table
 
     if given.out.exists() and not given.out.is_dir():
         raise UserError(f"--out must be a folder: {given.out} is a file.")
-    run = Run.load(given.run, given.config)
-    rate = given.recover_rate or run.config.train.learning_rate / 10
+    folder, text = of_folder(given), text_given(given)
+    if folder and text is None:
+        raise UserError("the curve of a transformers folder needs text: give --data.source and --data.path.")
     bar = Progress(
         TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeRemainingColumn(),
         console=Terminal(stderr=True), transient=True, disable=not sys.stderr.isatty(),
     )  # fmt: skip
     with bar:
         task = bar.add_task("validating", total=1 + len(given.keep) * (2 + given.draws))
-        curve = pruning_curve(
-            run,
-            given.keep,
-            draws=given.draws,
-            recovery=Recovery(given.recover, rate) if given.recover else None,
-            seed=given.seed,
-            language=given.language,
-            task=given.task,
-            advance=lambda what: bar.update(task, advance=1, description=what),
-        )
+
+        def advance(what: str) -> None:
+            bar.update(task, advance=1, description=what)
+
+        if folder:
+            assert text is not None
+            curve = folder_curve(given.run, given.keep, text, draws=given.draws, seed=given.seed, advance=advance)
+        else:
+            run = Run.load(given.run, given.config)
+            rate = given.recover_rate or run.config.train.learning_rate / 10
+            curve = pruning_curve(
+                run,
+                given.keep,
+                draws=given.draws,
+                recovery=Recovery(given.recover, rate) if given.recover else None,
+                seed=given.seed,
+                language=given.language,
+                task=given.task,
+                advance=advance,
+            )
     write_curve(curve, given.out)
     say(console, table(curve))
 
@@ -78,5 +92,7 @@ COMMAND = Command(
     "Measure quality against model size: prune in several ways and validate each model",
     _options,
     _curve,
-    "  moekit curve runs/tiny --out results\n  moekit curve runs/tiny --keep 50% --draws 3 --recover 300 --out results",
+    "  moekit curve runs/tiny --out results\n"
+    "  moekit curve runs/tiny --keep 50% --draws 3 --recover 300 --out results\n"
+    "  moekit curve OLMoE-1B-7B --data.path my-text --draws 5 --out results",
 )

@@ -17,6 +17,7 @@ from moekit.cli import (
     import_,
     inspect,
     merge,
+    plan,
     prune,
     recipes,
     report,
@@ -46,6 +47,8 @@ SURGERY: Mapping[str, Command] = {
 }
 REPORTS: Mapping[str, Command] = {"report": report.COMMAND, "compare": compare.COMMAND}
 STUDIES: Mapping[str, Command] = {"ablate": ablate.COMMAND}
+FOLDERS: Mapping[str, Command] = {"plan": plan.FOLDER_COMMAND}
+"""Commands on recipes that take the folder of a model instead, by ``--model``."""
 _RUNS = ("test", "generate", "serve", "score", "routing")
 """Commands that use a run, whose folder names its recipe."""
 
@@ -61,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = {**SURGERY, **REPORTS, **STUDIES}
     if name in runs:
         return run_command(runs, name, rest)
+    if name in FOLDERS and rest and rest[0].startswith("-") and _names_model(rest):
+        return run_command(FOLDERS, name, rest)
     if name == "run" and rest[:1] == [run_all.ALL]:
         return run_all.run_all(rest[1:])
     if rest and is_help(rest) and name in recipes.COMMANDS:
@@ -111,6 +116,11 @@ def _names_folder(arguments: Sequence[str]) -> bool:
     return not first.startswith("-") and first not in recipe_names() and (os.path.lexists(first) or os.sep in first)
 
 
+def _names_model(arguments: Sequence[str]) -> bool:
+    """Whether ``--model`` is among the options; those of a recipe's model have a name behind it."""
+    return any(argument.partition("=")[0] == "--model" for argument in arguments)
+
+
 def _unknown(name: str, known: Mapping[str, object]) -> None:
     raise UserError(f"unknown command {name!r}. {nearest(name, known)}")
 
@@ -130,6 +140,8 @@ def _about() -> str:
         "Commands on recipes are followed by a recipe. test, generate, serve, score and routing also take the folder "
         f"of a run: {command_line('generate', 'FOLDER')}. {command_line('run', run_all.ALL, '--smoke')} tries every "
         "recipe in seconds.\n"
+        "inspect, prune, merge, upcycle and curve also take the folder of a transformers model, as "
+        f"{command_line('plan', '--model', 'FOLDER')} does.\n"
         "To list the options, add --help after the command (and its recipe, if it needs one)."
     )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from moekit.cli.command import Command
+from moekit.cli.folders import FOLDER, of_folder, text_given, text_options, write_changed
 from moekit.cli.surgery import amount, change, output_options, part_options, plain_option, run_option, seed_option
 from moekit.errors import UserError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _options(parser: ArgumentParser) -> None:
-    run_option(parser)
+    run_option(parser, FOLDER)
     parser.add_argument(
         "--keep",
         type=amount,
@@ -26,29 +27,44 @@ def _options(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--by",
-        choices=["utilisation", "reversed", "random"],
+        choices=["utilisation", "reversed", "random", "reap"],
         default="utilisation",
-        help="experts to keep: the most used (utilisation, default), the least used (reversed) or random ones",
+        help="experts to keep: the most used (utilisation, default), the least used (reversed), random ones, or those "
+        "whose weighted output is largest where they are used (reap)",
     )
     seed_option(parser, "--by random")
     plain_option(parser, "even in an aggregated or upcycled run, whose compensation for copies is otherwise reduced")
     part_options(parser)
     output_options(parser)
+    text_options(parser, "on which experts are chosen (training split)")
 
 
 def _prune(given: Namespace, console: Console) -> None:
-    from moekit.runs.surgery.operations import prune_run  # where it is used: a help text needs none of it
-    from moekit.runs.surgery.utilisation import measured_load
+    from moekit.runs.folders.changing import prune_folder  # where it is used: a help text needs none of it
+    from moekit.runs.surgery.operations import prune_run
+    from moekit.runs.surgery.utilisation import measured_load, measured_saliency
     from moekit.surgery import choose_experts, count_kept, require_separable
+
+    if of_folder(given):
+        options = {"seed": given.seed, "overwrite": given.overwrite}
+        source, text = given.run, text_given(given)
+        write_changed(given, console, lambda: prune_folder(source, given.out, given.keep, given.by, text, **options))
+        return
 
     if given.by == "random" and (given.language or given.task):
         raise UserError("--language and --task say whose utilisation counts: leave them out with --by random.")
+    if given.by == "reap" and given.language:
+        raise UserError("--by reap measures the text of all languages: leave --language out.")
 
     def pruned(run: Run) -> Result:
         layers = run.layers()
         require_separable(layers, str(run.checkpoint))
         count_kept(layers, given.keep)  # before anything is measured
-        load = None if given.by == "random" else measured_load(run, language=given.language, task=given.task)
+        load = None
+        if given.by == "reap":
+            load = measured_saliency(run, task=given.task)
+        elif given.by != "random":
+            load = measured_load(run, language=given.language, task=given.task)
         kept = choose_experts(layers, given.keep, given.by, load=load, seed=given.seed)
         note = {name: getattr(given, name) for name in ("keep", "by", "seed", "language", "task")}
         return prune_run(run, kept, compensated=not given.plain, **note)
@@ -57,9 +73,10 @@ def _prune(given: Namespace, console: Console) -> None:
 
 
 COMMAND = Command(
-    "Remove experts from each layer, by utilisation or at random",
+    "Remove experts from each layer, by utilisation, by saliency or at random",
     _options,
     _prune,
     "  moekit prune runs/tiny --keep 50% --out runs/half\n"
-    "  moekit prune runs/tiny --keep 2 --language avl --out runs/avl",
+    "  moekit prune runs/tiny --keep 2 --language avl --out runs/avl\n"
+    "  moekit prune OLMoE-1B-7B --keep 50% --by reap --data.path my-text --out OLMoE-half",
 )

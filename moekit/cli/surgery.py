@@ -49,14 +49,14 @@ def seed_option(parser: ArgumentParser, what: str) -> None:
 
 def output_options(parser: ArgumentParser) -> None:
     """Where the new run goes, and how it goes on."""
-    parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="folder of the new run")
+    parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="folder of the new run or model")
     parser.add_argument(
         "--restart",
         action="store_true",
         help="restart at step 0 when training continues (default: continue at the step and learning rate of the run)",
     )
     parser.add_argument("--fresh-optimizer", action="store_true", help="discard the state of the optimizer")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing run in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing run or model in --out")
     config_option(parser)
 
 

@@ -56,9 +56,9 @@ class EvaluationBatches(Dataset[Batch]):
         for task in tasks:
             ranks = task.rank.count
             for number, sizes in enumerate(task.sizes()):
-                order = np.lexsort((sizes.source,) if sizes.target is None else (sizes.target, sizes.source))
-                target = None if sizes.target is None else sizes.target[order]
-                cuts = fill(sizes.source[order], target, budget, ranks)
+                source, target = sizes.at(np.arange(len(sizes)))
+                order = np.lexsort((source,) if target is None else (target, source))
+                cuts = fill(source[order], None if target is None else target[order], budget, ranks)
                 if len(cuts) > 2 and cuts[-1] - cuts[-2] < ranks:
                     del cuts[-2]
                 keys = fold(key(seed, "evaluation", task.task.name, sizes.name), np.arange(len(order)))

@@ -91,9 +91,11 @@ def _framed(
                 f"{', '.join(store.sections) or 'nothing'}."
             )
     for name in sections:
-        begins, lengths = store.starts(name), store.lengths(name)
-        for low in range(0, len(begins), _CHUNK):
-            text = store.read(begins[low : low + _CHUNK], lengths[low : low + _CHUNK])
+        where = store.section(name)
+        last = where.first + where.count
+        for low in range(where.first, last, _CHUNK):
+            edges = np.asarray(store.offsets[low : min(low + _CHUNK, last) + 1])
+            text = store.read(edges[:-1], np.diff(edges))
             text = text if before is None else text.prepend(before)
             text = text if after is None else text.append(after)
             yield text.tokens, text.starts[text.lengths > 0]

@@ -71,11 +71,11 @@ class HeldOut(Source):
     def of(cls, data: MultitaskData, settings: Mapping[str, Any]) -> HeldOut:
         """What the data module of a run evaluates on; see the class for `settings`."""
         limits = {"valid": data.valid_sentences, "test": data.test_sentences}
+        counts = {section: where.count for section, where in data.store.sections.items()}  # prepares the source
         sections = {}
         for texts, _ in data.wanted(_SPLITS).texts(data.source):
             for section, read in texts.items():
-                sections[section] = read()[: limits[section.partition("/")[0]]]
-        counts = {section: where.count for section, where in data.store.sections.items()}
+                sections[section] = list(read()[: limits[section.partition("/")[0]]])
         return cls(
             name=data.source.name,
             languages=data.languages,

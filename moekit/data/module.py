@@ -137,6 +137,7 @@ class MultitaskData(L.LightningDataModule):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer; trained, or read from the cache, when first asked for."""
         if self._tokenizer is None:
+            self.source.prepare(self.cache, progress=self.progress)
             self._tokenizer = train_tokenizer(
                 self.source,
                 vocab_size=self.vocab_size,
@@ -150,8 +151,10 @@ class MultitaskData(L.LightningDataModule):
     def store(self) -> TokenStore:
         """The tokens of all splits; encoded, or opened from the cache, when first asked for."""
         if self._store is None:
+            tokenizer = self.tokenizer
+            self.source.prepare(self.cache, progress=self.progress)
             self._store = cached_store(
-                self.source, self.tokenizer, self.wanted(), cache_dir=self.cache, progress=self.progress
+                self.source, tokenizer, self.wanted(), cache_dir=self.cache, progress=self.progress
             )
         return self._store
 

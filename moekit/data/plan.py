@@ -10,9 +10,9 @@ many batches of equal padded size as there are steps, and the batches shuffled.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,32 @@ from moekit.errors import UserError
 WINDOW = 64  # steps; more = less padding, fewer = a mixture that follows its schedule more closely
 _STRIP = 1.2  # sentences whose first sides differ by less than this factor are sorted by the other side
 _ORDER, _BATCH, _ROW, _PHASE, _NOISE = range(5)
+
+
+class SentenceCosts(Protocol):
+    """What the sentences of a stream cost.
+
+    Attributes:
+        name: of the stream.
+        longest: most padded positions of a sentence, both sides together; 0 of none.
+        mean: of these positions.
+        two_sided: whether batches have two sides.
+    """
+
+    name: str
+
+    @property
+    def longest(self) -> int: ...  # noqa: D102
+    @property
+    def mean(self) -> float: ...  # noqa: D102
+    @property
+    def two_sided(self) -> bool: ...  # noqa: D102
+
+    def __len__(self) -> int: ...
+
+    def at(self, which: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """Padded positions on the two sides of some sentences; None where there is one side."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +67,25 @@ class Sizes:
     def cost(self) -> NDArray[np.int64]:
         """Positions of both sides."""
         return self.source if self.target is None else self.source + self.target
+
+    @property
+    def longest(self) -> int:
+        """The most positions of a sentence."""
+        return int(self.cost.max(initial=0))
+
+    @property
+    def mean(self) -> float:
+        """Mean of the positions of a sentence."""
+        return float(self.cost.mean()) if len(self) else 0.0
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether there is a target."""
+        return self.target is not None
+
+    def at(self, which: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """Positions of some sentences."""
+        return self.source[which], None if self.target is None else self.target[which]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +132,7 @@ class StepPlan:
     def __init__(
         self,
         name: str,
-        streams: Sequence[Sizes],
+        streams: Sequence[SentenceCosts],
         *,
         budget: int,
         temperature: TemperatureSchedule,
@@ -110,18 +155,15 @@ class StepPlan:
                     f"shares of the task {name} must name its streams: got {wanted!r}; they are {', '.join(names)}."
                 )
         self._shares = {names.index(wanted): share for wanted, share in (shares or {}).items()}
-        longest = max(int(s.cost.max()) for s in self.streams if len(s))
+        longest = max(s.longest for s in self.streams)
         if longest > budget:
             raise UserError(
                 f"The token budget of the task {name} must hold its longest sentence: got {budget:,} for sentences of "
                 f"up to {longest:,} positions. Raise it (tasks.{name}.tokens; of MultitaskData tokens_per_step, or the "
                 "task's share), or lower data.max_length."
             )
-        self._two_sided = any(s.target is not None for s in self.streams)
-        self._source = np.concatenate([s.source for s in self.streams])
-        self._target = np.concatenate([s.source if s.target is None else s.target for s in self.streams])
-        self._offset = np.cumsum(self._sizes) - self._sizes
-        self._mean = np.array([s.cost.mean() if len(s) else 0.0 for s in self.streams])
+        self._two_sided = any(s.two_sided for s in self.streams)
+        self._mean = np.array([s.mean for s in self.streams])
         self._key = key(seed, name)
         self._stream_keys = np.concatenate([key(seed, name, s.name) for s in self.streams])
         self._phase = uniform(self._stream_keys, np.zeros(1, dtype=np.int64), _PHASE)
@@ -168,9 +210,17 @@ class StepPlan:
         return needed, max(0.0, 1.0 - real / positions)
 
     def _positions(self, rows: Rows) -> int:
-        where = self._offset[rows.stream] + rows.index
-        width = self._source[where].max() + (self._target[where].max() if self._two_sided else 0)
+        source, target = self._sides(rows)
+        width = source.max() + (target.max() if self._two_sided else 0)
         return len(rows) * int(width)
+
+    def _sides(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Int64[B] each, positions on both sides; of one side twice where there is no other."""
+        source, target = np.empty((2, len(rows)), np.int64)
+        for number, here in by_stream(rows.stream):
+            one, other = self.streams[number].at(rows.index[here])
+            source[here], target[here] = one, one if other is None else other
+        return source, target
 
     def _draws(self, window: int) -> Rows:
         start, stop = (np.floor(self._drawn_before(w) + self._phase).astype(np.int64) for w in (window, window + 1))
@@ -185,8 +235,7 @@ class StepPlan:
 
     def _batches(self, window: int) -> list[Rows]:
         rows = self._draws(window)
-        where = self._offset[rows.stream] + rows.index
-        source, target = self._source[where], self._target[where]
+        source, target = self._sides(rows)
         strip = (np.log(source) / math.log(_STRIP)).astype(np.int64)
         # Strip by strip from long to short; the other side rises in one strip and falls in the next: it never jumps.
         by_both = (np.where(strip % 2, target, -target), -strip)
@@ -199,6 +248,13 @@ class StepPlan:
         # Shuffled inside each batch as well: a capacity by position would favour whatever comes first.
         order = order[np.argsort(batch + within, kind="stable")]
         return [rows[order[cuts[b] : cuts[b + 1]]] for b in shuffled]
+
+
+def by_stream(stream: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """The streams of some rows, and the places of the rows of each."""
+    order = np.argsort(stream, kind="stable")
+    numbers, begins = np.unique(stream[order], return_index=True)
+    yield from zip(numbers.tolist(), np.split(order, begins[1:]), strict=True) if len(order) else ()
 
 
 def cut(

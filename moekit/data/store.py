@@ -18,17 +18,18 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moekit.data.cache import CorruptCacheError, cached_folder, content_key
+from moekit.data.progress import bar_of
 from moekit.data.ragged import Ragged
+from moekit.data.text_stream import TextStream, in_chunks
 from moekit.data.tokenizer import Tokenizer
+from moekit.environment import usable_cores
+from moekit.errors import UserError
 from moekit.source import Direction, Source, Split, digest
 from moekit.stored import parse_json
-from moekit.terminal import Terminal
 
 _FORMAT = 1
-_CHUNK = 4096
 _TYPES = ("uint16", "uint32")
 SIDES: tuple[Literal["source", "target"], ...] = ("source", "target")
 
@@ -124,7 +125,7 @@ class Wanted:
     parallel: tuple[tuple[Direction, Split], ...] = ()
     monolingual: tuple[tuple[str, Split], ...] = ()
 
-    def texts(self, source: Source) -> Iterator[tuple[dict[str, Callable[[], list[str]]], str]]:
+    def texts(self, source: Source) -> Iterator[tuple[dict[str, Callable[[], Sequence[str]]], str]]:
         """Pieces of work: for each, the texts of its sections by name, and what to call it."""
         for direction, split in self.parallel:
             pairs = source.parallel(direction, split)
@@ -132,7 +133,7 @@ class Wanted:
             yield {name: _side(pairs, i) for i, name in enumerate(names)}, f"{direction} {split}"
         for language, split in self.monolingual:
             text = source.monolingual(language, split)
-            yield {monolingual_section(language, split): functools.partial(list, text)}, f"{language} {split}"
+            yield {monolingual_section(language, split): functools.partial(_held, text)}, f"{language} {split}"
 
     def names(self) -> list[str]:
         """Names of all sections."""
@@ -142,6 +143,11 @@ class Wanted:
 
 def _side(pairs: Sequence[tuple[str, str]], index: int) -> Callable[[], list[str]]:
     return lambda: [pair[index] for pair in pairs]
+
+
+def _held(text: Sequence[str]) -> Sequence[str]:
+    """Text that is walked through twice: a stream as it is, other text made once."""
+    return text if isinstance(text, TextStream) else list(text)
 
 
 def cached_store(
@@ -174,34 +180,46 @@ def store_in_memory(source: Source, tokenizer: Tokenizer, wanted: Wanted) -> Tok
 
 
 def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Wanted, *, progress: bool = True) -> None:
-    """Encode `wanted` into the existing, empty `folder`. Use `cached_store` unless you move it into place yourself."""
+    """Encode `wanted` into the existing, empty `folder`. Use `cached_store` unless you move it into place yourself.
+
+    In memory are some thousand sentences at a time of text that comes as a `TextStream`, and of other text one side of
+    a direction. They are encoded by as many threads as there are cores; the result is the same for any number.
+    """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     sections: dict[str, Section] = {}
     seen: dict[str, Section] = {}
-    lengths: list[NDArray[np.int64]] = []
     stored = 0
-    with (folder / "tokens.bin").open("wb") as out, _bar(progress) as bar:
-        task = bar.add_task("Encoding", total=len(wanted.names()))
+    with (
+        (folder / "tokens.bin").open("wb") as tokens,
+        (folder / "offsets.bin").open("wb") as offsets,
+        bar_of(shown=progress) as bar,
+    ):
+        end = np.zeros(1, dtype=np.int64)
+        offsets.write(end.tobytes())
         for texts, title in wanted.texts(source):
-            bar.update(task, description=f"Encoding {title}")
             for name, read in texts.items():
                 text = read()
-                content = digest(*text)
+                content = text.identity if isinstance(text, TextStream) else digest(*text)
                 if content not in seen:
-                    seen[content] = Section(stored, len(text))
-                    for begin in range(0, len(text), _CHUNK):
-                        encoded = tokenizer.encode_batch(text[begin : begin + _CHUNK])
+                    task = bar.add_task(f"Encoding {title}", total=len(text))
+                    first = stored
+                    for chunk in in_chunks(text):
+                        encoded = tokenizer.encode_batch(chunk, threads=usable_cores())
                         sizes = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
                         flat = itertools.chain.from_iterable(encoded)
-                        out.write(np.fromiter(flat, dtype=dtype, count=int(sizes.sum())).tobytes())
-                        lengths.append(sizes)
-                    stored += len(text)
+                        tokens.write(np.fromiter(flat, dtype=dtype, count=int(sizes.sum())).tobytes())
+                        ends = end[-1] + np.cumsum(sizes)
+                        offsets.write(ends.tobytes())
+                        end, stored = ends[-1:], stored + len(chunk)
+                        bar.advance(task, len(chunk))
+                    bar.remove_task(task)
+                    if stored - first != len(text):
+                        raise UserError(
+                            f"{source.name}: text must be the same each time it is read: {title} had {len(text):,} "
+                            f"sentences, and then {stored - first:,}. Begin again when nothing writes to it."
+                        )
+                    seen[content] = Section(first, len(text))
                 sections[name] = seen[content]
-                bar.advance(task)
-    offsets = np.zeros(stored + 1, dtype=np.int64)
-    if lengths:
-        np.cumsum(np.concatenate(lengths), out=offsets[1:])
-    (folder / "offsets.bin").write_bytes(offsets.tobytes())
     header = {
         "format": _FORMAT,
         "dtype": dtype.name,
@@ -209,13 +227,6 @@ def build_store(folder: Path, source: Source, tokenizer: Tokenizer, wanted: Want
         "files": {name: {"size": (folder / name).stat().st_size} for name in ("tokens.bin", "offsets.bin")},
     }
     (folder / "header.json").write_bytes(json.dumps(header, indent=1).encode())
-
-
-def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Terminal(), transient=True)
-    bar.disable = not (shown and bar.console.is_terminal)
-    return bar
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from moekit.data.batch import SPECIALS, Batch, Sentences, padded_length
-from moekit.data.plan import Rows, Sizes
+from moekit.data.plan import Rows, by_stream
 from moekit.data.store import TokenStore
 from moekit.data.tokenizer import Tokenizer
+from moekit.data.usable import BLOCK, Usable
 from moekit.errors import UserError
 
 TooLong = Literal["drop", "truncate", "error"]
@@ -27,6 +28,11 @@ class Collator(Protocol):
         """Of the task."""
         ...
 
+    @property
+    def pairs(self) -> bool:
+        """Whether it needs pairs of texts."""
+        ...
+
     def sizes(self, lengths: NDArray[np.int64]) -> Sequence[NDArray[np.int64]]:
         """Tokens on the sides of a batch, by those of the texts Int64[sides, n]."""
         ...
@@ -36,30 +42,99 @@ class Collator(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class Stream:
-    """The usable sentences (or pairs) of one direction or language.
+class Stream(Protocol):
+    """The usable sentences (or pairs, or chunks) of one direction or language.
+
+    What it says of them it looks up in the store, so that in memory is next to nothing of a long text.
 
     Attributes:
         name: ``"en-de"``, or ``"de"`` for text of one language.
-        index: Int64[n], the usable sentences (or chunks), counted within the section.
-        starts: Int64[sides, n], place in the store of the first token of each.
-        lengths: Int64[sides, n], tokens without specials, after truncation.
         languages: ids of source and target language, the same for text of one language.
         dropped: sentences left out for being too long or empty.
         truncated: sentences that are cut.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def languages(self) -> tuple[int, int]: ...  # noqa: D102
+    @property
+    def dropped(self) -> int: ...  # noqa: D102
+    @property
+    def truncated(self) -> int: ...  # noqa: D102
+
+    def __len__(self) -> int: ...
+
+    def at(self, which: NDArray[np.int64]) -> Found:
+        """Some of them, by their numbers among the usable ones."""
+        ...
+
+    def lengths(self) -> Iterator[NDArray[np.int64]]:
+        """Int64[sides, n], tokens without specials of one after the other, some at a time."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Where some texts of a stream are.
+
+    Attributes:
+        index: Int64[n], their numbers within the section.
+        starts: Int64[sides, n], place in the store of the first token of each.
+        lengths: Int64[sides, n], tokens without specials, after truncation.
+    """
+
     index: NDArray[np.int64]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
-    languages: tuple[int, int]
-    dropped: int = 0
-    truncated: int = 0
+
+
+class _Texts:
+    """Sentences of a section, or pairs of two aligned ones; see `open_stream`."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        name: str,
+        sections: Sequence[str],
+        languages: tuple[int, int],
+        count: int,
+        most: int,
+        drop: bool,
+    ) -> None:
+        self.name, self.languages = name, languages
+        self._store, self._count, self._most = store, count, most
+        self._firsts = np.array([store.section(section).first for section in sections])
+        self._drop, self.truncated, used = drop, 0, 0
+        for lengths in self._blocks():
+            usable = self._usable(lengths)
+            used += int(usable.sum())
+            self.truncated += int(((lengths > most).any(axis=0) & usable).sum())
+        self.dropped = count - used
+        self._chosen = Usable(map(self._usable, self._blocks())) if self.dropped else None
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self._count - self.dropped
+
+    def _blocks(self) -> Iterator[NDArray[np.int64]]:
+        """Int64[sides, n], tokens of all sentences, before truncation."""
+        for begin in range(0, self._count, BLOCK):
+            end = min(begin + BLOCK, self._count)
+            yield np.stack([np.diff(self._store.offsets[first + begin : first + end + 1]) for first in self._firsts])
+
+    def _usable(self, lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
+        usable = np.asarray((lengths > 0).all(axis=0))
+        return usable & (lengths <= self._most).all(axis=0) if self._drop else usable
+
+    def at(self, which: NDArray[np.int64]) -> Found:
+        index = which if self._chosen is None else self._chosen.at(which)
+        places = self._firsts[:, None] + index
+        starts = np.asarray(self._store.offsets[places])
+        return Found(index, starts, np.minimum(self._store.offsets[places + 1] - starts, self._most))
+
+    def lengths(self) -> Iterator[NDArray[np.int64]]:
+        for lengths in self._blocks():
+            yield np.minimum(lengths[:, self._usable(lengths)], self._most)
 
 
 def open_stream(
@@ -86,30 +161,55 @@ def open_stream(
     Raises:
         UserError: one is longer, and `too_long` is "error".
     """
-    lengths = np.stack([store.lengths(section)[:limit] for section in sections])
-    longer = np.asarray((lengths > max_length - SPECIALS).any(axis=0))
-    if too_long == "error" and longer.any():
-        first = int(longer.argmax())
+    count = store.section(sections[0]).count
+    count = count if limit is None else min(count, limit)
+    most = max_length - SPECIALS
+    found = _Texts(store, name, sections, languages, count, most, too_long == "drop")
+    if too_long == "error":
+        _require_short(found._blocks(), sections, count, most)
+    return found
+
+
+def _require_short(blocks: Iterable[NDArray[np.int64]], sections: Sequence[str], count: int, most: int) -> None:
+    first, of_first, longest, number = -1, 0, 0, 0
+    for place, lengths in enumerate(blocks):
+        longer = (lengths > most).any(axis=0)
+        if first < 0 and longer.any():
+            first = place * BLOCK + int(longer.argmax())
+            of_first = int(lengths[:, longer.argmax()].max())
+        number, longest = number + int(longer.sum()), max(longest, int(lengths.max()))
+    if number:
         raise UserError(
-            f"data.max_length must hold every sentence, as data.too_long is error: got {max_length}, and of the "
-            f"{len(longer):,} of {sections[0].rpartition('/')[0] if len(sections) > 1 else sections[0]} "
-            f"{int(longer.sum()):,} are longer: the first is number {first + 1:,}, of "
-            f"{int(lengths[:, first].max()) + SPECIALS:,} pieces with special tokens, the longest has "
-            f"{int(lengths.max()) + SPECIALS:,}. Raise data.max_length, or set data.too_long to drop or truncate."
+            f"data.max_length must hold every sentence, as data.too_long is error: got {most + SPECIALS}, and of the "
+            f"{count:,} of {sections[0].rpartition('/')[0] if len(sections) > 1 else sections[0]} "
+            f"{number:,} are longer: the first is number {first + 1:,}, of "
+            f"{of_first + SPECIALS:,} pieces with special tokens, the longest has "
+            f"{longest + SPECIALS:,}. Raise data.max_length, or set data.too_long to drop or truncate."
         )
-    usable = np.asarray((lengths > 0).all(axis=0))
-    if too_long == "drop":
-        usable &= ~longer
-    index = np.flatnonzero(usable)
-    return Stream(
-        name=name,
-        index=index,
-        starts=np.stack([store.starts(section)[index] for section in sections]),
-        lengths=np.minimum(lengths[:, index], max_length - SPECIALS),
-        languages=languages,
-        dropped=len(usable) - len(index),
-        truncated=int(longer[index].sum()),
-    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunks:
+    """Pieces of a section between two places of the store, each of `length` tokens but the last; see `open_chunks`."""
+
+    name: str
+    languages: tuple[int, int]
+    first: int
+    last: int
+    length: int
+    dropped: int = 0
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return -(-(self.last - self.first) // self.length)
+
+    def at(self, which: NDArray[np.int64]) -> Found:
+        starts = self.first + which * self.length
+        return Found(which, starts[None], np.minimum(self.last - starts, self.length)[None])
+
+    def lengths(self) -> Iterator[NDArray[np.int64]]:
+        for begin in range(0, len(self), BLOCK):
+            yield self.at(np.arange(begin, min(begin + BLOCK, len(self)))).lengths
 
 
 def open_chunks(
@@ -120,9 +220,39 @@ def open_chunks(
     The other arguments are those of `open_stream`.
     """
     first, last = store.bounds(section, limit)
-    starts = np.arange(first, last, length)
-    lengths = np.minimum(last - starts, length)
-    return Stream(name, np.arange(len(starts)), starts[None], lengths[None], languages)
+    return _Chunks(name, languages, first, last, length)
+
+
+class StreamSizes:
+    """What the texts of a stream cost in the batches of a task; see `moekit.data.plan.SentenceCosts`.
+
+    Args:
+        stream: the texts.
+        task: whose batches.
+        pad_multiple: padded lengths are rounded up to a multiple of this.
+    """
+
+    def __init__(self, stream: Stream, task: Collator, pad_multiple: int) -> None:
+        self.name, self._stream, self._task, self._pad_multiple = stream.name, stream, task, pad_multiple
+        self.longest, total = 0, 0
+        for lengths in stream.lengths():
+            if lengths.shape[1]:
+                source, target = self._sides(lengths)
+                cost = source if target is None else source + target
+                self.longest, total = max(self.longest, int(cost.max())), total + int(cost.sum())
+        self.mean = total / max(len(stream), 1)
+        self.two_sided = self._sides(np.ones((2, 1), np.int64))[1] is not None
+
+    def __len__(self) -> int:
+        return len(self._stream)
+
+    def at(self, which: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """Padded positions of the two sides of some texts; None where there is one side."""
+        return self._sides(self._stream.at(which).lengths)
+
+    def _sides(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        source, *target = (padded_length(tokens, self._pad_multiple) for tokens in self._task.sizes(lengths))
+        return source, target[0] if target else None
 
 
 @dataclass(frozen=True)
@@ -139,7 +269,7 @@ class Rank:
 
 
 class TaskStreams:
-    """The streams of one task, laid end to end so that the rows of a mixed batch are gathered at once.
+    """The streams of one task, of whose texts it makes batches.
 
     Args:
         task: what makes batches of them.
@@ -161,25 +291,15 @@ class TaskStreams:
     ) -> None:
         self.task, self.streams, self.rank = task, tuple(streams), rank
         self._store, self._tokenizer, self._pad_multiple = store, tokenizer, pad_multiple
-        counts = np.array([len(s) for s in self.streams], dtype=np.int64)
-        self._offset = np.cumsum(counts) - counts
-        self._lengths = np.concatenate([s.lengths for s in self.streams], axis=1)
-        self._index = np.concatenate([s.index for s in self.streams])
-        self._starts = np.concatenate([s.starts for s in self.streams], axis=1)
         self._languages = np.array([s.languages for s in self.streams], dtype=np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
         """Sentences (or pairs) of all streams."""
-        return len(self._index)
+        return sum(map(len, self.streams))
 
-    def sizes(self) -> list[Sizes]:
-        """What every sentence costs."""
-        sizes = []
-        for stream in self.streams:
-            sides = self.task.sizes(stream.lengths)
-            source, *target = (padded_length(tokens, self._pad_multiple) for tokens in sides)
-            sizes.append(Sizes(stream.name, source, target[0] if target else None))
-        return sizes
+    def sizes(self) -> list[StreamSizes]:
+        """What the sentences of each stream cost."""
+        return [StreamSizes(stream, self.task, self._pad_multiple) for stream in self.streams]
 
     def batch(self, rows: Rows, direction: str | None = None) -> Batch:
         """The batch of this rank's share of `rows`, padded as wide as all of them need.
@@ -188,13 +308,13 @@ class TaskStreams:
             rows: of all ranks.
             direction: of all rows, in evaluation, where the batch also says which sentences they are.
         """
-        places, own = self._offset[rows.stream] + rows.index, rows[self.rank.share]
-        here = places[self.rank.share]
+        found, share = self._found(rows), self.rank.share
+        own = rows[share]
         source, target = self._languages[own.stream].T.copy()
         batch = self.task.collate(
             Sentences(
-                texts=tuple(map(self._store.read, self._starts[:, here], self._lengths[:, here])),
-                lengths=tuple(self._lengths[:, places]),
+                texts=tuple(map(self._store.read, found.starts[:, share], found.lengths[:, share])),
+                lengths=tuple(found.lengths),
                 languages=(source, target),
                 keys=own.keys,
                 tokenizer=self._tokenizer,
@@ -203,5 +323,15 @@ class TaskStreams:
             )
         )
         if direction is not None:
-            batch.index = torch.from_numpy(self._index[here])
+            batch.index = torch.from_numpy(found.index[share].copy())
         return batch
+
+    def _found(self, rows: Rows) -> Found:
+        """Where the texts of `rows` are, whichever streams they are of."""
+        parts = [(here, self.streams[number].at(rows.index[here])) for number, here in by_stream(rows.stream)]
+        sides = 2 if self.task.pairs else 1
+        index = np.empty(len(rows), np.int64)
+        starts, lengths = np.empty((2, sides, len(rows)), np.int64)
+        for here, part in parts:
+            index[here], starts[:, here], lengths[:, here] = part.index, part.starts, part.lengths
+        return Found(index, starts, lengths)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,6 +22,8 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from moekit.data.cache import CorruptCacheError, cached_folder, content_key
+from moekit.data.keyed import permute
+from moekit.data.text_stream import TextStream
 from moekit.errors import UserError, nearest
 from moekit.source import Source
 from moekit.stored import parse_json
@@ -31,6 +34,9 @@ Normalization = Literal["nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity"
 NUM_SENTINELS = 32
 _FORMAT = 1
 _MASK = "<mask>"
+_LONG = 1 << 22  # sentences
+_CHARACTERS = 10_000_000
+"""Most characters of the sample that a tokenizer is trained on; SentencePiece takes some 20 bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,9 @@ class Tokenizer:
         """Ids of `text`, without any special token."""
         return self._processor.encode(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of every text."""
-        return self._processor.encode(list(texts), num_threads=1)
+    def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[list[int]]:
+        """Ids of every text; encoded by so many threads."""
+        return self._processor.encode(list(texts), num_threads=threads)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; specials and tags are dropped, an unknown piece reads as U+2047."""
@@ -213,7 +219,8 @@ def train_tokenizer(
         cache_dir: where tokenizers are kept; several processes may ask at once.
         model: SentencePiece's algorithm.
         temperature: 1 = languages by size, large = all equal.
-        max_sentences: at most so many sentences are read by the trainer.
+        max_sentences: at most so many sentences are read by the trainer, and at most ten million characters: of longer
+            ones fewer.
         byte_fallback: spell unknown characters in bytes (costs 256 ids) instead of making them unk.
         character_coverage: share of character occurrences that must have a piece of their own, from 0.98 to 1.
         normalization: SentencePiece's rule name, for example ``nmt_nfkc`` or ``identity``.
@@ -270,10 +277,43 @@ def _training_sentences(source: Source, temperature: float, max_sentences: int, 
     for text, count in zip(texts, wanted, strict=True):
         if len(text):
             whole, rest = divmod(int(count), len(text))
-            drawn = np.sort(rng.permutation(len(text))[:rest])
-            order = np.concatenate([np.tile(np.arange(len(text)), whole), drawn])
-            chosen.extend(text[int(i)] for i in order)
-    return chosen
+            drawn = _drawn(len(text), rest, rng)
+            for _ in range(whole):
+                chosen.extend(_spread(text, _CHARACTERS))
+            chosen.extend(_spread(_picked(text, drawn), _CHARACTERS))
+    return _spread(chosen, _CHARACTERS)
+
+
+def _drawn(size: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Int64[count] of `size` numbers, in order, each once."""
+    if size <= _LONG:
+        return np.sort(rng.permutation(size)[:count])
+    own = rng.integers(2**63, size=1, dtype=np.uint64)  # a permutation would take 8 bytes for each sentence
+    return np.sort(permute(np.arange(count), size, own))
+
+
+def _picked(text: Sequence[str], numbers: NDArray[np.int64]) -> Iterator[str]:
+    """The sentences with these numbers, which rise; the text is walked through once."""
+    if not isinstance(text, TextStream):
+        return (text[int(i)] for i in numbers)
+    steps = np.diff(numbers, prepend=-1) - 1
+    sentences = iter(text)
+    return (next(itertools.islice(sentences, int(step), None)) for step in steps)
+
+
+def _spread(sentences: Iterable[str], most: int) -> list[str]:
+    """All of the sentences; where they have more than `most` characters every second, or every fourth and so on."""
+    kept: list[str] = []
+    size, stride = 0, 1
+    for number, sentence in enumerate(sentences):
+        if number % stride:
+            continue
+        kept.append(sentence)
+        size += len(sentence)
+        while size > most and len(kept) > 1:
+            kept, stride = kept[::2], 2 * stride
+            size = sum(map(len, kept))
+    return kept
 
 
 def _train(sentences: list[str], languages: Sequence[str], *, vocab_size: int, **options: Any) -> bytes:

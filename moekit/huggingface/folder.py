@@ -3,8 +3,6 @@
 class FineTune(lightning.LightningModule):
     def configure_model(self):
         self.model = adopt_folder("OLMoE-1B-7B", device="meta")   # the Strategy divides it and then reads it
-
-`consolidate_folder` makes such a folder of a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moekit.atomic import replacing_folder, writing
 from moekit.errors import UserError
 from moekit.huggingface.adopt import adopt
 from moekit.layer import AuxLosses
@@ -60,59 +57,18 @@ def adopt_folder(
             is not adopted.
     """
     place = Path(os.path.abspath(folder))
-    files = _files(place)
-    model = _on_meta(place, dtype)
+    files = folder_files(place)
+    model = on_meta(place, dtype)
     adopt(model, aux=aux)
-    _compute_buffers(model)
+    compute_buffers(model)
     stored = FolderWeights(place, model, files)
     model.eval()
     if torch.device(device).type == "meta":
         stored.mark(model)
         return model
-    _give_memory(model, torch.device(device))
+    give_memory(model, torch.device(device))
     stored.fill_module(model)
     return model
-
-
-def consolidate_folder(checkpoint: PathLike, like: PathLike, out: PathLike) -> None:
-    """Make a folder of transformers of a sharded checkpoint, in one process, whatever the layout it was trained in.
-
-    Args:
-        checkpoint: a folder that `ExpertParallelStrategy` or `moekit.parallel.Checkpointer` wrote.
-        like: the folder of `adopt_folder` that training began with; its tokenizer goes along, and its type of weights
-            stays.
-        out: a new or empty folder.
-
-    Raises:
-        UserError: the checkpoint is broken or of another model, or `out` holds something.
-    """
-    target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} must be a new or empty folder. Choose another.")
-    stored = StoredCheckpoint(checkpoint)
-    place = Path(os.path.abspath(like))
-    _files(place)
-    model = _on_meta(place, None)
-    adopt(model, aux=None)
-    _compute_buffers(model)
-    _give_memory(model, torch.device("cpu"))
-    wanted, _, _ = model_tensors(model)
-    first = next(iter(wanted))
-    entries = stored.index.under("model/")
-    prefixes = [name.removesuffix(first) for name in entries if name == first or name.endswith(f".{first}")]
-    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    for prefix in prefixes:
-        found = {n: entries[prefix + n].shape for n in wanted if prefix + n in entries}
-        if found == shapes:
-            stored.fill({f"model/{prefix}{name}": tensor for name, tensor in wanted.items()})
-            with writing(target), replacing_folder(target) as draft:
-                model.save_pretrained(draft)
-                _copy_beside(place, draft)
-            return
-    raise UserError(
-        f"the checkpoint {stored.folder} must hold the tensors of {place}, an adopted {type(model).__name__}: it does "
-        "not, or not in these shapes. Name the folder that training began with, and merge adapters first."
-    )
 
 
 class FolderWeights(StoredWeights):
@@ -276,8 +232,12 @@ def _require_whole(folder: Path, name: str, shape: tuple[int, ...], chunks: Sequ
         raise UserError(f"{folder}: {name} must have shape {shape}: got {len(chunks)} parts, {parts}, ...")
 
 
-def _files(place: Path) -> dict[str, MappedTensor]:
-    """All tensors of a folder by the names that they have there."""
+def folder_files(place: Path) -> dict[str, MappedTensor]:
+    """All tensors of a folder by the names that they have there.
+
+    Raises:
+        UserError: there is no config.json, no safetensors, or a file is broken.
+    """
     if not (place / "config.json").is_file():
         raise UserError(f"{place} must be a folder of transformers: it has no config.json.")
     if (place / _WEIGHTS).is_file():
@@ -300,8 +260,12 @@ def _files(place: Path) -> dict[str, MappedTensor]:
     return found
 
 
-def _on_meta(place: Path, dtype: torch.dtype | None) -> Any:
-    """The model that a folder's config.json describes, without memory. Nothing in the folder is executed."""
+def on_meta(place: Path, dtype: torch.dtype | None) -> Any:
+    """The model that a folder's config.json describes, without memory. Nothing in the folder is executed.
+
+    Raises:
+        UserError: transformers does not know it, or it is quantized.
+    """
     import transformers
 
     try:
@@ -325,7 +289,7 @@ def _on_meta(place: Path, dtype: torch.dtype | None) -> Any:
 
 
 @torch.no_grad()
-def _compute_buffers(model: Any) -> None:
+def compute_buffers(model: Any) -> None:
     """Give memory and values to buffers that are in no file: tables of positions, a bias that stays zero."""
     for module in model.modules():
         own = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
@@ -336,7 +300,7 @@ def _compute_buffers(model: Any) -> None:
         model._init_weights(module)
 
 
-def _give_memory(model: nn.Module, device: torch.device) -> None:
+def give_memory(model: nn.Module, device: torch.device) -> None:
     """Memory for what is on the meta device; shared tensors stay so."""
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():
@@ -350,9 +314,9 @@ def _give_memory(model: nn.Module, device: torch.device) -> None:
                 holder[name] = made[tensor]  # type: ignore[assignment]
 
 
-def _copy_beside(place: Path, target: Path) -> None:
-    """The tokenizer and other small files of a folder."""
+def copy_beside(place: Path, target: Path) -> None:
+    """The tokenizer and other small files of a folder; not its card, which is of another model."""
     for file in sorted(place.iterdir()):
-        weights = re.search(r"\.(safetensors|bin|pt|pth|h5|msgpack|index\.json|py)$", file.name)
-        if file.is_file() and not weights and not (target / file.name).exists():
+        left = re.search(r"\.(safetensors|bin|pt|pth|h5|msgpack|index\.json|py)$|^README\.md$", file.name)
+        if file.is_file() and not left and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)

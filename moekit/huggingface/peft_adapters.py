@@ -23,6 +23,7 @@ from moekit.atomic import replacing_path, write_json, writing
 from moekit.errors import UserError
 from moekit.experts import Experts
 from moekit.huggingface.adopted_layer import AdoptedLayer
+from moekit.huggingface.card import write_card
 from moekit.huggingface.expert_modules import ModuleExperts
 from moekit.mapped import read_safetensors, write_safetensors
 from moekit.parallel.checkpoint.checkpointer import PathLike
@@ -72,8 +73,10 @@ class _Place:
         return found if isinstance(found, LowRank) else None
 
 
-def write_adapters(model: Any, folder: PathLike, *, base: str | None = None) -> None:
-    """Write the adapters of an adopted model as ``adapter_config.json`` and ``adapter_model.safetensors``.
+def write_adapters(
+    model: Any, folder: PathLike, *, base: str | None = None, card: Mapping[str, Any] | None = None
+) -> None:
+    """Write the adapters of an adopted model as ``adapter_config.json`` and ``adapter_model.safetensors``, and a card.
 
     Of a divided model all ranks call it together; rank 0 writes.
 
@@ -81,6 +84,7 @@ def write_adapters(model: Any, folder: PathLike, *, base: str | None = None) -> 
         model: adopted, with adapters of one rank and one alpha.
         folder: files that are there are replaced.
         base: the name or folder of the model without adapters; None = that in its configuration.
+        card: what is known of them, as `moekit.huggingface.write_card` takes it.
 
     Raises:
         UserError: there is no adapter, ranks differ, or one is on something that PEFT cannot adapt.
@@ -130,6 +134,7 @@ def write_adapters(model: Any, folder: PathLike, *, base: str | None = None) -> 
         with replacing_path(target / WEIGHTS) as draft:
             write_safetensors(tensors, draft)
         write_json(target / CONFIG, config)
+    write_card(target, **{"base": config["base_model_name_or_path"], **(card or {})})
 
 
 @torch.no_grad()

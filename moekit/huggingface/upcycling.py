@@ -35,6 +35,7 @@ class Upcycling:
         same: fields of the configuration that stay.
         required: fields of the dense configuration that must have a value, or one of several.
         fields: further fields, from the dense configuration, E, k and every.
+        dense_fields: fields of the dense configuration that are none of `same`, from the sparse one: the way back.
         layers: paths of the stacks of blocks, each with the field that counts them.
         sparse: whether a layer is sparse there, from its number and every.
         feed_forward: path of a block's feed-forward there, with ``{n}`` the last part of the block.
@@ -50,6 +51,7 @@ class Upcycling:
     same: Sequence[str]
     required: Mapping[str, Any]
     fields: Callable[[Any, int, int, int], dict[str, Any]]
+    dense_fields: Callable[[Any], dict[str, Any]]
     layers: Mapping[str, str]
     sparse: Callable[[int, int], bool]
     dense: str
@@ -80,6 +82,7 @@ UPCYCLED: Mapping[str, Upcycling] = {
         fields=lambda dense, num_experts, k, every: {
             "num_local_experts": num_experts, "num_experts_per_tok": k, "sliding_window": None,
         },
+        dense_fields=lambda sparse: {"attention_bias": False, "mlp_bias": False},
         layers={"model.layers": "num_hidden_layers"},
         sparse=lambda layer, every: True,
         dense="mlp",
@@ -96,6 +99,9 @@ UPCYCLED: Mapping[str, Upcycling] = {
             "num_experts": num_experts, "num_experts_per_tok": k, "decoder_sparse_step": every,
             "moe_intermediate_size": dense.intermediate_size, "norm_topk_prob": True,
         },
+        dense_fields=lambda sparse: {
+            "intermediate_size": sparse.moe_intermediate_size, "use_sliding_window": False,
+        },
         layers={"model.layers": "num_hidden_layers"},
         sparse=lambda layer, every: (layer + 1) % every == 0,
         dense="mlp",
@@ -111,6 +117,7 @@ UPCYCLED: Mapping[str, Upcycling] = {
             "num_experts": num_experts, "expert_capacity": _EVERY_TOKEN, "router_jitter_noise": 0.0,
             "encoder_sparse_step": every, "decoder_sparse_step": every,
         },
+        dense_fields=lambda sparse: {"feed_forward_proj": sparse.dense_act_fn},
         layers={"encoder.block": "num_layers", "decoder.block": "num_decoder_layers"},
         sparse=lambda layer, every: every == 1 or layer % every == 1,
         dense="layer.{n}.DenseReluDense",
@@ -176,10 +183,10 @@ def upcycle(
             if entry.sparse(number, every):
                 _fill(block, [getattr(there, part) for part in entry.parts], perturb, scale, generator)
             else:
-                _take(block, there)
+                take(block, there)
     for path, module in theirs.named_modules():
         if path in dense:
-            _take(module, dense[path], recurse=False)
+            take(module, dense[path], recurse=False)
     missing = [path for path, tensor in (*theirs.named_parameters(), *theirs.named_buffers()) if tensor.is_meta]
     assert not missing, missing
     theirs.tie_weights()
@@ -266,7 +273,7 @@ def _fill(
     scores.weight = nn.Parameter(weight.to(outer.dtype))
 
 
-def _take(mine: nn.Module, theirs: nn.Module, *, recurse: bool = True) -> None:
+def take(mine: nn.Module, theirs: nn.Module, *, recurse: bool = True) -> None:
     """Take over a module's tensors, those of the same names, which stay the same objects."""
     for part in ("_parameters", "_buffers"):
         held: dict[str, Any] = getattr(mine, part)
@@ -274,4 +281,4 @@ def _take(mine: nn.Module, theirs: nn.Module, *, recurse: bool = True) -> None:
     if recurse:
         inside = dict(theirs.named_children())
         for name, child in mine.named_children():
-            _take(child, inside[name])
+            take(child, inside[name])

@@ -15,6 +15,7 @@ from moekit.atomic import replacing_folder, write_json, writing
 from moekit.data.tokenizer import SpecialTokens, Tokenizer
 from moekit.errors import UserError
 from moekit.huggingface.architecture import NAMES, Architecture, Kind
+from moekit.huggingface.card import write_card
 from moekit.huggingface.families import FAMILIES
 from moekit.huggingface.keys import Link
 from moekit.huggingface.model import describe
@@ -32,6 +33,7 @@ def export_model(
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    card: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a folder that ``from_pretrained`` of transformers opens: config.json and safetensors.
 
@@ -48,6 +50,7 @@ def export_model(
         tokenizer: The vocabulary to write beside the model; see `write_tokenizer`.
         max_shard_bytes: The size of a file in bytes; weights that take more are written as several files with an index.
         overwrite: Whether to replace an earlier export.
+        card: What is known of the model, as `write_card` takes it.
 
     Returns:
         The folder.
@@ -97,6 +100,7 @@ def export_model(
             write_safetensors(kept, draft / EXACT)
         if tokenizer is not None:
             write_tokenizer(tokenizer, draft)
+        write_card(draft, **{"name": folder.absolute().name, **(card or {})})
     return folder
 
 

@@ -14,6 +14,7 @@ from moekit.data.tokenizer import SpecialTokens
 from moekit.inference.interface import CausalModel, Generation, LengthLimit, Search, SequenceModel, Start
 from moekit.inference.sampling import Greedy
 from moekit.inference.session import Session
+from moekit.transformer.embedding import packed_logits
 
 
 def generate(
@@ -61,7 +62,7 @@ def generate(
     prefix = begin if forced is None else torch.cat((begin, forced), dim=1)
     if not rows:
         return _nothing(source_ids)
-    with _without_gradients(model), evaluating(model):
+    with _without_gradients(model), evaluating(model), packed_logits(model):
         length = source_ids.new_full((rows,), source_ids.shape[1]) if source_mask is None else source_mask.sum(1)
         session = Session(
             model,
@@ -129,7 +130,7 @@ def complete(
         raise ValueError("A prompt needs at least one token, its begin token: got an empty one.")
     if padded_left:
         raise ValueError("Prompts are padded on the right: got a mask with a real token after padding.")
-    with _without_gradients(model), evaluating(model):
+    with _without_gradients(model), evaluating(model), packed_logits(model):
         session = Session(model, rows=rows, language=language, use_cache=use_cache)
         start = Start(
             prefix=prompt_ids,

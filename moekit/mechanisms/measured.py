@@ -42,6 +42,7 @@ class LayerMechanisms:
         drop_rate: share of assignments that found no room, over time.
         drops_by_place: the same at the last step, by the place of tokens in the batch, in tenths from its beginning;
             None where no token is.
+        experts_per_token: mean number of experts that a token asks, over time.
         active_experts: over time.
         effective_experts: exp of the entropy of the load, over time.
         information: mutual information of the expert with language, task and token at the last step, of those that are
@@ -58,6 +59,7 @@ class LayerMechanisms:
     load: Sequence[float]
     drop_rate: Sequence[float | None]
     drops_by_place: Sequence[float | None]
+    experts_per_token: Sequence[float | None]
     active_experts: Sequence[int]
     effective_experts: Sequence[float]
     information: Mapping[str, MutualInformation]
@@ -95,6 +97,7 @@ class Mechanisms:
         found: dict[str, Any] = {
             "saturation": mean([mean(layer.saturation[:-1]) for layer in layers if layer.saturation]),
             "drop_rate": mean([layer.drop_rate[-1] for layer in layers]),
+            "experts_per_token": mean([layer.experts_per_token[-1] for layer in layers]),
             "active_experts": mean([layer.active_experts[-1] / layer.num_experts for layer in layers]),
             "effective_experts": mean([layer.effective_experts[-1] / layer.num_experts for layer in layers]),
             "late_drops": mean([_late(layer.drops_by_place) for layer in layers]),
@@ -133,6 +136,7 @@ class _AtStep:
 
     load: Tensor
     kept: int = 0
+    tokens: int = 0
     logits: list[float] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     same: int = 0
@@ -155,6 +159,7 @@ class _Layer:
         stats = routing_stats(routing)
         at.load += stats.load
         at.kept += int(stats.kept.sum())
+        at.tokens += int(routing.token[routing.queued].unique().numel())
         if (size := routing.statistics.get("logsumexp")) is not None and math.isfinite(size):
             at.logits.append(float(size))
         if gradients is not None:
@@ -203,6 +208,7 @@ class _Layer:
                 lost / asked if asked else None
                 for lost, asked in zip(self.dropped.tolist(), self.asked.tolist(), strict=True)
             ],
+            experts_per_token=[int(at.load.sum()) / at.tokens if at.tokens else None for at in over],
             active_experts=[active_experts(at.load) for at in over],
             effective_experts=[effective_experts(at.load) for at in over],
             information={what: mutual_information(table) for what, table in tables.items()},

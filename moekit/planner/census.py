@@ -31,11 +31,13 @@ class Weight:
         shape: its sizes.
         axes: logical names of its dimensions; empty = unnamed, never divided by tensor parallelism.
         active: the share of it that one token passes: k / E of an expert bank, else 1.
+        trained: whether it has a gradient, and the optimizer's numbers.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...] = ()
     active: float = 1.0
+    trained: bool = True
 
     @property
     def numel(self) -> int:
@@ -103,6 +105,16 @@ class Census:
         return sum(unit.count * unit.cost.flops for unit in self.units)
 
     @property
+    def trained_parameters(self) -> int:
+        """Those that have gradients."""
+        return round(self.total(lambda weight: weight.numel * weight.trained))
+
+    @property
+    def training_flops(self) -> float:
+        """Operations of forward and backward of a micro-batch: three times the forward's, less what is frozen."""
+        return 3 * self.forward_flops - sum(unit.count * unit.cost.frozen for unit in self.units)
+
+    @property
     def fewest_experts(self) -> int | None:
         """Experts in the layer that has the fewest; None = no experts."""
         return min((w.shape[0] for u in self.units for w in u.weights if w.is_expert), default=None)
@@ -160,7 +172,10 @@ def weights_of(module: nn.Module, taken: set[int]) -> tuple[Weight, ...]:
         if isinstance(owner, MoELayer):
             share = getattr(owner.router, "k", 1) / owner.router.num_experts
             active |= {id(p): share for p in owner.experts.parameters()}
-    found = {id(p): Weight(tuple(p.shape), axes.get(id(p), ()), active.get(id(p), 1.0)) for p in module.parameters()}
+    found = {
+        id(p): Weight(tuple(p.shape), axes.get(id(p), ()), active.get(id(p), 1.0), p.requires_grad)
+        for p in module.parameters()
+    }
     new = tuple(weight for key, weight in found.items() if key not in taken)
     taken |= set(found)
     return new

@@ -31,6 +31,8 @@ class Cost:
         sliced: the same, divided among tensor-parallel devices.
         wide: float32 numbers.
         masks: bytes of dropout masks.
+        measured: bytes kept, as torch counts them, of a model whose parts are measured instead.
+        frozen: operations that backward leaves out, for weights that are not trained.
         sent: numbers that a device sends to experts (tokens times width), one way.
         summed_forward: numbers that tensor-parallel partners sum in forward: what divided layers give.
         summed_backward: the same in backward: gradients of what divided layers read.
@@ -42,6 +44,8 @@ class Cost:
     sliced: float = 0.0
     wide: float = 0.0
     masks: float = 0.0
+    measured: float = 0.0
+    frozen: float = 0.0
     sent: float = 0.0
     summed_forward: float = 0.0
     summed_backward: float = 0.0
@@ -56,6 +60,7 @@ class Cost:
             + (self.compute + self.sliced / tensor_parallel_size) * precision.compute
             + self.wide * 4
             + self.masks
+            + self.measured
         )
 
 

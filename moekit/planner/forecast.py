@@ -73,14 +73,14 @@ class Forecast:
 
     @property
     def flops_per_token(self) -> float:
-        """Operations of forward and backward for a token: three times the forward's."""
-        return 3 * self.census.forward_flops / self.tokens
+        """Operations of forward and backward for a token."""
+        return self.census.training_flops / self.tokens
 
     @property
     def flops_per_step(self) -> float:
         """Operations that one device carries out in a step, with those that checkpointing repeats."""
         blocks = sum(unit.count * unit.cost.flops for unit in self.census.units if unit.kind == "block")
-        once = 3 * self.census.forward_flops + (blocks if self.training.checkpointing else 0.0)
+        once = self.census.training_flops + (blocks if self.training.checkpointing else 0.0)
         return once * self.training.accumulate / self.layout.tensor_parallel_size
 
     def fits(self, memory: float) -> bool:
@@ -180,6 +180,7 @@ def _cells(made: Forecast) -> dict[str, str]:
         "parameters": number(census.parameters),
         "of experts": number(census.expert_parameters),
         "active per token": number(census.active_parameters),
+        **({} if census.trained_parameters == census.parameters else {"trained": number(census.trained_parameters)}),
         "stored per device": number(made.parameters_per_device),
         "weights": gib(memory.weights),
         "gradients": gib(memory.gradients),

@@ -83,7 +83,7 @@ def measure(module: nn.Module, *inputs: Any, **named: Any) -> Measured:
         return tensor
 
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (inputs, named))
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.moekit.grouped_mm: _grouped_flops})
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.moekit.grouped_mm: grouped_flops})
     with torch.enable_grad(), counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = torch.func.functional_call(module, state, args, kwargs)
     del output
@@ -94,6 +94,6 @@ def measure(module: nn.Module, *inputs: Any, **named: Any) -> Measured:
     )
 
 
-def _grouped_flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+def grouped_flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
     """2 R D F of the rows, whichever experts they belong to."""
     return 2 * x[0] * weight[1] * weight[2]

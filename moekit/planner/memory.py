@@ -90,9 +90,12 @@ def memory_of(census: Census, layout: Layout, training: Training) -> Memory:
     stored = sharded_shape if stage >= 2 else local_shape
     owned = sharded_shape if stage >= 1 else local_shape  # by the optimizer
     num_stored = census.total(lambda weight: math.prod(stored(weight, layout)))
-    num_owned = census.total(lambda weight: math.prod(owned(weight, layout)))
-    statistics = census.total(lambda weight: optimizer_numbers(owned(weight, layout), training.optimizer))
-    weights, gradients = float(numbers.weight * num_stored), float(numbers.gradient * num_stored)
+    num_learned = census.total(lambda weight: weight.trained * math.prod(stored(weight, layout)))
+    num_owned = census.total(lambda weight: weight.trained * math.prod(owned(weight, layout)))
+    statistics = census.total(
+        lambda weight: weight.trained * optimizer_numbers(owned(weight, layout), training.optimizer)
+    )
+    weights, gradients = float(numbers.weight * num_stored), float(numbers.gradient * num_learned)
     optimizer = float(numbers.state * statistics + numbers.master * num_owned)
     host = 0.0
     if layout.offload != "none":
@@ -120,16 +123,19 @@ def _working(census: Census, layout: Layout, training: Training) -> float:
     they are divided.
     """
     numbers = training.numbers
-    largest = others = blocks = 0
+    largest = others = blocks = learned = learned_others = 0
     for unit in census.units:
-        size = sum(math.prod(local_shape(weight, layout)) for weight in unit.weights)
+        sizes = [math.prod(local_shape(weight, layout)) for weight in unit.weights]
+        size = sum(sizes)
+        trained = sum(n for n, weight in zip(sizes, unit.weights, strict=True) if weight.trained)
         if unit.kind == "block":
-            largest = max(largest, size)
+            largest, learned = max(largest, size), max(learned, trained)
             blocks += unit.count * size
         else:
             others += unit.count * size
+            learned_others += unit.count * trained
     held = blocks if layout.zero_stage == 2 else min(2 * largest, blocks)
-    whole_gradients = max(largest, others) if layout.zero_stage >= 2 else 0
+    whole_gradients = max(learned, learned_others) if layout.zero_stage >= 2 else 0
     outside = numbers.weight + numbers.converted
     return float(numbers.gathered * held + outside * others + numbers.gradient * whole_gradients)
 

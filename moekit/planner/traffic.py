@@ -58,10 +58,10 @@ def traffic_of(census: Census, layout: Layout, training: Training) -> Traffic:
             if stage >= 2:
                 times = micro * (2 if stage == 3 else 1)
                 gather += times * full * (numbers.gathered if unit.kind == "block" else numbers.weight) * rest
-                scatter += full * numbers.gradient * rest
-                reduce += 2 * part * numbers.gradient * (1 - 1 / layout.replicas)
+                scatter += weight.trained * full * numbers.gradient * rest
+                reduce += weight.trained * 2 * part * numbers.gradient * (1 - 1 / layout.replicas)
             else:
                 copies = among * layout.replicas
-                reduce += 2 * full * numbers.gradient * (1 - 1 / copies)
-                gather += full * numbers.weight * rest if stage == 1 else 0.0
+                reduce += weight.trained * 2 * full * numbers.gradient * (1 - 1 / copies)
+                gather += weight.trained * full * numbers.weight * rest if stage == 1 else 0.0
     return Traffic(all_to_all=exchange, all_gather=gather, reduce_scatter=scatter, all_reduce=reduce)

@@ -31,6 +31,8 @@ from moekit.recipes._networks import (
     parts,
     with_twins,
 )
+from moekit.recipes._routers import LEARNED, Learned
+from moekit.routing import Router
 from moekit.runs import ModelParts, Recipe, Run, RunConfig, RunText, Variant
 from moekit.runs.settings import DataConfig, LanguageModelTasks, TaskConfig, TrainConfig, setting
 from moekit.training.checkpoint_state import load_state
@@ -46,6 +48,9 @@ class ModelConfig(DecoderConfig):
     """The network.
 
     Attributes:
+        router: what chooses the expert: table (the paper), or for comparison a learned router of one expert per token:
+            switch (softmax), sampled (drawn in training from the softmax), cosine, base (balanced assignment) or
+            loss_free (balanced by a bias). Those of a softmax want model.load_balance 0.01.
         hash: key that selects the expert: the token, by a balanced or a random table; the previous token; the bigram;
             the position; a cluster of similar tokens (clustered), or similar tokens spread over different experts
             (dispersed); the next token (oracle, which cannot generate: set evaluate.samples to 0).
@@ -58,6 +63,7 @@ class ModelConfig(DecoderConfig):
         every: spacing of further expert layers, in layers; 100 = a single expert layer.
     """
 
+    router: Literal["table", Learned] = "table"
     hash: Hash = "balanced"
     tables: int = setting(1, at_least=1)
     hash_seed: int = setting(0, at_least=0, at_most=2**32 - 1)
@@ -127,11 +133,20 @@ def token_embeddings(run: str | None, vocab_size: int) -> Tensor:
 def build(config: RunConfig, text: RunText) -> ModelParts:
     """The parts of a run."""
     model = config.model
+    if model.router != "table" and (model.hash != "balanced" or model.tables > 1):
+        raise UserError(
+            f"model.router {model.router} has no table: leave model.hash and model.tables out, or set model.router to "
+            "table."
+        )
     if model.num_experts and model.hash == "oracle" and config.evaluate.samples:
         raise UserError("an oracle cannot write, for it asks for the next token: set evaluate.samples to 0.")
 
     def experts(layer: int, side: Side) -> MoELayer:
-        router = hash_router(model, text)
+        router: Router
+        if model.router == "table":
+            router = hash_router(model, text)
+        else:
+            router = LEARNED[model.router](model.dim, model.num_experts)
         if model.tables == 1:
             return MoELayer(router, expert_bank(model))
         options: Any = {"activation": model.activation, "dropout": model.dropout, "init_scale": model.expert_init_scale}

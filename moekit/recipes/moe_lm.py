@@ -17,8 +17,17 @@ from typing import Literal
 
 from moekit.cli.recipes import main
 from moekit.layer import MoELayer
-from moekit.recipes._networks import TEXT, DecoderConfig, expert_bank, feed_forwards, knowing, parts, with_twins
-from moekit.routers import SampledChoice, TopKRouter
+from moekit.recipes._networks import (
+    TEXT,
+    DecoderConfig,
+    expert_bank,
+    feed_forward,
+    feed_forwards,
+    knowing,
+    parts,
+    with_twins,
+)
+from moekit.routers import Balance, SampledChoice, TopKRouter
 from moekit.routing import Capacity
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import SURGERY, TaskConfig, setting
@@ -38,6 +47,9 @@ class ModelConfig(DecoderConfig):
             E experts and k = 2.
         second_expert: how the second expert of a token is chosen: always = the next best, sampled = drawn in training
             from the router probabilities.
+        balance_scope: tokens over which the balance loss counts the load: batch, sequence, or global = all processes
+            and the batches of an optimizer step so far (see train.accumulate).
+        shared: whether a dense feed-forward stands beside the experts, which every token passes.
     """
 
     k: int = setting(2, at_least=1)
@@ -45,6 +57,8 @@ class ModelConfig(DecoderConfig):
     capacity_factor: float = setting(1.0, at_least=0, free=SURGERY)
     eval_capacity_factor: float = setting(0.0, at_least=0, free=SURGERY)  # ours: dropless
     second_expert: Literal["always", "sampled"] = "always"  # the released command; sampled is its code's default
+    balance_scope: Literal["batch", "sequence", "global"] = "batch"
+    shared: bool = False
 
 
 def build(config: RunConfig, text: RunText) -> ModelParts:
@@ -58,11 +72,13 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
             k=model.k,
             capacity=Capacity(train=model.capacity_factor or None, eval=model.eval_capacity_factor or None),
             second_expert=SampledChoice() if model.second_expert == "sampled" else None,
-            renormalise="after_drop",  # fairseq's default: what survives of a token's two experts sums to one
+            # fairseq's default: what survives of a token's two experts sums to one
+            renormalise="after_drop" if model.k > 1 else "none",
+            balance=Balance(scope=model.balance_scope),
         )
-        return MoELayer(router, expert_bank(model))
+        return MoELayer(router, expert_bank(model), shared=feed_forward(model) if model.shared else None)
 
-    return parts(config, text, feed_forwards(model, sparse, model.k))
+    return parts(config, text, feed_forwards(model, sparse, model.k + model.shared))
 
 
 TINY = TEXT.tiny.changed(

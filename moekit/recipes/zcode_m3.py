@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from typing import Literal
 
 from moekit.cli.recipes import main
 from moekit.heads import Head, ReplacedTokenHead
@@ -45,6 +46,8 @@ class ModelConfig(EncoderDecoderConfig):
     Attributes:
         capacity_factor: slots of each expert in training as a multiple of an even share of the tokens; 1 in the paper,
             0 = no limit.
+        selection: which tokens stay when more ask for an expert than it has slots in training: random (the paper's
+            random token selection), or position = the first ones.
         jitter: relative noise on the router's input in training: it is multiplied by a random factor of 1 plus or minus
             at most this value; 0.01 is usual, 0 = none.
         generator_dim: model dimension of the small generator of replaced-token detection (ELECTRA).
@@ -53,6 +56,7 @@ class ModelConfig(EncoderDecoderConfig):
     """
 
     capacity_factor: float = setting(1.0, at_least=0, free=SURGERY)
+    selection: Literal["random", "position"] = "random"
     jitter: float = setting(1e-2, at_least=0, below=1, free=SURGERY)
     generator_dim: int = setting(64, at_least=1)
     generator_layers: int = setting(1, at_least=1)
@@ -86,6 +90,7 @@ def backbone(model: ModelConfig, vocab_size: int) -> EncoderDecoder:
             model.num_experts,
             capacity_factor=model.capacity_factor or None,
             jitter=model.jitter,
+            priority=model.selection,
             # As in the original: random selection in the decoder too, although it looks (weakly) ahead in training.
             allow_future=True,
         )

@@ -35,7 +35,8 @@ def _drawing(curve: Curve) -> bytes:
     with Canvas(3.0) as canvas:
         axes = canvas.axes
         for colour, (order, label) in zip(CYCLE, LABELS.items(), strict=False):
-            here = [point for point in curve.points if point.order == order]
+            if not (here := [point for point in curve.points if point.order == order]):
+                continue
             values: list[tuple[str, Callable[[Point], float | None], str]] = [("", lambda p: p.loss, "-")]
             if curve.recovery is not None:
                 values.append((", trained on", lambda p: p.recovered, "--"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moekit.routers.exploration import InputJitter
 from moekit.routers.second_expert import RandomChoice
 from moekit.routers.topk import Balance, TopKRouter
-from moekit.routing import Capacity, Share
+from moekit.routing import Capacity, Priority, Share
 
 
 def switch(
@@ -130,6 +130,7 @@ def zcode_m3(
     capacity_factor: float | None = 1.0,
     eval_capacity_factor: float | None = None,
     jitter: float = 1e-2,
+    priority: Priority = "random",
     allow_future: bool = False,
 ) -> TopKRouter:
     """Z-code M3: one expert per token, input jitter, random token selection when an expert overflows.
@@ -143,6 +144,7 @@ def zcode_m3(
         capacity_factor: 1.0, DeepSpeed's default; None = dropless, and then nothing is selected at random.
         eval_capacity_factor: None = dropless evaluation (ours).
         jitter: 1e-2 (DeepSpeed's "Jitter" policy). 0 = none.
+        priority: "random" = random token selection; "position" = the first tokens stay, for comparison.
         allow_future: accept random selection in a causal decoder.
 
     Source: arXiv:2109.10465; minimum capacity 4 and random selection as in DeepSpeed's top-1 gate.
@@ -151,7 +153,7 @@ def zcode_m3(
     return TopKRouter(
         dim,
         num_experts,
-        capacity=Capacity(train=capacity_factor, eval=eval_capacity_factor, priority="random"),
+        capacity=Capacity(train=capacity_factor, eval=eval_capacity_factor, priority=priority),
         exploration=InputJitter(jitter) if jitter else None,
         allow_future=allow_future,
     )

@@ -15,7 +15,7 @@ from moekit.errors import UserError, nearest
 from moekit.routing import Deviation, Router, Routing, RoutingContext
 from moekit.routing_traces.reading import RoutingTrace
 from moekit.routing_traces.recording import named_layers, require_own_routers
-from moekit.routing_traces.trace import TracedLayer, part_of
+from moekit.routing_traces.trace import TracedLayer, TracedTokens, part_of
 from moekit.stepping import in_backward
 
 Weights = Literal["router", "recorded"]
@@ -76,7 +76,12 @@ class _Played:
     def _found(self, number: int) -> TracedLayer:
         layer = self.trace[number].layers[self.layer]
         rank, size = self.share
-        return layer if size == 1 else dataclasses.replace(layer, routing=part_of(layer.routing, rank, size))
+        if size == 1:
+            return layer
+        routing, mask = part_of(layer.routing, rank, size), layer.tokens.mask
+        length = routing.num_tokens
+        part = TracedTokens(length, None if mask is None else mask[rank * length : (rank + 1) * length])
+        return dataclasses.replace(layer, routing=routing, tokens=part)
 
 
 class ReplayRouter(Router):
@@ -96,7 +101,7 @@ class ReplayRouter(Router):
     Raises:
         UserError: the layer is not in the trace, experts differ, "router" is asked for and there is none or one that
             cannot weigh what it did not choose, or "recorded" and no weights were recorded; in a forward, if the trace
-            has ended, or was of another number of tokens.
+            has ended, or was of another number of tokens or of other padding.
 
     Source: rollout routing replay, arXiv:2510.11370 (the recorded experts, the policy's own scores as weights).
     """
@@ -226,6 +231,7 @@ def _play(
             f"{played.layer} routes {x.shape[0]} tokens, and this forward of the trace was of {choice.num_tokens}. "
             "Play it on the batches that were recorded, in their order."
         )
+    _require_padding(played.layer, choice.num_tokens, layer.tokens.mask, None if context is None else context.mask)
     choice = _moved(choice, x.device)
     if played.weights == "router":
         assert router is not None
@@ -236,6 +242,23 @@ def _play(
         return choice
     with torch.no_grad():  # draws what it drew
         return dataclasses.replace(choice, logits=forward(x, context).logits)
+
+
+def _require_padding(layer: str, count: int, recorded: Tensor | None, mask: Tensor | None) -> None:
+    """Refuse other padding than was recorded: real tokens would have no expert, or padding would take one."""
+    if recorded is None and mask is None:
+        return
+    everything = torch.ones(count, dtype=torch.bool)
+    was = everything if recorded is None else recorded
+    now = everything if mask is None else mask.detach().cpu()  # host read: the trace is in host memory
+    if torch.equal(was, now):
+        return
+    differs = (was != now).nonzero().flatten().tolist()
+    words = ("a real token", "padding") if was[differs[0]] else ("padding", "a real token")
+    raise UserError(
+        f"{layer} is played with other padding than was recorded: token {differs[0]} was {words[0]} and is {words[1]}, "
+        f"and {len(differs)} of {count} differ. Play the trace on the batches that were recorded, in their order."
+    )
 
 
 def _moved(routing: Routing, device: torch.device) -> Routing:

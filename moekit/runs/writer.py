@@ -14,6 +14,7 @@ from moekit.errors import UserError
 from moekit.inference.completer import Completer
 from moekit.inference.interface import Hypothesis, Search
 from moekit.inference.on_demand import load_on_demand
+from moekit.inference.sampling import Sampling
 from moekit.inference.translator import Translator, search_for
 from moekit.inference.watched import Watched
 from moekit.runs.config import RunConfig
@@ -50,8 +51,10 @@ class Writer:
         experts_in_memory: so many experts of each layer at most, the others mapped from disk; 0 = all.
         max_input_tokens: most tokens of a line, which is cut there; None = 1024, or ``data.max_length`` if that is
             more.
+        sampling: draws tokens, instead of the search that the settings describe.
 
     Attributes:
+        model: what computes.
         writes: "answer" (to a text, in another language or in its own, such as a translation), or "continuation".
         title: the title of the task, as in "Translation".
         sources: languages of lines.
@@ -72,13 +75,16 @@ class Writer:
         *,
         experts_in_memory: int = 0,
         max_input_tokens: int | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         config = config or run.config
         if max_input_tokens is not None and max_input_tokens < 1:
             raise UserError(f"--max_input_tokens must be at least 1: got {max_input_tokens}.")
         self.max_input_tokens = max_input_tokens or max(_MAX_INPUT_TOKENS, config.data.max_length)
         backbone, data = trained(run, experts_in_memory)
-        self._config, self._backbone = config, to_gpu(backbone, config.train.accelerator)
+        self._config, self._sampling = config, sampling
+        several = config.train.devices * config.train.num_nodes > 1  # a strategy divides and moves it
+        self.model = backbone if several else to_gpu(backbone, config.train.accelerator)
         self._tokenizer = data.tokenizer
         known = data.tokenizer.languages
         continued = [name for name in data.tasks if data.task(name).writes == "continuation"]
@@ -156,13 +162,13 @@ class Writer:
         evaluate, data = self._config.evaluate, self._config.data
         search = search if watch is None else Watched(search, watch)
         if target is None:
-            completer = Completer(self._backbone, self._tokenizer, search=search, max_new_tokens=data.max_length)
+            completer = Completer(self.model, self._tokenizer, search=search, max_new_tokens=data.max_length)
             if n_best is None:
                 return Written(completer.complete(given, language=source, advance=advance), cut)
             found = completer.hypotheses(given, language=source, advance=advance)
             return Written([texts[0].text for texts in found], cut, found)
         translator = Translator(
-            self._backbone,
+            self.model,
             self._tokenizer,
             search=search,
             batch_tokens=evaluate.batch_tokens,
@@ -183,6 +189,10 @@ class Writer:
         self._search(n_best)
 
     def _search(self, n_best: int) -> Search:
+        if self._sampling is not None:
+            if n_best != 1:
+                raise UserError(f"--n_best must be 1 where tokens are drawn (--temperature): got {n_best}.")
+            return self._sampling
         return search_for(self._config.evaluate.beam_size, self._config.evaluate.length_penalty, n_best)
 
     def _shortened(self, line: str) -> str | None:

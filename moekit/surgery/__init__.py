@@ -12,12 +12,14 @@ from moekit.surgery.aggregation import aggregate
 from moekit.surgery.compensation import compensate, compensations
 from moekit.surgery.optimizer_state import carry_state, parameter_names, state_by_name, state_by_number
 from moekit.surgery.pruning import choose_experts, count_kept, take_experts
+from moekit.surgery.saliency import ExpertUse, expert_use, watch_experts
 from moekit.surgery.segmentation import split_experts
 from moekit.surgery.sparse_layer import SparseLayer, require_separable, sparse_layers
 from moekit.surgery.student import choose_layers, initialize_student
 from moekit.surgery.upcycling import dense_names, merge, require_complete, upcycle
 
 __all__ = [
+    "ExpertUse",
     "SparseLayer",
     "add_adapters",
     "aggregate",
@@ -28,6 +30,7 @@ __all__ = [
     "compensations",
     "count_kept",
     "dense_names",
+    "expert_use",
     "initialize_student",
     "merge",
     "merge_adapters",
@@ -41,4 +44,5 @@ __all__ = [
     "state_by_number",
     "take_experts",
     "upcycle",
+    "watch_experts",
 ]

@@ -37,7 +37,7 @@ def compensations(
                 obstacle=f"{type(layer.routing_module).__name__} does not say what copies of experts do"
             )
         else:
-            answer = ask(copies, None if state is None else below(state, _inner(layer)))
+            answer = ask(copies, None if state is None else below(state, layer.router_prefix))
         obstacle = answer.obstacle
         if state is not None and not bool(state.get(f"{layer.prefix}phase.done", True)) and answer.scale != 1:
             obstacle = "its dense phase is not over, in which one expert has weight 1"
@@ -69,7 +69,7 @@ def compensate(state: State, layers: Mapping[str, SparseLayer], copies: float, *
     for path, needed in compensations(layers, copies, state if power == 1 else None).items():
         layer = layers[path]
         if power == 1:
-            factors = {f"{_inner(layer)}{name}": factor for name, factor in needed.own.items()}
+            factors = {f"{layer.router_prefix}{name}": factor for name, factor in needed.own.items()}
         else:  # where all copies are chosen, each has one's gradients shared by as many
             factors = dict.fromkeys(layer.dims, float(needed.choices) ** power)
         for name in output_names(layer):
@@ -87,8 +87,3 @@ def output_names(layer: SparseLayer) -> list[str]:
         for name, axes in layer.bank_axes.items()
         if "embed" in axes and ("mlp" not in axes or axes.index("embed") > axes.index("mlp"))
     ]
-
-
-def _inner(layer: SparseLayer) -> str:
-    """What names of the router's tensors begin with."""
-    return f"{layer.prefix}router." if layer.router else layer.prefix

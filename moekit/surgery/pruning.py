@@ -11,7 +11,7 @@ from torch import Tensor
 from moekit.errors import UserError
 from moekit.surgery.sparse_layer import SparseLayer, State, expert_tensors
 
-Order = Literal["utilisation", "reversed", "random"]
+Order = Literal["utilisation", "reversed", "random", "reap"]
 
 
 def count_kept(layers: Mapping[str, SparseLayer], keep: int | float) -> dict[str, int]:
@@ -48,6 +48,7 @@ def choose_experts(
     order: Order = "utilisation",
     *,
     load: Mapping[str, Tensor] | None = None,
+    groups: int = 1,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Numbers of the experts to keep in each layer, ascending.
@@ -56,34 +57,53 @@ def choose_experts(
         layers: The result of `sparse_layers`.
         keep: The number or share to keep; see `count_kept`.
         order: "utilisation" keeps those with the highest load (of equal ones the first), "reversed" those with the
-            lowest, "random" draws without replacement.
+            lowest, "reap" those with the highest saliency, "random" draws without replacement.
         load: Float[E] for each layer: how much each expert is used, overall or for the language or task that the
-            specialist is for. Not needed at random.
+            specialist is for; for "reap" `moekit.surgery.ExpertUse.saliency`. Not needed at random.
+        groups: The number of groups of neighbours that routers choose among (DeepSeek): each keeps as many. A share is
+            rounded to such a number.
         seed: The seed of a random choice.
 
     Returns:
         Int64[m] by layer.
 
     Raises:
-        UserError: see `count_kept`; or there is no load of E entries for a layer.
+        UserError: see `count_kept`; there is no load of E entries for a layer, or groups cannot stay equal.
 
-    Source: arXiv:2109.10465 (a model pruned to some of its experts, at random or by utilisation). Differs: its text
-        was not at hand; how ties and shares are resolved is ours.
+    Source: arXiv:2109.10465 (a model pruned to some of its experts, at random or by utilisation); arXiv:2510.13999
+        (by saliency). Differs: the texts were not at hand; how ties and shares are resolved, and groups, are ours.
     """
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for path, count in count_kept(layers, keep).items():
         num_experts = layers[path].num_experts
+        each = _of_group(path, count, num_experts, groups, layers[path].k, exact=not isinstance(keep, float))
         if order == "random":
-            ranked = torch.randperm(num_experts, generator=generator)
+            ranks = torch.randperm(num_experts, generator=generator).argsort()
         else:
             found = None if load is None else load.get(path)
             if found is None or found.shape != (num_experts,):
                 got = "none" if found is None else f"one of shape {tuple(found.shape)}"
                 raise UserError(f"keeping experts of {path} by load needs a load of its {num_experts}: got {got}.")
-            ranked = found.to(torch.float64).argsort(descending=order == "utilisation", stable=True)
-        kept[path] = ranked[:count].sort().values
+            ranks = found.to(torch.float64).argsort(descending=order != "reversed", stable=True).argsort()
+        best = ranks.view(groups, -1).argsort(dim=1)[:, :each]  # in each group
+        first = torch.arange(groups)[:, None] * (num_experts // groups)
+        kept[path] = (best + first).flatten().sort().values
     return kept
+
+
+def _of_group(path: str, count: int, num_experts: int, groups: int, k: float, *, exact: bool) -> int:
+    """How many experts each group keeps."""
+    if num_experts % groups:
+        raise UserError(f"{path} must have {groups} equal groups of experts: it has {num_experts} experts.")
+    if exact and count % groups:
+        near = sorted({max(groups, count // groups * groups), -(-count // groups) * groups})
+        raise UserError(
+            f"{path} has {groups} groups of experts, which must stay equal: got keep={count}. Keep "
+            f"{' or '.join(map(str, near))}."
+        )
+    least = -(-max(1, int(k)) // groups)
+    return min(max(least, int(count / groups + 0.5)), num_experts // groups)
 
 
 def take_experts(state: State, layers: Mapping[str, SparseLayer], taken: Mapping[str, Tensor]) -> dict[str, Tensor]:

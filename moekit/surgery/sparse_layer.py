@@ -32,6 +32,7 @@ class SparseLayer:
         ids: The integer tensors whose values are numbers of experts.
         obstacle: The reason why experts cannot be taken out or added here; None = they can.
         routing_module: The router, or the layer where it routes by itself.
+        router_name: What state dicts call the router, in the layer.
     """
 
     path: str
@@ -44,11 +45,17 @@ class SparseLayer:
     ids: tuple[str, ...] = ()
     obstacle: str | None = None
     routing_module: nn.Module | None = field(default=None, repr=False, compare=False)
+    router_name: str = "router"
 
     @property
     def prefix(self) -> str:
         """What the names of the layer's tensors begin with."""
         return f"{self.path}." if self.path else ""
+
+    @property
+    def router_prefix(self) -> str:
+        """What the names of the router's tensors begin with."""
+        return f"{self.prefix}{self.router_name}." if self.router else self.prefix
 
     @property
     def bank(self) -> dict[str, int]:
@@ -106,12 +113,17 @@ def _layer(path: str, module: nn.Module, bank: nn.Module) -> SparseLayer:
                 f"{type(bank).__name__}.{name} of shape {tuple(tensor.shape)} does not count all {num_experts} experts"
             )
     kind = type(routing_module).__name__
-    inner = prefix if routing_module is module else f"{prefix}router."
+    # State dicts may call it otherwise than code does.
+    router_name = next((name for name, child in module.named_children() if child is router), "router")
+    inner = prefix if routing_module is module else f"{prefix}{router_name}."
     own = routing_module.state_dict()
+    unsaved = routing_module._non_persistent_buffers_set
     dims: Mapping[str, int] | None = getattr(routing_module, "expert_dims", None)
     if dims is None:
         obstacles.append(f"{kind} does not say which of its tensors count experts (expert_dims)")
     for name, dim in (dims or {}).items():
+        if name in unsaved:  # in no state dict
+            continue
         if name not in own or own[name].ndim <= dim or own[name].shape[dim] % num_experts:
             obstacles.append(f"{kind}.{name} does not count {num_experts} experts in dimension {dim}")
         scores[f"{inner}{name}"] = dim
@@ -126,6 +138,7 @@ def _layer(path: str, module: nn.Module, bank: nn.Module) -> SparseLayer:
         ids=tuple(f"{inner}{name}" for name in getattr(routing_module, "expert_ids", ())),
         obstacle=obstacles[0] if obstacles else None,
         routing_module=routing_module,
+        router_name=router_name,
     )
 
 

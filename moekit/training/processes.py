@@ -22,6 +22,7 @@ from torch.distributed import DistNetworkError
 from moekit.atomic import write_json
 from moekit.errors import NonFiniteError, TrainingStoppedError, UserError
 
+_LOST = "the others cannot train without it. Go on from the last checkpoint with --resume."
 _SECONDS_TO_TELL = 20.0
 _SECONDS_TO_JOIN = 15.0  # until the first word; the next come ever later
 
@@ -32,8 +33,12 @@ def is_first_process() -> bool:
 
 
 @contextmanager
-def explained(trainer: L.Trainer) -> Iterator[None]:
+def explained(trainer: L.Trainer, lost: str = _LOST) -> Iterator[None]:
     """Say in the user's words that the port is taken, or which of the processes has ended.
+
+    Args:
+        trainer: whose processes they are.
+        lost: what it means for the others, and what to do.
 
     Raises:
         UserError: another program has the port.
@@ -59,9 +64,7 @@ def explained(trainer: L.Trainer) -> Iterator[None]:
             if ended and launcher is not None:  # those that wait for it in vain
                 launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows has no SIGKILL
             if ended:
-                raise TrainingStoppedError(
-                    f"{ended}, and the others cannot train without it. Go on from the last checkpoint with --resume."
-                ) from error
+                raise TrainingStoppedError(f"{ended}, and {lost}") from error
         raise
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moekit.kernels.packed_matrix import PackedMatrix, can_pack
 from moekit.kernels.vocabulary_loss import TokenLoss, logits_loss, vocabulary_loss
 
 EmbeddingScale = Literal["input", "output", "none"]
@@ -31,6 +34,22 @@ class Vocabulary:
             # A divided table has its own way to its logits, which are gathered.
             return logits_loss(self.logits(hidden, weight), labels, label_smoothing)
         return vocabulary_loss(hidden, weight, labels, label_smoothing)
+
+
+class _PackedVocabulary(Vocabulary):
+    """A whole table whose weights stay as they are: from the second call on, logits come from a packed copy."""
+
+    def __init__(self) -> None:
+        self._called = False
+        self._packed: PackedMatrix | None = None
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        if not can_pack(hidden, weight):
+            return super().logits(hidden, weight)
+        if self._packed is None and self._called:
+            self._packed = PackedMatrix(weight)
+        self._called = True  # packing takes as long as one call
+        return super().logits(hidden, weight) if self._packed is None else self._packed(hidden)
 
 
 class TokenEmbedding(nn.Module):
@@ -90,3 +109,21 @@ class TokenEmbedding(nn.Module):
 
     def _scaled(self, hidden: Tensor) -> Tensor:
         return hidden * self.weight.shape[1] ** -0.5 if self.scale == "output" else hidden
+
+
+@contextmanager
+def packed_logits(model: object) -> Iterator[None]:
+    """Inside, the weights of a model do not change, and the logits of its tables are computed many times.
+
+    On a CPU the tables are packed meanwhile (`moekit.kernels.packed_matrix`), where they are whole and no gradient is
+    wanted. Logits are the same up to rounding.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    whole = [m for m in modules if isinstance(m, TokenEmbedding) and type(m.vocabulary) is Vocabulary]
+    for table in whole:
+        table.vocabulary = _PackedVocabulary()
+    try:
+        yield
+    finally:
+        for table in whole:
+            table.vocabulary = Vocabulary()

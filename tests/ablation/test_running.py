@@ -320,10 +320,18 @@ def test_the_list_of_tables(
     result = f"result: 1 reproduced (seeds 1, 2, 3, 4, 5, measured on {datetime.now(UTC).date()})"
     assert result in said
     assert f"in {tmp_path / 'runs'}: 27 of 27 done, none missing" in said
-    list_tables(tmp_path / "another machine", plainly, Terminal())
+    elsewhere = tmp_path / "another machine"
+    with held(elsewhere):
+        list_tables(elsewhere, plainly, Terminal())
+        assert [file.name for file in elsewhere.iterdir() if not file.name.startswith(".")] == []
+        said = capsys.readouterr().out
+        assert "0 of 27 done" in said
+        assert f"Another ablate makes runs in {elsewhere}: kept runs that are not there yet" in said
+    list_tables(elsewhere, plainly, Terminal())
     said = capsys.readouterr().out
     assert result in said
     assert "27 of 27 done, none missing" in said, "kept runs are put among those of this machine"
+    assert "Another ablate" not in said
     shutil.rmtree(recipes / "moe_lm" / "results" / "ablations" / "runs")
     list_tables(tmp_path / "a third machine", plainly, Terminal())
     said = capsys.readouterr().out

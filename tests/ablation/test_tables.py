@@ -154,6 +154,13 @@ def test_committed_tables_can_be_run(name: str) -> None:
     assert len(trained) >= len(made.table.seeds)
 
 
+def test_new_settings_leave_the_kept_runs_their_names() -> None:
+    """Else all that is committed would be run again."""
+    made = Plan.of(read_table(table_files()["moe_lm/facts"]), reconfigured)
+    kept = {path.stem for path in (RECIPES / "moe_lm" / "results" / "ablations" / "runs").glob("*.json")}
+    assert {f"{job.recipe}-{job.digest}" for job in made.tuning_jobs()} <= kept
+
+
 def test_tables_are_there() -> None:
     """So that a pattern that finds none cannot pass."""
     assert RECIPES.is_dir()

@@ -14,7 +14,7 @@ FUNCTIONS = ("sched_getaffinity", "fork", "getuid", "geteuid", "getpgid", "killp
 PROGRAM = f"""
 # What others import is their affair.
 import importlib, os, pkgutil, sys
-import filelock, lightning, matplotlib.figure, sacrebleu, torchmetrics, transformers
+import filelock, lightning, matplotlib.figure, sacrebleu, torchmetrics, transformers.trainer_callback
 import torch, torch._dynamo, torch.distributed.checkpoint
 for name in {MODULES!r}:
     sys.modules[name] = None  # an import of it fails

@@ -118,7 +118,7 @@ def test_open_source_opens_unions(tmp_path):
     (tmp_path / "en.txt").write_text("one\ntwo\n")
     source = open_source("union", f"babel:,text:{tmp_path}", babel={"languages": 2}, text={"valid_share": 0})
     assert source.languages == ("avl", "tnd", "en")
-    assert source.monolingual("en", "train") == ["one", "two"]
+    assert list(source.monolingual("en", "train")) == ["one", "two"]
 
 
 @pytest.mark.parametrize(

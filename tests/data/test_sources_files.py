@@ -273,21 +273,21 @@ def test_text_reads_languages_and_holds_out(tmp_path):
     source = Text(tmp_path, valid_share=0.1)
     assert source.languages == ("de", "en")
     assert source.directions == ()
-    assert source.monolingual("en", "train") == ["a", "b"]
-    assert source.monolingual("en", "valid") == ["v"]
-    train, valid, test = (source.monolingual("de", split) for split in ("train", "valid", "test"))
+    assert list(source.monolingual("en", "train")) == ["a", "b"]
+    assert list(source.monolingual("en", "valid")) == ["v"]
+    train, valid, test = (list(source.monolingual("de", split)) for split in ("train", "valid", "test"))
     assert len({*train, *valid, *test}) == len(train) + len(valid) + len(test) == 2000
     assert 120 < len(valid) < 280
     assert 5 < len(test) < 40
-    assert Text(tmp_path, valid_share=0.1, test_share=0.05).monolingual("de", "valid") == valid
-    assert Text(tmp_path, valid_share=0.1, test_share=0).monolingual("de", "test") == []
+    assert list(Text(tmp_path, valid_share=0.1, test_share=0.05).monolingual("de", "valid")) == valid
+    assert list(Text(tmp_path, valid_share=0.1, test_share=0).monolingual("de", "test")) == []
     with pytest.raises(UserError, match="monolingual text has no parallel pairs: got the direction en-de"):
         source.parallel(EN_DE, "train")
 
 
 def test_paragraphs(tmp_path):
     write(tmp_path, en__txt="\n\none\ntwo\n\n \nthree\n")
-    assert Text(tmp_path, unit="paragraph", valid_share=0).monolingual("en", "train") == ["one two", "three"]
+    assert list(Text(tmp_path, unit="paragraph", valid_share=0).monolingual("en", "train")) == ["one two", "three"]
     assert Text(tmp_path).fingerprint() != Text(tmp_path, unit="paragraph").fingerprint()
 
 

@@ -62,7 +62,11 @@ def test_splits_of_one_language(tmp_path):
     for folder, languages in ((tmp_path / "en", None), (tmp_path / "my-corpus", ["en"])):
         source = Text(write(folder, SPLITS), languages=languages)
         assert source.languages == ("en",)
-        assert [source.monolingual("en", split) for split in ("train", "valid", "test")] == [["a", "b"], ["c"], ["d"]]
+        assert [list(source.monolingual("en", split)) for split in ("train", "valid", "test")] == [
+            ["a", "b"],
+            ["c"],
+            ["d"],
+        ]
     with pytest.raises(
         UserError, match=r"test\.txt: it must be known which.*my-corpus.*--data\.languages en.*test\.en"
     ):
@@ -76,7 +80,7 @@ def test_text_leaves_out_what_is_no_language_and_says_so(tmp_path, caplog):
     write(tmp_path, {"train.en": "a\n", "de.txt": "A\n", "dev.zh_Hans.txt": "V\n", "notes": "n", **more})
     source = Text(tmp_path, valid_share=0, test_share=0)
     assert source.languages == ("de", "zh_Hans", "en")
-    assert source.monolingual("zh_Hans", "valid") == ["V"]
+    assert list(source.monolingual("zh_Hans", "valid")) == ["V"]
     (line,) = caplog.messages
     assert line == (
         f"text: left out of {tmp_path}, as no text of a language: LICENSE.txt, README.txt, train.bak, train.ids, "
@@ -202,7 +206,7 @@ def test_opus_names(tmp_path, caplog):
     assert directions(Moses(write(tmp_path / "many", many))) == {"en-de", "de-en", "en-fr", "fr-en"}
     chosen = Moses(tmp_path / "many", languages=["en", "fr"])
     assert directions(chosen) == {"en-fr", "fr-en"}
-    assert chosen.monolingual("en", "train") == ["a"]
+    assert list(chosen.monolingual("en", "train")) == ["a"]
 
 
 def test_flores_names(tmp_path):

@@ -76,7 +76,7 @@ def test_a_large_vocabulary_takes_wider_numbers(tmp_path: Path, tokenizer: Token
         vocab_size = 70_000
         fingerprint = "large"
 
-        def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        def encode_batch(self, texts: list[str], **_: Any) -> list[list[int]]:
             return [[69_999, len(text)] for text in texts]
 
     large: Any = Large()

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -183,10 +184,38 @@ def issue_and_wait() -> None:
         assert order(overlapped) == ("iwEiw", "iwEiw"), dispatcher
 
 
+class Fails(nn.Module):
+    """A shared branch that cannot be computed."""
+
+    dim = D
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("the branch is at fault")
+
+
+def a_failing_branch_leaves_no_message() -> None:
+    """Its error is told, the rows that are on their way are waited for, and the layer goes on as before."""
+    rank, world = dist.get_rank(), dist.group.WORLD
+    alone = [dist.new_group([n]) for n in range(2)][rank]
+    for k, dispatcher in ((1, PackedDispatcher()), (2, PackedDispatcher()), (2, PaddedDispatcher())):
+        for exchange in (AllToAll(world), TwoLevelAllToAll(alone, world)):
+            layer = divided(layer_of(k, dispatcher, True, False), exchange).eval()
+            x = tokens(rank)
+            expected, branch = plainly(layer, x), layer.shared
+            layer.shared = Fails()
+            for tracked in (True, False):
+                with torch.set_grad_enabled(tracked), pytest.raises(ValueError, match="branch is at fault"):
+                    plainly(layer, x.clone().requires_grad_(tracked))
+                assert torch._C._distributed_c10d._get_work_registry_size() == 0, (dispatcher, tracked)
+            layer.shared = branch
+            assert torch.equal(plainly(layer, x), expected)
+
+
 def both() -> None:
     torch._logging.set_logs(dynamo=logging.ERROR)  # of graph breaks where sizes are read
     overlapped_equals_waiting()
     issue_and_wait()
+    a_failing_branch_leaves_no_message()
 
 
 def test_overlap() -> None:

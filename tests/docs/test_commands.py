@@ -79,7 +79,7 @@ def test_commands_of_a_page_are_understood(
 ) -> None:
     """Each with its options, in folders that hold what the page has made before."""
     done: list[str] = []
-    for known in (recipes.COMMANDS, program.SURGERY, program.REPORTS, program.STUDIES):
+    for known in (recipes.COMMANDS, program.SURGERY, program.REPORTS, program.STUDIES, program.FOLDERS):
         for command, made in known.items():
             changes: dict[str, Any] = {"run": lambda *given, command=command: done.append(command)}
             monkeypatch.setitem(known, command, dataclasses.replace(made, **changes))  # type: ignore[arg-type]

@@ -205,6 +205,8 @@ def test_a_trace_has_all_mechanisms(tmp_path: Path) -> None:
     assert late is not None
     assert late > early, "later tokens find full experts"
     assert sum(b.load) == pytest.approx(1)
+    assert b.experts_per_token == [2.0] * 3
+    assert found.means["experts_per_token"] == 1.5, "a's tokens pass one expert, b's two"
     assert b.logits == [1.0, 11.0, 21.0]
     assert a.logits == [None] * 3
     assert a.gradients == [3.5] * 3

@@ -20,6 +20,7 @@ from moekit.layer import MoELayer
 from moekit.mixing import SoftmaxMix
 from moekit.planner.census import parameters
 from moekit.recipes import base_layers, deepspeed_moe, dense_to_sparse, hash_layers, moe_lm, shazeer
+from moekit.recipes._routers import LEARNED, Learned
 from moekit.recipes.hash_layers import Hash, ModelConfig, hash_router
 from moekit.routers import (
     AllChoices,
@@ -30,6 +31,7 @@ from moekit.routers import (
     HierarchicalRouter,
     LinearDecay,
     NoisyTopKRouter,
+    SampledSoftmax,
     TopKRouter,
 )
 from moekit.routing import RoutingContext
@@ -136,6 +138,20 @@ def test_every_kind_of_table_routes_a_batch(
     assert torch.equal(routing.expert, layer.router.table[0, key])  # type: ignore[index]
 
 
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_routers_stand_in_for_the_table(name: Learned) -> None:
+    """One expert for a token, nothing dropped, whoever chooses; all else is the recipe's."""
+    model: dict[str, Any] = {"router": name}
+    built = hash_layers.build(small(hash_layers.TINY, **model), RunText(500))
+    [(place, layer)] = sparse(built.backbone)
+    routing = built.backbone.decode(torch.arange(64).view(2, 32)).routings[0]  # type: ignore[operator]
+    assert place == 2
+    assert routing.token.tolist() == list(range(64))
+    assert bool(routing.kept.all())
+    assert type(layer.router) is type(LEARNED[name](8, 4))
+    assert isinstance(getattr(layer.router, "exploration", None), SampledSoftmax) == (name == "sampled")
+
+
 def test_multi_hash_counts_active_parameters_by_segment() -> None:
     network = hash_layers.build(small(hash_layers.TINY, tables=4), RunText(500)).backbone
     [(_, layer)] = sparse(network)
@@ -149,6 +165,8 @@ def test_bad_tables(tmp_path: Path, data: MultitaskData, cache: Path) -> None:
         hash_layers.build(small(hash_layers.TINY, hash="oracle"), RunText(500))
     with pytest.raises(UserError, match=r"model\.tables"):
         hash_layers.build(small(hash_layers.TINY, hash="random", tables=2), RunText(500))
+    with pytest.raises(UserError, match=r"model\.router base has no table: leave model\.hash"):
+        hash_layers.build(small(hash_layers.TINY, router="base", hash="random"), RunText(500))
     with pytest.raises(UserError, match=r"model\.embeddings"):
         hash_layers.build(small(hash_layers.TINY, hash="clustered"), RunText(500, data))
     with pytest.raises(UserError):
@@ -337,6 +355,23 @@ def test_router_of_moe_lm_is_fairseqs() -> None:
         assert router.capacity.slots(64, 4, 2, training=False) is None
     assert built.aux is not None
     assert (dict(built.aux.weights), built.aux.layers) == ({"load_balance": 0.01}, "sum")
+
+
+def test_a_shared_branch_of_moe_lm_costs_what_an_expert_does() -> None:
+    one, shared = (
+        moe_lm.build(small(moe_lm.TINY, **model), RunText(500)).backbone
+        for model in ({"k": 2, "num_experts": 4}, {"k": 1, "num_experts": 3, "shared": True, "balance_scope": "global"})
+    )
+    difference = sum(p.numel() for p in one.parameters()) - sum(p.numel() for p in shared.parameters())
+    dim = one.embedding.weight.shape[1]  # type: ignore[union-attr,index]
+    # A router's row, and what biases of experts and of dense layers differ by.
+    assert 0 <= difference <= 2 * 4 * dim
+    for _, layer in sparse(shared):
+        assert layer.shared is not None
+        assert layer.router.balance.scope == "global"  # type: ignore[union-attr]
+    dense = moe_lm.build(small(moe_lm.TINY, k=1, num_experts=0, shared=True), RunText(500)).backbone
+    wide = moe_lm.build(small(moe_lm.TINY, k=2, num_experts=0), RunText(500)).backbone
+    assert parameters(dense) == parameters(wide)
 
 
 def test_published_runs_see_as_many_tokens() -> None:

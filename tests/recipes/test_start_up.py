@@ -56,7 +56,7 @@ from moekit.cli.program import main
 asked = {
     "--help": 0, "run --help": 0, "generate --help": 0, "run all --help": 0, "prune --help": 0, "curve --help": 0,
     "inspect --help": 0, "report --help": 0, "ablate --help": 0, "prunee": 2, "run swich": 2, "run": 2, "run all": 2,
-    "prune --kep 2": 2,
+    "prune --kep 2": 2, "compare --help": 0, "compare --no-such 1": 2, "report --no-such 1": 2, "ablate --no-such 1": 2,
 }
 for words, expected in asked.items():
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -347,6 +347,35 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert "forward" not in net.layers[0].router.__dict__
 
 
+def test_other_padding_is_refused(tmp_path: Path) -> None:
+    """Also in the part of one process; a mask without padding is as none."""
+    torch.manual_seed(0)
+    layer, x = mk.MoELayer(TopKRouter(D, E), mk.experts.GroupedMLP(E, D, 16)), batch(0)
+    real = torch.arange(TOKENS) < TOKENS - 2
+    with record(layer, tmp_path / "t.npz"):
+        layer(x, RoutingContext(mask=real))
+        layer(x)
+    trace = read_trace(tmp_path / "t.npz")
+    with replay(layer, trace):
+        assert not layer(x, RoutingContext(mask=real)).hidden[TOKENS - 2 :].any()
+        layer(x, RoutingContext(mask=torch.ones(TOKENS, dtype=torch.bool)))
+    with (
+        replay(layer, trace),
+        pytest.raises(UserError, match=r"layer is .* token 30 was padding and is a real token, and 2 of 32"),
+    ):
+        layer(x)
+    for weights in ("router", "recorded"):
+        with replay(layer, trace, weights=weights):  # type: ignore[arg-type]
+            layer(x, RoutingContext(mask=real))
+            with pytest.raises(UserError, match=r"token 5 was a real token and is padding, and 1 of 32"):
+                layer(x, RoutingContext(mask=torch.arange(TOKENS) != 5))
+    for rank in range(2):
+        with replay(layer, trace, share=(rank, 2)):
+            layer(x[:16], RoutingContext(mask=real.chunk(2)[rank]))
+    with replay(layer, trace, share=(1, 2)), pytest.raises(UserError, match="token 14 was padding"):
+        layer(x[16:])
+
+
 def test_a_forward_of_its_own_needs_a_weighing_of_its_own(tmp_path: Path) -> None:
     class Turned(TopKRouter):
         def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:

@@ -21,6 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from moekit.component import Component, bind, components
+from moekit.experts import GroupedMLP
+from moekit.layer import MoELayer
+from moekit.routers import TopKRouter
 from moekit.training.callbacks.binding import ComponentBinding
 from moekit.training.multitask import MultitaskModule
 from moekit_binding import lightning_callbacks
@@ -374,3 +377,37 @@ def test_a_folder_is_no_checkpoint_file(tmp_path: Path) -> None:
     plain.save_checkpoint(tmp_path / "a.ckpt")
     found = Counting.load_from_checkpoint(tmp_path / "a.ckpt")
     assert torch.equal(found.layer.weight, made.layer.weight)
+
+
+class Sparse(Root):
+    """Two sparse layers that learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(MoELayer(TopKRouter(4, 2), GroupedMLP(2, 4, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).hidden
+        return x
+
+
+def test_a_sparse_layer_that_trains_in_evaluation_is_warned_of_once(tmp_path: Path) -> None:
+    """Not one in training, nor one that does not learn."""
+
+    def said(model: Sparse) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(tmp_path, max_epochs=2).fit(model, data(2), data(1))
+        return [str(w.message) for w in caught if "train in evaluation mode" in str(w.message)]
+
+    assert said(Sparse()) == []
+    model = Sparse()
+    model.layers[1].eval()
+    (message,) = said(model)
+    assert "1 sparse layers train in evaluation mode, layers.1 first: " in message
+    assert "needs train()" in message
+    model.layers[1].requires_grad_(False)
+    assert said(model) == []
+    (message,) = said(Sparse().eval())
+    assert "2 sparse layers train in evaluation mode, layers.0 first: " in message

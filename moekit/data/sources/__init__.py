@@ -8,6 +8,8 @@ from moekit.babel import BabelSettings as BabelSettings
 from moekit.babel import Facts as Facts
 from moekit.babel import Headlines as Headlines
 from moekit.data.sources.aligned import AlignedSource as AlignedSource
+from moekit.data.sources.datasets import Datasets as Datasets
+from moekit.data.sources.documents import Documents as Documents
 from moekit.data.sources.examples import Examples as Examples
 from moekit.data.sources.gettext import Gettext as Gettext
 from moekit.data.sources.jsonl import JsonLines as JsonLines

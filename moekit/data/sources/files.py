@@ -36,8 +36,12 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
 }
 
 
+ZSTD_MODULES = ("compression.zstd", "backports.zstd")
+"""Python's own from 3.14 on, and the package of older ones."""
+
+
 def _zstd(data: bytes) -> bytes:
-    for module in ("compression.zstd", "backports.zstd"):  # Python's own from 3.14 on, and the package of older ones
+    for module in ZSTD_MODULES:
         try:
             decoder = importlib.import_module(module)
         except ImportError:
@@ -98,7 +102,7 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: the file must be readable: {error.strerror or error}.") from error
     data = unpacked(packed, path)
     if not data:
-        raise _empty(path)
+        raise empty_file(path)
     return data
 
 
@@ -124,37 +128,52 @@ def unpacked(data: bytes, path: Path) -> bytes:
     """
     if path.suffix not in _UNPACK or not data:
         return data
-    program = _PROGRAMS[path.suffix]
     try:
         return _UNPACK[path.suffix](data)
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(
-            f"{path}: a file named {path.suffix} must be a whole {program} archive: {error}. Fetch it again, or rename "
-            "it."
-        ) from error
+        raise broken_archive(path, error) from error
     except LookupError:
-        raise UserError(
-            f"{path}: a file named {path.suffix} needs Python 3.14 or the package backports.zstd, and neither is here. "
-            f"Unpack it first: {program} -d {path.name}."
-        ) from None
+        raise no_zstd(path) from None
 
 
-def _empty(path: Path) -> UserError:
+def broken_archive(path: Path, error: Exception) -> UserError:
+    """What is said of a file that its program cannot unpack."""
+    return UserError(
+        f"{path}: a file named {path.suffix} must be a whole {_PROGRAMS[path.suffix]} archive: {error}. Fetch it "
+        "again, or rename it."
+    )
+
+
+def no_zstd(path: Path) -> UserError:
+    """What is said where nothing unpacks zstd."""
+    return UserError(
+        f"{path}: a file named {path.suffix} needs Python 3.14 or the package backports.zstd, and neither is here. "
+        f"Unpack it first: {_PROGRAMS[path.suffix]} -d {path.name}."
+    )
+
+
+def empty_file(path: Path) -> UserError:
+    """What is said of a file without a line."""
     return UserError(f"{path}: a file must hold at least one line: got an empty file. Fill it or remove it.")
 
 
-def decode(data: bytes, path: Path | str) -> str:
+def decode(data: bytes, path: Path | str, *, line: int = 1) -> str:
     """`data` as text, without a byte order mark.
+
+    Args:
+        data: UTF-8, from the beginning of a line.
+        path: for messages.
+        line: number of its first line in the file; a mark stands before the first of all alone.
 
     Raises:
         UserError: if it is not UTF-8, or holds a NUL; the message names line and byte.
     """
-    text = data.removeprefix(codecs.BOM_UTF8)
+    text = data if line > 1 else data.removeprefix(codecs.BOM_UTF8)
     nul = text.find(b"\0")
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
     if encoding is None and data[:4].count(0) > 1:
         encoding = "utf-32" if data[:4].count(0) > 2 else "utf-16"
-    if encoding is not None:
+    if encoding is not None and line == 1:
         raise UserError(
             f"{path}, line 1: text must be UTF-8: it begins as {encoding.upper()} does ({data[:4].hex(' ')}). "
             f"Convert it, for example with iconv -f {encoding} -t utf-8."
@@ -163,16 +182,16 @@ def decode(data: bytes, path: Path | str) -> str:
         decoded = text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{_place(text, error.start, path)}: text must be UTF-8: got the byte 0x{text[error.start]:02x} "
+            f"{_place(text, error.start, path, line)}: text must be UTF-8: got the byte 0x{text[error.start]:02x} "
             f"({error.reason}). Convert the file, for example with iconv -f latin1 -t utf-8."
         ) from error
     if nul >= 0:
-        raise UserError(f"{_place(text, nul, path)}: text must be without NUL characters: got one. Remove it.")
+        raise UserError(f"{_place(text, nul, path, line)}: text must be without NUL characters: got one. Remove it.")
     return decoded
 
 
-def _place(text: bytes, at: int, path: Path | str) -> str:
-    line, byte = text.count(b"\n", 0, at) + 1, at - text.rfind(b"\n", 0, at)
+def _place(text: bytes, at: int, path: Path | str, first: int) -> str:
+    line, byte = text.count(b"\n", 0, at) + first, at - text.rfind(b"\n", 0, at)
     return f"{path}, line {line}, byte {byte} of the line"
 
 
@@ -187,7 +206,7 @@ def read_lines(path: Path) -> TextFile:
     if not lines[-1]:
         lines.pop()
     if not lines:  # a byte order mark alone
-        raise _empty(path)
+        raise empty_file(path)
     return TextFile(path, [line.removesuffix("\r") for line in lines], digest(data))
 
 

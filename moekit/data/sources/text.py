@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from moekit.data.sources.files import PACKED, add_file, check_folder, entries, read_lines, split_called, unpacked_name
+from moekit.data.sources.blocks import CheckedFile, check_file, walk_lines
+from moekit.data.sources.files import PACKED, add_file, check_folder, entries, split_called, unpacked_name
 from moekit.data.sources.names import LanguageNames, looks_like_language
+from moekit.data.sources.streamed import Streamed, units
 from moekit.errors import UserError
-from moekit.source import SPLITS, Direction, Source, Split, chance, digest, language_code, register_source
+from moekit.source import SPLITS, Split, digest, language_code, register_source
 
 
 @register_source
-class Text(Source):
+class Text(Streamed):
     """A folder with ``train.en`` (and ``valid.en``, ``test.en``), or ``en.txt``; plain or compressed.
 
     ``train.txt``, ``valid.txt`` and ``test.txt`` are the splits of one language: the one that the folder is named
@@ -24,8 +26,7 @@ class Text(Source):
     Args:
         path: the folder.
         unit: "line" = every line is a sentence; "paragraph" = lines are joined until an empty one.
-        valid_share: of a language without a validation file, this share is held out for validation, chosen by the
-            hash of the sentence, so that it does not change when the file grows and no sentence is on both sides.
+        valid_share: of a language without a validation file, this share is held out for validation; see `Streamed`.
         test_share: likewise of a language without a test file, for testing.
         languages: which names are languages; see `LanguageNames`. Other files are left out, which is said.
 
@@ -45,55 +46,25 @@ class Text(Source):
         languages: Sequence[str] | Mapping[str, str] | None = None,
     ) -> None:
         if unit not in ("line", "paragraph"):
-            raise UserError(f"text: unit must be line or paragraph: got {unit!r}.")
-        for name, share in (("valid_share", valid_share), ("test_share", test_share)):
-            if not 0 <= share < 0.5:
-                raise UserError(f"text: {name} must be at least 0 and below 0.5: got {share}.")
+            raise UserError(
+                f"text: unit must be line or paragraph: got {unit!r}. A document of its own is a row of the kinds "
+                "documents and datasets."
+            )
+        self.check_shares(valid_share, test_share)
         folder = check_folder(path, "text")
         names = LanguageNames(languages)
-        files = _find(folder, names)
+        files = {part: check_file(file) for part, file in _find(folder, names).items()}
         names.say("text", folder)
-        self.languages = tuple(dict.fromkeys(language for language, _ in files))
-        self.directions: tuple[Direction, ...] = ()
-        self._sentences: dict[tuple[str, Split], list[str]] = {}
-        digests = []
-        for (language, split), file_path in files.items():
-            file = read_lines(file_path)
-            digests.append(f"{language}:{split}:{file.digest}")
-            sentences = _sentences(file.lines, unit)
-            if not sentences:
-                raise UserError(f"{file_path}: a file must hold text: got {len(file.lines)} empty lines.")
-            self._sentences[language, split] = sentences
-        self._fingerprint = digest("text", unit, valid_share, test_share, *digests)
-        # From the two ends of the draw, so that what one share holds out does not depend on the other.
-        self._hold_out("valid", lambda drawn: drawn < valid_share)
-        self._hold_out("test", lambda drawn: drawn >= 1 - test_share)
-
-    def _hold_out(self, split: Split, chosen: Callable[[float], bool]) -> None:
-        """Take a split out of the training text of every language that has no file of it."""
-        for language in self.languages:
-            if (language, split) in self._sentences or (language, "train") not in self._sentences:
-                continue
-            everything = self._sentences[language, "train"]
-            out = [chosen(chance(sentence)) for sentence in everything]
-            self._sentences[language, "train"] = [s for s, o in zip(everything, out, strict=True) if not o]
-            self._sentences[language, split] = [s for s, o in zip(everything, out, strict=True) if o]
-
-    def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
-        """Always an error: nothing is parallel here."""
-        raise UserError(
-            f"text: monolingual text has no parallel pairs: got the direction {direction}. Use moses, jsonl or tsv, or "
-            "train on denoising and language modelling alone."
+        for file in files.values():
+            if not file.filled:
+                raise UserError(f"{file.path}: a file must hold text: got {file.lines} empty lines.")
+        digests = [f"{language}:{split}:{file.digest}" for (language, split), file in files.items()]
+        self._hold(
+            {part: partial(_sentences, file, unit) for part, file in files.items()},
+            valid_share=valid_share,
+            test_share=test_share,
+            fingerprint=digest("text", unit, valid_share, test_share, *digests),
         )
-
-    def monolingual(self, language: str, split: Split) -> Sequence[str]:
-        """Sentences of one language, each once, in the order of the file."""
-        self.check_language(language)
-        return list(dict.fromkeys(self._sentences.get((language, self.check_split(split)), [])))
-
-    def fingerprint(self) -> str:
-        """Digest of all content and the settings."""
-        return self._fingerprint
 
 
 def _find(folder: Path, names: LanguageNames) -> dict[tuple[str, Split], Path]:
@@ -145,8 +116,5 @@ def _split_and_language(stem: str, names: LanguageNames) -> tuple[Split, str | N
     return "train", names.code(stem)
 
 
-def _sentences(lines: list[str], unit: str) -> list[str]:
-    stripped = [line.strip() for line in lines]
-    if unit == "line":
-        return [line for line in stripped if line]
-    return [" ".join(paragraph) for filled, paragraph in itertools.groupby(stripped, key=bool) if filled]
+def _sentences(file: CheckedFile, unit: str) -> Iterator[str]:
+    return units(walk_lines(file), unit)

@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moekit.data.sources.streamed import each_once
 from moekit.errors import UserError, nearest
 from moekit.source import KINDS, Direction, LazySequence, Source, Split, digest, open_source, register_source
 
@@ -33,6 +34,7 @@ class Union(Source):
         if not members:
             raise UserError("union: at least one source is required: got none.")
         self.members = tuple(members)
+        self._each_once: dict[tuple[str, Split], Sequence[str]] = {}
         self.languages = tuple(dict.fromkeys(code for member in members for code in member.languages))
         self.directions = tuple(dict.fromkeys(direction for member in members for direction in member.directions))
 
@@ -82,7 +84,14 @@ class Union(Source):
         holders = [member for member in self.members if language in member.languages]
         if len(holders) == 1:
             return holders[0].monolingual(language, split)
-        return list(dict.fromkeys(s for member in holders for s in member.monolingual(language, split)))
+        if (language, split) not in self._each_once:
+            self._each_once[language, split] = each_once([member.monolingual(language, split) for member in holders])
+        return self._each_once[language, split]
+
+    def prepare(self, cache: Path, *, progress: bool = True) -> None:
+        """Prepare every member."""
+        for member in self.members:
+            member.prepare(cache, progress=progress)
 
     def fingerprint(self) -> str:
         """Digest of the members' fingerprints, in order."""

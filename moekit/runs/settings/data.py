@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
 from moekit.data.mixture import TemperatureSchedule, heating
 from moekit.data.sources import Source, Union, require_parameter, source_class
+from moekit.data.sources.documents import Unit
 from moekit.data.sources.names import LanguageNames, named_languages
 from moekit.data.streams import TooLong
 from moekit.data.tokenizer import Normalization
@@ -45,10 +47,11 @@ class DataConfig:
             and train.de, plain or gz), jsonl ({"translation": {"en": ..., "de": ...}} on each line), tsv (one column
             per language, with a header), examples ({"input": ..., "target": ...} on each line, or a TSV with these
             columns; directions such as en-en, the default), gettext (the software translation catalogs installed on
-            this machine) or text (one file per language). Several kinds, given as moses,jsonl or as a list, are read as
-            one corpus.
-        path: folder or file of the corpus; for several kinds one path each, joined by commas or as a list. babel,
-            facts, headlines and gettext need none.
+            this machine), text (one file per language), documents (many files of lines or of rows with text, in one
+            language) or datasets (a folder of Hugging Face's datasets, in one language). Several kinds, given as
+            moses,jsonl or as a list, are read as one corpus.
+        path: folder or file of the corpus, or for documents a pattern such as corpus/**/*.txt.gz; for several kinds one
+            path each, joined by commas or as a list. babel, facts, headlines and gettext need none.
         pivot: language that every direction must start or end with, where the text is parallel in more than two
             languages: a language code, "auto" (English if the corpus has it) or "none" (keep all pairs).
         directions: translation directions to train on, such as en-de,de-en or a list; not given = all.
@@ -57,6 +60,9 @@ class DataConfig:
             {src: en, tgt: de}.
         columns: languages of the columns of TSV files that have no header, in order, such as en,de,- or a list; a
             hyphen stands for a column that is not text. Not given = the first line of the files is the header.
+        unit: what a sentence is in text of one language: a line, a paragraph (lines until an empty one) or a document
+            (all lines of a row, for documents in .jsonl and for datasets).
+        text_field: for documents and datasets: field of the rows that holds the text.
         max_languages: number of languages to read from gettext catalogs; those with the most text are taken.
         vocab_size: size of the SentencePiece vocabulary that is trained on the data, in pieces: 1,000 to 4,000 for
             small models, 32,000 for large ones.
@@ -116,6 +122,8 @@ class DataConfig:
     directions: tuple[str, ...] | str | None = None
     languages: tuple[str, ...] | dict[str, str] | str | None = None
     columns: tuple[str, ...] | str | None = None
+    unit: Unit = "line"
+    text_field: str = "text"
     max_languages: int = setting(10, at_least=1)
     vocab_size: int = setting(1024, at_least=1)
     character_coverage: float = setting(0.9995, at_least=0.98)
@@ -186,8 +194,8 @@ class DataConfig:
             "pivot": None if self.pivot == "none" else self.pivot,
             "babel_sizes": self.babel_sizes or {},
         }
-        for name in ("languages", "columns"):
-            if given[name] is not None:
+        for name in ("languages", "columns", "unit", "text_field"):
+            if given[name] != _DEFAULTS[name]:
                 require_parameter(kinds, name)
         opened = [
             made.open(next(remaining) if everything or made.needs_path() else None, **made.settings_from(given))
@@ -202,21 +210,22 @@ class DataConfig:
         kinds = [kind for kind in self.sources if source_class(kind).knows_words]
         if not kinds:
             return None
-        return replace(self, source=kinds[0], path=None, directions=None, languages=None, columns=None).open()
+        return replace(self, source=kinds[0], path=None, directions=None, **_OF_FILES).open()
 
     def knowledge(self) -> Source | None:
         """The first of the sources that knows the facts of its text, with nothing read; None if none does."""
         kinds = [kind for kind in self.sources if source_class(kind).knows_facts]
-        return replace(self, source=kinds[0], path=None, languages=None, columns=None).open() if kinds else None
+        return replace(self, source=kinds[0], path=None, **_OF_FILES).open() if kinds else None
 
     def missing_paths(self) -> list[str]:
         """Those of the paths where nothing is."""
-        return [path for path in _listed(self.path) if not Path(path).exists()]
+        return [path for path in _listed(self.path) if not Path(path).exists() and not glob(path, recursive=True)]
 
     def which_text(self) -> dict[str, Any]:
         """The settings that say which text is read; where it lies does not matter."""
         generated = any("path" not in source_class(kind).parameters() for kind in self.sources)
         more = [*(_WHICH_FACTS if "facts" in self.sources else ()), *(["seed"] if generated else [])]
+        more += [name for name in ("unit", "text_field") if getattr(self, name) != _DEFAULTS[name]]
         return {f"data.{name}": getattr(self, name) for name in (*_WHICH_TEXT, *more)}
 
     def temperature_schedule(self) -> TemperatureSchedule:
@@ -266,3 +275,7 @@ def _sizes(given: Mapping[str, int] | str | None) -> dict[str, int]:
             raise UserError(f"data.babel_sizes must be like kmb=2000,shl=500: got {part!r}.")
         sizes[code.strip()] = int(size)
     return sizes
+
+
+_DEFAULTS = {f.name: f.default for f in fields(DataConfig)}
+_OF_FILES: dict[str, Any] = {name: _DEFAULTS[name] for name in ("languages", "columns", "unit", "text_field")}

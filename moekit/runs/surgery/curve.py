@@ -25,7 +25,7 @@ from moekit.training.multitask import MultitaskModule
 from moekit.training.quiet import quiet
 
 LABELS: Mapping[Order, str] = {
-    "utilisation": "the most used", "random": "at random", "reversed": "the least used",
+    "utilisation": "the most used", "random": "at random", "reversed": "the least used", "reap": "by REAP saliency",
 }  # fmt: skip
 """Ways to choose experts, in words."""
 
@@ -76,6 +76,7 @@ class Curve:
         whole: the point of all experts.
         points: those of pruned models.
         recovery: how they were trained on.
+        text: what was read, where the run does not say it.
     """
 
     run: str
@@ -83,6 +84,7 @@ class Curve:
     whole: Point
     points: Sequence[Point]
     recovery: Recovery | None
+    text: str = ""
 
 
 def pruning_curve(
@@ -149,7 +151,7 @@ def table(curve: Curve) -> str:
     kinds: list[tuple[str, Callable[[Point], float | None]]] = [("", lambda p: p.loss)]
     if curve.recovery is not None:
         kinds.append((", trained on", lambda p: p.recovered))
-    orders: list[Order] = ["utilisation", "random", "reversed"]
+    orders = [order for order in LABELS if any(point.order == order for point in curve.points)]
     head = ["kept", "parameters", *(f"{LABELS[order]}{suffix}" for suffix, _ in kinds for order in orders)]
     lines = [_cells(head), _cells(["---:"] * len(head))]
     whole = [_summary([value(curve.whole)]) for _, value in kinds for _ in orders]
@@ -161,7 +163,9 @@ def table(curve: Curve) -> str:
             row += [_summary([value(point) for point in here if point.order == order]) for order in orders]
         lines.append(_cells(row))
     draws = len({point.seed for point in curve.points if point.seed is not None})
-    note = f"Validation loss of {curve.task}, nats per prediction; at random: mean ± standard deviation, {draws} draws."
+    read = f", of {curve.text}" if curve.text else ""
+    note = f"Validation loss of {curve.task}, nats per prediction{read}; "
+    note += f"at random: mean ± standard deviation, {draws} draws."
     if curve.recovery is not None:
         note += f" Trained on: {curve.recovery.steps:,} steps at a peak rate of {curve.recovery.learning_rate:g}."
     return "\n".join([*lines, "", note, ""])

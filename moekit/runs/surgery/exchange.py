@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from moekit.data.sources import KINDS
 from moekit.errors import UserError
 from moekit.huggingface import Architecture, describe, export_model, import_model
 from moekit.runs.init_from import starting_tokenizer
@@ -51,8 +52,54 @@ def export_run(
         if name.startswith(_BACKBONE)
     }
     model.load_state_dict(weights, assign=True)
-    export_model(model, out, kind=kind, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
+    export_model(
+        model,
+        out,
+        kind=kind,
+        tokenizer=tokenizer,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        card=run_card(run),
+    )
     return described
+
+
+def run_card(run: Run) -> dict[str, Any]:
+    """What a run's records say of it, as `moekit.huggingface.write_card` takes it.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    recipe = run.settings.get("recipe"), run.settings.get("variant")
+    card: dict[str, Any] = {"summary": f"Trained with moekit: recipe {recipe[0]}, variant {recipe[1]}."}
+    found = run.summary
+    if found is None:
+        return card
+    if found.smoke:
+        card["summary"] += " A smoke test: its numbers are no results."
+    text = found.data
+    kinds = [kind for kind in text.source.split(",") if kind]
+    generated = any("path" not in KINDS[kind].parameters() for kind in kinds if kind in KINDS)
+    data = [f"Kinds of text: {text.source}; languages: {', '.join(text.languages)}."] if kinds else []
+    data += [f"{task}: {number:,.0f} sentences of training." for task, number in text.sentences.items()]
+    if text.directions:
+        data.append(f"Directions: {', '.join(text.directions)}.")
+    metrics: dict[str, float] = {}
+    for name, score in {"BLEU": found.bleu, "chrF": found.chrf, **found.scores}.items():
+        if score and isinstance(score.get("average"), int | float):
+            metrics[f"test {name}, average"] = score["average"]
+    metrics |= {f"validation perplexity, {task}": value for task, value in found.perplexity.items()}
+    metrics |= {f"validation accuracy, {task}": value for task, value in found.accuracy.items()}
+    steps = {"steps": found.steps, "step of these weights": found.evaluated_step, "training tokens": found.tokens}
+    settings = {name: f"{value:,}" for name, value in steps.items() if value is not None}
+    # Codes of generated languages are nobody's.
+    return {
+        **card,
+        "data": data,
+        "metrics": metrics,
+        "settings": settings,
+        "language": [] if generated else text.languages,
+    }
 
 
 def import_run(folder: Path, like: Run, *, dropless: bool = False) -> Result:

@@ -45,22 +45,22 @@ def inspect(path: str | Path, config: str | Path | None = None) -> dict[str, Any
 
 def show(found: Mapping[str, Any], console: Console) -> None:
     """Print what `inspect` found."""
-    console.print(Text(visible(found["checkpoint"]), style="bold"), soft_wrap=True)
+    title(found["checkpoint"], console)
     if found["recipe"] is None:
         console.print("tensors without a configuration: give that of a run (--config) to see layers and experts")
         table = Table("part", *_right("tensors", "parameters", "size"))
         for part in found["parts"]:
             table.add_row(part["name"], f"{part['tensors']:,}", f"{part['parameters']:,}", _size(part["bytes"]))
         console.print(table)
-        _say_totals(found, console)
+        say_totals(found, console)
         return
     step = "" if found["step"] is None else f", step {found['step']:,}"
     console.print(f"recipe {found['recipe']}, variant {found['variant']}{step}", highlight=False)
     if found["layers"]:
-        console.print(_layer_table(found["layers"]))
+        console.print(layer_table(found["layers"]))
     else:
         console.print("a dense model: no experts")
-    _say_totals(found, console)
+    say_totals(found, console)
     state = "with" if found["optimizer"] else "without"
     kinds = "".join(f" ({kind})" for kind in dict.fromkeys(row["experts"] for row in found["layers"]))
     console.print(f"experts{kinds} {found['expert_share']:.1%} of them; {state} optimizer state", highlight=False)
@@ -105,7 +105,13 @@ def _row(layer: SparseLayer, name: str, weights: Mapping[str, Tensor], used: Lay
     }
 
 
-def _layer_table(rows: list[dict[str, Any]]) -> Table:
+def title(place: str, console: Console) -> None:
+    """Print where the model lies."""
+    console.print(Text(visible(place), style="bold"), soft_wrap=True)
+
+
+def layer_table(rows: list[dict[str, Any]]) -> Table:
+    """A row for each sparse layer, with a bar for each expert where loads are known."""
     used = any(row["load"] for row in rows)
     table = Table("layer", "router", *_right("k", "experts", "each", "size"), *(["use"] if used else []))
     for row in rows:
@@ -140,7 +146,8 @@ def _bytes(weights: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
 
 
-def _say_totals(found: Mapping[str, Any], console: Console) -> None:
+def say_totals(found: Mapping[str, Any], console: Console) -> None:
+    """Print the size of everything."""
     console.print(f"{found['parameters']:,} parameters, {_size(found['bytes'])}", highlight=False)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from moekit.runs.record import RoutingRecord
 from moekit.runs.run import Run
 from moekit.runs.settings.tasks import active_tasks
 from moekit.runs.text import evaluation_data
+from moekit.surgery import ExpertUse, watch_experts
 from moekit.training.multitask import MultitaskModule
 from moekit.training.quiet import quiet
 from moekit.transformer import routed_layers
@@ -54,6 +56,25 @@ def measured_load(run: Run, *, language: str | None = None, task: str | None = N
     return load
 
 
+def measured_saliency(run: Run, *, task: str | None = None) -> dict[str, Tensor]:
+    """Float64[E] by layer: `moekit.surgery.ExpertUse.saliency` on the run's validation text, of one task or of all.
+
+    Raises:
+        UserError: an unknown task, or a layer in which nothing was routed.
+    """
+    with ExitStack() as watching:
+        use: dict[str, ExpertUse] = {}
+
+        def watch(module: MultitaskModule) -> None:
+            nonlocal use
+            use = watching.enter_context(watch_experts(module))
+
+        _validated(run, task, watch)
+    if empty := [path for path in run.layers() if path not in use or not int(use[path].tokens.sum())]:
+        raise UserError(f"no token was routed in {empty[0]}: nothing to choose experts by.")
+    return {path: use[path].saliency for path in run.layers()}
+
+
 def written_load(run: Run) -> RoutingRecord | None:
     """What routing.json says, None where there is none or it is of another checkpoint than the one `test` takes.
 
@@ -86,7 +107,9 @@ def validate(module: MultitaskModule, data: MultitaskData, config: RunConfig) ->
     return found
 
 
-def _validated(run: Run, task: str | None) -> RoutingRecord:
+def _validated(
+    run: Run, task: str | None, watch: Callable[[MultitaskModule], None] = lambda module: None
+) -> RoutingRecord:
     tasks = active_tasks(run.config.tasks)
     config = run.config
     if task is not None:
@@ -98,6 +121,7 @@ def _validated(run: Run, task: str | None) -> RoutingRecord:
     # Text of the one task alone, and a module with the heads of all, whose weights there are.
     data = evaluation_data(run, config)
     module = trained_module(run, data)
+    watch(module)
     validate(module, data, run.config)
     if module.routing is None:
         raise UserError(f"{run.path} routed nothing in validation: nothing to choose experts by.")

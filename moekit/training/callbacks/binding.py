@@ -6,8 +6,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from moekit.component import Component, bind, components, unbind
+from moekit.layer import MoELayer
 from moekit.stepping import forget, listen, stop_listening, tell_routings
 
 
@@ -28,6 +30,9 @@ class ComponentBinding(Callback):
     Routers that observe (`moekit.routing.Router.observe`) are told there, just before, what their forwards returned in
     this batch: not in the recomputation of activation checkpointing, not in evaluation mode, not between batches. A
     forward hook on the router hears it (`moekit.stepping.listen`), at which `torch.compile` breaks its graph.
+
+    Sparse layers that train in evaluation mode, as models of `from_pretrained` do until ``train()`` is called, are
+    warned of when training starts.
     """
 
     def __init__(self) -> None:
@@ -61,6 +66,7 @@ class ComponentBinding(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.on_fit_start(trainer, pl_module)
+        _warn_of_evaluation(self._components)
         self._last_step = trainer.global_step  # a resumed run has done these already
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -87,6 +93,18 @@ class ComponentBinding(Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         unbind(pl_module)
         self._release()
+
+
+def _warn_of_evaluation(found: tuple[Component, ...]) -> None:
+    """Lightning says how many modules are in evaluation, and not what sparse layers lack there."""
+    still = [c for c in found if isinstance(c, MoELayer) and not c.training and not c.frozen]
+    learning = [layer.path or "the model" for layer in still if any(p.requires_grad for p in layer.parameters())]
+    if learning:
+        rank_zero_warn(
+            f"{len(learning)} sparse layers train in evaluation mode, {learning[0]} first: without dropout, jitter and "
+            "training capacity, and an adopted model without its routers' loss. A model that was opened by "
+            "from_pretrained or adopt_folder needs train(). Layers that are not to learn need requires_grad_(False)."
+        )
 
 
 def _explain(refused: IsADirectoryError) -> None:

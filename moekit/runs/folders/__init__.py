@@ -1,0 +1,1 @@
+"""What commands do with folders of transformers in the place of runs."""
