@@ -173,9 +173,9 @@ class MultitaskData(L.LightningDataModule):
         return Loader(
             TrainingSteps(steps),
             self.steps_per_epoch or max(1, math.ceil(len(first) / plan.rows_per_step)),
-            self._batches_so_far,
+            lambda: batches_so_far(self.trainer),
             num_workers=self.num_workers,
-            pin_memory=self._on_accelerator(),
+            pin_memory=on_cuda(self.trainer),
         )
 
     def val_dataloader(self) -> Loader[Batch] | list[Any]:
@@ -374,19 +374,23 @@ class MultitaskData(L.LightningDataModule):
     def _evaluation(self, tasks: Iterable[str], split: Split, limit: int | None) -> Loader[Batch] | list[Any]:
         streams = (self._streams(name, split, limit) for name in tasks)
         batches = EvaluationBatches(streams, budget=self.evaluation_tokens, seed=self.seed)
-        return Loader(batches, len(batches), pin_memory=self._on_accelerator()) if len(batches) else []
+        return Loader(batches, len(batches), pin_memory=on_cuda(self.trainer)) if len(batches) else []
 
     def _rank(self) -> Rank:
         # The strategy knows which processes share a batch's sentences: with tensor parallelism not all of them do.
         sharing = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return Rank(sharing["rank"], sharing["num_replicas"]) if sharing else Rank()
 
-    def _batches_so_far(self) -> int:
-        # `processed`, because a batch whose training was cut off must be done again, and because `completed` has not
-        # been counted yet when a checkpoint is written in on_train_batch_end.
-        if self.trainer is None:
-            return 0
-        return int(getattr(self.trainer.fit_loop.epoch_loop.batch_progress.total, "processed"))  # noqa: B009
 
-    def _on_accelerator(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+def batches_so_far(trainer: L.Trainer | None) -> int:
+    """Batches that were trained on, those before a resume included."""
+    # `processed`, because a batch whose training was cut off must be done again, and because `completed` has not
+    # been counted yet when a checkpoint is written in on_train_batch_end.
+    if trainer is None:
+        return 0
+    return int(getattr(trainer.fit_loop.epoch_loop.batch_progress.total, "processed"))  # noqa: B009
+
+
+def on_cuda(trainer: L.Trainer | None) -> bool:
+    """Whether batches go to a GPU, so that pinned memory pays."""
+    return trainer is not None and trainer.strategy.root_device.type == "cuda"

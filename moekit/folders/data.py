@@ -13,6 +13,7 @@ import numpy as np
 
 from moekit.data.batching import Loader
 from moekit.data.keyed import key, permute
+from moekit.data.module import batches_so_far, on_cuda
 from moekit.errors import UserError
 from moekit.folders.batches import Dealing, FolderBatch, HeldOutBatches, Row, TrainingBatches
 from moekit.folders.encoding import Encoded, EncodedExamples, Encoder
@@ -72,14 +73,14 @@ class FolderData(L.LightningDataModule):
         """Batches from the Trainer's current one on."""
         batches = TrainingBatches(self.train.rows, self._dealing(), pad=self.pad, seed=self.config.data.seed)
         length = batches.steps_per_pass * self.config.train.accumulate
-        return Loader(batches, length, self._batches_so_far, pin_memory=self._on_accelerator())
+        return Loader(batches, length, lambda: batches_so_far(self.trainer), pin_memory=on_cuda(self.trainer))
 
     def val_dataloader(self) -> Loader[FolderBatch] | list[Any]:
         """Held-out batches; in training none unless it is to be validated."""
         if self.trainer is not None and self.trainer.state.fn == "fit" and not self.config.train.validate_every:
             return []
         batches = HeldOutBatches(self.valid.rows, self._dealing(), pad=self.pad)
-        return Loader(batches, len(batches), pin_memory=self._on_accelerator())
+        return Loader(batches, len(batches), pin_memory=on_cuda(self.trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """What the order of training depends on."""
@@ -112,15 +113,6 @@ class FolderData(L.LightningDataModule):
         ranks, rank = (sharing["num_replicas"], sharing["rank"]) if sharing else (1, 0)
         rows = self.config.rows_of_a_rank(ranks)
         return Dealing(rows, rank, ranks, self.config.train.accumulate)
-
-    def _batches_so_far(self) -> int:
-        # `processed`: a batch whose training was cut off must be done again.
-        if self.trainer is None:
-            return 0
-        return int(getattr(self.trainer.fit_loop.epoch_loop.batch_progress.total, "processed"))  # noqa: B009
-
-    def _on_accelerator(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
 
 def _divided(config: FolderConfig) -> tuple[list[Example], list[Example]]:

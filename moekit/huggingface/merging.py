@@ -14,6 +14,7 @@ from moekit.huggingface.adopted_layer import AdoptedLayer
 from moekit.huggingface.folder import compute_buffers
 from moekit.huggingface.pruning import adopted_layers
 from moekit.huggingface.upcycling import UPCYCLED, Upcycling, take
+from moekit.surgery.upcycling import expert_weights
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def merge(model: Any, load: Mapping[str, Tensor] | None = None, *, scale: float 
         if theirs is not None and not isinstance(theirs, AdoptedLayer):
             take(module, theirs, recurse=False)
     for path, layer in layers.items():
-        weights = _weights(path, layer.num_experts, load)
+        weights = expert_weights(path, layer.num_experts, load)
         feed_forward = dense.get_submodule(_path(path, entry, back=True))
         averages = _average(modules[path].experts, weights, scale)
         for part, tensor in zip(entry.parts, averages, strict=True):
@@ -103,18 +104,6 @@ def _path(path: str, entry: Upcycling, *, back: bool = False) -> str:
     dense, sparse = (end.rpartition(".")[2] for end in (entry.dense, entry.feed_forward))
     one, other = (sparse, dense) if back else (dense, sparse)
     return ".".join(other if part == one else part for part in path.split("."))
-
-
-def _weights(path: str, num_experts: int, load: Mapping[str, Tensor] | None) -> Tensor:
-    if load is None:
-        return torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)
-    found = load.get(path)
-    if found is None or found.shape != (num_experts,) or bool((found < 0).any()) or not float(found.sum()) > 0:
-        raise UserError(
-            f"merging the experts of {path} by load needs {num_experts} numbers that are not negative and not all 0: "
-            f"got {None if found is None else found.tolist()}."
-        )
-    return found.to(torch.float64) / found.to(torch.float64).sum()
 
 
 def _average(experts: Any, weights: Tensor, scale: float) -> list[Tensor]:

@@ -137,7 +137,7 @@ def merge(
     for path, layer in layers.items():
         prefix = layer.prefix
         form = dense_form(source.get_submodule(f"{prefix}experts"), path)
-        weights = _weights(path, layer.num_experts, load)
+        weights = expert_weights(path, layer.num_experts, load)
         experts = below({name: state[name] for name in layer.bank_axes if name in state}, f"{prefix}experts.")
         width = _dense_width(form, prefix, wanted)
         narrow = experts[OUTPUT].shape[1]
@@ -170,7 +170,12 @@ def _copies(name: str, tensor: Tensor, axes: tuple[str, ...], wanted: Tensor) ->
     return torch.stack([pieces[expert % len(pieces)] for expert in range(num_experts)])
 
 
-def _weights(path: str, num_experts: int, load: Mapping[str, Tensor] | None) -> Tensor:
+def expert_weights(path: str, num_experts: int, load: Mapping[str, Tensor] | None) -> Tensor:
+    """Float64[E], what each expert of the layer at `path` counts in an average, summing to 1; without loads all alike.
+
+    Raises:
+        UserError: the layer's load is missing, of another size, negative or all 0.
+    """
     if load is None:
         return torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)
     found = load.get(path)
