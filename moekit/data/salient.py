@@ -23,13 +23,13 @@ class Found(NamedTuple):
         start: Int64[M], place of the first token of each among all tokens of the texts.
         length: Int64[M], its tokens.
         row: Int64[M], the text in which it stands.
-        count: Int64[B], how many each text has.
+        number: Int64[B], how many each text has.
     """
 
     start: NDArray[np.int64]
     length: NDArray[np.int64]
     row: NDArray[np.int64]
-    count: NDArray[np.int64]
+    number: NDArray[np.int64]
 
 
 class SalientWords:

@@ -161,8 +161,8 @@ def salient_lengths(found: Found, share: float, most: int, clean: Lengths) -> tu
         most: as of `salient_counts`.
         clean: Int64[B], tokens of the texts as they were.
     """
-    count = salient_counts(found.count, share, most)
-    first = np.cumsum(found.count) - found.count
+    count = salient_counts(found.number, share, most)
+    first = np.cumsum(found.number) - found.number
     sides = []
     for sign in (1, -1):
         order = np.lexsort((sign * found.length, found.row))  # by text, and in it by length
@@ -202,7 +202,7 @@ def corrupt_salient(
     Source: arXiv:2002.08909 section 3.4 (salient span masking), arXiv:2002.08910 (for T5). Differs: there one span of a
         sentence goes, here a share; a sentence without any is passed over there.
     """
-    chosen = choose(found.count, salient_counts(found.count, share, len(markers)), keys, _SALIENT)
+    chosen = choose(found.number, salient_counts(found.number, share, len(markers)), keys, _SALIENT)
     start, length = found.start[chosen], found.length[chosen]
     begins = np.zeros(len(text.tokens), dtype=bool)
     begins[start] = True
@@ -210,7 +210,7 @@ def corrupt_salient(
     edges[start] += 1
     np.add.at(edges, start + length, -1)
     in_span = np.cumsum(edges[:-1]) > 0
-    without = (found.count == 0)[text.row]
+    without = (found.number == 0)[text.row]
     if without.any():
         elsewhere = random_spans(text, keys, ratio, mean_length, len(markers), protected) & without
         in_span, begins = in_span | elsewhere, begins | span_begins(text.row, elsewhere)

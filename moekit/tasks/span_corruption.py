@@ -35,6 +35,9 @@ class SpanCorruption:
         salient: share of the salient words of a text that are cut out, each as a span of its own, and at least one; a
             text without any has random spans. 0 = random spans everywhere.
 
+    Raises:
+        ValueError: no such share of tokens or words, or no such length.
+
     Source: arXiv:1910.10683 section 3.1.4 (15 %, mean 3) and 3.2.1 (packing; 512 positions); chunks as in
         ``random_spans_helper`` of the authors' code. Differs: there documents are shuffled before they are packed, and
         a span may reach from one into the next here as there.
@@ -64,7 +67,7 @@ class SpanCorruption:
         """As `lengths`, of texts whose salient words are known; see `moekit.data.spans.salient_lengths`."""
         own = salient_lengths(found, self.salient, len(Tokenizer.sentinel_ids), text.lengths)
         others = replace(self, salient=0.0).lengths(text.lengths)
-        damaged, spans = (np.where(found.count > 0, a, b) for a, b in zip(own, others, strict=True))
+        damaged, spans = (np.where(found.number > 0, a, b) for a, b in zip(own, others, strict=True))
         return damaged, spans
 
     def chunk(self, tokens: int) -> int:
@@ -156,7 +159,8 @@ class SpanCorruptionTask(Task):
     def seeks_words(self) -> bool:  # noqa: D102
         return self.span_corruption.salient > 0
 
-    def check(self, room: int, source: Source) -> None:  # noqa: D102
+    def check(self, room: int, source: Source) -> None:
+        """Raise UserError if texts want more spans than there are sentinels, or the source names no salient words."""
         self.span_corruption.check(room)
         if self.seeks_words and all(source.salient(language) is None for language in source.languages):
             raise UserError(
@@ -170,10 +174,11 @@ class SpanCorruptionTask(Task):
         words = {language: source.salient(language) or () for language in source.languages}
         return replace(self, words=SalientWords(words, tokenizer))
 
-    def require_words(self, texts: Iterable[tuple[Ragged, Lengths]]) -> None:  # noqa: D102
+    def require_words(self, texts: Iterable[tuple[Ragged, Lengths]]) -> None:
+        """Raise UserError if none of some training texts, with the ids of their languages, has a salient word."""
         looked_at = 0
         for text, languages in texts:
-            if self._found(text, languages).count.any():
+            if self._found(text, languages).number.any():
                 return
             looked_at += len(text)
         raise UserError(

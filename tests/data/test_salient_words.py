@@ -74,7 +74,7 @@ def test_words_are_found_as_a_reader_finds_them(tokenizer: Tokenizer, sentences:
     found = finder.find(Ragged.of(rows), languages)
     starts = np.cumsum([0, *map(len, rows)])
     expected = [found_slowly(tokenizer, row, WORDS["ab"[n] * 2]) for row, n in zip(rows, languages, strict=True)]
-    assert found.count.tolist() == list(map(len, expected))
+    assert found.number.tolist() == list(map(len, expected))
     places = [(starts[i] + a, b - a, i) for i, spans in enumerate(expected) for a, b in spans]
     assert list(zip(found.start, found.length, found.row, strict=True)) == places
 
@@ -92,7 +92,7 @@ def test_by_hand(tokenizer: Tokenizer) -> None:
     assert words("gidu bada gogo badabada dibu, kala", 1) == ["bada", "kala"]
     assert words("dibu bada gogo gogo", 0) == ["dibu bada", "gogo"], "one that begins inside another is none"
     assert not words("", 0)
-    assert not SalientWords({}, tokenizer).find(Ragged.of([tokenizer.encode("bada")]), np.array([0])).count.any()
+    assert not SalientWords({}, tokenizer).find(Ragged.of([tokenizer.encode("bada")]), np.array([0])).number.any()
 
 
 def test_words_that_the_vocabulary_cannot_write_are_no_words(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_words_that_the_vocabulary_cannot_write_are_no_words(tmp_path: Path) -> 
     assert finder.number == 1
     text = Ragged.of([small.encode("Ж bada")])
     assert small.unk_id in text.tokens
-    assert finder.find(text, np.array([0])).count.tolist() == [1]
+    assert finder.find(text, np.array([0])).number.tolist() == [1]
 
 
 def cut_slowly(
@@ -143,7 +143,7 @@ def test_words_are_cut_out_whole_and_nothing_else(
     lengths = salient_lengths(found, share, 3, text.lengths)
     for side, bound, sign in zip((damaged, spans), lengths, (1, 1), strict=True):
         assert (side.lengths <= sign * bound).all()
-        if share == 1 and found.count.max(initial=0) <= 3:
+        if share == 1 and found.number.max(initial=0) <= 3:
             assert side.lengths.tolist() == bound.tolist()
 
 

@@ -166,7 +166,7 @@ def test_salient_words_are_asked_for_as_they_are_trained(tokenizer: Tokenizer) -
         for sentence in question.sentences:
             text = Ragged.of([tokenizer.encode(sentence)])
             assert task.words is not None
-            words += int(task.words.find(text, language).count[0])
+            words += int(task.words.find(text, language).number[0])
             rows = Sentences((text,), (text.lengths,), (language, language), np.zeros(1, np.uint64), tokenizer)
             batch = task.collate(rows)
             assert batch.target is not None
