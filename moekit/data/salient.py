@@ -16,7 +16,7 @@ from moekit.errors import UserError
 from moekit.source import Direction, FactQuestion, Information, Source, Split, digest
 
 
-class Found(NamedTuple):
+class WordPlaces(NamedTuple):
     """Where salient words stand in some texts, in the order of the text; no two overlap.
 
     Attributes:
@@ -69,7 +69,7 @@ class SalientWords:
             ends[node[length == depth + 1]] = True
             self._levels.append((keys, ends))
 
-    def find(self, text: Ragged, languages: NDArray[np.int64]) -> Found:
+    def find(self, text: Ragged, languages: NDArray[np.int64]) -> WordPlaces:
         """The salient words of some texts.
 
         A word ends where the next piece begins another, or is no letter and no digit, or the text ends. The longest
@@ -98,7 +98,7 @@ class SalientWords:
         reached = np.maximum.accumulate(start + longest[start])
         start = start[start >= np.concatenate([[0], reached[:-1]])] if len(start) else start
         row = text.row[start]
-        return Found(start, longest[start], row, np.bincount(row, minlength=len(text)).astype(np.int64))
+        return WordPlaces(start, longest[start], row, np.bincount(row, minlength=len(text)).astype(np.int64))
 
 
 class WithSalient(Source):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moekit.data.keyed import Keys
 from moekit.data.noising import check_spans, choose, everywhere, first_spans, mark_spans, span_begins
 from moekit.data.ragged import Ragged
-from moekit.data.salient import Found
+from moekit.data.salient import WordPlaces
 
 Lengths = NDArray[np.int64]
 
@@ -149,7 +149,7 @@ def salient_counts(there: Lengths, share: float, most: int) -> Lengths:
     return np.minimum(wanted, there)
 
 
-def salient_lengths(found: Found, share: float, most: int, clean: Lengths) -> tuple[Lengths, Lengths]:
+def salient_lengths(found: WordPlaces, share: float, most: int, clean: Lengths) -> tuple[Lengths, Lengths]:
     """Int64[B] each: tokens of texts without salient words, and of these words, a marker for each on both sides.
 
     Exact where all words go. Where it is a share, which of them go is not known before they are cut out: then the
@@ -175,7 +175,7 @@ def salient_lengths(found: Found, share: float, most: int, clean: Lengths) -> tu
 def corrupt_salient(
     text: Ragged,
     keys: Keys,
-    found: Found,
+    found: WordPlaces,
     *,
     share: float = 1.0,
     ratio: float = 0.15,

@@ -305,8 +305,8 @@ def knowing(tiny: RunConfig, **model: Any) -> RunConfig:
         tiny: on babel, where there is nothing to know.
         model: sizes that differ.
     """
-    # Random spans ask for one value in eight, and most of what they ask for is grammar; so values are what is cut out.
-    spans: dict[str, Any] = {"packed": False, "salient": "source", "max_length": 32}
+    # Questions about facts are single sentences, so that chunks of text must not be much longer.
+    spans: dict[str, Any] = {"max_length": 32, "span_ratio": 0.25, "mean_span": 2.0}
     return tiny.changed(
         data={
             "source": "facts", "babel_languages": 2, "babel_sentences": 100_000, "facts_entities": 600,

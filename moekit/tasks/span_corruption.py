@@ -12,7 +12,7 @@ from moekit.data.batch import Batch, Sentences, pair_batch
 from moekit.data.keyed import Keys
 from moekit.data.noising import check_spans
 from moekit.data.ragged import Ragged
-from moekit.data.salient import Found, SalientWords
+from moekit.data.salient import SalientWords, WordPlaces
 from moekit.data.spans import corrupt_salient, corrupt_spans, salient_lengths, span_counts
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
@@ -63,7 +63,7 @@ class SpanCorruption:
         noise, spans = span_counts(clean, self.ratio, self.mean_span, len(Tokenizer.sentinel_ids))
         return clean - noise + spans, noise + spans
 
-    def text_lengths(self, text: Ragged, found: Found) -> tuple[Lengths, Lengths]:
+    def text_lengths(self, text: Ragged, found: WordPlaces) -> tuple[Lengths, Lengths]:
         """As `lengths`, of texts whose salient words are known; see `moekit.data.spans.salient_lengths`."""
         own = salient_lengths(found, self.salient, len(Tokenizer.sentinel_ids), text.lengths)
         others = replace(self, salient=0.0).lengths(text.lengths)
@@ -90,7 +90,7 @@ class SpanCorruption:
             )
 
     def apply(
-        self, text: Ragged, keys: Keys, tokenizer: Tokenizer, found: Found | None = None
+        self, text: Ragged, keys: Keys, tokenizer: Tokenizer, found: WordPlaces | None = None
     ) -> tuple[Ragged, Ragged]:
         """Damaged copies of `text`, and the spans that are missing.
 
@@ -208,6 +208,6 @@ class SpanCorruptionTask(Task):
         damaged, spans = self.span_corruption.apply(text, rows.keys, rows.tokenizer, found)
         return pair_batch(self.name, rows, damaged, spans, (rows.width(damaged.lengths), rows.width(spans.lengths)))
 
-    def _found(self, text: Ragged, languages: Lengths) -> Found:
+    def _found(self, text: Ragged, languages: Lengths) -> WordPlaces:
         assert self.words is not None, "bound to a source before it reads text"
         return self.words.find(text, languages)
