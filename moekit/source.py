@@ -238,6 +238,10 @@ class Source(ABC):
         """
         return None
 
+    def salient(self, language: str) -> frozenset[str] | None:
+        """Words of a language that carry knowledge, as its text writes them; None where the source knows of none."""
+        return None
+
     @classmethod
     def parameters(cls) -> Mapping[str, Parameter]:
         """What `open` takes, by name: the arguments of the class. `path` is among them unless the text is generated."""

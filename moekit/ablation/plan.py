@@ -41,7 +41,8 @@ _WITHOUT_EFFECT = (
 _SINCE = {
     "train.record_routing": 0, "data.facts_profiles": 0.0, "model.router": "table", "model.balance_scope": "batch",
     "model.shared": False, "model.selection": "random", "data.unit": "line", "data.text_field": "text",
-    "evaluate.domains": None, **{f"train.monitor.{field.name}": field.default for field in fields(MonitorConfig)},
+    "evaluate.domains": None, "data.salient": None, "data.salient_share": 1.0,
+    **{f"train.monitor.{field.name}": field.default for field in fields(MonitorConfig)},
 }  # fmt: skip
 """Settings that digests of earlier runs do not know, with the value at which a run computes what it did before."""
 

@@ -218,6 +218,16 @@ class Facts(Spoken):
         found, which = self.knowledge.information(rows, self._number[language], told), np.log(len(self.languages))
         return Information((found.knowing + which).tolist(), (found.guessing + which).tolist())
 
+    def salient(self, language: str) -> frozenset[str]:
+        """The values of facts in all their forms, with their articles.
+
+        Names are not among them: a name is mostly the entity that is told of.
+        """
+        self.check_language(language)
+        first = self._noun(0, 0)
+        nouns = range(first, first + min(self.knowledge.link, len(_VALUES)) * self.knowledge.settings.values)
+        return frozenset().union(*map(self._speakers[language].objects, nouns))
+
     def questions(self, language: str, *, each: int, choices: int) -> list[FactQuestion]:
         """Questions about facts in a language: known ones, composed ones, and of entities that nobody knows.
 

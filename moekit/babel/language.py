@@ -61,6 +61,15 @@ class Language:
         self._phrase(row, m.OBJECT, ACCUSATIVE, out)
         return " ".join(out)
 
+    def objects(self, noun: int) -> frozenset[str]:
+        """One noun (counted from 1) in all its forms, and with its article where an object has one: "tol idimo"."""
+        bare: list[str] = []
+        self._bare(noun, 0, ACCUSATIVE, bare)
+        particle = self.forms.case_particle[ACCUSATIVE]
+        phrase = [word for word in self.object_alone(noun).split() if word != particle]
+        forms = (case for plural in self.forms.noun[noun - 1] for definite in plural for case in definite)
+        return frozenset([*forms, " ".join(bare), " ".join(phrase)])
+
     def entry(self, noun: int, told: Sequence[tuple[int, int]]) -> str:
         """An entry of an encyclopedia: a noun, a colon, and verbs with their objects, all bare (counted from 1)."""
         forms = self.forms

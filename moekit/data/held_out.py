@@ -7,7 +7,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,6 +56,7 @@ class HeldOut(Source):
         settings: whatever says which text it is, as plain data; for the caller to compare.
         corpus: what they are from.
         sections: sentences by section.
+        words: the salient words of each language, where a task seeks them.
     """
 
     name: str
@@ -66,6 +67,7 @@ class HeldOut(Source):
     settings: dict[str, Any]
     corpus: Corpus
     sections: Mapping[str, Sequence[str]]
+    words: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: MultitaskData, settings: Mapping[str, Any]) -> HeldOut:
@@ -76,6 +78,8 @@ class HeldOut(Source):
         for texts, _ in data.wanted(_SPLITS).texts(data.source):
             for section, read in texts.items():
                 sections[section] = list(read()[: limits[section.partition("/")[0]]])
+        sought = data.languages if any(data.task(name).seeks_words for name in data.tasks) else ()
+        named = {language: data.source.salient(language) for language in sought}
         return cls(
             name=data.source.name,
             languages=data.languages,
@@ -85,6 +89,7 @@ class HeldOut(Source):
             settings=dict(settings),
             corpus=Corpus(data.source.fingerprint(), counts, data.summary(), also_in_training(data.store, limits)),
             sections=sections,
+            words={language: sorted(words) for language, words in named.items() if words is not None},
         )
 
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
@@ -97,6 +102,11 @@ class HeldOut(Source):
         """Sentences of one language, for validation or testing."""
         self.check_language(language)
         return self._section(monolingual_section(language, split))
+
+    def salient(self, language: str) -> frozenset[str] | None:
+        """The salient words of a language, where a task of the run seeks them."""
+        self.check_language(language)
+        return frozenset(self.words[language]) if language in self.words else None
 
     def fingerprint(self) -> str:
         """Digest of the sentences."""
@@ -136,6 +146,7 @@ class HeldOut(Source):
                 settings=content["settings"],
                 corpus=Corpus(**content["corpus"]),
                 sections={section: texts[number] for section, number in content["sections"].items()},
+                words=content.get("words", {}),
             )
             if found.fingerprint() != content["digest"]:
                 raise ValueError("its digest differs")
@@ -169,6 +180,7 @@ class HeldOut(Source):
             "corpus": corpus,
             "sections": sections,
             "texts": [list(text) for text in numbers],
+            **({"words": self.words} if self.words else {}),
         }
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,24 +19,12 @@ from moekit.data.mixture import Constant, TemperatureSchedule
 from moekit.data.plan import StepPlan
 from moekit.data.store import SIDES, TokenStore, Wanted, cached_store, monolingual_section, parallel_section
 from moekit.data.streams import Rank, TaskStreams, TooLong, open_chunks, open_stream
-from moekit.data.tokenizer import Model, Tokenizer, train_tokenizer
+from moekit.data.tokenizer import Tokenizer, TokenizerOptions, train_tokenizer
 from moekit.errors import UserError, nearest
 from moekit.source import SPLITS, Direction, Source, Split
 from moekit.tasks import TASKS, Task, TaskData, TranslationTask
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerOptions:
-    """How the tokenizer is trained; see `moekit.data.tokenizer.train_tokenizer`."""
-
-    model: Model = "unigram"
-    temperature: float = 5.0
-    max_sentences: int = 100_000
-    byte_fallback: bool = True
-    character_coverage: float = 0.9995
-    normalization: str = "nmt_nfkc"
 
 
 def default_cache() -> Path:
@@ -190,6 +179,11 @@ class MultitaskData(L.LightningDataModule):
         """One of the tasks, with its settings."""
         return TASKS[name].of(self.tasks[name])
 
+    @functools.cached_property
+    def readers(self) -> dict[str, Task]:
+        """The tasks as they read this text in these pieces, by name."""
+        return {name: self.task(name).bound(self.source, self.tokenizer) for name in self.tasks}
+
     def pairs(self, direction: Direction | str, split: Split) -> Sequence[tuple[str, str]]:
         """The original sentences: `Batch.index` of an evaluation batch says which of them its rows are."""
         return self.source.parallel(self._direction(direction), split)
@@ -260,6 +254,7 @@ class MultitaskData(L.LightningDataModule):
             "tokenizer": self.tokenizer.fingerprint[:16],
             "tasks": repr(self.tasks),
             "sentinel": repr([name for name, task in self.tasks.items() if task.sentinel]),
+            "salient": repr({name: task.span_corruption.salient for name, task in self.tasks.items()}),
             "tokens_per_step": str(self.tokens_per_step),
             "temperature": repr(self.temperature),
             "max_length": str(self.max_length),
@@ -291,7 +286,7 @@ class MultitaskData(L.LightningDataModule):
                 f"data.max_length must leave room for text beside {SPECIALS} special tokens: got {self.max_length}."
             )
         for name in self.tasks:
-            self.task(name).check(self.max_length - SPECIALS)
+            self.task(name).check(self.max_length - SPECIALS, self.source)
         if self.too_long not in get_args(TooLong):
             raise UserError(f"data.too_long must be one of {', '.join(get_args(TooLong))}: got {self.too_long!r}.")
 
@@ -319,7 +314,7 @@ class MultitaskData(L.LightningDataModule):
         return [parallel_section(self._direction(stream), split, side) for side in SIDES]
 
     def _streams(self, name: str, split: Split, limit: int | None = None) -> TaskStreams:
-        task = self.task(name)
+        task = self.readers[name]
         length = task.chunk(self.max_length - SPECIALS)
         too_long: TooLong = self.too_long if split == "train" else "truncate"
         streams = []
@@ -339,6 +334,8 @@ class MultitaskData(L.LightningDataModule):
         task, data = self._streams(name, "train"), self.tasks[name]
         if not len(task):
             raise self._nothing_to_train_on(name)
+        if task.task.seeks_words:
+            self.readers[name].require_words(task.sample())
         total = sum(t.share for t in self.tasks.values())
         plan = StepPlan(
             name,

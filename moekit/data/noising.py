@@ -77,16 +77,19 @@ class Marked:
     markers: NDArray[np.int64]
 
 
-def mark_spans(text: Ragged, in_span: NDArray[np.bool_], markers: Sequence[int]) -> Marked:
+def mark_spans(
+    text: Ragged, in_span: NDArray[np.bool_], markers: Sequence[int], begins: NDArray[np.bool_] | None = None
+) -> Marked:
     """Put a marker in the place of each span: the one there is, or span k's own.
 
     Args:
         text: the sentences.
         in_span: Bool[N], True for tokens that go.
         markers: one id, or at least as many as a sentence has spans.
+        begins: Bool[N], True for the first token of each span; None = tokens side by side are of one.
     """
     row = text.row
-    begins = _begins(row, in_span)
+    begins = span_begins(row, in_span) if begins is None else begins
     ordinal = np.cumsum(begins) - 1
     first = np.concatenate([[0], np.cumsum(begins)])[text.starts]
     number = np.minimum(ordinal[begins] - first[row[begins]], len(markers) - 1)
@@ -100,12 +103,13 @@ def first_spans(text: Ragged, in_span: NDArray[np.bool_], most: int | None) -> N
     """The spans that have a marker of their own: the first `most` of each sentence. The rest stays as it is."""
     if most is None or not len(in_span):
         return in_span
-    begins = _begins(text.row, in_span)
+    begins = span_begins(text.row, in_span)
     before = np.concatenate([[0], np.cumsum(begins)])
     return in_span & (before[1:] - before[text.starts][text.row] <= most)
 
 
-def _begins(row: NDArray[np.int64], in_span: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def span_begins(row: NDArray[np.int64], in_span: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Bool[N], the first token of each span, where tokens side by side are of one; `row` is that of each token."""
     begins = in_span.copy()
     begins[1:] &= ~(in_span[:-1] & (row[1:] == row[:-1]))
     return begins

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from moekit.data.batch import SPECIALS, Batch, Sentences, padded_length
 from moekit.data.plan import Rows, by_stream
+from moekit.data.ragged import Ragged
 from moekit.data.store import TokenStore
 from moekit.data.tokenizer import Tokenizer
 from moekit.data.usable import BLOCK, Usable
 from moekit.errors import UserError
 
 TooLong = Literal["drop", "truncate", "error"]
+_SAMPLE = 2048  # texts
 
 
 class Collator(Protocol):
@@ -33,8 +35,17 @@ class Collator(Protocol):
         """Whether it needs pairs of texts."""
         ...
 
+    @property
+    def seeks_words(self) -> bool:
+        """Whether sizes depend on what texts say."""
+        ...
+
     def sizes(self, lengths: NDArray[np.int64]) -> Sequence[NDArray[np.int64]]:
-        """Tokens on the sides of a batch, by those of the texts Int64[sides, n]."""
+        """Tokens on the sides of a batch, by those of the texts Int64[sides, n]; where it seeks words, at most."""
+        ...
+
+    def text_sizes(self, text: Ragged, languages: NDArray[np.int64]) -> Sequence[NDArray[np.int64]]:
+        """The same by the texts themselves and the ids of their languages, where it seeks words."""
         ...
 
     def collate(self, rows: Sentences) -> Batch:
@@ -226,33 +237,53 @@ def open_chunks(
 class StreamSizes:
     """What the texts of a stream cost in the batches of a task; see `moekit.data.plan.SentenceCosts`.
 
+    Of a task that seeks words the cost of a text is known when it is read: the longest is then the most that one of its
+    length can cost, and the mean that of a sample.
+
     Args:
         stream: the texts.
         task: whose batches.
         pad_multiple: padded lengths are rounded up to a multiple of this.
+        store: where the texts are.
     """
 
-    def __init__(self, stream: Stream, task: Collator, pad_multiple: int) -> None:
+    def __init__(self, stream: Stream, task: Collator, pad_multiple: int, store: TokenStore) -> None:
         self.name, self._stream, self._task, self._pad_multiple = stream.name, stream, task, pad_multiple
+        self._store = store
         self.longest, total = 0, 0
         for lengths in stream.lengths():
             if lengths.shape[1]:
-                source, target = self._sides(lengths)
+                source, target = self._sides(task.sizes(lengths))
                 cost = source if target is None else source + target
                 self.longest, total = max(self.longest, int(cost.max())), total + int(cost.sum())
         self.mean = total / max(len(stream), 1)
-        self.two_sided = self._sides(np.ones((2, 1), np.int64))[1] is not None
+        self.two_sided = self._sides(task.sizes(np.ones((2, 1), np.int64)))[1] is not None
+        if task.seeks_words and len(stream):
+            self.mean = float(np.mean(np.sum([side for side in self.at(sampled(stream)) if side is not None], axis=0)))
 
     def __len__(self) -> int:
         return len(self._stream)
 
     def at(self, which: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
         """Padded positions of the two sides of some texts; None where there is one side."""
-        return self._sides(self._stream.at(which).lengths)
+        if self._task.seeks_words:
+            return self._sides(self._task.text_sizes(*read(self._store, self._stream, which)))
+        return self._sides(self._task.sizes(self._stream.at(which).lengths))
 
-    def _sides(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-        source, *target = (padded_length(tokens, self._pad_multiple) for tokens in self._task.sizes(lengths))
+    def _sides(self, sizes: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        source, *target = (padded_length(tokens, self._pad_multiple) for tokens in sizes)
         return source, target[0] if target else None
+
+
+def sampled(stream: Stream) -> NDArray[np.int64]:
+    """Int64, at most so many numbers of texts as tell the mean of a stream within a percent or so, evenly spread."""
+    return np.linspace(0, len(stream) - 1, min(len(stream), _SAMPLE)).astype(np.int64)
+
+
+def read(store: TokenStore, stream: Stream, which: NDArray[np.int64]) -> tuple[Ragged, NDArray[np.int64]]:
+    """Some texts of a stream of one language, and the ids of their languages, Int64[n]."""
+    found = stream.at(which)
+    return store.read(found.starts[0], found.lengths[0]), np.full(len(which), stream.languages[0], np.int64)
 
 
 @dataclass(frozen=True)
@@ -299,7 +330,11 @@ class TaskStreams:
 
     def sizes(self) -> list[StreamSizes]:
         """What the sentences of each stream cost."""
-        return [StreamSizes(stream, self.task, self._pad_multiple) for stream in self.streams]
+        return [StreamSizes(stream, self.task, self._pad_multiple, self._store) for stream in self.streams]
+
+    def sample(self) -> Iterator[tuple[Ragged, NDArray[np.int64]]]:
+        """Some texts of each stream of one language, and the ids of their languages."""
+        return (read(self._store, stream, sampled(stream)) for stream in self.streams if len(stream))
 
     def batch(self, rows: Rows, direction: str | None = None) -> Batch:
         """The batch of this rank's share of `rows`, padded as wide as all of them need.

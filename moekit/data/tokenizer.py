@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,18 @@ _MASK = "<mask>"
 _LONG = 1 << 22  # sentences
 _CHARACTERS = 10_000_000
 """Most characters of the sample that a tokenizer is trained on; SentencePiece takes some 20 bytes for each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptions:
+    """How the tokenizer is trained; see `train_tokenizer`."""
+
+    model: Model = "unigram"
+    temperature: float = 5.0
+    max_sentences: int = 100_000
+    byte_fallback: bool = True
+    character_coverage: float = 0.9995
+    normalization: str = "nmt_nfkc"
 
 
 @dataclass(frozen=True)
@@ -131,6 +144,19 @@ class Tokenizer:
         """Bool[vocab_size]: True where a piece begins a word."""
         pieces = (self._processor.id_to_piece(i) for i in range(self.vocab_size))
         return np.fromiter((p.startswith("▁") for p in pieces), dtype=np.bool_, count=self.vocab_size)
+
+    @functools.cached_property
+    def continues_word(self) -> NDArray[np.bool_]:
+        """Bool[vocab_size]: True where a piece goes on with a word: with a letter or digit, or what may be one."""
+
+        def inside(id: int) -> bool:
+            piece = self.piece(id)
+            if id == self.unk_id or self._processor.is_byte(id):
+                return True
+            spelled = id >= self.first_text_id and not piece.startswith("▁")
+            return spelled and any(unicodedata.category(character)[0] in "LMN" for character in piece)
+
+        return np.fromiter(map(inside, range(self.vocab_size)), dtype=np.bool_, count=self.vocab_size)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import SpecialTokens, Tokenizer
 from moekit.inference.batching import by_length, padded
 from moekit.inference.generate import evaluating
 from moekit.inference.scoring import score_continuations
 from moekit.source import DECILES, FACT_KINDS, FactQuestion
-from moekit.tasks import TASKS
+from moekit.tasks import TASKS, Task
 
 
 class FactScorer:
@@ -21,7 +23,8 @@ class FactScorer:
 
     ========  ==================================================================================================
     sentence  log-probability of the sentence, its end included
-    span      of the words that differ between the sentences, given the others around a sentinel
+    span      of the words that differ between the sentences, given the others around a sentinel; where the task cuts
+              all salient words out, of these in their order, given the rest around their sentinels
     restored  of the sentence, given the words that do not differ around a mask
     masked    mean over the pieces of the words that differ, all of which are masked; how many pieces there are is
               given, so that a sum would favour short words
@@ -32,16 +35,25 @@ class FactScorer:
         heads: the heads of its tasks, by name.
         tokenizer: the one it was trained with.
         batch_tokens: the most padded positions of a batch.
+        readers: tasks as they read the text (`moekit.tasks.Task.bound`), by name, where they seek words in it.
     """
 
     def __init__(
-        self, backbone: nn.Module, heads: nn.ModuleDict, tokenizer: Tokenizer, *, batch_tokens: int = 4096
+        self,
+        backbone: nn.Module,
+        heads: nn.ModuleDict,
+        tokenizer: Tokenizer,
+        *,
+        batch_tokens: int = 4096,
+        readers: Mapping[str, Task] | None = None,
     ) -> None:
         self.backbone, self.heads, self.tokenizer, self.batch_tokens = backbone, heads, tokenizer, batch_tokens
-        self._ways: dict[str, Callable[[str, Sequence[FactQuestion]], list[float]]] = {
+        self._readers = dict(readers or {})
+        self._ways: dict[str, Callable[[str, Sequence[FactQuestion], str], list[float]]] = {
             "sentence": self._sentences,
             "span": self._spans,
             "restored": self._restored,
+            "masked": self._masked,
         }
 
     def score(self, task: str, questions: Sequence[FactQuestion]) -> list[list[float]]:
@@ -57,9 +69,7 @@ class FactScorer:
         for language in dict.fromkeys(question.language for question in questions):
             own = [i for i, question in enumerate(questions) if question.language == language]
             asked = [questions[i] for i in own]
-            scores = iter(
-                self._masked(language, asked, self.heads[task]) if way == "masked" else self._ways[way](language, asked)
-            )
+            scores = iter(self._ways[way](language, asked, task))
             for i in own:
                 found[i] = [next(scores) for _ in questions[i].sentences]
         return found
@@ -67,25 +77,50 @@ class FactScorer:
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer.encode_batch(texts)
 
-    def _sentences(self, language: str, questions: Sequence[FactQuestion]) -> list[float]:
+    def _sentences(self, language: str, questions: Sequence[FactQuestion], _: str) -> list[float]:
         ids = self._encode([sentence for question in questions for sentence in question.sentences])
         return self._continued(language, [[self.tokenizer.bos_id]] * len(ids), ids)
 
-    def _spans(self, language: str, questions: Sequence[FactQuestion]) -> list[float]:
+    def _spans(self, language: str, questions: Sequence[FactQuestion], task: str) -> list[float]:
         mark = self.tokenizer.sentinel_ids[0]
-        before, gaps, after = self._parted(questions)
-        sources = [self._framed(language, [*b, mark, *a]) for b, a in zip(before, after, strict=True)]
-        return self._continued(language, sources, gaps, forced=(mark,))
+        sources: list[list[int]] = []
+        answers: list[list[int]] = []
+        for question in questions:
+            found = self._as_trained(language, question, task)
+            if found is None:
+                before, gaps, after = self._parted([question])
+                found = [[*b, mark, *a] for b, a in zip(before, after, strict=True)], gaps
+            sources += [self._framed(language, source) for source in found[0]]
+            answers += found[1]
+        return self._continued(language, sources, answers, forced=(mark,))
 
-    def _restored(self, language: str, questions: Sequence[FactQuestion]) -> list[float]:
+    def _as_trained(
+        self, language: str, question: FactQuestion, task: str
+    ) -> tuple[list[list[int]], list[list[int]]] | None:
+        """The sentences with their salient words cut out, and what follows the first sentinel of these words.
+
+        None where the task does not cut them all, or where the sentences differ in others: then what is left of them
+        would not be the same question.
+        """
+        texts = Ragged.of(self._encode(question.sentences))
+        languages = np.full(len(texts), self.tokenizer.language_id(language), dtype=np.int64)
+        sides = self._readers[task].asked(texts, languages, self.tokenizer) if task in self._readers else None
+        if sides is None:
+            return None
+        sources, answers = ([row.tolist() for row in side] for side in sides)
+        same = all(source == sources[0] for source in sources) and len({tuple(row) for row in answers}) == len(answers)
+        return (sources, [row[1:] for row in answers]) if same else None
+
+    def _restored(self, language: str, questions: Sequence[FactQuestion], _: str) -> list[float]:
         before, gaps, after = self._parted(questions)
         parts = list(zip(before, gaps, after, strict=True))
         sources = [self._framed(language, [*b, self.tokenizer.mask_id, *a]) for b, _, a in parts]
         return self._continued(language, sources, [[*b, *gap, *a] for b, gap, a in parts])
 
     @torch.no_grad()
-    def _masked(self, language: str, questions: Sequence[FactQuestion], head: Any) -> list[float]:
+    def _masked(self, language: str, questions: Sequence[FactQuestion], task: str) -> list[float]:
         backbone: Any = self.backbone
+        head: Any = self.heads[task]
         tokenizer, device = self.tokenizer, next(self.backbone.parameters()).device
         before, gaps, after = self._parted(questions)
         rows = [

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 
 from moekit.data.held_out import HeldOut, HeldOutData
-from moekit.data.module import MultitaskData, TokenizerOptions
-from moekit.data.tokenizer import Tokenizer
+from moekit.data.module import MultitaskData
+from moekit.data.tokenizer import Tokenizer, TokenizerOptions
 from moekit.errors import UserError
 from moekit.runs.settings.data import DataConfig
 from moekit.runs.settings.fields import RESUME, SURGERY, setting

@@ -30,7 +30,9 @@ def ask_facts(module: MultitaskModule, config: RunConfig, data: MultitaskData, s
         if _texts(data, source, language, "valid")
         for question in source.questions(language, each=wanted, choices=config.evaluate.choices)
     ]
-    scorer = FactScorer(module.backbone, module.heads, data.tokenizer, batch_tokens=config.evaluate.batch_tokens)
+    scorer = FactScorer(
+        module.backbone, module.heads, data.tokenizer, batch_tokens=config.evaluate.batch_tokens, readers=data.readers
+    )
     module.ask = partial(_ask, scorer, questions)
 
 

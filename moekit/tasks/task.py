@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moekit.data.batch import Batch, Sentences
+from moekit.data.ragged import Ragged
+from moekit.data.tokenizer import Tokenizer
+from moekit.source import Source
 from moekit.tasks.head import Head
 
 Lengths = NDArray[np.int64]
@@ -96,8 +99,20 @@ class Task(ABC):
         """Whether testing scores what the model writes; else it measures loss and perplexity."""
         return bool(self.head.scores)
 
-    def check(self, room: int) -> None:  # noqa: B027 (most tasks can use any text)
-        """Raise UserError if there may be texts of up to `room` tokens that the task cannot use."""
+    @property
+    def seeks_words(self) -> bool:
+        """Whether it looks for the salient words of its source, on which the sizes of its batches then depend."""
+        return False
+
+    def check(self, room: int, source: Source) -> None:  # noqa: B027 (most tasks can use any text)
+        """Raise UserError if there may be texts of up to `room` tokens, or of this source, that it cannot use."""
+
+    def bound(self, source: Source, tokenizer: Tokenizer) -> Self:
+        """The task as it reads text of `source` in pieces of `tokenizer`; itself unless it `seeks_words`."""
+        return self
+
+    def require_words(self, texts: Iterable[tuple[Ragged, Lengths]]) -> None:  # noqa: B027 (most seek none)
+        """Raise UserError if none of some training texts, with the ids of their languages, has a word that it seeks."""
 
     def chunk(self, room: int) -> int | None:
         """Tokens of the chunks into which a language's text is cut, so that `room` tokens hold each; None = sentences.
@@ -114,6 +129,17 @@ class Task(ABC):
             lengths: Int64[sides, n], tokens of the texts that it gets.
         """
         return [lengths[0]]
+
+    def text_sizes(self, text: Ragged, languages: Lengths) -> Sequence[Lengths]:
+        """As `sizes`, of the texts themselves, Int64[n] their languages: for tasks that seek words."""
+        return self.sizes(text.lengths[None])
+
+    def asked(self, text: Ragged, languages: Lengths, tokenizer: Tokenizer) -> tuple[Ragged, Ragged] | None:
+        """Texts with all words cut out that it seeks, and these words: the form in which it learns facts.
+
+        None where words are not its own choice, or not all of them.
+        """
+        return None
 
     @abstractmethod
     def collate(self, rows: Sentences) -> Batch:

@@ -331,3 +331,28 @@ def test_nobody_is_told_anything_by_no_text() -> None:
 def test_more_choices_than_values_are_refused(corpus: Facts) -> None:
     with pytest.raises(UserError, match="choices must be from 2 to the number of values, 12: got 13"):
         corpus.questions(corpus.languages[0], each=1, choices=13)
+
+
+@pytest.mark.parametrize("languages", [2, 8])
+def test_salient_words_are_the_values_in_every_form(languages: int) -> None:
+    """By the glosses of the text: each value is salient, with its article, and no other word is."""
+    corpus = Facts(
+        languages=languages, entities=40, relations=5, values=6, unknowable=2, profiles=0.4, train_sentences=400
+    )
+    kinds = ("thing", "place", "food", "animal")
+    for code in corpus.languages:
+        salient = corpus.salient(code)
+        words = {word for phrase in salient for word in phrase.split()}
+        told = 0
+        for sentence in corpus.monolingual(code, "train"):
+            for word in sentence.split():
+                gloss = corpus.word_by_word(code, word) or ""
+                if gloss.startswith(kinds):
+                    assert word in salient, (code, word, gloss)
+                    told += 1
+                else:
+                    assert word not in salient, (code, word, gloss)
+                    assert word not in words or gloss == "the", (code, word, gloss)
+        assert told > 400
+    with pytest.raises(UserError, match="must be one of the data: got 'xx'"):
+        corpus.salient("xx")

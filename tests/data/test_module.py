@@ -14,8 +14,9 @@ from tiny_corpus import SIZES, TinySource
 
 from moekit.data.batch import IGNORE, Batch
 from moekit.data.mixture import LinearHeating
-from moekit.data.module import MultitaskData, TaskData, TokenizerOptions, default_cache
+from moekit.data.module import MultitaskData, TaskData, default_cache
 from moekit.data.streams import Rank
+from moekit.data.tokenizer import TokenizerOptions
 from moekit.errors import UserError
 from moekit.source import Direction
 from moekit.tasks import Denoising, Masking

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from moekit.data.keyed import fold, key
 from moekit.data.noising import infill_spans
 from moekit.data.ragged import Ragged
+from moekit.data.spans import corrupt_spans, noise_mask, span_counts
 from moekit.errors import UserError
-from moekit.tasks.span_corruption import SpanCorruption, corrupt_spans, noise_mask, span_counts
+from moekit.tasks.span_corruption import SpanCorruption
 
 MASK, FIRST, VOCAB = 4, 40, 1000
 SENTINELS = tuple(range(5, 37))

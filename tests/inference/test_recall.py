@@ -6,14 +6,18 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from moekit.babel import Facts
+from moekit.data.batch import Sentences
+from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer, train_tokenizer
 from moekit.heads import CausalLMHead, DenoisingHead, MaskedLMHead, SpanCorruptionHead
 from moekit.inference.facts import FactScorer, parted, recall
 from moekit.source import DECILES, FactQuestion
+from moekit.tasks import SpanCorruption, SpanCorruptionTask
 from moekit.transformer import DecoderOnly, EncoderDecoder
 
 D = 16
@@ -141,6 +145,43 @@ def test_each_task_scores_as_a_plain_loop_does(task: str, tokenizer: Tokenizer, 
         ]
         assert scores == pytest.approx(expected, abs=1e-4)
         assert len({round(score, 3) for score in scores}) > 1
+
+
+@torch.no_grad()
+def test_salient_words_are_asked_for_as_they_are_trained(tokenizer: Tokenizer) -> None:
+    """The score is the log-probability of the target of a training batch; of what is not salient it is the old one."""
+    sizes = {"train_sentences": 2_000, "valid_sentences": 5, "test_sentences": 5}
+    profiled = Facts(languages=2, entities=60, relations=7, values=12, unknowable=20, profiles=0.8, **sizes)
+    model, head = models()["span_corruption"]
+    task = SpanCorruptionTask(SpanCorruption(salient=1.0)).bound(profiled, tokenizer)
+    heads = torch.nn.ModuleDict({task.name: head})
+    scorer = FactScorer(model.eval(), heads, tokenizer, batch_tokens=300, readers={task.name: task})
+    plain = FactScorer(model, heads, tokenizer, batch_tokens=300)
+    asked = [q for code in profiled.languages for q in profiled.questions(code, each=2, choices=4)]
+    several = links = 0
+    for question, scores in zip(asked, scorer.score(task.name, asked), strict=True):
+        language = np.array([tokenizer.language_id(question.language)])
+        sources, words = set(), 0
+        expected = []
+        for sentence in question.sentences:
+            text = Ragged.of([tokenizer.encode(sentence)])
+            assert task.words is not None
+            words += int(task.words.find(text, language).number[0])
+            rows = Sentences((text,), (text.lengths,), (language, language), np.zeros(1, np.uint64), tokenizer)
+            batch = task.collate(rows)
+            assert batch.target is not None
+            sources.add(tuple(batch.source[0].tolist()))
+            memory = model.encode(batch.source, batch.source_mask).hidden, batch.source_mask
+            likely = model.logits(model.decode(batch.target[:, :-1], *memory).hidden[0]).double().log_softmax(-1)
+            expected.append(float(likely.gather(1, batch.target[0, 1:, None])[1:].sum()))
+            several += tokenizer.sentinel_ids[1] in batch.target
+        if words and len(sources) == 1:
+            assert scores == pytest.approx(expected, abs=1e-4)
+        else:
+            links += 1
+            assert scores == pytest.approx(plain.score(task.name, [question])[0], abs=1e-4)
+    assert several > 20, "all values of a profile are cut out at once"
+    assert 0 < links < len(asked) / 4
 
 
 def test_tasks_without_a_likelihood_are_refused(tokenizer: Tokenizer, questions: list[FactQuestion]) -> None:

@@ -27,7 +27,8 @@ OPERATION = {
         "source", "path", "pivot", "directions", "max_languages", "tokenizer", "sentinel", "cache", "num_workers",
         "babel_languages", "babel_sentences", "babel_sizes", "seed", "order_seed", "languages", "columns", "too_long",
         "facts_entities", "facts_relations", "facts_values", "facts_power", "facts_one_language", "facts_profiles",
-        "unit", "text_field", "character_coverage", "byte_fallback", "normalization_rule_name",
+        "unit", "text_field", "salient", "salient_share", "character_coverage", "byte_fallback",
+        "normalization_rule_name",
     },
     "model": {"checkpoint", "embeddings"},
     "train": {

@@ -13,7 +13,7 @@ from moekit.babel import Facts, facts
 from moekit.cli import program
 from moekit.cli.recipes import main
 from moekit.errors import UserError
-from moekit.recipes import moe_lm, zcode_m3
+from moekit.recipes import moe_lm, switch, zcode_m3
 from moekit.runs import Recipe, Run
 from moekit.runs.record import Summary
 from moekit.runs.settings import DataConfig, EvaluateConfig
@@ -135,3 +135,43 @@ def test_the_source_that_knows_facts_is_found_among_others(tmp_path: Path) -> No
     among = both.knowledge()
     assert isinstance(among, Facts)
     assert among.languages == ("avl", "tnd", "kmb")
+
+
+def test_salient_words_are_kept_in_the_folder(tmp_path: Path) -> None:
+    """A test needs neither the corpus nor the file of words, and gives the same numbers."""
+    words = tmp_path / "words.txt"
+    values = DataConfig(source="facts", babel_languages=2, facts_entities=40, facts_relations=2, facts_values=12).open()
+    named = {code: values.salient(code) or frozenset() for code in values.languages}
+    words.write_text("\n".join(sorted(named["avl"] | named["tnd"])), encoding="utf-8")
+    found = {}
+    for name, salient in (("source", "source"), ("file", words)):
+        given = {"data.salient": salient, "data.packed": False, "data.max_length": 48}
+        before = trained(switch.RECIPE, tmp_path / name, **given)
+        run = Run.open(tmp_path / name / "run")
+        assert run.held_out is not None
+        assert run.held_out.salient("avl") == (named["avl"] if name == "source" else named["avl"] | named["tnd"])
+        words.unlink(missing_ok=name == "source")
+        assert program.main(["test", str(run.path)]) == 0
+        after = json.loads((run.path / "summary.json").read_text(encoding="utf-8"))
+        assert {key for key in before if before[key] != after[key]} <= {"evaluation_seconds"}
+        assert "floors" not in before
+        assert {kind["kind"] for kind in before["recall"][0]["kinds"]} == {"known", "composed", "unknowable"}
+        found[name] = before["test"]["span_corruption"]["loss"]
+        words.write_text("\n".join(sorted(named["avl"] | named["tnd"])), encoding="utf-8")
+    assert found["source"] == pytest.approx(found["file"], rel=1e-6), "no word of one language is a value of the other"
+
+
+def test_salient_words_that_cannot_be_are_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "words.txt").write_text("nothing\n", encoding="utf-8")
+    for given, said in (
+        ({"data.salient": "source", "data.source": "babel"}, "got babel, which has none. Give a file"),
+        ({"data.salient": tmp_path / "none.txt"}, "cannot read data.salient .*none.txt"),
+        ({"data.salient": tmp_path / "words.txt"}, "texts looked at none has. Write the words of data.salient"),
+        ({"data.salient": "source", "data.salient_share": 0}, "salient_share must be greater than 0"),
+    ):
+        with pytest.raises(AssertionError):
+            trained(switch.RECIPE, tmp_path, **given)
+        assert re.search(said, " ".join(capsys.readouterr().err.split()))
+        assert not (tmp_path / "run" / "checkpoints").exists()

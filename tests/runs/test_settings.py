@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from moekit.data.held_out import left_out
-from moekit.data.module import TokenizerOptions
 from moekit.data.sources import open_source
+from moekit.data.tokenizer import TokenizerOptions
 from moekit.errors import UserError
 from moekit.kernels.gpu import backend
 from moekit.recipes import gshard, zcode_m3

@@ -93,6 +93,13 @@ class Union(Source):
         for member in self.members:
             member.prepare(cache, progress=progress)
 
+    def salient(self, language: str) -> frozenset[str] | None:
+        """The salient words of every member that knows of some."""
+        self.check_language(language)
+        found = [member.salient(language) for member in self.members if language in member.languages]
+        known = [words for words in found if words is not None]
+        return frozenset().union(*known) if known else None
+
     def fingerprint(self) -> str:
         """Digest of the members' fingerprints, in order."""
         return digest("union", *(member.fingerprint() for member in self.members))

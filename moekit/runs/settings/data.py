@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moekit.data.mixture import TemperatureSchedule, heating
+from moekit.data.salient import WithSalient
 from moekit.data.sources import Source, Union, require_parameter, source_class
 from moekit.data.sources.documents import Unit
 from moekit.data.sources.names import LanguageNames, named_languages
@@ -33,11 +34,12 @@ _WHICH_TEXT = (
 _WHICH_FACTS = (
     "facts_entities", "facts_relations", "facts_values", "facts_power", "facts_one_language", "facts_profiles",
 )  # fmt: skip
-DOMAIN_SETTINGS = (*_WHICH_TEXT, *_WHICH_FACTS, "path", "seed")
+DOMAIN_SETTINGS = (*_WHICH_TEXT, *_WHICH_FACTS, "path", "seed", "salient")
 """What says which text another domain is."""
 _OF_ONE_SOURCE = ("path", "directions", "languages", "columns")
 """What says nothing of a corpus of another kind."""
 _MAX_WORKERS = 4  # beside each GPU
+_OF_SOURCE = "source"  # the salient words are those that the corpus names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,11 @@ class DataConfig:
         packed: for span corruption: whether sentences are concatenated and cut into chunks that fill `max_length`
             positions once corrupted, as in T5. Otherwise each sentence is corrupted on its own, and a short one loses
             only one or two tokens.
+        salient: for span corruption: words that carry knowledge, which are cut out whole, each as a span of its own,
+            instead of random spans: source = those that the corpus names (of facts the values), or a file with one word
+            a line, written as the text writes it; not given = random spans. Texts without any have random spans.
+        salient_share: for span corruption: share of the salient words of a text that are cut out, at least one; 1 = all
+            of them.
         temperature: sampling temperature T over directions and languages, p ~ n ** (1 / T): 1 samples in proportion to
             size, 5 is usual for very unequal sizes.
         heating: shape of the rise of the sampling temperature: linear, square_root or step (a single jump).
@@ -139,6 +146,8 @@ class DataConfig:
     span_ratio: float = setting(0.15, above=0, below=1, free=SURGERY)
     mean_span: float = setting(3.0, at_least=1, free=SURGERY)
     packed: bool = setting(False, free=SURGERY)
+    salient: str | None = setting(None, free=RESUME + SURGERY)
+    salient_share: float = setting(1.0, above=0, at_most=1, free=SURGERY)
     temperature: float = setting(1.0, above=0, free=SURGERY)
     heating: Literal["linear", "square_root", "step"] = setting("linear", free=SURGERY)
     heating_steps: int = setting(0, at_least=0, free=SURGERY)
@@ -207,7 +216,7 @@ class DataConfig:
         ]
         found = opened[0] if len(opened) == 1 else Union(opened)
         LanguageNames(self.languages).check(found)
-        return found
+        return found if self.salient in (None, _OF_SOURCE) else WithSalient.read(found, self.salient)
 
     def of_domain(self, given: Mapping[str, Any]) -> DataConfig:
         """These settings for other text: with those of `DOMAIN_SETTINGS` that are given, read by this process."""
@@ -234,7 +243,7 @@ class DataConfig:
         """The settings that say which text is read; where it lies does not matter."""
         generated = any("path" not in source_class(kind).parameters() for kind in self.sources)
         more = [*(_WHICH_FACTS if "facts" in self.sources else ()), *(["seed"] if generated else [])]
-        more += [name for name in ("unit", "text_field") if getattr(self, name) != _DEFAULTS[name]]
+        more += [name for name in ("unit", "text_field", "salient") if getattr(self, name) != _DEFAULTS[name]]
         return {f"data.{name}": getattr(self, name) for name in (*_WHICH_TEXT, *more)}
 
     def temperature_schedule(self) -> TemperatureSchedule:
@@ -287,4 +296,6 @@ def _sizes(given: Mapping[str, int] | str | None) -> dict[str, int]:
 
 
 _DEFAULTS = {f.name: f.default for f in fields(DataConfig)}
-_OF_FILES: dict[str, Any] = {name: _DEFAULTS[name] for name in ("languages", "columns", "unit", "text_field")}
+_OF_FILES: dict[str, Any] = {
+    name: _DEFAULTS[name] for name in ("languages", "columns", "unit", "text_field", "salient")
+}
