@@ -29,7 +29,7 @@ def ask(module: MultitaskModule, config: RunConfig, data: MultitaskData, source:
         UserError: more choices than a relation has values or a kind has nouns; or as `word_questions`.
     """
     facts = [] if source is None else _fact_questions(module, config, data, source)
-    words = word_questions(config, data)
+    words = word_questions(config, data) if config.evaluate.words else []
     if facts or words:
         scorer = FactScorer(
             module.backbone,

@@ -121,7 +121,8 @@ def fit(
         data = _training_text(run if going_on else None, config, init_from)
         if config.evaluate.domains:
             domain_data(config, data.tokenizer)  # refused now, not when training has ended
-        word_questions(config, data)  # likewise
+        if config.evaluate.words:
+            word_questions(config, data)  # likewise
         held_out = HeldOut.of(data, plain(config.data.which_text()))  # what it is evaluated on
         L.seed_everything(train.seed, verbose=False)
         module, budget = make_module(

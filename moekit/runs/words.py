@@ -10,7 +10,7 @@ from moekit.tasks import TASKS
 
 
 def word_questions(config: RunConfig, data: MultitaskData) -> list[FactQuestion]:
-    """Questions about the words of all directions, `evaluate.words` of each decile; of a text that is no more, none.
+    """Questions about the words of all directions, `evaluate.words` of each decile; of other text, none.
 
     Args:
         config: settings of the run.
@@ -20,9 +20,6 @@ def word_questions(config: RunConfig, data: MultitaskData) -> list[FactQuestion]
         UserError: words are asked for, and the run translates no text whose meanings are known, or there are more
             choices than nouns of a kind.
     """
-    wanted = config.evaluate.words
-    if not wanted:
-        return []
     source = config.data.dictionary()
     if source is None or not any(TASKS[task].recalls == "target" for task in data.tasks):
         raise UserError(
@@ -33,7 +30,7 @@ def word_questions(config: RunConfig, data: MultitaskData) -> list[FactQuestion]
         question
         for direction in data.directions
         if _is_of(data, source, direction)
-        for question in source.word_questions(direction, each=wanted, choices=config.evaluate.choices)
+        for question in source.word_questions(direction, each=config.evaluate.words, choices=config.evaluate.choices)
     ]
 
 
