@@ -328,7 +328,7 @@ def with_lexicon(tiny: RunConfig, **model: Any) -> RunConfig:
     """
     return tiny.changed(
         data={
-            "babel_languages": 2, "babel_sentences": 60_000, "babel_sizes": None, "babel_concepts": 6000,
+            "babel_languages": 2, "babel_sentences": 60_000, "babel_sizes": None, "babel_concepts": 1000,
             "babel_cognates": 0.0, "directions": None, "vocab_size": 1600, "byte_fallback": False,
         },
         model={"dim": 64, "hidden_dim": 128, "num_experts": 16, **model},
@@ -340,7 +340,7 @@ def with_lexicon(tiny: RunConfig, **model: Any) -> RunConfig:
 _NOTES = {
     "tiny": "minutes on two cores, on generated languages, nothing to download (default)",
     "facts": "minutes on two cores, on facts in generated languages: narrow, with many experts",
-    "lexicon": "minutes on two cores, on generated languages of thousands of words: narrow, with many experts",
+    "lexicon": "minutes on two cores, on generated languages of a thousand words: narrow, with many experts",
     "small": "half an hour on a laptop, on your own text: give --data.source and --data.path",
 }
 
