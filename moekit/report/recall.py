@@ -17,6 +17,7 @@ from moekit.runs.record import FloorRecord, RecallOf, RecallRecord
 from moekit.runs.stored_record import Record
 
 _T = TypeVar("_T", bound=Record)
+_WORDS = "words"
 
 
 def floors(run: RunFolder) -> dict[tuple[str, str], FloorRecord]:
@@ -82,8 +83,8 @@ def recall_section(run: RunFolder) -> PageSection | None:
     if not found:
         return None
     left = [_figure(run, record, f": {run.task(record.task).title}" if len(found) > 1 else "") for record in found]
-    table = Figure(*caption(f"{_key(recalled([run]))}_table"), table=recall_table(run))
-    return PageSection(*recall_heading([run]), cells=[left, [table]])
+    words = caption("recall_words_table") if recalled([run]) == _WORDS else caption("recall_table")
+    return PageSection(*recall_heading([run]), cells=[left, [Figure(*words, table=recall_table(run))]])
 
 
 def recalled(runs: Sequence[RunFolder]) -> str:
@@ -93,12 +94,7 @@ def recalled(runs: Sequence[RunFolder]) -> str:
 
 def recall_heading(runs: Sequence[RunFolder]) -> tuple[str, str, str, str]:
     """Anchor, link, title and lead of the section on what runs were asked for."""
-    return heading(_key(recalled(runs)))
-
-
-def _key(about: str) -> str:
-    """The name in texts.toml of what is said of facts, or of words."""
-    return "recall_words" if about == "words" else "recall"
+    return heading("recall_words") if recalled(runs) == _WORDS else heading("recall")
 
 
 def recall_tiles(run: RunFolder) -> list[Tile]:
@@ -166,7 +162,8 @@ def _by_frequency(lines: Mapping[str, Sequence[float]], record: RecallRecord, ta
     )
     rows = [(name, *(wording.percent(_known(line, i)) for line in lines.values())) for i, name in enumerate(names)]
     numbers = Table(["decile", *lines], rows)
-    return Figure(*caption(_key(record.about), task=task), chart, numbers=numbers, name=f"recall/{record.task}")
+    words = caption("recall_words", task=task) if record.about == _WORDS else caption("recall", task=task)
+    return Figure(*words, chart, numbers=numbers, name=f"recall/{record.task}")
 
 
 def _by_decile(of: RecallOf) -> list[float]:
