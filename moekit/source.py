@@ -134,14 +134,20 @@ DECILES = 10
 class FactQuestion:
     """One sentence with several values, of which one is true: multiple choice.
 
+    Either about a fact, or about the word for a noun: then a sentence is given, and the others are translations of it
+    in which that noun, or another one, stands.
+
     Attributes:
-        kind: "known" = a fact that training told in other forms; "composed" = two facts that it told, put together as
-            it did not; "unknowable" = of an entity of whom it told nothing.
+        kind: "known" = a fact that training told in other forms, or a noun that stood in other sentences; "composed" =
+            two facts that it told, put together as it did not; "unknowable" = of an entity of whom it told nothing, or
+            a noun that it never had.
         language: what the sentences are in.
         sentences: the sentence with each of the values; they differ in nothing else but what agrees with the value.
         answer: number of the true one, from 0.
-        decile: 0 = among the tenth of the facts that are told most often, to 9; of a composition that of its rarer
-            fact. None of what is not told.
+        decile: 0 = among the tenth of the facts or nouns that are told most often, to 9; of a composition that of its
+            rarer fact. None of what is not told.
+        source: the sentence that is given; None = none is.
+        source_language: what that is in.
     """
 
     kind: FactKind
@@ -149,6 +155,8 @@ class FactQuestion:
     sentences: tuple[str, ...]
     answer: int
     decile: int | None = None
+    source: str | None = None
+    source_language: str | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,7 @@ class Source(ABC):
         directions: everything that `parallel` serves, both ways where both are asked for.
         knows_words: whether `word_by_word` says something, which needs none of the text.
         knows_facts: whether there are `questions`, and `information` about the text of a language.
+        knows_meanings: whether there are `word_questions`: it knows what its pairs of sentences say.
     """
 
     name: str
@@ -184,6 +193,7 @@ class Source(ABC):
     directions: tuple[Direction, ...]
     knows_words: ClassVar[bool] = False
     knows_facts: ClassVar[bool] = False
+    knows_meanings: ClassVar[bool] = False
 
     @abstractmethod
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
@@ -228,6 +238,16 @@ class Source(ABC):
             language: one of the source's.
             each: at most so many of each decile of each kind; of unknowable facts ten times as many.
             choices: values to choose from.
+        """
+        return []
+
+    def word_questions(self, direction: Direction, *, each: int, choices: int) -> list[FactQuestion]:
+        """Questions about the words of a direction, of sentences that are in no text; none where it knows no meanings.
+
+        Args:
+            direction: one of the source's.
+            each: at most so many of each decile of the nouns; of nouns that are never said ten times as many.
+            choices: nouns to choose from.
         """
         return []
 

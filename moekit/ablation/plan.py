@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.ablation.table import RATE, AblationTable, Arm
+from moekit.babel.concepts import DEFAULT_CONCEPTS
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
 from moekit.runs.finetune import fine_tune_config, gentler, prepare
@@ -41,7 +42,8 @@ _WITHOUT_EFFECT = (
 _SINCE = {
     "train.record_routing": 0, "data.facts_profiles": 0.0, "model.router": "table", "model.balance_scope": "batch",
     "model.shared": False, "model.selection": "random", "data.unit": "line", "data.text_field": "text",
-    "evaluate.domains": None, "data.salient": None, "data.salient_share": 1.0,
+    "evaluate.domains": None, "data.salient": None, "data.salient_share": 1.0, "evaluate.words": 0,
+    "data.babel_concepts": DEFAULT_CONCEPTS, "data.babel_cognates": 0.15,
     **{f"train.monitor.{field.name}": field.default for field in fields(MonitorConfig)},
 }  # fmt: skip
 """Settings that digests of earlier runs do not know, with the value at which a run computes what it did before."""

@@ -168,11 +168,17 @@ class Adjective:
 
 @dataclass(frozen=True)
 class Concepts:
-    """The open classes, most frequent first within noun kinds and verb frames."""
+    """The open classes, most frequent first within noun kinds and verb frames.
+
+    Attributes:
+        nouns, verbs, adjectives: what text is about.
+        unsaid: nouns that have a word in every language and are in no text; they are counted behind `nouns`.
+    """
 
     nouns: tuple[Noun, ...]
     verbs: tuple[Verb, ...]
     adjectives: tuple[Adjective, ...]
+    unsaid: tuple[Noun, ...] = ()
 
     def __len__(self) -> int:
         return len(self.nouns) + len(self.verbs) + len(self.adjectives) + _CLOSED
@@ -187,11 +193,15 @@ DEFAULT_CONCEPTS = _OPEN + _CLOSED
 MINIMUM_CONCEPTS = _CLOSED + 20
 
 
-def concepts(number: int = DEFAULT_CONCEPTS) -> Concepts:
+def concepts(number: int = DEFAULT_CONCEPTS, unsaid: int = 0) -> Concepts:
     """About `number` concepts: every open class cut or extended in proportion.
 
     Past the hand-written ones, concepts get numbered glosses (``animal19``) and take the kinds of the hand-written
     ones in turn.
+
+    Args:
+        number: how many, the unsaid ones not counted.
+        unsaid: nouns of each kind but names that no text has.
 
     Raises:
         ValueError: if `number` is below `MINIMUM_CONCEPTS`.
@@ -214,4 +224,5 @@ def concepts(number: int = DEFAULT_CONCEPTS) -> Concepts:
     verbs += grow([Verb(*entry) for entry in _TRANSITIVES], "affect")
     verbs += grow([Verb(*entry, recipient=True) for entry in _DITRANSITIVES], "transfer")
     adjectives = grow([Adjective(*entry) for entry in _ADJECTIVES], "quality")
-    return Concepts(tuple(nouns), tuple(verbs), tuple(adjectives))
+    kept = [Noun(f"unsaid-{names[kind]}{i + 1}", kind) for kind in _NOUNS if kind != NAME for i in range(unsaid)]
+    return Concepts(tuple(nouns), tuple(verbs), tuple(adjectives), tuple(kept))

@@ -18,6 +18,7 @@ from moekit.source import SPLITS, Direction, LazySequence, Source, Split, digest
 _BLOCK, _POOL = 256, 1024
 _STREAM = 2  # beside babel's parallel and monolingual text
 _CACHED = 256
+_OF_BABEL = ("seed", "languages", "concepts", "cognates", "directions")
 
 
 @register_source
@@ -101,7 +102,7 @@ class Headlines(Source):
         """Those of babel; its number of sentences is that of paragraphs."""
         named = Babel.settings_from(given)
         documents = named.pop("train_sentences")
-        return {"train_documents": documents, **{name: named[name] for name in ("seed", "languages", "directions")}}
+        return {"train_documents": documents, **{name: named[name] for name in _OF_BABEL}}
 
     # -- the Source interface --------------------------------------------------------------------------------------
 

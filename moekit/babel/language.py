@@ -25,7 +25,7 @@ class Language:
         self.grammar = grammar
         self.code, self.name = grammar.code, grammar.name
         self.forms = build_forms(grammar, concepts, seed=seed, cognates=cognates)
-        self._is_name = [noun.kind == NAME for noun in concepts.nouns]
+        self._is_name = [noun.kind == NAME for noun in (*concepts.nouns, *concepts.unsaid)]
         self._verb_first = grammar.clause.index("V") < grammar.clause.index("O")
         self._relative_first = grammar.phrase.index("C") < grammar.phrase.index("N")
         self._possessor_first = grammar.phrase.index("G") < grammar.phrase.index("N")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from moekit.babel.concepts import ADPOSITIONS, ADVERBS, DEMONSTRATIVES, NAME, NUMERALS, PERSON, Concepts
+from moekit.babel.concepts import ADPOSITIONS, ADVERBS, DEMONSTRATIVES, NAME, NUMERALS, PERSON, Concepts, Noun
 from moekit.babel.grammar import Grammar, pick, sample
 from moekit.babel.words import Words
 
@@ -29,7 +29,7 @@ class Forms:
     """Every word of a language, inflected; lists are indexed by concept (from 0).
 
     Attributes:
-        noun: ``[noun][plural][definite][case]``.
+        noun: ``[noun][plural][definite][case]``; those that are never said come last.
         noun_class: ``[noun]``.
         adjective: ``[adjective][class][plural][case]``.
         verb: ``[verb][class][plural][tense][negative]``, particles included.
@@ -199,11 +199,14 @@ class _Builder:
                 return stem
         raise _ClashingAffixes(key)
 
-    def _stems(self, key: str, syllables: int, *, closed: bool = False, shared: str = "") -> Iterable[str]:
+    def _stems(
+        self, key: str, syllables: int, *, closed: bool = False, shared: str = "", alike: bool = True
+    ) -> Iterable[str]:
+        """Stems for `key`; first, where it is `alike` in all languages, that of the international word."""
         shared_rng = random.Random(f"babel/{self.seed}/international/{key}")
         if shared:
             yield self.words.adapt(shared, closed=closed)
-        elif shared_rng.random() < self.cognates:
+        elif alike and shared_rng.random() < self.cognates:
             sounds = "ptkbdgmnlrsvf"
             root = "".join(pick(shared_rng, sounds) + pick(shared_rng, "aeiou") for _ in range(2))
             yield self.words.adapt(root + pick(shared_rng, "nlrs"), closed=closed)
@@ -237,7 +240,7 @@ class _Builder:
         forms.adposition = [self.particle(f"adp/{gloss}", 1 + i // 5) for i, gloss in enumerate(ADPOSITIONS)]
         forms.numeral = [self.particle(f"num/{gloss}") for gloss in NUMERALS]
         forms.adverb = [self.particle(f"adv/{gloss}", 2) for gloss, _ in ADVERBS]
-        self._build_nouns(forms)
+        self._build_nouns(forms, concepts.nouns)
         self._build_verbs(forms)
         closed = grammar.noun_classes > 1 and grammar.class_marker == "suffix" and grammar.adjective_agrees
         for rank, adjective in enumerate(concepts.adjectives):
@@ -245,14 +248,15 @@ class _Builder:
             stems = self._stems(key, 1 + (rank > 5), closed=closed)
             stem = self._claim(key, lambda s: ((form, "") for form in _leaves(self.adjective_forms(s))), stems)
             forms.adjective.append(self.adjective_forms(stem))
+        self._build_nouns(forms, concepts.unsaid, alike=False)  # last, so that all that is said is as without them
         forms.glosses = {word: _gloss(*owner.split("/")) for word, owner in self.owner.items()}
         return forms
 
-    def _build_nouns(self, forms: Forms) -> None:
+    def _build_nouns(self, forms: Forms, nouns: Iterable[Noun], *, alike: bool = True) -> None:
         grammar = self.grammar
         suffixed = grammar.noun_classes > 1 and grammar.class_marker == "suffix"
         ranks: dict[str, int] = {}
-        for noun in self.concepts.nouns:
+        for noun in nouns:
             rank = ranks[noun.kind] = ranks.get(noun.kind, -1) + 1
             key, name = f"noun/{noun.gloss}", noun.kind == NAME
             if grammar.class_marker == "prefix":
@@ -262,7 +266,9 @@ class _Builder:
                 noun_class = int(self.words.rng(f"class/{key}").random() * grammar.noun_classes)
             tell = functools.partial(self._noun_tells, noun_class=noun_class, name=name)
             shared = noun.gloss if name and noun.gloss.isalpha() else ""
-            stems = self._stems(key, 1 + (rank > 3), closed=suffixed and not name, shared=shared)
+            stems = self._stems(
+                key, 1 + (rank > 3 or not alike), closed=suffixed and not name, shared=shared, alike=alike
+            )
             forms.noun.append(self.noun_forms(self._claim(key, tell, stems), noun_class, name))
             forms.noun_class.append(noun_class)
 
@@ -329,7 +335,7 @@ def build_forms(grammar: Grammar, concepts: Concepts, *, seed: int = 0, cognates
         concepts: what needs a word.
         seed: other seeds give other words.
         cognates: share of the concepts whose word is an international one, pronounced in each language's way. Names
-            always are.
+            always are, and nouns that are never said never.
     """
     for attempt in range(_PATIENCE):
         with contextlib.suppress(_ClashingAffixes):

@@ -8,15 +8,19 @@ from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from typing import Any
 
+import numpy as np
+
 from moekit.babel.concepts import DEFAULT_CONCEPTS, MINIMUM_CONCEPTS, concepts
 from moekit.babel.grammar import grammars
 from moekit.babel.language import Language
 from moekit.babel.meaning import RATES, Complexity, Meaning, MeaningSampler, Rows
 from moekit.babel.spoken import Blocks, Spoken
+from moekit.babel.word_questions import UNSAID, Ints, WordQuestions, nouns_told
 from moekit.errors import UserError, nearest
 from moekit.source import (
     SPLITS,
     Direction,
+    FactQuestion,
     LazySequence,
     Split,
     all_directions,
@@ -29,7 +33,7 @@ from moekit.source import (
 _BLOCK = 1024
 # Rows are ten times as large as sentences.
 _CACHED_ROWS, _CACHED_SENTENCES = 64, 512
-_PARALLEL, _MONOLINGUAL = 0, 1
+_PARALLEL, _MONOLINGUAL, _QUESTIONS = 0, 1, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +110,11 @@ class Babel(Spoken):
     """
 
     name = "babel"
+    knows_meanings = True
 
     def __init__(self, settings: BabelSettings | None = None) -> None:
         self.settings = settings = settings or BabelSettings()
-        self.concepts = concepts(settings.concepts)
+        self.concepts = concepts(settings.concepts, UNSAID)
         rules = grammars(settings.languages, settings.seed)
         everyone = tuple(grammar.code for grammar in rules)
         for code in settings.sizes:
@@ -119,6 +124,7 @@ class Babel(Spoken):
                 )
         self.directions = choose_directions(all_directions(everyone), pivot=settings.pivot, wanted=settings.directions)
         self.languages = languages_of(self.directions, everyone)
+        self._number = {code: number for number, code in enumerate(everyone)}
         self._speakers = {
             rule.code: Language(rule, self.concepts, seed=settings.seed, cognates=settings.cognates)
             for rule in rules
@@ -147,12 +153,12 @@ class Babel(Spoken):
         return {
             "seed": given["seed"] - 1,
             "languages": given["babel_languages"],
+            "concepts": given["babel_concepts"],
+            "cognates": given["babel_cognates"],
             "train_sentences": given["babel_sentences"],
             "sizes": given["babel_sizes"],
             "directions": given["directions"],
         }
-
-    # -- what is known of its sentences ------------------------------------------------------------------------------
 
     # -- the Source interface --------------------------------------------------------------------------------------
 
@@ -205,6 +211,43 @@ class Babel(Spoken):
     def sentence(self, language: str, split: Split, index: int, stream: int = _PARALLEL) -> str:
         """Sentence `index` of a split in one language; training has one for every index."""
         return self._sentence_block(language, split, stream, index // _BLOCK)[index % _BLOCK]
+
+    def told(self, direction: Direction) -> Ints:
+        """Int64[nouns], how often the training pairs of a direction have each noun."""
+        self.check_direction(direction)
+        size = min(self.size(code, "train") for code in (direction.source, direction.target))
+        found = np.zeros(len(self.concepts.nouns), dtype=np.int64)
+        for block in range(-(-size // _BLOCK)):
+            rows = self._sampler.block("train", block, _BLOCK, _PARALLEL)[: size - block * _BLOCK]
+            found += nouns_told(rows, len(found))
+        return found
+
+    def word_questions(self, direction: Direction, *, each: int, choices: int) -> list[FactQuestion]:
+        """Does a model know the words for nouns? A sentence to translate, and translations that differ in one noun.
+
+        The nouns to choose from are of one kind and about as frequent, and each is the true one as often as the others;
+        what agrees with them in the sentence differs too. Unknowable are nouns that no text of the corpus has. Known
+        ones may be guessed where words sound alike in several languages (`BabelSettings.cognates`).
+
+        Raises:
+            UserError: an unknown direction, choices that are too few or too many, or fewer than no questions.
+        """
+        self.check_direction(direction)
+        if not 2 <= choices <= UNSAID:
+            raise UserError(f"babel: choices must be from 2 to {UNSAID}: got {choices}.")
+        if each < 0:
+            raise UserError(f"babel: there must be 0 or more questions of each decile and kind: got {each}.")
+        numbers = (self._number[code] for code in (direction.source, direction.target))
+        generator = np.random.default_rng([self.settings.seed, *numbers, _QUESTIONS])
+        speakers = self._speakers[direction.source], self._speakers[direction.target]
+        found = []
+        for kind, decile, rows, answer in WordQuestions(self._sampler, self.told(direction), generator).ask(
+            each, choices
+        ):
+            sentences = tuple(map(speakers[1].say, rows))
+            source = speakers[0].say(rows[answer])
+            found.append(FactQuestion(kind, direction.target, sentences, answer, decile, source, direction.source))
+        return found
 
     # -- blocks ----------------------------------------------------------------------------------------------------
 

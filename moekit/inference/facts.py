@@ -1,4 +1,4 @@
-"""Does a model know facts? Multiple choice: is the sentence with the true value likelier than those with others?"""
+"""Does a model know facts, or words? Multiple choice: is the sentence with the true value likelier than others?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import SpecialTokens, Tokenizer
 from moekit.inference.batching import by_length, padded
 from moekit.inference.generate import evaluating
-from moekit.inference.scoring import score_continuations
+from moekit.inference.scoring import Question, Scorer, score_continuations
 from moekit.source import DECILES, FACT_KINDS, FactQuestion
 from moekit.tasks import TASKS, Task
 
@@ -28,6 +28,7 @@ class FactScorer:
     restored  of the sentence, given the words that do not differ around a mask
     masked    mean over the pieces of the words that differ, all of which are masked; how many pieces there are is
               given, so that a sum would favour short words
+    target    log-probability of the sentence, its end included, given the one whose translation it is
     ========  ==================================================================================================
 
     Args:
@@ -36,6 +37,7 @@ class FactScorer:
         tokenizer: the one it was trained with.
         batch_tokens: the most padded positions of a batch.
         readers: tasks as they read the text (`moekit.tasks.Task.bound`), by name, where they seek words in it.
+        sentinel: whether translation was trained with one (see `moekit.inference.scoring.Scorer`).
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class FactScorer:
         *,
         batch_tokens: int = 4096,
         readers: Mapping[str, Task] | None = None,
+        sentinel: bool = False,
     ) -> None:
         self.backbone, self.heads, self.tokenizer, self.batch_tokens = backbone, heads, tokenizer, batch_tokens
-        self._readers = dict(readers or {})
+        self._readers, self.sentinel = dict(readers or {}), sentinel
         self._ways: dict[str, Callable[[str, Sequence[FactQuestion], str], list[float]]] = {
             "sentence": self._sentences,
             "span": self._spans,
@@ -60,16 +63,22 @@ class FactScorer:
         """The score of every sentence of every question, the higher the likelier; all of one task's way.
 
         Raises:
-            ValueError: the task has none.
+            ValueError: the task has none, or asks for words and no sentence to translate is given, or the other way.
         """
         way = TASKS[task].recalls
         if way is None:
             raise ValueError(f"facts are asked of tasks that score sentences: got {task}, which does not.")
+        if any((question.source is None) == (way == "target") for question in questions):
+            raise ValueError(
+                f"{task} is asked {'for words, with' if way == 'target' else 'for facts, without'} a source."
+            )
         found: list[list[float]] = [[] for _ in questions]
-        for language in dict.fromkeys(question.language for question in questions):
-            own = [i for i, question in enumerate(questions) if question.language == language]
+        for source, language in dict.fromkeys((question.source_language, question.language) for question in questions):
+            own = [i for i, q in enumerate(questions) if (q.source_language, q.language) == (source, language)]
             asked = [questions[i] for i in own]
-            scores = iter(self._ways[way](language, asked, task))
+            scores = iter(
+                self._targets(source, language, asked) if way == "target" else self._ways[way](language, asked, task)
+            )
             for i in own:
                 found[i] = [next(scores) for _ in questions[i].sentences]
         return found
@@ -80,6 +89,12 @@ class FactScorer:
     def _sentences(self, language: str, questions: Sequence[FactQuestion], _: str) -> list[float]:
         ids = self._encode([sentence for question in questions for sentence in question.sentences])
         return self._continued(language, [[self.tokenizer.bos_id]] * len(ids), ids)
+
+    def _targets(self, source: str | None, language: str, questions: Sequence[FactQuestion]) -> list[float]:
+        assert source is not None, "a sentence is given"
+        scorer = Scorer(self.backbone, self.tokenizer, batch_tokens=self.batch_tokens, sentinel=self.sentinel)
+        asked = [Question(question.source or "", question.sentences) for question in questions]
+        return [score for scores in scorer.score(asked, source, language) for score in scores.log_probs]
 
     def _spans(self, language: str, questions: Sequence[FactQuestion], task: str) -> list[float]:
         mark = self.tokenizer.sentinel_ids[0]

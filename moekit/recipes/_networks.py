@@ -319,15 +319,34 @@ def knowing(tiny: RunConfig, **model: Any) -> RunConfig:
     )  # fmt: skip
 
 
+def with_lexicon(tiny: RunConfig, **model: Any) -> RunConfig:
+    """A translation recipe's tiny variant on languages of many words: narrow, with more to learn than it holds.
+
+    Args:
+        tiny: on languages of some two hundred words, which are soon known.
+        model: sizes that differ.
+    """
+    return tiny.changed(
+        data={
+            "babel_languages": 2, "babel_sentences": 60_000, "babel_sizes": None, "babel_concepts": 1000,
+            "babel_cognates": 0.0, "directions": None, "vocab_size": 1600, "byte_fallback": False,
+        },
+        model={"dim": 64, "hidden_dim": 128, "num_experts": 16, **model},
+        train={"max_steps": 2000, "max_minutes": 10.0, "learning_rate": 8e-3, "validate_every": 500},
+        evaluate={"words": 20},
+    )  # fmt: skip
+
+
 _NOTES = {
     "tiny": "minutes on two cores, on generated languages, nothing to download (default)",
     "facts": "minutes on two cores, on facts in generated languages: narrow, with many experts",
+    "lexicon": "minutes on two cores, on generated languages of a thousand words: narrow, with many experts",
     "small": "half an hour on a laptop, on your own text: give --data.source and --data.path",
 }
 
 
 def with_twins(**configs: RunConfig) -> dict[str, Variant]:
-    """The variants tiny, facts and small as far as they are given, each followed by its dense twin ``NAME_dense``."""
+    """The variants tiny, facts, lexicon and small as far as given, each followed by its dense twin ``NAME_dense``."""
     variants = {}
     for name, config in configs.items():
         variants[name] = Variant(config, _NOTES[name])

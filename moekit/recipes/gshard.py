@@ -26,6 +26,7 @@ from moekit.recipes._networks import (
     expert_bank,
     feed_forwards,
     parts,
+    with_lexicon,
     with_twins,
 )
 from moekit.routers import (
@@ -104,6 +105,7 @@ TINY = TRANSLATION.tiny.changed(
     data={"directions": ("tnd-avl", "kmb-avl", "shl-avl"), "babel_sizes": {"kmb": 10_000, "shl": 3000}},
     model=ModelConfig(),
 )
+LEXICON = with_lexicon(TINY).changed(data={"babel_languages": 3, "directions": ("tnd-avl", "kmb-avl")})
 SMALL = TRANSLATION.small.changed(model=ModelConfig(encoder_layers=4, decoder_layers=4, dropout=0.05))
 
 
@@ -134,7 +136,7 @@ RECIPE = Recipe(
     build=build,
     variants={
         # Test, one seed: BLEU 92.4 and chrF 96.2, its dense twin 93.2 and 96.7 (recipes/gshard/results).
-        **with_twins(tiny=TINY, small=SMALL),
+        **with_twins(tiny=TINY, lexicon=LEXICON, small=SMALL),
         "paper_12b": Variant(paper(128, 12, MILLION), "12 layers, 128 experts: 12.5 billion parameters"),
         "paper_37b": Variant(paper(128, 36, MILLION), "36 layers, 128 experts: 37 billion"),
         "paper_50b": Variant(paper(512, 12, MILLION), "12 layers, 512 experts: 50 billion"),

@@ -23,7 +23,15 @@ from dataclasses import dataclass
 from moekit.cli.recipes import main
 from moekit.experts import DensePretraining
 from moekit.layer import MoELayer
-from moekit.recipes._networks import TRANSLATION, EncoderDecoderConfig, expert_bank, feed_forwards, parts, with_twins
+from moekit.recipes._networks import (
+    TRANSLATION,
+    EncoderDecoderConfig,
+    expert_bank,
+    feed_forwards,
+    parts,
+    with_lexicon,
+    with_twins,
+)
 from moekit.routers import base_layers
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import setting
@@ -74,6 +82,14 @@ TINY = TRANSLATION.tiny.changed(
     model=ModelConfig(dense_steps=250),
     evaluate={"max_sentences": 100},
 )
+LEXICON = with_lexicon(TINY, dense_steps=500).changed(
+    data={
+        "babel_languages": 3,
+        "directions": ("tnd-avl", "kmb-avl", "avl-tnd", "avl-kmb"),
+        "babel_sizes": {"kmb": 20_000},
+        "heating_steps": 1600,
+    },
+)
 SMALL = TRANSLATION.small.changed(
     data={"heating": "square_root", "heating_steps": 3000},
     model=ModelConfig(encoder_layers=4, decoder_layers=4, dropout=0.05, dense_steps=1000),
@@ -85,7 +101,7 @@ RECIPE = Recipe(
     build=build,
     variants={
         # Test, one seed: BLEU 70.4 and chrF 84.3, its dense twin 63.6 and 80.2 (recipes/sparse_translation/results).
-        **with_twins(tiny=TINY, small=SMALL),
+        **with_twins(tiny=TINY, lexicon=LEXICON, small=SMALL),
         "tiny_sparse": Variant(without_tricks(TINY), "tiny without the tricks"),
         "small_sparse": Variant(without_tricks(SMALL), "small without the tricks"),
     },

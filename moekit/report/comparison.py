@@ -17,7 +17,15 @@ from moekit.report.health import experts_per_token
 from moekit.report.pair import pair_section
 from moekit.report.plots import Curves, Dots, Line
 from moekit.report.predictions import TaskScores, main_task, predictions
-from moekit.report.recall import above_floor, compared_recall, floor_lines, floor_words, recall_rows
+from moekit.report.recall import (
+    above_floor,
+    compared_recall,
+    floor_lines,
+    floor_words,
+    recall_heading,
+    recall_rows,
+    recalled,
+)
 from moekit.report.results import costs, routing_words
 from moekit.report.run_folder import RunFolder, dig, flat, read_run
 from moekit.report.significance import significance
@@ -216,9 +224,9 @@ def _accuracies(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
 
 
 def _facts(runs: Sequence[RunFolder], names: Sequence[str]) -> Table:
-    """Recall of facts by task and kind, and chance."""
+    """Recall of facts and words by task and kind, and chance."""
     rows = {title: [wording.percent(share) for share in row] for title, row in recall_rows(runs).items()}
-    return _table("Recall of facts", names, rows, "facts")
+    return _table(f"Recall of {recalled(runs)}", names, rows, recalled(runs))
 
 
 def _above_floor(runs: Sequence[RunFolder], names: Sequence[str]) -> Table:
@@ -232,10 +240,10 @@ def _above_floor(runs: Sequence[RunFolder], names: Sequence[str]) -> Table:
 
 
 def _knowledge(runs: Sequence[RunFolder], names: Sequence[str], tables: Sequence[Table]) -> list[PageSection]:
-    """Recall by frequency with a line for each run, and the tables on facts; nothing where no text tells any."""
+    """Recall by frequency with a line for each run, and the tables on it; nothing where nothing was asked."""
     curves = compared_recall(runs, names)
     cells = [*([curves] if curves else []), *([Figure(table.title, table=table)] for table in tables)]
-    return [PageSection(*heading("recall"), cells=cells)] if cells else []
+    return [PageSection(*recall_heading(runs), cells=cells)] if cells else []
 
 
 def _settings(runs: Sequence[RunFolder]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""What a run knows: recall of facts by frequency, and how far its losses are above those of a model that knows all."""
+"""What a run knows: recall of facts or words by frequency, and how far its losses are above the least possible."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from moekit.runs.record import FloorRecord, RecallOf, RecallRecord
 from moekit.runs.stored_record import Record
 
 _T = TypeVar("_T", bound=Record)
+_WORDS = "words"
 
 
 def floors(run: RunFolder) -> dict[tuple[str, str], FloorRecord]:
@@ -72,7 +73,8 @@ def recall_table(run: RunFolder) -> Table:
                 )
             )
     spoken = languages if len(languages) > 1 else []
-    return Table(["facts", "recall", *spoken, "chance", "questions"], rows, "Recall of facts")
+    about = recalled([run])
+    return Table([about, "recall", *spoken, "chance", "questions"], rows, f"Recall of {about}")
 
 
 def recall_section(run: RunFolder) -> PageSection | None:
@@ -81,19 +83,29 @@ def recall_section(run: RunFolder) -> PageSection | None:
     if not found:
         return None
     left = [_figure(run, record, f": {run.task(record.task).title}" if len(found) > 1 else "") for record in found]
-    table = Figure(*caption("recall_table"), table=recall_table(run))
-    return PageSection(*heading("recall"), cells=[left, [table]])
+    words = caption("recall_words_table") if recalled([run]) == _WORDS else caption("recall_table")
+    return PageSection(*recall_heading([run]), cells=[left, [Figure(*words, table=recall_table(run))]])
+
+
+def recalled(runs: Sequence[RunFolder]) -> str:
+    """What the runs were asked for: "facts", "words" or both, in words."""
+    return " and ".join(sorted({record.about for run in runs for record in recalls(run)})) or "facts"
+
+
+def recall_heading(runs: Sequence[RunFolder]) -> tuple[str, str, str, str]:
+    """Anchor, link, title and lead of the section on what runs were asked for."""
+    return heading("recall_words") if recalled(runs) == _WORDS else heading("recall")
 
 
 def recall_tiles(run: RunFolder) -> list[Tile]:
-    """Recall of known facts by the first task that was asked."""
+    """Recall of what is known by the first task that was asked."""
     for record in recalls(run):
         for of in record.kinds[:1]:
             return [
                 Tile(
                     "Recall",
                     wording.percent(of.recall),
-                    f"of {of.kind} facts, {wording.percent(record.chance)} by chance",
+                    f"of {of.kind} {record.about}, {wording.percent(record.chance)} by chance",
                 )
             ]
     return []
@@ -125,32 +137,33 @@ def recall_rows(runs: Sequence[RunFolder]) -> dict[str, list[float | None]]:
 
 
 def compared_recall(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Figure]:
-    """Recall of known facts by decile of frequency, a figure for each task with a line for each run that was asked."""
-    found: dict[str, tuple[str, float, dict[str, list[float]]]] = {}
+    """Recall of what is known by decile of frequency, a figure for each task with a line for each run asked."""
+    found: dict[str, tuple[str, RecallRecord, dict[str, list[float]]]] = {}
     for name, run in zip(names, runs, strict=True):
         for record in recalls(run):
             first = record.kinds[0]
-            _, _, lines = found.setdefault(record.task, (run.task(record.task).title, record.chance, {}))
+            _, _, lines = found.setdefault(record.task, (run.task(record.task).title, record, {}))
             lines[name] = _by_decile(first)
     several = len(found) > 1
-    return [
-        _by_frequency(lines, chance, f": {title}" if several else "", f"recall/{task}")
-        for task, (title, chance, lines) in found.items()
-    ]
+    return [_by_frequency(lines, record, f": {title}" if several else "") for title, record, lines in found.values()]
 
 
 def _figure(run: RunFolder, record: RecallRecord, task: str) -> Figure:
     lines = {of.kind: _by_decile(of) for of in record.kinds}
-    return _by_frequency(lines, record.chance, task, f"recall/{record.task}")
+    return _by_frequency(lines, record, task)
 
 
-def _by_frequency(lines: Mapping[str, Sequence[float]], chance: float, task: str, name: str) -> Figure:
-    """Recall by decile, a line for each name."""
+def _by_frequency(lines: Mapping[str, Sequence[float]], record: RecallRecord, task: str) -> Figure:
+    """Recall by decile of what was asked in `record`, a line for each name."""
     deciles = max(map(len, lines.values()))
     names = [f"{number}" for number in range(1, deciles + 1)]
-    chart = Shares(names, lines, f"Recall by decile of frequency{task}", {"chance": chance}, "decile of frequency")
+    chart = Shares(
+        names, lines, f"Recall by decile of frequency{task}", {"chance": record.chance}, "decile of frequency"
+    )
     rows = [(name, *(wording.percent(_known(line, i)) for line in lines.values())) for i, name in enumerate(names)]
-    return Figure(*caption("recall", task=task), chart, numbers=Table(["decile", *lines], rows), name=name)
+    numbers = Table(["decile", *lines], rows)
+    words = caption("recall_words", task=task) if record.about == _WORDS else caption("recall", task=task)
+    return Figure(*words, chart, numbers=numbers, name=f"recall/{record.task}")
 
 
 def _by_decile(of: RecallOf) -> list[float]:

@@ -20,7 +20,7 @@ from moekit.planner.census import parameters
 from moekit.runs.config import RunConfig
 from moekit.runs.domains import measure_domains
 from moekit.runs.ending import ending_of
-from moekit.runs.facts import ask_facts, floors
+from moekit.runs.facts import ask, floors
 from moekit.runs.module import make_module
 from moekit.runs.record import (
     TRANSLATIONS,
@@ -88,8 +88,8 @@ def evaluate(run: Run, config: RunConfig | None = None) -> bool:
         longest = min(_LONGEST_SAMPLE, config.data.max_length)  # no longer than what it was trained on
         module.write = Completer(module.backbone, data.tokenizer, search=search, max_new_tokens=longest)
     module.originals = data.originals("test")
-    if (facts := config.data.knowledge()) is not None:
-        ask_facts(module, config, data, facts)
+    facts = config.data.knowledge()
+    ask(module, config, data, facts)
     if module.valid_routing is not None:
         module.pieces = PieceCounts(module.valid_routing.layers, data.tokenizer.vocab_size)
     trainer = config.train.trainer(logger=False, enable_checkpointing=False, callbacks=[TrainingProgress()])

@@ -1,4 +1,4 @@
-"""Runs on text whose facts are known: what they are asked, and what the best of models would lose."""
+"""Runs on text of which more is known: what they are asked, and what the best of models would lose."""
 
 from __future__ import annotations
 
@@ -10,38 +10,63 @@ from moekit.data.module import MultitaskData
 from moekit.inference.facts import FactScorer, recall
 from moekit.runs.config import RunConfig
 from moekit.runs.record import FloorRecord, RecallOf, RecallRecord
+from moekit.runs.words import word_questions
 from moekit.source import FactQuestion, Source, Split
 from moekit.tasks import TASKS
 from moekit.training.multitask import MultitaskModule
 
 
-def ask_facts(module: MultitaskModule, config: RunConfig, data: MultitaskData, source: Source) -> None:
-    """Have the test of `module` ask for the facts of its text; of a text that is not the source's, nothing.
+def ask(module: MultitaskModule, config: RunConfig, data: MultitaskData, source: Source | None) -> None:
+    """Have the test of `module` ask for the facts and words of its text; of a text that is not the source's, nothing.
+
+    Args:
+        module: what is tested.
+        config: settings of the run.
+        data: its held-out text.
+        source: what knows the facts of the text, if anything does.
 
     Raises:
-        UserError: more choices than a relation has values.
+        UserError: more choices than a relation has values or a kind has nouns; or as `word_questions`.
     """
+    facts = [] if source is None else _fact_questions(module, config, data, source)
+    words = word_questions(config, data) if config.evaluate.words else []
+    if facts or words:
+        scorer = FactScorer(
+            module.backbone,
+            module.heads,
+            data.tokenizer,
+            batch_tokens=config.evaluate.batch_tokens,
+            readers=data.readers,
+            sentinel=config.data.sentinel,
+        )
+        module.ask = partial(_ask, scorer, facts, words)
+
+
+def _fact_questions(
+    module: MultitaskModule, config: RunConfig, data: MultitaskData, source: Source
+) -> list[FactQuestion]:
     wanted = config.evaluate.facts
-    if not wanted or not any(TASKS[task].recalls for task in module.heads):
-        return
-    questions = [
+    if not wanted or not any(TASKS[task].recalls not in (None, "target") for task in module.heads):
+        return []
+    return [
         question
         for language in data.languages
         if _texts(data, source, language, "valid")
         for question in source.questions(language, each=wanted, choices=config.evaluate.choices)
     ]
-    scorer = FactScorer(
-        module.backbone, module.heads, data.tokenizer, batch_tokens=config.evaluate.batch_tokens, readers=data.readers
-    )
-    module.ask = partial(_ask, scorer, questions)
 
 
-def _ask(scorer: FactScorer, questions: Sequence[FactQuestion], task: str) -> RecallRecord | None:
-    if TASKS[task].recalls is None or not questions:
+def _ask(
+    scorer: FactScorer, facts: Sequence[FactQuestion], words: Sequence[FactQuestion], task: str
+) -> RecallRecord | None:
+    way = TASKS[task].recalls
+    questions = words if way == "target" else facts
+    if way is None or not questions:
         return None
     choices = len(questions[0].sentences)
     kinds = [RecallOf.from_json(kind) for kind in recall(questions, scorer.score(task, questions))]
-    return RecallRecord(task=task, choices=choices, chance=1 / choices, kinds=kinds)
+    about = "words" if way == "target" else "facts"
+    return RecallRecord(task=task, choices=choices, chance=1 / choices, kinds=kinds, about=about)
 
 
 def floors(data: MultitaskData, source: Source) -> list[FloorRecord]:

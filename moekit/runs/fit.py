@@ -34,6 +34,7 @@ from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.smoke import WARNING
 from moekit.runs.text import require_same_text, tokenizer_of
+from moekit.runs.words import word_questions
 from moekit.shell import command_line
 from moekit.terminal import visible
 from moekit.training.budget import Budget
@@ -120,6 +121,8 @@ def fit(
         data = _training_text(run if going_on else None, config, init_from)
         if config.evaluate.domains:
             domain_data(config, data.tokenizer)  # refused now, not when training has ended
+        if config.evaluate.words:
+            word_questions(config, data)  # likewise
         held_out = HeldOut.of(data, plain(config.data.which_text()))  # what it is evaluated on
         L.seed_everything(train.seed, verbose=False)
         module, budget = make_module(

@@ -84,8 +84,8 @@ class RecallOf(Record):
         kind: "known", "composed" or "unknowable", see `moekit.source.FactQuestion`.
         recall: share of the questions, 0 to 1.
         questions: their number.
-        deciles: the share by frequency, of the tenth of the facts that are told most often first; None where no
-            question is.
+        deciles: the share by frequency, of the tenth of the facts or nouns that are told most often first; None where
+            no question is.
         languages: the share by language.
     """
 
@@ -98,19 +98,21 @@ class RecallOf(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class RecallRecord(Record):
-    """Multiple choice about facts, asked of one task.
+    """Multiple choice about facts or words, asked of one task.
 
     Attributes:
         task: whose scores of sentences were compared.
         choices: sentences of a question.
         chance: the share that a blind choice has right.
         kinds: the shares by kind of question.
+        about: "facts" or "words".
     """
 
     task: str
     choices: int
     chance: float
     kinds: Sequence[RecallOf] = ()
+    about: str = "facts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +203,7 @@ class Summary(Record):
         held_out: the text of the evaluation.
         ending: where training ended, and why; None where nothing was trained, or nobody wrote it down.
         floors: what the best of models would lose on the held-out text; None where nobody knows.
-        recall: facts that are known, by task; None where the text tells none.
+        recall: facts and words that are known, by task; None where none were asked for.
         domains: losses on other text; None where none was asked for.
     """
 

@@ -20,7 +20,9 @@ _AT_MOST: Mapping[str, Mapping[str, Any]] = {
     },
     "data": {"vocab_size": 1000, "max_length": 32, "heating_steps": 4},
     "train": {"warmup_steps": 2, "accumulate": 2},
-    "evaluate": {"max_sentences": 2, "valid_sentences": 2, "batch_tokens": 512, "samples": 1, "beam_size": 2},
+    "evaluate": {
+        "max_sentences": 2, "valid_sentences": 2, "batch_tokens": 512, "samples": 1, "beam_size": 2, "words": 1,
+    },
 }  # fmt: skip
 """Sizes that a smoke test lowers, by group and setting, where a recipe has them."""
 _ZERO_IS_ALL = ("max_sentences", "valid_sentences")

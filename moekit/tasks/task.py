@@ -58,8 +58,8 @@ class Task(ABC):
         writes: what `moekit.inference.completer.Completer` writes for a sample: the continuation of half a text, the
             text that was damaged, or the spans that it lacks; None = nothing.
         recalls: how `moekit.inference.facts.FactScorer` asks for a fact: by the likelihood of the sentence, of the
-            missing span, of the sentence given its other words, or of masked words; None = it has none, or its input
-            would say the answer.
+            missing span, of the sentence given its other words, or of masked words; or for a word: by that of the
+            target given its source. None = it has none, or its input would say the answer.
     """
 
     name: ClassVar[str]
@@ -70,7 +70,7 @@ class Task(ABC):
     pairs: ClassVar[bool] = False
     perplexity: ClassVar[bool] = True
     writes: ClassVar[Literal["continuation", "text", "spans"] | None] = None
-    recalls: ClassVar[Literal["sentence", "span", "restored", "masked"] | None] = None
+    recalls: ClassVar[Literal["sentence", "span", "restored", "masked", "target"] | None] = None
 
     @classmethod
     def of(cls, settings: Any) -> Self:

@@ -117,5 +117,6 @@ class TranslationTask(PairTask):
         "sentence",
         "direction not recorded",
     )
+    recalls = "target"
     head = TranslationHead
     about = "translation: learn from parallel text."

@@ -126,7 +126,7 @@ GIVEN: dict[str, Any] = {
     "source": "any", "path": "somewhere", "pivot": "auto", "directions": ("avl-tnd",), "max_languages": 7,
     "babel_languages": 3, "babel_sentences": 40, "babel_sizes": {"kmb": 20}, "seed": 5, "vocab_size": 100,
     "facts_entities": 50, "facts_relations": 3, "facts_values": 10, "facts_power": 1.0, "facts_one_language": 0.2,
-    "facts_profiles": 0.5,
+    "facts_profiles": 0.5, "babel_concepts": 90, "babel_cognates": 0.5,
 }  # fmt: skip
 """Settings of a run by their names."""
 ALIGNED = {"pivot": "auto", "directions": ("avl-tnd",)}
@@ -137,10 +137,29 @@ ALIGNED = {"pivot": "auto", "directions": ("avl-tnd",)}
     [
         (
             "babel",
-            {"languages": 3, "train_sentences": 40, "sizes": {"kmb": 20}, "seed": 4, "directions": ("avl-tnd",)},
+            {
+                "languages": 3,
+                "train_sentences": 40,
+                "sizes": {"kmb": 20},
+                "seed": 4,
+                "directions": ("avl-tnd",),
+                "concepts": 90,
+                "cognates": 0.5,
+            },
             False,
         ),
-        ("headlines", {"languages": 3, "train_documents": 40, "seed": 4, "directions": ("avl-tnd",)}, False),
+        (
+            "headlines",
+            {
+                "languages": 3,
+                "train_documents": 40,
+                "seed": 4,
+                "directions": ("avl-tnd",),
+                "concepts": 90,
+                "cognates": 0.5,
+            },
+            False,
+        ),
         (
             "facts",
             {
@@ -172,7 +191,9 @@ def test_what_each_kind_takes_of_the_settings_of_a_run(kind: str, taken: dict[st
 
 
 def test_babel_as_a_run_opens_it_is_babel_by_its_arguments() -> None:
-    config = DataConfig(babel_sentences=40, babel_languages=3, babel_sizes="kmb=20", seed=5)
+    config = DataConfig(
+        babel_sentences=40, babel_languages=3, babel_sizes="kmb=20", babel_concepts=90, babel_cognates=0.5, seed=5
+    )
     for kind in ("babel", "headlines"):
         by_run = DataConfig(**{**vars(config), "source": kind}).open()
         by_name = open_source(kind, **source_class(kind).settings_from({**GIVEN, "directions": None}))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from moekit.babel import Facts
+from moekit.babel import Babel, BabelSettings, Facts
 from moekit.data.batch import Sentences
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer, train_tokenizer
-from moekit.heads import CausalLMHead, DenoisingHead, MaskedLMHead, SpanCorruptionHead
+from moekit.heads import CausalLMHead, DenoisingHead, MaskedLMHead, SpanCorruptionHead, TranslationHead
 from moekit.inference.facts import FactScorer, parted, recall
 from moekit.source import DECILES, FactQuestion
 from moekit.tasks import SpanCorruption, SpanCorruptionTask
@@ -187,8 +189,39 @@ def test_salient_words_are_asked_for_as_they_are_trained(tokenizer: Tokenizer) -
 def test_tasks_without_a_likelihood_are_refused(tokenizer: Tokenizer, questions: list[FactQuestion]) -> None:
     model, head = models()["causal_lm"]
     scorer = FactScorer(model, torch.nn.ModuleDict({"causal_lm": head}), tokenizer)
-    with pytest.raises(ValueError, match="got translation, which does not"):
+    with pytest.raises(ValueError, match="got replaced_token, which does not"):
+        scorer.score("replaced_token", questions[:1])
+    with pytest.raises(ValueError, match="translation is asked for words, with a source"):
         scorer.score("translation", questions[:1])
+    words = [replace(questions[0], source="a", source_language="avl")]
+    with pytest.raises(ValueError, match="causal_lm is asked for facts, without a source"):
+        scorer.score("causal_lm", words)
+
+
+@pytest.mark.parametrize("sentinel", [False, True])
+@torch.no_grad()
+def test_translation_scores_targets_as_a_plain_loop_does(sentinel: bool, tmp_path: Path) -> None:
+    corpus = Babel(BabelSettings(languages=3, train_sentences=600))
+    tokenizer = train_tokenizer(corpus, vocab_size=300, cache_dir=tmp_path, byte_fallback=False)
+    asked = [q for d in corpus.directions[1:4] for q in corpus.word_questions(d, each=1, choices=3)][::6]
+    assert len({(q.source_language, q.language) for q in asked}) > 1
+    torch.manual_seed(0)
+    model = EncoderDecoder(300, D, 4, 2, 2, 24).eval()
+    heads = torch.nn.ModuleDict({"translation": TranslationHead()})
+    scorer = FactScorer(model, heads, tokenizer, batch_tokens=300, sentinel=sentinel)
+    mark = tokenizer.sentinel_ids[:1] if sentinel else ()
+    for question, scores in zip(asked, scorer.score("translation", asked), strict=True):
+        ids = [tokenizer.tag_id(question.language), *tokenizer.encode(question.source or ""), *mark, tokenizer.eos_id]
+        row = torch.tensor([ids])
+        mask = torch.ones_like(row, dtype=torch.bool)
+        memory = model.encode(row, mask).hidden
+        for sentence, score in zip(question.sentences, scores, strict=True):
+            answer, expected = [*tokenizer.encode(sentence), tokenizer.eos_id], 0.0
+            for i, token in enumerate(answer):
+                given = torch.tensor([[tokenizer.bos_id, *mark, *answer[:i]]])
+                hidden = model.decode(given, memory, mask).hidden[0, -1]
+                expected += float(model.logits(hidden).double().log_softmax(-1)[token])
+            assert score == pytest.approx(expected, abs=1e-4)
 
 
 def test_words_are_encoded_alike_in_parts_and_in_whole(tokenizer: Tokenizer, questions: list[FactQuestion]) -> None:

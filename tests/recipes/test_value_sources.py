@@ -27,7 +27,8 @@ OPERATION = {
         "source", "path", "pivot", "directions", "max_languages", "tokenizer", "sentinel", "cache", "num_workers",
         "babel_languages", "babel_sentences", "babel_sizes", "seed", "order_seed", "languages", "columns", "too_long",
         "facts_entities", "facts_relations", "facts_values", "facts_power", "facts_one_language", "facts_profiles",
-        "unit", "text_field", "salient", "salient_share", "character_coverage", "byte_fallback",
+        "babel_concepts", "babel_cognates", "unit", "text_field", "salient", "salient_share", "character_coverage",
+        "byte_fallback",
         "normalization_rule_name",
     },
     "model": {"checkpoint", "embeddings"},
@@ -38,7 +39,7 @@ OPERATION = {
     },
     "evaluate": {
         "max_sentences", "valid_sentences", "batch_tokens", "samples", "bleu_tokenizer", "score_valid", "domains",
-        "score_valid_every", "score_valid_beam", "facts", "choices",
+        "score_valid_every", "score_valid_beam", "facts", "choices", "words",
     },
 }  # fmt: skip
 """Settings of where, how long and how often: which text, which machine, which rhythm; and what no variant turns on."""

@@ -155,3 +155,23 @@ def test_text_of_other_domains_is_told(run: Path, tmp_path: Path) -> None:
     assert "other domains" not in write_report(plain).read_text(encoding="utf-8")
     both = write_comparison([run, plain], tmp_path / "c").with_suffix(".md").read_text(encoding="utf-8")
     assert f"| talks | 2.25 | {MISSING} |" in both
+
+
+def test_words_are_called_words(run: Path, tmp_path: Path) -> None:
+    """What was asked of a translation run is about words: on the page, in text and in comparisons."""
+    words = [{**record, "about": "words"} for record in asked()]
+    edit(run, "summary.json", recall=words)
+    table = recall_table(read_run(run))
+    assert (table.headers[0], table.title) == ("words", "Recall of words")
+    page, text = write_report(run).read_text(encoding="utf-8"), results_markdown(run)
+    assert "Recall of words by frequency" in page
+    assert "of known words, 12.5 % by chance" in page
+    assert "Recall of words" in text
+    other = edit(make_text_run(tmp_path / "dense", steps=60), "summary.json", recall=words)
+    both = write_comparison([run, other], tmp_path / "c")
+    said = both.read_text(encoding="utf-8") + both.with_suffix(".md").read_text(encoding="utf-8")
+    assert "Recall of words" in said
+    assert not any("facts" in shown.replace("guessing facts", "").lower() for shown in (text,))
+    edit(other, "summary.json", recall=asked())
+    mixed = write_comparison([run, other], tmp_path / "d").with_suffix(".md").read_text(encoding="utf-8")
+    assert "Recall of facts and words" in mixed

@@ -8,6 +8,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
+from moekit.babel.concepts import DEFAULT_CONCEPTS, MINIMUM_CONCEPTS
 from moekit.data.mixture import TemperatureSchedule, heating
 from moekit.data.salient import WithSalient
 from moekit.data.sources import Source, Union, require_parameter, source_class
@@ -34,7 +35,8 @@ _WHICH_TEXT = (
 _WHICH_FACTS = (
     "facts_entities", "facts_relations", "facts_values", "facts_power", "facts_one_language", "facts_profiles",
 )  # fmt: skip
-DOMAIN_SETTINGS = (*_WHICH_TEXT, *_WHICH_FACTS, "path", "seed", "salient")
+_WHICH_WORDS = ("babel_concepts", "babel_cognates")
+DOMAIN_SETTINGS = (*_WHICH_TEXT, *_WHICH_FACTS, *_WHICH_WORDS, "path", "seed", "salient")
 """What says which text another domain is."""
 _OF_ONE_SOURCE = ("path", "directions", "languages", "columns")
 """What says nothing of a corpus of another kind."""
@@ -112,6 +114,10 @@ class DataConfig:
             paragraphs.
         babel_sizes: numbers of training sentences of individual babel languages, to make some low-resource:
             kmb=2000,shl=500 or {kmb: 2000, shl: 500}.
+        babel_concepts: number of things that can be talked about in babel and headlines, each of which is a word in
+            every language; their frequencies fall with the rank in their word class, as 1 / (rank + 1).
+        babel_cognates: share of the words of babel and headlines that sound alike in all languages; names always do.
+            With 0 every other word must be learnt for each pair of languages.
         facts_entities: number of entities of the facts corpus, of whom something is told.
         facts_relations: number of relations of an entity to a value in the facts corpus; each entity has one value in
             each of them, and is linked to one other entity.
@@ -158,6 +164,8 @@ class DataConfig:
     babel_languages: int = setting(4, at_least=1)
     babel_sentences: int = setting(30_000, at_least=1)
     babel_sizes: dict[str, int] | str | None = setting(None, at_least=1)
+    babel_concepts: int = setting(DEFAULT_CONCEPTS, at_least=MINIMUM_CONCEPTS)
+    babel_cognates: float = setting(0.15, at_least=0, at_most=1)
     facts_entities: int = setting(2_000, at_least=4)
     facts_relations: int = setting(4, at_least=1)
     facts_values: int = setting(64, at_least=2)
@@ -235,6 +243,13 @@ class DataConfig:
         kinds = [kind for kind in self.sources if source_class(kind).knows_facts]
         return replace(self, source=kinds[0], path=None, **_OF_FILES).open() if kinds else None
 
+    def dictionary(self) -> Source | None:
+        """The first of the sources that knows what its sentences mean, with nothing read; None if none does."""
+        kinds = [kind for kind in self.sources if source_class(kind).knows_meanings]
+        if not kinds:
+            return None
+        return replace(self, source=kinds[0], path=None, directions=None, **_OF_FILES).open()
+
     def missing_paths(self) -> list[str]:
         """Those of the paths where nothing is."""
         return [path for path in _listed(self.path) if not Path(path).exists() and not glob(path, recursive=True)]
@@ -243,7 +258,9 @@ class DataConfig:
         """The settings that say which text is read; where it lies does not matter."""
         generated = any("path" not in source_class(kind).parameters() for kind in self.sources)
         more = [*(_WHICH_FACTS if "facts" in self.sources else ()), *(["seed"] if generated else [])]
-        more += [name for name in ("unit", "text_field", "salient") if getattr(self, name) != _DEFAULTS[name]]
+        more += [
+            name for name in ("unit", "text_field", "salient", *_WHICH_WORDS) if getattr(self, name) != _DEFAULTS[name]
+        ]
         return {f"data.{name}": getattr(self, name) for name in (*_WHICH_TEXT, *more)}
 
     def temperature_schedule(self) -> TemperatureSchedule:

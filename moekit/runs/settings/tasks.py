@@ -86,7 +86,9 @@ class EvaluateConfig:
         samples: number of sample translations per direction that the report shows.
         facts: for the facts corpus: number of questions of each decile of frequency, kind and language that the test
             asks to measure recall; 0 = it asks none.
-        choices: for the facts corpus: number of values that a question gives to choose from; chance is 1 / choices.
+        words: for translation of babel: number of questions of each decile of frequency and direction that the test
+            asks to measure recall of words, and ten times as many about nouns that no text has; 0 = it asks none.
+        choices: number of values, or nouns, that a question gives to choose from; chance is 1 / choices.
         domains: test text of other domains on which the loss is measured too, by a name of your choice: settings of the
             group data over those of the run, as {talks: {source: text, path: my/talks}}. Text is cut into the run's
             pieces, so its languages must be among the run's.
@@ -105,6 +107,7 @@ class EvaluateConfig:
     batch_tokens: int = setting(4096, at_least=1)
     samples: int = setting(5, at_least=0, free=RESUME)
     facts: int = setting(50, at_least=0, free=RESUME)
+    words: int = setting(0, at_least=0, free=RESUME)
     choices: int = setting(8, at_least=2, free=RESUME)
     domains: dict[str, dict[str, Any]] | None = setting(None, free=RESUME)
     bleu_tokenizer: BleuTokenizer = setting("auto", free=RESUME)
