@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moekit.inference.interface import Generation, Start
+from moekit.inference.interface import Generation, Start, longest_text
 from moekit.inference.ranking import Ranking
 from moekit.inference.session import Session
 
@@ -170,7 +170,7 @@ def _write(session: Session, start: Start, samples: int, choose: _Choose) -> Gen
         logits = session.logits(text)
     ids, scores, wrote = ids[:, : bounds.most], scores[:, : bounds.most], wrote[:, : bounds.most]
     lengths = wrote.sum(1)
-    longest = int(lengths.max())  # host read: once for a search
+    longest = longest_text(lengths, scores.isnan().any(1))
     shape = (sentences, samples)
     return Generation(
         ids=ids[:, :longest].reshape(*shape, -1),
