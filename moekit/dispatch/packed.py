@@ -13,7 +13,7 @@ from moekit.dispatch import once_per_rank
 from moekit.dispatch.base import Dispatched, ExchangeDispatcher
 from moekit.dispatch.exchange import Route, transpose_blocks
 from moekit.dispatch.rows import add, take
-from moekit.functional.eager import is_transformed
+from moekit.functional.eager import is_symbolic
 from moekit.functional.few import is_few
 from moekit.kernels.host_counts import on_host, remember
 from moekit.kernels.listed_rows import sum_rows, take_rows
@@ -87,7 +87,7 @@ class PackedDispatcher(ExchangeDispatcher):
             total = route.rows
         elif routing.all_kept or x.device.type == "meta":
             total = listed
-        elif torch.compiler.is_compiling() or is_transformed():
+        elif is_symbolic():
             total, padded = listed, True
             row = torch.where(kept, row, counts.sum() + (~kept).cumsum(0) - 1)
             counts = torch.cat([counts[:-1], listed - counts[:-1].sum(0, keepdim=True)])
@@ -102,7 +102,7 @@ class PackedDispatcher(ExchangeDispatcher):
             assignment = torch.empty(total + 1, dtype=torch.int64, device=x.device).scatter(0, row, number)[:total]
         token = routing.token[assignment]
         plain = type(x) is Tensor and x.device.type == "cpu"
-        plain = plain and not (torch.compiler.is_compiling() or is_transformed())
+        plain = plain and not is_symbolic()
         if plain and route is None and total == listed and routing.choices:
             return Dispatched(
                 take_rows(x, token, row, routing.choices), counts, _Handle(assignment, token, None, row=row)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moekit.errors import UserError
 from moekit.experts.base import Experts
 from moekit.experts.grouped import GroupedGLU, GroupedMLP
-from moekit.functional.eager import is_transformed
+from moekit.functional.eager import is_symbolic
 from moekit.kernels.gpu.backend import Backend, choose
 from moekit.kernels.gpu.feed_forward import feed_forward
 from moekit.kernels.gpu.hub import sonic_feed_forward
@@ -33,7 +33,7 @@ def weighted_sum(bank: Experts, x: Tensor, routing: Routing) -> Tensor | None:
     backend: Backend = getattr(bank, "backend", "torch")  # what only looks like a bank computes by itself
     if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):  # asked in every forward
         return None
-    if routing.choices is None or torch.compiler.is_compiling() or is_transformed():
+    if routing.choices is None or is_symbolic():
         return None
     matrices, kind = _whole_matrices(bank), _kind(x)
     if backend == "sonicmoe":

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.functional.activation import Activation, activation_function
-from moekit.functional.eager import is_transformed
+from moekit.functional.eager import is_symbolic
 
 _COARSE = 1 / 32  # rates nearer to 0 or 1 take 16 random bits for an entry, others 8
 _COARSEST = 1 / 1024  # rates nearer still are left to torch
@@ -104,4 +104,4 @@ def _draw(x: Tensor, probability: float) -> tuple[Tensor, float]:
 
 def _packed(x: Tensor, probability: float) -> bool:
     here = x.device.type == "cpu" and _COARSEST <= probability <= 1 - _COARSEST
-    return here and not (torch.compiler.is_compiling() or is_transformed())
+    return here and not is_symbolic()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.functional.eager import is_eager, is_transformed
+from moekit.functional.eager import is_eager, is_symbolic
 from moekit.functional.precision import without_autocast
 from moekit.kernels.first_order import refuse_second_order
 
@@ -100,7 +100,7 @@ def vocabulary_loss(
     _check(labels, weight.shape[0], label_smoothing)
     if rows is not None and rows < 1:
         raise ValueError(f"vocabulary_loss needs rows >= 1, or None for as many as the device likes: got {rows}.")
-    if torch.compiler.is_compiling() or is_transformed():
+    if is_symbolic():
         return vocabulary_loss_reference(hidden, weight, labels, label_smoothing)
     if rows is None:
         kind = hidden.device.type

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
+from moekit import routers
 from moekit.experts import GroupedGLU, GroupedMLP
 from moekit.functional.eager import is_eager
 from moekit.layer import MoELayer
@@ -77,6 +78,32 @@ def test_transformed_by_torch_func(kind: str) -> None:
     torch.testing.assert_close(
         slope, (layer(x + step * along).hidden - layer(x - step * along).hidden) / (2 * step), rtol=1e-6, atol=1e-7
     )
+
+
+ROUTERS = {
+    "switch, with jitter": lambda: routers.switch(8, 4),
+    "gshard": lambda: routers.gshard(8, 4),
+    "expert choice": lambda: routers.ExpertChoiceRouter(8, 4),
+    "sinkhorn": lambda: routers.SinkhornRouter(8, 4),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers_in_training_under_vmap(name: str) -> None:
+    """Nothing in a training forward reads a number, or draws what vmap cannot."""
+    layer = MoELayer(ROUTERS[name](), GroupedMLP(4, 8, 12, dropout=0.1)).train()
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).hidden.square().sum()
+
+    found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")(
+        parameters, torch.randn(1, 5, 8).expand(3, 5, 8)
+    )
+    assert all(grad.isfinite().all() for grad in found.values())
+    if "jitter" in name:
+        apart = found["router.weight"]
+        assert not torch.equal(apart[0], apart[1]), "each draws its own"
 
 
 @torch.no_grad()
