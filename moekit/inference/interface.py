@@ -106,7 +106,13 @@ class Start:
         return Bounds(*torch.stack(found).tolist())  # host read: once for a search
 
     def suppressed(self) -> Tensor:
-        """Int64: ids never chosen, padding among them."""
+        """Int64: ids never chosen, padding among them.
+
+        Raises:
+            ValueError: if one is negative, which torch would count from the end of the vocabulary.
+        """
+        if min(self.suppress, default=0) < 0:
+            raise ValueError(f"suppress must be ids of tokens, which begin at 0: got {min(self.suppress)}.")
         return to_device(sorted({self.tokens.pad, *self.suppress}), self.prefix.device)
 
 

@@ -283,6 +283,13 @@ def test_a_model_that_gives_no_numbers_writes_nothing(search: Greedy | BeamSearc
         generate(model, ids, mask, search=search, limit=LengthLimit(4, 0.0))
 
 
+@pytest.mark.parametrize("search", [Greedy(), BeamSearch(3), Sampling(seed=0)], ids=str)
+def test_where_every_token_is_suppressed_none_is_written(search: Greedy | BeamSearch | Sampling) -> None:
+    model, (ids, mask) = make("dense"), sources([3, 2])
+    with pytest.raises(UserError, match=r"it gave none for 2 of 2\..*or all of its tokens suppressed"):
+        generate(model, ids, mask, search=search, suppress=range(VOCAB))
+
+
 def test_no_sentence_gives_no_text() -> None:
     empty = torch.zeros(0, 3, dtype=torch.int64)
     assert generate(make("dense"), empty).lists() == []
@@ -306,6 +313,8 @@ def test_bad_shapes_are_refused() -> None:
         complete(language_model, ids, mask, max_new_tokens=0)
     with pytest.raises(ValueError, match="BeamSearch needs"):
         BeamSearch(2, num_return=3)
+    with pytest.raises(ValueError, match="suppress must be ids of tokens, which begin at 0: got -1"):
+        generate(model, ids, mask, suppress=[3, -1])
     for constant, ratio in ((-1, 1.0), (1, -1.0), (0, 0.0), (1, float("nan")), (1, float("inf"))):
         with pytest.raises(ValueError, match="LengthLimit needs"):
             LengthLimit(constant, ratio)
