@@ -41,7 +41,7 @@ def can_pack(x: Tensor, weight: Tensor) -> bool:
 
 def _is_here() -> bool:
     """Whether the machine profits from the operations, nobody has switched them off, and they work."""
-    return torch.backends.mkldnn.enabled and _works()  # type: ignore[no-any-return, attr-defined]
+    return bool(torch.backends.mkldnn.enabled) and _works()
 
 
 @cache
