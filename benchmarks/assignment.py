@@ -20,9 +20,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from interleaved import counted, written
 from torch import Tensor
 
 from moekit.functional import balanced_assignment as in_torch
@@ -112,9 +112,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["4096x32"], help="tokens x experts (default 4096x32)")
     parser.add_argument("--scipy-up-to", type=int, default=8192, help="tokens; beyond, scipy takes minutes")
-    parser.add_argument("--rounds", type=int, default=3, help="counted rounds (default 3)")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="also write the table as Markdown")
+    parser.add_argument("--rounds", type=counted, default=3, help="counted rounds (default 3)")
+    parser.add_argument("--threads", type=counted, default=1)
+    parser.add_argument("--out", type=written, help="also write the table as Markdown")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 

@@ -30,12 +30,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from expert_parallel_steps import Shape, merged, round_of, table
+from interleaved import counted, written
 from torch import Tensor, nn
 
 from moekit import MoELayer
@@ -263,12 +263,11 @@ def main() -> int:
     parser.add_argument("--trainer", action="store_true", help="steps of a model under the strategy, not the layer")
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=LOADS, help="only these loads of the layer")
     parser.add_argument("--quick", action="store_true", help="toy sizes: does it run?")
-    parser.add_argument("--rounds", type=int, help=f"counted rounds (default {Sizes.rounds} of the layer, 2 of steps)")
-    parser.add_argument("--json", type=Path, help="write the results, environment and commit too")
+    about = f"counted rounds (default {Sizes.rounds} of the layer, 2 of steps)"
+    parser.add_argument("--rounds", type=counted, help=about)
+    parser.add_argument("--json", type=written, help="write the results, environment and commit too")
     options = parser.parse_args()
     sizes, shape = (QUICK, QUICK_STEPS) if options.quick else (Sizes(), STEPS)
-    if options.rounds is not None and options.rounds < 1:
-        parser.error(f"--rounds must be 1 or more: got {options.rounds}")
     if options.processes < 2 or sizes.experts % options.processes:
         parser.error(f"--processes must be 2 or more and divide {sizes.experts} experts: got {options.processes}")
     if options.rounds:

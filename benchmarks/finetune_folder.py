@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import transformers
 from finetune_folder_model import Measured, batch_of, loss_of, qwen3_moe
-from interleaved import Step, compared, interleaved, refuse, write_json
+from interleaved import Step, compared, counted, interleaved, refuse, write_json, written
 from torch import Tensor, nn
 
 from moekit.huggingface import adopt
@@ -116,25 +116,23 @@ def print_table(table: Mapping[str, Any], clock: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dim", type=int, default=256, help="model dimension (default 256)")
-    parser.add_argument("--layers", type=int, default=4, help="transformer blocks (default 4)")
-    parser.add_argument("--experts", type=int, default=64, help="experts of a layer (default 64)")
-    parser.add_argument("--rows", type=int, default=4, help="rows of a process's batch (default 4)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a row (default 512)")
-    parser.add_argument("--rounds", type=int, default=12, help="counted rounds (default 12)")
+    parser.add_argument("--dim", type=counted, default=256, help="model dimension (default 256)")
+    parser.add_argument("--layers", type=counted, default=4, help="transformer blocks (default 4)")
+    parser.add_argument("--experts", type=counted, default=64, help="experts of a layer (default 64)")
+    parser.add_argument("--rows", type=counted, default=4, help="rows of a process's batch (default 4)")
+    parser.add_argument("--length", type=counted, default=512, help="tokens of a row (default 512)")
+    parser.add_argument("--rounds", type=counted, default=12, help="counted rounds (default 12)")
     parser.add_argument("--processes", type=int, default=1, help="processes, with one thread each if several")
-    parser.add_argument("--threads", type=int, help="threads of one process (default: torch's)")
+    parser.add_argument("--threads", type=counted, help="threads of one process (default: torch's)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of one process")
     parser.add_argument("--quick", action="store_true", help="toy sizes and two rounds")
-    parser.add_argument("--json", type=Path, help="write the result as JSON")
+    parser.add_argument("--json", type=written, help="write the result as JSON")
     options = parser.parse_args(arguments)
     vocab_size = 8192
     if options.quick:
         options.dim, options.layers, options.experts, options.rows, options.length = 32, 2, 8, 2, 64
         options.rounds, vocab_size = 2, 128
     several = options.processes > 1
-    if options.rounds < 1:
-        parser.error(f"--rounds must be 1 or more: got {options.rounds}")
     if options.processes < 1 or options.experts % options.processes:
         parser.error(f"--processes must be 1 or more and divide {options.experts} experts: got {options.processes}")
     if several and (options.device != "cpu" or options.threads not in (None, 1)):

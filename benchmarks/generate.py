@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from interleaved import Step, compared, interleaved, peak_bytes, refuse, write_json
+from interleaved import Step, compared, counted, interleaved, peak_bytes, refuse, write_json, written
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -462,11 +462,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small", choices=list(SIZES))
     parser.add_argument("--only", choices=["speed", "memory"], default=None)
-    parser.add_argument("--rounds", type=int, default=9, help="counted rounds (default 9)")
-    parser.add_argument("--beams", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=counted, default=9, help="counted rounds (default 9)")
+    parser.add_argument("--beams", type=counted, nargs="+", default=[1, 4])
+    parser.add_argument("--threads", type=counted, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="toy size, one round, no memory: does it run?")
-    parser.add_argument("--json", type=Path, help="write the result, with environment and commit, to this file")
+    parser.add_argument("--json", type=written, help="write the result, with environment and commit, to this file")
     for name in ("--child", "--folder", "--resident", "--spare-mb"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--no-keep-memory", action="store_true", help="leave the C library as it is")

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from interleaved import counted, written
 from torch import Tensor, nn
 
 from moekit import MoELayer, use_backend
@@ -551,8 +552,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true", help="toy sizes, on a CPU too")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--seconds", type=float, default=540, help="after which nothing new is begun (default 540)")
-    parser.add_argument("--rounds", type=int, help="counted rounds (default 20; toy 1)")
-    parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument("--rounds", type=counted, help="counted rounds (default 20; toy 1)")
+    parser.add_argument("--json", type=written, help="where the results go")
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not given.toy:

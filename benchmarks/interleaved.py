@@ -6,6 +6,7 @@ what is reported are ratios to the first arm of the same round, the floor.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -82,6 +83,25 @@ def compared(seconds: Mapping[str, Mapping[str, list[float]]], floor: str) -> di
                 "ratio_of_least": min(values) / min(base),
             }
     return found
+
+
+def counted(text: str) -> int:
+    """The type of an option that counts something: a whole number of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number: got {text!r}") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more: got {text}")
+    return number
+
+
+def written(text: str) -> Path:
+    """The type of an option that names a file to write: that it cannot be is said before minutes of measuring."""
+    path = Path(text)
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"must name a file in a folder that is there: got {text!r}")
+    return path
 
 
 def write_json(path: Path | None, result: Mapping[str, Any]) -> None:

@@ -21,12 +21,11 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import Step, compared, interleaved, peak_bytes, refuse, write_json
+from interleaved import Step, compared, counted, interleaved, peak_bytes, refuse, write_json, written
 from torch import Tensor, nn
 
 from moekit import AuxLosses, MoELayer
@@ -339,12 +338,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", type=case, nargs="+", default=CASES, metavar="TxExK")
     parser.add_argument("--arms", nargs="+", help="only arms whose names contain one of these, and the floor")
-    parser.add_argument("--rounds", type=int, default=12, help="counted rounds (default 12)")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=counted, default=12, help="counted rounds (default 12)")
+    parser.add_argument("--threads", type=counted, default=1)
     parser.add_argument("--no-keep-memory", action="store_true", help="leave the C library as it is")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--quick", action="store_true", help="toy sizes and two rounds: whether it runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured and on what")
+    parser.add_argument("--json", type=written, metavar="FILE", help="write what was measured and on what")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     kept = False if options.no_keep_memory else keep_memory()

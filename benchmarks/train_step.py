@@ -22,11 +22,10 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from interleaved import Step, compared, interleaved, peak_bytes, refuse, write_json
+from interleaved import Step, compared, counted, interleaved, peak_bytes, refuse, write_json, written
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -214,14 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sparse = [name for name, variant in zcode_m3.RECIPE.variants.items() if variant.config.model.num_experts]
     parser.add_argument("--variant", default="small", choices=[name for name in sparse if name != "paper"])
-    parser.add_argument("--tokens", type=int, default=3072, help="real tokens of a batch, both sides (default 3072)")
-    parser.add_argument("--rounds", type=int, default=12, help="counted rounds (default 12)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tokens", type=counted, default=3072, help="real tokens of a batch, both sides (3072)")
+    parser.add_argument("--rounds", type=counted, default=12, help="counted rounds (default 12)")
+    parser.add_argument("--threads", type=counted, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--profile", action="store_true", help="print where moekit's step spends its time")
     parser.add_argument("--quick", action="store_true", help="the tiny variant, few tokens and two rounds")
-    parser.add_argument("--json", type=Path, help="write the result as JSON")
+    parser.add_argument("--json", type=written, help="write the result as JSON")
     parser.add_argument("--no-keep-memory", action="store_true", help="leave the C library as it is")
     options = parser.parse_args(arguments)
     kept = False if options.no_keep_memory else keep_memory()

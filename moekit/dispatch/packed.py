@@ -13,6 +13,7 @@ from moekit.dispatch import once_per_rank
 from moekit.dispatch.base import Dispatched, ExchangeDispatcher
 from moekit.dispatch.exchange import Route, transpose_blocks
 from moekit.dispatch.rows import add, take
+from moekit.functional.eager import is_symbolic
 from moekit.functional.few import is_few
 from moekit.kernels.host_counts import on_host, remember
 from moekit.kernels.listed_rows import sum_rows, take_rows
@@ -47,8 +48,9 @@ class PackedDispatcher(ExchangeDispatcher):
     Across ranks each sends what it has: loads, batches and numbers of rows may differ, and any of them may be zero.
     Where tokens have several choices, a token travels once to a rank (`moekit.dispatch.once_per_rank`).
 
-    In a graph of `torch.compile` or `torch.export` the number of rows must be known without a look at data. There every
-    assignment has a row: those that are not kept are zeros, which follow the last expert's rows and weigh nothing.
+    In a graph of `torch.compile` or `torch.export`, and where `torch.func` transforms, the number of rows must be known
+    without a look at data. There every assignment has a row: those that are not kept are zeros, which follow the last
+    expert's rows and weigh nothing.
     """
 
     def dispatch_async(self, x: Tensor, routing: Routing) -> Callable[[], Dispatched]:
@@ -85,7 +87,7 @@ class PackedDispatcher(ExchangeDispatcher):
             total = route.rows
         elif routing.all_kept or x.device.type == "meta":
             total = listed
-        elif torch.compiler.is_compiling():
+        elif is_symbolic():
             total, padded = listed, True
             row = torch.where(kept, row, counts.sum() + (~kept).cumsum(0) - 1)
             counts = torch.cat([counts[:-1], listed - counts[:-1].sum(0, keepdim=True)])
@@ -99,7 +101,8 @@ class PackedDispatcher(ExchangeDispatcher):
             row = torch.where(kept, row, total)
             assignment = torch.empty(total + 1, dtype=torch.int64, device=x.device).scatter(0, row, number)[:total]
         token = routing.token[assignment]
-        plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        plain = type(x) is Tensor and x.device.type == "cpu"
+        plain = plain and not is_symbolic()
         if plain and route is None and total == listed and routing.choices:
             return Dispatched(
                 take_rows(x, token, row, routing.choices), counts, _Handle(assignment, token, None, row=row)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moekit.errors import UserError
 from moekit.experts.base import Experts
 from moekit.experts.grouped import GroupedGLU, GroupedMLP
+from moekit.functional.eager import is_symbolic
 from moekit.kernels.gpu.backend import Backend, choose
 from moekit.kernels.gpu.feed_forward import feed_forward
 from moekit.kernels.gpu.hub import sonic_feed_forward
@@ -32,7 +33,7 @@ def weighted_sum(bank: Experts, x: Tensor, routing: Routing) -> Tensor | None:
     backend: Backend = getattr(bank, "backend", "torch")  # what only looks like a bank computes by itself
     if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):  # asked in every forward
         return None
-    if routing.choices is None or torch.compiler.is_compiling():
+    if routing.choices is None or is_symbolic():
         return None
     matrices, kind = _whole_matrices(bank), _kind(x)
     if backend == "sonicmoe":
@@ -72,7 +73,8 @@ def _whole_matrices(bank: Experts) -> tuple[Tensor, Tensor | None, Tensor] | Non
     if type(bank) not in (GroupedMLP, GroupedGLU) or "adapters" in bank._modules:
         return None
     assert isinstance(bank, GroupedMLP | GroupedGLU)
-    if (bank.dropout and bank.training) or bank._forward_hooks or bank._forward_pre_hooks or bank._backward_hooks:
+    hooks = (bank._forward_hooks, bank._forward_pre_hooks, bank._backward_hooks, bank._backward_pre_hooks)
+    if (bank.dropout and bank.training) or any(hooks) or "forward" in vars(bank):
         return None
     found: tuple[Tensor, Tensor | None, Tensor]
     if isinstance(bank, GroupedGLU):

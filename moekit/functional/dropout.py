@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.functional.activation import Activation, activation_function
+from moekit.functional.eager import is_symbolic
 
 _COARSE = 1 / 32  # rates nearer to 0 or 1 take 16 random bits for an entry, others 8
 _COARSEST = 1 / 1024  # rates nearer still are left to torch
@@ -21,8 +22,8 @@ def dropout(x: Tensor, probability: float, *, training: bool) -> Tensor:
     On a CPU, torch draws Bernoulli variables one by one; a draw of 64 bits decides on eight entries here, which is
     several times faster. A call has one of the two multiples of 1/256 around `probability` as its rate (of 1/65536
     below 1/32 and above 31/32), drawn so that each entry is zero with `probability`, and divides the others by what
-    is left of that rate. The bits are of torch's generator. Elsewhere, in compiled graphs, and for rates below 1/1024
-    or above 1023/1024, it is `F.dropout`.
+    is left of that rate. The bits are of torch's generator. Elsewhere, in compiled graphs and under `torch.func`, and
+    for rates below 1/1024 or above 1023/1024, it is `F.dropout`.
 
     Raises:
         ValueError: if `probability` is not in [0, 1].
@@ -102,4 +103,5 @@ def _draw(x: Tensor, probability: float) -> tuple[Tensor, float]:
 
 
 def _packed(x: Tensor, probability: float) -> bool:
-    return x.device.type == "cpu" and _COARSEST <= probability <= 1 - _COARSEST and not torch.compiler.is_compiling()
+    here = x.device.type == "cpu" and _COARSEST <= probability <= 1 - _COARSEST
+    return here and not is_symbolic()

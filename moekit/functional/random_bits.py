@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from moekit.functional.eager import is_symbolic
+
 _LEAST = -(1 << 63)
 _LEVELS = 1 << 16
 """How many values an entry of `_random_int16` has."""
@@ -23,7 +25,7 @@ def _random_int16(count: int, device: torch.device) -> torch.Tensor:
     """Int16[count], uniform over all 65,536 values, drawn four at a time from the generator of `device`."""
     # A CPU draws 64 bits about as fast as it draws the 24 of a float.
     number = -(-count // 4)
-    if torch.compiler.is_compiling():  # graphs have no `random_`; this is the same draw, but for the sign
+    if is_symbolic():  # graphs and vmap have no `random_`; this is the same draw, but for the sign
         words = torch.randint(_LEAST, -(_LEAST + 1), (number,), device=device).bitwise_xor(_LEAST)
     else:
         words = torch.empty(number, dtype=torch.int64, device=device).random_(_LEAST, None)

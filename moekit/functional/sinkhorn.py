@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekit.functional.eager import is_symbolic
+
 _LOOK_EVERY = 8  # sweeps between two looks at whether it is done, on a device that the host would have to wait for
 
 
@@ -58,6 +60,6 @@ def sinkhorn(scores: Tensor, mask: Tensor | None = None, *, iterations: int = 10
         done = done | ((excess.exp() - 1).abs().amax() <= tol)
         # Kept, not skipped: the result is the same whether the loop can stop early or, in a compiled graph, cannot.
         column = torch.where(done, column, column - excess)
-        if not torch.compiler.is_compiling() and sweep % look_every == 0 and bool(done):  # host read
+        if not is_symbolic() and sweep % look_every == 0 and bool(done):  # host read
             break
     return (scores + column).softmax(-1).masked_fill(~real[:, None], 0.0)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.inference.batching import to_device
-from moekit.inference.interface import Generation, Start
+from moekit.inference.interface import Generation, Start, longest_text
 from moekit.inference.length_penalty import GNMTPenalty, LengthPenalty, best_possible
 from moekit.inference.ranking import Ranking, top
 from moekit.inference.session import Session
@@ -118,7 +118,7 @@ class _Finished:
         """The best texts of every sentence, padded."""
         key, ended = self.key[:, :wanted], self.ended[:, :wanted]
         length = self.length[:, :wanted].masked_fill(key == -torch.inf, 0)
-        longest = int(length.max())  # host read: once for a search
+        longest = longest_text(length, key[:, 0] == -torch.inf)
         column = torch.arange(longest, device=key.device)
         real = column < length[..., None]
         place = (self.start.length[:, None, None] + column).clamp_max(self.ids.shape[-1] - 1).expand(real.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moekit.data.tokenizer import SpecialTokens
+from moekit.errors import UserError
 from moekit.inference.batching import to_device
 from moekit.routing import register_pytree
 
@@ -62,16 +64,17 @@ class LengthLimit:
     """The most tokens written for a source of S tokens, the end token included: constant + ratio * S, at least 1.
 
     Raises:
-        ValueError: if a number is negative, or both are 0.
+        ValueError: if a number is negative or not finite, or both are 0.
     """
 
     constant: int = 20
     ratio: float = 1.5
 
     def __post_init__(self) -> None:
-        if self.constant < 0 or self.ratio < 0 or self.constant + self.ratio == 0:
+        if self.constant < 0 or not 0 <= self.ratio < math.inf or self.constant + self.ratio == 0:
             raise ValueError(
-                f"LengthLimit needs constant and ratio at least 0 and not both 0: got {self.constant} and {self.ratio}."
+                "LengthLimit needs a constant and a finite ratio, at least 0 and not both 0: got "
+                f"{self.constant} and {self.ratio}."
             )
 
     def __call__(self, source_length: Tensor) -> Tensor:
@@ -103,7 +106,13 @@ class Start:
         return Bounds(*torch.stack(found).tolist())  # host read: once for a search
 
     def suppressed(self) -> Tensor:
-        """Int64: ids never chosen, padding among them."""
+        """Int64: ids never chosen, padding among them.
+
+        Raises:
+            ValueError: if one is negative, which torch would count from the end of the vocabulary.
+        """
+        if min(self.suppress, default=0) < 0:
+            raise ValueError(f"suppress must be ids of tokens, which begin at 0: got {min(self.suppress)}.")
         return to_device(sorted({self.tokens.pad, *self.suppress}), self.prefix.device)
 
 
@@ -169,6 +178,25 @@ class Hypothesis:
 
     text: str
     score: float
+
+
+def longest_text(lengths: Tensor, broken: Tensor) -> int:
+    """The longest of `lengths`, for the end of a search.
+
+    Args:
+        lengths: Int64, of the texts.
+        broken: Bool, for texts or sentences: which have no score that is a number.
+
+    Raises:
+        UserError: if something is broken: what was written means nothing then.
+    """
+    longest, wrong = torch.stack((lengths.max(), broken.sum())).tolist()  # host read: once for a search
+    if wrong:
+        raise UserError(
+            f"a model must give numbers by which texts can be compared: it gave none for {wrong} of {broken.numel()}. "
+            "Its weights may be NaN, or all of its tokens suppressed."
+        )
+    return int(longest)
 
 
 class Search(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,10 +24,16 @@ class GNMTPenalty:
     Args:
         alpha: 0 = plain sum of log-probabilities; larger favours longer texts.
 
+    Raises:
+        ValueError: if `alpha` is not finite.
+
     Source: arXiv:1609.08144 eq. 14 (alpha 0.6 to 0.7 there), without its coverage term.
     """
 
     alpha: float = 0.6
+
+    def __post_init__(self) -> None:
+        _require_finite(self)
 
     def divisor(self, length: Tensor) -> Tensor:
         """((5 + length) / 6) ** alpha."""
@@ -35,13 +42,25 @@ class GNMTPenalty:
 
 @dataclass(frozen=True)
 class MeanLogProb:
-    """Divides by length ** alpha; 1 = the mean log-probability of a token, the end token counted."""
+    """Divides by length ** alpha; 1 = the mean log-probability of a token, the end token counted.
+
+    Raises:
+        ValueError: if `alpha` is not finite.
+    """
 
     alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_finite(self)
 
     def divisor(self, length: Tensor) -> Tensor:
         """Length ** alpha."""
         return length.double() ** self.alpha
+
+
+def _require_finite(penalty: GNMTPenalty | MeanLogProb) -> None:
+    if not math.isfinite(penalty.alpha):
+        raise ValueError(f"{type(penalty).__name__}.alpha must be a finite number: got {penalty.alpha}.")
 
 
 def best_possible(penalty: LengthPenalty, total: Tensor, length: Tensor, limit: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moekit.inference.interface import Generation, Start
+from moekit.inference.interface import Generation, Start, longest_text
 from moekit.inference.ranking import Ranking
 from moekit.inference.session import Session
 
@@ -73,8 +73,9 @@ class Sampling:
         suppress = start.suppressed()
 
         def choose(logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
-            token = self.pick(logits.index_fill(-1, suppress, -torch.inf), _uniform(seed, rows, step))
-            return token, logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+            allowed = logits.index_fill(-1, suppress, -torch.inf)
+            token = self.pick(allowed, _uniform(seed, rows, step))
+            return token, allowed.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
 
         return _write(session, start, self.samples, choose)
 
@@ -170,7 +171,7 @@ def _write(session: Session, start: Start, samples: int, choose: _Choose) -> Gen
         logits = session.logits(text)
     ids, scores, wrote = ids[:, : bounds.most], scores[:, : bounds.most], wrote[:, : bounds.most]
     lengths = wrote.sum(1)
-    longest = int(lengths.max())  # host read: once for a search
+    longest = longest_text(lengths, ~scores.isfinite().all(1))
     shape = (sentences, samples)
     return Generation(
         ids=ids[:, :longest].reshape(*shape, -1),

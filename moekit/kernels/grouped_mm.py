@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moekit.functional.eager import is_eager
+from moekit.functional.eager import is_eager, is_transformed
 from moekit.kernels.gpu import products
 from moekit.kernels.gpu.backend import Backend, choose, is_one_kernel
 from moekit.kernels.host_counts import on_host
@@ -44,7 +44,8 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, backend: Backend = "au
         backend: who multiplies; see `moekit.use_backend`.
 
     Returns:
-        Float[R, F], in the autocast type where autocast is on, else in the type of `x`.
+        Float[R, F], in the autocast type where autocast is on, else in the type of `x`. What `torch.func` transforms
+        (vmap, grad, jvp, ...) is computed by every expert for every row, so that no shape depends on data.
 
     Raises:
         ValueError: if `counts` does not sum to R or has not one entry per matrix, where they are read: on a CPU, and
@@ -55,6 +56,8 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, backend: Backend = "au
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
+    if is_transformed():
+        return _by_all_experts(x, weight, counts)
     few = kind == "cuda" and _are_few(x, weight)
     wanted = x.dtype == weight.dtype and (backend == "triton" or not few)
     if wanted and choose(backend, x, "product").name == "triton":
@@ -67,6 +70,16 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, backend: Backend = "au
     if plain and not torch.is_grad_enabled() and is_eager():
         return _multiply(x, weight, counts)  # what autograd and compilers must be told takes longer than few rows
     return _grouped_mm(x, weight, on_host(counts))
+
+
+def _by_all_experts(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """By operations that everything transforms: each expert multiplies its own rows, and zeros for the others'."""
+    number, end = torch.arange(x.shape[0], device=x.device)[:, None], counts.cumsum(0)
+    out = x.new_zeros(x.shape[0], weight.shape[2])
+    for e, matrix in enumerate(weight.unbind(0)):
+        own = (number < end[e]) & (number >= end[e] - counts[e])
+        out = out + torch.where(own, x, 0.0) @ matrix
+    return out
 
 
 def _one_kernel(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -239,3 +252,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
 
 
 _grouped_mm.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    """For gradients of gradients of the matrices."""
+    x, y, counts = ctx.saved_tensors
+    dx = _grouped_mm(y, grad.transpose(1, 2), counts) if ctx.needs_input_grad[0] else None
+    dy = _grouped_mm(x, grad, counts) if ctx.needs_input_grad[1] else None
+    return dx, dy, None
+
+
+_grouped_outer.register_autograd(
+    _outer_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.functional.eager import is_transformed
+
 
 def repeat_rows(values: Tensor, counts: Tensor, num_rows: int) -> Tensor:
     """The e-th row of `values`, ``counts[e]`` times, one expert after the other.
@@ -21,7 +23,7 @@ def repeat_rows(values: Tensor, counts: Tensor, num_rows: int) -> Tensor:
         `torch.repeat_interleave` is a scattered addition there, in any order and in the type of `values`, where bf16
         stops growing at 256 times a summand.
     """
-    if torch.compiler.is_exporting():  # in operations that every format has
+    if torch.compiler.is_exporting() or is_transformed():  # in operations that every format has
         expert = (torch.arange(num_rows, device=values.device)[:, None] >= counts.cumsum(0)).sum(1)
         return values[expert]
     if values.device.type != "cuda":

@@ -2,7 +2,7 @@
 
 There every assignment has a row, and every row an assignment. So what elsewhere is a scattered addition into zeros, in
 the sum and in the gradient of the sorting, is a gather. On a CPU these operations are bound by memory: each piece of
-rows is gathered, multiplied and added while it lies in a core's cache.
+rows is gathered, multiplied and added while it lies in a core's cache. What `torch.func` transforms is not for them.
 """
 
 from __future__ import annotations
@@ -81,17 +81,10 @@ def _gathered(rows: Tensor, row: Tensor, choices: int, weight: Tensor | None) ->
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, token: Tensor, row: Tensor, choices: int) -> Tensor:
-        return x.index_select(0, token)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, row, ctx.choices = inputs
+    def forward(ctx: Any, x: Tensor, token: Tensor, row: Tensor, choices: int) -> Tensor:
+        ctx.choices = choices
         ctx.save_for_backward(row)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-        return torch.vmap(take_rows_reference, in_dims[:2], randomness=info.randomness)(*inputs[:2]), 0
+        return x.index_select(0, token)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -104,16 +97,9 @@ class _Take(torch.autograd.Function):
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(y: Tensor, weight: Tensor, token: Tensor, row: Tensor, choices: int) -> Tensor:
+    def forward(ctx: Any, y: Tensor, weight: Tensor, token: Tensor, row: Tensor, choices: int) -> Tensor:
+        ctx.save_for_backward(y, weight, token, row)
         return _gathered(y, row, choices, weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:4])
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-        return torch.vmap(sum_rows_reference, in_dims, randomness=info.randomness)(*inputs), 0
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:

@@ -7,6 +7,9 @@ packed matrix; packing took 2.6.
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,9 +40,36 @@ def can_pack(x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_here() -> bool:
-    """Whether this torch has the operations, which it keeps for its compiler, and the machine profits from them."""
-    known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return known and torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
+    """Whether the machine profits from the operations, nobody has switched them off, and they work."""
+    return bool(torch.backends.mkldnn.enabled) and _works()
+
+
+@cache
+def _works() -> bool:
+    """Whether this torch has the operations, and they compute a small product right.
+
+    It keeps them for its compiler, and may change them with any release.
+    """
+    if not (torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()):
+        return False
+    if not (hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    with torch.inference_mode(False), torch.no_grad():
+        weight = torch.arange(16 * 24, dtype=torch.float32, device="cpu").sin_().view(16, 24)
+        x = weight[3:8] * 2
+        try:
+            expected = project_reference(x, weight)
+            error = float((PackedMatrix(weight)(x) - expected).norm() / expected.norm())
+            wrong = "" if error < 0.02 else f"a product is off by {error:.1e} of its size"  # in bf16 it may be
+        except Exception as caught:  # whatever other arguments or a missing kernel raise
+            wrong = f"{type(caught).__name__}: {caught}"
+    if wrong:
+        warnings.warn(
+            f"torch {torch.__version__} multiplies by packed matrices in another way than moekit expects: {wrong}. "
+            "Logits are computed without them, somewhat slower and otherwise the same.",
+            stacklevel=2,
+        )
+    return not wrong
 
 
 class PackedMatrix:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekit.functional.eager import is_eager, is_symbolic
+from moekit.functional.precision import without_autocast
 from moekit.kernels.first_order import refuse_second_order
 
 _FEWEST_ROWS = 256  # products of fewer rows lose more time than smaller scores gain
@@ -34,14 +36,18 @@ def logits_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) ->
 
     Args:
         logits: Float[N, V].
-        labels: Int64[N].
-        label_smoothing: epsilon; the target is (1 - epsilon) on the label and epsilon / V everywhere.
+        labels: Int64[N], each in 0..V-1: rows that nobody judges are to be left out.
+        label_smoothing: epsilon, in 0..1; the target is (1 - epsilon) on the label and epsilon / V everywhere.
 
     Returns:
         Loss and log-likelihood in float32, or in float64 where the scores are. Of no prediction the loss is 0.
 
+    Raises:
+        ValueError: if `label_smoothing` is out of its range, or on a CPU a label is.
+
     Source: arXiv:1512.00567 section 7.
     """
+    _check(labels, logits.shape[-1], label_smoothing)
     n = labels.numel()
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if n == 0:
@@ -70,18 +76,19 @@ def vocabulary_loss(
 
     Scores of some rows become probabilities and at once gradients of states and table, so that nothing of the size
     [N, V] is kept for the backward, which multiplies these gradients by that of the loss. A first derivative is all
-    that there is. Under autocast, products are of its type and all else is float32. A compiled graph gets the plain
-    form, `vocabulary_loss_reference`.
+    that there is. Under autocast, products are of its type and all else is float32. A compiled graph, and what
+    `torch.func` transforms, get the plain form, `vocabulary_loss_reference`.
 
     Args:
         hidden: Float[N, D].
         weight: Float[V, D].
-        labels: Int64[N].
-        label_smoothing: epsilon; the target is (1 - epsilon) on the label and epsilon / V everywhere.
+        labels: Int64[N], each in 0..V-1: rows that nobody judges are to be left out.
+        label_smoothing: epsilon, in 0..1; the target is (1 - epsilon) on the label and epsilon / V everywhere.
         rows: how many at a time; None = as the device likes it.
 
     Raises:
-        ValueError: if the three are not of these shapes.
+        ValueError: if the three are not of these shapes, if `label_smoothing` is out of its range, or on a CPU a label
+            is, or if `rows` is less than 1.
 
     Source: arXiv:1512.00567 section 7; gradients with the forward: arXiv:2410.10989 section 3.2.
     """
@@ -90,7 +97,10 @@ def vocabulary_loss(
             "vocabulary_loss needs hidden [N, D], weight [V, D] and labels [N]: got "
             f"{tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}."
         )
-    if torch.compiler.is_compiling():
+    _check(labels, weight.shape[0], label_smoothing)
+    if rows is not None and rows < 1:
+        raise ValueError(f"vocabulary_loss needs rows >= 1, or None for as many as the device likes: got {rows}.")
+    if is_symbolic():
         return vocabulary_loss_reference(hidden, weight, labels, label_smoothing)
     if rows is None:
         kind = hidden.device.type
@@ -100,16 +110,30 @@ def vocabulary_loss(
     return TokenLoss(*found)
 
 
+def _check(labels: Tensor, vocabulary: int, smoothing: float) -> None:
+    """Refuse what is no label and no smoothing; elsewhere than on a CPU a look at labels would wait for the device."""
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1]: got {smoothing}.")
+    if labels.device.type == "cpu" and type(labels) is Tensor and labels.numel() and is_eager():
+        least, most = (int(label) for label in labels.aminmax())
+        if least < 0 or most >= vocabulary:
+            wrong = least if least < 0 else most
+            raise ValueError(
+                f"labels must be in 0..{vocabulary - 1}, the numbers of the vocabulary: got {wrong}. No number stands "
+                "for a label that is ignored: leave such rows out."
+            )
+
+
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, rows: int, learns: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
-        narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        if narrow != hidden.dtype and hidden.dtype == torch.float64:
-            narrow = hidden.dtype  # which autocast leaves alone
-        with torch.autocast(device, enabled=False):
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        # Autocast leaves float64 alone.
+        narrow = torch.get_autocast_dtype(device) if cast and hidden.dtype != torch.float64 else hidden.dtype
+        with without_autocast(hidden.device):
             learns_hidden, learns_weight = (learns and needed for needed in ctx.needs_input_grad[:2])
             sums = _Sums(hidden, weight.to(narrow), smoothing, learns_hidden, learns_weight)
             for start in range(0, hidden.shape[0], rows):

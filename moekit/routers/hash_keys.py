@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from moekit.functional.eager import is_symbolic
 from moekit.functional.hash_tables import hash_ids
 from moekit.routing import RoutingContext
 
@@ -151,8 +152,8 @@ def known_ids(ids: Tensor, mask: Tensor | None, limit: int, message: str) -> Ten
     """
     if mask is not None:
         ids = ids.masked_fill(~mask, 0)
-    # Looking at the ids makes a GPU wait and breaks a compiled graph; there torch's own index check has to do.
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+    # A look at the ids makes a GPU wait, breaks a graph, and vmap refuses it: torch's own check has to do there.
+    if ids.device.type == "cpu" and not is_symbolic() and ids.numel():
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= limit:
             raise ValueError(message.format(low if low < 0 else high))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moekit.functional.eager import is_symbolic
+
 
 def count_real(mask: Tensor) -> Tensor:
     """Int64[B, S]: how many real tokens stand before each real place of ``mask`` Bool[B, S] in its row.
@@ -31,8 +33,8 @@ def next_real(ids: Tensor, mask: Tensor | None, last: Tensor) -> Tensor:
 
 
 def _unseen(mask: Tensor) -> bool:
-    """Whether looking at a mask would cost: on an accelerator it waits, in a compiler it breaks the graph."""
-    return mask.device.type != "cpu" or torch.compiler.is_compiling()
+    """Whether looking at a mask would cost: an accelerator waits, a compiled graph breaks, and vmap refuses it."""
+    return mask.device.type != "cpu" or is_symbolic()
 
 
 def check_right_padded(mask: Tensor | None, *, cached: bool = False) -> None:

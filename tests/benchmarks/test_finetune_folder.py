@@ -121,7 +121,7 @@ def test_what_processes_cannot_do_is_refused(
 def test_rounds_are_counted(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         script.main(["--rounds", "0"])
-    assert "--rounds must be 1 or more: got 0" in capsys.readouterr().err
+    assert "--rounds: must be 1 or more: got 0" in capsys.readouterr().err
 
 
 def test_what_is_not_one_function_is_refused(script: ModuleType) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -177,6 +178,23 @@ def test_elsewhere_it_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     dropout(torch.ones(5), 0.5, training=True)
     assert calls == [("meta", 0.5), ("cpu", 1e-4), ("cpu", 1 - 1e-4), ("cpu", 0.5)]
+
+
+@pytest.mark.parametrize("form", [dropout, relu_dropout])
+def test_transformed_by_torch_func(form: Callable[..., torch.Tensor]) -> None:
+    """A draw of its own for each entry of the batch, or one for all, as vmap is told; and gradients."""
+    x = torch.ones(6, 4000)
+
+    def dropped(x: torch.Tensor) -> torch.Tensor:
+        return form(x, 0.3, training=True)
+
+    apart = torch.vmap(dropped, randomness="different")(x) == 0
+    assert len({tuple(row.tolist()) for row in apart}) == 6
+    assert abs(float(apart.double().mean()) - 0.3) < 0.02
+    same = torch.vmap(dropped, randomness="same")(x)
+    assert torch.equal(same, same[:1].expand_as(same))
+    grads = torch.vmap(torch.func.grad(lambda x: dropped(x).sum()), randomness="different")(x)
+    assert set(grads.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.7))}
 
 
 def test_a_rate_that_is_none_is_refused() -> None:

@@ -8,10 +8,12 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from moekit.experts import GroupedGLU
+from moekit import routers
+from moekit.experts import GroupedGLU, GroupedMLP
 from moekit.functional.eager import is_eager
 from moekit.layer import MoELayer
 from moekit.routers import TopKRouter
+from moekit.routing import Capacity
 from moekit.testing import assert_close
 
 
@@ -42,6 +44,66 @@ def test_a_layer_under_vmap(layer: MoELayer) -> None:
     x = torch.randn(3, 5, 8, dtype=torch.float64)
     found = torch.vmap(lambda row: layer(row[None]).hidden[0])(x)
     assert_close(found, layer(x).hidden)
+
+
+TRANSFORMED = {
+    "plain": lambda: (TopKRouter(8, 4, 2), GroupedGLU(4, 8, 12)),
+    "biases and drops": lambda: (
+        TopKRouter(8, 4, 2, capacity=Capacity(0.7, 0.7, minimum=1)), GroupedMLP(4, 8, 12, bias=True, activation="gelu"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TRANSFORMED)
+def test_transformed_by_torch_func(kind: str) -> None:
+    """Gradients of each sequence alone, and derivatives forward, of what is elsewhere a kernel."""
+    torch.manual_seed(0)
+    layer = MoELayer(*TRANSFORMED[kind]()).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    parameters = dict(layer.named_parameters())
+    x, along = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).hidden.square().sum()
+
+    alone = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for number, one in enumerate(x):
+        expected = torch.autograd.grad(loss(parameters, one), list(parameters.values()))
+        for (name, found), slow in zip(alone.items(), expected, strict=True):
+            assert_close(found[number], slow, name)
+    value, slope = torch.func.jvp(lambda x: layer(x).hidden, (x,), (along,))
+    assert_close(value, layer(x).hidden)
+    step = 1e-6
+    torch.testing.assert_close(
+        slope, (layer(x + step * along).hidden - layer(x - step * along).hidden) / (2 * step), rtol=1e-6, atol=1e-7
+    )
+
+
+ROUTERS = {
+    "switch, with jitter": lambda: routers.switch(8, 4),
+    "gshard": lambda: routers.gshard(8, 4),
+    "expert choice": lambda: routers.ExpertChoiceRouter(8, 4),
+    "sinkhorn": lambda: routers.SinkhornRouter(8, 4),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers_in_training_under_vmap(name: str) -> None:
+    """Nothing in a training forward reads a number, or draws what vmap cannot."""
+    layer = MoELayer(ROUTERS[name](), GroupedMLP(4, 8, 12, dropout=0.1)).train()
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).hidden.square().sum()
+
+    found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")(
+        parameters, torch.randn(1, 5, 8).expand(3, 5, 8)
+    )
+    assert all(grad.isfinite().all() for grad in found.values())
+    if "jitter" in name:
+        apart = found["router.weight"]
+        assert not torch.equal(apart[0], apart[1]), "each draws its own"
 
 
 @torch.no_grad()

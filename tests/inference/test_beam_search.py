@@ -197,6 +197,13 @@ def test_length_penalty_against_its_formula(penalty: object) -> None:
         assert value == pytest.approx(slow_score(penalty, -7.0, length), rel=1e-12)
 
 
+def test_a_penalty_is_finite() -> None:
+    for penalty in (GNMTPenalty, MeanLogProb):
+        for alpha in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"{penalty.__name__}.alpha must be a finite number: got {alpha}"):
+                penalty(alpha)
+
+
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 def test_the_bound_is_met_and_never_passed(penalty: object) -> None:
     """Over all ways to go on for free, the best score is the bound."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit import experts, routers
+from moekit.errors import UserError
 from moekit.inference import (
     BeamSearch,
     Generation,
@@ -270,6 +271,25 @@ def test_modes_are_restored_after_an_error() -> None:
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("search", [Greedy(), BeamSearch(3), Sampling(seed=0, samples=2)], ids=str)
+def test_a_model_that_gives_no_numbers_writes_nothing(search: Greedy | BeamSearch | Sampling) -> None:
+    """One of two sentences is broken; without a word it would be answered by any token, or by none."""
+    model, (ids, mask) = make("dense"), sources([3, 2])
+    with torch.no_grad():
+        model.embedding.weight[ids[0, 0]] = torch.nan
+    texts = 2 if isinstance(search, Sampling) else 1
+    said = rf"it gave none for (1 of 2|{texts} of {2 * texts}|2 of 2|4 of 4)\. Its weights may be NaN"
+    with pytest.raises(UserError, match=said):
+        generate(model, ids, mask, search=search, limit=LengthLimit(4, 0.0))
+
+
+@pytest.mark.parametrize("search", [Greedy(), BeamSearch(3), Sampling(seed=0)], ids=str)
+def test_where_every_token_is_suppressed_none_is_written(search: Greedy | BeamSearch | Sampling) -> None:
+    model, (ids, mask) = make("dense"), sources([3, 2])
+    with pytest.raises(UserError, match=r"it gave none for 2 of 2\..*or all of its tokens suppressed"):
+        generate(model, ids, mask, search=search, suppress=range(VOCAB))
+
+
 def test_no_sentence_gives_no_text() -> None:
     empty = torch.zeros(0, 3, dtype=torch.int64)
     assert generate(make("dense"), empty).lists() == []
@@ -293,5 +313,8 @@ def test_bad_shapes_are_refused() -> None:
         complete(language_model, ids, mask, max_new_tokens=0)
     with pytest.raises(ValueError, match="BeamSearch needs"):
         BeamSearch(2, num_return=3)
-    with pytest.raises(ValueError, match="LengthLimit needs"):
-        LengthLimit(-1, 1.0)
+    with pytest.raises(ValueError, match="suppress must be ids of tokens, which begin at 0: got -1"):
+        generate(model, ids, mask, suppress=[3, -1])
+    for constant, ratio in ((-1, 1.0), (1, -1.0), (0, 0.0), (1, float("nan")), (1, float("inf"))):
+        with pytest.raises(ValueError, match="LengthLimit needs"):
+            LengthLimit(constant, ratio)

@@ -263,6 +263,22 @@ def layer(name: str) -> None:
 
 
 @case()
+def hooks_of_a_bank_are_called() -> None:
+    """A bank that somebody watches computes by itself, whatever kind of hook it is."""
+    ways = ("forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook")
+    for way in ways:
+        made, called = MoELayer(TopKRouter(DIM, 3, 1), GroupedMLP(3, DIM, 20), backend="triton"), []
+        getattr(made.experts, f"register_{way}")(lambda *_, called=called: called.append(1) or None)
+        made(torch.randn(4, DIM, requires_grad=True)).hidden.sum().backward()
+        assert called, way
+    made = MoELayer(TopKRouter(DIM, 3, 1), GroupedMLP(3, DIM, 20), backend="triton")
+    made.experts.forward = lambda rows, counts=None: torch.full_like(rows, 2.0)
+    found = made(torch.randn(4, DIM))
+    weight = found.routing.weight.detach()[:, None]
+    same(found.hidden.detach(), 2.0 * weight.expand(4, DIM), "a forward of its own", 1e-6)
+
+
+@case()
 def auto_never_takes_the_cpu() -> None:
     x = torch.randn(3, DIM)
     assert choose("auto", x, "layer") == ("torch", "the tensors are on cpu")

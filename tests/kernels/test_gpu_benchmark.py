@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     with module_of(SCRIPT) as module:
         monkeypatch.setattr(module, "product_rate", lambda device, dtype: 1e12)
         yield module

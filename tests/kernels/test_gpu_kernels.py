@@ -21,7 +21,8 @@ PROGRAM = Path(__file__).with_name("interpreted.py")
 NEEDS_TRITON = pytest.mark.skipif(not language.PRESENT, reason="needs triton: pip install triton (Linux)")
 QUICK = (
     "product some float32", "product_with", "bank 2 gelu True", "bank 1 silu",
-    "permute_and_unpermute 2", "top_k 9", "top_k 40", "layer gated", "layer two-layer", "auto", "right bfloat16",
+    "permute_and_unpermute 2", "top_k 9", "top_k 40", "layer gated", "layer two-layer", "hooks", "auto",
+    "right bfloat16",
 )  # fmt: skip
 
 

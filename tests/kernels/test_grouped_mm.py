@@ -55,6 +55,9 @@ def test_an_expert_without_rows_gets_a_gradient_of_zeros() -> None:
 def test_gradcheck(counts: list[int]) -> None:
     x, weight, count = case(counts)
     assert torch.autograd.gradcheck(lambda a, b: grouped_mm(a, b, count), (x, weight))
+    assert torch.autograd.gradgradcheck(lambda a, b: grouped_mm(a, b, count).sin(), (x, weight))
+    turned = weight.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda a, b: grouped_mm(a, b, count).sin(), (x, turned))
 
 
 def test_expanded_and_non_contiguous() -> None:

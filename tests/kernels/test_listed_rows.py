@@ -55,17 +55,6 @@ def test_gradcheck(choices: int) -> None:
     assert torch.autograd.gradgradcheck(lambda a, b: sum_rows(a, b, token, row, choices), (y, weight))
 
 
-def test_batches_of_lists_by_vmap() -> None:
-    first, rows = listed(4, 2)
-    token, row = torch.stack((first, first.flip(0))), torch.stack((rows, 7 - rows))
-    x, y, weight = torch.randn(2, 4, 3), torch.randn(2, 8, 3), torch.rand(2, 8)
-    taken = torch.vmap(lambda *given: take_rows(*given, 2))(x, token, row)
-    summed = torch.vmap(lambda *given: sum_rows(*given, 2))(y, weight, token, row)
-    for i in range(2):
-        assert_close(taken[i], take_rows_reference(x[i], token[i]))
-        assert_close(summed[i], sum_rows_reference(y[i], weight[i], token[i], row[i], 2))
-
-
 def test_an_expanded_input_and_weights_apart() -> None:
     token, row = listed(4, 2)
     y = torch.randn(1, 3, dtype=torch.float64).expand(8, 3).requires_grad_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,42 @@ def test_where_it_is_not_taken() -> None:
         assert not can_pack(x.to("meta"), weight)
         with torch.autocast("cpu", torch.bfloat16):
             assert not can_pack(x, weight)
+
+
+@here
+def test_operations_that_do_not_work_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are torch's own business: gone, with other arguments, or with other results, logits are the plain ones."""
+    x, weight = torch.randn(4, DIM), torch.randn(VOCAB, DIM)
+
+    def taken() -> bool:
+        packed_matrix._works.cache_clear()
+        with torch.inference_mode():
+            return can_pack(x, weight)
+
+    def other_arguments() -> Tensor:
+        raise AssertionError
+
+    right = torch.ops.mkldnn._linear_pointwise
+    try:
+        assert taken()
+        torch.backends.mkldnn.set_flags(_enabled=False)
+        assert not taken(), "oneDNN is switched off"
+        torch.backends.mkldnn.set_flags(_enabled=True)
+        for name in ("_reorder_linear_weight", "_linear_pointwise"):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.ops.mkldnn, name, other_arguments)
+                with pytest.warns(UserWarning, match="in another way than moekit expects: TypeError"):
+                    assert not taken()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *given: right(*given) * 1.1)
+            with pytest.warns(UserWarning, match="a product is off by 1.0e-01 of its size"):
+                assert not taken()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+            assert not taken(), "the operations are gone"
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=True)
+        packed_matrix._works.cache_clear()
 
 
 def sequence_model() -> EncoderDecoder:

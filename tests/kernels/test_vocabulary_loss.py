@@ -228,3 +228,51 @@ def test_a_gradient_of_the_gradient_is_refused() -> None:
     loss = vocabulary_loss(hidden * hidden, torch.randn(11, 8), torch.arange(5)).loss
     with pytest.raises(RuntimeError, match="vocabulary_loss_reference"):
         torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_transformed_by_torch_func() -> None:
+    """Gradients of each prediction alone, as one by one."""
+    hidden, weight, labels = (t.detach() for t in case())
+
+    def loss(hidden: Tensor, label: Tensor) -> Tensor:
+        return vocabulary_loss(hidden[None], weight, label[None], 0.1).loss
+
+    found = torch.vmap(torch.func.grad(loss))(hidden, labels)
+    for row, label, grad in zip(hidden, labels, found, strict=True):
+        leaf = row.clone().requires_grad_()
+        assert_close(grad, torch.autograd.grad(loss(leaf, label), leaf)[0])
+
+
+@pytest.mark.parametrize("rows", [0, -1])
+def test_no_row_at_a_time_is_refused(rows: int) -> None:
+    with pytest.raises(ValueError, match=f"rows >= 1, or None for as many as the device likes: got {rows}"):
+        vocabulary_loss(*case(), rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("labels", "smoothing", "said"),
+    [
+        ([0, -100, 1], 0.0, r"labels must be in 0\.\.12, the numbers of the vocabulary: got -100"),
+        ([0, 13, 1], 0.0, r"labels must be in 0\.\.12, the numbers of the vocabulary: got 13"),
+        ([0, 1, 2], -0.1, r"label_smoothing must be in \[0, 1\]: got -0.1"),
+        ([0, 1, 2], 1.5, r"label_smoothing must be in \[0, 1\]: got 1.5"),
+        ([0, 1, 2], float("nan"), r"label_smoothing must be in \[0, 1\]: got nan"),
+    ],
+)
+def test_what_is_no_label_and_no_smoothing_is_refused(labels: list[int], smoothing: float, said: str) -> None:
+    hidden, weight, _ = case(3)
+    for loss in (vocabulary_loss, vocabulary_loss_reference):
+        with pytest.raises(ValueError, match=said):
+            loss(hidden, weight, torch.tensor(labels), smoothing)
+
+
+def test_all_of_the_target_may_be_even() -> None:
+    both(*case(), 1.0, 4)
+
+
+def test_shapes_alone() -> None:
+    """On the meta device, which knows no autocast."""
+    hidden, weight, labels = (t.detach().to("meta").requires_grad_(t.is_floating_point()) for t in case())
+    found = vocabulary_loss(hidden, weight, labels, 0.1)
+    assert found.loss.shape == ()
+    assert [g.shape for g in torch.autograd.grad(found.loss, (hidden, weight))] == [hidden.shape, weight.shape]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.errors import UserError, nearest
+from moekit.functional.eager import is_symbolic
 from moekit.kernels.gpu.language import PRESENT, is_interpreted
 from moekit.kernels.gpu.proof import failure
 from moekit.kernels.gpu.tiles import capability
@@ -91,8 +92,8 @@ def choose(
     """
     if backend in ("torch", "sonicmoe"):
         return Choice("torch", "")
-    if torch.compiler.is_compiling() or x.device.type == "meta":
-        return Choice("torch", "compiled graphs and shapes without numbers are made of torch's operations")
+    if is_symbolic() or x.device.type == "meta":
+        return Choice("torch", "what is compiled, transformed or without numbers is made of torch's operations")
     if backend == "auto" and x.device.type != "cuda":  # the common case first: it is asked in every forward
         return Choice("torch", f"the tensors are on {x.device.type}")
     dtype = dtype or x.dtype
