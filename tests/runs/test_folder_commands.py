@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from moekit.cli.program import main  # noqa: E402
 from moekit.errors import UserError  # noqa: E402
+from moekit.folder_text.encoding import IGNORED  # noqa: E402
 from moekit.huggingface import adopt_folder  # noqa: E402
 from moekit.huggingface.pruning import adopted_layers  # noqa: E402
 from moekit.runs.folders.measuring import held_out_loss, measured_use  # noqa: E402
-from moekit.runs.folders.text import IGNORED, TextChoice, folder_text  # noqa: E402
+from moekit.runs.folders.text import TextChoice, folder_text  # noqa: E402
 from moekit.runs.surgery.curve import Curve, Point, table  # noqa: E402
 from moekit.surgery import watch_experts  # noqa: E402
 
@@ -203,7 +204,7 @@ REFUSED = {
     "a curve of nothing": (["curve", "olmoe"], "needs text"),
     "itself": (["prune", "olmoe", "--keep", "3", "--by", "random", "--out", "olmoe"], "the folder that is read"),
     "a split that is not there": (["prune", "olmoe", "--keep", "3", "--data.path", "only"], "must have training text"),
-    "no tokenizer": (["prune", "bare", "--keep", "3", "--data.path", "text"], "must hold a tokenizer"),
+    "no tokenizer": (["prune", "bare", "--keep", "3", "--data.path", "text"], "must have a tokenizer"),
     "generated": (
         ["prune", "olmoe", "--keep", "3", "--data.source", "babel", "--data.languages", "en"],
         "has no languages to choose from",
