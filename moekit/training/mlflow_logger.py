@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, MLFlowLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 
@@ -34,7 +34,7 @@ class RunMlflowLogger(Logger):
     @property
     def _logger(self) -> MLFlowLogger:
         if self._opened is None:
-            told = os.environ.get("MLFLOW_TRACKING_URI")
+            told = signature(MLFlowLogger).parameters["tracking_uri"].default  # where MLflow was told to go, or None
             own = {"artifact_location": str(self.folder / "artifacts")}
             self._opened = MLFlowLogger(
                 "moekit",

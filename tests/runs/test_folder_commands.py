@@ -197,7 +197,7 @@ REFUSED = {
     "no text": (["prune", "olmoe", "--keep", "3"], "--by utilisation needs text"),
     "text at random": (["prune", "olmoe", "--keep", "3", "--by", "random", "--data.path", "text"], "leave it out with"),
     "a run's option": (["prune", "olmoe", "--keep", "3", "--by", "random", "--restart"], "--restart is for runs"),
-    "a folder's option": (["upcycle", "nothing", "--experts", "2", "--k", "2"], "--k is for folders of transformers"),
+    "a folder's option": (["upcycle", "run", "--experts", "2", "--k", "2"], "--k is for folders of transformers"),
     "a size without text": (["prune", "olmoe", "--keep", "3", "--tokens", "9"], "--tokens is of the text that is read"),
     "too few": (["prune", "olmoe", "--keep", "1", "--by", "random"], "keep at least 2 experts"),
     "load without text": (["merge", "olmoe", "--by-load"], "give --by-load and --data.path both"),
@@ -217,6 +217,8 @@ def test_refused(name: str, room: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.chdir(room)
     (room / "only").mkdir(exist_ok=True)
     (room / "only" / "test.en").write_text("a dog\n")
+    (room / "run").mkdir(exist_ok=True)
+    (room / "run" / "config.yaml").write_text("recipe: switch\n")
     if name == "no tokenizer" and not (room / "bare").exists():
         (room / "bare").mkdir()
         for file in ("config.json", "model.safetensors"):

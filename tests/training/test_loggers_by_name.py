@@ -46,18 +46,15 @@ def test_mlflow_has_a_database_in_the_run_folder_once_it_is_written_to(
     seen: list[Any] = []
 
     class Made(CsvLogger):
-        def __init__(self, *given: Any, **options: Any) -> None:
+        def __init__(self, *given: Any, tracking_uri: str | None = told, **options: Any) -> None:
             super().__init__(tmp_path)
-            seen.append((given, options))
+            seen.append((given, {"tracking_uri": tracking_uri, **options}))
 
         def finalize(self, status: str) -> None:
             seen.append(status)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(mlflow_logger, "MLFlowLogger", Made)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    if told:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", told)
     _, made = run_loggers(tmp_path / "my-run", "csv,mlflow")
     made.finalize("success")
     assert seen == []
