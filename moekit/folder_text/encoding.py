@@ -109,6 +109,12 @@ class Encoder:
         self.tokenizer, self.max_length, self.vocab_size = tokenizer, max_length, vocab_size
         self._chat = ChatTemplate(tokenizer)
 
+    @property
+    def pad(self) -> int:
+        """The id of padding: the tokenizer's own, if the model has a row for it."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(pad for pad in ids if pad is not None and pad < self.vocab_size))
+
     def encode(self, examples: Iterable[Example]) -> EncodedExamples:
         """Ids and labels of examples, divided and cut to rows.
 

@@ -57,9 +57,7 @@ class FolderData(L.LightningDataModule):
                     f"the text of {option} must have something to learn within data.max_length tokens: got "
                     f"{text.max_length}, and of {counted(split.examples.empty, 'example')} nothing is left. Raise it."
                 )
-        tokenizer = encoder.tokenizer
-        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self.pad = int(next(pad for pad in pads if pad is not None and pad < encoder.vocab_size))
+        self.pad = encoder.pad
 
     def _split(self, examples: Sequence[Example]) -> Split:
         encoded = self.encoder.encode(examples)

@@ -83,7 +83,7 @@ def test_the_loss_is_of_learned_tokens(room: Path) -> None:
         assert int(use.tokens.sum()) == 2 * tokens  # two experts of a token, and none of padding
     assert text.said == f"{tokens:,} tokens of training text (jsonl: 7 examples)"
     short = read(room, room / "mixed.jsonl", "train", length=6)
-    assert short.said.endswith("of them cut to 6 tokens)")
+    assert short.said.endswith("of them cut to 6 tokens, 4 left out with nothing to learn)")
     some = read(room, room / "mixed.jsonl", "train", tokens=25)
     assert sum(int(batch["attention_mask"].sum()) for batch in some.batches) <= 25
 
@@ -106,6 +106,8 @@ def test_the_commands_take_a_file_of_chats(room: Path, tmp_path: Path, capsys: p
     capsys.readouterr()
     assert main(["curve", base, "--keep", "2", "--draws", "1", *text, "--out", str(tmp_path)]) == 0
     curve = json.loads((tmp_path / "pruning.json").read_text())
+    assert "Validation loss of learned tokens" in (table := (tmp_path / "pruning.md").read_text())
+    assert table.endswith("1 draw.\n")
     valid = read(room, room / "mixed.jsonl", "valid")
     assert curve["whole"]["loss"] == pytest.approx(held_out_loss(adopt_folder(room / "base"), valid), rel=1e-6)
 

@@ -70,11 +70,13 @@ class FolderText:
     Attributes:
         batches: arguments of the model's forward, labels included.
         predictions: labels that count in each.
-        said: what it is, in a few words.
+        predicted: what those are, in two words.
+        said: what the text is, in a few.
     """
 
     batches: Sequence[dict[str, Tensor]]
     predictions: Sequence[int]
+    predicted: str
     said: str
 
 
@@ -93,27 +95,24 @@ def folder_text(folder: Path, choice: TextChoice, split: Split) -> FolderText:
         return _of_examples(folder, config, choice, files, split)
     source, words = choice.open(), load_tokenizer(folder, fast=False)
     if config.is_encoder_decoder:
-        batches = _pairs(words, source, choice, split)
+        batches, predicted = _pairs(words, source, choice, split), "answers"
         predictions = [int((batch["labels"] != IGNORED).sum()) for batch in batches]
     else:
-        batches = _sequences(words, source, choice, split)
+        batches, predicted = _sequences(words, source, choice, split), "next tokens"
         predictions = [batch["labels"][:, 1:].numel() for batch in batches]  # nothing comes before the first token
-    return _told(batches, predictions, choice, split, ", ".join(source.languages))
+    said = _said(batches, choice, split, ", ".join(source.languages))
+    return FolderText(batches, predictions, predicted, said)
 
 
-def _told(
-    batches: list[dict[str, Tensor]], predictions: list[int], choice: TextChoice, split: Split, what: str
-) -> FolderText:
-    """Batches with what is said of them; UserError where there are none."""
+def _said(batches: Sequence[dict[str, Tensor]], choice: TextChoice, split: Split, what: str) -> str:
+    """What is said of batches; UserError where there are none."""
     if not batches:
         raise UserError(
             f"{choice.source} must have {_SPLITS[split]} text, more than a token of it: it has none. Give text with "
             "this split."
         )
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    return FolderText(
-        batches, predictions, f"{counted(tokens, 'token')} of {_SPLITS[split]} text ({choice.source}: {what})"
-    )
+    return f"{counted(tokens, 'token')} of {_SPLITS[split]} text ({choice.source}: {what})"
 
 
 def _of_examples(folder: Path, config: Any, choice: TextChoice, files: Files, split: Split) -> FolderText:
@@ -122,24 +121,24 @@ def _of_examples(folder: Path, config: Any, choice: TextChoice, files: Files, sp
         raise UserError(f"an encoder-decoder reads pairs, and {choice.path} holds examples for decoders. {_PAIRS}")
     choice.require_no_languages(f"{choice.source} of examples")
     examples = split_examples(files, "text" if choice.source == "text" else "jsonl", split)
-    words = load_tokenizer(folder)
-    encoder = Encoder(words, max_length=choice.length, vocab_size=config.vocab_size)
+    encoder = Encoder(load_tokenizer(folder), max_length=choice.length, vocab_size=config.vocab_size)
     found: list[Encoded] = []
-    read = cut = tokens = 0
+    read = cut = empty = tokens = 0
     for example in examples:
         made = encoder.encode([example])
         size = sum(map(len, made.examples))
         if found and tokens + size > choice.tokens:
             break
         found += made.examples
-        read, cut, tokens = read + 1, cut + made.cut, tokens + size
+        read, cut, empty, tokens = read + 1, cut + made.cut, empty + made.empty, tokens + size
     found.sort(key=len)
-    pad = next(number for number in (words.pad_token_id, words.eos_token_id, 0) if number is not None)
     parts = [found[first : first + _rows(choice)] for first in range(0, len(found), _rows(choice))]
-    shortened = f", {cut:,} of them cut to {choice.length:,} tokens" if cut else ""
-    what = f"{counted(read, 'example')}{shortened}"
+    what = counted(read, "example")
+    what += f", {cut:,} of them cut to {choice.length:,} tokens" if cut else ""
+    what += f", {empty:,} left out with nothing to learn" if empty else ""
+    batches = [_padded(part, encoder.pad) for part in parts]
     predictions = [sum(one.predicted for one in part) for part in parts]
-    return _told([_padded(part, pad) for part in parts], predictions, choice, split, what)
+    return FolderText(batches, predictions, "learned tokens", _said(batches, choice, split, what))
 
 
 def _padded(part: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
