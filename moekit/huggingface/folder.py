@@ -302,9 +302,10 @@ def read_config(place: Path) -> tuple[dict[str, Any], Any]:
         if not isinstance(raw, dict):
             raise ValueError(f"it holds {type(raw).__name__}, and no object")
         return raw, transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{place / 'config.json'} is no configuration that transformers knows: {reason}") from None
+    except Exception as error:  # whatever transformers raises of values
+        raise UserError(
+            f"{place / 'config.json'} is no configuration that transformers knows: {_reason(error)}"
+        ) from None
 
 
 def on_meta(place: Path, dtype: torch.dtype | None) -> Any:
@@ -317,18 +318,26 @@ def on_meta(place: Path, dtype: torch.dtype | None) -> Any:
 
     raw, config = read_config(place)
     names = raw.get("architectures") or []
-    kind = getattr(transformers, str(names[0]), None) if len(names) == 1 else None
+    kind = getattr(transformers, str(names[0]), None) if isinstance(names, list) and len(names) == 1 else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise UserError(
             f"{place / 'config.json'} must name one class of transformers as its architecture: got {names}."
         )
     if raw.get("quantization_config") is not None:
         raise UserError(f"{place} is quantized, which is not adopted. Use a folder of floating-point weights.")
-    with torch.device("meta"):
-        model: Any = kind._from_config(config, dtype=dtype or config.dtype or torch.float32)
+    try:
+        with torch.device("meta"):
+            model: Any = kind._from_config(config, dtype=dtype or config.dtype or torch.float32)
+    except Exception as error:  # whatever transformers raises of values
+        raise UserError(f"{place / 'config.json'} describes no {kind.__name__}: {_reason(error)}") from None
     if (place / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(place)
     return model
+
+
+def _reason(error: Exception) -> str:
+    """What an error of transformers says first, in a line."""
+    return " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__
 
 
 @torch.no_grad()

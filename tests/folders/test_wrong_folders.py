@@ -51,7 +51,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_small_folder(place / "base")
     lines(place / "mixed.jsonl", MIXED)
     (place / "empty").mkdir()
-    for name in ("nothing.json", "cut", "mute", "headless", "other"):
+    for name in ("nothing.json", "cut", "mute", "headless", "other", "unsized", "headed"):
         shutil.copytree(place / "base", place / name)
     (place / "nothing.json" / "config.json").unlink()
     weights = (place / "cut" / "model.safetensors").read_bytes()
@@ -61,6 +61,8 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "headless" / "config.json").write_text("{")
     config = json.loads((place / "base" / "config.json").read_text())
     (place / "other" / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
+    (place / "unsized" / "config.json").write_text(json.dumps({**config, "hidden_size": "x"}))
+    (place / "headed" / "config.json").write_text(json.dumps({**config, "num_attention_heads": 0}))
     for name in ("tuned", "adapted", "begun"):
         TunedFolder(place / name).create(FolderConfig(model="base"), overwrite=False)
     shutil.copytree(place / "base", place / "tuned" / "model")
@@ -96,6 +98,8 @@ def test_what_is_no_model(
         else "model.safetensors must be a whole safetensors file",
         "headless": "config.json is no configuration that transformers knows",
         "other": "config.json is no configuration that transformers knows.*unheard_of",
+        "unsized": "config.json is no configuration that transformers knows: .*expected int, got str",
+        "headed": "config.json (describes no OlmoeForCausalLM|is no configuration)",
         "tuned": "it is of a fine-tuning, whose model is in tuned/model. Give tuned/model",
         "adapted": "it is of a fine-tuning that wrote adapters alone.*--resume --merge",
         "begun": "it is of a fine-tuning that wrote no model yet.*--resume",
