@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from moekit.folder_text.encoding import IGNORED, Encoded
 from moekit.folders.batches import Dealing, FolderBatch, TrainingBatches
-from moekit.folders.encoding import IGNORED, Encoded
 from moekit.folders.packing import pack
 from moekit.huggingface import packed
 

@@ -11,6 +11,7 @@ from typing import Any
 from moekit.atomic import replacing, write_json, write_text
 from moekit.report.style import COLOURS, CYCLE, Canvas
 from moekit.shell import NAME
+from moekit.wording import counted
 
 MISSING = "\u2013"
 """Where there is no number."""
@@ -39,7 +40,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     parts = [
         f"# {found['title']}",
         f"{NAME} ablate {found['table']}: recipe `{found['recipe']}`, variant `{found['variant']}`, "
-        f"{_count(len(found['seeds']), 'seed')}. Written by that command from `{name}.json`.",
+        f"{counted(len(found['seeds']), 'seed')}. Written by that command from `{name}.json`.",
         *(_claim(claim) for claim in found["claims"]),
         _control(found["control"]),
         "## Arms",
@@ -95,7 +96,7 @@ def _claim(claim: Mapping[str, Any]) -> str:
         f"{words}{where}.{published}\n",
         f"- Written before the run: {claim['hypothesis']}",
         f"- Asked: {asked(claim)}.",
-        f"- Measured: {ours(claim)} over {_count(claim['pairs'], 'pair')} of runs, 95 % interval in brackets{tested}.",
+        f"- Measured: {ours(claim)} over {counted(claim['pairs'], 'pair')} of runs, 95 % interval in brackets{tested}.",
         f"- Verdict: **{claim['verdict']}**: {claim['why']}",
     ]
     if claim["not_matched"]:
@@ -109,7 +110,7 @@ def _control(control: Mapping[str, Any]) -> str:
     return (
         f"## Negative control: {'holds' if control['verdict'] == 'reproduced' else 'does not hold'}\n\n"
         f"{control['hypothesis']}\n\n- Asked: {asked(control)}.\n"
-        f"- Measured: {ours(control)} over {_count(control['pairs'], 'pair')} of runs. {control['why'].capitalize()}"
+        f"- Measured: {ours(control)} over {counted(control['pairs'], 'pair')} of runs. {control['why'].capitalize()}"
     )
 
 
@@ -272,7 +273,3 @@ def _big(value: float | None, unit: float) -> str:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if len(known) == len(values) else None
-
-
-def _count(number: int, one: str) -> str:
-    return f"{number} {one if number == 1 else one + 's'}"

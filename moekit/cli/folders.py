@@ -11,13 +11,14 @@ from rich.console import Console
 
 from moekit.cli.command import location, number, say
 from moekit.errors import UserError
+from moekit.folder_kinds import kind_of, refuse_as_run
 
 if TYPE_CHECKING:
     from moekit.runs.folders.text import TextChoice
 
 FOLDER = ", or a folder of a transformers model (config.json and safetensors)"
 
-_OF_TEXT: Mapping[str, Any] = {"data.source": "text", "data.path": None, "data.languages": None, "tokens": 65_536,
+_OF_TEXT: Mapping[str, Any] = {"data.source": None, "data.path": None, "data.languages": None, "tokens": 65_536,
                                "length": 512}  # fmt: skip
 _OF_RUNS: Mapping[str, Any] = {
     "restart": False, "fresh_optimizer": False, "config": None, "plain": False, "language": None, "task": None,
@@ -25,15 +26,14 @@ _OF_RUNS: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def is_folder(place: Path) -> bool:
-    """Whether a path is a folder of transformers, and no run."""
-    return (place / "config.json").is_file() and not (place / "config.yaml").is_file()
-
-
 def text_options(parser: ArgumentParser, what: str) -> None:
     """The text that a folder's model reads."""
     group = parser.add_argument_group(f"for a transformers folder: the text {what}")
-    group.add_argument("--data.source", default=_OF_TEXT["data.source"], help="kind of text (default: text)")
+    group.add_argument(
+        "--data.source",
+        help="kind of text, such as jsonl: chats, completions, texts, or translations (default: jsonl for files that "
+        "end in .jsonl, .json or .ndjson, else text)",
+    )
     group.add_argument("--data.path", type=location, help="where the text lies")
     group.add_argument("--data.languages", help="languages to read, such as en,de (default: all)")
     group.add_argument(
@@ -51,15 +51,17 @@ def text_given(given: Namespace) -> TextChoice | None:
         UserError: sizes or languages were given, and no text.
     """
     from moekit.data.sources.names import named_languages  # where it is used: a help text needs none of it
+    from moekit.folder_text.splits import kind_of_file
     from moekit.runs.folders.text import TextChoice
 
     values = vars(given)
     source, place = values["data.source"], values["data.path"]
-    if source == _OF_TEXT["data.source"] and place is None:
+    if place is None and source in (None, "text"):
         if named := [name for name in _OF_TEXT if values[name] != _OF_TEXT[name]]:
             raise UserError(f"--{named[0]} is of the text that is read: give --data.path with it.")
         return None
     languages = named_languages(values["data.languages"]) or ()
+    source = source or kind_of_file(place)
     return TextChoice(source=source, path=place, languages=languages, tokens=values["tokens"], length=values["length"])
 
 
@@ -71,11 +73,12 @@ def of_folder(given: Namespace, **only: Any) -> bool:
         **only: the defaults of further options that are for folders alone.
 
     Raises:
-        UserError: an option was given that is for the other.
+        UserError: there is neither a model nor a run, or an option was given that is for the other.
     """
     values = vars(given)
     place: Path = values["run"] if "run" in values else values["path"]
-    folder = is_folder(place)
+    refuse_as_run(place, or_model=True)
+    folder = kind_of(place) == "model"
     others = _OF_RUNS if folder else {**_OF_TEXT, **only}
     for name, default in others.items():
         if name in values and values[name] != default:

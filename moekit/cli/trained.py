@@ -9,6 +9,7 @@ from moekit.cli.command import location, option_value
 from moekit.cli.training import FOLDER, folder
 from moekit.data.lines import STANDARD
 from moekit.errors import UserError
+from moekit.folder_kinds import require_run_folder
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -26,6 +27,7 @@ def stored_run(recipe: Recipe, given: Any) -> Run:
 
 
 def _own(recipe: Recipe, run: Run) -> Run:
+    require_run_folder(run.path)
     if (name := run.settings.get("recipe")) != recipe.name:
         raise UserError(f"{run.path} must hold a run of {recipe.name}: it is of {name}.")
     return run

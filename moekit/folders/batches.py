@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from moekit.data.keyed import key, permute
-from moekit.folders.encoding import IGNORED, Encoded
+from moekit.folder_text.encoding import IGNORED, Encoded
 
 Row = Sequence[Encoded]
 """The examples that share a row."""

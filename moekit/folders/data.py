@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 
 from moekit.data.batching import Loader
-from moekit.data.keyed import key, permute
 from moekit.data.module import batches_so_far, on_cuda
 from moekit.errors import UserError
+from moekit.folder_text.encoding import Encoded, EncodedExamples, Encoder
+from moekit.folder_text.examples import Example, divided, fingerprint, read_examples
 from moekit.folders.batches import Dealing, FolderBatch, HeldOutBatches, Row, TrainingBatches
-from moekit.folders.encoding import Encoded, EncodedExamples, Encoder
-from moekit.folders.examples import Example, fingerprint, read_examples
 from moekit.folders.packing import pack
 from moekit.folders.settings import FolderConfig
 from moekit.huggingface.folder import weights_digest
 from moekit.source import digest
+from moekit.wording import counted
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,9 @@ class FolderData(L.LightningDataModule):
             if not split.rows:
                 raise UserError(
                     f"the text of {option} must have something to learn within data.max_length tokens: got "
-                    f"{text.max_length}, and of {split.examples.empty} examples nothing is left. Raise it."
+                    f"{text.max_length}, and of {counted(split.examples.empty, 'example')} nothing is left. Raise it."
                 )
-        tokenizer = encoder.tokenizer
-        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self.pad = int(next(pad for pad in pads if pad is not None and pad < encoder.vocab_size))
+        self.pad = encoder.pad
 
     def _split(self, examples: Sequence[Example]) -> Split:
         encoded = self.encoder.encode(examples)
@@ -126,12 +123,7 @@ def _divided(config: FolderConfig) -> tuple[list[Example], list[Example]]:
             f"{text.path} must hold at least two examples, of which one is held out: got {len(found)}. Give "
             "data.valid_path, or more examples."
         )
-    count = min(len(found) - 1, max(1, round(len(found) * text.held_out)))
-    places = permute(np.arange(len(found)), len(found), key(text.seed, "held out"))
-    return (
-        [example for example, place in zip(found, places, strict=True) if place >= count],
-        [example for example, place in zip(found, places, strict=True) if place < count],
-    )
+    return divided(found, text.held_out, text.seed)
 
 
 def num_tokens(examples: Sequence[Encoded]) -> int:

@@ -17,6 +17,7 @@ from moekit.folders.module import FolderModule
 from moekit.folders.settings import FolderConfig, TuneConfig
 from moekit.folders.tuned import TunedFolder
 from moekit.huggingface import consolidate_folder, consolidate_model, write_adapters, write_card
+from moekit.wording import counted
 
 
 def exports(tuned: TunedFolder, tune: TuneConfig, *, merge: bool) -> dict[str, Path]:
@@ -104,7 +105,10 @@ def write_cards(wanted: Mapping[str, Path], config: FolderConfig, data: FolderDa
             base=config.model,
             relation="adapter" if kind == "adapter" else "finetune",
             changes=[f"Fine-tuned with moekit from {Path(config.model).absolute().name}: {what}."],
-            data=[f"{len(examples):,} examples of {num_tokens(examples):,} tokens; {len(valid):,} more were held out."],
+            data=[
+                f"{counted(len(examples), 'example')} of {num_tokens(examples):,} tokens; {len(valid):,} more "
+                f"{'was' if len(valid) == 1 else 'were'} held out."
+            ],
             metrics=metrics,
             settings=settings,
         )

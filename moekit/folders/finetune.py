@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.text import Text
 
 import moekit
+from moekit.folder_text.encoding import Encoder, load_tokenizer
 from moekit.folders.data import FolderData, num_tokens
-from moekit.folders.encoding import Encoder, load_tokenizer
 from moekit.folders.expert_tokens import ExpertTokens
 from moekit.folders.export import AdaptersAtEnd, exports, write_cards, write_model
 from moekit.folders.module import FolderModule, adapted_model
@@ -49,6 +49,10 @@ from moekit.training.loggers import make_logger_folders, run_loggers
 from moekit.training.processes import explained, is_first_process, stop_noted
 from moekit.training.quiet import quiet
 from moekit.training.strategy import ExpertParallelStrategy
+from moekit.wording import counted
+
+MANY_PASSES = 20
+"""How often text may be read without a word about it. Ours: fine-tuning is usually of one to some few."""
 
 _REACTIONS: dict[str | None, Reaction] = {"raise": "stop", "skip": "skip"}
 """What ``strategy.nonfinite_gradients`` says in the words of ``train.on_non_finite``."""
@@ -123,6 +127,7 @@ def finetune_folder(
         if checkpoint is not None:  # before its weights are read, which may be of other shapes
             data.load_state_dict(load_rest(checkpoint).get(FolderData.__qualname__, {}))
         warnings = unreached(plan, config.fine_tune.targets) if config.fine_tune.rank else []
+        warnings += _too_often(config, data)
         strategy = _strategy(config, plan, checkpoint)
         wanted = exports(tuned, config.fine_tune, merge=merge)
         module, trainer, tokens = _made(config, tuned, data, strategy, dtype, resume_command, callbacks(tuned))
@@ -273,26 +278,28 @@ def _said(config: FolderConfig, data: FolderData, plan: Any, tuned: TunedFolder)
     """What is about to be trained."""
     text, train = config.data, config.train
     rows, examples = data.train.rows, data.train.examples
-    passes = train.max_steps * text.batch_size / len(rows)
+    tokens = counted(num_tokens(examples.examples), "token")
     lines = [
-        f"data      {text.path}: {len(examples.examples):,} examples of {num_tokens(examples.examples):,} tokens in "
-        f"{len(rows):,} rows of at most {text.max_length:,}; {len(data.valid.examples.examples):,} examples held out",
+        f"data      {text.path}: {counted(len(examples.examples), 'example')} of {tokens} in "
+        f"{counted(len(rows), 'row')} of at most {text.max_length:,}; "
+        f"{counted(len(data.valid.examples.examples), 'example')} held out",
         f"model     {type(plan).__name__}; routers add {added_losses(plan)!r} to the loss",
-        f"training  {_ends(config)} of {text.batch_size} rows"
-        + (f", {passes:.3g} times the data" if train.max_steps else "")
-        + f", on {config.processes} process{'es' * (config.processes > 1)} in {train.usable_precision}",
+        f"training  {_ends(config)} of {counted(text.batch_size, 'row')}"
+        + (f", {_passes(config, data):.3g} times the data" if train.max_steps else "")
+        + f", on {counted(config.processes, 'process', 'processes')} in {train.usable_precision}",
         *(f"{'trains' if not n else '':<9} {line}" for n, line in enumerate(said_of(plan))),
     ]
     notes = []
     for split, name in ((data.train, "training"), (data.valid, "held-out")):
         if split.examples.cut:
-            notes.append(f"{split.examples.cut:,} {name} examples are cut to data.max_length tokens.")
+            notes.append(f"cut to data.max_length tokens: {counted(split.examples.cut, f'{name} example')}.")
         if split.examples.empty:
-            notes.append(f"{split.examples.empty:,} {name} examples have nothing to learn in a row, and are left out.")
+            left_out = counted(split.examples.empty, f"{name} example")
+            notes.append(f"left out, as nothing is to be learned within data.max_length tokens: {left_out}.")
     positions = getattr(plan.config, "max_position_embeddings", None) or math.inf
     if long := sum(len(one) > positions for split in (data.train, data.valid) for one in split.examples.examples):
         notes.append(
-            f"{long:,} examples are longer than the {positions:,} positions of the model: see data.max_length."
+            f"longer than the {positions:,} positions of the model: {counted(long, 'example')}. Lower data.max_length."
         )
     said: list[str | tuple[str, str]] = [
         ("finetune", "bold"),
@@ -304,10 +311,30 @@ def _said(config: FolderConfig, data: FolderData, plan: Any, tuned: TunedFolder)
     return Text.assemble(*said)
 
 
+def _passes(config: FolderConfig, data: FolderData) -> float:
+    """How often the steps of training read the training text."""
+    return config.train.max_steps * config.data.batch_size / len(data.train.rows)
+
+
+def _too_often(config: FolderConfig, data: FolderData) -> list[str]:
+    """What is to be said of little text and many steps."""
+    passes = _passes(config, data)
+    if passes <= MANY_PASSES:
+        return []
+    fewer = max(1, MANY_PASSES * len(data.train.rows) // config.data.batch_size)
+    return [
+        f"training reads its text {passes:,.0f} times, and may learn it by heart: "
+        f"{counted(config.train.max_steps, 'step')} of {counted(config.data.batch_size, 'row')} over "
+        f"{counted(len(data.train.rows), 'row')} of text. Give more text, or fewer steps: --train.max_steps {fewer} "
+        f"reads it {MANY_PASSES} times."
+    ]
+
+
 def _ends(config: FolderConfig) -> str:
     train = config.train
-    ends = [f"{train.max_steps:,} steps"] if train.max_steps else []
-    ends += [f"{train.max_minutes:g} minutes"] if train.max_minutes and math.isfinite(train.max_minutes) else []
+    ends = [counted(train.max_steps, "step")] if train.max_steps else []
+    if (minutes := train.max_minutes) and math.isfinite(minutes):
+        ends.append(f"{minutes:g} minute{'' if minutes == 1 else 's'}")
     return f"at most {' or '.join(ends)}"
 
 

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from moekit.errors import UserError
+from moekit.folder_text.encoding import IGNORED
 from moekit.folders.batches import FolderBatch
-from moekit.folders.encoding import IGNORED
 from moekit.folders.settings import TuneConfig
 from moekit.huggingface import added_losses, adopt_folder, packed, routings
 from moekit.routing import Routing

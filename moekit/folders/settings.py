@@ -11,6 +11,7 @@ import torch
 
 from moekit.data.lines import STANDARD
 from moekit.errors import UserError, nearest
+from moekit.folder_text.examples import HELD_OUT, SEED
 from moekit.runs.settings.fields import RESUME, setting
 from moekit.runs.settings.train import StrategyConfig, TrainConfig
 from moekit.surgery.adapters import Target
@@ -43,11 +44,11 @@ class TextConfig:
     source: Literal["jsonl", "text"] = "jsonl"
     path: str = ""
     valid_path: str | None = None
-    held_out: float = setting(0.05, above=0, below=1)
+    held_out: float = setting(HELD_OUT, above=0, below=1)
     max_length: int = setting(1024, at_least=2)
     pack: bool = True
     batch_size: int = setting(8, at_least=1)
-    seed: int = setting(1, at_least=0, at_most=2**32 - 1)
+    seed: int = setting(SEED, at_least=0, at_most=2**32 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

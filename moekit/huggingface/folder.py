@@ -9,7 +9,6 @@ class FineTune(lightning.LightningModule):
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.errors import UserError
+from moekit.folder_kinds import require_model
 from moekit.huggingface.adopt import adopt
 from moekit.layer import AuxLosses
 from moekit.mapped import MappedTensor, StoredWeights, read_safetensors
@@ -248,8 +248,7 @@ def folder_files(place: Path) -> dict[str, MappedTensor]:
     Raises:
         UserError: it is no folder of transformers, or its weights are no safetensors, or not whole.
     """
-    if not (place / "config.json").is_file():
-        raise UserError(f"{place} must be a folder of transformers: it has no config.json.")
+    require_model(place)
     if (place / _WEIGHTS).is_file():
         return read_safetensors(place / _WEIGHTS, verify=False)
     if not (place / _INDEX).is_file():
@@ -289,6 +288,26 @@ def weights_digest(place: Path) -> str:
     return digest(*parts)[:16]
 
 
+def read_config(place: Path) -> tuple[dict[str, Any], Any]:
+    """A folder's config.json, as it is written and as transformers' configuration. Nothing in the folder is executed.
+
+    Raises:
+        UserError: there is none, or transformers does not know it.
+    """
+    import transformers
+
+    require_model(place)
+    try:
+        raw = parse_json((place / "config.json").read_bytes(), repeated=True)
+        if not isinstance(raw, dict):
+            raise ValueError(f"it holds {type(raw).__name__}, and no object")
+        return raw, transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # whatever transformers raises of values
+        raise UserError(
+            f"{place / 'config.json'} is no configuration that transformers knows: {_reason(error)}"
+        ) from None
+
+
 def on_meta(place: Path, dtype: torch.dtype | None) -> Any:
     """The model that a folder's config.json describes, without memory. Nothing in the folder is executed.
 
@@ -297,24 +316,28 @@ def on_meta(place: Path, dtype: torch.dtype | None) -> Any:
     """
     import transformers
 
-    try:
-        raw = json.loads((place / "config.json").read_bytes())
-        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place / 'config.json'} is no configuration that transformers knows: {error}") from None
+    raw, config = read_config(place)
     names = raw.get("architectures") or []
-    kind = getattr(transformers, str(names[0]), None) if len(names) == 1 else None
+    kind = getattr(transformers, str(names[0]), None) if isinstance(names, list) and len(names) == 1 else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise UserError(
             f"{place / 'config.json'} must name one class of transformers as its architecture: got {names}."
         )
     if raw.get("quantization_config") is not None:
         raise UserError(f"{place} is quantized, which is not adopted. Use a folder of floating-point weights.")
-    with torch.device("meta"):
-        model: Any = kind._from_config(config, dtype=dtype or config.dtype or torch.float32)
+    try:
+        with torch.device("meta"):
+            model: Any = kind._from_config(config, dtype=dtype or config.dtype or torch.float32)
+    except Exception as error:  # whatever transformers raises of values
+        raise UserError(f"{place / 'config.json'} describes no {kind.__name__}: {_reason(error)}") from None
     if (place / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(place)
     return model
+
+
+def _reason(error: Exception) -> str:
+    """What an error of transformers says first, in a line."""
+    return " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moekit.errors import UserError
+from moekit.folder_kinds import kind_of
 from moekit.report.wording import MISSING, short
 from moekit.runs.record import STOPPED, Sample
 from moekit.stored import parse_json
@@ -243,6 +244,11 @@ def read_run(run_dir: Path) -> RunFolder:
     """
     if not run_dir.is_dir():
         raise UserError(f"A run folder is required: {run_dir} is not a folder. Give the --out folder of a run.")
+    if kind_of(run_dir) == "tuned":
+        raise UserError(
+            f"A run folder is required: {run_dir} is of a fine-tuned folder of transformers. Its losses are in "
+            "metrics.csv and results.json, and its routing is drawn in routing.html."
+        )
     if not any((run_dir / name).is_file() for name in FILES):
         raise UserError(
             f"A run folder holds at least one of {', '.join(FILES)}: {run_dir} has none of them. "

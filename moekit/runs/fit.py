@@ -60,6 +60,7 @@ from moekit.training.quiet import quiet
 from moekit.training.refusals import check_callbacks
 from moekit.training.strategy import ExpertParallelStrategy
 from moekit.training.written_together import WrittenTogether
+from moekit.wording import counted
 
 _FREE_RECORDS = ("vocab_size", "init_from", "teacher")
 """What is recorded beside the settings and may differ on resume; the first follows from the tokenizer."""
@@ -238,21 +239,17 @@ def _said(config: RunConfig, module: MultitaskModule, data: MultitaskData, run: 
     """What is about to be trained, in three lines."""
     counts, train = parameters(module.backbone), config.train
     sparse = f", {counts['active']:,} active for a token" if counts["active"] != counts["total"] else ""
-    ends = [f"{train.max_steps:,} steps"] if train.max_steps else []
+    ends = [counted(train.max_steps, "step")] if train.max_steps else []
     ends += [f"{train.max_minutes:g} minute{'' if train.max_minutes == 1 else 's'}"] if train.max_minutes else []
     tf32 = train.on_gpu and torch.get_float32_matmul_precision() != "highest"
     return (
         f"{run.path}\n"
-        f"data      {','.join(config.data.sources)}: {_number(len(data.languages), 'language', 'languages')} "
+        f"data      {','.join(config.data.sources)}: {counted(len(data.languages), 'language')} "
         f"({', '.join(data.languages)}), "
-        f"{_number(len(data.directions), 'direction', 'directions') + ', ' if data.directions else ''}"
+        f"{counted(len(data.directions), 'direction') + ', ' if data.directions else ''}"
         f"vocabulary {data.tokenizer.vocab_size:,}\n"
         f"model     {counts['total']:,} parameters{sparse}; tasks {', '.join(module.heads)}\n"
-        f"training  at most {' or '.join(ends)} on {_number(train.devices, 'process', 'processes')} with "
-        f"{_number(torch.get_num_threads(), 'thread', 'threads')} each, precision {train.precision}"
+        f"training  at most {' or '.join(ends)} on {counted(train.devices, 'process', 'processes')} with "
+        f"{counted(torch.get_num_threads(), 'thread')} each, precision {train.precision}"
         f"{' with TF32' if tf32 else ''}"
     )
-
-
-def _number(number: int, one: str, several: str) -> str:
-    return f"{number:,} {one if number == 1 else several}"

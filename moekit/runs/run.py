@@ -20,7 +20,6 @@ from moekit.atomic import (
     replacing,
     replacing_folder,
     require_text,
-    write_error,
     write_json,
     write_text,
     writing,
@@ -30,6 +29,7 @@ from moekit.data.held_out import HeldOut
 from moekit.data.tokenizer import Tokenizer
 from moekit.environment import environment
 from moekit.errors import UserError
+from moekit.folder_kinds import kind_of, refuse_as_run, require_run_folder
 from moekit.lock import LOCK_FILES
 from moekit.runs.config import RunConfig
 from moekit.runs.plain import plain, require_same
@@ -122,11 +122,9 @@ class Run:
             run.clear()
         write_text(run.path / _CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
         write_json(run.path / "environment.json", environment() | dict(measured or {}))
-        try:
+        with writing(run.checkpoints):
             run.checkpoints.mkdir(exist_ok=True)
             clear_drafts(run.checkpoints)
-        except OSError as error:
-            raise write_error(run.checkpoints, error) from error
         return run
 
     @classmethod
@@ -137,8 +135,7 @@ class Run:
             UserError: there is none.
         """
         run = cls(Path(path))
-        if not run.in_folder:
-            raise UserError(f"{run.path} holds no run: there is no config.yaml. Give the folder of a run.")
+        require_run_folder(run.path)
         if checkpoint is None:
             return run
         names = [name for name in CHECKPOINTS if (run.checkpoints / f"{name}.ckpt").exists()]
@@ -159,6 +156,7 @@ class Run:
                 weights are not of the model that the configuration describes.
         """
         place = Path(path)
+        refuse_as_run(place)
         described_by = None if config is None else Path(config)
         if (place / _CONFIG).is_file():
             run = cls(place, cls(place).checkpoint, described_by)
@@ -188,10 +186,10 @@ class Run:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"the run folder {self.path} must be a folder: it is a file. Choose another --out.")
         content = sorted({*os.listdir(self.path)} - {*LOCK_FILES}) if self.path.is_dir() else []
-        if content and _CONFIG not in content:
+        if content and kind_of(self.path) != "run":
             raise UserError(
-                f"the folder {self.path} must be empty or hold a run: it has {content[0]!r} and no config.yaml. Choose "
-                "another --out."
+                f"the folder {self.path} must be empty or hold a run: it has {content[0]!r} and no config.yaml of a "
+                "run. Choose another --out."
             )
         if content and not (resume or overwrite):
             state = "a finished" if (self.path / SUMMARY).is_file() else "an unfinished"

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from moekit.atomic import replacing, write_error, writing
 from moekit.errors import UserError, nearest
+from moekit.training.mlflow_logger import RunMlflowLogger
 
 _FIRST = ("step", "epoch")
 
@@ -188,5 +189,5 @@ def make_logger_folders(folder: str | Path, names: str | Sequence[str] = "auto")
 _MAKERS: dict[str, Callable[[Path], Logger]] = {
     "tensorboard": lambda place: TensorBoardLogger(save_dir=str(place), name="tensorboard", version=""),
     "wandb": lambda place: WandbLogger(save_dir=place, project="moekit", name=place.name, group=place.name),
-    "mlflow": lambda place: MLFlowLogger("moekit", run_name=place.name, save_dir=str(place / "mlflow")),
+    "mlflow": lambda place: RunMlflowLogger(place / "mlflow", place.name),
 }

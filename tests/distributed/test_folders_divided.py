@@ -16,8 +16,8 @@ from torch import Tensor
 
 import moekit as mk
 from moekit.errors import UserError
+from moekit.folder_text.encoding import Encoded
 from moekit.folders.batches import Dealing, Row, TrainingBatches
-from moekit.folders.encoding import Encoded
 from moekit.folders.expert_tokens import ExpertTokens
 from moekit.folders.export import AdaptersAtEnd
 from moekit.folders.module import FolderModule

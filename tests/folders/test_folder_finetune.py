@@ -17,10 +17,10 @@ from torch import Tensor
 
 from moekit.cli import program
 from moekit.errors import UserError
+from moekit.folder_text.encoding import Encoder
 from moekit.folders import FolderConfig, TextConfig, TuneConfig, finetune_folder
 from moekit.folders.batches import Dealing, TrainingBatches
 from moekit.folders.data import FolderData
-from moekit.folders.encoding import Encoder
 from moekit.folders.tuned import TunedFolder
 from moekit.huggingface import adopt_folder, read_adapters
 from moekit.runs.settings.monitor import MonitorConfig
@@ -200,7 +200,7 @@ def test_what_does_not_go_together(room: Path, tmp_path: Path) -> None:
     switch = dataclasses.replace(settings(room), model=str(tmp_path / "switch"))
     shutil.copytree(room / "base", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     mute = dataclasses.replace(settings(room), model=str(tmp_path / "mute"))
-    cases.append((mute, {}, r"must have a tokenizer: it has none of tokenizer\.json"))
+    cases.append((mute, {}, r"must have a tokenizer, .*: it has none of tokenizer\.json"))
     cases.append((switch, {}, "is an encoder-decoder, SwitchTransformersForConditionalGeneration"))
     for config, options, said in cases:
         with pytest.raises(UserError, match=said):
@@ -263,6 +263,9 @@ def test_the_command(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "adapters on feed_forward reach nothing: OlmoeForCausalLM has no matrix of that kind." in said
     assert "no adapter reaches an expert: those on attention leave all experts as they are." in said
     assert "OlmoeForCausalLM; routers add AuxLosses(" in said
+    assert "; 1 example held out" in said
+    assert "at most 1 step of 1 row, " in said
+    assert "on 1 process in" in said
     assert f"written  {out / 'adapter'}" in said
     assert (out / "routing.html").stat().st_size > 10_000
     assert json.loads((out / "results.json").read_text())["steps"] == 1
@@ -286,6 +289,19 @@ def test_the_command(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "needs --out, a folder to write: got none" in capsys.readouterr().err
     assert program.main(["finetune", "--help"]) == 0
     assert "finetune --model FOLDER --help" in capsys.readouterr().out
+
+
+def test_little_text_and_many_steps_are_warned_of(room: Path, tmp_path: Path) -> None:
+    """Before training, which ends here by its minutes; steps that suit the text are given."""
+    config = settings(room, train={"max_steps": 5000, "max_minutes": 1e-9})
+    found = finetune_folder(config, tmp_path / "out")
+    rows = len(FolderData(config, Encoder(own := tokenizer(), max_length=40, vocab_size=len(own))).train.rows)
+    (said,) = found.warnings
+    assert f"reads its text {5000 * 4 / rows:,.0f} times" in said
+    assert f"5,000 steps of 4 rows over {rows} rows of text" in said
+    assert f"--train.max_steps {20 * rows // 4} reads it 20 times" in said
+    assert TunedFolder(found.path).results["warnings"] == [said]
+    assert finetune_folder(config.with_train(max_steps=1), tmp_path / "few").warnings == ()
 
 
 def test_experts_without_a_token_are_named(room: Path, tmp_path: Path) -> None:

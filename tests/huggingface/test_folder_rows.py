@@ -13,8 +13,8 @@ from adoptable import model as adoptable
 from torch import Tensor, nn
 
 from moekit.errors import UserError
+from moekit.folder_text.encoding import Encoded
 from moekit.folders.batches import Dealing, FolderBatch, HeldOutBatches, TrainingBatches, collate
-from moekit.folders.encoding import Encoded
 from moekit.folders.packable import PACKABLE, require_packable
 from moekit.folders.packing import pack
 from moekit.huggingface import added_losses, adopt, packed, routings

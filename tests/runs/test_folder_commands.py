@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from moekit.cli.program import main  # noqa: E402
 from moekit.errors import UserError  # noqa: E402
+from moekit.folder_text.encoding import IGNORED  # noqa: E402
 from moekit.huggingface import adopt_folder  # noqa: E402
 from moekit.huggingface.pruning import adopted_layers  # noqa: E402
 from moekit.runs.folders.measuring import held_out_loss, measured_use  # noqa: E402
-from moekit.runs.folders.text import IGNORED, TextChoice, folder_text  # noqa: E402
+from moekit.runs.folders.text import TextChoice, folder_text  # noqa: E402
 from moekit.runs.surgery.curve import Curve, Point, table  # noqa: E402
 from moekit.surgery import watch_experts  # noqa: E402
 
@@ -196,14 +197,14 @@ REFUSED = {
     "no text": (["prune", "olmoe", "--keep", "3"], "--by utilisation needs text"),
     "text at random": (["prune", "olmoe", "--keep", "3", "--by", "random", "--data.path", "text"], "leave it out with"),
     "a run's option": (["prune", "olmoe", "--keep", "3", "--by", "random", "--restart"], "--restart is for runs"),
-    "a folder's option": (["upcycle", "nothing", "--experts", "2", "--k", "2"], "--k is for folders of transformers"),
+    "a folder's option": (["upcycle", "run", "--experts", "2", "--k", "2"], "--k is for folders of transformers"),
     "a size without text": (["prune", "olmoe", "--keep", "3", "--tokens", "9"], "--tokens is of the text that is read"),
     "too few": (["prune", "olmoe", "--keep", "1", "--by", "random"], "keep at least 2 experts"),
     "load without text": (["merge", "olmoe", "--by-load"], "give --by-load and --data.path both"),
     "a curve of nothing": (["curve", "olmoe"], "needs text"),
     "itself": (["prune", "olmoe", "--keep", "3", "--by", "random", "--out", "olmoe"], "the folder that is read"),
     "a split that is not there": (["prune", "olmoe", "--keep", "3", "--data.path", "only"], "must have training text"),
-    "no tokenizer": (["prune", "bare", "--keep", "3", "--data.path", "text"], "must hold a tokenizer"),
+    "no tokenizer": (["prune", "bare", "--keep", "3", "--data.path", "text"], "must have a tokenizer"),
     "generated": (
         ["prune", "olmoe", "--keep", "3", "--data.source", "babel", "--data.languages", "en"],
         "has no languages to choose from",
@@ -216,6 +217,8 @@ def test_refused(name: str, room: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.chdir(room)
     (room / "only").mkdir(exist_ok=True)
     (room / "only" / "test.en").write_text("a dog\n")
+    (room / "run").mkdir(exist_ok=True)
+    (room / "run" / "config.yaml").write_text("recipe: switch\n")
     if name == "no tokenizer" and not (room / "bare").exists():
         (room / "bare").mkdir()
         for file in ("config.json", "model.safetensors"):

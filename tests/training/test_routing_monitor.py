@@ -179,6 +179,7 @@ def test_what_is_wrong_is_said_once_logged_and_kept(case: str, tmp_path: Path) -
     assert most is None or float(found["train/routing/moe/load_max_ratio"]) == most
     assert float(found["train/routing/moe/expert_gradient_norm"]) > 0
     assert (float(found["train/routing/moe/logsumexp"]) > 50) == (case == "logits")
+    assert float(found.get("train/warnings", 0)) == len(wanted)
 
 
 def test_without_anybody_to_say_it_is_a_warning_and_the_bar_shows_it() -> None:

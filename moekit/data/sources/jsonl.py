@@ -12,7 +12,8 @@ from moekit.data.sources.names import LanguageNames
 from moekit.errors import UserError
 from moekit.source import Direction, Split, register_source
 
-_ENDINGS = (".jsonl", ".json", ".ndjson")
+ENDINGS = (".jsonl", ".json", ".ndjson")
+"""Of files of JSON lines; those of packed ones come behind."""
 
 
 @register_source
@@ -41,7 +42,7 @@ class JsonLines(AlignedSource):
         languages: Sequence[str] | Mapping[str, str] | None = None,
     ) -> None:
         names = LanguageNames(languages)
-        blocks = [_read(split, file, names) for split, file in find_split_files(Path(path), "jsonl", _ENDINGS)]
+        blocks = [_read(split, file, names) for split, file in find_split_files(Path(path), "jsonl", ENDINGS)]
         names.say("jsonl", Path(path))
         super().__init__(blocks, pivot=pivot, directions=directions, strict=strict)
 

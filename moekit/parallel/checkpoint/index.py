@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from moekit.errors import UserError
+from moekit.folder_kinds import INDEX as INDEX
 from moekit.mapped import DTYPES
 from moekit.stored import parse_json
 
-INDEX = "index.json"
 FORMAT = 1
 # For whoever looks into the folder because a program that knows files alone has refused it.
 ABOUT = (

@@ -15,8 +15,9 @@ from moekit.huggingface.folder import folder_files, on_meta
 from moekit.huggingface.pruning import adopted_layers
 from moekit.huggingface.saving import require_free
 from moekit.runs.folders.measuring import measured_use
-from moekit.runs.folders.text import TextChoice, folder_text
+from moekit.runs.folders.text import FolderText, TextChoice, folder_text
 from moekit.surgery.pruning import Order
+from moekit.wording import counted
 
 _WAYS: Mapping[Order, str] = {
     "utilisation": "the most used", "reversed": "the least used", "random": "drawn at random",
@@ -56,19 +57,19 @@ def prune_folder(
         raise UserError(f"--by {order} needs text: give --data.source and --data.path, or --by random.")
     if order == "random" and choice is not None:
         raise UserError("--data.* is the text on which experts are chosen: leave it out with --by random.")
+    text = _text_of(folder, choice)
     model = adopt_folder(folder, aux=None)
     layers = adopted_layers(model)
     choose_kept(model, keep, "random")  # before anything is measured
     data, load = [], None
-    if choice is not None:
-        text = folder_text(folder, choice, "train")
+    if text is not None:
         use = measured_use(model, text)
         load = {path: one.saliency if order == "reap" else one.load for path, one in use.items()}
         data = [f"Experts were chosen on {text.said}."]
     kept = choose_kept(model, keep, order, load=load, seed=seed)
     few, of = next(iter(kept.values())).numel(), next(iter(layers.values())).num_experts
     drawn = f" with seed {seed}" if order == "random" else ""
-    change = f"{few} of {of} experts are kept in each of {len(layers)} sparse layers: {_WAYS[order]}{drawn}."
+    change = f"{few} of {of} experts are kept in each of {counted(len(layers), 'sparse layer')}: {_WAYS[order]}{drawn}."
     pruned = prune(model, kept)
     write_folder(pruned, out, like=folder, overwrite=overwrite, changes=[change], data=data, tags=["pruned"])
     return pruned
@@ -93,10 +94,10 @@ def merge_folder(
         UserError: see `moekit.huggingface.merge`, `folder_text` and `moekit.huggingface.write_folder`.
     """
     require_free(out, like=folder, overwrite=overwrite, inputs={"--data.path": choice.path if choice else None})
+    text = _text_of(folder, choice)
     model = adopt_folder(folder, aux=None)
     data, load = [], None
-    if choice is not None:
-        text = folder_text(folder, choice, "train")
+    if text is not None:
         load = {path: one.load for path, one in measured_use(model, text).items()}
         data = [f"Experts were weighed by their use on {text.said}."]
     dense = merge(model, load, scale=scale)
@@ -137,11 +138,17 @@ def upcycle_folder(
     layer = next(iter(adopted_layers(sparse).values()))
     noisy = f", with noise of {noise:g} standard deviations" if noise else ""
     change = (
-        f"Feed-forwards became {num_experts} experts each, copies of them{noisy}, {layer.k:g} for a token; routers are "
-        "drawn at random. The model has not been trained since."
+        f"Feed-forwards became {counted(num_experts, 'expert')} each, copies of them{noisy}, {layer.k:g} for a token; "
+        "routers are drawn at random. The model has not been trained since."
     )
     write_folder(sparse, out, like=folder, overwrite=overwrite, changes=[change], tags=["upcycled"])
     return sparse
+
+
+def _text_of(folder: Path, choice: TextChoice | None) -> FolderText | None:
+    """The training text, if any is chosen, once the folder is known to be whole: before weights are read."""
+    folder_files(folder)
+    return None if choice is None else folder_text(folder, choice, "train")
 
 
 def size_of(model: torch.nn.Module) -> str:

@@ -70,5 +70,4 @@ def folder_curve(
     points = [
         point(*arm, choose_kept(model, arm[0], arm[1], load=scores[arm[1]] or None, seed=arm[2] or 0)) for arm in arms
     ]
-    task = "answers" if model.config.is_encoder_decoder else "next tokens"
-    return Curve(str(folder), task, whole, points, None, held_out.said)
+    return Curve(str(folder), held_out.predicted, whole, points, None, held_out.said)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from moekit.errors import UserError
 from moekit.huggingface import adopt_folder, folder_layout
 from moekit.huggingface.folder import folder_files
 from moekit.runs.folders.measuring import measured_use
@@ -24,8 +25,11 @@ def inspect_folder(folder: Path, choice: TextChoice | None = None) -> dict[str, 
     layout, files = folder_layout(folder), folder_files(folder)
     size = sum(mapped.numel * mapped.dtype.itemsize for mapped in files.values())
     use = {}
-    if choice is not None and layout.layers:
-        use = measured_use(adopt_folder(folder, aux=None), folder_text(folder, choice, "train"))
+    if choice is not None:
+        if not layout.layers:
+            raise UserError(f"text is for the use of experts, and {folder} has none. Leave --data.path out.")
+        text = folder_text(folder, choice, "train")
+        use = measured_use(adopt_folder(folder, aux=None), text)
     each = size / max(sum(mapped.numel for mapped in files.values()), 1)
     rows = [
         {

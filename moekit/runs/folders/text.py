@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from moekit.data.sources import Source, Split, open_source, source_class
 from moekit.errors import UserError
-from moekit.huggingface.folder import TOKENIZER_FILES
-from moekit.stored import parse_json
+from moekit.folder_text.encoding import IGNORED, Encoded, Encoder, load_tokenizer
+from moekit.folder_text.splits import Files, example_files, split_examples
+from moekit.huggingface.folder import read_config
+from moekit.wording import counted
 
 _SPLITS: Mapping[Split, str] = {"train": "training", "valid": "validation", "test": "test"}
-IGNORED = -100
-"""The label of padding, which no loss counts."""
+_PAIRS = "Give parallel text: moses, jsonl of translations, tsv or examples."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,8 @@ class TextChoice:
     """Which text is read, and how much of it.
 
     Attributes:
-        source: kinds of source, as `moekit.data.sources.open_source` knows them.
+        source: kinds of source, as `moekit.data.sources.open_source` knows them. JSON lines that are no translations,
+            and a single file of text, are examples, as fine-tuning of a folder reads them.
         path: where the text lies; None where it is generated.
         languages: those that are read, or their codes by their names in the data; empty = all.
         tokens: at most so many of a split.
@@ -46,9 +49,18 @@ class TextChoice:
             UserError: it cannot be read.
         """
         kind = source_class(self.source)
-        if self.languages and not {"path", "languages"} <= kind.parameters().keys():
-            raise UserError(f"{self.source} has no languages to choose from: leave --data.languages out.")
+        if not {"path", "languages"} <= kind.parameters().keys():
+            self.require_no_languages(self.source)
         return open_source(self.source, self.path, **({"languages": self.languages} if self.languages else {}))
+
+    def require_no_languages(self, what: str) -> None:
+        """Make sure that no languages are chosen of text that has none.
+
+        Raises:
+            UserError: some are.
+        """
+        if self.languages:
+            raise UserError(f"{what} has no languages to choose from: leave --data.languages out.")
 
 
 @dataclass(frozen=True)
@@ -58,55 +70,85 @@ class FolderText:
     Attributes:
         batches: arguments of the model's forward, labels included.
         predictions: labels that count in each.
-        said: what it is, in a few words.
+        predicted: what those are, in two words.
+        said: what the text is, in a few.
     """
 
     batches: Sequence[dict[str, Tensor]]
     predictions: Sequence[int]
+    predicted: str
     said: str
 
 
 def folder_text(folder: Path, choice: TextChoice, split: Split) -> FolderText:
     """A split of the user's text for the model of a folder, by the tokenizer that lies there.
 
-    A decoder reads sentences one after the other, cut into sequences of one length. An encoder-decoder reads pairs.
+    A decoder reads examples one by one, as fine-tuning does, and other text one sentence after the other, cut into
+    sequences of one length. An encoder-decoder reads pairs.
 
     Raises:
         UserError: there is no tokenizer, no text of the split, none that is parallel for an encoder-decoder, or a
             language that the tokenizer does not know.
     """
-    source = choice.open()
-    words = _tokenizer(folder)
-    if parse_json((folder / "config.json").read_bytes()).get("is_encoder_decoder"):
-        batches = _pairs(words, source, choice, split)
+    _, config = read_config(folder)
+    if (files := example_files(choice.source, choice.path)) is not None:
+        return _of_examples(folder, config, choice, files, split)
+    source, words = choice.open(), load_tokenizer(folder, fast=False)
+    if config.is_encoder_decoder:
+        batches, predicted = _pairs(words, source, choice, split), "answers"
         predictions = [int((batch["labels"] != IGNORED).sum()) for batch in batches]
     else:
-        batches = _sequences(words, source, choice, split)
+        batches, predicted = _sequences(words, source, choice, split), "next tokens"
         predictions = [batch["labels"][:, 1:].numel() for batch in batches]  # nothing comes before the first token
+    said = _said(batches, choice, split, ", ".join(source.languages))
+    return FolderText(batches, predictions, predicted, said)
+
+
+def _said(batches: Sequence[dict[str, Tensor]], choice: TextChoice, split: Split, what: str) -> str:
+    """What is said of batches; UserError where there are none."""
     if not batches:
         raise UserError(
             f"{choice.source} must have {_SPLITS[split]} text, more than a token of it: it has none. Give text with "
             "this split."
         )
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    languages = ", ".join(source.languages)
-    return FolderText(
-        batches, predictions, f"{tokens:,} tokens of {_SPLITS[split]} text ({choice.source}: {languages})"
-    )
+    return f"{counted(tokens, 'token')} of {_SPLITS[split]} text ({choice.source}: {what})"
 
 
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+def _of_examples(folder: Path, config: Any, choice: TextChoice, files: Files, split: Split) -> FolderText:
+    """Examples, each in a row of its own, of similar lengths in a batch."""
+    if config.is_encoder_decoder:
+        raise UserError(f"an encoder-decoder reads pairs, and {choice.path} holds examples for decoders. {_PAIRS}")
+    choice.require_no_languages(f"{choice.source} of examples")
+    examples = split_examples(files, "text" if choice.source == "text" else "jsonl", split)
+    encoder = Encoder(load_tokenizer(folder), max_length=choice.length, vocab_size=config.vocab_size)
+    found: list[Encoded] = []
+    read = cut = empty = tokens = 0
+    for example in examples:
+        made = encoder.encode([example])
+        size = sum(map(len, made.examples))
+        if found and tokens + size > choice.tokens:
+            break
+        found += made.examples
+        read, cut, empty, tokens = read + 1, cut + made.cut, empty + made.empty, tokens + size
+    found.sort(key=len)
+    parts = [found[first : first + _rows(choice)] for first in range(0, len(found), _rows(choice))]
+    what = counted(read, "example")
+    what += f", {cut:,} of them cut to {choice.length:,} tokens" if cut else ""
+    what += f", {empty:,} left out with nothing to learn" if empty else ""
+    batches = [_padded(part, encoder.pad) for part in parts]
+    predictions = [sum(one.predicted for one in part) for part in parts]
+    return FolderText(batches, predictions, "learned tokens", _said(batches, choice, split, what))
 
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):  # it would make an empty one
-        raise UserError(
-            f"{folder} must hold a tokenizer, by which text is read: there is none of {', '.join(TOKENIZER_FILES)}."
-        )
-    try:
-        words = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(f"{folder} must hold a tokenizer, by which text is read: {error}") from None
-    return words
+
+def _padded(part: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
+    ids = [torch.from_numpy(one.ids) for one in part]
+    labels = [torch.from_numpy(one.labels) for one in part]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
 
 
 def _sentences(source: Source, split: Split) -> Iterator[str]:
@@ -134,10 +176,7 @@ def _sequences(words: Any, source: Source, choice: TextChoice, split: Split) -> 
 
 def _pairs(words: Any, source: Source, choice: TextChoice, split: Split) -> list[dict[str, Tensor]]:
     if not source.directions:
-        raise UserError(
-            f"an encoder-decoder reads pairs, and {choice.source} has none. Give parallel text: moses, jsonl, tsv or "
-            "examples."
-        )
+        raise UserError(f"an encoder-decoder reads pairs, and {choice.source} has none. {_PAIRS}")
     batches: list[dict[str, Tensor]] = []
     tokens, size = 0, _rows(choice)
     rows = {direction: source.parallel(direction, split) for direction in source.directions}

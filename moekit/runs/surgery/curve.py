@@ -23,6 +23,7 @@ from moekit.surgery import choose_experts, require_separable
 from moekit.surgery.pruning import Order
 from moekit.training.multitask import MultitaskModule
 from moekit.training.quiet import quiet
+from moekit.wording import counted
 
 LABELS: Mapping[Order, str] = {
     "utilisation": "the most used", "random": "at random", "reversed": "the least used", "reap": "by REAP saliency",
@@ -165,7 +166,7 @@ def table(curve: Curve) -> str:
     draws = len({point.seed for point in curve.points if point.seed is not None})
     read = f", of {curve.text}" if curve.text else ""
     note = f"Validation loss of {curve.task}, nats per prediction{read}; "
-    note += f"at random: mean ± standard deviation, {draws} draws."
+    note += f"at random: mean ± standard deviation, {counted(draws, 'draw')}."
     if curve.recovery is not None:
         note += f" Trained on: {curve.recovery.steps:,} steps at a peak rate of {curve.recovery.learning_rate:g}."
     return "\n".join([*lines, "", note + _same_sizes(curve), ""])

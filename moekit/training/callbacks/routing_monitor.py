@@ -38,8 +38,8 @@ class RoutingMonitor(Callback):
     Every look logs ``train/routing/<name>`` and ``train/routing/<layer>/<name>`` of the steps since the last one: what
     `RoutingStatistics` defines, and of each layer ``logsumexp`` of the router's logits, ``expert_gradient_norm`` of all
     experts together and ``expert_gradient_max_ratio``, the largest norm of an expert over their mean. Names that the
-    module logs by itself, as `MultitaskModule` does, are left to it. Progress bars show ``dead_experts`` and
-    ``max_load``, in fair shares.
+    module logs by itself, as `MultitaskModule` does, are left to it. Once there were warnings it also logs their number
+    so far, ``train/warnings``. Progress bars show ``dead_experts`` and ``max_load``, in fair shares.
 
     Numbers of training are not changed, but where a step is left out. Processes are added up. The host reads at each
     look; with `on_spike` "skip" or "stop" once more in every step, before the optimizer. A step that is left out
@@ -156,6 +156,8 @@ class RoutingMonitor(Callback):
         own = getattr(module, "train_routing", None)
         theirs = own.log_names() if isinstance(own, RoutingStatistics) else frozenset()
         values = {f"train/{name}": value for name, value in watch.values.items() if name not in theirs}
+        if self.warned:
+            values["train/warnings"] = float(len(self.warned))
         module.log_dict(values, batch_size=1)
         if "routing/dead_experts" in watch.values:
             short = {"dead_experts": watch.values["routing/dead_experts"]}

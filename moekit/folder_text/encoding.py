@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moekit.errors import UserError
-from moekit.folders.chat import ChatTemplate
-from moekit.folders.examples import Completion, Conversation, Example, PlainText
-from moekit.huggingface.folder import TOKENIZER_FILES
+from moekit.folder_text.chat import ChatTemplate
+from moekit.folder_text.examples import Completion, Conversation, Example, PlainText
+from moekit.huggingface.folder import TOKENIZER_FILES, read_config
 
 IGNORED = -100
 """The label of a token that is not learned, as in transformers."""
@@ -58,25 +58,31 @@ class EncodedExamples:
     empty: int
 
 
-def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
-    """The fast tokenizer of a folder of transformers; nothing in the folder is executed.
+def load_tokenizer(folder: str | os.PathLike[str], *, fast: bool = True) -> Any:
+    """The tokenizer of a folder of transformers; nothing in the folder is executed.
+
+    Args:
+        folder: the folder.
+        fast: whether it must be a fast one, which `Encoder` needs.
 
     Raises:
-        UserError: there is none, or it is no fast one.
+        UserError: there is none, it is no fast one, or the folder is none of transformers.
     """
     import transformers
 
     place = Path(os.path.abspath(folder))
-    if not place.is_dir():
-        raise UserError(f"--model must name a folder of transformers: there is none at {place}.")
+    read_config(place)  # of a broken one transformers complains when it opens the tokenizer
     if not any((place / file).is_file() for file in TOKENIZER_FILES):  # transformers would make an empty one
-        raise UserError(f"{place} must have a tokenizer: it has none of {', '.join(TOKENIZER_FILES)}.")
+        raise UserError(
+            f"{place} must have a tokenizer, by which text is read: it has none of {', '.join(TOKENIZER_FILES)}. Copy "
+            "that of the model into the folder."
+        )
     try:
         found = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{place} must have a tokenizer that transformers opens (tokenizer.json): {reason}") from None
-    if not found.is_fast:
+    if fast and not found.is_fast:
         raise UserError(
             f"{place} must have a fast tokenizer, which knows where each token stands in the text: got "
             f"{type(found).__name__}. Save it as one: AutoTokenizer.from_pretrained(..., use_fast=True)."
@@ -102,6 +108,12 @@ class Encoder:
     def __init__(self, tokenizer: Any, *, max_length: int, vocab_size: int) -> None:
         self.tokenizer, self.max_length, self.vocab_size = tokenizer, max_length, vocab_size
         self._chat = ChatTemplate(tokenizer)
+
+    @property
+    def pad(self) -> int:
+        """The id of padding: the tokenizer's own, if the model has a row for it."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(pad for pad in ids if pad is not None and pad < self.vocab_size))
 
     def encode(self, examples: Iterable[Example]) -> EncodedExamples:
         """Ids and labels of examples, divided and cut to rows.

@@ -7,10 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
+from moekit.data.keyed import key, permute
 from moekit.data.lines import read_lines
 from moekit.data.sources.files import read_json
 from moekit.errors import UserError
 from moekit.source import digest
+
+HELD_OUT = 0.05
+"""The share of a file's examples that is held out where nothing else is said."""
+SEED = 1
+"""The seed by which it is drawn where nothing else is said."""
 
 _KINDS = '{"text": "..."}, {"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
 _NUMBERED = 3  # keys that a message shows
@@ -70,6 +78,22 @@ def read_examples(name: str, source: Literal["jsonl", "text"], option: str = "--
     if not found:
         raise UserError(f"{name} must hold at least one example: got none. Fill it, or give another file.")
     return found
+
+
+def divided(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, a function of their number, share and seed.
+
+    Args:
+        examples: two or more.
+        share: that which is held out; at least one example is, and one is left.
+        seed: random seed of the choice.
+    """
+    count = min(len(examples) - 1, max(1, round(len(examples) * share)))
+    places = permute(np.arange(len(examples)), len(examples), key(seed, "held out"))
+    return (
+        [example for example, place in zip(examples, places, strict=True) if place >= count],
+        [example for example, place in zip(examples, places, strict=True) if place < count],
+    )
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from moekit.errors import UserError
-from moekit.folders.examples import Conversation
+from moekit.folder_text.examples import Conversation
 
 Span = tuple[int, int]
 """The first character, and that behind the last one."""
