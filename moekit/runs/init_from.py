@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError, nearest
@@ -113,7 +113,7 @@ def choices_from(kind: type[T], group: str, given: Mapping[str, Any]) -> T:
         UserError: one is unknown, out of its range, or none of the words that it may be.
     """
     hints = get_type_hints(kind)
-    known = [f.name for f in fields(kind)]
+    known = [f.name for f in fields(cast(Any, kind))]
     for key, value in given.items():
         if key not in known:
             raise UserError(f"{group}.{key}: unknown setting. {nearest(key, known)}")
