@@ -158,7 +158,7 @@ def test_bad_tables_are_refused_before_anything_is_run(parts: dict[str, Any], sa
 SMALL = {
     "model": {"dim": 16, "heads": 2, "hidden_dim": 16, "layers": 2, "num_experts": 2, "k": 1},
     "tasks.causal_lm.tokens": 128,
-    "data": {"babel_languages": 2, "babel_sentences": 200, "vocab_size": 300},
+    "data": {"babel_languages": 2, "babel_sentences": 200, "vocab_size": 400},
     "train": {"max_steps": 4, "warmup_steps": 1, "validate_every": 2},
     "evaluate": {"max_sentences": 10, "valid_sentences": 10, "samples": 0},
 }  # fmt: skip
@@ -175,7 +175,7 @@ def test_a_table_of_real_runs(tmp_path: Path) -> None:
     assert main(["ablate", str(path), "--runs", str(runs), "--out", str(tmp_path / "out"), "--jobs", "2"]) == 0
     plan = Plan.of(read_table(path), reconfigured)
     folders = {name: plan.job(name, 1).folder(runs) for name in arms}
-    assert Run.open(folders["student"]).record["teacher"] == str(folders["many"])
+    assert Run.open(folders["student"]).settings["teacher"] == str(folders["many"])
     assert {layer.num_experts for layer in Run.open(folders["joined"]).layers().values()} == {4}
     one, other = (Run.open(folders[name]).loaded.weights for name in ("many", "other"))
     assert any(not one[name].equal(other[name]) for name in one), "another order makes another model"
