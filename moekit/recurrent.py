@@ -94,27 +94,41 @@ class SigmoidFeedForward(Component):
 
 
 class RecurrentStack(Component):
-    """LSTM, feed-forward, LSTM.
+    """LSTMs around one feed-forward.
 
     Args:
         dim: D.
         units: cells of each LSTM.
-        feed_forward: what stands between them.
+        feed_forward: what stands between them, in the middle; None = nothing.
+        lstms: number of LSTMs.
         dropout: probability on the output of every layer, and on the embeddings.
         pad_id: stands for "the token before the first" in routing contexts.
 
     Raises:
-        ValueError: if the feed-forward may look at later tokens.
+        ValueError: if there is no LSTM, or the feed-forward may look at later tokens.
     """
 
-    def __init__(self, dim: int, units: int, feed_forward: nn.Module, *, dropout: float = 0.0, pad_id: int = 0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        units: int,
+        feed_forward: nn.Module | None,
+        *,
+        lstms: int = 2,
+        dropout: float = 0.0,
+        pad_id: int = 0,
+    ) -> None:
         super().__init__()
+        if lstms < 1:
+            raise ValueError(f"RecurrentStack needs at least one LSTM: got lstms={lstms}.")
         self.dropout, self.pad_id = dropout, pad_id
-        below, above = (RecurrentLayer(dim, units, dropout=dropout) for _ in range(2))
-        between = SigmoidFeedForward(feed_forward, dropout=dropout)
-        if between.is_routed:
-            feed_forward.check_causal()  # type: ignore[operator]
-        self.layers = nn.ModuleList([below, between, above])
+        layers: list[nn.Module] = [RecurrentLayer(dim, units, dropout=dropout) for _ in range(lstms)]
+        if feed_forward is not None:
+            between = SigmoidFeedForward(feed_forward, dropout=dropout)
+            if between.is_routed:
+                feed_forward.check_causal()  # type: ignore[operator]
+            layers.insert((lstms + 1) // 2, between)
+        self.layers = nn.ModuleList(layers)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -157,12 +171,13 @@ class RecurrentStack(Component):
 
 
 class RecurrentLM(TokenModel):
-    """A language model of an embedding, an LSTM, a feed-forward, a second LSTM and a softmax, with residuals.
+    """A language model of an embedding, LSTMs around a feed-forward, and a softmax, with residuals.
 
     Args:
         vocab_size: V.
         dim: D, of embeddings and of every layer's input and output.
-        feed_forward: a `MoELayer`, or a dense module from Float[..., D] to the same shape.
+        feed_forward: a `MoELayer`, or a dense module from Float[..., D] to the same shape; None = LSTMs alone.
+        lstms: number of LSTMs, half of them below the feed-forward.
         units: cells of each LSTM; None = D, more are projected to D.
         dropout: probability on the output of every layer but the softmax.
         tied: one table embeds tokens and makes the logits; else two.
@@ -183,15 +198,16 @@ class RecurrentLM(TokenModel):
         self,
         vocab_size: int,
         dim: int,
-        feed_forward: nn.Module,
+        feed_forward: nn.Module | None,
         *,
+        lstms: int = 2,
         units: int | None = None,
         dropout: float = 0.0,
         tied: bool = False,
         pad_id: int = 0,
     ) -> None:
         super().__init__(vocab_size, dim, tied=tied, pad_id=pad_id)
-        self.decoder = RecurrentStack(dim, units or dim, feed_forward, dropout=dropout, pad_id=pad_id)
+        self.decoder = RecurrentStack(dim, units or dim, feed_forward, lstms=lstms, dropout=dropout, pad_id=pad_id)
         init_weights(self)
 
     def new_cache(self) -> RecurrentCache:

@@ -152,6 +152,21 @@ def test_dense_feed_forward_begins_as_an_expert_does() -> None:
         assert torch.isfinite(made.decode(tokens()).hidden).all()
 
 
+@pytest.mark.parametrize(("count", "place"), [(1, 1), (2, 1), (3, 2), (4, 2)])
+def test_how_many_lstms_there_are(count: int, place: int) -> None:
+    """Half of them, or one more, below the feed-forward; and LSTMs alone, which write and remember as others do."""
+    kinds = [isinstance(layer, RecurrentLayer) for layer in model(MLP(DIM, 32), lstms=count).decoder.layers]
+    assert kinds == [n != place for n in range(count + 1)]
+    torch.manual_seed(0)
+    alone = RecurrentLM(VOCAB, DIM, None, lstms=count).eval()
+    assert [type(layer) for layer in alone.decoder.layers] == [RecurrentLayer] * count
+    assert alone.routed_layers == ()
+    ids = tokens()
+    cache = alone.new_cache()
+    cut = [alone.decode(ids[:, :4], cache=cache).hidden, alone.decode(ids[:, 4:], cache=cache).hidden]
+    torch.testing.assert_close(torch.cat(cut, dim=1), alone.decode(ids).hidden)
+
+
 def test_bad_use() -> None:
     with pytest.raises(ValueError, match="allow_future"):
         model(sparse(ExpertChoiceRouter(DIM, 4)))

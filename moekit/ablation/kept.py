@@ -71,7 +71,7 @@ def restore(jobs: Sequence[Job], runs: Path, kept: Path) -> int:
 def _found(jobs: Sequence[Job], runs: Path, kept: Path) -> list[Job]:
     """Jobs without a result here that have a kept one."""
     missing = [job for job in jobs if not RunRecord.of(job.folder(runs)).final]
-    without = {job.of.digest for job in missing if job.of is not None and not _path(job, kept).is_file()}
+    without = {other.digest for job in missing if not _path(job, kept).is_file() for other in job.needs}
     return [job for job in missing if _path(job, kept).is_file() and job.digest not in without]
 
 

@@ -27,7 +27,7 @@ COSTS = ("work", "parameters", "active_parameters", "tokens")
 
 
 def measure(folder: Path, key: str) -> float:
-    """The number of a run with that key.
+    """The number of a run with that key; of keys joined by " + " and " - ", their sum and difference.
 
     Args:
         folder: of the run.
@@ -41,6 +41,15 @@ def measure(folder: Path, key: str) -> float:
     Raises:
         UserError: the run has no such number; those of the nearest level are listed.
     """
+    words = key.split()
+    signs = dict(zip(range(0, len(words), 2), ["+", *words[1::2]], strict=False))
+    if len(words) > 1 and len(words) % 2 and {*signs.values()} <= {"+", "-"}:
+        return sum(measure(folder, words[at]) * (1 if sign == "+" else -1) for at, sign in signs.items())
+    return _measure(folder, key)
+
+
+def _measure(folder: Path, key: str) -> float:
+    """That of one key."""
     values = _summary(folder)
     if key.startswith(f"{_MECHANISMS}."):
         values = {_MECHANISMS: _mechanisms(folder)}

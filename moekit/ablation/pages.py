@@ -77,6 +77,7 @@ def asked(claim: Mapping[str, Any]) -> str:
     metric = f"`{claim['metric']}`"
     if claim["kind"] == "compute factor":
         return f"work of the dense model with the {metric} of {claim['arm']}, over its own, above {claim['smallest']:g}"
+    metric = f"distance of {metric} from its median over seeds" if claim["kind"] == "spread" else metric
     what = f"{metric} of {claim['arm']}" + (f" minus {claim['against']}" if claim["against"] else "")
     if claim["kind"] == "no difference":
         return f"{what}, within ±{claim['smallest']:g}"
@@ -118,14 +119,19 @@ def _arms(found: Mapping[str, Any]) -> str:
     rows = []
     for name, arm in found["arms"].items():
         settings = ", ".join(f"{key} {value}" for key, value in arm["settings"].items())
-        tuned = arm.get("fine_tune")
+        taken = [
+            f"{group}.{key} {value}"
+            for group in ("aggregate", "fine_tune", "distill")
+            for key, value in arm.get(group, {}).items()
+        ]
         pruned = ", ".join(f"{key} {value}" for key, value in (arm["prune"] or {}).items())
         parts = {
-            f"{'models' if tuned is None else 'fine-tuned'} of {arm['of']}": arm["of"],
-            ", ".join(f"fine_tune.{key} {value}" for key, value in (tuned or {}).items()): tuned,
+            f"{_how(arm)} {arm['of']}": arm["of"],
+            ", ".join(taken): taken,
             f"pruned: {pruned}": pruned,
             settings: settings,
             f"seeds + {arm['seed_offset']}": arm["seed_offset"],
+            f"order + {arm.get('order_offset')}": arm.get("order_offset"),
         }
         settings = ", ".join(words for words, there in parts.items() if there)
         cost, minutes = arm["costs"], found["made"]["minutes_by_arm"].get(name)
@@ -141,6 +147,13 @@ def _arms(found: Mapping[str, Any]) -> str:
         "processor minutes",
     ]  # fmt: skip
     return _table(headers, rows)
+
+
+def _how(arm: Mapping[str, Any]) -> str:
+    """What an arm does with the models of another."""
+    if "given_as" in arm:
+        return f"{arm['given_as']} is the run of"
+    return "fine-tuned of" if "fine_tune" in arm else "taught by" if "distill" in arm else "models of"
 
 
 def _matched(found: Mapping[str, Any]) -> str:

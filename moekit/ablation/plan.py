@@ -10,10 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moekit.ablation.table import RATE, AblationTable, Arm
+from moekit.ablation.arm import RATE, Arm
+from moekit.ablation.table import AblationTable
 from moekit.babel.concepts import DEFAULT_CONCEPTS
-from moekit.errors import UserError
+from moekit.errors import UserError, nearest
 from moekit.runs.config import RunConfig
+from moekit.runs.distill import distill_config
 from moekit.runs.finetune import fine_tune_config, gentler, prepare
 from moekit.runs.plain import as_plain, flatten
 from moekit.runs.recipe import Recipe, RunText, find_recipe
@@ -44,6 +46,7 @@ _SINCE = {
     "model.shared": False, "model.selection": "random", "data.unit": "line", "data.text_field": "text",
     "evaluate.domains": None, "data.salient": None, "data.salient_share": 1.0, "evaluate.words": 0,
     "data.babel_concepts": DEFAULT_CONCEPTS, "data.babel_cognates": 0.15,
+    "model.evolve": True, "model.baseline": "feed_forward",
     **{f"train.monitor.{field.name}": field.default for field in fields(MonitorConfig)},
 }  # fmt: skip
 """Settings that digests of earlier runs do not know, with the value at which a run computes what it did before."""
@@ -60,9 +63,13 @@ class Job:
         variant: the variant that the settings began with.
         config: all settings.
         label: whose run it is, for the view.
-        of: the run whose trained model is evaluated, or gone on with; None = it begins from scratch.
+        of: the run whose trained model is evaluated, gone on with, or taken something of; None = it needs no other.
         prune: options of the command prune, which is done first.
         fine_tune: options of the group fine_tune, of a run that goes on with the model; None = it does not.
+        joined: the run whose experts are added to those of `of` before it goes on; None = none are.
+        aggregate: options of the command aggregate, by which they are.
+        distill: options of the group distill, of a run that learns from the model; None = it does not.
+        given_as: the setting that takes the folder of `of`; "" = none does.
     """
 
     recipe: str
@@ -72,11 +79,20 @@ class Job:
     of: Job | None = None
     prune: tuple[tuple[str, Any], ...] = ()
     fine_tune: tuple[tuple[str, Any], ...] | None = None
+    joined: Job | None = None
+    aggregate: tuple[tuple[str, Any], ...] = ()
+    distill: tuple[tuple[str, Any], ...] | None = None
+    given_as: str = ""
 
     @property
     def trains(self) -> bool:
         """Whether it takes optimizer steps of its own."""
-        return self.of is None or self.fine_tune is not None
+        return self.of is None or self.fine_tune is not None or self.distill is not None or bool(self.given_as)
+
+    @property
+    def needs(self) -> tuple[Job, ...]:
+        """The runs whose trained models it needs."""
+        return tuple(job for job in (self.of, self.joined) if job is not None)
 
     @cached_property
     def digest(self) -> str:
@@ -93,8 +109,10 @@ class Job:
         left_out = {*_WITHOUT_EFFECT, *without, *(key for key, value in _SINCE.items() if settings.get(key) == value)}
         kept = {key: value for key, value in settings.items() if key not in left_out}
         of = None if self.of is None else self.of._digest(without)
-        fine_tuned = [] if self.fine_tune is None else [{"fine_tune": self.fine_tune}]
-        text = json.dumps([self.recipe, kept, of, self.prune, *fine_tuned], sort_keys=True, default=str)
+        joined = None if self.joined is None else [self.joined._digest(without), self.aggregate]
+        ways = {"fine_tune": self.fine_tune, "joined": joined, "distill": self.distill, "as": self.given_as or None}
+        taken = [{name: value} for name, value in ways.items() if value is not None]
+        text = json.dumps([self.recipe, kept, of, self.prune, *taken], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -132,7 +150,7 @@ class Plan:
         configs: dict[str, RunConfig] = {}
         for arm in sorted(table.arms.values(), key=lambda arm: bool(arm.of)):
             where = f"{table.path}: arms.{arm.name}.settings"
-            begun = configs[arm.of] if arm.of else base
+            begun = base if arm.begins else configs[arm.of]
             begun = begun if arm.fine_tune is None else gentler(begun)
             config = _configured(recipe, begun, arm.settings, configure, where)
             _check(recipe, arm, config, where)
@@ -146,15 +164,29 @@ class Plan:
         train: dict[str, Any] = {"seed": seed + made.seed_offset}
         if rate is not None:
             train["learning_rate"] = rate
-        config = self.configs[arm].changed(train=train, data={"order_seed": seed + made.seed_offset})
+        order = seed + made.seed_offset + made.order_offset
+        config = self.configs[arm].changed(train=train, data={"order_seed": order})
         label = f"{arm}, seed {seed}" + ("" if rate is None else f", rate {rate:g}")
-        of = self.job(owner, seed, rates) if owner else None
-        tuned = None if made.fine_tune is None else tuple(sorted(made.fine_tune.items()))
-        return Job(self.table.recipe, self.table.variant, config, label, of, tuple(sorted(made.prune.items())), tuned)
+        aggregate = dict(made.aggregate)
+        other = aggregate.pop("with", None)
+        return Job(
+            self.table.recipe,
+            self.table.variant,
+            config,
+            label,
+            self.job(owner, seed, rates) if owner else None,
+            _sorted(made.prune),
+            None if made.fine_tune is None else _sorted(made.fine_tune),
+            self.job(other, seed, rates) if other else None,
+            _sorted(aggregate),
+            None if made.distill is None else _sorted(made.distill),
+            made.given_as,
+        )
 
     def trained(self, arms: Sequence[str] | None = None) -> list[str]:
         """The arms that train from scratch; only those whose models `arms` ask for."""
-        wanted = {self.table.arms[arm].of or arm for arm in (self.table.arms if arms is None else arms)}
+        asked = self.table.arms if arms is None else arms
+        wanted = {name for arm in asked for name in (self.table.arms[arm].others or [arm])}
         return [name for name, arm in self.table.arms.items() if not arm.of and name in wanted]
 
     def fine_tuned(self, arms: Sequence[str] | None = None) -> list[str]:
@@ -204,13 +236,16 @@ class Plan:
         )
 
 
+def _sorted(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(options.items()))
+
+
 def _each_behind_its_own(jobs: Iterable[Job]) -> list[Job]:
     """Each once, behind the run that it is of."""
     found: dict[str, Job] = {}
     for job in jobs:
-        for each in (job.of, job):
-            if each is not None:
-                found.setdefault(each.digest, each)
+        for each in (*job.needs, job):
+            found.setdefault(each.digest, each)
     return list(found.values())
 
 
@@ -239,8 +274,29 @@ def _check(recipe: Recipe, arm: Arm, config: RunConfig, where: str) -> None:
         made = recipe.parts(config, RunText(config.data.vocab_size), "meta")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if arm.fine_tune is not None:
-        try:
+    try:
+        if arm.fine_tune is not None:
             prepare(made.backbone, fine_tune_config(arm.fine_tune))
-        except UserError as error:
-            raise UserError(f"{where.removesuffix('settings')}{error}") from None
+        if arm.distill is not None:
+            distill_config(arm.distill)
+    except UserError as error:
+        raise UserError(f"{where.removesuffix('settings')}{error}") from None
+    if arm.given_as and flatten(as_plain(config)).get(arm.given_as, "") is not None:
+        raise UserError(
+            f"{where.removesuffix('settings')}given_as: must be a setting of a folder that is not given, such as "
+            f"model.embeddings: got {arm.given_as!r}."
+        )
+    if arm.aggregate:
+        _check_aggregate(arm.aggregate, where.removesuffix("settings"))
+
+
+_AGGREGATE = {"with": None, "shared": None, "gates": ("concatenate", "fresh"), "plain": (True, False)}
+"""Keys of `Arm.aggregate`, with the values that they may have; None = whatever the command says of them."""
+
+
+def _check_aggregate(given: Mapping[str, Any], where: str) -> None:
+    for key, value in given.items():
+        if key not in _AGGREGATE:
+            raise UserError(f"{where}aggregate.{key}: unknown option. {nearest(key, _AGGREGATE)}")
+        if (known := _AGGREGATE[key]) is not None and value not in known:
+            raise UserError(f"{where}aggregate.{key}: must be one of {known}: got {value!r}.")

@@ -20,7 +20,7 @@ from moekit.ablation.plan import Job
 from moekit.atomic import write_json, write_text, writing
 from moekit.errors import UserError
 from moekit.lock import InUseError, held
-from moekit.runs.plain import as_plain
+from moekit.runs.plain import as_plain, with_setting
 from moekit.runs.run import SUMMARY
 from moekit.stored import parse_json
 
@@ -181,13 +181,14 @@ def moekit_commands(job: Job, folder: Path) -> list[list[str]]:
     program = [sys.executable, "-m", "moekit"]
     if job.trains:
         settings = folder.with_name(f"{folder.name}.yaml")
-        plain = {"recipe": job.recipe, **as_plain(job.config)}
+        config = job.config
+        if job.given_as and job.of is not None:
+            config = with_setting(config, job.given_as, str(job.of.folder(folder.parent)))
+        plain = {"recipe": job.recipe, **as_plain(config)}
         write_text(settings, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-        begin = ["run", job.recipe, "--variant", job.variant]
-        if job.of is not None:
-            tuned = [f"--fine_tune.{key}={value}" for key, value in job.fine_tune or ()]
-            begin = ["finetune", job.recipe, "--init_from", str(job.of.folder(folder.parent)), *tuned]
-        return [[*program, *begin, "--config", str(settings), "--out", str(folder), "--resume"]]
+        before, begin = _beginning(job, folder)
+        command = [*program, *begin, "--config", str(settings), "--out", str(folder), "--resume"]
+        return [*([*program, *each] for each in before), command]
     assert job.of is not None, "what does not train has another's model"
     trained, test = job.of.folder(folder.parent), [*program, "test", "--out", str(folder)]
     if job.prune:
@@ -196,6 +197,31 @@ def moekit_commands(job: Job, folder: Path) -> list[list[str]]:
         return [*([] if done else [[*program, "prune", str(trained), *options, "--out", str(folder)]]), test]
     _borrow(job, trained, folder)
     return [test]
+
+
+def _beginning(job: Job, folder: Path) -> tuple[list[list[str]], list[str]]:
+    """What is done before a run that trains, and how its command begins."""
+    if job.of is None or job.given_as:
+        return [], ["run", job.recipe, "--variant", job.variant]
+    start = job.of.folder(folder.parent)
+    if job.distill is not None:
+        return [], ["distill", job.recipe, "--teacher", str(start), *_group("distill", job.distill)]
+    before = []
+    if job.joined is not None:
+        one, other, start = start, job.joined.folder(folder.parent), folder.with_name(f"{folder.name}.joined")
+        options = [_option(key, value) for key, value in job.aggregate if value is not False]
+        before = [["aggregate", str(one), str(other), *options, "--out", str(start), "--overwrite"]]
+        before = [] if (folder / "config.yaml").is_file() else before
+    return before, ["finetune", job.recipe, "--init_from", str(start), *_group("fine_tune", job.fine_tune or ())]
+
+
+def _group(name: str, options: Sequence[tuple[str, Any]]) -> list[str]:
+    return [f"--{name}.{key}={value}" for key, value in options]
+
+
+def _option(key: str, value: Any) -> str:
+    """An option of a command without groups; a flag where it is true."""
+    return f"--{key}" if value is True else f"--{key}={value}"
 
 
 def _borrow(job: Job, trained: Path, folder: Path) -> None:
@@ -212,7 +238,7 @@ def _borrow(job: Job, trained: Path, folder: Path) -> None:
 def _next(waiting: Sequence[Job], runs: Path) -> Job | None:
     """The first run that can begin: that of a trained model waits for it, and is left out where that has failed."""
     for job in waiting:
-        if job.of is None or RunRecord.of(job.of.folder(runs)).state == "done":
+        if all(RunRecord.of(other.folder(runs)).state == "done" for other in job.needs):
             return job
     return None
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moekit.ablation.arm import Arm
 from moekit.ablation.comparison import PairedDifferences
 from moekit.ablation.ladder import compute_factor, log_factors
 from moekit.ablation.measures import COSTS, MECHANISMS, costs, measure
@@ -125,7 +127,7 @@ def result(plan: Plan, runs: Path, words: Mapping[str, Mapping[str, Any]] | None
                 "settings": dict(made.settings),
                 "of": made.of or None,
                 "prune": dict(made.prune) or None,
-                **({} if made.fine_tune is None else {"fine_tune": dict(made.fine_tune)}),
+                **_taken(made),
                 "seed_offset": made.seed_offset,
                 "learning_rate": jobs[arm][table.seeds[0]].config.train.learning_rate,
                 "costs": _mean_costs(measured[arm]),
@@ -140,6 +142,14 @@ def result(plan: Plan, runs: Path, words: Mapping[str, Mapping[str, Any]] | None
         "control": control if control is not None else {"none": table.no_control},
         "made": _made(plan, jobs, chosen, runs),
     }
+
+
+def _taken(arm: Arm) -> dict[str, Any]:
+    """What an arm says of the models of others beside whose they are, as far as it does."""
+    groups = {"fine_tune": arm.fine_tune, "distill": arm.distill, "aggregate": arm.aggregate or None}
+    found: dict[str, Any] = {name: dict(group) for name, group in groups.items() if group is not None}
+    rest = {"given_as": arm.given_as, "order_offset": arm.order_offset}
+    return found | {name: value for name, value in rest.items() if value}
 
 
 def comparable(found: Mapping[str, Any]) -> str:
@@ -221,7 +231,16 @@ def _evidence(question: TestedClaim, measured: Measured, seeds: Sequence[int]) -
 
 
 def _values(question: TestedClaim, measured: Measured, seeds: Sequence[int]) -> dict[str, dict[int, float | None]]:
-    return {arm: {seed: measured[arm][seed]["metrics"].get(question.metric) for seed in seeds} for arm in question.arms}
+    found = {
+        arm: {seed: measured[arm][seed]["metrics"].get(question.metric) for seed in seeds} for arm in question.arms
+    }
+    return {arm: _distances(got) for arm, got in found.items()} if question.kind == "spread" else found
+
+
+def _distances(values: Mapping[int, float | None]) -> dict[int, float | None]:
+    """How far each lies from their median, so that means of these are compared as Brown and Forsythe (1974) do."""
+    middle = statistics.median([value for value in values.values() if value is not None] or [0.0])
+    return {seed: None if value is None else abs(value - middle) for seed, value in values.items()}
 
 
 def _effect(question: TestedClaim, values: Mapping[str, Mapping[int, float | None]], seed: int) -> float:

@@ -295,7 +295,7 @@ def _left(plan: Plan, runs: Path) -> list[Job]:
 def _has_ended(job: Job, runs: Path) -> bool:
     if RunRecord.of(job.folder(runs)).state != "unfinished":
         return True
-    return job.of is not None and RunRecord.of(job.of.folder(runs)).state in ("failed", "diverged")
+    return any(RunRecord.of(other.folder(runs)).state in ("failed", "diverged") for other in job.needs)
 
 
 def _committed_minutes(plan: Plan) -> dict[str, float]:

@@ -2,56 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import moekit
+from moekit.ablation.arm import Arm, check_arm, read_arm
 from moekit.ablation.ladder import FEWEST_SIZES
 from moekit.ablation.part import Part
 from moekit.errors import UserError, nearest
 from moekit.runs.recipe import find_recipe
 from moekit.runs.yaml_file import read_mapping
 
-Kind = Literal["better", "no difference", "mechanism", "within checkpoint", "compute factor"]
+Kind = Literal["better", "no difference", "mechanism", "within checkpoint", "compute factor", "spread"]
 Direction = Literal["higher", "lower"]
 Matched = Literal["work", "parameters", "tokens", "time"]
 
-RATE = "train.learning_rate"
-
 RECIPES = Path(moekit.__file__).parent.parent / "recipes"
 """Tables by name lie below it, ``NAME/ablations/TABLE.yaml``, in a checkout; an installed package has none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to make a model, or to evaluate one.
-
-    Attributes:
-        name: what tables and plots call it.
-        about: one line about it.
-        settings: by dotted key, over those of the table.
-        seed_offset: number added to every seed, for an arm that should not begin like the others.
-        of: the arm whose trained models this one evaluates under its own settings, or goes on with; "" = it trains its
-            own.
-        prune: for an arm `of` another: options of the command prune, which is done first.
-        fine_tune: for an arm `of` another: the group `fine_tune` of the command finetune, by which its models are
-            trained on under the arm's settings; None = they are not.
-    """
-
-    name: str
-    about: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    seed_offset: int = 0
-    of: str = ""
-    prune: Mapping[str, Any] = field(default_factory=dict)
-    fine_tune: Mapping[str, Any] | None = None
-
-    @property
-    def trains(self) -> bool:
-        """Whether its runs take steps of their own."""
-        return not self.of or self.fine_tune is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +31,7 @@ class TestedClaim:
         id: of the claim in recipes/claims.yaml, or one of your own.
         kind: how it is answered.
         hypothesis: what is expected here and why, written before the run.
-        metric: key of a number in a run's summary.json, or the name of a column of metrics.csv.
+        metric: key of a number in a run's summary.json, or the name of a column of metrics.csv; or a sum of such.
         arm: what the claim is about.
         against: what it is compared with; "" for a mechanism that is a number beyond a bound by itself.
         direction: which side of `against`, or of the bound, the claim places the arm on.
@@ -206,7 +175,7 @@ def read_table(path: Path) -> AblationTable:
     variant = top.text("variant", next(iter(recipe.variants)))
     if variant not in recipe.variants:
         raise top.fault("variant", f"unknown variant {variant!r}. {nearest(variant, recipe.variants)}")
-    arms = {name: _arm(name, part) for name, part in top.parts("arms").items()}
+    arms = {name: read_arm(name, part) for name, part in top.parts("arms").items()}
     table = AblationTable(
         path=path,
         title=top.text("title"),
@@ -226,20 +195,6 @@ def read_table(path: Path) -> AblationTable:
     top.end()
     _check(table)
     return table
-
-
-def _arm(name: str, part: Part) -> Arm:
-    arm = Arm(
-        name=name,
-        about=part.text("about", ""),
-        settings=part.settings("settings"),
-        seed_offset=int(part.number("seed_offset", 0, at_least=0)),
-        of=part.text("of", ""),
-        prune=part.mapping("prune"),
-        fine_tune=part.mapping("fine_tune") if "fine_tune" in part.values else None,
-    )
-    part.end()
-    return arm
 
 
 def _claims(top: Part) -> dict[str, TestedClaim]:
@@ -294,23 +249,8 @@ def _check(table: AblationTable) -> None:
         return UserError(f"{table.path}: {key}: {why}.")
 
     for arm in table.arms.values():
-        trained = table.arms.get(arm.of) if arm.of else None
-        if arm.of and (trained is None or trained.of):
-            known = [name for name, other in table.arms.items() if not other.of]
-            raise fault(
-                f"arms.{arm.name}.of",
-                f"must name an arm that trains from scratch: got {arm.of!r}. {nearest(arm.of, known)}",
-            )
-        if arm.prune and not arm.of:
-            raise fault(f"arms.{arm.name}.prune", "is for an arm that says whose models it prunes: give `of` too")
-        if arm.prune and arm.settings:
-            raise fault(f"arms.{arm.name}.settings", "a pruned model is evaluated as it is: leave settings out")
-        if arm.of and arm.seed_offset:
-            raise fault(
-                f"arms.{arm.name}.seed_offset", f"is of an arm that trains from scratch: this one is of {arm.of!r}"
-            )
-        if arm.fine_tune is not None:
-            _check_fine_tuned(table, arm, fault)
+        grids = {"grid": table.learning_rates is not None, "fine_tuning_grid": table.fine_tuning_rates is not None}
+        check_arm(arm, table.arms, fault, **grids)
     if table.fine_tuning_rates and all(arm.fine_tune is None for arm in table.arms.values()):
         raise fault("fine_tuning_rates", "are of arms that fine-tune: no arm has fine_tune")
     for question in table.questions:
@@ -338,16 +278,3 @@ def _check(table: AblationTable) -> None:
             raise fault(f"{key}.seeds", f"must be other seeds than those of the table: {shared} are in both")
     if (table.control is None) == (not table.no_control):
         raise fault("control", "give a negative control, or say under `no_control` why there is none")
-
-
-def _check_fine_tuned(table: AblationTable, arm: Arm, fault: Callable[[str, str], UserError]) -> None:
-    """What an arm that fine-tunes needs beside."""
-    if not arm.of:
-        raise fault(f"arms.{arm.name}.fine_tune", "is for an arm that says whose models it goes on with: give `of` too")
-    if arm.prune:
-        raise fault(f"arms.{arm.name}.prune", "a model is pruned or fine-tuned, not both: leave one out")
-    if table.fine_tuning_rates is None and RATE not in arm.settings:
-        raise fault(
-            f"arms.{arm.name}.fine_tune",
-            f"needs a learning rate: give fine_tuning_rates to the table, or {RATE} to the arm's settings",
-        )

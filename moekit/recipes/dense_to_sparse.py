@@ -21,6 +21,7 @@ from moekit.errors import UserError
 from moekit.experts import DensePretraining, MaskWeights
 from moekit.layer import MoELayer
 from moekit.recipes._networks import TEXT, DecoderConfig, expert_bank, feed_forwards, knowing, parts, with_twins
+from moekit.recipes._routers import LEARNED
 from moekit.routers import DenseToSparseRouter, ExponentialDecay, LinearDecay
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import SURGERY, TaskConfig, setting
@@ -34,6 +35,8 @@ class ModelConfig(DecoderConfig):
     """The network.
 
     Attributes:
+        evolve: whether the network goes through the phases (the paper); false, for comparison = Switch's router of one
+            expert per token from the first step, which wants model.load_balance 0.01.
         diversify: share of train.max_steps in the first phase, in which the experts of a layer are a single
             feed-forward layer.
         masked: share of the weights of each expert that are set to zero, at random, when the first phase ends, to make
@@ -48,6 +51,7 @@ class ModelConfig(DecoderConfig):
             softmax of the logits).
     """
 
+    evolve: bool = True
     diversify: float = setting(0.1, at_least=0, at_most=1)
     masked: float = setting(0.1, at_least=0, below=1)
     sparsify: float = setting(0.4, at_least=0, at_most=1)
@@ -78,6 +82,8 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
     dense, falling = phases(config)
 
     def sparse(layer: int, side: Side) -> MoELayer:
+        if not model.evolve:
+            return MoELayer(LEARNED["switch"](model.dim, model.num_experts), expert_bank(model))
         router = DenseToSparseRouter(
             model.dim,
             model.num_experts,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -37,8 +38,10 @@ class ModelConfig:
         dim: width of embeddings and of the input and output of every layer.
         units: number of units of each LSTM, projected to `dim` if larger; 0 = dim.
         hidden_dim: hidden size of each expert; 1,024 in most models of the paper.
-        num_experts: number of experts; 0 = no experts: one feed-forward layer as wide as all experts used by a token.
+        num_experts: number of experts; 0 = no experts: the baseline of equal operations per token.
         groups: number of groups of the experts under a two-level (hierarchical) gate; 0 = a flat gate.
+        baseline: what stands in the place of the experts where num_experts is 0: feed_forward (as wide as all experts
+            used by a token), or lstm (as many further LSTMs as have at most its multiplications).
         k: number of experts per token under a flat gate; under a two-level gate, groups per token and experts per
             group. 4 in the paper, 2 under a two-level gate.
         importance: weight of the importance loss, which evens out gate weights; 0.1 in the paper.
@@ -51,6 +54,7 @@ class ModelConfig:
     units: int = setting(0, at_least=0)
     hidden_dim: int = setting(256, at_least=1)  # the paper's 512 and 1,024, by four
     num_experts: int = setting(32, at_least=0, free=SURGERY)
+    baseline: Literal["feed_forward", "lstm"] = "feed_forward"
     groups: int = setting(0, at_least=0)
     k: int = setting(4, at_least=1)
     importance: float = setting(0.1, at_least=0)  # appendix C.1, as `load` and `k`
@@ -59,10 +63,32 @@ class ModelConfig:
     tied: bool = False
 
 
-def feed_forward(model: ModelConfig) -> nn.Module:
-    """The layer between the LSTMs."""
-    if not model.num_experts:  # the paper's MoE-1-Wide
-        return MLP(model.dim, model.hidden_dim * (model.k**2 if model.groups else model.k))
+def active_dim(model: ModelConfig) -> int:
+    """Hidden units of all experts that a token passes."""
+    return model.hidden_dim * (model.k**2 if model.groups else model.k)
+
+
+def further_lstms(model: ModelConfig) -> int:
+    """LSTMs in the place of the experts, of about their multiplications: two in the paper's 4xLSTM-512.
+
+    Raises:
+        UserError: not one LSTM has as few.
+    """
+    units = model.units or model.dim
+    each = 8 * model.dim * units + (model.dim * units if units > model.dim else 0)  # four gates; the projection
+    count = 2 * model.dim * active_dim(model) // each
+    if not count:
+        raise UserError(
+            f"model.baseline lstm needs experts of at least the operations of an LSTM of {units} units: those of a "
+            f"token have {active_dim(model)} hidden units together. Give a larger model.hidden_dim or model.k."
+        )
+    return count
+
+
+def feed_forward(model: ModelConfig) -> nn.Module | None:
+    """The layer between the LSTMs; None where there are only LSTMs."""
+    if not model.num_experts:  # the paper's 4xLSTM-512 and MoE-1-Wide
+        return None if model.baseline == "lstm" else MLP(model.dim, active_dim(model))
     experts = GroupedMLP(model.num_experts, model.dim, model.hidden_dim, init_scale=1.0)
     if not model.groups:
         return MoELayer(noisy_topk(model.dim, model.num_experts, k=model.k), experts)
@@ -75,10 +101,12 @@ def feed_forward(model: ModelConfig) -> nn.Module:
 def build(config: RunConfig, text: RunText) -> ModelParts:
     """The parts of a run."""
     model = config.model
+    between = feed_forward(model)
     network = RecurrentLM(
         text.vocab_size,
         model.dim,
-        feed_forward(model),
+        between,
+        lstms=2 if between is not None else 2 + further_lstms(model),
         units=model.units or None,
         dropout=model.dropout,
         tied=model.tied,

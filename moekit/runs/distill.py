@@ -10,7 +10,7 @@ import torch
 
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
-from moekit.runs.init_from import InitFrom, starting_tokenizer
+from moekit.runs.init_from import InitFrom, choices_from, starting_tokenizer
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
 from moekit.runs.settings.fields import setting
@@ -107,6 +107,17 @@ class Distillation(InitFrom):
     def note(self, module: MultitaskModule) -> str:  # noqa: D102
         count = sum(tensor.numel() for tensor in self.run.loaded.weights.values())
         return f"teacher   {self.source}: {count:,} parameters"
+
+
+def distill_config(given: Mapping[str, Any]) -> DistillConfig:
+    """The settings from plain data.
+
+    Raises:
+        UserError: one is unknown or out of its range, or together they are no objective.
+    """
+    found = choices_from(DistillConfig, "distill", given)
+    _objective(found)
+    return found
 
 
 def _objective(chosen: DistillConfig) -> Objective:

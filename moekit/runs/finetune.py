@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from moekit.errors import UserError, nearest
+from moekit.errors import UserError
 from moekit.runs.config import RunConfig
-from moekit.runs.init_from import InitFrom, starting_tokenizer
+from moekit.runs.init_from import InitFrom, choices_from, starting_tokenizer
 from moekit.runs.recipe import Recipe
 from moekit.runs.run import Run
-from moekit.runs.settings.fields import check_ranges, setting
+from moekit.runs.settings.fields import setting
 from moekit.runs.settings.train import StrategyConfig
 from moekit.runs.surgery.optimizer import optimizer_slots
 from moekit.shell import command_line
@@ -124,13 +124,7 @@ def fine_tune_config(given: Mapping[str, Any]) -> FineTuneConfig:
     Raises:
         UserError: one is unknown, or out of its range.
     """
-    known = [f.name for f in fields(FineTuneConfig)]
-    for key in given:
-        if key not in known:
-            raise UserError(f"fine_tune.{key}: unknown setting. {nearest(key, known)}")
-    found = FineTuneConfig(**given)
-    check_ranges(found, "fine_tune.")
-    return found
+    return choices_from(FineTuneConfig, "fine_tune", given)
 
 
 def prepare(module: nn.Module, chosen: FineTuneConfig, backbone: nn.Module | None = None) -> None:

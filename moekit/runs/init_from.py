@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from moekit.data.tokenizer import Tokenizer
-from moekit.errors import UserError
+from moekit.errors import UserError, nearest
 from moekit.runs.config import RunConfig
 from moekit.runs.plain import as_plain
 from moekit.runs.recipe import Recipe
@@ -15,6 +17,8 @@ from moekit.runs.run import Run
 from moekit.runs.settings.fields import check_ranges
 from moekit.runs.text import tokenizer_of
 from moekit.training.multitask import MultitaskModule
+
+T = TypeVar("T")
 
 
 class InitFrom(ABC):
@@ -95,3 +99,26 @@ def starting_tokenizer(run: Run) -> Tokenizer:
             f"{tokenizer.vocab_size}."
         )
     return tokenizer
+
+
+def choices_from(kind: type[T], group: str, given: Mapping[str, Any]) -> T:
+    """The settings of what is taken, from plain data.
+
+    Args:
+        kind: their dataclass.
+        group: its name, for messages.
+        given: values by name; what is left out has its default.
+
+    Raises:
+        UserError: one is unknown, out of its range, or none of the words that it may be.
+    """
+    hints = get_type_hints(kind)
+    known = [f.name for f in fields(cast(Any, kind))]
+    for key, value in given.items():
+        if key not in known:
+            raise UserError(f"{group}.{key}: unknown setting. {nearest(key, known)}")
+        if get_origin(hints[key]) is Literal and value not in get_args(hints[key]):
+            raise UserError(f"{group}.{key} must be one of {', '.join(get_args(hints[key]))}: got {value!r}.")
+    found = kind(**given)
+    check_ranges(found, f"{group}.")
+    return found

@@ -125,7 +125,7 @@ def test_a_table_of_real_runs(tmp_path: Path) -> None:
     settings = {
         "model": {"dim": 16, "heads": 2, "hidden_dim": 16, "layers": 2, "num_experts": 2},
         "tasks.causal_lm.tokens": 128,
-        "data": {"babel_languages": 1, "babel_sentences": 200, "vocab_size": 300},
+        "data": {"babel_languages": 2, "babel_sentences": 200, "vocab_size": 400},
         "train": {"max_steps": 4, "warmup_steps": 1, "validate_every": 2},
         "evaluate": {"max_sentences": 10, "valid_sentences": 10, "samples": 0},
     }  # fmt: skip

@@ -38,11 +38,20 @@ SUMMARY = {
         ("floors.causal_lm.valid.guessing", 2.0),
         ("floors.causal_lm.test.knowing", 1.25),
         ("domains.talks.causal_lm.above_test", 0.5),
+        ("recall.causal_lm.known - recall.causal_lm.composed", 0.25),
+        ("recall.causal_lm.known + test.causal_lm.loss - recall.causal_lm.composed", 1.75),
     ],
 )
 def test_numbers_of_a_summary(key: str, value: float, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
     assert measure(tmp_path, key) == value
+
+
+@pytest.mark.parametrize("key", ["test.causal_lm.loss -", "test.causal_lm.loss * 2", "- test.causal_lm.loss"])
+def test_what_is_no_sum_is_no_number(key: str, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    with pytest.raises(UserError, match="has no number"):
+        measure(tmp_path, key)
 
 
 def test_a_run_without_recall_says_what_it_has(tmp_path: Path) -> None:

@@ -237,6 +237,30 @@ def test_arms_that_are_equal_do_not_differ(tmp_path: Path) -> None:
     assert (claim["verdict"], claim["difference"], claim["interval"]) == ("reproduced", 0.0, [0.0, 0.0])
 
 
+def test_spread_over_seeds_is_compared(tmp_path: Path) -> None:
+    """Distances from the median, by hand: 0.2 for two of five seeds of the one arm, 0.02 for the same of the other."""
+    scatter = {1: 0.2, 3: -0.2}
+
+    def ends(job: Job) -> dict[str, Any]:
+        width = 1.0 if job.config.model.num_experts == 2 else 0.1
+        return formula(job) | {"loss": 2.0 + width * scatter.get(job.config.train.seed % 1000, 0.0)}
+
+    claim = TABLE["claims"][0] | {"kind": "spread", "smallest": 0.01}
+    control = TABLE["control"] | {"metric": "routing.load_cv", "smallest": 0.5}
+    found, _ = run(
+        write_table(tmp_path, changed(claims=[claim], control=control, learning_rates=None)),
+        tmp_path / "runs",
+        fake(ends),
+    )
+    assert found is not None
+    claim = found["claims"][0]
+    assert claim["means"] == pytest.approx({"many": 0.008, "few": 0.08})
+    assert claim["difference"] == pytest.approx(-0.072)
+    assert claim["verdict"] == "direction only"
+    page = (tmp_path / "results" / "table.md").read_text()
+    assert "distance of `test.causal_lm.loss` from its median over seeds of many minus few, lower by more than" in page
+
+
 def test_one_checkpoint_under_several_settings(tmp_path: Path) -> None:
     """The evaluated arm has no training of its own, and waits for that of which it is."""
     arms = {"many": {}, "few": {"of": "many", "settings": {"model.eval_capacity_factor": 2.0}}, "again": {"of": "many"}}

@@ -22,6 +22,7 @@ from moekit.planner.census import parameters
 from moekit.recipes import base_layers, deepspeed_moe, dense_to_sparse, hash_layers, moe_lm, shazeer
 from moekit.recipes._routers import LEARNED, Learned
 from moekit.recipes.hash_layers import Hash, ModelConfig, hash_router
+from moekit.recurrent import RecurrentLayer
 from moekit.routers import (
     AllChoices,
     Bigram,
@@ -230,6 +231,21 @@ def test_phases_follow_one_another() -> None:
     assert not torch.equal(masks[0], masks[1]), "every layer has a perturbation of its own"
 
 
+def test_switch_stands_beside_the_gate() -> None:
+    """In the same network, from the first step: one expert for a token, the most probable one, in training too."""
+    built = dense_to_sparse.build(small(dense_to_sparse.TINY, evolve=False, load_balance=0.01), RunText(500))
+    network = built.backbone.train()
+    output = network.decode(torch.arange(64).view(2, 32))  # type: ignore[operator]
+    for (_, layer), routing in zip(sparse(network), output.routings, strict=True):
+        assert layer.phase is None
+        assert isinstance(layer.router, TopKRouter)
+        assert layer.router.exploration is None
+        assert routing.token.tolist() == list(range(64))
+    assert built.aux is not None
+    evolving = dense_to_sparse.build(small(dense_to_sparse.TINY), RunText(500)).backbone
+    assert parameters(network)["total"] == parameters(evolving)["total"]
+
+
 def test_phases_are_shares_of_the_steps() -> None:
     config = small(dense_to_sparse.TINY)
     assert dense_to_sparse.phases(config) == (2, 8)
@@ -330,6 +346,19 @@ def test_gates_of_shazeer() -> None:
     assert counted["total"] - counted["active"] == 8 * 2 * 16 * 32  # a token passes four of twelve
     with pytest.raises(UserError, match=r"model\.groups"):
         shazeer.build(small(shazeer.TINY, num_experts=12, groups=5, k=2), RunText(500))
+
+
+@pytest.mark.parametrize(("hidden", "count"), [(32, 4), (48, 5)])
+def test_further_lstms_of_shazeer_cost_what_its_experts_do(hidden: int, count: int) -> None:
+    """The paper's 4xLSTM-512: two more LSTMs in the place of four experts twice as wide as the model."""
+    sizes: dict[str, Any] = {"baseline": "lstm", "hidden_dim": hidden}
+    lstms = shazeer.build(small(shazeer.TINY, num_experts=0, **sizes), RunText(500)).backbone
+    layers = lstms.decoder.layers  # type: ignore[union-attr]
+    assert [type(layer) for layer in layers] == [RecurrentLayer] * count  # type: ignore[union-attr]
+    each = sum(p.numel() for name, p in layers[0].named_parameters() if "weight" in name)  # type: ignore[index]
+    assert each * (count - 2) == 2 * 16 * 4 * hidden, "products of four experts"
+    with pytest.raises(UserError, match=r"model\.baseline lstm needs experts of at least the operations"):
+        shazeer.build(small(shazeer.TINY, num_experts=0, baseline="lstm", hidden_dim=8), RunText(500))
 
 
 @pytest.mark.parametrize(
