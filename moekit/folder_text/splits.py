@@ -8,7 +8,7 @@ from typing import Literal
 
 from moekit.data.lines import read_lines
 from moekit.data.sources.files import find_split_files, read_json, unpacked_name
-from moekit.data.sources.jsonl import ENDINGS
+from moekit.data.sources.jsonl import ENDINGS, KEY
 from moekit.folder_text.examples import HELD_OUT, SEED, Example, divided, read_examples
 from moekit.source import Split
 
@@ -59,5 +59,5 @@ def _translates(file: Path) -> bool:
     for number, line in enumerate(read_lines(str(file), "--data.path"), start=1):
         if line.strip():
             row = read_json(line, f"{file}, line {number}")
-            return isinstance(row, dict) and "translation" in row
+            return isinstance(row, dict) and KEY in row
     return False

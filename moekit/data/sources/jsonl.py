@@ -15,6 +15,9 @@ from moekit.source import Direction, Split, register_source
 ENDINGS = (".jsonl", ".json", ".ndjson")
 """Of files of JSON lines; those of packed ones come behind."""
 
+KEY = "translation"
+"""Holds the texts of a line by language."""
+
 
 @register_source
 class JsonLines(AlignedSource):
@@ -91,7 +94,7 @@ def _read(split: Split, path: Path, names: LanguageNames) -> AlignedBlock:
 
 def _texts(line: str, where: str) -> dict[str, Any]:
     row = read_json(line, where)
-    texts = row.get("translation") if isinstance(row, dict) else None
+    texts = row.get(KEY) if isinstance(row, dict) else None
     if not isinstance(texts, dict):
         got = f"the keys {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else type(row).__name__
         raise UserError(
