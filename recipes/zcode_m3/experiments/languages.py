@@ -55,7 +55,7 @@ def scores(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Means by tier and side: how many directions, both scores of both models, and how often the sparse one is ahead."""
+    """Means by tier and side: how many directions, both scores of both models, and where the sparse one is ahead."""
     found = []
     for tier in TIERS:
         for side, place in (("into the pivot", 0), ("from the pivot", 1)):
