@@ -79,3 +79,25 @@ def log_factors(found: Mapping[int, Factor], smallest: float) -> tuple[list[floa
     logs = [math.log(factor.value / smallest) for factor in found.values()]
     most = sum(factor.bound == "at most" for factor in found.values())
     return logs, f"in {most} of {len(found)} seeds the sparse model is worse than the whole ladder" if most else ""
+
+
+def why_no_measure(sizes: Mapping[str, tuple[float, float]]) -> str:
+    """Why a ladder says nothing of work: its largest model is not its best; "" = it is.
+
+    Then the training of the large models fails, and what a sparse model saves cannot be told from that.
+
+    Args:
+        sizes: mean work and mean loss of dense models, by name.
+
+    Example:
+        >>> why_no_measure({"narrow": (1.0, 1.5), "wide": (2.0, 1.75)})
+        'the ladder is no measure of work, as its largest model, wide, loses 1.75, and narrow 1.5'
+        >>> why_no_measure({"narrow": (1.0, 1.5), "wide": (2.0, 1.25)})
+        ''
+    """
+    largest, best = max(sizes, key=lambda name: sizes[name][0]), min(sizes, key=lambda name: sizes[name][1])
+    if sizes[best][1] == sizes[largest][1]:
+        return ""
+    lost = {name: f"{sizes[name][1]:.4g}" for name in (largest, best)}
+    worse, better = f"its largest model, {largest}, loses {lost[largest]}", f"{best} {lost[best]}"
+    return f"the ladder is no measure of work, as {worse}, and {better}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from moekit.ablation.arm import Arm
 from moekit.ablation.comparison import PairedDifferences
-from moekit.ablation.ladder import compute_factor, log_factors
+from moekit.ablation.ladder import Factor, compute_factor, log_factors, why_no_measure
 from moekit.ablation.measures import COSTS, MECHANISMS, costs, measure
 from moekit.ablation.plan import Job, Plan
 from moekit.ablation.processes import RunRecord
@@ -220,6 +220,13 @@ def _evidence(question: TestedClaim, measured: Measured, seeds: Sequence[int]) -
     if question.kind == "compute factor":
         factors = {seed: _factor(question, measured, seed) for seed in whole}
         differences, censored = log_factors(factors, question.smallest)
+        if whole:
+            points = {arm: [_point(question, measured, arm, seed) for seed in whole] for arm in question.ladder}
+            means = {
+                arm: (statistics.fmean(work for work, _ in own), statistics.fmean(loss for _, loss in own))
+                for arm, own in points.items()
+            }
+            censored = why_no_measure(means) or censored
         smallest = 0.0  # of the logarithm of the factor over the smallest of interest
     else:
         side = 1.0 if question.direction == "higher" or equality else -1.0
@@ -258,15 +265,17 @@ def _origin(question: TestedClaim) -> float:
     return 0.0 if is_difference else question.bound
 
 
-def _factor(question: TestedClaim, measured: Measured, seed: int) -> Any:
-    def point(arm: str) -> tuple[float, float]:
-        run = measured[arm][seed]
-        if not run["costs"]["work"]:
-            raise UserError(f"a compute factor needs the work of every run: that of {arm}, seed {seed}, is not known.")
-        return run["costs"]["work"], run["metrics"][question.metric]
+def _factor(question: TestedClaim, measured: Measured, seed: int) -> Factor:
+    ladder = [_point(question, measured, arm, seed) for arm in question.ladder]
+    return compute_factor(ladder, *_point(question, measured, question.arm, seed))
 
-    work, loss = point(question.arm)
-    return compute_factor([point(arm) for arm in question.ladder], work, loss)
+
+def _point(question: TestedClaim, measured: Measured, arm: str, seed: int) -> tuple[float, float]:
+    """Work and metric of a run."""
+    run = measured[arm][seed]
+    if not run["costs"]["work"]:
+        raise UserError(f"a compute factor needs the work of every run: that of {arm}, seed {seed}, is not known.")
+    return run["costs"]["work"], run["metrics"][question.metric]
 
 
 def _answer(

@@ -289,12 +289,15 @@ def test_the_compute_factor_of_a_ladder(tmp_path: Path) -> None:
         "metric": "test.causal_lm.loss", "arm": "many", "ladder": list(arms), "smallest": 1.5,
     }  # fmt: skip
 
+    spoilt: list[int] = []  # sizes whose training fails
+
     def ladder(job: Job) -> dict[str, Any]:
         dense = {16: 0, 32: 1, 64: 2, 128: 3}[job.config.model.hidden_dim]
         sparse = job.config.model.num_experts > 0
         noise = 0.1 * NOISE[job.config.train.seed % 5]
+        failed = not sparse and job.config.model.hidden_dim in spoilt
         return formula(job) | {
-            "loss": 3 - 0.1 * (2 if sparse else dense) + noise,
+            "loss": 3 - 0.1 * (2 if sparse else dense) + noise + failed,
             "work": 1e9 * 2 ** (0 if sparse else dense),
         }
 
@@ -305,6 +308,13 @@ def test_the_compute_factor_of_a_ladder(tmp_path: Path) -> None:
     assert answer["difference"] == pytest.approx(4.0, rel=0.02)
     assert answer["verdict"] == "reproduced"
     assert "over its own, above 1.5" in (tmp_path / "results" / "table.md").read_text()
+
+    spoilt.append(128)
+    again, _ = run(write_table(tmp_path, table), tmp_path / "others", fake(ladder))
+    assert again is not None
+    answer = again["claims"][0]
+    assert answer["verdict"] == "inconclusive"
+    assert answer["why"].startswith("the ladder is no measure of work, as its largest model, dense128, loses 3.7")
 
 
 def test_what_a_table_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
