@@ -305,17 +305,22 @@ def knowing(tiny: RunConfig, **model: Any) -> RunConfig:
         tiny: on babel, where there is nothing to know.
         model: sizes that differ.
     """
-    # Questions about facts are single sentences, so that chunks of text must not be much longer.
-    spans: dict[str, Any] = {"max_length": 32, "span_ratio": 0.25, "mean_span": 2.0}
+    facts: dict[str, Any] = {"facts_entities": 600, "facts_relations": 12, "facts_profiles": 0.9}
+    train: dict[str, Any] = {"max_steps": 2000, "learning_rate": 8e-3, "validate_every": 500}
+    if isinstance(tiny.tasks, SpanCorruptionTasks):
+        # Random spans ask for one value in eight, and most of what they ask for is grammar; so values are what is cut
+        # out. Which gap asks for which value is to be learnt first; sentences with one gap teach that, profiles do not.
+        facts = {"facts_entities": 200, "facts_relations": 8, "facts_profiles": 0.5, "max_length": 32,
+                 "salient": "source", "packed": False}  # fmt: skip
+        train |= {"max_steps": 2500, "learning_rate": 4e-3, "warmup_steps": 200}
     return tiny.changed(
         data={
-            "source": "facts", "babel_languages": 2, "babel_sentences": 100_000, "facts_entities": 600,
-            "facts_relations": 12, "facts_power": 0.5, "facts_profiles": 0.9, "vocab_size": 700, "byte_fallback": False,
-            **(spans if isinstance(tiny.tasks, SpanCorruptionTasks) else {}),
+            "source": "facts", "babel_languages": 2, "babel_sentences": 100_000, "facts_power": 0.5, "vocab_size": 700,
+            "byte_fallback": False, **facts,
         },
         model={"dim": 64, "hidden_dim": 128, "num_experts": 16, **model},
         tasks={task: {"tokens": 2048} for task in active_tasks(tiny.tasks)},
-        train={"max_steps": 2000, "max_minutes": 10.0, "learning_rate": 8e-3, "validate_every": 500},
+        train={"max_minutes": 10.0, **train},
     )  # fmt: skip
 
 
