@@ -116,11 +116,11 @@ def _run(config: FolderConfig, given: Any, arguments: Sequence[str]) -> None:
     from moekit.report import RoutingReport
     from moekit.training.processes import is_first_process
 
-    page = {"every_n_steps": config.train.log_every, "title": Path(config.model).absolute().name}
+    every, title = config.train.log_every, Path(config.model).absolute().name
     kept = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
     found = finetune_folder(
         config, given.out, resume=given.resume, overwrite=given.overwrite, merge=given.merge,
-        callbacks=lambda tuned: [RoutingReport(tuned.page, **page)],
+        callbacks=lambda tuned: [RoutingReport(tuned.page, every_n_steps=every, title=title)],
         resume_command=command_line("finetune", *kept, "--resume"), console=Terminal(),
     )  # fmt: skip
     if is_first_process():
