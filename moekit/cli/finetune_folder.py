@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
@@ -115,10 +116,11 @@ def _run(config: FolderConfig, given: Any, arguments: Sequence[str]) -> None:
     from moekit.report import RoutingReport
     from moekit.training.processes import is_first_process
 
+    every, title = config.train.log_every, Path(config.model).absolute().name
     kept = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
     found = finetune_folder(
         config, given.out, resume=given.resume, overwrite=given.overwrite, merge=given.merge,
-        callbacks=lambda tuned: [RoutingReport(tuned.page)],
+        callbacks=lambda tuned: [RoutingReport(tuned.page, every_n_steps=every, title=title)],
         resume_command=command_line("finetune", *kept, "--resume"), console=Terminal(),
     )  # fmt: skip
     if is_first_process():

@@ -30,8 +30,9 @@ from moekit.training.schedules import per_step
 class FolderModule(L.LightningModule):
     """Fine-tunes the adopted model of a folder, which is read when the Trainer asks for it.
 
-    Logs ``train/loss`` (nats for a learned token, of the optimizer step's share), ``train/aux/<name>`` (unweighted
-    losses of routers) and ``lr``; in validation ``valid/loss``, of all held-out tokens together.
+    Logs ``train/loss`` (nats for a learned token of the batch, of all processes together in steps that loggers get and
+    of this one in others), ``train/aux/<name>`` (unweighted losses of routers) and ``lr``; in validation
+    ``valid/loss``, of all held-out tokens together.
 
     Args:
         folder: the folder of transformers.
@@ -88,10 +89,11 @@ class FolderModule(L.LightningModule):
         """
         nll, self.heard = self.negative_log_likelihood(batch)
         loss = nll / batch.predictions
-        shown = loss.detach()
+        # Not the share above: rows with few learned tokens would look learned, and those with many unlearned.
+        shown, count = nll.detach(), (batch.labels[:, 1:] != IGNORED).sum()
         if self._reports and self.trainer.world_size > 1:  # not by Lightning, which would do it at every step or never
-            shown = self.trainer.strategy.reduce(shown, reduce_op="mean")
-        self.log("train/loss", shown, prog_bar=True, batch_size=1)
+            shown, count = (self.trainer.strategy.reduce(value, reduce_op="sum") for value in (shown, count))
+        self.log("train/loss", shown / count.clamp(min=1), prog_bar=True, batch_size=1)
         aux = added_losses(self.model)
         if aux is not None and self.heard:
             extra, terms = aux(*self.heard)

@@ -15,7 +15,7 @@ from moekit.atomic import clear_drafts, require_apart, require_text, write_error
 from moekit.data.lines import STANDARD
 from moekit.environment import environment
 from moekit.errors import UserError
-from moekit.folders.settings import FolderConfig
+from moekit.folders.settings import UNUSED, FolderConfig
 from moekit.lock import LOCK_FILES
 from moekit.runs.plain import plain, require_same
 from moekit.runs.settings.fields import free_keys
@@ -101,7 +101,9 @@ class TunedFolder:
         if overwrite:
             self.clear()
         self.path.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(as_settings(config), sort_keys=False, allow_unicode=True)
+        given = as_settings(config)
+        given["train"] = {name: value for name, value in given["train"].items() if name not in UNUSED}  # as options are
+        text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
         write_text(self.path / _CONFIG, text)
         write_json(self.path / _ENVIRONMENT, environment())
         try:

@@ -203,7 +203,7 @@ def _adapters(adapter: Mapping[str, Any]) -> str:
         "kind": str(adapter.get("peft_type")),
         "rank": str(adapter.get("r")),
         "alpha": str(adapter.get("lora_alpha")),
-        "adapted": ", ".join(sorted({name.rpartition(".")[2] for name in names})),
+        "adapted": ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})),
     }
     return _table("Adapters", ("", ""), rows)
 

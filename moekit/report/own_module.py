@@ -178,6 +178,7 @@ class RoutingReport(Callback):
     Args:
         path: the page, one file without outside parts; None = ``routing.html`` in the Trainer's ``default_root_dir``.
         every_n_steps: optimizer steps between two points of the curves.
+        title: what the page is of; None = the class of the module.
 
     Attributes:
         statistics: counts of all steps of this process so far; `figures` draws them.
@@ -189,10 +190,10 @@ class RoutingReport(Callback):
         UserWarning: if the module has no `MoELayer`: no page is written.
     """
 
-    def __init__(self, path: str | Path | None = None, *, every_n_steps: int = 50) -> None:
+    def __init__(self, path: str | Path | None = None, *, every_n_steps: int = 50, title: str | None = None) -> None:
         if every_n_steps < 1:
             raise UserError(f"every_n_steps must be at least 1: got {every_n_steps}.")
-        self.path, self.every_n_steps = path, every_n_steps
+        self.path, self.every_n_steps, self.title = path, every_n_steps, title
         self.statistics: RoutingStatistics | None = None
         self._window: RoutingStatistics | None = None  # since the last point
         self._points, self._step = _Points(), 0
@@ -257,7 +258,7 @@ class RoutingReport(Callback):
             path.parent.mkdir(parents=True, exist_ok=True)
             routing = {**counted, "measured": "Measured in training, all steps together."}
             page = RunFolder(path.parent, metrics=self._points.series(), routing=routing)
-            render.save(path, render.html(_view(page, type(pl_module).__name__, trainer.global_step)))
+            render.save(path, render.html(_view(page, self.title or type(pl_module).__name__, trainer.global_step)))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._remove()

@@ -86,14 +86,14 @@ def test_license_and_base_pass_on_and_other_cards_stay(tmp_path: Path) -> None:
 
 def test_adapters_have_a_card_of_peft(tmp_path: Path) -> None:
     tuned = adopt(model("MixtralSparseMoeBlock"), aux=None)
-    add_adapters(tuned, rank=4, targets=("experts", "attention"))
+    add_adapters(tuned, rank=4, targets=("experts", "routers", "attention"))
     write_adapters(tuned, tmp_path / "adapter", base="mistralai/Mixtral-8x7B-v0.1", card={"metrics": {"loss": 1.5}})
     card = hub.ModelCard.load(tmp_path / "adapter" / "README.md")
     data = card.data.to_dict()
     assert (data["library_name"], data["base_model"]) == ("peft", "mistralai/Mixtral-8x7B-v0.1")
     assert data["tags"] == ["moe", "moekit", "lora"]
     assert "| rank | 4 |" in card.text
-    assert "| adapted | down_proj, gate_up_proj, k_proj, o_proj, q_proj, v_proj |" in card.text
+    assert "| adapted | down_proj, gate, gate_up_proj, k_proj, o_proj, q_proj, v_proj |" in card.text
     assert 'PeftModel.from_pretrained(base, "adapter")' in card.text
     assert "| loss | 1.5 |" in card.text
     write_adapters(tuned, tmp_path / "local", base=str(tmp_path))

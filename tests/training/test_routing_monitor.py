@@ -140,14 +140,18 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[int, str]], list[str]]] = {
         {"scores": (0.0, 9.0, 0.0, 0.0)}, [(10, "dead"), (10, "collapse"), (20, "drops")],
         [
             "moe: 3 of 4 experts are dead (0, 2, 3)",
-            "moe: routing has collapsed: expert 1 of 4 got 4.00 fair shares (threshold 2.4), evenness of the load 0.00",
+            "moe: routing has collapsed: expert 1 of 4 got 4.00 fair shares (threshold 2.4), evenness of the load 0.00"
+            " (threshold: below 0.5)",
             "moe: 50.0% of the assignments were dropped over the last 10 steps (threshold 0.1)",
         ],
     ),
     "logits": ({"scores": (70.0, 70.0, 70.0, 70.0)}, [(10, "logits")], ["moe: the router's logits are large: mean"]),
     "balance_loss": (
         {"weigh": False}, [(5, "balance_loss")],
-        ["moe: the router returns a balance loss (load_balance) that weighs nothing: its gradient was 0"],
+        [
+            "moe: the router returns a balance loss (load_balance) that weighs nothing: its gradient was 0",
+            "Add moekit.AuxLosses(load_balance=0.01) of the routings to the loss; recipes have --model.load_balance",
+        ],
     ),
     "loss_spike": (
         {"loss": {27: 50.0}}, [(28, "loss_spike"), (28, "gradient_spike")],

@@ -165,7 +165,7 @@ def troubles(layer: LayerFigures, allowed: Thresholds) -> Iterator[tuple[Kind, s
             busiest = layer.load.index(max(layer.load))
             text = (
                 f"{layer.name}: routing has collapsed: expert {busiest} of {size} got {layer.largest:.2f} fair shares "
-                f"(threshold {most:.4g}), evenness of the load {layer.evenness:.2f} (threshold "
+                f"(threshold {most:.4g}), evenness of the load {layer.evenness:.2f} (threshold: below "
                 f"{allowed.min_evenness:.4g}), {steps}. Raise the weight of the balance loss, or lower the learning "
                 "rate."
             )
@@ -193,7 +193,8 @@ def unweighed(layer: LayerFigures) -> str | None:
     names = ", ".join(layer.balance_losses)
     return (
         f"{layer.name}: the router returns a balance loss ({names}) that weighs nothing: its gradient was 0 "
-        f"(threshold: more than 0). Add moekit.AuxLosses({layer.balance_losses[0]}=0.01) of the routings to the loss."
+        f"(threshold: more than 0). Add moekit.AuxLosses({layer.balance_losses[0]}=0.01) of the routings to the loss; "
+        "recipes have --model.load_balance, and folders of transformers router_aux_loss_coef in config.json."
     )
 
 
