@@ -152,7 +152,7 @@ def test_runs_wait_for_all_that_they_need(tmp_path: Path) -> None:
         (with_arm("student", distill={"until": 1.5}), r"student\.distill\.until must be a whole number: got 1\.5"),
         (with_arm("student", distill={"layers": "first"}), r"student\.distill\.layers must be as"),
         (with_arm("student", distill={"layers": "decoder.layers=0,9"}), r"student\.distill: the layers of .* below 2"),
-        (with_arm("student", distill={"inherit": "everything"}, settings={"model.dim": 32}), r"student\.distill: .*size"),
+        (with_arm("student", distill={"inherit": "everything"}, settings={"model.dim": 32}), r"distill: .*sizes"),
         (with_arm("joined", aggregate={"with": "many"}), r"joined\.aggregate\.with: must name another arm than `of`"),
         (with_arm("joined", aggregate={}), r"joined\.aggregate: is empty"),
         (with_arm("joined", aggregate={"with": "other", "shared": 3}), r"aggregate\.shared: must be mean, 1 or 2: got"),
