@@ -76,8 +76,8 @@ def read_arm(name: str, part: Part) -> Arm:
         name=name,
         about=part.text("about", ""),
         settings=part.settings("settings"),
-        seed_offset=int(part.number("seed_offset", 0, at_least=0)),
-        order_offset=int(part.number("order_offset", 0, at_least=0)),
+        seed_offset=part.whole("seed_offset", 0, at_least=0),
+        order_offset=part.whole("order_offset", 0, at_least=0),
         of=part.text("of", ""),
         prune=part.mapping("prune"),
         fine_tune=part.mapping("fine_tune") if "fine_tune" in part.values else None,
@@ -86,6 +86,9 @@ def read_arm(name: str, part: Part) -> Arm:
         given_as=part.text("given_as", ""),
     )
     part.end()
+    for key in ("prune", "aggregate"):
+        if key in part.values and not getattr(arm, key):
+            raise part.fault(key, f"is empty: give the options of the command {key}, or leave it out")
     return arm
 
 
@@ -107,7 +110,7 @@ def check_arm(arm: Arm, arms: Mapping[str, Arm], fault: Fault, *, grid: bool, fi
     for key, name in (("of", arm.of), ("aggregate.with", arm.aggregate.get("with") if arm.aggregate else "")):
         if name != "" and name not in begin:
             raise fault(f"{where}.{key}", f"must name an arm that trains from scratch: got {name!r}. "
-                        f"{nearest(str(name), begin)}".rstrip("."))  # fmt: skip
+                        f"{nearest(str(name), begin)}")  # fmt: skip
     ways = {"prune": arm.prune, "fine_tune": arm.fine_tune is not None, "distill": arm.distill is not None,
             "given_as": arm.given_as}  # fmt: skip
     given = [key for key, value in ways.items() if value]
@@ -119,6 +122,8 @@ def check_arm(arm: Arm, arms: Mapping[str, Arm], fault: Fault, *, grid: bool, fi
         raise fault(f"{where}.{one}", f"a model is {_WORDS[one]} or {_WORDS[other]}, not both: leave one out")
     if arm.prune and arm.settings:
         raise fault(f"{where}.settings", "a pruned model is evaluated as it is: leave settings out")
+    if arm.aggregate and arm.aggregate["with"] == arm.of:
+        raise fault(f"{where}.aggregate.with", f"must name another arm than `of`: both are {arm.of!r}")
     if arm.aggregate and arm.fine_tune is None:
         raise fault(f"{where}.aggregate", "is for an arm that goes on with the result: give `fine_tune` too")
     for key, offset in (("seed_offset", arm.seed_offset), ("order_offset", arm.order_offset)):

@@ -19,7 +19,7 @@ class Part:
 
     def fault(self, key: str, why: str) -> UserError:
         """The error of a key."""
-        return UserError(f"{self.where}: {self.key}{key}: {why}.")
+        return UserError(f"{self.where}: {self.key}{key}: {why.removesuffix('.')}.")
 
     def take(self, key: str, kind: type | tuple[type, ...], words: str, default: Any = None) -> Any:
         """The value of a key; its default where it is left out, unless that is None."""
@@ -48,6 +48,13 @@ class Part:
         if missed := missed_range(found, range):
             raise self.fault(key, f"must be a number, {missed}: got {found:g}")
         return found
+
+    def whole(self, key: str, default: int, **range: float) -> int:
+        """A whole number; `range` as of `number`."""
+        found = self.number(key, default, **range)
+        if found != int(found):
+            raise self.fault(key, f"must be a whole number: got {found:g}")
+        return int(found)
 
     def numbers(self, key: str) -> list[float]:
         """A list of numbers."""

@@ -10,13 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from moekit.ablation.arm import RATE, Arm
 from moekit.ablation.table import AblationTable
+from moekit.ablation.taken import check_taken
 from moekit.babel.concepts import DEFAULT_CONCEPTS
-from moekit.errors import UserError, nearest
+from moekit.errors import UserError
 from moekit.runs.config import RunConfig
-from moekit.runs.distill import distill_config
-from moekit.runs.finetune import fine_tune_config, gentler, prepare
+from moekit.runs.finetune import gentler
 from moekit.runs.plain import as_plain, flatten
 from moekit.runs.recipe import Recipe, RunText, find_recipe
 from moekit.runs.settings.monitor import MonitorConfig
@@ -147,13 +149,15 @@ class Plan:
         recipe = find_recipe(table.recipe, str(table.path))
         base = _configured(recipe, recipe.variants[table.variant].config, OF_EVERY_RUN, configure, f"{table.path}")
         base = _configured(recipe, base, table.settings, configure, f"{table.path}: settings")
+        _check_seeds(table)
         configs: dict[str, RunConfig] = {}
+        models: dict[str, nn.ModuleDict] = {}
         for arm in sorted(table.arms.values(), key=lambda arm: bool(arm.of)):
             where = f"{table.path}: arms.{arm.name}.settings"
             begun = base if arm.begins else configs[arm.of]
             begun = begun if arm.fine_tune is None else gentler(begun)
             config = _configured(recipe, begun, arm.settings, configure, where)
-            _check(recipe, arm, config, where)
+            models[arm.name] = _model(recipe, arm, config, models, where)
             configs[arm.name] = config
         return cls(table, {name: configs[name] for name in table.arms})
 
@@ -205,6 +209,20 @@ class Plan:
         every = ((seed, rate, arm) for seed in grid.seeds for rate in grid.values for arm in self.trained(arms))
         # Equal arms have the same runs.
         return list({job.digest: job for job in (self.job(arm, seed, {arm: x}) for seed, x, arm in every)}.values())
+
+    def tuning_metrics(self, arms: Sequence[str] | None = None) -> dict[str, set[str]]:
+        """What is asked of each of `tuning_jobs`, by digest."""
+        grid = self.table.learning_rates
+        return {} if grid is None else {job.digest: {grid.metric} for job in self.tuning_jobs(arms)}
+
+    def metrics(self, rates: Mapping[str, float]) -> dict[str, set[str]]:
+        """The metrics that claims and control ask of each run of the table, by digest."""
+        found: dict[str, set[str]] = {}
+        for question in self.table.questions:
+            for arm, seed in ((arm, seed) for arm in question.arms for seed in self.table.seeds):
+                asked = found.setdefault(self.job(arm, seed, rates).digest, set())
+                asked |= {question.metric} - {"diverged"}
+        return found
 
     def fine_tuning_jobs(self, rates: Mapping[str, float], arms: Sequence[str] | None = None) -> list[Job]:
         """The runs that choose rates of fine-tuning, each behind the run that it goes on with.
@@ -261,42 +279,39 @@ def _configured(
         raise UserError(f"{where}: {error}") from None
 
 
-def _check(recipe: Recipe, arm: Arm, config: RunConfig, where: str) -> None:
-    """What a run would refuse only once it is its turn."""
+def _check_seeds(table: AblationTable) -> None:
+    """Seeds are the table's, and no run of an arm is that of another pair."""
+    places = {"settings": table.settings, **{f"arms.{arm.name}.settings": arm.settings for arm in table.arms.values()}}
+    for place, settings in places.items():
+        for key in _SEEDS:
+            if key in settings:
+                raise UserError(
+                    f"{table.path}: {place}: {key} is given by the seeds of the table. Give seed_offset, or "
+                    "order_offset, to an arm instead."
+                )
+    for arm in table.arms.values():
+        for key, offset in (("seed_offset", arm.seed_offset), ("order_offset", arm.order_offset)):
+            if offset and (shared := sorted({seed + offset for seed in table.seeds} & {*table.seeds})):
+                raise UserError(
+                    f"{table.path}: arms.{arm.name}.{key}: must lead to other seeds than those of the table, or pairs "
+                    f"have runs in common: {shared} are in both. Give a larger one, such as 1000."
+                )
+
+
+def _model(
+    recipe: Recipe, arm: Arm, config: RunConfig, models: Mapping[str, nn.ModuleDict], where: str
+) -> nn.ModuleDict:
+    """Network and heads of an arm without memory; refused is what a run would refuse only once it is its turn."""
     if not config.train.max_steps:
         raise UserError(f"{where}: train.max_steps must be given: minutes would make numbers depend on the machine.")
-    for key in _SEEDS:
-        if key in arm.settings:
-            raise UserError(f"{where}: {key} is given by the seeds of the table. Give seed_offset to the arm instead.")
     try:
         config.train.check()
         config.evaluate.check()
-        made = recipe.parts(config, RunText(config.data.vocab_size), "meta")
+        made = recipe.parts(config, RunText(config.data.vocab_size), "meta").named()
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     try:
-        if arm.fine_tune is not None:
-            prepare(made.backbone, fine_tune_config(arm.fine_tune))
-        if arm.distill is not None:
-            distill_config(arm.distill)
+        check_taken(arm, made, config, models)
     except UserError as error:
         raise UserError(f"{where.removesuffix('settings')}{error}") from None
-    if arm.given_as and flatten(as_plain(config)).get(arm.given_as, "") is not None:
-        raise UserError(
-            f"{where.removesuffix('settings')}given_as: must be a setting of a folder that is not given, such as "
-            f"model.embeddings: got {arm.given_as!r}."
-        )
-    if arm.aggregate:
-        _check_aggregate(arm.aggregate, where.removesuffix("settings"))
-
-
-_AGGREGATE = {"with": None, "shared": None, "gates": ("concatenate", "fresh"), "plain": (True, False)}
-"""Keys of `Arm.aggregate`, with the values that they may have; None = whatever the command says of them."""
-
-
-def _check_aggregate(given: Mapping[str, Any], where: str) -> None:
-    for key, value in given.items():
-        if key not in _AGGREGATE:
-            raise UserError(f"{where}aggregate.{key}: unknown option. {nearest(key, _AGGREGATE)}")
-        if (known := _AGGREGATE[key]) is not None and value not in known:
-            raise UserError(f"{where}aggregate.{key}: must be one of {known}: got {value!r}.")
+    return made

@@ -192,7 +192,7 @@ def moekit_commands(job: Job, folder: Path) -> list[list[str]]:
     assert job.of is not None, "what does not train has another's model"
     trained, test = job.of.folder(folder.parent), [*program, "test", "--out", str(folder)]
     if job.prune:
-        options = [word for key, value in job.prune for word in (f"--{key}", str(value))]
+        options = [_option(key, value) for key, value in job.prune if value is not False]
         done = (folder / "config.yaml").is_file()
         return [*([] if done else [[*program, "prune", str(trained), *options, "--out", str(folder)]]), test]
     _borrow(job, trained, folder)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from moekit.ablation.claims import claims_page, listed_words, read_claims
 from moekit.ablation.kept import keep, restore
+from moekit.ablation.measures import measure
 from moekit.ablation.plan import Configure, Job, Plan
 from moekit.ablation.processes import Commands, RunRecord, measured_minutes, run_all
 from moekit.ablation.result import chosen_fine_tuning_rates, chosen_rates, read_result, result
@@ -72,19 +73,19 @@ def run_table(
         require_writable(path / f"{table.path.stem}.json")
     _restore(plan, runs, folder)
 
-    def make(jobs: Sequence[Job], what: str) -> None:
+    def make(jobs: Sequence[Job], what: str, asked: Mapping[str, set[str]]) -> None:
         restore(jobs, runs, folder / KEPT)
         try:
-            _make(jobs, plan, runs, at_once, console, commands, what)
+            _make(jobs, plan, runs, at_once, console, commands, what, asked)
         finally:
             keep(jobs, runs, folder / KEPT)
 
     try:
-        make(plan.tuning_jobs(only), "choosing learning rates")
+        make(plan.tuning_jobs(only), "choosing learning rates", plan.tuning_metrics(only))
         rates = _rates(plan, runs, only)
-        make(plan.fine_tuning_jobs(rates, only), "choosing rates of fine-tuning")
+        make(plan.fine_tuning_jobs(rates, only), "choosing rates of fine-tuning", {})
         rates |= _fine_tuning_rates(plan, rates, runs, only)
-        make(plan.jobs(rates, only, seeds), "runs")
+        make(plan.jobs(rates, only, seeds), "runs", plan.metrics(rates))
     except KeyboardInterrupt:
         _say(console, f"What has been done is kept. To go on: {again or command_line('ablate', name)}")
         raise
@@ -248,17 +249,45 @@ def _make(
     console: Console,
     commands: Commands | None,
     what: str,
+    asked: Mapping[str, set[str]],
 ) -> None:
+    """Make the jobs that are left; `asked` are the metrics that the table asks of each, by digest."""
     left = [job for job in jobs if not RunRecord.of(job.folder(runs)).final]
     if not jobs:
         return
     minutes = _committed_minutes(plan) | measured_minutes(runs)
-    progress = Progress(console, left, minutes, plan.table.minutes, at_once)
+    progress = _Asking(runs, asked, plan.table, console, left, minutes, plan.table.minutes, at_once)
     about = f", {spoken_minutes(progress.minutes_left())}" if left else ""
     _say(console, f"{plan.table.name}, {what}: {len(jobs) - len(left)} of {len(jobs)} done{about}")
     if left:
         with progress.shown():
             run_all(jobs, runs, at_once=at_once, watcher=progress, commands=commands)
+
+
+class _Asking(Progress):
+    """Progress that looks for the metrics of the table in each run that ends.
+
+    A metric that no run has would otherwise be noticed when all of them are made.
+
+    Args:
+        runs: the folder of all runs.
+        asked: metrics of each run by digest.
+        table: that asks.
+        progress: arguments of `Progress`.
+    """
+
+    def __init__(self, runs: Path, asked: Mapping[str, set[str]], table: AblationTable, *progress: Any) -> None:
+        super().__init__(*progress)
+        self.runs, self.asked, self.table = runs, asked, table
+
+    def end(self, job: Job, record: RunRecord) -> None:
+        """Raise UserError if a run that is done has not what is asked of it."""
+        super().end(job, record)
+        for key in sorted(self.asked.get(job.digest, ())) if record.state == "done" else ():
+            try:
+                measure(job.folder(self.runs), key)
+            except UserError as error:
+                raise UserError(f"{self.table.path}: a metric that the table asks for is not there: {error}") from None
 
 
 def _rates(plan: Plan, runs: Path, only: Sequence[str] | None) -> dict[str, float]:

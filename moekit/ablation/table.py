@@ -19,6 +19,8 @@ Kind = Literal["better", "no difference", "mechanism", "within checkpoint", "com
 Direction = Literal["higher", "lower"]
 Matched = Literal["work", "parameters", "tokens", "time"]
 
+_FEWEST_TO_SCATTER = 3
+
 RECIPES = Path(moekit.__file__).parent.parent / "recipes"
 """Tables by name lie below it, ``NAME/ablations/TABLE.yaml``, in a checkout; an installed package has none."""
 
@@ -246,7 +248,7 @@ def _check(table: AblationTable) -> None:
     """What several keys say together."""
 
     def fault(key: str, why: str) -> UserError:
-        return UserError(f"{table.path}: {key}: {why}.")
+        return UserError(f"{table.path}: {key}: {why.removesuffix('.')}.")
 
     for arm in table.arms.values():
         grids = {"grid": table.learning_rates is not None, "fine_tuning_grid": table.fine_tuning_rates is not None}
@@ -258,6 +260,11 @@ def _check(table: AblationTable) -> None:
         for name in question.arms:
             if name not in table.arms:
                 raise fault(where, f"unknown arm {name!r}. {nearest(name, table.arms)}")
+        if question.against == question.arm:
+            raise fault(f"{where}.against", f"must name another arm than `arm`: both are {question.arm!r}")
+        if question.kind == "spread" and len(table.seeds) < _FEWEST_TO_SCATTER:
+            raise fault(where, f"a spread needs {_FEWEST_TO_SCATTER} seeds or more: two lie equally far from their "
+                        f"median, so that nothing could scatter; got {len(table.seeds)}")  # fmt: skip
         if question.kind == "within checkpoint":
             owners = {
                 name if table.arms[name].trains else table.arms[name].of for name in (question.arm, question.against)

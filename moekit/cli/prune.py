@@ -10,7 +10,6 @@ from rich.console import Console
 from moekit.cli.command import Command
 from moekit.cli.folders import FOLDER, of_folder, text_given, text_options, write_changed
 from moekit.cli.surgery import amount, change, output_options, part_options, plain_option, run_option, seed_option
-from moekit.errors import UserError
 
 if TYPE_CHECKING:
     from moekit.runs.run import Run
@@ -42,7 +41,7 @@ def _options(parser: ArgumentParser) -> None:
 def _prune(given: Namespace, console: Console) -> None:
     from moekit.runs.folders.changing import prune_folder  # where it is used: a help text needs none of it
     from moekit.runs.surgery.operations import prune_run
-    from moekit.runs.surgery.utilisation import measured_load, measured_saliency
+    from moekit.runs.surgery.utilisation import measured_load, measured_saliency, require_measured
     from moekit.surgery import choose_experts, count_kept, require_separable
 
     if of_folder(given):
@@ -51,10 +50,7 @@ def _prune(given: Namespace, console: Console) -> None:
         write_changed(given, console, lambda: prune_folder(source, given.out, given.keep, given.by, text, **options))
         return
 
-    if given.by == "random" and (given.language or given.task):
-        raise UserError("--language and --task say whose utilisation counts: leave them out with --by random.")
-    if given.by == "reap" and given.language:
-        raise UserError("--by reap measures the text of all languages: leave --language out.")
+    require_measured(given.by, given.language, given.task)
 
     def pruned(run: Run) -> Result:
         layers = run.layers()

@@ -71,10 +71,10 @@ def amount(text: str) -> int | float:
     Raises:
         ArgumentTypeError: anything else.
     """
+    from moekit.surgery import parse_amount  # where it is used: a help text needs none of it
+
     try:
-        if text.endswith("%"):
-            return float(text.removesuffix("%")) / 100
-        return int(text) if text.strip("+-").isdecimal() else float(text)
+        return parse_amount(text)
     except ValueError:
         raise ArgumentTypeError(f"a number of experts (4), or a share of them (0.5 or 50%): got {text!r}") from None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
@@ -98,10 +99,8 @@ class Distillation(InitFrom):
             )
         except ValueError as error:
             raise UserError(f"distill: {error}") from None
-        if self.chosen.inherit != "none" and not self.goes_on:
-            everything = self.chosen.inherit == "everything"
-            found = initialize_student(module, model, weights, experts=everything, layers=_layers(self.chosen.layers))
-            module.load_state_dict(found.weights)
+        if not self.goes_on and (found := inherited(self.chosen, module, model, weights)) is not None:
+            module.load_state_dict(found)
         return module
 
     def note(self, module: MultitaskModule) -> str:  # noqa: D102
@@ -109,14 +108,35 @@ class Distillation(InitFrom):
         return f"teacher   {self.source}: {count:,} parameters"
 
 
+def inherited(
+    chosen: DistillConfig, student: nn.Module, teacher: nn.Module, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """The state dict with which a student begins; None where it inherits nothing.
+
+    Args:
+        chosen: what it inherits.
+        student: network and heads, under the names of `MultitaskModule`.
+        teacher: the same of the teacher; both may be on the meta device.
+        weights: the teacher's state dict.
+
+    Raises:
+        UserError: student and teacher do not suit each other, or no such layers.
+    """
+    if chosen.inherit == "none":
+        return None
+    everything = chosen.inherit == "everything"
+    return initialize_student(student, teacher, weights, experts=everything, layers=_layers(chosen.layers)).weights
+
+
 def distill_config(given: Mapping[str, Any]) -> DistillConfig:
     """The settings from plain data.
 
     Raises:
-        UserError: one is unknown or out of its range, or together they are no objective.
+        UserError: one is unknown or out of its range, or together they are no objective; or layers are no numbers.
     """
     found = choices_from(DistillConfig, "distill", given)
     _objective(found)
+    _layers(found.layers)
     return found
 
 

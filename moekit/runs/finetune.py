@@ -153,13 +153,17 @@ def prepare(module: nn.Module, chosen: FineTuneConfig, backbone: nn.Module | Non
         raise UserError(f"fine_tune: {error}") from None
 
 
-def _tune(chosen: FineTuneConfig) -> str:
-    return chosen.tune or ("adapters" if chosen.rank else "all")
+def require_network(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], where: str) -> None:
+    """Make sure that the network of a state dict is that of other weights; heads may differ.
 
+    Args:
+        own: the state dict of network and heads.
+        weights: those that it begins with.
+        where: whose they are, which the message begins with.
 
-def _load(module: MultitaskModule, weights: Mapping[str, Tensor], where: str) -> None:
-    """The backbone whole; of heads those that both have."""
-    own = module.state_dict()
+    Raises:
+        UserError: it has other tensors, or other shapes.
+    """
     for name, tensor in own.items():
         given = weights.get(name)
         if name.startswith("backbone.") and (given is None or given.shape != tensor.shape):
@@ -168,6 +172,16 @@ def _load(module: MultitaskModule, weights: Mapping[str, Tensor], where: str) ->
                 f"{where}: the network must be that of the run it starts from: {name} is {tuple(tensor.shape)} here, "
                 f"and {got} there. Settings of model may differ where weights do not: dropout, capacity."
             )
+
+
+def _tune(chosen: FineTuneConfig) -> str:
+    return chosen.tune or ("adapters" if chosen.rank else "all")
+
+
+def _load(module: MultitaskModule, weights: Mapping[str, Tensor], where: str) -> None:
+    """The backbone whole; of heads those that both have."""
+    own = module.state_dict()
+    require_network(own, weights, where)
     fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
     module.load_state_dict({**own, **fitting})
 

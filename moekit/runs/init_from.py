@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields
@@ -110,7 +111,7 @@ def choices_from(kind: type[T], group: str, given: Mapping[str, Any]) -> T:
         given: values by name; what is left out has its default.
 
     Raises:
-        UserError: one is unknown, out of its range, or none of the words that it may be.
+        UserError: one is unknown, of another type, out of its range, or none of the words that it may be.
     """
     hints = get_type_hints(kind)
     known = [f.name for f in fields(cast(Any, kind))]
@@ -119,6 +120,24 @@ def choices_from(kind: type[T], group: str, given: Mapping[str, Any]) -> T:
             raise UserError(f"{group}.{key}: unknown setting. {nearest(key, known)}")
         if get_origin(hints[key]) is Literal and value not in get_args(hints[key]):
             raise UserError(f"{group}.{key} must be one of {', '.join(get_args(hints[key]))}: got {value!r}.")
-    found = kind(**given)
+    found = kind(**{key: _typed(hints[key], value, f"{group}.{key}") for key, value in given.items()})
     check_ranges(found, f"{group}.")
     return found
+
+
+_TYPES = {int: "a whole number", float: "a number", str: "text"}
+
+
+def _typed(hint: Any, value: Any, key: str) -> Any:
+    """A value as its field has it; a number that YAML reads as text, as 1e-3, is one."""
+    allowed = get_args(hint) or (hint,)
+    if float in allowed and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    if get_origin(hint) is Literal or (value is None and type(None) in allowed):
+        return value
+    fits = isinstance(value, allowed) or (float in allowed and isinstance(value, int))
+    if isinstance(value, bool) or not fits:
+        words = next(words for kind, words in _TYPES.items() if kind in allowed)
+        raise UserError(f"{key} must be {words}: got {value!r}.")
+    return value

@@ -11,7 +11,7 @@ from moekit.surgery.adapters import add_adapters, merge_adapters, merged_state
 from moekit.surgery.aggregation import aggregate
 from moekit.surgery.compensation import compensate, compensations
 from moekit.surgery.optimizer_state import carry_state, parameter_names, state_by_name, state_by_number
-from moekit.surgery.pruning import choose_experts, count_kept, take_experts
+from moekit.surgery.pruning import choose_experts, count_kept, parse_amount, take_experts
 from moekit.surgery.saliency import ExpertUse, expert_use, watch_experts
 from moekit.surgery.segmentation import split_experts
 from moekit.surgery.sparse_layer import SparseLayer, require_separable, sparse_layers
@@ -36,6 +36,7 @@ __all__ = [
     "merge_adapters",
     "merged_state",
     "parameter_names",
+    "parse_amount",
     "require_complete",
     "require_separable",
     "sparse_layers",

@@ -42,6 +42,17 @@ def count_kept(layers: Mapping[str, SparseLayer], keep: int | float) -> dict[str
     return counts
 
 
+def parse_amount(text: str) -> int | float:
+    """An amount of experts, as `count_kept` takes it: ``4``, ``0.5`` or ``50%``.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if text.endswith("%"):
+        return float(text.removesuffix("%")) / 100
+    return int(text) if text.strip("+-").isdecimal() else float(text)
+
+
 def choose_experts(
     layers: Mapping[str, SparseLayer],
     keep: int | float,

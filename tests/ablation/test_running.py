@@ -201,6 +201,22 @@ def test_a_metric_that_no_run_has_is_named(tmp_path: Path) -> None:
         run(write_table(tmp_path, changed(claims=[bad])), tmp_path / "runs")
 
 
+def test_a_metric_that_no_run_has_is_noticed_at_the_first(tmp_path: Path) -> None:
+    """And not once all are made; what was made stays."""
+    wrong = {"claims": [TABLE["claims"][0] | {"metric": "test.causal_lm.los"}], "learning_rates": None}
+    path, runs = write_table(tmp_path, changed(**wrong)), tmp_path / "runs"
+    with pytest.raises(
+        UserError, match=r"table\.yaml: a metric that the table asks for is not there: .*'test\.causal_lm\.los'"
+    ):
+        run(path, runs, at_once=1)
+    assert began(runs) == 1
+    rates = TABLE["learning_rates"] | {"metric": "loss.none"}
+    path, runs = write_table(tmp_path, changed(learning_rates=rates)), tmp_path / "others"
+    with pytest.raises(UserError, match=r"a metric that the table asks for is not there: .*'loss\.none'"):
+        run(path, runs, at_once=1)
+    assert began(runs) == 1
+
+
 def test_parts_of_a_table_make_no_result(tmp_path: Path) -> None:
     path, runs = write_table(tmp_path), tmp_path / "runs"
     found, said = run(path, runs, only=["many"], seeds=[1, 2])

@@ -145,14 +145,75 @@ def test_runs_wait_for_all_that_they_need(tmp_path: Path) -> None:
         (with_arm("student", aggregate={"with": "other"}), r"student\.aggregate: is for an arm that goes on"),
         (with_arm("student", order_offset=5), r"student\.order_offset: is of an arm that trains from scratch"),
         (hashed(CLUSTERED | {"of": ""}), r"clustered\.given_as: is for an arm that says whose models"),
-        (hashed(CLUSTERED | {"given_as": "model.embedings"}), r"clustered\.given_as: must be a setting of a folder"),
-        (hashed(CLUSTERED | {"given_as": "model.dim"}), r"clustered\.given_as: must be a setting of a folder"),
+        (hashed(CLUSTERED | {"given_as": "model.embedings"}), r"clustered\.given_as: .* are: model\.embeddings\.$"),
+        (hashed(CLUSTERED | {"given_as": "model.dim"}), r"clustered\.given_as: must be a setting of the model"),
+        (hashed(CLUSTERED | {"given_as": "data.order_seed"}), r"clustered\.given_as: must be a setting of the model"),
+        (with_arm("student", distill={"weight": "much"}), r"student\.distill\.weight must be a number: got 'much'"),
+        (with_arm("student", distill={"until": 1.5}), r"student\.distill\.until must be a whole number: got 1\.5"),
+        (with_arm("student", distill={"layers": "first"}), r"student\.distill\.layers must be as"),
+        (with_arm("student", distill={"layers": "decoder.layers=0,9"}), r"student\.distill: the layers of .* below 2"),
+        (with_arm("student", distill={"inherit": "everything"}, settings={"model.dim": 32}), r"distill: .*sizes"),
+        (with_arm("joined", aggregate={"with": "many"}), r"joined\.aggregate\.with: must name another arm than `of`"),
+        (with_arm("joined", aggregate={}), r"joined\.aggregate: is empty"),
+        (with_arm("joined", aggregate={"with": "other", "shared": 3}), r"aggregate\.shared: must be mean, 1 or 2: got"),
+        (with_arm("joined", aggregate={"with": "other", "plain": 1}), r"aggregate\.plain: must be one of true, false"),
+        (with_arm("joined", aggregate={"with": "few", "plain": True}), r"joined\.fine_tune: .*that of the run.*router"),
+        (with_arm("joined", aggregate={"with": "other"}), r"joined\.aggregate: a token chooses 4 experts .* and 2 by"),
+        (with_arm("joined", settings=JOINED["settings"] | {"model.num_experts": 8}), r"\(8, 16\) here.*\(16, 16\)"),
+        (with_arm("joined", fine_tune={"rank": "two"}), r"joined\.fine_tune\.rank must be a whole number: got 'two'"),
+        (with_arm("other", order_offset=2), r"other\.order_offset: must lead to other seeds .*\[3, 4, 5\] are in both"),
+        (with_arm("other", order_offset=1.5), r"other\.order_offset: must be a whole number: got 1\.5"),
     ],
 )  # fmt: skip
 def test_bad_tables_are_refused_before_anything_is_run(parts: dict[str, Any], said: str, tmp_path: Path) -> None:
     given = parts if "recipe" in parts else table(**parts)
     with pytest.raises(UserError, match=said):
         Plan.of(read_table(write_table(tmp_path, given)), reconfigured)
+
+
+def pruned(**options: Any) -> dict[str, Any]:
+    """The arms with one that is pruned so."""
+    return {"arms": ARMS | {"half": {"of": "many", "prune": options}}}
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (pruned(), r"arms\.half\.prune: is empty"),
+        (pruned(by="random"), r"arms\.half\.prune\.keep: is missing"),
+        (pruned(keep="half"), r"arms\.half\.prune\.keep: must be a number of experts"),
+        (pruned(keep="500%"), r"arms\.half\.prune: keep must be a number of experts, or a share .* got 5\.0"),
+        (pruned(keep=99), r"arms\.half\.prune: keep at most 8 experts"),
+        (pruned(keep=4, by="magic"), r"prune\.by: must be one of utilisation, reversed, random, reap: got 'magic'"),
+        (pruned(keep=4, seed=-1), r"arms\.half\.prune\.seed: must be a whole number"),
+        (pruned(keep=4, plain="no"), r"arms\.half\.prune\.plain: must be one of true, false"),
+        (pruned(keep=4, by="random", task="causal_lm"), r"arms\.half\.prune: .*leave them out with --by random"),
+        (pruned(keep=4, out="elsewhere"), r"arms\.half\.prune\.out: unknown option"),
+        ({"arms": ARMS | {"many": {"settings": {"model.num_experts": 0}}, "half": {"of": "many", "prune": {"keep": 1}},
+                          "student": {}, "joined": {}}}, r"arms\.half\.prune: .*many has none"),
+    ],
+)  # fmt: skip
+def test_options_of_pruning_are_refused_before_a_model_trains(parts: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        Plan.of(read_table(write_table(tmp_path, table(**parts))), reconfigured)
+
+
+@pytest.mark.parametrize(("plain", "words"), [(True, ["--keep=4", "--plain"]), (False, ["--keep=4"])])
+def test_flags_of_pruning_are_given_as_flags(plain: bool, words: list[str], tmp_path: Path) -> None:
+    made = Plan.of(read_table(write_table(tmp_path, table(**pruned(keep=4, plain=plain)))), reconfigured)
+    job = made.job("half", 1)
+    before, _ = moekit_commands(job, job.folder(tmp_path))
+    assert before[3] == "prune"
+    assert before[5:-2] == words
+
+
+def test_a_joined_model_may_choose_as_its_function_needs(tmp_path: Path) -> None:
+    """Without `plain` experts write as before only if a token chooses twice as many."""
+    settings = JOINED["settings"] | {"model": {"num_experts": 16, "k": 4}}
+    settings.pop("model.num_experts")
+    arms = with_arm("joined", aggregate={"with": "other"}, settings=settings)
+    made = Plan.of(read_table(write_table(tmp_path, table(**arms))), reconfigured)
+    assert made.job("joined", 1).config.model.k == 4
 
 
 SMALL = {

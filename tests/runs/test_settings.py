@@ -15,7 +15,7 @@ from moekit.data.sources import open_source
 from moekit.data.tokenizer import TokenizerOptions
 from moekit.errors import UserError
 from moekit.kernels.gpu import backend
-from moekit.recipes import gshard, zcode_m3
+from moekit.recipes import gshard, moe_lm, switch, zcode_m3
 from moekit.runs import Run, RunConfig, RunText
 from moekit.runs.known import recipe_names
 from moekit.runs.plain import as_plain
@@ -255,3 +255,34 @@ def test_a_backend_must_be_there_and_have_a_gpu(monkeypatch: pytest.MonkeyPatch)
 )
 def test_a_warmup_that_fits(steps: int, warmup: int, kept: Any, fits: int) -> None:
     assert TrainConfig(max_steps=steps, warmup_steps=warmup).fitting_warmup(kept) == fits
+
+
+def test_each_of_several_kinds_takes_the_directions_of_its_languages(tmp_path: Path) -> None:
+    """Those of one kind are none of the other's, which knew of them before and refused them all."""
+    for split in ("train", "valid", "test"):
+        for code, line in (("en", "a cat"), ("de", "eine katze"), ("fr", "un chat")):
+            (tmp_path / f"{split}.{code}").write_text(f"{line}\n" * 3)
+    both: dict[str, Any] = {"source": ("facts", "moses"), "path": str(tmp_path), "pivot": "none"}
+    sizes: dict[str, Any] = {"babel_languages": 3, "babel_sentences": 60, "facts_entities": 20}
+    data = DataConfig(**both, **sizes, directions="en-de,avl-tnd,tnd-avl,de-fr")
+    assert [*map(str, data.open().directions)] == ["avl-tnd", "tnd-avl", "en-de", "de-fr"]
+    facts = data.knowledge()
+    assert facts is not None
+    assert [*map(str, facts.directions)] == ["avl-tnd", "tnd-avl"]
+    assert facts.fingerprint() == DataConfig(source="facts", **sizes, directions="avl-tnd,tnd-avl").open().fingerprint()
+    with pytest.raises(UserError, match=r"directions must be among those of the data: got avl-de\."):
+        DataConfig(**both, **sizes, directions="en-de,avl-tnd,avl-de").open()
+    with pytest.raises(UserError, match=r"data\.source facts: directions must be among .* got en-de\. There are: avl-"):
+        DataConfig(**both, **sizes, directions="en-de").open()
+
+
+def test_salient_words_that_no_task_cuts_out_are_refused() -> None:
+    """A run that leaves a setting unread would say it had it."""
+    lm = moe_lm.RECIPE.default.changed(data={"source": "facts", "salient": "source"})
+    with pytest.raises(UserError, match=r"data\.salient says .* no task is span corruption: got causal_lm\. Leave"):
+        lm.batches()
+    spans = switch.RECIPE.default.changed(data={"salient_share": 0.5})
+    with pytest.raises(
+        UserError, match=r"data\.salient_share is a share .* there are none: got 0\.5\. Give data\.salient"
+    ):
+        spans.batches()

@@ -20,6 +20,7 @@ from moekit.environment import usable_cores
 from moekit.errors import UserError
 from moekit.runs.settings.fields import RESUME, SURGERY, setting
 from moekit.runs.settings.train import TrainConfig
+from moekit.source import Direction, choose_directions
 
 _WHICH_TEXT = (
     "source",
@@ -62,7 +63,8 @@ class DataConfig:
             path each, joined by commas or as a list. babel, facts, headlines and gettext need none.
         pivot: language that every direction must start or end with, where the text is parallel in more than two
             languages: a language code, "auto" (English if the corpus has it) or "none" (keep all pairs).
-        directions: translation directions to train on, such as en-de,de-en or a list; not given = all.
+        directions: translation directions to train on, such as en-de,de-en or a list; not given = all. Of several kinds
+            of data each takes those whose languages it has.
         languages: languages to read, such as en,de or a list; not given = all whose names in the data look like
             language codes (en, eng, zh-CN, eng_Latn). Names that are none are mapped to codes: src=en,tgt=de or
             {src: en, tgt: de}.
@@ -210,21 +212,35 @@ class DataConfig:
                 f"{len(paths)}. For example --data.source moses --data.path my/corpus."
             )
         remaining, everything = iter(paths), len(paths) == len(kinds)
+        for name in ("languages", "columns", "unit", "text_field"):
+            if getattr(self, name) != _DEFAULTS[name]:
+                require_parameter(kinds, name)
+        opened = [
+            self._open_one(made, next(remaining) if everything or made.needs_path() else None) for made in classes
+        ]
+        found = opened[0] if len(opened) == 1 else Union(opened)
+        if len(opened) > 1 and self.directions is not None:
+            choose_directions(found.directions, wanted=self.directions)  # each is of some kind
+        LanguageNames(self.languages).check(found)
+        return found if self.salient in (None, _OF_SOURCE) else WithSalient.read(found, self.salient)
+
+    def _open_one(self, made: type[Source], path: str | None) -> Source:
+        """One of the kinds of data; of several, with the directions whose languages it has."""
         given = {
             **{f.name: getattr(self, f.name) for f in fields(self)},
             "pivot": None if self.pivot == "none" else self.pivot,
             "babel_sizes": self.babel_sizes or {},
         }
-        for name in ("languages", "columns", "unit", "text_field"):
-            if given[name] != _DEFAULTS[name]:
-                require_parameter(kinds, name)
-        opened = [
-            made.open(next(remaining) if everything or made.needs_path() else None, **made.settings_from(given))
-            for made in classes
-        ]
-        found = opened[0] if len(opened) == 1 else Union(opened)
-        LanguageNames(self.languages).check(found)
-        return found if self.salient in (None, _OF_SOURCE) else WithSalient.read(found, self.salient)
+        if len(self.sources) < 2 or self.directions is None or "directions" not in made.parameters():
+            return made.open(path, **made.settings_from(given))
+        languages = made.open(path, **made.settings_from({**given, "directions": None})).languages
+        own = [way for way in map(Direction.parse, self.directions) if {way.source, way.target} <= {*languages}]
+        try:  # a kind with none of them knows what it has
+            return made.open(
+                path, **made.settings_from({**given, "directions": tuple(map(str, own or self.directions))})
+            )
+        except UserError as error:
+            raise UserError(f"data.source {made.name}: {error}") from None
 
     def of_domain(self, given: Mapping[str, Any]) -> DataConfig:
         """These settings for other text: with those of `DOMAIN_SETTINGS` that are given, read by this process."""
@@ -241,7 +257,7 @@ class DataConfig:
     def knowledge(self) -> Source | None:
         """The first of the sources that knows the facts of its text, with nothing read; None if none does."""
         kinds = [kind for kind in self.sources if source_class(kind).knows_facts]
-        return replace(self, source=kinds[0], path=None, **_OF_FILES).open() if kinds else None
+        return self._open_one(source_class(kinds[0]), None) if kinds else None
 
     def dictionary(self) -> Source | None:
         """The first of the sources that knows what its sentences mean, with nothing read; None if none does."""

@@ -66,13 +66,18 @@ def with_choices(
     return with_setting(config, "model.k", max(1, int(k * factor + 0.5)))
 
 
+def wanted_choices(layer: SparseLayer, needed: Compensation) -> float:
+    """How many experts a token must choose in a layer whose copies are made up for."""
+    return max(1, int(layer.k * needed.choices + 0.5)) if needed.choices != 1 else layer.k
+
+
 def require_choices(
     run: Run, target: nn.Module, layers: Mapping[str, SparseLayer], needed: Mapping[str, Compensation]
 ) -> None:
     """Raise UserError if layers of the new model do not choose as many experts as they need."""
     found = sparse_layers(target)
     for path, layer in layers.items():
-        wanted = max(1, int(layer.k * needed[path].choices + 0.5)) if needed[path].choices != 1 else layer.k
+        wanted = wanted_choices(layer, needed[path])
         if layer.router and found[path].k != wanted:
             raise UserError(
                 f"{path} must choose {wanted:g} experts for the function of {run.path} to be kept: the recipe "

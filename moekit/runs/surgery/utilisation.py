@@ -19,9 +19,22 @@ from moekit.runs.run import Run
 from moekit.runs.settings.tasks import active_tasks
 from moekit.runs.text import evaluation_data
 from moekit.surgery import ExpertUse, watch_experts
+from moekit.surgery.pruning import Order
 from moekit.training.multitask import MultitaskModule
 from moekit.training.quiet import quiet
 from moekit.transformer import routed_layers
+
+
+def require_measured(order: Order, language: str | None, task: str | None) -> None:
+    """Make sure that a way to choose experts looks at the text that was asked for.
+
+    Raises:
+        UserError: a language or a task is given, and does not count in this way.
+    """
+    if order == "random" and (language or task):
+        raise UserError("--language and --task say whose utilisation counts: leave them out with --by random.")
+    if order == "reap" and language:
+        raise UserError("--by reap measures the text of all languages: leave --language out.")
 
 
 def measured_load(run: Run, *, language: str | None = None, task: str | None = None) -> dict[str, Tensor]:
