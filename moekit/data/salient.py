@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,3 +159,26 @@ class WithSalient(Source):
     def information(self, language: str, split: Split) -> Information | None:
         """The source's."""
         return self.source.information(language, split)
+
+
+def require_use(salient: str | None, share: float, tasks: Mapping[str, Any]) -> None:
+    """Make sure that what is said of salient words is used.
+
+    Args:
+        salient: where they come from; None = nothing is said.
+        share: how many of them are cut out; 1 = nothing is said.
+        tasks: of the run, by name (`moekit.tasks.Task`).
+
+    Raises:
+        UserError: there are words, and no task seeks any; or a share, and no words.
+    """
+    if salient is not None and not any(task.seeks_words for task in tasks.values()):
+        raise UserError(
+            f"data.salient says which words span corruption cuts out, and no task is span corruption: got "
+            f"{', '.join(tasks)}. Leave data.salient out."
+        )
+    if salient is None and share != 1:
+        raise UserError(
+            f"data.salient_share is a share of the salient words, of which there are none: got {share:g}. "
+            "Give data.salient, or leave the share out."
+        )

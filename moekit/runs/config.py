@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from moekit.runs.settings.data import DataConfig
 from moekit.runs.settings.fields import RESUME, SURGERY, setting
 from moekit.runs.settings.tasks import EvaluateConfig, active_tasks
 from moekit.runs.settings.train import StrategyConfig, TrainConfig
-from moekit.tasks import TASKS, task_data
+from moekit.tasks import task_data
 
 _ENDLESS = 100_000_000
 """Batches of a run that only minutes limit."""
@@ -67,10 +67,7 @@ class RunConfig:
         active = active_tasks(self.tasks)
         if not active:
             raise UserError("tasks must give at least one task its tokens: all have 0. Set tasks.translation.tokens.")
-        tasks = task_data(active, data)
-        if held_out is None:
-            sought = any(TASKS[name].of(own).seeks_words for name, own in tasks.items())
-            _require_sought(data, sought, [*tasks])
+        tasks = task_data(active, data, kept=held_out is not None)
         if tokenizer is None and data.tokenizer is not None:
             tokenizer = Tokenizer.load(data.tokenizer)
         # Tensor-parallel partners read the same batch.
@@ -112,20 +109,6 @@ class RunConfig:
                 torch.set_float32_matmul_precision("high")
         train = dataclasses.replace(train, precision=train.usable_precision)
         return self.changed(train=train, data={"num_workers": self.data.workers(train)})
-
-
-def _require_sought(data: DataConfig, sought: bool, tasks: Sequence[str]) -> None:
-    """Raise UserError if salient words, or a share of them, are asked for, and no task cuts any out."""
-    if data.salient is not None and not sought:
-        raise UserError(
-            f"data.salient says which words span corruption cuts out, and no task is span corruption: got "
-            f"{', '.join(tasks)}. Leave data.salient out."
-        )
-    if data.salient is None and data.salient_share != type(data)().salient_share:
-        raise UserError(
-            f"data.salient_share is a share of the salient words, of which there are none: got {data.salient_share:g}. "
-            "Give data.salient, or leave the share out."
-        )
 
 
 def _changed(group: Any, given: Mapping[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from moekit.data.mixture import TemperatureSchedule
+from moekit.data.salient import require_use
 from moekit.errors import UserError
 from moekit.tasks.causal_lm import CausalLMTask
 from moekit.tasks.denoising import Denoising, DenoisingTask
@@ -64,15 +65,16 @@ class TaskData:
     sentinel: bool = field(default=False, repr=False)
 
 
-def task_data(tasks: Mapping[str, Any], data: Any) -> dict[str, TaskData]:
+def task_data(tasks: Mapping[str, Any], data: Any, *, kept: bool = False) -> dict[str, TaskData]:
     """The text of a run's tasks, by name.
 
     Args:
         tasks: that train: each by name, with its tokens in a step (``TaskConfig``).
         data: the data settings of a recipe (``DataConfig``).
+        kept: whether the text is what a run kept for evaluation, whose words are known.
 
     Raises:
-        UserError: if they are none for one of the tasks.
+        UserError: if they are none for one of the tasks, or say of salient words what no task uses.
     """
     made = {}
     for name, task in tasks.items():
@@ -80,6 +82,8 @@ def task_data(tasks: Mapping[str, Any], data: Any) -> dict[str, TaskData]:
             made[name] = TaskData(share=float(task.tokens), **TASKS[name].configured(data))
         except ValueError as error:
             raise UserError(f"the noise of the task {name} in data: {error}") from None
+    if not kept:
+        require_use(data.salient, data.salient_share, {name: TASKS[name].of(own) for name, own in made.items()})
     return made
 
 

@@ -12,7 +12,17 @@ from typing import Any, TypeVar
 
 from moekit.data.sources.streamed import each_once
 from moekit.errors import UserError, nearest
-from moekit.source import KINDS, Direction, LazySequence, Source, Split, digest, open_source, register_source
+from moekit.source import (
+    KINDS,
+    Direction,
+    LazySequence,
+    Source,
+    Split,
+    choose_directions,
+    digest,
+    open_source,
+    register_source,
+)
 
 _T = TypeVar("_T")
 
@@ -24,19 +34,25 @@ class Union(Source):
     Languages and directions come in the order of the members, each once; a direction that several members serve is
     one after the other. Members are not compared: a sentence may be training text in one and test text in another.
 
+    Args:
+        members: the sources.
+        wanted: directions that must be of some member; None = whatever there are.
+
     Raises:
-        UserError: if there is no member.
+        UserError: if there is no member, or none has one of these directions.
     """
 
     name = "union"
 
-    def __init__(self, members: Sequence[Source]) -> None:
+    def __init__(self, members: Sequence[Source], wanted: Sequence[str] | None = None) -> None:
         if not members:
             raise UserError("union: at least one source is required: got none.")
         self.members = tuple(members)
         self._each_once: dict[tuple[str, Split], Sequence[str]] = {}
         self.languages = tuple(dict.fromkeys(code for member in members for code in member.languages))
         self.directions = tuple(dict.fromkeys(direction for member in members for direction in member.directions))
+        if wanted is not None:
+            choose_directions(self.directions, wanted=tuple(wanted))
 
     @classmethod
     def parameters(cls) -> Mapping[str, Parameter]:
@@ -114,3 +130,26 @@ def _chain(parts: Sequence[Sequence[_T]]) -> Sequence[_T]:
         return parts[part][index - starts[part]]
 
     return LazySequence(starts[-1], item)
+
+
+def open_part(made: type[Source], path: str | None, given: Mapping[str, Any], *, alone: bool) -> Source:
+    """A kind of data; one of several with those of the wanted directions whose languages it has.
+
+    Args:
+        made: its class.
+        path: where it lies, if it lies anywhere.
+        given: settings of a run by name, ``directions`` among them.
+        alone: whether it is all that the run reads.
+
+    Raises:
+        UserError: it has none of the directions, or whatever is wrong with the data; naming the kind.
+    """
+    wanted = given["directions"]
+    if alone or wanted is None or "directions" not in made.parameters():
+        return made.open(path, **made.settings_from(given))
+    languages = made.open(path, **made.settings_from({**given, "directions": None})).languages
+    own = [way for way in map(Direction.parse, wanted) if {way.source, way.target} <= {*languages}]
+    try:  # a kind with none of them knows what it has
+        return made.open(path, **made.settings_from({**given, "directions": tuple(map(str, own or wanted))}))
+    except UserError as error:
+        raise UserError(f"data.source {made.name}: {error}") from None

@@ -14,13 +14,13 @@ from moekit.data.salient import WithSalient
 from moekit.data.sources import Source, Union, require_parameter, source_class
 from moekit.data.sources.documents import Unit
 from moekit.data.sources.names import LanguageNames, named_languages
+from moekit.data.sources.union import open_part
 from moekit.data.streams import TooLong
 from moekit.data.tokenizer import Normalization
 from moekit.environment import usable_cores
 from moekit.errors import UserError
 from moekit.runs.settings.fields import RESUME, SURGERY, setting
 from moekit.runs.settings.train import TrainConfig
-from moekit.source import Direction, choose_directions
 
 _WHICH_TEXT = (
     "source",
@@ -215,32 +215,19 @@ class DataConfig:
         for name in ("languages", "columns", "unit", "text_field"):
             if getattr(self, name) != _DEFAULTS[name]:
                 require_parameter(kinds, name)
-        opened = [
-            self._open_one(made, next(remaining) if everything or made.needs_path() else None) for made in classes
-        ]
-        found = opened[0] if len(opened) == 1 else Union(opened)
-        if len(opened) > 1 and self.directions is not None:
-            choose_directions(found.directions, wanted=self.directions)  # each is of some kind
+        opened = [self._open(made, next(remaining) if everything or made.needs_path() else None) for made in classes]
+        found = opened[0] if len(opened) == 1 else Union(opened, self.directions)
         LanguageNames(self.languages).check(found)
         return found if self.salient in (None, _OF_SOURCE) else WithSalient.read(found, self.salient)
 
-    def _open_one(self, made: type[Source], path: str | None) -> Source:
+    def _open(self, made: type[Source], path: str | None) -> Source:
         """One of the kinds of data; of several, with the directions whose languages it has."""
         given = {
             **{f.name: getattr(self, f.name) for f in fields(self)},
             "pivot": None if self.pivot == "none" else self.pivot,
             "babel_sizes": self.babel_sizes or {},
         }
-        if len(self.sources) < 2 or self.directions is None or "directions" not in made.parameters():
-            return made.open(path, **made.settings_from(given))
-        languages = made.open(path, **made.settings_from({**given, "directions": None})).languages
-        own = [way for way in map(Direction.parse, self.directions) if {way.source, way.target} <= {*languages}]
-        try:  # a kind with none of them knows what it has
-            return made.open(
-                path, **made.settings_from({**given, "directions": tuple(map(str, own or self.directions))})
-            )
-        except UserError as error:
-            raise UserError(f"data.source {made.name}: {error}") from None
+        return open_part(made, path, given, alone=len(self.sources) < 2)
 
     def of_domain(self, given: Mapping[str, Any]) -> DataConfig:
         """These settings for other text: with those of `DOMAIN_SETTINGS` that are given, read by this process."""
@@ -257,7 +244,7 @@ class DataConfig:
     def knowledge(self) -> Source | None:
         """The first of the sources that knows the facts of its text, with nothing read; None if none does."""
         kinds = [kind for kind in self.sources if source_class(kind).knows_facts]
-        return self._open_one(source_class(kinds[0]), None) if kinds else None
+        return self._open(source_class(kinds[0]), None) if kinds else None
 
     def dictionary(self) -> Source | None:
         """The first of the sources that knows what its sentences mean, with nothing read; None if none does."""
