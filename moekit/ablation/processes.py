@@ -192,7 +192,7 @@ def moekit_commands(job: Job, folder: Path) -> list[list[str]]:
     assert job.of is not None, "what does not train has another's model"
     trained, test = job.of.folder(folder.parent), [*program, "test", "--out", str(folder)]
     if job.prune:
-        options = [_option(key, value) for key, value in job.prune if value is not False]
+        options = _options(job.prune)
         done = (folder / "config.yaml").is_file()
         return [*([] if done else [[*program, "prune", str(trained), *options, "--out", str(folder)]]), test]
     _borrow(job, trained, folder)
@@ -209,9 +209,8 @@ def _beginning(job: Job, folder: Path) -> tuple[list[list[str]], list[str]]:
     before = []
     if job.joined is not None:
         one, other, start = start, job.joined.folder(folder.parent), folder.with_name(f"{folder.name}.joined")
-        options = [_option(key, value) for key, value in job.aggregate if value is not False]
-        before = [["aggregate", str(one), str(other), *options, "--out", str(start), "--overwrite"]]
-        before = [] if (folder / "config.yaml").is_file() else before
+        if not (folder / "config.yaml").is_file():
+            before = [["aggregate", str(one), str(other), *_options(job.aggregate), "--out", str(start), "--overwrite"]]
     return before, ["finetune", job.recipe, "--init_from", str(start), *_group("fine_tune", job.fine_tune or ())]
 
 
@@ -219,9 +218,9 @@ def _group(name: str, options: Sequence[tuple[str, Any]]) -> list[str]:
     return [f"--{name}.{key}={value}" for key, value in options]
 
 
-def _option(key: str, value: Any) -> str:
-    """An option of a command without groups; a flag where it is true."""
-    return f"--{key}" if value is True else f"--{key}={value}"
+def _options(given: Sequence[tuple[str, Any]]) -> list[str]:
+    """Options of a command without groups: a flag where one is true, nothing where it is false."""
+    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in given if value is not False]
 
 
 def _borrow(job: Job, trained: Path, folder: Path) -> None:

@@ -131,6 +131,7 @@ class Babel(Spoken):
             if rule.code in self.languages
         }
         self._sampler = MeaningSampler(self.concepts, complexity=settings.complexity, seed=settings.seed)
+        self._told = Blocks(self._count, len(everyone))  # sizes that directions may have
         self._held_out = Blocks(self._draw_held_out, len(SPLITS))
         self._row_block = Blocks(self._draw, _CACHED_ROWS)
         self._sentence_block = Blocks(self._say, _CACHED_SENTENCES)
@@ -215,12 +216,7 @@ class Babel(Spoken):
     def told(self, direction: Direction) -> Ints:
         """Int64[nouns], how often the training pairs of a direction have each noun."""
         self.check_direction(direction)
-        size = min(self.size(code, "train") for code in (direction.source, direction.target))
-        found = np.zeros(len(self.concepts.nouns), dtype=np.int64)
-        for block in range(-(-size // _BLOCK)):
-            rows = self._sampler.block("train", block, _BLOCK, _PARALLEL)[: size - block * _BLOCK]
-            found += nouns_told(rows, len(found))
-        return found
+        return self._told(min(self.size(code, "train") for code in (direction.source, direction.target)))
 
     def word_questions(self, direction: Direction, *, each: int, choices: int) -> list[FactQuestion]:
         """Does a model know the words for nouns? A sentence to translate, and translations that differ in one noun.
@@ -258,6 +254,14 @@ class Babel(Spoken):
         if start >= len(rows):
             raise IndexError(f"babel: {split} holds {len(rows):,} sentences: got an index from {start:,} on.")
         return rows[start : start + _BLOCK].tolist()
+
+    def _count(self, size: int) -> Ints:
+        """How often the first `size` meanings of training have each noun."""
+        found = np.zeros(len(self.concepts.nouns), dtype=np.int64)
+        for block in range(-(-size // _BLOCK)):
+            rows = self._sampler.block("train", block, _BLOCK, _PARALLEL)[: size - block * _BLOCK]
+            found += nouns_told(rows, len(found))
+        return found
 
     def _draw_held_out(self, split: Split, stream: int) -> Rows:
         """All of it in one go, so that no sentence occurs twice."""

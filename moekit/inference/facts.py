@@ -57,6 +57,7 @@ class FactScorer:
             "span": self._spans,
             "restored": self._restored,
             "masked": self._masked,
+            "target": self._targets,
         }
 
     def score(self, task: str, questions: Sequence[FactQuestion]) -> list[list[float]]:
@@ -76,9 +77,7 @@ class FactScorer:
         for source, language in dict.fromkeys((question.source_language, question.language) for question in questions):
             own = [i for i, q in enumerate(questions) if (q.source_language, q.language) == (source, language)]
             asked = [questions[i] for i in own]
-            scores = iter(
-                self._targets(source, language, asked) if way == "target" else self._ways[way](language, asked, task)
-            )
+            scores = iter(self._ways[way](language, asked, task))
             for i in own:
                 found[i] = [next(scores) for _ in questions[i].sentences]
         return found
@@ -90,7 +89,8 @@ class FactScorer:
         ids = self._encode([sentence for question in questions for sentence in question.sentences])
         return self._continued(language, [[self.tokenizer.bos_id]] * len(ids), ids)
 
-    def _targets(self, source: str | None, language: str, questions: Sequence[FactQuestion]) -> list[float]:
+    def _targets(self, language: str, questions: Sequence[FactQuestion], _: str) -> list[float]:
+        source = questions[0].source_language
         assert source is not None, "a sentence is given"
         scorer = Scorer(self.backbone, self.tokenizer, batch_tokens=self.batch_tokens, sentinel=self.sentinel)
         asked = [Question(question.source or "", question.sentences) for question in questions]

@@ -236,10 +236,7 @@ class DataConfig:
 
     def glossary(self) -> Source | None:
         """The first of the sources that can say its sentences in English, with nothing read; None if none can."""
-        kinds = [kind for kind in self.sources if source_class(kind).knows_words]
-        if not kinds:
-            return None
-        return replace(self, source=kinds[0], path=None, directions=None, **_OF_FILES).open()
+        return self._generated([kind for kind in self.sources if source_class(kind).knows_words])
 
     def knowledge(self) -> Source | None:
         """The first of the sources that knows the facts of its text, with nothing read; None if none does."""
@@ -248,7 +245,10 @@ class DataConfig:
 
     def dictionary(self) -> Source | None:
         """The first of the sources that knows what its sentences mean, with nothing read; None if none does."""
-        kinds = [kind for kind in self.sources if source_class(kind).knows_meanings]
+        return self._generated([kind for kind in self.sources if source_class(kind).knows_meanings])
+
+    def _generated(self, kinds: list[str]) -> Source | None:
+        """The first of some kinds of data, with all its directions and nothing read; None if there is none."""
         if not kinds:
             return None
         return replace(self, source=kinds[0], path=None, directions=None, **_OF_FILES).open()
