@@ -34,9 +34,9 @@ def measure(folder: Path, key: str) -> float:
         key: dotted, of summary.json, such as ``test.causal_lm.loss``, ``routing.layers.encoder.1.load_cv``,
             ``recall.causal_lm.known`` or, of agreement, ``recall.causal_lm.verb`` (share of the questions),
             ``floors.causal_lm.test.knowing`` or ``domains.NAME.causal_lm.above_test``; or the name of a column of
-            metrics.csv, such as ``train/load_balance``, whose last value is taken; or ``mechanisms.`` and a key of mechanisms.json, such as
-            ``mechanisms.valid.saturation`` or ``mechanisms.valid.mutual_information.language``, of runs with
-            train.record_routing.
+            metrics.csv, such as ``train/load_balance``, whose last value is taken; or ``mechanisms.`` and a key of
+            mechanisms.json, such as ``mechanisms.valid.saturation`` or
+            ``mechanisms.valid.mutual_information.language``, of runs with train.record_routing.
 
     Raises:
         UserError: the run has no such number; those of the nearest level are listed.

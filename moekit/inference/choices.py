@@ -224,6 +224,7 @@ def recall(questions: Sequence[ChoiceQuestion], scores: Sequence[Sequence[float]
     if len(numbers) > 1:
         raise ValueError(f"all questions must have as many sentences: got {sorted(numbers)}.")
     right = [_right(question, own) for question, own in zip(questions, scores, strict=True)]
+    deciles = range(DECILES) if any(question.decile is not None for question in questions) else ()
     kinds: list[dict[str, Any]] = []
     for kind in QUESTION_KINDS:
         own = [(question, share) for question, share in zip(questions, right, strict=True) if question.kind == kind]
@@ -234,7 +235,7 @@ def recall(questions: Sequence[ChoiceQuestion], scores: Sequence[Sequence[float]
             "kind": kind,
             "recall": _mean([share for _, share in own]),
             "questions": len(own),
-            "deciles": [_mean([s for q, s in own if q.decile == decile]) for decile in range(DECILES)],
+            "deciles": [_mean([s for q, s in own if q.decile == decile]) for decile in deciles],
             "languages": {code: _mean([s for q, s in own if q.language == code]) for code in languages},
         }
         kinds.append(found)
