@@ -151,6 +151,25 @@ def test_each_task_scores_as_a_plain_loop_does(
         assert len({round(score, 3) for score in scores}) > 1
 
 
+@pytest.mark.parametrize("task", ["causal_lm", "span_corruption", "denoising", "masked_lm"])
+def test_agreement_is_scored_as_facts_are(task: str, corpus: Facts, tokenizer: Tokenizer) -> None:
+    """The form that differs is what is missing where a task scores what is missing."""
+    model, head = models()[task]
+    model.eval(), head.eval()
+    asked = corpus.agreement_questions("avl", each=6)
+    assert {question.kind for question in asked} >= {"article"}
+    scorer = ChoiceScorer(model, torch.nn.ModuleDict({task: head}), tokenizer, batch_tokens=300)
+    scores = scorer.score(task, asked)
+    for question, own in zip(asked, scores, strict=True):
+        parts = parted(question.sentences)
+        assert [len(gap.split()) for _, gap, _ in parts] == [1, 1]
+        assert own == pytest.approx(
+            [one_sentence(task, model, head, tokenizer, "avl", part) for part in parts], abs=1e-4
+        )
+    kinds = recall(asked, scores)
+    assert [kind["deciles"] for kind in kinds] == [[]] * len(kinds)
+
+
 @torch.no_grad()
 def test_salient_words_are_asked_for_as_they_are_trained(tokenizer: Tokenizer) -> None:
     """The score is the log-probability of the target of a training batch; of what is not salient it is the old one."""
