@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -199,6 +201,35 @@ def test_what_is_asked_is_in_no_training_text(corpus: Babel | Facts, asked: list
         pairs = [d for d in corpus.directions if d.source == code][:1]
         texts |= {text for direction in pairs for text, _ in corpus.parallel(direction, "train")}
         assert all(texts.isdisjoint(question.sentences) for question in asked if question.language == code)
+
+
+def test_neighbours_give_away_what_stands_beside_a_noun_and_no_more() -> None:
+    """As the guide says: a model of pairs of neighbouring words knows adjectives and articles, and no verb afar."""
+    corpus = Babel(BabelSettings(languages=2))
+    found: dict[tuple[str, str], float] = {}
+    for code in corpus.languages:
+        texts = [["", *text.split(), "."] for text in corpus.monolingual(code, "train")]
+        alone = Counter(word for text in texts for word in text)
+        pairs = Counter(pair for text in texts for pair in itertools.pairwise(text))
+        total = alone.total()
+
+        def likely(
+            sentence: str, alone: Counter[str] = alone, pairs: Counter[tuple[str, str]] = pairs, total: int = total
+        ) -> float:
+            said = ["", *sentence.split(), "."]
+            smoothed = (
+                math.log((pairs[a, b] + 5 * (alone[b] + 0.5) / total) / (alone[a] + 5))
+                for a, b in itertools.pairwise(said)
+            )
+            return sum(smoothed)
+
+        asked = corpus.agreement_questions(code, each=200)
+        kinds = recall(asked, [[likely(sentence) for sentence in q.sentences] for q in asked])
+        found |= {(code, kind["kind"]): kind["recall"] for kind in kinds}
+    assert min(found["avl", kind] for kind in ("adjective", "article")) > 0.95
+    assert 0.8 < found["avl", "verb"] < 0.95
+    assert all(found["tnd", kind] == pytest.approx(0.5, abs=0.05) for kind in ("verb", "verb_attractor"))
+    assert all(found[code, "undetermined"] == pytest.approx(0.5, abs=0.15) for code in corpus.languages)
 
 
 def test_a_number_of_questions_is_even_and_always_of_the_same() -> None:

@@ -62,7 +62,7 @@ def test_a_language_model_is_asked_for_agreement(
 
 
 def test_facts_and_agreement_are_asked_of_one_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(moe_lm.RECIPE, tmp_path, **{"data.source": "facts", "evaluate.facts": 1}) == 0
+    assert run(moe_lm.RECIPE, tmp_path, **{"data.source": "facts", "data.vocab_size": 280, "evaluate.facts": 1}) == 0
     facts, agreement = recorded(tmp_path)
     assert (facts.about, facts.choices, facts.task) == ("facts", 4, agreement.task)
     assert (agreement.about, agreement.choices) == ("agreement", 2)
@@ -88,7 +88,7 @@ def test_tasks_that_score_sentences_are_asked(tmp_path: Path) -> None:
         (
             moe_lm,
             {"data.source": "headlines"},
-            "data.source must be babel or facts and .*: got headlines and causal_lm",
+            "as causal_lm does: got headlines and causal_lm. Set evaluate",
         ),
         (
             moe_lm,
@@ -102,10 +102,7 @@ def test_what_cannot_be_asked_is_refused_before_training(
     recipe: Any, given: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(recipe.RECIPE, tmp_path, **given) != 0
-    printed = " ".join(capsys.readouterr().err.split())
-    before, _, after = said.partition(".*")
-    assert before in printed
-    assert after in printed
+    assert said in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
