@@ -7,6 +7,7 @@ from functools import partial
 
 from moekit.data.batch import SPECIALS
 from moekit.data.module import MultitaskData
+from moekit.errors import UserError
 from moekit.inference.choices import ChoiceScorer, recall
 from moekit.runs.agreement import agreement_questions, held_out_text, scores_sentences
 from moekit.runs.config import RunConfig
@@ -21,12 +22,15 @@ def require_questions(config: RunConfig, data: MultitaskData) -> None:
     """Make sure that what a run's test is to ask of its text can be asked.
 
     Raises:
-        UserError: as `word_questions` and `agreement_questions`.
+        UserError: as `word_questions` and `agreement_questions`; or the text is mixed with others in its languages.
     """
     if config.evaluate.words:
         word_questions(config, data)
-    if config.evaluate.agreement:
-        agreement_questions(config, data)
+    if config.evaluate.agreement and not agreement_questions(config, data):
+        raise UserError(
+            "evaluate.agreement asks for agreement in text that is generated, and its languages must have no other: got "
+            f"{', '.join(config.data.sources)}. Choose one of these, or set evaluate.agreement to 0."
+        )
 
 
 def ask(module: MultitaskModule, config: RunConfig, data: MultitaskData, source: Source | None) -> None:

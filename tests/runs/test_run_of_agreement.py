@@ -95,6 +95,7 @@ def test_tasks_that_score_sentences_are_asked(tmp_path: Path) -> None:
             {"data.babel_languages": 7, "data.directions": "shl-ori"},
             "the text must have some: got babel in shl, ori, where no verb, adjective or article has forms",
         ),
+        (moe_lm, {"data.source": "facts,babel"}, "its languages must have no other: got facts, babel. Choose one"),
         (moe_lm, {"evaluate.agreement": -1}, "evaluate.agreement must be 0 or more: got -1"),
     ],
 )
