@@ -28,7 +28,7 @@ def require_questions(config: RunConfig, data: MultitaskData) -> None:
         word_questions(config, data)
     if config.evaluate.agreement and not agreement_questions(config, data):
         raise UserError(
-            "evaluate.agreement asks for agreement in text that is generated, and its languages must have no other: got "
+            "evaluate.agreement asks for agreement in generated text, whose languages must have no other: got "
             f"{', '.join(config.data.sources)}. Choose one of these, or set evaluate.agreement to 0."
         )
 

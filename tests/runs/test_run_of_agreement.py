@@ -95,7 +95,6 @@ def test_tasks_that_score_sentences_are_asked(tmp_path: Path) -> None:
             {"data.babel_languages": 7, "data.directions": "shl-ori"},
             "the text must have some: got babel in shl, ori, where no verb, adjective or article has forms",
         ),
-        (moe_lm, {"data.source": "facts,babel"}, "its languages must have no other: got facts, babel. Choose one"),
         (moe_lm, {"evaluate.agreement": -1}, "evaluate.agreement must be 0 or more: got -1"),
     ],
 )
@@ -105,6 +104,15 @@ def test_what_cannot_be_asked_is_refused_before_training(
     assert run(recipe.RECIPE, tmp_path, **given) != 0
     assert said in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_languages_that_have_other_text_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "valid", "test"):
+        for code in ("avl", "tnd"):
+            (tmp_path / f"{split}.{code}").write_text("a b\nc d\n" * 9, encoding="utf-8")
+    assert run(moe_lm.RECIPE, tmp_path, **{"data.source": "moses,babel", "data.path": tmp_path}) != 0
+    said = "whose languages must have no other: got moses, babel. Choose one of these"
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_source_that_knows_its_grammar_is_found_among_others(tmp_path: Path) -> None:
