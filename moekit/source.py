@@ -125,32 +125,38 @@ def languages_of(directions: Sequence[Direction], known: Iterable[str]) -> tuple
     return tuple(dict.fromkeys(code for code in known if code in spoken))
 
 
-FactKind = Literal["known", "composed", "unknowable"]
-FACT_KINDS: tuple[FactKind, ...] = get_args(FactKind)
+QuestionKind = Literal[
+    "known", "composed", "unknowable", "verb", "verb_attractor", "adjective", "article", "undetermined"
+]
+QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
 DECILES = 10
 
 
 @dataclass(frozen=True)
-class FactQuestion:
-    """One sentence with several values, of which one is true: multiple choice.
+class ChoiceQuestion:
+    """Several sentences of which one is right: multiple choice.
 
-    Either about a fact, or about the word for a noun: then a sentence is given, and the others are translations of it
-    in which that noun, or another one, stands.
+    About a fact: a sentence with several values. About the word for a noun: then a sentence is given, and the others
+    are translations of it in which that noun, or another one, stands. Or about agreement: a sentence, and the same with
+    a word in another form.
 
     Attributes:
         kind: "known" = a fact that training told in other forms, or a noun that stood in other sentences; "composed" =
             two facts that it told, put together as it did not; "unknowable" = of an entity of whom it told nothing, or
-            a noun that it never had.
+            a noun that it never had. Of agreement "verb", "adjective" and "article", by the word that has to agree;
+            "verb_attractor" = a verb in the form that another noun, between it and its subject, would ask for;
+            "undetermined" = a control: a verb in another tense, where nothing says which.
         language: what the sentences are in.
-        sentences: the sentence with each of the values; they differ in nothing else but what agrees with the value.
-        answer: number of the true one, from 0.
+        sentences: the sentence with each of the values or forms; they differ in nothing else but what agrees with a
+            value.
+        answer: number of the right one, from 0.
         decile: 0 = among the tenth of the facts or nouns that are told most often, to 9; of a composition that of its
-            rarer fact. None of what is not told.
+            rarer fact. None of what is not told, and of agreement.
         source: the sentence that is given; None = none is.
         source_language: what that is in.
     """
 
-    kind: FactKind
+    kind: QuestionKind
     language: str
     sentences: tuple[str, ...]
     answer: int
@@ -186,6 +192,7 @@ class Source(ABC):
         knows_words: whether `word_by_word` says something, which needs none of the text.
         knows_facts: whether there are `questions`, and `information` about the text of a language.
         knows_meanings: whether there are `word_questions`: it knows what its pairs of sentences say.
+        knows_agreement: whether there are `agreement_questions`: it knows the grammar of its languages.
     """
 
     name: str
@@ -194,6 +201,7 @@ class Source(ABC):
     knows_words: ClassVar[bool] = False
     knows_facts: ClassVar[bool] = False
     knows_meanings: ClassVar[bool] = False
+    knows_agreement: ClassVar[bool] = False
 
     @abstractmethod
     def parallel(self, direction: Direction, split: Split) -> Sequence[tuple[str, str]]:
@@ -231,7 +239,7 @@ class Source(ABC):
         """English for a text in a language, word by word, where the source knows it; else None."""
         return None
 
-    def questions(self, language: str, *, each: int, choices: int) -> list[FactQuestion]:
+    def questions(self, language: str, *, each: int, choices: int) -> list[ChoiceQuestion]:
         """Questions about facts in a language, of sentences that are in no text; none where nothing is known of it.
 
         Args:
@@ -241,13 +249,22 @@ class Source(ABC):
         """
         return []
 
-    def word_questions(self, direction: Direction, *, each: int, choices: int) -> list[FactQuestion]:
+    def word_questions(self, direction: Direction, *, each: int, choices: int) -> list[ChoiceQuestion]:
         """Questions about the words of a direction, of sentences that are in no text; none where it knows no meanings.
 
         Args:
             direction: one of the source's.
             each: at most so many of each decile of the nouns; of nouns that are never said ten times as many.
             choices: nouns to choose from.
+        """
+        return []
+
+    def agreement_questions(self, language: str, *, each: int) -> list[ChoiceQuestion]:
+        """Questions about agreement in a language, two sentences each; none where its grammar has or shows none.
+
+        Args:
+            language: one of the source's.
+            each: at most so many of each kind, rounded up to an even number.
         """
         return []
 

@@ -32,11 +32,11 @@ def measure(folder: Path, key: str) -> float:
     Args:
         folder: of the run.
         key: dotted, of summary.json, such as ``test.causal_lm.loss``, ``routing.layers.encoder.1.load_cv``,
-            ``recall.causal_lm.known`` (share of the questions), ``floors.causal_lm.test.knowing`` or
-            ``domains.NAME.causal_lm.above_test``; or the name of a column of metrics.csv, such as
-            ``train/load_balance``, whose last value is taken; or ``mechanisms.`` and a key of mechanisms.json, such as
-            ``mechanisms.valid.saturation`` or ``mechanisms.valid.mutual_information.language``, of runs with
-            train.record_routing.
+            ``recall.causal_lm.known`` or, of agreement, ``recall.causal_lm.verb`` (share of the questions),
+            ``floors.causal_lm.test.knowing`` or ``domains.NAME.causal_lm.above_test``; or the name of a column of
+            metrics.csv, such as ``train/load_balance``, whose last value is taken; or ``mechanisms.`` and a key of
+            mechanisms.json, such as ``mechanisms.valid.saturation`` or
+            ``mechanisms.valid.mutual_information.language``, of runs with train.record_routing.
 
     Raises:
         UserError: the run has no such number; those of the nearest level are listed.
@@ -92,7 +92,9 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 def _by_name(summary: dict[str, Any]) -> dict[str, Any]:
     """The summary with its lists as mappings: recall by task and kind, floors by task and split."""
-    recall = {of["task"]: {kind["kind"]: kind["recall"] for kind in of["kinds"]} for of in summary.get("recall") or ()}
+    recall: dict[str, dict[str, Any]] = {}
+    for of in summary.get("recall") or ():  # a task may have been asked for facts and, in other kinds, for agreement
+        recall.setdefault(of["task"], {}).update({kind["kind"]: kind["recall"] for kind in of["kinds"]})
     floors: dict[str, dict[str, Any]] = {}
     for of in summary.get("floors") or ():
         floors.setdefault(of["task"], {})[of["split"]] = {name: of[name] for name in ("knowing", "guessing")}

@@ -47,6 +47,7 @@ _SINCE = {
     "train.record_routing": 0, "data.facts_profiles": 0.0, "model.router": "table", "model.balance_scope": "batch",
     "model.shared": False, "model.selection": "random", "data.unit": "line", "data.text_field": "text",
     "evaluate.domains": None, "data.salient": None, "data.salient_share": 1.0, "evaluate.words": 0,
+    "evaluate.agreement": 0,
     "data.babel_concepts": DEFAULT_CONCEPTS, "data.babel_cognates": 0.15,
     "model.evolve": True, "model.baseline": "feed_forward",
     **{f"train.monitor.{field.name}": field.default for field in fields(MonitorConfig)},

@@ -11,6 +11,7 @@ import numpy as np
 
 from moekit.babel import knowledge as k
 from moekit.babel import meaning as m
+from moekit.babel.agreement import Meanings, in_two_tenses
 from moekit.babel.concepts import ANIMAL, FOOD, NAME, PERSON, PLACE, THING, Concepts, Noun, Verb
 from moekit.babel.grammar import grammars, pick
 from moekit.babel.knowledge import Ints, Knowledge, KnowledgeSettings
@@ -20,8 +21,8 @@ from moekit.babel.spoken import Blocks, Spoken
 from moekit.errors import UserError
 from moekit.source import (
     SPLITS,
+    ChoiceQuestion,
     Direction,
-    FactQuestion,
     Information,
     LazySequence,
     Split,
@@ -34,9 +35,10 @@ from moekit.source import (
 
 _BLOCK, _DRAW = 1024, 1280
 _PATIENCE = 20
+_ASKED = 4096  # statements of which agreement is asked
 _CACHED_ROWS, _CACHED_SENTENCES = 64, 512
 _PARALLEL, _ALONE = 0, 1  # streams of draws: parallel text, and from here on a language's own
-_TEXT, _QUESTIONS = 2, 3
+_TEXT, _QUESTIONS, _AGREEING = 2, 3, 5
 _SETTINGS = ("entities", "relations", "values", "power", "one_language", "profiles")
 # Numbers of nouns, from 1: the head of a relative clause, what is asked for, and from here on the names.
 _SOMEBODY, _WHAT, _NAMES = 1, 2, 3
@@ -177,20 +179,25 @@ class Facts(Spoken):
     def say(self, language: str, row: Sequence[int]) -> str:
         """The sentence of a language for a telling, a row of `moekit.babel.knowledge`."""
         self.check_language(language)
-        kind, entity, relation, value, second, tense, adverb, *profiled = row
+        kind, entity, relation, value, second, _, _, *profiled = row
         if kind == k.PROFILE:
             return self._profile(language, entity, [number - 1 for number in profiled if number], value)
-        speaker, cells = self._speakers[language], [0] * m.WIDTH
-        cells[m.VERB], cells[m.TENSE], cells[m.ADVERB] = relation + 1, tense, adverb
-        cells[m.SUBJECT + m.NOUN] = _NAMES + entity
+        speaker, cells = self._speakers[language], self._cells(row)
         if kind == k.COMPOSITION:
             cells[m.OBJECT + m.NOUN], cells[m.OBJECT + m.RELATIVE] = _SOMEBODY, second + 1
             cells[m.OBJECT + m.RELATIVE_OBJECT] = self._noun(second, value)
-            return speaker.say(cells)
-        noun = self._noun(relation, value)
-        cells[m.OBJECT + m.NOUN] = _WHAT if kind == k.QUESTION else noun
-        said = speaker.say(cells)
-        return said if kind == k.STATEMENT else f"{said} ? {speaker.object_alone(noun)}"
+        elif kind == k.QUESTION:
+            cells[m.OBJECT + m.NOUN] = _WHAT
+            return f"{speaker.say(cells)} ? {speaker.object_alone(self._noun(relation, value))}"
+        return speaker.say(cells)
+
+    def _cells(self, row: Sequence[int]) -> list[int]:
+        """The meaning of a telling that is no profile, as a statement would put it."""
+        _, entity, relation, value, _, tense, adverb, *_ = row
+        cells = [0] * m.WIDTH
+        cells[m.VERB], cells[m.TENSE], cells[m.ADVERB] = relation + 1, tense, adverb
+        cells[m.SUBJECT + m.NOUN], cells[m.OBJECT + m.NOUN] = _NAMES + entity, self._noun(relation, value)
+        return cells
 
     def _profile(self, language: str, entity: int, relations: list[int], last: int) -> str:
         values = self.knowledge.value[np.array(relations) * self.knowledge.entities + entity].tolist()
@@ -228,7 +235,7 @@ class Facts(Spoken):
         nouns = range(first, first + min(self.knowledge.link, len(_VALUES)) * self.knowledge.settings.values)
         return frozenset().union(*map(self._speakers[language].objects, nouns))
 
-    def questions(self, language: str, *, each: int, choices: int) -> list[FactQuestion]:
+    def questions(self, language: str, *, each: int, choices: int) -> list[ChoiceQuestion]:
         """Questions about facts in a language: known ones, composed ones, and of entities that nobody knows.
 
         Known facts are asked in forms of the test, one each, whatever is in the test's text: at the end of profiles as
@@ -253,8 +260,23 @@ class Facts(Spoken):
         found = []
         for kind, decile, rows, answer in questions.ask(each, choices):
             sentences = tuple(self.say(language, row) for row in rows)
-            found.append(FactQuestion(kind, language, sentences, answer, decile))
+            found.append(ChoiceQuestion(kind, language, sentences, answer, decile))
         return found
+
+    def _drawn_by(self, language: str) -> list[int]:
+        return [self.seed, self._number[language]]
+
+    def _meanings(self, language: str) -> Meanings:
+        """Statements of the test, of facts that training tells; none where it tells them in profiles alone."""
+        told = np.flatnonzero(self.told(language) > 0)
+        if not len(told) or self.knowledge.settings.profiles == 1:
+            return Meanings([], [])
+        rows = self._forms(told, "test", kinds=(k.STATEMENT,))
+        generator = np.random.default_rng([*self._drawn_by(language), _AGREEING])
+        rows = rows[np.argsort(generator.random(len(rows)))[:_ASKED]]
+        twice = in_two_tenses(rows, k.TENSE, k.ADVERB, lambda turned: self.knowledge.split(turned) != "train")
+        cells = [[self._cells(row) for row in side.tolist()] for side in (rows, *twice)]
+        return Meanings(cells[0], list(zip(*cells[1:], strict=True)))
 
     # -- blocks; text of one language has its code, parallel text None ---------------------------------------------
 
@@ -308,10 +330,10 @@ class Facts(Spoken):
             found |= dict.fromkeys(map(tuple, rows.tolist()))
         return np.array(list(found)[:wanted], dtype=np.int64).reshape(-1, k.WIDTH)
 
-    def _forms(self, facts: Ints, split: Split) -> Ints:
+    def _forms(self, facts: Ints, split: Split, kinds: Sequence[int] = (k.STATEMENT, k.QUESTION)) -> Ints:
         """All forms of facts that belong to a split."""
         found = [np.empty((0, k.WIDTH), dtype=np.int64)]
-        for kind, form in itertools.product((k.STATEMENT, k.QUESTION), range(len(self.knowledge.forms))):
+        for kind, form in itertools.product(kinds, range(len(self.knowledge.forms))):
             rows = self.knowledge.tell(facts, kind, np.full(len(facts), form))
             found.append(rows[self.knowledge.split(rows) == split])
         return np.concatenate(found)

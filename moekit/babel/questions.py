@@ -11,7 +11,7 @@ import numpy as np
 from moekit.babel import knowledge as k
 from moekit.babel.knowledge import Ints, Knowledge
 from moekit.babel.profiles import LENGTH, NOT_TOLD, in_order
-from moekit.source import DECILES, FactKind
+from moekit.source import DECILES, QuestionKind
 
 _PATIENCE = 100  # orders of a profile; one in fifty is of the test
 
@@ -26,7 +26,7 @@ class Asked(NamedTuple):
         answer: number of the true one.
     """
 
-    kind: FactKind
+    kind: QuestionKind
     decile: int | None
     rows: list[list[int]]
     answer: int
@@ -35,7 +35,7 @@ class Asked(NamedTuple):
 class _True(NamedTuple):
     """Of what a question is made: its kind, the true telling, and its decile."""
 
-    kind: FactKind
+    kind: QuestionKind
     row: list[int]
     decile: int | None
 
@@ -166,7 +166,7 @@ def _relation(row: Sequence[int]) -> int:
     return row[k.SECOND] if row[k.KIND] == k.COMPOSITION else row[k.RELATION]
 
 
-def _of_each(rows: Ints, deciles: Ints, kind: FactKind, each: int) -> Iterator[_True]:
+def _of_each(rows: Ints, deciles: Ints, kind: QuestionKind, each: int) -> Iterator[_True]:
     """The first rows of each decile."""
     for decile in range(DECILES):
         for row in rows[deciles == decile][:each].tolist():

@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from moekit.babel import meaning as m
+from moekit.babel.agreement import Meanings, in_two_tenses
 from moekit.babel.concepts import DEFAULT_CONCEPTS, MINIMUM_CONCEPTS, concepts
 from moekit.babel.grammar import grammars
 from moekit.babel.language import Language
-from moekit.babel.meaning import RATES, Complexity, Meaning, MeaningSampler, Rows
+from moekit.babel.meaning import RATES, Complexity, Meaning, MeaningSampler, Rows, split_of
 from moekit.babel.spoken import Blocks, Spoken
 from moekit.babel.word_questions import UNSAID, Ints, WordQuestions, nouns_told
 from moekit.errors import UserError, nearest
 from moekit.source import (
     SPLITS,
+    ChoiceQuestion,
     Direction,
-    FactQuestion,
     LazySequence,
     Split,
     all_directions,
@@ -33,7 +35,8 @@ from moekit.source import (
 _BLOCK = 1024
 # Rows are ten times as large as sentences.
 _CACHED_ROWS, _CACHED_SENTENCES = 64, 512
-_PARALLEL, _MONOLINGUAL, _QUESTIONS = 0, 1, 3
+_PARALLEL, _MONOLINGUAL, _QUESTIONS, _AGREEING = 0, 1, 3, 4
+_ASKED, _DRAWS = 8192, 24  # meanings drawn to ask for agreement, of which a fiftieth is of the test
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,7 @@ class Babel(Spoken):
         self._sampler = MeaningSampler(self.concepts, complexity=settings.complexity, seed=settings.seed)
         self._told = Blocks(self._count, len(everyone))  # sizes that directions may have
         self._held_out = Blocks(self._draw_held_out, len(SPLITS))
+        self._agreeing = Blocks(self._draw_agreeing, 1)
         self._row_block = Blocks(self._draw, _CACHED_ROWS)
         self._sentence_block = Blocks(self._say, _CACHED_SENTENCES)
 
@@ -218,7 +222,7 @@ class Babel(Spoken):
         self.check_direction(direction)
         return self._told(min(self.size(code, "train") for code in (direction.source, direction.target)))
 
-    def word_questions(self, direction: Direction, *, each: int, choices: int) -> list[FactQuestion]:
+    def word_questions(self, direction: Direction, *, each: int, choices: int) -> list[ChoiceQuestion]:
         """Does a model know the words for nouns? A sentence to translate, and translations that differ in one noun.
 
         The nouns to choose from are of one kind and about as frequent, and each is the true one as often as the others;
@@ -242,10 +246,24 @@ class Babel(Spoken):
         ):
             sentences = tuple(map(speakers[1].say, rows))
             source = speakers[0].say(rows[answer])
-            found.append(FactQuestion(kind, direction.target, sentences, answer, decile, source, direction.source))
+            found.append(ChoiceQuestion(kind, direction.target, sentences, answer, decile, source, direction.source))
         return found
 
+    def _drawn_by(self, language: str) -> list[int]:
+        return [self.settings.seed, self._number[language]]
+
+    def _meanings(self, language: str) -> Meanings:
+        return self._agreeing()
+
     # -- blocks ----------------------------------------------------------------------------------------------------
+
+    def _draw_agreeing(self) -> Meanings:
+        """Meanings of the test, each once, whatever is in its text: the same for every language."""
+        generator = np.random.default_rng([self.settings.seed, _AGREEING])
+        drawn = (self._sampler.draw(generator, _ASKED) for _ in range(_DRAWS))
+        rows = np.unique(np.concatenate([found[split_of(found) == "test"] for found in drawn]), axis=0)
+        twice = in_two_tenses(rows, m.TENSE, m.ADVERB, lambda turned: split_of(turned) != "train")
+        return Meanings(rows.tolist(), list(zip(*(side.tolist() for side in twice), strict=True)))
 
     def _draw(self, split: Split, stream: int, block: int) -> list[list[int]]:
         if split == "train":

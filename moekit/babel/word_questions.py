@@ -11,7 +11,7 @@ import numpy.typing as npt
 from moekit.babel import meaning as m
 from moekit.babel.concepts import NAME
 from moekit.babel.meaning import MeaningSampler, Rows, split_of
-from moekit.source import DECILES, FactKind
+from moekit.source import DECILES, QuestionKind
 
 Ints = npt.NDArray[np.int64]
 
@@ -34,7 +34,7 @@ class AskedWord(NamedTuple):
         answer: number of the one that is said.
     """
 
-    kind: FactKind
+    kind: QuestionKind
     decile: int | None
     rows: list[list[int]]
     answer: int
@@ -93,7 +93,7 @@ class WordQuestions:
         order = self._shuffled(np.array(nouns, dtype=np.int64)).tolist()
         return (order * -(-number // max(len(order), 1)))[:number]
 
-    def _asked(self, kind: FactKind, nouns: Sequence[int], sets: dict[int, Ints], deciles: Ints) -> list[AskedWord]:
+    def _asked(self, kind: QuestionKind, nouns: Sequence[int], sets: dict[int, Ints], deciles: Ints) -> list[AskedWord]:
         found = []
         for noun, place, row in self._meanings(nouns):
             members = self._shuffled(sets[noun]).tolist()

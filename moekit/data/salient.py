@@ -13,7 +13,7 @@ from moekit.data.lines import read_lines
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
-from moekit.source import Direction, FactQuestion, Information, Source, Split, digest
+from moekit.source import ChoiceQuestion, Direction, Information, Source, Split, digest
 
 
 class WordPlaces(NamedTuple):
@@ -152,7 +152,7 @@ class WithSalient(Source):
         """The source's."""
         return self.source.word_by_word(language, text)
 
-    def questions(self, language: str, *, each: int, choices: int) -> list[FactQuestion]:
+    def questions(self, language: str, *, each: int, choices: int) -> list[ChoiceQuestion]:
         """The source's."""
         return self.source.questions(language, each=each, choices=choices)
 

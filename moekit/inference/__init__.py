@@ -2,7 +2,7 @@
 
 from moekit.data.tokenizer import SpecialTokens
 from moekit.inference.beam import BeamSearch
-from moekit.inference.facts import FactScorer, recall
+from moekit.inference.choices import ChoiceScorer, recall
 from moekit.inference.generate import complete, generate
 from moekit.inference.interface import CausalModel, Generation, Hypothesis, LengthLimit, Search, SequenceModel
 from moekit.inference.length_penalty import GNMTPenalty, LengthPenalty, MeanLogProb
@@ -14,9 +14,9 @@ from moekit.inference.session import Session
 __all__ = [
     "BeamSearch",
     "CausalModel",
+    "ChoiceScorer",
     "ContinuationScores",
     "ExpertsOnDemand",
-    "FactScorer",
     "GNMTPenalty",
     "Generation",
     "Greedy",

@@ -12,6 +12,7 @@ import yaml
 
 from moekit.errors import UserError
 from moekit.report import render, wording
+from moekit.report.agreement import agreement_rows
 from moekit.report.domains import compared_domains
 from moekit.report.health import experts_per_token
 from moekit.report.pair import pair_section
@@ -68,6 +69,7 @@ def comparison_view(runs: Sequence[RunFolder], known: Sequence[str] = ()) -> Vie
     measures, accuracy = _measures(runs), _table("Accuracy", names, _accuracies(runs), "task")
     paired, untested = significance(runs, names) if all(run.translates for run in runs) else ([], [])
     facts = [table for table in (_facts(runs, names), _above_floor(runs, names)) if table.rows]
+    agreement = _table("Agreement", names, _percents(agreement_rows(runs)), "agreement")
     domains = _table("Loss on text of other domains", names, compared_domains(runs), "domain")
     costly = {"Cost": _costs(runs), "Tasks (validation)": _tasks(runs), "Routing": _routing(runs)}
     different = _settings(runs)
@@ -76,7 +78,7 @@ def comparison_view(runs: Sequence[RunFolder], known: Sequence[str] = ()) -> Vie
     cost = [_table(title, names, rows) for title, rows in costly.items() if rows]
     measured = [
         *(measure.table(names) for measure in measures),
-        *(table for table in (accuracy, *facts, domains) if table.rows),
+        *(table for table in (accuracy, *facts, agreement, domains) if table.rows),
     ]
     return View(
         kind="moekit comparison",
@@ -86,11 +88,8 @@ def comparison_view(runs: Sequence[RunFolder], known: Sequence[str] = ()) -> Vie
         sections=[
             *_quality(runs, names, measures, accuracy),
             *_knowledge(runs, names, facts),
-            *(
-                [PageSection(*heading("domains"), cells=[[Figure(domains.title, table=domains)]])]
-                if domains.rows
-                else []
-            ),
+            *_section("agreement", agreement),
+            *_section("domains", domains),
             *([pair] if pair else []),
             *(
                 [PageSection(*heading("paired"), untested, [[Figure(t.title, table=t)] for t in paired])]
@@ -225,8 +224,16 @@ def _accuracies(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
 
 def _facts(runs: Sequence[RunFolder], names: Sequence[str]) -> Table:
     """Recall of facts and words by task and kind, and chance."""
-    rows = {title: [wording.percent(share) for share in row] for title, row in recall_rows(runs).items()}
-    return _table(f"Recall of {recalled(runs)}", names, rows, recalled(runs))
+    return _table(f"Recall of {recalled(runs)}", names, _percents(recall_rows(runs)), recalled(runs))
+
+
+def _percents(rows: Mapping[str, Sequence[float | None]]) -> dict[str, list[str]]:
+    return {title: [wording.percent(share) for share in row] for title, row in rows.items()}
+
+
+def _section(key: str, table: Table) -> list[PageSection]:
+    """A section that is a table; none where it is empty."""
+    return [PageSection(*heading(key), cells=[[Figure(table.title, table=table)]])] if table.rows else []
 
 
 def _above_floor(runs: Sequence[RunFolder], names: Sequence[str]) -> Table:

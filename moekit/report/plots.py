@@ -23,6 +23,7 @@ from moekit.report.wording import perplexity, short
 Unit = Literal["plain", "percent", "short", "count"]
 _LARGE = 1e4  # from here on numbers are shortened
 MAX_BROKEN_MARKS = 40
+_MARKS = "oDs^vPX*"  # more than there are colours, so that no two of a few look alike
 
 
 class Drawing:
@@ -189,12 +190,16 @@ class Bars(Drawing):
 
 @dataclass(frozen=True)
 class Dots(Drawing):
-    """For each name one dot per run, joined by a rule: who is ahead, and by how much."""
+    """For each name one dot per run, joined by a rule: who is ahead, and by how much.
+
+    With `levels`, by name, the numbers are shares of 1, and a dotted line stands at each level.
+    """
 
     names: Sequence[str]
     columns: Mapping[str, Sequence[float]]
     description: str
     perplexity: bool = False
+    levels: Mapping[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def _drawn(self) -> Iterator[Canvas]:
@@ -205,11 +210,16 @@ class Dots(Drawing):
                 if values:
                     axes.plot([min(values), max(values)], [i, i], color=COLOURS["rule"], linewidth=2, zorder=1)
             for j, (label, column) in enumerate(self.columns.items()):
-                colour, mark = COLOURS[CYCLE[j % len(CYCLE)]], "oDs^"[j % 4]
+                colour, mark = COLOURS[CYCLE[j % len(CYCLE)]], _MARKS[j % len(_MARKS)]
                 at = range(len(self.names))
                 axes.plot(column, at, mark, color=colour, markersize=4.5, label=drawable(label), zorder=3)
             if self.perplexity:
                 _perplexity_axis(axes, logarithmic=_spread([v for column in self.columns.values() for v in column]))
+            for label, level in self.levels.items():
+                axes.axvline(level, color=COLOURS["ink"], label=drawable(label), **_LOOKS["level"])
+            if self.levels and (formatter := _FORMATS["percent"]):
+                axes.set_xlim(0, 1.02)
+                axes.xaxis.set_major_formatter(formatter)
             canvas.legend()
             yield canvas
 

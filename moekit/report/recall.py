@@ -17,7 +17,7 @@ from moekit.runs.record import FloorRecord, RecallOf, RecallRecord
 from moekit.runs.stored_record import Record
 
 _T = TypeVar("_T", bound=Record)
-_WORDS = "words"
+_WORDS, _AGREEMENT = "words", "agreement"
 
 
 def floors(run: RunFolder) -> dict[tuple[str, str], FloorRecord]:
@@ -51,8 +51,13 @@ def floor_words() -> str:
 
 
 def recalls(run: RunFolder) -> list[RecallRecord]:
-    """What was asked of each task."""
-    return [found for found in _records(run, "recall", RecallRecord) if found.kinds]
+    """What was asked of each task of facts or words."""
+    return [found for found in _records(run, "recall", RecallRecord) if found.kinds and found.about != _AGREEMENT]
+
+
+def agreements(run: RunFolder) -> list[RecallRecord]:
+    """What was asked of each task of agreement."""
+    return [found for found in _records(run, "recall", RecallRecord) if found.kinds and found.about == _AGREEMENT]
 
 
 def recall_table(run: RunFolder) -> Table:

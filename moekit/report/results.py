@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moekit.report import wording
+from moekit.report.agreement import agreement_table, agreement_tiles
 from moekit.report.curves import curve_table
 from moekit.report.domains import domain_table
 from moekit.report.experts import health_table
@@ -102,7 +103,7 @@ def tiles(run: RunFolder) -> list[Tile]:
         if known(cost["time"])
         else Tile("Steps", cost["steps"], "taken so far"),
     ]
-    found[3:3] = recall_tiles(run)
+    found[3:3] = recall_tiles(run) + agreement_tiles(run)
     return [tile for i, tile in enumerate(found) if i == 0 or known(tile.value)]
 
 
@@ -160,6 +161,7 @@ def tables(run: RunFolder) -> list[Table]:
             *answer_tables(run),
             tasks,
             recall_table(run),
+            agreement_table(run),
             domain_table(run),
             health_table(run),
             typical_table(run),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moekit.report import render
+from moekit.report.agreement import agreement_section
 from moekit.report.curves import losses, routing
 from moekit.report.domains import domain_section
 from moekit.report.ending import cut
@@ -63,6 +64,7 @@ def run_view(run: RunFolder) -> View:
                 quality(run),
                 answer_section(run),
                 recall_section(run),
+                agreement_section(run),
                 domain_section(run),
                 losses(run),
                 experts(run),

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moekit.report import wording
+from moekit.report.agreement import agreement_words
 from moekit.report.ending import cut
 from moekit.report.health import findings, layer_health
 from moekit.report.predictions import TaskScores, main_task, predictions
@@ -172,11 +173,13 @@ def _tasks(run: RunFolder) -> list[Text]:
 
 
 def _knowledge(run: RunFolder) -> list[Text]:
-    """How far the loss is above the floor, and recall of facts."""
+    """How far the loss is above the floor, recall of facts, and agreement."""
     found = main_task(run)
     above = above_floor(run, found.task, found.loss, found.origin)
     floor = [] if above is None else [f"loss {wording.significant(found.loss)}, {wording.fixed(above, 3)} above it"]
-    return [_labelled("floor", line) for line in floor] + [_labelled("recall", line) for line in recall_words(run)]
+    rows = {"floor": floor, "recall": recall_words(run)}
+    lines = [_labelled(label, line) for label, lines in rows.items() for line in lines]
+    return lines + [_labelled("" if i % 2 else "agreement", line) for i, line in enumerate(agreement_words(run))]
 
 
 def _score(found: TaskScores) -> str:

@@ -160,7 +160,7 @@ def _write(
             remarks=remarks(data, corpus),
         ),
         floors=known or None,
-        recall=[found for found in module.recalled.values() if found is not None] or None,
+        recall=module.recalled or None,
         domains=elsewhere or None,
     )
     routing = None if module.routing is None else _routing(module.routing, module.piece_counts, data)

@@ -22,6 +22,7 @@ from moekit.planner.census import parameters
 from moekit.planner.measure import product_rate
 from moekit.runs.config import RunConfig
 from moekit.runs.domains import domain_data
+from moekit.runs.facts import require_questions
 from moekit.runs.init_from import InitFrom
 from moekit.runs.module import make_module
 from moekit.runs.plain import as_plain, plain
@@ -34,7 +35,6 @@ from moekit.runs.run import Run
 from moekit.runs.settings.fields import free_keys
 from moekit.runs.smoke import WARNING
 from moekit.runs.text import require_same_text, tokenizer_of
-from moekit.runs.words import word_questions
 from moekit.shell import command_line
 from moekit.terminal import visible
 from moekit.training.budget import Budget
@@ -122,8 +122,8 @@ def fit(
         data = _training_text(run if going_on else None, config, init_from)
         if config.evaluate.domains:
             domain_data(config, data.tokenizer)  # refused now, not when training has ended
-        if config.evaluate.words:
-            word_questions(config, data)  # likewise
+        if config.evaluate.words or config.evaluate.agreement:
+            require_questions(config, data)  # likewise
         held_out = HeldOut.of(data, plain(config.data.which_text()))  # what it is evaluated on
         L.seed_everything(train.seed, verbose=False)
         module, budget = make_module(

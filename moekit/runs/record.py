@@ -81,11 +81,11 @@ class RecallOf(Record):
     """How many questions of one kind were answered right.
 
     Attributes:
-        kind: "known", "composed" or "unknowable", see `moekit.source.FactQuestion`.
+        kind: "known", "composed", "unknowable", "verb", ..., see `moekit.source.ChoiceQuestion`.
         recall: share of the questions, 0 to 1.
         questions: their number.
         deciles: the share by frequency, of the tenth of the facts or nouns that are told most often first; None where
-            no question is.
+            no question is, as of agreement.
         languages: the share by language.
     """
 
@@ -98,14 +98,14 @@ class RecallOf(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class RecallRecord(Record):
-    """Multiple choice about facts or words, asked of one task.
+    """Multiple choice about facts, words or agreement, asked of one task.
 
     Attributes:
         task: whose scores of sentences were compared.
         choices: sentences of a question.
         chance: the share that a blind choice has right.
         kinds: the shares by kind of question.
-        about: "facts" or "words".
+        about: "facts", "words" or "agreement".
     """
 
     task: str
@@ -203,7 +203,7 @@ class Summary(Record):
         held_out: the text of the evaluation.
         ending: where training ended, and why; None where nothing was trained, or nobody wrote it down.
         floors: what the best of models would lose on the held-out text; None where nobody knows.
-        recall: facts and words that are known, by task; None where none were asked for.
+        recall: facts, words and agreement that are known, by task; None where none were asked for.
         domains: losses on other text; None where none was asked for.
     """
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from moekit.data.module import MultitaskData
 from moekit.errors import UserError
 from moekit.runs.config import RunConfig
-from moekit.source import Direction, FactQuestion, Source
+from moekit.source import ChoiceQuestion, Direction, Source
 from moekit.tasks import TASKS
 
 
-def word_questions(config: RunConfig, data: MultitaskData) -> list[FactQuestion]:
+def word_questions(config: RunConfig, data: MultitaskData) -> list[ChoiceQuestion]:
     """Questions about the words of all directions, `evaluate.words` of each decile; of other text, none.
 
     Args:

@@ -57,7 +57,7 @@ class Task(ABC):
         perplexity: whether it predicts tokens of the vocabulary, so that exp(loss) is a perplexity.
         writes: what `moekit.inference.completer.Completer` writes for a sample: the continuation of half a text, the
             text that was damaged, or the spans that it lacks; None = nothing.
-        recalls: how `moekit.inference.facts.FactScorer` asks for a fact: by the likelihood of the sentence, of the
+        recalls: how `moekit.inference.choices.ChoiceScorer` asks for a fact: by the likelihood of the sentence, of the
             missing span, of the sentence given its other words, or of masked words; or for a word: by that of the
             target given its source. None = it has none, or its input would say the answer.
     """

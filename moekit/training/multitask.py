@@ -129,8 +129,8 @@ class MultitaskModule(LoadedFromFile):
         self.translate: Translate | None = None
         self.write: Write | None = None
         # Asked at the end of the test, while all processes have their weights.
-        self.ask: Callable[[str], Any] | None = None
-        self.recalled: dict[str, Any] = {}
+        self.ask: Callable[[str], Sequence[Any]] | None = None
+        self.recalled: list[Any] = []
         # The sentences as they were before tokenization, by direction and number: what BLEU is to be computed on.
         self.written: dict[str, dict[str, list[tuple[int, str, str]]]] = {}
         self.originals: Callable[[str, list[int]], tuple[list[str], list[str]]] | None = None
@@ -398,10 +398,10 @@ class MultitaskModule(LoadedFromFile):
         self.samples += [dict(zip(names, (batch.task, batch.direction or "", *row), strict=True)) for row in rows]
 
     def on_test_epoch_end(self) -> None:
-        """Log scores by direction and on average, and the perplexity of other tasks by language; ask for facts."""
+        """Log scores by direction and on average, and the perplexity of other tasks by language; ask questions."""
         self._share_written()
         if self.ask is not None:
-            self.recalled = {task: self.ask(task) for task in self.heads}
+            self.recalled = [found for task in self.heads for found in self.ask(task)]
         for metric in cast(Iterable[AnswerScore], self.test_scores.values()):
             self.scores = {**(self.scores or {}), **metric.compute()}
             self.log_dict({f"test/{name}": value for name, value in metric.log_values().items()})

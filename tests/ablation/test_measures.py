@@ -16,7 +16,11 @@ SUMMARY = {
         {
             "task": "causal_lm", "choices": 4, "chance": 0.25,
             "kinds": [{"kind": "known", "recall": 0.75, "questions": 8}, {"kind": "composed", "recall": 0.5}],
-        }
+        },
+        {
+            "task": "causal_lm", "choices": 2, "chance": 0.5, "about": "agreement",
+            "kinds": [{"kind": "verb", "recall": 0.875, "questions": 8}, {"kind": "verb_attractor", "recall": 0.625}],
+        },
     ],
     "floors": [
         {"task": "causal_lm", "split": "valid", "knowing": 1.0, "guessing": 2.0},
@@ -35,6 +39,8 @@ SUMMARY = {
         ("test.causal_lm.loss", 1.5),
         ("recall.causal_lm.known", 0.75),
         ("recall.causal_lm.composed", 0.5),
+        ("recall.causal_lm.verb", 0.875),
+        ("recall.causal_lm.verb - recall.causal_lm.verb_attractor", 0.25),
         ("floors.causal_lm.valid.guessing", 2.0),
         ("floors.causal_lm.test.knowing", 1.25),
         ("domains.talks.causal_lm.above_test", 0.5),

@@ -14,8 +14,8 @@ from moekit.babel.concepts import NAME, concepts
 from moekit.babel.grammar import grammars
 from moekit.babel.language import build_forms
 from moekit.errors import UserError
-from moekit.inference.facts import recall
-from moekit.source import DECILES, Direction, FactQuestion
+from moekit.inference.choices import recall
+from moekit.source import DECILES, ChoiceQuestion, Direction
 
 CHOICES = 4
 
@@ -32,7 +32,7 @@ def direction(request: pytest.FixtureRequest) -> Direction:
 
 
 @pytest.fixture(scope="module")
-def questions(corpus: Babel, direction: Direction) -> list[FactQuestion]:
+def questions(corpus: Babel, direction: Direction) -> list[ChoiceQuestion]:
     return corpus.word_questions(direction, each=40, choices=CHOICES)
 
 
@@ -42,7 +42,7 @@ def nouns(corpus: Babel, language: str, text: str) -> list[str]:
     return [word for gloss in corpus.word_by_word(language, text).split() if (word := gloss.split(".")[0]) in known]
 
 
-def test_each_kind_and_decile_is_asked(questions: list[FactQuestion], direction: Direction) -> None:
+def test_each_kind_and_decile_is_asked(questions: list[ChoiceQuestion], direction: Direction) -> None:
     asked = Counter((question.kind, question.decile) for question in questions)
     assert asked == {("unknowable", None): 400} | {("known", decile): 40 for decile in range(DECILES)}
     assert {(q.source_language, q.language) for q in questions} == {(direction.source, direction.target)}
@@ -51,7 +51,7 @@ def test_each_kind_and_decile_is_asked(questions: list[FactQuestion], direction:
 
 
 def test_sentences_differ_in_one_noun_of_a_kind_and_the_source_has_the_true_one(
-    corpus: Babel, questions: list[FactQuestion], direction: Direction
+    corpus: Babel, questions: list[ChoiceQuestion], direction: Direction
 ) -> None:
     kinds = {noun.gloss: noun.kind for noun in (*corpus.concepts.nouns, *corpus.concepts.unsaid)}
     for question in questions:
@@ -78,7 +78,7 @@ def test_agreement_follows_the_noun(corpus: Babel) -> None:
 
 
 def test_what_is_asked_is_in_no_training_text(
-    corpus: Babel, questions: list[FactQuestion], direction: Direction
+    corpus: Babel, questions: list[ChoiceQuestion], direction: Direction
 ) -> None:
     sources, targets = zip(*corpus.parallel(direction, "train"), strict=True)
     assert not {question.source for question in questions} & set(sources)
@@ -103,7 +103,7 @@ def test_what_is_asked_is_in_no_training_text(
 
 
 def test_who_knows_no_word_answers_as_by_chance(
-    corpus: Babel, questions: list[FactQuestion], direction: Direction
+    corpus: Babel, questions: list[ChoiceQuestion], direction: Direction
 ) -> None:
     """Length, letters, frequency in training text: nothing but the source tells which noun it is."""
     seen = Counter(

@@ -17,8 +17,8 @@ from moekit.data.batch import Sentences
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer, train_tokenizer
 from moekit.heads import CausalLMHead, DenoisingHead, MaskedLMHead, SpanCorruptionHead, TranslationHead
-from moekit.inference.facts import FactScorer, parted, recall
-from moekit.source import DECILES, FactQuestion
+from moekit.inference.choices import ChoiceScorer, parted, recall
+from moekit.source import DECILES, ChoiceQuestion
 from moekit.tasks import SpanCorruption, SpanCorruptionTask
 from moekit.transformer import DecoderOnly, EncoderDecoder
 
@@ -37,7 +37,7 @@ def tokenizer(corpus: Facts, tmp_path_factory: pytest.TempPathFactory) -> Tokeni
 
 
 @pytest.fixture(scope="module")
-def questions(corpus: Facts) -> list[FactQuestion]:
+def questions(corpus: Facts) -> list[ChoiceQuestion]:
     return [question for code in corpus.languages for question in corpus.questions(code, each=1, choices=4)]
 
 
@@ -82,8 +82,8 @@ def test_a_model_that_prefers_a_value_is_at_chance_of_what_nobody_knows(corpus: 
 
 
 def test_recall_is_counted_by_decile_and_language() -> None:
-    def ask(language: str, decile: int) -> FactQuestion:
-        return FactQuestion("known", language, ("a", "b"), 1, decile)
+    def ask(language: str, decile: int) -> ChoiceQuestion:
+        return ChoiceQuestion("known", language, ("a", "b"), 1, decile)
 
     asked = [ask("en", 0), ask("en", 0), ask("de", 0), ask("de", 9)]
     (found,) = recall(asked, [[0, 1], [1, 0], [0, 1], [2, 1]])
@@ -136,17 +136,38 @@ def one_sentence(
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "span_corruption", "denoising", "masked_lm"])
-def test_each_task_scores_as_a_plain_loop_does(task: str, tokenizer: Tokenizer, questions: list[FactQuestion]) -> None:
+def test_each_task_scores_as_a_plain_loop_does(
+    task: str, tokenizer: Tokenizer, questions: list[ChoiceQuestion]
+) -> None:
     model, head = models()[task]
     model.eval(), head.eval()
     asked = questions[::7]
-    scorer = FactScorer(model, torch.nn.ModuleDict({task: head}), tokenizer, batch_tokens=300)
+    scorer = ChoiceScorer(model, torch.nn.ModuleDict({task: head}), tokenizer, batch_tokens=300)
     for question, scores in zip(asked, scorer.score(task, asked), strict=True):
         expected = [
             one_sentence(task, model, head, tokenizer, question.language, parts) for parts in parted(question.sentences)
         ]
         assert scores == pytest.approx(expected, abs=1e-4)
         assert len({round(score, 3) for score in scores}) > 1
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "span_corruption", "denoising", "masked_lm"])
+def test_agreement_is_scored_as_facts_are(task: str, corpus: Facts, tokenizer: Tokenizer) -> None:
+    """The form that differs is what is missing where a task scores what is missing."""
+    model, head = models()[task]
+    model.eval(), head.eval()
+    asked = corpus.agreement_questions("avl", each=6)
+    assert {question.kind for question in asked} >= {"article"}
+    scorer = ChoiceScorer(model, torch.nn.ModuleDict({task: head}), tokenizer, batch_tokens=300)
+    scores = scorer.score(task, asked)
+    for question, own in zip(asked, scores, strict=True):
+        parts = parted(question.sentences)
+        assert [len(gap.split()) for _, gap, _ in parts] == [1, 1]
+        assert own == pytest.approx(
+            [one_sentence(task, model, head, tokenizer, "avl", part) for part in parts], abs=1e-4
+        )
+    kinds = recall(asked, scores)
+    assert [kind["deciles"] for kind in kinds] == [[]] * len(kinds)
 
 
 @torch.no_grad()
@@ -157,8 +178,8 @@ def test_salient_words_are_asked_for_as_they_are_trained(tokenizer: Tokenizer) -
     model, head = models()["span_corruption"]
     task = SpanCorruptionTask(SpanCorruption(salient=1.0)).bound(profiled, tokenizer)
     heads = torch.nn.ModuleDict({task.name: head})
-    scorer = FactScorer(model.eval(), heads, tokenizer, batch_tokens=300, readers={task.name: task})
-    plain = FactScorer(model, heads, tokenizer, batch_tokens=300)
+    scorer = ChoiceScorer(model.eval(), heads, tokenizer, batch_tokens=300, readers={task.name: task})
+    plain = ChoiceScorer(model, heads, tokenizer, batch_tokens=300)
     asked = [q for code in profiled.languages for q in profiled.questions(code, each=2, choices=4)]
     several = links = 0
     for question, scores in zip(asked, scorer.score(task.name, asked), strict=True):
@@ -186,15 +207,15 @@ def test_salient_words_are_asked_for_as_they_are_trained(tokenizer: Tokenizer) -
     assert 0 < links < len(asked) / 4
 
 
-def test_tasks_without_a_likelihood_are_refused(tokenizer: Tokenizer, questions: list[FactQuestion]) -> None:
+def test_tasks_without_a_likelihood_are_refused(tokenizer: Tokenizer, questions: list[ChoiceQuestion]) -> None:
     model, head = models()["causal_lm"]
-    scorer = FactScorer(model, torch.nn.ModuleDict({"causal_lm": head}), tokenizer)
+    scorer = ChoiceScorer(model, torch.nn.ModuleDict({"causal_lm": head}), tokenizer)
     with pytest.raises(ValueError, match="got replaced_token, which does not"):
         scorer.score("replaced_token", questions[:1])
     with pytest.raises(ValueError, match="translation is asked for words, with a source"):
         scorer.score("translation", questions[:1])
     words = [replace(questions[0], source="a", source_language="avl")]
-    with pytest.raises(ValueError, match="causal_lm is asked for facts, without a source"):
+    with pytest.raises(ValueError, match="causal_lm is asked for facts or agreement, without a source"):
         scorer.score("causal_lm", words)
 
 
@@ -208,7 +229,7 @@ def test_translation_scores_targets_as_a_plain_loop_does(sentinel: bool, tmp_pat
     torch.manual_seed(0)
     model = EncoderDecoder(300, D, 4, 2, 2, 24).eval()
     heads = torch.nn.ModuleDict({"translation": TranslationHead()})
-    scorer = FactScorer(model, heads, tokenizer, batch_tokens=300, sentinel=sentinel)
+    scorer = ChoiceScorer(model, heads, tokenizer, batch_tokens=300, sentinel=sentinel)
     mark = tokenizer.sentinel_ids[:1] if sentinel else ()
     for question, scores in zip(asked, scorer.score("translation", asked), strict=True):
         ids = [tokenizer.tag_id(question.language), *tokenizer.encode(question.source or ""), *mark, tokenizer.eos_id]
@@ -224,7 +245,7 @@ def test_translation_scores_targets_as_a_plain_loop_does(sentinel: bool, tmp_pat
             assert score == pytest.approx(expected, abs=1e-4)
 
 
-def test_words_are_encoded_alike_in_parts_and_in_whole(tokenizer: Tokenizer, questions: list[FactQuestion]) -> None:
+def test_words_are_encoded_alike_in_parts_and_in_whole(tokenizer: Tokenizer, questions: list[ChoiceQuestion]) -> None:
     for question in questions:
         for sentence, parts in zip(question.sentences, parted(question.sentences), strict=True):
             assert [token for part in parts for token in tokenizer.encode(part)] == tokenizer.encode(sentence)

@@ -247,6 +247,10 @@ class DataConfig:
         """The first of the sources that knows what its sentences mean, with nothing read; None if none does."""
         return self._generated([kind for kind in self.sources if source_class(kind).knows_meanings])
 
+    def grammar(self) -> Source | None:
+        """The first of the sources that knows the grammar of its languages, with nothing read; None if none does."""
+        return self._generated([kind for kind in self.sources if source_class(kind).knows_agreement])
+
     def _generated(self, kinds: list[str]) -> Source | None:
         """The first of some kinds of data, with all its directions and nothing read; None if there is none."""
         if not kinds:

@@ -88,6 +88,9 @@ class EvaluateConfig:
             asks to measure recall; 0 = it asks none.
         words: for translation of babel: number of questions of each decile of frequency and direction that the test
             asks to measure recall of words, and ten times as many about nouns that no text has; 0 = it asks none.
+        agreement: for languages of babel and facts: number of questions of each language and kind of agreement that the
+            test asks, each of a held-out sentence and the same with one word in a wrong form; an odd number counts as
+            the next even one; 0 = it asks none.
         choices: number of values, or nouns, that a question gives to choose from; chance is 1 / choices.
         domains: test text of other domains on which the loss is measured too, by a name of your choice: settings of the
             group data over those of the run, as {talks: {source: text, path: my/talks}}. Text is cut into the run's
@@ -108,6 +111,7 @@ class EvaluateConfig:
     samples: int = setting(5, at_least=0, free=RESUME)
     facts: int = setting(50, at_least=0, free=RESUME)
     words: int = setting(0, at_least=0, free=RESUME)
+    agreement: int = setting(0, at_least=0, free=RESUME)
     choices: int = setting(8, at_least=2, free=RESUME)
     domains: dict[str, dict[str, Any]] | None = setting(None, free=RESUME)
     bleu_tokenizer: BleuTokenizer = setting("auto", free=RESUME)

@@ -1,4 +1,4 @@
-"""Does a model know facts, or words? Multiple choice: is the sentence with the true value likelier than others?"""
+"""Does a model know facts, words or grammar? Multiple choice: is the right sentence likelier than the others?"""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from moekit.data.tokenizer import SpecialTokens, Tokenizer
 from moekit.inference.batching import by_length, padded
 from moekit.inference.generate import evaluating
 from moekit.inference.scoring import Question, Scorer, score_continuations
-from moekit.source import DECILES, FACT_KINDS, FactQuestion
+from moekit.source import DECILES, QUESTION_KINDS, ChoiceQuestion
 from moekit.tasks import TASKS, Task
 
 
-class FactScorer:
+class ChoiceScorer:
     """Scores the sentences of questions as a task makes it possible (`moekit.tasks.Task.recalls`).
 
     ========  ==================================================================================================
@@ -52,7 +52,7 @@ class FactScorer:
     ) -> None:
         self.backbone, self.heads, self.tokenizer, self.batch_tokens = backbone, heads, tokenizer, batch_tokens
         self._readers, self.sentinel = dict(readers or {}), sentinel
-        self._ways: dict[str, Callable[[str, Sequence[FactQuestion], str], list[float]]] = {
+        self._ways: dict[str, Callable[[str, Sequence[ChoiceQuestion], str], list[float]]] = {
             "sentence": self._sentences,
             "span": self._spans,
             "restored": self._restored,
@@ -60,7 +60,7 @@ class FactScorer:
             "target": self._targets,
         }
 
-    def score(self, task: str, questions: Sequence[FactQuestion]) -> list[list[float]]:
+    def score(self, task: str, questions: Sequence[ChoiceQuestion]) -> list[list[float]]:
         """The score of every sentence of every question, the higher the likelier; all of one task's way.
 
         Raises:
@@ -68,11 +68,10 @@ class FactScorer:
         """
         way = TASKS[task].recalls
         if way is None:
-            raise ValueError(f"facts are asked of tasks that score sentences: got {task}, which does not.")
+            raise ValueError(f"questions are for tasks that score sentences: got {task}, which does not.")
         if any((question.source is None) == (way == "target") for question in questions):
-            raise ValueError(
-                f"{task} is asked {'for words, with' if way == 'target' else 'for facts, without'} a source."
-            )
+            about = "words, with" if way == "target" else "facts or agreement, without"
+            raise ValueError(f"{task} is asked for {about} a source.")
         found: list[list[float]] = [[] for _ in questions]
         for source, language in dict.fromkeys((question.source_language, question.language) for question in questions):
             own = [i for i, q in enumerate(questions) if (q.source_language, q.language) == (source, language)]
@@ -85,18 +84,18 @@ class FactScorer:
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer.encode_batch(texts)
 
-    def _sentences(self, language: str, questions: Sequence[FactQuestion], _: str) -> list[float]:
+    def _sentences(self, language: str, questions: Sequence[ChoiceQuestion], _: str) -> list[float]:
         ids = self._encode([sentence for question in questions for sentence in question.sentences])
         return self._continued(language, [[self.tokenizer.bos_id]] * len(ids), ids)
 
-    def _targets(self, language: str, questions: Sequence[FactQuestion], _: str) -> list[float]:
+    def _targets(self, language: str, questions: Sequence[ChoiceQuestion], _: str) -> list[float]:
         source = questions[0].source_language
         assert source is not None, "a sentence is given"
         scorer = Scorer(self.backbone, self.tokenizer, batch_tokens=self.batch_tokens, sentinel=self.sentinel)
         asked = [Question(question.source or "", question.sentences) for question in questions]
         return [score for scores in scorer.score(asked, source, language) for score in scores.log_probs]
 
-    def _spans(self, language: str, questions: Sequence[FactQuestion], task: str) -> list[float]:
+    def _spans(self, language: str, questions: Sequence[ChoiceQuestion], task: str) -> list[float]:
         mark = self.tokenizer.sentinel_ids[0]
         sources: list[list[int]] = []
         answers: list[list[int]] = []
@@ -110,7 +109,7 @@ class FactScorer:
         return self._continued(language, sources, answers, forced=(mark,))
 
     def _as_trained(
-        self, language: str, question: FactQuestion, task: str
+        self, language: str, question: ChoiceQuestion, task: str
     ) -> tuple[list[list[int]], list[list[int]]] | None:
         """The sentences with their salient words cut out, and what follows the first sentinel of these words.
 
@@ -126,14 +125,14 @@ class FactScorer:
         same = all(source == sources[0] for source in sources) and len({tuple(row) for row in answers}) == len(answers)
         return (sources, [row[1:] for row in answers]) if same else None
 
-    def _restored(self, language: str, questions: Sequence[FactQuestion], _: str) -> list[float]:
+    def _restored(self, language: str, questions: Sequence[ChoiceQuestion], _: str) -> list[float]:
         before, gaps, after = self._parted(questions)
         parts = list(zip(before, gaps, after, strict=True))
         sources = [self._framed(language, [*b, self.tokenizer.mask_id, *a]) for b, _, a in parts]
         return self._continued(language, sources, [[*b, *gap, *a] for b, gap, a in parts])
 
     @torch.no_grad()
-    def _masked(self, language: str, questions: Sequence[FactQuestion], task: str) -> list[float]:
+    def _masked(self, language: str, questions: Sequence[ChoiceQuestion], task: str) -> list[float]:
         backbone: Any = self.backbone
         head: Any = self.heads[task]
         tokenizer, device = self.tokenizer, next(self.backbone.parameters()).device
@@ -180,7 +179,7 @@ class FactScorer:
     def _framed(self, language: str, ids: Sequence[int]) -> list[int]:
         return [self.tokenizer.tag_id(language), *ids, self.tokenizer.eos_id]
 
-    def _parted(self, questions: Sequence[FactQuestion]) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    def _parted(self, questions: Sequence[ChoiceQuestion]) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
         """Ids before, of and after the words that differ, of every sentence."""
         parts = [part for question in questions for part in parted(question.sentences)]
         before, gaps, after = zip(*parts, strict=True)
@@ -206,8 +205,8 @@ def parted(sentences: Sequence[str]) -> list[tuple[str, str, str]]:
     ]
 
 
-def recall(questions: Sequence[FactQuestion], scores: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """The share of the questions whose true sentence has the highest score, by kind, decile and language.
+def recall(questions: Sequence[ChoiceQuestion], scores: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """The share of the questions whose right sentence has the highest score, by kind, decile and language.
 
     Of n sentences that share the highest score each is as good as a n-th of the choice.
 
@@ -225,8 +224,9 @@ def recall(questions: Sequence[FactQuestion], scores: Sequence[Sequence[float]])
     if len(numbers) > 1:
         raise ValueError(f"all questions must have as many sentences: got {sorted(numbers)}.")
     right = [_right(question, own) for question, own in zip(questions, scores, strict=True)]
+    deciles = range(DECILES) if any(question.decile is not None for question in questions) else ()
     kinds: list[dict[str, Any]] = []
-    for kind in FACT_KINDS:
+    for kind in QUESTION_KINDS:
         own = [(question, share) for question, share in zip(questions, right, strict=True) if question.kind == kind]
         if not own:
             continue
@@ -235,14 +235,14 @@ def recall(questions: Sequence[FactQuestion], scores: Sequence[Sequence[float]])
             "kind": kind,
             "recall": _mean([share for _, share in own]),
             "questions": len(own),
-            "deciles": [_mean([s for q, s in own if q.decile == decile]) for decile in range(DECILES)],
+            "deciles": [_mean([s for q, s in own if q.decile == decile]) for decile in deciles],
             "languages": {code: _mean([s for q, s in own if q.language == code]) for code in languages},
         }
         kinds.append(found)
     return kinds
 
 
-def _right(question: FactQuestion, scores: Sequence[float]) -> float:
+def _right(question: ChoiceQuestion, scores: Sequence[float]) -> float:
     best = [i for i, score in enumerate(scores) if score == max(scores)]
     if not best or any(score != score for score in scores):
         raise ValueError(f"a model must give numbers: it scores sentences {list(scores)}. Its weights may be NaN.")
