@@ -102,16 +102,21 @@ def _judged(found: Evidence, p_for: float, p_against: float, controlled: str) ->
     return Judged(verdict, why, p, p_for)
 
 
+_NOT_SHARED = "not at the level that the claims of the table share"
+
+
 def _by_rule(found: Evidence, effect: PairedDifferences, p_for: float, p_against: float) -> tuple[Verdict, str]:
     if found.equality:
         if p_for < LEVEL:
             return "reproduced", f"the difference is within plus and minus {found.smallest:g}."
         if p_against < LEVEL:
             return "contradicted", f"the interval lies outside of plus and minus {found.smallest:g}."
-        return (
-            "inconclusive",
-            f"the difference is shown neither within nor outside of plus and minus {found.smallest:g}.",
-        )
+        margin = f"of plus and minus {found.smallest:g}"
+        if effect.p_equivalent(found.smallest) < LEVEL:
+            return "inconclusive", f"the difference is inside {margin}, but {_NOT_SHARED}."
+        if _p_against(found) < LEVEL:
+            return "inconclusive", f"the interval lies outside {margin}, but {_NOT_SHARED}."
+        return "inconclusive", f"the difference is shown neither within nor outside {margin}."
     if p_for < LEVEL and not found.censored:
         return "reproduced", f"the interval lies beyond {found.smallest:g} on the claimed side."
     if p_against < LEVEL:
@@ -122,8 +127,11 @@ def _by_rule(found: Evidence, effect: PairedDifferences, p_for: float, p_against
     no_more = f", and rules out an effect of {found.smallest:g}" if high < found.smallest else ""
     if effect.mean > 0:
         said = "includes zero" if low <= 0 else f"does not lie beyond {found.smallest:g}"
+        if low > found.smallest:
+            said = f"lies beyond {found.smallest:g}, but {_NOT_SHARED}"
         return "direction only", f"the mean is on the claimed side, its interval {said}{no_more}."
-    return "inconclusive", f"the mean is not on the claimed side, and its interval includes zero{no_more}."
+    said = "includes zero" if high >= 0 else f"lies on the other side of zero, but {_NOT_SHARED}"
+    return "inconclusive", f"the mean is not on the claimed side, and its interval {said}{no_more}."
 
 
 def _not_counted(why: str) -> str:

@@ -337,8 +337,8 @@ def with_lexicon(tiny: RunConfig, **model: Any) -> RunConfig:
     return tiny.changed(
         data={
             "babel_languages": 2, "babel_sentences": 60_000, "babel_sizes": None, "babel_concepts": 1000,
-            # Most words are of several pieces. Of words that are one piece the vectors of the vocabulary hold most: a dense
-            # model comes near the sparse one then.
+            # Most words are of several pieces. Of words that are one piece the vectors of the vocabulary hold most,
+            # and a dense model comes near the sparse one.
             "babel_cognates": 0.0, "directions": None, "vocab_size": 400, "byte_fallback": False,
         },
         model={"dim": 64, "hidden_dim": 128, "num_experts": 16, **model},

@@ -121,6 +121,28 @@ def test_claims_of_a_table_share_the_level() -> None:
     assert several["a"].adjusted_p == pytest.approx(4 * several["a"].p)
 
 
+@pytest.mark.parametrize(
+    ("values", "smallest", "equality", "said"),
+    [
+        ([0.20, 0.35, 0.15, 0.30, 0.25], 0.12, False, "the mean is on the claimed side, its interval lies beyond 0.12"),
+        ([-0.10, -0.25, -0.02, -0.20, -0.15], 0.12, False, "and its interval lies on the other side of zero"),
+        ([0.20, 0.35, 0.15, 0.30, 0.25], 0.12, True, "the interval lies outside of plus and minus 0.12"),
+        ([0.10, 0.25, 0.05, 0.20, 0.15], 0.26, True, "the difference is inside of plus and minus 0.26"),
+    ],
+)
+def test_what_an_interval_alone_would_show_is_said(
+    values: list[float], smallest: float, equality: bool, said: str
+) -> None:
+    """The page prints the interval beside it; that it includes zero, or not, must be true of that one."""
+    one = evidence(values, smallest=smallest, equality=equality)
+    noise = evidence([0.9, -0.9, 0.8, -0.8, 0.1])
+    assert judge({"a": one})["a"].verdict in ("reproduced", "contradicted")
+    found = judge({"a": one} | {str(i): noise for i in range(9)})["a"]
+    assert found.verdict in ("direction only", "inconclusive")
+    assert said in found.why
+    assert "not at the level that the claims of the table share" in found.why
+
+
 def test_what_cannot_be_relied_on_is_inconclusive() -> None:
     sure = [0.50, 0.52, 0.48, 0.51, 0.49]
     failed = judge({"a": evidence(sure, failed=2)})["a"]
