@@ -369,7 +369,7 @@ def _verdicts(found: Mapping[str, Any]) -> Rows:
 
     rows = Rows(box=SIMPLE_HEAD)
     for name in ("claim", "asked", "measured, 95 % interval", "pairs", "verdict"):
-        rows.add_column(name)
+        rows.add_column(name, overflow="fold")
     for claim in found["claims"]:
         words = [claim["id"], asked(claim), ours(claim), str(claim["pairs"]), claim["verdict"]]
         rows.add_row(*map(visible, words))

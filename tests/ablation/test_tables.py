@@ -157,7 +157,8 @@ def test_committed_tables_can_be_run(name: str) -> None:
     """Their settings exist and fit together."""
     made = Plan.of(read_table(table_files()[name]), reconfigured)
     assert made.table.name == name
-    assert len(made.table.seeds) >= 5
+    long = made.table.minutes > 15  # hours for the table: three pairs then
+    assert len(made.table.seeds) >= (3 if long else 5)
     trained = [job for job in made.jobs({}) if job.of is None]
     assert len(trained) >= len(made.table.seeds)
 
