@@ -16,6 +16,9 @@ import moekit
 from moekit import shell
 from moekit.performance import keeps_memory
 
+_PACKAGES = ("torch", "lightning", "torchmetrics", "sacrebleu", "sentencepiece", "triton", "transformers", "peft")
+"""Those that results can depend on; those that are not installed are left out."""
+
 
 def environment() -> dict[str, Any]:
     """What the run ran on: versions, machine, threads, commit, command; neither user nor host name."""
@@ -29,9 +32,7 @@ def environment() -> dict[str, Any]:
         "moekit": moekit.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        "packages": {
-            name: _version(name) for name in ("torch", "lightning", "torchmetrics", "sacrebleu", "sentencepiece")
-        },
+        "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),

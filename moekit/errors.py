@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class TrainingStoppedError(RuntimeError):
-    """Training cannot go on, and the input is not known to be at fault.
+    """Training cannot go on, or runs of a table have failed, and the input is not known to be at fault.
 
     Command lines print it without a traceback and exit with code 1.
     """

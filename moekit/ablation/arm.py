@@ -27,7 +27,8 @@ class Arm:
         order_offset: number added to the seed of the order of the text alone; first weights stay those of the pair.
         of: the arm whose trained models this one evaluates under its own settings, or begins with; "" = it trains its
             own.
-        prune: for an arm `of` another: options of the command prune, which is done first.
+        prune: for an arm `of` another: options of the command prune, which is done before its models are evaluated, or
+            gone on with.
         fine_tune: for an arm `of` another: the group `fine_tune` of the command finetune, by which its models are
             trained on under the arm's settings; None = they are not.
         aggregate: for an arm that fine-tunes: the arm whose experts are added to those of `of` before, under ``with``,
@@ -117,11 +118,13 @@ def check_arm(arm: Arm, arms: Mapping[str, Arm], fault: Fault, *, grid: bool, fi
     for key in given:
         if not arm.of:
             raise fault(f"{where}.{key}", f"is for an arm that says whose models it {_WHAT_FOR[key]}: give `of` too")
-    if len(given) > 1:
+    if len(given) > 1 and given != ["prune", "fine_tune"]:
         one, other = given[:2]
         raise fault(f"{where}.{one}", f"a model is {_WORDS[one]} or {_WORDS[other]}, not both: leave one out")
-    if arm.prune and arm.settings:
+    if arm.prune and arm.settings and arm.fine_tune is None:
         raise fault(f"{where}.settings", "a pruned model is evaluated as it is: leave settings out")
+    if arm.prune and arm.aggregate:
+        raise fault(f"{where}.prune", "a model is pruned or joined to another, not both: leave one out")
     if arm.aggregate and arm.aggregate["with"] == arm.of:
         raise fault(f"{where}.aggregate.with", f"must name another arm than `of`: both are {arm.of!r}")
     if arm.aggregate and arm.fine_tune is None:

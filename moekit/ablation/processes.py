@@ -206,11 +206,16 @@ def _beginning(job: Job, folder: Path) -> tuple[list[list[str]], list[str]]:
     start = job.of.folder(folder.parent)
     if job.distill is not None:
         return [], ["distill", job.recipe, "--teacher", str(start), *_group("distill", job.distill)]
-    before = []
+    changed: list[str] = []
     if job.joined is not None:
-        one, other, start = start, job.joined.folder(folder.parent), folder.with_name(f"{folder.name}.joined")
+        changed = ["aggregate", str(start), str(job.joined.folder(folder.parent)), *_options(job.aggregate)]
+    elif job.prune:
+        changed = ["prune", str(start), *_options(job.prune)]
+    before = []
+    if changed:
+        start = folder.with_name(f"{folder.name}.begin")
         if not (folder / "config.yaml").is_file():
-            before = [["aggregate", str(one), str(other), *_options(job.aggregate), "--out", str(start), "--overwrite"]]
+            before = [[*changed, "--out", str(start), "--overwrite"]]
     return before, ["finetune", job.recipe, "--init_from", str(start), *_group("fine_tune", job.fine_tune or ())]
 
 

@@ -103,6 +103,16 @@ def run_table(
     return found
 
 
+def failed_runs(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Arm and seed of each run of a result that broke, and what it said; one that diverged is a result."""
+    return [
+        (f"{name}, seed {seed}", one["said"])
+        for name, arm in found["arms"].items()
+        for seed, one in arm["runs"].items()
+        if one["state"] == "failed"
+    ]
+
+
 def results_folder(path: Path) -> Path:
     """Where the result of a table goes: ``results/ablations`` of its recipe, else ``results`` beside the file."""
     folder = path.parent

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_type_hints
 
+import torch
 from torch import nn
 
 from moekit.ablation.arm import Arm
@@ -15,7 +16,15 @@ from moekit.runs.finetune import fine_tune_config, prepare, require_network
 from moekit.runs.settings.fields import missed_range
 from moekit.runs.surgery.compensating import wanted_choices
 from moekit.runs.surgery.utilisation import require_measured
-from moekit.surgery import aggregate, compensations, count_kept, parse_amount, require_separable, sparse_layers
+from moekit.surgery import (
+    aggregate,
+    compensations,
+    count_kept,
+    parse_amount,
+    require_separable,
+    sparse_layers,
+    take_experts,
+)
 from moekit.surgery.pruning import Order
 
 _MOST_SEED = 2**32 - 1
@@ -37,7 +46,7 @@ def check_taken(arm: Arm, model: nn.ModuleDict, config: RunConfig, others: Mappi
         _check_prune(arm, others[arm.of])
     if arm.fine_tune is not None:
         chosen = fine_tune_config(arm.fine_tune)
-        given = _joined(arm, model, others) if arm.aggregate else others[arm.of].state_dict()
+        given = _joined(arm, model, others) if arm.aggregate else _kept(arm, model, others[arm.of])
         require_network(model.state_dict(), given, f"fine_tune: the model of {' and '.join(arm.others)}")
         prepare(model["backbone"], chosen)
     if arm.distill is not None:
@@ -76,6 +85,23 @@ def _check_prune(arm: Arm, model: nn.ModuleDict) -> None:
         require_measured(by or "utilisation", language, task)
     except UserError as error:
         raise UserError(f"prune: {error}") from None
+
+
+def _kept(arm: Arm, model: nn.ModuleDict, other: nn.ModuleDict) -> Mapping[str, Any]:
+    """The state of the other model, without numbers, and without experts that the command prune would remove."""
+    layers, state = sparse_layers(other), other.state_dict()
+    if not arm.prune:
+        return state
+    left, own = count_kept(layers, parse_amount(str(arm.prune["keep"]))), sparse_layers(model)
+    for path, count in left.items():
+        if path in own and own[path].num_experts != count:
+            raise UserError(
+                f"prune: leaves {count} experts of {path}, and there are {own[path].num_experts} by the settings of "
+                "this arm. Set model.num_experts."
+            )
+    tables = {name for layer in layers.values() for name in layer.ids}  # name experts, and keep their shape
+    rest = {name: tensor for name, tensor in state.items() if name not in tables}
+    return state | take_experts(rest, layers, {path: torch.arange(count) for path, count in left.items()})
 
 
 def _joined(arm: Arm, model: nn.ModuleDict, others: Mapping[str, nn.ModuleDict]) -> Mapping[str, Any]:

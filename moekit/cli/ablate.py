@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from moekit.cli.command import Command, number, say
-from moekit.errors import UserError
+from moekit.errors import TrainingStoppedError, UserError
 from moekit.shell import command_line
+from moekit.wording import counted
 
 RUNS = Path("runs/ablations")
 """Where runs go."""
@@ -70,7 +71,12 @@ def _ablate(given: Namespace, console: Console) -> None:
     wanted = [given.table is not None, given.list, given.claims]
     if sum(wanted) != 1:
         raise UserError("ablate needs one of: a table to run, --list, or --claims. --help says more.")
-    from moekit.ablation.session import list_tables, run_table, write_claims_page  # a help text needs none of it
+    from moekit.ablation.session import (
+        failed_runs,
+        list_tables,
+        run_table,
+        write_claims_page,
+    )  # a help text needs none of it
     from moekit.cli.recipes import reconfigured
 
     if given.list:
@@ -79,10 +85,17 @@ def _ablate(given: Namespace, console: Console) -> None:
         say(console, str(write_claims_page()))
     else:
         again = command_line("ablate", given.table, *_typed(given))
-        run_table(
+        found = run_table(
             given.table, reconfigured, console, runs=given.runs, at_once=given.jobs or _processors(),
             seeds=given.seeds, only=given.only, out=given.out, again=again,
         )  # fmt: skip
+        failed = failed_runs(found) if found else []
+        if failed:
+            name, said = failed[0]
+            raise TrainingStoppedError(
+                f"{counted(len(failed), 'run')} of the table failed, such as {name}: {said} The result is written "
+                f"without. Logs are beside the folders of the runs, in {given.runs}. To try these again: {again}"
+            )
 
 
 def _typed(given: Namespace) -> list[str]:

@@ -79,7 +79,10 @@ def test_kept_runs_are_found_again(tmp_path: Path) -> None:
     [
         ({"arms": ARMS | {"few": {"fine_tune": {}}}}, r"arms\.few\.fine_tune: is for an arm that says whose models"),
         ({"arms": ARMS | {"few": {"of": "tuned"}}}, r"arms\.few\.of: must name an arm that trains from scratch"),
-        ({"arms": ARMS | {"few": {"of": "many", "fine_tune": {}, "prune": {"keep": 2}}}}, r"pruned or fine-tuned, not"),
+        (
+            {"arms": ARMS | {"few": {"of": "many", "fine_tune": {}, "prune": {"keep": 2}}}},
+            r"arms\.few\.prune: leaves 2 experts of .*there are \d+ by the settings.*Set model\.num_experts",
+        ),
         ({"fine_tuning_rates": None}, r"arms\.tuned\.fine_tune: needs a learning rate: give fine_tuning_rates"),
         ({"fine_tuning_rates": RATES | {"seeds": [3]}}, r"fine_tuning_rates\.seeds: must be other seeds"),
         ({"arms": TABLE["arms"], "claims": TABLE["claims"]}, r"fine_tuning_rates: are of arms that fine-tune"),
@@ -113,6 +116,26 @@ def test_the_command_goes_on_with_the_other_run(tmp_path: Path) -> None:
     assert len({job.digest, other.digest, made.job("tuned", 3, {"many": 0.001, "tuned": 0.002}).digest}) == 3
 
 
+def test_a_pruned_model_goes_on(tmp_path: Path) -> None:
+    """It is pruned once, before the run begins, and not again where that goes on."""
+    few = {"of": "many", "prune": {"keep": 2, "by": "random"}, "fine_tune": {"tune": "all"},
+           "settings": {"model.num_experts": 2}}  # fmt: skip
+    made = Plan.of(read_table(write_table(tmp_path, table(arms=ARMS | {"few": few}))), reconfigured)
+    job = made.job("few", 3, {"many": 0.004, "few": 0.002})
+    assert job.of is not None
+    folder = job.folder(tmp_path)
+    before, command = moekit_commands(job, folder)
+    begin = before[-2]
+    assert before[3:-3] == ["prune", str(job.of.folder(tmp_path)), "--by=random", "--keep=2"]
+    assert command[3:7] == ["finetune", "moe_lm", "--init_from", begin]
+    assert begin != str(folder)
+    whole = made.job("tuned", 3, {"many": 0.004, "tuned": 0.002})
+    assert job.digest != whole.digest
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    assert moekit_commands(job, folder) == [command]
+
+
 def test_runs_that_were_kept_before_have_their_names() -> None:
     """What a table with `fine_tune` adds to the digest is added to no other run's."""
     made = Plan.of(read_table(table_files()["hash_layers/facts"]), reconfigured)
@@ -123,18 +146,23 @@ def test_runs_that_were_kept_before_have_their_names() -> None:
 @pytest.mark.slow
 def test_a_table_of_real_runs(tmp_path: Path) -> None:
     settings = {
-        "model": {"dim": 16, "heads": 2, "hidden_dim": 16, "layers": 2, "num_experts": 2},
+        "model": {"dim": 16, "heads": 2, "hidden_dim": 16, "layers": 2, "num_experts": 4},
         "tasks.causal_lm.tokens": 128,
         "data": {"babel_languages": 2, "babel_sentences": 200, "vocab_size": 400},
         "train": {"max_steps": 4, "warmup_steps": 1, "validate_every": 2},
         "evaluate": {"max_sentences": 10, "valid_sentences": 10, "samples": 0},
     }  # fmt: skip
     small = {"train": {"max_steps": 2, "warmup_steps": 1, "validate_every": 1}}
-    arms = {"many": {}, "tuned": {"of": "many", "fine_tune": {"tune": "experts"}, "settings": small}}
+    arms = {
+        "many": {},
+        "tuned": {"of": "many", "fine_tune": {"tune": "experts"}, "settings": small},
+        "half": {"of": "many", "prune": {"keep": 2}, "fine_tune": {}, "settings": small | {"model.num_experts": 2}},
+    }
     rates = {"fine_tuning_rates": RATES | {"values": [0.01]}, "learning_rates": None}
     control = {"control": None, "no_control": "a test"}
-    claim = CLAIM | {"against": "many"}
-    path = write_table(tmp_path, table(settings=settings, arms=arms, claims=[claim], seeds=[1, 2], **rates, **control))
+    claims = [CLAIM | {"against": against} for against in ("many", "half")]
+    claims[1]["id"] = "half"
+    path = write_table(tmp_path, table(settings=settings, arms=arms, claims=claims, seeds=[1, 2], **rates, **control))
     assert (
         main(["ablate", str(path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--jobs", "2"])
         == 0
@@ -146,3 +174,7 @@ def test_a_table_of_real_runs(tmp_path: Path) -> None:
     moved = {name for name in one if not one[name].equal(other[name])}
     assert moved
     assert all(".experts." in name for name in moved)
+    half = Run.open(made.job("half", 1, {"half": 0.01}).folder(tmp_path / "runs")).loaded.weights
+    counts = {name: (tensor.shape[0], half[name].shape[0]) for name, tensor in one.items() if ".experts." in name}
+    assert counts
+    assert set(counts.values()) == {(4, 2)}

@@ -20,6 +20,7 @@ from moekit.ablation.result import comparable, read_result
 from moekit.ablation.session import Estimate, _restore, list_tables
 from moekit.ablation.table import read_table
 from moekit.ablation.view import Progress, spoken_minutes
+from moekit.cli.program import main
 from moekit.errors import UserError
 from moekit.lock import held
 from moekit.terminal import Terminal
@@ -161,6 +162,22 @@ def test_runs_that_end_badly_are_results(tmp_path: Path) -> None:
     assert began(runs) == before + 1, "the broken one alone"
     assert again is not None
     assert again["claims"][0]["failed"] == 1
+
+
+@pytest.mark.parametrize(("end", "code"), [("broken", 1), ("diverged", 0), ("done", 0)])
+def test_the_command_fails_where_runs_have_failed(
+    end: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that diverges is a result; one that broke is not, and whoever calls the command should learn of it."""
+    path = write_table(tmp_path)
+    few = fake(
+        lambda job: formula(job) | {"end": end if job.label.startswith(("few, seed 2,", "few, seed 3,")) else "done"}
+    )
+    found, _ = run(path, tmp_path / "runs", few)
+    monkeypatch.setattr("moekit.ablation.session.run_table", lambda *_, **__: found)
+    assert main(["ablate", str(path)]) == code
+    said = capsys.readouterr().err
+    assert ("2 runs of the table failed, such as few, seed 2: ZeroDivisionError" in said) == (code == 1), said
 
 
 def test_divergence_can_be_what_is_measured(tmp_path: Path) -> None:
