@@ -342,7 +342,7 @@ def with_lexicon(tiny: RunConfig, **model: Any) -> RunConfig:
             "babel_cognates": 0.0, "directions": None, "vocab_size": 400, "byte_fallback": False,
         },
         model={"dim": 64, "hidden_dim": 128, "num_experts": 16, **model},
-        train={"max_steps": 2000, "max_minutes": 10.0, "learning_rate": 8e-3, "validate_every": 500},
+        train={"max_steps": 2000, "max_minutes": 10.0, "learning_rate": 4e-3, "validate_every": 500},
         evaluate={"words": 20},
     )  # fmt: skip
 
