@@ -314,7 +314,7 @@ def knowing(tiny: RunConfig, **model: Any) -> RunConfig:
         # That takes the longest here: a model of width 64 is not full when training ends, with experts or without.
         facts = {"facts_entities": 200, "facts_relations": 8, "facts_profiles": 0.5, "max_length": 32,
                  "salient": "source", "packed": False}  # fmt: skip
-        train |= {"max_steps": 4000, "learning_rate": 4e-3, "warmup_steps": 200}
+        train |= {"max_steps": 4000, "warmup_steps": 200}
         sizes |= {"dim": 32, "hidden_dim": 64}
     return tiny.changed(
         data={
