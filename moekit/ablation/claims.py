@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def claims_page(claims: Sequence[Claim], results: Mapping[str, Mapping[str, Any]
         "edits here are lost. -->",
         _first_screen(claims, answers),
         *_papers(claims, answers),
-        _others(claims, results),
+        _others(answers, results),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -105,13 +106,19 @@ def claims_page(claims: Sequence[Claim], results: Mapping[str, Mapping[str, Any]
 def _answers(
     claims: Sequence[Claim], results: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """By id the answer, and the result that it is of; of several, that with most pairs."""
+    """By id the answer, and the result that it is of; of several, the one with most pairs, then the most precise."""
     found: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
     for result in results.values():
         for answer in result["claims"]:
-            if answer["id"] not in found or found[answer["id"]][0]["pairs"] < answer["pairs"]:
+            if answer["id"] not in found or _precision(found[answer["id"]][0]) < _precision(answer):
                 found[answer["id"]] = (answer, result)
     return {claim.id: found[claim.id] for claim in claims if claim.id in found}
+
+
+def _precision(answer: Mapping[str, Any]) -> tuple[int, float]:
+    """What orders answers to a claim, whatever they say."""
+    low, high = answer["interval"] or (-math.inf, math.inf)
+    return answer["pairs"], low - high
 
 
 def verdict_of(claim: Claim, answers: Mapping[str, Any]) -> str:
@@ -201,20 +208,19 @@ def _link(result: Mapping[str, Any]) -> str:
     return f"[`{NAME} ablate {result['table']}`](../recipes/{recipe}/results/ablations/{name}.md)"
 
 
-def _others(claims: Sequence[Claim], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """What tables show that no paper claims: of the method itself, mostly."""
-    known = {claim.id for claim in claims}
+def _others(answers: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """What tables show beside: of the method itself, mostly; and of a paper's claim that another table says more of."""
     rows = []
     for result in results.values():
         for answer in result["claims"]:
-            if answer["id"] not in known:
+            if answer["id"] not in answers or answers[answer["id"]][0] is not answer:
                 words, measured = answer["claim"] or answer["hypothesis"], f"{ours(answer)}: {asked(answer)}"
                 cells = [answer["id"], words, measured, answer["verdict"], str(answer["pairs"]), _link(result)]
                 rows.append(f"| {' | '.join(map(_cell, cells))} |")
     if not rows:
         return ""
     return (
-        "## Checks of the method\n\n"
+        "## Checks of the method, and claims that were asked twice\n\n"
         "| check | | here, 95 % interval | verdict | pairs of seeds | table |\n| --- | --- | --- | --- | --- | --- |\n"
         + "\n".join(rows)
     )

@@ -113,18 +113,28 @@ def test_a_claim_from_list_to_page(checkout: Path, tmp_path: Path) -> None:
 
 
 def test_the_better_founded_of_two_answers_counts(checkout: Path) -> None:
-    def answer(pairs: int, verdict: str) -> dict[str, Any]:
-        claim = {
-            "id": "many-better", "claim": "", "hypothesis": "h", "kind": "better", "metric": "m", "arm": "a",
-            "against": "b", "direction": "lower", "smallest": 0.1, "bound": None, "pairs": pairs, "verdict": verdict,
-            "difference": -1.0, "interval": [-2.0, -0.5],
-        }  # fmt: skip
-        return {"table": f"moe_lm/t{pairs}", "recipe": "moe_lm", "claims": [claim], "made": {"minutes": 3.0}}
+    """That with more pairs, then the more precise one, in whatever order they are read; the other is shown too."""
 
-    results = {str(pairs): answer(pairs, verdict) for pairs, verdict in ((8, "contradicted"), (5, "reproduced"))}
-    page = claims_page(read_claims(checkout / CLAIMS), results)
-    assert "| contradicted | 1 | many-better |" in page
-    assert "Do not believe, for small models:" in page
+    def answer(table: str, pairs: int, low: float, verdict: str) -> dict[str, Any]:
+        claim = {
+            "id": "many-better", "claim": "", "hypothesis": table, "kind": "better", "metric": "m", "arm": "a",
+            "against": "b", "direction": "lower", "smallest": 0.1, "bound": None, "pairs": pairs, "verdict": verdict,
+            "difference": -1.0, "interval": [low, -0.5],
+        }  # fmt: skip
+        return {"table": f"moe_lm/{table}", "recipe": "moe_lm", "claims": [claim], "made": {"minutes": 3.0}}
+
+    few, wide, narrow = (
+        answer("few", 5, -0.6, "direction only"),
+        answer("wide", 8, -2.0, "reproduced"),
+        answer("narrow", 8, -1.5, "contradicted"),
+    )
+    for order in ([few, wide, narrow], [narrow, few, wide], [wide, narrow, few]):
+        page = claims_page(read_claims(checkout / CLAIMS), {each["table"]: each for each in order})
+        assert "| contradicted | 1 | many-better |" in page
+        assert "Do not believe, for small models:" in page
+        assert "| reproduced |" not in page.split("\n\n## ")[0]
+        others = page.split("claims that were asked twice\n")[1]
+        assert [word for word in ("few", "wide", "narrow") if f"| many-better | {word} |" in others] == ["few", "wide"]
 
 
 @pytest.mark.parametrize(
