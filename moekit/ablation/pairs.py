@@ -27,11 +27,12 @@ def known_pairs(recipe: str, variant: str, recipes: Path | None = None) -> list[
     for path in sorted(folder.glob("*.json")):
         result = read_result(path)
         arms = result["arms"]
+        as_it_is = result["variant"] == variant and all(key.startswith("evaluate.") for key in result["settings"])
         for claim in result["claims"]:
             sides = [arms.get(claim[name] or "", {}) for name in ("arm", "against")]
             settings = [side.get("settings") for side in sides]
             trained = not any(side.get("of") for side in sides)
-            if result["variant"] == variant and settings == [{}, _DENSE] and trained and claim["pairs"]:
+            if as_it_is and settings == [{}, _DENSE] and trained and claim["pairs"]:
                 found.append(
                     f"Over {claim['pairs']} pairs of seeds, {claim['metric']} differs by {ours(claim)} (95 % interval) "
                     f"from the dense twin's: {claim['verdict']}, table {result['table']}."

@@ -287,6 +287,8 @@ FIRST = {table: next(arm for of, arm in ARMS if of == table) for table, _ in ARM
 def test_an_arm_of_a_table_trains(table: str, arm: str, cache: Path, tmp_path: Path) -> None:
     """A few steps, with a finite loss."""
     job = Plan.of(read_table(TABLES[table]), reconfigured).job(arm, 1)
+    if job.config.data.missing_paths():
+        pytest.skip("its text is not part of the checkout")
     settings = tmp_path / "arm.yaml"
     settings.write_text(yaml.safe_dump(as_plain(job.config)), encoding="utf-8")
     options = ["--config", str(settings), "--out", str(tmp_path / "run"), "--train.validate_every", "0"]

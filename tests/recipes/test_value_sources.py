@@ -39,7 +39,7 @@ OPERATION = {
     },
     "evaluate": {
         "max_sentences", "valid_sentences", "batch_tokens", "samples", "bleu_tokenizer", "score_valid", "domains",
-        "score_valid_every", "score_valid_beam", "facts", "choices", "words",
+        "score_valid_every", "score_valid_beam", "facts", "choices", "words", "agreement",
     },
 }  # fmt: skip
 """Settings of where, how long and how often: which text, which machine, which rhythm; and what no variant turns on."""
