@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from moekit.report import wording
 from moekit.report.plots import Dots
-from moekit.report.recall import agreements
+from moekit.report.recall import CHANCE, agreements, kinds_table, said
 from moekit.report.run_folder import RunFolder
 from moekit.report.view import Figure, PageSection, Table, Tile, caption, heading
-from moekit.runs.record import RecallOf, RecallRecord
+from moekit.runs.record import RecallRecord
 
 _TITLE = "Agreement"
 _CONTROL = "undetermined"
-_CHANCE = "chance"
 _SEPARATOR = " \u00b7 "
 
 
 def agreement_table(run: RunFolder) -> Table:
     """The share of right answers by task and kind of agreement, in every language, with chance beside it."""
-    found = agreements(run)
-    languages = _languages(found)
-    spoken = languages if len(languages) > 1 else []
-    rows = [
-        (
-            f"{_task(run, record, len(found))}{_said(of)}",
-            *(wording.percent(share) for share in (of.recall, *map(of.languages.get, spoken), record.chance)),
-            f"{of.questions:,}",
-        )
-        for record in found
-        for of in record.kinds
-    ]
-    return Table(["agreement", "right", *spoken, _CHANCE, "questions"], rows, _TITLE)
+    return kinds_table(run, agreements(run), ("agreement", "right"), _TITLE)
 
 
 def agreement_section(run: RunFolder) -> PageSection | None:
@@ -60,40 +46,16 @@ def agreement_words(run: RunFolder) -> list[str]:
     """Two lines for each task that was asked: the share of right answers by kind; the control, and chance."""
     found = []
     for record in agreements(run):
-        shares = {of.kind: f"{_said(of)} {wording.percent(of.recall, 0)}" for of in record.kinds}
+        shares = {of.kind: f"{said(of)} {wording.percent(of.recall, 0)}" for of in record.kinds}
         control = [shares.pop(_CONTROL)] if _CONTROL in shares else []
-        chance = f"{_CHANCE} {wording.percent(record.chance, 0)}"
+        chance = f"{CHANCE} {wording.percent(record.chance, 0)}"
         found += [_SEPARATOR.join(shares.values()), _SEPARATOR.join([*control, chance])]
     return found
 
 
-def agreement_rows(runs: Sequence[RunFolder]) -> dict[str, list[float | None]]:
-    """By title, such as ``Next word: verb``, the share of every run; chance where any run was asked."""
-    rows: dict[str, list[float | None]] = {}
-    for number, run in enumerate(runs):
-        for record in agreements(run):
-            title = run.task(record.task).title
-            shares = {_said(of): of.recall for of in record.kinds} | {_CHANCE: record.chance}
-            for kind, share in shares.items():
-                rows.setdefault(f"{title}: {kind}", [None] * len(runs))[number] = share
-    return rows
-
-
 def _figure(record: RecallRecord, task: str) -> Figure:
-    languages = _languages([record])
-    columns = {_said(of): [of.languages.get(code, math.nan) for code in languages] for of in record.kinds}
+    languages = list(dict.fromkeys(code for of in record.kinds for code in of.languages))
+    columns = {said(of): [of.languages.get(code, math.nan) for code in languages] for of in record.kinds}
     description = f"Agreement by language and kind{task}; the numbers are in the table"
-    chart = Dots(languages, columns, description, levels={_CHANCE: record.chance})
+    chart = Dots(languages, columns, description, levels={CHANCE: record.chance})
     return Figure(*caption("agreement", task=task), chart, name=f"agreement/{record.task}")
-
-
-def _languages(records: Sequence[RecallRecord]) -> list[str]:
-    return list(dict.fromkeys(code for record in records for of in record.kinds for code in of.languages))
-
-
-def _task(run: RunFolder, record: RecallRecord, number: int) -> str:
-    return f"{run.task(record.task).title}: " if number > 1 else ""
-
-
-def _said(of: RecallOf) -> str:
-    return of.kind.replace("_", " ")

@@ -12,7 +12,6 @@ import yaml
 
 from moekit.errors import UserError
 from moekit.report import render, wording
-from moekit.report.agreement import agreement_rows
 from moekit.report.domains import compared_domains
 from moekit.report.health import experts_per_token
 from moekit.report.pair import pair_section
@@ -20,12 +19,14 @@ from moekit.report.plots import Curves, Dots, Line
 from moekit.report.predictions import TaskScores, main_task, predictions
 from moekit.report.recall import (
     above_floor,
+    agreements,
     compared_recall,
     floor_lines,
     floor_words,
+    kinds_rows,
     recall_heading,
-    recall_rows,
     recalled,
+    recalls,
 )
 from moekit.report.results import costs, routing_words
 from moekit.report.run_folder import RunFolder, dig, flat, read_run
@@ -69,7 +70,7 @@ def comparison_view(runs: Sequence[RunFolder], known: Sequence[str] = ()) -> Vie
     measures, accuracy = _measures(runs), _table("Accuracy", names, _accuracies(runs), "task")
     paired, untested = significance(runs, names) if all(run.translates for run in runs) else ([], [])
     facts = [table for table in (_facts(runs, names), _above_floor(runs, names)) if table.rows]
-    agreement = _table("Agreement", names, _percents(agreement_rows(runs)), "agreement")
+    agreement = _table("Agreement", names, _percents(kinds_rows(runs, agreements)), "agreement")
     domains = _table("Loss on text of other domains", names, compared_domains(runs), "domain")
     costly = {"Cost": _costs(runs), "Tasks (validation)": _tasks(runs), "Routing": _routing(runs)}
     different = _settings(runs)
@@ -224,7 +225,7 @@ def _accuracies(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
 
 def _facts(runs: Sequence[RunFolder], names: Sequence[str]) -> Table:
     """Recall of facts and words by task and kind, and chance."""
-    return _table(f"Recall of {recalled(runs)}", names, _percents(recall_rows(runs)), recalled(runs))
+    return _table(f"Recall of {recalled(runs)}", names, _percents(kinds_rows(runs, recalls)), recalled(runs))
 
 
 def _percents(rows: Mapping[str, Sequence[float | None]]) -> dict[str, list[str]]:

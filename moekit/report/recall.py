@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from moekit.runs.stored_record import Record
 
 _T = TypeVar("_T", bound=Record)
 _WORDS, _AGREEMENT = "words", "agreement"
+CHANCE = "chance"
 
 
 def floors(run: RunFolder) -> dict[tuple[str, str], FloorRecord]:
@@ -62,24 +63,28 @@ def agreements(run: RunFolder) -> list[RecallRecord]:
 
 def recall_table(run: RunFolder) -> Table:
     """Recall by task and kind of question, with chance beside it."""
-    found = recalls(run)
+    about = recalled([run])
+    return kinds_table(run, recalls(run), (about, "recall"), f"Recall of {about}")
+
+
+def kinds_table(run: RunFolder, found: Sequence[RecallRecord], headers: tuple[str, str], title: str) -> Table:
+    """What was answered right by task and kind of question, of all and in every language, with chance beside it.
+
+    Args:
+        run: the run that was asked.
+        found: the answers to show.
+        headers: the headers of two columns, that of the kinds and that of the shares.
+        title: the title of the table.
+    """
     languages = list(dict.fromkeys(code for record in found for of in record.kinds for code in of.languages))
+    spoken = languages if len(languages) > 1 else []
     rows = []
     for record in found:
         named = f"{run.task(record.task).title}: " if len(found) > 1 else ""
         for of in record.kinds:
-            shares = [of.recall, *(of.languages.get(code) for code in (languages if len(languages) > 1 else ()))]
-            rows.append(
-                (
-                    f"{named}{of.kind}",
-                    *map(wording.percent, shares),
-                    wording.percent(record.chance),
-                    f"{of.questions:,}",
-                )
-            )
-    spoken = languages if len(languages) > 1 else []
-    about = recalled([run])
-    return Table([about, "recall", *spoken, "chance", "questions"], rows, f"Recall of {about}")
+            shares = [of.recall, *map(of.languages.get, spoken), record.chance]
+            rows.append((f"{named}{said(of)}", *map(wording.percent, shares), f"{of.questions:,}"))
+    return Table([*headers, *spoken, CHANCE, "questions"], rows, title)
 
 
 def recall_section(run: RunFolder) -> PageSection | None:
@@ -129,16 +134,28 @@ def recall_words(run: RunFolder) -> list[str]:
     ]
 
 
-def recall_rows(runs: Sequence[RunFolder]) -> dict[str, list[float | None]]:
-    """By title, such as ``Next word: known``, the recall of every run; chance where any run was asked."""
+def kinds_rows(
+    runs: Sequence[RunFolder], asked: Callable[[RunFolder], list[RecallRecord]]
+) -> dict[str, list[float | None]]:
+    """By title, such as ``Next word: known``, the share of every run; chance where any run was asked.
+
+    Args:
+        runs: the runs, each of them a column.
+        asked: the function that finds what of a run is compared: `recalls` or `agreements`.
+    """
     rows: dict[str, list[float | None]] = {}
     for number, run in enumerate(runs):
-        for record in recalls(run):
+        for record in asked(run):
             title = run.task(record.task).title
-            shares: Mapping[str, float] = {of.kind: of.recall for of in record.kinds} | {"chance": record.chance}
+            shares: Mapping[str, float] = {said(of): of.recall for of in record.kinds} | {CHANCE: record.chance}
             for kind, share in shares.items():
                 rows.setdefault(f"{title}: {kind}", [None] * len(runs))[number] = share
     return rows
+
+
+def said(of: RecallOf) -> str:
+    """A kind of question in words."""
+    return of.kind.replace("_", " ")
 
 
 def compared_recall(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Figure]:
