@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moekit.ablation.pages import MISSING, asked, ours
+from moekit.ablation.pages import MISSING, asked, ours, value_words
+from moekit.ablation.pairs import twin_claims
 from moekit.ablation.part import Part
 from moekit.ablation.verdict import VERDICTS, count_verdicts
 from moekit.runs.yaml_file import read_mapping
 from moekit.shell import NAME
+from moekit.wording import counted
 
 Tier = Literal["A", "B", "C", "D"]
 
@@ -97,6 +99,7 @@ def claims_page(claims: Sequence[Claim], results: Mapping[str, Mapping[str, Any]
         "<!-- Written by `moekit ablate --claims` from recipes/claims.yaml and recipes/*/results/ablations/*.json; "
         "edits here are lost. -->",
         _first_screen(claims, answers),
+        _twins(results),
         *_papers(claims, answers),
         _others(answers, results),
     ]
@@ -167,6 +170,50 @@ def _believe(claims: Sequence[Claim], answers: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _twins(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Each variant that was measured beside its dense twin: by the first claim of its table, which is of the loss."""
+    found = [(result, claims[0]) for result in results.values() if (claims := twin_claims(result))]
+    if not found:
+        return ""
+    ahead = [result["recipe"] for result, claim in found if _is_on_claimed_side(claim)]
+    rows = [
+        [
+            f"{result['recipe']}, `{result['variant']}`", f"`{claim['metric']}`",
+            *(value_words(claim["means"][claim[side]]) for side in ("arm", "against")), ours(claim),
+            str(claim["pairs"]), f"{claim['verdict']}{_of_control(result)}", _link(result),
+        ]
+        for result, claim in found
+    ]  # fmt: skip
+    headers = [
+        "recipe, variant",
+        "loss",
+        "sparse",
+        "dense",
+        "difference, 95 % interval",
+        "pairs of seeds",
+        "verdict",
+        "",
+    ]
+    return (
+        "## Sparse models beside their dense twins\n\n"
+        "A dense twin has the operations for a token of the sparse model, and its text, steps and seeds; each has the "
+        "best learning rate of one grid, by other seeds. The text holds more facts, or words of languages, than a "
+        f"dense model of that size learns: [knowledge](guides/knowledge.md). Of {counted(len(found), 'recipe')} that "
+        f"{'was' if len(found) == 1 else 'were'} measured so, the whole interval lies on the sparse side in "
+        f"{len(ahead)}{': ' if ahead else ''}{', '.join(ahead)}.\n\n" + _table(headers, rows)
+    )
+
+
+def _is_on_claimed_side(claim: Mapping[str, Any]) -> bool:
+    low, high = claim["interval"]
+    return bool(high < 0 if claim["direction"] == "lower" else low > 0)
+
+
+def _of_control(result: Mapping[str, Any]) -> str:
+    failed = result["control"].get("verdict", "reproduced") != "reproduced"
+    return ", as the negative control does not hold" if failed else ""
+
+
 def _papers(claims: Sequence[Claim], answers: Mapping[str, Any]) -> list[str]:
     found = []
     headers = [
@@ -181,8 +228,7 @@ def _papers(claims: Sequence[Claim], answers: Mapping[str, Any]) -> list[str]:
     ]
     for paper in dict.fromkeys(claim.paper for claim in claims):
         rows = [_row(claim, answers) for claim in claims if claim.paper == paper]
-        lines = ["| " + " | ".join(cells) + " |" for cells in (headers, ["---"] * len(headers), *rows)]
-        found.append(f"## {paper}\n\n" + "\n".join(lines))
+        found.append(f"## {paper}\n\n" + _table(headers, rows))
     tiers = "; ".join(f"{tier}: {words}" for tier, words in TIERS.items())
     return [
         f"Tiers say how far a small machine can go: {tiers}. Minutes are of one processor, for the whole table, which "
@@ -196,11 +242,11 @@ def _row(claim: Claim, answers: Mapping[str, Any]) -> list[str]:
     first = [claim.id, f"{claim.claim}{where} Tier {claim.tier}.", claim.published or MISSING]
     if claim.id not in answers:
         why = claim.reason if claim.tier == "D" else ""
-        return [*map(_cell, [*first, MISSING, verdict_of(claim, answers), MISSING, MISSING, why or MISSING])]
+        return [*first, MISSING, verdict_of(claim, answers), MISSING, MISSING, why or MISSING]
     answer, result = answers[claim.id]
     measured = f"{ours(answer)}: {asked(answer)}"
     minutes = f"{result['made']['minutes']:.0f}"
-    return [*map(_cell, [*first, measured, answer["verdict"], str(answer["pairs"]), minutes, _link(result)])]
+    return [*first, measured, answer["verdict"], str(answer["pairs"]), minutes, _link(result)]
 
 
 def _link(result: Mapping[str, Any]) -> str:
@@ -215,15 +261,16 @@ def _others(answers: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]
         for answer in result["claims"]:
             if answer["id"] not in answers or answers[answer["id"]][0] is not answer:
                 words, measured = answer["claim"] or answer["hypothesis"], f"{ours(answer)}: {asked(answer)}"
-                cells = [answer["id"], words, measured, answer["verdict"], str(answer["pairs"]), _link(result)]
-                rows.append(f"| {' | '.join(map(_cell, cells))} |")
+                rows.append([answer["id"], words, measured, answer["verdict"], str(answer["pairs"]), _link(result)])
     if not rows:
         return ""
-    return (
-        "## Checks of the method, and claims that were asked twice\n\n"
-        "| check | | here, 95 % interval | verdict | pairs of seeds | table |\n| --- | --- | --- | --- | --- | --- |\n"
-        + "\n".join(rows)
-    )
+    headers = ["check", "", "here, 95 % interval", "verdict", "pairs of seeds", "table"]
+    return "## Checks of the method, and claims that were asked twice\n\n" + _table(headers, rows)
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = (headers, ["---"] * len(headers), *rows)
+    return "\n".join(f"| {' | '.join(map(_cell, cells))} |" for cells in lines)
 
 
 def _cell(text: str) -> str:

@@ -121,7 +121,10 @@ def test_the_better_founded_of_two_answers_counts(checkout: Path) -> None:
             "against": "b", "direction": "lower", "smallest": 0.1, "bound": None, "pairs": pairs, "verdict": verdict,
             "difference": -1.0, "interval": [low, -0.5],
         }  # fmt: skip
-        return {"table": f"moe_lm/{table}", "recipe": "moe_lm", "claims": [claim], "made": {"minutes": 3.0}}
+        return {
+            "table": f"moe_lm/{table}", "recipe": "moe_lm", "claims": [claim], "made": {"minutes": 3.0},
+            "settings": {"model.dim": 8},
+        }  # fmt: skip
 
     few, wide, narrow = (
         answer("few", 5, -0.6, "direction only"),
@@ -135,6 +138,39 @@ def test_the_better_founded_of_two_answers_counts(checkout: Path) -> None:
         assert "| reproduced |" not in page.split("\n\n## ")[0]
         others = page.split("claims that were asked twice\n")[1]
         assert [word for word in ("few", "wide", "narrow") if f"| many-better | {word} |" in others] == ["few", "wide"]
+
+
+def test_variants_beside_their_dense_twins(checkout: Path) -> None:
+    """Those as they are, by the first claim; the interval decides who is ahead, not the verdict."""
+
+    def result(recipe: str, high: float, settings: dict[str, Any], control: str) -> dict[str, Any]:
+        claim = {
+            "id": f"OURS-{recipe}", "claim": "", "hypothesis": "h", "kind": "better", "metric": "m", "arm": "a",
+            "against": "b", "direction": "lower", "smallest": 0.1, "bound": None, "pairs": 5, "verdict": "inconclusive",
+            "difference": -1.0, "interval": [-2.0, high], "means": {"a": 1.0, "b": 2.0},
+        }  # fmt: skip
+        return {
+            "table": f"{recipe}/size", "recipe": recipe, "variant": "facts", "settings": settings,
+            "arms": {"a": {"settings": {}}, "b": {"settings": {"model.num_experts": 0}}}, "made": {"minutes": 3.0},
+            "claims": [claim] * 2, "control": {"verdict": control},
+        }  # fmt: skip
+
+    results = [
+        result("moe_lm", -0.5, {"evaluate.samples": 0}, "reproduced"),
+        result("switch", -0.1, {}, "inconclusive"),
+        result("gshard", 0.1, {}, "reproduced"),
+        result("st_moe", -0.1, {"model.dim": 8}, "reproduced"),
+    ]
+    page = claims_page(read_claims(checkout / CLAIMS), {each["table"]: each for each in results})
+    section = page.split("## Sparse models beside their dense twins")[1].split("\n\n## ")[0]
+    assert (
+        "Of 3 recipes that were measured so, the whole interval lies on the sparse side in 2: moe_lm, switch."
+        in section
+    )
+    rows = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    assert [row.split(",")[0] for row in rows] == ["| moe_lm", "| switch", "| gshard"]
+    assert "| 1 | 2 | -1 [-2, -0.5] | 5 | inconclusive | [" in rows[0]
+    assert "inconclusive, as the negative control does not hold" in rows[1]
 
 
 @pytest.mark.parametrize(
