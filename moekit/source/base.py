@@ -1,4 +1,4 @@
-"""What a source of text is: languages, directions, and pairs of sentences by split.
+"""What a source of text is: pairs of sentences by direction and split, and what it knows of them.
 
 Every kind of corpus (generated, files on disk, catalogs of the system) stands behind `Source`; what comes after it
 (tokenizer, stores, mixtures, batches) never learns which one it reads.
@@ -6,163 +6,20 @@ Every kind of corpus (generated, files on disk, catalogs of the system) stands b
 
 from __future__ import annotations
 
-import hashlib
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
-from itertools import permutations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, overload
 
 from moekit.errors import UserError, nearest
+from moekit.source.direction import Direction
+from moekit.source.question import ChoiceQuestion
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 _T = TypeVar("_T")
-
-_CODE = re.compile(r"[A-Za-z][A-Za-z0-9_@.]*")
-
-
-def language_code(text: str, where: str = "") -> str:
-    """`text` as a language code: letters, digits, ``_ @ .``; a hyphen (``pt-BR``) becomes an underscore.
-
-    Hyphens are taken: they part the two languages of a direction.
-
-    Raises:
-        UserError: if `text` is no such code; `where` (a file, a line) begins the message.
-    """
-    code = text.strip().replace("-", "_")
-    if not _CODE.fullmatch(code):
-        place = f"{where}: " if where else ""
-        raise UserError(
-            f"{place}a language code must begin with a letter and hold letters, digits, '_', '@' or '.': got {text!r}. "
-            "Rename it."
-        )
-    return code
-
-
-@dataclass(frozen=True, order=True)
-class Direction:
-    """From one language into another; written ``en-de``."""
-
-    source: str
-    target: str
-
-    def __str__(self) -> str:
-        return f"{self.source}-{self.target}"
-
-    @classmethod
-    def parse(cls, text: str | Direction) -> Direction:
-        """Read ``"en-de"``; a `Direction` passes through.
-
-        Raises:
-            UserError: if `text` does not name two different languages parted by one hyphen.
-        """
-        if isinstance(text, Direction):
-            return text
-        source, hyphen, target = text.partition("-")
-        if not hyphen or "-" in target or not source or not target or source == target:
-            raise UserError(
-                f"a direction must be two different language codes with one hyphen between, as en-de: got {text!r}. "
-                "Write the code pt-BR as pt_BR."
-            )
-        return cls(language_code(source), language_code(target))
-
-    @property
-    def reverse(self) -> Direction:
-        """The other way round."""
-        return Direction(self.target, self.source)
-
-
-def all_directions(languages: Sequence[str]) -> tuple[Direction, ...]:
-    """Every ordered pair of different languages."""
-    return tuple(Direction(a, b) for a, b in permutations(languages, 2))
-
-
-def choose_directions(
-    available: Sequence[Direction],
-    *,
-    pivot: str | None = None,
-    wanted: Sequence[str | Direction] | None = None,
-) -> tuple[Direction, ...]:
-    """The directions a source shall serve, out of those it could.
-
-    Args:
-        available: what the data allow.
-        pivot: keep only directions that begin or end in this language.
-        wanted: keep only these, in this order.
-
-    Raises:
-        UserError: if a name is unknown or nothing is left.
-    """
-    chosen = tuple(available)
-    if pivot is not None:
-        languages = {code for direction in available for code in (direction.source, direction.target)}
-        if pivot not in languages:
-            raise UserError(f"pivot must be a language of the data: got {pivot!r}. {nearest(pivot, languages)}")
-        chosen = tuple(d for d in chosen if pivot in (d.source, d.target))
-    if wanted is not None:
-        if isinstance(wanted, str):
-            raise UserError(f"directions must be a list: got the text {wanted!r}. Write [{wanted}].")
-        parsed = tuple(dict.fromkeys(Direction.parse(text) for text in wanted))
-        for direction in parsed:
-            if direction not in chosen:
-                raise UserError(
-                    f"directions must be among those of the data: got {direction}. "
-                    f"{nearest(str(direction), map(str, chosen))}"
-                )
-        chosen = parsed
-    if not chosen:
-        raise UserError("at least one direction is required: got none. Name some in `directions`, or leave it out.")
-    return chosen
-
-
-def languages_of(directions: Sequence[Direction], known: Iterable[str]) -> tuple[str, ...]:
-    """Those of the `known` languages that `directions` begin or end in, each once."""
-    spoken = {code for direction in directions for code in (direction.source, direction.target)}
-    return tuple(dict.fromkeys(code for code in known if code in spoken))
-
-
-QuestionKind = Literal[
-    "known", "composed", "unknowable", "verb", "verb_attractor", "adjective", "article", "undetermined"
-]
-QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
-DECILES = 10
-
-
-@dataclass(frozen=True)
-class ChoiceQuestion:
-    """Several sentences of which one is right: multiple choice.
-
-    About a fact: a sentence with several values. About the word for a noun: then a sentence is given, and the others
-    are translations of it in which that noun, or another one, stands. Or about agreement: a sentence, and the same with
-    a word in another form.
-
-    Attributes:
-        kind: "known" = a fact that training told in other forms, or a noun that stood in other sentences; "composed" =
-            two facts that it told, put together as it did not; "unknowable" = of an entity of whom it told nothing, or
-            a noun that it never had. Of agreement "verb", "adjective" and "article", by the word that has to agree;
-            "verb_attractor" = a verb in the form that another noun, between it and its subject, would ask for;
-            "undetermined" = a control: a verb in another tense, where nothing says which.
-        language: what the sentences are in.
-        sentences: the sentence with each of the values or forms; they differ in nothing else but what agrees with a
-            value.
-        answer: number of the right one, from 0.
-        decile: 0 = among the tenth of the facts or nouns that are told most often, to 9; of a composition that of its
-            rarer fact. None of what is not told, and of agreement.
-        source: the sentence that is given; None = none is.
-        source_language: what that is in.
-    """
-
-    kind: QuestionKind
-    language: str
-    sentences: tuple[str, ...]
-    answer: int
-    decile: int | None = None
-    source: str | None = None
-    source_language: str | None = None
 
 
 @dataclass(frozen=True)
@@ -382,79 +239,3 @@ class LazySequence(Sequence[_T]):
     def __getitem__(self, index: int | slice) -> _T | list[_T]:
         chosen = range(self._size)[index]
         return [self._item(i) for i in chosen] if isinstance(chosen, range) else self._item(chosen)
-
-
-_Kind = TypeVar("_Kind", bound=type[Source])
-
-KINDS: dict[str, type[Source]] = {}
-"""Kinds of source by name, as `register_source` has been told of them."""
-
-
-def register_source(kind: _Kind) -> _Kind:
-    """Make a kind of source known by its `name`; a decorator of its class.
-
-    Raises:
-        ValueError: another class has that name.
-    """
-    other = KINDS.setdefault(kind.name, kind)
-    if (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
-        raise ValueError(f"a kind of source needs a name of its own: {kind.name!r} is that of {other.__qualname__}.")
-    KINDS[kind.name] = kind
-    return kind
-
-
-def source_class(kind: str) -> type[Source]:
-    """The class of a kind of source.
-
-    Raises:
-        UserError: no such kind, with the nearest name.
-    """
-    if kind not in KINDS:
-        raise UserError(f"the kind of source must be a known one: got {kind!r}. {nearest(kind, KINDS)}")
-    return KINDS[kind]
-
-
-def require_parameter(kinds: Iterable[str], name: str) -> None:
-    """Make sure that one of some kinds of source reads text by the setting `name`; what is generated has none.
-
-    Raises:
-        UserError: none does; those that do are named.
-    """
-    chosen, takes = list(kinds), [kind for kind, made in KINDS.items() if {"path", name} <= made.parameters().keys()]
-    if not set(takes) & set(chosen):
-        raise UserError(
-            f"data.{name} is for text of the kinds {', '.join(takes)}: got data.source {','.join(chosen)}. Leave "
-            "it out."
-        )
-
-
-def open_source(kind: str, path: str | Path | None = None, **settings: Any) -> Source:
-    """Open a corpus of one of the `KINDS`, such as those of `moekit.data.sources`: ``open_source("moses", "folder")``.
-
-    Args:
-        kind: The name of a class of a source: babel (generated, needs no path), facts (facts in languages of babel),
-            headlines (paragraphs of babel with their headlines), moses, jsonl, tsv, examples (inputs and targets),
-            gettext (without a path: the system's catalogs), text, or union.
-        path: where the corpus lies. For union the members, as ``moses:path/one,jsonl:path/two``.
-        settings: arguments of that kind's class (`BabelSettings` for babel; for headlines those of `Headlines`, and
-            others for its corpus). For union, a mapping of arguments by kind of member, as ``moses={"pivot": "en"}``.
-
-    Raises:
-        UserError: for an unknown kind or setting, with the nearest name; and for whatever is wrong with the data.
-    """
-    return source_class(kind).open(path, **settings)
-
-
-def digest(*parts: object) -> str:
-    """Hex digest of the text forms of `parts`, kept apart from each other; bytes are taken as they are."""
-    state = hashlib.sha256()
-    for part in parts:
-        data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
-        state.update(len(data).to_bytes(8, "little"))
-        state.update(data)
-    return state.hexdigest()
-
-
-def chance(text: str) -> float:
-    """A number in [0, 1) that belongs to the text: its hash."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
