@@ -83,11 +83,13 @@ def evaluate(run: Run, config: RunConfig | None = None) -> bool:
     module = trained_module(run, data, config)
     search = search_for(config.evaluate.beam_size, config.evaluate.length_penalty)
     if data.directions:
-        module.translate = Translator(module.backbone, data.tokenizer, search=search, sentinel=config.data.sentinel)
+        module.answers.translate = Translator(
+            module.backbone, data.tokenizer, search=search, sentinel=config.data.sentinel
+        )
     else:
         longest = min(_LONGEST_SAMPLE, config.data.max_length)  # no longer than what it was trained on
-        module.write = Completer(module.backbone, data.tokenizer, search=search, max_new_tokens=longest)
-    module.originals = data.originals("test")
+        module.answers.write = Completer(module.backbone, data.tokenizer, search=search, max_new_tokens=longest)
+    module.answers.originals = data.originals("test")
     facts = config.data.knowledge()
     ask(module, config, data, facts)
     if module.valid_routing is not None:
@@ -118,7 +120,7 @@ def _write(
     last = load_rest(run.last_checkpoint) if run.last_checkpoint else checkpoint
     used = last.get("callbacks", {})
     trained = used.get("Throughput", {})
-    scores = module.scores or {}
+    scores = module.answers.scores or {}
     corpus = None if run.held_out is None else run.held_out.corpus
     summary = Summary(
         recipe=run.recipe.name,
@@ -148,7 +150,7 @@ def _write(
         accuracy=_by_task(valid, "accuracy"),
         majority=module.majority,
         chance={task: module.chance[task] for task in module.majority},
-        copied=module.copied,
+        copied=module.answers.copied,
         test=module.tested,
         routing=module.routing_summary,
         ending=ending_of(config.train, last),
@@ -164,12 +166,12 @@ def _write(
         domains=elsewhere or None,
     )
     routing = None if module.routing is None else _routing(module.routing, module.piece_counts, data)
-    samples = _glossed([Sample.from_json(sample) for sample in module.samples], config)
+    samples = _glossed([Sample.from_json(sample) for sample in module.answers.samples], config)
     write_json(run.path / SAMPLES, [sample.to_json() for sample in samples])
     if routing is not None:
         write_json(run.path / ROUTING, routing.to_json())
-    if module.written:
-        write_written(run.path / TRANSLATIONS, module.written)
+    if module.answers.written:
+        write_written(run.path / TRANSLATIONS, module.answers.written)
     write_json(run.path / SUMMARY, summary.to_json())
     _measure_routing(run)
 

@@ -169,7 +169,7 @@ def fit(
             make_logger_folders(run.path, train.loggers)
         checkpoint = run.checkpoint_to_resume(settings, free) if resume else None
         if config.evaluate.score_valid and data.directions:
-            module.translate, module.originals = _writer(config, module, data), data.originals("valid")
+            module.answers.translate, module.answers.originals = _writer(config, module, data), data.originals("valid")
         if trainer.is_global_zero and console is not None:
             notes = [*left_out(held_out.corpus.training, data.max_length), *remarks(data, held_out.corpus)]
             said: list[str | tuple[str, str]] = [(recipe.name, "bold"), f" {visible(_said(config, module, data, run))}"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,30 +18,13 @@ from moekit.errors import UserError, nearest
 from moekit.layer import AuxLosses
 from moekit.parallel.gradients import global_weights
 from moekit.tasks.head import Head, HeadOutput
-from moekit.tasks.score import AnswerScore
 from moekit.training.agreement import agree
+from moekit.training.answers import Answers
 from moekit.training.metrics import LabelCounts, PieceCounts, RoutingStatistics, TokenPerplexity
 from moekit.training.metrics.routing import learns
 from moekit.training.optimizers import fused_adamw
 from moekit.training.schedules import per_step
 from moekit.transformer import routed_layers
-
-
-class Translate(Protocol):
-    """Turns a batch into written answers; `moekit.inference.Translator` does."""
-
-    def batch(self, batch: Batch) -> list[str]:
-        """One hypothesis for every row of ``batch.source``."""
-
-    def text(self, ids: Tensor) -> list[str]:
-        """The sentences of Int64[B, T] token ids."""
-
-
-class Write(Protocol):
-    """Writes samples for tasks whose answers are not scored; `moekit.inference.completer.Completer` does."""
-
-    def samples(self, batch: Batch, rows: int) -> list[tuple[str, str, str]]:
-        """What was given, what is right and what the model writes, for the first `rows` rows."""
 
 
 class MultitaskModule(LoadedFromFile):
@@ -61,7 +44,7 @@ class MultitaskModule(LoadedFromFile):
         optimizer: makes the optimizer from this module; default AdamW with a learning rate of 1e-3.
         schedule: makes the learning rate schedule; it moves per optimizer step.
         log_routing_every: steps between updates of the routing statistics in training.
-        samples: translations of each direction (or texts of each language) kept for a report, in `samples`.
+        samples: translations of each direction (or texts of each language) kept for a report, in ``answers.samples``.
         tokenize: how BLEU splits text into words: see `moekit.tasks.TranslationScore`.
         score_valid: validation sentences of each direction, the first ones, whose written answers are scored in
             validations of training; 0 = none. All processes write together: see `WrittenTogether`.
@@ -79,7 +62,7 @@ class MultitaskModule(LoadedFromFile):
 
     Raises:
         ValueError: two heads of one task or with the same score, or a weight for a task that has no head; in the test,
-            if there is something to write and `translate` or `directions` were not set.
+            if there is something to write and ``answers.translate`` or `directions` were not set.
 
     Source: arXiv:2109.10465 (sum of the losses of translation, denoising, masked LM and ELECTRA).
     """
@@ -116,24 +99,17 @@ class MultitaskModule(LoadedFromFile):
         self.languages, self.log_routing_every = tuple(languages), log_routing_every
         self.directions = tuple(directions)
         self._optimizer, self._schedule = optimizer, schedule
-        self.samples_per_direction, self.steps_before = samples, steps_before
+        self.steps_before = steps_before
         self.score_valid, self.score_valid_every, self._validations = score_valid, score_valid_every, 0
-        self.samples: list[dict[str, str]] = []
         self.routing: dict[str, Any] | None = None
         self.routing_summary: dict[str, Any] | None = None
         # Counted in validations that are not of training, where somebody wants it: the tables are large.
         self.pieces: PieceCounts | None = None
         self.piece_counts: dict[str, Tensor] = {}
-        self.scores: dict[str, Any] | None = None
         self.tested: dict[str, dict[str, Any]] = {}
-        self.translate: Translate | None = None
-        self.write: Write | None = None
         # Asked at the end of the test, while all processes have their weights.
         self.ask: Callable[[str], Sequence[Any]] | None = None
         self.recalled: list[Any] = []
-        # The sentences as they were before tokenization, by direction and number: what BLEU is to be computed on.
-        self.written: dict[str, dict[str, list[tuple[int, str, str]]]] = {}
-        self.originals: Callable[[str, list[int]], tuple[list[str], list[str]]] | None = None
 
         self.valid_perplexity = TokenPerplexity(tasks)
         self.valid_accuracy = MetricCollection({task: _mean() for task in tasks}, compute_groups=False)
@@ -142,17 +118,7 @@ class MultitaskModule(LoadedFromFile):
         fixed = [name for name, layer in sparse.items() if not learns(layer)]
         self.train_routing = RoutingStatistics(layers, self.languages, fixed) if layers else None
         self.valid_routing = RoutingStatistics(layers, self.languages, fixed) if layers else None
-        scored = [head for head in heads if head.scores]
-        if len({name for head in scored for name in head.scores}) < sum(len(head.scores) for head in scored):
-            raise ValueError(f"heads must have different scores: got {[list(head.scores) for head in scored]}.")
-        kinds = {head.task: head.make_score for head in scored if directions}
-        self.test_scores = nn.ModuleDict({t: make(directions, tokenize=tokenize) for t, make in kinds.items()})
-        self.valid_scores = nn.ModuleDict(
-            {t: make(directions, tokenize=tokenize) for t, make in kinds.items() if score_valid}
-        )
-        # What copying the source would score.
-        self.copy_scores = nn.ModuleDict({t: make(directions, tokenize=tokenize) for t, make in kinds.items()})
-        self.copied: dict[str, Any] = {}
+        self.answers = Answers(heads, directions, tokenize=tokenize, samples=samples, valid=score_valid > 0)
         vocabulary = int(getattr(backbone, "vocab_size", 0))  # of a model that does not say it nobody counts labels
         self.labels = LabelCounts(tasks, vocabulary) if vocabulary else None
         self.chance = {head.task: 1 / (head.choices or vocabulary) for head in heads if vocabulary}
@@ -258,11 +224,11 @@ class MultitaskModule(LoadedFromFile):
         self._count(self.valid_routing, out, batch)
         self._count_pieces(out, batch)
         self._count_labels(out, batch)
-        if batch.task in self.valid_scores and self._scores_this_validation:
+        if batch.task in self.answers.scored_in_training and self._scores_this_validation:
             numbers = [] if batch.index is None else batch.index.tolist()  # host read: which sentences they are
             rows = [row for row, number in enumerate(numbers) if number < self.score_valid]
             if agree(self.trainer, bool(rows))[0]:  # then all processes write, whatever they have
-                self._score(batch.rows(rows), cast(AnswerScore, self.valid_scores[batch.task]))
+                self.answers.validate(batch.rows(rows))
 
     @property
     def _fitting(self) -> bool:
@@ -304,9 +270,7 @@ class MultitaskModule(LoadedFromFile):
             self.piece_counts = self.pieces.compute()
             self.pieces.reset()
         if self._scores_this_validation:
-            for metric in cast(Iterable[AnswerScore], self.valid_scores.values()):
-                logs |= {f"valid/{name}": value for name, value in metric.log_values().items()}
-                metric.reset()
+            logs |= {f"valid/{name}": value for name, value in self.answers.end_validation().items()}
         self.majority = self._majorities()
         self._validations += self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
         self.log_dict(logs)
@@ -324,7 +288,7 @@ class MultitaskModule(LoadedFromFile):
         """
         measures, first = ("loss", "accuracy", "perplexity"), task or next(iter(self.heads))
         by_task = {f"valid/{task}/{what}" for task in self.heads for what in measures}
-        heads: Iterable[Any] = (self.heads[task] for task in self.valid_scores)
+        heads: Iterable[Any] = (self.heads[task] for task in self.answers.scored_in_training)
         scores = [f"valid/{score}" for head in heads for score in head.scores]
         written = {f"{score}/{where}" for score in scores for where in ("average", *self.directions)}
         short = {f"valid/{what}": f"valid/{first}/{what}" for what in measures}
@@ -332,7 +296,7 @@ class MultitaskModule(LoadedFromFile):
         wanted = f"valid/{name.removeprefix('val/')}" if name.startswith("val/") else name or "valid/loss"
         found = short.get(wanted, wanted)
         if found not in by_task | written:
-            off = "" if scores or not self.test_scores else " Scores of written answers need evaluate.score_valid."
+            off = "" if scores or not self.answers.scored else " Scores of written answers need evaluate.score_valid."
             raise UserError(
                 f"the metric to choose weights by must be one that validation logs: got {name!r}. "
                 f"{nearest(wanted, by_task | written | set(short))}{off}"
@@ -348,34 +312,9 @@ class MultitaskModule(LoadedFromFile):
         """Write the answers to one batch of one direction and score them, or measure one batch of another task."""
         head: Any = self.heads[batch.task]
         if head.scores:
-            score: Any = dict(self.test_scores.items()).get(batch.task)
-            rows = self._score(batch, score, keep=True)
-            copies = cast(AnswerScore, self.copy_scores[batch.task])
-            copies.update(cast(str, batch.direction), [row[0] for row in rows], [row[1] for row in rows])
-            self._keep(batch, rows[: self._samples_wanted(batch)])
+            self.answers.test(batch)
         else:
             self._measure(batch)
-
-    def _score(self, batch: Batch, score: AnswerScore | None, *, keep: bool = False) -> list[tuple[str, str, str]]:
-        """Write the answers to a batch, count them and maybe keep them; sources, references and answers."""
-        if self.translate is None or score is None:
-            raise ValueError(
-                "the test scores what is written, so MultitaskModule needs `directions` and `translate`: set "
-                "module.translate = moekit.inference.Translator(backbone, tokenizer)."
-            )
-        assert batch.target is not None, "batches of pairs have a target"
-        assert batch.direction is not None, "evaluation batches hold one direction each"
-        hypotheses = self.translate.batch(batch)
-        if self.originals is not None and batch.index is not None:
-            numbers = batch.index.tolist()  # host read: which sentences they are
-            sources, references = self.originals(batch.direction, numbers)
-            if keep:
-                rows = self.written.setdefault(batch.task, {}).setdefault(batch.direction, [])
-                rows += zip(numbers, references, hypotheses, strict=True)
-        else:
-            sources, references = self.translate.text(batch.source), self.translate.text(batch.target)
-        score.update(batch.direction, hypotheses, references)
-        return list(zip(sources, references, hypotheses, strict=True))
 
     def _measure(self, batch: Batch) -> None:
         out = self(batch)
@@ -385,31 +324,14 @@ class MultitaskModule(LoadedFromFile):
         if batch.direction in self.languages:
             self.test_perplexity.update(f"{batch.task}/{batch.direction}", out.nll, out.num_predictions)
         self.test_accuracy[batch.task].update(out.correct / out.num_predictions.clamp_min(1), out.num_predictions)
-        if self.write is not None:
-            self._keep(batch, self.write.samples(batch, self._samples_wanted(batch)))
-
-    def _samples_wanted(self, batch: Batch) -> int:
-        """How many more of this task and direction or language."""
-        same = [s for s in self.samples if s["direction"] == batch.direction and s["task"] == batch.task]
-        return max(0, self.samples_per_direction - len(same))
-
-    def _keep(self, batch: Batch, rows: Sequence[tuple[str, str, str]]) -> None:
-        names = ("task", "direction", "source", "reference", "hypothesis")
-        self.samples += [dict(zip(names, (batch.task, batch.direction or "", *row), strict=True)) for row in rows]
+        self.answers.sample(batch)
 
     def on_test_epoch_end(self) -> None:
         """Log scores by direction and on average, and the perplexity of other tasks by language; ask questions."""
-        self._share_written()
+        self.answers.share(self.trainer.world_size)
         if self.ask is not None:
             self.recalled = [found for task in self.heads for found in self.ask(task)]
-        for metric in cast(Iterable[AnswerScore], self.test_scores.values()):
-            self.scores = {**(self.scores or {}), **metric.compute()}
-            self.log_dict({f"test/{name}": value for name, value in metric.log_values().items()})
-            metric.reset()
-        for metric in cast(Iterable[AnswerScore], self.copy_scores.values()):
-            scores = metric.compute().items()
-            self.copied |= {name: {key: found[key] for key in ("average", "directions")} for name, found in scores}
-            metric.reset()
+        self.log_dict({f"test/{name}": value for name, value in self.answers.end_test().items()})
         if self.test_perplexity is not None and self.test_perplexity.update_called:
             found, majorities = self.test_perplexity.compute(), self._majorities()
             for task in self.test_accuracy:
@@ -429,22 +351,6 @@ class MultitaskModule(LoadedFromFile):
                 self.log_dict({f"test/{task}/perplexity/{x}": value for x, value in languages.items()})
             self.test_perplexity.reset()
             self.test_accuracy.reset()
-
-    def _share_written(self) -> None:
-        """Bring together what all processes have written, each sentence once and in the order of the text."""
-        parts: list[Any] = [self.written]
-        if self.trainer.world_size > 1:
-            parts = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, self.written)
-        found: dict[str, dict[str, dict[int, tuple[int, str, str]]]] = {}
-        for part in parts:
-            for task, directions in part.items():
-                for direction, rows in directions.items():
-                    found.setdefault(task, {}).setdefault(direction, {}).update({row[0]: row for row in rows})
-        self.written = {
-            task: {direction: [rows[n] for n in sorted(rows)] for direction, rows in sorted(directions.items())}
-            for task, directions in found.items()
-        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
         if self.steps_before:

@@ -129,14 +129,14 @@ class Echo:
 def test_the_test_scores_translations_and_keeps_samples(tmp_path: Path) -> None:
     model = module(directions=["aa-bb", "bb-aa"], samples=1)
     batches = [make_batch("translation", 1, "aa-bb"), make_batch("translation", 2, "bb-aa")]
-    with pytest.raises(ValueError, match=r"module\.translate"):
+    with pytest.raises(ValueError, match=r"module\.answers\.translate"):
         trainer(tmp_path).test(model, DataLoader(batches, batch_size=None), verbose=False)
-    model.translate = Echo()
+    model.answers.translate = Echo()
     values = trainer(tmp_path).test(model, DataLoader(batches, batch_size=None), verbose=False)[0]
     assert 0 < values["test/bleu/aa-bb"] < 100
     assert values["test/bleu/average"] == pytest.approx((values["test/bleu/aa-bb"] + values["test/bleu/bb-aa"]) / 2)
-    assert [sample["direction"] for sample in model.samples] == ["aa-bb", "bb-aa"]
-    assert model.samples[0]["hypothesis"] == "wrong words here"
+    assert [sample["direction"] for sample in model.answers.samples] == ["aa-bb", "bb-aa"]
+    assert model.answers.samples[0]["hypothesis"] == "wrong words here"
 
 
 def test_scores_are_of_the_original_text_where_it_is_known(tmp_path: Path) -> None:
@@ -144,21 +144,21 @@ def test_scores_are_of_the_original_text_where_it_is_known(tmp_path: Path) -> No
     model = module(directions=["aa-bb"])
     batch = make_batch("translation", 1, "aa-bb")
     batch.index = torch.tensor([1, 0])
-    model.translate = Echo()
+    model.answers.translate = Echo()
     written = ["wrong words here", Echo().text(batch.source)[1]]
-    model.originals = lambda direction, numbers: (["source"] * 2, [written[1 - i] for i in numbers])
+    model.answers.originals = lambda direction, numbers: (["source"] * 2, [written[1 - i] for i in numbers])
     values = trainer(tmp_path).test(model, DataLoader([batch], batch_size=None), verbose=False)[0]
     assert values["test/chrf/aa-bb"] == pytest.approx(100)
-    assert model.samples[0]["source"] == "source"
+    assert model.answers.samples[0]["source"] == "source"
     copying = CHRF().corpus_score(["source"] * 2, [written]).score
-    assert model.copied["chrf"] == {"average": copying, "directions": {"aa-bb": copying}}
+    assert model.answers.copied["chrf"] == {"average": copying, "directions": {"aa-bb": copying}}
 
 
 def test_the_test_measures_tasks_that_do_not_translate(tmp_path: Path) -> None:
     """Perplexity over all tokens and by language, equal to a sum by hand; samples from whoever writes them."""
     model = module(samples=1)
     batches = [make_batch("denoising", 1, "aa"), make_batch("denoising", 2, "bb"), make_batch("masked_lm", 3, "bb")]
-    model.write = Parrot()
+    model.answers.write = Parrot()
     values = trainer(tmp_path).test(model, DataLoader(batches, batch_size=None), verbose=False)[0]
     with torch.no_grad():
         out = [model.eval()(batch) for batch in batches]
@@ -169,10 +169,10 @@ def test_the_test_measures_tasks_that_do_not_translate(tmp_path: Path) -> None:
     assert list(model.tested["masked_lm"]["languages"]) == ["bb"]
     right = sum(int(o.correct) for o in out[:2])
     assert model.tested["denoising"]["accuracy"] == pytest.approx(right / (n[0] + n[1]))
-    assert [(s["task"], s["direction"], s["hypothesis"]) for s in model.samples] == [
+    assert [(s["task"], s["direction"], s["hypothesis"]) for s in model.answers.samples] == [
         ("denoising", "aa", "heard"), ("denoising", "bb", "heard"), ("masked_lm", "bb", "heard"),
     ]  # fmt: skip
-    assert model.scores is None
+    assert model.answers.scores is None
     # Beside the accuracy: always the most frequent answer, and one of the 60 pieces.
     said = torch.cat([model.heads["denoising"].score(batch, model.backbone).labels for batch in batches[:2]])
     most, _ = Counter(said.tolist()).most_common(1)[0][::-1]
@@ -190,7 +190,7 @@ def test_validation_in_training_scores_the_first_sentences_that_are_written(tmp_
         asked.append((direction, numbers))
         return ["s"] * len(numbers), ["wrong words here"] * len(numbers)
 
-    model.translate, model.originals = Echo(), originals
+    model.answers.translate, model.answers.originals = Echo(), originals
     seen: list[float | None] = []
 
     class Record(L.Callback):
