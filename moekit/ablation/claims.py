@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moekit.ablation.pages import MISSING, asked, ours, value_words
+from moekit.ablation.pages import MISSING, asked, ours, table_of, value_words
 from moekit.ablation.pairs import twin_claims
 from moekit.ablation.part import Part
 from moekit.ablation.verdict import VERDICTS, count_verdicts
@@ -200,7 +200,7 @@ def _twins(results: Mapping[str, Mapping[str, Any]]) -> str:
         "best learning rate of one grid, by other seeds. The text holds more facts, or words of languages, than a "
         f"dense model of that size learns: [knowledge](guides/knowledge.md). Of {counted(len(found), 'recipe')} that "
         f"{'was' if len(found) == 1 else 'were'} measured so, the whole interval lies on the sparse side in "
-        f"{len(ahead)}{': ' if ahead else ''}{', '.join(ahead)}.\n\n" + _table(headers, rows)
+        f"{len(ahead)}{': ' if ahead else ''}{', '.join(ahead)}.\n\n" + table_of(headers, rows)
     )
 
 
@@ -211,7 +211,7 @@ def _is_on_claimed_side(claim: Mapping[str, Any]) -> bool:
 
 def _of_control(result: Mapping[str, Any]) -> str:
     failed = result["control"].get("verdict", "reproduced") != "reproduced"
-    return ", as the negative control does not hold" if failed else ""
+    return ", as the negative control is not shown to hold" if failed else ""
 
 
 def _papers(claims: Sequence[Claim], answers: Mapping[str, Any]) -> list[str]:
@@ -228,7 +228,7 @@ def _papers(claims: Sequence[Claim], answers: Mapping[str, Any]) -> list[str]:
     ]
     for paper in dict.fromkeys(claim.paper for claim in claims):
         rows = [_row(claim, answers) for claim in claims if claim.paper == paper]
-        found.append(f"## {paper}\n\n" + _table(headers, rows))
+        found.append(f"## {paper}\n\n" + table_of(headers, rows))
     tiers = "; ".join(f"{tier}: {words}" for tier, words in TIERS.items())
     return [
         f"Tiers say how far a small machine can go: {tiers}. Minutes are of one processor, for the whole table, which "
@@ -265,13 +265,4 @@ def _others(answers: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]
     if not rows:
         return ""
     headers = ["check", "", "here, 95 % interval", "verdict", "pairs of seeds", "table"]
-    return "## Checks of the method, and claims that were asked twice\n\n" + _table(headers, rows)
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = (headers, ["---"] * len(headers), *rows)
-    return "\n".join(f"| {' | '.join(map(_cell, cells))} |" for cells in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return "## Checks of the method, and claims that were asked twice\n\n" + table_of(headers, rows)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ MECHANISMS = (
 )  # fmt: skip
 """What is recorded of every sparse run, whatever its claims ask for."""
 
+_TEST_LOSS = re.compile(r"test\.(.+)\.loss")
 _OF_A_DOMAIN = ("loss", "above_test", "knowing", "guessing")
 _MECHANISMS = "mechanisms"
 """What keys of mechanisms.json begin with."""
@@ -62,6 +64,17 @@ def _measure(folder: Path, key: str) -> float:
         listed = ", ".join(near[:12]) + (", ..." if len(near) > 12 else "")
         raise UserError(f"{folder} has no number {key!r}{missed}. It has {listed}.")
     return float(found)
+
+
+def floor_of(metric: str) -> str | None:
+    """The key of what the text of a test costs a model that knows everything, for the key of a loss on it."""
+    task = _TEST_LOSS.fullmatch(metric)
+    return f"floors.{task[1]}.test.knowing" if task else None
+
+
+def floors_of(metrics: Iterable[str]) -> list[str]:
+    """The floors below some metrics."""
+    return sorted({key for metric in metrics if (key := floor_of(metric))})
 
 
 def costs(folder: Path) -> dict[str, float | None]:

@@ -146,7 +146,7 @@ def _arms(found: Mapping[str, Any]) -> str:
         "arm", "what it is", "settings", "learning rate", "training, TFLOP", "parameters / active, M", "tokens, M",
         "processor minutes",
     ]  # fmt: skip
-    return _table(headers, rows)
+    return table_of(headers, rows)
 
 
 def _how(arm: Mapping[str, Any]) -> str:
@@ -183,7 +183,7 @@ def _tried(what: str, grid: Mapping[str, Any]) -> str:
         for arm, got in grid["arms"].items()
     ]
     seeds = ", ".join(map(str, grid["seeds"]))
-    return f"{what}, by `{grid['metric']}` of seeds {seeds}:\n\n" + _table(["arm", *rates, "chosen"], rows)
+    return f"{what}, by `{grid['metric']}` of seeds {seeds}:\n\n" + table_of(["arm", *rates, "chosen"], rows)
 
 
 def _runs(found: Mapping[str, Any]) -> str:
@@ -198,7 +198,7 @@ def _runs(found: Mapping[str, Any]) -> str:
         for name, arm in found["arms"].items()
         for seed, run in arm["runs"].items()
     ]
-    return _table(["arm", "seed", "state", *(f"`{metric}`" for metric in metrics)], rows)
+    return table_of(["arm", "seed", "state", *(f"`{metric}`" for metric in metrics)], rows)
 
 
 def _made(found: Mapping[str, Any]) -> str:
@@ -274,9 +274,14 @@ def _metrics(found: Mapping[str, Any]) -> list[str]:
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table_of(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     cells = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in cells)
+
+
+def _cell(text: str) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|")
 
 
 def _big(value: float | None, unit: float) -> str:

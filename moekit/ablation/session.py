@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as Rows
 from rich.text import Text
 
+from moekit.ablation.beside import write_parts
 from moekit.ablation.claims import claims_page, listed_words, read_claims
 from moekit.ablation.kept import keep, restore
 from moekit.ablation.measures import measure
@@ -191,18 +192,18 @@ class Estimate:
         return cls(len(every), len(every) - len(left), minutes, "measured" if sure else "estimated")
 
 
-def write_claims_page(recipes: Path | None = None) -> Path:
-    """Write docs/claims.md of the checkout; returns its path.
+def write_claims(recipes: Path | None = None) -> list[Path]:
+    """Write docs/claims.md of the checkout, and what recipes' pages say of dense twins; returns the paths.
 
     Raises:
-        UserError: there is no list of claims, or it, or a result, is at fault.
+        UserError: there is no list of claims, or it, a result, or a page is at fault.
     """
     folder = RECIPES if recipes is None else recipes
     if not (folder / CLAIMS).is_file():
         raise UserError(f"--claims needs moekit's checkout: there is no {folder / CLAIMS}.")
-    path = folder.parent / "docs" / "claims.md"
-    write_text(path, claims_page(read_claims(folder / CLAIMS), committed_results(folder)))
-    return path
+    path, results = folder.parent / "docs" / "claims.md", committed_results(folder)
+    write_text(path, claims_page(read_claims(folder / CLAIMS), results))
+    return [path, *write_parts(folder, results)]
 
 
 def committed_results(recipes: Path) -> dict[str, dict[str, Any]]:

@@ -30,7 +30,8 @@ def _options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--claims",
         action="store_true",
-        help="write docs/claims.md anew, from recipes/claims.yaml and the results in recipes/; nothing is run",
+        help="write docs/claims.md and what recipes' pages say of dense twins anew, from recipes/claims.yaml and the "
+        "results in recipes/; nothing is run",
     )
     parser.add_argument(
         "--jobs",
@@ -75,14 +76,14 @@ def _ablate(given: Namespace, console: Console) -> None:
         failed_runs,
         list_tables,
         run_table,
-        write_claims_page,
+        write_claims,
     )  # a help text needs none of it
     from moekit.cli.recipes import reconfigured
 
     if given.list:
         list_tables(given.runs, reconfigured, console)
     elif given.claims:
-        say(console, str(write_claims_page()))
+        say(console, "\n".join(map(str, write_claims())))
     else:
         again = command_line("ablate", given.table, *_typed(given))
         found = run_table(
@@ -118,5 +119,5 @@ COMMAND = Command(
     "  moekit ablate --list                       tables, cost, and what is done\n"
     "  moekit ablate shazeer/balance_losses       run what is missing; Ctrl-C stops, the same command goes on\n"
     "  moekit ablate my/table.yaml --jobs 4       a table of yours\n"
-    "  moekit ablate --claims                     docs/claims.md from the results that are there",
+    "  moekit ablate --claims                     docs/claims.md and recipes' pages from the results that are there",
 )

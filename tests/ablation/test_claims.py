@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from small_tables import TABLE, changed, run, write_table
 
+from moekit.ablation.beside import BEGIN, END, with_part
 from moekit.ablation.claims import claims_page, read_claims
 from moekit.ablation.pages import markdown
-from moekit.ablation.session import CLAIMS, committed_results, write_claims_page
+from moekit.ablation.session import CLAIMS, committed_results, write_claims
 from moekit.ablation.table import RECIPES, read_table, table_files
 from moekit.ablation.verdict import VERDICTS
 from moekit.errors import UserError
@@ -30,6 +31,12 @@ def test_the_page_is_what_list_and_results_make() -> None:
     """`moekit ablate --claims` writes it; nothing is typed in."""
     page = RECIPES.parent / "docs" / "claims.md"
     assert page.read_text(encoding="utf-8") == claims_page(LISTED, RESULTS)
+
+
+@pytest.mark.parametrize("page", sorted(RECIPES.glob("*/README.md")), ids=lambda page: page.parent.name)
+def test_pages_of_recipes_say_of_dense_twins_what_results_make(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text == with_part(text, page.parent.name, RESULTS)
 
 
 def test_the_list_holds_every_paper_and_tier() -> None:
@@ -89,7 +96,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_a_claim_from_list_to_page(checkout: Path, tmp_path: Path) -> None:
-    write_claims_page(checkout)
+    write_claims(checkout)
     page = (tmp_path / "docs" / "claims.md").read_text()
     assert "| not measured yet | 2 |" in page
     assert "| not testable here | 1 |" in page
@@ -101,7 +108,7 @@ def test_a_claim_from_list_to_page(checkout: Path, tmp_path: Path) -> None:
     path = write_table(folder, changed(claims=[TABLE["claims"][0], extra]), "size")
     found, _ = run(path, tmp_path / "runs", out=checkout / "moe_lm" / "results" / "ablations")
     assert found is not None
-    write_claims_page(checkout)
+    write_claims(checkout)
     page = (tmp_path / "docs" / "claims.md").read_text()
     assert "| reproduced | 1 | many-better |" in page
     assert "Believe, for small models:\n\n- More experts are better. (many-better)" in page
@@ -140,26 +147,48 @@ def test_the_better_founded_of_two_answers_counts(checkout: Path) -> None:
         assert [word for word in ("few", "wide", "narrow") if f"| many-better | {word} |" in others] == ["few", "wide"]
 
 
+def beside_twin(recipe: str, high: float, settings: dict[str, Any], control: str) -> dict[str, Any]:
+    """A result with two claims, whose interval ends there."""
+    claim = {
+        "id": f"OURS-{recipe}", "claim": "", "hypothesis": "h", "kind": "better", "metric": "test.causal_lm.loss",
+        "arm": "a", "against": "b", "direction": "lower", "smallest": 0.1, "bound": None, "pairs": 5,
+        "verdict": "inconclusive", "difference": -1.0, "interval": [-2.0, high], "means": {"a": 1.0, "b": 2.0},
+    }  # fmt: skip
+    floors = ({"floors.causal_lm.test.knowing": 0.25}, {"floors.causal_lm.test.knowing": 0.75})
+    runs = {str(seed): {"metrics": metrics} for seed, metrics in enumerate(floors)}
+    return {
+        "table": f"{recipe}/size", "title": "Many", "recipe": recipe, "variant": "facts", "settings": settings,
+        "arms": {"a": {"settings": {}, "runs": runs}, "b": {"settings": {"model.num_experts": 0}, "runs": runs}},
+        "claims": [claim] * 2, "control": {**claim, "verdict": control, "interval": [-2.0, 2.0]},
+        "made": {"minutes": 3.0}, "learning_rates": None,
+    }  # fmt: skip
+
+
+def test_the_part_of_a_recipes_page() -> None:
+    results = {"moe_lm/size": beside_twin("moe_lm", -0.5, {}, "reproduced")}
+    page = f"# A\n\n{BEGIN}\nof yesterday\n{END}\n\n## B\n"
+    made = with_part(page, "moe_lm", results)
+    assert made.startswith(
+        f"# A\n\n{BEGIN}\n\nMany, variant `facts` and its dense twin, over 5 pairs of seeds ([the table]"
+    )
+    assert made.endswith(f"{END}\n\n## B\n")
+    assert "| `test.causal_lm.loss` | 1 | 2 | -1 [-2, -0.5] | **inconclusive** |" in made
+    assert "A model that knows everything would lose 0.5. The negative control holds: -1 [-2, +2]," in made
+    assert "of yesterday" not in made
+    assert with_part(made, "moe_lm", results) == made
+    assert "No variant has been measured beside its dense twin" in with_part(made, "switch", results)
+    for bad in ("# A\n", f"{BEGIN}\n", f"{END}\n{BEGIN}\n", page + page):
+        with pytest.raises(UserError, match=r"README\.md: must have .* each once"):
+            with_part(bad, "moe_lm", results)
+
+
 def test_variants_beside_their_dense_twins(checkout: Path) -> None:
     """Those as they are, by the first claim; the interval decides who is ahead, not the verdict."""
-
-    def result(recipe: str, high: float, settings: dict[str, Any], control: str) -> dict[str, Any]:
-        claim = {
-            "id": f"OURS-{recipe}", "claim": "", "hypothesis": "h", "kind": "better", "metric": "m", "arm": "a",
-            "against": "b", "direction": "lower", "smallest": 0.1, "bound": None, "pairs": 5, "verdict": "inconclusive",
-            "difference": -1.0, "interval": [-2.0, high], "means": {"a": 1.0, "b": 2.0},
-        }  # fmt: skip
-        return {
-            "table": f"{recipe}/size", "recipe": recipe, "variant": "facts", "settings": settings,
-            "arms": {"a": {"settings": {}}, "b": {"settings": {"model.num_experts": 0}}}, "made": {"minutes": 3.0},
-            "claims": [claim] * 2, "control": {"verdict": control},
-        }  # fmt: skip
-
     results = [
-        result("moe_lm", -0.5, {"evaluate.samples": 0}, "reproduced"),
-        result("switch", -0.1, {}, "inconclusive"),
-        result("gshard", 0.1, {}, "reproduced"),
-        result("st_moe", -0.1, {"model.dim": 8}, "reproduced"),
+        beside_twin("moe_lm", -0.5, {"evaluate.samples": 0}, "reproduced"),
+        beside_twin("switch", -0.1, {}, "inconclusive"),
+        beside_twin("gshard", 0.1, {}, "reproduced"),
+        beside_twin("st_moe", -0.1, {"model.dim": 8}, "reproduced"),
     ]
     page = claims_page(read_claims(checkout / CLAIMS), {each["table"]: each for each in results})
     section = page.split("## Sparse models beside their dense twins")[1].split("\n\n## ")[0]
@@ -170,7 +199,7 @@ def test_variants_beside_their_dense_twins(checkout: Path) -> None:
     rows = [line for line in section.splitlines() if line.startswith("| ")][2:]
     assert [row.split(",")[0] for row in rows] == ["| moe_lm", "| switch", "| gshard"]
     assert "| 1 | 2 | -1 [-2, -0.5] | 5 | inconclusive | [" in rows[0]
-    assert "inconclusive, as the negative control does not hold" in rows[1]
+    assert "inconclusive, as the negative control is not shown to hold" in rows[1]
 
 
 @pytest.mark.parametrize(
@@ -193,4 +222,4 @@ def test_bad_lists_are_refused(text: str, said: str, tmp_path: Path) -> None:
 
 def test_without_a_checkout_there_is_no_page(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--claims needs moekit's checkout"):
-        write_claims_page(tmp_path / "wheel")
+        write_claims(tmp_path / "wheel")

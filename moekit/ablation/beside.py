@@ -1,0 +1,103 @@
+"""The part of a recipe's page that sets its variants beside their dense twins: made of results alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moekit.ablation.measures import floor_of
+from moekit.ablation.pages import asked, ours, table_of, value_words
+from moekit.ablation.pairs import twin_claims
+from moekit.atomic import write_text
+from moekit.errors import UserError
+from moekit.shell import NAME
+from moekit.wording import counted
+
+BEGIN = (
+    f"<!-- From here on written by `{NAME} ablate --claims` from results/ablations/*.json; edits of it are lost. -->"
+)
+END = "<!-- To here. -->"
+PAGE = "README.md"
+
+
+def write_parts(recipes: Path, results: Mapping[str, Mapping[str, Any]]) -> list[Path]:
+    """Write that part of the page of every recipe whose page marks a place for it; returns these pages.
+
+    Args:
+        recipes: the folder of the recipes' folders.
+        results: results of tables by ``RECIPE/TABLE``.
+
+    Raises:
+        UserError: a page has one mark without the other.
+    """
+    found = []
+    for path in sorted(recipes.glob(f"*/{PAGE}")):
+        page = path.read_text(encoding="utf-8")
+        if BEGIN in page or END in page:
+            write_text(path, with_part(page, path.parent.name, results, str(path)))
+            found.append(path)
+    return found
+
+
+def with_part(page: str, recipe: str, results: Mapping[str, Mapping[str, Any]], where: str = PAGE) -> str:
+    """A page with what lies between its two marks made anew.
+
+    Raises:
+        UserError: the marks are not there, each once and in order; `where` begins the message.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in after:
+        raise UserError(f"{where}: must have {BEGIN!r} and, after it, {END!r}, each once. Put them there.")
+    return f"{before}{BEGIN}\n\n{_part(recipe, results)}\n\n{END}{after}"
+
+
+def _part(recipe: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    measured = [
+        _of_table(result, claims)
+        for result in results.values()
+        if result["recipe"] == recipe and (claims := twin_claims(result))
+    ]
+    if not measured:
+        return f"No variant has been measured beside its dense twin over several seeds yet: see `{NAME} ablate --list`."
+    return "\n\n".join(measured)
+
+
+def _of_table(result: Mapping[str, Any], claims: list[Mapping[str, Any]]) -> str:
+    name = result["table"].rpartition("/")[2]
+    rates = "each at the best learning rate of one grid, " if result["learning_rates"] else ""
+    pairs = counted(max(claim["pairs"] for claim in claims), "pair")
+    rows = [
+        [
+            f"`{claim['metric']}`",
+            *(value_words(claim["means"][claim[side]]) for side in ("arm", "against")),
+            ours(claim),
+            f"**{claim['verdict']}**",
+        ]
+        for claim in claims
+    ]
+    parts = [
+        f"{result['title']}, variant `{result['variant']}` and its dense twin, {rates}over {pairs} of seeds "
+        f"([the table](results/ablations/{name}.md), made by `{NAME} ablate {result['table']}`):",
+        table_of(["", "sparse", "dense", "difference, 95 % interval", "verdict"], rows),
+        " ".join(filter(None, [_floor(result, claims[0]), _control(result)])),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _floor(result: Mapping[str, Any], claim: Mapping[str, Any]) -> str:
+    """What a model that knows everything would lose, where that is known."""
+    runs = [run["metrics"] for run in result["arms"][claim["arm"]]["runs"].values()]
+    key = floor_of(claim["metric"])
+    known = [metrics[key] for metrics in runs if key in metrics]
+    return f"A model that knows everything would lose {value_words(statistics.fmean(known))}." if known else ""
+
+
+def _control(result: Mapping[str, Any]) -> str:
+    control = result["control"]
+    if "none" in control:
+        return ""
+    holds = "holds" if control["verdict"] == "reproduced" else "is not shown to hold, so that all is inconclusive"
+    return f"The negative control {holds}: {ours(control)}, {asked(control)}."
