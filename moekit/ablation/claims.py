@@ -175,7 +175,6 @@ def _twins(results: Mapping[str, Mapping[str, Any]]) -> str:
     found = [(result, claims[0]) for result in results.values() if (claims := twin_claims(result))]
     if not found:
         return ""
-    ahead = [result["recipe"] for result, claim in found if _is_on_claimed_side(claim)]
     rows = [
         [
             f"{result['recipe']}, `{result['variant']}`", f"`{claim['metric']}`",
@@ -194,19 +193,35 @@ def _twins(results: Mapping[str, Mapping[str, Any]]) -> str:
         "verdict",
         "",
     ]
+    plain = [(result, claim) for result, claim in found if result["variant"] == _PLAIN]
+    knowing = [(result, claim) for result, claim in found if result["variant"] != _PLAIN]
     return (
         "## Sparse models beside their dense twins\n\n"
-        "A dense twin has the operations for a token of the sparse model, and its text, steps and seeds; each has the "
-        "best learning rate of one grid, by other seeds. The text holds more facts, or words of languages, than a "
-        f"dense model of that size learns: [knowledge](guides/knowledge.md). Of {counted(len(found), 'recipe')} that "
-        f"{'was' if len(found) == 1 else 'were'} measured so, the whole interval lies on the sparse side in "
-        f"{len(ahead)}{': ' if ahead else ''}{', '.join(ahead)}.\n\n" + table_of(headers, rows)
+        "A dense twin has the operations for a token of the sparse model, and its text, steps and seeds. The variants "
+        "`facts` and `lexicon` are of text that holds more facts, or words of languages, than a dense model of that "
+        "size learns: [knowledge](guides/knowledge.md); there each has the best learning rate of one grid, by other "
+        f"seeds. {_sides(knowing)} The variants `{_PLAIN}` are of text of a grammar and two hundred words. {_sides(plain)}\n\n"
+        + table_of(headers, rows)
     )
 
 
-def _is_on_claimed_side(claim: Mapping[str, Any]) -> bool:
-    low, high = claim["interval"]
-    return bool(high < 0 if claim["direction"] == "lower" else low > 0)
+_PLAIN = "tiny"
+"""The variant of each recipe on text without knowledge."""
+
+
+def _sides(found: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
+    """On whose side the whole interval lies, of how many recipes."""
+    if not found:
+        return "None is measured so."
+    ahead: dict[str, list[str]] = {"sparse": [], "dense": []}
+    for result, claim in found:
+        low, high = claim["interval"]
+        if low > 0 or high < 0:
+            better = high < 0 if claim["direction"] == "lower" else low > 0
+            ahead["sparse" if better else "dense"].append(result["recipe"])
+    named = {side: f" ({', '.join(names)})" if names else "" for side, names in ahead.items()}
+    said = [f"on the {side} side in {len(names)}{named[side]}" for side, names in ahead.items()]
+    return f"Of {counted(len(found), 'recipe')} the whole interval lies {', and '.join(said)}."
 
 
 def _of_control(result: Mapping[str, Any]) -> str:

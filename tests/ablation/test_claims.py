@@ -189,15 +189,16 @@ def test_variants_beside_their_dense_twins(checkout: Path) -> None:
         beside_twin("switch", -0.1, {}, "inconclusive"),
         beside_twin("gshard", 0.1, {}, "reproduced"),
         beside_twin("st_moe", -0.1, {"model.dim": 8}, "reproduced"),
+        beside_twin("base_layers", 2.0, {}, "reproduced") | {"variant": "tiny"},
     ]
+    results[-1]["claims"][0]["interval"] = [0.5, 2.0]
     page = claims_page(read_claims(checkout / CLAIMS), {each["table"]: each for each in results})
     section = page.split("## Sparse models beside their dense twins")[1].split("\n\n## ")[0]
-    assert (
-        "Of 3 recipes that were measured so, the whole interval lies on the sparse side in 2: moe_lm, switch."
-        in section
-    )
+    told = "Of 3 recipes the whole interval lies on the sparse side in 2 (moe_lm, switch), and on the dense side in 0."
+    assert told in section
+    assert "Of 1 recipe the whole interval lies on the sparse side in 0, and on the dense side in 1 (base_" in section
     rows = [line for line in section.splitlines() if line.startswith("| ")][2:]
-    assert [row.split(",")[0] for row in rows] == ["| moe_lm", "| switch", "| gshard"]
+    assert [row.split(",")[0] for row in rows] == ["| moe_lm", "| switch", "| gshard", "| base_layers"]
     assert "| 1 | 2 | -1 [-2, -0.5] | 5 | inconclusive | [" in rows[0]
     assert "inconclusive, as the negative control is not shown to hold" in rows[1]
 
