@@ -200,8 +200,8 @@ def _twins(results: Mapping[str, Mapping[str, Any]]) -> str:
         "A dense twin has the operations for a token of the sparse model, and its text, steps and seeds. The variants "
         "`facts` and `lexicon` are of text that holds more facts, or words of languages, than a dense model of that "
         "size learns: [knowledge](guides/knowledge.md); there each has the best learning rate of one grid, by other "
-        f"seeds. {_sides(knowing)} The variants `{_PLAIN}` are of text of a grammar and two hundred words. {_sides(plain)}\n\n"
-        + table_of(headers, rows)
+        f"seeds. {_sides(knowing)} The variants `{_PLAIN}` are of text of a grammar and two hundred words. "
+        f"{_sides(plain)}\n\n" + table_of(headers, rows)
     )
 
 
