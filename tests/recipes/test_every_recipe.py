@@ -274,13 +274,14 @@ ARMS = [
 ]
 
 
-FIRST = {table: next(arm for of, arm in ARMS if of == table) for table, _ in ARMS}
+# Of a table the first arm, but where that is the variant which every recipe trains above.
+FIRST = {table: next(arm for of, arm in ARMS if of == table) for table, _ in ARMS if not table.endswith("/plain")}
 
 
 @pytest.mark.parametrize(
     ("table", "arm"),
     [
-        pytest.param(table, arm, id=f"{table}-{arm}", marks=[pytest.mark.slow] * (arm != FIRST[table]))
+        pytest.param(table, arm, id=f"{table}-{arm}", marks=[pytest.mark.slow] * (arm != FIRST.get(table)))
         for table, arm in ARMS
     ],
 )
