@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ def test_the_page_is_what_list_and_results_make() -> None:
 def test_pages_of_recipes_say_of_dense_twins_what_results_make(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text == with_part(text, page.parent.name, RESULTS)
+
+
+@pytest.mark.parametrize("page", sorted(RECIPES.glob("*/README.md")), ids=lambda page: page.parent.name)
+def test_what_pages_of_recipes_call_not_measured_yet_has_no_result(page: Path) -> None:
+    for row in page.read_text(encoding="utf-8").splitlines():
+        for recipe, name in re.findall(r"\((?:\.\./(\w+)/)?ablations/(\w+)\.yaml\)[^|]*?not measured yet", row):
+            assert f"{recipe or page.parent.name}/{name}" not in RESULTS, row
 
 
 def test_the_list_holds_every_paper_and_tier() -> None:
