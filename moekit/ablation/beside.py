@@ -1,14 +1,14 @@
-"""The part of a recipe's page that sets its variants beside their dense twins: made of results alone."""
+"""Variants beside their dense twins, on the page of each recipe and on that of all claims: made of results alone."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moekit.ablation.measures import floor_of
-from moekit.ablation.pages import asked, ours, table_of, value_words
+from moekit.ablation.pages import asked, link_to, ours, table_of, value_words
 from moekit.ablation.pairs import twin_claims
 from moekit.atomic import write_text
 from moekit.errors import UserError
@@ -20,6 +20,8 @@ BEGIN = (
 )
 END = "<!-- To here. -->"
 PAGE = "README.md"
+_PLAIN = "tiny"
+"""The variant of each recipe on text without knowledge."""
 
 
 def write_parts(recipes: Path, results: Mapping[str, Mapping[str, Any]]) -> list[Path]:
@@ -52,6 +54,52 @@ def with_part(page: str, recipe: str, results: Mapping[str, Mapping[str, Any]], 
     if not (begin and end) or BEGIN in rest or END in after:
         raise UserError(f"{where}: must have {BEGIN!r} and, after it, {END!r}, each once. Put them there.")
     return f"{before}{BEGIN}\n\n{_part(recipe, results)}\n\n{END}{after}"
+
+
+def all_beside(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The part of the page of claims: each variant by the first claim of its table, which is of the loss."""
+    found = [(result, claims[0]) for result in results.values() if (claims := twin_claims(result))]
+    if not found:
+        return ""
+    rows = [
+        [
+            f"{result['recipe']}, `{result['variant']}`", f"`{claim['metric']}`",
+            *(value_words(claim["means"][claim[side]]) for side in ("arm", "against")), ours(claim),
+            str(claim["pairs"]), f"{claim['verdict']}{_of_control(result)}", link_to(result),
+        ]
+        for result, claim in found
+    ]  # fmt: skip
+    headers = ["recipe, variant", "loss", "sparse", "dense", "difference, 95 % interval", "pairs", "verdict", ""]
+    plain = [(result, claim) for result, claim in found if result["variant"] == _PLAIN]
+    knowing = [(result, claim) for result, claim in found if result["variant"] != _PLAIN]
+    return (
+        "## Sparse models beside their dense twins\n\n"
+        "A dense twin has the operations for a token of the sparse model, and its text, steps and seeds. The variants "
+        "`facts` and `lexicon` are of text that holds more facts, or words of languages, than a dense model of that "
+        "size learns: [knowledge](guides/knowledge.md); there each has the best learning rate of one grid, by other "
+        f"seeds. {_sides(knowing)} The variants `{_PLAIN}` are of text of a grammar and two hundred words. "
+        f"{_sides(plain)}\n\n" + table_of(headers, rows)
+    )
+
+
+def _sides(found: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
+    """On whose side the whole interval lies, of how many recipes."""
+    if not found:
+        return "None is measured so."
+    ahead: dict[str, list[str]] = {"sparse": [], "dense": []}
+    for result, claim in found:
+        low, high = claim["interval"]
+        if low > 0 or high < 0:
+            better = high < 0 if claim["direction"] == "lower" else low > 0
+            ahead["sparse" if better else "dense"].append(result["recipe"])
+    named = {side: f" ({', '.join(names)})" if names else "" for side, names in ahead.items()}
+    said = [f"on the {side} side in {len(names)}{named[side]}" for side, names in ahead.items()]
+    return f"Of {counted(len(found), 'recipe')} the whole interval lies {', and '.join(said)}."
+
+
+def _of_control(result: Mapping[str, Any]) -> str:
+    failed = result["control"].get("verdict", "reproduced") != "reproduced"
+    return ", as the negative control is not shown to hold" if failed else ""
 
 
 def _part(recipe: str, results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -8,13 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moekit.ablation.pages import MISSING, asked, ours, table_of, value_words
-from moekit.ablation.pairs import twin_claims
+from moekit.ablation.beside import all_beside
+from moekit.ablation.pages import MISSING, asked, link_to, ours, table_of
 from moekit.ablation.part import Part
 from moekit.ablation.verdict import VERDICTS, count_verdicts
 from moekit.runs.yaml_file import read_mapping
-from moekit.shell import NAME
-from moekit.wording import counted
 
 Tier = Literal["A", "B", "C", "D"]
 
@@ -99,7 +97,7 @@ def claims_page(claims: Sequence[Claim], results: Mapping[str, Mapping[str, Any]
         "<!-- Written by `moekit ablate --claims` from recipes/claims.yaml and recipes/*/results/ablations/*.json; "
         "edits here are lost. -->",
         _first_screen(claims, answers),
-        _twins(results),
+        all_beside(results),
         *_papers(claims, answers),
         _others(answers, results),
     ]
@@ -170,65 +168,6 @@ def _believe(claims: Sequence[Claim], answers: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _twins(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Each variant that was measured beside its dense twin: by the first claim of its table, which is of the loss."""
-    found = [(result, claims[0]) for result in results.values() if (claims := twin_claims(result))]
-    if not found:
-        return ""
-    rows = [
-        [
-            f"{result['recipe']}, `{result['variant']}`", f"`{claim['metric']}`",
-            *(value_words(claim["means"][claim[side]]) for side in ("arm", "against")), ours(claim),
-            str(claim["pairs"]), f"{claim['verdict']}{_of_control(result)}", _link(result),
-        ]
-        for result, claim in found
-    ]  # fmt: skip
-    headers = [
-        "recipe, variant",
-        "loss",
-        "sparse",
-        "dense",
-        "difference, 95 % interval",
-        "pairs of seeds",
-        "verdict",
-        "",
-    ]
-    plain = [(result, claim) for result, claim in found if result["variant"] == _PLAIN]
-    knowing = [(result, claim) for result, claim in found if result["variant"] != _PLAIN]
-    return (
-        "## Sparse models beside their dense twins\n\n"
-        "A dense twin has the operations for a token of the sparse model, and its text, steps and seeds. The variants "
-        "`facts` and `lexicon` are of text that holds more facts, or words of languages, than a dense model of that "
-        "size learns: [knowledge](guides/knowledge.md); there each has the best learning rate of one grid, by other "
-        f"seeds. {_sides(knowing)} The variants `{_PLAIN}` are of text of a grammar and two hundred words. "
-        f"{_sides(plain)}\n\n" + table_of(headers, rows)
-    )
-
-
-_PLAIN = "tiny"
-"""The variant of each recipe on text without knowledge."""
-
-
-def _sides(found: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
-    """On whose side the whole interval lies, of how many recipes."""
-    if not found:
-        return "None is measured so."
-    ahead: dict[str, list[str]] = {"sparse": [], "dense": []}
-    for result, claim in found:
-        low, high = claim["interval"]
-        if low > 0 or high < 0:
-            better = high < 0 if claim["direction"] == "lower" else low > 0
-            ahead["sparse" if better else "dense"].append(result["recipe"])
-    named = {side: f" ({', '.join(names)})" if names else "" for side, names in ahead.items()}
-    said = [f"on the {side} side in {len(names)}{named[side]}" for side, names in ahead.items()]
-    return f"Of {counted(len(found), 'recipe')} the whole interval lies {', and '.join(said)}."
-
-
-def _of_control(result: Mapping[str, Any]) -> str:
-    failed = result["control"].get("verdict", "reproduced") != "reproduced"
-    return ", as the negative control is not shown to hold" if failed else ""
-
-
 def _papers(claims: Sequence[Claim], answers: Mapping[str, Any]) -> list[str]:
     found = []
     headers = [
@@ -261,12 +200,7 @@ def _row(claim: Claim, answers: Mapping[str, Any]) -> list[str]:
     answer, result = answers[claim.id]
     measured = f"{ours(answer)}: {asked(answer)}"
     minutes = f"{result['made']['minutes']:.0f}"
-    return [*first, measured, answer["verdict"], str(answer["pairs"]), minutes, _link(result)]
-
-
-def _link(result: Mapping[str, Any]) -> str:
-    recipe, _, name = result["table"].partition("/")
-    return f"[`{NAME} ablate {result['table']}`](../recipes/{recipe}/results/ablations/{name}.md)"
+    return [*first, measured, answer["verdict"], str(answer["pairs"]), minutes, link_to(result)]
 
 
 def _others(answers: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -276,7 +210,7 @@ def _others(answers: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]
         for answer in result["claims"]:
             if answer["id"] not in answers or answers[answer["id"]][0] is not answer:
                 words, measured = answer["claim"] or answer["hypothesis"], f"{ours(answer)}: {asked(answer)}"
-                rows.append([answer["id"], words, measured, answer["verdict"], str(answer["pairs"]), _link(result)])
+                rows.append([answer["id"], words, measured, answer["verdict"], str(answer["pairs"]), link_to(result)])
     if not rows:
         return ""
     headers = ["check", "", "here, 95 % interval", "verdict", "pairs of seeds", "table"]

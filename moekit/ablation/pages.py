@@ -274,6 +274,12 @@ def _metrics(found: Mapping[str, Any]) -> list[str]:
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
+def link_to(result: Mapping[str, Any]) -> str:
+    """A link from docs/ to the page of a result."""
+    recipe, _, name = result["table"].partition("/")
+    return f"[`{NAME} ablate {result['table']}`](../recipes/{recipe}/results/ablations/{name}.md)"
+
+
 def table_of(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     cells = [headers, ["---"] * len(headers), *rows]
