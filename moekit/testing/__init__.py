@@ -27,7 +27,8 @@ from moekit.testing.closeness import TOLERANCES, assert_close, assert_same
 from moekit.testing.dispatchers import DISPATCHER_CHECKS
 from moekit.testing.distributed import JoinedProcesses, run_distributed
 from moekit.testing.experts import EXPERTS_CHECKS
-from moekit.testing.routers import ROUTER_CHECKS, check_routing
+from moekit.testing.routers import ROUTER_CHECKS
+from moekit.testing.routing import check_routing
 
 T = TypeVar("T")
 

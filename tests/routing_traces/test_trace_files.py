@@ -43,7 +43,7 @@ from moekit.routing_traces.recording import on_host
 from moekit.routing_traces.trace import joined, part_of
 from moekit.routing_traces.writing import comment, digest
 from moekit.testing.cases import skewed_tokens, some_context, some_mask
-from moekit.testing.routers import check_routing
+from moekit.testing.routing import check_routing
 from moekit.training.callbacks.routing_recorder import RoutingRecorder
 
 D, E, T = 8, 4, 48
