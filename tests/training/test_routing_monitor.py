@@ -261,23 +261,46 @@ def test_counts_are_those_of_every_training_batch_once() -> None:
     assert not layer._forward_hooks or len(layer._forward_hooks) == 1
 
 
-def test_spikes_are_above_median_and_spread() -> None:
+def test_spikes_are_above_median_and_spread_and_all_before() -> None:
     generator = torch.Generator().manual_seed(3)
-    values = [5.0, *(3 + torch.randn(60, generator=generator)).abs().tolist(), 30.0, math.nan, math.inf, 30.0, 3.0]
+    noise = (3 + torch.randn(300, generator=generator)).abs().tolist()
+    values = [5.0, *noise[:60], 30.0, math.nan, math.inf, 30.0, 3.0, *noise[60:90], 30.0, 33.0, 40.0, *noise[90:], 30.0]
     rule, past, found, wanted = Spikes(6.0, 40, 0.1), [], [], []
     for value in values:
         found.append(rule.see(value) is not None)
-        recent = past[-40:]
+        recent, all_kept = past[-40:], past[-80:]
         middle = statistics.median(recent) if recent else 0.0
         spread = max(1.4826 * statistics.median([abs(v - middle) for v in recent]), 0.1 * middle) if recent else 0.0
-        wanted.append(len(recent) >= 20 and math.isfinite(value) and value > middle + 6 * spread)
+        above = all(value > v + spread for v in all_kept[:-9])
+        wanted.append(len(recent) >= 20 and math.isfinite(value) and value > middle + 6 * spread and above)
         past += [value] if math.isfinite(value) else []
     assert found == wanted
-    assert sum(found) == 2
+    seen = [value for value, is_spike in zip(values, found, strict=True) if is_spike]
+    assert seen == [30.0, 30.0, 33.0, 40.0, 30.0], "30 is one again when nothing like it was seen for 80 steps"
+
+
+@pytest.mark.parametrize("height", [9.0, 1e9])
+def test_a_level_that_stays_is_no_spike_after_ten_steps(height: float) -> None:
     level = Spikes(6.0, 40, 0.1)
     assert [level.see(1.0) for _ in range(40)][-1] is None
-    judged = [level.see(9.0) is not None for _ in range(40)]
-    assert judged == [True] * 20 + [False] * 20, "a level that stays is the median in the end"
+    judged = [level.see(height) is not None for _ in range(40)]
+    assert judged == [True] * 10 + [False] * 30
+
+
+def test_seldom_batches_of_other_text_are_spikes_once() -> None:
+    """Two kinds of text, one batch in fifty of the second, at twice the loss of the first, while both are learnt."""
+    generator = torch.Generator().manual_seed(0)
+    rule, found = Spikes(6.0, 100, 0.1), []
+    for step in range(2000):
+        level = 1 + 3 * math.exp(-step / 300)
+        noise = 1 + 0.02 * float(torch.randn((), generator=generator))
+        spike = rule.see(level * noise * (2.0 if step % 50 == 25 else 1.0))
+        found += [step] if spike is not None else []
+    assert found in ([25], [75]), "the first one that can be judged, and no other"
+    spike = rule.see(100.0)
+    assert spike is not None
+    assert spike.largest is not None
+    assert spike.bound == spike.largest + spike.spread
 
 
 @pytest.mark.parametrize(

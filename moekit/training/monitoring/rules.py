@@ -69,8 +69,8 @@ class Thresholds:
         max_drop_rate: share of the assignments that may be dropped for capacity, from the second window on.
         max_logsumexp: mean logsumexp of the router's logits, in nats, that is allowed. Logits of 50 leave a softmax in
             bfloat16 no digits.
-        loss_spike: spreads above the running median from which on a loss is a spike. The spread is a tenth of the
-            median or more.
+        loss_spike: spreads above the running median from which on a loss is a spike, if it is above all of twice as
+            many steps too, by a spread. The spread is a tenth of the median or more.
         gradient_spike: the same of the gradient norm, whose spread is half of the median or more.
         spike_window: steps that median and spread are of.
 
@@ -200,9 +200,12 @@ def unweighed(layer: LayerFigures) -> str | None:
 
 def spike_text(what: str, step: int, spike: Spike, factor: float, done: str) -> str:
     """What is said of a spike; `done` is what was done about it."""
+    if spike.largest is None:
+        why = f"the median {spike.median:.4g} of the last {spike.known} steps and {factor:.4g} times their spread"
+    else:
+        why = f"the largest {spike.largest:.4g} of the steps before and the spread"
     return (
-        f"{what} {spike.value:.4g} of step {step} is a spike: above {spike.bound:.4g}, the median {spike.median:.4g} "
-        f"of the last {spike.known} steps and {factor:.4g} times their spread {spike.spread:.4g}. {done}"
+        f"{what} {spike.value:.4g} of step {step} is a spike: above {spike.bound:.4g}, {why} {spike.spread:.4g}. {done}"
     )
 
 

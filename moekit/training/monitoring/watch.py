@@ -27,12 +27,10 @@ from moekit.training.monitoring.rules import (
     troubles,
     unweighed,
 )
-from moekit.training.monitoring.spikes import Spikes
+from moekit.training.monitoring.spikes import MOST_IN_A_ROW, Spikes
 
 OnSpike = Literal["warn", "skip", "stop"]
 OnTrouble = Literal["warn", "stop"]
-MOST_IN_A_ROW = 10
-"""Steps left out in a row after which training ends."""
 _LAYER_KINDS: tuple[Kind, ...] = ("dead", "collapse", "drops", "logits")
 _ADVICE = (
     'Lower the learning rate, clip gradients, or look at the data of that step; on_spike="skip" leaves such steps out.'
