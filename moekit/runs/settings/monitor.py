@@ -31,7 +31,7 @@ class MonitorConfig:
         max_logsumexp: mean logsumexp of a router's logits that is allowed.
         loss_spike: spreads above its running median from which on a loss is a spike.
         gradient_spike: spreads above its running median from which on a gradient norm is a spike.
-        spike_window: number of optimizer steps that median and spread are of.
+        spike_window: number of optimizer steps that median and spread are of; of twice as many a spike is the largest.
     """
 
     every: int = setting(0, at_least=0)
