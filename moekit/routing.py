@@ -364,6 +364,8 @@ class Router(Component, ABC):
         observes: whether `observe` wants to be told what training forwards returned.
         by_position: whether a token's experts depend on its place among the tokens of the batch even where nothing is
             dropped (dealing in turn), so that tokens in another order get other experts.
+        needs_balance: whether a balance loss that it returns should weigh something; false of a router that is said to
+            do without, and returns one for comparisons.
         expert_dims: dimension that counts experts, by name of a parameter or buffer of this router; what is not named
             is the same for all experts. None (default) = not known: experts can then not be taken out or added
             (`moekit.surgery`).
@@ -376,6 +378,7 @@ class Router(Component, ABC):
     allow_future: bool = False
     observes: bool = False
     by_position: bool = False
+    needs_balance: ClassVar[bool] = True
     expert_dims: ClassVar[Mapping[str, int] | None] = None
     expert_ids: ClassVar[tuple[str, ...]] = ()
     shown: ClassVar[tuple[str, ...]] = ()

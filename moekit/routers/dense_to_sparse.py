@@ -112,6 +112,7 @@ class DenseToSparseRouter(ScoredRouter):
         is quadratic in the tokens.
     """
 
+    needs_balance = False
     shown = ("dim", "num_experts", "temperature", "hard_from", "threshold", "weights")
     step: Tensor
 

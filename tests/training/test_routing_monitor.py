@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import moekit as mk
 from moekit.errors import TrainingStoppedError
+from moekit.routers import DenseToSparseRouter, ExponentialDecay
 from moekit.routing import Capacity
 from moekit.testing import run_distributed
 from moekit.testing.distributed import JoinedProcesses
@@ -113,6 +114,15 @@ def test_a_healthy_run_is_told_nothing() -> None:
     monitor = RoutingMonitor(SHORT, say=said.append)
     fit(Model(), monitor, steps=60)
     assert said == []
+    assert kinds(monitor) == []
+
+
+def test_a_router_that_does_without_a_balance_loss_is_told_nothing_of_it() -> None:
+    model = Model(weigh=False)
+    model.moe.router = DenseToSparseRouter(D, E, ExponentialDecay(2.0, 0.5, 30), hard_from=30)
+    monitor = RoutingMonitor(Thresholds(window=10, max_load=E, min_evenness=0.0, dead_share=0.0))
+    fit(model, monitor, steps=40)
+    assert "load_balance" in model.moe(batches(1)[0]).routing.losses, "which others are told of"
     assert kinds(monitor) == []
 
 

@@ -46,6 +46,7 @@ class LayerCounts:
         self.hearing = False
         self._names = list(found)
         self._balance: dict[str, tuple[str, ...]] = dict.fromkeys(found, ())
+        self._without = {name for name, layer in found.items() if not layer.router.needs_balance}
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         if self.layers and device.type == "mps":
             raise UserError(
@@ -80,7 +81,8 @@ class LayerCounts:
                 # Where nothing is real there is no logsumexp; 0 * nan would spoil the sum.
                 self._own[number, 0] += torch.where(count > 0, size * count, torch.zeros_like(count))
                 self._own[number, 1] += count
-        balance = {key: loss for key, loss in routing.losses.items() if key not in NO_BALANCE and loss.requires_grad}
+        losses = {} if name in self._without else routing.losses
+        balance = {key: loss for key, loss in losses.items() if key not in NO_BALANCE and loss.requires_grad}
         for loss in balance.values():
             loss.register_hook(self._came_back(number))
         if balance:
