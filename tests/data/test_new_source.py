@@ -105,7 +105,7 @@ def test_every_kind_is_one_file_and_one_line(kind: str) -> None:
     """Nothing in the rooms of text knows a kind but its own file, and one line of the registry."""
     made = source_class(kind)
     own = PACKAGE.parent / Path(*made.__module__.split(".")).with_suffix(".py")
-    rooms = [PACKAGE / "source.py", *(PACKAGE / "data").rglob("*.py"), *(PACKAGE / "babel").rglob("*.py")]
+    rooms = [path for room in ("source", "data", "babel") for path in (PACKAGE / room).rglob("*.py")]
     elsewhere = {path for path in rooms if made.__name__ in names(path)} - {own, REGISTRY}
     assert elsewhere <= (MADE_OF_BABEL if own.parent.name == "babel" else set())
     lines = [line for line in REGISTRY.read_text(encoding="utf-8").splitlines() if made.__name__ in line.split()]
