@@ -185,6 +185,7 @@ def _papers(claims: Sequence[Claim], answers: Mapping[str, Any]) -> list[str]:
         found.append(f"## {paper}\n\n" + table_of(headers, rows))
     tiers = "; ".join(f"{tier}: {words}" for tier, words in TIERS.items())
     return [
+        "## How to read what follows\n\n"
         f"Tiers say how far a small machine can go: {tiers}. Minutes are of one processor, for the whole table, which "
         "may answer several claims. `moekit ablate TABLE` makes it again.",
         *found,
