@@ -1,4 +1,4 @@
-"""Numbers with their nouns."""
+"""Words that pages and messages share: numbers with their nouns, and cells of tables."""
 
 from __future__ import annotations
 
@@ -15,3 +15,12 @@ def counted(number: int, one: str, several: str | None = None) -> str:
     ('1 example', '1,200 processes')
     """
     return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
+def table_cell(text: str) -> str:
+    r"""Text as a cell of a table in Markdown.
+
+    >>> table_cell("one | two\nthree")
+    'one \\| two three'
+    """
+    return " ".join(text.split()).replace("|", "\\|")

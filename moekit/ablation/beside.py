@@ -63,12 +63,14 @@ def all_beside(results: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
     rows = [
         [
-            f"{result['recipe']}, `{result['variant']}`", f"`{claim['metric']}`",
-            *(value_words(claim["means"][claim[side]]) for side in ("arm", "against")), ours(claim),
-            str(claim["pairs"]), f"{claim['verdict']}{_of_control(result)}", link_to(result),
+            f"{result['recipe']}, `{result['variant']}`",
+            *_figures(claim),
+            str(claim["pairs"]),
+            claim["verdict"] + (", as the negative control is not shown to hold" if _lacks_control(result) else ""),
+            link_to(result),
         ]
         for result, claim in found
-    ]  # fmt: skip
+    ]
     headers = ["recipe, variant", "loss", "sparse", "dense", "difference, 95 % interval", "pairs", "verdict", ""]
     plain = [(result, claim) for result, claim in found if result["variant"] == _PLAIN]
     knowing = [(result, claim) for result, claim in found if result["variant"] != _PLAIN]
@@ -97,9 +99,15 @@ def _sides(found: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
     return f"Of {counted(len(found), 'recipe')} the whole interval lies {', and '.join(said)}."
 
 
-def _of_control(result: Mapping[str, Any]) -> str:
-    failed = result["control"].get("verdict", "reproduced") != "reproduced"
-    return ", as the negative control is not shown to hold" if failed else ""
+def _figures(claim: Mapping[str, Any]) -> list[str]:
+    """The metric, its means of the two models, and their difference."""
+    means = [value_words(claim["means"][claim[side]]) for side in ("arm", "against")]
+    return [f"`{claim['metric']}`", *means, ours(claim)]
+
+
+def _lacks_control(result: Mapping[str, Any]) -> bool:
+    """Whether there is a negative control that is not shown to hold."""
+    return bool(result["control"].get("verdict", "reproduced") != "reproduced")
 
 
 def _part(recipe: str, results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -117,15 +125,7 @@ def _of_table(result: Mapping[str, Any], claims: list[Mapping[str, Any]]) -> str
     name = result["table"].rpartition("/")[2]
     rates = "each at the best learning rate of one grid, " if result["learning_rates"] else ""
     pairs = counted(max(claim["pairs"] for claim in claims), "pair")
-    rows = [
-        [
-            f"`{claim['metric']}`",
-            *(value_words(claim["means"][claim[side]]) for side in ("arm", "against")),
-            ours(claim),
-            f"**{claim['verdict']}**",
-        ]
-        for claim in claims
-    ]
+    rows = [[*_figures(claim), f"**{claim['verdict']}**"] for claim in claims]
     parts = [
         f"{result['title']}, variant `{result['variant']}` and its dense twin, {rates}over {pairs} of seeds "
         f"([the table](results/ablations/{name}.md), made by `{NAME} ablate {result['table']}`):",
@@ -147,5 +147,5 @@ def _control(result: Mapping[str, Any]) -> str:
     control = result["control"]
     if "none" in control:
         return ""
-    holds = "holds" if control["verdict"] == "reproduced" else "is not shown to hold, so that all is inconclusive"
+    holds = "is not shown to hold, so that all is inconclusive" if _lacks_control(result) else "holds"
     return f"The negative control {holds}: {ours(control)}, {asked(control)}."

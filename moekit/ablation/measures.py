@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,6 @@ def floor_of(metric: str) -> str | None:
     """The key of what the text of a test costs a model that knows everything, for the key of a loss on it."""
     task = _TEST_LOSS.fullmatch(metric)
     return f"floors.{task[1]}.test.knowing" if task else None
-
-
-def floors_of(metrics: Iterable[str]) -> list[str]:
-    """The floors below some metrics."""
-    return sorted({key for metric in metrics if (key := floor_of(metric))})
 
 
 def costs(folder: Path) -> dict[str, float | None]:

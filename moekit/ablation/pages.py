@@ -11,7 +11,7 @@ from typing import Any
 from moekit.atomic import replacing, write_json, write_text
 from moekit.report.style import COLOURS, CYCLE, Canvas
 from moekit.shell import NAME
-from moekit.wording import counted
+from moekit.wording import counted, table_cell
 
 MISSING = "\u2013"
 """Where there is no number."""
@@ -283,11 +283,7 @@ def link_to(result: Mapping[str, Any]) -> str:
 def table_of(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     cells = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in cells)
-
-
-def _cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|")
+    return "\n".join("| " + " | ".join(table_cell(cell) for cell in row) + " |" for row in cells)
 
 
 def _big(value: float | None, unit: float) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from moekit.ablation.arm import Arm
 from moekit.ablation.comparison import PairedDifferences
 from moekit.ablation.ladder import Factor, compute_factor, log_factors, why_no_measure
-from moekit.ablation.measures import COSTS, MECHANISMS, costs, floors_of, measure
+from moekit.ablation.measures import COSTS, MECHANISMS, costs, floor_of, measure
 from moekit.ablation.plan import Job, Plan
 from moekit.ablation.processes import RunRecord
 from moekit.ablation.table import AblationTable, LearningRates, TestedClaim
@@ -184,7 +184,8 @@ def _run(table: AblationTable, arm: str, job: Job, runs: Path) -> dict[str, Any]
     if record.state != "done":
         return found | {"said": record.said, "metrics": {"diverged": 1.0} if record.state == "diverged" else {}}
     metrics = {"diverged": 0.0} | {key: measure(folder, key) for key in sorted(wanted)}
-    for key in (*MECHANISMS, *floors_of(wanted)):  # a dense model has no mechanisms, and most text no known floor
+    floors = filter(None, map(floor_of, sorted(wanted)))
+    for key in (*MECHANISMS, *floors):  # a dense model has no mechanisms, and most text no known floor
         try:
             metrics[key] = measure(folder, key)
         except UserError:

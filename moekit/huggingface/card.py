@@ -19,6 +19,7 @@ from moekit.atomic import write_text, writing
 from moekit.errors import UserError
 from moekit.huggingface.expert_layout import ExpertLayout, folder_layout
 from moekit.stored import parse_json, parse_yaml
+from moekit.wording import table_cell
 
 CARD = "README.md"
 _MARK = "<!-- written by moekit: another card in its place is kept -->"
@@ -169,12 +170,8 @@ def _bullets(title: str, lines: Sequence[str]) -> str:
 def _table(title: str, head: tuple[str, str], rows: Mapping[str, str]) -> str:
     if not rows:
         return ""
-    cells = [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()]
+    cells = [f"| {table_cell(key)} | {table_cell(value)} |" for key, value in rows.items()]
     return "\n".join([f"## {title}", "", f"| {head[0]} | {head[1]} |", "| --- | ---: |", *cells])
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
 
 
 def _number(value: float | str) -> str:

@@ -66,18 +66,16 @@ class Spikes:
             recent = [*islice(self.values, max(0, len(self.values) - self._window), None)]
             middle = median(recent)
             spread = max(_SIGMA * median(abs(one - middle) for one in recent), self.least * abs(middle))
-            bound, largest = middle + self.factor * spread, self._largest()
-            if value > bound and value > largest + spread:
-                decides = largest + spread > bound
-                found = Spike(
-                    value, max(bound, largest + spread), middle, spread, len(recent), largest if decides else None
-                )
+            bound = middle + self.factor * spread
+            if value > bound:
+                before = islice(self.values, max(0, len(self.values) - MOST_IN_A_ROW + 1))
+                largest = max(before, default=-math.inf)
+                if largest + spread <= bound:
+                    found = Spike(value, bound, middle, spread, len(recent))
+                elif value > largest + spread:
+                    found = Spike(value, largest + spread, middle, spread, len(recent), largest)
         self.values.append(value)
         return found
-
-    def _largest(self) -> float:
-        """Of all that is kept but the last ones."""
-        return max(islice(self.values, max(0, len(self.values) - MOST_IN_A_ROW + 1)), default=-math.inf)
 
     def state(self) -> Any:
         """The values, as plain data."""
