@@ -398,6 +398,16 @@ class Router(Component, ABC):
         parts = (self, *components(self).values())
         return self.observes or any(type(part).on_step_end is not Component.on_step_end for part in parts)
 
+    @property
+    def choices_per_token(self) -> float:
+        """Experts that take a token, on average, where nothing is dropped: its `k`; what work is counted by."""
+        return float(getattr(self, "k", 1))
+
+    @property
+    def most_choices_per_token(self) -> float:
+        """The same at the step of training that has most of them, which memory must hold."""
+        return self.choices_per_token
+
     def check_causal(self) -> None:
         """Raise ValueError if this router would let a causal decoder see later tokens unasked."""
         if self.looks_ahead and not self.allow_future:

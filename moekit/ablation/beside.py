@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def all_beside(results: Mapping[str, Mapping[str, Any]]) -> str:
             f"{result['recipe']}, `{result['variant']}`",
             *_figures(claim),
             str(claim["pairs"]),
-            claim["verdict"] + (", as the negative control is not shown to hold" if _lacks_control(result) else ""),
+            "".join([claim["verdict"], *_reservations(result)]),
             link_to(result),
         ]
         for result, claim in found
@@ -105,6 +105,19 @@ def _figures(claim: Mapping[str, Any]) -> list[str]:
     return [f"`{claim['metric']}`", *means, ours(claim)]
 
 
+def _reservations(result: Mapping[str, Any]) -> Iterator[str]:
+    """What to know of a verdict, each to be written after it."""
+    if _lacks_control(result):
+        yield ", as the negative control is not shown to hold"
+    if not _same_work(result):
+        yield ", at unequal work"
+
+
+def _same_work(result: Mapping[str, Any]) -> bool:
+    """Whether a table asks for equal work; of a sparse model whose work changes in training it does not."""
+    return "work" in result["matched"]
+
+
 def _lacks_control(result: Mapping[str, Any]) -> bool:
     """Whether there is a negative control that is not shown to hold."""
     return bool(result["control"].get("verdict", "reproduced") != "reproduced")
@@ -130,7 +143,7 @@ def _of_table(result: Mapping[str, Any], claims: list[Mapping[str, Any]]) -> str
         f"{result['title']}, variant `{result['variant']}` and its dense twin, {rates}over {pairs} of seeds "
         f"([the table](results/ablations/{name}.md), made by `{NAME} ablate {result['table']}`):",
         table_of(["", "sparse", "dense", "difference, 95 % interval", "verdict"], rows),
-        " ".join(filter(None, [_floor(result, claims[0]), _control(result)])),
+        " ".join(filter(None, [_floor(result, claims[0]), _work(result), _control(result)])),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -141,6 +154,12 @@ def _floor(result: Mapping[str, Any], claim: Mapping[str, Any]) -> str:
     key = floor_of(claim["metric"])
     known = [metrics[key] for metrics in runs if key in metrics]
     return f"A model that knows everything would lose {value_words(statistics.fmean(known))}." if known else ""
+
+
+def _work(result: Mapping[str, Any]) -> str:
+    if _same_work(result):
+        return ""
+    return "The work of the two is not equal: the table says why."
 
 
 def _control(result: Mapping[str, Any]) -> str:

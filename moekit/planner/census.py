@@ -31,12 +31,14 @@ class Weight:
         shape: its sizes.
         axes: logical names of its dimensions; empty = unnamed, never divided by tensor parallelism.
         active: the share of it that one token passes: k / E of an expert bank, else 1.
+        most_active: the same at the step of training that has most experts for a token.
         trained: whether it has a gradient, and the optimizer's numbers.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...] = ()
     active: float = 1.0
+    most_active: float = 1.0
     trained: bool = True
 
     @property
@@ -93,6 +95,11 @@ class Census:
     def active_parameters(self) -> int:
         """Those that one token passes: k of a layer's E experts, and everything else."""
         return round(self.total(lambda weight: weight.numel * weight.active))
+
+    @property
+    def most_active_parameters(self) -> int:
+        """The same at the step of training that has most experts for a token."""
+        return round(self.total(lambda weight: weight.numel * weight.most_active))
 
     @property
     def expert_parameters(self) -> int:
@@ -163,17 +170,18 @@ def _merge(units: Iterator[GatheredUnit]) -> tuple[GatheredUnit, ...]:
 def weights_of(module: nn.Module, taken: set[int]) -> tuple[Weight, ...]:
     """The parameters under `module` that are not in `taken` (by id), which they enter; axes from annotations."""
     axes: dict[int, tuple[str, ...]] = {}
-    active: dict[int, float] = {}
+    active: dict[int, tuple[float, float]] = {}
     for owner in module.modules():
         named: Any = getattr(owner, "axes", None)
         if isinstance(named, Mapping):
             inside = dict(owner.named_parameters())
             axes |= {id(inside[name]): tuple(names) for name, names in named.items() if name in inside}
         if isinstance(owner, MoELayer):
-            share = getattr(owner.router, "k", 1) / owner.router.num_experts
-            active |= {id(p): share for p in owner.experts.parameters()}
+            router = owner.router
+            shares = (router.choices_per_token / router.num_experts, router.most_choices_per_token / router.num_experts)
+            active |= {id(p): shares for p in owner.experts.parameters()}
     found = {
-        id(p): Weight(tuple(p.shape), axes.get(id(p), ()), active.get(id(p), 1.0), p.requires_grad)
+        id(p): Weight(tuple(p.shape), axes.get(id(p), ()), *active.get(id(p), (1.0, 1.0)), p.requires_grad)
         for p in module.parameters()
     }
     new = tuple(weight for key, weight in found.items() if key not in taken)
@@ -240,6 +248,6 @@ def parameters(backbone: nn.Module) -> dict[str, int]:
     for layer in backbone.modules():
         experts, router = getattr(layer, "experts", None), getattr(layer, "router", None)
         if isinstance(experts, nn.Module) and router is not None:
-            share = getattr(router, "k", 1) / router.num_experts
+            share = router.choices_per_token / router.num_experts
             idle += round(sum(p.numel() for p in experts.parameters()) * (1 - share))
     return {"total": total, "active": total - idle}

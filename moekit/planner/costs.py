@@ -7,7 +7,7 @@ assumed to run in a fused kernel (flash attention), which computes them again in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -137,20 +137,22 @@ def _hidden_cost(module: Any, rows: float, d: int, f: int) -> Cost:
 def moe_cost(layer: MoELayer, t: int, precision: Precision) -> Cost:
     """Cost of a Mixture of Experts whose load is balanced: A = k T assignments, R rows computed by experts.
 
-    With a capacity, R = E C slots are computed, filled or not; without, R = A.
+    With a capacity, R = E C slots are computed, filled or not; without, R = A. Where A changes in training, memory is
+    that of the step that has most, and operations and traffic are those of the router's `choices_per_token`.
     """
     router: Any = layer.router
     bank = layer.experts
-    e, d, k = router.num_experts, bank.dim, getattr(router, "k", 1)
-    assignments = k * t
+    e, d = router.num_experts, bank.dim
     capacity = getattr(router, "capacity", None)
-    slots = None if capacity is None else capacity.slots(t, e, k, training=True)
-    rows = assignments if slots is None else e * slots
+    slots = None if capacity is None else capacity.slots(t, e, getattr(router, "k", 1), training=True)
+    rows = router.choices_per_token * t if slots is None else e * slots
+    most = router.most_choices_per_token * t
     # The router keeps its float32 input (which is also the experts' source; with jitter twice), logits, and
     # probabilities twice.
     wide = t * d * (2 if getattr(router, "jitter", 0.0) else 1) + 3 * t * e
     # The weighted sum keeps every result in float32, before and after it is weighed.
-    total = Cost(flops=2 * t * d * e, wide=wide + 2 * assignments * d, sent=rows * d) + experts_cost(bank, rows)
+    total = Cost(wide=wide + 2 * most * d) + experts_cost(bank, most if slots is None else rows)
+    total = replace(total, flops=2 * t * d * e + experts_cost(bank, rows).flops, sent=rows * d)
     if layer.shared is not None:
         total = total + feed_forward_cost(layer.shared, t, precision)
         if precision.compute == 4:  # the branch reads the very tensor that the router keeps

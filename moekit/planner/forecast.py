@@ -180,7 +180,8 @@ def _cells(made: Forecast) -> dict[str, str]:
         "parameters": number(census.parameters),
         "of experts": number(census.expert_parameters),
         "active per token": number(census.active_parameters),
-        **({} if census.trained_parameters == census.parameters else {"trained": number(census.trained_parameters)}),
+        "at most, in training": number(census.most_active_parameters),
+        "trained": number(census.trained_parameters),
         "stored per device": number(made.parameters_per_device),
         "weights": gib(memory.weights),
         "gradients": gib(memory.gradients),
@@ -199,6 +200,16 @@ def _cells(made: Forecast) -> dict[str, str]:
     }
 
 
+def _unsaid(made: Forecast) -> set[str]:
+    """The labels of cells that only say again what another says."""
+    census = made.census
+    unsaid = {
+        "at most, in training": census.most_active_parameters == census.active_parameters,
+        "trained": census.trained_parameters == census.parameters,
+    }
+    return {label for label, same in unsaid.items() if same}
+
+
 def number(value: float) -> str:
     """A large number in three digits: ``10.3 B``."""
     for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -210,7 +221,8 @@ def number(value: float) -> str:
 def compare(plans: dict[str, Forecast], *, markdown: bool = False) -> str:
     """Several forecasts side by side, by heading; as `markdown` for a page, else for a terminal."""
     columns = [_cells(made) for made in plans.values()]
-    rows = [(label, *(column[label] for column in columns)) for label in columns[0]]
+    unsaid = set.intersection(*map(_unsaid, plans.values()))
+    rows = [(label, *(column[label] for column in columns)) for label in columns[0] if label not in unsaid]
     if markdown:
         head = ["| | " + " | ".join(plans) + " |", "| --- |" + " ---: |" * len(plans)]
         return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -85,7 +85,8 @@ TINY = TRANSLATION.tiny.changed(
 LEXICON = with_lexicon(TINY, dense_steps=500).changed(
     data={
         "babel_languages": 3,
-        "directions": ("tnd-avl", "kmb-avl", "avl-tnd", "avl-kmb"),
+        # Into one language: with both ways a run of minutes learns no words (recipes/sparse_translation/ablations).
+        "directions": ("tnd-avl", "kmb-avl"),
         "babel_sizes": {"kmb": 20_000},
         "heating_steps": 1600,
     },

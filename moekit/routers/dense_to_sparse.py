@@ -146,6 +146,11 @@ class DenseToSparseRouter(ScoredRouter):
     def steps_done(self) -> int:  # noqa: D102
         return int(self.step)
 
+    @property
+    def most_choices_per_token(self) -> float:
+        """See `Router.most_choices_per_token`: all experts, while the temperature is high; in the end one is left."""
+        return float(self.num_experts)
+
     def on_step_end(self, step: int) -> None:  # noqa: D102
         self.step.fill_(step)
 

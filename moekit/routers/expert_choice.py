@@ -62,6 +62,11 @@ class ExpertChoiceRouter(ScoredRouter):
         self.capacity = Capacity(train=capacity_factor, eval=evaluation, minimum=1)
         self.allow_future = allow_future
 
+    @property
+    def choices_per_token(self) -> float:  # noqa: D102
+        assert self.capacity.train is not None
+        return self.capacity.train
+
     def compensation(self, copies: float, state: Mapping[str, Tensor] | None = None) -> Compensation:
         """See `Router.compensation`: every copy must take as many tokens as one did."""
         return Compensation(choices=copies)

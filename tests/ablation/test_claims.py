@@ -168,7 +168,7 @@ def beside_twin(recipe: str, high: float, settings: dict[str, Any], control: str
         "table": f"{recipe}/size", "title": "Many", "recipe": recipe, "variant": "facts", "settings": settings,
         "arms": {"a": {"settings": {}, "runs": runs}, "b": {"settings": {"model.num_experts": 0}, "runs": runs}},
         "claims": [claim] * 2, "control": {**claim, "verdict": control, "interval": [-2.0, 2.0]},
-        "made": {"minutes": 3.0}, "learning_rates": None,
+        "made": {"minutes": 3.0}, "learning_rates": None, "matched": ["work", "tokens"],
     }  # fmt: skip
 
 
@@ -183,6 +183,9 @@ def test_the_part_of_a_recipes_page() -> None:
     assert "| `test.causal_lm.loss` | 1 | 2 | -1 [-2, -0.5] | **inconclusive** |" in made
     assert "A model that knows everything would lose 0.5. The negative control holds: -1 [-2, +2]," in made
     assert "of yesterday" not in made
+    assert "not equal" not in made
+    unequal = with_part(page, "moe_lm", {"moe_lm/size": results["moe_lm/size"] | {"matched": ["tokens"]}})
+    assert "0.5. The work of the two is not equal: the table says why. The negative control holds" in unequal
     assert with_part(made, "moe_lm", results) == made
     assert "No variant has been measured beside its dense twin" in with_part(made, "switch", results)
     for bad in ("# A\n", f"{BEGIN}\n", f"{END}\n{BEGIN}\n", page + page):
@@ -195,7 +198,7 @@ def test_variants_beside_their_dense_twins(checkout: Path) -> None:
     results = [
         beside_twin("moe_lm", -0.5, {"evaluate.samples": 0}, "reproduced"),
         beside_twin("switch", -0.1, {}, "inconclusive"),
-        beside_twin("gshard", 0.1, {}, "reproduced"),
+        beside_twin("gshard", 0.1, {}, "reproduced") | {"matched": ["tokens"]},
         beside_twin("st_moe", -0.1, {"model.dim": 8}, "reproduced"),
         beside_twin("base_layers", 2.0, {}, "reproduced") | {"variant": "tiny"},
     ]
@@ -208,7 +211,8 @@ def test_variants_beside_their_dense_twins(checkout: Path) -> None:
     rows = [line for line in section.splitlines() if line.startswith("| ")][2:]
     assert [row.split(",")[0] for row in rows] == ["| moe_lm", "| switch", "| gshard", "| base_layers"]
     assert "| 1 | 2 | -1 [-2, -0.5] | 5 | inconclusive | [" in rows[0]
-    assert "inconclusive, as the negative control is not shown to hold" in rows[1]
+    assert "inconclusive, as the negative control is not shown to hold |" in rows[1]
+    assert "inconclusive, at unequal work |" in rows[2]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from moekit.planner import (
     plan,
     take_census,
 )
+from moekit.planner.forecast import number
 
 
 def by_hand(layout: Layout) -> tuple[int, int]:
@@ -303,3 +304,18 @@ def test_tables() -> None:
     assert both.startswith("| | one | two |")
     assert all(line.count("|") == 4 for line in both.splitlines())
     assert isinstance(made, Forecast)
+
+
+def test_rows_that_one_of_two_forecasts_needs() -> None:
+    """What is the same as another row is left out, unless a forecast beside it has something to say there."""
+    fully, partly = TINY.module(), TINY.module()
+    for parameter in partly.embedding.parameters():
+        parameter.requires_grad_(False)
+    frozen = sum(p.numel() for p in partly.embedding.parameters())
+    one, two = plan(fully, Layout()), plan(partly, Layout())
+    assert "trained" not in compare({"one": one}, markdown=True)
+    for pair in ({"one": one, "two": two}, {"two": two, "one": one}):
+        row = next(line for line in compare(pair, markdown=True).splitlines() if line.startswith("| trained"))
+        both = {"one": number(one.parameters), "two": number(one.parameters - frozen)}
+        assert row == f"| trained | {' | '.join(both[name] for name in pair)} |"
+        assert "at most" not in compare(pair, markdown=True)

@@ -25,7 +25,7 @@ from moekit.planner import (
     take_census,
 )
 from moekit.recipes import zcode_m3
-from moekit.routers import switch
+from moekit.routers import DenseToSparseRouter, ExpertChoiceRouter, ExponentialDecay, switch
 from moekit.runs import RunText
 
 SHAPES: dict[str, TransformerShape] = {
@@ -94,16 +94,8 @@ def test_activations_at_real_width() -> None:
         assert measured == pytest.approx(kept(take_census(short, training), training), rel=0.01)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-def test_activations_of_a_real_forward(precision: str) -> None:
-    """On a CPU, where attention is fused; in mixed precision autograd also keeps the weights in bf16."""
-    shape = replace(TINY, vocab_size=32, dim=256, hidden_dim=512, capacity_factor=None, k=2, gated=True)
-    training = Training(sequences=4, source_length=64, target_length=48, precision=precision)
-    model = shape.module().to_empty(device="cpu")
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    if precision == "bf16-true":
-        model.bfloat16()
+def kept_by_a_forward(model: nn.Module, training: Training) -> int:
+    """Bytes that autograd keeps of a forward, other than the parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     stored: dict[int, torch.Tensor] = {}
 
@@ -112,19 +104,62 @@ def test_activations_of_a_real_forward(precision: str) -> None:
             stored.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    mixed = precision == "bf16-mixed"
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with torch.autocast("cpu", torch.bfloat16, enabled=mixed), hooks:
+    with torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bf16-mixed"), hooks:
         out = Forward(model)(*ids(training))
     measured = sum(t.untyped_storage().nbytes() for t in stored.values())
     del out
+    return measured
+
+
+def real(shape: TransformerShape) -> Any:
+    model = shape.module().to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_activations_of_a_real_forward(precision: str) -> None:
+    """On a CPU, where attention is fused; in mixed precision autograd also keeps the weights in bf16."""
+    shape = replace(TINY, vocab_size=32, dim=256, hidden_dim=512, capacity_factor=None, k=2, gated=True)
+    training = Training(sequences=4, source_length=64, target_length=48, precision=precision)
+    model = real(shape)
+    if precision == "bf16-true":
+        model.bfloat16()
+    mixed = precision == "bf16-mixed"
     census = take_census(model, training)
     expected = kept(census, training) + (2 * census.parameters if mixed else 0)
     # What is kept on a GPU and not here: the experts' results of a dropless layer, once they are weighed.
     tokens = {"encoder": 4 * 64, "decoder": 4 * 48}
     weighed = sum(2 * tokens[path.partition(".")[0]] * 256 * 4 for path, _ in moe_layers(model))
     expected -= 0 if mixed else weighed
-    assert measured == pytest.approx(expected, rel=0.03)
+    assert kept_by_a_forward(model, training) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["gate", "expert choice"])
+def test_routers_whose_tokens_take_a_number_of_experts_that_is_no_setting(kind: str) -> None:
+    """The gate has all eight at first, which memory must hold, and one in the end, by which work is counted."""
+    shape = replace(TINY, vocab_size=32, dim=256, hidden_dim=512, encoder_layers=0, decoder_layers=6, sparse_every=3)
+    training = Training(sequences=4, source_length=64, target_length=48, precision="32-true")
+    model = real(shape)
+    choices, most = (1, 8) if kind == "gate" else (3, 3)
+    for _, layer in moe_layers(model):
+        layer.router = (
+            DenseToSparseRouter(256, 8, ExponentialDecay(2.0, 0.3, 100), hard_from=100, threshold=0.0)
+            if kind == "gate"
+            else ExpertChoiceRouter(256, 8, capacity_factor=3.0, allow_future=True)
+        )
+    t, made = 4 * 48, take_census(model, training)
+    assert kept_by_a_forward(model, training) == pytest.approx(kept(made, training), rel=0.03)
+    bank = 8 * 2 * 256 * 512
+    assert made.active_parameters == made.parameters - 2 * bank * (8 - choices) // 8
+    assert made.most_active_parameters == made.parameters - 2 * bank * (8 - most) // 8
+    sparse = next(unit for unit in made.units if unit.name == "decoder sparse block")
+    plain = next(unit for unit in made.units if unit.name == "decoder block")
+    dense_feed_forward = 2 * t * 2 * 256 * 512
+    assert sparse.cost.flops - plain.cost.flops == 2 * t * 256 * 8 + (choices - 1) * dense_feed_forward
+    assert sparse.cost.sent == choices * t * 256
 
 
 def test_a_shape_is_counted_as_the_module_it_describes() -> None:
