@@ -246,8 +246,7 @@ def parameters(backbone: nn.Module) -> dict[str, int]:
     total = sum(p.numel() for p in backbone.parameters())
     idle = 0
     for layer in backbone.modules():
-        experts, router = getattr(layer, "experts", None), getattr(layer, "router", None)
-        if isinstance(experts, nn.Module) and router is not None:
-            share = router.choices_per_token / router.num_experts
-            idle += round(sum(p.numel() for p in experts.parameters()) * (1 - share))
+        if isinstance(layer, MoELayer):
+            share = layer.router.choices_per_token / layer.router.num_experts
+            idle += round(sum(p.numel() for p in layer.experts.parameters()) * (1 - share))
     return {"total": total, "active": total - idle}
