@@ -139,8 +139,8 @@ TINY = TRANSLATION.tiny.changed(
     train={"max_steps": 3000, "max_minutes": 11.0, "validate_every": 300},
     evaluate={"valid_sentences": 25},
 )
-# With all four tasks translation learns slowly: into one language, of fewer words, in twice the steps of half the tokens
-# (recipes/zcode_m3/ablations/both_ways.yaml has what came of it otherwise).
+# With all four tasks translation learns slowly: so it is into one language, of fewer words, in twice the steps of half
+# the tokens (recipes/zcode_m3/ablations/both_ways.yaml has what came of it otherwise).
 LEXICON = with_lexicon(TINY).changed(
     data={"babel_languages": 3, "directions": ("tnd-avl", "kmb-avl"), "babel_concepts": 300},
     tasks=tasks(translation=1024, denoising=128, masked_lm=80, replaced_token=80),
