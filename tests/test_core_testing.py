@@ -178,6 +178,10 @@ def fails_on_rank_1() -> None:
     dist.all_reduce(torch.ones(1))
 
 
+def aborts() -> None:
+    os.abort()
+
+
 def dies_on_rank_0() -> None:
     if dist.get_rank() == 0:
         os._exit(7)
@@ -218,6 +222,13 @@ def test_an_exception_comes_back_with_rank_and_traceback() -> None:
 def test_a_process_that_dies_is_told() -> None:
     with pytest.raises(RuntimeError, match=r"rank [01] of 2 failed"):
         run_distributed(dies_on_rank_0, 2)
+
+
+def test_a_process_that_aborts_says_where() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"(?s)rank 0 of 1 failed.*exit code -6.*Fatal Python error: Aborted.* in aborts"
+    ):
+        run_distributed(aborts, 1)
 
 
 def test_leaving_early_is_a_failure() -> None:

@@ -144,7 +144,8 @@ def _wait(processes: list[Any], folder: Path, deadline: float) -> str | None:
     # Other ranks often fail because their peer has gone: the one that failed first tells why.
     written = [r for r in range(len(processes)) if (folder / f"{r}.error").exists()]
     cause = min(written, key=lambda r: (folder / f"{r}.error").stat().st_mtime_ns, default=first)
-    story = _read(folder / f"{cause}.error") or f"it died with exit code {processes[cause].exitcode}\n"
+    died = f"it died with exit code {processes[cause].exitcode}\n{_read(folder / f'{cause}.stack')}"
+    story = _read(folder / f"{cause}.error") or died
     others = [r for r in written if r != cause]
     also = f"ranks {others} failed after it" if others else "no other rank failed"
     return f"rank {cause} of {len(processes)} failed ({also}):\n{story}"
@@ -160,6 +161,8 @@ def _rank_main(rank: int, world_size: int, folder: str, end: float, fn: Callable
     room = Path(folder)
     with (room / f"{rank}.stack").open("w", encoding="utf-8") as stack:
         # Written a little before the parent gives up, so that a hang tells where it hangs.
+        # A signal that ends the process at once, as that of abort(), tells where too.
+        faulthandler.enable(file=stack)
         faulthandler.dump_traceback_later(max(end - time.time() - 1.0, 0.1), file=stack)
         try:
             dist.init_process_group(
@@ -173,6 +176,7 @@ def _rank_main(rank: int, world_size: int, folder: str, end: float, fn: Callable
             sys.exit(1)
         finally:
             faulthandler.cancel_dump_traceback_later()
+            faulthandler.disable()
 
 
 def _write(result: Any, path: Path) -> None:
