@@ -147,12 +147,13 @@ def moe_cost(layer: MoELayer, t: int, precision: Precision) -> Cost:
     slots = None if capacity is None else capacity.slots(t, e, getattr(router, "k", 1), training=True)
     rows = router.choices_per_token * t if slots is None else e * slots
     most = router.most_choices_per_token * t
+    work, held = experts_cost(bank, rows), experts_cost(bank, most if slots is None else rows)
     # The router keeps its float32 input (which is also the experts' source; with jitter twice), logits, and
     # probabilities twice.
     wide = t * d * (2 if getattr(router, "jitter", 0.0) else 1) + 3 * t * e
     # The weighted sum keeps every result in float32, before and after it is weighed.
-    total = Cost(wide=wide + 2 * most * d) + experts_cost(bank, most if slots is None else rows)
-    total = replace(total, flops=2 * t * d * e + experts_cost(bank, rows).flops, sent=rows * d)
+    total = Cost(flops=2 * t * d * e, wide=wide + 2 * most * d, sent=rows * d)
+    total = total + replace(work, compute=held.compute, sliced=held.sliced, masks=held.masks)
     if layer.shared is not None:
         total = total + feed_forward_cost(layer.shared, t, precision)
         if precision.compute == 4:  # the branch reads the very tensor that the router keeps

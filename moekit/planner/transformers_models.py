@@ -51,7 +51,7 @@ def census_of(model: Any, training: Training) -> Census:
         causal = decoder or "decoder" in path.split(".")
         t = training.target_tokens if causal else training.source_tokens
         weights = weights_of(block, taken)
-        sent = sum(float(getattr(layer.router, "k")) * t * width for _, layer in moe_layers(block))  # noqa: B009
+        sent = sum(layer.router.choices_per_token * t * width for _, layer in moe_layers(block))
         kind = "sparse block" if sent else "block"
         cost = Cost(flops=measured[path].flops, measured=measured[path].kept, sent=sent, frozen=_frozen(weights, t))
         side = "decoder" if causal else "encoder"

@@ -160,9 +160,9 @@ def _rank_main(rank: int, world_size: int, folder: str, end: float, fn: Callable
     torch.set_num_threads(1)
     room = Path(folder)
     with (room / f"{rank}.stack").open("w", encoding="utf-8") as stack:
-        # Written a little before the parent gives up, so that a hang tells where it hangs.
-        # A signal that ends the process at once, as that of abort(), tells where too.
+        # A signal that ends the process at once, as that of abort(), tells where.
         faulthandler.enable(file=stack)
+        # Written a little before the parent gives up, so that a hang tells where it hangs.
         faulthandler.dump_traceback_later(max(end - time.time() - 1.0, 0.1), file=stack)
         try:
             dist.init_process_group(

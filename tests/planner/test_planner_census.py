@@ -160,6 +160,7 @@ def test_routers_whose_tokens_take_a_number_of_experts_that_is_no_setting(kind: 
     dense_feed_forward = 2 * t * 2 * 256 * 512
     assert sparse.cost.flops - plain.cost.flops == 2 * t * 256 * 8 + (choices - 1) * dense_feed_forward
     assert sparse.cost.sent == choices * t * 256
+    assert sparse.cost.summed_forward - plain.cost.summed_forward == (choices - 1) * t * 256
 
 
 def test_a_shape_is_counted_as_the_module_it_describes() -> None:
