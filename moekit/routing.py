@@ -408,6 +408,14 @@ class Router(Component, ABC):
         """The same at the step of training that has most of them, which memory must hold."""
         return self.choices_per_token
 
+    @property
+    def multiplications_per_token(self) -> int:
+        """Those of its own products for a token: one for each number in its matrices, unless a router says otherwise.
+
+        Two floating-point operations are counted for each (`moekit.planner`). Tables that are looked up have none.
+        """
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.dim() > 1)
+
     def check_causal(self) -> None:
         """Raise ValueError if this router would let a causal decoder see later tokens unasked."""
         if self.looks_ahead and not self.allow_future:

@@ -49,7 +49,7 @@ _SINCE = {
     "evaluate.domains": None, "data.salient": None, "data.salient_share": 1.0, "evaluate.words": 0,
     "evaluate.agreement": 0,
     "data.babel_concepts": DEFAULT_CONCEPTS, "data.babel_cognates": 0.15,
-    "model.evolve": True, "model.baseline": "feed_forward",
+    "model.evolve": True, "model.baseline": "feed_forward", "model.eval_assignment": "greedy",
     **{f"train.monitor.{field.name}": field.default for field in fields(MonitorConfig)},
 }  # fmt: skip
 """Settings that digests of earlier runs do not know, with the value at which a run computes what it did before."""

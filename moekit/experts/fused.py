@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.experts.base import Experts
 from moekit.experts.grouped import GroupedGLU, GroupedMLP
 from moekit.functional.eager import is_symbolic
+from moekit.functional.precision import autocast_dtype
 from moekit.kernels.gpu.backend import Backend, choose
 from moekit.kernels.gpu.feed_forward import feed_forward
 from moekit.kernels.gpu.hub import sonic_feed_forward
@@ -35,7 +35,7 @@ def weighted_sum(bank: Experts, x: Tensor, routing: Routing) -> Tensor | None:
         return None
     if routing.choices is None or is_symbolic():
         return None
-    matrices, kind = _whole_matrices(bank), _kind(x)
+    matrices, kind = _whole_matrices(bank), autocast_dtype(x) or x.dtype
     if backend == "sonicmoe":
         if matrices is None or not isinstance(bank, GroupedGLU):
             raise UserError(
@@ -59,13 +59,6 @@ def weighted_sum(bank: Experts, x: Tensor, routing: Routing) -> Tensor | None:
     assert w_out is not None
     assert isinstance(bank, GroupedMLP | GroupedGLU)
     return feed_forward(x.to(kind), routing.weight, w_in, second, w_out, order, bank.activation, dtype=x.dtype)
-
-
-def _kind(x: Tensor) -> torch.dtype:
-    """The type in which products of `x` are made: that of autocast where it is on."""
-    device = x.device.type
-    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
 def _whole_matrices(bank: Experts) -> tuple[Tensor, Tensor | None, Tensor] | None:

@@ -16,6 +16,16 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type to which autocast turns both factors of products of `x`; None = it does nothing.
+
+    It is off, or the device knows none (meta), or `x` is of float64, which it leaves alone.
+    """
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on and x.dtype != torch.float64 else None
+
+
 def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` in float32 (or float64 where `x` is), also under autocast and in a bf16 model.
 

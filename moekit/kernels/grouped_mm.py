@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.functional.eager import is_eager, is_transformed
+from moekit.functional.precision import autocast_dtype
 from moekit.kernels.gpu import products
 from moekit.kernels.gpu.backend import Backend, choose, is_one_kernel
 from moekit.kernels.host_counts import on_host
@@ -53,8 +54,7 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, backend: Backend = "au
         UserError: if `backend` is "triton" and it cannot compute these.
     """
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
+    if (dtype := autocast_dtype(x)) is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     if is_transformed():
         return _by_all_experts(x, weight, counts)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.functional.eager import is_eager, is_symbolic
-from moekit.functional.precision import without_autocast
+from moekit.functional.precision import autocast_dtype, without_autocast
 from moekit.kernels.first_order import refuse_second_order
 
 _FEWEST_ROWS = 256  # products of fewer rows lose more time than smaller scores gain
@@ -129,10 +129,7 @@ class _VocabularyLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, rows: int, learns: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        device = hidden.device.type
-        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        # Autocast leaves float64 alone.
-        narrow = torch.get_autocast_dtype(device) if cast and hidden.dtype != torch.float64 else hidden.dtype
+        narrow = autocast_dtype(hidden) or hidden.dtype
         with without_autocast(hidden.device):
             learns_hidden, learns_weight = (learns and needed for needed in ctx.needs_input_grad[:2])
             sums = _Sums(hidden, weight.to(narrow), smoothing, learns_hidden, learns_weight)

@@ -7,9 +7,11 @@ assumed to run in a fused kernel (flash attention), which computes them again in
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from moekit.experts import Experts, GroupedGLU, GroupedMLP
@@ -65,15 +67,16 @@ class Cost:
 
 
 def block_cost(block: Block, causal: bool, training: Training) -> Cost:
-    """Cost of a block: attention, cross-attention, feed-forward, their norms and dropout."""
+    """Cost of a block: attention, cross-attention, feed-forward, the extra one, their norms and dropout."""
     length = training.target_length if causal else training.source_length
-    d, t = block.self_attention.qkv.in_features, training.sequences * length
-    branches = 2 if block.cross_attention is None else 3
+    d, t, branches = block.self_attention.qkv.in_features, training.sequences * length, block.num_branches
     # A norm keeps its input, and each token's mean and deviation.
     total = Cost(stream=branches * t * d, wide=branches * 2 * t, masks=branches * t * d * bool(block.dropout))
     total = total + attention_cost(block.self_attention, training, length, length)
     if block.cross_attention is not None:
         total = total + attention_cost(block.cross_attention, training, length, training.source_length)
+    if block.extra is not None:
+        total = total + feed_forward_cost(block.extra, t, training.numbers)
     return total + feed_forward_cost(block.feed_forward, t, training.numbers)
 
 
@@ -152,7 +155,7 @@ def moe_cost(layer: MoELayer, t: int, precision: Precision) -> Cost:
     # probabilities twice.
     wide = t * d * (2 if getattr(router, "jitter", 0.0) else 1) + 3 * t * e
     # The weighted sum keeps every result in float32, before and after it is weighed.
-    total = Cost(flops=2 * t * d * e, wide=wide + 2 * most * d, sent=rows * d)
+    total = Cost(flops=2 * t * router.multiplications_per_token, wide=wide + 2 * most * d, sent=rows * d)
     total = total + replace(work, compute=held.compute, sliced=held.sliced, masks=held.masks)
     if layer.shared is not None:
         total = total + feed_forward_cost(layer.shared, t, precision)
@@ -162,10 +165,21 @@ def moe_cost(layer: MoELayer, t: int, precision: Precision) -> Cost:
 
 
 def experts_cost(bank: Experts, rows: float) -> Cost:
-    """Two (gated: three) matrices for each row; an unknown bank: each of its matrices, which keep their inputs."""
+    """Two (gated: three) matrices for each row; another bank: all of an expert's matrices, which keep their inputs."""
     if isinstance(bank, GroupedMLP | GroupedGLU):
         return _hidden_cost(bank, rows, bank.dim, bank.hidden_dim)
-    matrices = [p.shape for p in bank.parameters() if p.dim() == 3]
+    matrices = list(_matrices(bank))
     return Cost(
-        flops=sum(2.0 * rows * a * b for _, a, b in matrices), compute=sum(float(rows * a) for _, a, _ in matrices)
+        flops=sum(2.0 * rows * shape.numel() for shape in matrices),
+        compute=sum(float(rows * shape[:-1].numel()) for shape in matrices),
     )
+
+
+def _matrices(bank: nn.Module) -> Iterator[torch.Size]:
+    """Shapes of one expert's matrices, [a, b], or [L, a, b] of an expert that is a stack of L blocks."""
+    for owner in bank.modules():
+        axes: Mapping[str, tuple[str, ...]] = getattr(owner, "axes", {})
+        for name, parameter in owner.named_parameters(recurse=False):
+            inner = [axis for axis in axes.get(name, ("",) * (parameter.dim() - 1)) if axis not in ("expert", "layer")]
+            if len(inner) == 2:
+                yield parameter.shape[1:]

@@ -22,6 +22,7 @@ from moekit.experts import BASELayerStack
 from moekit.layer import MoELayer
 from moekit.recipes._networks import TEXT, DecoderConfig, feed_forward, knowing, parts, with_twins
 from moekit.routers import RankShuffle, base_layers
+from moekit.routers.base_layers import EvalAssignment
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import TaskConfig, setting
 from moekit.transformer import Side, SparseDense, at_layers
@@ -39,11 +40,14 @@ class ModelConfig(DecoderConfig):
         expert_hidden_dim: hidden size of each block of an expert; 0 = hidden_dim.
         shuffle: whether the tokens of all processes are mixed at random before experts are assigned, which makes a
             balanced assignment cost less quality; no effect on one process.
+        eval_assignment: greedy = a token goes to its best expert in evaluation, as in the paper; balanced = evaluation
+            assigns as training does, which weighs tokens against later ones: it tells what the greedy choice costs.
     """
 
     sublayers: int = setting(3, at_least=1)
     expert_hidden_dim: int = setting(0, at_least=0)
     shuffle: bool = True
+    eval_assignment: EvalAssignment = "greedy"
     load_balance: float = 0.0  # there is nothing to balance
 
 
@@ -59,7 +63,9 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
             return feed_forward(model, model.sublayers * hidden_dim)
         # The assignment of training weighs a token against later ones, as in the paper; evaluation does not.
         shuffle = RankShuffle() if model.shuffle else None
-        router = base_layers(model.dim, model.num_experts, shuffle=shuffle, allow_future=True)
+        router = base_layers(
+            model.dim, model.num_experts, shuffle=shuffle, eval_assignment=model.eval_assignment, allow_future=True
+        )
         stack = BASELayerStack(
             model.num_experts, model.dim, hidden_dim, num_layers=model.sublayers, activation=model.activation
         )

@@ -33,6 +33,7 @@ from moekit.recipes._networks import (
     with_twins,
 )
 from moekit.routers import base_layers
+from moekit.routers.base_layers import EvalAssignment
 from moekit.runs import ModelParts, Recipe, RunConfig, RunText, Variant
 from moekit.runs.settings import setting
 from moekit.transformer import Side
@@ -45,10 +46,14 @@ class ModelConfig(EncoderDecoderConfig):
     Attributes:
         dense_steps: number of first optimizer steps in which the experts of a layer are a single feed-forward layer
             (dense pre-training); 0 = sparse from the start.
+        eval_assignment: greedy = a token goes to its best expert in evaluation, as in BASE layers; balanced =
+            evaluation assigns as training does, which weighs tokens against each other: it tells what the greedy
+            choice costs.
     """
 
     load_balance: float = 0.0  # the assignment balances
     dense_steps: int = setting(0, at_least=0)
+    eval_assignment: EvalAssignment = "greedy"
 
 
 def build(config: RunConfig, text: RunText) -> ModelParts:
@@ -57,7 +62,7 @@ def build(config: RunConfig, text: RunText) -> ModelParts:
 
     def sparse(layer: int, side: Side) -> MoELayer:
         # In training the assignment weighs a token against later ones, in the decoder too, as in BASE layers.
-        router = base_layers(model.dim, model.num_experts, allow_future=True)
+        router = base_layers(model.dim, model.num_experts, eval_assignment=model.eval_assignment, allow_future=True)
         phase = DensePretraining(model.dense_steps) if model.dense_steps else None
         return MoELayer(router, expert_bank(model), phase=phase)
 

@@ -143,7 +143,7 @@ TINY = TRANSLATION.tiny.changed(
 # the tokens (recipes/zcode_m3/ablations/both_ways.yaml has what came of it otherwise).
 LEXICON = with_lexicon(TINY).changed(
     data={"babel_languages": 3, "directions": ("tnd-avl", "kmb-avl"), "babel_concepts": 300},
-    tasks=tasks(translation=1024, denoising=128, masked_lm=80, replaced_token=80),
+    tasks=tasks(translation=1024, denoising=192, masked_lm=96, replaced_token=96),
     train={"max_steps": 4000},
 )
 SMALL = TRANSLATION.small.changed(

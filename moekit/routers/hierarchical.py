@@ -75,6 +75,11 @@ class HierarchicalRouter(Router):
         """Experts per token."""
         return self.k_groups * self.k_experts
 
+    @property
+    def multiplications_per_token(self) -> int:
+        """See `Router.multiplications_per_token`: the gates of the groups, and those inside the groups of a token."""
+        return 2 * self.dim * (self.num_groups + self.k_groups * self.group_size)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set all matrices to zero: the start is pure noise."""

@@ -25,9 +25,11 @@ class ExpertScorer(ABC):
 
     Attributes:
         expert_dims: the dimension that counts experts, by name of a parameter; see `moekit.routing.Router`.
+        looks_up: whether parameters are tables, of which a token's scores are read, rather than matrices.
     """
 
     expert_dims: ClassVar[Mapping[str, int]]
+    looks_up: ClassVar[bool] = False
 
     @abstractmethod
     def shapes(self, dim: int, num_experts: int) -> dict[str, tuple[int, ...]]:
@@ -131,6 +133,11 @@ class ScoredRouter(Router):
     @property
     def expert_dims(self) -> Mapping[str, int] | None:  # type: ignore[override]  # noqa: D102
         return self.scorer.expert_dims
+
+    @property
+    def multiplications_per_token(self) -> int:  # noqa: D102
+        tables = self._score_parameters().values() if self.scorer.looks_up else ()
+        return super().multiplications_per_token - sum(table.numel() for table in tables)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -34,6 +34,7 @@ class TaskScorer(ExpertScorer):
 
     num_tasks: int
     expert_dims: ClassVar[Mapping[str, int]] = {"scores": 1}
+    looks_up: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_tasks(self.num_tasks)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moekit.functional.precision import autocast_dtype
 from moekit.transformer import few_queries
 from moekit.transformer.cache import DecoderCache, LayerCache
 from moekit.transformer.padding import check_no_hole, count_real
@@ -75,8 +76,7 @@ def plan_attention(
     if bias is None:
         return AttentionPlan(visible, causal and visible is None and x.shape[1] > 1, rotation)
     # Under autocast queries are in the lower precision, and so must be what is added to their products.
-    kind = x.device.type
-    bias = bias.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+    bias = bias.to(autocast_dtype(x) or x.dtype)
     # Heads stood innermost in the table. Copied once, or the attention kernel of a GPU copies it in every layer.
     # Where few queries are few products, all rows have it side by side, as these take it.
     bias = bias.expand(len(x), -1, -1, -1).contiguous() if few_queries.suits(x[:, None]) else bias.contiguous()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moekit.functional import float32_linear, without_autocast
+from moekit.functional.precision import autocast_dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -24,3 +25,14 @@ def test_devices_without_autocast_are_no_trouble() -> None:
     assert float32_linear(torch.empty(7, 5, device="meta"), torch.empty(3, 5, device="meta")).shape == (7, 3)
     with torch.autocast("cpu", torch.bfloat16), without_autocast(torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_the_type_that_autocast_turns_factors_to() -> None:
+    """What torch's own product has; None where autocast is off, for float64, and on the meta device."""
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x = torch.ones(2, 2, dtype=dtype)
+        assert autocast_dtype(x) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (autocast_dtype(x) or dtype) == (x @ x).dtype
+            assert (autocast_dtype(x) is None) == (dtype == torch.float64)
+            assert autocast_dtype(x.to("meta")) is None

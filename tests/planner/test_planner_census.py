@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from tiny_shape import TINY
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from moekit.experts import GroupedGLU, GroupedMLP
+from moekit import routers
+from moekit.experts import BASELayerStack, GroupedGLU, GroupedMLP
 from moekit.layer import MoELayer, moe_layers
 from moekit.planner import (
     DEEPSPEED_3_5T,
@@ -24,9 +27,13 @@ from moekit.planner import (
     plan,
     take_census,
 )
+from moekit.planner.costs import experts_cost
+from moekit.planner.measure import grouped_flops
 from moekit.recipes import zcode_m3
 from moekit.routers import DenseToSparseRouter, ExpertChoiceRouter, ExponentialDecay, switch
+from moekit.routing import Router, RoutingContext
 from moekit.runs import RunText
+from moekit.transformer import MLP, DecoderOnly, Side, SparseDense
 
 SHAPES: dict[str, TransformerShape] = {
     "padded": TINY,
@@ -161,6 +168,63 @@ def test_routers_whose_tokens_take_a_number_of_experts_that_is_no_setting(kind: 
     assert sparse.cost.flops - plain.cost.flops == 2 * t * 256 * 8 + (choices - 1) * dense_feed_forward
     assert sparse.cost.sent == choices * t * 256
     assert sparse.cost.summed_forward - plain.cost.summed_forward == (choices - 1) * t * 256
+
+
+@pytest.mark.parametrize("order", ["after", "before"])
+def test_an_extra_feed_forward_counts(order: Literal["after", "before"]) -> None:
+    """ST-MoE's sparse-dense block: a branch more, with a norm of its own."""
+    training = Training(sequences=4, source_length=64, target_length=48, precision="32-true")
+
+    def feed_forward(layer: int, side: Side) -> SparseDense:
+        return SparseDense(MoELayer(switch(64, 8, capacity_factor=1.0), GroupedMLP(8, 64, 128)), MLP(64, 96), order)
+
+    model = DecoderOnly(32, 64, 4, layers=3, hidden_dim=128, feed_forward=feed_forward)
+    formulas = take_census(model, training)
+    torch_says = measure(Forward(model), *ids(training))
+    assert formulas.parameters == torch_says.parameters
+    assert formulas.forward_flops == torch_says.flops
+    assert kept_by_a_forward(model, training) == pytest.approx(kept(formulas, training), rel=0.03)
+
+
+def counted(module: nn.Module, *given: Any) -> int:
+    """Operations of a real forward, as torch counts them."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.moekit.grouped_mm: grouped_flops})
+    with counter:
+        module(*given)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_experts_that_are_stacks(num_layers: int) -> None:
+    """All blocks of an expert of BASE layers count, in operations and, but for the norms, in what is kept."""
+    bank = BASELayerStack(4, 64, 256, num_layers=num_layers)
+    rows = torch.randn(40, 64, requires_grad=True)
+    cost = experts_cost(bank, 40)
+    assert cost.flops == counted(bank, rows, torch.tensor([10, 20, 0, 10])) == num_layers * 2 * 40 * 2 * 64 * 256
+    assert cost.compute == num_layers * 40 * (64 + 256)
+
+
+ROUTERS: dict[str, tuple[Callable[[], Router], int]] = {
+    "linear": (lambda: switch(64, 8), 64 * 8),
+    "two matrices": (lambda: routers.noisy_topk(64, 8), 2 * 64 * 8),
+    "cosine": (lambda: routers.CosineRouter(64, 8, projected_dim=16), 64 * 16 + 16 * 8),
+    "groups": (lambda: routers.HierarchicalRouter(64, 4, 8), 2 * 64 * (4 + 2 * 8)),
+    "assignment": (lambda: routers.base_layers(64, 8), 64 * 8),
+    "table of tokens": (lambda: routers.hash_random(8, 16), 0),
+    "scores of tasks": (lambda: routers.TaskRouter(64, 8, num_tasks=3), 0),
+    "table of tasks": (lambda: routers.TaskTableRouter(8, [2, 0, 2]), 0),
+    "nothing": (lambda: routers.UniformRouter(8), 0),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_products_of_routers(name: str) -> None:
+    """A router that looks experts up multiplies nothing."""
+    make, expected = ROUTERS[name]
+    router = make()
+    context = RoutingContext(token_ids=torch.arange(40) % 16, task=torch.arange(40) % 3)
+    assert router.multiplications_per_token == expected
+    assert counted(router, torch.randn(40, 64), context) == 2 * 40 * expected
 
 
 def test_a_shape_is_counted_as_the_module_it_describes() -> None:

@@ -113,6 +113,24 @@ def test_training_decides_not_requires_grad() -> None:
     assert routing.statistics["greedy_agreement"] == 1.0
 
 
+def test_a_balanced_evaluation_assigns_as_training_does() -> None:
+    """Experts, weights and capacity are those of training, with padding too; the greedy choice differs."""
+    x, mask = skewed_tokens(32, D), torch.arange(32) % 4 > 0
+    router = BASELayerRouter(D, E, init_gain=1.0, eval_assignment="balanced")
+    for context in (None, RoutingContext(mask=mask)):
+        trained, evaluated = router.train()(x, context), router.eval()(x, context)
+        assert torch.equal(evaluated.expert, trained.expert)
+        assert torch.equal(evaluated.weight, trained.weight)
+        assert torch.equal(evaluated.kept, trained.kept)
+        assert evaluated.capacity == trained.capacity
+        assert len(set(routing_stats(evaluated).load.tolist())) == 1
+        assert evaluated.statistics["greedy_agreement"] < 1
+    moe = layer()
+    hidden = moe.train()(x.double()).hidden
+    moe.router.eval_assignment = "balanced"
+    assert_close(moe.eval()(x.double()).hidden, hidden)
+
+
 def test_evaluation_does_not_look_ahead_and_training_does() -> None:
     router = BASELayerRouter(D, E, init_gain=1.0)
     x = skewed_tokens(32, D)
@@ -173,3 +191,5 @@ def test_errors() -> None:
         BASELayerRouter(0, 4)
     with pytest.raises(ValueError, match="got 4 and 0"):
         BASELayerRouter(4, 0)
+    with pytest.raises(ValueError, match='"greedy" or "balanced": got \'best\''):
+        BASELayerRouter(4, 4, eval_assignment="best")  # type: ignore[arg-type]

@@ -66,11 +66,14 @@ def in_a_router(group_of: list[int] | None) -> dict[str, Any]:
     torch.manual_seed(50 + rank)
     recomputed = checkpoint(lambda x: router(x, context).weight.sum(), x, use_reentrant=False)
     assert torch.equal(torch.autograd.grad(recomputed, router.weight)[0], plain)
-    # Evaluation is greedy and exchanges nothing: one rank alone may do it.
+    # Evaluation exchanges nothing, greedy or balanced: one rank alone may do it.
     if rank == 0:
         router.eval()
-        greedy = (x @ router.weight.t()).argmax(1)
-        assert torch.equal(router(x, context).expert[context.mask], greedy[context.mask])
+        scores = x @ router.weight.detach().t()
+        assert torch.equal(router(x, context).expert[context.mask], scores.argmax(1)[context.mask])
+        router.eval_assignment = "balanced"
+        alone = balanced_assignment(scores, context.mask)
+        assert torch.equal(router(x, context).expert[context.mask], alone[context.mask])
     return {
         "load": routing_stats(routing).load,
         "real": int(context.mask.sum()),
