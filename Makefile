@@ -9,6 +9,9 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .PHONY: help run twin test test-slow check format docs sample bench clean
 
+# Tests start hundreds of processes. Where the environment forbids compiled files, each compiles the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import socket
@@ -68,13 +69,22 @@ def ranks_are_forgotten() -> Iterator[None]:
             os.environ[name] = value
 
 
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folders that are not there yet, one for each test; pytest's own look at all earlier ones for a free number."""
+    folder = tmp_path_factory.mktemp("homes")
+    return (folder / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def isolation(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def isolation(monkeypatch: pytest.MonkeyPatch, homes: Iterator[Path]) -> None:
     """Same seeds before every test, a cache folder of its own, and no connection beyond this machine."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    home = next(homes)
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
 
     connect = socket.socket.connect
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,19 @@ _TOLD = ("summary", "mechanisms", "last", "commit")
 def keep(jobs: Sequence[Job], runs: Path, kept: Path) -> None:
     """Keep the numbers of the jobs that have ended with a result, unless they are kept already.
 
+    Where an evaluation of a trained model is kept for the first time, the numbers of that very model are kept with it,
+    in the place of those of an earlier training on another machine: claims compare the two.
+
     Args:
         jobs: of a table.
         runs: the folder of all run folders.
         kept: the folder of the small files.
     """
+    own = [job for job in jobs if not job.trains and not _path(job, kept).is_file()]
+    evaluated = {other.digest for job in own if RunRecord.of(job.folder(runs)).final for other in job.needs}
     for job in jobs:
         record, path = RunRecord.of(job.folder(runs)), _path(job, kept)
-        if record.final and not path.is_file():
+        if record.final and (job.digest in evaluated or not path.is_file()):
             folder = job.folder(runs)
             environment = _read(folder / _ENVIRONMENT)
             found = {
@@ -52,27 +58,43 @@ def keep(jobs: Sequence[Job], runs: Path, kept: Path) -> None:
 def restore(jobs: Sequence[Job], runs: Path, kept: Path) -> int:
     """Put the numbers of kept runs where a table looks for them; returns of how many.
 
-    A run whose trained model another job of the table evaluates is left out, unless that one is kept too: its numbers
-    alone do not replace its checkpoint. The folder of the runs is held where there is something to put there.
+    A run whose trained model another job of the table needs is left out, unless that one is kept too: its numbers alone
+    do not replace its checkpoint. Where nothing but numbers lies there, put for another table, they are taken away, so
+    that it is made. The folder of the runs is held where there is something to do.
 
     Raises:
         InUseError: another process holds that folder.
         UserError: a file is damaged, of a later version, or has the numbers of another run.
     """
-    if not _found(jobs, runs, kept):
+    if not any(_to_do(jobs, runs, kept)):
         return 0
     with runs_held(runs):
-        found = _found(jobs, runs, kept)  # what was made until the folder was held stays
+        found, bare = _to_do(jobs, runs, kept)  # what was made until the folder was held stays
+        for job in bare:
+            shutil.rmtree(job.folder(runs))
         for job in found:
             _put(job, runs, _path(job, kept))
     return len(found)
 
 
-def _found(jobs: Sequence[Job], runs: Path, kept: Path) -> list[Job]:
-    """Jobs without a result here that have a kept one."""
+def _to_do(jobs: Sequence[Job], runs: Path, kept: Path) -> tuple[list[Job], list[Job]]:
+    """Jobs without a result here that have a kept one to put; and those of whose model there are but numbers here."""
     missing = [job for job in jobs if not RunRecord.of(job.folder(runs)).final]
-    without = {other.digest for job in missing if not _path(job, kept).is_file() for other in job.needs}
-    return [job for job in missing if _path(job, kept).is_file() and job.digest not in without]
+    made = {job.digest: job for job in missing if not _path(job, kept).is_file()}
+    waiting = list(made.values())
+    while waiting:  # a model that is to be made needs those that it goes on with
+        for job in waiting.pop().needs:
+            has_model = RunRecord.of(job.folder(runs)).final and not _is_bare(job.folder(runs))
+            if not has_model and job.digest not in made:
+                made[job.digest] = job
+                waiting.append(job)
+    put = [job for job in missing if job.digest not in made]
+    return put, [job for job in made.values() if _is_bare(job.folder(runs))]
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether a folder is one that `_put` has written: the environment.json of a run says more than its commit."""
+    return set(_read(folder / _ENVIRONMENT)) == {"commit"}
 
 
 def _put(job: Job, runs: Path, path: Path) -> None:

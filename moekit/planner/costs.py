@@ -2,7 +2,8 @@
 
 T = tokens, D = width, I = heads * head_dim, F = hidden channels, E = experts, A = assignments, R = rows of experts.
 A product of [T, a] with [a, b] counts 2 T a b floating-point operations. Attention keeps no probabilities: it is
-assumed to run in a fused kernel (flash attention), which computes them again in backward.
+assumed to run in a fused kernel (flash attention), which computes them again in backward. On a CPU that is not so of
+learned relative positions, whose attention keeps T L numbers for each head.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 from moekit.experts import Experts, GroupedGLU, GroupedMLP
 from moekit.layer import MoELayer
 from moekit.parallel.layout import Precision, Training
+from moekit.soft_moe import SoftMoELayer
 from moekit.transformer.attention import CrossAttention, SelfAttention
 from moekit.transformer.block import Block
 from moekit.transformer.feed_forward import GLU, MLP
@@ -76,8 +78,8 @@ def block_cost(block: Block, causal: bool, training: Training) -> Cost:
     if block.cross_attention is not None:
         total = total + attention_cost(block.cross_attention, training, length, training.source_length)
     if block.extra is not None:
-        total = total + feed_forward_cost(block.extra, t, training.numbers)
-    return total + feed_forward_cost(block.feed_forward, t, training.numbers)
+        total = total + feed_forward_cost(block.extra, t, training.sequences, training.numbers)
+    return total + feed_forward_cost(block.feed_forward, t, training.sequences, training.numbers)
 
 
 def attention_cost(
@@ -103,10 +105,12 @@ def attention_cost(
     )
 
 
-def feed_forward_cost(module: nn.Module, t: int, precision: Precision) -> Cost:
-    """Cost of any feed-forward on T tokens."""
+def feed_forward_cost(module: nn.Module, t: int, sequences: int, precision: Precision) -> Cost:
+    """Cost of any feed-forward on T tokens in so many sequences."""
     if isinstance(module, MoELayer):
-        return moe_cost(module, t, precision)
+        return moe_cost(module, t, sequences, precision)
+    if isinstance(module, SoftMoELayer):
+        return soft_moe_cost(module, t, sequences)
     if isinstance(module, MLP | GLU):
         return _hidden_cost(module, t, module.w_in.in_features, module.w_out.in_features)
     return linear_cost(module, t)
@@ -137,7 +141,7 @@ def _hidden_cost(module: Any, rows: float, d: int, f: int) -> Cost:
     )
 
 
-def moe_cost(layer: MoELayer, t: int, precision: Precision) -> Cost:
+def moe_cost(layer: MoELayer, t: int, sequences: int, precision: Precision) -> Cost:
     """Cost of a Mixture of Experts whose load is balanced: A = k T assignments, R rows computed by experts.
 
     With a capacity, R = E C slots are computed, filled or not; without, R = A. Where A changes in training, memory is
@@ -158,10 +162,19 @@ def moe_cost(layer: MoELayer, t: int, precision: Precision) -> Cost:
     total = Cost(flops=2 * t * router.multiplications_per_token, wide=wide + 2 * most * d, sent=rows * d)
     total = total + replace(work, compute=held.compute, sliced=held.sliced, masks=held.masks)
     if layer.shared is not None:
-        total = total + feed_forward_cost(layer.shared, t, precision)
+        total = total + feed_forward_cost(layer.shared, t, sequences, precision)
         if precision.compute == 4:  # the branch reads the very tensor that the router keeps
             total = total + Cost(compute=-t * d)
     return total
+
+
+def soft_moe_cost(layer: SoftMoELayer, t: int, sequences: int) -> Cost:
+    """Scores of T tokens for the slots of their sequence, two mixtures by them, and experts on all slots."""
+    d, slots = layer.dim, layer.num_experts * layer.slots
+    # In float32: tokens as they are and normalised, five tables of scores on the way to both mixtures, and what
+    # experts return.
+    kept = 2 * t * d + 5 * t * slots + slots * d + sequences * slots * d
+    return experts_cost(layer.experts, sequences * slots) + Cost(flops=3 * 2.0 * t * slots * d, wide=kept)
 
 
 def experts_cost(bank: Experts, rows: float) -> Cost:

@@ -5,30 +5,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_tables import NOISE, TABLE, changed, fake, formula, plainly, run, write_table
+from small_tables import NOISE, TABLE, began, changed, fake, formula, plainly, run, write_table
 
 from moekit.ablation.pages import drawing, markdown
 from moekit.ablation.plan import Job, Plan
 from moekit.ablation.processes import RunRecord, last_step, measured_minutes
 from moekit.ablation.result import comparable, read_result
-from moekit.ablation.session import Estimate, _restore, list_tables
+from moekit.ablation.session import Estimate, list_tables
 from moekit.ablation.table import read_table
 from moekit.ablation.view import Progress, spoken_minutes
 from moekit.cli.program import main
 from moekit.errors import UserError
 from moekit.lock import held
 from moekit.terminal import Terminal
-
-
-def began(runs: Path) -> int:
-    """How often a run has begun or gone on."""
-    return sum(len(path.read_text().splitlines()) for path in runs.glob("*/began"))
 
 
 def test_a_table_from_file_to_verdict(tmp_path: Path) -> None:
@@ -432,115 +426,3 @@ def test_the_last_step_of_a_run(tmp_path: Path) -> None:
     assert last_step(tmp_path) == 19, "a row that is being written is none"
     (tmp_path / "metrics.csv").write_text("step,epoch,loss\n" + "".join(f"{i},0,{'1' * 50}\n" for i in range(900)))
     assert last_step(tmp_path) == 899
-
-
-def test_kept_runs_are_made_nowhere_again(tmp_path: Path) -> None:
-    """With the small files alone, on another machine, a table has the same result, and only what lacks is run."""
-    path, runs, results = write_table(tmp_path), tmp_path / "runs", tmp_path / "results"
-    found, _ = run(path, runs)
-    assert found is not None
-    kept = sorted((results / "runs").glob("*.json"))
-    assert len(kept) == began(runs)
-    elsewhere = tmp_path / "elsewhere"
-    again, said = run(path, elsewhere, out=results)
-    assert began(elsewhere) == 0
-    assert "15 of 15 done" in said
-    assert again is not None
-    assert comparable(again) == comparable(found)
-    assert again["made"]["minutes"] == found["made"]["minutes"]
-    plan, listed = Plan.of(read_table(path), plainly), tmp_path / "listed"
-    _restore(plan, listed, results)
-    cost = Estimate.of(plan, listed, {})
-    assert (cost.done, cost.runs, cost.minutes) == (27, 27, 0.0)
-    for lost in kept[:3]:
-        lost.unlink()
-    third = tmp_path / "third"
-    again, _ = run(path, third, out=results)
-    assert began(third) == 3
-    assert again is not None
-    assert comparable(again) == comparable(found)
-    assert sorted((results / "runs").glob("*.json")) == kept
-
-
-def test_a_run_that_diverged_is_kept_and_one_that_failed_is_not(tmp_path: Path) -> None:
-    def ending(job: Job) -> dict[str, Any]:
-        ends = {1: "diverged", 2: "broken"}
-        few = job.config.model.num_experts == 2
-        return formula(job) | {"end": ends.get(job.config.train.seed, "done") if few else "done"}
-
-    path = write_table(tmp_path)
-    first, _ = run(path, tmp_path / "runs", fake(ending))
-    again, _ = run(path, tmp_path / "more", fake(ending), out=tmp_path / "results")
-    assert first is not None
-    assert again is not None
-    assert began(tmp_path / "more") == 1
-    assert comparable(first) == comparable(again)
-    assert again["claims"][0]["failed"] == 2
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda text: text[:-5], "cannot be used: "),
-        (lambda text: text.replace('"version": 1', '"version": 9'), "it must be of version 1, with record, summary"),
-        (lambda text: text.replace('"minutes"', '"minuten"'), "cannot be used: "),
-        *(
-            (lambda text, damage=damage: json.dumps(json.loads(text) | damage), "must have the numbers of a run that")
-            for damage in (
-                {"summary": [1]},
-                {"summary": {}},
-                {"mechanisms": "x"},
-                {"last": None},
-                {"commit": 7},
-                {"record": {"state": "failed"}},
-                {"record": {"state": "done", "minutes": "x"}},
-            )
-        ),
-        (lambda text: re.sub('"run": "[^"]*"', '"run": "moe_lm-1"', text), "it has the numbers of another run"),
-        (lambda text: re.sub('"kin": "[^"]*"', '"kin": "1"', text), "it has the numbers of another run"),
-    ],
-)
-def test_a_damaged_kept_run_is_refused_by_name(damage: Callable[[str], str], said: str, tmp_path: Path) -> None:
-    path = write_table(tmp_path)
-    run(path, tmp_path / "runs")
-    kept = sorted((tmp_path / "results" / "runs").glob("*.json"))[0]
-    kept.write_text(damage(kept.read_text()))
-    with pytest.raises(UserError, match=f"{kept.name} cannot be used: ") as caught:
-        run(path, tmp_path / "more", out=tmp_path / "results")
-    assert said in str(caught.value)
-
-
-def test_kept_runs_that_do_not_say_their_name_are_taken(tmp_path: Path) -> None:
-    path = write_table(tmp_path)
-    run(path, tmp_path / "runs")
-    for kept in (tmp_path / "results" / "runs").glob("*.json"):
-        known = json.loads(kept.read_text())
-        assert known.pop("run") == kept.stem
-        kept.write_text(json.dumps(known))
-    run(path, tmp_path / "more", out=tmp_path / "results")
-    assert began(tmp_path / "more") == 0
-
-
-def test_runs_that_cannot_be_kept_are_not_made(tmp_path: Path) -> None:
-    path = write_table(tmp_path)
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "runs").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*a file is in the place of a folder"):
-        run(path, tmp_path / "runs")
-    assert began(tmp_path / "runs") == 0
-
-
-def test_a_trained_run_is_not_taken_from_its_numbers_where_its_model_is_wanted(tmp_path: Path) -> None:
-    table = changed()
-    table["arms"]["again"] = {"about": "other capacity", "of": "many", "settings": {"model.eval_capacity_factor": 4.0}}
-    path = write_table(tmp_path, table)
-    first, _ = run(path, tmp_path / "runs")
-    assert first is not None
-    evaluated = [
-        job
-        for job in Plan.of(read_table(path), plainly).jobs({"many": 0.004, "few": 0.004})
-        if job.of is not None and job.config.train.seed == 3
-    ]
-    (tmp_path / "results" / "runs" / f"{evaluated[0].folder(tmp_path).name}.json").unlink()
-    run(path, tmp_path / "more", out=tmp_path / "results")
-    assert began(tmp_path / "more") == 2, "the evaluation, and the training whose model it needs"

@@ -277,6 +277,15 @@ def test_bf16_autocast_and_bf16_weights_stay_near_float32(positions: str, norm: 
     torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_autocast_leaves_float64_alone(positions: str) -> None:
+    """Also what positions add to scores, which autocast would not turn to the queries' type by itself."""
+    model = seq2seq(POSITIONS[positions]()).double()
+    expected = run(model)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(model)[0], expected)
+
+
 def test_bf16_with_experts_runs_and_differentiates() -> None:
     for whole in (False, True):
         model = seq2seq()
