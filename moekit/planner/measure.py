@@ -83,7 +83,7 @@ def measure(module: nn.Module, *inputs: Any, **named: Any) -> Measured:
         return tensor
 
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (inputs, named))
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.moekit.grouped_mm: grouped_flops})
+    counter = flop_counter()
     with torch.enable_grad(), counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = torch.func.functional_call(module, state, args, kwargs)
     del output
@@ -92,6 +92,11 @@ def measure(module: nn.Module, *inputs: Any, **named: Any) -> Measured:
         flops=int(counter.get_total_flops()),
         kept=sum(tensor.untyped_storage().nbytes() for tensor in kept.values()),
     )
+
+
+def flop_counter() -> FlopCounterMode:
+    """A context that counts what torch knows how to count, and moekit's grouped product."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.moekit.grouped_mm: grouped_flops})
 
 
 def grouped_flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:

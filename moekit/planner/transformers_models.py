@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from moekit.errors import UserError
 from moekit.layer import moe_layers
 from moekit.parallel.layout import Training
 from moekit.planner.census import Census, GatheredUnit, Weight, weights_of
 from moekit.planner.costs import Cost
-from moekit.planner.measure import grouped_flops
+from moekit.planner.measure import flop_counter
 
 _DTYPES: Mapping[str, torch.dtype] = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
@@ -150,7 +149,7 @@ def _measure(model: Any, parts: Mapping[str, nn.Module], inputs: Mapping[str, An
             found[inside[-1]].kept += tensor.untyped_storage().nbytes()
         return tensor
 
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.moekit.grouped_mm: grouped_flops})
+    counter = flop_counter()
 
     began: dict[str, float] = {}
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -148,6 +149,14 @@ def test_held_out_text_ends_and_training_does_not(babel):
 def test_pickled_corpus_says_the_same(babel):
     copy = pickle.loads(pickle.dumps(babel))
     assert copy.sentence("shl", "test", 3) == babel.sentence("shl", "test", 3)
+
+
+def test_generation_is_fast():
+    corpus = Babel(BabelSettings(train_sentences=20_000))
+    start = time.process_time()
+    assert sum(1 for _ in corpus.parallel(Direction("avl", "kmb"), "train")) == 20_000
+    # About a third of a second; of processor time, because other tests run meanwhile.
+    assert time.process_time() - start < 4
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny_shape import TINY
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from moekit import routers
 from moekit.experts import BASELayerStack, GroupedGLU, GroupedMLP
@@ -28,7 +27,7 @@ from moekit.planner import (
     take_census,
 )
 from moekit.planner.costs import experts_cost
-from moekit.planner.measure import grouped_flops
+from moekit.planner.measure import flop_counter
 from moekit.recipes import zcode_m3
 from moekit.routers import DenseToSparseRouter, ExpertChoiceRouter, ExponentialDecay, switch
 from moekit.routing import Router, RoutingContext
@@ -207,8 +206,7 @@ def test_soft_experts_count_by_their_slots(slots: int) -> None:
 
 def counted(module: nn.Module, *given: Any) -> int:
     """Operations of a real forward, as torch counts them."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.moekit.grouped_mm: grouped_flops})
-    with counter:
+    with flop_counter() as counter:
         module(*given)
     return counter.get_total_flops()
 

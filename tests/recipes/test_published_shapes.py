@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import moekit.recipes
 from moekit.component import components
 from moekit.planner.census import parameters
+from moekit.planner.measure import flop_counter
 from moekit.routing import Capacity, Router
 from moekit.runs import RunText
 from moekit.transformer.embedding import TokenEmbedding
@@ -167,11 +167,6 @@ def test_parts_that_papers_name() -> None:
     assert billions("dense_to_sparse", sixteen) == pytest.approx(1.86, abs=0.01)
 
 
-def _grouped_mm(x: tuple[int, int], weight: tuple[int, int, int], *_: Any, **__: Any) -> int:
-    """Operations of `moekit.kernels.grouped_mm`, which the counter does not know, by the shapes of its inputs."""
-    return 2 * x[0] * weight[1] * weight[2]
-
-
 def flops(model: nn.Module, ids: torch.Tensor) -> tuple[int, int]:
     """Operations of one forward in evaluation, dropless, where schedules end: of everything, and of routers alone."""
     model.eval()
@@ -180,8 +175,7 @@ def flops(model: nn.Module, ids: torch.Tensor) -> tuple[int, int]:
     for module in model.modules():
         if isinstance(module, Router) and hasattr(module, "capacity"):
             module.capacity = Capacity()
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.moekit.grouped_mm: _grouped_mm})
-    with counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         if hasattr(model, "encode"):
             model.decode(ids, model.encode(ids).hidden)  # type: ignore[operator]
         else:
