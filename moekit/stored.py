@@ -6,6 +6,7 @@ import json
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,24 @@ def parse_json(text: str | bytes, *, repeated: bool = False) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str, check: Callable[[yaml.Node | None], None] = lambda node: None) -> Any:
     """The data in a YAML text: what JSON can hold, and dates.
+
+    Args:
+        text: The text.
+        check: Looks at what the text says before anything is made of it, and raises ValueError.
 
     Raises:
         ValueError: It is no YAML, or nested too deeply.
     """
     try:
-        return yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            check(node)
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     # Values such as `!!bool x` and `!!int` make PyYAML look into tables and empty texts.

@@ -71,9 +71,16 @@ def ranks_are_forgotten() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Folders that are not there yet, one for each test; pytest's own look at all earlier ones for a free number."""
+    """An empty folder for each test; the same one, until a test has left something in it."""
     folder = tmp_path_factory.mktemp("homes")
-    return (folder / str(number) for number in itertools.count())
+
+    def empty() -> Iterator[Path]:
+        for number in itertools.count():
+            (folder / str(number)).mkdir()
+            while not any((folder / str(number)).iterdir()):
+                yield folder / str(number)
+
+    return empty()
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +89,7 @@ def isolation(monkeypatch: pytest.MonkeyPatch, homes: Iterator[Path]) -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    home = next(homes)
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("HOME", str(next(homes)))
 
     connect = socket.socket.connect
 

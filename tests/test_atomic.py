@@ -20,6 +20,7 @@ from moekit import atomic
 from moekit.atomic import (
     flush,
     followed,
+    one_flush,
     replacing,
     replacing_folder,
     replacing_path,
@@ -131,6 +132,26 @@ def test_everything_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatc
     calls.clear()
     write_text(tmp_path / "file", "text")
     assert calls == ["flush file", "replace file", f"flush {tmp_path.name}"]
+
+
+def test_many_files_wait_for_the_disk_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    fsync, sync = os.fsync, os.sync
+    monkeypatch.setattr(os, "fsync", lambda handle: calls.append("fsync") or fsync(handle))
+    monkeypatch.setattr(os, "sync", lambda: calls.append(f"sync {len(names(tmp_path))}") or sync())
+    with one_flush():
+        for name in ("a", "b", "c"):
+            write_text(tmp_path / name, name)
+    assert calls == ["sync 3"]
+    with pytest.raises(KeyError), one_flush():
+        raise KeyError
+    write_text(tmp_path / "d", "d")
+    assert calls == ["sync 3", "fsync", "fsync"]
+    monkeypatch.delattr(os, "sync")  # as on Windows
+    with one_flush():
+        write_text(tmp_path / "e", "e")
+    assert calls[3:] == ["fsync", "fsync"]
+    assert names(tmp_path) == ["a", "b", "c", "d", "e"]
 
 
 def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from moekit.ablation.plan import Job
 from moekit.ablation.processes import RunRecord, runs_held, write_record
-from moekit.atomic import write_json, write_text
+from moekit.atomic import one_flush, write_json, write_text
 from moekit.errors import UserError
 from moekit.runs.run import MECHANISMS, SUMMARY
 from moekit.stored import parse_json
@@ -72,8 +72,13 @@ def restore(jobs: Sequence[Job], runs: Path, kept: Path) -> int:
         found, bare = _to_do(jobs, runs, kept)  # what was made until the folder was held stays
         for job in bare:
             shutil.rmtree(job.folder(runs))
-        for job in found:
-            _put(job, runs, _path(job, kept))
+        records = []
+        with one_flush():
+            for job in found:
+                records.append((job.folder(runs), _put(job, runs, _path(job, kept))))
+        with one_flush():  # what says that a run is done comes behind its numbers; damaged, it says nothing
+            for folder, record in records:
+                write_record(folder, record)
     return len(found)
 
 
@@ -97,8 +102,8 @@ def _is_bare(folder: Path) -> bool:
     return set(_read(folder / _ENVIRONMENT)) == {"commit"}
 
 
-def _put(job: Job, runs: Path, path: Path) -> None:
-    """Write a run folder of what its kept file has."""
+def _put(job: Job, runs: Path, path: Path) -> RunRecord:
+    """Write a run folder of what its kept file has; returns what is to be written beside it."""
     known = _checked(path, job)
     folder = job.folder(runs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +112,7 @@ def _put(job: Job, runs: Path, path: Path) -> None:
             write_json(folder / name, values)
     write_text(folder / _METRICS, _table(known["last"]))
     write_json(folder / _ENVIRONMENT, {"commit": known["commit"]})
-    write_record(folder, RunRecord(**known["record"]))
+    return RunRecord(**known["record"])
 
 
 def _path(job: Job, kept: Path) -> Path:

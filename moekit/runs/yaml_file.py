@@ -32,14 +32,11 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         if len(data) > _MAX_BYTES:
             raise ValueError(f"it has more than {_MAX_BYTES:,} bytes")
         text = data.decode("utf-8-sig")
-        _require_plain(yaml.compose(text, Loader=yaml.SafeLoader))
-        values = parse_yaml(text)
+        values = parse_yaml(text, _require_plain)
     except UnicodeDecodeError as error:
         at = f"the byte 0x{error.object[error.start]:02x} at {error.start}"
         raise UserError(f"{what} must be a YAML file in UTF-8: {path} has {at}. Save it as UTF-8.") from None
-    except RecursionError:
-        raise UserError(f"{what} must be a readable YAML file: {path} is nested too deeply.") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{what} must be a readable YAML file: got {path} ({reason}).") from None
     if not isinstance(values, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ from moekit.ablation.result import comparable
 from moekit.ablation.session import Estimate, _restore
 from moekit.ablation.table import read_table
 from moekit.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small files of the table's runs; to be copied."""
+    folder = tmp_path_factory.mktemp("kept")
+    run(write_table(folder), folder / "runs")
+    return folder / "results" / "runs"
 
 
 def test_kept_runs_are_made_nowhere_again(tmp_path: Path) -> None:
@@ -84,23 +93,25 @@ def test_a_run_that_diverged_is_kept_and_one_that_failed_is_not(tmp_path: Path) 
         (lambda text: re.sub('"kin": "[^"]*"', '"kin": "1"', text), "it has the numbers of another run"),
     ],
 )
-def test_a_damaged_kept_run_is_refused_by_name(damage: Callable[[str], str], said: str, tmp_path: Path) -> None:
+def test_a_damaged_kept_run_is_refused_by_name(
+    damage: Callable[[str], str], said: str, kept: Path, tmp_path: Path
+) -> None:
     path = write_table(tmp_path)
-    run(path, tmp_path / "runs")
-    kept = sorted((tmp_path / "results" / "runs").glob("*.json"))[0]
-    kept.write_text(damage(kept.read_text()))
-    with pytest.raises(UserError, match=f"{kept.name} cannot be used: ") as caught:
+    shutil.copytree(kept, tmp_path / "results" / "runs")
+    damaged = sorted((tmp_path / "results" / "runs").glob("*.json"))[0]
+    damaged.write_text(damage(damaged.read_text()))
+    with pytest.raises(UserError, match=f"{damaged.name} cannot be used: ") as caught:
         run(path, tmp_path / "more", out=tmp_path / "results")
     assert said in str(caught.value)
 
 
-def test_kept_runs_that_do_not_say_their_name_are_taken(tmp_path: Path) -> None:
+def test_kept_runs_that_do_not_say_their_name_are_taken(kept: Path, tmp_path: Path) -> None:
     path = write_table(tmp_path)
-    run(path, tmp_path / "runs")
-    for kept in (tmp_path / "results" / "runs").glob("*.json"):
-        known = json.loads(kept.read_text())
-        assert known.pop("run") == kept.stem
-        kept.write_text(json.dumps(known))
+    shutil.copytree(kept, tmp_path / "results" / "runs")
+    for copied in (tmp_path / "results" / "runs").glob("*.json"):
+        known = json.loads(copied.read_text())
+        assert known.pop("run") == copied.stem
+        copied.write_text(json.dumps(known))
     run(path, tmp_path / "more", out=tmp_path / "results")
     assert began(tmp_path / "more") == 0
 

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from counted_calls import calls_of
 from lightning.pytorch.cli import LightningCLI
 from tiny_corpus import SIZES, TinySource
 
@@ -403,22 +402,8 @@ def test_lightning_cli_builds_it_from_a_file(tmp_path: Path, monkeypatch: pytest
 
 
 def calls(loader: Iterator[Any]) -> int:
-    """Calls of Python functions and of functions in C by the next step, the median of some."""
-    counted = []
-    for _ in range(16):
-        seen = 0
-
-        def count(frame: FrameType, event: str, value: Any) -> None:
-            nonlocal seen
-            seen += event in ("call", "c_call")
-
-        sys.setprofile(count)
-        try:
-            next(loader)
-        finally:
-            sys.setprofile(None)
-        counted.append(seen)
-    return int(np.median(counted))
+    """Calls by the next step, the median of some."""
+    return int(np.median([calls_of(lambda: next(loader)) for _ in range(16)]))
 
 
 def test_a_step_loops_over_no_sentences(cache: Path) -> None:

@@ -29,10 +29,11 @@ import moekit.recipes
 import moekit.report
 from moekit.ablation.plan import Plan
 from moekit.ablation.table import read_table, table_files
-from moekit.cli.recipes import build_parser, main, reconfigured
+from moekit.cli import recipes as command_lines
+from moekit.cli.recipes import build_parser, main, reconfigured, reconfigured_by_all
 from moekit.data.sources import open_source
 from moekit.runs import Recipe
-from moekit.runs.plain import as_plain
+from moekit.runs.plain import as_plain, flatten
 from moekit.runs.settings import active_tasks
 from moekit.runs.settings.fields import check_ranges
 from moekit.shell import command_line
@@ -253,6 +254,19 @@ def execute(found: Recipe, argv: list[str], cache: Path) -> int | str | None:
         build_parser(found, "run", variant).parse_args(argv[1:])
         return 0
     return main(found, [*argv, "--overwrite"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_single_settings_are_applied_as_by_the_parser_of_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every setting of the last variant, given to the first one."""
+    first, *_, last = (variant.config for variant in recipe(name).variants.values())
+    given = flatten(as_plain(last))
+    options = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
+    obvious = reconfigured_by_all(recipe(name), first, options)
+    monkeypatch.delattr(command_lines, "build_parser")
+    made = reconfigured(recipe(name), first, options)
+    assert made == obvious == last
+    assert json.dumps(as_plain(made)) == json.dumps(as_plain(obvious))  # 1 is no 1.0 in the name of a run
 
 
 @pytest.mark.parametrize("path", YAML, ids=str)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,9 +49,21 @@ def test_what_is_not_known_is_none(content: object, tmp_path: Path) -> None:
 
 def test_the_rate_of_this_machine_is_measured_once() -> None:
     before = torch.get_rng_state()
-    start = time.perf_counter()
     rate = product_rate("cpu", torch.float32)
-    assert time.perf_counter() - start < 5  # a third of a second, on a machine that is left alone
     assert 1e8 < rate < 1e14
     assert product_rate("cpu", torch.float32) == rate
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("seconds", "products"), [(0.01, 11), (10.0, 4)])
+def test_measuring_a_rate_ends(seconds: float, products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the third of a second that it may take (9 looks at the clock and 3 a product), or four products."""
+    clock = itertools.count()
+    monkeypatch.setitem(
+        product_rate.__wrapped__.__globals__, "time", SimpleNamespace(perf_counter=lambda: seconds * next(clock))
+    )
+    made = []
+    monkeypatch.setattr(torch, "mm", lambda a, b: made.append(a.shape[0]))
+    assert product_rate.__wrapped__("cpu", torch.float32) == pytest.approx(2 * 768**3 / seconds)
+    assert made == [768] * len(made)
+    assert len(made) == products
