@@ -72,10 +72,8 @@ def restore(jobs: Sequence[Job], runs: Path, kept: Path) -> int:
         found, bare = _to_do(jobs, runs, kept)  # what was made until the folder was held stays
         for job in bare:
             shutil.rmtree(job.folder(runs))
-        records = []
         with one_flush():
-            for job in found:
-                records.append((job.folder(runs), _put(job, runs, _path(job, kept))))
+            records = [(job.folder(runs), _put(job, runs, _path(job, kept))) for job in found]
         with one_flush():  # what says that a run is done comes behind its numbers; damaged, it says nothing
             for folder, record in records:
                 write_record(folder, record)

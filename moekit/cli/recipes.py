@@ -189,12 +189,8 @@ def _with_settings(config: RunConfig, arguments: Sequence[str]) -> RunConfig | N
         if hint is None or is_dataclass(hint):
             return None
         parser.add_argument(f"--{key}", type=hint)
-    groups: dict[str, Any] = {}
     try:
         given = parser.parse_args(list(arguments))
-        for key in keys:
-            *path, name = key.split(".")
-            reduce(lambda inner, part: inner.setdefault(part, {}), path, groups)[name] = given[key]
-        return config.changed(**groups)
+        return reduce(lambda made, key: with_setting(made, key, given[key]), keys, config)
     except (*NOT_PARSED, UserError):
         return None
