@@ -12,6 +12,18 @@ from moekit.errors import UserError, nearest
 _CODE = re.compile(r"[A-Za-z][A-Za-z0-9_@.]*")
 
 
+class UnservedDirectionError(UserError):
+    """A direction is wanted that is not among those of the data.
+
+    Attributes:
+        available: the directions that the data have.
+    """
+
+    def __init__(self, message: str, available: Iterable[Direction] = ()) -> None:
+        super().__init__(message)
+        self.available = tuple(available)
+
+
 def language_code(text: str, where: str = "") -> str:
     """`text` as a language code: letters, digits, ``_ @ .``; a hyphen (``pt-BR``) becomes an underscore.
 
@@ -82,6 +94,7 @@ def choose_directions(
         wanted: keep only these, in this order.
 
     Raises:
+        UnservedDirectionError: if one that is wanted is not available.
         UserError: if a name is unknown or nothing is left.
     """
     chosen = tuple(available)
@@ -96,9 +109,10 @@ def choose_directions(
         parsed = tuple(dict.fromkeys(Direction.parse(text) for text in wanted))
         for direction in parsed:
             if direction not in chosen:
-                raise UserError(
+                raise UnservedDirectionError(
                     f"directions must be among those of the data: got {direction}. "
-                    f"{nearest(str(direction), map(str, chosen))}"
+                    f"{nearest(str(direction), map(str, chosen))}",
+                    chosen,
                 )
         chosen = parsed
     if not chosen:

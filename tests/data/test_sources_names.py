@@ -122,6 +122,35 @@ def test_tsv_without_a_header(tmp_path):
     assert list(Tsv(tmp_path, columns=["en", "de"]).parallel(EN_DE, "train")) == [("Go.", "Geh.")]
 
 
+@pytest.mark.parametrize("kind", [Tsv, JsonLines])
+def test_files_of_other_pairs_are_left_out_where_languages_are_named(tmp_path, kind):
+    """As a folder of many pairs is read for some of its languages; one file of another pair was an error."""
+
+    def put(pair: str, split: str, heads: str, *lines: str) -> None:
+        folder = tmp_path / pair
+        folder.mkdir(exist_ok=True)
+        codes = heads.split()
+        rows = ["\t".join(codes), *("\t".join(line.split()) for line in lines)]
+        if kind is JsonLines:
+            rows = [json.dumps({"translation": dict(zip(codes, line.split(), strict=False))}) for line in lines]
+        (folder / f"{split}.{kind.name}").write_text("\n".join(rows) + "\n")
+
+    for split in ("train", "valid", "test"):
+        put("en-hau", split, "en hau", "a A", "b B")
+        put("en-ibo", split, "en ibo", "c C")
+        put("fr-bam", split, "fr bam", "d D")
+    source = kind(tmp_path, languages=["en", "hau"])
+    assert directions(source) == {"en-hau", "hau-en"}
+    assert list(source.parallel(Direction("en", "hau"), "train")) == [("a", "A"), ("b", "B")]
+    assert set(source.monolingual("en", "train")) == {"a", "b"}
+    assert directions(kind(tmp_path, languages=["en", "hau", "fr", "bam"])) == {"en-hau", "hau-en", "fr-bam", "bam-fr"}
+    with pytest.raises(UserError, match=r"line 1: at least two language codes are required, of hau, bam: got en, hau"):
+        kind(tmp_path, languages=["hau", "bam"])
+    put("en-hau", "test", "en text", "a A")  # one with no languages is bad, not of other languages
+    with pytest.raises(UserError, match=r"en-hau.test\.\w+, line 1: .* two .*language codes.*got '?en"):
+        kind(tmp_path, languages=["en", "hau"])
+
+
 def test_headings_and_keys_that_are_named(tmp_path):
     named = {"source": "en", "Deutsch": "de"}
     write(tmp_path, {"train.tsv": "source\tDeutsch\tfr\na\tA\tx\n"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from moekit.runs.recipe import find_recipe, structured
 from moekit.runs.settings import DataConfig, TrainConfig, setting
 from moekit.runs.settings.fields import check_ranges, free_keys, settings_of
 from moekit.runs.settings.tasks import active_tasks
+from moekit.source import Direction
 from moekit.training.callbacks.config import CONFIG_KEY
 
 
@@ -274,6 +276,32 @@ def test_each_of_several_kinds_takes_the_directions_of_its_languages(tmp_path: P
         DataConfig(**both, **sizes, directions="en-de,avl-tnd,avl-de").open()
     with pytest.raises(UserError, match=r"data\.source facts: directions must be among .* got en-de\. There are: avl-"):
         DataConfig(**both, **sizes, directions="en-de").open()
+
+
+def test_a_kind_with_both_languages_of_a_direction_need_not_have_the_direction(tmp_path: Path) -> None:
+    """As MAFAND has English and French, each with others; the kind was asked for en-fr and refused."""
+    for split in ("train", "valid", "test"):
+        for code, line in (("en", "a cat"), ("fr", "un chat")):
+            (tmp_path / f"{split}.{code}").write_text(f"{line}\n" * 3)
+        for pair, texts in (
+            ("en-hau", {"en": "a cat", "hau": "kyanwa"}),
+            ("fr-bam", {"fr": "un chat", "bam": "jakuma"}),
+        ):
+            folder = tmp_path / "pairs" / pair
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{split}.json").write_text(json.dumps({"translation": texts}) + "\n")
+    both: dict[str, Any] = {"source": ("moses", "jsonl"), "path": (str(tmp_path), str(tmp_path / "pairs"))}
+    data = DataConfig(**both, directions="en-fr,hau-en,bam-fr").open()
+    assert [*map(str, data.directions)] == ["en-fr", "hau-en", "bam-fr"]
+    assert [*data.parallel(Direction("hau", "en"), "train")] == [("kyanwa", "a cat")]
+    with pytest.raises(
+        UserError, match=r"directions must be among those of the data: got en-bam\. There are: en-fr, hau"
+    ):
+        DataConfig(**both, directions="en-fr,hau-en,en-bam").open()
+    with pytest.raises(
+        UserError, match=r"data\.source jsonl: directions must be among .* got en-fr\. .*There are: bam-"
+    ):
+        DataConfig(**both, directions="en-fr").open()
 
 
 def test_salient_words_that_no_task_cuts_out_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ class JsonLines(AlignedSource):
         path: a folder with train, valid (or dev, val, validation) and test files ending in .json or .jsonl, plain or
             compressed; or a folder of such folders, as en-hau, en-ibo, fr-bam; or one file, which is training text.
         pivot, directions, strict: see `AlignedSource`.
-        languages: which keys are languages; see `LanguageNames`. Other keys are left out.
+        languages: which keys are languages; see `LanguageNames`. Other keys are left out, and
+            files of other pairs than of those that are named.
 
     Raises:
         UserError: on bad input, naming file, line and column.
@@ -45,7 +47,8 @@ class JsonLines(AlignedSource):
         languages: Sequence[str] | Mapping[str, str] | None = None,
     ) -> None:
         names = LanguageNames(languages)
-        blocks = [_read(split, file, names) for split, file in find_split_files(Path(path), "jsonl", ENDINGS)]
+        files = find_split_files(Path(path), "jsonl", ENDINGS)
+        blocks = names.of_these(partial(_read, split, file, names) for split, file in files)
         names.say("jsonl", Path(path))
         super().__init__(blocks, pivot=pivot, directions=directions, strict=strict)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from moekit.errors import UserError
 from moekit.source import Source, language_code
 
+_T = TypeVar("_T")
 log = logging.getLogger(__name__)
 
 # Language, script, region, variant: en, zho_Hans, pt-BR, zh_cn, es_419, sr@latin. After a language of three letters a
@@ -34,6 +36,10 @@ def looks_like_language(name: str) -> bool:
     Source: the form is that of BCP 47 (RFC 5646 section 2.1), with ``_`` for ``-`` and the modifiers of POSIX locales.
     """
     return _CODE.fullmatch(name) is not None and name.lower() not in _NO_LANGUAGES
+
+
+class OtherLanguagesError(UserError):
+    """A file of parallel text is in languages of which fewer than two are read."""
 
 
 class LanguageNames:
@@ -69,6 +75,7 @@ class LanguageNames:
         """The languages among `names`, which are of columns or keys: codes by name; others are left out.
 
         Raises:
+            OtherLanguagesError: two or more look like languages, and the user named fewer than two of them.
             UserError: fewer than two are languages, or two are the same one; `where` begins the message.
         """
         given = list(names)
@@ -80,12 +87,30 @@ class LanguageNames:
         if len(chosen) < 2:
             wanted = f"of {', '.join(self.codes)}" if self._named else "as en and de"
             got = ", ".join(name[:30] for name in given[:8]) or "nothing"
-            raise UserError(
+            others = bool(self._named) and sum(map(looks_like_language, given)) > 1
+            raise (OtherLanguagesError if others else UserError)(
                 f"{where}: at least two language codes are required, {wanted}: got {got}. Where languages have other "
                 "names, say which are which, as --data.languages src=en,tgt=de."
             )
         self.leave_out(name for name in given if name not in chosen)
         return chosen
+
+    def of_these(self, blocks: Iterable[Callable[[], _T]]) -> list[_T]:
+        """What `blocks` read, without files of other languages than the user named.
+
+        Raises:
+            OtherLanguagesError: no file is left.
+        """
+        found: list[_T] = []
+        others: list[OtherLanguagesError] = []
+        for read in blocks:
+            try:
+                found.append(read())
+            except OtherLanguagesError as error:
+                others.append(error)
+        if others and not found:
+            raise others[0]
+        return found
 
     def check(self, source: Source) -> None:
         """Raise UserError, with the nearest name, if a language that was named is none of a corpus."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from moekit.data.sources.aligned import AlignedBlock, AlignedSource
 from moekit.data.sources.files import find_split_files, read_lines
-from moekit.data.sources.names import LanguageNames
+from moekit.data.sources.names import LanguageNames, looks_like_language
 from moekit.errors import UserError
 from moekit.source import Direction, Split, digest, register_source
 
@@ -26,7 +27,8 @@ class Tsv(AlignedSource):
         path: a folder with train.tsv, valid.tsv (or dev, val, validation) and test.tsv, plain or compressed, or a
             folder of such folders; or one file, which is training text.
         pivot, directions, strict: see `AlignedSource`.
-        languages: which headings are languages; see `LanguageNames`.
+        languages: which headings are languages; see `LanguageNames`. Files of other pairs than of those that are named
+            are left out.
         columns: headings for files that have none, in order, ``-`` for a column that is no text.
 
     Raises:
@@ -48,7 +50,7 @@ class Tsv(AlignedSource):
         named = [name for name in columns or () if name != _NO_TEXT]
         names = LanguageNames(languages or named or None)
         files = find_split_files(Path(path), "tsv", (".tsv", ".tab"))
-        blocks = [_read(split, file, names, list(columns or ())) for split, file in files]
+        blocks = names.of_these(partial(_read, split, file, names, list(columns or ())) for split, file in files)
         names.say("tsv", Path(path))
         super().__init__(blocks, pivot=pivot, directions=directions, strict=strict)
 
@@ -63,7 +65,7 @@ def _read(split: Split, path: Path, names: LanguageNames, columns: list[str]) ->
             f"{path}, line 1: the header must be two or more language codes parted by tabs, as en<TAB>de: got "
             f"{file.lines[0][:60]!r}."
         )
-    if not columns and sum(names.code(field) is not None for field in header) < 2:
+    if not columns and sum(bool(names.code(field)) or looks_like_language(field) for field in header) < 2:
         raise UserError(
             f"{path}, line 1: the header must hold two or more language codes, as en<TAB>de: got "
             f"{file.lines[0][:60]!r}. For a file without a header name the columns, as --data.columns en,de,- ('-' is "

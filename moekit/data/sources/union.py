@@ -18,6 +18,7 @@ from moekit.source import (
     LazySequence,
     Source,
     Split,
+    UnservedDirectionError,
     choose_directions,
     digest,
     open_source,
@@ -133,7 +134,7 @@ def _chain(parts: Sequence[Sequence[_T]]) -> Sequence[_T]:
 
 
 def open_part(made: type[Source], path: str | None, given: Mapping[str, Any], *, alone: bool) -> Source:
-    """A kind of data; one of several with those of the wanted directions whose languages it has.
+    """A kind of data; one of several with those of the wanted directions that it has.
 
     Args:
         made: its class.
@@ -147,9 +148,20 @@ def open_part(made: type[Source], path: str | None, given: Mapping[str, Any], *,
     wanted = given["directions"]
     if alone or wanted is None or "directions" not in made.parameters():
         return made.open(path, **made.settings_from(given))
-    languages = made.open(path, **made.settings_from({**given, "directions": None})).languages
-    own = [way for way in map(Direction.parse, wanted) if {way.source, way.target} <= {*languages}]
-    try:  # a kind with none of them knows what it has
-        return made.open(path, **made.settings_from({**given, "directions": tuple(map(str, own or wanted))}))
+
+    def opened(directions: Sequence[Direction] | None) -> Source:
+        only = None if directions is None else tuple(map(str, directions))
+        return made.open(path, **made.settings_from({**given, "directions": only}))
+
+    languages = {*opened(None).languages}
+    every = [Direction.parse(way) for way in wanted]
+    own = [way for way in every if {way.source, way.target} <= languages]
+    try:
+        try:  # a kind with none of them knows what it has
+            return opened(own or every)
+        except UnservedDirectionError as error:  # it has both languages, in text of its own each
+            if served := [way for way in own if way in error.available]:
+                return opened(served)
+            raise
     except UserError as error:
         raise UserError(f"data.source {made.name}: {error}") from None

@@ -64,7 +64,7 @@ class DataConfig:
         pivot: language that every direction must start or end with, where the text is parallel in more than two
             languages: a language code, "auto" (English if the corpus has it) or "none" (keep all pairs).
         directions: translation directions to train on, such as en-de,de-en or a list; not given = all. Of several kinds
-            of data each takes those whose languages it has.
+            of data each takes those that it has.
         languages: languages to read, such as en,de or a list; not given = all whose names in the data look like
             language codes (en, eng, zh-CN, eng_Latn). Names that are none are mapped to codes: src=en,tgt=de or
             {src: en, tgt: de}.
@@ -221,7 +221,7 @@ class DataConfig:
         return found if self.salient in (None, _OF_SOURCE) else WithSalient.read(found, self.salient)
 
     def _open(self, made: type[Source], path: str | None) -> Source:
-        """One of the kinds of data; of several, with the directions whose languages it has."""
+        """One of the kinds of data; of several, with the directions that it has."""
         given = {
             **{f.name: getattr(self, f.name) for f in fields(self)},
             "pivot": None if self.pivot == "none" else self.pivot,
