@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
@@ -113,14 +112,12 @@ def build_parser(base: FolderConfig) -> ArgumentParser:
 
 def _run(config: FolderConfig, given: Any, arguments: Sequence[str]) -> None:
     from moekit.folders import finetune_folder
-    from moekit.report import RoutingReport
+    from moekit.report import write_report
     from moekit.training.processes import is_first_process
 
-    every, title = config.train.log_every, Path(config.model).absolute().name
     kept = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
     found = finetune_folder(
         config, given.out, resume=given.resume, overwrite=given.overwrite, merge=given.merge,
-        callbacks=lambda tuned: [RoutingReport(tuned.page, every_n_steps=every, title=title)],
         resume_command=command_line("finetune", *kept, "--resume"), console=Terminal(),
     )  # fmt: skip
     if is_first_process():
@@ -128,7 +125,7 @@ def _run(config: FolderConfig, given: Any, arguments: Sequence[str]) -> None:
             Terminal(),
             f"held-out loss {found.before:.4f} before, {found.after:.4f} after\n"
             + "\n".join(f"written  {folder}" for folder in found.exported)
-            + f"\nrouting  {found.path / 'routing.html'}",
+            + f"\nreport   {write_report(found.path)}",
         )
 
 

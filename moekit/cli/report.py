@@ -33,7 +33,7 @@ def write_compared(given: Namespace) -> None:
 
 
 def _options(parser: ArgumentParser) -> None:
-    runs_options(parser, "folder of a run (its --out)", "of a comparison")
+    runs_options(parser, "folder of a run, or of a fine-tuned model (its --out)", "of a comparison")
     parser.add_argument("--markdown", action="store_true", help="print one report as markdown instead of writing HTML")
 
 

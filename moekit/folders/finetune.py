@@ -22,7 +22,7 @@ from moekit.folders.expert_tokens import ExpertTokens
 from moekit.folders.export import AdaptersAtEnd, exports, write_cards, write_model
 from moekit.folders.module import FolderModule, adapted_model
 from moekit.folders.packable import require_packable
-from moekit.folders.parameters import said_of, unreached
+from moekit.folders.parameters import counts, said_of, unreached
 from moekit.folders.settings import FolderConfig
 from moekit.folders.tuned import TunedFolder, as_settings
 from moekit.huggingface import added_losses
@@ -148,7 +148,7 @@ def finetune_folder(
             if before is None:
                 before = _held_out_loss(trainer, module, data)
                 if trainer.is_global_zero:
-                    tuned.add_results({"before": before})
+                    tuned.add_results({"before": before, "parameters": counts(plan)})
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             if after is None or kept.get("steps") != trainer.global_step:  # else nothing was left to train
                 after = _held_out_loss(trainer, module, data)

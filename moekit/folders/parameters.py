@@ -53,14 +53,19 @@ def trained_parameters(model: nn.Module) -> list[TrainedPart]:
     return sorted(made, key=lambda one: (one.layer is None, one.layer or 0, KINDS.index(one.kind)))
 
 
+def counts(model: nn.Module) -> dict[str, int]:
+    """How many parameters there are, ``total``, and how many of them train, ``trained``."""
+    trained = sum(part.count for part in trained_parameters(model))
+    return {"total": sum(parameter.numel() for parameter in model.parameters()), "trained": trained}
+
+
 def said_of(model: nn.Module) -> list[str]:
     """Lines for the user: the sum, and what trains in which layers, alike ones together."""
-    parts = trained_parameters(model)
-    trained, total = sum(part.count for part in parts), sum(parameter.numel() for parameter in model.parameters())
+    parts, numbers = trained_parameters(model), counts(model)
     by_layer: dict[int | None, list[str]] = {}
     for part in parts:
         by_layer.setdefault(part.layer, []).append(str(part))
-    lines = [f"{trained:,} of {total:,} parameters train"]
+    lines = [f"{numbers['trained']:,} of {numbers['total']:,} parameters train"]
     for words, group in itertools.groupby(by_layer.items(), key=lambda item: (item[0] is None, ", ".join(item[1]))):
         layers = [layer for layer, _ in group if layer is not None]
         where = "outside layers" if words[0] else _range(layers)

@@ -26,6 +26,7 @@ from moekit.training.checkpoint_state import load_rest
 from moekit.training.monitoring.rules import WARNINGS
 
 _CONFIG, _RESULTS, _ENVIRONMENT, _STOPPED = "config.yaml", "results.json", "environment.json", "stopped.json"
+_FORMER_PAGE = "routing.html"  # which earlier versions wrote
 _FREE = ("model", "data.path", "data.valid_path")
 """Paths may change where content, which is compared, does not."""
 
@@ -42,7 +43,7 @@ class TunedFolder:
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
         self.stopped = self.path / _STOPPED
-        self.page = self.path / "routing.html"
+        self.page = self.path / "report.html"
         self.warnings = self.path / WARNINGS
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
@@ -171,7 +172,7 @@ class TunedFolder:
     def _files(self) -> list[Path]:
         """Those that fine-tuning writes."""
         names = [self.path / name for name in (_CONFIG, _RESULTS, _ENVIRONMENT, "metrics.csv")]
-        return [*names, self.page, self.stopped, self.warnings]
+        return [*names, self.page, self.path / _FORMER_PAGE, self.stopped, self.warnings]
 
     @property
     def _folders(self) -> list[Path]:

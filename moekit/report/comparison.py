@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from moekit.errors import UserError
 from moekit.report import render, wording
 from moekit.report.domains import compared_domains
@@ -17,6 +15,7 @@ from moekit.report.health import experts_per_token
 from moekit.report.pair import pair_section
 from moekit.report.plots import Curves, Dots, Line
 from moekit.report.predictions import TaskScores, main_task, predictions
+from moekit.report.reading import read_run
 from moekit.report.recall import (
     above_floor,
     agreements,
@@ -29,7 +28,7 @@ from moekit.report.recall import (
     recalls,
 )
 from moekit.report.results import costs, routing_words
-from moekit.report.run_folder import RunFolder, dig, flat, read_run
+from moekit.report.run_folder import RunFolder, dig, flat
 from moekit.report.significance import significance
 from moekit.report.style import CYCLE
 from moekit.report.view import Figure, PageSection, Table, Tile, View, caption, heading
@@ -256,18 +255,9 @@ def _knowledge(runs: Sequence[RunFolder], names: Sequence[str], tables: Sequence
 
 def _settings(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
     """By dotted name the settings that are not the same in all runs; a dash where a run has none of that name."""
-    columns = [_configuration(run) for run in runs]
+    columns = [flat(run.settings) for run in runs]
     rows = {key: [c.get(key, wording.MISSING) for c in columns] for key in dict.fromkeys(k for c in columns for k in c)}
     return {key: row for key, row in rows.items() if len(set(row)) > 1}
-
-
-def _configuration(run: RunFolder) -> dict[str, str]:
-    """What config.yaml says; nothing where it is missing or broken."""
-    try:
-        said = yaml.safe_load(run.config)
-    except yaml.YAMLError:
-        return {}
-    return flat(said) if isinstance(said, Mapping) else {}
 
 
 def _shown(settings: Table) -> tuple[list[str], list[list[Figure]]]:
@@ -286,7 +276,8 @@ def _title(runs: Sequence[RunFolder], task: str) -> str:
 
 def _costs(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
     columns = [costs(run) for run in runs]
-    return {key: [column[key] for column in columns] for key in _KEPT}
+    rows = {key: [column[key] for column in columns] for key in _KEPT}
+    return {key: row for key, row in rows.items() if set(row) != {wording.MISSING}}
 
 
 def _tasks(runs: Sequence[RunFolder]) -> dict[str, list[str]]:

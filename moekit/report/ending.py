@@ -26,6 +26,8 @@ class Cut:
 
 def cut(run: RunFolder) -> Cut | None:
     """What is said where training ended before its schedule; None where it did not, or nobody wrote it down."""
+    if run.tuned:
+        return _unfinished(run)
     try:
         end = Ending.from_json(dig(run.summary, "ending"))
     except ValueError:
@@ -40,6 +42,15 @@ def cut(run: RunFolder) -> Cut | None:
     command = _command(run, end)
     text = f"{cause}{limit} {far}.{f' {rate}.' if rate else ''}"
     return Cut(text, [f"{cause} {far}", *([rate] if rate else [])], command)
+
+
+def _unfinished(run: RunFolder) -> Cut | None:
+    """A fine-tuning of a folder of transformers that has no result yet."""
+    if run.summary or not run.steps:
+        return None
+    text = f"Not finished after {run.steps:,} steps"
+    goes_on = (run.path / "checkpoints" / "last.ckpt").exists()
+    return Cut(f"{text}.", [text], _again(run, ["--resume"]) if goes_on else "")
 
 
 _CAUSES = {
@@ -66,12 +77,17 @@ def _command(run: RunFolder, end: Ending) -> str:
     more = ["--resume"]
     if end.by == "clock" and end.max_steps:
         more += ["--train.max_minutes", str(math.ceil(_MARGIN * end.minutes * end.max_steps / end.steps))]
-    recorded = run.environment.get("command")
-    words = moekit_words(recorded) if isinstance(recorded, list) else []
-    if words[1:2] and words[1] in _TRAINS:
-        return typed_again([*_without(words, more), *more])
+    if again := _again(run, more):
+        return again
     config, folder = nearby(run.path / "config.yaml"), nearby(run.path)
     return command_line("run", run.recipe, "--config", config, "--out", folder, *more) if run.recipe else ""
+
+
+def _again(run: RunFolder, more: Sequence[str]) -> str:
+    """The recorded command with `more`; "" where none is recorded."""
+    recorded = run.environment.get("command")
+    words = moekit_words(recorded) if isinstance(recorded, list) else []
+    return typed_again([*_without(words, more), *more]) if words[1:2] and words[1] in _TRAINS else ""
 
 
 def _without(words: Sequence[str], more: Sequence[str]) -> list[str]:

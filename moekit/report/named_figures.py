@@ -13,8 +13,9 @@ from matplotlib.patches import Rectangle
 
 from moekit.errors import UserError, nearest
 from moekit.report.own_module import RoutingReport, figures
+from moekit.report.reading import read_run
 from moekit.report.run import run_view
-from moekit.report.run_folder import RunFolder, read_run
+from moekit.report.run_folder import RunFolder
 from moekit.report.style import COLOURS, Canvas, drawable, shade
 from moekit.report.view import Figure as Shown
 from moekit.report.view import Heat

@@ -22,7 +22,7 @@ class TaskScores:
         majority: what that share would be if the most frequent answer were always given.
         chance: what it would be if answers were drawn evenly.
         languages: perplexity by language, in the run's order.
-        origin: "test", or "valid" where it is the last validation's.
+        origin: "test"; "valid" where it is the last validation's; "held-out" where there is no other held-out text.
     """
 
     task: str
@@ -51,11 +51,12 @@ def predictions(run: RunFolder) -> tuple[TaskScores, ...]:
             inner = {n.partition("/")[2]: value for n, value in tree.items() if n.startswith("perplexity/")}
             found.append(_tested(run, task, {**tree, "languages": inner}))
     if not found:
+        origin = "held-out" if run.tuned else "valid"
         losses, perplexities, accuracies = map(run.by_task, ("loss", "perplexity", "accuracy"))
         for t in dict.fromkeys([*losses, *perplexities]):
             majority, chance = (number(run.summary, key, t) for key in ("majority", "chance"))
             shares = (accuracies.get(t), majority, chance)
-            found.append(TaskScores(t, losses.get(t), perplexities.get(t), *shares, origin="valid"))
+            found.append(TaskScores(t, losses.get(t), perplexities.get(t), *shares, origin=origin))
     return tuple(sorted((x for x in found if x.task != "translation"), key=lambda x: x.perplexity is None))
 
 

@@ -21,15 +21,15 @@ from moekit.report.style import SEQUENTIAL_LEVELS, sequential_class
 from moekit.report.typical import typical_table
 from moekit.report.view import Figure, Heat, PageSection, Scale, Table, Tile, caption, heading
 
-ORIGIN = {"test": "test set", "valid": "last validation"}
+ORIGIN = {"test": "test set", "valid": "last validation", "held-out": "held-out text"}
 _NEAR = 5
 _TRANSLATION = {"BLEU": "bleu", "chrF": "chrf"}  # the scores by label, which have places of their own
 _NOT_TESTED = "These are scores of the last validation, not of the test set."
 
 
 def about(run: RunFolder) -> str:
-    """Data, languages and experts in one line."""
-    parts = [str(dig(run.summary, "data", "source") or "")]
+    """What was fine-tuned, data, languages and experts in one line."""
+    parts = [str(dig(run.summary, *key) or "") for key in (("folder",), ("data", "source"))]
     if run.languages:
         parts.append(f"{wording.count(len(run.languages), 'language')} ({', '.join(run.languages)})")
     if sizes := sorted({len(loads(layer)) for layer in run.layers}):
@@ -90,7 +90,10 @@ def tiles(run: RunFolder) -> list[Tile]:
     """Headline numbers; of those behind the first only what is known."""
     cost = costs(run)
     total, active = number(run.summary, "parameters", "total"), number(run.summary, "parameters", "active")
-    share = f"{wording.percent(active / total, 0)} of all " if active and total else ""
+    trained = number(run.summary, "parameters", "trained")
+    share, trained_share = (
+        f"{wording.percent(part / total, 0)} of all " if part and total else "" for part in (active, trained)
+    )
     steps = [wording.count(run.steps, "step") if run.steps else "", known(cost["tokens"], "{} tokens")]
     found = [
         *score_tiles(run),
@@ -99,16 +102,17 @@ def tiles(run: RunFolder) -> list[Tile]:
         Tile("Memory", cost["peak memory"], f"of a process at its fullest{known(cost['forecast'], ', forecast {}')}"),
         Tile("Parameters", cost["parameters"], "in total"),
         Tile("Active", cost["active parameters"], f"{share}for a token"),
+        Tile("Trained", wording.short(trained), f"{trained_share}parameters"),
         Tile("Time", cost["time"], ", ".join([*filter(None, steps), *_planned(run)]))
         if known(cost["time"])
-        else Tile("Steps", cost["steps"], "taken so far"),
+        else Tile("Steps", cost["steps"], known(cost["tokens"], "{} tokens") or "taken so far"),
     ]
     found[3:3] = recall_tiles(run) + agreement_tiles(run)
     return [tile for i, tile in enumerate(found) if i == 0 or known(tile.value)]
 
 
 def score_tiles(run: RunFolder) -> list[Tile]:
-    """Three scores: BLEU, chrF and perplexity of a translation, else perplexity, accuracy and loss."""
+    """BLEU, chrF and perplexity of a translation, else perplexity, accuracy and loss, with that before fine-tuning."""
     if run.translates:
         bleu, chrf, ppl = run.scores("bleu"), run.scores("chrf"), run.by_task("perplexity")
         task = next((t for t in ("translation", *ppl) if t in ppl), "")
@@ -127,16 +131,19 @@ def score_tiles(run: RunFolder) -> list[Tile]:
     names = list(found.languages)
     spoken = wording.count(len(names), "language") if len(names) > 1 else "".join(names)
     where = ", ".join(filter(None, (ORIGIN[found.origin], spoken)))
+    accuracy = Tile(
+        "Accuracy",
+        wording.percent(found.accuracy),
+        f"of {run.task(found.task).title.lower()}"
+        f"{known(wording.percent(found.majority), ', {} by always the most frequent answer')}",
+    )
+    before = Tile("Before", wording.significant(number(run.summary, "before")), "nats per token, before training")
     return [
         *written,
         Tile("Perplexity", wording.perplexity(found.perplexity), "not measured" if found.perplexity is None else where),
-        Tile(
-            "Accuracy",
-            wording.percent(found.accuracy),
-            f"of {run.task(found.task).title.lower()}"
-            f"{known(wording.percent(found.majority), ', {} by always the most frequent answer')}",
-        ),
+        *([] if run.tuned else [accuracy]),
         Tile("Loss", wording.significant(found.loss), f"nats per token{_above(run, found)}"),
+        *([before] if known(before.value) else []),
     ]
 
 
@@ -296,6 +303,7 @@ def _prediction(run: RunFolder) -> PageSection:
     found = predictions(run)
     if not found:
         why = f"Nothing was tested yet: the command test does it. {run.notes.get('summary.json', '')}".strip()
+        why = "No held-out loss was measured yet." if run.tuned else why
         return PageSection(*words, [why])
     names = {x.task: f": {run.task(x.task).title}" if len(found) > 1 else "" for x in found}
     left = [_language_bars(x, names[x.task]) for x in found if len(x.languages) > 1]

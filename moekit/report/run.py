@@ -12,9 +12,10 @@ from moekit.report.ending import cut
 from moekit.report.experts import experts
 from moekit.report.health import findings
 from moekit.report.predictions import main_task
+from moekit.report.reading import read_run
 from moekit.report.recall import recall_section
 from moekit.report.results import about, answer_section, quality, tables, tiles
-from moekit.report.run_folder import RunFolder, flat, read_run
+from moekit.report.run_folder import RunFolder, flat
 from moekit.report.samples import samples
 from moekit.report.view import Provenance, View
 from moekit.report.wording import nearby
@@ -22,6 +23,7 @@ from moekit.shell import command_line, typed_again
 
 _COMMANDS = ("command", "argv")
 _UNFINISHED = "This run is not finished (it has no summary.json): numbers come from its metrics."
+_TUNING = "This fine-tuning is not finished (results.json has no loss after it): numbers come from its metrics."
 
 
 def write_report(run_dir: Path) -> Path:
@@ -54,7 +56,7 @@ def run_view(run: RunFolder) -> View:
     """Everything that is shown of a run."""
     was_cut = cut(run)
     return View(
-        kind="moekit run report",
+        kind="moekit fine-tuning report" if run.tuned else "moekit run report",
         title=run.name,
         lead=about(run),
         tiles=tiles(run),
@@ -75,9 +77,9 @@ def run_view(run: RunFolder) -> View:
         findings=findings(run),
         go_on=was_cut.command if was_cut else "",
         ended=[*filter(None, [run.stopped, was_cut.text if was_cut else ""])],
-        notes=[] if run.summary else [_UNFINISHED],
+        notes=[] if run.summary else [_TUNING if run.tuned else _UNFINISHED],
         tables=tables(run),
-        samples=samples(run),
+        samples=None if run.tuned else samples(run),
         no_samples=run.task("translation" if run.translates else main_task(run).task).samples,
         samples_note=run.notes.get("samples.json", "samples.json holds no samples."),
         provenance=Provenance(

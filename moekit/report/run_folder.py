@@ -1,14 +1,7 @@
-"""Reading a run folder: whatever of it exists, without trusting any of it.
-
-A folder after `fit` has no summary, an interrupted run has half the metrics, and a loss may be NaN. The report is most
-needed exactly then, so a missing or broken file never stops it: it is noted in `RunFolder.notes` and its section says
-so.
-"""
+"""What a run folder says, and how its nested records are asked."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import math
 import re
 from collections.abc import Mapping
@@ -17,17 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
-from moekit.errors import UserError
-from moekit.folder_kinds import kind_of
 from moekit.report.wording import MISSING, short
-from moekit.runs.record import STOPPED, Sample
-from moekit.stored import parse_json
+from moekit.runs.record import Sample
 from moekit.tasks import TASKS, SampleWording
-from moekit.training.monitoring.rules import WARNINGS, Warned
-
-FILES = ("config.yaml", "environment.json", "metrics.csv", "summary.json", "routing.json", "samples.json")
+from moekit.training.monitoring.rules import Warned
 
 _TOTAL = {"title": "Total", "explanation": "The sum of all tasks and the routers' penalties."}
 _UNSAID = {**{name: task.record() for name, task in TASKS.items()}, "": _TOTAL}  # summaries did not always say it
@@ -94,6 +83,7 @@ class RunFolder:
         stopped: why training stopped by itself, where it did.
         warned: what training was warned of, in the order of steps.
         notes: for every file that is missing, broken or partly unreadable, one sentence by file name.
+        tuned: whether it is of a fine-tuning of a folder of transformers, which has no test and writes no samples.
     """
 
     path: Path
@@ -106,6 +96,7 @@ class RunFolder:
     stopped: str = ""
     warned: tuple[Warned, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
+    tuned: bool = False
 
     @property
     def recipe(self) -> str:
@@ -122,6 +113,15 @@ class RunFolder:
         """Recipe and variant, or the folder's name where neither is known."""
         known = (self.recipe, self.variant, "smoke test" if self.smoke else "")
         return " · ".join(filter(None, known)) or self.path.resolve().name
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What config.yaml says; nothing where it is missing or broken."""
+        try:
+            found = yaml.safe_load(self.config)
+        except yaml.YAMLError:
+            return {}
+        return found if isinstance(found, Mapping) else {}
 
     @property
     def smoke(self) -> bool:
@@ -236,52 +236,6 @@ class RunFolder:
         return str(self.summary.get(key) or (line.group(1) if line else ""))
 
 
-def read_run(run_dir: Path) -> RunFolder:
-    """Read a run folder.
-
-    Raises:
-        UserError: if `run_dir` is no folder, or holds none of a run's files.
-    """
-    if not run_dir.is_dir():
-        raise UserError(f"A run folder is required: {run_dir} is not a folder. Give the --out folder of a run.")
-    if kind_of(run_dir) == "tuned":
-        raise UserError(
-            f"A run folder is required: {run_dir} is of a fine-tuned folder of transformers. Its losses are in "
-            "metrics.csv and results.json, and its routing is drawn in routing.html."
-        )
-    if not any((run_dir / name).is_file() for name in FILES):
-        raise UserError(
-            f"A run folder holds at least one of {', '.join(FILES)}: {run_dir} has none of them. "
-            "Give the --out folder of a run (not its checkpoints)."
-        )
-    notes: dict[str, str] = {}
-    config, samples = "", []
-    try:
-        config = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        notes["config.yaml"] = _unreadable(run_dir / "config.yaml", error)
-    for entry in _json(run_dir / "samples.json", list, notes):
-        with contextlib.suppress(ValueError):
-            samples.append(Sample.from_json(entry, []))
-    stopped = _json(run_dir / STOPPED, dict, {}).get("why")
-    warned = []
-    said = _json(run_dir / WARNINGS, dict, {}).get("warnings")
-    for entry in said if isinstance(said, list) else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            warned.append(Warned.of(entry))
-    objects = {name: _json(run_dir / f"{name}.json", dict, notes) for name in ("environment", "summary", "routing")}
-    return RunFolder(
-        run_dir,
-        config,
-        metrics=_metrics(run_dir / "metrics.csv", notes),
-        samples=tuple(samples),
-        stopped=f"Training stopped: {stopped}" if isinstance(stopped, str) else "",
-        warned=tuple(warned),
-        notes=notes,
-        **objects,
-    )
-
-
 def dig(tree: Any, *keys: str) -> Any:
     """``tree[key][key]...``, or None where a level is missing or no mapping."""
     for key in keys:
@@ -337,57 +291,3 @@ def loads(layer: Any, language: str | None = None) -> list[float]:
     clean = [v for value in values if (v := number(value)) is not None and v >= 0]
     total = sum(clean)
     return [v / total for v in clean] if len(clean) == len(values) and total > 0 else []
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return f"This run folder has no {path.name}."
-    return f"{path.name} could not be read: {error}."
-
-
-def _json(path: Path, kind: type, notes: dict[str, str]) -> Any:
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        notes[path.name] = _unreadable(path, error)
-        return kind()
-    if not isinstance(value, kind):
-        required = "an object" if kind is dict else "a list"
-        notes[path.name] = f"{path.name} must hold {required}: got {type(value).__name__}."
-        return kind()
-    return value
-
-
-def _metrics(path: Path, notes: dict[str, str]) -> dict[str, Series]:
-    """Columns of metrics.csv; a resumed run repeats steps (and perhaps the header), and the last value wins."""
-    points: dict[str, dict[float, float]] = {}
-    bad: list[int] = []
-    try:
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            rows = csv.reader(line.replace("\0", "") for line in file)
-            header = [name.strip() for name in next(rows, [])]
-            if "step" not in header:
-                notes[path.name] = f"{path.name} must begin with a header that has the column step."
-                return {}
-            for row in rows:
-                if [cell.strip() for cell in row] == header or not any(cell.strip() for cell in row):
-                    continue
-                try:
-                    cells = {n: float(c) for n, c in zip(header, row, strict=False) if c.strip()}
-                    step = cells["step"]
-                except (ValueError, KeyError):
-                    bad.append(rows.line_num)
-                    continue
-                for name, value in cells.items():
-                    points.setdefault(name, {})[step] = value
-    except (OSError, csv.Error) as error:
-        notes[path.name] = _unreadable(path, error)
-    if bad:
-        some = ", ".join(map(str, bad[:5])) + (" and more" if len(bad) > 5 else "")
-        notes[path.name] = f"{len(bad)} lines of {path.name} are no numbers and were left out (line {some})."
-    columns = {}
-    for name, values in points.items():
-        if name not in ("step", "epoch", ""):
-            steps = sorted(s for s in values if math.isfinite(s))
-            columns[name] = Series(np.array(steps), np.array([values[s] for s in steps]))
-    return columns

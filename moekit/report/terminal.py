@@ -16,9 +16,10 @@ from moekit.report.agreement import agreement_words
 from moekit.report.ending import cut
 from moekit.report.health import findings, layer_health
 from moekit.report.predictions import TaskScores, main_task, predictions
+from moekit.report.reading import read_run
 from moekit.report.recall import above_floor, recall_words
 from moekit.report.results import answer_tables, costs, known, rankings, routing_words, score_tiles
-from moekit.report.run_folder import RunFolder, dig, number, read_run, sides
+from moekit.report.run_folder import RunFolder, dig, number, sides
 from moekit.report.typical import typical_line
 from moekit.report.view import Table
 from moekit.shell import command_line
@@ -95,8 +96,8 @@ def _quality(run: RunFolder) -> list[Text]:
     written = [line for table in answer_tables(run) for line in _answer_lines(table)]
     if written and not run.translates:
         return written
-    if run.untestable:
-        return []  # which a finding says
+    if run.untestable or run.tuned:
+        return []  # which a finding says, or nobody tests
     if not run.translates and (main_task(run).origin == "valid" or not main_task(run).task):
         return [Text("Not tested yet: the `test` command measures held-out perplexity.", "yellow"), Text()]
     table = next((table for table in rankings(run) if table.headers[0] in ("direction", "language")), None)
@@ -167,7 +168,7 @@ def _tasks(run: RunFolder) -> list[Text]:
     else:
         rest = predictions(run)[1:]
         tested = [f"{x.task} {_score(x)}" for x in rest if x.origin == "test"]
-        said = not rest and main_task(run).origin == "valid"  # the headline has it
+        said = not rest and main_task(run).origin != "test"  # the headline has it
         rows = {"also tested": tested, "validation": [] if said else told + others}
     return [_labelled(label, _joined(parts)) for label, parts in rows.items() if parts]
 

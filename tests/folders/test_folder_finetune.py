@@ -280,9 +280,12 @@ def test_the_command(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "at most 1 step of 1 row, " in said
     assert "on 1 process in" in said
     assert f"written  {out / 'adapter'}" in said
-    page = (out / "routing.html").read_text()
-    assert "<h1>base</h1>" in page
-    assert json.loads((out / "results.json").read_text())["steps"] == 1
+    assert f"report   {out / 'report.html'}" in said
+    page = (out / "report.html").read_text()
+    assert "base \u00b7 jsonl \u00b7 2 Mixture-of-Experts layers of 4 experts" in page
+    assert "Load of every expert" in page
+    results = json.loads((out / "results.json").read_text())
+    assert (results["steps"], results["parameters"]["trained"]) == (1, 2 * per_layer)
     assert "rank: 2" in (out / "config.yaml").read_text()
     assert "learning_rate: 0.0002" in (out / "config.yaml").read_text()
     card = (out / "adapter" / "README.md").read_text()

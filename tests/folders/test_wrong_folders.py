@@ -38,10 +38,10 @@ TAKES_RUNS = {
     "aggregate": ["aggregate", "WRONG", "WRONG", "--out", "out"],
     "change": ["change", "WRONG", "--set", "model.k=1", "--out", "out"],
     "split": ["split", "WRONG", "--parts", "2", "--out", "out"],
-    "report": ["report", "WRONG"],
-    "compare": ["compare", "WRONG", "WRONG"],
     "finetune of a recipe": ["finetune", "switch", "--init_from", "WRONG", "--out", "out"],
 }
+SHOWS_BOTH = {"report": ["report", "WRONG"], "compare": ["compare", "WRONG", "WRONG"]}
+"""Runs, and fine-tunings of folders."""
 
 
 @pytest.fixture(scope="module")
@@ -113,18 +113,30 @@ def test_what_is_no_model(
         assert re.search(said, shown), (wrong, shown)
 
 
-@pytest.mark.parametrize("name", TAKES_RUNS)
+@pytest.mark.parametrize("name", [*TAKES_RUNS, *SHOWS_BOTH])
 def test_what_is_no_run(
     name: str, room: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(room)
     for wrong, said in {
-        "tuned": "of a fine-tun",
+        **({"tuned": "of a fine-tun"} if name in TAKES_RUNS else {}),
         "base": "base",
         "empty": "empty",
         "nowhere": "nowhere",
     }.items():
-        assert re.search(said, refused(TAKES_RUNS[name], wrong, capsys)), wrong
+        assert re.search(said, refused({**TAKES_RUNS, **SHOWS_BOTH}[name], wrong, capsys)), wrong
+
+
+def test_a_fine_tuning_that_has_not_begun_is_shown(
+    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(room / "begun", tmp_path / "begun")
+    assert main(["report", "begun"]) == 0
+    assert "report      begun/report.html" in capsys.readouterr().out
+    assert "No held-out loss was measured yet." in (tmp_path / "begun" / "report.html").read_text()
+    assert main(["compare", "begun", str(room / "tuned")]) == 0
+    assert (tmp_path / "comparison.md").is_file()
 
 
 def test_a_run_is_not_put_over_a_fine_tuning(

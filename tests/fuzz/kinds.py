@@ -32,7 +32,7 @@ from moekit.data.tokenizer import Tokenizer, train_tokenizer
 from moekit.errors import UserError
 from moekit.huggingface import export_model, import_model
 from moekit.parallel import Checkpointer, export_safetensors, import_safetensors
-from moekit.report.run_folder import read_run
+from moekit.report.reading import read_run
 from moekit.runs import Run
 from moekit.runs.plain import as_plain
 from moekit.runs.recipe import find_recipe

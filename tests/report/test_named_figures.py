@@ -20,7 +20,7 @@ from moekit.recipes import switch
 from moekit.report import RoutingReport, figure, figure_names, results_markdown, write_report
 from moekit.report.health import findings
 from moekit.report.run import run_view
-from moekit.report.run_folder import read_run
+from moekit.report.reading import read_run
 from moekit.runs import Run
 from moekit.training import RoutingMonitor, Thresholds
 from moekit.training.monitoring import TrainingWatch

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moekit.report import results_markdown, terminal_summary, write_report
 from moekit.report.results import answer_tables, answers
-from moekit.report.run_folder import read_run
+from moekit.report.reading import read_run
 from moekit.report.wording import MISSING
 
 RECORD: dict[str, Any] = {

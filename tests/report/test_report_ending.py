@@ -11,7 +11,7 @@ from shown_text import screen, words
 
 from moekit.report import results_markdown, write_report
 from moekit.report.health import findings
-from moekit.report.run_folder import read_run
+from moekit.report.reading import read_run
 
 CUT = {"by": "clock", "steps": 40, "minutes": 2.0, "max_steps": 250, "max_minutes": 2.0, "done": 0.16}
 RATES = {"learning_rate": 0.98, "last_learning_rate": 0.05}

@@ -11,7 +11,8 @@ from shown_text import screen
 
 from moekit.errors import UserError
 from moekit.report.health import drop_rate, dropped, findings, layer_health
-from moekit.report.run_folder import FILES, loads, number, read_run
+from moekit.report.reading import FILES, read_run
+from moekit.report.run_folder import loads, number
 from moekit.report.series import Series, limits, milestones, smooth, smoothing_window, specialisation, thin
 from moekit.runs.record import Sample
 

@@ -10,7 +10,7 @@ from shown_text import screen, words
 
 from moekit.report import results_markdown, write_comparison, write_report
 from moekit.report.health import experts_per_token, findings, layer_health
-from moekit.report.run_folder import read_run
+from moekit.report.reading import read_run
 from moekit.report.wording import MISSING
 
 

@@ -13,7 +13,7 @@ from shown_text import screen, words
 from moekit.report import results_markdown, write_comparison, write_report
 from moekit.report.health import findings
 from moekit.report.predictions import languages_by_perplexity, main_task, predictions
-from moekit.report.run_folder import read_run
+from moekit.report.reading import read_run
 from moekit.report.wording import MISSING
 from moekit.shell import command_line
 
