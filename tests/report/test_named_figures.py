@@ -19,8 +19,8 @@ from moekit.errors import UserError
 from moekit.recipes import switch
 from moekit.report import RoutingReport, figure, figure_names, results_markdown, write_report
 from moekit.report.health import findings
-from moekit.report.run import run_view
 from moekit.report.reading import read_run
+from moekit.report.run import run_view
 from moekit.runs import Run
 from moekit.training import RoutingMonitor, Thresholds
 from moekit.training.monitoring import TrainingWatch

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from moekit.report import figure, figure_names, results_markdown, terminal_summary, write_comparison, write_report
 from moekit.report.agreement import agreement_section, agreement_table, agreement_tiles
-from moekit.report.recall import recall_section, recall_tiles
 from moekit.report.reading import read_run
+from moekit.report.recall import recall_section, recall_tiles
 from moekit.report.wording import MISSING
 
 

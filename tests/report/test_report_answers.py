@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from moekit.report import results_markdown, terminal_summary, write_report
-from moekit.report.results import answer_tables, answers
 from moekit.report.reading import read_run
+from moekit.report.results import answer_tables, answers
 from moekit.report.wording import MISSING
 
 RECORD: dict[str, Any] = {

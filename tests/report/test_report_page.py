@@ -14,7 +14,7 @@ from shown_text import screen, words
 
 from moekit.errors import UserError
 from moekit.report import results_markdown, write_comparison, write_report
-from moekit.report.run_folder import FILES
+from moekit.report.reading import FILES
 from moekit.report.wording import MISSING
 
 VOID = {"meta", "col", "br", "link", "img", "hr", "input"}

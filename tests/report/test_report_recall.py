@@ -13,8 +13,8 @@ from fake_runs import edit, make_text_run
 from rich.console import Console
 
 from moekit.report import results_markdown, terminal_summary, write_comparison, write_report
-from moekit.report.recall import above_floor, floor_lines, floors, recall_table, recalls
 from moekit.report.reading import read_run
+from moekit.report.recall import above_floor, floor_lines, floors, recall_table, recalls
 from moekit.report.run_folder import Series
 from moekit.report.wording import MISSING
 
