@@ -121,6 +121,13 @@ def check_arm(arm: Arm, arms: Mapping[str, Arm], fault: Fault, *, grid: bool, fi
     if len(given) > 1 and given != ["prune", "fine_tune"]:
         one, other = given[:2]
         raise fault(f"{where}.{one}", f"a model is {_WORDS[one]} or {_WORDS[other]}, not both: leave one out")
+    steps = [key for key in arm.settings if key.startswith("train.")]
+    if arm.of and not given and steps:
+        raise fault(
+            f"{where}.settings.{steps[0]}",
+            f"is of training, which an arm that evaluates the models of {arm.of!r} does not do: leave it out, or give "
+            "`fine_tune`",
+        )
     if arm.prune and arm.settings and arm.fine_tune is None:
         raise fault(f"{where}.settings", "a pruned model is evaluated as it is: leave settings out")
     if arm.prune and arm.aggregate:

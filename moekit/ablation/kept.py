@@ -7,7 +7,9 @@ committed: whoever makes the table then, on any machine, makes only the runs tha
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,32 +19,40 @@ from moekit.ablation.plan import Job
 from moekit.ablation.processes import RunRecord, runs_held, write_record
 from moekit.atomic import one_flush, write_json, write_text
 from moekit.errors import UserError
-from moekit.runs.run import MECHANISMS, SUMMARY
+from moekit.runs.run import MECHANISMS, SUMMARY, Run
 from moekit.stored import parse_json
 
 VERSION = 1
 _ENVIRONMENT, _METRICS = "environment.json", "metrics.csv"
 _RUN = "run"
 """The name of the run, which that of the file begins with; not there in the first files."""
+_OF = "of"
+"""Of an evaluation: which numbers its models came to, as digests by their digests; not there in the first files."""
+_FILE = "kept"
+"""In the environment of a folder of numbers alone: the digest of the file that they are from."""
+TEXT = "text"
+"""The fingerprint of the user's text, in a kept file and in the environment of a folder of its numbers."""
 _TOLD = ("summary", "mechanisms", "last", "commit")
 
 
 def keep(jobs: Sequence[Job], runs: Path, kept: Path) -> None:
-    """Keep the numbers of the jobs that have ended with a result, unless they are kept already.
+    """Keep the numbers of the jobs that have ended with a result here, unless they are kept already.
 
-    Where an evaluation of a trained model is kept for the first time, the numbers of that very model are kept with it,
-    in the place of those of an earlier training on another machine: claims compare the two.
+    Where an evaluation of a trained model is kept, the numbers of that very model are kept with it, in the place of
+    those of an earlier training on another machine: claims compare the two.
 
     Args:
         jobs: of a table.
         runs: the folder of all run folders.
         kept: the folder of the small files.
     """
-    own = [job for job in jobs if not job.trains and not _path(job, kept).is_file()]
-    evaluated = {other.digest for job in own if RunRecord.of(job.folder(runs)).final for other in job.needs}
-    for job in jobs:
-        record, path = RunRecord.of(job.folder(runs)), _path(job, kept)
-        if record.final and (job.digest in evaluated or not path.is_file()):
+    ended = [job for job in jobs if RunRecord.of(job.folder(runs)).final]
+    own = [job for job in ended if not job.trains and _is_new(job, runs, kept)]
+    evaluated = {other.digest for job in own for other in job.needs}
+    wanted = {job.digest for job in own} | evaluated
+    for job in ended:
+        path = _path(job, kept)
+        if job.digest in wanted or not path.is_file():
             folder = job.folder(runs)
             environment = _read(folder / _ENVIRONMENT)
             found = {
@@ -50,8 +60,11 @@ def keep(jobs: Sequence[Job], runs: Path, kept: Path) -> None:
                 "mechanisms": _read(folder / MECHANISMS),
                 "last": _last_values(folder / _METRICS),
                 "commit": environment.get("commit"),
+                **({} if job.trains else {_OF: _models(job, runs)}),
+                **({} if (text := text_of(job, runs)) is None else {TEXT: text}),
             }
             path.parent.mkdir(parents=True, exist_ok=True)
+            record = RunRecord.of(folder)
             write_json(path, {"version": VERSION, _RUN: folder.name, "record": vars(record), **found})
 
 
@@ -59,8 +72,10 @@ def restore(jobs: Sequence[Job], runs: Path, kept: Path) -> int:
     """Put the numbers of kept runs where a table looks for them; returns of how many.
 
     A run whose trained model another job of the table needs is left out, unless that one is kept too: its numbers alone
-    do not replace its checkpoint. Where nothing but numbers lies there, put for another table, they are taken away, so
-    that it is made. The folder of the runs is held where there is something to do.
+    do not replace its checkpoint. An evaluation is left out where its model is made, or is of another training than the
+    one that was evaluated. Numbers of such jobs that lie there, put for another table, are taken away, so that the jobs
+    are made. Numbers of a file that has changed since are put anew. The folder of the runs is held where there is
+    something to do.
 
     Raises:
         InUseError: another process holds that folder.
@@ -69,8 +84,8 @@ def restore(jobs: Sequence[Job], runs: Path, kept: Path) -> int:
     if not any(_to_do(jobs, runs, kept)):
         return 0
     with runs_held(runs):
-        found, bare = _to_do(jobs, runs, kept)  # what was made until the folder was held stays
-        for job in bare:
+        found, gone = _to_do(jobs, runs, kept)  # what was made until the folder was held stays
+        for job in gone:
             shutil.rmtree(job.folder(runs))
         with one_flush():
             records = [(job.folder(runs), _put(job, runs, _path(job, kept))) for job in found]
@@ -81,23 +96,77 @@ def restore(jobs: Sequence[Job], runs: Path, kept: Path) -> int:
 
 
 def _to_do(jobs: Sequence[Job], runs: Path, kept: Path) -> tuple[list[Job], list[Job]]:
-    """Jobs without a result here that have a kept one to put; and those of whose model there are but numbers here."""
-    missing = [job for job in jobs if not RunRecord.of(job.folder(runs)).final]
-    made = {job.digest: job for job in missing if not _path(job, kept).is_file()}
+    """Jobs that have a kept result to put; and those that must be made all the same, and whose result here goes.
+
+    A model of which there are but numbers is made where another job needs it. All that evaluates it is made then, too:
+    numbers of an earlier training are not those of this model.
+    """
+    records = {job.digest: RunRecord.of(job.folder(runs)) for job in jobs}
+    ended = {digest for digest, record in records.items() if record.final}
+    bare = {job.digest for job in jobs if records[job.digest].state == "done" and _is_bare(job.folder(runs))}
+    real = ended - bare  # one that diverged has no model to go on with
+    unknown = [job for job in jobs if job.digest not in ended and not _path(job, kept).is_file()]
+    others = [job for job in jobs if job.digest not in real and _is_of_another(job, runs, kept)]
+    made = {job.digest: job for job in (*unknown, *others)}
     waiting = list(made.values())
-    while waiting:  # a model that is to be made needs those that it goes on with
-        for job in waiting.pop().needs:
-            has_model = RunRecord.of(job.folder(runs)).final and not _is_bare(job.folder(runs))
-            if not has_model and job.digest not in made:
-                made[job.digest] = job
-                waiting.append(job)
-    put = [job for job in missing if job.digest not in made]
-    return put, [job for job in made.values() if _is_bare(job.folder(runs))]
+    while waiting:
+        job = waiting.pop()
+        models = [other for other in job.needs if other.digest not in real]
+        for other in (*models, *(other for other in jobs if not other.trains and job in other.needs)):
+            if other.digest not in made:
+                made[other.digest] = other
+                waiting.append(other)
+    kept_here = (job for job in jobs if job.digest not in real | made.keys() and _path(job, kept).is_file())
+    put = [job for job in kept_here if not _is_put(job, runs, kept)]
+    return put, [job for job in made.values() if job.digest in ended]
+
+
+def _is_new(job: Job, runs: Path, kept: Path) -> bool:
+    """Whether an evaluation that was made here is not kept, or it or its models are kept of another training."""
+    known = _known(job, kept)
+    if _is_bare(job.folder(runs)) or (known and _OF not in known):
+        return not known
+    models = _models(job, runs)
+    others = {other.digest: _digest(_known(other, kept).get("summary")) for other in job.needs}
+    return bool(known.get(_OF) != models or others != models)
+
+
+def _is_of_another(job: Job, runs: Path, kept: Path) -> bool:
+    """Whether a kept evaluation is of another training than the one whose numbers are here, or are kept."""
+    said = None if job.trains else _known(job, kept).get(_OF)
+    return isinstance(said, dict) and any(_model(other, runs, kept) != said.get(other.digest) for other in job.needs)
+
+
+def _models(job: Job, runs: Path) -> dict[str, str]:
+    """By digest the digest of the numbers of each model that a job evaluates."""
+    return {other.digest: _digest(_read(other.folder(runs) / SUMMARY)) for other in job.needs}
+
+
+def _model(job: Job, runs: Path, kept: Path) -> str:
+    """The digest of a model's numbers: those of a training here, else those that are kept."""
+    folder, known = job.folder(runs), _known(job, kept)
+    here = RunRecord.of(folder).final and (not known or not _is_bare(folder))
+    return _digest(_read(folder / SUMMARY) if here else known.get("summary", {}))
+
+
+def _digest(summary: Any) -> str:
+    return hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _is_bare(folder: Path) -> bool:
     """Whether a folder is one that `_put` has written: the environment.json of a run says more than its commit."""
-    return set(_read(folder / _ENVIRONMENT)) == {"commit"}
+    said = {*_read(folder / _ENVIRONMENT)}
+    return {"commit"} <= said <= {"commit", _FILE, TEXT}
+
+
+def _is_put(job: Job, runs: Path, kept: Path) -> bool:
+    """Whether what is kept of a job lies among the runs as it is."""
+    folder = job.folder(runs)
+    return RunRecord.of(folder).final and _read(folder / _ENVIRONMENT).get(_FILE) == _digest_of(_path(job, kept))
+
+
+def _digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _put(job: Job, runs: Path, path: Path) -> RunRecord:
@@ -108,9 +177,27 @@ def _put(job: Job, runs: Path, path: Path) -> RunRecord:
     for name, values in ((SUMMARY, known["summary"]), (MECHANISMS, known["mechanisms"])):
         if values:
             write_json(folder / name, values)
+        else:
+            (folder / name).unlink(missing_ok=True)
     write_text(folder / _METRICS, _table(known["last"]))
-    write_json(folder / _ENVIRONMENT, {"commit": known["commit"]})
+    text = {TEXT: known[TEXT]} if TEXT in known else {}
+    write_json(folder / _ENVIRONMENT, {"commit": known["commit"], _FILE: _digest_of(path), **text})
     return RunRecord(**known["record"])
+
+
+def _known(job: Job, kept: Path) -> dict[str, Any]:
+    """What a kept file says, before it is checked; empty where there is none."""
+    return _read(_path(job, kept))
+
+
+def text_of(job: Job, runs: Path) -> str | None:
+    """The fingerprint of the user's text that a run was made of; None where it has none, or nobody knows."""
+    folder = job.folder(runs)
+    if not job.config.data.path:
+        return None
+    said = _read(folder / _ENVIRONMENT).get(TEXT)
+    held_out = None if said is not None else Run(folder).held_out
+    return str(said) if said is not None else None if held_out is None else held_out.corpus.fingerprint
 
 
 def _path(job: Job, kept: Path) -> Path:

@@ -42,8 +42,8 @@ def compute_factor(ladder: Sequence[tuple[float, float]], work: float, loss: flo
         >>> compute_factor([(1, 4.0), (2, 3.0), (4, 2.0), (8, 1.0)], work=1.0, loss=2.5).value  # sqrt(2 * 4)
         2.82842712474619
     """
-    if len({size for size, _ in ladder}) < FEWEST_SIZES:
-        raise ValueError(f"a ladder needs {FEWEST_SIZES} or more dense models of different work: got {len(ladder)}.")
+    if (found := len({size for size, _ in ladder})) < FEWEST_SIZES:
+        raise ValueError(f"a ladder needs {FEWEST_SIZES} or more dense models of different work: got {found}.")
     sizes, losses = zip(*sorted(ladder), strict=True)
     falling = _falling(losses)
     if loss < falling[-1]:
@@ -70,15 +70,24 @@ def _falling(values: Sequence[float]) -> list[float]:
     return [value for value, count in pools for _ in range(count)]
 
 
-def log_factors(found: Mapping[int, Factor], smallest: float) -> tuple[list[float], str]:
-    """Logarithms of factors by seed over the smallest one of interest, and what is to be said of bounds.
+def log_factors(found: Mapping[int, Factor], smallest: float) -> list[float]:
+    """Logarithms of factors by seed over the smallest one of interest; a bound counts as the factor."""
+    return [math.log(factor.value / smallest) for factor in found.values()]
 
-    A factor that is "at least" a bound counts as the bound, which is less than it claims. One that is "at most" a bound
-    is not known well enough to support a claim.
+
+def bounds(found: Mapping[int, Factor]) -> tuple[str, str]:
+    """Why factors by seed may be less than they are given, and why they may be more; "" = they are not.
+
+    A factor that is "at most" a bound does not support a claim, and one that is "at least" a bound does not refute it.
     """
-    logs = [math.log(factor.value / smallest) for factor in found.values()]
-    most = sum(factor.bound == "at most" for factor in found.values())
-    return logs, f"in {most} of {len(found)} seeds the sparse model is worse than the whole ladder" if most else ""
+    most, least = (sum(one.bound == bound for one in found.values()) for bound in ("at most", "at least"))
+    of = f"of {len(found)} seeds the sparse model is"
+    return (
+        f"in {most} {of} worse than the whole ladder" if most else "",
+        f"in {least} {of} better than the whole ladder, whose largest model does not do enough work to tell"
+        if least
+        else "",
+    )
 
 
 def why_no_measure(sizes: Mapping[str, tuple[float, float]]) -> str:

@@ -69,7 +69,11 @@ def ours(claim: Mapping[str, Any]) -> str:
         return MISSING
     low, high = claim["interval"]
     sign = "" if claim["kind"] == "compute factor" or not claim["against"] else "+"
-    return f"{claim['difference']:{sign}.4g} [{low:{sign}.4g}, {high:{sign}.4g}]"
+    for bound, pairs in claim.get("bounds", {}).items():
+        if pairs == claim["pairs"]:  # what varies is the bound, so that an interval says nothing
+            return f"{bound} {claim['difference']:.4g}"
+    some = "".join(f", {bound} in {pairs} pairs" for bound, pairs in claim.get("bounds", {}).items())
+    return f"{claim['difference']:{sign}.4g} [{low:{sign}.4g}, {high:{sign}.4g}]{some}"
 
 
 def asked(claim: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -81,8 +82,26 @@ class Part:
         return found
 
     def mapping(self, key: str) -> dict[str, Any]:
-        """A mapping; an empty one where it is left out."""
-        return dict(self.take(key, dict, "a mapping", {}))
+        """A mapping of plain values by names; an empty one where it is left out."""
+        found = dict(self.take(key, dict, "a mapping", {}))
+        self._check_plain(found, key)
+        return found
+
+    def _check_plain(self, value: Any, key: str) -> None:
+        """Refuse what YAML reads and settings have not, such as dates and keys that are numbers."""
+        if isinstance(value, Mapping):
+            for name, inner in value.items():
+                if not isinstance(name, str):
+                    raise self.fault(key, f"must have names as keys: got {name!r:.60}. Put it in quotes")
+                self._check_plain(inner, f"{key}.{name}")
+        elif isinstance(value, list):
+            for inner in value:
+                self._check_plain(inner, key)
+        elif value is not None and not isinstance(value, (str, bool, int, float)):
+            raise self.fault(
+                key, f"must be text, a number or a list: got {value!r:.60}, of which YAML makes {_kind(value)}. "
+                "Put it in quotes"
+            )  # fmt: skip
 
     def settings(self, key: str) -> dict[str, Any]:
         """Settings of a run by dotted key, however they are nested."""
@@ -128,3 +147,7 @@ class Part:
         for key in self.values:
             if key not in self.known:
                 raise self.fault(str(key), f"unknown key. {nearest(str(key), self.known)}")
+
+
+def _kind(value: Any) -> str:
+    return "a date" if isinstance(value, datetime.date) else type(value).__name__

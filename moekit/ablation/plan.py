@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from moekit.ablation.arm import RATE, Arm
+from moekit.ablation.ladder import FEWEST_SIZES
 from moekit.ablation.table import AblationTable
 from moekit.ablation.taken import check_taken
 from moekit.babel.concepts import DEFAULT_CONCEPTS
@@ -160,6 +161,7 @@ class Plan:
             config = _configured(recipe, begun, arm.settings, configure, where)
             models[arm.name] = _model(recipe, arm, config, models, where)
             configs[arm.name] = config
+        _check_ladders(table, configs, models)
         return cls(table, {name: configs[name] for name in table.arms})
 
     def job(self, arm: str, seed: int, rates: Mapping[str, float] | None = None) -> Job:
@@ -290,13 +292,43 @@ def _check_seeds(table: AblationTable) -> None:
                     f"{table.path}: {place}: {key} is given by the seeds of the table. Give seed_offset, or "
                     "order_offset, to an arm instead."
                 )
+    taken = {"of the table": {*table.seeds}}
+    for key, grid in (("learning_rates", table.learning_rates), ("fine_tuning_rates", table.fine_tuning_rates)):
+        taken[f"of {key}"] = set() if grid is None else {*grid.seeds}
+    offsets: dict[int, str] = {}
     for arm in table.arms.values():
         for key, offset in (("seed_offset", arm.seed_offset), ("order_offset", arm.order_offset)):
-            if offset and (shared := sorted({seed + offset for seed in table.seeds} & {*table.seeds})):
-                raise UserError(
-                    f"{table.path}: arms.{arm.name}.{key}: must lead to other seeds than those of the table, or pairs "
-                    f"have runs in common: {shared} are in both. Give a larger one, such as 1000."
-                )
+            own = {seed + offset for seed in table.seeds}
+            others = dict(taken)
+            if key == "seed_offset":
+                others |= {f"of {name}": {seed + other for seed in table.seeds} for other, name in offsets.items()}
+            else:  # first weights tell the runs of other seeds apart
+                others = {"of the table": taken["of the table"]}
+            for whose, seeds in others.items() if offset else ():
+                if shared := sorted(own & seeds):
+                    raise UserError(
+                        f"{table.path}: arms.{arm.name}.{key}: must lead to other seeds than those {whose}, or pairs "
+                        f"have runs in common: {shared} are in both. Give a larger one, such as 1000."
+                    )
+        if arm.seed_offset and not arm.of:
+            offsets.setdefault(arm.seed_offset, arm.name)
+
+
+def _check_ladders(table: AblationTable, configs: Mapping[str, RunConfig], models: Mapping[str, nn.ModuleDict]) -> None:
+    """The arms of a ladder differ in what makes their work: parameters, steps, or tokens of a step."""
+
+    def size(arm: str) -> tuple[Any, ...]:
+        tokens = tuple(task.tokens for task in vars(configs[arm].tasks).values())
+        parameters = sum(parameter.numel() for parameter in models[arm].parameters())
+        return parameters, configs[arm].train.max_steps, tokens
+
+    for question in table.questions:
+        sizes = {size(arm) for arm in question.ladder}
+        if question.ladder and len(sizes) < FEWEST_SIZES:
+            raise UserError(
+                f"{table.path}: claims.{question.id}.ladder: must have {FEWEST_SIZES} or more arms of different work: "
+                f"{', '.join(question.ladder)} are of {len(sizes)}. Change their width, depth or steps."
+            )
 
 
 def _model(

@@ -21,6 +21,7 @@ from moekit.atomic import write_json, write_text, writing
 from moekit.errors import UserError
 from moekit.lock import InUseError, held
 from moekit.runs.plain import as_plain, with_setting
+from moekit.runs.record import STOPPED
 from moekit.runs.run import SUMMARY
 from moekit.stored import parse_json
 
@@ -42,8 +43,8 @@ class RunRecord:
     """What is known of a run beside its folder, in ``FOLDER.json``.
 
     Attributes:
-        state: done, diverged (its numbers came to NaN or infinity), failed (it ended by an error, and is tried again
-            next time), or unfinished.
+        state: done, diverged (its numbers came to NaN or infinity), failed (it ended by an error or was stopped, and is
+            tried again next time), or unfinished.
         minutes: processor minutes that its processes have taken, all tries together.
         kin: of which runs it takes the time; see `Job.kin`.
         said: the last line of one that diverged or failed.
@@ -291,7 +292,7 @@ def _advanced(one: _Running) -> bool:
     state: State = "failed"
     if code == 0 and (one.folder / SUMMARY).is_file():
         state, said = "done", ""
-    elif code == 1 and said.startswith("stopped:"):
+    elif code == 1 and said.startswith("stopped:") and _is_not_finite(one.folder):
         state = "diverged"
     elif code == 2:
         _write(one, "failed", said)
@@ -300,6 +301,14 @@ def _advanced(one: _Running) -> bool:
         said = f"it was ended by signal {-code}"
     _write(one, state, said)
     return True
+
+
+def _is_not_finite(folder: Path) -> bool:
+    """Whether training stopped at numbers that are not finite, and not by a monitor or with a process that ended."""
+    try:
+        return bool(parse_json((folder / STOPPED).read_text(encoding="utf-8"))["not_finite"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def _reap(one: _Running) -> int | None:

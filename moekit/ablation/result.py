@@ -13,7 +13,7 @@ from typing import Any
 
 from moekit.ablation.arm import Arm
 from moekit.ablation.comparison import PairedDifferences
-from moekit.ablation.ladder import Factor, compute_factor, log_factors, why_no_measure
+from moekit.ablation.ladder import Factor, bounds, compute_factor, log_factors, why_no_measure
 from moekit.ablation.measures import COSTS, MECHANISMS, costs, floor_of, measure
 from moekit.ablation.plan import Job, Plan
 from moekit.ablation.processes import RunRecord
@@ -217,25 +217,28 @@ def _evidence(question: TestedClaim, measured: Measured, seeds: Sequence[int]) -
     values = _values(question, measured, seeds)
     whole = [seed for seed in seeds if all(got[seed] is not None for got in values.values())]
     failed = sum(got[seed] is None for got in values.values() for seed in seeds)
-    smallest, equality, censored = question.smallest, question.kind == "no difference", ""
+    smallest, equality, origin, beyond = question.smallest, question.kind == "no difference", "zero", ""
+    unmeasured = at_most = at_least = ""
     if question.kind == "compute factor":
         factors = {seed: _factor(question, measured, seed) for seed in whole}
-        differences, censored = log_factors(factors, question.smallest)
+        differences, (at_most, at_least) = log_factors(factors, question.smallest), bounds(factors)
         if whole:
             points = {arm: [_point(question, measured, arm, seed) for seed in whole] for arm in question.ladder}
             means = {
                 arm: (statistics.fmean(work for work, _ in own), statistics.fmean(loss for _, loss in own))
                 for arm, own in points.items()
             }
-            censored = why_no_measure(means) or censored
+            unmeasured = why_no_measure(means)
         smallest = 0.0  # of the logarithm of the factor over the smallest of interest
+        origin = beyond = f"a factor of {question.smallest:g}"
     else:
         side = 1.0 if question.direction == "higher" or equality else -1.0
         if question.kind == "mechanism":  # a bound of a difference is its smallest effect; its other side is zero's
-            smallest = side * (question.bound - _origin(question))
+            smallest, beyond = side * (question.bound - _origin(question)), f"{question.bound:g}"
+            origin = f"{_origin(question):g}" if _origin(question) else "zero"
         differences = [side * (_effect(question, values, seed) - _origin(question)) for seed in whole]
     effect = PairedDifferences(differences) if len(differences) > 1 else None
-    return Evidence(effect, smallest, equality, failed, censored)
+    return Evidence(effect, smallest, equality, failed, unmeasured, at_most, at_least, origin, beyond)
 
 
 def _values(question: TestedClaim, measured: Measured, seeds: Sequence[int]) -> dict[str, dict[int, float | None]]:
@@ -268,7 +271,17 @@ def _origin(question: TestedClaim) -> float:
 
 def _factor(question: TestedClaim, measured: Measured, seed: int) -> Factor:
     ladder = [_point(question, measured, arm, seed) for arm in question.ladder]
-    return compute_factor(ladder, *_point(question, measured, question.arm, seed))
+    try:
+        return compute_factor(ladder, *_point(question, measured, question.arm, seed))
+    except ValueError as error:
+        raise UserError(f"{question.id}: {error} Change the width, depth or steps of its arms.") from None
+
+
+def _bounds(question: TestedClaim, measured: Measured, seeds: Sequence[int]) -> dict[str, int]:
+    """In how many pairs the factor is a bound, by which."""
+    whole = [seed for seed in seeds if all(measured[arm][seed]["state"] == "done" for arm in question.arms)]
+    found = [_factor(question, measured, seed).bound for seed in whole]
+    return {bound: found.count(bound) for bound in ("at least", "at most") if bound in found}
 
 
 def _point(question: TestedClaim, measured: Measured, arm: str, seed: int) -> tuple[float, float]:
@@ -297,6 +310,8 @@ def _answer(
     values = _values(question, measured, table.seeds)
     found["means"] = {arm: _mean([v for v in got.values() if v is not None]) for arm, got in values.items()}
     found |= _numbers(question, evidence)
+    if question.kind == "compute factor" and (counted := _bounds(question, measured, table.seeds)):
+        found["bounds"] = counted
     found |= {"failed": evidence.failed, "p": judged.p, "adjusted_p": judged.adjusted_p}
     found |= {"verdict": judged.verdict, "why": judged.why, "not_matched": _not_matched(table, question, measured)}
     return found

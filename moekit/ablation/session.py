@@ -18,6 +18,7 @@ from moekit.ablation.measures import measure
 from moekit.ablation.plan import Configure, Job, Plan
 from moekit.ablation.processes import Commands, RunRecord, measured_minutes, run_all
 from moekit.ablation.result import chosen_fine_tuning_rates, chosen_rates, read_result, result
+from moekit.ablation.same_text import require_same_text
 from moekit.ablation.table import RECIPES, AblationTable, find_table, read_table, table_files
 from moekit.ablation.verdict import count_verdicts
 from moekit.ablation.view import Progress, spoken_minutes
@@ -45,6 +46,7 @@ def run_table(
     out: Path | None = None,
     commands: Commands | None = None,
     again: str = "",
+    whole: str = "",
 ) -> dict[str, Any] | None:
     """Make the runs of a table that are missing, and its result once all are there.
 
@@ -59,6 +61,7 @@ def run_table(
         out: folder of the result; None = that of the recipe's results.
         commands: that make a run; None = ordinary runs.
         again: what a user types to go on; "" = the table's name alone.
+        whole: what makes the runs that `seeds` and `only` leave out; "" = the table's name alone.
 
     Returns:
         The result; None where runs are left to be made.
@@ -76,6 +79,7 @@ def run_table(
 
     def make(jobs: Sequence[Job], what: str, asked: Mapping[str, set[str]]) -> None:
         restore(jobs, runs, folder / KEPT)
+        require_same_text(jobs, runs)
         try:
             _make(jobs, plan, runs, at_once, console, commands, what, asked)
         finally:
@@ -93,7 +97,7 @@ def run_table(
     left = _left(plan, runs)
     if left:
         _say(console, f"{len(left)} runs of the table are not done: no result yet. To make them: "
-             f"{command_line('ablate', name)}")  # fmt: skip
+             f"{whole or command_line('ablate', name)}")  # fmt: skip
         return None
     from moekit.ablation.pages import write_result  # where it is used: a help text draws nothing
 
@@ -116,7 +120,7 @@ def failed_runs(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def results_folder(path: Path) -> Path:
     """Where the result of a table goes: ``results/ablations`` of its recipe, else ``results`` beside the file."""
-    folder = path.parent
+    folder = path.resolve().parent
     return folder.parent / "results" / "ablations" if folder.name == "ablations" else folder / "results"
 
 

@@ -44,6 +44,8 @@ def check_taken(arm: Arm, model: nn.ModuleDict, config: RunConfig, others: Mappi
     """
     if arm.prune:
         _check_prune(arm, others[arm.of])
+    if arm.of and not arm.trains and not arm.prune:
+        require_network(model.state_dict(), others[arm.of].state_dict(), f"of: the model of {arm.of}")
     if arm.fine_tune is not None:
         chosen = fine_tune_config(arm.fine_tune)
         given = _joined(arm, model, others) if arm.aggregate else _kept(arm, model, others[arm.of])

@@ -25,14 +25,22 @@ class Evidence:
         smallest: the smallest effect of interest; for equality the margin.
         equality: whether the claim is that there is no difference.
         failed: number of runs that the claim needs and that diverged or failed.
-        censored: why the effect is only known to be less than what is given, if so; nothing is reproduced then.
+        unmeasured: why the numbers say nothing of the effect, if so; it is neither reproduced nor contradicted then.
+        at_most: why the effect may be less than what is given, if so; nothing is reproduced then.
+        at_least: why it may be more, if so; nothing is contradicted then.
+        origin: the words for where the claimed side begins.
+        beyond: those for where the smallest effect of interest lies; "" = that effect.
     """
 
     effect: PairedDifferences | None
     smallest: float
     equality: bool = False
     failed: int = 0
-    censored: str = ""
+    unmeasured: str = ""
+    at_most: str = ""
+    at_least: str = ""
+    origin: str = "zero"
+    beyond: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ def judge(claims: Mapping[str, Evidence], controlled: str = "") -> dict[str, Jud
       claimed sign, else *inconclusive*.
     - A claim of equality is *reproduced* where two one-sided tests place the difference within the margin,
       *contradicted* where the 95 % interval lies outside of it, else *inconclusive*.
+    - A number that is only known to be at least a bound contradicts nothing; one at most a bound reproduces nothing.
     - Both are decided at a level that the claims of the table share (Holm).
     - Where a run has failed, or the table's negative control does not show what it must, a claim is *inconclusive*.
 
@@ -117,20 +126,26 @@ def _by_rule(found: Evidence, effect: PairedDifferences, p_for: float, p_against
         if _p_against(found) < LEVEL:
             return "inconclusive", f"the interval lies outside {margin}, but {_NOT_SHARED}."
         return "inconclusive", f"the difference is shown neither within nor outside {margin}."
-    if p_for < LEVEL and not found.censored:
-        return "reproduced", f"the interval lies beyond {found.smallest:g} on the claimed side."
-    if p_against < LEVEL:
-        return "contradicted", "the interval lies on the other side of zero."
-    if found.censored:
-        return "inconclusive", f"{found.censored}."
+    if found.unmeasured:
+        return "inconclusive", f"{found.unmeasured}."
+    beyond = found.beyond or f"{found.smallest:g}"
+    if p_for < LEVEL and not found.at_most:
+        return "reproduced", f"the interval lies beyond {beyond} on the claimed side."
+    if p_against < LEVEL and not found.at_least:
+        return "contradicted", f"the interval lies on the other side of {found.origin}."
+    if found.at_most:
+        return "inconclusive", f"{found.at_most}."
     low, high = effect.interval()
-    no_more = f", and rules out an effect of {found.smallest:g}" if high < found.smallest else ""
+    ruled_out = found.smallest > 0 and high < found.smallest and not found.at_least
+    no_more = f", and rules out an effect of {found.smallest:g}" if ruled_out else ""
     if effect.mean > 0:
-        said = "includes zero" if low <= 0 else f"does not lie beyond {found.smallest:g}"
+        said = f"includes {found.origin}" if low <= 0 else f"does not lie beyond {beyond}"
         if low > found.smallest:
-            said = f"lies beyond {found.smallest:g}, but {_NOT_SHARED}"
+            said = f"lies beyond {beyond}, but {_NOT_SHARED}"
         return "direction only", f"the mean is on the claimed side, its interval {said}{no_more}."
-    said = "includes zero" if high >= 0 else f"lies on the other side of zero, but {_NOT_SHARED}"
+    if found.at_least:
+        return "inconclusive", f"{found.at_least}."
+    said = f"includes {found.origin}" if high >= 0 else f"lies on the other side of {found.origin}, but {_NOT_SHARED}"
     return "inconclusive", f"the mean is not on the claimed side, and its interval {said}{no_more}."
 
 

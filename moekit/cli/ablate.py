@@ -85,10 +85,12 @@ def _ablate(given: Namespace, console: Console) -> None:
     elif given.claims:
         say(console, "\n".join(map(str, write_claims())))
     else:
-        again = command_line("ablate", given.table, *_typed(given))
+        where, which = _where(given), _which(given)
+        again = command_line("ablate", given.table, *where, *which)
         found = run_table(
             given.table, reconfigured, console, runs=given.runs, at_once=given.jobs or _processors(),
             seeds=given.seeds, only=given.only, out=given.out, again=again,
+            whole=command_line("ablate", given.table, *where),
         )  # fmt: skip
         failed = failed_runs(found) if found else []
         if failed:
@@ -99,12 +101,16 @@ def _ablate(given: Namespace, console: Console) -> None:
             )
 
 
-def _typed(given: Namespace) -> list[str]:
-    """The options that say which runs are made, and where, as they were typed."""
+def _where(given: Namespace) -> list[str]:
+    """The options that say where runs are made and how many at once, as they were typed."""
     single = {"--jobs": given.jobs, "--runs": given.runs if given.runs != RUNS else None, "--out": given.out}
+    return [word for option, value in single.items() if value is not None for word in (option, str(value))]
+
+
+def _which(given: Namespace) -> list[str]:
+    """The options that say which runs are made."""
     several = {"--seeds": given.seeds or (), "--only": given.only or ()}
-    words = [word for option, value in single.items() if value is not None for word in (option, str(value))]
-    return words + [str(word) for option, values in several.items() if values for word in (option, *values)]
+    return [str(word) for option, values in several.items() if values for word in (option, *values)]
 
 
 def _processors() -> int:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed import DistNetworkError
 
 from moekit.atomic import write_json
-from moekit.errors import TrainingStoppedError, UserError
+from moekit.errors import NonFiniteError, TrainingStoppedError, UserError
 
 _LOST = "the others cannot train without it. Go on from the last checkpoint with --resume."
 _SECONDS_TO_TELL = 20.0
@@ -106,7 +106,7 @@ def stop_noted(trainer: L.Trainer, file: Path, report: str) -> Iterator[None]:
 
     Args:
         trainer: whose training it is.
-        file: gets the step and what was said of it.
+        file: gets the step, what was said of it, and whether it was of numbers that are not finite.
         report: the command that draws what was logged, which is printed.
     """
     if trainer.is_global_zero:
@@ -115,7 +115,8 @@ def stop_noted(trainer: L.Trainer, file: Path, report: str) -> Iterator[None]:
         yield
     except TrainingStoppedError as error:
         if trainer.is_global_zero:
-            write_json(file, {"step": trainer.global_step, "why": str(error)})
+            not_finite = isinstance(error, NonFiniteError)
+            write_json(file, {"step": trainer.global_step, "why": str(error), "not_finite": not_finite})
             print(f"what was logged  {report}", flush=True)
         raise
 

@@ -3,7 +3,8 @@
     python fake_run.py FOLDER SETTINGS
 
 SETTINGS is JSON: `loss`, `cv`, `work`, `tokens`, and what happens: `steps` (0.02 seconds each, a checkpoint upon
-SIGTERM), `end` (done, diverged, broken, refused).
+SIGTERM), `text` (the fingerprint of the user's text, if it has one), `end` (done, diverged, killed: one of several
+processes was, broken, refused).
 """
 
 import json
@@ -35,12 +36,18 @@ while step < settings["steps"]:
 if settings["end"] != "done":
     said = {
         "diverged": (1, "stopped: the loss of step 7 is not finite (NaN or infinite)."),
+        "killed": (1, "stopped: rank 1 (process 7) has ended with code -9, and the others with it."),
         "broken": (1, "ZeroDivisionError: division by zero"),
         "refused": (2, "error: model.heads must divide model.dim: got 3 and 16."),
     }
     code, words = said[settings["end"]]
+    if words.startswith("stopped:"):
+        stopped = {"step": 7, "why": words, "not_finite": settings["end"] == "diverged"}
+        (folder / "stopped.json").write_text(json.dumps(stopped))
     print(words, file=sys.stderr)
     sys.exit(code)
+if "text" in settings:
+    (folder / "environment.json").write_text(json.dumps({"commit": None, "python": "3", "text": settings["text"]}))
 summary = {
     "tokens": settings["tokens"],
     "parameters": {"total": 100, "active": 50},

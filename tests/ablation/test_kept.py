@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_tables import began, changed, fake, formula, plainly, run, write_table
+from small_tables import TABLE, began, changed, fake, formula, plainly, run, write_table
 
 from moekit.ablation.plan import Job, Plan
 from moekit.ablation.result import comparable
 from moekit.ablation.session import Estimate, _restore
 from moekit.ablation.table import read_table
+from moekit.data.sources import open_source
 from moekit.errors import UserError
+
+CLAIM: dict[str, Any] = TABLE["claims"][0]
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +188,91 @@ def test_a_model_is_kept_with_what_it_was_evaluated_to(tmp_path: Path) -> None:
     assert comparable(made) == comparable(read)
     loss = {arm: read["arms"][arm]["runs"]["1"]["metrics"]["test.causal_lm.loss"] for arm in ("many", "few")}
     assert loss["many"] > loss["few"], "0.25 more, which `few`, made before, has not"
+
+
+def test_an_evaluation_is_not_compared_with_another_training(tmp_path: Path) -> None:
+    """An arm more, on a machine where training comes out otherwise: the other evaluations are of its models too."""
+    _, more = capacities()
+    more["claims"] = [CLAIM | {"kind": "within checkpoint", "arm": "roomy", "against": "many", "smallest": 0.005}]
+    results = tmp_path / "results"
+
+    def elsewhere(job: Job) -> dict[str, Any]:
+        return formula(job) | {"loss": formula(job)["loss"] + 0.02}
+
+    first, _ = run(write_table(tmp_path, more), tmp_path / "runs", out=results)
+    more["arms"]["wide"] = {"about": "more", "of": "many", "settings": {"model.eval_capacity_factor": 8.0}}
+    path = write_table(tmp_path, more)
+    second, _ = run(path, tmp_path / "here", fake(elsewhere), out=results)
+    third, _ = run(path, tmp_path / "there", out=results)
+    assert began(tmp_path / "here") == 3 * 5, "the models, and both evaluations of them"
+    assert began(tmp_path / "there") == 0
+    for found in (first, second, third):
+        assert found is not None
+        assert found["claims"][0]["difference"] == 0.0
+        assert found["claims"][0]["verdict"] == "inconclusive"
+
+
+def test_a_model_that_another_table_has_kept_anew_takes_its_evaluations_with_it(tmp_path: Path) -> None:
+    """A kept evaluation says which numbers its model came to; where these are others now, both are made again."""
+    _, more = capacities()
+    results, path = tmp_path / "results", write_table(tmp_path, more)
+    run(path, tmp_path / "runs", out=results)
+    (name,) = {
+        job.folder(tmp_path).name for job in Plan.of(read_table(path), plainly).jobs({}) if job.label == "many, seed 2"
+    }
+    kept = json.loads((results / "runs" / f"{name}.json").read_text())
+    kept["summary"]["loss"]["causal_lm"] += 0.1
+    (results / "runs" / f"{name}.json").write_text(json.dumps(kept))
+    run(path, tmp_path / "here", out=results)
+    assert began(tmp_path / "here") == 2, "that model and its evaluation"
+    run(path, tmp_path / "there", out=results)
+    assert began(tmp_path / "there") == 0
+
+
+def test_numbers_of_a_kept_file_that_changed_are_put_anew(kept: Path, tmp_path: Path) -> None:
+    path, results = write_table(tmp_path), tmp_path / "results"
+    shutil.copytree(kept, results / "runs")
+    first, _ = run(path, tmp_path / "more", out=results)
+    for file in (results / "runs").glob("*.json"):
+        known = json.loads(file.read_text())
+        known["summary"]["test"]["causal_lm"]["loss"] += 1.0
+        file.write_text(json.dumps(known))
+    second, _ = run(path, tmp_path / "more", out=results)
+    assert began(tmp_path / "more") == 0
+    assert first is not None
+    assert second is not None
+    means = [found["claims"][0]["means"]["many"] for found in (first, second)]
+    assert means[1] - means[0] == pytest.approx(1.0)
+
+
+def test_text_that_changed_is_not_compared_with_what_it_was(tmp_path: Path) -> None:
+    """Runs are named by the path of a text: an arm more, of another text, would be in pairs with the first ones."""
+    corpus, text = tmp_path / "corpus", tmp_path / "corpus" / "en.txt"
+    corpus.mkdir()
+    text.write_text("old text\n" * 50)
+    table = changed(learning_rates=None, control=None, no_control="a test")
+    table["arms"].pop("again")
+    table["settings"]["data"] = {"source": "text", "path": str(corpus)}
+
+    def reading(job: Job) -> dict[str, Any]:
+        return formula(job) | {"text": open_source("text", str(corpus)).fingerprint()}
+
+    results, runs = tmp_path / "results", tmp_path / "runs"
+    first, _ = run(write_table(tmp_path, table), runs, fake(reading), out=results)
+    kept = {path: path.read_text() for path in (results / "runs").glob("*.json")}
+    assert len(kept) == 10
+    table["arms"]["more"] = {"settings": {"model.num_experts": 4}}
+    path = write_table(tmp_path, table)
+    text.write_text("new text\n" * 50)
+    for where in (runs, tmp_path / "more"):  # where they were made, and where their numbers alone are
+        with pytest.raises(UserError, match=r"corpus must be the one .* changed since many, seed 1 was made"):
+            run(path, where, fake(reading), out=results)
+        assert began(where) in (0, 10)
+    text.unlink()
+    found, _ = run(path, tmp_path / "third", fake(lambda job: formula(job)), out=results)
+    assert found is not None
+    text.write_text("old text\n" * 50)
+    again, _ = run(path, tmp_path / "more", fake(reading), out=results)
+    assert again is not None
+    assert first is not None
+    assert again["claims"][0]["means"] == first["claims"][0]["means"]

@@ -16,7 +16,7 @@ from moekit.ablation.pages import drawing, markdown
 from moekit.ablation.plan import Job, Plan
 from moekit.ablation.processes import RunRecord, last_step, measured_minutes
 from moekit.ablation.result import comparable, read_result
-from moekit.ablation.session import Estimate, list_tables
+from moekit.ablation.session import Estimate, list_tables, results_folder
 from moekit.ablation.table import read_table
 from moekit.ablation.view import Progress, spoken_minutes
 from moekit.cli.program import main
@@ -133,27 +133,27 @@ def test_what_was_stopped_goes_on_to_the_same_result(
 
 
 def test_runs_that_end_badly_are_results(tmp_path: Path) -> None:
-    """One diverges, which is final; one breaks, which is tried again next time; the table goes on and says so."""
+    """One diverges, which is final; others break, and are tried again next time; the table goes on and says so."""
     path, runs = write_table(tmp_path, changed(learning_rates=None)), tmp_path / "runs"
 
     def ending(job: Job) -> dict[str, Any]:
-        ends = {("few", 2): "diverged", ("few", 4): "broken"}
+        ends = {("few", 2): "diverged", ("few", 4): "broken", ("few", 5): "killed"}
         arm, _, seed = job.label.split(",")[0], "", int(job.label.split()[-1])
         return formula(job) | {"end": ends.get((arm, seed), "done")}
 
     found, said = run(path, runs, fake(ending))
     assert found is not None
     claim = found["claims"][0]
-    assert (claim["verdict"], claim["failed"], claim["pairs"]) == ("inconclusive", 2, 3)
-    assert "2 runs diverged or failed" in claim["why"]
+    assert (claim["verdict"], claim["failed"], claim["pairs"]) == ("inconclusive", 3, 2)
+    assert "3 runs diverged or failed" in claim["why"]
     states = {seed: one["state"] for seed, one in found["arms"]["few"]["runs"].items()}
-    assert states == {"1": "done", "2": "diverged", "3": "done", "4": "failed", "5": "done"}
+    assert states == {"1": "done", "2": "diverged", "3": "done", "4": "failed", "5": "failed"}
     assert "not finite" in found["arms"]["few"]["runs"]["2"]["said"]
     assert "ZeroDivisionError" in (tmp_path / "results" / "table.md").read_text()
     assert "few, seed 2: diverged" in said
     before = began(runs)
     again, _ = run(path, runs)
-    assert began(runs) == before + 1, "the broken one alone"
+    assert began(runs) == before + 2, "the broken one, and the one of which a process was killed"
     assert again is not None
     assert again["claims"][0]["failed"] == 1
 
@@ -426,3 +426,25 @@ def test_the_last_step_of_a_run(tmp_path: Path) -> None:
     assert last_step(tmp_path) == 19, "a row that is being written is none"
     (tmp_path / "metrics.csv").write_text("step,epoch,loss\n" + "".join(f"{i},0,{'1' * 50}\n" for i in range(900)))
     assert last_step(tmp_path) == 899
+
+
+def test_a_table_of_a_recipe_is_found_from_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the result lies does not depend on how its file is named."""
+    folder = tmp_path / "recipes" / "moe_lm" / "ablations"
+    write_table(folder)
+    monkeypatch.chdir(folder)
+    assert results_folder(Path("table.yaml")) == tmp_path / "recipes" / "moe_lm" / "results" / "ablations"
+
+
+def test_what_is_left_of_a_table_is_made_where_its_part_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command that is printed has the folders that were given, and no choice of seeds and arms."""
+    path = write_table(tmp_path)
+    monkeypatch.setattr("moekit.ablation.processes.moekit_commands", fake())
+    given = ["--runs", str(tmp_path / "elsewhere"), "--out", str(tmp_path / "out"), "--jobs", "2"]
+    assert main(["ablate", str(path), *given, "--seeds", "1", "--only", "many"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "runs of the table are not done: no result yet. To make them: " in said
+    printed = said.rpartition("To make them: ")[2]
+    assert printed.endswith(" ".join(["ablate", str(path), "--jobs", "2", *given[:4]])), printed

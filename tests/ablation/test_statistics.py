@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
 from moekit.ablation.comparison import PairedDifferences, holm
-from moekit.ablation.ladder import Factor, compute_factor, log_factors
+from moekit.ablation.ladder import Factor, bounds, compute_factor, log_factors
 from moekit.ablation.student import t_cdf, t_quantile
-from moekit.ablation.verdict import Evidence, count_verdicts, judge
+from moekit.ablation.verdict import Evidence, Judged, count_verdicts, judge
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -204,10 +206,44 @@ def test_noise_in_a_ladder_is_pooled() -> None:
     assert 2.0 <= compute_factor(noisy, 1.0, 3.0).value <= 4.0
 
 
+def judged_factors(found: Mapping[int, Factor], smallest: float, **more: Any) -> Judged:
+    at_most, at_least = bounds(found)
+    effect = PairedDifferences(log_factors(found, smallest))
+    return judge({"a": Evidence(effect, 0.0, at_most=at_most, at_least=at_least, **more)})["a"]
+
+
 def test_bounds_support_nothing_that_they_do_not_say() -> None:
-    logs, why = log_factors({1: Factor(4.0, "at least"), 2: Factor(2.0)}, 2.0)
-    assert logs == pytest.approx([math.log(2), 0.0])
-    assert why == ""
-    logs, why = log_factors({1: Factor(3.0, "at most"), 2: Factor(3.1), 3: Factor(3.2)}, 1.0)
-    assert judge({"a": Evidence(PairedDifferences(logs), 0.0, censored=why)})["a"].verdict == "inconclusive"
-    assert "1 of 3 seeds" in why
+    some = {1: Factor(4.0, "at least"), 2: Factor(2.0)}
+    assert log_factors(some, 2.0) == pytest.approx([math.log(2), 0.0])
+    assert bounds(some)[0] == ""
+    assert "1 of 2 seeds the sparse model is better than the whole ladder" in bounds(some)[1]
+    found = judged_factors({1: Factor(3.0, "at most"), 2: Factor(3.1), 3: Factor(3.2)}, 1.0)
+    assert found.verdict == "inconclusive"
+    assert "1 of 3 seeds" in found.why
+
+
+def test_a_bound_from_below_contradicts_nothing() -> None:
+    """The ladder ends at 1.5 times the work of a model that is better than all of it: 2 is not refuted."""
+    ends = {seed: Factor(1.5 + seed / 1000, "at least") for seed in range(5)}
+    found = judged_factors(ends, 2.0)
+    assert found.verdict == "inconclusive"
+    assert "in 5 of 5 seeds the sparse model is better than the whole ladder" in found.why
+    assert "rules out" not in found.why
+    assert judged_factors({seed: Factor(one.value) for seed, one in ends.items()}, 2.0).verdict == "contradicted"
+    assert judged_factors(ends, 1.2).verdict == "reproduced"  # more than the bound is more than 1.2
+
+
+@pytest.mark.parametrize("value", [0.5, 4.0])
+def test_a_ladder_that_is_no_measure_decides_nothing(value: float) -> None:
+    found = judged_factors({seed: Factor(value + seed / 1000) for seed in range(5)}, 2.0, unmeasured="it is none")
+    assert (found.verdict, found.why) == ("inconclusive", "it is none.")
+
+
+def test_a_reason_is_in_the_units_of_the_claim() -> None:
+    """Of a number beyond a bound by itself, and of a factor, nothing is said of zero."""
+    effect = PairedDifferences([-2.0, -2.1, -1.9])
+    for sign, said in ((1, "on the other side of 2."), (-1, "the interval lies beyond 2 on the claimed side.")):
+        found = Evidence(PairedDifferences([sign * x for x in effect.differences]), 0.0, origin="2", beyond="2")
+        assert judge({"a": found})["a"].why.endswith(said)
+    wide = Evidence(PairedDifferences([-1.0, 1.2, 0.1]), 0.0, origin="2", beyond="2")
+    assert "its interval includes 2." in judge({"a": wide})["a"].why
