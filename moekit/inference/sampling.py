@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,7 +42,8 @@ class Sampling:
     finish change it. The score is the sum of the model's own log-probabilities, without temperature and cuts.
 
     Args:
-        temperature: logits are divided by it.
+        temperature: logits are divided by it, a finite number above 0; the smallest ones leave the most probable token
+            alone.
         top_k: only the k most probable tokens.
         top_p: then only the smallest set of most probable tokens that holds this much probability (nucleus,
             arXiv:1904.09751 section 3.1).
@@ -58,6 +61,8 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.temperature):
+            raise ValueError(f"Sampling.temperature must be a finite number above 0: got {self.temperature}.")
         if not self.temperature > 0:
             raise ValueError(f"Sampling.temperature must be positive: got {self.temperature}. Use Greedy() for 0.")
         if self.top_k is not None and self.top_k < 1:
@@ -86,7 +91,10 @@ class Sampling:
             logits: Float[R, V].
             uniform: one number per row.
         """
-        values = logits.double() / self.temperature
+        # With the maximum taken off, a quotient overflows only to -inf, whose probability is 0, as it should be. A GPU
+        # multiplies by the reciprocal, which overflows for subnormal temperatures; the least normal one draws alike.
+        values = logits.double()
+        values = (values - values.amax(-1, keepdim=True)) / max(self.temperature, sys.float_info.min)
         if self.top_k is not None:
             values, order = values.topk(min(self.top_k, logits.shape[-1]), dim=-1)
         elif self.top_p is not None:

@@ -94,6 +94,8 @@ def test_what_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["--devices", "2", "--experts_in_memory", "1"], "--experts_in_memory is for one process: got --devices"),
         (["--top_k", "3"], "--top_k is for drawing tokens: got it without --temperature"),
         (["--temperature", "0"], "Sampling.temperature must be positive: got 0.0"),
+        (["--temperature", ".inf"], "Sampling.temperature must be a finite number above 0: got inf"),
+        (["--temperature", ".nan"], "Sampling.temperature must be a finite number above 0: got nan"),
         (["--temperature", "1", "--n_best", "2", "--evaluate.beam_size", "2"], "--n_best must be 1 where tokens"),
     ):
         assert main(moe_lm.RECIPE, [*given, *options]) == 2

@@ -100,6 +100,21 @@ def test_draws_do_not_depend_on_who_else_is_still_writing() -> None:
     assert together.lengths.unique().numel() > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_temperatures_draw_their_limits(dtype: torch.dtype) -> None:
+    """The coldest leave the most probable token, the hottest make all allowed ones alike."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3e4 * torch.randn(2_000, 7, generator=generator, dtype=dtype)
+    logits[:, [2, 6]] = -torch.inf
+    uniform = _uniform(1, torch.arange(2_000), 0)
+    for temperature in (5e-324, 1e-310, 1e-300, 1e-30):
+        for search in (Sampling(temperature), Sampling(temperature, top_k=3), Sampling(temperature, top_p=0.9)):
+            assert search.pick(logits, uniform).equal(logits.argmax(-1)), search
+    shares = Sampling(1.7e308).pick(logits, uniform).bincount(minlength=7) / 2_000
+    assert shares[[2, 6]].tolist() == [0, 0]
+    assert (shares[[0, 1, 3, 4, 5]] - 0.2).abs().max() < 6 * math.sqrt(0.16 / 2_000)
+
+
 def test_draws_are_uniform_and_uncorrelated() -> None:
     draws = torch.stack([_uniform(seed, torch.arange(400), step) for seed in range(5) for step in range(50)])
     assert (draws >= 0).all()
@@ -119,6 +134,9 @@ def test_draws_are_uniform_and_uncorrelated() -> None:
     ("arguments", "message"),
     [
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": -1.0}, "temperature must be positive"),
+        ({"temperature": math.inf}, "temperature must be a finite number above 0: got inf"),
+        ({"temperature": math.nan}, "temperature must be a finite number above 0: got nan"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
