@@ -9,7 +9,7 @@ import torch
 from test_beam_search import EOS, WORDS, Table, every_text
 
 from moekit.inference import Sampling, complete
-from moekit.inference.sampling import _uniform
+from moekit.inference.sampling import _uniform, one_seed
 
 PROMPT = torch.ones(1, 1, dtype=torch.int64)
 
@@ -98,6 +98,45 @@ def test_draws_do_not_depend_on_who_else_is_still_writing() -> None:
     alone = complete(model, PROMPT, search=Sampling(seed=9), max_new_tokens=8, use_cache=False)
     assert together.lists()[0] == alone.lists()[0]
     assert together.lengths.unique().numel() > 1
+
+
+def test_draws_do_not_depend_on_the_batches_of_an_input() -> None:
+    model, search = Table(1), Sampling(temperature=1.5, samples=3, seed=4)
+    whole = complete(model, PROMPT.expand(12, -1), search=search, max_new_tokens=6, use_cache=False).lists()
+    assert len({str(texts) for texts in whole}) > 6
+    found: list[list[list[int]]] = []
+    for numbers in torch.arange(12).split(5):
+        prompts, options = PROMPT.expand(len(numbers), -1), {"numbers": numbers, "use_cache": False}
+        found += complete(model, prompts, search=search, max_new_tokens=6, **options).lists()  # type: ignore[arg-type]
+    assert found == whole
+    with pytest.raises(ValueError, match=r"numbers must have shape \[1\] for 1 sequences: got \[2\]"):
+        complete(model, PROMPT, numbers=torch.arange(2))
+
+
+def test_more_samples_begin_with_the_fewer() -> None:
+    model, prompts = Table(1), PROMPT.expand(6, -1)
+
+    def texts(samples: int) -> list[list[list[int]]]:
+        search = Sampling(temperature=1.5, samples=samples, seed=4)
+        return complete(model, prompts, search=search, max_new_tokens=6, use_cache=False).lists()
+
+    assert [row[:2] for row in texts(5)] == texts(2)
+    assert len({str(row) for row in texts(5)}) > 3
+    # Sentences and samples are not exchangeable either.
+    number = torch.arange(40)
+    draws = torch.stack([_uniform(3, number, 0, torch.full_like(number, sample)) for sample in range(40)])
+    assert draws.unique().numel() == draws.numel()
+    assert abs(float(((draws - 0.5) * (draws.t() - 0.5)).triu(1).sum() * 12)) < 6 * math.sqrt(40 * 39 / 2)
+
+
+def test_a_seed_is_drawn_once_for_an_input() -> None:
+    torch.manual_seed(5)
+    first, second = one_seed(Sampling(0.7, top_k=3)), one_seed(Sampling(0.7, top_k=3))
+    assert isinstance(first, Sampling)
+    assert isinstance(second, Sampling)
+    assert first.seed is not None
+    assert first.seed != second.seed
+    assert first == Sampling(0.7, top_k=3, seed=first.seed) == one_seed(first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
