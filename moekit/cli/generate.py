@@ -48,8 +48,8 @@ def _options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--temperature",
         type=float,
-        help="draw tokens from the model's distribution, sharpened by this temperature (1 = as it is), instead of "
-        "searching for the most probable text",
+        help="draw tokens from the model's distribution, sharpened by this temperature, a finite number above 0 (1 = "
+        "as it is), instead of searching for the most probable text",
     )
     parser.add_argument(
         "--top_k", type=int, help="number of most probable tokens to draw from, with --temperature (default: all)"

@@ -43,7 +43,7 @@ def converse(writer: Writer, source: str | None, target: str | None, n_best: int
         number += 1
         try:
             require_plain(line, f"line {number}")
-            written = writer.write([line], source, target, n_best=n_best)
+            written = writer.write([line], source, target, n_best=n_best, first_number=number - 1)
         except UserError as error:
             _say(f"error: {error}")
             continue

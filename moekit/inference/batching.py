@@ -42,3 +42,16 @@ def by_length(lengths: Sequence[tuple[int, ...]], batch_tokens: int) -> Iterator
         widest = wider
     if batch:
         yield batch
+
+
+def of_one_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of the rows in batches without padding, the shortest rows first, of at most `batch_tokens` positions.
+
+    A longer row than that goes alone.
+    """
+    groups: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        groups.setdefault(length, []).append(i)
+    for length, members in sorted(groups.items()):
+        most = max(1, batch_tokens // length)
+        yield from (members[begin : begin + most] for begin in range(0, len(members), most))

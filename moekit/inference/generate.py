@@ -29,6 +29,7 @@ def generate(
     target_language: Tensor | None = None,
     tokens: SpecialTokens | None = None,
     suppress: Sequence[int] = (),
+    numbers: Tensor | None = None,
     use_cache: bool = True,
 ) -> Generation:
     """Write a target for each of B sources.
@@ -47,6 +48,8 @@ def generate(
         target_language: Int64[B], told to the decoder's routers.
         tokens: special ids.
         suppress: ids never written; padding never is.
+        numbers: Int64[B], of the sources in an input that is written in several batches. `Sampling` draws by them; None
+            = 0 to B - 1.
         use_cache: False = compute every prefix anew (slow; for tests).
 
     Raises:
@@ -55,7 +58,7 @@ def generate(
     tokens = SpecialTokens() if tokens is None else tokens
     rows = source_ids.shape[0]
     _check(rows, source_mask=(source_mask, source_ids.shape), source_language=(source_language, (rows,)))
-    _check(rows, target_language=(target_language, (rows,)))
+    _check(rows, target_language=(target_language, (rows,)), numbers=(numbers, (rows,)))
     if forced is not None and (forced.dim() != 2 or forced.shape[0] != rows):
         raise ValueError(f"forced must be [{rows}, P]: got shape {tuple(forced.shape)}. Use forced[:, None] for one.")
     begin = source_ids.new_full((rows, 1), tokens.bos)
@@ -78,6 +81,7 @@ def generate(
             limit=(limit or LengthLimit())(length),
             tokens=tokens,
             suppress=suppress,
+            numbers=numbers,
         )
         found = (search or Greedy()).run(session, start)
         if forced is not None:
@@ -95,6 +99,7 @@ def complete(
     language: Tensor | None = None,
     tokens: SpecialTokens | None = None,
     suppress: Sequence[int] = (),
+    numbers: Tensor | None = None,
     use_cache: bool = True,
 ) -> Generation:
     """Continue each of B prompts.
@@ -102,7 +107,7 @@ def complete(
     Prompts of different lengths go through the model together as far as the shortest reaches and then a token at a
     time, so no padding is ever seen; group prompts of very different lengths.
 
-    Args: search, tokens, suppress and use_cache as of `generate`, and
+    Args: search, tokens, suppress, numbers and use_cache as of `generate`, and
         model: a language model, such as `moekit.transformer.DecoderOnly`.
         prompt_ids: Int64[B, P], with their begin token, at least one token each.
         prompt_mask: Bool[B, P], True = a real token, padding on the right; None = all are.
@@ -117,6 +122,7 @@ def complete(
     """
     rows, longest = prompt_ids.shape
     _check(rows, prompt_mask=(prompt_mask, prompt_ids.shape), language=(language, (rows,)))
+    _check(rows, numbers=(numbers, (rows,)))
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1: got {max_new_tokens}.")
     if not rows:
@@ -138,6 +144,7 @@ def complete(
             limit=length.new_full((rows,), max_new_tokens),
             tokens=SpecialTokens() if tokens is None else tokens,
             suppress=suppress,
+            numbers=numbers,
         )
         found = (search or Greedy()).run(session, start)
     return _pytree.tree_map(torch.clone, found)

@@ -92,6 +92,8 @@ class Start:
         limit: Int64[B], the most tokens to write after it.
         tokens: special ids.
         suppress: ids never chosen; their probability is not given to others in scores.
+        numbers: Int64[B], of the sentences in an input that is written in several batches, by which tokens are drawn;
+            None = their places in this one.
     """
 
     prefix: Tensor
@@ -99,6 +101,7 @@ class Start:
     limit: Tensor
     tokens: SpecialTokens = field(default_factory=SpecialTokens)
     suppress: Sequence[int] = ()
+    numbers: Tensor | None = None
 
     def bounds(self) -> Bounds:
         """What a search has to know on the host before it begins."""

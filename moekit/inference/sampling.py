@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from moekit.inference.interface import Generation, Start, longest_text
+from moekit.inference.interface import Generation, Search, Start, longest_text
 from moekit.inference.ranking import Ranking
 from moekit.inference.session import Session
 
@@ -37,15 +39,17 @@ class Sampling:
     """Tokens drawn from the model's distribution, sharpened and cut.
 
     A draw is a function of (seed, sentence number, sample number, step) alone: neither the cache nor sentences that
-    finish change it. The score is the sum of the model's own log-probabilities, without temperature and cuts.
+    finish change it, nor, where sentences come with their numbers in the whole input (`Start.numbers`), the batches
+    that they are written in. The score is the sum of the model's own log-probabilities, without temperature and cuts.
 
     Args:
-        temperature: logits are divided by it.
+        temperature: logits are divided by it, a finite number above 0; the smallest ones leave the most probable token
+            alone.
         top_k: only the k most probable tokens.
         top_p: then only the smallest set of most probable tokens that holds this much probability (nucleus,
             arXiv:1904.09751 section 3.1).
         samples: texts per sentence.
-        seed: None = drawn from torch's global generator.
+        seed: None = drawn from torch's global generator, for every batch or, of an input in batches, once.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -58,6 +62,8 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.temperature):
+            raise ValueError(f"Sampling.temperature must be a finite number above 0: got {self.temperature}.")
         if not self.temperature > 0:
             raise ValueError(f"Sampling.temperature must be positive: got {self.temperature}. Use Greedy() for 0.")
         if self.top_k is not None and self.top_k < 1:
@@ -69,15 +75,25 @@ class Sampling:
 
     def run(self, session: Session, start: Start) -> Generation:
         """Write `samples` texts per sentence, in the order drawn."""
-        seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
+        seed = self._some_seed()
         suppress = start.suppressed()
+        sentences = start.prefix.shape[0]
+        numbers = torch.arange(sentences, device=start.prefix.device) if start.numbers is None else start.numbers
 
         def choose(logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
             allowed = logits.index_fill(-1, suppress, -torch.inf)
-            token = self.pick(allowed, _uniform(seed, rows, step))
+            uniform = _uniform(seed, numbers[rows // self.samples], step, rows % self.samples)
+            token = self.pick(allowed, uniform)
             return token, allowed.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
 
         return _write(session, start, self.samples, choose)
+
+    def seeded(self) -> Sampling:
+        """The same search with a seed, drawn now from torch's global generator if it has none."""
+        return replace(self, seed=self._some_seed())
+
+    def _some_seed(self) -> int:
+        return int(torch.randint(2**62, ())) if self.seed is None else self.seed
 
     def pick(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """The tokens at which the cumulated probability passes `uniform` Float64[R] in [0, 1).
@@ -86,7 +102,10 @@ class Sampling:
             logits: Float[R, V].
             uniform: one number per row.
         """
-        values = logits.double() / self.temperature
+        # With the maximum taken off, a quotient overflows only to -inf, whose probability is 0, as it should be. A GPU
+        # multiplies by the reciprocal, which overflows for subnormal temperatures; the least normal one draws alike.
+        values = logits.double()
+        values = (values - values.amax(-1, keepdim=True)) / max(self.temperature, sys.float_info.min)
         if self.top_k is not None:
             values, order = values.topk(min(self.top_k, logits.shape[-1]), dim=-1)
         elif self.top_p is not None:
@@ -103,10 +122,20 @@ class Sampling:
         return order.gather(-1, place)[:, 0]
 
 
-def _uniform(seed: int, rows: Tensor, step: int) -> Tensor:
-    """Float64[R] in [0, 1): a hash of seed, row and step (splitmix64, applied once for each)."""
-    x = torch.full_like(rows, seed % 2**63)
-    for part in (rows, torch.full_like(rows, step)):
+def one_seed(search: Search) -> Search:
+    """The search for an input in several batches: a seed that is still to be drawn is drawn now, for all of them."""
+    return search.seeded() if isinstance(search, Sampling) else search
+
+
+def _uniform(seed: int, sentences: Tensor, step: int, samples: Tensor | None = None) -> Tensor:
+    """Float64[R] in [0, 1): a hash of seed, sentence, sample (None = 0) and step.
+
+    It is splitmix64, applied once for sentence and step; each sample begins with a seed of its own.
+    """
+    x = torch.full_like(sentences, seed % 2**63)
+    if samples is not None:
+        x = x + samples * -3372029247567499371
+    for part in (sentences, torch.full_like(sentences, step)):
         x = x + (part + 1) * -7046029254386353131
         x = (x ^ _shift(x, 30)) * -4658895280553007687
         x = (x ^ _shift(x, 27)) * -7723592293110705685

@@ -10,18 +10,19 @@ from torch import Tensor, nn
 from moekit.data.batch import Batch
 from moekit.data.tokenizer import Tokenizer
 from moekit.errors import UserError
-from moekit.inference.batching import by_length, padded
+from moekit.inference.batching import by_length, padded, to_device
 from moekit.inference.beam import BeamSearch
 from moekit.inference.generate import generate
 from moekit.inference.interface import Generation, Hypothesis, LengthLimit, Search
 from moekit.inference.length_penalty import GNMTPenalty
-from moekit.inference.sampling import Greedy
+from moekit.inference.sampling import Greedy, one_seed
 
 
 class Translator:
     """Translates text with an encoder-decoder that was trained with target-language tags.
 
-    Deterministic for a deterministic search, whatever the batching.
+    Deterministic for a deterministic search, whatever the batching. Drawn text follows from the seed and the places of
+    the sentences in the input.
 
     Args:
         model: such as `moekit.transformer.EncoderDecoder`.
@@ -53,7 +54,8 @@ class Translator:
 
     def batch(self, batch: Batch) -> list[str]:
         """One translation for every row of ``batch.source``."""
-        found = self._write(batch.source, batch.source_mask, batch.source_language, batch.target_language)
+        languages = batch.source_language, batch.target_language
+        found = self._write(self.search, batch.index, batch.source, batch.source_mask, *languages)
         return [self.tokenizer.decode(ids) for ids in found.best()]
 
     def text(self, ids: Tensor) -> list[str]:
@@ -66,6 +68,7 @@ class Translator:
         source: str,
         target: str,
         *,
+        first_number: int = 0,
         advance: Callable[[int], None] = lambda done: None,
     ) -> list[str]:
         """Translate sentences, in their order; an empty one stays empty.
@@ -74,12 +77,14 @@ class Translator:
             sentences: plain text.
             source: language of the sentences.
             target: language wanted.
+            first_number: of the first sentence, where they are a part of a longer input; drawn text depends on it.
             advance: told, after every batch, how many sentences it held.
 
         Raises:
             UserError: if the tokenizer does not know a language.
         """
-        return [found[0].text for found in self.hypotheses(sentences, source, target, advance=advance)]
+        found = self.hypotheses(sentences, source, target, first_number=first_number, advance=advance)
+        return [texts[0].text for texts in found]
 
     def hypotheses(
         self,
@@ -87,12 +92,13 @@ class Translator:
         source: str,
         target: str,
         *,
+        first_number: int = 0,
         advance: Callable[[int], None] = lambda done: None,
     ) -> list[list[Hypothesis]]:
         """All texts that the search returns for each sentence, best first; arguments as of `translate`."""
         tag, end = self.tokenizer.tag_id(target), self.tokenizer.eos_id
         languages = (self.tokenizer.language_id(source), self.tokenizer.language_id(target))
-        device = next(self.model.parameters()).device
+        device, search = next(self.model.parameters()).device, one_seed(self.search)
         ids = [[tag, *encoded, *self._forced, end] for encoded in self.tokenizer.encode_batch(sentences)]
         results = [[Hypothesis("", 0.0)]] * len(ids)
         said = [i for i, sentence in enumerate(sentences) if sentence.strip()]
@@ -100,25 +106,35 @@ class Translator:
             rows = [said[i] for i in batch]
             source_ids, mask = padded([ids[i] for i in rows], self.tokenizer.pad_id, device)
             row_languages = [torch.full((len(rows),), language, device=device) for language in languages]
-            written = self._write(source_ids, mask, *row_languages)
+            numbers = to_device([first_number + i for i in rows], device)
+            written = self._write(search, numbers, source_ids, mask, *row_languages)
             for i, texts in zip(rows, written.hypotheses(self.tokenizer.decode), strict=True):
                 results[i] = texts
             advance(len(rows))
         advance(len(sentences) - len(said))
         return results
 
-    def _write(self, source: Tensor, mask: Tensor, source_language: Tensor, target_language: Tensor) -> Generation:
+    def _write(
+        self,
+        search: Search,
+        numbers: Tensor | None,
+        source: Tensor,
+        mask: Tensor,
+        source_language: Tensor,
+        target_language: Tensor,
+    ) -> Generation:
         forced = source.new_tensor(self._forced).expand(len(source), -1) if self._forced else None
         return generate(
             self.model,  # type: ignore[arg-type]
             source,
             mask,
             forced=forced,
-            search=self.search,
+            search=search,
             limit=self.limit,
             source_language=source_language,
             target_language=target_language,
             suppress=self._suppress,
+            numbers=numbers,
         )
 
 

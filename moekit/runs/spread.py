@@ -25,7 +25,7 @@ def write_together(
     """Write with all processes of `config`, each of which holds a part of the experts.
 
     Every process goes through all lines: a sparse layer computes only where all call it. All of them choose tokens by
-    the first one's scores, so they take the same steps, and write what one process would.
+    the first one's scores and seed, so they take the same steps, and write what one process would.
 
     Args:
         writer: what writes in this process, whose model the strategy divides.
@@ -69,7 +69,9 @@ class _Writing(L.LightningModule):
 
     def predict_step(self, batch: object, batch_idx: int) -> None:
         self._writer.model = _Together(self.backbone)
-        lines = self.trainer.strategy.broadcast(list(self._lines), 0)
+        sampling = None if self._writer.sampling is None else self._writer.sampling.seeded()
+        # Processes that drew by seeds of their own would part.
+        lines, self._writer.sampling = self.trainer.strategy.broadcast((list(self._lines), sampling), 0)
         self.written = self._write(lines)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from moekit.errors import UserError
 from moekit.inference.completer import Completer
 from moekit.inference.interface import Hypothesis, Search
 from moekit.inference.on_demand import load_on_demand
-from moekit.inference.sampling import Sampling
+from moekit.inference.sampling import Sampling, one_seed
 from moekit.inference.translator import Translator, search_for
 from moekit.inference.watched import Watched
 from moekit.runs.config import RunConfig
@@ -61,6 +61,7 @@ class Writer:
         targets: languages that can be written; none where text is continued in its own.
         directions: pairs of source and target that it was trained on; it can be asked for others.
         max_input_tokens: most tokens of a line.
+        sampling: as given.
 
     Raises:
         UserError: nothing was trained there, or it writes no text.
@@ -82,7 +83,7 @@ class Writer:
             raise UserError(f"--max_input_tokens must be at least 1: got {max_input_tokens}.")
         self.max_input_tokens = max_input_tokens or max(_MAX_INPUT_TOKENS, config.data.max_length)
         backbone, data = trained(run, experts_in_memory)
-        self._config, self._sampling = config, sampling
+        self._config, self.sampling = config, sampling
         several = config.train.devices * config.train.num_nodes > 1  # a strategy divides and moves it
         self.model = backbone if several else to_gpu(backbone, config.train.accelerator)
         self._tokenizer = data.tokenizer
@@ -139,6 +140,7 @@ class Writer:
         target: str | None = None,
         *,
         n_best: int | None = None,
+        first_number: int = 0,
         advance: Callable[[int], None] = lambda done: None,
         watch: Callable[[], None] | None = None,
     ) -> Written:
@@ -150,6 +152,7 @@ class Writer:
             target: language wanted, of runs that translate.
             n_best: texts wanted of each line with their scores, at most the width of the beam; a search may find fewer.
                 None = the best one alone.
+            first_number: of the first line, where they are a part of a longer input; drawn text depends on it.
             advance: told, after every batch, how many lines it held.
             watch: called before each token; what it raises ends the writing.
 
@@ -157,17 +160,24 @@ class Writer:
             UserError: a language is missing or unknown, or more texts are wanted than the beam is wide.
         """
         source, target = self.require_languages(source, target)
-        search = self._search(1 if n_best is None else n_best)
+        search = one_seed(self._search(1 if n_best is None else n_best))
         shortened = [self._shortened(line) for line in lines]
         cut = [number for number, text in enumerate(shortened) if text is not None]
         given = [line if text is None else text for line, text in zip(lines, shortened, strict=True)]
         evaluate, data = self._config.evaluate, self._config.data
         search = search if watch is None else Watched(search, watch)
+        options: dict[str, Any] = {"first_number": first_number, "advance": advance}
         if target is None:
-            completer = Completer(self.model, self._tokenizer, search=search, max_new_tokens=data.max_length)
+            completer = Completer(
+                self.model,
+                self._tokenizer,
+                search=search,
+                max_new_tokens=data.max_length,
+                batch_tokens=evaluate.batch_tokens,
+            )
             if n_best is None:
-                return Written(completer.complete(given, language=source, advance=advance), cut)
-            found = completer.hypotheses(given, language=source, advance=advance)
+                return Written(completer.complete(given, language=source, **options), cut)
+            found = completer.hypotheses(given, language=source, **options)
             return Written([texts[0].text for texts in found], cut, found)
         translator = Translator(
             self.model,
@@ -177,8 +187,8 @@ class Writer:
             sentinel=data.sentinel,
         )
         if n_best is None:
-            return Written(translator.translate(given, source=source, target=target, advance=advance), cut)
-        found = translator.hypotheses(given, source=source, target=target, advance=advance)
+            return Written(translator.translate(given, source=source, target=target, **options), cut)
+        found = translator.hypotheses(given, source=source, target=target, **options)
         return Written([texts[0].text for texts in found], cut, found)
 
     @property
@@ -191,10 +201,10 @@ class Writer:
         self._search(n_best)
 
     def _search(self, n_best: int) -> Search:
-        if self._sampling is not None:
+        if self.sampling is not None:
             if n_best != 1:
                 raise UserError(f"--n_best must be 1 where tokens are drawn (--temperature): got {n_best}.")
-            return self._sampling
+            return self.sampling
         return search_for(self._config.evaluate.beam_size, self._config.evaluate.length_penalty, n_best)
 
     def _shortened(self, line: str) -> str | None:

@@ -20,7 +20,7 @@ from moekit.training.processes import is_first_process
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"evaluate": {"beam_size": 1}},
     "beam": {"evaluate": {"beam_size": 3, "batch_tokens": 24}, "n_best": 2},
-    "sampling": {"sampling": Sampling(1.3, top_p=0.9, seed=5)},
+    "sampling": {"evaluate": {"batch_tokens": 8}, "sampling": Sampling(1.3, top_p=0.9, seed=5)},
 }
 RUNS = {"moe_lm": None, "zcode_m3": "tnd"}
 

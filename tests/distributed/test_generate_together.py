@@ -7,16 +7,20 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from generate_program import RUNS, WAYS, write
 
 from moekit.cli.recipes import main
+from moekit.inference.sampling import Sampling
 from moekit.recipes import moe_lm, zcode_m3
+from moekit.runs import spread
 from moekit.runs.generate import generate
 from moekit.runs.run import Run
-from moekit.runs.writer import Writer
+from moekit.runs.writer import Writer, Written
 
 SIZES = [
     "--data.babel_languages", "2", "--data.babel_sentences", "300", "--data.vocab_size", "400",
@@ -94,6 +98,8 @@ def test_what_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["--devices", "2", "--experts_in_memory", "1"], "--experts_in_memory is for one process: got --devices"),
         (["--top_k", "3"], "--top_k is for drawing tokens: got it without --temperature"),
         (["--temperature", "0"], "Sampling.temperature must be positive: got 0.0"),
+        (["--temperature", ".inf"], "Sampling.temperature must be a finite number above 0: got inf"),
+        (["--temperature", ".nan"], "Sampling.temperature must be a finite number above 0: got nan"),
         (["--temperature", "1", "--n_best", "2", "--evaluate.beam_size", "2"], "--n_best must be 1 where tokens"),
     ):
         assert main(moe_lm.RECIPE, [*given, *options]) == 2
@@ -109,6 +115,39 @@ def test_drawn_text_follows_the_seed(folder: Path, capsys: pytest.CaptureFixture
     assert drawn("--temperature", "1", "--seed", "1") == drawn("--temperature", "1", "--seed", "1")
     assert drawn("--temperature", "1", "--seed", "1") != drawn("--temperature", "1", "--seed", "2")
     assert drawn("--temperature", "1", "--top_k", "1") == drawn("--evaluate.beam_size", "1")
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_drawn_text_follows_the_lines_alone(folder: Path, name: str) -> None:
+    """Neither the batches nor the lines after it change what is drawn for a line; one that comes again is another."""
+    run, lines = Run.open(folder / name), [*["to na"] * 5, "ba", *["to na"] * 3]
+
+    def drawn(lines: list[str], batch_tokens: int) -> list[str]:
+        config = run.config.changed(evaluate={"batch_tokens": batch_tokens})
+        return Writer(run, config, sampling=Sampling(1.3, seed=5)).write(lines, "avl", RUNS[name]).texts
+
+    whole = drawn(lines, 4096)
+    assert drawn(lines, 8) == drawn(lines, 1) == whole
+    assert drawn(lines[:7], 8) == whole[:7]
+    assert len({text for text, line in zip(whole, lines, strict=True) if line == "to na"}) == 8
+
+
+def test_processes_draw_by_the_seed_of_the_first(folder: Path) -> None:
+    run, sent = Run.open(folder / "moe_lm"), []
+
+    def broadcast(given: tuple[list[str], Sampling], source: int) -> tuple[list[str], Sampling]:
+        sent.append(given[1])
+        return ["x"], Sampling(1.3, seed=5)  # what the first one sent
+
+    writer = Writer(run, sampling=Sampling(1.3))
+    writing = spread._Writing(writer, ["y"], lambda lines: Written([f"{lines} {writer.sampling}"], []))
+    strategy = SimpleNamespace(broadcast=broadcast)
+    trainer: Any = SimpleNamespace(strategy=strategy)
+    writing.trainer = trainer
+    writing.predict_step(None, 0)
+    assert writing.written == Written([f"['x'] {Sampling(1.3, seed=5)}"], [])
+    assert sent[0] == Sampling(1.3, seed=sent[0].seed)
+    assert sent[0].seed is not None
 
 
 def test_the_model_of_a_writer_stays_where_a_strategy_takes_it(folder: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moekit.cli.recipes import main
+from moekit.inference import complete
 from moekit.recipes import moe_lm
 
 OPTIONS = [
@@ -61,6 +63,27 @@ def test_n_best_lists(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         given = ["generate", "--out", str(run), "--from", "avl", "--input", str(prompts), *LISTS[:2]]
         assert main(moe_lm.RECIPE, [*given, "--n_best", wanted]) == 2
         assert f"must be from 1 to the width of the beam: got {wanted} and evaluate.beam" in capsys.readouterr().err
+
+
+def test_batches_are_bounded(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.write_text("ba\n" * 9 + "to na ri\n" * 3)
+    shapes: list[tuple[int, int]] = []
+
+    def noted(model: Any, ids: Any, **options: Any) -> Any:
+        shapes.append(tuple(ids.shape))
+        return complete(model, ids, **options)
+
+    monkeypatch.setattr("moekit.inference.completer.complete", noted)
+    for options in (["--evaluate.beam_size", "1"], ["--evaluate.beam_size", "3"], ["--temperature", "1"]):
+        whole = written(run, prompts, *options)
+        assert len(shapes) == 2, "prompts of two lengths"
+        shapes.clear()
+        assert written(run, prompts, *options, "--evaluate.batch_tokens", "10") == whole
+        assert sum(rows for rows, _ in shapes) == 12
+        assert all(rows == 1 or rows * length <= 10 for rows, length in shapes)
+        assert len(shapes) > 4
+        shapes.clear()
 
 
 def test_what_it_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -338,6 +338,19 @@ def test_a_terminal_gets_a_prompt(
     assert main(["generate", str(run), "--from", "xx"]) == 2
 
 
+def test_text_drawn_at_a_terminal_is_that_of_a_file(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal("ba\nba\nba\n"))
+    given = ["generate", str(run), "--from", "avl", "--temperature", "1"]
+    assert main(given) == 0
+    typed = capsys.readouterr().out
+    (tmp_path / "in").write_text("ba\nba\nba\n")
+    assert main([*given, "--input", str(tmp_path / "in")]) == 0
+    assert capsys.readouterr().out == typed
+    assert len(set(typed.splitlines())) == 3, "a line that comes again is answered anew"
+
+
 class Upper:
     """Stands for a run that answers in one language."""
 
@@ -349,7 +362,9 @@ class Upper:
     def require_languages(self, source: str, target: str | None) -> tuple[str, str | None]:
         return source, target
 
-    def write(self, given: list[str], source: str, target: str | None, n_best: int | None = None) -> Written:
+    def write(
+        self, given: list[str], source: str, target: str | None, n_best: int | None = None, first_number: int = 0
+    ) -> Written:
         texts = [line.upper() + "\n!" for line in given]
         found = [[Hypothesis(text, -rank / 2) for rank in range(n_best or 1)] for text in texts]
         return Written(texts, [0] if len(given[0]) > 5 else [], found)

@@ -9,7 +9,7 @@ import torch
 from test_beam_search import EOS, WORDS, Table, every_text
 
 from moekit.inference import Sampling, complete
-from moekit.inference.sampling import _uniform
+from moekit.inference.sampling import _uniform, one_seed
 
 PROMPT = torch.ones(1, 1, dtype=torch.int64)
 
@@ -100,6 +100,60 @@ def test_draws_do_not_depend_on_who_else_is_still_writing() -> None:
     assert together.lengths.unique().numel() > 1
 
 
+def test_draws_do_not_depend_on_the_batches_of_an_input() -> None:
+    model, search = Table(1), Sampling(temperature=1.5, samples=3, seed=4)
+    whole = complete(model, PROMPT.expand(12, -1), search=search, max_new_tokens=6, use_cache=False).lists()
+    assert len({str(texts) for texts in whole}) > 6
+    found: list[list[list[int]]] = []
+    for numbers in torch.arange(12).split(5):
+        prompts, options = PROMPT.expand(len(numbers), -1), {"numbers": numbers, "use_cache": False}
+        found += complete(model, prompts, search=search, max_new_tokens=6, **options).lists()  # type: ignore[arg-type]
+    assert found == whole
+    with pytest.raises(ValueError, match=r"numbers must have shape \[1\] for 1 sequences: got \[2\]"):
+        complete(model, PROMPT, numbers=torch.arange(2))
+
+
+def test_more_samples_begin_with_the_fewer() -> None:
+    model, prompts = Table(1), PROMPT.expand(6, -1)
+
+    def texts(samples: int) -> list[list[list[int]]]:
+        search = Sampling(temperature=1.5, samples=samples, seed=4)
+        return complete(model, prompts, search=search, max_new_tokens=6, use_cache=False).lists()
+
+    assert [row[:2] for row in texts(5)] == texts(2)
+    assert len({str(row) for row in texts(5)}) > 3
+    # Sentences and samples are not exchangeable either.
+    number = torch.arange(40)
+    draws = torch.stack([_uniform(3, number, 0, torch.full_like(number, sample)) for sample in range(40)])
+    assert draws.unique().numel() == draws.numel()
+    assert abs(float(((draws - 0.5) * (draws.t() - 0.5)).triu(1).sum() * 12)) < 6 * math.sqrt(40 * 39 / 2)
+
+
+def test_a_seed_is_drawn_once_for_an_input() -> None:
+    torch.manual_seed(5)
+    first, second = one_seed(Sampling(0.7, top_k=3)), one_seed(Sampling(0.7, top_k=3))
+    assert isinstance(first, Sampling)
+    assert isinstance(second, Sampling)
+    assert first.seed is not None
+    assert first.seed != second.seed
+    assert first == Sampling(0.7, top_k=3, seed=first.seed) == one_seed(first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_temperatures_draw_their_limits(dtype: torch.dtype) -> None:
+    """The coldest leave the most probable token, the hottest make all allowed ones alike."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3e4 * torch.randn(2_000, 7, generator=generator, dtype=dtype)
+    logits[:, [2, 6]] = -torch.inf
+    uniform = _uniform(1, torch.arange(2_000), 0)
+    for temperature in (5e-324, 1e-310, 1e-300, 1e-30):
+        for search in (Sampling(temperature), Sampling(temperature, top_k=3), Sampling(temperature, top_p=0.9)):
+            assert search.pick(logits, uniform).equal(logits.argmax(-1)), search
+    shares = Sampling(1.7e308).pick(logits, uniform).bincount(minlength=7) / 2_000
+    assert shares[[2, 6]].tolist() == [0, 0]
+    assert (shares[[0, 1, 3, 4, 5]] - 0.2).abs().max() < 6 * math.sqrt(0.16 / 2_000)
+
+
 def test_draws_are_uniform_and_uncorrelated() -> None:
     draws = torch.stack([_uniform(seed, torch.arange(400), step) for seed in range(5) for step in range(50)])
     assert (draws >= 0).all()
@@ -119,6 +173,9 @@ def test_draws_are_uniform_and_uncorrelated() -> None:
     ("arguments", "message"),
     [
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": -1.0}, "temperature must be positive"),
+        ({"temperature": math.inf}, "temperature must be a finite number above 0: got inf"),
+        ({"temperature": math.nan}, "temperature must be a finite number above 0: got nan"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),

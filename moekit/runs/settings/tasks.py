@@ -82,7 +82,8 @@ class EvaluateConfig:
             scored (valid/bleu/..., valid/chrf/...) in validations during training; 0 = none, 50 shows how BLEU grows.
         score_valid_every: number of validations from one with such scores to the next; 1 = in each.
         score_valid_beam: number of hypotheses that beam search keeps in these; 1 = greedy search, which is fastest.
-        batch_tokens: number of source tokens in an evaluation batch; lower it if memory runs out.
+        batch_tokens: number of source tokens, or of tokens of prompts, in an evaluation batch; lower it if memory
+            runs out.
         samples: number of sample translations per direction that the report shows.
         facts: for the facts corpus: number of questions of each decile of frequency, kind and language that the test
             asks to measure recall; 0 = it asks none.
