@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from moekit.errors import UserError
-from moekit.folder_text.examples import Conversation
+from moekit.folder_text.examples import Conversation, says_something
 
 Span = tuple[int, int]
 """The first character, and that behind the last one."""
@@ -49,9 +49,18 @@ class ChatTemplate:
         spans = [
             self._turn(text, messages, number, conversation)
             for number, message in enumerate(messages)
-            if message["role"] == "assistant" and message["content"].strip()
+            if message["role"] == "assistant" and self._is_written(text, messages, number, conversation)
         ]
         return text, spans
+
+    def _is_written(self, text: str, messages: list[dict[str, Any]], number: int, conversation: Conversation) -> bool:
+        """Whether the template writes something of what a message says: there are some that know no calls of tools."""
+        message = messages[number]
+        if not says_something(message) or (message.get("content") or "").strip():
+            return says_something(message)
+        silent = {name: value for name, value in message.items() if name != "tool_calls"}
+        silent["content"] = message.get("content") or ""
+        return self._write([*messages[:number], silent, *messages[number + 1 :]], conversation) != text
 
     def _write(self, messages: list[dict[str, Any]], conversation: Conversation, *, prompt: bool = False) -> str:
         """The template's text of some messages; transformers runs the template in a sandbox."""
@@ -89,19 +98,36 @@ class ChatTemplate:
         """
         told = [*messages[:number], {**messages[number], "content": _STAND_IN}]
         stood_in = self._write([*told, *messages[number + 1 :]], conversation)
-        before, _, after = stood_in.partition(_STAND_IN)
+        before, found, after = stood_in.partition(_STAND_IN)
         prompt = self._write(messages[:number], conversation, prompt=True) if number else None
         # What it thinks before it speaks may be elsewhere in the text than in that of the stand-in.
-        begin = next((len(start) for start in (prompt, before) if start is not None and text.startswith(start)), -1)
-        end = len(text) - len(after)
-        if _STAND_IN not in stood_in or not text.endswith(after) or not 0 <= begin <= end:
+        starts = (prompt, before if found else None)
+        begin = next((len(start) for start in starts if start is not None and text.startswith(start)), -1)
+        end = -1
+        if found and text.endswith(after):
+            said = len(text) - len(after)
+            token = self.tokenizer.eos_token or ""
+            closings = [*self._as_last(self._write(told, conversation).partition(_STAND_IN)[2]), token]
+            end = said + next((len(closing) for closing in closings if closing and text.startswith(closing, said)), 0)
+        if not 0 <= begin <= end and messages[number].get("tool_calls"):
+            # Some templates write calls in the place of the text: the turn ends where it would as the last one.
+            wholes = self._as_last(self._write(messages[: number + 1], conversation))
+            end = next((len(whole) for whole in wholes if text.startswith(whole)), -1)
+        if not 0 <= begin <= end:
             raise UserError(
                 f"{conversation.where}: the chat template of the model writes message {number + 1} so that it cannot "
                 "be found in the text. Give prompt and completion, or mark in the template what is learned "
                 "({% generation %})."
             )
-        closings = (self._write(told, conversation).partition(_STAND_IN)[2].rstrip(), self.tokenizer.eos_token or "")
-        return begin, end + next((len(closing) for closing in closings if closing and text.startswith(closing, end)), 0)
+        return begin, end
+
+    def _as_last(self, written: str) -> tuple[str, str]:
+        """What the template writes up to the end of a last turn, and that without the end token of the whole chat.
+
+        Some templates write the end token once, behind all turns. Then no turn but the last one has it.
+        """
+        whole = written.rstrip()
+        return whole, whole.removesuffix(self.tokenizer.eos_token or "").rstrip()
 
 
 def _refused(conversation: Conversation, error: Exception) -> UserError:

@@ -24,6 +24,25 @@ MARKED = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
     "{% endgeneration %}{{ eos_token }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
+# Of Phi: the end token stands once, behind the whole chat.
+CLOSED = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|system|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+# Calls of tools: behind the text (Hermes), in a line of their own (Qwen), in its place (Llama), not written at all.
+_TURN = "<|{{ m.role if m.role == 'assistant' else 'user' }}|>"
+_CALLS = "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}"
+_PROMPT = "</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+BEHIND = f"{{% for m in messages %}}{_TURN}{{{{ m.content or '' }}}}{_CALLS}{_PROMPT}{{% endif %}}"
+LINES = (
+    f"{{% for m in messages %}}{_TURN}{{% if m.content %}}{{{{ '\n' + m.content }}}}{{% endif %}}"
+    f"{{% if m.tool_calls %}}{{{{ '\n' }}}}{_CALLS}{{% endif %}}{_PROMPT}{{{{ '\n' }}}}{{% endif %}}"
+)
+INSTEAD = (
+    f"{{% for m in messages %}}{_TURN}{{% if m.tool_calls %}}{_CALLS}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+    f"{_PROMPT}{{% endif %}}"
+)
+NEVER = f"{{% for m in messages %}}{_TURN}{{{{ m.content or '' }}}}{_PROMPT}{{% endif %}}"
 
 
 def learned(example: Example, template: str | None = TEMPLATE, max_length: int = 200) -> tuple[str, list[str]]:
@@ -69,11 +88,57 @@ def conversation(*turns: str, **more: Any) -> Conversation:
             conversation("a", "b", "c"), TEMPLATE + "{{ '' }}",
             "<|user|>a<|assistant|>b</s><|user|>c", ["b</s>"],
         ),
+        (
+            conversation("a", "b", "c", "d"), CLOSED,
+            "<|user|>\na<|system|>\n<|assistant|>\nb<|system|>\n<|user|>\nc<|system|>\n<|assistant|>\nd<|system|>\n</s>",
+            ["b<|system|>", "d<|system|>\n</s>"],
+        ),
+        (
+            conversation("a", "b", "c"), CLOSED,
+            "<|user|>\na<|system|>\n<|assistant|>\nb<|system|>\n<|user|>\nc<|system|>\n</s>", ["b<|system|>"],
+        ),
         (conversation("a", "a"), TEMPLATE, "<|user|>a<|assistant|>a</s>", ["a</s>"]),
     ],
 )  # fmt: skip
 def test_what_is_learned(example: Example, template: str | None, whole: str, parts: list[str]) -> None:
     assert learned(example, template) == (whole, parts)
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "parts"),
+    [
+        *((BEHIND, said, ["CALL</s>"]) for said in ("", None)),
+        (BEHIND, " ", [" CALL</s>"]),
+        (BEHIND, "I look.", ["I look.CALL</s>"]),
+        *((LINES, said, ["CALL</s>"]) for said in ("", None)),
+        (LINES, "I look.", ["I look.\nCALL</s>"]),
+        *((INSTEAD, said, ["CALL</s>"]) for said in ("", None, "I look.")),
+        *((NEVER, said, []) for said in ("", None, " ")),
+        (NEVER, "I look.", ["I look.</s>"]),
+    ],
+)
+def test_calls_of_tools_are_learned(template: str, said: str | None, parts: list[str], tmp_path: Path) -> None:
+    """With text or without, by each way in which templates write them."""
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}]
+    messages = [
+        {"role": "user", "content": "Bonn?"},
+        {"role": "assistant", "content": said, "tool_calls": calls},
+        {"role": "tool", "content": "12 C"},
+        {"role": "assistant", "content": "It is 12 C."},
+    ]
+    whole, alone = read_examples(
+        lines(tmp_path / "calls.jsonl", [{"messages": messages}, {"messages": messages[:2]}]), "jsonl"
+    )
+    parts = [part.replace("CALL", 'weather({"city": "Bonn"})') for part in parts]
+    assert learned(whole, template)[1] == [*parts, "It is 12 C.</s>"]
+    if parts:
+        assert learned(alone, template)[1] == parts
+
+
+def test_a_message_without_text_calls_tools(tmp_path: Path) -> None:
+    for message in ({"role": "assistant", "content": None}, {"role": "assistant", "tool_calls": []}):
+        with pytest.raises(UserError, match="message 1 must be an object with texts role and content"):
+            read_examples(lines(tmp_path / "none.jsonl", [{"messages": [message]}]), "jsonl")
 
 
 def test_long_examples() -> None:
