@@ -141,6 +141,47 @@ def test_a_message_without_text_calls_tools(tmp_path: Path) -> None:
             read_examples(lines(tmp_path / "none.jsonl", [{"messages": [message]}]), "jsonl")
 
 
+INDENTED = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content + '\n' }}"
+    "{% endgeneration %}{{ '\n' }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("processor", ["byte level", "sequence", "roberta"])
+def test_blank_tokens_are_learned_whether_or_not_offsets_are_trimmed(processor: str) -> None:
+    """Tokens of several blanks at the borders of what is learned, within it, and outside of it."""
+    from tokenizers import AddedToken, processors
+
+    def made(trim: bool) -> Any:
+        own = tokenizer(INDENTED)
+        own.add_tokens([AddedToken(blank, normalized=False) for blank in ("\n\n", "    ", ";\n")])
+        level = processors.ByteLevel(trim_offsets=trim)
+        begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        own.backend_tokenizer.post_processor = {
+            "byte level": level,
+            "sequence": processors.Sequence([level, begin]),
+            "roberta": processors.RobertaProcessing(("</s>", 2), ("<s>", 1), trim_offsets=trim),
+        }[processor]
+        return own
+
+    code = "if x:\n    y = 1;\n    z = 2\n\n"
+    examples = [
+        PlainText("", code), Completion("", "code:", "\n" + code), Completion("", "code:\n", code),
+        Completion("", "x;", "\n"), Completion("", "  ", "  y "), conversation("a;", "b", "c", "    d"),
+    ]  # fmt: skip
+    for example in examples:
+        found = []
+        for trim in (False, True):
+            own = made(trim)
+            kept = own.backend_tokenizer.to_str()
+            (one,) = Encoder(own, max_length=200, vocab_size=len(own)).encode([example]).examples
+            assert own.backend_tokenizer.to_str() == kept
+            found.append((one.ids.tolist(), one.labels.tolist()))
+        assert found[0] == found[1], example
+    (one,) = Encoder(own, max_length=200, vocab_size=len(own)).encode(examples[:1]).examples
+    assert one.labels[1:].tolist() == one.ids[1:].tolist()  # all but the first, which is predicted by none
+
+
 def test_long_examples() -> None:
     own = tokenizer()
     encoder = Encoder(own, max_length=6, vocab_size=len(own))
