@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import re
+import string
 from typing import Any
 
 from moekit.errors import UserError
@@ -13,6 +15,14 @@ Span = tuple[int, int]
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_IN = "qxzassistantspeaksherezxq"
+_TOLD_DATE = (
+    "{%- macro strftime_now(format) -%}{%- set said = namespace(text=format) -%}"
+    "{%- for directive, value in told_date.items() -%}"
+    "{%- set said.text = said.text.replace(directive, value) -%}"
+    "{%- endfor -%}{{- said.text -}}{%- endmacro %}\n"
+)
+"""Before a template, it goes before the function of transformers that asks the clock. What a template is given cannot:
+transformers gives it plain data alone. The line that it ends is no part of the text."""
 
 
 class ChatTemplate:
@@ -23,10 +33,13 @@ class ChatTemplate:
 
     Args:
         tokenizer: fast, of transformers.
+        date: the day that a template is told which writes the date (``strftime_now``), at its first minute; None =
+            today, whatever day comes while this lives.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, date: datetime.date | None = None) -> None:
         self.tokenizer = tokenizer
+        self._date = _directives(date or datetime.date.today())
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text of a conversation, and the assistant's spans in it.
@@ -42,7 +55,8 @@ class ChatTemplate:
                 f"(chat_template.jinja). Use a model that was made for chat, add a template, or give prompt and "
                 "completion."
             )
-        messages = [dict(message) for message in conversation.messages]
+        # Without what is null, as transformers gives them to a template, which would write None.
+        messages = [{key: v for key, v in message.items() if v is not None} for message in conversation.messages]
         if _MARKED.search(str(self.tokenizer.chat_template)):
             return self._marked(messages, conversation)
         text = self._write(messages, conversation)
@@ -64,14 +78,22 @@ class ChatTemplate:
 
     def _write(self, messages: list[dict[str, Any]], conversation: Conversation, *, prompt: bool = False) -> str:
         """The template's text of some messages; transformers runs the template in a sandbox."""
+        tools = conversation.tools
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages, tools=conversation.tools, tokenize=False, add_generation_prompt=prompt
+                    messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self._template(tools)
                 )
             )
         except Exception as error:  # whatever a template raises
             raise _refused(conversation, error) from None
+
+    def _template(self, tools: Any) -> dict[str, Any]:
+        """The template, and the date where it asks for that."""
+        template = str(self.tokenizer.get_chat_template(tools=tools))
+        if not writes_date(self.tokenizer):
+            return {"chat_template": template}
+        return {"chat_template": _TOLD_DATE + template, "told_date": self._date}
 
     def _marked(self, messages: list[dict[str, Any]], conversation: Conversation) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -80,9 +102,9 @@ class ChatTemplate:
             rendered: Any = render_jinja_template(
                 conversations=[messages],
                 tools=conversation.tools,
-                chat_template=self.tokenizer.get_chat_template(tools=conversation.tools),
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
+                **self._template(conversation.tools),
             )
         except Exception as error:  # whatever a template raises
             raise _refused(conversation, error) from None
@@ -128,6 +150,23 @@ class ChatTemplate:
         """
         whole = written.rstrip()
         return whole, whole.removesuffix(self.tokenizer.eos_token or "").rstrip()
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether the chat template of a tokenizer asks for the date."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def _directives(date: datetime.date) -> dict[str, str]:
+    """What stands for each directive of `strftime` at the first minute of a day."""
+    begin = datetime.datetime.combine(date, datetime.time())
+    found = {"%%": "\0"}  # first, so that what follows is no directive
+    for directive in (f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters):
+        try:
+            found[directive] = begin.strftime(directive)
+        except ValueError:  # no such one on this system
+            continue
+    return {**found, "\0": "%"}
 
 
 def _refused(conversation: Conversation, error: Exception) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -101,14 +102,15 @@ class Encoder:
         tokenizer: fast, of transformers.
         max_length: the most tokens of a row.
         vocab_size: the rows of the model's vocabulary, which ids must be below.
+        date: the day that a chat template is told, as `ChatTemplate` takes it; None = today.
 
     Raises:
         UserError: the tokenizer has ids that the model has not; in use, as `ChatTemplate`.
     """
 
-    def __init__(self, tokenizer: Any, *, max_length: int, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Any, *, max_length: int, vocab_size: int, date: datetime.date | None = None) -> None:
         self.tokenizer, self.max_length, self.vocab_size = tokenizer, max_length, vocab_size
-        self._chat = ChatTemplate(tokenizer)
+        self._chat = ChatTemplate(tokenizer, date)
         self._words = _with_whole_offsets(tokenizer)
 
     @property

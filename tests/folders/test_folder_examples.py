@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from small_folder import MIXED, TEMPLATE, chat, lines, tokenizer
+from small_folder import MIXED, TEMPLATE, chat, lines, tokenizer, transformers
 
 from moekit.errors import UserError
 from moekit.folder_text.encoding import Encoder, load_tokenizer
@@ -43,6 +45,11 @@ INSTEAD = (
     f"{_PROMPT}{{% endif %}}"
 )
 NEVER = f"{{% for m in messages %}}{_TURN}{{{{ m.content or '' }}}}{_PROMPT}{{% endif %}}"
+
+CALLS_MARKED = (
+    f"{{% for m in messages %}}{_TURN}{{% if m.role == 'assistant' %}}{{% generation %}}{{{{ m.content }}}}{_CALLS}</s>"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
 
 
 def learned(example: Example, template: str | None = TEMPLATE, max_length: int = 200) -> tuple[str, list[str]]:
@@ -114,6 +121,7 @@ def test_what_is_learned(example: Example, template: str | None, whole: str, par
         (LINES, "I look.", ["I look.\nCALL</s>"]),
         *((INSTEAD, said, ["CALL</s>"]) for said in ("", None, "I look.")),
         *((NEVER, said, []) for said in ("", None, " ")),
+        *((CALLS_MARKED, said, ["CALL</s>"]) for said in ("", None)),
         (NEVER, "I look.", ["I look.</s>"]),
     ],
 )
@@ -247,6 +255,27 @@ def test_templates_that_do_not_do(template: str | None, said: str) -> None:
     with pytest.raises(UserError, match=said) as raised:
         learned(conversation("a", "b"), template)
     assert str(raised.value).startswith("chats, line 1: ")
+
+
+@pytest.mark.parametrize("place", ["{body}", "{{%- macro head() %}}{body}{{% endmacro %}}{{{{ '\n ' + head() }}}}"])
+@pytest.mark.parametrize("template", [TEMPLATE, MARKED])
+def test_a_template_is_told_one_date(template: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clock says in between."""
+    form = "\n " + place.format(body="{{ strftime_now('%d %B %Y, %H:%M %%d') }}")
+    own = tokenizer(form + template)
+    told = Encoder(own, max_length=200, vocab_size=len(own), date=datetime.date(2026, 7, 31))
+    today = Encoder(own, max_length=200, vocab_size=len(own))
+    now = datetime.datetime.now()
+    texts = []
+    for days in (0, 1):
+        clock = SimpleNamespace(now=lambda days=days: now + datetime.timedelta(days))
+        monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", clock)
+        for encoder in (told, today):
+            (one,) = encoder.encode([conversation("a", "b")]).examples
+            texts.append(own.decode(one.ids))
+    assert texts[:2] == texts[2:]
+    assert texts[0].startswith("\n 31 July 2026, 00:00 %d<|user|>")
+    assert texts[1].startswith(f"\n {now:%d %B %Y}, 00:00 %d<|user|>")
 
 
 def test_tokenizers_that_do_not_do(tmp_path: Path) -> None:
