@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -100,14 +102,16 @@ class Encoder:
         tokenizer: fast, of transformers.
         max_length: the most tokens of a row.
         vocab_size: the rows of the model's vocabulary, which ids must be below.
+        date: the day that a chat template is told, as `ChatTemplate` takes it; None = today.
 
     Raises:
         UserError: the tokenizer has ids that the model has not; in use, as `ChatTemplate`.
     """
 
-    def __init__(self, tokenizer: Any, *, max_length: int, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Any, *, max_length: int, vocab_size: int, date: datetime.date | None = None) -> None:
         self.tokenizer, self.max_length, self.vocab_size = tokenizer, max_length, vocab_size
-        self._chat = ChatTemplate(tokenizer)
+        self._chat = ChatTemplate(tokenizer, date)
+        self._words = _with_whole_offsets(tokenizer)
 
     @property
     def pad(self) -> int:
@@ -166,12 +170,31 @@ class Encoder:
 
     def _aligned(self, text: str, spans: Sequence[tuple[int, int]], *, special: bool) -> tuple[list[int], list[bool]]:
         """Ids of a text, and which of them stand in one of the spans of characters, even in part."""
-        made = self.tokenizer(
+        made = self._words(
             text, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False, verbose=False
         )
         return list(made["input_ids"]), list(_in_spans(made["offset_mapping"], spans))
 
 
+def _with_whole_offsets(tokenizer: Any) -> Any:
+    """The tokenizer, or a copy of it, that says of every token where all of it stands.
+
+    A byte-level tokenizer may trim blanks off offsets. Nothing is left of those of a token that is blank, such as the
+    indentation of code, which then seems to stand in no span.
+    """
+    processor = tokenizer.backend_tokenizer.post_processor
+    state = b"" if processor is None else processor.__getstate__()
+    whole = state.replace(b'"trim_offsets":true', b'"trim_offsets":false')  # of each part, where it is a sequence
+    if whole == state:
+        return tokenizer
+    untrimmed = copy.deepcopy(processor)
+    untrimmed.__setstate__(whole)
+    found = copy.deepcopy(tokenizer)  # the user's stays as it is
+    found.backend_tokenizer.post_processor = untrimmed
+    return found
+
+
 def _in_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Iterator[bool]:
     for start, end in offsets:
+        # Special tokens that the tokenizer adds stand nowhere: their offsets are empty.
         yield any(start < last and end > first for first, last in spans) and end > start

@@ -47,7 +47,8 @@ class Conversation:
 
     Attributes:
         where: file and line.
-        messages: at least one of them is the assistant's.
+        messages: at least one of them is the assistant's and `says_something`. Content may be None where there are
+            ``tool_calls``.
         tools: what the chat template is given as ``tools``; None = none.
     """
 
@@ -96,6 +97,11 @@ def divided(examples: Sequence[Example], share: float, seed: int) -> tuple[list[
     )
 
 
+def says_something(message: Mapping[str, Any]) -> bool:
+    """Whether a message has text or calls tools."""
+    return bool((message.get("content") or "").strip() or message.get("tool_calls"))
+
+
 def fingerprint(examples: Sequence[Example]) -> str:
     """Digest of what examples say, wherever they are from."""
     return digest(*(json.dumps([type(e).__name__, *_content(e)], sort_keys=True) for e in examples))
@@ -134,12 +140,12 @@ def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
         if not (
             isinstance(message, dict)
             and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
+            and isinstance(message.get("content"), str if not message.get("tool_calls") else str | None)
         ):
             raise UserError(
                 f'{where}: message {number} must be an object with texts role and content, as {{"role": "user", '
                 f'"content": "..."}}: got {json.dumps(message)[:80]}'
             )
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+    if not any(message["role"] == "assistant" and says_something(message) for message in messages):
         raise UserError(f"{where}: messages must have one of the role assistant, which is what is learned: got none.")
     return Conversation(where, tuple(messages), row.get("tools"))

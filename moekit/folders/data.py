@@ -13,6 +13,7 @@ import lightning as L
 from moekit.data.batching import Loader
 from moekit.data.module import batches_so_far, on_cuda
 from moekit.errors import UserError
+from moekit.folder_text.chat import writes_date
 from moekit.folder_text.encoding import Encoded, EncodedExamples, Encoder
 from moekit.folder_text.examples import Example, divided, fingerprint, read_examples
 from moekit.folders.batches import Dealing, FolderBatch, HeldOutBatches, Row, TrainingBatches
@@ -21,6 +22,11 @@ from moekit.folders.settings import FolderConfig
 from moekit.huggingface.folder import weights_digest
 from moekit.source import digest
 from moekit.wording import counted
+
+_DATED = (
+    " The chat template writes the date, which is {} here: give --data.date if training began on another day, and its "
+    "settings do not say so."
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,7 @@ class FolderData(L.LightningDataModule):
             raise UserError(
                 f"a resumed run must have the text of its checkpoint: {self.config.data.path}, the held-out text, or "
                 "what the tokenizer makes of them has changed. Restore it, or start a new run."
+                + (_DATED.format(self.config.data.date) if writes_date(self.encoder.tokenizer) else "")
             )
 
     @cached_property

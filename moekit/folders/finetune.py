@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 import moekit
+from moekit.folder_text.chat import writes_date
 from moekit.folder_text.encoding import Encoder, load_tokenizer
 from moekit.folders.data import FolderData, num_tokens
 from moekit.folders.expert_tokens import ExpertTokens
@@ -53,6 +54,9 @@ from moekit.wording import counted
 
 MANY_PASSES = 20
 """How often text may be read without a word about it. Ours: fine-tuning is usually of one to some few."""
+
+_UNDATED = "data.date has no effect: the chat template of the model does not write the date."
+"""What is said of a date that nothing asks for."""
 
 _REACTIONS: dict[str | None, Reaction] = {"raise": "stop", "skip": "skip"}
 """What ``strategy.nonfinite_gradients`` says in the words of ``train.on_non_finite``."""
@@ -114,19 +118,23 @@ def finetune_folder(
             tuned.require_apart(config)
             stack.enter_context(held(tuned.path))
         going_on = resume and bool(tuned.settings)
-        config = config.settled(tuned.settings if going_on else {})
+        tokenizer = load_tokenizer(config.model)
+        dated = writes_date(tokenizer)
+        warnings = [] if dated or config.data.date is None else [_UNDATED]
+        config = config.settled(tuned.settings if going_on else {}, dated=dated)
         train = config.train
         keep_memory(train.keep_memory)
-        tokenizer = load_tokenizer(config.model)
         checkpoint = tuned.checkpoint_to_resume(config) if resume else None
         dtype = torch.bfloat16 if train.usable_precision == "bf16-true" else torch.float32
         plan = adapted_model(Path(config.model), config.fine_tune, device="meta", dtype=dtype)
         if config.data.pack:
             require_packable(plan)
-        data = FolderData(config, Encoder(tokenizer, max_length=config.data.max_length, vocab_size=_vocabulary(plan)))
+        text = config.data
+        encoder = Encoder(tokenizer, max_length=text.max_length, vocab_size=_vocabulary(plan), date=text.day)
+        data = FolderData(config, encoder)
         if checkpoint is not None:  # before its weights are read, which may be of other shapes
             data.load_state_dict(load_rest(checkpoint).get(FolderData.__qualname__, {}))
-        warnings = unreached(plan, config.fine_tune.targets) if config.fine_tune.rank else []
+        warnings += unreached(plan, config.fine_tune.targets) if config.fine_tune.rank else []
         warnings += _too_often(config, data)
         strategy = _strategy(config, plan, checkpoint)
         wanted = exports(tuned, config.fine_tune, merge=merge)

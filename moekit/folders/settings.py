@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
@@ -39,6 +40,8 @@ class TextConfig:
         pack: whether several examples share a row, their attention kept apart.
         batch_size: rows of an optimizer step, of all processes together.
         seed: random seed of which examples are held out, and of their order.
+        date: the day that a chat template is told which writes the date, as in 2026-07-31. Not given: the day on which
+            training begins, which is kept.
     """
 
     source: Literal["jsonl", "text"] = "jsonl"
@@ -49,6 +52,19 @@ class TextConfig:
     pack: bool = True
     batch_size: int = setting(8, at_least=1)
     seed: int = setting(SEED, at_least=0, at_most=2**32 - 1)
+    date: str | None = setting(None, free=RESUME)  # the text that it makes is compared
+
+    @property
+    def day(self) -> datetime.date | None:
+        """The date; None = not given.
+
+        Raises:
+            UserError: it is none.
+        """
+        try:
+            return None if self.date is None else datetime.date.fromisoformat(self.date)
+        except ValueError:
+            raise UserError(f"data.date must be a day such as 2026-07-31: got {self.date!r}.") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +160,7 @@ class FolderConfig:
             raise UserError(
                 f"data.path must name a file, which {self.processes} processes read: got standard input. Write a file."
             )
-        _ = self.fine_tune.targets
+        _ = self.fine_tune.targets, self.data.day
         if self.fine_tune.subset == "adapters" and not self.fine_tune.rank:
             raise UserError("fine_tune.tune adapters needs a rank: got 0. Give --fine_tune.rank 8.")
         if self.strategy.empty_init is not None:
@@ -158,12 +174,21 @@ class FolderConfig:
         """Of all machines together."""
         return self.train.devices * self.train.num_nodes
 
-    def settled(self, kept: Mapping[str, Any]) -> FolderConfig:
-        """The settings with the number format that "auto" is here; what goes on keeps the one it began with.
+    def settled(self, kept: Mapping[str, Any], *, dated: bool = False) -> FolderConfig:
+        """The settings with the number format that "auto" is here, and the date; what goes on keeps what it began with.
 
         Args:
             kept: the settings in the folder that goes on; nothing where none does.
+            dated: whether the text depends on the date, which is set then if it is not given.
+
+        Raises:
+            UserError: the date that was kept is none.
         """
+        if dated and self.data.date is None:
+            day = kept.get("data", {}).get("date") or datetime.date.today()
+            dated_text = dataclasses.replace(self.data, date=str(day))
+            _ = dated_text.day
+            return dataclasses.replace(self, data=dated_text).settled(kept)
         if self.train.precision != "auto":
             return self
         found = self.with_train(precision=kept.get("train", {}).get("precision", self.train.usable_precision))

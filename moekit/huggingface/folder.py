@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +61,7 @@ def adopt_folder(
         device: where the weights are; "meta" in `configure_model` under the Strategy. The model evaluates, as that of
             `from_pretrained` does: call ``train()``, which a Trainer does not.
         aux: weights of the routers' losses, as `adopt` takes them.
-        dtype: the type of the weights; None = what the configuration says.
+        dtype: the type of the weights; None = what the configuration says, else that of most of the stored weights.
 
     Raises:
         UserError: something is missing, pickled or of another shape, the class is unknown to transformers, or the model
@@ -311,6 +312,10 @@ def read_config(place: Path) -> tuple[dict[str, Any], Any]:
 def on_meta(place: Path, dtype: torch.dtype | None) -> Any:
     """The model that a folder's config.json describes, without memory. Nothing in the folder is executed.
 
+    Args:
+        place: the folder.
+        dtype: the type of the weights; None = what the configuration says, else that of most of the stored weights.
+
     Raises:
         UserError: transformers does not know it, or it is quantized.
     """
@@ -327,12 +332,25 @@ def on_meta(place: Path, dtype: torch.dtype | None) -> Any:
         raise UserError(f"{place} is quantized, which is not adopted. Use a folder of floating-point weights.")
     try:
         with torch.device("meta"):
-            model: Any = kind._from_config(config, dtype=dtype or config.dtype or torch.float32)
+            model: Any = kind._from_config(config, dtype=dtype or config.dtype or _stored_dtype(place))
     except Exception as error:  # whatever transformers raises of values
         raise UserError(f"{place / 'config.json'} describes no {kind.__name__}: {_reason(error)}") from None
     if (place / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(place)
     return model
+
+
+def _stored_dtype(place: Path) -> torch.dtype:
+    """The floating-point type that most elements of a folder's weights have; float32 where there are no weights."""
+    try:
+        files = folder_files(place).values()
+    except UserError:  # who reads weights says so
+        return torch.float32
+    counts: Counter[torch.dtype] = Counter()
+    for mapped in files:
+        if mapped.dtype.is_floating_point and mapped.dtype.itemsize > 1:  # no model computes in a type of 8 bits
+            counts[mapped.dtype] += mapped.numel
+    return max(counts, key=lambda kind: counts[kind], default=torch.float32)
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,9 +56,7 @@ def merge(model: Any, load: Mapping[str, Tensor] | None = None, *, scale: float 
     missing = [path for path, tensor in dense.named_parameters() if tensor.is_meta]
     assert not missing, missing
     dense.tie_weights()
-    for field in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-        if hasattr(model.generation_config, field):
-            setattr(dense.generation_config, field, getattr(model.generation_config, field))
+    dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.eval()
 
 

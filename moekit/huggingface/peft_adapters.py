@@ -39,7 +39,12 @@ _PLAIN: Mapping[str, Any] = {
     "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None,
 }  # fmt: skip
 """Settings of PEFT that must have these values: others are something else than a product added to a matrix."""
-
+_VARIANTS = (
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+"""Settings that, where they are given, make it something else too. Older versions of PEFT do not know them."""
+_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations, as `init_lora_weights` begins, by which PEFT changes the weights of the model itself."""
 
 _RENAMED = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """Names of linear layers that PEFT takes for those of experts of former versions: these are named by their weights."""
@@ -149,8 +154,9 @@ def read_adapters(model: Any, folder: PathLike) -> list[str]:
         Names of the new parameters.
 
     Raises:
-        UserError: it is no LoRA, has settings or tensors that are no pairs of matrices of this model, or another
-            adapter is there. The model is as it was then.
+        UserError: it is no LoRA, has settings or tensors that are no pairs of matrices of this model, was initialized
+            by changing the weights of the model (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), or another adapter is there.
+            The model is as it was then.
     """
     place = Path(os.path.abspath(folder))
     config = _config(place)
@@ -275,4 +281,16 @@ def _config(folder: Path) -> dict[str, Any]:
         value = config.get(name, plain)
         if value != plain and (value or plain):
             raise UserError(f"{folder / CONFIG}: {name} must be {plain!r}: got {value!r}, which is not read here.")
+    for name in _VARIANTS:
+        if config.get(name):
+            raise UserError(
+                f"{folder / CONFIG}: {name} must not be given: got {config[name]!r}, which is not read here."
+            )
+    if str(config.get("init_lora_weights")).lower().startswith(_CHANGING):
+        raise UserError(
+            f"{folder / CONFIG}: init_lora_weights must leave the weights of the model as they are: got "
+            f"{config['init_lora_weights']!r}, by which PEFT changes them, so the adapter is of another model. Convert "
+            "it with PEFT (save_pretrained with path_initial_model_for_weight_conversion), or merge it there "
+            "(merge_and_unload) and give the merged folder."
+        )
     return config

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moekit.atomic import replacing_folder, require_apart, writing
+from moekit.atomic import replacing_folder, require_apart, write_text, writing
 from moekit.errors import UserError
 from moekit.huggingface.card import write_card
 from moekit.huggingface.folder import copy_beside
@@ -14,6 +15,8 @@ from moekit.huggingface.folder import copy_beside
 
 def write_folder(model: Any, out: Path | str, *, like: Path | str, overwrite: bool = False, **card: Any) -> Path:
     """Write a model of transformers, whole or not at all: config.json, safetensors, the tokenizer's files, a card.
+
+    Code of the folder that it is from is left behind, and so is what names it (``auto_map``).
 
     Args:
         model: a model of any class of transformers, adopted or not.
@@ -30,8 +33,26 @@ def write_folder(model: Any, out: Path | str, *, like: Path | str, overwrite: bo
     with writing(target), replacing_folder(target) as draft:
         model.save_pretrained(draft)
         copy_beside(Path(like), draft)
+        _name_no_code(draft)
         write_card(draft, **{"name": target.absolute().name, "base": like, **card})
     return target
+
+
+def _name_no_code(folder: Path) -> None:
+    """Leave out of a folder's JSON files what names classes in Python files, unless such files were written.
+
+    The model is of transformers' own class, and code of the folder that it is from does not go along: who trusts code
+    of folders (``trust_remote_code``) would look for it in vain.
+    """
+    if any(folder.glob("*.py")):
+        return
+    for file in folder.glob("*config.json"):
+        try:
+            said = json.loads(file.read_bytes())  # tokenizers have numbers of 100 bits: no limit of length
+        except (ValueError, RecursionError):  # broken as it was where it is from
+            continue
+        if isinstance(said, dict) and said.pop("auto_map", None) is not None:
+            write_text(file, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
 
 
 def require_free(

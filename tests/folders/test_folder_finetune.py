@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import datetime
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -25,6 +27,7 @@ from moekit.folders.tuned import TunedFolder
 from moekit.huggingface import adopt_folder, read_adapters
 from moekit.runs.settings.monitor import MonitorConfig
 from moekit.surgery import merge_adapters
+from moekit.training.callbacks.config import CONFIG_KEY
 
 MEASURED = ("tokens_per_second", "step_seconds", "peak_memory")
 """Columns of metrics.csv that no two runs have alike."""
@@ -173,6 +176,68 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(room: Path, tmp_path: 
     opened = transformers.AutoTokenizer.from_pretrained(cut.model)
     assert opened.chat_template == TEMPLATE
     assert not (cut.adapter / "config.json").exists()
+
+
+def test_a_training_keeps_the_date_that_its_template_writes(
+    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on after midnight, and its adapters are merged then; one of a version that kept no date is told it."""
+
+    class Date(datetime.date):
+        day_of_the_clock = 30
+
+        @classmethod
+        def today(cls) -> datetime.date:
+            return datetime.date(2026, 7, cls.day_of_the_clock)
+
+    monkeypatch.setattr("moekit.folders.settings.datetime", SimpleNamespace(date=Date))
+    write_small_folder(tmp_path / "dated", "{{ strftime_now('%Y-%m-%d') }}" + TEMPLATE)
+    config = settings(room, fine_tune={"rank": 2}, train={"max_steps": 2, "checkpoint_steps": 1})
+    config = dataclasses.replace(config, model=str(tmp_path / "dated"))
+    with pytest.raises(RuntimeError, match="killed"):
+        finetune_folder(config, tmp_path / "out", callbacks=lambda _: [Stop(1)])
+    tuned = TunedFolder(tmp_path / "out")
+    assert tuned.settings["data"]["date"] == "2026-07-30"
+    Date.day_of_the_clock = 31
+    found = finetune_folder(config, tuned.path, resume=True, merge=True)
+    assert [folder.name for folder in found.exported] == ["adapter", "model"]
+    assert tuned.settings["data"]["date"] == "2026-07-30"
+    kept = (tuned.path / "config.yaml").read_text()
+    assert kept.count("date: '2026-07-30'") == 1
+    (tuned.path / "config.yaml").write_text(kept.replace("'2026-07-30'", "2026-07-30"))  # as one writes it by hand
+    finetune_folder(config, tuned.path, resume=True)
+    with pytest.raises(
+        UserError, match=r"text of its checkpoint.* the date, which is 2026-07-29 here: give --data\.date"
+    ):
+        finetune_folder(with_date(config, "2026-07-29"), tuned.path, resume=True)
+
+    # Of a version before: neither settings nor checkpoint have a date.
+    without = kept.replace("  date: '2026-07-30'\n", "")
+    (tuned.path / "config.yaml").write_text(without)
+    saved = torch.load(tuned.last, weights_only=True)
+    del saved[CONFIG_KEY]["data"]["date"]
+    torch.save(saved, tuned.last)
+    with pytest.raises(UserError, match="which is 2026-07-31 here"):
+        finetune_folder(config, tuned.path, resume=True)
+    assert finetune_folder(with_date(config, "2026-07-30"), tuned.path, resume=True).after == found.after
+    (tuned.path / "config.yaml").write_text(without)
+    Date.day_of_the_clock = 30  # the same text
+    assert finetune_folder(config, tuned.path, resume=True).after == found.after
+
+
+def test_a_date_that_nothing_asks_for(room: Path, tmp_path: Path) -> None:
+    """Templates that write none have none in their settings; one that is given is warned of, and must be a day."""
+    config = settings(room, train={"max_steps": 1})
+    assert finetune_folder(config, tmp_path / "out").warnings == ()
+    assert TunedFolder(tmp_path / "out").settings["data"]["date"] is None
+    found = finetune_folder(with_date(config, "2026-07-30"), tmp_path / "other")
+    assert "data.date has no effect" in found.warnings[0]
+    with pytest.raises(UserError, match=r"data\.date must be a day such as 2026-07-31: got 'today'"):
+        finetune_folder(with_date(config, "today"), tmp_path / "third")
+
+
+def with_date(config: FolderConfig, date: str) -> FolderConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
 
 
 def test_what_does_not_go_together(room: Path, tmp_path: Path) -> None:

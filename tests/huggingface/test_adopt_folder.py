@@ -14,6 +14,7 @@ from hf_models import nllb, switch
 
 from moekit.errors import UserError
 from moekit.huggingface import adopt, adopt_folder
+from moekit.huggingface.folder import on_meta
 
 ENCODER_DECODERS: dict[str, Callable[[], Any]] = {
     "switch": lambda: switch(dropout_rate=0.0, router_jitter_noise=0.0, router_bias=True),
@@ -59,6 +60,20 @@ def test_types_can_be_chosen(tmp_path: Path) -> None:
     wide = adopt_folder(tmp_path, aux=None, dtype=torch.float32)
     assert torch.equal(wide.lm_head.weight, theirs.lm_head.weight.float())
     assert wide.lm_head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_type_is_that_of_most_stored_weights_where_the_configuration_has_none(device: str, tmp_path: Path) -> None:
+    theirs = model("Qwen3MoeSparseMoeBlock").to(torch.bfloat16)
+    for layer in theirs.model.layers:
+        layer.mlp.gate.float()  # routers alone are wider
+    theirs.save_pretrained(tmp_path)
+    edited(tmp_path, dtype=None)
+    found = adopt_folder(tmp_path, device=device, aux=None)
+    assert {parameter.dtype for parameter in found.parameters()} == {torch.bfloat16}
+    (tmp_path / "model.safetensors").unlink()
+    assert on_meta(tmp_path, None).dtype == torch.float32
+    assert on_meta(tmp_path, torch.float16).dtype == torch.float16
 
 
 def test_nothing_is_read_on_the_meta_device(tmp_path: Path) -> None:

@@ -63,6 +63,18 @@ def test_averages_are_weighted() -> None:
     torch.testing.assert_close(even, experts.down_proj.mean(0))
 
 
+def test_how_it_generates_is_kept(tmp_path: Path) -> None:
+    sparse = upcycle(dense("Llama"), 3, aux=None)
+    given = {"eos_token_id": [2, 4], "do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 7}
+    sparse.generation_config = transformers.GenerationConfig(**given)
+    merged = merge(sparse)
+    merged.save_pretrained(tmp_path)
+    again = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert {name: getattr(again, name) for name in given} == given
+    merged.generation_config.temperature = 1.0
+    assert sparse.generation_config.temperature == 0.6, "the first is as it was"
+
+
 def test_what_no_dense_model_can_be_is_refused() -> None:
     with pytest.raises(UserError, match="no dense model that OlmoeForCausalLM could become: known are Mixtral"):
         merge(adopt(model("OlmoeSparseMoeBlock"), aux=None))

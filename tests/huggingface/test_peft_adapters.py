@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,33 @@ def test_targets_and_scales_of_peft_are_understood(tmp_path: Path) -> None:
     assert scales == [pytest.approx(6 / 2**0.5)] * 4
 
 
+@pytest.mark.parametrize("kind", [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"])
+def test_initialisations_of_peft(kind: bool | str, tmp_path: Path) -> None:
+    """One that leaves the model as it is, is the same function here; another is refused, and taken once converted."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=kind, task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(model("OlmoeSparseMoeBlock"), config).eval()
+    theirs.save_pretrained(tmp_path / "begin")
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "lora_B" in key:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    expected = logits(theirs)
+    theirs.save_pretrained(tmp_path / "end")
+    again, found = adopt(model("OlmoeSparseMoeBlock"), aux=None), tmp_path / "end"
+    if str(kind).startswith(("pissa", "olora")):
+        with pytest.raises(UserError, match="init_lora_weights must leave the weights of the model as they are"):
+            read_adapters(again, found)
+        edit(tmp_path / "begin", init_lora_weights=True)  # as PEFT's guide has it: what is loaded changes nothing
+        theirs.peft_config["default"].init_lora_weights = True
+        found = tmp_path / "converted"
+        theirs.save_pretrained(found, path_initial_model_for_weight_conversion=str(tmp_path / "begin"))
+    read_adapters(again, found)
+    torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_only_adapters_train_and_every_expert_has_its_own() -> None:
     ours, (ids, mask) = adapted(model("Qwen3MoeSparseMoeBlock")), left_padded()
     for name, parameter in ours.named_parameters():
@@ -162,6 +190,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "DoRA": (lambda f: edit(f, use_dora=True), "use_dora"),
     "biases": (lambda f: edit(f, bias="all"), "bias"),
     "ranks by name": (lambda f: edit(f, rank_pattern={"q_proj": 4}), "rank_pattern"),
+    "a kind of activation": (
+        lambda f: edit(f, alora_invocation_tokens=[3]),
+        "alora_invocation_tokens must not be given",
+    ),
     "another rank": (lambda f: edit(f, r=4), "must have shapes"),
     "half a pair": (lambda f: edit_weights(f, lambda t: t.pop(first(t))), "half a pair"),
     "unknown": (lambda f: edit_weights(f, lambda t: t.update({"x.lora_A.weight": torch.ones(2)})), "none of them"),
@@ -172,6 +204,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "altered",
     ),
     "no parameters named": (lambda f: edit(f, target_parameters=None), "none of them"),
+}
+
+
+BROKEN |= {
+    kind: (partial(edit, init_lora_weights=kind), f"got '{kind}'.*path_initial_model_for_weight_conversion")
+    for kind in ("pissa", "pissa_niter_4", "OLoRA", "corda", "loftq", "lora_ga")
 }
 
 

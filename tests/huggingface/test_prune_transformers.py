@@ -13,10 +13,11 @@ from hf_models import nllb, switch
 from torch import Tensor
 
 from moekit.errors import UserError
-from moekit.huggingface import adopt, adopt_folder, choose_kept, layout_of, prune
+from moekit.huggingface import adopt, adopt_folder, choose_kept, layout_of, prune, write_folder
 from moekit.huggingface.pruning import adopted_layers
 from moekit.surgery import add_adapters, watch_experts
 
+transformers = pytest.importorskip("transformers", minversion="5.0", reason="adoption is of transformers 5")
 OTHERS = {"switch": switch, "nllb": lambda: nllb(dropout=0.0, attention_dropout=0.0)}
 FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
 
@@ -65,6 +66,30 @@ def test_pruned_of_every_expert_it_is_the_same_and_tied_tables_stay_tied(tmp_pat
         assert torch.equal(same(ids).logits, whole(ids).logits)
     assert same.lm_head.weight is same.model.embed_tokens.weight
     assert same.dtype == torch.bfloat16
+
+
+def test_a_written_folder_names_no_code_that_is_left_behind(tmp_path: Path) -> None:
+    """Of the model, and of the tokenizer beside it; all else is as it was."""
+    base, said = tmp_path / "base", {}
+    model("OlmoeSparseMoeBlock").save_pretrained(base)
+    (base / "modeling_mine.py").write_text("raise SystemExit('executed')")
+    (base / "tokenizer.json").write_text("{}")
+    (base / "processor_config.json").write_text("[")
+    (base / "tokenizer_config.json").write_text('{"model_max_length": 1000000000000000019884624838656}')
+    for file in ("config.json", "tokenizer_config.json"):
+        said[file] = json.loads((base / file).read_text())
+        auto = {"AutoModelForCausalLM": "modeling_mine.Mine"}
+        (base / file).write_text(json.dumps({**said[file], "auto_map": auto}))
+    whole = adopt_folder(base, aux=None)
+    out = write_folder(prune(whole, choose_kept(whole, 4, "random")), tmp_path / "out", like=base)
+    assert not (out / "modeling_mine.py").exists()
+    assert (out / "processor_config.json").read_text() == "["
+    for file, expected in said.items():
+        found = json.loads((out / file).read_text())
+        assert "auto_map" not in found
+        assert found == {**expected, **({"num_experts": 4} if file == "config.json" else {})}
+    again = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert type(again).__name__ == "OlmoeForCausalLM"
 
 
 def test_groups_keep_as_many_experts_each() -> None:

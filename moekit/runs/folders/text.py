@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class TextChoice:
         languages: those that are read, or their codes by their names in the data; empty = all.
         tokens: at most so many of a split.
         length: tokens of a sequence.
+        date: the day that chat templates are told: one for all splits, also where a command runs past midnight.
     """
 
     source: str
@@ -41,6 +43,7 @@ class TextChoice:
     languages: Sequence[str] | Mapping[str, str] = ()
     tokens: int = 65_536
     length: int = 512
+    date: datetime.date = field(default_factory=datetime.date.today)
 
     def open(self) -> Source:
         """The text.
@@ -121,7 +124,7 @@ def _of_examples(folder: Path, config: Any, choice: TextChoice, files: Files, sp
         raise UserError(f"an encoder-decoder reads pairs, and {choice.path} holds examples for decoders. {_PAIRS}")
     choice.require_no_languages(f"{choice.source} of examples")
     examples = split_examples(files, "text" if choice.source == "text" else "jsonl", split)
-    encoder = Encoder(load_tokenizer(folder), max_length=choice.length, vocab_size=config.vocab_size)
+    encoder = Encoder(load_tokenizer(folder), max_length=choice.length, vocab_size=config.vocab_size, date=choice.date)
     found: list[Encoded] = []
     read = cut = empty = tokens = 0
     for example in examples:
