@@ -206,7 +206,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
         A scalar; 0 (with a gradient path) where N = 0.
 
     Raises:
-        ValueError: if shapes differ or the temperature is not positive.
+        ValueError: if shapes differ or the temperature is not positive and finite.
 
     Source: arXiv:1503.02531 section 2. Differs: arXiv:2201.05596's code also counts padded positions; here they are not
         among the N.
@@ -216,8 +216,8 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
             "kl_divergence needs scores of the same tokens over the same vocabulary: got student "
             f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}."
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive: got {temperature}.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite: got {temperature}.")
     if student.shape[0] == 0:
         return student.float().sum() * 0.0
     student_log, teacher_log = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher))
@@ -274,8 +274,8 @@ class DistillationModule(MultitaskModule):
                 f"student and teacher must have the same vocabulary: got {sizes[0]} and {sizes[1]} pieces. Train the "
                 "student with the teacher's tokenizer."
             )
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive: got {temperature}.")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite: got {temperature}.")
         self.teacher, self.objective, self.temperature = teacher, objective, temperature
 
     def on_fit_start(self) -> None:

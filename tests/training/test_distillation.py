@@ -300,9 +300,10 @@ def test_bad_pairs_are_refused() -> None:
     other = EncoderDecoder(VOCAB + 1, 8, 2, 1, 1, 16)
     with pytest.raises(ValueError, match="the same vocabulary: got 41 and 40"):
         DistillationModule(other, [own], teacher, objective=Mixture())
-    with pytest.raises(ValueError, match="temperature must be positive: got 0"):
+    with pytest.raises(ValueError, match="temperature must be positive and finite: got 0"):
         DistillationModule(student, [own], teacher, objective=Mixture(), temperature=0.0)
     with pytest.raises(ValueError, match=r"student \(2, 3\) and teacher \(2, 4\)"):
         kl_divergence(torch.zeros(2, 3), torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="temperature must be positive: got -1"):
-        kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3), -1.0)
+    for wrong in (-1.0, math.inf, math.nan):  # an infinite one makes infinity times nothing of the loss
+        with pytest.raises(ValueError, match=f"temperature must be positive and finite: got {wrong}"):
+            kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3), wrong)
