@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small_folder import MIXED, chat, lines, tokenizer, transformers, write_small_folder
+from small_folder import MIXED, TEMPLATE, chat, lines, tokenizer, transformers, write_small_folder
 
 from moekit.cli.program import main
 from moekit.errors import UserError
@@ -63,6 +64,16 @@ def test_commands_read_what_fine_tuning_reads(name: str, source: str, room: Path
         expected = sorted((one.ids.tolist(), one.labels.tolist()) for one in of.examples.examples)
         assert expected
         assert rows(read(room, room / name, split, source)) == expected  # type: ignore[arg-type]
+
+
+def test_both_splits_are_of_the_day_of_their_choice(room: Path, tmp_path: Path) -> None:
+    """As `curve` reads them, perhaps before midnight and after it."""
+    write_small_folder(tmp_path, "{{ strftime_now('%d/%m/%y') }}" + TEMPLATE)
+    file = lines(tmp_path / "chats.jsonl", [chat("a", "b")] * 4)
+    choice = TextChoice(source="jsonl", path=file, length=LENGTH, date=datetime.date(2026, 7, 31))
+    for split, count in (("train", 3), ("valid", 1)):
+        found = rows(folder_text(tmp_path, choice, split))  # type: ignore[arg-type]
+        assert [tokenizer().decode(ids) for ids, _ in found] == ["31/07/26<|user|>a<|assistant|>b</s>"] * count
 
 
 def test_the_loss_is_of_learned_tokens(room: Path) -> None:
