@@ -164,7 +164,11 @@ def upcycle_run(
     origins = dense_names(target)
     slots = None
     if not noise and scale == 1:
-        slots = _carried([run], [run.model()], lambda states, power: upcycle(states[0], target), target, origins)
+
+        def copies(states: Sequence[Mapping[str, Tensor]], power: int) -> Mapping[str, Tensor]:
+            return upcycle(states[0], target, power=power)
+
+        slots = _carried([run], [run.model()], copies, target, origins)
     note: dict[str, Any] = {"experts": num_experts, "noise": noise, "scale": scale, "seed": seed}
     return _made("upcycle", [run], config, target, weights, slots, **note)
 
