@@ -187,10 +187,10 @@ class _Shared:
     """What a sparse layer adds to its experts for every token, as tensors of a dense feed-forward.
 
     Attributes:
-        tensors: by their names in the dense feed-forward; none = there is no shared branch.
-        hidden: by the same names, the dimension of the hidden units; None = a sum over parts, such as an output bias.
-        width: the number of hidden units.
-        names: their names in the sparse model's state.
+        tensors: The tensors by their names in the dense feed-forward; none = there is no shared branch.
+        hidden: The dimension of the hidden units by the same names; None = a sum over parts, such as an output bias.
+        width: The number of hidden units.
+        names: The names in the sparse model's state.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
