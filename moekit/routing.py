@@ -150,8 +150,8 @@ class Routing:
         kept: Bool[N], True = computed. An assignment with ``position >= 0`` and not kept was dropped for capacity.
         losses: unweighted float32 scalars by name, with gradient.
         statistics: detached float32 scalars by name (for example ``entropy``), for logs only.
-        logits: Float32[T, E], with gradient, of a router whose scores enter the next layer's (gating residuals); else
-            None.
+        logits: Float32[T, E], with gradient, of a router whose scores enter the next layer's (gating residuals), or
+            that counts other choices than it sends when it observes (`LossFreeRouter`); else None.
         num_tokens: T, padding included.
         num_experts: E.
         capacity: slots per expert, or None = dropless.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -118,6 +118,11 @@ def is_expert_bank(module: nn.Module) -> bool:
     axes = getattr(module, "axes", None)
     named = axes.values() if isinstance(axes, Mapping) else ()
     return isinstance(module, Experts) or any("expert" in dims for dims in named)
+
+
+def is_matrix(axes: Collection[str]) -> bool:
+    """Whether a parameter of such axes holds a matrix for every expert, or for each of its layers, and no vector."""
+    return len(set(axes) - {"expert", "layer"}) > 1
 
 
 def copy_first_expert_(experts: Experts) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree
 
 from moekit.component import Component
-from moekit.experts.base import Experts, copy_first_expert_
+from moekit.experts.base import Experts, copy_first_expert_, is_matrix
 from moekit.routing import Router, Routing, RoutingContext
 from moekit.stepping import StepWatch
 
@@ -180,6 +180,8 @@ class DensePretraining(Component):
             losses=dict.fromkeys(empty.losses, nothing),
             num_tokens=t,
             num_experts=e,
+            # Scores that say nothing, for a router in the next layer that must be given some.
+            logits=None if empty.logits is None else nothing.expand(t, e),
         )
 
     @torch.no_grad()
@@ -196,7 +198,7 @@ class DensePretraining(Component):
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             axis = axes.index("expert")
             weight = whole.narrow(axis, 0, 1).expand_as(whole).clone()
-            if self.perturb is not None and weight.ndim > 2:
+            if self.perturb is not None and is_matrix(axes):
                 weight = self.perturb(weight, generator)
             if isinstance(parameter, DTensor):
                 weight = distribute_tensor(weight, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -252,6 +252,7 @@ def _router(block: nn.Module, entry: SparseBlock, config: Any) -> Router:
         scaling_factor=theirs.routed_scaling_factor,
         groups=GroupLimit(theirs.num_group, theirs.topk_group, best=2 if sigmoid else 1) if limited else None,
         balance=_BY_SEQUENCE,
+        balance_choices="unbiased" if sigmoid else "biased",
     )
     router.renormalise = renormalise
     if not sigmoid:  # there is no bias: it stays zero, and in no state dict

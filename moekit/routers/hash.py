@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moekit.routers.hash_keys import CurrentToken, HashKey
-from moekit.routers.queueing import routing_of_choices
+from moekit.routers.queueing import batch_capacity, routing_of_choices
 from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
@@ -34,7 +34,7 @@ class TableRouter(Router):
         super().__init__()
         # A copy beside the buffer, so that `reset_parameters` brings a module made on the meta device to life.
         self._given = table
-        self.num_experts, self.capacity = num_experts, capacity or Capacity()
+        self.num_experts, self.capacity = num_experts, batch_capacity(capacity, type(self).__name__)
         self.looks_ahead = looks_ahead or self.capacity.looks_ahead
         self.allow_future = allow_future
         self.register_buffer("table", torch.empty(table.shape, dtype=torch.int64))
@@ -75,8 +75,9 @@ class HashRouter(TableRouter):
         allow_future: accept a key that tells later tokens (`NextToken`) or random priority in a causal decoder.
 
     Raises:
-        ValueError: if the table does not fit the key or names an expert that does not exist; in forward, if the context
-            lacks what the key reads or, on a CPU, holds an id out of range.
+        ValueError: if the table does not fit the key or names an expert that does not exist, or `capacity` is a
+            `SequenceCapacity`; in forward, if the context lacks what the key reads or, on a CPU, holds an id out of
+            range.
 
     Source: arXiv:2106.04426 (hash layer; MultiHash). Differs: `moekit.experts.MultiHashMLP`
         says how segments are joined.
@@ -91,9 +92,10 @@ class HashRouter(TableRouter):
         capacity: Capacity | None = None,
         allow_future: bool = False,
     ) -> None:
+        capacity = batch_capacity(capacity, "HashRouter")
         key = key or CurrentToken(table.shape[-1])
         _check_table(table, key, num_experts)
-        if capacity is not None and capacity.priority == "probability":
+        if capacity.priority == "probability":
             raise ValueError(
                 'HashRouter cannot serve tokens by probability, for it has none. Use priority="position" or "random".'
             )

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 
 from moekit.routers.load_window import LoadWindow
-from moekit.routers.queueing import clear_padding, queue_of, routing_of_choices, score_statistics, token_choices
+from moekit.routers.queueing import (
+    batch_capacity,
+    clear_padding,
+    queue_of,
+    routing_of_choices,
+    score_statistics,
+    token_choices,
+)
 from moekit.routers.scorers import ExpertScorer, ScoredRouter
 from moekit.routers.topk import Balance
 from moekit.routing import Capacity, Compensation, Routing, RoutingContext
+
+BalanceChoices = Literal["biased", "unbiased"]
 
 
 @dataclass(frozen=True)
@@ -72,8 +81,12 @@ class LossFreeRouter(ScoredRouter):
         renormalise: scale the k weights of a token to sum to 1.
         scaling_factor: multiplies the weights at the end.
         groups: limit the choice to some groups of experts.
-        balance: return ``load_balance`` with these settings beside the bias (the sequence-wise loss of DeepSeek-V3 is
-            ``Balance(count="all", scope="sequence")``, with scores scaled to sum to 1 as probabilities); None = none.
+        balance: return ``load_balance`` with these settings beside the bias, with scores scaled to sum to 1 as
+            probabilities; None = none.
+        balance_choices: what that loss counts: "biased" = the choices that are sent; "unbiased" = the k best scores
+            without bias and groups, of every real token. Where the bias has balanced the load, the former has nearly no
+            gradient, whatever the scores. The sequence-wise loss of DeepSeek-V3 is "unbiased" with
+            ``Balance(count="all", scope="sequence")``.
         capacity: slots per expert and who is served first; dropless by default.
         allow_future: accept priorities that look at later tokens in a causal decoder.
 
@@ -83,11 +96,14 @@ class LossFreeRouter(ScoredRouter):
 
     Raises:
         ValueError: if `k` is not in 1..E (or in 1..experts of the chosen groups), `groups` do not divide E or are
-            smaller than what they count, `score` is unknown, or `renormalise` meets k = 1.
+            smaller than what they count, `score` or `balance_choices` is unknown, `renormalise` meets k = 1, or
+            "unbiased" choices are to count after drops, or `capacity` is a `SequenceCapacity`.
 
-    Source: arXiv:2408.15664 algorithm 1 (sign, u = 0.001); arXiv:2412.19437 section 2.1.2.
-    Differs: from the released code of arXiv:2412.19437 in nothing but the guard against division by zero. Load counts
-        what is asked for, before capacity drops anything (both papers are dropless).
+    Source: arXiv:2408.15664 algorithm 1 (sign, u = 0.001); arXiv:2412.19437 section 2.1.2, eq. 16 for the choice and
+        eq. 17-20 for the sequence-wise loss.
+    Differs: the choice from the released code of arXiv:2412.19437 in nothing but the guard against division by zero.
+        The loss that counts "biased" choices is ours. Load counts what is asked for, before capacity drops anything
+        (both papers are dropless).
     """
 
     shown = ("dim", "num_experts", "k", "score", "update_rate", "groups")
@@ -106,6 +122,7 @@ class LossFreeRouter(ScoredRouter):
         scaling_factor: float = 1.0,
         groups: GroupLimit | None = None,
         balance: Balance | None = None,
+        balance_choices: BalanceChoices = "biased",
         capacity: Capacity | None = None,
         init_scale: float = 0.1,
         allow_future: bool = False,
@@ -130,11 +147,15 @@ class LossFreeRouter(ScoredRouter):
                 "renormalise=True with k=1 makes every weight exactly 1 and leaves the router without a gradient from "
                 "the task. Use renormalise=False."
             )
+        if balance_choices not in ("biased", "unbiased"):
+            raise ValueError(f'balance_choices must be "biased" or "unbiased": got {balance_choices!r}.')
+        if balance_choices == "unbiased":
+            _require_before_drop(balance)
         self.k = k
         self.update_rate, self.score = update_rate, score
         self.renormalise, self.scaling_factor = renormalise, scaling_factor
-        self.groups, self.balance = groups, balance
-        self.capacity = capacity or Capacity()
+        self.groups, self.balance, self.balance_choices = groups, balance, balance_choices
+        self.capacity = batch_capacity(capacity, "LossFreeRouter")
         self.allow_future = allow_future
         self.looks_ahead = self.capacity.looks_ahead
         self.observes = True
@@ -161,8 +182,17 @@ class LossFreeRouter(ScoredRouter):
     def observe(self, routing: Routing) -> None:
         """Count what was asked for; see `Router.observe`."""
         self._load.add(Balance(count="all").load(routing))
-        if self.balance is not None:
+        if self.balance is None or self.balance.scope != "global":
+            return
+        if self.balance_choices == "biased":
             self.balance.observe(routing, self._balance_window)
+            return
+        assert routing.logits is not None  # of scope "global", see `_route`
+        choices = 1 if self.balance.count == "first" else self.k
+        expert = self._score(routing.logits).topk(choices, dim=-1).indices
+        real = routing.queued[: routing.num_tokens, None].expand_as(expert)  # every real token queues once for each k
+        counts = torch.zeros(self.num_experts, dtype=torch.int64, device=expert.device)
+        self._balance_window.add(counts.index_add(0, expert.flatten(), real.flatten().to(torch.int64)))
 
     @torch.no_grad()
     def on_step_end(self, step: int) -> None:
@@ -190,7 +220,7 @@ class LossFreeRouter(ScoredRouter):
         context = context or RoutingContext()
         x = clear_padding(x, context.mask)
         logits = self.logits(x, context)
-        score = logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
+        score = self._score(logits)
         biased = score.detach() + self.bias
         if self.groups is not None:
             biased = self.groups(biased)
@@ -221,10 +251,35 @@ class LossFreeRouter(ScoredRouter):
             routing = token_choices(expert, weight, imposed, self.num_experts, statistics=statistics)
         if self.balance is None:
             return routing
-        counted = routing.kept if self.balance.when == "after_drop" else routing.queued
-        counted = counted.view(self.k, -1).t()
-        loss = self.balance.loss(probs, expert, counted, context, self._balance_window, training=self.training)
-        return replace(routing, losses={"load_balance": loss})
+        if self.balance_choices == "unbiased":
+            _require_before_drop(self.balance)  # it may have been set since
+            expert = score.detach().topk(self.k, dim=-1).indices
+            counted = torch.ones_like(expert, dtype=torch.bool)  # padding is in no sum anyway
+        else:
+            counted = (routing.kept if self.balance.when == "after_drop" else routing.queued).view(self.k, -1).t()
+        loss = self.balance.loss(
+            probs,
+            expert,
+            counted,
+            context,
+            self._balance_window,
+            training=self.training,
+            group_size=self.capacity.group_size,
+        )
+        # `observe` needs the scores: the list has the biased choices alone.
+        scored = self.balance_choices == "unbiased" and self.balance.scope == "global"
+        return replace(routing, losses={"load_balance": loss}, logits=logits if scored else None)
+
+    def _score(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
+
+
+def _require_before_drop(balance: Balance | None) -> None:
+    if balance is not None and balance.when == "after_drop":
+        raise ValueError(
+            "the loss of unbiased choices counts choices that nobody sends, so none of them is dropped: got "
+            'Balance(when="after_drop"). Use when="before_drop", or balance_choices="biased".'
+        )
 
 
 _SEQUENCE_WISE = Balance(count="all", scope="sequence")
@@ -250,6 +305,7 @@ def deepseek_v3(
     scaling_factor: float = 2.5,
     update_rate: float = 1e-3,
     balance: Balance | None = _SEQUENCE_WISE,
+    balance_choices: BalanceChoices = "unbiased",
 ) -> LossFreeRouter:
     """DeepSeek-V3: sigmoid scores renormalised over the chosen, bias in selection, sequence-wise balance loss.
 
@@ -264,8 +320,10 @@ def deepseek_v3(
         update_rate: 0.001 in the paper until its last 0.5 T tokens, then 0.
         balance: settings of the loss; None = no loss. The default is the sequence-wise one, which needs
             `RoutingContext.sequence`.
+        balance_choices: "unbiased" as in the paper's eq. 18: the loss counts the k best scores of every token, without
+            the bias and the limit to groups. "biased" counts what is sent.
 
-    Source: arXiv:2412.19437 sections 2.1.2 and 4.2.
+    Source: arXiv:2412.19437 sections 2.1.2 (eq. 12-20) and 4.2.
     """
     return LossFreeRouter(
         dim,
@@ -276,4 +334,5 @@ def deepseek_v3(
         scaling_factor=scaling_factor,
         groups=groups,
         balance=balance,
+        balance_choices=balance_choices,
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moekit.functional.importance import importance_loss, load_loss
 from moekit.functional.means import masked_mean
 from moekit.functional.precision import float32_linear
-from moekit.routers.queueing import clear_padding, mask_choices, routing_of_choices, score_statistics
+from moekit.routers.queueing import batch_capacity, clear_padding, mask_choices, routing_of_choices, score_statistics
 from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
@@ -36,7 +36,7 @@ class NoisyTopKRouter(Router):
     ``noise``, its mean scale over real tokens.
 
     Raises:
-        ValueError: if `k` is not in 2..E.
+        ValueError: if `k` is not in 2..E, or `capacity` is a `SequenceCapacity`.
 
     Source: arXiv:1701.06538 section 2.1 and 4, eq. 3-11.
     Differs: no noise in evaluation, as in the authors' code. Both losses count before capacity drops anything.
@@ -63,7 +63,7 @@ class NoisyTopKRouter(Router):
                 "k=1 use moekit.routers.switch."
             )
         self.dim, self.num_experts, self.k = dim, num_experts, k
-        self.capacity = capacity or Capacity()
+        self.capacity = batch_capacity(capacity, "NoisyTopKRouter")
         self.allow_future = allow_future
         self.looks_ahead = self.capacity.looks_ahead
         self.weight = nn.Parameter(torch.empty(num_experts, dim))

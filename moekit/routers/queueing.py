@@ -33,6 +33,24 @@ class QueueResult:
     all_kept: bool = False
 
 
+def batch_capacity(capacity: Capacity | None, router: str) -> Capacity:
+    """The capacity of a router whose queues are those of the batch, or of its local groups; None = dropless.
+
+    Args:
+        capacity: what the router was given.
+        router: its name, for the message.
+
+    Raises:
+        ValueError: it is none, such as a `SequenceCapacity`, whose queues are made of other tokens.
+    """
+    if capacity is not None and not isinstance(capacity, Capacity):
+        raise ValueError(
+            f"{router} needs a moekit.Capacity, whose slots are those of the batch, or None: got {capacity!r}. Of the "
+            "routers only TopKRouter counts each sequence apart (SequenceCapacity)."
+        )
+    return capacity or Capacity()
+
+
 def enqueue(
     expert: Tensor,
     requested: Tensor,
@@ -194,6 +212,9 @@ def routing_of_choices(
         losses: unweighted scalars by name.
         statistics: detached scalars by name.
 
+    Raises:
+        ValueError: if `capacity` is of another kind, such as a `SequenceCapacity`.
+
     Example:
         >>> import torch
         >>> routing_of_choices(torch.tensor([1, 0, 1]), torch.ones(3), num_experts=2).position
@@ -206,7 +227,7 @@ def routing_of_choices(
         requested,
         weight if scores is None else scores,
         num_experts,
-        capacity or Capacity(),
+        batch_capacity(capacity, "routing_of_choices"),
         training=training,
         all_requested=mask is None,
     )

@@ -13,6 +13,8 @@ from moekit.routers.queueing import QueueResult, queue_apart
 class SequenceCapacity:
     """An expert takes the first `limit` tokens of every sequence that choose it, in training and in evaluation.
 
+    For `TopKRouter` and what derives from it; other routers refuse it.
+
     The group in which tokens compete is one sequence, so a sequence gets the same result whatever it is batched with.
     A step of cached decoding sees one token of each sequence and drops nothing, where one pass over the whole target
     may: the two agree up to the first drop.

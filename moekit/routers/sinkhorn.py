@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moekit.functional.losses import router_z
 from moekit.functional.sinkhorn import sinkhorn
-from moekit.routers.queueing import clear_padding, routing_of_choices, score_statistics
+from moekit.routers.queueing import batch_capacity, clear_padding, routing_of_choices, score_statistics
 from moekit.routers.scorers import ExpertScorer, ScoredRouter
 from moekit.routing import Capacity, Compensation, Routing, RoutingContext
 
@@ -36,8 +36,8 @@ class SinkhornRouter(ScoredRouter):
     Returns in `Routing.losses`: ``router_z``; in `Routing.statistics`: ``entropy`` and ``logsumexp``.
 
     Raises:
-        ValueError: if `k` is not in 1..E, `activation` is unknown, `iterations` is less than 1 or `tol`
-            negative.
+        ValueError: if `k` is not in 1..E, `activation` is unknown, `iterations` is less than 1, `tol`
+            negative, or `capacity` a `SequenceCapacity`.
 
     Source: arXiv:2202.01169 (S-BASE); Megatron-LM's sinkhorn load balancing (plan in
         float32, without gradient, in training only).
@@ -70,7 +70,7 @@ class SinkhornRouter(ScoredRouter):
                 f"SinkhornRouter needs iterations of at least 1 and tol of at least 0: got {iterations} and {tol}."
             )
         self.k = k
-        self.activation, self.capacity = activation, capacity or Capacity()
+        self.activation, self.capacity = activation, batch_capacity(capacity, "SinkhornRouter")
         self.iterations, self.tol = iterations, tol
         self.allow_future = allow_future
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from moekit.routers.load_window import LoadWindow
-from moekit.routers.queueing import clear_padding, routing_of_choices, score_statistics
+from moekit.routers.queueing import batch_capacity, clear_padding, routing_of_choices, score_statistics
 from moekit.routers.scorers import ExpertScorer, ScoredRouter
 from moekit.routers.topk import Balance
 from moekit.routing import Capacity, Compensation, Routing, RoutingContext
 
 _MIDPOINT = 1 / 3  # of Heun's third-order method: where the gradient is taken in a share of the steps
-_KEEPS_WEIGHT = 0.75  # a draw below this makes it the midpoint, unless the best expert was drawn
+_MIDPOINT_SHARE = 0.75  # a draw below this makes it the midpoint, unless the best expert was drawn
 
 
 class SparseMixerRouter(ScoredRouter):
@@ -23,8 +23,8 @@ class SparseMixerRouter(ScoredRouter):
 
     Among experts that are not chosen yet, those are near whose score s lies within the tolerance of the best b:
     (b - s) / max(|s|, b) <= 2 tolerance. Training draws one of them by its softmax p over the near ones (Gumbel's
-    method), evaluation takes the best. The weight is p of the chosen; in training it counts a third of that in a
-    quarter of the draws that were not the best, while the gradient stays that of p: Heun's third-order estimate of the
+    method), evaluation takes the best. The weight is p of the chosen; in training it counts a third of that in three
+    quarters of the draws that were not the best, while the gradient stays that of p: Heun's third-order estimate of the
     gradient through the draw. Weights of several choices are not scaled to sum to 1.
 
     `dim`, `num_experts`, `scorer` and `init_scale` are those of `ScoredRouter`.
@@ -41,7 +41,7 @@ class SparseMixerRouter(ScoredRouter):
     ``logsumexp`` of the same.
 
     Raises:
-        ValueError: if `k` is not in 1..E, or `tolerance` is negative.
+        ValueError: if `k` is not in 1..E, `tolerance` is negative, or `capacity` is a `SequenceCapacity`.
 
     Source: arXiv:2409.12136 section 2.2 (GRIN, k = 2). Differs: any k.
     """
@@ -68,7 +68,7 @@ class SparseMixerRouter(ScoredRouter):
             raise ValueError(f"SparseMixerRouter's tolerance must not be negative: got {tolerance}.")
         self.k, self.tolerance = k, tolerance
         self.balance = balance or Balance(count="all")
-        self.capacity = capacity or Capacity()
+        self.capacity = batch_capacity(capacity, "SparseMixerRouter")
         self.allow_future, self.looks_ahead = allow_future, self.capacity.looks_ahead
         self.observes = self.balance.scope == "global"
         self._window = LoadWindow(num_experts)
@@ -111,7 +111,13 @@ class SparseMixerRouter(ScoredRouter):
         after = self.balance.when == "after_drop"
         counted = (routing.kept if after else routing.queued).view(self.k, -1).t()
         loss = self.balance.loss(
-            probs, torch.cat(chosen, dim=-1), counted, context, self._window, training=self.training
+            probs,
+            torch.cat(chosen, dim=-1),
+            counted,
+            context,
+            self._window,
+            training=self.training,
+            group_size=self.capacity.group_size,
         )
         statistics = score_statistics(logits, probs.detach(), context.mask)
         return replace(routing, losses={"load_balance": loss}, statistics=statistics)
@@ -128,5 +134,5 @@ class SparseMixerRouter(ScoredRouter):
         expert = (near.detach() - torch.empty_like(near).exponential_().log()).argmax(-1, keepdim=True)
         weight = probs.gather(-1, expert)
         likeliest = expert == probs.argmax(-1, keepdim=True)
-        whole = likeliest | (torch.rand_like(weight) > _KEEPS_WEIGHT)
+        whole = likeliest | (torch.rand_like(weight) > _MIDPOINT_SHARE)
         return expert, weight - (weight * ~whole * (1 - _MIDPOINT)).detach()

@@ -81,8 +81,9 @@ class TaskTableRouter(TableRouter):
         allow_future: accept priorities that look at later tokens in a causal decoder.
 
     Raises:
-        ValueError: if the table is empty or names an expert that does not exist; in forward, if `RoutingContext.task`
-            is missing, or on a CPU if it holds an id out of range.
+        ValueError: if the table is empty or names an expert that does not exist, or `capacity` is a
+            `SequenceCapacity`; in forward, if `RoutingContext.task` is missing, or on a CPU if it holds an id out of
+            range.
 
     Source: arXiv:2110.03742 section 3.2 (the task as the key of routing); the fixed table is ours.
     """

@@ -373,7 +373,11 @@ class TopKRouter(ScoredRouter):
     def _weights(self, probs: Tensor, expert: Tensor) -> Tensor:
         """Float32[T, K]: combine weights of ``expert`` Int64[T, K], before what "after_drop" does."""
         weight = probs.gather(1, expert)
-        return weight / weight.sum(-1, keepdim=True) if self.renormalise == "before_drop" else weight
+        if self.renormalise != "before_drop":
+            return weight
+        # The best expert's probability is 1 / E or more, but `overflow` and `imposed` name experts whose probabilities
+        # may all have become 0.
+        return weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
 
     def _losses(
         self,

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from moekit.routers.queueing import routing_of_choices
+from moekit.routers.queueing import batch_capacity, routing_of_choices
 from moekit.routing import Capacity, Compensation, Router, Routing, RoutingContext
 
 
@@ -27,7 +27,7 @@ class UniformRouter(Router):
         allow_future: accept priorities that look at later tokens in a causal decoder.
 
     Raises:
-        ValueError: if `k` is not in 1..E, or `order` is unknown.
+        ValueError: if `k` is not in 1..E, `order` is unknown, or `capacity` is a `SequenceCapacity`.
 
     Source: ours.
     """
@@ -53,7 +53,7 @@ class UniformRouter(Router):
         if order not in ("round_robin", "random"):
             raise ValueError(f'order must be "round_robin" or "random": got {order!r}.')
         self.num_experts, self.k = num_experts, k
-        self.order, self.capacity = order, capacity or Capacity()
+        self.order, self.capacity = order, batch_capacity(capacity, "UniformRouter")
         self.looks_ahead = self.capacity.looks_ahead
         self.allow_future = allow_future
 

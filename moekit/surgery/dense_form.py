@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.experts.grouped import GroupedGLU, GroupedMLP
+from moekit.transformer.feed_forward import GLU, MLP
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,11 @@ def dense_form(bank: nn.Module, path: str) -> DenseForm:
         f"an expert of {path} is no dense feed-forward of this package: got {type(bank).__name__}. GroupedMLP equals "
         "MLP, GroupedGLU without hidden bias equals GLU."
     )
+
+
+def shared_form(branch: nn.Module) -> DenseForm | None:
+    """The form of a shared branch that is a dense feed-forward itself; None = it is something else."""
+    # The classes themselves: a derived one may compute something else.
+    if type(branch) is MLP:
+        return _MLP
+    return _GLU if type(branch) is GLU else None

@@ -84,9 +84,11 @@ def watch_experts(model: nn.Module) -> Iterator[dict[str, ExpertUse]]:
     found: dict[str, ExpertUse] = {}
     hooks = []
     for path, layer in moe_layers(model):
-        held: Any = next(layer.experts.parameters(), None)
-        if held is not None and held.shape[0] != layer.num_experts:
-            raise ValueError(f"the experts of {path} must all be in this process: got {held.shape[0]}.")
+        for name, held in layer.experts.named_parameters():
+            axes = layer.experts.axes.get(name, ())
+            here = held.shape[axes.index("expert")] if "expert" in axes else layer.num_experts
+            if here != layer.num_experts:
+                raise ValueError(f"the experts of {path} must all be in this process: got {here}.")
 
         def note(layer: MoELayer, args: Any, kwargs: Any, output: MoEOutput, path: str = path) -> None:
             x = args[0] if args else kwargs["x"]

@@ -52,7 +52,9 @@ def split_experts(
             if name in out:
                 # A block of entries for each expert (Soft MoE's slots) is repeated as a whole.
                 blocks = out[name].unflatten(dim, (layer.num_experts, -1))
-                factor = float(parts) ** (min(power, 0) if divided else 0)
+                # A part's score has one m-th of the gradient whatever its weight: from 1 / m of the weight, or from
+                # what one m-th of the expert writes.
+                factor = float(parts) ** min(power, 0)
                 out[name] = blocks.repeat_interleave(parts, dim).flatten(dim, dim + 1) * factor
     return out
 

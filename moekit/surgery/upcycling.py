@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.experts.dense_pretraining import Perturbation
-from moekit.surgery.dense_form import OUTPUT, OUTPUT_BIAS, DenseForm, dense_form
+from moekit.surgery.dense_form import OUTPUT, OUTPUT_BIAS, DenseForm, dense_form, shared_form
 from moekit.surgery.sparse_layer import SparseLayer, State, below, require_separable, sparse_layers
 
 
 def upcycle(
-    state: State, target: nn.Module, *, perturb: Perturbation | None = None, scale: float = 1.0, seed: int = 0
+    state: State,
+    target: nn.Module,
+    *,
+    perturb: Perturbation | None = None,
+    scale: float = 1.0,
+    seed: int = 0,
+    power: int = 1,
 ) -> dict[str, Tensor]:
     """The weights of a sparse model from those of a dense one: every expert starts as the dense feed-forward.
 
     Where an expert is m times narrower than the dense feed-forward, expert e is its part e mod m (parts of the hidden
-    dimension), so that m experts together, each with weight 1, are what the dense one was.
+    dimension), so that m experts together, each with weight 1, are what the dense one was. Every part adds its output
+    bias, so each gets 1 / m of the dense one's.
 
     With equal weights that sum to 1 over a token's experts the function is the dense model's (times m / k with
     parts). A softmax over all experts gives a fresh top-1 router weights near 1 / E: ``scale=E`` makes up for it.
 
     Args:
-        state: the dense model's tensors by name. Moments of its optimizer work alike, with `scale` 1 and no `perturb`.
+        state: the dense model's tensors by name. Moments of its optimizer work alike, with `scale` 1, no `perturb` and
+            their `power`.
         target: the sparse model, with fresh weights: routers, and whatever else a sparse layer has beside its experts,
             start as they are there. Its sparse layers stand where the dense one has an `MLP` or `GLU`.
         perturb: changes the matrices of the copies, for example `moekit.experts.AddNoise`, so that experts can part;
             None = equal copies, which only the router tells apart.
         scale: multiplies what an expert writes (its output matrix and bias).
         seed: The seed of the perturbation.
+        power: 1 for weights; -1 and -2 for Adam's first and second moments, which become those of the gradients that
+            experts have under weight 1: the whole one for each part's output bias.
 
     Returns:
         The target's state dict; see `require_complete` for a check. Of moments: those that were carried over, and
@@ -53,11 +65,15 @@ def upcycle(
         form = dense_form(target.get_submodule(f"{layer.prefix}experts"), path)
         dense = below(state, layer.prefix)
         used |= {f"{layer.prefix}{source}" for source, _ in form.tensors.values() if source in dense}
-        for name, tensor in form.expert(dense).items():
+        expert = form.expert(dense)
+        for name, tensor in expert.items():
             full = f"{layer.prefix}experts.{name}"
             if full not in layer.bank_axes:
                 raise UserError(f"{full} is not in the sparse model, and the dense one has {tensor.shape} for it.")
             tensor = _copies(full, tensor, layer.bank_axes[full], fresh[full])
+            if name == OUTPUT_BIAS and power > 0:
+                parts = expert[OUTPUT].shape[0] // fresh[f"{layer.prefix}experts.{OUTPUT}"].shape[1]
+                tensor = tensor / parts if parts > 1 else tensor
             if perturb is not None and tensor.ndim > 2:
                 tensor = perturb(tensor, generator)
             out[full] = tensor * scale if name in (OUTPUT, OUTPUT_BIAS) and scale != 1 else tensor
@@ -116,16 +132,20 @@ def merge(
     average of each group is a part of it, and each part writes with its group's share of the weights. With m = E this
     is exact: the dense model computes the weighted sum of all experts.
 
+    A shared branch that is added to the experts is one more part, with weight 1: the last hidden units of the dense
+    feed-forward, which must be wider than the experts' m parts by its hidden size.
+
     Args:
         state: the sparse model's tensors by name.
         source: the sparse model, for its structure; it may be on the meta device.
         target: the dense model, for its structure; it may be on the meta device. Where the sparse model has a sparse
-            layer it has an `MLP` or `GLU`.
+            layer it has an `MLP` or `GLU`. Routers, and whether a dense phase is over, have no place in it.
         load: Float[E] by layer: weights of the average (they need not sum to 1); None = all alike.
 
     Raises:
         UserError: naming the key: a tensor is missing, left over, or of a shape that does not fit; a load of the wrong
-            length or without a positive sum.
+            length or without a positive sum. Naming the layer: its shared branch is mixed with the experts, is no
+            feed-forward of their kind (the same matrices and biases, the same activation), or finds no room.
 
     Source: averages of weights as in arXiv:2203.05482. Differs: those are of models that were fine-tuned from one;
         experts that were trained apart have no common basin, so expect to train on.
@@ -141,17 +161,91 @@ def merge(
         experts = below({name: state[name] for name in layer.bank_axes if name in state}, f"{prefix}experts.")
         width = _dense_width(form, prefix, wanted)
         narrow = experts[OUTPUT].shape[1]
-        if width % narrow or width // narrow > layer.num_experts:
+        branch = _Shared.of(source, layer, form, state)
+        routed = width - branch.width
+        if routed <= 0 or routed % narrow or routed // narrow > layer.num_experts:
+            beside = f", and {branch.width} wider for the shared branch" if branch.width else ""
             raise UserError(
                 f"the dense feed-forward in the place of {path} must be 1 to {layer.num_experts} experts wide, each of "
-                f"{narrow} hidden units: got {width}."
+                f"{narrow} hidden units{beside}: got {width}."
             )
-        dense = form.dense(_merged(experts, layer, weights, width // narrow))
+        dense = branch.beside(form.dense(_merged(experts, layer, weights, routed // narrow)))
         for name in [name for name in out if name.startswith(prefix)]:
+            if not (name in layer.bank_axes or name in branch.names or _routes(layer, name)):
+                raise UserError(
+                    f"{name} would be lost in the merge: the dense feed-forward in the place of its layer has nothing "
+                    "like it. Leave that part out of the layer before."
+                )
             del out[name]
         out |= {f"{prefix}{name}": tensor.contiguous() for name, tensor in dense.items()}
     require_complete(out, target, "the merged model")
     return out
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What a sparse layer adds to its experts for every token, as tensors of a dense feed-forward.
+
+    Attributes:
+        tensors: The tensors by their names in the dense feed-forward; none = there is no shared branch.
+        hidden: The dimension of the hidden units by the same names; None = a sum over parts, such as an output bias.
+        width: The number of hidden units.
+        names: The names in the sparse model's state.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    hidden: Mapping[str, int | None] = field(default_factory=dict)
+    width: int = 0
+    names: Collection[str] = ()
+
+    @staticmethod
+    def of(model: nn.Module, layer: SparseLayer, form: DenseForm, state: State) -> _Shared:
+        """The shared branch of one layer.
+
+        Raises:
+            UserError: it is not added, or is no feed-forward of the experts' kind.
+        """
+        module: Any = model.get_submodule(layer.path)
+        shared: Any = getattr(module, "shared", None)
+        if shared is None:
+            return _Shared()
+        if getattr(module, "mix", None) is not None:
+            raise UserError(
+                f"{layer.path} mixes its experts with a shared branch by shares of its own for every token "
+                f"({type(module.mix).__name__}), which no dense feed-forward does: it cannot be merged. A shared "
+                "branch that is added (mix=None) can."
+            )
+        name = next((name for name, child in module.named_children() if child is shared), "shared")
+        prefix = f"{layer.prefix}{name}."
+        tensors = below(state, prefix)
+        alike = {source for bank, (source, _) in form.tensors.items() if f"{layer.prefix}experts.{bank}" in state}
+        if shared_form(shared) is not form or set(tensors) != alike or shared.activation != module.experts.activation:
+            raise UserError(
+                f"the shared branch of {layer.path} must be {form.name} with the activation and the biases of the "
+                f"experts, to become a part of one dense feed-forward with them: got {type(shared).__name__} with "
+                f"{', '.join(tensors)}, activation {getattr(shared, 'activation', None)!r} (the experts' is "
+                f"{module.experts.activation!r})."
+            )
+        axes = type(shared).axes
+        hidden = {name: axes[name].index("mlp") if "mlp" in axes[name] else None for name in tensors}
+        width = next(tensor.shape[dim] for name, tensor in tensors.items() if (dim := hidden[name]) is not None)
+        return _Shared(tensors, hidden, width, {f"{prefix}{name}" for name in tensors})
+
+    def beside(self, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One feed-forward that computes the sum of another one and this."""
+        joined = dict(dense)
+        for name, own in self.tensors.items():
+            dim = self.hidden[name]
+            joined[name] = dense[name] + own if dim is None else torch.cat([dense[name], own], dim)
+        return joined
+
+
+def _routes(layer: SparseLayer, name: str) -> bool:
+    """Whether a tensor of the layer only chooses experts, or says that a dense phase is over."""
+    inside = name.removeprefix(layer.prefix)
+    if inside.startswith("phase.") or name in layer.scores or name in layer.ids:
+        return True
+    return name.startswith(layer.router_prefix) if layer.router else "." not in inside
 
 
 def _copies(name: str, tensor: Tensor, axes: tuple[str, ...], wanted: Tensor) -> Tensor:

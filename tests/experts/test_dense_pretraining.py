@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from moekit import AuxLosses, MoELayer, RoutingContext, routers
 from moekit.experts import (
     AddNoise,
+    BASELayerStack,
     DensePretraining,
     Experts,
     GroupedGLU,
@@ -29,7 +30,7 @@ from moekit.experts import (
 from moekit.parallel import Layout, build_meshes, parallelize
 from moekit.routing import Capacity, Router
 from moekit.testing import assert_close, run_distributed, seeded
-from moekit.transformer import MLP
+from moekit.transformer import MLP, DecoderOnly
 
 D, E, F, T = 6, 4, 10, 37
 MASK = torch.arange(T) % 4 < 3
@@ -213,6 +214,42 @@ def test_perturbation_at_the_end(perturb: object) -> None:
         assert not moe.experts.b_in.any()  # untouched zeros
     assert torch.equal(parted[0].w_in, parted[1].w_in)
     assert not torch.equal(parted[0].w_in, parted[2].w_in)
+
+
+def test_perturbation_leaves_norms_and_biases_of_stacks_alone() -> None:
+    """Their parameters have an axis of layers before that of channels, and are no matrices for all that."""
+    bank = BASELayerStack(E, D, F, num_layers=3)
+    moe = MoELayer(routers.base_layers(D, E), bank, phase=DensePretraining(1, perturb=MaskWeights(0.3)))
+    moe.on_step_end(1)
+    assert bool((bank.norm_gain == 1).all())
+    bank = BASELayerStack(E, D, F, num_layers=3, output_scale=1.0)
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.normal_()
+    moe = MoELayer(routers.base_layers(D, E), bank, phase=DensePretraining(1, perturb=AddNoise(0.5)))
+    moe.on_step_end(1)
+    alike = {name for name, parameter in bank.named_parameters() if torch.equal(parameter[0], parameter[1])}
+    assert alike == {"norm_gain", "norm_shift", "b_in", "b_out"}
+
+
+def test_a_gating_residual_behind_the_dense_phase_is_given_scores_that_say_nothing() -> None:
+    def sparse(layer: int, side: str) -> MoELayer:
+        router = routers.TopKRouter(D, E, 2, residual=routers.GatingResidual(E, None if layer == 0 else E))
+        phase = DensePretraining(2) if layer == 0 else None
+        return MoELayer(router, GroupedMLP(E, D, F), phase=phase)
+
+    model = DecoderOnly(20, D, 2, 2, F, feed_forward=sparse)
+    output = model.decode(torch.arange(10).view(2, 5))
+    first, second = output.routings
+    assert first.logits is not None
+    assert first.logits.shape == (10, E)
+    assert not first.logits.any()
+    output.hidden[..., 0].sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if "router" in name}
+    assert all(gradient is not None for gradient in gradients.values())
+    assert not gradients["decoder.layers.1.feed_forward.router.residual.weight"].any()  # type: ignore[union-attr]
+    assert second.logits is not None
+    assert bool(second.logits.any())
 
 
 def test_it_ends_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from moekit import MoELayer, routers
 from moekit.experts import GroupedMLP
 from moekit.functional.reference import moe_reference
 from moekit.recipes.gshard import RECIPE, build
-from moekit.routers import Balance, TopKRouter
+from moekit.routers import Balance, LossFreeRouter, SparseMixerRouter, TopKRouter
 from moekit.routing import Capacity, RoutingContext
 from moekit.runs import RunText
 from moekit.testing import assert_close, skewed_tokens
@@ -91,6 +92,26 @@ def test_one_group_is_the_whole_batch() -> None:
     assert Capacity(train=1.0, group_size=T).slots(T, E, 2, training=True) == 16
     assert Capacity(train=1.0, group_size=SIZE).slots(T, E, 2, training=True) == 7 + 7 + 4
     assert Capacity(train=1.0, group_size=SIZE).slots(T, E, 2, training=False) is None
+
+
+@pytest.mark.parametrize("kind", ["top-k", "loss-free", "loss-free, unbiased", "sparse mixer"])
+def test_every_router_with_a_balance_loss_counts_groups_apart(kind: str) -> None:
+    """The mean of the groups' losses, each as that of a batch of its own."""
+    balance, capacity = Balance(count="all", scope="group"), Capacity(train=2.0, group_size=SIZE)
+    options: dict[str, Any] = {"balance": balance, "capacity": capacity, "init_scale": 5.0}
+    torch.manual_seed(0)
+    router = {
+        "top-k": lambda: TopKRouter(D, E, 2, **options),
+        "loss-free": lambda: LossFreeRouter(D, E, 2, **options),
+        "loss-free, unbiased": lambda: LossFreeRouter(D, E, 2, balance_choices="unbiased", **options),
+        "sparse mixer": lambda: SparseMixerRouter(D, E, 2, tolerance=0.0, **options),  # 0: nothing is drawn
+    }[kind]()
+    x = skewed_tokens(T, D, seed=3)
+    alone = [router(group).losses["load_balance"] for group in x.split(SIZE)]
+    found = router(x).losses["load_balance"]
+    assert_close(found, torch.stack(alone).mean())
+    router.balance = Balance(count="all", scope="batch")
+    assert abs(float((router(x).losses["load_balance"] - found).detach())) > 1e-3
 
 
 def test_what_is_refused() -> None:

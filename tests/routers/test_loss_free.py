@@ -24,8 +24,8 @@ def trained(router: LossFreeRouter, dtype: torch.dtype = torch.float64) -> LossF
     router.to(dtype)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        router.weight.copy_(0.4 * torch.randn(E, D, generator=generator))
-        router.bias.copy_(0.2 * torch.randn(E, generator=generator))
+        router.weight.copy_(0.4 * torch.randn(router.num_experts, D, generator=generator))
+        router.bias.copy_(0.2 * torch.randn(router.num_experts, generator=generator))
     return router
 
 
@@ -155,7 +155,7 @@ def test_sequence_wise_loss_of_deepseek_v3(padded: bool) -> None:
         scores = torch.stack([torch.sigmoid(router.weight @ x[s]) for s in members])
         hits = [0] * E
         for row in scores:
-            for e in (row + router.bias).topk(k).indices.tolist():
+            for e in row.topk(k).indices.tolist():  # eq. 18: without the bias
                 hits[e] += 1
         normed = scores / scores.sum(1, keepdim=True)
         f = [E / (k * len(members)) * h for h in hits]
@@ -166,6 +166,60 @@ def test_sequence_wise_loss_of_deepseek_v3(padded: bool) -> None:
         torch.autograd.grad(v, router.weight)[0] for v in (routing.losses["load_balance"], total / sequences)
     )
     assert_close(found, expected, "gradient")
+
+
+def test_the_sequence_wise_loss_has_a_gradient_where_the_bias_balances() -> None:
+    """Two experts' scores are higher at every token, and the bias sends equal loads: the paper's loss still sees it."""
+    x = torch.randn(256, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 1.0
+    ctx, gradients, losses = RoutingContext(sequence=torch.zeros(256, dtype=torch.int64)), {}, {}
+    for choices in ("unbiased", "biased"):
+        router = trained(deepseek_v3(D, 4, k=2, balance_choices=choices, update_rate=0.01))
+        with torch.no_grad():
+            router.weight[:2, 0] += 2.0
+        for step in range(300):
+            router.update_rate = 0.01 if step < 100 else 0.001
+            routing = router(x, ctx)
+            router.observe(routing)
+            router.on_step_end(step)
+        losses[choices] = router(x, ctx).losses["load_balance"]
+        gradients[choices] = float(torch.autograd.grad(losses[choices], router.weight)[0].norm())
+    assert float(losses["biased"].detach()) == pytest.approx(1.0, abs=0.02)
+    scores = (x @ router.weight.t()).sigmoid()
+    share = torch.bincount(scores.topk(2).indices.flatten(), minlength=4) * 4 / 512
+    expected = (share * (scores / scores.sum(-1, keepdim=True)).mean(0)).sum()
+    assert_close(losses["unbiased"], expected)
+    assert float(expected.detach()) > 1.2
+    assert gradients["unbiased"] > 5 * gradients["biased"]
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_unbiased_choices_of_scope_global_add_up(score: str) -> None:
+    """Micro-batches with padding: the earlier ones count by their scores too, and only their real tokens."""
+    balance = Balance(count="all", scope="global")
+    options = {"balance": balance, "balance_choices": "unbiased", "score": score, "groups": GroupLimit(4, 2)}
+    router = trained(LossFreeRouter(D, E, 2, **options)).train()  # type: ignore[arg-type]
+    one, two = (skewed_tokens(T, D, dtype=torch.float64, seed=seed) for seed in (0, 1))
+    first = router(one, context(True))
+    router.observe(first)
+    second = router(two, context(True))
+    mask = context(True).mask
+    assert mask is not None
+
+    def probs(x: Tensor) -> Tensor:
+        logits = x @ router.weight.t()
+        scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+        return scores / scores.sum(-1, keepdim=True)
+
+    earlier = torch.bincount(probs(one)[mask].topk(2).indices.flatten(), minlength=E)
+    chosen = probs(two).topk(2).indices
+    assert not torch.equal(earlier, torch.bincount(first.expert[first.queued], minlength=E))  # the bias matters
+    expected = load_balance(probs(two), chosen, mask=mask, scope="global", earlier=earlier)
+    assert_close(second.losses["load_balance"], expected)
+    again = router.imposed(two, context(True), first)
+    assert_close(again.losses["load_balance"], expected)
+    router.on_step_end(1)
+    assert router._balance_window.counts is None
 
 
 def test_global_balance_beside_the_bias_counts_as_it_says() -> None:
@@ -312,6 +366,10 @@ def test_refuses() -> None:
         LossFreeRouter(D, E, 1, renormalise=True)
     with pytest.raises(ValueError, match='score must be "sigmoid" or "softmax"'):
         LossFreeRouter(D, E, 2, score="relu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='balance_choices must be "biased" or "unbiased"'):
+        LossFreeRouter(D, E, 2, balance_choices="scores")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="counts choices that nobody sends"):
+        deepseek_v3(D, E, k=2, balance=Balance(when="after_drop"))
     with pytest.raises(ValueError, match="chosen=3 and groups=2"):
         GroupLimit(2, 3)
     with pytest.raises(ValueError, match="best must be at least 1: got 0"):

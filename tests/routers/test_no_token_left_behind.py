@@ -137,6 +137,25 @@ def test_weights_are_those_of_the_experts_that_took_the_token(renormalise: str) 
         assert_close(weight, survive / survive.sum(1, keepdim=True).clamp_min(1e-30))
 
 
+def test_weights_stay_finite_where_the_taking_experts_have_no_probability() -> None:
+    """Softmax gives exactly 0 to scores 300 below the best, and an overflowing token may end at two of these."""
+    router = TopKRouter(
+        4, 4, 2, capacity=Capacity(train=0.5, minimum=1), overflow=NoTokenLeftBehind(), renormalise="before_drop"
+    )
+    with torch.no_grad():
+        router.weight.zero_()[:, 0] = torch.tensor([300.0, 290.0, 0.0, -10.0])
+    x = torch.zeros(8, 4)
+    x[:, 0] = 1.0
+    routing = router(x)
+    nowhere = (routing.expert >= 2) & routing.kept
+    assert int(nowhere.sum()) == 4
+    assert routing.weight[nowhere].tolist() == [0.0] * 4
+    for found in (routing, router.imposed(x, None, routing)):
+        assert bool(found.weight.isfinite().all())
+        (gradient,) = torch.autograd.grad(found.weight.sum(), router.weight)
+        assert bool(gradient.isfinite().all())
+
+
 def test_a_causal_decoder_refuses_it_where_there_is_a_capacity() -> None:
     with pytest.raises(ValueError, match="depend on later tokens"):
         router_of(1, 1.0, None).check_causal()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +13,7 @@ from moekit import MoELayer, routers
 from moekit.experts import GroupedMLP
 from moekit.functional.reference import moe_reference
 from moekit.routers import SequenceCapacity, TopKRouter
+from moekit.routers.queueing import routing_of_choices
 from moekit.routing import RoutingContext
 from moekit.testing import assert_close, skewed_tokens
 
@@ -74,3 +78,24 @@ def test_what_it_needs() -> None:
     assert (
         router(1, 2)(torch.zeros(0, D), RoutingContext(sequence=torch.zeros(0, dtype=torch.int64))).token.numel() == 0
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("LossFreeRouter", lambda own: routers.LossFreeRouter(D, E, 2, capacity=own)),
+        ("SparseMixerRouter", lambda own: routers.SparseMixerRouter(D, E, 2, capacity=own)),
+        ("SinkhornRouter", lambda own: routers.SinkhornRouter(D, E, 2, capacity=own)),
+        ("NoisyTopKRouter", lambda own: routers.NoisyTopKRouter(D, E, 2, capacity=own)),
+        ("UniformRouter", lambda own: routers.UniformRouter(E, 2, capacity=own)),
+        ("TaskTableRouter", lambda own: routers.TaskTableRouter(E, [0, 1], capacity=own)),
+        ("HashRouter", lambda own: routers.HashRouter(E, torch.zeros(5, dtype=torch.int64), capacity=own)),
+        (
+            "routing_of_choices",
+            lambda own: routing_of_choices(torch.zeros(3, dtype=torch.int64), torch.ones(3), E, capacity=own),
+        ),
+    ],
+)
+def test_routers_that_would_ignore_it_refuse_it(name: str, make: Callable[[Any], object]) -> None:
+    with pytest.raises(ValueError, match=rf"{name} needs a moekit\.Capacity.*got SequenceCapacity\(limit=1\)"):
+        make(SequenceCapacity(1))

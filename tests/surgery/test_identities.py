@@ -13,6 +13,7 @@ from moekit import routers
 from moekit.errors import UserError
 from moekit.experts import AddNoise, GroupedGLU, GroupedMLP, MultiHashMLP, ZeroComputationExperts
 from moekit.layer import MoELayer
+from moekit.mixing import SoftmaxMix
 from moekit.routers import (
     BASELayerRouter,
     BiasedLinearScorer,
@@ -258,6 +259,73 @@ def test_merge_by_load_is_the_weighted_average() -> None:
     torch.testing.assert_close(merged["w_out.weight"], (0.75 * w[1] + 0.25 * w[2]).t())
 
 
+@pytest.mark.parametrize("kind", ["mlp", "mlp with biases", "glu"])
+def test_merge_makes_an_added_shared_branch_one_more_part(kind: str) -> None:
+    """With all experts in the dense feed-forward the result is the layer's own, shared branch included."""
+    bias, shared_width = kind == "mlp with biases", 10
+    if kind == "glu":
+        sparse = MoELayer(UniformRouter(E, k=E), GroupedGLU(E, D, F), shared=GLU(D, shared_width))
+        dense: nn.Module = GLU(D, E * F + shared_width)
+    else:
+        bank, shared = GroupedMLP(E, D, F, bias=bias), MLP(D, shared_width, bias=bias)
+        sparse = MoELayer(UniformRouter(E, k=E), bank, shared=shared)
+        dense = MLP(D, E * F + shared_width, bias=bias)
+    with torch.no_grad():
+        for parameter in sparse.parameters():
+            parameter.normal_()
+    dense.load_state_dict(merge(sparse.state_dict(), sparse, dense))
+    x = torch.randn(5, D)
+    torch.testing.assert_close(dense(x), sparse.eval()(x).hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_merge_refuses_what_no_dense_feed_forward_holds() -> None:
+    """A branch that is mixed, of another kind, or has no room; and a part of a layer that nobody knows."""
+
+    class Sparse(nn.Module):
+        def __init__(self, layer: MoELayer) -> None:
+            super().__init__()
+            self.ff = layer
+
+    def merged(shared: nn.Module, width: int, mix: SoftmaxMix | None = None, *, bias: bool = False) -> None:
+        bank = GroupedMLP(E, D, F, bias=bias)
+        sparse, dense = Sparse(MoELayer(TopKRouter(D, E), bank, shared=shared, mix=mix)), nn.Module()
+        dense.ff = MLP(D, width, bias=bias)
+        merge(sparse.state_dict(), sparse, dense)
+
+    merged(MLP(D, F), 2 * F)
+    with pytest.raises(UserError, match=r"ff mixes its experts with a shared branch .*\(SoftmaxMix\)"):
+        merged(MLP(D, F), 2 * F, SoftmaxMix(D))
+    with pytest.raises(UserError, match=r"shared branch of ff must be MLP .* got GLU"):
+        merged(GLU(D, F), 2 * F)
+    with pytest.raises(UserError, match=r"activation 'gelu' .the experts' is 'relu'"):
+        merged(MLP(D, F, activation="gelu"), 2 * F)
+    with pytest.raises(UserError, match=r"shared branch of ff must be MLP .* got MLP with w_in"):
+        merged(MLP(D, F), 2 * F, bias=True)
+    with pytest.raises(UserError, match=r"in the place of ff must be 1 to 4 .*, and 12 wider for the shared .* got 12"):
+        merged(MLP(D, F), F)
+    with_more = MoELayer(TopKRouter(D, E), GroupedMLP(E, D, F))
+    with_more.extra = nn.Linear(D, D)
+    with pytest.raises(UserError, match=r"extra\.weight would be lost in the merge"):
+        merge(with_more.state_dict(), with_more, MLP(D, F))
+
+
+def test_upcycled_parts_share_the_output_bias() -> None:
+    """Parts with weight 1 add up to the dense layer; a part's bias then has the whole gradient, so its whole moment."""
+    dense = MLP(D, F, bias=True)
+    with torch.no_grad():
+        dense.get_parameter("w_out.bias").normal_()
+    sparse = MoELayer(UniformRouter(3, k=3), GroupedMLP(3, D, F // 3, bias=True))
+    sparse.load_state_dict(upcycle(dense.state_dict(), sparse))
+    x = torch.randn(5, D)
+    sum_of_parts = torch.stack([sparse.experts.reference(e, x) for e in range(3)]).sum(0)
+    torch.testing.assert_close(sum_of_parts, dense(x))
+    for output in (dense(x), sum_of_parts):
+        (output**2).sum().backward()
+    moments = upcycle({name: p.grad for name, p in dense.named_parameters() if p.grad is not None}, sparse, power=-1)
+    for name, parameter in sparse.experts.named_parameters():
+        torch.testing.assert_close(moments[f"experts.{name}"], parameter.grad)
+
+
 # -- split ---------------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +370,32 @@ def test_moments_of_a_split_are_those_of_the_parts_gradients(gated: bool) -> Non
         if "router" in name:  # two equal rows share the gradient only on average: which part of a tie is free
             continue
         torch.testing.assert_close(parameter.grad, expected[name])
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_moments_of_gate_rows_are_what_parts_have_on_average(divided: bool) -> None:
+    """The gradients of the rows of an expert's parts sum to the gradient of its row, whatever weight a part has."""
+
+    def layer(parts: int) -> MoELayer:
+        router: Router = LossFreeRouter(D, E * parts, 2 * parts, init_scale=5.0)
+        if divided:
+            router = TopKRouter(D, E * parts, 2 * parts, init_scale=5.0)
+        return MoELayer(router, GroupedMLP(E * parts, D, F // parts))
+
+    coarse, fine, x = layer(1), layer(2), torch.randn(7, D)
+    layers = sparse_layers(coarse)
+    fine.load_state_dict(split_experts(coarse.state_dict(), layers, 2, divided=divided))
+    for model in (coarse, fine):
+        (model(x).hidden ** 2).sum().backward()
+    row = coarse.get_parameter("router.weight").grad
+    assert row is not None
+    carried = split_experts({"router.weight": row}, layers, 2, divided=divided, power=-1)["router.weight"]
+    found = fine.get_parameter("router.weight").grad
+    assert found is not None
+    torch.testing.assert_close(carried.view(E, 2, D).sum(1), found.view(E, 2, D).sum(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(carried, row.repeat_interleave(2, 0) / 2)
+    second = split_experts({"router.weight": row**2}, layers, 2, divided=divided, power=-2)["router.weight"]
+    torch.testing.assert_close(second, row.repeat_interleave(2, 0) ** 2 / 4)
 
 
 # -- tables --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moekit.errors import UserError
-from moekit.experts import GroupedMLP
+from moekit.experts import GroupedMLP, ZeroComputationExperts
 from moekit.layer import MoELayer
 from moekit.routers import TopKRouter
 from moekit.routing import Capacity, RoutingContext
@@ -67,6 +67,28 @@ def test_padding_does_not_count_and_unused_experts_have_none() -> None:
     assert use[""].tokens.tolist() == [3, 3, 0, 0]
     assert use[""].saliency[2:].tolist() == [0.0, 0.0]
     assert slow(made, x, RoutingContext(mask=mask))[0] == [3, 3, 0, 0]
+
+
+def test_experts_without_matrix_products_are_measured_too() -> None:
+    """The first parameter of the bank is the constants', which are fewer than the experts."""
+    torch.manual_seed(0)
+    made = MoELayer(TopKRouter(8, 8, 2, init_scale=2.0), ZeroComputationExperts(GroupedMLP(4, 8, 12))).eval()
+    x = torch.randn(40, 8)
+    with watch_experts(made) as use, torch.no_grad():
+        routing = made(x).routing
+    assert use[""].tokens.tolist() == torch.bincount(routing.expert, minlength=8).tolist()
+    copied = routing.expert == 5  # four of the bank, zero, copy, two constants
+    products = routing.weight[copied] * x[routing.token[copied]].norm(dim=1)
+    assert copied.any()
+    assert use[""].saliency[4] == 0
+    torch.testing.assert_close(use[""].saliency[5], products.mean().to(torch.float64))
+
+
+def test_a_bank_that_is_spread_is_refused() -> None:
+    made = layer()
+    made.experts.w_in = torch.nn.Parameter(made.experts.w_in[:2].detach())  # type: ignore[index]
+    with pytest.raises(ValueError, match="must all be in this process: got 2"), watch_experts(made):
+        pass
 
 
 def test_choice_by_saliency_and_in_groups() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from small_runs import E, equal, fails, network, resumed, slots, weights
+from small_runs import COMMON, SIZES, E, equal, fails, network, resumed, slots, weights
 from torch import Tensor
 
 from moekit.cli.recipes import main as recipe_main
 from moekit.errors import UserError
-from moekit.recipes import moe_lm
+from moekit.recipes import base_layers, moe_lm
 from moekit.report.pruning import write_curve
 from moekit.runs import Run
 from moekit.runs.plain import with_setting
@@ -169,6 +169,20 @@ def test_upcycling_a_sparse_run_copies_experts(runs: Path) -> None:
         upcycle_run(subject, 3)
     with pytest.raises(UserError, match="scale is for upcycling dense models"):
         upcycle_run(subject, 6, scale=2.0)
+
+
+def test_noise_on_copies_of_stacks_is_on_their_matrices_alone(runs: Path, tmp_path: Path) -> None:
+    options = [*COMMON, "--data.cache", str(runs / "cache"), *SIZES, "--out", str(tmp_path / "base")]
+    assert recipe_main(base_layers.RECIPE, ["fit", *options]) == 0
+    subject = Run.load(tmp_path / "base")
+    noisy = upcycle_run(subject, 8, noise=0.1)
+    assert noisy.slots is not None
+    (layer,) = subject.layers().values()
+    for name in layer.bank_axes:
+        copied = subject.loaded.weights[name].repeat(2, *[1] * (subject.loaded.weights[name].ndim - 1))
+        matrix = name.endswith(("w_in", "w_out"))
+        assert torch.equal(noisy.weights[name], copied) != matrix, name
+        assert (name in noisy.slots) != matrix, name
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moekit.errors import UserError
 from moekit.experts import AddNoise
+from moekit.experts.base import is_matrix
 from moekit.routing import Compensation
 from moekit.runs.config import RunConfig
 from moekit.runs.plain import differences, with_setting
@@ -164,7 +165,11 @@ def upcycle_run(
     origins = dense_names(target)
     slots = None
     if not noise and scale == 1:
-        slots = _carried([run], [run.model()], lambda states, power: upcycle(states[0], target), target, origins)
+
+        def copies(states: Sequence[Mapping[str, Tensor]], power: int) -> Mapping[str, Tensor]:
+            return upcycle(states[0], target, power=power)
+
+        slots = _carried([run], [run.model()], copies, target, origins)
     note: dict[str, Any] = {"experts": num_experts, "noise": noise, "scale": scale, "seed": seed}
     return _made("upcycle", [run], config, target, weights, slots, **note)
 
@@ -282,8 +287,10 @@ def _grown(
         return result
     perturb, generator = AddNoise(noise), torch.Generator().manual_seed(seed)
     weights, slots = dict(result.weights), dict(result.slots or {})
+    banked = {name: axes for layer in layers.values() for name, axes in layer.bank_axes.items()}
     for name in (name for layer in layers.values() for name in layer.dims):
-        if weights[name].is_floating_point() and weights[name].ndim > 1:
+        matrix = is_matrix(banked[name]) if name in banked else weights[name].ndim > 1
+        if weights[name].is_floating_point() and matrix:
             weights[name] = perturb(weights[name], generator)
             slots.pop(name, None)
     return dataclasses.replace(result, weights=weights, slots=slots if result.slots is not None else None)
