@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,13 @@ from moekit.experts import AddNoise
 from moekit.experts.base import is_matrix
 from moekit.routing import Compensation
 from moekit.runs.config import RunConfig
-from moekit.runs.plain import differences, with_setting
+from moekit.runs.plain import with_setting
 from moekit.runs.recipe import RunText
 from moekit.runs.run import Run
-from moekit.runs.settings.fields import free_keys
 from moekit.runs.surgery.compensating import copies_of, describe, needs, noted, require_choices, with_choices
+from moekit.runs.surgery.meaning import require_same_meaning
 from moekit.runs.surgery.optimizer import optimizer_slots
-from moekit.runs.text import tokenizer_digest, training_data
+from moekit.runs.text import training_data
 from moekit.surgery import (
     SparseLayer,
     aggregate,
@@ -85,7 +84,7 @@ def aggregate_runs(
     """
     first = runs[0]
     for other in runs[1:]:
-        _require_same_meaning(first, other)
+        require_same_meaning(first, other)
     models = [run.model() for run in runs]
     layers = [sparse_layers(model) for model in models]
     names = [str(run.checkpoint) for run in runs]
@@ -387,24 +386,3 @@ def _fitting(
     target = run.model(config)
     require_choices(run, target, layers, needed)
     return config, target, needed
-
-
-def _require_same_meaning(first: Run, other: Run) -> None:
-    if first.recipe.name != other.recipe.name:
-        raise UserError(
-            f"{other.path} must be of the recipe {first.recipe.name}, as {first.path} is: got {other.recipe.name}."
-        )
-    # The seed of babel makes its languages; elsewhere it is the order of examples alone.
-    free = [*free_keys(first.config, "surgery"), *([] if "babel" in first.config.data.sources else ["data.seed"])]
-    if found := differences(dataclasses.asdict(first.config), dataclasses.asdict(other.config), free):
-        key, (here, there) = next(iter(found.items()))
-        raise UserError(
-            f"{other.path} must have the setting {key} of {first.path}, on which the meaning of weights and vocabulary "
-            f"depends: got {there!r} and {here!r}."
-        )
-    digests = (tokenizer_digest(first), tokenizer_digest(other))
-    if None not in digests and digests[0] != digests[1]:
-        raise UserError(
-            f"{other.path} must have the tokenizer of {first.path}, on which the meaning of its weights depends: got "
-            f"{digests[1]} and {digests[0]}, from text that has changed in between."
-        )
