@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from moekit.experts import AddNoise
 from moekit.experts.base import is_matrix
 from moekit.routing import Compensation
 from moekit.runs.config import RunConfig
-from moekit.runs.plain import with_setting
+from moekit.runs.plain import differences, with_setting
 from moekit.runs.recipe import RunText
 from moekit.runs.run import Run
 from moekit.runs.surgery.compensating import copies_of, describe, needs, noted, require_choices, with_choices
