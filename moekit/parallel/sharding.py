@@ -77,6 +77,16 @@ class ShardedModel:
             if isinstance(owner, LocalViews):
                 owner.renew()
 
+    def join_backward(self, loss: Tensor) -> None:
+        """Let the backward of `loss`, which follows, bring together the gradients of the whole model.
+
+        `fully_shard` learns of a backward by what the forward of a unit has returned. A backward in the middle of the
+        model's own forward, which has returned nothing yet, may meet no other unit.
+        """
+        state: Any = fully_shard.state(self.units[-1])  # type: ignore[attr-defined]
+        if loss.requires_grad:  # else backward says what is wrong
+            loss.register_hook(state._pre_backward)
+
     def release_weights(self) -> None:
         """Let go of weights that were gathered for a forward which no backward followed."""
         for unit in self.units:

@@ -425,6 +425,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def pre_backward(self, closure_loss: Tensor) -> None:
         self._sync.meet("backward")
         self._manual.gather_again(self._divided)  # for the second of two losses
+        self._divided.join_backward(closure_loss)
         super().pre_backward(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
