@@ -87,6 +87,19 @@ class ShardedModel:
         if loss.requires_grad:  # else backward says what is wrong
             loss.register_hook(state._pre_backward)
 
+    def forget_gradients(self) -> None:
+        """Drop the gradients that wait for the last micro-batch of a step, where that was never taken.
+
+        They are not those of the parameters, so that no ``zero_grad`` reaches them.
+        """
+        for unit in self.units:
+            for group in parameter_groups(unit):
+                group._partial_reduce_output = None
+                for parameter in group.fsdp_params:
+                    parameter.unsharded_accumulated_grad = None
+                    if (whole := getattr(parameter, "_unsharded_param", None)) is not None:
+                        whole.grad = None
+
     def release_weights(self) -> None:
         """Let go of weights that were gathered for a forward which no backward followed."""
         for unit in self.units:

@@ -376,6 +376,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        self._divided.forget_gradients()  # a fit before may have ended between two steps
         self._sync.require_equal_batches(self._module.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

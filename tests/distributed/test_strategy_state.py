@@ -18,6 +18,7 @@ from small_lm import (
     LAYOUTS,
     Sentences,
     SmallLM,
+    close,
     fit,
     one_process,
     sentences,
@@ -176,6 +177,27 @@ def a_second_fit_keeps_the_layout() -> None:
             fit(module, other, DATA[:GLOBAL_BATCH])
 
 
+class Stop(L.Callback):
+    """Ends training after the first batch."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = True
+
+
+def gradients_of_a_step_that_was_not_taken() -> None:
+    """A fit that ends between two micro-batches leaves nothing to the next one."""
+    options: dict[str, Any] = {"optimizer": "sgd", "aux": {"router_z": 0.01}}
+    expected = one_process(SmallLM(**options), DATA)
+    over_replicas = {"expert_parallel_size": 1, "replicas": 2, "zero_stage": 3}
+    for layout in (*LAYOUTS, {"expert_parallel_size": 1, "zero_stage": 2}, over_replicas):
+        module = SmallLM(**options)
+        trainer = trainer_for(ExpertParallelStrategy(**layout), callbacks=[Stop()], accumulate_grad_batches=2)
+        trainer.fit(module, datamodule=Sentences(DATA, micro=2))
+        assert trainer.global_step == 0
+        module.losses.clear()
+        close(fit(module, ExpertParallelStrategy(**layout), DATA, micro=2), expected)
+
+
 class Drawing(SmallLM):
     """Draws a number in every step."""
 
@@ -228,5 +250,6 @@ CASES, outcome, test_case = in_one_group(
     averages_in_checkpoints,
     averages_are_read_back,
     a_second_fit_keeps_the_layout,
+    gradients_of_a_step_that_was_not_taken,
     random_numbers_of_another_layout,
 )
