@@ -100,6 +100,16 @@ class ShardedModel:
                     if (whole := getattr(parameter, "_unsharded_param", None)) is not None:
                         whole.grad = None
 
+    def end_without_backward(self) -> None:
+        """Do what a backward does at its end, after a forward that none follows: in one process alone.
+
+        Gradients of earlier micro-batches are brought to their parameters, and weights are released, which the step
+        that follows changes.
+        """
+        state: Any = fully_shard.state(self.units[-1])  # type: ignore[attr-defined]
+        with torch.no_grad():
+            state._root_post_backward_final_callback()
+
     def release_weights(self) -> None:
         """Let go of weights that were gathered for a forward which no backward followed."""
         for unit in self.units:

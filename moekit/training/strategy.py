@@ -446,6 +446,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
         def inspected() -> Any:
             result = closure()
+            if result is None and module.automatic_optimization:
+                # training_step gave no loss, which Lightning refuses where there are several processes.
+                self._divided.end_without_backward()
             self._sync.meet("the optimizer's step")
             self._optimization.inspect_gradients(optimizer, module)
             return result
