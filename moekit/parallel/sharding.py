@@ -77,6 +77,39 @@ class ShardedModel:
             if isinstance(owner, LocalViews):
                 owner.renew()
 
+    def join_backward(self, loss: Tensor) -> None:
+        """Let the backward of `loss`, which follows, bring together the gradients of the whole model.
+
+        `fully_shard` learns of a backward by what the forward of a unit has returned. A backward in the middle of the
+        model's own forward, which has returned nothing yet, may meet no other unit.
+        """
+        state: Any = fully_shard.state(self.units[-1])  # type: ignore[attr-defined]
+        if loss.requires_grad:  # else backward says what is wrong
+            loss.register_hook(state._pre_backward)
+
+    def forget_gradients(self) -> None:
+        """Drop the gradients that wait for the last micro-batch of a step, where that was never taken.
+
+        They are not those of the parameters, so that no ``zero_grad`` reaches them.
+        """
+        for unit in self.units:
+            for group in parameter_groups(unit):
+                group._partial_reduce_output = None
+                for parameter in group.fsdp_params:
+                    parameter.unsharded_accumulated_grad = None
+                    if (whole := getattr(parameter, "_unsharded_param", None)) is not None:
+                        whole.grad = None
+
+    def end_without_backward(self) -> None:
+        """Do what a backward does at its end, after a forward that none follows: in one process alone.
+
+        Gradients of earlier micro-batches are brought to their parameters, and weights are released, which the step
+        that follows changes.
+        """
+        state: Any = fully_shard.state(self.units[-1])  # type: ignore[attr-defined]
+        with torch.no_grad():
+            state._root_post_backward_final_callback()
+
     def release_weights(self) -> None:
         """Let go of weights that were gathered for a forward which no backward followed."""
         for unit in self.units:

@@ -50,7 +50,9 @@ def _look_before_reducing(group: Any) -> None:
                 continue
             real = whole.grad is not None or parameter.unsharded_accumulated_grad is not None
             own = parameter.sharded_param
-            _used[own] = real or (own.grad is not None and _used.get(own, True))
+            # Over replicas the gradients of earlier micro-batches wait in the group's buffer until they are summed.
+            held = own.grad is not None or group._partial_reduce_output is not None
+            _used[own] = real or (held and _used.get(own, True))
             if not real and group.reduce_grads and not NATIVE:
                 whole.grad = torch.zeros_like(whole)
         reduce(*args)

@@ -213,7 +213,7 @@ def with_slots(
 
     def made(module: nn.Module) -> Optimizer:
         optimizer = make(module)
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        stepped = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in module.named_parameters():
             found = slots.get(name)
             if found is None or id(parameter) not in stepped:
@@ -224,8 +224,9 @@ def with_slots(
                 )
             tensors = [value for key, value in found.items() if isinstance(value, Tensor) and key != "step"]
             if all(value.shape == parameter.shape for value in tensors):
+                group = stepped[id(parameter)]
                 optimizer.state[parameter] = {
-                    key: _beside(value, parameter, key) if isinstance(value, Tensor) else value
+                    key: _beside(value, parameter, key, group) if isinstance(value, Tensor) else value
                     for key, value in found.items()
                 }
         return optimizer
@@ -233,6 +234,8 @@ def with_slots(
     return made
 
 
-def _beside(value: Tensor, parameter: Tensor, key: str) -> Tensor:
-    """A slot where the optimizer wants it: steps of a fused optimizer lie with the parameter."""
-    return value.clone() if key == "step" else value.to(device=parameter.device, dtype=torch.float32).clone()
+def _beside(value: Tensor, parameter: Tensor, key: str, group: Mapping[str, Any]) -> Tensor:
+    """A copy of a slot where the optimizer wants it: steps lie with the parameter only if a kernel counts them."""
+    if key == "step" and not (group.get("fused") or group.get("capturable")):
+        return value.clone()
+    return value.to(device=parameter.device, dtype=torch.float32, copy=True)

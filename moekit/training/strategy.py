@@ -376,6 +376,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        self._divided.forget_gradients()  # a fit before may have ended between two steps
         self._sync.require_equal_batches(self._module.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -425,6 +426,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def pre_backward(self, closure_loss: Tensor) -> None:
         self._sync.meet("backward")
         self._manual.gather_again(self._divided)  # for the second of two losses
+        self._divided.join_backward(closure_loss)
         super().pre_backward(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -444,6 +446,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
         def inspected() -> Any:
             result = closure()
+            if result is None and module.automatic_optimization:
+                # training_step gave no loss, which Lightning refuses where there are several processes.
+                self._divided.end_without_backward()
             self._sync.meet("the optimizer's step")
             self._optimization.inspect_gradients(optimizer, module)
             return result

@@ -17,8 +17,10 @@ from moekit import ExpertParallelStrategy
 from moekit.testing import run_distributed
 from moekit.training.agreement import agree
 from moekit.training.budget import Budget
+from moekit.training.callbacks.best import BestCheckpoint
 from moekit.training.callbacks.interrupt import Resumable
 from moekit.training.callbacks.limits import MaxMinutes
+from moekit.training.checkpoint_state import load_rest
 
 
 class Clock:
@@ -93,6 +95,39 @@ def ends(room: str) -> dict[str, Any]:
         trainer.fit(SmallLM("sgd"), loader)
     found["saved"], found["code"] = saved, ended.value.code
     return found
+
+
+class Judged(SmallLM):
+    """Says another value on each rank, or one on the first alone: the first rank's gets better, the other's worse."""
+
+    def __init__(self, *, first_alone: bool) -> None:
+        super().__init__("sgd")
+        self.first_alone = first_alone
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        value = float(self.trainer.current_epoch)
+        self.log("valid", value if dist.get_rank() else -value, rank_zero_only=self.first_alone)
+
+
+def best_of_several(room: str) -> dict[str, Any]:
+    loader: Any = DataLoader(sentences(1), batch_size=4)  # type: ignore[arg-type]
+    found: dict[str, Any] = {}
+    with quiet():
+        for first_alone in (False, True):
+            best = BestCheckpoint(Path(room) / str(first_alone), monitor="valid")
+            trainer = trainer_for(
+                ExpertParallelStrategy(2), callbacks=[best], enable_checkpointing=True, max_epochs=3,
+                limit_val_batches=1, num_sanity_val_steps=0, use_distributed_sampler=False,
+            )  # fmt: skip
+            trainer.fit(Judged(first_alone=first_alone), loader, loader)
+            found[str(first_alone)] = best.best, load_rest(best.path)["global_step"] // len(loader)
+    return found
+
+
+def test_the_first_value_says_what_is_best(tmp_path: Path) -> None:
+    """All ranks save together, after each of three epochs."""
+    for found in run_distributed(best_of_several, 2, str(tmp_path)):
+        assert found == {"False": (-2.0, 3), "True": (-2.0, 3)}
 
 
 def quietly(room: str) -> dict[str, Any]:

@@ -188,6 +188,49 @@ def weights_that_no_rank_uses() -> None:
                 unused_gradients.NATIVE = native
 
 
+class InTurns(SmallLM):
+    """Has two weights, each of which takes part in every second micro-batch."""
+
+    def __init__(self) -> None:
+        super().__init__(aux={"router_z": 0.01})
+        self.one, self.other = nn.Linear(6, 1), nn.Linear(6, 1)
+        with torch.no_grad():
+            for parameter in (*self.one.parameters(), *self.other.parameters()):
+                parameter.copy_(torch.linspace(-1.0, 1.0, parameter.numel()).view_as(parameter))
+
+    @staticmethod
+    def side(part: nn.Linear) -> Tensor:
+        return part(torch.ones(2, 6)).square().mean()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + self.side(self.other if batch_idx % 2 else self.one)
+
+
+class AtOnce(InTurns):
+    """The same for one process without micro-batches."""
+
+    def loss(self, ids: Tensor) -> Tensor:
+        return super().loss(ids) + (self.side(self.one) + self.side(self.other)) / 2
+
+
+def weights_of_an_earlier_micro_batch_alone() -> None:
+    """They have a gradient, wherever it waits for the last micro-batch."""
+    expected = one_process(AtOnce(), DATA)
+    native = unused_gradients.NATIVE
+    for by_torch in {native, False}:
+        unused_gradients.NATIVE = by_torch
+        try:
+            for layout in (
+                {"expert_parallel_size": 1, "replicas": 2, "zero_stage": 3},
+                {"expert_parallel_size": 1, "replicas": 2, "zero_stage": 2},
+                *LAYOUTS,
+            ):
+                got = fit(InTurns(), ExpertParallelStrategy(**layout), DATA, micro=2)
+                close({**got, "losses": expected["losses"]}, expected)  # the step's own, without the side
+        finally:
+            unused_gradients.NATIVE = native
+
+
 def an_expert_with_all_tokens() -> None:
     options: dict[str, Any] = {"aux": {}, "router": AllToOne}
     expected = one_process(SmallLM("sgd", **options), DATA)
@@ -350,6 +393,7 @@ CASES, outcome, test_case = in_one_group(
     a_rank_without_tokens,
     weights_that_a_rank_does_not_use,
     weights_that_no_rank_uses,
+    weights_of_an_earlier_micro_batch_alone,
     an_expert_with_all_tokens,
     uneven_batches,
     two_levels,

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.connectors import accelerator_connector
-from small_lm import CLIP, SmallLM, one_process, quiet, sentences, trainer_for, whole_weights
+from small_lm import CLIP, SmallLM, alike, one_process, quiet, sentences, trainer_for, whole_weights
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 
@@ -109,6 +109,50 @@ def test_a_notebook_names_the_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
                 torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
     finally:
         dist.destroy_process_group()
+
+
+# -- steps without a loss ----------------------------------------------------------------------------------------------
+
+
+class SomeNothing(SmallLM):
+    """Returns no loss for some batches, though it went forward."""
+
+    def __init__(self, nothing: set[int]) -> None:
+        super().__init__("sgd", aux={"router_z": 0.01})
+        self.nothing = nothing
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return None if batch_idx in self.nothing else loss
+
+
+@pytest.mark.parametrize("nothing", [{1}, {0}, {0, 1, 3}], ids=str)
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+def test_steps_without_a_loss_in_one_process(nothing: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among micro-batches too, all is as by plain Lightning: losses of all batches, and weights at the end."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # Lightning sets them; put them back afterwards
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    options: dict[str, Any] = {
+        "accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0,
+        "use_distributed_sampler": False,
+    }  # fmt: skip
+    loader: Any = torch.utils.data.DataLoader(sentences(2), batch_size=2)  # type: ignore[arg-type]
+    try:
+        for micro in (2, 1):
+            plain = SomeNothing(nothing)
+            L.Trainer(accumulate_grad_batches=micro, **options).fit(plain, loader)
+            for stage in (0, 1, 2, 3):
+                module = SomeNothing(nothing)
+                strategy = ExpertParallelStrategy(zero_stage=stage)  # type: ignore[arg-type]
+                L.Trainer(strategy=strategy, accumulate_grad_batches=micro, **options).fit(module, loader)
+                torch.testing.assert_close(torch.stack(module.losses), torch.stack(plain.losses))
+                alike(module, {name: value.detach() for name, value in plain.named_parameters()})
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # -- blocks that return views ------------------------------------------------------------------------------------------

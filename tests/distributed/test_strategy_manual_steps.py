@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from case_group import in_one_group
-from small_lm import FEW_LAYOUTS, GLOBAL_BATCH, MORE_LAYOUTS, SmallLM, alike, fit, sentences
-from torch import Tensor
+from small_lm import (
+    DIM,
+    EXPERTS,
+    FEW_LAYOUTS,
+    GLOBAL_BATCH,
+    MORE_LAYOUTS,
+    SmallLM,
+    alike,
+    fit,
+    sentences,
+    trainer_for,
+)
+from torch import Tensor, nn
 
+import moekit as mk
 from moekit import ExpertParallelStrategy
 from moekit.errors import UserError
+from moekit.experts import GroupedMLP
+from moekit.routers import TopKRouter
+from moekit.testing import seeded
 
 DATA = sentences(3)
 
@@ -157,11 +175,77 @@ def muon_needs_whole_matrices() -> None:
                 fit(ByMuon(), ExpertParallelStrategy(**layout), DATA, gradient_clip_val=None)
 
 
+class Adversarial(L.LightningModule):
+    """A generator and a discriminator of plain layers, beside which there is no unit but the model itself.
+
+    Args:
+        sparse: Whether the generator is a sparse layer, whose bank is a unit that only one of the losses meets.
+        toggles: Whether only the weights of the optimizer that is about to step get gradients.
+    """
+
+    automatic_optimization = False
+
+    def __init__(self, *, sparse: bool, toggles: bool) -> None:
+        super().__init__()
+        self.toggles = toggles
+        with seeded(5):
+            experts = mk.MoELayer(TopKRouter(DIM, EXPERTS, 1), GroupedMLP(EXPERTS, DIM, 8))
+            self.generator = experts if sparse else nn.Linear(DIM, DIM)
+            self.discriminator = nn.Sequential(nn.Linear(DIM, 8), nn.SiLU(), nn.Linear(8, 1))
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.generator, self.discriminator)]
+
+    def generated(self, batch: Tensor) -> Tensor:
+        found = self.generator(batch)
+        return found.hidden if isinstance(found, mk.MoEOutput) else found
+
+    def judged(self, batch: Tensor) -> Tensor:
+        return self.discriminator(batch).square().mean()
+
+    def step(self, optimizer: Any, loss: Callable[[], Tensor]) -> None:
+        if self.toggles:
+            self.toggle_optimizer(optimizer)
+        else:
+            optimizer.zero_grad()
+        self.manual_backward(loss())
+        optimizer.step()
+        if self.toggles:  # the other's weights got no gradients, so that nobody has to take them away
+            optimizer.zero_grad()
+            self.untoggle_optimizer(optimizer)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        one, other = optimizers
+        self.step(one, lambda: self.judged(self.generated(batch)))
+        self.step(other, lambda: self.judged(self.generated(batch).detach()) - self.judged(batch))
+
+
+def backwards_that_meet_no_inner_unit() -> None:
+    """The weights of the model itself get their gradients in every backward of a step: as by plain Lightning."""
+    data = torch.randn(3, GLOBAL_BATCH, DIM, generator=torch.Generator().manual_seed(1))
+    mine = torch.stack([batch.chunk(2)[dist.get_rank()] for batch in data])
+    for sparse, toggles in ((False, True), (False, False), (True, False), (True, True)):
+        plain = Adversarial(sparse=sparse, toggles=toggles)
+        options: dict[str, Any] = {
+            "accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "enable_checkpointing": False,
+            "enable_progress_bar": False, "enable_model_summary": False,
+        }  # fmt: skip
+        L.Trainer(**options).fit(plain, torch.utils.data.DataLoader(data, batch_size=None))  # type: ignore[arg-type]
+        for layout in ({"zero_stage": 0}, {"zero_stage": 2}, {"zero_stage": 3}):
+            module = Adversarial(sparse=sparse, toggles=toggles)
+            strategy = ExpertParallelStrategy(**layout)  # type: ignore[arg-type]
+            trainer = trainer_for(strategy, use_distributed_sampler=False, gradient_clip_val=None)
+            trainer.fit(module, torch.utils.data.DataLoader(mine, batch_size=None))  # type: ignore[arg-type]
+            alike(module, plain)
+
+
 CASES, outcome, test_case = in_one_group(
     __name__,
     2,
     one_of_two_made_before,
     several_passes_in_a_step,
     several_backwards_in_a_step,
+    backwards_that_meet_no_inner_unit,
     muon_needs_whole_matrices,
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from case_group import folder, in_one_group
+from checkpoint_runs import train
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from safetensors.torch import load_file
 from small_lm import (
@@ -17,6 +18,7 @@ from small_lm import (
     LAYOUTS,
     Sentences,
     SmallLM,
+    close,
     fit,
     one_process,
     sentences,
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from moekit import ExpertParallelStrategy
 from moekit.errors import UserError
 from moekit.parallel import consolidate
+from moekit.training.callbacks.random_state import RandomState
 from moekit.training.checkpoint_state import load_state
 
 DATA = sentences(3)
@@ -174,6 +177,71 @@ def a_second_fit_keeps_the_layout() -> None:
             fit(module, other, DATA[:GLOBAL_BATCH])
 
 
+class Stop(L.Callback):
+    """Ends training after the first batch."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = True
+
+
+def gradients_of_a_step_that_was_not_taken() -> None:
+    """A fit that ends between two micro-batches leaves nothing to the next one."""
+    options: dict[str, Any] = {"optimizer": "sgd", "aux": {"router_z": 0.01}}
+    expected = one_process(SmallLM(**options), DATA)
+    over_replicas = {"expert_parallel_size": 1, "replicas": 2, "zero_stage": 3}
+    for layout in (*LAYOUTS, {"expert_parallel_size": 1, "zero_stage": 2}, over_replicas):
+        module = SmallLM(**options)
+        trainer = trainer_for(ExpertParallelStrategy(**layout), callbacks=[Stop()], accumulate_grad_batches=2)
+        trainer.fit(module, datamodule=Sentences(DATA, micro=2))
+        assert trainer.global_step == 0
+        module.losses.clear()
+        close(fit(module, ExpertParallelStrategy(**layout), DATA, micro=2), expected)
+
+
+class Drawing(SmallLM):
+    """Draws a number in every step."""
+
+    def __init__(self) -> None:
+        super().__init__("sgd")
+        self.drawn: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.drawn.append(float(torch.rand(())))
+        return super().training_step(batch, batch_idx)
+
+
+def drawn_by_all(layout: dict[str, Any], steps: int, place: Any = None, path: Any = None, state: Any = None) -> Any:
+    """What each rank draws in a run that writes a checkpoint to `place`, and begins with that of `path`, or a state."""
+    module, callback = Drawing(), RandomState()
+    if state is not None:
+        callback.load_state_dict(state)
+    torch.manual_seed(dist.get_rank() // layout.get("tensor_parallel_size", 1))
+    train(module, layout, steps, place, path, callbacks=[callback])
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (module.drawn, callback.state_dict()))
+    return found
+
+
+def random_numbers_of_another_layout() -> None:
+    """A data rank goes on where it was; partners draw the same, also from what former versions have written."""
+    data, partners = LAYOUTS[0], LAYOUTS[2]
+    (first, _), (second, _) = drawn_by_all(data, 4)
+    assert not set(first) & set(second)
+    place = folder()
+    for layout, expected in ((data, [first, second]), (partners, [first, first])):
+        assert len(drawn_by_all(layout, 2, place)[0][1]["data_ranks"]) == len(set(map(tuple, expected)))
+        assert [drawn for drawn, _ in drawn_by_all(layout, 4, path=place)] == [drawn[2:] for drawn in expected]
+    drawn_by_all(data, 2, place)
+    assert [drawn for drawn, _ in drawn_by_all(partners, 4, path=place)] == [first[2:]] * 2
+    drawn_by_all(partners, 2, place)
+    (goes_on, _), (new, _) = drawn_by_all(data, 4, path=place)
+    assert goes_on == first[2:]
+    assert not set(new) & {*first, *second}
+    former = {"processes": drawn_by_all(data, 2)[0][1]["data_ranks"]}
+    assert [drawn for drawn, _ in drawn_by_all(data, 2, state=former)] == [first[2:], second[2:]]
+    assert [drawn for drawn, _ in drawn_by_all(partners, 2, state=former)] == [first[2:]] * 2
+
+
 CASES, outcome, test_case = in_one_group(
     __name__,
     2,
@@ -182,4 +250,6 @@ CASES, outcome, test_case = in_one_group(
     averages_in_checkpoints,
     averages_are_read_back,
     a_second_fit_keeps_the_layout,
+    gradients_of_a_step_that_was_not_taken,
+    random_numbers_of_another_layout,
 )

@@ -83,7 +83,9 @@ def test_random_numbers_of_the_device_are_kept_wherever_the_weights_are(monkeypa
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: state.clone())
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: given.append((value, device)))
     device = torch.device("cuda", 3)
-    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=device))
+    trainer: Any = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=device), world_size=1, distributed_sampler_kwargs=None
+    )
     module, callback = L.LightningModule(), RandomState()
     assert module.device.type == "cpu"
     callback.on_train_batch_end(trainer, module, None, None, 0)

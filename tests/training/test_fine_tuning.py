@@ -19,6 +19,7 @@ from moekit.heads import CausalLMHead
 from moekit.routers.dense_to_sparse import ExponentialDecay, dense_to_sparse
 from moekit.routers.loss_free import loss_free
 from moekit.surgery.adapters import add_adapters
+from moekit.testing.pretended_gpu import pretended_gpu
 from moekit.training.fine_tuning import (
     ADAPTERS,
     ALL,
@@ -203,6 +204,28 @@ def test_optimizer_state_is_carried_on(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b)
     fit(fresh, tmp_path, steps=1, first=1)
     assert not all(torch.allclose(a, b) for a, b in zip(fresh.parameters(), whole.parameters(), strict=True))
+
+
+def test_slots_lie_where_a_fused_step_wants_them() -> None:
+    """State that was read to host memory, and a model on a GPU: steps are counted beside fused parameters alone."""
+    model = nn.Linear(4, 4)
+    slots = {
+        name: {"step": torch.tensor(3.0), "exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)}
+        for name, p in model.named_parameters()
+    }
+    with pretended_gpu():
+        model.to("cuda")
+        for fused in (True, False):
+
+            def make(module: nn.Module, fused: bool = fused) -> torch.optim.Optimizer:
+                return torch.optim.AdamW(module.parameters(), fused=fused)
+
+            optimizer = with_slots(make, slots)(model)
+            state = optimizer.state[model.weight]
+            assert state["exp_avg"].is_cuda
+            assert state["step"].is_cuda == fused
+            assert float(state["step"]) == 3.0
+            assert state["step"] is not slots["weight"]["step"]
 
 
 def test_slots_that_do_not_fit_are_passed_over() -> None:

@@ -105,6 +105,14 @@ def test_max_minutes_ends_training_and_counts_validation(tmp_path: Path) -> None
     assert budget.seconds == 300
 
 
+def test_max_minutes_lets_the_step_under_way_come_to_its_end(tmp_path: Path) -> None:
+    clock, budget = Clock(), Budget(max_minutes=1)
+    run = trainer(tmp_path, MaxMinutes(budget, clock=clock), accumulate_grad_batches=4, limit_val_batches=0)
+    run.fit(Model(clock), data())
+    assert run.global_step == 2  # of four batches of 10 s each
+    assert budget.seconds == 80
+
+
 def test_time_used_survives_resume(tmp_path: Path) -> None:
     clock, budget = Clock(), Budget(max_minutes=1)
     first = trainer(tmp_path, MaxMinutes(budget, clock=clock), max_steps=4, limit_val_batches=0)

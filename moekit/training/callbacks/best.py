@@ -9,9 +9,14 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from moekit.training.agreement import everybody
+
 
 class BestCheckpoint(Checkpoint):
     """Writes ``best.ckpt`` after each validation that is better than all before, resumed runs included.
+
+    With several processes the first one's value counts: saving is done by all together. Log the metric with
+    ``sync_dist=True`` where processes validate on different data.
 
     Args:
         folder: where ``best.ckpt`` goes.
@@ -33,15 +38,16 @@ class BestCheckpoint(Checkpoint):
         self.best: float | None = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raise ValueError, naming the metrics that there are, if the validation did not log `monitor`."""
+        """Raise ValueError on all processes, naming the metrics that there are, if `monitor` was not logged."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        if self.monitor not in trainer.callback_metrics:
+        logged = trainer.callback_metrics.get(self.monitor)
+        value = everybody(trainer, None if logged is None else float(logged))[0]
+        if value is None:
             names = sorted(name for name in trainer.callback_metrics if name.startswith("valid"))
             raise ValueError(
                 f"BestCheckpoint.monitor must be logged in validation: got {self.monitor!r}. Logged were {names}."
             )
-        value = float(trainer.callback_metrics[self.monitor])
         better = self.best is None or (value < self.best if self.mode == "min" else value > self.best)
         if better and not math.isnan(value):  # NaN would stay the best for ever
             self.best = value

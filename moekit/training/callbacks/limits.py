@@ -17,9 +17,9 @@ class MaxMinutes(Callback):
     """Ends training when the minutes of `budget` are used up, and keeps `budget.seconds` for schedules.
 
     Time runs from the first batch to the last, validation and checkpoints in between included. The time used is kept
-    in checkpoints, and a resumed run has what is left. At the end Lightning validates once more and stops in order.
-    Without `max_minutes` the callback only measures. With several processes the first one's clock counts; it tells the
-    others by way of host memory, so that nobody waits for a GPU.
+    in checkpoints, and a resumed run has what is left. At the end the optimizer step under way is finished, Lightning
+    validates once more and stops in order. Without `max_minutes` the callback only measures. With several processes the
+    first one's clock counts; it tells the others by way of host memory, so that nobody waits for a GPU.
 
     Args:
         budget: shared with the learning rate schedule where that depends on time.
@@ -41,7 +41,8 @@ class MaxMinutes(Callback):
         if self.budget.max_minutes is not None:  # else nobody decides by it
             (seconds,) = agree(trainer, seconds if trainer.is_global_zero else 0.0)
         self.budget.seconds = seconds
-        if self.budget.out_of_time:
+        # Gradients of micro-batches whose step is not taken would be lost.
+        if self.budget.out_of_time and not trainer.fit_loop._should_accumulate():
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
