@@ -60,7 +60,7 @@ class Completer:
         Args:
             prompts: plain text in `language`.
             language: told to routers that ask for it.
-            first_number: of the first prompt, where they are a part of a longer input; drawn text depends on it.
+            first_number: number of the first prompt in the whole input, on which drawn text depends.
             advance: told, after every batch, how many prompts it held.
 
         Raises:

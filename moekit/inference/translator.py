@@ -77,7 +77,7 @@ class Translator:
             sentences: plain text.
             source: language of the sentences.
             target: language wanted.
-            first_number: of the first sentence, where they are a part of a longer input; drawn text depends on it.
+            first_number: number of the first sentence in the whole input, on which drawn text depends.
             advance: told, after every batch, how many sentences it held.
 
         Raises:

@@ -61,7 +61,7 @@ class Writer:
         targets: languages that can be written; none where text is continued in its own.
         directions: pairs of source and target that it was trained on; it can be asked for others.
         max_input_tokens: most tokens of a line.
-        sampling: as given.
+        sampling: how text is drawn; None = it is searched for.
 
     Raises:
         UserError: nothing was trained there, or it writes no text.
@@ -152,7 +152,7 @@ class Writer:
             target: language wanted, of runs that translate.
             n_best: texts wanted of each line with their scores, at most the width of the beam; a search may find fewer.
                 None = the best one alone.
-            first_number: of the first line, where they are a part of a longer input; drawn text depends on it.
+            first_number: number of the first line in the whole input, on which drawn text depends.
             advance: told, after every batch, how many lines it held.
             watch: called before each token; what it raises ends the writing.
 
