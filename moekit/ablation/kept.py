@@ -46,11 +46,11 @@ def keep(jobs: Sequence[Job], runs: Path, kept: Path) -> None:
         runs: the folder of all run folders.
         kept: the folder of the small files.
     """
-    ended = [job for job in jobs if RunRecord.of(job.folder(runs)).final]
-    own = [job for job in ended if not job.trains and _is_new(job, runs, kept)]
+    ended = [(job, record) for job in jobs if (record := RunRecord.of(job.folder(runs))).final]
+    own = [job for job, _ in ended if not job.trains and _is_new(job, runs, kept)]
     evaluated = {other.digest for job in own for other in job.needs}
     wanted = {job.digest for job in own} | evaluated
-    for job in ended:
+    for job, record in ended:
         path = _path(job, kept)
         if job.digest in wanted or not path.is_file():
             folder = job.folder(runs)
@@ -64,7 +64,6 @@ def keep(jobs: Sequence[Job], runs: Path, kept: Path) -> None:
                 **({} if (text := text_of(job, runs)) is None else {TEXT: text}),
             }
             path.parent.mkdir(parents=True, exist_ok=True)
-            record = RunRecord.of(folder)
             write_json(path, {"version": VERSION, _RUN: folder.name, "record": vars(record), **found})
 
 

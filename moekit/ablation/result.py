@@ -220,7 +220,7 @@ def _evidence(question: TestedClaim, measured: Measured, seeds: Sequence[int]) -
     smallest, equality, origin, beyond = question.smallest, question.kind == "no difference", "zero", ""
     unmeasured = at_most = at_least = ""
     if question.kind == "compute factor":
-        factors = {seed: _factor(question, measured, seed) for seed in whole}
+        factors = _factors(question, measured, seeds)
         differences, (at_most, at_least) = log_factors(factors, question.smallest), bounds(factors)
         if whole:
             points = {arm: [_point(question, measured, arm, seed) for seed in whole] for arm in question.ladder}
@@ -238,7 +238,17 @@ def _evidence(question: TestedClaim, measured: Measured, seeds: Sequence[int]) -
             origin = f"{_origin(question):g}" if _origin(question) else "zero"
         differences = [side * (_effect(question, values, seed) - _origin(question)) for seed in whole]
     effect = PairedDifferences(differences) if len(differences) > 1 else None
-    return Evidence(effect, smallest, equality, failed, unmeasured, at_most, at_least, origin, beyond)
+    return Evidence(
+        effect,
+        smallest,
+        equality,
+        failed,
+        unmeasured=unmeasured,
+        at_most=at_most,
+        at_least=at_least,
+        origin=origin,
+        beyond=beyond,
+    )
 
 
 def _values(question: TestedClaim, measured: Measured, seeds: Sequence[int]) -> dict[str, dict[int, float | None]]:
@@ -269,18 +279,23 @@ def _origin(question: TestedClaim) -> float:
     return 0.0 if is_difference else question.bound
 
 
-def _factor(question: TestedClaim, measured: Measured, seed: int) -> Factor:
-    ladder = [_point(question, measured, arm, seed) for arm in question.ladder]
-    try:
-        return compute_factor(ladder, *_point(question, measured, question.arm, seed))
-    except ValueError as error:
-        raise UserError(f"{question.id}: {error} Change the width, depth or steps of its arms.") from None
+def _factors(question: TestedClaim, measured: Measured, seeds: Sequence[int]) -> dict[int, Factor]:
+    """Compute-equivalent factors by seed, of the seeds whose runs all have the metric."""
+    found = {}
+    for seed in seeds:
+        if any(measured[arm][seed]["metrics"].get(question.metric) is None for arm in question.arms):
+            continue
+        ladder = [_point(question, measured, arm, seed) for arm in question.ladder]
+        try:
+            found[seed] = compute_factor(ladder, *_point(question, measured, question.arm, seed))
+        except ValueError as error:
+            raise UserError(f"{question.id}: {error} Change the width, depth or steps of its arms.") from None
+    return found
 
 
-def _bounds(question: TestedClaim, measured: Measured, seeds: Sequence[int]) -> dict[str, int]:
+def _bounds(factors: Mapping[int, Factor]) -> dict[str, int]:
     """In how many pairs the factor is a bound, by which."""
-    whole = [seed for seed in seeds if all(measured[arm][seed]["state"] == "done" for arm in question.arms)]
-    found = [_factor(question, measured, seed).bound for seed in whole]
+    found = [factor.bound for factor in factors.values()]
     return {bound: found.count(bound) for bound in ("at least", "at most") if bound in found}
 
 
@@ -310,7 +325,7 @@ def _answer(
     values = _values(question, measured, table.seeds)
     found["means"] = {arm: _mean([v for v in got.values() if v is not None]) for arm, got in values.items()}
     found |= _numbers(question, evidence)
-    if question.kind == "compute factor" and (counted := _bounds(question, measured, table.seeds)):
+    if question.kind == "compute factor" and (counted := _bounds(_factors(question, measured, table.seeds))):
         found["bounds"] = counted
     found |= {"failed": evidence.failed, "p": judged.p, "adjusted_p": judged.adjusted_p}
     found |= {"verdict": judged.verdict, "why": judged.why, "not_matched": _not_matched(table, question, measured)}
