@@ -144,8 +144,9 @@ def merge(
 
     Raises:
         UserError: naming the key: a tensor is missing, left over, or of a shape that does not fit; a load of the wrong
-            length or without a positive sum. Naming the layer: its shared branch is mixed with the experts, is no
-            feed-forward of their kind (the same matrices and biases, the same activation), or finds no room.
+            length or without a positive sum. Naming the layer: the dense feed-forward has another activation than the
+            experts; its shared branch is mixed with the experts, is no feed-forward of their kind (the same matrices
+            and biases, the same activation), or finds no room.
 
     Source: averages of weights as in arXiv:2203.05482. Differs: those are of models that were fine-tuned from one;
         experts that were trained apart have no common basin, so expect to train on.
@@ -160,6 +161,7 @@ def merge(
         weights = expert_weights(path, layer.num_experts, load)
         experts = below({name: state[name] for name in layer.bank_axes if name in state}, f"{prefix}experts.")
         width = _dense_width(form, prefix, wanted)
+        _require_same_activation(path, source.get_submodule(f"{prefix}experts"), target.get_submodule(prefix[:-1]))
         narrow = experts[OUTPUT].shape[1]
         branch = _Shared.of(source, layer, form, state)
         routed = width - branch.width
@@ -286,6 +288,16 @@ def _dense_width(form: DenseForm, prefix: str, wanted: Mapping[str, Tensor]) -> 
     if f"{prefix}{source}" not in wanted:
         raise UserError(f"the dense model must have {form.name} in the place of {prefix[:-1]}: {source} is missing.")
     return wanted[f"{prefix}{source}"].shape[1]
+
+
+def _require_same_activation(path: str, bank: nn.Module, dense: nn.Module) -> None:
+    """Raise UserError where the dense feed-forward computes another function of the same weights."""
+    ours, theirs = getattr(bank, "activation", None), getattr(dense, "activation", None)
+    if ours != theirs:
+        raise UserError(
+            f"the dense feed-forward in the place of {path} must have the activation of the experts, {ours!r}: got "
+            f"{theirs!r}. Build the dense model with activation={ours!r}."
+        )
 
 
 def _merged(experts: Mapping[str, Tensor], layer: SparseLayer, weights: Tensor, parts: int) -> dict[str, Tensor]:

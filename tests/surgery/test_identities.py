@@ -303,6 +303,10 @@ def test_merge_refuses_what_no_dense_feed_forward_holds() -> None:
         merged(MLP(D, F), 2 * F, bias=True)
     with pytest.raises(UserError, match=r"in the place of ff must be 1 to 4 .*, and 12 wider for the shared .* got 12"):
         merged(MLP(D, F), F)
+    for kind, bank in ((MLP, GroupedMLP(E, D, F, activation="silu")), (GLU, GroupedGLU(E, D, F, activation="silu"))):
+        sparse, dense = MoELayer(TopKRouter(D, E), bank), kind(D, F, activation="relu")
+        with pytest.raises(UserError, match=r"must have the activation of the experts, 'silu': got 'relu'"):
+            merge(sparse.state_dict(), sparse, dense)
     with_more = MoELayer(TopKRouter(D, E), GroupedMLP(E, D, F))
     with_more.extra = nn.Linear(D, D)
     with pytest.raises(UserError, match=r"extra\.weight would be lost in the merge"):
