@@ -143,7 +143,7 @@ class Facts(Spoken):
     def settings_from(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those that begin with ``facts_``, and babel's number of languages and of sentences; the first seed is 1."""
         return {name: given[f"facts_{name}"] for name in _SETTINGS} | {
-            "seed": given["seed"] - 1,
+            "seed": (given["seed"] - 1) % 2**32,
             "languages": given["babel_languages"],
             "train_sentences": given["babel_sentences"],
             "directions": given["directions"],

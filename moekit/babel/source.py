@@ -156,7 +156,7 @@ class Babel(Spoken):
     def settings_from(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Its settings begin with ``babel_`` there; the first seed is 1, of the corpus 0."""
         return {
-            "seed": given["seed"] - 1,
+            "seed": (given["seed"] - 1) % 2**32,
             "languages": given["babel_languages"],
             "concepts": given["babel_concepts"],
             "cognates": given["babel_cognates"],

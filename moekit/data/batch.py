@@ -155,6 +155,7 @@ class Sentences:
         tokenizer: whose specials are used.
         pad_multiple: padded lengths are rounded up to a multiple of this.
         direction: ``"en-de"`` or ``"en"`` where all rows share it, else None.
+        cut: Bool[B] for each side, whether the sentence goes on behind what is here; empty = none does.
     """
 
     texts: tuple[Ragged, ...]
@@ -164,6 +165,7 @@ class Sentences:
     tokenizer: Tokenizer
     pad_multiple: int = 1
     direction: str | None = None
+    cut: tuple[NDArray[np.bool_], ...] = ()
 
     def width(self, lengths: NDArray[np.int64]) -> int:
         """Padded length of a side whose longest of `lengths` tokens has its two specials."""
@@ -174,9 +176,15 @@ class Sentences:
         """Int64[B], ids of the tags ``<2xx>`` of the targets' languages."""
         return self.tokenizer.first_tag_id + self.languages[1]
 
-    def framed(self, text: Ragged, first: NDArray[np.int64] | int, width: int = 0) -> tuple[Tensor, Tensor]:
-        """``first text eos pad...`` and its mask, at least `width` positions wide."""
-        return framed(text, first, self.tokenizer.eos_id, self.tokenizer.pad_id, width)
+    def framed(
+        self, text: Ragged, first: NDArray[np.int64] | int, width: int = 0, *, cut: NDArray[np.bool_] | bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """``first text eos pad...`` and its mask, at least `width` positions wide; rows that are `cut` have no eos."""
+        return framed(text, first, self.tokenizer.eos_id, self.tokenizer.pad_id, width, cut)
+
+    def goes_on(self, side: int) -> NDArray[np.bool_] | bool:
+        """Which sentences of a side go on behind what is here, so that nobody can learn from them where they end."""
+        return self.cut[side] if self.cut else False
 
     def batch(
         self,
@@ -209,8 +217,15 @@ def padded_length(length: NDArray[np.int64], multiple: int) -> NDArray[np.int64]
     return -(-(length + SPECIALS) // multiple) * multiple
 
 
-def framed(text: Ragged, first: NDArray[np.int64] | int, eos: int, pad: int, width: int) -> tuple[Tensor, Tensor]:
-    """``first text eos pad...`` and its mask; `first` is one id or one per row."""
+def framed(
+    text: Ragged,
+    first: NDArray[np.int64] | int,
+    eos: int,
+    pad: int,
+    width: int,
+    cut: NDArray[np.bool_] | bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``first text eos pad...`` and its mask; `first` and `cut` (no eos) are one for all rows or one per row."""
     rows, longest = len(text), int(text.lengths.max(initial=0)) + SPECIALS
     out = np.full((rows, max(longest, width)), pad, dtype=np.int64)
     columns = np.arange(out.shape[1])
@@ -218,17 +233,27 @@ def framed(text: Ragged, first: NDArray[np.int64] | int, eos: int, pad: int, wid
     if rows:
         out[(columns >= 1) & (columns < end)] = text.tokens
         out[:, 0] = first
-        out[np.arange(rows), text.lengths + 1] = eos
-    return torch.from_numpy(out), torch.from_numpy(columns <= end)
+        out[np.arange(rows), text.lengths + 1] = np.where(cut, pad, eos)
+    return torch.from_numpy(out), torch.from_numpy(columns <= end - np.reshape(cut, (-1, 1)))
 
 
-def pair_batch(task: str, rows: Sentences, source: Ragged, target: Ragged, width: tuple[int, int] = (0, 0)) -> Batch:
+def pair_batch(
+    task: str,
+    rows: Sentences,
+    source: Ragged,
+    target: Ragged,
+    width: tuple[int, int] = (0, 0),
+    *,
+    cut: NDArray[np.bool_] | bool = False,
+) -> Batch:
     """``<2xx> source eos``, with the tag of the target's language, and ``bos target eos``; `width` is at least theirs.
+
+    Targets that are `cut` have no eos, which would be learnt as their end.
 
     All ranks' shares of one global batch have the same shape if it is the padded length of the longest of them.
     """
     return rows.batch(
-        task, rows.framed(source, rows.tags, width[0]), rows.framed(target, rows.tokenizer.bos_id, width[1])
+        task, rows.framed(source, rows.tags, width[0]), rows.framed(target, rows.tokenizer.bos_id, width[1], cut=cut)
     )
 
 

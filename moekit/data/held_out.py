@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from moekit.data.batching import Loader
 from moekit.data.module import MultitaskData
 from moekit.data.overlap import also_in_training
 from moekit.data.store import SIDES, TokenStore, Wanted, monolingual_section, parallel_section, store_in_memory
+from moekit.data.unwritable import unwritable
 from moekit.errors import UserError
 from moekit.source import Direction, Source, Split
 from moekit.stored import parse_json
@@ -268,7 +269,24 @@ def remarks(data: MultitaskData, corpus: Corpus | None) -> list[str]:
         counts = [f"{number:,} of {total:,} in {code}" for code, (number, total) in repeated.items()]
         if counts:
             found.append(f"{what.capitalize()} sentences also in the training text: {', '.join(counts)}.")
-    return found
+    return [*found, *_unwritable(data)]
+
+
+def _unwritable(data: MultitaskData) -> Iterator[str]:
+    """A sentence for each language of whose test references the tokenizer cannot write more than one in a hundred."""
+    references: dict[str, dict[str, None]] = {}
+    for direction in data.directions if any(data.task(name).scored for name in data.tasks) else ():
+        pairs = data.pairs(direction, "test")[: data.test_sentences]
+        references.setdefault(direction.target, {}).update(dict.fromkeys(target for _, target in pairs))
+    for language, texts in references.items():
+        number, characters = unwritable(data.tokenizer, list(texts))
+        if number > len(texts) / 100:
+            example = f" ({' '.join(characters)})" if characters else ""
+            yield (
+                f"Test references in {language} with characters that the tokenizer cannot write{example}: "
+                f"{number:,} of {len(texts):,}. No translation equals them. See data.normalization_rule_name, of "
+                "which identity keeps every character, and data.byte_fallback."
+            )
 
 
 def left_out(training: Mapping[str, Mapping[str, float | int]], max_length: int) -> list[str]:

@@ -17,8 +17,9 @@ def also_in_training(store: TokenStore, limits: Mapping[str, int | None]) -> dic
     """By split and language: how many held-out sentences are training sentences of the same language, and of how many.
 
     Sentences are the same where their tokens are: spaces and whatever else the tokenizer normalises do not count. All
-    text of a language is compared with all of it, whatever its direction or task. Time is linear in the text; in memory
-    are 8 bytes of each held-out sentence, its hash, and a chunk of the text.
+    text of a language is compared with all of it, whatever its direction or task; but for the answers of a language
+    into itself, which may be labels, all of them in the training text. Time is linear in the text; in memory are 8
+    bytes of each held-out sentence, its hash, and a chunk of the text.
 
     Args:
         store: tokens of all splits.
@@ -29,7 +30,7 @@ def also_in_training(store: TokenStore, limits: Mapping[str, int | None]) -> dic
     """
     found: dict[str, dict[str, tuple[int, int]]] = {}
     for split, limit in limits.items():
-        for language in dict.fromkeys(_language(name) for name in store.sections):
+        for language in dict.fromkeys(code for name in store.sections if (code := _language(name))):
             evaluated = {Section(w.first, min(w.count, limit or w.count)) for w in _sections(store, split, language)}
             hashes = np.concatenate(
                 [np.zeros(0, np.uint64), *(h for where in evaluated for h in _hashes(store, where))]
@@ -47,10 +48,13 @@ def also_in_training(store: TokenStore, limits: Mapping[str, int | None]) -> dic
     return found
 
 
-def _language(section: str) -> str:
-    """Of ``test/en-de/target`` and ``test/de``."""
+def _language(section: str) -> str | None:
+    """Of ``test/en-de/target`` and ``test/de``; None of ``test/en-en/target``."""
     _, stream, *side = section.split("/")
-    return stream.split("-")[side == ["target"]] if side else stream
+    if not side:
+        return stream
+    source, target = stream.split("-")
+    return source if side == ["source"] else target if target != source else None
 
 
 def _sections(store: TokenStore, split: str, language: str) -> list[Section]:

@@ -23,7 +23,8 @@ from moekit.errors import UserError
 
 WINDOW = 64  # steps; more = less padding, fewer = a mixture that follows its schedule more closely
 _STRIP = 1.2  # sentences whose first sides differ by less than this factor are sorted by the other side
-_ORDER, _BATCH, _ROW, _PHASE, _NOISE = range(5)
+_ORDER, _BATCH, _PHASE, _NOISE = 0, 1, 3, 4
+_ROW = 1 << 10  # drawn from the keys that noise is drawn from, by a number that is none of `noising`
 
 
 class SentenceCosts(Protocol):

@@ -93,11 +93,13 @@ class Found:
         index: Int64[n], their numbers within the section.
         starts: Int64[sides, n], place in the store of the first token of each.
         lengths: Int64[sides, n], tokens without specials, after truncation.
+        cut: Bool[sides, n], whether the text goes on behind them.
     """
 
     index: NDArray[np.int64]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
+    cut: NDArray[np.bool_]
 
 
 class _Texts:
@@ -141,7 +143,8 @@ class _Texts:
         index = which if self._chosen is None else self._chosen.at(which)
         places = self._firsts[:, None] + index
         starts = np.asarray(self._store.offsets[places])
-        return Found(index, starts, np.minimum(self._store.offsets[places + 1] - starts, self._most))
+        whole = self._store.offsets[places + 1] - starts
+        return Found(index, starts, np.minimum(whole, self._most), np.asarray(whole > self._most))
 
     def lengths(self) -> Iterator[NDArray[np.int64]]:
         for lengths in self._blocks():
@@ -216,7 +219,8 @@ class _Chunks:
 
     def at(self, which: NDArray[np.int64]) -> Found:
         starts = self.first + which * self.length
-        return Found(which, starts[None], np.minimum(self.last - starts, self.length)[None])
+        rest = self.last - starts
+        return Found(which, starts[None], np.minimum(rest, self.length)[None], (rest > self.length)[None])
 
     def lengths(self) -> Iterator[NDArray[np.int64]]:
         for begin in range(0, len(self), BLOCK):
@@ -350,6 +354,7 @@ class TaskStreams:
             Sentences(
                 texts=tuple(map(self._store.read, found.starts[:, share], found.lengths[:, share])),
                 lengths=tuple(found.lengths),
+                cut=tuple(found.cut[:, share]),
                 languages=(source, target),
                 keys=own.keys,
                 tokenizer=self._tokenizer,
@@ -367,6 +372,8 @@ class TaskStreams:
         sides = 2 if self.task.pairs else 1
         index = np.empty(len(rows), np.int64)
         starts, lengths = np.empty((2, sides, len(rows)), np.int64)
+        cut = np.empty((sides, len(rows)), np.bool_)
         for here, part in parts:
             index[here], starts[:, here], lengths[:, here] = part.index, part.starts, part.lengths
-        return Found(index, starts, lengths)
+            cut[:, here] = part.cut
+        return Found(index, starts, lengths, cut)

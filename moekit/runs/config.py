@@ -84,7 +84,7 @@ class RunConfig:
             ),
             "tokens_per_step": readers * sum(task.tokens for task in active.values()),
             "evaluation_tokens": readers * evaluate.batch_tokens,
-            "temperature": data.temperature_schedule(),
+            "temperature": data.temperature_schedule(train.accumulate),
             "max_length": data.max_length,
             "too_long": data.too_long,
             "steps_per_epoch": train.max_steps * train.accumulate or _ENDLESS,

@@ -53,16 +53,20 @@ class Direction:
         return f"{self.source}-{self.target}"
 
     @classmethod
-    def parse(cls, text: str | Direction) -> Direction:
+    def parse(cls, text: str | Direction, *, itself: bool = False) -> Direction:
         """Read ``"en-de"``; a `Direction` passes through.
 
+        Args:
+            text: The direction as text.
+            itself: Whether a language into itself is a direction too, as of examples.
+
         Raises:
-            UserError: if `text` does not name two different languages parted by one hyphen.
+            UserError: if `text` does not name two languages parted by one hyphen; they must differ unless `itself`.
         """
         if isinstance(text, Direction):
             return text
         source, hyphen, target = text.partition("-")
-        if not hyphen or "-" in target or not source or not target or source == target:
+        if not hyphen or "-" in target or not source or not target or (source == target and not itself):
             raise UserError(
                 f"a direction must be two different language codes with one hyphen between, as en-de: got {text!r}. "
                 "Write the code pt-BR as pt_BR."
@@ -106,7 +110,7 @@ def choose_directions(
     if wanted is not None:
         if isinstance(wanted, str):
             raise UserError(f"directions must be a list: got the text {wanted!r}. Write [{wanted}].")
-        parsed = tuple(dict.fromkeys(Direction.parse(text) for text in wanted))
+        parsed = tuple(dict.fromkeys(Direction.parse(text, itself=True) for text in wanted))
         for direction in parsed:
             if direction not in chosen:
                 raise UnservedDirectionError(

@@ -44,6 +44,7 @@ class CausalLMTask(Task):
     recalls = "sentence"
 
     def collate(self, rows: Sentences) -> Batch:
-        """``bos text eos``, which is source and target at once."""
-        text = rows.framed(rows.texts[0], rows.tokenizer.bos_id, rows.width(rows.lengths[0]))
+        """``bos text eos``, which is source and target at once; of a text that is cut without eos."""
+        width = rows.width(rows.lengths[0])
+        text = rows.framed(rows.texts[0], rows.tokenizer.bos_id, width, cut=rows.goes_on(0))
         return rows.batch(self.name, text, text, one_text=True)

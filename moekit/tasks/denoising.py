@@ -95,4 +95,4 @@ class DenoisingTask(Task):
         damaged = self.denoising.apply(rows.texts[0], rows.keys, rows.tokenizer)
         # How long the other ranks' damaged sentences are is not known here: this side is as wide as it must be.
         width = rows.width(damaged.lengths), rows.width(rows.lengths[0])
-        return pair_batch(self.name, rows, damaged, rows.texts[0], width)
+        return pair_batch(self.name, rows, damaged, rows.texts[0], width, cut=rows.goes_on(0))

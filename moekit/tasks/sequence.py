@@ -69,4 +69,4 @@ class PairTask(Task):
             mark = rows.tokenizer.sentinel_ids[0]
             source, target = source.append(mark), target.prepend(mark)
         width = rows.width(rows.lengths[0] + self.sentinel), rows.width(rows.lengths[1] + self.sentinel)
-        return pair_batch(self.name, rows, source, target, width)
+        return pair_batch(self.name, rows, source, target, width, cut=rows.goes_on(1))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moekit.data.keyed import uniform
 from moekit.data.mixture import Constant, LinearHeating, sampling_probabilities
 from moekit.data.plan import WINDOW, Sizes, StepPlan, cut, fill
 from moekit.errors import UserError
@@ -146,6 +147,18 @@ def test_batches_do_not_come_by_length_nor_rows_by_length_or_stream() -> None:
     # Of unrelated columns of about 70 entries: mean 0.1. Sorted ones: 0.9.
     assert np.mean(by_stream) < 0.2
     assert np.mean(by_length) < 0.2
+
+
+def test_where_a_row_stands_says_nothing_of_its_noise() -> None:
+    """A capacity by position would else favour sentences whose first word is masked."""
+    made = plan()
+    place, draws = [], []
+    for step in range(WINDOW):
+        rows = made.rows(step)
+        place.append(np.linspace(0, 1, len(rows)))
+        draws.append([uniform(rows.keys, np.zeros(1, np.int64), number) for number in range(64)])
+    for of_number in np.concatenate(draws, axis=1):
+        assert abs(np.corrcoef(np.concatenate(place), of_number)[0, 1]) < 0.1  # of about 4,500: 0.015 by chance
 
 
 @pytest.mark.parametrize("ranks", [1, 4, 10])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils import _pytree
 from moekit.data.batch import Batch, Sentences, labelled_batch, pair_batch
 from moekit.data.ragged import Ragged
 from moekit.data.tokenizer import Tokenizer, train_tokenizer
-from moekit.tasks import CausalLMTask, TranslationTask
+from moekit.tasks import CausalLMTask, DenoisingTask, TranslationTask
 
 A, B, C = 50, 60, 70
 TWO = Ragged.of([[A, B], [C]])
@@ -49,6 +50,23 @@ def test_translation_frames_both_sides(tokenizer: Tokenizer) -> None:
     assert batch.labels is None
     assert (batch.source_language.tolist(), batch.target_language.tolist()) == ([0, 1], [1, 2])
     assert (batch.num_tokens, batch.num_positions, len(batch)) == (7 + 8, 8 + 10, 2)
+
+
+def test_a_text_that_is_cut_has_no_end_to_learn(tokenizer: Tokenizer) -> None:
+    """The first row goes on behind what is here, the second does not; a source keeps its eos, which nobody predicts."""
+    _, bb, cc = tags(tokenizer)
+    cut = np.array([True, False])
+    batch = TranslationTask().collate(dataclasses.replace(sentences(tokenizer), cut=(cut, cut)))
+    assert batch.source.tolist() == [[bb, A, B, 2], [cc, C, 2, 0]]
+    assert batch.target is not None
+    assert batch.target.tolist() == [[1, A, 0, 0, 0], [1, B, C, A, 2]]
+    assert batch.predicted is not None
+    assert batch.target[:, 1:].flatten()[batch.predicted].tolist() == [A, B, C, A, 2]
+    for task in (CausalLMTask(), DenoisingTask()):
+        batch = task.collate(dataclasses.replace(sentences(tokenizer, TWO), cut=(cut,)))
+        assert batch.target is not None
+        assert batch.predicted is not None
+        assert batch.target[:, 1:].flatten()[batch.predicted].tolist() == [A, B, C, 2]
 
 
 def test_a_sentinel_ends_the_source_and_begins_the_target(tokenizer: Tokenizer) -> None:

@@ -14,14 +14,16 @@ import torch
 from tiny_corpus import TinySource
 
 from moekit.data.batch import Batch
-from moekit.data.held_out import HeldOut, HeldOutData
+from moekit.data.held_out import HeldOut, HeldOutData, remarks
 from moekit.data.module import MultitaskData, TaskData
+from moekit.data.tokenizer import TokenizerOptions
 from moekit.errors import UserError
-from moekit.source import Direction
+from moekit.source import Direction, Split
 
 OPTIONS: dict[str, Any] = {
     "vocab_size": 400, "tokens_per_step": 400, "evaluation_tokens": 300, "max_length": 20, "seed": 3, "progress": False,
 }  # fmt: skip
+WIDE = "\N{FULLWIDTH QUESTION MARK}"
 SETTINGS = {"data.source": "tiny", "data.directions": None, "data.babel_sentences": 7}
 
 
@@ -77,6 +79,25 @@ def test_what_is_said_of_the_corpus(tmp_path: Path) -> None:
     file = io.BytesIO()
     kept.write(file)
     assert file.getvalue() == (tmp_path / "kept").read_bytes(), "the same text is the same file"
+
+
+def test_references_that_no_model_can_write_are_named(tmp_path: Path) -> None:
+    """NFKC makes narrow signs of wide ones, in what is written and not in what it is compared with."""
+
+    class Wide(TinySource):
+        def _lines(self, language: str, split: Split) -> list[str]:
+            mark = WIDE * (language == "cc")
+            return [line + mark * (number % 2) for number, line in enumerate(super()._lines(language, split))]
+
+    options = {"tasks": {"translation": TaskData()}, "cache": tmp_path, **OPTIONS, "test_sentences": 10}
+    said = remarks(MultitaskData(Wide(), **options), None)
+    assert [line.partition(". No translation")[0] for line in said] == [
+        f"Test references in cc with characters that the tokenizer cannot write ({WIDE}): 5 of 10"
+    ]
+    plain = TokenizerOptions(normalization="identity")
+    assert remarks(MultitaskData(Wide(), **options, tokenizer_options=plain), None) == []
+    lm = {**options, "tasks": {"causal_lm": TaskData()}}
+    assert remarks(MultitaskData(Wide(), **lm), None) == [], "which is not scored by what it writes"
 
 
 def test_it_holds_nothing_to_train_on(tmp_path: Path) -> None:

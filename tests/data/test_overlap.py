@@ -87,3 +87,18 @@ def test_a_word_order_is_another_sentence(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(source, vocab_size=304, cache_dir=tmp_path)
     store = store_in_memory(source, tokenizer, Wanted((), tuple(("aa", split) for split in SPLITS)))
     assert also_in_training(store, {"valid": None, "test": None}) == {"test": {"aa": (1, 3)}}
+
+
+def test_labels_are_no_repeated_sentences(tmp_path: Path) -> None:
+    """Answers of a language into itself stand in the training text by their nature; what was asked must not."""
+
+    class Labels(TinySource):
+        def parallel(self, direction: Direction, split: Split) -> list[tuple[str, str]]:
+            asked = {"train": ["bada gada", "bada", "dada gada"], "test": ["gada bada", "bada"]}
+            return [(text, ("gada", "dada")[number % 2]) for number, text in enumerate(asked.get(split, []))]
+
+    source, itself = Labels(("aa",)), Direction("aa", "aa")
+    source.directions = (itself,)
+    tokenizer = train_tokenizer(source, vocab_size=320, cache_dir=tmp_path)
+    store = store_in_memory(source, tokenizer, Wanted(tuple((itself, split) for split in SPLITS), ()))
+    assert also_in_training(store, {"test": None}) == {"test": {"aa": (1, 2)}}

@@ -105,6 +105,19 @@ def test_fingerprint_follows_content_and_settings(tmp_path):
     assert copy.fingerprint() == Moses(tmp_path).fingerprint()
 
 
+def test_fingerprint_follows_what_was_read_of_a_file(tmp_path):
+    """Caches of tokens are named after it: a column that was wrong must not stay."""
+    write(tmp_path, train__tsv="a\tB\tx\nc\tD\ty\n", head__tsv="src\tmt\tref\na\tB\tx\n")
+    write(tmp_path, rows__jsonl='{"translation": {"src": "a", "mt": "B", "ref": "x"}}\n')
+    second, third = (Tsv(tmp_path / "train.tsv", columns=names) for names in (["en", "de", "-"], ["en", "-", "de"]))
+    assert second.parallel(EN_DE, "train") != third.parallel(EN_DE, "train")
+    assert second.fingerprint() != third.fingerprint()
+    for kind, name in ((Tsv, "head.tsv"), (JsonLines, "rows.jsonl")):
+        wrong, right = (kind(tmp_path / name, languages={"src": "en", key: "de"}) for key in ("mt", "ref"))
+        assert wrong.parallel(EN_DE, "train") != right.parallel(EN_DE, "train")
+        assert wrong.fingerprint() != right.fingerprint()
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -254,6 +254,9 @@ def test_splits_patterns_units_and_languages(tmp_path: Path) -> None:
     rows = found(str(folder / "*.jsonl"), unit="document", languages=["fr"], valid_share=0)
     assert rows == {"fr": [["one two three"], [], ["t u"]]}
     assert found(str(folder / "**" / "*.txt"), languages=["fr"], test_share=0) == {"fr": [["a", "b", "c"], ["v"], []]}
+    # What stands before the first star is where the pattern begins, not a split.
+    pattern = str(folder / "x" / "valid" / "*.txt")
+    assert found(pattern, languages=["fr"], valid_share=0, test_share=0) == {"fr": [["v"], [], []]}
     assert found(folder / "train-00001.txt", languages=["fr"], valid_share=0, test_share=0) == {
         "fr": [["a", "b", "c"], [], []]
     }

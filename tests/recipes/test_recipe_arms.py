@@ -207,6 +207,14 @@ def test_forms_of_heating() -> None:
     assert replace(hot, heating_steps=0).temperature_schedule() == Constant(4.0)
 
 
+def test_heating_counts_optimizer_steps() -> None:
+    """Of four batches each."""
+    config = sparse_translation.RECIPE.variants["tiny"].config.changed(train={"accumulate": 4})
+    given: dict[str, Any] = {}
+    config.batches(make=lambda source, **options: given.update(options))  # type: ignore[arg-type]
+    assert given["temperature"] == replace(config.data, heating_steps=4 * 800).temperature_schedule()
+
+
 def test_sizes_of_single_babel_languages() -> None:
     source = DataConfig(babel_sentences=40, babel_sizes="kmb=20, shl=5").open()
     assert {code: len(source.monolingual(code, "train")) for code in source.languages} == {

@@ -21,7 +21,7 @@ from moekit.runs import Run, RunConfig, RunText
 from moekit.runs.known import recipe_names
 from moekit.runs.plain import as_plain
 from moekit.runs.recipe import find_recipe, structured
-from moekit.runs.settings import DataConfig, TrainConfig, setting
+from moekit.runs.settings import DataConfig, EvaluateConfig, TrainConfig, setting
 from moekit.runs.settings.fields import check_ranges, free_keys, settings_of
 from moekit.runs.settings.tasks import active_tasks
 from moekit.source import Direction
@@ -302,6 +302,35 @@ def test_a_kind_with_both_languages_of_a_direction_need_not_have_the_direction(t
         UserError, match=r"data\.source jsonl: directions must be among .* got en-fr\. .*There are: bam-"
     ):
         DataConfig(**both, directions="en-fr").open()
+
+
+def test_a_language_into_itself_is_a_direction_beside_others(tmp_path: Path) -> None:
+    """As it is where examples are all there is."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input": "a cat", "target": "cat"}\n')
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("en\tde\na cat\teine Katze\n")
+    both: dict[str, Any] = {"source": ("examples", "tsv"), "path": (str(rows), str(pairs))}
+    assert [*map(str, DataConfig(**both, directions="en-en,en-de").open().directions)] == ["en-en", "en-de"]
+    with pytest.raises(UserError, match=r"directions must be among those of the data: got de-de\."):
+        DataConfig(**both, directions="en-en,en-de,de-de").open()
+
+
+def test_a_domain_of_another_kind_has_its_own_units(tmp_path: Path) -> None:
+    (tmp_path / "en.txt").write_text("one\n\ntwo\n")
+    of_rows = DataConfig(source="documents", unit="document", text_field="body")
+    text = of_rows.of_domain({"source": "text", "path": str(tmp_path)})
+    assert (text.unit, text.text_field) == ("line", "text")
+    assert [*text.open().monolingual("en", "train")] == ["one", "two"]
+    assert of_rows.of_domain({"path": "elsewhere"}).text_field == "body"
+    EvaluateConfig(domains={"talks": {"source": "text", "path": str(tmp_path), "unit": "paragraph"}}).check()
+
+
+@pytest.mark.parametrize("source", ["babel", "facts", "headlines"])
+def test_every_seed_has_its_text(source: str) -> None:
+    made = [DataConfig(source=source, seed=seed, babel_sentences=60, facts_entities=20).open() for seed in (0, 1, 2)]
+    assert len({corpus.fingerprint() for corpus in made}) == 3
+    assert len(made[0].monolingual(made[0].languages[0], "test")) > 0
 
 
 def test_salient_words_that_no_task_cuts_out_are_refused() -> None:

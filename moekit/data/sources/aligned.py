@@ -125,6 +125,16 @@ class AlignedSource(Source):
         )
 
 
+def digest_of(content: str, fields: Mapping[str, object]) -> str:
+    """The digest of a file's content and of which of its fields were read.
+
+    Args:
+        content: digest of the file.
+        fields: by language, only those that the codes of the languages do not tell.
+    """
+    return digest(content, *(f"{code}={field}" for code, field in fields.items())) if fields else content
+
+
 def _pairs(blocks: Sequence[AlignedBlock], *, english_only: bool) -> tuple[Direction, ...]:
     """The directions that the blocks hold, in order of appearance."""
     found: dict[Direction, None] = {}

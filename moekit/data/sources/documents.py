@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -25,8 +26,8 @@ class Documents(Streamed):
     """Many files of text of one language, one after the other in the order of their paths, plain or compressed.
 
     Of ``.txt`` files the text is their lines; of ``.jsonl`` files it is in rows such as ``{"text": "..."}``, each a
-    document. A file or folder with the name of a split is of that split (``train-00001.txt.gz``,
-    ``c4-validation.jsonl``, ``test/part.txt``); all others are training text.
+    document. A file, or a folder in it, with the name of a split is of that split
+    (``train-00001.txt.gz``, ``c4-validation.jsonl``, ``test/part.txt``); all others are training text.
 
     Args:
         path: a folder, which is searched with its folders; a pattern such as ``corpus/**/*.jsonl.gz``; or a file.
@@ -143,7 +144,8 @@ def _find(path: str | Path) -> list[tuple[Split, Path]]:
         found, base = list(_below(place)), place
     else:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-        base = Path(re.split(r"[*?\[]", str(path), maxsplit=1)[0]).parent
+        literal = re.split(r"[*?\[]", str(path), maxsplit=1)[0]
+        base = Path(literal) if literal.endswith(("/", os.sep)) else Path(literal).parent
         if not found:
             raise UserError(f"documents: the path must be a folder, a pattern or a file: there is nothing at {path}.")
     files = [file for file in found if file.is_file() and unpacked_name(file).lower().endswith((*_LINES, *_ROWS))]

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moekit.data.sources.aligned import AlignedBlock, AlignedSource
+from moekit.data.sources.aligned import AlignedBlock, AlignedSource, digest_of
 from moekit.data.sources.files import find_split_files, read_json, read_lines
 from moekit.data.sources.names import LanguageNames
 from moekit.errors import UserError
@@ -92,7 +92,8 @@ def _read(split: Split, path: Path, names: LanguageNames) -> AlignedBlock:
         raise UserError(
             f"{path}: the file must hold translations: got {len(file.lines)} empty lines. Fill it or remove it."
         )
-    return AlignedBlock(split, columns, dict.fromkeys(columns, str(path)), file.digest)
+    mapped = {code: key for key, code in codes.items() if key.replace("-", "_") != code}
+    return AlignedBlock(split, columns, dict.fromkeys(columns, str(path)), digest_of(file.digest, mapped))
 
 
 def _texts(line: str, where: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from moekit.data.sources.aligned import AlignedBlock, AlignedSource
+from moekit.data.sources.aligned import AlignedBlock, AlignedSource, digest_of
 from moekit.data.sources.files import find_split_files, read_lines
 from moekit.data.sources.names import LanguageNames, looks_like_language
 from moekit.errors import UserError
@@ -100,4 +100,12 @@ def _read(split: Split, path: Path, names: LanguageNames, columns: list[str]) ->
         content = digest(content, _MISSING)
     if len(texts) < 2:
         raise UserError(f"{path}: at least two columns must hold text: got {', '.join(texts) or 'none'}.")
+    content = digest_of(content, _untold({code: places[code] for code in texts}, header, given=bool(columns)))
     return AlignedBlock(split, texts, dict.fromkeys(texts, str(path)), content, first_line=begin + 1)
+
+
+def _untold(places: Mapping[str, int], header: Sequence[str], *, given: bool) -> dict[str, object]:
+    """The columns that were read, where neither their headings in the file nor their order says it."""
+    if given:
+        return {} if [*places.values()] == [*range(len(places))] else dict(places)
+    return {code: header[place] for code, place in places.items() if header[place].replace("-", "_") != code}

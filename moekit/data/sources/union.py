@@ -153,9 +153,10 @@ def open_part(made: type[Source], path: str | None, given: Mapping[str, Any], *,
         only = None if directions is None else tuple(map(str, directions))
         return made.open(path, **made.settings_from({**given, "directions": only}))
 
-    languages = {*opened(None).languages}
-    every = [Direction.parse(way) for way in wanted]
-    own = [way for way in every if {way.source, way.target} <= languages]
+    found = opened(None)
+    every = [Direction.parse(way, itself=True) for way in wanted]
+    own = [way for way in every if {way.source, way.target} <= {*found.languages}]
+    own = [way for way in own if way.source != way.target or way in found.directions]
     try:
         try:  # a kind with none of them knows what it has
             return opened(own or every)

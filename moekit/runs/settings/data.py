@@ -37,9 +37,9 @@ _WHICH_FACTS = (
     "facts_entities", "facts_relations", "facts_values", "facts_power", "facts_one_language", "facts_profiles",
 )  # fmt: skip
 _WHICH_WORDS = ("babel_concepts", "babel_cognates")
-DOMAIN_SETTINGS = (*_WHICH_TEXT, *_WHICH_FACTS, *_WHICH_WORDS, "path", "seed", "salient")
+DOMAIN_SETTINGS = (*_WHICH_TEXT, *_WHICH_FACTS, *_WHICH_WORDS, "path", "unit", "text_field", "seed", "salient")
 """What says which text another domain is."""
-_OF_ONE_SOURCE = ("path", "directions", "languages", "columns")
+_OF_ONE_SOURCE = ("path", "directions", "languages", "columns", "unit", "text_field")
 """What says nothing of a corpus of another kind."""
 _MAX_WORKERS = 4  # beside each GPU
 _OF_SOURCE = "source"  # the salient words are those that the corpus names
@@ -231,7 +231,7 @@ class DataConfig:
 
     def of_domain(self, given: Mapping[str, Any]) -> DataConfig:
         """These settings for other text: with those of `DOMAIN_SETTINGS` that are given, read by this process."""
-        others = dict.fromkeys(_OF_ONE_SOURCE) if "source" in given else {}
+        others = {name: _DEFAULTS[name] for name in _OF_ONE_SOURCE} if "source" in given else {}
         return replace(self, **{**others, "num_workers": 0, **given})
 
     def glossary(self) -> Source | None:
@@ -270,9 +270,9 @@ class DataConfig:
         ]
         return {f"data.{name}": getattr(self, name) for name in (*_WHICH_TEXT, *more)}
 
-    def temperature_schedule(self) -> TemperatureSchedule:
-        """The temperature of the mixture over directions and languages."""
-        return heating(self.heating, self.temperature, self.heating_steps)
+    def temperature_schedule(self, batches: int = 1) -> TemperatureSchedule:
+        """The temperature of the mixture over directions and languages by batch, with so many in an optimizer step."""
+        return heating(self.heating, self.temperature, self.heating_steps * batches)
 
     def workers(self, train: TrainConfig) -> int:
         """How many processes prepare batches for each that trains, "auto" resolved for this machine."""
