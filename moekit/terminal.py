@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,6 +23,20 @@ _UNSEEN = re.compile(
 def visible(text: str) -> str:
     r"""`text` with the characters that would act on a terminal as escapes, such as ``\x1b``."""
     return _UNSEEN.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
+
+
+def write_data(text: str) -> None:
+    """Write text for files and other programs to standard output, in UTF-8 whatever the encoding of the terminal.
+
+    What UTF-8 cannot hold, such as half of a surrogate pair in a sample, becomes a question mark.
+    """
+    data, binary = text.encode("utf-8", "replace"), getattr(sys.stdout, "buffer", None)
+    sys.stdout.flush()
+    if binary is None:  # a stand-in, as in notebooks
+        sys.stdout.write(data.decode("utf-8"))
+    else:
+        binary.write(data)
+    sys.stdout.flush()
 
 
 class _VisibleFormatter(logging.Formatter):

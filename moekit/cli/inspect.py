@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import ArgumentParser, Namespace
 
 from rich.console import Console
@@ -11,6 +10,7 @@ from rich.console import Console
 from moekit.cli.command import Command, path
 from moekit.cli.folders import FOLDER, of_folder, text_given, text_options
 from moekit.cli.surgery import RUN, config_option
+from moekit.terminal import write_data
 
 
 def _options(parser: ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def _inspect(given: Namespace, console: Console) -> None:
     folder = of_folder(given)
     found = inspect_folder(given.path, text_given(given)) if folder else inspect(given.path, given.config)
     if given.json:
-        sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        write_data(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     else:
         (show_folder if folder else show)(found, console)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from rich.console import Console
 
 from moekit.cli.command import Command, path
 from moekit.errors import UserError
-from moekit.terminal import visible
+from moekit.terminal import visible, write_data
 
 
 def runs_options(parser: ArgumentParser, runs: str, page: str) -> None:
@@ -48,7 +47,7 @@ def _report(given: Namespace, console: Console) -> None:
     if others:
         write_compared(given)
     elif given.markdown:
-        sys.stdout.write(results_markdown(first))
+        write_data(results_markdown(first))
     else:
         write_report(first)
         terminal_summary(first, console)

@@ -164,6 +164,7 @@ class Training:
         optimizer: "adamw" (two numbers a weight), "momentum" (one), "sgd" (none) or "adafactor" (a row and a column
             of a matrix).
         checkpointing: Whether blocks forget their activations and compute them again in backward.
+        plain: Whether autocast converts the weights, as in training without the strategy; else `fully_shard` does.
 
     Raises:
         UserError: For unknown names and sizes below 1.
@@ -176,6 +177,7 @@ class Training:
     precision: str | Precision = "bf16-mixed"
     optimizer: Optimizer = "adamw"
     checkpointing: bool = False
+    plain: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.precision, str) and self.precision not in PRECISIONS:

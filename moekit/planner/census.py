@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -141,7 +141,7 @@ def take_census(model: TransformerShape | nn.Module, training: Training) -> Cens
     """
     if isinstance(model, TransformerShape):
         return _of_shape(model, training)
-    units = _merge(_units(model, training))
+    units = counted(_units(model, training))
     if not any(unit.kind == "block" for unit in units):
         raise ValueError(
             f"the planner counts costs of moekit's transformers (EncoderDecoder, EncoderOnly, DecoderOnly): got "
@@ -153,7 +153,7 @@ def take_census(model: TransformerShape | nn.Module, training: Training) -> Cens
 
 def _of_shape(shape: TransformerShape, training: Training) -> Census:
     found: list[GatheredUnit] = []
-    for unit in _merge(_units(shape.shortened().module(), training)):
+    for unit in counted(_units(shape.shortened().module(), training)):
         if unit.kind == "block":
             side: Side = "decoder" if unit.name.startswith("decoder") else "encoder"
             sparse = any(weight.is_expert for weight in unit.weights)
@@ -162,7 +162,7 @@ def _of_shape(shape: TransformerShape, training: Training) -> Census:
     return Census(shape.name, tuple(unit for unit in found if unit.count))
 
 
-def _merge(units: Iterator[GatheredUnit]) -> tuple[GatheredUnit, ...]:
+def counted(units: Iterable[GatheredUnit]) -> tuple[GatheredUnit, ...]:
     """Equal units once, with their number."""
     return tuple(replace(unit, count=count) for unit, count in Counter(units).items())
 

@@ -90,7 +90,9 @@ def memory_of(census: Census, layout: Layout, training: Training) -> Memory:
     stored = sharded_shape if stage >= 2 else local_shape
     owned = sharded_shape if stage >= 1 else local_shape  # by the optimizer
     num_stored = census.total(lambda weight: math.prod(stored(weight, layout)))
-    num_learned = census.total(lambda weight: weight.trained * math.prod(stored(weight, layout)))
+    # Stage 2 divides gradients in the last micro-batch of a step.
+    summed = local_shape if stage == 2 and training.accumulate > 1 else stored
+    num_learned = census.total(lambda weight: weight.trained * math.prod(summed(weight, layout)))
     num_owned = census.total(lambda weight: weight.trained * math.prod(owned(weight, layout)))
     statistics = census.total(
         lambda weight: weight.trained * optimizer_numbers(owned(weight, layout), training.optimizer)
@@ -120,9 +122,12 @@ def _working(census: Census, layout: Layout, training: Training) -> float:
     `fully_shard` computes with copies of the stored weights, divided or not, which blocks take in a type of their own.
     Stage 2 keeps all of them from forward to backward; the others those of a block and of the next one, which is
     fetched meanwhile, and what belongs to no block. Gradients of a block, or of what belongs to none, are whole before
-    they are divided.
+    they are divided. Without it there are no copies but autocast's, of all weights, which are kept for backward.
     """
     numbers = training.numbers
+    if training.plain:
+        copied = numbers.compute if numbers.compute < numbers.weight else 0
+        return float(copied * census.total(lambda weight: math.prod(local_shape(weight, layout))))
     largest = others = blocks = learned = learned_others = 0
     for unit in census.units:
         sizes = [math.prod(local_shape(weight, layout)) for weight in unit.weights]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -132,9 +132,10 @@ def fewest_devices(
     experts = census.fewest_experts or 1
     last: Forecast | None = None
     trouble: ValueError | None = None
-    for devices in _numbers(like.tensor_parallel_size * like.replicas, node, limit):
+    sizes = [n for n in range(1, experts + 1) if experts % n == 0]
+    for devices in _numbers(like.tensor_parallel_size * like.replicas, sizes, node, limit):
         fitting: list[Forecast] = []
-        for size in (n for n in range(1, experts + 1) if experts % n == 0):
+        for size in sizes:
             if devices % (size * like.replicas * like.tensor_parallel_size):
                 continue
             layout = replace(like, devices=devices, expert_parallel_size=size)
@@ -157,12 +158,18 @@ def fewest_devices(
     )
 
 
-def _numbers(step: int, node: int, limit: int) -> Iterator[int]:
-    """Multiples of `step`, of whole nodes above one node: all up to 16 nodes, then ever sparser."""
-    devices = step
-    while devices <= limit:
-        yield devices
-        stride = step if devices < node else math.lcm(step, node)
-        # Beyond sixteen nodes a sixteenth more at a time is close enough, and fast.
-        stride *= max(1, devices // (16 * stride))
-        devices += stride if devices >= node or devices + stride <= node else node - devices
+def _numbers(step: int, sizes: Sequence[int], node: int, limit: int) -> list[int]:
+    """Numbers that `step` times one of `sizes` divides, of whole nodes above one node, rising.
+
+    Of the multiples of each all up to the sixteenth, then ever sparser.
+    """
+    found: set[int] = set()
+    for size in sizes:
+        found |= {*range(step * size, min(node, limit) + 1, step * size)}
+        whole = math.lcm(step * size, node)
+        devices = whole
+        while devices <= limit:
+            found.add(devices)
+            # A sixteenth more at a time is close enough, and fast.
+            devices += whole * max(1, devices // (16 * whole))
+    return sorted(found)

@@ -37,7 +37,7 @@ class Traffic:
 
 
 def traffic_of(census: Census, layout: Layout, training: Training) -> Traffic:
-    """Bytes per step: gradients once, weights and tokens for every micro-batch."""
+    """Bytes per step: weights and tokens for every micro-batch; gradients once, which stage 3 divides in each."""
     numbers, stage, micro = training.numbers, layout.zero_stage, training.accumulate
     gather = scatter = reduce = exchange = 0.0
     # Forward and backward; checkpointing repeats the forward.
@@ -58,7 +58,7 @@ def traffic_of(census: Census, layout: Layout, training: Training) -> Traffic:
             if stage >= 2:
                 times = micro * (2 if stage == 3 else 1)
                 gather += times * full * (numbers.gathered if unit.kind == "block" else numbers.weight) * rest
-                scatter += weight.trained * full * numbers.gradient * rest
+                scatter += (micro if stage == 3 else 1) * weight.trained * full * numbers.gradient * rest
                 reduce += weight.trained * 2 * part * numbers.gradient * (1 - 1 / layout.replicas)
             else:
                 copies = among * layout.replicas

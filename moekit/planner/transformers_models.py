@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from moekit.errors import UserError
 from moekit.layer import moe_layers
 from moekit.parallel.layout import Training
-from moekit.planner.census import Census, GatheredUnit, Weight, weights_of
+from moekit.planner.census import Census, GatheredUnit, Weight, counted, weights_of
 from moekit.planner.costs import Cost
 from moekit.planner.measure import flop_counter
 
@@ -65,7 +64,7 @@ def census_of(model: Any, training: Training) -> Census:
     units.append(GatheredUnit("vocabulary", "tables and logits", table_weights, cost, logits=float(t * v)))
     others = Cost(flops=max(0.0, rest.flops - cost.flops), measured=rest.kept)
     units.append(GatheredUnit("rest", "norms and heads", weights_of(model, taken), others))
-    return Census(type(model).__name__, tuple(_merged(units)))
+    return Census(type(model).__name__, counted(units))
 
 
 @dataclass
@@ -74,12 +73,6 @@ class _Part:
 
     flops: float = 0.0
     kept: float = 0.0
-
-
-def _merged(units: list[GatheredUnit]) -> Iterator[GatheredUnit]:
-    """Equal units once, with their number."""
-    for unit, count in Counter(units).items():
-        yield replace(unit, count=count)
 
 
 def _is_block(module: nn.Module) -> bool:

@@ -38,8 +38,7 @@ def curve_table(columns: Mapping[str, Series], say: Callable[[float | None], str
 def losses(run: RunFolder) -> PageSection:
     """Losses by task, their accuracy, learning rate, speed and gradient norm."""
     figures = [_loss(run, task) for task in _tasks(run)] + _accuracy(run)
-    rates = ("lr", "train/lr", "learning_rate", "train/learning_rate")
-    rate = run.logged(next((n for n in run.metrics if n in rates or n.startswith("lr-")), ""))
+    rate = run.learning_rate
     if rate is not None:
         chart = Curves([Line("", rate)], "Learning rate over steps", start_at_zero=True, height=2.1)
         figures.append(

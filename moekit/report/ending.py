@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moekit.report.run_folder import RunFolder, dig
+from moekit.report.run_folder import RunFolder, dig, number
 from moekit.report.wording import nearby, percent
 from moekit.runs.record import Ending
 from moekit.shell import command_line, moekit_words, typed_again
@@ -26,8 +26,10 @@ class Cut:
 
 def cut(run: RunFolder) -> Cut | None:
     """What is said where training ended before its schedule; None where it did not, or nobody wrote it down."""
-    if run.tuned:
+    if not run.summary:
         return _unfinished(run)
+    if run.trained_since:
+        return _trained_on(run)
     try:
         end = Ending.from_json(dig(run.summary, "ending"))
     except ValueError:
@@ -45,12 +47,27 @@ def cut(run: RunFolder) -> Cut | None:
 
 
 def _unfinished(run: RunFolder) -> Cut | None:
-    """A fine-tuning of a folder of transformers that has no result yet."""
-    if run.summary or not run.steps:
+    """A run that has no result yet: it goes on, or a signal or an error ended it."""
+    if not run.steps:
         return None
-    text = f"Not finished after {run.steps:,} steps"
-    goes_on = (run.path / "checkpoints" / "last.ckpt").exists()
-    return Cut(f"{text}.", [text], _again(run, ["--resume"]) if goes_on else "")
+    whole = number(run.settings, "train", "max_steps")
+    text = f"Not finished after {run.steps:,}{f' of {int(whole):,}' if whole else ''} steps"
+    values = [] if run.learning_rate is None else run.learning_rate.finite.value.tolist()
+    if values and max(values) > 0:
+        rate = f"The learning rate was at {percent(values[-1] / max(values), 0)} of its highest"
+        return Cut(f"{text}. {rate}.", [text, rate], _goes_on(run))
+    return Cut(f"{text}.", [text], _goes_on(run))
+
+
+def _trained_on(run: RunFolder) -> Cut:
+    """A run that was tested, and trained further since."""
+    text = f"Trained on to step {run.trained_since:,} since its test, which was after {run.steps:,} steps"
+    return Cut(f"{text}: scores are of then.", [text], _goes_on(run))
+
+
+def _goes_on(run: RunFolder) -> str:
+    """What goes on from the last checkpoint; "" where there is none."""
+    return _training(run, ["--resume"]) if (run.path / "checkpoints" / "last.ckpt").exists() else ""
 
 
 _CAUSES = {
@@ -77,6 +94,11 @@ def _command(run: RunFolder, end: Ending) -> str:
     more = ["--resume"]
     if end.by == "clock" and end.max_steps:
         more += ["--train.max_minutes", str(math.ceil(_MARGIN * end.minutes * end.max_steps / end.steps))]
+    return _training(run, more)
+
+
+def _training(run: RunFolder, more: Sequence[str]) -> str:
+    """What trains the run with `more`; "" where nobody knows how."""
     if again := _again(run, more):
         return again
     config, folder = nearby(run.path / "config.yaml"), nearby(run.path)
@@ -93,11 +115,12 @@ def _again(run: RunFolder, more: Sequence[str]) -> str:
 def _without(words: Sequence[str], more: Sequence[str]) -> list[str]:
     """A recorded command without what `more` says anew, and without what begins anew."""
     kept, skipped = [], False
+    options = {word for word in more if word.startswith("--")}
     for word in words:
         option, equals, _ = word.partition("=")
         if skipped:
             skipped = False
-        elif option in more and option != "--resume":
+        elif option in options and option != "--resume":
             skipped = not equals  # its value
         elif word not in ("--resume", "--overwrite"):
             kept.append(word)

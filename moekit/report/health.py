@@ -39,7 +39,8 @@ class LayerHealth:
         specialisation: 0 = every language uses the experts alike, 1 = language decides.
         fixed: whether a rule that nobody trains assigns the tokens (a hash, a task id, a uniform draw): its load is
             the text's doing, so an uneven one is no failure.
-        experts_per_token: how many experts a token used on average, where the layer says so.
+        experts_per_token: how many experts a token used on average, where it is not the same whole number always.
+        choices: the same in any case; 1 where nobody recorded it.
     """
 
     name: str
@@ -55,6 +56,7 @@ class LayerHealth:
     specialisation: float | None
     fixed: bool = False
     experts_per_token: float | None = None
+    choices: float = 1.0
 
     @property
     def num_experts(self) -> int:
@@ -81,6 +83,7 @@ def _layer_health(run: RunFolder, i: int, layer: Mapping[str, Any]) -> LayerHeal
     by_language = {x: row for x in run.languages if len(row := loads(layer, x)) == size}
     said = number(run.summary, "routing", "layers", str(layer.get("name")), "experts_per_token")
     entropy, dead, used = (number(layer, key) for key in ("entropy", "dead_experts", "experts_per_token"))
+    assignments, tokens = number(layer, "assignments"), number(layer, "tokens")
     fixed = layer.get("fixed_load")
     return LayerHealth(
         name=str(layer.get("name") or f"layer {i}"),
@@ -97,6 +100,7 @@ def _layer_health(run: RunFolder, i: int, layer: Mapping[str, Any]) -> LayerHeal
         # A layer of an older record does not say: a router that has no entropy to report is not learned.
         fixed=fixed if isinstance(fixed, bool) else "entropy" in layer and layer["entropy"] is None,
         experts_per_token=said if used is None else used,
+        choices=assignments / tokens if assignments and tokens else said or used or 1.0,
     )
 
 
@@ -221,9 +225,9 @@ def _routing(run: RunFolder) -> Iterator[Finding]:
 def _learned(layers: list[LayerHealth]) -> Iterator[Finding]:
     dead, total = sum(x.dead for x in layers), sum(x.num_experts for x in layers)
     starved = sum(max(0, x.starved - x.dead) for x in layers)
-    busiest = max(layers, key=lambda x: x.largest)
+    busiest = max(layers, key=lambda x: x.largest / crowded(x.num_experts, x.choices))
     yield Finding(dead == 0, f"{count(dead, 'dead expert').capitalize()} of {total} in {count(len(layers), 'layer')}.")
     if starved:
         yield Finding(False, f"{count(starved, 'expert').capitalize()} got under a tenth of a fair share.")
     text = f"The busiest expert got {busiest.largest:.1f} fair shares ({busiest.name})."
-    yield Finding(busiest.largest < crowded(busiest.num_experts), text)
+    yield Finding(busiest.largest < crowded(busiest.num_experts, busiest.choices), text)

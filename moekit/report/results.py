@@ -349,11 +349,11 @@ def _decline(run: RunFolder, task: str, named: str) -> list[Figure]:
     if logged is None:
         return []
     step, value = logged.finite.step, np.exp(np.minimum(logged.finite.value, 700.0))
-    near = value <= _NEAR * value[-1]  # an untrained model would squeeze all the rest flat
-    series = Series(step[near], value[near])
+    first = int(np.argmax(value <= _NEAR * value[-1]))  # an untrained model would squeeze all the rest flat
+    series = Series(step[first:], value[first:])
     if len(series.value) < 2:
         return []
-    cut = "" if near.all() else f", without the first steps, where it was over {_NEAR} times that of the end"
+    cut = "" if not first else f", without the first steps, where it was over {_NEAR} times that of the end"
     chart = Curves([Line("", series, "blue", "points")], "Validation perplexity over steps")
     numbers = curve_table({"perplexity": series}, wording.perplexity)
     return [

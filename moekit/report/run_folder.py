@@ -58,6 +58,9 @@ class DirectionScores:
     origin: str = "test"
 
 
+_RATES = ("lr", "train/lr", "learning_rate", "train/learning_rate")
+
+
 @dataclass(frozen=True)
 class TaskWording:
     """How a task is presented; `perplexity` says whether it predicts tokens, so that exp(loss) has a meaning."""
@@ -171,6 +174,16 @@ class RunFolder:
         given = number(self.summary, "steps")
         if given is not None:
             return int(given)
+        return self._last_logged
+
+    @property
+    def trained_since(self) -> int | None:
+        """The last step in the metrics, where it lies behind the test of the summary: the run has gone on since."""
+        tested, last = number(self.summary, "steps"), self._last_logged
+        return last if tested is not None and last is not None and last > tested else None
+
+    @property
+    def _last_logged(self) -> int | None:
         ends = [s.step[-1] for s in self.metrics.values() if len(s.step)]
         return int(max(ends)) if ends else None
 
@@ -185,6 +198,11 @@ class RunFolder:
         """A column of metrics.csv that holds at least so many finite numbers."""
         series = self.metrics.get(column)
         return series if series is not None and len(series.finite.value) >= least else None
+
+    @property
+    def learning_rate(self) -> Series | None:
+        """What was logged of it, under whichever of the usual names; None where nothing was."""
+        return self.logged(next((name for name in self.metrics if name in _RATES or name.startswith("lr-")), ""))
 
     def by_column(self, phase: str, quantity: str) -> dict[str, Series]:
         """By task, the column ``PHASE/TASK/QUANTITY`` of metrics.csv; what routing logs belongs to no task."""

@@ -23,11 +23,25 @@ def smooth(series: Series) -> Series:
     window = smoothing_window(len(series.value))
     if window == 1:
         return series
-    total = np.concatenate([[0.0], np.cumsum(series.value)])
-    at = np.arange(len(series.value))
-    low = np.maximum(at - window // 2, 0)
-    high = np.minimum(at + window // 2 + 1, len(at))
-    return Series(series.step, (total[high] - total[low]) / (high - low))
+    at, half = np.arange(len(series.value)), window // 2
+    points = np.minimum(at + half + 1, len(at)) - np.maximum(at - half, 0)
+    return Series(series.step, _sums(np.pad(series.value, half), window) / points)
+
+
+def _sums(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """Sums of every `window` values side by side, from sums of 1, 2, 4, ... values.
+
+    Differences of running sums would be quicker, and nothing after one enormous value.
+    """
+    length = len(values) - window + 1
+    total, at, size = np.zeros(length), 0, 1
+    while size <= window:
+        if window & size:
+            total += values[at : at + length]
+            at += size
+        values = values[:-size] + values[size:]
+        size *= 2
+    return total
 
 
 def thin(series: Series, max_points: int = MAX_POINTS) -> Series:

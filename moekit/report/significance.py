@@ -12,6 +12,7 @@ from moekit.report.run_folder import RunFolder
 from moekit.report.view import Table
 from moekit.report.wording import fixed
 from moekit.runs.record import TRANSLATIONS, Written, read_written
+from moekit.tasks.bleu import bleu
 
 ALL = "all sentences"
 DRAWS = 1000
@@ -42,10 +43,15 @@ def paired_bootstrap(
         other: what the other run wrote.
         tokenize: sacrebleu's tokenizer.
 
+    Raises:
+        UserError: the tokenizer is not installed.
+
     Source: W04-3250, as in sacrebleu.
     """
     from sacrebleu.metrics.bleu import BLEU  # where it is used: few pages compare translations
     from sacrebleu.significance import PairedTest
+
+    bleu(tokenize)  # says what is wrong where it cannot be had
 
     systems: list[tuple[str, Sequence[str]]] = [("first", list(first)), ("other", list(other))]
     metrics = {"BLEU": BLEU(tokenize=tokenize, force=True)}
@@ -80,17 +86,39 @@ def _rows(first: RunFolder, other: RunFolder) -> Iterator[tuple[str, ...]]:
     for direction in shared:
         if [row[:2] for row in written[0][direction]] != [row[:2] for row in written[1][direction]]:
             raise UserError(f"the test sentences of {direction} differ.")
-    tokenize = re.search(r"tok:(\w+)", signatures[0])
-    parts = {ALL: shared} if len(shared) > 1 else {}
+    tokenizers = {direction: _tokenizer(signatures[0], direction) for direction in shared}
+    # Text that is split in two ways has no BLEU of all of it.
+    parts = {ALL: shared} if len(shared) > 1 and len({*tokenizers.values()}) == 1 else {}
     for name, directions in (parts | {direction: [direction] for direction in shared}).items():
         rows = [[row for direction in directions for row in one[direction]] for one in written]
         if len(rows[0]) > MAX_SENTENCES:
             yield name, *["more than " + f"{MAX_SENTENCES:,} sentences"] * 2, fixed(None)
             continue
         references, hypotheses = [row[1] for row in rows[0]], [[row[2] for row in one] for one in rows]
-        found = paired_bootstrap(references, hypotheses[0], hypotheses[1], tokenize[1] if tokenize else "13a")
+        found = paired_bootstrap(references, hypotheses[0], hypotheses[1], tokenizers[directions[0]])
         told = [f"{fixed(s)} ± {fixed(w)}" for s, w in zip(found.scores, found.intervals, strict=True)]
         yield name, *told, f"{found.p:.3f}"
+
+
+def _tokenizer(signature: str, direction: str) -> str:
+    """Sacrebleu's tokenizer of a direction, of a signature that names the languages of all but the first.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    from sacrebleu.metrics.bleu import BLEU  # where it is used: few pages compare translations
+
+    language = direction.rpartition("-")[2]
+    said = ""
+    for number, part in enumerate(signature.split("; ")):
+        into = re.search(r"\(into ([^)]*)\)", part)
+        if number == 0 or (into and language in into[1].split(", ")):
+            said = match[1] if (match := re.search(r"tok:([^|\s]+)", part)) else "13a"
+    # Behind the name stand versions, as in ja-mecab-0.996-IPA.
+    names = [name for name in BLEU.TOKENIZERS if said == name or said.startswith(f"{name}-")]
+    if not names:
+        raise UserError(f"sacrebleu here has no tokenizer {said}, by which the run was scored.")
+    return str(max(names, key=len))
 
 
 def _written(run: RunFolder) -> Mapping[str, Sequence[Written]]:

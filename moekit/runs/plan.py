@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from rich.console import Console
 
@@ -71,7 +74,7 @@ def _judge(made: Forecast, model: torch.nn.Module, training: Training, gib: floa
         highlight=False,
     )
     try:
-        best = fewest_devices(model, training, gib * GIB)
+        best = fewest_devices(model, replace(training, plain=False), gib * GIB)  # by the strategy
         answer = f"fewest devices of {gib:g} GiB: {best.layout} with {best.memory.device / GIB:.2f} GiB each."
     except ValueError as nowhere:  # an answer too
         answer = str(nowhere)
@@ -85,13 +88,7 @@ def _network(recipe: Recipe, config: RunConfig) -> torch.nn.Module:
 
 def _layout(config: RunConfig) -> Layout:
     """What the settings say; where they say nothing of it, every device holds everything, as in a plain run."""
-    settings = config.strategy
-    devices = config.train.devices * config.train.num_nodes
-    given = {
-        name: value
-        for name in ("expert_parallel_size", "tensor_parallel_size", "replicas", "zero_stage", "offload")
-        if (value := getattr(settings, name)) is not None
-    }
+    devices, given = config.train.devices * config.train.num_nodes, _given(config)
     if given.get("expert_parallel_size") == "auto":
         raise UserError("plan needs a number for strategy.expert_parallel_size: got auto.")
     if not given:
@@ -100,6 +97,12 @@ def _layout(config: RunConfig) -> Layout:
         return Layout(devices=devices, **given)
     except ValueError as error:
         raise UserError(f"strategy: {error}") from None
+
+
+def _given(config: RunConfig) -> dict[str, Any]:
+    """What the settings say of the strategy."""
+    names = ("expert_parallel_size", "tensor_parallel_size", "replicas", "zero_stage", "offload")
+    return {name: value for name in names if (value := getattr(config.strategy, name)) is not None}
 
 
 def _training(config: RunConfig, sequences: int, length: int) -> Training:
@@ -111,4 +114,5 @@ def _training(config: RunConfig, sequences: int, length: int) -> Training:
         precision=config.train.usable_precision,
         optimizer=config.train.optimizer,
         checkpointing=getattr(config.model, "checkpoint", False),
+        plain=not _given(config),
     )

@@ -59,6 +59,15 @@ def test_bytes_by_stage(stage: int, expert: int, tensor: int, replicas: int) -> 
     assert memory.gradients == 4 * (divided if stage >= 2 else whole)
     assert memory.optimizer == 8 * (divided if stage >= 1 else whole)
     assert memory.host == 0
+    # Stage 2 holds them whole until the last micro-batch.
+    later = plan(TINY, layout, Training(precision="32-true", accumulate=4)).memory
+    assert later.gradients == 4 * (divided if stage == 3 else whole)
+
+
+@pytest.mark.parametrize(("precision", "copied"), [("32-true", 0), ("bf16-true", 0), ("bf16-mixed", 2)])
+def test_without_the_strategy_there_are_autocasts_copies_alone(precision: str, copied: int) -> None:
+    whole, _ = by_hand(layout := Layout(zero_stage=0))
+    assert plan(TINY, layout, Training(precision=precision, plain=True)).memory.working == copied * whole
 
 
 def test_offload_moves_bytes_to_the_host() -> None:
@@ -118,12 +127,12 @@ def test_traffic_by_hand() -> None:
     assert traffic.all_to_all == pytest.approx(3 * 2 * 2 * rows * 64 * 4 * 3 / 4)  # micro, ways, passes
     # Dense weights are shared by 4 devices of a replica; experts, 4 times 1 device, by nobody but the other replica.
     assert traffic.all_gather == pytest.approx(3 * 2 * dense * 4 * 3 / 4)
-    assert traffic.reduce_scatter == pytest.approx(dense * 4 * 3 / 4)
+    assert traffic.reduce_scatter == pytest.approx(3 * dense * 4 * 3 / 4)  # in every micro-batch
     assert traffic.all_reduce == pytest.approx(2 * (dense / 4 + experts) * 4 / 2)
 
     stage_2 = plan(TINY, replace(layout, zero_stage=2), training).traffic
     assert stage_2.all_gather == traffic.all_gather / 2
-    assert stage_2.reduce_scatter == traffic.reduce_scatter
+    assert stage_2.reduce_scatter == traffic.reduce_scatter / 3
     stage_0 = plan(TINY, replace(layout, zero_stage=0, replicas=1), training).traffic
     assert stage_0.all_gather == stage_0.reduce_scatter == 0
     assert stage_0.all_reduce == pytest.approx(2 * 4 * (dense * 7 / 8 + experts / 2))
@@ -215,6 +224,12 @@ def test_fewest_devices() -> None:
     assert nodes.layout.devices >= n
     assert nodes.layout.devices <= 8 or nodes.layout.devices % 8 == 0
     assert fewest_devices(TINY, Training(sequences=1), 1 * GIB).layout.devices == 1
+    # Numbers that many experts can divide are tried, however sparse those are that few can.
+    assert fewest_devices(ZCODE_M3_10B, Training(checkpointing=True), 12 * GIB).layout.devices == 64
+    three = fewest_devices(
+        ZCODE_M3_10B, Training(checkpointing=True), 16 * GIB, like=Layout(devices=3, replicas=3), node=8
+    )
+    assert three.layout.devices % 24 == 0
     # Experts that divide the devices' number are the only ones tried; the module says it as well as the shape.
     assert fewest_devices(ZCODE_M3_10B.module(), training, 20 * GIB).layout == found.layout
 

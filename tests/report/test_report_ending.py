@@ -91,6 +91,45 @@ def test_options_that_the_command_gives_anew_are_given_once(tmp_path: Path) -> N
         assert "go on       moekit run zcode_m3 --out r --resume --train.max_minutes 14" in screen(run).splitlines()
 
 
+def test_a_value_that_is_also_the_number_of_minutes_is_no_option(tmp_path: Path) -> None:
+    run = run_that_ended(tmp_path / "r", **CUT)
+    given = ["--train.max_minutes", "2", "--train.validate_every", "14", "--out", "r"]
+    edit(run, "environment.json", command=["moekit", "run", "zcode_m3", *given])
+    said = "go on       moekit run zcode_m3 --train.validate_every 14 --out r --resume --train.max_minutes 14"
+    assert said in screen(run).splitlines()
+
+
+def test_an_interrupted_run_says_how_far_it_came_and_how_it_goes_on(tmp_path: Path) -> None:
+    """A signal or an error ends it before there is a summary."""
+    run = make_run(tmp_path / "r", steps=40, without=("summary.json", "routing.json"))
+    assert "go on" not in screen(run), "there is no checkpoint"
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.ckpt").touch()
+    with (run / "config.yaml").open("a") as file:
+        file.write("  max_steps: 250\n")
+    steps, rate = read_run(run).steps, read_run(run).learning_rate
+    assert steps is not None
+    assert rate is not None
+    share = round(100 * rate.value[-1] / rate.value.max())
+    lines = [f"Not finished after {steps} of 250 steps", f"The learning rate was at {share} % of its highest"]
+    shown = screen(run).splitlines()
+    assert [line.removeprefix("! ") for line in shown if line.startswith("! ")][:2] == lines
+    assert "go on       moekit run zcode_m3 --out 'runs/a name' --resume" in shown
+    page = words(write_report(run).read_text(encoding="utf-8"))
+    assert f"{lines[0]}. {lines[1]}." in page[: page.index("Translation quality")]
+
+
+def test_a_run_that_went_on_after_its_test_says_of_when_the_scores_are(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", steps=40)
+    assert "Trained on" not in screen(run)
+    edit(run, "summary.json", steps=20)
+    last = read_run(run).trained_since
+    assert last is not None
+    assert f"! Trained on to step {last} since its test, which was after 20 steps" in screen(run).splitlines()
+    page = words(write_report(run).read_text(encoding="utf-8"))
+    assert "which was after 20 steps: scores are of then." in page[: page.index("Translation quality")]
+
+
 def test_a_run_that_stopped_by_itself_says_why(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r", steps=40, without=("summary.json", "routing.json"))
     (run / "stopped.json").write_text('{"step": 41, "why": "step 41 is not finite: <b>the gradient norm</b>."}')

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_runs import make_run, write_rows
+from fake_runs import edit, make_run, write_rows
 from shown_text import screen
 
 from moekit.errors import UserError
@@ -148,6 +148,17 @@ def test_a_loss_that_is_no_number_is_a_finding(tmp_path: Path) -> None:
     ]
 
 
+def test_a_layer_of_two_choices_is_crowded_sooner(tmp_path: Path) -> None:
+    """Of 8 experts, two for a token, the busiest can have 4 fair shares at most."""
+    load = [0.43, 0.21, 0.06, 0.06, 0.06, 0.06, 0.06, 0.06]
+    run = make_run(tmp_path / "r", steps=40)
+    for tokens, good in ((1000, True), (500, False)):
+        layer = {"name": "decoder.1", "load": load, "assignments": 1000, "tokens": tokens, "entropy": 1.0}
+        edit(run, "routing.json", layers=[layer])
+        told = {finding.text: finding.good for finding in findings(read_run(run))}
+        assert told["The busiest expert got 3.4 fair shares (decoder.1)."] is good
+
+
 def test_smooth_is_a_moving_average_without_bad_values() -> None:
     value = np.arange(500, dtype=float)
     value[100] = np.nan
@@ -158,6 +169,11 @@ def test_smooth_is_a_moving_average_without_bad_values() -> None:
     assert series.value[0] == pytest.approx(2)
     constant = smooth(Series(np.arange(300.0), np.full(300, 0.7)))
     assert constant.value == pytest.approx(np.full(300, 0.7))
+    value = np.random.default_rng(0).normal(size=431)
+    value[100] = 1e20
+    series = smooth(Series(np.arange(431.0), value))
+    half = smoothing_window(431) // 2
+    assert series.value == pytest.approx([value[max(0, i - half) : i + half + 1].mean() for i in range(431)])
 
 
 def test_thin_keeps_spikes_and_ends() -> None:

@@ -65,6 +65,32 @@ def test_a_comparison_has_the_test(tmp_path: Path) -> None:
     assert page.count("±") >= 6
 
 
+def test_each_direction_is_split_as_it_was_scored(tmp_path: Path) -> None:
+    """Chinese by 13a is a word a sentence; and text that is split in two ways has no BLEU of all of it."""
+    chinese = ["三只小狗看见河边的绿房子。", "我们明天去看海。"] * 15
+    others = [text.replace("河边", "水边") for text in chinese]
+    runs = []
+    for name, english, written in (("good", GOOD, chinese), ("bad", BAD, others)):
+        run = make_run(tmp_path / name, steps=30)
+        signature = "nrefs:1|tok:13a|v:2; nrefs:1|tok:zh|v:2 (into fr, zh)"
+        edit(run, "summary.json", bleu={**summary_of(run)["bleu"], "signature": signature})
+        rows = {
+            "en-de": [(i, *pair) for i, pair in enumerate(zip(REFERENCES[:30], english[:30], strict=True))],
+            "en-zh": [(i, *pair) for i, pair in enumerate(zip(chinese, written, strict=True))],
+        }
+        write_written(run / TRANSLATIONS, {"translation": rows})
+        runs.append(run)
+    rows = [line for line in compared(*runs).splitlines() if "±" in line]
+    assert [row.split(" | ")[0] for row in rows] == ["| en-de", "| en-zh"]
+    assert rows[1].split(" | ")[1].startswith("100.0")
+    assert rows[1].split(" | ")[2].startswith(f"{BLEU(tokenize='zh').corpus_score(others, [chinese]).score:.1f}")
+    edit(runs[0], "summary.json", bleu={**summary_of(runs[0])["bleu"], "signature": "nrefs:1|tok:klingon"})
+    edit(runs[1], "summary.json", bleu={**summary_of(runs[1])["bleu"], "signature": "nrefs:1|tok:klingon"})
+    compared(*runs)
+    page = (tmp_path / "c.html").read_text(encoding="utf-8")
+    assert "No paired test of good and bad: sacrebleu here has no tokenizer klingon" in page
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

@@ -1,5 +1,6 @@
 """Runs that do not translate: language models and span corruption, judged by perplexity, never by BLEU."""
 
+import io
 import json
 import math
 import re
@@ -10,10 +11,12 @@ import pytest
 from fake_runs import BABEL, WORLD, edit, make_run, make_text_run, summary_of, write_rows
 from shown_text import screen, words
 
+from moekit.cli.program import main
 from moekit.report import results_markdown, write_comparison, write_report
 from moekit.report.health import findings
 from moekit.report.predictions import languages_by_perplexity, main_task, predictions
 from moekit.report.reading import read_run
+from moekit.report.results import quality
 from moekit.report.wording import MISSING
 from moekit.shell import command_line
 
@@ -298,6 +301,32 @@ def test_further_tasks_are_told(tmp_path: Path) -> None:
     assert "also tested denoising perplexity 7.39 · replaced_token loss 0.25" in screen(run)
     assert f"| Replaced-token detection | 0.25 | {MISSING} | 90.0 % |" in results_markdown(run)
     assert f"Replaced-token detection 0.25 {MISSING} 90.0 %" in words(write_report(run).read_text())
+
+
+def test_a_blow_up_in_the_middle_is_drawn(tmp_path: Path) -> None:
+    """What is left out is the beginning, and no more."""
+    run = make_text_run(tmp_path / "r")
+    losses = [4.0, 3.0, 2.5, 2.2, 6.5, 5.5, 2.4, 2.2, 2.1]
+    rows = [{"step": 100 * (i + 1), "valid/causal_lm/loss": loss} for i, loss in enumerate(losses)]
+    write_rows(run / "metrics.csv", rows)
+    cells = quality(read_run(run)).cells
+    (figure,) = [f for cell in cells for f in cell if f.name == "perplexity/causal_lm"]
+    assert figure.numbers is not None
+    assert [row[0] for row in figure.numbers.rows] == [str(100 * i) for i in range(2, 10)]
+    assert "without the first steps" in figure.see
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_markdown_is_utf_8_whatever_the_terminal_is(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = make_text_run(tmp_path / "r"), io.BytesIO()
+    edit_sample = json.loads((run / "samples.json").read_text(encoding="utf-8"))
+    edit_sample[0]["hypothesis"] = "half \ud83d of a pair \u2581"
+    (run / "samples.json").write_text(json.dumps(edit_sample))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding=encoding))
+    assert main(["report", str(run), "--markdown"]) == 0
+    assert "half ? of a pair \u2581" in out.getvalue().decode("utf-8")
 
 
 # -- markdown and comparison -------------------------------------------------------------------------------------------

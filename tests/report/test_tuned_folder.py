@@ -88,7 +88,7 @@ def test_an_interrupted_one_says_how_it_goes_on(tmp_path: Path) -> None:
     (folder / "checkpoints" / "last.ckpt").touch()
     page = words(write_report(folder).read_text())
     assert "This fine-tuning is not finished (results.json has no loss after it)" in page
-    assert "Not finished after 39 steps." in page
+    assert "Not finished after 39 of 40 steps." in page
     assert "Tokens of every expert are counted in results.json, when training has ended." in page
     text = screen(folder)
     assert "moekit finetune --model models/olmoe --out tuned --resume" in text

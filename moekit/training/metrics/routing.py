@@ -179,6 +179,7 @@ class RoutingStatistics(WideMetric):
             "name": name,
             "num_experts": num_experts,
             "assignments": int(total),
+            "tokens": tokens,
             "load": share.tolist(),
             "load_by_language": {
                 language: (row / max(row.sum().item(), 1)).tolist()
