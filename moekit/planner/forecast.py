@@ -212,7 +212,7 @@ def _unsaid(made: Forecast) -> set[str]:
 
 def number(value: float) -> str:
     """A large number in three digits: ``10.3 B``."""
-    value = float(f"{value:.3g}") if value < 1e18 else value  # 999,600 is 1 M
+    value = float(f"{value:.3g}")  # so that 999,600 is 1 M
     for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:,.3g} {unit}" if value < 1e3 * limit else f"{value / limit:,.0f} {unit}"

@@ -137,8 +137,12 @@ class Canvas:
 
 
 def drawable(label: str) -> str:
-    """`label` without what a font or an SVG file cannot hold: controls, lone surrogates, noncharacters."""
-    return "".join(c if unicodedata.category(c) not in ("Cc", "Cs", "Cn") else "\ufffd" for c in label)
+    """`label` without what a font or an SVG file cannot hold: controls, lone surrogates, noncharacters.
+
+    Matplotlib leaves labels that begin with an underscore out of its legends: they begin with a space.
+    """
+    held = "".join(c if unicodedata.category(c) not in ("Cc", "Cs", "Cn") else "\ufffd" for c in label)
+    return f" {held}" if held.startswith("_") else held
 
 
 def _themed(style: str) -> str:

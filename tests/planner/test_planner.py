@@ -334,3 +334,11 @@ def test_rows_that_one_of_two_forecasts_needs() -> None:
         both = {"one": number(one.parameters), "two": number(one.parameters - frozen)}
         assert row == f"| trained | {' | '.join(both[name] for name in pair)} |"
         assert "at most" not in compare(pair, markdown=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(999, "999"), (1_234_567, "1.23 M"), (999_600, "1 M"), (999_400, "999 k"), (9.996e8, "1 B"), (5e18, "5,000 P")],
+)
+def test_large_numbers_in_three_digits(value: float, said: str) -> None:
+    assert number(value) == said

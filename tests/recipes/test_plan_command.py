@@ -19,10 +19,12 @@ def test_a_published_model_on_a_cluster(capsys: pytest.CaptureFixture[str]) -> N
     shown = capsys.readouterr().out
     for words in ("64 devices, expert 64, ZeRO 3", "10.3 B", "fits into 40 GiB", "fewest devices of 40 GiB"):
         assert words in shown
-    assert run(moe_lm.RECIPE, "--variant", "paper_207b", "--devices", "4", "--memory", "40", "--length", "64") == 0
-    shown = capsys.readouterr().out
-    assert "does not fit into 40 GiB" in shown
-    assert "fits on no number of devices" in shown
+    paper = ["--variant", "paper_207b", "--devices", "4", "--length", "64"]
+    for memory, answer in (("40", "fewest devices of 40 GiB: 128 devices, expert 128"), ("1", "fits on no number of")):
+        assert run(moe_lm.RECIPE, *paper, "--memory", memory) == 0
+        shown = capsys.readouterr().out
+        assert f"does not fit into {memory} GiB" in shown
+        assert answer in shown
 
 
 def test_without_a_strategy_every_device_holds_everything(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,13 +8,16 @@ from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_runs import BABEL, SENTENCES, WORLD, edit, make_run, summary_of, write_rows
 from shown_text import screen, words
 
 from moekit.errors import UserError
 from moekit.report import results_markdown, write_comparison, write_report
+from moekit.report.plots import Curves, Line
 from moekit.report.reading import FILES
+from moekit.report.run_folder import Series
 from moekit.report.wording import MISSING
 
 VOID = {"meta", "col", "br", "link", "img", "hr", "input"}
@@ -374,3 +377,9 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend() -> None:
+    """Matplotlib leaves such labels out."""
+    series = Series(np.arange(5.0), np.arange(5.0))
+    assert "_base" in Curves([Line("_base", series), Line("other", series)], "two runs").svg()
