@@ -25,7 +25,10 @@ class Cut:
 
 
 def cut(run: RunFolder) -> Cut | None:
-    """What is said where training ended before its schedule; None where it did not, or nobody wrote it down."""
+    """What is said of a run that has no result yet, went on after it, or ended before its schedule did.
+
+    None of any other, and where nobody wrote down how it ended.
+    """
     if not run.summary:
         return _unfinished(run)
     if run.trained_since:

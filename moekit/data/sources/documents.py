@@ -26,8 +26,9 @@ class Documents(Streamed):
     """Many files of text of one language, one after the other in the order of their paths, plain or compressed.
 
     Of ``.txt`` files the text is their lines; of ``.jsonl`` files it is in rows such as ``{"text": "..."}``, each a
-    document. A file, or a folder in it, with the name of a split is of that split
-    (``train-00001.txt.gz``, ``c4-validation.jsonl``, ``test/part.txt``); all others are training text.
+    document. A file or folder below the path, of a pattern below what stands before its first star, with the name of a
+    split is of that split (``train-00001.txt.gz``, ``c4-validation.jsonl``, ``test/part.txt``); all others are training
+    text.
 
     Args:
         path: a folder, which is searched with its folders; a pattern such as ``corpus/**/*.jsonl.gz``; or a file.
