@@ -30,7 +30,12 @@ def write_data(text: str) -> None:
 
     What UTF-8 cannot hold, such as half of a surrogate pair in a sample, becomes a question mark.
     """
-    data, binary = text.encode("utf-8", "replace"), getattr(sys.stdout, "buffer", None)
+    write_encoded(text.encode("utf-8", "replace"))
+
+
+def write_encoded(data: bytes) -> None:
+    """Write text in UTF-8 to standard output, behind all that was written before."""
+    binary = getattr(sys.stdout, "buffer", None)
     sys.stdout.flush()
     if binary is None:  # a stand-in, as in notebooks
         sys.stdout.write(data.decode("utf-8"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from moekit.atomic import followed, reason, replacing
 from moekit.data.sources.files import decode, read_to_end, unpacked
 from moekit.errors import UserError
+from moekit.terminal import write_encoded
 
 STANDARD = "-"
 """Names standard input, or standard output."""
@@ -89,14 +90,8 @@ def write_lines(name: str, lines: Iterable[str]) -> None:
         return
     if sys.stdout is None:
         raise UserError("cannot write to standard output: it is closed. Give a file with --output.")
-    binary = getattr(sys.stdout, "buffer", None)
     try:
-        sys.stdout.flush()
-        if binary is None:
-            sys.stdout.write(data.decode("utf-8"))
-        else:
-            binary.write(data)
-        sys.stdout.flush()
+        write_encoded(data)
     except BrokenPipeError:
         raise
     except OSError as error:

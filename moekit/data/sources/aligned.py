@@ -130,9 +130,10 @@ def digest_of(content: str, fields: Mapping[str, object]) -> str:
 
     Args:
         content: digest of the file.
-        fields: by language, only those that the codes of the languages do not tell.
+        fields: by language; those that the code of the language tells are left out.
     """
-    return digest(content, *(f"{code}={field}" for code, field in fields.items())) if fields else content
+    untold = [f"{code}={field}" for code, field in fields.items() if str(field).replace("-", "_") != code]
+    return digest(content, *untold) if untold else content
 
 
 def _pairs(blocks: Sequence[AlignedBlock], *, english_only: bool) -> tuple[Direction, ...]:

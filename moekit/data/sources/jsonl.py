@@ -92,8 +92,8 @@ def _read(split: Split, path: Path, names: LanguageNames) -> AlignedBlock:
         raise UserError(
             f"{path}: the file must hold translations: got {len(file.lines)} empty lines. Fill it or remove it."
         )
-    mapped = {code: key for key, code in codes.items() if key.replace("-", "_") != code}
-    return AlignedBlock(split, columns, dict.fromkeys(columns, str(path)), digest_of(file.digest, mapped))
+    content = digest_of(file.digest, {code: key for key, code in codes.items()})
+    return AlignedBlock(split, columns, dict.fromkeys(columns, str(path)), content)
 
 
 def _texts(line: str, where: str) -> dict[str, Any]:

@@ -100,12 +100,9 @@ def _read(split: Split, path: Path, names: LanguageNames, columns: list[str]) ->
         content = digest(content, _MISSING)
     if len(texts) < 2:
         raise UserError(f"{path}: at least two columns must hold text: got {', '.join(texts) or 'none'}.")
-    content = digest_of(content, _untold({code: places[code] for code in texts}, header, given=bool(columns)))
+    read = {code: places[code] for code in texts}
+    if not columns:
+        content = digest_of(content, {code: header[place] for code, place in read.items()})
+    elif [*read.values()] != [*range(len(read))]:  # the order of the languages does not say it
+        content = digest_of(content, read)
     return AlignedBlock(split, texts, dict.fromkeys(texts, str(path)), content, first_line=begin + 1)
-
-
-def _untold(places: Mapping[str, int], header: Sequence[str], *, given: bool) -> dict[str, object]:
-    """The columns that were read, where neither their headings in the file nor their order says it."""
-    if given:
-        return {} if [*places.values()] == [*range(len(places))] else dict(places)
-    return {code: header[place] for code, place in places.items() if header[place].replace("-", "_") != code}
